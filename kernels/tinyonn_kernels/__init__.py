@@ -1,0 +1,1 @@
+"""Triton kernels and launchers of tinyonn; private. Use `tinyonn.ops`."""

@@ -1,0 +1,5 @@
+"""The `tinyonn` command."""
+
+
+def main() -> None:
+    """Entry point of the `tinyonn` command."""

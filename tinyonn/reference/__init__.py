@@ -1,0 +1,1 @@
+"""Dense, readable oracles of each op; float64-safe; never imports a kernel."""

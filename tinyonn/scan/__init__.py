@@ -1,0 +1,1 @@
+"""Digital fMRI: corpus, engine, runner."""
