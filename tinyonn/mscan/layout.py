@@ -1,0 +1,84 @@
+"""The columns of a scan: which weight, and which of its feature blocks, each column stands for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinyonn.errors import InputError
+
+_LAYER = re.compile(r"^(.*?\.)?\d+(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutEntry:
+    """One weight: its blocks are columns base … base + blocks of both planes.
+
+    Attributes:
+        name: the parameter's name; the expert's index is appended for one expert of a 3-D parameter.
+        out_features: output features of the weight.
+        blocks: feature blocks, the last of which may be ragged.
+        base: first column.
+    """
+
+    name: str
+    out_features: int
+    blocks: int
+    base: int
+
+
+def layout_blocks(layout: Sequence[LayoutEntry]) -> int:
+    """Columns that a layout describes."""
+    return layout[-1].base + layout[-1].blocks if layout else 0
+
+
+def check_layout(layout: Sequence[LayoutEntry]) -> None:
+    """Raises InputError unless names are unique and the columns follow each other without a gap."""
+    if not layout:
+        raise InputError("layout must hold at least one entry, got none.")
+    seen: set[str] = set()
+    base = 0
+    for entry in layout:
+        if entry.name in seen:
+            raise InputError(f"layout names must be unique, got {entry.name!r} twice.")
+        if not 1 <= entry.blocks <= entry.out_features:
+            raise InputError(f"blocks of {entry.name!r} must be 1 … out_features = {entry.out_features}, got {entry.blocks}.")
+        if entry.base != base:
+            raise InputError(f"base of {entry.name!r} must be {base}, the end of the entry before it, got {entry.base}.")
+        seen.add(entry.name)
+        base += entry.blocks
+
+
+def group_name(name: str) -> str:
+    """The decoder layer a weight belongs to: its name up to the first all-digit component, or the module's own name outside any layer."""
+    match = _LAYER.match(name)
+    return match.group(0) if match else name.removesuffix(".weight")
+
+
+def layout_groups(layout: Sequence[LayoutEntry]) -> tuple[list[str], np.ndarray]:
+    """One group of columns per decoder layer.
+
+    Args:
+        layout: entries in column order.
+
+    Returns:
+        names: one per group: `model.layers.0`; a weight outside any layer is its own group, `lm_head`.
+        offsets: (groups + 1,) int64, first column of each group, then the total.
+
+    Raises:
+        InputError: a group's entries are not next to each other.
+    """
+    names: list[str] = []
+    offsets: list[int] = []
+    for entry in layout:
+        name = group_name(entry.name)
+        if names and names[-1] == name:
+            continue
+        if name in names:
+            raise InputError(f"layout must keep the weights of one layer together, got {entry.name!r} apart from the rest of {name!r}.")
+        names.append(name)
+        offsets.append(entry.base)
+    return names, np.array([*offsets, layout_blocks(layout)], dtype=np.int64)

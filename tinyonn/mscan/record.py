@@ -1,0 +1,85 @@
+"""What a scan says of one sequence, and the sums that are kept over its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(slots=True, eq=False)
+class Integral:
+    """Sums over tokens that need no planes: ∫SPS and the moments of each block.
+
+    Attributes:
+        sps: (blocks,) float64, the synergistic prediction score summed over tokens.
+        count: (blocks,) float64, tokens counted.
+        activation_mean, activation_m2: (blocks,) float64, mean and summed squared deviation of the activation norm.
+        grad_mean, grad_m2: (blocks,) float64, the same of the gradient norm.
+
+    `a + b` is the integral over the tokens of both (Chan's update); where one has fewer blocks, its missing blocks count no token.
+    """
+
+    sps: NDArray[np.float64]
+    count: NDArray[np.float64]
+    activation_mean: NDArray[np.float64]
+    activation_m2: NDArray[np.float64]
+    grad_mean: NDArray[np.float64]
+    grad_m2: NDArray[np.float64]
+
+    @classmethod
+    def zeros(cls, blocks: int) -> Integral:
+        """The integral of no token."""
+        return cls(*(np.zeros(blocks) for _ in range(6)))
+
+    def widened(self, blocks: int) -> Integral:
+        """The same integral over a layout that gained blocks, which count no token."""
+        missing = blocks - len(self.sps)
+        return self if missing <= 0 else Integral(*(np.pad(plane, (0, missing)) for plane in self.planes()))
+
+    def planes(self) -> tuple[NDArray[np.float64], ...]:
+        """The six arrays in the order of the file."""
+        return (self.sps, self.count, self.activation_mean, self.activation_m2, self.grad_mean, self.grad_m2)
+
+    def __add__(self, other: Integral) -> Integral:
+        if not isinstance(other, Integral):
+            return NotImplemented
+        blocks = max(len(self.sps), len(other.sps))
+        a, b = self.widened(blocks), other.widened(blocks)
+        count = a.count + b.count
+        share = np.divide(b.count, count, out=np.zeros_like(count), where=count > 0)
+
+        def chan(mean_a: Any, m2_a: Any, mean_b: Any, m2_b: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            delta = mean_b - mean_a
+            return mean_a + delta * share, m2_a + m2_b + delta * delta * a.count * share
+
+        activation = chan(a.activation_mean, a.activation_m2, b.activation_mean, b.activation_m2)
+        grad = chan(a.grad_mean, a.grad_m2, b.grad_mean, b.grad_m2)
+        return Integral(a.sps + b.sps, count, *activation, *grad)
+
+
+@dataclass(slots=True, eq=False)
+class SequenceRecord:
+    """One scanned sequence, as it is appended.
+
+    Attributes:
+        sequence_id: names the sequence; resuming looks it up.
+        token_ids: (tokens,) integers 0 … 2³²−1.
+        loss: (tokens,) float32; loss[t] is the loss of predicting token t+1 from t; NaN where there is no label.
+        activation, grad_norm: (tokens, blocks) float32, never negative, NaN = missing; both or neither.
+        mask: (tokens,) 1 = marked, an answer's token in generation; None marks all.
+        text: the sequence's text, if it is to be kept.
+        integral: this sequence's integral, committed together with it.
+    """
+
+    sequence_id: str
+    token_ids: Sequence[int] | NDArray[Any]
+    loss: Sequence[float] | NDArray[Any]
+    activation: NDArray[Any] | None = None
+    grad_norm: NDArray[Any] | None = None
+    mask: Sequence[int] | NDArray[Any] | None = None
+    text: str | None = None
+    integral: Integral | None = None
