@@ -1,0 +1,199 @@
+"""A corpus to scan: every record checked once, then read from the file as it is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .records import (
+    BadRecordError,
+    CorpusItem,
+    Located,
+    as_record,
+    data_kind,
+    item_from_record,
+    iter_jsonl,
+    iter_parquet,
+    load_list,
+    open_data,
+    open_parquet,
+    parse_line,
+)
+
+__all__ = ["Corpus", "CorpusItem", "read_corpus"]
+
+
+class Corpus:
+    """The sequences of one data set, in file order: `len`, iteration, `corpus[i]`.
+
+    Only the place and identity of each record are held (some 100 bytes); the text is read again when it is asked for.
+
+    Args:
+        path: the file.
+        kind: "jsonl", "list" or "parquet".
+        text_field: field with the text, or None.
+
+    Attributes:
+        skipped: malformed records that were passed over (`skip_bad`).
+        errors: what was wrong with the first few of them, with their lines.
+    """
+
+    def __init__(self, path: Path, kind: str, text_field: str | None) -> None:
+        self.path = path
+        self.kind = kind
+        self.text_field = text_field
+        self.skipped = 0
+        self.errors: list[str] = []
+        self._numbers = array("Q")
+        self._offsets = array("Q")
+        self._ids: list[str] = []
+        self._values: list[Any] = load_list(path) if kind == "list" else []
+
+    @property
+    def sequence_ids(self) -> list[str]:
+        """The identity of every sequence, in order."""
+        return list(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[CorpusItem]:
+        if self.kind == "jsonl":
+            with open_data(self.path) as file:
+                for index in range(len(self)):
+                    file.seek(self._offsets[index])
+                    yield self._item(index, parse_line(file.readline(), self._numbers[index], self._offsets[index]))
+        elif self.kind == "list":
+            for index in range(len(self)):
+                yield self[index]
+        else:
+            index = 0
+            for located in iter_parquet(open_parquet(self.path)):
+                if index == len(self):
+                    return
+                if located.number == self._numbers[index]:
+                    yield self._item(index, located)
+                    index += 1
+
+    def __getitem__(self, index: int) -> CorpusItem:
+        index = range(len(self))[index]
+        number, offset = self._numbers[index], self._offsets[index]
+        if self.kind == "jsonl":
+            with open_data(self.path) as file:
+                file.seek(offset)
+                return self._item(index, parse_line(file.readline(), number, offset))
+        if self.kind == "list":
+            return self._item(index, as_record(self._values[offset], number, offset))
+        return self._item(index, Located(number, offset, _parquet_row(self.path, offset)))
+
+    def _item(self, index: int, located: Located | None) -> CorpusItem:
+        try:
+            if located is None or located.record is None:
+                raise BadRecordError("is not the record it was")
+            item = item_from_record(located.record, text_field=self.text_field)
+        except BadRecordError as error:
+            raise InputError(f"{self.path} changed while it was read: {self._place(self._numbers[index])} {error}.") from None
+        return CorpusItem(self._ids[index], item.text, item.messages)
+
+    def _place(self, number: int) -> str:
+        return f"line {number}" if self.kind == "jsonl" else f"record {number}"
+
+    def _located(self) -> Iterator[Located]:
+        if self.kind == "jsonl":
+            with open_data(self.path) as file:
+                yield from iter_jsonl(file)
+        elif self.kind == "list":
+            for index, value in enumerate(self._values):
+                yield as_record(value, index + 1, index)
+        else:
+            yield from iter_parquet(open_parquet(self.path))
+
+    def index(self, records: Iterable[Located] | None = None, *, limit: int | None = None, skip_bad: bool = False) -> None:
+        """Checks records up to `limit` good ones and notes their places.
+
+        Raises:
+            InputError: a malformed record, or an id seen before, unless `skip_bad`.
+        """
+        seen: dict[str, int] = {}
+        for located in self._located() if records is None else records:
+            if limit is not None and len(self._ids) >= limit:
+                return
+            try:
+                if located.record is None:
+                    raise BadRecordError(located.error)
+                item = item_from_record(located.record, text_field=self.text_field)
+                if item.sequence_id in seen:
+                    raise BadRecordError(
+                        f"must have an id of its own, got {item.sequence_id!r}, which {self._place(seen[item.sequence_id])} has too"
+                    )
+            except BadRecordError as error:
+                message = f"{self.path}, {self._place(located.number)}: {error}"
+                if not skip_bad:
+                    raise InputError(f"{message}.") from None
+                self.skipped += 1
+                if len(self.errors) < 5:
+                    self.errors.append(message)
+                continue
+            name = item.sequence_id or content_id(item, seen)
+            seen[name] = located.number
+            self._ids.append(name)
+            self._numbers.append(located.number)
+            self._offsets.append(located.offset)
+
+
+def content_id(item: CorpusItem, taken: Iterable[str] = ()) -> str:
+    """An identity from the content alone, so that lines added before it do not change it; a repetition gets `-2`, `-3`, ..."""
+    raw = item.text if item.messages is None else repr([(turn["role"], turn["content"]) for turn in item.messages])
+    name = digest = hashlib.blake2b(str(raw).encode("utf-8"), digest_size=8).hexdigest()
+    copies = 1
+    while name in taken:
+        copies += 1
+        name = f"{digest}-{copies}"
+    return name
+
+
+def read_corpus(
+    path: str | os.PathLike[str],
+    *,
+    text_field: str | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+) -> Corpus:
+    """Checks a data set and gives its sequences.
+
+    The format is known by the content: JSON lines, a JSON list, or Parquet (with pyarrow). A record is plain text, a chat, or a pair of
+    prompt and answer (`records.item_from_record`). All records up to `limit` are checked here, before any is scanned.
+
+    Args:
+        path: the file.
+        text_field: field with the text (or the chat); None finds it.
+        limit: at most so many sequences; the rest of the file is not read.
+        skip_bad: count malformed records in `.skipped` and go on.
+
+    Raises:
+        InputError: the file is missing, empty, no UTF-8; a line is malformed or lacks the field (line and fields named); an id comes twice.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1, got {limit}.")
+    corpus = Corpus(Path(path), data_kind(path), text_field)
+    corpus.index(limit=limit, skip_bad=skip_bad)
+    if not len(corpus):
+        found = f"{corpus.skipped} malformed ones" if corpus.skipped else "none"
+        first = f" ({corpus.errors[0]})" if corpus.errors else ""
+        raise InputError(f"dataset_path must hold at least one good record, got {found} in {corpus.path}{first}.")
+    return corpus
+
+
+def _parquet_row(path: Path, row: int) -> dict[str, Any]:
+    table = open_parquet(path)
+    for group in range(table.num_row_groups):
+        rows = table.metadata.row_group(group).num_rows
+        if row < rows:
+            return dict(table.read_row_group(group).slice(row, 1).to_pylist()[0])
+        row -= rows
+    raise BadRecordError("is no longer there")
