@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,15 +111,11 @@ def _interleave(
 ) -> dict[str, list[float]]:
     loops, seconds = {}, {}
     for name, call in candidates.items():
-        loops[name] = 1
         if before is not None:
             before()
-        seconds[name] = _sample(call, 1)
-        while before is None and seconds[name] * loops[name] < SAMPLE_SECONDS:
-            loops[name] = min(2 * loops[name], 1 + int(SAMPLE_SECONDS / max(seconds[name], 1e-9)))
-            seconds[name] = _sample(call, loops[name])
-            if loops[name] * seconds[name] >= 0.5 * SAMPLE_SECONDS:
-                break
+        once = _sample(call, 1)
+        loops[name] = 1 if before is not None else max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-9)))
+        seconds[name] = once if loops[name] == 1 else _sample(call, loops[name])
     round_seconds = sum(seconds[name] * loops[name] for name in candidates)
     rounds = rounds or min(max(int(BUDGET_SECONDS / round_seconds), MIN_ROUNDS), MAX_ROUNDS)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -170,9 +167,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine()
-    )
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 @pytest.hookimpl(trylast=True)
@@ -192,6 +188,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+def _seeded() -> None:
     torch.manual_seed(0)
-    yield
