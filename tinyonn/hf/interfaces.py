@@ -1,0 +1,113 @@
+"""Attention and experts functions registered with transformers, and switched on for one model at a time.
+
+Registering names a function for every model of the process; it runs only in a model whose configuration asks for that name.
+`attention_implementation` and `experts_implementation` set the name on every configuration of a model and put back what was
+there, whatever happens in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.moe import ExpertsInterface
+
+from ..errors import InputError
+
+
+def register_attention(name: str, forward: Callable[..., Any], *, mask: str = "sdpa") -> None:
+    """Makes `forward` available as `attn_implementation=name`.
+
+    The mask function is registered under the same name: without one, transformers passes no mask at all, and padding is
+    attended to.
+
+    Args:
+        name: what a configuration asks for.
+        forward: `(module, query, key, value, attention_mask, dropout, scaling, **kwargs) -> (out, weights | None)`; query
+            (B, H, T, D), key and value (B, K, T, D), out (B, T, H, D).
+        mask: the registered implementation whose masks `forward` takes: "sdpa" (bool, or None for plain causal) or
+            "eager" (additive float).
+
+    Raises:
+        ValueError: no mask function is registered as `mask`.
+    """
+    masks = AttentionMaskInterface()
+    if mask not in masks:
+        raise ValueError(f"mask must be one of {', '.join(masks)}, got {mask!r}.")
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, masks[mask])
+
+
+def register_experts(name: str, forward: Callable[..., Any]) -> None:
+    """Makes `forward` available as `experts_implementation=name`.
+
+    Args:
+        name: what a configuration asks for.
+        forward: `(experts_module, hidden_states (N, F), top_k_index (N, k), top_k_weights (N, k)) -> (N, F)`.
+    """
+    ExpertsInterface.register(name, forward)
+
+
+def configurations(model: nn.Module) -> list[PretrainedConfig]:
+    """Every distinct configuration object that a module of the model reads, nested ones included."""
+    found: dict[int, PretrainedConfig] = {}
+
+    def add(config: Any) -> None:
+        if isinstance(config, PretrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            for key in config.sub_configs:
+                add(getattr(config, key, None))
+
+    for module in model.modules():
+        add(getattr(module, "config", None))
+    return list(found.values())
+
+
+def uses_experts_interface(module: nn.Module) -> bool:
+    """Whether a module's experts are computed by the function that its configuration names."""
+    marks = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+    return all(hasattr(module, mark) for mark in marks) and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+
+
+@contextmanager
+def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """Within the block, the model's attention is the function registered as `name`.
+
+    Modules that do not ask AttentionInterface go on as before: nothing here can tell.
+
+    Raises:
+        InputError: `name` is not registered.
+    """
+    if name != "eager" and name not in AttentionInterface():
+        raise InputError(f"attention implementation must be a registered name, got {name!r}.")
+    with _set_on_every_config(model, "_attn_implementation_internal", name):
+        yield
+
+
+@contextmanager
+def experts_implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """Within the block, the model's experts are computed by the function registered as `name`.
+
+    Raises:
+        InputError: `name` is not registered.
+    """
+    if name != "eager" and name not in ExpertsInterface():
+        raise InputError(f"experts implementation must be a registered name, got {name!r}.")
+    with _set_on_every_config(model, "_experts_implementation_internal", name):
+        yield
+
+
+@contextmanager
+def _set_on_every_config(model: nn.Module, attribute: str, name: str) -> Iterator[None]:
+    # The public property writes through to nested configurations, which would lose a nested one's own choice on the way back.
+    before = [(config, getattr(config, attribute)) for config in configurations(model)]
+    try:
+        for config, _ in before:
+            setattr(config, attribute, name)
+        yield
+    finally:
+        for config, value in before:
+            setattr(config, attribute, value)

@@ -1,0 +1,131 @@
+"""Writes the block norms of every target's output and output gradient into two planes, while a model runs.
+
+For `y = x Wᵀ + b`, token t's gradient of `W[block, :]` is `δ_t[block] ⊗ x_t`, of Frobenius norm `‖δ_t[block]‖·‖x_t‖`. A forward
+hook takes `‖y_t[block]‖` and `‖x_t‖`; a hook on y's gradient takes `‖δ_t[block]‖·‖x_t‖`. The bias is no part of it. Nothing but
+`‖x_t‖`, one number a token, is kept between forward and backward: an activation lives as long as autograd itself needs it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ._standin import block_norms
+from .targets import BLOCK_SIZE, Target
+
+
+class Capture:
+    """Two planes of one batch, filled by hooks.
+
+    Args:
+        targets: what to record, in column order.
+        batch_shape: (sequences, tokens).
+        device: of the model.
+
+    Attributes:
+        activation, grad_norm: (sequences * tokens, blocks) float32, NaN where nothing was recorded.
+    """
+
+    def __init__(self, targets: list[Target], batch_shape: tuple[int, int], device: torch.device) -> None:
+        rows, blocks = batch_shape[0] * batch_shape[1], targets[-1].end
+        self.batch_shape = batch_shape
+        self.activation = torch.full((rows, blocks), torch.nan, device=device)
+        self.grad_norm = torch.full((rows, blocks), torch.nan, device=device)
+        self._recorded: set[int] = set()
+        self._input: weakref.ref[Tensor] | None = None
+        self._input_version = -1
+        self._input_norm: Tensor | None = None
+
+    def record(self, target: Target, inputs: Tensor, output: Tensor) -> None:
+        """Records a module's output now, and its gradient when backward reaches it."""
+        self._claim(target)
+        rows = _token_rows(target, output, self.batch_shape)
+        columns = slice(target.base, target.end)
+        block_norms(rows.detach(), BLOCK_SIZE, out=self.activation[:, columns])
+        if not output.requires_grad:
+            return
+        input_norm, grad_plane, shape = self._norm_of(inputs), self.grad_norm[:, columns], self.batch_shape
+
+        def on_gradient(grad: Tensor) -> None:
+            block_norms(_token_rows(target, grad, shape), BLOCK_SIZE, row_scale=input_norm, out=grad_plane)
+
+        output.register_hook(on_gradient)
+
+    def record_pairs(self, target: Target, tokens: Tensor, experts: Tensor, inputs: Tensor, output: Tensor) -> None:
+        """Records one expert product over routed (token, expert) pairs; the blocks of unrouted pairs stay NaN.
+
+        Args:
+            tokens, experts: (pairs,) row of the batch and index of the expert.
+            inputs: (pairs, in_features). output: (pairs, out_features), whose gradient is recorded when it comes.
+        """
+        self._claim(target)
+        places = (-1, target.experts, target.blocks)
+        columns = slice(target.base, target.end)
+        self.activation[:, columns].unflatten(1, places[1:])[tokens, experts] = block_norms(output.detach(), BLOCK_SIZE)
+        if not output.requires_grad:
+            return
+        input_norm, grad_plane = _row_norm(inputs), self.grad_norm[:, columns].unflatten(1, places[1:])
+
+        def on_gradient(grad: Tensor) -> None:
+            grad_plane[tokens, experts] = block_norms(grad, BLOCK_SIZE, row_scale=input_norm)
+
+        output.register_hook(on_gradient)
+
+    def _claim(self, target: Target) -> None:
+        if target.base in self._recorded:
+            raise InputError(
+                f"targets must leave out {target.name}: it runs more than once in a forward pass, so a token's gradient is no single "
+                "outer product."
+            )
+        self._recorded.add(target.base)
+
+    def _norm_of(self, inputs: Tensor) -> Tensor:
+        # q, k and v (or gate and up) are handed the same tensor object one after another. A weak reference, so that the
+        # input is not kept alive, and the version, so that one changed in place counts as another.
+        if self._input is None or self._input() is not inputs or self._input_version != inputs._version:
+            self._input_norm = _row_norm(inputs)
+            self._input, self._input_version = weakref.ref(inputs), inputs._version
+        assert self._input_norm is not None
+        return self._input_norm
+
+
+@contextmanager
+def module_hooks(targets: Iterable[Target], current: Callable[[], Capture | None]) -> Iterator[None]:
+    """Hooks on every target that is a module; they record into `current()`, or do nothing where that is None."""
+
+    def hook_for(target: Target) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            capture = current()
+            if capture is not None:
+                capture.record(target, args[0] if args else next(iter(kwargs.values())), output)
+
+        return hook
+
+    handles = [target.module.register_forward_hook(hook_for(target), with_kwargs=True) for target in targets if not target.is_experts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _token_rows(target: Target, tensor: Tensor, batch_shape: tuple[int, int]) -> Tensor:
+    """(..., features) as (sequences * tokens, features), for the two layouts whose rows are the batch's tokens in order."""
+    sequences, tokens = batch_shape
+    leading = tuple(tensor.shape[:-1])
+    if leading not in ((sequences, tokens), (sequences * tokens,)):
+        raise InputError(
+            f"targets must leave out {target.name}: its output has shape {tuple(tensor.shape)}, whose rows are not the "
+            f"{sequences} x {tokens} tokens of the batch."
+        )
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _row_norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.detach().reshape(-1, x.shape[-1]), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))

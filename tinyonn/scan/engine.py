@@ -1,0 +1,180 @@
+"""The scan of one batch: what every block of every weight does for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..hf.interfaces import attention_implementation
+from ..mscan.layout import LayoutEntry, layout_groups
+from ..mscan.types import Integral
+from .batch import Batch
+from .capture import Capture, module_hooks
+from .experts import PairRecorder, recorded_experts
+from .forward import frozen, logits_from_embeddings, loss_into_gradient_
+from .integral import sequence_integral
+from .local_credit import LOCAL_CREDIT
+from .proof import prove_local_credit, prove_same_logits
+from .targets import Target, find_targets, layout_of
+
+CREDITS = ("full", "local")
+
+
+@dataclass(frozen=True)
+class SequenceScan:
+    """What one sequence of a batch did, without its padding.
+
+    Attributes:
+        activation: (tokens, blocks) float32, ‖output block‖₂; the last token, which has no label, is NaN.
+        grad_norm: (tokens, blocks) float32, per-token gradient norm of the weight's block, nats per weight; NaN alike. NaN also
+            for the blocks of an expert that the token was not routed to, and of a module that did not run.
+        loss: (tokens,) float32 nats; loss[t] is of predicting token t+1; NaN for the last.
+        integral: ∫SPS and moments over the tokens that are not NaN.
+    """
+
+    activation: NDArray[np.float32]
+    grad_norm: NDArray[np.float32]
+    loss: NDArray[np.float32]
+    integral: Integral
+
+
+class ScanEngine:
+    """Records activation and gradient norms of a causal language model, batch by batch.
+
+        with ScanEngine(model) as engine:
+            for result in engine.scan(input_ids, attention_mask):
+                result.activation, result.grad_norm, result.loss
+
+    The loss is cross-entropy summed over tokens, so a token's gradient does not depend on its sequence's length. The measured
+    weights are the matrices, not the biases. A sequence's values do not depend on its padding or its neighbours in the batch
+    beyond rounding. On leaving, the model is as it was: hooks, requires_grad, training modes, implementations and any `.grad`.
+
+    Args:
+        model: a transformers causal language model, on one device.
+        credit: "full": a token's gradient includes what it did for later tokens. "local": only its own loss, through its
+            own positions; keys and values of other tokens count as constants.
+        targets: the modules to record; see `tinyonn.scan.targets.find_targets`.
+
+    Attributes:
+        layout: one LayoutEntry per weight, in the planes' column order.
+        group_offsets: (groups + 1,) int64, first column of each decoder layer.
+
+    Raises:
+        InputError: an unknown credit, a target that is not there; on entering, a model for which local credit is not exact.
+    """
+
+    def __init__(self, model: nn.Module, *, credit: str = "full", targets: str = "all") -> None:
+        if credit not in CREDITS:
+            raise InputError(f"credit must be one of {', '.join(CREDITS)}, got {credit!r}.")
+        devices = {parameter.device for parameter in model.parameters()}
+        if len(devices) != 1 or next(iter(devices)).type == "meta":
+            raise InputError(f"model must be on one device, got {', '.join(sorted(map(str, devices)))}.")
+        self.model = model
+        self.credit = credit
+        self.device = devices.pop()
+        self._targets = find_targets(model, targets)
+        self.layout: list[LayoutEntry] = layout_of(self._targets)
+        self.group_offsets = torch.from_numpy(layout_groups(self.layout)[1])
+        self._stack: ExitStack | None = None
+        self._capture: Capture | None = None
+
+    @property
+    def blocks(self) -> int:
+        """Columns of a plane."""
+        return self._targets[-1].end
+
+    def __enter__(self) -> ScanEngine:
+        if self._stack is not None:
+            raise RuntimeError("ScanEngine must be left before it is entered again.")
+        with ExitStack() as stack, torch.enable_grad():
+            stack.enter_context(frozen(self.model))
+            if self.credit == "local" or any(target.is_experts for target in self._targets):
+                self._prove()
+            stack.enter_context(module_hooks(self._targets, lambda: self._capture))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._stack is not None
+        stack, self._stack = self._stack, None
+        stack.close()
+
+    def scan(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[SequenceScan]:
+        """Scans one batch.
+
+        Args:
+            input_ids: (B, T) token ids.
+            attention_mask: (B, T), 1 for tokens and 0 for padding, at either end of a row; None for no padding.
+
+        Returns:
+            One SequenceScan per row.
+
+        Raises:
+            InputError: shapes that differ, a row without a token, padding between tokens, a token outside the vocabulary,
+                or a module whose output is not one row per token.
+        """
+        if self._stack is None:
+            raise RuntimeError("ScanEngine must be entered with `with` before scan is called.")
+        batch = Batch.of(input_ids, attention_mask, self.model.get_input_embeddings().num_embeddings, self.device)  # type: ignore[operator]
+        capture = Capture(self._targets, tuple(batch.input_ids.shape), self.device)
+        self._capture = capture
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), self._implementations(capture):
+                logits, embeddings = logits_from_embeddings(self.model, batch.input_ids)
+                rows = logits.detach().view(-1, logits.shape[-1])
+                loss = loss_into_gradient_(rows, batch.labels.reshape(-1))
+                # The gradient stands in the logits' own memory. An earlier step that needs them for its backward makes autograd raise.
+                torch.autograd.grad(logits, embeddings, rows.view_as(logits))
+                del logits, rows, embeddings
+        finally:
+            self._capture = None
+        return list(self._results(batch, capture, loss))
+
+    def _results(self, batch: Batch, capture: Capture, loss: Tensor) -> Iterator[SequenceScan]:
+        shape = batch.input_ids.shape
+        activation, grad_norm = capture.activation.unflatten(0, shape), capture.grad_norm.unflatten(0, shape)
+        offsets = self.group_offsets.to(self.device)
+        for row, length in enumerate(batch.lengths):
+            planes = activation[row, :length], grad_norm[row, :length]
+            for plane in planes:
+                plane[-1] = torch.nan
+            integral = sequence_integral(*planes, offsets)
+            yield SequenceScan(planes[0].cpu().numpy(), planes[1].cpu().numpy(), loss.view(shape)[row, :length].cpu().numpy(), integral)
+
+    @contextmanager
+    def _implementations(self, capture: Capture | None) -> Iterator[None]:
+        """The attention and experts functions of a scan; `generate` between scans runs the model's own."""
+        recorders: dict[nn.Module, PairRecorder] = {}
+        by_module: dict[nn.Module, dict[str, Target]] = {}
+        for target in self._targets:
+            if target.is_experts:
+                by_module.setdefault(target.module, {})[target.weight] = target
+        for module, weights in by_module.items():
+            recorders[module] = _pair_recorder(weights, capture)
+        with ExitStack() as stack:
+            stack.enter_context(recorded_experts(self.model, recorders))
+            if self.credit == "local":
+                stack.enter_context(attention_implementation(self.model, LOCAL_CREDIT))
+            yield
+
+    def _prove(self) -> None:
+        if self.credit == "local":
+            prove_local_credit(self.model)
+        prove_same_logits(self.model, lambda: self._implementations(None), f"a scan with credit={self.credit!r}")
+
+
+def _pair_recorder(weights: dict[str, Target], capture: Capture | None) -> PairRecorder:
+    def record(name: str, *pairs: Any) -> None:
+        if capture is not None and name in weights:
+            capture.record_pairs(weights[name], *pairs)
+
+    return record
