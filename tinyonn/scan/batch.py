@@ -27,6 +27,11 @@ class Batch:
     labels: Tensor
     lengths: list[int]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        return self.input_ids.shape[0], self.input_ids.shape[1]
+
     @classmethod
     def of(cls, input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int, device: torch.device) -> Batch:
         """Checks and aligns (B, T) ids under a (B, T) mask of ones and zeros.

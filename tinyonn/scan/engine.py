@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..hf.interfaces import attention_implementation
@@ -20,7 +21,7 @@ from ..mscan.types import Integral
 from .batch import Batch
 from .capture import Capture, module_hooks
 from .experts import PairRecorder, recorded_experts
-from .forward import frozen, logits_from_embeddings, loss_into_gradient_
+from .forward import frozen, logits_from_embeddings, loss_into_gradient_, vocabulary_size
 from .integral import sequence_integral
 from .local_credit import LOCAL_CREDIT
 from .proof import prove_local_credit, prove_same_logits
@@ -72,7 +73,7 @@ class ScanEngine:
         InputError: an unknown credit, a target that is not there; on entering, a model for which local credit is not exact.
     """
 
-    def __init__(self, model: nn.Module, *, credit: str = "full", targets: str = "all") -> None:
+    def __init__(self, model: PreTrainedModel, *, credit: str = "full", targets: str = "all") -> None:
         if credit not in CREDITS:
             raise InputError(f"credit must be one of {', '.join(CREDITS)}, got {credit!r}.")
         devices = {parameter.device for parameter in model.parameters()}
@@ -124,8 +125,8 @@ class ScanEngine:
         """
         if self._stack is None:
             raise RuntimeError("ScanEngine must be entered with `with` before scan is called.")
-        batch = Batch.of(input_ids, attention_mask, self.model.get_input_embeddings().num_embeddings, self.device)  # type: ignore[operator]
-        capture = Capture(self._targets, tuple(batch.input_ids.shape), self.device)
+        batch = Batch.of(input_ids, attention_mask, vocabulary_size(self.model), self.device)
+        capture = Capture(self._targets, batch.shape, self.device)
         self._capture = capture
         try:
             with torch.inference_mode(False), torch.enable_grad(), self._implementations(capture):
@@ -140,7 +141,7 @@ class ScanEngine:
         return list(self._results(batch, capture, loss))
 
     def _results(self, batch: Batch, capture: Capture, loss: Tensor) -> Iterator[SequenceScan]:
-        shape = batch.input_ids.shape
+        shape = batch.shape
         activation, grad_norm = capture.activation.unflatten(0, shape), capture.grad_norm.unflatten(0, shape)
         offsets = self.group_offsets.to(self.device)
         for row, length in enumerate(batch.lengths):

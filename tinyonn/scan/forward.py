@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import InputError
 
@@ -32,7 +33,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def logits_from_embeddings(model: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the input embeddings."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
+
+
+def logits_from_embeddings(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Runs a frozen model on whole sequences.
 
     Args:
@@ -52,7 +60,7 @@ def logits_from_embeddings(model: nn.Module, input_ids: Tensor) -> tuple[Tensor,
         leaves.append(leaf)
         return leaf
 
-    handle = model.get_input_embeddings().register_forward_hook(start_graph)  # type: ignore[operator]
+    handle = model.get_input_embeddings().register_forward_hook(start_graph)
     try:
         output = model(input_ids=input_ids, use_cache=False, output_hidden_states=False, output_attentions=False, return_dict=True)
     finally:

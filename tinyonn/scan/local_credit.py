@@ -87,7 +87,16 @@ def local_credit_attention(
 
 class _LocalCreditAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         ctx.save_for_backward(query, key, value, mask, sinks)
         ctx.scale, ctx.softcap = scale, softcap
         if softcap is None and sinks is None:
@@ -101,7 +110,7 @@ class _LocalCreditAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask, sinks = ctx.saved_tensors
         heads = key.shape[1]
         grad_query = torch.empty_like(query)

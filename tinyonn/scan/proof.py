@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..hf.interfaces import attention_implementation
-from .forward import logits_from_embeddings
+from .forward import logits_from_embeddings, vocabulary_size
 from .local_credit import LOCAL_CREDIT
 
 PROBE_TOKENS = 16
@@ -19,7 +20,7 @@ PROBE_TOKENS = 16
 LOGIT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def prove_same_logits(model: nn.Module, changed: Callable[[], Any], what: str) -> None:
+def prove_same_logits(model: PreTrainedModel, changed: Callable[[], Any], what: str) -> None:
     """Raises InputError unless a frozen model's logits are the same inside the context that `changed()` opens."""
     probe = _probe(model)
     with torch.no_grad():
@@ -31,7 +32,7 @@ def prove_same_logits(model: nn.Module, changed: Callable[[], Any], what: str) -
         raise InputError(f"{what} must leave the logits as they are, got a difference of {difference:.3g} at a scale of {scale:.3g}.")
 
 
-def prove_local_credit(model: nn.Module) -> None:
+def prove_local_credit(model: PreTrainedModel) -> None:
     """Raises InputError, naming the module, unless local credit is exact on a frozen model.
 
     One token's loss must leave exactly zero gradient on every other token's embedding.
@@ -53,9 +54,9 @@ def prove_local_credit(model: nn.Module) -> None:
         raise InputError(f"credit must be 'full' for this model: {named} mixes tokens outside transformers' attention interface.")
 
 
-def _refuse_own_attention(model: nn.Module) -> None:
+def _refuse_own_attention(model: PreTrainedModel) -> None:
     """Refuses models whose classes choose their attention by a table of their own when they are built."""
-    if hasattr(model, "_can_set_attn_implementation") and not model._can_set_attn_implementation():
+    if not model._can_set_attn_implementation():
         name, module = next(
             ((name, module) for name, module in model.named_modules() if "attention" in type(module).__name__.lower()), ("the model", model)
         )
@@ -65,7 +66,7 @@ def _refuse_own_attention(model: nn.Module) -> None:
 
 
 @contextmanager
-def _watched(model: nn.Module) -> Iterator[list[str]]:
+def _watched(model: PreTrainedModel) -> Iterator[list[str]]:
     """Yields a list that backward fills with the innermost modules where one token's gradient spread to others.
 
     A module spreads it where its output's gradient is on one token and its input's is on more. Backward meets the last layer
@@ -115,7 +116,6 @@ def _first_token_tensor(values: Any) -> Tensor | None:
     return None
 
 
-def _probe(model: nn.Module) -> Tensor:
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    tokens = (torch.arange(1, PROBE_TOKENS + 1) * 7919) % vocabulary
+def _probe(model: PreTrainedModel) -> Tensor:
+    tokens = (torch.arange(1, PROBE_TOKENS + 1) * 7919) % vocabulary_size(model)
     return tokens[None].to(next(model.parameters()).device)

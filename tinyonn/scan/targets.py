@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
@@ -55,7 +56,7 @@ class Target:
         return not isinstance(self.module, (nn.Linear, Conv1D))
 
 
-def find_targets(model: nn.Module, targets: str = "all") -> list[Target]:
+def find_targets(model: PreTrainedModel, targets: str = "all") -> list[Target]:
     """The targets of a model that a specification names, in column order.
 
     Args:
@@ -93,7 +94,7 @@ def layout_of(targets: Iterable[Target]) -> list[LayoutEntry]:
     return layout
 
 
-def _all_targets(model: nn.Module) -> list[Target]:
+def _all_targets(model: PreTrainedModel) -> list[Target]:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -110,9 +111,9 @@ def _all_targets(model: nn.Module) -> list[Target]:
     return found
 
 
-def _layer_order(model: nn.Module) -> Callable[[Target], tuple[bool, int]]:
+def _layer_order(model: PreTrainedModel) -> Callable[[Target], tuple[bool, int]]:
     """A sort key: by layer in order of first appearance, weights outside every layer in their place, the output head last."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     first: dict[str, int] = {}
 
     def key(target: Target) -> tuple[bool, int]:
