@@ -1,0 +1,54 @@
+"""One scan on many machines: each process takes its share of the sequences and writes a file of its own.
+
+Processes never talk to each other. What they need to agree on, which sequence is whose, follows from the corpus order and the
+number of processes alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: its rank among `size`, and its rank on this machine (which GPU it takes)."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> World:
+        """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; alone where they are absent.
+
+        Raises:
+            InputError: a variable is no number, or the rank is outside the world.
+        """
+        env = os.environ if environment is None else environment
+        size = _number(env, "WORLD_SIZE", 1)
+        rank = _number(env, "RANK", 0)
+        if size < 1 or not 0 <= rank < size:
+            raise InputError(f"RANK must be below WORLD_SIZE, got {rank} of {size}.")
+        return cls(rank, size, _number(env, "LOCAL_RANK", 0))
+
+    def share(self, items: Iterable[T]) -> Iterator[T]:
+        """Every size-th item, from the rank-th on."""
+        for index, item in enumerate(items):
+            if index % self.size == self.rank:
+                yield item
+
+
+def _number(env: Mapping[str, str], name: str, default: int) -> int:
+    value = env.get(name, "")
+    if not value:
+        return default
+    if not value.isdigit():
+        raise InputError(f"{name} must be a whole number, got {value!r}.")
+    return int(value)

@@ -1,0 +1,89 @@
+"""Answers to prompts, by the model's own `generate`; the scan then reads prompt and answer in one pass."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .tokens import TokenSequence
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt with its answer. answer_mask: (tokens,) uint8, 1 for the answer's tokens; None for a text scanned as it is."""
+
+    sequence: TokenSequence
+    answer_mask: NDArray[np.uint8] | None
+
+
+class Generator:
+    """Adds up to `new_tokens` to each prompt of a batch.
+
+    Args:
+        model: a causal language model with `generate`.
+        tokenizer: its tokenizer.
+        padding: token id to the left of shorter prompts.
+        new_tokens: most tokens of an answer.
+        temperature: 0 is greedy.
+        top_p: nucleus of sampling.
+        seed: with the first prompt's id, the seed of a batch: a resumed scan draws what the first would have.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, padding: int, new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._padding = padding
+        self._new_tokens = new_tokens
+        self._seed = seed
+        # Every sampling option is given, so the model's own generation_config decides nothing.
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        self._options = sampling if temperature > 0 else greedy
+
+    def answer(self, prompts: list[TokenSequence]) -> list[Answered]:
+        """Prompts with their answers, each answer up to and with its end-of-text token."""
+        device = next(self._model.parameters()).device
+        width = max(len(prompt.token_ids) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self._padding, dtype=torch.int64)
+        mask = torch.zeros((len(prompts), width), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt.token_ids) :] = torch.from_numpy(prompt.token_ids)
+            mask[row, width - len(prompt.token_ids) :] = 1
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            torch.manual_seed(self._batch_seed(prompts[0].sequence_id))
+            grown = self._model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=self._new_tokens,
+                pad_token_id=self._padding,
+                **self._options,
+            )
+        return [self._answered(prompt, row) for prompt, row in zip(prompts, grown[:, width:].cpu().numpy(), strict=True)]
+
+    def _answered(self, prompt: TokenSequence, new: NDArray[np.int64]) -> Answered:
+        ends = np.flatnonzero(np.isin(new, self._end_tokens()))
+        answer = new[: ends[0] + 1] if len(ends) else new
+        token_ids = np.concatenate([prompt.token_ids, answer])
+        marked = np.zeros(len(token_ids), np.uint8)
+        marked[len(prompt.token_ids) :] = 1
+        # Decoded apart, so that the prompt's text stays as it was.
+        text = prompt.text + self._tokenizer.decode(answer)
+        return Answered(TokenSequence(prompt.sequence_id, token_ids, text), marked)
+
+    def _end_tokens(self) -> list[int]:
+        configured = self._model.generation_config.eos_token_id
+        if configured is None:
+            return []
+        return list(configured) if isinstance(configured, (list, tuple)) else [int(configured)]
+
+    def _batch_seed(self, sequence_id: str) -> int:
+        digest = hashlib.sha256(f"{self._seed}:{sequence_id}".encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 1

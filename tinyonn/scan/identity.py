@@ -1,0 +1,122 @@
+"""What a scan's content depends on: hashes, versions and options, written into the file and compared on resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import RUN_ONLY, ScanConfig
+from .loading import display_name, weight_files
+
+BLOCK_SIZE = 64
+
+# In the metadata, and not part of the identity: a scan may be continued by a newer version, or a renamed copy of the model.
+DESCRIPTIVE = (
+    "tinyonn",
+    "torch",
+    "transformers",
+    "model",
+    "architecture",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "parameters",
+    "tokenizer",
+    "corpus",
+    "config_hash",
+)
+
+
+def file_hash(*files: Path) -> str:
+    """sha256 over the names and contents of files, whole."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def scan_metadata(
+    config: ScanConfig, folder: Path, tokenizer: Any, model_config: Any, *, dtype: torch.dtype, max_length: int, parameters: int
+) -> dict[str, Any]:
+    """The metadata of a scan's file: model, corpus, options, versions. Names and hashes, no paths.
+
+    Args:
+        config: the options.
+        folder: the model's folder.
+        tokenizer: its tokenizer.
+        model_config: its transformers configuration.
+        dtype: the precision used, "auto" resolved.
+        max_length: tokens kept, the model's own limit applied.
+        parameters: number of weights.
+    """
+    import transformers
+
+    from .. import __version__
+
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in RUN_ONLY}
+    tokenizer_files = [
+        file for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") if (file := folder / name).is_file()
+    ]
+    metadata = {
+        "tinyonn": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "model": display_name(config.model_path, folder),
+        "architecture": type(model_config).__name__.removesuffix("Config"),
+        **_heads(model_config.get_text_config()),
+        "parameters": parameters,
+        "model_weights_sha256": file_hash(*weight_files(folder)),
+        "model_config_sha256": file_hash(folder / "config.json"),
+        "tokenizer": type(tokenizer).__name__,
+        "tokenizer_sha256": file_hash(*tokenizer_files),
+        "corpus": Path(config.dataset_path).name,
+        "corpus_sha256": file_hash(Path(config.dataset_path)),
+        **options,
+        "topic": config.topic_name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_length": max_length,
+        "reduction": "sum",
+        "block_size": BLOCK_SIZE,
+    }
+    return metadata | {"config_hash": identity_hash(metadata)}
+
+
+def _heads(model_config: Any) -> dict[str, int]:
+    """What tells which blocks of a projection belong to which attention head; only what the configuration says."""
+    heads = getattr(model_config, "num_attention_heads", None)
+    hidden = getattr(model_config, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(hidden, int):
+        return {}
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(model_config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(model_config, "head_dim", None) or hidden // heads,
+    }
+
+
+def identity(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the metadata that a stored value depends on."""
+    return {key: value for key, value in metadata.items() if key not in DESCRIPTIVE}
+
+
+def identity_hash(metadata: Mapping[str, Any]) -> str:
+    """Hash of that part: equal exactly where one scan may continue the other."""
+    return hashlib.sha256(json.dumps(identity(metadata), sort_keys=True).encode()).hexdigest()
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Fields in which two scans differ, as "name (stored → wanted)"; hashes by name alone."""
+    old, new = identity(stored), identity(wanted)
+    return [
+        name if name.endswith("_sha256") else f"{name} ({old.get(name)} → {new.get(name)})"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]

@@ -1,0 +1,253 @@
+"""The model and its tokenizer, from a local folder or the hub, with one clear line for what can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from .memory import available_memory, readable_bytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the files of a model hold: number of values, and bytes a value as stored."""
+
+    values: int
+    stored_bytes: int
+
+
+def resolve_model(model_path: str) -> Path:
+    """The folder of a model: itself, or the hub's snapshot of an id, downloaded if it is not in the cache.
+
+    Raises:
+        InputError: no such folder, no model in it, or the id cannot be downloaded.
+    """
+    path = Path(model_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            held = sorted(entry.name for entry in path.iterdir())[:5]
+            raise InputError(f"model_path must be a folder with config.json, got {model_path} (holds {', '.join(held) or 'nothing'}).")
+        if not weight_files(path):
+            raise InputError(f"model_path must hold weights (*.safetensors or *.bin), got {model_path}.")
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path):
+        raise InputError(f"model_path must be an existing folder or a hub id, got {model_path}.")
+    return _download(model_path)
+
+
+def _download(model_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    # Repositories often hold the same weights twice; safetensors are taken alone where they exist.
+    small = ["*.json", "*.txt", "*.model", "*.jinja"]
+    for weights in ("*.safetensors", "*.bin"):
+        for offline in (True, False):
+            try:
+                folder = Path(snapshot_download(model_id, allow_patterns=[*small, weights], local_files_only=offline))
+            except Exception as error:  # the hub raises a dozen types, by version and transport
+                if offline:
+                    continue
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(
+                    f"model_path must be an existing folder or a hub id that can be downloaded, got {model_id}: {reason}"
+                ) from error
+            if (folder / "config.json").is_file() and weight_files(folder):
+                return folder
+    raise InputError(f"model_path must hold a model with config.json and weights, got {model_id}.")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights, sorted: safetensors, else PyTorch's."""
+    for pattern in ("*.safetensors", "*.bin"):
+        files = sorted(file for file in folder.glob(pattern) if file.name != "training_args.bin")
+        if files:
+            return files
+    return []
+
+
+def weights_of(folder: Path) -> Weights:
+    """Number of values and bytes, read from the safetensors headers alone; PyTorch files count by their size.
+
+    Raises:
+        InputError: a file is not safetensors.
+    """
+    values = stored = 0
+    for file in weight_files(folder):
+        if file.suffix != ".safetensors":
+            size = file.stat().st_size
+            values, stored = values + size // 2, stored + size
+            continue
+        for dtype, shape in _tensors(file):
+            count = 1
+            for extent in shape:
+                count *= extent
+            values += count
+            stored += count * _WIDTHS.get(dtype, 1)
+    return Weights(values, stored)
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, list[int]]]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > size - 8:
+            raise InputError(f"model_path must hold whole safetensors files, got {file.name} cut short at {size} bytes.")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise InputError(f"model_path must hold valid safetensors files, got a damaged header in {file.name}.") from error
+    for name, entry in header.items():
+        if name != "__metadata__":
+            yield entry["dtype"], entry["shape"]
+
+
+def resolve_device(device: str, local_rank: int = 0) -> torch.device:
+    """The torch device of an option; "auto" is this process's GPU where there is one.
+
+    Raises:
+        InputError: a GPU was asked for and is not there.
+    """
+    if device == "auto":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return torch.device("cuda", local_rank % count) if count else torch.device("cpu")
+    resolved = torch.device(device)
+    if resolved.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"device must be cpu where torch finds no GPU, got {device}.")
+        index = local_rank if resolved.index is None else resolved.index
+        if index >= torch.cuda.device_count():
+            raise InputError(f"device must be one of the {torch.cuda.device_count()} GPUs here, got cuda:{index}.")
+        return torch.device("cuda", index)
+    return resolved
+
+
+def load_config(folder: Path) -> Any:
+    """The model's transformers configuration.
+
+    Raises:
+        InputError: transformers does not know the architecture, or the file is damaged.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"model_path must hold a model that transformers knows, got {folder.name}: {reason}") from error
+
+
+def resolve_dtype(dtype: str, device: torch.device, model_config: Any) -> torch.dtype:
+    """The precision of an option; "auto" is the checkpoint's own on a GPU and float32 on a CPU, where half precision is slow."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    stored = getattr(model_config, "dtype", None)
+    if device.type == "cpu" or not isinstance(stored, torch.dtype):
+        return torch.float32
+    return stored
+
+
+def position_limit(model_config: Any) -> int | None:
+    """Longest sequence the model has positions for, None where it sets none."""
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"model_path must hold a tokenizer, got {folder.name}: {reason}") from error
+
+
+def padding_token(tokenizer: Any, batch_size: int) -> int:
+    """Token id that fills shorter sequences of a batch; its positions are masked, so only its presence matters.
+
+    Raises:
+        InputError: the tokenizer has neither padding nor end-of-text token, and batches need one.
+    """
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    if batch_size > 1:
+        raise InputError(f"batch_size must be 1 where the tokenizer has no padding and no end-of-text token, got {batch_size}.")
+    return 0
+
+
+def check_fits(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses a model whose weights alone exceed the device's free memory, before anything is loaded.
+
+    Raises:
+        InputError: naming both sizes and the options to change.
+    """
+    needed = weights_of(folder).values * dtype.itemsize
+    free = available_memory(device)
+    if needed > free:
+        remedy = "--dtype bf16" if dtype.itemsize > 2 else "a smaller model"
+        if device.type == "cuda":
+            remedy += " or --device cpu"
+        raise InputError(
+            f"model_path must fit in memory: its weights take {readable_bytes(needed)} in {str(dtype).removeprefix('torch.')}, "
+            f"{device} has {readable_bytes(free)} free; use {remedy}."
+        )
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """The causal language model, in eval mode, on its device.
+
+    Raises:
+        InputError: not a causal language model, damaged weights, or weights larger than memory.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    check_fits(folder, dtype, device)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # the caller shows its own
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (ValueError, OSError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"model_path must hold a causal language model, got {folder.name}: {reason}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise InputError(f"model_path must hold valid safetensors files, got {folder.name}: {error}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return model.to(device).eval()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on either device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search(r"can't allocate memory|out of memory|bad_alloc", str(error)))
+
+
+def display_name(model_path: str, folder: Path) -> str:
+    """Name for the file's metadata: the hub id, or the last part of the folder. Never a path of this machine."""
+    return folder.name if os.path.isdir(model_path) else model_path

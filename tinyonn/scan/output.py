@@ -1,0 +1,166 @@
+"""Where a scan writes: one file, or one file a process, and what is already there from an earlier run.
+
+A set of N files is named `name.rank0-of-N.mscan` … and opens as one. It is continued by any number of processes: the set keeps
+the larger of its own size and the new one, and process r of W looks after the members r, r + W, r + 2W …: it renames them where
+the set grew, and appends to the first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..mscan import LayoutEntry, MscanReader, MscanWriter
+from .config import ScanConfig
+from .distributed import World
+from .identity import differences
+
+# While one process renames a member, another may look for it under its old name.
+_RENAME_RETRIES = 20
+_RENAME_WAIT = 0.1
+
+
+@dataclass(frozen=True)
+class Existing:
+    """What earlier runs left: members of the set by index, and the ids of the sequences they hold."""
+
+    members: Mapping[int, Path]
+    set_size: int
+    sequence_ids: frozenset[str]
+
+
+NOTHING = Existing({}, 0, frozenset())
+
+
+def member_path(path: Path, index: int, size: int) -> Path:
+    """File of one member; a set of one is the plain file."""
+    return path if size == 1 else path.with_name(f"{path.stem}.rank{index}-of-{size}.mscan")
+
+
+def check_writable(path: Path) -> None:
+    """Proves, before any work, that the output can be written; makes its folder.
+
+    Raises:
+        InputError: with the system's reason.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(None, "is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        for member, _ in _list_members(path).values():
+            with member.open("ab"):
+                pass
+    except OSError as error:
+        raise InputError(f"output_path must be writable, got {path}: {error.strerror}.") from error
+
+
+def find_existing(path: Path, metadata: Mapping[str, Any]) -> Existing:
+    """The files of earlier runs and the ids in them; a member that is not there was not begun.
+
+    Raises:
+        InputError: a file was written with another configuration; the fields that differ are named.
+        MscanError: a file is damaged.
+    """
+    for attempt in range(_RENAME_RETRIES):
+        try:
+            return _read_existing(path, metadata)
+        except FileNotFoundError:
+            if attempt == _RENAME_RETRIES - 1:
+                raise
+            time.sleep(_RENAME_WAIT)
+    raise AssertionError("the loop returns or raises")
+
+
+def refuse_existing(path: Path) -> None:
+    """For scans that shall not continue.
+
+    Raises:
+        InputError: any file of the set exists.
+    """
+    if members := _list_members(path):
+        first = next(iter(members.values()))[0]
+        raise InputError(f"output_path must not exist where resuming is off, got {first}; use --overwrite to replace it.")
+
+
+def open_writer(
+    config: ScanConfig, world: World, existing: Existing, metadata: dict[str, Any], layout: list[LayoutEntry]
+) -> tuple[MscanWriter, Path]:
+    """This process's file, created or continued, and every member it looks after put in its place.
+
+    Args:
+        config: path, codec, sync, overwrite.
+        world: this process's place.
+        existing: from `find_existing`, or NOTHING.
+        metadata, layout: of a file created now; a continued one keeps its metadata.
+    """
+    path = config.output
+    if config.overwrite:
+        for index, (file, _) in _list_members(path, one_each=False).items():
+            if index % world.size == world.rank:
+                for stale in (file, *_same_index(path, index)):
+                    stale.unlink(missing_ok=True)
+    size = max(existing.set_size, world.size)
+    for index in range(world.rank, size, world.size):
+        target = member_path(path, index, size)
+        current = existing.members.get(index)
+        if current is not None and current != target:
+            current.rename(target)
+        elif current is None and index != world.rank:
+            # The set opens only when whole, and the process that would have begun this member is not here.
+            _writer(config, target, metadata, layout, "x").close()
+    target = member_path(path, world.rank, size)
+    if world.rank in existing.members:
+        with MscanReader(target) as reader:
+            stored = dict(reader.metadata)
+        return _writer(config, target, stored, layout, "a"), target
+    return _writer(config, target, metadata, layout, "x"), target
+
+
+def _writer(config: ScanConfig, target: Path, metadata: dict[str, Any], layout: list[LayoutEntry], mode: str) -> MscanWriter:
+    return MscanWriter(target, metadata, layout, mode=mode, codec=config.codec, compression=config.compression, sync=config.sync)
+
+
+def _read_existing(path: Path, metadata: Mapping[str, Any]) -> Existing:
+    members = _list_members(path)
+    ids: set[str] = set()
+    for file, _ in members.values():
+        with MscanReader(file) as reader:
+            if changed := differences(reader.metadata, metadata):
+                raise InputError(
+                    f"output_path must be a scan with the same configuration, {file} differs in {', '.join(changed)}; "
+                    "use --overwrite to replace it, or another --output-path."
+                )
+            ids.update(sequence.sequence_id for sequence in reader.sequences)
+    size = max((size for _, size in members.values()), default=0)
+    return Existing({index: file for index, (file, _) in members.items()}, size, frozenset(ids))
+
+
+def _list_members(path: Path, *, one_each: bool = True) -> dict[int, tuple[Path, int]]:
+    """Existing files of a set: index → (file, size of the set by its name)."""
+    found: dict[int, tuple[Path, int]] = {0: (path, 1)} if path.is_file() else {}
+    pattern = re.compile(re.escape(path.stem) + r"\.rank(\d+)-of-(\d+)\.mscan")
+    for name in sorted(os.listdir(path.parent)) if path.parent.is_dir() else ():
+        if match := pattern.fullmatch(name):
+            index, size = int(match[1]), int(match[2])
+            if one_each and index in found:
+                raise InputError(f"output_path must have one file for each process, got {found[index][0].name} and {name}; remove one.")
+            found[index] = (path.with_name(name), size)
+    return found
+
+
+def _same_index(path: Path, index: int) -> list[Path]:
+    plain = [path] if index == 0 else []
+    return [*plain, *path.parent.glob(f"{_escape(path.stem)}.rank{index}-of-*.mscan")]
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", text)

@@ -1,0 +1,111 @@
+"""All of a scan that comes before the weights are read: model folder, tokenizer, corpus, precision, length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from .config import ScanConfig
+from .corpus import Corpus, CorpusItem, read_corpus
+from .distributed import World
+from .identity import scan_metadata
+from .loading import (
+    Weights,
+    load_config,
+    load_tokenizer,
+    padding_token,
+    position_limit,
+    resolve_device,
+    resolve_dtype,
+    resolve_model,
+    weights_of,
+)
+from .tokens import Encoder
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` found.
+
+    Attributes:
+        config, world: as given.
+        folder: of the model.
+        model_config, tokenizer: transformers' objects.
+        weights: size of the weights' files.
+        device, dtype: with "auto" resolved.
+        max_length: tokens kept of a text, the model's position limit applied.
+        padding: token id that fills batches.
+        corpus: the checked data set.
+    """
+
+    config: ScanConfig
+    world: World
+    folder: Path
+    model_config: Any
+    tokenizer: Any
+    weights: Weights
+    device: torch.device
+    dtype: torch.dtype
+    max_length: int
+    padding: int
+    corpus: Corpus
+
+    def encoder(self) -> Encoder:
+        """Tokenises this scan's texts."""
+        return Encoder(self.tokenizer, self.max_length, prompts=self.config.generate > 0, skip_bad=self.config.skip_bad)
+
+    def own_items(self) -> Iterator[CorpusItem]:
+        """This process's share of the corpus."""
+        return self.world.share(self.corpus)
+
+    def metadata(self) -> dict[str, Any]:
+        """For the file's header; reads all the weights once, to hash them."""
+        return scan_metadata(
+            self.config,
+            self.folder,
+            self.tokenizer,
+            self.model_config,
+            dtype=self.dtype,
+            max_length=self.max_length,
+            parameters=self.weights.values,
+        )
+
+
+def prepare(config: ScanConfig, world: World) -> Prepared:
+    """Resolves and checks everything but the weights, cheapest first.
+
+    Raises:
+        InputError: what is wrong with the corpus, the model's folder, the tokenizer or the device.
+    """
+    corpus = read_corpus(config.dataset_path, text_field=config.text_field, limit=config.limit, skip_bad=config.skip_bad)
+    folder = resolve_model(config.model_path)
+    model_config = load_config(folder)
+    device = resolve_device(config.device, world.local_rank)
+    tokenizer = load_tokenizer(folder)
+    return Prepared(
+        config=config,
+        world=world,
+        folder=folder,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        weights=weights_of(folder),
+        device=device,
+        dtype=resolve_dtype(config.dtype, device, model_config),
+        max_length=_max_length(config, model_config),
+        padding=padding_token(tokenizer, config.batch_size),
+        corpus=corpus,
+    )
+
+
+def _max_length(config: ScanConfig, model_config: Any) -> int:
+    limit = position_limit(model_config)
+    if limit is None:
+        return config.max_length
+    if limit - config.generate < 2:
+        raise InputError(f"generate must leave room within the model's {limit} positions, got {config.generate}.")
+    return min(config.max_length, limit - config.generate)

@@ -1,0 +1,264 @@
+"""A whole scan: corpus in, `.mscan` out; resumed, bounded in memory, interrupted cleanly."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+from ..mscan import MscanWriter, SequenceRecord
+from .config import ScanConfig
+from .distributed import World
+from .engine import ScanEngine, SequenceScan
+from .generation import Answered, Generator
+from .loading import is_out_of_memory, load_model
+from .output import NOTHING, Existing, check_writable, find_existing, member_path, open_writer, refuse_existing
+from .prepare import Prepared, prepare
+from .tokens import TokenCounts, TokenSequence, plan_batches
+
+
+@dataclass(frozen=True)
+class ScanProgress:
+    """Where a scan stands.
+
+    Attributes:
+        stage: "loading" (model) or "scanning".
+        done, total: this process's records of the corpus, those of earlier runs and those left out included.
+        tokens: scanned by this run.
+        tokens_per_second: of this run so far.
+        loss: mean loss of this run's tokens in nats, NaN before the first.
+    """
+
+    stage: str
+    done: int
+    total: int
+    tokens: int = 0
+    tokens_per_second: float = 0.0
+    loss: float = float("nan")
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """What a scan did.
+
+    Attributes:
+        path: the file this process wrote.
+        sequences, tokens: written by this run.
+        resumed: sequences of this process's share that were there before.
+        skipped: reason → records left out, malformed ones included.
+        truncated: sequences cut at max_length.
+        seconds: of this run, loading included.
+        tokens_per_second: of scanning alone.
+        loss: mean loss of this run's tokens in nats.
+        rank, world_size: this process among those that share the corpus.
+    """
+
+    path: Path
+    sequences: int
+    tokens: int
+    resumed: int
+    skipped: Mapping[str, int]
+    truncated: int
+    seconds: float
+    tokens_per_second: float
+    loss: float
+    rank: int
+    world_size: int
+
+
+class ScanInterrupted(KeyboardInterrupt):
+    """Ctrl-C in a scan: the file is closed and readable; the message says how to go on."""
+
+
+def run_scan(config: ScanConfig, *, progress: Callable[[ScanProgress], None] | None = None) -> ScanResult:
+    """Scans a corpus with a model and writes what every block of every weight did for every token.
+
+    An output of an earlier run with the same configuration is continued: its sequences are not scanned again, and the result holds
+    what an uninterrupted run would have written. Under torchrun (RANK, WORLD_SIZE) each process takes its share and writes
+    `name.rankI-of-N.mscan`.
+
+    Args:
+        config: the options.
+        progress: called before the model is loaded and after each batch.
+
+    Raises:
+        InputError: any bad input; an output that is complete, or written with another configuration; memory that ran out.
+        MscanError: an existing output is damaged.
+        ScanInterrupted: on Ctrl-C; what was scanned is in the file.
+    """
+    world = World.from_environment()
+    report = progress or (lambda state: None)
+    started = time.perf_counter()
+    check_writable(config.output)
+    if not config.resume and not config.overwrite:
+        refuse_existing(config.output)
+    prepared = prepare(config, world)
+    metadata = prepared.metadata()
+    existing = NOTHING if config.overwrite else find_existing(config.output, metadata)
+    _refuse_complete(prepared, existing)
+    scan = _Scan(prepared, existing, report)
+    with _explained(config, scan):
+        report(scan.state("loading"))
+        model = load_model(prepared.folder, prepared.dtype, prepared.device)
+        with ScanEngine(model, credit=config.credit, targets=config.targets) as engine:
+            generator = _generator(prepared, model) if config.generate else None
+            writer, scan.path = open_writer(config, world, existing, metadata, engine.layout)
+            with writer:
+                scan.run(engine, generator, writer)
+    return scan.result(time.perf_counter() - started)
+
+
+class _Scan:
+    """The loop over batches and its running totals."""
+
+    def __init__(self, prepared: Prepared, existing: Existing, report: Callable[[ScanProgress], None]) -> None:
+        self.path = member_path(prepared.config.output, prepared.world.rank, max(existing.set_size, prepared.world.size))
+        self.written = 0
+        self._prepared = prepared
+        self._done = existing.sequence_ids
+        self._report = report
+        self._counts = TokenCounts()
+        self._total = sum(1 for _ in prepared.world.share(range(len(prepared.corpus))))
+        self._resumed = self._tokens = self._labelled = 0
+        self._loss_sum = 0.0
+        self._seconds = 0.0
+
+    def run(self, engine: ScanEngine, generator: Generator | None, writer: MscanWriter) -> None:
+        """Scans each planned batch that is not in the file already. A batch of which a part is there is scanned whole, so that
+        rounding does not depend on where an earlier run stopped, and the rest of it is written.
+        """
+        prepared = self._prepared
+        sequences = prepared.encoder().encode_all(prepared.own_items(), self._counts)
+        self._report(self.state("scanning"))
+        for batch in plan_batches(sequences, prepared.config.batch_size):
+            missing = [sequence.sequence_id not in self._done for sequence in batch]
+            self._resumed += len(batch) - sum(missing)
+            if not any(missing):
+                continue
+            started = time.perf_counter()
+            answered = generator.answer(batch) if generator else [_as_it_is(sequence) for sequence in batch]
+            results = engine.scan(*_padded([item.sequence for item in answered], prepared.padding))
+            for item, result, wanted in zip(answered, results, missing, strict=True):
+                if wanted:
+                    self._append(writer, item, result)
+            self._seconds += time.perf_counter() - started
+            self._report(self.state("scanning"))
+
+    def _append(self, writer: MscanWriter, item: Answered, result: SequenceScan) -> None:
+        planes = self._prepared.config.store == "records"
+        sequence = item.sequence
+        writer.append(
+            SequenceRecord(
+                sequence_id=sequence.sequence_id,
+                token_ids=sequence.token_ids,
+                loss=result.loss,
+                activation=result.activation if planes else None,
+                grad_norm=result.grad_norm if planes else None,
+                mask=item.answer_mask,
+                text=sequence.text if self._prepared.config.store_text else None,
+                integral=result.integral,
+            )
+        )
+        labelled = result.loss[~np.isnan(result.loss)]
+        self.written += 1
+        self._tokens += len(sequence.token_ids)
+        self._labelled += len(labelled)
+        self._loss_sum += float(labelled.sum(dtype=np.float64))
+
+    def state(self, stage: str) -> ScanProgress:
+        done = self.written + self._resumed + self._counts.skipped.total()
+        return ScanProgress(stage, done, self._total, self._tokens, self._rate, self._loss)
+
+    def result(self, seconds: float) -> ScanResult:
+        prepared = self._prepared
+        skipped = dict(self._counts.skipped)
+        if prepared.corpus.skipped and prepared.world.rank == 0:
+            skipped["malformed record"] = prepared.corpus.skipped
+        return ScanResult(
+            path=self.path,
+            sequences=self.written,
+            tokens=self._tokens,
+            resumed=self._resumed,
+            skipped=skipped,
+            truncated=self._counts.truncated,
+            seconds=seconds,
+            tokens_per_second=self._rate,
+            loss=self._loss,
+            rank=prepared.world.rank,
+            world_size=prepared.world.size,
+        )
+
+    @property
+    def _rate(self) -> float:
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    @property
+    def _loss(self) -> float:
+        return self._loss_sum / self._labelled if self._labelled else float("nan")
+
+
+def _refuse_complete(prepared: Prepared, existing: Existing) -> None:
+    """Raises InputError where nothing is left to scan: in the whole corpus, not in this process's share alone."""
+    encoder, counts = prepared.encoder(), TokenCounts()
+    for sequence_id, item in zip(prepared.corpus.sequence_ids, prepared.corpus, strict=True):
+        if sequence_id not in existing.sequence_ids and encoder.encode(item, counts) is not None:
+            return
+    if existing.members:
+        raise InputError(
+            f"output_path must have something left to scan, {prepared.config.output} is complete with {len(existing.sequence_ids)} sequences; "
+            "use --overwrite to scan again."
+        )
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.skipped.items())
+    raise InputError(f"dataset_path must hold a text to scan, got none in {prepared.config.dataset_path} ({reasons}).")
+
+
+def _generator(prepared: Prepared, model: torch.nn.Module) -> Generator:
+    config = prepared.config
+    return Generator(
+        model,
+        prepared.tokenizer,
+        padding=prepared.padding,
+        new_tokens=config.generate,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
+
+
+def _as_it_is(sequence: TokenSequence) -> Answered:
+    return Answered(sequence, None)
+
+
+def _padded(sequences: list[TokenSequence], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(sequence.token_ids) for sequence in sequences)
+    ids = torch.full((len(sequences), width), padding, dtype=torch.int64)
+    mask = torch.zeros((len(sequences), width), dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence.token_ids)] = torch.from_numpy(sequence.token_ids)
+        mask[row, : len(sequence.token_ids)] = 1
+    return ids, mask
+
+
+@contextmanager
+def _explained(config: ScanConfig, scan: _Scan) -> Iterator[None]:
+    """Says what to do where memory ran out or the user stopped the scan; the writer is closed by then."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise ScanInterrupted(
+            f"interrupted: {scan.path} is closed and readable, with {scan.written} sequences of this run; the same command goes on from there."
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"memory ran out after {scan.written} sequences, which are kept: the same command with a lower --batch-size (now "
+            f"{config.batch_size}) goes on from there; or start again with a lower --max-length (now {config.max_length}), --dtype bf16, or "
+            "--store integral."
+        ) from error

@@ -1,0 +1,127 @@
+"""From corpus items to token ids, and from tokens to batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from .corpus import CorpusItem
+
+# Sequences are sorted by length within so many batches: little padding, and still an order that follows the corpus.
+WINDOW_BATCHES = 16
+
+TOO_SHORT = "shorter than 2 tokens"
+EMPTY_PROMPT = "empty prompt"
+NO_TEMPLATE_FIT = "refused by the chat template"
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One text as the model will read it. token_ids: (tokens,) int64."""
+
+    sequence_id: str
+    token_ids: NDArray[np.int64]
+    text: str
+
+
+@dataclass
+class TokenCounts:
+    """What became of the corpus items so far."""
+
+    sequences: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+class Encoder:
+    """Tokenises items one at a time and counts what it cuts and leaves out.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        max_length: tokens kept of each text.
+        prompts: the texts are prompts to be answered: chat ends with the assistant's turn opened, and one token is enough.
+        skip_bad: count chats that the template refuses, rather than stop.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int, *, prompts: bool = False, skip_bad: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._prompts = prompts
+        self._skip_bad = skip_bad
+
+    def encode_all(self, items: Iterable[CorpusItem], counts: TokenCounts) -> Iterator[TokenSequence]:
+        """The items that are long enough, in order.
+
+        Raises:
+            InputError: chat records, and the tokenizer has no chat template or its template refuses them.
+        """
+        for item in items:
+            if (sequence := self.encode(item, counts)) is not None:
+                yield sequence
+
+    def encode(self, item: CorpusItem, counts: TokenCounts) -> TokenSequence | None:
+        """One item, or None where it is left out; `counts` says why."""
+        chat = item.messages is not None
+        text = self._render(item) if chat else item.text
+        if text is None:
+            counts.skipped[NO_TEMPLATE_FIT] += 1
+            return None
+        # One token more than wanted tells a cut text from one that just fits; a chat template brings its own special tokens.
+        ids = self._tokenizer(
+            text, add_special_tokens=not chat, truncation=True, max_length=self._max_length + 1, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        if len(ids) < (1 if self._prompts else 2):
+            counts.skipped[EMPTY_PROMPT if self._prompts else TOO_SHORT] += 1
+            return None
+        if len(ids) > self._max_length:
+            counts.truncated += 1
+            ids = ids[: self._max_length]
+            text = self._tokenizer.decode(ids)
+        counts.sequences += 1
+        counts.tokens += len(ids)
+        return TokenSequence(item.sequence_id, np.asarray(ids, np.int64), text)
+
+    def _render(self, item: CorpusItem) -> str | None:
+        if self._tokenizer.chat_template is None:
+            raise InputError(
+                f"dataset_path must hold plain text where the tokenizer has no chat template, got messages in {item.sequence_id}."
+            )
+        messages = list(item.messages or ())
+        if self._prompts and messages and messages[-1].get("role") == "assistant":
+            messages.pop()  # the model gives its own answer
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=self._prompts)
+        except Exception as error:  # templates are programs: jinja's errors, and whatever their own code raises
+            if self._skip_bad:
+                return None
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"dataset_path must hold chats that the tokenizer's template takes, got {item.sequence_id}: {reason}; --skip-bad leaves it out."
+            ) from error
+
+
+def plan_batches(sequences: Iterable[TokenSequence], batch_size: int) -> Iterator[list[TokenSequence]]:
+    """Batches of similar lengths, longest first within a window of WINDOW_BATCHES.
+
+    The plan depends on the sequences and `batch_size` alone, so a resumed scan computes the very batches of the first run.
+    """
+    window: list[TokenSequence] = []
+    for sequence in sequences:
+        window.append(sequence)
+        if len(window) == batch_size * WINDOW_BATCHES:
+            yield from _split(window, batch_size)
+            window = []
+    yield from _split(window, batch_size)
+
+
+def _split(window: list[TokenSequence], batch_size: int) -> Iterator[list[TokenSequence]]:
+    ordered = sorted(window, key=lambda sequence: -len(sequence.token_ids))
+    for start in range(0, len(ordered), batch_size):
+        yield ordered[start : start + batch_size]
