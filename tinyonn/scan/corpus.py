@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from array import array
 from collections.abc import Iterable, Iterator
@@ -10,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .build import CorpusProgress, CorpusReport, build_corpus
 from .records import (
     BadRecordError,
     CorpusItem,
     Located,
     as_record,
+    content_id,
     data_kind,
     item_from_record,
     iter_jsonl,
@@ -25,7 +26,7 @@ from .records import (
     parse_line,
 )
 
-__all__ = ["Corpus", "CorpusItem", "read_corpus"]
+__all__ = ["Corpus", "CorpusItem", "CorpusProgress", "CorpusReport", "build_corpus", "read_corpus"]
 
 
 class Corpus:
@@ -144,17 +145,6 @@ class Corpus:
             self._ids.append(name)
             self._numbers.append(located.number)
             self._offsets.append(located.offset)
-
-
-def content_id(item: CorpusItem, taken: Iterable[str] = ()) -> str:
-    """An identity from the content alone, so that lines added before it do not change it; a repetition gets `-2`, `-3`, ..."""
-    raw = item.text if item.messages is None else repr([(turn["role"], turn["content"]) for turn in item.messages])
-    name = digest = hashlib.blake2b(str(raw).encode("utf-8"), digest_size=8).hexdigest()
-    copies = 1
-    while name in taken:
-        copies += 1
-        name = f"{digest}-{copies}"
-    return name
 
 
 def read_corpus(

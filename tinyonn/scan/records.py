@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -222,6 +223,17 @@ def item_from_record(record: Mapping[str, Any], *, text_field: str | None = None
             return _pair(name, record, question, next((field for field in answers if record.get(field)), None))
     expected = ", ".join((*TEXT_FIELDS, *CHAT_FIELDS, "prompt", "instruction", "question"))
     raise BadRecordError(f"must have one of the fields {expected}, its fields are {_names(record)}")
+
+
+def content_id(item: CorpusItem, taken: Container[str] = ()) -> str:
+    """An identity from the content alone, so that lines added before it do not change it; a repetition gets `-2`, `-3`, ..."""
+    raw = item.text if item.messages is None else repr([(turn["role"], turn["content"]) for turn in item.messages])
+    name = digest = hashlib.blake2b(str(raw).encode("utf-8"), digest_size=8).hexdigest()
+    copies = 1
+    while name in taken:
+        copies += 1
+        name = f"{digest}-{copies}"
+    return name
 
 
 def _pair(name: str, record: Mapping[str, Any], question: str, answer: str | None) -> CorpusItem:
