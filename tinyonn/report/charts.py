@@ -1,0 +1,164 @@
+"""Line charts and histograms as inline SVG: drawn once, readable without a script, coloured by the page's style sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+
+from tinyonn.report.grid import Floats
+from tinyonn.report.palette import DASHES
+
+_WIDTH, _HEIGHT = 460, 270
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 40
+
+
+def line_chart(
+    title: str, rows: Sequence[str], series: Sequence[tuple[str, Floats]], *, x_title: str, y_title: str, log: bool = False, zero: bool = False
+) -> str:
+    """One line per series over the rows; NaN breaks a line.
+
+    Args:
+        title: for screen readers.
+        rows: label of each x position.
+        series: name and (rows,) values each.
+        x_title, y_title: axis titles.
+        log: logarithmic y axis; values ≤ 0 are left out.
+        zero: draw the line y = 0.
+
+    Returns:
+        An <svg> element with its legend, or a line of text where nothing is finite.
+    """
+    stacked = np.array([values for _, values in series], dtype=np.float64).reshape(len(series), len(rows))
+    usable = np.isfinite(stacked) & (stacked > 0 if log else True)
+    if not usable.any():
+        return '<p class="empty">No measured value.</p>'
+    low, high = float(stacked[usable].min()), float(stacked[usable].max())
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    ticks = _log_ticks(low, high) if log else nice_ticks(low, high)
+    low, high = min(low, ticks[0]), max(high, ticks[-1])
+
+    def y_of(value: float) -> float:
+        share = (math.log(value / low) / math.log(high / low)) if log else (value - low) / (high - low)
+        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+    step = (_WIDTH - _LEFT - _RIGHT) / max(len(rows) - 1, 1)
+    parts = [_frame(title), *(_y_tick(y_of(tick), tick) for tick in ticks)]
+    if zero and low < 0 < high:
+        parts.append(f'<line class="zero" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y_of(0):.1f}" y2="{y_of(0):.1f}"/>')
+    every = max(1, math.ceil(len(rows) / 10))
+    # Row labels are numbers, or a few long names that would overlap: those are shortened, the tooltip has them whole.
+    for position in range(0, len(rows), every):
+        parts.append(f'<text class="tick" x="{_LEFT + position * step:.1f}" y="{_HEIGHT - 24}" text-anchor="middle">{escape(rows[position][-9:])}</text>')
+    for number, (name, _) in enumerate(series):
+        style = f'class="line" style="stroke:var(--s{number % len(DASHES)})" stroke-dasharray="{DASHES[number % len(DASHES)]}"'
+        points = [(_LEFT + position * step, y_of(value)) if good else None for position, (value, good) in enumerate(zip(stacked[number], usable[number], strict=True))]
+        path = ""
+        for position, point in enumerate(points):
+            if point is not None:
+                path += f"{'L' if position and points[position - 1] is not None else 'M'}{point[0]:.1f} {point[1]:.1f}"
+        parts.append(f"<path {style} d=\"{path}\"/>")
+        for position, point in enumerate(points):
+            if point is not None:
+                label = f"{name}, {rows[position]}: {stacked[number, position]:.4g}"
+                parts.append(
+                    f'<circle class="dot" style="fill:var(--s{number % len(DASHES)})" cx="{point[0]:.1f}" cy="{point[1]:.1f}" r="3">'
+                    f"<title>{escape(label)}</title></circle>"
+                )
+    parts.append(_axis_titles(x_title, y_title))
+    legend = "".join(
+        f'<span><svg width="26" height="8" aria-hidden="true"><line class="line" x1="0" x2="26" y1="4" y2="4" '
+        f'style="stroke:var(--s{number % len(DASHES)})" stroke-dasharray="{DASHES[number % len(DASHES)]}"/></svg>{escape(name)}</span>'
+        for number, (name, _) in enumerate(series)
+    )
+    return f'{"".join(parts)}</svg><div class="series">{legend}</div>'
+
+
+def histogram(title: str, values: Floats, *, x_title: str, y_title: str, marks: Sequence[tuple[str, float]] = (), bins: int = 40) -> str:
+    """Counts of values in equal bins up to the 99.5th percentile, the last bin holding the rest; `marks` are labelled lines."""
+    if not len(values):
+        return '<p class="empty">No measured value.</p>'
+    low = min(0.0, float(values.min()))
+    high = float(np.quantile(values, 0.995))
+    high = high if high > low else low + 1.0
+    counts, edges = np.histogram(np.clip(values, low, high), bins=bins, range=(low, high))
+    ticks = nice_ticks(0.0, float(counts.max()))
+    top = max(ticks[-1], float(counts.max()))
+
+    def x_of(value: float) -> float:
+        return _LEFT + (value - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
+
+    def y_of(count: float) -> float:
+        return _HEIGHT - _BOTTOM - count / top * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = [_frame(title), *(_y_tick(y_of(tick), tick) for tick in ticks)]
+    for count, left, right in zip(counts, edges[:-1], edges[1:], strict=True):
+        more = " and more" if right == edges[-1] and values.max() > high else ""
+        parts.append(
+            f'<rect class="bar" x="{x_of(left) + 0.5:.1f}" y="{y_of(count):.1f}" width="{max(x_of(right) - x_of(left) - 1, 0.5):.1f}" '
+            f'height="{_HEIGHT - _BOTTOM - y_of(count):.1f}"><title>{left:.2f} to {right:.2f}{more}: {count:,}</title></rect>'
+        )
+    parts.extend(
+        f'<text class="tick" x="{x_of(tick):.1f}" y="{_HEIGHT - 24}" text-anchor="middle">{format_number(tick)}</text>'
+        for tick in nice_ticks(low, high)
+        if low <= tick <= high
+    )
+    for number, (label, value) in enumerate(marks):
+        if low <= value <= high:
+            parts.append(
+                f'<line class="mark" x1="{x_of(value):.1f}" x2="{x_of(value):.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>'
+                f'<text class="tick" x="{x_of(value) + 4:.1f}" y="{_TOP + 12 + 15 * number}">{escape(label)} {value:.2f}</text>'
+            )
+    parts.append(_axis_titles(x_title, y_title))
+    return f"{''.join(parts)}</svg>"
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers that span low … high."""
+    if not high > low:
+        high = low + (abs(low) or 1.0)
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def format_number(value: float) -> str:
+    """A number as an axis shows it: no trailing zeros, powers of ten only where they are shorter."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e6 or abs(value) < 1e-3:
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    last = max(last, first + 1)
+    every = max(1, math.ceil((last - first) / 6))
+    ticks = [10.0**power for power in range(first, last + 1, every)]
+    return ticks if ticks[-1] >= high * (1 - 1e-9) else [*ticks, 10.0 ** (first + every * len(ticks))]
+
+
+def _frame(title: str) -> str:
+    return f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
+
+
+def _y_tick(y: float, value: float) -> str:
+    return (
+        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{format_number(value)}</text>'
+    )
+
+
+def _axis_titles(x_title: str, y_title: str) -> str:
+    middle = (_HEIGHT - _BOTTOM + _TOP) / 2
+    return (
+        f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>'
+        f'<text class="axis" transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>'
+    )

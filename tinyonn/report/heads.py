@@ -1,0 +1,95 @@
+"""∫SPS of attention heads, from the output blocks of their projections.
+
+    head h:  q(h) + (k(g) + v(g)) / G,    g = h // G, the key/value head that h shares with G − 1 others
+
+A block of 64 features may hold parts of several heads, or a head several blocks: a block's ∫SPS is shared out by the number
+of features that overlap. The sum over heads is then the sum over the q, k and v blocks. o_proj cannot be split: its heads are
+input columns, and a scan records output blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tinyonn.report.data import Totals
+from tinyonn.report.grid import FEATURES_PER_BLOCK, BlockGrid, Floats
+
+# Separate projections, by the last part of their module's name.
+_SEPARATE = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "query": "q", "key": "k", "value": "v"}
+# Projections that hold q, then k, then v in one weight. Interleaved ones (GPT-NeoX, Bloom, Falcon) are not among them.
+_FUSED = ("qkv_proj", "c_attn", "Wqkv")
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """∫SPS of every attention head.
+
+    Attributes:
+        layers: (rows,) row of the grid that each line belongs to.
+        query, key, value: (rows, heads) shares of ∫SPS; key and value are already divided by G.
+        blocks_per_head: blocks that one head covers, 1 where head and block coincide, below 1 where heads share a block.
+    """
+
+    layers: list[int]
+    query: Floats
+    key: Floats
+    value: Floats
+    blocks_per_head: float
+
+    @property
+    def total(self) -> Floats:
+        return self.query + self.key + self.value
+
+
+def head_scores(grid: BlockGrid, totals: Totals, metadata: Mapping[str, Any]) -> HeadScores | str:
+    """∫SPS per head, or the reason why it cannot be known.
+
+    Args:
+        grid: blocks of the file.
+        totals: per-block numbers of the file.
+        metadata: `num_attention_heads`, `num_key_value_heads` and `head_dim` are read.
+    """
+    heads = _positive(metadata.get("num_attention_heads"))
+    groups = _positive(metadata.get("num_key_value_heads")) or heads
+    width = _positive(metadata.get("head_dim"))
+    if not heads or not groups or not width:
+        return "The file's metadata does not name num_attention_heads and head_dim, so blocks cannot be assigned to heads."
+    if heads % groups:
+        return f"{heads} attention heads cannot share {groups} key/value heads evenly."
+    share = heads // groups
+    found: dict[int, dict[str, Floats]] = {}
+    for entry in grid.layout:
+        last = entry.name.removesuffix(".weight").rpartition(".")[2]
+        if not entry.blocks:
+            continue
+        row = int(grid.cell[entry.base]) // grid.shape[1]
+        feature = _per_feature(totals.integral[entry.base : entry.base + entry.blocks], entry.out_features)
+        if last in _SEPARATE:
+            part = _SEPARATE[last]
+            if len(feature) == width * (heads if part == "q" else groups):
+                found.setdefault(row, {})[part] = feature
+        elif last in _FUSED and len(feature) == width * (heads + 2 * groups):
+            q, k, v = np.split(feature, [width * heads, width * (heads + groups)])
+            found.setdefault(row, {}).update(q=q, k=k, v=v)
+    rows = sorted(row for row, parts in found.items() if len(parts) == 3)
+    if not rows:
+        return f"No layer has q, k and v projections whose output is made of {heads} and {groups} heads of {width} features."
+    query = np.stack([found[row]["q"].reshape(heads, width).sum(axis=1) for row in rows])
+    key = np.stack([np.repeat(found[row]["k"].reshape(groups, width).sum(axis=1) / share, share) for row in rows])
+    value = np.stack([np.repeat(found[row]["v"].reshape(groups, width).sum(axis=1) / share, share) for row in rows])
+    return HeadScores(rows, query, key, value, width / FEATURES_PER_BLOCK)
+
+
+def _per_feature(blocks: Floats, features: int) -> Floats:
+    """Spreads each block's value evenly over its features."""
+    width = np.full(len(blocks), FEATURES_PER_BLOCK)
+    width[-1] = features - FEATURES_PER_BLOCK * (len(blocks) - 1)
+    return np.repeat(blocks / width, width) if width[-1] > 0 else np.empty(0)
+
+
+def _positive(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0

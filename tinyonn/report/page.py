@@ -1,0 +1,187 @@
+"""The shell of a page: one HTML file with its style, script and data inside, safe against what a data set may hold.
+
+Maps are drawn by hand-written canvas code (assets/, 30 kB with the style) rather than by plotly: its script alone is 4.8 MB a
+page, and what is shown here is a few hundred coloured cells, a text and some points. A Content-Security-Policy forbids every
+request, so a page that opens here opens anywhere, offline.
+
+Two rules keep hostile text harmless: text in markup goes through `text`, and data goes into an inert JSON element in which
+no `<`, `>` or `&` is left; the script puts strings into the page as text nodes only.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyonn.errors import InputError
+from tinyonn.report.maps import HeatMap
+from tinyonn.report.palette import page_palette, series_css
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+# Controls that HTML forbids or that reorder what is around them, and halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def text(value: object) -> str:
+    """Any value as harmless HTML text, also inside a quoted attribute."""
+    return html.escape(_UNPRINTABLE.sub("\ufffd", str(value)), quote=True)
+
+
+def json_element(name: str, value: object) -> str:
+    """A <script type="application/json"> that no string in `value` can close; NaN and infinities become null."""
+    body = json.dumps(_plain(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    body = body.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return f'<script type="application/json" id="{text(name)}">{body}</script>'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, caption: str = "", numeric: Sequence[int] = ()) -> str:
+    """A table; numeric columns are right-aligned. Floats get four significant digits."""
+    right = set(numeric)
+    cells = "".join(
+        "<tr>" + "".join(f'<td{" class=num" if column in right else ""}>{_cell(value)}</td>' for column, value in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    titles = "".join(f'<th scope="col"{" class=num" if column in right else ""}>{text(title)}</th>' for column, title in enumerate(head))
+    label = f"<caption>{text(caption)}</caption>" if caption else ""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption or "table")}"><table>{label}<thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table></div>'
+
+
+def facts(values: Mapping[str, object]) -> str:
+    """A two-column list of names and values."""
+    return '<dl class="facts">' + "".join(f"<div><dt>{text(name)}</dt><dd>{_cell(value)}</dd></div>" for name, value in values.items()) + "</dl>"
+
+
+def section(anchor: str, title: str, body: str, *, lead: str = "") -> str:
+    """A titled part of the page."""
+    intro = f'<p class="lead">{text(lead)}</p>' if lead else ""
+    return f'<section id="{text(anchor)}" aria-labelledby="{text(anchor)}-title"><h2 id="{text(anchor)}-title">{text(title)}</h2>{intro}{body}</section>'
+
+
+def notices(lines: Sequence[str]) -> str:
+    """What a reader must know before the numbers."""
+    return '<ul class="notices">' + "".join(f"<li>{text(line)}</li>" for line in lines) + "</ul>" if lines else ""
+
+
+def page(title: str, subtitle: str, body: str, data: Mapping[str, object], scripts: Sequence[str]) -> str:
+    """The whole document.
+
+    Args:
+        title, subtitle: headings, escaped here.
+        body: ready HTML.
+        data: JSON elements by id.
+        scripts: file names under assets/, in order.
+    """
+    elements = "".join(json_element(name, value) for name, value in {"palette-data": page_palette(), **data}.items())
+    code = "".join(f"<script>\n{_asset(name)}</script>" for name in scripts)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        '<link rel="icon" href="data:,">'
+        f"<title>{text(title)}</title><style>{series_css()}\n{_asset('page.css')}</style></head>\n"
+        f"<body><header><h1>{text(title)}</h1><p>{text(subtitle)}</p></header>\n<main>{body}</main>\n"
+        "<noscript><p>The maps and the replay need JavaScript; tables and charts do not.</p></noscript>\n"
+        f"{elements}\n{code}</body></html>\n"
+    )
+
+
+def map_data(heat_map: HeatMap, layers: Sequence[str], modules: Sequence[str], short: Sequence[str], row_title: str = "layer") -> dict[str, Any]:
+    """A heat map as the page's script reads it."""
+    return {
+        "key": heat_map.key,
+        "title": heat_map.title,
+        "rows": list(layers),
+        "columns": list(modules),
+        "short": list(short),
+        "rowTitle": row_title,
+        "unit": heat_map.unit,
+        "values": heat_map.values,
+        "views": {
+            how: {
+                "values": values,
+                "kind": scale.kind,
+                "log": scale.log,
+                "low": scale.low,
+                "high": scale.high,
+                "clipped": scale.clipped,
+                "unit": scale.unit,
+            }
+            for how, (values, scale) in heat_map.views.items()
+        },
+    }
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Writes a text file so that a reader sees the old one or the new one, never half.
+
+    Raises:
+        InputError: the folder does not exist or cannot be written.
+    """
+    with replacing(path) as partial:
+        partial.write_text(content, encoding="utf-8", errors="replace")
+
+
+class replacing:
+    """A context that gives a temporary path beside `path` and renames it on success."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Path:
+        try:
+            handle, name = tempfile.mkstemp(prefix=f".{self._path.name}-", suffix=self._path.suffix, dir=self._path.parent)
+        except OSError as error:
+            raise InputError(f"output must be in a folder that can be written, got {self._path}: {error.strerror}.") from error
+        os.close(handle)
+        self._partial = Path(name)
+        return self._partial
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: object) -> None:
+        if kind is not None:
+            self._partial.unlink(missing_ok=True)
+            return
+        mask = os.umask(0)
+        os.umask(mask)
+        self._partial.chmod(0o666 & ~mask)  # mkstemp's 0600 would hide the page from others
+        try:
+            os.replace(self._partial, self._path)
+        except OSError as error:
+            self._partial.unlink(missing_ok=True)
+            raise InputError(f"output must be a file that can be written, got {self._path}: {error.strerror}.") from error
+
+
+def _asset(name: str) -> str:
+    return resources.files("tinyonn.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, (float, np.floating)):
+        return "–" if not math.isfinite(value) else text(f"{value:,.4g}" if abs(value) < 1e6 else f"{value:.4g}")
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return text(f"{value:,}")
+    return text("–" if value is None else value)
+
+
+def _plain(value: object) -> Any:
+    """Arrays and numpy scalars as lists and numbers, six significant digits; what is not finite as None."""
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value.tolist()]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,110 @@
+"""Token ids as the pieces of text they stand for.
+
+A `.mscan` file names its model and the hash of its tokenizer, and holds token ids and whole texts, but no vocabulary. The
+tokenizer is looked for on this machine alone (nothing is downloaded): where the caller says, in the folder that the file's
+model name spells, in the cache of converted models, in the Hugging Face cache. One whose hash differs is never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from tinyonn.errors import InputError
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_REPLACEMENT = "\ufffd"
+
+
+class Decoder(Protocol):
+    """What is used of a `tokenizers.Tokenizer`."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+
+def find_tokenizer(metadata: Mapping[str, Any], tokenizer: str | os.PathLike[str] | None = None) -> Decoder | None:
+    """The scan's tokenizer, or None where this machine has none that fits.
+
+    Args:
+        metadata: of the file; `model` and `tokenizer_sha256` are read.
+        tokenizer: folder of the model, or its tokenizer.json.
+
+    Raises:
+        InputError: `tokenizer` is given and holds no tokenizer.json, or another one than the scan used.
+    """
+    wanted = metadata.get("tokenizer_sha256")
+    if tokenizer is not None:
+        path = Path(tokenizer)
+        file = path if path.is_file() else path / "tokenizer.json"
+        if not file.is_file():
+            raise InputError(f"tokenizer must be a folder with tokenizer.json, got {os.fspath(tokenizer)}.")
+        if isinstance(wanted, str) and tokenizer_hash(file.parent) != wanted:
+            raise InputError(f"tokenizer must be the one that the scan used (sha256 {wanted[:12]}…), got {os.fspath(tokenizer)}.")
+        return _load(file)
+    for folder in _candidates(metadata.get("model")):
+        # A name alone proves nothing: without the hash any tokenizer of that name might stand there.
+        if (folder / "tokenizer.json").is_file() and isinstance(wanted, str) and tokenizer_hash(folder) == wanted:
+            return _load(folder / "tokenizer.json")
+    return None
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """sha256 over the tokenizer files of a model's folder, as a scan writes it into its metadata."""
+    digest = hashlib.sha256()
+    for file in (folder / name for name in _FILES):
+        if file.is_file():
+            digest.update(file.name.encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def token_pieces(decoder: Decoder, token_ids: Sequence[int]) -> list[str]:
+    """The text that each token adds to those before it.
+
+    A character spread over several tokens stands at the last of them; the others are empty. Joined, the pieces are the decoded
+    text.
+    """
+    pieces = []
+    start = end = 0  # the text of ids[start:end] is known to be whole characters
+    for position in range(len(token_ids)):
+        before = decoder.decode(list(token_ids[start:end]), skip_special_tokens=False)
+        now = decoder.decode(list(token_ids[start : position + 1]), skip_special_tokens=False)
+        # A byte-level character has at most four bytes; more waiting tokens are broken text, shown as it is.
+        if now.endswith(_REPLACEMENT) and position - end < 3 and position + 1 < len(token_ids):
+            pieces.append("")
+            continue
+        pieces.append(now[len(before) :])
+        start, end = end, position + 1
+    return pieces
+
+
+def _candidates(model: object) -> Iterator[Path]:
+    if not isinstance(model, str) or not model:
+        return
+    yield Path(model)
+    cache = os.environ.get("TINYONN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tinyonn"
+    yield Path(cache).expanduser() / Path(model).name
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return
+    try:
+        found = try_to_load_from_cache(model, "tokenizer.json")
+    except HFValidationError:
+        return
+    if isinstance(found, str):
+        yield Path(found).parent
+
+
+def _load(file: Path) -> Decoder:
+    from tokenizers import Tokenizer
+
+    try:
+        loaded: Decoder = Tokenizer.from_file(os.fspath(file))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise InputError(f"tokenizer must be a readable tokenizer.json, got {file}: {error}") from error
+    return loaded
