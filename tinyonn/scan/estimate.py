@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..mscan.layout import layout_blocks
@@ -137,7 +138,7 @@ def estimate(prepared: Prepared) -> ScanEstimate:
     )
 
 
-def skeleton(model_config: Any) -> nn.Module:
+def skeleton(model_config: Any) -> PreTrainedModel:
     """The model without its weights: every parameter on the meta device.
 
     Raises:
@@ -153,7 +154,7 @@ def skeleton(model_config: Any) -> nn.Module:
         raise InputError(f"model_path must hold a causal language model, got {type(model_config).__name__}: {reason}") from error
 
 
-def features(model: nn.Module, model_config: Any) -> tuple[int, int]:
+def features(model: PreTrainedModel, model_config: Any) -> tuple[int, int]:
     """Output features of all linear layers that one token passes, and of the output head.
 
     Of the experts of a layer, only as many count as a token is sent to.
@@ -162,7 +163,7 @@ def features(model: nn.Module, model_config: Any) -> tuple[int, int]:
 
     text = model_config.get_text_config()
     chosen = getattr(text, "num_experts_per_tok", None) or 1
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     outputs = 0
     for module in model.modules():
         if module is head:

@@ -15,6 +15,7 @@ from .config import RUN_ONLY, ScanConfig
 from .loading import display_name, weight_files
 
 BLOCK_SIZE = 64
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 # In the metadata, and not part of the identity: a scan may be continued by a newer version, or a renamed copy of the model.
 DESCRIPTIVE = (
@@ -62,9 +63,7 @@ def scan_metadata(
     from .. import __version__
 
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in RUN_ONLY}
-    tokenizer_files = [
-        file for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") if (file := folder / name).is_file()
-    ]
+    tokenizer_files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     metadata = {
         "tinyonn": __version__,
         "torch": torch.__version__,

@@ -9,9 +9,10 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from ..errors import InputError
 from .memory import available_memory, readable_bytes
@@ -60,9 +61,7 @@ def _download(model_id: str) -> Path:
                 if offline:
                     continue
                 reason = " ".join(str(error).split())[:200]
-                raise InputError(
-                    f"model_path must be an existing folder or a hub id that can be downloaded, got {model_id}: {reason}"
-                ) from error
+                raise InputError(f"model_path must be a folder or a hub id that can be downloaded, got {model_id}: {reason}") from error
             if (folder / "config.json").is_file() and weight_files(folder):
                 return folder
     raise InputError(f"model_path must hold a model with config.json and weights, got {model_id}.")
@@ -212,7 +211,7 @@ def check_fits(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         )
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The causal language model, in eval mode, on its device.
 
     Raises:
@@ -238,7 +237,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> torch.
     finally:
         if shown:
             logging.enable_progress_bar()
-    return model.to(device).eval()
+    cast(Any, model).to(device)  # transformers types `to` as taking no device
+    return model.eval()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

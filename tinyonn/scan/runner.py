@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..mscan import MscanWriter, SequenceRecord
@@ -211,14 +212,14 @@ def _refuse_complete(prepared: Prepared, existing: Existing) -> None:
             return
     if existing.members:
         raise InputError(
-            f"output_path must have something left to scan, {prepared.config.output} is complete with {len(existing.sequence_ids)} sequences; "
-            "use --overwrite to scan again."
+            f"output_path must have something left to scan, {prepared.config.output} is complete with {len(existing.sequence_ids)} "
+            "sequences; use --overwrite to scan again."
         )
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.skipped.items())
     raise InputError(f"dataset_path must hold a text to scan, got none in {prepared.config.dataset_path} ({reasons}).")
 
 
-def _generator(prepared: Prepared, model: torch.nn.Module) -> Generator:
+def _generator(prepared: Prepared, model: PreTrainedModel) -> Generator:
     config = prepared.config
     return Generator(
         model,
@@ -252,13 +253,14 @@ def _explained(config: ScanConfig, scan: _Scan) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise ScanInterrupted(
-            f"interrupted: {scan.path} is closed and readable, with {scan.written} sequences of this run; the same command goes on from there."
+            f"interrupted: {scan.path} is closed and readable, with {scan.written} sequences of this run; the same command goes on from "
+            "there."
         ) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise InputError(
-            f"memory ran out after {scan.written} sequences, which are kept: the same command with a lower --batch-size (now "
-            f"{config.batch_size}) goes on from there; or start again with a lower --max-length (now {config.max_length}), --dtype bf16, or "
-            "--store integral."
+            f"memory ran out after {scan.written} sequences, which are kept: the same command with a lower --batch-size "
+            f"(now {config.batch_size}) goes on from there; or start again with a lower --max-length (now {config.max_length}), "
+            "--dtype bf16, or --store integral."
         ) from error

@@ -103,7 +103,8 @@ class Encoder:
                 return None
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"dataset_path must hold chats that the tokenizer's template takes, got {item.sequence_id}: {reason}; --skip-bad leaves it out."
+                f"dataset_path must hold chats that the tokenizer's template takes, got {item.sequence_id}: {reason}; "
+                "--skip-bad leaves it out."
             ) from error
 
 
