@@ -25,6 +25,7 @@ from tinyonn.mscan.v1_records import index_records, read_records
 CELLS_PER_RECORD = 4096  # how sparse a sequence's planes may be before the file is taken for damaged
 SMALL_PLANE = 1 << 20  # cells that are always allowed
 MAX_TOKENS = 1 << 24  # of one sequence
+SAMPLED_RECORDS = 4096  # looked at to tell where records begin
 FEATURES_PER_BLOCK = 64  # version 1 does not say how many features a weight has: every block is taken for full
 
 NOTES = (
@@ -89,7 +90,7 @@ class V1Reader:
         size = os.fstat(self._fd).st_size
         length, _ = read_prologue(self.path, os.pread(self._fd, PROLOGUE.size, 0))
         head = os.pread(self._fd, min(size, length + PROLOGUE.size), 0)
-        self._header = read_header(self.path, head, size, self.recovery)
+        self._header = read_header(self.path, head, size, self.recovery, self._plausible)
         names = _parameter_names(self.path, self._header.metadata)
         listed = _listed_sequences(self.path, self._header.metadata)
         self._known = np.zeros(1 << 16, bool)
@@ -108,6 +109,13 @@ class V1Reader:
         self.report = [*self._header.lost]
         if index.invalid:
             self.report.append(f"{index.invalid} records that name a parameter or a token which does not exist")
+
+    def _plausible(self, metadata: dict[str, Any], offset: int) -> bool:
+        data = os.pread(self._fd, RECORD.itemsize * SAMPLED_RECORDS, offset)
+        records = np.frombuffer(data, RECORD, len(data) // RECORD.itemsize)
+        tokens = sum(count for _, count, _ in _listed_sequences(self.path, metadata)) or 1 << 32
+        valid = np.isin(records["param_id"], list(_parameter_names(self.path, metadata))) & (records["token_idx"] < tokens)
+        return bool(2 * np.count_nonzero(valid) >= records.size)
 
     def codes(self, i: int) -> np.ndarray:
         """The records of sequence i as they stand, in file order: the packed version 1 dtype."""
@@ -232,10 +240,11 @@ def _listed_sequences(path: str, metadata: dict[str, Any]) -> list[tuple[str, in
 
 
 def _layout(names: dict[int, str], blocks: np.ndarray) -> tuple[list[LayoutEntry], np.ndarray]:
-    # Layers in numerical order, the parameters of one layer in the order of their ids.
-    def place(param: int) -> tuple[list[tuple[bool, int, str]], int]:
+    # Layers in numerical order, then what is outside any layer; within a layer the order of the ids.
+    def place(param: int) -> tuple[bool, list[tuple[bool, int, str]], int]:
         parts = group_name(names[param]).split(".")
-        return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts], param
+        in_layer = any(part.isdecimal() for part in parts)
+        return not in_layer, [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts], param
 
     layout: list[LayoutEntry] = []
     column = np.zeros(1 << 16, np.int64)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ class V1Header:
     discarded: int = 0
 
 
-def read_header(path: str, head: bytes, size: int, recovery: str) -> V1Header:
+def read_header(path: str, head: bytes, size: int, recovery: str, plausible: Callable[[dict[str, Any], int], bool]) -> V1Header:
     """Validates the head of a version 1 file.
 
     Args:
@@ -52,6 +53,7 @@ def read_header(path: str, head: bytes, size: int, recovery: str) -> V1Header:
         head: the file's first bytes, at least as many as its header length + 15 where the file has them.
         size: of the whole file, in bytes.
         recovery: "strict", "tail" or "salvage".
+        plausible: whether records of this metadata may begin at this byte; tells an overwritten file from one cut to the same size.
 
     Raises:
         MscanError: the header breaks a rule that `recovery` does not forgive.
@@ -69,7 +71,9 @@ def read_header(path: str, head: bytes, size: int, recovery: str) -> V1Header:
     if offset + RECORD_BYTES * count > size:
         overwritten = _overwritten_offset(metadata, size, count)
         if overwritten is not None and overwritten < offset:
-            return _salvage_overwritten(path, metadata, overwritten, offset, count, recovery)
+            discarded = min(count, -((overwritten - offset) // RECORD_BYTES))
+            if plausible(metadata, overwritten + RECORD_BYTES * discarded):
+                return _salvage_overwritten(path, metadata, overwritten, discarded, count, recovery)
         if recovery == "strict":
             raise MscanError(path, f"the file must hold {count} records of {RECORD_BYTES} bytes from byte {offset} on, got {have}.", offset)
         lost = f"the file ends {count - have} records before the {count} that its header names"
@@ -114,8 +118,7 @@ def _overwritten_offset(metadata: dict[str, Any], size: int, count: int) -> int 
     return None
 
 
-def _salvage_overwritten(path: str, metadata: dict[str, Any], begin: int, header_end: int, count: int, recovery: str) -> V1Header:
-    discarded = min(count, -((begin - header_end) // RECORD_BYTES))
+def _salvage_overwritten(path: str, metadata: dict[str, Any], begin: int, discarded: int, count: int, recovery: str) -> V1Header:
     lost = f"a longer header was written over the first {discarded} of {count} records"
     if recovery != "salvage":
         raise MscanError(path, f"{lost}; recovery='salvage' reads the rest.", begin)
