@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from transformers import PreTrainedModel
 
 from ..errors import InputError
@@ -131,11 +132,12 @@ class ScanEngine:
         try:
             with torch.inference_mode(False), torch.enable_grad(), self._implementations(capture):
                 logits, embeddings = logits_from_embeddings(self.model, batch.input_ids)
-                rows = logits.detach().view(-1, logits.shape[-1])
-                loss = loss_into_gradient_(rows, batch.labels.reshape(-1))
-                # The gradient stands in the logits' own memory. An earlier step that needs them for its backward makes autograd raise.
-                torch.autograd.grad(logits, embeddings, rows.view_as(logits))
-                del logits, rows, embeddings
+                # The gradient is written over the logits. The edge into the graph is taken before: a view that was written to gets a
+                # new one, without the hooks. Should an earlier step need the logits for its own backward, autograd raises.
+                edge, values = get_gradient_edge(logits), logits.detach().view(-1, logits.shape[-1])
+                loss = loss_into_gradient_(values, batch.labels.reshape(-1))
+                torch.autograd.grad([edge], [embeddings], [values.view_as(logits)])
+                del logits, values, edge, embeddings
         finally:
             self._capture = None
         return list(self._results(batch, capture, loss))
