@@ -9,7 +9,17 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The ranges are wide enough that attention is far from uniform and every softcap bends: a scan of a nearly linear model proves little.
+# Weights spread wide enough that attention is far from uniform and every softcap bends: a nearly linear model proves little.
+_COMMON = {"vocab_size": 97, "initializer_range": 0.25, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+_SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+_OWN_SIZES = ("gpt2", "gptj", "bloom")
 _TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 24}),
     "llama": ("llama", {"attention_bias": True}),
@@ -24,7 +34,7 @@ _TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_oss",
         {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5, "max_position_embeddings": 128},
     ),
-    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "bloom": ("bloom", {"hidden_size": 48, "n_layer": 2, "n_head": 4}),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}),
     "qwen3_next": (
         "qwen3_next",
@@ -60,31 +70,8 @@ def tiny_causal_lm(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.float
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, own = _TINY[arch]
-    common = {
-        "vocab_size": 97,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.25,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    renamed = {
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "max_position_embeddings",
-    }
-    if arch in ("gpt2", "gptj", "bloom"):
-        keep = {"hidden_size"} if arch == "bloom" else set()
-        common = {key: value for key, value in common.items() if key not in renamed - keep}
-    config = AutoConfig.for_model(model_type, **{**common, **own, **overrides})
+    sizes = {} if arch in _OWN_SIZES else _SIZES
+    config = AutoConfig.for_model(model_type, **{**_COMMON, **sizes, **own, **overrides})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
