@@ -1,0 +1,78 @@
+"""The command's commands, and how a run of it ends."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.main import get_command
+
+from .. import __version__
+from .errors import explain
+
+# In the order of a piece of work, which is the order of `tinyonn --help`.
+COMMANDS = ("doctor", "corpus", "scan", "report")
+
+app = typer.Typer(
+    name="tinyonn",
+    help="Scan a language model over a corpus, and look at what every block of every weight did.",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+        # The original workflow wrote --model_path.
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tinyonn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    pass
+
+
+for _name in COMMANDS:
+    app.command(_name)(getattr(importlib.import_module(f".{_name}", __package__), _name))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line and gives its exit code.
+
+    0 done, 1 the command found what it looks for (damage, something missing), 2 bad input, 130 interrupted. What the user can mend is
+    one line on stderr; anything else is a bug and keeps its traceback, as does everything under TINYONN_DEBUG=1.
+    """
+    command = get_command(app)
+    try:
+        with command.make_context("tinyonn", list(arguments) or ["--help"]) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as end:
+        return int(end.exit_code)
+    except BrokenPipeError:
+        # The reader (head, less) has gone: no one is left to tell. Python must not find out again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (Exception, KeyboardInterrupt) as error:
+        ending = None if os.environ.get("TINYONN_DEBUG") else explain(error, _command_name(arguments))
+        if ending is None:
+            raise
+        print(ending.line, file=sys.stderr)
+        return ending.code
+    return 0
+
+
+def _command_name(arguments: Sequence[str]) -> str:
+    return next((f"tinyonn {argument}" for argument in arguments if argument in COMMANDS), "tinyonn")

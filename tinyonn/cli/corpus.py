@@ -1,0 +1,153 @@
+"""`tinyonn corpus`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from . import screen
+
+if TYPE_CHECKING:
+    from ..scan.build import CorpusProgress, CorpusReport
+    from ..scan.topic import Topic
+
+
+def corpus(
+    source: Annotated[
+        str, typer.Argument(help="JSONL, JSON or Parquet file, text file, folder, or data set on the hub.", show_default=False)
+    ],
+    topic: Annotated[
+        str,
+        typer.Option("--topic", "-t", metavar="NAME|FILE", help="python, finance, math, a YAML file, or a new name.", show_default=False),
+    ],
+    output_path: Annotated[
+        Path | None,
+        typer.Option("--output-path", "-o", metavar="PATH", help="The corpus. [default: data/sft/TOPIC_corpus.jsonl]", show_default=False),
+    ] = None,
+    keyword: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A word or phrase of the topic; may be repeated.")] = None,
+    pattern: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="A regular expression of the topic; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Drops what it matches; may be repeated.")] = None,
+    min_matches: Annotated[
+        int | None, typer.Option(metavar="N", help="Different keywords and patterns needed.", show_default=False)
+    ] = None,
+    min_density: Annotated[float | None, typer.Option(metavar="X", help="Matches needed in 1,000 characters.", show_default=False)] = None,
+    everything: Annotated[bool, typer.Option("--everything", help="No test of topic: keep all that the other limits let pass.")] = False,
+    text_field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Field with the text. [default: found]", show_default=False)
+    ] = None,
+    format: Annotated[
+        str, typer.Option(metavar="auto|text|chat", help="Keep chats as chats, join their turns, or drop plain texts.")
+    ] = "auto",
+    code_blocks: Annotated[
+        str, typer.Option(metavar="keep|require|only", help="Fenced code blocks: keep texts whole, require one, or keep only them.")
+    ] = "keep",
+    min_chars: Annotated[int, typer.Option(metavar="N", help="Shortest text.")] = 32,
+    max_chars: Annotated[int | None, typer.Option(metavar="N", help="Longest text.", show_default=False)] = None,
+    cut: Annotated[
+        bool | None, typer.Option("--cut/--no-cut", help="Cut longer texts at paragraphs rather than drop them. [default: text files only]")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Tokenizer for the next two: a folder or a name on the hub.", show_default=False)
+    ] = None,
+    min_tokens: Annotated[int | None, typer.Option(metavar="N", help="Fewest tokens.", show_default=False)] = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Most tokens.", show_default=False)] = None,
+    language: Annotated[
+        str | None, typer.Option(metavar="CODE", help="Keep what looks like this language (en, de, fr, zh, ...).", show_default=False)
+    ] = None,
+    dedup: Annotated[bool, typer.Option("--dedup/--no-dedup", help="Drop texts equal but for case and spacing.")] = True,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Keep a random sample of N.", show_default=False)] = None,
+    first: Annotated[bool, typer.Option("--first", help="With --limit: the first N that fit, and read no further.")] = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the sample.")] = 0,
+    subset: Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a data set on the hub.", show_default=False)] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="Split of a data set on the hub.")] = "train",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count malformed records and go on.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+) -> None:
+    """Cut a topical corpus from a large source.
+
+    Writes JSONL, and says what was kept and why the rest was dropped.
+    """
+    from ..scan.corpus import build_corpus
+
+    changes = {"min_matches": min_matches, "min_density": min_density}
+    about = _topic(
+        topic, keyword or [], pattern or [], exclude or [], everything, {key: value for key, value in changes.items() if value is not None}
+    )
+    with screen.Progress("reading") as bar:
+        report = build_corpus(
+            source,
+            about,
+            output_path,
+            text_field=text_field,
+            format=format,
+            code_blocks=code_blocks,
+            min_chars=min_chars,
+            max_chars=max_chars,
+            cut=cut,
+            tokenizer=None if tokenizer is None else _tokenizer(tokenizer),
+            min_tokens=min_tokens,
+            max_tokens=max_tokens,
+            language=language,
+            dedup=dedup,
+            limit=limit,
+            first=first,
+            seed=seed,
+            subset=subset,
+            split=split,
+            skip_bad=skip_bad,
+            overwrite=overwrite,
+            progress=lambda state: _show(bar, state),
+        )
+    print(_report_screen(report))
+
+
+def _show(bar: screen.Progress, state: CorpusProgress) -> None:
+    bar.update(state.fraction, f"{screen.number(state.read)} read, {screen.number(state.kept)} kept")
+
+
+def _topic(name: str, keywords: list[str], patterns: list[str], exclude: list[str], everything: bool, changes: dict[str, Any]) -> Topic:
+    """The named topic with the keywords and patterns of the command line added; a new one if there is none of that name."""
+    from ..scan.topic import Topic, builtin_topics, load_topic
+
+    known = name in builtin_topics() or name.endswith((".yaml", ".yml"))
+    if everything and (keywords or patterns or changes):
+        raise InputError("--everything must stand without --keyword, --pattern, --min-matches and --min-density.")
+    topic = load_topic(name) if known or not (keywords or patterns or everything) else Topic(name)
+    if everything:
+        changes, topic = {"min_matches": 1, "min_density": 0.0}, dataclasses.replace(topic, keywords=(), patterns=(), min_matches=1)
+    return dataclasses.replace(
+        topic,
+        keywords=(*topic.keywords, *keywords),
+        patterns=(*topic.patterns, *patterns),
+        exclude=(*topic.exclude, *exclude),
+        **changes,
+    )
+
+
+def _tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"tokenizer must be a folder with a tokenizer or a name on the hub, got {name}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _report_screen(report: CorpusReport) -> str:
+    mean = report.characters // report.kept
+    lines: list[tuple[str, object]] = [
+        ("read", f"{screen.number(report.read)} records in {screen.duration(report.seconds)}"),
+        ("kept", f"{screen.number(report.kept)} sequences, {screen.number(report.characters)} characters ({screen.number(mean)} each)"),
+    ]
+    if report.dropped:
+        width = max(len(screen.number(count)) for count in report.dropped.values())
+        reasons = "\n".join(f"{screen.number(count):>{width}}  {reason}" for reason, count in report.dropped.items())
+        lines.append(("dropped", reasons))
+    lines += [("malformed" if index == 0 else "", error) for index, error in enumerate(report.errors)]
+    return screen.rows([*lines, ("written", report.output)])

@@ -1,0 +1,73 @@
+"""What a person can mend, in one line; and the exit code that goes with it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from dataclasses import dataclass
+
+import typer
+
+from ..errors import InputError, MscanError
+
+# Typer brings its own copy of click, or uses click, by version: the base class is the same place above BadParameter in both.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Ending:
+    """One line for stderr, and an exit code."""
+
+    line: str
+    code: int
+
+
+def explain(error: BaseException, command: str) -> Ending | None:
+    """How a command ends that raised this; None for what is a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return Ending(_one_line(error) or f"{command}: interrupted.", INTERRUPTED)
+    if isinstance(error, UsageError):
+        # Its message stops before the advice on near names, which only the formatted one has.
+        message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        return Ending(f"{command}: {message.rstrip('.')}. See `{command} --help`.", BAD_INPUT)
+    if isinstance(error, ClickException):
+        return Ending(f"{command}: {error.format_message()}", BAD_INPUT)  # type: ignore[attr-defined]
+    if isinstance(error, (InputError, MscanError)):
+        return Ending(f"{command}: {_one_line(error)}", BAD_INPUT)
+    if _ran_out_of_memory(error):
+        return Ending(f"{command}: memory ran out. {_lower(command)}", BAD_INPUT)
+    if isinstance(error, OSError) and error.errno is not None:
+        return Ending(f"{command}: {_os_error(error)}", BAD_INPUT)
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _os_error(error: OSError) -> str:
+    reason = os.strerror(error.errno or 0)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason += " (--store integral writes far less; --output-path may name another disk)"
+    names = [os.fspath(name) for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike))]
+    return f"{' -> '.join(str(name) for name in names)}: {reason}." if names else f"{reason}."
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator on a CPU
+
+
+def _lower(command: str) -> str:
+    if command == "tinyonn scan":
+        return "Lower --batch-size or --max-length, or take --dtype bf16 or --store integral; `--estimate` says what a scan needs."
+    return "A smaller --limit, a smaller file or a larger machine would do."

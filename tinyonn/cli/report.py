@@ -1,0 +1,52 @@
+"""`tinyonn report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import screen
+
+
+def report(
+    file: Annotated[Path, typer.Argument(help="A .mscan file.", show_default=False)],
+    output_path: Annotated[
+        Path | None, typer.Option("--output-path", "-o", metavar="PATH", help="The page. [default: FILE with .html]", show_default=False)
+    ] = None,
+    normalise: Annotated[str, typer.Option(metavar="layer|global|none", help="What the maps show first.")] = "layer",
+    top: Annotated[int, typer.Option(metavar="N", help="Blocks and heads listed.")] = 20,
+    replay: Annotated[int, typer.Option(metavar="N", help="Sequences shown token by token.")] = 8,
+    replay_order: Annotated[str, typer.Option(metavar="ORDER", help="Which: surprising (highest loss) or first.")] = "surprising",
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Model folder, to show tokens as text. [default: the scan's]", show_default=False)
+    ] = None,
+    figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draw PNGs beside the page.")] = True,
+) -> None:
+    """Write a page about a scan: maps, top blocks and heads, replay.
+
+    The page is one file and opens offline.
+    """
+    from ..report import write_report
+
+    target = output_path or file.with_suffix(".html")
+    with screen.Progress(f"reading {file.name}") as bar:
+        bar.update(None, "")
+        result = write_report(
+            file,
+            target,
+            normalise=normalise,  # type: ignore[arg-type]  # checked there
+            top=top,
+            replay=replay,
+            replay_order=replay_order,  # type: ignore[arg-type]
+            tokenizer=tokenizer,
+            figures_too=figures,
+        )
+    print(written(result))
+
+
+def written(result: Any) -> str:
+    """The files of a report or comparison, with their sizes."""
+    lines = [("page", f"{result.html}, {screen.size(result.html.stat().st_size)}")]
+    return screen.rows([*lines, *(("figure", str(png)) for png in result.pngs)])

@@ -1,0 +1,156 @@
+"""`tinyonn scan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..scan.config import CODECS, COMPRESSIONS, CREDITS, DTYPES, STORES, SYNCS, ScanConfig
+from . import screen
+
+if TYPE_CHECKING:
+    from ..scan import ScanEstimate, ScanProgress, ScanResult
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ScanConfig)}
+
+
+def _choice(name: str, values: tuple[str | None, ...]) -> Any:
+    return enum.Enum(name, {str(value): str(value) for value in values if value is not None}, type=str)
+
+
+Credit = _choice("Credit", CREDITS)
+Dtype = _choice("Dtype", DTYPES)
+Store = _choice("Store", STORES)
+Codec = _choice("Codec", CODECS)
+Compression = _choice("Compression", COMPRESSIONS)
+Sync = _choice("Sync", SYNCS)
+
+
+def _option(field: str, text: str, metavar: str | None = None, *names: str) -> Any:
+    """An option for a field of ScanConfig. It has no default of its own, so that a config file's value stands unless it is given."""
+    default = _DEFAULTS.get(field)
+    flag = f"--{field.replace('_', '-')}"
+    if isinstance(default, bool):
+        flag = f"{flag}/--no-{field.replace('_', '-')}"
+        text += f" [default: {'yes' if default else 'no'}]"
+    elif default not in (None, dataclasses.MISSING):
+        text += f" [default: {default:g}]" if isinstance(default, float) else f" [default: {default}]"
+    return typer.Option(flag, *names, help=text, metavar=metavar, show_default=False)
+
+
+def scan(
+    model_path: Annotated[
+        str | None, _option("model_path", "Folder of a causal language model, or its name on the hub.", "PATH", "-m")
+    ] = None,
+    dataset_path: Annotated[str | None, _option("dataset_path", "The corpus: JSONL, a JSON list or Parquet.", "PATH", "-d")] = None,
+    output_path: Annotated[
+        str | None, _option("output_path", "The .mscan file. [default: data/scans/MODEL_TOPIC.mscan]", "PATH", "-o")
+    ] = None,
+    topic: Annotated[str | None, _option("topic", "What the corpus is about. [default: from its file name]", "NAME")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of these options; options given here win.")] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Print bytes per token and peak memory, and stop.")] = False,
+    credit: Annotated[
+        Credit | None, _option("credit", "full: gradients include what a token did for later ones. local: its own loss alone.")
+    ] = None,
+    targets: Annotated[str | None, _option("targets", "Weights to record: all, or a list of attention, mlp, names with *.", "LIST")] = None,
+    generate: Annotated[
+        int | None, _option("generate", "Let the model answer each prompt with up to N tokens, and scan both.", "N")
+    ] = None,
+    temperature: Annotated[float | None, _option("temperature", "Of generation; 0 takes the likeliest token.", "X")] = None,
+    top_p: Annotated[float | None, _option("top_p", "Nucleus of generation, with a temperature above 0.", "X")] = None,
+    seed: Annotated[int | None, _option("seed", "Of generation.", "N")] = None,
+    limit: Annotated[int | None, _option("limit", "Scan at most N records.", "N")] = None,
+    max_length: Annotated[int | None, _option("max_length", "Tokens kept of each text.", "N")] = None,
+    batch_size: Annotated[int | None, _option("batch_size", "Sequences in one forward and backward.", "N")] = None,
+    dtype: Annotated[Dtype | None, _option("dtype", "Precision of the model; auto: fp32 on a CPU, the model's own on a GPU.")] = None,
+    device: Annotated[str | None, _option("device", "auto, cpu, cuda or cuda:N.", "NAME")] = None,
+    text_field: Annotated[str | None, _option("text_field", "Field of the corpus with the text. [default: found]", "NAME")] = None,
+    skip_bad: Annotated[bool | None, _option("skip_bad", "Count malformed records and go on.")] = None,
+    store: Annotated[
+        Store | None, _option("store", "records: every block of every token. integral: each sequence's sums, far smaller.")
+    ] = None,
+    store_text: Annotated[bool | None, _option("store_text", "Keep the texts in the file.")] = None,
+    codec: Annotated[Codec | None, _option("codec", "log2u16: 2 bytes a value. f32: 4 bytes, exact.")] = None,
+    compression: Annotated[Compression | None, _option("compression", "Compress the values. [default: no]")] = None,
+    sync: Annotated[Sync | None, _option("sync", "When what is written is forced to the disk.")] = None,
+    resume: Annotated[bool | None, _option("resume", "Go on with an output that is not complete.")] = None,
+    overwrite: Annotated[bool | None, _option("overwrite", "Replace an existing output.")] = None,
+) -> None:
+    """Scan a model over a corpus into a .mscan file.
+
+    It holds what every block of every weight does for every token. A scan that was stopped goes on where it was: run the same
+    command again. Under torchrun, each process scans its share (torchrun --nproc-per-node 2 -m tinyonn scan ...).
+    """
+    given = {name: value.value if isinstance(value, enum.Enum) else value for name, value in locals().items() if name in _DEFAULTS}
+    explicit = {name: value for name, value in given.items() if value is not None}
+    options = (
+        ScanConfig.from_yaml(config, **explicit) if config is not None else ScanConfig.from_mapping(explicit, source="a --config file")
+    )
+    from ..scan import estimate_scan, run_scan
+
+    if estimate:
+        print(_estimate_screen(options, estimate_scan(options)))
+        return
+    leader = os.environ.get("RANK", "0") == "0"
+    with screen.Progress("loading", enabled=leader) as bar:
+        result = run_scan(options, progress=lambda state: _show(bar, state))
+    if leader:
+        print(_result_screen(result))
+
+
+def _show(bar: screen.Progress, state: ScanProgress) -> None:
+    if state.stage == "loading":
+        bar.update(None, "the model", label="loading")
+        return
+    text = f"{screen.number(state.done)}/{screen.number(state.total)} texts"
+    if state.tokens:
+        text += f", {screen.number(state.tokens_per_second)} tokens/s, loss {state.loss:.2f}"
+    bar.update(state.done / max(state.total, 1), text, label="scanning")
+
+
+def _estimate_screen(options: ScanConfig, found: ScanEstimate) -> str:
+    about = "about " if found.sampled else ""
+    verdicts = [
+        ("disk", f"{screen.size(found.total_bytes)}, {screen.size(found.disk_free_bytes)} free", found.fits_disk),
+        ("peak memory", f"{screen.size(found.peak_memory_bytes)}, {screen.size(found.available_bytes)} free", found.fits_memory),
+    ]
+    shares = (("weights", found.weight_bytes), ("activations", found.activation_bytes), ("planes", found.plane_bytes))
+    parts = ", ".join(f"{name} {screen.size(count)}" for name, count in shares)
+    lines: list[tuple[str, object]] = [
+        ("output", options.output),
+        ("sequences", f"{about}{screen.number(found.sequences)}" + _skipped(found.skipped)),
+        ("tokens", f"{about}{screen.number(found.tokens)}" + (f" ({screen.number(found.truncated)} texts cut)" if found.truncated else "")),
+        ("blocks a token", screen.number(found.blocks)),
+        ("bytes a token", screen.number(found.bytes_per_token)),
+    ]
+    lines += [(name, text if fits else f"{text}: TOO LITTLE") for name, text, fits in verdicts]
+    lines += [("", parts), ("runs on", f"{found.device}, {found.dtype}")]
+    if not found.fits_memory:
+        lines.append(("to lower", "--batch-size, --max-length, --dtype bf16"))
+    if not found.fits_disk:
+        lines.append(("to lower", "--store integral, --limit, --targets"))
+    return screen.rows(lines)
+
+
+def _result_screen(result: ScanResult) -> str:
+    resumed = f", {screen.number(result.resumed)} were there" if result.resumed else ""
+    lines: list[tuple[str, object]] = [
+        ("scanned", f"{screen.number(result.sequences)} sequences, {screen.number(result.tokens)} tokens{resumed}"),
+        ("loss", f"{result.loss:.3f} nats a token"),
+        ("time", f"{screen.duration(result.seconds)}, {screen.number(result.tokens_per_second)} tokens/s"),
+    ]
+    if result.truncated:
+        lines.append(("cut", f"{screen.number(result.truncated)} texts at --max-length"))
+    if result.skipped:
+        lines.append(("left out", ", ".join(f"{screen.number(count)} {reason}" for reason, count in result.skipped.items())))
+    share = f" (rank {result.rank} of {result.world_size})" if result.world_size > 1 else ""
+    return screen.rows([*lines, ("written", f"{result.path}, {screen.size(result.path.stat().st_size)}{share}")])
+
+
+def _skipped(skipped: Any) -> str:
+    return f" ({', '.join(f'{screen.number(count)} {reason}' for reason, count in skipped.items())} left out)" if skipped else ""

@@ -1,0 +1,106 @@
+"""What the commands put on the screen: results on stdout, progress and notes on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+PLAIN_EVERY = 10.0  # seconds between lines where no bar can be drawn
+
+
+def say(line: str = "") -> None:
+    """A note on stderr: not part of the result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def rows(lines: Iterable[tuple[str, object]], indent: int = 0) -> str:
+    """Names and values in two columns; a value of several lines keeps to its column."""
+    entries = [(name, str(value)) for name, value in lines]
+    width = max((len(name) for name, _ in entries), default=0)
+    gap = "\n" + " " * (indent + width + 2)
+    return "\n".join(f"{'':{indent}}{name:{width}}  {value.replace(chr(10), gap)}".rstrip() for name, value in entries)
+
+
+def columns(head: Sequence[str], lines: Iterable[Sequence[object]], left: int = 1) -> str:
+    """A plain table, the first `left` columns to the left and the numbers to the right."""
+    table = [[str(value) for value in line] for line in (head, *lines)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{width}}" if index < left else f"{cell:>{width}}" for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people: 512 B, 4.2 MB, 1.3 GB (powers of ten, as disks count)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def number(count: float) -> str:
+    """A count with separators: 12,345."""
+    return f"{count:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """0.4 s, 12 s, 3:05, 2:01:07."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """A bar on stderr where that is a terminal; elsewhere a plain line now and then. A context manager.
+
+    Args:
+        label: what is going on, for the left of the line.
+        enabled: False draws nothing (the other ranks of a scan).
+    """
+
+    def __init__(self, label: str, *, enabled: bool = True) -> None:
+        self._label = label
+        self._enabled = enabled
+        self._bar: Any = None
+        self._task: Any = None
+        self._started = self._said = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self._enabled and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            console = Console(stderr=True)
+            if not console.is_dumb_terminal:
+                parts = ("{task.description}", "{task.fields[text]}")
+                columns = (SpinnerColumn(), TextColumn(parts[0]), BarColumn(bar_width=24), TextColumn(parts[1]), TimeRemainingColumn())
+                self._bar = Bar(*columns, console=console, transient=True)
+                self._task = self._bar.add_task(self._label, total=None, text="")
+                self._bar.start()
+        return self
+
+    def update(self, fraction: float | None, text: str, *, label: str | None = None) -> None:
+        """Shows the share done (None: unknown) and a few words."""
+        self._label = label or self._label
+        if self._bar is not None:
+            self._bar.update(
+                self._task, description=self._label, total=None if fraction is None else 1.0, completed=fraction or 0.0, text=text
+            )
+        elif self._enabled and time.monotonic() - self._said >= PLAIN_EVERY:
+            self._said = time.monotonic()
+            share = "" if fraction is None else f" {100 * fraction:.0f} %,"
+            say(f"{self._label}:{share} {text}, {duration(self._said - self._started)}")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
