@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .engine import SequenceScan as SequenceScan
     from .estimate import ScanEstimate as ScanEstimate
     from .estimate import estimate_scan as estimate_scan
+    from .output import OutputCompleteError as OutputCompleteError
+    from .output import OutputDiffersError as OutputDiffersError
     from .records import CorpusItem as CorpusItem
     from .runner import ScanInterrupted as ScanInterrupted
     from .runner import ScanProgress as ScanProgress
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Corpus": "corpus",
     "CorpusItem": "records",
+    "OutputCompleteError": "output",
+    "OutputDiffersError": "output",
     "ScanConfig": "config",
     "ScanEngine": "engine",
     "ScanEstimate": "estimate",

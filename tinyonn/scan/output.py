@@ -27,6 +27,14 @@ _RENAME_RETRIES = 20
 _RENAME_WAIT = 0.1
 
 
+class OutputDiffersError(InputError):
+    """The output was written with another configuration; the message names the fields that differ."""
+
+
+class OutputCompleteError(InputError):
+    """The output holds the whole corpus already."""
+
+
 @dataclass(frozen=True)
 class Existing:
     """What earlier runs left: members of the set by index, and the ids of the sequences they hold."""
@@ -67,7 +75,7 @@ def find_existing(path: Path, metadata: Mapping[str, Any]) -> Existing:
     """The files of earlier runs and the ids in them; a member that is not there was not begun.
 
     Raises:
-        InputError: a file was written with another configuration; the fields that differ are named.
+        OutputDiffersError: a file was written with another configuration; the fields that differ are named.
         MscanError: a file is damaged.
     """
     for attempt in range(_RENAME_RETRIES):
@@ -135,7 +143,7 @@ def _read_existing(path: Path, metadata: Mapping[str, Any]) -> Existing:
     for file, _ in members.values():
         with MscanReader(file) as reader:
             if changed := differences(reader.metadata, metadata):
-                raise InputError(
+                raise OutputDiffersError(
                     f"output_path must be a scan with the same configuration, {file} differs in {', '.join(changed)}; "
                     "use --overwrite to replace it, or another --output-path."
                 )

@@ -19,7 +19,7 @@ from .distributed import World
 from .engine import ScanEngine, SequenceScan
 from .generation import Answered, Generator
 from .loading import is_out_of_memory, load_model
-from .output import NOTHING, Existing, check_writable, find_existing, member_path, open_writer, refuse_existing
+from .output import NOTHING, Existing, OutputCompleteError, check_writable, find_existing, member_path, open_writer, refuse_existing
 from .prepare import Prepared, prepare
 from .tokens import TokenCounts, TokenSequence, plan_batches
 
@@ -211,7 +211,7 @@ def _refuse_complete(prepared: Prepared, existing: Existing) -> None:
         if sequence_id not in existing.sequence_ids and encoder.encode(item, counts) is not None:
             return
     if existing.members:
-        raise InputError(
+        raise OutputCompleteError(
             f"output_path must have something left to scan, {prepared.config.output} is complete with {len(existing.sequence_ids)} "
             "sequences; use --overwrite to scan again."
         )
