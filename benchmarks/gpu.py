@@ -36,7 +36,9 @@ def main() -> int:
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / f"gpu-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
-    measured = subprocess.run([*pytest, "benchmarks", "--benchmark-only", f"--benchmark-json={result}"], cwd=ROOT, env=environment).returncode
+    measured = subprocess.run(
+        [*pytest, "benchmarks", "--benchmark-only", f"--benchmark-json={result}"], cwd=ROOT, env=environment
+    ).returncode
     if result.is_file() and result.stat().st_size:
         content = json.loads(result.read_text())
         content["gpu"] = {"name": device, "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}

