@@ -1,0 +1,100 @@
+"""Which implementation runs, and the checks that every op shares."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "triton", "torch", "reference")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TRITON_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_impl(impl: str) -> None:
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}.")
+
+
+def choose_impl(impl: str, tensor: Tensor) -> str:
+    """Resolves `auto`, and refuses an explicit `triton` that cannot run; called with real tensors only.
+
+    `auto` means triton on CUDA tensors of a dtype that the kernels take, where triton can be imported, else torch.
+    """
+    if impl == "auto":
+        return "triton" if tensor.is_cuda and tensor.dtype in TRITON_FLOATS and _triton_missing() is None else "torch"
+    if impl == "triton":
+        reason = _triton_missing()
+        if reason is not None:
+            raise RuntimeError(f"impl='triton' must have triton, got {reason}: install triton or pass impl='torch'.")
+        if tensor.dtype not in TRITON_FLOATS:
+            raise ValueError(f"impl='triton' must have float16, bfloat16 or float32 tensors, got {tensor.dtype}; pass impl='torch'.")
+        if not tensor.is_cuda and not _interpreted():
+            raise RuntimeError(
+                f"impl='triton' must have CUDA tensors, got {tensor.device}: move them to a GPU, pass impl='torch', "
+                "or set TRITON_INTERPRET=1 before the first import to run Triton's interpreter."
+            )
+    return impl
+
+
+@cache
+def _triton_missing() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"'{error}'"
+    return None
+
+
+def _interpreted() -> bool:
+    from tinyonn_kernels import INTERPRETED
+
+    return INTERPRETED
+
+
+def check_float(name: str, tensor: Tensor, min_dim: int = 1) -> None:
+    """`tensor` is a floating-point tensor of at least `min_dim` dimensions."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}.")
+    if tensor.dim() < min_dim:
+        raise ValueError(f"{name} must have at least {min_dim} dimension(s), got shape {tuple(tensor.shape)}.")
+
+
+def check_same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}.")
+
+
+def check_block_size(block_size: int) -> None:
+    if not isinstance(block_size, int) or isinstance(block_size, bool):
+        raise TypeError(f"block_size must be an int, got {type(block_size).__name__}.")
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}.")
+
+
+def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *inputs: Tensor | None) -> None:
+    """`out` can receive the result, and nothing would have to flow back through it."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a torch.Tensor, got {type(out).__name__}.")
+    if tuple(out.shape) != tuple(shape):
+        raise ValueError(f"out must have shape {tuple(shape)}, got {tuple(out.shape)}.")
+    if out.dtype != dtype:
+        raise TypeError(f"out must be {dtype}, got {out.dtype}.")
+    check_same_device("out", out, device)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (out, *inputs)):
+        raise ValueError("out must not be given where an input requires grad, got one that does: detach it or enter torch.no_grad().")
+
+
+def check_no_nan(name: str, tensor: Tensor) -> None:
+    """For `tinyonn.debug()`: reads the whole tensor."""
+    count = int(tensor.isnan().sum())
+    if count:
+        raise ValueError(f"{name} must hold no NaN, got {count} of {tensor.numel()} values.")
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for every input but float64, which keeps its precision."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
