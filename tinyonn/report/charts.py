@@ -162,3 +162,38 @@ def _axis_titles(x_title: str, y_title: str) -> str:
         f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>'
         f'<text class="axis" transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>'
     )
+
+
+def interval_bars(title: str, names: Sequence[str], values: Floats, low: Floats, high: Floats, *, x_title: str, muted: bool = False) -> str:
+    """Horizontal bars with an interval each, the first on top; `muted` draws them grey: nothing to claim."""
+    if not len(names):
+        return '<p class="empty">No block to show.</p>'
+    width, left, right, row = 1000, 330, 20, 22
+    height = len(names) * row + 46
+    edges = np.concatenate([low, high, values])
+    edges = edges[np.isfinite(edges)]
+    ticks = nice_ticks(min(0.0, float(edges.min(initial=0.0))), max(0.0, float(edges.max(initial=0.0))), 8)
+
+    def x_of(value: float) -> float:
+        inside = min(max(value, ticks[0]), ticks[-1])
+        return left + (inside - ticks[0]) / (ticks[-1] - ticks[0]) * (width - left - right)
+
+    parts = [f'<svg class="chart wide" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
+    for tick in ticks:
+        kind = "zero" if tick == 0 else "grid"
+        parts.append(f'<line class="{kind}" x1="{x_of(tick):.1f}" x2="{x_of(tick):.1f}" y1="4" y2="{height - 40}"/>')
+        parts.append(f'<text class="tick" x="{x_of(tick):.1f}" y="{height - 25}" text-anchor="middle">{format_number(tick)}</text>')
+    for number, (name, value, lower, upper) in enumerate(zip(names, values.tolist(), low.tolist(), high.tolist(), strict=True)):
+        y = 6 + number * row
+        kind = "muted" if muted else "more" if value > 0 else "less"
+        first, last = sorted((x_of(0.0), x_of(value)))
+        label = f"{name}: {value:.4g}, interval {lower:.4g} to {upper:.4g}"
+        parts.append(
+            f'<g><title>{escape(label)}</title><text class="name" x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>'
+            f'<rect class="{kind}" x="{first:.1f}" y="{y + 2}" width="{max(last - first, 0.5):.1f}" height="{row - 8}"/>'
+            f'<line class="whisker" x1="{x_of(lower):.1f}" x2="{x_of(upper):.1f}" y1="{y + 9}" y2="{y + 9}"/>'
+            f'<line class="whisker" x1="{x_of(lower):.1f}" x2="{x_of(lower):.1f}" y1="{y + 5}" y2="{y + 13}"/>'
+            f'<line class="whisker" x1="{x_of(upper):.1f}" x2="{x_of(upper):.1f}" y1="{y + 5}" y2="{y + 13}"/></g>'
+        )
+    parts.append(f'<text class="axis" x="{(left + width - right) / 2:.0f}" y="{height - 6}" text-anchor="middle">{escape(x_title)}</text>')
+    return f"{''.join(parts)}</svg>"

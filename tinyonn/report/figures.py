@@ -27,7 +27,7 @@ def require_matplotlib() -> None:
         InputError: it is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("the package matplotlib must be installed to draw PNGs: pip install 'tinyonn[report]' (or leave them out: figures=False).")
+        raise InputError("the package matplotlib must be installed to draw PNGs: pip install 'tinyonn[report]' (or leave them out: figures_too=False).")
 
 
 def draw_maps(path: Path, title: str, maps: Sequence[HeatMap], how: Normalisation, layers: Sequence[str], modules: Sequence[str]) -> None:

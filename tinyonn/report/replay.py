@@ -103,8 +103,6 @@ def read_replay(reader: MscanReader, grid: BlockGrid, ordinals: Sequence[int], d
 def token_cells(grid: BlockGrid, activation: npt.NDArray[np.float32], gradient: npt.NDArray[np.float32]) -> Floats:
     """SPS per token: existing cells in grid order, then the spread of each layer. (tokens, blocks) twice to (tokens, columns)."""
     sps = token_sps(activation, gradient, grid.layer_offsets)
-    if sps.shape[1] < grid.num_blocks:
-        sps = np.pad(sps, ((0, 0), (0, grid.num_blocks - sps.shape[1])), constant_values=np.nan)
     cells = grid.token_means(sps)[:, np.unique(grid.cell)]
     spread = np.full((len(sps), grid.shape[0]), np.nan)
     for row, (first, last) in enumerate(zip(grid.layer_offsets[:-1], grid.layer_offsets[1:], strict=True)):
@@ -127,18 +125,17 @@ def pack_int16(values: Floats) -> tuple[str, float]:
 
 
 def token_sps(activation: npt.NDArray[np.float32], gradient: npt.NDArray[np.float32], layer_offsets: npt.NDArray[np.int64]) -> Floats:
-    """SPS of each token and block, (tokens, blocks) float64."""
-    out = np.full(activation.shape, np.nan)
-    for first, last in zip(layer_offsets[:-1], layer_offsets[1:], strict=True):
-        a, g = (np.asarray(x[:, first:last], dtype=np.float64) for x in (activation, gradient))
-        ok = np.isfinite(a) & np.isfinite(g)
-        zs = []
-        for x in (a, g):
-            n = np.maximum(ok.sum(1, keepdims=True), 1)
-            mean = np.where(ok, x, 0).sum(1, keepdims=True) / n
-            dev = np.where(ok, x - mean, 0)
-            std = np.sqrt((dev**2).sum(1, keepdims=True) / n)
-            flat = std <= 1e-6 * np.abs(mean)
-            zs.append(np.where(flat, 0, dev / np.where(flat, 1, std)))
-        out[:, first:last] = np.where(ok, zs[0] - zs[1], np.nan)
-    return out
+    """SPS of each token and block, NaN where missing: (tokens, blocks) twice to (tokens, layer_offsets[-1]) float64.
+
+    Planes of an earlier, narrower layout are widened with missing blocks.
+    """
+    # Inside the call: a report of integrals alone needs no torch.
+    import torch
+
+    from tinyonn.ops import integrate_sps
+
+    missing = int(layer_offsets[-1]) - activation.shape[1]
+    planes = [torch.from_numpy(np.pad(plane, ((0, 0), (0, missing)), constant_values=np.nan).astype(np.float64)) for plane in (activation, gradient)]
+    _, per_token = integrate_sps(planes[0], planes[1], layer_offsets, return_per_token=True)
+    found: Floats = per_token.numpy()
+    return found

@@ -83,8 +83,8 @@ def write_report(
     maps = scan_maps(data)
     heads = head_scores(data.grid, data.totals, data.metadata)
     write_atomically(target, _document(data, maps, heads, sequences, normalise, top, replay_order, dropped))
-    pngs = _draw(target, data, maps, normalise) if figures_too else ()
-    return ReportResult(target, pngs)
+    drawn = _draw(target, data, maps, normalise) if figures_too else ()
+    return ReportResult(target, drawn)
 
 
 def check_output(output: str | os.PathLike[str]) -> Path:
