@@ -76,19 +76,17 @@ def open_data(path: str | os.PathLike[str], name: str = "dataset_path") -> Binar
         InputError: it is missing, empty, unreadable or no regular file.
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115 (handed to the caller)
+        status = os.stat(path)  # before it is opened: opening a pipe waits for a writer
+        if stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{name} must be a file, got the folder {os.fspath(path)}; `tinyonn corpus` makes a file of a folder.")
+        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+            found = "an empty file" if stat.S_ISREG(status.st_mode) else "a pipe or device"
+            raise InputError(f"{name} must be a file of records, got {found}: {os.fspath(path)}.")
+        return open(path, "rb")
     except FileNotFoundError:
         raise InputError(f"{name} must be an existing file, got {os.fspath(path)}.") from None
-    except IsADirectoryError:
-        raise InputError(f"{name} must be a file, got the folder {os.fspath(path)}; `tinyonn corpus` makes a file of a folder.") from None
     except OSError as error:
         raise InputError(f"{name} must be a readable file, got {os.fspath(path)}: {error.strerror}.") from error
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-        file.close()
-        found = "an empty file" if stat.S_ISREG(status.st_mode) else "a pipe or device"
-        raise InputError(f"{name} must be a file of records, got {found}: {os.fspath(path)}.")
-    return file
 
 
 def data_kind(path: str | os.PathLike[str], name: str = "dataset_path") -> str:
