@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ._standin import block_norms
+from ..ops import block_norms
 from .targets import BLOCK_SIZE, Target
 
 
@@ -47,13 +47,13 @@ class Capture:
         self._claim(target)
         rows = _token_rows(target, output, self.batch_shape)
         columns = slice(target.base, target.end)
-        block_norms(rows.detach(), BLOCK_SIZE, out=self.activation[:, columns])
+        _write_norms(rows.detach(), None, self.activation[:, columns])
         if not output.requires_grad:
             return
         input_norm, grad_plane, shape = self._norm_of(inputs), self.grad_norm[:, columns], self.batch_shape
 
         def on_gradient(grad: Tensor) -> None:
-            block_norms(_token_rows(target, grad, shape), BLOCK_SIZE, row_scale=input_norm, out=grad_plane)
+            _write_norms(_token_rows(target, grad, shape), input_norm, grad_plane)
 
         output.register_hook(on_gradient)
 
@@ -67,13 +67,13 @@ class Capture:
         self._claim(target)
         places = (-1, target.experts, target.blocks)
         columns = slice(target.base, target.end)
-        self.activation[:, columns].unflatten(1, places[1:])[tokens, experts] = block_norms(output.detach(), BLOCK_SIZE)
+        self.activation[:, columns].unflatten(1, places[1:])[tokens, experts] = block_norms(output.detach(), BLOCK_SIZE).float()
         if not output.requires_grad:
             return
         input_norm, grad_plane = _row_norm(inputs), self.grad_norm[:, columns].unflatten(1, places[1:])
 
         def on_gradient(grad: Tensor) -> None:
-            grad_plane[tokens, experts] = block_norms(grad, BLOCK_SIZE, row_scale=input_norm)
+            grad_plane[tokens, experts] = block_norms(grad, BLOCK_SIZE, row_scale=input_norm).float()
 
         output.register_hook(on_gradient)
 
@@ -125,6 +125,13 @@ def _token_rows(target: Target, tensor: Tensor, batch_shape: tuple[int, int]) ->
             f"{sequences} x {tokens} tokens of the batch."
         )
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _write_norms(rows: Tensor, row_scale: Tensor | None, columns: Tensor) -> None:
+    if rows.dtype == torch.float64:  # whose norms are float64 too, and the planes are not
+        columns.copy_(block_norms(rows, BLOCK_SIZE, row_scale=row_scale))
+    else:
+        block_norms(rows, BLOCK_SIZE, row_scale=row_scale, out=columns)
 
 
 def _row_norm(x: Tensor) -> Tensor:

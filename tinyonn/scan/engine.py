@@ -126,11 +126,15 @@ class ScanEngine:
         """
         if self._stack is None:
             raise RuntimeError("ScanEngine must be entered with `with` before scan is called.")
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._scan(input_ids, attention_mask)
+
+    def _scan(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[SequenceScan]:
         batch = Batch.of(input_ids, attention_mask, vocabulary_size(self.model), self.device)
         capture = Capture(self._targets, batch.shape, self.device)
         self._capture = capture
         try:
-            with torch.inference_mode(False), torch.enable_grad(), self._implementations(capture):
+            with self._implementations(capture):
                 logits, embeddings = logits_from_embeddings(self.model, batch.input_ids)
                 # The gradient is written over the logits. The edge into the graph is taken before: a view that was written to gets a
                 # new one, without the hooks. Should an earlier step need the logits for its own backward, autograd raises.

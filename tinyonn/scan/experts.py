@@ -76,8 +76,9 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     if module.has_post_expert_norm:
         out = module.post_expert_norm(out)
     weighted = out * top_k_weights[tokens, slots, None]
-    total = torch.zeros_like(hidden_states, dtype=weighted.dtype).index_add(0, tokens, weighted)
-    return total.to(hidden_states.dtype)
+    # A slot each, then a sum: deterministic, and unlike index_add it keeps no copy of what it adds for backward.
+    slotted = weighted.new_zeros(*top_k_index.shape, weighted.shape[1]).index_put((tokens, slots), weighted)
+    return slotted.sum(1).to(hidden_states.dtype)
 
 
 def _grouped_product(inputs: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

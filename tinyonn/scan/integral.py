@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..mscan.types import Integral
-from ._standin import integrate_sps
+from ..ops import integrate_sps
 
 
 def sequence_integral(activation: Tensor, grad_norm: Tensor, group_offsets: Tensor) -> Integral:
@@ -20,6 +20,7 @@ def sequence_integral(activation: Tensor, grad_norm: Tensor, group_offsets: Tens
         Integral over the tokens that are not missing, on the CPU.
     """
     sps = integrate_sps(activation, grad_norm, group_offsets)
+    assert isinstance(sps, Tensor)
     count, activation_mean, activation_m2 = _moments(activation)
     _, grad_mean, grad_m2 = _moments(grad_norm)
     columns = (sps, count, activation_mean, activation_m2, grad_mean, grad_m2)
