@@ -12,7 +12,8 @@ from collections import Counter
 
 # The commonest words that the others do not share, or share least.
 _STOP_WORDS = {
-    "en": "the of and to in is was for that with as on by are this be from at which have it not he they his were an or but what does do a has had can been than there more who when out",
+    "en": "the of and to in is was for that with as on by are this be from at which have it not he they his were an or but what does do a "
+    "has had can been than there more who when out",
     "de": "der die das und ist nicht ein eine zu den mit von auf für dem sich auch als im wird wie sind oder aber ich wir",
     "fr": "le la les et est des une un dans que pour pas sur qui au avec sont du ce il elle nous vous mais ou où",
     "es": "el la los las y es en que de un una por con para no se del al como más pero su fue son está",
