@@ -1,0 +1,48 @@
+// Files by plain system calls: open, flock, fstat, pread, pwrite, ftruncate, fdatasync, fsync, mmap, close.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "validate.hpp"
+
+namespace mscan {
+
+enum class OpenMode { create, replace, append };
+
+// A file opened for writing, locked against a second writer. Errors raise Fault with the system's reason.
+class OutputFile {
+ public:
+  OutputFile(std::string path, OpenMode mode);
+  OutputFile(const OutputFile&) = delete;
+  OutputFile& operator=(const OutputFile&) = delete;
+  ~OutputFile();
+
+  uint64_t size() const;
+  void write(const void* data, uint64_t size, uint64_t offset);
+  void read(void* data, uint64_t size, uint64_t offset) const;
+  void truncate(uint64_t size);
+  void sync();            // data, and what is needed to find it
+  void sync_directory();  // the file's name
+  void close();
+  bool is_open() const { return fd_ >= 0; }
+
+ private:
+  std::string path_;
+  int fd_ = -1;
+};
+
+// A file mapped for reading. If another process truncates it, touching what is gone is a bus error: a property of mmap.
+class MappedFile {
+ public:
+  explicit MappedFile(const std::string& path);
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  ~MappedFile();
+  Bytes bytes() const { return bytes_; }
+
+ private:
+  Bytes bytes_;
+};
+
+}  // namespace mscan

@@ -1,0 +1,73 @@
+"""Which reader a path needs."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from pathlib import Path
+
+from tinyonn.errors import MscanError
+
+PROLOGUE = struct.Struct("<5sHII")
+_RANK = re.compile(r"(?P<stem>.+)\.rank(?P<rank>\d+)-of-(?P<size>\d+)\.mscan")
+
+
+def version_of(path: str) -> int:
+    """The version in a file's first 15 bytes.
+
+    Raises:
+        MscanError: they are not those of a `.mscan` file.
+    """
+    with open(path, "rb") as file:
+        head = file.read(PROLOGUE.size)
+    if len(head) < PROLOGUE.size:
+        raise MscanError(path, f"a .mscan file must have at least {PROLOGUE.size} bytes, got {len(head)}.", len(head))
+    magic, version, _, _ = PROLOGUE.unpack(head)
+    if magic != b"MSCAN":
+        raise MscanError(path, "a .mscan file must start with MSCAN.", 0)
+    return int(version)
+
+
+def rank_members(path: str) -> list[str] | None:
+    """The files of the set that `path` belongs to or names, in rank order; None if it is a file of its own.
+
+    Raises:
+        MscanError: a member is missing, or sets of several sizes have this name.
+    """
+    place = Path(path)
+    match = _RANK.fullmatch(place.name)
+    if match:
+        stem, sizes = match["stem"], {int(match["size"])}
+    elif place.exists() or place.suffix != ".mscan" or not place.parent.is_dir():
+        return None
+    else:
+        stem = place.stem
+        found = (_RANK.fullmatch(name) for name in os.listdir(place.parent))
+        sizes = {int(member["size"]) for member in found if member and member["stem"] == stem}
+        if not sizes:
+            return None
+    if len(sizes) > 1:
+        raise MscanError(path, f"a set must have one size, got {stem}.rankI-of-N.mscan for N = {', '.join(map(str, sorted(sizes)))}.")
+    size = sizes.pop()
+    names = [place.with_name(f"{stem}.rank{rank}-of-{size}.mscan") for rank in range(size)]
+    if match and int(match["rank"]) >= size:
+        raise MscanError(path, f"a set of {size} files must have ranks 0 … {size - 1}, got {match['rank']}.")
+    for name in names:
+        if not name.exists():
+            raise MscanError(path, f"a set must be whole: {name.name} is missing.")
+    return [os.fspath(name) for name in names]
+
+
+def choose_reader(path: str, whole_set: bool) -> tuple[type, str]:
+    """The class that reads `path`, and the path it takes."""
+    from tinyonn.mscan.ranks import RankSetReader
+    from tinyonn.mscan.v2 import V2Reader
+
+    if whole_set and rank_members(path) is not None:
+        return RankSetReader, path
+    if version_of(path) == 1:
+        from tinyonn.mscan.v1 import V1Reader
+
+        return V1Reader, path
+    return V2Reader, path

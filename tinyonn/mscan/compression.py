@@ -1,0 +1,40 @@
+"""zstd, asked for by name: the codec shuffles bytes, the `zstandard` package compresses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise RuntimeError("compressed .mscan files need the package zstandard: pip install 'tinyonn[zstd]'.") from error
+    return zstandard
+
+
+def compressor(level: int = 3) -> Callable[[memoryview], bytes]:
+    """A function from raw bytes to one zstd frame.
+
+    Raises:
+        RuntimeError: zstandard is not installed.
+    """
+    compress: Callable[[memoryview], bytes] = _zstandard().ZstdCompressor(level=level).compress
+    return compress
+
+
+def decompress(frame: memoryview, raw_length: int) -> bytes:
+    """The frame's content; empty if it is no frame of exactly `raw_length` bytes, which the codec then reports with its offset.
+
+    Raises:
+        RuntimeError: zstandard is not installed.
+    """
+    zstandard = _zstandard()
+    try:
+        if zstandard.frame_content_size(frame) != raw_length:
+            return b""
+        raw: bytes = zstandard.ZstdDecompressor().decompress(frame, max_output_size=raw_length)
+    except zstandard.ZstdError:
+        return b""
+    return raw

@@ -1,0 +1,121 @@
+"""Reader of a set of files, one a rank, as if it were one file."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import reduce
+from itertools import accumulate
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyonn.errors import InputError, MscanError
+from tinyonn.mscan.choose import rank_members
+from tinyonn.mscan.reader import MscanReader, PlaneCodes, StoredSequence
+from tinyonn.mscan.stats import ModuleStats
+from tinyonn.mscan.types import Integral
+from tinyonn.mscan.v2 import V2Reader
+
+RANK_KEYS = frozenset({"rank"})  # metadata in which the members of a set may differ
+
+
+class _SetSequences(Sequence[StoredSequence]):
+    def __init__(self, reader: RankSetReader) -> None:
+        self._reader = reader
+
+    def __len__(self) -> int:
+        return self._reader.starts[-1]
+
+    @overload
+    def __getitem__(self, i: int) -> StoredSequence: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[StoredSequence]: ...
+    def __getitem__(self, i: int | slice) -> StoredSequence | list[StoredSequence]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        member, local, ordinal = self._reader.locate(i)
+        return replace(member.sequences[local], ordinal=ordinal)
+
+    def __iter__(self) -> Iterator[StoredSequence]:
+        return (self[i] for i in range(len(self)))
+
+
+class RankSetReader(MscanReader):
+    """Reads `name.rankI-of-N.mscan`, I = 0 … N−1: the sequences of rank 0, then those of rank 1, and so on; see `MscanReader`.
+
+    Raises:
+        MscanError: a member is missing, or metadata or layout of two members differ; the metadata key `rank` may.
+    """
+
+    version = 2
+
+    def __init__(self, path: str | os.PathLike[str], *, recovery: str = "tail", whole_set: bool = True) -> None:
+        self.path = os.fspath(path)
+        self.recovery = recovery
+        paths = rank_members(self.path)
+        if paths is None:
+            raise InputError(f"path must name a set of rank files, got {self.path}.")
+        with ExitStack() as opened:
+            self.members = [opened.enter_context(V2Reader(member, recovery=recovery)) for member in paths]
+            first = self.members[0]
+            self.metadata = _shared(first.metadata)
+            for member in self.members[1:]:
+                if _shared(member.metadata) != self.metadata:
+                    raise MscanError(member.path, f"metadata of a set must agree with that of {os.path.basename(first.path)}.")
+                if member.layout != first.layout:
+                    raise MscanError(member.path, f"layout of a set must agree with that of {os.path.basename(first.path)}.")
+            self._opened = opened.pop_all()
+        self.layout = first.layout
+        self.report = [f"{os.path.basename(member.path)}: {line}" for member in self.members for line in member.report]
+        self.starts = [0, *accumulate(len(member) for member in self.members)]
+        self.sequences = _SetSequences(self)
+
+    def locate(self, i: int) -> tuple[V2Reader, int, int]:
+        """The member that holds sequence i, its ordinal there, and its ordinal in the set."""
+        count = self.starts[-1]
+        if not -count <= i < count:
+            raise IndexError(f"sequence {i} of {count}")
+        ordinal = i + count if i < 0 else int(i)
+        rank = bisect_right(self.starts, ordinal) - 1
+        return self.members[rank], ordinal - self.starts[rank], ordinal
+
+    def planes(self, i: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        member, local, _ = self.locate(i)
+        return member.planes(local)
+
+    def codes(self, i: int) -> list[PlaneCodes]:
+        member, local, _ = self.locate(i)
+        return member.codes(local)
+
+    def sequence_integral(self, i: int) -> Integral | None:
+        member, local, _ = self.locate(i)
+        return member.sequence_integral(local)
+
+    def integral(self) -> Integral:
+        return reduce(lambda a, b: a + b, (member.integral() for member in self.members))
+
+    def stats(self) -> ModuleStats:
+        return reduce(lambda a, b: a + b, (member.stats() for member in self.members))
+
+    def find(self, sequence_id: str) -> int | None:
+        for start, member in zip(self.starts, self.members, strict=False):
+            local = member.find(sequence_id)
+            if local is not None:
+                return start + local
+        return None
+
+    def verify(self) -> None:
+        for member in self.members:
+            member.verify()
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+def _shared(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metadata.items() if key not in RANK_KEYS}

@@ -1,0 +1,161 @@
+"""Opens `.mscan` files of any kind: version 2, version 1, and sets that several ranks wrote."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyonn.mscan.layout import LayoutEntry
+from tinyonn.mscan.stats import ModuleStats
+from tinyonn.mscan.types import Integral
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredSequence:
+    """One sequence as the reader gives it.
+
+    Attributes:
+        sequence_id, text: as appended; text is None if it was not stored.
+        token_ids: (tokens,) int64.
+        loss: (tokens,) float32, NaN = unlabelled.
+        mask: (tokens,) uint8, 1 = marked.
+        num_tokens: number of tokens.
+        ordinal: position among the reader's sequences.
+        has_records: whether planes were stored.
+    """
+
+    sequence_id: str
+    token_ids: NDArray[np.int64]
+    loss: NDArray[np.float32]
+    mask: NDArray[np.uint8]
+    text: str | None
+    num_tokens: int
+    ordinal: int
+    has_records: bool
+
+
+class PlaneCodes(NamedTuple):
+    """The planes of some consecutive tokens as they are stored: read-only views of the mapped file, or of a decompressed copy.
+
+    Attributes:
+        first_token: the first token these planes hold.
+        activation, grad_norm: uint16 codes or float32 values, (tokens, columns); (values,) where sparse.
+        activation_range, grad_range: (lo, hi), log2 of the values of codes 1 and 65533.
+        rows: (tokens + 1,) uint64, where each token's values begin; None unless sparse.
+        columns: (values,) uint32, the column of each value; None unless sparse.
+    """
+
+    first_token: int
+    activation: NDArray[Any]
+    grad_norm: NDArray[Any]
+    activation_range: tuple[float, float]
+    grad_range: tuple[float, float]
+    rows: NDArray[np.uint64] | None
+    columns: NDArray[np.uint32] | None
+
+
+class MscanReader(ABC):
+    """Reads a `.mscan` file; `MscanReader(path)` returns the reader that the file needs.
+
+    Args:
+        path: a file; or one member of a set `name.rankI-of-N.mscan`, or `name.mscan` where only the set exists: all are opened as one.
+        recovery: "strict" wants a trailer and checks every checksum on opening. "tail" drops what a failure left at the end of the file
+            and says so in `report`; damage that valid chunks follow is an error. "salvage" reads around damage and reports each gap.
+        whole_set: False opens one member of a set by itself.
+
+    Raises:
+        MscanError: the file breaks a rule of the format, on opening or when the part is first read.
+        FileNotFoundError: there is no such file.
+
+    The file is mapped: truncating it from another process while it is open ends this one with a bus error.
+
+    Attributes:
+        path, recovery: as given.
+        version: 1 or 2.
+        metadata: what the writer was given.
+        layout: entries in column order.
+        sequences: read when an item is asked for.
+        report: one line for everything recovery left out.
+    """
+
+    path: str
+    recovery: str
+    version: int
+    metadata: dict[str, Any]
+    layout: list[LayoutEntry]
+    sequences: Sequence[Any]
+    report: list[str]
+
+    def __new__(cls, path: str | os.PathLike[str], *, recovery: str = "tail", whole_set: bool = True) -> Any:
+        if cls is not MscanReader:
+            return super().__new__(cls)
+        from tinyonn.mscan.choose import choose_reader
+
+        kind, argument = choose_reader(os.fspath(path), whole_set)
+        if issubclass(kind, MscanReader):
+            return super().__new__(kind)
+        return kind(argument, recovery=recovery)
+
+    @abstractmethod
+    def planes(self, i: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Activation and gradient norms of sequence i, (tokens, blocks) float32 each; NaN = missing.
+
+        Raises:
+            MscanError: sequence i was stored without planes.
+        """
+
+    @abstractmethod
+    def codes(self, i: int) -> list[PlaneCodes]:
+        """The planes of sequence i as stored, one item per chunk of tokens; they keep the file mapped."""
+
+    @abstractmethod
+    def sequence_integral(self, i: int) -> Integral | None:
+        """∫SPS and moments of sequence i, or None if they were not stored."""
+
+    @abstractmethod
+    def integral(self) -> Integral:
+        """∫SPS and moments of the file: the stored total if no sequence was appended after it, else the sum over sequences.
+
+        Raises:
+            MscanError: there is no total, and a sequence has no integral.
+        """
+
+    @abstractmethod
+    def stats(self) -> ModuleStats:
+        """Statistics of each weight over all stored planes.
+
+        They come from the index, without reading a plane, and are of the values as they were appended. Sequences behind the last index
+        of a file that was never closed are decoded for it, which rounds theirs to the codec.
+        """
+
+    @abstractmethod
+    def find(self, sequence_id: str) -> int | None:
+        """The ordinal of the first sequence of that id, or None."""
+
+    @abstractmethod
+    def verify(self) -> None:
+        """Checks every checksum of a closed file and that the index agrees with the chunks.
+
+        Raises:
+            MscanError: the first thing that is wrong.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of the file; arrays that `codes` gave stay valid."""
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,68 @@
+"""Statistics of each weight over a whole file, kept in its index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlaneStats:
+    """Statistics of one plane, one value per layout entry, over all its stored tokens and blocks.
+
+    Attributes:
+        count: (entries,) finite values, zeros among them.
+        mean: (entries,) float64, their mean, 0 where count is 0.
+        m2: (entries,) float64, their summed squared deviation.
+        zeros, missing, nonfinite: (entries,) values that are exactly 0, NaN, infinite.
+    """
+
+    count: NDArray[np.uint64]
+    mean: NDArray[np.float64]
+    m2: NDArray[np.float64]
+    zeros: NDArray[np.uint64]
+    missing: NDArray[np.uint64]
+    nonfinite: NDArray[np.uint64]
+
+    @property
+    def std(self) -> NDArray[np.float64]:
+        """(entries,) population standard deviation."""
+        return np.sqrt(self.m2 / np.maximum(self.count, 1))
+
+    def __add__(self, other: PlaneStats) -> PlaneStats:
+        count = self.count + other.count
+        share = other.count / np.maximum(count, 1)
+        delta = other.mean - self.mean
+        return PlaneStats(
+            count,
+            self.mean + delta * share,
+            self.m2 + other.m2 + delta * delta * self.count * share,
+            self.zeros + other.zeros,
+            self.missing + other.missing,
+            self.nonfinite + other.nonfinite,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleStats:
+    """Statistics of both planes, `names[i]` being the layout entry of index i."""
+
+    names: list[str]
+    activation: PlaneStats
+    grad_norm: PlaneStats
+
+    @classmethod
+    def from_arrays(cls, names: list[str], counts: NDArray[np.uint64], moments: NDArray[np.float64]) -> ModuleStats:
+        """From (entries, 2, 4) counts and (entries, 2, 2) moments, as the codec gives them."""
+        planes = []
+        for p in range(2):
+            count, zeros, missing, nonfinite = (counts[:, p, k].copy() for k in range(4))
+            planes.append(PlaneStats(count, moments[:, p, 0].copy(), moments[:, p, 1].copy(), zeros, missing, nonfinite))
+        return cls(names, *planes)
+
+    def __add__(self, other: ModuleStats) -> ModuleStats:
+        if self.names != other.names:
+            raise ValueError("statistics must be of the same layout to be added.")
+        return ModuleStats(self.names, self.activation + other.activation, self.grad_norm + other.grad_norm)

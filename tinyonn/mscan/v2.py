@@ -1,0 +1,125 @@
+"""Reader of one version 2 file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyonn import _C
+from tinyonn.errors import MscanError
+from tinyonn.mscan.compression import decompress
+from tinyonn.mscan.layout import LayoutEntry
+from tinyonn.mscan.reader import MscanReader, PlaneCodes, StoredSequence
+from tinyonn.mscan.stats import ModuleStats
+from tinyonn.mscan.types import Integral
+
+
+def metadata_of(path: str, raw: bytes) -> dict[str, Any]:
+    """Parses a file's metadata.
+
+    Raises:
+        MscanError: it is no JSON object.
+    """
+    try:
+        metadata = json.loads(raw.decode())
+    except ValueError as error:
+        raise MscanError(path, "metadata must be JSON in UTF-8.", 64) from error
+    if not isinstance(metadata, dict):
+        raise MscanError(path, f"metadata must be a JSON object, got {type(metadata).__name__}.", 64)
+    return metadata
+
+
+def gap_lines(gaps: list[tuple[int, int, str]]) -> list[str]:
+    """One line per gap for `report`."""
+    return [f"bytes {begin} … {end} left out: {rule}" for begin, end, rule in gaps]
+
+
+class LazySequences(Sequence[StoredSequence]):
+    """The sequences of a file, each read when it is asked for."""
+
+    def __init__(self, reader: V2Reader) -> None:
+        self._reader = reader
+
+    def __len__(self) -> int:
+        return len(self._reader.core)
+
+    @overload
+    def __getitem__(self, i: int) -> StoredSequence: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[StoredSequence]: ...
+    def __getitem__(self, i: int | slice) -> StoredSequence | list[StoredSequence]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        ordinal = self._reader.ordinal(i)
+        name, token_ids, loss, mask, text, has_records, _ = self._reader.core.sequence(ordinal)
+        return StoredSequence(name, token_ids, loss, mask, text, len(token_ids), ordinal, has_records)
+
+    def __iter__(self) -> Iterator[StoredSequence]:
+        return (self[i] for i in range(len(self)))
+
+
+class V2Reader(MscanReader):
+    """Reads one version 2 file; see `MscanReader`. Sequences older than a layout's last blocks have NaN there."""
+
+    version = 2
+
+    def __init__(self, path: str | os.PathLike[str], *, recovery: str = "tail", whole_set: bool = True) -> None:
+        self.path = os.fspath(path)
+        self.recovery = recovery
+        self._core: _C.Reader | None = _C.Reader(self.path, recovery, decompress)
+        self.metadata = metadata_of(self.path, self._core.metadata)
+        self.layout = [LayoutEntry(*row) for row in self._core.layout]
+        self.gaps = self._core.gaps
+        self.report = gap_lines(self.gaps)
+        self.sequences = LazySequences(self)
+
+    @property
+    def core(self) -> _C.Reader:
+        """The codec's reader."""
+        if self._core is None:
+            raise ValueError(f"{self.path} was closed.")
+        return self._core
+
+    @property
+    def closed_cleanly(self) -> bool:
+        """Whether the file ends in a trailer."""
+        return self.core.closed
+
+    def ordinal(self, i: int) -> int:
+        """i counted from the front."""
+        count = len(self.core)
+        if not -count <= i < count:
+            raise IndexError(f"sequence {i} of {count}")
+        return i + count if i < 0 else int(i)
+
+    def planes(self, i: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        return self.core.planes(self.ordinal(i))
+
+    def codes(self, i: int) -> list[PlaneCodes]:
+        return [PlaneCodes(*item) for item in self.core.codes(self.ordinal(i))]
+
+    def sequence_integral(self, i: int) -> Integral | None:
+        planes = self.core.integral(self.ordinal(i))
+        return None if planes is None else Integral(*planes)
+
+    def integral(self) -> Integral:
+        planes = self.core.integral(None)
+        return Integral(*(self.core.sum_integrals() if planes is None else planes))
+
+    def stats(self) -> ModuleStats:
+        return ModuleStats.from_arrays([entry.name for entry in self.layout], *self.core.stats())
+
+    def find(self, sequence_id: str) -> int | None:
+        ordinal = self.core.find(sequence_id)
+        return None if ordinal < 0 else ordinal
+
+    def verify(self) -> None:
+        self.core.verify()
+
+    def close(self) -> None:
+        self._core = None

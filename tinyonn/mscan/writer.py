@@ -1,0 +1,182 @@
+"""Writer of version 2 files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence, Set
+from types import TracebackType
+from typing import Any
+
+from tinyonn import _C
+from tinyonn.errors import InputError
+from tinyonn.mscan.compression import compressor, decompress
+from tinyonn.mscan.layout import LayoutEntry, check_layout
+from tinyonn.mscan.types import Integral, SequenceRecord
+from tinyonn.mscan.v2 import gap_lines, metadata_of
+
+
+class SequenceIds(Set[str]):
+    """Ids of the sequences a file holds: those it held when it was opened are looked up in it, not kept in memory."""
+
+    def __init__(self, stored: _C.Reader | None, added: dict[str, None]) -> None:
+        self._stored = stored
+        self._added = added
+
+    def __contains__(self, sequence_id: object) -> bool:
+        if not isinstance(sequence_id, str):
+            return False
+        return sequence_id in self._added or (self._stored is not None and self._stored.find(sequence_id) >= 0)
+
+    def __iter__(self) -> Iterator[str]:
+        seen = set()
+        for ordinal in range(len(self._stored) if self._stored is not None else 0):
+            assert self._stored is not None
+            name = self._stored.sequence(ordinal)[0]
+            if name not in seen:
+                seen.add(name)
+                yield name
+        yield from (name for name in self._added if name not in seen)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class MscanWriter:
+    """Appends sequences to a `.mscan` file, version 2.
+
+    Args:
+        path: the file; its name ends in `.mscan` by custom.
+        metadata: JSON values, written once. With mode "a" it must equal the file's; None takes the file's.
+        layout: the columns of both planes. With mode "a" it must equal the file's or add entries to it; None takes the file's.
+        mode: "x" creates a file that must not exist; "w" replaces one; "a" goes on with one, dropping what an interrupted append left.
+        codec: "log2u16", 2 bytes a value, or "f32", 4 bytes.
+        compression: None or "zstd".
+        sync: what a returned `append` promises. "chunk": it outlives the machine's failure. "close": it outlives this process's, and once
+            `close` returned, the machine's. "none": it outlives this process's; nothing is ever forced to the disk.
+
+    Raises:
+        InputError: an argument is wrong, or metadata or layout do not agree with the file's.
+        MscanError: another writer has the file open, it is damaged, or a write failed; what was appended before stays readable.
+        FileExistsError, FileNotFoundError: by mode.
+
+    A writer appends from one thread at a time; the GIL is released meanwhile. It uses pwrite, ftruncate, fdatasync (fsync for the
+    directory) and flock, nothing else. As a context manager it closes the file, also after an exception.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        metadata: dict[str, Any] | None,
+        layout: Sequence[LayoutEntry] | None,
+        *,
+        mode: str = "x",
+        codec: str = "log2u16",
+        compression: str | None = None,
+        sync: str = "close",
+    ) -> None:
+        self.path = os.fspath(path)
+        if compression not in (None, "zstd"):
+            raise InputError(f"compression must be None or 'zstd', got {compression!r}.")
+        if mode != "a" and (metadata is None or layout is None):
+            raise InputError("metadata and layout must be given unless mode is 'a', got None.")
+        if layout is not None:
+            check_layout(layout)
+        text = _dumps({} if metadata is None else metadata)
+        pack = compressor() if compression else None
+        self._core = _C.Writer(self.path, mode, text, _rows(layout or ()), codec, sync, pack, decompress)
+        try:
+            self.metadata = metadata_of(self.path, self._core.metadata)
+            self.layout = [LayoutEntry(*row) for row in self._core.layout]
+            if metadata is not None:
+                _agree(self.metadata, json.loads(text))
+            if layout is not None:
+                self.extend_layout(layout)
+        except BaseException:
+            self._core.abandon()
+            raise
+        self.report = gap_lines(self._core.gaps)
+        self._added: dict[str, None] = {}
+        stored = _C.Reader(self.path, "tail", decompress) if mode == "a" and len(self._core) else None
+        self.sequence_ids: Set[str] = SequenceIds(stored, self._added)
+        self._append = self._core.append
+
+    def append(self, record: SequenceRecord) -> int:
+        """Appends one sequence and returns its ordinal; when this returns, the sequence is committed as `sync` promises.
+
+        Raises:
+            InputError: shapes do not agree, a norm is negative, or a token id does not fit 32 bits.
+            MscanError: the write failed; the file is as it was before.
+        """
+        integral = record.integral
+        ordinal = self._append(
+            record.sequence_id,
+            record.token_ids,
+            record.loss,
+            record.activation,
+            record.grad_norm,
+            record.mask,
+            record.text,
+            None if integral is None else integral.planes(),
+        )
+        self._added[record.sequence_id] = None
+        return ordinal
+
+    def append_integral(self, integral: Integral) -> None:
+        """Stores the total over all sequences; it counts until another sequence is appended."""
+        self._core.append_integral(integral.planes())
+
+    def extend_layout(self, layout: Sequence[LayoutEntry]) -> None:
+        """Starts a longer layout; sequences appended so far read as missing in the new columns.
+
+        Raises:
+            InputError: the layout does not start with the entries of the file's.
+        """
+        check_layout(layout)
+        for ours, theirs in zip(layout, self.layout, strict=False):
+            if ours != theirs:
+                raise InputError(f"layout must agree with the file's: {theirs} expected, got {ours}.")
+        if len(layout) < len(self.layout):
+            raise InputError(f"layout must hold the file's {len(self.layout)} entries, got {len(layout)}.")
+        if len(layout) > len(self.layout):
+            self._core.extend_layout(_rows(layout))
+            self.layout = list(layout)
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Time spent so far in encoding planes, and in checksums of large chunks and system calls."""
+        return self._core.seconds
+
+    def __len__(self) -> int:
+        return len(self._core)
+
+    def close(self) -> None:
+        """Writes index and trailer. A second call does nothing.
+
+        Raises:
+            MscanError: a write failed; the sequences stay readable.
+        """
+        self._core.close()
+
+    def __enter__(self) -> MscanWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _rows(layout: Sequence[LayoutEntry]) -> list[tuple[str, int, int, int]]:
+    return [(entry.name, entry.out_features, entry.blocks, entry.base) for entry in layout]
+
+
+def _dumps(metadata: dict[str, Any]) -> str:
+    try:
+        return json.dumps(metadata, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"metadata must be JSON values, got {error}.") from error
+
+
+def _agree(stored: dict[str, Any], given: dict[str, Any]) -> None:
+    for key in {**stored, **given}:
+        if key not in stored or key not in given or stored[key] != given[key]:
+            raise InputError(f"metadata[{key!r}] must equal the file's {stored.get(key)!r}, got {given.get(key)!r}.")
