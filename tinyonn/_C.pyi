@@ -1,6 +1,6 @@
 """Types of the C++ codec."""
 
-from collections.abc import Buffer, Callable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ _Row = tuple[str, int, int, int]
 _Gap = tuple[int, int, str]
 _Decompress = Callable[[memoryview, int], bytes]
 
-def crc32c(data: Buffer, force_table: bool = False) -> int: ...
+def crc32c(data: bytes | bytearray | memoryview | NDArray[Any], force_table: bool = False) -> int: ...
 def crc32c_is_hardware() -> bool: ...
 def codec_is_vectorised() -> bool: ...
 def force_plain_codec(force: bool) -> None: ...

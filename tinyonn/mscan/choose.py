@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 from tinyonn.errors import MscanError
 
@@ -59,7 +60,7 @@ def rank_members(path: str) -> list[str] | None:
     return [os.fspath(name) for name in names]
 
 
-def choose_reader(path: str, whole_set: bool) -> tuple[type, str]:
+def choose_reader(path: str, whole_set: bool) -> tuple[type[Any], str]:
     """The class that reads `path`, and the path it takes."""
     from tinyonn.mscan.ranks import RankSetReader
     from tinyonn.mscan.v2 import V2Reader

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -61,7 +60,7 @@ class PlaneCodes(NamedTuple):
     columns: NDArray[np.uint32] | None
 
 
-class MscanReader(ABC):
+class MscanReader:
     """Reads a `.mscan` file; `MscanReader(path)` returns the reader that the file needs.
 
     Args:
@@ -103,7 +102,6 @@ class MscanReader(ABC):
             return super().__new__(kind)
         return kind(argument, recovery=recovery)
 
-    @abstractmethod
     def planes(self, i: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Activation and gradient norms of sequence i, (tokens, blocks) float32 each; NaN = missing.
 
@@ -111,15 +109,12 @@ class MscanReader(ABC):
             MscanError: sequence i was stored without planes.
         """
 
-    @abstractmethod
     def codes(self, i: int) -> list[PlaneCodes]:
         """The planes of sequence i as stored, one item per chunk of tokens; they keep the file mapped."""
 
-    @abstractmethod
     def sequence_integral(self, i: int) -> Integral | None:
         """∫SPS and moments of sequence i, or None if they were not stored."""
 
-    @abstractmethod
     def integral(self) -> Integral:
         """∫SPS and moments of the file: the stored total if no sequence was appended after it, else the sum over sequences.
 
@@ -127,7 +122,6 @@ class MscanReader(ABC):
             MscanError: there is no total, and a sequence has no integral.
         """
 
-    @abstractmethod
     def stats(self) -> ModuleStats:
         """Statistics of each weight over all stored planes.
 
@@ -135,11 +129,9 @@ class MscanReader(ABC):
         of a file that was never closed are decoded for it, which rounds theirs to the codec.
         """
 
-    @abstractmethod
     def find(self, sequence_id: str) -> int | None:
         """The ordinal of the first sequence of that id, or None."""
 
-    @abstractmethod
     def verify(self) -> None:
         """Checks every checksum of a closed file and that the index agrees with the chunks.
 
@@ -147,7 +139,6 @@ class MscanReader(ABC):
             MscanError: the first thing that is wrong.
         """
 
-    @abstractmethod
     def close(self) -> None:
         """Lets go of the file; arrays that `codes` gave stay valid."""
 
