@@ -108,12 +108,15 @@ class MscanReader:
         Raises:
             MscanError: sequence i was stored without planes.
         """
+        raise NotImplementedError
 
     def codes(self, i: int) -> list[PlaneCodes]:
         """The planes of sequence i as stored, one item per chunk of tokens; they keep the file mapped."""
+        raise NotImplementedError
 
     def sequence_integral(self, i: int) -> Integral | None:
         """∫SPS and moments of sequence i, or None if they were not stored."""
+        raise NotImplementedError
 
     def integral(self) -> Integral:
         """∫SPS and moments of the file: the stored total if no sequence was appended after it, else the sum over sequences.
@@ -121,6 +124,7 @@ class MscanReader:
         Raises:
             MscanError: there is no total, and a sequence has no integral.
         """
+        raise NotImplementedError
 
     def stats(self) -> ModuleStats:
         """Statistics of each weight over all stored planes.
@@ -128,9 +132,11 @@ class MscanReader:
         They come from the index, without reading a plane, and are of the values as they were appended. Sequences behind the last index
         of a file that was never closed are decoded for it, which rounds theirs to the codec.
         """
+        raise NotImplementedError
 
     def find(self, sequence_id: str) -> int | None:
         """The ordinal of the first sequence of that id, or None."""
+        raise NotImplementedError
 
     def verify(self) -> None:
         """Checks every checksum of a closed file and that the index agrees with the chunks.
@@ -138,9 +144,11 @@ class MscanReader:
         Raises:
             MscanError: the first thing that is wrong.
         """
+        raise NotImplementedError
 
     def close(self) -> None:
         """Lets go of the file; arrays that `codes` gave stay valid."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.sequences)
