@@ -15,7 +15,14 @@ from .. import __version__
 from .errors import explain
 
 # In the order of a piece of work, which is the order of `tinyonn --help`.
-COMMANDS = ("doctor", "corpus", "scan", "report")
+COMMANDS = ("demo", "doctor", "corpus", "scan", "report", "compare", "info", "verify", "recover", "convert")
+
+
+def _normal(token: str) -> str:
+    # The original workflow wrote --model_path; and --output is what one types.
+    name = token.replace("_", "-")
+    return "output-path" if name == "output" else name
+
 
 app = typer.Typer(
     name="tinyonn",
@@ -25,8 +32,7 @@ app = typer.Typer(
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": 110,
-        # The original workflow wrote --model_path.
-        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "token_normalize_func": _normal,
     },
 )
 

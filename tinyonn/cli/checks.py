@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -14,6 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 OK, MISSING, FAILED = "ok", "--", "FAIL"
 
@@ -86,12 +91,12 @@ def _extension() -> Iterator[Finding]:
         first = reply.splitlines()[0] if reply else compiler
         yield Finding("compiler", OK, first)
     try:
-        from .. import _C
+        extension = importlib.import_module("tinyonn._C")
     except ImportError as error:
         rebuild = "pip install -e . (from the checkout), with a C++ compiler"
         yield Finding("extension", FAILED, " ".join(str(error).split()), rebuild)
         return
-    yield Finding("extension", OK, f"tinyonn._C, built for {Path(_C.__file__).name.split('.')[1]}")
+    yield Finding("extension", OK, f"tinyonn._C, built for {Path(str(extension.__file__)).name.split('.')[1]}")
 
 
 def _torch() -> Iterator[Finding]:
@@ -147,13 +152,13 @@ def _precision() -> Iterator[Finding]:
         yield Finding(name, OK, f"works, {ratio:.1f}x the speed of fp32", slow)
 
 
-def _seconds(left: object, right: object) -> float:
+def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
     import torch
 
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        torch.matmul(left, right)  # type: ignore[call-overload]
+        torch.matmul(left, right)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)

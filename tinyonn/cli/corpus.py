@@ -142,8 +142,11 @@ def _tokenizer(name: str) -> Any:
 def _report_screen(report: CorpusReport) -> str:
     mean = report.characters // report.kept
     lines: list[tuple[str, object]] = [
-        ("read", f"{screen.number(report.read)} records in {screen.duration(report.seconds)}"),
-        ("kept", f"{screen.number(report.kept)} sequences, {screen.number(report.characters)} characters ({screen.number(mean)} each)"),
+        ("read", f"{screen.counted(report.read, 'record')} in {screen.duration(report.seconds)}"),
+        (
+            "kept",
+            f"{screen.counted(report.kept, 'sequence')}, {screen.counted(report.characters, 'character')} ({screen.number(mean)} each)",
+        ),
     ]
     if report.dropped:
         width = max(len(screen.number(count)) for count in report.dropped.values())

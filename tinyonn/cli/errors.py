@@ -32,15 +32,18 @@ def explain(error: BaseException, command: str) -> Ending | None:
     if isinstance(error, KeyboardInterrupt):
         return Ending(_one_line(error) or f"{command}: interrupted.", INTERRUPTED)
     if isinstance(error, UsageError):
-        # Its message stops before the advice on near names, which only the formatted one has.
+        # str() of it would leave out the advice on near names.
         message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
-        return Ending(f"{command}: {message.rstrip('.')}. See `{command} --help`.", BAD_INPUT)
+        message += "" if message.endswith((".", "?")) else "."
+        return Ending(f"{command}: {message} See `{command} --help`.", BAD_INPUT)
     if isinstance(error, ClickException):
         return Ending(f"{command}: {error.format_message()}", BAD_INPUT)  # type: ignore[attr-defined]
     if isinstance(error, (InputError, MscanError)):
         return Ending(f"{command}: {_one_line(error)}", BAD_INPUT)
     if _ran_out_of_memory(error):
         return Ending(f"{command}: memory ran out. {_lower(command)}", BAD_INPUT)
+    if type(error) is RuntimeError and "pip install" in str(error):  # a package that is missing; the message names it and the remedy
+        return Ending(f"{command}: {_one_line(error)}", BAD_INPUT)
     if isinstance(error, OSError) and error.errno is not None:
         return Ending(f"{command}: {_os_error(error)}", BAD_INPUT)
     return None

@@ -8,12 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from . import screen
+from .options import Figures
 
 
 def report(
     file: Annotated[Path, typer.Argument(help="A .mscan file.", show_default=False)],
     output_path: Annotated[
-        Path | None, typer.Option("--output-path", "-o", metavar="PATH", help="The page. [default: FILE with .html]", show_default=False)
+        Path | None,
+        typer.Option("--output-path", "-o", metavar="PATH", help="The page. [default: FILE with .html]", show_default=False),
     ] = None,
     normalise: Annotated[str, typer.Option(metavar="layer|global|none", help="What the maps show first.")] = "layer",
     top: Annotated[int, typer.Option(metavar="N", help="Blocks and heads listed.")] = 20,
@@ -22,7 +24,7 @@ def report(
     tokenizer: Annotated[
         str | None, typer.Option(metavar="PATH", help="Model folder, to show tokens as text. [default: the scan's]", show_default=False)
     ] = None,
-    figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draw PNGs beside the page.")] = True,
+    figures: Figures = True,
 ) -> None:
     """Write a page about a scan: maps, top blocks and heads, replay.
 

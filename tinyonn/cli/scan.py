@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..scan.config import CODECS, COMPRESSIONS, CREDITS, DTYPES, STORES, SYNCS, ScanConfig
+from ..scan.config import ScanConfig
 from . import screen
+from .options import Codec, Compression, Credit, Dtype, Store, Sync
 
 if TYPE_CHECKING:
     from ..scan import ScanEstimate, ScanProgress, ScanResult
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ScanConfig)}
-
-
-def _choice(name: str, values: tuple[str | None, ...]) -> Any:
-    return enum.Enum(name, {str(value): str(value) for value in values if value is not None}, type=str)
-
-
-Credit = _choice("Credit", CREDITS)
-Dtype = _choice("Dtype", DTYPES)
-Store = _choice("Store", STORES)
-Codec = _choice("Codec", CODECS)
-Compression = _choice("Compression", COMPRESSIONS)
-Sync = _choice("Sync", SYNCS)
 
 
 def _option(field: str, text: str, metavar: str | None = None, *names: str) -> Any:
@@ -86,8 +75,8 @@ def scan(
     It holds what every block of every weight does for every token. A scan that was stopped goes on where it was: run the same
     command again. Under torchrun, each process scans its share (torchrun --nproc-per-node 2 -m tinyonn scan ...).
     """
-    given = {name: value.value if isinstance(value, enum.Enum) else value for name, value in locals().items() if name in _DEFAULTS}
-    explicit = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in locals().items() if name in _DEFAULTS and value is not None}
+    explicit = {name: str(value) if isinstance(value, StrEnum) else value for name, value in given.items()}
     options = (
         ScanConfig.from_yaml(config, **explicit) if config is not None else ScanConfig.from_mapping(explicit, source="a --config file")
     )
@@ -98,18 +87,18 @@ def scan(
         return
     leader = os.environ.get("RANK", "0") == "0"
     with screen.Progress("loading", enabled=leader) as bar:
-        result = run_scan(options, progress=lambda state: _show(bar, state))
+        result = run_scan(options, progress=lambda state: show_progress(bar, state))
     if leader:
         print(_result_screen(result))
 
 
-def _show(bar: screen.Progress, state: ScanProgress) -> None:
+def show_progress(bar: screen.Progress, state: ScanProgress) -> None:
     if state.stage == "loading":
         bar.update(None, "the model", label="loading")
         return
-    text = f"{screen.number(state.done)}/{screen.number(state.total)} texts"
+    text = f"{screen.number(state.done)}/{screen.counted(state.total, 'text')}"
     if state.tokens:
-        text += f", {screen.number(state.tokens_per_second)} tokens/s, loss {state.loss:.2f}"
+        text += f", {screen.counted(state.tokens_per_second, 'token')}/s, loss {state.loss:.2f}"
     bar.update(state.done / max(state.total, 1), text, label="scanning")
 
 
@@ -124,7 +113,10 @@ def _estimate_screen(options: ScanConfig, found: ScanEstimate) -> str:
     lines: list[tuple[str, object]] = [
         ("output", options.output),
         ("sequences", f"{about}{screen.number(found.sequences)}" + _skipped(found.skipped)),
-        ("tokens", f"{about}{screen.number(found.tokens)}" + (f" ({screen.number(found.truncated)} texts cut)" if found.truncated else "")),
+        (
+            "tokens",
+            f"{about}{screen.number(found.tokens)}" + (f" ({screen.counted(found.truncated, 'text')} cut)" if found.truncated else ""),
+        ),
         ("blocks a token", screen.number(found.blocks)),
         ("bytes a token", screen.number(found.bytes_per_token)),
     ]
@@ -140,12 +132,12 @@ def _estimate_screen(options: ScanConfig, found: ScanEstimate) -> str:
 def _result_screen(result: ScanResult) -> str:
     resumed = f", {screen.number(result.resumed)} were there" if result.resumed else ""
     lines: list[tuple[str, object]] = [
-        ("scanned", f"{screen.number(result.sequences)} sequences, {screen.number(result.tokens)} tokens{resumed}"),
+        ("scanned", f"{screen.counted(result.sequences, 'sequence')}, {screen.counted(result.tokens, 'token')}{resumed}"),
         ("loss", f"{result.loss:.3f} nats a token"),
-        ("time", f"{screen.duration(result.seconds)}, {screen.number(result.tokens_per_second)} tokens/s"),
+        ("time", f"{screen.duration(result.seconds)}, {screen.counted(result.tokens_per_second, 'token')}/s"),
     ]
     if result.truncated:
-        lines.append(("cut", f"{screen.number(result.truncated)} texts at --max-length"))
+        lines.append(("cut", f"{screen.counted(result.truncated, 'text')} at --max-length"))
     if result.skipped:
         lines.append(("left out", ", ".join(f"{screen.number(count)} {reason}" for reason, count in result.skipped.items())))
     share = f" (rank {result.rank} of {result.world_size})" if result.world_size > 1 else ""

@@ -24,16 +24,13 @@ def rows(lines: Iterable[tuple[str, object]], indent: int = 0) -> str:
     return "\n".join(f"{'':{indent}}{name:{width}}  {value.replace(chr(10), gap)}".rstrip() for name, value in entries)
 
 
-def columns(head: Sequence[str], lines: Iterable[Sequence[object]], left: int = 1) -> str:
-    """A plain table, the first `left` columns to the left and the numbers to the right."""
+def columns(head: Sequence[str], lines: Iterable[Sequence[object]], right: Sequence[int] | None = None) -> str:
+    """A plain table; the columns numbered in `right` (None: all but the first) stand to the right, as numbers should."""
     table = [[str(value) for value in line] for line in (head, *lines)]
     widths = [max(len(line[column]) for line in table) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            f"{cell:<{width}}" if index < left else f"{cell:>{width}}" for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    )
+    right = range(1, len(head)) if right is None else right
+    padded = ([f"{cell:>{widths[at]}}" if at in right else f"{cell:<{widths[at]}}" for at, cell in enumerate(line)] for line in table)
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def size(count: float) -> str:
@@ -48,6 +45,11 @@ def size(count: float) -> str:
 def number(count: float) -> str:
     """A count with separators: 12,345."""
     return f"{count:,.0f}"
+
+
+def counted(count: int, name: str) -> str:
+    """1 sequence, 12,345 sequences."""
+    return f"{number(count)} {name}" if count == 1 else f"{number(count)} {name}s"
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,78 @@
+"""`tinyonn convert`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import InputError
+from . import screen
+from .options import CodecChoice, CompressionChoice, Output, Overwrite, coding
+from .recover import written
+
+if TYPE_CHECKING:
+    from ..mscan.convert import Conversion
+
+
+class Target(StrEnum):
+    """What a scan can be written as."""
+
+    mscan = "mscan"
+    parquet = "parquet"
+    npz = "npz"
+
+
+def convert(
+    files: Annotated[list[Path], typer.Argument(help="One file, a set of ranks, or several files to merge.", show_default=False)],
+    output_path: Output,
+    to: Annotated[Target | None, typer.Option(help="What to write. [default: by the output's suffix]", show_default=False)] = None,
+    codec: CodecChoice = None,
+    compression: CompressionChoice = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert version 1 to 2, merge files, or export a scan.
+
+    A .mscan is coded as log2u16, one made of version 1 as f32, unless --codec says otherwise. Parquet has a row for each token and
+    block; npz holds the planes as arrays.
+    """
+    from ..mscan import MscanReader
+    from ..mscan.convert import convert_v1, merge
+
+    target = to or _by_suffix(output_path)
+    options = coding(codec, compression)
+    for file in files:
+        if output_path.exists() and file.exists() and file.samefile(output_path):
+            raise InputError(f"output must be another file than the source, got {file}.")
+    with screen.Progress(f"reading {files[0].name}") as bar:
+        bar.update(None, "")
+        if target is not Target.mscan:
+            result = _export(files, output_path, target, options, overwrite)
+        else:
+            with MscanReader(files[0]) as reader:
+                old = reader.version == 1
+            if old and len(files) == 1:
+                result = convert_v1(files[0], output_path, overwrite=overwrite, **options)
+            else:
+                result = merge(files, output_path, overwrite=overwrite, **options)
+    print(written(result))
+
+
+def _by_suffix(output: Path) -> Target:
+    suffix = output.suffix.removeprefix(".").lower()
+    if suffix not in {target.value for target in Target}:
+        raise InputError(f"output must end in .mscan, .parquet or .npz, or --to must say what it is, got {output}.")
+    return Target(suffix)
+
+
+def _export(files: list[Path], output: Path, target: Target, options: dict[str, str], overwrite: bool) -> Conversion:
+    from ..mscan.export import to_npz, to_parquet
+
+    if len(files) > 1:
+        raise InputError(f"an export to {target.value} must have one source, got {len(files)}; merge them first, into a .mscan.")
+    if options:
+        raise InputError(f"--codec and --compression must be left out of an export to {target.value}, got {', '.join(options.values())}.")
+    write = to_parquet if target is Target.parquet else to_npz
+    return write(files[0], output, overwrite=overwrite)

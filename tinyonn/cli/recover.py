@@ -1,0 +1,42 @@
+"""`tinyonn recover`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import screen
+from .options import CodecChoice, CompressionChoice, Output, Overwrite, coding
+
+if TYPE_CHECKING:
+    from ..mscan.convert import Conversion
+
+
+def recover(
+    file: Annotated[Path, typer.Argument(help="The damaged file, which stays as it is.", show_default=False)],
+    output_path: Output,
+    codec: CodecChoice = None,
+    compression: CompressionChoice = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write what can be read of a damaged file as a clean one.
+
+    Values of version 2 are coded as log2u16, those of version 1 as f32, unless --codec says otherwise.
+    """
+    from ..mscan.convert import recover as repair
+
+    with screen.Progress(f"reading {file.name}") as bar:
+        bar.update(None, "")
+        result = repair(file, output_path, overwrite=overwrite, **coding(codec, compression))
+    print(written(result))
+
+
+def written(result: Conversion) -> str:
+    """What a conversion wrote, and what it could not."""
+    lines: list[tuple[str, object]] = [
+        ("written", f"{result.path}, {screen.size(result.path.stat().st_size)}"),
+        ("holds", f"{screen.counted(result.sequences, 'sequence')}, {screen.counted(result.tokens, 'token')}"),
+    ]
+    return screen.rows(lines + [("lost" if index == 0 else "", text) for index, text in enumerate(result.dropped)])

@@ -1,0 +1,40 @@
+"""`tinyonn verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import screen
+
+
+def verify(
+    files: Annotated[list[Path], typer.Argument(help="Files, or names of sets of ranks.", show_default=False)],
+) -> None:
+    """Check every checksum of .mscan files.
+
+    Exit code 1 where one is damaged.
+    """
+    from ..mscan.convert import verify as check
+
+    damaged = 0
+    for file in files:
+        with screen.Progress(f"checking {file.name}") as bar:
+            bar.update(None, "")
+            found = check(file)
+        holds = f"{screen.counted(found.sequences, 'sequence')}, {screen.counted(found.tokens, 'token')}, {screen.size(found.size)}"
+        if found.failure is None:
+            print(f"ok       {file}: version {found.version}, {holds}")
+            continue
+        damaged += 1
+        where = "" if found.failure.offset is None else f" at byte {found.failure.offset}"
+        print(f"DAMAGED  {file}{where}: {' '.join(found.failure.rule.split())}")
+        if found.sequences:
+            fixed = file.with_suffix(f".recovered{file.suffix}")
+            print(f"         `tinyonn recover {file} -o {fixed}` keeps {screen.counted(found.sequences, 'sequence')}")
+        else:
+            print("         nothing of it can be read")
+    if damaged:
+        raise typer.Exit(1)
