@@ -1,0 +1,162 @@
+"""L2 norms of blocks of consecutive features.
+
+    out[n, b] = scale[n] * sqrt(sum_f x[n, f]^2),  f in block b
+
+N rows, F features, NB = ceil(F / BLOCK_SIZE) blocks. Reads x once and accumulates in float32. Squares of large and small tiles
+are summed apart, scaled by powers of two, so a norm is right wherever it is a normal float32 (the idea of Blue, "A portable
+Fortran program to find the Euclidean norm of a vector", ACM TOMS 4(1), 1978, by tiles instead of elements).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE_ELEMENTS = 4096  # 32 values a thread in four warps: enough loads in flight, far from the register limit
+SCATTERED_ELEMENTS = 2048  # where loads are single values, every one has its own address and mask in registers
+MAX_WIDTH = 1024
+MAX_ROWS = 32  # more would leave a small problem with too few programs
+
+
+@triton.jit
+def _add_squares(tile, large, medium, small):
+    """Adds the sum of squares along axis 2 to one of three accumulators of different scale."""
+    peak = tl.max(tl.abs(tile), axis=2)
+    is_large = peak > 2.0**60
+    is_small = peak < 2.0**-50
+    scale = tl.where(is_large, 2.0**-80, tl.where(is_small, 2.0**100, 1.0))
+    scaled = tile * scale[:, :, None]
+    total = tl.sum(scaled * scaled, axis=2)
+    # The maximum ignores NaN: such a tile goes to `medium`, which every result includes.
+    is_small = is_small & (total == total)
+    large += tl.where(is_large, total, 0.0)
+    small += tl.where(is_small, total, 0.0)
+    medium += tl.where(is_large | is_small, 0.0, total)
+    return large, medium, small
+
+
+@triton.jit
+def _root(large, medium, small):
+    # 2^-160 and 2^-200 are no float32: two factors.
+    high = tl.sqrt_rn(large + medium * 2.0**-80 * 2.0**-80) * 2.0**80
+    middle = tl.sqrt_rn(medium + small * 2.0**-100 * 2.0**-100)
+    low = tl.sqrt_rn(small) * 2.0**-100
+    return tl.where(large != 0.0, high, tl.where(medium != 0.0, middle, low))
+
+
+@triton.jit
+def norms_of_blocks(x_ptr, row, block, num_rows, num_features, stride_xn, stride_xf, BLOCK_SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """(rows, blocks) norms for vectors of row and block indices; a block is read in tiles WIDTH features wide."""
+    large = tl.zeros((row.shape[0], block.shape[0]), tl.float32)
+    medium = tl.zeros((row.shape[0], block.shape[0]), tl.float32)
+    small = tl.zeros((row.shape[0], block.shape[0]), tl.float32)
+    row_ptr = x_ptr + row[:, None, None] * stride_xn
+    for start in range(0, BLOCK_SIZE, WIDTH):
+        within = start + tl.arange(0, WIDTH)
+        feature = block[None, :, None] * BLOCK_SIZE + within[None, None, :]
+        inside = (row < num_rows)[:, None, None] & (feature < num_features)
+        if BLOCK_SIZE % WIDTH != 0:
+            inside = inside & (within < BLOCK_SIZE)[None, None, :]
+        tile = tl.load(row_ptr + feature.to(tl.int64) * stride_xf, mask=inside, other=0.0).to(tl.float32)
+        large, medium, small = _add_squares(tile, large, medium, small)
+    return _root(large, medium, small)
+
+
+@triton.jit
+def _block_norms_kernel(
+    x_ptr,
+    scale_ptr,
+    out_ptr,
+    num_rows,
+    num_features,
+    num_blocks,
+    stride_xn,
+    stride_xf,
+    stride_sn,
+    stride_on,
+    stride_ob,
+    HAS_SCALE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    # One program owns ROWS rows and BLOCKS of their blocks.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    norms = norms_of_blocks(x_ptr, row, block, num_rows, num_features, stride_xn, stride_xf, BLOCK_SIZE, WIDTH)
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + row * stride_sn, mask=row < num_rows, other=0.0).to(tl.float32)
+        norms = norms * scale[:, None]
+    target = out_ptr + row[:, None] * stride_on + block[None, :].to(tl.int64) * stride_ob
+    tl.store(target, norms, mask=(row < num_rows)[:, None] & (block < num_blocks)[None, :])
+
+
+def tile_shape(rows: Tensor, block_size: int, num_blocks: int) -> dict[str, int]:
+    """ROWS, BLOCKS and WIDTH of one tile: whole blocks of one row first, so that loads are long runs."""
+    vectorised = rows.stride(1) == 1 and rows.stride(0) % 16 == 0 and rows.shape[1] % 16 == 0
+    elements = TILE_ELEMENTS if vectorised else SCATTERED_ELEMENTS
+    width = min(triton.next_power_of_2(block_size), MAX_WIDTH)
+    blocks = min(triton.next_power_of_2(num_blocks), elements // width)
+    return {"ROWS": min(elements // (blocks * width), MAX_ROWS), "BLOCKS": blocks, "WIDTH": width}
+
+
+def block_norms_fwd(x: Tensor, row_scale: Tensor | None, out: Tensor, block_size: int) -> None:
+    """Writes `out (..., NB)` float32 for `x (..., F)`, launched over (rows / ROWS, blocks / BLOCKS).
+
+    `out` may be a strided column slice. Rows of x that no single stride reaches are copied first; such an `out`, last.
+    """
+    num_features, num_blocks = x.shape[-1], out.shape[-1]
+    if out.numel() == 0:
+        return
+    rows = x.reshape(-1, num_features)
+    scale = None if row_scale is None else row_scale.reshape(-1)
+    try:
+        target = out.view(-1, num_blocks)
+    except RuntimeError:  # no single stride reaches these rows
+        target = torch.empty((rows.shape[0], num_blocks), dtype=out.dtype, device=out.device)
+    shape = tile_shape(rows, block_size, num_blocks)
+    grid = (triton.cdiv(rows.shape[0], shape["ROWS"]), triton.cdiv(num_blocks, shape["BLOCKS"]))
+    _block_norms_kernel[grid](
+        rows,
+        rows if scale is None else scale,
+        target,
+        rows.shape[0],
+        num_features,
+        num_blocks,
+        rows.stride(0),
+        rows.stride(1),
+        0 if scale is None else scale.stride(0),
+        target.stride(0),
+        target.stride(1),
+        HAS_SCALE=scale is not None,
+        BLOCK_SIZE=block_size,
+        **shape,
+        num_warps=4,
+    )
+    if target._base is None:
+        out.copy_(target.view(out.shape))
+
+
+def offered(arch: int) -> dict[str, Callable[[], None]]:
+    """The same on every architecture: the kernel is bound by memory."""
+
+    def launch(dtype: torch.dtype, features: int, block_size: int, scaled: bool) -> None:
+        x = torch.empty((512, features), dtype=dtype, device="meta")
+        scale = torch.empty(512, dtype=torch.float32, device="meta") if scaled else None
+        out = torch.empty((512, -(-features // block_size)), dtype=torch.float32, device="meta")
+        block_norms_fwd(x, scale, out, block_size)
+
+    cases = [(dtype, 4096, 64, True) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    cases += [(dtype, *odd) for dtype in (torch.float32, torch.bfloat16) for odd in ((100, 64, False), (4096, 4096, True))]
+    return {
+        f"{str(dtype).removeprefix('torch.')}-F{features}-block{block_size}{'-scaled' if scaled else ''}": partial(
+            launch, dtype, features, block_size, scaled
+        )
+        for dtype, features, block_size, scaled in cases
+    }

@@ -1,0 +1,138 @@
+"""Compiles Triton kernels for GPUs that are not there, and reads what they would use. For tests; `tinyonn.testing` exports it.
+
+Run as `python -m tinyonn._cross_compile MODULE ARCH`, it compiles everything that `MODULE.offered(ARCH)` launches and prints one
+JSON list. It needs a process of its own: under TRITON_INTERPRET=1 there is nothing to compile.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHS = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a thread block can have, CUDA C++ guide table 24
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one thread (registers, stack, local) and one block (shared) of a compiled kernel use; bytes but for registers."""
+
+    kernel: str
+    label: str
+    arch: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+
+    def complaints(self) -> list[str]:
+        """Why this must not be a default configuration; empty where it may."""
+        found = []
+        if self.stack or self.local:
+            spilled = f"{self.stack} stack and {self.local} local bytes"
+            found.append(f"{self.kernel} [{self.label}] must not spill on sm_{self.arch}, got {spilled}.")
+        if self.shared > SHARED_LIMIT[self.arch]:
+            found.append(
+                f"{self.kernel} [{self.label}] must use at most {SHARED_LIMIT[self.arch]} bytes of shared memory on sm_{self.arch}, "
+                f"got {self.shared}."
+            )
+        return found
+
+
+def cross_compile(
+    kernel: Any,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    arch: int,
+    *,
+    attrs: dict[tuple[int, ...], list[list[Any]]] | None = None,
+    label: str = "",
+    **options: Any,
+) -> Usage:
+    """Compiles one `@triton.jit` kernel for sm_`arch`.
+
+    Args:
+        kernel: the JITFunction.
+        signature: argument name -> Triton type ("*fp32", "i32", "constexpr").
+        constexprs: argument name -> value.
+        arch: 80, 90 or 100.
+        attrs: alignment of arguments by position, as Triton's launcher derives it.
+        label: names the configuration in messages.
+        **options: num_warps, num_stages and the like.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    compiled = compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return Usage(kernel.__name__, label, arch, shared=compiled.metadata.shared, **_resources(compiled.asm["cubin"]))
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    from triton.backends import nvidia
+
+    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    # STACK holds spilled registers too; SHARED counts only static allocation, so shared memory comes from Triton's metadata.
+    usage = dict(re.findall(r"\b([A-Z]+):(\d+)", text))
+    return {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "local": int(usage["LOCAL"])}
+
+
+def compile_launches(launch: Callable[[], object], arch: int, label: str = "") -> list[Usage]:
+    """Runs a launcher over tensors without data and compiles, specialised as a real launch would be, each kernel it launches."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    usages = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        bind = create_function_from_signature(self.signature, self.params, backend)
+        bound, specialization, options = bind(*args, **kwargs)
+        _, signature, constexprs, attrs = self._pack_args(backend, kwargs, bound, specialization, options)
+        options = {name: value for name, value in kwargs.items() if name not in signature}
+        usages.append(cross_compile(self, signature, constexprs, arch, attrs=attrs, label=label, **options))
+
+    original = JITFunction.run
+    JITFunction.run = record
+    try:
+        launch()
+    finally:
+        JITFunction.run = original
+    if not usages:
+        raise RuntimeError(f"offered launch {label!r} must launch a kernel, got none.")
+    return usages
+
+
+def usages_of(module: str, arch: int, cache: Path) -> list[Usage]:
+    """Compiles everything `module.offered(arch)` launches, in a fresh process without the interpreter; `cache` is Triton's."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tinyonn._cross_compile", module, str(arch)], capture_output=True, text=True, env=environment, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{module} must compile for sm_{arch}, got:\n{done.stderr[-4000:]}")
+    return [Usage(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
+
+
+def _main(module: str, arch: int) -> None:
+    offered = importlib.import_module(module).offered(arch)
+    usages = [usage for label, launch in offered.items() for usage in compile_launches(launch, arch, label)]
+    print(json.dumps([asdict(usage) for usage in usages]))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], int(sys.argv[2]))
