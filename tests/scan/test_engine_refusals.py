@@ -1,0 +1,122 @@
+"""What cannot be measured exactly is refused, and the module is named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tinyonn.errors import InputError
+from tinyonn.scan import local_credit
+from tinyonn.scan.engine import ScanEngine
+from tinyonn.testing import tiny_causal_lm
+
+TOKENS = torch.arange(20).view(2, 10)
+
+
+@pytest.mark.parametrize(
+    ("arch", "module"),
+    [
+        ("bloom", r"transformer\.h\.0\.self_attention \(BloomAttention\)"),
+        ("gptj", r"transformer\.h\.0\.attn \(GPTJAttention\)"),
+        ("lfm2", r"model\.layers\.2\.conv \(Lfm2ShortConv\)"),
+        ("qwen3_next", r"model\.layers\.2\.linear_attn \(Qwen3NextGatedDeltaNet\)"),
+    ],
+)
+def test_local_credit_is_refused_where_tokens_mix_elsewhere(arch, module):
+    model = tiny_causal_lm(arch)
+    with pytest.raises(InputError, match=f"credit must be 'full' for this model: {module}"), ScanEngine(model, credit="local"):
+        pass
+    with ScanEngine(model) as engine:
+        assert engine.scan(TOKENS)[0].integral.count.max() == 9
+
+
+def test_local_credit_names_a_mixer_that_somebody_added():
+    class Shift(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x + 0.1 * x.roll(1, 1))
+
+    model = tiny_causal_lm("llama")
+    model.model.layers[1].mlp = Shift(model.model.layers[1].mlp)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp \(Shift\) mixes tokens"), ScanEngine(model, credit="local"):
+        pass
+
+
+def test_the_proof_catches_an_attention_that_drops_what_the_model_passes(monkeypatch):
+    """A function that ignores the softcap must not pass for the model's own."""
+    apply = local_credit._LocalCreditAttention.apply
+    monkeypatch.setattr(local_credit._LocalCreditAttention, "apply", lambda *args: apply(*args[:-1], None))
+    with (
+        pytest.raises(InputError, match="credit='local' must leave the logits as they are"),
+        ScanEngine(tiny_causal_lm("gemma2"), credit="local"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position_bias": torch.zeros(1)}, "LlamaAttention passes position_bias"),
+        ({"dropout": 0.1}, "dropout must be 0"),
+        ({"is_causal": False}, "attends to later tokens"),
+        ({"attention_mask": torch.zeros(2, 1, 10, 10)}, "adds a torch.float32 mask"),
+        ({"key": torch.zeros(2, 2, 11, 8)}, "without a cache, got 10 queries and 11 keys in LlamaAttention"),
+    ],
+    ids=["unknown", "dropout", "bidirectional", "additive-mask", "cache"],
+)
+def test_attention_refuses_what_it_does_not_know(changes, message):
+    module = tiny_causal_lm("llama").model.layers[0].self_attn
+    arguments = {"query": torch.zeros(2, 4, 10, 8), "key": torch.zeros(2, 2, 10, 8), "value": torch.zeros(2, 2, 10, 8)}
+    with pytest.raises(InputError, match=message):
+        local_credit.local_credit_attention(module, **{"attention_mask": None, **arguments, **changes})
+
+
+def test_unknown_credit_is_refused():
+    with pytest.raises(InputError, match="credit must be one of full, local, got 'partial'"):
+        ScanEngine(tiny_causal_lm("qwen3"), credit="partial")
+
+
+def test_a_model_without_memory_is_refused():
+    with torch.device("meta"):
+        model = tiny_causal_lm("qwen3")
+    with pytest.raises(InputError, match="model must be on one device, got meta"):
+        ScanEngine(model)
+
+
+def test_a_module_that_runs_twice_is_refused():
+    model = tiny_causal_lm("llama")
+    layer = model.model.layers[0].mlp
+    forward = layer.forward
+    layer.forward = lambda x: forward(forward(x))
+    with ScanEngine(model) as engine, pytest.raises(InputError, match=r"leave out model\.layers\.0\.mlp\.gate_proj\.weight: it runs more"):
+        engine.scan(TOKENS)
+
+
+def test_a_module_over_other_rows_than_tokens_is_refused():
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(48, 48)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.proj(x.mean(1))[:, None]
+
+    model = tiny_causal_lm("llama")
+    model.model.norm = Pooled()
+    with (
+        ScanEngine(model) as engine,
+        pytest.raises(InputError, match=r"leave out model\.norm\.proj\.weight: .* shape \(2, 48\)"),
+    ):
+        engine.scan(TOKENS)
+
+
+def test_a_model_that_skips_its_embeddings_is_refused():
+    model = tiny_causal_lm("llama")
+    spare = nn.Embedding(97, 48)
+    model.get_input_embeddings = lambda: spare
+    with ScanEngine(model) as engine, pytest.raises(InputError, match="one embedding call"):
+        engine.scan(TOKENS)
