@@ -1,27 +1,29 @@
 """What a scan will take, before it is run: bytes on disk, peak memory, tokens.
 
-    disk   = tokens · (2·blocks·code + 9) + sequences · (48·blocks + 640) + text        code: 2 bytes (log2u16) or 4 (f32)
-    memory = process + weights + batch tokens · (a·O + b·V) · 4 + batch tokens · 8·blocks
+    disk   = tokens · (2·blocks·code + 9) + sequences · (48·blocks + 640) + text          code: 2 bytes (log2u16) or 4 (f32)
+    memory = process + weights + MARGIN · (saved activations + logits + 8·blocks·tokens)  of the batch with most tokens
 
-O is the sum of the output features of all linear layers that a token passes, the output head apart; V the vocabulary. With
-`store="integral"` the planes term of the disk is gone. a = ACTIVATION_COPIES and b = LOGIT_COPIES were fitted to measured peaks.
-Compressed files are smaller than this says.
+With `store="integral"` the first term of the disk is 9 bytes a token; compressed files are smaller than this says. The saved
+activations are the model's own (`activations.py`); MARGIN is what backward and the allocator take beside them, fitted on a CPU
+to the measured peaks of six architectures.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
 from ..mscan.layout import layout_blocks
+from .activations import saved_bytes, skeleton
 from .config import ScanConfig
 from .corpus import CorpusItem
 from .distributed import World
@@ -34,8 +36,8 @@ TOKEN_BYTES = 9  # id, loss, mask
 SEQUENCE_BYTES = 640  # chunk headers, alignment and index entries
 INTEGRAL_BYTES = 48  # six float64 a block
 
-ACTIVATION_COPIES = 2.5
-LOGIT_COPIES = 3.0
+MARGIN = 1.4
+UNTRACED_COPIES = 3
 PROCESS_BYTES = 450_000_000  # interpreter, torch, transformers
 
 # Larger corpora are judged by an even sample of so many records.
@@ -56,6 +58,8 @@ class ScanEstimate:
         total_bytes: size of the output (of all processes together).
         disk_free_bytes: free where the output goes.
         weight_bytes, activation_bytes, plane_bytes, process_bytes: the parts of the peak.
+        traced: activation_bytes come from the model's own graph; False where it could not be traced, and three copies of the
+            outputs of its linear layers stand for them.
         available_bytes: memory free on the device now.
         device, dtype: as resolved.
     """
@@ -74,6 +78,7 @@ class ScanEstimate:
     activation_bytes: int
     plane_bytes: int
     process_bytes: int
+    traced: bool
     available_bytes: int
     device: str
     dtype: str
@@ -108,15 +113,15 @@ def estimate(prepared: Prepared) -> ScanEstimate:
     from .targets import find_targets, layout_of
 
     config = prepared.config
-    model = skeleton(prepared.model_config)
+    with torch.device("meta"):
+        model = skeleton(prepared.model_config, prepared.dtype)
     blocks = layout_blocks(layout_of(find_targets(model, config.targets)))
     counts, text_bytes, widest, scale = _count_tokens(prepared)
     sequences = round(counts.sequences * scale)
     tokens = round((counts.tokens + counts.sequences * config.generate) * scale)
     planes = 2 * blocks * CODE_BYTES[config.codec] if config.store == "records" else 0
     per_sequence = INTEGRAL_BYTES * blocks + SEQUENCE_BYTES
-    outputs, vocabulary = features(model, prepared.model_config)
-    on_cpu = prepared.device.type == "cpu"
+    activation_bytes, traced = _activation_bytes(prepared, model, widest)
     return ScanEstimate(
         sequences=sequences,
         tokens=tokens,
@@ -129,59 +134,48 @@ def estimate(prepared: Prepared) -> ScanEstimate:
         total_bytes=tokens * (planes + TOKEN_BYTES) + sequences * per_sequence + round(text_bytes * scale) * config.store_text,
         disk_free_bytes=_disk_free(config),
         weight_bytes=sum(parameter.numel() for parameter in model.parameters()) * prepared.dtype.itemsize,
-        activation_bytes=int(widest * (ACTIVATION_COPIES * outputs + LOGIT_COPIES * vocabulary) * 4),
-        plane_bytes=widest * blocks * 8,
-        process_bytes=PROCESS_BYTES if on_cpu else 0,
+        activation_bytes=int(MARGIN * activation_bytes),
+        plane_bytes=int(MARGIN * math.prod(widest) * blocks * 8),
+        process_bytes=PROCESS_BYTES if prepared.device.type == "cpu" else 0,
+        traced=traced,
         available_bytes=available_memory(prepared.device),
         device=str(prepared.device),
         dtype=str(prepared.dtype).removeprefix("torch."),
     )
 
 
-def skeleton(model_config: Any) -> PreTrainedModel:
-    """The model without its weights: every parameter on the meta device.
-
-    Raises:
-        InputError: not a causal language model.
-    """
-    from transformers import AutoModelForCausalLM
-
+def _activation_bytes(prepared: Prepared, model: PreTrainedModel, widest: tuple[int, int]) -> tuple[int, bool]:
+    """What a batch of (sequences, tokens) keeps until backward, logits included; and whether the model could be traced."""
+    tokens = math.prod(widest)
+    logits = tokens * prepared.model_config.get_text_config().vocab_size * prepared.dtype.itemsize
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model_config)
-    except (ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"model_path must hold a causal language model, got {type(model_config).__name__}: {reason}") from error
+        return saved_bytes(prepared.model_config, prepared.dtype, *widest) + logits, True
+    except InputError:
+        raise
+    except Exception:  # a model's own code, on tensors without data: whatever it raises, the scan itself may well run
+        outputs = linear_outputs(model, getattr(prepared.model_config.get_text_config(), "num_experts_per_tok", None) or 1)
+        return UNTRACED_COPIES * outputs * tokens * prepared.dtype.itemsize + logits, False
 
 
-def features(model: PreTrainedModel, model_config: Any) -> tuple[int, int]:
-    """Output features of all linear layers that one token passes, and of the output head.
-
-    Of the experts of a layer, only as many count as a token is sent to.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    text = model_config.get_text_config()
-    chosen = getattr(text, "num_experts_per_tok", None) or 1
+def linear_outputs(model: PreTrainedModel, experts_per_token: int) -> int:
+    """Output features of all linear layers that one token passes, the output head apart."""
     head = model.get_output_embeddings()
     outputs = 0
     for module in model.modules():
-        if module is head:
-            continue
         if isinstance(module, nn.Linear):
-            outputs += module.out_features
+            outputs += 0 if module is head else module.out_features
         elif isinstance(module, Conv1D):
             outputs += module.nf
         else:
-            outputs += sum(chosen * max(p.shape[1:]) for p in module.parameters(recurse=False) if p.dim() == 3)
-    return outputs, int(text.vocab_size)
+            outputs += sum(experts_per_token * max(weight.shape[1:]) for weight in module.parameters(recurse=False) if weight.dim() == 3)
+    return outputs
 
 
-def _count_tokens(prepared: Prepared) -> tuple[TokenCounts, int, int, float]:
-    """Counts, bytes of text, largest padded batch in tokens, and the factor from the sample to the corpus."""
+def _count_tokens(prepared: Prepared) -> tuple[TokenCounts, int, tuple[int, int], float]:
+    """Counts, bytes of text, the padded batch with most tokens, and the factor from the sample to the corpus."""
     config, encoder, counts = prepared.config, prepared.encoder(), TokenCounts()
     items, scale = _sample(prepared)
-    text_bytes = widest = 0
+    text_bytes, widest = 0, (0, 0)
 
     def measured() -> Iterator[TokenSequence]:
         nonlocal text_bytes
@@ -190,9 +184,9 @@ def _count_tokens(prepared: Prepared) -> tuple[TokenCounts, int, int, float]:
             yield sequence
 
     for batch in plan_batches(measured(), config.batch_size):
-        widest = max(widest, len(batch) * (len(batch[0].token_ids) + config.generate))
+        widest = max(widest, (len(batch), len(batch[0].token_ids) + config.generate), key=math.prod)
     if scale != 1:  # the longest of the corpus may not be in the sample
-        widest = max(widest, config.batch_size * (prepared.max_length + config.generate))
+        widest = (config.batch_size, prepared.max_length + config.generate)
     return counts, text_bytes, widest, scale
 
 
