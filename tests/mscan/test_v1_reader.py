@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from tinyonn.errors import InputError, MscanError
-from tinyonn.mscan.v1 import V1Reader, integrate
+from tinyonn.mscan.v1 import V1Reader
+from tinyonn.mscan.v1_sums import integrate
 
 NAMES = {"0": "lm_head", "3": "model.layers.10.mlp.up_proj", "7": "model.layers.2.mlp.up_proj"}
 BLOCKS = {0: 2, 3: 3, 7: 1}
@@ -79,7 +80,7 @@ def test_a_header_length_without_the_prologue_is_understood(path: Path) -> None:
     length = struct.unpack_from("<I", data, 7)[0]
     path.write_bytes(data[:7] + struct.pack("<I", length - 15) + data[11:])
     with V1Reader(path, recovery="strict") as reader:
-        assert reader.codes(0).tolist() == rows(5)
+        assert reader.records(0).tolist() == rows(5)
 
 
 def test_records_without_listed_sequences_are_one_sequence(path: Path) -> None:
@@ -118,7 +119,7 @@ def test_an_overwritten_header_costs_the_records_beneath_it(path: Path, num_toke
     lost = math.ceil(grown / 12)
     with V1Reader(path, recovery="salvage") as reader:
         assert reader.report == [f"a longer header was written over the first {lost} of 30 records"]
-        assert [tuple(r) for i in range(len(num_tokens)) for r in reader.codes(i).tolist()] == rows(5)[lost:]
+        assert [tuple(r) for i in range(len(num_tokens)) for r in reader.records(i).tolist()] == rows(5)[lost:]
         activation = np.concatenate([reader.planes(i)[0] for i in range(len(num_tokens))])
         assert np.isnan(activation).sum() == lost
 
@@ -132,7 +133,7 @@ def test_a_writer_killed_before_close_is_salvaged_whole(path: Path) -> None:
         assert len(reader.sequences) == 0
         assert "362 bytes follow" in reader.report[0]
     with V1Reader(path, recovery="salvage") as reader:
-        assert reader.codes(0).tolist() == rows(5)
+        assert reader.records(0).tolist() == rows(5)
         assert "all are read" in reader.report[0]
 
 
@@ -147,7 +148,7 @@ def test_every_truncation_gives_a_prefix_of_the_records_or_an_error(path: Path, 
                 V1Reader(path, recovery=recovery)
             continue
         with V1Reader(path, recovery=recovery) as reader:
-            kept = [tuple(r) for i in range(2) for r in reader.codes(i).tolist()]
+            kept = [tuple(r) for i in range(2) for r in reader.records(i).tolist()]
             assert kept == rows(5)[: (size - begin) // 12]
             assert f"{30 - len(kept)} records before the 30" in reader.report[0]
 
@@ -197,7 +198,7 @@ def test_salvage_leaves_out_records_that_name_nothing_and_says_how_many(path: Pa
     path.write_bytes(head(meta(5), 32) + pack(rows(5)[:7] + [(0, 9, 0, 1, 1), (77, 3, 0, 1, 1)] + rows(5)[7:]))
     with V1Reader(path, recovery="salvage") as reader:
         assert reader.report == ["2 records that name a parameter or a token which does not exist"]
-        assert reader.codes(0).tolist() == rows(5)
+        assert reader.records(0).tolist() == rows(5)
 
 
 @pytest.mark.parametrize("tokens", [1 << 24, 1 << 20], ids=["2^24", "2^20"])

@@ -10,17 +10,18 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tinyonn.errors import InputError, MscanError
+from tinyonn.mscan.reader import MscanReader, PlaneCodes
+from tinyonn.mscan.stats import ModuleStats
 from tinyonn.mscan.types import Integral, LayoutEntry, group_name, layout_blocks, layout_groups
 from tinyonn.mscan.v1_header import PROLOGUE, RECORD, RECOVERY, read_header, read_prologue
 from tinyonn.mscan.v1_records import index_records, read_records
+from tinyonn.mscan.v1_sums import integrate, plane_stats
 
 CELLS_PER_RECORD = 4096  # how sparse a sequence's planes may be before the file is taken for damaged
 SMALL_PLANE = 1 << 20  # cells that are always allowed
@@ -47,8 +48,8 @@ class V1Sequence:
     first_token: int
 
     @property
-    def token_ids(self) -> NDArray[np.uint32]:
-        return np.arange(self.first_token, self.first_token + self.num_tokens, dtype=np.int64).astype(np.uint32)
+    def token_ids(self) -> NDArray[np.int64]:
+        return np.arange(self.first_token, self.first_token + self.num_tokens, dtype=np.int64)
 
     @property
     def loss(self) -> NDArray[np.float32]:
@@ -59,7 +60,7 @@ class V1Sequence:
         return np.ones(self.num_tokens, np.uint8)
 
 
-class V1Reader:
+class V1Reader(MscanReader):
     """Reads a version 1 file.
 
     Args:
@@ -74,7 +75,7 @@ class V1Reader:
 
     version = 1
 
-    def __init__(self, path: str | os.PathLike[str], *, recovery: str = "tail") -> None:
+    def __init__(self, path: str | os.PathLike[str], *, recovery: str = "tail", whole_set: bool = True) -> None:
         if recovery not in RECOVERY:
             raise InputError(f"recovery must be one of {', '.join(RECOVERY)}, got {recovery!r}.")
         self.path = os.fspath(path)
@@ -90,23 +91,23 @@ class V1Reader:
         size = os.fstat(self._fd).st_size
         length, _ = read_prologue(self.path, os.pread(self._fd, PROLOGUE.size, 0))
         head = os.pread(self._fd, min(size, length + PROLOGUE.size), 0)
-        self._header = read_header(self.path, head, size, self.recovery, self._plausible)
-        names = _parameter_names(self.path, self._header.metadata)
-        listed = _listed_sequences(self.path, self._header.metadata)
+        self.header = read_header(self.path, head, size, self.recovery, self._plausible)
+        names = _parameter_names(self.path, self.header.metadata)
+        listed = _listed_sequences(self.path, self.header.metadata)
         self._known = np.zeros(1 << 16, bool)
         self._known[list(names)] = True
-        index = index_records(self.path, self._fd, self._header, self._known, [tokens for _, tokens, _ in listed], self.recovery)
+        index = index_records(self.path, self._fd, self.header, self._known, [tokens for _, tokens, _ in listed], self.recovery)
         self._segments = index.segments[np.argsort(index.segments[:, 2], kind="stable")]
         self.layout, self._column = _layout(names, index.blocks)
-        if not listed and self._header.records:
+        if not listed and self.header.records:
             listed = [("0", int(index.bounds[1]), None)]
         owned = np.bincount(index.segments[:, 2], weights=index.segments[:, 1] - index.segments[:, 0], minlength=len(listed))
         self.sequences: Sequence[V1Sequence] = [
             V1Sequence(name, tokens, i, text, bool(owned[i]), int(index.bounds[i])) for i, (name, tokens, text) in enumerate(listed)
         ]
         notes = [*NOTES, *([ZERO_GRADIENTS] if index.zero_gradients else [])]
-        self.metadata: dict[str, Any] = {**self._header.metadata, "version_1_notes": notes}
-        self.report = [*self._header.lost]
+        self.metadata: dict[str, Any] = {**self.header.metadata, "version_1_notes": notes}
+        self.report = [*self.header.lost]
         if index.invalid:
             self.report.append(f"{index.invalid} records that name a parameter or a token which does not exist")
 
@@ -117,11 +118,11 @@ class V1Reader:
         valid = np.isin(records["param_id"], list(_parameter_names(self.path, metadata))) & (records["token_idx"] < tokens)
         return bool(2 * np.count_nonzero(valid) >= records.size)
 
-    def codes(self, i: int) -> np.ndarray:
+    def records(self, i: int) -> np.ndarray:
         """The records of sequence i as they stand, in file order: the packed version 1 dtype."""
         sequence = self.sequences[i].ordinal
         first, end = np.searchsorted(self._segments[:, 2], [sequence, sequence + 1])
-        pieces = [read_records(self.path, self._fd, self._header, int(a), int(b)) for a, b, _ in self._segments[first:end]]
+        pieces = [read_records(self.path, self._fd, self.header, int(a), int(b)) for a, b, _ in self._segments[first:end]]
         records = np.concatenate([np.empty(0, RECORD), *pieces])
         return records[self._known[records["param_id"]]]
 
@@ -131,7 +132,7 @@ class V1Reader:
         Raises:
             MscanError: two records are of the same token and block, or the records are too few for planes of that size.
         """
-        sequence, records = self.sequences[i], self.codes(i)
+        sequence, records = self.sequences[i], self.records(i)
         shape = (sequence.num_tokens, layout_blocks(self.layout))
         cells = shape[0] * shape[1]
         if cells > max(SMALL_PLANE, CELLS_PER_RECORD * records.size):
@@ -153,6 +154,10 @@ class V1Reader:
         grad_norm[flat] = records["grad_norm"]
         return activation.reshape(shape), grad_norm.reshape(shape)
 
+    def codes(self, i: int) -> list[PlaneCodes]:
+        """The planes of sequence i as float32 values; `records` gives what is stored."""
+        return [PlaneCodes(0, *self.planes(i), (0.0, 0.0), (0.0, 0.0), None, None)]
+
     def sequence_integral(self, i: int) -> Integral | None:
         """∫SPS and moments of sequence i, computed from its planes; None where it has no record."""
         if not self.sequences[i].has_records:
@@ -167,45 +172,32 @@ class V1Reader:
                 total += integrate(*self.planes(sequence.ordinal), layout_groups(self.layout)[1])
         return total
 
+    def stats(self) -> ModuleStats:
+        """Statistics of each weight, computed from every plane."""
+        bases = [entry.base for entry in self.layout]
+        columns = [entry.blocks for entry in self.layout]
+        none = np.zeros((len(bases), 2, 4), np.uint64), np.zeros((len(bases), 2, 2))
+        total = ModuleStats.from_arrays([entry.name for entry in self.layout], *none)
+        for sequence in self.sequences:
+            if sequence.has_records:
+                planes = [plane_stats(plane.astype(np.float64), bases, columns) for plane in self.planes(sequence.ordinal)]
+                total += ModuleStats(total.names, *planes)
+        return total
+
+    def find(self, sequence_id: str) -> int | None:
+        return next((s.ordinal for s in self.sequences if s.sequence_id == sequence_id), None)
+
+    def verify(self) -> None:
+        """Checks what version 1 promises: a record count that fits the file, and one record a token and block."""
+        with V1Reader(self.path, recovery="strict") as strict:
+            for sequence in strict.sequences:
+                strict.planes(sequence.ordinal)
+
     def close(self) -> None:
         """Closes the file; reading planes afterwards fails."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> V1Reader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-def integrate(activation: np.ndarray, grad_norm: np.ndarray, offsets: np.ndarray) -> Integral:
-    """∫SPS and moments of two planes in float64: what a scan computes on its device, here for files that hold planes alone.
-
-    Args:
-        activation, grad_norm: (tokens, blocks), NaN = missing.
-        offsets: (groups + 1,) first column of each group over which z is taken.
-    """
-    planes = [np.where(np.isnan(activation) | np.isnan(grad_norm), np.nan, plane.astype(np.float64)) for plane in (activation, grad_norm)]
-    present = ~np.isnan(planes[0])
-    sps = np.zeros(activation.shape[1])
-    for begin, end in pairwise(offsets):
-        here, count = present[:, begin:end], np.maximum(present[:, begin:end].sum(1, keepdims=True), 1)
-        for plane, sign in zip(planes, (1.0, -1.0), strict=True):
-            values = np.where(here, plane[:, begin:end], 0.0)
-            mean = values.sum(1, keepdims=True) / count
-            centred = np.where(here, values - mean, 0.0)
-            std = np.sqrt((centred**2).sum(1, keepdims=True) / count)
-            z = np.divide(centred, std, out=np.zeros_like(centred), where=std > 1e-6 * np.abs(mean))
-            sps[begin:end] += sign * z.sum(0)
-    tokens = present.sum(0).astype(np.float64)
-    moments = []
-    for plane in planes:
-        values = np.where(present, plane, 0.0)
-        mean = values.sum(0) / np.maximum(tokens, 1)
-        moments += [mean, (np.where(present, values - mean, 0.0) ** 2).sum(0)]
-    return Integral(sps, tokens, *moments)
 
 
 def _parameter_names(path: str, metadata: dict[str, Any]) -> dict[int, str]:

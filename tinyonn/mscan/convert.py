@@ -1,0 +1,269 @@
+"""Whole-file operations: convert, merge, recover, verify, describe.
+
+Every output is written beside its place and renamed when it is whole; one that is there already is refused unless the
+caller says `overwrite=True`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinyonn.errors import InputError, MscanError
+from tinyonn.mscan.reader import MscanReader
+from tinyonn.mscan.types import LayoutEntry, SequenceRecord, layout_blocks, layout_groups
+from tinyonn.mscan.writer import MscanWriter
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written.
+
+    Args:
+        path: the output.
+        sequences, tokens: how many it holds.
+        dropped: what the source held or should have held and the output does not, one sentence each.
+    """
+
+    path: Path
+    sequences: int
+    tokens: int
+    dropped: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether every checksum of a file holds.
+
+    Args:
+        path: the file.
+        version: of its format; None where even that cannot be read.
+        sequences, tokens: how many can be read, with whatever recovery it takes.
+        size: bytes.
+        failure: the first rule that does not hold, with its byte; None where all hold.
+    """
+
+    path: Path
+    version: int | None
+    sequences: int
+    tokens: int
+    size: int
+    failure: MscanError | None
+
+    @property
+    def ok(self) -> bool:
+        return self.failure is None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file holds, read without its planes.
+
+    Args:
+        path, version, size: the file, its format, its bytes.
+        metadata: as written.
+        layout: the weights; `groups` names the layers they belong to.
+        sequences, tokens: how many.
+        sequences_with_planes: of those, how many have records a token and block.
+        missing: what a reader had to leave out.
+    """
+
+    path: Path
+    version: int
+    size: int
+    metadata: dict[str, Any]
+    layout: list[LayoutEntry]
+    groups: list[str]
+    sequences: int
+    tokens: int
+    sequences_with_planes: int
+    missing: list[str]
+
+    @property
+    def blocks(self) -> int:
+        return layout_blocks(self.layout)
+
+    @property
+    def bytes_per_value(self) -> float:
+        """File bytes for each stored norm (two a token and block); NaN without tokens."""
+        values = 2 * self.tokens * self.blocks
+        return self.size / values if values else float("nan")
+
+
+def convert_v1(path: PathLike, output: PathLike, *, recovery: str = "tail", overwrite: bool = False, **options: Any) -> Conversion:
+    """Writes a version 1 file as version 2, with the integral of each sequence; values and metadata stay as they are.
+
+    Args:
+        path: a version 1 file.
+        output: the new file.
+        recovery: "salvage" takes a damaged file too and says what is missing.
+        overwrite: replace an output that exists.
+        options: codec and compression of `MscanWriter`; the codec is "f32" unless named, which keeps whole numbers exact.
+
+    Raises:
+        InputError: the file is not of version 1, or the output exists.
+        MscanError: the file breaks a rule that `recovery` does not forgive.
+    """
+    with MscanReader(path, recovery=recovery) as reader:
+        if reader.version != 1:
+            raise InputError(f"{os.fspath(path)} must be of version 1, got {reader.version}.")
+        return _copy([reader], output, dict(reader.metadata), overwrite, {"codec": "f32", **options})
+
+
+def merge(paths: Sequence[PathLike], output: PathLike, *, overwrite: bool = False, **options: Any) -> Conversion:
+    """Writes several files, or a set of ranks, as one.
+
+    Args:
+        paths: files whose layouts agree, one of which may go on where the others end; or one name of a rank set.
+        output: the new file, with the metadata of the first and, under "merged", the names of all.
+        options: codec and compression of `MscanWriter`.
+
+    Raises:
+        InputError: no path, layouts that differ, one sequence id twice, or an output that exists.
+    """
+    if not paths:
+        raise InputError("merge must get at least one file, got none.")
+    with ExitStack() as stack:
+        readers = [stack.enter_context(MscanReader(path)) for path in paths]
+        metadata = {**readers[0].metadata, "merged": [Path(path).name for path in paths]}
+        return _copy(readers, output, metadata, overwrite, options)
+
+
+def recover(path: PathLike, output: PathLike, *, overwrite: bool = False, **options: Any) -> Conversion:
+    """Writes what can be read of a damaged file of either version as a clean one of version 2.
+
+    Args:
+        path: the damaged file, which stays as it is.
+        output: the clean file.
+        options: codec and compression of `MscanWriter`.
+
+    Returns:
+        The conversion; `dropped` names every gap, and every sequence that was lost whole.
+    """
+    with MscanReader(path, recovery="salvage") as reader:
+        if reader.version == 1:
+            options = {"codec": "f32", **options}
+        return _copy([reader], output, dict(reader.metadata), overwrite, options, salvage=True)
+
+
+def verify(path: PathLike) -> Verification:
+    """Reads a whole file and checks everything that has a checksum; of version 1, which has none, what its header promises.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    size = os.stat(path).st_size
+    try:
+        with MscanReader(path, recovery="strict") as reader:
+            for i in range(len(reader.sequences)):
+                if reader.sequences[i].has_records:
+                    reader.planes(i)
+                reader.sequence_integral(i)
+            return Verification(Path(path), reader.version, len(reader.sequences), _tokens(reader), size, None)
+    except MscanError as error:
+        failure = error
+    try:
+        with MscanReader(path, recovery="salvage") as reader:
+            return Verification(Path(path), reader.version, len(reader.sequences), _tokens(reader), size, failure)
+    except MscanError:
+        return Verification(Path(path), None, 0, 0, size, failure)
+
+
+def describe(path: PathLike, *, recovery: str = "tail") -> Description:
+    """What a file or a rank set holds."""
+    with MscanReader(path, recovery=recovery) as reader:
+        sequences = [reader.sequences[i] for i in range(len(reader.sequences))]
+        return Description(
+            path=Path(path),
+            version=reader.version,
+            size=os.stat(path).st_size,
+            metadata=dict(reader.metadata),
+            layout=list(reader.layout),
+            groups=layout_groups(reader.layout)[0],
+            sequences=len(sequences),
+            tokens=sum(s.num_tokens for s in sequences),
+            sequences_with_planes=sum(s.has_records for s in sequences),
+            missing=[str(item) for item in reader.report],
+        )
+
+
+@contextmanager
+def replacing(output: PathLike, overwrite: bool) -> Iterator[Path]:
+    """A name beside `output` to write to; renamed to it when the block ends well, removed when not."""
+    target = Path(output)
+    if target.exists() and not overwrite:
+        raise InputError(f"output must not exist yet, got {target}: overwrite replaces it.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        yield beside
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _tokens(reader: MscanReader) -> int:
+    return sum(reader.sequences[i].num_tokens for i in range(len(reader.sequences)))
+
+
+def _common_layout(readers: Sequence[MscanReader]) -> list[LayoutEntry]:
+    widest = max((list(reader.layout) for reader in readers), key=len)
+    for reader in readers:
+        if list(reader.layout) != widest[: len(reader.layout)]:
+            raise InputError(f"layouts of all files must agree, got another in {reader.path}.")
+    if not widest:
+        raise InputError(f"a file to convert must hold records or a layout, got none in {readers[0].path}.")
+    return widest
+
+
+def _copy(
+    readers: Sequence[MscanReader],
+    output: PathLike,
+    metadata: dict[str, Any],
+    overwrite: bool,
+    options: dict[str, Any],
+    salvage: bool = False,
+) -> Conversion:
+    dropped = [str(item) for reader in readers for item in reader.report]
+    sequences = tokens = 0
+    origin: dict[str, str] = {}
+    with replacing(output, overwrite) as beside, MscanWriter(beside, metadata, _common_layout(readers), **options) as writer:
+        for reader in readers:
+            for i in range(len(reader.sequences)):
+                try:
+                    record = _record(reader, i)
+                except MscanError as error:
+                    if not salvage:
+                        raise
+                    dropped.append(f"sequence {i}: {error.rule}")
+                    continue
+                if record.sequence_id in origin:
+                    raise InputError(
+                        f"sequence ids must be unique, got {record.sequence_id!r} in {origin[record.sequence_id]} and in {reader.path}."
+                    )
+                origin[record.sequence_id] = reader.path
+                writer.append(record)
+                sequences += 1
+                tokens += len(record.token_ids)
+    return Conversion(Path(output), sequences, tokens, dropped)
+
+
+def _record(reader: MscanReader, i: int) -> SequenceRecord:
+    sequence = reader.sequences[i]
+    activation, grad_norm = reader.planes(i) if sequence.has_records else (None, None)
+    return SequenceRecord(
+        sequence_id=sequence.sequence_id,
+        token_ids=sequence.token_ids,
+        loss=sequence.loss,
+        activation=activation,
+        grad_norm=grad_norm,
+        mask=sequence.mask,
+        text=sequence.text,
+        integral=reader.sequence_integral(i),
+    )
