@@ -30,7 +30,7 @@ class Ending:
 def explain(error: BaseException, command: str) -> Ending | None:
     """How a command ends that raised this; None for what is a bug."""
     if isinstance(error, KeyboardInterrupt):
-        return Ending(_one_line(error) or f"{command}: interrupted.", INTERRUPTED)
+        return Ending(f"{command}: {_one_line(error) or 'interrupted.'}", INTERRUPTED)
     if isinstance(error, UsageError):
         # str() of it would leave out the advice on near names.
         message = " ".join(error.format_message().split())  # type: ignore[attr-defined]

@@ -98,7 +98,7 @@ def show_progress(bar: screen.Progress, state: ScanProgress) -> None:
         return
     text = f"{screen.number(state.done)}/{screen.counted(state.total, 'text')}"
     if state.tokens:
-        text += f", {screen.counted(state.tokens_per_second, 'token')}/s, loss {state.loss:.2f}"
+        text += f", {screen.number(state.tokens_per_second)} tokens/s, loss {state.loss:.2f}"
     bar.update(state.done / max(state.total, 1), text, label="scanning")
 
 
@@ -134,7 +134,7 @@ def _result_screen(result: ScanResult) -> str:
     lines: list[tuple[str, object]] = [
         ("scanned", f"{screen.counted(result.sequences, 'sequence')}, {screen.counted(result.tokens, 'token')}{resumed}"),
         ("loss", f"{result.loss:.3f} nats a token"),
-        ("time", f"{screen.duration(result.seconds)}, {screen.counted(result.tokens_per_second, 'token')}/s"),
+        ("time", f"{screen.duration(result.seconds)}, {screen.number(result.tokens_per_second)} tokens/s"),
     ]
     if result.truncated:
         lines.append(("cut", f"{screen.counted(result.truncated, 'text')} at --max-length"))

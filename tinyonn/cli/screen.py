@@ -81,11 +81,14 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
+            from rich.table import Column
 
             console = Console(stderr=True)
             if not console.is_dumb_terminal:
-                parts = ("{task.description}", "{task.fields[text]}")
-                columns = (SpinnerColumn(), TextColumn(parts[0]), BarColumn(bar_width=24), TextColumn(parts[1]), TimeRemainingColumn())
+                # One line at any width: the words give way, and the bar is short where there is little room.
+                words = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+                bar = BarColumn(bar_width=24 if console.width >= 100 else 12)
+                columns = (SpinnerColumn(), TextColumn("{task.description}"), bar, words, TimeRemainingColumn())
                 self._bar = Bar(*columns, console=console, transient=True)
                 self._task = self._bar.add_task(self._label, total=None, text="")
                 self._bar.start()
