@@ -16,7 +16,14 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 40
 
 
 def line_chart(
-    title: str, rows: Sequence[str], series: Sequence[tuple[str, Floats]], *, x_title: str, y_title: str, log: bool = False, zero: bool = False
+    title: str,
+    rows: Sequence[str],
+    series: Sequence[tuple[str, Floats]],
+    *,
+    x_title: str,
+    y_title: str,
+    log: bool = False,
+    zero: bool = False,
 ) -> str:
     """One line per series over the rows; NaN breaks a line.
 
@@ -52,15 +59,19 @@ def line_chart(
     every = max(1, math.ceil(len(rows) / 10))
     # Row labels are numbers, or a few long names that would overlap: those are shortened, the tooltip has them whole.
     for position in range(0, len(rows), every):
-        parts.append(f'<text class="tick" x="{_LEFT + position * step:.1f}" y="{_HEIGHT - 24}" text-anchor="middle">{escape(rows[position][-9:])}</text>')
+        place = f'x="{_LEFT + position * step:.1f}" y="{_HEIGHT - 24}" text-anchor="middle"'
+        parts.append(f'<text class="tick" {place}>{escape(rows[position][-9:])}</text>')
     for number, (name, _) in enumerate(series):
         style = f'class="line" style="stroke:var(--s{number % len(DASHES)})" stroke-dasharray="{DASHES[number % len(DASHES)]}"'
-        points = [(_LEFT + position * step, y_of(value)) if good else None for position, (value, good) in enumerate(zip(stacked[number], usable[number], strict=True))]
+        points = [
+            (_LEFT + position * step, y_of(value)) if good else None
+            for position, (value, good) in enumerate(zip(stacked[number], usable[number], strict=True))
+        ]
         path = ""
         for position, point in enumerate(points):
             if point is not None:
                 path += f"{'L' if position and points[position - 1] is not None else 'M'}{point[0]:.1f} {point[1]:.1f}"
-        parts.append(f"<path {style} d=\"{path}\"/>")
+        parts.append(f'<path {style} d="{path}"/>')
         for position, point in enumerate(points):
             if point is not None:
                 label = f"{name}, {rows[position]}: {stacked[number, position]:.4g}"
@@ -81,7 +92,9 @@ def histogram(title: str, values: Floats, *, x_title: str, y_title: str, marks: 
     """Counts of values in equal bins up to the 99.5th percentile, the last bin holding the rest; `marks` are labelled lines."""
     if not len(values):
         return '<p class="empty">No measured value.</p>'
-    low = min(0.0, float(values.min()))
+    low = float(values.min())
+    # Losses start at 0; means of sequences lie close together, far from it.
+    low = min(low, 0.0) if low < 0.5 * float(values.max()) else low
     high = float(np.quantile(values, 0.995))
     high = high if high > low else low + 1.0
     counts, edges = np.histogram(np.clip(values, low, high), bins=bins, range=(low, high))
@@ -93,6 +106,9 @@ def histogram(title: str, values: Floats, *, x_title: str, y_title: str, marks: 
 
     def y_of(count: float) -> float:
         return _HEIGHT - _BOTTOM - count / top * (_HEIGHT - _TOP - _BOTTOM)
+
+    def room_on_the_right(value: float) -> bool:
+        return x_of(value) < (_LEFT + _WIDTH) * 0.6
 
     parts = [_frame(title), *(_y_tick(y_of(tick), tick) for tick in ticks)]
     for count, left, right in zip(counts, edges[:-1], edges[1:], strict=True):
@@ -110,7 +126,8 @@ def histogram(title: str, values: Floats, *, x_title: str, y_title: str, marks: 
         if low <= value <= high:
             parts.append(
                 f'<line class="mark" x1="{x_of(value):.1f}" x2="{x_of(value):.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>'
-                f'<text class="tick" x="{x_of(value) + 4:.1f}" y="{_TOP + 12 + 15 * number}">{escape(label)} {value:.2f}</text>'
+                f'<text class="tick" x="{x_of(value) + (4 if room_on_the_right(value) else -4):.1f}" y="{_TOP + 12 + 15 * number}" '
+                f'text-anchor="{"start" if room_on_the_right(value) else "end"}">{escape(label)} {value:.2f}</text>'
             )
     parts.append(_axis_titles(x_title, y_title))
     return f"{''.join(parts)}</svg>"

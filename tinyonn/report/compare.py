@@ -110,7 +110,9 @@ def write_comparison(
     if not 0.5 <= confidence < 1:
         raise InputError(f"confidence must be at least 0.5 and below 1, got {confidence}.")
     if confidence * (resamples + 1) > resamples:
-        raise InputError(f"resamples must be at least {int(np.ceil(confidence / (1 - confidence)))} for confidence {confidence}, got {resamples}.")
+        raise InputError(
+            f"resamples must be at least {int(np.ceil(confidence / (1 - confidence)))} for confidence {confidence}, got {resamples}."
+        )
     target = check_output(output)
     if Path(a).exists() and Path(b).exists() and Path(a).samefile(b):
         raise InputError(f"a and b must be two files, got {os.fspath(a)} twice.")
@@ -165,7 +167,9 @@ def rank_blocks(specific: np.ndarray, difference: np.ndarray, statistic: np.ndar
     return np.lexsort((np.arange(len(size)), -size, ~specific))
 
 
-def difference_maps(sample: TopicSample, difference: np.ndarray, specific: np.ndarray, tested: np.ndarray, topics: tuple[str, str]) -> list[HeatMap]:
+def difference_maps(
+    sample: TopicSample, difference: np.ndarray, specific: np.ndarray, tested: np.ndarray, topics: tuple[str, str]
+) -> list[HeatMap]:
     """Mean difference of each layer and module, and the share of its tested blocks that are specific."""
     everywhere = np.ones(len(difference))
     mean = sample.grid.mean(difference, everywhere)
@@ -174,12 +178,20 @@ def difference_maps(sample: TopicSample, difference: np.ndarray, specific: np.nd
         make_map(
             "difference",
             f"Mean SPS, {topics[0]} − {topics[1]}",
-            f"Above 0: the module's blocks score higher on {topics[0]}; below 0: higher on {topics[1]}. Opposite blocks of one module cancel here.",
+            f"Above 0: the module's blocks score higher on {topics[0]}; below 0: higher on {topics[1]}. "
+            "Opposite blocks of one module cancel here.",
             "standard deviations per token",
             mean,
             signed=True,
         ),
-        make_map("share", "Topic-specific blocks", "Share of the module's tested blocks whose interval leaves out 0.", "share of blocks", share, signed=False),
+        make_map(
+            "share",
+            "Topic-specific blocks",
+            "Share of the module's tested blocks whose interval leaves out 0.",
+            "share of blocks",
+            share,
+            signed=False,
+        ),
     ]
 
 
@@ -209,7 +221,11 @@ def _draw(target: Path, found: Comparison, top: int) -> tuple[Path, ...]:
     shown = found.shown(top)
     heading = f"{title}: most topic-specific blocks" if numbers.specific.any() else f"{title}: no topic-specific block, largest differences"
     names = [found.block_name(int(block)) for block in shown]
-    figures.draw_intervals(paths[1], heading, names, numbers.difference[shown], numbers.low[shown], numbers.high[shown], "difference of mean SPS a token")
+    figures.draw_intervals(
+        paths[1], heading, names, numbers.difference[shown], numbers.low[shown], numbers.high[shown], "difference of mean SPS a token"
+    )
     labels = (f"mean SPS, {found.topics[0]}", f"mean SPS, {found.topics[1]}")
-    figures.draw_scatter(paths[2], f"{title}: Spearman {found.rank_correlation:.3f}", numbers.mean_a, numbers.mean_b, numbers.specific, labels)
+    figures.draw_scatter(
+        paths[2], f"{title}: Spearman {found.rank_correlation:.3f}", numbers.mean_a, numbers.mean_b, numbers.specific, labels
+    )
     return paths

@@ -11,7 +11,7 @@ import numpy as np
 from tinyonn.report import charts
 from tinyonn.report.grid import short_names
 from tinyonn.report.maps import HeatMap
-from tinyonn.report.page import facts, map_data, notices, page, section, table, text
+from tinyonn.report.page import card, facts, map_card, map_data, notices, page, section, table, text
 from tinyonn.report.samples import TopicSample
 from tinyonn.report.statistics import MIN_SEQUENCES, BlockDifferences
 
@@ -44,8 +44,8 @@ class Comparison:
 
     def block_name(self, block: int) -> str:
         place = self.a.grid.block_place(block)
-        layer = f"layer {place.layer}" if place.layer.isdigit() else place.layer
-        return f"{layer} {place.module} {place.first}–{place.last}"
+        where = f"layer {place.layer} {place.module}" if place.layer.isdigit() else place.parameter.removesuffix(".weight")
+        return f"{where} {place.first}–{place.last}"
 
 
 def comparison_page(found: Comparison, top: int) -> str:
@@ -65,7 +65,9 @@ def comparison_page(found: Comparison, top: int) -> str:
         "maps-data": [map_data(heat_map, grid.layers, grid.modules, short) for heat_map in found.maps],
         "points-data": points,
     }
-    subtitle = f"{found.a.metadata.get('model') or 'One model'}; {len(found.a.sps):,} and {len(found.b.sps):,} sequences, {len(numbers.tested):,} blocks. Written by tinyonn."
+    model = found.a.metadata.get("model") or "One model"
+    counts = f"{len(found.a.sps):,} and {len(found.b.sps):,} sequences, {len(numbers.tested):,} blocks"
+    subtitle = f"{model}; {counts}. Written by tinyonn."
     return page(f"{found.topics[0]} against {found.topics[1]}", subtitle, "\n".join(body), elements, ["core.js", "map.js", "scatter.js"])
 
 
@@ -106,11 +108,11 @@ def _setting(found: Comparison) -> dict[str, object]:
 
 
 def _maps(found: Comparison) -> str:
-    cards = "".join(
-        f'<div class="card"><h3>{text(heat_map.title)}</h3><p class="legend">{text(heat_map.legend)}</p><figure data-map="{heat_map.key}"></figure></div>'
-        for heat_map in found.maps
+    lead = (
+        "SPS is z(activation norm) − z(gradient norm) within a layer, averaged over a sequence's tokens and then over sequences: "
+        "long texts and many texts weigh no more."
     )
-    lead = "SPS is z(activation norm) − z(gradient norm) within a layer, averaged over a sequence's tokens, then over sequences, so that long and many texts weigh no more."
+    cards = "".join(map_card(heat_map) for heat_map in found.maps)
     return section("maps", "Where the topics differ", f'<div class="grid2">{cards}</div>', lead=lead)
 
 
@@ -121,7 +123,14 @@ def _blocks(found: Comparison, top: int) -> str:
     rows: list[list[object]] = []
     for rank, block in enumerate(shown.tolist(), start=1):
         place = found.a.grid.block_place(block)
-        values = [numbers.mean_a[block], numbers.mean_b[block], numbers.difference[block], numbers.low[block], numbers.high[block], numbers.p_value[block]]
+        values = [
+            numbers.mean_a[block],
+            numbers.mean_b[block],
+            numbers.difference[block],
+            numbers.low[block],
+            numbers.high[block],
+            numbers.p_value[block],
+        ]
         rows.append([rank, place.layer, place.module, f"{place.first}–{place.last}", *values])
     any_specific = bool(numbers.specific.any())
     title = "Most topic-specific blocks" if any_specific else "Largest differences, none beyond chance"
@@ -136,8 +145,8 @@ def _blocks(found: Comparison, top: int) -> str:
     )
     listing = table(head, rows, caption=f"{title}, {len(rows)} blocks", numeric=(0, 4, 5, 6, 7, 8, 9))
     lead = (
-        f"Bars are differences, lines their intervals: {100 * found.confidence:g} % for all blocks together, from {found.resamples:,} draws of sequences. "
-        "The adjusted p is the share of draws in which the largest deviation of any block was as large."
+        f"Bars are differences, lines their intervals: {100 * found.confidence:g} % for all blocks together, from {found.resamples:,} "
+        "draws of sequences. The adjusted p is the share of draws in which the largest deviation of any block was as large."
     )
     return section("blocks", title, f'<div class="card">{bars}</div><div class="card below">{listing}</div>', lead=lead)
 
@@ -148,13 +157,10 @@ def _points(found: Comparison) -> str:
         "volcano": "The difference against how many standard errors it is from 0. Blocks above the dashed line are topic-specific.",
     }
     titles = {"scatter": "Block by block", "volcano": "Size and certainty"}
-    cards = "".join(
-        f'<div class="card"><h3>{titles[key]}</h3><p class="legend">{legends[key]}</p><figure data-points="{key}"></figure></div>' for key in titles
-    )
-    halves = ", ".join(
-        f"{value:.3f} for {topic}" for value, topic in ((found.split_half_a, found.topics[0]), (found.split_half_b, found.topics[1])) if np.isfinite(value)
-    )
-    lead = f"Spearman's rank correlation between the topics is {found.rank_correlation:.3f}; between random halves of one topic it is {halves}."
+    cards = "".join(card(title, f'<figure data-points="{key}"></figure>', legend=legends[key]) for key, title in titles.items())
+    halves = [(found.split_half_a, found.topics[0]), (found.split_half_b, found.topics[1])]
+    within = ", ".join(f"{value:.3f} for {topic}" for value, topic in halves if np.isfinite(value))
+    lead = f"Spearman's rank correlation between the topics is {found.rank_correlation:.3f}; between random halves of one topic, {within}."
     if len(found.ranked) > _MAX_POINTS:
         lead += f" Of {len(found.ranked):,} blocks, {_MAX_POINTS:,} are drawn: the specific ones first, then an even sample."
     return section("points", "All blocks", f'<div class="grid2">{cards}</div>', lead=lead)

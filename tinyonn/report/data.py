@@ -13,9 +13,12 @@ import numpy as np
 
 from tinyonn.mscan import MscanReader
 from tinyonn.report.grid import BlockGrid, Floats, build_grid
+from tinyonn.report.integrals import file_integral
 
 # Beyond this many sequences the losses are read from an even sample: a page need not read millions of records.
 LOSS_SEQUENCES = 20_000
+
+V1_NOTES = "version_1_notes"
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class ScanData:
     @property
     def has_gradient(self) -> bool:
         """False where every gradient norm is 0 or missing: the writer measured none."""
-        return bool(np.any(self.totals.gradient > 0))
+        return bool(np.isfinite(self.totals.gradient).any())
 
 
 def collect(reader: MscanReader, name: str) -> ScanData:
@@ -100,19 +103,18 @@ def collect(reader: MscanReader, name: str) -> ScanData:
 
 
 def read_totals(reader: MscanReader, grid: BlockGrid) -> Totals:
-    """Per-block totals of the whole file, padded with NaN for blocks that the stored total does not know."""
-    stored = reader.integral()
-    count = _padded(stored.count, grid.num_blocks, 0.0)
-    seen = count > 0
-    integral = np.where(seen, _padded(stored.sps, grid.num_blocks, np.nan), np.nan)
+    """Per-block totals of the whole file; NaN where no token counted."""
+    total = file_integral(reader, grid)
+    seen = total.count > 0
     with np.errstate(invalid="ignore", divide="ignore"):
-        sps = np.where(seen, integral / count, np.nan)
+        sps = np.where(seen, total.sps / total.count, np.nan)
     return Totals(
-        integral=integral,
+        integral=np.where(seen, total.sps, np.nan),
         sps=sps,
-        activation=np.where(seen, _padded(stored.activation_mean, grid.num_blocks, np.nan), np.nan),
-        gradient=np.where(seen, _padded(stored.grad_mean, grid.num_blocks, np.nan), np.nan),
-        count=count,
+        activation=np.where(seen, total.activation_mean, np.nan),
+        # A writer that stores zeros alone measured nothing; a blank map says so, one of zeros would not.
+        gradient=np.where(seen & (total.grad_mean > 0).any(), total.grad_mean, np.nan),
+        count=total.count,
     )
 
 
@@ -134,15 +136,9 @@ def read_losses(reader: MscanReader) -> LossSummary:
     return LossSummary(np.concatenate(values) if values else np.empty(0), ordinals, tokens, means)
 
 
-def _padded(values: np.ndarray, size: int, fill: float) -> Floats:
-    out = np.full(size, fill)
-    out[: len(values)] = values
-    return out
-
-
 def _notes(data: ScanData) -> list[str]:
     notes = []
-    if not data.has_gradient:
+    if not data.has_gradient and data.num_sequences:
         notes.append(
             "Every gradient norm in this file is 0 or missing. That is no measurement: its writer stored none. "
             "SPS then holds the activation term alone."
@@ -153,6 +149,8 @@ def _notes(data: ScanData) -> list[str]:
         notes.append("No token of this file carries a loss.")
     if data.num_sequences > len(data.losses.ordinals):
         notes.append(f"Losses are those of {len(data.losses.ordinals):,} sequences, evenly spaced among {data.num_sequences:,}.")
+    # What the reader of version 1 found out about the file's writer.
+    notes.extend(str(line) for line in data.metadata.get(V1_NOTES, ()) if isinstance(data.metadata[V1_NOTES], list))
     never = int((data.totals.count == 0).sum())
     if never and data.num_sequences:
         notes.append(f"{never:,} of {data.grid.num_blocks:,} blocks were never recorded (experts without a token); they are left blank.")

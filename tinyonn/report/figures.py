@@ -27,7 +27,9 @@ def require_matplotlib() -> None:
         InputError: it is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("the package matplotlib must be installed to draw PNGs: pip install 'tinyonn[report]' (or leave them out: figures_too=False).")
+        raise InputError(
+            "the package matplotlib must be installed to draw PNGs: pip install 'tinyonn[report]' (or leave them out: figures_too=False)."
+        )
 
 
 def draw_maps(path: Path, title: str, maps: Sequence[HeatMap], how: Normalisation, layers: Sequence[str], modules: Sequence[str]) -> None:
@@ -53,7 +55,12 @@ def draw_profiles(path: Path, title: str, panels: Sequence[tuple[str, Sequence[t
         axes = figure.add_subplot(1, len(panels), number + 1)
         for line, (name, values) in enumerate(series):
             style = _STYLES[line % len(_STYLES)]
-            axes.plot(np.where(values > 0, values, np.nan) if log else values, color=SERIES_LIGHT[line % len(SERIES_LIGHT)], linestyle=style, label=_safe(name))
+            axes.plot(
+                np.where(values > 0, values, np.nan) if log else values,
+                color=SERIES_LIGHT[line % len(SERIES_LIGHT)],
+                linestyle=style,
+                label=_safe(name),
+            )
         if log and any(np.any(values > 0) for _, values in series):
             axes.set_yscale("log")
         axes.set_ylabel(label)
@@ -104,8 +111,8 @@ def draw_scatter(path: Path, title: str, x: Floats, y: Floats, picked: np.ndarra
 def _draw_map(figure: Any, axes: Any, values: Floats, scale: Any, layers: Sequence[str], modules: Sequence[str]) -> None:
     from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 
-    colours = LinearSegmentedColormap.from_list(scale.kind, DIVERGING_LIGHT if scale.kind == "diverging" else SEQUENTIAL)
-    colours.set_bad("#dddddd")
+    stops = DIVERGING_LIGHT if scale.kind == "diverging" else SEQUENTIAL
+    colours = LinearSegmentedColormap.from_list(scale.kind, stops).with_extremes(bad="#dddddd")
     norm = LogNorm(scale.low, scale.high, clip=True) if scale.log else Normalize(scale.low, scale.high, clip=True)
     image = axes.imshow(np.ma.masked_invalid(values), cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, shrink=0.9, extend="both" if scale.clipped else "neither")

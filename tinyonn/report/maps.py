@@ -10,7 +10,6 @@ A row or map without spread becomes 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -105,7 +104,8 @@ def normalise(values: Floats, how: Normalisation, *, centred: bool) -> Floats:
     offset = np.where(present, values - middle, 0.0)
     spread = np.sqrt((offset**2).sum(axis=axis, keepdims=True) / count)
     size = np.abs(filled).max(axis=axis, keepdims=True, initial=0.0)
-    flat = spread <= 1e-6 * size
+    # SPS of a whole layer is 0 up to rounding, which must not be blown up to one standard deviation.
+    flat = spread <= (1e-6 * size if centred else 1e-9 * size.max(initial=0.0))
     return np.where(present, np.where(flat, 0.0, offset / np.where(flat, 1.0, spread)), np.nan)
 
 
@@ -127,5 +127,3 @@ def choose_scale(values: Floats, how: Normalisation, unit: str, *, signed: bool)
         return Scale("sequential", True, low, high, bool((finite < low).any()), unit)
     low = float(finite.min(initial=np.inf)) if len(finite) else 0.0
     return Scale("sequential", False, low, largest if largest > low else low + 1.0, False, unit)
-
-

@@ -48,23 +48,40 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, caption: str
     """A table; numeric columns are right-aligned. Floats get four significant digits."""
     right = set(numeric)
     cells = "".join(
-        "<tr>" + "".join(f'<td{" class=num" if column in right else ""}>{_cell(value)}</td>' for column, value in enumerate(row)) + "</tr>"
+        "<tr>" + "".join(f"<td{' class=num' if column in right else ''}>{_cell(value)}</td>" for column, value in enumerate(row)) + "</tr>"
         for row in rows
     )
     titles = "".join(f'<th scope="col"{" class=num" if column in right else ""}>{text(title)}</th>' for column, title in enumerate(head))
     label = f"<caption>{text(caption)}</caption>" if caption else ""
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption or "table")}"><table>{label}<thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table></div>'
+    whole = f"<table>{label}<thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption or "table")}">{whole}</div>'
 
 
 def facts(values: Mapping[str, object]) -> str:
     """A two-column list of names and values."""
-    return '<dl class="facts">' + "".join(f"<div><dt>{text(name)}</dt><dd>{_cell(value)}</dd></div>" for name, value in values.items()) + "</dl>"
+    return (
+        '<dl class="facts">'
+        + "".join(f"<div><dt>{text(name)}</dt><dd>{_cell(value)}</dd></div>" for name, value in values.items())
+        + "</dl>"
+    )
 
 
 def section(anchor: str, title: str, body: str, *, lead: str = "") -> str:
     """A titled part of the page."""
     intro = f'<p class="lead">{text(lead)}</p>' if lead else ""
-    return f'<section id="{text(anchor)}" aria-labelledby="{text(anchor)}-title"><h2 id="{text(anchor)}-title">{text(title)}</h2>{intro}{body}</section>'
+    name = text(anchor)
+    return f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{text(title)}</h2>{intro}{body}</section>'
+
+
+def card(title: str, body: str, *, legend: str = "") -> str:
+    """A framed part of a section; `body` is ready HTML."""
+    under = f'<p class="legend">{text(legend)}</p>' if legend else ""
+    return f'<div class="card"><h3>{text(title)}</h3>{under}{body}</div>'
+
+
+def map_card(heat_map: HeatMap) -> str:
+    """The place that the page's script fills with a heat map."""
+    return card(heat_map.title, f'<figure data-map="{text(heat_map.key)}"></figure>', legend=heat_map.legend)
 
 
 def notices(lines: Sequence[str]) -> str:
@@ -95,7 +112,9 @@ def page(title: str, subtitle: str, body: str, data: Mapping[str, object], scrip
     )
 
 
-def map_data(heat_map: HeatMap, layers: Sequence[str], modules: Sequence[str], short: Sequence[str], row_title: str = "layer") -> dict[str, Any]:
+def map_data(
+    heat_map: HeatMap, layers: Sequence[str], modules: Sequence[str], short: Sequence[str], row_title: str = "layer"
+) -> dict[str, Any]:
     """A heat map as the page's script reads it."""
     return {
         "key": heat_map.key,
@@ -166,7 +185,8 @@ def _asset(name: str) -> str:
 
 def _cell(value: object) -> str:
     if isinstance(value, (float, np.floating)):
-        return "–" if not math.isfinite(value) else text(f"{value:,.4g}" if abs(value) < 1e6 else f"{value:.4g}")
+        value = float(value)
+        return "–" if not math.isfinite(value) else text(f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}")
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return text(f"{value:,}")
     return text("–" if value is None else value)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from tinyonn.mscan import MscanReader
 from tinyonn.report.data import LossSummary
 from tinyonn.report.grid import BlockGrid, Floats
+from tinyonn.report.integrals import token_sps
 from tinyonn.report.token_text import Decoder, token_pieces
 
 ReplayOrder = Literal["surprising", "first"]
@@ -122,20 +123,3 @@ def pack_int16(values: Floats) -> tuple[str, float]:
     codes = np.full(values.shape, _MISSING, dtype="<i2")
     codes[finite] = np.rint(values[finite] / scale).astype("<i2")
     return base64.b64encode(codes.tobytes()).decode("ascii"), scale
-
-
-def token_sps(activation: npt.NDArray[np.float32], gradient: npt.NDArray[np.float32], layer_offsets: npt.NDArray[np.int64]) -> Floats:
-    """SPS of each token and block, NaN where missing: (tokens, blocks) twice to (tokens, layer_offsets[-1]) float64.
-
-    Planes of an earlier, narrower layout are widened with missing blocks.
-    """
-    # Inside the call: a report of integrals alone needs no torch.
-    import torch
-
-    from tinyonn.ops import integrate_sps
-
-    missing = int(layer_offsets[-1]) - activation.shape[1]
-    planes = [torch.from_numpy(np.pad(plane, ((0, 0), (0, missing)), constant_values=np.nan).astype(np.float64)) for plane in (activation, gradient)]
-    _, per_token = integrate_sps(planes[0], planes[1], layer_offsets, return_per_token=True)
-    found: Floats = per_token.numpy()
-    return found

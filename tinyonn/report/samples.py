@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tinyonn.errors import InputError
 from tinyonn.mscan import LayoutEntry, MscanReader
 from tinyonn.report.grid import BlockGrid, build_grid
-from tinyonn.report.replay import token_sps
+from tinyonn.report.integrals import sequence_integral
 from tinyonn.report.statistics import MIN_SEQUENCES
 
 # More sequences a side are drawn from evenly: beyond this the intervals are narrow and the time is not.
@@ -72,19 +72,15 @@ def read_sample(reader: MscanReader, name: str) -> TopicSample:
         sequence = reader.sequences[int(ordinal)]
         tokens += int(sequence.num_tokens)
         texts.add(hashlib.blake2b(np.asarray(sequence.token_ids, dtype=np.int64).tobytes(), digest_size=16).digest())
-        stored = reader.sequence_integral(int(ordinal))
-        if stored is not None:
+        found = sequence_integral(reader, int(ordinal), grid)
+        if found is not None:
             with np.errstate(invalid="ignore", divide="ignore"):
-                sps[row, : len(stored.sps)] = np.where(stored.count > 0, stored.sps / stored.count, np.nan)
-        elif sequence.has_records:
-            values = token_sps(*reader.planes(int(ordinal)), grid.layer_offsets)
-            present = np.isfinite(values)
-            count = present.sum(axis=0)
-            sps[row, : values.shape[1]] = np.where(count > 0, np.where(present, values, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)
+                sps[row] = np.where(found.count > 0, found.sps / found.count, np.nan)
     measured = np.isfinite(sps).any(axis=1)
     if measured.sum() < MIN_SEQUENCES:
         raise InputError(
-            f"{name} must hold at least {MIN_SEQUENCES} sequences with SPS, got {int(measured.sum())}: intervals over fewer say nothing; scan more."
+            f"{name} must hold at least {MIN_SEQUENCES} sequences with SPS, got {int(measured.sum())}: "
+            "intervals over fewer say nothing; scan more."
         )
     notes = []
     if len(chosen) < total:
@@ -133,7 +129,9 @@ def comparison_notes(a: TopicSample, b: TopicSample) -> list[str]:
     if shared:
         notes.append(f"{shared:,} sequences occur on both sides. They are no independent evidence, and pull every difference towards 0.")
     notes.extend(
-        f"The scans differ in {key}: {_brief(a.metadata.get(key))} and {_brief(b.metadata.get(key))}." for key in _SAID if a.metadata.get(key) != b.metadata.get(key)
+        f"The scans differ in {key}: {_brief(a.metadata.get(key))} and {_brief(b.metadata.get(key))}."
+        for key in _SAID
+        if key in a.metadata and key in b.metadata and a.metadata[key] != b.metadata[key]
     )
     return notes
 

@@ -66,7 +66,9 @@ class BlockDifferences:
         return self.tested & ((self.low > 0) | (self.high < 0))
 
 
-def compare_blocks(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating], *, resamples: int, confidence: float, seed: int) -> BlockDifferences:
+def compare_blocks(
+    a: npt.NDArray[np.floating], b: npt.NDArray[np.floating], *, resamples: int, confidence: float, seed: int
+) -> BlockDifferences:
     """Tests every block.
 
     Args:
@@ -153,7 +155,9 @@ def _largest_statistics(
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratio = np.abs(moved) / np.sqrt(error)
             # A draw without spread in a block says nothing against it: infinite, or 0/0 where it did not move either.
-            largest[start : start + draws] = np.maximum(largest[start : start + draws], np.nan_to_num(ratio, nan=0.0, posinf=np.inf).max(axis=1))
+            largest[start : start + draws] = np.maximum(
+                largest[start : start + draws], np.nan_to_num(ratio, nan=0.0, posinf=np.inf).max(axis=1)
+            )
     return largest
 
 

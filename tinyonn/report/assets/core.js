@@ -43,7 +43,7 @@ function mix(stops, share) {
 
 function colourStops(kind) {
   if (kind === "sequential") return palette.sequential;
-  return darkQuery.matches ? palette.divergingDark : palette.divergingLight;
+  return palette[kind + (darkQuery.matches ? "Dark" : "Light")];
 }
 
 // Place of a value on a scale, 0 … 1.

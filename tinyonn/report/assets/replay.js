@@ -47,6 +47,7 @@ class Replay {
     const colour = this.part("colour");
     for (const option of colour.options) option.disabled = option.value === "sps" && !sequence.values;
     if (colour.selectedOptions[0].disabled) colour.value = "loss";
+    else if (sequence.values && sequence.loss.every((loss) => loss === null)) colour.value = "sps";
     this.limit = 1;
     if (sequence.values) {
       const sizes = sequence.values.filter((value) => !Number.isNaN(value)).map(Math.abs).sort();
@@ -64,12 +65,12 @@ class Replay {
   // What a token is coloured by, and the scale for it.
   shading() {
     if (this.part("colour").value === "loss") {
-      return { of: (position) => this.surprisal(position), scale: { kind: "sequential", log: false, low: 0, high: this.data.lossHigh }, name: "surprisal, nats" };
+      return { of: (position) => this.surprisal(position), scale: { kind: "heat", log: false, low: 0, high: this.data.lossHigh }, name: "surprisal, nats" };
     }
     const row = Number(this.part("layer").value), module = this.part("module").value;
     if (module === "spread") {
       const of = (position) => this.value(position, this.cells.length + row);
-      return { of, scale: { kind: "sequential", log: false, low: 0, high: this.limit }, name: "spread of SPS over the layer's blocks" };
+      return { of, scale: { kind: "heat", log: false, low: 0, high: this.limit }, name: "spread of SPS over the layer's blocks" };
     }
     const column = this.cells.findIndex(([r, c]) => r === row && c === Number(module));
     const of = (position) => (column < 0 ? NaN : this.value(position, column));
