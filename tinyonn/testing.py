@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,6 +31,7 @@ __all__ = [
     "impl_device",
     "poisoned",
     "rms_error_ratio",
+    "save_tiny_model",
     "shape_id",
     "tiny_causal_lm",
     "usages_of",
@@ -78,14 +80,11 @@ def poisoned() -> Iterator[None]:
     It is torch's own deterministic fill, which reaches every `torch.empty` and its kin, from C++ too.
     """
     enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def rms_error_ratio(actual: Tensor, expected: Tensor) -> float:
@@ -233,3 +232,30 @@ def tiny_causal_lm(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.float
             if name.endswith(("bias", "sinks")):
                 torch.nn.init.normal_(parameter, std=0.3)
     return model.to(dtype).eval()
+
+
+def save_tiny_model(
+    folder: str | os.PathLike[str], arch: str = "llama", *, end_token: bool = True, chat_template: str | None = None, **options: Any
+) -> Path:
+    """Saves a tiny causal language model with a tokenizer of its own: one token per printable ASCII character.
+
+    Args:
+        folder: made if it is not there.
+        arch, **options: of `tiny_causal_lm`.
+        end_token: give the tokenizer an end-of-text token, which is what batches are padded with.
+        chat_template: jinja, for a tokenizer that takes chats.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = Path(folder)
+    vocabulary = {chr(code): index for index, code in enumerate(range(32, 127))} | {"<eos>": 95, "<unk>": 96}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    characters.decoder = decoders.Fuse()
+    special = {"eos_token": "<eos>"} if end_token else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, unk_token="<unk>", **special)
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(path)
+    tiny_causal_lm(arch, **options).save_pretrained(path)
+    return path

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,9 @@ import torch
 from torch.nn import functional
 from transformers.integrations.moe import ExpertsInterface
 from transformers.pytorch_utils import Conv1D
+
+from tinyonn.mscan import MscanReader
+from tinyonn.testing import save_tiny_model
 
 BLOCK = 64
 
@@ -148,3 +153,46 @@ def full_credit_oracle() -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def local_credit_oracle() -> Callable[..., dict[str, Any]]:
     return local_credit
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Llama with a tokenizer of one token a character."""
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-llama")
+
+
+@pytest.fixture
+def write_corpus(tmp_path: Path) -> Callable[..., Path]:
+    """`write_corpus([text or record, …], name="abc_corpus.jsonl")`: a text gets the id of its place, t0, t1, …"""
+
+    def write(records: list[Any], name: str = "abc_corpus.jsonl") -> Path:
+        lines = [{"id": f"t{i}", "text": record} if isinstance(record, str) else record for i, record in enumerate(records)]
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def contents() -> Callable[[Path], dict[str, tuple[Any, ...]]]:
+    """`contents(path)`: everything a `.mscan` file (or set) holds of each sequence, by id, as bytes and numbers that compare."""
+
+    def read(path: Path) -> dict[str, tuple[Any, ...]]:
+        found: dict[str, tuple[Any, ...]] = {}
+        with MscanReader(path) as reader:
+            for index, sequence in enumerate(reader.sequences):
+                assert sequence.sequence_id not in found, f"{sequence.sequence_id} is there twice"
+                integral = reader.sequence_integral(index)
+                planes = [plane.tobytes() for plane in reader.planes(index)] if sequence.has_records else None
+                found[sequence.sequence_id] = (
+                    sequence.token_ids.tolist(),
+                    sequence.loss.tobytes(),
+                    sequence.mask.tolist(),
+                    sequence.text,
+                    planes,
+                    [plane.tobytes() for plane in integral.planes()],
+                )
+        return found
+
+    return read

@@ -35,7 +35,7 @@ def resolve_model(model_path: str) -> Path:
     Raises:
         InputError: no such folder, no model in it, or the id cannot be downloaded.
     """
-    path = Path(model_path).expanduser()
+    path = Path(model_path).expanduser().absolute()
     if path.is_dir():
         if not (path / "config.json").is_file():
             held = sorted(entry.name for entry in path.iterdir())[:5]

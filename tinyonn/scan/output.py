@@ -25,6 +25,8 @@ from .identity import differences
 # While one process renames a member, another may look for it under its old name.
 _RENAME_RETRIES = 20
 _RENAME_WAIT = 0.1
+# A file shorter than its prologue was cut in its first write, and holds nothing.
+_PROLOGUE_BYTES = 64
 
 
 class OutputDiffersError(InputError):
@@ -37,14 +39,15 @@ class OutputCompleteError(InputError):
 
 @dataclass(frozen=True)
 class Existing:
-    """What earlier runs left: members of the set by index, and the ids of the sequences they hold."""
+    """What earlier runs left: members of the set by index, the ids of the sequences they hold, and the metadata they share."""
 
     members: Mapping[int, Path]
     set_size: int
     sequence_ids: frozenset[str]
+    metadata: dict[str, Any] | None
 
 
-NOTHING = Existing({}, 0, frozenset())
+NOTHING = Existing({}, 0, frozenset(), None)
 
 
 def member_path(path: Path, index: int, size: int) -> Path:
@@ -108,67 +111,73 @@ def open_writer(
         config: path, codec, sync, overwrite.
         world: this process's place.
         existing: from `find_existing`, or NOTHING.
-        metadata, layout: of a file created now; a continued one keeps its metadata.
+        metadata, layout: of new files; where members of the set exist, theirs is taken, since a set has one.
     """
     path = config.output
     if config.overwrite:
-        for index, (file, _) in _list_members(path, one_each=False).items():
-            if index % world.size == world.rank:
-                for stale in (file, *_same_index(path, index)):
-                    stale.unlink(missing_ok=True)
+        _remove(path, world)
+    metadata = existing.metadata or metadata
     size = max(existing.set_size, world.size)
     for index in range(world.rank, size, world.size):
-        target = member_path(path, index, size)
-        current = existing.members.get(index)
+        target, current = member_path(path, index, size), existing.members.get(index)
         if current is not None and current != target:
             current.rename(target)
         elif current is None and index != world.rank:
             # The set opens only when whole, and the process that would have begun this member is not here.
-            _writer(config, target, metadata, layout, "x").close()
+            _writer(config, target, metadata, layout).close()
     target = member_path(path, world.rank, size)
-    if world.rank in existing.members:
-        with MscanReader(target) as reader:
-            stored = dict(reader.metadata)
-        return _writer(config, target, stored, layout, "a"), target
-    return _writer(config, target, metadata, layout, "x"), target
+    return _writer(config, target, metadata, layout), target
 
 
-def _writer(config: ScanConfig, target: Path, metadata: dict[str, Any], layout: list[LayoutEntry], mode: str) -> MscanWriter:
+def _writer(config: ScanConfig, target: Path, metadata: dict[str, Any], layout: list[LayoutEntry]) -> MscanWriter:
+    mode = "a" if target.exists() else "x"
     return MscanWriter(target, metadata, layout, mode=mode, codec=config.codec, compression=config.compression, sync=config.sync)
+
+
+def _remove(path: Path, world: World) -> None:
+    """Deletes the members that this process looks after, of a set of any size."""
+    stale = [path] if world.rank == 0 else []
+    for name in os.listdir(path.parent):
+        match = _member_name(path).fullmatch(name)
+        if match and int(match[1]) % world.size == world.rank:
+            stale.append(path.with_name(name))
+    for file in stale:
+        file.unlink(missing_ok=True)
 
 
 def _read_existing(path: Path, metadata: Mapping[str, Any]) -> Existing:
     members = _list_members(path)
     ids: set[str] = set()
+    stored: dict[str, Any] | None = None
     for file, _ in members.values():
-        with MscanReader(file) as reader:
-            if changed := differences(reader.metadata, metadata):
+        with MscanReader(file, whole_set=False) as reader:
+            stored = dict(reader.metadata)
+            if changed := differences(stored, metadata):
                 raise OutputDiffersError(
                     f"output_path must be a scan with the same configuration, {file} differs in {', '.join(changed)}; "
                     "use --overwrite to replace it, or another --output-path."
                 )
             ids.update(sequence.sequence_id for sequence in reader.sequences)
     size = max((size for _, size in members.values()), default=0)
-    return Existing({index: file for index, (file, _) in members.items()}, size, frozenset(ids))
+    return Existing({index: file for index, (file, _) in members.items()}, size, frozenset(ids), stored)
 
 
-def _list_members(path: Path, *, one_each: bool = True) -> dict[int, tuple[Path, int]]:
-    """Existing files of a set: index → (file, size of the set by its name)."""
-    found: dict[int, tuple[Path, int]] = {0: (path, 1)} if path.is_file() else {}
-    pattern = re.compile(re.escape(path.stem) + r"\.rank(\d+)-of-(\d+)\.mscan")
+def _list_members(path: Path) -> dict[int, tuple[Path, int]]:
+    """The set's files that were begun: index → (file, size of the set by its name)."""
+    found: dict[int, tuple[Path, int]] = {0: (path, 1)} if _is_begun(path) else {}
     for name in sorted(os.listdir(path.parent)) if path.parent.is_dir() else ():
-        if match := pattern.fullmatch(name):
+        match = _member_name(path).fullmatch(name)
+        if match and _is_begun(path.with_name(name)):
             index, size = int(match[1]), int(match[2])
-            if one_each and index in found:
+            if index in found:
                 raise InputError(f"output_path must have one file for each process, got {found[index][0].name} and {name}; remove one.")
             found[index] = (path.with_name(name), size)
     return found
 
 
-def _same_index(path: Path, index: int) -> list[Path]:
-    plain = [path] if index == 0 else []
-    return [*plain, *path.parent.glob(f"{_escape(path.stem)}.rank{index}-of-*.mscan")]
+def _member_name(path: Path) -> re.Pattern[str]:
+    return re.compile(re.escape(path.stem) + r"\.rank(\d+)-of-(\d+)\.mscan")
 
 
-def _escape(text: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", text)
+def _is_begun(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size >= _PROLOGUE_BYTES
