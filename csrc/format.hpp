@@ -18,6 +18,7 @@ constexpr uint64_t kMaxBlocks = 1ull << 26;         // columns of a layout
 constexpr uint64_t kMaxMetadata = 1ull << 30;       // bytes of JSON
 constexpr uint64_t kMaxIdBytes = 1ull << 16;        // bytes of a sequence id
 constexpr uint64_t kMaxPayload = 1ull << 40;        // bytes of one chunk
+constexpr uint64_t kMaxCells = 1ull << 24;          // tokens × columns of a DATA chunk of several tokens: a sparse one must not expand without bound
 constexpr char kMagic[6] = "MSCAN";
 constexpr char kTrailerMagic[9] = "MSCANEND";
 

@@ -68,6 +68,7 @@ void check_data_payload(const Chunk& chunk) {
   add(chunk.header.first_token, chunk.header.token_count, at);
   require(head.columns > 0 && head.columns <= kMaxBlocks, "DATA columns must be 1 … 2^26.", at);
   const uint64_t cells = multiply(chunk.header.token_count, head.columns, at);
+  require(chunk.header.token_count == 1 || cells <= kMaxCells, "DATA of several tokens must hold at most 2^24 tokens × columns.", at);
   require(chunk.sparse() ? head.values <= cells : head.values == cells, "DATA values must match tokens × columns.", at);
   for (const PlaneRange& range : {head.range[0], head.range[1]}) check_range(range, chunk.codec() == Codec::log2u16, at);
   const PlaneMap map = plane_map(chunk.header, head, at);
