@@ -3,7 +3,7 @@
 namespace mscan {
 namespace {
 
-constexpr uint64_t kMaxCells = 1ull << 22;  // a sparse chunk of a few bytes may stand for very many missing cells
+constexpr uint64_t kMostDecoded = 1ull << 22;  // a sparse chunk of a few bytes may stand for very many missing cells
 
 }  // namespace
 
@@ -24,7 +24,7 @@ void validate_buffer(const uint8_t* data, size_t size, Recovery recovery) {
     for (const Chunk& chunk : reader.data_chunks(ordinal)) {
       compressed |= chunk.compressed();
       const uint64_t columns = load<DataHead>(chunk.payload).columns;
-      if (chunk.compressed() || uint64_t{chunk.header.token_count} * columns > kMaxCells) continue;
+      if (chunk.compressed() || uint64_t{chunk.header.token_count} * columns > kMostDecoded) continue;
       activation.resize(chunk.header.token_count * columns);
       grad_norm.resize(activation.size());
       decode_planes(reader.planes(chunk), columns, activation.data(), grad_norm.data());
@@ -34,7 +34,7 @@ void validate_buffer(const uint8_t* data, size_t size, Recovery recovery) {
   }
   Chunk total;
   reader.integral(kWholeFile, total);
-  if (!compressed && reader.blocks() <= kMaxCells / 64) reader.stats();
+  if (!compressed && reader.blocks() <= kMostDecoded / 64) reader.stats();
 }
 
 }  // namespace mscan

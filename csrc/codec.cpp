@@ -81,6 +81,56 @@ double first_finite(const float* plane, size_t rows, size_t columns, Span span) 
   return 0.0;
 }
 
+// Mean and m2 from sums of values less `shift`.
+void finish(Moments& part, double shift, double sum, double squares) {
+  if (part.count == 0) return;
+  const double n = static_cast<double>(part.count);
+  part.mean = shift + sum / n;
+  part.m2 = std::max(0.0, squares - sum * sum / n);
+}
+
+constexpr size_t kFewRows = 4;
+
+// The same without sums per column, which cost more than they save when there are few rows.
+PlaneScan scan_few_rows(const float* plane, size_t rows, size_t columns, const std::vector<Span>& spans, Moments* totals, size_t stride) {
+  PlaneScan scan;
+  for (size_t i = 0; i < spans.size(); ++i) {
+    Moments part;
+    const double shift = first_finite(plane, rows, columns, spans[i]);
+    double sum = 0, squares = 0;
+    uint64_t zeros = 0, missing = 0, nonfinite = 0;
+    uint32_t smallest = scan.min_bits, largest = scan.max_bits, negative = 0;
+    for (size_t row = 0; row < rows; ++row) {
+      const float* p = plane + row * columns + spans[i].base;
+      for (uint64_t block = 0; block < spans[i].blocks; ++block) {
+        const uint32_t bits = bits_of(p[block]), magnitude = bits & 0x7FFFFFFFu;
+        const bool is_missing = magnitude > static_cast<uint32_t>(kInfinity), is_infinite = magnitude == static_cast<uint32_t>(kInfinity);
+        const bool has_log = magnitude - 1 < static_cast<uint32_t>(kInfinity) - 1;
+        missing += is_missing;
+        nonfinite += is_infinite;
+        zeros += magnitude == 0;
+        negative |= has_log || is_infinite ? bits : 0;
+        smallest = std::min(smallest, has_log ? magnitude : 0x7FFFFFFFu);
+        largest = std::max(largest, has_log ? magnitude : 0);
+        const double d = is_missing || is_infinite ? 0.0 : static_cast<double>(p[block]) - shift;
+        sum += d;
+        squares += d * d;
+      }
+    }
+    scan.min_bits = smallest;
+    scan.max_bits = largest;
+    scan.negative |= (negative >> 31) != 0;
+    part.zeros = zeros;
+    part.missing = missing;
+    part.nonfinite = nonfinite;
+    scan.missing += missing;
+    part.count = rows * spans[i].blocks - missing - nonfinite;
+    finish(part, shift, sum, squares);
+    totals[i * stride].merge(part);
+  }
+  return scan;
+}
+
 }  // namespace
 
 void Moments::merge(const Moments& other) {
@@ -147,11 +197,12 @@ PlaneRange plane_range(const PlaneScan& scan) {
 
 PlaneScan scan_spans(const float* plane, size_t rows, size_t columns, const std::vector<Span>& spans, ColumnSums& sums, Moments* totals,
                      size_t stride) {
+  if (rows < kFewRows) return scan_few_rows(plane, rows, columns, spans, totals, stride);
   sums.reset(columns);
   for (const Span& span : spans) {
     std::fill_n(sums.shift.begin() + static_cast<std::ptrdiff_t>(span.base), span.blocks, first_finite(plane, rows, columns, span));
   }
-  const PlaneScan scan = scan_plane(plane, rows, columns, sums);
+  PlaneScan scan = scan_plane(plane, rows, columns, sums);
   if (scan.negative) return scan;
   for (size_t i = 0; i < spans.size(); ++i) {
     Moments part;
@@ -164,11 +215,8 @@ PlaneScan scan_spans(const float* plane, size_t rows, size_t columns, const std:
       part.nonfinite += static_cast<uint64_t>(sums.nonfinite[c]);
     }
     part.count = rows * spans[i].blocks - part.missing - part.nonfinite;
-    if (part.count > 0) {
-      const double n = static_cast<double>(part.count);
-      part.mean = sums.shift[spans[i].base] + sum / n;
-      part.m2 = std::max(0.0, squares - sum * sum / n);
-    }
+    scan.missing += part.missing;
+    finish(part, sums.shift[spans[i].base], sum, squares);
     totals[i * stride].merge(part);
   }
   return scan;

@@ -25,11 +25,12 @@ constexpr uint16_t kCodeInfinite = 65534;
 constexpr uint16_t kCodeMissing = 65535;
 constexpr double kSteps = 65532.0;
 
-// Largest and smallest positive finite value as bit patterns, which order like the values.
+// Largest and smallest positive finite value as bit patterns, which order like the values; and how many are missing.
 struct PlaneScan {
   uint32_t min_bits = 0x7FFFFFFFu;
   uint32_t max_bits = 0;
   bool negative = false;
+  uint64_t missing = 0;
 };
 
 // Running sums of one plane, a column at a time. Values are shifted by `shift` so that a constant has no deviation at all.
@@ -51,7 +52,8 @@ void force_plain_codec(bool force);  // for tests: the plain form on a machine w
 PlaneScan scan_plane(const float* plane, size_t rows, size_t columns, ColumnSums& sums);
 PlaneRange plane_range(const PlaneScan& scan);
 
-// Scans a plane and merges its statistics into totals[i] for spans[i]; `stride` is the step between totals in elements.
+// Scans a plane and merges its statistics into totals[i] for spans[i], which cover every column; `stride` is the step between totals
+// in elements.
 PlaneScan scan_spans(const float* plane, size_t rows, size_t columns, const std::vector<Span>& spans, ColumnSums& scratch, Moments* totals,
                      size_t stride);
 

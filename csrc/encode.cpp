@@ -1,5 +1,6 @@
 #include "encode.hpp"
 
+#include <algorithm>
 #include <string>
 
 #include "validate.hpp"
@@ -58,9 +59,7 @@ void DataEncoder::encode(const float* activation, const float* grad_norm, uint64
     const PlaneScan scan = scan_spans(planes[p], tokens, columns, spans, sums_, stats + p, 2);
     if (scan.negative) throw InputFault(std::string(names[p]) + " must not be negative: it is a norm.");
     if (codec_ == Codec::log2u16) head.range[p] = plane_range(scan);
-    uint64_t here = 0;
-    for (const int32_t count : sums_.missing) here += static_cast<uint64_t>(count);
-    absent = here < absent ? here : absent;
+    absent = std::min(absent, scan.missing);
   }
   head.columns = columns;
   head.values = cells;

@@ -51,29 +51,31 @@ SequenceView Reader::sequence(uint64_t ordinal) {
           head.text_length};
 }
 
-int64_t Reader::find(const std::string& id) {
+const std::vector<std::pair<uint64_t, uint64_t>>& Reader::hashes() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (by_hash_.size() == size() || size() == 0) goto built;
+    if (have_hashes_) return by_hash_;
   }
-  {
-    std::vector<std::pair<uint64_t, uint64_t>> table;
-    table.reserve(size());
-    for (const Run& run : runs_) {
-      const Chunk chunk = touch(run.offset, ChunkType::index);
-      for (uint64_t i = 0; i < run.count; ++i) {
-        table.emplace_back(load<IndexEntry>(chunk.payload + sizeof(IndexHead) + i * sizeof(IndexEntry)).id_hash, run.first + i);
-      }
+  std::vector<std::pair<uint64_t, uint64_t>> table;
+  table.reserve(size());
+  for (const Run& run : runs_) {
+    const Chunk chunk = touch(run.offset, ChunkType::index);
+    for (uint64_t i = 0; i < run.count; ++i) {
+      table.emplace_back(load<IndexEntry>(chunk.payload + sizeof(IndexHead) + i * sizeof(IndexEntry)).id_hash, run.first + i);
     }
-    for (size_t i = 0; i < extra_.size(); ++i) table.emplace_back(extra_[i].id_hash, indexed_ + i);
-    std::sort(table.begin(), table.end());
-    const std::lock_guard<std::mutex> lock(mutex_);
-    by_hash_ = std::move(table);
   }
-built:
+  for (size_t i = 0; i < extra_.size(); ++i) table.emplace_back(extra_[i].id_hash, indexed_ + i);
+  std::sort(table.begin(), table.end());
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!have_hashes_) by_hash_ = std::move(table);
+  have_hashes_ = true;
+  return by_hash_;
+}
+
+int64_t Reader::find(const std::string& id) {
+  const auto& table = hashes();
   const uint64_t hash = id_hash(id.data(), id.size());
-  for (auto it = std::lower_bound(by_hash_.begin(), by_hash_.end(), std::make_pair(hash, uint64_t{0}));
-       it != by_hash_.end() && it->first == hash; ++it) {
+  for (auto it = std::lower_bound(table.begin(), table.end(), std::make_pair(hash, uint64_t{0})); it != table.end() && it->first == hash; ++it) {
     const SequenceView view = sequence(it->second);
     if (id.size() == view.id_length && std::memcmp(id.data(), view.id, id.size()) == 0) return static_cast<int64_t>(it->second);
   }
@@ -174,7 +176,12 @@ bool Reader::integral(uint64_t ordinal, Chunk& chunk) {
   } else {
     const SequenceView view = sequence(ordinal);
     if (view.integral_offset == 0) return false;
-    chunk = touch(view.integral_offset, ChunkType::integral);
+    try {
+      chunk = touch(view.integral_offset, ChunkType::integral);
+    } catch (const Fault&) {
+      if (recovery_ == Recovery::salvage) return false;  // its gap was reported when the file was opened
+      throw;
+    }
     if (chunk.header.ordinal != view.ordinal) throw Fault("INTEGRAL must carry the ordinal of its SEQUENCE.", chunk.offset);
   }
   const uint64_t found = load<IntegralHead>(chunk.payload).blocks;

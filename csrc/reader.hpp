@@ -114,6 +114,7 @@ class Reader {
 
  private:
   IndexEntry entry(uint64_t ordinal);
+  const std::vector<std::pair<uint64_t, uint64_t>>& hashes();
   Chunk touch(uint64_t offset, ChunkType type);
   void open_tail();
   void load_chain(uint64_t offset);
@@ -140,11 +141,11 @@ class Reader {
   uint64_t indexed_ = 0;
   uint64_t integral_offset_ = 0;
   uint64_t committed_end_ = 0;
-  uint64_t walked_to_ = 0;
   std::vector<Gap> gaps_;
   std::mutex mutex_;
   std::unordered_set<uint64_t> touched_;
-  std::vector<std::pair<uint64_t, uint64_t>> by_hash_;
+  std::vector<std::pair<uint64_t, uint64_t>> by_hash_;  // (hash of an id, ordinal), sorted
+  bool have_hashes_ = false;
   std::vector<Moments> stats_;
   bool have_stats_ = false;
 };

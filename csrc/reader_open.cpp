@@ -148,7 +148,10 @@ void Reader::walk(uint64_t from, uint64_t end, bool checking) {
       offset = next;
       continue;
     }
-    touched_.insert(offset);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      touched_.insert(offset);
+    }
     offset = chunk.end;
   }
   if (checking && seen != size()) throw Fault("the INDEX must list every sequence of the file.", end);

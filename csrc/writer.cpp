@@ -9,8 +9,6 @@ namespace mscan {
 namespace {
 
 constexpr uint64_t kChunkBytes = 4ull << 20;    // encoded bytes of a DATA chunk
-constexpr uint64_t kStreamBytes = 512ull << 10; // from here a chunk is written in blocks that are still in cache from their crc
-constexpr uint64_t kBlockBytes = 128ull << 10;
 
 class Stopwatch {
  public:
@@ -169,7 +167,6 @@ uint64_t Writer::open_chunk() {
 void Writer::finish_chunk(uint64_t start, ChunkHeader header) {
   header.payload_length = buffer_.size() - start - sizeof(ChunkHeader);
   buffer_.pad();
-  if (header.payload_length >= kStreamBytes) return stream_chunk(start, header);
   header.payload_crc = crc32c(buffer_.data() + start + sizeof(ChunkHeader), header.payload_length);
   seal(header);
   std::memcpy(buffer_.data() + start, &header, sizeof header);
@@ -178,26 +175,6 @@ void Writer::finish_chunk(uint64_t start, ChunkHeader header) {
 void Writer::flush() {
   const Stopwatch watch(write_seconds_);
   file_.write(buffer_.data(), buffer_.size(), buffer_offset_);
-  buffer_offset_ += buffer_.size();
-  buffer_.clear();
-}
-
-// A block is written while it still lies in the cache from its crc, so memory is read once; the header, which makes the chunk valid,
-// comes last.
-void Writer::stream_chunk(uint64_t start, ChunkHeader& header) {
-  const Stopwatch watch(write_seconds_);
-  file_.write(buffer_.data(), start, buffer_offset_);
-  const uint8_t* payload = buffer_.data() + start + sizeof(ChunkHeader);
-  const uint64_t at = buffer_offset_ + start, padded = align_up(header.payload_length);
-  uint32_t crc = 0;
-  for (uint64_t done = 0; done < padded; done += kBlockBytes) {
-    const uint64_t size = std::min(kBlockBytes, padded - done);
-    crc = crc32c(payload + done, std::min(size, header.payload_length - std::min(done, header.payload_length)), crc);
-    file_.write(payload + done, size, at + sizeof header + done);
-  }
-  header.payload_crc = crc;
-  seal(header);
-  file_.write(&header, sizeof header, at);
   buffer_offset_ += buffer_.size();
   buffer_.clear();
 }
@@ -280,9 +257,9 @@ void Writer::put_data(const RecordView& record, uint64_t ordinal, uint32_t& chun
     {
       const Stopwatch watch(encode_seconds_);
       encoder_.encode(record.activation + at, record.grad_norm + at, layout.blocks, layout.spans, chunk, buffer_, delta_.data());
+      finish_chunk(start, chunk);  // here, while the planes are still in cache, their crc costs least
     }
-    finish_chunk(start, chunk);
-    if (buffer_.size() >= kStreamBytes) flush();
+    if (buffer_.size() >= kChunkBytes) flush();
     ++chunks;
   }
 }

@@ -54,7 +54,6 @@ class Writer {
   uint64_t open_chunk();
   void finish_chunk(uint64_t start, ChunkHeader header);
   void flush();
-  void stream_chunk(uint64_t start, ChunkHeader& header);
   void put_layout(const Layout& layout);
   void put_integral(uint64_t ordinal, const double* const planes[6]);
   void put_data(const RecordView& record, uint64_t ordinal, uint32_t& chunks);
