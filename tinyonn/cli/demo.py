@@ -127,9 +127,11 @@ def _standard_library() -> Iterator[tuple[str, str]]:
         place = path.relative_to(root)
         if NOT_THE_LIBRARY.isdisjoint(place.parts):
             try:
-                yield place.as_posix(), path.read_text(encoding="utf-8")
+                text = path.read_text(encoding="utf-8")
             except (UnicodeDecodeError, OSError):
                 continue
+            if text.strip():
+                yield place.as_posix(), text
 
 
 def _questions_folder() -> Path:
