@@ -7,6 +7,7 @@ the set grew, and appends to the first.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tempfile
@@ -64,7 +65,7 @@ def check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            raise IsADirectoryError(None, "is a folder")
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=path.parent):
             pass
         for member, _ in _list_members(path).values():
