@@ -1,0 +1,183 @@
+"""What a scan costs over the model itself, and local credit against the decoding loops that it replaces.
+
+The model is SmolLM2-135M, whole; the loop that keeps its graph grows so fast that it is shown on four layers of the same sizes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from tinyonn.errors import InputError
+from tinyonn.hf.smollm2 import prepare_smollm2
+from tinyonn.ops import block_norms
+from tinyonn.scan.engine import ScanEngine, SequenceScan
+from tinyonn.scan.forward import loss_into_gradient_
+
+TOKENS = 256
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        folder = prepare_smollm2()
+    except InputError as error:
+        pytest.skip(str(error))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def four_layers() -> PreTrainedModel:
+    """SmolLM2's sizes, four layers, a small vocabulary, random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=576, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9, num_key_value_heads=3
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def tokens_of(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+    return torch.randint(0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def forward_and_backward(model: PreTrainedModel, tokens: Tensor, in_place: bool = False) -> Tensor:
+    """The same work without a hook: loss of every token, gradients down to the embeddings, frozen weights."""
+    embeddings = model.get_input_embeddings()(tokens).requires_grad_()
+    logits = model(inputs_embeds=embeddings, use_cache=False).logits
+    if in_place:
+        labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], 1)
+        values = logits.detach().view(-1, logits.shape[-1])
+        loss = loss_into_gradient_(values, labels.flatten())
+        torch.autograd.grad(logits, embeddings, values.view_as(logits))
+        return loss[labels.flatten() >= 0]
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+    torch.autograd.grad(loss.sum(), embeddings)
+    return loss.detach()
+
+
+@pytest.mark.parametrize("credit", ["full", "local"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_scan_against_forward_and_backward(compare, smollm2, batch, credit):
+    tokens = tokens_of(smollm2, batch, TOKENS)
+
+    def losses_agree(out: dict[str, Any]) -> None:
+        scanned = np.concatenate([result.loss[:-1] for result in out["scan"]])
+        for name in ("forward + backward", "the same, loss in place"):
+            np.testing.assert_allclose(scanned, out[name].numpy(), rtol=1e-3, atol=1e-3)
+
+    with ScanEngine(smollm2, credit=credit) as engine:
+        candidates: dict[str, Callable[[], Any]] = {
+            "scan": lambda: engine.scan(tokens),
+            "forward + backward": lambda: forward_and_backward(smollm2, tokens),
+            "the same, loss in place": lambda: forward_and_backward(smollm2, tokens, in_place=True),
+        }
+        memory = {f"MiB over the weights, {name}": round(peak_mib(call)) for name, call in candidates.items()}
+        result = compare(
+            f"scan of SmolLM2-135M, {batch} x {TOKENS} tokens, credit={credit}",
+            candidates,
+            losses_agree,
+            info={"goal": "scan <= 1.15x forward + backward, memory <= 1.25x", **memory, "blocks a token": engine.blocks},
+        )
+    assert memory["MiB over the weights, scan"] <= 1.25 * memory["MiB over the weights, forward + backward"]
+
+
+def detached_loop(model: PreTrainedModel, tokens: Tensor) -> np.ndarray:
+    """Token by token over a cache cut from the graph: (T−1, blocks) gradient norms. The loop at its best: no weight gradient
+    is ever formed, the norms come from hooks as in the scan."""
+    rows = []
+    cache = DynamicCache(config=model.config)
+    for t in range(tokens.shape[1] - 1):
+        norms = _step(model, tokens[:, t : t + 1], tokens[:, t + 1], cache)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        rows.append(norms)
+    return torch.cat(rows).numpy()
+
+
+def kept_graph_loop(model: PreTrainedModel, tokens: Tensor) -> None:
+    """The same loop where the cache stays in the graph: each token's backward runs through all before it."""
+    cache = DynamicCache(config=model.config)
+    for t in range(tokens.shape[1] - 1):
+        _step(model, tokens[:, t : t + 1], tokens[:, t + 1], cache, retain_graph=True)
+
+
+def _step(model: PreTrainedModel, token: Tensor, label: Tensor, cache: DynamicCache, retain_graph: bool = False) -> Tensor:
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    norms: dict[int, Tensor] = {}
+
+    def hook(module: torch.nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        scale = args[0].detach()[0].norm(dim=-1)
+        place = id(module)
+        output.register_hook(lambda grad: norms.__setitem__(place, block_norms(grad[0], row_scale=scale)))
+
+    handles = [module.register_forward_hook(hook) for module in linears]
+    embeddings = model.get_input_embeddings()(token).requires_grad_()
+    logits = model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True).logits[:, -1]
+    for handle in handles:
+        handle.remove()
+    torch.autograd.grad(functional.cross_entropy(logits.float(), label), embeddings, retain_graph=retain_graph)
+    return torch.cat([norms[id(module)] for module in linears], 1)
+
+
+def norms_agree(scan: list[SequenceScan], loop: np.ndarray) -> None:
+    error = np.linalg.norm(scan[0].grad_norm[:-1] - loop) / np.linalg.norm(loop)
+    assert error < 1e-3, error
+
+
+def test_local_credit_against_detached_loop(compare, smollm2):
+    tokens = tokens_of(smollm2, 1, TOKENS)
+    with ScanEngine(smollm2, credit="local") as engine:
+        result = compare(
+            f"local credit of SmolLM2-135M, {TOKENS} tokens",
+            {"scan, credit=local": lambda: engine.scan(tokens), "loop, detached cache": lambda: detached_loop(smollm2, tokens)},
+            lambda out: norms_agree(out["scan, credit=local"], out["loop, detached cache"]),
+            rounds=1,
+            info={"goal": "loop >= 20x"},
+        )
+    assert result.ratio("loop, detached cache") > 5
+
+
+@pytest.mark.parametrize("length", [16, 32, 64, 128])
+def test_local_credit_against_kept_graph_loop(compare, four_layers, length):
+    tokens = tokens_of(four_layers, 1, length)
+    with ScanEngine(four_layers, credit="local") as engine:
+        compare(
+            f"local credit, four layers, {length} tokens",
+            {
+                "scan, credit=local": lambda: engine.scan(tokens),
+                "loop, detached cache": lambda: detached_loop(four_layers, tokens),
+                "loop, kept graph": lambda: kept_graph_loop(four_layers, tokens),
+            },
+            lambda out: norms_agree(out["scan, credit=local"], out["loop, detached cache"]),
+            rounds=1,
+            info={"goal": "the kept graph's time a token grows with length"},
+        )
+
+
+def peak_mib(call: Callable[[], Any]) -> float:
+    """Highest resident memory during a call, above what was resident before it; Linux only."""
+    clear = Path("/proc/self/clear_refs")
+    if not clear.exists():
+        pytest.skip("peak memory needs /proc/self/clear_refs")
+    call()
+    ctypes.CDLL(None).malloc_trim(0)
+    clear.write_text("5")  # resets the peak
+    before = _status_kib("VmRSS")
+    call()
+    return (_status_kib("VmHWM") - before) / 1024
+
+
+def _status_kib(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
