@@ -24,7 +24,7 @@ clang++ "${flags[@]}" "$build/probe.cpp" -o "$build/probe" 2>"$build/probe.log" 
 export PYTHONPATH="$here/../.."
 "$python" -c "import tinyonn._C" 2>/dev/null || skip "$python cannot import tinyonn._C, which writes the seeds"
 
-mapfile -t sources < <(find "$here/.." -maxdepth 1 -name '*.cpp' ! -name bindings.cpp | sort)
+mapfile -t sources < <(find "$here/.." -maxdepth 1 -name '*.cpp' ! -name 'bind*.cpp' | sort)
 clang++ "${flags[@]}" "${sources[@]}" "$here/fuzz_reader.cpp" -o "$build/fuzz_reader"
 rm -rf "$build/seeds"
 "$python" "$here/make_seeds.py" "$build/seeds"

@@ -51,16 +51,18 @@ def write(path: Path | str, count: int, *, first: int = 0, mode: str = "x", sync
 
 
 def assert_is_record(reader: MscanReader, at: int, i: int) -> None:
-    """Sequence `at` of an f32 file is record i, bit for bit."""
+    """Sequence `at` of an f32 file is record i, bit for bit; where the reader says that it left something out, that may be missing."""
+    partial = reader.recovery == "salvage" and bool(reader.report)
     expected, found = record(i), reader.sequences[at]
     assert (found.sequence_id, found.text) == (expected.sequence_id, expected.text)
     assert np.array_equal(found.token_ids, expected.token_ids)
     assert np.array_equal(found.loss, expected.loss)
     assert np.array_equal(found.mask, np.ones(found.num_tokens) if expected.mask is None else expected.mask)
     for plane, wanted in zip(reader.planes(at), (expected.activation, expected.grad_norm), strict=True):
-        assert np.array_equal(plane, wanted, equal_nan=True)
+        assert np.array_equal(plane[~np.isnan(plane)], wanted[~np.isnan(plane)])
+        assert partial or np.array_equal(np.isnan(plane), np.isnan(wanted))
     integral = reader.sequence_integral(at)
-    assert (integral is None) == (expected.integral is None)
+    assert partial or (integral is None) == (expected.integral is None)
     if integral is not None:
         assert np.array_equal(integral.planes(), expected.integral.planes())
 
@@ -168,27 +170,21 @@ def truncate(source: str, scratch: str) -> None:
 
 def kill(folder: str, rounds: str, sync: str) -> None:
     """Kills a writer at a random moment, again and again; each goes on where the last one was killed."""
-    path, acknowledged, kills = Path(folder) / "killed.mscan", 0, 0
+    path, acknowledged = Path(folder) / "killed.mscan", 0
     rng = random.Random(5)
-    while kills < int(rounds):
+    for _ in range(int(rounds)):
         receive, send = os.pipe()
         child = os.fork()
         if child == 0:
             _append_for_ever(path, acknowledged, send, sync)
         os.close(send)
         seen = b""
-        deadline = time.monotonic() + rng.uniform(0.0, 0.02)
-        os.set_blocking(receive, False)
-        while time.monotonic() < deadline:
-            try:
-                seen += os.read(receive, 1 << 16)
-            except BlockingIOError:
-                time.sleep(0.0002)
+        for _ in range(rng.choice((0, 1, 3, 10, 40))):
+            seen += os.read(receive, 8)
+        time.sleep(rng.uniform(0.0, 0.002))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), "the writer ended by itself"
-        kills += 1
-        os.set_blocking(receive, True)
         while piece := os.read(receive, 1 << 16):
             seen += piece
         os.close(receive)
@@ -196,23 +192,25 @@ def kill(folder: str, rounds: str, sync: str) -> None:
         if not path.exists():
             assert acknowledged == 0
             continue
-        if acknowledged == 0 and path.stat().st_size < 1024:
-            path.unlink()  # killed while it was created: nothing was promised
+        try:
+            found = read_prefix(path, "tail")
+        except MscanError:
+            assert acknowledged == 0
             continue
-        found = read_prefix(path, "tail")
         assert found >= acknowledged, f"{found} of {acknowledged} sequences are left"
         acknowledged = found
     write(path, 1, first=acknowledged, mode="a")
     assert read_prefix(path, "strict") == acknowledged + 1
-    print("survived", kills, "kills with", acknowledged, "sequences")
+    print("survived", rounds, "kills with", acknowledged, "sequences")
 
 
 def _append_for_ever(path: Path, first: int, send: int, sync: str) -> None:
     try:
-        with MscanWriter(path, METADATA, LAYOUT, mode="a" if path.exists() else "x", sync=sync, codec="f32") as writer:
-            for i in range(first, 1 << 30):
-                writer.append(record(i))
-                os.write(send, struct.pack("<Q", i + 1))
+        for start in range(first, 1 << 30, 5):  # closing and opening again are killed too
+            with MscanWriter(path, METADATA, LAYOUT, mode="a" if path.exists() else "x", sync=sync, codec="f32") as writer:
+                for i in range(start, start + 5):
+                    assert writer.append(record(i)) == i
+                    os.write(send, struct.pack("<Q", i + 1))
     finally:
         os._exit(1)
 
@@ -224,6 +222,10 @@ def acknowledge(path: str, count: str, sync: str, ack: str) -> None:
             writer.append(record(i))
             os.write(int(ack), struct.pack("<Q", i + 1))
     os.write(int(ack), struct.pack("<Q", CLOSED))
+
+
+def append_one(path: str, i: str) -> None:
+    write(path, 1, first=int(i), mode="a")
 
 
 def starve(folder: str, how: str) -> None:
@@ -268,4 +270,4 @@ def _limit(how: str, size: int) -> None:
 
 
 if __name__ == "__main__":
-    {call.__name__: call for call in (truncate, flip, kill, acknowledge, starve)}[sys.argv[1]](*sys.argv[2:])
+    {call.__name__: call for call in (truncate, flip, kill, acknowledge, append_one, starve)}[sys.argv[1]](*sys.argv[2:])

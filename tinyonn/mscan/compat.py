@@ -101,7 +101,8 @@ def load_mscan_file(path: str | os.PathLike[str], *, recovery: str = "tail") -> 
         for i, sequence in enumerate(reader.sequences):
             infos.append(_decode_info(sequence.sequence_id, sequence.num_tokens, sequence.text))
             if sequence.has_records:
-                pieces.append(_to_records(reader.path, *reader.planes(i), sequence.token_ids, columns))
+                activation, grad_norm = reader.planes(i)
+                pieces.append(_to_records(reader.path, activation, grad_norm, sequence.token_ids, columns))
         metadata = {**reader.metadata, "sequences": [*reader.metadata.get("sequences", []), *infos]}
         return metadata, np.concatenate(pieces)
 

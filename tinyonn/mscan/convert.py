@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyonn.errors import InputError, MscanError
+from tinyonn.mscan.choose import rank_members
 from tinyonn.mscan.reader import MscanReader
 from tinyonn.mscan.types import LayoutEntry, SequenceRecord, layout_blocks, layout_groups
 from tinyonn.mscan.writer import MscanWriter
@@ -158,7 +159,7 @@ def verify(path: PathLike) -> Verification:
     Raises:
         OSError: the file cannot be opened.
     """
-    size = os.stat(path).st_size
+    size = _size(path)
     try:
         with MscanReader(path, recovery="strict") as reader:
             for i in range(len(reader.sequences)):
@@ -182,7 +183,7 @@ def describe(path: PathLike, *, recovery: str = "tail") -> Description:
         return Description(
             path=Path(path),
             version=reader.version,
-            size=os.stat(path).st_size,
+            size=_size(path),
             metadata=dict(reader.metadata),
             layout=list(reader.layout),
             groups=layout_groups(reader.layout)[0],
@@ -206,6 +207,11 @@ def replacing(output: PathLike, overwrite: bool) -> Iterator[Path]:
         beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _size(path: PathLike) -> int:
+    members = rank_members(os.fspath(path)) or [os.fspath(path)]
+    return sum(os.stat(member).st_size for member in members)
 
 
 def _tokens(reader: MscanReader) -> int:
