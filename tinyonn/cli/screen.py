@@ -54,7 +54,7 @@ def counted(count: int, name: str) -> str:
 
 def duration(seconds: float) -> str:
     """0.4 s, 12 s, 3:05, 2:01:07."""
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
