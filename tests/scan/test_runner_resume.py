@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -90,7 +88,8 @@ def test_ctrl_c_leaves_a_closed_file_and_says_how_to_go_on(config, whole, conten
 
 
 def test_ctrl_c_in_a_real_process_ends_it_with_a_strictly_valid_file(config):
-    code = "import sys\nfrom tinyonn.scan import *\nrun_scan(ScanConfig(*sys.argv[1:3], output_path=sys.argv[3], batch_size=1), progress=print)"
+    code = "import sys\nfrom tinyonn.scan import *\n"
+    code += "run_scan(ScanConfig(*sys.argv[1:3], output_path=sys.argv[3], batch_size=1), progress=print)"
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", code, config.model_path, config.dataset_path, config.output_path],
         stdout=subprocess.PIPE,
@@ -109,7 +108,7 @@ def test_ctrl_c_in_a_real_process_ends_it_with_a_strictly_valid_file(config):
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")],
     ids=["gpu", "python", "torch-cpu"],
 )
 def test_running_out_of_memory_names_the_options_and_keeps_what_is_there(config, whole, contents, monkeypatch, error):
@@ -180,7 +179,7 @@ def test_a_scan_whose_rest_is_too_short_is_complete(tmp_path, tiny_model, write_
 
 def test_overwrite_replaces_and_resume_off_refuses(config, contents, whole):
     run_scan(dataclasses.replace(config, limit=3, credit="local"))
-    with pytest.raises(InputError, match="output_path must not exist where resuming is off, got .*out.mscan"):
+    with pytest.raises(InputError, match=r"output_path must not exist where resuming is off, got .*out.mscan"):
         run_scan(dataclasses.replace(config, resume=False))
     result = run_scan(dataclasses.replace(config, overwrite=True))
     assert result.resumed == 0
@@ -198,10 +197,10 @@ def test_overwrite_keeps_the_old_file_until_the_new_scan_can_start(config, tmp_p
 def test_an_unwritable_output_fails_before_anything_is_read(config, tmp_path, monkeypatch):
     monkeypatch.setattr(runner_module, "prepare", lambda *args: pytest.fail("the corpus was read"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="output_path must be writable, got .*: (Not a directory|File exists)"):
+    with pytest.raises(InputError, match=r"output_path must be writable, got .*: (Not a directory|File exists)"):
         run_scan(dataclasses.replace(config, output_path=str(tmp_path / "file" / "o.mscan")))
     (tmp_path / "folder.mscan").mkdir()
-    with pytest.raises(InputError, match="output_path must be writable, got .*: Is a directory"):
+    with pytest.raises(InputError, match=r"output_path must be writable, got .*: Is a directory"):
         run_scan(dataclasses.replace(config, output_path=str(tmp_path / "folder.mscan")))
 
 
@@ -210,7 +209,7 @@ def test_a_damaged_output_is_named_and_kept(config):
     damaged = bytearray(config.output.read_bytes())
     damaged[70] ^= 0xFF
     config.output.write_bytes(damaged)
-    with pytest.raises(MscanError, match="out.mscan"):
+    with pytest.raises(MscanError, match=r"out\.mscan"):
         run_scan(config)
     assert config.output.read_bytes() == bytes(damaged)
 
@@ -218,7 +217,7 @@ def test_a_damaged_output_is_named_and_kept(config):
 def test_a_second_scan_into_the_same_file_is_refused(config):
     def start_another(state):
         if state.done == 6:
-            with pytest.raises(MscanError, match="out.mscan"):
+            with pytest.raises(MscanError, match=r"out\.mscan"):
                 run_scan(config)
             seen.append(state)
 
@@ -235,20 +234,3 @@ def test_the_model_is_released_from_the_engine_after_an_interrupt(config, monkey
         run_scan(config, progress=stop_after(1, KeyboardInterrupt()))
     assert not any(module._forward_hooks for module in models[0].modules())
     assert all(parameter.requires_grad for parameter in models[0].parameters())
-
-
-def test_killing_between_any_two_system_calls_is_harmless(config, whole, contents):
-    """The same as above, at moments nobody chose."""
-    code = "import sys\nfrom tinyonn.scan import *\nrun_scan(ScanConfig(*sys.argv[1:3], output_path=sys.argv[3], batch_size=3))"
-    arguments = [sys.executable, "-c", code, config.model_path, config.dataset_path, config.output_path]
-    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (config.output.exists() and config.output.stat().st_size > 20_000):
-        time.sleep(0.002)
-    if process.poll() is None:
-        os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    try:
-        run_scan(config)
-    except OutputCompleteError:
-        pass  # it was faster than the kill
-    assert contents(config.output) == whole

@@ -47,6 +47,11 @@ class Existing:
     sequence_ids: frozenset[str]
     metadata: dict[str, Any] | None
 
+    def is_whole(self, path: Path) -> bool:
+        """Whether every member of the set is there under its name, so that `path` opens."""
+        expected = {index: member_path(path, index, self.set_size) for index in range(self.set_size)}
+        return bool(self.members) and dict(self.members) == expected
+
 
 NOTHING = Existing({}, 0, frozenset(), None)
 

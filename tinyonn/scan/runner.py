@@ -211,6 +211,8 @@ def _refuse_complete(prepared: Prepared, existing: Existing) -> None:
         if sequence_id not in existing.sequence_ids and encoder.encode(item, counts) is not None:
             return
     if existing.members:
+        if not existing.is_whole(prepared.config.output):
+            return  # all is scanned, and a process that had nothing to scan still owes the set its file
         raise OutputCompleteError(
             f"output_path must have something left to scan, {prepared.config.output} is complete with {len(existing.sequence_ids)} "
             "sequences; use --overwrite to scan again."

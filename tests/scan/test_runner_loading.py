@@ -1,0 +1,179 @@
+"""What can be wrong with a model, a tokenizer or a corpus gets one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from tinyonn.errors import InputError
+from tinyonn.scan import ScanConfig, loading, memory, run_scan
+from tinyonn.scan.loading import resolve_device, resolve_dtype, weights_of
+from tinyonn.testing import save_tiny_model, tiny_causal_lm
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model, write_corpus):
+    return ScanConfig(str(tiny_model), str(write_corpus(["hello", "world, hello"])), output_path=str(tmp_path / "o.mscan"))
+
+
+def refused(config: ScanConfig, **options: object) -> str:
+    with pytest.raises(InputError) as raised:
+        run_scan(dataclasses.replace(config, **options))
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+def copy_of(model, target):
+    shutil.copytree(model, target)
+    return target
+
+
+def test_a_missing_folder(config, tmp_path):
+    path = tmp_path / "none" / "of" / "these"
+    assert refused(config, model_path=str(path)) == f"model_path must be an existing folder or a hub id, got {path}."
+
+
+def test_a_hub_id_that_cannot_be_had(config, monkeypatch):
+    def unreachable(name, **options):
+        raise OSError(f"cannot\nreach {name}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    message = refused(config, model_path="some-org/some-model")
+    rule = "model_path must be a folder or a hub id that can be downloaded"
+    assert message == f"{rule}, got some-org/some-model: cannot reach some-org/some-model"
+
+
+def test_a_hub_snapshot_is_scanned_under_its_id(config, tiny_model, monkeypatch):
+    from tinyonn.mscan import MscanReader
+
+    asked = []
+
+    def cached(name, *, allow_patterns, local_files_only):
+        asked.append((name, local_files_only))
+        return str(tiny_model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", cached)
+    run_scan(dataclasses.replace(config, model_path="some-org/some-model"))
+    with MscanReader(config.output) as reader:
+        assert reader.metadata["model"] == "some-org/some-model"
+    assert asked == [("some-org/some-model", True)]
+
+
+def test_a_folder_without_a_model(config, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("x")
+    assert "model_path must be a folder with config.json, got" in refused(config, model_path=str(tmp_path / "notes"))
+    assert "(holds todo.txt)" in refused(config, model_path=str(tmp_path / "notes"))
+
+
+def test_a_model_without_weights(config, tiny_model, tmp_path):
+    folder = copy_of(tiny_model, tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    assert "model_path must hold weights (*.safetensors or *.bin), got" in refused(config, model_path=str(folder))
+
+
+def test_an_unknown_architecture(config, tiny_model, tmp_path):
+    folder = copy_of(tiny_model, tmp_path / "m")
+    (folder / "config.json").write_text('{"model_type": "nonesuch"}')
+    assert "model_path must hold a model that transformers knows, got m: " in refused(config, model_path=str(folder))
+
+
+def test_a_model_that_is_no_causal_language_model(config, tiny_model, tmp_path):
+    folder = copy_of(tiny_model, tmp_path / "m")
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+    assert "causal language model" in refused(config, model_path=str(folder))
+
+
+@pytest.mark.parametrize(("kept", "words"), [(200, "cut short at 200 bytes"), (None, "damaged header in model.safetensors")])
+def test_damaged_weights(config, tiny_model, tmp_path, kept, words):
+    folder = copy_of(tiny_model, tmp_path / "m")
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[9] ^= 0x80
+    weights.write_bytes(bytes(content[:kept]))
+    assert words in refused(config, model_path=str(folder))
+
+
+def test_weights_cut_behind_a_good_header(config, tiny_model, tmp_path):
+    folder = copy_of(tiny_model, tmp_path / "m")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "model_path must hold" in refused(config, model_path=str(folder))
+
+
+def test_a_model_without_tokenizer(config, tiny_model, tmp_path):
+    folder = copy_of(tiny_model, tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    assert "model_path must hold a tokenizer, got m: " in refused(config, model_path=str(folder))
+
+
+def test_a_tokenizer_without_padding_scans_one_text_at_a_time(config, tmp_path):
+    folder = save_tiny_model(tmp_path / "m", end_token=False)
+    message = refused(config, model_path=str(folder), batch_size=4)
+    assert message == "batch_size must be 1 where the tokenizer has no padding and no end-of-text token, got 4."
+    assert run_scan(dataclasses.replace(config, model_path=str(folder), batch_size=1)).sequences == 2
+
+
+def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(config, tiny_model, monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(loading, "available_memory", lambda device: 200_000)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    message = refused(config)
+    count = sum(parameter.numel() for parameter in tiny_causal_lm("llama").parameters())
+    size = memory.readable_bytes(4 * count)
+    assert message == (f"model_path must fit in memory: its weights take {size} in float32, cpu has 200 kB free; use --dtype bf16.")
+
+
+def test_weights_are_counted_from_headers(tiny_model):
+    model = tiny_causal_lm("llama")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert weights_of(tiny_model) == loading.Weights(count, 4 * count)
+
+
+def test_an_empty_corpus_of_short_texts(config, write_corpus):
+    write_corpus(["a", "b"])
+    assert "dataset_path must hold a text to scan, got none in" in refused(config)
+    assert "(2 shorter than 2 tokens)" in refused(config)
+
+
+def test_a_gpu_that_is_not_there(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refused(config, device="cuda") == "device must be cpu where torch finds no GPU, got cuda."
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert resolve_device("auto", 3) == torch.device("cuda", 3)
+    assert resolve_device("cuda", 2) == torch.device("cuda", 2)
+    assert resolve_device("cuda:1", 2) == torch.device("cuda", 1)
+    with pytest.raises(InputError, match="device must be one of the 4 GPUs here, got cuda:7"):
+        resolve_device("cuda:7")
+
+
+def test_auto_precision_is_the_checkpoints_own_on_a_gpu_alone(tiny_model, tmp_path):
+    folder = copy_of(tiny_model, tmp_path / "m")
+    content = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(content))
+    stored = loading.load_config(folder)
+    assert resolve_dtype("auto", torch.device("cpu"), stored) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda", 0), stored) == torch.bfloat16
+    assert resolve_dtype("fp16", torch.device("cpu"), stored) == torch.float16
+
+
+def test_memory_of_a_container_counts(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 150000\nactive_file 50000\n")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory.available_memory(torch.device("cpu")) == 500_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_memory(torch.device("cpu")) > 10_000_000
