@@ -131,7 +131,8 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None,
 
 
 def _per_feature(blocks: Tensor, block_size: int, num_features: int) -> Tensor:
-    return blocks.unsqueeze(-1).expand(*blocks.shape, block_size).flatten(-2)[..., :num_features]
+    # Not expand, flatten and slice: torch 2.13's inductor leaves all but the first block of that unwritten on the CPU.
+    return blocks.index_select(-1, torch.arange(num_features, device=blocks.device) // block_size)
 
 
 _block_norms.register_autograd(_backward, setup_context=_setup_context)

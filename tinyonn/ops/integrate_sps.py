@@ -92,8 +92,9 @@ def _integrate_sps(
         _check_offsets(group_offsets, activation.shape[1])
     if debug_enabled():
         for name, plane in (("activation", activation), ("grad_norm", grad_norm)):
-            if bool(((plane < 0) | plane.isinf()).any()):
-                raise ValueError(f"{name} must hold finite norms of at least 0 or NaN, got minimum {plane.nan_to_num().min().item()}.")
+            wrong = plane[(plane < 0) | plane.isinf()]
+            if wrong.numel():
+                raise ValueError(f"{name} must hold finite norms of at least 0 or NaN, got {wrong[0].item()}.")
     num_tokens, num_blocks = activation.shape
     dtype = statistics_dtype(activation.dtype)
     per_token = torch.empty((num_tokens if return_per_token else 0, num_blocks), dtype=dtype, device=activation.device)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tinyonn import ops
+from tinyonn.ops import _dispatch, block_norms
+
+CALLS = {
+    "block_norms": lambda impl: ops.block_norms(torch.ones(2, 3), impl=impl),
+    "token_grad_norms": lambda impl: ops.token_grad_norms(torch.ones(2, 3), torch.ones(2, 3), impl=impl),
+    "integrate_sps": lambda impl: ops.integrate_sps(torch.ones(2, 3), torch.ones(2, 3), [0, 3], impl=impl),
+}
+
+
+def test_auto_on_the_cpu_is_torch(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_triton_missing", lambda: pytest.fail("auto asked for triton on a CPU tensor"))
+    assert block_norms(torch.ones(1, 4), 4).item() == 2.0
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_explicit_triton_never_falls_back(monkeypatch, name):
+    monkeypatch.setattr(_dispatch, "_triton_missing", lambda: "'No module named triton'")
+    with pytest.raises(
+        RuntimeError, match=r"impl='triton' must have triton, got 'No module named triton': install triton or pass impl='torch'"
+    ):
+        CALLS[name]("triton")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch, name):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(_dispatch, "_interpreted", lambda: False)
+    with pytest.raises(RuntimeError, match="impl='triton' must have CUDA tensors, got cpu: move them to a GPU"):
+        CALLS[name]("triton")
+
+
+def test_the_interpreter_is_off_unless_asked_for():
+    pytest.importorskip("triton")
+    program = """
+import os; os.environ.pop("TRITON_INTERPRET", None)
+import torch, tinyonn.ops
+try:
+    tinyonn.ops.block_norms(torch.ones(2, 3), impl="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "set TRITON_INTERPRET=1 before the first import" in done.stdout
