@@ -7,35 +7,34 @@ caller says `overwrite=True`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tinyonn.errors import InputError, MscanError
 from tinyonn.mscan.choose import rank_members
+from tinyonn.mscan.export import to_npz, to_parquet
+from tinyonn.mscan.output import Conversion, PathLike, replacing
 from tinyonn.mscan.reader import MscanReader
 from tinyonn.mscan.types import LayoutEntry, SequenceRecord, layout_blocks, layout_groups
 from tinyonn.mscan.writer import MscanWriter
 
-PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What was written.
-
-    Args:
-        path: the output.
-        sequences, tokens: how many it holds.
-        dropped: what the source held or should have held and the output does not, one sentence each.
-    """
-
-    path: Path
-    sequences: int
-    tokens: int
-    dropped: list[str] = field(default_factory=list)
+__all__ = [
+    "Conversion",
+    "Description",
+    "Verification",
+    "convert_v1",
+    "describe",
+    "merge",
+    "recover",
+    "to_npz",
+    "to_parquet",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def convert_v1(path: PathLike, output: PathLike, *, recovery: str = "tail", over
         output: the new file.
         recovery: "salvage" takes a damaged file too and says what is missing.
         overwrite: replace an output that exists.
-        options: codec and compression of `MscanWriter`; the codec is "f32" unless named, which keeps whole numbers exact.
+        options: codec and compression of `MscanWriter`; unless named, the codec is "f32", which keeps whole numbers exact.
 
     Raises:
         InputError: the file is not of version 1, or the output exists.
@@ -114,7 +113,7 @@ def convert_v1(path: PathLike, output: PathLike, *, recovery: str = "tail", over
     with MscanReader(path, recovery=recovery) as reader:
         if reader.version != 1:
             raise InputError(f"{os.fspath(path)} must be of version 1, got {reader.version}.")
-        return _copy([reader], output, dict(reader.metadata), overwrite, {"codec": "f32", **options})
+        return _copy([reader], output, dict(reader.metadata), overwrite, options)
 
 
 def merge(paths: Sequence[PathLike], output: PathLike, *, overwrite: bool = False, **options: Any) -> Conversion:
@@ -123,7 +122,7 @@ def merge(paths: Sequence[PathLike], output: PathLike, *, overwrite: bool = Fals
     Args:
         paths: files whose layouts agree, one of which may go on where the others end; or one name of a rank set.
         output: the new file, with the metadata of the first and, under "merged", the names of all.
-        options: codec and compression of `MscanWriter`.
+        options: codec and compression of `MscanWriter`; unless named, the codec of the source.
 
     Raises:
         InputError: no path, layouts that differ, one sequence id twice, or an output that exists.
@@ -142,14 +141,12 @@ def recover(path: PathLike, output: PathLike, *, overwrite: bool = False, **opti
     Args:
         path: the damaged file, which stays as it is.
         output: the clean file.
-        options: codec and compression of `MscanWriter`.
+        options: codec and compression of `MscanWriter`; unless named, the codec of the source.
 
     Returns:
         The conversion; `dropped` names every gap, and every sequence that was lost whole.
     """
     with MscanReader(path, recovery="salvage") as reader:
-        if reader.version == 1:
-            options = {"codec": "f32", **options}
         return _copy([reader], output, dict(reader.metadata), overwrite, options, salvage=True)
 
 
@@ -194,21 +191,6 @@ def describe(path: PathLike, *, recovery: str = "tail") -> Description:
         )
 
 
-@contextmanager
-def replacing(output: PathLike, overwrite: bool) -> Iterator[Path]:
-    """A name beside `output` to write to; renamed to it when the block ends well, removed when not."""
-    target = Path(output)
-    if target.exists() and not overwrite:
-        raise InputError(f"output must not exist yet, got {target}: overwrite replaces it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        yield beside
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def _size(path: PathLike) -> int:
     members = rank_members(os.fspath(path)) or [os.fspath(path)]
     return sum(os.stat(member).st_size for member in members)
@@ -238,12 +220,15 @@ def _copy(
 ) -> Conversion:
     dropped = [str(item) for reader in readers for item in reader.report]
     sequences = tokens = 0
+    summed = True
     origin: dict[str, str] = {}
-    with replacing(output, overwrite) as beside, MscanWriter(beside, metadata, _common_layout(readers), **options) as writer:
+    options = {"codec": _codec(readers), **options}
+    layout = _common_layout(readers)
+    with replacing(output, overwrite) as beside, MscanWriter(beside, metadata, layout, **options) as writer:
         for reader in readers:
             for i in range(len(reader.sequences)):
                 try:
-                    record = _record(reader, i)
+                    record = _record(reader, i, layout_blocks(layout))
                 except MscanError as error:
                     if not salvage:
                         raise
@@ -257,19 +242,40 @@ def _copy(
                 writer.append(record)
                 sequences += 1
                 tokens += len(record.token_ids)
+                summed = summed and record.integral is not None
+        if not summed and len(readers) == 1:  # a total may stand for integrals that the sequences do not have
+            with suppress(MscanError):
+                writer.append_integral(readers[0].integral().widened(layout_blocks(layout)))
     return Conversion(Path(output), sequences, tokens, dropped)
 
 
-def _record(reader: MscanReader, i: int) -> SequenceRecord:
+def _codec(readers: Sequence[MscanReader]) -> str:
+    """The codec of the first planes that can be read: to encode them again in it changes nothing but their last bit."""
+    for reader in readers:
+        for i in range(len(reader.sequences)):
+            try:
+                if reader.sequences[i].has_records:
+                    return "f32" if reader.codes(i)[0].activation.dtype == np.float32 else "log2u16"
+            except (MscanError, IndexError):  # a sequence that salvage lost, or whose chunks it did
+                continue
+    return "log2u16"
+
+
+def _record(reader: MscanReader, i: int, blocks: int) -> SequenceRecord:
     sequence = reader.sequences[i]
-    activation, grad_norm = reader.planes(i) if sequence.has_records else (None, None)
+    missing = ((0, 0), (0, blocks - layout_blocks(reader.layout)))
+    planes: tuple[Any, Any] = (None, None)
+    if sequence.has_records:
+        activation, grad_norm = reader.planes(i)
+        planes = (np.pad(activation, missing, constant_values=np.nan), np.pad(grad_norm, missing, constant_values=np.nan))
+    integral = reader.sequence_integral(i)
     return SequenceRecord(
         sequence_id=sequence.sequence_id,
         token_ids=sequence.token_ids,
         loss=sequence.loss,
-        activation=activation,
-        grad_norm=grad_norm,
+        activation=planes[0],
+        grad_norm=planes[1],
         mask=sequence.mask,
         text=sequence.text,
-        integral=reader.sequence_integral(i),
+        integral=None if integral is None else integral.widened(blocks),
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tinyonn.mscan.convert import Conversion, PathLike, replacing
+from tinyonn.mscan.output import Conversion, PathLike, replacing
 from tinyonn.mscan.reader import MscanReader
 from tinyonn.mscan.types import group_name, layout_blocks
 
@@ -58,7 +59,7 @@ def to_npz(path: PathLike, output: PathLike, *, recovery: str = "tail", overwrit
             for name, value in whole.items():
                 with archive.open(f"{name}.npy", "w") as member:
                     np.lib.format.write_array(member, value, allow_pickle=False)
-        return Conversion(beside.__class__(output), len(sequences), tokens, [str(item) for item in reader.report])
+        return Conversion(Path(output), len(sequences), tokens, [str(item) for item in reader.report])
 
 
 def to_parquet(path: PathLike, output: PathLike, *, recovery: str = "tail", overwrite: bool = False) -> Conversion:
@@ -126,7 +127,7 @@ def to_parquet(path: PathLike, output: PathLike, *, recovery: str = "tail", over
                 step = max(1, ROWS_PER_TABLE // planes[0].shape[1])
                 for first in range(0, len(planes[0]), step):
                     writer.write_table(table(i, first, (planes[0][first : first + step], planes[1][first : first + step])))
-        return Conversion(beside.__class__(output), len(reader.sequences), tokens, [str(item) for item in reader.report])
+        return Conversion(Path(output), len(reader.sequences), tokens, [str(item) for item in reader.report])
 
 
 def _planes(reader: MscanReader, i: int, blocks: int) -> tuple[np.ndarray, np.ndarray]:
