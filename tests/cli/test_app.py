@@ -126,6 +126,12 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in loud.stderr
 
 
+def test_a_terminal_of_few_signs_gets_no_traceback(tmp_path: Path) -> None:
+    ran = shell("info", tmp_path / "ж\udcff.mscan", PYTHONIOENCODING="ascii")
+    assert ran.returncode == 2
+    assert ran.stderr == f"tinyonn info: {tmp_path}/??.mscan: No such file or directory.\n"
+
+
 def test_a_reader_that_goes_is_no_error() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tinyonn", "scan", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -16,7 +16,7 @@ from .conftest import Cli
 
 EXPECTED = {
     "Python", "compiler", "extension", "torch", "device", "Triton", "bf16", "fp16", "transformers", "numpy", "safetensors",
-    "matplotlib", "plotly", "scipy", "zstandard", "pyarrow", "datasets", "gguf", "accelerate", "demo model", "corpora", "scans",
+    "matplotlib", "scipy", "zstandard", "pyarrow", "datasets", "gguf", "accelerate", "demo model", "corpora", "scans",
     "memory", "disk",
 }  # fmt: skip
 

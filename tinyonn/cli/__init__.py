@@ -5,6 +5,7 @@ Each module parses one command and calls the library, which is imported only the
 
 from __future__ import annotations
 
+import io
 import sys
 
 
@@ -12,4 +13,7 @@ def main() -> None:
     """Entry point of the `tinyonn` command."""
     from .app import run
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign gets "?", not a traceback
+            stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))

@@ -25,7 +25,6 @@ OK, MISSING, FAILED = "ok", "--", "FAIL"
 # Package, oldest version that works (None: any), what it is for, the extra or package to install.
 OPTIONAL = (
     ("matplotlib", "3.8", "figures", "tinyonn[report]"),
-    ("plotly", "6.0", "plots", "tinyonn[report]"),
     ("scipy", "1.11", "statistics", "tinyonn[heads]"),
     ("zstandard", "0.22", "compression", "tinyonn[zstd]"),
     ("pyarrow", "15", "Parquet", "pyarrow"),
@@ -134,7 +133,7 @@ def _precision() -> Iterator[Finding]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(0)
-    side = 2048 if device.type == "cuda" else 256
+    side = 2048 if device.type == "cuda" else 512
     left, right = (torch.randn(side, side, generator=generator) for _ in range(2))
     exact = left @ right
     base = _seconds(left.to(device), right.to(device))
@@ -157,7 +156,7 @@ def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
     import torch
 
     times = []
-    for _ in range(5):
+    for _ in range(3):
         started = time.perf_counter()
         torch.matmul(left, right)
         if torch.cuda.is_available():

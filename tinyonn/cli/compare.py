@@ -47,5 +47,4 @@ def compare(
     shown = "\n".join(f"{block.parameter} {block.first}-{block.last}  {block.difference:+.3f}" for block in blocks[:LISTED])
     if shown:
         lines.append(("the largest", shown))
-    print(screen.rows(lines))
-    print(written(result))
+    print(screen.rows([*lines, *written(result)]))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import screen
 from .options import Figures
+
+if TYPE_CHECKING:
+    from ..report import ComparisonResult, ReportResult
 
 
 def report(
@@ -45,10 +48,9 @@ def report(
             tokenizer=tokenizer,
             figures_too=figures,
         )
-    print(written(result))
+    print(screen.rows(written(result)))
 
 
-def written(result: Any) -> str:
-    """The files of a report or comparison, with their sizes."""
-    lines = [("page", f"{result.html}, {screen.size(result.html.stat().st_size)}")]
-    return screen.rows([*lines, *(("figure", str(png)) for png in result.pngs)])
+def written(result: ReportResult | ComparisonResult) -> list[tuple[str, object]]:
+    """The files of a page, with its size."""
+    return [("page", f"{result.html}, {screen.size(result.html.stat().st_size)}"), *(("figure", png) for png in result.pngs)]

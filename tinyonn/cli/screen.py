@@ -86,9 +86,9 @@ class Progress:
             console = Console(stderr=True)
             if not console.is_dumb_terminal:
                 # One line at any width: the words give way, and the bar is short where there is little room.
-                words = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+                words = TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
                 bar = BarColumn(bar_width=24 if console.width >= 100 else 12)
-                columns = (SpinnerColumn(), TextColumn("{task.description}"), bar, words, TimeRemainingColumn())
+                columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), bar, words, TimeRemainingColumn())
                 self._bar = Bar(*columns, console=console, transient=True)
                 self._task = self._bar.add_task(self._label, total=None, text="")
                 self._bar.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +114,14 @@ class Corpus:
         else:
             yield from iter_parquet(open_parquet(self.path))
 
-    def index(self, records: Iterable[Located] | None = None, *, limit: int | None = None, skip_bad: bool = False) -> None:
+    def index(self, *, limit: int | None = None, skip_bad: bool = False) -> None:
         """Checks records up to `limit` good ones and notes their places.
 
         Raises:
             InputError: a malformed record, or an id seen before, unless `skip_bad`.
         """
         seen: dict[str, int] = {}
-        for located in self._located() if records is None else records:
+        for located in self._located():
             if limit is not None and len(self._ids) >= limit:
                 return
             try:
