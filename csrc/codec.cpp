@@ -81,55 +81,73 @@ double first_finite(const float* plane, size_t rows, size_t columns, Span span) 
   return 0.0;
 }
 
-// Mean and m2 from sums of values less `shift`.
-void finish(Moments& part, double shift, double sum, double squares) {
-  if (part.count == 0) return;
+Moments moments_of(const SpanSums& sums, uint64_t cells) {
+  Moments part;
+  part.zeros = sums.zeros;
+  part.missing = sums.missing;
+  part.nonfinite = sums.nonfinite;
+  part.count = cells - sums.missing - sums.nonfinite;
+  if (part.count == 0) return part;
   const double n = static_cast<double>(part.count);
-  part.mean = shift + sum / n;
-  part.m2 = std::max(0.0, squares - sum * sum / n);
+  part.mean = sums.shift + sums.sum / n;
+  part.m2 = std::max(0.0, sums.squares - sums.sum * sums.sum / n);
+  return part;
 }
 
+// Below this many rows a weight is scanned along its rows: sums per column would cost more than they save.
 constexpr size_t kFewRows = 4;
 
-// The same without sums per column, which cost more than they save when there are few rows.
+void scan_along_rows(const float* plane, size_t rows, size_t columns, Span span, SpanSums& sums, PlaneScan& scan) {
+  for (size_t row = 0; row < rows; ++row) {
+    const float* p = plane + row * columns + span.base;
+    for (uint64_t block = 0; block < span.blocks; ++block) {
+      const uint32_t bits = bits_of(p[block]), magnitude = bits & 0x7FFFFFFFu;
+      const bool is_missing = magnitude > static_cast<uint32_t>(kInfinity), is_infinite = magnitude == static_cast<uint32_t>(kInfinity);
+      sums.missing += is_missing;
+      sums.nonfinite += is_infinite;
+      sums.zeros += magnitude == 0;
+      if (is_missing) continue;
+      scan.negative |= magnitude != 0 && bits >> 31 != 0;
+      if (is_infinite) continue;
+      if (magnitude != 0) {
+        scan.min_bits = std::min(scan.min_bits, magnitude);
+        scan.max_bits = std::max(scan.max_bits, magnitude);
+      }
+      const double d = static_cast<double>(p[block]) - sums.shift;
+      sums.sum += d;
+      sums.squares += d * d;
+    }
+  }
+}
+
 PlaneScan scan_few_rows(const float* plane, size_t rows, size_t columns, const std::vector<Span>& spans, Moments* totals, size_t stride) {
   PlaneScan scan;
   for (size_t i = 0; i < spans.size(); ++i) {
-    Moments part;
-    const double shift = first_finite(plane, rows, columns, spans[i]);
-    double sum = 0, squares = 0;
-    uint64_t zeros = 0, missing = 0, nonfinite = 0;
-    uint32_t smallest = scan.min_bits, largest = scan.max_bits, negative = 0;
-    for (size_t row = 0; row < rows; ++row) {
-      const float* p = plane + row * columns + spans[i].base;
-      for (uint64_t block = 0; block < spans[i].blocks; ++block) {
-        const uint32_t bits = bits_of(p[block]), magnitude = bits & 0x7FFFFFFFu;
-        const bool is_missing = magnitude > static_cast<uint32_t>(kInfinity), is_infinite = magnitude == static_cast<uint32_t>(kInfinity);
-        const bool has_log = magnitude - 1 < static_cast<uint32_t>(kInfinity) - 1;
-        missing += is_missing;
-        nonfinite += is_infinite;
-        zeros += magnitude == 0;
-        negative |= has_log || is_infinite ? bits : 0;
-        smallest = std::min(smallest, has_log ? magnitude : 0x7FFFFFFFu);
-        largest = std::max(largest, has_log ? magnitude : 0);
-        const double d = is_missing || is_infinite ? 0.0 : static_cast<double>(p[block]) - shift;
-        sum += d;
-        squares += d * d;
-      }
-    }
-    scan.min_bits = smallest;
-    scan.max_bits = largest;
-    scan.negative |= (negative >> 31) != 0;
-    part.zeros = zeros;
-    part.missing = missing;
-    part.nonfinite = nonfinite;
-    scan.missing += missing;
-    part.count = rows * spans[i].blocks - missing - nonfinite;
-    finish(part, shift, sum, squares);
-    totals[i * stride].merge(part);
+    SpanSums sums;
+    sums.shift = first_finite(plane, rows, columns, spans[i]);
+    scan_along_rows(plane, rows, columns, spans[i], sums, scan);
+    scan.missing += sums.missing;
+    totals[i * stride].merge(moments_of(sums, rows * spans[i].blocks));
   }
   return scan;
 }
+
+#if defined(__x86_64__)
+MSCAN_AVX2 PlaneScan scan_few_rows_avx2(const float* plane, size_t rows, size_t columns, const std::vector<Span>& spans, Moments* totals,
+                                        size_t stride) {
+  PlaneScan scan;
+  avx2::Extremes extremes;
+  for (size_t i = 0; i < spans.size(); ++i) {
+    SpanSums sums;
+    sums.shift = first_finite(plane, rows, columns, spans[i]);
+    avx2::scan_span(plane, rows, columns, spans[i], sums, extremes);
+    scan.missing += sums.missing;
+    totals[i * stride].merge(moments_of(sums, rows * spans[i].blocks));
+  }
+  extremes.give(scan);
+  return scan;
+}
+#endif
 
 }  // namespace
 
@@ -197,7 +215,12 @@ PlaneRange plane_range(const PlaneScan& scan) {
 
 PlaneScan scan_spans(const float* plane, size_t rows, size_t columns, const std::vector<Span>& spans, ColumnSums& sums, Moments* totals,
                      size_t stride) {
-  if (rows < kFewRows) return scan_few_rows(plane, rows, columns, spans, totals, stride);
+  if (rows < kFewRows) {
+#if defined(__x86_64__)
+    if (codec_is_vectorised()) return scan_few_rows_avx2(plane, rows, columns, spans, totals, stride);
+#endif
+    return scan_few_rows(plane, rows, columns, spans, totals, stride);
+  }
   sums.reset(columns);
   for (const Span& span : spans) {
     std::fill_n(sums.shift.begin() + static_cast<std::ptrdiff_t>(span.base), span.blocks, first_finite(plane, rows, columns, span));
@@ -205,19 +228,17 @@ PlaneScan scan_spans(const float* plane, size_t rows, size_t columns, const std:
   PlaneScan scan = scan_plane(plane, rows, columns, sums);
   if (scan.negative) return scan;
   for (size_t i = 0; i < spans.size(); ++i) {
-    Moments part;
-    double sum = 0, squares = 0;
+    SpanSums part;
+    part.shift = sums.shift[spans[i].base];
     for (uint64_t c = spans[i].base; c < spans[i].base + spans[i].blocks; ++c) {
-      sum += sums.sum[c];
-      squares += sums.squares[c];
+      part.sum += sums.sum[c];
+      part.squares += sums.squares[c];
       part.zeros += static_cast<uint64_t>(sums.zeros[c]);
       part.missing += static_cast<uint64_t>(sums.missing[c]);
       part.nonfinite += static_cast<uint64_t>(sums.nonfinite[c]);
     }
-    part.count = rows * spans[i].blocks - part.missing - part.nonfinite;
     scan.missing += part.missing;
-    finish(part, sums.shift[spans[i].base], sum, squares);
-    totals[i * stride].merge(part);
+    totals[i * stride].merge(moments_of(part, rows * spans[i].blocks));
   }
   return scan;
 }

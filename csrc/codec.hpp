@@ -46,6 +46,12 @@ struct Span {
   uint64_t blocks;
 };
 
+// Sums of one weight's values, less `shift`.
+struct SpanSums {
+  double shift = 0, sum = 0, squares = 0;
+  uint64_t zeros = 0, missing = 0, nonfinite = 0;
+};
+
 bool codec_is_vectorised();
 void force_plain_codec(bool force);  // for tests: the plain form on a machine with AVX2
 
