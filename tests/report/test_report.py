@@ -235,6 +235,15 @@ def test_file_without_sequences_makes_a_page(make_scan, parse, tmp_path):
     assert "The file holds no complete sequence." in page.text
 
 
+def test_what_recovery_left_out_is_said(make_scan, parse, tmp_path):
+    scan = make_scan(sequences=3)
+    whole = scan.path.read_bytes()
+    scan.path.write_bytes(whole[: len(whole) * 4 // 5])
+    page = parse(write_report(scan.path, tmp_path / "r.html", figures_too=False).html)
+    assert "The file is damaged: bytes" in page.text
+    assert len(page.data["replay-data"]["sequences"]) < 3
+
+
 def test_loss_distribution_names_mean_and_perplexity(make_scan, parse, tmp_path):
     scan = make_scan()
     losses = np.concatenate(scan.loss)

@@ -107,9 +107,6 @@ def histogram(title: str, values: Floats, *, x_title: str, y_title: str, marks: 
     def y_of(count: float) -> float:
         return _HEIGHT - _BOTTOM - count / top * (_HEIGHT - _TOP - _BOTTOM)
 
-    def room_on_the_right(value: float) -> bool:
-        return x_of(value) < (_LEFT + _WIDTH) * 0.6
-
     parts = [_frame(title), *(_y_tick(y_of(tick), tick) for tick in ticks)]
     for count, left, right in zip(counts, edges[:-1], edges[1:], strict=True):
         more = " and more" if right == edges[-1] and values.max() > high else ""
@@ -122,13 +119,12 @@ def histogram(title: str, values: Floats, *, x_title: str, y_title: str, marks: 
         for tick in nice_ticks(low, high)
         if low <= tick <= high
     )
-    for number, (label, value) in enumerate(marks):
-        if low <= value <= high:
-            parts.append(
-                f'<line class="mark" x1="{x_of(value):.1f}" x2="{x_of(value):.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>'
-                f'<text class="tick" x="{x_of(value) + (4 if room_on_the_right(value) else -4):.1f}" y="{_TOP + 12 + 15 * number}" '
-                f'text-anchor="{"start" if room_on_the_right(value) else "end"}">{escape(label)} {value:.2f}</text>'
-            )
+    inside = [(label, value) for label, value in marks if low <= value <= high]
+    parts.extend(f'<line class="mark" x1="{x_of(v):.1f}" x2="{x_of(v):.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>' for _, v in inside)
+    for number, (label, value) in enumerate(inside):
+        right = x_of(value) < (_LEFT + _WIDTH) * 0.6  # room for the label on the right of its line
+        place = f'x="{x_of(value) + (4 if right else -4):.1f}" y="{_TOP + 12 + 16 * number}" text-anchor="{"start" if right else "end"}"'
+        parts.append(f'<text class="tick label" {place}>{escape(label)} {value:.2f}</text>')
     parts.append(_axis_titles(x_title, y_title))
     return f"{''.join(parts)}</svg>"
 

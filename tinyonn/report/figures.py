@@ -49,7 +49,7 @@ def draw_maps(path: Path, title: str, maps: Sequence[HeatMap], how: Normalisatio
 
 def draw_profiles(path: Path, title: str, panels: Sequence[tuple[str, Sequence[tuple[str, Floats]], bool]], layers: Sequence[str]) -> None:
     """Lines over the layers; panels are (y title, series, logarithmic)."""
-    figure = _figure(4.6 * len(panels), 3.6)
+    figure = _figure(4.8 * len(panels), 4.4)
     figure.suptitle(_safe(title), fontsize=13)
     for number, (label, series, log) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1)

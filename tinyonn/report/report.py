@@ -75,7 +75,7 @@ def write_report(
         data = collect(reader, name)
         decoder = find_tokenizer(data.metadata, tokenizer)
         sequences = read_replay(reader, data.grid, choose_sequences(data.losses, replay, replay_order), decoder)
-        dropped = [str(reader.report)] if reader.report else []
+        dropped = list(reader.report)
     maps = scan_maps(data)
     heads = head_scores(data.grid, data.totals, data.metadata)
     write_atomically(target, report_page(data, maps, heads, sequences, normalise, top, replay_order, dropped))

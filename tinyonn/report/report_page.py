@@ -46,7 +46,7 @@ def report_page(
     head_body, head_maps = _heads_section(data, heads, top)
     elements: dict[str, object] = {"maps-data": [*(map_data(heat_map, grid.layers, grid.modules, short) for heat_map in maps), *head_maps]}
     body = [
-        notices([*data.notes, *(f"Recovered file: {line}" for line in dropped)]),
+        notices([*data.notes, *(f"The file is damaged: {line}" for line in dropped)]),
         section("configuration", "Run configuration", facts(configuration(data))),
         _maps_section(maps, normalise),
         _profiles_section(data, maps),

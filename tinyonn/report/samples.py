@@ -87,6 +87,7 @@ def read_sample(reader: MscanReader, name: str) -> TopicSample:
         notes.append(f"{name}: {len(chosen):,} of {total:,} sequences are compared, evenly spaced.")
     if not measured.all():
         notes.append(f"{name}: {int((~measured).sum()):,} sequences without SPS are left out.")
+    notes.extend(f"{name} is damaged: {line}" for line in reader.report)
     topic = reader.metadata.get("topic")
     return TopicSample(
         name=name,
