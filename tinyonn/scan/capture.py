@@ -50,10 +50,11 @@ class Capture:
         _write_norms(rows.detach(), None, self.activation[:, columns])
         if not output.requires_grad:
             return
-        input_norm, grad_plane, shape = self._norm_of(inputs), self.grad_norm[:, columns], self.batch_shape
+        # The batch's last row has no label: its gradient is all zeros, which the norms take a detour for, and is not stored.
+        input_norm, grad_plane, shape = self._norm_of(inputs)[:-1], self.grad_norm[:-1, columns], self.batch_shape
 
         def on_gradient(grad: Tensor) -> None:
-            _write_norms(_token_rows(target, grad, shape), input_norm, grad_plane)
+            _write_norms(_token_rows(target, grad, shape)[:-1], input_norm, grad_plane)
 
         output.register_hook(on_gradient)
 

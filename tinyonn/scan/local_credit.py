@@ -106,7 +106,8 @@ class _LocalCreditAttention(torch.autograd.Function):
         out = query.new_empty(*query.shape[:3], value.shape[3])
         for rows in _row_steps(query):
             probs, _ = _probabilities(query, key, mask, sinks, scale, softcap, rows)
-            _split_heads(out, key.shape[1])[..., rows, :] = (probs @ value[:, :, None].to(probs.dtype)).to(out.dtype)
+            seen = value[:, :, None, : probs.shape[-1]].to(probs.dtype)
+            _split_heads(out, key.shape[1])[..., rows, :] = (probs @ seen).to(out.dtype)
         return out
 
     @staticmethod
@@ -118,13 +119,14 @@ class _LocalCreditAttention(torch.autograd.Function):
         for rows in _row_steps(query):
             probs, slope = _probabilities(query, key, mask, sinks, ctx.scale, ctx.softcap, rows)
             grad = _split_heads(grad_out, heads)[..., rows, :].to(probs.dtype)
-            grad_scores = grad @ value[:, :, None].mT.to(probs.dtype)
+            seen = slice(probs.shape[-1])
+            grad_scores = grad @ value[:, :, None, seen].mT.to(probs.dtype)
             grad_scores -= (grad_scores * probs).sum(-1, keepdim=True)
             grad_scores *= probs
             if slope is not None:
                 grad_scores *= slope
             grad_scores *= ctx.scale
-            _split_heads(grad_query, heads)[..., rows, :] = (grad_scores @ key[:, :, None].to(probs.dtype)).to(query.dtype)
+            _split_heads(grad_query, heads)[..., rows, :] = (grad_scores @ key[:, :, None, seen].to(probs.dtype)).to(query.dtype)
             own = _split_heads(query, heads)[..., rows, :].to(probs.dtype)
             grad_key[:, :, rows] = (_diagonal(grad_scores, rows) * own).sum(2).to(key.dtype)
             grad_value[:, :, rows] = (_diagonal(probs, rows) * grad).sum(2).to(value.dtype)
@@ -140,8 +142,13 @@ def _row_steps(query: Tensor) -> list[slice]:
 def _probabilities(
     query: Tensor, key: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None, rows: slice
 ) -> tuple[Tensor, Tensor | None]:
-    """Probabilities (B, K, G, rows, T) of some query rows, in float32 or wider, and the softcap's slope there."""
-    heads, tokens = key.shape[1], key.shape[2]
+    """Probabilities (B, K, G, rows, seen) of some query rows, in float32 or wider, and the softcap's slope there.
+
+    Under a mask, all T keys count as seen; without one, those up to the last of the rows.
+    """
+    heads = key.shape[1]
+    if mask is None:
+        key = key[:, :, : rows.stop]
     dtype = torch.promote_types(query.dtype, torch.float32)
     scores = _split_heads(query, heads)[..., rows, :].to(dtype) @ key[:, :, None].mT.to(dtype)
     scores *= scale
@@ -150,10 +157,10 @@ def _probabilities(
         capped = torch.tanh(scores / softcap)
         scores, slope = capped * softcap, 1 - capped * capped
     if mask is None:
-        position = torch.arange(tokens, device=query.device)
+        position = torch.arange(rows.stop, device=query.device)
         visible = position <= position[rows, None]
     else:
-        visible = mask[..., rows, :tokens].expand(len(query), -1, -1, -1)
+        visible = mask[..., rows, :].expand(len(query), -1, -1, -1)
         visible = visible[:, :, None] if visible.shape[1] == 1 else _split_heads(visible, heads)
     scores.masked_fill_(~visible, -torch.inf)
     if sinks is None:
@@ -170,7 +177,7 @@ def _split_heads(x: Tensor, key_heads: int) -> Tensor:
 
 
 def _diagonal(x: Tensor, rows: slice) -> Tensor:
-    """(B, K, G, rows, T) -> (B, K, G, rows, 1): what each row holds of its own token."""
+    """(B, K, G, rows, seen) -> (B, K, G, rows, 1): what each row holds of its own token."""
     return x[..., rows].diagonal(dim1=-2, dim2=-1)[..., None]
 
 
