@@ -75,6 +75,9 @@ def test_matches_must_be_different_ones() -> None:
     assert topic.reject("cat and dog") is None
     assert topic.reject("a cat with 9 lives") is None
     assert topic.reject("C++ for dogs") is None
+    assert topic.reject("c for dogs") == "off topic"
+    assert Topic("t", keywords=("->",)).reject("a -> b") is None
+    assert Topic("t", keywords=("Cat", "cat"), patterns=("x",), min_matches=2).reject("a cat") == "off topic"  # one keyword, written twice
 
 
 def test_density_and_exclusion() -> None:

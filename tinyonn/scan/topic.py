@@ -75,16 +75,18 @@ class Topic:
                     raise InputError(f"topic {self.name}: {field} must be regular expressions, got {pattern!r}: {error}.") from None
 
     @functools.cached_property
-    def _keywords(self) -> list[tuple[list[str], re.Pattern[str] | None]]:
-        """Each keyword's words in lower case, and the pattern that finds it where it is more than one plain word."""
-        entries = {}
-        for keyword in self.keywords:
-            folded = " ".join(keyword.casefold().split())
+    def _keywords(self) -> dict[str, list[tuple[str, re.Pattern[str] | None]]]:
+        """Keywords in lower case by their first word (and its plural), with the pattern of those that are more than one plain word."""
+        found: dict[str, list[tuple[str, re.Pattern[str] | None]]] = {}
+        for folded in dict.fromkeys(" ".join(keyword.casefold().split()) for keyword in self.keywords):
             words = _WORD.findall(folded)
             spaced = r"\s+".join(re.escape(part) for part in folded.split(" "))
             phrase = None if words == [folded] else re.compile(rf"(?<!\w){spaced}s?(?!\w)")
-            entries[folded] = (words, phrase)
-        return list(entries.values())
+            # A keyword without a word ("++") is looked for in every text: under "".
+            triggers = [words[0], words[0] + "s"] if len(words) == 1 else words[:1] or [""]
+            for trigger in triggers:
+                found.setdefault(trigger, []).append((folded, phrase))
+        return found
 
     @functools.cached_property
     def _patterns(self) -> list[re.Pattern[str]]:
@@ -107,19 +109,18 @@ class Topic:
 
     def _keyword_counts(self, text: str) -> list[int]:
         """Occurrences of each keyword that is there."""
-        # The words are counted once, so that the time does not grow with the number of keywords.
+        # Only the keywords whose first word is there are looked at: the time does not grow with their number.
         folded = text.casefold()
         words = Counter(_WORD.findall(folded))
-        counts = []
-        for parts, phrase in self._keywords:
-            if phrase is None:
-                count = words[parts[0]] + words[parts[0] + "s"]
-            elif all(word in words for word in parts[:-1]):
-                count = sum(1 for _ in phrase.finditer(folded))
-            else:
-                count = 0
-            counts += [count] if count else []
-        return counts
+        words[""] = 1
+        counts: dict[str, int] = {}
+        for word in words.keys() & self._keywords.keys():
+            for keyword, phrase in self._keywords[word]:
+                if phrase is None:
+                    counts[keyword] = counts.get(keyword, 0) + words[word]
+                elif keyword not in counts:
+                    counts[keyword] = sum(1 for _ in phrase.finditer(folded))
+        return [count for count in counts.values() if count]
 
     def owns_file(self, name: str) -> bool:
         """Whether a file of this name belongs whatever its text is."""
