@@ -1,6 +1,6 @@
 """The shell of a page: one HTML file with its style, script and data inside, safe against what a data set may hold.
 
-Maps are drawn by hand-written canvas code (assets/, 30 kB with the style) rather than by plotly: its script alone is 4.8 MB a
+Maps are drawn by hand-written canvas code (assets/, 37 kB with the style) rather than by plotly: its script alone is 4.8 MB a
 page, and what is shown here is a few hundred coloured cells, a text and some points. A Content-Security-Policy forbids every
 request, so a page that opens here opens anywhere, offline.
 
