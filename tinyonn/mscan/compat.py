@@ -1,7 +1,8 @@
 """The three functions of version 1, over version 2 files.
 
 Names, record dtype and metadata are version 1's; what lies on disk is a version 2 file that every other reader of this
-package opens too. An append writes its own records and an index of them, whatever the file holds already.
+package opens too. An append writes its own records and an index of them, whatever the file holds already; like version
+1's it outlives this process, and asks for no more of the disk.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tinyonn.mscan.reader import MscanReader
 from tinyonn.mscan.types import LayoutEntry, SequenceRecord, layout_blocks
 from tinyonn.mscan.v1 import FEATURES_PER_BLOCK, V1Reader
 from tinyonn.mscan.v1_header import RECORD
+from tinyonn.mscan.v1_records import grow_blocks
 from tinyonn.mscan.writer import MscanWriter
 
 _PLACEHOLDER = LayoutEntry("none", 1, 1, 0)  # the layout of a file that has no records yet
@@ -40,7 +42,7 @@ def create_mscan_file(path: str | os.PathLike[str], metadata: Mapping[str, Any])
     """
     _names(metadata)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with MscanWriter(path, dict(metadata), [_PLACEHOLDER], mode="w", codec="f32"):
+    with MscanWriter(path, dict(metadata), [_PLACEHOLDER], mode="w", codec="f32", sync="none"):
         pass
 
 
@@ -69,12 +71,12 @@ def append_records_to_mscan(path: str | os.PathLike[str], records: np.ndarray, s
     layout = _extended(layout, records, names) or [_PLACEHOLDER]
     record = _to_planes(records, sequence_info, _columns(layout, names), layout_blocks(layout), first)
     if count:
-        with MscanWriter(path, metadata, layout, mode="a", codec="f32") as writer:
+        with MscanWriter(path, metadata, layout, mode="a", codec="f32", sync="none") as writer:
             writer.append(record)
         return
     # The file's columns become known with its first records, and a layout can only grow: the empty file is replaced.
     beside = Path(f"{os.fspath(path)}.new")
-    with MscanWriter(beside, metadata, layout, mode="w", codec="f32") as writer:
+    with MscanWriter(beside, metadata, layout, mode="w", codec="f32", sync="none") as writer:
         writer.append(record)
     beside.replace(path)
 
@@ -140,9 +142,11 @@ def _ids(entry: LayoutEntry, ids: dict[str, int]) -> NDArray[np.int64]:
 def _extended(layout: list[LayoutEntry], records: np.ndarray, names: dict[int, str]) -> list[LayoutEntry]:
     layout = list(layout)
     known = _columns(layout, names)
-    for param in np.unique(records["param_id"]).tolist():
-        have = max((first + blocks for first, blocks, _ in known.get(param, [])), default=0)
-        more = int(records["block_idx"][records["param_id"] == param].max()) + 1 - have
+    blocks = np.zeros(1 << 16, np.int64)
+    grow_blocks(blocks, records["param_id"].copy(), records["block_idx"])
+    for param in np.flatnonzero(blocks).tolist():
+        have = max((first + count for first, count, _ in known.get(param, [])), default=0)
+        more = int(blocks[param]) - have
         if more > 0:
             name = names.get(param, f"param_{param}") + (f"[{have}:]" if have else "")
             layout.append(LayoutEntry(name, more * FEATURES_PER_BLOCK, more, layout_blocks(layout)))
@@ -159,18 +163,20 @@ def _to_planes(
         raise InputError(f"num_tokens must be a whole number that holds tokens {low} … {high}, got {count!r}.")
     if not first <= low <= high < first + count:  # not a running index: the sequence starts at its first record
         first = low
-    column = np.empty(records.size, np.int64)
-    for param, stretches in columns.items():
-        mine = np.flatnonzero(records["param_id"] == param)
-        block = records["block_idx"][mine].astype(np.int64)
-        for begin, blocks, base in stretches:
-            inside = (block >= begin) & (block < begin + blocks)
-            column[mine[inside]] = base + block[inside] - begin
+    param, block = records["param_id"].copy(), records["block_idx"].astype(np.int64)
+    origin = np.zeros(1 << 16, np.int64)
+    for known, stretches in columns.items():
+        origin[known] = stretches[0][2]
+    column = origin[param] + block
+    for known, stretches in columns.items():
+        for begin, _, base in stretches[1:]:
+            later = (param == known) & (block >= begin)
+            column[later] = base + block[later] - begin
     flat = (tokens - first) * width + column
-    if np.unique(flat).size < flat.size:
-        raise InputError("records must hold each token and block once, got one twice.")
     planes = np.full((2, count * width), np.nan, np.float32)
     planes[0, flat], planes[1, flat] = records["activation"], records["grad_norm"]
+    if np.count_nonzero(~np.isnan(planes[0])) < flat.size:
+        raise InputError("records must hold each token and block once, got one twice.")
     activation, grad_norm = planes.reshape(2, count, width)
     text = info.get("source")
     return SequenceRecord(

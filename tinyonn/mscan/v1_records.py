@@ -68,7 +68,7 @@ def index_records(path: str, fd: int, header: V1Header, known: np.ndarray, num_t
                 _reject(path, header, first, records, known, valid, int(bounds[-1]))
             invalid += int(valid.size - np.count_nonzero(valid))
             param, token = param[valid], token[valid]
-        _grow_blocks(blocks, param, records["block_idx"][valid])
+        grow_blocks(blocks, param, records["block_idx"][valid])
         last_token = max(last_token, int(token.max(initial=-1)))
         zero_gradients = zero_gradients and not records["grad_norm"].any()
         owned = np.searchsorted(bounds, records["token_idx"], side="right") - 1
@@ -86,7 +86,8 @@ def index_records(path: str, fd: int, header: V1Header, known: np.ndarray, num_t
     return RecordIndex(blocks, bounds, segments[owner_of < len(bounds) - 1], invalid, zero_gradients)
 
 
-def _grow_blocks(blocks: np.ndarray, param: np.ndarray, block: np.ndarray) -> None:
+def grow_blocks(blocks: np.ndarray, param: np.ndarray, block: np.ndarray) -> None:
+    """Raises blocks[p] to the number of blocks that records of parameter p name."""
     # Records of one parameter stand together, so a maximum per run leaves few values to scatter.
     if param.size:
         runs = np.flatnonzero(np.diff(param.astype(np.int32), prepend=-1))
