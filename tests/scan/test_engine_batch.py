@@ -118,3 +118,13 @@ def test_gradients_do_not_depend_on_the_number_of_tokens_that_follow_in_local_cr
 def test_bad_batches_are_refused(ids, mask, message):
     with ScanEngine(tiny_causal_lm("qwen3")) as engine, pytest.raises(InputError, match=message):
         engine.scan(ids, mask)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_shortest_sequences(tokens):
+    with ScanEngine(tiny_causal_lm("qwen3_moe"), credit="local") as engine:
+        (result,) = engine.scan(torch.arange(tokens)[None])
+    assert result.activation.shape == (tokens, engine.blocks)
+    assert np.isnan(result.loss[-1])
+    assert np.isfinite(result.loss[:-1]).all()
+    assert result.integral.count.max() == tokens - 1

@@ -120,3 +120,25 @@ def test_a_model_that_skips_its_embeddings_is_refused():
     model.get_input_embeddings = lambda: spare
     with ScanEngine(model) as engine, pytest.raises(InputError, match="one embedding call"):
         engine.scan(TOKENS)
+
+
+def test_a_module_with_an_extra_dimension_of_one_is_recorded():
+    """Latent attention projects (sequences, 1, tokens, features): the rows are still the tokens in order."""
+
+    class Extra(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x[:, None])[:, 0]
+
+    model = tiny_causal_lm("llama")
+    with ScanEngine(model, targets="down_proj") as engine:
+        expected = engine.scan(TOKENS)
+    for layer in model.model.layers:
+        layer.mlp = Extra(layer.mlp)
+    with ScanEngine(model, targets="down_proj") as engine:
+        results = engine.scan(TOKENS)
+    for result, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(result.grad_norm), torch.tensor(wanted.grad_norm), equal_nan=True)

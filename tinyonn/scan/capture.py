@@ -117,10 +117,10 @@ def module_hooks(targets: Iterable[Target], current: Callable[[], Capture | None
 
 
 def _token_rows(target: Target, tensor: Tensor, batch_shape: tuple[int, int]) -> Tensor:
-    """(..., features) as (sequences * tokens, features), for the two layouts whose rows are the batch's tokens in order."""
+    """(..., features) as (sequences * tokens, features), where its rows are the batch's tokens in order."""
     sequences, tokens = batch_shape
-    leading = tuple(tensor.shape[:-1])
-    if leading not in ((sequences, tokens), (sequences * tokens,)):
+    leading = [size for size in tensor.shape[:-1] if size != 1]
+    if leading not in ([size for size in batch_shape if size != 1], [sequences * tokens]):
         raise InputError(
             f"targets must leave out {target.name}: its output has shape {tuple(tensor.shape)}, whose rows are not the "
             f"{sequences} x {tokens} tokens of the batch."

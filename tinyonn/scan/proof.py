@@ -38,15 +38,10 @@ def prove_local_credit(model: PreTrainedModel) -> None:
     One token's loss must leave exactly zero gradient on every other token's embedding.
     """
     _refuse_own_attention(model)
-    try:
-        with attention_implementation(model, LOCAL_CREDIT), _watched(model) as mixers:
-            logits, embeddings = logits_from_embeddings(model, _probe(model))
-            token = logits.shape[1] - 2
-            (grad,) = torch.autograd.grad(logits[0, token].logsumexp(-1), embeddings)
-    except KeyError as error:
-        raise InputError(
-            f"credit must be 'full' for this model: {type(model).__name__} cannot take another attention ({error})."
-        ) from error
+    with attention_implementation(model, LOCAL_CREDIT), _watched(model) as mixers:
+        logits, embeddings = logits_from_embeddings(model, _probe(model))
+        token = logits.shape[1] - 2
+        (grad,) = torch.autograd.grad(logits[0, token].logsumexp(-1), embeddings)
     leak = grad[0].abs().sum(-1)
     leak[token] = 0
     if leak.any():
