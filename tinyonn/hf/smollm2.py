@@ -80,9 +80,9 @@ def prepare_smollm2(cache_dir: str | os.PathLike[str] | None = None, *, progress
         say(f"dequantising {GGUF_FILE} (once)")
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # The weights are plain float32 by now; a quantization_config would make from_pretrained look for the GGUF file again.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        model.hf_quantizer = None
         say(f"saving {target}")
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
