@@ -80,7 +80,8 @@ def prepare_smollm2(cache_dir: str | os.PathLike[str] | None = None, *, progress
         say(f"dequantising {GGUF_FILE} (once)")
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # The weights are plain float32 by now; a quantization_config would make from_pretrained look for the GGUF file again.
+        # The weights are plain float32 by now. With these two left, the model would refuse to be saved, and its copy ask for the GGUF file.
+        model.hf_quantizer = None  # type: ignore[assignment]
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         say(f"saving {target}")
