@@ -1,8 +1,8 @@
 """Token ids as the pieces of text they stand for.
 
 A `.mscan` file names its model and the hash of its tokenizer, and holds token ids and whole texts, but no vocabulary. The
-tokenizer is looked for on this machine alone (nothing is downloaded): where the caller says, in the folder that the file's
-model name spells, in the cache of converted models, in the Hugging Face cache. One whose hash differs is never used.
+tokenizer is looked for on this machine alone (nothing is downloaded): where the caller says, where the scan found its model, in
+the folder that the model's name spells, in the cache of converted models, in the Hugging Face cache. One whose hash differs is never used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def find_tokenizer(metadata: Mapping[str, Any], tokenizer: str | os.PathLike[str
     """The scan's tokenizer, or None where this machine has none that fits.
 
     Args:
-        metadata: of the file; `model` and `tokenizer_sha256` are read.
+        metadata: of the file; `model_path`, `model` and `tokenizer_sha256` are read.
         tokenizer: folder of the model, or its tokenizer.json.
 
     Raises:
@@ -44,7 +44,7 @@ def find_tokenizer(metadata: Mapping[str, Any], tokenizer: str | os.PathLike[str
         if isinstance(wanted, str) and tokenizer_hash(file.parent) != wanted:
             raise InputError(f"tokenizer must be the one that the scan used (sha256 {wanted[:12]}…), got {os.fspath(tokenizer)}.")
         return _load(file)
-    for folder in _candidates(metadata.get("model")):
+    for folder in _candidates(metadata):
         # A name alone proves nothing: without the hash any tokenizer of that name might stand there.
         if (folder / "tokenizer.json").is_file() and isinstance(wanted, str) and tokenizer_hash(folder) == wanted:
             return _load(folder / "tokenizer.json")
@@ -81,7 +81,10 @@ def token_pieces(decoder: Decoder, token_ids: Sequence[int]) -> list[str]:
     return pieces
 
 
-def _candidates(model: object) -> Iterator[Path]:
+def _candidates(metadata: Mapping[str, Any]) -> Iterator[Path]:
+    if isinstance(path := metadata.get("model_path"), str) and path:
+        yield Path(path)
+    model = metadata.get("model")
     if not isinstance(model, str) or not model:
         return
     yield Path(model)

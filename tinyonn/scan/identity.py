@@ -23,6 +23,7 @@ DESCRIPTIVE = (
     "torch",
     "transformers",
     "model",
+    "model_path",
     "architecture",
     "num_attention_heads",
     "num_key_value_heads",
@@ -47,7 +48,9 @@ def file_hash(*files: Path) -> str:
 def scan_metadata(
     config: ScanConfig, folder: Path, tokenizer: Any, model_config: Any, *, dtype: torch.dtype, max_length: int, parameters: int
 ) -> dict[str, Any]:
-    """The metadata of a scan's file: model, corpus, options, versions. Names and hashes, no paths.
+    """The metadata of a scan's file: model, corpus, options, versions.
+
+    Names and hashes; the one path is the model's, as it was given: a report looks for the tokenizer there.
 
     Args:
         config: the options.
@@ -69,6 +72,7 @@ def scan_metadata(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "model": display_name(config.model_path, folder),
+        "model_path": config.model_path,
         "architecture": type(model_config).__name__.removesuffix("Config"),
         **_heads(model_config.get_text_config()),
         "parameters": parameters,
