@@ -257,7 +257,8 @@ void Writer::put_data(const RecordView& record, uint64_t ordinal, uint32_t& chun
     {
       const Stopwatch watch(encode_seconds_);
       encoder_.encode(record.activation + at, record.grad_norm + at, layout.blocks, layout.spans, chunk, buffer_, delta_.data());
-      finish_chunk(start, chunk);  // here, while the planes are still in cache, their crc costs least
+      // Here, while the planes are still in cache, their crc costs least. A thread of its own would wait for a core that the model is using.
+      finish_chunk(start, chunk);
     }
     if (buffer_.size() >= kChunkBytes) flush();
     ++chunks;

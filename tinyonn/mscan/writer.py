@@ -144,7 +144,7 @@ class MscanWriter:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Time spent so far in encoding planes, and in checksums of large chunks and system calls."""
+        """Time spent so far in encoding planes, their checksum included, and in writing."""
         return self._core.seconds
 
     def __len__(self) -> int:
