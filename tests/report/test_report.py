@@ -393,6 +393,10 @@ def test_tokenizer_of_a_cached_model_is_found(make_scan, tmp_path, monkeypatch):
     assert found.decode([0]) == "yes"
     assert find_tokenizer({"model": "tiny", "tokenizer_sha256": "0" * 64}) is None
     assert find_tokenizer({"model": "tiny"}) is None
+    monkeypatch.delenv("TINYONN_CACHE")
+    elsewhere = {"model": "unknown", "model_path": str(folder), "tokenizer_sha256": tokenizer_hash(folder)}
+    assert find_tokenizer(elsewhere) is not None
+    assert find_tokenizer({**elsewhere, "model_path": str(tmp_path / "moved")}) is None
 
 
 def test_huge_layout_stays_one_small_page(make_scan, parse, tmp_path):
