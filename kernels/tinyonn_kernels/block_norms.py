@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE_ELEMENTS = 4096  # 32 values a thread in four warps: enough loads in flight, far from the register limit
-SCATTERED_ELEMENTS = 2048  # where loads are single values, every one has its own address and mask in registers
+SCATTERED_ELEMENTS = 1024  # where loads are single values, every one has its own address and mask in registers
 MAX_WIDTH = 1024
 MAX_ROWS = 32  # more would leave a small problem with too few programs
 

@@ -1,0 +1,70 @@
+"""∫SPS over the planes of a scan, against the expressions one would write."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tinyonn.ops import integrate_sps
+from tinyonn.testing import assert_close_rms
+
+# SmolLM2-135M: 30 decoder layers of 81 blocks, and an output head of 768.
+OFFSETS = [*range(0, 30 * 81 + 1, 81), 30 * 81 + 768]
+
+
+def _z(values: torch.Tensor) -> torch.Tensor:
+    mean = values.nanmean(-1, keepdim=True)
+    deviation = values - mean
+    std = deviation.square().nanmean(-1, keepdim=True).sqrt()
+    return torch.where(std <= 1e-6 * mean.abs(), torch.zeros_like(deviation), deviation / std)
+
+
+def _torch_expression(activation: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+    sums = []
+    for start, stop in pairwise(OFFSETS):
+        sps = _z(activation[:, start:stop]) - _z(grad_norm[:, start:stop])
+        sums.append(sps.double().nansum(0))
+    return torch.cat(sums)
+
+
+def _segment_expression(activation: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+    """No loop: every layer at once through `index_add`, as a group-by does it."""
+    layer = torch.bucketize(torch.arange(OFFSETS[-1]), torch.tensor(OFFSETS[1:]), right=True)
+    missing = activation.isnan() | grad_norm.isnan()
+
+    def segment_mean(values: torch.Tensor) -> torch.Tensor:
+        sums, counts = (torch.zeros(len(values), len(OFFSETS) - 1).index_add_(1, layer, v) for v in (values, (~missing).float()))
+        return (sums / counts.clamp(min=1))[:, layer]
+
+    def standardised(values: torch.Tensor) -> torch.Tensor:
+        mean = segment_mean(values.masked_fill(missing, 0))
+        deviation = (values - mean).masked_fill(missing, 0)
+        std = segment_mean(deviation.square()).sqrt()
+        return torch.where(std <= 1e-6 * mean.abs(), 0, deviation / std)
+
+    return (standardised(activation) - standardised(grad_norm)).sum(0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["complete", "last-token-missing"])
+def test_integrate_sps(compare, missing):
+    activation, grad_norm = torch.randn(512, OFFSETS[-1]).exp(), torch.randn(512, OFFSETS[-1]).exp()
+    if missing:
+        activation[-1] = grad_norm[-1] = math.nan
+
+    def agree(outputs: dict[str, torch.Tensor]) -> None:
+        for name, total in outputs.items():
+            assert_close_rms(total, outputs["tinyonn"], 1e-5, name)
+
+    compare(
+        f"∫SPS, 512 tokens x {OFFSETS[-1]} blocks, 31 layers{', last token missing' if missing else ''}",
+        {
+            "tinyonn": lambda: integrate_sps(activation, grad_norm, OFFSETS),
+            "torch, layer by layer": lambda: _torch_expression(activation, grad_norm),
+            "torch, index_add over layers": lambda: _segment_expression(activation, grad_norm),
+        },
+        agree,
+        info={"bytes_read": activation.nbytes + grad_norm.nbytes},
+    )

@@ -1,0 +1,80 @@
+"""The harness finds what it is there to find."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tinyonn.testing import assert_close_rms, compare_with_oracle, dtype_id, poisoned, rms_error_ratio, shape_id
+
+
+def test_uninitialised_memory_is_poisoned_and_then_no_longer():
+    before = torch.are_deterministic_algorithms_enabled()
+    x = torch.ones(3)
+    with poisoned():
+        for made in (torch.empty(1000), torch.empty_like(x), x.new_empty(7), torch.empty_strided((4, 4), (8, 1)), torch.empty(5).half()):
+            assert made.isnan().all()
+        assert (torch.empty(9, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
+    assert torch.are_deterministic_algorithms_enabled() == before
+
+
+def test_error_ratio_is_root_mean_square():
+    expected = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert rms_error_ratio(expected + torch.tensor([0.3, -0.4]), expected) == pytest.approx(0.1)
+    assert rms_error_ratio(expected, expected) == 0
+    assert rms_error_ratio(torch.ones(2), torch.zeros(2)) == math.inf
+    assert rms_error_ratio(torch.zeros(0), torch.zeros(0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("actual", "message"),
+    [
+        ([1.0, 2.0, math.nan], "must match the oracle's isnan everywhere, got 1 differences"),
+        ([1.0, 2.0, -math.inf], "must match the oracle's isposinf everywhere"),
+        ([1.0, 2.001, math.inf], "must have an RMS error ratio of at most 1e-05, got 0.000447"),
+        ([1.0, 2.0], r"must have shape \(3,\), got \(2,\)"),
+    ],
+)
+def test_a_wrong_output_is_refused(actual, message):
+    expected = torch.tensor([1.0, 2.0, math.inf], dtype=torch.float64)
+    assert_close_rms(expected.float(), expected, torch.float32)
+    with pytest.raises(AssertionError, match=f"grad {message}"):
+        assert_close_rms(torch.tensor(actual), expected, torch.float32, name="grad")
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ones = torch.ones(2)
+        ctx.mark_non_differentiable(ones)
+        return x.square(), ones
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return 2.01 * grad * ctx.saved_tensors[0]
+
+
+def test_oracle_comparison_judges_outputs_and_gradients():
+    tensors = {"x": torch.randn(6)}
+    compare_with_oracle(lambda x: (x.square(), torch.ones(2)), lambda x: (x * x, torch.ones(2)), tensors, dtype=torch.float32, grad=["x"])
+    with pytest.raises(AssertionError, match=r"gradient of x must have an RMS error ratio of at most 1e-05, got 0\.005"):
+        compare_with_oracle(_WrongGradient.apply, lambda x: (x * x, torch.ones(2)), tensors, dtype=torch.float32, grad=["x"])
+    with pytest.raises(AssertionError, match="output 0 must have an RMS error ratio"):
+        compare_with_oracle(lambda x: x + 0.1, lambda x: x, tensors, dtype=torch.float32)
+    with pytest.raises(AssertionError, match="op must return 2 tensors, got 1"):
+        compare_with_oracle(lambda x: x, lambda x: (x, x), tensors, dtype=torch.float32)
+
+
+def test_half_precision_is_judged_on_its_own_rounded_inputs():
+    compare_with_oracle(lambda x: x.float(), lambda x: x, {"x": torch.randn(50)}, dtype=torch.bfloat16, tolerance=1e-12)
+
+
+def test_ids_are_readable():
+    assert shape_id((3, 100)) == "3x100"
+    assert shape_id(()) == "scalar"
+    assert shape_id(7) is None
+    assert dtype_id(torch.bfloat16) == "bfloat16"
+    assert dtype_id("torch") is None
