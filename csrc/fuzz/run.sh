@@ -29,5 +29,10 @@ clang++ "${flags[@]}" "${sources[@]}" "$here/fuzz_reader.cpp" -o "$build/fuzz_re
 rm -rf "$build/seeds"
 "$python" "$here/make_seeds.py" "$build/seeds"
 mkdir -p "$build/corpus"
-exec "$build/fuzz_reader" "$build/corpus" "$build/seeds" -max_total_time="$seconds" -max_len=16384 -rss_limit_mb=2048 -timeout=20 \
-  -artifact_prefix="$build/findings/" -print_final_stats=1 -verbosity=1
+echo "fuzzing for $seconds s, log in $build/fuzz.log"
+if ! "$build/fuzz_reader" "$build/corpus" "$build/seeds" -max_total_time="$seconds" -max_len=16384 -rss_limit_mb=2048 -timeout=20 \
+  -artifact_prefix="$build/findings/" -print_final_stats=1 >"$build/fuzz.log" 2>&1; then
+  grep -v '^#' "$build/fuzz.log" | tail -n 60
+  exit 1
+fi
+grep -E '^(Done|stat::(number|average|peak))' "$build/fuzz.log"
