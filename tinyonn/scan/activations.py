@@ -6,6 +6,7 @@ count is the model's own, whatever its architecture, and takes neither its weigh
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def skeleton(model_config: Any, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), dtype=dtype)  # it writes the dtype into it
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"model_path must hold a causal language model, got {type(model_config).__name__}: {reason}") from error
