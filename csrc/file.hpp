@@ -1,4 +1,4 @@
-// Files by plain system calls: open, flock, fstat, pread, pwrite, ftruncate, fdatasync, fsync, mmap, close.
+// Files by plain system calls: open, flock, fstat, fstatfs, fallocate, pread, pwrite, ftruncate, fdatasync, fsync, mmap, close.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +28,12 @@ class OutputFile {
   bool is_open() const { return fd_ >= 0; }
 
  private:
+  void reserve(uint64_t offset, uint64_t size);
+
   std::string path_;
   int fd_ = -1;
+  bool reserves_ = false;
+  uint64_t reserved_ = 0;  // blocks up to here are the file's already, though it ends before
 };
 
 // A file mapped for reading. If another process truncates it, touching what is gone is a bus error: a property of mmap.

@@ -224,6 +224,17 @@ def acknowledge(path: str, count: str, sync: str, ack: str) -> None:
     os.write(int(ack), struct.pack("<Q", CLOSED))
 
 
+def large(path: str, end: str) -> None:
+    """Appends 4 MiB and closes the file, or dies before that."""
+    plane = np.ones((512, 2048), np.float32)
+    writer = MscanWriter(path, METADATA, [LayoutEntry("layers.0.a.weight", 2048, 2048, 0)], sync="none")
+    writer.append(SequenceRecord("s", np.arange(512), np.zeros(512), plane, plane))
+    if end == "kill":
+        print("appended", flush=True)
+        os._exit(0)
+    writer.close()
+
+
 def append_one(path: str, i: str) -> None:
     write(path, 1, first=int(i), mode="a")
 
@@ -270,4 +281,4 @@ def _limit(how: str, size: int) -> None:
 
 
 if __name__ == "__main__":
-    {call.__name__: call for call in (truncate, flip, kill, acknowledge, append_one, starve)}[sys.argv[1]](*sys.argv[2:])
+    {call.__name__: call for call in (truncate, flip, kill, acknowledge, append_one, large, starve)}[sys.argv[1]](*sys.argv[2:])

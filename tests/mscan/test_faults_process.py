@@ -85,6 +85,20 @@ def test_a_reader_beside_a_writer_sees_a_prefix(tmp_path: Path) -> None:
             faults.assert_is_record(before, i, i)
 
 
+@pytest.mark.parametrize("killed", [False, True], ids=["closed", "killed and continued"])
+def test_blocks_reserved_for_large_appends_are_given_back(tmp_path: Path, killed: bool) -> None:
+    path = tmp_path / "large.mscan"
+    run("large", path, "kill" if killed else "close")
+    if killed:
+        with MscanWriter(path, None, None, mode="a", sync="none") as writer:
+            writer.append_integral(faults.Integral.zeros(2048))
+    size = path.stat().st_size
+    assert size > 4 << 20
+    assert path.stat().st_blocks * 512 < size + (1 << 20)
+    with MscanReader(path, recovery="strict") as reader:
+        assert len(reader.sequences) == 1
+
+
 def journal(path: Path) -> list[tuple[str, int, bytes]]:
     """(kind, number, data) of each event the shim saw, in order."""
     data, at, events = path.read_bytes(), 0, []

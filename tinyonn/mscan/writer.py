@@ -61,7 +61,8 @@ class MscanWriter:
         FileExistsError, FileNotFoundError: by mode.
 
     A writer appends from one thread at a time; the GIL is released meanwhile. It uses pwrite, ftruncate, fdatasync (fsync for the
-    directory) and flock, nothing else. As a context manager it closes the file, also after an exception.
+    directory), flock and, on ext4 for large appends, fallocate; nothing else. As a context manager it closes the file, also after an
+    exception.
     """
 
     def __init__(
