@@ -50,7 +50,7 @@ def test_model_name_is_the_folders_own_even_for_a_dot(tmp_path, monkeypatch):
         ({"max_length": 1}, "max_length must be a whole number of at least 2, got 1."),
         ({"limit": 0}, "limit must be a whole number of at least 1, got 0."),
         ({"generate": -1}, "generate must be a whole number of at least 0, got -1."),
-        ({"temperature": -0.5}, "temperature must be at least 0, got -0.5."),
+        ({"temperature": -0.5}, "temperature must be at least 0 and finite, got -0.5."),
         ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0."),
         ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N, got 'gpu'."),
         ({"output_path": "scan.bin"}, "output_path must end in .mscan, got 'scan.bin'."),
