@@ -44,19 +44,13 @@ def norms(tokens: int) -> np.ndarray:
     return np.exp(scale + rng.normal(0, 0.7, (2, tokens, BLOCKS))).astype(np.float32)
 
 
-def file_system(folder: Path) -> str:
-    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()] if Path("/proc/mounts").exists() else []
-    above = [(len(point), kind) for _, point, kind, *_ in mounts if folder.resolve().is_relative_to(point)]
-    return max(above)[1] if above else "unknown"
-
-
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as opened:
         yield opened
 
 
-def test_append_of_one_token(compare: Callable[..., Any], tmp_path: Path, stack: ExitStack) -> None:
+def test_append_of_one_token(compare: Callable[..., Any], tmp_path: Path, file_system: str, stack: ExitStack) -> None:
     """One token's norms an append, into stores that stay open. All take float32; ours encodes it and commits each append by itself."""
     row = norms(1)
     record = SequenceRecord("s", np.array([7]), np.array([0.5], np.float32), *row)
@@ -112,12 +106,12 @@ def test_append_of_one_token(compare: Callable[..., Any], tmp_path: Path, stack:
         with MscanReader(tmp_path / "a.mscan") as reader:
             np.testing.assert_allclose(np.stack(reader.planes(0)), row, rtol=2e-3)
 
-    info = {"file system": file_system(tmp_path), "goal": "Zarr >= 300x, Arrow >= 1x"}
+    info = {"file system": file_system, "goal": "Zarr >= 300x, Arrow >= 1x"}
     result = compare(f"append one token of {BLOCKS} blocks", candidates, check, rounds=20, info=info)
     result.info["appends a second"] = {name: round(1 / result.median(name)) for name in candidates}
 
 
-def test_opening_a_million_sequences(compare: Callable[..., Any], tmp_path: Path) -> None:
+def test_opening_a_million_sequences(compare: Callable[..., Any], tmp_path: Path, file_system: str) -> None:
     path = tmp_path / "many.mscan"
     with MscanWriter(path, {}, LAYOUT, sync="none") as writer:
         token_ids, loss = np.array([7]), np.array([0.5], np.float32)
@@ -144,7 +138,7 @@ def test_opening_a_million_sequences(compare: Callable[..., Any], tmp_path: Path
     def check(outputs: dict[str, Any]) -> None:
         assert list(outputs.values()) == [MANY, str(MANY - 3), MANY]
 
-    info = {"goal": "50 ms", "file": f"{path.stat().st_size / 1e6:.0f} MB", "file system": file_system(tmp_path)}
+    info = {"goal": "50 ms", "file": f"{path.stat().st_size / 1e6:.0f} MB", "file system": file_system}
     compare("open 10^6 sequences", candidates, check, info=info)
     path.unlink()
     torn.unlink()
@@ -215,7 +209,7 @@ def rewriting_append(path: Path, records: np.ndarray, info: dict[str, Any]) -> N
     beside.replace(path)
 
 
-def test_append_through_the_names_of_version_1(compare: Callable[..., Any], tmp_path: Path) -> None:
+def test_append_through_the_names_of_version_1(compare: Callable[..., Any], tmp_path: Path, file_system: str) -> None:
     """The 1st and the 100th append of a sequence of 32 tokens (0.9 MB of records): ours does not grow with the file."""
     metadata: dict[str, Any] = {"id_to_param_name_map": {str(i): entry.name for i, entry in enumerate(LAYOUT)}, "sequences": []}
     token, column = (part.reshape(-1) for part in np.indices((32, BLOCKS)))
@@ -254,4 +248,4 @@ def test_append_through_the_names_of_version_1(compare: Callable[..., Any], tmp_
         assert new[0] == old[0]
         np.testing.assert_array_equal(new[1], old[1])
 
-    compare("append 32 tokens of version 1 records", candidates, check, rounds=7, info={"file system": file_system(tmp_path)})
+    compare("append 32 tokens of version 1 records", candidates, check, rounds=7, info={"file system": file_system})

@@ -191,3 +191,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def file_system(tmp_path: Path) -> str:
+    """What kind of file system a benchmark's files lie on: "ext4", "tmpfs", …"""
+    mounts = Path("/proc/mounts")
+    points = [line.split()[1:3] for line in mounts.read_text().splitlines()] if mounts.exists() else []
+    above = [(len(point), kind) for point, kind in points if tmp_path.resolve().is_relative_to(point)]
+    return max(above)[1] if above else "unknown"
