@@ -85,7 +85,7 @@ def _integrate_sps_kernel(
             a, g, present = _load_tile(a_ptr + t * stride_at, g_ptr + t * stride_gt, block, end, stride_ab, stride_gb)
             count = tl.maximum(tl.sum(present.to(tl.int32)), 1).to(tl.float64)
             sps = _standardise(a, present, count) - _standardise(g, present, count)
-            total += sps
+            total += tl.where(present, sps, 0.0)
             if HAS_SCORES:
                 tl.store(scores_ptr + t * num_blocks + block, tl.where(present, sps, float("nan")), mask=block < stop)
         tl.store(partial_ptr + block, total, mask=block < stop)

@@ -16,46 +16,44 @@ def integrate(activation: Tensor, grad_norm: Tensor, group_offsets: Tensor, toke
     """Returns the sum over tokens (blocks,) float64; writes the scores to `per_token (tokens, blocks)` where given."""
     num_tokens, num_blocks = activation.shape
     total = torch.zeros(num_blocks, dtype=torch.float64, device=activation.device)
-    if per_token is not None:
-        per_token.fill_(float("nan"))
     runs = _equal_runs(group_offsets.tolist())
     step = max(1, CHUNK_ELEMENTS // max(1, num_blocks))
     for start in range(0, num_tokens, step):
         tokens = slice(start, start + step)
-        a, g = activation[tokens].double(), grad_norm[tokens].double()
-        missing = a.isnan() | g.isnan()
-        if token_mask is not None:
-            missing |= ~token_mask[tokens].unsqueeze(-1)
-        scores = torch.empty_like(a)
-        # Most chunks miss nothing and take the shorter path; on a GPU asking would stall it.
-        gaps = missing if a.is_cuda or bool(missing.any()) else None
+        a, g = (plane[tokens].to(torch.float64, copy=True) for plane in (activation, grad_norm))
+        keep = None if token_mask is None else token_mask[tokens, None, None]
         for first, groups, width in runs:
             columns = slice(first, first + groups * width)
             view = (groups, width)
-            present = None if gaps is None else ~gaps[:, columns].unflatten(-1, view)
-            z = _standardise(a[:, columns].unflatten(-1, view), present)
-            z -= _standardise(g[:, columns].unflatten(-1, view), present)
-            scores[:, columns] = z.flatten(-2)
-        total += scores.sum(dim=0)
-        if per_token is not None:
-            per_token[tokens] = scores if gaps is None else scores.masked_fill(gaps, float("nan"))
+            scores, present = _scores(a[:, columns].unflatten(-1, view), g[:, columns].unflatten(-1, view), keep)
+            total[columns] += scores.sum(dim=0).flatten()
+            if per_token is not None:
+                per_token[tokens, columns] = (scores if present is None else scores.masked_fill(~present, float("nan"))).flatten(-2)
     return total
 
 
-def _standardise(values: Tensor, present: Tensor | None) -> Tensor:
-    """z over the last dimension, 0 where missing and where the spread is no more than rounding. Two passes."""
-    if present is None:
-        mean = values.mean(dim=-1, keepdim=True)
-        deviation = values - mean
-        variance = deviation.square().mean(dim=-1, keepdim=True)
-    else:
-        count = present.sum(dim=-1, keepdim=True).clamp(min=1)
-        mean = torch.where(present, values, 0).sum(dim=-1, keepdim=True) / count
-        deviation = torch.where(present, values - mean, 0)
-        variance = deviation.square().sum(dim=-1, keepdim=True) / count
-    std = variance.sqrt_()
-    flat = std <= RELATIVE_STD_FLOOR * mean.abs()
-    return deviation.div_(std.masked_fill_(flat, 1)).masked_fill_(flat, 0)
+def _scores(a: Tensor, g: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """z(a) - z(g) over the last dimension, 0 where missing, and what is present, None for everything. Changes `a` and `g`."""
+    present, root_count = None, a.new_tensor(a.shape[-1]).sqrt()
+    a_mean, g_mean = a.mean(dim=-1, keepdim=True), g.mean(dim=-1, keepdim=True)
+    # A mean shows whether anything is missing, so that complete layers take no further pass; on a GPU asking would stall it.
+    if keep is not None or a.is_cuda or bool((a_mean + g_mean).isnan().any()):
+        present = ~(a.isnan() | g.isnan())
+        if keep is not None:
+            present &= keep
+        count = present.sum(dim=-1, keepdim=True, dtype=torch.float64).clamp(min=1)
+        root_count = count.sqrt()
+        a_mean, g_mean = (torch.where(present, plane, 0).sum(dim=-1, keepdim=True) / count for plane in (a, g))
+    scales = []
+    for deviation, mean in ((a.sub_(a_mean), a_mean), (g.sub_(g_mean), g_mean)):
+        if present is not None:
+            deviation.masked_fill_(~present, 0)
+        std = torch.linalg.vector_norm(deviation, dim=-1, keepdim=True) / root_count
+        flat = std <= RELATIVE_STD_FLOOR * mean.abs()
+        scales.append(std.masked_fill_(flat, torch.inf).reciprocal_())
+    scores = a.mul_(scales[0]).addcmul_(g, scales[1], value=-1)
+    # Once more: beside an infinity the scale is NaN, and a missing block must not catch it.
+    return scores if present is None else scores.masked_fill_(~present, 0), present
 
 
 def _equal_runs(bounds: list[int]) -> list[tuple[int, int, int]]:
