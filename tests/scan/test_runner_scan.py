@@ -84,7 +84,7 @@ def test_progress_ends_with_every_record_accounted_for(tmp_path, tiny_model, wri
     assert states[-1].tokens_per_second > 0
 
 
-def test_metadata_says_what_was_scanned_and_names_no_path(scan, tiny_model, tmp_path):
+def test_metadata_says_what_was_scanned_and_names_no_other_path_than_the_models(scan, tiny_model, tmp_path):
     _, reader = scan(["hello world"], credit="local", store="integral", seed=3)
     metadata = reader.metadata
     expected = {
@@ -104,8 +104,10 @@ def test_metadata_says_what_was_scanned_and_names_no_path(scan, tiny_model, tmp_
     }
     assert {key: metadata[key] for key in expected} == expected
     assert all(len(metadata[key]) == 64 for key in metadata if key.endswith("_sha256"))
-    assert str(tmp_path) not in json.dumps(metadata)
-    assert str(tiny_model.parent) not in json.dumps(metadata)
+    assert metadata["model_path"] == str(tiny_model)
+    others = json.dumps({key: value for key, value in metadata.items() if key != "model_path"})
+    assert str(tmp_path) not in others
+    assert str(tiny_model.parent) not in others
 
 
 def test_integral_store_keeps_sums_and_losses_and_no_planes(scan, tmp_path):
