@@ -58,7 +58,7 @@ def _mend(blocks: Tensor, out: Tensor) -> None:
     info = torch.finfo(out.dtype)
     floor = math.sqrt(info.tiny / info.eps)
     low, high = torch.aminmax(out)
-    if bool(low >= floor) and bool(high < math.inf):
+    if low.item() >= floor and high.item() < math.inf:
         return
     doubtful = (out < floor) | (out == math.inf)
     if bool(doubtful.any()):
