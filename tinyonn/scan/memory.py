@@ -42,15 +42,6 @@ def _container_free() -> int | None:
     return max(int(limit) - used + int(cached.get("inactive_file", 0)) + int(cached.get("active_file", 0)), 0)
 
 
-def peak_rss() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def readable_bytes(count: float) -> str:
     """A size with a unit: 1.5 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):
