@@ -21,7 +21,7 @@ from tinyonn.mscan.stats import ModuleStats
 from tinyonn.mscan.types import Integral
 from tinyonn.mscan.v2 import V2Reader
 
-RANK_KEYS = frozenset({"rank"})  # metadata in which the members of a set may differ
+RANK_KEYS = frozenset({"rank", "model_path"})  # metadata in which the members of a set may differ
 
 
 class _SetSequences(Sequence[StoredSequence]):
