@@ -22,7 +22,8 @@ setup(
             depends=sorted(glob("csrc/*.hpp")),
             include_dirs=["csrc"],
             cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+            # Without -ffp-contract=off, compilers for Arm (and -march=native) fuse multiply and add, and codes differ between machines.
+            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
         )
     ],
     cmdclass={"build_ext": build_ext},

@@ -174,7 +174,7 @@ void bind_writer(py::module_& m) {
            },
            py::arg("layout"))
       .def("close", [](PathWriter& self) { without_gil(self.path, [&] { self.writer.close(); }); })
-      .def("abandon", [](PathWriter& self) { self.writer.abandon(); })
+      .def("abandon", [](PathWriter& self) { without_gil(self.path, [&] { self.writer.abandon(); }); })
       .def("__len__", [](const PathWriter& self) { return self.writer.size(); })
       .def_property_readonly("metadata", [](const PathWriter& self) { return py::bytes(self.writer.metadata()); })
       .def_property_readonly("layout", [](const PathWriter& self) { return items_of(self.writer.layout()); })

@@ -20,14 +20,21 @@ py::array_t<uint16_t> encode(const py::array_t<float, py::array::c_style | py::a
   Moments stats;
   const auto count = static_cast<size_t>(values.size());
   py::array_t<uint16_t> codes(values.size());
+  uint16_t* out = codes.mutable_data();
   py::gil_scoped_release release;
   const PlaneScan scan = scan_spans(values.data(), count, 1, spans, sums, &stats, 1);
   if (scan.negative) throw InputFault("values must not be negative: they are norms.");
   const PlaneRange range = plane_range(scan);
-  encode_log2u16(values.data(), count, range, static_cast<uint16_t*>(const_cast<void*>(static_cast<const void*>(codes.data()))));
+  encode_log2u16(values.data(), count, range, out);
   lo = range.lo;
   hi = range.hi;
   return codes;
+}
+
+void set_mscan_error(const std::string& path, const Fault& fault) {
+  const py::object type = py::module_::import("tinyonn.errors").attr("MscanError");
+  const py::object offset = fault.has_offset ? py::object(py::int_(fault.offset)) : py::object(py::none());
+  py::set_error(type, type(path, fault.what(), offset));
 }
 
 }  // namespace
@@ -39,13 +46,9 @@ PYBIND11_MODULE(_C, m) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const FileFault& fault) {
-      const py::object type = py::module_::import("tinyonn.errors").attr("MscanError");
-      const py::object offset = fault.has_offset ? py::object(py::int_(fault.offset)) : py::object(py::none());
-      py::set_error(type, type(fault.path, fault.what(), offset));
+      set_mscan_error(fault.path, fault);
     } catch (const Fault& fault) {
-      const py::object type = py::module_::import("tinyonn.errors").attr("MscanError");
-      const py::object offset = fault.has_offset ? py::object(py::int_(fault.offset)) : py::object(py::none());
-      py::set_error(type, type("<memory>", fault.what(), offset));
+      set_mscan_error("<memory>", fault);
     } catch (const InputFault& fault) {
       py::set_error(py::module_::import("tinyonn.errors").attr("InputError"), fault.what());
     } catch (const std::system_error& error) {

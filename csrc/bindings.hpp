@@ -22,8 +22,6 @@ auto without_gil(const std::string& path, Work&& work) {
   try {
     py::gil_scoped_release release;
     return work();
-  } catch (const FileFault&) {
-    throw;
   } catch (const mscan::Fault& fault) {
     throw FileFault(path, fault);
   }

@@ -92,7 +92,7 @@ void OutputFile::reserve(uint64_t offset, uint64_t size) {
   if (!reserves_ || offset + size <= reserved_) return;
   const uint64_t begin = std::max(offset, reserved_), length = size + kReserve;
   reserves_ = ::fallocate(fd_, FALLOC_FL_KEEP_SIZE, static_cast<off_t>(begin), static_cast<off_t>(length)) == 0;
-  if (reserves_) reserved_ = begin + length;
+  reserved_ = begin + length;  // where the disk was too full, a part may be reserved all the same
 #else
   static_cast<void>(offset + size);
 #endif

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+static_assert(sizeof(void*) == 8, "a file is mapped whole, and its offsets are 64 bits wide");
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the format is little-endian and its structures are copied as they are");
 
 namespace mscan {

@@ -8,7 +8,7 @@
 namespace mscan {
 namespace {
 
-constexpr uint64_t kChunkBytes = 4ull << 20;    // encoded bytes of a DATA chunk
+constexpr uint64_t kChunkBytes = 4ull << 20;  // encoded bytes of a DATA chunk
 
 class Stopwatch {
  public:
@@ -37,6 +37,7 @@ void seal(T& structure) {
 
 // Whether these bytes can only be the start of a file whose creation was cut short: they hold no sequence.
 bool is_unfinished_start(Bytes file) {
+  if (file.size == 0) return true;
   if (file.size < sizeof(Prologue)) {
     const uint8_t start[7] = {'M', 'S', 'C', 'A', 'N', 2, 0};
     return std::memcmp(file.data, start, file.size < 7 ? file.size : 7) == 0;
@@ -326,7 +327,7 @@ uint64_t Writer::append(const RecordView& record) {
   if ((pending_.size() >= 4096 || since >= (64ull << 20)) && since >= 16 * (pending_.size() * sizeof(IndexEntry) + tables_bytes())) {
     try {
       write_index();
-    } catch (const Fault&) {
+    } catch (const std::exception&) {
       // The sequence is committed; an INDEX only saves time and close() tries again.
       if (broken_) throw;
     }

@@ -295,6 +295,37 @@ def test_appends_from_threads_are_all_kept(tmp_path: Path) -> None:
             np.testing.assert_array_equal(reader.planes(i)[0], record(int(reader.sequences[i].sequence_id[1:])).activation)
 
 
+ABANDON = """
+import sys, threading
+import numpy as np
+from tinyonn import _C
+
+compressing, abandoning = threading.Event(), threading.Event()
+
+def compress(raw):
+    compressing.set()
+    abandoning.wait(10)
+    threading.Event().wait(0.2)  # the other thread is inside abandon by now
+    return bytes(raw)
+
+writer = _C.Writer(sys.argv[1], "x", "{}", [("w", 64, 1, 0)], "f32", "none", compress, None)
+planes = np.ones((2, 1, 1), np.float32)
+appending = threading.Thread(target=lambda: writer.append("s", [1], [0.5], *planes, None, None, None))
+appending.start()
+compressing.wait(10)
+abandoning.set()
+writer.abandon()
+appending.join()
+print(len(writer))
+"""
+
+
+def test_abandoning_waits_for_an_append_that_needs_the_interpreter(tmp_path: Path) -> None:
+    script = [sys.executable, "-c", ABANDON, str(tmp_path / "a.mscan")]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "1\n"
+
+
 def test_many_sequences_make_few_index_chunks_and_all_are_found(tmp_path: Path) -> None:
     path, count = tmp_path / "a.mscan", 70_000
     one, row, loss = np.array([3]), np.ones((1, 3), np.float32), np.zeros(1, np.float32)

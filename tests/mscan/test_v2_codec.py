@@ -94,6 +94,22 @@ def test_log2u16_bound_over_spreads(form: str, spread: float) -> None:
     check(values)
 
 
+@pytest.mark.parametrize("spread", [1e-7, 1.0, 43.0, 276.9], ids=lambda s: f"2^{s:g}")
+def test_both_forms_give_the_same_codes(spread: float) -> None:
+    if not _C.codec_is_vectorised():
+        pytest.skip("this machine has no AVX2")
+    rng = np.random.default_rng(2)
+    values = np.exp2(np.clip(rng.uniform(-spread / 2, spread / 2, 100_000), -148.9, 127.9)).astype(np.float32)
+    vector = _C.encode_log2u16(values)
+    _C.force_plain_codec(True)
+    try:
+        plain = _C.encode_log2u16(values)
+    finally:
+        _C.force_plain_codec(False)
+    np.testing.assert_array_equal(vector[0], plain[0])
+    assert vector[1:] == plain[1:]
+
+
 def test_log2u16_rounds_to_the_nearest_step(form: str) -> None:
     values = np.exp2(np.random.default_rng(1).uniform(-10, 10, 50_003)).astype(np.float32)
     codes, lo, hi = _C.encode_log2u16(values)
