@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tinyonn.errors import InputError, MscanError
+from tinyonn.mscan.reader import MscanReader
 from tinyonn.mscan.v1 import V1Reader
 from tinyonn.mscan.v1_sums import integrate
 
@@ -89,6 +90,14 @@ def test_records_without_listed_sequences_are_one_sequence(path: Path) -> None:
     path.write_bytes(head(metadata, 30) + pack(rows(5)))
     with V1Reader(path) as reader:
         assert [(s.sequence_id, s.num_tokens) for s in reader.sequences] == [("0", 5)]
+
+
+def test_the_general_reader_opens_version_1_as_its_own_kind(path: Path) -> None:
+    path.write_bytes(head(meta(2, 3), 30) + pack(rows(5)))
+    with MscanReader(path, recovery="strict") as reader:
+        assert isinstance(reader, V1Reader)
+        assert isinstance(reader, MscanReader)
+        assert (reader.version, reader.recovery, len(reader)) == (1, "strict", 2)
 
 
 def test_missing_records_are_nan_and_never_zero(path: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tinyonn.errors import MscanError
+from tinyonn.mscan.v1_header import MAGIC, PROLOGUE
 
-PROLOGUE = struct.Struct("<5sHII")
+if TYPE_CHECKING:
+    from tinyonn.mscan.reader import MscanReader
+
 _RANK = re.compile(r"(?P<stem>.+)\.rank(?P<rank>\d+)-of-(?P<size>\d+)\.mscan")
 
 
@@ -25,7 +27,7 @@ def version_of(path: str) -> int:
     if len(head) < PROLOGUE.size:
         raise MscanError(path, f"a .mscan file must have at least {PROLOGUE.size} bytes, got {len(head)}.", len(head))
     magic, version, _, _ = PROLOGUE.unpack(head)
-    if magic != b"MSCAN":
+    if magic != MAGIC:
         raise MscanError(path, "a .mscan file must start with MSCAN.", 0)
     return int(version)
 
@@ -60,15 +62,12 @@ def rank_members(path: str) -> list[str] | None:
     return [os.fspath(name) for name in names]
 
 
-def choose_reader(path: str, whole_set: bool) -> tuple[type[Any], str]:
-    """The class that reads `path`, and the path it takes."""
+def choose_reader(path: str, whole_set: bool) -> type[MscanReader]:
+    """The class that reads `path`."""
     from tinyonn.mscan.ranks import RankSetReader
+    from tinyonn.mscan.v1 import V1Reader
     from tinyonn.mscan.v2 import V2Reader
 
     if whole_set and rank_members(path) is not None:
-        return RankSetReader, path
-    if version_of(path) == 1:
-        from tinyonn.mscan.v1 import V1Reader
-
-        return V1Reader, path
-    return V2Reader, path
+        return RankSetReader
+    return V1Reader if version_of(path) == 1 else V2Reader

@@ -97,10 +97,7 @@ class MscanReader:
             return super().__new__(cls)
         from tinyonn.mscan.choose import choose_reader
 
-        kind, argument = choose_reader(os.fspath(path), whole_set)
-        if issubclass(kind, MscanReader):
-            return super().__new__(kind)
-        return kind(argument, recovery=recovery)
+        return super().__new__(choose_reader(os.fspath(path), whole_set))
 
     def planes(self, i: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Activation and gradient norms of sequence i, (tokens, blocks) float32 each; NaN = missing.

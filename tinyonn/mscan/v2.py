@@ -85,11 +85,6 @@ class V2Reader(MscanReader):
             raise ValueError(f"{self.path} was closed.")
         return self._core
 
-    @property
-    def closed_cleanly(self) -> bool:
-        """Whether the file ends in a trailer."""
-        return self.core.closed
-
     def ordinal(self, i: int) -> int:
         """i counted from the front."""
         count = len(self.core)
