@@ -32,9 +32,7 @@ def compare(
 
     with screen.Progress(f"comparing {a.name} and {b.name}") as bar:
         bar.update(None, "")
-        result = write_comparison(
-            a, b, output_path, top=top, resamples=resamples, confidence=confidence, seed=seed, figures_too=figures
-        )  # fmt: skip
+        result = write_comparison(a, b, output_path, top=top, resamples=resamples, confidence=confidence, seed=seed, figures_too=figures)
     blocks = result.specific_blocks
     lines: list[tuple[str, object]] = [
         ("compared", f"{screen.number(result.sequences_a)} and {screen.counted(result.sequences_b, 'sequence')}"),

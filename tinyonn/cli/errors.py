@@ -62,12 +62,11 @@ def _os_error(error: OSError) -> str:
 
 
 def _ran_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator on a CPU
+    if "torch" not in sys.modules:  # then there is none of its errors to tell, and it is not imported for that
+        return isinstance(error, MemoryError)
+    from ..scan.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _lower(command: str) -> str:

@@ -21,14 +21,13 @@ from ..mscan.layout import LayoutEntry, layout_groups
 from ..mscan.types import Integral
 from .batch import Batch
 from .capture import Capture, module_hooks
+from .config import CREDITS
 from .experts import PairRecorder, recorded_experts
 from .forward import frozen, logits_from_embeddings, loss_into_gradient_, vocabulary_size
 from .integral import sequence_integral
 from .local_credit import LOCAL_CREDIT
 from .proof import prove_local_credit, prove_same_logits
 from .targets import Target, find_targets, layout_of
-
-CREDITS = ("full", "local")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 
 from .config import RUN_ONLY, ScanConfig
 from .loading import display_name, weight_files
+from .targets import BLOCK_SIZE
 
-BLOCK_SIZE = 64
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 # In the metadata, and not part of the identity: a scan may be continued by a newer version, or a renamed copy of the model.

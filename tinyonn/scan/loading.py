@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from .memory import available_memory, readable_bytes
+from .memory import available_memory, is_out_of_memory, readable_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -239,13 +239,6 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
             logging.enable_progress_bar()
     cast(Any, model).to(device)  # transformers types `to` as taking no device
     return model.eval()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on either device."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and bool(re.search(r"can't allocate memory|out of memory|bad_alloc", str(error)))
 
 
 def display_name(model_path: str, folder: Path) -> str:

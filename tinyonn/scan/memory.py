@@ -1,8 +1,9 @@
-"""How much memory there is, and how to say it."""
+"""How much memory there is, how to say it, and how to tell that there was not enough."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -40,6 +41,13 @@ def _container_free() -> int | None:
         return None
     # Cached file pages count as used but are given back on demand.
     return max(int(limit) - used + int(cached.get("inactive_file", 0)) + int(cached.get("active_file", 0)), 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on either device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search(r"can't allocate memory|out of memory|bad_alloc", str(error)))
 
 
 def readable_bytes(count: float) -> str:

@@ -18,7 +18,8 @@ from .config import ScanConfig
 from .distributed import World
 from .engine import ScanEngine, SequenceScan
 from .generation import Answered, Generator
-from .loading import is_out_of_memory, load_model
+from .loading import load_model
+from .memory import is_out_of_memory
 from .output import NOTHING, Existing, OutputCompleteError, check_writable, find_existing, member_path, open_writer, refuse_existing
 from .prepare import Prepared, prepare
 from .tokens import TokenCounts, TokenSequence, plan_batches
