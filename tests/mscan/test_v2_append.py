@@ -152,6 +152,7 @@ def test_modes_say_what_is_there(tmp_path: Path) -> None:
         ({"sync": "always"}, "sync must be one of 'none', 'chunk', 'close', got 'always'"),
         ({"compression": "gzip"}, "compression must be None or 'zstd', got 'gzip'"),
         ({"metadata": {"x": float("nan")}}, "metadata must be JSON values"),
+        ({"metadata": {"x": "\ud800"}}, "metadata must be JSON values"),
         ({"metadata": None}, "metadata and layout must be given"),
         ({"layout": []}, "layout must hold at least one entry"),
         ({"layout": [LAYOUT[1]]}, "base of 'layers.1.a.weight' must be 0"),

@@ -204,6 +204,10 @@ GOOD: dict[str, Any] = {
         ({"mask": [1]}, r"mask must have shape \(2\), got \(1\)"),
         ({"integral": Integral.zeros(4)}, r"integral.sps must have shape \(3\), got \(4\)"),
         ({"sequence_id": "x" * 65537}, "sequence_id must take at most 65536 bytes"),
+        ({"sequence_id": 5}, "sequence_id must be a string, got int"),
+        ({"sequence_id": "b\ud800"}, "sequence_id must be valid Unicode, got a lone surrogate at character 1"),
+        ({"text": 5}, "text must be a string, got int"),
+        ({"text": "\ud800"}, "text must be valid Unicode"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -106,20 +106,26 @@ class MscanWriter:
         """Appends one sequence and returns its ordinal; when this returns, the sequence is committed as `sync` promises.
 
         Raises:
-            InputError: shapes do not agree, a norm is negative, or a token id does not fit 32 bits.
+            InputError: shapes do not agree, a norm is negative, a token id does not fit 32 bits, or an id or text is no Unicode text.
             MscanError: the write failed; the file is as it was before.
         """
         integral = record.integral
-        ordinal = self._append(
-            record.sequence_id,
-            record.token_ids,
-            record.loss,
-            record.activation,
-            record.grad_norm,
-            record.mask,
-            record.text,
-            None if integral is None else integral.planes(),
-        )
+        try:
+            ordinal = self._append(
+                record.sequence_id,
+                record.token_ids,
+                record.loss,
+                record.activation,
+                record.grad_norm,
+                record.mask,
+                record.text,
+                None if integral is None else integral.planes(),
+            )
+        except (TypeError, RuntimeError):  # pybind11 has no other words for a text that is none; looked into only then
+            _check_text("sequence_id", record.sequence_id)
+            if record.text is not None:
+                _check_text("text", record.text)
+            raise
         self._added[record.sequence_id] = None
         return ordinal
 
@@ -172,9 +178,20 @@ def _rows(layout: Sequence[LayoutEntry]) -> list[tuple[str, int, int, int]]:
 
 def _dumps(metadata: dict[str, Any]) -> str:
     try:
-        return json.dumps(metadata, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
+        text.encode()  # half of a surrogate pair has no place in UTF-8
+        return text
     except (TypeError, ValueError) as error:
         raise InputError(f"metadata must be JSON values, got {error}.") from error
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{name} must be a string, got {type(value).__name__}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} must be valid Unicode, got a lone surrogate at character {error.start}.") from None
 
 
 def _agree(stored: dict[str, Any], given: dict[str, Any]) -> None:
