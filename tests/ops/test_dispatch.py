@@ -38,6 +38,17 @@ def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch, name):
         CALLS[name]("triton")
 
 
+def test_a_registered_op_called_by_name_refuses_what_no_implementation_is():
+    for call in (
+        lambda: torch.ops.tinyonn.block_norms(torch.ones(2, 3), None, 3, "fast"),
+        lambda: torch.ops.tinyonn.block_norms_out(torch.ones(2, 3), None, torch.ones(2, 1), 3, "fast"),
+        lambda: torch.ops.tinyonn.token_grad_norms(torch.ones(2, 3), torch.ones(2, 3), 3, "fast"),
+        lambda: torch.ops.tinyonn.integrate_sps(torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0, 3]), None, False, "fast"),
+    ):
+        with pytest.raises(ValueError, match="impl must be one of auto, triton, torch, reference, got 'fast'"):
+            call()
+
+
 def test_the_interpreter_is_off_unless_asked_for():
     pytest.importorskip("triton")
     program = """

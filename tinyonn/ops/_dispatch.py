@@ -22,6 +22,7 @@ def choose_impl(impl: str, tensor: Tensor) -> str:
 
     `auto` means triton on CUDA tensors of a dtype that the kernels take, where triton can be imported, else torch.
     """
+    check_impl(impl)  # once more, for who calls `torch.ops.tinyonn` by name
     if impl == "auto":
         return "triton" if tensor.is_cuda and tensor.dtype in TRITON_FLOATS and _triton_missing() is None else "torch"
     if impl == "triton":
