@@ -83,7 +83,7 @@ def test_scan_against_forward_and_backward(compare, smollm2, batch, credit):
             "the same, loss in place": lambda: forward_and_backward(smollm2, tokens, in_place=True),
         }
         memory = {f"MiB over the weights, {name}": round(peak_mib(call)) for name, call in candidates.items()}
-        result = compare(
+        compare(
             f"scan of SmolLM2-135M, {batch} x {TOKENS} tokens, credit={credit}",
             candidates,
             losses_agree,
