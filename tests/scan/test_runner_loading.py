@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tinyonn.errors import InputError
 from tinyonn.scan import ScanConfig, loading, memory, run_scan
@@ -106,6 +107,50 @@ def test_weights_cut_behind_a_good_header(config, tiny_model, tmp_path):
     assert "model_path must hold" in refused(config, model_path=str(folder))
 
 
+@pytest.mark.parametrize("header", [b"[]", b'{"a": null}', b'{"a": {"dtype": 5, "shape": "x"}}'], ids=["list", "null", "shape"])
+def test_a_header_of_another_kind(config, tiny_model, tmp_path, header):
+    folder = copy_of(tiny_model, tmp_path / "m")
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    expected = "model_path must hold valid safetensors files, got a damaged header in model.safetensors."
+    assert refused(config, model_path=str(folder)) == expected
+
+
+def test_weights_that_are_missing_are_not_made_up(config, tiny_model, tmp_path):
+    folder = copy_of(tiny_model, tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    expected = "model_path must hold all weights of the model, got m without model.layers.1.mlp.up_proj.weight."
+    assert refused(config, model_path=str(folder)) == expected
+
+
+def test_weights_that_share_another_are_not_missing(config, tmp_path):
+    folder = save_tiny_model(tmp_path / "m", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    assert run_scan(dataclasses.replace(config, model_path=str(folder))).sequences == 2
+
+
+def test_pytorch_weights_that_are_none(config, tiny_model, tmp_path):
+    folder = copy_of(tiny_model, tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"garbage")
+    assert "model_path must hold a causal language model, got m: " in refused(config, model_path=str(folder))
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": "four"}, {"dtype": "nonesuch"}], ids=["heads", "dtype"])
+def test_a_configuration_with_a_false_value(config, tiny_model, tmp_path, change):
+    folder = copy_of(tiny_model, tmp_path / "m")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | change))
+    assert "model_path must hold a model that transformers knows, got m: " in refused(config, model_path=str(folder))
+
+
+def test_a_tokenizer_configuration_of_another_kind(config, tiny_model, tmp_path):
+    folder = copy_of(tiny_model, tmp_path / "m")
+    (folder / "tokenizer_config.json").write_text("[]")
+    assert "model_path must hold a tokenizer, got m: " in refused(config, model_path=str(folder))
+
+
 def test_a_model_without_tokenizer(config, tiny_model, tmp_path):
     folder = copy_of(tiny_model, tmp_path / "m")
     (folder / "tokenizer.json").unlink()
@@ -147,6 +192,7 @@ def test_a_gpu_that_is_not_there(config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert refused(config, device="cuda") == "device must be cpu where torch finds no GPU, got cuda."
     assert resolve_device("auto") == torch.device("cpu")
+    assert refused(config, device=f"cuda:{10**20}") == f"device must be auto, cpu, cuda or cuda:N, got cuda:{10**20}."
 
 
 def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch):

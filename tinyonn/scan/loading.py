@@ -106,11 +106,10 @@ def _tensors(file: Path) -> Iterator[tuple[str, list[int]]]:
             raise InputError(f"model_path must hold whole safetensors files, got {file.name} cut short at {size} bytes.")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+            tensors = [(str(entry["dtype"]), [int(n) for n in entry["shape"]]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"model_path must hold valid safetensors files, got a damaged header in {file.name}.") from error
-    for name, entry in header.items():
-        if name != "__metadata__":
-            yield entry["dtype"], entry["shape"]
+    yield from tensors
 
 
 def resolve_device(device: str, local_rank: int = 0) -> torch.device:
@@ -122,7 +121,10 @@ def resolve_device(device: str, local_rank: int = 0) -> torch.device:
     if device == "auto":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return torch.device("cuda", local_rank % count) if count else torch.device("cpu")
-    resolved = torch.device(device)
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:  # an index that no integer of torch's holds
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {device}.") from error
     if resolved.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(f"device must be cpu where torch finds no GPU, got {device}.")
@@ -143,7 +145,7 @@ def load_config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # what a damaged file brings down in transformers has no common type
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"model_path must hold a model that transformers knows, got {folder.name}: {reason}") from error
 
@@ -174,7 +176,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # what a damaged file brings down in transformers has no common type
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"model_path must hold a tokenizer, got {folder.name}: {reason}") from error
 
@@ -215,7 +217,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     """The causal language model, in eval mode, on its device.
 
     Raises:
-        InputError: not a causal language model, damaged weights, or weights larger than memory.
+        InputError: not a causal language model, weights damaged, missing, or larger than memory.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -224,21 +226,21 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # the caller shows its own
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (ValueError, OSError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # what a damaged file brings down in transformers has no common type
         if is_out_of_memory(error):
             raise
+        held = "valid safetensors files" if type(error).__name__ == "SafetensorError" else "a causal language model"
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"model_path must hold a causal language model, got {folder.name}: {reason}") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise InputError(f"model_path must hold valid safetensors files, got {folder.name}: {error}") from error
+        raise InputError(f"model_path must hold {held}, got {folder.name}: {reason}") from error
     finally:
         if shown:
             logging.enable_progress_bar()
-    cast(Any, model).to(device)  # transformers types `to` as taking no device
-    return model.eval()
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers fills these at random
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise InputError(f"model_path must hold all weights of the model, got {folder.name} without {', '.join(missing[:3])}{more}.")
+    return cast(PreTrainedModel, model.to(device).eval())
 
 
 def display_name(model_path: str, folder: Path) -> str:
