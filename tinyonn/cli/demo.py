@@ -25,7 +25,7 @@ NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where corpora, scans and pages go.")] = Path("data/demo"),
-    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences of each corpus.")] = 64,
+    limit: Annotated[int, typer.Option(metavar="N", min=8, help="Sequences of each corpus; a comparison needs 8.")] = 64,
     max_length: Annotated[int, typer.Option(metavar="N", min=8, help="Tokens kept of each.")] = 256,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences in one forward and backward.")] = 4,
 ) -> None:
