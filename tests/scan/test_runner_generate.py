@@ -114,12 +114,24 @@ def test_a_chats_last_answer_makes_room_for_the_models_own(tmp_path, write_corpu
         assert reader.sequences[0].mask.sum() == 2
 
 
+def test_a_chat_too_long_to_keep_its_end_is_left_out(tmp_path, write_corpus):
+    model = save_tiny_model(tmp_path / "m", chat_template=TEMPLATE)
+    chats = [{"id": text, "messages": [{"role": "user", "content": text}]} for text in ("hi?", "hi? " * 20)]
+    config = ScanConfig(str(model), str(write_corpus(chats)), output_path=str(tmp_path / "o.mscan"), generate=2, max_length=30)
+    assert run_scan(config).skipped == {"prompt longer than 30 tokens": 1}
+    with MscanReader(config.output) as reader:
+        assert [sequence.text[:23] for sequence in reader.sequences] == ["[user] hi? [assistant] "]
+    write_corpus(chats[1:])
+    with pytest.raises(InputError, match=r"dataset_path must hold a text to scan, got none in .* \(1 prompt longer than 30 tokens\)"):
+        run_scan(dataclasses.replace(config, overwrite=True))
+
+
 def test_prompt_and_answer_stay_within_the_models_positions(config, write_corpus):
-    write_corpus(["z" * 300])
+    write_corpus(["z" * (128 - NEW), "y" * (129 - NEW), "x" * 300])
     result = run_scan(config)
     with MscanReader(config.output) as reader:
         assert reader.metadata["max_length"] == 128 - NEW
-        assert len(reader.sequences[0].token_ids) == 128
-    assert result.truncated == 1
+        assert [len(sequence.token_ids) for sequence in reader.sequences] == [128]
+    assert (result.truncated, result.skipped) == (0, {"prompt longer than 122 tokens": 2})
     with pytest.raises(InputError, match="generate must leave room within the model's 128 positions, got 127"):
         run_scan(dataclasses.replace(config, generate=127, overwrite=True))

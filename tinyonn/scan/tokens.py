@@ -18,6 +18,7 @@ WINDOW_BATCHES = 16
 
 TOO_SHORT = "shorter than 2 tokens"
 EMPTY_PROMPT = "empty prompt"
+LONG_PROMPT = "prompt longer than {} tokens"
 NO_TEMPLATE_FIT = "refused by the chat template"
 
 
@@ -41,11 +42,11 @@ class TokenCounts:
 
 
 class Encoder:
-    """Tokenises items one at a time and counts what it cuts and leaves out.
+    """Tokenises items one at a time and counts what it cuts and leaves out. A prompt is never cut: its end is what is answered.
 
     Args:
         tokenizer: a transformers tokenizer.
-        max_length: tokens kept of each text.
+        max_length: tokens kept of each text, and the most a prompt may have.
         prompts: the texts are prompts to be answered: chat ends with the assistant's turn opened, and one token is enough.
         skip_bad: count chats that the template refuses, rather than stop.
     """
@@ -81,6 +82,9 @@ class Encoder:
             counts.skipped[EMPTY_PROMPT if self._prompts else TOO_SHORT] += 1
             return None
         if len(ids) > self._max_length:
+            if self._prompts:
+                counts.skipped[LONG_PROMPT.format(self._max_length)] += 1
+                return None
             counts.truncated += 1
             ids = ids[: self._max_length]
             text = self._tokenizer.decode(ids)
