@@ -131,6 +131,7 @@ def test_topic_from_yaml(tmp_path: Path) -> None:
         ("name: ../x", r"topic must be letters, digits"),
         ("- a", r"topic must be a YAML mapping, got list"),
         ("a: [", r"topic must be valid YAML"),
+        ("name: 2024-99-99", r"topic must be valid YAML, got .*t\.yaml: month must be in 1..12"),
         ("description: [a]", r"description must be text"),
     ],
 )

@@ -54,6 +54,8 @@ def test_model_name_is_the_folders_own_even_for_a_dot(tmp_path, monkeypatch):
         ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0."),
         ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N, got 'gpu'."),
         ({"output_path": "scan.bin"}, "output_path must end in .mscan, got 'scan.bin'."),
+        ({"dataset_path": "a\0b"}, "dataset_path must be Unicode text without NUL, got 'a\\x00b'."),
+        ({"output_path": "\udcff.mscan"}, "output_path must be Unicode text without NUL, got '\\udcff.mscan'."),
         ({"model_path": ""}, "model_path must be a non-empty string, got ''."),
         ({"overwrite": "yes"}, "overwrite must be true or false, got 'yes'."),
         ({"topic": "a/b"}, "topic must be letters, digits, '.', '_' or '-', got 'a/b'."),
@@ -80,8 +82,11 @@ def test_yaml_gives_options_and_overrides_win(tmp_path):
         ("model_path: m", "dataset_path must be given, in .* or as --dataset-path."),
         ("- a\n- b", "config must be a YAML mapping of options, got list in"),
         ("a: [", "config must be valid YAML, got .*scan.yaml: "),
+        ("topic: 2024-99-99", "config must be valid YAML, got .*scan.yaml: month must be in 1..12"),
+        ("limit: " + "9" * 5000, "config must be valid YAML, got .*scan.yaml: "),
+        ("topic: " + "[" * 3000, "config must be valid YAML, got .*scan.yaml: "),
     ],
-    ids=["near-name", "far-name", "missing", "list", "malformed"],
+    ids=["near-name", "far-name", "missing", "list", "malformed", "no-such-day", "endless-number", "endless-nesting"],
 )
 def test_bad_yaml_gets_one_line(tmp_path, content, message):
     file = tmp_path / "scan.yaml"

@@ -161,6 +161,8 @@ def test_a_complete_set_is_left_as_it_is_by_another_number_of_processes(config, 
     [
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK must be below WORLD_SIZE, got 2 of 2."),
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK must be a whole number, got 'x'."),
+        ({"RANK": "²", "WORLD_SIZE": "5"}, "RANK must be a whole number, got '²'."),
+        ({"WORLD_SIZE": "2"}, "RANK must be given where WORLD_SIZE is, got WORLD_SIZE 2 alone."),
         ({"WORLD_SIZE": "0"}, "RANK must be below WORLD_SIZE, got 0 of 0."),
     ],
 )

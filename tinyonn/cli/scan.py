@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,11 +80,12 @@ def scan(
         ScanConfig.from_yaml(config, **explicit) if config is not None else ScanConfig.from_mapping(explicit, source="a --config file")
     )
     from ..scan import estimate_scan, run_scan
+    from ..scan.distributed import World
 
     if estimate:
         print(_estimate_screen(options, estimate_scan(options)))
         return
-    leader = os.environ.get("RANK", "0") == "0"
+    leader = World.from_environment().rank == 0
     with screen.Progress("loading", enabled=leader) as bar:
         result = run_scan(options, progress=lambda state: show_progress(bar, state))
     if leader:

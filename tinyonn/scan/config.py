@@ -133,7 +133,7 @@ class ScanConfig:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"config must be a readable file, got {file}: {error.strerror}.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # no YAML, no UTF-8, no such day, nesting without end
             reason = " ".join(str(error).split())
             raise InputError(f"config must be valid YAML, got {file}: {reason}.") from error
         if not isinstance(content, Mapping):
@@ -187,6 +187,9 @@ class ScanConfig:
             object.__setattr__(self, name, os.fspath(value))
         elif not (optional and value is None) and (not isinstance(value, str) or not value):
             raise InputError(f"{name} must be a non-empty string, got {value!r}.")
+        text = getattr(self, name) or ""
+        if "\0" in text or text != text.encode(errors="replace").decode():  # no file has such a name, and no metadata
+            raise InputError(f"{name} must be Unicode text without NUL, got {text!r}.")
 
     def _check_int(self, name: str, minimum: int) -> None:
         value = getattr(self, name)

@@ -29,13 +29,15 @@ class World:
         """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; alone where they are absent.
 
         Raises:
-            InputError: a variable is no number, or the rank is outside the world.
+            InputError: a variable is no number, RANK is absent from a world of several, or the rank is outside the world.
         """
         env = os.environ if environment is None else environment
         size = _number(env, "WORLD_SIZE", 1)
         rank = _number(env, "RANK", 0)
         if size < 1 or not 0 <= rank < size:
             raise InputError(f"RANK must be below WORLD_SIZE, got {rank} of {size}.")
+        if size > 1 and not env.get("RANK"):  # every process would take the first share
+            raise InputError(f"RANK must be given where WORLD_SIZE is, got WORLD_SIZE {size} alone.")
         return cls(rank, size, _number(env, "LOCAL_RANK", 0))
 
     def share(self, items: Iterable[T]) -> Iterator[T]:
@@ -49,6 +51,6 @@ def _number(env: Mapping[str, str], name: str, default: int) -> int:
     value = env.get(name, "")
     if not value:
         return default
-    if not value.isdigit():
+    if not (value.isascii() and value.isdigit()):
         raise InputError(f"{name} must be a whole number, got {value!r}.")
     return int(value)

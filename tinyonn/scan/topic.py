@@ -175,7 +175,7 @@ def _from_yaml(text: str, source: str, default_name: str) -> Topic:
 
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"topic must be valid YAML, got {source}: {' '.join(str(error).split())}.") from None
     if not isinstance(content, Mapping):
         raise InputError(f"topic must be a YAML mapping, got {type(content).__name__} in {source}.")
