@@ -262,6 +262,46 @@ def test_an_output_that_exists_is_replaced_only_when_asked(tmp_path: Path, name:
     assert os.listdir(output.parent) == ["out"]
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_source_is_never_its_own_output(tmp_path: Path, name: str) -> None:
+    if name == "parquet":
+        pytest.importorskip("pyarrow")
+    source = write(tmp_path / "a.mscan", range(1))
+    members = [write(tmp_path / f"s.rank{rank}-of-2.mscan", range(rank, rank + 1)) for rank in range(2)]
+    (tmp_path / "link.mscan").symlink_to("a.mscan")
+    before = [file.read_bytes() for file in (source, *members)]
+    for given, output in ((source, source), (tmp_path / "link.mscan", source), (tmp_path / "s.mscan", members[1])):
+        with pytest.raises(InputError, match=r"output must be another file than the source, got .*\.mscan\."):
+            WRITERS[name](given, output, overwrite=True)
+    assert [file.read_bytes() for file in (source, *members)] == before
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_only_files_are_replaced(tmp_path: Path, name: str) -> None:
+    if name == "parquet":
+        pytest.importorskip("pyarrow")
+    source = write(tmp_path / "a.mscan", range(1))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"output must be a file, got a folder, pipe or device: .*pipe\."):
+        WRITERS[name](source, tmp_path / "pipe", overwrite=True)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_pipe_is_no_scan_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.mscan")
+    with pytest.raises(MscanError, match=r"a \.mscan file must be a file, got a pipe or device"):
+        describe(tmp_path / "a.mscan")
+
+
+def test_a_path_that_is_no_unicode_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.mscan", range(1))
+    with pytest.raises(InputError, match="path must be valid Unicode"):
+        recover(source, tmp_path / "\udcff.mscan")
+    source.rename(tmp_path / "\udcff.mscan")
+    with pytest.raises(MscanError, match=r"path of a \.mscan file must be Unicode"):
+        describe(tmp_path / "\udcff.mscan")
+
+
 @pytest.mark.parametrize("name", ["merge", "npz", "parquet"])
 def test_a_failure_leaves_no_output_behind(tmp_path: Path, name: str) -> None:
     if name == "parquet":

@@ -143,6 +143,21 @@ def test_bad_topic_files(tmp_path: Path, content: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_output_that_is_the_source_or_no_file_is_left_alone(tmp_path: Path) -> None:
+    source, link, pipe = tmp_path / "a.jsonl", tmp_path / "link.jsonl", tmp_path / "pipe"
+    source.write_text('{"text": "a text of some length, about python"}\n')
+    link.symlink_to(source)
+    os.mkfifo(pipe)
+    before = source.read_bytes()
+    for output in (source, link):
+        with pytest.raises(InputError, match=r"output must be another file than the source, got .*\.jsonl"):
+            build_corpus(source, "python", output, overwrite=True)
+    with pytest.raises(InputError, match=r"output must be a file, got a pipe or device: .*pipe"):
+        build_corpus(source, "python", pipe, overwrite=True)
+    assert source.read_bytes() == before
+    assert pipe.is_fifo()
+
+
 def test_unknown_topics(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"topic must be one of finance, math, python or a YAML file, .* got 'cooking'"):
         load_topic("cooking")

@@ -43,9 +43,6 @@ def convert(
 
     target = to or _by_suffix(output_path)
     options = coding(codec, compression)
-    for file in files:
-        if output_path.exists() and file.exists() and file.samefile(output_path):
-            raise InputError(f"output must be another file than the source, got {file}.")
     with screen.Progress(f"reading {files[0].name}") as bar:
         bar.update(None, "")
         if target is not Target.mscan:

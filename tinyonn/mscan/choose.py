@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,13 @@ def version_of(path: str) -> int:
     """The version in a file's first 15 bytes.
 
     Raises:
-        MscanError: they are not those of a `.mscan` file.
+        MscanError: they are not those of a `.mscan` file, or it is a pipe.
     """
+    status = os.stat(path)  # before it is opened: opening a pipe waits for a writer
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise MscanError(path, "a .mscan file must be a file, got a pipe or device.")
+    if path != path.encode(errors="replace").decode():
+        raise MscanError(path, "the path of a .mscan file must be Unicode.")
     with open(path, "rb") as file:
         head = file.read(PROLOGUE.size)
     if len(head) < PROLOGUE.size:

@@ -224,7 +224,8 @@ def _copy(
     origin: dict[str, str] = {}
     options = {"codec": _codec(readers), **options}
     layout = _common_layout(readers)
-    with replacing(output, overwrite) as beside, MscanWriter(beside, metadata, layout, **options) as writer:
+    sources = [reader.path for reader in readers]
+    with replacing(output, overwrite, sources) as beside, MscanWriter(beside, metadata, layout, **options) as writer:
         for reader in readers:
             for i in range(len(reader.sequences)):
                 try:

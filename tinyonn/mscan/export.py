@@ -37,7 +37,7 @@ def to_npz(path: PathLike, output: PathLike, *, recovery: str = "tail", overwrit
         recovery: as for `MscanReader`.
         overwrite: replace an output that exists.
     """
-    with MscanReader(path, recovery=recovery) as reader, replacing(output, overwrite) as beside:
+    with MscanReader(path, recovery=recovery) as reader, replacing(output, overwrite, [path]) as beside:
         sequences = [reader.sequences[i] for i in range(len(reader.sequences))]
         offsets = np.concatenate([[0], np.cumsum([s.num_tokens for s in sequences], dtype=np.int64)]).astype(np.int64)
         tokens, blocks = int(offsets[-1]), layout_blocks(reader.layout)
@@ -85,7 +85,7 @@ def to_parquet(path: PathLike, output: PathLike, *, recovery: str = "tail", over
     except ImportError:
         raise RuntimeError("Parquet output needs pyarrow: pip install pyarrow") from None
 
-    with MscanReader(path, recovery=recovery) as reader, replacing(output, overwrite) as beside:
+    with MscanReader(path, recovery=recovery) as reader, replacing(output, overwrite, [path]) as beside:
         weights = [entry.name for entry in reader.layout]
         layers = list(dict.fromkeys(group_name(name) for name in weights))
         weight_of = np.repeat(np.arange(len(weights), dtype=np.int32), [entry.blocks for entry in reader.layout])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinyonn.errors import InputError
+from tinyonn.mscan.choose import rank_members
 
 PathLike = str | os.PathLike[str]
 
@@ -30,9 +31,18 @@ class Conversion:
 
 
 @contextmanager
-def replacing(output: PathLike, overwrite: bool) -> Iterator[Path]:
-    """A name beside `output` to write to; renamed to it when the block ends well, removed when not."""
+def replacing(output: PathLike, overwrite: bool, sources: Iterable[PathLike] = ()) -> Iterator[Path]:
+    """A name beside `output` to write to; renamed to it when the block ends well, removed when not.
+
+    Raises:
+        InputError: `output` exists and shall not be replaced, is no regular file, or is one of `sources` or of their sets of ranks.
+    """
     target = Path(output)
+    if target.exists():
+        if not target.is_file():
+            raise InputError(f"output must be a file, got a folder, pipe or device: {target}.")
+        if any(target.samefile(member) for name in map(os.fspath, sources) for member in rank_members(name) or [name]):
+            raise InputError(f"output must be another file than the source, got {target}.")
     if target.exists() and not overwrite:
         raise InputError(f"output must not exist yet, got {target}: overwrite replaces it.")
     target.parent.mkdir(parents=True, exist_ok=True)

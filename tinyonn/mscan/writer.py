@@ -77,6 +77,7 @@ class MscanWriter:
         sync: str = "close",
     ) -> None:
         self.path = os.fspath(path)
+        _check_text("path", self.path)
         if compression not in (None, "zstd"):
             raise InputError(f"compression must be None or 'zstd', got {compression!r}.")
         if mode != "a" and (metadata is None or layout is None):

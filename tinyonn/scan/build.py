@@ -178,8 +178,10 @@ def build_corpus(
     if cut and max_chars is None:
         raise InputError("cut needs max_chars, got none.")
     path = Path(output) if output is not None else Path("data/sft") / f"{topic.name}_corpus.jsonl"
-    if path.is_dir():
-        raise InputError(f"output must be a file, got the folder {path}.")
+    if path.exists() and not path.is_file():
+        raise InputError(f"output must be a file, got {'the folder' if path.is_dir() else 'a pipe or device:'} {path}.")
+    if path.exists() and os.path.exists(source) and path.samefile(source):
+        raise InputError(f"output must be another file than the source, got {path}.")
     if path.exists() and not overwrite:
         raise InputError(f"output must not exist yet, got {path}; --overwrite replaces it.")
 
