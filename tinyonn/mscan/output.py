@@ -41,7 +41,8 @@ def replacing(output: PathLike, overwrite: bool, sources: Iterable[PathLike] = (
     if target.exists():
         if not target.is_file():
             raise InputError(f"output must be a file, got a folder, pipe or device: {target}.")
-        if any(target.samefile(member) for name in map(os.fspath, sources) for member in rank_members(name) or [name]):
+        names = [os.fspath(source) for source in sources]
+        if any(target.samefile(member) for name in names for member in rank_members(name) or [name]):
             raise InputError(f"output must be another file than the source, got {target}.")
     if target.exists() and not overwrite:
         raise InputError(f"output must not exist yet, got {target}: overwrite replaces it.")
