@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -72,8 +73,12 @@ def test_a_killed_scan_goes_on_and_ends_the_same(config, whole, contents, append
         assert len(reader.sequences) == len(TEXTS)
 
 
-def test_a_file_cut_in_its_first_write_counts_as_not_begun(config, whole, contents):
-    config.output.write_bytes(b"MSCAN\x02")
+@pytest.mark.parametrize("size", [0, 6, 64, 1024])
+def test_a_file_cut_in_its_first_write_counts_as_not_begun(config, whole, contents, size):
+    run_scan(dataclasses.replace(config, limit=3))
+    start = config.output.read_bytes()
+    assert int.from_bytes(start[40:48], "little") > size  # the first chunk
+    config.output.write_bytes(start[:size])
     assert run_scan(config).resumed == 0
     assert contents(config.output) == whole
 
@@ -204,6 +209,25 @@ def test_an_unwritable_output_fails_before_anything_is_read(config, tmp_path, mo
         run_scan(dataclasses.replace(config, output_path=str(tmp_path / "folder.mscan")))
 
 
+def test_the_corpus_is_never_the_output(config, write_corpus):
+    corpus = write_corpus(TEXTS, "corpus.mscan")
+    before = corpus.read_bytes()
+    with pytest.raises(InputError, match=r"output_path must be another file than dataset_path, got .*corpus\.mscan"):
+        run_scan(dataclasses.replace(config, dataset_path=str(corpus), output_path=str(corpus), overwrite=True))
+    assert corpus.read_bytes() == before
+
+
+def test_an_output_that_is_no_file_fails_before_anything_is_read(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner_module, "prepare", lambda *args: pytest.fail("the corpus was read"))
+    os.mkfifo(config.output)
+    with pytest.raises(InputError, match=r"output_path must be a file, got a pipe or device: .*out\.mscan"):
+        run_scan(config)
+    config.output.unlink()
+    config.output.symlink_to(tmp_path / "nowhere" / "o.mscan")
+    with pytest.raises(InputError, match=r"output_path must be a file, got a broken link: .*out\.mscan"):
+        run_scan(dataclasses.replace(config, overwrite=True))
+
+
 def test_a_damaged_output_is_named_and_kept(config):
     run_scan(config)
     damaged = bytearray(config.output.read_bytes())
@@ -214,16 +238,19 @@ def test_a_damaged_output_is_named_and_kept(config):
     assert config.output.read_bytes() == bytes(damaged)
 
 
-def test_a_second_scan_into_the_same_file_is_refused(config):
+def test_a_second_scan_into_the_same_file_is_refused(config, whole, contents):
     def start_another(state):
         if state.done == 6:
             with pytest.raises(MscanError, match=r"out\.mscan"):
                 run_scan(config)
+            with pytest.raises(InputError, match=r"output_path must be no file that another process is writing, got .*out\.mscan"):
+                run_scan(dataclasses.replace(config, overwrite=True))
             seen.append(state)
 
     seen: list[object] = []
     run_scan(config, progress=start_another)
     assert len(seen) == 1
+    assert contents(config.output) == whole
 
 
 def test_the_model_is_released_from_the_engine_after_an_interrupt(config, monkeypatch):

@@ -8,17 +8,20 @@ the set grew, and appends to the first.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..mscan import LayoutEntry, MscanReader, MscanWriter
+from ..mscan.v1_header import MAGIC
 from .config import ScanConfig
 from .distributed import World
 from .identity import differences
@@ -26,8 +29,9 @@ from .identity import differences
 # While one process renames a member, another may look for it under its old name.
 _RENAME_RETRIES = 20
 _RENAME_WAIT = 0.1
-# A file shorter than its prologue was cut in its first write, and holds nothing.
+# A file that ends before its prologue does, or before the first chunk that this names, was cut in its first write and holds nothing.
 _PROLOGUE_BYTES = 64
+_FIRST_CHUNK = slice(40, 48)
 
 
 class OutputDiffersError(InputError):
@@ -61,8 +65,8 @@ def member_path(path: Path, index: int, size: int) -> Path:
     return path if size == 1 else path.with_name(f"{path.stem}.rank{index}-of-{size}.mscan")
 
 
-def check_writable(path: Path) -> None:
-    """Proves, before any work, that the output can be written; makes its folder.
+def check_writable(path: Path, dataset: Path) -> None:
+    """Proves, before any work, that the output can be written and is not the corpus; makes its folder.
 
     Raises:
         InputError: with the system's reason.
@@ -71,6 +75,10 @@ def check_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if os.path.lexists(path) and not path.is_file():
+            raise InputError(f"output_path must be a file, got a {'broken link' if path.is_symlink() else 'pipe or device'}: {path}.")
+        if path.is_file() and dataset.exists() and path.samefile(dataset):
+            raise InputError(f"output_path must be another file than dataset_path, got {path}.")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
         for member, _ in _list_members(path).values():
@@ -141,14 +149,25 @@ def _writer(config: ScanConfig, target: Path, metadata: dict[str, Any], layout: 
 
 
 def _remove(path: Path, world: World) -> None:
-    """Deletes the members that this process looks after, of a set of any size."""
+    """Deletes the members that this process looks after, of a set of any size.
+
+    Raises:
+        InputError: another process is writing one; nothing is deleted.
+    """
     stale = [path] if world.rank == 0 else []
     for name in os.listdir(path.parent):
         match = _member_name(path).fullmatch(name)
         if match and int(match[1]) % world.size == world.rank:
             stale.append(path.with_name(name))
-    for file in stale:
-        file.unlink(missing_ok=True)
+    with ExitStack() as opened:
+        for file in stale:
+            if file.is_file():
+                try:
+                    fcntl.flock(opened.enter_context(file.open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise InputError(f"output_path must be no file that another process is writing, got {file}.") from None
+        for file in stale:
+            file.unlink(missing_ok=True)
 
 
 def _read_existing(path: Path, metadata: Mapping[str, Any]) -> Existing:
@@ -186,4 +205,9 @@ def _member_name(path: Path) -> re.Pattern[str]:
 
 
 def _is_begun(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size >= _PROLOGUE_BYTES
+    if not path.is_file() or path.stat().st_size < _PROLOGUE_BYTES:
+        return False
+    with path.open("rb") as file:
+        prologue = file.read(_PROLOGUE_BYTES)
+    cut = int.from_bytes(prologue[_FIRST_CHUNK], "little") > path.stat().st_size
+    return not (cut and prologue.startswith(MAGIC + b"\2\0"))

@@ -97,7 +97,7 @@ def run_scan(config: ScanConfig, *, progress: Callable[[ScanProgress], None] | N
     world = World.from_environment()
     report = progress or (lambda state: None)
     started = time.perf_counter()
-    check_writable(config.output)
+    check_writable(config.output, Path(config.dataset_path))
     if not config.resume and not config.overwrite:
         refuse_existing(config.output)
     prepared = prepare(config, world)
