@@ -144,6 +144,14 @@ def test_a_reader_that_goes_is_no_error() -> None:
     assert process.wait(60) == 141
 
 
+def test_closed_streams_are_no_error() -> None:
+    command = f"exec {sys.executable} -m tinyonn --version <&- >&-"
+    ran = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, env={**os.environ, "PYTHONSAFEPATH": "1"}, timeout=60, check=False)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    ran = subprocess.run(["sh", "-c", command.replace("--version", "scan --help")], stderr=subprocess.PIPE, timeout=60, check=False)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+
+
 def test_ctrl_c_leaves_no_half_written_corpus(tmp_path: Path) -> None:
     source = tmp_path / "big.jsonl"
     with open(source, "w") as file:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tinyonn.cli import options as choices
 from tinyonn.mscan import MscanReader
@@ -156,6 +158,16 @@ def test_a_scan_and_its_screen(cli: Cli, model: Path, corpus: Path, tmp_path: Pa
     other = cli("scan", "-m", model, "-d", corpus, "-o", output, "--max-length", 9)
     one_line(other, "same configuration", "max_length", command="tinyonn scan")
     assert cli("scan", "-m", model, "-d", corpus, "-o", output, "--max-length", 9, "--overwrite").code == 0
+
+
+def test_a_loss_that_is_not_finite_is_said(cli: Cli, model: Path, corpus: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(model, tmp_path / "m"))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"].fill_(float("nan"))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    ran = cli("scan", "-m", broken, "-d", corpus, "-o", tmp_path / "o.mscan", "--limit", 3)
+    assert ran.code == 0
+    assert "not finite  the loss of 3 sequences: the weights, or a --dtype of too small a range" in ran.out
 
 
 def test_the_default_output_is_named_for_model_and_topic(

@@ -223,10 +223,11 @@ def test_files_that_cannot_be_compared_are_refused(change, message, make_scan, t
     [
         ({"top": 0}, "top must be at least 1"),
         ({"resamples": 100}, "resamples must be at least 200, got 100"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"confidence": 1.0}, "confidence must be at least 0.5 and below 1"),
         ({"confidence": 0.999, "resamples": 500}, "resamples must be at least 999 for confidence 0.999, got 500"),
     ],
-    ids=["top", "resamples", "confidence", "too-few-for-confidence"],
+    ids=["top", "resamples", "seed", "confidence", "too-few-for-confidence"],
 )
 def test_bad_options_are_named(options, message, make_scan, tmp_path):
     a, b = make_scan("a", sequences=8), make_scan("b", sequences=8)

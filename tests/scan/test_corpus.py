@@ -70,6 +70,13 @@ def test_ids_are_the_records_own(jsonl: Path) -> None:
     assert read_corpus(write(jsonl, {"id": "a-1", "text": "x"}, {"id": 0, "text": "y"})).sequence_ids == ["a-1", "0"]
 
 
+def test_an_id_longer_than_a_file_takes_is_named_with_its_line(jsonl: Path) -> None:
+    write(jsonl, {"id": "x" * 65536, "text": "a"}, {"id": "é" * 32769, "text": "b"})
+    with pytest.raises(InputError, match="line 2: id must take at most 65536 bytes, got 65538"):
+        read_corpus(jsonl)
+    assert len(read_corpus(jsonl, skip_bad=True)) == 1
+
+
 def test_made_ids_survive_lines_added_before(tmp_path: Path) -> None:
     texts = [{"text": "one"}, {"text": "two"}, {"text": "one"}]
     before = read_corpus(write(tmp_path / "a.jsonl", *texts)).sequence_ids

@@ -64,7 +64,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with command.make_context("tinyonn", list(arguments) or ["--help"]) as context:
             command.invoke(context)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
     except typer.Exit as end:
         return int(end.exit_code)
     except BrokenPipeError:

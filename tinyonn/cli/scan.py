@@ -138,6 +138,9 @@ def _result_screen(result: ScanResult) -> str:
     ]
     if result.truncated:
         lines.append(("cut", f"{screen.counted(result.truncated, 'text')} at --max-length"))
+    if result.not_finite:
+        found = f"the loss of {screen.counted(result.not_finite, 'sequence')}: the weights, or a --dtype of too small a range"
+        lines.append(("not finite", found))
     if result.skipped:
         lines.append(("left out", ", ".join(f"{screen.number(count)} {reason}" for reason, count in result.skipped.items())))
     share = f" (rank {result.rank} of {result.world_size})" if result.world_size > 1 else ""

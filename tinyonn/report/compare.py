@@ -107,6 +107,8 @@ def write_comparison(
         raise InputError(f"top must be at least 1, got {top}.")
     if resamples < 200:
         raise InputError(f"resamples must be at least 200, got {resamples}.")
+    if seed < 0:
+        raise InputError(f"seed must be at least 0, got {seed}.")
     if not 0.5 <= confidence < 1:
         raise InputError(f"confidence must be at least 0.5 and below 1, got {confidence}.")
     if confidence * (resamples + 1) > resamples:

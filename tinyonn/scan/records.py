@@ -23,6 +23,7 @@ PAIR_FIELDS = (
 # What belongs to an `instruction` or `question`, before it and after it.
 ASKED_BEFORE = ("context", "passage")
 ASKED_AFTER = ("input", "options")
+MAX_ID_BYTES = 65536  # what a .mscan file takes
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
@@ -202,6 +203,8 @@ def item_from_record(record: Mapping[str, Any], *, text_field: str | None = None
     if identity is not None and (isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == ""):
         raise BadRecordError(f"id must be a non-empty string or a whole number, got {_short(identity)}")
     name = "" if identity is None else _sound(str(identity), "id")
+    if len(name.encode()) > MAX_ID_BYTES:
+        raise BadRecordError(f"id must take at most {MAX_ID_BYTES} bytes, got {len(name.encode())}")
     if text_field is not None:
         if text_field not in record:
             raise BadRecordError(f"must have the field {text_field!r}, its fields are {_names(record)}")

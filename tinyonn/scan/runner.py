@@ -55,6 +55,7 @@ class ScanResult:
         resumed: sequences of this process's share that were there before.
         skipped: reason → records left out, malformed ones included.
         truncated: sequences cut at max_length.
+        not_finite: sequences of this run with a loss that is NaN or infinite; their gradients are missing or infinite.
         seconds: of this run, loading included.
         tokens_per_second: of scanning alone.
         loss: mean loss of this run's tokens in nats.
@@ -67,6 +68,7 @@ class ScanResult:
     resumed: int
     skipped: Mapping[str, int]
     truncated: int
+    not_finite: int
     seconds: float
     tokens_per_second: float
     loss: float
@@ -129,6 +131,7 @@ class _Scan:
         self._total = sum(1 for _ in prepared.world.share(range(len(prepared.corpus))))
         self._resumed = self._tokens = self._labelled = 0
         self._loss_sum = 0.0
+        self._not_finite = 0
         self._seconds = 0.0
 
     def run(self, engine: ScanEngine, generator: Generator | None, writer: MscanWriter) -> None:
@@ -169,6 +172,7 @@ class _Scan:
         )
         labelled = result.loss[~np.isnan(result.loss)]
         self.written += 1
+        self._not_finite += not np.isfinite(result.loss[:-1]).all()
         self._tokens += len(sequence.token_ids)
         self._labelled += len(labelled)
         self._loss_sum += float(labelled.sum(dtype=np.float64))
@@ -189,6 +193,7 @@ class _Scan:
             resumed=self._resumed,
             skipped=skipped,
             truncated=self._counts.truncated,
+            not_finite=int(self._not_finite),
             seconds=seconds,
             tokens_per_second=self._rate,
             loss=self._loss,
