@@ -114,6 +114,7 @@ def block_norms_fwd(x: Tensor, row_scale: Tensor | None, out: Tensor, block_size
     num_features, num_blocks = x.shape[-1], out.shape[-1]
     if out.numel() == 0:
         return
+    block_size = min(block_size, num_features)
     rows = x.reshape(-1, num_features)
     scale = None if row_scale is None else row_scale.reshape(-1)
     detour = None

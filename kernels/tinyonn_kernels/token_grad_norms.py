@@ -57,6 +57,7 @@ def token_grad_norms_fwd(inputs: Tensor, grad_output: Tensor, out: Tensor, block
     if out.numel() == 0 or in_features == 0:
         out.zero_()
         return
+    block_size = min(block_size, num_features)
     rows, grads = inputs.reshape(-1, in_features), grad_output.reshape(-1, num_features)
     shape = tile_shape(grads, block_size, num_blocks)
     _token_grad_norms_kernel[(triton.cdiv(rows.shape[0], shape["ROWS"]),)](

@@ -168,6 +168,37 @@ def test_out_may_have_rows_that_no_single_stride_reaches(impl):
     assert_close_rms(out, reference.block_norms(x.cpu()), 1e-6)
 
 
+@pytest.mark.parametrize("magnitude", [1.0, 1e-30], ids=["ordinary", "tiny"])
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_out_may_overlap_the_inputs(impl, magnitude):
+    plane = torch.randn(6, 130, device=impl_device(impl)) * magnitude
+    for columns in (slice(0, 3), slice(127, 130)):
+        x = plane.clone()
+        expected = reference.block_norms(x.cpu(), row_scale=x[:, 1].cpu())
+        block_norms(x, row_scale=x[:, 1], out=x[:, columns], impl=impl)
+        if magnitude == 1:
+            assert_close_rms(x[:, columns], expected, 1e-6)
+        x = plane.clone()
+        block_norms(x, out=x[:, columns], impl=impl)
+        assert_close_rms(x[:, columns], reference.block_norms(plane.cpu()), 1e-6)
+
+
+@pytest.mark.parametrize("block_size", [10**9, 2**40], ids=["past-a-tile", "past-int32"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_block_wider_than_the_row_costs_no_more_than_the_row(impl, block_size):
+    x = torch.randn(3, 70, device=impl_device(impl))
+    assert_close_rms(block_norms(x, block_size, impl=impl), reference.block_norms(x.cpu(), 70), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_forward_mode_is_refused_rather_than_zero():
+    x = torch.randn(4, 64)
+    with pytest.raises(RuntimeError, match="must be differentiated by reverse mode, got a forward-mode tangent"):
+        torch.func.jvp(block_norms, (x,), (x,))
+    with pytest.raises(RuntimeError, match="forward-mode tangent"):
+        torch.func.jvp(lambda s: block_norms(x, row_scale=s), (torch.ones(4),), (torch.ones(4),))
+
+
 def test_out_refuses_to_cut_a_graph():
     x, out = torch.randn(3, 64, requires_grad=True), torch.empty(3, 1)
     with pytest.raises(ValueError, match="out must not be given where an input requires grad"):
@@ -206,6 +237,17 @@ BAD_CALLS = {
         lambda: block_norms(torch.ones(4, 64), out=torch.ones(4, 1, dtype=torch.float16)),
         TypeError,
         "out must be torch.float32, got torch.float16",
+    ),
+    "sparse": (lambda: block_norms(torch.ones(4, 3).to_sparse()), TypeError, "x must be dense, got torch.sparse_coo"),
+    "nested": (
+        lambda: block_norms(torch.nested.nested_tensor([torch.ones(3)], layout=torch.jagged)),
+        TypeError,
+        "x must be dense, got a nested tensor",
+    ),
+    "out in one place": (
+        lambda: block_norms(torch.ones(4, 65), out=torch.ones(1, 2).expand(4, 2)),
+        ValueError,
+        r"out must have a place for each of its values, got shape \(4, 2\) with strides \(0, 1\)",
     ),
     "device": (
         lambda: block_norms(torch.ones(4, 64), row_scale=torch.ones(4, device="meta")),

@@ -191,6 +191,12 @@ BAD_CALLS = {
         r"group_offsets must ascend from 0 to 4, got \[0, 3, 2, 4\]",
     ),
     "offsets dtype": (lambda: integrate_sps(P, P, [0.0, 4.0]), TypeError, "group_offsets must be int32 or int64, got torch.float64"),
+    "offsets none": (
+        lambda: integrate_sps(P, P, None),
+        TypeError,
+        "group_offsets must be a tensor, array or list of integers, got NoneType",
+    ),
+    "offsets text": (lambda: integrate_sps(P, P, "04"), TypeError, "group_offsets must be a tensor, array or list of integers, got str"),
     "offsets shape": (lambda: integrate_sps(P, P, [[0, 4]]), ValueError, r"group_offsets must have shape \(layers \+ 1,\), got \(1, 2\)"),
     "mask shape": (
         lambda: integrate_sps(P, P, [0, 4], token_mask=torch.ones(4, dtype=torch.bool)),

@@ -72,6 +72,19 @@ def test_empty_tensors(impl, num_tokens, num_in, num_out):
     assert torch.equal(whole.cpu(), torch.zeros(num_tokens))
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_a_weight_without_inputs_has_no_gradient_whatever_comes_in(impl):
+    device = impl_device(impl)
+    grad_output = torch.full((2, 4), torch.nan, device=device)
+    assert torch.equal(token_grad_norms(torch.ones(2, 0, device=device), grad_output, impl=impl).cpu(), torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_block_wider_than_the_layer_costs_no_more_than_the_layer(impl):
+    x = torch.randn(3, 70, device=impl_device(impl))
+    assert_close_rms(token_grad_norms(x, x, 10**9, impl=impl), reference.token_grad_norms(x.cpu(), x.cpu(), 70), 1e-6)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_any_strides(impl):
     inputs = torch.randn(70, 6, 2, device=impl_device(impl))[..., 1].T

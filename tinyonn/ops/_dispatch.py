@@ -60,6 +60,8 @@ def check_float(name: str, tensor: Tensor, min_dim: int = 1) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}.")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{name} must be dense, got {'a nested tensor' if tensor.is_nested else tensor.layout}.")
     if tensor.dim() < min_dim:
         raise ValueError(f"{name} must have at least {min_dim} dimension(s), got shape {tuple(tensor.shape)}.")
 
@@ -85,6 +87,8 @@ def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: t
     if out.dtype != dtype:
         raise TypeError(f"out must be {dtype}, got {out.dtype}.")
     check_same_device("out", out, device)
+    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"out must have a place for each of its values, got shape {tuple(out.shape)} with strides {out.stride()}.")
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (out, *inputs)):
         raise ValueError("out must not be given where an input requires grad, got one that does: detach it or enter torch.no_grad().")
 

@@ -28,13 +28,14 @@ def block_norms(
     """L2 norm of each block of `block_size` consecutive features: `out[..., b] = row_scale[...] * ||x[..., block b]||`.
 
     A norm is right wherever it is a normal number of the output's dtype: its squares may overflow or vanish. NaN gives NaN,
-    infinity gives infinity. Differentiable in `x` and `row_scale`, twice where asked; the gradient of a norm that is 0 is 0.
+    infinity gives infinity. Differentiable in `x` and `row_scale` by reverse mode, twice where asked; the gradient of a norm that
+    is 0 is 0.
 
     Args:
         x: (..., F), float16, bfloat16, float32 or float64, any strides.
         block_size: features per block; the last block of a row may be shorter.
         row_scale: (...,), multiplies each row's norms, for instance by the norm of the layer's input.
-        out: (..., ceil(F / block_size)) of the result's dtype; may be a strided column slice of a larger plane.
+        out: (..., ceil(F / block_size)) of the result's dtype; may be a strided column slice of a larger plane, and overlap an input.
         impl: "auto", "triton", "torch" or "reference"; an explicit choice never falls back.
 
     Returns:
@@ -43,7 +44,7 @@ def block_norms(
     Raises:
         TypeError: a dtype or type that is not accepted.
         ValueError: shapes or devices differ, or `out` is given where an input requires grad; NaN under `tinyonn.debug()`.
-        RuntimeError: impl="triton" cannot run here.
+        RuntimeError: impl="triton" cannot run here; an input carries a forward-mode tangent.
     """
     check_impl(impl)
     check_float("x", x)
@@ -56,11 +57,20 @@ def block_norms(
             if row_scale.numel() != rows:
                 raise ValueError(f"row_scale must have {rows} rows, got {row_scale.numel()}.")
             raise ValueError(f"row_scale must have shape {tuple(x.shape[:-1])}, got {tuple(row_scale.shape)}.")
+    _refuse_tangents(x, row_scale)
     if out is None:
         return _block_norms(x, row_scale, block_size, impl)
     check_out(out, _out_shape(x, block_size), statistics_dtype(x.dtype), x.device, x, row_scale)
     _block_norms_out(x, row_scale, out, block_size, impl)
     return out
+
+
+def _refuse_tangents(*inputs: Tensor | None) -> None:
+    # A registered op drops tangents without a word: the derivative would come out as 0.
+    if not torch.compiler.is_compiling():
+        for tensor in inputs:
+            if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError("block_norms must be differentiated by reverse mode, got a forward-mode tangent: use backward or vjp.")
 
 
 def _out_shape(x: Tensor, block_size: int) -> tuple[int, ...]:
@@ -76,7 +86,13 @@ def _block_norms(x: Tensor, row_scale: Tensor | None, block_size: int, impl: str
 
 @torch.library.custom_op("tinyonn::block_norms_out", mutates_args=("out",))
 def _block_norms_out(x: Tensor, row_scale: Tensor | None, out: Tensor, block_size: int, impl: str) -> None:
-    _write(x, row_scale, out, block_size, impl)
+    # An input in the same storage may overlap: it is read to the end before the first value is written.
+    place = out.untyped_storage().data_ptr()
+    shared = any(tensor is not None and tensor.untyped_storage().data_ptr() == place for tensor in (x, row_scale))
+    target = torch.empty_like(out) if shared else out
+    _write(x, row_scale, target, block_size, impl)
+    if shared:
+        out.copy_(target)
 
 
 def _write(x: Tensor, row_scale: Tensor | None, out: Tensor, block_size: int, impl: str) -> None:

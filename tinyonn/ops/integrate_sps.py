@@ -62,6 +62,8 @@ def integrate_sps(
         raise TypeError(f"grad_norm must be {activation.dtype}, got {grad_norm.dtype}.")
     check_same_device("grad_norm", grad_norm, activation.device)
     if not isinstance(group_offsets, Tensor):
+        if isinstance(group_offsets, str) or not isinstance(group_offsets, (np.ndarray, Sequence)):
+            raise TypeError(f"group_offsets must be a tensor, array or list of integers, got {type(group_offsets).__name__}.")
         group_offsets = torch.as_tensor(np.asarray(group_offsets))
     if group_offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"group_offsets must be int32 or int64, got {group_offsets.dtype}.")

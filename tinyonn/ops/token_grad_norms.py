@@ -79,6 +79,8 @@ def _token_grad_norms(inputs: Tensor, grad_output: Tensor, block_size: int, impl
             from tinyonn_kernels.token_grad_norms import token_grad_norms_fwd
 
             token_grad_norms_fwd(inputs, grad_output, out, block_size)
+        case "torch" if inputs.shape[-1] == 0:
+            out.zero_()  # a weight without values, whatever the gradient holds
         case "torch":
             norms_into(grad_output, block_size, out)
             out.mul_(row_norms(inputs).to(out.dtype).unsqueeze(-1))
