@@ -37,15 +37,19 @@ class Batch:
         """Checks and aligns (B, T) ids under a (B, T) mask of ones and zeros.
 
         Raises:
-            InputError: shapes that differ, a row without a token, padding between tokens, an id outside the vocabulary.
+            InputError: shapes that differ, a mask of other values, a row without a token, padding between tokens, an id outside the
+                vocabulary.
         """
         input_ids = torch.as_tensor(input_ids)
-        if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+        integers = not (input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool)
+        if input_ids.dim() != 2 or input_ids.numel() == 0 or not integers:
             raise InputError(f"input_ids must be (sequences, tokens) integers, got {input_ids.dtype} of shape {tuple(input_ids.shape)}.")
         mask = torch.ones_like(input_ids) if attention_mask is None else torch.as_tensor(attention_mask).to(input_ids.device)
         if mask.shape != input_ids.shape:
             raise InputError(f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(mask.shape)}.")
-        present = mask != 0
+        present = mask == 1
+        if not bool((present | (mask == 0)).all()):
+            raise InputError(f"attention_mask must hold 1 for tokens and 0 for padding, got {mask[~present & (mask != 0)][0].item()}.")
         lengths = present.sum(1)
         first = present.int().argmax(1)
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -63,3 +67,16 @@ class Batch:
         labels = torch.full_like(aligned, -1)
         labels[:, :-1] = aligned[:, 1:].masked_fill(~inside[:, 1:], -1)
         return cls(aligned.to(device), labels.to(device), lengths.tolist())
+
+    def split(self, switches: set[int]) -> list[tuple[list[int], Batch]]:
+        """Its rows in parts, none of which has lengths on both sides of a switch: each part's row numbers and the part."""
+        parts: dict[int, list[int]] = {}
+        for row, length in enumerate(self.lengths):
+            parts.setdefault(sum(length > switch for switch in switches), []).append(row)
+        if len(parts) == 1:
+            return [(list(range(len(self.lengths))), self)]
+        return [(rows, self._part(rows)) for rows in parts.values()]
+
+    def _part(self, rows: list[int]) -> Batch:
+        lengths = [self.lengths[row] for row in rows]
+        return Batch(self.input_ids[rows, : max(lengths)], self.labels[rows, : max(lengths)], lengths)

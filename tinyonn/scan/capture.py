@@ -35,8 +35,8 @@ class Capture:
     def __init__(self, targets: list[Target], batch_shape: tuple[int, int], device: torch.device) -> None:
         rows, blocks = batch_shape[0] * batch_shape[1], targets[-1].end
         self.batch_shape = batch_shape
-        self.activation = torch.full((rows, blocks), torch.nan, device=device)
-        self.grad_norm = torch.full((rows, blocks), torch.nan, device=device)
+        self.activation = torch.full((rows, blocks), torch.nan, dtype=torch.float32, device=device)
+        self.grad_norm = torch.full((rows, blocks), torch.nan, dtype=torch.float32, device=device)
         self._recorded: set[int] = set()
         self._input: weakref.ref[Tensor] | None = None
         self._input_version = -1
@@ -118,6 +118,8 @@ def module_hooks(targets: Iterable[Target], current: Callable[[], Capture | None
 
 def _token_rows(target: Target, tensor: Tensor, batch_shape: tuple[int, int]) -> Tensor:
     """(..., features) as (sequences * tokens, features), where its rows are the batch's tokens in order."""
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"targets must leave out {target.name}: its output is a {type(tensor).__name__}, not a tensor.")
     sequences, tokens = batch_shape
     leading = [size for size in tensor.shape[:-1] if size != 1]
     if leading not in ([size for size in batch_shape if size != 1], [sequences * tokens]):

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import InputError
 from ..hf.interfaces import attention_implementation
@@ -23,10 +23,10 @@ from .batch import Batch
 from .capture import Capture, module_hooks
 from .config import CREDITS
 from .experts import PairRecorder, recorded_experts
-from .forward import frozen, logits_from_embeddings, loss_into_gradient_, vocabulary_size
+from .forward import frozen, logits_from_embeddings, loss_into_gradient_, position_switches, vocabulary_size
 from .integral import sequence_integral
 from .local_credit import LOCAL_CREDIT
-from .proof import prove_local_credit, prove_same_logits
+from .proof import prove_causal, prove_local_credit, prove_same_logits
 from .targets import Target, find_targets, layout_of
 
 
@@ -70,12 +70,17 @@ class ScanEngine:
         group_offsets: (groups + 1,) int64, first column of each decoder layer.
 
     Raises:
-        InputError: an unknown credit, a target that is not there; on entering, a model for which local credit is not exact.
+        InputError: an unknown credit, a target that is not there, a model that is none of transformers' or not on one device; on
+            entering, a model that is not causal, or for which local credit is not exact.
     """
 
     def __init__(self, model: PreTrainedModel, *, credit: str = "full", targets: str = "all") -> None:
         if credit not in CREDITS:
             raise InputError(f"credit must be one of {', '.join(CREDITS)}, got {credit!r}.")
+        if not isinstance(getattr(model, "config", None), PretrainedConfig):
+            raise InputError(f"model must be a transformers causal language model, got {type(model).__name__}.")
+        if any(parameter.is_inference() for parameter in model.parameters()):
+            raise InputError("model must have weights that autograd takes, got some made under torch.inference_mode: load it outside.")
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) != 1 or next(iter(devices)).type == "meta":
             raise InputError(f"model must be on one device, got {', '.join(sorted(map(str, devices)))}.")
@@ -96,10 +101,9 @@ class ScanEngine:
     def __enter__(self) -> ScanEngine:
         if self._stack is not None:
             raise RuntimeError("ScanEngine must be left before it is entered again.")
-        with ExitStack() as stack, torch.enable_grad():
+        with ExitStack() as stack, _recording():
             stack.enter_context(frozen(self.model))
-            if self.credit == "local" or any(target.is_experts for target in self._targets):
-                self._prove()
+            self._prove()
             stack.enter_context(module_hooks(self._targets, lambda: self._capture))
             self._stack = stack.pop_all()
         return self
@@ -125,16 +129,27 @@ class ScanEngine:
         """
         if self._stack is None:
             raise RuntimeError("ScanEngine must be entered with `with` before scan is called.")
-        with torch.inference_mode(False), torch.enable_grad():
-            return self._scan(input_ids, attention_mask)
-
-    def _scan(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[SequenceScan]:
         batch = Batch.of(input_ids, attention_mask, vocabulary_size(self.model), self.device)
+        switches, limit = position_switches(self.model)
+        if limit is not None and max(batch.lengths) > limit:
+            raise InputError(
+                f"input_ids must be at most {limit} tokens long for this model, whose positions beyond depend on what ran before, "
+                f"got {max(batch.lengths)}."
+            )
+        results: dict[int, SequenceScan] = {}
+        for rows, part in batch.split(switches):
+            with _recording():
+                results.update(zip(rows, self._scan(part), strict=True))
+        return [results[row] for row in range(len(results))]
+
+    def _scan(self, batch: Batch) -> list[SequenceScan]:
         capture = Capture(self._targets, batch.shape, self.device)
         self._capture = capture
         try:
             with self._implementations(capture):
                 logits, embeddings = logits_from_embeddings(self.model, batch.input_ids)
+                if int(batch.labels.max()) >= logits.shape[-1]:
+                    raise InputError(f"input_ids must be 0 … {logits.shape[-1] - 1}, which the model has logits for.")
                 # The gradient is written over the logits. The edge into the graph is taken before: a view that was written to gets a
                 # new one, without the hooks. Should an earlier step need the logits for its own backward, autograd raises.
                 edge, values = get_gradient_edge(logits), logits.detach().view(-1, logits.shape[-1])
@@ -159,6 +174,14 @@ class ScanEngine:
     @contextmanager
     def _implementations(self, capture: Capture | None) -> Iterator[None]:
         """The attention and experts functions of a scan; `generate` between scans runs the model's own."""
+        with ExitStack() as stack:
+            stack.enter_context(self._experts(capture))
+            if self.credit == "local":
+                stack.enter_context(attention_implementation(self.model, LOCAL_CREDIT))
+            yield
+
+    @contextmanager
+    def _experts(self, capture: Capture | None) -> Iterator[None]:
         recorders: dict[nn.Module, PairRecorder] = {}
         by_module: dict[nn.Module, dict[str, Target]] = {}
         for target in self._targets:
@@ -166,16 +189,23 @@ class ScanEngine:
                 by_module.setdefault(target.module, {})[target.weight] = target
         for module, weights in by_module.items():
             recorders[module] = _pair_recorder(weights, capture)
-        with ExitStack() as stack:
-            stack.enter_context(recorded_experts(self.model, recorders))
-            if self.credit == "local":
-                stack.enter_context(attention_implementation(self.model, LOCAL_CREDIT))
+        with recorded_experts(self.model, recorders):
             yield
 
     def _prove(self) -> None:
-        if self.credit == "local":
-            prove_local_credit(self.model)
-        prove_same_logits(self.model, lambda: self._implementations(None), f"a scan with credit={self.credit!r}")
+        with self._experts(None):
+            if self.credit == "local":
+                prove_local_credit(self.model)
+            prove_causal(self.model)
+        if self.credit == "local" or any(target.is_experts for target in self._targets):
+            prove_same_logits(self.model, lambda: self._implementations(None), f"a scan with credit={self.credit!r}")
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd on, whatever the caller has switched off, and nothing compiled: compiled code does not ask for new hooks."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _pair_recorder(weights: dict[str, Target], capture: Capture | None) -> PairRecorder:

@@ -40,6 +40,28 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return weight.shape[0]
 
 
+def position_switches(model: nn.Module) -> tuple[set[int], int | None]:
+    """Lengths that a model's rotary embeddings look at in a batch's longest sequence, for all of its sequences.
+
+    Returns:
+        The lengths beyond which all turn to other frequencies ("longrope"), and the one beyond which the frequencies depend on
+        what ran before ("dynamic"), None where none does.
+    """
+    switches: set[int] = set()
+    limits: list[int] = []
+    for module in model.modules():
+        rotary: Any = module
+        kinds = getattr(rotary, "rope_type", None)
+        by_layer = kinds if isinstance(kinds, dict) else {None: kinds}
+        for layer, kind in by_layer.items():
+            if kind == "longrope":
+                parameters = rotary.config.rope_parameters
+                switches.add(int((parameters if layer is None else parameters[layer])["original_max_position_embeddings"]))
+            elif isinstance(kind, str) and "dynamic" in kind:
+                limits.append(int(rotary.original_max_seq_len))
+    return switches, min(limits, default=None)
+
+
 def logits_from_embeddings(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Runs a frozen model on whole sequences.
 
@@ -48,7 +70,7 @@ def logits_from_embeddings(model: PreTrainedModel, input_ids: Tensor) -> tuple[T
         input_ids: (B, T), padding last: causal attention then needs no padding mask, and default positions are right.
 
     Returns:
-        logits (B, T, V), and the token embeddings (B, T, F), the leaf that the graph starts from.
+        logits (B, T, V), and the leaf that the graph starts from, whose gradient is the token embeddings' (B, T, F).
 
     Raises:
         InputError: the model did not call its input embeddings, or returned other shapes.
@@ -56,9 +78,10 @@ def logits_from_embeddings(model: PreTrainedModel, input_ids: Tensor) -> tuple[T
     leaves: list[Tensor] = []
 
     def start_graph(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        leaf = output.detach().requires_grad_()
+        # A zero that is added, not the embeddings themselves: models may change those in place, which a leaf forbids.
+        leaf = output.new_zeros(()).expand_as(output).requires_grad_()
         leaves.append(leaf)
-        return leaf
+        return output.detach() + leaf
 
     handle = model.get_input_embeddings().register_forward_hook(start_graph)
     try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from ..hf.interfaces import attention_implementation
+from ..hf.interfaces import attention_implementation, experts_implementation
 from .forward import logits_from_embeddings, vocabulary_size
 from .local_credit import LOCAL_CREDIT
 
@@ -21,15 +21,28 @@ LOGIT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2
 
 
 def prove_same_logits(model: PreTrainedModel, changed: Callable[[], Any], what: str) -> None:
-    """Raises InputError unless a frozen model's logits are the same inside the context that `changed()` opens."""
+    """Raises InputError unless a frozen model's logits are the same inside the context that `changed()` opens.
+
+    The model's experts are those of its own class here: the grouped ones that transformers may choose lack float64.
+    """
     probe = _probe(model)
-    with torch.no_grad():
+    with torch.no_grad(), experts_implementation(model, "eager"):
         stock = logits_from_embeddings(model, probe)[0]
         with changed():
             ours = logits_from_embeddings(model, probe)[0]
     scale, difference = stock.abs().max().item(), (ours - stock).abs().max().item()
     if not difference <= LOGIT_TOLERANCE.get(ours.dtype, 1e-1) * scale:
         raise InputError(f"{what} must leave the logits as they are, got a difference of {difference:.3g} at a scale of {scale:.3g}.")
+
+
+def prove_causal(model: PreTrainedModel) -> None:
+    """Raises InputError where a frozen model's logits depend on later tokens: on labels, and on a batch's padding."""
+    logits, embeddings = logits_from_embeddings(model, _probe(model))
+    token = PROBE_TOKENS // 2
+    (grad,) = torch.autograd.grad(logits[0, token].logsumexp(-1), embeddings)
+    seen = grad[0].abs().sum(-1)
+    if seen[token + 1 :].max() > LOGIT_TOLERANCE.get(logits.dtype, 1e-1) * seen[: token + 1].max():
+        raise InputError(f"model must be a causal language model, got {type(model).__name__}, whose tokens see later ones.")
 
 
 def prove_local_credit(model: PreTrainedModel) -> None:

@@ -103,7 +103,7 @@ def _all_targets(model: PreTrainedModel) -> list[Target]:
             found.append(Target(name, module, "weight", module.nf, 1, 0))
         elif not type(module).__module__.startswith("torch.nn."):
             for weight, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and min(parameter.shape) > 1:
+                if parameter.dim() == 3 and (min(parameter.shape) > 1 or uses_experts_interface(module)):
                     out_features = parameter.shape[2 if getattr(module, "is_transposed", False) else 1]
                     found.append(Target(name, module, weight, out_features, parameter.shape[0], 0))
     if not found:
