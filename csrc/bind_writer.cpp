@@ -77,7 +77,8 @@ uint64_t append(PathWriter& self, const std::string& id, const py::object& token
   require_shape(losses, "loss", {record.tokens});
   record.loss = losses.data();
 
-  const uint64_t blocks = self.writer.layout().blocks;
+  const uint64_t blocks = self.writer.blocks();
+  record.columns = blocks;
   if (activation.is_none() != grad_norm.is_none()) throw InputFault("activation and grad_norm must be given both or neither.");
   py::array_t<float, kExact> planes[2];
   if (!activation.is_none()) {
@@ -163,8 +164,9 @@ void bind_writer(py::module_& m) {
            [](PathWriter& self, const py::tuple& planes) {
              std::vector<py::array_t<double, kExact>> held;
              const double* rows[6];
-             integral_rows(planes, self.writer.layout().blocks, held, rows);
-             without_gil(self.path, [&] { self.writer.append_integral(rows); });
+             const uint64_t blocks = self.writer.blocks();
+             integral_rows(planes, blocks, held, rows);
+             without_gil(self.path, [&] { self.writer.append_integral(rows, blocks); });
            },
            py::arg("planes"))
       .def("extend_layout",

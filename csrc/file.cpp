@@ -43,31 +43,34 @@ OutputFile::OutputFile(std::string path, OpenMode mode) : path_(std::move(path))
     if (error == EWOULDBLOCK) throw Fault("only one writer may have a file open, and another has this one.");
     fail("flock", error);
   };
-  if (mode == OpenMode::replace) {
-    // A new file takes the old one's name, so that a reader that has the old one mapped keeps it.
-    fd_ = open_as(0);
-    if (fd_ >= 0) {
-      take_lock();
-      if (::unlink(name) != 0) {
-        const int error = errno;
-        ::close(fd_);
-        fd_ = -1;
-        fail("unlink", error);
-      }
-      ::close(fd_);
-    } else if (errno != ENOENT) {
-      throw std::system_error(errno, std::generic_category(), path_);
-    }
-  }
-  fd_ = open_as(mode == OpenMode::append ? 0 : O_CREAT | O_EXCL);
+  fd_ = open_as(mode == OpenMode::create ? O_CREAT | O_EXCL : 0);
+  const bool missing = fd_ < 0 && errno == ENOENT && mode == OpenMode::replace;
+  if (missing) fd_ = open_as(O_CREAT | O_EXCL);
   if (fd_ < 0) throw std::system_error(errno, std::generic_category(), path_);
   take_lock();
+  if (mode == OpenMode::replace && !missing) {
+    // A new file takes the old one's name, so that a reader that has the old one mapped keeps it. Until the new one stands, the old
+    // one is there, and locked.
+    const int old = fd_;
+    const std::string beside = path_ + ".new";
+    static_cast<void>(::unlink(beside.c_str()));  // left by one that was killed here
+    fd_ = ::open(beside.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0666);
+    if (fd_ < 0 || lock(fd_) != 0 || ::rename(beside.c_str(), name) != 0) {
+      const int error = errno;
+      if (fd_ >= 0) static_cast<void>(::unlink(beside.c_str()));
+      if (fd_ >= 0) ::close(fd_);
+      ::close(old);
+      fd_ = -1;
+      throw std::system_error(error, std::generic_category(), path_);
+    }
+    ::close(old);
+  }
 #if defined(__linux__)
   struct statfs where {};
   reserves_ = ::fstatfs(fd_, &where) == 0 && where.f_type == EXT4_SUPER_MAGIC;
   // A writer that was killed gave nothing back: this one goes on with it.
   struct stat info {};
-  if (mode == OpenMode::append && reserves_ && ::fstat(fd_, &info) == 0 && info.st_blocks * 512 > info.st_size) {
+  if (mode == OpenMode::append && reserves_ && ::fstat(fd_, &info) == 0 && info.st_blocks * 512 >= info.st_size + info.st_blksize) {
     reserved_ = static_cast<uint64_t>(info.st_blocks) * 512;
   }
 #endif

@@ -1,4 +1,5 @@
-// Files by plain system calls: open, flock, fstat, fstatfs, fallocate, pread, pwrite, ftruncate, fdatasync, fsync, mmap, close.
+// Files by plain system calls: open, flock, fstat, fstatfs, fallocate, pread, pwrite, ftruncate, fdatasync, fsync,
+// rename, unlink, mmap, close.
 #pragma once
 
 #include <cstdint>

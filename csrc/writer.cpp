@@ -95,8 +95,7 @@ void Writer::create(std::vector<LayoutItem> items) {
   buffer_.pad();
   layout.offset = buffer_.size();
   put_layout(layout);
-  layouts_.push_back(std::move(layout));
-  stats_.resize(2 * layouts_.back().items.size());
+  add_layout(std::move(layout));
   end_ = buffer_offset_ + buffer_.size();
   flush();
   changed_ = true;
@@ -128,12 +127,20 @@ void Writer::reopen(const std::string& path, std::vector<LayoutItem> items, cons
   last_index_end_ = reader.closed() ? end_ : 0;
   changed_ = !reader.closed();
   ends_clean_ = false;
-  if (!layouts_.empty()) return;
+  if (!layouts_.empty()) {
+    blocks_ = layouts_.back().blocks;
+    return;
+  }
   Layout layout = make_layout(std::move(items), 0);
   transaction([&] {
     layout.offset = buffer_offset_ + buffer_.size();
     put_layout(layout);
   });
+  add_layout(std::move(layout));
+}
+
+void Writer::add_layout(Layout layout) {
+  blocks_ = layout.blocks;
   layouts_.push_back(std::move(layout));
   stats_.resize(2 * layouts_.back().items.size());
 }
@@ -141,6 +148,14 @@ void Writer::reopen(const std::string& path, std::vector<LayoutItem> items, cons
 void Writer::require_usable() const {
   if (!file_.is_open()) throw Fault("the writer is closed.");
   if (broken_) throw Fault("an earlier write failed and could not be taken back; close the file and open it again.");
+}
+
+// Under the lock: another thread may have extended the layout since the caller looked at it.
+void Writer::require_columns(const char* what, uint64_t columns) const {
+  const uint64_t blocks = layouts_.back().blocks;
+  if (columns == blocks) return;
+  throw InputFault(std::string(what) + " must have " + std::to_string(blocks) + " columns, one for each block, got " +
+                   std::to_string(columns) + ".");
 }
 
 // Takes away what stands behind the last committed chunk: a trailer, or the remains of an interrupted append.
@@ -305,6 +320,8 @@ uint64_t Writer::append(const RecordView& record) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (record.tokens == 0 || record.tokens > 0xFFFFFFFFull) throw InputFault("token_ids must hold 1 … 4294967295 tokens.");
   if (record.id.size() > kMaxIdBytes) throw InputFault("sequence_id must take at most 65536 bytes.");
+  if (record.activation != nullptr) require_columns("activation", record.columns);
+  if (record.integral[0] != nullptr) require_columns("integral", record.columns);
   const uint64_t ordinal = size(), group = end_;
   IndexEntry entry{group, 0, id_hash(record.id.data(), record.id.size()), static_cast<uint32_t>(record.tokens), 0};
   transaction([&] {
@@ -335,8 +352,9 @@ uint64_t Writer::append(const RecordView& record) {
   return ordinal;
 }
 
-void Writer::append_integral(const double* const planes[6]) {
+void Writer::append_integral(const double* const planes[6], uint64_t columns) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  require_columns("integral", columns);
   const uint64_t at = end_;
   transaction([&] { put_integral(kWholeFile, planes); });
   integral_offset_ = at;
@@ -354,8 +372,7 @@ void Writer::extend_layout(std::vector<LayoutItem> items) {
   if (!extends) throw InputFault("layout must start with the entries of the file's layout and add to them.");
   next.offset = end_;
   transaction([&] { put_layout(next); });
-  layouts_.push_back(std::move(next));
-  stats_.resize(2 * layouts_.back().items.size());
+  add_layout(std::move(next));
 }
 
 uint64_t Writer::tables_bytes() const { return align_up(stats_.size() * sizeof(Moments)) + layouts_.size() * 8 + 2 * sizeof(IndexHead); }

@@ -1,6 +1,7 @@
 // Appends sequences to a .mscan file. One append is one group of chunks, DATA first and SEQUENCE, which commits it, last.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -22,6 +23,7 @@ struct RecordView {
   const float* activation = nullptr;     // null: no planes
   const float* grad_norm = nullptr;
   uint64_t tokens = 0;
+  uint64_t columns = 0;                  // of both planes and of the integral
   const std::string* text = nullptr;     // null: not stored
   const double* integral[6] = {};        // [0] null: none
 };
@@ -33,13 +35,14 @@ class Writer {
          Compress compress, Decompress decompress);
 
   uint64_t append(const RecordView& record);
-  void append_integral(const double* const planes[6]);
+  void append_integral(const double* const planes[6], uint64_t columns);
   void extend_layout(std::vector<LayoutItem> items);
   void close();
   void abandon();  // gives the file up as it is; after append mode opened it and nothing was written, it is untouched
 
   const std::string& metadata() const { return metadata_; }
   const Layout& layout() const { return layouts_.back(); }
+  uint64_t blocks() const { return blocks_; }  // from any thread, unlike layout()
   uint64_t size() const { return indexed_ + pending_.size(); }
   const std::vector<Gap>& gaps() const { return gaps_; }
   double encode_seconds() const { return encode_seconds_; }
@@ -48,7 +51,9 @@ class Writer {
  private:
   void create(std::vector<LayoutItem> items);
   void reopen(const std::string& path, std::vector<LayoutItem> items, const Decompress& decompress);
+  void add_layout(Layout layout);
   void require_usable() const;
+  void require_columns(const char* what, uint64_t columns) const;
   void begin();
   ChunkHeader header(ChunkType type, uint64_t ordinal) const;
   uint64_t open_chunk();
@@ -71,6 +76,7 @@ class Writer {
   std::mutex mutex_;
 
   std::vector<Layout> layouts_;
+  std::atomic<uint64_t> blocks_{0};  // of the last layout
   std::vector<Moments> stats_, delta_;
   std::vector<Run> runs_;
   std::vector<IndexEntry> pending_;  // sequences that no INDEX lists yet

@@ -1,6 +1,6 @@
 """Custom kernels and instruments for sparse, self-organising transformers."""
 
-from tinyonn._debug import debug
+from ._debug import debug
 
 __version__ = "0.1.0"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinyonn._cross_compile import ARCHS, Usage, compile_launches, cross_compile, usages_of
+from ._cross_compile import ARCHS, Usage, compile_launches, cross_compile, usages_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

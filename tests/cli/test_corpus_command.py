@@ -120,6 +120,7 @@ def test_the_default_output(cli: Cli, tmp_path: Path, monkeypatch: pytest.Monkey
     assert cli("corpus", write(tmp_path / "in.jsonl", {"text": MARKETS}), "-t", "finance").code == 0
     assert len(read_corpus(tmp_path / "data/sft/finance_corpus.jsonl")) == 1
     one_line(cli("corpus", "in.jsonl", "-t", "finance"), "output must not exist yet", "--overwrite", command="tinyonn corpus")
+    one_line(cli("corpus", "./typo.jsonl", "-t", "finance"), "source must be an existing file", command="tinyonn corpus")
 
 
 def test_bad_input_is_one_line(cli: Cli, tmp_path: Path) -> None:

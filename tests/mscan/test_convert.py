@@ -156,6 +156,20 @@ def test_recover_keeps_what_reads_and_names_what_does_not(tmp_path: Path) -> Non
         np.testing.assert_array_equal(clean.planes(1)[0], record(2).activation)
 
 
+def test_recover_counts_the_tokens_whose_values_are_lost(tmp_path: Path) -> None:
+    path = tmp_path / "a.mscan"
+    planes = np.random.default_rng(0).random((4, 64, 3), np.float32)
+    with MscanWriter(path, {}, LAYOUT, codec="f32") as writer:
+        for i, plane in enumerate(planes):
+            writer.append(SequenceRecord(f"s{i}", np.arange(64), np.ones(64), plane, plane))
+    data = bytearray(path.read_bytes())
+    for i in (1, 2):
+        data[data.index(planes[i].tobytes()) + 100] ^= 1
+    path.write_bytes(data)
+    result = recover(path, tmp_path / "clean.mscan")
+    assert result.dropped[-1] == "values of 128 tokens in 2 of the 4 sequences: they read as missing."
+
+
 def test_recover_reads_version_1_files_that_a_longer_header_overwrote(tmp_path: Path) -> None:
     rows = write_v1(tmp_path / "old.mscan")
     data = (tmp_path / "old.mscan").read_bytes()

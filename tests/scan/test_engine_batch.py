@@ -54,6 +54,30 @@ def test_padding_and_neighbours_change_nothing(arch, side, credit):
     assert_same(pair[1], alone[1])
 
 
+def test_rotary_embeddings_that_look_at_the_longest_sequence_do_not_see_its_neighbours():
+    """longrope turns every sequence of a batch to its long factors as soon as one is longer than the original context."""
+    factors = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 10, "factor": 4.0, **factors}
+    model = tiny_causal_lm("llama", rope_parameters=rope)
+    rows = sequences()
+    with ScanEngine(model) as engine:
+        alone = [engine.scan(row[None])[0] for row in rows]
+        together = engine.scan(*padded(rows, "right", 14, pad=0))
+    for result, expected in zip(together, alone, strict=True):
+        assert_same(result, expected)
+    ids, _ = padded(rows[:2], "right", 14, pad=0)
+    stock = model(input_ids=ids).logits[0, :9]  # what would have been scanned, had the batch not been split
+    assert not torch.allclose(stock, model(input_ids=rows[0][None]).logits[0], atol=1e-4)
+
+
+def test_rotary_embeddings_that_keep_what_ran_before_are_bounded():
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with ScanEngine(tiny_causal_lm("llama", rope_parameters=rope, max_position_embeddings=10)) as engine:
+        assert len(engine.scan(torch.arange(10)[None])[0].loss) == 10
+        with pytest.raises(InputError, match="input_ids must be at most 10 tokens long for this model, .* got 11"):
+            engine.scan(torch.arange(11)[None])
+
+
 def test_the_last_token_is_missing_and_no_other():
     with ScanEngine(tiny_causal_lm("llama")) as engine:
         results = engine.scan(*padded(sequences(), "right", 14, pad=0))
@@ -112,8 +136,10 @@ def test_gradients_do_not_depend_on_the_number_of_tokens_that_follow_in_local_cr
         (torch.tensor([[1, 2, 3]]), torch.ones(1, 2), r"attention_mask must have the shape of input_ids \(1, 3\), got \(1, 2\)"),
         (torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 1], [0, 0]]), "attention_mask must mark at least one token in each row, .* 1"),
         (torch.tensor([[1, 2, 3]]), torch.tensor([[1, 0, 1]]), "attention_mask must mark one unbroken run"),
+        (torch.tensor([[1, 2, 3]]), torch.tensor([[0, -1, -1]]), "attention_mask must hold 1 for tokens and 0 for padding, got -1"),
+        (torch.tensor([[True, False]]), None, "input_ids must be .* integers, got torch.bool"),
     ],
-    ids=["one-dimensional", "float", "empty", "vocabulary", "mask-shape", "empty-row", "hole"],
+    ids=["one-dimensional", "float", "empty", "vocabulary", "mask-shape", "empty-row", "hole", "mask-values", "bool"],
 )
 def test_bad_batches_are_refused(ids, mask, message):
     with ScanEngine(tiny_causal_lm("qwen3")) as engine, pytest.raises(InputError, match=message):

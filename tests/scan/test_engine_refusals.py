@@ -87,6 +87,73 @@ def test_a_model_without_memory_is_refused():
         ScanEngine(model)
 
 
+def test_a_model_that_sees_later_tokens_is_refused():
+    model = tiny_causal_lm("llama")
+    mlp = model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda x: mlp(x + 0.1 * x.roll(-1, 1))
+    with (
+        pytest.raises(InputError, match="model must be a causal language model, got LlamaForCausalLM, whose tokens see"),
+        ScanEngine(model),
+    ):
+        pass
+
+
+def test_what_is_no_transformers_model_is_refused():
+    with pytest.raises(InputError, match="model must be a transformers causal language model, got Linear"):
+        ScanEngine(nn.Linear(3, 3))
+
+
+def test_weights_without_autograd_are_refused():
+    with torch.inference_mode():
+        model = tiny_causal_lm("llama")
+    with pytest.raises(InputError, match="got some made under torch.inference_mode: load it outside"):
+        ScanEngine(model)
+
+
+def test_a_module_without_a_tensor_is_refused():
+    model = tiny_causal_lm("llama")
+    head = model.model.layers[0].mlp.gate_proj
+    head.register_forward_hook(lambda module, args, output: (output,))
+    model.model.layers[0].mlp.act_fn = lambda pair: nn.functional.silu(pair[0])
+    with ScanEngine(model) as engine, pytest.raises(InputError, match=r"leave out .*gate_proj\.weight: its output is a tuple"):
+        engine.scan(TOKENS)
+
+
+def test_a_token_without_a_logit_is_refused():
+    model = tiny_causal_lm("llama")
+    model.lm_head = nn.Linear(48, 20, bias=False)
+    with ScanEngine(model) as engine:
+        engine.scan(TOKENS)
+        with pytest.raises(InputError, match="input_ids must be 0 … 19, which the model has logits for"):
+            engine.scan(TOKENS + 1)
+
+
+@pytest.mark.parametrize("how", ["model", "layer"])
+def test_a_compiled_model_is_recorded_as_it_is_without(how):
+    plain, model = tiny_causal_lm("llama"), tiny_causal_lm("llama")
+    with ScanEngine(plain) as engine:
+        expected = engine.scan(TOKENS)
+    if how == "model":
+        model.compile(backend="eager")
+    else:
+        model.model.layers[0].compile(backend="eager")
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+    with ScanEngine(model) as engine:
+        results = engine.scan(TOKENS)
+    for result, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(result.grad_norm), torch.tensor(wanted.grad_norm), equal_nan=True)
+
+
+def test_embeddings_that_the_model_changes_in_place_are_recorded():
+    plain, model = tiny_causal_lm("llama"), tiny_causal_lm("llama")
+    plain.model.embed_tokens.weight.data.mul_(2)
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: (args[0].mul_(2),))
+    with ScanEngine(plain) as engine, ScanEngine(model) as in_place:
+        for wanted, result in zip(engine.scan(TOKENS), in_place.scan(TOKENS), strict=True):
+            torch.testing.assert_close(torch.tensor(result.grad_norm), torch.tensor(wanted.grad_norm), equal_nan=True)
+
+
 def test_a_module_that_runs_twice_is_refused():
     model = tiny_causal_lm("llama")
     layer = model.model.layers[0].mlp

@@ -54,7 +54,7 @@ def _summary(found: Description) -> list[tuple[str, object]]:
         ("sequences", f"{screen.number(found.sequences)}, {screen.counted(found.tokens, 'token')}; {kept if planes else 'sums alone'}"),
         (
             "blocks",
-            f"{screen.number(found.blocks)}: {screen.counted(len(found.layout), 'weight')} in {screen.counted(len(found.groups), 'layer')}",
+            f"{screen.number(found.blocks)}: {screen.counted(len(found.layout), 'weight')}, {screen.counted(found.layers, 'layer')}",
         ),
     ]
     if planes and math.isfinite(found.bytes_per_value):

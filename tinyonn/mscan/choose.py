@@ -8,11 +8,11 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyonn.errors import MscanError
-from tinyonn.mscan.v1_header import MAGIC, PROLOGUE
+from ..errors import MscanError
+from .v1_header import MAGIC, PROLOGUE
 
 if TYPE_CHECKING:
-    from tinyonn.mscan.reader import MscanReader
+    from .reader import MscanReader
 
 _RANK = re.compile(r"(?P<stem>.+)\.rank(?P<rank>\d+)-of-(?P<size>\d+)\.mscan")
 
@@ -70,9 +70,9 @@ def rank_members(path: str) -> list[str] | None:
 
 def choose_reader(path: str, whole_set: bool) -> type[MscanReader]:
     """The class that reads `path`."""
-    from tinyonn.mscan.ranks import RankSetReader
-    from tinyonn.mscan.v1 import V1Reader
-    from tinyonn.mscan.v2 import V2Reader
+    from .ranks import RankSetReader
+    from .v1 import V1Reader
+    from .v2 import V2Reader
 
     if whole_set and rank_members(path) is not None:
         return RankSetReader

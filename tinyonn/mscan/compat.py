@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyonn.errors import InputError
-from tinyonn.mscan.reader import MscanReader
-from tinyonn.mscan.types import LayoutEntry, SequenceRecord, layout_blocks
-from tinyonn.mscan.v1 import FEATURES_PER_BLOCK, V1Reader
-from tinyonn.mscan.v1_header import RECORD
-from tinyonn.mscan.v1_records import grow_blocks
-from tinyonn.mscan.writer import MscanWriter
+from ..errors import InputError
+from .layout import LayoutEntry, layout_blocks
+from .reader import MscanReader
+from .types import SequenceRecord
+from .v1 import FEATURES_PER_BLOCK, V1Reader
+from .v1_header import RECORD
+from .v1_records import grow_blocks
+from .writer import MscanWriter
 
 _PLACEHOLDER = LayoutEntry("none", 1, 1, 0)  # the layout of a file that has no records yet
 _LATER_BLOCKS = re.compile(r"(.+)\[(\d+):\]")  # blocks of a parameter that its first records did not have

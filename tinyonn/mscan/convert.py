@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.errors import InputError, MscanError
-from tinyonn.mscan.choose import rank_members
-from tinyonn.mscan.export import to_npz, to_parquet
-from tinyonn.mscan.output import Conversion, PathLike, replacing
-from tinyonn.mscan.reader import MscanReader
-from tinyonn.mscan.types import LayoutEntry, SequenceRecord, layout_blocks, layout_groups
-from tinyonn.mscan.writer import MscanWriter
+from ..errors import InputError, MscanError
+from .choose import rank_members
+from .export import to_npz, to_parquet
+from .layout import LayoutEntry, layer_count, layout_blocks, layout_groups
+from .output import Conversion, PathLike, replacing
+from .reader import MscanReader
+from .types import SequenceRecord
+from .writer import MscanWriter
 
 __all__ = [
     "Conversion",
@@ -86,6 +87,11 @@ class Description:
     missing: list[str]
 
     @property
+    def layers(self) -> int:
+        """Decoder layers with at least one weight."""
+        return layer_count(self.groups)
+
+    @property
     def blocks(self) -> int:
         return layout_blocks(self.layout)
 
@@ -144,7 +150,8 @@ def recover(path: PathLike, output: PathLike, *, overwrite: bool = False, **opti
         options: codec and compression of `MscanWriter`; unless named, the codec of the source.
 
     Returns:
-        The conversion; `dropped` names every gap, and every sequence that was lost whole.
+        The conversion; `dropped` names every gap, every sequence that was lost whole, and how many lost values of some tokens, which
+        read as missing.
     """
     with MscanReader(path, recovery="salvage") as reader:
         return _copy([reader], output, dict(reader.metadata), overwrite, options, salvage=True)
@@ -219,7 +226,7 @@ def _copy(
     salvage: bool = False,
 ) -> Conversion:
     dropped = [str(item) for reader in readers for item in reader.report]
-    sequences = tokens = 0
+    sequences = tokens = blank_sequences = blank_tokens = 0
     summed = True
     origin: dict[str, str] = {}
     options = {"codec": _codec(readers), **options}
@@ -244,10 +251,24 @@ def _copy(
                 sequences += 1
                 tokens += len(record.token_ids)
                 summed = summed and record.integral is not None
+                if salvage and (blank := _tokens_without_values(reader, i)):
+                    blank_sequences += 1
+                    blank_tokens += blank
         if not summed and len(readers) == 1:  # a total may stand for integrals that the sequences do not have
             with suppress(MscanError):
                 writer.append_integral(readers[0].integral().widened(layout_blocks(layout)))
+    if blank_sequences:
+        dropped.append(f"values of {blank_tokens:,} tokens in {blank_sequences:,} of the {sequences:,} sequences: they read as missing.")
     return Conversion(Path(output), sequences, tokens, dropped)
+
+
+def _tokens_without_values(reader: MscanReader, i: int) -> int:
+    """How many of a sequence's tokens salvage found no planes for, where it had some. Version 1 reports whole records alone."""
+    sequence = reader.sequences[i]
+    if reader.version == 1 or not sequence.has_records:
+        return 0
+    found = sum(len(part.activation) if part.rows is None else len(part.rows) - 1 for part in reader.codes(i))
+    return sequence.num_tokens - found
 
 
 def _codec(readers: Sequence[MscanReader]) -> str:

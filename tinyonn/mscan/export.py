@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.mscan.output import Conversion, PathLike, replacing
-from tinyonn.mscan.reader import MscanReader
-from tinyonn.mscan.types import group_name, layout_blocks
+from .layout import group_name, layout_blocks
+from .output import Conversion, PathLike, replacing
+from .reader import MscanReader
 
 ROWS_PER_TABLE = 1 << 20  # rows of the long table held in memory at once
 

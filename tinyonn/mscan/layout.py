@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinyonn.errors import InputError
+from ..errors import InputError
 
 _LAYER = re.compile(r"^(.*?\.)?\d+(?=\.|$)")
 
@@ -56,6 +56,11 @@ def group_name(name: str) -> str:
     """The decoder layer a weight belongs to: its name up to the first all-digit component, or the module's own name outside any layer."""
     match = _LAYER.match(name)
     return match.group(0) if match else name.removesuffix(".weight")
+
+
+def layer_count(groups: Sequence[str]) -> int:
+    """How many of the groups are decoder layers; the others are weights outside any."""
+    return sum(group.rpartition(".")[2].isdigit() for group in groups)
 
 
 def layout_groups(layout: Sequence[LayoutEntry]) -> tuple[list[str], np.ndarray]:

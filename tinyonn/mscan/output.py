@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinyonn.errors import InputError
-from tinyonn.mscan.choose import rank_members
+from ..errors import InputError
+from .choose import rank_members
 
 PathLike = str | os.PathLike[str]
 

@@ -14,12 +14,12 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyonn.errors import InputError, MscanError
-from tinyonn.mscan.choose import rank_members
-from tinyonn.mscan.reader import MscanReader, PlaneCodes, StoredSequence
-from tinyonn.mscan.stats import ModuleStats
-from tinyonn.mscan.types import Integral
-from tinyonn.mscan.v2 import V2Reader
+from ..errors import InputError, MscanError
+from .choose import rank_members
+from .reader import MscanReader, PlaneCodes, StoredSequence
+from .stats import ModuleStats
+from .types import Integral
+from .v2 import V2Reader
 
 RANK_KEYS = frozenset({"rank", "model_path"})  # metadata in which the members of a set may differ
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyonn.mscan.layout import LayoutEntry
-from tinyonn.mscan.stats import ModuleStats
-from tinyonn.mscan.types import Integral
+from .layout import LayoutEntry
+from .stats import ModuleStats
+from .types import Integral
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +95,7 @@ class MscanReader:
     def __new__(cls, path: str | os.PathLike[str], *, recovery: str = "tail", whole_set: bool = True) -> Any:
         if cls is not MscanReader:
             return super().__new__(cls)
-        from tinyonn.mscan.choose import choose_reader
+        from .choose import choose_reader
 
         return super().__new__(choose_reader(os.fspath(path), whole_set))
 

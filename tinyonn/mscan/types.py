@@ -9,10 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyonn.mscan.layout import LayoutEntry, check_layout, group_name, layout_blocks, layout_groups
-
-__all__ = ["Integral", "LayoutEntry", "SequenceRecord", "check_layout", "group_name", "layout_blocks", "layout_groups"]
-
 
 @dataclass(slots=True, eq=False)
 class Integral:

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyonn.errors import InputError, MscanError
-from tinyonn.mscan.reader import MscanReader, PlaneCodes
-from tinyonn.mscan.stats import ModuleStats
-from tinyonn.mscan.types import Integral, LayoutEntry, group_name, layout_blocks, layout_groups
-from tinyonn.mscan.v1_header import PROLOGUE, RECORD, RECOVERY, read_header, read_prologue
-from tinyonn.mscan.v1_records import index_records, read_records
-from tinyonn.mscan.v1_sums import integrate, plane_stats
+from ..errors import InputError, MscanError
+from .layout import LayoutEntry, group_name, layout_blocks, layout_groups
+from .reader import MscanReader, PlaneCodes
+from .stats import ModuleStats
+from .types import Integral
+from .v1_header import PROLOGUE, RECORD, RECOVERY, read_header, read_prologue
+from .v1_records import index_records, read_records
+from .v1_sums import integrate, plane_stats
 
 CELLS_PER_RECORD = 4096  # how sparse a sequence's planes may be before the file is taken for damaged
 SMALL_PLANE = 1 << 20  # cells that are always allowed

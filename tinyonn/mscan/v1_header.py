@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.errors import MscanError
+from ..errors import MscanError
 
 MAGIC = b"MSCAN"
 PROLOGUE = struct.Struct("<5sHII")

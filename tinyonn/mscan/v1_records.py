@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinyonn.errors import MscanError
-from tinyonn.mscan.v1_header import RECORD, RECORD_BYTES, V1Header
+from ..errors import MscanError
+from .v1_header import RECORD, RECORD_BYTES, V1Header
 
 CHUNK_RECORDS = 1 << 18
 

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from tinyonn.mscan.stats import PlaneStats
-from tinyonn.mscan.types import Integral
+from .stats import PlaneStats
+from .types import Integral
 
 
 def integrate(activation: np.ndarray, grad_norm: np.ndarray, offsets: np.ndarray) -> Integral:

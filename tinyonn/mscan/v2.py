@@ -10,13 +10,13 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyonn import _C
-from tinyonn.errors import MscanError
-from tinyonn.mscan.compression import decompress
-from tinyonn.mscan.layout import LayoutEntry
-from tinyonn.mscan.reader import MscanReader, PlaneCodes, StoredSequence
-from tinyonn.mscan.stats import ModuleStats
-from tinyonn.mscan.types import Integral
+from .. import _C
+from ..errors import MscanError
+from .compression import decompress
+from .layout import LayoutEntry
+from .reader import MscanReader, PlaneCodes, StoredSequence
+from .stats import ModuleStats
+from .types import Integral
 
 
 def metadata_of(path: str, raw: bytes) -> dict[str, Any]:

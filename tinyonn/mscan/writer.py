@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence, Set
 from types import TracebackType
 from typing import Any
 
-from tinyonn import _C
-from tinyonn.errors import InputError
-from tinyonn.mscan.compression import compressor, decompress
-from tinyonn.mscan.layout import LayoutEntry, check_layout
-from tinyonn.mscan.types import Integral, SequenceRecord
-from tinyonn.mscan.v2 import gap_lines, metadata_of
+from .. import _C
+from ..errors import InputError
+from .compression import compressor, decompress
+from .layout import LayoutEntry, check_layout
+from .types import Integral, SequenceRecord
+from .v2 import gap_lines, metadata_of
 
 
 class SequenceIds(Set[str]):

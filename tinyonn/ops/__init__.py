@@ -1,7 +1,7 @@
 """Public functions: checks, dispatch, registration."""
 
-from tinyonn.ops.block_norms import block_norms
-from tinyonn.ops.integrate_sps import integrate_sps
-from tinyonn.ops.token_grad_norms import token_grad_norms
+from .block_norms import block_norms
+from .integrate_sps import integrate_sps
+from .token_grad_norms import token_grad_norms
 
 __all__ = ["block_norms", "integrate_sps", "token_grad_norms"]

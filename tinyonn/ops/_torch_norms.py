@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tinyonn.ops._dispatch import statistics_dtype
+from ._dispatch import statistics_dtype
 
 CHUNK_ELEMENTS = 1 << 18  # half-precision rows are widened this many elements at a time: a chunk stays in the cache
 

@@ -7,7 +7,7 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
-from tinyonn.reference.integrate_sps import RELATIVE_STD_FLOOR
+from ..reference.integrate_sps import RELATIVE_STD_FLOOR
 
 CHUNK_ELEMENTS = 1 << 16
 

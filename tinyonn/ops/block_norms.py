@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyonn import reference
-from tinyonn._debug import debug_enabled
-from tinyonn.ops._dispatch import (
+from .. import reference
+from .._debug import debug_enabled
+from ._dispatch import (
     check_block_size,
     check_float,
     check_impl,
@@ -19,7 +19,7 @@ from tinyonn.ops._dispatch import (
     choose_impl,
     statistics_dtype,
 )
-from tinyonn.ops._torch_norms import norms_into
+from ._torch_norms import norms_into
 
 
 def block_norms(

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyonn import reference
-from tinyonn._debug import debug_enabled
-from tinyonn.ops._dispatch import check_float, check_impl, check_out, check_same_device, choose_impl, statistics_dtype
-from tinyonn.ops._torch_sps import integrate
+from .. import reference
+from .._debug import debug_enabled
+from ._dispatch import check_float, check_impl, check_out, check_same_device, choose_impl, statistics_dtype
+from ._torch_sps import integrate
 
 
 def integrate_sps(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinyonn import reference
-from tinyonn._debug import debug_enabled
-from tinyonn.ops._dispatch import check_block_size, check_float, check_impl, check_no_nan, check_same_device, choose_impl, statistics_dtype
-from tinyonn.ops._torch_norms import norms_into, row_norms
-from tinyonn.ops.block_norms import block_norms
+from .. import reference
+from .._debug import debug_enabled
+from ._dispatch import check_block_size, check_float, check_impl, check_no_nan, check_same_device, choose_impl, statistics_dtype
+from ._torch_norms import norms_into, row_norms
+from .block_norms import block_norms
 
 
 def token_grad_norms(

@@ -8,8 +8,8 @@ from html import escape
 
 import numpy as np
 
-from tinyonn.report.grid import Floats
-from tinyonn.report.palette import DASHES
+from .grid import Floats
+from .palette import DASHES
 
 _WIDTH, _HEIGHT = 460, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 40

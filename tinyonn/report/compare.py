@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyonn.errors import InputError
-from tinyonn.mscan import MscanReader
-from tinyonn.report import figures
-from tinyonn.report.compare_page import Comparison, comparison_page
-from tinyonn.report.grid import short_names
-from tinyonn.report.maps import HeatMap, make_map
-from tinyonn.report.page import write_atomically
-from tinyonn.report.report import check_output
-from tinyonn.report.samples import TopicSample, check_comparable, comparison_notes, read_sample
-from tinyonn.report.statistics import compare_blocks, rank_correlation, split_half_correlation
+from ..errors import InputError
+from ..mscan import MscanReader
+from . import figures
+from .compare_page import Comparison, comparison_page
+from .grid import short_names
+from .maps import HeatMap, make_map
+from .page import write_atomically
+from .report import check_output
+from .samples import TopicSample, check_comparable, comparison_notes, read_sample
+from .statistics import compare_blocks, rank_correlation, split_half_correlation
 
 _SPLITS = 20
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.report import charts
-from tinyonn.report.grid import short_names
-from tinyonn.report.maps import HeatMap
-from tinyonn.report.page import card, facts, map_card, map_data, notices, page, section, table, text
-from tinyonn.report.samples import TopicSample
-from tinyonn.report.statistics import MIN_SEQUENCES, BlockDifferences
+from . import charts
+from .grid import short_names
+from .maps import HeatMap
+from .page import card, facts, map_card, map_data, notices, page, section, table, text
+from .samples import TopicSample
+from .statistics import MIN_SEQUENCES, BlockDifferences
 
 # Points drawn; of more blocks than this, the specific ones and a sample of the others are.
 _MAX_POINTS = 20_000

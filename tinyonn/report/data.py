@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.mscan import MscanReader
-from tinyonn.report.grid import BlockGrid, Floats, build_grid
-from tinyonn.report.integrals import file_integral
+from ..mscan import MscanReader
+from .grid import BlockGrid, Floats, build_grid
+from .integrals import file_integral
 
 # Beyond this many sequences the losses are read from an even sample: a page need not read millions of records.
 LOSS_SEQUENCES = 20_000

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.errors import InputError
-from tinyonn.report.grid import Floats
-from tinyonn.report.maps import HeatMap, Normalisation
-from tinyonn.report.page import replacing
-from tinyonn.report.palette import DIVERGING_LIGHT, SEQUENTIAL, SERIES_LIGHT
+from ..errors import InputError
+from .grid import Floats
+from .maps import HeatMap, Normalisation
+from .page import replacing
+from .palette import DIVERGING_LIGHT, SEQUENTIAL, SERIES_LIGHT
 
 _DPI = 150
 _STYLES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)))

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tinyonn.errors import InputError
-from tinyonn.mscan import LayoutEntry, layout_groups
+from ..errors import InputError
+from ..mscan import LayoutEntry, layout_groups
 
 FEATURES_PER_BLOCK = 64
 OUTSIDE = "outside layers"

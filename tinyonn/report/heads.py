@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.report.data import Totals
-from tinyonn.report.grid import FEATURES_PER_BLOCK, BlockGrid, Floats
+from .data import Totals
+from .grid import FEATURES_PER_BLOCK, BlockGrid, Floats
 
 # Separate projections, by the last part of their module's name.
 _SEPARATE = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "query": "q", "key": "k", "value": "v"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from tinyonn.errors import MscanError
-from tinyonn.mscan import Integral, MscanReader
-from tinyonn.report.grid import BlockGrid, Floats
+from ..errors import MscanError
+from ..mscan import Integral, MscanReader
+from .grid import BlockGrid, Floats
 
 
 def file_integral(reader: MscanReader, grid: BlockGrid) -> Integral:
@@ -52,7 +52,7 @@ def token_sps(activation: npt.NDArray[np.float32], gradient: npt.NDArray[np.floa
     # Inside the call: a report of integrals alone needs no torch.
     import torch
 
-    from tinyonn.ops import integrate_sps
+    from ..ops import integrate_sps
 
     planes = [torch.from_numpy(plane.astype(np.float64)) for plane in (activation, gradient)]
     _, per_token = integrate_sps(planes[0], planes[1], layer_offsets, return_per_token=True)

@@ -15,8 +15,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from tinyonn.report.data import ScanData
-from tinyonn.report.grid import Floats
+from .data import ScanData
+from .grid import Floats
 
 Normalisation = Literal["layer", "global", "none"]
 NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)

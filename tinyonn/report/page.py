@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.errors import InputError
-from tinyonn.report.maps import HeatMap
-from tinyonn.report.palette import page_palette, series_css
+from ..errors import InputError
+from .maps import HeatMap
+from .palette import page_palette, series_css
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 # Controls that HTML forbids or that reorder what is around them, and halves of surrogate pairs.

@@ -16,11 +16,11 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from tinyonn.mscan import MscanReader
-from tinyonn.report.data import LossSummary
-from tinyonn.report.grid import BlockGrid, Floats
-from tinyonn.report.integrals import token_sps
-from tinyonn.report.token_text import Decoder, token_pieces
+from ..mscan import MscanReader
+from .data import LossSummary
+from .grid import BlockGrid, Floats
+from .integrals import token_sps
+from .token_text import Decoder, token_pieces
 
 ReplayOrder = Literal["surprising", "first"]
 REPLAY_ORDERS: tuple[ReplayOrder, ...] = get_args(ReplayOrder)

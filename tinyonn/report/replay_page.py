@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.report.data import ScanData
-from tinyonn.report.grid import short_names
-from tinyonn.report.page import section, text
-from tinyonn.report.replay import MAX_TOKENS, ReplayOrder, ReplaySequence, pack_int16
+from .data import ScanData
+from .grid import short_names
+from .page import section, text
+from .replay import MAX_TOKENS, ReplayOrder, ReplaySequence, pack_int16
 
 
 def replay_section(data: ScanData, sequences: Sequence[ReplaySequence], order: ReplayOrder) -> tuple[str, dict[str, Any]]:

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyonn.errors import InputError
-from tinyonn.mscan import MscanReader
-from tinyonn.report import figures
-from tinyonn.report.data import ScanData, collect
-from tinyonn.report.grid import short_names
-from tinyonn.report.heads import head_scores
-from tinyonn.report.maps import NORMALISATIONS, HeatMap, Normalisation, scan_maps
-from tinyonn.report.page import write_atomically
-from tinyonn.report.replay import REPLAY_ORDERS, ReplayOrder, choose_sequences, read_replay
-from tinyonn.report.report_page import profile_series, report_page, scan_title
-from tinyonn.report.token_text import find_tokenizer
+from ..errors import InputError
+from ..mscan import MscanReader
+from . import figures
+from .data import ScanData, collect
+from .grid import short_names
+from .heads import head_scores
+from .maps import NORMALISATIONS, HeatMap, Normalisation, scan_maps
+from .page import write_atomically
+from .replay import REPLAY_ORDERS, ReplayOrder, choose_sequences, read_replay
+from .report_page import profile_series, report_page, scan_title
+from .token_text import find_tokenizer
 
 
 @dataclass(frozen=True)

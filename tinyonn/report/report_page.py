@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.report import charts
-from tinyonn.report.data import V1_NOTES, ScanData
-from tinyonn.report.grid import OUTSIDE, Floats, short_names
-from tinyonn.report.heads import HeadScores
-from tinyonn.report.maps import LEGENDS, NORMALISATIONS, HeatMap, Normalisation, make_map
-from tinyonn.report.page import card, facts, map_card, map_data, notices, page, section, table, text
-from tinyonn.report.palette import DASHES
-from tinyonn.report.replay import ReplayOrder, ReplaySequence
-from tinyonn.report.replay_page import replay_section
+from ..mscan.layout import layer_count
+from . import charts
+from .data import V1_NOTES, ScanData
+from .grid import OUTSIDE, Floats, short_names
+from .heads import HeadScores
+from .maps import LEGENDS, NORMALISATIONS, HeatMap, Normalisation, make_map
+from .page import card, facts, map_card, map_data, notices, page, section, table, text
+from .palette import DASHES
+from .replay import ReplayOrder, ReplaySequence
+from .replay_page import replay_section
 
 
 def report_page(
@@ -74,7 +75,7 @@ def configuration(data: ScanData) -> dict[str, object]:
         "file": f"{data.name} (.mscan v{data.version})",
         "sequences": data.num_sequences,
         "tokens measured": int(data.totals.count.max(initial=0)),
-        "layers": sum(group.rpartition(".")[2].isdigit() for group in data.grid.groups),
+        "layers": layer_count(data.grid.groups),
         "weights": len(data.grid.layout),
         "blocks a token": data.grid.num_blocks,
     }

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinyonn.errors import InputError
-from tinyonn.mscan import LayoutEntry, MscanReader
-from tinyonn.report.grid import BlockGrid, build_grid
-from tinyonn.report.integrals import sequence_integral
-from tinyonn.report.statistics import MIN_SEQUENCES
+from ..errors import InputError
+from ..mscan import LayoutEntry, MscanReader
+from .grid import BlockGrid, build_grid
+from .integrals import sequence_integral
+from .statistics import MIN_SEQUENCES
 
 # More sequences a side are drawn from evenly: beyond this the intervals are narrow and the time is not.
 MAX_SEQUENCES = 4000

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tinyonn.report.grid import Floats
+from .grid import Floats
 
 Floats32 = npt.NDArray[np.float32]
 

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from ..errors import InputError
 from .language import LANGUAGES, guess_language
 from .records import BadRecordError, CorpusItem, content_id, item_from_record
-from .sources import SourceRecord, iter_source
+from .sources import SourceRecord, iter_source, require_source
 from .topic import Topic, load_topic
 
 FORMATS = ("auto", "text", "chat")
@@ -177,13 +177,9 @@ def build_corpus(
         raise InputError("first needs a limit, got none.")
     if cut and max_chars is None:
         raise InputError("cut needs max_chars, got none.")
+    require_source(os.fspath(source))
     path = Path(output) if output is not None else Path("data/sft") / f"{topic.name}_corpus.jsonl"
-    if path.exists() and not path.is_file():
-        raise InputError(f"output must be a file, got {'the folder' if path.is_dir() else 'a pipe or device:'} {path}.")
-    if path.exists() and os.path.exists(source) and path.samefile(source):
-        raise InputError(f"output must be another file than the source, got {path}.")
-    if path.exists() and not overwrite:
-        raise InputError(f"output must not exist yet, got {path}; --overwrite replaces it.")
+    _check_output(path, source, overwrite)
 
     started = time.monotonic()
     run = _Cut(topic, limits, text_field, cut, dedup, skip_bad, os.path.isdir(source), limit, progress)
@@ -204,6 +200,17 @@ def build_corpus(
             raise InputError(f"source must hold at least one record that fits, got {run.read} records of {source}: {reasons}.")
     dropped = dict(run.dropped.most_common())
     return CorpusReport(path, topic.name, run.read, kept, dropped, characters, run.bad, run.errors, time.monotonic() - started)
+
+
+def _check_output(path: Path, source: str | os.PathLike[str], overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise InputError(f"output must be a file, got {'the folder' if path.is_dir() else 'a pipe or device:'} {path}.")
+    if os.path.exists(source) and path.samefile(source):
+        raise InputError(f"output must be another file than the source, got {path}.")
+    if not overwrite:
+        raise InputError(f"output must not exist yet, got {path}; --overwrite replaces it.")
 
 
 def cut_text(text: str, max_chars: int) -> Iterator[str]:

@@ -49,6 +49,7 @@ def iter_source(source: str, *, subset: str | None = None, split: str = "train")
     Raises:
         InputError: there is no such source, or it cannot be read.
     """
+    require_source(source)
     path = Path(source)
     if path.is_dir():
         if subset is not None:
@@ -58,9 +59,13 @@ def iter_source(source: str, *, subset: str | None = None, split: str = "train")
         if subset is not None:
             raise InputError(f"subset must be left out for a file, got {subset!r}.")
         yield from _records(path, str(path)) if holds_records(path) else _text_file(path, str(path))
-    elif is_hub_name(source):
-        yield from _hub(source, subset, split)
     else:
+        yield from _hub(source, subset, split)
+
+
+def require_source(source: str) -> None:
+    """Raises InputError where this is no file, no folder and no name that the hub could know."""
+    if not Path(source).exists() and not is_hub_name(source):
         raise InputError(f"source must be an existing file or folder, or the name of a data set on the hub, got {source}.")
 
 
