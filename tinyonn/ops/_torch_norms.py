@@ -23,9 +23,8 @@ def norms_into(x: Tensor, block_size: int, out: Tensor) -> None:
 
 def row_norms(x: Tensor) -> Tensor:
     """Norm of each row: (..., F) -> (...,), 0 for F = 0."""
-    norms = torch.zeros(x.shape[:-1], dtype=statistics_dtype(x.dtype), device=x.device)
-    if x.shape[-1]:
-        norms_into(x, x.shape[-1], norms.unsqueeze(-1))
+    norms = torch.empty(x.shape[:-1], dtype=statistics_dtype(x.dtype), device=x.device)
+    _blocks_into(x.unsqueeze(-2), norms.unsqueeze(-1))
     return norms
 
 

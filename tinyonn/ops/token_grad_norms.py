@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from .._debug import debug_enabled
-from ._dispatch import check_block_size, check_float, check_impl, check_no_nan, check_same_device, choose_impl, statistics_dtype
+from ._dispatch import check_block_size, check_float, check_impl, check_no_nan, check_same_device, choose_impl, register_statistic, statistics_dtype
 from ._torch_norms import norms_into, row_norms
 from .block_norms import block_norms
 
@@ -68,8 +68,7 @@ def _out_shape(grad_output: Tensor, block_size: int) -> tuple[int, ...]:
     return (*grad_output.shape[:-1], -(-grad_output.shape[-1] // block_size))
 
 
-@torch.library.custom_op("tinyonn::token_grad_norms", mutates_args=())
-def _token_grad_norms(inputs: Tensor, grad_output: Tensor, block_size: int, impl: str) -> Tensor:
+def _compute(inputs: Tensor, grad_output: Tensor, block_size: int, impl: str) -> Tensor:
     if debug_enabled():
         check_no_nan("inputs", inputs)
         check_no_nan("grad_output", grad_output)
@@ -89,6 +88,9 @@ def _token_grad_norms(inputs: Tensor, grad_output: Tensor, block_size: int, impl
     return out
 
 
-@_token_grad_norms.register_fake
+_token_grad_norms = register_statistic("token_grad_norms", _compute)
+
+
+@torch.library.register_fake("tinyonn::token_grad_norms")
 def _(inputs: Tensor, grad_output: Tensor, block_size: int, impl: str) -> Tensor:
     return grad_output.new_empty(_out_shape(grad_output, block_size), dtype=statistics_dtype(grad_output.dtype))
