@@ -1,16 +1,22 @@
-// libFuzzer target: whatever bytes a file holds, the reader raises Fault or gives numbers; it never reads beyond them.
+// libFuzzer target: whatever bytes a file holds, the reader raises Fault or gives numbers, and never reads beyond them; and a writer
+// that goes on with the file adds its sequence to those that it found, or leaves them as they are.
 //
 // A random change almost always breaks a checksum and gets no further. So the mutator mends the checksums of half of its
 // files after changing them: that half tests the rules behind the checksums.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "crc32c.hpp"
 #include "reader.hpp"
+#include "writer.hpp"
 
 extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
 
@@ -118,6 +124,38 @@ void read_all(const uint8_t* data, size_t size, Recovery recovery) {
   attempt([&] { reader.verify(); });
 }
 
+uint64_t sequences_of(const std::string& path) {
+  const MappedFile file(path);
+  return Reader(file.bytes(), Recovery::tail, expand).size();
+}
+
+void go_on(const uint8_t* data, size_t size) {
+  const int fd = memfd_create("fuzz", MFD_CLOEXEC);
+  const std::string path = "/proc/self/fd/" + std::to_string(fd);
+  if (fd < 0 || ::write(fd, data, size) != static_cast<ssize_t>(size)) std::abort();
+  uint64_t before = 0;
+  bool opened = false;
+  try {
+    Writer writer(path, OpenMode::append, "{}", {{"a", 64, 1, 0}}, Codec::f32, Sync::none, nullptr, expand);
+    before = writer.size();
+    opened = true;
+    const int64_t token = 7;
+    const float loss = 0.5f;
+    RecordView record;
+    record.id = "fuzz";
+    record.tokens = 1;
+    record.token_ids = &token;
+    record.loss = &loss;
+    if (writer.append(record) != before) std::abort();
+    writer.close();
+    ++before;
+  } catch (const Fault&) {
+  } catch (const InputFault&) {
+  }
+  if (opened && sequences_of(path) != before) std::abort();
+  ::close(fd);
+}
+
 }  // namespace
 
 extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned seed) {
@@ -133,5 +171,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   for (const Recovery recovery : {Recovery::strict, Recovery::tail, Recovery::salvage}) {
     attempt([&] { read_all(copy.get(), size, recovery); });
   }
+  go_on(copy.get(), size);
   return 0;
 }

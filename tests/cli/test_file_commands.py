@@ -71,7 +71,7 @@ def test_info_tells_what_there_is(cli: Cli, scan: Path) -> None:
         f"{scan}, ",
         ".mscan version 2",
         "3, 15 tokens",
-        "4: 2 weights, 2 layers",
+        "4: 2 weights, 1 layer",
         "model ",
         "tiny",
         "cats",

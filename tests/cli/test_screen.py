@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tinyonn._units import readable_bytes
 from tinyonn.cli import screen
 
 DRAW = """
@@ -38,7 +39,7 @@ print("result")
     ],
 )
 def test_sizes(count: float, text: str) -> None:
-    assert screen.size(count) == text
+    assert readable_bytes(count) == text
 
 
 @pytest.mark.parametrize(

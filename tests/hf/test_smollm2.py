@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tinyonn.errors import InputError
 from tinyonn.hf import smollm2
@@ -43,8 +44,8 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wheel:
 
         return types.SimpleNamespace(from_pretrained=from_pretrained)
 
-    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
-        monkeypatch.setattr(transformers, name, reader(getattr(transformers, name)))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM", reader(AutoModelForCausalLM))
+    monkeypatch.setattr("transformers.AutoTokenizer", reader(AutoTokenizer))
     return found
 
 
@@ -72,7 +73,7 @@ def test_a_conversion_that_fails_leaves_nothing(wheel: Wheel, tmp_path: Path, mo
     def fail(*args: object, **options: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
         smollm2.prepare_smollm2(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -83,7 +84,7 @@ def test_a_second_process_that_was_faster_wins(wheel: Wheel, tmp_path: Path, mon
 
     def other_process(line: str) -> None:
         if line.startswith("saving"):
-            save_tiny_model(target)
+            shutil.copytree(tmp_path / "tiny", target)
 
     assert smollm2.prepare_smollm2(tmp_path / "cache", progress=other_process) == target
     assert [path.name for path in target.parent.iterdir()] == [target.name]

@@ -74,7 +74,7 @@ def test_rotary_embeddings_that_keep_what_ran_before_are_bounded():
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with ScanEngine(tiny_causal_lm("llama", rope_parameters=rope, max_position_embeddings=10)) as engine:
         assert len(engine.scan(torch.arange(10)[None])[0].loss) == 10
-        with pytest.raises(InputError, match="input_ids must be at most 10 tokens long for this model, .* got 11"):
+        with pytest.raises(InputError, match=r"input_ids must be at most 10 tokens long for this model, .* got 11"):
             engine.scan(torch.arange(11)[None])
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tinyonn._units import readable_bytes
 from tinyonn.errors import InputError
 from tinyonn.scan import ScanConfig, loading, memory, run_scan
 from tinyonn.scan.loading import resolve_device, resolve_dtype, weights_of
@@ -172,7 +173,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(config, tiny_
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("it was loaded"))
     message = refused(config)
     count = sum(parameter.numel() for parameter in tiny_causal_lm("llama").parameters())
-    size = memory.readable_bytes(4 * count)
+    size = readable_bytes(4 * count)
     assert message == (f"model_path must fit in memory: its weights take {size} in float32, cpu has 200 kB free; use --dtype bf16.")
 
 

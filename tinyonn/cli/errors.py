@@ -38,6 +38,8 @@ def explain(error: BaseException, command: str) -> Ending | None:
         return Ending(f"{command}: {message} See `{command} --help`.", BAD_INPUT)
     if isinstance(error, ClickException):
         return Ending(f"{command}: {error.format_message()}", BAD_INPUT)  # type: ignore[attr-defined]
+    if isinstance(error, MscanError) and error.offset is not None and command != "tinyonn recover":
+        return Ending(f"{command}: {_one_line(error)} `tinyonn recover {error.path} -o PATH` keeps what can be read.", BAD_INPUT)
     if isinstance(error, (InputError, MscanError)):
         return Ending(f"{command}: {_one_line(error)}", BAD_INPUT)
     if _ran_out_of_memory(error):

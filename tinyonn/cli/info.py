@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .._units import readable_bytes
 from . import screen
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def _summary(found: Description) -> list[tuple[str, object]]:
     planes = found.sequences_with_planes
     kept = "values of all" if planes == found.sequences else f"values of {screen.number(planes)}, sums alone of the others"
     lines: list[tuple[str, object]] = [
-        ("file", f"{found.path}, {screen.size(found.size)}, .mscan version {found.version}"),
+        ("file", f"{found.path}, {readable_bytes(found.size)}, .mscan version {found.version}"),
         ("sequences", f"{screen.number(found.sequences)}, {screen.counted(found.tokens, 'token')}; {kept if planes else 'sums alone'}"),
         (
             "blocks",

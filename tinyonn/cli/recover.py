@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .._units import readable_bytes
 from . import screen
 from .options import CodecChoice, CompressionChoice, Output, Overwrite, coding
 
@@ -36,7 +37,7 @@ def recover(
 def written(result: Conversion) -> str:
     """What a conversion wrote, and what it could not."""
     lines: list[tuple[str, object]] = [
-        ("written", f"{result.path}, {screen.size(result.path.stat().st_size)}"),
+        ("written", f"{result.path}, {readable_bytes(result.path.stat().st_size)}"),
         ("holds", f"{screen.counted(result.sequences, 'sequence')}, {screen.counted(result.tokens, 'token')}"),
     ]
     return screen.rows(lines + [("lost" if index == 0 else "", text) for index, text in enumerate(result.dropped)])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .._units import readable_bytes
 from . import screen
 from .options import Figures
 
@@ -53,4 +54,4 @@ def report(
 
 def written(result: ReportResult | ComparisonResult) -> list[tuple[str, object]]:
     """The files of a page, with its size."""
-    return [("page", f"{result.html}, {screen.size(result.html.stat().st_size)}"), *(("figure", png) for png in result.pngs)]
+    return [("page", f"{result.html}, {readable_bytes(result.html.stat().st_size)}"), *(("figure", png) for png in result.pngs)]

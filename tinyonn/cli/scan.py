@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .._units import readable_bytes
 from ..scan.config import ScanConfig
 from . import screen
 from .options import Codec, Compression, Credit, Dtype, Store, Sync
@@ -105,11 +106,11 @@ def show_progress(bar: screen.Progress, state: ScanProgress) -> None:
 def _estimate_screen(options: ScanConfig, found: ScanEstimate) -> str:
     about = "about " if found.sampled else ""
     verdicts = [
-        ("disk", f"{screen.size(found.total_bytes)}, {screen.size(found.disk_free_bytes)} free", found.fits_disk),
-        ("peak memory", f"{screen.size(found.peak_memory_bytes)}, {screen.size(found.available_bytes)} free", found.fits_memory),
+        ("disk", f"{readable_bytes(found.total_bytes)}, {readable_bytes(found.disk_free_bytes)} free", found.fits_disk),
+        ("peak memory", f"{readable_bytes(found.peak_memory_bytes)}, {readable_bytes(found.available_bytes)} free", found.fits_memory),
     ]
     shares = (("weights", found.weight_bytes), ("activations", found.activation_bytes), ("planes", found.plane_bytes))
-    parts = ", ".join(f"{name} {screen.size(count)}" for name, count in shares)
+    parts = ", ".join(f"{name} {readable_bytes(count)}" for name, count in shares)
     lines: list[tuple[str, object]] = [
         ("output", options.output),
         ("sequences", f"{about}{screen.number(found.sequences)}" + _skipped(found.skipped)),
@@ -144,7 +145,7 @@ def _result_screen(result: ScanResult) -> str:
     if result.skipped:
         lines.append(("left out", ", ".join(f"{screen.number(count)} {reason}" for reason, count in result.skipped.items())))
     share = f" (rank {result.rank} of {result.world_size})" if result.world_size > 1 else ""
-    return screen.rows([*lines, ("written", f"{result.path}, {screen.size(result.path.stat().st_size)}{share}")])
+    return screen.rows([*lines, ("written", f"{result.path}, {readable_bytes(result.path.stat().st_size)}{share}")])
 
 
 def _skipped(skipped: Any) -> str:

@@ -33,15 +33,6 @@ def columns(head: Sequence[str], lines: Iterable[Sequence[object]], right: Seque
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-def size(count: float) -> str:
-    """Bytes for people: 512 B, 4.2 MB, 1.3 GB (powers of ten, as disks count)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def number(count: float) -> str:
     """A count with separators: 12,345."""
     return f"{count:,.0f}"

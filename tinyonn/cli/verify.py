@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .._units import readable_bytes
 from . import screen
 
 
@@ -24,7 +25,7 @@ def verify(
         with screen.Progress(f"checking {file.name}") as bar:
             bar.update(None, "")
             found = check(file)
-        holds = f"{screen.counted(found.sequences, 'sequence')}, {screen.counted(found.tokens, 'token')}, {screen.size(found.size)}"
+        holds = f"{screen.counted(found.sequences, 'sequence')}, {screen.counted(found.tokens, 'token')}, {readable_bytes(found.size)}"
         if found.failure is None:
             print(f"ok       {file}: version {found.version}, {holds}")
             continue

@@ -4,45 +4,23 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import reduce
 from itertools import accumulate
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, MscanError
 from .choose import rank_members
-from .reader import MscanReader, PlaneCodes, StoredSequence
+from .reader import MscanReader, PlaneCodes, StoredSequence, StoredSequences
 from .stats import ModuleStats
 from .types import Integral
 from .v2 import V2Reader
 
 RANK_KEYS = frozenset({"rank", "model_path"})  # metadata in which the members of a set may differ
-
-
-class _SetSequences(Sequence[StoredSequence]):
-    def __init__(self, reader: RankSetReader) -> None:
-        self._reader = reader
-
-    def __len__(self) -> int:
-        return self._reader.starts[-1]
-
-    @overload
-    def __getitem__(self, i: int) -> StoredSequence: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[StoredSequence]: ...
-    def __getitem__(self, i: int | slice) -> StoredSequence | list[StoredSequence]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        member, local, ordinal = self._reader.locate(i)
-        return replace(member.sequences[local], ordinal=ordinal)
-
-    def __iter__(self) -> Iterator[StoredSequence]:
-        return (self[i] for i in range(len(self)))
 
 
 class RankSetReader(MscanReader):
@@ -73,7 +51,7 @@ class RankSetReader(MscanReader):
         self.layout = first.layout
         self.report = [f"{os.path.basename(member.path)}: {line}" for member in self.members for line in member.report]
         self.starts = [0, *accumulate(len(member) for member in self.members)]
-        self.sequences = _SetSequences(self)
+        self.sequences = StoredSequences(lambda: self.starts[-1], self._sequence)
 
     def locate(self, i: int) -> tuple[V2Reader, int, int]:
         """The member that holds sequence i, its ordinal there, and its ordinal in the set."""
@@ -83,6 +61,10 @@ class RankSetReader(MscanReader):
         ordinal = i + count if i < 0 else int(i)
         rank = bisect_right(self.starts, ordinal) - 1
         return self.members[rank], ordinal - self.starts[rank], ordinal
+
+    def _sequence(self, i: int) -> StoredSequence:
+        member, local, ordinal = self.locate(i)
+        return replace(member.sequences[local], ordinal=ordinal)
 
     def planes(self, i: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         member, local, _ = self.locate(i)

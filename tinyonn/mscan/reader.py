@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,34 @@ class StoredSequence:
     num_tokens: int
     ordinal: int
     has_records: bool
+
+
+class StoredSequences(Sequence[StoredSequence]):
+    """The sequences of a file or set, each read when it is asked for.
+
+    Args:
+        count: how many there are.
+        read: gives the one at an ordinal, counted from either end; raises IndexError.
+    """
+
+    def __init__(self, count: Callable[[], int], read: Callable[[int], StoredSequence]) -> None:
+        self._count = count
+        self._read = read
+
+    def __len__(self) -> int:
+        return self._count()
+
+    @overload
+    def __getitem__(self, i: int) -> StoredSequence: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[StoredSequence]: ...
+    def __getitem__(self, i: int | slice) -> StoredSequence | list[StoredSequence]:
+        if isinstance(i, slice):
+            return [self._read(k) for k in range(*i.indices(len(self)))]
+        return self._read(i)
+
+    def __iter__(self) -> Iterator[StoredSequence]:
+        return (self._read(i) for i in range(len(self)))
 
 
 class PlaneCodes(NamedTuple):

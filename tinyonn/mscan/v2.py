@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ from .. import _C
 from ..errors import MscanError
 from .compression import decompress
 from .layout import LayoutEntry
-from .reader import MscanReader, PlaneCodes, StoredSequence
+from .reader import MscanReader, PlaneCodes, StoredSequence, StoredSequences
 from .stats import ModuleStats
 from .types import Integral
 
@@ -39,30 +38,6 @@ def gap_lines(gaps: list[tuple[int, int, str]]) -> list[str]:
     return [f"bytes {begin} … {end} left out: {rule}" for begin, end, rule in gaps]
 
 
-class LazySequences(Sequence[StoredSequence]):
-    """The sequences of a file, each read when it is asked for."""
-
-    def __init__(self, reader: V2Reader) -> None:
-        self._reader = reader
-
-    def __len__(self) -> int:
-        return len(self._reader.core)
-
-    @overload
-    def __getitem__(self, i: int) -> StoredSequence: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[StoredSequence]: ...
-    def __getitem__(self, i: int | slice) -> StoredSequence | list[StoredSequence]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        ordinal = self._reader.ordinal(i)
-        name, token_ids, loss, mask, text, has_records, _ = self._reader.core.sequence(ordinal)
-        return StoredSequence(name, token_ids, loss, mask, text, len(token_ids), ordinal, has_records)
-
-    def __iter__(self) -> Iterator[StoredSequence]:
-        return (self[i] for i in range(len(self)))
-
-
 class V2Reader(MscanReader):
     """Reads one version 2 file; see `MscanReader`. Sequences older than a layout's last blocks have NaN there."""
 
@@ -76,7 +51,7 @@ class V2Reader(MscanReader):
         self.layout = [LayoutEntry(*row) for row in self._core.layout]
         self.gaps = self._core.gaps
         self.report = gap_lines(self.gaps)
-        self.sequences = LazySequences(self)
+        self.sequences = StoredSequences(lambda: len(self.core), self._sequence)
 
     @property
     def core(self) -> _C.Reader:
@@ -91,6 +66,11 @@ class V2Reader(MscanReader):
         if not -count <= i < count:
             raise IndexError(f"sequence {i} of {count}")
         return i + count if i < 0 else int(i)
+
+    def _sequence(self, i: int) -> StoredSequence:
+        ordinal = self.ordinal(i)
+        name, token_ids, loss, mask, text, has_records, _ = self.core.sequence(ordinal)
+        return StoredSequence(name, token_ids, loss, mask, text, len(token_ids), ordinal, has_records)
 
     def planes(self, i: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return self.core.planes(self.ordinal(i))

@@ -7,7 +7,16 @@ from torch import Tensor
 
 from .. import reference
 from .._debug import debug_enabled
-from ._dispatch import check_block_size, check_float, check_impl, check_no_nan, check_same_device, choose_impl, register_statistic, statistics_dtype
+from ._dispatch import (
+    check_block_size,
+    check_float,
+    check_impl,
+    check_no_nan,
+    check_same_device,
+    choose_impl,
+    register_statistic,
+    statistics_dtype,
+)
 from ._torch_norms import norms_into, row_norms
 from .block_norms import block_norms
 

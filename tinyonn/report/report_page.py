@@ -166,7 +166,7 @@ def _blocks_section(data: ScanData, top: int) -> str:
         for title, order in cards
     )
     lead = "High: active where the loss pulls little. Low: pulled on more than active. Features count from 0 within the weight."
-    return section("blocks", "Top blocks", f'<div class="grid2">{body}</div>', lead=lead)
+    return section("blocks", "Top blocks", f'<div class="grid-tables">{body}</div>', lead=lead)
 
 
 def _heads_section(data: ScanData, heads: HeadScores | str, top: int) -> tuple[str, list[dict[str, Any]]]:

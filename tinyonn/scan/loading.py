@@ -14,8 +14,9 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from .._units import readable_bytes
 from ..errors import InputError
-from .memory import available_memory, is_out_of_memory, readable_bytes
+from .memory import available_memory, is_out_of_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}

@@ -1,4 +1,4 @@
-"""How much memory there is, how to say it, and how to tell that there was not enough."""
+"""How much memory there is, and how to tell that there was not enough."""
 
 from __future__ import annotations
 
@@ -48,12 +48,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and bool(re.search(r"can't allocate memory|out of memory|bad_alloc", str(error)))
-
-
-def readable_bytes(count: float) -> str:
-    """A size with a unit: 1.5 GB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
