@@ -1,7 +1,8 @@
 # make demo   scan SmolLM2-135M over two corpora and write a report
 # make test   the whole test suite
 # make bench  benchmarks on this machine      make gpu  GPU tests and benchmarks
-# make style  ruff and mypy                   make clean  remove the environment and build outputs
+# make style  ruff and mypy                   make doctor  say what is here and what is missing
+# make clean  remove the environment and build outputs
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -32,12 +32,15 @@ def _torch_expression(activation: torch.Tensor, grad_norm: torch.Tensor) -> torc
 
 def _segment_expression(activation: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
     """No loop: every layer at once through `index_add`, as a group-by does it."""
-    layer = torch.bucketize(torch.arange(OFFSETS[-1]), torch.tensor(OFFSETS[1:]), right=True)
+    device = activation.device
+    layer = torch.bucketize(torch.arange(OFFSETS[-1], device=device), torch.tensor(OFFSETS[1:], device=device), right=True)
     missing = activation.isnan() | grad_norm.isnan()
 
     def segment_mean(values: torch.Tensor) -> torch.Tensor:
-        sums, counts = (torch.zeros(len(values), len(OFFSETS) - 1).index_add_(1, layer, v) for v in (values, (~missing).float()))
-        return (sums / counts.clamp(min=1))[:, layer]
+        def sums_of(v: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(v), len(OFFSETS) - 1, device=device).index_add_(1, layer, v)
+
+        return (sums_of(values) / sums_of((~missing).float()).clamp(min=1))[:, layer]
 
     def standardised(values: torch.Tensor) -> torch.Tensor:
         mean = segment_mean(values.masked_fill(missing, 0))
@@ -49,8 +52,9 @@ def _segment_expression(activation: torch.Tensor, grad_norm: torch.Tensor) -> to
 
 
 @pytest.mark.parametrize("missing", [False, True], ids=["complete", "last-token-missing"])
-def test_integrate_sps(compare, missing):
-    activation, grad_norm = torch.randn(512, OFFSETS[-1]).exp(), torch.randn(512, OFFSETS[-1]).exp()
+def test_integrate_sps(compare, device, missing):
+    activation, grad_norm = (torch.randn(512, OFFSETS[-1], device=device).exp() for _ in range(2))
+    offsets = torch.tensor(OFFSETS, device=device)
     if missing:
         activation[-1] = grad_norm[-1] = math.nan
 
@@ -59,9 +63,9 @@ def test_integrate_sps(compare, missing):
             assert_close_rms(total, outputs["tinyonn"], 1e-5, name)
 
     compare(
-        f"∫SPS, 512 tokens x {OFFSETS[-1]} blocks, 31 layers{', last token missing' if missing else ''}",
+        f"∫SPS, 512 tokens x {OFFSETS[-1]} blocks, 31 layers{', last token missing' if missing else ''}, {device}",
         {
-            "tinyonn": lambda: integrate_sps(activation, grad_norm, OFFSETS),
+            "tinyonn": lambda: integrate_sps(activation, grad_norm, offsets),
             "torch, layer by layer": lambda: _torch_expression(activation, grad_norm),
             "torch, index_add over layers": lambda: _segment_expression(activation, grad_norm),
         },

@@ -1,14 +1,11 @@
-"""What a scan costs over the model itself, and local credit against the decoding loops that it replaces.
+"""Local credit against the decoding loops that it replaces.
 
 The model is SmolLM2-135M, whole; the loop that keeps its graph grows so fast that it is shown on four layers of the same sizes.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import copy
 
 import numpy as np
 import pytest
@@ -21,7 +18,6 @@ from tinyonn.errors import InputError
 from tinyonn.hf.smollm2 import prepare_smollm2
 from tinyonn.ops import block_norms
 from tinyonn.scan.engine import ScanEngine, SequenceScan
-from tinyonn.scan.forward import loss_into_gradient_
 
 TOKENS = 256
 
@@ -49,47 +45,6 @@ def four_layers() -> PreTrainedModel:
 
 def tokens_of(model: PreTrainedModel, batch: int, length: int) -> Tensor:
     return torch.randint(0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-
-
-def forward_and_backward(model: PreTrainedModel, tokens: Tensor, in_place: bool = False) -> Tensor:
-    """The same work without a hook: loss of every token, gradients down to the embeddings, frozen weights."""
-    embeddings = model.get_input_embeddings()(tokens).requires_grad_()
-    logits = model(inputs_embeds=embeddings, use_cache=False).logits
-    if in_place:
-        labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], 1)
-        values = logits.detach().view(-1, logits.shape[-1])
-        loss = loss_into_gradient_(values, labels.flatten())
-        torch.autograd.grad(logits, embeddings, values.view_as(logits))
-        return loss[labels.flatten() >= 0]
-    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-    torch.autograd.grad(loss.sum(), embeddings)
-    return loss.detach()
-
-
-@pytest.mark.parametrize("credit", ["full", "local"])
-@pytest.mark.parametrize("batch", [1, 4])
-def test_scan_against_forward_and_backward(compare, smollm2, batch, credit):
-    tokens = tokens_of(smollm2, batch, TOKENS)
-
-    def losses_agree(out: dict[str, Any]) -> None:
-        scanned = np.concatenate([result.loss[:-1] for result in out["scan"]])
-        for name in ("forward + backward", "the same, loss in place"):
-            np.testing.assert_allclose(scanned, out[name].numpy(), rtol=1e-3, atol=1e-3)
-
-    with ScanEngine(smollm2, credit=credit) as engine:
-        candidates: dict[str, Callable[[], Any]] = {
-            "scan": lambda: engine.scan(tokens),
-            "forward + backward": lambda: forward_and_backward(smollm2, tokens),
-            "the same, loss in place": lambda: forward_and_backward(smollm2, tokens, in_place=True),
-        }
-        memory = {f"MiB over the weights, {name}": round(peak_mib(call)) for name, call in candidates.items()}
-        compare(
-            f"scan of SmolLM2-135M, {batch} x {TOKENS} tokens, credit={credit}",
-            candidates,
-            losses_agree,
-            info={"goal": "scan <= 1.15x forward + backward, memory <= 1.25x", **memory, "blocks a token": engine.blocks},
-        )
-    assert memory["MiB over the weights, scan"] <= 1.25 * memory["MiB over the weights, forward + backward"]
 
 
 def detached_loop(model: PreTrainedModel, tokens: Tensor) -> np.ndarray:
@@ -156,48 +111,32 @@ def norms_agree(scan: list[SequenceScan], loop: np.ndarray) -> None:
 
 def test_local_credit_against_detached_loop(compare, smollm2):
     tokens = tokens_of(smollm2, 1, TOKENS)
+    peer = copy.deepcopy(smollm2)  # the engine's hooks are not the peer's
     with ScanEngine(smollm2, credit="local") as engine:
         result = compare(
             f"local credit of SmolLM2-135M, {TOKENS} tokens",
-            {"scan, credit=local": lambda: engine.scan(tokens), "loop, detached cache": lambda: detached_loop(smollm2, tokens)},
+            {"scan, credit=local": lambda: engine.scan(tokens), "loop, detached cache": lambda: detached_loop(peer, tokens)},
             lambda out: norms_agree(out["scan, credit=local"], out["loop, detached cache"]),
-            rounds=1,
+            rounds=3,
             info={"goal": "loop >= 20x"},
         )
-    assert result.ratio("loop, detached cache") > 5
+    result.info["tokens a second"] = {name: round(TOKENS / result.median(name)) for name in result.samples}
 
 
 @pytest.mark.parametrize("length", [16, 32, 64, 128])
 def test_local_credit_against_other_loops(compare, four_layers, length):
     tokens = tokens_of(four_layers, 1, length)
+    peer = copy.deepcopy(four_layers)
     with ScanEngine(four_layers, credit="local") as engine:
         compare(
             f"local credit, four layers, {length} tokens",
             {
                 "scan, credit=local": lambda: engine.scan(tokens),
-                "loop, detached cache": lambda: detached_loop(four_layers, tokens),
-                "loop, detached cache, weight gradients": lambda: weight_gradient_loop(four_layers, tokens),
-                "loop, kept graph": lambda: kept_graph_loop(four_layers, tokens),
+                "loop, detached cache": lambda: detached_loop(peer, tokens),
+                "loop, detached cache, weight gradients": lambda: weight_gradient_loop(peer, tokens),
+                "loop, kept graph": lambda: kept_graph_loop(peer, tokens),
             },
             lambda out: [norms_agree(out["scan, credit=local"], out[name]) for name in out if "detached" in name],
-            rounds=1,
+            rounds=3,
             info={"goal": "the kept graph's time a token grows with length"},
         )
-
-
-def peak_mib(call: Callable[[], Any]) -> float:
-    """Highest resident memory during a call, above what was resident before it; Linux only."""
-    clear = Path("/proc/self/clear_refs")
-    if not clear.exists():
-        pytest.skip("peak memory needs /proc/self/clear_refs")
-    call()
-    ctypes.CDLL(None).malloc_trim(0)
-    clear.write_text("5")  # resets the peak
-    before = _status_kib("VmRSS")
-    call()
-    return (_status_kib("VmHWM") - before) / 1024
-
-
-def _status_kib(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1])

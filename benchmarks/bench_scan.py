@@ -29,7 +29,8 @@ BATCH, LENGTH, BATCHES = 4, 128, 3
 WHOLE_SCAN = """
 import resource, sys
 from tinyonn.scan import ScanConfig, run_scan
-run_scan(ScanConfig(sys.argv[1], sys.argv[2], output_path=sys.argv[3], batch_size=int(sys.argv[4]), max_length=int(sys.argv[5])))
+batch, length = int(sys.argv[4]), int(sys.argv[5])
+run_scan(ScanConfig(sys.argv[1], sys.argv[2], output_path=sys.argv[3], batch_size=batch, max_length=length, credit=sys.argv[7]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 WHOLE_PEER = """
@@ -73,20 +74,21 @@ def texts() -> list[str]:
     return [source[start : start + 8 * LENGTH] for start in range(0, BATCH * BATCHES * step // 2, step // 2)]
 
 
-def test_scan_against_forward_and_backward(compare, smollm2, tmp_path):
+@pytest.mark.parametrize("credit", ["full", "local"])
+def test_scan_against_forward_and_backward(compare, smollm2, tmp_path, credit):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     rows = [tokenizer(text, truncation=True, max_length=LENGTH)["input_ids"] for text in texts()]
     assert {len(row) for row in rows} == {LENGTH}
     input_ids = torch.tensor(rows[:BATCH])
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval().requires_grad_(False)
-    peaks = _peak_memory(smollm2, tmp_path)
+    peaks = _peak_memory(smollm2, tmp_path, credit)
     info = {
         "tokens": input_ids.numel(),
         "goal": "<= 1.15x the time (peer >= 0.87x), <= 1.25x the memory",
         "peak memory of a whole run": f"{peaks[0] / 1e6:.2f} GB against {peaks[1] / 1e6:.2f} GB: {peaks[0] / peaks[1]:.2f}x",
     }
     peer = copy.deepcopy(model)  # the engine stays entered, as in a scan; its hooks are not the peer's
-    with ScanEngine(model) as engine, MscanWriter(tmp_path / "bench.mscan", {}, engine.layout) as writer:
+    with ScanEngine(model, credit=credit) as engine, MscanWriter(tmp_path / "bench.mscan", {}, engine.layout) as writer:
 
         def scan() -> float:
             loss = 0.0
@@ -100,13 +102,13 @@ def test_scan_against_forward_and_backward(compare, smollm2, tmp_path):
             assert outputs["tinyonn scan"] == pytest.approx(outputs["forward + backward"], rel=1e-4)
 
         candidates = {"tinyonn scan": scan, "forward + backward": lambda: float(forward_backward(peer, input_ids))}
-        compare(f"scan of SmolLM2-135M, {BATCH} x {LENGTH} tokens, stored", candidates, check, rounds=9, info=info)
+        compare(f"scan of SmolLM2-135M, {BATCH} x {LENGTH} tokens, credit={credit}, stored", candidates, check, rounds=9, info=info)
 
 
-def _peak_memory(model: Path, folder: Path) -> list[int]:
+def _peak_memory(model: Path, folder: Path, credit: str) -> list[int]:
     """Peak resident kilobytes of a whole scan and of its peer, over the same texts."""
     corpus = folder / "code_corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))
-    arguments = [str(model), str(corpus), str(folder / "whole.mscan"), str(BATCH), str(LENGTH), str(Path(__file__).parent)]
+    arguments = [str(model), str(corpus), str(folder / "whole.mscan"), str(BATCH), str(LENGTH), str(Path(__file__).parent), credit]
     commands = [[sys.executable, "-c", code, *arguments] for code in (WHOLE_SCAN, WHOLE_PEER)]
     return [int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]) for command in commands]

@@ -17,23 +17,27 @@ def _agree(outputs: dict[str, torch.Tensor]) -> None:
         assert_close_rms(norms, expected, 1e-5, name)
 
 
-def test_against_written_out_gradients(compare):
-    inputs, grad_output = torch.randn(512, 512), torch.randn(512, 512)
+def test_against_written_out_gradients(compare, device):
+    inputs, grad_output = (torch.randn(512, 512, device=device) for _ in range(2))
 
     def einsum() -> torch.Tensor:
         per_token = torch.einsum("to,ti->toi", grad_output, inputs)
         return per_token.unflatten(1, (-1, BLOCK)).flatten(2).norm(dim=-1)
 
     compare(
-        "token grad norms, 512 tokens, 512 x 512, by block",
+        f"token grad norms, 512 tokens, 512 x 512, by block, {device}",
         {"tinyonn": lambda: token_grad_norms(inputs, grad_output), "einsum": einsum},
         _agree,
         info={"goal": "einsum >= 1000x", "bytes_of_the_gradients": 512**3 * 4},
     )
 
 
-def test_against_per_sample_gradient_libraries(compare):
-    inputs, grad_output, weight = torch.randn(512, 512), torch.randn(512, 512), torch.randn(512, 512)
+def test_against_per_sample_gradient_libraries(compare, device):
+    inputs, grad_output, weight = (
+        torch.randn(512, 512, device=device),
+        torch.randn(512, 512, device=device),
+        torch.randn(512, 512, device=device),
+    )
 
     def opacus_style() -> torch.Tensor:  # per-sample gradients, then their norms: what a grad sampler keeps
         return torch.einsum("n...i,n...j->nij", grad_output, inputs).flatten(1).norm(dim=1)
@@ -45,7 +49,7 @@ def test_against_per_sample_gradient_libraries(compare):
         return torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weight, inputs, grad_output).flatten(1).norm(dim=1)
 
     compare(
-        "token grad norms, 512 tokens, 512 x 512, whole layer",
+        f"token grad norms, 512 tokens, 512 x 512, whole layer, {device}",
         {
             "tinyonn": lambda: token_grad_norms(inputs, grad_output, None),
             "per-sample einsum": opacus_style,
@@ -57,8 +61,8 @@ def test_against_per_sample_gradient_libraries(compare):
 
 
 @pytest.mark.parametrize("block_size", [None, BLOCK], ids=["whole-layer", "by-block"])
-def test_against_the_two_norms(compare, block_size):
-    inputs, grad_output = torch.randn(4096, 4096), torch.randn(4096, 4096)
+def test_against_the_two_norms(compare, device, block_size):
+    inputs, grad_output = (torch.randn(4096, 4096, device=device) for _ in range(2))
     blocks = grad_output if block_size is None else grad_output.unflatten(-1, (-1, block_size))
 
     def two_norms() -> torch.Tensor:
@@ -66,7 +70,7 @@ def test_against_the_two_norms(compare, block_size):
         return blocks.norm(dim=-1) * (input_norm if block_size is None else input_norm.unsqueeze(-1))
 
     compare(
-        f"token grad norms, 4096 tokens, 4096 x 4096, {'whole layer' if block_size is None else 'by block'}",
+        f"token grad norms, 4096 tokens, 4096 x 4096, {'whole layer' if block_size is None else 'by block'}, {device}",
         {"tinyonn": lambda: token_grad_norms(inputs, grad_output, block_size), "two norm calls": two_norms},
         _agree,
         info={"goal": "two norm calls >= 0.83x (tinyonn at most 1.2x their time)", "bytes_read": inputs.nbytes + grad_output.nbytes},

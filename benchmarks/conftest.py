@@ -101,6 +101,14 @@ def compare(benchmark: Any) -> Callable[..., Comparison]:
     return run
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a question's tensors lie; `make gpu` runs those on the GPU alone."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return str(request.param)
+
+
 def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

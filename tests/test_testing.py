@@ -59,9 +59,14 @@ class _WrongGradient(torch.autograd.Function):
 
 def test_oracle_comparison_judges_outputs_and_gradients():
     tensors = {"x": torch.randn(6)}
-    compare_with_oracle(lambda x: (x.square(), torch.ones(2)), lambda x: (x * x, torch.ones(2)), tensors, dtype=torch.float32, grad=["x"])
+    options = {"dtype": torch.float32, "grad": ["x"], "statistics": [1]}
+    compare_with_oracle(lambda x: (x.square(), torch.ones(2)), lambda x: (x * x, torch.ones(2)), tensors, **options)
     with pytest.raises(AssertionError, match=r"gradient of x must have an RMS error ratio of at most 1e-05, got 0\.005"):
-        compare_with_oracle(_WrongGradient.apply, lambda x: (x * x, torch.ones(2)), tensors, dtype=torch.float32, grad=["x"])
+        compare_with_oracle(lambda x: (_WrongGradient.apply(x)[0], torch.ones(2)), lambda x: (x * x, torch.ones(2)), tensors, **options)
+    with pytest.raises(AssertionError, match="output 0 must carry a gradient"):
+        compare_with_oracle(lambda x: (x.square().detach(), torch.ones(2)), lambda x: (x * x, torch.ones(2)), tensors, **options)
+    with pytest.raises(AssertionError, match="output 1 must not carry a gradient"):
+        compare_with_oracle(lambda x: (x.square(), x[:2]), lambda x: (x * x, x[:2]), tensors, **options)
     with pytest.raises(AssertionError, match="output 0 must have an RMS error ratio"):
         compare_with_oracle(lambda x: x + 0.1, lambda x: x, tensors, dtype=torch.float32)
     with pytest.raises(AssertionError, match="op must return 2 tensors, got 1"):

@@ -124,6 +124,7 @@ def compare_with_oracle(
     dtype: torch.dtype,
     device: str = "cpu",
     grad: Sequence[str] = (),
+    statistics: Sequence[int] = (),
     tolerance: float | None = None,
 ) -> None:
     """Runs `op` in `dtype` and `oracle` in float64 on the same rounded values, and compares outputs and gradients.
@@ -135,6 +136,7 @@ def compare_with_oracle(
         dtype: the op's.
         device: the op's.
         grad: names of the inputs whose gradients are compared too, under one random cotangent per differentiable output.
+        statistics: outputs, by number, that carry no gradient, even where the oracle's formula could be differentiated; all others must.
         tolerance: error ratio; by default that of `dtype`.
     """
     limit = TOLERANCE[dtype] if tolerance is None else tolerance
@@ -149,8 +151,9 @@ def compare_with_oracle(
         assert_close_rms(output, expected, limit, f"output {number}")
     if not grad:
         return
-    # An output that the op marks non-differentiable is a statistic, even where the oracle's formula could be differentiated.
-    pairs = [(o, r) for o, r in zip(outputs, references, strict=True) if o.requires_grad and r.requires_grad]
+    for number, output in enumerate(outputs):
+        assert output.requires_grad != (number in statistics), f"output {number} must {'not ' * (number in statistics)}carry a gradient."
+    pairs = [(o, r) for number, (o, r) in enumerate(zip(outputs, references, strict=True)) if number not in statistics]
     generator = torch.Generator().manual_seed(0)
     cotangents = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o, r in pairs]
     actual = torch.autograd.grad([o for o, _ in pairs], [low[name] for name in grad], [c.to(device) for c in cotangents])

@@ -27,7 +27,7 @@ MAX_ROWS = 32  # more would leave a small problem with too few programs
 def _add_squares(tile, large, medium, small):
     """Adds the sum of squares along axis 2 to one of three accumulators of different scale."""
     peak = tl.max(tl.abs(tile), axis=2)
-    is_large = peak > 2.0**60
+    is_large = peak > 2.0**50  # below, 2^24 squares still have a float32 sum
     is_small = peak < 2.0**-50
     scale = tl.where(is_large, 2.0**-80, tl.where(is_small, 2.0**100, 1.0))
     scaled = tile * scale[:, :, None]

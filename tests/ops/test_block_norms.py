@@ -102,6 +102,25 @@ def test_norms_neither_overflow_nor_vanish(impl, magnitude, dtype):
     assert ((norms - expected).abs() <= 2e-6 * expected).all()
 
 
+@pytest.mark.parametrize("features", [1024, 5000])
+@pytest.mark.parametrize("magnitude", [1e18, 5e15, 1e14, 1e-15])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_norms_of_wide_blocks_neither_overflow_nor_vanish(impl, magnitude, features):
+    x = torch.full((2, features), magnitude, device=impl_device(impl))
+    expected = magnitude * math.sqrt(features)
+    assert block_norms(x, features, impl=impl).flatten().tolist() == pytest.approx([expected, expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_reaches_the_gradient_of_its_block(impl):
+    x = torch.ones(1, 8)
+    x[0, 1] = math.nan
+    x = x.to(impl_device(impl)).requires_grad_()
+    block_norms(x, 4, impl=impl).sum().backward()
+    assert x.grad[0, :4].isnan().all()
+    assert x.grad[0, 4:].tolist() == [0.5] * 4
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_infinity_nan_and_overflow_pass_through(impl):

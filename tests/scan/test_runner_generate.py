@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tinyonn.errors import InputError
 from tinyonn.mscan import MscanReader
 from tinyonn.scan import ScanConfig, ScanEngine, run_scan
+from tinyonn.scan.generation import Generator, _Noise
 from tinyonn.scan.tokens import TokenSequence
 from tinyonn.testing import save_tiny_model
 
@@ -74,17 +76,39 @@ def test_sampling_is_seeded_and_resumes_with_the_same_draws(config, contents, tm
     run_scan(again)
     assert contents(again.output) == first
 
+    for size in (1, 3):  # an answer does not depend on its neighbours
+        other = dataclasses.replace(sampled, batch_size=size, output_path=str(tmp_path / f"{size}.mscan"))
+        run_scan(other)
+        assert {name: values[0] for name, values in contents(other.output).items()} == {name: v[0] for name, v in first.items()}
+
     run_scan(dataclasses.replace(sampled, seed=1, overwrite=True))
     assert any(values[0] != first[name][0] for name, values in contents(sampled.output).items())
 
 
+def test_sampling_draws_from_the_models_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, 4)
+    drawn = _Noise(list(range(4000)))(torch.zeros(4000, 1, dtype=torch.long), logits).argmax(-1)
+    share = torch.bincount(drawn, minlength=4) / 4000
+    torch.testing.assert_close(share, logits[0].softmax(-1), atol=0.03, rtol=0)
+
+
+def test_the_models_own_generation_settings_decide_nothing(config, contents, tmp_path):
+    run_scan(config)
+    plain = contents(config.output)
+    folder = shutil.copytree(config.model_path, tmp_path / "set")
+    GenerationConfig(repetition_penalty=50.0, suppress_tokens=list(range(60)), do_sample=True, top_k=3).save_pretrained(folder)
+    other = dataclasses.replace(config, model_path=str(folder), output_path=str(tmp_path / "set.mscan"))
+    run_scan(other)
+    assert {name: values[0] for name, values in contents(other.output).items()} == {name: values[0] for name, values in plain.items()}
+
+
 def test_an_answer_ends_with_its_end_token():
-    from tinyonn.scan.generation import Generator
 
     class Model(torch.nn.Linear):
         generation_config = type("Config", (), {"eos_token_id": [7, 95]})()
 
-        def generate(self, *, input_ids, attention_mask, max_new_tokens, pad_token_id, **options):
+        def generate(self, *, input_ids, attention_mask, max_new_tokens, **options):
+            assert (self.generation_config.eos_token_id, self.generation_config.pad_token_id) == ([7, 95], 95)
             assert attention_mask.tolist() == [[1, 1, 1], [0, 1, 1]]
             assert input_ids.tolist() == [[1, 2, 3], [95, 4, 5]]
             assert options["do_sample"] is False

@@ -183,6 +183,30 @@ def test_weights_are_counted_from_headers(tiny_model):
     assert weights_of(tiny_model) == loading.Weights(count, 4 * count)
 
 
+def test_only_the_files_that_are_loaded_count(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "both")
+    expected = weights_of(folder)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert weights_of(folder) == expected
+    (folder / "model.safetensors").rename(folder / "part-1.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "part-1.safetensors", "b": "part-1.safetensors"}}))
+    assert weights_of(folder) == expected
+    index.write_text(json.dumps({"weight_map": {"a": "part-2.safetensors"}}))
+    with pytest.raises(InputError, match=r"all files that model\.safetensors\.index\.json names, got none called part-2\.safetensors"):
+        weights_of(folder)
+    index.write_text("{")
+    with pytest.raises(InputError, match=r"got a damaged model\.safetensors\.index\.json"):
+        weights_of(folder)
+
+
+@pytest.mark.parametrize(("named", "width"), [("float32", 4), ("bfloat16", 2), (None, 4)])
+def test_pytorch_files_count_by_the_configured_precision(tmp_path, named, width):
+    (tmp_path / "config.json").write_text(json.dumps({} if named is None else {"torch_dtype": named}))
+    (tmp_path / "pytorch_model.bin").write_bytes(bytes(4000))
+    assert weights_of(tmp_path) == loading.Weights(4000 // width, 4000)
+
+
 def test_an_empty_corpus_of_short_texts(config, write_corpus):
     write_corpus(["a", "b"])
     assert "dataset_path must hold a text to scan, got none in" in refused(config)

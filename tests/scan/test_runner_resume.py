@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,10 @@ def test_another_corpus_or_model_is_refused(config, write_corpus, tmp_path):
     other = save_tiny_model(tmp_path / "other", seed=1)
     with pytest.raises(OutputDiffersError, match="differs in model_weights_sha256;"):
         run_scan(dataclasses.replace(config, model_path=str(other)))
+    folder = shutil.copytree(config.model_path, tmp_path / "same")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(OutputDiffersError, match="differs in tokenizer_sha256;"):
+        run_scan(dataclasses.replace(config, model_path=str(folder)))
     write_corpus([*TEXTS, "one more"])
     with pytest.raises(OutputDiffersError, match="differs in corpus_sha256;"):
         run_scan(config)

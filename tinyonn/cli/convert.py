@@ -35,8 +35,8 @@ def convert(
 ) -> None:
     """Convert version 1 to 2, merge files, or export a scan.
 
-    A .mscan is coded as log2u16, one made of version 1 as f32, unless --codec says otherwise. Parquet has a row for each token and
-    block; npz holds the planes as arrays.
+    A .mscan keeps the codec of its source, one made of version 1 becomes f32, unless --codec says otherwise. Parquet has a row for
+    each token and block; npz holds the planes as arrays.
     """
     from ..mscan import MscanReader
     from ..mscan.convert import convert_v1, merge

@@ -24,7 +24,7 @@ def recover(
 ) -> None:
     """Write what can be read of a damaged file as a clean one.
 
-    Values of version 2 are coded as log2u16, those of version 1 as f32, unless --codec says otherwise.
+    Values keep the codec of the file, those of version 1 become f32, unless --codec says otherwise.
     """
     from ..mscan.convert import recover as repair
 

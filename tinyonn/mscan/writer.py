@@ -60,8 +60,8 @@ class MscanWriter:
         MscanError: another writer has the file open, it is damaged, or a write failed; what was appended before stays readable.
         FileExistsError, FileNotFoundError: by mode.
 
-    A writer appends from one thread at a time; the GIL is released meanwhile. It uses pwrite, ftruncate, fdatasync (fsync for the
-    directory), flock and, on ext4 for large appends, fallocate; nothing else. As a context manager it closes the file, also after an
+    A writer appends from one thread at a time; the GIL is released meanwhile. docs/mscan.md lists the
+    system calls. As a context manager it closes the file, also after an
     exception.
     """
 

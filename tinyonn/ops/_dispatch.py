@@ -17,10 +17,10 @@ TRITON_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _LIBRARY = torch.library.Library("tinyonn", "FRAGMENT")
 
 
-def register_statistic(name: str, function: Callable[..., Tensor]) -> Callable[..., Any]:
+def register_statistic(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Registers `tinyonn::name`, on every device, for an op that neither differentiates nor writes to its inputs.
 
-    `torch.library.custom_op` would do; what it adds for ops that do either costs 35 µs a call, more than the norms of a small layer.
+    `torch.library.custom_op` would do; what it adds for ops that do either costs more a call than the norms of a small layer.
     """
     _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")

@@ -136,11 +136,11 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None,
     grad_x = grad_scale = None
     if ctx.needs_input_grad[0]:
         grad_norms = grad_out if row_scale is None else grad_out * row_scale.to(grad_out.dtype).unsqueeze(-1)
-        positive = norms > 0
-        safe = torch.where(positive, norms, 1)
+        nonzero = norms != 0  # NaN too: it must reach the gradient
+        safe = torch.where(nonzero, norms, 1)
         # x / norm first: it lies in [-1, 1], where grad / norm may overflow.
         direction = x.to(norms.dtype) / _per_feature(safe, ctx.block_size, x.shape[-1])
-        grad_x = (direction * _per_feature(torch.where(positive, grad_norms, 0), ctx.block_size, x.shape[-1])).to(x.dtype)
+        grad_x = (direction * _per_feature(torch.where(nonzero, grad_norms, 0), ctx.block_size, x.shape[-1])).to(x.dtype)
     if row_scale is not None and ctx.needs_input_grad[1]:
         grad_scale = (grad_out * norms).sum(-1).to(row_scale.dtype)
     return grad_x, grad_scale, None, None

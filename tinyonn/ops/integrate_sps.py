@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from .._debug import debug_enabled
-from ._dispatch import check_float, check_impl, check_out, check_same_device, choose_impl, statistics_dtype
+from ._dispatch import check_float, check_impl, check_out, check_same_device, choose_impl, register_statistic, statistics_dtype
 from ._torch_sps import integrate
 
 
@@ -85,8 +85,7 @@ def integrate_sps(
     return (total, per_token) if return_per_token else total
 
 
-@torch.library.custom_op("tinyonn::integrate_sps", mutates_args=())
-def _integrate_sps(
+def _compute(
     activation: Tensor, grad_norm: Tensor, group_offsets: Tensor, token_mask: Tensor | None, return_per_token: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     """The scores have no row where they are not asked for: an op's outputs are fixed in number."""
@@ -115,7 +114,10 @@ def _integrate_sps(
     return total, per_token
 
 
-@_integrate_sps.register_fake
+_integrate_sps = register_statistic("integrate_sps", _compute)
+
+
+@torch.library.register_fake("tinyonn::integrate_sps")
 def _(
     activation: Tensor, grad_norm: Tensor, group_offsets: Tensor, token_mask: Tensor | None, return_per_token: bool, impl: str
 ) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from .tokens import TokenSequence
 
@@ -31,7 +34,9 @@ class Generator:
         new_tokens: most tokens of an answer.
         temperature: 0 is greedy.
         top_p: nucleus of sampling.
-        seed: with the first prompt's id, the seed of a batch: a resumed scan draws what the first would have.
+        seed: with a prompt's id, the seed of its answer: it is the same in any batch, and in a scan that was resumed.
+
+    Of the model's own generation_config only the end-of-text tokens count.
     """
 
     def __init__(
@@ -42,10 +47,8 @@ class Generator:
         self._padding = padding
         self._new_tokens = new_tokens
         self._seed = seed
-        # Every sampling option is given, so the model's own generation_config decides nothing.
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        self._options = sampling if temperature > 0 else greedy
+        self._temperature = temperature
+        self._top_p = top_p
 
     def answer(self, prompts: list[TokenSequence]) -> list[Answered]:
         """Prompts with their answers, each answer up to and with its end-of-text token."""
@@ -56,15 +59,17 @@ class Generator:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt.token_ids) :] = torch.from_numpy(prompt.token_ids)
             mask[row, width - len(prompt.token_ids) :] = 1
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad():
-            torch.manual_seed(self._batch_seed(prompts[0].sequence_id))
+        processors = LogitsProcessorList()
+        if self._temperature > 0:
+            seeds = [self._seed_of(prompt.sequence_id) for prompt in prompts]
+            processors.extend([TemperatureLogitsWarper(self._temperature), TopPLogitsWarper(self._top_p), _Noise(seeds)])
+        with _own_generation(self._model, self._end_tokens(), self._padding), torch.no_grad():
             grown = self._model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 max_new_tokens=self._new_tokens,
-                pad_token_id=self._padding,
-                **self._options,
+                do_sample=False,
+                logits_processor=processors,
             )
         return [self._answered(prompt, row) for prompt, row in zip(prompts, grown[:, width:].cpu().numpy(), strict=True)]
 
@@ -84,6 +89,28 @@ class Generator:
             return []
         return list(configured) if isinstance(configured, (list, tuple)) else [int(configured)]
 
-    def _batch_seed(self, sequence_id: str) -> int:
+    def _seed_of(self, sequence_id: str) -> int:
         digest = hashlib.sha256(f"{self._seed}:{sequence_id}".encode()).digest()
         return int.from_bytes(digest[:8], "little") >> 1
+
+
+class _Noise(LogitsProcessor):
+    """Adds Gumbel noise: the largest of the result is a sample of the softmax. Each row draws from a generator of its own."""
+
+    def __init__(self, seeds: list[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        noise = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=generator) for generator in self._generators])
+        return cast(torch.FloatTensor, scores - noise.log_().to(scores))
+
+
+@contextmanager
+def _own_generation(model: Any, end_tokens: list[int], padding: int) -> Iterator[None]:
+    """Within the block the model's generation_config says how answers end, and nothing else."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=end_tokens or None, pad_token_id=padding)
+    try:
+        yield
+    finally:
+        model.generation_config = before

@@ -15,7 +15,20 @@ from .config import RUN_ONLY, ScanConfig
 from .loading import display_name, weight_files
 from .targets import BLOCK_SIZE
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# All that texts become tokens by, chat templates included.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+CONFIG_FILES = ("config.json", "generation_config.json")
 
 # In the metadata, and not part of the identity: a scan may be continued by a newer version, or a renamed copy of the model.
 DESCRIPTIVE = (
@@ -66,7 +79,6 @@ def scan_metadata(
     from .. import __version__
 
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in RUN_ONLY}
-    tokenizer_files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     metadata = {
         "tinyonn": __version__,
         "torch": torch.__version__,
@@ -77,9 +89,9 @@ def scan_metadata(
         **_heads(model_config.get_text_config()),
         "parameters": parameters,
         "model_weights_sha256": file_hash(*weight_files(folder)),
-        "model_config_sha256": file_hash(folder / "config.json"),
+        "model_config_sha256": file_hash(*_present(folder, CONFIG_FILES)),
         "tokenizer": type(tokenizer).__name__,
-        "tokenizer_sha256": file_hash(*tokenizer_files),
+        "tokenizer_sha256": file_hash(*_present(folder, TOKENIZER_FILES)),
         "corpus": Path(config.dataset_path).name,
         "corpus_sha256": file_hash(Path(config.dataset_path)),
         **options,
@@ -90,6 +102,10 @@ def scan_metadata(
         "block_size": BLOCK_SIZE,
     }
     return metadata | {"config_hash": identity_hash(metadata)}
+
+
+def _present(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def _heads(model_config: Any) -> dict[str, int]:

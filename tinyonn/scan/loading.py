@@ -69,12 +69,30 @@ def _download(model_id: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a model's weights, sorted: safetensors, else PyTorch's."""
-    for pattern in ("*.safetensors", "*.bin"):
-        files = sorted(file for file in folder.glob(pattern) if file.name != "training_args.bin")
-        if files:
+    """The files that transformers loads a model's weights from, sorted: safetensors, else PyTorch's; whole, else by their index.
+
+    What else lies there (the same weights in another layout, an optimiser's state) is not of the model.
+    """
+    for whole, pattern in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "*.bin")):
+        if (folder / whole).is_file():
+            return [folder / whole]
+        index = folder / f"{whole}.index.json"
+        if index.is_file():
+            return [folder / name for name in _indexed(index)]
+        if files := sorted(file for file in folder.glob(pattern) if file.name != "training_args.bin"):
             return files
     return []
+
+
+def _indexed(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"model_path must hold a valid index of its weights, got a damaged {index.name}.") from error
+    for name in names:
+        if not isinstance(name, str) or not (index.parent / name).is_file():
+            raise InputError(f"model_path must hold all files that {index.name} names, got none called {name}.")
+    return names
 
 
 def weights_of(folder: Path) -> Weights:
@@ -87,7 +105,7 @@ def weights_of(folder: Path) -> Weights:
     for file in weight_files(folder):
         if file.suffix != ".safetensors":
             size = file.stat().st_size
-            values, stored = values + size // 2, stored + size
+            values, stored = values + size // _stored_width(folder), stored + size
             continue
         for dtype, shape in _tensors(file):
             count = 1
@@ -96,6 +114,16 @@ def weights_of(folder: Path) -> Weights:
             values += count
             stored += count * _WIDTHS.get(dtype, 1)
     return Weights(values, stored)
+
+
+def _stored_width(folder: Path) -> int:
+    """Bytes of a value in PyTorch's files, which would have to be loaded to know: as the configuration says, float32 if it does not."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), None)
+    except (OSError, ValueError, AttributeError):
+        named = None
+    return named.itemsize if isinstance(named, torch.dtype) else 4
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, list[int]]]:
@@ -245,5 +273,5 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
 
 
 def display_name(model_path: str, folder: Path) -> str:
-    """Name for the file's metadata: the hub id, or the last part of the folder. Never a path of this machine."""
+    """Name for the file's metadata: the hub id, or the last part of the folder."""
     return folder.name if os.path.isdir(model_path) else model_path

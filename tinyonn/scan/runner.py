@@ -18,7 +18,7 @@ from .config import ScanConfig
 from .distributed import World
 from .engine import ScanEngine, SequenceScan
 from .generation import Answered, Generator
-from .loading import load_model
+from .loading import check_fits, load_model
 from .memory import is_out_of_memory
 from .output import NOTHING, Existing, OutputCompleteError, check_writable, find_existing, member_path, open_writer, refuse_existing
 from .prepare import Prepared, prepare
@@ -103,6 +103,7 @@ def run_scan(config: ScanConfig, *, progress: Callable[[ScanProgress], None] | N
     if not config.resume and not config.overwrite:
         refuse_existing(config.output)
     prepared = prepare(config, world)
+    check_fits(prepared.folder, prepared.dtype, prepared.device)  # before every byte of the weights is read for their hash
     metadata = prepared.metadata()
     existing = NOTHING if config.overwrite else find_existing(config.output, metadata)
     _refuse_complete(prepared, existing)
