@@ -18,10 +18,13 @@ struct PathWriter {
 
 template <typename T>
 py::array_t<T, kExact> array_of(const py::object& value, const char* name) {
-  auto array = py::array_t<T, kExact>::ensure(value);
-  if (!array) {
+  if (py::isinstance<py::array_t<T, kExact>>(value)) return py::reinterpret_borrow<py::array_t<T, kExact>>(value);
+  const py::array any = py::array::ensure(value);
+  if (!any) PyErr_Clear();
+  auto array = any && any.dtype().kind() != 'c' ? py::array_t<T, kExact>::ensure(any) : py::array_t<T, kExact>();
+  if (!any || any.dtype().kind() == 'c' || !array) {
     PyErr_Clear();
-    throw InputFault(std::string(name) + " must be an array of numbers.");
+    throw InputFault(std::string(name) + " must be an array of real numbers.");
   }
   return array;
 }

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <system_error>
 
 namespace mscan {
@@ -32,7 +33,14 @@ int lock(int fd) {
 
 }  // namespace
 
-OutputFile::OutputFile(std::string path, OpenMode mode) : path_(std::move(path)) {
+OutputFile::OutputFile(std::string path, OpenMode mode) : path_(std::move(path)), owner_(::getpid()) {
+  if (mode == OpenMode::replace) {
+    // A link stays one: what it points to is replaced.
+    if (char* target = ::realpath(path_.c_str(), nullptr)) {
+      path_ = target;
+      std::free(target);
+    }
+  }
   const char* name = path_.c_str();
   const auto open_as = [&](int flags) { return ::open(name, flags | O_RDWR | O_CLOEXEC, 0666); };
   const auto take_lock = [&] {
@@ -47,6 +55,12 @@ OutputFile::OutputFile(std::string path, OpenMode mode) : path_(std::move(path))
   const bool missing = fd_ < 0 && errno == ENOENT && mode == OpenMode::replace;
   if (missing) fd_ = open_as(O_CREAT | O_EXCL);
   if (fd_ < 0) throw std::system_error(errno, std::generic_category(), path_);
+  struct stat info {};
+  if (::fstat(fd_, &info) != 0 || !S_ISREG(info.st_mode)) {
+    ::close(fd_);
+    fd_ = -1;
+    throw Fault("a .mscan file must be a file, got a pipe or device.");
+  }
   take_lock();
   if (mode == OpenMode::replace && !missing) {
     // A new file takes the old one's name, so that a reader that has the old one mapped keeps it. Until the new one stands, the old
@@ -55,7 +69,7 @@ OutputFile::OutputFile(std::string path, OpenMode mode) : path_(std::move(path))
     const std::string beside = path_ + ".new";
     static_cast<void>(::unlink(beside.c_str()));  // left by one that was killed here
     fd_ = ::open(beside.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0666);
-    if (fd_ < 0 || lock(fd_) != 0 || ::rename(beside.c_str(), name) != 0) {
+    if (fd_ < 0 || lock(fd_) != 0 || ::fchmod(fd_, info.st_mode & 07777) != 0 || ::rename(beside.c_str(), name) != 0) {
       const int error = errno;
       if (fd_ >= 0) static_cast<void>(::unlink(beside.c_str()));
       if (fd_ >= 0) ::close(fd_);
@@ -69,7 +83,6 @@ OutputFile::OutputFile(std::string path, OpenMode mode) : path_(std::move(path))
   struct statfs where {};
   reserves_ = ::fstatfs(fd_, &where) == 0 && where.f_type == EXT4_SUPER_MAGIC;
   // A writer that was killed gave nothing back: this one goes on with it.
-  struct stat info {};
   if (mode == OpenMode::append && reserves_ && ::fstat(fd_, &info) == 0 && info.st_blocks * 512 >= info.st_size + info.st_blksize) {
     reserved_ = static_cast<uint64_t>(info.st_blocks) * 512;
   }
@@ -78,12 +91,22 @@ OutputFile::OutputFile(std::string path, OpenMode mode) : path_(std::move(path))
 
 OutputFile::~OutputFile() { close(); }
 
+void OutputFile::require_owner() const {
+  if (::getpid() != owner_) throw Fault("a writer belongs to the process that opened it; a forked one must open its own file.");
+}
+
 void OutputFile::close() {
   if (fd_ < 0) return;
+  if (::getpid() != owner_) {  // the file is the other process's: nothing of it is touched
+    ::close(fd_);
+    fd_ = -1;
+    return;
+  }
   struct stat info {};
   // Gives back what was reserved; should it fail, the blocks stay the file's and nothing else is lost.
   const bool released = reserved_ == 0 || (::fstat(fd_, &info) == 0 && ::ftruncate(fd_, info.st_size) == 0);
   static_cast<void>(released);
+  ::flock(fd_, LOCK_UN);  // a forked child may hold the descriptor for longer
   ::close(fd_);
   fd_ = -1;
 }
@@ -108,6 +131,7 @@ uint64_t OutputFile::size() const {
 }
 
 void OutputFile::write(const void* data, uint64_t size, uint64_t offset) {
+  require_owner();
   const auto* p = static_cast<const uint8_t*>(data);
   if (size >= kReservingWrite) reserve(offset, size);
   while (size > 0) {
@@ -136,6 +160,7 @@ void OutputFile::read(void* data, uint64_t size, uint64_t offset) const {
 }
 
 void OutputFile::truncate(uint64_t size) {
+  require_owner();
   int result;
   do result = ::ftruncate(fd_, static_cast<off_t>(size));
   while (result != 0 && errno == EINTR);

@@ -1,4 +1,4 @@
-// Files by plain system calls: open, flock, fstat, fstatfs, fallocate, pread, pwrite, ftruncate, fdatasync, fsync,
+// Files by plain system calls: open, fchmod, flock, fstat, fstatfs, fallocate, pread, pwrite, ftruncate, fdatasync, fsync,
 // rename, unlink, mmap, close.
 #pragma once
 
@@ -29,9 +29,11 @@ class OutputFile {
   bool is_open() const { return fd_ >= 0; }
 
  private:
+  void require_owner() const;
   void reserve(uint64_t offset, uint64_t size);
 
   std::string path_;
+  int owner_ = 0;  // the process that opened it
   int fd_ = -1;
   bool reserves_ = false;
   uint64_t reserved_ = 0;  // blocks up to here are the file's already, though it ends before

@@ -67,9 +67,20 @@ Layout make_layout(std::vector<LayoutItem> items, uint32_t id) {
   return layout;
 }
 
+namespace {
+
+// Returns the metadata; raises where a new file could not be made of the two. Before any file is touched.
+std::string checked(OpenMode mode, std::string metadata, const std::vector<LayoutItem>& layout) {
+  if (metadata.size() > kMaxMetadata) throw InputFault("metadata must take at most 2^30 bytes of JSON.");
+  if (mode != OpenMode::append || !layout.empty()) make_layout(layout, 0);
+  return metadata;
+}
+
+}  // namespace
+
 Writer::Writer(const std::string& path, OpenMode mode, std::string metadata, std::vector<LayoutItem> layout, Codec codec, Sync sync,
                Compress compress, Decompress decompress)
-    : metadata_(std::move(metadata)), file_(path, mode), sync_(sync), encoder_(codec, std::move(compress)) {
+    : metadata_(checked(mode, std::move(metadata), layout)), file_(path, mode), sync_(sync), encoder_(codec, std::move(compress)) {
   if (mode == OpenMode::append) {
     reopen(path, std::move(layout), decompress);
   } else {
@@ -79,7 +90,6 @@ Writer::Writer(const std::string& path, OpenMode mode, std::string metadata, std
 
 void Writer::create(std::vector<LayoutItem> items) {
   Layout layout = make_layout(std::move(items), 0);
-  if (metadata_.size() > kMaxMetadata) throw InputFault("metadata must take at most 2^30 bytes of JSON.");
   uuid_ = new_uuid();
   Prologue prologue{};
   std::memcpy(prologue.magic, kMagic, 5);

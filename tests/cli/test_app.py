@@ -80,10 +80,10 @@ def test_usage_errors_are_one_line(cli: Cli, arguments: list[str], parts: list[s
     ("error", "code", "line"),
     [
         (InputError("limit must be at least 1,\n got 0."), 2, "tinyonn x: limit must be at least 1, got 0."),
-        (MscanError("a.mscan", "crc must match, got 1", 64), 2, "tinyonn x: a.mscan, byte 64: crc must match, got 1"),
+        (MscanError("a.mscan", "crc must match, got 1", 64), 2, "tinyonn x: a.mscan, byte 64: crc must match, got 1 `tinyonn rec"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.mscan"), 2, "tinyonn x: a.mscan: No such file or directory."),
         (PermissionError(errno.EACCES, "Permission denied", "a"), 2, "tinyonn x: a: Permission denied."),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "tinyonn x: No space left on device (--store integral"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "tinyonn x: No space left on device."),
         (MemoryError(), 2, "tinyonn x: memory ran out."),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "tinyonn x: memory ran out."),
         (RuntimeError("Parquet needs pyarrow: pip install pyarrow"), 2, "tinyonn x: Parquet needs pyarrow: pip install pyarrow"),
@@ -159,7 +159,10 @@ def test_ctrl_c_leaves_no_half_written_corpus(tmp_path: Path) -> None:
             file.write(f'{{"text": "{index} the stock exchange and a dividend {"of the shareholders " * 20}"}}\n')
     output = tmp_path / "out" / "c.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "-m", "tinyonn", "corpus", str(source), "--topic", "finance", "-o", str(output)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tinyonn", "corpus", str(source), "--topic", "finance", "-o", str(output)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a suite in the background ignores it
     )
     deadline = time.monotonic() + 60
     while not (output.parent.exists() and os.listdir(output.parent)):
@@ -170,3 +173,10 @@ def test_ctrl_c_leaves_no_half_written_corpus(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert err == "tinyonn corpus: interrupted.\n"
     assert os.listdir(output.parent) == []
+
+
+def test_only_a_file_that_began_as_one_is_offered_recovery() -> None:
+    for offset, offered in ((None, False), (0, False), (64, True)):
+        ending = errors.explain(MscanError("a.mscan", "crc must match.", offset), "tinyonn report")
+        assert ending is not None
+        assert ("`tinyonn recover a.mscan -o PATH` keeps what can be read." in ending.line) == offered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -126,6 +127,108 @@ def test_damage_before_the_end_is_not_appended_to(tmp_path: Path) -> None:
         np.testing.assert_array_equal(reader.planes(2)[0], record(2).activation)
 
 
+def test_nothing_is_replaced_before_the_arguments_are_right(tmp_path: Path) -> None:
+    path = tmp_path / "a.mscan"
+    with MscanWriter(path, {}, LAYOUT) as writer:
+        writer.append(record(0))
+    before = path.read_bytes()
+    wide = [LayoutEntry("a.weight", 2**40, 2**33, 0)]
+    for arguments, options, message in (
+        (({}, wide), {}, "at most 2\\^26 blocks"),
+        (([1], LAYOUT), {}, "metadata must be a dict with strings for keys"),
+        (({1: 1, "1": 2}, LAYOUT), {}, "metadata must be a dict with strings for keys"),
+        (({}, LAYOUT), {"codec": None}, "codec must be one of 'log2u16', 'f32', got None"),
+        (({}, [LayoutEntry("a.weight", 1.5, 1, 0)]), {}, "three whole numbers below 2\\^63"),
+        (({}, [LayoutEntry("a\ud800", 64, 1, 0)]), {}, "layout names must be valid Unicode"),
+    ):
+        with pytest.raises(InputError, match=message):
+            MscanWriter(path, *arguments, mode="w", **options)
+        assert path.read_bytes() == before
+    with pytest.raises(InputError, match="path must hold no NUL"):
+        MscanWriter(f"{path}\0.mscan", {}, LAYOUT, mode="w")
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.mscan"]
+
+
+def test_replacing_keeps_permissions_and_links(tmp_path: Path) -> None:
+    path, link = tmp_path / "a.mscan", tmp_path / "link.mscan"
+    MscanWriter(path, {}, LAYOUT).close()
+    path.chmod(0o600)
+    link.symlink_to("a.mscan")
+    with MscanWriter(link, {}, LAYOUT, mode="w") as writer:
+        writer.append(record(3))
+    assert link.is_symlink()
+    assert ids(path) == ["s3"]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("mode", ["w", "a"])
+def test_a_pipe_is_not_replaced(tmp_path: Path, mode: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MscanError, match="must be a file, got a pipe or device"):
+        MscanWriter(tmp_path / "pipe", {}, LAYOUT, mode=mode)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_opening_and_closing_a_clean_file_leaves_it_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "a.mscan"
+    with MscanWriter(path, {}, LAYOUT) as writer:
+        writer.append(record(0))
+    os.utime(path, ns=(10**18, 10**18))
+    MscanWriter(path, None, None, mode="a").close()
+    assert path.stat().st_mtime_ns == 10**18
+
+
+def test_a_forked_process_cannot_write_and_does_not_hold_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.mscan"
+    writer = MscanWriter(path, {}, LAYOUT)
+    writer.append(record(0))
+    context = multiprocessing.get_context("fork")
+    answers, done = context.Queue(), context.Event()
+
+    def child() -> None:
+        try:
+            writer.append(record(1))
+        except MscanError as error:
+            answers.put(str(error))
+        done.wait(30)
+
+    process = context.Process(target=child)
+    process.start()
+    assert "a writer belongs to the process that opened it" in answers.get(timeout=30)
+    writer.append(record(2))
+    writer.close()
+    with MscanWriter(path, None, None, mode="a") as again:  # while the child still has its descriptor
+        again.append(record(3))
+    done.set()
+    process.join(30)
+    assert ids(path, "strict") == ["s0", "s2", "s3"]
+
+
+def test_extending_the_layout_from_another_thread_never_tears_an_append(tmp_path: Path) -> None:
+    path = tmp_path / "a.mscan"
+    with MscanWriter(path, {}, LAYOUT, sync="none") as writer:
+        wider, failures = list(LAYOUT), []
+
+        def extend() -> None:
+            for i in range(40):
+                wider.append(LayoutEntry(f"more.{i}.weight", 64, 1, wider[-1].base + wider[-1].blocks))
+                writer.extend_layout(wider)
+
+        thread = threading.Thread(target=extend)
+        thread.start()
+        while thread.is_alive():
+            try:
+                writer.append(record(len(writer)))
+            except InputError as error:
+                failures.append(str(error))
+        thread.join()
+    with MscanReader(path, recovery="strict") as reader:
+        assert len(reader.layout) == len(LAYOUT) + 40
+        reader.verify()
+    assert all("must have" in failure for failure in failures)
+
+
 def test_modes_say_what_is_there(tmp_path: Path) -> None:
     path = tmp_path / "a.mscan"
     with pytest.raises(FileNotFoundError):
@@ -150,7 +253,7 @@ def test_modes_say_what_is_there(tmp_path: Path) -> None:
         ({"mode": "r"}, "mode must be one of 'x', 'w', 'a', got 'r'"),
         ({"codec": "f16"}, "codec must be one of 'log2u16', 'f32', got 'f16'"),
         ({"sync": "always"}, "sync must be one of 'none', 'chunk', 'close', got 'always'"),
-        ({"compression": "gzip"}, "compression must be None or 'zstd', got 'gzip'"),
+        ({"compression": "gzip"}, "compression must be one of None, 'zstd', got 'gzip'"),
         ({"metadata": {"x": float("nan")}}, "metadata must be JSON values"),
         ({"metadata": {"x": "\ud800"}}, "metadata must be JSON values"),
         ({"metadata": None}, "metadata and layout must be given"),

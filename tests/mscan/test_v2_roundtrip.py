@@ -195,7 +195,7 @@ GOOD: dict[str, Any] = {
         ({"token_ids": [1.5, 2]}, "token_ids must be a row of integers"),
         ({"token_ids": [[1, 2]]}, "token_ids must be a row of integers"),
         ({"loss": [1.0]}, r"loss must have shape \(2\), got \(1\)"),
-        ({"loss": "x"}, "loss must be an array of numbers"),
+        ({"loss": "x"}, "loss must be an array of real numbers"),
         ({"activation": np.ones((2, 4), "f")}, r"activation must have shape \(2, 3\), got \(2, 4\)"),
         ({"grad_norm": np.ones((3, 3), "f")}, r"grad_norm must have shape \(2, 3\), got \(3, 3\)"),
         ({"grad_norm": None}, "given both or neither"),

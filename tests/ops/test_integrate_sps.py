@@ -190,7 +190,7 @@ BAD_CALLS = {
         ValueError,
         r"group_offsets must ascend from 0 to 4, got \[0, 3, 2, 4\]",
     ),
-    "offsets dtype": (lambda: integrate_sps(P, P, [0.0, 4.0]), TypeError, "group_offsets must be int32 or int64, got torch.float64"),
+    "offsets dtype": (lambda: integrate_sps(P, P, [0.0, 4.0]), TypeError, "group_offsets must be int32 or int64, got float64"),
     "offsets none": (
         lambda: integrate_sps(P, P, None),
         TypeError,

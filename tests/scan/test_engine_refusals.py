@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -115,8 +117,8 @@ def test_a_module_without_a_tensor_is_refused():
     mlp = model.model.layers[0].mlp
     mlp.gate_proj.register_forward_hook(lambda module, args, output: (output,))
     mlp.act_fn.forward = lambda pair: nn.functional.silu(pair[0])
-    with ScanEngine(model) as engine, pytest.raises(InputError, match=r"leave out .*gate_proj\.weight: its output is a tuple"):
-        engine.scan(TOKENS)
+    with pytest.raises(InputError, match=r"leave out .*gate_proj\.weight: its output is a tuple"), ScanEngine(model):
+        pass
 
 
 def test_a_token_without_a_logit_is_refused():
@@ -154,6 +156,59 @@ def test_embeddings_that_the_model_changes_in_place_are_recorded():
             torch.testing.assert_close(torch.tensor(result.grad_norm), torch.tensor(wanted.grad_norm), equal_nan=True)
 
 
+def test_an_output_that_somebody_rescales_is_refused():
+    model = tiny_causal_lm("llama")
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, output: 3 * output)
+    refusal = r"leave out model\.layers\.1\.mlp\.up_proj\.weight: its output is not the product"
+    with pytest.raises(InputError, match=refusal), ScanEngine(model):
+        pass
+    with ScanEngine(model, targets="down_proj") as engine:
+        engine.scan(TOKENS)
+
+
+def test_tokens_in_another_order_are_refused_whatever_the_batch():
+    class Turned(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+    model = tiny_causal_lm("llama")
+    model.model.layers[0].mlp.down_proj = Turned(model.model.layers[0].mlp.down_proj)
+    with pytest.raises(InputError, match=r"down_proj\.inner\.weight: its output has shape \(16, 2, 48\)"), ScanEngine(model):
+        pass
+
+
+def test_one_engine_at_a_time():
+    model = tiny_causal_lm("llama").train()
+    with ScanEngine(model) as engine:
+        with pytest.raises(RuntimeError, match="one engine at a time"), ScanEngine(model):
+            pass
+        model.train()
+        with pytest.raises(RuntimeError, match="model must stay in eval mode"):
+            engine.scan(TOKENS)
+        model.eval()
+        engine.scan(TOKENS)
+    assert model.training
+    with ScanEngine(model):
+        pass
+
+
+def test_threads_take_turns():
+    with ScanEngine(tiny_causal_lm("llama")) as engine, ThreadPoolExecutor(4) as pool:
+        alone = [engine.scan(TOKENS[row : row + 1])[0].grad_norm for row in (0, 1)]
+        for number, result in enumerate(pool.map(lambda row: engine.scan(TOKENS[row : row + 1])[0].grad_norm, [0, 1] * 8)):
+            torch.testing.assert_close(torch.tensor(result), torch.tensor(alone[number % 2]), equal_nan=True)
+
+
+@pytest.mark.parametrize("tokens", [None, "ab", [[1], [1, 2]]])
+def test_what_is_no_batch_is_named(tokens):
+    with ScanEngine(tiny_causal_lm("llama")) as engine, pytest.raises(InputError, match="input_ids must be"):
+        engine.scan(tokens)
+
+
 def test_a_module_that_runs_twice_is_refused():
     model = tiny_causal_lm("llama")
     layer = model.model.layers[0].mlp
@@ -174,11 +229,8 @@ def test_a_module_over_other_rows_than_tokens_is_refused():
 
     model = tiny_causal_lm("llama")
     model.model.norm = Pooled()
-    with (
-        ScanEngine(model) as engine,
-        pytest.raises(InputError, match=r"leave out model\.norm\.proj\.weight: .* shape \(2, 48\)"),
-    ):
-        engine.scan(TOKENS)
+    with pytest.raises(InputError, match=r"leave out model\.norm\.proj\.weight: .* shape \(2, 48\)"), ScanEngine(model):
+        pass
 
 
 def test_a_model_that_skips_its_embeddings_is_refused():

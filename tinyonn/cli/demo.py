@@ -83,7 +83,7 @@ def _scan(config: ScanConfig) -> None:
         try:
             result = run_scan(config, progress=lambda state: show_progress(bar, state))
         except OutputCompleteError:
-            screen.say(f"{config.output} is complete")
+            screen.say(f"{config.output} is complete and kept")
             return
         except OutputDiffersError:
             result = run_scan(dataclasses.replace(config, overwrite=True), progress=lambda state: show_progress(bar, state))

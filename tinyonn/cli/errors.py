@@ -38,7 +38,7 @@ def explain(error: BaseException, command: str) -> Ending | None:
         return Ending(f"{command}: {message} See `{command} --help`.", BAD_INPUT)
     if isinstance(error, ClickException):
         return Ending(f"{command}: {error.format_message()}", BAD_INPUT)  # type: ignore[attr-defined]
-    if isinstance(error, MscanError) and error.offset is not None and command != "tinyonn recover":
+    if isinstance(error, MscanError) and error.offset and command != "tinyonn recover":
         return Ending(f"{command}: {_one_line(error)} `tinyonn recover {error.path} -o PATH` keeps what can be read.", BAD_INPUT)
     if isinstance(error, (InputError, MscanError)):
         return Ending(f"{command}: {_one_line(error)}", BAD_INPUT)
@@ -47,7 +47,7 @@ def explain(error: BaseException, command: str) -> Ending | None:
     if type(error) is RuntimeError and "pip install" in str(error):  # a package that is missing; the message names it and the remedy
         return Ending(f"{command}: {_one_line(error)}", BAD_INPUT)
     if isinstance(error, OSError) and error.errno is not None:
-        return Ending(f"{command}: {_os_error(error)}", BAD_INPUT)
+        return Ending(f"{command}: {_os_error(error, command)}", BAD_INPUT)
     return None
 
 
@@ -55,9 +55,9 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _os_error(error: OSError) -> str:
+def _os_error(error: OSError, command: str) -> str:
     reason = os.strerror(error.errno or 0)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if command == "tinyonn scan" and error.errno in (errno.ENOSPC, errno.EDQUOT):
         reason += " (--store integral writes far less; --output-path may name another disk)"
     names = [os.fspath(name) for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike))]
     return f"{' -> '.join(str(name) for name in names)}: {reason}." if names else f"{reason}."

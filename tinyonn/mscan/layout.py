@@ -42,6 +42,11 @@ def check_layout(layout: Sequence[LayoutEntry]) -> None:
     seen: set[str] = set()
     base = 0
     for entry in layout:
+        numbers = (entry.out_features, entry.blocks, entry.base)
+        if not isinstance(entry.name, str) or not all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers):
+            raise InputError(f"layout entries must be a name and three whole numbers below 2^63, got {entry}.")
+        if any("\ud800" <= character <= "\udfff" for character in entry.name):
+            raise InputError(f"layout names must be valid Unicode, got {entry.name!r}.")
         if entry.name in seen:
             raise InputError(f"layout names must be unique, got {entry.name!r} twice.")
         if not 1 <= entry.blocks <= entry.out_features:

@@ -45,7 +45,7 @@ def replacing(output: PathLike, overwrite: bool, sources: Iterable[PathLike] = (
         if any(target.samefile(member) for name in names for member in rank_members(name) or [name]):
             raise InputError(f"output must be another file than the source, got {target}.")
     if target.exists() and not overwrite:
-        raise InputError(f"output must not exist yet, got {target}: overwrite replaces it.")
+        raise InputError(f"output must not exist yet, got {target}; --overwrite replaces it.")
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

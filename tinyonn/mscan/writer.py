@@ -78,8 +78,14 @@ class MscanWriter:
     ) -> None:
         self.path = os.fspath(path)
         _check_text("path", self.path)
-        if compression not in (None, "zstd"):
-            raise InputError(f"compression must be None or 'zstd', got {compression!r}.")
+        for name, value, choices in (
+            ("mode", mode, ("x", "w", "a")),
+            ("codec", codec, ("log2u16", "f32")),
+            ("sync", sync, ("none", "chunk", "close")),
+            ("compression", compression, (None, "zstd")),
+        ):
+            if value not in choices:
+                raise InputError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
         if mode != "a" and (metadata is None or layout is None):
             raise InputError("metadata and layout must be given unless mode is 'a', got None.")
         if layout is not None:
@@ -111,6 +117,9 @@ class MscanWriter:
             MscanError: the write failed; the file is as it was before.
         """
         integral = record.integral
+        if not isinstance(record.sequence_id, str) or not (record.text is None or isinstance(record.text, str)):
+            _check_text("sequence_id", record.sequence_id)
+            _check_text("text", record.text)
         try:
             ordinal = self._append(
                 record.sequence_id,
@@ -132,6 +141,8 @@ class MscanWriter:
 
     def append_integral(self, integral: Integral) -> None:
         """Stores the total over all sequences; it counts until another sequence is appended."""
+        if not isinstance(integral, Integral):
+            raise InputError(f"integral must be an Integral, got {type(integral).__name__}.")
         self._core.append_integral(integral.planes())
 
     def extend_layout(self, layout: Sequence[LayoutEntry]) -> None:
@@ -178,11 +189,13 @@ def _rows(layout: Sequence[LayoutEntry]) -> list[tuple[str, int, int, int]]:
 
 
 def _dumps(metadata: dict[str, Any]) -> str:
+    if not isinstance(metadata, dict) or not all(isinstance(key, str) for key in metadata):
+        raise InputError(f"metadata must be a dict with strings for keys, got {metadata!r:.80}.")
     try:
         text = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
         text.encode()  # half of a surrogate pair has no place in UTF-8
         return text
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"metadata must be JSON values, got {error}.") from error
 
 
@@ -193,6 +206,8 @@ def _check_text(name: str, value: object) -> None:
         value.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{name} must be valid Unicode, got a lone surrogate at character {error.start}.") from None
+    if name == "path" and "\0" in value:
+        raise InputError(f"path must hold no NUL character, got {value!r}.")
 
 
 def _agree(stored: dict[str, Any], given: dict[str, Any]) -> None:

@@ -104,10 +104,20 @@ def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: t
     if out.dtype != dtype:
         raise TypeError(f"out must be {dtype}, got {out.dtype}.")
     check_same_device("out", out, device)
-    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
+    if out.numel() and not _has_own_places(out):
         raise ValueError(f"out must have a place for each of its values, got shape {tuple(out.shape)} with strides {out.stride()}.")
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (out, *inputs)):
         raise ValueError("out must not be given where an input requires grad, got one that does: detach it or enter torch.no_grad().")
+
+
+def _has_own_places(tensor: Tensor) -> bool:
+    """Whether no two elements share memory; sure where each dimension steps over all that smaller strides reach."""
+    reach = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1):
+        if stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    return True
 
 
 def check_no_nan(name: str, tensor: Tensor) -> None:

@@ -64,7 +64,10 @@ def integrate_sps(
     if not isinstance(group_offsets, Tensor):
         if isinstance(group_offsets, str) or not isinstance(group_offsets, (np.ndarray, Sequence)):
             raise TypeError(f"group_offsets must be a tensor, array or list of integers, got {type(group_offsets).__name__}.")
-        group_offsets = torch.as_tensor(np.asarray(group_offsets))
+        offsets = np.asarray(group_offsets)
+        if offsets.dtype.kind not in "iu" or (offsets.size and not -(2**63) <= int(offsets.min()) <= int(offsets.max()) < 2**63):
+            raise TypeError(f"group_offsets must be int32 or int64, got {offsets.dtype}.")
+        group_offsets = torch.from_numpy(offsets.astype(np.int64))
     if group_offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"group_offsets must be int32 or int64, got {group_offsets.dtype}.")
     if group_offsets.dim() != 1 or group_offsets.shape[0] < 1:

@@ -129,7 +129,7 @@ def _blocks(found: Comparison, top: int) -> str:
             numbers.difference[block],
             numbers.low[block],
             numbers.high[block],
-            numbers.p_value[block],
+            f"< {numbers.smallest_p:.1g}" if numbers.p_value[block] <= numbers.smallest_p else numbers.p_value[block],
         ]
         rows.append([rank, place.layer, place.module, f"{place.first}–{place.last}", *values])
     any_specific = bool(numbers.specific.any())

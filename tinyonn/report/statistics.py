@@ -48,6 +48,7 @@ class BlockDifferences:
         p_value: adjusted for all blocks; 1 for blocks not tested.
         tested: at least MIN_SEQUENCES on each side and not constant.
         critical: c.
+        smallest_p: what so many draws can tell at all.
     """
 
     mean_a: Floats
@@ -59,6 +60,7 @@ class BlockDifferences:
     p_value: Floats
     tested: npt.NDArray[np.bool_]
     critical: float
+    smallest_p: float
 
     @property
     def specific(self) -> npt.NDArray[np.bool_]:
@@ -96,7 +98,7 @@ def compare_blocks(
         high[columns] = difference[columns] + critical * se[columns]
         beaten = resamples - np.searchsorted(largest, np.abs(statistic[columns]), side="left")
         p_value[columns] = (1 + beaten) / (resamples + 1)
-    return BlockDifferences(mean_a, mean_b, difference, low, high, statistic, p_value, tested, critical)
+    return BlockDifferences(mean_a, mean_b, difference, low, high, statistic, p_value, tested, critical, 1 / (resamples + 1))
 
 
 def rank_correlation(x: Floats, y: Floats) -> float:

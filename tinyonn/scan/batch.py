@@ -40,7 +40,10 @@ class Batch:
             InputError: shapes that differ, a mask of other values, a row without a token, padding between tokens, an id outside the
                 vocabulary.
         """
-        input_ids = torch.as_tensor(input_ids)
+        try:
+            input_ids = torch.as_tensor(input_ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"input_ids must be (sequences, tokens) integers, got {type(input_ids).__name__}: {error}") from error
         integers = not (input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool)
         if input_ids.dim() != 2 or input_ids.numel() == 0 or not integers:
             raise InputError(f"input_ids must be (sequences, tokens) integers, got {input_ids.dtype} of shape {tuple(input_ids.shape)}.")

@@ -45,7 +45,7 @@ class Capture:
     def record(self, target: Target, inputs: Tensor, output: Tensor) -> None:
         """Records a module's output now, and its gradient when backward reaches it."""
         self._claim(target)
-        rows = _token_rows(target, output, self.batch_shape)
+        rows = token_rows(target, output, self.batch_shape)
         columns = slice(target.base, target.end)
         _write_norms(rows.detach(), None, self.activation[:, columns])
         if not output.requires_grad:
@@ -54,7 +54,7 @@ class Capture:
         input_norm, grad_plane, shape = self._norm_of(inputs)[:-1], self.grad_norm[:-1, columns], self.batch_shape
 
         def on_gradient(grad: Tensor) -> None:
-            _write_norms(_token_rows(target, grad, shape)[:-1], input_norm, grad_plane)
+            _write_norms(token_rows(target, grad, shape)[:-1], input_norm, grad_plane)
 
         output.register_hook(on_gradient)
 
@@ -116,7 +116,7 @@ def module_hooks(targets: Iterable[Target], current: Callable[[], Capture | None
             handle.remove()
 
 
-def _token_rows(target: Target, tensor: Tensor, batch_shape: tuple[int, int]) -> Tensor:
+def token_rows(target: Target, tensor: Tensor, batch_shape: tuple[int, int]) -> Tensor:
     """(..., features) as (sequences * tokens, features), where its rows are the batch's tokens in order."""
     if not isinstance(tensor, Tensor):
         raise InputError(f"targets must leave out {target.name}: its output is a {type(tensor).__name__}, not a tensor.")

@@ -108,8 +108,8 @@ class ScanConfig:
                 raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         self._check_number("temperature")
         self._check_number("top_p")
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature must be at least 0 and finite, got {self.temperature}.")
+        if not (self.temperature == 0 or 1e-3 <= self.temperature < float("inf")):
+            raise InputError(f"temperature must be 0, or at least 0.001 and finite, got {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,8 +28,10 @@ from .experts import PairRecorder, recorded_experts
 from .forward import frozen, logits_from_embeddings, loss_into_gradient_, position_switches, vocabulary_size
 from .integral import sequence_integral
 from .local_credit import LOCAL_CREDIT
-from .proof import prove_causal, prove_local_credit, prove_same_logits
+from .proof import prove_causal, prove_local_credit, prove_products, prove_same_logits
 from .targets import Target, find_targets, layout_of
+
+_entered: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class ScanEngine:
         self.group_offsets = torch.from_numpy(layout_groups(self.layout)[1])
         self._stack: ExitStack | None = None
         self._capture: Capture | None = None
+        self._lock = threading.Lock()
 
     @property
     def blocks(self) -> int:
@@ -102,6 +107,7 @@ class ScanEngine:
         if self._stack is not None:
             raise RuntimeError("ScanEngine must be left before it is entered again.")
         with ExitStack() as stack, _recording():
+            stack.enter_context(_alone(self.model))
             stack.enter_context(frozen(self.model))
             self._prove()
             stack.enter_context(module_hooks(self._targets, lambda: self._capture))
@@ -127,8 +133,14 @@ class ScanEngine:
             InputError: shapes that differ, a row without a token, padding between tokens, a token outside the vocabulary,
                 or a module whose output is not one row per token.
         """
+        with self._lock:  # threads take turns
+            return self._scan_parts(input_ids, attention_mask)
+
+    def _scan_parts(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[SequenceScan]:
         if self._stack is None:
             raise RuntimeError("ScanEngine must be entered with `with` before scan is called.")
+        if any(module.training for module in self.model.modules()):
+            raise RuntimeError("model must stay in eval mode until the engine is left, got one that was put into training mode.")
         batch = Batch.of(input_ids, attention_mask, vocabulary_size(self.model), self.device)
         switches, limit = position_switches(self.model)
         if limit is not None and max(batch.lengths) > limit:
@@ -197,8 +209,21 @@ class ScanEngine:
             if self.credit == "local":
                 prove_local_credit(self.model)
             prove_causal(self.model)
+            prove_products(self.model, self._targets)
         if self.credit == "local" or any(target.is_experts for target in self._targets):
             prove_same_logits(self.model, lambda: self._implementations(None), f"a scan with credit={self.credit!r}")
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """Within the block no other engine enters the model: the one that left first would take back what the other still needs."""
+    if model in _entered:
+        raise RuntimeError("model must be scanned by one engine at a time, got one that another has entered.")
+    _entered.add(model)
+    try:
+        yield
+    finally:
+        _entered.discard(model)
 
 
 @contextmanager

@@ -1,19 +1,23 @@
-"""A local scan proves itself on the model at hand, and names the module at fault where it cannot be exact."""
+"""A scan proves itself on the model at hand, and names the module at fault where it cannot be exact."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
 from ..hf.interfaces import attention_implementation, experts_implementation
+from .capture import token_rows
 from .forward import logits_from_embeddings, vocabulary_size
 from .local_credit import LOCAL_CREDIT
+from .targets import Target
 
 PROBE_TOKENS = 16
 # Largest difference of logits, as a share of the largest logit, that another order of summation explains.
@@ -43,6 +47,36 @@ def prove_causal(model: PreTrainedModel) -> None:
     seen = grad[0].abs().sum(-1)
     if seen[token + 1 :].max() > LOGIT_TOLERANCE.get(logits.dtype, 1e-1) * seen[: token + 1].max():
         raise InputError(f"model must be a causal language model, got {type(model).__name__}, whose tokens see later ones.")
+
+
+def prove_products(model: PreTrainedModel, targets: Iterable[Target]) -> None:
+    """Raises InputError, naming the module, where a frozen model's target gives out anything but its weight's product, token by token.
+
+    A hook or a subclass that changes the output makes its gradient another than that of the product. Quantised weights, which have
+    another shape or type than the product's, are taken at their word.
+    """
+
+    def hook_for(target: Target) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            token_rows(target, output, (2, PROBE_TOKENS))
+            weight = cast(Tensor, module.weight)
+            matrix = weight.T if isinstance(module, Conv1D) else weight
+            if not weight.is_floating_point() or matrix.shape != (output.shape[-1], inputs.shape[-1]):
+                return
+            expected = functional.linear(inputs, matrix, cast(Tensor | None, module.bias))
+            limit = LOGIT_TOLERANCE.get(expected.dtype, 1e-1) * expected.abs().max()
+            if ((output - expected).abs() > limit).any():  # NaN is another matter, and not refused
+                raise InputError(f"targets must leave out {target.name}: its output is not the product of its weight and its input.")
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for target in targets:
+            if not target.is_experts:
+                handle = target.module.register_forward_hook(hook_for(target), with_kwargs=True)
+                stack.callback(handle.remove)
+        logits_from_embeddings(model, _probe(model).repeat(2, 1))
 
 
 def prove_local_credit(model: PreTrainedModel) -> None:
