@@ -1,0 +1,149 @@
+"""Checks and shapes that the ops of DynNSA share.
+
+B batch, T queries of Tk positions (the last ones), H query heads, K key/value heads, D head dim, M compressed keys
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._debug import debug_enabled
+from ._dispatch import check_float, check_same_device
+
+COMPRESS_SIZES = (16, 32, 64)
+MAX_HEAD_DIM = 256
+
+
+class Bounds(NamedTuple):
+    """Where sequences begin and end: packed in one row, or between padding."""
+
+    cu_seqlens: Tensor | None = None
+    key_start: Tensor | None = None
+    key_end: Tensor | None = None
+
+
+def check_query(query: Tensor) -> None:
+    check_float("query", query)
+    if query.dim() != 4:
+        raise ValueError(f"query must have shape (B, T, H, D), got {tuple(query.shape)}.")
+    if not 1 <= query.shape[3] <= MAX_HEAD_DIM or query.shape[2] < 1:
+        raise ValueError(f"query must have at least one head of 1 … {MAX_HEAD_DIM} dimensions, got shape {tuple(query.shape)}.")
+
+
+def check_keys(query: Tensor, name: str, key: Tensor, value_name: str, value: Tensor | None) -> None:
+    """(B, ·, K, D), K dividing H; `value` of the same shape."""
+    check_like(query, name, key)
+    batch, _, heads, dim = query.shape
+    if key.dim() != 4 or key.shape[0] != batch or key.shape[3] != dim:
+        raise ValueError(f"{name} must have shape ({batch}, T, K, {dim}), got {tuple(key.shape)}.")
+    if key.shape[2] < 1 or heads % key.shape[2]:
+        raise ValueError(f"{name} must have a number of heads that divides query's {heads}, got {key.shape[2]}.")
+    if value is not None:
+        check_like(query, value_name, value)
+        if value.shape != key.shape:
+            raise ValueError(f"{value_name} must have shape {tuple(key.shape)}, got {tuple(value.shape)}.")
+
+
+def check_like(query: Tensor, name: str, tensor: Tensor) -> None:
+    check_float(name, tensor)
+    check_same_device(name, tensor, query.device)
+    if tensor.dtype != query.dtype:
+        raise TypeError(f"{name} must be {query.dtype}, got {tensor.dtype}.")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
+    """A floating-point tensor of this shape on the query's device, whatever its precision."""
+    check_float(name, tensor)
+    check_same_device(name, tensor, query.device)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}.")
+
+
+def check_bounds(query: Tensor, num_keys: int, bounds: Bounds) -> None:
+    batch, num_queries = query.shape[:2]
+    if num_queries > num_keys:
+        raise ValueError(f"query must have at most as many tokens as there are keys, {num_keys}, got {num_queries}.")
+    cu_seqlens, key_start, key_end = bounds
+    if cu_seqlens is not None:
+        if key_start is not None or key_end is not None:
+            raise ValueError("key_start and key_end must be None together with cu_seqlens.")
+        if batch != 1 or num_queries != num_keys:
+            raise ValueError(
+                f"cu_seqlens must come with one row of as many queries as keys, got {batch} rows, {num_queries} queries, {num_keys} keys."
+            )
+        _check_int32("cu_seqlens", cu_seqlens, query)
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}.")
+    for name, bound in (("key_start", key_start), ("key_end", key_end)):
+        if bound is not None:
+            _check_int32(name, bound, query)
+            if tuple(bound.shape) != (batch,):
+                raise ValueError(f"{name} must have shape ({batch},), got {tuple(bound.shape)}.")
+
+
+def check_bound_values(num_keys: int, bounds: Bounds) -> None:
+    """For `tinyonn.debug()`: reads the bounds."""
+    if not debug_enabled():
+        return
+    cu_seqlens, key_start, key_end = bounds
+    if cu_seqlens is not None and (int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != num_keys or bool((cu_seqlens.diff() < 0).any())):
+        raise ValueError(f"cu_seqlens must ascend from 0 to {num_keys}, got {cu_seqlens.tolist()}.")
+    bound = key_end if key_start is None else key_start
+    if bound is None:
+        return
+    start = torch.zeros_like(bound) if key_start is None else key_start
+    end = torch.full_like(bound, num_keys) if key_end is None else key_end
+    if bool(((start < 0) | (start > end) | (end > num_keys)).any()):
+        raise ValueError(f"key_start and key_end must be 0 <= start <= end <= {num_keys}, got {start.tolist()} and {end.tolist()}.")
+
+
+def check_sizes(block_size: int, compress_size: int) -> None:
+    for name, size in (("block_size", block_size), ("compress_size", compress_size)):
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}.")
+    if block_size < 16 or block_size & (block_size - 1):
+        raise ValueError(f"block_size must be a power of two of at least 16, got {block_size}.")
+    if compress_size not in COMPRESS_SIZES or block_size % compress_size:
+        raise ValueError(f"compress_size must be one of {COMPRESS_SIZES} that divides block_size {block_size}, got {compress_size}.")
+
+
+def check_compressed(name: str, num_compressed: int, num_keys: int, compress_size: int) -> None:
+    wanted = num_keys // compress_size
+    if num_compressed != wanted:
+        raise ValueError(f"{name} must hold {wanted} keys, one for every {compress_size} of {num_keys}, got {num_compressed}.")
+
+
+def check_positive(name: str, value: float) -> float:
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        raise ValueError(f"{name} must be positive and finite, got {value}.")
+    return float(value)
+
+
+def check_max_blocks(max_blocks: int) -> None:
+    if not isinstance(max_blocks, int) or isinstance(max_blocks, bool):
+        raise TypeError(f"max_blocks must be an int, got {type(max_blocks).__name__}.")
+    if max_blocks < 3:
+        raise ValueError(f"max_blocks must be at least 3, the forced ones, got {max_blocks}.")
+
+
+def scale_of(query: Tensor, scale: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else check_positive("scale", scale)
+
+
+def _check_int32(name: str, tensor: Tensor, query: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {tensor.dtype}.")
+    check_same_device(name, tensor, query.device)
+
+
+def check_window(window: int) -> None:
+    if not isinstance(window, int) or isinstance(window, bool):
+        raise TypeError(f"window must be an int, got {type(window).__name__}.")
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}.")

@@ -1,0 +1,127 @@
+"""`sliding_window_attention`: checks, registration, dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._dispatch import check_impl, choose_impl, statistics_dtype
+from ._nsa import Bounds, check_bound_values, check_bounds, check_keys, check_query, check_window, scale_of
+from ._torch_nsa import spans_of, window_backward, window_forward
+
+
+def sliding_window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention of token t to keys j with 0 <= t - j < window.
+
+    Tensors are (B, T, H, D). Differentiable: query, key, value.
+
+    Args:
+        query: (B, T, H, D), the last T of Tk positions.
+        key, value: (B, Tk, K, D), K dividing H.
+        window: keys that a query sees, its own included.
+        scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
+
+    Returns:
+        (B, T, H, D), 0 where nothing is visible.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or size that is not accepted.
+        RuntimeError: impl="triton" cannot run here.
+    """
+    check_impl(impl)
+    check_query(query)
+    check_keys(query, "key", key, "value", value)
+    check_window(window)
+    bounds = Bounds(cu_seqlens, key_start, key_end)
+    check_bounds(query, key.shape[1], bounds)
+    if impl == "reference":
+        check_bound_values(key.shape[1], bounds)
+        return reference.sliding_window_attention(query, key, value, window, scale=scale, **bounds._asdict()).to(query.dtype)
+    out: Tensor = _forward(query, key, value, window, scale_of(query, scale), *bounds, impl)[0]
+    return out
+
+
+@torch.library.custom_op("tinyonn::sliding_window_attention", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """out, and lse for the backward."""
+    bounds = Bounds(cu_seqlens, key_start, key_end)
+    check_bound_values(key.shape[1], bounds)
+    match choose_impl(impl, query):
+        case "torch":
+            return window_forward(query, key, value, spans_of(query, key.shape[1], 1, *bounds), window, scale)
+    raise NotImplementedError
+
+
+@_forward.register_fake
+def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
+
+
+@torch.library.custom_op("tinyonn::sliding_window_attention_backward", mutates_args=())
+def _backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    window: int,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    bounds = Bounds(cu_seqlens, key_start, key_end)
+    inputs = (query, key, value)
+    match choose_impl(impl, query):
+        case "torch":
+            spans = spans_of(query, key.shape[1], 1, *bounds)
+            grads = list(window_backward(query, key, value, lse, grad_out, None, None, spans, window, scale)[:3])
+        case other:
+            raise NotImplementedError(other)
+    grad_query, grad_key, grad_value = (grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
+    return grad_query, grad_key, grad_value
+
+
+@_backward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, ctx.window, ctx.scale, cu_seqlens, key_start, key_end, ctx.impl = inputs
+    ctx.save_for_backward(query, key, value, *output, cu_seqlens, key_start, key_end)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *saved, cu_seqlens, key_start, key_end = ctx.saved_tensors
+    return *_backward(*saved, grad_out, ctx.window, ctx.scale, cu_seqlens, key_start, key_end, ctx.impl), *([None] * 6)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
