@@ -11,6 +11,7 @@ from torch import nn
 
 from tinyonn.errors import InputError
 from tinyonn.mscan.layout import check_layout, layout_groups
+from tinyonn.scan import capture
 from tinyonn.scan.engine import ScanEngine
 from tinyonn.scan.targets import find_targets
 from tinyonn.testing import tiny_causal_lm
@@ -129,3 +130,13 @@ def test_biases_are_no_part_of_the_measure():
         (after,) = engine.scan(tokens)
     np.testing.assert_allclose(after.grad_norm, before.grad_norm, rtol=1e-3, atol=1e-5)
     assert (np.abs(after.activation - before.activation)[:-1] > 1).all()
+
+
+def test_the_norm_of_a_shared_input_is_taken_once(monkeypatch):
+    """q, k and v share an input, gate and up another: four norms a layer and one for the head, not seven and one."""
+    taken, norm = [], capture._row_norm
+    monkeypatch.setattr(capture, "_row_norm", lambda x: taken.append(x.shape) or norm(x))
+    model = tiny_causal_lm("llama")
+    with ScanEngine(model) as engine:
+        engine.scan(torch.arange(12)[None])
+    assert len(taken) == 4 * model.config.num_hidden_layers + 1

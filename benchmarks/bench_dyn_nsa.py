@@ -1,0 +1,201 @@
+"""DynNSA beside dense attention: the whole function and its parts, forward, backward and decoding.
+
+Peers compute dense causal attention over the same query, key and value, except where a row says otherwise: the question is what
+sparse attention saves, and its answers are checked against the dense oracle on the last rows, all of which see everything.
+"Random" choices differ from query to query; "clustered" ones are shared by neighbours, as text makes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tinyonn import ops, reference
+from tinyonn.testing import assert_close_rms
+
+HEADS, KV_HEADS, DIM = 8, 2, 64
+BLOCKS, WINDOW, COMPRESS = 16, 512, 64
+CHECKED = 64  # last rows that are compared with the oracle
+
+
+def inputs(
+    tokens: int, choices: str, device: str = "cpu", heads: int = HEADS, kv_heads: int = KV_HEADS, dim: int = DIM
+) -> dict[str, Tensor]:
+    """Unit-scale tensors; every row has more blocks above the threshold than it may read, so that each reads BLOCKS."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    key, value = draw(1, tokens, kv_heads, dim), draw(1, tokens, kv_heads, dim)
+    key_compressed, value_compressed = (x.unflatten(1, (-1, COMPRESS)).mean(2) * COMPRESS**0.5 for x in (key, value))
+    query = draw(1, tokens, heads, dim)
+    if choices == "clustered":  # queries of one stretch of 256 tokens look for the same
+        query = 0.3 * query + draw(1, -(-tokens // 256), heads, dim).repeat_interleave(256, 1)[:, :tokens]
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "key_compressed": key_compressed,
+        "value_compressed": value_compressed,
+        "gates": torch.sigmoid(draw(1, tokens, heads, 3)),
+        "base": torch.full((kv_heads,), -30.0, device=device),
+        "slope": torch.zeros(kv_heads, device=device),
+    }
+
+
+def dyn_nsa(tensors: dict[str, Tensor]) -> ops.DynNSAOutput:
+    return ops.dyn_nsa(*tensors.values(), window=WINDOW, max_blocks=BLOCKS, compress_size=COMPRESS)
+
+
+def expected_rows(tensors: dict[str, Tensor]) -> Tensor:
+    """The oracle on the last rows."""
+    last = {name: x[:, -CHECKED:] if name in ("query", "gates") else x for name, x in tensors.items()}
+    return reference.dyn_nsa(*(x.cpu() for x in last.values()), window=WINDOW, max_blocks=BLOCKS, compress_size=COMPRESS)[0]
+
+
+def forward_backward(call: Callable[..., Tensor], leaves: list[Tensor], cotangent: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(call(*leaves), leaves, cotangent))
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """SDPA over (B, T, H, D)."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def einsum(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Dense causal attention written out."""
+    key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], 2) for x in (key, value))
+    scores = torch.einsum("bthd,bshd->bhts", query, key) * query.shape[-1] ** -0.5
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(later, -math.inf).softmax(-1), value)
+
+
+def realised(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    result = dyn_nsa(tensors)
+    return {"mean blocks a row": round(result.counts.float().mean().item(), 2), "overflowing rows": round(result.overflow.item(), 3)}
+
+
+@pytest.mark.parametrize("choices", ["random", "clustered"])
+@pytest.mark.parametrize("tokens", [1024, 4096, 16384])
+def test_forward_and_backward(compare, device, tokens, choices):
+    tensors = inputs(tokens, choices, device)
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    cotangent = torch.randn(leaves["query"].shape, device=device)
+    names = ("query", "key", "value")
+
+    def whole() -> tuple[Tensor, list[Tensor]]:
+        out = dyn_nsa(leaves).out
+        return out.detach(), list(torch.autograd.grad(out, list(leaves.values()), cotangent))
+
+    candidates: dict[str, Callable[[], Any]] = {
+        "dyn_nsa": whole,
+        "SDPA": lambda: forward_backward(causal, [leaves[name] for name in names], cotangent),
+    }
+    if tokens <= 1024:
+        candidates["einsum"] = lambda: forward_backward(einsum, [leaves[name] for name in names], cotangent)
+
+    def check(outputs: dict[str, Any]) -> None:
+        assert_close_rms(outputs["dyn_nsa"][0][:, -CHECKED:], expected_rows({k: x.detach() for k, x in leaves.items()}), 1e-5)
+        for name in ("einsum",):
+            if name in outputs:
+                for a, b in zip(outputs[name], outputs["SDPA"], strict=True):
+                    assert_close_rms(a, b.double(), 1e-5, name)
+
+    compare(
+        f"dyn_nsa forward + backward, {tokens} tokens, {HEADS}/{KV_HEADS} heads, {choices}, {device}",
+        candidates,
+        check,
+        info={"goal": "SDPA >= 1.5x at 16384", **realised({k: x.detach() for k, x in leaves.items()})},
+    )
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096, 16384])
+def test_forward(compare, device, tokens):
+    tensors = inputs(tokens, "random", device)
+    q, k, v = (tensors[name] for name in ("query", "key", "value"))
+    candidates: dict[str, Callable[[], Any]] = {"dyn_nsa": lambda: dyn_nsa(tensors).out, "SDPA": lambda: causal(q, k, v)}
+    if tokens <= 4096:
+        candidates["einsum"] = lambda: einsum(q, k, v)
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, tokens, tokens, device=device)
+        flex = torch.compile(flex_attention)
+        turned = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+        candidates["FlexAttention, causal"] = lambda: flex(*turned, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    def check(outputs: dict[str, Tensor]) -> None:
+        assert_close_rms(outputs["dyn_nsa"][:, -CHECKED:], expected_rows(tensors), 1e-5)
+        for name, out in outputs.items():
+            if name != "dyn_nsa":
+                assert_close_rms(out, outputs["SDPA"].double(), 1e-4, name)
+
+    compare(f"dyn_nsa forward, {tokens} tokens, {device}", candidates, check, info=realised(tensors))
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096, 16384])
+def test_decoding(compare, device, tokens):
+    tensors = inputs(tokens, "random", device)
+    step = {name: x[:, -1:] if name in ("query", "gates") else x for name, x in tensors.items()}
+    q, k, v = (step[name].transpose(1, 2) for name in ("query", "key", "value"))
+
+    def check(outputs: dict[str, Tensor]) -> None:
+        assert_close_rms(outputs["dyn_nsa"], expected_rows(tensors)[:, -1:], 1e-5)
+
+    compare(
+        f"dyn_nsa, one token over a cache of {tokens}, {device}",
+        {
+            "dyn_nsa": lambda: dyn_nsa(step).out,
+            "SDPA": lambda: functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2),
+        },
+        check,
+        info=realised(step),
+    )
+
+
+@pytest.mark.parametrize("part", ["compressed", "select", "block sparse", "window"])
+def test_parts(compare, device, part):
+    tokens = 4096
+    tensors = inputs(tokens, "random", device)
+    q, k, v, kc, vc = (tensors[name].requires_grad_() for name in ("query", "key", "value", "key_compressed", "value_compressed"))
+    _, lse, _ = ops.compressed_attention(q.detach(), kc.detach(), vc.detach(), compress_size=COMPRESS)
+    threshold = torch.full((1, tokens, KV_HEADS), -30.0, device=device, requires_grad=True)
+    selection = ops.select_blocks(q.detach(), kc.detach(), lse, threshold.detach(), max_blocks=BLOCKS, compress_size=COMPRESS)
+    cotangent = torch.randn(q.shape, device=device)
+    grad_bias = torch.randn(selection.bias.shape, device=device)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "compressed": lambda: ops.compressed_attention(q, kc, vc, compress_size=COMPRESS)[0],
+        "select": lambda: ops.select_blocks(q, kc, lse, threshold, max_blocks=BLOCKS, compress_size=COMPRESS).bias,
+        "block sparse": lambda: ops.block_sparse_attention(q, k, v, *selection[:3])[0],
+        "window": lambda: ops.sliding_window_attention(q, k, v, WINDOW),
+    }
+    leaves = {"compressed": [q, kc, vc], "select": [q, kc, threshold], "block sparse": [q, k, v], "window": [q, k, v]}[part]
+    given = grad_bias if part == "select" else cotangent
+    candidates: dict[str, Callable[[], Any]] = {
+        f"{part}, forward": calls[part],
+        f"{part}, forward + backward": lambda: torch.autograd.grad(calls[part](), leaves, given),
+    }
+    if part == "window":
+        distance = torch.arange(tokens, device=device)[:, None] - torch.arange(tokens, device=device)
+        band = (distance >= 0) & (distance < WINDOW)
+        turned = [x.detach().transpose(1, 2) for x in (q, k, v)]
+        candidates["SDPA with a band mask, forward"] = lambda: functional.scaled_dot_product_attention(
+            *turned, attn_mask=band, enable_gqa=True
+        ).transpose(1, 2)
+    else:
+        candidates["SDPA, causal, forward"] = lambda: causal(q.detach(), k.detach(), v.detach())
+
+    def check(outputs: dict[str, Any]) -> None:
+        if part == "window":
+            assert_close_rms(outputs["window, forward"], outputs["SDPA with a band mask, forward"].double(), 1e-5)
+
+    compare(
+        f"DynNSA's {part}, {tokens} tokens, {device}", candidates, check, info={"mean blocks a row": selection.counts.float().mean().item()}
+    )
