@@ -17,6 +17,7 @@ from torch import Tensor
 from ._torch_nsa import Span, compute_dtype, finite
 
 ROWS_AT_ONCE = 1 << 12  # queries of a block, so that their scores stay in the cache
+FEW_ROWS = 16  # queries, as when decoding, that share too little for one key block after another: their keys are gathered
 
 
 class Visit(NamedTuple):
@@ -75,8 +76,13 @@ def block_sparse_forward(
     for span in spans:
         rows = (span.batch, slice(span.query_begin, span.query_end))
         q = _by_head(query[rows], num_kv, dtype).mul_(scale)
-        k, v = _keys(key, span, dtype), _keys(value, span, dtype)
         row_bias = None if bias is None else bias[rows]
+        if span.num_queries <= FEW_ROWS:
+            few_out, few_lse = _few_rows(q, key, value, indices[rows], counts[rows], row_bias, span, block_size)
+            out[rows] = few_out.transpose(0, 1).flatten(1, 2).to(out.dtype)
+            lse[rows] = few_lse.transpose(0, 1).flatten(1, 2)
+            continue
+        k, v = _keys(key, span, dtype), _keys(value, span, dtype)
         mixed = torch.zeros_like(q)
         top = torch.full(q.shape[:3], -math.inf, dtype=dtype, device=q.device)
         total = torch.zeros_like(top)
@@ -99,6 +105,29 @@ def block_sparse_forward(
         out[rows] = mixed.transpose(0, 1).flatten(1, 2).to(out.dtype)
         lse[rows] = torch.where(seen, top + total.log(), -math.inf).transpose(0, 1).flatten(1, 2)
     return out, lse
+
+
+def _few_rows(
+    q: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, bias: Tensor | None, span: Span, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """out (K, n, G, D), lse (K, n, G) of scaled q (K, n, G, D): each query's keys are copied together."""
+    device = q.device
+    slots = max(1, int(counts.max()))
+    within = torch.arange(block_size, device=device)
+    place = (indices[..., :slots].long().clamp(min=0).unsqueeze(-1) * block_size + within).flatten(2)  # (n, K, keys)
+    position = torch.arange(span.first, span.first + span.num_queries, device=device)[:, None, None]
+    listed = (torch.arange(slots, device=device) < counts.unsqueeze(-1)).repeat_interleave(block_size, -1)
+    hidden = ~listed | (place > position)
+    rows = span.key_begin + place.clamp(max=span.num_keys - 1).transpose(0, 1)  # (K, n, keys)
+    head = torch.arange(q.shape[0], device=device)[:, None, None]
+    k, v = (x[span.batch, rows, head].to(q.dtype) for x in (key, value))  # (K, n, keys, D)
+    scores = torch.matmul(q, k.transpose(2, 3))
+    if bias is not None:
+        per_key = bias[..., :slots].to(q.dtype).repeat_interleave(block_size, -1)
+        scores.add_(per_key.transpose(0, 1).unsqueeze(2))
+    scores.masked_fill_(hidden.transpose(0, 1).unsqueeze(2), -math.inf)
+    lse = scores.logsumexp(-1)
+    return torch.matmul(scores.sub_(finite(lse).unsqueeze(-1)).exp_(), v), lse
 
 
 def block_sparse_backward(

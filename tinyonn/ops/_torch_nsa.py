@@ -270,12 +270,19 @@ def window_forward(query: Tensor, key: Tensor, value: Tensor, spans: list[Span],
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = torch.full(query.shape[:3], -math.inf, dtype=dtype, device=query.device)
     for span in spans:
-        k, v = _keys(key, span, dtype), _keys(value, span, dtype)
+        unseen = max(0, span.first - window + 1)  # keys before this one, no query sees
+        k, v = _keys(key, span, unseen, dtype), _keys(value, span, unseen, dtype)
         for chunk in window_chunks(span, window):
             low, high, visible = window_keys(chunk, span, window, query.device)
             rows = (span.batch, slice(chunk.begin, chunk.end))
             bias = hidden_bias(visible, heads // num_kv, dtype)
-            chunk_out, chunk_lse, _ = rows_forward(grouped_rows(query[rows], num_kv, dtype), k[:, low:high], v[:, low:high], bias, scale)
+            chunk_out, chunk_lse, _ = rows_forward(
+                grouped_rows(query[rows], num_kv, dtype),
+                k[:, low - unseen : high - unseen],
+                v[:, low - unseen : high - unseen],
+                bias,
+                scale,
+            )
             out[rows] = ungrouped(chunk_out, chunk.end - chunk.begin).to(out.dtype)
             lse[rows] = ungrouped(chunk_lse, chunk.end - chunk.begin)
     return out, lse
@@ -299,7 +306,8 @@ def window_backward(
     grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
     product = torch.zeros_like(lse)
     for span in spans:
-        k, v = _keys(key, span, dtype), _keys(value, span, dtype)
+        unseen = max(0, span.first - window + 1)
+        k, v = _keys(key, span, unseen, dtype), _keys(value, span, unseen, dtype)
         grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
         for chunk in window_chunks(span, window):
             low, high, visible = window_keys(chunk, span, window, query.device)
@@ -307,8 +315,8 @@ def window_backward(
             n = chunk.end - chunk.begin
             part_q, part_k, part_v, part_product = rows_backward(
                 grouped_rows(query[rows], num_kv, dtype),
-                k[:, low:high],
-                v[:, low:high],
+                k[:, low - unseen : high - unseen],
+                v[:, low - unseen : high - unseen],
                 hidden_bias(visible, heads // num_kv, dtype),
                 scale,
                 grouped_numbers(lse, rows, num_kv, dtype),
@@ -318,15 +326,15 @@ def window_backward(
             )
             grad_query[rows] = ungrouped(part_q, n)
             product[rows] = ungrouped(part_product, n)
-            grad_k[:, low:high] += part_k
-            grad_v[:, low:high] += part_v
-        grad_key[span.batch, span.key_begin : span.key_end] = grad_k.transpose(0, 1)
-        grad_value[span.batch, span.key_begin : span.key_end] = grad_v.transpose(0, 1)
+            grad_k[:, low - unseen : high - unseen] += part_k
+            grad_v[:, low - unseen : high - unseen] += part_v
+        grad_key[span.batch, span.key_begin + unseen : span.key_end] = grad_k.transpose(0, 1)
+        grad_value[span.batch, span.key_begin + unseen : span.key_end] = grad_v.transpose(0, 1)
     return grad_query, grad_key, grad_value, product
 
 
-def _keys(x: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
-    return heads_first(x[span.batch, span.key_begin : span.key_end], dtype)
+def _keys(x: Tensor, span: Span, first: int, dtype: torch.dtype) -> Tensor:
+    return heads_first(x[span.batch, span.key_begin + first : span.key_end], dtype)
 
 
 # ---- selection ----
