@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._torch_nsa import Span, compute_dtype, finite
 
-ROWS_AT_ONCE = 1 << 12  # queries of a block, so that their scores stay in the cache
+ROWS_AT_ONCE = 1 << 11  # queries of a block, so that their scores stay in the cache
 FEW_ROWS = 16  # queries, as when decoding, that share too little for one key block after another: their keys are gathered
 
 

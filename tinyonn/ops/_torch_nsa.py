@@ -117,11 +117,13 @@ def row_scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tenso
 
 
 def rows_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax over each row: out (K, R, D), lse (K, R), probabilities (K, R, m); 0 and -inf where a row sees nothing."""
+    """Softmax over each row: out (K, R, D), lse (K, R), probabilities (K, R, m) but for a factor; 0 and -inf where a row sees nothing."""
     scores = row_scores(q, k, bias, scale)
-    lse = scores.logsumexp(-1)
-    probabilities = scores.sub_(finite(lse).unsqueeze(-1)).exp_()
-    return torch.bmm(probabilities, v), lse, probabilities
+    shift = finite(scores.amax(-1))
+    weights = scores.sub_(shift.unsqueeze(-1)).exp_()
+    total = weights.sum(-1)
+    out = torch.bmm(weights, v).div_(total.clamp(min=torch.finfo(total.dtype).tiny).unsqueeze(-1))
+    return out, shift.add_(total.log()), weights
 
 
 def rows_backward(
@@ -188,11 +190,12 @@ def compressed_forward(
             rows = (span.batch, slice(chunk.begin, chunk.end))
             n = chunk.end - chunk.begin
             bias = hidden_bias(visible, heads // num_kv, dtype)
-            chunk_out, chunk_lse, probabilities = rows_forward(
+            chunk_out, chunk_lse, weights = rows_forward(
                 grouped_rows(query[rows], num_kv, dtype), k[:, :seen], v[:, :seen], bias, scale
             )
             out[rows] = ungrouped(chunk_out, n).to(out.dtype)
             lse[rows] = ungrouped(chunk_lse, n)
+            probabilities = weights.div_(weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny))
             entropy[rows] = ungrouped(torch.special.entr(probabilities).sum(-1), n)
     return out, lse, entropy
 
@@ -252,7 +255,7 @@ def _compressed(compressed: Tensor, span: Span, compress_size: int, dtype: torch
 
 
 def window_chunks(span: Span, window: int) -> Iterator[Chunk]:
-    return chunks_of(span, min(256, max(32, window // 4)))
+    return chunks_of(span, min(256, max(32, window // 8)))
 
 
 def window_keys(chunk: Chunk, span: Span, window: int, device: torch.device) -> tuple[int, int, Tensor]:
