@@ -1,0 +1,204 @@
+"""Perplexity of a converted SmolLM2-135M against the key blocks it reads.
+
+    .venv/bin/python benchmarks/dyn_nsa_budget.py            about an hour and a half on two cores
+    .venv/bin/python benchmarks/dyn_nsa_budget.py --quick    a few minutes, to see that it runs; writes nothing
+
+The model's own weights stay frozen. For each budget and each source of tau: thresholds shifted together until the calibration text
+reads the budget ("before"), then thresholds, gates and compression tuned on other text ("after"). Beside them a static top-n that
+reads as many blocks, and the model itself. Training, calibration and evaluation texts are different modules of Python's standard
+library. Writes docs/dyn_nsa_budget.md and docs/dyn_nsa_budget.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from tinyonn.hf.dyn_nsa import collected_budget_loss, convert_attention, cores, statistics
+from tinyonn.hf.smollm2 import prepare_smollm2
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("attention", "output", "constant")
+EVALUATION = ("argparse.py", "statistics.py", "ipaddress.py", "zipfile.py", "tarfile.py", "typing.py")
+CALIBRATION = ("inspect.py",)
+TRAINING = (
+    "ast.py", "calendar.py", "cgi.py", "cmd.py", "codecs.py", "configparser.py", "copy.py", "csv.py", "datetime.py", "dataclasses.py",
+    "difflib.py", "doctest.py", "enum.py", "fractions.py", "ftplib.py", "functools.py", "gettext.py", "gzip.py", "heapq.py", "imaplib.py",
+    "locale.py", "mailbox.py", "mimetypes.py", "optparse.py", "os.py", "pathlib.py", "pdb.py", "pickle.py", "platform.py", "random.py",
+)  # fmt: skip
+
+
+def rows_of(tokenizer: Any, names: tuple[str, ...], length: int) -> list[Tensor]:
+    """(1, length) ids of the start of each module that is long enough."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for name in names:
+        path = root / name
+        if path.is_file():
+            ids = tokenizer(path.read_text(encoding="utf-8"), truncation=True, max_length=length)["input_ids"]
+            if len(ids) == length:
+                found.append(torch.tensor([ids]))
+    return found
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, rows: list[Tensor]) -> tuple[float, float]:
+    """Perplexity, and mean key blocks a query, layer and head; NaN for an unconverted model."""
+    model.eval()
+    statistics(model, reset=True)
+    losses = [model(input_ids=ids, labels=ids, use_cache=False).loss.item() for ids in rows]
+    counts = [found["mean_count"] for found in statistics(model, reset=True).values()]
+    return math.exp(sum(losses) / len(losses)), sum(counts) / len(counts) if counts else math.nan
+
+
+def set_all(model: PreTrainedModel, **options: Any) -> None:
+    for core in cores(model):
+        for name, value in options.items():
+            setattr(core.options, name, value)
+
+
+def shift(model: PreTrainedModel, opening: float) -> None:
+    for core in cores(model):
+        core.opening.fill_(opening)
+
+
+def calibrate(model: PreTrainedModel, rows: list[Tensor], budget: float, steps: int = 9) -> None:
+    """Shifts all thresholds together until the calibration text reads `budget` blocks."""
+    low, high = -8.0, 8.0
+    for _ in range(steps):
+        middle = (low + high) / 2
+        shift(model, middle)
+        low, high = (middle, high) if evaluate(model, rows)[1] > budget else (low, middle)
+    shift(model, (low + high) / 2)
+
+
+def tune(model: PreTrainedModel, rows: list[Tensor], budget: float, steps: int) -> None:
+    """Thresholds, gates and compression; the budget loss holds the count."""
+    set_all(model, budget_weight=0.5)
+    for core in cores(model):
+        core.budget_target.fill_(budget)
+    model.train()
+    own = [parameter for core in cores(model) for parameter in core.parameters()]
+    thresholds = [parameter for core in cores(model) for parameter in (core.base, core.slope)]
+    chosen = {id(parameter) for parameter in thresholds}
+    rest = [parameter for parameter in own if id(parameter) not in chosen]
+    optimiser = torch.optim.Adam([{"params": thresholds, "lr": 0.05}, {"params": rest, "lr": 0.003}])
+    for step in range(steps):
+        ids = rows[step % len(rows)]
+        output = model(input_ids=ids, use_cache=False)
+        loss = torch.nn.functional.cross_entropy(output.logits[0, :-1], ids[0, 1:]) + collected_budget_loss(model)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    set_all(model, budget_weight=0.0)
+    model.eval()
+
+
+@contextmanager
+def converted(folder: Path, **options: Any) -> Iterator[PreTrainedModel]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    convert_attention(model, **options)
+    for core in cores(model):
+        core.requires_grad_(True)
+    yield model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[4, 6, 10, 16])
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    if options.quick:
+        options.tokens, options.budgets, options.steps = 512, [4], 2
+    started = time.monotonic()
+    folder = prepare_smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    evaluation, calibration, training = (rows_of(tokenizer, names, options.tokens) for names in (EVALUATION, CALIBRATION, TRAINING))
+    if options.quick:
+        evaluation = evaluation[:1]
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    all_blocks = (options.tokens // 64 + 1) / 2
+    results: list[tuple[str, float | None, float, float]] = [("dense, unconverted", None, evaluate(plain, evaluation)[0], all_blocks)]
+    del plain
+
+    def note(name: str, budget: float | None, found: tuple[float, float]) -> None:
+        results.append((name, budget, *found))
+        print(f"{time.monotonic() - started:6.0f} s  {name}, budget {budget}: perplexity {found[0]:.3f}, {found[1]:.2f} blocks", flush=True)
+
+    with converted(folder, compress_size=32) as model:
+        note("converted, all blocks", None, evaluate(model, evaluation))
+        for budget in options.budgets:
+            set_all(model, max_blocks=max(3, round(budget)))
+            note("static top-n", budget, evaluate(model, evaluation))
+            set_all(model, max_blocks=None)
+    for source in options.sources:
+        for budget in options.budgets:
+            with converted(folder, compress_size=32, tau_source=source) as model:
+                calibrate(model, calibration, budget, steps=3 if options.quick else 9)
+                note(f"tau from {source}, before", budget, evaluate(model, evaluation))
+                tune(model, training, budget, options.steps)
+                note(f"tau from {source}, after", budget, evaluate(model, evaluation))
+    if options.quick:
+        return
+    write(ROOT / "docs", results, options, len(evaluation), time.monotonic() - started)
+
+
+def write(folder: Path, results: list[tuple[str, float | None, float, float]], options: Any, texts: int, seconds: float) -> None:
+    lines = [
+        "# Perplexity against key blocks",
+        "",
+        f"`benchmarks/dyn_nsa_budget.py`, {platform.machine()}, torch {torch.__version__}, {seconds / 60:.0f} minutes.",
+        f"SmolLM2-135M-Instruct (Q4_1 weights, dequantised), its own weights frozen; {texts} modules of Python's standard library,",
+        f"{options.tokens} tokens each; compression of 32 positions, window 512, both with gates of 0 before tuning;",
+        f"{options.steps} steps of Adam, one text each, on other modules.",
+        "",
+        "![Perplexity against mean key blocks a query](dyn_nsa_budget.png)",
+        "",
+        "| | budget | mean blocks | perplexity |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {'' if budget is None else f'{budget:g}'} | {count:.2f} | {perplexity:.3f} |"
+        for name, budget, perplexity, count in results
+    ]
+    (folder / "dyn_nsa_budget.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    styles = {"attention": "C0", "output": "C1", "constant": "C2"}
+    for name in dict.fromkeys(row[0] for row in results if row[1] is not None):
+        points = sorted((count, perplexity) for other, budget, perplexity, count in results if other == name and budget is not None)
+        source = next((source for source in SOURCES if source in name), None)
+        style = {
+            "color": styles[source] if source else "0.3",
+            "linestyle": "--" if "before" in name else "-",
+            "marker": "o",
+            "markersize": 4,
+        }
+        axes.plot(*zip(*points, strict=True), label=name, **style)
+    axes.axhline(results[0][2], color="0.6", linewidth=1, label="dense, unconverted")
+    axes.set(xlabel="mean key blocks a query", ylabel="perplexity", title="SmolLM2-135M, held-out Python modules")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(folder / "dyn_nsa_budget.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
