@@ -112,6 +112,10 @@ def _forward(
     bounds = Bounds(cu_seqlens, key_start, key_end)
     _check_values(indices, counts, key.shape[1], block_size, bounds)
     match choose_impl(impl, query):
+        case "triton":
+            from . import _triton_nsa
+
+            return _triton_nsa.block_sparse_forward(query, key, value, indices, counts, bias, block_size, scale, bounds)
         case "torch":
             spans = spans_of(query, key.shape[1], block_size, *bounds)
             return block_sparse_forward(query, key, value, indices, counts, bias, spans, block_size, scale)
@@ -144,6 +148,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bounds = Bounds(cu_seqlens, key_start, key_end)
     match choose_impl(impl, query):
+        case "triton":
+            from . import _triton_nsa
+
+            tensors = (query, key, value, indices, counts, bias, out, lse, grad_out, grad_lse)
+            grads = _triton_nsa.block_sparse_backward(*tensors, block_size, scale, bounds)
         case "torch":
             spans = spans_of(query, key.shape[1], block_size, *bounds)
             product = (out.to(lse.dtype) * grad_out).sum(-1)

@@ -95,6 +95,10 @@ def _forward(
     bounds = Bounds(cu_seqlens, key_start, key_end)
     check_bound_values(num_keys, bounds)
     match choose_impl(impl, query):
+        case "triton":
+            from . import _triton_nsa
+
+            return _triton_nsa.compressed_forward(query, key, value, compress_size, num_keys, scale, bounds)
         case "torch":
             return compressed_forward(query, key, value, spans_of(query, num_keys, compress_size, *bounds), compress_size, scale)
     raise NotImplementedError
@@ -136,12 +140,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     bounds = Bounds(cu_seqlens, key_start, key_end)
     match choose_impl(impl, query):
+        case "triton":
+            from . import _triton_nsa
+
+            options = (compress_size, num_keys, scale, bounds)
+            grads = _triton_nsa.compressed_backward(query, key, value, lse, grad_out, grad_lse, *options)
         case "torch":
             spans = spans_of(query, num_keys, compress_size, *bounds)
             grads = compressed_backward(query, key, value, lse, grad_out, None, grad_lse, spans, compress_size, scale)[:3]
-            grad_query, grad_key, grad_value = (grad.to(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True))
-            return grad_query, grad_key, grad_value
-    raise NotImplementedError
+        case other:
+            raise NotImplementedError(other)
+    grad_query, grad_key, grad_value = (grad.to(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True))
+    return grad_query, grad_key, grad_value
 
 
 @_backward.register_fake

@@ -71,6 +71,10 @@ def _forward(
     bounds = Bounds(cu_seqlens, key_start, key_end)
     check_bound_values(key.shape[1], bounds)
     match choose_impl(impl, query):
+        case "triton":
+            from . import _triton_nsa
+
+            return _triton_nsa.window_forward(query, key, value, window, scale, bounds)
         case "torch":
             return window_forward(query, key, value, spans_of(query, key.shape[1], 1, *bounds), window, scale)
     raise NotImplementedError
@@ -99,9 +103,13 @@ def _backward(
     bounds = Bounds(cu_seqlens, key_start, key_end)
     inputs = (query, key, value)
     match choose_impl(impl, query):
+        case "triton":
+            from . import _triton_nsa
+
+            grads = _triton_nsa.window_backward(query, key, value, lse, grad_out, window, scale, bounds)
         case "torch":
             spans = spans_of(query, key.shape[1], 1, *bounds)
-            grads = list(window_backward(query, key, value, lse, grad_out, None, None, spans, window, scale)[:3])
+            grads = window_backward(query, key, value, lse, grad_out, None, None, spans, window, scale)[:3]
         case other:
             raise NotImplementedError(other)
     grad_query, grad_key, grad_value = (grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))

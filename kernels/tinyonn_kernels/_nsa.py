@@ -1,0 +1,116 @@
+"""What the kernels of DynNSA share: where sequences lie, which keys a query sees, tile sizes.
+
+    place g    position of a query among the key rows: its own row + `before`
+    [start, end)   key rows of the sequence that holds it; a query outside is padding and sees nothing
+    window     keys  max(start, g - window + 1) … g
+    compressed keys  f … f + (g - start + 1) // compress_size - 1,  f = start // compress_size where sequences are packed, else 0
+
+Both of the last two are one interval of key rows a query, so one set of kernels serves both. A row of a tile is a (query, head of the
+group) pair: row = query * GROUP + head. No bound is ever read by the host.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+Z_FLOOR = math.exp(-20.0)  # the least share of a block against the uniform one
+
+
+class Geometry(NamedTuple):
+    """Sequences of a batch, on the device.
+
+    Attributes:
+        start, end: (B, Tk) int32, of the sequence at each key row; stride 0 along Tk where there is one a row.
+        before: key rows before the first query's.
+        packed: whether there are several a row.
+        sequence: (B, Tk) int32, number of the sequence in its row.
+        num_sequences: most of them in a row.
+    """
+
+    start: Tensor
+    end: Tensor
+    before: int
+    packed: bool
+    sequence: Tensor
+    num_sequences: int
+
+    def of_chunk(self, begin: int) -> Geometry:
+        """For queries from `begin` on."""
+        return self._replace(before=self.before + begin)
+
+
+def geometry_of(query: Tensor, num_keys: int, cu_seqlens: Tensor | None, key_start: Tensor | None, key_end: Tensor | None) -> Geometry:
+    batch, num_queries = query.shape[:2]
+    device = query.device
+    before = num_keys - num_queries
+    if cu_seqlens is not None and cu_seqlens.shape[0] > 1:
+        rows = torch.arange(num_keys, dtype=torch.int32, device=device)
+        last = cu_seqlens.shape[0] - 2
+        sequence = (torch.searchsorted(cu_seqlens.contiguous(), rows, right=True) - 1).clamp_(0, last)
+        start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
+        return Geometry(start[None], end[None], before, True, sequence.int()[None], last + 1)
+    if cu_seqlens is not None:
+        key_end = torch.zeros(batch, dtype=torch.int32, device=device)
+    if key_start is None:
+        key_start = torch.zeros(batch, dtype=torch.int32, device=device)
+    if key_end is None:
+        key_end = torch.full((batch,), num_keys, dtype=torch.int32, device=device)
+    shape = (batch, max(num_keys, 1))
+    start, end = key_start[:, None].expand(shape), key_end[:, None].expand(shape)
+    return Geometry(start, end, before, False, torch.zeros(1, 1, dtype=torch.int32, device=device).expand(shape), 1)
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """Kernels take any strides but that of the features, which is 1."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def width_of(dim: int) -> int:
+    """Columns of a tile that holds `dim` features."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+@triton.jit
+def bounds_of(start_ptr, end_ptr, place, inside, stride_gt):
+    """start, and whether the query at `place` belongs to a sequence."""
+    start = tl.load(start_ptr + place * stride_gt, mask=inside, other=0)
+    end = tl.load(end_ptr + place * stride_gt, mask=inside, other=0)
+    return start, inside & (start <= place) & (place < end)
+
+
+@triton.jit
+def interval_of(start, place, valid, reach, COMPRESSED: tl.constexpr, PACKED: tl.constexpr):
+    """[low, high) of the key rows that a query sees; empty for padding."""
+    if COMPRESSED:
+        low = start * 0
+        if PACKED:
+            low = start // reach
+        high = low + (place - start + 1) // reach
+    else:
+        low = tl.maximum(start, place - reach + 1)
+        high = place + 1
+    return low, tl.where(valid, high, low)
+
+
+@triton.jit
+def load_rows(base_ptr, row_offset, inside, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """(rows, WIDTH) of HEAD_DIM features; `row_offset` counts strides, in int64."""
+    feature = tl.arange(0, WIDTH)
+    mask = inside[:, None] & (feature < HEAD_DIM)[None, :]
+    return tl.load(base_ptr + (row_offset * stride)[:, None] + feature[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def dot(a, b, IEEE: tl.constexpr):
+    """float32 products of float32 stay float32: no TF32."""
+    if IEEE:
+        return tl.dot(a, b, input_precision="ieee")
+    else:
+        return tl.dot(a, b)

@@ -1,0 +1,156 @@
+"""The parts of DynNSA on Triton: what each registered op allocates and launches. No bound is read by the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._nsa import Bounds
+
+MAX_FLOAT32_DIM = 128
+
+
+def check_triton(query: Tensor) -> None:
+    """What the kernels do not take."""
+    if query.dtype == torch.float32 and query.shape[-1] > MAX_FLOAT32_DIM:
+        raise ValueError(
+            f"query must have at most {MAX_FLOAT32_DIM} dimensions a head in float32 with impl='triton', got {query.shape[-1]}: "
+            "use float16 or bfloat16 (to 256), or impl='torch'."
+        )
+
+
+def compressed_forward(
+    query: Tensor, key: Tensor, value: Tensor, compress_size: int, num_keys: int, scale: float, bounds: Bounds
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse, entropy."""
+    from tinyonn_kernels._nsa import geometry_of
+    from tinyonn_kernels.interval_attention_fwd import interval_attention_fwd
+
+    check_triton(query)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse, entropy = _statistics(query), _statistics(query)
+    geometry = geometry_of(query, num_keys, *bounds)
+    interval_attention_fwd(query, key, value, out, lse, entropy, geometry, compress_size, scale, compressed=True)
+    return out, lse, entropy
+
+
+def compressed_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    compress_size: int,
+    num_keys: int,
+    scale: float,
+    bounds: Bounds,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from tinyonn_kernels._nsa import geometry_of
+
+    geometry = geometry_of(query, num_keys, *bounds)
+    return _interval_backward(query, key, value, lse, grad_out, grad_lse.contiguous(), geometry, compress_size, scale, compressed=True)
+
+
+def window_forward(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, bounds: Bounds) -> tuple[Tensor, Tensor]:
+    """out, lse."""
+    from tinyonn_kernels._nsa import geometry_of
+    from tinyonn_kernels.interval_attention_fwd import interval_attention_fwd
+
+    check_triton(query)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = _statistics(query)
+    geometry = geometry_of(query, key.shape[1], *bounds)
+    interval_attention_fwd(query, key, value, out, lse, None, geometry, min(window, key.shape[1]), scale, compressed=False)
+    return out, lse
+
+
+def window_backward(
+    query: Tensor, key: Tensor, value: Tensor, lse: Tensor, grad_out: Tensor, window: int, scale: float, bounds: Bounds
+) -> tuple[Tensor, Tensor, Tensor]:
+    from tinyonn_kernels._nsa import geometry_of
+
+    geometry = geometry_of(query, key.shape[1], *bounds)
+    return _interval_backward(query, key, value, lse, grad_out, None, geometry, min(window, key.shape[1]), scale, compressed=False)
+
+
+def block_sparse_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    bias: Tensor | None,
+    block_size: int,
+    scale: float,
+    bounds: Bounds,
+) -> tuple[Tensor, Tensor]:
+    """out, lse."""
+    from tinyonn_kernels._nsa import geometry_of
+    from tinyonn_kernels.block_sparse_fwd import block_sparse_attention_fwd
+
+    check_triton(query)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = _statistics(query)
+    geometry = geometry_of(query, key.shape[1], *bounds)
+    indices, counts, bias = indices.contiguous(), counts.contiguous(), None if bias is None else bias.contiguous()
+    block_sparse_attention_fwd(query, key, value, indices, counts, bias, out, lse, geometry, block_size, scale)
+    return out, lse
+
+
+def block_sparse_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    block_size: int,
+    scale: float,
+    bounds: Bounds,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    from tinyonn_kernels._nsa import geometry_of
+    from tinyonn_kernels.block_sparse_bwd import block_sparse_attention_dkv, block_sparse_attention_dq
+
+    geometry = geometry_of(query, key.shape[1], *bounds)
+    indices, counts, bias = indices.contiguous(), counts.contiguous(), None if bias is None else bias.contiguous()
+    shift = ((out.float() * grad_out).sum(-1) - grad_lse).contiguous()
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grad_key, grad_value = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (key, value))
+    grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+    inputs = (query, key, value, indices, counts, bias, lse, shift, grad_out, None)
+    block_sparse_attention_dq(*inputs, grad_query, grad_bias, geometry, block_size, scale)
+    block_sparse_attention_dkv(*inputs, grad_key, grad_value, geometry, block_size, scale)
+    return grad_query, grad_key, grad_value, grad_bias
+
+
+def _interval_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    geometry: object,
+    reach: int,
+    scale: float,
+    *,
+    compressed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from tinyonn_kernels._nsa import Geometry
+    from tinyonn_kernels.interval_attention_bwd import interval_attention_dkv, interval_attention_dq
+
+    assert isinstance(geometry, Geometry)
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    product = _statistics(query)
+    inputs = (query, key, value, lse, grad_out, None, grad_lse, product)
+    interval_attention_dq(*inputs, grad_query, geometry, reach, scale, compressed=compressed)
+    return grad_query, *interval_attention_dkv(*inputs, geometry, reach, scale, compressed=compressed)
+
+
+def _statistics(query: Tensor) -> Tensor:
+    return torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
