@@ -18,7 +18,7 @@ from transformers.integrations.moe import ExpertsInterface
 from ..errors import InputError
 
 
-def register_attention(name: str, forward: Callable[..., Any], *, mask: str = "sdpa") -> None:
+def register_attention(name: str, forward: Callable[..., Any], *, mask: str | Callable[..., Any] = "sdpa") -> None:
     """Makes `forward` available as `attn_implementation=name`.
 
     The mask function is registered under the same name: without one, transformers passes no mask at all, and padding is
@@ -29,16 +29,16 @@ def register_attention(name: str, forward: Callable[..., Any], *, mask: str = "s
         forward: `(module, query, key, value, attention_mask, dropout, scaling, **kwargs) -> (out, weights | None)`; query
             (B, H, T, D), key and value (B, K, T, D), out (B, T, H, D).
         mask: the registered implementation whose masks `forward` takes: "sdpa" (bool, or None for plain causal) or
-            "eager" (additive float).
+            "eager" (additive float); or a mask function of its own, called as those are.
 
     Raises:
         ValueError: no mask function is registered as `mask`.
     """
     masks = AttentionMaskInterface()
-    if mask not in masks:
+    if isinstance(mask, str) and mask not in masks:
         raise ValueError(f"mask must be one of {', '.join(masks)}, got {mask!r}.")
     AttentionInterface.register(name, forward)
-    AttentionMaskInterface.register(name, masks[mask])
+    AttentionMaskInterface.register(name, masks[mask] if isinstance(mask, str) else mask)
 
 
 def register_experts(name: str, forward: Callable[..., Any]) -> None:

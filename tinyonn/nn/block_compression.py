@@ -1,0 +1,105 @@
+"""One key (or value) for every `compress_size` positions: their mean, or a learnable map of them.
+
+    x'_i = x_i + position_i        c = mean_i x'_i + down · mean_i silu(up · x'_i)
+
+`position` is an embedding of the place within a block; `down` and `position` start at 0, so the map starts as the mean exactly, with a
+gradient on both. Each head has its own.
+
+B batch, T positions, K heads, D head dim, M = T // compress_size blocks
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class BlockCompression(nn.Module):
+    """Compresses whole blocks of positions.
+
+    Args:
+        num_heads: K.
+        head_dim: D.
+        compress_size: positions of a block.
+        learnable: False for the mean alone, without parameters.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        compress_size: int = 64,
+        *,
+        learnable: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.compress_size = compress_size
+        self.learnable = learnable
+        if learnable:
+            self.position = nn.Parameter(torch.empty(compress_size, num_heads, head_dim, device=device, dtype=dtype))
+            self.up = nn.Parameter(torch.empty(num_heads, head_dim, head_dim, device=device, dtype=dtype))
+            self.down = nn.Parameter(torch.empty(num_heads, head_dim, head_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """To the mean of a block."""
+        if self.learnable:
+            nn.init.zeros_(self.position)
+            nn.init.normal_(self.up, std=self.up.shape[1] ** -0.5)
+            nn.init.zeros_(self.down)
+
+    def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Compresses a row of positions.
+
+        Args:
+            x: (B, T, K, D).
+            starts: (B, M) first position of each block, where rows do not all begin at 0; a block that would pass the end of its row
+                is filled up with the last position. See `block_starts`.
+
+        Returns:
+            (B, T // compress_size, K, D), or (B, M, K, D) with `starts`.
+        """
+        blocks = blocks_of(x, self.compress_size, starts)
+        if not self.learnable:
+            return blocks.mean(2)
+        blocks = blocks + self.position
+        hidden = nn.functional.silu(torch.einsum("bmikd,kde->bmike", blocks, self.up)).mean(2)
+        return blocks.mean(2) + torch.einsum("bmke,ked->bmkd", hidden, self.down)
+
+    def extra_repr(self) -> str:
+        return f"compress_size={self.compress_size}, learnable={self.learnable}"
+
+
+def block_starts(num_keys: int, compress_size: int, key_start: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """First position of each compressed key, in the layout that the ops take.
+
+    Args:
+        num_keys: T.
+        key_start: (B,) first position that is not padding.
+        cu_seqlens: (sequences + 1,); compressed key c of sequence i lies at row cu[i] // compress_size + c.
+
+    Returns:
+        (B, T // compress_size), or None where every row begins at 0. Rows that no query sees hold anything.
+    """
+    whole = num_keys // compress_size
+    if cu_seqlens is not None:
+        row = torch.arange(whole, device=cu_seqlens.device)
+        first = cu_seqlens // compress_size
+        sequence = torch.searchsorted(first.long(), row, right=True) - 1
+        return (cu_seqlens[sequence] + (row - first[sequence]) * compress_size)[None]
+    if key_start is None:
+        return None
+    return key_start[:, None] + torch.arange(whole, device=key_start.device) * compress_size
+
+
+def blocks_of(x: Tensor, compress_size: int, starts: Tensor | None = None) -> Tensor:
+    """(B, T, K, D) -> (B, M, compress_size, K, D): whole blocks from 0, or those that begin at `starts` (B, M)."""
+    if starts is None:
+        whole = x.shape[1] // compress_size
+        return x[:, : whole * compress_size].unflatten(1, (whole, compress_size))
+    place = starts[..., None] + torch.arange(compress_size, device=x.device)
+    place = place.clamp(max=max(x.shape[1] - 1, 0)).long()
+    row = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    return x[row, place]

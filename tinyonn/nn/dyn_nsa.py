@@ -1,0 +1,490 @@
+"""DynNSA as a module: the learnable parts around `ops.dyn_nsa`, and a whole attention layer.
+
+    gates = bias + weight · q / rms(q)          one weight and one bias per head and branch; linear, so no start is flat
+    θ     = (base + opening) − slope · τ        `opening` is set by a schedule: −30 selects every block, 0 leaves base alone
+    L     = weight · (mean soft count / target − 1)²
+
+B batch, T queries of Tk positions, H query heads, K key/value heads, D head dim
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import DynNSAOutput, dyn_nsa
+from .block_compression import BlockCompression, block_starts
+
+OPEN = -30.0  # opening at which every block is selected: importance is never under -20
+MAX_TEMPERATURE = 10.0  # beyond it the gates of an open model would not all be 1
+MIN_MAX_BLOCKS = 3
+OUTPUT_TAU_MOMENTUM = 0.05  # of the running mean of output entropies
+
+TauSource = Literal["attention", "output", "constant"]
+STATISTICS = ("mean_count", "overflow", "tau", "share_compressed", "share_selected", "share_window")
+
+
+@dataclass
+class DynNSAOptions:
+    """How a layer of DynNSA works; what it learns is in its parameters.
+
+    Attributes:
+        compress_size: positions of a compressed key: 16, 32 or 64, dividing block_size.
+        block_size: positions of a key block.
+        window: keys of the window branch.
+        temperature: width of the smooth step above the threshold, in nats; at most 10.
+        max_blocks: most key blocks of a query, at least 3; None for all there are.
+        detach_scores: no gradient through the importance of blocks.
+        learnable_compression: False for the mean of a block.
+        start_gates: weights of the compressed, selected and window branch to start from.
+        base, slope: thresholds to start from, in nats, and nats per unit of tau.
+        tau_source: "attention" for the entropy of the compressed branch; "output" for that of the model's output; "constant".
+        tau: the constant, in [0, 1].
+        budget_weight: of the budget loss; 0 for none.
+        impl: of `ops.dyn_nsa`.
+    """
+
+    compress_size: int = 64
+    block_size: int = 64
+    window: int = 512
+    temperature: float = 1.0
+    max_blocks: int | None = 32
+    detach_scores: bool = False
+    learnable_compression: bool = True
+    start_gates: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
+    base: float = 0.0
+    slope: float = 1.0
+    tau_source: TauSource = "attention"
+    tau: float = 0.5
+    budget_weight: float = 0.0
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        self.start_gates = tuple(self.start_gates)  # type: ignore[assignment]  # a list where it was read from JSON
+        if self.tau_source not in get_args(TauSource):
+            raise ValueError(f"tau_source must be one of {', '.join(get_args(TauSource))}, got {self.tau_source!r}.")
+        if not 0 <= self.tau <= 1:
+            raise ValueError(f"tau must be in [0, 1], got {self.tau}.")
+        if not 0 < self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {self.temperature}.")
+        if len(self.start_gates) != 3:
+            raise ValueError(f"start_gates must have 3 weights, got {len(self.start_gates)}.")
+        if self.budget_weight < 0:
+            raise ValueError(f"budget_weight must be at least 0, got {self.budget_weight}.")
+
+
+def budget_loss(soft_counts: Tensor, target: Tensor | float, *, weight: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    """Pulls the mean number of selected blocks towards a target: weight · (mean / target − 1)².
+
+    Args:
+        soft_counts: (B, T, K), of `ops.dyn_nsa`; carries the gradient, also of blocks under the threshold.
+        target: blocks per query.
+        weight: of the loss.
+        mask: (B, T, K), which of them count; None for all.
+
+    Returns:
+        0-d.
+    """
+    mean = soft_counts.mean() if mask is None else (soft_counts * mask).sum() / mask.sum().clamp(min=1)
+    return weight * (mean / target - 1).square()
+
+
+def normalised_entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits) over the last dimension, as a share of the largest possible: 0 … 1, float32, detached."""
+    log_probs = torch.log_softmax(logits.detach().float(), -1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return entropy / torch.log(torch.tensor(float(max(logits.shape[-1], 2)), device=logits.device))
+
+
+class DynNSACore(nn.Module):
+    """What DynNSA learns besides projections: compression, branch gates, thresholds; and its running statistics.
+
+    Called with projected queries, keys and values. State beside the parameters: `opening` and `budget_target`, which a schedule sets;
+    `output_tau`, the running mean of output entropies; all three are saved. The statistics are not.
+
+    Args:
+        num_heads: H.
+        num_kv_heads: K.
+        head_dim: D.
+        options: kept, not copied: several layers may share one and be changed together.
+        opening: added to base; `OPEN` selects every block.
+    """
+
+    opening: Tensor
+    budget_target: Tensor
+    output_tau: Tensor
+    observed: Tensor
+    sums: Tensor
+    calls: Tensor
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        options: DynNSAOptions | None = None,
+        *,
+        opening: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.options = options = DynNSAOptions() if options is None else options
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.start_opening = opening
+
+        def compression() -> BlockCompression:
+            learnable = options.learnable_compression
+            return BlockCompression(num_kv_heads, head_dim, options.compress_size, learnable=learnable, device=device, dtype=dtype)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.compress_key, self.compress_value = compression(), compression()
+        self.gate_weight, self.gate_bias = parameter(num_heads, head_dim, 3), parameter(num_heads, 3)
+        self.base, self.slope = parameter(num_kv_heads), parameter(num_kv_heads)
+        for name in ("opening", "budget_target", "output_tau", "observed"):
+            self.register_buffer(name, torch.empty((), device=device))
+        self.register_buffer("sums", torch.empty(len(STATISTICS), device=device), persistent=False)
+        self.register_buffer("calls", torch.empty((), device=device), persistent=False)
+        self.previous_tau: Tensor | None = None
+        self.collecting = False
+        self.collected: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """To the options' start."""
+        options = self.options
+        with torch.no_grad():
+            self.compress_key.reset_parameters()
+            self.compress_value.reset_parameters()
+            self.gate_weight.zero_()
+            self.gate_bias.copy_(torch.tensor(options.start_gates).expand(self.num_heads, 3))
+            self.base.fill_(options.base)
+            self.slope.fill_(options.slope)
+            self.opening.fill_(self.start_opening)
+            self.budget_target.fill_(1.0)
+            self.output_tau.fill_(1.0)
+            self.observed.zero_()
+        self.reset_statistics()
+
+    def reset_statistics(self) -> None:
+        self.sums.zero_()
+        self.calls.zero_()
+
+    def statistics(self) -> dict[str, float]:
+        """Means over the calls since the last reset.
+
+        Returns:
+            mean_count, key blocks per query; overflow, share of rows for which more than max_blocks passed; tau; share_compressed,
+            share_selected, share_window, of |gate|. Padding does not count. NaN before the first call.
+        """
+        return dict(zip(STATISTICS, (self.sums / self.calls).tolist(), strict=True))
+
+    def gates(self, gate_input: Tensor) -> Tensor:
+        """(B, T, H, D) -> (B, T, H, 3)."""
+        wide = gate_input.float() if gate_input.dtype in (torch.float16, torch.bfloat16) else gate_input
+        unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+        return torch.einsum("bthd,hdg->bthg", unit, self.gate_weight.to(wide.dtype)) + self.gate_bias.to(wide.dtype)
+
+    def compress(self, key: Tensor, value: Tensor, key_start: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, Tk, K, D) twice -> (B, Tk // compress_size, K, D) twice."""
+        starts = block_starts(key.shape[1], self.options.compress_size, key_start, cu_seqlens)
+        return self.compress_key(key, starts), self.compress_value(value, starts)
+
+    def tau_of(self, tau: Tensor | float | None, query: Tensor, decoding: bool) -> Tensor | None:
+        """The tau that `ops.dyn_nsa` is given, (B, T, K), or None for that of the compressed branch.
+
+        Args:
+            tau: the caller's, of shape (), (B,), (B, T) or (B, T, K); None for that of `tau_source`.
+            query: (B, T, H, D).
+            decoding: whether the first query follows a token whose output was observed.
+        """
+        batch, tokens = query.shape[:2]
+        dtype = query.dtype if query.dtype == torch.float64 else torch.float32
+        if tau is None:
+            match self.options.tau_source:
+                case "attention":
+                    return None
+                case "constant":
+                    tau = self.options.tau
+                case "output":
+                    tau = self.output_tau.expand(batch, tokens).clone()
+                    if decoding and not self.training and self.previous_tau is not None and len(self.previous_tau) == batch:
+                        tau[:, 0] = self.previous_tau
+        given = torch.as_tensor(tau, device=query.device).detach().to(dtype)
+        while given.dim() < 3:
+            given = given.unsqueeze(-1)
+        return given.expand(batch, tokens, self.num_kv_heads).contiguous()
+
+    @torch.no_grad()
+    def observe_output(self, entropy: Tensor, mask: Tensor | None = None) -> None:
+        """For tau_source="output": takes note of the entropies of the model's output, for later calls.
+
+        In training their mean enters the running mean; else each row's last one is kept for the next token.
+
+        Args:
+            entropy: (B, T), of `normalised_entropy`.
+            mask: (B, T), which tokens count; None for all.
+        """
+        if not self.training:
+            self.previous_tau = entropy[:, -1].clone()
+            return
+        mean = entropy.mean() if mask is None else (entropy * mask).sum() / mask.sum().clamp(min=1)
+        # The first observation replaces what the running mean began with.
+        step = torch.where(self.observed > 0, OUTPUT_TAU_MOMENTUM, 1.0)
+        self.output_tau.lerp_(mean.to(self.output_tau.dtype), step.to(self.output_tau.dtype))
+        self.observed.fill_(1.0)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gates: Tensor,
+        *,
+        key_compressed: Tensor | None = None,
+        value_compressed: Tensor | None = None,
+        tau: Tensor | None = None,
+        scale: float | None = None,
+        key_start: Tensor | None = None,
+        key_end: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> DynNSAOutput:
+        """Attention over projected queries, keys and values.
+
+        Args:
+            query: (B, T, H, D), the last T of Tk positions. key, value: (B, Tk, K, D).
+            gates: (B, T, H, 3), of `gates`.
+            key_compressed, value_compressed: (B, Tk // compress_size, K, D), of `compress`; None to compress here.
+            tau: (B, T, K), of `tau_of`; None for that of the compressed branch.
+            scale, key_start, key_end, cu_seqlens: as in `ops.dyn_nsa`.
+        """
+        options = self.options
+        if key_compressed is None or value_compressed is None:
+            key_compressed, value_compressed = self.compress(key, value, key_start, cu_seqlens)
+        max_blocks = options.max_blocks
+        if max_blocks is None:
+            max_blocks = max(MIN_MAX_BLOCKS, -(-key.shape[1] // options.block_size))
+        return dyn_nsa(
+            query, key, value, key_compressed, value_compressed, gates, self.base + self.opening.to(self.base.dtype), self.slope,
+            tau=tau, window=options.window, temperature=options.temperature, block_size=options.block_size,
+            compress_size=options.compress_size, max_blocks=max_blocks, detach_scores=options.detach_scores, scale=scale,
+            cu_seqlens=cu_seqlens, key_start=key_start, key_end=key_end, impl=options.impl,
+        )  # fmt: skip
+
+    def budget_loss(self, result: DynNSAOutput) -> Tensor:
+        """The budget loss of a call, 0-d; padding does not count."""
+        if not self.options.budget_weight:
+            return result.soft_counts.new_zeros(())
+        return budget_loss(result.soft_counts, self.budget_target, weight=self.options.budget_weight, mask=result.counts > 0)
+
+    @torch.no_grad()
+    def record(self, result: DynNSAOutput, gates: Tensor) -> None:
+        """Adds a call to the running statistics."""
+        real = result.counts > 0  # padding reads no block
+        total = real.sum().clamp(min=1)
+        size = gates.abs().float() * real.repeat_interleave(self.num_heads // self.num_kv_heads, -1)[..., None]
+        shares = size.sum((0, 1, 2)) / size.sum().clamp(min=1e-20)
+        means = [result.counts.sum() / total, result.overflow, (result.tau * real).sum() / total]
+        self.sums += torch.cat([torch.stack([mean.to(self.sums.dtype) for mean in means]), shares.to(self.sums.dtype)])
+        self.calls += 1
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+
+
+class DynNSACache:
+    """Keys, values and compressed blocks of one layer, for decoding; a block is compressed once, when it is whole.
+
+    Args:
+        key_start: (B,) int32, first position of each row that is not padding; None for 0.
+    """
+
+    def __init__(self, key_start: Tensor | None = None) -> None:
+        self.key_start = key_start
+        self.length = 0
+        self._tensors: list[Tensor] = []  # key, value, key_compressed, value_compressed, with room to grow
+
+    def append(self, core: DynNSACore, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Adds n positions; without gradients.
+
+        Args:
+            core: whose maps compress them.
+            key, value: (B, n, K, D).
+
+        Returns:
+            All keys and values so far, (B, Tk, K, D), and all compressed, (B, Tk // compress_size, K, D): views of the cache.
+        """
+        size = core.options.compress_size
+        begin, self.length = self.length, self.length + key.shape[1]
+        self._reserve(key, self.length, size)
+        keys, values, *compressed = self._tensors
+        with torch.no_grad():
+            keys[:, begin : self.length] = key
+            values[:, begin : self.length] = value
+            for source, maps, target in zip((keys, values), (core.compress_key, core.compress_value), compressed, strict=True):
+                if self.key_start is None:
+                    first, last = begin // size, self.length // size
+                    if last > first:
+                        target[:, first:last] = maps(source[:, first * size : last * size])
+                    continue
+                # Rows differ in where their blocks end: each writes the blocks that these positions may have completed. One that is not
+                # whole yet is seen by no query, and written again.
+                number = (begin - self.key_start).clamp(min=0)[:, None] // size + torch.arange(-(-key.shape[1] // size), device=key.device)
+                starts = self.key_start[:, None] + number * size
+                rows = torch.arange(len(key), device=key.device)[:, None]
+                target[rows, number.long()] = maps(source[:, : self.length], starts)
+        whole = self.length // size
+        return keys[:, : self.length], values[:, : self.length], compressed[0][:, :whole], compressed[1][:, :whole]
+
+    def _reserve(self, key: Tensor, length: int, compress_size: int) -> None:
+        if self._tensors and self._tensors[0].shape[1] >= length:
+            return
+        capacity = max(2 * length, 2 * compress_size)
+        old = self._tensors
+        rooms = (capacity, capacity, capacity // compress_size + 1, capacity // compress_size + 1)
+        self._tensors = [key.new_zeros((key.shape[0], room, *key.shape[2:])).detach() for room in rooms]
+        for new, before in zip(self._tensors, old, strict=False):
+            new[:, : before.shape[1]] = before
+
+
+class DynNSAAttentionOutput(NamedTuple):
+    """What `DynNSAAttention` gives.
+
+    Attributes:
+        out: (B, T, hidden_size).
+        budget_loss: 0-d; 0 where budget_weight is.
+        counts: (B, T, K) int32, key blocks that the selected branch read.
+        tau: (B, T, K), the uncertainty that thresholds were made of.
+        overflow: 0-d, share of rows for which more than max_blocks passed.
+        soft_counts: (B, T, K).
+    """
+
+    out: Tensor
+    budget_loss: Tensor
+    counts: Tensor
+    tau: Tensor
+    overflow: Tensor
+    soft_counts: Tensor
+
+
+class DynNSAAttention(nn.Module):
+    """Causal self-attention with a learnable, uncertainty-driven number of key blocks.
+
+    Projections, rotary embedding, compression, branch gates (from the query before rotation), thresholds per key/value head.
+
+    Args:
+        hidden_size: features in and out.
+        num_heads: H.
+        num_kv_heads: K, dividing H; None for H.
+        head_dim: D, even; None for hidden_size / H.
+        bias: of the projections.
+        rope_theta: base of the rotary embedding's wavelengths.
+        options: see `DynNSAOptions`.
+    """
+
+    inverse_frequency: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        bias: bool = False,
+        rope_theta: float = 10000.0,
+        options: DynNSAOptions | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads}.")
+        if head_dim is None:
+            if hidden_size % num_heads:
+                raise ValueError(f"hidden_size must be a multiple of num_heads {num_heads}, got {hidden_size}.")
+            head_dim = hidden_size // num_heads
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {head_dim}.")
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.core = DynNSACore(num_heads, num_kv_heads, head_dim, options)
+        frequency = rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        self.register_buffer("inverse_frequency", frequency.float(), persistent=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        cache: DynNSACache | None = None,
+        tau: Tensor | float | None = None,
+        key_start: Tensor | None = None,
+        key_end: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> DynNSAAttentionOutput:
+        """Attends to the tokens given and to those in the cache.
+
+        Args:
+            hidden_states: (B, T, hidden_size).
+            position_ids: (B, T) or (1, T); None to count from where a row or packed sequence begins.
+            cache: taken from and added to, without gradients to what it holds; it carries key_start.
+            tau: (), (B,), (B, T) or (B, T, K) in [0, 1]; None for that of `tau_source`.
+            key_start, key_end: (B,) int32, where each row's padding ends and begins again.
+            cu_seqlens: (sequences + 1,) int32, sequences packed in one row.
+
+        Raises:
+            TypeError, ValueError: see `ops.dyn_nsa`; key_start, key_end or cu_seqlens beside a cache.
+        """
+        if cache is not None:
+            if any(bound is not None for bound in (key_start, key_end, cu_seqlens)):
+                raise ValueError("key_start, key_end and cu_seqlens must be None beside a cache, which carries key_start.")
+            key_start = cache.key_start
+        before = 0 if cache is None else cache.length
+        query, key, value = (
+            proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # fmt: skip
+        gates = self.core.gates(query)
+        if position_ids is None:
+            position_ids = _positions(hidden_states, before, key_start, cu_seqlens)
+        turn = self._rotation(position_ids, query.dtype)
+        query, key = _rotate(query, turn), _rotate(key, turn)
+        compressed: tuple[Tensor | None, Tensor | None] = (None, None)
+        if cache is not None:
+            key, value, *rest = cache.append(self.core, key, value)
+            compressed = (rest[0], rest[1])
+        tau = self.core.tau_of(tau, query, decoding=before > 0)
+        result = self.core(
+            query, key, value, gates, key_compressed=compressed[0], value_compressed=compressed[1], tau=tau, key_start=key_start,
+            key_end=key_end, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        self.core.record(result, gates)
+        loss = self.core.budget_loss(result)
+        out = self.o_proj(result.out.flatten(2))
+        return DynNSAAttentionOutput(out, loss, result.counts, result.tau, result.overflow, result.soft_counts)
+
+    def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        angle = position_ids[..., None, None].to(self.inverse_frequency.dtype) * self.inverse_frequency
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _positions(x: Tensor, before: int, key_start: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """(1 or B, T) place of each token in its sequence."""
+    place = torch.arange(before, before + x.shape[1], device=x.device)[None]
+    if cu_seqlens is not None:
+        return place - cu_seqlens[torch.searchsorted(cu_seqlens, place.int(), right=True) - 1]
+    return place if key_start is None else (place - key_start[:, None]).clamp(min=0)
+
+
+def _rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns features i and i + D/2 of (B, T, heads, D) as a pair."""
+    cos, sin = turn
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
