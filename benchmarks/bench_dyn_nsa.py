@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tinyonn import ops, reference
+from tinyonn.nn import DynNSAAttention, DynNSAOptions
 from tinyonn.testing import assert_close_rms
 
 HEADS, KV_HEADS, DIM = 8, 2, 64
@@ -198,6 +199,46 @@ def test_parts(compare, device, part):
 
     compare(
         f"DynNSA's {part}, {tokens} tokens, {device}", candidates, check, info={"mean blocks a row": selection.counts.float().mean().item()}
+    )
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096])
+def test_whole_module(compare, device, tokens):
+    """Projections, rotary embedding, compression and gates included. Each has weights of its own, so answers differ by intention."""
+    torch.manual_seed(0)
+    hidden = HEADS * DIM
+    options = DynNSAOptions(compress_size=COMPRESS, window=WINDOW, max_blocks=BLOCKS, base=-30.0, slope=0.0)
+    module = DynNSAAttention(hidden, HEADS, KV_HEADS, DIM, options=options).to(device)
+    x = torch.randn(1, tokens, hidden, device=device, requires_grad=True)
+    cotangent = torch.randn_like(x)
+    query, rest = torch.nn.Linear(hidden, hidden, bias=False).to(device), torch.nn.Linear(hidden, 2 * KV_HEADS * DIM, bias=False).to(device)
+    output = torch.nn.Linear(hidden, hidden, bias=False).to(device)
+
+    def dense(x: Tensor) -> Tensor:
+        key, value = rest(x).chunk(2, -1)
+        parts = [part.unflatten(-1, (-1, DIM)) for part in (query(x), key, value)]
+        return output(causal(*parts).flatten(2))
+
+    calls: dict[str, Callable[[Tensor], Tensor]] = {"DynNSAAttention": lambda x: module(x).out, "projections and SDPA": dense}
+    if tokens <= 1024 and device == "cpu":
+        from native_sparse_attention_pytorch import SparseAttention
+
+        peer = SparseAttention(
+            dim=hidden, dim_head=DIM, heads=HEADS, kv_heads=KV_HEADS, sliding_window_size=WINDOW, compress_block_size=COMPRESS,
+            compress_block_sliding_stride=COMPRESS, selection_block_size=64, num_selected_blocks=BLOCKS - 3, causal=True,
+        )  # fmt: skip
+        calls["native-sparse-attention-pytorch"] = peer
+
+    def check(outputs: dict[str, Tensor]) -> None:
+        for name, grad in outputs.items():
+            assert grad.isfinite().all(), name
+
+    compare(
+        f"attention module, forward + backward, {tokens} tokens, {device}",
+        {name: lambda call=call: torch.autograd.grad(call(x), x, cotangent)[0] for name, call in calls.items()},
+        check,
+        rounds=5 if tokens <= 1024 else None,
+        info={"mean blocks a row": round(module(x).counts.float().mean().item(), 2)},
     )
 
 
