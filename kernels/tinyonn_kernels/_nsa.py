@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
-Z_FLOOR = math.exp(-20.0)  # the least share of a block against the uniform one
 
 
 class Geometry(NamedTuple):
@@ -31,7 +30,7 @@ class Geometry(NamedTuple):
         before: key rows before the first query's.
         packed: whether there are several a row.
         sequence: (B, Tk) int32, number of the sequence in its row.
-        num_sequences: most of them in a row.
+        starts, ends: (B, sequences) int32.
     """
 
     start: Tensor
@@ -39,7 +38,8 @@ class Geometry(NamedTuple):
     before: int
     packed: bool
     sequence: Tensor
-    num_sequences: int
+    starts: Tensor
+    ends: Tensor
 
     def of_chunk(self, begin: int) -> Geometry:
         """For queries from `begin` on."""
@@ -55,7 +55,7 @@ def geometry_of(query: Tensor, num_keys: int, cu_seqlens: Tensor | None, key_sta
         last = cu_seqlens.shape[0] - 2
         sequence = (torch.searchsorted(cu_seqlens.contiguous(), rows, right=True) - 1).clamp_(0, last)
         start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
-        return Geometry(start[None], end[None], before, True, sequence.int()[None], last + 1)
+        return Geometry(start[None], end[None], before, True, sequence.int()[None], cu_seqlens[None, :-1], cu_seqlens[None, 1:])
     if cu_seqlens is not None:
         key_end = torch.zeros(batch, dtype=torch.int32, device=device)
     if key_start is None:
@@ -63,8 +63,9 @@ def geometry_of(query: Tensor, num_keys: int, cu_seqlens: Tensor | None, key_sta
     if key_end is None:
         key_end = torch.full((batch,), num_keys, dtype=torch.int32, device=device)
     shape = (batch, max(num_keys, 1))
-    start, end = key_start[:, None].expand(shape), key_end[:, None].expand(shape)
-    return Geometry(start, end, before, False, torch.zeros(1, 1, dtype=torch.int32, device=device).expand(shape), 1)
+    starts, ends = key_start[:, None], key_end[:, None]
+    sequence = torch.zeros(1, 1, dtype=torch.int32, device=device).expand(shape)
+    return Geometry(starts.expand(shape), ends.expand(shape), before, False, sequence, starts, ends)
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -202,15 +202,14 @@ def _block_sparse_dkv_kernel(
         stop = tl.minimum(begin + segment, stop)
 
         # Any entry says where its block lies.
-        entry = tl.load(entries_ptr + begin).to(tl.int64)
-        head = (entry // num_slots) % num_kv
-        batch = entry // num_slots // num_kv // num_queries
-        token = tl.load(tokens_ptr + begin).to(tl.int64)
-        start_ptr += batch * stride_gb
-        start = tl.load(start_ptr + (token + before) * stride_gt)
-        end = tl.load(end_ptr + batch * stride_gb + (token + before) * stride_gt)
+        any_entry = tl.load(entries_ptr + begin)
+        head = (any_entry // num_slots) % num_kv
+        batch = any_entry // num_slots // num_kv // num_queries
+        any_place = tl.load(tokens_ptr + begin).to(tl.int64) + before
+        start = tl.load(start_ptr + batch * stride_gb + any_place * stride_gt)
+        end = tl.load(end_ptr + batch * stride_gb + any_place * stride_gt)
         within = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-        n = start + tl.load(indices_ptr + entry) * BLOCK_SIZE + within
+        n = start + tl.load(indices_ptr + any_entry) * BLOCK_SIZE + within
         k = load_rows(k_ptr + batch * stride_kb + head * stride_kh, n.to(tl.int64), n < end, stride_kt, HEAD_DIM, WIDTH)
         v = load_rows(v_ptr + batch * stride_vb + head * stride_vh, n.to(tl.int64), n < end, stride_vt, HEAD_DIM, WIDTH)
         q_ptr += batch * stride_qb
@@ -344,7 +343,7 @@ def invert_lists(indices: Tensor, counts: Tensor, geometry: Geometry, num_keys: 
     )
     if geometry.packed:
         # Sequence i has at most len // block_size + 1 blocks, so start // block_size + i keeps their numbers apart.
-        per_head = num_keys // block_size + geometry.num_sequences + 1
+        per_head = num_keys // block_size + geometry.starts.shape[1] + 1
         base = base * per_head + (start // block_size + sequence)[:, :, None]
     else:
         base = base * per_head

@@ -225,4 +225,4 @@ def example(dtype: torch.dtype, dim: int, heads: int, keys_per_row: int) -> tupl
     query = torch.empty((1, 4096, heads, dim), dtype=dtype, device="meta")
     key = torch.empty((1, 4096 // keys_per_row, 2, dim), dtype=dtype, device="meta")
     bounds = torch.empty((1, 4096), dtype=torch.int32, device="meta")
-    return query, key, Geometry(bounds, bounds, 0, True, bounds, 2)
+    return query, key, Geometry(bounds, bounds, 0, True, bounds, bounds[:, :2], bounds[:, :2])

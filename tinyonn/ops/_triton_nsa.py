@@ -128,6 +128,73 @@ def block_sparse_backward(
     return grad_query, grad_key, grad_value, grad_bias
 
 
+def select_forward(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    threshold: Tensor,
+    temperature: float,
+    block_size: int,
+    compress_size: int,
+    max_blocks: int,
+    num_keys: int,
+    scale: float,
+    bounds: Bounds,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """indices, counts, bias, soft_counts, overflow."""
+    from tinyonn_kernels._nsa import geometry_of
+    from tinyonn_kernels.select_blocks_fwd import select_blocks_fwd
+
+    check_triton(query)
+    geometry = geometry_of(query, num_keys, *bounds)
+    indices, counts, bias, soft_counts = empty_lists(query, key.shape[2], max_blocks)
+    lists = (indices, counts, bias, soft_counts)
+    sizes = (num_keys, temperature, block_size, compress_size, scale)
+    over = select_blocks_fwd(query, key, lse.contiguous(), threshold, *lists, geometry, *sizes)
+    return *lists, over.sum().float() / max(1, counts.numel())
+
+
+def select_backward(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    threshold: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    grad_bias: Tensor,
+    grad_soft: Tensor,
+    temperature: float,
+    block_size: int,
+    compress_size: int,
+    num_keys: int,
+    scale: float,
+    bounds: Bounds,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, lse and threshold."""
+    from tinyonn_kernels._nsa import geometry_of
+    from tinyonn_kernels.select_blocks_bwd import select_blocks_bwd_keys, select_blocks_bwd_queries
+
+    geometry = geometry_of(query, num_keys, *bounds)
+    sizes = (geometry, num_keys, temperature, block_size, compress_size, scale)
+    inputs = (query, key, lse.contiguous(), threshold, indices, counts, grad_bias.float().contiguous(), grad_soft.float().contiguous())
+    grad_threshold = torch.empty(threshold.shape, dtype=torch.float32, device=query.device)
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grad_lse = _statistics(query)
+    select_blocks_bwd_queries(*inputs, grad_threshold, grad_query, grad_lse, *sizes)
+    return grad_query, select_blocks_bwd_keys(*inputs, *sizes), grad_lse, grad_threshold
+
+
+def empty_lists(query: Tensor, num_kv: int, max_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """indices, counts, bias, soft_counts as they are where nothing is selected."""
+    rows, device = (*query.shape[:2], num_kv), query.device
+    return (
+        torch.full((*rows, max_blocks), -1, dtype=torch.int32, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+        torch.zeros((*rows, max_blocks), dtype=torch.float32, device=device),
+        torch.zeros(rows, dtype=torch.float32, device=device),
+    )
+
+
 def _interval_backward(
     query: Tensor,
     key: Tensor,

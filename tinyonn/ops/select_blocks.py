@@ -140,6 +140,11 @@ def _forward(
     bounds = Bounds(cu_seqlens, key_start, key_end)
     check_bound_values(num_keys, bounds)
     match choose_impl(impl, query):
+        case "triton":
+            from . import _triton_nsa
+
+            options = (temperature, block_size, compress_size, max_blocks, num_keys, scale, bounds)
+            return _triton_nsa.select_forward(query, key, lse, threshold, *options)
         case "torch":
             spans = spans_of(query, num_keys, compress_size, *bounds)
             return select_forward(query, key, lse, threshold, spans, temperature, block_size, compress_size, max_blocks, scale)
@@ -199,6 +204,11 @@ def _backward(
     bounds = Bounds(cu_seqlens, key_start, key_end)
     inputs = (query, key, lse, threshold)
     match choose_impl(impl, query):
+        case "triton":
+            from . import _triton_nsa
+
+            tensors = (query, key, lse, threshold, indices, counts, grad_bias, grad_soft)
+            grads = list(_triton_nsa.select_backward(*tensors, temperature, block_size, compress_size, num_keys, scale, bounds))
         case "torch":
             spans = spans_of(query, num_keys, compress_size, *bounds)
             grad_threshold, *others = select_backward(
