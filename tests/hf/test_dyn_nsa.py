@@ -26,7 +26,7 @@ from tinyonn.errors import InputError
 from tinyonn.hf import BudgetSchedule, collected_budget_loss, convert_attention, statistics
 from tinyonn.hf.dyn_nsa import cores
 from tinyonn.nn import OPEN, normalised_entropy
-from tinyonn.testing import assert_close_rms, tiny_causal_lm
+from tinyonn.testing import assert_close_rms, rms_error_ratio, tiny_causal_lm
 
 SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
 ARCHS = ("llama", "qwen3", "mistral", "gpt_neox")
@@ -313,7 +313,12 @@ def test_a_loaded_model_is_not_a_quantised_one(tmp_path):
     assert not getattr(model, "is_quantized", False)
     assert model(token_ids()).logits.isfinite().all()
     assert model.float()(token_ids()).logits.dtype == torch.float32
-    assert all(value["mean_count"] > 1 for value in statistics(model, reset=True).values())
+    statistics(model, reset=True)
+    for _ in range(300):  # more calls than bfloat16 can count
+        for core in cores(model):
+            core.sums += 1.0
+            core.calls += 1
+    assert all(value["mean_count"] == 1.0 for value in statistics(model.bfloat16()).values())
 
 
 def test_a_copy_is_a_model_of_its_own():
@@ -563,3 +568,29 @@ def test_it_runs_under_trainer_training(checkpointing, tmp_path):
 def test_bad_schedules_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         BudgetSchedule(**options)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+def test_autocast_costs_no_more_than_it_costs_the_stock_model_training(arch):
+    x = token_ids()
+    expected = stock(arch)(x).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = stock(arch)(x).logits
+        model = convert_attention(stock(arch), **SMALL).train()
+        got = model(x, labels=x)
+    assert got.logits.dtype == torch.bfloat16
+    assert rms_error_ratio(got.logits, expected) < 1.2 * rms_error_ratio(rounded, expected)
+    got.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_checkpointing_within_compilation_training():
+    x = token_ids()
+    plain, model = sparse().train(), sparse().train()
+    expected = gradients(plain, x)
+    model.gradient_checkpointing_enable()
+    torch._dynamo.reset()
+    got = gradients(torch.compile(model, backend="aot_eager"), x)
+    for name, grad in expected.items():
+        assert_close_rms(got[f"_orig_mod.{name}"], grad, 1e-4, name)
+    assert statistics(model) == statistics(plain)

@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import InputError
 from ..nn.block_compression import block_starts, blocks_of
-from ..nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN, DynNSACore, DynNSAOptions, TauSource, normalised_entropy
+from ..nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN, DynNSACore, DynNSAOptions, TauSource, common_dtype, normalised_entropy
 from ..ops import dyn_nsa
 from .interfaces import attention_implementation, register_attention
 
@@ -35,6 +35,7 @@ DYN_NSA = "dyn_nsa"
 _PROBE = "dyn_nsa_probe"
 _PART = "dyn_nsa"  # name of a core within its attention module
 MAX_HEAD_DIM = 256
+OBSERVED_TOKENS = 256  # of a row, about, evenly spread, whose output entropy is taken in training: logits are large
 
 # What a model may hand to its attention function that has no bearing on the result here.
 _WITHOUT_EFFECT = {
@@ -98,7 +99,7 @@ def dyn_nsa_attention(
                 f"cu_seq_lens_q, got a mask of shape {tuple(attention_mask.shape)}."
             )
         key, value, bounds["key_start"], bounds["key_end"] = _within_bounds(key, value, attention_mask[:, 0, 0])
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2) for x in common_dtype(query, key, value))
     core = getattr(module, _PART, None)
     if core is None:
         return _without_parts(module, query, key, value, tau, scaling, bounds), None
@@ -214,13 +215,14 @@ def _without_parts(
         tau = tau.float().expand(batch, tokens, num_kv).contiguous()
     gates = query.new_tensor(options.start_gates).expand(batch, tokens, heads, 3)
     base, slope = (query.new_full((num_kv,), number) for number in (options.base, options.slope))
-    return dyn_nsa(
-        query, key, value, compressed[0], compressed[1], gates, base, slope, tau=tau, window=options.window,
-        temperature=options.temperature, block_size=options.block_size, compress_size=options.compress_size,
-        max_blocks=options.max_blocks or max(MIN_MAX_BLOCKS, -(-num_keys // options.block_size)), detach_scores=options.detach_scores,
-        scale=scale, impl=options.impl, cu_seqlens=bounds.get("cu_seqlens"), key_start=bounds.get("key_start"),
-        key_end=bounds.get("key_end"),
-    ).out  # fmt: skip
+    with torch.autocast(query.device.type, enabled=False):
+        return dyn_nsa(
+            query, key, value, compressed[0], compressed[1], gates, base, slope, tau=tau, window=options.window,
+            temperature=options.temperature, block_size=options.block_size, compress_size=options.compress_size,
+            max_blocks=options.max_blocks or max(MIN_MAX_BLOCKS, -(-num_keys // options.block_size)), detach_scores=options.detach_scores,
+            scale=scale, impl=options.impl, cu_seqlens=bounds.get("cu_seqlens"), key_start=bounds.get("key_start"),
+            key_end=bounds.get("key_end"),
+        ).out  # fmt: skip
 
 
 # ---- conversion ----
@@ -404,7 +406,9 @@ def _after(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
         logits = output.logits if model.training else output.logits[:, -1:]
         mask = kwargs.get("attention_mask")
         mask = mask[:, -logits.shape[1] :] if mask is not None and mask.dim() == 2 else None
-        entropy = normalised_entropy(logits)
+        step = max(1, logits.shape[1] // OBSERVED_TOKENS)
+        entropy = normalised_entropy(logits[:, ::step])
+        mask = None if mask is None else mask[:, ::step]
         for core in cores(model):
             core.observe_output(entropy, mask)
     labels = kwargs.get("labels")

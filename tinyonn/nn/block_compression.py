@@ -66,7 +66,7 @@ class BlockCompression(nn.Module):
             return blocks.mean(2)
         blocks = blocks + self.position
         hidden = nn.functional.silu(torch.einsum("bmikd,kde->bmike", blocks, self.up)).mean(2)
-        return blocks.mean(2) + torch.einsum("bmke,ked->bmkd", hidden, self.down)
+        return (blocks.mean(2) + torch.einsum("bmke,ked->bmkd", hidden, self.down)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"compress_size={self.compress_size}, learnable={self.learnable}"

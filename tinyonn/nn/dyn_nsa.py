@@ -9,6 +9,7 @@ B batch, T queries of Tk positions, H query heads, K key/value heads, D head dim
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -99,6 +100,13 @@ def normalised_entropy(logits: Tensor) -> Tensor:
     return entropy / torch.log(torch.tensor(float(max(logits.shape[-1], 2)), device=logits.device))
 
 
+def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in one dtype: autocast's where it is on, else the last one's. Normalisation leaves queries and keys wider than values."""
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[-1].dtype
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
 class DynNSACore(nn.Module):
     """What DynNSA learns besides projections: compression, branch gates, thresholds; and its running statistics.
 
@@ -147,13 +155,20 @@ class DynNSACore(nn.Module):
         self.gate_weight, self.gate_bias = parameter(num_heads, head_dim, 3), parameter(num_heads, 3)
         self.base, self.slope = parameter(num_kv_heads), parameter(num_kv_heads)
         for name in ("opening", "budget_target", "output_tau", "observed"):
-            self.register_buffer(name, torch.empty((), device=device))
-        self.register_buffer("sums", torch.empty(len(STATISTICS), device=device), persistent=False)
-        self.register_buffer("calls", torch.empty((), device=device), persistent=False)
+            self.register_buffer(name, torch.empty((), device=device, dtype=torch.float32))
+        self.register_buffer("sums", torch.empty(len(STATISTICS), device=device, dtype=torch.float32), persistent=False)
+        self.register_buffer("calls", torch.empty((), device=device, dtype=torch.int64), persistent=False)
         self.previous_tau: Tensor | None = None
         self.collecting = False
         self.collected: Tensor | None = None
         self.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynNSACore:
+        sums = self.sums
+        super()._apply(fn, recurse)
+        if not sums.is_meta and not self.sums.is_meta:
+            self.sums = sums.to(self.sums.device)  # they do not fit half precision, whatever the model is turned to
+        return self
 
     def reset_parameters(self) -> None:
         """To the options' start."""
@@ -269,12 +284,14 @@ class DynNSACore(nn.Module):
         max_blocks = options.max_blocks
         if max_blocks is None:
             max_blocks = max(MIN_MAX_BLOCKS, -(-key.shape[1] // options.block_size))
-        return dyn_nsa(
-            query, key, value, key_compressed, value_compressed, gates, self.base + self.opening.to(self.base.dtype), self.slope,
-            tau=tau, window=options.window, temperature=options.temperature, block_size=options.block_size,
-            compress_size=options.compress_size, max_blocks=max_blocks, detach_scores=options.detach_scores, scale=scale,
-            cu_seqlens=cu_seqlens, key_start=key_start, key_end=key_end, impl=options.impl,
-        )  # fmt: skip
+        # Autocast would reach into the op's own products, which choose their precision themselves.
+        with torch.autocast(query.device.type, enabled=False):
+            return dyn_nsa(
+                query, key, value, key_compressed, value_compressed, gates, self.base + self.opening.to(self.base.dtype), self.slope,
+                tau=tau, window=options.window, temperature=options.temperature, block_size=options.block_size,
+                compress_size=options.compress_size, max_blocks=max_blocks, detach_scores=options.detach_scores, scale=scale,
+                cu_seqlens=cu_seqlens, key_start=key_start, key_end=key_end, impl=options.impl,
+            )  # fmt: skip
 
     def budget_loss(self, result: DynNSAOutput) -> Tensor:
         """The budget loss of a call, 0-d; padding does not count."""
