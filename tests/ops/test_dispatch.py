@@ -9,10 +9,17 @@ import torch
 from tinyonn import ops
 from tinyonn.ops import _dispatch, block_norms
 
+Q, K, KC = torch.randn(1, 64, 2, 16), torch.randn(1, 64, 1, 16), torch.randn(1, 2, 1, 16)
+LISTS = torch.zeros(1, 64, 1, 1, dtype=torch.int32)
 CALLS = {
     "block_norms": lambda impl: ops.block_norms(torch.ones(2, 3), impl=impl),
     "token_grad_norms": lambda impl: ops.token_grad_norms(torch.ones(2, 3), torch.ones(2, 3), impl=impl),
     "integrate_sps": lambda impl: ops.integrate_sps(torch.ones(2, 3), torch.ones(2, 3), [0, 3], impl=impl),
+    "compressed_attention": lambda impl: ops.compressed_attention(Q, KC, KC, compress_size=32, impl=impl),
+    "select_blocks": lambda impl: ops.select_blocks(Q, KC, Q[..., 0], K[..., 0], compress_size=32, impl=impl),
+    "block_sparse_attention": lambda impl: ops.block_sparse_attention(Q, K, K, LISTS, LISTS[..., 0] + 1, impl=impl),
+    "sliding_window_attention": lambda impl: ops.sliding_window_attention(Q, K, K, 8, impl=impl),
+    "dyn_nsa": lambda impl: ops.dyn_nsa(Q, K, K, KC, KC, Q[..., :3], torch.zeros(1), torch.zeros(1), compress_size=32, impl=impl),
 }
 
 

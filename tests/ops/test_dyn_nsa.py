@@ -530,6 +530,11 @@ def test_debug_looks_at_the_bounds():
         call(ops.dyn_nsa, GOOD, compress_size=32, key_end=torch.tensor([97], dtype=torch.int32))
 
 
+def test_triton_refuses_float64():
+    with pytest.raises(ValueError, match=r"impl='triton' must have float16, bfloat16 or float32 tensors, got torch\.float64"):
+        call(ops.dyn_nsa, case(96, compress_size=32), compress_size=32, impl="triton")
+
+
 def test_strides_do_not_matter():
     tensors = case(150)
     turned = {name: tensor.transpose(0, -1).contiguous().transpose(0, -1) for name, tensor in tensors.items()}
