@@ -190,9 +190,7 @@ def compressed_forward(
             rows = (span.batch, slice(chunk.begin, chunk.end))
             n = chunk.end - chunk.begin
             bias = hidden_bias(visible, heads // num_kv, dtype)
-            chunk_out, chunk_lse, weights = rows_forward(
-                grouped_rows(query[rows], num_kv, dtype), k[:, :seen], v[:, :seen], bias, scale
-            )
+            chunk_out, chunk_lse, weights = rows_forward(grouped_rows(query[rows], num_kv, dtype), k[:, :seen], v[:, :seen], bias, scale)
             out[rows] = ungrouped(chunk_out, n).to(out.dtype)
             lse[rows] = ungrouped(chunk_lse, n)
             probabilities = weights.div_(weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny))
@@ -385,6 +383,11 @@ def importance_of(
     return Importance(probabilities, mass, floor, (z - threshold.unsqueeze(-1)) / temperature, past, forced)
 
 
+def smallest_step(dtype: torch.dtype) -> float:
+    """c whose gate, about 3c², is still a normal number; a smaller one is 0, and its logarithm has no place in a gradient."""
+    return math.sqrt(torch.finfo(dtype).tiny)
+
+
 def select_forward(
     query: Tensor,
     key: Tensor,
@@ -406,13 +409,14 @@ def select_forward(
     bias = torch.zeros(indices.shape, dtype=dtype, device=device)
     soft_counts = torch.zeros(counts.shape, dtype=dtype, device=device)
     overflowing = torch.zeros((), dtype=torch.int64, device=device)
+    smallest = smallest_step(dtype)
     for span in spans:
         k = _compressed(key, span, compress_size, dtype)
         for chunk in compressed_chunks(span, heads, compress_size):
             rows = (span.batch, slice(chunk.begin, chunk.end))
             found = _importance(query, k, lse, threshold, span, chunk, rows, temperature, block_size, compress_size, scale)
             c = found.gap.clamp(0, 1)
-            wanted = ((c > 0) & found.past) | found.forced
+            wanted = ((c > smallest) & found.past) | found.forced
             number = wanted.sum(-1)
             over = number > max_blocks
             if bool(over.any()):
@@ -456,7 +460,7 @@ def select_backward(
     if scores_too:
         grad_query, grad_key = (torch.zeros(x.shape, dtype=dtype, device=device) for x in (query, key))
         grad_lse = torch.zeros_like(lse)
-    ratio = block_size // compress_size
+    ratio, smallest = block_size // compress_size, smallest_step(dtype)
     slots = torch.arange(indices.shape[-1], device=device)
     for span in spans:
         k = _compressed(key, span, compress_size, dtype)
@@ -470,7 +474,7 @@ def select_backward(
             grad_gate = torch.zeros((n, num_kv, num_blocks), dtype=dtype, device=device)
             grad_gate.scatter_add_(-1, place, grad_bias[rows].to(dtype) * listed)
             c = found.gap.clamp(0, 1)
-            inside = (c > 0) & (c < 1) & found.past & ~found.forced
+            inside = (c > smallest) & (c < 1) & found.past & ~found.forced
             slope = torch.where(inside, 6 * (1 - c) / torch.where(inside, c * (3 - 2 * c), 1), 0)
             grad_gap = grad_gate.transpose(0, 1) * slope
             if grad_soft is not None:
