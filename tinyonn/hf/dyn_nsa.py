@@ -14,6 +14,7 @@ deterministic, so recomputation selects the same blocks; tau_source="output" han
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import InputError
 from ..nn.block_compression import block_starts, blocks_of
-from ..nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN, DynNSACore, DynNSAOptions, TauSource, common_dtype, normalised_entropy
+from ..nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN, CompressedCache, DynNSACore, DynNSAOptions, TauSource, common_dtype, normalised_entropy
 from ..ops import dyn_nsa
 from .interfaces import attention_implementation, register_attention
 
@@ -89,7 +90,9 @@ def dyn_nsa_attention(
         raise InputError(f"attention dropout must be 0 for attn_implementation='dyn_nsa', got {dropout} in {name}.")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise InputError(f"attention must be causal for attn_implementation='dyn_nsa', got {name}.")
+    core = getattr(module, _PART, None)
     bounds: dict[str, Tensor | None] = {}
+    rows = None
     if cu_seq_lens_q is not None:
         bounds["cu_seqlens"] = cu_seq_lens_q.int()
     elif attention_mask is not None:
@@ -98,14 +101,19 @@ def dyn_nsa_attention(
                 "attention_mask must be None or (batch, tokens) of padding for attn_implementation='dyn_nsa'; packed sequences are told by "
                 f"cu_seq_lens_q, got a mask of shape {tuple(attention_mask.shape)}."
             )
-        key, value, bounds["key_start"], bounds["key_end"] = _within_bounds(key, value, attention_mask[:, 0, 0])
+        rows = attention_mask[:, 0, 0]
+    compressed: tuple[Tensor | None, Tensor | None] = (None, None)
+    if core is not None and core.collecting and not torch.compiler.is_compiling() and (kept := _kept.get(core)) is not None:
+        compressed = kept.extend(core, key, value, query.shape[2], rows)
+    if rows is not None:
+        key, value, bounds["key_start"], bounds["key_end"] = _within_bounds(key, value, rows)
     query, key, value = (x.transpose(1, 2) for x in common_dtype(query, key, value))
-    core = getattr(module, _PART, None)
     if core is None:
         return _without_parts(module, query, key, value, tau, scaling, bounds), None
     gates = core.gates(query)
     # The previous token's uncertainty comes in as `tau`, so it is recomputed with the same one: see `_before`.
-    result = core(query, key, value, gates, tau=core.tau_of(tau, query, decoding=False), scale=scaling, **bounds)
+    tau = core.tau_of(tau, query, decoding=False)
+    result = core(query, key, value, gates, key_compressed=compressed[0], value_compressed=compressed[1], tau=tau, scale=scaling, **bounds)
     loss = core.budget_loss(result)  # recomputation must save the same tensors, so it does this too
     if core.collecting:
         core.record(result, gates)
@@ -223,6 +231,74 @@ def _without_parts(
             scale=scale, impl=options.impl, cu_seqlens=bounds.get("cu_seqlens"), key_start=bounds.get("key_start"),
             key_end=bounds.get("key_end"),
         ).out  # fmt: skip
+
+
+# ---- decoding ----
+
+
+class _Kept:
+    """What one layer compressed for the cache of the last forward, and how to tell that cache from a changed one.
+
+    Whatever reorders, crops or resets a layer of a cache either replaces its tensor of keys or writes to it, which counts up its version.
+    """
+
+    def __init__(self, starts: Tensor | None) -> None:
+        self.starts = starts  # of rows, as the mask tells them
+        self.keys: weakref.ref[Tensor] | None = None
+        self.version = -1
+        self.compressed = CompressedCache()
+
+    def belongs_to(self, keys: Tensor | None, starts: Tensor | None) -> bool:
+        if self.keys is None or keys is None or keys is not self.keys() or keys._version != self.version:
+            return False
+        return starts is self.starts is None or (starts is not None and self.starts is not None and torch.equal(starts, self.starts))
+
+    def extend(
+        self, core: DynNSACore, key: Tensor, value: Tensor, num_queries: int, rows: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Compressed keys and values of all positions; (B, K, Tk, D) as the cache gives them."""
+        if key.is_inference():
+            return None, None  # carries no version
+        begin: int | Tensor = 0
+        count = key.shape[2]
+        if self.keys is not None:
+            begin = count - num_queries if rows is None or rows.shape[1] < 3 else rows[0, 2] - num_queries
+            count = num_queries
+        self.keys, self.version = weakref.ref(key), key._version
+        key, value = (x.transpose(1, 2) for x in common_dtype(key, value))
+        return self.compressed.extend(core, key, value, begin, count, None if rows is None else rows[:, 0])
+
+
+_kept: weakref.WeakKeyDictionary[DynNSACore, _Kept] = weakref.WeakKeyDictionary()  # only while a forward with a cache may use it
+
+
+def _recall(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Readies each core to go on from what it compressed for this cache, if that is unchanged, or to begin."""
+    layers = getattr(kwargs.get("past_key_values"), "layers", None)
+    if model.training or torch.is_grad_enabled():
+        layers = None
+    starts = _starts(kwargs.get("attention_mask"))
+    for module in model.modules():
+        core = module._modules.get(_PART)
+        if not isinstance(core, DynNSACore):
+            continue
+        index = getattr(module, "layer_idx", None)
+        if layers is None or index is None:
+            _kept.pop(core, None)
+            continue
+        keys = layers[index].keys if index < len(layers) else None
+        kept = _kept.get(core)
+        if kept is None or not kept.belongs_to(keys, starts):
+            _kept[core] = _Kept(starts)
+
+
+def _starts(mask: Any) -> Tensor | None:
+    """(B,) first token of each row, of a mask that a model is given: of padding, of `dyn_nsa_mask`, or several of those by kind."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor):
+        return None
+    return mask.int().argmax(-1) if mask.dim() == 2 else mask[:, 0, 0, 0].long()
 
 
 # ---- conversion ----
@@ -380,6 +456,8 @@ def _add_parts(model: nn.Module, conversion: DynNSAConversion) -> None:
 
 def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Readies the cores to collect; tells the tau of outputs from outside, so that recomputation in backward sees the same."""
+    if not torch.compiler.is_compiling():
+        _recall(model, kwargs)
     first = None
     for core in cores(model):
         first = first or core
@@ -405,7 +483,7 @@ def _after(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     if first.options.tau_source == "output" and hasattr(output, "logits"):
         logits = output.logits if model.training else output.logits[:, -1:]
         mask = kwargs.get("attention_mask")
-        mask = mask[:, -logits.shape[1] :] if mask is not None and mask.dim() == 2 else None
+        mask = mask[:, -logits.shape[1] :] if isinstance(mask, Tensor) and mask.dim() == 2 else None
         step = max(1, logits.shape[1] // OBSERVED_TOKENS)
         entropy = normalised_entropy(logits[:, ::step])
         mask = None if mask is None else mask[:, ::step]

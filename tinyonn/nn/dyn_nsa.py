@@ -314,8 +314,51 @@ class DynNSACore(nn.Module):
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
 
 
+class CompressedCache:
+    """Compressed keys and values of rows that grow; a block is compressed when positions have come that complete it, not before."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []  # of keys and of values, with room to grow
+
+    @torch.no_grad()
+    def extend(
+        self, core: DynNSACore, key: Tensor, value: Tensor, begin: int | Tensor, count: int, key_start: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Takes in `count` positions from `begin` on; without gradients.
+
+        Args:
+            core: whose maps compress them.
+            key, value: (B, Tk, K, D), all positions so far; a buffer's room behind them does not matter.
+            begin: first new position; a 0-d tensor needs key_start.
+            count: of new positions.
+            key_start: (B,) first position of each row that is not padding; None for 0.
+
+        Returns:
+            (B, Tk // compress_size, K, D) twice, views of the cache.
+        """
+        size = core.options.compress_size
+        self._reserve(key, key.shape[1] // size + 1)
+        for source, maps, target in zip((key, value), (core.compress_key, core.compress_value), self._tensors, strict=True):
+            if key_start is None:
+                assert isinstance(begin, int)
+                first, last = begin // size, (begin + count) // size
+                if last > first:
+                    target[:, first:last] = maps(source[:, first * size : last * size])
+                continue
+            # Rows differ in where their blocks end: each writes the blocks that these positions may have completed. One that is not
+            # whole yet is seen by no query, and written again.
+            number = (begin - key_start).clamp(min=0)[:, None] // size + torch.arange(-(-count // size), device=key.device)
+            rows = torch.arange(len(key), device=key.device)[:, None]
+            target[rows, number.long()] = maps(source, key_start[:, None] + number * size)
+        whole = key.shape[1] // size
+        return self._tensors[0][:, :whole], self._tensors[1][:, :whole]
+
+    def _reserve(self, key: Tensor, room: int) -> None:
+        self._tensors = [_with_room(key, room, old) for old in self._tensors or (None, None)]
+
+
 class DynNSACache:
-    """Keys, values and compressed blocks of one layer, for decoding; a block is compressed once, when it is whole.
+    """Keys, values and compressed blocks of one layer, for decoding.
 
     Args:
         key_start: (B,) int32, first position of each row that is not padding; None for 0.
@@ -324,8 +367,11 @@ class DynNSACache:
     def __init__(self, key_start: Tensor | None = None) -> None:
         self.key_start = key_start
         self.length = 0
-        self._tensors: list[Tensor] = []  # key, value, key_compressed, value_compressed, with room to grow
+        self._key: Tensor | None = None
+        self._value: Tensor | None = None
+        self._compressed = CompressedCache()
 
+    @torch.no_grad()
     def append(self, core: DynNSACore, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Adds n positions; without gradients.
 
@@ -336,37 +382,23 @@ class DynNSACache:
         Returns:
             All keys and values so far, (B, Tk, K, D), and all compressed, (B, Tk // compress_size, K, D): views of the cache.
         """
-        size = core.options.compress_size
-        begin, self.length = self.length, self.length + key.shape[1]
-        self._reserve(key, self.length, size)
-        keys, values, *compressed = self._tensors
-        with torch.no_grad():
-            keys[:, begin : self.length] = key
-            values[:, begin : self.length] = value
-            for source, maps, target in zip((keys, values), (core.compress_key, core.compress_value), compressed, strict=True):
-                if self.key_start is None:
-                    first, last = begin // size, self.length // size
-                    if last > first:
-                        target[:, first:last] = maps(source[:, first * size : last * size])
-                    continue
-                # Rows differ in where their blocks end: each writes the blocks that these positions may have completed. One that is not
-                # whole yet is seen by no query, and written again.
-                number = (begin - self.key_start).clamp(min=0)[:, None] // size + torch.arange(-(-key.shape[1] // size), device=key.device)
-                starts = self.key_start[:, None] + number * size
-                rows = torch.arange(len(key), device=key.device)[:, None]
-                target[rows, number.long()] = maps(source[:, : self.length], starts)
-        whole = self.length // size
-        return keys[:, : self.length], values[:, : self.length], compressed[0][:, :whole], compressed[1][:, :whole]
+        begin, count = self.length, key.shape[1]
+        self.length += count
+        self._key, self._value = _with_room(key, self.length, self._key), _with_room(value, self.length, self._value)
+        self._key[:, begin : self.length] = key
+        self._value[:, begin : self.length] = value
+        keys, values = self._key[:, : self.length], self._value[:, : self.length]
+        return keys, values, *self._compressed.extend(core, keys, values, begin, count, self.key_start)
 
-    def _reserve(self, key: Tensor, length: int, compress_size: int) -> None:
-        if self._tensors and self._tensors[0].shape[1] >= length:
-            return
-        capacity = max(2 * length, 2 * compress_size)
-        old = self._tensors
-        rooms = (capacity, capacity, capacity // compress_size + 1, capacity // compress_size + 1)
-        self._tensors = [key.new_zeros((key.shape[0], room, *key.shape[2:])).detach() for room in rooms]
-        for new, before in zip(self._tensors, old, strict=False):
-            new[:, : before.shape[1]] = before
+
+def _with_room(like: Tensor, room: int, old: Tensor | None) -> Tensor:
+    """`old`, or a longer one that begins with it, of at least `room` positions."""
+    if old is not None and old.shape[1] >= room:
+        return old
+    new = like.new_zeros((like.shape[0], 2 * room, *like.shape[2:])).detach()
+    if old is not None:
+        new[:, : old.shape[1]] = old
+    return new
 
 
 class DynNSAAttentionOutput(NamedTuple):
