@@ -27,7 +27,7 @@ from tinyonn.errors import InputError
 from tinyonn.hf import BudgetSchedule, collected_budget_loss, convert_attention, statistics
 from tinyonn.hf.dyn_nsa import cores
 from tinyonn.nn import OPEN, normalised_entropy
-from tinyonn.testing import assert_close_rms, rms_error_ratio, tiny_causal_lm
+from tinyonn.testing import assert_close_rms, poisoned, rms_error_ratio, tiny_causal_lm
 
 SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
 ARCHS = ("llama", "qwen3", "mistral", "gpt_neox")
@@ -306,6 +306,17 @@ def test_two_caches_do_not_mix(static):
     assert_close_rms(again[1], expected[1], 1e-6)
 
 
+def test_a_mask_that_changes_is_heeded():
+    model, x = sparse(dtype=torch.float64), token_ids(100)
+    cache = model(x[:, :70], attention_mask=left_padding(70), past_key_values=DynamicCache(config=model.config)).past_key_values
+    model(x[:, 70:72], attention_mask=left_padding(72), past_key_values=cache)
+    got = []
+    for past in (cache, copy.deepcopy(cache)):
+        mask = left_padding(100, padding=10)
+        got.append(model(x[:, 72:], attention_mask=mask, past_key_values=past).logits)
+    assert_close_rms(*got, 1e-12)
+
+
 def test_a_cache_filled_by_another_attention_goes_on():
     model, x = sparse(dtype=torch.float64), token_ids(100)
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=120)):
@@ -377,7 +388,9 @@ def test_it_saves_and_loads(arch, tmp_path):
 
 def test_a_loaded_model_is_not_a_quantised_one(tmp_path):
     sparse().save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    with poisoned():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(number != number for value in statistics(model).values() for number in value.values())
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     assert not getattr(model, "is_quantized", False)
     assert model(token_ids()).logits.isfinite().all()

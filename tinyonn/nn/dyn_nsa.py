@@ -436,8 +436,6 @@ class DynNSAAttention(nn.Module):
         options: see `DynNSAOptions`.
     """
 
-    inverse_frequency: Tensor
-
     def __init__(
         self,
         hidden_size: int,
@@ -459,14 +457,12 @@ class DynNSAAttention(nn.Module):
             head_dim = hidden_size // num_heads
         if head_dim % 2:
             raise ValueError(f"head_dim must be even, got {head_dim}.")
-        self.head_dim = head_dim
+        self.head_dim, self.rope_theta = head_dim, rope_theta
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
         self.core = DynNSACore(num_heads, num_kv_heads, head_dim, options)
-        frequency = rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        self.register_buffer("inverse_frequency", frequency.float(), persistent=False)
 
     def forward(
         self,
@@ -520,7 +516,10 @@ class DynNSAAttention(nn.Module):
         return DynNSAAttentionOutput(out, loss, result.counts, result.tau, result.overflow, result.soft_counts)
 
     def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angle = position_ids[..., None, None].to(self.inverse_frequency.dtype) * self.inverse_frequency
+        # Not a buffer: half precision would spoil the angles of far positions.
+        wide = torch.promote_types(dtype, torch.float32)
+        pair = torch.arange(0, self.head_dim, 2, device=position_ids.device, dtype=wide)
+        angle = position_ids[..., None, None] * self.rope_theta ** (-pair / self.head_dim)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
