@@ -527,7 +527,7 @@ def block_sparse_attention_dkv(
     )
     if inverse.num_parts == 0:
         return
-    keys = min(32, block_size)
+    keys = min(block_size, max(16, 4096 // width_of(dim)))
     _block_sparse_reduce_kernel[(num_blocks, block_size // keys)](
         indices,
         inverse.entries,

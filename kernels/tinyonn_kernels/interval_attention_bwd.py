@@ -251,15 +251,16 @@ def _interval_dkv_kernel(
 
 def _dq_tiles(dtype: torch.dtype, width: int) -> dict[str, int]:
     if dtype == torch.float32:
-        return {"ROWS": 32, "KEYS": 32 if width <= 64 else 16, "num_warps": 8 if width >= 128 else 4, "num_stages": 1}
+        tile = 16 if width >= 128 else 32
+        return {"ROWS": tile, "KEYS": tile, "num_warps": 8, "num_stages": 1}
     if width >= 256:
-        return {"ROWS": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1}
+        return {"ROWS": 32, "KEYS": 16, "num_warps": 4, "num_stages": 1}
     return {"ROWS": 64, "KEYS": 64 if width <= 64 else 32, "num_warps": 4, "num_stages": 2}
 
 
 def _dkv_tiles(dtype: torch.dtype, width: int) -> dict[str, int]:
     if dtype == torch.float32:
-        return {"ROWS": 16 if width >= 128 else 32, "KEYS": 32, "num_warps": 8 if width >= 128 else 4, "num_stages": 1}
+        return {"ROWS": 16 if width >= 128 else 32, "KEYS": 32, "num_warps": 8, "num_stages": 1}
     if width >= 256:
         return {"ROWS": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1}
     return {"ROWS": 32 if width >= 128 else 64, "KEYS": 64, "num_warps": 8 if width >= 128 else 4, "num_stages": 2}

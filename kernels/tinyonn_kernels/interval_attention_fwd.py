@@ -125,10 +125,10 @@ def _interval_fwd_kernel(
 def _tiles(dtype: torch.dtype, width: int) -> dict[str, int]:
     """Rows × keys that leave room in the registers for a (ROWS, WIDTH) accumulator."""
     if dtype == torch.float32:
-        return {"ROWS": 32 if width >= 128 else 64, "KEYS": 32, "num_warps": 8 if width >= 128 else 4, "num_stages": 1}
+        return {"ROWS": 32, "KEYS": 16 if width >= 128 else 32, "num_warps": 8 if width >= 128 else 4, "num_stages": 1}
     if width >= 256:
         return {"ROWS": 64, "KEYS": 32, "num_warps": 8, "num_stages": 2}
-    return {"ROWS": 128 if width <= 64 else 64, "KEYS": 64, "num_warps": 4, "num_stages": 2}
+    return {"ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 2}
 
 
 def interval_attention_fwd(

@@ -25,6 +25,8 @@ from .interval_attention_bwd import ENOUGH_PROGRAMS, MAX_SPLITS
 from .interval_attention_fwd import SHAPES, example
 from .select_blocks_fwd import FAR, Z_FLOOR, block_probabilities, kinds_of, program_count, tile_queries
 
+TILE_ROWS = 32  # fewer than forward: probabilities and their gradients are in registers together
+
 
 @triton.jit
 def gradient_of_mass(
@@ -307,8 +309,9 @@ def _select_bwd_keys_kernel(
 
 
 def _tiles(dtype: torch.dtype, width: int, ratio: int) -> dict[str, int]:
-    keys = 32 if dtype == torch.float32 or width >= 256 else 64
-    return {"BLOCKS": max(1, keys // ratio), "num_warps": 8 if width >= 128 else 4, "num_stages": 1}
+    if dtype == torch.float32:
+        return {"BLOCKS": max(1, 16 // ratio), "num_warps": 8, "num_stages": 1}
+    return {"BLOCKS": max(1, (32 if width >= 256 else 64) // ratio), "num_warps": 4, "num_stages": 1}
 
 
 def select_blocks_bwd_queries(
@@ -343,7 +346,7 @@ def select_blocks_bwd_queries(
     query, key = unit_stride(query), unit_stride(key)
     ratio = block_size // compress_size
     group = heads // num_kv
-    shape = tile_queries(group) | _tiles(query.dtype, width_of(dim), ratio)
+    shape = tile_queries(group, TILE_ROWS) | _tiles(query.dtype, width_of(dim), ratio)
     tiles = triton.cdiv(num_queries, shape["QUERIES"]) * batch * num_kv
     programs = program_count(tiles, query.device)
     row_blocks = triton.cdiv(triton.cdiv(num_keys, block_size), 4) * 4
@@ -431,7 +434,7 @@ def select_blocks_bwd_keys(
     query, key = unit_stride(query), unit_stride(key)
     ratio = block_size // compress_size
     group = heads // num_kv
-    shape = tile_queries(group) | _tiles(query.dtype, width_of(dim), ratio)
+    shape = tile_queries(group, TILE_ROWS) | _tiles(query.dtype, width_of(dim), ratio)
     start, end, number = tiles_of_sequences(geometry, num_keys, shape["BLOCKS"] * block_size)
     programs = start.shape[-1]
     splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // (programs * batch * num_kv), num_queries // (4 * shape["QUERIES"])))

@@ -214,10 +214,10 @@ def _select_fwd_kernel(
     tl.store(over_ptr + tl.program_id(0), num_over)
 
 
-def tile_queries(group: int) -> dict[str, int]:
+def tile_queries(group: int, rows: int) -> dict[str, int]:
     """Queries of a tile, and rows of each: whole groups, padded to a power of two."""
     padded = triton.next_power_of_2(group)
-    return {"PADDED": padded, "QUERIES": min(MAX_QUERIES, max(1, TILE_ROWS // padded))}
+    return {"PADDED": padded, "QUERIES": min(MAX_QUERIES, max(1, rows // padded))}
 
 
 def program_count(tiles: int, device: torch.device) -> int:
@@ -229,8 +229,9 @@ def program_count(tiles: int, device: torch.device) -> int:
 
 
 def _tiles(dtype: torch.dtype, width: int, ratio: int) -> dict[str, int]:
-    keys = 32 if dtype == torch.float32 or width >= 256 else 64
-    return {"BLOCKS": max(1, keys // ratio), "num_warps": 8 if dtype == torch.float32 and width >= 128 else 4, "num_stages": 1}
+    if dtype == torch.float32:
+        return {"BLOCKS": max(1, 16 // ratio), "num_warps": 8 if width >= 128 else 4, "num_stages": 1}
+    return {"BLOCKS": max(1, (32 if width >= 256 else 64) // ratio), "num_warps": 4, "num_stages": 1}
 
 
 def select_blocks_fwd(
@@ -260,7 +261,7 @@ def select_blocks_fwd(
     query, key = unit_stride(query), unit_stride(key)
     group = heads // num_kv
     ratio = block_size // compress_size
-    shape = tile_queries(group) | _tiles(query.dtype, width_of(dim), ratio)
+    shape = tile_queries(group, TILE_ROWS) | _tiles(query.dtype, width_of(dim), ratio)
     tiles = triton.cdiv(num_queries, shape["QUERIES"]) * batch * num_kv
     programs = program_count(tiles, query.device)
     row_blocks = triton.cdiv(triton.cdiv(num_keys, block_size), 4) * 4

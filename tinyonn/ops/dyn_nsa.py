@@ -174,6 +174,10 @@ def _forward(
     options = Options(window, temperature, block_size, compress_size, max_blocks, detach_scores, scale)
     tensors = (query, key, value, key_compressed, value_compressed, gates, base, slope)
     match choose_impl(impl, query):
+        case "triton":
+            from . import _triton_dyn_nsa
+
+            return _triton_dyn_nsa.dyn_nsa_forward(*tensors, tau, options, bounds)
         case "torch":
             return dyn_nsa_forward(*tensors, tau, options, bounds)
     raise NotImplementedError
@@ -255,9 +259,13 @@ def _backward(
     bounds = Bounds(cu_seqlens, key_start, key_end)
     options = Options(window, temperature, block_size, compress_size, max_blocks, detach_scores, scale)
     tensors = (query, key, value, key_compressed, value_compressed, gates, base, slope)
+    saved = (lse_compressed, lse_selected, lse_window, indices, counts, bias, selected)
     match choose_impl(impl, query):
+        case "triton":
+            from . import _triton_dyn_nsa
+
+            grads = _triton_dyn_nsa.dyn_nsa_backward(*tensors, tau, *saved, grad_out, grad_soft, options, bounds)
         case "torch":
-            saved = (lse_compressed, lse_selected, lse_window, indices, counts, bias, selected)
             grads = dyn_nsa_backward(*tensors, tau, *saved, grad_out, grad_soft, options, bounds)
         case other:
             raise NotImplementedError(other)
