@@ -390,10 +390,10 @@ def test_a_loaded_model_is_not_a_quantised_one(tmp_path):
     sparse().save_pretrained(tmp_path)
     with poisoned():
         model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert all(number != number for value in statistics(model).values() for number in value.values())
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     assert not getattr(model, "is_quantized", False)
     assert model(token_ids()).logits.isfinite().all()
+    assert all(1 < value["mean_count"] <= 5 for value in statistics(model).values())
     assert model.float()(token_ids()).logits.dtype == torch.float32
     statistics(model, reset=True)
     for _ in range(300):  # more calls than bfloat16 can count
@@ -461,11 +461,14 @@ def test_the_loss_holds_the_budget_training():
 
 def test_no_forward_keeps_its_graph_training():
     model, x = sparse().train(), token_ids(60)
-    seen = []
+    seen: list[Any] = []
     next(cores(model)).register_forward_hook(lambda module, args, out: seen.append(weakref.ref(out.out.grad_fn)))
     model(x, labels=x).loss.backward()
+    model.eval()
+    model(x, labels=x)
+    model(x)
     gc.collect()
-    assert seen[0]() is None
+    assert [graph() for graph in seen] == [None] * 3
 
 
 def test_statistics_have_every_layer():
