@@ -530,6 +530,17 @@ def test_debug_looks_at_the_bounds():
         call(ops.dyn_nsa, GOOD, compress_size=32, key_end=torch.tensor([97], dtype=torch.int32))
 
 
+def test_autocast_changes_nothing():
+    tensors = case(200, dtype=torch.float32)
+    results = []
+    for enabled in (False, True):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = call(ops.dyn_nsa, leaves, compress_size=32).out
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_triton_refuses_float64():
     with pytest.raises(ValueError, match=r"impl='triton' must have float16, bfloat16 or float32 tensors, got torch\.float64"):
         call(ops.dyn_nsa, case(96, compress_size=32), compress_size=32, impl="triton")

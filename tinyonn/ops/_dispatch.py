@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,21 @@ def register_statistic(name: str, function: Callable[..., Any]) -> Callable[...,
     packet = getattr(torch.ops.tinyonn, name)
     operator: Callable[..., Any] = packet.default
     return operator
+
+
+_Rest = ParamSpec("_Rest")
+_Result = TypeVar("_Result")
+
+
+def without_autocast(function: Callable[Concatenate[Tensor, _Rest], _Result]) -> Callable[Concatenate[Tensor, _Rest], _Result]:
+    """Runs a function of tensors, the first of which tells the device, in the precision it chooses itself."""
+
+    @wraps(function)
+    def run(first: Tensor, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return run
 
 
 def check_impl(impl: str) -> None:

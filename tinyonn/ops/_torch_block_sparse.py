@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._dispatch import without_autocast
 from ._torch_nsa import Span, compute_dtype, finite
 
 ROWS_AT_ONCE = 1 << 11  # queries of a block, so that their scores stay in the cache
@@ -57,6 +58,7 @@ def visits_of(indices: Tensor, counts: Tensor, span: Span, block_size: int) -> I
         begin += size
 
 
+@without_autocast
 def block_sparse_forward(
     query: Tensor,
     key: Tensor,
@@ -130,6 +132,7 @@ def _few_rows(
     return torch.matmul(scores.sub_(finite(lse).unsqueeze(-1)).exp_(), v), lse
 
 
+@without_autocast
 def block_sparse_backward(
     query: Tensor,
     key: Tensor,

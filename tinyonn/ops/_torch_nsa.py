@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._dispatch import without_autocast
+
 Z_FLOOR = -20.0
 ROW_ELEMENTS = 1 << 20  # scores of a chunk of queries, all heads: they stay in the cache
 
@@ -172,6 +174,7 @@ def compressed_chunks(span: Span, heads: int, compress_size: int) -> Iterator[Ch
     return chunks_of(span, max(16, min(1024, ROW_ELEMENTS // (heads * most))))
 
 
+@without_autocast
 def compressed_forward(
     query: Tensor, key: Tensor, value: Tensor, spans: list[Span], compress_size: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,6 +201,7 @@ def compressed_forward(
     return out, lse, entropy
 
 
+@without_autocast
 def compressed_backward(
     query: Tensor,
     key: Tensor,
@@ -264,6 +268,7 @@ def window_keys(chunk: Chunk, span: Span, window: int, device: torch.device) -> 
     return low, high, (distance >= 0) & (distance < window)
 
 
+@without_autocast
 def window_forward(query: Tensor, key: Tensor, value: Tensor, spans: list[Span], window: int, scale: float) -> tuple[Tensor, Tensor]:
     """out (B, T, H, D), lse (B, T, H)."""
     heads, num_kv = query.shape[2], key.shape[2]
@@ -289,6 +294,7 @@ def window_forward(query: Tensor, key: Tensor, value: Tensor, spans: list[Span],
     return out, lse
 
 
+@without_autocast
 def window_backward(
     query: Tensor,
     key: Tensor,
@@ -388,6 +394,7 @@ def smallest_step(dtype: torch.dtype) -> float:
     return math.sqrt(torch.finfo(dtype).tiny)
 
 
+@without_autocast
 def select_forward(
     query: Tensor,
     key: Tensor,
@@ -437,6 +444,7 @@ def select_forward(
     return indices, counts, bias, soft_counts, overflow
 
 
+@without_autocast
 def select_backward(
     query: Tensor,
     key: Tensor,
