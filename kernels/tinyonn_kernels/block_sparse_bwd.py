@@ -365,18 +365,21 @@ def invert_lists(indices: Tensor, counts: Tensor, geometry: Geometry, num_keys: 
     return Inverse(entries, tokens, offsets, segments, parts, block_of, segment, num_parts)
 
 
+# Left alone, ptxas sometimes aims at fewer registers than there are, and spills to get there: `maxnreg` says how many there are.
+
+
 def _dq_tiles(dtype: torch.dtype, width: int, rows: int) -> dict[str, int]:
     if dtype == torch.float32:
-        return {"KEYS": 16, "num_warps": 4 if rows * width <= 2048 else 8, "num_stages": 1}
+        return {"KEYS": 16, "num_warps": 4 if rows * width <= 2048 else 8, "num_stages": 1, "maxnreg": 255}
     return {"KEYS": 64 if width <= 64 else 32, "num_warps": 4 if rows * width <= 8192 else 8, "num_stages": 2 if width <= 128 else 1}
 
 
 def _dkv_tiles(dtype: torch.dtype, width: int) -> dict[str, int]:
     if dtype == torch.float32:
-        return {"ROWS": 16, "KEYS": 32, "num_warps": 8 if width >= 128 else 4, "num_stages": 1}
+        return {"ROWS": 16, "KEYS": 32, "num_warps": 8 if width >= 128 else 4, "num_stages": 1, "maxnreg": 255}
     if width >= 256:
         return {"ROWS": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1}
-    return {"ROWS": 32 if width >= 128 else 64, "KEYS": 64, "num_warps": 8 if width >= 128 else 4, "num_stages": 2}
+    return {"ROWS": 32 if width >= 128 else 64, "KEYS": 64, "num_warps": 8, "num_stages": 2, "maxnreg": 255}
 
 
 def block_sparse_attention_dq(
@@ -550,6 +553,7 @@ def block_sparse_attention_dkv(
         KEYS=keys,
         BLOCK_SIZE=block_size,
         num_warps=4,
+        maxnreg=255,
     )
 
 

@@ -263,7 +263,7 @@ def _dkv_tiles(dtype: torch.dtype, width: int) -> dict[str, int]:
         return {"ROWS": 16 if width >= 128 else 32, "KEYS": 32, "num_warps": 8, "num_stages": 1}
     if width >= 256:
         return {"ROWS": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1}
-    return {"ROWS": 32 if width >= 128 else 64, "KEYS": 64, "num_warps": 8 if width >= 128 else 4, "num_stages": 2}
+    return {"ROWS": 32 if width >= 128 else 64, "KEYS": 64, "num_warps": 8, "num_stages": 2, "maxnreg": 255}
 
 
 def interval_attention_dq(
