@@ -1,5 +1,5 @@
 # make demo   scan SmolLM2-135M over two corpora and write a report
-# make test   the whole test suite
+# make test   the test suite                   make test-slow  attention kernels in the interpreter, every architecture
 # make bench  benchmarks on this machine      make gpu  GPU tests and benchmarks
 # make style  ruff and mypy                   make doctor  say what is here and what is missing
 # make clean  remove the environment and build outputs
@@ -18,13 +18,16 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.
 # Python would put the current folder first on sys.path, and kernels/ with it.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test bench gpu style doctor clean
+.PHONY: demo test test-slow bench gpu style doctor clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/tinyonn demo $(DEMO_ARGS)
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(TEST_ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(TEST_ARGS)
+
+test-slow: $(VENV)/.dev
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m slow $(TEST_ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(BENCH_ARGS)

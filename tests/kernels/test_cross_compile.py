@@ -43,8 +43,16 @@ def test_every_jit_function_is_a_kernel_or_used_by_one():
     assert set(functions) == reached
 
 
-@pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")
-@pytest.mark.parametrize("module", WITH_KERNELS)
+# The attention kernels take a minute each; of them the suite compiles one architecture, and `make test-slow` the others.
+QUICK = ("block_norms", "integrate_sps", "token_grad_norms")
+OFFERED = [
+    pytest.param(module, arch, id=f"{module}-sm_{arch}", marks=[] if module in QUICK or arch == 90 else [pytest.mark.slow])
+    for module in WITH_KERNELS
+    for arch in ARCHS
+]
+
+
+@pytest.mark.parametrize(("module", "arch"), OFFERED)
 def test_offered_configurations_fit(module, arch, tmp_path):
     usages = usages_of(f"tinyonn_kernels.{module}", arch, tmp_path)
     for usage in usages:

@@ -164,6 +164,7 @@ def test_window_and_compressed_match_the_oracle(shape):
     check_compressed(tensors, {}, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", list(BOUNDS))
 def test_window_and_compressed_within_bounds(bounds):
     tensors, where = bounded(bounds)
@@ -215,11 +216,13 @@ def test_block_sparse_matches_the_oracle(shape):
     check_block_sparse(case(**SHAPES[shape]), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", list(BOUNDS))
 def test_block_sparse_within_bounds(bounds):
     check_block_sparse(*bounded(bounds), block_size=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [16, 128])
 def test_block_sparse_at_any_block_size(block_size):
     check_block_sparse(case(140), {}, block_size, biased=False)
@@ -272,12 +275,14 @@ def check_select(
     return found[1][2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [name for name in SHAPES if name != "T1"])
 @pytest.mark.parametrize("compress_size", [16, 32])
 def test_selection_matches_the_oracle(shape, compress_size):
     check_select(case(**{**SHAPES[shape], "compress_size": compress_size}), {}, compress_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", list(BOUNDS))
 def test_selection_within_bounds(bounds):
     check_select(*bounded(bounds), 16)
@@ -339,25 +344,30 @@ def check_whole(tensors: dict[str, Tensor], bounds: dict[str, Tensor], dtype: to
         assert rest[0]["overflow"].item() == pytest.approx(rest[1]["overflow"].item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_the_whole_matches_the_oracle(shape):
     check_whole(case(**{**SHAPES[shape], "compress_size": 16}), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", list(BOUNDS))
 def test_the_whole_within_bounds(bounds):
     check_whole(*bounded(bounds))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"detach_scores": True}, {"max_blocks": 3}, {"compress_size": 32}], ids=str)
 def test_the_whole_with_options(options):
     check_whole(case(compress_size=options.get("compress_size", 16)), {}, **options)
 
 
+@pytest.mark.slow
 def test_the_whole_in_half_precision():
     check_whole(case(100, dim=100, compress_size=16, sharpness=1.0), {}, HALF, temperature=2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=dtype_id)
 def test_chunks_of_tokens_change_nothing(dtype, monkeypatch):
     from tinyonn.ops import _triton_dyn_nsa
@@ -425,6 +435,7 @@ def test_peak_memory_at_64k_tokens(packed, monkeypatch):
     assert allocations.peak > unit  # it counts
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits():
     tensors = {name: x.to(DEVICE) for name, x in case(70, compress_size=16).items()}
     grads = []
@@ -435,6 +446,7 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.slow
 def test_opcheck():
     tensors = case(40, compress_size=16)
     leaves = [tensors[name].to(DEVICE).requires_grad_() for name in INPUTS]
@@ -442,6 +454,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, None, *options))
 
 
+@pytest.mark.slow
 def test_strided_inputs_are_read_in_place():
     """Heads before tokens, as projections of other libraries leave them, and features that are not adjacent."""
     tensors = case(70)
