@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     if "triton" in sys.modules:
         raise RuntimeError("triton must not be imported before tests/conftest.py sets TRITON_INTERPRET, got it in sys.modules.")
     os.environ["TRITON_INTERPRET"] = "1"
+    sys.modules["fla"] = None  # type: ignore[assignment]  # transformers calls its kernels wherever it is installed, GPU or not
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
