@@ -140,7 +140,9 @@ MSCAN_AVX2 PlaneScan scan_few_rows_avx2(const float* plane, size_t rows, size_t 
   for (size_t i = 0; i < spans.size(); ++i) {
     SpanSums sums;
     sums.shift = first_finite(plane, rows, columns, spans[i]);
-    avx2::scan_span(plane, rows, columns, spans[i], sums, extremes);
+    if (!avx2::scan_positive_span(plane, rows, columns, spans[i], sums, extremes)) {
+      avx2::scan_span(plane, rows, columns, spans[i], sums, extremes);
+    }
     scan.missing += sums.missing;
     totals[i * stride].merge(moments_of(sums, rows * spans[i].blocks));
   }
@@ -247,7 +249,10 @@ void encode_log2u16(const float* values, size_t count, PlaneRange range, uint16_
   const Steps steps(range);
   size_t i = 0;
 #if defined(__x86_64__)
-  if (codec_is_vectorised()) i = avx2::encode(values, count, steps, codes);
+  if (count >= 32 && codec_is_vectorised()) {
+    avx2::encode(values, count, steps, codes);
+    i = count;
+  }
 #endif
   for (; i < count; ++i) codes[i] = encode_one(values[i], steps);
 }

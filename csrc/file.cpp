@@ -19,8 +19,8 @@ namespace mscan {
 namespace {
 
 constexpr uint64_t kLargestWrite = 1ull << 30;  // Linux moves at most 2^31 − 4096 bytes a call
-constexpr uint64_t kReserve = 64ull << 20;       // blocks asked for at a time
-constexpr uint64_t kReservingWrite = 1ull << 20; // by writes of at least this size
+constexpr uint64_t kReserve = 64ull << 20;       // blocks asked for at a time, at most
+constexpr uint64_t kReservingSize = 1ull << 20;  // by writes, or in files, of at least this size
 
 [[noreturn]] void fail(const std::string& what, int error) { throw Fault(what + " failed: " + std::strerror(error) + "."); }
 
@@ -111,12 +111,14 @@ void OutputFile::close() {
   fd_ = -1;
 }
 
-// Asks ext4 for blocks in large steps: a large append is then written 1.5 times as fast, since none has to be set aside for each. The
-// file's size does not change. Other file systems do this by themselves or, like tmpfs, would do more than is asked.
+// Asks ext4 for blocks in large steps: a large append is then written 1.5 times as fast, one of 10 kB 1.2 times, since none has to be
+// set aside for each. The file's size does not change. Other file systems do this by themselves or, like tmpfs, would do more than is
+// asked.
 void OutputFile::reserve(uint64_t offset, uint64_t size) {
 #if defined(__linux__)
-  if (!reserves_ || offset + size <= reserved_) return;
-  const uint64_t begin = std::max(offset, reserved_), length = size + kReserve;
+  if (!reserves_ || offset + size <= reserved_ || std::max(offset, size) < kReservingSize) return;
+  const uint64_t step = size < kReservingSize ? std::min(kReserve, offset / 4) : kReserve;  // small appends: in proportion to the file
+  const uint64_t begin = std::max(offset, reserved_), length = size + step;
   reserves_ = ::fallocate(fd_, FALLOC_FL_KEEP_SIZE, static_cast<off_t>(begin), static_cast<off_t>(length)) == 0;
   reserved_ = begin + length;  // where the disk was too full, a part may be reserved all the same
 #else
@@ -133,7 +135,7 @@ uint64_t OutputFile::size() const {
 void OutputFile::write(const void* data, uint64_t size, uint64_t offset) {
   require_owner();
   const auto* p = static_cast<const uint8_t*>(data);
-  if (size >= kReservingWrite) reserve(offset, size);
+  reserve(offset, size);
   while (size > 0) {
     const ssize_t done = ::pwrite(fd_, p, std::min(size, kLargestWrite), static_cast<off_t>(offset));
     if (done < 0) {

@@ -110,6 +110,26 @@ def test_both_forms_give_the_same_codes(spread: float) -> None:
     assert vector[1:] == plain[1:]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3])
+@pytest.mark.parametrize("count", [31, 32, 33, 63, 64, 65, 2430])
+def test_both_forms_agree_beside_special_values(count: int, share: float) -> None:
+    """The vector form takes 32 values at once, the last ones twice, and looks at each only where one is special."""
+    if not _C.codec_is_vectorised():
+        pytest.skip("this machine has no AVX2")
+    rng = np.random.default_rng(count)
+    values = np.exp(rng.normal(-2, 3, count)).astype(np.float32)
+    special = rng.random(count) < share
+    values[special] = rng.choice(np.array([0.0, -0.0, np.nan, np.inf, DENORMAL, 99 * DENORMAL], np.float32), special.sum())
+    vector = _C.encode_log2u16(values)
+    _C.force_plain_codec(True)
+    try:
+        plain = _C.encode_log2u16(values)
+    finally:
+        _C.force_plain_codec(False)
+    np.testing.assert_array_equal(vector[0], plain[0])
+    assert vector[1:] == plain[1:]
+
+
 def test_log2u16_rounds_to_the_nearest_step(form: str) -> None:
     values = np.exp2(np.random.default_rng(1).uniform(-10, 10, 50_003)).astype(np.float32)
     codes, lo, hi = _C.encode_log2u16(values)

@@ -80,6 +80,34 @@ def test_stats_equal_float64(tmp_path: Path, codec: str, tokens: int) -> None:
         check_stats(reader, records, 1e-12 if codec == "f32" else 5e-4)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 4])
+@pytest.mark.parametrize("special", [None, 0.0, np.inf, np.nan], ids=str)
+def test_stats_of_rows_with_one_special_value_at_most(tmp_path: Path, tokens: int, special: float | None) -> None:
+    rng = np.random.default_rng(7)
+    records = []
+    for block in range(BLOCKS):
+        planes = rng.lognormal(2, 1.5, (2, tokens, BLOCKS)).astype(np.float32)
+        if special is not None:
+            planes[:, tokens - 1, block] = special
+        records.append(SequenceRecord(str(block), np.arange(tokens), np.ones(tokens), *planes))
+    with MscanWriter(tmp_path / "a.mscan", {}, LAYOUT) as writer:
+        for record in records:
+            writer.append(record)
+    with MscanReader(tmp_path / "a.mscan") as reader:
+        check_stats(reader, records, 1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4])
+def test_a_negative_norm_is_refused_wherever_it_stands(tmp_path: Path, tokens: int) -> None:
+    with MscanWriter(tmp_path / "a.mscan", {}, LAYOUT) as writer:
+        for block in range(BLOCKS):
+            planes = np.ones((2, tokens, BLOCKS), np.float32)
+            planes[block % 2, tokens - 1, block] = -1e-3
+            with pytest.raises(InputError, match="must not be negative"):
+                writer.append(SequenceRecord("s", np.arange(tokens), np.ones(tokens), *planes))
+        assert len(writer) == 0
+
+
 def test_a_constant_has_mean_itself_and_no_deviation(tmp_path: Path) -> None:
     planes = np.full((2, 301, BLOCKS), 1234.567, np.float32)
     with MscanWriter(tmp_path / "a.mscan", {}, LAYOUT) as writer:
