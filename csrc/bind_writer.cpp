@@ -1,5 +1,6 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 
 #include "bindings.hpp"
@@ -36,15 +37,11 @@ std::string shape_of(const py::array& array) {
 }
 
 void require_shape(const py::array& array, const char* name, std::initializer_list<uint64_t> shape) {
-  bool same = array.ndim() == static_cast<py::ssize_t>(shape.size());
-  std::string wanted = "(";
-  py::ssize_t i = 0;
-  for (const uint64_t size : shape) {
-    wanted += (i > 0 ? ", " : "") + std::to_string(size);
-    same = same && static_cast<uint64_t>(array.shape(i)) == size;
-    ++i;
-  }
-  if (!same) throw InputFault(std::string(name) + " must have shape " + wanted + "), got " + shape_of(array) + ".");
+  const auto same = [](uint64_t wanted, py::ssize_t got) { return wanted == static_cast<uint64_t>(got); };
+  if (std::equal(shape.begin(), shape.end(), array.shape(), array.shape() + array.ndim(), same)) return;
+  std::string wanted;
+  for (const uint64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
+  throw InputFault(std::string(name) + " must have shape (" + wanted + "), got " + shape_of(array) + ".");
 }
 
 py::array_t<int64_t, kExact> token_ids_of(const py::object& value) {

@@ -63,8 +63,8 @@ uint16_t encode_one(float value, const Steps& steps) {
   const int32_t exponent = (offset >> 23) - steps.exponent - (tiny ? kDenormalExponent : 0);
   const float f = float_of(static_cast<uint32_t>((offset & 0x7FFFFF) + kSqrtHalf)) - 1.0f;
   float p = kLog2[9];
-  for (int i = 8; i >= 0; --i) p = p * f + kLog2[i];
-  const float fraction = p * f - steps.fraction;
+  for (int i = 8; i >= 0; --i) p = std::fma(p, f, kLog2[i]);
+  const float fraction = std::fma(p, f, -steps.fraction);
   float k = (static_cast<float>(exponent) + fraction) * steps.scale;
   k = std::min(std::max(k, 0.0f), 65532.0f);
   return static_cast<uint16_t>(static_cast<int32_t>(k + 0.5f) + 1);
@@ -183,7 +183,7 @@ void ColumnSums::reset(size_t columns) {
 
 bool codec_is_vectorised() {
 #if defined(__x86_64__)
-  static const bool available = __builtin_cpu_supports("avx2");
+  static const bool available = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return available && !plain_only.load(std::memory_order_relaxed);
 #else
   return false;

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .._debug import debug_enabled
-from ._dispatch import check_float, check_same_device
+from ._dispatch import check_float, check_same_device, choose_impl
 
 COMPRESS_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 256
+MAX_TRITON_FLOAT32_DIM = 128  # rows of queries, keys and gradients of more do not fit shared memory
 
 
 class Bounds(NamedTuple):
@@ -24,6 +25,19 @@ class Bounds(NamedTuple):
     cu_seqlens: Tensor | None = None
     key_start: Tensor | None = None
     key_end: Tensor | None = None
+
+
+def choose_nsa_impl(impl: str, query: Tensor) -> str:
+    """`choose_impl`, where `auto` leaves to torch what the kernels do not take."""
+    wide = query.dtype == torch.float32 and query.shape[-1] > MAX_TRITON_FLOAT32_DIM
+    if wide and impl == "auto":
+        return "torch"
+    if wide and impl == "triton":
+        raise ValueError(
+            f"query must have at most {MAX_TRITON_FLOAT32_DIM} dimensions a head in float32 with impl='triton', got {query.shape[-1]}: "
+            "use float16 or bfloat16 (to 256), or impl='torch'."
+        )
+    return choose_impl(impl, query)
 
 
 def check_query(query: Tensor) -> None:

@@ -20,12 +20,11 @@ from ._torch_nsa import (
     compressed_backward,
     compressed_forward,
     compute_dtype,
-    select_backward,
-    select_forward,
     spans_of,
     window_backward,
     window_forward,
 )
+from ._torch_select import select_backward, select_forward
 
 if TYPE_CHECKING:
     from .dyn_nsa import Options

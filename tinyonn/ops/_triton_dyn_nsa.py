@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._nsa import Bounds
-from ._triton_nsa import check_triton, empty_lists
+from ._triton_nsa import empty_lists
 
 if TYPE_CHECKING:
     from .dyn_nsa import Options
@@ -56,7 +56,6 @@ def dyn_nsa_forward(
     from tinyonn_kernels.interval_attention_fwd import interval_attention_fwd
     from tinyonn_kernels.select_blocks_fwd import select_blocks_fwd
 
-    check_triton(query)
     window, temperature, block_size, compress_size, max_blocks, _, scale = options
     num_keys, num_kv = key.shape[1:3]
     window = min(window, num_keys)

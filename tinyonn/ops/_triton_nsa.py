@@ -7,17 +7,6 @@ from torch import Tensor
 
 from ._nsa import Bounds
 
-MAX_FLOAT32_DIM = 128
-
-
-def check_triton(query: Tensor) -> None:
-    """What the kernels do not take."""
-    if query.dtype == torch.float32 and query.shape[-1] > MAX_FLOAT32_DIM:
-        raise ValueError(
-            f"query must have at most {MAX_FLOAT32_DIM} dimensions a head in float32 with impl='triton', got {query.shape[-1]}: "
-            "use float16 or bfloat16 (to 256), or impl='torch'."
-        )
-
 
 def compressed_forward(
     query: Tensor, key: Tensor, value: Tensor, compress_size: int, num_keys: int, scale: float, bounds: Bounds
@@ -26,7 +15,6 @@ def compressed_forward(
     from tinyonn_kernels._nsa import geometry_of
     from tinyonn_kernels.interval_attention_fwd import interval_attention_fwd
 
-    check_triton(query)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse, entropy = _statistics(query), _statistics(query)
     geometry = geometry_of(query, num_keys, *bounds)
@@ -57,7 +45,6 @@ def window_forward(query: Tensor, key: Tensor, value: Tensor, window: int, scale
     from tinyonn_kernels._nsa import geometry_of
     from tinyonn_kernels.interval_attention_fwd import interval_attention_fwd
 
-    check_triton(query)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = _statistics(query)
     geometry = geometry_of(query, key.shape[1], *bounds)
@@ -89,7 +76,6 @@ def block_sparse_forward(
     from tinyonn_kernels._nsa import geometry_of
     from tinyonn_kernels.block_sparse_fwd import block_sparse_attention_fwd
 
-    check_triton(query)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = _statistics(query)
     geometry = geometry_of(query, key.shape[1], *bounds)
@@ -145,7 +131,6 @@ def select_forward(
     from tinyonn_kernels._nsa import geometry_of
     from tinyonn_kernels.select_blocks_fwd import select_blocks_fwd
 
-    check_triton(query)
     geometry = geometry_of(query, num_keys, *bounds)
     indices, counts, bias, soft_counts = empty_lists(query, key.shape[2], max_blocks)
     lists = (indices, counts, bias, soft_counts)

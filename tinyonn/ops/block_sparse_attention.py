@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import reference
 from .._debug import debug_enabled
-from ._dispatch import check_impl, check_same_device, choose_impl, statistics_dtype
-from ._nsa import Bounds, check_bound_values, check_bounds, check_keys, check_query, check_shape, check_sizes, scale_of
+from ._dispatch import check_impl, check_same_device, statistics_dtype
+from ._nsa import Bounds, check_bound_values, check_bounds, check_keys, check_query, check_shape, check_sizes, choose_nsa_impl, scale_of
 from ._torch_block_sparse import block_sparse_backward, block_sparse_forward
 from ._torch_nsa import spans_of
 
@@ -111,15 +111,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     bounds = Bounds(cu_seqlens, key_start, key_end)
     _check_values(indices, counts, key.shape[1], block_size, bounds)
-    match choose_impl(impl, query):
-        case "triton":
-            from . import _triton_nsa
+    if choose_nsa_impl(impl, query) == "triton":
+        from . import _triton_nsa
 
-            return _triton_nsa.block_sparse_forward(query, key, value, indices, counts, bias, block_size, scale, bounds)
-        case "torch":
-            spans = spans_of(query, key.shape[1], block_size, *bounds)
-            return block_sparse_forward(query, key, value, indices, counts, bias, spans, block_size, scale)
-    raise NotImplementedError
+        return _triton_nsa.block_sparse_forward(query, key, value, indices, counts, bias, block_size, scale, bounds)
+    spans = spans_of(query, key.shape[1], block_size, *bounds)
+    return block_sparse_forward(query, key, value, indices, counts, bias, spans, block_size, scale)
 
 
 @_forward.register_fake
@@ -147,20 +144,15 @@ def _backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bounds = Bounds(cu_seqlens, key_start, key_end)
-    match choose_impl(impl, query):
-        case "triton":
-            from . import _triton_nsa
+    if choose_nsa_impl(impl, query) == "triton":
+        from . import _triton_nsa
 
-            tensors = (query, key, value, indices, counts, bias, out, lse, grad_out, grad_lse)
-            grads = _triton_nsa.block_sparse_backward(*tensors, block_size, scale, bounds)
-        case "torch":
-            spans = spans_of(query, key.shape[1], block_size, *bounds)
-            product = (out.to(lse.dtype) * grad_out).sum(-1)
-            grads = block_sparse_backward(
-                query, key, value, indices, counts, bias, lse, product, grad_out, grad_lse, spans, block_size, scale
-            )
-        case other:
-            raise NotImplementedError(other)
+        tensors = (query, key, value, indices, counts, bias, out, lse, grad_out, grad_lse)
+        grads = _triton_nsa.block_sparse_backward(*tensors, block_size, scale, bounds)
+    else:
+        spans = spans_of(query, key.shape[1], block_size, *bounds)
+        product = (out.to(lse.dtype) * grad_out).sum(-1)
+        grads = block_sparse_backward(query, key, value, indices, counts, bias, lse, product, grad_out, grad_lse, spans, block_size, scale)
     grad_query, grad_key, grad_value, *grad_bias = (
         grad.to(x.dtype) for grad, x in zip(grads, (query, key, value, bias), strict=False) if grad is not None and x is not None
     )

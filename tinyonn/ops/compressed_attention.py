@@ -8,8 +8,18 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import check_impl, choose_impl, statistics_dtype
-from ._nsa import Bounds, check_bound_values, check_bounds, check_compressed, check_keys, check_query, check_sizes, scale_of
+from ._dispatch import check_impl, statistics_dtype
+from ._nsa import (
+    Bounds,
+    check_bound_values,
+    check_bounds,
+    check_compressed,
+    check_keys,
+    check_query,
+    check_sizes,
+    choose_nsa_impl,
+    scale_of,
+)
 from ._torch_nsa import compressed_backward, compressed_forward, spans_of
 
 
@@ -94,14 +104,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     bounds = Bounds(cu_seqlens, key_start, key_end)
     check_bound_values(num_keys, bounds)
-    match choose_impl(impl, query):
-        case "triton":
-            from . import _triton_nsa
+    if choose_nsa_impl(impl, query) == "triton":
+        from . import _triton_nsa
 
-            return _triton_nsa.compressed_forward(query, key, value, compress_size, num_keys, scale, bounds)
-        case "torch":
-            return compressed_forward(query, key, value, spans_of(query, num_keys, compress_size, *bounds), compress_size, scale)
-    raise NotImplementedError
+        return _triton_nsa.compressed_forward(query, key, value, compress_size, num_keys, scale, bounds)
+    return compressed_forward(query, key, value, spans_of(query, num_keys, compress_size, *bounds), compress_size, scale)
 
 
 @_forward.register_fake
@@ -139,17 +146,14 @@ def _backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     bounds = Bounds(cu_seqlens, key_start, key_end)
-    match choose_impl(impl, query):
-        case "triton":
-            from . import _triton_nsa
+    if choose_nsa_impl(impl, query) == "triton":
+        from . import _triton_nsa
 
-            options = (compress_size, num_keys, scale, bounds)
-            grads = _triton_nsa.compressed_backward(query, key, value, lse, grad_out, grad_lse, *options)
-        case "torch":
-            spans = spans_of(query, num_keys, compress_size, *bounds)
-            grads = compressed_backward(query, key, value, lse, grad_out, None, grad_lse, spans, compress_size, scale)[:3]
-        case other:
-            raise NotImplementedError(other)
+        options = (compress_size, num_keys, scale, bounds)
+        grads = _triton_nsa.compressed_backward(query, key, value, lse, grad_out, grad_lse, *options)
+    else:
+        spans = spans_of(query, num_keys, compress_size, *bounds)
+        grads = compressed_backward(query, key, value, lse, grad_out, None, grad_lse, spans, compress_size, scale)[:3]
     grad_query, grad_key, grad_value = (grad.to(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True))
     return grad_query, grad_key, grad_value
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import check_impl, choose_impl, statistics_dtype
+from ._dispatch import check_impl, statistics_dtype
 from ._nsa import (
     Bounds,
     check_bound_values,
@@ -21,6 +21,7 @@ from ._nsa import (
     check_shape,
     check_sizes,
     check_window,
+    choose_nsa_impl,
     scale_of,
 )
 from ._torch_dyn_nsa import dyn_nsa_backward, dyn_nsa_forward
@@ -173,14 +174,11 @@ def _forward(
     check_bound_values(key.shape[1], bounds)
     options = Options(window, temperature, block_size, compress_size, max_blocks, detach_scores, scale)
     tensors = (query, key, value, key_compressed, value_compressed, gates, base, slope)
-    match choose_impl(impl, query):
-        case "triton":
-            from . import _triton_dyn_nsa
+    if choose_nsa_impl(impl, query) == "triton":
+        from . import _triton_dyn_nsa
 
-            return _triton_dyn_nsa.dyn_nsa_forward(*tensors, tau, options, bounds)
-        case "torch":
-            return dyn_nsa_forward(*tensors, tau, options, bounds)
-    raise NotImplementedError
+        return _triton_dyn_nsa.dyn_nsa_forward(*tensors, tau, options, bounds)
+    return dyn_nsa_forward(*tensors, tau, options, bounds)
 
 
 @_forward.register_fake
@@ -260,15 +258,12 @@ def _backward(
     options = Options(window, temperature, block_size, compress_size, max_blocks, detach_scores, scale)
     tensors = (query, key, value, key_compressed, value_compressed, gates, base, slope)
     saved = (lse_compressed, lse_selected, lse_window, indices, counts, bias, selected)
-    match choose_impl(impl, query):
-        case "triton":
-            from . import _triton_dyn_nsa
+    if choose_nsa_impl(impl, query) == "triton":
+        from . import _triton_dyn_nsa
 
-            grads = _triton_dyn_nsa.dyn_nsa_backward(*tensors, tau, *saved, grad_out, grad_soft, options, bounds)
-        case "torch":
-            grads = dyn_nsa_backward(*tensors, tau, *saved, grad_out, grad_soft, options, bounds)
-        case other:
-            raise NotImplementedError(other)
+        grads = _triton_dyn_nsa.dyn_nsa_backward(*tensors, tau, *saved, grad_out, grad_soft, options, bounds)
+    else:
+        grads = dyn_nsa_backward(*tensors, tau, *saved, grad_out, grad_soft, options, bounds)
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, tensors, strict=True))  # type: ignore[return-value]
 
 

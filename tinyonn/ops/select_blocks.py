@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import check_impl, choose_impl, statistics_dtype
+from ._dispatch import check_impl, statistics_dtype
 from ._nsa import (
     Bounds,
     check_bound_values,
@@ -20,9 +20,11 @@ from ._nsa import (
     check_query,
     check_shape,
     check_sizes,
+    choose_nsa_impl,
     scale_of,
 )
-from ._torch_nsa import select_backward, select_forward, spans_of
+from ._torch_nsa import spans_of
+from ._torch_select import select_backward, select_forward
 
 
 class BlockSelection(NamedTuple):
@@ -139,16 +141,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     bounds = Bounds(cu_seqlens, key_start, key_end)
     check_bound_values(num_keys, bounds)
-    match choose_impl(impl, query):
-        case "triton":
-            from . import _triton_nsa
+    if choose_nsa_impl(impl, query) == "triton":
+        from . import _triton_nsa
 
-            options = (temperature, block_size, compress_size, max_blocks, num_keys, scale, bounds)
-            return _triton_nsa.select_forward(query, key, lse, threshold, *options)
-        case "torch":
-            spans = spans_of(query, num_keys, compress_size, *bounds)
-            return select_forward(query, key, lse, threshold, spans, temperature, block_size, compress_size, max_blocks, scale)
-    raise NotImplementedError
+        options = (temperature, block_size, compress_size, max_blocks, num_keys, scale, bounds)
+        return _triton_nsa.select_forward(query, key, lse, threshold, *options)
+    spans = spans_of(query, num_keys, compress_size, *bounds)
+    return select_forward(query, key, lse, threshold, spans, temperature, block_size, compress_size, max_blocks, scale)
 
 
 @_forward.register_fake
@@ -203,33 +202,30 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bounds = Bounds(cu_seqlens, key_start, key_end)
     inputs = (query, key, lse, threshold)
-    match choose_impl(impl, query):
-        case "triton":
-            from . import _triton_nsa
+    if choose_nsa_impl(impl, query) == "triton":
+        from . import _triton_nsa
 
-            tensors = (query, key, lse, threshold, indices, counts, grad_bias, grad_soft)
-            grads = list(_triton_nsa.select_backward(*tensors, temperature, block_size, compress_size, num_keys, scale, bounds))
-        case "torch":
-            spans = spans_of(query, num_keys, compress_size, *bounds)
-            grad_threshold, *others = select_backward(
-                query,
-                key,
-                lse,
-                threshold,
-                indices,
-                counts,
-                grad_bias,
-                grad_soft,
-                spans,
-                temperature,
-                block_size,
-                compress_size,
-                scale,
-                True,
-            )
-            grads = [grad for grad in (*others, grad_threshold) if grad is not None]
-        case other:
-            raise NotImplementedError(other)
+        tensors = (query, key, lse, threshold, indices, counts, grad_bias, grad_soft)
+        grads = list(_triton_nsa.select_backward(*tensors, temperature, block_size, compress_size, num_keys, scale, bounds))
+    else:
+        spans = spans_of(query, num_keys, compress_size, *bounds)
+        grad_threshold, *others = select_backward(
+            query,
+            key,
+            lse,
+            threshold,
+            indices,
+            counts,
+            grad_bias,
+            grad_soft,
+            spans,
+            temperature,
+            block_size,
+            compress_size,
+            scale,
+            True,
+        )
+        grads = [grad for grad in (*others, grad_threshold) if grad is not None]
     grad_query, grad_key, grad_lse, grad_threshold = (grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
     return grad_query, grad_key, grad_lse, grad_threshold
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import check_impl, choose_impl, statistics_dtype
-from ._nsa import Bounds, check_bound_values, check_bounds, check_keys, check_query, check_window, scale_of
+from ._dispatch import check_impl, statistics_dtype
+from ._nsa import Bounds, check_bound_values, check_bounds, check_keys, check_query, check_window, choose_nsa_impl, scale_of
 from ._torch_nsa import spans_of, window_backward, window_forward
 
 
@@ -70,14 +70,11 @@ def _forward(
     """out, and lse for the backward."""
     bounds = Bounds(cu_seqlens, key_start, key_end)
     check_bound_values(key.shape[1], bounds)
-    match choose_impl(impl, query):
-        case "triton":
-            from . import _triton_nsa
+    if choose_nsa_impl(impl, query) == "triton":
+        from . import _triton_nsa
 
-            return _triton_nsa.window_forward(query, key, value, window, scale, bounds)
-        case "torch":
-            return window_forward(query, key, value, spans_of(query, key.shape[1], 1, *bounds), window, scale)
-    raise NotImplementedError
+        return _triton_nsa.window_forward(query, key, value, window, scale, bounds)
+    return window_forward(query, key, value, spans_of(query, key.shape[1], 1, *bounds), window, scale)
 
 
 @_forward.register_fake
@@ -102,16 +99,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     bounds = Bounds(cu_seqlens, key_start, key_end)
     inputs = (query, key, value)
-    match choose_impl(impl, query):
-        case "triton":
-            from . import _triton_nsa
+    if choose_nsa_impl(impl, query) == "triton":
+        from . import _triton_nsa
 
-            grads = _triton_nsa.window_backward(query, key, value, lse, grad_out, window, scale, bounds)
-        case "torch":
-            spans = spans_of(query, key.shape[1], 1, *bounds)
-            grads = window_backward(query, key, value, lse, grad_out, None, None, spans, window, scale)[:3]
-        case other:
-            raise NotImplementedError(other)
+        grads = _triton_nsa.window_backward(query, key, value, lse, grad_out, window, scale, bounds)
+    else:
+        spans = spans_of(query, key.shape[1], 1, *bounds)
+        grads = window_backward(query, key, value, lse, grad_out, None, None, spans, window, scale)[:3]
     grad_query, grad_key, grad_value = (grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
     return grad_query, grad_key, grad_value
 
