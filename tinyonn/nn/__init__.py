@@ -1,7 +1,9 @@
 """Modules over the ops."""
 
 from .block_compression import BlockCompression
-from .dyn_nsa import OPEN, DynNSAAttention, DynNSAAttentionOutput, DynNSACache, DynNSACore, DynNSAOptions, budget_loss, normalised_entropy
+from .checkpointing import keep_selection
+from .dyn_nsa import OPEN, DynNSACache, DynNSACore, DynNSAOptions, budget_loss, normalised_entropy
+from .dyn_nsa_attention import DynNSAAttention, DynNSAAttentionOutput
 
 __all__ = [
     "OPEN",
@@ -12,5 +14,6 @@ __all__ = [
     "DynNSACore",
     "DynNSAOptions",
     "budget_loss",
+    "keep_selection",
     "normalised_entropy",
 ]

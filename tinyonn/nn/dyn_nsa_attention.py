@@ -1,0 +1,150 @@
+"""DynNSA as a whole attention layer: projections, rotary embedding, what it learns, cache.
+
+B batch, T queries, H query heads, K key/value heads, D head dim
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .dyn_nsa import DynNSACache, DynNSACore, DynNSAOptions
+
+
+class DynNSAAttentionOutput(NamedTuple):
+    """What `DynNSAAttention` gives.
+
+    Attributes:
+        out: (B, T, hidden_size).
+        budget_loss: 0-d; 0 where budget_weight is.
+        counts: (B, T, K) int32, key blocks that the selected branch read.
+        tau: (B, T, K), the uncertainty that thresholds were made of.
+        overflow: 0-d, share of rows for which more than max_blocks passed.
+        soft_counts: (B, T, K).
+    """
+
+    out: Tensor
+    budget_loss: Tensor
+    counts: Tensor
+    tau: Tensor
+    overflow: Tensor
+    soft_counts: Tensor
+
+
+class DynNSAAttention(nn.Module):
+    """Causal self-attention with a learnable, uncertainty-driven number of key blocks.
+
+    Projections, rotary embedding, compression, branch gates (from the query before rotation), thresholds per key/value head.
+
+    Args:
+        hidden_size: features in and out.
+        num_heads: H.
+        num_kv_heads: K, dividing H; None for H.
+        head_dim: D, even; None for hidden_size / H.
+        bias: of the projections.
+        rope_theta: base of the rotary embedding's wavelengths.
+        options: see `DynNSAOptions`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        bias: bool = False,
+        rope_theta: float = 10000.0,
+        options: DynNSAOptions | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads}.")
+        if head_dim is None:
+            if hidden_size % num_heads:
+                raise ValueError(f"hidden_size must be a multiple of num_heads {num_heads}, got {hidden_size}.")
+            head_dim = hidden_size // num_heads
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {head_dim}.")
+        self.head_dim, self.rope_theta = head_dim, rope_theta
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.core = DynNSACore(num_heads, num_kv_heads, head_dim, options)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        cache: DynNSACache | None = None,
+        tau: Tensor | float | None = None,
+        key_start: Tensor | None = None,
+        key_end: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> DynNSAAttentionOutput:
+        """Attends to the tokens given and to those in the cache.
+
+        Args:
+            hidden_states: (B, T, hidden_size).
+            position_ids: (B, T) or (1, T); None to count from where a row or packed sequence begins.
+            cache: taken from and added to, without gradients to what it holds; it carries key_start.
+            tau: (), (B,), (B, T) or (B, T, K) in [0, 1]; None for that of `tau_source`.
+            key_start, key_end: (B,) int32, where each row's padding ends and begins again.
+            cu_seqlens: (sequences + 1,) int32, sequences packed in one row.
+
+        Raises:
+            TypeError, ValueError: see `ops.dyn_nsa`; key_start, key_end or cu_seqlens beside a cache.
+        """
+        if cache is not None:
+            if any(bound is not None for bound in (key_start, key_end, cu_seqlens)):
+                raise ValueError("key_start, key_end and cu_seqlens must be None beside a cache, which carries key_start.")
+            key_start = cache.key_start
+        before = 0 if cache is None else cache.length
+        query, key, value = (
+            proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # fmt: skip
+        gates = self.core.gates(query)
+        if position_ids is None:
+            position_ids = _positions(hidden_states, before, key_start, cu_seqlens)
+        turn = self._rotation(position_ids, query.dtype)
+        query, key = _rotate(query, turn), _rotate(key, turn)
+        compressed: tuple[Tensor | None, Tensor | None] = (None, None)
+        if cache is not None:
+            key, value, *rest = cache.append(self.core, key, value)
+            compressed = (rest[0], rest[1])
+        tau = self.core.tau_of(tau, query, decoding=before > 0)
+        result = self.core(
+            query, key, value, gates, key_compressed=compressed[0], value_compressed=compressed[1], tau=tau, key_start=key_start,
+            key_end=key_end, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        self.core.record(result, gates)
+        loss = self.core.budget_loss(result)
+        out = self.o_proj(result.out.flatten(2))
+        return DynNSAAttentionOutput(out, loss, result.counts, result.tau, result.overflow, result.soft_counts)
+
+    def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # Not a buffer: half precision would spoil the angles of far positions.
+        wide = torch.promote_types(dtype, torch.float32)
+        pair = torch.arange(0, self.head_dim, 2, device=position_ids.device, dtype=wide)
+        angle = position_ids[..., None, None] * self.rope_theta ** (-pair / self.head_dim)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _positions(x: Tensor, before: int, key_start: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """(1 or B, T) place of each token in its sequence."""
+    place = torch.arange(before, before + x.shape[1], device=x.device)[None]
+    if cu_seqlens is not None:
+        return place - cu_seqlens[torch.searchsorted(cu_seqlens, place.int(), right=True) - 1]
+    return place if key_start is None else (place - key_start[:, None]).clamp(min=0)
+
+
+def _rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns features i and i + D/2 of (B, T, heads, D) as a pair."""
+    cos, sin = turn
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
