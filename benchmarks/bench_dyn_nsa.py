@@ -246,9 +246,10 @@ def test_whole_module(compare, device, tokens):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("tokens", [8192, 32768, 65536])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
-def test_long_on_the_gpu(compare, tokens, backward):
+@pytest.mark.parametrize("choices", ["random", "clustered"])
+def test_long_on_the_gpu(compare, tokens, backward, choices):
     """64/4 heads, D = 128, bf16: against SDPA, and against fla where it computes the same: attention to given blocks."""
-    tensors = {name: x.to(torch.bfloat16) for name, x in inputs(tokens, "random", "cuda", heads=64, kv_heads=4, dim=128).items()}
+    tensors = {name: x.to(torch.bfloat16) for name, x in inputs(tokens, choices, "cuda", heads=64, kv_heads=4, dim=128).items()}
     leaves = {name: x.requires_grad_(backward) for name, x in tensors.items()}
     q, k, v = (leaves[name] for name in ("query", "key", "value"))
     cotangent = torch.randn_like(q)
@@ -286,7 +287,7 @@ def test_long_on_the_gpu(compare, tokens, backward):
                 assert_close_rms(a, b.double(), 2e-2, "gradient of fla")
 
     result = compare(
-        f"dyn_nsa {'forward + backward' if backward else 'forward'}, {tokens} tokens, 64/4 heads, D 128, bfloat16, GPU",
+        f"dyn_nsa {'forward + backward' if backward else 'forward'}, {tokens} tokens, 64/4 heads, D 128, {choices}, bfloat16, GPU",
         candidates,
         check,
         info={"goal": "SDPA >= 3x whole, >= 6x forward and >= 7x backward against FlashAttention-2 at 65536", **realised(tensors)},
