@@ -1,0 +1,34 @@
+"""DynNSA in models of transformers: `attn_implementation="dyn_nsa"`, and conversion of a trained model.
+
+Importing this package registers three things with transformers: an attention function and the masks it takes, both named "dyn_nsa", and
+the loader of converted models.
+
+    parts        what conversion adds, found in a model: statistics, budget loss
+    masks        where each row begins and ends
+    decoding     blocks compressed once for a cache
+    attention    the attention function
+    hooks        what a converted model does before and after its forward
+    saving       the loader
+    conversion   convert_attention
+    schedule     BudgetSchedule
+"""
+
+from .attention import dyn_nsa_attention
+from .conversion import convert_attention
+from .masks import dyn_nsa_mask
+from .parts import DYN_NSA, collected_budget_loss, cores, statistics
+from .saving import DynNSAConversion, DynNSALoader
+from .schedule import BudgetSchedule
+
+__all__ = [
+    "DYN_NSA",
+    "BudgetSchedule",
+    "DynNSAConversion",
+    "DynNSALoader",
+    "collected_budget_loss",
+    "convert_attention",
+    "cores",
+    "dyn_nsa_attention",
+    "dyn_nsa_mask",
+    "statistics",
+]

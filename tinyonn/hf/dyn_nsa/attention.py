@@ -1,0 +1,148 @@
+"""The attention function of `attn_implementation="dyn_nsa"`.
+
+It sees queries after their rotation; the branch gates are made of those.
+
+Selection is computed where it is called, which under gradient checkpointing is inside the checkpointed layer. It is deterministic, so
+recomputation selects the same blocks; tau_source="output" hands its tau in from outside the layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ...errors import InputError
+from ...nn.block_compression import block_starts, blocks_of
+from ...nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN, DynNSAOptions, common_dtype
+from ...ops import dyn_nsa
+from ..interfaces import register_attention
+from .decoding import compressed_so_far
+from .masks import dyn_nsa_mask, within_bounds
+from .parts import DYN_NSA, PART
+
+# What a model may hand to its attention function that has no bearing on the result here.
+_WITHOUT_EFFECT = {
+    "cache_position", "cu_seq_lens_k", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states", "position_embeddings",
+    "position_ids", "return_dict", "use_cache",
+}  # fmt: skip
+
+
+def unknown_arguments(given: dict[str, Any]) -> list[str]:
+    """Names of what a model hands to its attention function and DynNSA lacks."""
+    return sorted(name for name, value in given.items() if value is not None and value is not False and name not in _WITHOUT_EFFECT)
+
+
+def dyn_nsa_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    tau: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function for transformers' AttentionInterface.
+
+    A layer that `convert_attention` has changed uses its own parts. Another one runs DynNSA without learnable parts: means of blocks,
+    gates (0, 1, 0) and all blocks, or what the fields of `DynNSAOptions` in the dict `config.dyn_nsa` say. A layer with a sliding
+    window, which is local already, runs SDPA.
+
+    Args:
+        module: the attention module.
+        query: (B, H, T, D). key, value: (B, K, Tk, D).
+        attention_mask: of `dyn_nsa_mask`.
+        tau: (), (B,), (B, T) or (B, T, K) in [0, 1], handed through by `model(..., tau=...)`; None for that of the layer's options.
+        cu_seq_lens_q: (sequences + 1,) int32, sequences packed in one row.
+
+    Returns:
+        out (B, T, H, D), and None for the weights.
+
+    Raises:
+        InputError: dropout, a mask other than padding, or an argument of unknown meaning.
+    """
+    if sliding_window is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    name = type(module).__name__
+    if unknown := unknown_arguments(kwargs):
+        raise InputError(f"attn_implementation='dyn_nsa' must not be given {', '.join(unknown)}, which it lacks; {name} passes it.")
+    if dropout:
+        raise InputError(f"attention dropout must be 0 for attn_implementation='dyn_nsa', got {dropout} in {name}.")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise InputError(f"attention must be causal for attn_implementation='dyn_nsa', got {name}.")
+    core = getattr(module, PART, None)
+    bounds: dict[str, Tensor | None] = {}
+    rows = None
+    if cu_seq_lens_q is not None:
+        bounds["cu_seqlens"] = cu_seq_lens_q.int()
+    elif attention_mask is not None:
+        if attention_mask.dtype == torch.bool or attention_mask.is_floating_point():
+            raise InputError(
+                "attention_mask must be None or (batch, tokens) of padding for attn_implementation='dyn_nsa'; packed sequences are told by "
+                f"cu_seq_lens_q, got a mask of shape {tuple(attention_mask.shape)}."
+            )
+        rows = attention_mask[:, 0, 0]
+    compressed: tuple[Tensor | None, Tensor | None] = (None, None)
+    if core is not None:
+        compressed = compressed_so_far(core, key, value, query.shape[2], rows)
+    if rows is not None:
+        key, value, bounds["key_start"], bounds["key_end"] = within_bounds(key, value, rows)
+    query, key, value = (x.transpose(1, 2) for x in common_dtype(query, key, value))
+    if core is None:
+        return _without_parts(module, query, key, value, tau, scaling, bounds), None
+    gates = core.gates(query)
+    # The previous token's uncertainty comes in as `tau`, so it is recomputed with the same one: see `hooks`.
+    tau = core.tau_of(tau, query, decoding=False)
+    result = core(query, key, value, gates, key_compressed=compressed[0], value_compressed=compressed[1], tau=tau, scale=scaling, **bounds)
+    loss = core.budget_loss(result)  # recomputation must save the same tensors, so it does this too
+    if core.collecting:
+        core.record(result, gates)
+        core.collected = loss if core.training else None
+    return result.out, None
+
+
+def _without_parts(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tau: Tensor | None,
+    scale: float | None,
+    bounds: dict[str, Tensor | None],
+) -> Tensor:
+    start: dict[str, Any] = {"max_blocks": None, "start_gates": (0.0, 1.0, 0.0), "base": OPEN, "slope": 0.0, "learnable_compression": False}
+    options = DynNSAOptions(**{**start, **getattr(module.config, "dyn_nsa", {})})
+    if options.learnable_compression or options.tau_source == "output" or options.budget_weight:
+        raise InputError("config.dyn_nsa must ask for nothing learnt or collected; convert_attention adds the parts for that.")
+    batch, tokens, heads, _ = query.shape
+    num_keys, num_kv = key.shape[1:3]
+    starts = block_starts(num_keys, options.compress_size, bounds.get("key_start"), bounds.get("cu_seqlens"))
+    compressed = [blocks_of(x, options.compress_size, starts).mean(2) for x in (key, value)]
+    if tau is None and options.tau_source == "constant":
+        tau = torch.tensor(options.tau, device=query.device)
+    if tau is not None:
+        while tau.dim() < 3:
+            tau = tau.unsqueeze(-1)
+        tau = tau.float().expand(batch, tokens, num_kv).contiguous()
+    gates = query.new_tensor(options.start_gates).expand(batch, tokens, heads, 3)
+    base, slope = (query.new_full((num_kv,), number) for number in (options.base, options.slope))
+    with torch.autocast(query.device.type, enabled=False):
+        return dyn_nsa(
+            query, key, value, compressed[0], compressed[1], gates, base, slope, tau=tau, window=options.window,
+            temperature=options.temperature, block_size=options.block_size, compress_size=options.compress_size,
+            max_blocks=options.max_blocks or max(MIN_MAX_BLOCKS, -(-num_keys // options.block_size)), detach_scores=options.detach_scores,
+            scale=scale, impl=options.impl, cu_seqlens=bounds.get("cu_seqlens"), key_start=bounds.get("key_start"),
+            key_end=bounds.get("key_end"),
+        ).out  # fmt: skip
+
+
+register_attention(DYN_NSA, dyn_nsa_attention, mask=dyn_nsa_mask)

@@ -1,0 +1,90 @@
+"""What a converted model does before and after its forward; its parts come with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InputError
+from ...nn.dyn_nsa import OPEN, DynNSACore, DynNSAOptions, normalised_entropy
+from .decoding import recall
+from .parts import PART, cores, take_budget_loss
+
+OBSERVED_TOKENS = 256  # of a row, about, evenly spread, whose output entropy is taken in training: logits are large
+
+
+def add_parts(model: nn.Module, options: dict[str, Any], layers: dict[str, list[int]]) -> None:
+    """Adds a core to each layer, and the hooks to the model.
+
+    Args:
+        options: fields of `DynNSAOptions`, which all layers share.
+        layers: name of each attention layer -> query heads, key heads, head size.
+    """
+    shared = DynNSAOptions(**options)
+    for name, (heads, kv_heads, dim) in layers.items():
+        module = model.get_submodule(name)
+        weight = next(module.parameters())
+        core = DynNSACore(heads, kv_heads, dim, shared, opening=OPEN, device=weight.device, dtype=weight.dtype)
+        module.add_module(PART, core.train(module.training))
+    model.register_forward_pre_hook(_before, with_kwargs=True)
+    model.register_forward_hook(_after, with_kwargs=True)
+
+
+def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Readies the cores to collect; tells the tau of outputs from outside, so that recomputation in backward sees the same."""
+    if not torch.compiler.is_compiling():
+        recall(model, kwargs)
+    first = None
+    for core in cores(model):
+        first = first or core
+        core.collecting, core.collected = True, None
+    if first is None or first.options.tau_source != "output" or kwargs.get("tau") is not None:
+        return None
+    tau, tokens = first.output_tau.clone(), _tokens(args, kwargs)
+    past = kwargs.get("past_key_values")
+    previous = first.previous_tau
+    if not model.training and previous is not None and tokens.shape[:2] == (len(previous), 1) and past is not None:
+        tau = torch.where(torch.as_tensor(past.get_seq_length(), device=tau.device) > 0, previous, tau)
+    return args, {**kwargs, "tau": tau}
+
+
+def _after(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Adds the budget loss to the model's; takes note of the output's entropy."""
+    first = None
+    for core in cores(model):
+        first = first or core
+        core.collecting = False
+    if first is None:
+        return output
+    if first.options.tau_source == "output" and hasattr(output, "logits"):
+        logits = output.logits if model.training else output.logits[:, -1:]
+        mask = kwargs.get("attention_mask")
+        mask = mask[:, -logits.shape[1] :] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        step = max(1, logits.shape[1] // OBSERVED_TOKENS)
+        entropy = normalised_entropy(logits[:, ::step])
+        mask = None if mask is None else mask[:, ::step]
+        for core in cores(model):
+            core.observe_output(entropy, mask)
+    labels = kwargs.get("labels")
+    if not first.options.budget_weight or labels is None or not model.training:
+        return output
+    loss = take_budget_loss(model)
+    assert loss is not None
+    if torch.is_grad_enabled() and not loss.requires_grad and first.base.requires_grad:
+        raise RuntimeError("gradient checkpointing must have use_reentrant=False for a budget loss, got one without a gradient.")
+    if (items := kwargs.get("num_items_in_batch")) is not None:
+        # The model's own loss is a share of what the optimiser step gathers; so is this one.
+        loss = loss * ((labels != -100).sum() / items)
+    if isinstance(output, tuple):
+        return (output[0] + loss, *output[1:])
+    output["loss"] = output["loss"] + loss
+    return output
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    for given in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
+        if given is not None:
+            return given
+    raise InputError("model must be given input_ids or inputs_embeds.")

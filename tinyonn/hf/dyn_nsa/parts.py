@@ -1,0 +1,57 @@
+"""The parts that conversion adds to a model, and what they tell: running statistics, and the budget loss of a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ...nn.dyn_nsa import DynNSACore
+
+DYN_NSA = "dyn_nsa"  # what a configuration asks for
+PART = "dyn_nsa"  # name of a core within its attention module
+
+
+def cores(model: nn.Module) -> Iterator[DynNSACore]:
+    """The parts that conversion has added, in the order of the layers."""
+    return (module for module in model.modules() if isinstance(module, DynNSACore))
+
+
+def statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dict[str, float]]:
+    """Running statistics of each converted layer, by name; see `DynNSACore.statistics`.
+
+    Args:
+        reset: begin anew.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, DynNSACore):
+            found[name] = module.statistics()
+            if reset:
+                module.reset_statistics()
+    return found
+
+
+def collected_budget_loss(model: nn.Module) -> Tensor:
+    """Mean over layers of the budget loss of the last forward in training mode, if the model had no labels to add it to a loss of its own.
+
+    Returns:
+        0-d.
+
+    Raises:
+        RuntimeError: there was no such forward, or its loss has been taken.
+    """
+    loss = take_budget_loss(model)
+    if loss is None:
+        raise RuntimeError("collected_budget_loss must follow a forward of a converted model without labels, got none.")
+    return loss
+
+
+def take_budget_loss(model: nn.Module) -> Tensor | None:
+    found = []
+    for core in cores(model):
+        if core.collected is not None:
+            found.append(core.collected)
+        core.collected = None
+    return torch.stack([loss.to(found[0].device) for loss in found]).mean() if found else None
