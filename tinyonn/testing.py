@@ -28,12 +28,17 @@ __all__ = [
     "compile_launches",
     "cross_compile",
     "dtype_id",
+    "dyn_nsa_case",
     "impl_device",
+    "left_padding",
     "poisoned",
+    "pooled",
     "rms_error_ratio",
     "save_tiny_model",
     "shape_id",
     "tiny_causal_lm",
+    "tiny_dyn_nsa_lm",
+    "token_ids",
     "usages_of",
 ]
 
@@ -162,6 +167,55 @@ def compare_with_oracle(
         assert_close_rms(got, want, limit, f"gradient of {name}")
 
 
+def pooled(x: Tensor, size: int) -> Tensor:
+    """Means of whole blocks of positions, (B, T, K, D) -> (B, T // size, K, D)."""
+    whole = x.shape[1] // size * size
+    return x[:, :whole].unflatten(1, (-1, size)).mean(2) if whole else x[:, :0]
+
+
+def dyn_nsa_case(
+    tokens: int = 330,
+    *,
+    batch: int = 1,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 16,
+    queries: int | None = None,
+    compress_size: int = 32,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    sharpness: float = 3.0,
+) -> dict[str, Tensor]:
+    """Inputs of `ops.dyn_nsa` by name, of unit scale; 16 keys in a row share a part, so that compressed keys are not all alike.
+
+    Args:
+        tokens: Tk, keys.
+        queries: the last of them; None for all.
+        seed: of the values, which are drawn in float64: the same case in every dtype.
+        sharpness: of the compressed branch's softmax; more spreads the importance of blocks wider.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    queries = tokens if queries is None else queries
+    topics = draw(batch, -(-tokens // 16), kv_heads, dim).repeat_interleave(16, 1)[:, :tokens]
+    key = draw(batch, tokens, kv_heads, dim) * 0.6 + topics * 0.8
+    value = draw(batch, tokens, kv_heads, dim)
+    tensors = {
+        "query": draw(batch, queries, heads, dim) * sharpness**0.5,
+        "key": key,
+        "value": value,
+        "key_compressed": pooled(key, compress_size) * sharpness**0.5,
+        "value_compressed": pooled(value, compress_size),
+        "gates": draw(batch, queries, heads, 3),
+        "base": draw(kv_heads) * 0.3,
+        "slope": draw(kv_heads) * 0.3,
+    }
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
 def _tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
@@ -176,7 +230,7 @@ _SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-_OWN_SIZES = ("gpt2", "gptj", "bloom")
+_OWN_SIZES = ("gpt2", "gptj", "bloom", "gpt_neox")
 _TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 24}),
     "llama": ("llama", {"attention_bias": True}),
@@ -208,6 +262,10 @@ _TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "shared_expert_intermediate_size": 32,
         },
     ),
+    "gpt_neox": (
+        "gpt_neox",
+        {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128},
+    ),
     "gptj": ("gptj", {"n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 128}),
 }
 
@@ -219,7 +277,7 @@ def tiny_causal_lm(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.float
     are 5 tokens, softcaps low enough to bend the scores.
 
     Args:
-        arch: qwen3, llama, mistral, gemma2, gpt2, qwen3_moe, gpt_oss, bloom, lfm2, qwen3_next or gptj.
+        arch: qwen3, llama, mistral, gemma2, gpt2, qwen3_moe, gpt_oss, bloom, lfm2, qwen3_next, gpt_neox or gptj.
         seed: of the weights; the global generators are left as they were.
         dtype: of the weights.
         **overrides: of the architecture's configuration.
@@ -236,6 +294,46 @@ def tiny_causal_lm(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.float
             if name.endswith(("bias", "sinks")):
                 torch.nn.init.normal_(parameter, std=0.3)
     return model.to(dtype).eval()
+
+
+def tiny_dyn_nsa_lm(arch: str = "llama", *, layers: int = 2, weight: float = 0.1, **options: Any) -> PreTrainedModel:
+    """A tiny model, of full attention, converted to DynNSA with its schedule run to the end: 5 blocks of 16 keys at most.
+
+    Gates, thresholds and compression are moved away from their start, so that every branch counts.
+
+    Args:
+        arch: of `tiny_causal_lm`.
+        layers: of the model.
+        weight: of the budget loss.
+        **options: of `convert_attention`; `dtype` is that of the model.
+    """
+    from .hf import BudgetSchedule, convert_attention
+    from .hf.dyn_nsa import cores
+
+    overrides: dict[str, Any] = {"sliding_window": None} if arch == "mistral" else {}
+    dtype = options.pop("dtype", torch.float32)
+    model = tiny_causal_lm(arch, dtype=dtype, num_hidden_layers=layers, max_position_embeddings=512, **overrides)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        convert_attention(model, **{"compress_size": 16, "block_size": 16, "window": 20, **options})
+        BudgetSchedule(3.0, 1, weight=weight, max_blocks=5).apply(model, 1)
+        with torch.no_grad():
+            for core in cores(model):
+                for parameter in core.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def token_ids(length: int = 130, batch: int = 2) -> Tensor:
+    """(batch, length), the same ones each time, of the vocabulary of `tiny_causal_lm`."""
+    return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def left_padding(length: int = 130, padding: int = 21) -> Tensor:
+    """(2, length), a mask whose first row begins with padding."""
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[0, :padding] = 0
+    return mask
 
 
 def save_tiny_model(

@@ -1,0 +1,141 @@
+"""The schedule, the budget's loss, the statistics, and tau."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+)
+
+from tinyonn.hf import BudgetSchedule, collected_budget_loss, convert_attention, statistics
+from tinyonn.hf.dyn_nsa import cores
+from tinyonn.nn import OPEN, normalised_entropy
+from tinyonn.testing import assert_close_rms, left_padding, tiny_causal_lm, tiny_dyn_nsa_lm, token_ids
+
+SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
+LENGTH = 130
+
+
+def stock(arch: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    overrides = {"sliding_window": None, **overrides} if arch == "mistral" else overrides
+    return tiny_causal_lm(arch, dtype=dtype, max_position_embeddings=512, **overrides)
+
+
+def test_the_schedule_goes_from_all_blocks_to_the_target():
+    schedule = BudgetSchedule(4.0, 10, start=64.0, weight=0.2, max_blocks=6)
+    assert [schedule.opening(step) for step in (0, 10, 11)] == [OPEN, 0.0, 0.0]
+    assert all(schedule.opening(step) < schedule.opening(step + 1) for step in range(10))
+    assert [schedule.target_at(step) for step in (0, 5, 10, 99)] == [64.0, pytest.approx(16.0), 4.0, 4.0]
+    model, x, means = convert_attention(stock(), **SMALL), token_ids(), []
+    expected = stock()(x).logits
+    for step in (0, 5, 8, 10):
+        schedule.apply(model, step)
+        statistics(model, reset=True)
+        if step == 0:
+            assert_close_rms(model(x).logits, expected, 1e-5)
+        else:
+            model(x)
+        means.append(sum(value["mean_count"] for value in statistics(model).values()))
+    assert means[0] == pytest.approx(3 * sum(t // 16 + 1 for t in range(LENGTH)) / LENGTH, rel=1e-5)
+    assert means[0] > means[2] > means[3]
+    assert model.config.quantization_config.options["max_blocks"] == 6
+
+
+def test_the_loss_holds_the_budget():
+    model, x = tiny_dyn_nsa_lm(weight=0.7).train(), token_ids()
+    softs: list[Tensor] = []
+    for core in cores(model):
+        core.register_forward_hook(lambda module, args, out: softs.append(out.soft_counts))
+    got = model(x, labels=x).loss
+    budget = sum(0.7 * (soft.mean() / 3 - 1) ** 2 for soft in softs) / 2
+    plain = torch.nn.functional.cross_entropy(model(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    torch.testing.assert_close(got, plain + budget)
+    torch.testing.assert_close(collected_budget_loss(model), budget)
+    with pytest.raises(RuntimeError, match="collected_budget_loss must follow a forward"):
+        collected_budget_loss(model)
+    torch.testing.assert_close(model(x, labels=x, return_dict=False)[0], plain + budget)
+    # A step of accumulated batches gathers it once.
+    items = torch.tensor(4 * x.numel())
+    part = (
+        model(x, labels=x, num_items_in_batch=items).loss
+        - torch.nn.functional.cross_entropy(model(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten(), reduction="sum") / items
+    )
+    torch.testing.assert_close(part, budget / 4, rtol=1e-4, atol=1e-6)
+    model.eval()
+    torch.testing.assert_close(model(x, labels=x).loss, plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": 0.0, "steps": 1}, "target and start must be positive, got 0.0 and 64.0"),
+        ({"target": 1.0, "steps": 0}, "steps must be at least 1, got 0"),
+        ({"target": 1.0, "steps": 1, "weight": -1.0}, "weight must be at least 0, got -1.0"),
+        ({"target": 1.0, "steps": 1, "max_blocks": 2}, "max_blocks must be at least 3, the forced ones, got 2"),
+    ],
+    ids=["target", "steps", "weight", "max_blocks"],
+)
+def test_bad_schedules_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        BudgetSchedule(**options)
+
+
+def test_statistics_have_every_layer():
+    model = tiny_dyn_nsa_lm()
+    model(token_ids(), attention_mask=left_padding())
+    got = statistics(model, reset=True)
+    assert list(got) == [f"model.layers.{layer}.self_attn.dyn_nsa" for layer in (0, 1)]
+    for value in got.values():
+        assert list(value) == ["mean_count", "overflow", "tau", "share_compressed", "share_selected", "share_window"]
+        assert 1 < value["mean_count"] <= 5
+        assert 0 < value["tau"] < 1
+        assert sum(value[f"share_{name}"] for name in ("compressed", "selected", "window")) == pytest.approx(1)
+    assert all(number != number for value in statistics(model).values() for number in value.values())
+
+
+def taus_of(model: PreTrainedModel) -> list[Tensor]:
+    taus: list[Tensor] = []
+    next(cores(model)).register_forward_hook(lambda module, args, out: taus.append(out.tau))
+    return taus
+
+
+def test_a_given_tau_reaches_every_layer():
+    model, x = tiny_dyn_nsa_lm(), token_ids()
+    expected = model(x).logits
+    taus = taus_of(model)
+    given = torch.rand(2, LENGTH)
+    assert (model(x, tau=given).logits - expected).abs().max() > 1e-3
+    assert torch.equal(taus[0], given[..., None].expand(2, LENGTH, 2))
+
+
+def test_output_tau_is_the_previous_tokens_entropy_when_decoding():
+    model = tiny_dyn_nsa_lm(tau_source="output")
+    taus, x = taus_of(model), token_ids(40)
+    got = model.generate(
+        x, max_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True,
+        attention_mask=left_padding(40),
+    )  # fmt: skip
+    assert (taus[0] == 1).all()  # the prompt: nothing was observed in training
+    for step in range(1, 6):
+        assert taus[step].shape == (2, 1, 2)
+        torch.testing.assert_close(taus[step][:, 0, 0], normalised_entropy(got.logits[step - 1]))
+    model(x[:, :1], use_cache=True)
+    assert (taus[-1] == 1).all()  # a prompt of one token follows none
+
+
+def test_output_tau_is_a_running_mean_in():
+    model = tiny_dyn_nsa_lm(tau_source="output").train()
+    taus, x, mask = taus_of(model), token_ids(), left_padding()
+    entropies = []
+    for _ in range(3):
+        logits = model(x, attention_mask=mask).logits
+        log_probs = logits.detach().log_softmax(-1)
+        entropies.append((-(log_probs.exp() * log_probs).sum(-1) / torch.tensor(97.0).log())[mask.bool()].mean())
+    expected = [torch.tensor(1.0), entropies[0], entropies[0] + 0.05 * (entropies[1] - entropies[0])]
+    for tau, mean in zip(taus, expected, strict=True):
+        torch.testing.assert_close(tau, mean.expand(tau.shape))
+        assert not tau.requires_grad

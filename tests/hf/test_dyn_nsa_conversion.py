@@ -1,0 +1,114 @@
+"""Converted models do what stock models do until a budget is set; what cannot be converted is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+
+from tinyonn.errors import InputError
+from tinyonn.hf import convert_attention, statistics
+from tinyonn.hf.dyn_nsa import cores
+from tinyonn.testing import assert_close_rms, left_padding, tiny_causal_lm, token_ids
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
+ARCHS = ("llama", "qwen3", "mistral", "gpt_neox")
+
+
+def stock(arch: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    overrides = {"sliding_window": None, **overrides} if arch == "mistral" else overrides
+    return tiny_causal_lm(arch, dtype=dtype, max_position_embeddings=512, **overrides)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_converted_model_reproduces_the_logits(arch, padded):
+    model, x = stock(arch), token_ids()
+    mask = left_padding() if padded else None
+    expected = model(x, attention_mask=mask).logits
+    assert convert_attention(model, **SMALL) is model
+    got = model(x, attention_mask=mask).logits
+    real = slice(None) if mask is None else mask.bool()
+    assert_close_rms(got[real], expected[real], 1e-5)
+    exact = stock(arch, torch.float64)
+    expected = exact(x, attention_mask=mask).logits
+    got = convert_attention(exact, **SMALL)(x, attention_mask=mask).logits
+    # RMSNorm and rotation stay in float32 in some models, so not to the last digit.
+    assert_close_rms(got[real], expected[real], 1e-6)
+    assert all(value["mean_count"] > 4 for value in statistics(model).values())
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_implementation_works_without_conversion(arch, padded):
+    model, x = stock(arch), token_ids()
+    mask = left_padding() if padded else None
+    expected = model(x, attention_mask=mask).logits
+    model.config.dyn_nsa = SMALL
+    model.set_attn_implementation("dyn_nsa")
+    real = slice(None) if mask is None else mask.bool()
+    assert_close_rms(model(x, attention_mask=mask).logits[real], expected[real], 1e-5)
+    model.config.dyn_nsa = {**SMALL, "base": 1.0}
+    assert (model(x, attention_mask=mask).logits - expected)[real].abs().max() > 1e-2
+    model.config.dyn_nsa = {**SMALL, "budget_weight": 1.0}
+    with pytest.raises(InputError, match="nothing learnt or collected"):
+        model(x)
+
+
+def test_it_is_registered_for_attention_and_masks():
+    assert "dyn_nsa" in AttentionInterface()
+    assert "dyn_nsa" in AttentionMaskInterface()
+
+
+def test_layers_with_a_sliding_window_stay():
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    model, x = stock("qwen3", layer_types=kinds, sliding_window=20, use_sliding_window=True), token_ids()
+    mask = left_padding()
+    expected = [model(x).logits, model(x, attention_mask=mask).logits[mask.bool()]]
+    convert_attention(model, **SMALL)
+    assert list(statistics(model)) == [f"model.layers.{layer}.self_attn.dyn_nsa" for layer in (0, 2)]
+    assert_close_rms(model(x).logits, expected[0], 1e-5)
+    assert_close_rms(model(x, attention_mask=mask).logits[mask.bool()], expected[1], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "overrides", "message"),
+    [
+        ("mistral", {"sliding_window": 5}, "MistralForCausalLM must have attention layers .* no sliding window, got 3 with one"),
+        ("bloom", {}, "BloomForCausalLM must have attention layers that ask AttentionInterface"),
+        ("gemma2", {"layer_types": ["full_attention"] * 3}, "must not pass softcap to its attention"),
+        ("gpt_oss", {}, "must not pass s_aux to its attention"),
+        ("llama", {"attention_dropout": 0.1}, "attention dropout must be 0 to convert, got 0.1"),
+    ],
+)
+def test_models_that_cannot_be_converted_are_named(arch, overrides, message):
+    model = tiny_causal_lm(arch, **overrides)
+    with pytest.raises(InputError, match=message):
+        convert_attention(model)
+    assert next(cores(model), None) is None
+    assert model.config._attn_implementation != "dyn_nsa"
+
+
+def test_a_model_is_converted_once():
+    with pytest.raises(InputError, match="must not have been converted before"):
+        convert_attention(convert_attention(stock()))
+    model = stock()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(InputError, match="must not be quantised"):
+        convert_attention(model)
+
+
+def test_conversion_while_loading_is_refused(tmp_path):
+    model = stock()
+    model.save_pretrained(tmp_path)
+    conversion = convert_attention(model).config.quantization_config
+    with pytest.raises(ValueError, match="does require the model to be pre-quantized"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=conversion)

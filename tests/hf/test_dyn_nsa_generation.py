@@ -1,0 +1,150 @@
+"""With any cache of transformers a converted model generates what it generates without."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+)
+
+from tinyonn.hf.dyn_nsa import cores
+from tinyonn.testing import assert_close_rms, left_padding, tiny_dyn_nsa_lm, token_ids
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+ARCHS = ("llama", "qwen3", "mistral", "gpt_neox")
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_generation_with_a_cache_is_generation_without(arch, cache):
+    model = tiny_dyn_nsa_lm(arch)
+    x, mask = token_ids(60), left_padding(60)
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    without = model.generate(x, use_cache=False, **options)
+    cached = model.generate(x, cache_implementation=cache, **options)
+    assert torch.equal(cached.sequences, without.sequences)
+    assert_close_rms(torch.stack(cached.logits), torch.stack(without.logits), 1e-5)
+    # And a row alone, without padding.
+    alone = model.generate(x[:1, 21:], **{**options, "attention_mask": None})
+    assert torch.equal(alone.sequences[0], without.sequences[0, 21:])
+
+
+def compressed_positions(model: PreTrainedModel) -> list[int]:
+    """Positions that the first layer's key map is given, call by call."""
+    seen: list[int] = []
+    next(cores(model)).compress_key.register_forward_hook(lambda module, args, out: seen.append(16 * out.shape[1]))
+    return seen
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+def test_decoding_compresses_each_block_once(cache, padded):
+    model = tiny_dyn_nsa_lm()
+    seen, x = compressed_positions(model), token_ids(60)
+    options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
+    model.generate(x, attention_mask=left_padding(60) if padded else None, **options)
+    if cache == "dynamic" and not padded:
+        assert seen == [48, 16, 16, 16]  # three blocks of the prompt; then those that 64, 80 and 96 complete
+    else:
+        assert seen[1:] == [16] * 39  # rows complete their blocks at different steps
+    model.generate(x, **options)
+    assert sum(seen[-40:]) <= 112 + 39 * 16
+
+
+def test_a_changed_cache_is_compressed_anew():
+    model, x = tiny_dyn_nsa_lm(dtype=torch.float64), token_ids(100)
+    expected = model(x).logits
+    cache = model(x[:, :70], use_cache=True).past_key_values
+    model(x[:, 70:72], past_key_values=cache)
+    model(x[:, 80:97], past_key_values=cache)  # not what follows
+    cache.crop(-17)
+    assert_close_rms(model(x[:, 72:90], past_key_values=cache).logits, expected[:, 72:90], 1e-6)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert_close_rms(model(x[:, 90:].flip(0), past_key_values=cache).logits, expected[:, 90:].flip(0), 1e-6)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_two_caches_do_not_mix(static):
+    model, x = tiny_dyn_nsa_lm(dtype=torch.float64), token_ids(100)
+    y = token_ids(100).flip(1)
+    expected = [model(ids).logits[:, 60:] for ids in (x, y)]
+    caches = [StaticCache(config=model.config, max_cache_len=120) if static else DynamicCache(config=model.config) for _ in range(2)]
+    got: list[list[Tensor]] = [[], []]
+    for begin, end in ((0, 60), (60, 61), (61, 90), (90, 100)):
+        for number, ids in enumerate((x, y)):
+            got[number].append(model(ids[:, begin:end], past_key_values=caches[number]).logits)
+    for parts, logits in zip(got, expected, strict=True):
+        assert_close_rms(torch.cat(parts[1:], 1), logits, 1e-6)
+    # Written over from the beginning.
+    caches[0].reset()
+    again = [model(y[:, begin:end], past_key_values=caches[0]).logits for begin, end in ((0, 60), (60, 100))]
+    assert_close_rms(again[1], expected[1], 1e-6)
+
+
+def test_a_mask_that_changes_is_heeded():
+    model, x = tiny_dyn_nsa_lm(dtype=torch.float64), token_ids(100)
+    cache = model(x[:, :70], attention_mask=left_padding(70), past_key_values=DynamicCache(config=model.config)).past_key_values
+    model(x[:, 70:72], attention_mask=left_padding(72), past_key_values=cache)
+    got = []
+    for past in (cache, copy.deepcopy(cache)):
+        mask = left_padding(100, padding=10)
+        got.append(model(x[:, 72:], attention_mask=mask, past_key_values=past).logits)
+    assert_close_rms(*got, 1e-12)
+
+
+def test_a_cache_filled_by_another_attention_goes_on():
+    model, x = tiny_dyn_nsa_lm(dtype=torch.float64), token_ids(100)
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=120)):
+        model(x[:, :50], past_key_values=cache)
+        model.set_attn_implementation("sdpa")
+        model(x[:, 50:80], past_key_values=cache)
+        model.set_attn_implementation("dyn_nsa")
+        got = model(x[:, 80:], past_key_values=cache).logits
+        fresh = copy.deepcopy(cache)
+        fresh.crop(-20) if isinstance(cache, DynamicCache) else fresh.layers[0].cumulative_length.sub_(20)
+        for layer in fresh.layers[1:]:
+            if not isinstance(cache, DynamicCache):
+                layer.cumulative_length.sub_(20)
+        assert_close_rms(got, model(x[:, 80:], past_key_values=fresh).logits, 1e-12)
+
+
+def test_generation_with_beams_and_sampling_is_the_same():
+    model, x = tiny_dyn_nsa_lm(), token_ids(50)
+    options: dict[str, Any] = {
+        "attention_mask": left_padding(50),
+        "max_new_tokens": 10,
+        "num_beams": 3,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    assert torch.equal(model.generate(x, **options), model.generate(x, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_prompt_in_pieces_is_a_prompt_at_once(static):
+    model, x = tiny_dyn_nsa_lm(dtype=torch.float64), token_ids(100)
+    expected, cache, parts = model(x).logits, None, []
+    if static:
+        cache = StaticCache(config=model.config, max_cache_len=150)
+    for begin, end in ((0, 37), (37, 38), (38, 90), (90, 100)):
+        got = model(x[:, begin:end], past_key_values=cache, use_cache=True)
+        cache = got.past_key_values
+        parts.append(got.logits)
+    assert_close_rms(torch.cat(parts, 1), expected, 1e-6)
+
+
+def test_a_decoding_step_with_a_static_cache_compiles():
+    model, x = tiny_dyn_nsa_lm(layers=1), token_ids(40)
+    expected = model(x).logits[:, -1]
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    model(x[:, :39], past_key_values=cache)
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close_rms(step(x[:, 39:], past_key_values=cache).logits[:, -1], expected, 1e-5)

@@ -1,0 +1,67 @@
+"""A converted model is saved, loaded and copied as any model of transformers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+
+from tinyonn.hf import BudgetSchedule, statistics
+from tinyonn.hf.dyn_nsa import cores
+from tinyonn.testing import assert_close_rms, poisoned, tiny_causal_lm, tiny_dyn_nsa_lm, token_ids
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+ARCHS = ("llama", "qwen3", "mistral", "gpt_neox")
+
+
+def stock(arch: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    overrides = {"sliding_window": None, **overrides} if arch == "mistral" else overrides
+    return tiny_causal_lm(arch, dtype=dtype, max_position_embeddings=512, **overrides)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_it_saves_and_loads(arch, tmp_path):
+    model, x = tiny_dyn_nsa_lm(arch, tau_source="constant", tau=0.3), token_ids()
+    expected = model(x).logits
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.config._attn_implementation == "dyn_nsa"
+    assert torch.equal(loaded(x).logits, expected)
+    assert [vars(core.options) for core in cores(loaded)] == [vars(core.options) for core in cores(model)]
+    again = type(model).from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert_close_rms(again(x).logits, stock(arch, **({} if arch == "gpt_neox" else {"num_hidden_layers": 2}))(x).logits, 1e-6)
+    loaded.save_pretrained(tmp_path / "twice")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "twice")(x).logits, expected)
+
+
+def test_a_loaded_model_is_not_a_quantised_one(tmp_path):
+    tiny_dyn_nsa_lm().save_pretrained(tmp_path)
+    with poisoned():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    assert not getattr(model, "is_quantized", False)
+    assert model(token_ids()).logits.isfinite().all()
+    assert all(1 < value["mean_count"] <= 5 for value in statistics(model).values())
+    assert model.float()(token_ids()).logits.dtype == torch.float32
+    statistics(model, reset=True)
+    for _ in range(300):  # more calls than bfloat16 can count
+        for core in cores(model):
+            core.sums += 1.0
+            core.calls += 1
+    assert all(value["mean_count"] == 1.0 for value in statistics(model.bfloat16()).values())
+
+
+def test_a_copy_is_a_model_of_its_own():
+    model, x = tiny_dyn_nsa_lm(), token_ids()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x).logits, model(x).logits)
+    BudgetSchedule(3.0, 1, max_blocks=3).apply(twin, 1)
+    assert {core.options.max_blocks for core in cores(model)} == {5}
+    assert {core.options.max_blocks for core in cores(twin)} == {3}

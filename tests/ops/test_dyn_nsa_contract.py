@@ -1,0 +1,164 @@
+"""DynNSA as an op of torch: registration, compilation, autocast, and refusals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tinyonn
+from tinyonn import ops
+from tinyonn.testing import dyn_nsa_case
+
+INPUTS = ("query", "key", "value", "key_compressed", "value_compressed", "gates", "base", "slope")
+IMPLS = ["torch"]
+
+
+def test_statistics_carry_no_gradient():
+    leaves = {name: tensor.requires_grad_() for name, tensor in dyn_nsa_case().items()}
+    result = ops.dyn_nsa(**leaves, compress_size=32)
+    assert result.out.requires_grad
+    assert result.soft_counts.requires_grad
+    assert not any(tensor.requires_grad for tensor in (result.counts, result.tau, result.overflow))
+    _, lse, entropy = ops.compressed_attention(leaves["query"], leaves["key_compressed"], leaves["value_compressed"], compress_size=32)
+    assert lse.requires_grad
+    assert not entropy.requires_grad
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck(impl):
+    tensors = dyn_nsa_case(100, dtype=torch.float64)
+    leaves = [tensors[name].requires_grad_() for name in INPUTS]
+    tau = torch.rand(1, 100, 2, dtype=torch.float64)
+    options = (40, 1.5, 64, 32, 4, False, 0.25, None, None, None, impl)
+    torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, tau, *options))
+    torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, None, *options))
+    q, k, v, kc, vc = leaves[:5]
+    torch.library.opcheck(torch.ops.tinyonn.compressed_attention.default, (q, kc, vc, 32, 100, 0.25, None, None, None, impl))
+    torch.library.opcheck(torch.ops.tinyonn.sliding_window_attention.default, (q, k, v, 20, 0.25, None, None, None, impl))
+
+
+def test_it_compiles_whole():
+    tensors = dyn_nsa_case(200, dtype=torch.float32)
+
+    def step(*leaves: Tensor) -> Tensor:
+        result = ops.dyn_nsa(*leaves, compress_size=32)
+        return result.out.square().sum() + result.soft_counts.sum() + result.tau.sum()
+
+    grads = []
+    with torch.compiler.config.patch(force_disable_caches=True):
+        for function in (step, torch.compile(step, fullgraph=True)):
+            leaves = [tensors[name].clone().requires_grad_() for name in INPUTS]
+            grads.append(torch.autograd.grad(function(*leaves), leaves))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_changes_nothing():
+    tensors = dyn_nsa_case(200, dtype=torch.float32)
+    results = []
+    for enabled in (False, True):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = ops.dyn_nsa(**leaves, compress_size=32).out
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_triton_refuses_float64():
+    with pytest.raises(ValueError, match=r"impl='triton' must have float16, bfloat16 or float32 tensors, got torch\.float64"):
+        ops.dyn_nsa(**dyn_nsa_case(96, compress_size=32), compress_size=32, impl="triton")
+
+
+GOOD = {name: tensor.float() for name, tensor in dyn_nsa_case(96, compress_size=32).items()}
+
+
+PACKED = torch.tensor([0, 96], dtype=torch.int32)
+
+
+ZERO = torch.tensor([0], dtype=torch.int32)
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+Bad = tuple[dict[str, Any], dict[str, Any], type[Exception], str]
+
+
+BAD_CALLS: dict[str, Bad] = {
+    "heads": (
+        {"key": ones(1, 96, 3, 16), "value": ones(1, 96, 3, 16)}, {}, ValueError,
+        "key must have a number of heads that divides query's 4, got 3",
+    ),
+    "key dims": ({"key": ones(1, 96, 2, 8)}, {}, ValueError, r"key must have shape \(1, T, K, 16\), got \(1, 96, 2, 8\)"),
+    "value": ({"value": ones(1, 95, 2, 16)}, {}, ValueError, r"value must have shape \(1, 96, 2, 16\), got \(1, 95, 2, 16\)"),
+    "more queries": ({"query": ones(1, 97, 4, 16)}, {}, ValueError, "query must have at most as many tokens as there are keys, 96, got 97"),
+    "compressed": (
+        {"key_compressed": ones(1, 4, 2, 16), "value_compressed": ones(1, 4, 2, 16)}, {}, ValueError,
+        "key_compressed must hold 3 keys, one for every 32 of 96, got 4",
+    ),
+    "compressed heads": (
+        {"key_compressed": ones(1, 3, 1, 16), "value_compressed": ones(1, 3, 1, 16)}, {}, ValueError,
+        "key_compressed must have key's 2 heads, got 1",
+    ),
+    "gates": ({"gates": ones(1, 96, 4, 2)}, {}, ValueError, r"gates must have shape \(1, 96, 4, 3\), got"),
+    "base": ({"base": ones(4)}, {}, ValueError, r"base must have shape \(2,\), got \(4,\)"),
+    "tau": ({}, {"tau": ones(1, 96)}, ValueError, r"tau must have shape \(1, 96, 2\), got \(1, 96\)"),
+    "dtype": ({"key": ones(1, 96, 2, 16, dtype=torch.float64)}, {}, TypeError, r"key must be torch\.float32, got torch\.float64"),
+    "integers": (
+        {"query": ones(1, 96, 4, 16, dtype=torch.int64)}, {}, TypeError, "query must be float16, bfloat16, float32 or float64",
+    ),
+    "head dim": ({name: ones(1, 96, 2, 257) for name in ("query", "key", "value")}, {}, ValueError, "1 … 256 dimensions"),
+    "compress size": (
+        {}, {"compress_size": 48}, ValueError, r"compress_size must be one of \(16, 32, 64\) that divides block_size 64, got 48",
+    ),
+    "block size": ({}, {"block_size": 48}, ValueError, "block_size must be a power of two of at least 16, got 48"),
+    "max blocks": ({}, {"max_blocks": 2}, ValueError, "max_blocks must be at least 3, the forced ones, got 2"),
+    "window": ({}, {"window": 0}, ValueError, "window must be at least 1, got 0"),
+    "temperature": ({}, {"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+    "scale": ({}, {"scale": math.nan}, ValueError, "scale must be positive and finite, got nan"),
+    "packed and padded": ({}, {"cu_seqlens": PACKED, "key_start": ZERO}, ValueError, "must be None together with cu_seqlens"),
+    "packed dtype": ({}, {"cu_seqlens": PACKED.long()}, TypeError, r"cu_seqlens must be int32, got torch\.int64"),
+    "packed decoding": (
+        {"query": ones(1, 9, 4, 16), "gates": ones(1, 9, 4, 3)}, {"cu_seqlens": PACKED}, ValueError, "got 1 rows, 9 queries, 96 keys",
+    ),
+    "start": ({}, {"key_start": PACKED}, ValueError, r"key_start must have shape \(1,\), got \(2,\)"),
+    "impl": ({}, {"impl": "fast"}, ValueError, "impl must be one of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(BAD_CALLS))
+def test_bad_input_is_named(name):
+    tensors, options, error, message = BAD_CALLS[name]
+    with pytest.raises(error, match=message):
+        ops.dyn_nsa(**{**GOOD, **tensors}, **{"compress_size": 32, **options})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i, c: (i.fill_(9), c), "indices must be 0 … 1, got 9"),
+        (lambda i, c: (i.flip(-1), c), "indices must ascend"),
+        (lambda i, c: (i, c + 5), "counts must be 0 … 2, got 6 … 7"),
+    ],
+    ids=["range", "order", "counts"],
+)
+def test_debug_looks_at_the_lists(change, message):
+    q, k = torch.randn(1, 96, 2, 16), torch.randn(1, 96, 1, 16)
+    indices = torch.tensor([0, 1], dtype=torch.int32).expand(1, 96, 1, 2).clone()
+    counts = (torch.arange(96) >= 64).int()[None, :, None] + 1
+    ops.block_sparse_attention(q, k, k, indices, counts)
+    with tinyonn.debug(), pytest.raises(ValueError, match=message):
+        ops.block_sparse_attention(q, k, k, *change(indices, counts))
+
+
+def test_debug_looks_at_the_bounds():
+    bounds = torch.tensor([0, 50, 40, 96], dtype=torch.int32)
+    with tinyonn.debug(), pytest.raises(ValueError, match="cu_seqlens must ascend from 0 to 96"):
+        ops.dyn_nsa(**GOOD, compress_size=32, cu_seqlens=bounds)
+    with tinyonn.debug(), pytest.raises(ValueError, match="key_start and key_end must be 0 <= start <= end <= 96"):
+        ops.dyn_nsa(**GOOD, compress_size=32, key_end=torch.tensor([97], dtype=torch.int32))
