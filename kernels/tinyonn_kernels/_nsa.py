@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
+BOTTOM = tl.constexpr(-1e30)  # a running maximum that is finite, so that differences are
 
 
 class Geometry(NamedTuple):
@@ -106,6 +107,35 @@ def load_rows(base_ptr, row_offset, inside, stride, HEAD_DIM: tl.constexpr, WIDT
     feature = tl.arange(0, WIDTH)
     mask = inside[:, None] & (feature < HEAD_DIM)[None, :]
     return tl.load(base_ptr + (row_offset * stride)[:, None] + feature[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base_ptr, row_offset, inside, values, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """The reverse of `load_rows`; on demand adds to what is there. `row_offset` counts elements, in int64."""
+    feature = tl.arange(0, WIDTH)
+    mask = inside[:, None] & (feature < HEAD_DIM)[None, :]
+    target = base_ptr + row_offset[:, None] + feature[None, :]
+    if ACCUMULATE:
+        values += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, values, mask=mask)
+
+
+@triton.jit
+def load_weight(weight_ptr, offset, inside, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr):
+    """(rows,) float32 that multiply the result; 1 where there are none."""
+    if HAS_WEIGHT:
+        return tl.load(weight_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    else:
+        return tl.full((ROWS,), 1.0, tl.float32)
+
+
+@triton.jit
+def softmax_step(scores, top, total):
+    """Online softmax in base 2: e^(scores - new top), the new top and total, and what is left of earlier sums."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    keep = tl.exp2(top - new_top)
+    p = tl.exp2(scores - new_top[:, None])
+    return p, new_top, total * keep + tl.sum(p, axis=1), keep
 
 
 @triton.jit

@@ -4,7 +4,8 @@
     lse = log sum_j e^s[j],   out = sum_j e^(s[j] - lse) v[j]
 
 B batch, T queries, K key/value heads, G query heads of each, S slots of a list. Query-outer: the heads of a group share the list, so
-they are the rows of one tile, padded to 16. Online softmax in base 2, float32 accumulation. Blocks longer than a tile are read in parts.
+they are rows of one tile; where a group leaves room in 16 rows, neighbouring queries share it too, and each masks the blocks of the
+others' lists (`block_lists`). Online softmax in base 2, float32 accumulation. Blocks longer than a tile are read in parts.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._nsa import LOG2E, Geometry, bounds_of, dot, load_rows, unit_stride, width_of
-from .interval_attention_fwd import BOTTOM, SHAPES, example
+from ._nsa import BOTTOM, LOG2E, Geometry, bounds_of, dot, load_rows, softmax_step, store_rows, unit_stride, width_of
+from .block_lists import block_at, lists, merge_lists, rows_of
+from .interval_attention_fwd import SHAPES, example
 
 
 @triton.jit
@@ -26,13 +28,15 @@ def _block_sparse_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    indices_ptr,
-    counts_ptr,
+    blocks_ptr,
+    members_ptr,
+    lengths_ptr,
     bias_ptr,
     out_ptr,
     lse_ptr,
     start_ptr,
     end_ptr,
+    num_queries,
     num_kv,
     num_slots,
     before,
@@ -50,6 +54,7 @@ def _block_sparse_fwd_kernel(
     stride_ot,
     stride_sb,
     stride_cb,
+    stride_lb,
     stride_gb,
     stride_gt,
     HAS_BIAS: tl.constexpr,
@@ -57,65 +62,64 @@ def _block_sparse_fwd_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    # One program owns one query of one key/value head: GROUP rows of ROWS.
-    token = tl.program_id(0).to(tl.int64)
+    # One program owns QUERIES neighbouring queries of one key/value head: rows are (query, head) pairs, QUERIES * GROUP of ROWS.
     batch = (tl.program_id(1) // num_kv).to(tl.int64)
     head = tl.program_id(1) % num_kv
-    member = tl.arange(0, ROWS)
-    inside = member < GROUP
-    query_head = head * GROUP + member
-    place = tl.program_id(0) + before
-    start, valid = bounds_of(start_ptr + batch * stride_gb, end_ptr + batch * stride_gb, place, True, stride_gt)
+    row = tl.arange(0, ROWS)
+    query = row // GROUP
+    token = tl.program_id(0) * QUERIES + query
+    inside = (row < QUERIES * GROUP) & (token < num_queries)
+    query_head = head * GROUP + row % GROUP
+    place = token + before
+    start, valid = bounds_of(start_ptr + batch * stride_gb, end_ptr + batch * stride_gb, place, inside, stride_gt)
+    token = token.to(tl.int64)
     # counts, indices and bias are contiguous rows: (B, T, K) of `num_slots` each.
     pair = batch * stride_cb + token * num_kv + head
-    count = tl.where(valid, tl.load(counts_ptr + pair), 0)
+    entry = batch * stride_lb + tl.program_id(0) * num_kv + head
+    length = tl.load(lengths_ptr + entry) * tl.max(valid.to(tl.int32))
+    blocks_ptr += entry * (QUERIES * num_slots)
+    members_ptr += entry * (QUERIES * num_slots)
+    origin = tl.max(start)
+    last = tl.max(tl.where(valid, place, -1))
 
-    q = load_rows(q_ptr + batch * stride_qb + token * stride_qt, query_head.to(tl.int64), inside, stride_qh, HEAD_DIM, WIDTH)
+    q = load_rows(q_ptr + batch * stride_qb, token * stride_qt + query_head * stride_qh, inside, 1, HEAD_DIM, WIDTH)
     k_ptr += batch * stride_kb + head.to(tl.int64) * stride_kh
     v_ptr += batch * stride_vb + head.to(tl.int64) * stride_vh
     top = tl.full((ROWS,), BOTTOM, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, WIDTH), tl.float32)
+    rank = tl.zeros((ROWS,), tl.int32)
     PARTS: tl.constexpr = BLOCK_SIZE // KEYS
-    for step in range(0, count * PARTS):
-        slot = pair * num_slots + step // PARTS
-        first = start + tl.load(indices_ptr + slot) * BLOCK_SIZE + step % PARTS * KEYS
-        n = first + tl.arange(0, KEYS)
-        visible = n <= place
-        k = load_rows(k_ptr, n.to(tl.int64), visible, stride_kt, HEAD_DIM, WIDTH)
+    for step in range(0, length * PARTS):
+        first, listed = block_at(blocks_ptr, members_ptr, step // PARTS, origin, query, inside, QUERIES, BLOCK_SIZE)
+        n = first + step % PARTS * KEYS + tl.arange(0, KEYS)
+        k = load_rows(k_ptr, n.to(tl.int64), n <= last, stride_kt, HEAD_DIM, WIDTH)
         scores = dot(q, tl.trans(k), IEEE) * scale_log2
         if HAS_BIAS:
-            scores += tl.load(bias_ptr + slot).to(tl.float32) * 1.4426950408889634
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        keep = tl.exp2(top - new_top)
-        p = tl.exp2(scores - new_top[:, None])
-        total = total * keep + tl.sum(p, axis=1)
-        v = load_rows(v_ptr, n.to(tl.int64), visible, stride_vt, HEAD_DIM, WIDTH)
+            bias = tl.load(bias_ptr + pair * num_slots + rank, mask=listed, other=0.0)
+            scores += (bias.to(tl.float32) * 1.4426950408889634)[:, None]
+            rank += tl.where(step % PARTS == PARTS - 1, listed.to(tl.int32), 0)
+        visible = listed[:, None] & (n[None, :] <= place[:, None])
+        p, top, total, keep = softmax_step(tl.where(visible, scores, float("-inf")), top, total)
+        v = load_rows(v_ptr, n.to(tl.int64), n <= last, stride_vt, HEAD_DIM, WIDTH)
         mixed = mixed * keep[:, None] + dot(p.to(v.dtype), v, IEEE)
-        top = new_top
 
     seen = total > 0
     safe = tl.where(seen, total, 1.0)
     stat = batch * stride_sb + token * (num_kv * GROUP) + query_head
     tl.store(lse_ptr + stat, tl.where(seen, (top + tl.log2(safe)) * 0.6931471805599453, float("-inf")), mask=inside)
-    feature = tl.arange(0, WIDTH)
-    target = out_ptr + batch * stride_ob + token * stride_ot + (query_head * HEAD_DIM)[:, None] + feature[None, :]
-    tl.store(target, mixed / safe[:, None], mask=inside[:, None] & (feature < HEAD_DIM)[None, :])
-
-
-def rows_of(group: int) -> int:
-    """Rows of a tile that holds the heads of a group: at least what the matrix unit takes."""
-    return max(16, triton.next_power_of_2(group))
+    target = batch * stride_ob + token * stride_ot + query_head * HEAD_DIM
+    store_rows(out_ptr, target, inside, mixed / safe[:, None], HEAD_DIM, WIDTH, False)
 
 
 def _tiles(dtype: torch.dtype, width: int, rows: int) -> dict[str, int]:
     if dtype == torch.float32:
-        return {"KEYS": 32 if rows <= 32 else 16, "num_warps": 4 if rows * width <= 2048 else 8, "num_stages": 1}
+        return {"KEYS": 32 if rows <= 32 and width < 128 else 16, "num_warps": 4 if rows * width <= 2048 else 8, "num_stages": 1}
     return {"KEYS": 64 if width <= 128 else 32, "num_warps": 4 if rows * width <= 8192 else 8, "num_stages": 2}
 
 
@@ -132,26 +136,30 @@ def block_sparse_attention_fwd(
     block_size: int,
     scale: float,
 ) -> None:
-    """Writes out (B, T, H, D) and lse (B, T, H) float32; launched over (T, B * K). Lists are contiguous but for their batch stride."""
+    """Writes out (B, T, H, D) and lse (B, T, H) float32; launched over (tiles, B * K). Lists are contiguous but for their batch stride."""
     batch, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
     if query.numel() == 0:
         return
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     group = heads // num_kv
-    tiles = _tiles(query.dtype, width_of(dim), rows_of(group))
+    merged = merge_lists(indices, counts, geometry, group, block_size)
+    rows = rows_of(group)
+    tiles = _tiles(query.dtype, width_of(dim), rows)
     tiles["KEYS"] = min(tiles["KEYS"], block_size)
-    _block_sparse_fwd_kernel[(num_queries, batch * num_kv)](
+    _block_sparse_fwd_kernel[(triton.cdiv(num_queries, merged.queries), batch * num_kv)](
         query,
         key,
         value,
-        indices,
-        counts,
+        merged.blocks,
+        merged.members,
+        merged.lengths,
         counts if bias is None else bias,
         out,
         lse,
         geometry.start,
         geometry.end,
+        num_queries,
         num_kv,
         indices.shape[-1],
         geometry.before,
@@ -162,23 +170,18 @@ def block_sparse_attention_fwd(
         *out.stride()[:2],
         lse.stride(0),
         counts.stride(0),
+        merged.lengths.stride(0),
         *geometry.start.stride(),
         HAS_BIAS=bias is not None,
         IEEE=query.dtype == torch.float32,
         GROUP=group,
         HEAD_DIM=dim,
         WIDTH=width_of(dim),
-        ROWS=rows_of(group),
+        QUERIES=merged.queries,
+        ROWS=rows,
         BLOCK_SIZE=block_size,
         **tiles,
     )
-
-
-def lists(query: Tensor, num_kv: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """indices, counts, bias without data, for `offered`."""
-    rows = (*query.shape[:2], num_kv)
-    indices = torch.empty((*rows, slots), dtype=torch.int32, device="meta")
-    return indices, torch.empty(rows, dtype=torch.int32, device="meta"), torch.empty((*rows, slots), device="meta")
 
 
 def offered(arch: int) -> dict[str, Callable[[], None]]:

@@ -17,9 +17,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._nsa import LOG2E, Geometry, bounds_of, dot, interval_of, load_rows, unit_stride, width_of
-
-BOTTOM = tl.constexpr(-1e30)  # a running maximum that is finite, so that differences are
+from ._nsa import (
+    BOTTOM,
+    LOG2E,
+    Geometry,
+    bounds_of,
+    dot,
+    interval_of,
+    load_rows,
+    load_weight,
+    softmax_step,
+    store_rows,
+    unit_stride,
+    width_of,
+)
 
 
 @triton.jit
@@ -94,15 +105,12 @@ def _interval_fwd_kernel(
         k = load_rows(k_ptr, n.to(tl.int64), n < last, stride_kt, HEAD_DIM, WIDTH)
         visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
         scores = tl.where(visible, dot(q, tl.trans(k), IEEE) * scale_log2, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        keep = tl.exp2(top - new_top)
-        p = tl.exp2(scores - new_top[:, None])
+        p, new_top, new_total, keep = softmax_step(scores, top, total)
         if HAS_ENTROPY:
             moment = keep * (moment + total * (top - new_top)) + tl.sum(p * tl.where(visible, scores - new_top[:, None], 0.0), axis=1)
-        total = total * keep + tl.sum(p, axis=1)
         v = load_rows(v_ptr, n.to(tl.int64), n < last, stride_vt, HEAD_DIM, WIDTH)
         mixed = mixed * keep[:, None] + dot(p.to(v.dtype), v, IEEE)
-        top = new_top
+        top, total = new_top, new_total
 
     safe = tl.where(seen, total, 1.0)
     mixed = mixed / safe[:, None]
@@ -112,14 +120,9 @@ def _interval_fwd_kernel(
         entropy = (tl.log2(safe) - moment / safe) * 0.6931471805599453
         tl.store(entropy_ptr + stat, tl.where(seen, tl.maximum(entropy, 0.0), 0.0), mask=inside)
     if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + batch * stride_wb + token * stride_wt + query_head * stride_wh, mask=inside, other=0.0)
-        mixed = mixed * weight.to(tl.float32)[:, None]
-    feature = tl.arange(0, WIDTH)
-    target = out_ptr + (batch * stride_ob + token * stride_ot + query_head * HEAD_DIM)[:, None] + feature[None, :]
-    mask = inside[:, None] & (feature < HEAD_DIM)[None, :]
-    if ACCUMULATE:
-        mixed += tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, mixed, mask=mask)
+        mixed *= load_weight(weight_ptr, batch * stride_wb + token * stride_wt + query_head * stride_wh, inside, True, ROWS)[:, None]
+    target = batch * stride_ob + token * stride_ot + query_head * HEAD_DIM
+    store_rows(out_ptr, target, inside, mixed, HEAD_DIM, WIDTH, ACCUMULATE)
 
 
 def _tiles(dtype: torch.dtype, width: int) -> dict[str, int]:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._nsa import LOG2E, Geometry, bounds_of, dot, load_rows, unit_stride, width_of
-from .block_sparse_fwd import lists
+from .block_lists import lists
 from .interval_attention_bwd import ENOUGH_PROGRAMS, MAX_SPLITS
 from .interval_attention_fwd import SHAPES, example
 from .select_blocks_fwd import FAR, Z_FLOOR, block_probabilities, kinds_of, program_count, tile_queries

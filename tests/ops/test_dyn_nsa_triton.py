@@ -216,6 +216,13 @@ def test_block_sparse_matches_the_oracle(shape):
     check_block_sparse(case(**SHAPES[shape]), {})
 
 
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8, 16])
+def test_block_sparse_with_sequences_that_end_inside_a_tile(group):
+    """Neighbouring queries share a tile of 16 rows; random lists leave every seventh query without a block."""
+    ends = torch.tensor([0, 21, 22, 50], dtype=torch.int32)
+    check_block_sparse(case(50, heads=group, kv_heads=1), {"cu_seqlens": ends}, block_size=16)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bounds", list(BOUNDS))
 def test_block_sparse_within_bounds(bounds):
@@ -234,9 +241,9 @@ def test_block_sparse_in_half_precision():
 
 def test_a_hot_block_is_worked_on_in_segments(monkeypatch):
     """The first block is on every list: its sums are made in parts, and added up."""
-    from tinyonn_kernels import block_sparse_bwd
+    from tinyonn_kernels import block_lists
 
-    monkeypatch.setattr(block_sparse_bwd, "MIN_SEGMENT", 16)
+    monkeypatch.setattr(block_lists, "MIN_SEGMENT", 16)
     check_block_sparse(case(100), {}, 32)
 
 

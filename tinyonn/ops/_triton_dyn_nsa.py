@@ -128,7 +128,8 @@ def dyn_nsa_backward(
 ) -> list[Tensor]:
     """Gradients of query (in its dtype), key, value, both compressed tensors, gates, base and slope (float32)."""
     from tinyonn_kernels._nsa import geometry_of, unit_stride
-    from tinyonn_kernels.block_sparse_bwd import block_sparse_attention_dkv, block_sparse_attention_dq
+    from tinyonn_kernels.block_sparse_dkv import block_sparse_attention_dkv
+    from tinyonn_kernels.block_sparse_dq import block_sparse_attention_dq
     from tinyonn_kernels.interval_attention_bwd import interval_attention_dkv, interval_attention_dq
     from tinyonn_kernels.select_blocks_bwd import select_blocks_bwd_keys, select_blocks_bwd_queries
 

@@ -100,7 +100,8 @@ def block_sparse_backward(
     bounds: Bounds,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     from tinyonn_kernels._nsa import geometry_of
-    from tinyonn_kernels.block_sparse_bwd import block_sparse_attention_dkv, block_sparse_attention_dq
+    from tinyonn_kernels.block_sparse_dkv import block_sparse_attention_dkv
+    from tinyonn_kernels.block_sparse_dq import block_sparse_attention_dq
 
     geometry = geometry_of(query, key.shape[1], *bounds)
     indices, counts, bias = indices.contiguous(), counts.contiguous(), None if bias is None else bias.contiguous()
