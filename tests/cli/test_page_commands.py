@@ -87,7 +87,8 @@ def test_pages_of_two_real_scans(cli: Cli, model: Path, corpus: Path, tmp_path: 
 
     for arguments, parts in (
         (("report", a, "-o", tmp_path / "x.pdf"), ("output must end in .html",)),
-        (("report", a, "--normalise", "loud", "-o", tmp_path / "x.html"), ("normalise must be one of", "'loud'")),
+        (("report", a, "--normalise", "loud", "-o", tmp_path / "x.html"), ("normalise must be one of", "'loud'.")),
+        (("report", a, "--normalise", "layers", "-o", tmp_path / "x.html"), ("got 'layers'; did you mean 'layer'?",)),
         (("report", tmp_path / "none.mscan"), ("none.mscan",)),
         (("report", corpus, "-o", tmp_path / "x.html"), (str(corpus),)),
         (("compare", a, a), ("must be two files",)),

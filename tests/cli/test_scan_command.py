@@ -12,8 +12,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tinyonn.cli import options as choices
+from tinyonn.cli import screen
+from tinyonn.cli.scan import show_progress
 from tinyonn.mscan import MscanReader
-from tinyonn.scan import ScanConfig, config
+from tinyonn.scan import ScanConfig, ScanProgress, config
 from tinyonn.testing import save_tiny_model
 
 from .conftest import Cli, one_line, shell
@@ -120,7 +122,7 @@ def test_a_config_file_gives_way_to_what_is_typed(configured: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        ("modelpath: a\n", ["'modelpath'", "did you mean model_path"]),
+        ("modelpath: a\n", ["'modelpath'", "did you mean 'model_path'?"]),
         ("- a\n", ["config must be a YAML mapping", "list"]),
         ("a: [\n", ["config must be valid YAML"]),
         ("dataset_path: d\nmodel_path: m\nlimit: 1.5\n", ["limit must be a whole number of at least 1, got 1.5"]),
@@ -324,3 +326,13 @@ def test_generation_marks_the_answers(cli: Cli, model: Path, corpus: Path, tmp_p
     with MscanReader(output) as reader:
         assert reader.metadata["credit"] == "local"
         assert 1 <= int(reader.sequences[0].mask.sum()) <= 4
+
+
+def test_progress_names_what_is_scanned(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "PLAIN_EVERY", 0.0)
+    with screen.Progress("loading") as bar:
+        for state in (ScanProgress("loading", 0, 8), ScanProgress("scanning", 2, 8, 512, 64.0, 2.5)):
+            show_progress(bar, state, "python")
+    loading, scanning = capsys.readouterr().err.splitlines()
+    assert loading.startswith("loading: the model, for python, ")
+    assert scanning.startswith("scanning python: 25 %, 2/8 texts, 64 tokens/s, loss 2.50, ")

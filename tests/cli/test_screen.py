@@ -17,9 +17,9 @@ from tinyonn.cli import screen
 DRAW = """
 import time
 from tinyonn.cli.screen import Progress
-with Progress("scanning") as bar:
+with Progress("loading") as bar:
     for step in range(30):
-        bar.update(step / 30, f"{step * 60:,}/12,345 texts, 1,234 tokens/s, loss 2.87")
+        bar.update(step / 30, label="scanning questions", text=f"{step * 60:,}/12,345 texts, 1,234 tokens/s, loss 2.87")
         time.sleep(0.02)
 print("result")
 """
@@ -100,6 +100,7 @@ def test_a_terminal_gets_one_line(width: int) -> None:
     assert len(frames) > 2
     assert all(frame.strip().startswith(tuple("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏")) for frame in frames)  # none was wrapped into a second line
     assert max(map(len, frames)) <= width
+    assert any(re.search(r"scanning question.*\d s left", frame) for frame in frames)
 
 
 def test_no_color_is_honoured() -> None:
@@ -120,7 +121,21 @@ def test_elsewhere_a_plain_line_now_and_then(capsys: pytest.CaptureFixture[str],
             bar.update(step / 25, f"{step} read")
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines() == ["reading: 36 %, 9 read, 10 s", "reading: 76 %, 19 read, 20 s"]
+    assert captured.err.splitlines() == ["reading: 36 %, 9 read, 10 s, 16 s left", "reading: 76 %, 19 read, 20 s, 6.0 s left"]
+
+
+def test_the_rest_is_told_from_this_run_s_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(screen, "PLAIN_EVERY", 0.0)
+    with screen.Progress("loading") as bar:
+        for fraction, label in ((None, "loading"), (0.0, "scanning a"), (0.5, "scanning a"), (0.6, "scanning a"), (0.6, "scanning b")):
+            now[0] += 10
+            bar.update(fraction, "x", label=label)
+    assert capsys.readouterr().err.splitlines() == [
+        "loading: x, 10 s", "scanning a: 0 %, x, 20 s", "scanning a: 50 %, x, 30 s", "scanning a: 60 %, x, 40 s, 40 s left",
+        "scanning b: 60 %, x, 50 s",
+    ]  # fmt: skip
 
 
 def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def test_topic_from_yaml(tmp_path: Path) -> None:
     [
         ("keywords: heron", r"keywords must be a list of non-empty strings, got 'heron'"),
         ("keywords: [1]", r"keywords must be a list of non-empty strings"),
-        ("keyword: [a]", r"unknown key 'keyword'; did you mean keywords\?"),
+        ("keyword: [a]", r"key must be one of name, .*, got 'keyword'; did you mean 'keywords'\?"),
         ("patterns: ['(']", r"patterns must be regular expressions, got '\('"),
         ("min_matches: 3\nkeywords: [a]", r"min_matches must be at most its 1 keywords and patterns, got 3"),
         ("min_matches: 0", r"min_matches must be a whole number of at least 1, got 0"),

@@ -41,7 +41,7 @@ def test_model_name_is_the_folders_own_even_for_a_dot(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"credit": "ful"}, "credit must be one of full, local, got 'ful'."),
+        ({"credit": "ful"}, "credit must be one of full, local, got 'ful'; did you mean 'full'?"),
         ({"dtype": "int8"}, "dtype must be one of auto, fp32, bf16, fp16, got 'int8'."),
         ({"store": "all"}, "store must be one of records, integral, got 'all'."),
         ({"compression": "gzip"}, "compression must be one of None, zstd, got 'gzip'."),
@@ -78,7 +78,7 @@ def test_yaml_gives_options_and_overrides_win(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("model_path: m\ndataset_path: d\nbatchsize: 3", "got 'batchsize'; did you mean batch_size?"),
+        ("model_path: m\ndataset_path: d\nbatchsize: 3", "got 'batchsize'; did you mean 'batch_size'?"),
         ("model_path: m\ndataset_path: d\nqqq: 3", "got 'qqq'."),
         ("model_path: m", "dataset_path must be given, in .* or as --dataset-path."),
         ("- a\n- b", "config must be a YAML mapping of options, got list in"),

@@ -77,7 +77,7 @@ def corpus(
     about = _topic(
         topic, keyword or [], pattern or [], exclude or [], everything, {key: value for key, value in changes.items() if value is not None}
     )
-    with screen.Progress("reading") as bar:
+    with screen.Progress(f"corpus of {about.name}") as bar:
         report = build_corpus(
             source,
             about,
@@ -100,12 +100,12 @@ def corpus(
             split=split,
             skip_bad=skip_bad,
             overwrite=overwrite,
-            progress=lambda state: _show(bar, state),
+            progress=lambda state: show_progress(bar, state),
         )
     print(_report_screen(report))
 
 
-def _show(bar: screen.Progress, state: CorpusProgress) -> None:
+def show_progress(bar: screen.Progress, state: CorpusProgress) -> None:
     bar.update(state.fraction, f"{screen.number(state.read)} read, {screen.number(state.kept)} kept")
 
 

@@ -79,14 +79,15 @@ def _scan(config: ScanConfig) -> None:
     from ..scan import OutputCompleteError, OutputDiffersError, run_scan
     from .scan import show_progress
 
-    with screen.Progress(config.topic_name) as bar:
+    with screen.Progress("loading") as bar:
         try:
-            result = run_scan(config, progress=lambda state: show_progress(bar, state))
+            result = run_scan(config, progress=lambda state: show_progress(bar, state, config.topic_name))
         except OutputCompleteError:
             screen.say(f"{config.output} is complete and kept")
             return
         except OutputDiffersError:
-            result = run_scan(dataclasses.replace(config, overwrite=True), progress=lambda state: show_progress(bar, state))
+            again = dataclasses.replace(config, overwrite=True)
+            result = run_scan(again, progress=lambda state: show_progress(bar, state, config.topic_name))
     screen.say(
         f"scanned {config.topic_name}: {screen.number(result.tokens)} tokens in {screen.duration(result.seconds)}, "
         f"loss {result.loss:.3f} nats a token"
@@ -97,6 +98,7 @@ def _corpus(folder: Path, topic: str, texts: Iterable[tuple[str, str]], limit: i
     """A sample of a topic's texts, cut to about the length that is scanned."""
     from ..scan.corpus import build_corpus
     from ..scan.topic import Topic, builtin_topics, load_topic
+    from .corpus import show_progress
 
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / f"{topic}_source.jsonl"
@@ -105,7 +107,7 @@ def _corpus(folder: Path, topic: str, texts: Iterable[tuple[str, str]], limit: i
             file.write(json.dumps({"id": name, "text": text}, ensure_ascii=False) + "\n")
     about = load_topic(topic) if topic in builtin_topics() else Topic(topic)
     characters = max_length * CHARACTERS_PER_TOKEN
-    with screen.Progress(f"{topic} corpus"):
+    with screen.Progress(f"corpus of {topic}") as bar:
         report = build_corpus(
             source,
             about,
@@ -115,6 +117,7 @@ def _corpus(folder: Path, topic: str, texts: Iterable[tuple[str, str]], limit: i
             cut=True,
             limit=limit,
             overwrite=True,
+            progress=lambda state: show_progress(bar, state),
         )
     source.unlink()
     screen.say(f"corpus of {topic}: {screen.counted(report.kept, 'piece')} sampled from {screen.counted(report.read, 'text')}")

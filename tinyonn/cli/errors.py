@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from dataclasses import dataclass
 
 import typer
 
-from ..errors import InputError, MscanError
+from ..errors import InputError, MscanError, did_you_mean
 
 # Typer brings its own copy of click, or uses click, by version: the base class is the same place above BadParameter in both.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -32,10 +33,7 @@ def explain(error: BaseException, command: str) -> Ending | None:
     if isinstance(error, KeyboardInterrupt):
         return Ending(f"{command}: {_one_line(error) or 'interrupted.'}", INTERRUPTED)
     if isinstance(error, UsageError):
-        # str() of it would leave out the advice on near names.
-        message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
-        message += "" if message.endswith((".", "?")) else "."
-        return Ending(f"{command}: {message} See `{command} --help`.", BAD_INPUT)
+        return Ending(f"{command}: {_usage(error)} See `{command} --help`.", BAD_INPUT)
     if isinstance(error, ClickException):
         return Ending(f"{command}: {error.format_message()}", BAD_INPUT)  # type: ignore[attr-defined]
     if isinstance(error, MscanError) and error.offset and command != "tinyonn recover":
@@ -49,6 +47,19 @@ def explain(error: BaseException, command: str) -> Ending | None:
     if isinstance(error, OSError) and error.errno is not None:
         return Ending(f"{command}: {_os_error(error, command)}", BAD_INPUT)
     return None
+
+
+def _usage(error: Exception) -> str:
+    # str() of it would leave out the advice on near names.
+    message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+    # Typer has values checked by pydantic, whose words name a Python exception, or leave the value out.
+    message = message.replace("Value error, ", "", 1)
+    if details := getattr(error.__cause__, "errors", None):
+        value = details()[0].get("input")
+        message = re.sub(r"Input should be ([^,.]*).*", lambda found: f"{value!r} is not {found[1]}.", message)
+    if choice := re.search(r"'([^']*)' is not one of (.*)\.$", message):
+        message = message[:-1] + did_you_mean(choice[1], re.findall(r"'([^']*)'", choice[2]))
+    return message if message.endswith((".", "?")) else f"{message}."
 
 
 def _one_line(error: BaseException) -> str:

@@ -88,19 +88,19 @@ def scan(
         return
     leader = World.from_environment().rank == 0
     with screen.Progress("loading", enabled=leader) as bar:
-        result = run_scan(options, progress=lambda state: show_progress(bar, state))
+        result = run_scan(options, progress=lambda state: show_progress(bar, state, options.topic_name))
     if leader:
         print(_result_screen(result))
 
 
-def show_progress(bar: screen.Progress, state: ScanProgress) -> None:
+def show_progress(bar: screen.Progress, state: ScanProgress, topic: str) -> None:
     if state.stage == "loading":
-        bar.update(None, "the model", label="loading")
+        bar.update(None, f"the model, for {topic}", label="loading")
         return
     text = f"{screen.number(state.done)}/{screen.counted(state.total, 'text')}"
     if state.tokens:
         text += f", {screen.number(state.tokens_per_second)} tokens/s, loss {state.loss:.2f}"
-    bar.update(state.done / max(state.total, 1), text, label="scanning")
+    bar.update(state.done / max(state.total, 1), text, label=f"scanning {topic}")
 
 
 def _estimate_screen(options: ScanConfig, found: ScanEstimate) -> str:

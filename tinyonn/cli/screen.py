@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 PLAIN_EVERY = 10.0  # seconds between lines where no bar can be drawn
+BAR_WIDTHS = (6, 12, 24)  # on narrow, usual and wide terminals
 
 
 def say(line: str = "") -> None:
@@ -55,6 +56,8 @@ def duration(seconds: float) -> str:
 class Progress:
     """A bar on stderr where that is a terminal; elsewhere a plain line now and then. A context manager.
 
+    Either says how long the rest will take, from the second look at the share done on: what an earlier run did tells no speed.
+
     Args:
         label: what is going on, for the left of the line.
         enabled: False draws nothing (the other ranks of a scan).
@@ -66,36 +69,68 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self._started = self._said = time.monotonic()
+        self._first: tuple[float, float] | None = None  # when a share was first known, and which
 
     def __enter__(self) -> Progress:
         if self._enabled and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, SpinnerColumn, TextColumn
             from rich.progress import Progress as Bar
             from rich.table import Column
 
             console = Console(stderr=True)
             if not console.is_dumb_terminal:
-                # One line at any width: the words give way, and the bar is short where there is little room.
-                words = TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-                bar = BarColumn(bar_width=24 if console.width >= 100 else 12)
-                columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), bar, words, TimeRemainingColumn())
-                self._bar = Bar(*columns, console=console, transient=True)
-                self._task = self._bar.add_task(self._label, total=None, text="")
+                # One line at any width: the words give way (`_fitting`), and the bar is short where there is little room.
+                def words(field: str) -> TextColumn:
+                    return TextColumn(field, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+
+                width = BAR_WIDTHS[(console.width >= 80) + (console.width >= 100)]
+                parts = (
+                    words("{task.description}"),
+                    BarColumn(bar_width=width),
+                    words("{task.fields[text]}"),
+                    words("{task.fields[rest]}"),
+                )
+                self._bar = Bar(SpinnerColumn(), *parts, console=console, transient=True)
+                self._task = self._bar.add_task(self._label, total=None, text="", rest="")
                 self._bar.start()
         return self
 
     def update(self, fraction: float | None, text: str, *, label: str | None = None) -> None:
         """Shows the share done (None: unknown) and a few words."""
-        self._label = label or self._label
+        if label is not None and label != self._label:
+            self._label, self._first = label, None
+        rest = self._rest(fraction)
         if self._bar is not None:
-            self._bar.update(
-                self._task, description=self._label, total=None if fraction is None else 1.0, completed=fraction or 0.0, text=text
-            )
+            total = None if fraction is None else 1.0
+            name, text = self._fitting(self._label, text)
+            self._bar.update(self._task, description=name, total=total, completed=fraction or 0.0, text=text, rest=rest)
         elif self._enabled and time.monotonic() - self._said >= PLAIN_EVERY:
             self._said = time.monotonic()
             share = "" if fraction is None else f" {100 * fraction:.0f} %,"
-            say(f"{self._label}:{share} {text}, {duration(self._said - self._started)}")
+            say(f"{self._label}:{share} {text}, {duration(self._said - self._started)}" + (rest and f", {rest}"))
+
+    def _fitting(self, label: str, text: str) -> tuple[str, str]:
+        """Both cut to the room beside the spinner, the bar and the rest. Left alone, rich takes from each column, the spinner too."""
+        from rich.cells import cell_len, set_cell_size
+
+        def cut(words: str, room: int) -> str:
+            return words if cell_len(words) <= room else set_cell_size(words, max(room - 1, 0)) + "…"
+
+        width = self._bar.console.width
+        label = cut(label, width // 3)
+        gaps = 5
+        return label, cut(text, width - 1 - cell_len(label) - self._bar.columns[2].bar_width - len("10:00:00 left") - gaps)
+
+    def _rest(self, fraction: float | None) -> str:
+        """12 s left; nothing while it cannot be told."""
+        if not fraction:
+            return ""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, fraction)
+        since, before = self._first
+        return f"{duration((now - since) * (1 - fraction) / (fraction - before))} left" if fraction > before and now > since else ""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:

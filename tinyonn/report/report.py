@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
 from ..mscan import MscanReader
 from . import figures
 from .data import ScanData, collect
@@ -60,9 +60,11 @@ def write_report(
         MscanError: the file is damaged.
     """
     if normalise not in NORMALISATIONS:
-        raise InputError(f"normalise must be one of {', '.join(NORMALISATIONS)}, got {normalise!r}.")
+        hint = did_you_mean(normalise, NORMALISATIONS)
+        raise InputError(f"normalise must be one of {', '.join(NORMALISATIONS)}, got {normalise!r}{hint}")
     if replay_order not in REPLAY_ORDERS:
-        raise InputError(f"replay_order must be one of {', '.join(REPLAY_ORDERS)}, got {replay_order!r}.")
+        hint = did_you_mean(replay_order, REPLAY_ORDERS)
+        raise InputError(f"replay_order must be one of {', '.join(REPLAY_ORDERS)}, got {replay_order!r}{hint}")
     if top < 1:
         raise InputError(f"top must be at least 1, got {top}.")
     if replay < 0:

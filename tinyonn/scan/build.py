@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
 from .language import LANGUAGES, guess_language
 from .records import BadRecordError, CorpusItem, content_id, item_from_record
 from .sources import SourceRecord, iter_source, require_source
@@ -82,8 +82,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, choices in (("format", FORMATS), ("code_blocks", CODE_BLOCKS)):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if value not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(value, choices)}")
         if self.language is not None and self.language not in LANGUAGES:
             raise InputError(f"language must be one of {', '.join(LANGUAGES)}, got {self.language!r}.")
         for low, high in (("min_chars", "max_chars"), ("min_tokens", "max_tokens")):

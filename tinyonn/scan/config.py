@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
 
 CREDITS = ("full", "local")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -96,7 +95,7 @@ class ScanConfig:
         ):
             value = getattr(self, name)
             if value not in choices:
-                raise InputError(f"{name} must be one of {', '.join(str(c) for c in choices)}, got {value!r}.")
+                raise InputError(f"{name} must be one of {', '.join(str(c) for c in choices)}, got {value!r}{did_you_mean(value, choices)}")
         self._check_int("batch_size", 1)
         self._check_int("max_length", 2)
         self._check_int("generate", 0)
@@ -151,9 +150,7 @@ class ScanConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(key, sorted(known), n=3, cutoff=0.5)
-                hint = f"; did you mean {' or '.join(near)}?" if near else "."
-                raise InputError(f"{source}: option must be one of ScanConfig's fields, got {key!r}{hint}")
+                raise InputError(f"{source}: option must be one of ScanConfig's fields, got {key!r}{did_you_mean(key, sorted(known), 3)}")
         for required in ("model_path", "dataset_path"):
             if values.get(required) is None:
                 raise InputError(f"{required} must be given, in {source} or as --{required.replace('_', '-')}.")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
 from ..hf.interfaces import attention_implementation
 from ..mscan.layout import LayoutEntry, layout_groups
 from ..mscan.types import Integral
@@ -80,7 +80,7 @@ class ScanEngine:
 
     def __init__(self, model: PreTrainedModel, *, credit: str = "full", targets: str = "all") -> None:
         if credit not in CREDITS:
-            raise InputError(f"credit must be one of {', '.join(CREDITS)}, got {credit!r}.")
+            raise InputError(f"credit must be one of {', '.join(CREDITS)}, got {credit!r}{did_you_mean(credit, CREDITS)}")
         if not isinstance(getattr(model, "config", None), PretrainedConfig):
             raise InputError(f"model must be a transformers causal language model, got {type(model).__name__}.")
         if any(parameter.is_inference() for parameter in model.parameters()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import functools
 import re
@@ -14,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,10 @@ def load_topic(name: str) -> Topic:
         return _from_yaml(text, str(path), path.stem)
     if name in builtin_topics():
         return _from_yaml((_folder() / f"{name}.yaml").read_text(encoding="utf-8"), name, name)
-    raise InputError(f"topic must be one of {', '.join(builtin_topics())} or a YAML file, or come with keywords or patterns, got {name!r}.")
+    raise InputError(
+        f"topic must be one of {', '.join(builtin_topics())} or a YAML file, or come with keywords or patterns, got {name!r}"
+        f"{did_you_mean(name, builtin_topics())}"
+    )
 
 
 def _folder() -> Any:
@@ -182,9 +184,7 @@ def _from_yaml(text: str, source: str, default_name: str) -> Topic:
     known = [field.name for field in dataclasses.fields(Topic)]
     for key in content:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f" (the keys are {', '.join(known)})."
-            raise InputError(f"topic {source}: unknown key {key!r}{hint}")
+            raise InputError(f"topic {source}: key must be one of {', '.join(known)}, got {key!r}{did_you_mean(key, known)}")
     values = {key: value for key, value in content.items() if value is not None}
     for key in ("keywords", "patterns", "exclude", "files", "code_languages"):
         if key in values and not isinstance(values[key], list):
