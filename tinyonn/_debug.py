@@ -27,5 +27,7 @@ def debug(enabled: bool = True) -> Iterator[None]:
 
 
 def debug_enabled() -> bool:
-    """Whether the caller is inside `tinyonn.debug()`."""
-    return _enabled.get()
+    """Whether the caller is inside `tinyonn.debug()`; not while `torch.compile` traces, which cannot look at values."""
+    from torch.compiler import is_compiling  # here, so that importing tinyonn does not import torch
+
+    return not is_compiling() and _enabled.get()

@@ -130,8 +130,10 @@ def dyn_nsa_backward(
     from tinyonn_kernels._nsa import geometry_of, unit_stride
     from tinyonn_kernels.block_sparse_dkv import block_sparse_attention_dkv
     from tinyonn_kernels.block_sparse_dq import block_sparse_attention_dq
-    from tinyonn_kernels.interval_attention_bwd import interval_attention_dkv, interval_attention_dq
-    from tinyonn_kernels.select_blocks_bwd import select_blocks_bwd_keys, select_blocks_bwd_queries
+    from tinyonn_kernels.interval_attention_dkv import interval_attention_dkv
+    from tinyonn_kernels.interval_attention_dq import interval_attention_dq
+    from tinyonn_kernels.select_blocks_dk import select_blocks_dk
+    from tinyonn_kernels.select_blocks_dq import select_blocks_dq
 
     window, temperature, block_size, compress_size, _, detach_scores, scale = options
     num_keys = key.shape[1]
@@ -166,7 +168,7 @@ def dyn_nsa_backward(
             accumulate=True,
         )  # fmt: skip
         chunk_lse = None if grad_lse is None else grad_lse[rows]
-        select_blocks_bwd_queries(
+        select_blocks_dq(
             q, key_compressed, lse_compressed[rows], threshold[rows], *lists, grad_bias[rows], grad_soft[rows], grad_threshold[rows],
             None if detach_scores else grad_q, chunk_lse, geometry, *sizes, accumulate=True,
         )  # fmt: skip
@@ -190,7 +192,7 @@ def dyn_nsa_backward(
         compressed=True,
     )  # fmt: skip
     if not detach_scores:
-        grad_key_compressed += select_blocks_bwd_keys(
+        grad_key_compressed += select_blocks_dk(
             query, key_compressed, lse_compressed, threshold, indices, counts, grad_bias, grad_soft, whole, *sizes
         )
     grad_base = grad_threshold.sum((0, 1))

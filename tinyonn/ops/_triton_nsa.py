@@ -158,7 +158,8 @@ def select_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, lse and threshold."""
     from tinyonn_kernels._nsa import geometry_of
-    from tinyonn_kernels.select_blocks_bwd import select_blocks_bwd_keys, select_blocks_bwd_queries
+    from tinyonn_kernels.select_blocks_dk import select_blocks_dk
+    from tinyonn_kernels.select_blocks_dq import select_blocks_dq
 
     geometry = geometry_of(query, num_keys, *bounds)
     sizes = (geometry, num_keys, temperature, block_size, compress_size, scale)
@@ -166,8 +167,8 @@ def select_backward(
     grad_threshold = torch.empty(threshold.shape, dtype=torch.float32, device=query.device)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grad_lse = _statistics(query)
-    select_blocks_bwd_queries(*inputs, grad_threshold, grad_query, grad_lse, *sizes)
-    return grad_query, select_blocks_bwd_keys(*inputs, *sizes), grad_lse, grad_threshold
+    select_blocks_dq(*inputs, grad_threshold, grad_query, grad_lse, *sizes)
+    return grad_query, select_blocks_dk(*inputs, *sizes), grad_lse, grad_threshold
 
 
 def empty_lists(query: Tensor, num_kv: int, max_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -195,7 +196,8 @@ def _interval_backward(
     compressed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from tinyonn_kernels._nsa import Geometry
-    from tinyonn_kernels.interval_attention_bwd import interval_attention_dkv, interval_attention_dq
+    from tinyonn_kernels.interval_attention_dkv import interval_attention_dkv
+    from tinyonn_kernels.interval_attention_dq import interval_attention_dq
 
     assert isinstance(geometry, Geometry)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)

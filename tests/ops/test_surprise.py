@@ -1,0 +1,137 @@
+"""Losses of the router against a loop over tokens in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import tinyonn
+from tinyonn import ops, reference
+
+
+def case(tokens: int = 40, experts: int = 6, dtype=torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """scores, a surprise of raw size with tokens that went nowhere, to one expert, everywhere; a mask."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(tokens, experts, generator=generator, dtype=torch.float64)
+    surprise = 1e-3 * torch.rand(tokens, experts, generator=generator, dtype=torch.float64)
+    surprise[torch.rand(tokens, experts, generator=generator) < 0.5] = math.inf
+    surprise[0], surprise[1], surprise[2] = math.inf, 2e-3, 0.0
+    surprise[3], surprise[3, 2] = math.inf, 1e-3
+    return scores.to(dtype), surprise.to(dtype), torch.rand(tokens, generator=generator) < 0.7
+
+
+OPTIONS = [{}, {"w_ce": 0.0}, {"w_kl": 0.0}, {"temperature": 0.2}, {"w_ce": 0.3, "w_kl": 2.0, "temperature": 3.0}]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_loss_and_its_gradient_equal_the_definition(options, masked):
+    scores, surprise, mask = case()
+    results = []
+    for function in (reference.surprise_min_loss, ops.surprise_min_loss):
+        leaf = scores.clone().requires_grad_()
+        loss = function(leaf, surprise, token_mask=mask if masked else None, **options)
+        results.append((loss, *torch.autograd.grad(loss, leaf)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_gradcheck():
+    scores, surprise, mask = case(8, 4)
+    assert torch.autograd.gradcheck(lambda x: ops.surprise_min_loss(x, surprise, token_mask=mask), scores.requires_grad_())
+
+
+@pytest.mark.parametrize("scale", [1e-6, 65536.0])
+def test_the_scale_of_the_surprise_does_not_matter(scale):
+    scores, surprise, _ = case(dtype=torch.float32)
+    torch.testing.assert_close(ops.surprise_min_loss(scores, surprise * scale), ops.surprise_min_loss(scores, surprise))
+
+
+def test_a_step_moves_a_token_towards_the_least_surprised_expert():
+    scores, surprise, _ = case()
+    leaf = scores.clone().requires_grad_()
+    ops.surprise_min_loss(leaf, surprise).backward()
+    routed = surprise.isfinite().any(-1) & (surprise.amin(-1) > 0)
+    least = surprise.argmin(-1)
+    assert (leaf.grad.gather(1, least[:, None])[routed] < 0).all()
+    assert (leaf.grad[0] == 0).all()
+
+
+@pytest.mark.parametrize("surprise", [math.inf, math.nan])
+def test_nothing_routed_is_no_loss_and_no_gradient(surprise):
+    scores = torch.randn(5, 3, requires_grad=True)
+    loss = ops.surprise_min_loss(scores, torch.full((5, 3), surprise))
+    loss.backward()
+    assert loss.item() == 0
+    assert (scores.grad == 0).all()
+
+
+def test_scores_of_masked_tokens_do_not_matter():
+    scores, surprise, mask = case(dtype=torch.float32)
+    wild = torch.where(mask[:, None], scores, math.nan).requires_grad_()
+    loss = ops.surprise_min_loss(wild, surprise, token_mask=mask)
+    torch.testing.assert_close(loss.detach(), ops.surprise_min_loss(scores, surprise, token_mask=mask))
+    loss.backward()
+    assert wild.grad.isfinite().all()
+
+
+def test_it_compiles_whole():
+    scores, surprise, mask = case(dtype=torch.float32)
+    compiled = torch.compile(ops.surprise_min_loss, fullgraph=True)
+    torch.testing.assert_close(compiled(scores, surprise, token_mask=mask), ops.surprise_min_loss(scores, surprise, token_mask=mask))
+
+
+def test_sparse_diversity_equals_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    prototypes = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    count = torch.randint(1, 5, (30,), generator=generator).double()
+    results = []
+    for function in (reference.sparse_diversity_loss, ops.sparse_diversity_loss):
+        leaves = [prototypes.clone().requires_grad_(), count.clone().requires_grad_()]
+        loss = function(*leaves, 2.0)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("function", [ops.sparse_diversity_loss, reference.sparse_diversity_loss], ids=["ops", "reference"])
+def test_orthogonal_prototypes_have_a_finite_gradient(function):
+    prototypes = torch.eye(4, dtype=torch.float64, requires_grad=True)
+    function(prototypes, torch.ones(3, dtype=torch.float64), 1.0).backward()
+    assert prototypes.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"surprise": torch.zeros(4, 2)}, r"surprise must have shape \(4, 3\)"),
+        ({"scores": torch.zeros(4)}, r"scores must have shape \(N, E\)"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"w_ce": -1.0}, "w_ce must be at least 0"),
+        ({"token_mask": torch.ones(3)}, r"token_mask must have shape \(4,\)"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        ops.surprise_min_loss(**{"scores": torch.zeros(4, 3), "surprise": torch.ones(4, 3), **change})
+
+
+def test_debug_names_nan():
+    with tinyonn.debug(), pytest.raises(ValueError, match="surprise must hold no NaN"):
+        ops.surprise_min_loss(torch.zeros(4, 3), torch.full((4, 3), math.nan))
+
+
+@pytest.mark.parametrize(
+    ("prototypes", "count", "target", "message"),
+    [
+        (torch.zeros(3), torch.ones(4), 1.0, r"prototypes must have shape \(E, F\)"),
+        (torch.zeros(3, 2), torch.ones(0), 1.0, r"count must have shape \(N,\), N at least 1"),
+        (torch.zeros(3, 2), torch.ones(4), 0.0, "target_k must be above 0"),
+    ],
+)
+def test_bad_diversity_input_is_named(prototypes, count, target, message):
+    with pytest.raises(ValueError, match=message):
+        ops.sparse_diversity_loss(prototypes, count, target)

@@ -1,0 +1,215 @@
+"""Routing by threshold and by budget against their float64 definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import tinyonn
+from tinyonn import ops, reference
+
+IMPLS = ("torch", "reference")
+FORMS = ("sigmoid_cosine", "cosine")
+COMBINES = ("softmax", "gated", "uniform")
+
+
+def router(tokens: int, experts: int, features: int = 12, *, dtype=torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden_states, prototypes, thresholds of which a token passes a few."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return draw(tokens, features), draw(experts, features), 0.1 * draw(experts) + 0.2
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("lowest", "highest"), [(1, 8), (0, 3), (3, 3), (2, 30)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_routing_equals_its_definition(dtype, lowest, highest, form, combine):
+    tensors = router(50, 16, dtype=dtype)
+    if form == "cosine":
+        tensors = (tensors[0], tensors[1], tensors[2] - 1.6)  # σ(G) about 0.2
+    options = {"form": form, "scale": 3.0, "min_experts": lowest, "max_experts": highest, "combine": combine}
+    found = ops.threshold_route(*tensors, **options, impl="torch")
+    wanted = reference.threshold_route(*tensors, **options)
+    assert torch.equal(found.top_k_index, wanted.top_k_index)
+    assert found.top_k_index.shape == (50, highest)
+    limit = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
+    for got, expected in zip(found[1:], wanted[1:], strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), expected, **limit)
+    numbers = (found.top_k_index < 16).sum(-1)
+    assert torch.equal(numbers.to(dtype), found.count)
+    assert numbers.min() >= lowest
+    assert len(numbers.unique()) > (lowest < highest)  # a fixed number of experts would prove nothing
+    used = numbers > 0
+    torch.testing.assert_close(found.top_k_weights.sum(-1)[used], torch.ones(int(used.sum()), dtype=dtype))
+    assert (found.top_k_weights[found.top_k_index == 16] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("combine", ["softmax", "gated"])
+def test_gradcheck_with_the_set_fixed(combine, form, impl):
+    leaves = [x.requires_grad_() for x in router(6, 7)]
+    scores = reference.threshold_route(*leaves, form=form).scores
+    assert scores.abs().min() > 1e-5  # no margin so near 0 that a step of gradcheck changes the set
+
+    def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        found = ops.threshold_route(*tensors, form=form, combine=combine, max_experts=4, impl=impl)
+        return found.top_k_weights, found.scores
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_gradient_of_a_count_is_that_of_the_scores(impl):
+    leaves = [x.requires_grad_() for x in router(20, 7)]
+    found = ops.threshold_route(*leaves, impl=impl)
+    through_count = torch.autograd.grad(found.count.sum(), leaves, retain_graph=True)
+    through_scores = torch.autograd.grad(found.scores.sum(), leaves)
+    for a, b in zip(through_count, through_scores, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_straight_through_gradient_of_equal_shares(impl):
+    """w_e = m_e / Σ m with ∂m_j/∂l_j = 1 for every expert: ∂w_e/∂l_j = δ_ej / Σ m − m_e / (Σ m)²."""
+    tensors = router(20, 7)
+    leaves = [x.requires_grad_() for x in tensors]
+    found = ops.threshold_route(*leaves, combine="uniform", impl=impl)
+    cotangent = torch.randn(found.top_k_weights.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = torch.autograd.grad((found.top_k_weights * cotangent).sum(), leaves, retain_graph=True)
+    index, number = found.top_k_index, found.count.detach()[:, None]
+    grad_scores = torch.zeros(20, 8, dtype=torch.float64)
+    used = index < 7
+    grad_scores.scatter_add_(1, index, torch.where(used, cotangent / number, 0))
+    grad_scores = grad_scores[:, :7] - (torch.where(used, cotangent, 0).sum(-1, keepdim=True) / number**2)
+    wanted = torch.autograd.grad(found.scores, leaves, grad_scores)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_ties_go_to_the_lower_index(dtype, impl):
+    scores = torch.tensor([[1, 2, 2, 0, 2, 1], [0, -0.0, 0, 0, 0, 0]], dtype=dtype)
+    found = ops.select_by_budget(scores, 1.0, max_experts=4, impl=impl)
+    assert found.top_k_index.tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weights_where_no_margin_is_positive(impl):
+    x, prototypes, thresholds = router(5, 6)
+    found = ops.threshold_route(x, prototypes, thresholds + 10, min_experts=2, combine="gated", max_experts=3, impl=impl)
+    assert (found.scores < 0).all()
+    torch.testing.assert_close(found.top_k_weights, torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64).expand(5, 3))
+    none = ops.threshold_route(x, prototypes, thresholds + 10, min_experts=0, max_experts=3, impl=impl)
+    assert (none.top_k_index == 6).all()
+    assert (none.top_k_weights == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("combine", COMBINES)
+def test_nan_is_never_routed_and_named_in_debug(combine, impl):
+    x, prototypes, thresholds = router(4, 6)
+    x[1] = math.nan
+    prototypes[2] = math.nan
+    found = ops.threshold_route(x, prototypes, thresholds, combine=combine, impl=impl)
+    assert (found.top_k_index[1] == 6).all()
+    assert not (found.top_k_index == 2).any()
+    assert found.top_k_weights.isfinite().all()
+    assert found.count.tolist() == (found.top_k_index < 6).sum(-1).tolist()
+    with tinyonn.debug(), pytest.raises(ValueError, match="hidden_states must hold no NaN"):
+        ops.threshold_route(x, prototypes, thresholds, combine=combine, impl=impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("budget", [0.0, 0.3, 0.7, 0.95, 1.0, "each"])
+def test_budget_equals_its_definition(budget, dtype):
+    scores = 2 * router(60, 10, 10, dtype=dtype)[0]
+    limit = torch.linspace(0, 1, 60, dtype=dtype) if budget == "each" else budget
+    found = ops.select_by_budget(scores, limit, max_experts=6, impl="torch")
+    wanted = reference.select_by_budget(scores, limit, max_experts=6)
+    assert torch.equal(found.top_k_index, wanted.top_k_index)
+    torch.testing.assert_close(found.top_k_weights.double(), wanted.top_k_weights, rtol=1e-5, atol=1e-7)
+    share = scores.double().softmax(-1)
+    for row, index in zip(share, found.top_k_index, strict=True):
+        chosen = row[index[index < 10]]
+        if budget != "each" and len(chosen) < 6:
+            assert chosen.sum() >= budget - 1e-6
+            assert len(chosen) == 1 or chosen[:-1].sum() < budget
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_larger_budget_activates_more_experts(impl):
+    scores = router(60, 10, 10)[0]
+    counts = [ops.select_by_budget(scores, budget, max_experts=10, impl=impl).count.mean().item() for budget in (0.2, 0.5, 0.8, 0.99)]
+    assert counts == sorted(counts)
+    assert counts[-1] > 2 * counts[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_widened(dtype):
+    tensors = router(50, 16, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ops.threshold_route(*tensors)
+    wanted = reference.threshold_route(*tensors)
+    assert found.scores.dtype == torch.float32
+    torch.testing.assert_close(found.scores.double(), wanted.scores, rtol=1e-4, atol=1e-6)
+
+
+def test_it_compiles_whole():
+    tensors = router(30, 16, dtype=torch.float32)
+    wanted = ops.threshold_route(*tensors)
+    found = torch.compile(ops.threshold_route, fullgraph=True)(*tensors)
+    assert torch.equal(found.top_k_index, wanted.top_k_index)
+    torch.testing.assert_close(found.top_k_weights, wanted.top_k_weights)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_tokens(impl):
+    found = ops.threshold_route(*router(0, 5), max_experts=3, impl=impl)
+    assert found.top_k_index.shape == found.top_k_weights.shape == (0, 3)
+    assert ops.select_by_budget(found.scores, 0.5, max_experts=3, impl=impl).top_k_index.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_states": torch.zeros(1, 2, 8)}, r"hidden_states must have shape \(N, F\)"),
+        ({"prototypes": torch.zeros(5, 7)}, r"prototypes must have shape \(E, 8\)"),
+        ({"thresholds": torch.zeros(4)}, r"thresholds must have shape \(5,\)"),
+        ({"thresholds": torch.zeros(5, device="meta")}, "thresholds must be on cpu"),
+        ({"max_experts": 0}, "max_experts must be at least 1"),
+        ({"max_experts": 2, "min_experts": 3}, "max_experts must be at least 1 and at least min_experts, got 2 and 3"),
+        ({"form": "dot"}, "form must be one of sigmoid_cosine, cosine"),
+        ({"combine": "sum"}, "combine must be one of softmax, gated, uniform"),
+        ({"impl": "cuda"}, "impl must be one of"),
+        ({"scale": 0.0}, "scale must be above 0"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    good = {"hidden_states": torch.zeros(4, 8), "prototypes": torch.zeros(5, 8), "thresholds": torch.zeros(5)}
+    ops.threshold_route(**good)
+    with pytest.raises(ValueError, match=message):
+        ops.threshold_route(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("scores", "budget", "message"),
+    [
+        (torch.zeros(4), 0.5, r"scores must have shape \(N, E\)"),
+        (torch.zeros(4, 3), 1.5, "budget must be 0 … 1, got 1.5"),
+        (torch.zeros(4, 3), math.nan, "budget must be 0 … 1, got nan"),
+        (torch.zeros(4, 3), torch.zeros(3), r"budget must have shape \(\) or \(4,\)"),
+    ],
+)
+def test_bad_budgets_are_named(scores, budget, message):
+    with pytest.raises(ValueError, match=message):
+        ops.select_by_budget(scores, budget)

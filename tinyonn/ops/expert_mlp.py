@@ -1,0 +1,326 @@
+"""`expert_mlp` and `scatter_surprise`: checks, registration, dispatch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._debug import debug_enabled
+from ..reference.expert_mlp import Activation, SurpriseKind
+from ._dispatch import check_float, check_no_nan, check_same_device, statistics_dtype
+from ._torch_experts import Layout, experts_backward, experts_forward
+
+IMPLS = ("auto", "torch", "reference")
+
+
+def expert_mlp(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    activation: Activation = "silu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+    surprise: Tensor | None = None,
+    surprise_kind: SurpriseKind = "down_proj",
+    impl: str = "auto",
+) -> Tensor:
+    """Mixture of small experts: the weighed sum of what each token's experts give, and in backward how surprised each was.
+
+    The surprise of a (token, expert) pair is the norm of what this token alone would change in this expert. It is handed out as the
+    gradient of `surprise`, a tensor of zeros that takes part in nothing: `surprise.grad` after backward, or through
+    `torch.autograd.grad`. Gradients of several calls add up there, so give each call a probe of its own. It scales with the loss, and so
+    with AMP's loss scale.
+
+    Args:
+        hidden_states: (N, F).
+        gate_up_proj: (E, 2I, F), or (E, I, F) without a gate; (E, F, 2I) or (E, F, I) where `transposed`.
+        down_proj: (E, F, I), or (E, I, F) where `transposed`.
+        top_k_index: (N, K) int32 or int64; E in unused slots, which cost nothing. Any other index out of range is an unused slot too,
+            and an error under `tinyonn.debug()`.
+        top_k_weights: (N, K).
+        activation: "silu", "gelu", "gelu_tanh", "relu2", or "clamped_swiglu", gpt-oss's.
+        gate_up_bias, down_bias: (E, 2I) or (E, I), and (E, F).
+        gated: whether half of what the first product gives multiplies the other half.
+        interleaved: gate and up alternate, instead of gate first.
+        transposed: weights are (in, out).
+        surprise: (N, K) zeros with `requires_grad`, float32, or float64 for float64 inputs; or None.
+        surprise_kind: "down_proj", norm of the gradient of `down_proj[e]`; "expert", of all the expert's weights and biases; "output",
+            |weight| · ‖grad_output‖, which for one token only ranks the weights. An expert named twice counts with its summed weight, in
+            both slots.
+        impl: "auto", "torch" or "reference".
+
+    Returns:
+        (N, F) in the dtype of `hidden_states`.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not agree; under `tinyonn.debug()` an index out of range or a NaN.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}.")
+    _check(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias, gated, transposed)
+    for name, value, choices in (
+        ("activation", activation, get_args(Activation)),
+        ("surprise_kind", surprise_kind, get_args(SurpriseKind)),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+    if surprise is not None:
+        _check_probe(surprise, top_k_index, hidden_states)
+    tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
+    if impl == "reference":
+        layout = {"activation": activation, "gated": gated, "interleaved": interleaved, "transposed": transposed}
+        return _reference(*tensors, surprise, surprise_kind, layout)
+    out, _ = _forward(*tensors, surprise, activation, gated, interleaved, transposed, surprise_kind)
+    return out
+
+
+class _Probe(torch.autograd.Function):
+    """Passes `out` through; the gradient of the probe is the surprise."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, probe: Tensor, kind: SurpriseKind, layout: dict[str, Any], biases: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.biases, ctx.options = biases, {"kind": kind, **layout}
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, index, weight = ctx.saved_tensors
+        hidden, up, down = tensors
+        biases = {"gate_up_bias": ctx.biases[0], "down_bias": ctx.biases[1]}
+        found = reference.expert_surprise(hidden, up, down, index, weight, grad_out, **biases, **ctx.options)
+        return grad_out, found.to(statistics_dtype(hidden.dtype)), *([None] * 8)
+
+
+def _reference(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    surprise: Tensor | None,
+    kind: SurpriseKind,
+    layout: dict[str, Any],
+) -> Tensor:
+    num_experts = len(gate_up_proj)
+    if debug_enabled():
+        _check_values(top_k_index, top_k_weights, num_experts, hidden_states, gate_up_proj, down_proj)
+    index = torch.where((top_k_index >= 0) & (top_k_index < num_experts), top_k_index, num_experts).long()
+    tensors = (hidden_states, gate_up_proj, down_proj, index, top_k_weights)
+    out = reference.expert_mlp(*tensors, gate_up_bias=gate_up_bias, down_bias=down_bias, **layout)
+    if surprise is not None:
+        biases = tuple(None if bias is None else bias.detach() for bias in (gate_up_bias, down_bias))
+        out = _Probe.apply(out, surprise, kind, layout, biases, *(x.detach() for x in tensors))
+    return out.to(hidden_states.dtype)
+
+
+def scatter_surprise(slots: Tensor, top_k_index: Tensor, num_experts: int) -> Tensor:
+    """Surprise of each slot as a matrix over all experts.
+
+    Args:
+        slots: (N, K), the gradient of the probe of `expert_mlp`.
+        top_k_index: (N, K), as given to it.
+        num_experts: E.
+
+    Returns:
+        (N, E), infinite where a token did not go.
+    """
+    if slots.shape != top_k_index.shape or slots.dim() != 2:
+        raise ValueError(f"slots must have the shape (N, K) of top_k_index, {tuple(top_k_index.shape)}, got {tuple(slots.shape)}.")
+    index = torch.where((top_k_index >= 0) & (top_k_index < num_experts), top_k_index, num_experts).long()
+    whole = slots.new_full((len(slots), num_experts + 1), math.inf).scatter(1, index, slots)
+    return whole[:, :num_experts].contiguous()
+
+
+def _check(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    gated: bool,
+    transposed: bool,
+) -> None:
+    check_float("hidden_states", hidden_states)
+    if hidden_states.dim() != 2:
+        raise ValueError(f"hidden_states must have shape (N, F), got {tuple(hidden_states.shape)}.")
+    tokens, features = hidden_states.shape
+    check_float("gate_up_proj", gate_up_proj)
+    if gate_up_proj.dim() != 3 or gate_up_proj.shape[1 if transposed else 2] != features:
+        wanted = f"(E, {features}, ·)" if transposed else f"(E, ·, {features})"
+        raise ValueError(f"gate_up_proj must have shape {wanted}, got {tuple(gate_up_proj.shape)}.")
+    experts, width = gate_up_proj.shape[0], gate_up_proj.shape[2 if transposed else 1]
+    if gated and width % 2:
+        raise ValueError(f"gate_up_proj must have an even number of outputs with a gate, got {width}.")
+    neurons = width // 2 if gated else width
+    _check_shape("down_proj", down_proj, (experts, neurons, features) if transposed else (experts, features, neurons), hidden_states)
+    _check_shape("gate_up_proj", gate_up_proj, tuple(gate_up_proj.shape), hidden_states)
+    if gate_up_bias is not None:
+        _check_shape("gate_up_bias", gate_up_bias, (experts, width), hidden_states)
+    if down_bias is not None:
+        _check_shape("down_bias", down_bias, (experts, features), hidden_states)
+    if not isinstance(top_k_index, Tensor) or top_k_index.dtype not in (torch.int32, torch.int64):
+        found = top_k_index.dtype if isinstance(top_k_index, Tensor) else type(top_k_index).__name__
+        raise TypeError(f"top_k_index must be an int32 or int64 tensor, got {found}.")
+    if top_k_index.dim() != 2 or len(top_k_index) != tokens:
+        raise ValueError(f"top_k_index must have shape ({tokens}, K), got {tuple(top_k_index.shape)}.")
+    check_same_device("top_k_index", top_k_index, hidden_states.device)
+    check_float("top_k_weights", top_k_weights)
+    check_same_device("top_k_weights", top_k_weights, hidden_states.device)
+    if top_k_weights.shape != top_k_index.shape:
+        raise ValueError(f"top_k_weights must have shape {tuple(top_k_index.shape)}, got {tuple(top_k_weights.shape)}.")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], hidden_states: Tensor) -> None:
+    check_float(name, tensor)
+    check_same_device(name, tensor, hidden_states.device)
+    if tensor.dtype != hidden_states.dtype:
+        raise TypeError(f"{name} must be {hidden_states.dtype} like hidden_states, got {tensor.dtype}.")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}.")
+
+
+def _check_probe(surprise: Tensor, top_k_index: Tensor, hidden_states: Tensor) -> None:
+    check_float("surprise", surprise)
+    check_same_device("surprise", surprise, hidden_states.device)
+    dtype = statistics_dtype(hidden_states.dtype)
+    if surprise.dtype != dtype:
+        raise TypeError(f"surprise must be {dtype}, got {surprise.dtype}.")
+    if surprise.shape != top_k_index.shape:
+        raise ValueError(f"surprise must have shape {tuple(top_k_index.shape)}, got {tuple(surprise.shape)}.")
+
+
+def _check_values(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, *others: Tensor) -> None:
+    """For `tinyonn.debug()`."""
+    outside = (top_k_index < 0) | (top_k_index > num_experts)
+    if bool(outside.any()):
+        token, slot = outside.nonzero()[0].tolist()
+        found = int(top_k_index[token, slot])
+        raise ValueError(f"top_k_index must be 0 … {num_experts}, {num_experts} for an unused slot, got {found} for token {token}.")
+    check_no_nan("top_k_weights", top_k_weights)
+    for name, tensor in zip(("hidden_states", "gate_up_proj", "down_proj"), others, strict=True):
+        check_no_nan(name, tensor)
+
+
+@torch.library.custom_op("tinyonn::expert_mlp", mutates_args=())
+def _forward(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    surprise: Tensor | None,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    surprise_kind: str,
+) -> tuple[Tensor, Tensor]:
+    """out, and what the activation took: pairs sorted by expert."""
+    if debug_enabled():
+        _check_values(top_k_index, top_k_weights, len(gate_up_proj), hidden_states, gate_up_proj, down_proj)
+    tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
+    return experts_forward(*tensors, Layout(activation, gated, interleaved, transposed))
+
+
+@_forward.register_fake
+def _(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    surprise: Tensor | None,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    surprise_kind: str,
+) -> tuple[Tensor, Tensor]:
+    width = gate_up_proj.shape[2 if transposed else 1]
+    return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(top_k_index.numel(), width)
+
+
+@torch.library.custom_op("tinyonn::expert_mlp_backward", mutates_args=())
+def _backward(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    pre: Tensor,
+    grad_out: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    surprise_kind: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden_states, both projections, top_k_weights and both biases, and the surprise; empty where there is none."""
+    tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
+    *grads, surprise = experts_backward(*tensors, pre, grad_out, Layout(activation, gated, interleaved, transposed), surprise_kind)
+    none = hidden_states.new_empty(0, dtype=statistics_dtype(hidden_states.dtype))
+    return tuple(none.clone() if x is None else x.contiguous() for x in (*grads, surprise))  # type: ignore[return-value]
+
+
+@_backward.register_fake
+def _(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    pre: Tensor,
+    grad_out: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    surprise_kind: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = statistics_dtype(hidden_states.dtype)
+    grads = [x.new_empty(x.shape) for x in (hidden_states, gate_up_proj, down_proj, top_k_weights)]
+    biases = [hidden_states.new_empty(0, dtype=wide) if x is None else x.new_empty(x.shape) for x in (gate_up_bias, down_bias)]
+    surprise = hidden_states.new_empty((0,) if surprise_kind is None else top_k_index.shape, dtype=wide)
+    return *grads, *biases, surprise  # type: ignore[return-value]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, probe = inputs[:8]
+    *ctx.layout, kind = inputs[8:]
+    ctx.kind = None if probe is None or not probe.requires_grad else kind
+    ctx.biases = [bias is not None for bias in tensors[5:]]
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, pre = ctx.saved_tensors
+    hidden, up, down, weights, up_bias, down_bias, surprise = _backward(*tensors, pre, grad_out, *ctx.layout, ctx.kind)
+    biases = [grad if there else None for grad, there in zip((up_bias, down_bias), ctx.biases, strict=True)]
+    return hidden, up, down, None, weights, *biases, None if ctx.kind is None else surprise, *([None] * 5)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,164 @@
+"""A mixture of small experts written out: every expert for every token, float64, differentiable by autograd.
+
+    pre_e = x W_e^T + b_e                     W = gate_up_proj, (2I, F), or (I, F) without a gate
+    h_e   = act(gate) · up                    act(pre) without a gate
+    o_e   = h_e V_e^T + c_e                   V = down_proj, (F, I)
+    out   = sum over a token's slots of weight · o_e
+
+N tokens, F features, E experts, I neurons of an expert, K slots of a token
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "clamped_swiglu"]
+SurpriseKind = Literal["down_proj", "expert", "output"]
+CLAMP, SWISH = 7.0, 1.702  # of gpt-oss
+
+
+def activate(pre: Tensor, activation: Activation, gated: bool, interleaved: bool) -> Tensor:
+    """(..., 2I) -> (..., I), or (..., I) -> (..., I) without a gate.
+
+    Gate and up are the halves of `pre`, or its even and odd places where `interleaved`. `clamped_swiglu` is gpt-oss's:
+    (up + 1) · gate · σ(1.702 gate), gate at most 7, up within ±7.
+    """
+    if not gated:
+        return _ACTIVATIONS[activation](pre)
+    gate, up = (pre[..., 0::2], pre[..., 1::2]) if interleaved else pre.chunk(2, -1)
+    if activation == "clamped_swiglu":
+        gate, up = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP)
+        return (up + 1) * gate * (SWISH * gate).sigmoid()
+    return _ACTIVATIONS[activation](gate) * up
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu2": lambda x: functional.relu(x).square(),
+    "clamped_swiglu": lambda x: x.clamp(max=CLAMP) * (SWISH * x.clamp(max=CLAMP)).sigmoid(),
+}
+
+
+def _dense(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    activation: Activation,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """pre (N, E, 2I), h (N, E, I), o (N, E, F)."""
+    up, down = (weight.double().mT if transposed else weight.double() for weight in (gate_up_proj, down_proj))
+    pre = torch.einsum("nf,eif->nei", hidden_states.double(), up)
+    if gate_up_bias is not None:
+        pre = pre + gate_up_bias.double()
+    h = activate(pre, activation, gated, interleaved)
+    out = torch.einsum("nei,efi->nef", h, down)
+    return pre, h, out if down_bias is None else out + down_bias.double()
+
+
+def pair_weights(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> Tensor:
+    """(N, E): summed weight of each expert in a token's slots; the sentinel E is left out."""
+    whole = top_k_weights.new_zeros(len(top_k_index), num_experts + 1).scatter_add(1, top_k_index.long(), top_k_weights)
+    return whole[:, :num_experts].double()
+
+
+def expert_mlp(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    activation: Activation = "silu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+) -> Tensor:
+    """Sum of the chosen experts' outputs, weighed.
+
+    Args:
+        hidden_states: (N, F).
+        gate_up_proj: (E, 2I, F), or (E, I, F) without a gate; the last two turned round where `transposed`.
+        down_proj: (E, F, I); likewise.
+        top_k_index: (N, K), E in unused slots.
+        top_k_weights: (N, K).
+        activation, gated, interleaved: see `activate`.
+        gate_up_bias, down_bias: (E, 2I) and (E, F), or None.
+
+    Returns:
+        (N, F) float64.
+    """
+    layout = (activation, gate_up_bias, down_bias, gated, interleaved, transposed)
+    _, _, out = _dense(hidden_states, gate_up_proj, down_proj, *layout)
+    return torch.einsum("ne,nef->nf", pair_weights(top_k_index, top_k_weights, len(gate_up_proj)), out)
+
+
+def expert_surprise(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    grad_output: Tensor,
+    *,
+    kind: SurpriseKind = "down_proj",
+    activation: Activation = "silu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+) -> Tensor:
+    """Norm of what one token's loss would change in one expert.
+
+    Args:
+        grad_output: (N, F), gradient of the loss with respect to the output of `expert_mlp`.
+        kind: "down_proj", of the gradient of `down_proj[e]`; "expert", of all the expert's weights and biases; "output", of the
+            gradient of the expert's output, |weight| · ‖grad_output‖.
+        others: see `expert_mlp`.
+
+    Returns:
+        (N, K) float64: of each slot's (token, expert) pair, an expert named twice with its summed weight; 0 in unused slots.
+    """
+    num_experts = len(gate_up_proj)
+    layout = (activation, gate_up_bias, down_bias, gated, interleaved, transposed)
+    with torch.enable_grad():
+        inputs = [None if x is None else x.detach().double() for x in (gate_up_proj, down_proj, gate_up_bias, down_bias)]
+        up, down, up_bias, bias = inputs
+        assert up is not None
+        assert down is not None
+        x = hidden_states.detach().double()
+        pre, h, _ = _dense(x, up, down, activation, up_bias, bias, *layout[3:])
+        weights = pair_weights(top_k_index, top_k_weights.detach(), num_experts)
+        grad = weights.unsqueeze(-1) * grad_output.detach().double().unsqueeze(1)  # of o_e, (N, E, F)
+        if kind == "output":
+            found = grad.norm(dim=-1)
+        elif kind == "down_proj":
+            found = grad.norm(dim=-1) * h.norm(dim=-1)
+        else:
+            leaf = pre.detach().requires_grad_()
+            grad_h = torch.einsum("nef,efi->nei", grad, down.mT if transposed else down)
+            (grad_pre,) = torch.autograd.grad(activate(leaf, activation, gated, interleaved), leaf, grad_h)
+            squares = grad_pre.square().sum(-1) * (x.square().sum(-1, keepdim=True) + (up_bias is not None))
+            found = (squares + grad.square().sum(-1) * (h.square().sum(-1) + (bias is not None))).sqrt()
+    return functional.pad(found.detach(), (0, 1)).gather(1, top_k_index.long())
+
+
+def scatter_surprise(slots: Tensor, top_k_index: Tensor, num_experts: int) -> Tensor:
+    """(N, K) -> (N, E), infinite where a token did not go."""
+    whole = slots.new_full((len(slots), num_experts + 1), math.inf).scatter(1, top_k_index.long(), slots)
+    return whole[:, :num_experts]

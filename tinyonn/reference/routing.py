@@ -1,0 +1,108 @@
+"""Routing of tokens to experts, written out: float64, differentiable by autograd.
+
+N tokens, F features, E experts, K = max_experts slots of a token
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Form = Literal["sigmoid_cosine", "cosine"]
+Combine = Literal["softmax", "gated", "uniform"]
+
+
+class Routing(NamedTuple):
+    """Experts of each token, highest score first.
+
+    Attributes:
+        top_k_index: (N, K) int64, expert of each slot; E where the slot is unused.
+        top_k_weights: (N, K), weight of each slot's expert; 0 where unused.
+        count: (N,), experts of the token; its gradient is passed to every score as it is (straight-through).
+        scores: (N, E), what was compared with the threshold.
+    """
+
+    top_k_index: Tensor
+    top_k_weights: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuples have a method of this name
+    scores: Tensor
+
+
+def margins(hidden_states: Tensor, prototypes: Tensor, thresholds: Tensor, form: Form, scale: float) -> Tensor:
+    """(N, E): by how much a token passes an expert's threshold."""
+    x, p, g = hidden_states.double(), prototypes.double(), thresholds.double()
+    cosine = torch.nn.functional.normalize(x, dim=-1) @ torch.nn.functional.normalize(p, dim=-1).T
+    if form == "cosine":
+        return cosine - g.sigmoid()
+    return (scale * cosine).sigmoid() - (scale * g).sigmoid()
+
+
+def threshold_route(
+    hidden_states: Tensor,
+    prototypes: Tensor,
+    thresholds: Tensor,
+    *,
+    form: Form = "sigmoid_cosine",
+    scale: float = 1.0,
+    min_experts: int = 1,
+    max_experts: int = 8,
+    combine: Combine = "softmax",
+) -> Routing:
+    """Experts whose margin is above 0: at least `min_experts`, at most `max_experts`, the highest first, ties to the lower index. An
+    expert whose margin is NaN is never chosen.
+    """
+    scores = margins(hidden_states, prototypes, thresholds, form, scale)
+    rank = order_of(scores).argsort(dim=-1)
+    chosen = ((rank < min_experts) | ((scores > 0) & (rank < max_experts))) & ~scores.isnan()
+    return routing_of(scores, chosen, rank, max_experts, combine)
+
+
+def select_by_budget(scores: Tensor, budget: Tensor | float, *, max_experts: int = 8) -> Routing:
+    """The smallest set of experts whose share of softmax(scores) reaches `budget`, at least one, at most `max_experts`."""
+    scores = scores.double()
+    share = scores.detach().softmax(-1)
+    order = order_of(share)
+    before = share.gather(-1, order).cumsum(-1) - share.gather(-1, order)
+    rank = order.argsort(-1)
+    limit = torch.as_tensor(budget, dtype=torch.float64, device=scores.device).expand(len(scores)).unsqueeze(-1)
+    chosen = ((rank == 0) | ((before.gather(-1, rank) < limit) & (rank < max_experts))) & ~share.isnan()
+    return routing_of(scores, chosen, rank, max_experts, "softmax")
+
+
+def routing_of(scores: Tensor, chosen: Tensor, rank: Tensor, max_experts: int, combine: Combine) -> Routing:
+    """Weights over the chosen experts, sorted by rank.
+
+    softmax of the scores, mask fixed; `gated`, positive scores over their sum, equal shares where none is positive; `uniform`, equal
+    shares, with the gradient of the mask with respect to each score taken as 1.
+    """
+    num_experts = scores.shape[-1]
+    mask = straight_through(chosen, scores)
+    if combine == "softmax":
+        weights = torch.where(chosen, scores, -torch.inf).softmax(-1)
+    elif combine == "uniform":
+        weights = mask / mask.sum(-1, keepdim=True)
+    else:
+        positive = torch.where(chosen, scores.clamp(min=0), 0)
+        total = positive.sum(-1, keepdim=True)
+        equal = chosen / chosen.sum(-1, keepdim=True)
+        weights = torch.where(total > 0, positive / torch.where(total > 0, total, 1), equal)
+    slots = max_experts
+    index = torch.full((len(scores), slots), num_experts, device=scores.device)
+    slot_weights = scores.new_zeros(len(scores), slots)
+    token, expert = chosen.nonzero(as_tuple=True)
+    index[token, rank[token, expert]] = expert
+    slot_weights = slot_weights.index_put((token, rank[token, expert]), weights[token, expert])
+    return Routing(index, slot_weights, mask.sum(-1), scores)
+
+
+def order_of(scores: Tensor) -> Tensor:
+    """(N, E): experts from the highest score to the lowest, ties to the lower index, NaN last."""
+    return scores.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argsort(dim=-1, descending=True, stable=True)
+
+
+def straight_through(chosen: Tensor, scores: Tensor) -> Tensor:
+    """1 where chosen, else 0; its gradient is taken as that of the scores themselves."""
+    known = torch.where(scores.isnan(), 0, scores)
+    return chosen.to(scores.dtype) + known - known.detach()
