@@ -148,6 +148,9 @@ def test_comparison_finds_the_shifted_blocks_of_two_files(make_scan, parse, tmp_
     shown = page.data["maps-data"][0]
     column = shown["columns"].index("self_attn.q_proj")
     assert shown["values"][0][column] == pytest.approx(difference[:4].mean(), rel=1e-4)
+    for term in ("topic-specific", "bootstrap draws", "interval", "rank correlation", "halves of A, of B", "low, high", "outside layers"):
+        assert f"{term}: " in page.text
+    assert "python less finance" in page.text
     assert len(page.data["points-data"]["a"]) == result.tested_blocks
     assert [png.name for png in result.pngs] == ["c-difference.png", "c-blocks.png", "c-scatter.png"]
 

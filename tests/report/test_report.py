@@ -67,6 +67,19 @@ def test_maps_hold_the_numbers_of_the_file(make_scan, parse, tmp_path):
             assert shown[cell] == pytest.approx(value, rel=1e-5, abs=1e-9), (key, cell)
 
 
+@pytest.mark.parametrize(("head", "said"), [("lm_head", "here lm_head. Each"), (None, None)], ids=["head", "none"])
+def test_weights_outside_the_layers_are_explained(head, said, make_scan, parse, tmp_path):
+    sizes = {
+        "model.layers.0.mlp.up_proj.weight": 300,
+        "model.layers.1.mlp.up_proj.weight": 300,
+        **({"lm_head.weight": 500} if head else {}),
+    }
+    page = parse(write_report(make_scan("plain", sizes=sizes).path, tmp_path / "r.html", figures_too=False).html)
+    assert ("outside layers" in page.data["maps-data"][0]["columns"]) == bool(head)
+    assert ("outside layers: weights that belong to no layer" in page.text) == bool(head)
+    assert said is None or said in page.text
+
+
 def test_normalised_maps_follow_their_definition(make_scan, parse, tmp_path):
     scan = make_scan()
     maps = {

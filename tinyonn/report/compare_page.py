@@ -9,14 +9,26 @@ from typing import Any
 import numpy as np
 
 from . import charts
-from .grid import short_names
+from .grid import outside_terms, short_names
 from .maps import HeatMap
-from .page import card, facts, map_card, map_data, notices, page, section, table, text
+from .page import card, facts, map_card, map_data, notices, page, section, table, terms, text
 from .samples import TopicSample
 from .statistics import MIN_SEQUENCES, BlockDifferences
 
 # Points drawn; of more blocks than this, the specific ones and a sample of the others are.
 _MAX_POINTS = 20_000
+
+_SETTING_TERMS = {
+    "block": "64 output features of one weight, the smallest thing that is compared.",
+    "SPS": "synergistic prediction score: how active a block is, less how hard the loss pulls on it, each compared with the other blocks "
+    "of its layer (in standard deviations).",
+    "topic-specific": "a block whose mean SPS differs between the topics by more than chance would make it.",
+    "bootstrap draws": "times that sequences were drawn anew from those measured, to see how far chance alone moves the differences.",
+    "interval": "where a difference may truly lie. It reaches so many standard errors to either side; a standard error is how far "
+    "chance usually moves that difference.",
+    "rank correlation": "whether both topics put the blocks in the same order from low to high SPS: 1 the same, 0 unrelated, −1 reversed.",
+    "halves of A, of B": "the same between random halves of one topic: about as high as it would be if the topics did not differ.",
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ def comparison_page(found: Comparison, top: int) -> str:
     body = [
         _verdict(found),
         notices(found.notes),
-        section("setting", "What was compared", facts(_setting(found))),
+        section("setting", "What was compared", facts(_setting(found)) + terms(_SETTING_TERMS)),
         _maps(found),
         _blocks(found, top),
         _points(found),
@@ -113,7 +125,8 @@ def _maps(found: Comparison) -> str:
         "long texts and many texts weigh no more."
     )
     cards = "".join(map_card(heat_map) for heat_map in found.maps)
-    return section("maps", "Where the topics differ", f'<div class="grid2">{cards}</div>', lead=lead)
+    body = f'<div class="grid2">{cards}</div>{terms(outside_terms(found.a.grid))}'
+    return section("maps", "Where the topics differ", body, lead=lead)
 
 
 def _blocks(found: Comparison, top: int) -> str:
@@ -148,7 +161,14 @@ def _blocks(found: Comparison, top: int) -> str:
         f"Bars are differences, lines their intervals: {100 * found.confidence:g} % for all blocks together, from {found.resamples:,} "
         "draws of sequences. The adjusted p is the share of draws in which the largest deviation of any block was as large."
     )
-    return section("blocks", title, f'<div class="card">{bars}</div><div class="card below">{listing}</div>', lead=lead)
+    meanings = {
+        f"{found.topics[0]}, {found.topics[1]}": "the block's mean SPS a token on that topic.",
+        "difference": f"{found.topics[0]} less {found.topics[1]}.",
+        "low, high": "the ends of its interval. Where 0 lies between them, chance alone may have made the difference.",
+        "adjusted p": "how often chance alone would make the largest difference of any block as large as this one.",
+    }
+    body = f'<div class="card">{bars}</div><div class="card below">{listing}{terms(meanings)}</div>'
+    return section("blocks", title, body, lead=lead)
 
 
 def _points(found: Comparison) -> str:

@@ -146,6 +146,16 @@ def build_grid(layout: Sequence[LayoutEntry]) -> BlockGrid:
     )
 
 
+def outside_terms(grid: BlockGrid) -> dict[str, str]:
+    """What the column of weights outside the layers means, with some of their names; nothing where there are none."""
+    if OUTSIDE not in grid.modules:
+        return {}
+    column, width = grid.modules.index(OUTSIDE), grid.shape[1]
+    found = [grid.layout[number].name.removesuffix(".weight") for number in dict.fromkeys(grid.entry[grid.cell % width == column].tolist())]
+    names = ", ".join(found[:3]) + (f" and {len(found) - 3:,} more" if len(found) > 3 else "")
+    return {OUTSIDE: f"weights that belong to no layer of the stack; here {names}. Each has a row of its own."}
+
+
 def short_names(names: Sequence[str]) -> list[str]:
     """Last path component of each name, with as many parents as it takes to tell them apart."""
     parts = [name.split(".") for name in names]

@@ -66,6 +66,17 @@ def facts(values: Mapping[str, object]) -> str:
     )
 
 
+def terms(meanings: Mapping[str, str]) -> str:
+    """Words of a table or list and what they mean, for the place under it; nothing if there are none."""
+    if not meanings:
+        return ""
+    return (
+        '<dl class="legend terms">'
+        + "".join(f"<div><dt>{text(word)}:</dt> <dd>{text(meaning)}</dd></div>" for word, meaning in meanings.items())
+        + "</dl>"
+    )
+
+
 def section(anchor: str, title: str, body: str, *, lead: str = "") -> str:
     """A titled part of the page."""
     intro = f'<p class="lead">{text(lead)}</p>' if lead else ""

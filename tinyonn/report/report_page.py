@@ -11,10 +11,10 @@ import numpy as np
 from ..mscan.layout import layer_count
 from . import charts
 from .data import V1_NOTES, ScanData
-from .grid import OUTSIDE, Floats, short_names
+from .grid import OUTSIDE, BlockGrid, Floats, outside_terms, short_names
 from .heads import HeadScores
 from .maps import LEGENDS, NORMALISATIONS, HeatMap, Normalisation, make_map
-from .page import card, facts, map_card, map_data, notices, page, section, table, text
+from .page import card, facts, map_card, map_data, notices, page, section, table, terms, text
 from .palette import DASHES
 from .replay import ReplayOrder, ReplaySequence
 from .replay_page import replay_section
@@ -49,7 +49,7 @@ def report_page(
     body = [
         notices([*data.notes, *(f"The file is damaged: {line}" for line in dropped)]),
         section("configuration", "Run configuration", facts(configuration(data))),
-        _maps_section(maps, normalise),
+        _maps_section(grid, maps, normalise),
         _profiles_section(data, maps),
         _blocks_section(data, top),
         head_body,
@@ -120,10 +120,11 @@ def normalise_controls(chosen: Normalisation) -> str:
     return f'<div class="controls"><fieldset><legend>Normalisation</legend>{buttons}</fieldset></div><p class="legend">{legend}</p>'
 
 
-def _maps_section(maps: Sequence[HeatMap], normalise: Normalisation) -> str:
+def _maps_section(grid: BlockGrid, maps: Sequence[HeatMap], normalise: Normalisation) -> str:
     cards = "".join(map_card(heat_map) for heat_map in maps)
     lead = "Every cell is one module of one layer, the mean over its blocks of 64 features (experts together). Input layers are on top."
-    return section("maps", "Layers and modules", f'{normalise_controls(normalise)}<div class="grid2">{cards}</div>', lead=lead)
+    body = f'{normalise_controls(normalise)}<div class="grid2">{cards}</div>{terms(outside_terms(grid))}'
+    return section("maps", "Layers and modules", body, lead=lead)
 
 
 def _profiles_section(data: ScanData, maps: Sequence[HeatMap]) -> str:
