@@ -39,6 +39,20 @@ def test_the_loss_and_its_gradient_equal_the_definition(options, masked):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+def test_experts_that_are_not_there_have_no_gradient():
+    scores, surprise, _ = case()
+    surprise[:, 4] = math.inf
+    leaf = scores.clone().requires_grad_()
+    mask = torch.arange(6) != 4
+    loss = ops.surprise_min_loss(torch.where(mask, leaf, -math.inf), surprise)
+    fewer = scores[:, mask].clone().requires_grad_()
+    wanted = ops.surprise_min_loss(fewer, surprise[:, mask])
+    torch.testing.assert_close(loss, wanted)
+    (grad,), (wanted_grad,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(wanted, fewer)
+    torch.testing.assert_close(grad[:, mask], wanted_grad)
+    assert (grad[:, 4] == 0).all()
+
+
 def test_gradcheck():
     scores, surprise, mask = case(8, 4)
     assert torch.autograd.gradcheck(lambda x: ops.surprise_min_loss(x, surprise, token_mask=mask), scores.requires_grad_())

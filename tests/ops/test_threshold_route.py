@@ -129,6 +129,27 @@ def test_nan_is_never_routed_and_named_in_debug(combine, impl):
         ops.threshold_route(x, prototypes, thresholds, combine=combine, impl=impl)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("combine", COMBINES)
+def test_masked_experts_might_as_well_not_be_there(combine, impl):
+    x, prototypes, thresholds = router(30, 9)
+    mask = torch.tensor([True, False, True, True, False, True, True, True, False])
+    leaves = [prototypes.requires_grad_(), thresholds.requires_grad_()]
+    results = []
+    for options in ({"prototypes": prototypes, "thresholds": thresholds, "expert_mask": mask},
+                    {"prototypes": prototypes[mask], "thresholds": thresholds[mask]}):  # fmt: skip
+        found = ops.threshold_route(x, **options, min_experts=2, max_experts=8, combine=combine, impl=impl)
+        results.append((found, torch.autograd.grad(found.top_k_weights.square().sum() + found.count.square().sum(), leaves)))
+    (masked, masked_grads), (fewer, grads) = results
+    places = torch.cat([mask.nonzero().squeeze(-1), torch.tensor([9])])
+    assert torch.equal(masked.top_k_index, places[fewer.top_k_index])
+    torch.testing.assert_close(masked.top_k_weights, fewer.top_k_weights)
+    torch.testing.assert_close(masked.scores[:, mask], fewer.scores)
+    assert (masked.scores[:, ~mask] == -math.inf).all()
+    for a, b in zip(masked_grads, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("budget", [0.0, 0.3, 0.7, 0.95, 1.0, "each"])
 def test_budget_equals_its_definition(budget, dtype):
@@ -192,6 +213,7 @@ def test_no_tokens(impl):
         ({"combine": "sum"}, "combine must be one of softmax, gated, uniform"),
         ({"impl": "cuda"}, "impl must be one of"),
         ({"scale": 0.0}, "scale must be above 0"),
+        ({"expert_mask": torch.ones(5)}, r"expert_mask must be bool of shape \(5,\), got torch.float32 \(5,\)"),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -2,17 +2,20 @@
 
 from .block_compression import BlockCompression
 from .checkpointing import keep_selection
+from .dyn_moe import DynMoE, ThresholdRouter
 from .dyn_nsa import OPEN, DynNSACache, DynNSACore, DynNSAOptions, budget_loss, normalised_entropy
 from .dyn_nsa_attention import DynNSAAttention, DynNSAAttentionOutput
 
 __all__ = [
     "OPEN",
     "BlockCompression",
+    "DynMoE",
     "DynNSAAttention",
     "DynNSAAttentionOutput",
     "DynNSACache",
     "DynNSACore",
     "DynNSAOptions",
+    "ThresholdRouter",
     "budget_loss",
     "keep_selection",
     "normalised_entropy",

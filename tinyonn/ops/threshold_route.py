@@ -26,6 +26,7 @@ def threshold_route(
     min_experts: int = 1,
     max_experts: int = 8,
     combine: Combine = "softmax",
+    expert_mask: Tensor | None = None,
     impl: str = "auto",
 ) -> Routing:
     """Routes each token to the experts whose threshold it passes: any number of them.
@@ -46,6 +47,7 @@ def threshold_route(
         min_experts, max_experts: experts of a token; max_experts slots are returned whatever E.
         combine: weights of the active experts: "softmax" of l, the set taken as fixed; "gated", l / Σ l over those above 0, equal shares
             where none is; "uniform", equal shares, differentiated as if the set were l itself (straight-through).
+        expert_mask: (E,) bool, which experts there are; the others' scores are -inf. None for all.
         impl: "auto", "torch" or "reference".
 
     Returns:
@@ -69,6 +71,12 @@ def threshold_route(
         raise ValueError(f"prototypes must have shape (E, {hidden_states.shape[1]}), got {tuple(prototypes.shape)}.")
     if thresholds.shape[0] != prototypes.shape[0]:
         raise ValueError(f"thresholds must have shape ({prototypes.shape[0]},), got {tuple(thresholds.shape)}.")
+    if expert_mask is not None:
+        check_same_device("expert_mask", expert_mask, hidden_states.device)
+        if expert_mask.dtype != torch.bool or expert_mask.shape != thresholds.shape:
+            raise ValueError(
+                f"expert_mask must be bool of shape {tuple(thresholds.shape)}, got {expert_mask.dtype} {tuple(expert_mask.shape)}."
+            )
     _check_choice("form", form, get_args(Form))
     _check_choice("combine", combine, get_args(Combine))
     _check_choice("impl", impl, IMPLS)
@@ -80,10 +88,14 @@ def threshold_route(
         for name, tensor in (("hidden_states", hidden_states), ("prototypes", prototypes), ("thresholds", thresholds)):
             check_no_nan(name, tensor)
     if impl == "reference":
-        options = {"form": form, "scale": scale, "min_experts": min_experts, "max_experts": max_experts, "combine": combine}
-        found = reference.threshold_route(hidden_states, prototypes, thresholds, **options)  # type: ignore[arg-type]
+        found = reference.threshold_route(
+            hidden_states, prototypes, thresholds, form=form, scale=scale, min_experts=min_experts, max_experts=max_experts,
+            combine=combine, expert_mask=expert_mask,
+        )  # fmt: skip
         return _narrow(found, statistics_dtype(hidden_states.dtype))
     scores = _margins(hidden_states, prototypes, thresholds, form, scale)
+    if expert_mask is not None:
+        scores = torch.where(expert_mask, scores, -torch.inf)
     values, index = _highest(scores, max_experts)
     slot = torch.arange(max_experts, device=scores.device)
     return _routing(scores, index, values.isfinite() & ((slot < min_experts) | (values > 0)), combine)
@@ -163,7 +175,7 @@ def _highest(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
 def _routing(scores: Tensor, index: Tensor, used: Tensor, combine: Combine) -> Routing:
     num_experts = scores.shape[-1]
     top_k_index = torch.where(used, index, num_experts)
-    known = torch.where(scores.isnan(), 0, scores)
+    known = torch.where(scores.isfinite(), scores, 0)
     slots = functional.pad(known, (0, 1)).gather(-1, top_k_index)
     count = used.sum(-1) + _step(known).sum(-1)
     match combine:

@@ -49,13 +49,16 @@ def threshold_route(
     min_experts: int = 1,
     max_experts: int = 8,
     combine: Combine = "softmax",
+    expert_mask: Tensor | None = None,
 ) -> Routing:
     """Experts whose margin is above 0: at least `min_experts`, at most `max_experts`, the highest first, ties to the lower index. An
-    expert whose margin is NaN is never chosen.
+    expert whose margin is NaN, or that `expert_mask` leaves out, is never chosen.
     """
     scores = margins(hidden_states, prototypes, thresholds, form, scale)
+    if expert_mask is not None:
+        scores = torch.where(expert_mask, scores, -torch.inf)
     rank = order_of(scores).argsort(dim=-1)
-    chosen = ((rank < min_experts) | ((scores > 0) & (rank < max_experts))) & ~scores.isnan()
+    chosen = ((rank < min_experts) | ((scores > 0) & (rank < max_experts))) & scores.isfinite()
     return routing_of(scores, chosen, rank, max_experts, combine)
 
 
@@ -104,5 +107,5 @@ def order_of(scores: Tensor) -> Tensor:
 
 def straight_through(chosen: Tensor, scores: Tensor) -> Tensor:
     """1 where chosen, else 0; its gradient is taken as that of the scores themselves."""
-    known = torch.where(scores.isnan(), 0, scores)
+    known = torch.where(scores.isfinite(), scores, 0)
     return chosen.to(scores.dtype) + known - known.detach()

@@ -1,0 +1,218 @@
+"""The threshold router and the mixture of tiny experts as modules."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tinyonn import ops, reference
+from tinyonn.nn import DynMoE, ThresholdRouter
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def mixture(**options) -> DynMoE:
+    torch.manual_seed(0)
+    return DynMoE(32, 8, **{"num_experts": 12, "target_k": 3.0, "max_experts": 6, **options})
+
+
+@pytest.mark.parametrize("form", ["sigmoid_cosine", "cosine"])
+@pytest.mark.parametrize(
+    ("features", "experts", "target", "lowest", "highest"),
+    [(64, 16, 2.0, 1, 8), (64, 64, 4.0, 1, 8), (256, 256, 8.0, 1, 16), (32, 8, 6.0, 1, 8), (128, 1024, 12.0, 4, 32), (48, 16, 1.0, 1, 4)],
+)
+def test_it_starts_at_the_mean_number_of_experts_asked_for(features, experts, target, lowest, highest, form):
+    torch.manual_seed(0)
+    if form == "cosine" and target > experts / 2:
+        with pytest.raises(ValueError, match=r"target_k must be at most 4\.\d\d here with form='cosine'"):
+            ThresholdRouter(features, experts, target, form=form, min_experts=lowest, max_experts=highest)
+        return
+    router = ThresholdRouter(features, experts, target, form=form, min_experts=lowest, max_experts=highest)
+    count = router(tokens(4000, features, seed=1)).count
+    assert count.mean().item() == pytest.approx(target, rel=0.1)
+    assert count.min() >= lowest
+    if lowest < target < highest:
+        assert len(count.unique()) > 2
+
+
+def test_calibration_fits_tokens_that_share_a_direction():
+    torch.manual_seed(0)
+    router = ThresholdRouter(64, 32, 4.0)
+    x = tokens(2000, 64) + 3 * tokens(64, seed=5)
+    before = router(x).count.mean().item()
+    reached = router.calibrate(x)
+    assert reached == pytest.approx(4.0, rel=0.02)
+    assert router(x).count.mean().item() == pytest.approx(reached, rel=0.01)
+    assert abs(before - 4) > 2 * abs(reached - 4)
+
+
+def test_only_live_experts_are_chosen_and_trained():
+    module = mixture(num_experts=5, max_num_experts=12)
+    module(tokens(200, 32)).square().sum().backward()
+    counts = module.statistics()["counts"]
+    assert (counts[:5] > 0).all()
+    assert (counts[5:] == 0).all()
+    for parameter in module.parameters():
+        assert (parameter.grad[5:] == 0).all()
+        assert (parameter.grad[:5] != 0).any()
+    assert module.statistics()["dead_experts"] == 0
+    again = mixture(num_experts=12)
+    again.load_state_dict(module.state_dict())
+    assert again.router.expert_mask.sum() == 5
+
+
+@pytest.mark.parametrize("shape", [(32,), (7, 32), (2, 5, 32), (0, 32)])
+def test_it_takes_the_place_of_an_mlp(shape):
+    module, x = mixture(bias=True), tokens(*shape)
+    out = nn.Sequential(nn.LayerNorm(32), module)(x)
+    assert out.shape == shape
+    flat = nn.LayerNorm(32)(x).reshape(-1, 32)
+    routing = module.route(flat)
+    expected = reference.expert_mlp(
+        flat, module.gate_up_proj, module.down_proj, routing.top_k_index, routing.top_k_weights, gate_up_bias=module.gate_up_bias,
+        down_bias=module.down_bias,
+    )  # fmt: skip
+    torch.testing.assert_close(out.reshape(-1, 32).double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_larger_budget_activates_more_experts():
+    module, x = mixture(routing="budget", scale=20.0, max_experts=12), tokens(3, 40, 32)
+    counts = []
+    for budget in (0.1, 0.5, 0.9):
+        module.reset_statistics()
+        module(x, surprise_budget=budget)
+        counts.append(module.statistics()["mean_k"])
+    assert counts[0] < counts[1] < counts[2]
+    each = torch.full((3, 40), 0.1)
+    each[1] = 0.9
+    flat = x.view(-1, 32)
+    low, high = (module.route(flat, budget).count.view(3, 40) for budget in (0.1, 0.9))
+    module.reset_statistics()
+    module(x, surprise_budget=each)
+    assert module.statistics()["mean_k"] == pytest.approx(torch.where(each > 0.5, high, low).mean().item())
+
+
+def test_statistics_count_tokens():
+    module, x = mixture(), tokens(50, 32)
+    assert math.isnan(module.statistics()["mean_k"])
+    assert module.statistics()["dead_experts"] == 12
+    routing = module.route(x)
+    module(x)
+    found = module.statistics()
+    assert found["mean_k"] == pytest.approx(routing.count.mean().item())
+    assert found["counts"].tolist() == torch.bincount(routing.top_k_index.flatten(), minlength=13)[:12].tolist()
+
+
+@pytest.mark.parametrize("kind", ["down_proj", "expert", "output"])
+def test_a_captured_call_knows_its_surprise(kind):
+    module, x = mixture(surprise_kind=kind), tokens(20, 32)
+    with module.capturing() as visits:
+        out = module(x)
+        with torch.no_grad():
+            module(x)
+        with pytest.raises(RuntimeError, match="must come from a backward pass"):
+            module.surprise(visits[0])
+        cotangent = tokens(20, 32, seed=3)
+        out.backward(cotangent)
+        assert len(visits) == 1
+        found = module.surprise(visits[0])
+    routing = module.route(x)
+    slots = reference.expert_surprise(
+        x, module.gate_up_proj, module.down_proj, routing.top_k_index, routing.top_k_weights, cotangent, kind=kind
+    )
+    torch.testing.assert_close(found.double(), ops.scatter_surprise(slots, routing.top_k_index, 12), rtol=1e-4, atol=1e-7)
+    assert module.visits is None
+
+
+def test_nothing_is_remembered_after_an_exception_or_outside():
+    module = mixture()
+    with pytest.raises(ValueError, match="prototypes must have shape"), module.capturing():
+        module(tokens(3, 31))
+    assert module.visits is None
+    with module.capturing(), pytest.raises(RuntimeError, match="one context at a time"), module.capturing():
+        pass
+
+
+@pytest.mark.parametrize("kind", ["surprise", "sdl", "both"])
+@pytest.mark.parametrize("routing", ["threshold", "budget"])
+def test_the_gating_loss_trains_the_router_alone(kind, routing):
+    module, x = mixture(gating_loss=kind, routing=routing), tokens(30, 32)
+    mask = torch.arange(30) < 20
+    with module.capturing() as visits:
+        module(x).square().sum().backward()
+    module.zero_grad()
+    loss = module.gating_loss(visits[0], mask)
+    loss.backward()
+    chosen = module.route(x)
+    expected = torch.zeros(())
+    if kind != "sdl":
+        expected = expected + ops.surprise_min_loss(chosen.scores, module.surprise(visits[0]), token_mask=mask)
+    if kind != "surprise":
+        expected = expected + ops.sparse_diversity_loss(module.router.prototypes, chosen.count[mask], 3.0)
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in module.named_parameters():
+        trained = parameter.grad is not None and bool((parameter.grad != 0).any())
+        assert trained == name.startswith("router."), name
+
+
+def test_a_hundred_checkpointed_steps_in_half_precision():
+    """Routing stays outside what is recomputed, so no step sends a token elsewhere; and the gradients are those without."""
+    plain = mixture(dtype=torch.bfloat16)
+    module = copy.deepcopy(plain)
+    module.checkpoint = True
+    optimizers = [torch.optim.SGD(x.parameters(), 0.05) for x in (plain, module)]
+    for step in range(100):
+        x = tokens(64, 32, seed=step).bfloat16()
+        for model, optimizer in zip((plain, module), optimizers, strict=True):
+            optimizer.zero_grad()
+            with model.capturing() as visits:
+                (model(x) - x).float().square().mean().backward()
+            model.gating_loss(visits[0]).backward()
+            optimizer.step()
+        if step % 20 == 0:
+            for a, b in zip(plain.parameters(), module.parameters(), strict=True):
+                assert torch.equal(a.grad, b.grad)
+    for a, b in zip(plain.parameters(), module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_experts_alone_are_recomputed(monkeypatch):
+    module = mixture(checkpoint=True)
+    calls = {"route": 0, "execute": 0}
+    for name in calls:
+        original = getattr(module, name)
+
+        def counted(*args, name=name, original=original):
+            calls[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(module, name, counted)
+    module(tokens(20, 32)).sum().backward()
+    assert calls == {"route": 1, "execute": 2}
+
+
+def test_it_compiles():
+    module, x = mixture(), tokens(20, 32)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"routing": "top-k"}, "routing must be one of threshold, budget"),
+        ({"gating_loss": "balance"}, "gating_loss must be one of surprise, sdl, both"),
+        ({"max_num_experts": 3}, "max_num_experts must be at least num_experts 12, got 3"),
+        ({"target_k": 9.0}, "target_k must be 1 … 6, got 9.0"),
+        ({"max_experts": 0}, "max_experts must be at least 1"),
+        ({"min_experts": 7}, "max_experts must be at least 1 and at least min_experts, got 6 and 7"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        mixture(**options)
