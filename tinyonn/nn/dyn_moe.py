@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import Routing, expert_mlp, scatter_surprise, select_by_budget, sparse_diversity_loss, surprise_min_loss, threshold_route
-from ..reference.expert_mlp import Activation, SurpriseKind
-from ..reference.routing import Combine, Form
+from ..ops.expert_mlp import Activation, SurpriseKind
+from ..ops.threshold_route import Combine, Form
 
 GatingLoss = Literal["surprise", "sdl", "both"]
 RoutingKind = Literal["threshold", "budget"]

@@ -1,0 +1,288 @@
+"""A step in which surprise teaches the router: against the form that keeps the graph, and in every setting of training."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.utils.checkpoint import checkpoint
+
+from tinyonn import ops
+from tinyonn.nn import DynMoE
+from tinyonn.testing import tiny_causal_lm
+from tinyonn.train import HyperStep, HyperStepMixin, capture, gating_gradients
+
+
+class Model(nn.Module):
+    """Two mixtures with residuals."""
+
+    def __init__(self, *, recompute: bool | None = None, **options) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DynMoE(16, 8, **{"num_experts": 6, "target_k": 2.5, "max_experts": 4, **options}) for _ in range(2))
+        self.recompute = recompute
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + (layer(x) if self.recompute is None else checkpoint(layer, x, use_reentrant=self.recompute))
+        return x
+
+
+def model_of(**options) -> Model:
+    torch.manual_seed(0)
+    return Model(**options)
+
+
+def batch(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, 16, generator=generator), torch.randn(*shape, 16, generator=generator)
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class NoStep(torch.optim.SGD):
+    """Leaves gradients to be looked at."""
+
+    def __init__(self, parameters, **options) -> None:
+        super().__init__(parameters, lr=0.0, **options)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        pass
+
+
+def with_retained_graph(model: Model, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """What the step saves: the main graph kept alive, and the routers' losses added to it."""
+    with capture(model) as visits:
+        loss = (model(x) - y).square().mean()
+        loss.backward(retain_graph=True)
+        total = torch.zeros(())
+        for module, calls in visits.items():
+            surprise = module.surprise(calls[0])
+            flat = None if mask is None else mask.reshape(-1)
+            scores = module.router(calls[0].hidden_states).scores
+            total = total + ops.surprise_min_loss(scores, surprise, token_mask=flat) / len(visits)
+        total.backward()
+    return gradients(model)
+
+
+def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], **tolerance: float) -> None:
+    assert got.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(got[name], grad, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_equal_those_of_a_retained_graph(masked):
+    x, y = batch(3, 20)
+    mask = torch.arange(20).expand(3, 20) < torch.tensor([[20], [7], [13]]) if masked else None
+    model, kept = model_of(), model_of()
+    step = HyperStep(model, NoStep(model.parameters()))
+    result = step(lambda: (model(x) - y).square().mean(), token_mask=mask)
+    assert result.stepped
+    assert result.gating_loss > 0
+    assert_same(gradients(model), with_retained_graph(kept, x, y, mask))
+
+
+def test_the_main_graph_is_gone_when_the_routers_learn(monkeypatch):
+    model, (x, y) = model_of(), batch(20)
+    losses = []
+    original = DynMoE.gating_loss
+
+    def look(self, *args, **kwargs):
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            losses[0].backward()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DynMoE, "gating_loss", look)
+
+    def compute() -> torch.Tensor:
+        losses.append((model(x) - y).square().mean())
+        return losses[0]
+
+    HyperStep(model, NoStep(model.parameters()))(compute)
+    assert all(layer.visits is None for layer in model.layers)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_have_the_same_gradients(reentrant):
+    x, y = batch(30)
+    results = []
+    for model in (model_of(), model_of(recompute=reentrant)):
+        step = HyperStep(model, NoStep(model.parameters()))
+        step(lambda model=model: (model(x.clone().requires_grad_()) - y).square().mean())
+        results.append(gradients(model))
+    assert_same(results[1], results[0])
+
+
+def test_two_optimisers_step_their_own():
+    x, y = batch(40)
+    one, two = model_of(), model_of()
+    routers = [p for name, p in two.named_parameters() if ".router." in name]
+    others = [p for name, p in two.named_parameters() if ".router." not in name]
+    steps = [
+        HyperStep(one, torch.optim.SGD(one.parameters(), 0.1)),
+        HyperStep(two, torch.optim.SGD(others, 0.1), torch.optim.SGD(routers, 0.1)),
+    ]
+    for step, model in zip(steps, (one, two), strict=True):
+        for _ in range(3):
+            step(lambda model=model: (model(x) - y).square().mean())
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.grad is None
+
+
+def test_a_router_in_no_optimiser_is_named():
+    model = model_of()
+    others = [p for name, p in model.named_parameters() if ".router." not in name]
+    with pytest.raises(ValueError, match=r"layers.0.router.prototypes must be in one optimiser, got 0"):
+        HyperStep(model, torch.optim.SGD(others, 0.1))
+    with pytest.raises(ValueError, match=r"layers.0.router.prototypes must be in one optimiser, got 2"):
+        HyperStep(model, torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(model.layers[0].router.parameters(), 0.1))
+    with pytest.raises(TypeError, match=r"model must hold a tinyonn.nn.DynMoE"):
+        HyperStep(nn.Linear(2, 2), torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1))
+    with pytest.raises(ValueError, match="accumulation_steps must be at least 1"):
+        HyperStep(model, torch.optim.SGD(model.parameters(), 0.1), accumulation_steps=0)
+
+
+def test_accumulated_batches_equal_one():
+    x, y = batch(4, 10)
+    whole, parts = model_of(), model_of()
+    HyperStep(whole, NoStep(whole.parameters()))(lambda: (whole(x) - y).square().mean())
+    step = HyperStep(parts, NoStep(parts.parameters()), accumulation_steps=4)
+    stepped = [step(lambda i=i: (parts(x[i]) - y[i]).square().mean()).stepped for i in range(4)]
+    assert stepped == [False, False, False, True]
+    assert_same(gradients(parts), gradients(whole))
+
+
+def test_a_loss_scale_changes_nothing():
+    x, y = batch(30)
+    plain, scaled = model_of(), model_of()
+    for model, scaler in ((plain, None), (scaled, torch.amp.GradScaler("cpu", init_scale=4096.0))):
+        step = HyperStep(model, torch.optim.SGD(model.parameters(), 0.1), scaler=scaler, max_grad_norm=0.5)
+        for _ in range(3):
+            step(lambda model=model: (model(x) - y).square().mean())
+    for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_step_that_overflows_is_skipped():
+    x, y = batch(30)
+    model = model_of()
+    before = copy.deepcopy(model.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+    HyperStep(model, torch.optim.SGD(model.parameters(), 0.1), scaler=scaler)(lambda: 1e3 * (model(x) - y).square().mean())
+    assert scaler.get_scale() < 3e38
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_gradients_are_clipped_together():
+    x, y = batch(30)
+    model = model_of()
+    HyperStep(model, NoStep(model.parameters()), max_grad_norm=1e-3)(lambda: (model(x) - y).square().mean())
+    total = torch.stack([grad.norm() for grad in gradients(model).values()]).norm()
+    assert total.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_router_learns_the_expert_that_is_surprised_least():
+    """A planted expert already does what the data asks; its gradient is small, and tokens come to prefer it."""
+    torch.manual_seed(0)
+    module = DynMoE(16, 8, num_experts=6, target_k=3.0, max_experts=6, scale=4.0, combine="uniform")
+    for parameter in (module.gate_up_proj, module.down_proj):
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        module.down_proj.normal_(std=1.0)
+        module.gate_up_proj[2] *= 0.05  # quiet: little output, little gradient
+    optimizer = torch.optim.Adam(module.parameters(), 0.02)
+    step = HyperStep(module, optimizer)
+    x = batch(256)[0]
+
+    def share() -> float:
+        scores = module.route(x).scores
+        return (scores.argmax(-1) == 2).float().mean().item()
+
+    before = share()
+    for seed in range(60):
+        inputs, _ = batch(128, seed=seed)
+        step(lambda inputs=inputs: module(inputs).square().mean())
+    assert share() > max(0.6, 2 * before)
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    x, y = batch(2, 4, 10)
+    inner = model_of()
+    model = nn.parallel.DistributedDataParallel(inner, find_unused_parameters=False)
+    step = HyperStep(model, NoStep(model.parameters()), accumulation_steps=2)
+    for half in range(2):
+        rows = slice(2 * half, 2 * half + 2)
+        step(lambda rows=rows: (model(x[rank, rows]) - y[rank, rows]).square().mean())
+    torch.save(gradients(inner), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert_same(found[0], found[1], rtol=0, atol=0)
+    x, y = batch(2, 4, 10)
+    model = model_of()
+    step = HyperStep(model, NoStep(model.parameters()), accumulation_steps=4)
+    for rank in range(2):
+        for half in range(2):
+            rows = slice(2 * half, 2 * half + 2)
+            step(lambda rank=rank, rows=rows: (model(x[rank, rows]) - y[rank, rows]).square().mean())
+    assert_same(found[0], gradients(model))
+
+
+def language_model() -> nn.Module:
+    model = tiny_causal_lm("llama")
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp = DynMoE(48, 8, num_experts=6, target_k=2.0, max_experts=4)
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_it_runs_under_trainer(tmp_path, checkpointing):
+    from transformers import Trainer, TrainingArguments
+
+    class SurpriseTrainer(HyperStepMixin, Trainer):
+        gating_weight = 0.5
+
+    ids = torch.randint(97, (12, 24), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row, "attention_mask": torch.ones(24, dtype=torch.long)} for row in ids]
+    model = language_model()
+    start = copy.deepcopy(model.state_dict())
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=2, use_cpu=True, report_to=[],
+        gradient_checkpointing=checkpointing, disable_tqdm=True, learning_rate=1e-2, optim="sgd", lr_scheduler_type="constant",
+        save_strategy="no", max_grad_norm=0.0, data_seed=0, seed=0,
+    )  # fmt: skip
+    trainer = SurpriseTrainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    assert trainer.last_gating_loss > 0
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
+    assert any("router.prototypes" in name for name in moved)
+    plain = language_model()
+    Trainer(model=plain, args=arguments, train_dataset=rows).train()
+    differs = [name for name, value in plain.state_dict().items() if "router." in name and not torch.equal(value, model.state_dict()[name])]
+    assert differs
+
+
+def test_nothing_captured_is_no_loss():
+    model, (x, y) = model_of(), batch(5)
+    with capture(model) as visits:
+        with torch.no_grad():
+            (model(x) - y).square().mean()
+        assert gating_gradients(visits) == 0
+    assert not gradients(model)
