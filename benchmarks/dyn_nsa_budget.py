@@ -84,7 +84,9 @@ def calibrate(model: PreTrainedModel, rows: list[Tensor], budget: float, steps: 
 
 
 def tune(model: PreTrainedModel, rows: list[Tensor], budget: float, steps: int) -> None:
-    """Thresholds, gates and compression; the budget loss holds the count."""
+    """Thresholds, gates and compression; the budget loss holds the count. The gates stand at a trained model's own (0, 1, 0), and a step
+    of Adam moves every one of their weights alike: a rate that suits thresholds, in nats, would throw them about.
+    """
     set_all(model, budget_weight=0.5)
     for core in cores(model):
         core.budget_target.fill_(budget)
@@ -93,7 +95,8 @@ def tune(model: PreTrainedModel, rows: list[Tensor], budget: float, steps: int) 
     thresholds = [parameter for core in cores(model) for parameter in (core.base, core.slope)]
     chosen = {id(parameter) for parameter in thresholds}
     rest = [parameter for parameter in own if id(parameter) not in chosen]
-    optimiser = torch.optim.Adam([{"params": thresholds, "lr": 0.05}, {"params": rest, "lr": 0.003}])
+    optimiser = torch.optim.Adam([{"params": thresholds, "lr": 0.03}, {"params": rest, "lr": 3e-4}])
+    decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.1, total_iters=steps)
     for step in range(steps):
         ids = rows[step % len(rows)]
         output = model(input_ids=ids, use_cache=False)
@@ -101,6 +104,7 @@ def tune(model: PreTrainedModel, rows: list[Tensor], budget: float, steps: int) 
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        decay.step()
     set_all(model, budget_weight=0.0)
     model.eval()
 
