@@ -1,0 +1,150 @@
+"""`experts_implementation="tinyonn"` against transformers' own loop over experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tinyonn.errors import InputError
+from tinyonn.hf.experts import layout_of
+from tinyonn.nn.surprise_capture import captured_calls
+from tinyonn.testing import assert_close_rms, tiny_causal_lm
+
+ARCHS = ("qwen3_moe", "gpt_oss", "mixtral", "olmoe")
+
+
+def model_of(arch: str, **options) -> PreTrainedModel:
+    if arch in ("qwen3_moe", "gpt_oss"):
+        return tiny_causal_lm(arch, **options)
+    experts = {"num_local_experts": 4} if arch == "mixtral" else {"num_experts": 6}
+    config = AutoConfig.for_model(
+        arch, vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_experts_per_tok=2, max_position_embeddings=64, **experts,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).to(options.get("dtype", torch.float32)).eval()
+
+
+def token_ids() -> Tensor:
+    return torch.randint(97, (2, 17), generator=torch.Generator().manual_seed(0))
+
+
+def experts_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "has_post_expert_norm")]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_outputs_and_gradients_are_those_of_eager(arch):
+    results = []
+    for name in ("eager", "tinyonn"):
+        model = model_of(arch)
+        model.set_experts_implementation(name)
+        out = model(token_ids(), labels=token_ids())
+        out.loss.backward()
+        results.append((out.logits.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (wanted, wanted_grads), (got, grads) = results
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    for name, grad in wanted_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        ("qwen3_moe", ("silu", True, False, False)),
+        ("mixtral", ("silu", True, False, False)),
+        ("olmoe", ("silu", True, False, False)),
+        ("gpt_oss", ("clamped_swiglu", True, True, True)),
+    ],
+)
+def test_layouts_are_told_by_what_they_do(arch, expected):
+    assert {tuple(layout_of(module)) for module in experts_of(model_of(arch))} == {expected}
+
+
+def test_an_activation_without_a_name_here_is_refused():
+    model = model_of("qwen3_moe")
+    model.set_experts_implementation("tinyonn")
+    for module in experts_of(model):
+        module.act_fn = torch.nn.Softsign()
+    with pytest.raises(InputError, match="must not be 'tinyonn' for Qwen3MoeExperts: its activation is none of silu"):
+        model(token_ids())
+
+
+def test_another_clamp_is_refused():
+    model = model_of("gpt_oss")
+    model.set_experts_implementation("tinyonn")
+    for module in experts_of(model):
+        module.limit = 5.0
+    with pytest.raises(InputError, match="its activation is none of"):
+        model(token_ids())
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "gpt_oss"])
+def test_indices_beyond_the_last_expert_are_free(arch):
+    model = model_of(arch)
+    model.set_experts_implementation("tinyonn")
+    module = experts_of(model)[0]
+    x = torch.randn(9, 48, generator=torch.Generator().manual_seed(0))
+    index = torch.randint(4, (9, 2), generator=torch.Generator().manual_seed(1))
+    weight = torch.rand(9, 2, generator=torch.Generator().manual_seed(2))
+    hidden = torch.arange(18).view(9, 2) % 3 == 0
+    num_experts = module.down_proj.shape[0]
+    for _ in range(5):
+        got = module(x, index.masked_fill(hidden, num_experts), weight)
+        torch.testing.assert_close(got, module(x, index, weight.masked_fill(hidden, 0)))
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "gpt_oss"])
+def test_surprise_is_there_for_who_captures_it(arch):
+    model = model_of(arch)
+    model.set_experts_implementation("tinyonn")
+    modules = experts_of(model)
+    with captured_calls(modules) as calls:
+        model(token_ids(), labels=token_ids()).loss.backward()
+        found = {module: calls[module][0].surprise() for module in modules}
+        with pytest.raises(RuntimeError, match="captured by one context at a time"), captured_calls(modules[:1]):
+            pass
+    for module, surprise in found.items():
+        assert surprise.shape == (34, module.down_proj.shape[0])
+        assert (surprise.isfinite().sum(-1) == 2).all()
+        # Over all tokens the gradient of an expert's down_proj is at most the sum of what each would change.
+        norms = module.down_proj.grad.flatten(1).norm(dim=-1)
+        total = torch.where(surprise.isfinite(), surprise, 0).sum(0)
+        assert (norms <= total * (1 + 1e-4) + 1e-9).all()
+        assert (norms > 0).any()
+    with captured_calls(modules) as calls:
+        pass
+    model(token_ids(), labels=token_ids()).loss.backward()
+    assert not any(calls.values())
+
+
+def test_it_runs_under_autocast_and_in_half_precision():
+    """Experts alone: a whole model in half precision may route a token elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(30, 48, generator=generator), torch.rand(30, 2, generator=generator)
+    index = torch.randint(5, (30, 2), generator=generator)
+    model = model_of("qwen3_moe")
+    model.set_experts_implementation("tinyonn")
+    module = experts_of(model)[0]
+    wanted = module(x, index, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [module(x, index, weight)]
+    found.append(module.bfloat16()(x.bfloat16(), index, weight))
+    assert [out.dtype for out in found] == [torch.float32, torch.bfloat16]
+    for out in found:
+        assert_close_rms(out, wanted.double().detach(), 1e-2)
+
+
+def test_it_generates_and_compiles():
+    model = model_of("qwen3_moe")
+    results = []
+    for name in ("eager", "tinyonn"):
+        model.set_experts_implementation(name)
+        results.append(model.generate(token_ids(), max_new_tokens=6, do_sample=False, pad_token_id=0))
+    assert torch.equal(*results)
+    module = experts_of(model)[0]
+    x, index, weight = torch.randn(8, 48), torch.randint(5, (8, 2)), torch.rand(8, 2)
+    layout_of(module)
+    torch.testing.assert_close(torch.compile(module)(x, index, weight), module(x, index, weight))

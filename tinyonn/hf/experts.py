@@ -1,0 +1,91 @@
+"""`experts_implementation="tinyonn"`: the mixtures of transformers' models on `ops.expert_mlp`, with their surprise.
+
+Importing this module registers it. A model's own activation is told by what it does to a few numbers, not by its name: an unknown one is
+refused instead of being taken for another.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..nn.surprise_capture import probe_for
+from ..ops import expert_mlp
+from ..ops._torch_experts import Layout, activate
+from ..ops.expert_mlp import Activation
+from .interfaces import register_experts
+
+NAME = "tinyonn"
+
+
+_layouts: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
+
+
+def layout_of(module: Any) -> Layout:
+    """The layout of transformers' experts; InputError where `expert_mlp` has no such experts."""
+    found = _layouts.get(module)
+    if found is None:
+        found = _layouts[module] = _find_layout(module)
+    return found
+
+
+@torch.no_grad()
+def _find_layout(module: Any) -> Layout:
+    name = type(module).__name__
+    if module.has_post_expert_norm:
+        raise InputError(f"experts_implementation must not be 'tinyonn' for {name}, which normalises each expert's output.")
+    device = module.down_proj.device
+    if device.type == "meta":
+        raise InputError(f"{name} must be on a device with memory, got meta.")
+    # Beyond gpt-oss's clamp at 7, and no symmetry that would confuse gate and up.
+    pre = torch.linspace(-11.3, 12.9, 96, dtype=torch.float64).view(4, 24).roll(5, 1)
+    own = (module._apply_gate if module.has_gate else module.act_fn)(pre.float().to(device)).double().cpu()
+    for activation in get_args(Activation):
+        for interleaved in (False, True) if module.has_gate else (False,):
+            layout = Layout(activation, module.has_gate, interleaved, module.is_transposed)
+            if torch.allclose(activate(pre, layout), own, rtol=1e-4, atol=1e-5):
+                return layout
+    raise InputError(
+        f"experts_implementation must not be 'tinyonn' for {name}: its activation is none of {', '.join(get_args(Activation))}; "
+        "take 'grouped_mm' or 'eager'."
+    )
+
+
+@torch.compiler.disable
+def _probe(module: nn.Module, top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor | None:
+    return probe_for(module, top_k_index, num_experts, dtype)
+
+
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Experts over routed pairs, in transformers' layout.
+
+    Args:
+        module: holds (gate_)up_proj, down_proj and perhaps their biases.
+        hidden_states: (N, F).
+        top_k_index: (N, K); indices outside 0 … E−1 are unused slots.
+        top_k_weights: (N, K).
+
+    Returns:
+        (N, F), hidden_states' dtype.
+    """
+    layout = layout_of(module)
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    weights = [getattr(module, up), module.down_proj]
+    biases = [getattr(module, f"{up}_bias"), module.down_proj_bias] if module.has_bias else [None, None]
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights[0].dtype
+    gate_up, down = (x.to(dtype) for x in weights)
+    gate_up_bias, down_bias = (None if x is None else x.to(dtype) for x in biases)
+    out = expert_mlp(
+        hidden_states.to(dtype), gate_up, down, top_k_index, top_k_weights, gate_up_bias=gate_up_bias, down_bias=down_bias,
+        **layout._asdict(),
+        surprise=_probe(module, top_k_index, len(weights[0]), dtype),
+    )  # fmt: skip
+    return out.to(hidden_states.dtype)
+
+
+register_experts(NAME, experts_forward)
