@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
+FAR = tl.constexpr(2147483647)  # behind every key row
 BOTTOM = tl.constexpr(-1e30)  # a running maximum that is finite, so that differences are
 
 

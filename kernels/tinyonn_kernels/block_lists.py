@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._nsa import Geometry, bounds_of
+from ._nsa import FAR, Geometry, bounds_of
 
-FAR = tl.constexpr(2147483647)
 MATRIX_ROWS = 16  # the least that the matrix unit takes
 MANY_SEGMENTS = 1024  # programs enough to fill a GPU; more would only need more buffers
 MIN_SEGMENT = 256

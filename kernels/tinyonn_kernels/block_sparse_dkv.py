@@ -19,10 +19,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ._nsa import LOG2E, Geometry, dot, load_rows, load_weight, store_rows, unit_stride, width_of
+from ._tune import config, launch, tuned
 from .block_lists import invert_lists, lists
 from .interval_attention_fwd import SHAPES, example
 
 
+def configs(IEEE: bool, WIDTH: int, BLOCK_SIZE: int, **_: object) -> list[triton.Config]:
+    if IEEE:
+        return [config(8 if WIDTH >= 128 else 4, 1, 255, ROWS=16, KEYS=min(32, BLOCK_SIZE))]
+    if WIDTH >= 256:
+        return [config(8, 1, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
+    rows, keys = 32 if WIDTH >= 128 else 64, min(64, BLOCK_SIZE)
+    return [config(8, 2, 255, ROWS=rows, KEYS=keys), config(4, 2, 255, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
+
+
+@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"], restore=("dk_ptr", "dv_ptr"))
 @triton.jit
 def _block_sparse_dkv_kernel(
     q_ptr,
@@ -189,17 +200,6 @@ def _block_sparse_reduce_kernel(
         tl.store(dv_ptr + target, dv, mask=mask)
 
 
-# Left alone, ptxas sometimes aims at fewer registers than there are, and spills to get there: `maxnreg` says how many there are.
-
-
-def _dkv_tiles(dtype: torch.dtype, width: int) -> dict[str, int]:
-    if dtype == torch.float32:
-        return {"ROWS": 16, "KEYS": 32, "num_warps": 8 if width >= 128 else 4, "num_stages": 1, "maxnreg": 255}
-    if width >= 256:
-        return {"ROWS": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1}
-    return {"ROWS": 32 if width >= 128 else 64, "KEYS": 64, "num_warps": 8, "num_stages": 2, "maxnreg": 255}
-
-
 def block_sparse_attention_dkv(
     query: Tensor,
     key: Tensor,
@@ -224,11 +224,11 @@ def block_sparse_attention_dkv(
         return
     query, key, value, grad_out = (unit_stride(x) for x in (query, key, value, grad_out))
     inverse = invert_lists(indices, counts, geometry, num_keys, block_size)
-    tiles = _dkv_tiles(query.dtype, width_of(dim))
-    tiles["KEYS"] = min(tiles["KEYS"], block_size)
     num_blocks = inverse.parts.shape[0]
     partial_sums = torch.empty((inverse.num_parts, 2, block_size, dim), dtype=torch.float32, device=query.device)
-    _block_sparse_dkv_kernel[(inverse.block_of.shape[0], block_size // tiles["KEYS"])](
+    launch(
+        _block_sparse_dkv_kernel,
+        lambda meta: (inverse.block_of.shape[0], block_size // meta["KEYS"]),
         query,
         key,
         value,
@@ -271,7 +271,6 @@ def block_sparse_attention_dkv(
         HEAD_DIM=dim,
         WIDTH=width_of(dim),
         BLOCK_SIZE=block_size,
-        **tiles,
     )
     if inverse.num_parts == 0:
         return

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._nsa import LOG2E, Geometry, bounds_of, dot, load_rows, load_weight, store_rows, unit_stride, width_of
+from ._tune import config, launch, tuned
 from .block_lists import block_at, lists, merge_lists, rows_of
 from .interval_attention_fwd import SHAPES, example
 
@@ -30,6 +31,17 @@ def sum_of_query(values, query, QUERIES: tl.constexpr):
         return tl.sum(tl.where(query[:, None] == query[None, :], values[None, :], 0.0), axis=1)
 
 
+def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, **_: object) -> list[triton.Config]:
+    if IEEE:
+        return [config(4 if ROWS * WIDTH <= 2048 else 8, 1, 255, KEYS=16)]
+    keys, warps = (64 if WIDTH <= 64 else 32), (4 if ROWS * WIDTH <= 8192 else 8)
+    offered = [config(warps, 2 if WIDTH <= 128 else 1, KEYS=min(keys, BLOCK_SIZE))]
+    if WIDTH <= 128 and ROWS <= 32:
+        offered += [config(4, 2, KEYS=min(64, BLOCK_SIZE)), config(2, 2, KEYS=min(32, BLOCK_SIZE))]
+    return offered
+
+
+@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"], restore=("dq_ptr",))
 @triton.jit
 def _block_sparse_dq_kernel(
     q_ptr,
@@ -141,15 +153,6 @@ def _block_sparse_dq_kernel(
     store_rows(dq_ptr, target, inside, dq * scale, HEAD_DIM, WIDTH, ACCUMULATE)
 
 
-# Left alone, ptxas sometimes aims at fewer registers than there are, and spills to get there: `maxnreg` says how many there are.
-
-
-def _dq_tiles(dtype: torch.dtype, width: int, rows: int) -> dict[str, int]:
-    if dtype == torch.float32:
-        return {"KEYS": 16, "num_warps": 4 if rows * width <= 2048 else 8, "num_stages": 1, "maxnreg": 255}
-    return {"KEYS": 64 if width <= 64 else 32, "num_warps": 4 if rows * width <= 8192 else 8, "num_stages": 2 if width <= 128 else 1}
-
-
 def block_sparse_attention_dq(
     query: Tensor,
     key: Tensor,
@@ -180,10 +183,10 @@ def block_sparse_attention_dq(
     query, key, value, grad_out = (unit_stride(x) for x in (query, key, value, grad_out))
     group = heads // num_kv
     merged = merge_lists(indices, counts, geometry, group, block_size)
-    rows = rows_of(group)
-    tiles = _dq_tiles(query.dtype, width_of(dim), rows)
-    tiles["KEYS"] = min(tiles["KEYS"], block_size)
-    _block_sparse_dq_kernel[(triton.cdiv(num_queries, merged.queries), batch * num_kv)](
+    grid = (triton.cdiv(num_queries, merged.queries), batch * num_kv)
+    launch(
+        _block_sparse_dq_kernel,
+        lambda meta: grid,
         query,
         key,
         value,
@@ -223,9 +226,8 @@ def block_sparse_attention_dq(
         HEAD_DIM=dim,
         WIDTH=width_of(dim),
         QUERIES=merged.queries,
-        ROWS=rows,
+        ROWS=rows_of(group),
         BLOCK_SIZE=block_size,
-        **tiles,
     )
 
 

@@ -19,10 +19,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ._nsa import BOTTOM, LOG2E, Geometry, bounds_of, dot, load_rows, softmax_step, store_rows, unit_stride, width_of
+from ._tune import config, launch, tuned
 from .block_lists import block_at, lists, merge_lists, rows_of
 from .interval_attention_fwd import SHAPES, example
 
 
+def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, **_: object) -> list[triton.Config]:
+    """Tiles of keys; few rows are soon shared out among warps."""
+    if IEEE:
+        keys, warps = (32 if ROWS <= 32 and WIDTH < 128 else 16), (4 if ROWS * WIDTH <= 2048 else 8)
+        return [config(warps, 1, 255, KEYS=min(keys, BLOCK_SIZE))]
+    keys, warps = (64 if WIDTH <= 128 else 32), (4 if ROWS * WIDTH <= 8192 else 8)
+    offered = [config(warps, 2, KEYS=min(keys, BLOCK_SIZE))]
+    if WIDTH <= 128 and ROWS <= 32:
+        offered += [config(2, 3, KEYS=min(64, BLOCK_SIZE)), config(2, 3, KEYS=min(32, BLOCK_SIZE))]
+    return offered
+
+
+@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"])
 @triton.jit
 def _block_sparse_fwd_kernel(
     q_ptr,
@@ -117,12 +131,6 @@ def _block_sparse_fwd_kernel(
     store_rows(out_ptr, target, inside, mixed / safe[:, None], HEAD_DIM, WIDTH, False)
 
 
-def _tiles(dtype: torch.dtype, width: int, rows: int) -> dict[str, int]:
-    if dtype == torch.float32:
-        return {"KEYS": 32 if rows <= 32 and width < 128 else 16, "num_warps": 4 if rows * width <= 2048 else 8, "num_stages": 1}
-    return {"KEYS": 64 if width <= 128 else 32, "num_warps": 4 if rows * width <= 8192 else 8, "num_stages": 2}
-
-
 def block_sparse_attention_fwd(
     query: Tensor,
     key: Tensor,
@@ -144,10 +152,10 @@ def block_sparse_attention_fwd(
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     group = heads // num_kv
     merged = merge_lists(indices, counts, geometry, group, block_size)
-    rows = rows_of(group)
-    tiles = _tiles(query.dtype, width_of(dim), rows)
-    tiles["KEYS"] = min(tiles["KEYS"], block_size)
-    _block_sparse_fwd_kernel[(triton.cdiv(num_queries, merged.queries), batch * num_kv)](
+    grid = (triton.cdiv(num_queries, merged.queries), batch * num_kv)
+    launch(
+        _block_sparse_fwd_kernel,
+        lambda meta: grid,
         query,
         key,
         value,
@@ -178,9 +186,8 @@ def block_sparse_attention_fwd(
         HEAD_DIM=dim,
         WIDTH=width_of(dim),
         QUERIES=merged.queries,
-        ROWS=rows,
+        ROWS=rows_of(group),
         BLOCK_SIZE=block_size,
-        **tiles,
     )
 
 

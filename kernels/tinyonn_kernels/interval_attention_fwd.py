@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._nsa import (
     BOTTOM,
+    FAR,
     LOG2E,
     Geometry,
     bounds_of,
@@ -31,8 +32,22 @@ from ._nsa import (
     unit_stride,
     width_of,
 )
+from ._tune import config, launch, tuned
 
 
+def configs(IEEE: bool, WIDTH: int, **_: object) -> list[triton.Config]:
+    """Rows × keys that leave room in the registers for a (ROWS, WIDTH) accumulator."""
+    if IEEE:
+        wide = WIDTH >= 128
+        return [config(8 if wide else 4, 1, 255, ROWS=32, KEYS=16 if wide else 32)]
+    if WIDTH >= 256:
+        return [config(8, 2, 255, ROWS=64, KEYS=32)]
+    if WIDTH >= 128:
+        return [config(8, 2, 255, ROWS=64, KEYS=64), config(8, 3, 255, ROWS=64, KEYS=64)]
+    return [config(8, 2, 255, ROWS=128, KEYS=64), config(4, 3, 255, ROWS=64, KEYS=64)]
+
+
+@tuned(configs, key=["GROUP", "HEAD_DIM", "COMPRESSED"], restore=("out_ptr",))
 @triton.jit
 def _interval_fwd_kernel(
     q_ptr,
@@ -98,7 +113,7 @@ def _interval_fwd_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     moment = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, WIDTH), tl.float32)
-    first = tl.min(tl.where(seen, low, 2147483647))
+    first = tl.min(tl.where(seen, low, FAR))
     last = tl.max(tl.where(seen, high, 0))
     for begin in range(first, last, KEYS):
         n = begin + tl.arange(0, KEYS)
@@ -125,17 +140,6 @@ def _interval_fwd_kernel(
     store_rows(out_ptr, target, inside, mixed, HEAD_DIM, WIDTH, ACCUMULATE)
 
 
-def _tiles(dtype: torch.dtype, width: int) -> dict[str, int]:
-    """Rows × keys that leave room in the registers for a (ROWS, WIDTH) accumulator."""
-    # Left alone, ptxas sometimes aims at fewer registers than there are, and spills to get there.
-    if dtype == torch.float32:
-        wide = width >= 128
-        return {"ROWS": 32, "KEYS": 16 if wide else 32, "num_warps": 8 if wide else 4, "num_stages": 1, "maxnreg": 255}
-    if width >= 128:
-        return {"ROWS": 64, "KEYS": 32 if width >= 256 else 64, "num_warps": 8, "num_stages": 2, "maxnreg": 255}
-    return {"ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 2, "maxnreg": 255}
-
-
 def interval_attention_fwd(
     query: Tensor,
     key: Tensor,
@@ -160,9 +164,10 @@ def interval_attention_fwd(
     if query.numel() == 0:
         return
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-    tiles = _tiles(query.dtype, width_of(dim))
     group = heads // num_kv
-    _interval_fwd_kernel[(triton.cdiv(num_queries * group, tiles["ROWS"]), batch * num_kv)](
+    launch(
+        _interval_fwd_kernel,
+        lambda meta: (triton.cdiv(num_queries * group, meta["ROWS"]), batch * num_kv),
         query,
         key,
         value,
@@ -193,7 +198,6 @@ def interval_attention_fwd(
         GROUP=group,
         HEAD_DIM=dim,
         WIDTH=width_of(dim),
-        **tiles,
     )
 
 

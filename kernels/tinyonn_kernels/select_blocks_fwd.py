@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._nsa import LOG2E, Geometry, bounds_of, dot, load_rows, unit_stride, width_of
+from ._nsa import FAR, LOG2E, Geometry, bounds_of, dot, load_rows, unit_stride, width_of
+from ._tune import config, launch, tuned
 from .interval_attention_fwd import SHAPES, example
 
 Z_FLOOR = tl.constexpr(2.061153622438558e-09)  # e^-20
-FAR = tl.constexpr(2147483647)
 PROGRAMS_PER_UNIT = 4
 TILE_ROWS = 64
 MAX_QUERIES = 16  # more would make the scratch of small groups large
@@ -64,6 +64,16 @@ def kinds_of(block, relative, active, BLOCK_SIZE: tl.constexpr):
     return forced, past & ~forced
 
 
+def configs(IEEE: bool, WIDTH: int, RATIO: int, **_: object) -> list[triton.Config]:
+    warps = 8 if WIDTH >= 128 else 4
+    if IEEE:
+        return [config(warps, 1, 255, BLOCKS=max(1, 16 // RATIO))]
+    keys = 32 if WIDTH >= 128 else 64
+    offered = [config(warps, 1, 255, BLOCKS=max(1, keys // RATIO))]
+    return offered if WIDTH >= 256 else [*offered, config(warps, 1, 255, BLOCKS=max(1, keys // 2 // RATIO))]
+
+
+@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"])
 @triton.jit
 def _select_fwd_kernel(
     q_ptr,
@@ -228,12 +238,6 @@ def program_count(tiles: int, device: torch.device) -> int:
     return min(tiles, 528 if device.type == "meta" else 3)
 
 
-def _tiles(dtype: torch.dtype, width: int, ratio: int) -> dict[str, int]:
-    # Left alone, ptxas aims at fewer registers than there are, and spills to get there.
-    keys = 16 if dtype == torch.float32 else 32 if width >= 128 else 64
-    return {"BLOCKS": max(1, keys // ratio), "num_warps": 8 if width >= 128 else 4, "num_stages": 1, "maxnreg": 255}
-
-
 def select_blocks_fwd(
     query: Tensor,
     key: Tensor,
@@ -261,13 +265,15 @@ def select_blocks_fwd(
     query, key = unit_stride(query), unit_stride(key)
     group = heads // num_kv
     ratio = block_size // compress_size
-    shape = tile_queries(group, TILE_ROWS // 2 if query.dtype == torch.float32 else TILE_ROWS) | _tiles(query.dtype, width_of(dim), ratio)
+    shape = tile_queries(group, TILE_ROWS // 2 if query.dtype == torch.float32 else TILE_ROWS)
     tiles = triton.cdiv(num_queries, shape["QUERIES"]) * batch * num_kv
     programs = program_count(tiles, query.device)
     row_blocks = triton.cdiv(triton.cdiv(num_keys, block_size), 4) * 4
     scratch = torch.empty((programs, shape["QUERIES"], row_blocks), dtype=torch.float32, device=query.device)
     over = torch.empty(programs, dtype=torch.int32, device=query.device)
-    _select_fwd_kernel[(programs,)](
+    launch(
+        _select_fwd_kernel,
+        lambda meta: (programs,),
         query,
         key,
         lse,
