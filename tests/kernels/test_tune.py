@@ -1,0 +1,126 @@
+"""Trials of configurations leave no trace, without a GPU: a clock that is made up picks one, after running all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tinyonn import ops
+from tinyonn.testing import IMPLS, assert_close_rms, impl_device
+
+pytestmark = list(IMPLS[1].marks)  # type: ignore[union-attr]
+DEVICE = impl_device("triton")
+KERNELS = {
+    "interval_attention_fwd": "_interval_fwd_kernel",
+    "interval_attention_dq": "_interval_dq_kernel",
+    "interval_attention_dkv": "_interval_dkv_kernel",
+    "block_sparse_fwd": "_block_sparse_fwd_kernel",
+    "block_sparse_dq": "_block_sparse_dq_kernel",
+    "block_sparse_dkv": "_block_sparse_dkv_kernel",
+    "select_blocks_fwd": "_select_fwd_kernel",
+    "select_blocks_dq": "_select_dq_kernel",
+    "select_blocks_dk": "_select_dk_kernel",
+}
+
+
+def tuned_kernels() -> dict[str, Any]:
+    import importlib
+
+    return {name: getattr(importlib.import_module(f"tinyonn_kernels.{module}"), name) for module, name in KERNELS.items()}
+
+
+@pytest.fixture
+def trials(monkeypatch) -> Callable[[bool], list[str]]:
+    """Lets every kernel try its configurations on float16; the last or the first wins. The names of those that did are noted."""
+    from tinyonn_kernels import _tune
+
+    def start(last: bool) -> list[str]:
+        ran: list[str] = []
+        monkeypatch.setattr(_tune, "INTERPRETED", False)
+        for name, kernel in tuned_kernels().items():
+            clock = [0.0]
+
+            def bench(call: Callable[[], None], quantiles: Any, name: str = name, clock: list[float] = clock) -> list[float]:
+                call()
+                call()
+                ran.append(name)
+                clock[0] += -1 if last else 1
+                return clock * 3
+
+            monkeypatch.setattr(kernel, "cache", {})
+            monkeypatch.setitem(kernel.__dict__, "do_bench", bench)
+        return ran
+
+    return start
+
+
+def run() -> list[Tensor]:
+    """Every output and gradient of `dyn_nsa` in float16: sums of several kernels, in chunks."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, heads, kv_heads, dim = 60, 3, 1, 16
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).half().to(DEVICE).requires_grad_()
+
+    compressed = (1, tokens // 16, kv_heads, dim)
+    leaves = [draw(1, tokens, heads, dim), *(draw(1, tokens, kv_heads, dim) for _ in range(2)), draw(*compressed), draw(*compressed)]
+    leaves += [draw(1, tokens, heads, 3), draw(kv_heads), draw(kv_heads)]
+    result = ops.dyn_nsa(*leaves, block_size=32, compress_size=16, window=20, max_blocks=3, temperature=2.0, impl="triton")
+    loss = (result.out.float() * torch.randn(result.out.shape, generator=generator).to(DEVICE)).sum() + result.soft_counts.sum()
+    return [result.out, result.counts, *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_trials_change_nothing(trials, last, monkeypatch):
+    from tinyonn.ops import _triton_dyn_nsa
+
+    monkeypatch.setattr(_triton_dyn_nsa, "CHUNK_ELEMENTS", 3 * 16 * 40)
+    alone = run()
+    ran = trials(last)
+    tried = run()
+    assert set(ran) == set(KERNELS.values())
+    for number, (wanted, found) in enumerate(zip(alone, tried, strict=True)):
+        if last:
+            assert_close_rms(found, wanted.double(), torch.float16, f"result {number}")
+        else:
+            assert torch.equal(found, wanted), f"result {number}"
+
+
+def test_an_accumulating_kernel_adds_once_however_many_trials(trials):
+    """The window's branch is added to what is there; twice a trial, were the sum not put back."""
+    from tinyonn_kernels._nsa import geometry_of
+    from tinyonn_kernels.interval_attention_fwd import interval_attention_fwd
+
+    def added() -> Tensor:
+        query, key = (torch.randn(1, 20, 1, 16, generator=torch.Generator().manual_seed(seed)).half().to(DEVICE) for seed in (0, 1))
+        out = torch.full(query.shape, 7.0, device=DEVICE)
+        lse = torch.empty(1, 20, 1, device=DEVICE)
+        geometry = geometry_of(query, 20, None, None, None)
+        interval_attention_fwd(query, key, key, out, lse, None, geometry, 5, 0.25, compressed=False, accumulate=True)
+        return out
+
+    alone = added()
+    ran = trials(False)
+    assert torch.equal(added(), alone)
+    assert ran == ["_interval_fwd_kernel"] * 2
+
+
+def test_determinism_takes_the_first(trials):
+    ran = trials(True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        out = ops.sliding_window_attention(*(torch.randn(1, 20, 1, 16, device=DEVICE).half() for _ in range(3)), window=5, impl="triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert out.isfinite().all()
+    assert ran == []
+
+
+@pytest.mark.parametrize("name", list(KERNELS.values()))
+def test_keys_tell_groups_and_widths_apart(name):
+    assert {"GROUP", "HEAD_DIM"} < set(tuned_kernels()[name].keys)
