@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..ops import Routing, expert_mlp, scatter_surprise, select_by_budget, sparse_diversity_loss, surprise_min_loss, threshold_route
 from ..ops.expert_mlp import Activation, SurpriseKind
 from ..ops.threshold_route import Combine, Form
+from .surprise_capture import probe_for
 
 GatingLoss = Literal["surprise", "sdl", "both"]
 RoutingKind = Literal["threshold", "budget"]
@@ -267,10 +268,11 @@ class DynMoE(nn.Module):
         budget = surprise_budget.reshape(-1) if isinstance(surprise_budget, Tensor) and surprise_budget.dim() else surprise_budget
         routing = self.route(tokens, budget)
         self._record(routing)
-        probe = None
+        probe = None if torch.compiler.is_compiling() else probe_for(self, routing.top_k_index, len(self.expert_counts), tokens.dtype)
         if self.visits is not None and torch.is_grad_enabled():
-            wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-            probe = torch.zeros(routing.top_k_index.shape, dtype=wide, device=tokens.device, requires_grad=True)
+            if probe is None:
+                wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+                probe = torch.zeros(routing.top_k_index.shape, dtype=wide, device=tokens.device, requires_grad=True)
             self.visits.append(Visit(tokens.detach(), routing, probe, budget))
         if self.checkpoint and torch.is_grad_enabled():
             out = checkpoint(self.execute, tokens, routing, probe, use_reentrant=False)
