@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+MAX_ROWS = 1 << 30
+MAX_GRID = 65535  # of CUDA, behind the first dimension
 LOG2E = math.log2(math.e)
 FAR = tl.constexpr(2147483647)  # behind every key row
 BOTTOM = tl.constexpr(-1e30)  # a running maximum that is finite, so that differences are
@@ -68,6 +70,16 @@ def geometry_of(query: Tensor, num_keys: int, cu_seqlens: Tensor | None, key_sta
     starts, ends = key_start[:, None], key_end[:, None]
     sequence = torch.zeros(1, 1, dtype=torch.int32, device=device).expand(shape)
     return Geometry(starts.expand(shape), ends.expand(shape), before, False, sequence, starts, ends)
+
+
+def count_heads(query: Tensor, num_kv: int, geometry: Geometry) -> int:
+    """B * K, a second or third dimension of a grid. Offsets are 64-bit; rows of tiles, up to twice keys times group, are 32-bit."""
+    rows, pairs = geometry.start.shape[1] * (query.shape[2] // num_kv), query.shape[0] * num_kv
+    if rows >= MAX_ROWS:
+        raise ValueError(f"key must have fewer than {MAX_ROWS} rows times query heads of a group with impl='triton', got {rows}.")
+    if pairs > MAX_GRID:
+        raise ValueError(f"key must have at most {MAX_GRID} heads in all batch rows with impl='triton', got {pairs}.")
+    return pairs
 
 
 def unit_stride(x: Tensor) -> Tensor:

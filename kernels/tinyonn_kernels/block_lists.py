@@ -21,6 +21,7 @@ from ._nsa import FAR, Geometry, bounds_of
 MATRIX_ROWS = 16  # the least that the matrix unit takes
 MANY_SEGMENTS = 1024  # programs enough to fill a GPU; more would only need more buffers
 MIN_SEGMENT = 256
+MAX_ENTRIES = 1 << 31  # 32-bit places keep the inverse small
 
 
 @triton.jit
@@ -183,6 +184,10 @@ def invert_lists(indices: Tensor, counts: Tensor, geometry: Geometry, num_keys: 
     else:
         base = base * per_head
     total = batch * num_kv * per_head
+    if indices.numel() + total >= MAX_ENTRIES:
+        raise ValueError(
+            f"indices must have fewer than {MAX_ENTRIES} entries and blocks with impl='triton', got {indices.numel() + total}."
+        )
     inside = ((start <= place) & (place < end))[:, :, None]
     slot = torch.arange(num_slots, dtype=torch.int32, device=device)
     listed = slot < torch.where(inside, counts, 0)[..., None]

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._nsa import LOG2E, Geometry, dot, load_rows, load_weight, store_rows, unit_stride, width_of
+from ._nsa import LOG2E, Geometry, count_heads, dot, load_rows, load_weight, store_rows, unit_stride, width_of
 from ._tune import config, launch, tuned
 from .block_lists import invert_lists, lists
 from .interval_attention_fwd import SHAPES, example
@@ -223,6 +223,7 @@ def block_sparse_attention_dkv(
     if query.numel() == 0 or indices.numel() == 0:
         return
     query, key, value, grad_out = (unit_stride(x) for x in (query, key, value, grad_out))
+    count_heads(query, num_kv, geometry)
     inverse = invert_lists(indices, counts, geometry, num_keys, block_size)
     num_blocks = inverse.parts.shape[0]
     partial_sums = torch.empty((inverse.num_parts, 2, block_size, dim), dtype=torch.float32, device=query.device)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._nsa import LOG2E, Geometry, bounds_of, dot, load_rows, load_weight, store_rows, unit_stride, width_of
+from ._nsa import LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, load_weight, store_rows, unit_stride, width_of
 from ._tune import config, launch, tuned
 from .block_lists import block_at, lists, merge_lists, rows_of
 from .interval_attention_fwd import SHAPES, example
@@ -111,7 +111,7 @@ def _block_sparse_dq_kernel(
     start, valid = bounds_of(start_ptr + batch * stride_gb, end_ptr + batch * stride_gb, place, inside, stride_gt)
     token = token.to(tl.int64)
     pair = batch * stride_cb + token * num_kv + head
-    entry = batch * stride_lb + tl.program_id(0) * num_kv + head
+    entry = batch * stride_lb + tl.program_id(0).to(tl.int64) * num_kv + head
     length = tl.load(lengths_ptr + entry) * tl.max(valid.to(tl.int32))
     blocks_ptr += entry * (QUERIES * num_slots)
     members_ptr += entry * (QUERIES * num_slots)
@@ -176,14 +176,15 @@ def block_sparse_attention_dq(
 
     With a `weight` (B, T, H), grad_out is the gradient of weight · out, and `shift` = weight · (out · grad_out).
     """
-    batch, num_queries, heads, dim = query.shape
+    _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
     if query.numel() == 0:
         return
     query, key, value, grad_out = (unit_stride(x) for x in (query, key, value, grad_out))
     group = heads // num_kv
+    pairs = count_heads(query, num_kv, geometry)
     merged = merge_lists(indices, counts, geometry, group, block_size)
-    grid = (triton.cdiv(num_queries, merged.queries), batch * num_kv)
+    grid = (triton.cdiv(num_queries, merged.queries), pairs)
     launch(
         _block_sparse_dq_kernel,
         lambda meta: grid,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._nsa import BOTTOM, LOG2E, Geometry, bounds_of, dot, load_rows, softmax_step, store_rows, unit_stride, width_of
+from ._nsa import BOTTOM, LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, softmax_step, store_rows, unit_stride, width_of
 from ._tune import config, launch, tuned
 from .block_lists import block_at, lists, merge_lists, rows_of
 from .interval_attention_fwd import SHAPES, example
@@ -94,7 +94,7 @@ def _block_sparse_fwd_kernel(
     token = token.to(tl.int64)
     # counts, indices and bias are contiguous rows: (B, T, K) of `num_slots` each.
     pair = batch * stride_cb + token * num_kv + head
-    entry = batch * stride_lb + tl.program_id(0) * num_kv + head
+    entry = batch * stride_lb + tl.program_id(0).to(tl.int64) * num_kv + head
     length = tl.load(lengths_ptr + entry) * tl.max(valid.to(tl.int32))
     blocks_ptr += entry * (QUERIES * num_slots)
     members_ptr += entry * (QUERIES * num_slots)
@@ -145,14 +145,15 @@ def block_sparse_attention_fwd(
     scale: float,
 ) -> None:
     """Writes out (B, T, H, D) and lse (B, T, H) float32; launched over (tiles, B * K). Lists are contiguous but for their batch stride."""
-    batch, num_queries, heads, dim = query.shape
+    _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
     if query.numel() == 0:
         return
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     group = heads // num_kv
+    pairs = count_heads(query, num_kv, geometry)
     merged = merge_lists(indices, counts, geometry, group, block_size)
-    grid = (triton.cdiv(num_queries, merged.queries), batch * num_kv)
+    grid = (triton.cdiv(num_queries, merged.queries), pairs)
     launch(
         _block_sparse_fwd_kernel,
         lambda meta: grid,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._nsa import LOG2E, Geometry, bounds_of, dot, interval_of, load_rows, load_weight, store_rows, unit_stride, width_of
+from ._nsa import LOG2E, Geometry, bounds_of, count_heads, dot, interval_of, load_rows, load_weight, store_rows, unit_stride, width_of
 from ._tune import config, launch, tuned
 from .interval_attention_fwd import SHAPES, example
 
@@ -158,19 +158,20 @@ def interval_attention_dkv(
     compressed: bool,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv, float32, launched over (keys / KEYS, SPLITS, B * K); `product` is what `interval_attention_dq` wrote."""
-    batch, num_queries, heads, dim = query.shape
+    _, num_queries, heads, dim = query.shape
     num_keys, num_kv = key.shape[1:3]
     if key.numel() == 0 or query.numel() == 0:
         return torch.zeros_like(key, dtype=torch.float32), torch.zeros_like(value, dtype=torch.float32)
     query, key, value, grad_out = (unit_stride(x) for x in (query, key, value, grad_out))
     group = heads // num_kv
-    programs = triton.cdiv(num_keys, 64) * batch * num_kv
+    pairs = count_heads(query, num_kv, geometry)
+    programs = triton.cdiv(num_keys, 64) * pairs
     rows_of_key = num_queries * group if compressed else reach * group
     splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // programs, rows_of_key // 256))
     grads = [torch.empty((splits, *key.shape), dtype=torch.float32, device=key.device) for _ in range(2)]
     launch(
         _interval_dkv_kernel,
-        lambda meta: (triton.cdiv(num_keys, meta["KEYS"]), splits, batch * num_kv),
+        lambda meta: (triton.cdiv(num_keys, meta["KEYS"]), splits, pairs),
         query,
         key,
         value,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._nsa import FAR, LOG2E, Geometry, bounds_of, dot, interval_of, load_rows, load_weight, store_rows, unit_stride, width_of
+from ._nsa import FAR, LOG2E, Geometry, bounds_of, count_heads, dot, interval_of, load_rows, load_weight, store_rows, unit_stride, width_of
 from ._tune import config, launch, tuned
 from .interval_attention_fwd import SHAPES, example
 
@@ -155,15 +155,16 @@ def interval_attention_dq(
     accumulate: bool = False,
 ) -> None:
     """Writes `product` (B, T, H), and `grad_query` (B, T, H, D) float32 or adds to it. Launched over (T * G / ROWS, B * K)."""
-    batch, num_queries, heads, dim = query.shape
+    _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
     if query.numel() == 0:
         return
     query, key, value, grad_out = (unit_stride(x) for x in (query, key, value, grad_out))
     group = heads // num_kv
+    pairs = count_heads(query, num_kv, geometry)
     launch(
         _interval_dq_kernel,
-        lambda meta: (triton.cdiv(num_queries * group, meta["ROWS"]), batch * num_kv),
+        lambda meta: (triton.cdiv(num_queries * group, meta["ROWS"]), pairs),
         query,
         key,
         value,

@@ -23,6 +23,7 @@ from ._nsa import (
     LOG2E,
     Geometry,
     bounds_of,
+    count_heads,
     dot,
     interval_of,
     load_rows,
@@ -159,15 +160,16 @@ def interval_attention_fwd(
 
     `reach` is the window or the compress size; `weight` (B, T, H) multiplies the result, `accumulate` adds it to `out`.
     """
-    batch, num_queries, heads, dim = query.shape
+    _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
     if query.numel() == 0:
         return
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     group = heads // num_kv
+    pairs = count_heads(query, num_kv, geometry)
     launch(
         _interval_fwd_kernel,
-        lambda meta: (triton.cdiv(num_queries * group, meta["ROWS"]), batch * num_kv),
+        lambda meta: (triton.cdiv(num_queries * group, meta["ROWS"]), pairs),
         query,
         key,
         value,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._nsa import FAR, LOG2E, Geometry, dot, load_rows, store_rows, unit_stride, width_of
+from ._nsa import FAR, LOG2E, Geometry, count_heads, dot, load_rows, store_rows, unit_stride, width_of
 from ._tune import config, launch, tuned
 from .block_lists import lists
 from .interval_attention_dkv import ENOUGH_PROGRAMS, MAX_SPLITS
@@ -178,7 +178,7 @@ def select_blocks_dk(
     scale: float,
 ) -> Tensor:
     """The gradient of the compressed keys, float32; launched over (tiles of key blocks, SPLITS, B * K)."""
-    batch, num_queries, heads, dim = query.shape
+    _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(key, dtype=torch.float32)
@@ -190,11 +190,12 @@ def select_blocks_dk(
     blocks = max(1, keys // ratio)
     start, end, number = tiles_of_sequences(geometry, num_keys, blocks * block_size)
     programs = start.shape[-1]
-    splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // (programs * batch * num_kv), num_queries // (4 * shape["QUERIES"])))
+    pairs = count_heads(query, num_kv, geometry)
+    splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // (programs * pairs), num_queries // (4 * shape["QUERIES"])))
     grad_key = torch.zeros((splits, *key.shape), dtype=torch.float32, device=key.device)
     launch(
         _select_dk_kernel,
-        lambda meta: (programs, splits, batch * num_kv),
+        lambda meta: (programs, splits, pairs),
         query,
         key,
         lse,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._nsa import FAR, LOG2E, Geometry, bounds_of, dot, load_rows, store_rows, unit_stride, width_of
+from ._nsa import FAR, LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, store_rows, unit_stride, width_of
 from ._tune import config, launch, tuned
 from .block_lists import lists
 from .interval_attention_fwd import SHAPES, example
@@ -218,7 +218,7 @@ def select_blocks_dq(
 
     counts, grad_soft, grad_threshold have one batch stride, which times S is that of indices and grad_bias; within, all are contiguous.
     """
-    batch, num_queries, heads, dim = query.shape
+    _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
     if query.numel() == 0:
         return
@@ -226,7 +226,7 @@ def select_blocks_dq(
     ratio = block_size // compress_size
     group = heads // num_kv
     shape = tile_queries(group, TILE_ROWS)
-    tiles = triton.cdiv(num_queries, shape["QUERIES"]) * batch * num_kv
+    tiles = triton.cdiv(num_queries, shape["QUERIES"]) * count_heads(query, num_kv, geometry)
     programs = program_count(tiles, query.device)
     row_blocks = triton.cdiv(triton.cdiv(num_keys, block_size), 4) * 4
     scratch = torch.empty((programs, shape["QUERIES"], row_blocks), dtype=torch.float32, device=query.device)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._nsa import FAR, LOG2E, Geometry, bounds_of, dot, load_rows, unit_stride, width_of
+from ._nsa import FAR, LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, unit_stride, width_of
 from ._tune import config, launch, tuned
 from .interval_attention_fwd import SHAPES, example
 
@@ -258,7 +258,7 @@ def select_blocks_fwd(
 
     Returns how many rows each program found to have too many blocks. Lists are contiguous but for their batch stride.
     """
-    batch, num_queries, heads, dim = query.shape
+    _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
     if query.numel() == 0:
         return torch.zeros(1, dtype=torch.int32, device=query.device)
@@ -266,7 +266,7 @@ def select_blocks_fwd(
     group = heads // num_kv
     ratio = block_size // compress_size
     shape = tile_queries(group, TILE_ROWS // 2 if query.dtype == torch.float32 else TILE_ROWS)
-    tiles = triton.cdiv(num_queries, shape["QUERIES"]) * batch * num_kv
+    tiles = triton.cdiv(num_queries, shape["QUERIES"]) * count_heads(query, num_kv, geometry)
     programs = program_count(tiles, query.device)
     row_blocks = triton.cdiv(triton.cdiv(num_keys, block_size), 4) * 4
     scratch = torch.empty((programs, shape["QUERIES"], row_blocks), dtype=torch.float32, device=query.device)
