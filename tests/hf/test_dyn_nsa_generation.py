@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    PreTrainedModel,
-    StaticCache,
-)
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from tinyonn.hf.dyn_nsa import cores
-from tinyonn.testing import assert_close_rms, left_padding, tiny_dyn_nsa_lm, token_ids
+from tinyonn.testing import assert_close_rms, left_padding, tiny_causal_lm, tiny_dyn_nsa_lm, token_ids
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 ARCHS = ("llama", "qwen3", "mistral", "gpt_neox")
@@ -148,3 +145,73 @@ def test_a_decoding_step_with_a_static_cache_compiles():
     model(x[:, :39], past_key_values=cache)
     step = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close_rms(step(x[:, 39:], past_key_values=cache).logits[:, -1], expected, 1e-5)
+
+
+def test_rows_keep_their_tau_when_beams_change_places():
+    model, x = tiny_dyn_nsa_lm(tau_source="output"), token_ids(60)
+    logits = []
+    for order in ([0, 1], [1, 0]):
+        prompt = model(x, use_cache=True)
+        cache, following = prompt.past_key_values, prompt.logits[:, -1:].argmax(-1)
+        cache.reorder_cache(torch.tensor(order))
+        logits.append(model(following[order], past_key_values=cache).logits[order])
+    assert torch.equal(*logits)
+
+
+def test_caches_by_turns_keep_their_own_tau():
+    model, x = tiny_dyn_nsa_lm(tau_source="output"), token_ids(60)
+    y = x.flip(1)
+    alone = []
+    for ids in (x, y):
+        cache = model(ids[:, :50], use_cache=True).past_key_values
+        alone.append(model(ids[:, 50:51], past_key_values=cache).logits)
+    caches = [model(ids[:, :50], use_cache=True).past_key_values for ids in (x, y)]
+    by_turns = [model(ids[:, 50:51], past_key_values=cache).logits for ids, cache in zip((y, x), reversed(caches), strict=True)]
+    assert torch.equal(by_turns[0], alone[1])
+    # Only the last forward's rows are known: the other cache goes on with the mean, not with this one's tau.
+    cache = model(x[:, :50], use_cache=True).past_key_values
+    assert torch.equal(by_turns[1], model(x[:, 50:51], past_key_values=cache, tau=next(cores(model)).output_tau).logits)
+
+
+@pytest.mark.parametrize("helper", ["stock", "converted", "lookup"])
+def test_guesses_that_are_checked_do_not_change_the_answer(helper):
+    model, x = tiny_dyn_nsa_lm(), token_ids(30, 1).repeat(1, 2)
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    guesses: dict[str, Any] = {
+        "stock": {"assistant_model": tiny_causal_lm("llama", num_hidden_layers=1, max_position_embeddings=512)},
+        "converted": {"assistant_model": tiny_dyn_nsa_lm(layers=1)},
+        "lookup": {"prompt_lookup_num_tokens": 4},
+    }[helper]
+    assert torch.equal(model.generate(x, **options, **guesses), model.generate(x, **options))
+
+
+def test_sampling_with_a_cache_is_sampling_without():
+    model, x, drawn = tiny_dyn_nsa_lm(), token_ids(50), []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        drawn.append(
+            model.generate(
+                x,
+                attention_mask=left_padding(50),
+                max_new_tokens=12,
+                do_sample=True,
+                top_k=20,
+                num_return_sequences=3,
+                pad_token_id=0,
+                use_cache=use_cache,
+            )
+        )
+    assert torch.equal(*drawn)
+
+
+def test_threads_do_not_mix_what_they_keep():
+    model = tiny_dyn_nsa_lm()
+    prompts = [token_ids(50), token_ids(50).flip(0, 1)]
+
+    def generate(prompt: Tensor) -> Tensor:
+        return model.generate(prompt, max_new_tokens=30, do_sample=False, pad_token_id=0)
+
+    expected = [generate(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(2) as pool:
+        for got, wanted in zip(pool.map(generate, prompts), expected, strict=True):
+            assert torch.equal(got, wanted)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from tinyonn.errors import InputError
 from tinyonn.hf import BudgetSchedule, statistics
 from tinyonn.hf.dyn_nsa import cores
 from tinyonn.testing import assert_close_rms, poisoned, tiny_causal_lm, tiny_dyn_nsa_lm, token_ids
@@ -65,3 +64,33 @@ def test_a_copy_is_a_model_of_its_own():
     BudgetSchedule(3.0, 1, max_blocks=3).apply(twin, 1)
     assert {core.options.max_blocks for core in cores(model)} == {5}
     assert {core.options.max_blocks for core in cores(twin)} == {3}
+
+
+def test_a_base_model_loads_what_one_with_a_head_saved_and_the_reverse(tmp_path):
+    model, x = tiny_dyn_nsa_lm(), token_ids()
+    model.save_pretrained(tmp_path / "head")
+    base = AutoModel.from_pretrained(tmp_path / "head")
+    assert torch.equal(base(x).last_hidden_state, model.model(x).last_hidden_state)
+    assert list(base.config.quantization_config.layers) == ["layers.0.self_attn", "layers.1.self_attn"]
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(again.model(x).last_hidden_state, model.model(x).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": {"model.layers.9.self_attn": [4, 2, 12]}}, "must name attention layers of LlamaForCausalLM, got 'model.layers.9.self"),
+        ({"layers": {"model.layers.0.self_attn": [4, 2]}}, r"must give query heads, key heads and head size .*, got \[4, 2\]"),
+        ({"options": {"widow": 3}}, "must have fields of DynNSAOptions, got 'widow'; did you mean 'window'"),
+    ],
+    ids=["layer", "sizes", "option"],
+)
+def test_a_damaged_conversion_is_named(change, message, tmp_path):
+    tiny_dyn_nsa_lm().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] |= change
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

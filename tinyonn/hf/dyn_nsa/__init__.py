@@ -4,6 +4,7 @@ Importing this package registers three things with transformers: an attention fu
 the loader of converted models.
 
     parts        what conversion adds, found in a model: statistics, budget loss
+    options      checked before a model is touched
     masks        where each row begins and ends
     decoding     blocks compressed once for a cache
     attention    the attention function

@@ -16,12 +16,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ...errors import InputError
 from ...nn.block_compression import block_starts, blocks_of
-from ...nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN, DynNSAOptions, common_dtype
+from ...nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN, common_dtype
 from ...ops import dyn_nsa
 from ..interfaces import register_attention
 from .decoding import compressed_so_far
 from .masks import dyn_nsa_mask, within_bounds
-from .parts import DYN_NSA, PART
+from .options import as_tau, checked_options, checked_tau
+from .parts import DYN_NSA, core_of
 
 # What a model may hand to its attention function that has no bearing on the result here.
 _WITHOUT_EFFECT = {
@@ -45,7 +46,7 @@ def dyn_nsa_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
-    tau: Tensor | None = None,
+    tau: Tensor | float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -66,7 +67,7 @@ def dyn_nsa_attention(
         out (B, T, H, D), and None for the weights.
 
     Raises:
-        InputError: dropout, a mask other than padding, or an argument of unknown meaning.
+        InputError: dropout, a mask other than padding, a tau of another shape, or an argument of unknown meaning.
     """
     if sliding_window is not None:
         return sdpa_attention_forward(
@@ -79,7 +80,8 @@ def dyn_nsa_attention(
         raise InputError(f"attention dropout must be 0 for attn_implementation='dyn_nsa', got {dropout} in {name}.")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise InputError(f"attention must be causal for attn_implementation='dyn_nsa', got {name}.")
-    core = getattr(module, PART, None)
+    tau = checked_tau(tau, query.shape[0], query.shape[2], key.shape[1])
+    core = core_of(module)
     bounds: dict[str, Tensor | None] = {}
     rows = None
     if cu_seq_lens_q is not None:
@@ -115,12 +117,12 @@ def _without_parts(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    tau: Tensor | None,
+    tau: Tensor | float | None,
     scale: float | None,
     bounds: dict[str, Tensor | None],
 ) -> Tensor:
     start: dict[str, Any] = {"max_blocks": None, "start_gates": (0.0, 1.0, 0.0), "base": OPEN, "slope": 0.0, "learnable_compression": False}
-    options = DynNSAOptions(**{**start, **getattr(module.config, "dyn_nsa", {})})
+    options = checked_options(getattr(module.config, "dyn_nsa", None) or {}, "config.dyn_nsa", start)
     if options.learnable_compression or options.tau_source == "output" or options.budget_weight:
         raise InputError("config.dyn_nsa must ask for nothing learnt or collected; convert_attention adds the parts for that.")
     batch, tokens, heads, _ = query.shape
@@ -128,11 +130,8 @@ def _without_parts(
     starts = block_starts(num_keys, options.compress_size, bounds.get("key_start"), bounds.get("cu_seqlens"))
     compressed = [blocks_of(x, options.compress_size, starts).mean(2) for x in (key, value)]
     if tau is None and options.tau_source == "constant":
-        tau = torch.tensor(options.tau, device=query.device)
-    if tau is not None:
-        while tau.dim() < 3:
-            tau = tau.unsqueeze(-1)
-        tau = tau.float().expand(batch, tokens, num_kv).contiguous()
+        tau = options.tau
+    tau = None if tau is None else as_tau(tau, query.device, (batch, tokens, num_kv))
     gates = query.new_tensor(options.start_gates).expand(batch, tokens, heads, 3)
     base, slope = (query.new_full((num_kv,), number) for number in (options.base, options.slope))
     with torch.autocast(query.device.type, enabled=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ...errors import InputError
-from ...nn.dyn_nsa import DynNSAOptions, TauSource
+from ...nn.dyn_nsa import TauSource
 from ..interfaces import attention_implementation, register_attention
 from .attention import unknown_arguments
 from .hooks import add_parts
+from .options import checked_options
 from .parts import DYN_NSA, cores
 from .saving import DynNSAConversion
 
@@ -55,47 +56,59 @@ def convert_attention(
         The model.
 
     Raises:
-        InputError: already converted, or quantised; no layer to convert; attention that DynNSA lacks (softcap, sinks, dropout, values of
-            another size than keys).
+        InputError: already converted, quantised, or without weights (on the meta device); no causal decoder; no layer to convert;
+            attention that DynNSA lacks (softcap, sinks, dropout, values of another size than keys).
+        TypeError, ValueError: no model of transformers; a bad option.
     """
+    if not isinstance(model, PreTrainedModel):
+        wrapped = "; convert the one that it wraps" if isinstance(model, nn.Module) else ""
+        raise TypeError(f"model must be a PreTrainedModel of transformers, got {type(model).__name__}{wrapped}.")
     if next(cores(model), None) is not None:
         raise InputError("model must not have been converted before.")
     if getattr(model.config, "quantization_config", None) is not None:
         raise InputError("model must not be quantised: its configuration has one quantization_config, which conversion needs.")
-    options = DynNSAOptions(
-        compress_size=compress_size, block_size=block_size, window=window, temperature=temperature, max_blocks=None,
-        detach_scores=detach_scores, learnable_compression=learnable_compression, start_gates=(0.0, 1.0, 0.0), base=base, slope=slope,
-        tau_source=tau_source, tau=tau, impl=impl,
-    )  # fmt: skip
+    options = checked_options({
+        "compress_size": compress_size, "block_size": block_size, "window": window, "temperature": temperature, "max_blocks": None,
+        "detach_scores": detach_scores, "learnable_compression": learnable_compression, "start_gates": (0.0, 1.0, 0.0), "base": base,
+        "slope": slope, "tau_source": tau_source, "tau": tau, "impl": impl,
+    })  # fmt: skip
     layers = _attention_layers(model)
     conversion = DynNSAConversion(dataclasses.asdict(options), layers)
     add_parts(model, conversion.options, layers)
     model.config.quantization_config = conversion
-    model.set_attn_implementation(DYN_NSA)
+    for name in layers:
+        config: Any = getattr(model.get_submodule(name), "config", model.config)
+        config._attn_implementation_internal = DYN_NSA  # the public setter would reach a vision tower's too
     return model
 
 
 def _attention_layers(model: PreTrainedModel) -> dict[str, list[int]]:
     """Name of each full attention layer and its query heads, key heads and head size."""
+    if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+        raise InputError(f"model must be a decoder of token ids alone, got {type(model).__name__}.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError("model must have its weights to be converted, got some on the meta device; load them first.")
     names = {module: name for name, module in model.named_modules()}
-    with torch.no_grad(), attention_implementation(model, _PROBE):
-        _probed.clear()
-        try:
-            model(torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
-            found = list(_probed)
-        finally:
-            _probed.clear()
+    modules = [call.module for call in _probe_calls(model)]
+    training = [module.training for module in modules]
+    try:
+        for module in modules:  # its children stay as they are: this alone makes a layer tell its dropout
+            module.training = True
+        found = _probe_calls(model)
+    finally:
+        for module, was in zip(modules, training, strict=True):
+            module.training = was
     layers = {}
-    for module, query, key, value, given in found:
+    for module, query, key, value, dropout, given in found:
         if given.pop("sliding_window", None) is not None:
             continue
         name = type(module).__name__
         if unknown := unknown_arguments(given):
             raise InputError(f"model must not pass {', '.join(unknown)} to its attention, which DynNSA lacks; {name} does.")
-        if getattr(module, "attention_dropout", 0):
-            raise InputError(f"attention dropout must be 0 to convert, got {module.attention_dropout} in {name}.")
         if not getattr(module, "is_causal", True):
             raise InputError(f"attention must be causal to convert, got {name}.")
+        if dropout:
+            raise InputError(f"attention dropout must be 0 to convert, got {dropout} in {name}: set it to 0 in the configuration.")
         if value != key or query[3] > MAX_HEAD_DIM:
             raise InputError(f"{name} must have keys and values of one size, at most {MAX_HEAD_DIM}, got {key[3]} and {value[3]}.")
         layers[names[module]] = [query[1], key[1], query[3]]
@@ -107,7 +120,29 @@ def _attention_layers(model: PreTrainedModel) -> dict[str, list[int]]:
     return layers
 
 
-_probed: list[tuple[nn.Module, torch.Size, torch.Size, torch.Size, dict[str, Any]]] = []
+class _Call(NamedTuple):
+    """What one layer handed to its attention function."""
+
+    module: nn.Module
+    query: torch.Size
+    key: torch.Size
+    value: torch.Size
+    dropout: float
+    given: dict[str, Any]
+
+
+_probed: list[_Call] = []
+
+
+def _probe_calls(model: PreTrainedModel) -> list[_Call]:
+    """Runs the model on two tokens; its calls of the attention function, in order."""
+    with torch.no_grad(), attention_implementation(model, _PROBE):
+        _probed.clear()
+        try:
+            model(torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
+            return list(_probed)
+        finally:
+            _probed.clear()
 
 
 def _probe(
@@ -121,7 +156,7 @@ def _probe(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    _probed.append((module, query.shape, key.shape, value.shape, kwargs))
+    _probed.append(_Call(module, query.shape, key.shape, value.shape, dropout, kwargs))
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal)
 
 

@@ -1,16 +1,21 @@
-"""Decoding: each block is compressed once for a cache of transformers, whichever kind it is."""
+"""Decoding: what is kept from one forward for the next, for a cache of transformers of whichever kind.
+
+Each block is compressed once; and with tau_source="output" each row goes on with the uncertainty of its own last token. Both are kept
+by thread: a model may generate in several at once.
+"""
 
 from __future__ import annotations
 
+import threading
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...nn.dyn_nsa import CompressedCache, DynNSACore, common_dtype
 from .masks import row_starts
-from .parts import PART
+from .parts import core_of
 
 
 class _Kept:
@@ -46,7 +51,20 @@ class _Kept:
         return self.compressed.extend(core, key, value, begin, count, None if rows is None else rows[:, 0])
 
 
-_kept: weakref.WeakKeyDictionary[DynNSACore, _Kept] = weakref.WeakKeyDictionary()  # only while a forward with a cache may use it
+class _Seen(NamedTuple):
+    """The last token of each row, by its key and value in one layer, and the entropy that followed it."""
+
+    marks: Tensor  # (B, 2, K, D)
+    tau: Tensor  # (B,)
+
+
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.kept: weakref.WeakKeyDictionary[DynNSACore, _Kept] = weakref.WeakKeyDictionary()  # while a forward with a cache may use it
+        self.seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
+
+
+_state = _State()
 
 
 def recall(model: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -56,17 +74,17 @@ def recall(model: nn.Module, kwargs: dict[str, Any]) -> None:
         layers = None
     starts = row_starts(kwargs.get("attention_mask"))
     for module in model.modules():
-        core = module._modules.get(PART)
-        if not isinstance(core, DynNSACore):
+        core = core_of(module)
+        if core is None:
             continue
         index = getattr(module, "layer_idx", None)
         if layers is None or index is None:
-            _kept.pop(core, None)
+            _state.kept.pop(core, None)
             continue
         keys = layers[index].keys if index < len(layers) else None
-        kept = _kept.get(core)
+        kept = _state.kept.get(core)
         if kept is None or not kept.belongs_to(keys, starts):
-            _kept[core] = _Kept(starts)
+            _state.kept[core] = _Kept(starts)
 
 
 def compressed_so_far(
@@ -79,6 +97,43 @@ def compressed_so_far(
         num_queries: new positions.
         rows: (B, 2 or 3), bounds of `dyn_nsa_mask`.
     """
-    if not core.collecting or torch.compiler.is_compiling() or (kept := _kept.get(core)) is None:
+    if not core.collecting or torch.compiler.is_compiling() or (kept := _state.kept.get(core)) is None:
         return None, None
     return kept.extend(core, key, value, num_queries, rows)
+
+
+def note_tau(model: nn.Module, cache: Any, tau: Tensor) -> None:
+    """Keeps the uncertainty (B,) that the forward just done leaves to the next token of each row in `cache`."""
+    marks = _marks(model, cache)
+    if marks is None or len(marks) != len(tau):
+        _state.seen.pop(model, None)
+    else:
+        _state.seen[model] = _Seen(marks.clone(), tau.clone())
+
+
+def noted_tau(model: nn.Module, cache: Any, otherwise: Tensor) -> Tensor:
+    """(B,) or 0-d, what `note_tau` kept for each row of `cache`; `otherwise` where nothing was.
+
+    Beam search changes the order of rows, another prompt has another cache, and rejected guesses are cut off: a row is known by what its
+    last token has in the cache.
+    """
+    seen, marks = _state.seen.get(model), _marks(model, cache)
+    if seen is None or marks is None or marks.shape[1:] != seen.marks.shape[1:] or marks.device != seen.marks.device:
+        return otherwise
+    same = (marks[:, None] == seen.marks[None]).flatten(2).all(-1)
+    return torch.where(same.any(-1), seen.tau[same.int().argmax(-1)], otherwise)
+
+
+def _marks(model: nn.Module, cache: Any) -> Tensor | None:
+    """(B, 2, K, D), key and value of the last position in the last layer that DynNSA has, where the whole history has had its say."""
+    layers = getattr(cache, "layers", None)
+    indices = [getattr(module, "layer_idx", None) for module in model.modules() if core_of(module) is not None]
+    index = indices[-1] if indices else None
+    if not layers or index is None or index >= len(layers) or layers[index].keys is None:
+        return None
+    keys, values, length = layers[index].keys, layers[index].values, cache.get_seq_length(index)
+    last = torch.as_tensor(length, device=keys.device).reshape(1) - 1
+    if not isinstance(length, Tensor) and length == 0:
+        return None
+    last = last.clamp(min=0)  # an empty buffer holds zeros, which no token has
+    return torch.stack([keys.index_select(2, last)[:, :, 0], values.index_select(2, last)[:, :, 0]], 1)

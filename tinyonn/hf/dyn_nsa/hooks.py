@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ...errors import InputError
-from ...nn.dyn_nsa import OPEN, DynNSACore, DynNSAOptions, normalised_entropy
-from .decoding import recall
+from ...nn.dyn_nsa import OPEN, DynNSACore, normalised_entropy
+from .decoding import note_tau, noted_tau, recall
+from .options import checked_options
 from .parts import PART, cores, take_budget_loss
 
 OBSERVED_TOKENS = 256  # of a row, about, evenly spread, whose output entropy is taken in training: logits are large
@@ -21,15 +23,39 @@ def add_parts(model: nn.Module, options: dict[str, Any], layers: dict[str, list[
     Args:
         options: fields of `DynNSAOptions`, which all layers share.
         layers: name of each attention layer -> query heads, key heads, head size.
+
+    Raises:
+        InputError, TypeError, ValueError: a bad option.
     """
-    shared = DynNSAOptions(**options)
+    shared = checked_options(options)
     for name, (heads, kv_heads, dim) in layers.items():
         module = model.get_submodule(name)
-        weight = next(module.parameters())
-        core = DynNSACore(heads, kv_heads, dim, shared, opening=OPEN, device=weight.device, dtype=weight.dtype)
+        # What is stored in integers or eight bits says nothing of the precision that the layer computes in.
+        weight = next(weight for weight in module.parameters() if weight.is_floating_point() and weight.itemsize > 1)
+        with torch.inference_mode(False):
+            core = DynNSACore(heads, kv_heads, dim, shared, opening=OPEN, device=weight.device, dtype=weight.dtype)
         module.add_module(PART, core.train(module.training))
     model.register_forward_pre_hook(_before, with_kwargs=True)
     model.register_forward_hook(_after, with_kwargs=True)
+
+
+def own_layers(model: PreTrainedModel, layers: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Layers of a conversion by their names in this model: a model with a head and its base model name them differently.
+
+    Raises:
+        InputError: a layer is not there, or its sizes are not three numbers.
+    """
+    names = {name for name, _ in model.named_modules()}
+    prefix = f"{model.base_model_prefix}."
+    found = {}
+    for name, sizes in layers.items():
+        own = next((own for own in (name, prefix + name, name.removeprefix(prefix)) if own in names), None)
+        if own is None:
+            raise InputError(f"quantization_config must name attention layers of {type(model).__name__}, got {name!r}.")
+        if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise InputError(f"quantization_config must give query heads, key heads and head size of {name}, got {sizes}.")
+        found[own] = sizes
+    return found
 
 
 def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -44,9 +70,11 @@ def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return None
     tau, tokens = first.output_tau.clone(), _tokens(args, kwargs)
     past = kwargs.get("past_key_values")
-    previous = first.previous_tau
-    if not model.training and previous is not None and tokens.shape[:2] == (len(previous), 1) and past is not None:
-        tau = torch.where(torch.as_tensor(past.get_seq_length(), device=tau.device) > 0, previous, tau)
+    if not model.training and past is not None and tokens.shape[1] == 1:
+        if not torch.compiler.is_compiling():
+            tau = noted_tau(model, past, tau)
+        elif (previous := first.previous_tau) is not None and len(previous) == len(tokens):  # rows are taken to be where they were
+            tau = torch.where(torch.as_tensor(past.get_seq_length(), device=tau.device) > 0, previous, tau)
     return args, {**kwargs, "tau": tau}
 
 
@@ -67,11 +95,14 @@ def _after(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
         mask = None if mask is None else mask[:, ::step]
         for core in cores(model):
             core.observe_output(entropy, mask)
+        if not model.training and not torch.compiler.is_compiling():
+            note_tau(model, getattr(output, "past_key_values", None), entropy[:, -1])
     labels = kwargs.get("labels")
     if not first.options.budget_weight or labels is None or not model.training:
         return output
     loss = take_budget_loss(model)
-    assert loss is not None
+    if loss is None:
+        return output  # another attention ran: the model was switched to it
     if torch.is_grad_enabled() and not loss.requires_grad and first.base.requires_grad:
         raise RuntimeError("gradient checkpointing must have use_reentrant=False for a budget loss, got one without a gradient.")
     if (items := kwargs.get("num_items_in_batch")) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,13 @@ PART = "dyn_nsa"  # name of a core within its attention module
 def cores(model: nn.Module) -> Iterator[DynNSACore]:
     """The parts that conversion has added, in the order of the layers."""
     return (module for module in model.modules() if isinstance(module, DynNSACore))
+
+
+def core_of(module: nn.Module) -> DynNSACore | None:
+    """The part of one attention module that is in use; of several that a wrapper holds, PEFT's `modules_to_save` say, the active one."""
+    part: Any = module._modules.get(PART)
+    # A wrapper passes on what it lacks, a method of the active part too.
+    return part if part is None or isinstance(part, DynNSACore) else part.tau_of.__self__
 
 
 def statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dict[str, float]]:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .hooks import add_parts
+from .hooks import add_parts, own_layers
 from .parts import DYN_NSA, cores
 
 
@@ -42,11 +42,14 @@ class DynNSALoader(HfQuantizer):
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         if config._attn_implementation is None:
-            config._attn_implementation = DYN_NSA
+            # Of the text model alone: the public setter would reach a vision tower's too.
+            config.get_text_config(decoder=True)._attn_implementation_internal = DYN_NSA
         return config
 
     def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
-        add_parts(model, self.quantization_config.options, self.quantization_config.layers)
+        conversion = self.quantization_config
+        conversion.layers = own_layers(model, conversion.layers)
+        add_parts(model, conversion.options, conversion.layers)
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
         del model.hf_quantizer
