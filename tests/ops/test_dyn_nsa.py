@@ -63,6 +63,21 @@ def test_every_gradient_is_exact(impl, compress_size, detach_scores):
         assert_close_rms(ours, theirs, 1e-11, f"gradient of {name}")
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_tau_is_a_signal(impl):
+    """Computed here or handed in, the same gradients: none flows into it."""
+    tensors = dyn_nsa_case(compress_size=32)
+    options = {"compress_size": 32, "window": 40, "max_blocks": 8, "impl": impl}
+    grads, tau = [], None
+    for _ in range(2):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        result = ops.dyn_nsa(**leaves, tau=tau, **options)
+        tau = result.tau.detach()
+        grads.append(torch.autograd.grad(result.out.square().sum() + result.soft_counts.sum(), list(leaves.values())))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradcheck(impl):
     tensors = {

@@ -70,8 +70,10 @@ def test_padding_changes_nothing(impl, side):
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in batch.items()}
     result = ops.dyn_nsa(**leaves, impl=impl, **bounds, **options)
     grads = torch.autograd.grad(result.out.square().sum(), [leaves["query"], leaves["key"]])
+    overflowing = 0.0
     for i, (row, start, length) in enumerate(zip(rows, starts, lengths, strict=True)):
         alone = ops.dyn_nsa(**{**row, "base": batch["base"], "slope": batch["slope"]}, impl=impl, **options)
+        overflowing += alone.overflow.item() * length
         inside = slice(start, start + length)
         assert_close_rms(result.out[i, inside], alone.out[0], 1e-12)
         outside = torch.ones(width, dtype=torch.bool)
@@ -79,6 +81,20 @@ def test_padding_changes_nothing(impl, side):
         assert (result.out[i, outside] == 0).all()
         for grad in grads:
             assert (grad[i, outside] == 0).all()
+    assert result.overflow.item() == pytest.approx(overflowing / sum(lengths))
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_padding_does_not_count_as_rows_that_did_not_overflow(impl):
+    tensors = dyn_nsa_case(400, compress_size=16)
+    tensors["base"] = torch.full_like(tensors["base"], -30.0)
+    options = {"compress_size": 16, "window": 30, "max_blocks": 3, "impl": impl}
+    half = ops.dyn_nsa(**tensors, **options, key_start=torch.tensor([200], dtype=torch.int32))
+    alone = ops.dyn_nsa(
+        **{name: x if x.dim() < 3 else x[:, -200:] if x.shape[1] == 400 else x[:, :12] for name, x in tensors.items()}, **options
+    )
+    assert 0.03 < alone.overflow < 1
+    assert half.overflow.item() == pytest.approx(alone.overflow.item())
 
 
 @pytest.mark.parametrize("impl", IMPLS)

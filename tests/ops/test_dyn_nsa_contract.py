@@ -141,7 +141,7 @@ def test_bad_input_is_named(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda i, c: (i.fill_(9), c), "indices must be 0 … 1, got 9"),
+        (lambda i, c: (i.fill_(9), c), "indices must be 0 … 1 in the sequence of token 0, got 9"),
         (lambda i, c: (i.flip(-1), c), "indices must ascend"),
         (lambda i, c: (i, c + 5), "counts must be 0 … 2, got 6 … 7"),
     ],
@@ -154,6 +154,32 @@ def test_debug_looks_at_the_lists(change, message):
     ops.block_sparse_attention(q, k, k, indices, counts)
     with tinyonn.debug(), pytest.raises(ValueError, match=message):
         ops.block_sparse_attention(q, k, k, *change(indices, counts))
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("bounds", [{"cu_seqlens": [0, 64, 256]}, {"key_start": [192]}, {"key_end": [64]}], ids=["packed", "left", "right"])
+def test_debug_counts_blocks_from_the_start_of_a_sequence(bounds, impl):
+    bounds = {name: torch.tensor(value, dtype=torch.int32) for name, value in bounds.items()}
+    q, k = torch.randn(1, 256, 4, 16), torch.randn(1, 256, 2, 16)
+    indices = torch.zeros(1, 256, 2, 2, dtype=torch.int32)
+    counts = torch.ones(1, 256, 2, dtype=torch.int32)
+    with tinyonn.debug():
+        ops.block_sparse_attention(q, k, k, indices, counts, impl=impl, **bounds)
+        indices[0, 9, 1, 1], counts[0, 9, 1] = 2, 2
+        with pytest.raises(ValueError, match="indices must be 0 … 0 in the sequence of token 9, got 2"):
+            ops.block_sparse_attention(q, k, k, indices, counts, impl=impl, **bounds)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_numbers_are_checked_whatever_runs(impl):
+    with pytest.raises(ValueError, match="scale must be positive and finite, got -1"):
+        ops.sliding_window_attention(GOOD["query"], GOOD["key"], GOOD["value"], 8, scale=-1, impl=impl)
+    with pytest.raises(TypeError, match="temperature must be a number, got str"):
+        ops.dyn_nsa(**GOOD, compress_size=32, temperature="1", impl=impl)
+    with pytest.raises(TypeError, match="num_keys must be an int, got float"):
+        ops.compressed_attention(
+            GOOD["query"], GOOD["key_compressed"], GOOD["value_compressed"], compress_size=32, num_keys=96.0, impl=impl
+        )
 
 
 def test_debug_looks_at_the_bounds():

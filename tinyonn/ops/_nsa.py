@@ -79,6 +79,8 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], query: Tensor
 
 def check_bounds(query: Tensor, num_keys: int, bounds: Bounds) -> None:
     batch, num_queries = query.shape[:2]
+    if not isinstance(num_keys, (int, torch.SymInt)) or isinstance(num_keys, bool):
+        raise TypeError(f"num_keys must be an int, got {type(num_keys).__name__}.")
     if num_queries > num_keys:
         raise ValueError(f"query must have at most as many tokens as there are keys, {num_keys}, got {num_queries}.")
     cu_seqlens, key_start, key_end = bounds
@@ -115,6 +117,17 @@ def check_bound_values(num_keys: int, bounds: Bounds) -> None:
         raise ValueError(f"key_start and key_end must be 0 <= start <= end <= {num_keys}, got {start.tolist()} and {end.tolist()}.")
 
 
+def lengths_of(num_queries: int, num_keys: int, bounds: Bounds, device: torch.device) -> Tensor:
+    """(B or 1, T or 1) keys of the sequence that holds each query."""
+    cu_seqlens, key_start, key_end = bounds
+    if cu_seqlens is not None:
+        place = torch.arange(num_keys - num_queries, num_keys, dtype=torch.int32, device=device)
+        sequence = (torch.searchsorted(cu_seqlens, place, right=True) - 1).clamp(0, max(0, len(cu_seqlens) - 2))
+        return cu_seqlens.diff()[sequence][None] if len(cu_seqlens) > 1 else torch.zeros_like(place)[None]
+    end = torch.tensor([num_keys], device=device) if key_end is None else key_end
+    return (end if key_start is None else end - key_start)[:, None]
+
+
 def check_sizes(block_size: int, compress_size: int) -> None:
     for name, size in (("block_size", block_size), ("compress_size", compress_size)):
         if not isinstance(size, int) or isinstance(size, bool):
@@ -132,7 +145,9 @@ def check_compressed(name: str, num_compressed: int, num_keys: int, compress_siz
 
 
 def check_positive(name: str, value: float) -> float:
-    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}.")
     return float(value)
 

@@ -122,7 +122,7 @@ def select_forward(
             counts[rows] = number.T.to(torch.int32)
             soft = torch.where(found.forced, 1, found.gap.sigmoid() * found.past).sum(-1)
             soft_counts[rows] = soft.T
-    overflow = overflowing.to(dtype) / max(1, counts.numel())
+    overflow = overflowing.to(dtype) / (counts > 0).sum().clamp(min=1)
     return indices, counts, bias, soft_counts, overflow
 
 

@@ -98,7 +98,7 @@ def dyn_nsa_forward(
         mixed += selected[rows] * weights[1].float().unsqueeze(-1)
         if scratch is not None:
             out[rows] = mixed
-    overflow = overflowing.float() / max(1, counts.numel())
+    overflow = overflowing.float() / (counts > 0).sum().clamp(min=1)
     return (
         out, counts, own_tau, soft_counts, overflow, lse_compressed, lse_selected, lse_window, indices, bias, selected
     )  # fmt: skip

@@ -137,7 +137,7 @@ def select_forward(
     lists = (indices, counts, bias, soft_counts)
     sizes = (num_keys, temperature, block_size, compress_size, scale)
     over = select_blocks_fwd(query, key, lse.contiguous(), threshold, *lists, geometry, *sizes)
-    return *lists, over.sum().float() / max(1, counts.numel())
+    return *lists, over.sum().float() / (counts > 0).sum().clamp(min=1)
 
 
 def select_backward(

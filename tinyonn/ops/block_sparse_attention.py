@@ -10,7 +10,18 @@ from torch import Tensor
 from .. import reference
 from .._debug import debug_enabled
 from ._dispatch import check_impl, check_same_device, statistics_dtype
-from ._nsa import Bounds, check_bound_values, check_bounds, check_keys, check_query, check_shape, check_sizes, choose_nsa_impl, scale_of
+from ._nsa import (
+    Bounds,
+    check_bound_values,
+    check_bounds,
+    check_keys,
+    check_query,
+    check_shape,
+    check_sizes,
+    choose_nsa_impl,
+    lengths_of,
+    scale_of,
+)
 from ._torch_block_sparse import block_sparse_backward, block_sparse_forward
 from ._torch_nsa import spans_of
 
@@ -68,13 +79,14 @@ def block_sparse_attention(
             raise ValueError(f"{name} must have shape {rows if dims == 3 else (*rows, 'S')}, got {tuple(tensor.shape)}.")
     if bias is not None:
         check_shape("bias", bias, tuple(indices.shape), query)
+    scale = scale_of(query, scale)
     if impl == "reference":
         _check_values(indices, counts, key.shape[1], block_size, bounds)
         out, lse = reference.block_sparse_attention(
             query, key, value, indices, counts, bias, block_size=block_size, scale=scale, **bounds._asdict()
         )
         return out.to(query.dtype), lse.to(statistics_dtype(query.dtype))
-    out, lse = _forward(query, key, value, indices, counts, bias, block_size, scale_of(query, scale), *bounds, impl)
+    out, lse = _forward(query, key, value, indices, counts, bias, block_size, scale, *bounds, impl)
     return out, lse
 
 
@@ -86,10 +98,14 @@ def _check_values(indices: Tensor, counts: Tensor, num_keys: int, block_size: in
     if bool(((counts < 0) | (counts > indices.shape[-1])).any()):
         raise ValueError(f"counts must be 0 … {indices.shape[-1]}, got {int(counts.min())} … {int(counts.max())}.")
     listed = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
-    last = -(-num_keys // block_size) - 1
+    last = (-(-lengths_of(indices.shape[1], num_keys, bounds, indices.device) // block_size) - 1)[..., None, None].expand(indices.shape)
     outside = listed & ((indices < 0) | (indices > last))
     if bool(outside.any()):
-        raise ValueError(f"indices must be 0 … {last}, got {int(indices[outside][0])}.")
+        batch, token, head, slot = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"indices must be 0 … {int(last[batch, token, head, slot])} in the sequence of token {token}, got "
+            f"{int(indices[batch, token, head, slot])}."
+        )
     if bool((listed[..., 1:] & (indices.diff(dim=-1) <= 0)).any()):
         raise ValueError("indices must ascend within each row, got some that do not.")
 

@@ -34,7 +34,7 @@ class DynNSAOutput(NamedTuple):
         out: (B, T, H, D).
         counts: (B, T, K) int32, key blocks read by the selected branch.
         tau: (B, T, K), the uncertainty that the threshold was made of: the caller's, or that of the compressed branch.
-        overflow: 0-d, share of (token, head) rows for which more than max_blocks passed.
+        overflow: 0-d, share of (token, head) rows for which more than max_blocks passed; padding does not count.
         soft_counts: (B, T, K), as in `BlockSelection`: what a budget loss pulls on.
     """
 
@@ -83,21 +83,22 @@ def dyn_nsa(
     """Native sparse attention with a learnable, uncertainty-driven threshold in place of a fixed number of blocks.
 
     gates[..., 0] · compressed + gates[..., 1] · selected + gates[..., 2] · window, over one query. Selected are the blocks whose
-    importance z passes base - slope · tau (`select_blocks`). The gate of a block is exactly 0 where it is not selected, so the sparse
-    result *is* dense gated attention, and every gradient is exact.
+    importance z passes base - slope · tau (`select_blocks`). The gate of a block is exactly 0 where it is not selected, so below
+    max_blocks the sparse result *is* dense gated attention, and every gradient is exact for the tau that was used.
 
     Tensors are (B, T, H, D). Differentiable: query, key, value, key_compressed, value_compressed, gates, base, slope; out and
     soft_counts carry gradients. tau is a signal: none flows into it.
 
-    "All blocks" is base = -30 and max_blocks at least the number of key blocks. At a fixed threshold the number of blocks can grow with
-    the length of a sequence, since z measures against a uniform share; a loss on soft_counts holds it.
+    "All blocks" is base = -30, with a slope of at least 0, a temperature of at most 10 and max_blocks at least the number of key blocks;
+    a fixed number n of blocks is the same with max_blocks = n, every longer row then counting as overflowing. At a fixed threshold the
+    number of blocks can grow with the length of a sequence, since z measures against a uniform share; a loss on soft_counts holds it.
 
     Args:
         query: (B, T, H, D), the last T of Tk positions.
         key, value: (B, Tk, K, D), K dividing H.
         key_compressed, value_compressed: (B, Tk // compress_size, K, D); see `compressed_attention`.
         gates: (B, T, H, 3), any reals.
-        base, slope: (K,).
+        base, slope: (K,), in nats, and nats per unit of tau; a slope above 0 reads more where tau is high.
         tau: (B, T, K); None for the mean over a group's heads of entropy / log(visible compressed keys), 0 where fewer than two are.
         window: keys of the window branch.
         temperature, block_size, compress_size, max_blocks, detach_scores: as in `select_blocks`.

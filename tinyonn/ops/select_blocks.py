@@ -35,7 +35,7 @@ class BlockSelection(NamedTuple):
         counts: (B, T, K) int32.
         bias: (B, T, K, max_blocks) float32 (float64 for float64), log of the gate, 0 for forced blocks and behind the last.
         soft_counts: (B, T, K) like bias, the forced blocks plus, for every other past block, sigmoid((z - threshold) / temperature).
-        overflow: 0-d like bias, share of (token, head) rows for which more than max_blocks passed.
+        overflow: 0-d like bias, share of (token, head) rows for which more than max_blocks passed; padding does not count.
     """
 
     indices: Tensor
@@ -75,9 +75,9 @@ def select_blocks(
     Args:
         query: (B, T, H, D), the last T of `num_keys` positions.
         key_compressed, lse: what `compressed_attention` took and gave, (B, M, K, D) and (B, T, H).
-        threshold: (B, T, K).
-        temperature: width of the gate's slope.
-        block_size: positions of a key block, a power of two.
+        threshold: (B, T, K), in nats.
+        temperature: width of the gate's slope, in nats.
+        block_size: positions of a key block, a power of two of at least 16.
         compress_size: positions of a compressed key, a divisor of block_size.
         max_blocks: most blocks of a row, at least 3.
         detach_scores: no gradient through z into query, key_compressed and lse.
@@ -101,6 +101,7 @@ def select_blocks(
     check_shape("threshold", threshold, (*query.shape[:2], key_compressed.shape[2]), query)
     if detach_scores:
         query, key_compressed, lse = query.detach(), key_compressed.detach(), lse.detach()
+    scale = scale_of(query, scale)
     if impl == "reference":
         check_bound_values(num_keys, bounds)
         indices, counts, bias, soft_counts, overflow = reference.select_blocks(
@@ -118,7 +119,7 @@ def select_blocks(
         )
         dtype = statistics_dtype(query.dtype)
         return BlockSelection(indices, counts, bias.to(dtype), soft_counts.to(dtype), overflow.to(dtype))
-    options = (temperature, block_size, compress_size, max_blocks, num_keys, scale_of(query, scale))
+    options = (temperature, block_size, compress_size, max_blocks, num_keys, scale)
     return BlockSelection(*_forward(query, key_compressed, lse, threshold, *options, *bounds, impl))
 
 

@@ -48,10 +48,11 @@ def sliding_window_attention(
     check_window(window)
     bounds = Bounds(cu_seqlens, key_start, key_end)
     check_bounds(query, key.shape[1], bounds)
+    scale = scale_of(query, scale)
     if impl == "reference":
         check_bound_values(key.shape[1], bounds)
         return reference.sliding_window_attention(query, key, value, window, scale=scale, **bounds._asdict()).to(query.dtype)
-    out: Tensor = _forward(query, key, value, window, scale_of(query, scale), *bounds, impl)[0]
+    out: Tensor = _forward(query, key, value, window, scale, *bounds, impl)[0]
     return out
 
 

@@ -110,16 +110,17 @@ def select_blocks(
 
     Returns:
         indices (B, T, K, max_blocks) int32 ascending, -1 behind the last; counts (B, T, K) int32; bias (B, T, K, max_blocks), log of
-        the gate, 0 behind the last; soft_counts (B, T, K); overflow, the share of (token, head) rows with too many blocks.
+        the gate, 0 behind the last; soft_counts (B, T, K); overflow, the share of (token, head) rows with too many blocks, padding left
+        out.
     """
     query, keys, lse, threshold = query.double(), key_compressed.double(), lse.double(), threshold.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     batch, num_queries, num_kv = *query.shape[:2], keys.shape[2]
-    indices = torch.full((batch, num_queries, num_kv, max_blocks), -1, dtype=torch.int32)
-    counts = torch.zeros((batch, num_queries, num_kv), dtype=torch.int32)
+    indices = torch.full((batch, num_queries, num_kv, max_blocks), -1, dtype=torch.int32, device=query.device)
+    counts = torch.zeros((batch, num_queries, num_kv), dtype=torch.int32, device=query.device)
     bias = query.new_zeros(indices.shape)
     soft_counts = query.new_zeros(counts.shape)
-    overflowing = torch.zeros(counts.shape, dtype=torch.bool)
+    overflowing = torch.zeros(counts.shape, dtype=torch.bool, device=query.device)
     for sequence in sequences(query, num_keys, compress_size, cu_seqlens, key_start, key_end):
         row, rows = sequence.batch, sequence.queries
         gate, kept, soft, over = _gates(
@@ -134,7 +135,12 @@ def select_blocks(
                 indices[place][: len(chosen)] = chosen.int()
                 counts[place] = len(chosen)
                 bias[place][: len(chosen)] = gate[t, head][chosen].log()
-    return indices, counts, bias, soft_counts, overflowing.double().mean()
+    return indices, counts, bias, soft_counts, share_of(overflowing, counts)
+
+
+def share_of(overflowing: Tensor, counts: Tensor) -> Tensor:
+    """Share of the rows that see anything; each of those reads its own block at least."""
+    return overflowing.double().sum() / (counts > 0).sum().clamp(min=1)
 
 
 def block_sparse_attention(
@@ -162,7 +168,7 @@ def block_sparse_attention(
     for sequence in sequences(query, key.shape[1], block_size, cu_seqlens, key_start, key_end):
         row, rows, columns = sequence.batch, sequence.queries, sequence.keys
         num_blocks = -(-(columns.stop - columns.start) // block_size)
-        listed = torch.arange(indices.shape[-1]) < counts[row, rows][..., None]
+        listed = torch.arange(indices.shape[-1], device=indices.device) < counts[row, rows][..., None]
         slots = indices[row, rows].long().clamp(min=0)
         # One slot per block: the sums are of single terms.
         one_hot = torch.nn.functional.one_hot(slots, max(num_blocks, 1)).double() * listed[..., None]
@@ -250,7 +256,7 @@ def dyn_nsa(
         counts[row, rows] = kept.sum(-1).int()
         selected[row, rows] = _gated_by_factor(query[row, rows], key[row, columns], value[row, columns], gate, sequence, block_size, scale)
     branches = torch.stack([compressed, selected, near], -1)
-    return (branches * gates.double()[:, :, :, None]).sum(-1), counts, tau.double(), soft_counts, overflowing.double().mean()
+    return (branches * gates.double()[:, :, :, None]).sum(-1), counts, tau.double(), soft_counts, share_of(overflowing, counts)
 
 
 def attention_tau(
