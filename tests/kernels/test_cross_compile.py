@@ -43,8 +43,8 @@ def test_every_jit_function_is_a_kernel_or_used_by_one():
     assert set(functions) == reached
 
 
-# The attention kernels take a minute each; of them the suite compiles one architecture, and `make test-slow` the others.
-QUICK = ("block_norms", "integrate_sps", "token_grad_norms")
+# The attention kernels take half a minute each; of them the suite compiles one architecture, and `make test-slow` the others.
+QUICK = ("block_lists", "block_norms", "integrate_sps", "token_grad_norms")
 OFFERED = [
     pytest.param(module, arch, id=f"{module}-sm_{arch}", marks=[] if module in QUICK or arch == 90 else [pytest.mark.slow])
     for module in WITH_KERNELS
