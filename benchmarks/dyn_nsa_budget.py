@@ -3,19 +3,21 @@
     .venv/bin/python benchmarks/dyn_nsa_budget.py            about an hour and a half on two cores
     .venv/bin/python benchmarks/dyn_nsa_budget.py --quick    a few minutes, to see that it runs; writes nothing
 
-The model's own weights stay frozen. For each budget and each source of tau: thresholds shifted together until the calibration text
-reads the budget ("before"), then thresholds, gates and compression tuned on other text ("after"). Beside them a static top-n that
-reads as many blocks, and the model itself. Training, calibration and evaluation texts are different modules of Python's standard
-library. Writes docs/dyn_nsa_budget.md and docs/dyn_nsa_budget.png.
+The model's own weights stay frozen. For each budget and each arm: thresholds shifted together until the calibration text reads the
+budget ("before"), then thresholds, gates and compression tuned on other text ("after"). The arms are the sources of tau, and a static
+top-n, which has no threshold and is tuned alike otherwise. In training and over whole rows tau from the output is one number, a running
+mean; it tells tokens apart only when decoding. Training, calibration and evaluation texts are different modules of Python's standard
+library. Each result is kept in docs/dyn_nsa_budget.json as soon as it is there, and an interrupted run goes on from it. Writes
+docs/dyn_nsa_budget.md and docs/dyn_nsa_budget.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import platform
 import sysconfig
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,7 @@ from tinyonn.hf.smollm2 import prepare_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("attention", "output", "constant")
+STATIC = "static top-n"
 EVALUATION = ("argparse.py", "statistics.py", "ipaddress.py", "zipfile.py", "tarfile.py", "typing.py")
 CALIBRATION = ("inspect.py",)
 TRAINING = (
@@ -83,19 +86,26 @@ def calibrate(model: PreTrainedModel, rows: list[Tensor], budget: float, steps: 
     shift(model, (low + high) / 2)
 
 
-def tune(model: PreTrainedModel, rows: list[Tensor], budget: float, steps: int) -> None:
-    """Thresholds, gates and compression; the budget loss holds the count. The gates stand at a trained model's own (0, 1, 0), and a step
-    of Adam moves every one of their weights alike: a rate that suits thresholds, in nats, would throw them about.
+def tune(model: PreTrainedModel, rows: list[Tensor], budget: float | None, steps: int) -> None:
+    """Thresholds, gates and compression; the budget loss holds the count. Without a budget thresholds stay as they are.
+
+    The gates stand at a trained model's own (0, 1, 0), and a step of Adam moves every one of their weights alike: a rate that suits
+    thresholds, in nats, would throw them about.
     """
-    set_all(model, budget_weight=0.5)
-    for core in cores(model):
-        core.budget_target.fill_(budget)
+    if budget is not None:
+        set_all(model, budget_weight=0.5)
+        for core in cores(model):
+            core.budget_target.fill_(budget)
     model.train()
-    own = [parameter for core in cores(model) for parameter in core.parameters()]
-    thresholds = [parameter for core in cores(model) for parameter in (core.base, core.slope)]
+    if budget is None:
+        for core in cores(model):
+            core.base.requires_grad_(False)
+            core.slope.requires_grad_(False)
+    own = [parameter for core in cores(model) for parameter in core.parameters() if parameter.requires_grad]
+    thresholds = [parameter for core in cores(model) for parameter in (core.base, core.slope) if parameter.requires_grad]
     chosen = {id(parameter) for parameter in thresholds}
     rest = [parameter for parameter in own if id(parameter) not in chosen]
-    optimiser = torch.optim.Adam([{"params": thresholds, "lr": 0.03}, {"params": rest, "lr": 3e-4}])
+    optimiser = torch.optim.Adam([{"params": part, "lr": rate} for part, rate in ((thresholds, 0.03), (rest, 3e-4)) if part])
     decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.1, total_iters=steps)
     for step in range(steps):
         ids = rows[step % len(rows)]
@@ -123,52 +133,76 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--budgets", type=float, nargs="+", default=[4, 6, 10, 16])
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
+    parser.add_argument("--arms", nargs="+", choices=(STATIC, *SOURCES), default=(STATIC, *SOURCES))
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if options.quick:
         options.tokens, options.budgets, options.steps = 512, [4], 2
-    started = time.monotonic()
+    results = Results(None if options.quick else ROOT / "docs" / "dyn_nsa_budget.json", {"tokens": options.tokens, "steps": options.steps})
     folder = prepare_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     evaluation, calibration, training = (rows_of(tokenizer, names, options.tokens) for names in (EVALUATION, CALIBRATION, TRAINING))
     if options.quick:
         evaluation = evaluation[:1]
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    all_blocks = (options.tokens // 64 + 1) / 2
-    results: list[tuple[str, float | None, float, float]] = [("dense, unconverted", None, evaluate(plain, evaluation)[0], all_blocks)]
-    del plain
-
-    def note(name: str, budget: float | None, found: tuple[float, float]) -> None:
-        results.append((name, budget, *found))
-        print(f"{time.monotonic() - started:6.0f} s  {name}, budget {budget}: perplexity {found[0]:.3f}, {found[1]:.2f} blocks", flush=True)
-
-    with converted(folder, compress_size=32) as model:
-        note("converted, all blocks", None, evaluate(model, evaluation))
+    if DENSE not in results:
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        results.note(DENSE, None, (evaluate(plain, evaluation)[0], (options.tokens // 64 + 1) / 2))
+        del plain
+    if ALL_BLOCKS not in results:
+        with converted(folder, compress_size=32) as model:
+            results.note(ALL_BLOCKS, None, evaluate(model, evaluation))
+    for arm in options.arms:
+        before, after = (STATIC, f"{STATIC}, tuned") if arm == STATIC else (f"tau from {arm}, before", f"tau from {arm}, after")
         for budget in options.budgets:
-            set_all(model, max_blocks=max(3, round(budget)))
-            note("static top-n", budget, evaluate(model, evaluation))
-            set_all(model, max_blocks=None)
-    for source in options.sources:
-        for budget in options.budgets:
-            with converted(folder, compress_size=32, tau_source=source) as model:
-                calibrate(model, calibration, budget, steps=3 if options.quick else 9)
-                note(f"tau from {source}, before", budget, evaluate(model, evaluation))
-                tune(model, training, budget, options.steps)
-                note(f"tau from {source}, after", budget, evaluate(model, evaluation))
-    if options.quick:
-        return
-    write(ROOT / "docs", results, options, len(evaluation), time.monotonic() - started)
+            if results.has(before, budget) and results.has(after, budget):
+                continue
+            with converted(folder, compress_size=32, **({} if arm == STATIC else {"tau_source": arm})) as model:
+                if arm == STATIC:
+                    set_all(model, max_blocks=max(3, round(budget)))
+                else:
+                    calibrate(model, calibration, budget, steps=3 if options.quick else 9)
+                results.note(before, budget, evaluate(model, evaluation))
+                tune(model, training, None if arm == STATIC else budget, options.steps)
+                results.note(after, budget, evaluate(model, evaluation))
+    if not options.quick:
+        write(ROOT / "docs", results, len(evaluation))
 
 
-def write(folder: Path, results: list[tuple[str, float | None, float, float]], options: Any, texts: int, seconds: float) -> None:
+DENSE, ALL_BLOCKS = "dense, unconverted", "converted, all blocks"
+
+
+class Results:
+    """Rows of (name, budget, perplexity, mean blocks), kept in a file as they come."""
+
+    def __init__(self, path: Path | None, settings: dict[str, int]) -> None:
+        self.path, self.settings = path, settings
+        self.rows: list[tuple[str, float | None, float, float]] = []
+        if path is not None and path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["settings"] == settings:
+                self.rows = [tuple(row) for row in stored["rows"]]
+
+    def __contains__(self, name: str) -> bool:
+        return any(row[0] == name for row in self.rows)
+
+    def has(self, name: str, budget: float) -> bool:
+        return any(row[:2] == (name, budget) for row in self.rows)
+
+    def note(self, name: str, budget: float | None, found: tuple[float, float]) -> None:
+        self.rows = [row for row in self.rows if row[:2] != (name, budget)] + [(name, budget, *found)]
+        print(f"{name}, budget {budget}: perplexity {found[0]:.3f}, {found[1]:.2f} blocks", flush=True)
+        if self.path is not None:
+            self.path.write_text(json.dumps({"settings": self.settings, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def write(folder: Path, results: Results, texts: int) -> None:
     lines = [
         "# Perplexity against key blocks",
         "",
-        f"`benchmarks/dyn_nsa_budget.py`, {platform.machine()}, torch {torch.__version__}, {seconds / 60:.0f} minutes.",
+        f"`benchmarks/dyn_nsa_budget.py`, {platform.machine()}, torch {torch.__version__}.",
         f"SmolLM2-135M-Instruct (Q4_1 weights, dequantised), its own weights frozen; {texts} modules of Python's standard library,",
-        f"{options.tokens} tokens each; compression of 32 positions, window 512, both with gates of 0 before tuning;",
-        f"{options.steps} steps of Adam, one text each, on other modules.",
+        f"{results.settings['tokens']} tokens each; compression of 32 positions, window 512, both with gates of 0 before tuning;",
+        f"{results.settings['steps']} steps of Adam, one text each, on other modules.",
         "",
         "![Perplexity against mean key blocks a query](dyn_nsa_budget.png)",
         "",
@@ -177,7 +211,7 @@ def write(folder: Path, results: list[tuple[str, float | None, float, float]], o
     ]
     lines += [
         f"| {name} | {'' if budget is None else f'{budget:g}'} | {count:.2f} | {perplexity:.3f} |"
-        for name, budget, perplexity, count in results
+        for name, budget, perplexity, count in results.rows
     ]
     (folder / "dyn_nsa_budget.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -188,17 +222,17 @@ def write(folder: Path, results: list[tuple[str, float | None, float, float]], o
 
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
     styles = {"attention": "C0", "output": "C1", "constant": "C2"}
-    for name in dict.fromkeys(row[0] for row in results if row[1] is not None):
-        points = sorted((count, perplexity) for other, budget, perplexity, count in results if other == name and budget is not None)
+    for name in dict.fromkeys(row[0] for row in results.rows if row[1] is not None):
+        points = sorted((count, perplexity) for other, budget, perplexity, count in results.rows if other == name)
         source = next((source for source in SOURCES if source in name), None)
         style = {
             "color": styles[source] if source else "0.3",
-            "linestyle": "--" if "before" in name else "-",
+            "linestyle": "--" if "before" in name or name == STATIC else "-",
             "marker": "o",
             "markersize": 4,
         }
         axes.plot(*zip(*points, strict=True), label=name, **style)
-    axes.axhline(results[0][2], color="0.6", linewidth=1, label="dense, unconverted")
+    axes.axhline(next(row[2] for row in results.rows if row[0] == DENSE), color="0.6", linewidth=1, label="dense, unconverted")
     axes.set(xlabel="mean key blocks a query", ylabel="perplexity", title="SmolLM2-135M, held-out Python modules")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(folder / "dyn_nsa_budget.png", dpi=150)

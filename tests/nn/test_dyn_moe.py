@@ -216,3 +216,31 @@ def test_it_compiles():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         mixture(**options)
+
+
+def test_a_budget_of_everything_leaves_out_experts_that_are_not_live():
+    module = mixture(num_experts=3, max_num_experts=9, target_k=1.5, routing="budget", surprise_budget=1.0, gating_loss="both")
+    with module.capturing() as visits:
+        module(tokens(500, 32)).square().sum().backward()
+    assert (module.statistics()["counts"][3:] == 0).all()
+    assert module.gating_loss(visits[0]).isfinite()
+
+
+@pytest.mark.parametrize("kind", ["surprise", "sdl", "both"])
+def test_padding_alone_teaches_nothing(kind):
+    module = mixture(gating_loss=kind)
+    with module.capturing() as visits:
+        module(tokens(5, 32)).square().sum().backward()
+    assert module.gating_loss(visits[0], torch.zeros(5)) == 0
+
+
+def test_it_runs_under_autocast_behind_a_linear_layer():
+    model = nn.Sequential(nn.Linear(32, 32), mixture(bias=True))
+    x = tokens(20, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(x)
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert all(parameter.grad is None or parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+    with pytest.raises(TypeError, match=r"must be torch\.bfloat16 like hidden_states, got torch\.float32"):
+        model[1](x.bfloat16())

@@ -320,11 +320,49 @@ def test_the_core_takes_any_group_of_heads():
         (lambda: DynNSAOptions(tau=2.0), r"tau must be in \[0, 1\], got 2.0"),
         (lambda: DynNSAOptions(temperature=11.0), "temperature must be above 0 and at most 10, got 11.0"),
         (lambda: DynNSAOptions(start_gates=(1.0, 2.0)), "start_gates must have 3 weights, got 2"),
+        (lambda: DynNSAOptions(budget_target=0.0), "budget_target must be above 0, got 0.0"),
+        (lambda: DynNSAOptions(compress_size=8), "compress_size must be one of"),
+        (lambda: DynNSAOptions(window=0), "window must be at least 1, got 0"),
+        (lambda: DynNSAOptions(max_blocks=2), "max_blocks must be at least 3"),
+        (lambda: DynNSAOptions(impl="fast"), "impl must be one of"),
+        (lambda: DynNSAOptions(base=float("nan")), "base must be finite, got nan"),
+        (lambda: budget_loss(torch.ones(1, 2, 1), 0.0), "target must be above 0, got 0.0"),
         (lambda: DynNSAOptions(budget_weight=-1.0), "budget_weight must be at least 0, got -1.0"),
         (lambda: layer()(tokens(4), cache=DynNSACache(), key_start=torch.zeros(1).int()), "must be None beside a cache"),
     ],
-    ids=["heads", "hidden", "odd", "source", "tau", "temperature", "gates", "weight", "cache"],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was():
+    module = layer().eval()
+    x = tokens(30)
+    cache = DynNSACache()
+    with torch.inference_mode():
+        module(x[:, :20], cache=cache)
+    with pytest.raises(ValueError, match=r"the cache holds 1 row\(s\), got 2: begin another"):
+        module(tokens(5, 2), cache=cache)
+    with pytest.raises(ValueError, match=r"the cache holds keys of \(2, 8\) in torch.float64 on cpu, got \(1, 8\) in torch.float32"):
+        cache.append(module.core, torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 8))
+    with torch.no_grad():
+        rest = module(x[:, 20:], cache=cache).out
+        torch.testing.assert_close(rest, module(x).out[:, 20:])
+    with pytest.raises(ValueError, match=r"key_start of the cache must have shape \(2,\), got \(3,\)"):
+        module(tokens(5, 2), cache=DynNSACache(torch.zeros(3, dtype=torch.int32)))
+
+
+def test_calls_of_padding_alone_are_none():
+    module = layer()
+    module(tokens(40))
+    before = module.core.statistics()
+    module(tokens(40), key_start=torch.tensor([40], dtype=torch.int32))
+    assert module.core.statistics() == before
+    soft = torch.ones(1, 4, 2, requires_grad=True)
+    assert budget_loss(soft, 2.0, mask=torch.zeros(1, 4, 2, dtype=torch.bool)) == 0
+
+
+def test_it_runs_on_meta():
+    assert layer().to("meta")(tokens(40).to("meta")).out.shape == tokens(40).shape

@@ -182,9 +182,46 @@ def test_numbers_are_checked_whatever_runs(impl):
         )
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("name", [*GOOD, "tau"])
+def test_debug_names_nan(name, impl):
+    tensors = {**{key: x.clone() for key, x in GOOD.items()}, "tau": torch.zeros(1, 96, GOOD["key"].shape[2])}
+    tensors[name].view(-1)[-1] = math.nan
+    with tinyonn.debug(), pytest.raises(ValueError, match=f"{name} must hold no NaN"):
+        ops.dyn_nsa(**tensors, compress_size=32, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"cu_seqlens": [5, 96]},
+        {"cu_seqlens": [0, 90]},
+        {"cu_seqlens": [0, 200]},
+        {"cu_seqlens": [0]},
+        {"key_start": [-5]},
+        {"key_end": [97]},
+    ],
+    ids=str,
+)
+def test_bounds_out_of_range_are_refused_on_a_cpu(bounds, impl):
+    bounds = {name: torch.tensor(value, dtype=torch.int32) for name, value in bounds.items()}
+    with pytest.raises(ValueError, match=r"must ascend from 0 to 96|key_end 0 … 96"):
+        ops.dyn_nsa(**GOOD, compress_size=32, impl=impl, **bounds)
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_lists_without_slots(tokens):
+    q, k = torch.randn(1, tokens, 4, 16), torch.randn(1, tokens, 2, 16)
+    indices, counts = torch.zeros(1, tokens, 2, 0, dtype=torch.int32), torch.zeros(1, tokens, 2, dtype=torch.int32)
+    out, lse = ops.block_sparse_attention(q, k, k, indices, counts)
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+
+
 def test_debug_looks_at_the_bounds():
     bounds = torch.tensor([0, 50, 40, 96], dtype=torch.int32)
     with tinyonn.debug(), pytest.raises(ValueError, match="cu_seqlens must ascend from 0 to 96"):
         ops.dyn_nsa(**GOOD, compress_size=32, cu_seqlens=bounds)
-    with tinyonn.debug(), pytest.raises(ValueError, match="key_start and key_end must be 0 <= start <= end <= 96"):
+    with tinyonn.debug(), pytest.raises(ValueError, match="key_start must be at least 0 and key_end 0 … 96"):
         ops.dyn_nsa(**GOOD, compress_size=32, key_end=torch.tensor([97], dtype=torch.int32))

@@ -253,9 +253,15 @@ class DynMoE(nn.Module):
 
     def execute(self, hidden_states: Tensor, routing: Routing, surprise: Tensor | None = None) -> Tensor:
         """Runs the chosen experts: (N, F) -> (N, F). `surprise` is the probe of `ops.expert_mlp`."""
+        device = hidden_states.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.down_proj.dtype
+        gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
+        gate_up_bias, down_bias = (None if bias is None else bias.to(dtype) for bias in (self.gate_up_bias, self.down_bias))
         return expert_mlp(
-            hidden_states, self.gate_up_proj, self.down_proj, routing.top_k_index, routing.top_k_weights, activation=self.activation,
-            gate_up_bias=self.gate_up_bias, down_bias=self.down_bias, gated=self.gated, surprise=surprise, surprise_kind=self.surprise_kind,
+            hidden_states.to(dtype) if autocast else hidden_states, gate_up, down, routing.top_k_index, routing.top_k_weights,
+            activation=self.activation, gate_up_bias=gate_up_bias, down_bias=down_bias, gated=self.gated, surprise=surprise,
+            surprise_kind=self.surprise_kind,
         )  # fmt: skip
 
     def forward(self, hidden_states: Tensor, surprise_budget: Tensor | float | None = None) -> Tensor:
@@ -328,6 +334,7 @@ class DynMoE(nn.Module):
             loss = loss + surprise_min_loss(routing.scores, self.surprise(visit), token_mask=mask, **options)
         if self.gating_loss_kind in ("sdl", "both"):
             count = routing.count if mask is None else routing.count[mask]
-            live = self.router.prototypes[self.router.expert_mask]
-            loss = loss + sparse_diversity_loss(live, count, self.router.target_k)
+            if len(count):  # else a batch of padding alone
+                live = self.router.prototypes[self.router.expert_mask]
+                loss = loss + sparse_diversity_loss(live, count, self.router.target_k)
         return loss

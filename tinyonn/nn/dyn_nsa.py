@@ -9,6 +9,7 @@ B batch, T queries of Tk positions, H query heads, K key/value heads, D head dim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import DynNSAOutput, dyn_nsa
+from ..ops._dispatch import autocast_off, check_impl
+from ..ops._nsa import check_max_blocks, check_positive, check_sizes, check_window
 from .block_compression import BlockCompression, block_starts
 
 OPEN = -30.0  # opening at which every block is selected: importance is never under -20
@@ -45,6 +48,7 @@ class DynNSAOptions:
         tau_source: "attention" for the entropy of the compressed branch; "output" for that of the model's output; "constant".
         tau: the constant, in [0, 1].
         budget_weight: of the budget loss; 0 for none.
+        budget_target: key blocks a query that the budget loss pulls towards, to start with; a schedule may change it.
         impl: of `ops.dyn_nsa`.
     """
 
@@ -61,9 +65,19 @@ class DynNSAOptions:
     tau_source: TauSource = "attention"
     tau: float = 0.5
     budget_weight: float = 0.0
+    budget_target: float = 16.0
     impl: str = "auto"
 
     def __post_init__(self) -> None:
+        check_sizes(self.block_size, self.compress_size)
+        check_window(self.window)
+        check_positive("temperature", self.temperature)
+        if self.max_blocks is not None:
+            check_max_blocks(self.max_blocks)
+        check_impl(self.impl)
+        for name in ("base", "slope"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}.")
         self.start_gates = tuple(self.start_gates)  # type: ignore[assignment]  # a list where it was read from JSON
         if self.tau_source not in get_args(TauSource):
             raise ValueError(f"tau_source must be one of {', '.join(get_args(TauSource))}, got {self.tau_source!r}.")
@@ -73,7 +87,9 @@ class DynNSAOptions:
             raise ValueError(f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {self.temperature}.")
         if len(self.start_gates) != 3:
             raise ValueError(f"start_gates must have 3 weights, got {len(self.start_gates)}.")
-        if self.budget_weight < 0:
+        if not self.budget_target > 0:
+            raise ValueError(f"budget_target must be above 0, got {self.budget_target}.")
+        if not self.budget_weight >= 0:
             raise ValueError(f"budget_weight must be at least 0, got {self.budget_weight}.")
 
 
@@ -82,15 +98,18 @@ def budget_loss(soft_counts: Tensor, target: Tensor | float, *, weight: float = 
 
     Args:
         soft_counts: (B, T, K), of `ops.dyn_nsa`; carries the gradient, also of blocks under the threshold.
-        target: blocks per query.
+        target: blocks per query, above 0.
         weight: of the loss.
         mask: (B, T, K), which of them count; None for all.
 
     Returns:
         0-d.
     """
+    if not isinstance(target, Tensor) and not target > 0:
+        raise ValueError(f"target must be above 0, got {target}.")
     mean = soft_counts.mean() if mask is None else (soft_counts * mask).sum() / mask.sum().clamp(min=1)
-    return weight * (mean / target - 1).square()
+    there = soft_counts.numel() > 0 if mask is None else mask.any()
+    return weight * torch.where(torch.as_tensor(there, device=mean.device), mean / target - 1, 0).square()
 
 
 def normalised_entropy(logits: Tensor) -> Tensor:
@@ -103,7 +122,8 @@ def normalised_entropy(logits: Tensor) -> Tensor:
 def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors in one dtype: autocast's where it is on, else the last one's. Normalisation leaves queries and keys wider than values."""
     device = tensors[0].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[-1].dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else tensors[-1].dtype
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
@@ -181,7 +201,7 @@ class DynNSACore(nn.Module):
             self.base.fill_(options.base)
             self.slope.fill_(options.slope)
             self.opening.fill_(self.start_opening)
-            self.budget_target.fill_(1.0)
+            self.budget_target.fill_(options.budget_target)
             self.output_tau.fill_(1.0)
             self.observed.zero_()
         self.reset_statistics()
@@ -285,7 +305,7 @@ class DynNSACore(nn.Module):
         if max_blocks is None:
             max_blocks = max(MIN_MAX_BLOCKS, -(-key.shape[1] // options.block_size))
         # Autocast would reach into the op's own products, which choose their precision themselves.
-        with torch.autocast(query.device.type, enabled=False):
+        with autocast_off(query):
             return dyn_nsa(
                 query, key, value, key_compressed, value_compressed, gates, self.base + self.opening.to(self.base.dtype), self.slope,
                 tau=tau, window=options.window, temperature=options.temperature, block_size=options.block_size,
@@ -307,8 +327,10 @@ class DynNSACore(nn.Module):
         size = gates.abs().float() * real.repeat_interleave(self.num_heads // self.num_kv_heads, -1)[..., None]
         shares = size.sum((0, 1, 2)) / size.sum().clamp(min=1e-20)
         means = [result.counts.sum() / total, result.overflow, (result.tau * real).sum() / total]
-        self.sums += torch.cat([torch.stack([mean.to(self.sums.dtype) for mean in means]), shares.to(self.sums.dtype)])
-        self.calls += 1
+        # A call of padding alone is none.
+        there = real.any()
+        self.sums += there * torch.cat([torch.stack([mean.to(self.sums.dtype) for mean in means]), shares.to(self.sums.dtype)])
+        self.calls += there
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
@@ -381,21 +403,42 @@ class DynNSACache:
 
         Returns:
             All keys and values so far, (B, Tk, K, D), and all compressed, (B, Tk // compress_size, K, D): views of the cache.
+
+        Raises:
+            ValueError: another number of rows or heads, dtype or device than the cache holds, which stays as it is.
         """
+        self._check(key)
         begin, count = self.length, key.shape[1]
+        self._key, self._value = _with_room(key, begin + count, self._key), _with_room(value, begin + count, self._value)
         self.length += count
-        self._key, self._value = _with_room(key, self.length, self._key), _with_room(value, self.length, self._value)
         self._key[:, begin : self.length] = key
         self._value[:, begin : self.length] = value
         keys, values = self._key[:, : self.length], self._value[:, : self.length]
         return keys, values, *self._compressed.extend(core, keys, values, begin, count, self.key_start)
+
+    def check_rows(self, rows: int) -> None:
+        """ValueError unless the cache is one of so many rows."""
+        if self.key_start is not None and tuple(self.key_start.shape) != (rows,):
+            raise ValueError(f"key_start of the cache must have shape ({rows},), got {tuple(self.key_start.shape)}.")
+        if self._key is not None and len(self._key) != rows:
+            raise ValueError(f"the cache holds {len(self._key)} row(s), got {rows}: begin another.")
+
+    def _check(self, key: Tensor) -> None:
+        self.check_rows(len(key))
+        held = self._key
+        if held is not None and (held.shape[2:] != key.shape[2:] or held.dtype != key.dtype or held.device != key.device):
+            raise ValueError(
+                f"the cache holds keys of {tuple(held.shape[2:])} in {held.dtype} on {held.device}, got {tuple(key.shape[2:])} in "
+                f"{key.dtype} on {key.device}: begin another."
+            )
 
 
 def _with_room(like: Tensor, room: int, old: Tensor | None) -> Tensor:
     """`old`, or a longer one that begins with it, of at least `room` positions."""
     if old is not None and old.shape[1] >= room:
         return old
-    new = like.new_zeros((like.shape[0], 2 * room, *like.shape[2:])).detach()
+    with torch.inference_mode(False):  # what is made in inference mode could not be added to outside
+        new = like.new_zeros((like.shape[0], 2 * room, *like.shape[2:])).detach()
     if old is not None:
         new[:, : old.shape[1]] = old
     return new

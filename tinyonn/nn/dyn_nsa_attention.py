@@ -103,6 +103,7 @@ class DynNSAAttention(nn.Module):
         if cache is not None:
             if any(bound is not None for bound in (key_start, key_end, cu_seqlens)):
                 raise ValueError("key_start, key_end and cu_seqlens must be None beside a cache, which carries key_start.")
+            cache.check_rows(len(hidden_states))
             key_start = cache.key_start
         before = 0 if cache is None else cache.length
         query, key, value = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -38,10 +39,16 @@ def without_autocast(function: Callable[Concatenate[Tensor, _Rest], _Result]) ->
 
     @wraps(function)
     def run(first: Tensor, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
-        with torch.autocast(first.device.type, enabled=False):
+        with autocast_off(first):
             return function(first, *args, **kwargs)
 
     return run
+
+
+def autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Autocast switched off on the tensor's device; devices that have none, such as meta, are left alone."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def check_impl(impl: str) -> None:

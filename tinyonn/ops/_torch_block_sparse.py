@@ -114,7 +114,9 @@ def _few_rows(
 ) -> tuple[Tensor, Tensor]:
     """out (K, n, G, D), lse (K, n, G) of scaled q (K, n, G, D): each query's keys are copied together."""
     device = q.device
-    slots = max(1, int(counts.max()))
+    slots = int(counts.max()) if counts.numel() else 0
+    if not slots:
+        return torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf)
     within = torch.arange(block_size, device=device)
     place = (indices[..., :slots].long().clamp(min=0).unsqueeze(-1) * block_size + within).flatten(2)  # (n, K, keys)
     position = torch.arange(span.first, span.first + span.num_queries, device=device)[:, None, None]

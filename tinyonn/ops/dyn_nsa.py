@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import check_impl, statistics_dtype
+from .._debug import debug_enabled
+from ._dispatch import check_impl, check_no_nan, statistics_dtype
 from ._nsa import (
     Bounds,
     check_bound_values,
@@ -133,6 +134,11 @@ def dyn_nsa(
         window, check_positive("temperature", temperature), block_size, compress_size, max_blocks, detach_scores, scale_of(query, scale)
     )
     tensors = (query, key, value, key_compressed, value_compressed, gates, base, slope, tau)
+    if debug_enabled():
+        names = ("query", "key", "value", "key_compressed", "value_compressed", "gates", "base", "slope", "tau")
+        for name, given in zip(names, tensors, strict=True):
+            if given is not None:
+                check_no_nan(name, given)
     if impl == "reference":
         check_bound_values(key.shape[1], bounds)
         named: dict[str, Any] = {"tau": tau, **options._asdict(), **bounds._asdict()}

@@ -140,7 +140,8 @@ def select_by_budget(scores: Tensor, budget: Tensor | float, *, max_experts: int
     limit = torch.as_tensor(budget, dtype=share.dtype, device=share.device).reshape(-1, 1)
     before = share.cumsum(-1) - share
     slot = torch.arange(max_experts, device=share.device)
-    return _routing(wide, index, share.isfinite() & ((slot == 0) | (before < limit)), "softmax")
+    there = share > 0  # neither NaN nor an expert that is masked
+    return _routing(wide, index, there & ((slot == 0) | (before < limit)), "softmax")
 
 
 @without_autocast

@@ -70,7 +70,7 @@ def select_by_budget(scores: Tensor, budget: Tensor | float, *, max_experts: int
     before = share.gather(-1, order).cumsum(-1) - share.gather(-1, order)
     rank = order.argsort(-1)
     limit = torch.as_tensor(budget, dtype=torch.float64, device=scores.device).expand(len(scores)).unsqueeze(-1)
-    chosen = ((rank == 0) | ((before.gather(-1, rank) < limit) & (rank < max_experts))) & ~share.isnan()
+    chosen = ((rank == 0) | ((before.gather(-1, rank) < limit) & (rank < max_experts))) & (share > 0)
     return routing_of(scores, chosen, rank, max_experts, "softmax")
 
 
@@ -85,7 +85,7 @@ def routing_of(scores: Tensor, chosen: Tensor, rank: Tensor, max_experts: int, c
     if combine == "softmax":
         weights = torch.where(chosen, scores, -torch.inf).softmax(-1)
     elif combine == "uniform":
-        weights = mask / mask.sum(-1, keepdim=True)
+        weights = mask / torch.where(chosen.any(-1, keepdim=True), mask.sum(-1, keepdim=True), 1)
     else:
         positive = torch.where(chosen, scores.clamp(min=0), 0)
         total = positive.sum(-1, keepdim=True)

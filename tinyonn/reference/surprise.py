@@ -31,7 +31,7 @@ def surprise_min_loss(
     Returns:
         0-d float64, mean over the tokens that count; 0 where there is none.
     """
-    total, tokens = scores.double().sum() * 0, 0
+    total, tokens = torch.zeros((), dtype=torch.float64, device=scores.device), 0
     for i, row in enumerate(surprise.detach().double()):
         finite = row.isfinite()
         if not finite.any() or (token_mask is not None and not bool(token_mask[i])):

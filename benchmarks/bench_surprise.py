@@ -1,0 +1,64 @@
+"""The surprise of every (token, expert) pair: as a by-product of backward, and as gradients per token written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tinyonn import ops
+
+TOKENS, FEATURES = 256, 512  # the gradients written out take tokens x slots x features x neurons
+
+
+@pytest.mark.parametrize(("experts", "neurons", "slots"), [(128, 64, 4), (64, 128, 2), (1024, 16, 8)])
+def test_surprise_against_gradients_per_token(compare, device, experts, neurons, slots):
+    """Ours is the whole step with the surprise; the peers compute the surprise alone, from a gradient that is there already."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    x, cotangent, weight = draw(TOKENS, FEATURES), draw(TOKENS, FEATURES), draw(TOKENS, slots).abs()
+    up, down = draw(experts, 2 * neurons, FEATURES) * FEATURES**-0.5, draw(experts, FEATURES, neurons) * neurons**-0.5
+    index = torch.rand(TOKENS, experts, generator=generator).topk(slots).indices.to(device)
+    leaves = [tensor.requires_grad_() for tensor in (x, up, down, weight)]
+
+    def step(kind: str | None) -> Tensor:
+        probe = None if kind is None else torch.zeros(index.shape, device=device, requires_grad=True)
+        out = ops.expert_mlp(x, up, down, index, weight, surprise=probe, surprise_kind=kind or "down_proj")
+        return torch.autograd.grad(out, leaves if probe is None else [*leaves, probe], cotangent)[-1]
+
+    @torch.no_grad()
+    def einsum() -> Tensor:
+        gate, right = torch.einsum("nf,nkif->nki", x, up[index]).chunk(2, -1)
+        grads = torch.einsum("nk,nf,nki->nkfi", weight, cotangent, functional.silu(gate) * right)
+        return grads.flatten(2).norm(dim=-1)
+
+    def one_backward_a_token() -> Tensor:
+        found = torch.zeros(index.shape, device=device)
+        for token in range(8):  # of 256
+            row = slice(token, token + 1)
+            leaf = down.detach().requires_grad_()
+            out = ops.expert_mlp(x[row].detach(), up.detach(), leaf, index[row], weight[row].detach())
+            (grad,) = torch.autograd.grad(out, leaf, cotangent[row])
+            found[token] = grad[index[token]].flatten(1).norm(dim=-1)
+        return found
+
+    def check(outputs: dict[str, Tensor]) -> None:
+        wanted = outputs["einsum, surprise alone"]
+        torch.testing.assert_close(outputs["whole step with surprise"], wanted, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(outputs["one backward a token, 8 of 256"][:8], wanted[:8], rtol=1e-3, atol=1e-5)
+
+    compare(
+        f"surprise, {TOKENS} tokens x {FEATURES}, {experts} experts of {neurons}, {slots} a token, {device}",
+        {
+            "whole step with surprise": lambda: step("down_proj"),
+            "whole step, kind expert": lambda: step("expert"),
+            "whole step without surprise": lambda: step(None),
+            "einsum, surprise alone": einsum,
+            "one backward a token, 8 of 256": one_backward_a_token,
+        },
+        check,
+    )
