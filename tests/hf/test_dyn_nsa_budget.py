@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
+    Trainer,
+    TrainingArguments,
 )
 
 from tinyonn.hf import BudgetSchedule, collected_budget_loss, convert_attention, statistics
@@ -59,12 +62,17 @@ def test_the_loss_holds_the_budget():
         collected_budget_loss(model)
     torch.testing.assert_close(model(x, labels=x, return_dict=False)[0], plain + budget)
     # A step of accumulated batches gathers it once.
-    items = torch.tensor(4 * x.numel())
+    items = torch.tensor(4 * x[:, 1:].numel())
     part = (
         model(x, labels=x, num_items_in_batch=items).loss
         - torch.nn.functional.cross_entropy(model(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten(), reduction="sum") / items
     )
     torch.testing.assert_close(part, budget / 4, rtol=1e-4, atol=1e-6)
+    shifted = torch.nn.functional.pad(x, (0, 1), value=-100)[:, 1:].contiguous()  # of a collator: its first token may count
+    shifted[:, 0] = -100
+    got = model(x, labels=x, shift_labels=shifted, num_items_in_batch=items).loss
+    plain_part = torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), shifted.flatten(), reduction="sum") / items
+    torch.testing.assert_close(got - plain_part, budget * (shifted != -100).sum() / items, rtol=1e-4, atol=1e-6)
     model.eval()
     torch.testing.assert_close(model(x, labels=x).loss, plain)
 
@@ -139,3 +147,83 @@ def test_output_tau_is_a_running_mean_in():
     for tau, mean in zip(taus, expected, strict=True):
         torch.testing.assert_close(tau, mean.expand(tau.shape))
         assert not tau.requires_grad
+
+
+class Tuner(nn.Module):
+    """Calls the model as PEFT's BaseTuner does: its `forward`, not itself."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.forward(*args, **kwargs)
+
+
+def test_a_call_of_forward_alone_loses_nothing():
+    plain, inner = tiny_dyn_nsa_lm(tau_source="output").train(), tiny_dyn_nsa_lm(tau_source="output").train()
+    model, x = Tuner(inner), token_ids()
+    for _ in range(2):  # the second sees the entropy of the first
+        expected, got = plain(x, labels=x).loss, model(x, labels=x).loss
+        assert torch.equal(got, expected)
+    assert statistics(inner) == statistics(plain)
+    assert [core.output_tau for core in cores(inner)] == [core.output_tau for core in cores(plain)]
+    assert (next(cores(inner)).output_tau < 1).all()
+    other = copy.deepcopy(inner)
+    with torch.no_grad():
+        next(cores(other)).base.fill_(OPEN)
+    assert other.forward(x, labels=x).loss != inner.forward(x, labels=x).loss
+
+
+def test_arguments_count_however_they_are_given():
+    plain, model = tiny_dyn_nsa_lm(tau_source="output").train(), tiny_dyn_nsa_lm(tau_source="output").train()
+    x, mask = token_ids(), left_padding()
+    expected = plain(x, attention_mask=mask, labels=x)
+    loss, logits, *_ = model(x, mask, None, None, None, x, return_dict=False)
+    assert torch.equal(loss, expected.loss)
+    assert torch.equal(logits, expected.logits)
+    assert [core.output_tau for core in cores(model)] == [core.output_tau for core in cores(plain)]
+    assert (next(cores(model)).output_tau < 1).all()
+
+
+def test_a_cache_counts_however_it_is_given():
+    taus = []
+    for positional in (False, True):
+        model, x = tiny_dyn_nsa_lm(tau_source="output"), token_ids(40)
+        seen = taus_of(model)
+        with torch.no_grad():
+            cache = model(x, use_cache=True).past_key_values
+            given: Any = (None, None, cache) if positional else ()
+            model(x[:, :1], *given, **({} if positional else {"past_key_values": cache}))
+        taus.append(seen[1])
+    assert (taus[0] < 1).all()
+    assert torch.equal(*taus)
+
+
+def trainer_of(model: PreTrainedModel, path: Any, loss: Any = None, weight: float = 1.0, **arguments: Any) -> Trainer:
+    row = token_ids(60, 1)[0]
+    arguments = TrainingArguments(
+        str(path), max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True, **arguments,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row}] * 4
+    return Trainer(model, arguments, train_dataset=data, callbacks=[BudgetSchedule(2.0, 4, weight=weight)], compute_loss_func=loss)
+
+
+def test_a_step_without_its_budget_loss_is_refused(tmp_path):
+    model = tiny_dyn_nsa_lm()
+
+    def plain(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    def whole(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return plain(outputs, labels) + collected_budget_loss(model)
+
+    message = "the budget loss must enter the loss of every step, got a step without it"
+    with pytest.raises(RuntimeError, match=message):
+        trainer_of(model, tmp_path, label_smoothing_factor=0.1).train()
+    with pytest.raises(RuntimeError, match=message):
+        trainer_of(model, tmp_path, plain).train()
+    trainer_of(model, tmp_path, plain, weight=0.0).train()
+    trainer_of(model, tmp_path, whole).train()
+    trainer_of(model, tmp_path).train()

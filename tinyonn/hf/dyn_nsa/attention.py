@@ -27,7 +27,7 @@ from .parts import DYN_NSA, core_of
 # What a model may hand to its attention function that has no bearing on the result here.
 _WITHOUT_EFFECT = {
     "cache_position", "cu_seq_lens_k", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states", "position_embeddings",
-    "position_ids", "return_dict", "use_cache",
+    "position_ids", "return_dict", "shift_labels", "use_cache",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ OBSERVED_TOKENS = 256  # of a row, about, evenly spread, whose output entropy is
 
 
 def add_parts(model: nn.Module, options: dict[str, Any], layers: dict[str, list[int]]) -> None:
-    """Adds a core to each layer, and the hooks to the model.
+    """Adds a core to each layer, and what surrounds the model's forward.
 
     Args:
         options: fields of `DynNSAOptions`, which all layers share.
@@ -35,8 +36,32 @@ def add_parts(model: nn.Module, options: dict[str, Any], layers: dict[str, list[
         with torch.inference_mode(False):
             core = DynNSACore(heads, kv_heads, dim, shared, opening=OPEN, device=weight.device, dtype=weight.dtype)
         module.add_module(PART, core.train(module.training))
-    model.register_forward_pre_hook(_before, with_kwargs=True)
-    model.register_forward_hook(_after, with_kwargs=True)
+    model.forward = ObservedForward(model)
+
+
+class ObservedForward:
+    """A converted model's `forward`. No hooks of Module: PEFT calls `model.forward`, which passes them by.
+
+    An object and not a closure, so that a model can be copied and pickled with it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.inner = model, model.forward
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.names = [name for name, parameter in self.__signature__.parameters.items() if parameter.kind in kinds]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.inner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}  # by name, however they came
+        found = list(cores(self.model))  # once: dynamo looks for no modules after one was changed
+        if not found:
+            return self.inner(*args, **kwargs)
+        tau = _before(self.model, found, given)
+        output = self.inner(*args, **(kwargs if tau is None else {**kwargs, "tau": tau}))
+        return _after(self.model, found, given, output)
 
 
 def own_layers(model: PreTrainedModel, layers: dict[str, list[int]]) -> dict[str, list[int]]:
@@ -58,64 +83,73 @@ def own_layers(model: PreTrainedModel, layers: dict[str, list[int]]) -> dict[str
     return found
 
 
-def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _before(model: nn.Module, found: list[DynNSACore], given: dict[str, Any]) -> Tensor | None:
     """Readies the cores to collect; tells the tau of outputs from outside, so that recomputation in backward sees the same."""
     if not torch.compiler.is_compiling():
-        recall(model, kwargs)
-    first = None
-    for core in cores(model):
-        first = first or core
+        recall(model, given)
+    first = found[0]
+    for core in found:
         core.collecting, core.collected = True, None
-    if first is None or first.options.tau_source != "output" or kwargs.get("tau") is not None:
+    if first.options.tau_source != "output" or given.get("tau") is not None:
         return None
-    tau, tokens = first.output_tau.clone(), _tokens(args, kwargs)
-    past = kwargs.get("past_key_values")
+    tau, tokens = first.output_tau.clone(), _tokens(given)
+    past = given.get("past_key_values")
     if not model.training and past is not None and tokens.shape[1] == 1:
         if not torch.compiler.is_compiling():
             tau = noted_tau(model, past, tau)
         elif (previous := first.previous_tau) is not None and len(previous) == len(tokens):  # rows are taken to be where they were
             tau = torch.where(torch.as_tensor(past.get_seq_length(), device=tau.device) > 0, previous, tau)
-    return args, {**kwargs, "tau": tau}
+    return tau
 
 
-def _after(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _after(model: nn.Module, found: list[DynNSACore], given: dict[str, Any], output: Any) -> Any:
     """Adds the budget loss to the model's; takes note of the output's entropy."""
-    first = None
-    for core in cores(model):
-        first = first or core
+    first = found[0]
+    for core in found:
         core.collecting = False
-    if first is None:
-        return output
-    if first.options.tau_source == "output" and hasattr(output, "logits"):
-        logits = output.logits if model.training else output.logits[:, -1:]
-        mask = kwargs.get("attention_mask")
+    labels = given.get("labels")
+    logits = _logits(model, output, labels)
+    if first.options.tau_source == "output" and logits is not None:
+        logits = logits if model.training else logits[:, -1:]
+        mask = given.get("attention_mask")
         mask = mask[:, -logits.shape[1] :] if isinstance(mask, Tensor) and mask.dim() == 2 else None
         step = max(1, logits.shape[1] // OBSERVED_TOKENS)
         entropy = normalised_entropy(logits[:, ::step])
         mask = None if mask is None else mask[:, ::step]
-        for core in cores(model):
+        for core in found:
             core.observe_output(entropy, mask)
         if not model.training and not torch.compiler.is_compiling():
-            note_tau(model, getattr(output, "past_key_values", None), entropy[:, -1])
-    labels = kwargs.get("labels")
+            cache = given.get("past_key_values") if isinstance(output, tuple) else getattr(output, "past_key_values", None)
+            note_tau(model, cache, entropy[:, -1])
     if not first.options.budget_weight or labels is None or not model.training:
         return output
-    loss = take_budget_loss(model)
+    loss = take_budget_loss(found)
     if loss is None:
         return output  # another attention ran: the model was switched to it
     if torch.is_grad_enabled() and not loss.requires_grad and first.base.requires_grad:
         raise RuntimeError("gradient checkpointing must have use_reentrant=False for a budget loss, got one without a gradient.")
-    if (items := kwargs.get("num_items_in_batch")) is not None:
-        # The model's own loss is a share of what the optimiser step gathers; so is this one.
-        loss = loss * ((labels != -100).sum() / items)
+    if (items := given.get("num_items_in_batch")) is not None:
+        # The model's own loss is a share of what the optimiser step gathers; so is this one. Counted as Trainer does.
+        counted = given.get("shift_labels")
+        if counted is None:
+            counted = labels[..., 1:] if labels.dim() > 1 else labels
+        loss = loss * ((counted != -100).sum() / items)
     if isinstance(output, tuple):
         return (output[0] + loss, *output[1:])
     output["loss"] = output["loss"] + loss
     return output
 
 
-def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    for given in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
-        if given is not None:
-            return given
+def _logits(model: nn.Module, output: Any, labels: Tensor | None) -> Tensor | None:
+    """Of a model with a head; with return_dict=False, what comes first, after the loss."""
+    if not isinstance(output, tuple):
+        return getattr(output, "logits", None)
+    assert isinstance(model, PreTrainedModel)
+    return None if model.get_output_embeddings() is None else output[0 if labels is None else 1]
+
+
+def _tokens(given: dict[str, Any]) -> Tensor:
+    for name in ("input_ids", "inputs_embeds"):
+        if given.get(name) is not None:
+            return given[name]
     raise InputError("model must be given input_ids or inputs_embeds.")

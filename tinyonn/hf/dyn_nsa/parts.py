@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ...nn.dyn_nsa import DynNSACore
 
 DYN_NSA = "dyn_nsa"  # what a configuration asks for
 PART = "dyn_nsa"  # name of a core within its attention module
+_TAKEN = "loss_taken"  # attribute of a core
 
 
 def cores(model: nn.Module) -> Iterator[DynNSACore]:
@@ -50,16 +51,25 @@ def collected_budget_loss(model: nn.Module) -> Tensor:
     Raises:
         RuntimeError: there was no such forward, or its loss has been taken.
     """
-    loss = take_budget_loss(model)
+    loss = take_budget_loss(cores(model))
     if loss is None:
         raise RuntimeError("collected_budget_loss must follow a forward of a converted model without labels, got none.")
     return loss
 
 
-def take_budget_loss(model: nn.Module) -> Tensor | None:
+def take_budget_loss(parts: Iterable[DynNSACore]) -> Tensor | None:
     found = []
-    for core in cores(model):
+    for core in parts:
         if core.collected is not None:
             found.append(core.collected)
+            setattr(core, _TAKEN, True)
         core.collected = None
     return torch.stack([loss.to(found[0].device) for loss in found]).mean() if found else None
+
+
+def loss_was_taken(model: nn.Module) -> bool:
+    """Whether a budget loss was taken since this was last asked."""
+    taken = [core for core in cores(model) if getattr(core, _TAKEN, False)]
+    for core in taken:
+        setattr(core, _TAKEN, False)
+    return bool(taken)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ...nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN
-from .parts import cores
+from .parts import cores, loss_was_taken
 from .saving import DynNSAConversion
 
 
@@ -24,6 +24,9 @@ class BudgetSchedule(TrainerCallback):
         start: the loss's target at the beginning.
         weight: of the budget loss, from the first step on.
         max_blocks: most blocks of a query from the end on; None for no limit.
+
+    Raises:
+        RuntimeError: under Trainer, before an optimiser step to whose loss the budget loss was not added.
     """
 
     def __init__(self, target: float, steps: int, *, start: float = 64.0, weight: float = 0.1, max_blocks: int | None = None) -> None:
@@ -65,6 +68,15 @@ class BudgetSchedule(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None
         self.apply(model, state.global_step)
+        loss_was_taken(model)  # none yet of this step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        assert model is not None
+        if self.weight > 0 and not loss_was_taken(model):
+            raise RuntimeError(
+                "the budget loss must enter the loss of every step, got a step without it: a model that is given no labels, as with "
+                "label_smoothing_factor or compute_loss_func, adds none; add collected_budget_loss(model) in compute_loss_func."
+            )
 
     def _share(self, step: int) -> float:
         return min(max(step / self.steps, 0.0), 1.0)
