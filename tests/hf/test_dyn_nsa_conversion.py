@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from tinyonn.errors import InputError
-from tinyonn.hf import convert_attention, statistics
+from tinyonn.hf import BudgetSchedule, convert_attention, statistics
 from tinyonn.hf.dyn_nsa import cores
 from tinyonn.testing import assert_close_rms, left_padding, tiny_causal_lm, token_ids
 
@@ -44,6 +44,29 @@ def test_a_converted_model_reproduces_the_logits(arch, padded):
     # RMSNorm and rotation stay in float32 in some models, so not to the last digit.
     assert_close_rms(got[real], expected[real], 1e-6)
     assert all(value["mean_count"] > 4 for value in statistics(model).values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"base": 15.0}, {"base": 2.0, "temperature": 10.0}, {"slope": -25.0}, {"base": 1000.0, "slope": -3.0}],
+    ids=["base", "temperature", "slope", "large"],
+)
+def test_every_option_starts_with_all_blocks(options):
+    model, x = stock(dtype=torch.float64), token_ids()  # sharp scores magnify rounding
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.mul_(20)  # sharp: some blocks have next to no importance
+    expected = model(x).logits
+    convert_attention(model, **SMALL, **options)
+    for step in (None, 0):
+        if step is not None:
+            BudgetSchedule(2.0, 10, weight=0.0).apply(model, step)
+        statistics(model, reset=True)
+        assert_close_rms(model(x, tau=1.0).logits, expected, 1e-5)
+        for value in statistics(model).values():
+            assert value["mean_count"] == pytest.approx(sum(t // 16 + 1 for t in range(130)) / 130, rel=1e-5)
+        for core in cores(model):
+            highest = core.base + core.opening - torch.minimum(core.slope, torch.zeros(()))
+            assert (highest <= -20 - core.options.temperature).all()
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])

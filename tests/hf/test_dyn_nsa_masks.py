@@ -50,6 +50,25 @@ def test_masks_that_are_not_padding_are_refused():
         model(x, attention_mask=torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril())
 
 
+def test_only_bounds_of_its_own_are_taken_for_bounds():
+    model, x = tiny_dyn_nsa_lm(layers=1), token_ids(50)
+    for dtype in (torch.long, torch.int32, torch.uint8):
+        with pytest.raises(InputError, match=r"attention_mask must be None or .* got a mask of shape \(2, 1, 50, 50\)"):
+            model(x, attention_mask=torch.ones(2, 1, 50, 50, dtype=dtype).tril())
+    with pytest.raises(InputError, match="got a mask of shape"):
+        model(x, attention_mask=torch.ones(2, 1, 1, 2, dtype=torch.long))
+
+
+def test_padding_beside_packed_sequences_is_refused():
+    model, x = tiny_dyn_nsa_lm(layers=1), token_ids(50, 1)
+    bounds, mask = torch.tensor([0, 20, 50], dtype=torch.int32), torch.ones(1, 50, dtype=torch.long)
+    expected = model(x, cu_seq_lens_q=bounds).logits
+    assert torch.equal(model(x, attention_mask=mask, cu_seq_lens_q=bounds).logits, expected)
+    mask[0, 45:] = 0
+    with pytest.raises(InputError, match="attention_mask must be None beside cu_seq_lens_q"):
+        model(x, attention_mask=mask, cu_seq_lens_q=bounds)
+
+
 def test_compiling_refuses_padding_between_tokens():
     model, x = tiny_dyn_nsa_lm(layers=1), token_ids(50)
     torch._dynamo.reset()

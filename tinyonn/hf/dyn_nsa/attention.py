@@ -67,7 +67,8 @@ def dyn_nsa_attention(
         out (B, T, H, D), and None for the weights.
 
     Raises:
-        InputError: dropout, a mask other than padding, a tau of another shape, or an argument of unknown meaning.
+        InputError: dropout, a mask other than padding, padding beside cu_seq_lens_q, a tau of another shape, or an argument of unknown
+            meaning.
     """
     if sliding_window is not None:
         return sdpa_attention_forward(
@@ -85,9 +86,12 @@ def dyn_nsa_attention(
     bounds: dict[str, Tensor | None] = {}
     rows = None
     if cu_seq_lens_q is not None:
+        if attention_mask is not None and attention_mask.dtype == torch.int32:
+            raise InputError("attention_mask must be None beside cu_seq_lens_q for attn_implementation='dyn_nsa', got one of padding.")
         bounds["cu_seqlens"] = cu_seq_lens_q.int()
     elif attention_mask is not None:
-        if attention_mask.dtype == torch.bool or attention_mask.is_floating_point():
+        own = [(query.shape[0], 1, 1, 2), (query.shape[0], 1, 1, 3)]
+        if attention_mask.dtype != torch.int32 or tuple(attention_mask.shape) not in own:
             raise InputError(
                 "attention_mask must be None or (batch, tokens) of padding for attn_implementation='dyn_nsa'; packed sequences are told by "
                 f"cu_seq_lens_q, got a mask of shape {tuple(attention_mask.shape)}."

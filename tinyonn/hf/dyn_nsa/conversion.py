@@ -41,12 +41,15 @@ def convert_attention(
     """Adds the learnable parts of DynNSA to each attention layer of a model, in place; its outputs stay the same.
 
     It starts with branch gates (0, 1, 0), a linear function of the query with a gradient there, and with all blocks selected: `opening`
-    is -30. `BudgetSchedule` lowers the budget. Compression starts as the mean. Attention layers are found by running the model on two
-    tokens; layers with a sliding window are left as they are.
+    is -30, or less where the options need it. `BudgetSchedule` lowers the budget. Compression starts as the mean. Attention layers are
+    found by running the model on two tokens; layers with a sliding window are left as they are.
 
     The model saves with `save_pretrained`, and loads with `from_pretrained` once this module is imported. Its gradient checkpointing
     must be the non-reentrant kind, which is transformers' own choice. The budget loss is added to the loss that the model returns for
     `labels`; for a loss of your own, add `collected_budget_loss(model)`.
+
+    Lists of blocks have room for all there are, Tk / block_size a query and key/value head, 8 bytes an entry, which backward keeps: give
+    `BudgetSchedule` a `max_blocks` once the budget is lower.
 
     Args:
         model: a causal decoder that asks AttentionInterface.

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import InputError
-from ...nn.dyn_nsa import OPEN, DynNSACore, normalised_entropy
+from ...nn.dyn_nsa import DynNSACore, normalised_entropy
 from .decoding import note_tau, noted_tau, recall
-from .options import checked_options
+from .options import checked_options, opening_of
 from .parts import PART, cores, take_budget_loss
 
 OBSERVED_TOKENS = 256  # of a row, about, evenly spread, whose output entropy is taken in training: logits are large
@@ -34,7 +34,7 @@ def add_parts(model: nn.Module, options: dict[str, Any], layers: dict[str, list[
         # What is stored in integers or eight bits says nothing of the precision that the layer computes in.
         weight = next(weight for weight in module.parameters() if weight.is_floating_point() and weight.itemsize > 1)
         with torch.inference_mode(False):
-            core = DynNSACore(heads, kv_heads, dim, shared, opening=OPEN, device=weight.device, dtype=weight.dtype)
+            core = DynNSACore(heads, kv_heads, dim, shared, opening=opening_of(shared), device=weight.device, dtype=weight.dtype)
         module.add_module(PART, core.train(module.training))
     model.forward = ObservedForward(model)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, did_you_mean
-from ...nn.dyn_nsa import DynNSAOptions
+from ...nn.dyn_nsa import OPEN, DynNSAOptions
 from ...ops._dispatch import check_impl
 from ...ops._nsa import check_max_blocks, check_sizes, check_window
 
@@ -53,6 +53,13 @@ def checked_options(given: Mapping[str, Any], source: str = "options", start: Ma
         check_max_blocks(options.max_blocks)
     check_impl(options.impl)
     return options
+
+
+def opening_of(options: DynNSAOptions) -> float:
+    """Opening at which every gate of every block is 1: no threshold, at any tau, is above the least importance, -20, less temperature."""
+    highest = options.base + max(0.0, -options.slope)
+    rounding = 0.01 * (abs(options.base) + abs(options.slope))  # of bfloat16
+    return min(OPEN, -20.0 - options.temperature - highest - rounding)
 
 
 def checked_tau(tau: Tensor | float | None, batch: int, tokens: int, num_kv_heads: int) -> Tensor | float | None:

@@ -15,8 +15,8 @@ from .saving import DynNSAConversion
 class BudgetSchedule(TrainerCallback):
     """Takes a converted model from all blocks to a budget; a Trainer's callback, or called by hand before each step.
 
-    Over `steps` optimiser steps, with s the share of them done: opening goes as -30 · (1 - s)³ to 0, where the learnt thresholds alone
-    decide; the budget loss's target goes from `start` to `target` geometrically.
+    Over `steps` optimiser steps, with s the share of them done: opening goes as (1 - s)³ from where conversion set it, -30 as a rule, to
+    0, where the learnt thresholds alone decide; the budget loss's target goes from `start` to `target` geometrically.
 
     Args:
         target: key blocks per query, forced ones included, at the end.
@@ -40,9 +40,9 @@ class BudgetSchedule(TrainerCallback):
             raise ValueError(f"max_blocks must be at least {MIN_MAX_BLOCKS}, the forced ones, got {max_blocks}.")
         self.target, self.steps, self.start, self.weight, self.max_blocks = target, steps, start, weight, max_blocks
 
-    def opening(self, step: int) -> float:
-        """Added to base at a step."""
-        return OPEN * (1 - self._share(step)) ** 3
+    def opening(self, step: int, start: float = OPEN) -> float:
+        """Added to base at a step; `start` at step 0."""
+        return start * (1 - self._share(step)) ** 3
 
     def target_at(self, step: int) -> float:
         """Blocks per query that the loss pulls towards at a step."""
@@ -55,7 +55,7 @@ class BudgetSchedule(TrainerCallback):
         if self.max_blocks is not None and step >= self.steps:
             options["max_blocks"] = self.max_blocks
         for core in cores(model):
-            core.opening.fill_(self.opening(step))
+            core.opening.fill_(self.opening(step, core.start_opening))
             core.budget_target.fill_(self.target_at(step))
             for name, value in options.items():
                 if getattr(core.options, name) != value:
