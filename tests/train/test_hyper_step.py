@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinyonn import ops
@@ -213,8 +215,8 @@ def test_the_router_learns_the_expert_that_is_surprised_least():
     assert share() > max(0.6, 2 * before)
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def worker(port: str, folder: str, rank: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     distributed.init_process_group("gloo", rank=rank, world_size=2)
     x, y = batch(2, 4, 10)
     inner = model_of()
@@ -231,7 +233,11 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    # This file itself: a spawned child could not import it by the name that pytest gave it.
+    command = [sys.executable, __file__, str(port), str(tmp_path)]
+    processes = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert_same(found[0], found[1], rtol=0, atol=0)
     x, y = batch(2, 4, 10)
@@ -286,3 +292,7 @@ def test_nothing_captured_is_no_loss():
             (model(x) - y).square().mean()
         assert gating_gradients(visits) == 0
     assert not gradients(model)
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]))
