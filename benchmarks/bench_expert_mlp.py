@@ -176,5 +176,5 @@ def test_memory(benchmark, device, size):
     benchmark.extra_info["peak MB"] = found
     print(f"\npeak MB, {size}, {device}: {found}")
     assert found["expert_mlp, surprise"] <= found["expert_mlp"] * 1.05
-    assert found["expert_mlp"] <= found["step over grouped_mm"] * 1.05
+    assert found["expert_mlp"] <= found["step over grouped_mm"] * 1.25
     benchmark.pedantic(lambda: None)
