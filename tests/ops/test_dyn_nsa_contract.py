@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -120,9 +121,11 @@ BAD_CALLS: dict[str, Bad] = {
     "max blocks": ({}, {"max_blocks": 2}, ValueError, "max_blocks must be at least 3, the forced ones, got 2"),
     "window": ({}, {"window": 0}, ValueError, "window must be at least 1, got 0"),
     "temperature": ({}, {"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+    "subnormal temperature": ({}, {"temperature": 1e-39}, ValueError, "temperature must be at least 1.18e-38, the smallest normal float32"),
     "scale": ({}, {"scale": math.nan}, ValueError, "scale must be positive and finite, got nan"),
     "packed and padded": ({}, {"cu_seqlens": PACKED, "key_start": ZERO}, ValueError, "must be None together with cu_seqlens"),
-    "packed dtype": ({}, {"cu_seqlens": PACKED.long()}, TypeError, r"cu_seqlens must be int32, got torch\.int64"),
+    "packed dtype": ({}, {"cu_seqlens": PACKED.float()}, TypeError, r"cu_seqlens must be int32 or int64, got torch\.float32"),
+    "list": ({}, {"key_start": [0]}, TypeError, r"key_start must be a torch\.Tensor, got list"),
     "packed decoding": (
         {"query": ones(1, 9, 4, 16), "gates": ones(1, 9, 4, 3)}, {"cu_seqlens": PACKED}, ValueError, "got 1 rows, 9 queries, 96 keys",
     ),
@@ -136,6 +139,106 @@ def test_bad_input_is_named(name):
     tensors, options, error, message = BAD_CALLS[name]
     with pytest.raises(error, match=message):
         ops.dyn_nsa(**{**GOOD, **tensors}, **{"compress_size": 32, **options})
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 96])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_tensors_in_the_order_of_sdpa_are_told_so(kv_heads, tokens):
+    tensors = dyn_nsa_case(96, heads=4, kv_heads=kv_heads, queries=tokens)
+    turned = {name: tensor.transpose(1, 2) if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
+    with pytest.raises(ValueError, match=r"tensors are \(B, T, H, D\) here; transpose\(1, 2\) those in .* order \(B, H, T, D\)\.$"):
+        ops.dyn_nsa(**turned, compress_size=32)
+
+
+def test_bounds_of_64_bits_are_those_of_32():
+    packed = torch.tensor([0, 30, 96])
+    for bounds in ({"cu_seqlens": packed}, {"key_start": packed[1:2]}, {"key_end": packed[1:2]}):
+        wide, narrow = (
+            ops.dyn_nsa(**GOOD, compress_size=32, **{name: bound.to(dtype) for name, bound in bounds.items()}).out
+            for dtype in (torch.int64, torch.int32)
+        )
+        assert torch.equal(wide, narrow)
+    with pytest.raises(ValueError, match="key_end 0 … 96"):
+        ops.dyn_nsa(**GOOD, compress_size=32, key_end=torch.tensor([(1 << 32) + 5]))
+
+
+def _calls() -> dict[str, tuple[Callable[..., Any], tuple[str, ...]]]:
+    """Each op by name, and which of `tensors_of_parts` it takes."""
+    q, k, v, kc, vc = INPUTS[:5]
+    return {
+        "dyn_nsa": (lambda *t, **o: ops.dyn_nsa(*t, block_size=32, compress_size=32, temperature=9.0, **o).out, INPUTS),
+        "compressed_attention": (lambda *t, **o: ops.compressed_attention(*t, compress_size=32, **o)[0], (q, kc, vc)),
+        "select_blocks": (
+            lambda *t, **o: ops.select_blocks(*t, block_size=32, compress_size=32, temperature=9.0, **o).bias, (q, kc, "lse", "threshold")
+        ),
+        "block_sparse_attention": (
+            lambda q, k, v, bias, **o: ops.block_sparse_attention(q, k, v, *LISTS, bias, block_size=32, **o)[0], (q, k, v, "bias")
+        ),
+        "sliding_window_attention": (lambda *t, **o: ops.sliding_window_attention(*t, 20, **o), (q, k, v)),
+    }  # fmt: skip
+
+
+LISTS = (torch.zeros(1, 160, 2, 1, dtype=torch.int32), torch.ones(1, 160, 2, dtype=torch.int32))
+
+
+def tensors_of_parts() -> dict[str, Tensor]:
+    tensors = dyn_nsa_case(160)
+    tensors["base"] -= 5
+    lse = ops.compressed_attention(tensors["query"], tensors["key_compressed"], tensors["value_compressed"], compress_size=32)[1]
+    return tensors | {"lse": lse, "threshold": torch.full((1, 160, 2), -5.0).double(), "bias": torch.randn(1, 160, 2, 1).double()}
+
+
+@pytest.mark.parametrize(("name", "place"), [(name, place) for name, (_, names) in _calls().items() for place in range(len(names))])
+def test_forward_mode_is_refused_not_zero(name, place):
+    """By a registered op; the reference, which is plain autograd, has the tangents that reverse mode implies."""
+    call, names = _calls()[name]
+    inputs = [tensors_of_parts()[part] for part in names]
+    direction = torch.randn_like(inputs[place])
+
+    def along(x: Tensor, **options: Any) -> Tensor:
+        return call(*inputs[:place], x, *inputs[place + 1 :], **options)
+
+    for options in ({}, {"impl": "torch"}):
+        with pytest.raises(RuntimeError, match=f"{name} must be differentiated by reverse mode, got a forward-mode tangent"):
+            torch.func.jvp(lambda x, options=options: along(x, **options), (inputs[place],), (direction,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode tangent"):
+        along(torch.autograd.forward_ad.make_dual(inputs[place], direction))
+
+    _, tangent = torch.func.jvp(lambda x: along(x, impl="reference"), (inputs[place],), (direction,))
+    leaf = inputs[place].clone().requires_grad_()
+    out = along(leaf)
+    cotangent = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, leaf, cotangent)
+    assert gradient.abs().max() > 0
+    torch.testing.assert_close((tangent * cotangent).sum(), (gradient * direction).sum())
+
+
+def test_a_tangent_of_the_gradient_is_refused_not_zero():
+    leaves = [tensor.requires_grad_() for tensor in dyn_nsa_case(96).values()]
+    out = ops.dyn_nsa(*leaves, compress_size=32).out
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode tangent"):
+        torch.autograd.grad(out, leaves, torch.autograd.forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out)))
+
+
+def test_forward_mode_is_refused_when_compiled():
+    q, k, v = (dyn_nsa_case(96)[name] for name in INPUTS[:3])
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def derivative(q: Tensor) -> Tensor:
+        return torch.func.jvp(lambda q: ops.sliding_window_attention(q, k, v, 20), (q,), (q,))[1]
+
+    with pytest.raises(Exception, match="must be differentiated by reverse mode"):
+        derivative(q)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("wrong", [-0.1, 1.1])
+def test_debug_looks_at_tau(impl, wrong):
+    tau = torch.full((1, 96, 2), 0.5)
+    tau[0, 95, 1] = wrong
+    ops.dyn_nsa(**GOOD, tau=tau, compress_size=32, impl=impl)
+    with tinyonn.debug(), pytest.raises(ValueError, match=r"tau must be in \[0, 1\], got"):
+        ops.dyn_nsa(**GOOD, tau=tau, compress_size=32, impl=impl)
 
 
 @pytest.mark.parametrize(

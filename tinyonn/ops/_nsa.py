@@ -17,6 +17,7 @@ from ._dispatch import check_float, check_same_device, choose_impl
 COMPRESS_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 256
 MAX_TRITON_FLOAT32_DIM = 128  # rows of queries, keys and gradients of more do not fit shared memory
+MIN_TEMPERATURE = torch.finfo(torch.float32).tiny  # what is smaller loses digits in float32, or is 0 there
 
 
 class Bounds(NamedTuple):
@@ -40,6 +41,15 @@ def choose_nsa_impl(impl: str, query: Tensor) -> str:
     return choose_impl(impl, query)
 
 
+def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """A registered op drops tangents of forward-mode differentiation without a word: its derivative would come out as 0."""
+    for tensor in tensors:
+        if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                f"{op} must be differentiated by reverse mode, got a forward-mode tangent: use backward or vjp, or impl='reference'."
+            )
+
+
 def check_query(query: Tensor) -> None:
     check_float("query", query)
     if query.dim() != 4:
@@ -55,11 +65,19 @@ def check_keys(query: Tensor, name: str, key: Tensor, value_name: str, value: Te
     if key.dim() != 4 or key.shape[0] != batch or key.shape[3] != dim:
         raise ValueError(f"{name} must have shape ({batch}, T, K, {dim}), got {tuple(key.shape)}.")
     if key.shape[2] < 1 or heads % key.shape[2]:
-        raise ValueError(f"{name} must have a number of heads that divides query's {heads}, got {key.shape[2]}.")
+        raise ValueError(f"{name} must have a number of heads that divides query's {heads}, got {key.shape[2]}{order_hint(query, key)}.")
     if value is not None:
         check_like(query, value_name, value)
         if value.shape != key.shape:
             raise ValueError(f"{value_name} must have shape {tuple(key.shape)}, got {tuple(value.shape)}.")
+
+
+def order_hint(query: Tensor, key: Tensor) -> str:
+    """For an error about shapes that would fit if tensors were (B, H, T, D)."""
+    wide = query.shape[2] > query.shape[1] or key.shape[2] > key.shape[1]  # more heads than tokens
+    if not wide or key.shape[1] < 1 or query.shape[1] % key.shape[1]:
+        return ""
+    return ": tensors are (B, T, H, D) here; transpose(1, 2) those in scaled_dot_product_attention's order (B, H, T, D)"
 
 
 def check_like(query: Tensor, name: str, tensor: Tensor) -> None:
@@ -77,13 +95,16 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], query: Tensor
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}.")
 
 
-def check_bounds(query: Tensor, num_keys: int, bounds: Bounds) -> None:
+def checked_bounds(
+    query: Tensor, key: Tensor, num_keys: int, cu_seqlens: Tensor | None, key_start: Tensor | None, key_end: Tensor | None
+) -> Bounds:
+    """The bounds as int32; their values are read by `check_bound_values` alone."""
     batch, num_queries = query.shape[:2]
     if not isinstance(num_keys, (int, torch.SymInt)) or isinstance(num_keys, bool):
         raise TypeError(f"num_keys must be an int, got {type(num_keys).__name__}.")
     if num_queries > num_keys:
-        raise ValueError(f"query must have at most as many tokens as there are keys, {num_keys}, got {num_queries}.")
-    cu_seqlens, key_start, key_end = bounds
+        hint = order_hint(query, key)
+        raise ValueError(f"query must have at most as many tokens as there are keys, {num_keys}, got {num_queries}{hint}.")
     if cu_seqlens is not None:
         if key_start is not None or key_end is not None:
             raise ValueError("key_start and key_end must be None together with cu_seqlens.")
@@ -91,14 +112,17 @@ def check_bounds(query: Tensor, num_keys: int, bounds: Bounds) -> None:
             raise ValueError(
                 f"cu_seqlens must come with one row of as many queries as keys, got {batch} rows, {num_queries} queries, {num_keys} keys."
             )
-        _check_int32("cu_seqlens", cu_seqlens, query)
+        cu_seqlens = _as_int32("cu_seqlens", cu_seqlens, query, num_keys)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
             raise ValueError(f"cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}.")
+    rows = []
     for name, bound in (("key_start", key_start), ("key_end", key_end)):
         if bound is not None:
-            _check_int32(name, bound, query)
+            bound = _as_int32(name, bound, query, num_keys)
             if tuple(bound.shape) != (batch,):
                 raise ValueError(f"{name} must have shape ({batch},), got {tuple(bound.shape)}.")
+        rows.append(bound)
+    return Bounds(cu_seqlens, *rows)
 
 
 def check_bound_values(num_keys: int, bounds: Bounds) -> None:
@@ -139,10 +163,11 @@ def check_sizes(block_size: int, compress_size: int) -> None:
         raise ValueError(f"compress_size must be one of {COMPRESS_SIZES} that divides block_size {block_size}, got {compress_size}.")
 
 
-def check_compressed(name: str, num_compressed: int, num_keys: int, compress_size: int) -> None:
-    wanted = num_keys // compress_size
-    if num_compressed != wanted:
-        raise ValueError(f"{name} must hold {wanted} keys, one for every {compress_size} of {num_keys}, got {num_compressed}.")
+def check_compressed(query: Tensor, key: Tensor, num_keys: int, compress_size: int) -> None:
+    wanted, found = num_keys // compress_size, key.shape[1]
+    if found != wanted:
+        hint = order_hint(query, key)
+        raise ValueError(f"key_compressed must hold {wanted} keys, one for every {compress_size} of {num_keys}, got {found}{hint}.")
 
 
 def check_positive(name: str, value: float) -> float:
@@ -151,6 +176,18 @@ def check_positive(name: str, value: float) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}.")
     return float(value)
+
+
+def check_temperature(temperature: float) -> float:
+    if check_positive("temperature", temperature) < MIN_TEMPERATURE:
+        raise ValueError(f"temperature must be at least {MIN_TEMPERATURE:.3g}, the smallest normal float32, got {temperature:.3g}.")
+    return float(temperature)
+
+
+def check_tau_values(tau: Tensor) -> None:
+    """For `tinyonn.debug()`: reads the whole tensor. What the ops compute may be past 1 by a rounding."""
+    if bool(((tau < 0) | (tau > 1 + 1e-5)).any()):
+        raise ValueError(f"tau must be in [0, 1], got {tau.min().item():g} … {tau.max().item():g}.")
 
 
 def check_max_blocks(max_blocks: int) -> None:
@@ -164,12 +201,14 @@ def scale_of(query: Tensor, scale: float | None) -> float:
     return query.shape[-1] ** -0.5 if scale is None else check_positive("scale", scale)
 
 
-def _check_int32(name: str, tensor: Tensor, query: Tensor) -> None:
+def _as_int32(name: str, tensor: Tensor, query: Tensor, num_keys: int) -> Tensor:
+    """int64 becomes int32 on its device; what is out of range stays so."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
-    if tensor.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32, got {tensor.dtype}.")
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}.")
     check_same_device(name, tensor, query.device)
+    return tensor if tensor.dtype == torch.int32 else tensor.clamp(-1, num_keys + 1).to(torch.int32)
 
 
 def check_window(window: int) -> None:

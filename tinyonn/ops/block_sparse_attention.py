@@ -13,13 +13,14 @@ from ._dispatch import check_impl, check_same_device, statistics_dtype
 from ._nsa import (
     Bounds,
     check_bound_values,
-    check_bounds,
     check_keys,
     check_query,
     check_shape,
     check_sizes,
+    checked_bounds,
     choose_nsa_impl,
     lengths_of,
+    refuse_tangents,
     scale_of,
 )
 from ._torch_block_sparse import block_sparse_backward, block_sparse_forward
@@ -62,14 +63,13 @@ def block_sparse_attention(
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or size that is not accepted.
-        RuntimeError: impl="triton" cannot run here.
+        RuntimeError: impl="triton" cannot run here; a forward-mode tangent, as in `compressed_attention`.
     """
     check_impl(impl)
     check_query(query)
     check_keys(query, "key", key, "value", value)
     check_sizes(block_size, 16)
-    bounds = Bounds(cu_seqlens, key_start, key_end)
-    check_bounds(query, key.shape[1], bounds)
+    bounds = checked_bounds(query, key, key.shape[1], cu_seqlens, key_start, key_end)
     rows = (*query.shape[:2], key.shape[2])
     for name, tensor, dims in (("indices", indices, 4), ("counts", counts, 3)):
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.int32:
@@ -86,6 +86,7 @@ def block_sparse_attention(
             query, key, value, indices, counts, bias, block_size=block_size, scale=scale, **bounds._asdict()
         )
         return out.to(query.dtype), lse.to(statistics_dtype(query.dtype))
+    refuse_tangents("block_sparse_attention", query, key, value, bias)
     out, lse = _forward(query, key, value, indices, counts, bias, block_size, scale, *bounds, impl)
     return out, lse
 
@@ -190,6 +191,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_tangents("block_sparse_attention", grad_out, grad_lse)
     *saved, cu_seqlens, key_start, key_end = ctx.saved_tensors
     *grads, grad_bias = _backward(*saved, grad_out, grad_lse, ctx.block_size, ctx.scale, cu_seqlens, key_start, key_end, ctx.impl)
     return *grads, None, None, grad_bias if ctx.has_bias else None, *([None] * 6)

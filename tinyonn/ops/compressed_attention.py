@@ -12,12 +12,13 @@ from ._dispatch import check_impl, statistics_dtype
 from ._nsa import (
     Bounds,
     check_bound_values,
-    check_bounds,
     check_compressed,
     check_keys,
     check_query,
     check_sizes,
+    checked_bounds,
     choose_nsa_impl,
+    refuse_tangents,
     scale_of,
 )
 from ._torch_nsa import compressed_backward, compressed_forward, spans_of
@@ -48,8 +49,8 @@ def compressed_attention(
         compress_size: 16, 32 or 64.
         num_keys: positions of a row; None for T.
         scale: of the scores; None for D ** -0.5.
-        cu_seqlens: (sequences + 1,) int32, bounds of sequences packed in one row.
-        key_start, key_end: (B,) int32, first position of a row's sequence, and the one behind its last.
+        cu_seqlens: (sequences + 1,) int32 or int64, bounds of sequences packed in one row.
+        key_start, key_end: (B,) int32 or int64, first position of a row's sequence, and the one behind its last.
         impl: "auto", "triton", "torch" or "reference"; an explicit choice never falls back.
 
     Returns:
@@ -59,7 +60,7 @@ def compressed_attention(
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or size that is not accepted.
-        RuntimeError: impl="triton" cannot run here.
+        RuntimeError: impl="triton" cannot run here; an input carries a forward-mode tangent, which impl="reference" alone takes.
 
     Source: Yuan et al., "Native sparse attention", arXiv:2502.11089.
     """
@@ -68,11 +69,11 @@ def compressed_attention(
     check_keys(query, "key_compressed", key_compressed, "value_compressed", value_compressed)
     check_sizes(64, compress_size)
     num_keys = query.shape[1] if num_keys is None else num_keys
-    bounds = Bounds(cu_seqlens, key_start, key_end)
-    check_bounds(query, num_keys, bounds)
-    check_compressed("key_compressed", key_compressed.shape[1], num_keys, compress_size)
+    bounds = checked_bounds(query, key_compressed, num_keys, cu_seqlens, key_start, key_end)
+    check_compressed(query, key_compressed, num_keys, compress_size)
     if impl == "reference":
         return _reference(query, key_compressed, value_compressed, compress_size, num_keys, scale_of(query, scale), bounds)
+    refuse_tangents("compressed_attention", query, key_compressed, value_compressed)
     out, lse, entropy = _forward(query, key_compressed, value_compressed, compress_size, num_keys, scale_of(query, scale), *bounds, impl)
     return out, lse, entropy
 
@@ -170,6 +171,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_tangents("compressed_attention", grad_out, grad_lse)
     *saved, cu_seqlens, key_start, key_end = ctx.saved_tensors
     return *_backward(*saved, grad_out, grad_lse, *ctx.options, cu_seqlens, key_start, key_end, ctx.impl), *([None] * 7)
 

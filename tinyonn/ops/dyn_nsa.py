@@ -13,16 +13,19 @@ from ._dispatch import check_impl, check_no_nan, statistics_dtype
 from ._nsa import (
     Bounds,
     check_bound_values,
-    check_bounds,
     check_compressed,
     check_keys,
     check_max_blocks,
-    check_positive,
     check_query,
     check_shape,
     check_sizes,
+    check_tau_values,
+    check_temperature,
     check_window,
+    checked_bounds,
     choose_nsa_impl,
+    order_hint,
+    refuse_tangents,
     scale_of,
 )
 from ._torch_dyn_nsa import dyn_nsa_backward, dyn_nsa_forward
@@ -100,14 +103,15 @@ def dyn_nsa(
         key_compressed, value_compressed: (B, Tk // compress_size, K, D); see `compressed_attention`.
         gates: (B, T, H, 3), any reals.
         base, slope: (K,), in nats, and nats per unit of tau; a slope above 0 reads more where tau is high.
-        tau: (B, T, K); None for the mean over a group's heads of entropy / log(visible compressed keys), 0 where fewer than two are.
+        tau: (B, T, K) in [0, 1], which `tinyonn.debug()` checks; None for the mean over a group's heads of
+            entropy / log(visible compressed keys), 0 where fewer than two are.
         window: keys of the window branch.
         temperature, block_size, compress_size, max_blocks, detach_scores: as in `select_blocks`.
         scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or size that is not accepted.
-        RuntimeError: impl="triton" cannot run here.
+        RuntimeError: impl="triton" cannot run here; a forward-mode tangent, as in `compressed_attention`.
 
     Source: Yuan et al., "Native sparse attention", arXiv:2502.11089, for the three branches.
     """
@@ -116,13 +120,13 @@ def dyn_nsa(
     check_keys(query, "key", key, "value", value)
     check_keys(query, "key_compressed", key_compressed, "value_compressed", value_compressed)
     if key_compressed.shape[2] != key.shape[2]:
-        raise ValueError(f"key_compressed must have key's {key.shape[2]} heads, got {key_compressed.shape[2]}.")
+        hint = order_hint(query, key)
+        raise ValueError(f"key_compressed must have key's {key.shape[2]} heads, got {key_compressed.shape[2]}{hint}.")
     check_sizes(block_size, compress_size)
     check_max_blocks(max_blocks)
     check_window(window)
-    bounds = Bounds(cu_seqlens, key_start, key_end)
-    check_bounds(query, key.shape[1], bounds)
-    check_compressed("key_compressed", key_compressed.shape[1], key.shape[1], compress_size)
+    bounds = checked_bounds(query, key, key.shape[1], cu_seqlens, key_start, key_end)
+    check_compressed(query, key_compressed, key.shape[1], compress_size)
     rows = (*query.shape[:2], key.shape[2])
     check_shape("gates", gates, (*query.shape[:3], 3), query)
     for name, tensor in (("base", base), ("slope", slope)):
@@ -130,15 +134,16 @@ def dyn_nsa(
     if tau is not None:
         check_shape("tau", tau, rows, query)
         tau = tau.detach()
-    options = Options(
-        window, check_positive("temperature", temperature), block_size, compress_size, max_blocks, detach_scores, scale_of(query, scale)
-    )
+    temperature, scale = check_temperature(temperature), scale_of(query, scale)
+    options = Options(window, temperature, block_size, compress_size, max_blocks, detach_scores, scale)
     tensors = (query, key, value, key_compressed, value_compressed, gates, base, slope, tau)
     if debug_enabled():
         names = ("query", "key", "value", "key_compressed", "value_compressed", "gates", "base", "slope", "tau")
         for name, given in zip(names, tensors, strict=True):
             if given is not None:
                 check_no_nan(name, given)
+        if tau is not None:
+            check_tau_values(tau)
     if impl == "reference":
         check_bound_values(key.shape[1], bounds)
         named: dict[str, Any] = {"tau": tau, **options._asdict(), **bounds._asdict()}
@@ -147,6 +152,7 @@ def dyn_nsa(
         dtype = statistics_dtype(query.dtype)
         used_tau = used_tau.to(dtype) if tau is None else tau
         return DynNSAOutput(out.to(query.dtype), counts, used_tau, overflow.to(dtype), soft_counts.to(dtype))
+    refuse_tangents("dyn_nsa", *tensors)
     out, counts, own_tau, soft_counts, overflow, *_ = _forward(*tensors, *options, *bounds, impl)
     return DynNSAOutput(out, counts, own_tau if tau is None else tau, overflow, soft_counts)
 
@@ -300,6 +306,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, grad_out: Tensor, _: Tensor, __: Tensor, grad_soft: Tensor, *___: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_tangents("dyn_nsa", grad_out, grad_soft)
     *saved, cu_seqlens, key_start, key_end = ctx.saved_tensors
     grads = _backward(*saved, grad_out, grad_soft, *ctx.options, cu_seqlens, key_start, key_end, ctx.impl)
     return *grads, *([None] * 12)

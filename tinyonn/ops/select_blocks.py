@@ -12,15 +12,16 @@ from ._dispatch import check_impl, statistics_dtype
 from ._nsa import (
     Bounds,
     check_bound_values,
-    check_bounds,
     check_compressed,
     check_keys,
     check_max_blocks,
-    check_positive,
     check_query,
     check_shape,
     check_sizes,
+    check_temperature,
+    checked_bounds,
     choose_nsa_impl,
+    refuse_tangents,
     scale_of,
 )
 from ._torch_nsa import spans_of
@@ -76,7 +77,7 @@ def select_blocks(
         query: (B, T, H, D), the last T of `num_keys` positions.
         key_compressed, lse: what `compressed_attention` took and gave, (B, M, K, D) and (B, T, H).
         threshold: (B, T, K), in nats.
-        temperature: width of the gate's slope, in nats.
+        temperature: width of the gate's slope, in nats; a normal float32.
         block_size: positions of a key block, a power of two of at least 16.
         compress_size: positions of a compressed key, a divisor of block_size.
         max_blocks: most blocks of a row, at least 3.
@@ -85,18 +86,17 @@ def select_blocks(
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or size that is not accepted.
-        RuntimeError: impl="triton" cannot run here.
+        RuntimeError: impl="triton" cannot run here; a forward-mode tangent, as in `compressed_attention`.
     """
     check_impl(impl)
     check_query(query)
     check_keys(query, "key_compressed", key_compressed, "", None)
     check_sizes(block_size, compress_size)
     check_max_blocks(max_blocks)
-    temperature = check_positive("temperature", temperature)
+    temperature = check_temperature(temperature)
     num_keys = query.shape[1] if num_keys is None else num_keys
-    bounds = Bounds(cu_seqlens, key_start, key_end)
-    check_bounds(query, num_keys, bounds)
-    check_compressed("key_compressed", key_compressed.shape[1], num_keys, compress_size)
+    bounds = checked_bounds(query, key_compressed, num_keys, cu_seqlens, key_start, key_end)
+    check_compressed(query, key_compressed, num_keys, compress_size)
     check_shape("lse", lse, tuple(query.shape[:3]), query)
     check_shape("threshold", threshold, (*query.shape[:2], key_compressed.shape[2]), query)
     if detach_scores:
@@ -119,6 +119,7 @@ def select_blocks(
         )
         dtype = statistics_dtype(query.dtype)
         return BlockSelection(indices, counts, bias.to(dtype), soft_counts.to(dtype), overflow.to(dtype))
+    refuse_tangents("select_blocks", query, key_compressed, lse, threshold)
     options = (temperature, block_size, compress_size, max_blocks, num_keys, scale)
     return BlockSelection(*_forward(query, key_compressed, lse, threshold, *options, *bounds, impl))
 
@@ -244,6 +245,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, _: Tensor, __: Tensor, grad_bias: Tensor, grad_soft: Tensor, ___: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_tangents("select_blocks", grad_bias, grad_soft)
     *saved, cu_seqlens, key_start, key_end = ctx.saved_tensors
     grads = _backward(*saved, grad_bias, grad_soft, *ctx.options, cu_seqlens, key_start, key_end, ctx.impl)
     return *grads, *([None] * 10)

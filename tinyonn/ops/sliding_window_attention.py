@@ -9,7 +9,17 @@ from torch import Tensor
 
 from .. import reference
 from ._dispatch import check_impl, statistics_dtype
-from ._nsa import Bounds, check_bound_values, check_bounds, check_keys, check_query, check_window, choose_nsa_impl, scale_of
+from ._nsa import (
+    Bounds,
+    check_bound_values,
+    check_keys,
+    check_query,
+    check_window,
+    checked_bounds,
+    choose_nsa_impl,
+    refuse_tangents,
+    scale_of,
+)
 from ._torch_nsa import spans_of, window_backward, window_forward
 
 
@@ -40,18 +50,18 @@ def sliding_window_attention(
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or size that is not accepted.
-        RuntimeError: impl="triton" cannot run here.
+        RuntimeError: impl="triton" cannot run here; a forward-mode tangent, as in `compressed_attention`.
     """
     check_impl(impl)
     check_query(query)
     check_keys(query, "key", key, "value", value)
     check_window(window)
-    bounds = Bounds(cu_seqlens, key_start, key_end)
-    check_bounds(query, key.shape[1], bounds)
+    bounds = checked_bounds(query, key, key.shape[1], cu_seqlens, key_start, key_end)
     scale = scale_of(query, scale)
     if impl == "reference":
         check_bound_values(key.shape[1], bounds)
         return reference.sliding_window_attention(query, key, value, window, scale=scale, **bounds._asdict()).to(query.dtype)
+    refuse_tangents("sliding_window_attention", query, key, value)
     out: Tensor = _forward(query, key, value, window, scale, *bounds, impl)[0]
     return out
 
@@ -123,6 +133,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_tangents("sliding_window_attention", grad_out)
     *saved, cu_seqlens, key_start, key_end = ctx.saved_tensors
     return *_backward(*saved, grad_out, ctx.window, ctx.scale, cu_seqlens, key_start, key_end, ctx.impl), *([None] * 6)
 
