@@ -1,0 +1,196 @@
+"""Pairs (token, slot) sorted by expert on the device, and the tiles that cut each expert's pairs into rows of one matrix product.
+
+    rank[p]    pairs before p in its chunk that name the same expert
+    base[c, e] pairs of expert e in chunks before c
+    place[p] = offsets[e] + base[c, e] + rank[p]
+
+P = N * K pairs of N tokens with K slots each, E experts. A counting sort: ranks by comparing a chunk's pairs with each other, one scan
+over chunks, one over experts, then each pair is put in its place. No atomics: the order within an expert is by token, then slot, and the
+bits are the same on every run. An index outside 0 … E - 1 is an unused slot and takes no place. Everything is sized by shapes: nothing
+waits for the device, and tiles beyond the true number have the expert -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 64  # pairs that a program compares at once, 64 * 64
+LEAST_CHUNK, MOST_CHUNK = 128, 1024  # comparisons are P * chunk, counts P / chunk * E
+FEW_CHUNKS = 1024
+MAX_PAIRS = 1 << 30  # 32-bit places keep the lists small
+
+
+@triton.jit
+def load_experts(index_ptr, pair, inside, num_experts):
+    """(pairs,) int32, -1 for an unused slot."""
+    expert = tl.load(index_ptr + pair, mask=inside, other=-1)
+    return tl.where((expert >= 0) & (expert < num_experts), expert, -1).to(tl.int32)
+
+
+@triton.jit
+def _rank_pairs_kernel(index_ptr, rank_ptr, counts_ptr, num_pairs, num_experts, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    # One program owns BLOCK pairs; the last of an expert's in a chunk knows how many there are.
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = load_experts(index_ptr, pair, pair < num_pairs, num_experts)
+    chunk = tl.program_id(0) * BLOCK // CHUNK
+    rank = tl.zeros((BLOCK,), tl.int32)
+    after = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, CHUNK, BLOCK):
+        other = chunk * CHUNK + start + tl.arange(0, BLOCK)
+        same = expert[:, None] == load_experts(index_ptr, other, other < num_pairs, num_experts)[None, :]
+        rank += tl.sum((same & (other[None, :] < pair[:, None])).to(tl.int32), axis=1)
+        after += tl.sum((same & (other[None, :] > pair[:, None])).to(tl.int32), axis=1)
+    used = expert >= 0
+    tl.store(rank_ptr + pair, rank, mask=used)
+    last = used & (after == 0)
+    tl.store(counts_ptr + chunk.to(tl.int64) * num_experts + expert, rank + 1, mask=last)
+
+
+@triton.jit
+def _scan_chunks_kernel(counts_ptr, sizes_ptr, num_chunks, num_experts, CHUNKS: tl.constexpr, EXPERTS: tl.constexpr):
+    # One program owns EXPERTS experts: their counts become the sums over the chunks before.
+    expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    total = tl.zeros((EXPERTS,), tl.int32)
+    for start in range(0, num_chunks, CHUNKS):
+        chunk = (start + tl.arange(0, CHUNKS)).to(tl.int64)
+        place = counts_ptr + chunk[:, None] * num_experts + expert[None, :]
+        mask = (chunk < num_chunks)[:, None] & (expert < num_experts)[None, :]
+        counts = tl.load(place, mask=mask, other=0)
+        tl.store(place, total[None, :] + tl.cumsum(counts, axis=0) - counts, mask=mask)
+        total += tl.sum(counts, axis=0)
+    tl.store(sizes_ptr + expert, total, mask=expert < num_experts)
+
+
+@triton.jit
+def _expert_offsets_kernel(sizes_ptr, offsets_ptr, tiles_ptr, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    # One program in all: where each expert's pairs and tiles begin, and behind the last the totals.
+    pairs = tl.zeros((), tl.int32)
+    tiles = tl.zeros((), tl.int32)
+    for start in range(0, num_experts, EXPERTS):
+        expert = start + tl.arange(0, EXPERTS)
+        mask = expert < num_experts
+        size = tl.load(sizes_ptr + expert, mask=mask, other=0)
+        own = (size + (ROWS - 1)) // ROWS
+        tl.store(offsets_ptr + expert, pairs + tl.cumsum(size, axis=0) - size, mask=mask)
+        tl.store(tiles_ptr + expert, tiles + tl.cumsum(own, axis=0) - own, mask=mask)
+        pairs += tl.sum(size, axis=0)
+        tiles += tl.sum(own, axis=0)
+    tl.store(offsets_ptr + num_experts, pairs)
+    tl.store(tiles_ptr + num_experts, tiles)
+
+
+@triton.jit
+def _fill_pairs_kernel(
+    index_ptr,
+    rank_ptr,
+    base_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    slots_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_pairs,
+    num_experts,
+    num_tiles,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    # One program owns LANES pairs, and LANES tiles: each finds its expert by bisection.
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    expert = load_experts(index_ptr, lane, lane < num_pairs, num_experts)
+    used = expert >= 0
+    base = tl.load(base_ptr + (lane // CHUNK).to(tl.int64) * num_experts + expert, mask=used, other=0)
+    place = tl.load(offsets_ptr + expert, mask=used, other=0) + base + tl.load(rank_ptr + lane, mask=used, other=0)
+    tl.store(slots_ptr + place, lane, mask=used)
+
+    low = tl.zeros((LANES,), tl.int32)
+    high = low + num_experts
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        found = tl.load(tiles_ptr + middle) <= lane
+        low = tl.where(found, middle, low)
+        high = tl.where(found, high, middle)
+    real = lane < tl.load(tiles_ptr + num_experts)
+    row = tl.load(offsets_ptr + low) + (lane - tl.load(tiles_ptr + low)) * ROWS
+    inside = lane < num_tiles
+    tl.store(tile_expert_ptr + lane, tl.where(real, low, -1), mask=inside)
+    tl.store(tile_row_ptr + lane, row, mask=inside & real)
+
+
+class SortedPairs(NamedTuple):
+    """Pairs by expert, in places 0 … L - 1 where L <= P of them are used.
+
+    Attributes:
+        slots: (P,) int32, the pair token * K + slot in each place; nothing is written behind the last.
+        offsets: (E + 1,) int32, where each expert's places begin.
+        tile_expert: (tiles,) int32, the expert of each tile of `rows` places, -1 behind the last.
+        tile_row: (tiles,) int32, the first place of each.
+        rows: places of a tile; an expert's last tile may have fewer.
+    """
+
+    slots: Tensor
+    offsets: Tensor
+    tile_expert: Tensor
+    tile_row: Tensor
+    rows: int
+
+
+def sort_pairs(top_k_index: Tensor, num_experts: int, rows: int) -> SortedPairs:
+    """Four launches whatever the number of experts, over blocks of pairs, experts, one program, and blocks of pairs and tiles."""
+    index, device = top_k_index.reshape(-1).contiguous(), top_k_index.device
+    num_pairs = index.numel()
+    if num_pairs >= MAX_PAIRS:
+        raise ValueError(f"top_k_index must have fewer than {MAX_PAIRS} slots with impl='triton', got {num_pairs}.")
+    num_tiles = num_pairs // rows + min(num_experts, num_pairs)
+    chunk = min(MOST_CHUNK, max(LEAST_CHUNK, triton.next_power_of_2(max(num_experts // 4, num_pairs // FEW_CHUNKS))))
+    num_chunks = triton.cdiv(num_pairs, chunk)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    counts = torch.zeros((num_chunks, num_experts), dtype=torch.int32, device=device)
+    rank, sizes, tiles = integers(num_pairs), integers(num_experts), integers(num_experts + 1)
+    pairs = SortedPairs(integers(num_pairs), integers(num_experts + 1), integers(num_tiles), integers(num_tiles), rows)
+    _rank_pairs_kernel[(triton.cdiv(num_pairs, BLOCK),)](
+        index, rank, counts, num_pairs, num_experts, CHUNK=chunk, BLOCK=BLOCK, num_warps=4
+    )  # fmt: skip
+    _scan_chunks_kernel[(triton.cdiv(num_experts, 32),)](counts, sizes, num_chunks, num_experts, CHUNKS=64, EXPERTS=32, num_warps=4)
+    _expert_offsets_kernel[(1,)](sizes, pairs.offsets, tiles, num_experts, ROWS=rows, EXPERTS=1024, num_warps=4)
+    _fill_pairs_kernel[(triton.cdiv(max(num_pairs, num_tiles), 256),)](
+        index,
+        rank,
+        counts,
+        pairs.offsets,
+        tiles,
+        pairs.slots,
+        pairs.tile_expert,
+        pairs.tile_row,
+        num_pairs,
+        num_experts,
+        num_tiles,
+        CHUNK=chunk,
+        ROWS=rows,
+        STEPS=max(1, (num_experts - 1).bit_length()),
+        LANES=256,
+        num_warps=4,
+    )
+    return pairs
+
+
+def offered(arch: int) -> dict[str, Callable[[], SortedPairs]]:
+    """Both kinds of index, few and many experts."""
+
+    def launch(dtype: torch.dtype, experts: int) -> SortedPairs:
+        return sort_pairs(torch.empty((8192, 8), dtype=dtype, device="meta"), experts, 16)
+
+    cases = ((torch.int64, 4096), (torch.int32, 64))
+    return {f"{str(dtype).removeprefix('torch.')}-E{experts}": partial(launch, dtype, experts) for dtype, experts in cases}
