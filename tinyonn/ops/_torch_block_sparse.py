@@ -2,7 +2,7 @@
 
 A query's row of the result is brought up to date once for each of its blocks (online softmax), so nothing has a slot for every
 (query, block) pair, and a block that every query chose is one large matrix product. Lists are sorted, sums have one order: two runs
-give the same bits.
+give the same bits. A block that holds what is not finite is visited query by query, each with the keys that it sees: 0 times NaN is NaN.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import without_autocast
-from ._torch_nsa import Span, compute_dtype, finite
+from ._dispatch import statistics_dtype, without_autocast
+from ._torch_nsa import Span, broken_rows, finite
 
 ROWS_AT_ONCE = 1 << 11  # queries of a block, so that their scores stay in the cache
 FEW_ROWS = 16  # queries, as when decoding, that share too little for one key block after another: their keys are gathered
@@ -32,8 +32,8 @@ class Visit(NamedTuple):
     hidden: Tensor | None  # (r, 1, keys) keys later than the query, None where there are none
 
 
-def visits_of(indices: Tensor, counts: Tensor, span: Span, block_size: int) -> Iterator[Visit]:
-    """Inverts the lists (n, K, S): the queries of each key block, in order."""
+def visits_of(indices: Tensor, counts: Tensor, span: Span, block_size: int, broken: Tensor | None) -> Iterator[Visit]:
+    """Inverts the lists (n, K, S): the queries of each key block, in order; `broken` (m,) as in `broken_rows`."""
     _, num_kv, num_slots = indices.shape
     num_blocks = -(-span.num_keys // block_size)
     device = indices.device
@@ -54,6 +54,11 @@ def visits_of(indices: Tensor, counts: Tensor, span: Span, block_size: int) -> I
             hidden = None
             if int(position[0]) < last - 1:  # ascending: the first sees least
                 hidden = (torch.arange(first, last, device=device) > position[:, None])[:, None]
+                if broken is not None and bool((broken[first:last] & hidden).any()):
+                    for one, place in zip(range(rows.start, rows.stop), position.tolist(), strict=True):
+                        if place >= first:
+                            yield Visit(head_of, first, min(place + 1, last), query[one : one + 1], slot[one : one + 1], None)
+                    continue
             yield Visit(head_of, first, last, query[rows], slot[rows], hidden)
         begin += size
 
@@ -71,7 +76,7 @@ def block_sparse_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out (B, T, H, D), lse (B, T, H)."""
-    dtype = compute_dtype(query.dtype)
+    dtype = statistics_dtype(query.dtype)
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = torch.full(query.shape[:3], -math.inf, dtype=dtype, device=query.device)
     num_kv = key.shape[2]
@@ -88,7 +93,7 @@ def block_sparse_forward(
         mixed = torch.zeros_like(q)
         top = torch.full(q.shape[:3], -math.inf, dtype=dtype, device=q.device)
         total = torch.zeros_like(top)
-        for visit in visits_of(indices[rows], counts[rows], span, block_size):
+        for visit in visits_of(indices[rows], counts[rows], span, block_size, broken_rows(k, v)):
             scores = _scores(q, k, row_bias, visit)
             old_top = top[visit.head].index_select(0, visit.queries)
             new_top = torch.maximum(old_top, scores.amax(-1))
@@ -102,7 +107,7 @@ def block_sparse_forward(
             part = torch.mm(weights.flatten(0, 1), v[visit.head, visit.first : visit.last]).view(*weights.shape[:2], -1)
             part.addcmul_(mixed[visit.head].index_select(0, visit.queries), keep.unsqueeze(-1))
             mixed[visit.head].index_copy_(0, visit.queries, part)
-        seen = total > 0
+        seen = total != 0
         mixed.div_(torch.where(seen, total, 1).unsqueeze(-1))
         out[rows] = mixed.transpose(0, 1).flatten(1, 2).to(out.dtype)
         lse[rows] = torch.where(seen, top + total.log(), -math.inf).transpose(0, 1).flatten(1, 2)
@@ -131,6 +136,8 @@ def _few_rows(
         scores.add_(per_key.transpose(0, 1).unsqueeze(2))
     scores.masked_fill_(hidden.transpose(0, 1).unsqueeze(2), -math.inf)
     lse = scores.logsumexp(-1)
+    if not bool(v.sum().isfinite()):
+        v.masked_fill_(hidden.transpose(0, 1).unsqueeze(-1), 0)
     return torch.matmul(scores.sub_(finite(lse).unsqueeze(-1)).exp_(), v), lse
 
 
@@ -164,7 +171,7 @@ def block_sparse_backward(
         k, v = _keys(key, span, dtype), _keys(value, span, dtype)
         grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         row_bias = None if bias is None else bias[rows]
-        for visit in visits_of(indices[rows], counts[rows], span, block_size):
+        for visit in visits_of(indices[rows], counts[rows], span, block_size, broken_rows(k, v)):
             head, block = visit.head, slice(visit.first, visit.last)
             lse_of, shift_of = (x[head].index_select(0, visit.queries).unsqueeze(-1) for x in (row_lse, row_shift))
             weights = _scores(q, k, row_bias, visit).sub_(lse_of).exp_()

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._dispatch import statistics_dtype
 from ._nsa import Bounds
 from ._torch_block_sparse import block_sparse_backward, block_sparse_forward
 from ._torch_nsa import (
     Span,
     compressed_backward,
     compressed_forward,
-    compute_dtype,
     spans_of,
     window_backward,
     window_forward,
@@ -46,7 +46,7 @@ def dyn_nsa_forward(
     """See the registered op."""
     window, temperature, block_size, compress_size, max_blocks, _, scale = options
     spans = spans_of(query, key.shape[1], compress_size, *bounds)
-    dtype = compute_dtype(query.dtype)
+    dtype = statistics_dtype(query.dtype)
     compressed, lse_compressed, entropy = compressed_forward(query, key_compressed, value_compressed, spans, compress_size, scale)
     own_tau = attention_tau(entropy, spans, key.shape[2], compress_size) if tau is None else entropy.new_empty(0)
     threshold = base.to(dtype) - slope.to(dtype) * (own_tau if tau is None else tau.to(dtype))
@@ -110,7 +110,7 @@ def dyn_nsa_backward(
         scale,
     )
     part_query, part_key, part_value, product_window = window_backward(
-        query, key, value, lse_window, grad, weights[2], None, spans, window, scale
+        query, key, value, lse_window, grad, weights[2], spans, window, scale
     )
     grad_query += part_query
     grad_key += part_key

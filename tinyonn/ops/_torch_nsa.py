@@ -2,21 +2,22 @@
 
     n queries and m keys of one sequence, H query heads, K key/value heads, G = H / K, D head dim, NB key blocks, S slots of a row
 
-Everything here works on one sequence (`Span`) and one chunk of it after another; heads of a group are rows of one matrix product.
-Half precision is widened to float32 chunk by chunk.
+Everything here works on one sequence (`Span`) and one tile of it after another; heads of a group are rows of one matrix product.
+Half precision is widened to float32 tile by tile. 0 times NaN is NaN, so a key or value that is not finite is in no product with a query
+that does not see it: tiles where it would be are cut into single queries.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._dispatch import without_autocast
+from ._dispatch import statistics_dtype, without_autocast
 
 ROW_ELEMENTS = 1 << 20  # scores of a chunk of queries, all heads: they stay in the cache
 
@@ -59,10 +60,6 @@ def spans_of(
     return found
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class Chunk(NamedTuple):
     """Consecutive queries of a span: rows of the batch row, and the first one's position."""
 
@@ -74,9 +71,49 @@ class Chunk(NamedTuple):
         return torch.arange(self.position, self.position + self.end - self.begin, device=device)
 
 
-def chunks_of(span: Span, size: int) -> Iterator[Chunk]:
-    for begin in range(span.query_begin, span.query_end, size):
-        yield Chunk(begin, min(begin + size, span.query_end), span.first + begin - span.query_begin)
+class Tile(NamedTuple):
+    """A chunk and the keys that its queries see: rows [low, high) of the span's, and which of them each query sees (n, high - low)."""
+
+    chunk: Chunk
+    low: int
+    high: int
+    visible: Tensor
+
+    @property
+    def num_queries(self) -> int:
+        return self.chunk.end - self.chunk.begin
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.chunk.begin, self.chunk.end)
+
+    def bias(self, group: int, dtype: torch.dtype) -> Tensor | None:
+        """(G * n, high - low), 0 where visible and -inf where not; None where all are."""
+        if bool(self.visible.all()):
+            return None
+        bias = torch.zeros(self.visible.shape, dtype=dtype, device=self.visible.device).masked_fill_(~self.visible, -math.inf)
+        return bias.repeat(group, 1)
+
+
+def chunks_of(begin: int, end: int, position: int, size: int) -> Iterator[Chunk]:
+    for first in range(begin, end, size):
+        yield Chunk(first, min(first + size, end), position + first - begin)
+
+
+def tiles_of(span: Span, size: int, broken: Tensor | None, tile_of: Callable[[Chunk], Tile]) -> Iterator[Tile]:
+    """Tiles of `size` queries, of one where a key that some query does not see is `broken` (m,)."""
+    for chunk in chunks_of(span.query_begin, span.query_end, span.first, size):
+        tile = tile_of(chunk)
+        if broken is not None and bool((broken[tile.low : tile.high] & ~tile.visible).any()):
+            yield from map(tile_of, chunks_of(*chunk, 1))
+        else:
+            yield tile
+
+
+def broken_rows(*tensors: Tensor) -> Tensor | None:
+    """(m,) where (K, m, D) hold something that is not finite, or numbers so large that their sum is not; None for nowhere."""
+    finite_sums = torch.stack([x.sum(-1) for x in tensors]).isfinite().all(0).all(0)
+    return None if bool(finite_sums.all()) else ~finite_sums
 
 
 def grouped_rows(x: Tensor, num_kv: int, dtype: torch.dtype) -> Tensor:
@@ -101,14 +138,6 @@ def heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # ---- rows: a chunk of queries against consecutive keys ----
-
-
-def hidden_bias(visible: Tensor, group: int, dtype: torch.dtype) -> Tensor | None:
-    """(n, m) -> (G * n, m), 0 where visible and -inf where not; None where all are."""
-    if bool(visible.all()):
-        return None
-    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
-    return bias.repeat(group, 1)
 
 
 def row_scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -161,16 +190,17 @@ def finite(lse: Tensor) -> Tensor:
 # ---- compressed branch ----
 
 
-def visible_compressed(chunk: Chunk, span: Span, compress_size: int, device: torch.device) -> tuple[int, Tensor]:
-    """How many compressed keys the chunk's last query sees, and which of them each query sees (n, that many)."""
-    seen = min((chunk.position + chunk.end - chunk.begin) // compress_size, span.num_keys // compress_size)
-    ends = torch.arange(1, seen + 1, device=device) * compress_size
-    return seen, ends <= chunk.positions(device)[:, None] + 1
+def compressed_tiles(span: Span, heads: int, compress_size: int, broken: Tensor | None, device: torch.device) -> Iterator[Tile]:
+    """Tiles of compressed keys, from the span's first on; `high` is 0 where no query sees any."""
+    most = span.num_keys // compress_size
+    ends = torch.arange(1, most + 1, device=device) * compress_size
 
+    def tile_of(chunk: Chunk) -> Tile:
+        seen = min((chunk.position + chunk.end - chunk.begin) // compress_size, most)
+        return Tile(chunk, 0, seen, ends[:seen] <= chunk.positions(device)[:, None] + 1)
 
-def compressed_chunks(span: Span, heads: int, compress_size: int) -> Iterator[Chunk]:
-    most = max(1, span.num_keys // compress_size)
-    return chunks_of(span, max(16, min(1024, ROW_ELEMENTS // (heads * most))))
+    size = max(16, min(1024, ROW_ELEMENTS // (heads * max(1, most))))
+    return tiles_of(span, size, broken, tile_of)
 
 
 @without_autocast
@@ -178,25 +208,17 @@ def compressed_forward(
     query: Tensor, key: Tensor, value: Tensor, spans: list[Span], compress_size: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, T, H, D), lse (B, T, H), entropy (B, T, H)."""
-    heads, num_kv = query.shape[2], key.shape[2]
-    dtype = compute_dtype(query.dtype)
+    heads, dtype = query.shape[2], statistics_dtype(query.dtype)
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = torch.full(query.shape[:3], -math.inf, dtype=dtype, device=query.device)
     entropy = torch.zeros_like(lse)
     for span in spans:
         k, v = compressed_keys(key, span, compress_size, dtype), compressed_keys(value, span, compress_size, dtype)
-        for chunk in compressed_chunks(span, heads, compress_size):
-            seen, visible = visible_compressed(chunk, span, compress_size, query.device)
-            if not seen:
-                continue
-            rows = (span.batch, slice(chunk.begin, chunk.end))
-            n = chunk.end - chunk.begin
-            bias = hidden_bias(visible, heads // num_kv, dtype)
-            chunk_out, chunk_lse, weights = rows_forward(grouped_rows(query[rows], num_kv, dtype), k[:, :seen], v[:, :seen], bias, scale)
-            out[rows] = ungrouped(chunk_out, n).to(out.dtype)
-            lse[rows] = ungrouped(chunk_lse, n)
-            probabilities = weights.div_(weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny))
-            entropy[rows] = ungrouped(torch.special.entr(probabilities).sum(-1), n)
+        for tile in compressed_tiles(span, heads, compress_size, broken_rows(k, v), query.device):
+            if tile.high:
+                weights = _write_rows(query, k, v, tile, span.batch, scale, out, lse)
+                probabilities = weights.div_(weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny))
+                entropy[span.batch, tile.rows] = ungrouped(torch.special.entr(probabilities).sum(-1), tile.num_queries)
     return out, lse, entropy
 
 
@@ -216,35 +238,17 @@ def compressed_backward(
     """Gradients of query, key and value in the dtype of computation, where `weight * out` has the gradient `grad_out`; and (B, T, H),
     the product of out and grad_out.
     """
-    heads, num_kv = query.shape[2], key.shape[2]
-    dtype = lse.dtype
+    heads, dtype = query.shape[2], lse.dtype
     grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
     product = torch.zeros_like(lse)
     for span in spans:
         k, v = compressed_keys(key, span, compress_size, dtype), compressed_keys(value, span, compress_size, dtype)
         into = slice(span.compressed, span.compressed + k.shape[1])
         grad_k, grad_v = grad_key[span.batch, into].transpose(0, 1), grad_value[span.batch, into].transpose(0, 1)
-        for chunk in compressed_chunks(span, heads, compress_size):
-            seen, visible = visible_compressed(chunk, span, compress_size, query.device)
-            if not seen:
-                continue
-            rows = (span.batch, slice(chunk.begin, chunk.end))
-            n = chunk.end - chunk.begin
-            part_q, part_k, part_v, part_product = rows_backward(
-                grouped_rows(query[rows], num_kv, dtype),
-                k[:, :seen],
-                v[:, :seen],
-                hidden_bias(visible, heads // num_kv, dtype),
-                scale,
-                grouped_numbers(lse, rows, num_kv, dtype),
-                grouped_rows(grad_out[rows], num_kv, dtype),
-                None if weight is None else grouped_numbers(weight, rows, num_kv, dtype),
-                None if grad_lse is None else grouped_numbers(grad_lse, rows, num_kv, dtype),
-            )
-            grad_query[rows] = ungrouped(part_q, n)
-            product[rows] = ungrouped(part_product, n)
-            grad_k[:, :seen] += part_k
-            grad_v[:, :seen] += part_v
+        for tile in compressed_tiles(span, heads, compress_size, broken_rows(k, v), query.device):
+            if tile.high:
+                given = (lse, grad_out, weight, grad_lse)
+                _add_gradients(query, k, v, tile, span.batch, scale, given, grad_query, grad_k, grad_v, product)
     return grad_query, grad_key, grad_value, product
 
 
@@ -255,41 +259,29 @@ def compressed_keys(compressed: Tensor, span: Span, compress_size: int, dtype: t
 # ---- sliding window ----
 
 
-def window_chunks(span: Span, window: int) -> Iterator[Chunk]:
-    return chunks_of(span, min(256, max(32, window // 8)))
+def window_tiles(span: Span, window: int, unseen: int, broken: Tensor | None, device: torch.device) -> Iterator[Tile]:
+    """Tiles of keys, counted from number `unseen` of the span's on."""
 
+    def tile_of(chunk: Chunk) -> Tile:
+        low = max(0, chunk.position - window + 1)
+        high = chunk.position + chunk.end - chunk.begin
+        distance = chunk.positions(device)[:, None] - torch.arange(low, high, device=device)
+        return Tile(chunk, low - unseen, high - unseen, (distance >= 0) & (distance < window))
 
-def window_keys(chunk: Chunk, span: Span, window: int, device: torch.device) -> tuple[int, int, Tensor]:
-    """The keys that a chunk's queries see, [low, high), and which of them each query sees (n, high - low)."""
-    low = max(0, chunk.position - window + 1)
-    high = chunk.position + chunk.end - chunk.begin
-    distance = chunk.positions(device)[:, None] - torch.arange(low, high, device=device)
-    return low, high, (distance >= 0) & (distance < window)
+    return tiles_of(span, min(256, max(32, window // 8)), broken, tile_of)
 
 
 @without_autocast
 def window_forward(query: Tensor, key: Tensor, value: Tensor, spans: list[Span], window: int, scale: float) -> tuple[Tensor, Tensor]:
     """out (B, T, H, D), lse (B, T, H)."""
-    heads, num_kv = query.shape[2], key.shape[2]
-    dtype = compute_dtype(query.dtype)
+    dtype = statistics_dtype(query.dtype)
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = torch.full(query.shape[:3], -math.inf, dtype=dtype, device=query.device)
     for span in spans:
         unseen = max(0, span.first - window + 1)  # keys before this one, no query sees
         k, v = _keys(key, span, unseen, dtype), _keys(value, span, unseen, dtype)
-        for chunk in window_chunks(span, window):
-            low, high, visible = window_keys(chunk, span, window, query.device)
-            rows = (span.batch, slice(chunk.begin, chunk.end))
-            bias = hidden_bias(visible, heads // num_kv, dtype)
-            chunk_out, chunk_lse, _ = rows_forward(
-                grouped_rows(query[rows], num_kv, dtype),
-                k[:, low - unseen : high - unseen],
-                v[:, low - unseen : high - unseen],
-                bias,
-                scale,
-            )
-            out[rows] = ungrouped(chunk_out, chunk.end - chunk.begin).to(out.dtype)
-            lse[rows] = ungrouped(chunk_lse, chunk.end - chunk.begin)
+        for tile in window_tiles(span, window, unseen, broken_rows(k, v), query.device):
+            _write_rows(query, k, v, tile, span.batch, scale, out, lse)
     return out, lse
 
 
@@ -301,13 +293,11 @@ def window_backward(
     lse: Tensor,
     grad_out: Tensor,
     weight: Tensor | None,
-    grad_lse: Tensor | None,
     spans: list[Span],
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `compressed_backward`."""
-    heads, num_kv = query.shape[2], key.shape[2]
     dtype = lse.dtype
     grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
     product = torch.zeros_like(lse)
@@ -315,25 +305,9 @@ def window_backward(
         unseen = max(0, span.first - window + 1)
         k, v = _keys(key, span, unseen, dtype), _keys(value, span, unseen, dtype)
         grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
-        for chunk in window_chunks(span, window):
-            low, high, visible = window_keys(chunk, span, window, query.device)
-            rows = (span.batch, slice(chunk.begin, chunk.end))
-            n = chunk.end - chunk.begin
-            part_q, part_k, part_v, part_product = rows_backward(
-                grouped_rows(query[rows], num_kv, dtype),
-                k[:, low - unseen : high - unseen],
-                v[:, low - unseen : high - unseen],
-                hidden_bias(visible, heads // num_kv, dtype),
-                scale,
-                grouped_numbers(lse, rows, num_kv, dtype),
-                grouped_rows(grad_out[rows], num_kv, dtype),
-                None if weight is None else grouped_numbers(weight, rows, num_kv, dtype),
-                None if grad_lse is None else grouped_numbers(grad_lse, rows, num_kv, dtype),
-            )
-            grad_query[rows] = ungrouped(part_q, n)
-            product[rows] = ungrouped(part_product, n)
-            grad_k[:, low - unseen : high - unseen] += part_k
-            grad_v[:, low - unseen : high - unseen] += part_v
+        for tile in window_tiles(span, window, unseen, broken_rows(k, v), query.device):
+            given = (lse, grad_out, weight, None)
+            _add_gradients(query, k, v, tile, span.batch, scale, given, grad_query, grad_k, grad_v, product)
         grad_key[span.batch, span.key_begin + unseen : span.key_end] = grad_k.transpose(0, 1)
         grad_value[span.batch, span.key_begin + unseen : span.key_end] = grad_v.transpose(0, 1)
     return grad_query, grad_key, grad_value, product
@@ -341,3 +315,51 @@ def window_backward(
 
 def _keys(x: Tensor, span: Span, first: int, dtype: torch.dtype) -> Tensor:
     return heads_first(x[span.batch, span.key_begin + first : span.key_end], dtype)
+
+
+# ---- a tile of either branch ----
+
+
+def _write_rows(query: Tensor, k: Tensor, v: Tensor, tile: Tile, batch: int, scale: float, out: Tensor, lse: Tensor) -> Tensor:
+    """Writes out and lse of the tile's queries; gives the probabilities but for a factor."""
+    num_kv = k.shape[0]
+    rows, columns = (batch, tile.rows), slice(tile.low, tile.high)
+    q, bias = grouped_rows(query[rows], num_kv, k.dtype), tile.bias(query.shape[2] // num_kv, k.dtype)
+    tile_out, tile_lse, weights = rows_forward(q, k[:, columns], v[:, columns], bias, scale)
+    out[rows] = ungrouped(tile_out, tile.num_queries).to(out.dtype)
+    lse[rows] = ungrouped(tile_lse, tile.num_queries)
+    return weights
+
+
+def _add_gradients(
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tile: Tile,
+    batch: int,
+    scale: float,
+    given: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    grad_query: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    product: Tensor,
+) -> None:
+    """Writes the tile's rows of grad_query and product, adds to grad_k and grad_v; `given` are lse, grad_out, weight, grad_lse."""
+    num_kv, dtype = k.shape[0], k.dtype
+    rows, columns = (batch, tile.rows), slice(tile.low, tile.high)
+    lse, grad_out, weight, grad_lse = given
+    part_q, part_k, part_v, part_product = rows_backward(
+        grouped_rows(query[rows], num_kv, dtype),
+        k[:, columns],
+        v[:, columns],
+        tile.bias(query.shape[2] // num_kv, dtype),
+        scale,
+        grouped_numbers(lse, rows, num_kv, dtype),
+        grouped_rows(grad_out[rows], num_kv, dtype),
+        None if weight is None else grouped_numbers(weight, rows, num_kv, dtype),
+        None if grad_lse is None else grouped_numbers(grad_lse, rows, num_kv, dtype),
+    )
+    grad_query[rows] = ungrouped(part_q, tile.num_queries)
+    product[rows] = ungrouped(part_product, tile.num_queries)
+    grad_k[:, columns] += part_k
+    grad_v[:, columns] += part_v

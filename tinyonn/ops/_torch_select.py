@@ -1,6 +1,6 @@
 """Selection of key blocks in plain torch: importance from the scores of the compressed keys, gates, lists.
 
-n queries of a chunk, m compressed keys, K key/value heads, G = H / K, NB key blocks
+n queries of a tile, m compressed keys, K key/value heads, G = H / K, NB key blocks
 """
 
 from __future__ import annotations
@@ -11,26 +11,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import without_autocast
+from ._dispatch import statistics_dtype, without_autocast
 from ._torch_nsa import (
-    Chunk,
     Span,
-    compressed_chunks,
+    Tile,
+    broken_rows,
     compressed_keys,
-    compute_dtype,
+    compressed_tiles,
     finite,
+    grouped_numbers,
     grouped_rows,
-    hidden_bias,
     row_scores,
     ungrouped,
-    visible_compressed,
 )
 
 Z_FLOOR = -20.0
 
 
 class Importance(NamedTuple):
-    """Of one chunk: what the gates are made of. Blocks up to the chunk's last own block."""
+    """Of one tile: what the gates are made of. Blocks up to the tile's last own block."""
 
     probabilities: Tensor  # (K, G * n, m)
     mass: Tensor  # (K, n, NB)
@@ -41,34 +40,36 @@ class Importance(NamedTuple):
 
 
 def importance_of(
-    q: Tensor,
+    query: Tensor,
     k: Tensor,
     lse: Tensor,
     threshold: Tensor,
-    chunk: Chunk,
-    visible: Tensor,
+    tile: Tile,
+    batch: int,
     temperature: float,
-    ratio: int,
     block_size: int,
+    compress_size: int,
     scale: float,
 ) -> Importance:
-    """q (K, G * n, D), k (K, m, D), lse (K, G * n), threshold (K, n)."""
-    n = chunk.end - chunk.begin
-    num_kv, rows, _ = q.shape
+    """query (B, T, H, D), k (K, m, D) of the span, lse (B, T, H), threshold (B, T, K)."""
+    n, ratio, num_kv = tile.num_queries, block_size // compress_size, k.shape[0]
+    chunk, rows = tile.chunk, (batch, tile.rows)
+    q, row_lse = grouped_rows(query[rows], num_kv, k.dtype), grouped_numbers(lse, rows, num_kv, k.dtype)
+    limit = threshold[rows].to(k.dtype).T
+    group = query.shape[2] // num_kv
     device, dtype = q.device, q.dtype
     place = chunk.positions(device)
     own = place // block_size
     block = torch.arange(int(chunk.position + n - 1) // block_size + 1, device=device)
     past = (block + 1) * block_size <= place[:, None] + 1
     forced = (block == 0) | (block == own[:, None] - 1) | (block == own[:, None])
-    bias = hidden_bias(visible, rows // n, dtype)
-    probabilities = row_scores(q, k, bias, scale).sub_(finite(lse).unsqueeze(-1)).exp_()
-    mean = probabilities.view(num_kv, rows // n, n, probabilities.shape[-1]).mean(1)
+    probabilities = row_scores(q, k[:, : tile.high], tile.bias(group, dtype), scale).sub_(finite(row_lse).unsqueeze(-1)).exp_()
+    mean = probabilities.view(num_kv, group, n, tile.high).mean(1)
     mass = torch.nn.functional.pad(mean, (0, len(block) * ratio - mean.shape[-1])).unflatten(-1, (len(block), ratio)).sum(-1)
     uniform = ((place + 1) // (block_size // ratio)).to(dtype).div_(ratio).clamp_(min=1 / ratio)[:, None]
     floor = math.exp(Z_FLOOR) / uniform
     z = torch.maximum(mass, floor).mul_(uniform).log_()
-    return Importance(probabilities, mass, floor, (z - threshold.unsqueeze(-1)) / temperature, past, forced)
+    return Importance(probabilities, mass, floor, (z - limit.unsqueeze(-1)) / temperature, past, forced)
 
 
 def smallest_step(dtype: torch.dtype) -> float:
@@ -92,7 +93,7 @@ def select_forward(
     """indices, counts, bias, soft_counts, overflow; see `select_blocks`."""
     batch, num_queries, heads, _ = query.shape
     num_kv, device = key.shape[2], query.device
-    dtype = compute_dtype(query.dtype)
+    dtype = statistics_dtype(query.dtype)
     indices = torch.full((batch, num_queries, num_kv, max_blocks), -1, dtype=torch.int32, device=device)
     counts = torch.zeros((batch, num_queries, num_kv), dtype=torch.int32, device=device)
     bias = torch.zeros(indices.shape, dtype=dtype, device=device)
@@ -101,9 +102,9 @@ def select_forward(
     smallest = smallest_step(dtype)
     for span in spans:
         k = compressed_keys(key, span, compress_size, dtype)
-        for chunk in compressed_chunks(span, heads, compress_size):
-            rows = (span.batch, slice(chunk.begin, chunk.end))
-            found = _importance(query, k, lse, threshold, span, chunk, rows, temperature, block_size, compress_size, scale)
+        for tile in compressed_tiles(span, heads, compress_size, broken_rows(k), device):
+            begin, rows = tile.chunk.begin, (span.batch, tile.rows)
+            found = importance_of(query, k, lse, threshold, tile, span.batch, temperature, block_size, compress_size, scale)
             c = found.gap.clamp(0, 1)
             wanted = ((c > smallest) & found.past) | found.forced
             number = wanted.sum(-1)
@@ -117,8 +118,8 @@ def select_forward(
             slot = (wanted.cumsum(-1) - 1)[head, row, block]
             chosen = c[head, row, block]
             log_gate = torch.where(found.forced[row, block], 0, (chosen * chosen * (3 - 2 * chosen)).log())
-            indices[span.batch, chunk.begin + row, head, slot] = block.to(torch.int32)
-            bias[span.batch, chunk.begin + row, head, slot] = log_gate
+            indices[span.batch, begin + row, head, slot] = block.to(torch.int32)
+            bias[span.batch, begin + row, head, slot] = log_gate
             counts[rows] = number.T.to(torch.int32)
             soft = torch.where(found.forced, 1, found.gap.sigmoid() * found.past).sum(-1)
             soft_counts[rows] = soft.T
@@ -154,9 +155,9 @@ def select_backward(
     slots = torch.arange(indices.shape[-1], device=device)
     for span in spans:
         k = compressed_keys(key, span, compress_size, dtype)
-        for chunk in compressed_chunks(span, heads, compress_size):
-            rows = (span.batch, slice(chunk.begin, chunk.end))
-            found = _importance(query, k, lse, threshold, span, chunk, rows, temperature, block_size, compress_size, scale)
+        for tile in compressed_tiles(span, heads, compress_size, broken_rows(k), device):
+            rows = (span.batch, tile.rows)
+            found = importance_of(query, k, lse, threshold, tile, span.batch, temperature, block_size, compress_size, scale)
             n, num_blocks = found.past.shape
             # grad of log(gate): d log(c² (3 − 2c)) / dc = 6 (1 − c) / (c (3 − 2c)), for the kept blocks alone.
             listed = slots < counts[rows].unsqueeze(-1)
@@ -185,27 +186,6 @@ def select_backward(
             into = grad_key[span.batch, span.compressed : span.compressed + seen]
             into += torch.bmm(grad_scores.transpose(1, 2), grouped_rows(query[rows], num_kv, dtype)).transpose(0, 1)
     return (grad_threshold, grad_query, grad_key, grad_lse) if scores_too else (grad_threshold, None, None, None)
-
-
-def _importance(
-    query: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    threshold: Tensor,
-    span: Span,
-    chunk: Chunk,
-    rows: tuple[int, slice],
-    temperature: float,
-    block_size: int,
-    compress_size: int,
-    scale: float,
-) -> Importance:
-    num_kv = k.shape[0]
-    seen, visible = visible_compressed(chunk, span, compress_size, query.device)
-    q = grouped_rows(query[rows], num_kv, k.dtype)
-    chunk_lse = grouped_rows(lse[rows].unsqueeze(-1), num_kv, k.dtype).squeeze(-1)
-    limit = threshold[rows].to(k.dtype).T
-    return importance_of(q, k[:, :seen], chunk_lse, limit, chunk, visible, temperature, block_size // compress_size, block_size, scale)
 
 
 def _best(wanted: Tensor, found: Importance, over: Tensor, max_blocks: int) -> Tensor:

@@ -116,7 +116,7 @@ def _backward(
         grads = _triton_nsa.window_backward(query, key, value, lse, grad_out, window, scale, bounds)
     else:
         spans = spans_of(query, key.shape[1], 1, *bounds)
-        grads = window_backward(query, key, value, lse, grad_out, None, None, spans, window, scale)[:3]
+        grads = window_backward(query, key, value, lse, grad_out, None, spans, window, scale)[:3]
     grad_query, grad_key, grad_value = (grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
     return grad_query, grad_key, grad_value
 

@@ -359,8 +359,17 @@ def _attend(scores: Tensor, visible: Tensor, values: Tensor) -> tuple[Tensor, Te
     if scores.shape[-1] == 0:
         return scores.new_zeros((*scores.shape[:2], values.shape[-1])), scores.new_full(scores.shape[:2], -math.inf)
     lse = masked.logsumexp(-1)
-    out = torch.einsum("nhm,mhd->nhd", (masked - lse[..., None]).exp(), values)
+    out = _mixed((masked - lse[..., None]).exp(), values, visible)
     return torch.where(any_visible, out, 0.0), torch.where(any_visible[..., 0], lse, -math.inf)
+
+
+def _mixed(weights: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """Weights (n, H, m), 0 where not visible, times values (m, H, D): (n, H, D)."""
+    if values.isfinite().all():
+        return torch.einsum("nhm,mhd->nhd", weights, values)
+    # 0 times NaN is NaN: what a query does not see must not be in its product.
+    seen = visible.transpose(1, 2).unsqueeze(-1)
+    return torch.stack([torch.einsum("hm,mhd->hd", row, values.masked_fill(~own, 0)) for row, own in zip(weights, seen, strict=True)])
 
 
 def _gated(
@@ -386,5 +395,5 @@ def _gated_by_factor(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, se
     top = scores.detach().masked_fill(~visible, -math.inf).amax(-1, keepdim=True) if length else scores.new_zeros((*scores.shape[:2], 1))
     weight = torch.where(visible, factor * (scores - torch.where(top.isfinite(), top, 0.0)).masked_fill(~visible, 0.0).exp(), 0.0)
     total = weight.sum(-1, keepdim=True)
-    mixed = torch.einsum("nhm,mhd->nhd", weight, value.repeat_interleave(group, 1))
+    mixed = _mixed(weight, value.repeat_interleave(group, 1), visible)
     return torch.where(total > 0, mixed / torch.where(total > 0, total, 1.0), 0.0)
