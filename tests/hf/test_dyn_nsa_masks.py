@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from transformers import DataCollatorWithFlattening
+from transformers.masking_utils import create_causal_mask
 
 from tinyonn.errors import InputError
-from tinyonn.testing import assert_close_rms, left_padding, tiny_dyn_nsa_lm, token_ids
+from tinyonn.testing import assert_close_rms, left_padding, rms_error_ratio, tiny_causal_lm, tiny_dyn_nsa_lm, token_ids
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 ARCHS = ("llama", "qwen3", "mistral", "gpt_neox")
@@ -27,17 +32,91 @@ def test_padding_is_not_attended_to(arch):
     assert_close_rms(model(x, attention_mask=mask).logits[0, :80], model(x[:1, :80]).logits[0], 1e-5)
 
 
-def test_packed_sequences_are_separate():
-    model, x = tiny_dyn_nsa_lm(), token_ids(batch=1)
+def restarting(*lengths: int) -> Tensor:
+    """(1, sum of lengths), positions of sequences packed in one row."""
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("told", ["position_ids", "cu_seq_lens_q", "both"])
+def test_packed_sequences_are_separate(arch, told):
+    model, x = tiny_dyn_nsa_lm(arch), token_ids(batch=1)
     bounds = torch.tensor([0, 50, LENGTH], dtype=torch.int32)
-    positions = torch.cat([torch.arange(50), torch.arange(LENGTH - 50)])[None]
-    packed = model(x, position_ids=positions, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds).logits
-    assert_close_rms(packed, torch.cat([model(x[:, :50]).logits, model(x[:, 50:]).logits], 1), 1e-5)
-    with pytest.raises(InputError, match="packed sequences are told by cu_seq_lens_q"):
-        model(x, position_ids=positions, use_cache=False)
+    inputs: dict[str, Any] = {"position_ids": restarting(50, LENGTH - 50)}
+    if told != "position_ids":
+        inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "use_cache": told == "cu_seq_lens_q"}
+    else:
+        inputs |= {"use_cache": False}
+    expected = torch.cat([model(x[:, :50]).logits, model(x[:, 50:]).logits], 1)
+    assert_close_rms(model(x, **inputs).logits, expected, 1e-5)
+    assert rms_error_ratio(model(x, position_ids=torch.arange(LENGTH)[None]).logits, expected) > 1e-2
+
+
+@pytest.mark.parametrize("converted", [True, False], ids=["converted", "plain"])
+def test_rows_may_be_packed_each_in_its_own_way(converted):
+    x, tau = token_ids(), torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(0))
+    if converted:
+        model = tiny_dyn_nsa_lm()
+    else:
+        model = tiny_causal_lm("llama", num_hidden_layers=1)
+        model.config.dyn_nsa = {"compress_size": 16, "block_size": 16, "window": 20, "base": 0.3, "slope": 0.5}
+        model.set_attn_implementation("dyn_nsa")
+    positions = torch.cat([restarting(50, 1, 79), restarting(LENGTH)])
+    packed = model(x, position_ids=positions, use_cache=False, tau=tau).logits
+    for row, begin, end in ((0, 0, 50), (0, 50, 51), (0, 51, LENGTH), (1, 0, LENGTH)):
+        alone = model(x[row, begin:end][None], tau=tau[row, begin:end][None]).logits
+        assert_close_rms(packed[row, begin:end], alone[0], 1e-5)
+
+
+def test_no_mask_of_all_pairs_is_made_for_packed_sequences():
+    packed = {"position_ids": restarting(50, 30, 50), "attention_mask": None, "past_key_values": None}
+    model = tiny_dyn_nsa_lm()
+    mask = create_causal_mask(config=model.config, inputs_embeds=torch.zeros(1, LENGTH, 48), **packed)
+    assert mask.dtype == torch.int32
+    assert mask.flatten().tolist() == [0, 50, 80, LENGTH]
+
+
+def test_blocks_that_see_ahead_are_refused():
+    """As some models mask the tokens of one image, which is neither padding nor packing."""
+    model = tiny_dyn_nsa_lm(layers=1)
+    images = torch.full((1, 50), -1)
+    images[:, 10:20] = 3
+    mask = create_causal_mask(
+        config=model.config, inputs_embeds=torch.zeros(1, 50, 48), attention_mask=None, past_key_values=None, block_sequence_ids=images
+    )
+    with pytest.raises(InputError, match=r"attention_mask must be None or .* got a mask of shape \(1, 1, 50, 50\)"):
+        model(token_ids(50, 1), attention_mask=mask)
+
+
+def test_sequences_packed_beside_a_cache_are_refused():
+    """transformers then takes a row for one sequence, whatever its positions."""
+    model, x = tiny_dyn_nsa_lm(layers=1), token_ids(50, 1)
+    with pytest.raises(InputError, match=r"position_ids must not restart within a row beside a cache, got .*: pass use_cache=False"):
+        model(x, position_ids=restarting(20, 30))
+    cache = model(x, position_ids=restarting(50)).past_key_values
+    model(x[:, :2], position_ids=torch.tensor([[50, 51]]), past_key_values=cache)
+
+
+def test_packed_sequences_compile_with_their_bounds():
+    x, positions = token_ids(batch=1), restarting(50, LENGTH - 50)
+    bounds = torch.tensor([0, 50, LENGTH], dtype=torch.int32)
+    model = tiny_dyn_nsa_lm()
+    expected = torch.cat([model(x[:, :50]).logits, model(x[:, 50:]).logits], 1)
     torch._dynamo.reset()
-    with pytest.raises(RuntimeError, match="sequences must not be packed under"):
-        torch.compile(model, backend="aot_eager")(x, position_ids=positions, use_cache=False)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_close_rms(compiled(x, position_ids=positions, cu_seq_lens_q=bounds, use_cache=False).logits, expected, 1e-5)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=r"must be told by cu_seq_lens_q under torch\.compile"):
+        compiled(x, position_ids=positions, use_cache=False)
+
+
+@pytest.mark.parametrize("flash", [True, False], ids=["bounds", "positions"])
+def test_a_flattening_collator_packs_a_batch(flash):
+    model, rows = tiny_dyn_nsa_lm().train(), [token_ids(length, 1)[0] for length in (40, 70, 20)]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=flash)([{"input_ids": row, "labels": row} for row in rows])
+    got = model(**batch, use_cache=False)
+    alone = [model(input_ids=row[None], use_cache=False).logits for row in rows]
+    assert_close_rms(got.logits, torch.cat(alone, 1), 1e-5)
 
 
 def test_masks_that_are_not_padding_are_refused():

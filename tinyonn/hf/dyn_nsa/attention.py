@@ -20,14 +20,14 @@ from ...nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN, common_dtype
 from ...ops import dyn_nsa
 from ..interfaces import register_attention
 from .decoding import compressed_so_far
-from .masks import dyn_nsa_mask, within_bounds
+from .masks import bounds_of, dyn_nsa_mask, within_bounds
 from .options import as_tau, checked_options, checked_tau
 from .parts import DYN_NSA, core_of
 
 # What a model may hand to its attention function that has no bearing on the result here.
 _WITHOUT_EFFECT = {
     "cache_position", "cu_seq_lens_k", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states", "position_embeddings",
-    "position_ids", "return_dict", "shift_labels", "use_cache",
+    "position_ids", "return_dict", "seq_idx", "shift_labels", "use_cache",
 }  # fmt: skip
 
 
@@ -59,9 +59,9 @@ def dyn_nsa_attention(
     Args:
         module: the attention module.
         query: (B, H, T, D). key, value: (B, K, Tk, D).
-        attention_mask: of `dyn_nsa_mask`.
+        attention_mask: of `dyn_nsa_mask`, which knows padding, and sequences packed in rows by their `position_ids`.
         tau: (), (B,), (B, T) or (B, T, K) in [0, 1], handed through by `model(..., tau=...)`; None for that of the layer's options.
-        cu_seq_lens_q: (sequences + 1,) int32, sequences packed in one row.
+        cu_seq_lens_q: (sequences + 1,) int32, sequences packed in one row; None for those that the mask tells.
 
     Returns:
         out (B, T, H, D), and None for the weights.
@@ -83,28 +83,21 @@ def dyn_nsa_attention(
         raise InputError(f"attention must be causal for attn_implementation='dyn_nsa', got {name}.")
     tau = checked_tau(tau, query.shape[0], query.shape[2], key.shape[1])
     core = core_of(module)
-    bounds: dict[str, Tensor | None] = {}
-    rows = None
-    if cu_seq_lens_q is not None:
-        if attention_mask is not None and attention_mask.dtype == torch.int32:
-            raise InputError("attention_mask must be None beside cu_seq_lens_q for attn_implementation='dyn_nsa', got one of padding.")
-        bounds["cu_seqlens"] = cu_seq_lens_q.int()
-    elif attention_mask is not None:
-        own = [(query.shape[0], 1, 1, 2), (query.shape[0], 1, 1, 3)]
-        if attention_mask.dtype != torch.int32 or tuple(attention_mask.shape) not in own:
-            raise InputError(
-                "attention_mask must be None or (batch, tokens) of padding for attn_implementation='dyn_nsa'; packed sequences are told by "
-                f"cu_seq_lens_q, got a mask of shape {tuple(attention_mask.shape)}."
-            )
-        rows = attention_mask[:, 0, 0]
+    rows, sequences = bounds_of(attention_mask, query.shape[0], cu_seq_lens_q)
+    bounds: dict[str, Tensor | None] = {"cu_seqlens": sequences}
     compressed: tuple[Tensor | None, Tensor | None] = (None, None)
-    if core is not None:
+    if core is not None and sequences is None:
         compressed = compressed_so_far(core, key, value, query.shape[2], rows)
     if rows is not None:
         key, value, bounds["key_start"], bounds["key_end"] = within_bounds(key, value, rows)
     query, key, value = (x.transpose(1, 2) for x in common_dtype(query, key, value))
+    batch, tokens = query.shape[:2]
+    if sequences is not None and cu_seq_lens_q is None:  # bounds of all rows laid end to end
+        query, key, value = (x.flatten(0, 1)[None] for x in (query, key, value))
+        tau = None if tau is None else as_tau(tau, query.device, (batch, tokens, key.shape[2])).flatten(0, 1)[None]
     if core is None:
-        return _without_parts(module, query, key, value, tau, scaling, bounds), None
+        out = _without_parts(module, query, key, value, tau, scaling, bounds)
+        return out.reshape(batch, tokens, *out.shape[2:]), None
     gates = core.gates(query)
     # The previous token's uncertainty comes in as `tau`, so it is recomputed with the same one: see `hooks`.
     tau = core.tau_of(tau, query, decoding=False)
@@ -113,7 +106,7 @@ def dyn_nsa_attention(
     if core.collecting:
         core.record(result, gates)
         core.collected = loss if core.training else None
-    return result.out, None
+    return result.out.reshape(batch, tokens, *result.out.shape[2:]), None
 
 
 def _without_parts(

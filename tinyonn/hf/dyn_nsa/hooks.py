@@ -86,6 +86,7 @@ def own_layers(model: PreTrainedModel, layers: dict[str, list[int]]) -> dict[str
 def _before(model: nn.Module, found: list[DynNSACore], given: dict[str, Any]) -> Tensor | None:
     """Readies the cores to collect; tells the tau of outputs from outside, so that recomputation in backward sees the same."""
     if not torch.compiler.is_compiling():
+        _check_packing(model, given)
         recall(model, given)
     first = found[0]
     for core in found:
@@ -100,6 +101,22 @@ def _before(model: nn.Module, found: list[DynNSACore], given: dict[str, Any]) ->
         elif (previous := first.previous_tau) is not None and len(previous) == len(tokens):  # rows are taken to be where they were
             tau = torch.where(torch.as_tensor(past.get_seq_length(), device=tau.device) > 0, previous, tau)
     return tau
+
+
+def _check_packing(model: nn.Module, given: dict[str, Any]) -> None:
+    """transformers looks for packed sequences only where there is no cache, and would let them see each other."""
+    positions, use_cache = given.get("position_ids"), given.get("use_cache")
+    if (
+        positions is None
+        or positions.dim() != 2
+        or any(given.get(n) is not None for n in ("attention_mask", "past_key_values", "cu_seq_lens_q"))
+    ):
+        return
+    if (getattr(model.config, "use_cache", False) if use_cache is None else use_cache) and bool((positions[:, 1:] == 0).any()):
+        raise InputError(
+            "position_ids must not restart within a row beside a cache, got sequences packed in one row: pass use_cache=False, or "
+            "cu_seq_lens_q."
+        )
 
 
 def _after(model: nn.Module, found: list[DynNSACore], given: dict[str, Any], output: Any) -> Any:

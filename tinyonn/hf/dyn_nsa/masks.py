@@ -1,4 +1,4 @@
-"""Where each row of keys begins and ends: the masks of DynNSA, and the use of them."""
+"""Where each row of keys begins and ends, and each sequence packed in it: the masks of DynNSA, and the use of them."""
 
 from __future__ import annotations
 
@@ -32,20 +32,23 @@ def dyn_nsa_mask(
 
     Returns:
         None for rows without padding whose last key is the last query's. (B, 1, 1, 2) int32, first key and one past the last; with a
-        third number, one past the last query's position, where the keys are a buffer that is longer. A bool mask, as for SDPA, for
-        layers with a sliding window, and for what cannot be said with such bounds.
+        third number, one past the last query's position, where the keys are a buffer that is longer. (1, 1, sequences + 1, 1) int32, at
+        least 3, where sequences packed in the rows begin and end, the rows laid end to end. (B, 1, 1, 1) int32 while compiling, 0 if no
+        row is packed. A bool mask, as for SDPA, for layers with a sliding window, and for what cannot be said with such bounds.
 
     Raises:
         InputError: padding between tokens.
     """
     compiling = torch.compiler.is_compiling()
     plain = mask_function is causal_mask_function
-    if not plain and local_size is None and not use_vmap and kv_offset == 0 and compiling:
-        # While compiling, transformers never says whether sequences are packed, but masks as if they were; checked when it runs.
-        row, place = torch.arange(batch_size, device=device)[:, None], torch.arange(1, q_length, device=device)[None]
-        seen = mask_function(row, torch.zeros_like(row), place, place - 1)
-        torch._assert_async(torch.as_tensor(seen).all(), "sequences must not be packed under torch.compile with dyn_nsa")
-        plain = True
+    if not plain and local_size is None and not use_vmap and attention_mask is None and q_length == kv_length:
+        # Without a cache: what transformers makes of position_ids that restart, and while compiling, of any.
+        begins, whole = _beginnings(mask_function, batch_size, q_length, device)
+        several = begins[:, 1:].any()
+        if compiling:
+            return (several | ~whole).int().expand(batch_size, 1, 1, 1)
+        if whole:
+            return torch.nn.functional.pad(begins.flatten(), (0, 1), value=True).nonzero().int()[None, None] if several else None
     if not plain or local_size is not None or kv_offset != 0:
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, use_vmap=use_vmap,
@@ -75,6 +78,60 @@ def dyn_nsa_mask(
     if is_buffer:
         bounds.append(torch.zeros_like(start) + query_end)
     return torch.stack([bound.int() for bound in bounds], -1)[:, None, None]
+
+
+def _beginnings(mask_function: Callable[..., Any], batch: int, length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Tokens that begin a sequence, (B, T) bool, and whether the mask is that of sequences one after the other, each causal, 0-d bool.
+
+    A token that may not see the one before it begins a sequence. Of each query, both ends of what it may then see are checked; that masks
+    of transformers have no holes between them is taken for granted.
+    """
+    row, place = torch.arange(batch, device=device)[:, None], torch.arange(length, device=device)[None]
+
+    def seen(query: Tensor, key: Tensor) -> Tensor:
+        """(B, T), whether queries may see keys; those outside the row are moved into it."""
+        found = mask_function(row, torch.zeros_like(row), query, key.clamp(0, length - 1))
+        return torch.as_tensor(found, device=device).expand(batch, length)
+
+    begins = ~seen(place, place - 1) | (place == 0)
+    first = torch.where(begins, place, 0).cummax(-1).values
+    inside = seen(place, place) & seen(place, first)
+    outside = (seen(place, first - 1) & (first > 0)) | (seen(place, place + 1) & (place < length - 1))
+    return begins, (inside & ~outside).all()
+
+
+def bounds_of(mask: Tensor | None, batch: int, cu_seq_lens_q: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What a mask of `dyn_nsa_mask` says: (B, 2 or 3) int32, bounds of padded rows; or (sequences + 1,) int32, bounds of packed sequences.
+
+    Args:
+        cu_seq_lens_q: the caller's bounds of packed sequences, which go before those of the mask.
+
+    Raises:
+        InputError: another mask, or padding beside packed sequences.
+    """
+    if cu_seq_lens_q is not None:
+        if mask is not None and mask.dtype == torch.int32 and mask.shape[-1] > 1:
+            raise InputError("attention_mask must be None beside cu_seq_lens_q for attn_implementation='dyn_nsa', got one of padding.")
+        return None, cu_seq_lens_q.int()
+    if mask is None:
+        return None, None
+    if mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[1] == 1:
+        kind = (mask.shape[0], mask.shape[2], mask.shape[3])
+        if kind in ((batch, 1, 2), (batch, 1, 3)):
+            return mask[:, 0, 0], None
+        if kind == (1, mask.shape[2], 1) and mask.shape[2] > 2:
+            return None, mask.flatten()
+        if kind == (batch, 1, 1):
+            torch._assert_async(
+                (mask == 0).all(),
+                "sequences packed in a row must be told by cu_seq_lens_q under torch.compile with dyn_nsa, got position_ids that restart "
+                "or another mask; DataCollatorWithFlattening(return_flash_attn_kwargs=True) gives cu_seq_lens_q.",
+            )
+            return None, None
+    raise InputError(
+        "attention_mask must be None or (batch, tokens) of padding for attn_implementation='dyn_nsa', and sequences packed in a row be "
+        f"told by position_ids that restart, or by cu_seq_lens_q; got a mask of shape {tuple(mask.shape)}."
+    )
 
 
 def within_bounds(key: Tensor, value: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
