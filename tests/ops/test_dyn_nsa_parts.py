@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -99,3 +100,50 @@ def test_each_part_has_exact_gradients(part, impl, queries):
             reached += 1
             assert_close_rms(ours, theirs, 1e-11, f"gradient of {name}")
     assert reached >= 3
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_detached_scores_cost_no_gradient_of_theirs(impl, monkeypatch):
+    module = sys.modules["tinyonn.ops.select_blocks"]
+    original, made = module.select_backward, []
+
+    def spy(*args: Any) -> Any:
+        made.append(original(*args))
+        return made[-1]
+
+    monkeypatch.setattr(module, "select_backward", spy)
+    tensors = dyn_nsa_case(330)
+    q, kc = tensors["query"].requires_grad_(), tensors["key_compressed"].requires_grad_()
+    lse = ops.compressed_attention(q, kc, tensors["value_compressed"], compress_size=32)[1].detach()
+    threshold = (torch.randn(1, 330, 2, dtype=torch.float64) * 0.3).requires_grad_()
+    grads = []
+    for detach in (False, True):
+        selection = ops.select_blocks(q, kc, lse, threshold, compress_size=32, temperature=1.5, detach_scores=detach, impl=impl)
+        leaves = [threshold, q, kc]
+        grads.append(torch.autograd.grad(selection.bias.sum() + selection.soft_counts.sum(), leaves, allow_unused=detach))
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert grads[1][0].abs().max() > 0
+    assert [grad is None for grad in grads[1]] == [False, True, True]
+    assert [[grad is None for grad in run] for run in made] == [[False] * 4, [False, True, True, True]]
+
+
+@pytest.mark.parametrize("leaves", [("query", "key_compressed", "lse", "threshold"), ("threshold",)], ids=["scores", "threshold alone"])
+def test_the_selection_is_an_op_of_torch(leaves):
+    tensors = dyn_nsa_case(330)
+    lse = ops.compressed_attention(tensors["query"], tensors["key_compressed"], tensors["value_compressed"], compress_size=32)[1]
+    tensors |= {"lse": lse, "threshold": torch.full((1, 330, 2), -1.0, dtype=torch.float64)}
+    inputs = [tensors[name].detach().requires_grad_(name in leaves) for name in ("query", "key_compressed", "lse", "threshold")]
+    options = (1.5, 64, 32, 4, 330, 0.25, None, None, None, "torch")
+    # Its fourth check, of compilation, cannot add up outputs that begin with integers: that is done below.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.tinyonn.select_blocks.default, (*inputs, *options), test_utils=checks)
+
+    def loss(*inputs: Tensor) -> Tensor:
+        _, _, bias, soft_counts, _ = torch.ops.tinyonn.select_blocks(*inputs, *options)
+        return bias.square().sum() + soft_counts.sum()
+
+    wanted = [x for x in inputs if x.requires_grad]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(*(torch.autograd.grad(call(*inputs), wanted) for call in (compiled, loss)), strict=True):
+        assert theirs.abs().max() > 0
+        assert torch.equal(ours, theirs)

@@ -155,8 +155,9 @@ def select_backward(
     num_keys: int,
     scale: float,
     bounds: Bounds,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, lse and threshold."""
+    scores_too: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of threshold and, with `scores_too`, of query, key and lse."""
     from tinyonn_kernels._nsa import geometry_of
     from tinyonn_kernels.select_blocks_dk import select_blocks_dk
     from tinyonn_kernels.select_blocks_dq import select_blocks_dq
@@ -165,10 +166,13 @@ def select_backward(
     sizes = (geometry, num_keys, temperature, block_size, compress_size, scale)
     inputs = (query, key, lse.contiguous(), threshold, indices, counts, grad_bias.float().contiguous(), grad_soft.float().contiguous())
     grad_threshold = torch.empty(threshold.shape, dtype=torch.float32, device=query.device)
+    if not scores_too:
+        select_blocks_dq(*inputs, grad_threshold, None, None, *sizes)
+        return grad_threshold, None, None, None
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grad_lse = _statistics(query)
     select_blocks_dq(*inputs, grad_threshold, grad_query, grad_lse, *sizes)
-    return grad_query, select_blocks_dk(*inputs, *sizes), grad_lse, grad_threshold
+    return grad_threshold, grad_query, select_blocks_dk(*inputs, *sizes), grad_lse
 
 
 def empty_lists(query: Tensor, num_kv: int, max_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -134,7 +134,6 @@ def _backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -166,7 +165,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Te
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, *ctx.options, cu_seqlens, key_start, key_end, ctx.impl = inputs
-    ctx.save_for_backward(query, key, value, *output[:2], cu_seqlens, key_start, key_end)
+    ctx.save_for_backward(query, key, value, output[1], cu_seqlens, key_start, key_end)
     ctx.mark_non_differentiable(output[2])
 
 

@@ -194,51 +194,38 @@ def _backward(
     temperature: float,
     block_size: int,
     compress_size: int,
-    max_blocks: int,
     num_keys: int,
     scale: float,
     cu_seqlens: Tensor | None,
     key_start: Tensor | None,
     key_end: Tensor | None,
+    scores_too: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
+    """Gradients of threshold and, with `scores_too`, of query, key and lse."""
     bounds = Bounds(cu_seqlens, key_start, key_end)
-    inputs = (query, key, lse, threshold)
+    tensors = (query, key, lse, threshold, indices, counts, grad_bias, grad_soft)
     if choose_nsa_impl(impl, query) == "triton":
         from . import _triton_nsa
 
-        tensors = (query, key, lse, threshold, indices, counts, grad_bias, grad_soft)
-        grads = list(_triton_nsa.select_backward(*tensors, temperature, block_size, compress_size, num_keys, scale, bounds))
+        grads = _triton_nsa.select_backward(*tensors, temperature, block_size, compress_size, num_keys, scale, bounds, scores_too)
     else:
         spans = spans_of(query, num_keys, compress_size, *bounds)
-        grad_threshold, *others = select_backward(
-            query,
-            key,
-            lse,
-            threshold,
-            indices,
-            counts,
-            grad_bias,
-            grad_soft,
-            spans,
-            temperature,
-            block_size,
-            compress_size,
-            scale,
-            True,
-        )
-        grads = [grad for grad in (*others, grad_threshold) if grad is not None]
-    grad_query, grad_key, grad_lse, grad_threshold = (grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
-    return grad_query, grad_key, grad_lse, grad_threshold
+        grads = select_backward(*tensors, spans, temperature, block_size, compress_size, scale, scores_too)
+    return [grad.to(x.dtype) for grad, x in zip(grads, (threshold, query, key, lse), strict=True) if grad is not None]
 
 
 @_backward.register_fake
-def _(query: Tensor, key: Tensor, lse: Tensor, threshold: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), lse.new_empty(lse.shape), threshold.new_empty(threshold.shape)
+def _(query: Tensor, key: Tensor, lse: Tensor, threshold: Tensor, *rest: Any) -> list[Tensor]:
+    *_, scores_too, _ = rest
+    return [x.new_empty(x.shape) for x in ((threshold, query, key, lse) if scores_too else (threshold,))]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, lse, threshold, *ctx.options, cu_seqlens, key_start, key_end, ctx.impl = inputs
+    query, key, lse, threshold, temperature, block_size, compress_size, _, num_keys, scale, cu_seqlens, key_start, key_end, ctx.impl = (
+        inputs
+    )
+    ctx.options = (temperature, block_size, compress_size, num_keys, scale)
     indices, counts, _, _, overflow = output
     ctx.save_for_backward(query, key, lse, threshold, indices, counts, cu_seqlens, key_start, key_end)
     ctx.mark_non_differentiable(indices, counts, overflow)
@@ -247,8 +234,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, _: Tensor, __: Tensor, grad_bias: Tensor, grad_soft: Tensor, ___: Tensor) -> tuple[Tensor | None, ...]:
     refuse_tangents("select_blocks", grad_bias, grad_soft)
     *saved, cu_seqlens, key_start, key_end = ctx.saved_tensors
-    grads = _backward(*saved, grad_bias, grad_soft, *ctx.options, cu_seqlens, key_start, key_end, ctx.impl)
-    return *grads, *([None] * 10)
+    scores_too = any(ctx.needs_input_grad[:3])
+    grad_threshold, *others = _backward(
+        *saved, grad_bias, grad_soft, *ctx.options, cu_seqlens, key_start, key_end, scores_too, ctx.impl
+    )  # fmt: skip
+    return *(others or [None] * 3), grad_threshold, *([None] * 10)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
