@@ -53,6 +53,24 @@ def test_a_checkpointed_layer_has_the_same_gradients(forwards, options, runs):
             assert torch.equal(a, b)
 
 
+def test_a_checkpointed_layer_compiles_whole():
+    module, x = layer(), torch.randn(1, 80, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    leaves = [x, *module.parameters()]
+
+    def step(x):
+        result = checkpoint(module, x, use_reentrant=False)
+        return result.out.square().sum() + result.budget_loss
+
+    grads, statistics = [], []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        module.core.reset_statistics()
+        grads.append(torch.autograd.grad(call(x), leaves))
+        statistics.append(module.core.statistics())
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    assert statistics[1] == pytest.approx(statistics[0])
+
+
 def test_selection_by_itself_is_kept_too():
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 96, heads, 16, generator=generator, requires_grad=True) for heads in (4, 2))

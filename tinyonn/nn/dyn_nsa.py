@@ -327,10 +327,10 @@ class DynNSACore(nn.Module):
         size = gates.abs().float() * real.repeat_interleave(self.num_heads // self.num_kv_heads, -1)[..., None]
         shares = size.sum((0, 1, 2)) / size.sum().clamp(min=1e-20)
         means = [result.counts.sum() / total, result.overflow, (result.tau * real).sum() / total]
-        # A call of padding alone is none.
+        # A call of padding alone is none. In place, and no attribute set: within a checkpointed region that compiles whole.
         there = real.any()
-        self.sums += there * torch.cat([torch.stack([mean.to(self.sums.dtype) for mean in means]), shares.to(self.sums.dtype)])
-        self.calls += there
+        self.sums.add_(there * torch.cat([torch.stack([mean.to(self.sums.dtype) for mean in means]), shares.to(self.sums.dtype)]))
+        self.calls.add_(there)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
