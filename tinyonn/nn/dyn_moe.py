@@ -16,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops import Routing, expert_mlp, scatter_surprise, select_by_budget, sparse_diversity_loss, surprise_min_loss, threshold_route
 from ..ops.expert_mlp import Activation, SurpriseKind
-from ..ops.threshold_route import Combine, Form
+from ..ops.threshold_route import Combine as SharedCombine
+from ..ops.threshold_route import Form
 from .surprise_capture import probe_for
 
+Combine = SharedCombine | Literal["unit"]
 GatingLoss = Literal["surprise", "sdl", "both"]
 RoutingKind = Literal["threshold", "budget"]
 
@@ -33,7 +35,9 @@ class ThresholdRouter(nn.Module):
         num_experts: E.
         target_k: experts of a token to start with, between min_experts and max_experts.
         num_live: experts in use, the first ones; None for all. `expert_mask` says which are, and is saved.
-        form, scale, min_experts, max_experts, combine: see `ops.threshold_route`.
+        form, scale, min_experts, max_experts: see `ops.threshold_route`.
+        combine: the kinds of `ops.threshold_route`, or "unit": weight 1 for each active expert, with the gradient of "uniform"
+            (straight-through). Experts that are pieces of one MLP add up to it.
     """
 
     expert_mask: Tensor
@@ -116,10 +120,14 @@ class ThresholdRouter(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Routing:
         """(N, F) -> Routing of N tokens."""
-        return threshold_route(
+        routing = threshold_route(
             hidden_states, self.prototypes, self.thresholds, form=self.form, scale=self.scale, min_experts=self.min_experts,
-            max_experts=self.max_experts, combine=self.combine, expert_mask=self.expert_mask,
+            max_experts=self.max_experts, combine="uniform" if self.combine == "unit" else self.combine, expert_mask=self.expert_mask,
         )  # fmt: skip
+        if self.combine != "unit":
+            return routing
+        # Equal shares are 1 / count: this takes the division back, in the gradient too.
+        return routing._replace(top_k_weights=routing.top_k_weights * routing.count.unsqueeze(-1))
 
     def extra_repr(self) -> str:
         experts, features = self.prototypes.shape
@@ -164,6 +172,8 @@ class DynMoE(nn.Module):
         gating_loss: "surprise", "sdl" or "both".
         surprise_kind, activation, gated: see `ops.expert_mlp`.
         bias: of the experts.
+        output_bias: one more bias, (F,), which every token is given once, whatever its experts.
+        dropout: of the output, in training.
         checkpoint: recompute the experts in backward.
         others: see `ThresholdRouter`.
     """
@@ -186,6 +196,8 @@ class DynMoE(nn.Module):
         activation: Activation = "silu",
         gated: bool = True,
         bias: bool = False,
+        output_bias: bool = False,
+        dropout: float = 0.0,
         checkpoint: bool = False,
         form: Form = "sigmoid_cosine",
         scale: float = 1.0,
@@ -216,6 +228,8 @@ class DynMoE(nn.Module):
         self.gate_up_proj, self.down_proj = parameter(width, hidden_size), parameter(hidden_size, intermediate_size)
         self.gate_up_bias = parameter(width) if bias else None
         self.down_bias = parameter(hidden_size) if bias else None
+        self.output_bias = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)) if output_bias else None
+        self.dropout = nn.Dropout(dropout)
         self.register_buffer("expert_counts", torch.zeros(max_num_experts, device=device, dtype=torch.int64), persistent=False)
         self.register_buffer("tokens_seen", torch.zeros((), device=device, dtype=torch.int64), persistent=False)
         self.visits: list[Visit] | None = None
@@ -230,6 +244,8 @@ class DynMoE(nn.Module):
                 weight.uniform_(-bound, bound)
                 if bias is not None:
                     bias.uniform_(-bound, bound)
+            if self.output_bias is not None:
+                self.output_bias.zero_()
         self.reset_statistics()
 
     def reset_statistics(self) -> None:
@@ -285,7 +301,9 @@ class DynMoE(nn.Module):
             assert isinstance(out, Tensor)
         else:
             out = self.execute(tokens, routing, probe)
-        return out.view(hidden_states.shape)
+        if self.output_bias is not None:
+            out = out + self.output_bias.to(out.dtype)
+        return self.dropout(out).view(hidden_states.shape)
 
     @torch.no_grad()
     def _record(self, routing: Routing) -> None:

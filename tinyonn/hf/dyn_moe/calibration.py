@@ -1,0 +1,180 @@
+"""Routers of a converted model from a sample of text.
+
+N tokens, F features, E experts
+
+What an expert gives a token, ‖o‖, is known in a sample by running all of them. Prototypes are the directions that tell it best (ridge
+regression on the directions of the tokens), and thresholds let each expert have as many tokens as it has among the k largest of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ...errors import InputError
+from ...nn import DynMoE, ThresholdRouter
+from ...ops._torch_experts import Layout, activate
+from .options import DynMoEOptions
+from .saving import DynMoEConversion
+
+OPEN = -2.0  # a threshold that every cosine passes
+RIDGE = 0.3  # of the mean variance of a feature: a sample has few tokens beside features
+
+
+def mixtures(model: nn.Module) -> dict[str, DynMoE]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, DynMoE)}
+
+
+def expert_statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dict[str, Any]]:
+    """Running statistics of each mixture by name; see `DynMoE.statistics`.
+
+    Args:
+        reset: begin anew.
+    """
+    found = {}
+    for name, module in mixtures(model).items():
+        found[name] = module.statistics()
+        if reset:
+            module.reset_statistics()
+    return found
+
+
+@torch.no_grad()
+def calibrate_experts(
+    model: PreTrainedModel,
+    sample: Tensor,
+    target_k: float,
+    *,
+    min_experts: int = 1,
+    max_experts: int | None = None,
+    shift: bool = False,
+) -> dict[str, float]:
+    """Sets the thresholds of a converted model so that a token goes to `target_k` experts of a layer on average.
+
+    One forward over the sample; a layer is set when it is reached, so it sees what the layers before it, set already, give.
+
+    Args:
+        model: of `convert_mlp_to_dynmoe`.
+        sample: (B, T) token ids without padding, run at once: a few thousand are enough.
+        target_k: between min_experts and max_experts.
+        min_experts, max_experts: of a token; None for all. Equal to each other and to target_k, they make a plain top-k.
+        shift: all thresholds of a layer move together, and keep what training taught them. Otherwise each is set anew, for as many tokens
+            as the expert has among the `target_k` largest contributions of each.
+
+    Returns:
+        Mean number of experts reached on the sample, by layer.
+
+    Raises:
+        InputError: the model was not converted. ValueError: a target or bound out of range; a sample of another shape.
+    """
+    conversion = getattr(model.config, "quantization_config", None)
+    if not isinstance(conversion, DynMoEConversion):
+        raise InputError(f"model must be converted by convert_mlp_to_dynmoe, got {type(model).__name__} that was not.")
+    options = DynMoEOptions(**conversion.options)
+    bounds: dict[str, Any] = {
+        "target_k": target_k,
+        "min_experts": min_experts,
+        "max_experts": options.num_experts if max_experts is None else max_experts,
+    }
+    replace(options, **bounds)  # checked before a layer is touched
+    check_sample(sample)
+    reached = {}
+
+    def set_layer(name: str, module: Any, x: Tensor) -> None:
+        for key, value in bounds.items():
+            setattr(module.router, key, value)
+        if not shift:
+            fit_thresholds(module.router, x, contributions(module, x))
+        reached[name] = shift_thresholds(module.router, x)
+
+    run_sample(model, sample, dict(mixtures(model)), set_layer)
+    conversion.options |= bounds
+    for module in mixtures(model).values():
+        module.reset_statistics()
+    return reached
+
+
+def check_sample(sample: Tensor) -> None:
+    if not isinstance(sample, Tensor) or sample.dim() != 2 or sample.is_floating_point() or sample.numel() < 2:
+        found = f"{sample.dtype} {tuple(sample.shape)}" if isinstance(sample, Tensor) else type(sample).__name__
+        raise ValueError(f"sample must be token ids of shape (B, T), two at least, got {found}.")
+
+
+def run_sample(model: PreTrainedModel, sample: Tensor, layers: dict[str, nn.Module], act: Callable[[str, nn.Module, Tensor], None]) -> None:
+    """Runs the model, without its head, in eval mode; `act` is given each layer and its input, (N, F), before the layer runs."""
+    modes = {module: module.training for module in model.modules()}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+
+            def before(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                act(name, module, args[0].reshape(-1, args[0].shape[-1]))
+
+            stack.callback(layer.register_forward_pre_hook(before).remove)
+        try:
+            model.eval()
+            model.base_model(sample.to(model.device), use_cache=False)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def contributions(module: DynMoE, hidden_states: Tensor) -> Tensor:
+    """(N, F) -> (N, E) float32: the norm of what each expert gives each token, were all to run."""
+    layout = Layout(module.activation, module.gated, False, False)
+    x = hidden_states.to(module.down_proj.dtype)
+    found = []
+    for up, up_bias, down in _experts(module):
+        found.append((activate(functional.linear(x, up, up_bias), layout) @ down.T).float().norm(dim=-1))
+    return torch.stack(found, 1)
+
+
+def _experts(module: DynMoE) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    for expert, (up, down) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
+        yield up, None if module.gate_up_bias is None else module.gate_up_bias[expert], down
+
+
+def fit_prototypes(router: ThresholdRouter, hidden_states: Tensor, given: Tensor) -> None:
+    """Prototypes from which the cosine tells best what each expert gives: (N, F), and `given` (N, E) of `contributions`."""
+    x = functional.normalize(hidden_states.double(), dim=-1)
+    x, y = x - x.mean(0), given.double() - given.double().mean(0)
+    gram = x.T @ x
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    router.prototypes.copy_(functional.normalize(torch.linalg.solve(gram, x.T @ y).T, dim=-1))
+
+
+def fit_thresholds(router: ThresholdRouter, hidden_states: Tensor, given: Tensor) -> None:
+    """Thresholds at which an expert has the share of tokens that it has among the k largest contributions of each."""
+    k = max(1, round(router.target_k))
+    chosen = torch.zeros_like(given).scatter_(1, given.topk(k, dim=1).indices, 1.0)
+    number = chosen.sum(0).long().clamp(min=1)
+    cosine = cosines(router, hidden_states).sort(0, descending=True).values
+    floor = cosine.new_full((1, cosine.shape[1]), OPEN)
+    lowest = torch.cat([cosine, floor]).gather(0, torch.stack([number - 1, number]))
+    router.thresholds.copy_(torch.where(lowest[1] == OPEN, OPEN, lowest.mean(0)))
+
+
+def shift_thresholds(router: ThresholdRouter, hidden_states: Tensor) -> float:
+    """Moves all thresholds together to `target_k` experts a token on average; gives the mean reached."""
+    margin = cosines(router, hidden_states) - router.thresholds.float()
+
+    def mean(limit: float) -> float:
+        return (margin > limit).sum(-1).clamp(router.min_experts, router.max_experts).float().mean().item()
+
+    low, high = -4.0, 4.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(middle) > router.target_k else (low, middle)
+    router.thresholds.add_(high)
+    return mean(high)
+
+
+def cosines(router: ThresholdRouter, hidden_states: Tensor) -> Tensor:
+    """(N, E) float32."""
+    return functional.normalize(hidden_states.float(), dim=-1) @ functional.normalize(router.prototypes.float(), dim=-1).T

@@ -1,0 +1,154 @@
+"""Conversion of a trained model's dense MLPs to mixtures of their own neurons."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ...errors import InputError
+from ...nn import DynMoE
+from ...nn.dyn_moe import GatingLoss
+from ...ops.expert_mlp import SurpriseKind
+from .calibration import OPEN, check_sample, contributions, fit_prototypes, mixtures, run_sample
+from .mlps import WANTED, DenseMLP, dense_mlps
+from .options import DynMoEOptions, LayerSizes, build
+from .partition import coactive_neurons, neurons_in_order
+from .saving import DynMoEConversion
+
+# Error of a layer on random input, over the size of its output, beyond which it is another function than its weights say.
+_LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+
+
+@torch.no_grad()
+def convert_mlp_to_dynmoe(
+    model: PreTrainedModel,
+    *,
+    num_experts: int,
+    sample: Tensor | None = None,
+    scale: float = 1.0,
+    gating_loss: GatingLoss = "surprise",
+    surprise_kind: SurpriseKind = "down_proj",
+    checkpoint: bool = False,
+) -> PreTrainedModel:
+    """Splits the neurons of each dense MLP into equal experts, in place; its outputs stay the same.
+
+    It starts with all experts active, thresholds standing at -2 where a cosine never is, and with combine="unit", so that a token's
+    experts add up to the MLP. `calibrate_experts` makes it sparse. Each MLP is replaced by a `nn.DynMoE`; experts ask for gradients
+    where the MLP's weights did, routers always.
+
+    With a sample, neurons that are active together go into one expert, and an expert's prototype is the direction that tells best how
+    much it gives a token. Without one, neurons go into experts in order, and the prototype is the mean direction of what they read: gate
+    rows, or c_fc. That is a start for training, not a router to calibrate at once.
+
+    The model saves with `save_pretrained`, and loads with `from_pretrained` once this module is imported. While it runs, the converted
+    weights lie in memory twice.
+
+    Args:
+        model: with MLPs of gate_proj, up_proj, down_proj, as in Llama and Qwen3, or of c_fc, c_proj, as in GPT-2.
+        num_experts: E, of each layer; divides the intermediate size.
+        sample: (B, T) token ids without padding, run at once: a few thousand are enough. None for none.
+        scale: of the routers' sigmoids, at most 10.
+        gating_loss, surprise_kind, checkpoint: see `nn.DynMoE`.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: converted, quantised or a mixture already; without weights (on the meta device); MLPs that are not among those above,
+            have another activation, or an intermediate size that num_experts does not divide. Nothing was changed then.
+        TypeError, ValueError: no model of transformers; a bad option.
+    """
+    if not isinstance(model, PreTrainedModel):
+        wrapped = "; convert the one that it wraps" if isinstance(model, nn.Module) else ""
+        raise TypeError(f"model must be a PreTrainedModel of transformers, got {type(model).__name__}{wrapped}.")
+    options = DynMoEOptions(num_experts, num_experts, 1, num_experts, scale, gating_loss, surprise_kind, checkpoint)
+    if sample is not None:
+        check_sample(sample)
+    layers = _checked_layers(model, num_experts)
+    converted: dict[str, DynMoE] = {}
+
+    def convert(name: str, module: nn.Module, x: Tensor) -> None:
+        mlp = layers[name]
+        converted[name] = _mixture(mlp, options, coactive_neurons(mlp.hidden(x), num_experts))
+        fit_prototypes(converted[name].router, x, contributions(converted[name], x))
+
+    if sample is None:
+        for name, mlp in layers.items():
+            converted[name] = _mixture(mlp, options, neurons_in_order(len(mlp.inputs[0]), num_experts))
+    else:
+        run_sample(model, sample, {name: model.get_submodule(name) for name in layers}, convert)
+        if missed := [name for name in layers if name not in converted]:
+            raise InputError(f"{missed[0]} must run when the model is given token ids, got a sample that did not reach it.")
+    for name, mixture in converted.items():
+        _prove(name, model.get_submodule(name), mixture)
+    for name, mixture in converted.items():
+        model.set_submodule(name, mixture.train(model.get_submodule(name).training))
+    sizes = {name: asdict(_sizes(mlp, num_experts)) for name, mlp in layers.items()}
+    model.config.quantization_config = DynMoEConversion(asdict(options), sizes)
+    return model
+
+
+def _checked_layers(model: PreTrainedModel, num_experts: int) -> dict[str, DenseMLP]:
+    if mixtures(model):
+        raise InputError(f"model must have {WANTED}, got a DynMoE in {next(iter(mixtures(model)))}: it was converted before.")
+    found: Any = getattr(model.config, "quantization_config", None)
+    if found is not None:
+        raise InputError(
+            "model must not be quantised, nor converted otherwise: its configuration has one quantization_config, which conversion needs, "
+            f"got {type(found).__name__}."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError("model must have its weights to be converted, got some on the meta device; load them first.")
+    layers = dense_mlps(model)
+    for name, mlp in layers.items():
+        if len(mlp.inputs[0]) % num_experts:
+            raise InputError(f"num_experts must divide the intermediate size {len(mlp.inputs[0])} of {name}, got {num_experts}.")
+    return layers
+
+
+def _sizes(mlp: DenseMLP, num_experts: int) -> LayerSizes:
+    neurons, features = mlp.inputs[0].shape
+    bias, output_bias = bool(mlp.input_biases), mlp.output_bias is not None
+    return LayerSizes(features, neurons // num_experts, mlp.activation, mlp.gated, bias, output_bias, mlp.dropout)
+
+
+def _mixture(mlp: DenseMLP, options: DynMoEOptions, groups: Tensor) -> DynMoE:
+    """The MLP as experts of those neurons, (E, C), all of them active."""
+    weight = mlp.output
+    module = build(options, _sizes(mlp, options.num_experts), device=weight.device, dtype=weight.dtype)
+    groups = groups.to(weight.device)
+    module.gate_up_proj.copy_(torch.cat([part[groups] for part in mlp.inputs], 1))
+    module.down_proj.copy_(mlp.output[:, groups].transpose(0, 1))
+    if module.gate_up_bias is not None and module.down_bias is not None:
+        module.gate_up_bias.copy_(torch.cat([part[groups] for part in mlp.input_biases], 1))
+        module.down_bias.zero_()  # the MLP's own is given once, whatever a token's experts
+    if module.output_bias is not None and mlp.output_bias is not None:
+        module.output_bias.copy_(mlp.output_bias)
+    module.router.thresholds.fill_(OPEN)
+    module.router.prototypes.copy_(functional.normalize(mlp.inputs[0][groups].float().sum(1), dim=-1))
+    for name, parameter in module.named_parameters():
+        if not name.startswith("router."):
+            parameter.requires_grad_(weight.requires_grad)
+    return module
+
+
+def _prove(name: str, module: nn.Module, mixture: DynMoE) -> None:
+    """A module may have the layers of an MLP and compute something else with them."""
+    weight = mixture.down_proj
+    x = torch.randn(1, 8, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    modes = {part: part.training for part in module.modules()}
+    expected = module.eval()(x)
+    for part, training in modes.items():
+        part.training = training
+    error = (mixture.eval()(x) - expected).double().norm() / expected.double().norm().clamp(min=1e-30)
+    mixture.reset_statistics()
+    limit = _LIMITS[weight.dtype]
+    if not error <= limit:
+        raise InputError(
+            f"{name} must compute what its weights say to be converted, got an error of {error:.2g} from {type(module).__name__}."
+        )

@@ -1,0 +1,113 @@
+"""Dense MLPs found in a model: by the names of their layers, whatever the class, and proved by what they compute.
+
+F features, I neurons
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...errors import InputError
+from ...ops._torch_experts import Layout, activate
+from ...ops.expert_mlp import Activation
+
+GATED = ("gate_proj", "up_proj", "down_proj")
+PLAIN = ("c_fc", "c_proj")
+WANTED = f"MLPs made of {', '.join(GATED)} or of {', '.join(PLAIN)}"
+_MLP_NAMES = ("mlp", "ffn", "feed_forward", "feedforward", "ff")
+_ONLY_EXPERTS = "clamped_swiglu"  # never the activation of a dense MLP
+
+
+class DenseMLP(NamedTuple):
+    """Weights of one MLP as of `nn.Linear`; they are the model's own, not copies.
+
+    Attributes:
+        inputs: of (I, F), gate and up, or the one before the activation.
+        input_biases: as many of (I,), or empty.
+        output: (F, I).
+        output_bias: (F,) or None.
+        activation: of `ops.expert_mlp`.
+        dropout: of the output.
+    """
+
+    inputs: tuple[Tensor, ...]
+    input_biases: tuple[Tensor, ...]
+    output: Tensor
+    output_bias: Tensor | None
+    activation: Activation
+    dropout: float
+
+    @property
+    def gated(self) -> bool:
+        return len(self.inputs) == 2
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """(N, F) -> (N, I), what enters the last product."""
+        biases = self.input_biases or (None,) * len(self.inputs)
+        pre = [nn.functional.linear(x, weight, bias) for weight, bias in zip(self.inputs, biases, strict=True)]
+        return activate(torch.cat(pre, -1), Layout(self.activation, self.gated, False, False))
+
+
+def dense_mlps(model: nn.Module) -> dict[str, DenseMLP]:
+    """The dense MLPs of a model by name.
+
+    Raises:
+        InputError: it has a mixture already, none of the MLPs that are looked for, or one whose weights, biases or activation do not fit.
+    """
+    modules = dict(model.named_modules())
+    mixture = next((name for name in modules if name.split(".")[-1] == "experts"), None)
+    if mixture is not None:
+        raise InputError(f"model must have dense MLPs to be converted, got a mixture in {mixture}.")
+    found, others = {}, []
+    for name, module in modules.items():
+        children = dict(module.named_children())
+        layers = next((layers for layers in (GATED, PLAIN) if all(layer in children for layer in layers)), None)
+        if layers is not None:
+            found[name] = _read(name, module, layers)
+        elif name.split(".")[-1] in _MLP_NAMES and children:
+            others.append(f"{name} with {', '.join(children)}")
+    if others or not found:
+        raise InputError(f"{type(model).__name__} must have {WANTED} alone to be converted, got {others[0] if others else 'none'}.")
+    return found
+
+
+def _read(name: str, module: nn.Module, layers: tuple[str, ...]) -> DenseMLP:
+    weights, biases = [], []
+    for layer in layers:
+        child = getattr(module, layer)
+        # A subclass may do more than a product: quantised layers, adapters.
+        if type(child) not in (nn.Linear, Conv1D):
+            raise InputError(f"{name}.{layer} must be a Linear or Conv1D, got {type(child).__name__}.")
+        weights.append(child.weight.T if isinstance(child, Conv1D) else child.weight)
+        biases.append(child.bias)
+    with_bias = [bias is not None for bias in biases[:-1]]
+    if any(with_bias) != all(with_bias):
+        raise InputError(f"{name} must have biases for both of gate_proj and up_proj or for none, got one.")
+    dropout: Any = getattr(module, "dropout", None)
+    return DenseMLP(
+        inputs=tuple(weights[:-1]),
+        input_biases=tuple(biases[:-1]) if all(with_bias) else (),
+        output=weights[-1],
+        output_bias=biases[-1],
+        activation=_activation_of(name, module),
+        dropout=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
+    )
+
+
+@torch.no_grad()
+def _activation_of(name: str, module: nn.Module) -> Activation:
+    """Told by what it does to a few numbers, not by its name."""
+    own: Any = getattr(module, "act_fn", None) or getattr(module, "act", None)
+    if not callable(own):
+        raise InputError(f"{name} must have an activation act_fn or act, got neither.")
+    x = torch.linspace(-11.3, 12.9, 96)
+    given = own(x).double()
+    known = [activation for activation in get_args(Activation) if activation != _ONLY_EXPERTS]
+    for activation in known:
+        if torch.allclose(activate(x.double(), Layout(activation, False, False, False)), given, rtol=1e-4, atol=1e-5):
+            return activation
+    raise InputError(f"{name} must have one of the activations {', '.join(known)}, got {type(own).__name__}.")

@@ -1,0 +1,89 @@
+"""What conversion asks of every mixture, checked before a model is touched; and one mixture built of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
+
+import torch
+
+from ...errors import InputError, did_you_mean
+from ...nn import DynMoE
+from ...nn.dyn_moe import GatingLoss
+from ...ops.expert_mlp import SurpriseKind
+
+
+@dataclass
+class DynMoEOptions:
+    """What all layers of a converted model share.
+
+    Attributes:
+        num_experts: E, of each layer.
+        target_k: experts of a token, what `sparse_diversity_loss` pulls towards.
+        min_experts, max_experts: bounds of it.
+        scale: of the routers' sigmoids.
+        gating_loss, surprise_kind, checkpoint: see `nn.DynMoE`.
+    """
+
+    num_experts: int
+    target_k: float
+    min_experts: int
+    max_experts: int
+    scale: float = 1.0
+    gating_loss: GatingLoss = "surprise"
+    surprise_kind: SurpriseKind = "down_proj"
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "min_experts", "max_experts"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {self.num_experts}.")
+        if not 0 <= self.min_experts <= self.max_experts <= self.num_experts or self.max_experts < 1:
+            raise ValueError(
+                f"max_experts must be 1 … {self.num_experts} and at least min_experts, got {self.max_experts} and {self.min_experts}."
+            )
+        if not max(self.min_experts, 1e-6) <= self.target_k <= self.max_experts:
+            raise ValueError(f"target_k must be {self.min_experts} … {self.max_experts}, got {self.target_k}.")
+        if not 0 < self.scale <= 10:  # beyond, float32 sigmoids of large cosines are one number
+            raise ValueError(f"scale must be above 0 and at most 10, got {self.scale}.")
+        for name, choices in (("gating_loss", GatingLoss), ("surprise_kind", SurpriseKind)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}.")
+
+
+@dataclass
+class LayerSizes:
+    """What sets one layer's mixture apart: of `nn.DynMoE`, intermediate_size being that of one expert."""
+
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    gated: bool
+    bias: bool
+    output_bias: bool
+    dropout: float
+
+
+def of_mapping(kind: type, given: Any, source: str) -> Any:
+    """An instance of one of both classes; InputError names what `given` has too much or too little of."""
+    if not isinstance(given, Mapping):
+        raise InputError(f"{source} must be a dict of fields of {kind.__name__}, got {type(given).__name__}.")
+    names = [field.name for field in fields(kind)]
+    for name in given:
+        if name not in names:
+            raise InputError(f"{source} must have fields of {kind.__name__}, got {name!r}{did_you_mean(name, names)}")
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise InputError(f"{source} must have all fields of {kind.__name__}: {error}") from None
+
+
+def build(options: DynMoEOptions, sizes: LayerSizes, *, device: torch.device, dtype: torch.dtype) -> DynMoE:
+    """A mixture whose experts' weights are yet to be set. Within inference mode its parameters are ordinary ones all the same."""
+    with torch.inference_mode(False):
+        kwargs = {**asdict(options), **asdict(sizes)}
+        return DynMoE(**kwargs, combine="unit", form="sigmoid_cosine", device=device, dtype=dtype)
