@@ -1,7 +1,9 @@
 """DynNSA beside dense attention: the whole function and its parts, forward, backward and decoding.
 
 Peers compute dense causal attention over the same query, key and value, except where a row says otherwise: the question is what
-sparse attention saves, and its answers are checked against the dense oracle on the last rows, all of which see everything.
+sparse attention saves, and its answers are checked against the dense oracle on the last rows, all of which see everything. What is
+timed has every threshold open, so that each row reads as many blocks as it may; that gates between 0 and 1, and all gradients, are
+right is checked first, on a short sequence of the same block sizes.
 "Random" choices differ from query to query; "clustered" ones are shared by neighbours, as text makes them.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -18,11 +21,13 @@ from torch.nn import functional
 
 from tinyonn import ops, reference
 from tinyonn.nn import DynNSAAttention, DynNSAOptions
-from tinyonn.testing import assert_close_rms
+from tinyonn.testing import assert_close_rms, dyn_nsa_case
 
 HEADS, KV_HEADS, DIM = 8, 2, 64
 BLOCKS, WINDOW, COMPRESS = 16, 512, 64
 CHECKED = 64  # last rows that are compared with the oracle
+SHORT, FEW_BLOCKS = 777, 8  # the short sequence, whose late rows have up to 12 blocks to choose from
+PARTLY_OPEN = 0.2  # least share of its blocks that are neither shut nor open, of those that are not read anyway
 
 
 def inputs(
@@ -61,6 +66,71 @@ def expected_rows(tensors: dict[str, Tensor]) -> Tensor:
     return reference.dyn_nsa(*(x.cpu() for x in last.values()), window=WINDOW, max_blocks=BLOCKS, compress_size=COMPRESS)[0]
 
 
+@cache
+def check_short(
+    name: str,
+    device: str,
+    *,
+    queries: int = SHORT,
+    heads: int = HEADS,
+    kv_heads: int = KV_HEADS,
+    dim: int = DIM,
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 1e-5,
+) -> None:
+    """Outputs and all gradients of `dyn_nsa` or of one of its parts against the float64 oracle, many of whose gates are in between."""
+    case = dyn_nsa_case(SHORT, queries=queries, heads=heads, kv_heads=kv_heads, dim=dim, compress_size=COMPRESS, dtype=dtype)
+    qkv = {name: case[name] for name in ("query", "key", "value")}
+    compressed = {name: case[name] for name in ("query", "key_compressed", "value_compressed")}
+    scored = {name: case[name] for name in ("query", "key_compressed")}
+    sizes = {"compress_size": COMPRESS, "num_keys": SHORT}
+    _, lse, entropy = reference.compressed_attention(**compressed, **sizes)
+    tau = reference.attention_tau(entropy, case["query"], SHORT, kv_heads, COMPRESS)
+    threshold = case["base"].double() - case["slope"].double() * tau
+    scored.update(lse=lse.float(), threshold=threshold.float())
+
+    every = reference.select_blocks(**scored, **sizes, max_blocks=SHORT // COMPRESS + 1)
+    between = ((every[2] < 0) & (every[0] >= 0)).sum().item()
+    free = (torch.arange(SHORT - queries, SHORT) // COMPRESS - 2).clamp(min=0).sum().item() * kv_heads  # of first, previous and own block
+    assert between >= PARTLY_OPEN * free > 0, f"gates between 0 and 1 must be {PARTLY_OPEN} of {free}, got {between}."
+    indices, counts, bias, _, overflow = reference.select_blocks(**scored, **sizes, max_blocks=FEW_BLOCKS)
+    assert overflow > 0 or queries == 1
+
+    def select(library: Any, **x: Tensor) -> tuple[Tensor, ...]:
+        listed, read, log_gate, soft_counts, *_ = library.select_blocks(**x, **sizes, max_blocks=FEW_BLOCKS)
+        assert torch.equal(listed.cpu(), indices)
+        assert torch.equal(read.cpu(), counts)
+        return log_gate.exp(), soft_counts  # the slope of the log itself has no bound where a gate closes
+
+    def whole(library: Any, **x: Tensor) -> tuple[Tensor, ...]:
+        result = library.dyn_nsa(**x, window=WINDOW, max_blocks=FEW_BLOCKS, compress_size=COMPRESS)
+        return (result.out, result.soft_counts) if library is ops else (result[0], result[3])
+
+    def block_sparse(library: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return library.block_sparse_attention(query, key, value, indices.to(query.device), counts.to(query.device), bias)[:1]
+
+    calls: dict[str, tuple[Callable[..., tuple[Tensor, ...]], dict[str, Tensor]]] = {
+        "dyn_nsa": (whole, case),
+        "compressed": (lambda library, **x: library.compressed_attention(**x, **sizes)[:2], compressed),
+        "select": (select, scored),
+        "block sparse": (block_sparse, {**qkv, "bias": bias.float()}),
+        "window": (lambda library, **x: (library.sliding_window_attention(**x, window=WINDOW),), qkv),
+    }
+    call, given = calls[name]
+    ours = {name: x.to(device).requires_grad_() for name, x in given.items()}
+    theirs = {name: x.double().requires_grad_() for name, x in given.items()}
+    results, expected = call(ops, **ours), call(reference, **theirs)
+    # Rows that see nothing have an lse of -inf, which takes no part.
+    cotangents = [torch.randn_like(x) * x.detach().isfinite() for x in expected]
+    grads = torch.autograd.grad(results, list(ours.values()), [g.to(x) for g, x in zip(cotangents, results, strict=True)])
+    exact = torch.autograd.grad(expected, list(theirs.values()), cotangents)
+    for result, oracle in zip(results, expected, strict=True):
+        assert_close_rms(result, oracle, tolerance, name)
+    for leaf, grad, oracle in zip(given, grads, exact, strict=True):
+        assert oracle.any(), leaf
+        assert_close_rms(grad, oracle, 4 * tolerance, f"{name}'s gradient of {leaf}")
+
+
 def forward_backward(call: Callable[..., Tensor], leaves: list[Tensor], cotangent: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(call(*leaves), leaves, cotangent))
 
@@ -87,6 +157,7 @@ def realised(tensors: dict[str, Tensor]) -> dict[str, Any]:
 @pytest.mark.parametrize("choices", ["random", "clustered"])
 @pytest.mark.parametrize("tokens", [1024, 4096, 16384])
 def test_forward_and_backward(compare, device, tokens, choices):
+    check_short("dyn_nsa", device)
     tensors = inputs(tokens, choices, device)
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
     cotangent = torch.randn(leaves["query"].shape, device=device)
@@ -120,6 +191,7 @@ def test_forward_and_backward(compare, device, tokens, choices):
 
 @pytest.mark.parametrize("tokens", [1024, 4096, 16384])
 def test_forward(compare, device, tokens):
+    check_short("dyn_nsa", device)
     tensors = inputs(tokens, "random", device)
     q, k, v = (tensors[name] for name in ("query", "key", "value"))
     candidates: dict[str, Callable[[], Any]] = {"dyn_nsa": lambda: dyn_nsa(tensors).out, "SDPA": lambda: causal(q, k, v)}
@@ -143,6 +215,7 @@ def test_forward(compare, device, tokens):
 
 @pytest.mark.parametrize("tokens", [1024, 4096, 16384])
 def test_decoding(compare, device, tokens):
+    check_short("dyn_nsa", device, queries=1)
     tensors = inputs(tokens, "random", device)
     step = {name: x[:, -1:] if name in ("query", "gates") else x for name, x in tensors.items()}
     q, k, v = (step[name].transpose(1, 2) for name in ("query", "key", "value"))
@@ -163,6 +236,7 @@ def test_decoding(compare, device, tokens):
 
 @pytest.mark.parametrize("part", ["compressed", "select", "block sparse", "window"])
 def test_parts(compare, device, part):
+    check_short(part, device)
     tokens = 4096
     tensors = inputs(tokens, "random", device)
     q, k, v, kc, vc = (tensors[name].requires_grad_() for name in ("query", "key", "value", "key_compressed", "value_compressed"))
@@ -205,6 +279,7 @@ def test_parts(compare, device, part):
 @pytest.mark.parametrize("tokens", [1024, 4096])
 def test_whole_module(compare, device, tokens):
     """Projections, rotary embedding, compression and gates included. Each has weights of its own, so answers differ by intention."""
+    check_short("dyn_nsa", device)
     torch.manual_seed(0)
     hidden = HEADS * DIM
     options = DynNSAOptions(compress_size=COMPRESS, window=WINDOW, max_blocks=BLOCKS, base=-30.0, slope=0.0)
@@ -249,6 +324,8 @@ def test_whole_module(compare, device, tokens):
 @pytest.mark.parametrize("choices", ["random", "clustered"])
 def test_long_on_the_gpu(compare, tokens, backward, choices):
     """64/4 heads, D = 128, bf16: against SDPA, and against fla where it computes the same: attention to given blocks."""
+    for name in ("dyn_nsa", "block sparse"):
+        check_short(name, "cuda", heads=16, kv_heads=1, dim=128, dtype=torch.bfloat16, tolerance=1e-2)
     tensors = {name: x.to(torch.bfloat16) for name, x in inputs(tokens, choices, "cuda", heads=64, kv_heads=4, dim=128).items()}
     leaves = {name: x.requires_grad_(backward) for name, x in tensors.items()}
     q, k, v = (leaves[name] for name in ("query", "key", "value"))
