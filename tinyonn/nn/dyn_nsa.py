@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import DynNSAOutput, dyn_nsa
-from ..ops._dispatch import autocast_off, check_impl
-from ..ops._nsa import check_max_blocks, check_positive, check_sizes, check_window
+from ..ops._dispatch import autocast_off, check_impl, check_same_device
+from ..ops._nsa import check_max_blocks, check_sizes, check_temperature, check_window
 from .block_compression import BlockCompression, block_starts
 
 OPEN = -30.0  # opening at which every block is selected: importance is never under -20
@@ -39,7 +39,7 @@ class DynNSAOptions:
         compress_size: positions of a compressed key: 16, 32 or 64, dividing block_size.
         block_size: positions of a key block.
         window: keys of the window branch.
-        temperature: width of the smooth step above the threshold, in nats; at most 10.
+        temperature: width of the smooth step above the threshold, in nats; a normal float32 of at most 10.
         max_blocks: most key blocks of a query, at least 3; None for all there are.
         detach_scores: no gradient through the importance of blocks.
         learnable_compression: False for the mean of a block.
@@ -71,7 +71,7 @@ class DynNSAOptions:
     def __post_init__(self) -> None:
         check_sizes(self.block_size, self.compress_size)
         check_window(self.window)
-        check_positive("temperature", self.temperature)
+        check_temperature(self.temperature)
         if self.max_blocks is not None:
             check_max_blocks(self.max_blocks)
         check_impl(self.impl)
@@ -83,7 +83,7 @@ class DynNSAOptions:
             raise ValueError(f"tau_source must be one of {', '.join(get_args(TauSource))}, got {self.tau_source!r}.")
         if not 0 <= self.tau <= 1:
             raise ValueError(f"tau must be in [0, 1], got {self.tau}.")
-        if not 0 < self.temperature <= MAX_TEMPERATURE:
+        if self.temperature > MAX_TEMPERATURE:
             raise ValueError(f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {self.temperature}.")
         if len(self.start_gates) != 3:
             raise ValueError(f"start_gates must have 3 weights, got {len(self.start_gates)}.")
@@ -237,6 +237,9 @@ class DynNSACore(nn.Module):
             tau: the caller's, of shape (), (B,), (B, T) or (B, T, K); None for that of `tau_source`.
             query: (B, T, H, D).
             decoding: whether the first query follows a token whose output was observed.
+
+        Raises:
+            TypeError, ValueError: a tau of another type or shape; a number outside [0, 1].
         """
         batch, tokens = query.shape[:2]
         dtype = query.dtype if query.dtype == torch.float64 else torch.float32
@@ -250,10 +253,11 @@ class DynNSACore(nn.Module):
                     tau = self.output_tau.expand(batch, tokens).clone()
                     if decoding and not self.training and self.previous_tau is not None and len(self.previous_tau) == batch:
                         tau[:, 0] = self.previous_tau
-        given = torch.as_tensor(tau, device=query.device).detach().to(dtype)
+        rows = (batch, tokens, self.num_kv_heads)
+        given = _as_tau(tau, rows).detach().to(query.device, dtype)
         while given.dim() < 3:
             given = given.unsqueeze(-1)
-        return given.expand(batch, tokens, self.num_kv_heads).contiguous()
+        return given.expand(rows).contiguous()
 
     @torch.no_grad()
     def observe_output(self, entropy: Tensor, mask: Tensor | None = None) -> None:
@@ -382,13 +386,23 @@ class CompressedCache:
 class DynNSACache:
     """Keys, values and compressed blocks of one layer, for decoding.
 
+    A copy, or one that was pickled, may go on with another layer.
+
     Args:
-        key_start: (B,) int32, first position of each row that is not padding; None for 0.
+        key_start: (B,) int32 or int64, first position of each row that is not padding; None for 0.
+
+    Raises:
+        TypeError: a key_start of another type.
     """
 
     def __init__(self, key_start: Tensor | None = None) -> None:
+        if key_start is not None and not isinstance(key_start, Tensor):
+            raise TypeError(f"key_start must be a torch.Tensor, got {type(key_start).__name__}.")
+        if key_start is not None and key_start.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"key_start must be int32 or int64, got {key_start.dtype}.")
         self.key_start = key_start
         self.length = 0
+        self._core: DynNSACore | None = None
         self._key: Tensor | None = None
         self._value: Tensor | None = None
         self._compressed = CompressedCache()
@@ -405,9 +419,10 @@ class DynNSACache:
             All keys and values so far, (B, Tk, K, D), and all compressed, (B, Tk // compress_size, K, D): views of the cache.
 
         Raises:
-            ValueError: another number of rows or heads, dtype or device than the cache holds, which stays as it is.
+            ValueError: another layer, or another number of rows or heads, dtype or device than the cache holds, which stays as it is.
         """
-        self._check(key)
+        self._check(core, key)
+        self._core = core
         begin, count = self.length, key.shape[1]
         self._key, self._value = _with_room(key, begin + count, self._key), _with_room(value, begin + count, self._value)
         self.length += count
@@ -423,8 +438,15 @@ class DynNSACache:
         if self._key is not None and len(self._key) != rows:
             raise ValueError(f"the cache holds {len(self._key)} row(s), got {rows}: begin another.")
 
-    def _check(self, key: Tensor) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_core": None}  # a copy is one of keys and values, not of the layer
+
+    def _check(self, core: DynNSACore, key: Tensor) -> None:
+        if self._core is not None and self._core is not core:
+            raise ValueError("cache must be of one layer, got that of another: make a DynNSACache for each.")
         self.check_rows(len(key))
+        if self.key_start is not None:
+            check_same_device("key_start", self.key_start, key.device)
         held = self._key
         if held is not None and (held.shape[2:] != key.shape[2:] or held.dtype != key.dtype or held.device != key.device):
             raise ValueError(
@@ -442,3 +464,17 @@ def _with_room(like: Tensor, room: int, old: Tensor | None) -> Tensor:
     if old is not None:
         new[:, : old.shape[1]] = old
     return new
+
+
+def _as_tau(tau: Tensor | float, rows: tuple[int, int, int]) -> Tensor:
+    """A tensor of one of the shapes that begin `rows`, (B, T, K)."""
+    if isinstance(tau, Tensor):
+        shape = tuple(tau.shape)
+        if shape != rows[: len(shape)]:
+            raise ValueError(f"tau must have shape (), {rows[:1]}, {rows[:2]} or {rows}, got {shape}.")
+        return tau
+    if not isinstance(tau, (int, float)) or isinstance(tau, bool):
+        raise TypeError(f"tau must be a number or a torch.Tensor, got {type(tau).__name__}.")
+    if not 0 <= tau <= 1:
+        raise ValueError(f"tau must be in [0, 1], got {tau}.")
+    return torch.tensor(tau, dtype=torch.float64)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops._nsa import checked_bounds
 from .dyn_nsa import DynNSACache, DynNSACore, DynNSAOptions
 
 
@@ -46,6 +47,7 @@ class DynNSAAttention(nn.Module):
         bias: of the projections.
         rope_theta: base of the rotary embedding's wavelengths.
         options: see `DynNSAOptions`.
+        device, dtype: of all parameters.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class DynNSAAttention(nn.Module):
         bias: bool = False,
         rope_theta: float = 10000.0,
         options: DynNSAOptions | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -69,12 +73,12 @@ class DynNSAAttention(nn.Module):
             head_dim = hidden_size // num_heads
         if head_dim % 2:
             raise ValueError(f"head_dim must be even, got {head_dim}.")
-        self.head_dim, self.rope_theta = head_dim, rope_theta
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
-        self.core = DynNSACore(num_heads, num_kv_heads, head_dim, options)
+        self.hidden_size, self.head_dim, self.rope_theta = hidden_size, head_dim, rope_theta
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, device=device, dtype=dtype)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias, device=device, dtype=dtype)
+        self.core = DynNSACore(num_heads, num_kv_heads, head_dim, options, device=device, dtype=dtype)
 
     def forward(
         self,
@@ -94,12 +98,15 @@ class DynNSAAttention(nn.Module):
             position_ids: (B, T) or (1, T); None to count from where a row or packed sequence begins.
             cache: taken from and added to, without gradients to what it holds; it carries key_start.
             tau: (), (B,), (B, T) or (B, T, K) in [0, 1]; None for that of `tau_source`.
-            key_start, key_end: (B,) int32, where each row's padding ends and begins again.
-            cu_seqlens: (sequences + 1,) int32, sequences packed in one row.
+            key_start, key_end: (B,) int32 or int64, where each row's padding ends and begins again.
+            cu_seqlens: (sequences + 1,) int32 or int64, sequences packed in one row.
 
         Raises:
-            TypeError, ValueError: see `ops.dyn_nsa`; key_start, key_end or cu_seqlens beside a cache.
+            TypeError, ValueError: see `ops.dyn_nsa`; hidden_states or tau of another shape; key_start, key_end or cu_seqlens beside a
+                cache; a cache of another layer or of other rows.
         """
+        if hidden_states.dim() != 3 or hidden_states.shape[2] != self.hidden_size:
+            raise ValueError(f"hidden_states must have shape (B, T, {self.hidden_size}), got {tuple(hidden_states.shape)}.")
         if cache is not None:
             if any(bound is not None for bound in (key_start, key_end, cu_seqlens)):
                 raise ValueError("key_start, key_end and cu_seqlens must be None beside a cache, which carries key_start.")
@@ -109,6 +116,8 @@ class DynNSAAttention(nn.Module):
         query, key, value = (
             proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # fmt: skip
+        cu_seqlens, key_start, key_end = checked_bounds(query, key, before + key.shape[1], cu_seqlens, key_start, key_end)
+        tau = self.core.tau_of(tau, query, decoding=before > 0)
         gates = self.core.gates(query)
         if position_ids is None:
             position_ids = _positions(hidden_states, before, key_start, cu_seqlens)
@@ -118,7 +127,6 @@ class DynNSAAttention(nn.Module):
         if cache is not None:
             key, value, *rest = cache.append(self.core, key, value)
             compressed = (rest[0], rest[1])
-        tau = self.core.tau_of(tau, query, decoding=before > 0)
         result = self.core(
             query, key, value, gates, key_compressed=compressed[0], value_compressed=compressed[1], tau=tau, key_start=key_start,
             key_end=key_end, cu_seqlens=cu_seqlens,
