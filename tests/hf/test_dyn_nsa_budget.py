@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from tinyonn.hf import BudgetSchedule, collected_budget_loss, convert_attention, statistics
+from tinyonn.errors import InputError
+from tinyonn.hf import BudgetSchedule, calibrate, collected_budget_loss, convert_attention, parameter_groups, statistics
 from tinyonn.hf.dyn_nsa import cores
 from tinyonn.nn import OPEN, normalised_entropy
 from tinyonn.testing import assert_close_rms, left_padding, tiny_causal_lm, tiny_dyn_nsa_lm, token_ids
@@ -80,16 +82,91 @@ def test_the_loss_holds_the_budget():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": 0.0, "steps": 1}, "target and start must be positive, got 0.0 and 64.0"),
-        ({"target": 1.0, "steps": 0}, "steps must be at least 1, got 0"),
-        ({"target": 1.0, "steps": 1, "weight": -1.0}, "weight must be at least 0, got -1.0"),
-        ({"target": 1.0, "steps": 1, "max_blocks": 2}, "max_blocks must be at least 3, the forced ones, got 2"),
+        ({"target": 2.9, "steps": 1}, "target must be at least 3, the forced blocks, got 2.9"),
+        ({"target": 4.0, "steps": 1, "start": 0.0}, "start must be positive, got 0.0"),
+        ({"target": 4.0, "steps": 0}, "steps must be at least 1, got 0"),
+        ({"target": 4.0, "steps": 1, "weight": -1.0}, "weight must be at least 0, got -1.0"),
+        ({"target": 4.0, "steps": 1, "max_blocks": 2}, "max_blocks must be at least 3, the forced ones, got 2"),
+        ({"target": 4.5, "steps": 1, "max_blocks": 4}, "max_blocks must be at least target, 4.5, got 4"),
     ],
-    ids=["target", "steps", "weight", "max_blocks"],
+    ids=["target", "start", "steps", "weight", "max_blocks", "max_blocks_below_target"],
 )
 def test_bad_schedules_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         BudgetSchedule(**options)
+
+
+def test_a_schedule_needs_a_converted_model():
+    with pytest.raises(InputError, match="BudgetSchedule must have a model that convert_attention has changed, got a plain Llama"):
+        BudgetSchedule(4.0, 1).apply(stock(), 0)
+
+
+def test_a_schedule_reaches_its_end_with_the_training(tmp_path):
+    model = convert_attention(stock(num_hidden_layers=2), **SMALL)
+    trainer = trainer_of(
+        model, tmp_path, schedule=BudgetSchedule(3.0, 2, max_blocks=4), logging_steps=1, save_strategy="steps", save_steps=2
+    )
+    trainer.train()
+    assert all(core.opening == 0 and core.budget_target == 3 and core.options.max_blocks == 4 for core in cores(model))
+    saved = json.loads((tmp_path / "checkpoint-2" / "config.json").read_text())
+    assert saved["quantization_config"]["options"]["max_blocks"] == 4
+    logged = [entry for entry in trainer.state.log_history if "key_blocks" in entry]
+    assert [entry["key_blocks_target"] for entry in logged] == [pytest.approx((64 * 3) ** 0.5), 3.0]
+    assert logged[0]["key_blocks"] == pytest.approx(sum(t // 16 + 1 for t in range(60)) / 60, rel=1e-5)
+    with pytest.warns(UserWarning, match="must have 9 optimiser steps, got 2: the budget of 3.0 key blocks is not reached"):
+        trainer_of(convert_attention(stock(), **SMALL), tmp_path, schedule=BudgetSchedule(3.0, 9)).train()
+
+
+def test_calibration_finds_the_thresholds_of_a_budget():
+    model, x = convert_attention(stock(), **SMALL), token_ids()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(20)  # importance must differ between blocks
+    reached = calibrate(model.train(), [x, {"input_ids": x[:1]}], 4.0)
+    assert reached == pytest.approx(4.0, abs=0.1)
+    assert model.training
+    statistics(model, reset=True)
+    model.eval()(x)
+    counts = [value["mean_count"] for value in statistics(model).values()]
+    assert sum(counts) / len(counts) == pytest.approx(reached, abs=0.1)
+    BudgetSchedule(4.0, 5).apply(model, 0)  # goes on from there
+    assert all(core.opening == 0 for core in cores(model))
+
+
+def test_calibration_refuses_what_it_cannot_reach():
+    model, x = convert_attention(stock(), **SMALL), token_ids()
+    opening = [core.opening.clone() for core in cores(model)]
+    for target in (1.0, 9.0):
+        with pytest.raises(InputError, match=r"target must be in \d\.\d\d … 4\.57, what this sample can read, got"):
+            calibrate(model, [x], target)
+    assert [core.opening for core in cores(model)] == opening
+    with pytest.raises(InputError, match="sample must have at least one batch, got none"):
+        calibrate(model, [], 4.0)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        calibrate(model, [x], 4.0, steps=0)
+    with pytest.raises(InputError, match="calibrate must have a model that convert_attention has changed"):
+        calibrate(stock(), [x], 4.0)
+
+
+def test_parameter_groups_hold_each_parameter_once():
+    model = convert_attention(stock(), **SMALL)
+    model.model.embed_tokens.requires_grad_(False)
+    own, parts, thresholds = parameter_groups(model, lr=1e-5, weight_decay=0.1)
+    assert (own["lr"], own["weight_decay"]) == (1e-5, 0.1)
+    assert (parts["lr"], parts["weight_decay"]) == (3e-4, 0.0)
+    assert (thresholds["lr"], thresholds["weight_decay"]) == (0.03, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(parameter)].split(".")[-1] for parameter in thresholds["params"]} == {"base", "slope"}
+    assert all(".dyn_nsa." in names[id(parameter)] for parameter in parts["params"])
+    everything = [id(parameter) for group in (own, parts, thresholds) for parameter in group["params"]]
+    assert len(everything) == len(set(everything))
+    assert set(everything) == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    torch.optim.AdamW([own, parts, thresholds])
+    model.requires_grad_(False)
+    next(cores(model)).base.requires_grad_(True)
+    assert [group["lr"] for group in parameter_groups(model, lr=1.0)] == [0.03]
+    with pytest.raises(InputError, match="parameter_groups must have a model that convert_attention has changed"):
+        parameter_groups(stock(), lr=1.0)
 
 
 def test_statistics_have_every_layer():
@@ -200,14 +277,18 @@ def test_a_cache_counts_however_it_is_given():
     assert torch.equal(*taus)
 
 
-def trainer_of(model: PreTrainedModel, path: Any, loss: Any = None, weight: float = 1.0, **arguments: Any) -> Trainer:
+def trainer_of(
+    model: PreTrainedModel, path: Any, loss: Any = None, weight: float = 1.0, schedule: BudgetSchedule | None = None, **arguments: Any
+) -> Trainer:
     row = token_ids(60, 1)[0]
     arguments = TrainingArguments(
         str(path), max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2, report_to=[], use_cpu=True,
-        save_strategy="no", disable_tqdm=True, **arguments,
+        disable_tqdm=True, **{"save_strategy": "no", **arguments},
     )  # fmt: skip
     data = [{"input_ids": row, "labels": row}] * 4
-    return Trainer(model, arguments, train_dataset=data, callbacks=[BudgetSchedule(2.0, 4, weight=weight)], compute_loss_func=loss)
+    return Trainer(
+        model, arguments, train_dataset=data, callbacks=[schedule or BudgetSchedule(3.0, 2, weight=weight)], compute_loss_func=loss
+    )
 
 
 def test_a_step_without_its_budget_loss_is_refused(tmp_path):

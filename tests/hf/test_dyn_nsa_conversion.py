@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from transformers import (
 )
 
 from tinyonn.errors import InputError
-from tinyonn.hf import BudgetSchedule, convert_attention, statistics
+from tinyonn.hf import BudgetSchedule, convert_attention, revert_attention, statistics
 from tinyonn.hf.dyn_nsa import cores
 from tinyonn.testing import assert_close_rms, left_padding, tiny_causal_lm, token_ids
 
@@ -59,7 +61,7 @@ def test_every_option_starts_with_all_blocks(options):
     convert_attention(model, **SMALL, **options)
     for step in (None, 0):
         if step is not None:
-            BudgetSchedule(2.0, 10, weight=0.0).apply(model, step)
+            BudgetSchedule(3.0, 10, weight=0.0).apply(model, step)
         statistics(model, reset=True)
         assert_close_rms(model(x, tau=1.0).logits, expected, 1e-5)
         for value in statistics(model).values():
@@ -67,6 +69,69 @@ def test_every_option_starts_with_all_blocks(options):
         for core in cores(model):
             highest = core.base + core.opening - torch.minimum(core.slope, torch.zeros(()))
             assert (highest <= -20 - core.options.temperature).all()
+
+
+@pytest.mark.parametrize("own", [{"slope": -25.0}, {"temperature": 9.0}, {}], ids=["slope", "temperature", "plain"])
+def test_without_conversion_every_option_reads_all_blocks(own):
+    model, x = stock(dtype=torch.float64), token_ids()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.mul_(20)
+    expected = model(x).logits
+    model.config.dyn_nsa = {**SMALL, **own}
+    model.set_attn_implementation("dyn_nsa")
+    assert_close_rms(model(x, tau=1.0).logits, expected, 1e-5)
+
+
+def test_max_blocks_holds_from_the_start():
+    model, x = stock(), token_ids()
+    expected = model(x[:, :64]).logits
+    convert_attention(model, **SMALL, max_blocks=4)
+    assert_close_rms(model(x[:, :64]).logits, expected, 1e-5)
+    statistics(model, reset=True)
+    model(x)
+    assert all(value["overflow"] > 0 and value["mean_count"] < 4 for value in statistics(model).values())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_way_back(arch, tmp_path):
+    model, x = stock(arch), token_ids()
+    expected, names = model(x).logits, [name for name, _ in model.named_parameters()]
+    convert_attention(model, **SMALL)
+    for core in cores(model):
+        core.base.fill_(3.0)
+        core.opening.zero_()
+    assert_differs(model(x).logits, expected)
+    assert revert_attention(model) is model
+    assert torch.equal(model(x).logits, expected)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert "forward" not in vars(model)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert_close_rms(convert_attention(model, **SMALL)(x).logits, expected, 1e-5)
+    with pytest.raises(InputError, match="model must have been converted before"):
+        revert_attention(stock(arch))
+    model.forward = lambda *args, **kwargs: None
+    with pytest.raises(InputError, match="forward must be as convert_attention left it"):
+        revert_attention(model)
+
+
+def assert_differs(got: torch.Tensor, other: torch.Tensor) -> None:
+    assert (got - other).abs().max() > 1e-3
+
+
+def test_another_implementation_in_use_is_told_once():
+    model, x = convert_attention(stock(), **SMALL), token_ids()
+    model.set_attn_implementation("sdpa")
+    with pytest.warns(UserWarning, match="attn_implementation must be 'dyn_nsa' for a converted model .* got 'sdpa'"):
+        model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(InputError, match=r"must not run under nn\.DataParallel"):
+        convert_attention(stock(), **SMALL)._replicate_for_data_parallel()  # what replicate calls on each module
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])

@@ -139,13 +139,13 @@ def test_inductor_agrees():
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_it_runs_under_trainer(checkpointing, tmp_path):
     model = convert_attention(stock(num_hidden_layers=2), **SMALL)
-    row = token_ids(100, 1)[0]
+    row = token_ids(200, 1)[0]
     data = [{"input_ids": row, "labels": row}] * 8
     arguments = TrainingArguments(
         str(tmp_path), max_steps=8, per_device_train_batch_size=1, gradient_accumulation_steps=2, learning_rate=0.01, report_to=[],
         use_cpu=True, gradient_checkpointing=checkpointing, logging_steps=1, lr_scheduler_type="constant", save_steps=8, disable_tqdm=True,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[BudgetSchedule(2.0, 4, weight=1.0)])
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[BudgetSchedule(3.0, 4, start=3.0, weight=1.0)])
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -1,22 +1,22 @@
 """Hooks into Hugging Face transformers.
 
-The names of `dyn_nsa` can be imported from here; doing so registers `attn_implementation="dyn_nsa"` and the loader of converted models.
-Nothing that needs transformers is imported before.
+Importing this package registers `attn_implementation="dyn_nsa"`, `experts_implementation="tinyonn"` and the loaders of converted models.
 """
 
-from __future__ import annotations
+from . import experts  # for what it registers
+from .dyn_moe import calibrate_experts, convert_mlp_to_dynmoe, expert_statistics
+from .dyn_nsa import BudgetSchedule, calibrate, collected_budget_loss, convert_attention, parameter_groups, revert_attention, statistics
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .dyn_nsa import BudgetSchedule, collected_budget_loss, convert_attention, statistics
-
-__all__ = ["BudgetSchedule", "collected_budget_loss", "convert_attention", "statistics"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import dyn_nsa
-
-    return getattr(dyn_nsa, name)
+__all__ = [
+    "BudgetSchedule",
+    "calibrate",
+    "calibrate_experts",
+    "collected_budget_loss",
+    "convert_attention",
+    "convert_mlp_to_dynmoe",
+    "expert_statistics",
+    "experts",
+    "parameter_groups",
+    "revert_attention",
+    "statistics",
+]

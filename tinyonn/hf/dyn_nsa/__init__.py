@@ -10,14 +10,16 @@ the loader of converted models.
     attention    the attention function
     hooks        what a converted model does before and after its forward
     saving       the loader
-    conversion   convert_attention
+    conversion   convert_attention, and back
+    calibration  thresholds for a budget, without training
     schedule     BudgetSchedule
 """
 
 from .attention import dyn_nsa_attention
-from .conversion import convert_attention
+from .calibration import calibrate
+from .conversion import convert_attention, revert_attention
 from .masks import dyn_nsa_mask
-from .parts import DYN_NSA, collected_budget_loss, cores, statistics
+from .parts import DYN_NSA, collected_budget_loss, cores, parameter_groups, statistics
 from .saving import DynNSAConversion, DynNSALoader
 from .schedule import BudgetSchedule
 
@@ -26,10 +28,13 @@ __all__ = [
     "BudgetSchedule",
     "DynNSAConversion",
     "DynNSALoader",
+    "calibrate",
     "collected_budget_loss",
     "convert_attention",
     "cores",
     "dyn_nsa_attention",
     "dyn_nsa_mask",
+    "parameter_groups",
+    "revert_attention",
     "statistics",
 ]

@@ -16,12 +16,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ...errors import InputError
 from ...nn.block_compression import block_starts, blocks_of
-from ...nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN, common_dtype
+from ...nn.dyn_nsa import MIN_MAX_BLOCKS, common_dtype
 from ...ops import dyn_nsa
 from ..interfaces import register_attention
 from .decoding import compressed_so_far
 from .masks import bounds_of, dyn_nsa_mask, within_bounds
-from .options import as_tau, checked_options, checked_tau
+from .options import as_tau, checked_options, checked_tau, opening_of
 from .parts import DYN_NSA, core_of
 
 # What a model may hand to its attention function that has no bearing on the result here.
@@ -118,8 +118,11 @@ def _without_parts(
     scale: float | None,
     bounds: dict[str, Tensor | None],
 ) -> Tensor:
-    start: dict[str, Any] = {"max_blocks": None, "start_gates": (0.0, 1.0, 0.0), "base": OPEN, "slope": 0.0, "learnable_compression": False}
-    options = checked_options(getattr(module.config, "dyn_nsa", None) or {}, "config.dyn_nsa", start)
+    start: dict[str, Any] = {"max_blocks": None, "start_gates": (0.0, 1.0, 0.0), "base": 0.0, "slope": 0.0, "learnable_compression": False}
+    given = getattr(module.config, "dyn_nsa", None) or {}
+    options = checked_options(given, "config.dyn_nsa", start)
+    if "base" not in given:
+        options.base = opening_of(options)
     if options.learnable_compression or options.tau_source == "output" or options.budget_weight:
         raise InputError("config.dyn_nsa must ask for nothing learnt or collected; convert_attention adds the parts for that.")
     batch, tokens, heads, _ = query.shape

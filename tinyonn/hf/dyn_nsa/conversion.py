@@ -14,9 +14,9 @@ from ...errors import InputError
 from ...nn.dyn_nsa import TauSource
 from ..interfaces import attention_implementation, register_attention
 from .attention import unknown_arguments
-from .hooks import add_parts
+from .hooks import ObservedForward, add_parts
 from .options import checked_options
-from .parts import DYN_NSA, cores
+from .parts import DYN_NSA, PART, cores
 from .saving import DynNSAConversion
 
 _PROBE = "dyn_nsa_probe"
@@ -30,6 +30,7 @@ def convert_attention(
     block_size: int = 64,
     window: int = 512,
     temperature: float = 1.0,
+    max_blocks: int | None = None,
     base: float = 0.0,
     slope: float = 1.0,
     detach_scores: bool = False,
@@ -49,7 +50,8 @@ def convert_attention(
     `labels`; for a loss of your own, add `collected_budget_loss(model)`.
 
     Lists of blocks have room for all there are, Tk / block_size a query and key/value head, 8 bytes an entry, which backward keeps: give
-    `BudgetSchedule` a `max_blocks` once the budget is lower.
+    `BudgetSchedule` a `max_blocks` once the budget is lower. A `max_blocks` given here holds from the start, and outputs stay the same
+    for texts of up to max_blocks · block_size tokens.
 
     Args:
         model: a causal decoder that asks AttentionInterface.
@@ -71,7 +73,7 @@ def convert_attention(
     if getattr(model.config, "quantization_config", None) is not None:
         raise InputError("model must not be quantised: its configuration has one quantization_config, which conversion needs.")
     options = checked_options({
-        "compress_size": compress_size, "block_size": block_size, "window": window, "temperature": temperature, "max_blocks": None,
+        "compress_size": compress_size, "block_size": block_size, "window": window, "temperature": temperature, "max_blocks": max_blocks,
         "detach_scores": detach_scores, "learnable_compression": learnable_compression, "start_gates": (0.0, 1.0, 0.0), "base": base,
         "slope": slope, "tau_source": tau_source, "tau": tau, "impl": impl,
     })  # fmt: skip
@@ -82,6 +84,37 @@ def convert_attention(
     for name in layers:
         config: Any = getattr(model.get_submodule(name), "config", model.config)
         config._attn_implementation_internal = DYN_NSA  # the public setter would reach a vision tower's too
+    return model
+
+
+def revert_attention(model: PreTrainedModel, attn_implementation: str = "sdpa") -> PreTrainedModel:
+    """Takes the parts of `convert_attention` out of a model again, in place, and what they have learnt with them.
+
+    The model's own weights stay as they are, fine-tuned or not; what it saves then needs no tinyonn.
+
+    Args:
+        model: a converted model.
+        attn_implementation: what its attention layers run from now on.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: not converted; a wrapper has replaced `forward` since.
+    """
+    names = {name for name, module in model.named_modules() if PART in module._modules}
+    if not names:
+        raise InputError("model must have been converted before.")
+    observed = model.__dict__.get("forward")
+    if not isinstance(observed, ObservedForward):
+        raise InputError("model.forward must be as convert_attention left it, got one that was replaced since: unwrap the model first.")
+    for name in names:
+        module: Any = model.get_submodule(name)
+        delattr(module, PART)
+        getattr(module, "config", model.config)._attn_implementation_internal = attn_implementation
+    del model.forward, model._replicate_for_data_parallel, model.config.quantization_config
+    if observed.inner != model.forward:
+        model.forward = observed.inner  # something else's, which was there before
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore, normalised_entropy
 from .decoding import note_tau, noted_tau, recall
 from .options import checked_options, opening_of
-from .parts import PART, cores, take_budget_loss
+from .parts import DYN_NSA, PART, cores, take_budget_loss
 
 OBSERVED_TOKENS = 256  # of a row, about, evenly spread, whose output entropy is taken in training: logits are large
 
@@ -37,6 +38,11 @@ def add_parts(model: nn.Module, options: dict[str, Any], layers: dict[str, list[
             core = DynNSACore(heads, kv_heads, dim, shared, opening=opening_of(shared), device=weight.device, dtype=weight.dtype)
         module.add_module(PART, core.train(module.training))
     model.forward = ObservedForward(model)
+    model._replicate_for_data_parallel = _refuse_replicas  # type: ignore[method-assign]
+
+
+def _refuse_replicas() -> nn.Module:
+    raise InputError("a converted model must not run under nn.DataParallel, whose copies share one forward: use DistributedDataParallel.")
 
 
 class ObservedForward:
@@ -48,6 +54,7 @@ class ObservedForward:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.inner = model, model.forward
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.warned = False
         self.names = [name for name, parameter in self.__signature__.parameters.items() if parameter.kind in kinds]
 
     @property
@@ -59,9 +66,21 @@ class ObservedForward:
         found = list(cores(self.model))  # once: dynamo looks for no modules after one was changed
         if not found:
             return self.inner(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self._warn_if_unused()
         tau = _before(self.model, found, given)
         output = self.inner(*args, **(kwargs if tau is None else {**kwargs, "tau": tau}))
         return _after(self.model, found, given, output)
+
+    def _warn_if_unused(self) -> None:
+        config: Any = self.model.config
+        if not self.warned and (running := config.get_text_config(decoder=True)._attn_implementation) != DYN_NSA:
+            self.warned = True
+            warnings.warn(
+                f"attn_implementation must be '{DYN_NSA}' for a converted model to use what it has learnt, got '{running}'; "
+                "revert_attention takes the learnt parts out.",
+                stacklevel=3,
+            )
 
 
 def own_layers(model: PreTrainedModel, layers: dict[str, list[int]]) -> dict[str, list[int]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
 
 DYN_NSA = "dyn_nsa"  # what a configuration asks for
@@ -40,6 +41,44 @@ def statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dict[str, 
             if reset:
                 module.reset_statistics()
     return found
+
+
+def mean_blocks(model: nn.Module, *, reset: bool = False) -> float:
+    """Mean key blocks a query over all converted layers, since the statistics were last reset; NaN before a forward."""
+    counts = [found["mean_count"] for found in statistics(model, reset=reset).values()]
+    return sum(counts) / len(counts)
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, parts_lr: float = 3e-4, threshold_lr: float = 0.03, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Groups for an optimiser: thresholds, which are in nats, need a larger rate than weights, and gates must not decay towards 0.
+
+    Args:
+        lr, weight_decay: of the model's own parameters.
+        parts_lr: of gates and compression.
+        threshold_lr: of base and slope.
+
+    Returns:
+        The parameters that require a gradient, each once; groups without any are left out.
+
+    Raises:
+        InputError: the model was not converted.
+    """
+    found = list(cores(model))
+    if not found:
+        raise InputError(f"parameter_groups must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
+    thresholds = {parameter: None for core in found for parameter in (core.base, core.slope)}
+    parts = {parameter: None for core in found for parameter in core.parameters() if parameter not in thresholds}
+    own = [parameter for parameter in model.parameters() if parameter not in thresholds and parameter not in parts]
+    groups = [
+        {"params": own, "lr": lr, "weight_decay": weight_decay},
+        {"params": list(parts), "lr": parts_lr, "weight_decay": 0.0},
+        {"params": list(thresholds), "lr": threshold_lr, "weight_decay": 0.0},
+    ]
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]  # type: ignore[attr-defined]
+    return [group for group in groups if group["params"]]
 
 
 def collected_budget_loss(model: nn.Module) -> Tensor:

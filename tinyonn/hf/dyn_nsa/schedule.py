@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
 
+from ...errors import InputError
 from ...nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN
-from .parts import cores, loss_was_taken
+from .parts import cores, loss_was_taken, mean_blocks
 from .saving import DynNSAConversion
 
 
 class BudgetSchedule(TrainerCallback):
     """Takes a converted model from all blocks to a budget; a Trainer's callback, or called by hand before each step.
 
-    Over `steps` optimiser steps, with s the share of them done: opening goes as (1 - s)³ from where conversion set it, -30 as a rule, to
-    0, where the learnt thresholds alone decide; the budget loss's target goes from `start` to `target` geometrically.
+    Over `steps` optimiser steps, with s the share of them done: opening is start · (1 - s)³, from where conversion set it, -30 as a rule,
+    to 0, where the learnt thresholds alone decide; the budget loss's target is start^(1 - s) · target^s. A Trainer logs the mean number
+    of key blocks since its last log as `key_blocks`, and the target as `key_blocks_target`.
 
     Args:
-        target: key blocks per query, forced ones included, at the end.
-        steps: optimiser steps until then.
+        target: key blocks per query, forced ones included, at the end; at least 3, of which no query in the middle of a text has fewer.
+        steps: optimiser steps until then; no more than the training has, or it ends before the budget is reached, with a warning.
         start: the loss's target at the beginning.
         weight: of the budget loss, from the first step on.
         max_blocks: most blocks of a query from the end on; None for no limit.
 
     Raises:
+        InputError: `apply` or a Trainer with a model that was not converted.
         RuntimeError: under Trainer, before an optimiser step to whose loss the budget loss was not added.
     """
 
     def __init__(self, target: float, steps: int, *, start: float = 64.0, weight: float = 0.1, max_blocks: int | None = None) -> None:
-        if target <= 0 or start <= 0:
-            raise ValueError(f"target and start must be positive, got {target} and {start}.")
+        if target < MIN_MAX_BLOCKS:
+            raise ValueError(f"target must be at least {MIN_MAX_BLOCKS}, the forced blocks, got {target}.")
+        if start <= 0:
+            raise ValueError(f"start must be positive, got {start}.")
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}.")
         if weight < 0:
             raise ValueError(f"weight must be at least 0, got {weight}.")
         if max_blocks is not None and max_blocks < MIN_MAX_BLOCKS:
             raise ValueError(f"max_blocks must be at least {MIN_MAX_BLOCKS}, the forced ones, got {max_blocks}.")
+        if max_blocks is not None and max_blocks < target:
+            raise ValueError(f"max_blocks must be at least target, {target}, got {max_blocks}.")
         self.target, self.steps, self.start, self.weight, self.max_blocks = target, steps, start, weight, max_blocks
 
     def opening(self, step: int, start: float = OPEN) -> float:
@@ -50,7 +58,9 @@ class BudgetSchedule(TrainerCallback):
         return float(self.start ** (1 - share) * self.target**share)
 
     def apply(self, model: nn.Module, step: int) -> None:
-        """Sets a model to the step that is about to be taken, counted from 0."""
+        """Sets a model to the step that is about to be taken, counted from 0; `steps` is the end."""
+        if next(cores(model), None) is None:
+            raise InputError(f"BudgetSchedule must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
         options: dict[str, Any] = {"budget_weight": self.weight}
         if self.max_blocks is not None and step >= self.steps:
             options["max_blocks"] = self.max_blocks
@@ -76,6 +86,25 @@ class BudgetSchedule(TrainerCallback):
             raise RuntimeError(
                 "the budget loss must enter the loss of every step, got a step without it: a model that is given no labels, as with "
                 "label_smoothing_factor or compute_loss_func, adds none; add collected_budget_loss(model) in compute_loss_func."
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        assert model is not None
+        self.apply(model, state.global_step)  # a checkpoint saved now, and the end of training, have what the next step would
+
+    def on_log(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, logs: Any = None, **kwargs: Any) -> None:
+        assert model is not None
+        found = {"key_blocks": mean_blocks(model, reset=True), "key_blocks_target": self.target_at(state.global_step)}
+        if found["key_blocks"] == found["key_blocks"]:  # some were counted
+            for log in (logs, *state.log_history[-1:]):
+                log.update(found)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step < self.steps:
+            warnings.warn(
+                f"BudgetSchedule must have {self.steps} optimiser steps, got {state.global_step}: the budget of {self.target} key blocks "
+                "is not reached.",
+                stacklevel=2,
             )
 
     def _share(self, step: int) -> float:
