@@ -1,6 +1,6 @@
 """Perplexity of a converted SmolLM2-135M against the key blocks it reads.
 
-    .venv/bin/python benchmarks/dyn_nsa_budget.py            about an hour and a half on two cores
+    .venv/bin/python benchmarks/dyn_nsa_budget.py            about an hour on two cores
     .venv/bin/python benchmarks/dyn_nsa_budget.py --quick    a few minutes, to see that it runs; writes nothing
 
 The model's own weights stay frozen. For each budget and each arm: thresholds shifted together until the calibration text reads the
@@ -130,9 +130,9 @@ def converted(folder: Path, **options: Any) -> Iterator[PreTrainedModel]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[4, 6, 10, 16])
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[3.5, 5, 7])
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--arms", nargs="+", choices=(STATIC, *SOURCES), default=(STATIC, *SOURCES))
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
