@@ -299,7 +299,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "probe dtype": ({"surprise": torch.zeros(4, 2, dtype=torch.bfloat16)}, TypeError, "surprise must be torch.float32"),
     "activation": ({"activation": "swish"}, ValueError, "activation must be one of silu"),
     "kind": ({"surprise_kind": "up_proj"}, ValueError, "surprise_kind must be one of down_proj"),
-    "impl": ({"impl": "triton"}, ValueError, "impl must be one of auto, torch, reference"),
+    "impl": ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch, reference"),
 }
 
 

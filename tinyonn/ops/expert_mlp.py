@@ -11,10 +11,8 @@ from torch import Tensor
 from .. import reference
 from .._debug import debug_enabled
 from ..reference.expert_mlp import Activation, SurpriseKind
-from ._dispatch import check_float, check_no_nan, check_same_device, statistics_dtype
+from ._dispatch import check_float, check_impl, check_no_nan, check_same_device, choose_impl, statistics_dtype
 from ._torch_experts import Layout, experts_backward, experts_forward
-
-IMPLS = ("auto", "torch", "reference")
 
 
 def expert_mlp(
@@ -57,16 +55,16 @@ def expert_mlp(
         surprise_kind: "down_proj", norm of the gradient of `down_proj[e]`; "expert", of all the expert's weights and biases; "output",
             |weight| · ‖grad_output‖, which for one token only ranks the weights. An expert named twice counts with its summed weight, in
             both slots.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference". With "triton", and so by default on a GPU, nothing waits for the device.
 
     Returns:
         (N, F) in the dtype of `hidden_states`.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not agree; under `tinyonn.debug()` an index out of range or a NaN.
+        RuntimeError: impl="triton" cannot run here.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}.")
+    check_impl(impl)
     _check(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias, gated, transposed)
     for name, value, choices in (
         ("activation", activation, get_args(Activation)),
@@ -80,7 +78,7 @@ def expert_mlp(
     if impl == "reference":
         layout = {"activation": activation, "gated": gated, "interleaved": interleaved, "transposed": transposed}
         return _reference(*tensors, surprise, surprise_kind, layout)
-    out, _ = _forward(*tensors, surprise, activation, gated, interleaved, transposed, surprise_kind)
+    out, _ = _forward(*tensors, surprise, activation, gated, interleaved, transposed, surprise_kind, impl)
     return out
 
 
@@ -231,12 +229,18 @@ def _forward(
     interleaved: bool,
     transposed: bool,
     surprise_kind: str,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """out, and what the activation took: pairs sorted by expert."""
+    """out, and what the activation took: pairs sorted by expert; gate first with triton, as the weights lie with torch."""
     if debug_enabled():
         _check_values(top_k_index, top_k_weights, len(gate_up_proj), hidden_states, gate_up_proj, down_proj)
     tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
-    return experts_forward(*tensors, Layout(activation, gated, interleaved, transposed))
+    layout = Layout(activation, gated, interleaved, transposed)
+    if choose_impl(impl, hidden_states) == "triton":
+        from . import _triton_experts
+
+        return _triton_experts.experts_forward(*tensors, layout)
+    return experts_forward(*tensors, layout)
 
 
 @_forward.register_fake
@@ -254,6 +258,7 @@ def _(
     interleaved: bool,
     transposed: bool,
     surprise_kind: str,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     width = gate_up_proj.shape[2 if transposed else 1]
     return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(top_k_index.numel(), width)
@@ -275,10 +280,17 @@ def _backward(
     interleaved: bool,
     transposed: bool,
     surprise_kind: str | None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden_states, both projections, top_k_weights and both biases, and the surprise; empty where there is none."""
     tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
-    *grads, surprise = experts_backward(*tensors, pre, grad_out, Layout(activation, gated, interleaved, transposed), surprise_kind)
+    rest = (pre, grad_out, Layout(activation, gated, interleaved, transposed), surprise_kind)
+    if choose_impl(impl, hidden_states) == "triton":
+        from . import _triton_experts
+
+        *grads, surprise = _triton_experts.experts_backward(*tensors, *rest)
+    else:
+        *grads, surprise = experts_backward(*tensors, *rest)
     none = hidden_states.new_empty(0, dtype=statistics_dtype(hidden_states.dtype))
     return tuple(none.clone() if x is None else x.contiguous() for x in (*grads, surprise))  # type: ignore[return-value]
 
@@ -299,6 +311,7 @@ def _(
     interleaved: bool,
     transposed: bool,
     surprise_kind: str | None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = statistics_dtype(hidden_states.dtype)
     grads = [x.new_empty(x.shape) for x in (hidden_states, gate_up_proj, down_proj, top_k_weights)]
@@ -309,7 +322,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, probe = inputs[:8]
-    *ctx.layout, kind = inputs[8:]
+    *ctx.layout, kind, ctx.impl = inputs[8:]
     ctx.kind = None if probe is None or not probe.requires_grad else kind
     ctx.biases = [bias is not None for bias in tensors[5:]]
     ctx.save_for_backward(*tensors, output[1])
@@ -318,9 +331,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, pre = ctx.saved_tensors
-    hidden, up, down, weights, up_bias, down_bias, surprise = _backward(*tensors, pre, grad_out, *ctx.layout, ctx.kind)
+    hidden, up, down, weights, up_bias, down_bias, surprise = _backward(*tensors, pre, grad_out, *ctx.layout, ctx.kind, ctx.impl)
     biases = [grad if there else None for grad, there in zip((up_bias, down_bias), ctx.biases, strict=True)]
-    return hidden, up, down, None, weights, *biases, None if ctx.kind is None else surprise, *([None] * 5)
+    return hidden, up, down, None, weights, *biases, None if ctx.kind is None else surprise, *([None] * 6)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

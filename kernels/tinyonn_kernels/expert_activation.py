@@ -1,0 +1,129 @@
+"""What lies between an expert's two products, and its derivative; where rows of its matrices lie; what a tile of rows stands for.
+
+    h = act(gate) · up, or act(gate) where nothing gates
+    clamped_swiglu, of gpt-oss: min(gate, 7) · σ(1.702 min(gate, 7)) · (clamp(up, ±7) + 1)
+
+Comparisons instead of minima, which would drop a NaN. Between the kernels, what the activation takes lies gate first, up behind it,
+however the weights lie.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_REACH = 1 << 31
+
+
+@triton.jit
+def _act(x, ACTIVATION: tl.constexpr):
+    """act(x), float32."""
+    if ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh z) / 2 = σ(2z)
+        return x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    elif ACTIVATION == "relu2":
+        kept = tl.where(x < 0.0, 0.0, x)
+        return kept * kept
+    else:
+        tl.static_assert(ACTIVATION == "clamped_swiglu")
+        kept = tl.where(x > 7.0, 7.0, x)
+        return kept * tl.sigmoid(1.702 * kept)
+
+
+@triton.jit
+def _slope(x, ACTIVATION: tl.constexpr):
+    """Derivative of act at x."""
+    if ACTIVATION == "silu":
+        sigma = tl.sigmoid(x)
+        return sigma * (1.0 + x * (1.0 - sigma))
+    elif ACTIVATION == "gelu":
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif ACTIVATION == "gelu_tanh":
+        sigma = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+        return sigma + x * sigma * (1.0 - sigma) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    elif ACTIVATION == "relu2":
+        return 2.0 * tl.where(x < 0.0, 0.0, x)
+    else:
+        tl.static_assert(ACTIVATION == "clamped_swiglu")
+        sigma = tl.sigmoid(1.702 * x)
+        return tl.where(x > 7.0, 0.0, sigma * (1.0 + 1.702 * x * (1.0 - sigma)))
+
+
+@triton.jit
+def _factor(up, ACTIVATION: tl.constexpr):
+    """What multiplies act(gate)."""
+    if ACTIVATION == "clamped_swiglu":
+        return tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
+    else:
+        return up
+
+
+@triton.jit
+def activate(gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    if GATED:
+        return _act(gate, ACTIVATION) * _factor(up, ACTIVATION)
+    else:
+        return _act(gate, ACTIVATION)
+
+
+@triton.jit
+def activate_backward(gate, up, grad, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """Gradients of gate and up; of gate twice where nothing gates."""
+    if GATED:
+        grad_gate = grad * _factor(up, ACTIVATION) * _slope(gate, ACTIVATION)
+        grad_up = grad * _act(gate, ACTIVATION)
+        if ACTIVATION == "clamped_swiglu":
+            grad_up = tl.where((up > 7.0) | (up < -7.0), 0.0, grad_up)
+        return grad_gate, grad_up
+    else:
+        grad_gate = grad * _slope(gate, ACTIVATION)
+        return grad_gate, grad_gate
+
+
+@triton.jit
+def matrix_row(place, HALF: tl.constexpr):
+    """Row of a matrix whose first HALF rows and the others alternate, by its place with gate first; HALF = 0 where they do not."""
+    if HALF == 0:
+        return place
+    else:
+        return place % HALF * 2 + place // HALF
+
+
+@triton.jit
+def tile_rows(slots_ptr, offsets_ptr, tile_row_ptr, tile, expert, num_slots, ROWS: tl.constexpr):
+    """(ROWS,) places of a tile, int64, whether they are the expert's, and their slots and tokens, int64."""
+    place = tl.load(tile_row_ptr + tile) + tl.arange(0, ROWS)
+    inside = place < tl.load(offsets_ptr + expert + 1)
+    slot = tl.load(slots_ptr + place, mask=inside, other=0)
+    return place.to(tl.int64), inside, slot.to(tl.int64), (slot // num_slots).to(tl.int64)
+
+
+def rows_of(num_pairs: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Rows of a tile, by what an expert gets on average: tiny experts are not padded to what a large one would fill."""
+    average = num_pairs // max(1, num_experts)
+    if average <= 16:
+        return 16
+    return 32 if average <= 64 or dtype == torch.float32 else 64
+
+
+def width_of(size: int, most: int) -> int:
+    """Side of a tile over `size` columns: a power of two, at least the 16 that the matrix unit takes."""
+    return min(most, max(16, triton.next_power_of_2(size)))
+
+
+def ragged(*sizes: int) -> bool:
+    """Whether rows of one of these sizes begin anywhere, so that every value has an address and a mask of its own in registers."""
+    return any(size % 16 for size in sizes)
+
+
+def check_reach(name: str, weights: Tensor) -> None:
+    """Offsets within one expert's matrix are 32-bit; those between experts are not."""
+    reach = sum((size - 1) * stride for size, stride in zip(weights.shape[1:], weights.stride()[1:], strict=True)) + 1
+    if reach >= MAX_REACH:
+        raise ValueError(f"{name} must span fewer than {MAX_REACH} elements an expert with impl='triton', got {reach}.")
