@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import tinyonn
 from tinyonn import ops, reference
@@ -175,6 +176,48 @@ def test_a_larger_budget_activates_more_experts(impl):
     assert counts[-1] > 2 * counts[0]
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("of_tokens", "of_prototypes"), [(1e30, 1.0), (1e-30, 1.0), (1.0, 1e30), (1.0, 1e-30), (1e-36, 1e37)])
+def test_no_length_changes_a_cosine(of_tokens, of_prototypes, form, impl):
+    x, prototypes, thresholds = router(30, 8, dtype=torch.float32)
+    expected = ops.threshold_route(x.double(), prototypes.double(), thresholds.double(), form=form)
+    x, prototypes = (x * of_tokens).requires_grad_(), (prototypes * of_prototypes).requires_grad_()
+    found = ops.threshold_route(x, prototypes, thresholds, form=form, impl=impl)
+    assert torch.equal(found.top_k_index, expected.top_k_index)
+    torch.testing.assert_close(found.scores.double(), expected.scores, rtol=1e-4, atol=1e-6)
+    grads = torch.autograd.grad(found.scores.square().sum(), (x, prototypes))
+    for leaf, grad in zip((x, prototypes), grads, strict=True):  # a length has no part in it, so none lies along the vector
+        along = (leaf.detach().double() * grad.double()).sum(-1)
+        assert grad.isfinite().all()
+        assert along.abs().max() < 1e-5
+        assert (leaf.detach().double().norm(dim=-1) * grad.double().norm(dim=-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_zero_vector_is_at_right_angles_to_all(impl):
+    x, prototypes, thresholds = router(3, 5)
+    x[1] = 0
+    x.requires_grad_()
+    found = ops.threshold_route(x, prototypes, thresholds, form="cosine", impl=impl)
+    torch.testing.assert_close(found.scores[1], -thresholds.sigmoid())
+    (grad,) = torch.autograd.grad(found.scores.sum(), x)
+    assert grad.abs().max() < 100
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("combine", ["gated", "uniform"])
+def test_a_budget_chooses_the_same_experts_whatever_their_weights(combine, impl):
+    scores = 2 * router(60, 10, 10)[0]
+    shares = ops.select_by_budget(scores, 0.7, max_experts=6, impl=impl)
+    found = ops.select_by_budget(scores, 0.7, max_experts=6, combine=combine, impl=impl)
+    assert torch.equal(found.top_k_index, shares.top_k_index)
+    used = found.top_k_index < 10
+    picked = torch.where(used, functional.pad(scores, (0, 1)).gather(-1, found.top_k_index).clamp(min=0), 0)
+    wanted = used.double() if combine == "uniform" else picked
+    torch.testing.assert_close(found.top_k_weights, wanted / wanted.sum(-1, keepdim=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_widened(dtype):
     tensors = router(50, 16, dtype=dtype)
@@ -183,6 +226,22 @@ def test_half_precision_is_widened(dtype):
     wanted = reference.threshold_route(*tensors)
     assert found.scores.dtype == torch.float32
     torch.testing.assert_close(found.scores.double(), wanted.scores, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mask_of_no_expert_is_named_in_debug():
+    tensors, none = router(4, 6), torch.zeros(6, dtype=torch.bool)
+    found = ops.threshold_route(*tensors, expert_mask=none)
+    assert (found.top_k_index == 6).all()
+    assert (found.top_k_weights == 0).all()
+    with tinyonn.debug(), pytest.raises(ValueError, match="expert_mask must leave an expert in, got none"):
+        ops.threshold_route(*tensors, expert_mask=none)
+
+
+def test_a_budget_compiles_whole():
+    scores = router(30, 16, 16, dtype=torch.float32)[0]
+    select = torch.compile(ops.select_by_budget, fullgraph=True, backend="aot_eager")
+    for budget in (0.3, 0.7, torch.linspace(0.1, 1, 30)):
+        assert torch.equal(select(scores, budget).top_k_index, ops.select_by_budget(scores, budget).top_k_index)
 
 
 def test_it_compiles_whole():
@@ -212,7 +271,9 @@ def test_no_tokens(impl):
         ({"form": "dot"}, "form must be one of sigmoid_cosine, cosine"),
         ({"combine": "sum"}, "combine must be one of softmax, gated, uniform"),
         ({"impl": "cuda"}, "impl must be one of"),
-        ({"scale": 0.0}, "scale must be above 0"),
+        ({"scale": 0.0}, "scale must be above 0 and finite, got 0.0"),
+        ({"scale": math.inf}, "scale must be above 0 and finite, got inf"),
+        ({"scale": math.nan}, "scale must be above 0 and finite, got nan"),
         ({"expert_mask": torch.ones(5)}, r"expert_mask must be bool of shape \(5,\), got torch.float32 \(5,\)"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import torch
@@ -34,6 +35,7 @@ def threshold_route(
         l = σ(scale · cos(x, P)) − σ(scale · G)      "sigmoid_cosine"
         l = cos(x, P) − σ(G)                         "cosine"
 
+    Cosines hold for vectors of any length but 0 that their dtype can store; that of a zero vector is 0.
     Active are the experts with l > 0: at least `min_experts`, at most `max_experts`, the highest first, ties to the lower index. An
     expert whose l is NaN is never chosen, and an error under `tinyonn.debug()`.
 
@@ -47,7 +49,8 @@ def threshold_route(
         min_experts, max_experts: experts of a token; max_experts slots are returned whatever E.
         combine: weights of the active experts: "softmax" of l, the set taken as fixed; "gated", l / Σ l over those above 0, equal shares
             where none is; "uniform", equal shares, differentiated as if the set were l itself (straight-through).
-        expert_mask: (E,) bool, which experts there are; the others' scores are -inf. None for all.
+        expert_mask: (E,) bool, which experts there are; the others' scores are -inf. None for all. Where none is left, tokens go nowhere;
+            under `tinyonn.debug()` that is an error.
         impl: "auto", "torch" or "reference".
 
     Returns:
@@ -77,11 +80,13 @@ def threshold_route(
             raise ValueError(
                 f"expert_mask must be bool of shape {tuple(thresholds.shape)}, got {expert_mask.dtype} {tuple(expert_mask.shape)}."
             )
+        if debug_enabled() and not bool(expert_mask.any()):
+            raise ValueError("expert_mask must leave an expert in, got none.")
     _check_choice("form", form, get_args(Form))
     _check_choice("combine", combine, get_args(Combine))
     _check_choice("impl", impl, IMPLS)
-    if not scale > 0:
-        raise ValueError(f"scale must be above 0, got {scale}.")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be above 0 and finite, got {scale}.")
     if not 0 <= min_experts <= max_experts or max_experts < 1:
         raise ValueError(f"max_experts must be at least 1 and at least min_experts, got {max_experts} and {min_experts}.")
     if debug_enabled():
@@ -101,7 +106,9 @@ def threshold_route(
     return _routing(scores, index, values.isfinite() & ((slot < min_experts) | (values > 0)), combine)
 
 
-def select_by_budget(scores: Tensor, budget: Tensor | float, *, max_experts: int = 8, impl: str = "auto") -> Routing:
+def select_by_budget(
+    scores: Tensor, budget: Tensor | float, *, max_experts: int = 8, combine: Combine = "softmax", impl: str = "auto"
+) -> Routing:
     """Routes each token to the smallest set of experts whose share of softmax(scores) reaches a budget.
 
     Args:
@@ -109,10 +116,11 @@ def select_by_budget(scores: Tensor, budget: Tensor | float, *, max_experts: int
         budget: share of the softmax, 0 … 1; a number or (N,). At least one expert is chosen, at most `max_experts`; ties go to the lower
             index. Rows with NaN get none.
         max_experts: slots.
+        combine: weights of the chosen experts, as for `threshold_route`.
         impl: "auto", "torch" or "reference".
 
     Returns:
-        Routing, as `threshold_route`; weights are softmax over the chosen experts.
+        Routing, as `threshold_route`.
 
     Raises:
         TypeError, ValueError: a shape, or a budget outside 0 … 1 (a tensor's only under `tinyonn.debug()`, which looks for NaN too).
@@ -120,6 +128,7 @@ def select_by_budget(scores: Tensor, budget: Tensor | float, *, max_experts: int
     check_float("scores", scores)
     if scores.dim() != 2:
         raise ValueError(f"scores must have shape (N, E), got {tuple(scores.shape)}.")
+    _check_choice("combine", combine, get_args(Combine))
     _check_choice("impl", impl, IMPLS)
     if max_experts < 1:
         raise ValueError(f"max_experts must be at least 1, got {max_experts}.")
@@ -127,29 +136,41 @@ def select_by_budget(scores: Tensor, budget: Tensor | float, *, max_experts: int
         check_same_device("budget", budget, scores.device)
         if budget.shape not in ((), (len(scores),)):
             raise ValueError(f"budget must have shape () or ({len(scores)},), got {tuple(budget.shape)}.")
+        within = not debug_enabled() or bool(((budget >= 0) & (budget <= 1)).all())
+    else:
+        within = 0 <= budget <= 1
+    if not within:
+        raise ValueError(f"budget must be 0 … 1, got {budget}.")
     if debug_enabled():
         check_no_nan("scores", scores)
-    if not isinstance(budget, Tensor) or debug_enabled():
-        limits = torch.as_tensor(budget)
-        if not bool(((limits >= 0) & (limits <= 1)).all()):
-            raise ValueError(f"budget must be 0 … 1, got {budget}.")
     wide = scores.to(statistics_dtype(scores.dtype))
     if impl == "reference":
-        return _narrow(reference.select_by_budget(scores, budget, max_experts=max_experts), wide.dtype)
+        return _narrow(reference.select_by_budget(scores, budget, max_experts=max_experts, combine=combine), wide.dtype)
     share, index = _highest(wide.detach().softmax(-1), max_experts)
     limit = torch.as_tensor(budget, dtype=share.dtype, device=share.device).reshape(-1, 1)
     before = share.cumsum(-1) - share
     slot = torch.arange(max_experts, device=share.device)
     there = share > 0  # neither NaN nor an expert that is masked
-    return _routing(wide, index, there & ((slot == 0) | (before < limit)), "softmax")
+    return _routing(wide, index, there & ((slot == 0) | (before < limit)), combine)
 
 
 @without_autocast
 def _margins(hidden_states: Tensor, prototypes: Tensor, thresholds: Tensor, form: Form, scale: float) -> Tensor:
     dtype = statistics_dtype(hidden_states.dtype)
     x, p, g = (tensor.to(dtype) for tensor in (hidden_states, prototypes, thresholds))
-    cosine = functional.normalize(x, dim=-1) @ functional.normalize(p, dim=-1).T
+    cosine = unit_vectors(x) @ unit_vectors(p).T
     return cosine - g.sigmoid() if form == "cosine" else (scale * cosine).sigmoid() - (scale * g).sigmoid()
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """(N, F) scaled to length 1, zero vectors left as they are.
+
+    The largest entry goes first, for squares of 1e-30 or 1e30 are no float32. A factor changes no direction, so it needs no gradient.
+    """
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1)
+    length = x.norm(dim=-1, keepdim=True)
+    return x / torch.where(length > 0, length, 1)
 
 
 def _highest(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:

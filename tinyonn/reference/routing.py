@@ -33,10 +33,16 @@ class Routing(NamedTuple):
 def margins(hidden_states: Tensor, prototypes: Tensor, thresholds: Tensor, form: Form, scale: float) -> Tensor:
     """(N, E): by how much a token passes an expert's threshold."""
     x, p, g = hidden_states.double(), prototypes.double(), thresholds.double()
-    cosine = torch.nn.functional.normalize(x, dim=-1) @ torch.nn.functional.normalize(p, dim=-1).T
+    cosine = unit_vectors(x) @ unit_vectors(p).T
     if form == "cosine":
         return cosine - g.sigmoid()
     return (scale * cosine).sigmoid() - (scale * g).sigmoid()
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """Of length 1 whatever their length was, but for 0."""
+    length = x.norm(dim=-1, keepdim=True)
+    return x / torch.where(length > 0, length, 1)
 
 
 def threshold_route(
@@ -62,7 +68,7 @@ def threshold_route(
     return routing_of(scores, chosen, rank, max_experts, combine)
 
 
-def select_by_budget(scores: Tensor, budget: Tensor | float, *, max_experts: int = 8) -> Routing:
+def select_by_budget(scores: Tensor, budget: Tensor | float, *, max_experts: int = 8, combine: Combine = "softmax") -> Routing:
     """The smallest set of experts whose share of softmax(scores) reaches `budget`, at least one, at most `max_experts`."""
     scores = scores.double()
     share = scores.detach().softmax(-1)
@@ -71,7 +77,7 @@ def select_by_budget(scores: Tensor, budget: Tensor | float, *, max_experts: int
     rank = order.argsort(-1)
     limit = torch.as_tensor(budget, dtype=torch.float64, device=scores.device).expand(len(scores)).unsqueeze(-1)
     chosen = ((rank == 0) | ((before.gather(-1, rank) < limit) & (rank < max_experts))) & (share > 0)
-    return routing_of(scores, chosen, rank, max_experts, "softmax")
+    return routing_of(scores, chosen, rank, max_experts, combine)
 
 
 def routing_of(scores: Tensor, chosen: Tensor, rank: Tensor, max_experts: int, combine: Combine) -> Routing:
