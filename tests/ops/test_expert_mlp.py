@@ -197,9 +197,36 @@ def test_unused_slots_cost_nothing_and_hold_nothing(monkeypatch):
     params, x = weights(4, 8, 16, dtype=torch.float32), tokens_of(10, 16, torch.float32)
     index, weight = routing(10, 4, 4, unused=0.6, dtype=torch.float32)
     weight[index == 4] = math.nan
-    out = ops.expert_mlp(x, top_k_index=index, top_k_weights=weight.nan_to_num(0), **params)
+    probe = torch.zeros(index.shape, requires_grad=True)
+    leaves = leaves_of(x, weight, *params.values())
+    out = ops.expert_mlp(x, top_k_index=index, top_k_weights=weight, surprise=probe, **params)
     assert seen == [int((index < 4).sum())] * 2
     assert out.isfinite().all()
+    out.square().sum().backward()
+    assert all(leaf.grad.isfinite().all() for leaf in (probe, *leaves) if leaf.grad is not None)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 20])
+@pytest.mark.parametrize(("name", "kind"), [("silu", "down_proj"), ("gelu-tanh", "expert"), ("gpt-oss", "expert")])
+def test_chunks_of_experts_change_nothing(name, kind, rows, monkeypatch):
+    """Experts without a token lie first, last and between."""
+    from tinyonn.ops import _torch_experts
+
+    layout = LAYOUTS[name]
+    params, x = weights(9, 4, 8, layout=layout, biased=True), tokens_of(40, 8)
+    index = torch.tensor([1, 2, 5, 7])[torch.randint(0, 4, (40, 3), generator=torch.Generator().manual_seed(1))]
+    weight = torch.rand(40, 3, dtype=torch.float64)
+    probe = torch.zeros(index.shape, dtype=torch.float64, requires_grad=True)
+    leaves = [*leaves_of(x, weight, *params.values()), probe]
+
+    def step() -> list[Tensor]:
+        out = ops.expert_mlp(x, top_k_index=index, top_k_weights=weight, surprise=probe, surprise_kind=kind, **params, **layout)
+        return [out, *torch.autograd.grad(out.sin().sum(), leaves)]
+
+    wanted = step()
+    monkeypatch.setattr(_torch_experts, "CHUNK_ELEMENTS", rows * 8)
+    for got, value in zip(step(), wanted, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-14)
 
 
 def probe_pair(call: Any, x: Tensor, index: Tensor) -> Tensor:
@@ -253,7 +280,7 @@ def test_a_retained_graph_gives_the_surprise_again(layer):
 def test_without_a_probe_nothing_is_added(layer, monkeypatch):
     from tinyonn.ops import _torch_experts
 
-    monkeypatch.setattr(_torch_experts, "_surprise", lambda *args: pytest.fail("no surprise was asked for"))
+    monkeypatch.setattr(_torch_experts, "_squares", lambda *args: pytest.fail("no surprise was asked for"))
     call, x, _ = layer
     call(x.requires_grad_(), None).sum().backward()
 

@@ -1,10 +1,11 @@
-"""Mixture of small experts in plain torch: pairs sorted by expert once, then one grouped product a step.
+"""Mixture of small experts in plain torch: pairs sorted by expert once, then grouped products, a chunk of experts at a time.
 
 P pairs (token, slot) that name an expert, F features, E experts, I neurons of an expert, K slots of a token
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._dispatch import statistics_dtype, without_autocast
+from ._huge_pages import empty_on_huge_pages
 
 CLAMP, SWISH = 7.0, 1.702  # of gpt-oss
+CHUNK_ELEMENTS = 1 << 19  # gathered at a time: what a step writes, the next one finds in the cache
 GROUPED_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -46,6 +49,21 @@ class Pairs(NamedTuple):
     places: Tensor
 
 
+class Chunk(NamedTuple):
+    """Neighbouring experts whose pairs are worked on together.
+
+    Attributes:
+        experts, rows: of them, and of their pairs.
+        sizes: pairs of each expert.
+        ends: the same, where each expert's pairs end within the chunk, int32.
+    """
+
+    experts: slice
+    rows: slice
+    sizes: list[int]
+    ends: Tensor
+
+
 def pairs_of(top_k_index: Tensor, num_experts: int) -> Pairs:
     """An index outside 0 … E − 1 is an unused slot."""
     flat = top_k_index.reshape(-1).long()
@@ -61,29 +79,44 @@ def pairs_of(top_k_index: Tensor, num_experts: int) -> Pairs:
     return Pairs(slot, token, expert, sizes.cumsum(0).to(torch.int32), found, places.view(top_k_index.shape))
 
 
-def grouped(rows: Tensor, weights: Tensor, pairs: Pairs) -> Tensor:
+def chunks_of(pairs: Pairs, features: int) -> Iterator[Chunk]:
+    """On a CPU as many experts at once as keep their gathered rows in its cache, on other devices all."""
+    limit = CHUNK_ELEMENTS // max(1, features) if pairs.ends.device.type == "cpu" else len(pairs.slot)
+    first = begin = end = 0
+    for expert, size in enumerate([*pairs.sizes, limit + 1]):
+        if expert > first and end + size - begin > limit:
+            experts = slice(first, expert)
+            yield Chunk(experts, slice(begin, end), pairs.sizes[experts], pairs.ends[experts] - begin)
+            first, begin = expert, end
+        end += size
+
+
+def grouped(rows: Tensor, weights: Tensor, chunk: Chunk) -> Tensor:
     """(P, A), (E, A, B) -> (P, B): each expert's rows times its matrix."""
     if _fits(rows) and _fits(weights):
-        return functional.grouped_mm(rows, weights, offs=pairs.ends)
+        return functional.grouped_mm(rows, weights, offs=chunk.ends)
     out = rows.new_empty(len(rows), weights.shape[-1])
-    for expert, part in _parts(pairs):
+    for expert, part in _parts(chunk):
         torch.mm(rows[part], weights[expert], out=out[part])
     return out
 
 
-def grouped_outer(left: Tensor, right: Tensor, pairs: Pairs) -> Tensor:
+def grouped_outer(left: Tensor, right: Tensor, chunk: Chunk) -> Tensor:
     """(P, A), (P, B) -> (E, A, B): the sum of outer products of each expert's rows."""
     if _fits(left.T) and _fits(right):
-        return functional.grouped_mm(left.T, right, offs=pairs.ends)
-    out = left.new_zeros(len(pairs.sizes), left.shape[1], right.shape[1])
-    for expert, part in _parts(pairs):
+        return functional.grouped_mm(left.T, right, offs=chunk.ends)
+    out = left.new_zeros(len(chunk.sizes), left.shape[1], right.shape[1])
+    for expert, part in _parts(chunk):
         torch.mm(left[part].T, right[part], out=out[expert])
     return out
 
 
-def _parts(pairs: Pairs) -> list[tuple[int, slice]]:
-    ends = pairs.ends.tolist()
-    return [(expert, slice(end - size, end)) for expert, (size, end) in enumerate(zip(pairs.sizes, ends, strict=True)) if size]
+def _parts(chunk: Chunk) -> Iterator[tuple[int, slice]]:
+    end = 0
+    for expert, size in enumerate(chunk.sizes):
+        end += size
+        if size:
+            yield expert, slice(end - size, end)
 
 
 def _fits(x: Tensor) -> bool:
@@ -156,11 +189,16 @@ def _activation_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
 
 
 def _combine(rows: Tensor, pairs: Pairs, weights: Tensor | None) -> Tensor:
-    """(P, F) -> (N, F), summed over a token's slots in their order, in float32 or float64."""
-    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-    total = rows.new_zeros(len(pairs.places), rows.shape[1], dtype=statistics_dtype(rows.dtype))
+    """(P + 1, F) -> (N, F), summed over a token's slots in their order, in float32 or float64. The last row stands for unused slots."""
+    wide = statistics_dtype(rows.dtype)
+    rows[-1] = 0
+    if weights is not None:
+        weights = torch.where(pairs.places < len(pairs.slot), weights.to(wide), 0)
+    if rows.dtype == wide and pairs.places.numel():
+        return functional.embedding_bag(pairs.places, rows, mode="sum", per_sample_weights=weights)
+    total = rows.new_zeros(len(pairs.places), rows.shape[1], dtype=wide)
     for slot in range(pairs.places.shape[1]):
-        part = padded[pairs.places[:, slot]].to(total.dtype)
+        part = rows.index_select(0, pairs.places[:, slot]).to(wide)
         total.add_(part if weights is None else part.mul_(weights[:, slot : slot + 1]))
     return total
 
@@ -179,16 +217,20 @@ def experts_forward(
     """out (N, F); and (N * K, 2I), what the activation takes, sorted by expert, 0 behind the last pair."""
     pairs = pairs_of(top_k_index, len(gate_up_proj))
     up, down = (weight if layout.transposed else weight.mT for weight in (gate_up_proj, down_proj))
-    whole = hidden_states.new_zeros(top_k_index.numel(), up.shape[-1])
-    pre = grouped(hidden_states[pairs.token], up, pairs)
-    if gate_up_bias is not None:
-        pre += gate_up_bias[pairs.expert]
-    whole[: len(pre)] = pre
-    rows = grouped(activate(pre, layout), down, pairs)
-    if down_bias is not None:
-        rows += down_bias[pairs.expert]
-    out = _combine(rows, pairs, top_k_weights.to(statistics_dtype(rows.dtype)))
-    return out.to(hidden_states.dtype), whole
+    features = hidden_states.shape[1]
+    whole = hidden_states.new_empty(top_k_index.numel(), up.shape[-1])
+    whole[len(pairs.slot) :] = 0
+    rows = hidden_states.new_empty(len(pairs.slot) + 1, features)
+    for chunk in chunks_of(pairs, features):
+        x = hidden_states.index_select(0, pairs.token[chunk.rows])
+        pre = grouped(x, up[chunk.experts], chunk)
+        if gate_up_bias is not None:
+            pre += gate_up_bias.index_select(0, pairs.expert[chunk.rows])
+        whole[chunk.rows] = pre
+        rows[chunk.rows] = grouped(activate(pre, layout), down[chunk.experts], chunk)
+        if down_bias is not None:
+            rows[chunk.rows] += down_bias.index_select(0, pairs.expert[chunk.rows])
+    return _combine(rows, pairs, top_k_weights).to(hidden_states.dtype), whole
 
 
 @without_autocast
@@ -207,76 +249,77 @@ def experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden_states, gate_up_proj, down_proj, top_k_weights and both biases; and the surprise (N, K) or None."""
     pairs = pairs_of(top_k_index, len(gate_up_proj))
+    number, features = len(pairs.slot), hidden_states.shape[1]
     wide = statistics_dtype(hidden_states.dtype)
     up, down = (weight.mT if layout.transposed else weight for weight in (gate_up_proj, down_proj))  # (E, 2I, F), (E, F, I)
-    weight = top_k_weights.reshape(-1)[pairs.slot].to(wide).unsqueeze(-1)
+    weights = top_k_weights.to(wide).reshape(-1)[pairs.slot].unsqueeze(-1)
     grad_out = grad_out.contiguous().to(hidden_states.dtype)
-    pre = pre[: len(pairs.slot)]
-    x, h, grad = hidden_states[pairs.token], activate(pre, layout), grad_out[pairs.token]
 
-    grad_h = grouped(grad, down, pairs)
-    grad_weight = (grad_h.to(wide) * h).sum(-1)
-    if down_bias is not None:
-        grad_weight += (grad.to(wide) * down_bias[pairs.expert]).sum(-1)
-    grad_pre = activate_backward(pre, grad_h, layout)  # but for the pair's weight, as grad_h is
+    rows = hidden_states.new_empty(number + 1, features)
+    grad_up, grad_down = (empty_on_huge_pages(weight.shape, weight) for weight in (gate_up_proj, down_proj))
+    grad_weights, h_squares, pre_squares = (torch.empty(number, dtype=wide, device=rows.device) for _ in range(3))
+    grad_up_bias, grad_down_bias = (None if bias is None else torch.empty_like(bias) for bias in (gate_up_bias, down_bias))
+    for chunk in chunks_of(pairs, features):
+        token, part = pairs.token[chunk.rows], chunk.rows
+        x, grad, weight = hidden_states.index_select(0, token), grad_out.index_select(0, token), weights[part]
+        h = activate(pre[part], layout)
+        grad_h = grouped(grad, down[chunk.experts], chunk)
+        torch.sum(grad_h.to(wide) * h, -1, out=grad_weights[part])
+        if down_bias is not None:
+            grad_weights[part] += (grad.to(wide) * down_bias.index_select(0, pairs.expert[part])).sum(-1)
+        grad_pre = activate_backward(pre[part], grad_h, layout)  # but for the pair's weight, as grad_h is
+        if surprise_kind in ("down_proj", "expert"):
+            h_squares[part] = _squares(h, wide)
+        if surprise_kind == "expert":
+            pre_squares[part] = _squares(grad_pre, wide)
 
+        grad_pre = (grad_pre * weight).to(pre.dtype)
+        rows[part] = grouped(grad_pre, up[chunk.experts], chunk)
+        of_up = grouped_outer(grad_pre, x, chunk)
+        of_down = grouped_outer(grad, (h * weight).to(h.dtype), chunk)
+        grad_up[chunk.experts] = of_up.mT if layout.transposed else of_up
+        grad_down[chunk.experts] = of_down.mT if layout.transposed else of_down
+        if grad_up_bias is not None:
+            grad_up_bias[chunk.experts] = _sum_by_expert(grad_pre, chunk, wide)
+        if grad_down_bias is not None:
+            grad_down_bias[chunk.experts] = _sum_by_expert(grad * weight, chunk, wide)
+
+    grad_hidden = _combine(rows, pairs, None).to(hidden_states.dtype)
     surprise = None
     if surprise_kind is not None:
-        surprise = _surprise(top_k_index, top_k_weights.to(wide), pairs, surprise_kind, x, h, grad_out, grad_pre, gate_up_bias, down_bias)
+        # An expert named twice counts with its summed weight.
+        same = top_k_index.unsqueeze(1) == top_k_index.unsqueeze(2)
+        size = torch.where(same, top_k_weights.to(wide).unsqueeze(1), 0).sum(-1).abs().reshape(-1)[pairs.slot]
+        grad_squares = _squares(grad_out, wide)[pairs.token]
+        match surprise_kind:
+            case "output":
+                found = grad_squares.sqrt()
+            case "down_proj":
+                found = grad_squares.sqrt() * h_squares.sqrt()
+            case _:
+                x_squares = _squares(hidden_states, wide)[pairs.token]
+                of_up = pre_squares * (x_squares + (gate_up_bias is not None))
+                found = (of_up + grad_squares * (h_squares + (down_bias is not None))).sqrt()
+        surprise = _in_slots(size * found, pairs)
+    grad_weights = _in_slots(grad_weights, pairs).to(top_k_weights.dtype)
+    return grad_hidden, grad_up, grad_down, grad_weights, grad_up_bias, grad_down_bias, surprise
 
-    grad_pre = (grad_pre * weight).to(pre.dtype)
-    grad = (grad * weight).to(grad.dtype)
-    grad_hidden = _combine(grouped(grad_pre, up, pairs), pairs, None).to(hidden_states.dtype)
-    grad_up, grad_down = grouped_outer(grad_pre, x, pairs), grouped_outer(grad, h, pairs)
-    if layout.transposed:
-        grad_up, grad_down = grad_up.mT, grad_down.mT
-    slots = torch.zeros(top_k_weights.numel(), dtype=wide, device=grad_weight.device)
-    slots[pairs.slot] = grad_weight
-    biases = [
-        None if bias is None else _sum_by_expert(rows, pairs).to(bias.dtype)
-        for bias, rows in ((gate_up_bias, grad_pre), (down_bias, grad))
-    ]  # fmt: skip
-    return (grad_hidden, grad_up, grad_down, slots.view(top_k_weights.shape).to(top_k_weights.dtype), biases[0], biases[1], surprise)
+
+def _squares(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """(P, A) -> (P,) squared norms."""
+    return rows.to(dtype).square().sum(-1)
 
 
-def _sum_by_expert(rows: Tensor, pairs: Pairs) -> Tensor:
+def _sum_by_expert(rows: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
     """(P, A) -> (E, A)."""
-    total = torch.zeros(len(pairs.sizes), rows.shape[1], dtype=statistics_dtype(rows.dtype), device=rows.device)
-    for expert, part in _parts(pairs):
-        total[expert] = rows[part].sum(0, dtype=total.dtype)
+    total = torch.zeros(len(chunk.sizes), rows.shape[1], dtype=dtype, device=rows.device)
+    for expert, part in _parts(chunk):
+        total[expert] = rows[part].sum(0, dtype=dtype)
     return total
 
 
-def _surprise(
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    pairs: Pairs,
-    kind: str,
-    x: Tensor,
-    h: Tensor,
-    grad_out: Tensor,
-    grad_pre: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-) -> Tensor:
-    """(N, K) norms, 0 in unused slots; `grad_pre` is that of a pair of weight 1."""
-    wide = top_k_weights.dtype
-
-    def squares(rows: Tensor) -> Tensor:
-        return rows.to(wide).square().sum(-1)
-
-    # An expert named twice counts with its summed weight.
-    same = top_k_index.unsqueeze(1) == top_k_index.unsqueeze(2)
-    size = (same * top_k_weights.unsqueeze(1)).sum(-1).abs().reshape(-1)[pairs.slot]
-    grad_squares = squares(grad_out)[pairs.token]
-    match kind:
-        case "output":
-            found = size * grad_squares.sqrt()
-        case "down_proj":
-            found = size * (grad_squares.sqrt() * squares(h).sqrt())
-        case _:
-            of_up = squares(grad_pre) * (squares(x) + (gate_up_bias is not None))
-            found = size * (of_up + grad_squares * (squares(h) + (down_bias is not None))).sqrt()
-    slots = torch.zeros(top_k_index.numel(), dtype=wide, device=x.device)
-    slots[pairs.slot] = found
-    return slots.view(top_k_index.shape)
+def _in_slots(values: Tensor, pairs: Pairs) -> Tensor:
+    """(P,) -> (N, K), 0 in unused slots."""
+    slots = torch.zeros(pairs.places.numel(), dtype=values.dtype, device=values.device)
+    slots[pairs.slot] = values
+    return slots.view(pairs.places.shape)
