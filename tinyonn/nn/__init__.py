@@ -3,8 +3,9 @@
 from .block_compression import BlockCompression
 from .checkpointing import keep_selection
 from .dyn_moe import DynMoE, ThresholdRouter
-from .dyn_nsa import OPEN, DynNSACache, DynNSACore, DynNSAOptions, budget_loss, normalised_entropy
+from .dyn_nsa import OPEN, DynNSACore, DynNSAOptions, budget_loss, normalised_entropy
 from .dyn_nsa_attention import DynNSAAttention, DynNSAAttentionOutput
+from .dyn_nsa_cache import DynNSACache
 
 __all__ = [
     "OPEN",

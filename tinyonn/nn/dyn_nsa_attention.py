@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._nsa import checked_bounds
-from .dyn_nsa import DynNSACache, DynNSACore, DynNSAOptions
+from .dyn_nsa import DynNSACore, DynNSAOptions
+from .dyn_nsa_cache import DynNSACache
 
 
 class DynNSAAttentionOutput(NamedTuple):

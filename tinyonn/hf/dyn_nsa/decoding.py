@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...nn.dyn_nsa import CompressedCache, DynNSACore, common_dtype
+from ...nn.dyn_nsa import DynNSACore, common_dtype
+from ...nn.dyn_nsa_cache import CompressedCache
 from .masks import row_starts
 from .parts import core_of
 

@@ -1,0 +1,140 @@
+"""Caches of DynNSA for decoding: keys, values and their compressed blocks.
+
+B batch, n new positions of Tk, K key/value heads, D head dim
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops._dispatch import check_same_device
+from .dyn_nsa import DynNSACore
+
+
+class CompressedCache:
+    """Compressed keys and values of rows that grow; a block is compressed when positions have come that complete it, not before."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []  # of keys and of values, with room to grow
+
+    @torch.no_grad()
+    def extend(
+        self, core: DynNSACore, key: Tensor, value: Tensor, begin: int | Tensor, count: int, key_start: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Takes in `count` positions from `begin` on; without gradients.
+
+        Args:
+            core: whose maps compress them.
+            key, value: (B, Tk, K, D), all positions so far; a buffer's room behind them does not matter.
+            begin: first new position; a 0-d tensor needs key_start.
+            count: of new positions.
+            key_start: (B,) first position of each row that is not padding; None for 0.
+
+        Returns:
+            (B, Tk // compress_size, K, D) twice, views of the cache.
+        """
+        size = core.options.compress_size
+        self._reserve(key, key.shape[1] // size + 1)
+        for source, maps, target in zip((key, value), (core.compress_key, core.compress_value), self._tensors, strict=True):
+            if key_start is None:
+                assert isinstance(begin, int)
+                first, last = begin // size, (begin + count) // size
+                if last > first:
+                    target[:, first:last] = maps(source[:, first * size : last * size])
+                continue
+            # Rows differ in where their blocks end: each writes the blocks that these positions may have completed. One that is not
+            # whole yet is seen by no query, and written again.
+            number = (begin - key_start).clamp(min=0)[:, None] // size + torch.arange(-(-count // size), device=key.device)
+            rows = torch.arange(len(key), device=key.device)[:, None]
+            target[rows, number.long()] = maps(source, key_start[:, None] + number * size)
+        whole = key.shape[1] // size
+        return self._tensors[0][:, :whole], self._tensors[1][:, :whole]
+
+    def _reserve(self, key: Tensor, room: int) -> None:
+        self._tensors = [_with_room(key, room, old) for old in self._tensors or (None, None)]
+
+
+class DynNSACache:
+    """Keys, values and compressed blocks of one layer, for decoding.
+
+    A copy, or one that was pickled, may go on with another layer.
+
+    Args:
+        key_start: (B,) int32 or int64, first position of each row that is not padding; None for 0.
+
+    Raises:
+        TypeError: a key_start of another type.
+    """
+
+    def __init__(self, key_start: Tensor | None = None) -> None:
+        if key_start is not None and not isinstance(key_start, Tensor):
+            raise TypeError(f"key_start must be a torch.Tensor, got {type(key_start).__name__}.")
+        if key_start is not None and key_start.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"key_start must be int32 or int64, got {key_start.dtype}.")
+        self.key_start = key_start
+        self.length = 0
+        self._core: DynNSACore | None = None
+        self._key: Tensor | None = None
+        self._value: Tensor | None = None
+        self._compressed = CompressedCache()
+
+    @torch.no_grad()
+    def append(self, core: DynNSACore, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Adds n positions; without gradients.
+
+        Args:
+            core: whose maps compress them.
+            key, value: (B, n, K, D).
+
+        Returns:
+            All keys and values so far, (B, Tk, K, D), and all compressed, (B, Tk // compress_size, K, D): views of the cache.
+
+        Raises:
+            ValueError: another layer, or another number of rows or heads, dtype or device than the cache holds, which stays as it is.
+        """
+        self._check(core, key)
+        self._core = core
+        begin, count = self.length, key.shape[1]
+        self._key, self._value = _with_room(key, begin + count, self._key), _with_room(value, begin + count, self._value)
+        self.length += count
+        self._key[:, begin : self.length] = key
+        self._value[:, begin : self.length] = value
+        keys, values = self._key[:, : self.length], self._value[:, : self.length]
+        return keys, values, *self._compressed.extend(core, keys, values, begin, count, self.key_start)
+
+    def check_rows(self, rows: int) -> None:
+        """ValueError unless the cache is one of so many rows."""
+        if self.key_start is not None and tuple(self.key_start.shape) != (rows,):
+            raise ValueError(f"key_start of the cache must have shape ({rows},), got {tuple(self.key_start.shape)}.")
+        if self._key is not None and len(self._key) != rows:
+            raise ValueError(f"the cache holds {len(self._key)} row(s), got {rows}: begin another.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_core": None}  # a copy is one of keys and values, not of the layer
+
+    def _check(self, core: DynNSACore, key: Tensor) -> None:
+        if self._core is not None and self._core is not core:
+            raise ValueError("cache must be of one layer, got that of another: make a DynNSACache for each.")
+        self.check_rows(len(key))
+        if self.key_start is not None:
+            check_same_device("key_start", self.key_start, key.device)
+        held = self._key
+        if held is not None and (held.shape[2:] != key.shape[2:] or held.dtype != key.dtype or held.device != key.device):
+            raise ValueError(
+                f"the cache holds keys of {tuple(held.shape[2:])} in {held.dtype} on {held.device}, got {tuple(key.shape[2:])} in "
+                f"{key.dtype} on {key.device}: begin another."
+            )
+
+
+def _with_room(like: Tensor, room: int, old: Tensor | None) -> Tensor:
+    """`old`, or a longer one that begins with it, of at least `room` positions."""
+    if old is not None and old.shape[1] >= room:
+        return old
+    with torch.inference_mode(False):  # what is made in inference mode could not be added to outside
+        new = like.new_zeros((like.shape[0], 2 * room, *like.shape[2:])).detach()
+    if old is not None:
+        new[:, : old.shape[1]] = old
+    return new
