@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
+import tinyonn
 from tinyonn import ops
 from tinyonn.nn import DynMoE
 from tinyonn.testing import tiny_causal_lm
@@ -151,6 +153,83 @@ def test_a_router_in_no_optimiser_is_named():
         HyperStep(model, torch.optim.SGD(model.parameters(), 0.1), accumulation_steps=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gating_weight": -0.5}, "gating_weight must be at least 0 and finite, got -0.5"),
+        ({"gating_weight": math.nan}, "gating_weight must be at least 0 and finite, got nan"),
+        ({"w_kl": -1.0}, "w_kl must be at least 0 and finite, got -1.0"),
+        ({"temperature": math.inf}, "temperature must be above 0 and finite, got inf"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0 and finite, or None, got 0.0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be above 0 and finite, or None, got -1.0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm must be above 0 and finite, or None, got nan"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_named(options, message):
+    model = model_of()
+    with pytest.raises(ValueError, match=message):
+        HyperStep(model, torch.optim.SGD(model.parameters(), 0.1), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda loss: loss.expand(3), ValueError, r"compute_loss must return one number, a 0-d tensor, got shape \(3,\)"),
+        (lambda loss: loss.detach(), ValueError, r"compute_loss must return a loss with a graph, got one without"),
+        (lambda loss: loss.item(), TypeError, "compute_loss must return a tensor, got float"),
+        (lambda loss: {"loss": loss}, TypeError, "compute_loss must return a tensor, got dict"),
+    ],
+    ids=["vector", "detached", "float", "dict"],
+)
+def test_what_is_no_loss_is_named(change, error, message):
+    model, (x, y) = model_of(), batch(20)
+    step = HyperStep(model, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(error, match=message):
+        step(lambda: change((model(x) - y).square().mean()))
+    with pytest.raises(ValueError, match="a loss with a graph"), torch.no_grad():
+        step(lambda: (model(x) - y).square().mean())
+    assert not gradients(model)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_debug_names_a_loss_that_is_not_finite(value):
+    """Without it the step is as any: nothing waits for the device to look."""
+    model, (x, y) = model_of(), batch(20)
+    step = HyperStep(model, NoStep(model.parameters()))
+    with tinyonn.debug(), pytest.raises(ValueError, match=f"compute_loss must return a finite loss, got {value}"):
+        step(lambda: (model(x) - y).square().mean() * value)
+    assert step(lambda: (model(x) - y).square().mean() * value).gating_loss.isfinite()
+
+
+def test_an_error_drops_what_was_accumulated():
+    x, y = batch(4, 10)
+    model, fresh = model_of(), model_of()
+    steps = [HyperStep(one, torch.optim.SGD(one.parameters(), 0.1), accumulation_steps=2) for one in (model, fresh)]
+    steps[0](lambda: (model(x[0]) - y[0]).square().mean())
+    with pytest.raises(ZeroDivisionError):
+        steps[0](lambda: (model(x[1]) - y[1]).square().mean() / 0 * (1 // 0))
+    assert not gradients(model)
+    for one, step in zip((model, fresh), steps, strict=True):
+        for i in range(2):
+            step(lambda one=one, i=i: (one(x[i]) - y[i]).square().mean())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+def test_an_unfinished_accumulation_goes_on_or_is_dropped():
+    x, y = batch(4, 10)
+    model = model_of()
+    step = HyperStep(model, torch.optim.SGD(model.parameters(), 0.1), accumulation_steps=3)
+
+    def run(i: int) -> bool:
+        return step(lambda: (model(x[i]) - y[i]).square().mean()).stepped
+
+    assert [run(i) for i in range(4)] == [False, False, True, False]
+    step.reset()
+    assert not gradients(model)
+    assert [run(i) for i in range(4)] == [False, False, True, False]
+
+
 def test_accumulated_batches_equal_one():
     x, y = batch(4, 10)
     whole, parts = model_of(), model_of()
@@ -189,6 +268,47 @@ def test_gradients_are_clipped_together():
     HyperStep(model, NoStep(model.parameters()), max_grad_norm=1e-3)(lambda: (model(x) - y).square().mean())
     total = torch.stack([grad.norm() for grad in gradients(model).values()]).norm()
     assert total.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_clipping_counts_both_optimisers_and_nothing_else():
+    x, y = batch(30)
+    model = model_of()
+    model.stranger = nn.Parameter(torch.ones(16))  # in no optimiser
+    routers = [p for name, p in model.named_parameters() if ".router." in name]
+    others = [p for name, p in model.named_parameters() if ".router." not in name and name != "stranger"]
+    step = HyperStep(model, NoStep(others), NoStep(routers), max_grad_norm=1e-3)
+    step(lambda: (model(x) + 1e4 * model.stranger - y).square().mean())
+    total = torch.stack([p.grad.norm() for p in (*others, *routers)]).norm()
+    assert total.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_an_overflow_of_the_routers_skips_both_optimisers_when_clipping():
+    """Clipping by an infinite norm would leave the other optimiser gradients of zero, and its weight decay and momentum."""
+    x, y = batch(30)
+    model = model_of()
+    routers = [p for name, p in model.named_parameters() if ".router." in name]
+    others = [p for name, p in model.named_parameters() if ".router." not in name]
+    before = copy.deepcopy(model.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    step = HyperStep(
+        model, torch.optim.SGD(others, 0.1, weight_decay=0.1), torch.optim.SGD(routers, 0.1), gating_weight=1e38, max_grad_norm=1.0,
+        scaler=scaler,
+    )  # fmt: skip
+    step(lambda: (model(x) - y).square().mean())
+    assert scaler.get_scale() == 2.0**9
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_sparse_gradients_of_an_embedding_pass():
+    model, (_, y) = model_of(), batch(30)
+    model.embedding = nn.Embedding(50, 16, sparse=True)
+    index = torch.arange(30) % 7
+    before = copy.deepcopy(model.state_dict())
+    HyperStep(model, torch.optim.SGD(model.parameters(), 0.1))(lambda: (model(model.embedding(index)) - y).square().mean())
+    moved = (model.embedding.weight != before["embedding.weight"]).any(-1)
+    assert torch.equal(moved.nonzero().squeeze(-1), torch.arange(7))
+    assert not torch.equal(model.layers[0].router.prototypes, before["layers.0.router.prototypes"])
 
 
 def test_the_router_learns_the_expert_that_is_surprised_least():
@@ -287,10 +407,9 @@ def test_it_runs_under_trainer(tmp_path, checkpointing):
 
 def test_nothing_captured_is_no_loss():
     model, (x, y) = model_of(), batch(5)
-    with capture(model) as visits:
-        with torch.no_grad():
-            (model(x) - y).square().mean()
-        assert gating_gradients(visits) == 0
+    with gating_gradients(model) as gating, torch.no_grad():
+        (model(x) - y).square().mean()
+    assert gating.loss == 0
     assert not gradients(model)
 
 

@@ -1,0 +1,274 @@
+"""Routers learn while backward passes: what memory that takes, and every way in which a model calls its mixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tinyonn import ops
+from tinyonn.nn import DynMoE
+from tinyonn.train import HyperStep, capture, capture_surprise, gating_gradients
+
+
+class Model(nn.Module):
+    """Mixtures with residuals."""
+
+    def __init__(self, num_layers: int = 2, features: int = 16, neurons: int = 8, experts: int = 6, **options: Any) -> None:
+        super().__init__()
+        options = {"target_k": 2.5, "max_experts": 4, **options}
+        self.layers = nn.ModuleList(DynMoE(features, neurons, experts, **options) for _ in range(num_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def model_of(*sizes: int, **options: Any) -> Model:
+    torch.manual_seed(0)
+    return Model(*sizes, **options)
+
+
+def batch(*shape: int, features: int = 16) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(*shape, features, generator=generator), torch.randn(*shape, features, generator=generator)
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most memory that one call allocates beyond what there was."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    now = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("num_layers", [2, 8])
+def test_a_step_takes_no_more_memory_than_an_ordinary_one(num_layers, checkpointed):
+    """Nothing but mixtures, and few tokens: parameters and activations are of one size, so that whatever is kept shows."""
+    model, (x, y) = model_of(num_layers, 64, 16, 32), batch(256, features=64)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+
+    def loss() -> Tensor:
+        out = x
+        for layer in model.layers:
+            out = out + (checkpoint(layer, out, use_reentrant=False) if checkpointed else layer(out))
+        return (out - y).square().mean()
+
+    def ordinary() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def with_retained_graph() -> None:
+        with capture(model) as visits:
+            loss().backward(retain_graph=True)
+            total = torch.zeros(())
+            for module, calls in visits.items():
+                total = total + ops.surprise_min_loss(calls[0].routing.scores, module.surprise(calls[0])) / len(visits)
+            total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step = HyperStep(model, optimizer)
+    for warm in (ordinary, lambda: step(loss), with_retained_graph):
+        warm()
+    least = peak_bytes(ordinary)
+    assert peak_bytes(lambda: step(loss)) <= 1.05 * least
+    if not checkpointed:  # a retained graph keeps inputs alone there
+        assert peak_bytes(with_retained_graph) > 1.2 * least
+
+
+def by_hand(model: nn.Module, loss: Callable[[], Tensor], *, weight: float = 1.0) -> dict[str, Tensor]:
+    """All calls remembered, then each router's loss from its scores, computed again."""
+    with capture(model) as visits:
+        loss().backward()
+        calls = [(module, visit) for module, found in visits.items() for visit in found if visit.probe.grad is not None]
+        for module, visit in calls:
+            scores = module.router(visit.hidden_states).scores
+            (ops.surprise_min_loss(scores, module.surprise(visit)) * weight / len(calls)).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def gradients(model: nn.Module, loss: Callable[[], Tensor], **options: Any) -> dict[str, Tensor]:
+    with gating_gradients(model, **options):
+        loss().backward()
+    assert all(not layer._forward_hooks and layer.visits is None for layer in model.modules() if isinstance(layer, DynMoE))
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check(call: Callable[[Model, Tensor], Tensor]) -> None:
+    (x, y), results = batch(20), []
+    for function in (gradients, by_hand):
+        model = model_of()
+        results.append(function(model, lambda model=model: (call(model, x.clone().requires_grad_()) - y).square().mean()))
+    assert results[0].keys() == results[1].keys()
+    for name, wanted in results[1].items():
+        torch.testing.assert_close(results[0][name], wanted, msg=lambda text, name=name: f"{name}: {text}")
+
+
+CALLS: dict[str, Callable[[Model, Tensor], Tensor]] = {
+    "once": lambda model, x: model(x),
+    "a layer twice": lambda model, x: model.layers[0](model.layers[0](x)),
+    "a layer never": lambda model, x: model.layers[1](x),
+    "a layer for nothing": lambda model, x: model.layers[1](x) + 0 * model.layers[0](x).detach(),
+    "a layer without gradients too": lambda model, x: model.layers[1](x) + torch.no_grad()(model.layers[1])(x),
+    "two batches": lambda model, x: torch.cat([model(x[:7]), model(x[7:])]),
+    "checkpointed": lambda model, x: checkpoint(model, x, use_reentrant=False),
+    "checkpointed, twice": lambda model, x: checkpoint(model, checkpoint(model, x, use_reentrant=False), use_reentrant=False),
+    "checkpointed within": lambda model, x: checkpoint(
+        lambda x: checkpoint(model, x, use_reentrant=False), x, use_reentrant=False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_every_call_with_a_gradient_counts_once(call):
+    check(call)
+
+
+def test_reentrant_checkpoints_count_once():
+    (x, y), model, plain = batch(20), model_of(), model_of()
+    found = gradients(model, lambda: (checkpoint(model, x.clone().requires_grad_(), use_reentrant=True) - y).square().mean())
+    wanted = gradients(plain, lambda: (plain(x) - y).square().mean())
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad)
+
+
+def test_a_compiled_model_learns_as_an_eager_one():
+    (x, y), model, eager = batch(20), model_of(), model_of()
+    compiled = torch.compile(model, backend="aot_eager")
+    found = gradients(compiled, lambda: (compiled(x) - y).square().mean())
+    for name, grad in gradients(eager, lambda: (eager(x) - y).square().mean()).items():
+        torch.testing.assert_close(found[f"_orig_mod.{name}"], grad)
+
+
+def test_the_surprise_can_be_captured_beside():
+    (x, y), model = batch(20), model_of()
+    with capture_surprise(model) as surprise:
+        gradients(model, lambda: (model(x) - y).square().mean())
+    plain = model_of()
+    with capture_surprise(plain) as wanted:
+        (plain(x) - y).square().mean().backward()
+    for name, matrix in wanted.items():
+        assert torch.equal(surprise[name], matrix)
+
+
+def test_frozen_routers_are_left_alone():
+    (x, y), model = batch(20), model_of()
+    model.layers[0].router.requires_grad_(False)
+    model.layers[1].router.thresholds.requires_grad_(False)
+    with gating_gradients(model) as gating:
+        (model(x) - y).square().mean().backward()
+    assert gating.loss > 0
+    names = {name for name, parameter in model.named_parameters() if ".router." in name and parameter.grad is not None}
+    assert names == {"layers.1.router.prototypes"}
+
+
+def test_bfloat16_parameters_learn():
+    (x, y), model, exact = batch(64), model_of().bfloat16(), model_of()
+    exact.load_state_dict({name: value.to(exact.state_dict()[name].dtype) for name, value in model.state_dict().items()})
+    found = gradients(model, lambda: (model(x.bfloat16()) - y.bfloat16()).float().square().mean())
+    wanted = gradients(exact, lambda: (exact(x.bfloat16().float()) - y).square().mean())
+    for name in ("layers.0.router.prototypes", "layers.0.router.thresholds"):
+        assert found[name].dtype == torch.bfloat16
+        assert torch.nn.functional.cosine_similarity(found[name].float().flatten(), wanted[name].flatten(), dim=0) > 0.98
+
+
+def test_the_weight_of_the_routers_losses():
+    (x, y), grads = batch(20), []
+    for weight in (0.0, 0.25, 1.0):
+        model = model_of()
+        grads.append(gradients(model, lambda model=model: (model(x) - y).square().mean(), weight=weight))
+    name = "layers.0.router.prototypes"
+    torch.testing.assert_close(grads[1][name] - grads[0][name], 0.25 * (grads[2][name] - grads[0][name]))
+    plain = model_of()
+    (plain(x) - y).square().mean().backward()
+    assert torch.equal(grads[0][name], plain.layers[0].router.prototypes.grad)
+
+
+def test_an_error_adds_nothing_and_leaves_no_hook():
+    (x, y), model = batch(20), model_of()
+    x.requires_grad_().register_hook(lambda grad: 1 / 0)  # when all mixtures have been passed
+    with pytest.raises(ZeroDivisionError), gating_gradients(model, weight=1e6):
+        (model(x) - y).square().mean().backward()
+    assert all(parameter.grad.abs().max() < 1e3 for parameter in model.parameters())
+    with pytest.raises(ValueError, match="prototypes must have shape"), gating_gradients(model):
+        model(x[:, :3])
+    assert all(not layer._forward_hooks and layer.visits is None for layer in model.layers)
+
+
+def test_a_second_pass_through_one_call_is_refused():
+    (x, y), model = batch(20), model_of()
+    with gating_gradients(model):
+        loss = (model(x) - y).square().mean()
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="surprise must come from one backward pass, got a second"):
+            loss.backward()
+
+
+def test_one_context_at_a_time():
+    model = model_of()
+    with gating_gradients(model), pytest.raises(RuntimeError, match="one context at a time, got a second"), gating_gradients(model):
+        pass
+    assert all(not layer._forward_hooks and layer.visits is None for layer in model.layers)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (19,), (2, 10, 1)], ids=str)
+def test_a_mask_of_another_shape_is_refused_in_forward(shape):
+    model, (x, _) = model_of(), batch(5, 4)
+    message = r"token_mask must have the shape of the tokens a mixture is given, \(5, 4\), got "
+    with pytest.raises(ValueError, match=message), gating_gradients(model, token_mask=torch.ones(shape, dtype=torch.bool)):
+        model(x)
+
+
+def test_a_mask_of_the_batch_fits_tokens_in_one_row():
+    """transformers' mixtures are given (batch * tokens, features); and the other way round."""
+    (x, y), grads = batch(20), []
+    mask = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    for given in (mask, mask.flatten().long()):
+        model = model_of()
+        grads.append(gradients(model, lambda model=model: (model(x) - y).square().mean(), token_mask=given))
+    assert all(torch.equal(grads[0][name], grad) for name, grad in grads[1].items())
+    model = model_of()
+    found = gradients(model, lambda: (model(x.view(4, 5, 16)) - y.view(4, 5, 16)).square().mean(), token_mask=mask.flatten())
+    assert all(torch.equal(found[name], grad) for name, grad in grads[0].items())
+    with pytest.raises(ValueError, match=r"\(20,\), got \(4, 4\)"), gating_gradients(model, token_mask=mask[:, :4]):
+        model(x)
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(20), [True] * 20], ids=["floats", "a list"])
+def test_a_mask_that_is_none_is_refused(mask):
+    message = r"token_mask must be a tensor of bool or integers, got (torch.float32|list)"
+    with pytest.raises(TypeError, match=message), gating_gradients(model_of(), token_mask=mask):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": -1.0}, "weight must be at least 0 and finite, got -1.0"),
+        ({"weight": float("nan")}, "weight must be at least 0 and finite, got nan"),
+        ({"w_ce": -0.1}, "w_ce must be at least 0 and finite, got -0.1"),
+        ({"w_kl": float("inf")}, "w_kl must be at least 0 and finite, got inf"),
+        ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message), gating_gradients(model_of(), **options):
+        pass
+
+
+def test_other_wrappers_are_refused():
+    wrapped = nn.DataParallel(model_of())
+    with pytest.raises(TypeError, match="alone or under DistributedDataParallel, got DataParallel"), gating_gradients(wrapped):
+        pass
