@@ -109,6 +109,28 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def peak_megabytes(device: str) -> Callable[[Callable[[], Any]], float]:
+    """`peak_megabytes(call)`: the most memory that one call allocates beyond what there was; of events, so the same every time."""
+
+    def measure(call: Callable[[], Any]) -> float:
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            return (torch.cuda.max_memory_allocated() - before) / 1e6
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            call()
+        now = most = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                most = max(most, now)
+        return most / 1e6
+
+    return measure
+
+
 def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
