@@ -1,8 +1,9 @@
 """Training steps in which surprise teaches the router."""
 
+from .captured_surprise import CapturedSurprise, capture_surprise
 from .gating_gradients import GatingGradients, capture, gating_gradients
 from .hyper_step import HyperStep, HyperStepMixin, HyperStepResult
-from .surprise_hooks import CapturedSurprise, SurpriseHookManager, capture_surprise
+from .surprise_hooks import SurpriseHookManager
 
 __all__ = [
     "CapturedSurprise",

@@ -1,4 +1,4 @@
-"""The surprise of mixtures whose experts are modules of their own, by hooks; and of any mixture, by name.
+"""The surprise of mixtures whose experts are modules of their own, by hooks.
 
 For a token t that expert e took, the gradient of e's last weight due to t alone is the outer product of what its last layer gave back and
 took in, so its norm is ‖grad of the output‖ · ‖input‖, row by row.
@@ -6,17 +6,16 @@ took in, so its norm is ‖grad of the output‖ · ‖input‖, row by row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-
-from ..nn.dyn_moe import DynMoE
-from ..nn.surprise_capture import CapturedCall, captured_calls
 
 LAST_LAYERS = ("w2", "down_proj")
 ROUTERS = ("router", "gate")
@@ -40,6 +39,43 @@ def _last_layer(expert: nn.Module) -> nn.Module | None:
     return None
 
 
+@dataclass(eq=False)
+class Call:
+    """One call of a mixture with gradients on.
+
+    Attributes:
+        name, layer: the mixture.
+        num_tokens: that it was given; -1 where it was not called itself, but its experts were.
+        era: how many of the layer's calls backward had reached when it began.
+        backward: in which backward it was recomputed; -1 for none.
+        router: what the router took, (tokens, F), and its indices, (tokens, k).
+        experts: whose last layers were called.
+        inputs: what each expert took, until the call ends; its last layer, where nobody called the expert as a whole.
+        rows: the tokens of each expert's rows, from then on.
+        matrix: (tokens, experts), where its surprise goes; of the first expert that backward passes.
+    """
+
+    name: str
+    layer: nn.Module
+    num_tokens: int = -1
+    era: int = 0
+    backward: int = -1
+    router: tuple[Tensor, Tensor] | None = None
+    experts: set[int] = field(default_factory=set)
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    matrix: Tensor | None = None
+
+
+@dataclass(eq=False)
+class _Kept:
+    """What an expert's last layer took, until backward comes by or the hooks are removed."""
+
+    call: Call
+    expert: int
+    inputs: Tensor | None
+
+
 class SurpriseHookManager:
     """Fills a matrix of surprise while backward runs, for mixtures made of separate expert modules.
 
@@ -47,43 +83,53 @@ class SurpriseHookManager:
         with SurpriseHookManager(surprise).register_hooks(layer):
             loss(layer(x)).backward()
 
-    Rows of an expert's call are mapped to tokens by `layer.last_expert_token_indices`, a list or dict of (rows,) indices an expert, where
-    the layer has one; else by the output of its `router` or `gate`, from which the integer tensor (tokens, k) of expert indices is taken,
-    an expert's rows in the order of tokens. Pairs that were not routed stay as they are.
+    Rows of an expert are mapped to tokens by `layer.last_expert_token_indices`, a list or dict of (rows,) indices an expert, where the
+    layer has one at the end of its call; else by the output of its `router` or `gate`, from which the integer tensor (tokens, k) of expert
+    indices is taken. An expert's rows are then in the order of tokens, or of slots and then tokens as in Mixtral: where both differ, what
+    the expert took is compared with what the router took. Pairs that were not routed stay as they are.
+
+    A matrix has room for one call of its layer in each backward; the first backward through a call counts. Calls under `no_grad` change
+    nothing. The surprise scales with the loss, AMP's scale included. What last layers take in is kept from forward to backward, under
+    checkpointing too. Within `with` no hook survives an error; outside of it, none survives one that is found here in backward.
 
     Args:
-        per_token_surprise: (tokens, experts), of one layer; or such matrices by layer name, one for each layer.
+        per_token_surprise: (tokens, experts) of floats, of one layer, or more rows than it has tokens; or such matrices by layer name, one
+            for each layer.
     """
 
     def __init__(self, per_token_surprise: Tensor | Mapping[str, Tensor]) -> None:
         self.per_token_surprise = per_token_surprise
+        self._buffers: Mapping[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        self._inputs: dict[nn.Module, Tensor] = {}
-        self._owner: dict[nn.Module, tuple[str, nn.Module, int, Tensor]] = {}
-        self._routed: dict[nn.Module, Tensor] = {}
+        self._owner: dict[nn.Module, tuple[str, nn.Module, int]] = {}
+        self._open: dict[nn.Module, Call] = {}
+        self._kept: WeakSet[_Kept] = WeakSet()
+        self._era: dict[nn.Module, int] = {}
+        self._backward: dict[nn.Module, int] = {}
 
     def register_hooks(self, module: nn.Module) -> SurpriseHookManager:
         """Hooks the mixture `module` is, or those it holds.
 
         Raises:
-            TypeError: there is none.
-            ValueError: buffers and layers do not go together: one for each, of one column an expert, none shared.
+            TypeError: there is none; a matrix is not of floats.
+            ValueError: matrices and layers do not go together: one for each, of one column an expert, none shared, without gradients.
+            RuntimeError: hooks of this manager are there already.
         """
         if self._handles:
             raise RuntimeError("hooks must be removed before others are registered.")
         layers = unfused_mixtures(module)
         if not layers:
             raise TypeError(f"module must hold experts with a {' or '.join(LAST_LAYERS)}, got {type(module).__name__} without any.")
-        buffers = self._buffers(layers)
+        self._buffers = self._matched(layers)
         try:
             for name, layer in layers.items():
-                self._register(name, layer, buffers[name])
+                self._register(name, layer)
         except BaseException:
             self.remove_hooks()
             raise
         return self
 
-    def _buffers(self, layers: dict[str, nn.Module]) -> Mapping[str, Tensor]:
+    def _matched(self, layers: dict[str, nn.Module]) -> Mapping[str, Tensor]:
         given = self.per_token_surprise
         if isinstance(given, Tensor):
             if len(layers) > 1:
@@ -94,79 +140,131 @@ class SurpriseHookManager:
         places: dict[int, str] = {}
         for name, buffer in given.items():
             experts = len(layers[name].experts)  # type: ignore[arg-type]
+            if not buffer.is_floating_point():
+                raise TypeError(f"per_token_surprise of {name!r} must be of floats, got {buffer.dtype}.")
             if buffer.dim() != 2 or buffer.shape[1] != experts:
                 raise ValueError(f"per_token_surprise of {name!r} must have shape (tokens, {experts}), got {tuple(buffer.shape)}.")
-            other = places.setdefault(buffer.data_ptr(), name)
+            if buffer.requires_grad:
+                raise ValueError(f"per_token_surprise of {name!r} must have no gradient, got one that requires it.")
+            other = places.setdefault(buffer.data_ptr(), name) if buffer.numel() else name
             if other != name:
                 raise ValueError(f"per_token_surprise must be a matrix of its own for each layer, got one for {other!r} and {name!r}.")
         return given
 
-    def _register(self, name: str, layer: nn.Module, buffer: Tensor) -> None:
+    def _register(self, name: str, layer: nn.Module) -> None:
         experts: Any = layer.experts
+        self._handles.append(layer.register_forward_pre_hook(partial(self._begin, name), with_kwargs=True))
         for number, expert in enumerate(experts):
             last = _last_layer(expert)
             assert last is not None
             if last in self._owner:
                 raise ValueError(f"an expert's last layer must belong to one expert, got {name}.experts.{number} with another's.")
-            self._owner[last] = (name, layer, number, buffer)
+            self._owner[last] = (name, layer, number)
+            self._handles.append(expert.register_forward_pre_hook(partial(self._note_inputs, layer, number), with_kwargs=True))
             self._handles.append(last.register_forward_hook(self.save_inputs_hook))
-            self._handles.append(last.register_full_backward_hook(self.compute_surprise_hook))
         for attribute in ROUTERS:
             router = getattr(layer, attribute, None)
             if isinstance(router, nn.Module):
-                self._handles.append(router.register_forward_hook(lambda _, __, output, layer=layer: self._note_routing(layer, output)))
+                self._handles.append(router.register_forward_hook(partial(self._note_routing, layer), with_kwargs=True))
                 break
+        self._handles.append(layer.register_forward_hook(self._end, always_call=True))
 
-    def _note_routing(self, layer: nn.Module, output: Any) -> None:
-        for value in output if isinstance(output, tuple | list) else (output,):
-            if isinstance(value, Tensor) and not value.is_floating_point() and value.dim() >= 2:
-                self._routed[layer] = value.detach().flatten(0, -2)
-
-    def save_inputs_hook(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook of an expert's last layer: keeps what it took in."""
-        if torch.is_grad_enabled():
-            self._inputs[module] = inputs[0].detach()
-
-    def compute_surprise_hook(self, module: nn.Module, grad_input: Any, grad_output: tuple[Tensor | None, ...]) -> None:
-        """Full backward hook of an expert's last layer: fills its column."""
-        inputs, grad = self._inputs.pop(module, None), grad_output[0]
-        if inputs is None or grad is None:
+    def _begin(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._open.pop(layer, None)
+        if not torch.is_grad_enabled():
             return
-        name, layer, expert, buffer = self._owner[module]
+        tokens = _first(args, kwargs).shape[:-1].numel()
+        buffer = self._buffers.get(name)
+        if buffer is not None and len(buffer) < tokens:
+            raise ValueError(f"per_token_surprise of {name!r} must have a row for each of {tokens} tokens, got {len(buffer)}.")
+        # Checkpoints with use_reentrant=True run a layer anew within the backward of the whole.
+        self._open[layer] = Call(name, layer, tokens, self._era.get(layer, 0), torch._C._current_graph_task_id())
+
+    def _note_routing(self, layer: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call = self._open.get(layer)
+        if call is None:
+            return
+        for value in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64) and value.dim() >= 2:
+                call.router = _first(args, kwargs).detach().flatten(0, -2), value.detach().flatten(0, -2)
+
+    def _note_inputs(self, layer: nn.Module, expert: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self._open.get(layer)
+        if call is not None:
+            call.inputs[expert] = _first(args, kwargs).detach().flatten(0, -2)
+
+    def _end(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Called after errors too: a recomputed forward is left by one as soon as it has what it needs."""
+        call = self._open.pop(layer, None)
+        if call is None:
+            return
+        if output is not None:
+            call.rows = {expert: _tokens(call, expert, inputs) for expert, inputs in call.inputs.items()}
+        call.router = None
+        call.inputs.clear()
+
+    def save_inputs_hook(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook of an expert's last layer: keeps what it took in, and waits for the gradient of what it gave."""
+        if not torch.is_grad_enabled():
+            return None
+        name, layer, expert = self._owner[module]
+        call = self._open.get(layer) or Call(name, layer)
+        if expert in call.experts:
+            raise RuntimeError(f"{_name(call)} must call each expert once, got a second call of expert {expert}.")
+        call.experts.add(expert)
+        given = inputs[0].detach().flatten(0, -2)
+        call.inputs.setdefault(expert, given)
+        kept = _Kept(call, expert, given)
+        self._kept.add(kept)
+        frozen = not output.requires_grad  # nothing before it learns, but it has a surprise
+        if frozen:
+            output = output.detach().requires_grad_().clone()
+        output.register_hook(lambda grad: self.compute_surprise_hook(kept, grad))
+        return output if frozen else None
+
+    def compute_surprise_hook(self, kept: _Kept, grad_output: Tensor) -> None:
+        """Gradient hook of what an expert's last layer gave: fills its column."""
+        inputs, kept.inputs = kept.inputs, None
+        if inputs is None:
+            return
+        call, expert = kept.call, kept.expert
         try:
-            tokens = self._tokens(name, layer, expert, inputs.shape[:-1].numel())
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            norms = grad.detach().to(wide).flatten(0, -2).norm(dim=-1) * inputs.to(wide).flatten(0, -2).norm(dim=-1)
-            buffer[tokens.to(buffer.device), expert] = norms.to(buffer)
+            if call.num_tokens < 0:
+                call.rows[expert] = _tokens(call, expert, inputs)
+            if call.matrix is None:
+                call.matrix = self._matrix(call, inputs)
+            wide = torch.promote_types(inputs.dtype, torch.float32)
+            norms = grad_output.detach().flatten(0, -2).to(wide).norm(dim=-1) * inputs.to(wide).norm(dim=-1)
+            call.matrix[call.rows[expert].to(call.matrix.device), expert] = norms.to(call.matrix)
         except BaseException:
             self.remove_hooks()
             raise
 
-    def _tokens(self, name: str, layer: nn.Module, expert: int, rows: int) -> Tensor:
-        indices: Any = getattr(layer, "last_expert_token_indices", None)
-        if indices is not None:
-            tokens = torch.as_tensor(indices[expert]).flatten()
-            source = f"{name}.last_expert_token_indices[{expert}]".lstrip(".")
-        elif layer in self._routed:
-            tokens = (self._routed[layer] == expert).any(-1).nonzero().squeeze(-1)
-            source = f"the output of the router of {name or type(layer).__name__}"
-        else:
-            raise ValueError(
-                f"{name or type(layer).__name__} must have last_expert_token_indices, or a router or gate that gives expert indices; "
-                "rows of its experts cannot be told."
+    def _matrix(self, call: Call, inputs: Tensor) -> Tensor:
+        """Where the surprise of a call goes that backward reaches for the first time."""
+        era, backward = self._era.get(call.layer, 0), self._backward.get(call.layer, -1)
+        if call.num_tokens >= 0 and (call.era != era or (call.backward == backward and backward >= 0)):
+            raise RuntimeError(
+                f"{_name(call)} must be called once before each backward, got a second call; its matrix has room for one. "
+                "capture_surprise gives them all."
             )
-        if len(tokens) != rows:
-            raise ValueError(f"{source} must name the {rows} rows that expert {expert} took, got {len(tokens)}.")
-        return tokens
+        self._era[call.layer], self._backward[call.layer] = era + 1, call.backward
+        return self._buffers[call.name]
 
     def remove_hooks(self) -> None:
-        """Takes all hooks away and lets go of what they kept; a second call does nothing."""
+        """Takes all hooks away and lets go of what they kept; a second call does nothing.
+
+        Calls that backward has not reached are not filled any more.
+        """
         for handle in self._handles:
             handle.remove()
+        for kept in self._kept:
+            kept.inputs = None
         self._handles.clear()
-        self._inputs.clear()
         self._owner.clear()
-        self._routed.clear()
+        self._open.clear()
+        self._era.clear()
+        self._backward.clear()
 
     def __enter__(self) -> SurpriseHookManager:
         return self
@@ -175,82 +273,45 @@ class SurpriseHookManager:
         self.remove_hooks()
 
 
-class CapturedSurprise(Mapping[str, Tensor]):
-    """Surprise by layer name, (tokens, experts), infinite where a token did not go; complete once backward ran.
-
-    Several calls of a layer follow one another. A layer whose calls had no gradient is missing.
-    """
-
-    def __init__(self) -> None:
-        self._calls: dict[str, list[CapturedCall]] = {}
-        self._found: dict[str, Tensor] = {}
-
-    def _settle(self) -> dict[str, Tensor]:
-        for name, calls in self._calls.items():
-            parts = [part for call in calls if (part := call.surprise()) is not None]
-            if parts:
-                self._found[name] = torch.cat(parts)
-        return self._found
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._settle()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._settle())
-
-    def __len__(self) -> int:
-        return len(self._settle())
+def _name(call: Call) -> str:
+    return call.name or type(call.layer).__name__
 
 
-@contextmanager
-def capture_surprise(model: nn.Module) -> Iterator[CapturedSurprise]:
-    """The surprise of every mixture of a model while backward runs.
-
-        with capture_surprise(model) as surprise:
-            model(**batch).loss.backward()
-        surprise["model.layers.0.mlp.experts"]      # (tokens, experts)
-
-    Sees `nn.DynMoE`, transformers' experts under `experts_implementation="tinyonn"`, and layers made of separate expert modules, as
-    `SurpriseHookManager` does.
-
-    Raises:
-        TypeError: the model has none of them.
-        RuntimeError: one of them is captured already.
-    """
-    fused = {name: module for name, module in model.named_modules() if isinstance(module, DynMoE) or _runs_here(module)}
-    unfused = unfused_mixtures(model)
-    if not fused and not unfused:
-        wanted = "a DynMoE, experts with experts_implementation='tinyonn', or a list of expert modules"
-        raise TypeError(f"model must hold {wanted}, got {type(model).__name__}.")
-    found = CapturedSurprise()
-    with ExitStack() as stack:
-        calls = stack.enter_context(captured_calls(fused.values()))
-        found._calls = {name: calls[module] for name, module in fused.items()}
-        for name, layer in unfused.items():
-            stack.enter_context(_hooked(found._found, name, layer))
-        yield found
-        found._settle()
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states a module is given: its first tensor."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise TypeError("a mixture, its router and its experts must be given a tensor, got none.")
 
 
-def _runs_here(module: nn.Module) -> bool:
-    config = getattr(module, "config", None)
-    return hasattr(module, "has_post_expert_norm") and getattr(config, "_experts_implementation", None) == "tinyonn"
-
-
-@contextmanager
-def _hooked(found: dict[str, Tensor], name: str, layer: nn.Module) -> Iterator[None]:
-    """The matrix is made when the layer is called, for then its tokens are known."""
-    with ExitStack() as stack:
-
-        def begin(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if not torch.is_grad_enabled() or name in found:
-                return
-            tokens, experts = inputs[0].shape[:-1].numel(), len(layer.experts)  # type: ignore[arg-type]
-            wide = torch.promote_types(inputs[0].dtype, torch.float32)
-            found[name] = torch.full((tokens, experts), torch.inf, dtype=wide, device=inputs[0].device)
-            manager = stack.enter_context(SurpriseHookManager({"": found[name]}))
-            manager.register_hooks(layer)
-
-        handle = layer.register_forward_pre_hook(begin)
-        stack.callback(handle.remove)
-        yield
+def _tokens(call: Call, expert: int, inputs: Tensor) -> Tensor:
+    """The tokens of the rows that an expert took."""
+    indices: Any = getattr(call.layer, "last_expert_token_indices", None)
+    if indices is not None:
+        source = f"{call.name}.last_expert_token_indices[{expert}]".lstrip(".")
+        try:
+            orders = [torch.as_tensor(indices[expert], device=inputs.device).flatten()]
+        except LookupError:
+            raise ValueError(f"{source} must name the {len(inputs)} rows that expert {expert} took, got no such entry.") from None
+    elif call.router is not None:
+        routed = call.router[1] == expert
+        orders = [routed.any(-1).nonzero().squeeze(-1), routed.T.nonzero()[:, 1]]
+        source = f"the output of the router of {_name(call)}"
+    else:
+        raise ValueError(
+            f"{_name(call)} must have last_expert_token_indices, or a router or gate that gives expert indices; "
+            "rows of its experts cannot be told."
+        )
+    if len(orders[0]) != len(inputs):
+        raise ValueError(f"{source} must name the {len(inputs)} rows that expert {expert} took, got {len(orders[0])}.")
+    if len(orders) == 1 or torch.equal(*orders):
+        return orders[0]
+    assert call.router is not None
+    for tokens in orders:
+        if torch.equal(call.router[0][tokens].to(inputs), inputs):
+            return tokens
+    raise ValueError(
+        f"{_name(call)} must have last_expert_token_indices: expert {expert} takes other values than the router, and the order of its rows "
+        "cannot be told."
+    )

@@ -1,0 +1,99 @@
+"""The surprise of every mixture of a model by name, fused or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.dyn_moe import DynMoE
+from ..nn.surprise_capture import CapturedCall, captured_calls
+from .surprise_hooks import Call, SurpriseHookManager, unfused_mixtures
+
+
+class CapturedSurprise(Mapping[str, Tensor]):
+    """Surprise by layer name, (tokens, experts), infinite where a token did not go; complete once backward ran.
+
+    Several calls of a layer follow one another. A layer whose calls had no gradient is missing.
+    """
+
+    def __init__(self, fused: dict[str, list[CapturedCall]], unfused: dict[str, list[Call]]) -> None:
+        self._fused, self._unfused = fused, unfused
+
+    def _found(self) -> dict[str, Tensor]:
+        parts = {name: [call.surprise() for call in calls] for name, calls in self._fused.items()}
+        parts |= {name: [call.matrix for call in calls] for name, calls in self._unfused.items()}
+        there = {name: [part for part in found if part is not None] for name, found in parts.items()}
+        return {name: torch.cat(found) for name, found in there.items() if found}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._found()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found())
+
+    def __len__(self) -> int:
+        return len(self._found())
+
+
+class _EveryCall(SurpriseHookManager):
+    """A matrix for each call, made when backward reaches it, in `calls`."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.calls: dict[str, list[Call]] = {}
+
+    def _matched(self, layers: dict[str, nn.Module]) -> Mapping[str, Tensor]:
+        return {}
+
+    def _begin(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._begin(name, layer, args, kwargs)
+        if layer in self._open:
+            self.calls.setdefault(name, []).append(self._open[layer])
+
+    def _matrix(self, call: Call, inputs: Tensor) -> Tensor:
+        wide = torch.promote_types(inputs.dtype, torch.float32)
+        experts = len(call.layer.experts)  # type: ignore[arg-type]
+        if call.num_tokens < 0:
+            raise RuntimeError(
+                f"{call.name or type(call.layer).__name__} must call its experts itself to be captured, got a call outside of it; experts "
+                "that are checkpointed one by one need use_reentrant=False."
+            )
+        return torch.full((call.num_tokens, experts), torch.inf, dtype=wide, device=inputs.device)
+
+
+@contextmanager
+def capture_surprise(model: nn.Module) -> Iterator[CapturedSurprise]:
+    """The surprise of every mixture of a model while backward runs.
+
+        with capture_surprise(model) as surprise:
+            model(**batch).loss.backward()
+        surprise["model.layers.0.mlp.experts"]      # (tokens, experts)
+
+    Sees `nn.DynMoE`, transformers' experts under `experts_implementation="tinyonn"`, and layers made of separate expert modules, as
+    `SurpriseHookManager` does.
+
+    Raises:
+        TypeError: the model has none of them.
+        RuntimeError: one of them is captured already.
+    """
+    fused = {name: module for name, module in model.named_modules() if isinstance(module, DynMoE) or _runs_here(module)}
+    unfused = unfused_mixtures(model)
+    if not fused and not unfused:
+        wanted = "a DynMoE, experts with experts_implementation='tinyonn', or a list of expert modules"
+        raise TypeError(f"model must hold {wanted}, got {type(model).__name__}.")
+    with ExitStack() as stack:
+        calls = stack.enter_context(captured_calls(fused.values()))
+        manager = _EveryCall()
+        stack.callback(manager.remove_hooks)
+        if unfused:
+            manager.register_hooks(model)
+        yield CapturedSurprise({name: calls[module] for name, module in fused.items()}, manager.calls)
+
+
+def _runs_here(module: nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    return hasattr(module, "has_post_expert_norm") and getattr(config, "_experts_implementation", None) == "tinyonn"
