@@ -282,14 +282,48 @@ def test_launches_do_not_depend_on_the_number_of_experts(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=dtype_id)
-def test_on_a_gpu_nothing_waits_for_the_device(dtype):
+def test_values_on_a_gpu(dtype):
     check(case(500, 64, 16, 64, 4, dtype=dtype, biased=True))
-    leaves = {name: x.to(DEVICE).requires_grad_(x.is_floating_point()) for name, x in case(500, 64, 16, 64, 4, dtype=dtype).items()}
-    out = ops.expert_mlp(**leaves)
-    torch.autograd.grad(out, [leaves["hidden_states"]], torch.ones_like(out))  # the fastest tiles are found
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        out = ops.expert_mlp(**leaves)
-        torch.autograd.grad(out, [leaves["hidden_states"]], torch.ones_like(out))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+def profiled_step(experts: int, dtype: torch.dtype) -> list[str]:
+    """What the device did in a forward and a backward with the surprise, by name; nothing may wait for it."""
+    tensors = case(500, 64, experts, 64, 4, dtype=dtype, biased=True)
+    leaves = {name: x.to(DEVICE).requires_grad_(x.is_floating_point()) for name, x in tensors.items()}
+    probe = torch.zeros(leaves["top_k_index"].shape, device=DEVICE, requires_grad=True)
+    wanted = [*(x for x in leaves.values() if x.requires_grad), probe]
+
+    def step() -> None:
+        out = ops.expert_mlp(**leaves, surprise=probe, surprise_kind="expert")
+        torch.autograd.grad(out, wanted, torch.ones_like(out))
+
+    for _ in range(2):  # the fastest tiles are found, memory is there
+        step()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    events = profile.events()
+    on_device = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    # The profiler itself calls cudaDeviceSynchronize when it stops.
+    waits = {"cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaMalloc", "cudaFree"}
+    assert not waits & {event.name for event in events}
+    assert not [name for name in on_device if "Memcpy" in name and "DtoD" not in name]
+    return on_device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
+def test_a_profile_shows_no_wait_and_no_launch_per_expert(dtype):
+    few, many = profiled_step(4, dtype), profiled_step(64, dtype)
+
+    def kernels(names: list[str]) -> list[str]:
+        return sorted(name for name in names if name.startswith("_"))
+
+    assert "_expert_gate_up_kernel" in few
+    assert kernels(few) == kernels(many)
+    assert len(few) == len(many)
