@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from tinyonn import ops
@@ -162,6 +164,28 @@ def test_the_surprise_can_be_captured_beside():
         (plain(x) - y).square().mean().backward()
     for name, matrix in wanted.items():
         assert torch.equal(surprise[name], matrix)
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Whatever needs a value on the host, or waits until one has come from there, is an error."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        assert not any(name in str(function) for name in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount"))
+        assert given != {"cpu", "meta"} or "copy" not in str(function), f"{function} must not wait for the host."
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", [{}, {"routing": "budget"}, {"combine": "uniform", "checkpoint": True}], ids=str)
+def test_nothing_is_read_by_the_host(options, masked):
+    """On tensors without data no value can be read."""
+    model, x = model_of(**options).to("meta"), torch.empty(20, 16, device="meta")
+    mask = torch.empty(20, dtype=torch.bool, device="meta") if masked else None
+    with NothingIsRead(), gating_gradients(model, token_mask=mask) as gating:
+        model(x).square().mean().backward()
+    assert gating.loss.is_meta
+    assert all(parameter.grad.is_meta for parameter in model.parameters())
 
 
 def test_frozen_routers_are_left_alone():

@@ -76,6 +76,7 @@ class GatingGradients:
     def __init__(self, model: nn.Module, token_mask: Tensor | None, weight: float, scaler: GradScaler | None, options: dict[str, float]):
         self.loss = torch.zeros(())
         self._model, self._token_mask, self._weight, self._scaler, self._options = model, token_mask, weight, scaler, options
+        self._masks: dict[torch.device, Tensor] = {}
         self._losses: list[Tensor] = []
         self._grads: dict[nn.Parameter, Tensor] = {}
 
@@ -97,7 +98,7 @@ class GatingGradients:
         hidden_states, index, budget = kept.pop()
         none = hidden_states.new_empty(0)
         visit = Visit(hidden_states, Routing(index, none, none, none), probe, budget)
-        mask = None if self._token_mask is None else self._token_mask.to(hidden_states.device)
+        mask = self._mask_on(hidden_states.device)
         parameters = [parameter for parameter in module.router.parameters() if parameter.requires_grad]
         with torch.enable_grad():
             loss = module.gating_loss(visit, mask, **self._options)
@@ -108,6 +109,12 @@ class GatingGradients:
             grads = torch.autograd.grad(share if self._scaler is None else self._scaler.scale(share), parameters, materialize_grads=True)
         for parameter, grad in zip(parameters, grads, strict=True):
             self._grads[parameter] = self._grads[parameter] + grad if parameter in self._grads else grad
+
+    def _mask_on(self, device: torch.device) -> Tensor | None:
+        """Brought to a device once: each copy from the host would be waited for."""
+        if self._token_mask is not None and device not in self._masks:
+            self._masks[device] = self._token_mask.to(device)
+        return self._masks.get(device)
 
     def _check_mask(self, output: Tensor) -> None:
         mask, lead = self._token_mask, output.shape[:-1]
