@@ -1,0 +1,312 @@
+"""The page and figure of `expert_dispatch.py`, from its finished cells: every number on the page comes from them.
+
+.venv/bin/python benchmarks/expert_dispatch_page.py docs/einsum_or_dispatch.json    writes both anew
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import textwrap
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+OURS, SURPRISED, CHECKPOINTED = "expert_mlp", "expert_mlp, surprise", "expert_mlp, checkpointed"
+DENSE, EINSUM = "dense einsum, weighed first", "surprise alone, by einsum"
+SPARSE = (OURS, "step over grouped_mm", "transformers, grouped_mm", "loop over experts", "Liger")
+OTHERS = ("transformers, eager", "transformers, batched_mm", "dense einsum")
+NEAR = 10.0  # the rule is fitted to sizes whose ratio is within this factor of 1
+
+
+class Cell(NamedTuple):
+    experts: int
+    neurons: int
+    slots: int
+    candidates: dict[str, dict[str, float]]
+
+    @property
+    def density(self) -> float:
+        return self.slots / self.experts
+
+    def ratio(self, measure: str, peer: str = DENSE, subject: str = OURS) -> float | None:
+        """`peer` as a multiple of `subject`; None where one of them is absent."""
+        if peer not in self.candidates or subject not in self.candidates:
+            return None
+        return self.candidates[peer][measure] / self.candidates[subject][measure]
+
+
+class Rule(NamedTuple):
+    """Dense wins where k/E > factor * neurons ** power; `right` of `judged` cells agree."""
+
+    factor: float
+    power: float
+    right: int
+    judged: int
+
+
+def crossover(points: Iterable[tuple[float, float]]) -> tuple[float | None, float, float]:
+    """Where the ratio first falls through 1, between two measured densities; None where it does not; and the range of densities.
+
+    Args:
+        points: (density, ratio), interpolated in their logarithms.
+    """
+    ordered = sorted(points)
+    low, high = ordered[0][0], ordered[-1][0]
+    for (density, ratio), (further, smaller) in pairwise(ordered):
+        if ratio > 1 >= smaller:
+            part = math.log(ratio) / math.log(ratio / smaller)
+            return density * (further / density) ** part, low, high
+    return None, low, high
+
+
+def lines_of(cells: list[Cell], measure: str) -> dict[tuple[int, int], list[tuple[float, float]]]:
+    """(neurons, experts) -> (density, ratio) of the lines along which only the number of slots differs, three points at least."""
+    found: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for cell in cells:
+        ratio = cell.ratio(measure)
+        if ratio is not None:
+            found.setdefault((cell.neurons, cell.experts), []).append((cell.density, ratio))
+    return {key: sorted(points) for key, points in sorted(found.items()) if len(points) >= 3}
+
+
+def rule_of(cells: list[Cell], measure: str) -> Rule | None:
+    """Least squares of log ratio over log density and log neurons; None where the cells do not determine it."""
+    judged = [(cell.density, cell.neurons, ratio) for cell in cells if (ratio := cell.ratio(measure)) is not None]
+    near = [row for row in judged if 1 / NEAR <= row[2] <= NEAR]
+    if len(near) < 4 or len({row[1] for row in near}) < 2 or len({row[0] for row in near}) < 2:
+        return None
+    logs = np.log(np.array(near))
+    (constant, slope, power), *_ = np.linalg.lstsq(np.column_stack([np.ones(len(near)), logs[:, :2]]), logs[:, 2], rcond=None)
+    if slope >= 0:
+        return None
+    factor, exponent = math.exp(-constant / slope), -power / slope
+    right = sum((density > factor * neurons**exponent) == (ratio < 1) for density, neurons, ratio in judged)
+    return Rule(factor, exponent, right, len(judged))
+
+
+def safe_density(cells: list[Cell], measure: str) -> tuple[float, float, float] | None:
+    """The highest density up to which dense wins nowhere, and the smallest and largest ratio up to there."""
+    judged = sorted((cell.density, ratio) for cell in cells if (ratio := cell.ratio(measure)) is not None)
+    lost = min((density for density, ratio in judged if ratio < 1), default=math.inf)
+    won = [(density, ratio) for density, ratio in judged if density < lost]
+    return (won[-1][0], min(ratio for _, ratio in won), max(ratio for _, ratio in won)) if won else None
+
+
+def _where(cells: list[Cell], measure: str) -> str:
+    """One clause for each line: where along it dense begins to win."""
+    parts = []
+    for (neurons, experts), points in lines_of(cells, measure).items():
+        found, low, high = crossover(points)
+        where = f"from k/E = {found:.2g}" if found else (f"nowhere up to {high:.2g}" if points[0][1] > 1 else f"already at {low:.2g}")
+        parts.append(f"{experts} experts of {neurons}, {where}")
+    return "; ".join(parts)
+
+
+def _range(values: list[float], digits: str = ".2g") -> str:
+    return f"{min(values):{digits}} to {max(values):{digits}} (median {statistics.median(values):{digits}})"
+
+
+def _ratios(cells: list[Cell], measure: str, peer: str = DENSE, subject: str = OURS) -> list[float]:
+    return [ratio for cell in cells if (ratio := cell.ratio(measure, peer, subject)) is not None]
+
+
+def _answer(cells: list[Cell]) -> list[str]:
+    """The answer first, then a paragraph for each measure."""
+    safe = [safe_density(cells, measure) for measure in ("median", "peak")]
+    found, headline = [], []
+    if safe[0] and safe[1]:
+        few = math.ceil(1 / min(safe[0][0], safe[1][0]))
+        headline = [
+            f"**Sparse dispatch wins, in time and in memory, as long as at most one expert in {few} is active; dense wins where a large"
+            " part of few experts is, and the sooner the smaller they are.**"
+        ]
+    for (measure, title, better), least in zip((("median", "Time", "faster"), ("peak", "Peak memory", "smaller")), safe, strict=True):
+        text = f"- **{title}.** Along lines of growing k dense is {better}: {_where(cells, measure)}."
+        if least:
+            text += f" Up to k/E = {least[0]:.2g} `expert_mlp` is {better} at every size, by {least[1]:.2g}× to {least[2]:.3g}×."
+        rule = rule_of(cells, measure)
+        if rule:
+            text += (
+                f" As a rule, with I neurons: dense where k/E > {rule.factor:.2g} · I^{rule.power:.2g} (right at {rule.right} of"
+                f" {rule.judged} sizes)."
+            )
+        found.append(text)
+    kept, again = _ratios(cells, "kept"), _ratios(cells, "median", CHECKPOINTED)
+    found.append(
+        f"- **Kept from forward to backward**, which adds up over the layers of a model: dense keeps {_range(kept)} times what `expert_mlp`"
+        f" keeps. `expert_mlp` checkpointed keeps {_range(_ratios(cells, 'kept', CHECKPOINTED))} times as much as without, for"
+        f" {_range(again)} times the time."
+    )
+    best = [min((name for name in SPARSE if name in cell.candidates), key=lambda name: cell.candidates[name]["median"]) for cell in cells]
+    behind = max(cell.candidates[OURS]["median"] / cell.candidates[name]["median"] for cell, name in zip(cells, best, strict=True))
+    found.append(
+        f"- **Among the sparse forms** the fastest is, by the number of sizes: {_counts(best)}. `expert_mlp` takes at most {behind:.2g}"
+        " times as long as the fastest."
+    )
+    text = f"- **Surprise.** The step with it takes {_range(_ratios(cells, 'median', SURPRISED), '.3g')} times that without."
+    if einsum := _ratios(cells, "median", EINSUM, SURPRISED):
+        text += (
+            f" Einsum over the gradient of every token and expert, for the surprise alone, takes {_range(einsum)} times as long as that"
+            f" whole step, and {_range(_ratios(cells, 'peak', EINSUM, SURPRISED))} times its peak memory."
+        )
+    lines = []
+    for part in [*headline, *found, text]:
+        indent = "  " if part.startswith("- ") else ""
+        lines += textwrap.wrap(part, 140, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return lines
+
+
+def _counts(names: list[str]) -> str:
+    return ", ".join(f"{name}: {names.count(name)}" for name in SPARSE if name in names)
+
+
+def _number(cell: Cell, name: str, measure: str) -> str:
+    if name not in cell.candidates:
+        return ""
+    scale = 1e3 if measure == "median" else 1e-6
+    number = cell.candidates[name][measure] * scale
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _table(cells: list[Cell], columns: list[tuple[str, str, str]]) -> list[str]:
+    """Columns are (title, candidate, measure); a cell without a candidate stays empty."""
+    lines = ["| E | I | k | k/E | " + " | ".join(title for title, *_ in columns) + " |", "|" + "---:|" * (4 + len(columns))]
+    for cell in cells:
+        numbers = " | ".join(_number(cell, name, measure) for _, name, measure in columns)
+        lines.append(f"| {cell.experts} | {cell.neurons} | {cell.slots} | {cell.density:.2g} | {numbers} |")
+    return lines
+
+
+def page_of(content: dict[str, Any], stem: str) -> str:
+    settings = content["settings"]
+    cells = [Cell(cell["experts"], cell["neurons"], cell["slots"], cell["candidates"]) for cell in content["cells"]]
+    on_gpu = "cuda" in stem
+    liger = any("Liger" in cell.candidates for cell in cells)
+    rounds = sorted({int(row["rounds"]) for cell in cells for row in cell.candidates.values()})
+    absent = sum(DENSE not in cell.candidates for cell in cells)
+    columns = [
+        ("`expert_mlp`", OURS, "median"),
+        ("with surprise", SURPRISED, "median"),
+        ("dense", DENSE, "median"),
+        ("`grouped_mm`", "step over grouped_mm", "median"),
+        ("transformers `grouped_mm`", "transformers, grouped_mm", "median"),
+        ("loop", "loop over experts", "median"),
+        *([("Liger", "Liger", "median")] if liger else []),
+    ]
+    memory = [
+        (f"{title}, {word}", name, measure)
+        for title, name in (("`expert_mlp`", OURS), ("checkpointed", CHECKPOINTED), ("dense", DENSE), ("`grouped_mm`", SPARSE[1]))
+        for word, measure in (("peak", "peak"), ("kept", "kept"))
+    ]
+    others = [cell for cell in cells if any(name in cell.candidates for name in OTHERS)]
+    measured = [cell for cell in cells if EINSUM in cell.candidates]
+    lines = [
+        "# Dense einsum or sparse dispatch",
+        "",
+        "A mixture of E small experts of I neurons, k of them for each token, can be computed in two ways: as dense products over all",
+        "experts with weights that are mostly zero, or by sending each token to its experts alone. Dense does E/k times the arithmetic, in",
+        "products as large as a machine could wish; sparse dispatch sorts, gathers and adds, and multiplies small matrices. Forward and",
+        f"backward, {settings['tokens']} tokens of {settings['features']} features, {settings['dtype']}:",
+        "",
+        *_answer(cells),
+        "",
+        f"![Dense einsum as multiples of expert_mlp against k/E]({stem}.png)",
+        "",
+        "Above the line at 1 `expert_mlp` is better, below it the dense einsum. Lines join sizes that differ in k alone.",
+        "",
+        "## What was measured",
+        "",
+        f"`python benchmarks/expert_dispatch.py{' --device cuda' if on_gpu else ''}` on {settings['device']}, {settings['threads']} torch"
+        f" thread{'s' if settings['threads'] > 1 else ''}, torch {settings['torch']}.",
+        "Routes are drawn evenly at random. Output and all gradients of every form are checked equal before anything is timed; forms are",
+        f"timed in turn, {rounds[0]} to {rounds[-1]} rounds; medians stand here, least times beside them in `{stem}.json`. Memory is by",
+        "allocation events, weights and input not counted: the peak of forward and backward with gradients, and what is kept between them.",
+        "",
+        "The dense form is the best that we know: gate and up as one product each over all experts, hidden values weighed before the last",
+        "product, which then sums over experts as well (`nei,efi->nf`). It has no surprise.",
+        f"It is absent at {absent} of {len(cells)} sizes, where it would take more than {settings['dense_operations'] / 1e9:.0f} billion",
+        "operations.",
+        "",
+        f"Not measured: {'other GPUs' if on_gpu else 'a GPU'}, other numbers of tokens and features, unevenly loaded experts.",
+        "",
+        "## Milliseconds",
+        "",
+        *_table(cells, columns),
+        "",
+        "## Megabytes",
+        "",
+        *_table(cells, memory),
+    ]
+    if others:
+        titles = {"dense einsum": "naive einsum `nei,efi,ne->nf`"}
+        lines += ["", "## Other forms, milliseconds and peak megabytes", ""]
+        lines += ["Where they take no more than seconds.", ""] + _table(
+            others,
+            [
+                (f"{titles.get(name, name)}, {unit}", name, measure)
+                for name in OTHERS
+                for unit, measure in (("ms", "median"), ("MB", "peak"))
+            ],
+        )
+    if measured:
+        lines += ["", "## Surprise, milliseconds and peak megabytes", ""] + _table(
+            measured,
+            [
+                ("step, ms", OURS, "median"),
+                ("step with surprise, ms", SURPRISED, "median"),
+                ("surprise alone by einsum, ms", EINSUM, "median"),
+                ("step, MB", OURS, "peak"),
+                ("step with surprise, MB", SURPRISED, "peak"),
+                ("surprise alone by einsum, MB", EINSUM, "peak"),
+            ],
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(content: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    cells = [Cell(cell["experts"], cell["neurons"], cell["slots"], cell["candidates"]) for cell in content["cells"]]
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, layout="constrained")
+    sizes = sorted({cell.neurons for cell in cells})
+    for axes, measure, title in zip(panels, ("median", "peak"), ("time", "peak memory"), strict=True):
+        for number, neurons in enumerate(sizes):
+            points = [(cell.density, ratio) for cell in cells if cell.neurons == neurons and (ratio := cell.ratio(measure)) is not None]
+            if points:
+                axes.scatter(*zip(*points, strict=True), color=f"C{number}", s=22, label=f"{neurons}")
+        for (neurons, _), points in lines_of(cells, measure).items():
+            axes.plot(*zip(*points, strict=True), color=f"C{sizes.index(neurons)}", linewidth=1)
+        axes.axhline(1, color="0.4", linewidth=1)
+        axes.set(xscale="log", yscale="log", xlabel="active share of experts, k/E", ylabel=f"{title}, dense / expert_mlp")
+        for words, shift, side in (("expert_mlp better", 3, "bottom"), ("dense better", -3, "top")):
+            where = {"xytext": (0, shift), "textcoords": "offset points", "va": side, "fontsize": 8}
+            axes.annotate(words, (0.02, 1), xycoords=("axes fraction", "data"), **where)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+        axes.set_title(f"Forward and backward, {title}", fontsize=10)
+    panels[0].legend(title="neurons of an expert", frameon=False, fontsize=8, title_fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def write_page(content: dict[str, Any], folder: Path, stem: str) -> None:
+    (folder / f"{stem}.md").write_text(page_of(content, stem), encoding="utf-8")
+    draw(content, folder / f"{stem}.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    results = parser.parse_args().results
+    write_page(json.loads(results.read_text(encoding="utf-8")), results.parent, results.stem)

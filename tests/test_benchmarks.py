@@ -1,0 +1,187 @@
+"""What benchmarks do beside measuring: the forms they compare, the page drawn from what was measured, the peers they name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import types
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the checkout")
+
+
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def forms() -> ModuleType:
+    return module("bench_expert_mlp")
+
+
+@pytest.fixture(scope="module")
+def page() -> ModuleType:
+    return module("expert_dispatch_page")
+
+
+def pair_by_pair(x: Tensor, up: Tensor, down: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """One token and one of its experts after another; the gate's rows come first."""
+    rows = []
+    for token in range(len(x)):
+        total = torch.zeros_like(x[token])
+        for slot, expert in enumerate(index[token].tolist()):
+            neurons = down.shape[2]
+            hidden = silu(up[expert, :neurons] @ x[token]) * (up[expert, neurons:] @ x[token])
+            total = total + weight[token, slot] * (down[expert] @ hidden)
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def test_every_form_of_the_mixture_gives_the_same_output_and_gradients(forms):
+    c = forms.case(9, 16, 6, 8, 3, "cpu")
+    expected = forms.step(c, lambda: (pair_by_pair(c.x, c.up, c.down, c.index, c.weight), c.leaves))
+    forwards = forms.forwards_of(c)
+    assert {"expert_mlp", "loop over experts", "dense einsum, weighed first", "dense einsum", "transformers, eager"} <= set(forwards)
+    for name, forward in forwards.items():
+        for got, wanted in zip(forms.step(c, forward), expected, strict=False):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_wrong_form_is_found_before_it_is_timed(forms):
+    c = forms.case(9, 16, 6, 8, 3, "cpu")
+    right = forms.step(c, lambda: (forms.dense(c), c.leaves))
+    wrong = forms.step(c, lambda: (forms.dense(c) * 1.01, c.leaves))
+    forms.check_equal({"step over grouped_mm": right, "same": right}, 1e-4)
+    with pytest.raises(AssertionError, match="output of slower"):
+        forms.check_equal({"step over grouped_mm": right, "slower": wrong}, 1e-4)
+
+
+def test_liger_is_called_with_its_own_layout(forms, monkeypatch):
+    class LigerFusedMoEFunction:
+        """As liger-kernel 0.8.5 documents it: x (T, H), gate over up (E, 2I, H), (E, H, I), int32 (T, K), (T, K)."""
+
+        @staticmethod
+        def apply(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            assert top_k_index.dtype == torch.int32
+            return pair_by_pair(x, gate_up_proj, down_proj, top_k_index, top_k_weights)
+
+    package = types.ModuleType("liger_kernel")
+    package.ops = types.ModuleType("liger_kernel.ops")
+    package.ops.LigerFusedMoEFunction = LigerFusedMoEFunction
+    monkeypatch.setitem(sys.modules, "liger_kernel", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", package.ops)
+    c = forms.case(9, 16, 6, 8, 3, "cpu")
+    outputs = {name: forms.step(c, lambda form=form: (form(c), c.leaves)) for name, form in (("L", forms.liger), ("D", forms.dense_naive))}
+    forms.check_equal({"step over grouped_mm": outputs["D"], "Liger": outputs["L"]}, 1e-5)
+    assert forms.why_no_liger("cuda") is None
+    assert forms.why_no_liger("cpu") == "runs on a GPU alone"
+
+
+def test_a_missing_liger_is_named_with_the_remedy(forms, monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    assert forms.why_no_liger("cuda").endswith("pip install --no-deps liger-kernel")
+
+
+def test_memory_counts_what_a_call_holds_at_most_and_what_it_leaves(forms):
+    def call() -> Tensor:
+        passing = torch.ones(1000, 1000)
+        return passing[0].clone()
+
+    assert forms.allocated(call, "cpu") == (4_004_000, 4_000)
+
+
+def cells_of(page: ModuleType, threshold: float, power: float) -> list:
+    """Dense takes as long as ours where k/E = threshold * I^power, and half as long at twice that density."""
+    cells = []
+    for neurons in (8, 32):
+        for slots in (1, 2, 4, 8, 16, 32, 64):
+            ratio = threshold * neurons**power / (slots / 64)
+            rows = {page.OURS: {"median": 2.0, "peak": 5.0}, page.DENSE: {"median": 2.0 * ratio, "peak": 5.0 * ratio}}
+            cells.append(page.Cell(64, neurons, slots, rows))
+    return cells
+
+
+def test_a_planted_crossover_is_found(page):
+    cells = cells_of(page, threshold=0.02, power=0.5)
+    for (neurons, _), points in page.lines_of(cells, "median").items():
+        found, low, high = page.crossover(points)
+        assert found == pytest.approx(0.02 * neurons**0.5)
+        assert (low, high) == (1 / 64, 1)
+    rule = page.rule_of(cells, "peak")
+    assert rule.factor == pytest.approx(0.02)
+    assert rule.power == pytest.approx(0.5)
+    assert (rule.right, rule.judged) == (14, 14)
+    density, least, most = page.safe_density(cells, "median")
+    assert density == 2 / 64  # 0.0566 is where dense wins first, with 8 neurons
+    assert least == pytest.approx(0.02 * 8**0.5 * 32)
+    assert most == pytest.approx(0.02 * 32**0.5 * 64)
+
+
+def test_no_crossover_is_claimed_where_none_was_measured(page):
+    assert page.crossover([(0.1, 5.0), (0.5, 2.0), (1.0, 1.5)]) == (None, 0.1, 1.0)
+    assert page.crossover([(0.1, 0.5), (0.5, 0.2)]) == (None, 0.1, 0.5)
+    one_size = [cell for cell in cells_of(page, 0.02, 0.5) if cell.neurons == 8]
+    assert page.rule_of(one_size, "median") is None
+
+
+def test_a_form_that_was_not_measured_stays_empty(page):
+    rows = {page.OURS: {"median": 0.5, "peak": 2e6}}
+    assert page._table([page.Cell(64, 8, 4, rows)], [("ours", page.OURS, "median"), ("dense", page.DENSE, "median")])[2:] == [
+        "| 64 | 8 | 4 | 0.062 | 500 |  |"
+    ]
+    assert page.Cell(64, 8, 4, rows).ratio("median") is None
+
+
+def test_the_sweep_writes_its_page_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(sys, "argv", ["expert_dispatch.py", "--quick", "--threads", str(torch.get_num_threads()), "--out", str(tmp_path)])
+    sweep = module("expert_dispatch")
+
+    def run() -> str:
+        sweep.main()
+        return capsys.readouterr().out
+
+    assert "64 experts of 8, 64 a token:" in run()
+    results = tmp_path / "einsum_or_dispatch.json"
+    content = json.loads(results.read_text())
+    assert [cell["slots"] for cell in content["cells"]] == [1, 4, 64]
+    text = (tmp_path / "einsum_or_dispatch.md").read_text()
+    for cell in content["cells"]:
+        milliseconds = cell["candidates"]["expert_mlp"]["median"] * 1e3
+        shown = f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+        assert f"| 64 | 8 | {cell['slots']} | {cell['slots'] / 64:.2g} | {shown} |" in text
+    assert (tmp_path / "einsum_or_dispatch.png").stat().st_size > 10_000
+
+    content["cells"] = content["cells"][:2]
+    content["cells"][0]["candidates"]["expert_mlp"]["median"] = 12.345
+    results.write_text(json.dumps(content))
+    again = run()
+    assert "64 experts of 8, 64 a token:" in again
+    assert "64 experts of 8, 4 a token:" not in again
+    assert json.loads(results.read_text())["cells"][0]["candidates"]["expert_mlp"]["median"] == 12.345
+
+
+def test_the_gpu_script_names_its_peers():
+    gpu = module("gpu")
+    assert gpu.peers()["transformers"] == version("transformers")
+    assert set(gpu.peers()) == set(gpu.PEERS)
+    present, absent = gpu.describe({"transformers": "5.23.0", "liger-kernel": None})
+    assert present.startswith("transformers 5.23.0: ")
+    assert absent.startswith("liger-kernel is not installed")
+    assert absent.endswith("pip install --no-deps liger-kernel")
