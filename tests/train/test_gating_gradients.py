@@ -295,5 +295,5 @@ def test_options_out_of_range_are_named(options, message):
 
 def test_other_wrappers_are_refused():
     wrapped = nn.DataParallel(model_of())
-    with pytest.raises(TypeError, match="alone or under DistributedDataParallel, got DataParallel"), gating_gradients(wrapped):
+    with pytest.raises(TypeError, match="DistributedDataParallel or fully_shard, got DataParallel"), gating_gradients(wrapped):
         pass

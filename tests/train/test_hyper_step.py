@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tinyonn
@@ -335,41 +331,6 @@ def test_the_router_learns_the_expert_that_is_surprised_least():
     assert share() > max(0.6, 2 * before)
 
 
-def worker(port: str, folder: str, rank: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    x, y = batch(2, 4, 10)
-    inner = model_of()
-    model = nn.parallel.DistributedDataParallel(inner, find_unused_parameters=False)
-    step = HyperStep(model, NoStep(model.parameters()), accumulation_steps=2)
-    for half in range(2):
-        rows = slice(2 * half, 2 * half + 2)
-        step(lambda rows=rows: (model(x[rank, rows]) - y[rank, rows]).square().mean())
-    torch.save(gradients(inner), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
-
-
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # This file itself: a spawned child could not import it by the name that pytest gave it.
-    command = [sys.executable, __file__, str(port), str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert_same(found[0], found[1], rtol=0, atol=0)
-    x, y = batch(2, 4, 10)
-    model = model_of()
-    step = HyperStep(model, NoStep(model.parameters()), accumulation_steps=4)
-    for rank in range(2):
-        for half in range(2):
-            rows = slice(2 * half, 2 * half + 2)
-            step(lambda rank=rank, rows=rows: (model(x[rank, rows]) - y[rank, rows]).square().mean())
-    assert_same(found[0], gradients(model))
-
-
 def language_model() -> nn.Module:
     model = tiny_causal_lm("llama")
     torch.manual_seed(0)
@@ -411,7 +372,3 @@ def test_nothing_captured_is_no_loss():
         (model(x) - y).square().mean()
     assert gating.loss == 0
     assert not gradients(model)
-
-
-if __name__ == "__main__":
-    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]))

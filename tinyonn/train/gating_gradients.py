@@ -12,15 +12,14 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from ..nn.dyn_moe import DynMoE, Visit
 from ..ops import Routing
+from .parallel import average, check_wrapper
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
-
-KEEP_OTHER_GRADIENTS = ("DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def mixtures(model: nn.Module) -> dict[str, DynMoE]:
@@ -39,24 +38,9 @@ def check_options(weight: float, w_ce: float, w_kl: float, temperature: float, *
         raise ValueError(f"temperature must be above 0 and finite, got {temperature}.")
 
 
-def check_gradients_are_plain(model: nn.Module) -> None:
-    """TypeError where `.grad` of the routers' parameters is not what an optimiser reads."""
-    for module in model.modules():
-        if type(module).__name__ in KEEP_OTHER_GRADIENTS:
-            raise TypeError(
-                f"model must run alone or under DistributedDataParallel, got {type(module).__name__}, whose gradients are not those of "
-                "its routers' parameters."
-            )
-    for name, mixture in mixtures(model).items():
-        if any(hasattr(parameter, "device_mesh") for parameter in mixture.router.parameters()):
-            raise TypeError(
-                f"{name}.router must have whole parameters, got sharded ones: leave routers out of fully_shard (ignored_params)."
-            )
-
-
-def data_parallel(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
-    """The wrapper of a model, compiled or not; None where there is none."""
-    return next((module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)), None)
+def check_model(model: nn.Module) -> None:
+    """TypeError where the model has no mixture, or a wrapper under which its routers cannot learn."""
+    check_wrapper(model, {f"{name}.router".lstrip("."): mixture.router for name, mixture in mixtures(model).items()})
 
 
 @contextmanager
@@ -78,7 +62,7 @@ class GatingGradients:
         self._model, self._token_mask, self._weight, self._scaler, self._options = model, token_mask, weight, scaler, options
         self._masks: dict[torch.device, Tensor] = {}
         self._losses: list[Tensor] = []
-        self._grads: dict[nn.Parameter, Tensor] = {}
+        self._grads: dict[tuple[DynMoE, str], Tensor] = {}
 
     def _await(self, module: DynMoE, inputs: Any, output: Tensor | None) -> None:
         """Forward hook of a mixture, called after errors too: a recomputed forward is left by one as soon as it has what it needs."""
@@ -99,16 +83,22 @@ class GatingGradients:
         none = hidden_states.new_empty(0)
         visit = Visit(hidden_states, Routing(index, none, none, none), probe, budget)
         mask = self._mask_on(hidden_states.device)
-        parameters = [parameter for parameter in module.router.parameters() if parameter.requires_grad]
+        parameters = {name: parameter for name, parameter in module.router.named_parameters() if parameter.requires_grad}
+        if any(hasattr(parameter, "device_mesh") for parameter in parameters.values()):
+            raise RuntimeError(
+                "routers must be whole while backward passes them: apply fully_shard to the mixture or above, not to its router."
+            )
         with torch.enable_grad():
             loss = module.gating_loss(visit, mask, **self._options)
             self._losses.append(loss.detach())
             if not parameters:
                 return
             share = loss * self._weight
-            grads = torch.autograd.grad(share if self._scaler is None else self._scaler.scale(share), parameters, materialize_grads=True)
-        for parameter, grad in zip(parameters, grads, strict=True):
-            self._grads[parameter] = self._grads[parameter] + grad if parameter in self._grads else grad
+            scaled = share if self._scaler is None else self._scaler.scale(share)
+            grads = torch.autograd.grad(scaled, tuple(parameters.values()), materialize_grads=True)
+        for name, grad in zip(parameters, grads, strict=True):
+            place = (module, name)
+            self._grads[place] = self._grads[place] + grad if place in self._grads else grad
 
     def _mask_on(self, device: torch.device) -> Tensor | None:
         """Brought to a device once: each copy from the host would be waited for."""
@@ -125,28 +115,14 @@ class GatingGradients:
             raise ValueError(f"token_mask must have the shape of the tokens a mixture is given, {tuple(lead)}, got {tuple(mask.shape)}.")
 
     def _finish(self) -> None:
-        wrapper = data_parallel(self._model)
         if self._losses:
             self.loss = torch.stack([loss.to(self._losses[0].device) for loss in self._losses]).mean()
-        grads = {parameter: grad / len(self._losses) for parameter, grad in self._grads.items()}
-        # Without synchronisation gradients stay this process' own, and are averaged with the main loss' at the step's last batch.
-        if wrapper is not None and wrapper.require_backward_grad_sync:
-            grads = self._averaged(grads, wrapper.process_group)
-        for parameter, grad in grads.items():
+        grads = {module.router.get_parameter(name): grad / len(self._losses) for (module, name), grad in self._grads.items()}
+        routers = [mixture.router for mixture in mixtures(self._model).values()]
+        parameters = [parameter for router in routers for parameter in router.parameters() if parameter.requires_grad]
+        for parameter, grad in average(self._model, grads, parameters).items():
             # Never in place: the old tensor may be a view of DistributedDataParallel's bucket, or the caller's.
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-
-    def _averaged(self, grads: dict[nn.Parameter, Tensor], group: Any) -> dict[nn.Parameter, Tensor]:
-        """Over all processes, of all routers: a mixture that took no part here may have taken part elsewhere."""
-        routers = [p for mixture in mixtures(self._model).values() for p in mixture.router.parameters() if p.requires_grad]
-        if not routers:
-            return {}
-        given = [grads.get(parameter, torch.zeros_like(parameter)).flatten() for parameter in routers]
-        flat = torch.cat(given)
-        distributed.all_reduce(flat, group=group)
-        flat /= distributed.get_world_size(group)
-        parts = flat.split([parameter.numel() for parameter in routers])
-        return {parameter: part.view_as(parameter).to(parameter.dtype) for parameter, part in zip(routers, parts, strict=True)}
 
 
 @contextmanager
@@ -166,8 +142,8 @@ def gating_gradients(
             model(**batch).loss.backward()
         optimizer.step()
 
-    The mean over layers and calls is taken. Under DistributedDataParallel it is averaged over processes as the other gradients are, and
-    left alone within `no_sync`. Where the block ends with an error nothing is added.
+    The mean over layers and calls is taken. Under DistributedDataParallel and `fully_shard` it is averaged over processes as the other
+    gradients are, and left alone within `no_sync`. Where the block ends with an error nothing is added.
 
     Args:
         model: with at least one `nn.DynMoE`; the wrapper, where there is one.
@@ -179,12 +155,12 @@ def gating_gradients(
             it by its mean.
 
     Raises:
-        TypeError: no DynMoE in the model; a wrapper other than DistributedDataParallel, or sharded routers; a mask of floats.
+        TypeError: no DynMoE in the model; another wrapper than both, or routers that are sharded apart from the rest; a mask of floats.
         ValueError: an option out of range; in forward, a mask of another shape than the tokens.
         RuntimeError: a mixture is captured already; in backward, a second pass through one call.
     """
     check_options(weight, w_ce, w_kl, temperature)
-    check_gradients_are_plain(model)
+    check_model(model)
     if token_mask is not None and (not isinstance(token_mask, Tensor) or token_mask.is_floating_point()):
         given = token_mask.dtype if isinstance(token_mask, Tensor) else type(token_mask).__name__
         raise TypeError(f"token_mask must be a tensor of bool or integers, got {given}.")

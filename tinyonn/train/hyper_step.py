@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._debug import debug_enabled
-from .gating_gradients import check_gradients_are_plain, check_options, data_parallel, gating_gradients, mixtures
+from .gating_gradients import check_model, check_options, gating_gradients, mixtures
+from .parallel import data_parallel
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -44,8 +45,9 @@ class HyperStep:
         for batch in batches:
             result = step(lambda: model(**batch).loss, token_mask=batch["attention_mask"])
 
-    Under DistributedDataParallel give it the wrapped model; between accumulated batches gradients are not synchronised. An accumulation
-    that an epoch leaves unfinished goes on with the next batch; `reset` drops it.
+    Under DistributedDataParallel give it the wrapped model; between accumulated batches gradients are not synchronised. Under
+    `fully_shard`, over one dimension of processes, they are each time. An accumulation that an epoch leaves unfinished goes on with the
+    next batch; `reset` drops it.
 
     Args:
         model: with at least one `nn.DynMoE`.
@@ -59,7 +61,7 @@ class HyperStep:
             skips its own, as always in torch.
 
     Raises:
-        TypeError: no DynMoE in the model; a wrapper other than DistributedDataParallel, or sharded routers.
+        TypeError: no DynMoE in the model; a wrapper other than DistributedDataParallel and `fully_shard`.
         ValueError: a router's parameter is in no optimiser, or in both; an option out of range.
     """
 
@@ -82,7 +84,7 @@ class HyperStep:
             raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}.")
         if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
             raise ValueError(f"max_grad_norm must be above 0 and finite, or None, got {max_grad_norm}.")
-        check_gradients_are_plain(model)
+        check_model(model)
         self.model, self.scaler = model, scaler
         self.optimizers = [optimizer] if router_optimizer is None else [optimizer, router_optimizer]
         self.gating_weight, self.options = gating_weight, {"w_ce": w_ce, "w_kl": w_kl, "temperature": temperature}
@@ -174,8 +176,8 @@ class HyperStepMixin:
         class SurpriseTrainer(HyperStepMixin, Trainer):
             gating_weight = 0.1
 
-    `attention_mask`, (batch, tokens), says which tokens the routers learn from, where the inputs have one. Works alone and under
-    DistributedDataParallel; DeepSpeed, FSDP and several GPUs in one process are refused.
+    `attention_mask`, (batch, tokens), says which tokens the routers learn from, where the inputs have one. Works alone, under
+    DistributedDataParallel and `fully_shard`; DeepSpeed, the first FSDP and several GPUs in one process are refused.
 
     Attributes:
         gating_weight: of the routers' losses beside the main loss.

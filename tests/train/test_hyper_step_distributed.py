@@ -1,0 +1,124 @@
+"""Two processes have the mean of both gradients: under DistributedDataParallel, where one leaves mixtures out, sharded; accumulated."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tinyonn.nn import DynMoE
+from tinyonn.train import HyperStep
+
+BATCHES = 2
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DynMoE(16, 8, num_experts=6, target_k=2.5, max_experts=4) for _ in range(3))
+
+    def forward(self, x: Tensor, used: int) -> Tensor:
+        for layer in self.layers[:used]:
+            x = x + layer(x)
+        return x
+
+
+class NoStep(torch.optim.SGD):
+    """Leaves gradients to be looked at."""
+
+    def __init__(self, parameters) -> None:
+        super().__init__(parameters, lr=0.0)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        pass
+
+
+def model_of() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def batch(rank: int, number: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(10 * rank + number)
+    return torch.randn(9, 16, generator=generator), torch.randn(9, 16, generator=generator)
+
+
+def sharded(model: Model) -> nn.Module:
+    for layer in model.layers[1:]:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+# What wraps the model, and how many mixtures each process uses.
+CASES: dict[str, tuple[Callable[[Model], nn.Module], tuple[int, int]]] = {
+    "plain": (DistributedDataParallel, (3, 3)),
+    "views": (lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True), (3, 3)),
+    "unused": (lambda model: DistributedDataParallel(model, find_unused_parameters=True), (2, 1)),
+    "compiled": (lambda model: torch.compile(DistributedDataParallel(model), backend="eager"), (3, 3)),
+    "sharded": (sharded, (3, 3)),
+}
+
+
+def run(model: nn.Module, rank: int, used: int, accumulation_steps: int = BATCHES) -> dict[str, Tensor]:
+    step = HyperStep(model, NoStep(model.parameters()), accumulation_steps=accumulation_steps)
+    for number in range(BATCHES):
+        x, y = batch(rank, number)
+        step(lambda x=x, y=y: (model(x, used) - y).square().mean())
+    names = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    whole = {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad.clone() for name, grad in names.items()}
+    return {name.replace("module.", "").replace("_orig_mod.", ""): grad for name, grad in whole.items()}
+
+
+def worker(port: str, folder: str, rank: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    found = {name: run(wrap(model_of()), rank, used[rank]) for name, (wrap, used) in CASES.items()}
+    torch.save(found, f"{folder}/{rank}.pt")
+    refused = model_of()
+    fully_shard(refused, ignored_params={parameter for layer in refused.layers for parameter in layer.router.parameters()})
+    with pytest.raises(TypeError, match=r"layers.0.router.prototypes must be sharded where the model is"):
+        HyperStep(refused, NoStep(refused.parameters()))
+    apart = model_of()
+    fully_shard(apart.layers[0].router)
+    fully_shard(apart)
+    with pytest.raises(RuntimeError, match="routers must be whole while backward passes them"):
+        run(apart, rank, 3)
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # This file itself: a spawned child could not import it by the name that pytest gave it.
+    command = [sys.executable, str(Path(__file__)), str(port), str(folder)]
+    processes = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_have_the_mean_of_both_gradients(found, case):
+    _, used = CASES[case]
+    alone = [run(model_of(), rank, used[rank]) for rank in range(2)]
+    assert found[0][case].keys() == found[1][case].keys() == alone[0].keys() | alone[1].keys()
+    for name, grad in found[0][case].items():
+        assert torch.equal(grad, found[1][case][name]), name
+        wanted = sum(grads.get(name, torch.zeros_like(grad)) for grads in alone) / 2
+        torch.testing.assert_close(grad, wanted, msg=lambda text, name=name: f"{name}: {text}")
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]))
