@@ -209,6 +209,51 @@ def test_bfloat16_parameters_learn():
         assert torch.nn.functional.cosine_similarity(found[name].float().flatten(), wanted[name].flatten(), dim=0) > 0.98
 
 
+def test_routers_learn_under_autocast():
+    """In the precision of their parameters, from the surprise of experts in bfloat16."""
+    (x, y), model, exact = batch(64), model_of(), model_of()
+
+    def autocast_loss() -> Tensor:
+        with torch.autocast("cpu"):
+            return (model(x) - y).float().square().mean()
+
+    found, wanted = gradients(model, autocast_loss), gradients(exact, lambda: (exact(x) - y).square().mean())
+    for name in ("layers.0.router.prototypes", "layers.0.router.thresholds"):
+        assert found[name].dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(found[name].flatten(), wanted[name].flatten(), dim=0) > 0.98
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_and_no_memory_is_kept():
+    model, (x, y) = model_of(4, 256, 32, 64).cuda(), (part.cuda() for part in batch(1024, features=256))
+    mask = torch.ones(1024, dtype=torch.bool, device="cuda")
+
+    def ordinary() -> None:
+        (model(x) - y).square().mean().backward()
+
+    def learning() -> None:
+        with gating_gradients(model, token_mask=mask):
+            ordinary()
+
+    def peak(step: Callable[[], None]) -> int:
+        for parameter in model.parameters():
+            parameter.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+
+    for step in (ordinary, learning, ordinary, learning):  # the fastest tiles are found
+        step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        learning()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    least = peak(ordinary)
+    assert peak(learning) <= 1.05 * least
+
+
 def test_the_weight_of_the_routers_losses():
     (x, y), grads = batch(20), []
     for weight in (0.0, 0.25, 1.0):

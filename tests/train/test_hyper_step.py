@@ -366,6 +366,36 @@ def test_it_runs_under_trainer(tmp_path, checkpointing):
     assert differs
 
 
+def test_trainer_takes_the_steps_of_hyper_step(tmp_path):
+    """Three batches an epoch, accumulated by two: the second step has one batch alone, and counts it whole."""
+    from transformers import Trainer, TrainingArguments
+
+    class SurpriseTrainer(HyperStepMixin, Trainer):
+        gating_weight = 0.5
+        gating_options = {"temperature": 0.3, "w_kl": 2.0}  # noqa: RUF012
+
+    row = torch.randint(97, (24,), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(24) < 20
+    inputs = {"input_ids": row, "labels": row.masked_fill(~mask, -100), "attention_mask": mask.long()}
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=2, num_train_epochs=1, use_cpu=True, report_to=[],
+        disable_tqdm=True, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", save_strategy="no", max_grad_norm=0.0,
+    )  # fmt: skip
+    trained, model = language_model(), language_model()
+    SurpriseTrainer(model=trained, args=arguments, train_dataset=[inputs] * 9).train()
+    batch = {name: value.expand(3, 24) for name, value in inputs.items()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    options = {"gating_weight": 0.5, "temperature": 0.3, "w_kl": 2.0}
+    model.train()
+    for accumulation_steps in (2, 1):
+        step = HyperStep(model, optimizer, accumulation_steps=accumulation_steps, **options)
+        for _ in range(accumulation_steps):
+            result = step(lambda: model(**batch).loss, token_mask=batch["attention_mask"])
+        assert result.stepped
+    for (name, wanted), got in zip(model.state_dict().items(), trained.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_nothing_captured_is_no_loss():
     model, (x, y) = model_of(), batch(5)
     with gating_gradients(model) as gating, torch.no_grad():
