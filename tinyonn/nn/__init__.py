@@ -2,10 +2,12 @@
 
 from .block_compression import BlockCompression
 from .checkpointing import keep_selection
-from .dyn_moe import DynMoE, ThresholdRouter
+from .dyn_moe import DynMoE
 from .dyn_nsa import OPEN, DynNSACore, DynNSAOptions, budget_loss, normalised_entropy
 from .dyn_nsa_attention import DynNSAAttention, DynNSAAttentionOutput
 from .dyn_nsa_cache import DynNSACache
+from .surprise_budget import carry_surprise_budget, surprise_budget_of
+from .threshold_router import ThresholdRouter
 
 __all__ = [
     "OPEN",
@@ -18,6 +20,8 @@ __all__ = [
     "DynNSAOptions",
     "ThresholdRouter",
     "budget_loss",
+    "carry_surprise_budget",
     "keep_selection",
     "normalised_entropy",
+    "surprise_budget_of",
 ]

@@ -1,4 +1,4 @@
-"""Mixture of any number of tiny experts, chosen by a learnable threshold: the router, and a drop-in for an MLP.
+"""Mixture of any number of tiny experts, chosen by a learnable threshold: a drop-in for an MLP.
 
 N tokens, F features, E experts at most, I neurons of an expert, K = max_experts slots of a token
 """
@@ -14,124 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import Routing, expert_mlp, scatter_surprise, select_by_budget, sparse_diversity_loss, surprise_min_loss, threshold_route
+from ..ops import Routing, expert_mlp, scatter_surprise, sparse_diversity_loss, surprise_min_loss
 from ..ops.expert_mlp import Activation, SurpriseKind
-from ..ops.threshold_route import Combine as SharedCombine
 from ..ops.threshold_route import Form
+from ._options import check_choice, check_flag, check_number, check_size
+from .surprise_budget import Budget, SurroundingBudget, budget_of_tokens, check_budget
 from .surprise_capture import probe_for
+from .threshold_router import Combine, ThresholdRouter
 
-Combine = SharedCombine | Literal["unit"]
 GatingLoss = Literal["surprise", "sdl", "both"]
 RoutingKind = Literal["threshold", "budget"]
-
-
-class ThresholdRouter(nn.Module):
-    """Prototypes and thresholds: a token goes to the experts whose prototype it resembles more than their threshold asks.
-
-    Starts where a token of random direction passes `target_k` thresholds on average; `calibrate` does so for real tokens.
-
-    Args:
-        hidden_size: F.
-        num_experts: E.
-        target_k: experts of a token to start with, between min_experts and max_experts.
-        num_live: experts in use, the first ones; None for all. `expert_mask` says which are, and is saved.
-        form, scale, min_experts, max_experts: see `ops.threshold_route`.
-        combine: the kinds of `ops.threshold_route`, or "unit": weight 1 for each active expert, with the gradient of "uniform"
-            (straight-through). Experts that are pieces of one MLP add up to it.
-    """
-
-    expert_mask: Tensor
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        target_k: float,
-        *,
-        num_live: int | None = None,
-        form: Form = "sigmoid_cosine",
-        scale: float = 1.0,
-        min_experts: int = 1,
-        max_experts: int = 8,
-        combine: Combine = "softmax",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        num_live = num_experts if num_live is None else num_live
-        if not 1 <= num_live <= num_experts:
-            raise ValueError(f"num_live must be 1 … {num_experts}, got {num_live}.")
-        if not 0 <= min_experts <= max_experts or max_experts < 1:
-            raise ValueError(f"max_experts must be at least 1 and at least min_experts, got {max_experts} and {min_experts}.")
-        if not max(min_experts, 1e-6) <= target_k <= min(max_experts, num_live):
-            raise ValueError(f"target_k must be {min_experts} … {min(max_experts, num_live)}, got {target_k}.")
-        self.target_k, self.num_live, self.form, self.scale = target_k, num_live, form, scale
-        self.min_experts, self.max_experts, self.combine = min_experts, max_experts, combine
-        self.prototypes = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        self.thresholds = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype))
-        self.register_buffer("expert_mask", torch.empty(num_experts, device=device, dtype=torch.bool))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            self.prototypes.normal_(std=self.prototypes.shape[1] ** -0.5)
-            self.expert_mask.copy_(torch.arange(len(self.expert_mask)) < self.num_live)
-            if self.thresholds.is_meta:
-                return
-            # Cosines of random directions: what is calibrated on them holds for any width, clipping to K and a lower bound included.
-            generator = torch.Generator().manual_seed(0)
-            sample = torch.randn(1024, self.prototypes.shape[1], generator=generator)
-            self.calibrate(sample.to(self.prototypes.device))
-
-    @torch.no_grad()
-    def calibrate(self, hidden_states: Tensor, target_k: float | None = None) -> float:
-        """Sets all thresholds to one cosine at which these tokens go to `target_k` experts on average.
-
-        Args:
-            hidden_states: (..., F).
-            target_k: None for the router's own.
-
-        Returns:
-            The mean number of experts reached.
-
-        Raises:
-            ValueError: form="cosine" cannot send tokens to so many.
-        """
-        target_k = self.target_k if target_k is None else target_k
-        x = hidden_states.reshape(-1, hidden_states.shape[-1]).float()
-        cosine = nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(self.prototypes.float(), dim=-1).T
-        cosine = torch.where(self.expert_mask, cosine, -torch.inf)
-        low, high = -1.0, 1.0
-
-        def mean(limit: float) -> float:
-            return (cosine > limit).sum(-1).clamp(self.min_experts, self.max_experts).float().mean().item()
-
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if mean(middle) > target_k else (low, middle)
-        if self.form == "cosine" and high <= 0:
-            raise ValueError(
-                f"target_k must be at most {mean(0.0):.2f} here with form='cosine', whose thresholds are cosines above 0, got {target_k:g}."
-            )
-        # σ(s G) = σ(s cos) and σ(G) = cos.
-        inside = min(max(high, 1e-4), 1 - 1e-4)
-        self.thresholds.fill_(high if self.form == "sigmoid_cosine" else math.log(inside / (1 - inside)))
-        return mean(high)
-
-    def forward(self, hidden_states: Tensor) -> Routing:
-        """(N, F) -> Routing of N tokens."""
-        routing = threshold_route(
-            hidden_states, self.prototypes, self.thresholds, form=self.form, scale=self.scale, min_experts=self.min_experts,
-            max_experts=self.max_experts, combine="uniform" if self.combine == "unit" else self.combine, expert_mask=self.expert_mask,
-        )  # fmt: skip
-        if self.combine != "unit":
-            return routing
-        # Equal shares are 1 / count: this takes the division back, in the gradient too.
-        return routing._replace(top_k_weights=routing.top_k_weights * routing.count.unsqueeze(-1))
-
-    def extra_repr(self) -> str:
-        experts, features = self.prototypes.shape
-        return f"hidden_size={features}, num_experts={experts}, target_k={self.target_k:g}, max_experts={self.max_experts}"
+ONLY_BY_BUDGET = "surprise_budget must be left out unless routing='budget'"
 
 
 @dataclass
@@ -142,13 +35,13 @@ class Visit:
         hidden_states: (N, F), detached.
         routing: of the call.
         probe: (N, K), whose gradient after backward is the surprise.
-        surprise_budget: what the call was given.
+        surprise_budget: the call's, a number, 0-d or (N,); None where it went by threshold.
     """
 
     hidden_states: Tensor
     routing: Routing
     probe: Tensor
-    surprise_budget: Tensor | float | None
+    surprise_budget: Budget | None
 
 
 class DynMoE(nn.Module):
@@ -168,7 +61,9 @@ class DynMoE(nn.Module):
         max_num_experts: E, allocated; None for num_experts.
         target_k: experts of a token to start with, and of `sparse_diversity_loss`.
         routing: "threshold", or "budget": the smallest set of experts whose softmax mass reaches `surprise_budget`.
-        surprise_budget: share of the mass, where the call does not say.
+            It chooses one at least, so min_experts is 1 then.
+        surprise_budget: with routing="budget", share of the mass where neither the call nor `surprise_budget_of` says; above 0 and at
+            most 1, None for 0.5.
         gating_loss: "surprise", "sdl" or "both".
         surprise_kind, activation, gated: see `ops.expert_mlp`.
         bias: of the experts.
@@ -176,6 +71,9 @@ class DynMoE(nn.Module):
         dropout: of the output, in training.
         checkpoint: recompute the experts in backward.
         others: see `ThresholdRouter`.
+
+    Raises:
+        TypeError, ValueError: an option of another type, out of range, or of no use beside the others.
     """
 
     expert_counts: Tensor
@@ -190,7 +88,7 @@ class DynMoE(nn.Module):
         max_num_experts: int | None = None,
         target_k: float = 2.0,
         routing: RoutingKind = "threshold",
-        surprise_budget: float = 0.5,
+        surprise_budget: float | None = None,
         gating_loss: GatingLoss = "surprise",
         surprise_kind: SurpriseKind = "down_proj",
         activation: Activation = "silu",
@@ -208,13 +106,32 @@ class DynMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value, choices in (("routing", routing, RoutingKind), ("gating_loss", gating_loss, GatingLoss)):
-            if value not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}.")
+        for name, value, kind in (
+            ("routing", routing, RoutingKind), ("gating_loss", gating_loss, GatingLoss), ("surprise_kind", surprise_kind, SurpriseKind),
+            ("activation", activation, Activation),
+        ):  # fmt: skip
+            check_choice(name, value, get_args(kind))
+        for name, flag in (("gated", gated), ("bias", bias), ("output_bias", output_bias), ("checkpoint", checkpoint)):
+            check_flag(name, flag)
         max_num_experts = num_experts if max_num_experts is None else max_num_experts
+        sizes = {"intermediate_size": intermediate_size, "num_experts": num_experts, "max_num_experts": max_num_experts}
+        for name, size in sizes.items():
+            check_size(name, size)
         if max_num_experts < num_experts:
             raise ValueError(f"max_num_experts must be at least num_experts {num_experts}, got {max_num_experts}.")
+        check_number("dropout", dropout)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}.")
+        if routing == "budget":
+            surprise_budget = 0.5 if surprise_budget is None else surprise_budget
+            check_number("surprise_budget", surprise_budget)
+            check_budget(surprise_budget)
+            if min_experts != 1:
+                raise ValueError(f"min_experts must be 1 with routing='budget', got {min_experts}.")
+        elif surprise_budget is not None:
+            raise ValueError(f"{ONLY_BY_BUDGET}, got {surprise_budget} with routing={routing!r}.")
         self.routing_kind, self.surprise_budget, self.gating_loss_kind = routing, surprise_budget, gating_loss
+        self.surrounding_budget = SurroundingBudget() if routing == "budget" else None
         self.surprise_kind, self.activation, self.gated, self.checkpoint = surprise_kind, activation, gated, checkpoint
         self.router = ThresholdRouter(
             hidden_size, max_num_experts, target_k, num_live=num_experts, form=form, scale=scale, min_experts=min_experts,
@@ -259,13 +176,22 @@ class DynMoE(nn.Module):
         seen = int(self.tokens_seen)
         return {"mean_k": int(counts.sum()) / seen if seen else math.nan, "dead_experts": dead, "counts": counts.clone()}
 
-    def route(self, hidden_states: Tensor, surprise_budget: Tensor | float | None = None) -> Routing:
-        """Experts of each of N tokens, (N, F); `surprise_budget` is a number or (N,)."""
-        routing: Routing = self.router(hidden_states)
-        if self.routing_kind == "threshold":
-            return routing
-        budget = self.surprise_budget if surprise_budget is None else surprise_budget
-        return select_by_budget(routing.scores, budget, max_experts=self.router.max_experts)
+    def route(self, hidden_states: Tensor, surprise_budget: Budget | None = None) -> Routing:
+        """Experts of each of N tokens, (N, F); `surprise_budget` is a number, 0-d or (N,), as `forward` takes it."""
+        return self.router(hidden_states, self._budget(surprise_budget, hidden_states.shape[:-1]))
+
+    def _budget(self, surprise_budget: Budget | None, shape: torch.Size) -> Budget | None:
+        """That of a call on tokens of this leading shape: its own, else the surrounding one, else the module's; None for a threshold."""
+        if surprise_budget is not None:
+            check_budget(surprise_budget)
+        if self.surrounding_budget is None:
+            if surprise_budget is not None:
+                raise ValueError(f"{ONLY_BY_BUDGET}, got one with routing={self.routing_kind!r}.")
+            return None
+        for budget in (surprise_budget, self.surrounding_budget.value, self.surprise_budget):
+            if budget is not None:
+                return budget_of_tokens(budget, shape)
+        raise AssertionError("a mixture that routes by budget has one")
 
     def execute(self, hidden_states: Tensor, routing: Routing, surprise: Tensor | None = None) -> Tensor:
         """Runs the chosen experts: (N, F) -> (N, F). `surprise` is the probe of `ops.expert_mlp`."""
@@ -280,14 +206,18 @@ class DynMoE(nn.Module):
             surprise_kind=self.surprise_kind,
         )  # fmt: skip
 
-    def forward(self, hidden_states: Tensor, surprise_budget: Tensor | float | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, surprise_budget: Budget | None = None) -> Tensor:
         """
         Args:
             hidden_states: (..., F).
-            surprise_budget: for routing="budget", a number or one for each token, of the leading shape; None for the module's.
+            surprise_budget: for routing="budget", above 0 and at most 1: a number, 0-d, or of the leading shape, in which a size may be
+                1. None for that of a surrounding `surprise_budget_of`, or the module's.
+
+        Raises:
+            TypeError, ValueError: a budget that is none, does not fit, or comes where tokens go by threshold.
         """
+        budget = self._budget(surprise_budget, hidden_states.shape[:-1])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        budget = surprise_budget.reshape(-1) if isinstance(surprise_budget, Tensor) and surprise_budget.dim() else surprise_budget
         routing = self.route(tokens, budget)
         self._record(routing)
         probe = None if torch.compiler.is_compiling() else probe_for(self, routing.top_k_index, len(self.expert_counts), tokens.dtype)
@@ -310,8 +240,9 @@ class DynMoE(nn.Module):
         experts = len(self.expert_counts)
         flat = routing.top_k_index.flatten()
         added = torch.zeros(experts + 1, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
-        self.expert_counts += added[:experts]
-        self.tokens_seen += len(routing.top_k_index)
+        # By add_: what assigns to an attribute compiles to no checkpointed region.
+        self.expert_counts.add_(added[:experts])
+        self.tokens_seen.add_(len(routing.top_k_index))
 
     def capturing(self) -> AbstractContextManager[list[Visit]]:
         """Within it, calls are remembered in the list it gives; what was remembered is let go of at its end."""
@@ -343,7 +274,14 @@ class DynMoE(nn.Module):
             visit: after the backward of the main loss.
             token_mask: of the leading shape of the call's tokens, which of them count.
             w_ce, w_kl, temperature: see `ops.surprise_min_loss`.
+
+        Raises:
+            ValueError: a mask of another number of tokens.
+            RuntimeError: no backward has reached the call.
         """
+        number = len(visit.hidden_states)
+        if token_mask is not None and token_mask.numel() != number:
+            raise ValueError(f"token_mask must have a value for each of {number} tokens, got shape {tuple(token_mask.shape)}.")
         mask = None if token_mask is None else token_mask.reshape(-1).bool()
         routing = self.route(visit.hidden_states, visit.surprise_budget)
         loss = routing.scores.new_zeros(())

@@ -5,6 +5,7 @@ Importing this package registers the loader of converted models with transformer
     mlps         dense MLPs found in a model: weights, activation
     partition    their neurons into equal groups
     options      checked before a model is touched
+    budget       surprise_budget as a keyword
     calibration  routers from a sample of text: prototypes, thresholds
     saving       the loader
     conversion   convert_mlp_to_dynmoe

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ...errors import InputError
 from ...nn import DynMoE, ThresholdRouter
 from ...ops._torch_experts import Layout, activate
+from ...ops.threshold_route import unit_vectors
 from .options import DynMoEOptions
 from .saving import DynMoEConversion
 
@@ -72,12 +73,14 @@ def calibrate_experts(
         Mean number of experts reached on the sample, by layer.
 
     Raises:
-        InputError: the model was not converted. ValueError: a target or bound out of range; a sample of another shape.
+        InputError: the model was not converted, or routes by budget. ValueError: a target or bound out of range; a sample of another shape.
     """
     conversion = getattr(model.config, "quantization_config", None)
     if not isinstance(conversion, DynMoEConversion):
         raise InputError(f"model must be converted by convert_mlp_to_dynmoe, got {type(model).__name__} that was not.")
     options = DynMoEOptions(**conversion.options)
+    if options.routing != "threshold":
+        raise InputError(f"model must route by threshold to be calibrated, got routing={options.routing!r}; choose a budget instead.")
     bounds: dict[str, Any] = {
         "target_k": target_k,
         "min_experts": min_experts,
@@ -177,4 +180,4 @@ def shift_thresholds(router: ThresholdRouter, hidden_states: Tensor) -> float:
 
 def cosines(router: ThresholdRouter, hidden_states: Tensor) -> Tensor:
     """(N, E) float32."""
-    return functional.normalize(hidden_states.float(), dim=-1) @ functional.normalize(router.prototypes.float(), dim=-1).T
+    return unit_vectors(hidden_states.float()) @ unit_vectors(router.prototypes.float()).T

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ...nn import DynMoE
-from ...nn.dyn_moe import GatingLoss
+from ...nn.dyn_moe import GatingLoss, RoutingKind
 from ...ops.expert_mlp import SurpriseKind
+from .budget import take_surprise_budget
 from .calibration import OPEN, check_sample, contributions, fit_prototypes, mixtures, run_sample
 from .mlps import WANTED, DenseMLP, dense_mlps
 from .options import DynMoEOptions, LayerSizes, build
@@ -34,6 +35,8 @@ def convert_mlp_to_dynmoe(
     gating_loss: GatingLoss = "surprise",
     surprise_kind: SurpriseKind = "down_proj",
     checkpoint: bool = False,
+    routing: RoutingKind = "threshold",
+    surprise_budget: float | None = None,
 ) -> PreTrainedModel:
     """Splits the neurons of each dense MLP into equal experts, in place; its outputs stay the same.
 
@@ -45,6 +48,10 @@ def convert_mlp_to_dynmoe(
     much it gives a token. Without one, neurons go into experts in order, and the prototype is the mean direction of what they read: gate
     rows, or c_fc. That is a start for training, not a router to calibrate at once.
 
+    With routing="budget" a token goes to the experts that hold `surprise_budget` of its softmax over scores. The model then takes the
+    budget as a keyword too, `model(input_ids, surprise_budget=0.6)` and `model.generate(input_ids, surprise_budget=0.6)`: above 0 and at
+    most 1, a number, (B, T), or (B, 1) for a budget of each row; see `nn.surprise_budget_of`, which does so for a block of calls.
+
     The model saves with `save_pretrained`, and loads with `from_pretrained` once this module is imported. While it runs, the converted
     weights lie in memory twice.
 
@@ -54,6 +61,8 @@ def convert_mlp_to_dynmoe(
         sample: (B, T) token ids without padding, run at once: a few thousand are enough. None for none.
         scale: of the routers' sigmoids, at most 10.
         gating_loss, surprise_kind, checkpoint: see `nn.DynMoE`.
+        routing: "threshold", which `calibrate_experts` makes sparse, or "budget".
+        surprise_budget: with routing="budget", that of calls without one; None for 1, with which the outputs stay the same.
 
     Returns:
         The model.
@@ -66,7 +75,9 @@ def convert_mlp_to_dynmoe(
     if not isinstance(model, PreTrainedModel):
         wrapped = "; convert the one that it wraps" if isinstance(model, nn.Module) else ""
         raise TypeError(f"model must be a PreTrainedModel of transformers, got {type(model).__name__}{wrapped}.")
-    options = DynMoEOptions(num_experts, num_experts, 1, num_experts, scale, gating_loss, surprise_kind, checkpoint)
+    options = DynMoEOptions(
+        num_experts, num_experts, 1, num_experts, scale, gating_loss, surprise_kind, checkpoint, routing, surprise_budget
+    )
     if sample is not None:
         check_sample(sample)
     layers = _checked_layers(model, num_experts)
@@ -89,6 +100,7 @@ def convert_mlp_to_dynmoe(
     for name, mixture in converted.items():
         model.set_submodule(name, mixture.train(model.get_submodule(name).training))
     sizes = {name: asdict(_sizes(mlp, num_experts)) for name, mlp in layers.items()}
+    take_surprise_budget(model)
     model.config.quantization_config = DynMoEConversion(asdict(options), sizes)
     return model
 
@@ -145,7 +157,8 @@ def _prove(name: str, module: nn.Module, mixture: DynMoE) -> None:
     expected = module.eval()(x)
     for part, training in modes.items():
         part.training = training
-    error = (mixture.eval()(x) - expected).double().norm() / expected.double().norm().clamp(min=1e-30)
+    everything = {"surprise_budget": 1.0} if mixture.routing_kind == "budget" else {}
+    error = (mixture.eval()(x, **everything) - expected).double().norm() / expected.double().norm().clamp(min=1e-30)
     mixture.reset_statistics()
     limit = _LIMITS[weight.dtype]
     if not error <= limit:

@@ -10,7 +10,9 @@ import torch
 
 from ...errors import InputError, did_you_mean
 from ...nn import DynMoE
-from ...nn.dyn_moe import GatingLoss
+from ...nn._options import check_choice, check_flag, check_number, check_size
+from ...nn.dyn_moe import ONLY_BY_BUDGET, GatingLoss, RoutingKind
+from ...nn.surprise_budget import check_budget
 from ...ops.expert_mlp import SurpriseKind
 
 
@@ -24,6 +26,7 @@ class DynMoEOptions:
         min_experts, max_experts: bounds of it.
         scale: of the routers' sigmoids.
         gating_loss, surprise_kind, checkpoint: see `nn.DynMoE`.
+        routing, surprise_budget: likewise; a budget that is None becomes 1, with which a token goes to all experts.
     """
 
     num_experts: int
@@ -34,25 +37,32 @@ class DynMoEOptions:
     gating_loss: GatingLoss = "surprise"
     surprise_kind: SurpriseKind = "down_proj"
     checkpoint: bool = False
+    routing: RoutingKind = "threshold"
+    surprise_budget: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "min_experts", "max_experts"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
-        if self.num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, got {self.num_experts}.")
+        check_size("num_experts", self.num_experts)
+        check_size("min_experts", self.min_experts, 0)
+        check_size("max_experts", self.max_experts, 0)
         if not 0 <= self.min_experts <= self.max_experts <= self.num_experts or self.max_experts < 1:
             raise ValueError(
                 f"max_experts must be 1 … {self.num_experts} and at least min_experts, got {self.max_experts} and {self.min_experts}."
             )
+        check_number("target_k", self.target_k)
         if not max(self.min_experts, 1e-6) <= self.target_k <= self.max_experts:
             raise ValueError(f"target_k must be {self.min_experts} … {self.max_experts}, got {self.target_k}.")
+        check_number("scale", self.scale)
         if not 0 < self.scale <= 10:  # beyond, float32 sigmoids of large cosines are one number
             raise ValueError(f"scale must be above 0 and at most 10, got {self.scale}.")
-        for name, choices in (("gating_loss", GatingLoss), ("surprise_kind", SurpriseKind)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}.")
+        check_flag("checkpoint", self.checkpoint)
+        for name, kind in (("gating_loss", GatingLoss), ("surprise_kind", SurpriseKind), ("routing", RoutingKind)):
+            check_choice(name, getattr(self, name), get_args(kind))
+        if self.routing == "budget":
+            self.surprise_budget = 1.0 if self.surprise_budget is None else self.surprise_budget
+            check_number("surprise_budget", self.surprise_budget)
+            check_budget(self.surprise_budget)
+        elif self.surprise_budget is not None:
+            raise ValueError(f"{ONLY_BY_BUDGET}, got {self.surprise_budget} with routing={self.routing!r}.")
 
 
 @dataclass

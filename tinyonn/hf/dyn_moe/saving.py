@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...errors import InputError
 from ...nn import DynMoE
+from .budget import take_surprise_budget
 from .options import DynMoEOptions, LayerSizes, build, of_mapping
 
 DYN_MOE = "dyn_moe"
@@ -52,6 +53,7 @@ class DynMoELoader(HfQuantizer):
             sizes = of_mapping(LayerSizes, given, f"quantization_config.layers of {name}")
             weight = next(model.get_submodule(name).parameters())
             model.set_submodule(name, build(options, sizes, device=weight.device, dtype=weight.dtype))
+        take_surprise_budget(model)
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
         del model.hf_quantizer

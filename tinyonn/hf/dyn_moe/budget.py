@@ -1,0 +1,72 @@
+"""`surprise_budget` as a keyword of a converted model, whose layers would hand none on to their mixtures."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...errors import InputError
+from ...nn import carry_surprise_budget, surprise_budget_of
+
+KEYWORD = "surprise_budget"
+
+
+def take_surprise_budget(model: PreTrainedModel) -> None:
+    """Gives the model, and the one without a head that it holds, a `forward` that takes the keyword."""
+    for part in dict.fromkeys((model, model.base_model)):
+        part.forward = BudgetForward(part)
+        part._replicate_for_data_parallel = _refuse_replicas  # type: ignore[method-assign]
+
+
+def _refuse_replicas() -> nn.Module:
+    raise InputError("a converted model must not run under nn.DataParallel, whose copies share one forward: use DistributedDataParallel.")
+
+
+class BudgetForward:
+    """A converted model's `forward`. No hooks of Module: PEFT calls `model.forward`, which passes them by.
+
+    An object and not a closure, so that a model can be copied and pickled with it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.inner = model, model.forward
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """With the keyword, for `generate` and Trainer look there for what a model takes."""
+        own = inspect.signature(self.inner)
+        parameters = [parameter for parameter in own.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+        others = [parameter for parameter in own.parameters.values() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
+        keyword = inspect.Parameter(KEYWORD, inspect.Parameter.KEYWORD_ONLY, default=None)
+        return own.replace(parameters=[*parameters, keyword, *others])
+
+    def __call__(self, *args: Any, surprise_budget: Any = None, **kwargs: Any) -> Any:
+        if self.model.training and torch.is_grad_enabled():
+            carry_through_checkpoints(self.model)
+        if surprise_budget is None:
+            return self.inner(*args, **kwargs)
+        with surprise_budget_of(self.model, surprise_budget):
+            return self.inner(*args, **kwargs)
+
+
+def carry_through_checkpoints(model: nn.Module) -> None:
+    """Lets layers that transformers checkpoints take the budget of their forward along; again after it was enabled anew."""
+    for module in list(model.modules()):
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and not isinstance(function, CarryingCheckpoint):
+            setattr(module, "_gradient_checkpointing_func", CarryingCheckpoint(module, function))  # noqa: B010  # as transformers does
+
+
+class CarryingCheckpoint:
+    """A layer's checkpointing function, under which the layer runs again with the budget that it had."""
+
+    def __init__(self, layer: nn.Module, inner: Callable[..., Any]) -> None:
+        self.layer, self.inner = layer, inner
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.inner(carry_surprise_budget(self.layer, function), *args, **kwargs)

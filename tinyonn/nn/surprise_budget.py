@@ -1,0 +1,124 @@
+"""A budget for all mixtures of a model at once, where layers between hand nothing on.
+
+Every mixture that routes by budget has a place of its own that the calling thread alone sees. What is put there holds for the calls of a
+block; recomputation in backward, which comes later and perhaps in another thread, takes along what was there in forward.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._debug import debug_enabled
+
+Budget = Tensor | float
+
+
+class SurroundingBudget(threading.local):
+    """The budget that surrounds the calls of one mixture in this thread, or None. A copy of a mixture begins without."""
+
+    def __init__(self) -> None:
+        self.value: Budget | None = None
+
+    def __reduce__(self) -> tuple[type[SurroundingBudget], tuple[()]]:
+        return SurroundingBudget, ()
+
+
+@contextmanager
+def surprise_budget_of(model: nn.Module, surprise_budget: Budget) -> Iterator[None]:
+    """Within it, in this thread, every mixture of the model that routes by budget is called with this one.
+
+        with surprise_budget_of(model, 0.6):
+            logits = model(input_ids)
+
+    An inner context goes before an outer one, and an argument of the mixture's own call before both. Layers that are checkpointed by hand
+    need `carry_surprise_budget`.
+
+    Args:
+        model: with at least one `nn.DynMoE` of routing="budget", or one itself.
+        surprise_budget: above 0 and at most 1; a number, 0-d, or of the leading shape of what the mixtures are given, (B, T), in which a
+            dimension may be 1: (B, 1) is a budget for each row. A tensor's values are looked at on the CPU, elsewhere under
+            `tinyonn.debug()`.
+
+    Raises:
+        TypeError, ValueError: another type; a number outside; no mixture of the model routes by budget. A shape that does not fit is an
+            error of the mixture's call.
+    """
+    check_budget(surprise_budget)
+    places = budget_places(model)
+    if not places:
+        raise ValueError(
+            f"surprise_budget must go to mixtures with routing='budget', got {type(model).__name__}, where none routes by budget."
+        )
+    with _held([(place, surprise_budget) for place in places]):
+        yield
+
+
+def carry_surprise_budget(layer: nn.Module, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """A function that calls the layer with the budgets that surround it now, whenever and in whatever thread it runs.
+
+        checkpoint(carry_surprise_budget(layer), hidden_states, use_reentrant=False)
+
+    Args:
+        layer: whose mixtures are meant.
+        function: called in place of the layer.
+    """
+    held = [(place, place.value) for place in budget_places(layer)]
+    call: Callable[..., Any] = layer if function is None else function
+    if not held or (torch.compiler.is_compiling() and all(value is None for _, value in held)):
+        return call  # nothing to take along; compiled, nothing that backward could meet in its place
+
+    def carried(*args: Any, **kwargs: Any) -> Any:
+        with _held(held):
+            return call(*args, **kwargs)
+
+    return carried
+
+
+def budget_places(model: nn.Module) -> list[SurroundingBudget]:
+    """Of each mixture that routes by budget."""
+    places = [getattr(module, "surrounding_budget", None) for module in model.modules()]
+    return [place for place in places if isinstance(place, SurroundingBudget)]
+
+
+@contextmanager
+def _held(held: list[tuple[SurroundingBudget, Budget | None]]) -> Iterator[None]:
+    before = [place.value for place, _ in held]
+    for place, value in held:
+        place.value = value
+    try:
+        yield
+    finally:
+        for (place, _), value in zip(held, before, strict=True):
+            place.value = value
+
+
+def check_budget(surprise_budget: Budget) -> None:
+    """TypeError or ValueError for what is no budget."""
+    rule = "surprise_budget must be above 0 and at most 1"
+    if isinstance(surprise_budget, Tensor):
+        if not surprise_budget.is_floating_point():
+            raise TypeError(f"surprise_budget must be of floating point, got {surprise_budget.dtype}.")
+        if not torch.compiler.is_compiling() and (surprise_budget.device.type == "cpu" or debug_enabled()):
+            outside = surprise_budget[~((surprise_budget > 0) & (surprise_budget <= 1))]  # NaN too
+            if len(outside):
+                raise ValueError(f"{rule}, got {outside[0].item():g}.")
+    elif isinstance(surprise_budget, bool) or not isinstance(surprise_budget, int | float):
+        raise TypeError(f"surprise_budget must be a number or a tensor, got {type(surprise_budget).__name__}.")
+    elif not 0 < surprise_budget <= 1:
+        raise ValueError(f"{rule}, got {surprise_budget}.")
+
+
+def budget_of_tokens(surprise_budget: Budget, shape: torch.Size) -> Budget:
+    """A number, 0-d, or (N,) for tokens of this leading shape, N of them in all."""
+    if not isinstance(surprise_budget, Tensor) or not surprise_budget.dim():
+        return surprise_budget
+    given = surprise_budget.shape
+    if len(given) != len(shape) or any(a not in (1, b) for a, b in zip(given, shape, strict=True)):
+        raise ValueError(f"surprise_budget must be a number or of shape {tuple(shape)}, where a size may be 1, got {tuple(given)}.")
+    return surprise_budget.expand(shape).reshape(-1)
