@@ -229,6 +229,35 @@ def test_chunks_of_experts_change_nothing(name, kind, rows, monkeypatch):
         torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-14)
 
 
+STRIDES = {
+    "rows-expanded": lambda x: x[:, :1].expand(x.shape),
+    "columns-expanded": lambda x: x[..., :1].expand(x.shape),
+    "experts-expanded": lambda x: x[:1].expand(x.shape),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "not-aligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "overlapping": lambda x: x.flatten().as_strided(x.shape, (x.shape[1] * x.shape[2] // 2, 8, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", STRIDES)
+def test_weights_may_have_any_strides(name, dtype):
+    params, x = weights(4, 8, 16, dtype=dtype), tokens_of(12, 16, dtype)
+    index, weight = routing(12, 2, 4, dtype=dtype)
+    params |= {key: STRIDES[name](params[key]) for key in ("gate_up_proj", "down_proj")}
+    leaves = leaves_of(x, weight, params["gate_up_proj"].detach(), params["down_proj"].detach())
+    params |= {"gate_up_proj": leaves[2], "down_proj": leaves[3]}
+    out = ops.expert_mlp(x, top_k_index=index, top_k_weights=weight, **params)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = reference.expert_mlp(wide[0], wide[2], wide[3], index, wide[1])
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    assert_close_rms(out, expected.detach(), limit)
+    cotangent = tokens_of(12, 16, dtype).flip(0)
+    grads = torch.autograd.grad(out, leaves, cotangent)
+    for got, wanted in zip(grads, torch.autograd.grad(expected, wide, cotangent.double()), strict=True):
+        assert_close_rms(got, wanted, limit)
+
+
 def probe_pair(call: Any, x: Tensor, index: Tensor) -> Tensor:
     probe = torch.zeros(index.shape, requires_grad=True)
     call(x, probe).square().sum().backward()
@@ -277,6 +306,44 @@ def test_a_retained_graph_gives_the_surprise_again(layer):
     torch.testing.assert_close(second, 2 * first)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_probe_that_would_get_no_gradient_is_refused(impl):
+    params, x, (index, weight) = weights(4, 5, 6), tokens_of(9, 6), routing(9, 3, 4)
+    probe = torch.zeros(index.shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match="surprise must require grad, got a tensor that does not"):
+        ops.expert_mlp(x, top_k_index=index, top_k_weights=weight, surprise=probe, impl=impl, **params)
+    with torch.no_grad():
+        ops.expert_mlp(x, top_k_index=index, top_k_weights=weight, surprise=probe, impl=impl, **params)
+
+
+def test_forward_mode_is_refused_not_taken_for_zero():
+    params, x, (index, weight) = weights(4, 5, 6), tokens_of(9, 6), routing(9, 3, 4)
+
+    def call(x: Tensor, weight: Tensor, impl: str = "torch") -> Tensor:
+        return ops.expert_mlp(x, top_k_index=index, top_k_weights=weight, impl=impl, **params)
+
+    for inputs in ((torch.ones_like(x), torch.zeros_like(weight)), (torch.zeros_like(x), torch.ones_like(weight))):
+        with pytest.raises(RuntimeError, match="expert_mlp must be differentiated by reverse mode, got a forward-mode tangent"):
+            torch.func.jvp(call, (x, weight), inputs)
+        _, tangent = torch.func.jvp(lambda *args: call(*args, impl="reference"), (x, weight), inputs)
+        assert tangent.norm() > 0
+    # A tangent that reaches backward alone.
+    x.requires_grad_()
+    with torch.autograd.forward_ad.dual_level():
+        cotangent = torch.autograd.forward_ad.make_dual(torch.ones_like(x), torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="expert_mlp must be differentiated by reverse mode"):
+            torch.autograd.grad(call(x, weight), x, cotangent)
+
+
+def test_second_derivatives_are_refused():
+    params, x, (index, weight) = weights(4, 5, 6), tokens_of(9, 6).requires_grad_(), routing(9, 3, 4)
+    probe = torch.zeros(index.shape, dtype=torch.float64, requires_grad=True)
+    out = ops.expert_mlp(x, top_k_index=index, top_k_weights=weight, surprise=probe, **params)
+    for grad in torch.autograd.grad(out.sin().sum(), [x, probe], create_graph=True):
+        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+            grad.sum().backward(retain_graph=True)
+
+
 def test_without_a_probe_nothing_is_added(layer, monkeypatch):
     from tinyonn.ops import _torch_experts
 
@@ -288,6 +355,25 @@ def test_without_a_probe_nothing_is_added(layer, monkeypatch):
 def test_two_runs_give_the_same_bits(layer):
     call, x, index = layer
     assert torch.equal(probe_pair(call, x, index), probe_pair(call, x, index))
+
+
+def test_an_exported_call_takes_any_number_of_tokens():
+    class Mixture(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            params = weights(6, 8, 16, dtype=torch.float32)
+            self.gate_up_proj, self.down_proj = (torch.nn.Parameter(params[name]) for name in ("gate_up_proj", "down_proj"))
+
+        def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+            return ops.expert_mlp(x, self.gate_up_proj, self.down_proj, index, weight)
+
+    def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        return tokens_of(tokens, 16, torch.float32), *routing(tokens, 3, 6, dtype=torch.float32)
+
+    model, tokens = Mixture(), torch.export.Dim("tokens")
+    exported = torch.export.export(model, inputs(9), dynamic_shapes=({0: tokens}, {0: tokens}, {0: tokens})).module()
+    for number in (2, 30):
+        assert torch.equal(exported(*inputs(number)), model(*inputs(number)))
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])

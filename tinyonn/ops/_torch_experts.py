@@ -120,12 +120,14 @@ def _parts(chunk: Chunk) -> Iterator[tuple[int, slice]]:
 
 
 def _fits(x: Tensor) -> bool:
-    """Whether `grouped_mm` takes it: one of the last two strides 1, the others whole steps of 16 bytes."""
+    """Whether `grouped_mm` takes it: one of the last two strides 1, the others whole steps of 16 bytes, no row over another."""
     if x.dtype not in GROUPED_FLOATS or x.numel() == 0 or x.data_ptr() % 16:
         return False
     whole = [stride * x.element_size() % 16 == 0 for stride in x.stride()]
     *outer, row, column = x.stride()
-    return all(whole[: len(outer)]) and ((column == 1 and whole[-2]) or (row == 1 and whole[-1]))
+    rows, columns = x.shape[-2:]
+    by_row, by_column = column == 1 and whole[-2] and row >= columns, row == 1 and whole[-1] and column >= rows
+    return all(whole[: len(outer)]) and (by_row or by_column)
 
 
 def activate(pre: Tensor, layout: Layout) -> Tensor:

@@ -12,6 +12,7 @@ from .. import reference
 from .._debug import debug_enabled
 from ..reference.expert_mlp import Activation, SurpriseKind
 from ._dispatch import check_float, check_impl, check_no_nan, check_same_device, choose_impl, statistics_dtype
+from ._nsa import refuse_tangents
 from ._torch_experts import Layout, experts_backward, experts_forward
 
 
@@ -61,8 +62,9 @@ def expert_mlp(
         (N, F) in the dtype of `hidden_states`.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not agree; under `tinyonn.debug()` an index out of range or a NaN.
-        RuntimeError: impl="triton" cannot run here.
+        TypeError, ValueError: shapes, dtypes or devices do not agree; `surprise` would get no gradient though gradients are on; under
+            `tinyonn.debug()` an index out of range or a NaN.
+        RuntimeError: impl="triton" cannot run here; a forward-mode tangent or a second derivative, which impl="reference" alone takes.
     """
     check_impl(impl)
     _check(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias, gated, transposed)
@@ -78,6 +80,7 @@ def expert_mlp(
     if impl == "reference":
         layout = {"activation": activation, "gated": gated, "interleaved": interleaved, "transposed": transposed}
         return _reference(*tensors, surprise, surprise_kind, layout)
+    refuse_tangents("expert_mlp", *tensors, surprise)
     out, _ = _forward(*tensors, surprise, activation, gated, interleaved, transposed, surprise_kind, impl)
     return out
 
@@ -174,7 +177,7 @@ def _check(
     if not isinstance(top_k_index, Tensor) or top_k_index.dtype not in (torch.int32, torch.int64):
         found = top_k_index.dtype if isinstance(top_k_index, Tensor) else type(top_k_index).__name__
         raise TypeError(f"top_k_index must be an int32 or int64 tensor, got {found}.")
-    if top_k_index.dim() != 2 or len(top_k_index) != tokens:
+    if top_k_index.dim() != 2 or top_k_index.shape[0] != tokens:  # `len` would make it a constant of what is exported
         raise ValueError(f"top_k_index must have shape ({tokens}, K), got {tuple(top_k_index.shape)}.")
     check_same_device("top_k_index", top_k_index, hidden_states.device)
     check_float("top_k_weights", top_k_weights)
@@ -200,6 +203,8 @@ def _check_probe(surprise: Tensor, top_k_index: Tensor, hidden_states: Tensor) -
         raise TypeError(f"surprise must be {dtype}, got {surprise.dtype}.")
     if surprise.shape != top_k_index.shape:
         raise ValueError(f"surprise must have shape {tuple(top_k_index.shape)}, got {tuple(surprise.shape)}.")
+    if torch.is_grad_enabled() and not surprise.requires_grad:
+        raise ValueError("surprise must require grad, got a tensor that does not: its gradient is the surprise.")
 
 
 def _check_values(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, *others: Tensor) -> None:
@@ -330,6 +335,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_tangents("expert_mlp", grad_out)
     *tensors, pre = ctx.saved_tensors
     hidden, up, down, weights, up_bias, down_bias, surprise = _backward(*tensors, pre, grad_out, *ctx.layout, ctx.kind, ctx.impl)
     biases = [grad if there else None for grad, there in zip((up_bias, down_bias), ctx.biases, strict=True)]
