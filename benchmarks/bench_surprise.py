@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from tinyonn import ops
 
@@ -13,7 +14,7 @@ TOKENS, FEATURES = 256, 512  # the gradients written out take tokens x slots x f
 
 
 @pytest.mark.parametrize(("experts", "neurons", "slots"), [(128, 64, 4), (64, 128, 2), (1024, 16, 8)])
-def test_surprise_against_gradients_per_token(compare, device, experts, neurons, slots):
+def test_surprise_against_gradients_per_token(compare, device, peak_megabytes, experts, neurons, slots):
     """Ours is the whole step with the surprise; the peers compute the surprise alone, from a gradient that is there already."""
     generator = torch.Generator().manual_seed(0)
 
@@ -25,9 +26,13 @@ def test_surprise_against_gradients_per_token(compare, device, experts, neurons,
     index = torch.rand(TOKENS, experts, generator=generator).topk(slots).indices.to(device)
     leaves = [tensor.requires_grad_() for tensor in (x, up, down, weight)]
 
-    def step(kind: str | None) -> Tensor:
+    def step(kind: str | None, checkpointed: bool = False) -> Tensor:
         probe = None if kind is None else torch.zeros(index.shape, device=device, requires_grad=True)
-        out = ops.expert_mlp(x, up, down, index, weight, surprise=probe, surprise_kind=kind or "down_proj")
+        options = {"surprise": probe, "surprise_kind": kind or "down_proj"}
+        if checkpointed:
+            out = checkpoint(ops.expert_mlp, x, up, down, index, weight, use_reentrant=False, **options)
+        else:
+            out = ops.expert_mlp(x, up, down, index, weight, **options)
         return torch.autograd.grad(out, leaves if probe is None else [*leaves, probe], cotangent)[-1]
 
     @torch.no_grad()
@@ -48,17 +53,23 @@ def test_surprise_against_gradients_per_token(compare, device, experts, neurons,
 
     def check(outputs: dict[str, Tensor]) -> None:
         wanted = outputs["einsum, surprise alone"]
-        torch.testing.assert_close(outputs["whole step with surprise"], wanted, rtol=1e-3, atol=1e-5)
+        for name in ("whole step with surprise", "the same, checkpointed"):
+            torch.testing.assert_close(outputs[name], wanted, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(outputs["one backward a token, 8 of 256"][:8], wanted[:8], rtol=1e-3, atol=1e-5)
 
+    candidates = {
+        "whole step with surprise": lambda: step("down_proj"),
+        "the same, checkpointed": lambda: step("down_proj", checkpointed=True),
+        "whole step, kind expert": lambda: step("expert"),
+        "whole step without surprise": lambda: step(None),
+        "without, checkpointed": lambda: step(None, checkpointed=True),
+        "einsum, surprise alone": einsum,
+        "one backward a token, 8 of 256": one_backward_a_token,
+    }
+    memory = {name: round(peak_megabytes(call)) for name, call in candidates.items()}
     compare(
         f"surprise, {TOKENS} tokens x {FEATURES}, {experts} experts of {neurons}, {slots} a token, {device}",
-        {
-            "whole step with surprise": lambda: step("down_proj"),
-            "whole step, kind expert": lambda: step("expert"),
-            "whole step without surprise": lambda: step(None),
-            "einsum, surprise alone": einsum,
-            "one backward a token, 8 of 256": one_backward_a_token,
-        },
+        candidates,
         check,
+        info={"peak MB": memory},
     )
