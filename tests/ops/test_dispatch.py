@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,3 +71,36 @@ except RuntimeError as error:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "set TRITON_INTERPRET=1 before the first import" in done.stdout
+
+
+def launching() -> dict[str, ast.FunctionDef]:
+    """Functions of the ops that launch kernels; helpers of theirs left out."""
+    found = {}
+    for path in sorted(Path(ops.__file__).parent.glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            modules = [part.module or "" for part in ast.walk(node) if isinstance(part, ast.ImportFrom)]
+            if isinstance(node, ast.FunctionDef) and any(module.startswith("tinyonn_kernels.") for module in modules):
+                found[f"{path.stem}.{node.name}"] = node
+    del found["_triton_nsa._interval_backward"]
+    return found
+
+
+@pytest.mark.parametrize("name", launching())
+def test_kernels_run_on_the_gpu_of_their_tensors(name):
+    """Triton launches on the current device, wherever its arguments lie."""
+    source = ast.unparse(launching()[name])
+    assert "@on_its_device" in source or "with torch.cuda.device_of(" in source
+
+
+def test_the_device_is_that_of_the_first_tensor(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def device_of(tensor):
+        entered.append(tensor)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    x = torch.zeros(2)
+    assert _dispatch.on_its_device(lambda first, more: first.sum() + more)(x, 3) == 3
+    assert entered == [x]

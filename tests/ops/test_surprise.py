@@ -83,6 +83,38 @@ def test_nothing_routed_is_no_loss_and_no_gradient(surprise):
     assert (scores.grad == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_scores_have_the_loss_of_their_values(dtype):
+    """Computed in float32: only the gradient is rounded."""
+    scores, surprise, mask = case(dtype=dtype)
+    leaf, exact = scores.clone().requires_grad_(), scores.double().requires_grad_()
+    loss = ops.surprise_min_loss(leaf, surprise.float(), token_mask=mask)
+    wanted = reference.surprise_min_loss(exact, surprise.double(), token_mask=mask)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-7)
+    loss.backward()
+    wanted.backward()
+    assert leaf.grad.dtype == dtype
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_no_tokens_are_no_loss(experts):
+    scores = torch.zeros(0, experts, requires_grad=True)
+    loss = ops.surprise_min_loss(scores, torch.zeros(0, experts), token_mask=torch.ones(0, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0
+    assert scores.grad.shape == (0, experts)
+
+
+def test_one_expert_is_the_least_surprised():
+    scores = torch.randn(4, 1, requires_grad=True)
+    loss = ops.surprise_min_loss(scores, torch.rand(4, 1))
+    loss.backward()
+    assert loss.item() == 0
+    assert (scores.grad == 0).all()
+
+
 def test_scores_of_masked_tokens_do_not_matter():
     scores, surprise, mask = case(dtype=torch.float32)
     wild = torch.where(mask[:, None], scores, math.nan).requires_grad_()
@@ -124,12 +156,30 @@ def test_orthogonal_prototypes_have_a_finite_gradient(function):
         ({"surprise": torch.zeros(4, 2)}, r"surprise must have shape \(4, 3\)"),
         ({"scores": torch.zeros(4)}, r"scores must have shape \(N, E\)"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": math.nan}, "temperature must be above 0"),
         ({"w_ce": -1.0}, "w_ce must be at least 0"),
+        ({"w_kl": math.nan}, "w_kl must be at least 0"),
+        ({"scores": torch.zeros(4, 0), "surprise": torch.zeros(4, 0)}, r"scores must have shape \(N, E\), got \(4, 0\)"),
         ({"token_mask": torch.ones(3)}, r"token_mask must have shape \(4,\)"),
     ],
 )
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
+        ops.surprise_min_loss(**{"scores": torch.zeros(4, 3), "surprise": torch.ones(4, 3), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scores": torch.zeros(4, 3, dtype=torch.long)}, TypeError, "scores must be"),
+        ({"surprise": torch.zeros(4, 3, dtype=torch.long)}, TypeError, "surprise must be"),
+        ({"surprise": torch.ones(4, 3, device="meta")}, ValueError, "surprise must be on cpu"),
+        ({"token_mask": torch.ones(4, dtype=torch.bool, device="meta")}, ValueError, "token_mask must be on cpu"),
+    ],
+    ids=["integer scores", "integer surprise", "surprise elsewhere", "mask elsewhere"],
+)
+def test_another_dtype_or_device_is_named(change, error, message):
+    with pytest.raises(error, match=message):
         ops.surprise_min_loss(**{"scores": torch.zeros(4, 3), "surprise": torch.ones(4, 3), **change})
 
 
@@ -149,3 +199,17 @@ def test_debug_names_nan():
 def test_bad_diversity_input_is_named(prototypes, count, target, message):
     with pytest.raises(ValueError, match=message):
         ops.sparse_diversity_loss(prototypes, count, target)
+
+
+def test_sparse_diversity_is_not_rounded_by_autocast():
+    prototypes, count = torch.linalg.qr(torch.randn(16, 16)).Q, torch.full((4,), 2.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ops.sparse_diversity_loss(prototypes, count, 2.0)
+    assert found == ops.sparse_diversity_loss(prototypes, count, 2.0)
+    assert found.item() == pytest.approx(1, abs=1e-5)
+
+
+def test_sparse_diversity_of_tiny_prototypes_is_that_of_their_directions():
+    prototypes, count = torch.randn(8, 16), torch.full((4,), 2.0)
+    wanted = ops.sparse_diversity_loss(prototypes, count, 2.0) - prototypes.norm(dim=-1).mean()
+    torch.testing.assert_close(ops.sparse_diversity_loss(prototypes * 1e-25, count, 2.0), wanted)

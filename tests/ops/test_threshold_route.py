@@ -296,3 +296,22 @@ def test_bad_input_is_named(change, message):
 def test_bad_budgets_are_named(scores, budget, message):
     with pytest.raises(ValueError, match=message):
         ops.select_by_budget(scores, budget)
+
+
+@pytest.mark.parametrize("budget", [1.0, torch.ones(500)], ids=["number", "tensor"])
+def test_a_budget_of_one_takes_every_expert_in_float32(budget):
+    scores = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)) * 3
+    assert (ops.select_by_budget(scores, budget, max_experts=64).count == 64).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_number_as_budget_does_not_wait_for_the_device():
+    scores = torch.randn(64, 16, device="cuda")
+    ops.select_by_budget(scores, 0.5)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.select_by_budget(scores, 0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -45,6 +45,17 @@ def without_autocast(function: Callable[Concatenate[Tensor, _Rest], _Result]) ->
     return run
 
 
+def on_its_device(function: Callable[Concatenate[Tensor, _Rest], _Result]) -> Callable[Concatenate[Tensor, _Rest], _Result]:
+    """Runs a function that launches Triton kernels on the GPU of its first tensor: Triton takes the current one, whatever it is given."""
+
+    @wraps(function)
+    def run(first: Tensor, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
+        with torch.cuda.device_of(first):
+            return function(first, *args, **kwargs)
+
+    return run
+
+
 def autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
     """Autocast switched off on the tensor's device; devices that have none, such as meta, are left alone."""
     device = tensor.device.type

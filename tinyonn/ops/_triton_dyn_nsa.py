@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._dispatch import on_its_device
 from ._nsa import Bounds
 from ._triton_nsa import empty_lists
 
@@ -37,6 +38,7 @@ def float32_sum(target: Tensor, chunks: list[slice]) -> Tensor | None:
     return torch.empty((target.shape[0], chunks[0].stop, *target.shape[2:]), dtype=torch.float32, device=target.device)
 
 
+@on_its_device
 def dyn_nsa_forward(
     query: Tensor,
     key: Tensor,
@@ -104,6 +106,7 @@ def dyn_nsa_forward(
     )  # fmt: skip
 
 
+@on_its_device
 def dyn_nsa_backward(
     query: Tensor,
     key: Tensor,

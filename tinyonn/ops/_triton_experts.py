@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import without_autocast
+from ._dispatch import on_its_device, without_autocast
 from ._torch_experts import Layout
 
 
+@on_its_device
 @without_autocast
 def experts_forward(
     hidden_states: Tensor,
@@ -44,6 +45,7 @@ def experts_forward(
     return expert_rows(h, down.mT, down_bias, weights, top_k_index.contiguous(), pairs, False), pre
 
 
+@on_its_device
 @without_autocast
 def experts_backward(
     hidden_states: Tensor,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._dispatch import on_its_device
 from ._nsa import Bounds
 
 
+@on_its_device
 def compressed_forward(
     query: Tensor, key: Tensor, value: Tensor, compress_size: int, num_keys: int, scale: float, bounds: Bounds
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,6 +24,7 @@ def compressed_forward(
     return out, lse, entropy
 
 
+@on_its_device
 def compressed_backward(
     query: Tensor,
     key: Tensor,
@@ -40,6 +43,7 @@ def compressed_backward(
     return _interval_backward(query, key, value, lse, grad_out, grad_lse.contiguous(), geometry, compress_size, scale, compressed=True)
 
 
+@on_its_device
 def window_forward(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, bounds: Bounds) -> tuple[Tensor, Tensor]:
     """out, lse."""
     from tinyonn_kernels._nsa import geometry_of
@@ -52,6 +56,7 @@ def window_forward(query: Tensor, key: Tensor, value: Tensor, window: int, scale
     return out, lse
 
 
+@on_its_device
 def window_backward(
     query: Tensor, key: Tensor, value: Tensor, lse: Tensor, grad_out: Tensor, window: int, scale: float, bounds: Bounds
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,6 +66,7 @@ def window_backward(
     return _interval_backward(query, key, value, lse, grad_out, None, geometry, min(window, key.shape[1]), scale, compressed=False)
 
 
+@on_its_device
 def block_sparse_forward(
     query: Tensor,
     key: Tensor,
@@ -84,6 +90,7 @@ def block_sparse_forward(
     return out, lse
 
 
+@on_its_device
 def block_sparse_backward(
     query: Tensor,
     key: Tensor,
@@ -115,6 +122,7 @@ def block_sparse_backward(
     return grad_query, grad_key, grad_value, grad_bias
 
 
+@on_its_device
 def select_forward(
     query: Tensor,
     key: Tensor,
@@ -140,6 +148,7 @@ def select_forward(
     return *lists, over.sum().float() / (counts > 0).sum().clamp(min=1)
 
 
+@on_its_device
 def select_backward(
     query: Tensor,
     key: Tensor,

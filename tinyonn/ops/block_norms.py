@@ -104,7 +104,8 @@ def _write(x: Tensor, row_scale: Tensor | None, out: Tensor, block_size: int, im
         case "triton":
             from tinyonn_kernels.block_norms import block_norms_fwd
 
-            block_norms_fwd(x, row_scale, out, block_size)
+            with torch.cuda.device_of(x):
+                block_norms_fwd(x, row_scale, out, block_size)
         case "torch":
             norms_into(x, block_size, out)
             if row_scale is not None:

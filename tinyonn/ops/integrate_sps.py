@@ -107,7 +107,8 @@ def _compute(
             from tinyonn_kernels.integrate_sps import integrate_sps_fwd
 
             offsets = group_offsets.to(activation.device)
-            total = integrate_sps_fwd(activation, grad_norm, offsets, token_mask, per_token if return_per_token else None)
+            with torch.cuda.device_of(activation):
+                total = integrate_sps_fwd(activation, grad_norm, offsets, token_mask, per_token if return_per_token else None)
         case "torch":
             total = integrate(activation, grad_norm, group_offsets, token_mask, per_token if return_per_token else None)
         case "reference":

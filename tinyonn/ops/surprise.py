@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .._debug import debug_enabled
 from ._dispatch import check_float, check_no_nan, check_same_device, statistics_dtype, without_autocast
+from .threshold_route import unit_vectors
 
 
 def surprise_min_loss(
@@ -109,7 +109,12 @@ def sparse_diversity_loss(prototypes: Tensor, count: Tensor, target_k: float) ->
         raise ValueError(f"count must have shape (N,), N at least 1, got {tuple(count.shape)}.")
     if not target_k > 0:
         raise ValueError(f"target_k must be above 0, got {target_k}.")
+    return _sparse_diversity_loss(prototypes, count, target_k)
+
+
+@without_autocast
+def _sparse_diversity_loss(prototypes: Tensor, count: Tensor, target_k: float) -> Tensor:
     p = prototypes.to(statistics_dtype(prototypes.dtype))
-    unit = functional.normalize(p, dim=-1)
+    unit = unit_vectors(p)
     apart = unit @ unit.T - torch.eye(len(p), dtype=p.dtype, device=p.device)
     return apart.norm() + p.norm(dim=-1).mean() + (count.to(p.dtype).mean() - target_k).abs()

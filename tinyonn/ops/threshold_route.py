@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -147,11 +147,12 @@ def select_by_budget(
     if impl == "reference":
         return _narrow(reference.select_by_budget(scores, budget, max_experts=max_experts, combine=combine), wide.dtype)
     share, index = _highest(wide.detach().softmax(-1), max_experts)
-    limit = torch.as_tensor(budget, dtype=share.dtype, device=share.device).reshape(-1, 1)
+    limit: Any = budget.to(share.dtype).reshape(-1, 1) if isinstance(budget, Tensor) else budget
     before = share.cumsum(-1) - share
     slot = torch.arange(max_experts, device=share.device)
-    there = share > 0  # neither NaN nor an expert that is masked
-    return _routing(wide, index, there & ((slot == 0) | (before < limit)), combine)
+    there = share > 0  # neither NaN nor masked nor of no mass in this precision
+    whole = limit >= 1  # sums of shares reach 1 before the last share, or never
+    return _routing(wide, index, there & ((slot == 0) | (before < limit) | whole), combine)
 
 
 @without_autocast

@@ -86,7 +86,8 @@ def _compute(inputs: Tensor, grad_output: Tensor, block_size: int, impl: str) ->
         case "triton":
             from tinyonn_kernels.token_grad_norms import token_grad_norms_fwd
 
-            token_grad_norms_fwd(inputs, grad_output, out, block_size)
+            with torch.cuda.device_of(grad_output):
+                token_grad_norms_fwd(inputs, grad_output, out, block_size)
         case "torch" if inputs.shape[-1] == 0:
             out.zero_()  # a weight without values, whatever the gradient holds
         case "torch":
