@@ -21,7 +21,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from tinyonn import ops
-from tinyonn.testing import assert_close_rms
 
 SIZES = {  # tokens, features, experts, neurons, slots
     "128 experts of 64": (2048, 512, 128, 64, 4),
@@ -200,14 +199,22 @@ def step(c: Case, forward: Forward) -> tuple[Tensor, ...]:
     return (out.detach(), *torch.autograd.grad(out, leaves, c.cotangent))
 
 
+def check_close(got: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
+    """Root mean square error against that of `wanted`; a NaN never passes. In float32: some gradients hold 10^8 numbers."""
+    ratio = torch.linalg.vector_norm(got.float() - wanted.float()) / torch.linalg.vector_norm(wanted.float())
+    assert ratio <= tolerance, f"{name} must differ by at most {tolerance:g} of its size, got {ratio:.3g}."
+
+
 def check_equal(outputs: dict[str, tuple[Tensor, ...]], tolerance: float) -> None:
     """Output and gradients of all against those of the step over grouped_mm; surprises against each other."""
+    reference = outputs["step over grouped_mm"]
     surprises = [name for name, values in outputs.items() if len(values) > 5]
     for name, values in outputs.items():
-        for part, got, wanted in zip(("output", "x", "up", "down", "weight"), values, outputs["step over grouped_mm"], strict=False):
-            assert_close_rms(got, wanted.double(), tolerance, f"{part} of {name}")
+        if values is not reference:
+            for part, got, wanted in zip(("output", "x", "up", "down", "weight"), values, reference, strict=False):
+                check_close(got, wanted, tolerance, f"{part} of {name}")
     for name in surprises[1:]:
-        assert_close_rms(outputs[name][5], outputs[surprises[0]][5].double(), tolerance, f"surprise of {name}")
+        check_close(outputs[name][5], outputs[surprises[0]][5], tolerance, f"surprise of {name}")
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -216,17 +223,17 @@ def test_forward_and_backward(compare, device, size):
         pytest.skip("minutes on a CPU; `make gpu` runs it")
     tokens, features, experts, neurons, slots = SIZES[size]
     c = case(tokens, features, experts, neurons, slots, device, DTYPE[device])
-    missing = why_no_liger(device)
     goals = {
         "128 experts of 64, cpu": "dense >= 50x, loop >= 20x, grouped_mm >= 0.9x",
         "1024 experts of 64, 16k tokens, cuda": "best of grouped_mm and Liger >= 1.3x, surprise <= 3 %",
     }
+    notes = {"goal": goals.get(f"{size}, {device}"), "without Liger:": why_no_liger(device)}
     kind = str(DTYPE[device]).removeprefix("torch.")
     compare(
         f"mixture, forward + backward, {tokens} tokens x {features}, {experts} experts of {neurons}, {slots} a token, {kind}, {device}",
         {name: partial(step, c, forward) for name, forward in forwards_of(c).items()},
         lambda outputs: check_equal(outputs, TOLERANCE[DTYPE[device]]),
-        info={"goal": goals.get(f"{size}, {device}", ""), **({"without Liger": missing} if missing else {})},
+        info={name: value for name, value in notes.items() if value},
     )
 
 

@@ -70,6 +70,8 @@ def test_a_wrong_form_is_found_before_it_is_timed(forms):
     forms.check_equal({"step over grouped_mm": right, "same": right}, 1e-4)
     with pytest.raises(AssertionError, match="output of slower"):
         forms.check_equal({"step over grouped_mm": right, "slower": wrong}, 1e-4)
+    with pytest.raises(AssertionError, match="x of broken"):
+        forms.check_equal({"step over grouped_mm": right, "broken": (right[0], right[1] * torch.nan, *right[2:])}, 1e-4)
 
 
 def test_liger_is_called_with_its_own_layout(forms, monkeypatch):
