@@ -221,6 +221,19 @@ def test_a_sample_that_does_not_fit_is_named():
         convert_mlp_to_dynmoe(nn.Linear(2, 2), num_experts=2)
 
 
+def test_a_sample_that_makes_no_numbers_is_named_and_changes_nothing():
+    model, sample = stock(), token_ids(40)
+    model.model.embed_tokens.weight[sample[0, 3]] = float("nan")
+    message = r"model.layers.0.mlp must be given finite numbers by the sample, got NaN or infinity in \d+ of 80 tokens"
+    with pytest.raises(InputError, match=message):
+        convert_mlp_to_dynmoe(model, num_experts=8, sample=sample)
+    assert not mixtures(model)
+    convert_mlp_to_dynmoe(model, num_experts=8)
+    with pytest.raises(InputError, match=message):
+        calibrate_experts(model, sample, 2.0)
+    assert all((module.router.thresholds == -2).all() for module in mixtures(model).values())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

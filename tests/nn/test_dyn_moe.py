@@ -202,22 +202,6 @@ def test_it_compiles():
     torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"routing": "top-k"}, "routing must be one of threshold, budget"),
-        ({"gating_loss": "balance"}, "gating_loss must be one of surprise, sdl, both"),
-        ({"max_num_experts": 3}, "max_num_experts must be at least num_experts 12, got 3"),
-        ({"target_k": 9.0}, "target_k must be 1 … 6, got 9.0"),
-        ({"max_experts": 0}, "max_experts must be at least 1"),
-        ({"min_experts": 7}, "max_experts must be at least 1 and at least min_experts, got 6 and 7"),
-    ],
-)
-def test_bad_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        mixture(**options)
-
-
 def test_a_budget_of_everything_leaves_out_experts_that_are_not_live():
     module = mixture(num_experts=3, max_num_experts=9, target_k=1.5, routing="budget", surprise_budget=1.0, gating_loss="both")
     with module.capturing() as visits:

@@ -117,7 +117,10 @@ def run_sample(model: PreTrainedModel, sample: Tensor, layers: dict[str, nn.Modu
         for name, layer in layers.items():
 
             def before(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                act(name, module, args[0].reshape(-1, args[0].shape[-1]))
+                x = args[0].reshape(-1, args[0].shape[-1])
+                if bad := int((~x.isfinite()).any(-1).sum()):
+                    raise InputError(f"{name} must be given finite numbers by the sample, got NaN or infinity in {bad} of {len(x)} tokens.")
+                act(name, module, x)
 
             stack.callback(layer.register_forward_pre_hook(before).remove)
         try:

@@ -1,0 +1,157 @@
+"""What a mixture and its router cannot take is named: options when they are made, tokens and masks when they come."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import tinyonn
+from tinyonn.nn import DynMoE, ThresholdRouter
+
+NAN, INF = math.nan, math.inf
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def mixture(**options) -> DynMoE:
+    torch.manual_seed(0)
+    return DynMoE(**{"hidden_size": 16, "intermediate_size": 8, "num_experts": 6, "target_k": 2.0, "max_experts": 4, **options})
+
+
+def router(**options) -> ThresholdRouter:
+    torch.manual_seed(0)
+    return ThresholdRouter(**{"hidden_size": 16, "num_experts": 6, "target_k": 2.0, "max_experts": 4, **options})
+
+
+OF_BOTH = [
+    ({"form": "dot"}, ValueError, "form must be one of sigmoid_cosine, cosine, got 'dot'"),
+    ({"combine": "sum"}, ValueError, "combine must be one of softmax, gated, uniform, unit, got 'sum'"),
+    ({"scale": 0.0}, ValueError, r"scale must be above 0, got 0\.0"),
+    ({"scale": -1}, ValueError, "scale must be above 0, got -1"),
+    ({"scale": INF}, ValueError, "scale must be finite, got inf"),
+    ({"scale": NAN}, ValueError, "scale must be finite, got nan"),
+    ({"scale": "1"}, TypeError, "scale must be a number, got str"),
+    ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
+    ({"hidden_size": 16.0}, TypeError, "hidden_size must be an int, got float"),
+    ({"num_experts": 0}, ValueError, "num_experts must be at least 1, got 0"),
+    ({"num_experts": True}, TypeError, "num_experts must be an int, got bool"),
+    ({"min_experts": -1}, ValueError, "min_experts must be at least 0, got -1"),
+    ({"min_experts": 5}, ValueError, "max_experts must be at least 1 and at least min_experts, got 4 and 5"),
+    ({"max_experts": 0, "min_experts": 0}, ValueError, "max_experts must be at least 1 and at least min_experts, got 0 and 0"),
+    ({"max_experts": 4.0}, TypeError, "max_experts must be an int, got float"),
+    ({"target_k": 5.0}, ValueError, r"target_k must be 1 … 4, got 5\.0"),
+    ({"target_k": NAN}, ValueError, "target_k must be finite, got nan"),
+    ({"target_k": None}, TypeError, "target_k must be a number, got NoneType"),
+]
+OF_MIXTURES = [
+    ({"intermediate_size": 0}, ValueError, "intermediate_size must be at least 1, got 0"),
+    ({"intermediate_size": "8"}, TypeError, "intermediate_size must be an int, got str"),
+    ({"max_num_experts": 5}, ValueError, "max_num_experts must be at least num_experts 6, got 5"),
+    ({"max_num_experts": 8.0}, TypeError, "max_num_experts must be an int, got float"),
+    ({"activation": "tanh"}, ValueError, "activation must be one of silu, .*, got 'tanh'"),
+    ({"surprise_kind": "up_proj"}, ValueError, "surprise_kind must be one of down_proj, .*, got 'up_proj'"),
+    ({"routing": "top-k"}, ValueError, "routing must be one of threshold, budget, got 'top-k'"),
+    ({"gating_loss": "balance"}, ValueError, "gating_loss must be one of surprise, sdl, both, got 'balance'"),
+    ({"dropout": 1.0}, ValueError, r"dropout must be at least 0 and below 1, got 1\.0"),
+    ({"dropout": -0.1}, ValueError, r"dropout must be at least 0 and below 1, got -0\.1"),
+    ({"dropout": NAN}, ValueError, "dropout must be finite, got nan"),
+    ({"gated": "no"}, TypeError, "gated must be True or False, got 'no'"),
+    ({"bias": None}, TypeError, "bias must be True or False, got None"),
+    ({"checkpoint": 1}, TypeError, "checkpoint must be True or False, got 1"),
+    ({"routing": "budget", "surprise_budget": 0.0}, ValueError, r"surprise_budget must be above 0 and at most 1, got 0\.0"),
+    ({"routing": "budget", "surprise_budget": 1.01}, ValueError, r"surprise_budget must be above 0 and at most 1, got 1\.01"),
+    ({"routing": "budget", "surprise_budget": NAN}, ValueError, "surprise_budget must be finite, got nan"),
+    ({"routing": "budget", "surprise_budget": torch.ones(2)}, TypeError, "surprise_budget must be a number, got Tensor"),
+    ({"surprise_budget": 0.5}, ValueError, r"surprise_budget must be left out unless routing='budget', got 0\.5"),
+    ({"routing": "budget", "min_experts": 2}, ValueError, "min_experts must be 1 with routing='budget', got 2"),
+]
+
+
+def id_of(value: object) -> str:
+    return " ".join(f"{name}={option}" for name, option in value.items()) if isinstance(value, dict) else ""
+
+
+@pytest.mark.parametrize(("options", "error", "message"), OF_BOTH + OF_MIXTURES, ids=id_of)
+def test_a_mixture_names_bad_options_when_it_is_made(options, error, message):
+    with pytest.raises(error, match=message):
+        mixture(**options)
+
+
+@pytest.mark.parametrize(("options", "error", "message"), OF_BOTH, ids=id_of)
+def test_a_router_names_bad_options_when_it_is_made(options, error, message):
+    with pytest.raises(error, match=message):
+        router(**options)
+
+
+def test_a_router_names_more_live_experts_than_it_has():
+    with pytest.raises(ValueError, match="num_live must be 1 … 6, got 7"):
+        router(num_live=7)
+
+
+@pytest.mark.parametrize("budget", [1, 1.0, 1e-9])
+def test_the_ends_of_what_is_allowed_are_allowed(budget):
+    module = mixture(routing="budget", surprise_budget=budget, dropout=0, min_experts=1, max_experts=6, scale=1)
+    module(tokens(10, 16))
+    assert module.statistics()["mean_k"] == (6 if budget == 1 else 1)
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (3, 0, 16), (4, 15), ()], ids=str)
+def test_calibration_names_tokens_that_are_none(shape):
+    module = router()
+    before = module.thresholds.clone()
+    with pytest.raises(ValueError, match=r"hidden_states must be one token at least, of shape \(\.\.\., 16\), got "):
+        module.calibrate(torch.zeros(shape))
+    assert torch.equal(module.thresholds, before)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_calibration_names_tokens_that_are_not_finite(value):
+    module, x = router(), tokens(2, 5, 16)
+    before = module.thresholds.clone()
+    x[0, 1, 3] = x[1, 4, :] = value
+    with pytest.raises(ValueError, match="hidden_states must be finite, got NaN or infinity in 2 of 10 tokens"):
+        module.calibrate(x)
+    assert torch.equal(module.thresholds, before)
+
+
+@pytest.mark.parametrize(("target", "live"), [(0.5, 6), (4.5, 6), (3.0, 2)])
+def test_calibration_names_a_target_out_of_range(target, live):
+    module = router()
+    module.expert_mask[live:] = False
+    with pytest.raises(ValueError, match=f"target_k must be 1 … {min(4, live)}, got {target}"):
+        module.calibrate(tokens(10, 16), target)
+
+
+@pytest.mark.parametrize("length", [1e30, 1e-30])
+def test_calibration_and_routing_mind_no_lengths(length):
+    one, other, x = router(), router(), tokens(500, 16)
+    assert other.calibrate(x * length) == pytest.approx(one.calibrate(x)) == pytest.approx(2.0, rel=0.05)
+    torch.testing.assert_close(other.thresholds, one.thresholds)
+    with torch.no_grad():
+        other.prototypes.mul_(1 / length)
+    assert torch.equal(other(x * length).top_k_index, one(x).top_k_index)
+
+
+def test_no_live_expert_is_named():
+    module, x = mixture(), tokens(10, 16)
+    module.router.expert_mask.zero_()
+    with pytest.raises(ValueError, match="expert_mask must leave an expert in, got none"):
+        module.router.calibrate(x)
+    with tinyonn.debug(), pytest.raises(ValueError, match="expert_mask must leave an expert in, got none"):
+        module(x)
+    assert (module(x) == 0).all()  # without a look at the device's values, tokens go nowhere
+
+
+@pytest.mark.parametrize("size", [(9,), (2, 6), (0,), ()], ids=str)
+def test_a_token_mask_of_another_size_is_named(size):
+    module = mixture()
+    with module.capturing() as visits:
+        module(tokens(2, 5, 16)).sum().backward()
+        with pytest.raises(ValueError, match="token_mask must have a value for each of 10 tokens, got shape "):
+            module.gating_loss(visits[0], torch.ones(size))
+        assert module.gating_loss(visits[0], torch.ones(2, 5)) == module.gating_loss(visits[0])
