@@ -260,7 +260,7 @@ def test_it_compiles(whole):
         (torch.full((20,), 0.5), ValueError, r"must be a number or of shape \(2, 20\), where a size may be 1, got \(20,\)"),
         (torch.full((40,), 0.5), ValueError, r"must be a number or of shape \(2, 20\), where a size may be 1, got \(40,\)"),
     ],
-    ids=str,
+    ids=["0", "above 1", "NaN", "a row above 1", "a row of NaN", "integers", "bool", "str", "too short", "of places alone", "flat"],
 )
 def test_what_is_no_budget_is_named(budget, error, message):
     model, x = Decoder(), tokens(2, 20, 16)
