@@ -81,6 +81,40 @@ def test_another_clamp_is_refused():
         model(token_ids())
 
 
+@pytest.mark.parametrize("limit", [10.0, 16.0, 100.0, 2e4])
+@pytest.mark.parametrize("part", ["gate", "up"])
+def test_a_clamp_is_refused_however_far_out(part, limit):
+    """Some families clamp what others do not, at 10 or wherever the configuration says."""
+
+    def apply_gate(pre: Tensor) -> Tensor:
+        gate, up = pre.chunk(2, -1)
+        gate, up = (gate.clamp(max=limit), up) if part == "gate" else (gate, up.clamp(-limit, limit))
+        return torch.nn.functional.silu(gate) * up
+
+    module = experts_of(model_of("qwen3_moe"))[0]
+    module._apply_gate = apply_gate
+    with pytest.raises(InputError, match="its activation is none of"):
+        layout_of(module)
+
+
+def test_a_setting_that_changes_later_counts():
+    module = experts_of(model_of("gpt_oss"))[0]
+    assert layout_of(module).activation == "clamped_swiglu"
+    module.limit = 5.0
+    with pytest.raises(InputError, match="its activation is none of"):
+        layout_of(module)
+    module = experts_of(model_of("qwen3_moe"))[0]
+    assert layout_of(module).activation == "silu"
+    module.act_fn = torch.nn.GELU()
+    assert layout_of(module).activation == "gelu"
+
+
+def test_layouts_do_not_depend_on_the_default_device():
+    module = experts_of(model_of("mixtral"))[0]
+    with torch.device("meta"):
+        assert layout_of(module).activation == "silu"
+
+
 @pytest.mark.parametrize("arch", ["qwen3_moe", "gpt_oss"])
 def test_indices_beyond_the_last_expert_are_free(arch):
     model = model_of(arch)

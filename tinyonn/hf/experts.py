@@ -22,15 +22,21 @@ from .interfaces import register_experts
 NAME = "tinyonn"
 
 
-_layouts: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
+# What transformers' experts read in their activation; where one changes, the layout is looked for again.
+SETTINGS = ("act_fn", "alpha", "limit", "swiglu_alpha", "swiglu_limit")
+
+_layouts: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], Layout]] = weakref.WeakKeyDictionary()
 
 
 def layout_of(module: Any) -> Layout:
     """The layout of transformers' experts; InputError where `expert_mlp` has no such experts."""
-    found = _layouts.get(module)
-    if found is None:
-        found = _layouts[module] = _find_layout(module)
-    return found
+    settings = [getattr(module, name, None) for name in SETTINGS]
+    known = _layouts.get(module)
+    if known is not None and known[0] == settings:
+        return known[1]
+    layout = _find_layout(module)
+    _layouts[module] = (settings, layout)
+    return layout
 
 
 @torch.no_grad()
@@ -41,8 +47,11 @@ def _find_layout(module: Any) -> Layout:
     device = module.down_proj.device
     if device.type == "meta":
         raise InputError(f"{name} must be on a device with memory, got meta.")
-    # Beyond gpt-oss's clamp at 7, and no symmetry that would confuse gate and up.
-    pre = torch.linspace(-11.3, 12.9, 96, dtype=torch.float64).view(4, 24).roll(5, 1)
+    # Small ones tell activations apart, large ones any clamp; no symmetry that would confuse gate and up.
+    near = torch.linspace(-11.3, 12.9, 96, dtype=torch.float64, device="cpu").roll(5)
+    far = torch.logspace(1, 4.5, 192, dtype=torch.float64, device="cpu").view(8, 24).T.flatten()
+    far = torch.where(torch.arange(192, device="cpu") % 3 == 0, -far, far)
+    pre = torch.cat([near, far]).view(12, 24)
     own = (module._apply_gate if module.has_gate else module.act_fn)(pre.float().to(device)).double().cpu()
     for activation in get_args(Activation):
         for interleaved in (False, True) if module.has_gate else (False,):
