@@ -170,7 +170,6 @@ class SurpriseHookManager:
         self._handles.append(layer.register_forward_hook(self._end, always_call=True))
 
     def _begin(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._open.pop(layer, None)
         if not torch.is_grad_enabled():
             return
         tokens = _first(args, kwargs).shape[:-1].numel()
