@@ -108,6 +108,15 @@ def test_memory_counts_what_a_call_holds_at_most_and_what_it_leaves(forms):
     assert forms.allocated(call, "cpu") == (4_004_000, 4_000)
 
 
+def test_memory_counts_results_that_no_allocation_event_tells_of(forms):
+    buffer = bytearray(4_000_000)
+
+    def call() -> tuple[Tensor, Tensor]:
+        return torch.frombuffer(buffer, dtype=torch.float32), torch.ones(500)
+
+    assert forms.allocated(call, "cpu") == (4_002_000, 4_002_000)
+
+
 def cells_of(page: ModuleType, threshold: float, power: float) -> list:
     """Dense takes as long as ours where k/E = threshold * I^power, and half as long at twice that density."""
     cells = []
