@@ -28,8 +28,9 @@ def stock(arch: str = "llama", **overrides: Any) -> PreTrainedModel:
     return tiny_causal_lm(arch, **overrides)
 
 
-def converted(arch: str = "llama", **options: Any) -> PreTrainedModel:
-    return convert_mlp_to_dynmoe(stock(arch), **{"num_experts": 8, "sample": token_ids(), "routing": "budget", "scale": 10.0, **options})
+def converted(arch: str = "llama", layers: int = 3, **options: Any) -> PreTrainedModel:
+    model = stock(arch, **({} if layers == 3 else {"num_hidden_layers": layers}))
+    return convert_mlp_to_dynmoe(model, **{"num_experts": 8, "sample": token_ids(), "routing": "budget", "scale": 10.0, **options})
 
 
 def mean_k(model: PreTrainedModel) -> list[float]:
@@ -193,7 +194,7 @@ def test_the_signature_names_it():
 
 
 def test_it_compiles_whole():
-    model, x = converted(), token_ids(40)
+    model, x = converted(layers=1), token_ids(40)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         for budget in (0.3, torch.linspace(0.1, 1, x.numel()).view(x.shape)):
@@ -204,7 +205,7 @@ def test_it_compiles_whole():
 def test_checkpointed_layers_compile(whole):
     x, grads = token_ids(40), []
     for compiled in (False, True):
-        model = converted().train()
+        model = converted(layers=1).train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         run = torch.compile(model, backend="aot_eager") if compiled and whole else model
         for layer in model.model.layers if compiled and not whole else ():
