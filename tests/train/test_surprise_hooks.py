@@ -312,6 +312,18 @@ def test_a_matrix_that_cannot_be_filled_is_named(matrix, error, message):
         SurpriseHookManager(matrix).register_hooks(block())
 
 
+def test_a_matrix_that_another_manager_fills_is_refused():
+    shared, first, second = empty(), block(), block()
+    manager = SurpriseHookManager(shared).register_hooks(first)
+    with pytest.raises(ValueError, match="per_token_surprise of '' must be filled by one manager, got a matrix that another fills"):
+        SurpriseHookManager(shared).register_hooks(second)
+    assert hooks_of(second) == 0
+    manager.remove_hooks()
+    with SurpriseHookManager(shared).register_hooks(second):
+        loss(second(batch())).backward()
+    torch.testing.assert_close(shared, oracle(second, batch()), rtol=1e-10, atol=1e-12)
+
+
 def test_matrices_of_no_tokens_are_not_taken_for_one():
     model = nn.ModuleList([block(), block()])
     surprise = {"0": empty(0), "1": empty(0)}

@@ -121,6 +121,7 @@ class SurpriseHookManager:
         if not layers:
             raise TypeError(f"module must hold experts with a {' or '.join(LAST_LAYERS)}, got {type(module).__name__} without any.")
         self._buffers = self._matched(layers)
+        _active.add(self)
         try:
             for name, layer in layers.items():
                 self._register(name, layer)
@@ -146,6 +147,8 @@ class SurpriseHookManager:
                 raise ValueError(f"per_token_surprise of {name!r} must have shape (tokens, {experts}), got {tuple(buffer.shape)}.")
             if buffer.requires_grad:
                 raise ValueError(f"per_token_surprise of {name!r} must have no gradient, got one that requires it.")
+            if buffer.numel() and any(buffer.data_ptr() == busy.data_ptr() for one in _active for busy in one._buffers.values()):
+                raise ValueError(f"per_token_surprise of {name!r} must be filled by one manager, got a matrix that another fills.")
             other = places.setdefault(buffer.data_ptr(), name) if buffer.numel() else name
             if other != name:
                 raise ValueError(f"per_token_surprise must be a matrix of its own for each layer, got one for {other!r} and {name!r}.")
@@ -259,6 +262,7 @@ class SurpriseHookManager:
             handle.remove()
         for kept in self._kept:
             kept.inputs = None
+        _active.discard(self)
         self._handles.clear()
         self._owner.clear()
         self._open.clear()
@@ -270,6 +274,9 @@ class SurpriseHookManager:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.remove_hooks()
+
+
+_active: WeakSet[SurpriseHookManager] = WeakSet()
 
 
 def _name(call: Call) -> str:
