@@ -397,6 +397,22 @@ def test_scatter_surprise_is_infinite_where_a_token_did_not_go():
     torch.testing.assert_close(found, reference.scatter_surprise(torch.tensor([[1.0, 2.0], [0.0, 0.0], [5.0, 0.0]]), index, 3))
 
 
+@pytest.mark.parametrize(
+    ("slots", "index", "experts", "error", "message"),
+    [
+        (torch.ones(4, 2), torch.zeros(4, 2), 3, TypeError, "top_k_index must be an int32 or int64 tensor, got torch.float32"),
+        (torch.ones(4, 2), torch.zeros(4, 2, dtype=torch.long, device="meta"), 3, ValueError, "top_k_index must be on cpu, got meta"),
+        (torch.ones(4, 2, dtype=torch.long), torch.zeros(4, 2, dtype=torch.long), 3, TypeError, "slots must be float16"),
+        (torch.ones(4, 2), torch.zeros(4, 2, dtype=torch.long), -1, ValueError, "num_experts must be an int of at least 0, got -1"),
+        (torch.ones(4, 2), torch.zeros(4, 2, dtype=torch.long), 2.0, ValueError, "num_experts must be an int of at least 0, got 2.0"),
+        (torch.ones(4, 3), torch.zeros(4, 2, dtype=torch.long), 3, ValueError, "slots must have the shape"),
+    ],
+)
+def test_what_cannot_be_scattered_is_named(slots, index, experts, error, message):
+    with pytest.raises(error, match=message):
+        ops.scatter_surprise(slots, index, experts)
+
+
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "3-d tokens": ({"hidden_states": torch.zeros(1, 4, 8)}, ValueError, r"hidden_states must have shape \(N, F\)"),
     "other features": ({"hidden_states": torch.zeros(4, 9)}, ValueError, r"gate_up_proj must have shape \(E, ·, 9\)"),

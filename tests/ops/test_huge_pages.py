@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import mmap
+import os
+import pickle
 
 import pytest
 import torch
@@ -47,3 +50,38 @@ def test_a_step_of_an_optimiser_and_a_file_take_it(tmp_path):
     torch.save(weight.grad, tmp_path / "grad.pt")
     torch.testing.assert_close(weight, torch.full(LARGE, 0.9))
     assert (torch.load(tmp_path / "grad.pt") == 1).all()
+
+
+def test_memory_is_given_back():
+    """A hundred times what stays, in maps of this process."""
+
+    def mapped() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * mmap.PAGESIZE
+
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("needs /proc")
+    size = math.prod(LARGE) * 4
+    kept = empty_on_huge_pages(LARGE, torch.empty(0)).fill_(1)
+    before = mapped()
+    for _ in range(100):
+        empty_on_huge_pages(LARGE, torch.empty(0)).fill_(1)
+    assert mapped() - before < 5 * size
+    assert kept.sum() == kept.numel()
+
+
+def test_it_can_be_shared_copied_and_sent():
+    found = empty_on_huge_pages(LARGE, torch.empty(0)).fill_(2)
+    assert torch.equal(pickle.loads(pickle.dumps(found)), found)
+    shared = found.clone().share_memory_(), found.share_memory_()
+    assert all(x.is_shared() for x in shared)
+    assert torch.equal(*shared)
+
+
+def test_its_storage_cannot_grow_and_a_copy_can():
+    """As of every tensor over memory that is not torch's own."""
+    found = empty_on_huge_pages(LARGE, torch.empty(0)).fill_(2)
+    copy, number = found.clone(), found.numel()
+    with pytest.raises(RuntimeError, match="not resizable"):
+        found.resize_(2 * number)
+    assert (copy.resize_(2 * number)[:number] == 2).all()

@@ -64,6 +64,14 @@ def test_the_scale_of_the_surprise_does_not_matter(scale):
     torch.testing.assert_close(ops.surprise_min_loss(scores, surprise * scale), ops.surprise_min_loss(scores, surprise))
 
 
+def test_surprise_next_to_the_largest_float_is_not_summed_to_infinity():
+    scores, surprise, _ = case(dtype=torch.float32)
+    surprise = torch.where(surprise.isfinite(), torch.rand(surprise.shape, generator=torch.Generator().manual_seed(1)), math.inf)
+    raised = surprise * 3e38
+    assert torch.where(raised.isfinite(), raised, 0).sum(-1).isinf().any()
+    torch.testing.assert_close(ops.surprise_min_loss(scores, raised), ops.surprise_min_loss(scores, surprise))
+
+
 def test_a_step_moves_a_token_towards_the_least_surprised_expert():
     scores, surprise, _ = case()
     leaf = scores.clone().requires_grad_()
@@ -181,6 +189,11 @@ def test_bad_input_is_named(change, message):
 def test_another_dtype_or_device_is_named(change, error, message):
     with pytest.raises(error, match=message):
         ops.surprise_min_loss(**{"scores": torch.zeros(4, 3), "surprise": torch.ones(4, 3), **change})
+
+
+def test_a_mask_that_is_no_tensor_is_named():
+    with pytest.raises(TypeError, match="token_mask must be a tensor, got list"):
+        ops.surprise_min_loss(torch.zeros(4, 3), torch.ones(4, 3), token_mask=[True] * 4)
 
 
 def test_debug_names_nan():

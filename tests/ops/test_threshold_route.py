@@ -315,3 +315,37 @@ def test_a_number_as_budget_does_not_wait_for_the_device():
         ops.select_by_budget(scores, 0.5)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden_states": torch.zeros(4, 0), "prototypes": torch.zeros(5, 0)}, ValueError, "hidden_states must have at least 1 feature"),
+        ({"max_experts": 2.5}, TypeError, "max_experts must be an int, got float"),
+        ({"min_experts": 0.5}, TypeError, "min_experts must be an int, got float"),
+        ({"max_experts": True}, TypeError, "max_experts must be an int, got bool"),
+        ({"expert_mask": [True] * 5}, TypeError, "expert_mask must be a tensor, got list"),
+    ],
+)
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_arguments_of_another_type_and_no_features_are_named(change, error, message, impl):
+    good = {"hidden_states": torch.randn(4, 8), "prototypes": torch.randn(5, 8), "thresholds": torch.zeros(5)}
+    with pytest.raises(error, match=message):
+        ops.threshold_route(**{**good, **change}, impl=impl)
+
+
+def test_a_number_of_slots_that_is_no_int_is_named():
+    with pytest.raises(TypeError, match="max_experts must be an int, got float"):
+        ops.select_by_budget(torch.zeros(4, 5), 0.5, max_experts=2.5)
+
+
+def test_tangents_and_second_derivatives_of_routing_are_right():
+    generator = torch.Generator().manual_seed(0)
+    x, p, v = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (4, 5, 4))
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return ops.threshold_route(x, p, torch.zeros(5, dtype=torch.float64), max_experts=3).top_k_weights
+
+    _, tangent = torch.func.jvp(call, (x,), (v,))
+    torch.testing.assert_close(tangent, (call(x + 1e-6 * v) - call(x - 1e-6 * v)) / 2e-6, rtol=1e-6, atol=1e-8)
+    assert torch.autograd.gradgradcheck(call, x.requires_grad_())

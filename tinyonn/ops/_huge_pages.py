@@ -14,7 +14,10 @@ WORTH_BYTES = 4 << 20
 
 def empty_on_huge_pages(shape: Sequence[int], like: Tensor) -> Tensor:
     """Uninitialised and contiguous, with the dtype and device of `like`; from torch's allocator on other devices, where it is small, and
-    where the system knows no such pages."""
+    where the system knows no such pages.
+
+    The storage is not torch's own and cannot grow: `resize_` beyond it raises RuntimeError, and what needs that takes a `clone()`.
+    """
     size = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or size < WORTH_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(shape)

@@ -56,7 +56,8 @@ def expert_mlp(
         surprise_kind: "down_proj", norm of the gradient of `down_proj[e]`; "expert", of all the expert's weights and biases; "output",
             |weight| · ‖grad_output‖, which for one token only ranks the weights. An expert named twice counts with its summed weight, in
             both slots.
-        impl: "auto", "triton", "torch" or "reference". With "triton", and so by default on a GPU, nothing waits for the device.
+        impl: "auto", "triton", "torch" or "reference". With "triton", and so by default on a GPU, nothing waits for the device. The
+            reference computes every expert for every token, so a NaN in an expert or token that is not routed spreads there alone.
 
     Returns:
         (N, F) in the dtype of `hidden_states`.
@@ -137,11 +138,19 @@ def scatter_surprise(slots: Tensor, top_k_index: Tensor, num_experts: int) -> Te
 
     Returns:
         (N, E), infinite where a token did not go.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not agree; num_experts is below 0.
     """
+    check_float("slots", slots)
+    _check_index_type(top_k_index)
+    check_same_device("top_k_index", top_k_index, slots.device)
+    if not isinstance(num_experts, int) or num_experts < 0:
+        raise ValueError(f"num_experts must be an int of at least 0, got {num_experts}.")
     if slots.shape != top_k_index.shape or slots.dim() != 2:
         raise ValueError(f"slots must have the shape (N, K) of top_k_index, {tuple(top_k_index.shape)}, got {tuple(slots.shape)}.")
     index = torch.where((top_k_index >= 0) & (top_k_index < num_experts), top_k_index, num_experts).long()
-    whole = slots.new_full((len(slots), num_experts + 1), math.inf).scatter(1, index, slots)
+    whole = slots.new_full((slots.shape[0], num_experts + 1), math.inf).scatter(1, index, slots)
     return whole[:, :num_experts].contiguous()
 
 
@@ -174,9 +183,7 @@ def _check(
         _check_shape("gate_up_bias", gate_up_bias, (experts, width), hidden_states)
     if down_bias is not None:
         _check_shape("down_bias", down_bias, (experts, features), hidden_states)
-    if not isinstance(top_k_index, Tensor) or top_k_index.dtype not in (torch.int32, torch.int64):
-        found = top_k_index.dtype if isinstance(top_k_index, Tensor) else type(top_k_index).__name__
-        raise TypeError(f"top_k_index must be an int32 or int64 tensor, got {found}.")
+    _check_index_type(top_k_index)
     if top_k_index.dim() != 2 or top_k_index.shape[0] != tokens:  # `len` would make it a constant of what is exported
         raise ValueError(f"top_k_index must have shape ({tokens}, K), got {tuple(top_k_index.shape)}.")
     check_same_device("top_k_index", top_k_index, hidden_states.device)
@@ -184,6 +191,12 @@ def _check(
     check_same_device("top_k_weights", top_k_weights, hidden_states.device)
     if top_k_weights.shape != top_k_index.shape:
         raise ValueError(f"top_k_weights must have shape {tuple(top_k_index.shape)}, got {tuple(top_k_weights.shape)}.")
+
+
+def _check_index_type(top_k_index: Tensor) -> None:
+    if not isinstance(top_k_index, Tensor) or top_k_index.dtype not in (torch.int32, torch.int64):
+        found = top_k_index.dtype if isinstance(top_k_index, Tensor) else type(top_k_index).__name__
+        raise TypeError(f"top_k_index must be an int32 or int64 tensor, got {found}.")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], hidden_states: Tensor) -> None:

@@ -54,6 +54,8 @@ def surprise_min_loss(
         if not weight >= 0:
             raise ValueError(f"{name} must be at least 0, got {weight}.")
     if token_mask is not None:
+        if not isinstance(token_mask, Tensor):
+            raise TypeError(f"token_mask must be a tensor, got {type(token_mask).__name__}.")
         if token_mask.shape != scores.shape[:1]:
             raise ValueError(f"token_mask must have shape ({len(scores)},), got {tuple(token_mask.shape)}.")
         check_same_device("token_mask", token_mask, scores.device)
@@ -73,6 +75,8 @@ def _surprise_min_loss(scores: Tensor, surprise: Tensor, w_ce: float, w_kl: floa
     if token_mask is not None:
         counts = counts & token_mask.bool()
     known = torch.where(finite, surprise, 0)
+    largest = known.abs().amax(-1, keepdim=True)
+    known = known / torch.where(largest > 0, largest, 1)  # so that the sum stays finite
     mean = known.sum(-1, keepdim=True) / number.clamp(min=1)
     scaled = known / torch.where(mean > 0, mean, 1) / temperature
     logits = torch.where(finite | (number == 0), -scaled, -torch.inf)

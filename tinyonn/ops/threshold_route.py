@@ -65,6 +65,8 @@ def threshold_route(
     check_float("hidden_states", hidden_states)
     if hidden_states.dim() != 2:
         raise ValueError(f"hidden_states must have shape (N, F), got {tuple(hidden_states.shape)}.")
+    if hidden_states.shape[1] == 0:
+        raise ValueError(f"hidden_states must have at least 1 feature, got shape {tuple(hidden_states.shape)}.")
     for name, tensor, dims in (("prototypes", prototypes, 2), ("thresholds", thresholds, 1)):
         check_float(name, tensor)
         check_same_device(name, tensor, hidden_states.device)
@@ -75,6 +77,8 @@ def threshold_route(
     if thresholds.shape[0] != prototypes.shape[0]:
         raise ValueError(f"thresholds must have shape ({prototypes.shape[0]},), got {tuple(thresholds.shape)}.")
     if expert_mask is not None:
+        if not isinstance(expert_mask, Tensor):
+            raise TypeError(f"expert_mask must be a tensor, got {type(expert_mask).__name__}.")
         check_same_device("expert_mask", expert_mask, hidden_states.device)
         if expert_mask.dtype != torch.bool or expert_mask.shape != thresholds.shape:
             raise ValueError(
@@ -87,6 +91,8 @@ def threshold_route(
     _check_choice("impl", impl, IMPLS)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be above 0 and finite, got {scale}.")
+    _check_int("min_experts", min_experts)
+    _check_int("max_experts", max_experts)
     if not 0 <= min_experts <= max_experts or max_experts < 1:
         raise ValueError(f"max_experts must be at least 1 and at least min_experts, got {max_experts} and {min_experts}.")
     if debug_enabled():
@@ -130,6 +136,7 @@ def select_by_budget(
         raise ValueError(f"scores must have shape (N, E), got {tuple(scores.shape)}.")
     _check_choice("combine", combine, get_args(Combine))
     _check_choice("impl", impl, IMPLS)
+    _check_int("max_experts", max_experts)
     if max_experts < 1:
         raise ValueError(f"max_experts must be at least 1, got {max_experts}.")
     if isinstance(budget, Tensor):
@@ -227,3 +234,8 @@ def _narrow(found: Routing, dtype: torch.dtype) -> Routing:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def _check_int(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
