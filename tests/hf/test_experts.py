@@ -182,3 +182,22 @@ def test_it_generates_and_compiles():
     x, index, weight = torch.randn(8, 48), torch.randint(5, (8, 2)), torch.rand(8, 2)
     layout_of(module)
     torch.testing.assert_close(torch.compile(module)(x, index, weight), module(x, index, weight))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_it_is_exported_once_it_has_run(strict):
+    model = model_of("gpt_oss")
+    model.set_experts_implementation("tinyonn")
+    module, tokens = experts_of(model)[0], torch.export.Dim("tokens", min=2)
+
+    def inputs(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.randn(number, 48), torch.randint(4, (number, 2)), torch.rand(number, 2)
+
+    def export():
+        return torch.export.export(module, inputs(8), dynamic_shapes=({0: tokens},) * 3, strict=strict).module()
+
+    with pytest.raises(Exception, match="GptOssExperts must have run once before it is exported"):
+        export()
+    module(*inputs(3))
+    exported, more = export(), inputs(20)
+    assert torch.equal(exported(*more), module(*more))

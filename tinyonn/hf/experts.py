@@ -34,6 +34,8 @@ def layout_of(module: Any) -> Layout:
     known = _layouts.get(module)
     if known is not None and known[0] == settings:
         return known[1]
+    if torch.compiler.is_exporting():
+        raise InputError(f"{type(module).__name__} must have run once before it is exported: its activation is told by what it does.")
     layout = _find_layout(module)
     _layouts[module] = (settings, layout)
     return layout
@@ -64,13 +66,16 @@ def _find_layout(module: Any) -> Layout:
     )
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="whether a surprise is captured is asked at each call")
 def _probe(module: nn.Module, top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor | None:
     return probe_for(module, top_k_index, num_experts, dtype)
 
 
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Experts over routed pairs, in transformers' layout.
+
+    Compiled, each mixture is a graph break: whether its surprise is captured is asked at each call. Exported, which takes one call before,
+    it hands out no surprise.
 
     Args:
         module: holds (gate_)up_proj, down_proj and perhaps their biases.
@@ -89,10 +94,11 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights[0].dtype
     gate_up, down = (x.to(dtype) for x in weights)
     gate_up_bias, down_bias = (None if x is None else x.to(dtype) for x in biases)
+    probe = None if torch.compiler.is_exporting() else _probe(module, top_k_index, len(weights[0]), dtype)
     out = expert_mlp(
         hidden_states.to(dtype), gate_up, down, top_k_index, top_k_weights, gate_up_bias=gate_up_bias, down_bias=down_bias,
         **layout._asdict(),
-        surprise=_probe(module, top_k_index, len(weights[0]), dtype),
+        surprise=probe,
     )  # fmt: skip
     return out.to(hidden_states.dtype)
 
