@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import tinyonn
 from tinyonn import ops, reference
-from tinyonn.testing import assert_close_rms
+from tinyonn.testing import IMPLS as ALL_IMPLS
+from tinyonn.testing import assert_close_rms, impl_device
 
 IMPLS = ("torch", "reference")
 KINDS = ("down_proj", "expert", "output")
@@ -350,6 +351,62 @@ def test_without_a_probe_nothing_is_added(layer, monkeypatch):
     monkeypatch.setattr(_torch_experts, "_squares", lambda *args: pytest.fail("no surprise was asked for"))
     call, x, _ = layer
     call(x.requires_grad_(), None).sum().backward()
+
+
+def test_gradients_of_many_experts_are_not_held_twice(monkeypatch):
+    from tinyonn.ops import _torch_experts
+
+    sizes = []
+    original = _torch_experts.grouped_outer
+
+    def outer(left: Tensor, right: Tensor, chunk: Any) -> Tensor:
+        found = original(left, right, chunk)
+        sizes.append(found.numel())
+        return found
+
+    monkeypatch.setattr(_torch_experts, "grouped_outer", outer)
+    params, x = weights(1024, 32, 64, dtype=torch.float32), tokens_of(20, 64, torch.float32)
+    leaves = leaves_of(x, *params.values())
+    index, weight = routing(20, 4, 1024, dtype=torch.float32)
+    grads = torch.autograd.grad(ops.expert_mlp(x, top_k_index=index, top_k_weights=weight, **params).sum(), leaves)
+    assert max(sizes) <= _torch_experts.GRADIENT_ELEMENTS < grads[1].numel()
+    assert sum(sizes) == grads[1].numel() + grads[2].numel()
+
+
+NEEDED = ["hidden_states", "gate_up_proj", "gate_up_bias", "down_proj", "down_bias", "top_k_weights"]
+
+
+@pytest.mark.parametrize("impl", ["torch", ALL_IMPLS[1]])
+@pytest.mark.parametrize("needed", [*([name] for name in NEEDED), ["hidden_states", "down_proj"], ["surprise"]], ids="-".join)
+def test_only_gradients_that_are_asked_for_are_computed(needed, impl, monkeypatch):
+    from tinyonn.ops import _torch_experts
+
+    products = []
+    for name in ("grouped", "grouped_outer"):
+        original = getattr(_torch_experts, name)
+        monkeypatch.setattr(_torch_experts, name, lambda *args, f=original, name=name: products.append(name) or f(*args))
+    device, dtype = impl_device(impl), torch.float32
+    params = weights(4, 6, 8, biased=True, dtype=dtype)
+    x, (index, weight) = tokens_of(9, 8, dtype), routing(9, 2, 4, dtype=dtype)
+    tensors = {"hidden_states": x, "top_k_weights": weight, "surprise": torch.zeros(9, 2), **params}
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    def gradients(names: list[str], impl: str) -> list[Tensor]:
+        leaves = {name: tensor.detach().clone().requires_grad_(name in names) for name, tensor in tensors.items()}
+        if "surprise" not in names:
+            del leaves["surprise"]
+        out = ops.expert_mlp(**leaves, top_k_index=index.to(device), impl=impl)
+        return list(torch.autograd.grad(out.sin().sum(), [leaves[name] for name in names]))
+
+    found = gradients(needed, impl)
+    made = list(products)
+    whole = dict(zip(["surprise", *NEEDED], gradients(["surprise", *NEEDED], impl), strict=True))
+    for name, grad in zip(needed, found, strict=True):
+        assert torch.equal(grad, whole[name])
+    if impl == "torch":
+        sides = ("gate_up_proj" in needed or "gate_up_bias" in needed) + ("down_proj" in needed or "down_bias" in needed)
+        assert made.count("grouped_outer") == sides
+        assert made.count("grouped") == 3 + ("hidden_states" in needed)
 
 
 def test_two_runs_give_the_same_bits(layer):

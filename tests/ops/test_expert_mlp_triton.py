@@ -255,7 +255,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, experts: int) -> tuple[list[str], 
     from triton.runtime.interpreter import InterpretedFunction
 
     from tinyonn.ops import _triton_experts
-    from tinyonn.ops._torch_experts import Layout
+    from tinyonn.ops._torch_experts import Layout, Wanted
 
     names = ("hidden_states", "gate_up_proj", "down_proj", "top_k_index", "top_k_weights", "gate_up_bias", "down_bias")
     tensors = case(300, 32, experts, 16, 4, biased=True, dtype=HALF)
@@ -266,7 +266,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, experts: int) -> tuple[list[str], 
     with monkeypatch.context() as patch, Operations() as operations:
         patch.setattr(InterpretedFunction, "run", lambda self, *args, **options: kernels.append(self.fn.__name__))
         _, pre = _triton_experts.experts_forward(*inputs, layout)
-        _triton_experts.experts_backward(*inputs, pre, grad_out, layout, "expert")
+        _triton_experts.experts_backward(*inputs, pre, grad_out, layout, "expert", Wanted())
     return kernels, operations.names
 
 

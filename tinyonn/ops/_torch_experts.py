@@ -16,6 +16,7 @@ from ._dispatch import statistics_dtype, without_autocast
 from ._huge_pages import empty_on_huge_pages
 
 CLAMP, SWISH = 7.0, 1.702  # of gpt-oss
+GRADIENT_ELEMENTS = 1 << 21  # of a chunk's first projection: a product makes them, then they are copied to where they belong
 CHUNK_ELEMENTS = 1 << 19  # gathered at a time: what a step writes, the next one finds in the cache
 GROUPED_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -27,6 +28,17 @@ class Layout(NamedTuple):
     gated: bool
     interleaved: bool
     transposed: bool
+
+
+class Wanted(NamedTuple):
+    """Which gradients are computed: of the hidden states, of the first projection and its bias, of the second and its bias."""
+
+    hidden_states: bool = True
+    gate_up: bool = True
+    down: bool = True
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Pairs(NamedTuple):
@@ -79,12 +91,14 @@ def pairs_of(top_k_index: Tensor, num_experts: int) -> Pairs:
     return Pairs(slot, token, expert, sizes.cumsum(0).to(torch.int32), found, places.view(top_k_index.shape))
 
 
-def chunks_of(pairs: Pairs, features: int) -> Iterator[Chunk]:
-    """On a CPU as many experts at once as keep their gathered rows in its cache, on other devices all."""
-    limit = CHUNK_ELEMENTS // max(1, features) if pairs.ends.device.type == "cpu" else len(pairs.slot)
+def chunks_of(pairs: Pairs, features: int, width: int) -> Iterator[Chunk]:
+    """On a CPU as many experts at once as keep their gathered rows in its cache, and few gradients of weights twice; elsewhere all."""
+    whole = pairs.ends.device.type != "cpu"
+    most_rows = len(pairs.slot) if whole else CHUNK_ELEMENTS // max(1, features)
+    most_experts = len(pairs.sizes) if whole else max(1, GRADIENT_ELEMENTS // max(1, features * width))
     first = begin = end = 0
-    for expert, size in enumerate([*pairs.sizes, limit + 1]):
-        if expert > first and end + size - begin > limit:
+    for expert, size in enumerate([*pairs.sizes, most_rows + 1]):
+        if expert > first and (end + size - begin > most_rows or expert - first >= most_experts):
             experts = slice(first, expert)
             yield Chunk(experts, slice(begin, end), pairs.sizes[experts], pairs.ends[experts] - begin)
             first, begin = expert, end
@@ -223,7 +237,7 @@ def experts_forward(
     whole = hidden_states.new_empty(top_k_index.numel(), up.shape[-1])
     whole[len(pairs.slot) :] = 0
     rows = hidden_states.new_empty(len(pairs.slot) + 1, features)
-    for chunk in chunks_of(pairs, features):
+    for chunk in chunks_of(pairs, features, up.shape[-1]):
         x = hidden_states.index_select(0, pairs.token[chunk.rows])
         pre = grouped(x, up[chunk.experts], chunk)
         if gate_up_bias is not None:
@@ -248,8 +262,9 @@ def experts_backward(
     grad_out: Tensor,
     layout: Layout,
     surprise_kind: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden_states, gate_up_proj, down_proj, top_k_weights and both biases; and the surprise (N, K) or None."""
+    wanted: Wanted,
+) -> Gradients:
+    """Gradients of hidden_states, gate_up_proj, down_proj, top_k_weights and both biases, and the surprise (N, K); None if not wanted."""
     pairs = pairs_of(top_k_index, len(gate_up_proj))
     number, features = len(pairs.slot), hidden_states.shape[1]
     wide = statistics_dtype(hidden_states.dtype)
@@ -257,13 +272,15 @@ def experts_backward(
     weights = top_k_weights.to(wide).reshape(-1)[pairs.slot].unsqueeze(-1)
     grad_out = grad_out.contiguous().to(hidden_states.dtype)
 
-    rows = hidden_states.new_empty(number + 1, features)
-    grad_up, grad_down = (empty_on_huge_pages(weight.shape, weight) for weight in (gate_up_proj, down_proj))
+    rows = hidden_states.new_empty(number + 1 if wanted.hidden_states else 0, features)
+    grad_up = empty_on_huge_pages(gate_up_proj.shape, gate_up_proj) if wanted.gate_up else None
+    grad_down = empty_on_huge_pages(down_proj.shape, down_proj) if wanted.down else None
     grad_weights, h_squares, pre_squares = (torch.empty(number, dtype=wide, device=rows.device) for _ in range(3))
-    grad_up_bias, grad_down_bias = (None if bias is None else torch.empty_like(bias) for bias in (gate_up_bias, down_bias))
-    for chunk in chunks_of(pairs, features):
+    grad_up_bias = torch.empty_like(gate_up_bias) if gate_up_bias is not None and wanted.gate_up else None
+    grad_down_bias = torch.empty_like(down_bias) if down_bias is not None and wanted.down else None
+    for chunk in chunks_of(pairs, features, up.shape[1]):
         token, part = pairs.token[chunk.rows], chunk.rows
-        x, grad, weight = hidden_states.index_select(0, token), grad_out.index_select(0, token), weights[part]
+        grad, weight = grad_out.index_select(0, token), weights[part]
         h = activate(pre[part], layout)
         grad_h = grouped(grad, down[chunk.experts], chunk)
         torch.sum(grad_h.to(wide) * h, -1, out=grad_weights[part])
@@ -276,17 +293,20 @@ def experts_backward(
             pre_squares[part] = _squares(grad_pre, wide)
 
         grad_pre = (grad_pre * weight).to(pre.dtype)
-        rows[part] = grouped(grad_pre, up[chunk.experts], chunk)
-        of_up = grouped_outer(grad_pre, x, chunk)
-        of_down = grouped_outer(grad, (h * weight).to(h.dtype), chunk)
-        grad_up[chunk.experts] = of_up.mT if layout.transposed else of_up
-        grad_down[chunk.experts] = of_down.mT if layout.transposed else of_down
+        if wanted.hidden_states:
+            rows[part] = grouped(grad_pre, up[chunk.experts], chunk)
+        if grad_up is not None:
+            of_up = grouped_outer(grad_pre, hidden_states.index_select(0, token), chunk)
+            grad_up[chunk.experts] = of_up.mT if layout.transposed else of_up
+        if grad_down is not None:
+            of_down = grouped_outer(grad, (h * weight).to(h.dtype), chunk)
+            grad_down[chunk.experts] = of_down.mT if layout.transposed else of_down
         if grad_up_bias is not None:
             grad_up_bias[chunk.experts] = _sum_by_expert(grad_pre, chunk, wide)
         if grad_down_bias is not None:
             grad_down_bias[chunk.experts] = _sum_by_expert(grad * weight, chunk, wide)
 
-    grad_hidden = _combine(rows, pairs, None).to(hidden_states.dtype)
+    grad_hidden = _combine(rows, pairs, None).to(hidden_states.dtype) if wanted.hidden_states else None
     surprise = None
     if surprise_kind is not None:
         # An expert named twice counts with its summed weight.

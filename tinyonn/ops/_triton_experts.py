@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import on_its_device, without_autocast
-from ._torch_experts import Layout
+from ._torch_experts import Gradients, Layout, Wanted
 
 
 @on_its_device
@@ -59,18 +59,23 @@ def experts_backward(
     grad_out: Tensor,
     layout: Layout,
     surprise_kind: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden_states, gate_up_proj, down_proj, top_k_weights and both biases; and the surprise (N, K) or None."""
+    wanted: Wanted,
+) -> Gradients:
+    """Gradients of hidden_states, gate_up_proj, down_proj, top_k_weights and both biases, and the surprise (N, K); None if not wanted."""
     from tinyonn_kernels.expert_activation import rows_of
     from tinyonn_kernels.expert_mlp_bwd import expert_grad_pre
     from tinyonn_kernels.expert_outer import expert_outer
     from tinyonn_kernels.expert_rows import expert_rows
     from tinyonn_kernels.expert_sort import sort_pairs
 
-    inputs = (hidden_states, gate_up_proj, down_proj, top_k_weights, gate_up_bias, down_bias)
+    projections = (
+        gate_up_proj if wanted.gate_up else None, down_proj if wanted.down else None,
+        gate_up_bias if wanted.gate_up else None, down_bias if wanted.down else None,
+    )  # fmt: skip
     weights, index = top_k_weights.float().contiguous(), top_k_index.contiguous()
     experts = len(gate_up_proj)
     if top_k_index.numel() == 0 or experts == 0 or hidden_states.shape[1] == 0:
+        inputs = (hidden_states if wanted.hidden_states else None, *projections[:2], top_k_weights, *projections[2:])
         zeros = (None if x is None else x.new_zeros(x.shape) for x in inputs)
         return *zeros, None if surprise_kind is None else torch.zeros_like(weights)  # type: ignore[return-value]
     up, down = (weight.mT if layout.transposed else weight for weight in (gate_up_proj, down_proj))  # (E, 2I, F), (E, F, I)
@@ -81,13 +86,12 @@ def experts_backward(
         hidden_states, grad_out, down, down_bias, pre, weights, index, pairs, layout.activation, layout.gated, surprise_kind,
         gate_up_bias is not None,
     )  # fmt: skip
-    grad_hidden = expert_rows(grad_pre, up, None, None, index, pairs, interleaved)
-    grad_up, grad_down, grad_up_bias, grad_down_bias = (
-        None if x is None else x.new_empty(x.shape) for x in (gate_up_proj, down_proj, gate_up_bias, down_bias)
-    )
-    assert grad_up is not None
-    assert grad_down is not None
-    up_target, down_target = (grad_up.mT, grad_down) if layout.transposed else (grad_up, grad_down.mT)
-    expert_outer(grad_pre, hidden_states, weights, up_target, grad_up_bias, None, pairs, interleaved)
-    expert_outer(weighed_h, grad_out, weights, down_target, None, grad_down_bias, pairs, False)
+    grad_hidden = expert_rows(grad_pre, up, None, None, index, pairs, interleaved) if wanted.hidden_states else None
+    grad_up, grad_down, grad_up_bias, grad_down_bias = (None if x is None else x.new_empty(x.shape) for x in projections)
+    if grad_up is not None:
+        target = grad_up.mT if layout.transposed else grad_up
+        expert_outer(grad_pre, hidden_states, weights, target, grad_up_bias, None, pairs, interleaved)
+    if grad_down is not None:
+        target = grad_down if layout.transposed else grad_down.mT
+        expert_outer(weighed_h, grad_out, weights, target, None, grad_down_bias, pairs, False)
     return grad_hidden, grad_up, grad_down, grad_weights.to(top_k_weights.dtype), grad_up_bias, grad_down_bias, surprise

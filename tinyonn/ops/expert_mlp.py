@@ -13,7 +13,7 @@ from .._debug import debug_enabled
 from ..reference.expert_mlp import Activation, SurpriseKind
 from ._dispatch import check_float, check_impl, check_no_nan, check_same_device, choose_impl, statistics_dtype
 from ._nsa import refuse_tangents
-from ._torch_experts import Layout, experts_backward, experts_forward
+from ._torch_experts import Layout, Wanted, experts_backward, experts_forward
 
 
 def expert_mlp(
@@ -299,10 +299,16 @@ def _backward(
     transposed: bool,
     surprise_kind: str | None,
     impl: str = "auto",
+    grad_hidden: bool = True,
+    grad_gate_up: bool = True,
+    grad_down: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden_states, both projections, top_k_weights and both biases, and the surprise; empty where there is none."""
+    """Gradients of hidden_states, both projections, top_k_weights and both biases, and the surprise; empty where there is none.
+
+    The last three say whether those of hidden_states, of the first projection and its bias, and of the second and its bias are computed.
+    """
     tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
-    rest = (pre, grad_out, Layout(activation, gated, interleaved, transposed), surprise_kind)
+    rest = (pre, grad_out, Layout(activation, gated, interleaved, transposed), surprise_kind, Wanted(grad_hidden, grad_gate_up, grad_down))
     if choose_impl(impl, hidden_states) == "triton":
         from . import _triton_experts
 
@@ -330,19 +336,25 @@ def _(
     transposed: bool,
     surprise_kind: str | None,
     impl: str = "auto",
+    grad_hidden: bool = True,
+    grad_gate_up: bool = True,
+    grad_down: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = statistics_dtype(hidden_states.dtype)
-    grads = [x.new_empty(x.shape) for x in (hidden_states, gate_up_proj, down_proj, top_k_weights)]
-    biases = [hidden_states.new_empty(0, dtype=wide) if x is None else x.new_empty(x.shape) for x in (gate_up_bias, down_bias)]
+    inputs = (hidden_states, gate_up_proj, down_proj, top_k_weights, gate_up_bias, down_bias)
+    there = (grad_hidden, grad_gate_up, grad_down, True, grad_gate_up, grad_down)
+    grads = [
+        x.new_empty(x.shape) if x is not None and use else hidden_states.new_empty(0, dtype=wide)
+        for x, use in zip(inputs, there, strict=True)
+    ]
     surprise = hidden_states.new_empty((0,) if surprise_kind is None else top_k_index.shape, dtype=wide)
-    return *grads, *biases, surprise  # type: ignore[return-value]
+    return *grads, surprise  # type: ignore[return-value]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, probe = inputs[:8]
     *ctx.layout, kind, ctx.impl = inputs[8:]
     ctx.kind = None if probe is None or not probe.requires_grad else kind
-    ctx.biases = [bias is not None for bias in tensors[5:]]
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -350,9 +362,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     refuse_tangents("expert_mlp", grad_out)
     *tensors, pre = ctx.saved_tensors
-    hidden, up, down, weights, up_bias, down_bias, surprise = _backward(*tensors, pre, grad_out, *ctx.layout, ctx.kind, ctx.impl)
-    biases = [grad if there else None for grad, there in zip((up_bias, down_bias), ctx.biases, strict=True)]
-    return hidden, up, down, None, weights, *biases, None if ctx.kind is None else surprise, *([None] * 6)
+    hidden, up, down, _, weights, up_bias, down_bias, *_ = ctx.needs_input_grad
+    wanted = (hidden, up or up_bias, down or down_bias)
+    *grads, surprise = _backward(*tensors, pre, grad_out, *ctx.layout, ctx.kind, ctx.impl, *wanted)
+    used = (hidden, up, down, weights, up_bias, down_bias)
+    first, second, third, fourth, *biases = (grad if use else None for grad, use in zip(grads, used, strict=True))
+    return first, second, third, None, fourth, *biases, None if ctx.kind is None else surprise, *([None] * 6)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
