@@ -87,8 +87,8 @@ def test_a_step_takes_no_more_memory_than_an_ordinary_one(num_layers, checkpoint
         warm()
     least = peak_bytes(ordinary)
     assert peak_bytes(lambda: step(loss)) <= 1.05 * least
-    if not checkpointed:  # a retained graph keeps inputs alone there
-        assert peak_bytes(with_retained_graph) > 1.2 * least
+    if not checkpointed:  # there a retained graph keeps inputs alone
+        assert peak_bytes(with_retained_graph) > 1.1 * least
 
 
 def by_hand(model: nn.Module, loss: Callable[[], Tensor], *, weight: float = 1.0) -> dict[str, Tensor]:
