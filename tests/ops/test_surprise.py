@@ -214,6 +214,27 @@ def test_bad_diversity_input_is_named(prototypes, count, target, message):
         ops.sparse_diversity_loss(prototypes, count, target)
 
 
+def test_sparse_diversity_of_masked_tokens_and_experts_is_that_of_the_others():
+    prototypes, count = (torch.randn(6, 16, dtype=torch.float64), torch.rand(9, dtype=torch.float64) * 4)
+    tokens, experts = torch.rand(9) < 0.6, torch.tensor([True, True, False, True, False, True])
+    prototypes[2] = torch.nan
+    count[~tokens] = torch.nan
+    for leaf in (prototypes, count):
+        leaf.requires_grad_()
+    found = ops.sparse_diversity_loss(prototypes, count, 2.0, token_mask=tokens, expert_mask=experts)
+    wanted = reference.sparse_diversity_loss(prototypes[experts], count[tokens], 2.0)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    for got, grad in zip(torch.autograd.grad(found, (prototypes, count)), torch.autograd.grad(wanted, (prototypes, count)), strict=True):
+        torch.testing.assert_close(got, grad, rtol=1e-12, atol=1e-14)
+
+
+def test_sparse_diversity_of_no_token_is_zero():
+    prototypes = torch.randn(6, 16, requires_grad=True)
+    loss = ops.sparse_diversity_loss(prototypes, torch.ones(3), 2.0, token_mask=torch.zeros(3, dtype=torch.bool))
+    assert loss == 0
+    assert (torch.autograd.grad(loss, prototypes)[0] == 0).all()
+
+
 def test_sparse_diversity_is_not_rounded_by_autocast():
     prototypes, count = torch.linalg.qr(torch.randn(16, 16)).Q, torch.full((4,), 2.0)
     with torch.autocast("cpu", torch.bfloat16):

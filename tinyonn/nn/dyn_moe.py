@@ -289,8 +289,7 @@ class DynMoE(nn.Module):
             options = {"w_ce": w_ce, "w_kl": w_kl, "temperature": temperature}
             loss = loss + surprise_min_loss(routing.scores, self.surprise(visit), token_mask=mask, **options)
         if self.gating_loss_kind in ("sdl", "both"):
-            count = routing.count if mask is None else routing.count[mask]
-            if len(count):  # else a batch of padding alone
-                live = self.router.prototypes[self.router.expert_mask]
-                loss = loss + sparse_diversity_loss(live, count, self.router.target_k)
+            if number:
+                masks = {"token_mask": mask, "expert_mask": self.router.expert_mask}
+                loss = loss + sparse_diversity_loss(self.router.prototypes, routing.count, self.router.target_k, **masks)
         return loss

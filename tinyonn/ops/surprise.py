@@ -88,7 +88,9 @@ def _surprise_min_loss(scores: Tensor, surprise: Tensor, w_ce: float, w_kl: floa
     return loss.sum() / counts.sum().clamp(min=1)
 
 
-def sparse_diversity_loss(prototypes: Tensor, count: Tensor, target_k: float) -> Tensor:
+def sparse_diversity_loss(
+    prototypes: Tensor, count: Tensor, target_k: float, *, token_mask: Tensor | None = None, expert_mask: Tensor | None = None
+) -> Tensor:
     """Prototypes apart and short, and as many experts a token as wanted.
 
         ‖cos(P, P) − I‖_F + mean ‖P_e‖ + |mean count − target_k|
@@ -97,6 +99,8 @@ def sparse_diversity_loss(prototypes: Tensor, count: Tensor, target_k: float) ->
         prototypes: (E, F).
         count: (N,), `Routing.count`, whose gradient is straight-through.
         target_k: experts a token, above 0.
+        token_mask: (N,), which tokens count; where none does the loss is 0.
+        expert_mask: (E,) bool, which prototypes count.
 
     Returns:
         0-d, float32 or float64.
@@ -113,12 +117,27 @@ def sparse_diversity_loss(prototypes: Tensor, count: Tensor, target_k: float) ->
         raise ValueError(f"count must have shape (N,), N at least 1, got {tuple(count.shape)}.")
     if not target_k > 0:
         raise ValueError(f"target_k must be above 0, got {target_k}.")
-    return _sparse_diversity_loss(prototypes, count, target_k)
+    for name, mask, size in (("token_mask", token_mask, len(count)), ("expert_mask", expert_mask, len(prototypes))):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}.")
+        check_same_device(name, mask, prototypes.device)
+        if mask.shape != (size,):
+            raise ValueError(f"{name} must have shape ({size},), got {tuple(mask.shape)}.")
+    return _sparse_diversity_loss(prototypes, count, target_k, token_mask, expert_mask)
 
 
 @without_autocast
-def _sparse_diversity_loss(prototypes: Tensor, count: Tensor, target_k: float) -> Tensor:
+def _sparse_diversity_loss(
+    prototypes: Tensor, count: Tensor, target_k: float, token_mask: Tensor | None, expert_mask: Tensor | None
+) -> Tensor:
     p = prototypes.to(statistics_dtype(prototypes.dtype))
+    live = p.new_ones(len(p)) if expert_mask is None else expert_mask.bool().to(p.dtype)
+    tokens = p.new_ones(len(count)) if token_mask is None else token_mask.bool().to(p.dtype)
+    p = torch.where(live.unsqueeze(-1) > 0, p, 0)
     unit = unit_vectors(p)
-    apart = unit @ unit.T - torch.eye(len(p), dtype=p.dtype, device=p.device)
-    return apart.norm() + p.norm(dim=-1).mean() + (count.to(p.dtype).mean() - target_k).abs()
+    apart = unit @ unit.T - live.diag()
+    mean = torch.where(tokens > 0, count.to(p.dtype), 0).sum() / tokens.sum().clamp(min=1)
+    loss = apart.norm() + p.norm(dim=-1).sum() / live.sum().clamp(min=1) + (mean - target_k).abs()
+    return torch.where(tokens.any(), loss, 0)
