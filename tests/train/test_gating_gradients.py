@@ -177,7 +177,9 @@ class NothingIsRead(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("options", [{}, {"routing": "budget"}, {"combine": "uniform", "checkpoint": True}, {"gating_loss": "both"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"routing": "budget"}, {"combine": "uniform", "checkpoint": True}, {"gating_loss": "both"}], ids=str
+)
 def test_nothing_is_read_by_the_host(options, masked):
     """On tensors without data no value can be read."""
     model, x = model_of(**options).to("meta"), torch.empty(20, 16, device="meta")

@@ -288,8 +288,7 @@ class DynMoE(nn.Module):
         if self.gating_loss_kind in ("surprise", "both"):
             options = {"w_ce": w_ce, "w_kl": w_kl, "temperature": temperature}
             loss = loss + surprise_min_loss(routing.scores, self.surprise(visit), token_mask=mask, **options)
-        if self.gating_loss_kind in ("sdl", "both"):
-            if number:
-                masks = {"token_mask": mask, "expert_mask": self.router.expert_mask}
-                loss = loss + sparse_diversity_loss(self.router.prototypes, routing.count, self.router.target_k, **masks)
+        if self.gating_loss_kind in ("sdl", "both") and number:
+            masks = {"token_mask": mask, "expert_mask": self.router.expert_mask}
+            loss = loss + sparse_diversity_loss(self.router.prototypes, routing.count, self.router.target_k, **masks)
         return loss
