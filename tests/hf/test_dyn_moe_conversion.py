@@ -182,7 +182,21 @@ def lone_bias() -> PreTrainedModel:
     return model
 
 
+def shared() -> PreTrainedModel:
+    model = stock()
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    return model
+
+
+def shared_weight() -> PreTrainedModel:
+    model = stock()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    return model
+
+
 REFUSED = {
+    "shared MLP": (shared, "model.layers.2.mlp must have weights of its own to be converted, got some of model.layers.0.mlp"),
+    "shared weight": (shared_weight, "model.layers.1.mlp must have weights of its own to be converted, got some of model.layers.0.mlp"),
     "indivisible": (stock, "num_experts must divide the intermediate size 96 of model.layers.0.mlp, got 7"),
     "mixture": (lambda: tiny_causal_lm("qwen3_moe"), "must have dense MLPs to be converted, got a mixture in model.layers.0.mlp.experts"),
     "unknown": (
@@ -217,6 +231,8 @@ def test_a_sample_that_does_not_fit_is_named():
         convert_mlp_to_dynmoe(stock(), num_experts=8, sample=[[1, 2]])
     with pytest.raises(InputError, match="model must be converted by convert_mlp_to_dynmoe, got LlamaForCausalLM that was not"):
         calibrate_experts(stock(), token_ids(), 2.0)
+    with pytest.raises(InputError, match="model must be converted by convert_mlp_to_dynmoe, got Linear that was not"):
+        calibrate_experts(nn.Linear(2, 2), token_ids(), 2.0)
     with pytest.raises(TypeError, match="model must be a PreTrainedModel of transformers, got Linear; convert the one that it wraps"):
         convert_mlp_to_dynmoe(nn.Linear(2, 2), num_experts=2)
 
@@ -232,6 +248,46 @@ def test_a_sample_that_makes_no_numbers_is_named_and_changes_nothing():
     with pytest.raises(InputError, match=message):
         calibrate_experts(model, sample, 2.0)
     assert all((module.router.thresholds == -2).all() for module in mixtures(model).values())
+
+
+def overflowing() -> PreTrainedModel:
+    model = stock(dtype=torch.float16)
+    last = model.model.layers[2].mlp  # nothing after it would tell
+    last.up_proj.weight.mul_(3e4)
+    last.down_proj.weight.mul_(1e-4)
+    return model
+
+
+def test_neurons_that_overflow_for_the_sample_are_named():
+    with pytest.raises(InputError, match=r"neurons of model.layers.2.mlp must be finite for the sample, got NaN or infinity in \d+ of 80"):
+        convert_mlp_to_dynmoe(overflowing(), num_experts=8, sample=token_ids(40))
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (torch.ones(1, 4, dtype=torch.bool), r"token ids of shape \(B, T\), two at least, got torch.bool \(1, 4\)"),
+        (torch.tensor([[1, 2, 97]]), r"token ids of shape \(B, T\), 0 … 96, got 97"),
+        (torch.tensor([[1, -100]], dtype=torch.int32), r"token ids of shape \(B, T\), 0 … 96, got -100"),
+    ],
+    ids=["bool", "beyond the vocabulary", "negative"],
+)
+def test_ids_that_are_none_are_named(sample, message):
+    model = stock()
+    with pytest.raises(ValueError, match=f"sample must be {message}"):
+        convert_mlp_to_dynmoe(model, num_experts=8, sample=sample)
+    with pytest.raises(ValueError, match=f"sample must be {message}"):
+        calibrate_experts(convert_mlp_to_dynmoe(model, num_experts=8), sample, 2.0)
+
+
+def test_a_default_device_is_not_asked():
+    model, twin, sample = stock(), stock(), token_ids()
+    convert_mlp_to_dynmoe(twin, num_experts=8, sample=sample)
+    expected = calibrate_experts(twin, sample, 3.0)
+    with torch.device("meta"):  # what names no device goes there, and could meet nothing of the model
+        convert_mlp_to_dynmoe(model, num_experts=8, sample=sample)
+        assert calibrate_experts(model, sample, 3.0) == expected
+    assert_close_rms(model(sample).logits, twin(sample).logits, 1e-5)
 
 
 @pytest.mark.parametrize(

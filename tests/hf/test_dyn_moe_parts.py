@@ -12,7 +12,7 @@ from tinyonn.nn import DynMoE
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
 
 
 def mixture(**options) -> DynMoE:
@@ -95,3 +95,13 @@ def test_neurons_that_are_active_together_share_a_group():
     assert found.shape == (4, 8)
     assert sorted(found.flatten().tolist()) == list(range(32))
     assert all(len(owner[group].unique()) == 1 for group in found)
+
+
+def test_nothing_is_made_on_another_device_than_the_mixtures():
+    found = coactive_neurons(tokens(50, 12), 3)
+    with torch.device("meta"):  # what names no device goes there, and can neither be read nor meet anything else
+        assert torch.equal(coactive_neurons(tokens(50, 12), 3), found)
+        assert neurons_in_order(12, 3).device.type == "cpu"
+        module = DynMoE(32, 8, 12, target_k=3.0, max_experts=6, device="cpu")
+        module(torch.ones(4, 32, device="cpu")).sum().backward()
+    assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}

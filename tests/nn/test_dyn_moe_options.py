@@ -155,3 +155,11 @@ def test_a_token_mask_of_another_size_is_named(size):
         with pytest.raises(ValueError, match="token_mask must have a value for each of 10 tokens, got shape "):
             module.gating_loss(visits[0], torch.ones(size))
         assert module.gating_loss(visits[0], torch.ones(2, 5)) == module.gating_loss(visits[0])
+
+
+@pytest.mark.parametrize("form", ["sigmoid_cosine", "cosine"])
+def test_calibration_in_half_precision_gives_the_mean_of_what_is_stored(form):
+    router = ThresholdRouter(64, 256, 6.0, dtype=torch.bfloat16, form=form, max_experts=64, min_experts=0)
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    reached = router.calibrate(x)
+    assert reached == pytest.approx(router(x).count.mean().item(), abs=1 / 500)

@@ -86,12 +86,12 @@ class ThresholdRouter(nn.Module):
     def reset_parameters(self) -> None:
         with torch.no_grad():
             self.prototypes.normal_(std=self.prototypes.shape[1] ** -0.5)
-            self.expert_mask.copy_(torch.arange(len(self.expert_mask)) < self.num_live)
+            self.expert_mask.copy_(torch.arange(len(self.expert_mask), device=self.expert_mask.device) < self.num_live)
             if self.thresholds.is_meta:
                 return
             # Cosines of random directions: what is calibrated on them holds for any width, clipping to K and a lower bound included.
             generator = torch.Generator().manual_seed(0)
-            sample = torch.randn(1024, self.prototypes.shape[1], generator=generator)
+            sample = torch.randn(1024, self.prototypes.shape[1], generator=generator, device="cpu")
             self.calibrate(sample.to(self.prototypes.device))
 
     @torch.no_grad()
@@ -103,7 +103,7 @@ class ThresholdRouter(nn.Module):
             target_k: None for the router's own.
 
         Returns:
-            The mean number of experts reached.
+            The mean number of experts reached, with thresholds as they are stored.
 
         Raises:
             ValueError: form="cosine" cannot send tokens to so many; a target out of range; no token, one with NaN or infinity, or of
@@ -137,7 +137,8 @@ class ThresholdRouter(nn.Module):
         # σ(s G) = σ(s cos) and σ(G) = cos.
         inside = min(max(high, 1e-4), 1 - 1e-4)
         self.thresholds.fill_(high if self.form == "sigmoid_cosine" else math.log(inside / (1 - inside)))
-        return mean(high)
+        stored = self.thresholds[0].float()  # half precision rounds it
+        return mean((stored if self.form == "sigmoid_cosine" else stored.sigmoid()).item())
 
     def forward(self, hidden_states: Tensor, surprise_budget: Budget | None = None) -> Routing:
         """(N, F) -> Routing of N tokens: by threshold, or by the share of softmax mass that a budget, a number or (N,), asks for."""

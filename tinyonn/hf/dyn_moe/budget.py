@@ -17,7 +17,10 @@ KEYWORD = "surprise_budget"
 
 
 def take_surprise_budget(model: PreTrainedModel) -> None:
-    """Gives the model, and the one without a head that it holds, a `forward` that takes the keyword."""
+    """Gives the model, and the one without a head that it holds, a `forward` that takes the keyword.
+
+    One that routes by threshold too, where it can only be an error: layers of transformers take any word and drop what they do not know.
+    """
     for part in dict.fromkeys((model, model.base_model)):
         part.forward = BudgetForward(part)
         part._replicate_for_data_parallel = _refuse_replicas  # type: ignore[method-assign]

@@ -8,8 +8,9 @@ regression on the directions of the tokens), and thresholds let each expert have
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ...nn import DynMoE, ThresholdRouter
+from ...ops._dispatch import autocast_off
 from ...ops._torch_experts import Layout, activate
 from ...ops.threshold_route import unit_vectors
 from .options import DynMoEOptions
@@ -59,7 +61,8 @@ def calibrate_experts(
 ) -> dict[str, float]:
     """Sets the thresholds of a converted model so that a token goes to `target_k` experts of a layer on average.
 
-    One forward over the sample; a layer is set when it is reached, so it sees what the layers before it, set already, give.
+    One forward over the sample; a layer is set when it is reached, so it sees what the layers before it, set already, give. Experts that
+    `expert_mask` leaves out are not counted. After an error every layer is as it was.
 
     Args:
         model: of `convert_mlp_to_dynmoe`.
@@ -73,9 +76,10 @@ def calibrate_experts(
         Mean number of experts reached on the sample, by layer.
 
     Raises:
-        InputError: the model was not converted, or routes by budget. ValueError: a target or bound out of range; a sample of another shape.
+        InputError: the model was not converted, or routes by budget; the sample does not reach a layer, or gives it NaN or infinity.
+        ValueError: a target or bound out of range; a sample of another shape or type, or with ids that are not in the vocabulary.
     """
-    conversion = getattr(model.config, "quantization_config", None)
+    conversion = getattr(getattr(model, "config", None), "quantization_config", None)
     if not isinstance(conversion, DynMoEConversion):
         raise InputError(f"model must be converted by convert_mlp_to_dynmoe, got {type(model).__name__} that was not.")
     options = DynMoEOptions(**conversion.options)
@@ -87,40 +91,77 @@ def calibrate_experts(
         "max_experts": options.num_experts if max_experts is None else max_experts,
     }
     replace(options, **bounds)  # checked before a layer is touched
-    check_sample(sample)
+    check_sample(model, sample)
+    layers = mixtures(model)
+    for name, module in layers.items():
+        live = int(module.router.expert_mask.sum())
+        if target_k > live:
+            raise ValueError(f"target_k must be at most {live}, the live experts of {name}, got {target_k}.")
     reached = {}
 
     def set_layer(name: str, module: Any, x: Tensor) -> None:
         for key, value in bounds.items():
             setattr(module.router, key, value)
         if not shift:
-            fit_thresholds(module.router, x, contributions(module, x))
+            fit_thresholds(module.router, x, contributions(name, module, x))
         reached[name] = shift_thresholds(module.router, x)
 
-    run_sample(model, sample, dict(mixtures(model)), set_layer)
+    with _put_back_after_an_error(layers.values(), tuple(bounds)):
+        run_sample(model, sample, dict(layers), set_layer)
     conversion.options |= bounds
-    for module in mixtures(model).values():
+    for module in layers.values():
         module.reset_statistics()
     return reached
 
 
-def check_sample(sample: Tensor) -> None:
-    if not isinstance(sample, Tensor) or sample.dim() != 2 or sample.is_floating_point() or sample.numel() < 2:
+@contextmanager
+def _put_back_after_an_error(modules: Iterable[DynMoE], options: tuple[str, ...]) -> Iterator[None]:
+    modules = list(modules)
+    before = [
+        ({key: getattr(module.router, key) for key in options}, [tensor.clone() for tensor in _set_by_a_sample(module)])
+        for module in modules
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, (values, tensors) in zip(modules, before, strict=True):
+            for key, value in values.items():
+                setattr(module.router, key, value)
+            for tensor, old in zip(_set_by_a_sample(module), tensors, strict=True):
+                tensor.copy_(old)
+        raise
+
+
+def _set_by_a_sample(module: DynMoE) -> tuple[Tensor, ...]:
+    return module.router.thresholds, module.expert_counts, module.tokens_seen
+
+
+def check_sample(model: PreTrainedModel, sample: Tensor) -> None:
+    if not isinstance(sample, Tensor) or sample.dim() != 2 or sample.dtype not in (torch.int32, torch.int64) or sample.numel() < 2:
         found = f"{sample.dtype} {tuple(sample.shape)}" if isinstance(sample, Tensor) else type(sample).__name__
         raise ValueError(f"sample must be token ids of shape (B, T), two at least, got {found}.")
+    known = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    outside = sample[(sample < 0) | (sample >= known)]
+    if len(outside):  # on a GPU an index out of range ends the process' work there
+        raise ValueError(f"sample must be token ids of shape (B, T), 0 … {known - 1}, got {outside[0].item()}.")
 
 
 def run_sample(model: PreTrainedModel, sample: Tensor, layers: dict[str, nn.Module], act: Callable[[str, nn.Module, Tensor], None]) -> None:
-    """Runs the model, without its head, in eval mode; `act` is given each layer and its input, (N, F), before the layer runs."""
+    """Runs the model, without its head, in eval mode; `act` is given each layer and its input, (N, F), before the layer runs.
+
+    The model runs under autocast where the caller does, `act` in the precision of what it is given.
+    """
     modes = {module: module.training for module in model.modules()}
+    missed = set(layers)
     with ExitStack() as stack:
         for name, layer in layers.items():
 
             def before(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 x = args[0].reshape(-1, args[0].shape[-1])
-                if bad := int((~x.isfinite()).any(-1).sum()):
-                    raise InputError(f"{name} must be given finite numbers by the sample, got NaN or infinity in {bad} of {len(x)} tokens.")
-                act(name, module, x)
+                check_finite(f"{name} must be given finite numbers by the sample", x)
+                with autocast_off(x):
+                    act(name, module, x)
+                missed.discard(name)
 
             stack.callback(layer.register_forward_pre_hook(before).remove)
         try:
@@ -129,16 +170,26 @@ def run_sample(model: PreTrainedModel, sample: Tensor, layers: dict[str, nn.Modu
         finally:
             for module, training in modes.items():
                 module.training = training
+    if missed:
+        first = next(name for name in layers if name in missed)
+        raise InputError(f"{first} must run when the model is given token ids, got a sample that did not reach it.")
 
 
-def contributions(module: DynMoE, hidden_states: Tensor) -> Tensor:
-    """(N, F) -> (N, E) float32: the norm of what each expert gives each token, were all to run."""
+def check_finite(rule: str, x: Tensor) -> None:
+    if bad := int((~x.isfinite()).any(-1).sum()):
+        raise InputError(f"{rule}, got NaN or infinity in {bad} of {len(x)} tokens.")
+
+
+def contributions(name: str, module: DynMoE, hidden_states: Tensor) -> Tensor:
+    """(N, F) -> (N, E) float32: the norm of what each expert gives each token, were all to run; InputError where that is not finite."""
     layout = Layout(module.activation, module.gated, False, False)
     x = hidden_states.to(module.down_proj.dtype)
     found = []
     for up, up_bias, down in _experts(module):
         found.append((activate(functional.linear(x, up, up_bias), layout) @ down.T).float().norm(dim=-1))
-    return torch.stack(found, 1)
+    given = torch.stack(found, 1)
+    check_finite(f"experts of {name} must give finite numbers for the sample", given)
+    return given
 
 
 def _experts(module: DynMoE) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
@@ -158,6 +209,7 @@ def fit_prototypes(router: ThresholdRouter, hidden_states: Tensor, given: Tensor
 def fit_thresholds(router: ThresholdRouter, hidden_states: Tensor, given: Tensor) -> None:
     """Thresholds at which an expert has the share of tokens that it has among the k largest contributions of each."""
     k = max(1, round(router.target_k))
+    given = torch.where(router.expert_mask, given, -1.0)
     chosen = torch.zeros_like(given).scatter_(1, given.topk(k, dim=1).indices, 1.0)
     number = chosen.sum(0).long().clamp(min=1)
     cosine = cosines(router, hidden_states).sort(0, descending=True).values
@@ -167,17 +219,18 @@ def fit_thresholds(router: ThresholdRouter, hidden_states: Tensor, given: Tensor
 
 
 def shift_thresholds(router: ThresholdRouter, hidden_states: Tensor) -> float:
-    """Moves all thresholds together to `target_k` experts a token on average; gives the mean reached."""
-    margin = cosines(router, hidden_states) - router.thresholds.float()
+    """Moves all thresholds together to `target_k` experts a token on average; gives the mean reached, in the precision of thresholds."""
+    cosine = torch.where(router.expert_mask, cosines(router, hidden_states), -torch.inf)
+    start = router.thresholds.clone()
 
-    def mean(limit: float) -> float:
-        return (margin > limit).sum(-1).clamp(router.min_experts, router.max_experts).float().mean().item()
+    def mean(shift: float) -> float:
+        return (cosine > (start + shift).float()).sum(-1).clamp(router.min_experts, router.max_experts).float().mean().item()
 
     low, high = -4.0, 4.0
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if mean(middle) > router.target_k else (low, middle)
-    router.thresholds.add_(high)
+    router.thresholds.copy_(start + high)
     return mean(high)
 
 

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from ...errors import InputError
 from ...nn import DynMoE
 from ...nn.dyn_moe import GatingLoss, RoutingKind
+from ...ops._dispatch import autocast_off
 from ...ops.expert_mlp import SurpriseKind
 from .budget import take_surprise_budget
-from .calibration import OPEN, check_sample, contributions, fit_prototypes, mixtures, run_sample
+from .calibration import OPEN, check_finite, check_sample, contributions, fit_prototypes, mixtures, run_sample
 from .mlps import WANTED, DenseMLP, dense_mlps
 from .options import DynMoEOptions, LayerSizes, build
 from .partition import coactive_neurons, neurons_in_order
@@ -79,24 +80,25 @@ def convert_mlp_to_dynmoe(
         num_experts, num_experts, 1, num_experts, scale, gating_loss, surprise_kind, checkpoint, routing, surprise_budget
     )
     if sample is not None:
-        check_sample(sample)
+        check_sample(model, sample)
     layers = _checked_layers(model, num_experts)
     converted: dict[str, DynMoE] = {}
 
     def convert(name: str, module: nn.Module, x: Tensor) -> None:
         mlp = layers[name]
-        converted[name] = _mixture(mlp, options, coactive_neurons(mlp.hidden(x), num_experts))
-        fit_prototypes(converted[name].router, x, contributions(converted[name], x))
+        hidden = mlp.hidden(x.to(mlp.output.dtype))
+        check_finite(f"neurons of {name} must be finite for the sample", hidden)
+        converted[name] = _mixture(mlp, options, coactive_neurons(hidden, num_experts))
+        fit_prototypes(converted[name].router, x, contributions(name, converted[name], x))
 
     if sample is None:
         for name, mlp in layers.items():
             converted[name] = _mixture(mlp, options, neurons_in_order(len(mlp.inputs[0]), num_experts))
     else:
         run_sample(model, sample, {name: model.get_submodule(name) for name in layers}, convert)
-        if missed := [name for name in layers if name not in converted]:
-            raise InputError(f"{missed[0]} must run when the model is given token ids, got a sample that did not reach it.")
     for name, mixture in converted.items():
-        _prove(name, model.get_submodule(name), mixture)
+        with autocast_off(mixture.down_proj):
+            _prove(name, model.get_submodule(name), mixture)
     for name, mixture in converted.items():
         model.set_submodule(name, mixture.train(model.get_submodule(name).training))
     sizes = {name: asdict(_sizes(mlp, num_experts)) for name, mlp in layers.items()}
@@ -152,7 +154,7 @@ def _mixture(mlp: DenseMLP, options: DynMoEOptions, groups: Tensor) -> DynMoE:
 def _prove(name: str, module: nn.Module, mixture: DynMoE) -> None:
     """A module may have the layers of an MLP and compute something else with them."""
     weight = mixture.down_proj
-    x = torch.randn(1, 8, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    x = torch.randn(1, 8, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
     modes = {part: part.training for part in module.modules()}
     expected = module.eval()(x)
     for part, training in modes.items():

@@ -56,18 +56,23 @@ def dense_mlps(model: nn.Module) -> dict[str, DenseMLP]:
     """The dense MLPs of a model by name.
 
     Raises:
-        InputError: it has a mixture already, none of the MLPs that are looked for, or one whose weights, biases or activation do not fit.
+        InputError: it has a mixture already, none of the MLPs that are looked for, one whose weights, biases or activation do not fit, or
+            two that share weights.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     mixture = next((name for name in modules if name.split(".")[-1] == "experts"), None)
     if mixture is not None:
         raise InputError(f"model must have dense MLPs to be converted, got a mixture in {mixture}.")
     found, others = {}, []
+    owner: dict[int, str] = {}
     for name, module in modules.items():
         children = dict(module.named_children())
         layers = next((layers for layers in (GATED, PLAIN) if all(layer in children for layer in layers)), None)
         if layers is not None:
             found[name] = _read(name, module, layers)
+            for parameter in (parameter for layer in layers for parameter in children[layer].parameters()):
+                if (other := owner.setdefault(id(parameter), name)) != name:
+                    raise InputError(f"{name} must have weights of its own to be converted, got some of {other}.")
         elif name.split(".")[-1] in _MLP_NAMES and children:
             others.append(f"{name} with {', '.join(children)}")
     if others or not found:
@@ -93,18 +98,18 @@ def _read(name: str, module: nn.Module, layers: tuple[str, ...]) -> DenseMLP:
         input_biases=tuple(biases[:-1]) if all(with_bias) else (),
         output=weights[-1],
         output_bias=biases[-1],
-        activation=_activation_of(name, module),
+        activation=_activation_of(name, module, weights[-1].device),
         dropout=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
     )
 
 
 @torch.no_grad()
-def _activation_of(name: str, module: nn.Module) -> Activation:
+def _activation_of(name: str, module: nn.Module, device: torch.device) -> Activation:
     """Told by what it does to a few numbers, not by its name."""
     own: Any = getattr(module, "act_fn", None) or getattr(module, "act", None)
     if not callable(own):
         raise InputError(f"{name} must have an activation act_fn or act, got neither.")
-    x = torch.linspace(-11.3, 12.9, 96)
+    x = torch.linspace(-11.3, 12.9, 96, device=device)
     given = own(x).double()
     known = [activation for activation in get_args(Activation) if activation != _ONLY_EXPERTS]
     for activation in known:

@@ -14,7 +14,7 @@ STEPS = 20  # of k-means; assignments hardly change after ten
 
 def neurons_in_order(num_neurons: int, num_groups: int) -> Tensor:
     """(E, C): the first C neurons, the next C, and so on."""
-    return torch.arange(num_neurons).view(num_groups, -1)
+    return torch.arange(num_neurons, device="cpu").view(num_groups, -1)
 
 
 def coactive_neurons(activations: Tensor, num_groups: int) -> Tensor:
@@ -36,9 +36,9 @@ def coactive_neurons(activations: Tensor, num_groups: int) -> Tensor:
     strength = activations.abs().float()
     profiles = functional.normalize((strength - strength.mean(0)).T, dim=-1)  # (I, N)
     generator = torch.Generator().manual_seed(0)
-    start = torch.randperm(len(profiles), generator=generator)[:num_groups].to(profiles.device)
+    start = torch.randperm(len(profiles), generator=generator, device="cpu")[:num_groups].to(profiles.device)
     centres = profiles[start]
-    groups = torch.empty(0)
+    groups = start.new_empty(0)
     for _ in range(STEPS):
         found = balanced_assignment(profiles @ centres.T)
         if torch.equal(found, groups):
