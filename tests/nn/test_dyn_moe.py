@@ -132,7 +132,7 @@ def test_a_captured_call_knows_its_surprise(kind):
 
 def test_nothing_is_remembered_after_an_exception_or_outside():
     module = mixture()
-    with pytest.raises(ValueError, match="prototypes must have shape"), module.capturing():
+    with pytest.raises(ValueError, match="hidden_states must have shape"), module.capturing():
         module(tokens(3, 31))
     assert module.visits is None
     with module.capturing(), pytest.raises(RuntimeError, match="one context at a time"), module.capturing():

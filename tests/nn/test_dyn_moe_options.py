@@ -163,3 +163,18 @@ def test_calibration_in_half_precision_gives_the_mean_of_what_is_stored(form):
     x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     reached = router.calibrate(x)
     assert reached == pytest.approx(router(x).count.mean().item(), abs=1 / 500)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ([1.0] * 8, TypeError, "hidden_states must be a tensor, got list"),
+        (torch.tensor(1.0), ValueError, r"hidden_states must have shape \(..., 8\), got \(\)"),
+        (torch.ones(3, 7), ValueError, r"hidden_states must have shape \(..., 8\), got \(3, 7\)"),
+        (torch.ones(3, 8, dtype=torch.int64), TypeError, "hidden_states must be float16, .*, got torch.int64"),
+    ],
+    ids=["list", "number", "features", "integers"],
+)
+def test_a_mixture_names_what_are_no_hidden_states(given, error, message):
+    with pytest.raises(error, match=message):
+        DynMoE(8, 4, 4)(given)

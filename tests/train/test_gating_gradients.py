@@ -274,7 +274,7 @@ def test_an_error_adds_nothing_and_leaves_no_hook():
     with pytest.raises(ZeroDivisionError), gating_gradients(model, weight=1e6):
         (model(x) - y).square().mean().backward()
     assert all(parameter.grad.abs().max() < 1e3 for parameter in model.parameters())
-    with pytest.raises(ValueError, match="prototypes must have shape"), gating_gradients(model):
+    with pytest.raises(ValueError, match="hidden_states must have shape"), gating_gradients(model):
         model(x[:, :3])
     assert all(not layer._forward_hooks and layer.visits is None for layer in model.layers)
 

@@ -17,9 +17,14 @@ def check_size(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
-def check_number(name: str, value: object) -> None:
+def check_is_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
+
+
+def check_number(name: str, value: object) -> None:
+    check_is_number(name, value)
+    assert isinstance(value, int | float)
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}.")
 

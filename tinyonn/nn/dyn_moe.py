@@ -214,8 +214,13 @@ class DynMoE(nn.Module):
                 1. None for that of a surrounding `surprise_budget_of`, or the module's.
 
         Raises:
-            TypeError, ValueError: a budget that is none, does not fit, or comes where tokens go by threshold.
+            TypeError, ValueError: no tensor, or another F; a budget that is none, does not fit, or comes where tokens go by threshold.
         """
+        if not isinstance(hidden_states, Tensor):
+            raise TypeError(f"hidden_states must be a tensor, got {type(hidden_states).__name__}.")
+        features = self.down_proj.shape[1]
+        if hidden_states.shape[-1:] != (features,):
+            raise ValueError(f"hidden_states must have shape (..., {features}), got {tuple(hidden_states.shape)}.")
         budget = self._budget(surprise_budget, hidden_states.shape[:-1])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = self.route(tokens, budget)
@@ -284,7 +289,7 @@ class DynMoE(nn.Module):
             raise ValueError(f"token_mask must have a value for each of {number} tokens, got shape {tuple(token_mask.shape)}.")
         mask = None if token_mask is None else token_mask.reshape(-1).bool()
         routing = self.route(visit.hidden_states, visit.surprise_budget)
-        loss = routing.scores.new_zeros(())
+        loss = routing.scores[:0].sum()  # 0 with a graph, for a batch of padding alone
         if self.gating_loss_kind in ("surprise", "both"):
             options = {"w_ce": w_ce, "w_kl": w_kl, "temperature": temperature}
             loss = loss + surprise_min_loss(routing.scores, self.surprise(visit), token_mask=mask, **options)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..nn._options import check_is_number
 from ..nn.dyn_moe import DynMoE, Visit
 from ..ops import Routing
 from .parallel import average, check_wrapper
@@ -31,6 +32,8 @@ def mixtures(model: nn.Module) -> dict[str, DynMoE]:
 
 
 def check_options(weight: float, w_ce: float, w_kl: float, temperature: float, *, name: str = "weight") -> None:
+    for option, value in ((name, weight), ("w_ce", w_ce), ("w_kl", w_kl), ("temperature", temperature)):
+        check_is_number(option, value)
     for option, value in ((name, weight), ("w_ce", w_ce), ("w_kl", w_kl)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{option} must be at least 0 and finite, got {value}.")
@@ -155,7 +158,8 @@ def gating_gradients(
             it by its mean.
 
     Raises:
-        TypeError: no DynMoE in the model; another wrapper than both, or routers that are sharded apart from the rest; a mask of floats.
+        TypeError: no DynMoE in the model; another wrapper than both, or routers that are sharded apart from the rest; a mask of floats; an
+            option that is no number.
         ValueError: an option out of range; in forward, a mask of another shape than the tokens.
         RuntimeError: a mixture is captured already; in backward, a second pass through one call.
     """

@@ -7,9 +7,10 @@ optimizer.step()
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._debug import debug_enabled
+from ..nn._options import check_is_number, check_size
 from .gating_gradients import check_model, check_options, gating_gradients, mixtures
 from .parallel import data_parallel
 
@@ -61,7 +63,8 @@ class HyperStep:
             skips its own, as always in torch.
 
     Raises:
-        TypeError: no DynMoE in the model; a wrapper other than DistributedDataParallel and `fully_shard`.
+        TypeError: no DynMoE in the model; a wrapper other than DistributedDataParallel and `fully_shard`; no optimiser, or one that needs
+            a closure (LBFGS); an option of another type.
         ValueError: a router's parameter is in no optimiser, or in both; an option out of range.
     """
 
@@ -80,13 +83,16 @@ class HyperStep:
         scaler: GradScaler | None = None,
     ) -> None:
         check_options(gating_weight, w_ce, w_kl, temperature, name="gating_weight")
-        if accumulation_steps < 1:
-            raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}.")
-        if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
-            raise ValueError(f"max_grad_norm must be above 0 and finite, or None, got {max_grad_norm}.")
+        check_size("accumulation_steps", accumulation_steps)
+        if max_grad_norm is not None:
+            check_is_number("max_grad_norm", max_grad_norm)
+            if not 0 < max_grad_norm < math.inf:
+                raise ValueError(f"max_grad_norm must be above 0 and finite, or None, got {max_grad_norm}.")
         check_model(model)
         self.model, self.scaler = model, scaler
         self.optimizers = [optimizer] if router_optimizer is None else [optimizer, router_optimizer]
+        for one in self.optimizers:
+            _check_optimizer(one)
         self.gating_weight, self.options = gating_weight, {"w_ce": w_ce, "w_kl": w_kl, "temperature": temperature}
         self.accumulation_steps, self.max_grad_norm = accumulation_steps, max_grad_norm
         self._batches = 0
@@ -104,7 +110,8 @@ class HyperStep:
 
         Raises:
             TypeError, ValueError: compute_loss gives no 0-d tensor, or one without a graph; the mask does not fit; under
-                `tinyonn.debug()` a loss that is not finite. After any error, of compute_loss too, accumulated gradients are dropped.
+                `tinyonn.debug()` a loss that is not finite. After any error, of compute_loss and the optimisers too, accumulated gradients
+                are dropped, and the next call begins anew; what an optimiser has stepped by then stays.
         """
         last = self._batches + 1 == self.accumulation_steps
         wrapper = data_parallel(self.model)
@@ -121,12 +128,12 @@ class HyperStep:
                 loss = _checked(compute_loss())
                 share = loss / self.accumulation_steps
                 (share if self.scaler is None else self.scaler.scale(share)).backward()
+            self._batches += 1
+            if last:
+                self._step()
         except BaseException:
             self.reset()
             raise
-        self._batches += 1
-        if last:
-            self._step()
         return HyperStepResult(loss.detach(), gating.loss, last)
 
     def reset(self) -> None:
@@ -141,13 +148,19 @@ class HyperStep:
             for optimizer in self.optimizers:
                 optimizer.step()
         else:
-            if self.max_grad_norm is not None:
-                for optimizer in self.optimizers:
-                    self.scaler.unscale_(optimizer)
-            # A norm that overflowed would clip the gradients of the other optimiser, which did not, to zero or NaN.
-            if bool(self._clip().isfinite()):
-                for optimizer in self.optimizers:
-                    self.scaler.step(optimizer)
+            try:
+                if self.max_grad_norm is not None:
+                    for optimizer in self.optimizers:
+                        self.scaler.unscale_(optimizer)
+                # A norm that overflowed would clip the gradients of the other optimiser, which did not, to zero or NaN.
+                if bool(self._clip().isfinite()):
+                    for optimizer in self.optimizers:
+                        self.scaler.step(optimizer)
+            except BaseException:
+                # Else the scaler takes the optimisers for unscaled or stepped in the next step; it has nothing to say before both.
+                with suppress(AssertionError):
+                    self.scaler.update()
+                raise
             self.scaler.update()
         self.reset()
 
@@ -156,6 +169,14 @@ class HyperStep:
             return torch.zeros(())
         parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(f"optimizer must step without a closure, got {type(optimizer).__name__}.")
 
 
 def _checked(loss: Tensor) -> Tensor:
