@@ -305,7 +305,12 @@ def test_a_larger_matrix_keeps_its_other_rows():
     [
         (torch.zeros(TOKENS, EXPERTS, dtype=torch.long), TypeError, "per_token_surprise of '' must be of floats, got torch.int64"),
         (torch.zeros(TOKENS, EXPERTS, requires_grad=True), ValueError, "per_token_surprise of '' must have no gradient"),
+        (None, TypeError, "per_token_surprise must be a tensor, or tensors by layer name, got NoneType"),
+        (torch.zeros(TOKENS, EXPERTS).tolist(), TypeError, "per_token_surprise must be a tensor, or tensors by layer name, got list"),
+        ({"": None}, TypeError, "per_token_surprise of '' must be of floats, got NoneType"),
+        ({0: torch.zeros(TOKENS, EXPERTS)}, ValueError, "per_token_surprise must be given for , got 0"),
     ],
+    ids=["integers", "gradient", "none", "list", "no matrix", "number for a name"],
 )
 def test_a_matrix_that_cannot_be_filled_is_named(matrix, error, message):
     with pytest.raises(error, match=message):

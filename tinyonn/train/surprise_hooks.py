@@ -136,13 +136,16 @@ class SurpriseHookManager:
             if len(layers) > 1:
                 raise ValueError(f"per_token_surprise must be one matrix a layer, got one for {len(layers)}: {', '.join(layers)}.")
             given = dict.fromkeys(layers, given)
+        if not isinstance(given, Mapping):
+            raise TypeError(f"per_token_surprise must be a tensor, or tensors by layer name, got {type(given).__name__}.")
         if set(given) != set(layers):
-            raise ValueError(f"per_token_surprise must be given for {', '.join(layers)}, got {', '.join(given) or 'none'}.")
+            raise ValueError(f"per_token_surprise must be given for {', '.join(layers)}, got {', '.join(map(str, given)) or 'none'}.")
         places: dict[int, str] = {}
         for name, buffer in given.items():
             experts = len(layers[name].experts)  # type: ignore[arg-type]
-            if not buffer.is_floating_point():
-                raise TypeError(f"per_token_surprise of {name!r} must be of floats, got {buffer.dtype}.")
+            if not isinstance(buffer, Tensor) or not buffer.is_floating_point():
+                found = buffer.dtype if isinstance(buffer, Tensor) else type(buffer).__name__
+                raise TypeError(f"per_token_surprise of {name!r} must be of floats, got {found}.")
             if buffer.dim() != 2 or buffer.shape[1] != experts:
                 raise ValueError(f"per_token_surprise of {name!r} must have shape (tokens, {experts}), got {tuple(buffer.shape)}.")
             if buffer.requires_grad:
