@@ -149,6 +149,25 @@ def test_modes_and_gradients_are_those_of_the_mlp():
     assert asked == {"router.prototypes", "router.thresholds"}
 
 
+@pytest.mark.parametrize(
+    ("arch", "trained", "expected"),
+    [
+        ("gpt2", "bias", {"gate_up_bias", "down_bias", "output_bias"}),
+        ("gpt2", "c_proj.weight", {"down_proj"}),
+        ("llama", "up_proj.weight", {"gate_up_proj"}),
+        ("llama", "down_proj.weight", {"down_proj"}),
+    ],
+)
+def test_parts_that_were_frozen_stay_frozen(arch, trained, expected):
+    model = stock(arch)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(trained))
+    convert_mlp_to_dynmoe(model, num_experts=4)
+    for module in mixtures(model).values():
+        asked = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        assert asked == expected | {"router.prototypes", "router.thresholds"}
+
+
 class Sharpened(nn.Module):
     """Has the layers of an MLP, and does something else with them."""
 

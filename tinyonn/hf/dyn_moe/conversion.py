@@ -33,7 +33,7 @@ def convert_mlp_to_dynmoe(
     num_experts: int,
     sample: Tensor | None = None,
     scale: float = 1.0,
-    gating_loss: GatingLoss = "surprise",
+    gating_loss: GatingLoss = "both",
     surprise_kind: SurpriseKind = "down_proj",
     checkpoint: bool = False,
     routing: RoutingKind = "threshold",
@@ -43,7 +43,7 @@ def convert_mlp_to_dynmoe(
 
     It starts with all experts active, thresholds standing at -2 where a cosine never is, and with combine="unit", so that a token's
     experts add up to the MLP. `calibrate_experts` makes it sparse. Each MLP is replaced by a `nn.DynMoE`; experts ask for gradients
-    where the MLP's weights did, routers always.
+    where the MLP's weights and biases did (gate and up together, where either did), routers always.
 
     With a sample, neurons that are active together go into one expert, and an expert's prototype is the direction that tells best how
     much it gives a token. Without one, neurons go into experts in order, and the prototype is the mean direction of what they read: gate
@@ -145,10 +145,20 @@ def _mixture(mlp: DenseMLP, options: DynMoEOptions, groups: Tensor) -> DynMoE:
         module.output_bias.copy_(mlp.output_bias)
     module.router.thresholds.fill_(OPEN)
     module.router.prototypes.copy_(functional.normalize(mlp.inputs[0][groups].float().sum(1), dim=-1))
-    for name, parameter in module.named_parameters():
-        if not name.startswith("router."):
-            parameter.requires_grad_(weight.requires_grad)
+    _ask_for_gradients(module, mlp)
     return module
+
+
+def _ask_for_gradients(module: DynMoE, mlp: DenseMLP) -> None:
+    """Each part where its own in the MLP did; gate and up, which are one part of the mixture, where either did."""
+    output_bias = () if mlp.output_bias is None else (mlp.output_bias,)
+    parts = (
+        (module.gate_up_proj, mlp.inputs), (module.down_proj, (mlp.output,)), (module.gate_up_bias, mlp.input_biases),
+        (module.down_bias, output_bias or mlp.input_biases), (module.output_bias, output_bias),
+    )  # fmt: skip
+    for parameter, sources in parts:
+        if parameter is not None:
+            parameter.requires_grad_(any(source.requires_grad for source in sources))
 
 
 def _prove(name: str, module: nn.Module, mixture: DynMoE) -> None:
