@@ -11,6 +11,7 @@ from torch import nn
 
 from tinyonn import ops, reference
 from tinyonn.nn import DynMoE, ThresholdRouter
+from tinyonn.train import HyperStep
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -226,5 +227,40 @@ def test_it_runs_under_autocast_behind_a_linear_layer():
     out.sum().backward()
     assert out.dtype == torch.bfloat16
     assert all(parameter.grad is None or parameter.grad.dtype == torch.float32 for parameter in model.parameters())
-    with pytest.raises(TypeError, match=r"must be torch\.bfloat16 like hidden_states, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"hidden_states must be torch\.float32 like the experts, or come under autocast"):
         model[1](x.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("options", "slots"),
+    [
+        ({"target_k": 16.0}, 32),
+        ({"target_k": 2.0}, 8),
+        ({"num_experts": 5}, 5),
+        ({"num_experts": 1}, 1),
+        ({"routing": "budget", "target_k": 2.0}, 40),
+        ({"target_k": 2.0, "max_experts": 3}, 3),
+    ],
+    ids=str,
+)
+def test_slots_fit_the_target_or_the_budget(options, slots):
+    module = DynMoE(16, 4, **{"num_experts": 40, **options})
+    assert module.route(tokens(6, 16)).top_k_index.shape == (6, slots)
+
+
+def test_by_default_training_keeps_the_number_of_experts():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), DynMoE(32, 8, num_experts=32, target_k=3.0), nn.Linear(32, 16))
+    step = HyperStep(model, torch.optim.Adam(model.parameters(), lr=3e-3))
+    for _ in range(40):
+        x = torch.randn(64, 16)
+        step(lambda x=x: (model(x) - x.sin()).square().mean())
+    model[1].reset_statistics()
+    model(torch.randn(256, 16))
+    assert model[1].statistics()["mean_k"] == pytest.approx(3, abs=0.7)
+
+
+def test_what_it_prints_says_how_it_routes():
+    assert "routing=threshold, gating_loss=both, activation=silu" in repr(mixture())
+    by_budget = repr(mixture(routing="budget", surprise_budget=0.3))
+    assert "intermediate_size=8, num_experts=12, routing=budget, surprise_budget=0.3" in by_budget

@@ -46,7 +46,7 @@ OF_BOTH = [
     ({"max_experts": 4.0}, TypeError, "max_experts must be an int, got float"),
     ({"target_k": 5.0}, ValueError, r"target_k must be 1 … 4, got 5\.0"),
     ({"target_k": NAN}, ValueError, "target_k must be finite, got nan"),
-    ({"target_k": None}, TypeError, "target_k must be a number, got NoneType"),
+    ({"target_k": "3"}, TypeError, "target_k must be a number, got str"),
 ]
 OF_MIXTURES = [
     ({"intermediate_size": 0}, ValueError, "intermediate_size must be at least 1, got 0"),

@@ -49,7 +49,7 @@ def planted() -> Language:
         optimizer.zero_grad()
         alone.loss(batch(seed)).backward()
         optimizer.step()
-    model = Language(num_experts=EXPERTS, target_k=4.0, max_experts=EXPERTS, scale=4.0)
+    model = Language(num_experts=EXPERTS, target_k=4.0, max_experts=EXPERTS, scale=4.0, gating_loss="surprise")
     with torch.no_grad():
         for part in ("embedding", "norm", "head"):
             getattr(model, part).load_state_dict(getattr(alone, part).state_dict())

@@ -23,7 +23,7 @@ class Model(nn.Module):
     def __init__(self, num_layers: int = 2, features: int = 16, neurons: int = 8, experts: int = 6, **options: Any) -> None:
         super().__init__()
         options = {"target_k": 2.5, "max_experts": 4, **options}
-        self.layers = nn.ModuleList(DynMoE(features, neurons, experts, **options) for _ in range(num_layers))
+        self.layers = nn.ModuleList(DynMoE(features, neurons, experts, **{"gating_loss": "surprise", **options}) for _ in range(num_layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

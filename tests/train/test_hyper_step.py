@@ -22,7 +22,9 @@ class Model(nn.Module):
 
     def __init__(self, *, recompute: bool | None = None, **options) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(DynMoE(16, 8, **{"num_experts": 6, "target_k": 2.5, "max_experts": 4, **options}) for _ in range(2))
+        self.layers = nn.ModuleList(
+            DynMoE(16, 8, **{"num_experts": 6, "target_k": 2.5, "max_experts": 4, "gating_loss": "surprise", **options}) for _ in range(2)
+        )
         self.recompute = recompute
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -59,17 +59,19 @@ class DynMoE(nn.Module):
         intermediate_size: I, of one expert.
         num_experts: E, live at the start.
         max_num_experts: E, allocated; None for num_experts.
-        target_k: experts of a token to start with, and of `sparse_diversity_loss`.
+        target_k: experts of a token to start with, and of `sparse_diversity_loss`; None for 2, or 1 of 1.
         routing: "threshold", or "budget": the smallest set of experts whose softmax mass reaches `surprise_budget`.
             It chooses one at least, so min_experts is 1 then.
         surprise_budget: with routing="budget", share of the mass where neither the call nor `surprise_budget_of` says; above 0 and at
             most 1, None for 0.5.
-        gating_loss: "surprise", "sdl" or "both".
+        gating_loss: "both", "surprise" or "sdl", sparse diversity. Surprise alone says which experts a token goes to, not how many: their
+            number drifts, most often up to max_experts.
         surprise_kind, activation, gated: see `ops.expert_mlp`.
         bias: of the experts.
         output_bias: one more bias, (F,), which every token is given once, whatever its experts.
         dropout: of the output, in training.
         checkpoint: recompute the experts in backward.
+        max_experts: K, slots of a token; None for all with routing="budget", else for twice target_k, and 8 at least.
         others: see `ThresholdRouter`.
 
     Raises:
@@ -86,10 +88,10 @@ class DynMoE(nn.Module):
         num_experts: int,
         *,
         max_num_experts: int | None = None,
-        target_k: float = 2.0,
+        target_k: float | None = None,
         routing: RoutingKind = "threshold",
         surprise_budget: float | None = None,
-        gating_loss: GatingLoss = "surprise",
+        gating_loss: GatingLoss = "both",
         surprise_kind: SurpriseKind = "down_proj",
         activation: Activation = "silu",
         gated: bool = True,
@@ -100,7 +102,7 @@ class DynMoE(nn.Module):
         form: Form = "sigmoid_cosine",
         scale: float = 1.0,
         min_experts: int = 1,
-        max_experts: int = 8,
+        max_experts: int | None = None,
         combine: Combine = "softmax",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -133,6 +135,10 @@ class DynMoE(nn.Module):
         self.routing_kind, self.surprise_budget, self.gating_loss_kind = routing, surprise_budget, gating_loss
         self.surrounding_budget = SurroundingBudget() if routing == "budget" else None
         self.surprise_kind, self.activation, self.gated, self.checkpoint = surprise_kind, activation, gated, checkpoint
+        target_k = min(2, num_experts) if target_k is None else target_k
+        check_number("target_k", target_k)
+        if max_experts is None:
+            max_experts = max_num_experts if routing == "budget" else min(max_num_experts, max(8, math.ceil(2 * target_k), min_experts))
         self.router = ThresholdRouter(
             hidden_size, max_num_experts, target_k, num_live=num_experts, form=form, scale=scale, min_experts=min_experts,
             max_experts=max_experts, combine=combine, device=device, dtype=dtype,
@@ -221,6 +227,10 @@ class DynMoE(nn.Module):
         features = self.down_proj.shape[1]
         if hidden_states.shape[-1:] != (features,):
             raise ValueError(f"hidden_states must have shape (..., {features}), got {tuple(hidden_states.shape)}.")
+        dtype, device = self.down_proj.dtype, hidden_states.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if hidden_states.dtype != dtype and not autocast:
+            raise TypeError(f"hidden_states must be {dtype} like the experts, or come under autocast, got {hidden_states.dtype}.")
         budget = self._budget(surprise_budget, hidden_states.shape[:-1])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = self.route(tokens, budget)
@@ -297,3 +307,11 @@ class DynMoE(nn.Module):
             masks = {"token_mask": mask, "expert_mask": self.router.expert_mask}
             loss = loss + sparse_diversity_loss(self.router.prototypes, routing.count, self.router.target_k, **masks)
         return loss
+
+    def extra_repr(self) -> str:
+        experts, features, neurons = self.down_proj.shape
+        routed = self.routing_kind if self.surprise_budget is None else f"{self.routing_kind}, surprise_budget={self.surprise_budget:g}"
+        return (
+            f"hidden_size={features}, intermediate_size={neurons}, num_experts={experts}, routing={routed}, "
+            f"gating_loss={self.gating_loss_kind}, activation={self.activation}, gated={self.gated}"
+        )

@@ -34,7 +34,7 @@ class DynMoEOptions:
     min_experts: int
     max_experts: int
     scale: float = 1.0
-    gating_loss: GatingLoss = "surprise"
+    gating_loss: GatingLoss = "both"
     surprise_kind: SurpriseKind = "down_proj"
     checkpoint: bool = False
     routing: RoutingKind = "threshold"
