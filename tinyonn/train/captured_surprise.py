@@ -83,7 +83,7 @@ def capture_surprise(model: nn.Module) -> Iterator[CapturedSurprise]:
     fused = {name: module for name, module in model.named_modules() if isinstance(module, DynMoE) or _runs_here(module)}
     unfused = unfused_mixtures(model)
     if not fused and not unfused:
-        wanted = "a DynMoE, experts with experts_implementation='tinyonn', or a list of expert modules"
+        wanted = "a DynMoE, a list of expert modules, or experts after model.set_experts_implementation('tinyonn')"
         raise TypeError(f"model must hold {wanted}, got {type(model).__name__}.")
     with ExitStack() as stack:
         calls = stack.enter_context(captured_calls(fused.values()))

@@ -27,7 +27,7 @@ def mixtures(model: nn.Module) -> dict[str, DynMoE]:
     """The DynMoE layers of a model by name; TypeError where there is none."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, DynMoE)}
     if not found:
-        raise TypeError(f"model must hold a tinyonn.nn.DynMoE, got {type(model).__name__} without one.")
+        raise TypeError(f"model must hold a tinyonn.nn.DynMoE, whose router there is to teach, got {type(model).__name__} without one.")
     return found
 
 
