@@ -20,6 +20,7 @@ import gc
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -95,8 +96,8 @@ def timed(calls: dict[str, Callable[[], Any]], device: str, seconds: float) -> d
     one_round = sum(found[0] for found in samples.values())
     names = list(calls)
     for turn in range(1, min(max(int(seconds / one_round), ROUNDS[0]), ROUNDS[1])):
-        shift = turn % len(names)  # no candidate always follows the same neighbour's cache
-        for name in names[shift:] + names[:shift]:
+        random.Random(turn).shuffle(names)  # no candidate always follows the same neighbour: its cache, and the memory that it gave back
+        for name in names:
             samples[name].append(sample(calls[name]))
     gc.enable()
     return samples

@@ -17,6 +17,7 @@ from ._huge_pages import empty_on_huge_pages
 
 CLAMP, SWISH = 7.0, 1.702  # of gpt-oss
 GRADIENT_ELEMENTS = 1 << 21  # of a chunk's first projection: a product makes them, then they are copied to where they belong
+SMALL_ELEMENTS = 1 << 13  # of an expert's matrix: one product for all, and a copy of what it gives, beats a call for each
 CHUNK_ELEMENTS = 1 << 19  # gathered at a time: what a step writes, the next one finds in the cache
 GROUPED_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -115,14 +116,18 @@ def grouped(rows: Tensor, weights: Tensor, chunk: Chunk) -> Tensor:
     return out
 
 
-def grouped_outer(left: Tensor, right: Tensor, chunk: Chunk) -> Tensor:
-    """(P, A), (P, B) -> (E, A, B): the sum of outer products of each expert's rows."""
-    if _fits(left.T) and _fits(right):
-        return functional.grouped_mm(left.T, right, offs=chunk.ends)
-    out = left.new_zeros(len(chunk.sizes), left.shape[1], right.shape[1])
-    for expert, part in _parts(chunk):
-        torch.mm(left[part].T, right[part], out=out[expert])
-    return out
+def outer_into(out: Tensor, left: Tensor, right: Tensor, chunk: Chunk) -> None:
+    """Writes to `out` (E, A, B) the sums of outer products of each expert's rows of `left` (P, A) and `right` (P, B)."""
+    if out[0].numel() < SMALL_ELEMENTS and _fits(left.T) and _fits(right):
+        out.copy_(functional.grouped_mm(left.T, right, offs=chunk.ends))
+        return
+    end = 0
+    for expert, size in enumerate(chunk.sizes):
+        if size:
+            torch.mm(left[end : end + size].T, right[end : end + size], out=out[expert])
+        else:
+            out[expert] = 0
+        end += size
 
 
 def _parts(chunk: Chunk) -> Iterator[tuple[int, slice]]:
@@ -296,11 +301,13 @@ def experts_backward(
         if wanted.hidden_states:
             rows[part] = grouped(grad_pre, up[chunk.experts], chunk)
         if grad_up is not None:
-            of_up = grouped_outer(grad_pre, hidden_states.index_select(0, token), chunk)
-            grad_up[chunk.experts] = of_up.mT if layout.transposed else of_up
+            x = hidden_states.index_select(0, token)
+            left, right = (x, grad_pre) if layout.transposed else (grad_pre, x)
+            outer_into(grad_up[chunk.experts], left, right, chunk)
         if grad_down is not None:
-            of_down = grouped_outer(grad, (h * weight).to(h.dtype), chunk)
-            grad_down[chunk.experts] = of_down.mT if layout.transposed else of_down
+            h = (h * weight).to(h.dtype)
+            left, right = (h, grad) if layout.transposed else (grad, h)
+            outer_into(grad_down[chunk.experts], left, right, chunk)
         if grad_up_bias is not None:
             grad_up_bias[chunk.experts] = _sum_by_expert(grad_pre, chunk, wide)
         if grad_down_bias is not None:
