@@ -108,8 +108,12 @@ def _where(cells: list[Cell], measure: str) -> str:
     return "; ".join(parts)
 
 
-def _range(values: list[float], digits: str = ".2g") -> str:
-    return f"{min(values):{digits}} to {max(values):{digits}} (median {statistics.median(values):{digits}})"
+def _number(value: float, digits: int = 2) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.{digits}g}"
+
+
+def _range(values: list[float], digits: int = 2) -> str:
+    return f"{_number(min(values), digits)} to {_number(max(values), digits)} (median {_number(statistics.median(values), digits)})"
 
 
 def _ratios(cells: list[Cell], measure: str, peer: str = DENSE, subject: str = OURS) -> list[float]:
@@ -149,7 +153,7 @@ def _answer(cells: list[Cell]) -> list[str]:
         f"- **Among the sparse forms** the fastest is, by the number of sizes: {_counts(best)}. `expert_mlp` takes at most {behind:.2g}"
         " times as long as the fastest."
     )
-    text = f"- **Surprise.** The step with it takes {_range(_ratios(cells, 'median', SURPRISED), '.3g')} times that without."
+    text = f"- **Surprise.** The step with it takes {_range(_ratios(cells, 'median', SURPRISED), 3)} times that without."
     if einsum := _ratios(cells, "median", EINSUM, SURPRISED):
         text += (
             f" Einsum over the gradient of every token and expert, for the surprise alone, takes {_range(einsum)} times as long as that"
@@ -292,7 +296,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
             where = {"xytext": (0, shift), "textcoords": "offset points", "va": side, "fontsize": 8}
             axes.annotate(words, (0.02, 1), xycoords=("axes fraction", "data"), **where)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if axis is axes.yaxis else (1,)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(NullFormatter())
         axes.set_title(f"Forward and backward, {title}", fontsize=10)

@@ -5,7 +5,8 @@
 
 Pairs p sorted by expert (`expert_sort`), left (P, J), right (N, F), out (E, J, F). With left the gradient of what the activation takes and
 right the input this is the first product's weight and bias; with left the weighed h and right the gradient of the output, the second's.
-An expert without pairs gets zeros. A program walks all pairs of its expert in their order: no atomics, the same bits on every run.
+An expert without pairs gets zeros. A program walks all pairs of its expert in their order: no atomics, the same bits in every run of a
+process.
 """
 
 from __future__ import annotations

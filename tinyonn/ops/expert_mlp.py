@@ -40,12 +40,14 @@ def expert_mlp(
     `torch.autograd.grad`. Gradients of several calls add up there, so give each call a probe of its own. It scales with the loss, and so
     with AMP's loss scale.
 
+    Differentiable: hidden_states, both projections and their biases, top_k_weights; gradients that nobody asks for are not computed.
+
     Args:
         hidden_states: (N, F).
         gate_up_proj: (E, 2I, F), or (E, I, F) without a gate; (E, F, 2I) or (E, F, I) where `transposed`.
         down_proj: (E, F, I), or (E, I, F) where `transposed`.
-        top_k_index: (N, K) int32 or int64; E in unused slots, which cost nothing. Any other index out of range is an unused slot too,
-            and an error under `tinyonn.debug()`.
+        top_k_index: (N, K) int32 or int64; E in unused slots, which cost no arithmetic; memory is that of K slots. Any other index out of
+            range is an unused slot too, and an error under `tinyonn.debug()`.
         top_k_weights: (N, K).
         activation: "silu", "gelu", "gelu_tanh", "relu2", or "clamped_swiglu", gpt-oss's.
         gate_up_bias, down_bias: (E, 2I) or (E, I), and (E, F).
@@ -56,8 +58,8 @@ def expert_mlp(
         surprise_kind: "down_proj", norm of the gradient of `down_proj[e]`; "expert", of all the expert's weights and biases; "output",
             |weight| · ‖grad_output‖, which for one token only ranks the weights. An expert named twice counts with its summed weight, in
             both slots.
-        impl: "auto", "triton", "torch" or "reference". With "triton", and so by default on a GPU, nothing waits for the device. The
-            reference computes every expert for every token, so a NaN in an expert or token that is not routed spreads there alone.
+        impl: "auto", "triton", "torch" or "reference". With "triton", the default on a GPU but for float64, nothing waits for the device
+            once a kind of input has been seen; "torch" reads the number of pairs of each expert. The reference computes every expert for every token, so a NaN in an expert or token that is not routed spreads there alone.
 
     Returns:
         (N, F) in the dtype of `hidden_states`.
@@ -66,6 +68,9 @@ def expert_mlp(
         TypeError, ValueError: shapes, dtypes or devices do not agree; `surprise` would get no gradient though gradients are on; under
             `tinyonn.debug()` an index out of range or a NaN.
         RuntimeError: impl="triton" cannot run here; a forward-mode tangent or a second derivative, which impl="reference" alone takes.
+
+    Source: grouped products after Gale et al., "MegaBlocks", arXiv:2211.15841; norms of single tokens' gradients after Goodfellow,
+    "Efficient per-example gradient computations", arXiv:1510.01799.
     """
     check_impl(impl)
     _check(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias, gated, transposed)
