@@ -59,7 +59,8 @@ def expert_mlp(
             |weight| · ‖grad_output‖, which for one token only ranks the weights. An expert named twice counts with its summed weight, in
             both slots.
         impl: "auto", "triton", "torch" or "reference". With "triton", the default on a GPU but for float64, nothing waits for the device
-            once a kind of input has been seen; "torch" reads the number of pairs of each expert. The reference computes every expert for every token, so a NaN in an expert or token that is not routed spreads there alone.
+            once a kind of input has been seen; "torch" reads the number of pairs of each expert. The reference computes every expert for
+            every token, so a NaN in an expert or token that is not routed spreads there alone.
 
     Returns:
         (N, F) in the dtype of `hidden_states`.
