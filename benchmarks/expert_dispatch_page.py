@@ -108,12 +108,12 @@ def _where(cells: list[Cell], measure: str) -> str:
     return "; ".join(parts)
 
 
-def _number(value: float, digits: int = 2) -> str:
+def _short(value: float, digits: int = 2) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.{digits}g}"
 
 
 def _range(values: list[float], digits: int = 2) -> str:
-    return f"{_number(min(values), digits)} to {_number(max(values), digits)} (median {_number(statistics.median(values), digits)})"
+    return f"{_short(min(values), digits)} to {_short(max(values), digits)} (median {_short(statistics.median(values), digits)})"
 
 
 def _ratios(cells: list[Cell], measure: str, peer: str = DENSE, subject: str = OURS) -> list[float]:
@@ -122,7 +122,7 @@ def _ratios(cells: list[Cell], measure: str, peer: str = DENSE, subject: str = O
 
 def _answer(cells: list[Cell]) -> list[str]:
     """The answer first, then a paragraph for each measure."""
-    safe = [safe_density(cells, measure) for measure in ("median", "peak")]
+    safe = [safe_density(cells, measure) for measure in ("min", "peak")]
     found, headline = [], []
     if safe[0] and safe[1]:
         few = math.ceil(1 / min(safe[0][0], safe[1][0]))
@@ -130,7 +130,7 @@ def _answer(cells: list[Cell]) -> list[str]:
             f"**Sparse dispatch wins, in time and in memory, as long as at most one expert in {few} is active; dense wins where a large"
             " part of few experts is, and the sooner the smaller they are.**"
         ]
-    for (measure, title, better), least in zip((("median", "Time", "faster"), ("peak", "Peak memory", "smaller")), safe, strict=True):
+    for (measure, title, better), least in zip((("min", "Time", "faster"), ("peak", "Peak memory", "smaller")), safe, strict=True):
         text = f"- **{title}.** Along lines of growing k dense is {better}: {_where(cells, measure)}."
         if least:
             text += f" Up to k/E = {least[0]:.2g} `expert_mlp` is {better} at every size, by {least[1]:.2g}× to {least[2]:.3g}×."
@@ -141,20 +141,20 @@ def _answer(cells: list[Cell]) -> list[str]:
                 f" {rule.judged} sizes)."
             )
         found.append(text)
-    kept, again = _ratios(cells, "kept"), _ratios(cells, "median", CHECKPOINTED)
+    kept, again = _ratios(cells, "kept"), _ratios(cells, "min", CHECKPOINTED)
     found.append(
         f"- **Kept from forward to backward**, which adds up over the layers of a model: dense keeps {_range(kept)} times what `expert_mlp`"
         f" keeps. `expert_mlp` checkpointed keeps {_range(_ratios(cells, 'kept', CHECKPOINTED))} times as much as without, for"
         f" {_range(again)} times the time."
     )
-    best = [min((name for name in SPARSE if name in cell.candidates), key=lambda name: cell.candidates[name]["median"]) for cell in cells]
-    behind = max(cell.candidates[OURS]["median"] / cell.candidates[name]["median"] for cell, name in zip(cells, best, strict=True))
+    best = [min((name for name in SPARSE if name in cell.candidates), key=lambda name: cell.candidates[name]["min"]) for cell in cells]
+    behind = max(cell.candidates[OURS]["min"] / cell.candidates[name]["min"] for cell, name in zip(cells, best, strict=True))
     found.append(
         f"- **Among the sparse forms** the fastest is, by the number of sizes: {_counts(best)}. `expert_mlp` takes at most {behind:.2g}"
         " times as long as the fastest."
     )
-    text = f"- **Surprise.** The step with it takes {_range(_ratios(cells, 'median', SURPRISED), 3)} times that without."
-    if einsum := _ratios(cells, "median", EINSUM, SURPRISED):
+    text = f"- **Surprise.** The step with it takes {_range(_ratios(cells, 'min', SURPRISED), 3)} times that without."
+    if einsum := _ratios(cells, "min", EINSUM, SURPRISED):
         text += (
             f" Einsum over the gradient of every token and expert, for the surprise alone, takes {_range(einsum)} times as long as that"
             f" whole step, and {_range(_ratios(cells, 'peak', EINSUM, SURPRISED))} times its peak memory."
@@ -173,7 +173,7 @@ def _counts(names: list[str]) -> str:
 def _number(cell: Cell, name: str, measure: str) -> str:
     if name not in cell.candidates:
         return ""
-    scale = 1e3 if measure == "median" else 1e-6
+    scale = 1e3 if measure == "min" else 1e-6
     number = cell.candidates[name][measure] * scale
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
@@ -195,13 +195,13 @@ def page_of(content: dict[str, Any], stem: str) -> str:
     rounds = sorted({int(row["rounds"]) for cell in cells for row in cell.candidates.values()})
     absent = sum(DENSE not in cell.candidates for cell in cells)
     columns = [
-        ("`expert_mlp`", OURS, "median"),
-        ("with surprise", SURPRISED, "median"),
-        ("dense", DENSE, "median"),
-        ("`grouped_mm`", "step over grouped_mm", "median"),
-        ("transformers `grouped_mm`", "transformers, grouped_mm", "median"),
-        ("loop", "loop over experts", "median"),
-        *([("Liger", "Liger", "median")] if liger else []),
+        ("`expert_mlp`", OURS, "min"),
+        ("with surprise", SURPRISED, "min"),
+        ("dense", DENSE, "min"),
+        ("`grouped_mm`", "step over grouped_mm", "min"),
+        ("transformers `grouped_mm`", "transformers, grouped_mm", "min"),
+        ("loop", "loop over experts", "min"),
+        *([("Liger", "Liger", "min")] if liger else []),
     ]
     memory = [
         (f"{title}, {word}", name, measure)
@@ -229,7 +229,8 @@ def page_of(content: dict[str, Any], stem: str) -> str:
         f"`python benchmarks/expert_dispatch.py{' --device cuda' if on_gpu else ''}` on {settings['device']}, {settings['threads']} torch"
         f" thread{'s' if settings['threads'] > 1 else ''}, torch {settings['torch']}.",
         "Routes are drawn evenly at random. Output and all gradients of every form are checked equal before anything is timed; forms are",
-        f"timed in turn, {rounds[0]} to {rounds[-1]} rounds; medians stand here, least times beside them in `{stem}.json`. Memory is by",
+        f"timed in turn, {rounds[0]} to {rounds[-1]} rounds. Least times stand here, for other work on a machine only adds to them; medians",
+        f"are in `{stem}.json`. Memory is by",
         "allocation events, weights and input not counted: the peak of forward and backward with gradients, and what is kept between them.",
         "",
         "The dense form is the best that we know: gate and up as one product each over all experts, hidden values weighed before the last",
@@ -252,19 +253,15 @@ def page_of(content: dict[str, Any], stem: str) -> str:
         lines += ["", "## Other forms, milliseconds and peak megabytes", ""]
         lines += ["Where they take no more than seconds.", ""] + _table(
             others,
-            [
-                (f"{titles.get(name, name)}, {unit}", name, measure)
-                for name in OTHERS
-                for unit, measure in (("ms", "median"), ("MB", "peak"))
-            ],
+            [(f"{titles.get(name, name)}, {unit}", name, measure) for name in OTHERS for unit, measure in (("ms", "min"), ("MB", "peak"))],
         )
     if measured:
         lines += ["", "## Surprise, milliseconds and peak megabytes", ""] + _table(
             measured,
             [
-                ("step, ms", OURS, "median"),
-                ("step with surprise, ms", SURPRISED, "median"),
-                ("surprise alone by einsum, ms", EINSUM, "median"),
+                ("step, ms", OURS, "min"),
+                ("step with surprise, ms", SURPRISED, "min"),
+                ("surprise alone by einsum, ms", EINSUM, "min"),
                 ("step, MB", OURS, "peak"),
                 ("step with surprise, MB", SURPRISED, "peak"),
                 ("surprise alone by einsum, MB", EINSUM, "peak"),
@@ -283,7 +280,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     cells = [Cell(cell["experts"], cell["neurons"], cell["slots"], cell["candidates"]) for cell in content["cells"]]
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, layout="constrained")
     sizes = sorted({cell.neurons for cell in cells})
-    for axes, measure, title in zip(panels, ("median", "peak"), ("time", "peak memory"), strict=True):
+    for axes, measure, title in zip(panels, ("min", "peak"), ("time", "peak memory"), strict=True):
         for number, neurons in enumerate(sizes):
             points = [(cell.density, ratio) for cell in cells if cell.neurons == neurons and (ratio := cell.ratio(measure)) is not None]
             if points:

@@ -123,14 +123,14 @@ def cells_of(page: ModuleType, threshold: float, power: float) -> list:
     for neurons in (8, 32):
         for slots in (1, 2, 4, 8, 16, 32, 64):
             ratio = threshold * neurons**power / (slots / 64)
-            rows = {page.OURS: {"median": 2.0, "peak": 5.0}, page.DENSE: {"median": 2.0 * ratio, "peak": 5.0 * ratio}}
+            rows = {page.OURS: {"min": 2.0, "peak": 5.0}, page.DENSE: {"min": 2.0 * ratio, "peak": 5.0 * ratio}}
             cells.append(page.Cell(64, neurons, slots, rows))
     return cells
 
 
 def test_a_planted_crossover_is_found(page):
     cells = cells_of(page, threshold=0.02, power=0.5)
-    for (neurons, _), points in page.lines_of(cells, "median").items():
+    for (neurons, _), points in page.lines_of(cells, "min").items():
         found, low, high = page.crossover(points)
         assert found == pytest.approx(0.02 * neurons**0.5)
         assert (low, high) == (1 / 64, 1)
@@ -138,7 +138,7 @@ def test_a_planted_crossover_is_found(page):
     assert rule.factor == pytest.approx(0.02)
     assert rule.power == pytest.approx(0.5)
     assert (rule.right, rule.judged) == (14, 14)
-    density, least, most = page.safe_density(cells, "median")
+    density, least, most = page.safe_density(cells, "min")
     assert density == 2 / 64  # 0.0566 is where dense wins first, with 8 neurons
     assert least == pytest.approx(0.02 * 8**0.5 * 32)
     assert most == pytest.approx(0.02 * 32**0.5 * 64)
@@ -148,15 +148,15 @@ def test_no_crossover_is_claimed_where_none_was_measured(page):
     assert page.crossover([(0.1, 5.0), (0.5, 2.0), (1.0, 1.5)]) == (None, 0.1, 1.0)
     assert page.crossover([(0.1, 0.5), (0.5, 0.2)]) == (None, 0.1, 0.5)
     one_size = [cell for cell in cells_of(page, 0.02, 0.5) if cell.neurons == 8]
-    assert page.rule_of(one_size, "median") is None
+    assert page.rule_of(one_size, "min") is None
 
 
 def test_a_form_that_was_not_measured_stays_empty(page):
-    rows = {page.OURS: {"median": 0.5, "peak": 2e6}}
-    assert page._table([page.Cell(64, 8, 4, rows)], [("ours", page.OURS, "median"), ("dense", page.DENSE, "median")])[2:] == [
+    rows = {page.OURS: {"min": 0.5, "peak": 2e6}}
+    assert page._table([page.Cell(64, 8, 4, rows)], [("ours", page.OURS, "min"), ("dense", page.DENSE, "min")])[2:] == [
         "| 64 | 8 | 4 | 0.062 | 500 |  |"
     ]
-    assert page.Cell(64, 8, 4, rows).ratio("median") is None
+    assert page.Cell(64, 8, 4, rows).ratio("min") is None
 
 
 def test_the_sweep_writes_its_page_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
@@ -174,18 +174,18 @@ def test_the_sweep_writes_its_page_and_goes_on_where_it_was_stopped(tmp_path, mo
     assert [cell["slots"] for cell in content["cells"]] == [1, 4, 64]
     text = (tmp_path / "einsum_or_dispatch.md").read_text()
     for cell in content["cells"]:
-        milliseconds = cell["candidates"]["expert_mlp"]["median"] * 1e3
+        milliseconds = cell["candidates"]["expert_mlp"]["min"] * 1e3
         shown = f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
         assert f"| 64 | 8 | {cell['slots']} | {cell['slots'] / 64:.2g} | {shown} |" in text
     assert (tmp_path / "einsum_or_dispatch.png").stat().st_size > 10_000
 
     content["cells"] = content["cells"][:2]
-    content["cells"][0]["candidates"]["expert_mlp"]["median"] = 12.345
+    content["cells"][0]["candidates"]["expert_mlp"]["min"] = 12.345
     results.write_text(json.dumps(content))
     again = run()
     assert "64 experts of 8, 64 a token:" in again
     assert "64 experts of 8, 4 a token:" not in again
-    assert json.loads(results.read_text())["cells"][0]["candidates"]["expert_mlp"]["median"] == 12.345
+    assert json.loads(results.read_text())["cells"][0]["candidates"]["expert_mlp"]["min"] == 12.345
 
 
 def test_the_gpu_script_names_its_peers():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-WORTH_BYTES = 4 << 20
+WORTH_BYTES = 32 << 20  # glibc maps blocks of that size afresh each time; smaller ones it soon keeps
 
 
 def empty_on_huge_pages(shape: Sequence[int], like: Tensor) -> Tensor:
