@@ -229,7 +229,7 @@ def page_of(content: dict[str, Any], stem: str) -> str:
         f"`python benchmarks/expert_dispatch.py{' --device cuda' if on_gpu else ''}` on {settings['device']}, {settings['threads']} torch"
         f" thread{'s' if settings['threads'] > 1 else ''}, torch {settings['torch']}.",
         "Routes are drawn evenly at random. Output and all gradients of every form are checked equal before anything is timed; forms are",
-        f"timed in turn, {rounds[0]} to {rounds[-1]} rounds. Least times stand here, for other work on a machine only adds to them; medians",
+        f"timed in turn, {rounds[0]} to {rounds[-1]} rounds. Least times stand here, for other work only adds to them; medians",
         f"are in `{stem}.json`. Memory is by",
         "allocation events, weights and input not counted: the peak of forward and backward with gradients, and what is kept between them.",
         "",
