@@ -28,7 +28,7 @@ MEMORY_GOAL = 1.05
 class Model(nn.Module):
     def __init__(self, experts: int, neurons: int, slots: int) -> None:
         super().__init__()
-        options = {"target_k": slots / 2, "max_experts": slots}
+        options = {"target_k": slots / 2, "max_experts": slots, "gating_loss": "surprise"}
         self.layers = nn.ModuleList(DynMoE(FEATURES, neurons, experts, **options) for _ in range(LAYERS))
 
     def forward(self, x: Tensor) -> Tensor:

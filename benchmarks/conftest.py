@@ -21,6 +21,7 @@ import copy
 import gc
 import math
 import platform
+import random
 import statistics
 import sys
 import time
@@ -160,8 +161,8 @@ def _interleave(
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     for turn in range(rounds):
-        shift = turn % len(names)  # no candidate always follows the same neighbour's cache
-        for name in names[shift:] + names[:shift]:
+        random.Random(turn).shuffle(names)  # no candidate always follows the same neighbour: its cache, and the memory that it gave back
+        for name in names:
             if before is not None:
                 before()
             samples[name].append(_sample(candidates[name], loops[name]))
