@@ -40,6 +40,8 @@ DENSE_ELEMENTS = 1 << 27  # tokens x experts x features, which the naive dense f
 EAGER_ELEMENTS = 1 << 30  # experts x all their weights: each expert's gradient is a tensor of all weights
 GATHERED_ELEMENTS = 1 << 27  # weights of every slot, which batched_mm writes
 
+SLOW = ("transformers, batched_mm", "transformers, eager", "dense einsum, weighed first", "dense einsum")
+
 Forward = Callable[[], tuple[Tensor, list[Tensor]]]  # output, and what it is differentiated by
 
 
@@ -217,8 +219,10 @@ def check_equal(outputs: dict[str, tuple[Tensor, ...]], tolerance: float) -> Non
         check_close(outputs[name][5], outputs[surprises[0]][5], tolerance, f"surprise of {name}")
 
 
+@pytest.mark.parametrize("forms", ["sparse", "slow"])
 @pytest.mark.parametrize("size", SIZES)
-def test_forward_and_backward(compare, device, size):
+def test_forward_and_backward(compare, device, size, forms):
+    """Forms that take seconds are compared apart, or there would be few rounds for the others."""
     if device == "cpu" and size in GPU_SIZES:
         pytest.skip("minutes on a CPU; `make gpu` runs it")
     tokens, features, experts, neurons, slots = SIZES[size]
@@ -227,11 +231,19 @@ def test_forward_and_backward(compare, device, size):
         "128 experts of 64, cpu": "dense >= 50x, loop >= 20x, grouped_mm >= 0.9x",
         "1024 experts of 64, 16k tokens, cuda": "best of grouped_mm and Liger >= 1.3x, surprise <= 3 %",
     }
+    candidates = {name: partial(step, c, forward) for name, forward in forwards_of(c).items()}
+    slow = [name for name in candidates if name in SLOW]
+    if forms == "sparse":
+        candidates = {name: call for name, call in candidates.items() if name not in slow}
+    elif not slow:
+        pytest.skip("all of them cost too much at this size")
+    else:
+        candidates = {name: candidates[name] for name in ("expert_mlp, surprise", "expert_mlp", "step over grouped_mm", *slow)}
     notes = {"goal": goals.get(f"{size}, {device}"), "without Liger:": why_no_liger(device)}
     kind = str(DTYPE[device]).removeprefix("torch.")
     compare(
-        f"mixture, forward + backward, {tokens} tokens x {features}, {experts} experts of {neurons}, {slots} a token, {kind}, {device}",
-        {name: partial(step, c, forward) for name, forward in forwards_of(c).items()},
+        f"mixture, {forms} forms, {tokens} tokens x {features}, {experts} experts of {neurons}, {slots} a token, {kind}, {device}",
+        candidates,
         lambda outputs: check_equal(outputs, TOLERANCE[DTYPE[device]]),
         info={name: value for name, value in notes.items() if value},
     )
