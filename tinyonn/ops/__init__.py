@@ -1,5 +1,6 @@
 """Public functions: checks, dispatch, registration."""
 
+from .attention_stats import AttentionStats, attention_stats
 from .block_norms import block_norms
 from .block_sparse_attention import block_sparse_attention
 from .compressed_attention import compressed_attention
@@ -13,9 +14,11 @@ from .threshold_route import Routing, select_by_budget, threshold_route
 from .token_grad_norms import token_grad_norms
 
 __all__ = [
+    "AttentionStats",
     "BlockSelection",
     "DynNSAOutput",
     "Routing",
+    "attention_stats",
     "block_norms",
     "block_sparse_attention",
     "compressed_attention",

@@ -1,5 +1,6 @@
 """Dense, readable oracles of the ops. They run in float64, never import a kernel, and are judged by eye."""
 
+from .attention_stats import attention_stats
 from .block_norms import block_norms
 from .dyn_nsa import (
     attention_tau,
@@ -17,6 +18,7 @@ from .token_grad_norms import token_grad_norms
 
 __all__ = [
     "Routing",
+    "attention_stats",
     "attention_tau",
     "block_norms",
     "block_sparse_attention",
