@@ -144,7 +144,8 @@ def _compute(
 
         entropy = query.new_empty(query.shape[:3], dtype=torch.float32)
         mass = torch.empty_like(entropy) if span_mask is not None else entropy.new_empty(0)
-        attention_stats_fwd(query, key, entropy, mass, span_mask, key_mask, sinks, bias, scale, causal, window, softcap)
+        with torch.cuda.device_of(query):
+            attention_stats_fwd(query, key, entropy, mass, span_mask, key_mask, sinks, bias, scale, causal, window, softcap)
         return entropy, mass
     return torch_attention_stats(query, key, span_mask, sinks, scale, softcap, visibility)
 
