@@ -345,6 +345,23 @@ def test_second_derivatives_are_refused():
             grad.sum().backward(retain_graph=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["silu", "gpt-oss", "relu2"])
+def test_every_kind_of_surprise_in_bfloat16(name, kind):
+    layout = LAYOUTS[name]
+    params = weights(8, 24, 40, layout=layout, biased=True, dtype=torch.bfloat16)
+    x, (index, weight) = tokens_of(60, 40, torch.bfloat16), routing(60, 3, 8, dtype=torch.bfloat16)
+    cotangent, probe = tokens_of(60, 40, torch.bfloat16).flip(0), torch.zeros(index.shape, requires_grad=True)
+    out = ops.expert_mlp(x, top_k_index=index, top_k_weights=weight, surprise=probe, surprise_kind=kind, **params, **layout)
+    (found,) = torch.autograd.grad(out, probe, cotangent)
+    wanted = reference.expert_surprise(
+        x, top_k_index=index, top_k_weights=weight, grad_output=cotangent, kind=kind, **params, **layout
+    )  # fmt: skip
+    used = wanted > 0
+    assert ((found.double() - wanted)[used] / wanted[used]).square().mean().sqrt() <= 5e-3
+    assert (found[~used] == 0).all()
+
+
 def test_without_a_probe_nothing_is_added(layer, monkeypatch):
     from tinyonn.ops import _torch_experts
 
