@@ -38,6 +38,7 @@ __all__ = [
     "shape_id",
     "tiny_causal_lm",
     "tiny_dyn_nsa_lm",
+    "tiny_encoder",
     "token_ids",
     "usages_of",
 ]
@@ -296,6 +297,49 @@ def tiny_causal_lm(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.float
     return model.to(dtype).eval()
 
 
+_TINY_ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {},
+    "distilbert": {"dim": 48, "hidden_dim": 80, "n_layers": 3, "n_heads": 4, "hidden_size": None, "num_hidden_layers": None},
+    "modernbert": {"local_attention": 6, "global_attn_every_n_layers": 2},
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "position_biased_input": False,
+    },
+}
+
+
+def tiny_encoder(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """A random encoder of a few thousand weights, in eval mode; with `num_labels`, a classifier of sequences.
+
+    Vocabulary 97, hidden size 48, three layers of four heads. DeBERTa is shaped like version 3: relative positions in buckets.
+
+    Args:
+        arch: bert, roberta, distilbert, modernbert or deberta-v2.
+        seed: of the weights; the global generators are left as they were.
+        dtype: of the weights.
+        **overrides: of the architecture's configuration.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+    sizes = {name: size for name, size in _SIZES.items() if name != "num_key_value_heads"}
+    special = {"pad_token_id": 95, "cls_token_id": 93, "sep_token_id": 94, "bos_token_id": None, "eos_token_id": None}
+    merged = {"vocab_size": 97, "initializer_range": 0.25, **sizes, **special, **_TINY_ENCODERS[arch], **overrides}
+    config = AutoConfig.for_model(arch, **{name: value for name, value in merged.items() if value is not None or name in special})
+    loader = AutoModelForSequenceClassification if "num_labels" in overrides else AutoModel
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = loader.from_config(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype).eval()
+
+
 def tiny_dyn_nsa_lm(arch: str = "llama", *, layers: int = 2, weight: float = 0.1, **options: Any) -> PreTrainedModel:
     """A tiny model, of full attention, converted to DynNSA with its schedule run to the end: 5 blocks of 16 keys at most.
 
@@ -339,25 +383,41 @@ def left_padding(length: int = 130, padding: int = 21) -> Tensor:
 def save_tiny_model(
     folder: str | os.PathLike[str], arch: str = "llama", *, end_token: bool = True, chat_template: str | None = None, **options: Any
 ) -> Path:
-    """Saves a tiny causal language model with a tokenizer of its own: one token per printable ASCII character.
+    """Saves a tiny causal language model, or encoder, with a tokenizer of its own: one token per printable ASCII character.
+
+    An encoder's tokenizer writes [CLS] a [SEP] or [CLS] a [SEP] b [SEP], in the places of the last three of them, and has token types.
 
     Args:
         folder: made if it is not there.
-        arch, **options: of `tiny_causal_lm`.
-        end_token: give the tokenizer an end-of-text token, which is what batches are padded with.
+        arch, **options: of `tiny_causal_lm` or `tiny_encoder`.
+        end_token: give a language model's tokenizer an end-of-text token, which is what batches are padded with.
         chat_template: jinja, for a tokenizer that takes chats.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     path = Path(folder)
+    encoder = arch in _TINY_ENCODERS
     vocabulary = {chr(code): index for index, code in enumerate(range(32, 127))} | {"<eos>": 95, "<unk>": 96}
+    if encoder:
+        vocabulary = {token: index for token, index in vocabulary.items() if index < 93} | {
+            "[CLS]": 93,
+            "[SEP]": 94,
+            "[PAD]": 95,
+            "<unk>": 96,
+        }
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     characters.decoder = decoders.Fuse()
     special = {"eos_token": "<eos>"} if end_token else {}
+    if encoder:
+        special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+        ends = [("[CLS]", 93), ("[SEP]", 94)]
+        characters.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ends)
+        names = ["input_ids", "attention_mask", *([] if arch in ("distilbert", "modernbert") else ["token_type_ids"])]
+        special["model_input_names"] = names  # type: ignore[assignment]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, unk_token="<unk>", **special)
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(path)
-    tiny_causal_lm(arch, **options).save_pretrained(path)
+    (tiny_encoder if encoder else tiny_causal_lm)(arch, **options).save_pretrained(path)
     return path
