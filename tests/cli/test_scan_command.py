@@ -260,7 +260,7 @@ def test_bad_values_name_the_option(cli: Cli, model: Path, corpus: Path, tmp_pat
 
 
 def test_a_model_larger_than_memory(cli: Cli, model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tinyonn.scan.loading as loading
+    import tinyonn.hf.loading as loading
 
     monkeypatch.setattr(loading, "available_memory", lambda device: 1000)
     ran = cli("scan", "-m", model, "-d", corpus, "-o", tmp_path / "x.mscan")

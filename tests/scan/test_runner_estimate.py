@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tinyonn.errors import InputError
-from tinyonn.scan import ScanConfig, estimate, estimate_scan, loading, run_scan
+from tinyonn.hf import loading
+from tinyonn.scan import ScanConfig, estimate, estimate_scan, run_scan
 from tinyonn.scan.activations import saved_bytes
 from tinyonn.scan.forward import logits_from_embeddings
 from tinyonn.testing import save_tiny_model, tiny_causal_lm

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from tinyonn._units import readable_bytes
 from tinyonn.errors import InputError
-from tinyonn.scan import ScanConfig, loading, memory, run_scan
-from tinyonn.scan.loading import resolve_device, resolve_dtype, weights_of
+from tinyonn.hf import loading
+from tinyonn.hf.loading import resolve_device
+from tinyonn.scan import ScanConfig, run_scan
 from tinyonn.testing import save_tiny_model, tiny_causal_lm
 
 
@@ -177,36 +178,6 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(config, tiny_
     assert message == (f"model_path must fit in memory: its weights take {size} in float32, cpu has 200 kB free; use --dtype bf16.")
 
 
-def test_weights_are_counted_from_headers(tiny_model):
-    model = tiny_causal_lm("llama")
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert weights_of(tiny_model) == loading.Weights(count, 4 * count)
-
-
-def test_only_the_files_that_are_loaded_count(tiny_model, tmp_path):
-    folder = shutil.copytree(tiny_model, tmp_path / "both")
-    expected = weights_of(folder)
-    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
-    assert weights_of(folder) == expected
-    (folder / "model.safetensors").rename(folder / "part-1.safetensors")
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "part-1.safetensors", "b": "part-1.safetensors"}}))
-    assert weights_of(folder) == expected
-    index.write_text(json.dumps({"weight_map": {"a": "part-2.safetensors"}}))
-    with pytest.raises(InputError, match=r"all files that model\.safetensors\.index\.json names, got none called part-2\.safetensors"):
-        weights_of(folder)
-    index.write_text("{")
-    with pytest.raises(InputError, match=r"got a damaged model\.safetensors\.index\.json"):
-        weights_of(folder)
-
-
-@pytest.mark.parametrize(("named", "width"), [("float32", 4), ("bfloat16", 2), (None, 4)])
-def test_pytorch_files_count_by_the_configured_precision(tmp_path, named, width):
-    (tmp_path / "config.json").write_text(json.dumps({} if named is None else {"torch_dtype": named}))
-    (tmp_path / "pytorch_model.bin").write_bytes(bytes(4000))
-    assert weights_of(tmp_path) == loading.Weights(4000 // width, 4000)
-
-
 def test_an_empty_corpus_of_short_texts(config, write_corpus):
     write_corpus(["a", "b"])
     assert "dataset_path must hold a text to scan, got none in" in refused(config)
@@ -218,33 +189,3 @@ def test_a_gpu_that_is_not_there(config, monkeypatch):
     assert refused(config, device="cuda") == "device must be cpu where torch finds no GPU, got cuda."
     assert resolve_device("auto") == torch.device("cpu")
     assert refused(config, device=f"cuda:{10**20}") == f"device must be auto, cpu, cuda or cuda:N, got cuda:{10**20}."
-
-
-def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert resolve_device("auto", 3) == torch.device("cuda", 3)
-    assert resolve_device("cuda", 2) == torch.device("cuda", 2)
-    assert resolve_device("cuda:1", 2) == torch.device("cuda", 1)
-    with pytest.raises(InputError, match="device must be one of the 4 GPUs here, got cuda:7"):
-        resolve_device("cuda:7")
-
-
-def test_auto_precision_is_the_checkpoints_own_on_a_gpu_alone(tiny_model, tmp_path):
-    folder = copy_of(tiny_model, tmp_path / "m")
-    content = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(content))
-    stored = loading.load_config(folder)
-    assert resolve_dtype("auto", torch.device("cpu"), stored) == torch.float32
-    assert resolve_dtype("auto", torch.device("cuda", 0), stored) == torch.bfloat16
-    assert resolve_dtype("fp16", torch.device("cpu"), stored) == torch.float16
-
-
-def test_memory_of_a_container_counts(tmp_path, monkeypatch):
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("700000\n")
-    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 150000\nactive_file 50000\n")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    assert memory.available_memory(torch.device("cpu")) == 500_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available_memory(torch.device("cpu")) > 10_000_000

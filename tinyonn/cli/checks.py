@@ -210,7 +210,7 @@ def _data() -> Iterator[Finding]:
 def _room() -> Iterator[Finding]:
     import torch
 
-    from ..scan.memory import available_memory
+    from ..hf.memory import available_memory
 
     yield Finding("memory", OK, f"{available_memory(torch.device('cpu')) / 1e9:.1f} GB free")
     free = shutil.disk_usage(Path.cwd()).free

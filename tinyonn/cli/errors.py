@@ -75,9 +75,9 @@ def _os_error(error: OSError, command: str) -> str:
 
 
 def _ran_out_of_memory(error: BaseException) -> bool:
-    if "torch" not in sys.modules:  # then there is none of its errors to tell, and it is not imported for that
+    if not isinstance(error, RuntimeError) or "torch" not in sys.modules:  # none of torch's; the libraries are not imported for that
         return isinstance(error, MemoryError)
-    from ..scan.memory import is_out_of_memory
+    from ..hf.memory import is_out_of_memory
 
     return is_out_of_memory(error)
 

@@ -22,12 +22,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
+from ..hf.memory import available_memory
 from ..mscan.layout import layout_blocks
 from .activations import saved_bytes, skeleton
 from .config import ScanConfig
 from .corpus import CorpusItem
 from .distributed import World
-from .memory import available_memory
 from .prepare import Prepared, prepare
 from .tokens import TokenCounts, TokenSequence, plan_batches
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ..hf.loading import display_name, weight_files
 from .config import RUN_ONLY, ScanConfig
-from .loading import display_name, weight_files
 from .targets import BLOCK_SIZE
 
 # All that texts become tokens by, chat templates included.

@@ -10,11 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from .config import ScanConfig
-from .corpus import Corpus, CorpusItem, read_corpus
-from .distributed import World
-from .identity import scan_metadata
-from .loading import (
+from ..hf.loading import (
     Weights,
     load_config,
     load_tokenizer,
@@ -25,6 +21,10 @@ from .loading import (
     resolve_model,
     weights_of,
 )
+from .config import ScanConfig
+from .corpus import Corpus, CorpusItem, read_corpus
+from .distributed import World
+from .identity import scan_metadata
 from .tokens import Encoder
 
 

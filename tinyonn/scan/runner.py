@@ -13,13 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import InputError
+from ..hf.loading import check_fits, load_model
+from ..hf.memory import is_out_of_memory
 from ..mscan import MscanWriter, SequenceRecord
 from .config import ScanConfig
 from .distributed import World
 from .engine import ScanEngine, SequenceScan
 from .generation import Answered, Generator
-from .loading import check_fits, load_model
-from .memory import is_out_of_memory
 from .output import NOTHING, Existing, OutputCompleteError, check_writable, find_existing, member_path, open_writer, refuse_existing
 from .prepare import Prepared, prepare
 from .tokens import TokenCounts, TokenSequence, plan_batches

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,8 @@ from ..errors import InputError
 from .memory import available_memory, is_out_of_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What a model that one of these loads is called.
+_MODELS = {"AutoModelForCausalLM": "a causal language model", "AutoModelForSequenceClassification": "a sequence classifier"}
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
@@ -242,31 +244,46 @@ def check_fits(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         )
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The causal language model, in eval mode, on its device.
+def load_model(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    auto_class: str = "AutoModelForCausalLM",
+    may_lack: Sequence[str] = (),
+    **options: Any,
+) -> PreTrainedModel:
+    """A model, in eval mode, on its device.
+
+    Args:
+        auto_class: name of the transformers class that loads it.
+        may_lack: regular expressions, searched in the names of parameters that the checkpoint may lack, or hold in another shape (a
+            classifier that is to be trained); transformers fills these at random.
+        **options: more of `from_pretrained`'s, such as num_labels.
 
     Raises:
-        InputError: not a causal language model, weights damaged, missing, or larger than memory.
+        InputError: no model of that class, weights damaged, missing, or larger than memory.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils import logging
 
     check_fits(folder, dtype, device)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # the caller shows its own
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = getattr(transformers, auto_class).from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:  # what a damaged file brings down in transformers has no common type
         if is_out_of_memory(error):
             raise
-        held = "valid safetensors files" if type(error).__name__ == "SafetensorError" else "a causal language model"
+        wanted = _MODELS.get(auto_class, "a model transformers knows")
+        held = "valid safetensors files" if type(error).__name__ == "SafetensorError" else wanted
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"model_path must hold {held}, got {folder.name}: {reason}") from error
     finally:
         if shown:
             logging.enable_progress_bar()
     model, found = loaded
-    if missing := sorted(found["missing_keys"]):  # transformers fills these at random
+    unfilled = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}  # transformers fills these at random
+    if missing := sorted(name for name in unfilled if not any(re.search(pattern, name) for pattern in may_lack)):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InputError(f"model_path must hold all weights of the model, got {folder.name} without {', '.join(missing[:3])}{more}.")
     return cast(PreTrainedModel, model.to(device).eval())
