@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
@@ -14,7 +14,7 @@ from typer.main import get_command
 from .. import __version__
 from .errors import explain
 
-# In the order of a piece of work, which is the order of `tinyonn --help`.
+# In the order of a piece of work, which is the order of `tinyonn --help`. Each module holds a function of its name, or a group of commands.
 COMMANDS = ("demo", "doctor", "corpus", "scan", "report", "compare", "info", "verify", "recover", "convert")
 
 
@@ -51,7 +51,11 @@ def _root(
 
 
 for _name in COMMANDS:
-    app.command(_name)(getattr(importlib.import_module(f".{_name}", __package__), _name))
+    _command = getattr(importlib.import_module(f".{_name}", __package__), _name)
+    if isinstance(_command, typer.Typer):
+        app.add_typer(_command, name=_name)
+    else:
+        app.command(_name)(_command)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -73,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (Exception, KeyboardInterrupt) as error:
-        ending = None if os.environ.get("TINYONN_DEBUG") else explain(error, _command_name(arguments))
+        ending = None if os.environ.get("TINYONN_DEBUG") else explain(error, _command_name(command, arguments))
         if ending is None:
             raise
         print(ending.line, file=sys.stderr)
@@ -81,5 +85,11 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _command_name(arguments: Sequence[str]) -> str:
-    return next((f"tinyonn {argument}" for argument in arguments if argument in COMMANDS), "tinyonn")
+def _command_name(command: Any, arguments: Sequence[str]) -> str:
+    """`tinyonn`, or with the commands that were named: `tinyonn heads score`."""
+    name = "tinyonn"
+    for argument in arguments:
+        inside = getattr(command, "commands", {})
+        if argument in inside:
+            name, command = f"{name} {argument}", inside[argument]
+    return name
