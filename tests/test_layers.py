@@ -30,7 +30,10 @@ ALLOWED: dict[str, set[str]] = {
 SHARED = {
     "tinyonn",
     "tinyonn._C",
+    "tinyonn._config",
     "tinyonn._debug",
+    "tinyonn._files",
+    "tinyonn._records",
     "tinyonn._units",
     "tinyonn.errors",
 }  # single modules under every layer but the two lowest
@@ -147,8 +150,9 @@ except RuntimeError as error:
     assert "install triton or pass impl='torch'" in done.stdout
 
 
-def test_importing_tinyonn_is_light():
+@pytest.mark.parametrize("name", ["tinyonn", "tinyonn._files"])
+def test_what_every_command_imports_is_light(name):
     done = subprocess.run(
-        [sys.executable, "-c", "import sys, tinyonn; print('torch' in sys.modules)"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", f"import sys, {name}; print('torch' in sys.modules)"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"

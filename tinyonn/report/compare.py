@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from .._files import write_atomically
 from ..errors import InputError
 from ..mscan import MscanReader
 from . import figures
 from .compare_page import Comparison, comparison_page
 from .grid import short_names
 from .maps import HeatMap, make_map
-from .page import write_atomically
 from .report import check_output
 from .samples import TopicSample, check_comparable, comparison_notes, read_sample
 from .statistics import compare_blocks, rank_correlation, split_half_correlation

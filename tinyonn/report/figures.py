@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from .._files import replacing
 from ..errors import InputError
 from .grid import Floats
 from .maps import HeatMap, Normalisation
-from .page import replacing
 from .palette import DIVERGING_LIGHT, SEQUENTIAL, SERIES_LIGHT
 
 _DPI = 150

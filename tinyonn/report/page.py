@@ -13,17 +13,13 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
 from .maps import HeatMap
 from .palette import page_palette, series_css
 
@@ -149,45 +145,6 @@ def map_data(
             for how, (values, scale) in heat_map.views.items()
         },
     }
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Writes a text file so that a reader sees the old one or the new one, never half.
-
-    Raises:
-        InputError: the folder does not exist or cannot be written.
-    """
-    with replacing(path) as partial:
-        partial.write_text(content, encoding="utf-8", errors="replace")
-
-
-class replacing:
-    """A context that gives a temporary path beside `path` and renames it on success."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Path:
-        try:
-            handle, name = tempfile.mkstemp(prefix=f".{self._path.name}-", suffix=self._path.suffix, dir=self._path.parent)
-        except OSError as error:
-            raise InputError(f"output must be in a folder that can be written, got {self._path}: {error.strerror}.") from error
-        os.close(handle)
-        self._partial = Path(name)
-        return self._partial
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: object) -> None:
-        if kind is not None:
-            self._partial.unlink(missing_ok=True)
-            return
-        mask = os.umask(0)
-        os.umask(mask)
-        self._partial.chmod(0o666 & ~mask)  # mkstemp's 0600 would hide the page from others
-        try:
-            os.replace(self._partial, self._path)
-        except OSError as error:
-            self._partial.unlink(missing_ok=True)
-            raise InputError(f"output must be a file that can be written, got {self._path}: {error.strerror}.") from error
 
 
 def _asset(name: str) -> str:

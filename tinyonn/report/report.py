@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .._files import write_atomically
 from ..errors import InputError, did_you_mean
 from ..mscan import MscanReader
 from . import figures
@@ -14,7 +15,6 @@ from .data import ScanData, collect
 from .grid import short_names
 from .heads import head_scores
 from .maps import NORMALISATIONS, HeatMap, Normalisation, scan_maps
-from .page import write_atomically
 from .replay import REPLAY_ORDERS, ReplayOrder, choose_sequences, read_replay
 from .report_page import profile_series, report_page, scan_title
 from .token_text import find_tokenizer
