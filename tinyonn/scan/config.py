@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -10,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, did_you_mean
+from .._config import check_bool, check_choice, check_int, check_number, check_text, from_mapping, read_yaml
+from ..errors import InputError
 
 CREDITS = ("full", "local")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -83,34 +83,28 @@ class ScanConfig:
     resume: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("model_path", "dataset_path", "output_path", "topic", "targets", "text_field"):
-            self._check_text(name)
-        for name, choices in (
-            ("credit", CREDITS),
-            ("dtype", DTYPES),
-            ("store", STORES),
-            ("codec", CODECS),
-            ("compression", COMPRESSIONS),
-            ("sync", SYNCS),
-        ):
-            value = getattr(self, name)
-            if value not in choices:
-                raise InputError(f"{name} must be one of {', '.join(str(c) for c in choices)}, got {value!r}{did_you_mean(value, choices)}")
-        self._check_int("batch_size", 1)
-        self._check_int("max_length", 2)
-        self._check_int("generate", 0)
-        self._check_int("seed", 0)
+        for name in ("model_path", "dataset_path", "targets"):
+            check_text(self, name)
+        for name in ("output_path", "topic", "text_field"):
+            check_text(self, name, optional=True)
+        check_choice(self, "credit", CREDITS)
+        check_choice(self, "dtype", DTYPES)
+        check_choice(self, "store", STORES)
+        check_choice(self, "codec", CODECS)
+        check_choice(self, "compression", COMPRESSIONS)
+        check_choice(self, "sync", SYNCS)
+        check_int(self, "batch_size", 1)
+        check_int(self, "max_length", 2)
+        check_int(self, "generate", 0)
+        check_int(self, "seed", 0)
         if self.limit is not None:
-            self._check_int("limit", 1)
+            check_int(self, "limit", 1)
         for name in ("skip_bad", "store_text", "overwrite", "resume"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}.")
-        self._check_number("temperature")
-        self._check_number("top_p")
+            check_bool(self, name)
+        check_number(self, "temperature")
+        check_number(self, "top_p", above=0, most=1)
         if not (self.temperature == 0 or 1e-3 <= self.temperature < float("inf")):
             raise InputError(f"temperature must be 0, or at least 0.001 and finite, got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}.")
         if self.output_path is not None and not self.output_path.endswith(".mscan"):
@@ -125,20 +119,8 @@ class ScanConfig:
         Raises:
             InputError: the file is missing, not a mapping, or has a key that is no option (near names are given).
         """
-        import yaml
-
-        file = Path(path)
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"config must be a readable file, got {file}: {error.strerror}.") from error
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # no YAML, no UTF-8, no such day, nesting without end
-            reason = " ".join(str(error).split())
-            raise InputError(f"config must be valid YAML, got {file}: {reason}.") from error
-        if not isinstance(content, Mapping):
-            raise InputError(f"config must be a YAML mapping of options, got {type(content).__name__} in {file}.")
-        values = {str(key).replace("-", "_"): value for key, value in content.items()}
-        return cls.from_mapping({**values, **{key: value for key, value in overrides.items() if value is not None}}, source=str(file))
+        values = read_yaml(path)
+        return cls.from_mapping({**values, **{key: value for key, value in overrides.items() if value is not None}}, source=str(Path(path)))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, source: str = "config") -> ScanConfig:
@@ -147,14 +129,7 @@ class ScanConfig:
         Raises:
             InputError: an unknown key, or model_path or dataset_path is missing.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        for key in values:
-            if key not in known:
-                raise InputError(f"{source}: option must be one of ScanConfig's fields, got {key!r}{did_you_mean(key, sorted(known), 3)}")
-        for required in ("model_path", "dataset_path"):
-            if values.get(required) is None:
-                raise InputError(f"{required} must be given, in {source} or as --{required.replace('_', '-')}.")
-        return cls(**values)
+        return from_mapping(cls, values, source=source, required=("model_path", "dataset_path"))
 
     @property
     def topic_name(self) -> str:
@@ -176,24 +151,3 @@ class ScanConfig:
         if self.output_path is not None:
             return Path(self.output_path)
         return Path("data/scans") / f"{self.model_name}_{self.topic_name}.mscan"
-
-    def _check_text(self, name: str) -> None:
-        value = getattr(self, name)
-        optional = name in ("output_path", "topic", "text_field")
-        if isinstance(value, os.PathLike):
-            object.__setattr__(self, name, os.fspath(value))
-        elif not (optional and value is None) and (not isinstance(value, str) or not value):
-            raise InputError(f"{name} must be a non-empty string, got {value!r}.")
-        text = getattr(self, name) or ""
-        if "\0" in text or text != text.encode(errors="replace").decode():  # no file has such a name, and no metadata
-            raise InputError(f"{name} must be Unicode text without NUL, got {text!r}.")
-
-    def _check_int(self, name: str, minimum: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise InputError(f"{name} must be a whole number of at least {minimum}, got {value!r}.")
-
-    def _check_number(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise InputError(f"{name} must be a number, got {value!r}.")

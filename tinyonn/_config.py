@@ -1,0 +1,108 @@
+"""Options of a command: a frozen dataclass, from a YAML file or a mapping, with one clear line for what can be wrong.
+
+The checks are for `__post_init__`; each reads the field called `name` and raises InputError that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import InputError, did_you_mean
+
+Config = TypeVar("Config")
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Options from a YAML mapping; hyphens in keys become underscores.
+
+    Raises:
+        InputError: the file is missing or not a mapping.
+    """
+    import yaml
+
+    file = Path(path)
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config must be a readable file, got {file}: {error.strerror}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no YAML, no UTF-8, no such day, nesting without end
+        reason = " ".join(str(error).split())
+        raise InputError(f"config must be valid YAML, got {file}: {reason}.") from error
+    if not isinstance(content, Mapping):
+        raise InputError(f"config must be a YAML mapping of options, got {type(content).__name__} in {file}.")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def from_mapping(cls: type[Config], values: Mapping[str, Any], *, source: str, required: Sequence[str]) -> Config:
+    """A dataclass of options from a mapping whose keys are its fields.
+
+    Args:
+        source: where the values are from, for messages.
+        required: fields that must be given.
+
+    Raises:
+        InputError: an unknown key (near names are given), or a required one is missing.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            near = did_you_mean(key, sorted(known), 3)
+            raise InputError(f"{source}: option must be one of {cls.__name__}'s fields, got {key!r}{near}")
+    for name in required:
+        if values.get(name) is None:
+            raise InputError(f"{name} must be given, in {source} or as --{name.replace('_', '-')}.")
+    return cls(**values)
+
+
+def check_text(config: object, name: str, *, optional: bool = False) -> None:
+    """Text that can be in a file's name or metadata; a path becomes text; None only where `optional`."""
+    value = getattr(config, name)
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+        object.__setattr__(config, name, value)
+    elif not (optional and value is None) and (not isinstance(value, str) or not value):
+        raise InputError(f"{name} must be a non-empty string, got {value!r}.")
+    text = value or ""
+    if "\0" in text or text != text.encode(errors="replace").decode():  # no file has such a name, and no metadata
+        raise InputError(f"{name} must be Unicode text without NUL, got {text!r}.")
+
+
+def check_choice(config: object, name: str, choices: Sequence[Any]) -> None:
+    """One of the choices."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(str(c) for c in choices)}, got {value!r}{did_you_mean(value, choices)}")
+
+
+def check_int(config: object, name: str, minimum: int) -> None:
+    """A whole number, at least `minimum`."""
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise InputError(f"{name} must be a whole number of at least {minimum}, got {value!r}.")
+
+
+def check_number(config: object, name: str, *, least: float | None = None, above: float | None = None, most: float | None = None) -> None:
+    """A number; where any bound is given, within the bounds (`above` excludes its own) and finite."""
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{name} must be a number, got {value!r}.")
+    bounds = (("at least", least), ("above", above), ("at most", most))
+    rules = [f"{words} {bound:g}" for words, bound in bounds if bound is not None]
+    if not rules:
+        return
+    if most is None:
+        rules.append("finite")
+    high_enough = (least is None or value >= least) and (above is None or value > above)
+    if not (high_enough and value > float("-inf") and value < float("inf") and (most is None or value <= most)):
+        raise InputError(f"{name} must be {' and '.join(rules)}, got {value}.")
+
+
+def check_bool(config: object, name: str) -> None:
+    """A truth value."""
+    value = getattr(config, name)
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be true or false, got {value!r}.")
