@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tinyonn._config import check_number, check_text, from_mapping, read_yaml
+from tinyonn._config import check_device, check_number, check_text, from_mapping, read_yaml
 from tinyonn.errors import InputError
 
 
@@ -51,12 +51,12 @@ def test_a_path_becomes_text():
 @pytest.mark.parametrize(
     ("bounds", "good", "bad", "rule"),
     [
-        ({"least": 0}, [0, 0.0, 3, 1e300, 10**400], [-1e-9, float("nan"), float("inf")], "at least 0 and finite"),
+        ({"minimum": 0}, [0, 0.0, 3, 1e300, 10**400], [-1e-9, float("nan"), float("inf")], "at least 0 and finite"),
         ({"above": 0}, [1e-30, 2], [0, -1, float("nan"), float("inf")], "above 0 and finite"),
-        ({"most": 100}, [-5, 100], [100.5, float("-inf"), float("nan")], "at most 100"),
-        ({"least": 0, "most": 0.5}, [0, 0.5], [-0.1, 0.6], "at least 0 and at most 0.5"),
+        ({"maximum": 100}, [-5, 100], [100.5, float("-inf"), float("nan")], "at most 100"),
+        ({"minimum": 0, "maximum": 0.5}, [0, 0.5], [-0.1, 0.6], "at least 0 and at most 0.5"),
     ],
-    ids=["least", "above", "most", "both"],
+    ids=["minimum", "above", "maximum", "both"],
 )
 def test_a_number_keeps_within_its_bounds(bounds, good, bad, rule):
     for value in good:
@@ -68,3 +68,10 @@ def test_a_number_keeps_within_its_bounds(bounds, good, bad, rule):
 @pytest.mark.parametrize("value", ["1", True, None])
 def test_a_number_is_no_text_and_no_truth_value(value):
     assert refused(check_number, Options(rate=value), "rate") == f"rate must be a number, got {value!r}."
+
+
+@pytest.mark.parametrize("value", ["gpu", "cuda:", "cuda:one", "", 0])
+def test_a_device_has_one_of_four_forms(value):
+    for name in ("auto", "cpu", "cuda", "cuda:12"):
+        check_device(Options(rate=name), "rate")
+    assert refused(check_device, Options(rate=value), "rate") == f"rate must be auto, cpu, cuda or cuda:N, got {value!r}."

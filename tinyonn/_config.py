@@ -6,7 +6,9 @@ The checks are for `__post_init__`; each reads the field called `name` and raise
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,19 +87,22 @@ def check_int(config: object, name: str, minimum: int) -> None:
         raise InputError(f"{name} must be a whole number of at least {minimum}, got {value!r}.")
 
 
-def check_number(config: object, name: str, *, least: float | None = None, above: float | None = None, most: float | None = None) -> None:
+def check_number(
+    config: object, name: str, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None
+) -> None:
     """A number; where any bound is given, within the bounds (`above` excludes its own) and finite."""
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputError(f"{name} must be a number, got {value!r}.")
-    bounds = (("at least", least), ("above", above), ("at most", most))
+    bounds = (("at least", minimum), ("above", above), ("at most", maximum))
     rules = [f"{words} {bound:g}" for words, bound in bounds if bound is not None]
     if not rules:
         return
-    if most is None:
+    if maximum is None:
         rules.append("finite")
-    high_enough = (least is None or value >= least) and (above is None or value > above)
-    if not (high_enough and value > float("-inf") and value < float("inf") and (most is None or value <= most)):
+    above_lowest = (minimum is None or value >= minimum) and (above is None or value > above) and value > -math.inf
+    below_highest = value < math.inf if maximum is None else value <= maximum
+    if not (above_lowest and below_highest):
         raise InputError(f"{name} must be {' and '.join(rules)}, got {value}.")
 
 
@@ -106,3 +111,10 @@ def check_bool(config: object, name: str) -> None:
     value = getattr(config, name)
     if not isinstance(value, bool):
         raise InputError(f"{name} must be true or false, got {value!r}.")
+
+
+def check_device(config: object, name: str = "device") -> None:
+    """The name of a device, there or not: auto, cpu, cuda or cuda:N."""
+    value = getattr(config, name)
+    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise InputError(f"{name} must be auto, cpu, cuda or cuda:N, got {value!r}.")

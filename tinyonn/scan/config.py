@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._config import check_bool, check_choice, check_int, check_number, check_text, from_mapping, read_yaml
+from .._config import check_bool, check_choice, check_device, check_int, check_number, check_text, from_mapping, read_yaml
 from ..errors import InputError
 
 CREDITS = ("full", "local")
@@ -102,11 +102,10 @@ class ScanConfig:
         for name in ("skip_bad", "store_text", "overwrite", "resume"):
             check_bool(self, name)
         check_number(self, "temperature")
-        check_number(self, "top_p", above=0, most=1)
+        check_number(self, "top_p", above=0, maximum=1)
         if not (self.temperature == 0 or 1e-3 <= self.temperature < float("inf")):
             raise InputError(f"temperature must be 0, or at least 0.001 and finite, got {self.temperature}.")
-        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}.")
+        check_device(self)
         if self.output_path is not None and not self.output_path.endswith(".mscan"):
             raise InputError(f"output_path must end in .mscan, got {self.output_path!r}.")
         if self.topic is not None and not re.fullmatch(r"[\w.-]+", self.topic):
