@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,3 +25,69 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+SEED_FILES = {
+    "importance_pre.jsonl": {
+        "loss_increase": "I_pre",
+        "accuracy_drop": "accuracy_drop_pre",
+        "taylor": "taylor_pre",
+        "taylor_abs": "taylor_abs_pre",
+    },
+    "importance_post.jsonl": {
+        "loss_increase": "I_post",
+        "accuracy_drop": "accuracy_drop_post",
+        "taylor": "taylor_post",
+        "taylor_abs": "taylor_abs_post",
+    },
+    "gradfisher_pre.jsonl": {"gradient_norm": "G_pre", "fisher": "fisher_pre"},
+    "update.jsonl": {name: name for name in ("Uq", "Uk", "Uv", "Uo", "U", "Urel")},
+}
+
+
+@pytest.fixture
+def make_seed() -> Callable[..., dict[str, np.ndarray]]:
+    """Writes what the steps train and measure of a plasticity run leave in OUTPUT/TASK/seedN/, with random numbers or given columns.
+
+    Columns are (layers, heads), by their names in heads.csv; those not given are random. Returns all of them.
+    """
+
+    def make(
+        folder: Path, layers: int = 4, heads: int = 6, seed: int = 0, model: str = "tiny-model", **columns: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(seed)
+        names = [column for fields in SEED_FILES.values() for column in fields.values()]
+        signed = {name for name in names if name.startswith(("I_", "accuracy", "taylor"))} - {"taylor_abs_pre", "taylor_abs_post"}
+        drawn = {name: rng.normal(size=(layers, heads)) * (0.1 if name in signed else 1.0) for name in names}
+        values = {name: drawn[name] if name in signed else np.exp(drawn[name]) for name in names} | columns
+        for file, fields in SEED_FILES.items():
+            lines = [
+                json.dumps({"layer": layer, "head": head} | {field: float(values[column][layer, head]) for field, column in fields.items()})
+                for layer in range(layers)
+                for head in range(heads)
+            ]
+            (folder / file).write_text("\n".join(lines) + "\n")
+        trained = {
+            "model": model,
+            "task": folder.parent.name,
+            "seed": seed,
+            "steps": 120,
+            "accuracy": 0.71,
+            "dtype": "fp32",
+            "seconds": 61.5,
+        }
+        measured = {
+            "base_loss_pre": 0.69,
+            "base_loss_post": 0.41,
+            "accuracy_pre": 0.5,
+            "accuracy_post": 0.8,
+            "samples": 256,
+            "seconds": 30.0,
+        }
+        subset = {"source": "validation.jsonl", "seed": 999, "size": 3, "indices": [4, 0, 7], "labels": [0, 1, 1]}
+        for file, content in (("train.json", trained), ("measure.json", measured), ("eval_subset.json", subset)):
+            (folder / file).write_text(json.dumps(content))
+        return values
+
+    return make

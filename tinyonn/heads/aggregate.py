@@ -1,0 +1,204 @@
+"""Several seeds of one plasticity run as one: means and intervals over seeds, and how often each head is a case.
+
+    aggregate.json   the statistics of stats.json as mean, sd and Student's t interval over seeds; cases; agreement between seeds
+    aggregate.csv    one line a head: mean and sd of every column over seeds, and in how many it is a case
+
+A seed counts when its report step is complete and was made from the files that lie beside it; the others are listed with what they
+lack, never left out in silence.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._files import write_atomically
+from ..errors import InputError
+from .cases import PLASTIC, STATIC, find_cases
+from .correlation import CONFIDENCE, mean_interval, spearman
+from .summary import COLUMNS, SOURCES, HeadTable, digest, json_text, read_heads, read_object
+
+STEPS = {"train.json": "train", "measure.json": "measure", "stats.json": "report"}
+KINDS = {"important_but_static": STATIC, "plastic_but_unimportant": PLASTIC}
+# What must be the same in every seed for a mean to mean anything.
+SHARED_FACTS = ("model", "task", "top_k", "high", "low")
+AGREEMENT_COLUMNS = ("I_pre", "I_post", "G_pre", "U", "Urel")
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A complete seed: its folder's name and number, stats.json, columns, and which heads are cases."""
+
+    name: str
+    number: int
+    stats: dict[str, Any]
+    subset: list[Any]
+    table: HeadTable
+    kinds: list[str]
+
+
+def aggregate(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Writes aggregate.json and aggregate.csv over all complete seeds of OUTPUT/TASK.
+
+    Args:
+        folder: holds seed0, seed1, …
+
+    Returns:
+        The content of aggregate.json.
+
+    Raises:
+        InputError: no seed is complete, scipy is missing, a file is not what its step writes, or the seeds are of different models,
+            heads or options; the line names the seeds. Nothing is written then.
+    """
+    root = Path(folder)
+    seeds, incomplete = _complete_seeds(root)
+    if not seeds:
+        held = "; ".join(f"{seed['folder']}: {seed['found']}; run {seed['step']}" for seed in incomplete)
+        raise InputError(f"{root} must hold at least one complete seed, got {held or 'no folder seed0, seed1 …'}.")
+    _check_alike(root, seeds)
+    first = seeds[0]
+    found: dict[str, Any] = {
+        **{name: first.stats[name] for name in SHARED_FACTS},
+        "counts": {"heads": len(first.table.places), "layers": len({place.layer for place in first.table.places})},
+        "seeds": [{"folder": seed.name, "seed": seed.number} for seed in seeds],
+        "incomplete": incomplete,
+        "notes": _notes(seeds),
+        "interval": {"method": "Student's t over seeds, cut at the quantity's range", "confidence": CONFIDENCE},
+        "pairs": [_pair(seeds, "pairs", number) for number in range(len(first.stats["pairs"]))],
+        "taylor": [_pair(seeds, "taylor", number) for number in range(len(first.stats["taylor"]))],
+        "case_counts": {name: _over([seed.kinds.count(kind) for seed in seeds], 0.0) for name, kind in KINDS.items()},
+        "acceptance": [_acceptance(seeds, number) for number in range(len(first.stats["acceptance"]))],
+        "agreement": [_agreement(seeds, column) for column in AGREEMENT_COLUMNS],
+        "cases": {name: _frequent(seeds, kind) for name, kind in KINDS.items()},
+    }
+    write_atomically(root / "aggregate.csv", _csv(seeds))
+    write_atomically(root / "aggregate.json", json_text(found))
+    return found
+
+
+def _complete_seeds(root: Path) -> tuple[list[Seed], list[dict[str, str]]]:
+    numbered = []
+    for path in root.glob("seed*"):
+        name = re.fullmatch(r"seed(\d+)", path.name)
+        if name and path.is_dir():
+            numbered.append((int(name[1]), path))
+    seeds: list[Seed] = []
+    incomplete: list[dict[str, str]] = []
+    for number, path in sorted(numbered):
+        missing = next((name for name in STEPS if not (path / name).exists()), None)
+        if missing is not None:
+            incomplete.append(_incomplete(path, f"no {missing}", STEPS[missing]))
+            continue
+        stats = read_object(path / "stats.json", _step("report"))
+        table = read_heads(path)
+        changed = next((name for name in SOURCES if stats.get("inputs", {}).get(name) != digest(path / name)), None)
+        if changed is not None:
+            incomplete.append(_incomplete(path, f"{changed} is not the one that stats.json was made from", "report"))
+            continue
+        kinds = find_cases(table.columns["I_pre"], table.columns["Urel"], stats["high"], stats["low"]).kinds
+        subset = read_object(path / "eval_subset.json", _step("measure")).get("indices", [])
+        seeds.append(Seed(path.name, number, stats, subset, table, kinds))
+    return seeds, incomplete
+
+
+def _incomplete(path: Path, found: str, step: str) -> dict[str, str]:
+    return {"folder": path.name, "found": found, "step": _step(step)}
+
+
+def _step(name: str) -> str:
+    return f"tinyonn heads plasticity {name}"
+
+
+def _check_alike(root: Path, seeds: Sequence[Seed]) -> None:
+    first = seeds[0]
+    for seed in seeds[1:]:
+        for name in SHARED_FACTS:
+            ours, theirs = first.stats[name], seed.stats[name]
+            if theirs != ours:
+                raise InputError(f"{root} must have one {name} in all seeds, got {ours} in {first.name} and {theirs} in {seed.name}.")
+        if seed.table.places != first.table.places:
+            shapes = [
+                f"{len({p.layer for p in its.table.places})} layers and {len(its.table.places)} heads in {its.name}"
+                for its in (first, seed)
+            ]
+            raise InputError(f"{root} must have the same heads in all seeds, got {' and '.join(shapes)}.")
+
+
+def _notes(seeds: Sequence[Seed]) -> list[str]:
+    notes = []
+    if len(seeds) == 1:
+        notes.append("One seed gives no interval: run others to see how far the numbers move from run to run.")
+    other = next((seed for seed in seeds[1:] if seed.subset != seeds[0].subset), None)
+    if other is not None:
+        notes.append(f"The seeds were measured on different rows (eval_subset.json): {seeds[0].name} and {other.name}.")
+    return notes
+
+
+def _over(values: Sequence[float | None], lowest: float = -np.inf, highest: float = np.inf) -> dict[str, Any]:
+    """A number of each seed with mean and interval; seeds that have none are left out of both and stay None in `values`."""
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    return {**mean_interval(known, lowest, highest), "values": list(values)}
+
+
+def _pair(seeds: Sequence[Seed], group: str, number: int) -> dict[str, Any]:
+    rows = [seed.stats[group][number] for seed in seeds]
+    k = rows[0]["overlap"]["k"]
+    overlap = _over([row["overlap"]["share"] for row in rows], 0.0, 1.0)
+    return {
+        "x": rows[0]["x"],
+        "y": rows[0]["y"],
+        "rho": _over([row["rho"] for row in rows], -1.0, 1.0),
+        "overlap": {"k": k, "chance": k / len(seeds[0].table.places), **overlap},
+    }
+
+
+def _acceptance(seeds: Sequence[Seed], number: int) -> dict[str, Any]:
+    rows = [seed.stats["acceptance"][number] for seed in seeds]
+    return {
+        "figure": rows[0]["figure"],
+        "rule": rows[0]["rule"],
+        "values": [row["value"] for row in rows],
+        "met": sum(row["met"] is True for row in rows),
+        "missed": sum(row["met"] is False for row in rows),
+    }
+
+
+def _agreement(seeds: Sequence[Seed], column: str) -> dict[str, Any]:
+    """Mean rank correlation of one column between every two seeds: whether another run finds the same heads."""
+    pairs = itertools.combinations((seed.table.columns[column] for seed in seeds), 2)
+    found = [rho for rho in (spearman(a, b) for a, b in pairs) if rho is not None]
+    return {"column": column, "rho": float(np.mean(found)) if found else None, "pairs": len(found)}
+
+
+def _frequent(seeds: Sequence[Seed], kind: str) -> list[dict[str, Any]]:
+    """Heads that are cases of a kind in some seed, the most frequent first."""
+    rows = []
+    for number, place in enumerate(seeds[0].table.places):
+        count = sum(seed.kinds[number] == kind for seed in seeds)
+        if count:
+            means = {f"{name}_mean": float(np.mean([seed.table.columns[name][number] for seed in seeds])) for name in ("I_pre", "Urel")}
+            rows.append({**place._asdict(), "seeds": count, "share": count / len(seeds), **means})
+    return sorted(rows, key=lambda row: -row["seeds"])
+
+
+def _csv(seeds: Sequence[Seed]) -> str:
+    stacked = {name: np.stack([seed.table.columns[name] for seed in seeds]) for name in COLUMNS}
+    means = {name: values.mean(axis=0) for name, values in stacked.items()}
+    # One seed has no spread: the cell stays empty.
+    spreads = {name: values.std(axis=0, ddof=1) for name, values in stacked.items()} if len(seeds) > 1 else {}
+    head = ["layer", "head", "seeds", *(f"{name}_{what}" for name in COLUMNS for what in ("mean", "sd")), *KINDS]
+    lines = [",".join(head)]
+    for number, place in enumerate(seeds[0].table.places):
+        cells = [str(place.layer), str(place.head), str(len(seeds))]
+        for name in COLUMNS:
+            cells += [f"{means[name][number]:.9g}", f"{spreads[name][number]:.9g}" if spreads else ""]
+        cells += [str(sum(seed.kinds[number] == kind for seed in seeds)) for kind in KINDS.values()]
+        lines.append(",".join(cells))
+    return "\n".join(lines) + "\n"
