@@ -1,0 +1,150 @@
+"""What a plasticity study does: every option, checked once, in one frozen object."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .._config import check_bool, check_choice, check_device, check_int, check_number, check_text, from_mapping, read_yaml
+from ..errors import InputError
+
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+# The options that decide what comes out of training; the device does up to rounding, and dtype counts as what "auto" comes to on it.
+TRAINING = (
+    "model_path",
+    "task",
+    "data_path",
+    "seed",
+    "eval_size",
+    "eval_seed",
+    "train_size",
+    "max_length",
+    "batch_size",
+    "learning_rate",
+    "epochs",
+    "max_steps",
+    "warmup_ratio",
+    "weight_decay",
+    "max_grad_norm",
+    "dtype",
+)
+
+
+@dataclass(frozen=True)
+class PlasticityConfig:
+    """Options of one plasticity study: a model, a task, a seed.
+
+    Args:
+        model_path: folder of a transformer, or a hub id.
+        task: mnli, rte, boolq or the path of a YAML file.
+        data_path: a file of rows, of which some are held out, or a folder with train.jsonl and validation.jsonl; None for the task's
+            data set of the `datasets` package.
+        output_dir: results go to OUTPUT_DIR/TASK/seedSEED.
+        seed: of the new classifier, of the order of the training rows and of dropout.
+        eval_size: rows that heads are measured on; None for the task's own number (rte 277), 1024 where it has none.
+        eval_seed: which rows these are; the same for every `seed`.
+        train_size: at most so many rows are trained on; None for all.
+        top_k: heads compared by their overlap.
+        high: percentile from which a value counts as high.
+        low: percentile up to which a value counts as low.
+        max_length: tokens kept of each row.
+        batch_size: rows in one step.
+        learning_rate: at its height, after the warm-up; falls to 0 along a line.
+        epochs: passes over the training rows.
+        max_steps: training ends after so many steps at the latest; None for all epochs.
+        warmup_ratio: share of the steps over which the learning rate rises.
+        weight_decay: of matrices; biases and norms have none.
+        max_grad_norm: gradients are scaled down to this norm.
+        checkpoint_steps: steps between two states that an interrupted training goes on from.
+        dtype: precision of the matrix products, "auto" is bf16 where the GPU has it, fp16 on other GPUs, fp32 on a CPU. Weights and
+            optimiser are always fp32.
+        device: "auto" (the first GPU, else the CPU) or a torch device.
+        overwrite: replace what another configuration left in the same folder.
+
+    Raises:
+        InputError: a value outside its range, naming the field.
+    """
+
+    model_path: str
+    task: str
+    data_path: str | None = None
+    output_dir: str = "data/plasticity"
+    seed: int = 42
+    eval_size: int | None = None
+    eval_seed: int = 999
+    train_size: int | None = None
+    top_k: int = 20
+    high: float = 90.0
+    low: float = 30.0
+    max_length: int = 128
+    batch_size: int = 32
+    learning_rate: float = 2e-5
+    epochs: int = 3
+    max_steps: int | None = None
+    warmup_ratio: float = 0.06
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    checkpoint_steps: int = 200
+    dtype: str = "auto"
+    device: str = "auto"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("model_path", "task", "output_dir"):
+            check_text(self, name)
+        check_text(self, "data_path", optional=True)
+        check_choice(self, "dtype", DTYPES)
+        check_bool(self, "overwrite")
+        for name, least in (("seed", 0), ("eval_seed", 0), ("top_k", 1), ("max_length", 4), ("batch_size", 1), ("epochs", 1)):
+            check_int(self, name, least)
+        check_int(self, "checkpoint_steps", 1)
+        if self.seed >= 2**63:
+            raise InputError(f"seed must be below 2**63, got {self.seed}.")
+        for name in ("eval_size", "train_size", "max_steps"):
+            if getattr(self, name) is not None:
+                check_int(self, name, 1)
+        for name in ("learning_rate", "max_grad_norm"):
+            check_number(self, name, above=0)
+        check_number(self, "weight_decay", minimum=0)
+        check_number(self, "warmup_ratio", minimum=0, maximum=1)
+        for name in ("high", "low"):
+            check_number(self, name, minimum=0, maximum=100)
+        if self.low >= self.high:
+            raise InputError(f"low must be below high ({self.high}), got {self.low}.")
+        check_device(self)
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.task_name):
+            raise InputError(f"task must be a name or a YAML file whose name is letters, digits, '.', '_' or '-', got {self.task!r}.")
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> PlasticityConfig:
+        """Options from a YAML mapping; keys may have hyphens. `overrides` that are not None win over the file.
+
+        Raises:
+            InputError: the file is missing, not a mapping, or has a key that is no option (near names are given).
+        """
+        given = {key: value for key, value in overrides.items() if value is not None}
+        return cls.from_mapping({**read_yaml(path), **given}, source=os.fspath(path))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, source: str = "config") -> PlasticityConfig:
+        """Options from a mapping whose keys are field names.
+
+        Raises:
+            InputError: an unknown key, or model_path or task is missing.
+        """
+        return from_mapping(cls, values, source=source, required=("model_path", "task"))
+
+    @property
+    def task_name(self) -> str:
+        """The task's name, or that of its YAML file."""
+        return Path(self.task).stem if self.task.endswith((".yaml", ".yml")) else self.task
+
+    @property
+    def folder(self) -> Path:
+        """Where the results of this seed go."""
+        return Path(self.output_dir) / self.task_name / f"seed{self.seed}"
