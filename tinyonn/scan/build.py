@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from .._records import BadRecordError
 from ..errors import InputError, did_you_mean
 from .language import LANGUAGES, guess_language
-from .records import BadRecordError, CorpusItem, content_id, item_from_record
+from .records import CorpusItem, content_id, item_from_record
 from .sources import SourceRecord, iter_source, require_source
 from .topic import Topic, load_topic
 

@@ -8,25 +8,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from .build import CorpusProgress, CorpusReport, build_corpus
-from .records import (
+from .._records import (
     BadRecordError,
-    CorpusItem,
     Located,
     as_record,
-    content_id,
     data_kind,
-    item_from_record,
-    iter_jsonl,
+    iter_list,
     iter_parquet,
     load_list,
     open_data,
     open_parquet,
     parse_line,
+    read_records,
 )
+from ..errors import InputError
+from .build import CorpusProgress, CorpusReport, build_corpus
+from .records import CorpusItem, content_id, item_from_record
 
 __all__ = ["Corpus", "CorpusItem", "CorpusProgress", "CorpusReport", "build_corpus", "read_corpus"]
+
+_OPTION = "dataset_path"  # the option that messages name
 
 
 class Corpus:
@@ -53,7 +54,7 @@ class Corpus:
         self._numbers = array("Q")
         self._offsets = array("Q")
         self._ids: list[str] = []
-        self._values: list[Any] = load_list(path) if kind == "list" else []
+        self._values: list[Any] = load_list(path, _OPTION) if kind == "list" else []
 
     @property
     def sequence_ids(self) -> list[str]:
@@ -65,7 +66,7 @@ class Corpus:
 
     def __iter__(self) -> Iterator[CorpusItem]:
         if self.kind == "jsonl":
-            with open_data(self.path) as file:
+            with open_data(self.path, _OPTION) as file:
                 for index in range(len(self)):
                     file.seek(self._offsets[index])
                     yield self._item(index, parse_line(file.readline(), self._numbers[index], self._offsets[index]))
@@ -74,7 +75,7 @@ class Corpus:
                 yield self[index]
         else:
             index = 0
-            for located in iter_parquet(open_parquet(self.path)):
+            for located in iter_parquet(self.path, _OPTION):
                 if index == len(self):
                     return
                 if located.number == self._numbers[index]:
@@ -85,7 +86,7 @@ class Corpus:
         index = range(len(self))[index]
         number, offset = self._numbers[index], self._offsets[index]
         if self.kind == "jsonl":
-            with open_data(self.path) as file:
+            with open_data(self.path, _OPTION) as file:
                 file.seek(offset)
                 return self._item(index, parse_line(file.readline(), number, offset))
         if self.kind == "list":
@@ -105,14 +106,7 @@ class Corpus:
         return f"line {number}" if self.kind == "jsonl" else f"record {number}"
 
     def _located(self) -> Iterator[Located]:
-        if self.kind == "jsonl":
-            with open_data(self.path) as file:
-                yield from iter_jsonl(file)
-        elif self.kind == "list":
-            for index, value in enumerate(self._values):
-                yield as_record(value, index + 1, index)
-        else:
-            yield from iter_parquet(open_parquet(self.path))
+        return iter_list(self._values) if self.kind == "list" else read_records(self.path, _OPTION)
 
     def index(self, *, limit: int | None = None, skip_bad: bool = False) -> None:
         """Checks records up to `limit` good ones and notes their places.
@@ -170,17 +164,19 @@ def read_corpus(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}.")
-    corpus = Corpus(Path(path), data_kind(path), text_field)
+    if os.path.isdir(path):
+        raise InputError(f"{_OPTION} must be a file, got the folder {os.fspath(path)}; `tinyonn corpus` makes a file of a folder.")
+    corpus = Corpus(Path(path), data_kind(path, _OPTION), text_field)
     corpus.index(limit=limit, skip_bad=skip_bad)
     if not len(corpus):
         found = f"{corpus.skipped} malformed ones" if corpus.skipped else "none"
         first = f" ({corpus.errors[0]})" if corpus.errors else ""
-        raise InputError(f"dataset_path must hold at least one good record, got {found} in {corpus.path}{first}.")
+        raise InputError(f"{_OPTION} must hold at least one good record, got {found} in {corpus.path}{first}.")
     return corpus
 
 
 def _parquet_row(path: Path, row: int) -> dict[str, Any]:
-    table = open_parquet(path)
+    table = open_parquet(path, _OPTION)
     for group in range(table.num_row_groups):
         rows = table.metadata.row_group(group).num_rows
         if row < rows:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from .._records import Located, as_record, open_data, open_records
 from ..errors import InputError
-from .records import Located, as_record, data_kind, iter_jsonl, iter_parquet, load_list, open_data, open_parquet
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 # A folder also holds what no one means by a corpus: a .json there is a configuration.
@@ -84,23 +84,9 @@ def holds_records(path: Path) -> bool:
 
 
 def _records(path: Path, shown: str, done: float = 0.0, share: float = 1.0) -> Iterator[SourceRecord]:
-    kind = data_kind(path, "source")
-    unit = "line" if kind == "jsonl" else "record"
-    if kind == "jsonl":
-        size = max(path.stat().st_size, 1)
-        with open_data(path, "source") as file:
-            for located in iter_jsonl(file):
-                yield SourceRecord(f"{shown}, {unit} {located.number}", located, None, done + share * located.offset / size)
-        return
-    if kind == "list":
-        values = load_list(path, "source")
-        rows: Iterator[Located] = (as_record(value, index + 1, index) for index, value in enumerate(values))
-        count = max(len(values), 1)
-    else:
-        table = open_parquet(path, "source")
-        rows, count = iter_parquet(table), max(table.metadata.num_rows, 1)
-    for located in rows:
-        yield SourceRecord(f"{shown}, {unit} {located.number}", located, None, done + share * located.offset / count)
+    unit, extent, records = open_records(path, "source")
+    for located in records:
+        yield SourceRecord(f"{shown}, {unit} {located.number}", located, None, done + share * located.offset / extent)
 
 
 def _text_file(path: Path, shown: str, fraction: float = 0.0) -> Iterator[SourceRecord]:
