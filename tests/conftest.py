@@ -68,14 +68,28 @@ def make_seed() -> Callable[..., dict[str, np.ndarray]]:
                 for head in range(heads)
             ]
             (folder / file).write_text("\n".join(lines) + "\n")
-        trained = {
-            "model": model,
+        options = {
+            "model_path": model,
             "task": folder.parent.name,
+            "data_path": "rows.jsonl",
             "seed": seed,
-            "steps": 120,
-            "accuracy": 0.71,
-            "dtype": "fp32",
+            "learning_rate": 2e-5,
+            "epochs": 3,
+        }
+        trained = {
+            "options": options,
+            "labels": ["false", "true"],
+            "source": "rows.jsonl",
+            "train_rows": 1200,
+            "evaluation_rows": 256,
+            "steps": 4,
+            "losses": [0.7, 0.65, 0.6, 0.5],
+            "evaluation_loss": 0.41,
+            "accuracy": 0.8,
             "seconds": 61.5,
+            "dtype": "fp32",
+            "device": "cpu",
+            "versions": {"tinyonn": "0.1.0"},
         }
         measured = {
             "base_loss_pre": 0.69,

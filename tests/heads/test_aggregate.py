@@ -164,6 +164,16 @@ def test_a_subset_that_differs_between_seeds_is_noted(make_seeds):
     assert aggregate(folder)["notes"] == ["The seeds were measured on different rows (eval_subset.json): seed0 and seed1."]
 
 
+def test_options_of_training_that_differ_between_seeds_are_noted(make_seeds):
+    folder, _ = make_seeds((0, 1))
+    path = folder / "seed1" / "train.json"
+    trained = json.loads(path.read_text())
+    path.write_text(json.dumps(trained | {"options": trained["options"] | {"learning_rate": 5e-5}}))
+    summarise(folder / "seed1", top_k=5)
+    note = "More than the seed differs in training: learning_rate is 2e-05 in seed0 and 5e-05 in seed1."
+    assert aggregate(folder)["notes"] == [note]
+
+
 def test_a_folder_without_a_complete_seed_says_what_it_holds(make_seeds, tmp_path):
     with pytest.raises(InputError, match="must hold at least one complete seed, got no folder seed0, seed1 …"):
         aggregate(tmp_path)

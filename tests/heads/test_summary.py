@@ -13,6 +13,7 @@ from scipy import stats as scipy_stats
 from tinyonn.errors import InputError
 from tinyonn.heads.cases import PLASTIC, STATIC, find_cases
 from tinyonn.heads.correlation import mean_interval, rank_correlation, top_overlap
+from tinyonn.heads.plasticity_config import PlasticityConfig
 from tinyonn.heads.summary import summarise
 
 COLUMNS = (
@@ -165,6 +166,15 @@ def test_summary_lists_cases_with_their_numbers(make_seed, tmp_path):
         ("cases important_but_static", True),
         ("cases plastic_but_unimportant", True),
     ]
+
+
+def test_a_study_is_summarised_by_its_own_options(make_seed, tmp_path):
+    study = PlasticityConfig("model", "boolq", output_dir=str(tmp_path), seed=5, top_k=7, high=80, low=20)
+    make_seed(tmp_path / "boolq" / "seed5", seed=5)
+    stats = summarise(study).stats
+    assert (stats["top_k"], stats["high"], stats["low"], stats["pairs"][0]["overlap"]["k"]) == (7, 80, 20, 7)
+    assert (tmp_path / "boolq" / "seed5" / "heads.csv").is_file()
+    assert summarise(study, top_k=3).stats["top_k"] == 3
 
 
 def test_acceptance_figures_are_shown_as_missed(make_seed, tmp_path):

@@ -28,7 +28,7 @@ from .summary import COLUMNS, SOURCES, HeadTable, digest, json_text, read_heads,
 STEPS = {"train.json": "train", "measure.json": "measure", "stats.json": "report"}
 KINDS = {"important_but_static": STATIC, "plastic_but_unimportant": PLASTIC}
 # What must be the same in every seed for a mean to mean anything.
-SHARED_FACTS = ("model", "task", "top_k", "high", "low")
+SHARED_FACTS = ("model", "top_k", "high", "low")
 AGREEMENT_COLUMNS = ("I_pre", "I_post", "G_pre", "U", "Urel")
 
 
@@ -65,6 +65,7 @@ def aggregate(folder: str | os.PathLike[str]) -> dict[str, Any]:
     _check_alike(root, seeds)
     first = seeds[0]
     found: dict[str, Any] = {
+        "task": root.resolve().name,
         **{name: first.stats[name] for name in SHARED_FACTS},
         "counts": {"heads": len(first.table.places), "layers": len({place.layer for place in first.table.places})},
         "seeds": [{"folder": seed.name, "seed": seed.number} for seed in seeds],
@@ -138,6 +139,13 @@ def _notes(seeds: Sequence[Seed]) -> list[str]:
     other = next((seed for seed in seeds[1:] if seed.subset != seeds[0].subset), None)
     if other is not None:
         notes.append(f"The seeds were measured on different rows (eval_subset.json): {seeds[0].name} and {other.name}.")
+    for name, value in seeds[0].stats["options"].items():
+        differing = next((seed for seed in seeds if seed.stats["options"].get(name) != value), None)
+        if name != "seed" and differing is not None:
+            notes.append(
+                f"More than the seed differs in training: {name} is {value} in {seeds[0].name} and {differing.stats['options'].get(name)} "
+                f"in {differing.name}."
+            )
     return notes
 
 

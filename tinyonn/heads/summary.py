@@ -23,6 +23,7 @@ from .._files import write_atomically
 from ..errors import InputError
 from .cases import PLASTIC, STATIC, case_lists, find_cases
 from .correlation import BOOTSTRAP_SEED, CONFIDENCE, RESAMPLES, Floats, rank_correlation, top_overlap
+from .plasticity_config import PlasticityConfig
 
 MEASURE_STEP = "tinyonn heads plasticity measure"
 
@@ -83,23 +84,28 @@ class PlasticitySummary:
     cases: dict[str, Any]
 
 
-def summarise(folder: str | os.PathLike[str], *, top_k: int = 20, high: float = 90.0, low: float = 30.0) -> PlasticitySummary:
+def summarise(
+    study: PlasticityConfig | str | os.PathLike[str], *, top_k: int | None = None, high: float | None = None, low: float | None = None
+) -> PlasticitySummary:
     """Writes heads.csv, stats.json and cases.json of one seed.
 
     Args:
-        folder: OUTPUT/TASK/seedN with what `measure` wrote.
-        top_k: heads in the overlap; more than there are means all of them.
-        high, low: percentiles of the cases.
+        study: its options, or OUTPUT/TASK/seedN with what `measure` wrote.
+        top_k: heads in the overlap, more than there are means all of them; None for the study's own, or the default of 20.
+        high, low: percentiles of the cases; None for the study's own, or the defaults of 90 and 30.
 
     Raises:
         InputError: a bad option, scipy missing, or a file that is missing, short, or not what `measure` writes; the line names the
             file, what was found and the step to run. Nothing is written then.
     """
+    options = study if isinstance(study, PlasticityConfig) else PlasticityConfig  # the class holds the defaults
+    root = study.folder if isinstance(study, PlasticityConfig) else Path(study)
+    top_k = options.top_k if top_k is None else top_k
+    high, low = options.high if high is None else high, options.low if low is None else low
     if top_k < 1:
         raise InputError(f"top_k must be at least 1, got {top_k}.")
     if not 0 <= low < high <= 100:
         raise InputError(f"low and high must be percentiles with 0 ≤ low < high ≤ 100, got low {low:g} and high {high:g}.")
-    root = Path(folder)
     measured = read_object(root / "measure.json", MEASURE_STEP)
     trained = read_object(root / "train.json", "tinyonn heads plasticity train")
     table = read_heads(root)
@@ -111,7 +117,7 @@ def summarise(folder: str | os.PathLike[str], *, top_k: int = 20, high: float = 
     listed = case_lists(cases, rows, high, low)
     stats = statistics(table, top_k, cases.kinds)
     stats = {
-        **_identity(root, measured, trained),
+        **_identity(root, trained),
         **stats,
         "top_k": top_k,
         "high": high,
@@ -235,10 +241,10 @@ def _pair(table: HeadTable, names: tuple[str, str], top_k: int) -> dict[str, Any
     return {"x": names[0], "y": names[1], **vars(rank_correlation(x, y, names)), "overlap": vars(top_overlap(x, y, top_k, names))}
 
 
-def _identity(folder: Path, measured: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
-    """Which run this is: what the earlier steps say, else what the folders' names say."""
-    known = {**trained, **measured}
-    return {"model": known.get("model"), "task": known.get("task", folder.resolve().parent.name), "seed": known.get("seed")}
+def _identity(folder: Path, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """Which run this is: the task by its folder, the rest by the options that it was trained with."""
+    options = trained.get("options", {})
+    return {"model": options.get("model_path"), "task": folder.resolve().parent.name, "seed": options.get("seed"), "options": options}
 
 
 def _check_shape(folder: Path, table: HeadTable, measured: Mapping[str, Any]) -> None:
