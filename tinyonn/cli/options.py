@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,3 +57,34 @@ def coding(codec: Codec | None, compression: Compression | None) -> dict[str, st
     """What was chosen of the two, as options of a writer."""
     chosen = {"codec": codec, "compression": compression}
     return {name: value.value for name, value in chosen.items() if value is not None}
+
+
+def field_defaults(config: type) -> dict[str, Any]:
+    """The fields of a dataclass of options with their defaults, `dataclasses.MISSING` for those that have none."""
+    return {field.name: field.default for field in dataclasses.fields(config)}
+
+
+def config_option(defaults: Mapping[str, Any], field: str, text: str, metavar: str | None = None, *names: str) -> Any:
+    """An option for a field of a dataclass. It has no default of its own, so that a config file's value stands unless it is given.
+
+    Args:
+        defaults: `field_defaults` of the dataclass; the field's is told in the help.
+        field: its name; `--field-name` is the option's, with `--no-field-name` for a truth value.
+        text: of the help.
+        metavar: stands for the value in the help; None where it has choices.
+        *names: short ones, such as "-m".
+    """
+    default = defaults[field]
+    flag = f"--{field.replace('_', '-')}"
+    if isinstance(default, bool):
+        flag = f"{flag}/--no-{field.replace('_', '-')}"
+        text += f" [default: {'yes' if default else 'no'}]"
+    elif default not in (None, dataclasses.MISSING):
+        text += f" [default: {default:g}]" if isinstance(default, float) else f" [default: {default}]"
+    return typer.Option(flag, *names, help=text, metavar=metavar, show_default=False)
+
+
+def given_options(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a command was given, out of its `locals()`; choices as text."""
+    given = {name: value for name, value in values.items() if name in defaults and value is not None}
+    return {name: str(value) if isinstance(value, StrEnum) else value for name, value in given.items()}

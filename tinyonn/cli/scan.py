@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,24 +11,13 @@ import typer
 from .._units import readable_bytes
 from ..scan.config import ScanConfig
 from . import screen
-from .options import Codec, Compression, Credit, Dtype, Store, Sync
+from .options import Codec, Compression, Credit, Dtype, Store, Sync, config_option, field_defaults, given_options
 
 if TYPE_CHECKING:
     from ..scan import ScanEstimate, ScanProgress, ScanResult
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ScanConfig)}
-
-
-def _option(field: str, text: str, metavar: str | None = None, *names: str) -> Any:
-    """An option for a field of ScanConfig. It has no default of its own, so that a config file's value stands unless it is given."""
-    default = _DEFAULTS.get(field)
-    flag = f"--{field.replace('_', '-')}"
-    if isinstance(default, bool):
-        flag = f"{flag}/--no-{field.replace('_', '-')}"
-        text += f" [default: {'yes' if default else 'no'}]"
-    elif default not in (None, dataclasses.MISSING):
-        text += f" [default: {default:g}]" if isinstance(default, float) else f" [default: {default}]"
-    return typer.Option(flag, *names, help=text, metavar=metavar, show_default=False)
+_DEFAULTS = field_defaults(ScanConfig)
+_option = partial(config_option, _DEFAULTS)
 
 
 def scan(
@@ -75,8 +63,7 @@ def scan(
     It holds what every block of every weight does for every token. A scan that was stopped goes on where it was: run the same
     command again. Under torchrun, each process scans its share (torchrun --nproc-per-node 2 -m tinyonn scan ...).
     """
-    given = {name: value for name, value in locals().items() if name in _DEFAULTS and value is not None}
-    explicit = {name: str(value) if isinstance(value, StrEnum) else value for name, value in given.items()}
+    explicit = given_options(locals(), _DEFAULTS)
     options = (
         ScanConfig.from_yaml(config, **explicit) if config is not None else ScanConfig.from_mapping(explicit, source="a --config file")
     )
