@@ -1,0 +1,309 @@
+"""Classification tasks: which fields of a record are read, which rows train and which are measured, and batches of both."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._config import check_int, check_text, from_mapping, read_yaml
+from .._records import Located, field_names, open_records, short
+from ..errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from .plasticity_config import PlasticityConfig
+
+TASKS = Path(__file__).parent / "tasks"
+SUFFIXES = (".jsonl", ".json", ".parquet")
+EVAL_SIZE = 1024  # where neither the configuration nor the task says otherwise
+_EVALUATION_STEMS = ("validation", "dev")  # of a folder's files, after the task's own
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task, as its YAML file gives it.
+
+    Args:
+        text: field of the text.
+        label: field of the label: a number from 0, a name of `labels`, or true or false.
+        labels: names of the classes, in the order of their numbers.
+        pair: field of a second text, None where there is none.
+        dataset: name for the `datasets` package, None where the data are always files.
+        subset: configuration of that data set.
+        train: split that is trained on, and the stem of its file in a folder.
+        evaluation: split that is measured, likewise.
+        eval_size: rows measured where the configuration names no number.
+
+    Raises:
+        InputError: a value outside its range, naming the field.
+    """
+
+    text: str
+    label: str
+    labels: Sequence[str]
+    pair: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    train: str = "train"
+    evaluation: str = "validation"
+    eval_size: int = EVAL_SIZE
+
+    def __post_init__(self) -> None:
+        for name in ("text", "label", "train", "evaluation"):
+            check_text(self, name)
+        for name in ("pair", "dataset", "subset"):
+            check_text(self, name, optional=True)
+        check_int(self, "eval_size", 1)
+        labels = self.labels
+        if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) and label for label in labels):
+            raise InputError(f"labels must be a list of names, in quotation marks where YAML reads them as something else, got {labels!r}.")
+        if len({label.casefold() for label in labels}) != len(labels) or len(labels) < 2:
+            raise InputError(f"labels must be at least two different names, got {', '.join(labels) or 'none'}.")
+        object.__setattr__(self, "labels", tuple(labels))
+
+    def number(self, value: Any) -> int | None:
+        """The class of a record's label, None where it has none: a name in any case, else its number."""
+        names = [label.casefold() for label in self.labels]
+        if isinstance(value, str | bool | int) and str(value).strip().casefold() in names:
+            return names.index(str(value).strip().casefold())
+        if isinstance(value, bool):
+            return int(value) if len(names) == 2 else None
+        # Where the names are numbers themselves, a number is a name.
+        if re.fullmatch(r"\d{1,9}", str(value)) and isinstance(value, str | int) and not any(name.isdecimal() for name in names):
+            return int(value) if int(value) < len(names) else None
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of a task.
+
+    Args:
+        row: its number in its file or split, from 0.
+        text, pair: what is classified; pair is None in a task of single texts.
+        label: number of its class.
+    """
+
+    row: int
+    text: str
+    pair: str | None
+    label: int
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The rows of a task.
+
+    Args:
+        labels: names of the classes, by number.
+        train: what is trained on, by row.
+        evaluation: what is measured, by row: the same for every training seed.
+        source: where `evaluation` comes from: a file, or a data set and its split.
+        repeated: training rows left out because their texts are among those of `evaluation`.
+    """
+
+    labels: tuple[str, ...]
+    train: list[Example]
+    evaluation: list[Example]
+    source: str
+    repeated: int
+
+    def digest(self) -> str:
+        """A hash of all rows in use, to tell whether the data are still the same."""
+        found = hashlib.blake2b(repr(self.labels).encode(), digest_size=16)
+        for part in (self.train, self.evaluation):
+            found.update(str(len(part)).encode())
+            for example in part:
+                found.update(repr((example.row, example.text, example.pair, example.label)).encode())
+        return found.hexdigest()
+
+
+def find_task(name: str) -> Task:
+    """A task that comes with the library, by name, or of a YAML file of one's own, by its path.
+
+    Raises:
+        InputError: neither of the two, or a file that is no task.
+    """
+    own = name.endswith((".yaml", ".yml"))
+    path = Path(name) if own else TASKS / f"{name}.yaml"
+    known = sorted(file.stem for file in TASKS.glob("*.yaml"))
+    if not own and name not in known:
+        raise InputError(f"task must be {', '.join(known)} or the path of a YAML file, got {name!r}{did_you_mean(name, known)}")
+    if not path.is_file():
+        raise InputError(f"task must be {', '.join(known)} or the path of a YAML file, got {name!r}, which is no file.")
+    values = read_yaml(path)
+    for field in ("text", "label", "labels"):
+        if values.get(field) is None:
+            raise InputError(f"{field} must be given in a task's YAML file, got {', '.join(values) or 'nothing'} in {path}.")
+    return from_mapping(Task, values, source=str(path), required=())
+
+
+def load_task(config: PlasticityConfig) -> TaskData:
+    """The rows of the configuration's task.
+
+    From a folder or the `datasets` package: training rows are of the one split, evaluation rows of the other. From one file: `eval_size`
+    rows are held out. Which rows is decided by `eval_seed` and the row numbers alone; a smaller number of rows is part of a larger one.
+
+    Raises:
+        InputError: data that cannot be read, fields or labels that are not the task's, too few rows, or one class only.
+    """
+    task = find_task(config.task)
+    size = task.eval_size if config.eval_size is None else config.eval_size
+    path = None if config.data_path is None else Path(config.data_path)
+    if path is not None and not path.is_dir():
+        held, source = _rows(path, task), str(path)
+        if len(held) <= size:
+            raise InputError(f"eval_size must be less than the {len(held):,} rows of {path}, got {size:,}; the rest is trained on.")
+        order = fixed_order(len(held), config.eval_seed)
+        evaluation, pool = [held[i] for i in order[:size]], [held[i] for i in order[size:]]
+    else:
+        train, evaluation, source = _downloaded(task) if path is None else _in_folder(path, task)
+        if len(evaluation) < size:
+            raise InputError(f"eval_size must be at most the {len(evaluation):,} rows of {source}, got {size:,}.")
+        pool = [train[i] for i in fixed_order(len(train), config.eval_seed)]
+        evaluation = [evaluation[i] for i in fixed_order(len(evaluation), config.eval_seed)[:size]]
+    taken = {(example.text, example.pair) for example in evaluation}
+    fresh = [example for example in pool if (example.text, example.pair) not in taken]
+    if config.train_size is not None and len(fresh) < config.train_size:
+        raise InputError(f"train_size must be at most the {len(fresh):,} rows there are to train on, got {config.train_size:,}.")
+    rows = {"train": sorted(fresh[: config.train_size], key=_row), "evaluation": sorted(evaluation, key=_row)}
+    for name, part in rows.items():
+        classes = {example.label for example in part}
+        if len(classes) < 2:
+            only = f"only {task.labels[classes.pop()]!r} in {len(part):,}" if classes else "none"
+            raise InputError(f"{config.data_path or task.dataset} must hold {name} rows of at least two classes, got {only}.")
+    return TaskData(tuple(task.labels), rows["train"], rows["evaluation"], source, len(pool) - len(fresh))
+
+
+def fixed_order(count: int, seed: int) -> list[int]:
+    """Numbers 0 … count - 1 in an order that depends on `seed` alone: no library's generator, so it is the same everywhere."""
+    return sorted(range(count), key=lambda row: hashlib.blake2b(f"{seed} {row}".encode(), digest_size=8).digest())
+
+
+def batches(
+    examples: Sequence[Example], tokenizer: Any, batch_size: int, max_length: int, device: torch.device | str
+) -> Iterator[dict[str, Tensor]]:
+    """Batches in the order of `examples`, each padded on the right to its longest row.
+
+    Args:
+        tokenizer: with a padding token.
+        max_length: tokens kept of a row; the longer text of a pair is cut first.
+
+    Yields:
+        input_ids, attention_mask and, where the tokenizer gives them, token_type_ids, each (B, T); labels (B,). All int64.
+    """
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        pairs = [example.pair for example in part]
+        encoded = tokenizer(
+            [example.text for example in part],
+            pairs if pairs[0] is not None else None,
+            truncation=True,
+            max_length=max_length,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        labels = torch.tensor([example.label for example in part])
+        yield {name: tensor.to(device) for name, tensor in {**encoded, "labels": labels}.items()}
+
+
+def _row(example: Example) -> int:
+    return example.row
+
+
+def _in_folder(folder: Path, task: Task) -> tuple[list[Example], list[Example], str]:
+    train = _file(folder, (task.train,))
+    evaluation = _file(folder, tuple(dict.fromkeys((task.evaluation, *_EVALUATION_STEMS))))
+    return _rows(train, task), _rows(evaluation, task), str(evaluation)
+
+
+def _file(folder: Path, stems: tuple[str, ...]) -> Path:
+    for stem in stems:
+        if found := [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]:
+            if len(found) > 1:
+                raise InputError(f"data_path must hold one file called {stem}, got {', '.join(path.name for path in found)} in {folder}.")
+            return found[0]
+    held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    wanted = " or ".join(f"{stem}.jsonl" for stem in stems)
+    raise InputError(f"data_path must be a file, or a folder with {wanted}, got {folder} (holds {held}).")
+
+
+def _rows(path: Path, task: Task) -> list[Example]:
+    records = open_records(path, "data_path")
+    examples = []
+    for row, located in enumerate(records.located):
+        examples.append(_example(located, row, task, f"{records.unit} {located.number} of {path}"))
+    if not examples:
+        raise InputError(f"data_path must be a file of records, got none in {path}.")
+    return examples
+
+
+def _example(located: Located, row: int, task: Task, place: str) -> Example:
+    record = located.record
+    if record is None:
+        raise InputError(f"{place} {located.error}.")
+    values = {}
+    for name in filter(None, (task.text, task.pair, task.label)):
+        if record.get(name) is None:
+            given = field_names({field: value for field, value in record.items() if value is not None})
+            raise InputError(f"data_path must have the field {name!r} in every row, got {given} in {place}.")
+        values[name] = record[name]
+    text, pair = values[task.text], None if task.pair is None else values[task.pair]
+    for name in filter(None, (task.text, task.pair)):
+        if not isinstance(values[name], str):
+            raise InputError(f"{name} must be text, got {short(values[name])} in {place}.")
+        try:
+            values[name].encode()
+        except UnicodeEncodeError as error:  # JSON may spell half of a surrogate pair, which no tokenizer takes
+            raise InputError(f"{name} must be valid Unicode, got a lone surrogate in {place}.") from error
+    if not f"{text}{pair or ''}".strip():
+        raise InputError(f"{task.text} must not be empty, got a blank one in {place}.")
+    label = task.number(values[task.label])
+    if label is None:
+        raise InputError(
+            f"{task.label} must be one of {', '.join(task.labels)} or a number from 0 to {len(task.labels) - 1}, "
+            f"got {short(values[task.label])} in {place}."
+        )
+    return Example(row, text, pair, label)
+
+
+def _downloaded(task: Task) -> tuple[list[Example], list[Example], str]:
+    if task.dataset is None:
+        raise InputError("data_path must be given for a task whose YAML file names no dataset, got none.")
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError("data_path must be given where the package datasets is missing (pip install datasets), got none.") from error
+    shown = "/".join(filter(None, (task.dataset, task.subset)))
+    parts = []
+    for split in (task.train, task.evaluation):
+        try:
+            with _quiet_hub():
+                table = datasets.load_dataset(task.dataset, task.subset, split=split)
+        except Exception as error:  # by version and transport, a dozen types
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"data_path must be given where {shown} ({split}) cannot be downloaded, got none: {reason}") from error
+        place = f"the {split} split of {shown}"
+        parts.append([_example(Located(row, row, record), row, task, f"row {row} of {place}") for row, record in enumerate(table)])
+    return parts[0], parts[1], f"{shown} ({task.evaluation})"
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without a network the hub's client tries for half a minute, and would write two lines each time."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
