@@ -1,0 +1,147 @@
+"""How strongly the loss pulls at each head's weights.
+
+    gradient_norm[l, h] = ‖ mean over samples of g_n ‖        g_n the gradient of sample n's loss in the head's q, k, v and o weights
+    fisher[l, h]        = mean over samples of ‖ g_n ‖²       the diagonal of the empirical Fisher information, summed over these weights
+
+One backward pass a batch. A linear layer's gradient for sample n is Δ_n^T X_n, with X (B, T, in) what it took in and Δ (B, T, out) the
+gradient of what it gave out; it is formed for one layer and one sample at a time. Where a model calls a projection on something that
+the samples of a batch share (DeBERTa-v2 with `share_att_key` projects its relative positions so), Δ holds the samples' sum: then samples
+are passed one at a time.
+
+A key/value head that several query heads share counts whole for each of them. Biases do not count.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .gates import class_logits, heads_shape, sample_losses
+from .layers import AttentionLayer, Projection, attention_layers
+
+Batch = Mapping[str, Tensor]
+
+
+class HeadGradients(NamedTuple):
+    """Gradients of each head's weights.
+
+    Attributes:
+        gradient_norm: (L, H) float64, nats per unit of weight: norm of the mean loss's gradient.
+        fisher: (L, H) float64, its square: mean over samples of the squared norm of each sample's gradient.
+        samples: counted.
+    """
+
+    gradient_norm: Tensor
+    fisher: Tensor
+    samples: int
+
+
+def head_gradients(model: nn.Module, batches: Iterable[Batch], *, on_samples: Callable[[int], object] | None = None) -> HeadGradients:
+    """Gradient norm and empirical Fisher information of every head.
+
+    Args:
+        model: a classifier of sequences, in eval mode. Its parameters' `grad` stay as they are.
+        batches: inputs of the model and "labels" (B,), on its device.
+        on_samples: called after each batch with the number of samples done.
+
+    Raises:
+        InputError: no samples, a loss or gradient that is not finite, or a model whose heads are not known.
+    """
+    layers = attention_layers(model)
+    heads_shape(layers)
+    sums = _Sums(layers)
+    one_by_one, samples = False, 0
+    for batch in batches:
+        size = len(batch["labels"])
+        if not one_by_one:
+            one_by_one = not sums.add(model, batch)
+        if one_by_one:
+            for row in range(size):
+                sums.add(model, {name: tensor[row : row + 1] for name, tensor in batch.items()})
+        samples += size
+        if on_samples is not None:
+            on_samples(samples)
+    if samples == 0:
+        raise InputError("batches must hold at least one sample, got none.")
+    return HeadGradients(sums.mean_norm(samples), sums.fisher / samples, samples)
+
+
+class _Sums:
+    """Sums over samples: of the gradients, and per head of their squares."""
+
+    def __init__(self, layers: list[AttentionLayer]) -> None:
+        self.layers = layers
+        self.fisher = torch.zeros(heads_shape(layers), dtype=torch.float64)
+        self.gradients: dict[nn.Module, Tensor] = {}
+        self.parts: dict[nn.Module, list[tuple[int, Projection]]] = defaultdict(list)  # a fused weight has three
+        for layer in layers:
+            for projection in (layer.query, layer.key, layer.value, layer.output):
+                self.parts[projection.module].append((layer.index, projection))
+
+    def add(self, model: nn.Module, batch: Batch) -> bool:
+        """Counts a batch; False, and nothing counted, where its samples cannot be told apart."""
+        calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                output.requires_grad_()
+            calls.append((module, args[0].detach(), output))
+
+        labels = batch["labels"]
+        with torch.enable_grad(), ExitStack() as stack:
+            for module in self.parts:
+                stack.callback(module.register_forward_hook(keep).remove)
+            loss = sample_losses(class_logits(model, batch), labels).sum()
+        if len(labels) > 1 and any(inputs.dim() != 3 or len(inputs) != len(labels) for _, inputs, _ in calls):
+            return False
+        if not loss.isfinite():
+            raise InputError(f"loss of the evaluation samples must be finite, got {loss.item()}.")
+        grads = torch.autograd.grad(loss, [output for _, _, output in calls], allow_unused=True)
+        taken: dict[nn.Module, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for (module, inputs, _), grad in zip(calls, grads, strict=True):
+            if grad is not None:
+                taken[module].append((_by_sample(inputs, len(labels)), _by_sample(grad, len(labels))))
+        for module, pairs in taken.items():
+            inputs, grad = (torch.cat(tensors, 1) for tensors in zip(*pairs, strict=True))
+            for x, delta in zip(inputs, grad, strict=True):
+                self._count(module, delta.T @ x)
+        return True
+
+    def _count(self, module: nn.Module, gradient: Tensor) -> None:
+        """One sample's gradient of a weight, (out_features, in_features)."""
+        total = self.gradients.get(module)
+        self.gradients[module] = gradient if total is None else total.add_(gradient)
+        for index, squares in self._squares(module, gradient):
+            self.fisher[index] += squares
+
+    def _squares(self, module: nn.Module, gradient: Tensor) -> Iterable[tuple[int, Tensor]]:
+        """For each part of a weight its layer and (H,) sums of squares per head."""
+        square = gradient.square()
+        for index, part in self.parts[module]:
+            per_feature = square.sum(0 if part.columns else 1, dtype=torch.float64)
+            starts = part.first + part.step * torch.arange(part.heads)
+            per_head = per_feature.cpu()[starts[:, None] + torch.arange(part.head_dim)].sum(1)
+            yield index, per_head.repeat_interleave(self.layers[index].num_heads // part.heads)
+
+    def mean_norm(self, samples: int) -> Tensor:
+        squares = torch.zeros_like(self.fisher)
+        for module, total in self.gradients.items():
+            for index, its in self._squares(module, total / samples):
+                squares[index] += its
+        wrong = (~squares.isfinite()).nonzero().tolist()
+        if wrong:
+            layer, head = wrong[0]
+            raise InputError(f"gradients must be finite, got {squares[layer, head].item()} in head {head} of layer {layer}.")
+        return squares.sqrt()
+
+
+def _by_sample(tensor: Tensor, samples: int) -> Tensor:
+    """(B, T, F) in float32 or wider; all tokens of a single sample, whatever their shape."""
+    tensor = tensor.float() if tensor.dtype.itemsize < 4 else tensor
+    return tensor.reshape(samples, -1, tensor.shape[-1])
