@@ -108,10 +108,10 @@ class PlasticityConfig:
         for name in ("eval_size", "train_size", "max_steps"):
             if getattr(self, name) is not None:
                 check_int(self, name, 1)
-        for name in ("learning_rate", "max_grad_norm"):
-            check_number(self, name, above=0)
-        check_number(self, "weight_decay", minimum=0)
-        check_number(self, "warmup_ratio", minimum=0, maximum=1)
+        check_number(self, "learning_rate", above=0, maximum=1)
+        check_number(self, "max_grad_norm", above=0)
+        for name in ("weight_decay", "warmup_ratio"):
+            check_number(self, name, minimum=0, maximum=1)
         for name in ("high", "low"):
             check_number(self, name, minimum=0, maximum=100)
         if self.low >= self.high:
