@@ -40,6 +40,12 @@ def test_keys_of_yaml_are_read_with_underscores(tmp_path):
     assert read_yaml(tmp_path / "a.yaml") == {"model_path": "m", "rate": 2e-5}
 
 
+def test_numbers_of_yaml_may_have_an_exponent_without_a_point(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("a: 2e-5\nb: -3E2\nc: 1.5e3\nd: '2e-5'\ne: 2e5x\nf: 1e\n")
+    assert read_yaml(path) == {"a": 2e-5, "b": -300.0, "c": 1500.0, "d": "2e-5", "e": "2e5x", "f": "1e"}
+
+
 def test_a_path_becomes_text():
     options = Options(Path("a") / "b")
     check_text(options, "model_path")
