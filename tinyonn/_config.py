@@ -29,7 +29,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         """Reads 2e-5 as a number, as YAML 1.2 does; PyYAML wants 2.0e-5."""
 
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"), list("-+0123456789"))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
     file = Path(path)
     try:
