@@ -27,9 +27,10 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Reads 2e-5 as a number, as YAML 1.2 does; PyYAML wants 2.0e-5."""
+        """Reads 2e-5 and 1.5e3 as numbers, as YAML 1.2 does; PyYAML wants a point and a sign."""
 
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789"))
+    with_exponent = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$", re.ASCII)
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", with_exponent, list("-+.0123456789"))
 
     file = Path(path)
     try:
