@@ -163,8 +163,8 @@ def test_summary_lists_cases_with_their_numbers(make_seed, tmp_path):
         ("overlap(I_pre, U)", found.stats["pairs"][0]["overlap"]["share"] < 0.3),
         ("rho(I_pre, Urel)", True),
         ("overlap(I_pre, Urel)", True),
-        ("cases important_but_static", True),
-        ("cases plastic_but_unimportant", True),
+        ("important-but-static heads", True),
+        ("plastic-but-unimportant heads", True),
     ]
 
 
@@ -186,8 +186,8 @@ def test_acceptance_figures_are_shown_as_missed(make_seed, tmp_path):
         "overlap(I_pre, U)": False,
         "rho(I_pre, Urel)": None,
         "overlap(I_pre, Urel)": None,
-        "cases important_but_static": False,
-        "cases plastic_but_unimportant": False,
+        "important-but-static heads": False,
+        "plastic-but-unimportant heads": False,
     }
 
 

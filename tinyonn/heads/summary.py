@@ -166,8 +166,8 @@ def acceptance(pairs: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) ->
             met = None if value is None else value < limit
             rows.append({"figure": f"{what}({pair['x']}, {pair['y']})", "rule": f"< {limit:g}", "value": value, "met": met})
     rows += [
-        {"figure": f"cases {kind}", "rule": f">= {MIN_CASES}", "value": counts[kind], "met": counts[kind] >= MIN_CASES}
-        for kind in ("important_but_static", "plastic_but_unimportant")
+        {"figure": f"{kind} heads", "rule": f">= {MIN_CASES}", "value": counts[name], "met": counts[name] >= MIN_CASES}
+        for name, kind in (("important_but_static", STATIC), ("plastic_but_unimportant", PLASTIC))
     ]
     return rows
 

@@ -1,6 +1,18 @@
-"""Figures and HTML pages of a scan."""
+"""Figures and HTML pages of a scan, and of what is measured on attention heads."""
 
 from .compare import ComparisonResult, SpecificBlock, write_comparison
+from .head_scores_page import write_scores_page
+from .plasticity_aggregate_page import write_plasticity_aggregate
+from .plasticity_page import write_plasticity_page
 from .report import ReportResult, write_report
 
-__all__ = ["ComparisonResult", "ReportResult", "SpecificBlock", "write_comparison", "write_report"]
+__all__ = [
+    "ComparisonResult",
+    "ReportResult",
+    "SpecificBlock",
+    "write_comparison",
+    "write_plasticity_aggregate",
+    "write_plasticity_page",
+    "write_report",
+    "write_scores_page",
+]

@@ -1,9 +1,10 @@
-"""Line charts and histograms as inline SVG: drawn once, readable without a script, coloured by the page's style sheet."""
+"""Charts as inline SVG: drawn once, readable without a script, coloured by the page's style sheet."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 import numpy as np
@@ -13,6 +14,149 @@ from .palette import DASHES
 
 _WIDTH, _HEIGHT = 460, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 40
+# An axis is compressed where the largest value is this many times the usual one.
+_SPREAD = 30.0
+
+
+@dataclass(frozen=True)
+class Points:
+    """One group of a scatter plot: (points,) values, and what each point is called. `shape` is circle, square or triangle."""
+
+    name: str
+    x: Floats
+    y: Floats
+    labels: Sequence[str]
+    shape: str
+
+
+@dataclass(frozen=True)
+class DotRow:
+    """One line of `interval_dots`: a value with its interval, where there are such; single values beside it; the value of chance."""
+
+    name: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    singles: Sequence[float] = ()
+    chance: float | None = None
+
+
+def linear_width(values: Floats) -> float | None:
+    """Where an axis of such values should turn from linear to logarithmic (arsinh); None where a linear one shows them well."""
+    sizes = np.abs(values[np.isfinite(values)])
+    usual, largest = (float(np.median(sizes)), float(sizes.max())) if len(sizes) else (0.0, 0.0)
+    return usual if usual > 0 and largest > _SPREAD * usual else None
+
+
+class _Axis:
+    """Places of values between 0 and 1, with ticks; arsinh where a few values are far beyond the others."""
+
+    def __init__(self, values: Floats) -> None:
+        self._width = linear_width(values)
+        low, high = float(values.min()), float(values.max())
+        room = 0.04 * (self._bent(high) - self._bent(low)) or abs(self._bent(high)) * 0.1 or 1.0
+        self._low, self._high = self._bent(low) - room, self._bent(high) + room
+        ticks = [low] if low == high else nice_ticks(low, high) if self._width is None else bent_ticks(low, high, self._width)
+        self.ticks = [tick for tick in ticks if 0 <= self.place(tick) <= 1]
+        self.bent = self._width is not None
+
+    def _bent(self, value: float) -> float:
+        return value if self._width is None else math.asinh(value / self._width)
+
+    def place(self, value: float) -> float:
+        return (self._bent(value) - self._low) / (self._high - self._low)
+
+
+def scatter(
+    title: str,
+    groups: Sequence[Points],
+    *,
+    x_title: str,
+    y_title: str,
+    x_marks: Sequence[tuple[str, float]] = (),
+    y_marks: Sequence[tuple[str, float]] = (),
+) -> str:
+    """Points with one shape and colour per group, later groups on top, and dashed lines at the marks.
+
+    Returns:
+        An <svg> element with its legend, or a line of text where no group has a point.
+    """
+    x_all, y_all = (np.concatenate([getattr(group, axis) for group in groups] or [np.zeros(0)]) for axis in "xy")
+    if not len(x_all):
+        return '<p class="empty">No measured value.</p>'
+    x_axis, y_axis = _Axis(x_all), _Axis(y_all)
+    height = 360
+
+    def x_of(value: float) -> float:
+        return _LEFT + x_axis.place(value) * (_WIDTH - _LEFT - _RIGHT)
+
+    def y_of(value: float) -> float:
+        return height - _BOTTOM - y_axis.place(value) * (height - 18 - _BOTTOM)
+
+    parts = [_frame(title, height), *(_y_tick(y_of(tick), tick) for tick in y_axis.ticks)]
+    parts += [
+        f'<line class="grid" x1="{x_of(tick):.1f}" x2="{x_of(tick):.1f}" y1="18" y2="{height - _BOTTOM}"/>'
+        f'<text class="tick" x="{x_of(tick):.1f}" y="{height - 24}" text-anchor="middle">{format_number(tick)}</text>'
+        for tick in x_axis.ticks
+    ]
+    for name, value in x_marks:
+        x = x_of(value)
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="18" y2="{height - _BOTTOM}"/>')
+        parts.append(f'<text class="tick label" x="{x:.1f}" y="12" text-anchor="middle">{escape(name)}</text>')
+    for name, value in y_marks:
+        y = y_of(value)
+        parts.append(f'<line class="mark" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick label" x="{_WIDTH - _RIGHT - 2}" y="{y - 4:.1f}" text-anchor="end">{escape(name)}</text>')
+    for number, group in enumerate(groups):
+        for x, y, label in zip(group.x.tolist(), group.y.tolist(), group.labels, strict=True):
+            told = f"{label}: {format_number(x)}, {format_number(y)}"
+            parts.append(_shape(group.shape, x_of(x), y_of(y), number, told))
+    bent = [" (arsinh scale)" if axis.bent else "" for axis in (x_axis, y_axis)]
+    parts.append(_axis_titles(x_title + bent[0], y_title + bent[1], height))
+    legend = "".join(
+        f'<span><svg width="14" height="14" aria-hidden="true">{_shape(group.shape, 7, 7, number)}</svg>{escape(group.name)} '
+        f"({len(group.x):,})</span>"
+        for number, group in enumerate(groups)
+    )
+    return f'{"".join(parts)}</svg><div class="series">{legend}</div>'
+
+
+def interval_dots(
+    title: str, rows: Sequence[DotRow], *, low: float, high: float, x_title: str, limit: tuple[str, float] | None = None
+) -> str:
+    """One line per row on a scale from `low` to `high`: a dot with its interval, hollow dots for single values, a cross for chance."""
+    left, row_height = 118, 26
+    height = len(rows) * row_height + 62
+    bottom = height - 40
+
+    def x_of(value: float) -> float:
+        return left + (min(max(value, low), high) - low) / (high - low) * (_WIDTH - left - 16)
+
+    parts = [_frame(title, height)]
+    for tick in nice_ticks(low, high, 4):
+        kind = "zero" if tick == 0 else "grid"
+        parts.append(f'<line class="{kind}" x1="{x_of(tick):.1f}" x2="{x_of(tick):.1f}" y1="18" y2="{bottom}"/>')
+        parts.append(f'<text class="tick" x="{x_of(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{format_number(tick)}</text>')
+    if limit is not None:
+        parts.append(f'<line class="mark" x1="{x_of(limit[1]):.1f}" x2="{x_of(limit[1]):.1f}" y1="18" y2="{bottom}"/>')
+        parts.append(f'<text class="tick label" x="{x_of(limit[1]):.1f}" y="12" text-anchor="middle">{escape(limit[0])}</text>')
+    for number, row in enumerate(rows):
+        y = 18 + (number + 0.5) * row_height
+        parts.append(f'<text class="name" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(row.name)}</text>')
+        if row.chance is not None:
+            cross = f"M{x_of(row.chance) - 4:.1f} {y - 4:.1f}l8 8m0-8l-8 8"
+            parts.append(f'<path class="chance" d="{cross}"><title>by chance {format_number(row.chance)}</title></path>')
+        parts += [f'<circle class="single" cx="{x_of(value):.1f}" cy="{y:.1f}" r="3.5"/>' for value in row.singles]
+        if row.low is not None and row.high is not None:
+            parts.append(f'<line class="whisker" x1="{x_of(row.low):.1f}" x2="{x_of(row.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        if row.value is None:
+            parts.append(f'<text class="tick" x="{x_of(low) + 6:.1f}" y="{y + 4:.1f}">not defined</text>')
+        else:
+            interval = "" if row.low is None or row.high is None else f", interval {row.low:.3g} to {row.high:.3g}"
+            told = f"{row.name}: {row.value:.3g}{interval}"
+            parts.append(f'<circle class="value" cx="{x_of(row.value):.1f}" cy="{y:.1f}" r="5"><title>{escape(told)}</title></circle>')
+    parts.append(f'<text class="axis" x="{(left + _WIDTH - 16) / 2:.0f}" y="{height - 6}" text-anchor="middle">{escape(x_title)}</text>')
+    return f"{''.join(parts)}</svg>"
 
 
 def line_chart(
@@ -140,6 +284,13 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
+def bent_ticks(low: float, high: float, width: float) -> list[float]:
+    """0 and powers of ten on both sides of it, at most four a side and none so small that it lies on 0."""
+    powers = range(math.ceil(math.log10(1.5 * width)), math.floor(math.log10(max(abs(low), abs(high)))) + 1)
+    sizes = [10.0**power for power in powers[:: max(1, math.ceil(len(powers) / 4))]]
+    return [tick for tick in (*(-size for size in reversed(sizes)), 0.0, *sizes) if low <= tick <= high]
+
+
 def format_number(value: float) -> str:
     """A number as an axis shows it: no trailing zeros, powers of ten only where they are shorter."""
     if value == 0:
@@ -158,8 +309,20 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return ticks if ticks[-1] >= high * (1 - 1e-9) else [*ticks, 10.0 ** (first + every * len(ticks))]
 
 
-def _frame(title: str) -> str:
-    return f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
+def _shape(shape: str, x: float, y: float, number: int, told: str = "") -> str:
+    title = f"<title>{escape(told)}</title>" if told else ""
+    style = f'class="point" style="fill:var(--s{number % len(DASHES)})"'
+    match shape:
+        case "square":
+            return f'<rect {style} x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9">{title}</rect>'
+        case "triangle":
+            return f'<path {style} d="M{x:.1f} {y - 5.5:.1f}l5.5 10h-11z">{title}</path>'
+        case _:
+            return f'<circle {style} cx="{x:.1f}" cy="{y:.1f}" r="3.2">{title}</circle>'
+
+
+def _frame(title: str, height: int = _HEIGHT) -> str:
+    return f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'
 
 
 def _y_tick(y: float, value: float) -> str:
@@ -169,10 +332,10 @@ def _y_tick(y: float, value: float) -> str:
     )
 
 
-def _axis_titles(x_title: str, y_title: str) -> str:
-    middle = (_HEIGHT - _BOTTOM + _TOP) / 2
+def _axis_titles(x_title: str, y_title: str, height: int = _HEIGHT) -> str:
+    middle = (height - _BOTTOM + _TOP) / 2
     return (
-        f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>'
+        f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{height - 6}" text-anchor="middle">{escape(x_title)}</text>'
         f'<text class="axis" transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>'
     )
 

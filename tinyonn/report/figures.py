@@ -13,7 +13,7 @@ import numpy as np
 from .._files import replacing
 from ..errors import InputError
 from .grid import Floats
-from .maps import HeatMap, Normalisation
+from .maps import HeatMap, Normalisation, Scale
 from .palette import DIVERGING_LIGHT, SEQUENTIAL, SERIES_LIGHT
 
 _DPI = 150
@@ -37,20 +37,20 @@ def draw_maps(path: Path, title: str, maps: Sequence[HeatMap], how: Normalisatio
     columns = min(2, len(maps))
     lines = math.ceil(len(maps) / columns)
     height = min(max(3.2, 0.17 * len(layers) + 1.6), 12.0)
-    figure = _figure(columns * max(5.0, 0.42 * len(modules) + 2.2), lines * height)
-    figure.suptitle(_safe(title), fontsize=13)
+    figure = new_figure(columns * max(5.0, 0.42 * len(modules) + 2.2), lines * height)
+    figure.suptitle(safe_label(title), fontsize=13)
     for number, heat_map in enumerate(maps):
         axes = figure.add_subplot(lines, columns, number + 1)
         values, scale = heat_map.views[how]
-        _draw_map(figure, axes, values, scale, layers, modules)
-        axes.set_title(_safe(heat_map.title), fontsize=11)
-    _save(figure, path)
+        draw_map(figure, axes, values, scale, layers, modules)
+        axes.set_title(safe_label(heat_map.title), fontsize=11)
+    save_figure(figure, path)
 
 
 def draw_profiles(path: Path, title: str, panels: Sequence[tuple[str, Sequence[tuple[str, Floats]], bool]], layers: Sequence[str]) -> None:
     """Lines over the layers; panels are (y title, series, logarithmic)."""
-    figure = _figure(4.8 * len(panels), 4.4)
-    figure.suptitle(_safe(title), fontsize=13)
+    figure = new_figure(4.8 * len(panels), 4.4)
+    figure.suptitle(safe_label(title), fontsize=13)
     for number, (label, series, log) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1)
         for line, (name, values) in enumerate(series):
@@ -59,39 +59,39 @@ def draw_profiles(path: Path, title: str, panels: Sequence[tuple[str, Sequence[t
                 np.where(values > 0, values, np.nan) if log else values,
                 color=SERIES_LIGHT[line % len(SERIES_LIGHT)],
                 linestyle=style,
-                label=_safe(name),
+                label=safe_label(name),
             )
         if log and any(np.any(values > 0) for _, values in series):
             axes.set_yscale("log")
         axes.set_ylabel(label)
         axes.set_xlabel("layer")
-        _label_axis(axes.xaxis, layers, 10)
+        label_axis(axes.xaxis, layers, 10)
         axes.grid(alpha=0.3)
         if number == 0 and series:
             axes.legend(fontsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_intervals(path: Path, title: str, names: Sequence[str], values: Floats, low: Floats, high: Floats, x_title: str) -> None:
     """Horizontal bars with intervals, the first on top."""
-    figure = _figure(8.5, max(2.2, 0.3 * len(names) + 1.3))
+    figure = new_figure(8.5, max(2.2, 0.3 * len(names) + 1.3))
     axes = figure.add_subplot(1, 1, 1)
     places = np.arange(len(names))
     colours = [DIVERGING_LIGHT[-1] if value > 0 else DIVERGING_LIGHT[0] for value in values]
     axes.barh(places, values, color=colours, alpha=0.75)
     axes.hlines(places, low, high, color="black", linewidth=1.2)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(places, [_safe(name) for name in names], fontsize=8)
+    axes.set_yticks(places, [safe_label(name) for name in names], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(x_title)
-    axes.set_title(_safe(title), fontsize=12)
+    axes.set_title(safe_label(title), fontsize=12)
     axes.grid(axis="x", alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_scatter(path: Path, title: str, x: Floats, y: Floats, picked: np.ndarray, labels: tuple[str, str]) -> None:
     """One point per block, the picked ones in colour, with the diagonal."""
-    figure = _figure(5.6, 5.2)
+    figure = new_figure(5.6, 5.2)
     axes = figure.add_subplot(1, 1, 1)
     shown = np.isfinite(x) & np.isfinite(y)
     for chosen, colour, label in ((~picked & shown, "#8a8f98", "other blocks"), (picked & shown, DIVERGING_LIGHT[-1], "topic-specific")):
@@ -101,14 +101,17 @@ def draw_scatter(path: Path, title: str, x: Floats, y: Floats, picked: np.ndarra
         low, high = float(min(x[shown].min(), y[shown].min())), float(max(x[shown].max(), y[shown].max()))
         axes.plot([low, high], [low, high], color="black", linewidth=0.8)
         axes.legend(fontsize=8)
-    axes.set_xlabel(_safe(labels[0]))
-    axes.set_ylabel(_safe(labels[1]))
-    axes.set_title(_safe(title), fontsize=11)
+    axes.set_xlabel(safe_label(labels[0]))
+    axes.set_ylabel(safe_label(labels[1]))
+    axes.set_title(safe_label(title), fontsize=11)
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _draw_map(figure: Any, axes: Any, values: Floats, scale: Any, layers: Sequence[str], modules: Sequence[str]) -> None:
+def draw_map(
+    figure: Any, axes: Any, values: Floats, scale: Scale, layers: Sequence[str], columns: Sequence[str], column_title: str | None = None
+) -> None:
+    """One heat map with its colour bar; columns are named each, or numbered under a title."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 
     stops = DIVERGING_LIGHT if scale.kind == "diverging" else SEQUENTIAL
@@ -118,30 +121,38 @@ def _draw_map(figure: Any, axes: Any, values: Floats, scale: Any, layers: Sequen
     bar = figure.colorbar(image, ax=axes, shrink=0.9, extend="both" if scale.clipped else "neither")
     bar.set_label(scale.unit, fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    axes.set_xticks(range(len(modules)), [_safe(name) for name in modules], rotation=45, ha="right", fontsize=7)
-    _label_axis(axes.yaxis, layers, 32)
+    if column_title is None:
+        axes.set_xticks(range(len(columns)), [safe_label(name) for name in columns], rotation=45, ha="right", fontsize=7)
+    else:
+        label_axis(axes.xaxis, columns, 24)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.set_xlabel(column_title, fontsize=9)
+    label_axis(axes.yaxis, layers, 32)
     axes.tick_params(axis="y", labelsize=7)
     axes.set_ylabel("layer", fontsize=9)
 
 
-def _label_axis(axis: Any, labels: Sequence[str], most: int) -> None:
+def label_axis(axis: Any, labels: Sequence[str], most: int) -> None:
+    """At most `most` of the labels, evenly apart."""
     every = max(1, math.ceil(len(labels) / most))
     places = list(range(0, len(labels), every))
-    axis.set_ticks(places, [_safe(labels[place]) for place in places])
+    axis.set_ticks(places, [safe_label(labels[place]) for place in places])
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches."""
     from matplotlib.figure import Figure
 
     # A Figure of its own, not pyplot: no global state, no window system.
     return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a PNG, whole or not at all."""
     with replacing(path) as partial:
         figure.savefig(partial, format="png", facecolor="white")
 
 
-def _safe(label: str) -> str:
+def safe_label(label: str) -> str:
     """A label that matplotlib shows letter by letter: `$` would start a formula."""
     return "".join(sign if sign.isprintable() else "?" for sign in label).replace("$", r"\$")

@@ -122,8 +122,8 @@ def choose_scale(values: Floats, how: Normalisation, unit: str, *, signed: bool)
         limit = limit or largest or 1.0
         return Scale("diverging", False, -limit, limit, largest > limit * (1 + 1e-9), unit)
     positive = finite[finite > 0]
-    if len(positive) and positive.max() > _LOG_RATIO * positive.min():
+    if len(positive) and not (finite < 0).any() and positive.max() > _LOG_RATIO * positive.min():
         low, high = (float(edge) for edge in np.quantile(positive, [0.005, 1.0]))
         return Scale("sequential", True, low, high, bool((finite < low).any()), unit)
-    low = float(finite.min(initial=np.inf)) if len(finite) else 0.0
-    return Scale("sequential", False, low, largest if largest > low else low + 1.0, False, unit)
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    return Scale("sequential", False, low, high if high > low else low + 1.0, False, unit)

@@ -1,0 +1,205 @@
+"""The page of a score run: maps of the scores over layers and heads, and the heads that come first."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._config import read_yaml
+from .._files import write_atomically
+from ..errors import InputError
+from . import charts, figures
+from .grid import Floats
+from .head_figures import draw_head_map
+from .head_files import HeadColumns, plain_facts, read_heads, read_json
+from .maps import HeatMap, Normalisation, Scale, choose_scale, make_map
+from .page import card, facts, map_card, map_data, page, section, table, text
+from .report import ReportResult
+
+_STEP = "tinyonn heads score"
+SCORES = {
+    "out": ("Output norm", "norm of the head's output", "How much a head puts into the layer's output: the norm of its slice."),
+    "ent": (
+        "Concentration",
+        "negative entropy, nats",
+        "How concentrated the head's attention is: the negative entropy over keys; 0 is attention to one token only.",
+    ),
+    "task": ("Attention to the question", "share of attention", "How much of the head's attention falls on the tokens of the question."),
+}
+COMBINED = "Ranks within the layer, added with the run's weights: higher means that the scores agree on the head."
+_LAYER_COLUMNS = 8
+
+
+def write_scores_page(folder: str | os.PathLike[str], *, figures_too: bool = True) -> ReportResult:
+    """Draws what `tinyonn heads score` wrote: index.html, and one PNG a map.
+
+    Args:
+        folder: with scores_raw.csv, scores_norm.csv, scores_combined.csv, the two lists of top heads, summary.json and config.yaml.
+        figures_too: also draw map_out.png, map_ent.png, map_task.png and map_combined.png; needs matplotlib.
+
+    Raises:
+        InputError: a file is missing or not what the command writes (the line names it), or matplotlib is missing.
+    """
+    root = Path(folder)
+    if figures_too:
+        figures.require_matplotlib()
+    raw = read_heads(root / "scores_raw.csv", [f"{name}_raw" for name in SCORES], _STEP)
+    scores = [name.removesuffix("_raw") for name in raw.columns]
+    norm = read_heads(root / "scores_norm.csv", [f"{name}_z" for name in scores], _STEP)
+    combined = read_heads(root / "scores_combined.csv", ["combined"], _STEP)
+    for name, other in (("scores_norm.csv", norm), ("scores_combined.csv", combined)):
+        if other.places != raw.places:
+            raise InputError(f"{root / name} must have the heads of scores_raw.csv in its order; run {_STEP} again.")
+    summary = read_json(root / "summary.json", dict, _STEP)
+    tops = read_json(root / "topk_global.json", list, _STEP), read_json(root / "topk_per_layer.json", dict, _STEP)
+    config = read_yaml(root / "config.yaml")
+    maps = score_maps(raw, norm, combined, str(config.get("norm_mode", "zscore")))
+    drawn = []
+    if figures_too:
+        for heat_map in maps:
+            drawn.append(root / f"map_{heat_map.key}.png")
+            title = f"{heat_map.title}, {'by layer' if 'layer' in heat_map.views else 'weighted sum of ranks'}"
+            draw_head_map(drawn[-1], title, heat_map, _first_view(heat_map), raw.layers, raw.num_heads)
+    try:
+        content = _page(raw, norm, maps, summary, config, *tops)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{root} must hold lists of top heads that are in scores_raw.csv, got {error!r}; run {_STEP} again.") from error
+    write_atomically(root / "index.html", content)
+    return ReportResult(root / "index.html", tuple(drawn))
+
+
+def score_maps(raw: HeadColumns, norm: HeadColumns, combined: HeadColumns, mode: str) -> list[HeatMap]:
+    """One map a score: as measured, normalised by layer as the run did, and over the whole map; and their fusion as it is."""
+    maps = []
+    for key in (name.removesuffix("_raw") for name in raw.columns):
+        title, unit, legend = SCORES.get(key, (key, "as measured", "A score that was registered for this run."))
+        heat_map = make_map(key, title, legend, unit, raw.grid(f"{key}_raw"), signed=False)
+        values = norm.grid(f"{key}_z")
+        scale = choose_scale(values, "layer", unit, signed=False)
+        if mode == "percentile":
+            scale = Scale("sequential", False, 0.0, 1.0, False, "percentile within the layer")
+        maps.append(replace(heat_map, views={**heat_map.views, "layer": (values, scale)}))
+    values = combined.grid("combined")
+    unit = "weighted sum of ranks"
+    maps.append(
+        HeatMap(
+            "combined",
+            "Combined score",
+            COMBINED,
+            unit,
+            False,
+            values,
+            {"none": (values, choose_scale(values, "none", unit, signed=False))},
+        )
+    )
+    return maps
+
+
+def head_names(num_heads: int) -> tuple[list[str], list[str]]:
+    """Columns of a map of heads, in full and short."""
+    short = [str(head) for head in range(num_heads)]
+    return [f"head {name}" for name in short], short
+
+
+def view_controls(chosen: Normalisation, legend: str) -> str:
+    """The radio buttons that switch the maps; `legend` is text."""
+    names: dict[Normalisation, str] = {"layer": "by layer", "global": "global", "none": "as measured"}
+    buttons = "".join(
+        f'<label><input type="radio" name="normalise" value="{how}"{" checked" if how == chosen else ""}> {name}</label>'
+        for how, name in names.items()
+    )
+    return f'<div class="controls"><fieldset><legend>Scale</legend>{buttons}</fieldset></div><p class="legend">{text(legend)}</p>'
+
+
+def short_model(model: object) -> str:
+    """A model's name without the folders before it."""
+    name = str(model or "a model")
+    return Path(name).name or name
+
+
+def _first_view(heat_map: HeatMap) -> Normalisation:
+    return "layer" if "layer" in heat_map.views else "none"
+
+
+def _page(
+    raw: HeadColumns,
+    norm: HeadColumns,
+    maps: list[HeatMap],
+    summary: dict[str, Any],
+    config: dict[str, Any],
+    top_global: list[Any],
+    top_layers: dict[str, Any],
+) -> str:
+    names, short = head_names(raw.num_heads)
+    heads = len(raw.places)
+    options = {f"--{name.replace('_', '-')}": value for name, value in plain_facts(config).items()}
+    legend = (
+        "By layer: as in scores_norm.csv, every layer shows its own pattern. Global: standard deviations over the whole map, so layers "
+        "compare. As measured: the values of scores_raw.csv. The combined score is the same in all three."
+    )
+    body = [
+        section("run", "Run", facts(plain_facts(summary)) + f"<details><summary>Options</summary>{facts(options)}</details>"),
+        section(
+            "maps",
+            "Layers and heads",
+            view_controls("layer", legend) + f'<div class="grid2">{"".join(map_card(heat_map) for heat_map in maps)}</div>',
+            lead="Every cell is one head. Input layers are on top. For each score, higher is more.",
+        ),
+        _top_section(raw, norm, top_global, top_layers),
+        _profile_section(raw, maps),
+    ]
+    data = {"maps-data": [map_data(heat_map, raw.layers, names, short) for heat_map in maps]}
+    model = short_model(summary.get("model", config.get("model_path")))
+    samples = f"{summary['samples']:,} samples, " if isinstance(summary.get("samples"), int) else ""
+    subtitle = f"{samples}{len(raw.layers):,} layers, {heads:,} heads. Written by tinyonn."
+    return page(f"Attention heads of {model}", subtitle, "\n".join(body), data, ["core.js", "map.js"])
+
+
+def _top_section(raw: HeadColumns, norm: HeadColumns, top_global: list[Any], top_layers: dict[str, Any]) -> str:
+    names = [name.removesuffix("_raw") for name in raw.columns]
+    numbers = {place: line for line, place in enumerate(raw.places)}
+    rows: list[list[object]] = []
+    for entry in top_global:
+        line = numbers[entry["layer"], entry["head"]]
+        scores = [value for name in names for value in (raw.columns[f"{name}_raw"][line], norm.columns[f"{name}_z"][line])]
+        rows.append([entry["rank"], entry["layer"], entry["head"], entry["combined"], *scores])
+    titles = [title for name in names for title in (name, f"{name}, by layer")]
+    listing = table(
+        ["#", "layer", "head", "combined", *titles],
+        rows,
+        caption=f"Highest combined score, {len(rows)} heads",
+        numeric=range(4 + len(titles)),
+    )
+    shown = min(_LAYER_COLUMNS, max((len(entries) for entries in top_layers.values()), default=0))
+    layer_rows = [
+        [int(layer), *(f"{entry['head']} ({entry['combined']:.3g})" for entry in entries[:shown]), *[""] * (shown - len(entries))]
+        for layer, entries in top_layers.items()
+    ]
+    per_layer = table(
+        ["layer", *(f"#{rank}" for rank in range(1, shown + 1))],
+        layer_rows,
+        caption=f"The first {shown} heads of each layer (combined score)",
+        numeric=range(shown + 1),
+    )
+    body = f'<div class="grid-tables"><div class="card">{listing}</div><div class="card">{per_layer}</div></div>'
+    return section("top", "Heads that come first", body)
+
+
+def _profile_section(raw: HeadColumns, maps: list[HeatMap]) -> str:
+    cards = []
+    for heat_map in maps[:-1]:
+        series = [(name, _over_heads(heat_map.values, name)) for name in ("highest head", "mean", "lowest head")]
+        chart = charts.line_chart(f"{heat_map.title} per layer", raw.layers, series, x_title="layer", y_title=heat_map.unit)
+        cards.append(card(heat_map.title, chart))
+    lead = "The scores as measured, over the layers: what the normalisation by layer takes away."
+    return section("profiles", "Profiles", f'<div class="grid3">{"".join(cards)}</div>', lead=lead)
+
+
+def _over_heads(values: Floats, name: str) -> Floats:
+    known = np.ma.masked_invalid(values)
+    reduced = known.max(axis=1) if name == "highest head" else known.min(axis=1) if name == "lowest head" else known.mean(axis=1)
+    return np.ma.filled(reduced.astype(np.float64), np.nan)

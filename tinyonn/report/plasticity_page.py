@@ -1,0 +1,317 @@
+"""The page of one plasticity run: what the heads were worth before training, and what training changed in them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._files import write_atomically
+from ..errors import InputError
+from . import charts, figures
+from .charts import DotRow, Points
+from .head_figures import HeadScatter, draw_head_map, draw_head_scatters, draw_statistics
+from .head_files import HeadColumns, plain_facts, read_heads, read_json
+from .head_scores_page import head_names, short_model, view_controls
+from .maps import HeatMap, make_map
+from .page import card, facts, map_card, map_data, notices, page, section, table, terms, text
+from .report import ReportResult
+
+MEASURE, REPORT, TRAIN = (f"tinyonn heads plasticity {step}" for step in ("measure", "report", "train"))
+STATIC, PLASTIC = "important-but-static", "plastic-but-unimportant"
+KEYS = {STATIC: "important_but_static", PLASTIC: "plastic_but_unimportant"}
+MAX_RHO, MAX_OVERLAP = 0.5, 0.3  # the original study's figures
+_LOSS_POINTS = 100
+MEANINGS = {
+    "I_pre, I_post": "importance before and after training: by how much the loss on the measured rows rises (nats) when the head's output "
+    "is set to 0. Below 0, the model does better without the head.",
+    "U": "update: the Frobenius norm of the change of the head's query, key, value and output weights by training.",
+    "Urel": "the update, relative to the norms of these weights before training.",
+    "G_pre": "gradient before training: the norm of the gradient of the loss with respect to the head's weights.",
+    "taylor, taylor_abs": "first-order estimates of I from one backward pass: −mean of dL/dgate, and the mean over samples of its size.",
+    STATIC: "among the most important heads before training, and among the least changed by it.",
+    PLASTIC: "among the most changed heads, and among the least important before training.",
+}
+# Figure -> its panels: column against I_pre, title, title of the y axis.
+SCATTERS = {
+    "fig_I_vs_U.png": (
+        ("U", "Importance and update", "U, change of the head's weights"),
+        ("Urel", "Importance and relative update", "Urel, change relative to the weights"),
+    ),
+    "fig_I_vs_G.png": (("G_pre", "Importance and gradient", "G_pre, gradient norm before training"),),
+}
+MAPS = {
+    "I_pre": ("Importance before training", "loss increase, nats", True, "Loss increase without the head, before training."),
+    "I_post": ("Importance after training", "loss increase, nats", True, "Loss increase without the head, after training."),
+    "Urel": ("Relative update", "share of the weights' norm", False, "How far training moved the head's weights, relative to their norm."),
+    "G_pre": ("Gradient before training", "loss per weight", False, "Norm of the gradient of the loss with respect to the head's weights."),
+}
+
+
+def write_plasticity_page(folder: str | os.PathLike[str], *, figures_too: bool = True) -> ReportResult:
+    """Draws what the steps of a plasticity run wrote: index.html, and the figures as PNGs.
+
+    Args:
+        folder: OUTPUT/TASK/seedN with heads.csv, stats.json, cases.json, measure.json and train.json.
+        figures_too: also draw fig_I_vs_U.png, fig_I_vs_G.png, fig_stats.png, map_I_pre.png, map_I_post.png and map_Urel.png; needs
+            matplotlib.
+
+    Raises:
+        InputError: a file is missing or not what its step writes (the line names it), or matplotlib is missing.
+    """
+    root = Path(folder)
+    if figures_too:
+        figures.require_matplotlib()
+    names = ["I_pre", "I_post", "accuracy_drop_pre", "accuracy_drop_post", "taylor_pre", "taylor_abs_pre", "U", "Urel", "G_pre"]
+    heads = read_heads(root / "heads.csv", names, REPORT, ["kind"])
+    stats, cases = read_json(root / "stats.json", dict, REPORT), read_json(root / "cases.json", dict, REPORT)
+    measured, trained = read_json(root / "measure.json", dict, MEASURE), read_json(root / "train.json", dict, TRAIN)
+    maps = [make_map(key, title, legend, unit, heads.grid(key), signed=signed) for key, (title, unit, signed, legend) in MAPS.items()]
+    try:
+        content = _page(heads, stats, cases, measured, trained, maps)
+        drawn = _draw(root, heads, stats, cases, maps) if figures_too else ()
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{root} must hold stats.json and cases.json as the report step writes them, got {error!r}; run {REPORT}."
+        ) from error
+    write_atomically(root / "index.html", content)
+    return ReportResult(root / "index.html", drawn)
+
+
+def head_label(layer: int, head: int) -> str:
+    """Name of a head on charts."""
+    return f"layer {layer} head {head}"
+
+
+def case_points(heads: HeadColumns, x: str, y: str) -> list[Points]:
+    """Heads as three groups of points: those that are no case, and the two kinds of cases."""
+    kinds = np.array(heads.words["kind"])
+    groups = []
+    for kind, name, shape in (("", "other heads", "circle"), (STATIC, STATIC, "square"), (PLASTIC, PLASTIC, "triangle")):
+        lines = np.flatnonzero(kinds == kind)
+        labels = [head_label(*heads.places[line]) for line in lines]
+        groups.append(Points(name, heads.columns[x][lines], heads.columns[y][lines], labels, shape))
+    return groups
+
+
+def pair_name(pair: Mapping[str, Any]) -> str:
+    """Name of a pair of columns on charts."""
+    return f"{pair['x']}, {pair['y']}"
+
+
+def _percentile_marks(cases: Mapping[str, Any], column: str) -> list[tuple[str, float]]:
+    """The lines that tell cases: of I_pre and Urel, none of other columns."""
+    edges = cases["thresholds"]
+    return [(f"p{cases[side]:g}", edges[f"{column}_{side}"]) for side in ("low", "high") if f"{column}_{side}" in edges]
+
+
+def _dot_rows(stats: Mapping[str, Any]) -> tuple[list[DotRow], list[DotRow]]:
+    rhos = [DotRow(pair_name(pair), pair["rho"], pair["low"], pair["high"]) for pair in stats["pairs"]]
+    overlaps = [DotRow(pair_name(pair), pair["overlap"]["share"], chance=pair["overlap"]["chance"]) for pair in stats["pairs"]]
+    return rhos, overlaps
+
+
+def _draw(root: Path, heads: HeadColumns, stats: Mapping[str, Any], cases: Mapping[str, Any], maps: Sequence[HeatMap]) -> tuple[Path, ...]:
+    where = f"{short_model(stats['model'])} on {stats['task']}"
+    drawn = []
+    for name, panels in SCATTERS.items():
+        drawn.append(root / name)
+        x_marks = _percentile_marks(cases, "I_pre")
+        plots = [
+            HeadScatter(title, case_points(heads, "I_pre", column), y_title, x_marks, _percentile_marks(cases, column))
+            for column, title, y_title in panels
+        ]
+        draw_head_scatters(drawn[-1], where, plots, "I_pre, loss increase without the head (nats)")
+    drawn.append(root / "fig_stats.png")
+    draw_statistics(drawn[-1], f"Importance and change: {where}", *_dot_rows(stats), (MAX_RHO, MAX_OVERLAP))
+    for heat_map in maps[:3]:
+        drawn.append(root / f"map_{heat_map.key}.png")
+        draw_head_map(drawn[-1], f"{heat_map.title}: {where}", heat_map, "none", heads.layers, heads.num_heads)
+    return tuple(drawn)
+
+
+def _page(
+    heads: HeadColumns,
+    stats: Mapping[str, Any],
+    cases: Mapping[str, Any],
+    measured: dict[str, Any],
+    trained: dict[str, Any],
+    maps: Sequence[HeatMap],
+) -> str:
+    names, short = head_names(heads.num_heads)
+    legend = (
+        "By layer: each row is scaled by itself. Global: all rows share one scale. As measured: the values of heads.csv. Importance keeps "
+        "its zero: in warm colours are heads that the model needs, in blue those that it does better without."
+    )
+    body = [
+        _verdict(stats),
+        notices([f"There are no cases: {cases['reason']}."] if cases["reason"] else []),
+        section("run", "Run", _run(measured, trained)),
+        _acceptance(stats, trained),
+        _statistics(stats),
+        _scatters(heads, cases),
+        section("maps", "Layers and heads", view_controls("none", legend) + f'<div class="grid2">{"".join(map(map_card, maps))}</div>'),
+        _cases(cases),
+        _tops(heads, int(stats["top_k"])),
+        section("terms", "Terms", terms(MEANINGS)),
+    ]
+    data = {"maps-data": [map_data(heat_map, heads.layers, names, short) for heat_map in maps]}
+    seed = "" if stats["seed"] is None else f"seed {stats['seed']}, "
+    subtitle = f"{short_model(stats['model'])}, {seed}{len(heads.layers):,} layers, {len(heads.places):,} heads. Written by tinyonn."
+    return page(f"What training on {stats['task']} does to heads", subtitle, "\n".join(body), data, ["core.js", "map.js"])
+
+
+_ACCEPTANCE_LEAD = (
+    "The study that these measures come from found that importance before training says little about which heads training changes, and "
+    "set these figures. They are computed here as there, met or not."
+)
+
+
+def acceptance_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The acceptance figures of one run."""
+    verdicts = {True: "✓ met", False: "✗ not met", None: "not defined"}
+    cells = [
+        [row["figure"].replace("rho", "ρ"), verdicts[row["met"]], row["rule"].replace(">=", "≥"), found_number(row["value"])]
+        for row in rows
+    ]
+    return table(["figure", "verdict", "wanted", "found"], cells, numeric=(3,))
+
+
+def _verdict(stats: Mapping[str, Any]) -> str:
+    rows = stats["acceptance"]
+    met = sum(row["met"] is True for row in rows)
+    counts = stats["counts"]
+    first = stats["pairs"][1]
+    rho = "is not defined" if first["rho"] is None else f"is {first['rho']:.2f}"
+    line = (
+        f"The rank correlation of importance before training with the relative update {rho}; {counts['important_but_static']} heads are "
+        f"important but static, {counts['plastic_but_unimportant']} plastic but unimportant. {met} of {len(rows)} figures of the original "
+        "study are met."
+    )
+    return f'<p class="verdict">{text(line)}</p>'
+
+
+def _run(measured: dict[str, Any], trained: dict[str, Any]) -> str:
+    options = trained.get("options", {})
+    values = {
+        "model": options.get("model_path"),
+        **{f"training: {name}": value for name, value in plain_facts(trained).items() if name != "versions"},
+        **{f"measuring: {name}": value for name, value in plain_facts(measured).items()},
+    }
+    given = {f"--{name.replace('_', '-')}": value for name, value in plain_facts(options).items()}
+    return facts(values) + (f"<details><summary>Options of training</summary>{facts(given)}</details>" if given else "")
+
+
+def _acceptance(stats: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
+    cards = f'<div class="card">{acceptance_table(stats["acceptance"])}</div>{_training(trained)}'
+    return section("acceptance", "The original study's figures", f'<div class="grid2">{cards}</div>', lead=_ACCEPTANCE_LEAD)
+
+
+def _training(trained: Mapping[str, Any]) -> str:
+    losses = np.array([loss for loss in trained.get("losses", []) if isinstance(loss, int | float)], dtype=np.float64)
+    if len(losses) < 2:
+        return ""
+    each = math.ceil(len(losses) / _LOSS_POINTS)
+    means = np.array([losses[first : first + each].mean() for first in range(0, len(losses), each)])
+    steps = [str(min(first + each, len(losses))) for first in range(0, len(losses), each)]
+    chart = charts.line_chart("Loss of training", steps, [("loss", means)], x_title="step", y_title="loss, nats", zero=True)
+    return card("Training", chart, legend=f"Mean over every {each} steps." if each > 1 else "Every step.")
+
+
+def _statistics(stats: Mapping[str, Any]) -> str:
+    rhos, overlaps = _dot_rows(stats)
+    left = charts.interval_dots(
+        "Rank correlations", rhos, low=-1, high=1, x_title="Spearman's ρ", limit=(f"study: below {MAX_RHO:g}", MAX_RHO)
+    )
+    right = charts.interval_dots(
+        "Overlaps",
+        overlaps,
+        low=0,
+        high=1,
+        x_title="share of the highest heads in both",
+        limit=(f"study: below {MAX_OVERLAP:g}", MAX_OVERLAP),
+    )
+    interval = stats["interval"]
+    rho_card = card(
+        "Rank correlation", left, legend=f"{interval['confidence']:.0%} intervals: {interval['resamples']:,} resamples of the heads."
+    )
+    overlap_card = card(
+        "Overlap of the highest", right, legend=f"Of the {stats['top_k']} highest heads by either. A cross is what chance would give."
+    )
+    chart_row = f'<div class="grid3">{rho_card}{overlap_card}</div>'
+    rows = [_pair_row(pair) for pair in [*stats["pairs"], *stats["taylor"]]]
+    listing = table(
+        ["columns", "ρ", "from", "to", "p", "overlap", "shared", "of", "by chance", "note"],
+        rows,
+        caption="Rank correlations and overlaps",
+        numeric=range(1, 9),
+    )
+    lead = "Rows with taylor judge the first-order estimates by the exact importance; the others ask whether training changes what matters."
+    return section("statistics", "Importance and change", f'{chart_row}<div class="card below">{listing}</div>', lead=lead)
+
+
+def _pair_row(pair: Mapping[str, Any]) -> list[object]:
+    overlap = pair["overlap"]
+    p = None if pair["p"] is None else f"{pair['p']:.2g}" if pair["p"] >= 1e-300 else "< 1e-300"
+    shares = [decimals(overlap["share"]), overlap["shared"], overlap["k"], decimals(overlap["chance"])]
+    return [pair_name(pair), *map(decimals, (pair["rho"], pair["low"], pair["high"])), p, *shares, pair["reason"] or ""]
+
+
+def found_number(value: float | None) -> object:
+    """What an acceptance figure asks for: a count as it is, others with three places."""
+    return decimals(value) if isinstance(value, float) else value
+
+
+def decimals(value: float | None) -> str | None:
+    """A correlation or a share, which need no more than three places."""
+    return None if value is None else f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no minus before zero
+
+
+def _scatters(heads: HeadColumns, cases: Mapping[str, Any]) -> str:
+    cards = []
+    for column, title, y_title in (panel for panels in SCATTERS.values() for panel in panels):
+        chart = charts.scatter(
+            title,
+            case_points(heads, "I_pre", column),
+            x_title="I_pre, loss increase in nats",
+            y_title=y_title,
+            x_marks=_percentile_marks(cases, "I_pre"),
+            y_marks=_percentile_marks(cases, column),
+        )
+        cards.append(card(title, chart))
+    lead = "Every point is one head, before training. Dashed lines are the percentiles that tell the cases."
+    return section("scatter", "Every head", f'<div class="grid3">{"".join(cards)}</div>', lead=lead)
+
+
+def _cases(cases: Mapping[str, Any]) -> str:
+    cards = []
+    for kind, key in KEYS.items():
+        rows = [[case["layer"], case["head"], case["I_pre"], case["I_post"], case["U"], case["Urel"], case["G_pre"]] for case in cases[key]]
+        listing = table(
+            ["layer", "head", "I_pre", "I_post", "U", "Urel", "G_pre"], rows, caption=f"{kind}, {len(rows)} heads", numeric=range(7)
+        )
+        cards.append(f'<div class="card">{listing}</div>' if rows else card(kind, '<p class="empty">No head is one.</p>'))
+    lead = f"High is from percentile {cases['high']:g} on, low up to percentile {cases['low']:g}, over all heads."
+    return section("cases", "Cases", f'<div class="grid2">{"".join(cards)}</div>', lead=lead)
+
+
+def _tops(heads: HeadColumns, top: int) -> str:
+    cards = []
+    for column, title in (
+        ("I_pre", "Most important before training"),
+        ("I_post", "Most important after training"),
+        ("Urel", "Most changed"),
+    ):
+        order = np.argsort(-heads.columns[column], kind="stable")[:top]
+        rows: list[list[object]] = []
+        for rank, line in enumerate(order.tolist(), start=1):
+            numbers = [heads.columns[name][line] for name in ("I_pre", "I_post", "accuracy_drop_pre", "Urel")]
+            rows.append([rank, *heads.places[line], *numbers, heads.words["kind"][line]])
+        head = ["#", "layer", "head", "I_pre", "I_post", "accuracy drop", "Urel", "case"]
+        listing = table(head, rows, caption=f"{title}, {len(rows)} heads", numeric=range(7))
+        cards.append(f'<div class="card">{listing}</div>')
+    return section("top", "Heads that come first", f'<div class="grid2">{"".join(cards)}</div>')
