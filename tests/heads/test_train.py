@@ -19,13 +19,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from tinyonn.errors import InputError
-from tinyonn.heads import train as training
 from tinyonn.heads.plasticity_config import PlasticityConfig
 from tinyonn.heads.progress import Progress
 from tinyonn.heads.train import resolve_precision, train
 from tinyonn.testing import save_tiny_model
 
 ROWS = 60
+training = sys.modules[train.__module__]  # `tinyonn.heads.train` may name the function
 
 
 @pytest.fixture(scope="module")
@@ -354,6 +354,40 @@ def test_a_damaged_state_and_changed_data_are_named(config, data, tmp_path):
         InputError, match=r"train_state\.pt must be a whole state of training, got a damaged file; --overwrite begins again"
     ):
         train(run)
+
+
+def test_the_record_of_options_is_a_configuration_of_the_same_training(config):
+    train(config(max_steps=1))
+    again = PlasticityConfig.from_yaml(config().folder / "train_config.yaml", output_dir=config().output_dir)
+    assert train(again).kept
+
+
+def test_a_classifier_of_other_classes_is_replaced(config, tmp_path):
+    run = config(model_path=str(save_tiny_model(tmp_path / "five", "bert", num_labels=5)), max_steps=1)
+    train(run)
+    assert weights(run.folder / "ckpt_init")["classifier.weight"].shape == (2, 48)
+
+
+def test_weights_that_the_transformer_lacks_are_not_made_up(config, tmp_path):
+    broken = save_tiny_model(tmp_path / "broken", "bert")
+    tensors = weights(broken)
+    del tensors["encoder.layer.1.attention.self.query.weight"]
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"must hold all weights .* without bert\.encoder\.layer\.1\.attention\.self\.query\.weight\."):
+        train(config(model_path=str(broken)))
+    assert left(config().folder) == []
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_in_half_precision_and_goes_on_from_a_saved_state(config):
+    run = config(device="cuda")
+    whole = train(config(device="cuda", output_dir=f"{run.output_dir}-whole")).summary
+    with pytest.raises(Killed):
+        train(run, killed_at("training", "step 7/"))
+    resumed = train(run).summary
+    assert resumed["dtype"] in ("bf16", "fp16")
+    assert resumed["losses"] == pytest.approx(whole["losses"], rel=0.02)
+    assert {value.dtype for value in weights(run.folder / "ckpt_final").values()} == {torch.float32}
 
 
 def test_more_tokens_than_the_model_takes_are_refused(config):
