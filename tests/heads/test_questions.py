@@ -146,6 +146,13 @@ def test_rows_of_a_json_list_count_as_those_of_json_lines(tmp_path):
     assert load_questions(str(path)).questions == load_questions(write(tmp_path / "data.jsonl", standard(3))).questions
 
 
+def test_a_bad_record_of_a_json_list_is_named_by_its_number(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([*standard(2), damaged(answerKey="C")], indent=1))
+    with pytest.raises(InputError, match=re.escape(f"{path}, record 3: answer must name a choice (A, B), got 'C'.")):
+        load_questions(str(path))
+
+
 def test_a_field_map_of_ones_own_is_read_from_yaml(tmp_path):
     mapping = tmp_path / "mine.yaml"
     mapping.write_text('question: {field: q.text}\ncontext: story\nchoices: {text: c}\nanswer: {field: gold, values: {"left": A}}\n')
@@ -211,7 +218,7 @@ def test_a_bad_record_is_named(tmp_path, record, message, first):
     data = write(tmp_path / "data.jsonl", [record] if first else [neighbour, neighbour, record])
     if not first and "text" in record:
         message = "must have its question as text in question; its fields are text, n."
-    with pytest.raises(InputError, match=f"{re.escape(data)}, record {1 if first else 3}: {message}$"):
+    with pytest.raises(InputError, match=f"{re.escape(data)}, line {1 if first else 3}: {message}$"):
         load_questions(data)
 
 

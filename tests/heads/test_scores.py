@@ -26,9 +26,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "gemma2": ("gemma2", {}, "self_attn.v_proj", "self_attn.o_proj"),
     "gpt2": ("gpt2", {}, "attn.c_attn", "attn.c_proj"),
     "bert": ("bert", {}, "attention.self.value", "attention.output.dense"),
+    "roberta": ("roberta", {}, "attention.self.value", "attention.output.dense"),  # counts positions from the padding's id on
+    "modernbert": ("modernbert", {}, "attn.Wqkv", "attn.Wo"),
     "deberta-v2": ("deberta-v2", {}, "attention.self.value_proj", "attention.output.dense"),
 }
-ENCODERS = ("bert", "deberta-v2")
+ENCODERS = ("bert", "roberta", "modernbert", "deberta-v2")
+FUSED = ("gpt2", "modernbert")
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float64) -> Any:
@@ -63,7 +66,7 @@ def eager_scores(family: str, prompt: EncodedPrompt, query_mode: str) -> dict[st
     rows: dict[str, list[torch.Tensor]] = {"out": [], "projected": [], "ent": [], "task": []}
     for index, block in enumerate(blocks):
         probs = found.attentions[index][0, :, chosen].double()  # (H, Tq, T)
-        value = values[index][:, -values[index].shape[1] // 3 :] if family == "gpt2" else values[index]
+        value = values[index][:, -(values[index].shape[1] // 3) :] if family in FUSED else values[index]
         weight = block.get_submodule(output_name).weight
         weight = weight.T if family == "gpt2" else weight
         dim = weight.shape[1] // heads

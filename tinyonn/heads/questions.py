@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .._records import field_names, read_records
+from .._records import field_names, open_records
 from ..errors import InputError
 from .fields import AbsentError, FieldMap, Fields, find_field_map, load_field_map
 
@@ -60,34 +60,36 @@ def load_questions(data_path: str, *, field_map: str | None = None, max_samples:
             are fewer than max_samples.
     """
     records: list[tuple[int, Mapping[str, Any]]] = []
-    for located in read_records(data_path, "data_path"):
+    file = open_records(data_path)
+    place = f"{data_path}, {file.unit}"
+    for located in file.located:
         if located.record is None:
-            raise InputError(f"{data_path}, line {located.number}: {located.error}.")
+            raise InputError(f"{place} {located.number}: {located.error}.")
         records.append((located.number, located.record))
     if not records:
         raise InputError(f"data_path must hold at least one record, got none in {data_path}.")
     if max_samples is not None and max_samples > len(records):
         raise InputError(f"max_samples must be at most the {len(records)} rows of {data_path}, got {max_samples}.")
     count = min(DEFAULT_SAMPLES if max_samples is None else max_samples, len(records))
-    chosen = load_field_map(field_map) if field_map is not None else _found(data_path, *records[0])
+    chosen = load_field_map(field_map) if field_map is not None else _found(place, *records[0])
     drawn = np.sort(np.random.default_rng(seed).permutation(len(records))[:count])
-    return QuestionSet(tuple(_question(data_path, chosen, *records[int(index)]) for index in drawn), len(records), chosen.name)
+    return QuestionSet(tuple(_question(place, chosen, *records[int(index)]) for index in drawn), len(records), chosen.name)
 
 
-def _found(data_path: str, row: int, record: Mapping[str, Any]) -> FieldMap:
+def _found(place: str, row: int, record: Mapping[str, Any]) -> FieldMap:
     try:
         return find_field_map(record)
     except InputError as error:
-        raise _located(error, data_path, row, record) from None
+        raise _located(error, place, row, record) from None
 
 
-def _question(data_path: str, field_map: FieldMap, row: int, record: Mapping[str, Any]) -> Question:
+def _question(place: str, field_map: FieldMap, row: int, record: Mapping[str, Any]) -> Question:
     try:
         return Question(**vars(field_map.read(record)), row=row)
     except InputError as error:
-        raise _located(error, data_path, row, record) from None
+        raise _located(error, place, row, record) from None
 
 
-def _located(error: InputError, data_path: str, row: int, record: Mapping[str, Any]) -> InputError:
+def _located(error: InputError, place: str, row: int, record: Mapping[str, Any]) -> InputError:
     fields = f"; its fields are {field_names(record)}" if isinstance(error, AbsentError) else ""
-    return InputError(f"{data_path}, record {row}: {error}{fields}.")
+    return InputError(f"{place} {row}: {error}{fields}.")
