@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from tinyonn.errors import InputError
@@ -197,23 +197,19 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(c
 
 @pytest.mark.parametrize("name", ["ckpt_init", "ckpt_final"])
 def test_a_checkpoint_that_was_half_written_is_not_taken_for_one(config, uninterrupted, monkeypatch, name):
-    def half(model: Any, tokenizer: Any, target: Path) -> None:
-        if target.name == name:
-            with monkeypatch.context() as inner:
-                inner.setattr(type(tokenizer), "save_pretrained", Killed)
-                model.save_pretrained = lambda folder: (folder.mkdir(), (folder / "model.safetensors").write_bytes(b"half"), kill())
-                whole(model, tokenizer, target)
-        whole(model, tokenizer, target)
-
-    def kill() -> None:
+    def half(model: PreTrainedModel, folder: Path) -> None:
+        if name not in folder.name:
+            return whole(model, folder)
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
         raise Killed
 
-    whole = training.save_model
-    monkeypatch.setattr(training, "save_model", half)
+    whole = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", half)
     with pytest.raises(Killed):
         train(config())
     assert name not in left(config().folder)
-    monkeypatch.setattr(training, "save_model", whole)
+    monkeypatch.undo()
     train(config())
     assert same(weights(config().folder / "ckpt_final"), uninterrupted[0])
     assert left(config().folder) == ["ckpt_final", "ckpt_init", "train.json", "train_config.yaml"]
@@ -237,7 +233,8 @@ train({config()!r}, progress)
 
 def test_a_complete_training_is_kept(config):
     first = train(config())
-    times = {path: path.stat().st_mtime_ns for path in config().folder.rglob("*")}
+    (config().folder / "train_state.pt").write_text("of a run that was killed after its last file")
+    times = {path: path.stat().st_mtime_ns for path in config().folder.rglob("*") if path.name != "train_state.pt"}
     said = []
     again = train(config(top_k=5, checkpoint_steps=7), said.append)
     assert again.kept
@@ -430,6 +427,33 @@ def test_half_precision_trains_weights_of_full_precision(config, dtype):
     assert {value.dtype for value in weights(run.folder / "ckpt_final").values()} == {torch.float32}
     assert result.summary["losses"] != full.summary["losses"]
     assert result.summary["losses"] == pytest.approx(full.summary["losses"], rel=0.05)
+
+
+def test_a_step_whose_gradients_overflow_in_fp16_is_left_out_and_counted(config, tmp_path):
+    # A classifier of 100 times its size has gradients of some hundreds: with the scaler's first factor, 65,536, beyond float16.
+    steep = save_tiny_model(tmp_path / "steep", "bert", num_labels=2)
+    tensors = weights(steep)
+    tensors["classifier.weight"] *= 100
+    save_file(tensors, steep / "model.safetensors", {"format": "pt"})
+    run = config(model_path=str(steep), dtype="fp16", max_steps=1)
+    assert train(run).summary["left_out_steps"] == 1
+    assert same(weights(run.folder / "ckpt_init"), weights(run.folder / "ckpt_final"))
+
+
+def test_gradients_that_are_no_numbers_end_a_training_in_fp16(config, monkeypatch):
+    def broken(*args: Any) -> Any:
+        model = whole(*args)
+        model.classifier.bias.register_hook(lambda gradient: gradient * float("nan"))
+        return model
+
+    whole = training.load_classifier
+    monkeypatch.setattr(training, "load_classifier", broken)
+    with pytest.raises(InputError) as raised:
+        train(config(dtype="fp16", epochs=5))
+    # The scaler halves 2**16 at every step; after the 21st it is below 2**-4.
+    assert str(raised.value) == (
+        "gradient must stay finite, got nan in step 21 of 25: lower --learning-rate (now 0.001), or take --dtype fp32."
+    )
 
 
 @pytest.mark.parametrize(("supported", "expected"), [(True, torch.bfloat16), (False, torch.float16)], ids=["Ampere", "Volta"])

@@ -74,6 +74,7 @@ def train(config: PlasticityConfig, progress: Callable[[Progress], None] | None 
     if not config.overwrite:
         check_same(folder, options)
     if is_complete(folder) and not config.overwrite:
+        (folder / STATE).unlink(missing_ok=True)  # killed between its last file and this
         report(Progress("training", 1.0, f"kept: {folder} holds a complete training of these options"))
         return TrainResult(folder, True, read_summary(folder))
     report(Progress("loading", None, "data"))
