@@ -92,12 +92,19 @@ def make_seed() -> Callable[..., dict[str, np.ndarray]]:
             "versions": {"tinyonn": "0.1.0"},
         }
         measured = {
-            "base_loss_pre": 0.69,
-            "base_loss_post": 0.41,
-            "accuracy_pre": 0.5,
-            "accuracy_post": 0.8,
+            "model": Path(model).name,
+            "task": folder.parent.name,
+            "seed": seed,
             "samples": 256,
+            "layers": layers,
+            "heads": layers * heads,
+            "base_loss_pre": 0.69,
+            "base_accuracy_pre": 0.5,
+            "base_loss_post": 0.41,
+            "base_accuracy_post": 0.8,
             "seconds": 30.0,
+            "training_sha256": "0123456789abcdef" * 4,
+            "versions": {"tinyonn": "0.1.0"},
         }
         subset = {"source": "validation.jsonl", "seed": 999, "size": 3, "indices": [4, 0, 7], "labels": [0, 1, 1]}
         for file, content in (("train.json", trained), ("measure.json", measured), ("eval_subset.json", subset)):

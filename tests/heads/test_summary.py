@@ -275,6 +275,14 @@ def test_heads_that_all_files_lack_are_found(make_seed, tmp_path):
         summarise(tmp_path)
 
 
+def test_layers_that_all_files_lack_are_found_by_what_measure_says(make_seed, tmp_path):
+    make_seed(tmp_path, 2, 3)
+    for path in tmp_path.glob("*.jsonl"):
+        path.write_text("\n".join(path.read_text().splitlines()[:3]) + "\n")
+    with pytest.raises(InputError, match=r"must have the 2 layers that measure\.json states, got 1; run tinyonn heads plasticity measure"):
+        summarise(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

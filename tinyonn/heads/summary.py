@@ -117,7 +117,7 @@ def summarise(
     listed = case_lists(cases, rows, high, low)
     stats = statistics(table, top_k, cases.kinds)
     stats = {
-        **_identity(root, trained),
+        **_identity(root, measured, trained),
         **stats,
         "top_k": top_k,
         "high": high,
@@ -241,10 +241,11 @@ def _pair(table: HeadTable, names: tuple[str, str], top_k: int) -> dict[str, Any
     return {"x": names[0], "y": names[1], **vars(rank_correlation(x, y, names)), "overlap": vars(top_overlap(x, y, top_k, names))}
 
 
-def _identity(folder: Path, trained: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(folder: Path, measured: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
     """Which run this is: the task by its folder, the rest by the options that it was trained with."""
     options = trained.get("options", {})
-    return {"model": options.get("model_path"), "task": folder.resolve().parent.name, "seed": options.get("seed"), "options": options}
+    model = measured.get("model", options.get("model_path"))
+    return {"model": model, "task": folder.resolve().parent.name, "seed": options.get("seed"), "options": options}
 
 
 def _check_shape(folder: Path, table: HeadTable, measured: Mapping[str, Any]) -> None:

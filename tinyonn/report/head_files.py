@@ -107,7 +107,7 @@ def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]], step: st
 
 
 def plain_facts(values: dict[str, Any], left_out: Sequence[str] = ()) -> dict[str, object]:
-    """What a run says of itself, for a list of facts: single values as they are, versions joined, lists left out.
+    """What a run says of itself, for a list of facts: single values, digests by their beginning, versions joined; no lists.
 
     Args:
         values: of a JSON file.
@@ -120,7 +120,10 @@ def plain_facts(values: dict[str, Any], left_out: Sequence[str] = ()) -> dict[st
         name = str(key).replace("_", " ")
         if isinstance(value, bool):
             shown[name] = "yes" if value else "no"
-        elif isinstance(value, str | int | float):
+        elif isinstance(value, str):
+            is_digest = len(value) == 64 and set(value) <= set("0123456789abcdef")
+            shown[name] = f"{value[:12]}…" if is_digest else value
+        elif isinstance(value, int | float):
             shown[name] = value
         elif key == "versions" and isinstance(value, dict):
             shown[name] = ", ".join(f"{package} {version}" for package, version in value.items())

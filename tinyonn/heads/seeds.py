@@ -121,7 +121,8 @@ def _check_alike(root: Path, seeds: Sequence[Seed]) -> None:
     first = seeds[0]
     for seed in seeds[1:]:
         for name in SHARED_FACTS:
-            ours, theirs = first.stats[name], seed.stats[name]
+            # Two models may share a name: where they lie tells them apart.
+            ours, theirs = (its.stats["options"].get("model_path") if name == "model" else its.stats[name] for its in (first, seed))
             if theirs != ours:
                 raise InputError(f"{root} must have one {name} in all seeds, got {ours} in {first.name} and {theirs} in {seed.name}.")
         if seed.table.places != first.table.places:

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from tinyonn.errors import InputError
-from tinyonn.heads.aggregate import aggregate
+from tinyonn.heads.seeds import aggregate
 from tinyonn.heads.summary import summarise
 
 
