@@ -45,6 +45,10 @@ ROWS = {
         {"question": "Where?", "answer": "B. sail boat", "options": ".\nA. row boat\nB. sail boat?"},
         ("Where?", None, AB, ("row boat", "sail boat?"), 1),
     ),
+    "lines-of-several-lines": (
+        {"question": "Where?", "answer": "B. two", "options": "A. one\nI. e. not two\n(B) two"},
+        ("Where?", None, AB, ("one\nI. e. not two", "two"), 1),
+    ),
     "openbookqa-hub": (
         {"id": "7-980", "question_stem": "The sun is", "choices": {"text": ["hot", "cold"], "label": ["A", "B"]}, "answerKey": "A"},
         ("The sun is", None, AB, ("hot", "cold"), 0),

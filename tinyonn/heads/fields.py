@@ -143,34 +143,21 @@ def load_field_map(name: str) -> FieldMap:
 
 
 def find_field_map(record: Mapping[str, Any]) -> FieldMap:
-    """The field map of the package with the layout that uses most of a record's fields; of equal ones, the more general.
+    """The first field map of the package with a layout whose fields a record has: the general ones, then those of one data set.
 
     Raises:
-        AbsentError: none fits.
-        InputError: the one that fits finds in a field what it must not hold.
+        AbsentError: there is none.
+        InputError: it finds in a field what it must not hold.
     """
     general = ("standard", "options")
     names = [*general, *(name for name in builtin_field_maps() if name not in general)]
-    best: tuple[int, FieldMap] | None = None
-    broken: tuple[int, InputError] | None = None
     for field_map in map(load_field_map, names):
-        for layout in field_map.layouts:
-            count = len(layout.needed)
-            try:
-                layout.read(record)
-            except AbsentError:
-                continue
-            except InputError as error:
-                if broken is None or count > broken[0]:
-                    broken = (count, error)
-            else:
-                if best is None or count > best[0]:
-                    best = (count, field_map)
-    if broken is not None and (best is None or broken[0] > best[0]):
-        raise broken[1]
-    if best is None:
-        raise AbsentError(f"must have the fields of one of {', '.join(names)}, or come with a field_map of its own")
-    return best[1]
+        try:
+            field_map.read(record)
+        except AbsentError:
+            continue
+        return field_map
+    raise AbsentError(f"must have the fields of one of {', '.join(names)}, or come with a field_map of its own")
 
 
 def _folder() -> Any:
