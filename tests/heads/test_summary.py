@@ -89,7 +89,8 @@ def test_overlap_counts_heads_that_are_high_in_both():
     x, y = np.array([9.0, 8, 7, 1, 2, 3]), np.array([9.0, 1, 8, 2, 7, 0])  # top 3: {0, 1, 2} and {0, 2, 4}
     found = top_overlap(x, y, 3)
     assert (found.k, found.shared, found.share, found.chance) == (3, 2, pytest.approx(2 / 3), 0.5)
-    assert top_overlap(x, y, 20).k == 6
+    whole = top_overlap(x, y, 20)
+    assert (whole.k, whole.share, whole.chance, whole.reason) == (6, 1.0, 1.0, "all 6 heads are among the highest")
     assert top_overlap(np.ones(6), y, 3, ("I", "U")).reason == "I is the same for every head"
 
 
@@ -191,6 +192,14 @@ def test_acceptance_figures_are_shown_as_missed(make_seed, tmp_path):
     }
 
 
+def test_the_overlap_of_all_heads_is_not_judged(make_seed, tmp_path):
+    make_seed(tmp_path / "seed0", 2, 6)
+    found = {row["figure"]: row for row in summarise(tmp_path / "seed0", top_k=12).stats["acceptance"]}
+    assert (found["overlap(I_pre, U)"]["value"], found["overlap(I_pre, U)"]["met"]) == (None, None)
+    found = {row["figure"]: row for row in summarise(tmp_path / "seed0", top_k=11).stats["acceptance"]}
+    assert found["overlap(I_pre, U)"]["met"] is False  # of 12 heads 11 share 10 at least
+
+
 def test_no_nan_in_the_files_of_a_constant_run(make_seed, tmp_path):
     flat = np.zeros((2, 3))
     make_seed(tmp_path / "seed0", 2, 3, I_pre=flat, U=flat, Urel=flat, G_pre=flat)
@@ -259,7 +268,7 @@ def test_a_file_that_is_not_whole_stops_and_names_the_step(name, spoil, said, ma
     assert not (folder / "heads.csv").exists()
 
 
-@pytest.mark.parametrize(("name", "step"), [("measure.json", "measure"), ("train.json", "train")])
+@pytest.mark.parametrize(("name", "step"), [("measure.json", "measure"), ("eval_subset.json", "measure"), ("train.json", "train")])
 def test_a_step_that_did_not_end_is_named(name, step, make_seed, tmp_path):
     make_seed(tmp_path, 2, 3)
     (tmp_path / name).unlink()

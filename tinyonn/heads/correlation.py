@@ -107,7 +107,7 @@ def top_overlap(x: Floats, y: Floats, k: int, names: tuple[str, str] = ("x", "y"
 
     Args:
         x, y: (heads,), finite.
-        k: at least 1; more than there are heads means all of them.
+        k: at least 1; as many as there are heads or more means all of them, of which nothing can be said.
         names: what the reasons call them.
     """
     k = min(k, len(x))
@@ -115,7 +115,7 @@ def top_overlap(x: Floats, y: Floats, k: int, names: tuple[str, str] = ("x", "y"
     if constant is not None:
         return Overlap(k, None, None, None, constant)
     shared = len(set(top_heads(x, k)) & set(top_heads(y, k)))
-    return Overlap(k, shared, shared / k, k / len(x), None)
+    return Overlap(k, shared, shared / k, k / len(x), f"all {k} heads are among the highest" if k == len(x) else None)
 
 
 def top_heads(values: Floats, k: int) -> list[int]:

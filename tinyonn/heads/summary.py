@@ -107,6 +107,7 @@ def summarise(
     if not 0 <= low < high <= 100:
         raise InputError(f"low and high must be percentiles with 0 ≤ low < high ≤ 100, got low {low:g} and high {high:g}.")
     measured = read_object(root / "measure.json", MEASURE_STEP)
+    read_object(root / "eval_subset.json", MEASURE_STEP)  # names the rows; seeds are compared by it
     trained = read_object(root / "train.json", "tinyonn heads plasticity train")
     table = read_heads(root)
     _check_shape(root, table, measured)
@@ -162,7 +163,8 @@ def acceptance(pairs: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) ->
     """The original study's figures and whether this run meets them; `met` is None where the number could not be computed."""
     rows: list[dict[str, Any]] = []
     for pair in (pair for pair in pairs if (pair["x"], pair["y"]) in JUDGED):
-        for what, value, limit in (("rho", pair["rho"], MAX_RHO), ("overlap", pair["overlap"]["share"], MAX_OVERLAP)):
+        share = pair["overlap"]["share"] if pair["overlap"]["reason"] is None else None
+        for what, value, limit in (("rho", pair["rho"], MAX_RHO), ("overlap", share, MAX_OVERLAP)):
             met = None if value is None else value < limit
             rows.append({"figure": f"{what}({pair['x']}, {pair['y']})", "rule": f"< {limit:g}", "value": value, "met": met})
     rows += [

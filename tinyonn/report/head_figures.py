@@ -70,7 +70,7 @@ def draw_statistics(
     path: Path, title: str, correlations: Sequence[DotRow], overlaps: Sequence[DotRow], limits: tuple[float, float]
 ) -> None:
     """Rank correlations with their intervals beside the overlaps with chance; dashed lines at the acceptance figures."""
-    figure = new_figure(9.0, 1.5 + 0.5 * len(correlations))
+    figure = new_figure(9.0, 1.8 + 0.5 * len(correlations))
     figure.suptitle(safe_label(title), fontsize=12)
     places = np.arange(len(correlations))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -92,12 +92,13 @@ def draw_statistics(
         (left, limits[0], (-1.02, 1.02), "Spearman's ρ with its interval"),
         (right, limits[1], (0.0, 1.02), "overlap of the highest heads"),
     ):
-        axes.axvline(limit, color="C3", linestyle="--", linewidth=1.0, label=f"the study's figure, {limit:g}")
+        axes.axvline(limit, color="C3", linestyle="--", linewidth=1.0, label=f"the study's figures, {limits[0]:g} and {limits[1]:g}")
         axes.set_xlim(*span)
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.3)
-        axes.legend(fontsize=7, loc="best")
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), fontsize=8)
     left.axvline(0, color="black", linewidth=0.8)
     left.set_yticks(places, [safe_label(row.name) for row in correlations])
     left.set_ylim(len(correlations) - 0.5, -0.5)

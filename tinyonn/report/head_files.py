@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -106,8 +106,16 @@ def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]], step: st
     return value
 
 
+def short_text(value: str) -> str:
+    """A digest by its beginning, a whole path by its last two parts, anything else as it is."""
+    if len(value) >= 32 and set(value) <= set("0123456789abcdef"):
+        return f"{value[:12]}…"
+    path = PurePath(value)
+    return "/".join(("…", *path.parts[-2:])) if path.is_absolute() and len(path.parts) > 3 else value
+
+
 def plain_facts(values: dict[str, Any], left_out: Sequence[str] = ()) -> dict[str, object]:
-    """What a run says of itself, for a list of facts: single values, digests by their beginning, versions joined; no lists.
+    """What a run says of itself, for a list of facts: single values, digests and paths shortened, versions joined; no lists.
 
     Args:
         values: of a JSON file.
@@ -121,8 +129,7 @@ def plain_facts(values: dict[str, Any], left_out: Sequence[str] = ()) -> dict[st
         if isinstance(value, bool):
             shown[name] = "yes" if value else "no"
         elif isinstance(value, str):
-            is_digest = len(value) == 64 and set(value) <= set("0123456789abcdef")
-            shown[name] = f"{value[:12]}…" if is_digest else value
+            shown[name] = short_text(value)
         elif isinstance(value, int | float):
             shown[name] = value
         elif key == "versions" and isinstance(value, dict):

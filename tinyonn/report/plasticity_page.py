@@ -150,7 +150,7 @@ def _page(
     body = [
         _verdict(stats),
         notices([f"There are no cases: {cases['reason']}."] if cases["reason"] else []),
-        section("run", "Run", _run(measured, trained)),
+        section("run", "Run", _run(stats, measured, trained)),
         _acceptance(stats, trained),
         _statistics(stats),
         _scatters(heads, cases),
@@ -188,22 +188,36 @@ def _verdict(stats: Mapping[str, Any]) -> str:
     first = stats["pairs"][1]
     rho = "is not defined" if first["rho"] is None else f"is {first['rho']:.2f}"
     line = (
-        f"The rank correlation of importance before training with the relative update {rho}; {counts['important_but_static']} heads are "
-        f"important but static, {counts['plastic_but_unimportant']} plastic but unimportant. {met} of {len(rows)} figures of the original "
-        "study are met."
+        f"The rank correlation of importance before training with the relative update {rho}. Important but static: "
+        f"{counts['important_but_static']} of {counts['heads']} heads; plastic but unimportant: {counts['plastic_but_unimportant']}. "
+        f"Of the original study's {len(rows)} figures {met} {'is' if met == 1 else 'are'} met."
     )
     return f'<p class="verdict">{text(line)}</p>'
 
 
-def _run(measured: dict[str, Any], trained: dict[str, Any]) -> str:
-    options = trained.get("options", {})
+def _run(stats: Mapping[str, Any], measured: dict[str, Any], trained: dict[str, Any]) -> str:
+    def change(name: str) -> str | None:
+        before, after = (measured.get(f"base_{name}_{when}") for when in ("pre", "post"))
+        return None if before is None or after is None else f"{before:.4g} → {after:.4g}"
+
+    seconds = [run.get("seconds") for run in (trained, measured)]
     values = {
-        "model": options.get("model_path"),
-        **{f"training: {name}": value for name, value in plain_facts(trained).items() if name != "versions"},
-        **{f"measuring: {name}": value for name, value in plain_facts(measured).items()},
+        "model": stats["model"],
+        "task": stats["task"],
+        "seed": stats["seed"],
+        "rows trained on": trained.get("train_rows"),
+        "rows measured": measured.get("samples"),
+        "steps of training": trained.get("steps"),
+        "accuracy, before → after": change("accuracy"),
+        "loss, before → after": change("loss"),
+        "training, measuring, seconds": " and ".join(f"{number:,.0f}" for number in seconds if number is not None),
     }
-    given = {f"--{name.replace('_', '-')}": value for name, value in plain_facts(options).items()}
-    return facts(values) + (f"<details><summary>Options of training</summary>{facts(given)}</details>" if given else "")
+    folded = [
+        ("Options of training", {f"--{name.replace('_', '-')}": value for name, value in plain_facts(trained.get("options", {})).items()}),
+        ("All that training tells", plain_facts(trained)),
+        ("All that measuring tells", plain_facts(measured)),
+    ]
+    return facts(values) + "".join(f"<details><summary>{text(title)}</summary>{facts(found)}</details>" for title, found in folded if found)
 
 
 def _acceptance(stats: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
@@ -240,7 +254,9 @@ def _statistics(stats: Mapping[str, Any]) -> str:
         "Rank correlation", left, legend=f"{interval['confidence']:.0%} intervals: {interval['resamples']:,} resamples of the heads."
     )
     overlap_card = card(
-        "Overlap of the highest", right, legend=f"Of the {stats['top_k']} highest heads by either. A cross is what chance would give."
+        "Overlap of the highest",
+        right,
+        legend=f"Of the {stats['pairs'][0]['overlap']['k']} highest heads by either. A cross is what chance would give.",
     )
     chart_row = f'<div class="grid3">{rho_card}{overlap_card}</div>'
     rows = [_pair_row(pair) for pair in [*stats["pairs"], *stats["taylor"]]]
@@ -258,7 +274,13 @@ def _pair_row(pair: Mapping[str, Any]) -> list[object]:
     overlap = pair["overlap"]
     p = None if pair["p"] is None else f"{pair['p']:.2g}" if pair["p"] >= 1e-300 else "< 1e-300"
     shares = [decimals(overlap["share"]), overlap["shared"], overlap["k"], decimals(overlap["chance"])]
-    return [pair_name(pair), *map(decimals, (pair["rho"], pair["low"], pair["high"])), p, *shares, pair["reason"] or ""]
+    return [
+        pair_name(pair),
+        *map(decimals, (pair["rho"], pair["low"], pair["high"])),
+        p,
+        *shares,
+        pair["reason"] or overlap["reason"] or "",
+    ]
 
 
 def found_number(value: float | None) -> object:
