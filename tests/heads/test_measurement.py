@@ -20,7 +20,7 @@ from tinyonn.heads.classification import load_task
 from tinyonn.heads.measurement import measure
 from tinyonn.heads.plasticity_config import PlasticityConfig
 from tinyonn.heads.summary import summarise
-from tinyonn.heads.train import train
+from tinyonn.heads.training import train
 from tinyonn.testing import save_tiny_model
 
 KEYS = {

@@ -19,13 +19,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils import logging
 
 from tinyonn.errors import InputError
+from tinyonn.heads import training
 from tinyonn.heads.plasticity_config import PlasticityConfig
 from tinyonn.heads.progress import Progress
-from tinyonn.heads.train import resolve_precision, train
+from tinyonn.heads.training import resolve_precision, train
 from tinyonn.testing import save_tiny_model
 
 ROWS = 60
-training = sys.modules[train.__module__]  # `tinyonn.heads.train` may name the function
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +218,9 @@ def test_a_checkpoint_that_was_half_written_is_not_taken_for_one(config, uninter
 def test_a_killed_process_is_gone_on_from(config, uninterrupted):
     program = f"""
 import os, signal
+from tinyonn.heads import training
 from tinyonn.heads.plasticity_config import PlasticityConfig
-from tinyonn.heads.train import train
+from tinyonn.heads.training import train
 def progress(now):
     if now.text.startswith("step 5/"):
         os.kill(os.getpid(), signal.SIGKILL)
