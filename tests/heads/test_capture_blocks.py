@@ -293,7 +293,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "short span": (
         {"span_mask": torch.ones(2, 18, dtype=torch.bool)}, ValueError, r"span_mask must have shape \(2, 19\), .* got \(2, 18\)"
     ),
-    "rows": ({"key_mask": torch.zeros(3, LENGTH, dtype=torch.bool)}, ValueError, r"key_mask must have shape \(2, 19\), .* got \(3, 19\)"),
+    "rows": ({"key_mask": torch.ones(3, LENGTH, dtype=torch.bool)}, ValueError, r"key_mask must have shape \(2, 19\), .* got \(3, 19\)"),
     "float queries": ({"queries": torch.zeros(2)}, TypeError, "queries must be an int64 tensor of 1 dimension, got torch.float32"),
     "few queries": ({"queries": torch.tensor([1])}, ValueError, "queries must have 2 positions, one a row, got 1"),
     "late queries": ({"queries": torch.tensor([1, 19])}, ValueError, r"queries must lie between 0 and 18, got \[1, 19\]"),

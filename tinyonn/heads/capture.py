@@ -64,15 +64,12 @@ def capture_attention_stats(
         InputError: a layer's statistics cannot be captured; the line names the layer and its class.
         TypeError, ValueError: a mask or `queries` does not fit the batch.
     """
-    for name, mask in (("span_mask", span_mask), ("key_mask", key_mask)):
-        if mask is not None and (mask.dim() != 2 or mask.is_floating_point() or (mask is span_mask and mask.dtype != torch.bool)):
-            wanted = "a bool tensor" if mask is span_mask else "a bool or integer tensor"
-            raise TypeError(f"{name} must be {wanted} of 2 dimensions, got {mask.dtype} of shape {tuple(mask.shape)}.")
+    for name, mask, kind in (("span_mask", span_mask, "bool"), ("key_mask", key_mask, "bool or integer")):
+        if mask is not None and (mask.dim() != 2 or mask.is_floating_point() or (kind == "bool" and mask.dtype != torch.bool)):
+            raise TypeError(f"{name} must be a {kind} tensor of 2 dimensions, got {mask.dtype} of shape {tuple(mask.shape)}.")
     if queries is not None and (queries.dim() != 1 or queries.dtype != torch.int64):
         raise TypeError(f"queries must be an int64 tensor of 1 dimension, got {queries.dtype} of shape {tuple(queries.shape)}.")
-    if key_mask is not None:
-        key_mask = None if (key_mask != 0).all() else key_mask != 0
-    capture = _Capture(attention_layers(model), Wanted(span_mask, key_mask, queries))
+    capture = _Capture(attention_layers(model), Wanted(span_mask, None if key_mask is None else key_mask != 0, queries))
     with ExitStack() as stack:
         with_interface = [layer for layer in capture.layers if "ALL_ATTENTION_FUNCTIONS" in _used_by(layer.module)]
         for layer in capture.layers:

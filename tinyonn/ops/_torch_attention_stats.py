@@ -100,6 +100,6 @@ def _statistics(scores: Tensor, sink: Tensor | None, span: Tensor | None) -> tup
     weights = scores.exp()
     total = weights.sum(-1)
     whole = total if sink is None else total + (sink - top).exp()
-    entropy = (whole.log() * total - torch.linalg.vecdot(weights, scores)) / whole
+    entropy = (whole.log() * total - scores.mul_(weights).sum(-1)) / whole
     mass = None if span is None else torch.where(seen, (weights @ span) / whole, 0)
     return torch.where(seen, entropy.clamp(min=0), 0), mass
