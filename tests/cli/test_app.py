@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import signal
@@ -19,7 +20,11 @@ from tinyonn.errors import InputError, MscanError
 
 from .conftest import Cli, one_line, shell
 
-WANTED = {"demo", "doctor", "corpus", "scan", "report", "compare", "info", "verify", "recover", "convert"}
+WANTED = {"demo", "doctor", "corpus", "scan", "report", "compare", "heads", "info", "verify", "recover", "convert"}
+INSIDE = ("heads score", "heads demo", "heads plasticity", *(f"heads plasticity {step}" for step in ("train", "measure", "report", "run")))
+
+
+KNOWN = {word for command in (*WANTED, *INSIDE) for word in command.split()}
 
 
 def test_every_command_is_there(cli: Cli) -> None:
@@ -29,9 +34,9 @@ def test_every_command_is_there(cli: Cli) -> None:
     assert cli() == ran
 
 
-@pytest.mark.parametrize("command", ["", *app.COMMANDS])
+@pytest.mark.parametrize("command", ["", *app.COMMANDS, *INSIDE])
 def test_help_fits_80_columns(cli: Cli, command: str) -> None:
-    ran = cli(*([command] if command else []), "-h")
+    ran = cli(*command.split(), "-h")
     assert ran.code == 0
     assert ran.err == ""
     assert max(map(len, ran.out.splitlines())) <= 80
@@ -50,7 +55,7 @@ def test_version(cli: Cli) -> None:
 def test_help_waits_for_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "numpy", "yaml", "matplotlib", "pyarrow")
     code = (
-        "import sys; from tinyonn.cli.app import run; run(['scan', '--help']); "
+        "import sys; from tinyonn.cli.app import run; run(['scan', '--help']); run(['heads', 'plasticity', 'run', '--help']); "
         f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
@@ -72,10 +77,14 @@ def test_help_waits_for_nothing_heavy() -> None:
         (["corpus"], ["Missing argument 'source'"]),
         (["corpus", "x.jsonl"], ["Missing option", "--topic"]),
         (["convert", "x.mscan"], ["Missing option", "--output-path"]),
+        (["heads", "scores"], ["No such command 'scores'"]),
+        (["heads", "score", "--top-q", "3"], ["No such option: --top-q"]),
+        (["heads", "plasticity", "run", "--seed", "one"], ["'--seed': 'one' is not a valid integer."]),
     ],
 )  # fmt: skip
 def test_usage_errors_are_one_line(cli: Cli, arguments: list[str], parts: list[str]) -> None:
-    command = "tinyonn" if arguments == ["scn"] else f"tinyonn {arguments[0]}"
+    named = [word for word in itertools.takewhile(lambda word: not word.startswith("-"), arguments) if word in KNOWN]
+    command = " ".join(["tinyonn", *named])
     one_line(cli(*arguments), *parts, f"See `{command} --help`.", command=command)
 
 
@@ -117,6 +126,14 @@ def test_memory_in_a_scan_names_the_options_to_lower() -> None:
     ending = errors.explain(MemoryError(), "tinyonn scan")
     assert ending is not None
     for option in ("--batch-size", "--max-length", "--dtype bf16", "--store integral"):
+        assert option in ending.line
+
+
+@pytest.mark.parametrize("command", ["tinyonn heads score", "tinyonn heads plasticity measure"])
+def test_memory_in_the_head_laboratory_names_the_options_to_lower(command: str) -> None:
+    ending = errors.explain(MemoryError(), command)
+    assert ending is not None
+    for option in ("--batch-size", "--max-length", "--dtype bf16"):
         assert option in ending.line
 
 

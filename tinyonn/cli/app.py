@@ -15,7 +15,7 @@ from .. import __version__
 from .errors import explain
 
 # In the order of a piece of work, which is the order of `tinyonn --help`. Each module holds a function of its name, or a group of commands.
-COMMANDS = ("demo", "doctor", "corpus", "scan", "report", "compare", "info", "verify", "recover", "convert")
+COMMANDS = ("demo", "doctor", "corpus", "scan", "report", "compare", "heads", "info", "verify", "recover", "convert")
 
 
 def _normal(token: str) -> str:

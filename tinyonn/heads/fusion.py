@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InputError
-
-NORM_MODES = ("zscore", "percentile")
+from .score_config import NORM_MODES
 
 
 class RankedHead(NamedTuple):

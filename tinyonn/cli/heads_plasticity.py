@@ -1,0 +1,190 @@
+"""`tinyonn heads plasticity`: train, measure, report, and all three."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .._config import read_yaml
+from ..errors import InputError
+from ..heads.plasticity_config import PlasticityConfig
+from . import screen
+from .heads_score import show_progress
+from .options import Dtype, config_option, field_defaults, given_options
+
+if TYPE_CHECKING:
+    from ..heads.summary import PlasticitySummary
+
+OPTIONS = "train_config.yaml"  # of a trained study, beside its checkpoints
+_DEFAULTS = field_defaults(PlasticityConfig)
+_option = partial(config_option, _DEFAULTS)
+
+plasticity = typer.Typer(
+    help="Fine-tune a classifier, and compare what its heads are worth with how much they change.", no_args_is_help=True
+)
+
+
+def _command(name: str, steps: Sequence[str], text: str) -> None:
+    """Adds a command of these steps. All take the options of a study; after training, those not given are as the training had them."""
+
+    def command(
+        model_path: Annotated[str | None, _option("model_path", "Folder of a transformer, or its name on the hub.", "PATH", "-m")] = None,
+        task: Annotated[str | None, _option("task", "mnli, rte, boolq, or a YAML file of your own.", "NAME|FILE", "-t")] = None,
+        data_path: Annotated[
+            str | None,
+            _option("data_path", "File of rows, or folder with train.jsonl and validation.jsonl. [default: of the hub]", "PATH", "-d"),
+        ] = None,
+        output_dir: Annotated[str | None, _option("output_dir", "Results go to DIR/TASK/seedN.", "DIR", "-o")] = None,
+        config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of these options; options given here win.")] = None,
+        seed: Annotated[list[int] | None, _option("seed", "Of the new classifier and of training; repeat it for several.", "N")] = None,
+        eval_size: Annotated[int | None, _option("eval_size", "Rows measured. [default: the task's, or 1024]", "N")] = None,
+        eval_seed: Annotated[int | None, _option("eval_seed", "Of the choice of these rows.", "N")] = None,
+        train_size: Annotated[int | None, _option("train_size", "Rows trained on, at most. [default: all]", "N")] = None,
+        max_length: Annotated[int | None, _option("max_length", "Tokens kept of each row.", "N")] = None,
+        batch_size: Annotated[int | None, _option("batch_size", "Rows in one step.", "N")] = None,
+        learning_rate: Annotated[float | None, _option("learning_rate", "At its height.", "X")] = None,
+        epochs: Annotated[int | None, _option("epochs", "Passes over the training rows.", "N")] = None,
+        max_steps: Annotated[int | None, _option("max_steps", "Steps of training, at most. [default: all]", "N")] = None,
+        warmup_ratio: Annotated[float | None, _option("warmup_ratio", "Share of the steps that warm up.", "X")] = None,
+        weight_decay: Annotated[float | None, _option("weight_decay", "Of matrices.", "X")] = None,
+        max_grad_norm: Annotated[float | None, _option("max_grad_norm", "Gradients are scaled down to it.", "X")] = None,
+        checkpoint_steps: Annotated[int | None, _option("checkpoint_steps", "Steps between states to go on from.", "N")] = None,
+        top_k: Annotated[int | None, _option("top_k", "Heads compared by their overlap.", "N")] = None,
+        high: Annotated[float | None, _option("high", "Percentile from which a value is high.", "P")] = None,
+        low: Annotated[float | None, _option("low", "Percentile up to which a value is low.", "P")] = None,
+        dtype: Annotated[Dtype | None, _option("dtype", "Of the products; auto: bf16, else fp16, on a GPU; fp32 on a CPU.")] = None,
+        device: Annotated[str | None, _option("device", "auto, cpu, cuda or cuda:N.", "NAME")] = None,
+        overwrite: Annotated[bool | None, _option("overwrite", "Replace what another configuration left.")] = None,
+    ) -> None:
+        explicit = given_options(locals(), _DEFAULTS)
+        seeds = explicit.pop("seed", None) or [None]
+        studies = [_study(config, {**explicit, "seed": number}, new="train" in steps) for number in seeds]
+        run_steps(steps, studies)
+
+    command.__doc__ = text
+    plasticity.command(name)(command)
+
+
+def _study(config: Path | None, explicit: Mapping[str, Any], *, new: bool) -> PlasticityConfig:
+    """A study by the options given, over those of the config file, over (but for a new one) those that its training had."""
+    given = {**(read_yaml(config) if config else {}), **{name: value for name, value in explicit.items() if value is not None}}
+    if new:
+        return PlasticityConfig.from_mapping(given, source=str(config or "a --config file"))
+    place = {"model_path": "."} | {name: given[name] for name in ("task", "output_dir", "seed") if name in given}
+    folder = PlasticityConfig.from_mapping(place).folder
+    trained = read_yaml(folder / OPTIONS) if (folder / OPTIONS).is_file() else {"model_path": "."}
+    return PlasticityConfig.from_mapping({**trained, **given}, source=str(config or "a --config file"))
+
+
+_command(
+    "train",
+    ("train",),
+    """Fine-tune all weights on a classification task.
+
+    Keeps the weights from before (ckpt_init) and after (ckpt_final). Training that was stopped goes on where it was: run the same
+    command again.
+    """,
+)
+_command(
+    "measure",
+    ("measure",),
+    """Measure what each head is worth, and how much it changed.
+
+    Loss increase and accuracy drop with the head off, before and after training; gradient norm and Fisher information before; the update
+    of its weights. Options that are not given are those of the training.
+    """,
+)
+_command(
+    "report",
+    ("report",),
+    """Join the measurements: statistics, cases, figures, a page.
+
+    Over all seeds of a task, also their means and intervals.
+    """,
+)
+_command(
+    "run",
+    ("train", "measure", "report"),
+    """Train, measure and report.
+
+    What is complete from an earlier run is kept.
+    """,
+)
+
+
+def run_steps(steps: Sequence[str], studies: Sequence[PlasticityConfig]) -> None:
+    """Each step of each study, with a line on each; the report covers all seeds that are there."""
+    from ..heads.correlation import require_scipy
+    from ..report.figures import require_matplotlib
+
+    if "report" in steps:  # before the minutes of work, what would stop it at the end
+        require_scipy()
+        require_matplotlib()
+    lines: list[tuple[str, object]] = []
+    for study in studies:
+        with screen.Progress("loading") as bar:
+            for step in steps:
+                lines += _STEPS[step](study, partial(show_progress, bar))
+    if "report" in steps:
+        lines += _over_seeds(studies[0])
+    print(screen.rows(lines))
+
+
+def _train(study: PlasticityConfig, progress: Callable[..., None]) -> list[tuple[str, object]]:
+    from ..heads.training import train
+
+    result = train(study, progress)
+    summary = result.summary
+    how = "kept from an earlier run" if result.kept else f"in {screen.duration(summary['seconds'])}"
+    return [("trained", f"seed {study.seed}, {screen.counted(summary['steps'], 'step')}, accuracy {summary['accuracy']:.3f}, {how}")]
+
+
+def _measure(study: PlasticityConfig, progress: Callable[..., None]) -> list[tuple[str, object]]:
+    from ..heads.measurement import measure
+
+    result = measure(study, progress)
+    how = "kept from an earlier run" if result.kept else f"in {screen.duration(result.summary['seconds'])}"
+    return [("measured", f"seed {study.seed}, {result.summary['heads']:,} heads over {result.summary['samples']:,} samples, {how}")]
+
+
+def _report(study: PlasticityConfig, progress: Callable[..., None]) -> list[tuple[str, object]]:
+    from ..heads import Progress, summarise
+    from ..report import write_plasticity_page
+
+    progress(Progress("reporting", None, ""))
+    summary = summarise(study)
+    page = write_plasticity_page(summary.folder)
+    return [*_findings(summary), ("page", page.html.resolve())]
+
+
+_STEPS = {"train": _train, "measure": _measure, "report": _report}
+
+
+def _findings(summary: PlasticitySummary) -> list[tuple[str, object]]:
+    """Rank correlations and overlaps of importance with change, the cases, and how many of the original study's figures are met."""
+    counts, acceptance = summary.stats["counts"], summary.stats["acceptance"]
+    lines: list[tuple[str, object]] = []
+    for pair in summary.stats["pairs"]:
+        rho = pair["reason"] if pair["rho"] is None else f"rho {pair['rho']:+.2f} (p {pair['p']:.2g})"
+        lines.append((f"{pair['x']}, {pair['y']}", f"{rho}, top-{pair['overlap']['k']} overlap {pair['overlap']['share']:.2f}"))
+    static, plastic = counts["important_but_static"], counts["plastic_but_unimportant"]
+    lines.append(("cases", f"{static} important but static, {plastic} plastic but unimportant"))
+    return [*lines, ("original study", f"{sum(bool(row['met']) for row in acceptance)} of its {len(acceptance)} figures met")]
+
+
+def _over_seeds(study: PlasticityConfig) -> list[tuple[str, object]]:
+    """The page over all complete seeds of the task."""
+    from ..heads.seeds import aggregate
+    from ..report import write_plasticity_aggregate
+
+    folder = study.folder.parent
+    try:
+        found = aggregate(folder)
+    except InputError as error:  # seeds of an earlier study with other options; the pages of this one stand
+        return [("all seeds", f"not joined: {error}")]
+    page = write_plasticity_aggregate(folder)
+    return [("all seeds", f"{len(found['seeds'])} complete"), ("page", page.html.resolve())]
