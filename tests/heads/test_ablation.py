@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from tinyonn.errors import InputError
 from tinyonn.heads.ablation import ablate_heads, taylor_importance
 from tinyonn.heads.gates import head_gates
+from tinyonn.testing import dtype_id
 
 ARCHS = ["llama", "qwen3", "gpt2", "bert", "deberta-v2", "modernbert"]
 # Output projections, written down by hand.
@@ -64,9 +65,10 @@ def test_replays_equal_models_that_lost_the_head(tiny_classifier, labelled_batch
     torch.testing.assert_close(found.accuracy_drop, drop)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_replays_equal_full_passes_in_float32(tiny_classifier, labelled_batches, arch):
-    model = tiny_classifier(arch)
+def test_replays_equal_full_passes(tiny_classifier, labelled_batches, arch, dtype):
+    model = tiny_classifier(arch, dtype=dtype)
     batches = labelled_batches((3, 2))
     replayed, full = ablate_heads(model, batches), ablate_heads(model, batches, replay=False)
     assert (replayed.replayed, full.replayed) == (True, False)

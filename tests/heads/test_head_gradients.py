@@ -131,6 +131,15 @@ def test_frozen_models_give_the_same_and_gradients_stay_empty(tiny_classifier, l
     assert not any(module._forward_hooks for name, module in model.named_modules() if name.endswith(("query", "dense")))
 
 
+def test_half_precision_is_summed_in_float32(tiny_classifier, labelled_batches):
+    model = tiny_classifier("bert", initializer_range=0.05)
+    batches = labelled_batches((3, 2))
+    expected = head_gradients(model, batches)
+    found = head_gradients(model.to(torch.bfloat16), batches)
+    torch.testing.assert_close(found.gradient_norm, expected.gradient_norm, rtol=0.1, atol=1e-3)
+    torch.testing.assert_close(found.fisher, expected.fisher, rtol=0.1, atol=1e-3)
+
+
 def test_samples_done_are_counted(tiny_classifier, labelled_batches):
     counts = []
     head_gradients(tiny_classifier("bert"), labelled_batches((3, 2)), on_samples=counts.append)
