@@ -80,6 +80,18 @@ def test_any_shape(impl, tokens, queries, heads, kv_heads, dim):
     torch.testing.assert_close(got.span_mass.cpu().double(), mass, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("elements", [1, 300, 7_000, 10_000, 20_000, 40_000], ids=lambda n: f"steps-of-{n}")
+@pytest.mark.parametrize("name", ["causal", "window", "everything", "added-bias"])
+def test_steps_of_any_size_give_the_same(monkeypatch, name, elements):
+    from tinyonn.ops import _torch_attention_stats
+
+    monkeypatch.setattr(_torch_attention_stats, "CHUNK_ELEMENTS", elements)  # some queries of a head … all heads of some rows
+    test_statistics_equal_those_of_the_whole_matrix("torch", OPTIONS[name])
+    query, key = case(40, batch=5, heads=6, kv_heads=3)
+    found = ops.attention_stats(query, key, impl="torch").entropy
+    torch.testing.assert_close(found.double(), reference.attention_stats(query, key)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_the_oracle_is_the_entropy_of_attention_written_out():
     query, key = case(6, batch=1, heads=1, kv_heads=1, dtype=torch.float64)
     entropy, mass = reference.attention_stats(query, key, span_mask=torch.tensor([[True, False, True, False, False, True]]))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._dispatch import statistics_dtype, without_autocast
-from ._torch_nsa import grouped_rows, heads_first
 
 CHUNK_ELEMENTS = 1 << 20  # scores at a time: 4 MiB, so that the work of a step outweighs its start
+MOST_QUERIES = 64  # of a step: under a causal mask, half of its square is computed for nothing
 HIDDEN = -1e30  # finite, so that 0 times it is 0
 
 
@@ -38,49 +39,59 @@ def attention_stats(
     dtype = statistics_dtype(query.dtype)
     batch, queries, heads, _ = query.shape
     keys, num_kv = key.shape[1:3]
+    group = heads // num_kv
     entropy = torch.zeros((batch, queries, heads), dtype=dtype, device=query.device)
     mass = torch.zeros_like(entropy) if span_mask is not None else entropy.new_empty(0)
     before = keys - queries
-    for row in range(batch):
-        k = heads_first(key[row], dtype)
-        for head in range(num_kv):
-            own = slice(head * heads // num_kv, (head + 1) * heads // num_kv)
-            size = max(1, min(64, CHUNK_ELEMENTS // max(1, keys * heads // num_kv)))
-            for begin in range(0, queries, size):
-                end = min(begin + size, queries)
-                low = max(0, before + begin + 1 - visibility.window) if visibility.window else 0
-                high = before + end if visibility.causal else keys
-                if high <= low:
-                    continue
-                scores = grouped_rows(query[row, begin:end, own] * scale, 1, dtype)[0] @ k[head, low:high].T
-                scores = scores.view(-1, end - begin, high - low)
-                if softcap:
-                    scores.div_(softcap).tanh_().mul_(softcap)
-                _hide(scores, visibility, row, own, slice(begin, end), slice(low, high), before)
-                sink = None if sinks is None else sinks[own].to(dtype).unsqueeze(-1)
-                span = None if span_mask is None else span_mask[row, low:high].to(dtype)
-                found, share = _statistics(scores, sink, span)
-                entropy[row, begin:end, own] = found.T
-                if share is not None:
-                    mass[row, begin:end, own] = share.T
+    size = max(1, min(MOST_QUERIES, queries, CHUNK_ELEMENTS // max(1, keys * group)))
+    for rows, kv in _steps(batch, num_kv, group * size * keys):
+        own = slice(kv.start * group, kv.stop * group)
+        k = key[rows, :, kv].to(dtype).transpose(1, 2).contiguous()
+        q = (query[rows, :, own].to(dtype) * scale).unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4)  # (b, K, G, T, D)
+        sink = None if sinks is None else sinks[own].to(dtype).view(-1, group, 1)
+        for begin in range(0, queries, size):
+            end = min(begin + size, queries)
+            low = max(0, before + begin + 1 - visibility.window) if visibility.window else 0
+            high = before + end if visibility.causal else keys
+            if high <= low:
+                continue
+            scores = q[:, :, :, begin:end].flatten(2, 3) @ k[:, :, low:high].mT
+            scores = scores.unflatten(2, (group, -1))
+            if softcap:
+                scores.div_(softcap).tanh_().mul_(softcap)
+            _hide(scores, visibility, rows, own, slice(begin, end), slice(low, high), before)
+            span = None if span_mask is None else span_mask[rows, low:high].to(dtype)
+            found, share = _statistics(scores, sink, span)
+            entropy[rows, begin:end, own] = found.flatten(1, 2).mT
+            if share is not None:
+                mass[rows, begin:end, own] = share.flatten(1, 2).mT
     return entropy, mass
 
 
-def _hide(scores: Tensor, visibility: Visibility, row: int, heads: slice, queries: slice, keys: slice, before: int) -> None:
-    """Adds the bias, and lowers what a query does not see to HIDDEN; `scores` is (G, n, m)."""
+def _steps(batch: int, num_kv: int, elements: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of a batch with all of their key heads, or some key heads of one row, of CHUNK_ELEMENTS scores at most; one takes `elements`."""
+    together = max(1, CHUNK_ELEMENTS // max(1, elements))
+    row_step, head_step = max(1, together // num_kv), min(num_kv, together)
+    for row in range(0, batch, row_step):
+        for head in range(0, num_kv, head_step):
+            yield slice(row, min(row + row_step, batch)), slice(head, min(head + head_step, num_kv))
+
+
+def _hide(scores: Tensor, visibility: Visibility, rows: slice, heads: slice, queries: slice, keys: slice, before: int) -> None:
+    """Adds the bias, and lowers what a query does not see to HIDDEN; `scores` is (b, K, G, n, m)."""
     first, last = before + queries.start, before + queries.stop - 1
     place = torch.arange(first, last + 1, device=scores.device)[:, None]
     if visibility.bias is not None:
-        bias = visibility.bias
-        part = bias[row if bias.shape[0] > 1 else 0]
-        for dim, (size, index) in enumerate(zip(part.shape, (heads, queries, keys), strict=True)):
+        part = visibility.bias
+        for dim, (size, index) in enumerate(zip(part.shape, (rows, heads, queries, keys), strict=True)):
             part = part.narrow(dim, index.start, index.stop - index.start) if size > 1 else part
-        if bias.dtype == torch.bool:
+        part = part.unflatten(1, (-1, scores.shape[2])) if part.shape[1] > 1 else part.unsqueeze(1)
+        if part.dtype == torch.bool:
             scores.masked_fill_(~part, HIDDEN)
         else:
             scores.add_(part.to(scores.dtype)).clamp_(min=HIDDEN)
     if visibility.key_mask is not None:
-        scores.masked_fill_(~visibility.key_mask[row, keys], HIDDEN)
+        scores.masked_fill_(~visibility.key_mask[rows, None, None, None, keys], HIDDEN)
     if visibility.causal and keys.stop > first + 1:
         after = slice(max(0, first + 1 - keys.start), None)
         position = torch.arange(keys.start, keys.stop, device=scores.device)[after]
@@ -92,7 +103,7 @@ def _hide(scores: Tensor, visibility: Visibility, row: int, heads: slice, querie
 
 
 def _statistics(scores: Tensor, sink: Tensor | None, span: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """entropy and span mass (G, n) of scores (G, n, m), which are overwritten; a sink (G, 1) takes its share and gives nothing."""
+    """entropy and span mass (b, K, G, n) of scores (b, K, G, n, m), which are overwritten; a sink (K, G, 1) takes its share for nothing."""
     top = scores.amax(-1)
     seen = ~(top <= HIDDEN)
     top = top if sink is None else torch.maximum(top, sink)
@@ -101,5 +112,7 @@ def _statistics(scores: Tensor, sink: Tensor | None, span: Tensor | None) -> tup
     total = weights.sum(-1)
     whole = total if sink is None else total + (sink - top).exp()
     entropy = (whole.log() * total - scores.mul_(weights).sum(-1)) / whole
-    mass = None if span is None else torch.where(seen, (weights @ span) / whole, 0)
+    mass = None
+    if span is not None:
+        mass = torch.where(seen, (weights.flatten(1, 3) @ span.unsqueeze(-1)).view_as(whole) / whole, 0)
     return torch.where(seen, entropy.clamp(min=0), 0), mass
