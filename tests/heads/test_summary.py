@@ -97,7 +97,7 @@ def test_overlap_counts_heads_that_are_high_in_both():
 def test_cases_by_hand():
     # Of 0 … 10 the 90th percentile is 9 and the 30th is 3: heads 9 and 10 are high, 0 to 3 low.
     importance = np.arange(11.0)
-    change = np.array([10.0, 4, 5, 9, 6, 7, 8, 3.5, 1, 2, 0])  # sorted 0 1 2 3.5 4 … 10: percentile 30 is 3.5, 90 is 9
+    change = np.array([10.0, 4, 5, 9, 6, 7, 8, 2, 1, 3.5, 0])  # sorted 0 1 2 3.5 4 … 10: percentile 30 is 3.5, 90 is 9
     found = find_cases(importance, change, 90, 30)
     assert found.kinds == [PLASTIC, "", "", PLASTIC, "", "", "", "", "", STATIC, STATIC]
     assert (found.thresholds.I_pre_high, found.thresholds.I_pre_low) == (9, 3)

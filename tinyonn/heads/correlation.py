@@ -89,7 +89,7 @@ def rank_correlation(x: Floats, y: Floats, names: tuple[str, str] = ("x", "y")) 
             batch=max(1, _BATCH_NUMBERS // len(x)),
             confidence_level=CONFIDENCE,
             method="percentile",
-            rng=np.random.default_rng(BOOTSTRAP_SEED),
+            random_state=np.random.default_rng(BOOTSTRAP_SEED),  # `rng` in scipy 1.15 and later, which takes both
         ).confidence_interval
     low, high = float(interval.low), float(interval.high)
     if not np.isfinite([low, high]).all():
