@@ -178,6 +178,12 @@ def test_a_study_is_summarised_by_its_own_options(make_seed, tmp_path):
     assert summarise(study, top_k=3).stats["top_k"] == 3
 
 
+def test_acceptance_figures_carry_their_limits(make_seed, tmp_path):
+    make_seed(tmp_path / "seed0")
+    found = summarise(tmp_path / "seed0").stats["acceptance"]
+    assert [(row["limit"], row["rule"]) for row in found] == [(0.5, "< 0.5"), (0.3, "< 0.3")] * 2 + [(3, ">= 3")] * 2
+
+
 def test_acceptance_figures_are_shown_as_missed(make_seed, tmp_path):
     rising = np.linspace(0.1, 1, 40).reshape(4, 10)
     make_seed(tmp_path / "seed0", 4, 10, I_pre=rising, U=rising**2, Urel=np.full((4, 10), 0.5))

@@ -173,6 +173,7 @@ def _acceptance(seeds: Sequence[Seed], number: int) -> dict[str, Any]:
     return {
         "figure": rows[0]["figure"],
         "rule": rows[0]["rule"],
+        "limit": rows[0]["limit"],
         "values": [row["value"] for row in rows],
         "met": sum(row["met"] is True for row in rows),
         "missed": sum(row["met"] is False for row in rows),

@@ -166,9 +166,9 @@ def acceptance(pairs: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) ->
         share = pair["overlap"]["share"] if pair["overlap"]["reason"] is None else None
         for what, value, limit in (("rho", pair["rho"], MAX_RHO), ("overlap", share, MAX_OVERLAP)):
             met = None if value is None else value < limit
-            rows.append({"figure": f"{what}({pair['x']}, {pair['y']})", "rule": f"< {limit:g}", "value": value, "met": met})
+            rows.append({"figure": f"{what}({pair['x']}, {pair['y']})", "rule": f"< {limit:g}", "limit": limit, "value": value, "met": met})
     rows += [
-        {"figure": f"{kind} heads", "rule": f">= {MIN_CASES}", "value": counts[name], "met": counts[name] >= MIN_CASES}
+        {"figure": f"{kind} heads", "rule": f">= {MIN_CASES}", "limit": MIN_CASES, "value": counts[name], "met": counts[name] >= MIN_CASES}
         for name, kind in (("important_but_static", STATIC), ("plastic_but_unimportant", PLASTIC))
     ]
     return rows

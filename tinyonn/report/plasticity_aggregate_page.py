@@ -15,7 +15,7 @@ from .head_files import HeadColumns, read_heads, read_json
 from .head_scores_page import head_names, short_model, view_controls
 from .maps import make_map
 from .page import card, facts, map_card, map_data, notices, page, section, table, terms
-from .plasticity_page import KEYS, MAPS, MAX_OVERLAP, MAX_RHO, MEANINGS, REPORT, decimals, found_number, pair_name
+from .plasticity_page import KEYS, MAPS, MEANINGS, REPORT, decimals, found_number, pair_name, study_limits
 from .report import ReportResult
 
 _SHOWN_CASES = 40
@@ -94,8 +94,9 @@ def _statistics(found: Mapping[str, Any]) -> str:
     pairs = found["pairs"]
     rhos = [_dots(pair, "rho") for pair in pairs]
     overlaps = [_dots(pair, "overlap", pair["overlap"]["chance"]) for pair in pairs]
+    max_rho, max_overlap = study_limits(found["acceptance"])
     left = charts.interval_dots(
-        "Rank correlations", rhos, low=-1, high=1, x_title="Spearman's ρ", limit=(f"study: below {MAX_RHO:g}", MAX_RHO)
+        "Rank correlations", rhos, low=-1, high=1, x_title="Spearman's ρ", limit=(f"study: below {max_rho:g}", max_rho)
     )
     right = charts.interval_dots(
         "Overlaps",
@@ -103,7 +104,7 @@ def _statistics(found: Mapping[str, Any]) -> str:
         low=0,
         high=1,
         x_title="share of the highest heads in both",
-        limit=(f"study: below {MAX_OVERLAP:g}", MAX_OVERLAP),
+        limit=(f"study: below {max_overlap:g}", max_overlap),
     )
     legend = "A full dot is the mean over seeds, a line its interval, a hollow dot one seed."
     cards = card("Rank correlation", left, legend=legend) + card("Overlap of the highest", right, legend=f"{legend} A cross is chance.")

@@ -24,7 +24,6 @@ from .report import ReportResult
 MEASURE, REPORT, TRAIN = (f"tinyonn heads plasticity {step}" for step in ("measure", "report", "train"))
 STATIC, PLASTIC = "important-but-static", "plastic-but-unimportant"
 KEYS = {STATIC: "important_but_static", PLASTIC: "plastic_but_unimportant"}
-MAX_RHO, MAX_OVERLAP = 0.5, 0.3  # the original study's figures
 _LOSS_POINTS = 100
 MEANINGS = {
     "I_pre, I_post": "importance before and after training: by how much the loss on the measured rows rises (nats) when the head's output "
@@ -73,11 +72,11 @@ def write_plasticity_page(folder: str | os.PathLike[str], *, figures_too: bool =
     maps = [make_map(key, title, legend, unit, heads.grid(key), signed=signed) for key, (title, unit, signed, legend) in MAPS.items()]
     try:
         content = _page(heads, stats, cases, measured, trained, maps)
-        drawn = _draw(root, heads, stats, cases, maps) if figures_too else ()
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{root} must hold stats.json and cases.json as the report step writes them, got {error!r}; run {REPORT}."
         ) from error
+    drawn = _draw(root, heads, stats, cases, maps) if figures_too else ()
     write_atomically(root / "index.html", content)
     return ReportResult(root / "index.html", drawn)
 
@@ -101,6 +100,12 @@ def case_points(heads: HeadColumns, x: str, y: str) -> list[Points]:
 def pair_name(pair: Mapping[str, Any]) -> str:
     """Name of a pair of columns on charts."""
     return f"{pair['x']}, {pair['y']}"
+
+
+def study_limits(acceptance: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """The original study's highest rank correlation and overlap."""
+    limits = {row["figure"].partition("(")[0]: row["limit"] for row in acceptance}
+    return limits["rho"], limits["overlap"]
 
 
 def _percentile_marks(cases: Mapping[str, Any], column: str) -> list[tuple[str, float]]:
@@ -127,7 +132,7 @@ def _draw(root: Path, heads: HeadColumns, stats: Mapping[str, Any], cases: Mappi
         ]
         draw_head_scatters(drawn[-1], where, plots, "I_pre, loss increase without the head (nats)")
     drawn.append(root / "fig_stats.png")
-    draw_statistics(drawn[-1], f"Importance and change: {where}", *_dot_rows(stats), (MAX_RHO, MAX_OVERLAP))
+    draw_statistics(drawn[-1], f"Importance and change: {where}", *_dot_rows(stats), study_limits(stats["acceptance"]))
     for heat_map in maps[:3]:
         drawn.append(root / f"map_{heat_map.key}.png")
         draw_head_map(drawn[-1], f"{heat_map.title}: {where}", heat_map, "none", heads.layers, heads.num_heads)
@@ -238,8 +243,9 @@ def _training(trained: Mapping[str, Any]) -> str:
 
 def _statistics(stats: Mapping[str, Any]) -> str:
     rhos, overlaps = _dot_rows(stats)
+    max_rho, max_overlap = study_limits(stats["acceptance"])
     left = charts.interval_dots(
-        "Rank correlations", rhos, low=-1, high=1, x_title="Spearman's ρ", limit=(f"study: below {MAX_RHO:g}", MAX_RHO)
+        "Rank correlations", rhos, low=-1, high=1, x_title="Spearman's ρ", limit=(f"study: below {max_rho:g}", max_rho)
     )
     right = charts.interval_dots(
         "Overlaps",
@@ -247,7 +253,7 @@ def _statistics(stats: Mapping[str, Any]) -> str:
         low=0,
         high=1,
         x_title="share of the highest heads in both",
-        limit=(f"study: below {MAX_OVERLAP:g}", MAX_OVERLAP),
+        limit=(f"study: below {max_overlap:g}", max_overlap),
     )
     interval = stats["interval"]
     rho_card = card(
