@@ -293,6 +293,14 @@ def test_scatter_compresses_an_axis_that_few_values_stretch():
     assert charts.linear_width(np.zeros(4)) is None
 
 
+def test_scatter_writes_small_numbers_short():
+    svg = charts.scatter("t", [points([-0.0015, 0, 0.0005], [0.5, 1, 2])], x_title="nats", y_title="U")
+    assert "nats (× 10⁻³)" in svg
+    ticks = [float(tick) for tick in re.findall(r'text-anchor="middle">(-?[\d.]+)</text>', svg)]
+    assert ticks == [-1.5, -1, -0.5, 0, 0.5]
+    assert ">U</text>" in svg
+
+
 def test_scatter_tells_groups_apart_by_shape():
     svg = charts.scatter(
         "t", [points([1], [1]), points([2, 3], [2, 3], "square"), points([4], [4], "triangle")], x_title="x", y_title="y"

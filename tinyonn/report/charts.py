@@ -16,6 +16,7 @@ _WIDTH, _HEIGHT = 460, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 40
 # An axis is compressed where the largest value is this many times the usual one.
 _SPREAD = 30.0
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ class _Axis:
         self._low, self._high = self._bent(low) - room, self._bent(high) + room
         ticks = [low] if low == high else nice_ticks(low, high) if self._width is None else bent_ticks(low, high, self._width)
         self.ticks = [tick for tick in ticks if 0 <= self.place(tick) <= 1]
-        self.bent = self._width is not None
+        exponent = 0 if self._width is not None else _shared_exponent(self.ticks)
+        self.labels = [format_number(tick / 10.0**exponent) for tick in self.ticks]
+        # What the axis title says of the numbers at the ticks.
+        self.unit = " (arsinh scale)" if self._width is not None else f" (× 10{str(exponent).translate(_RAISED)})" if exponent else ""
 
     def _bent(self, value: float) -> float:
         return value if self._width is None else math.asinh(value / self._width)
@@ -93,11 +97,12 @@ def scatter(
     def y_of(value: float) -> float:
         return height - _BOTTOM - y_axis.place(value) * (height - 18 - _BOTTOM)
 
-    parts = [_frame(title, height), *(_y_tick(y_of(tick), tick) for tick in y_axis.ticks)]
+    parts = [_frame(title, height)]
+    parts += [_y_tick(y_of(tick), label) for tick, label in zip(y_axis.ticks, y_axis.labels, strict=True)]
     parts += [
         f'<line class="grid" x1="{x_of(tick):.1f}" x2="{x_of(tick):.1f}" y1="18" y2="{height - _BOTTOM}"/>'
-        f'<text class="tick" x="{x_of(tick):.1f}" y="{height - 24}" text-anchor="middle">{format_number(tick)}</text>'
-        for tick in x_axis.ticks
+        f'<text class="tick" x="{x_of(tick):.1f}" y="{height - 24}" text-anchor="middle">{label}</text>'
+        for tick, label in zip(x_axis.ticks, x_axis.labels, strict=True)
     ]
     for name, value in x_marks:
         x = x_of(value)
@@ -111,8 +116,7 @@ def scatter(
         for x, y, label in zip(group.x.tolist(), group.y.tolist(), group.labels, strict=True):
             told = f"{label}: {format_number(x)}, {format_number(y)}"
             parts.append(_shape(group.shape, x_of(x), y_of(y), number, told))
-    bent = [" (arsinh scale)" if axis.bent else "" for axis in (x_axis, y_axis)]
-    parts.append(_axis_titles(x_title + bent[0], y_title + bent[1], height))
+    parts.append(_axis_titles(x_title + x_axis.unit, y_title + y_axis.unit, height))
     legend = "".join(
         f'<span><svg width="14" height="14" aria-hidden="true">{_shape(group.shape, 7, 7, number)}</svg>{escape(group.name)} '
         f"({len(group.x):,})</span>"
@@ -197,7 +201,7 @@ def line_chart(
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
     step = (_WIDTH - _LEFT - _RIGHT) / max(len(rows) - 1, 1)
-    parts = [_frame(title), *(_y_tick(y_of(tick), tick) for tick in ticks)]
+    parts = [_frame(title), *(_y_tick(y_of(tick), format_number(tick)) for tick in ticks)]
     if zero and low < 0 < high:
         parts.append(f'<line class="zero" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y_of(0):.1f}" y2="{y_of(0):.1f}"/>')
     every = max(1, math.ceil(len(rows) / 10))
@@ -251,7 +255,7 @@ def histogram(title: str, values: Floats, *, x_title: str, y_title: str, marks: 
     def y_of(count: float) -> float:
         return _HEIGHT - _BOTTOM - count / top * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = [_frame(title), *(_y_tick(y_of(tick), tick) for tick in ticks)]
+    parts = [_frame(title), *(_y_tick(y_of(tick), format_number(tick)) for tick in ticks)]
     for count, left, right in zip(counts, edges[:-1], edges[1:], strict=True):
         more = " and more" if right == edges[-1] and values.max() > high else ""
         parts.append(
@@ -291,6 +295,12 @@ def bent_ticks(low: float, high: float, width: float) -> list[float]:
     return [tick for tick in (*(-size for size in reversed(sizes)), 0.0, *sizes) if low <= tick <= high]
 
 
+def _shared_exponent(ticks: Sequence[float]) -> int:
+    """Power of ten that all ticks are divided by where they would be long: a multiple of 3, else 0."""
+    largest = max((abs(tick) for tick in ticks), default=0.0)
+    return 3 * math.floor(math.log10(largest) / 3) if 0 < largest < 0.01 or largest >= 1e5 else 0
+
+
 def format_number(value: float) -> str:
     """A number as an axis shows it: no trailing zeros, powers of ten only where they are shorter."""
     if value == 0:
@@ -325,10 +335,10 @@ def _frame(title: str, height: int = _HEIGHT) -> str:
     return f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'
 
 
-def _y_tick(y: float, value: float) -> str:
+def _y_tick(y: float, label: str) -> str:
     return (
         f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{format_number(value)}</text>'
+        f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
     )
 
 
