@@ -10,12 +10,26 @@ from tinyonn.errors import InputError
 from tinyonn.heads.layers import attention_layers
 from tinyonn.testing import tiny_causal_lm, tiny_encoder
 
+FUSED = {
+    "phi3": {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "pad_token_id": 0},
+    "mpt": {"vocab_size": 97, "d_model": 48, "n_layers": 3, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 64},
+    "dbrx": {"vocab_size": 97, "d_model": 48, "n_layers": 3, "n_heads": 4,
+             "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 1e6},
+             "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 2, "moe_top_k": 1, "hidden_size": 48}},
+}  # fmt: skip
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert", "deberta-v2")
-DECODERS = ("qwen3", "llama", "mistral", "gemma2", "gpt2", "gpt_neox", "gpt_oss", "qwen3_moe", "bloom")
+DECODERS = (*FUSED, "qwen3", "llama", "mistral", "gemma2", "gpt2", "gpt_neox", "gpt_oss", "qwen3_moe", "bloom")
 TOKENS = torch.arange(24).view(2, 12)
 
 
 def make(arch, **options):
+    if arch in FUSED:
+        torch.manual_seed(0)
+        model = AutoModel.from_config(AutoConfig.for_model(arch, **FUSED[arch]), attn_implementation="eager").eval()
+        for name, parameter in model.named_parameters():  # as large as the other tiny models'
+            parameter.data.normal_(std=0.25) if "norm" not in name else None
+        return model
     model = tiny_encoder(arch, **options) if arch in ENCODERS else tiny_causal_lm(arch, **options)
     if arch != "deberta-v2":
         model.set_attn_implementation("eager")  # it alone returns the probabilities
@@ -89,9 +103,10 @@ def test_layers_without_attention_are_left_out():
         ("t5", {"d_model": 48, "num_layers": 1, "num_heads": 4}, "model must be an encoder or a decoder alone, got t5"),
         ("albert", {"hidden_size": 48, "intermediate_size": 8, "num_attention_heads": 4}, "own in each layer, got albert"),
         ("mamba", {"hidden_size": 16, "num_hidden_layers": 1}, "q_proj, k_proj, v_proj; .*mamba has in_proj, "),
+        ("codegen", {"n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8}, "GPT2Attention, .*; codegen has qkv_proj, "),
         ("clip", {}, "model must have one list of layers, got text_model.encoder.layers, vision_model.encoder.layers in clip"),
     ],
-    ids=["both", "shared", "no attention", "towers"],
+    ids=["both", "shared", "no attention", "unknown order", "towers"],
 )
 def test_other_models_are_refused_by_what_was_looked_for(kind, options, message):
     config = AutoConfig.for_model(kind, **({"vocab_size": 97} if kind != "clip" else {}), **options)

@@ -24,10 +24,20 @@ SEPARATE = (
     ("q_lin", "k_lin", "v_lin"),
     ("q", "k", "v"),
 )
-# One weight of all query rows, then all key rows, then all value rows.
-STACKED = ("c_attn", "qkv_proj", "Wqkv")
-# One weight with the rows of each head together: its query, its key, its value.
+# One weight for all three, by class, since its order is nowhere but in the code: all query rows, then all key rows, then all value rows …
+STACKED = {
+    "GPT2Attention": "c_attn",
+    "DecisionTransformerGPT2Attention": "c_attn",
+    "ImageGPTAttention": "c_attn",
+    "Phi3Attention": "qkv_proj",
+    "Phi4MultimodalAttention": "qkv_proj",
+    "ModernBertAttention": "Wqkv",
+    "DbrxAttention": "Wqkv",
+    "MptAttention": "Wqkv",
+}
+# … or the rows of each head together: its query, its key, its value.
 INTERLEAVED = {"GPTNeoXAttention": "query_key_value", "BloomAttention": "query_key_value"}
+FUSED = STACKED | INTERLEAVED
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "out_lin", "Wo", "dense", "o")
 HEAD_DIMS = ("head_dim", "attention_head_size", "head_size")
 
@@ -109,7 +119,7 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         held = ", ".join(name for name, _ in linears.most_common(8)) or "no linear layer"
         wanted = "; ".join(", ".join(parts) for parts in SEPARATE)
         raise InputError(
-            f"model must have attention modules with separate projections ({wanted}) or one for all three ({', '.join(STACKED)}), "
+            f"model must have attention modules with separate projections ({wanted}), or one for all three in {', '.join(FUSED)}, "
             f"and an output projection ({', '.join(OUTPUTS)}); {kind} has {held}."
         )
     towers = {re.sub(r"\.\d+$", "", layer.block_name) for layer in found}
@@ -130,10 +140,9 @@ def _with_projections(names: dict[str, nn.Module]) -> Iterator[tuple[str, tuple[
                 yield name, parts
                 break
         else:
-            fused = INTERLEAVED.get(type(module).__name__)
-            for part in (*STACKED, *([fused] if fused else ())):
-                if part in held:
-                    yield name, (part,)
+            part = FUSED.get(type(module).__name__)
+            if part in held:
+                yield name, (part,)
 
 
 def _layer(index: int, name: str, module: nn.Module, parts: tuple[str, ...], names: dict[str, nn.Module], config: Any) -> AttentionLayer:
@@ -163,7 +172,7 @@ def _layer(index: int, name: str, module: nn.Module, parts: tuple[str, ...], nam
         (fused,) = parts
         size = _features(names[f"{name}.{fused}"], f"{name}.{fused}")[0]
         key_heads = (size - width) // (2 * head_dim)
-        together = fused not in STACKED
+        together = type(module).__name__ in INTERLEAVED
         if key_heads < 1 or size != (heads + 2 * key_heads) * head_dim or heads % key_heads or (together and key_heads != heads):
             raise InputError(f"{name}.{fused} must project to {heads} query heads of {head_dim} features, keys and values, got {size}.")
         if together:
