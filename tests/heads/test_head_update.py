@@ -13,29 +13,27 @@ from tinyonn.errors import InputError
 from tinyonn.heads.head_update import Checkpoint, checkpoint_update, head_update
 from tinyonn.heads.layers import attention_layers
 
-# Head 3 of layer 1: weights with the rows of a head first, and which rows. Keys of Llama's head 3 are of key head 1.
+# Head 2 of layer 1: name of the weight, whether the head is columns of it, the first of them and how many. Llama's head 2 has key head 1.
+PREFIX = {"bert": "bert.encoder.layer.1.attention.", "deberta-v2": "deberta.encoder.layer.1.attention."}
 SLICES = {
-    "llama": [(f"model.layers.1.self_attn.{p}_proj.weight", p == "o", (12 if p in "kv" else 36), 12) for p in "qkvo"],
-    "qwen3": [(f"model.layers.1.self_attn.{p}_proj.weight", p == "o", (24 if p in "kv" else 72), 24) for p in "qkvo"],
+    "llama": [(f"model.layers.1.self_attn.{p}_proj.weight", p == "o", 12 if p in "kv" else 24, 12) for p in "qkvo"],
+    "qwen3": [(f"model.layers.1.self_attn.{p}_proj.weight", p == "o", 24 if p in "kv" else 48, 24) for p in "qkvo"],
     "gpt2": [
-        ("transformer.h.1.attn.c_attn.weight", True, 36, 12),
-        ("transformer.h.1.attn.c_attn.weight", True, 48 + 36, 12),
-        ("transformer.h.1.attn.c_attn.weight", True, 96 + 36, 12),
-        ("transformer.h.1.attn.c_proj.weight", False, 36, 12),
+        *(("transformer.h.1.attn.c_attn.weight", True, first + 24, 12) for first in (0, 48, 96)),  # Conv1D: rows are columns
+        ("transformer.h.1.attn.c_proj.weight", False, 24, 12),
     ],
     "bert": [
-        (f"bert.encoder.layer.1.attention.{p}.weight", p == "output.dense", 36, 12)
-        for p in ("self.query", "self.key", "self.value", "output.dense")
+        (PREFIX["bert"] + f"{p}.weight", p == "output.dense", 24, 12) for p in ("self.query", "self.key", "self.value", "output.dense")
     ],
     "deberta-v2": [
-        (f"deberta.encoder.layer.1.attention.{p}.weight", p == "output.dense", 36, 12)
+        (PREFIX["deberta-v2"] + f"{p}.weight", p == "output.dense", 24, 12)
         for p in ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense")
     ],
 }
 
 
 def by_hand(arch, before, after):
-    """Uq, Uk, Uv, Uo, U and Urel of head 3 in layer 1."""
+    """Uq, Uk, Uv, Uo, U and Urel of head 2 in layer 1."""
     moved, norms = [], []
     for name, columns, first, size in SLICES[arch]:
         old, new = (weights[name].double().numpy() for weights in (before, after))
@@ -62,7 +60,7 @@ def test_update_of_a_head_by_hand(tiny_classifier, tmp_path, arch):
     before, after = save_pair(tiny_classifier, tmp_path, arch)
     found = checkpoint_update(before, after)
     expected = by_hand(arch, load_file(before / "model.safetensors"), load_file(after / "model.safetensors"))
-    assert [float(part[1, 3]) for part in found] == pytest.approx(expected, rel=1e-12)
+    assert [float(part[1, 2]) for part in found] == pytest.approx(expected, rel=1e-12)
     assert all(part.shape == (3, 4) and part.dtype == torch.float64 for part in found)
     assert len(set(found.total.flatten().tolist())) == 12
 
@@ -80,7 +78,7 @@ def test_half_precision_and_sharded_files_are_read(tiny_classifier, tmp_path):
     assert len(list(before.glob("*.safetensors"))) > 3
     found = checkpoint_update(before, after)
     expected = by_hand("bert", dict(Checkpoint(before)), dict(Checkpoint(after)))
-    assert [float(part[1, 3]) for part in found] == pytest.approx(expected, rel=1e-12)
+    assert [float(part[1, 2]) for part in found] == pytest.approx(expected, rel=1e-12)
 
 
 def test_state_dicts_serve_as_well(tiny_classifier):

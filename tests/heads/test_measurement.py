@@ -260,6 +260,21 @@ def test_a_file_that_is_short_or_of_another_run_is_made_again(study, name, spoil
     assert {other: (config.folder / other).stat().st_mtime_ns for other in others} == others
 
 
+def test_while_a_file_is_made_again_the_measurement_is_not_complete(study):
+    config = study()
+    measure(config)
+    (config.folder / "gradfisher_pre.jsonl").unlink()
+
+    def kill(now):
+        if now.stage == "gradients before training":
+            raise Killed
+
+    with pytest.raises(Killed):
+        measure(config, kill)
+    assert not (config.folder / "measure.json").exists()
+    assert not measure(config).kept
+
+
 def test_what_was_measured_of_another_training_is_made_again(study):
     config, other = study(), study(name="other")
     measure(config)
