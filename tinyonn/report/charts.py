@@ -298,7 +298,7 @@ def bent_ticks(low: float, high: float, width: float) -> list[float]:
 def _shared_exponent(ticks: Sequence[float]) -> int:
     """Power of ten that all ticks are divided by where they would be long: a multiple of 3, else 0."""
     largest = max((abs(tick) for tick in ticks), default=0.0)
-    return 3 * math.floor(math.log10(largest) / 3) if 0 < largest < 0.01 or largest >= 1e5 else 0
+    return 3 * math.floor(math.log10(largest) / 3) if 0 < largest < 0.1 or largest >= 1e5 else 0
 
 
 def format_number(value: float) -> str:
