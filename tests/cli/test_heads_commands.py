@@ -137,6 +137,7 @@ def test_a_study_runs_is_kept_and_joins_its_seeds(cli: Cli, encoder: Path, pairs
 
 def test_later_steps_take_the_options_of_the_training(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "study"
+    folder = out / "boolq" / "seed42"
     place = ["--task", "boolq", "--output-dir", out]
     one_line(
         cli("heads", "plasticity", "measure", *place), "run tinyonn heads plasticity train", command="tinyonn heads plasticity measure"
@@ -148,10 +149,18 @@ def test_later_steps_take_the_options_of_the_training(cli: Cli, encoder: Path, p
     measured = cli("heads", "plasticity", "measure", *place)
     assert measured.code == 0, measured.err
     assert "12 heads over 8 samples" in measured.out
+    # Heads that are all worth the same have no ranks: said, not a traceback.
+    rows = [json.loads(line) for line in (folder / "importance_pre.jsonl").read_text().splitlines()]
+    (tmp_path / "kept.jsonl").write_bytes((folder / "importance_pre.jsonl").read_bytes())
+    write(folder / "importance_pre.jsonl", [{**row, "loss_increase": 0.0} for row in rows])
+    flat = cli("heads", "plasticity", "report", *place)
+    assert flat.code == 0, flat.err
+    assert "overlap none" in flat.out
+    (folder / "importance_pre.jsonl").write_bytes((tmp_path / "kept.jsonl").read_bytes())
     reported = cli("heads", "plasticity", "report", *place, "--top-k", 3, "--high", 80, "--low", 40)
     assert reported.code == 0, reported.err
     assert "top-3 overlap" in reported.out
-    stats = json.loads((out / "boolq" / "seed42" / "stats.json").read_text())
+    stats = json.loads((folder / "stats.json").read_text())
     assert (stats["top_k"], stats["high"], stats["low"]) == (3, 80, 40)
     other = cli("heads", "plasticity", "measure", *place, "--max-length", 16)
     one_line(other, "max_length 16 (there 128)", command="tinyonn heads plasticity measure")

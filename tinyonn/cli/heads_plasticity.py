@@ -170,7 +170,9 @@ def _findings(summary: PlasticitySummary) -> list[tuple[str, object]]:
     lines: list[tuple[str, object]] = []
     for pair in summary.stats["pairs"]:
         rho = pair["reason"] if pair["rho"] is None else f"rho {pair['rho']:+.2f} (p {pair['p']:.2g})"
-        lines.append((f"{pair['x']}, {pair['y']}", f"{rho}, top-{pair['overlap']['k']} overlap {pair['overlap']['share']:.2f}"))
+        overlap = pair["overlap"]
+        share = "none" if overlap["share"] is None else f"{overlap['share']:.2f}"
+        lines.append((f"{pair['x']}, {pair['y']}", f"{rho}, top-{overlap['k']} overlap {share}"))
     static, plastic = counts["important_but_static"], counts["plastic_but_unimportant"]
     lines.append(("cases", f"{static} important but static, {plastic} plastic but unimportant"))
     return [*lines, ("original study", f"{sum(bool(row['met']) for row in acceptance)} of its {len(acceptance)} figures met")]

@@ -31,6 +31,9 @@ _LATER = (
     "fig_I_vs_U.png",
     "fig_I_vs_G.png",
     "fig_stats.png",
+    "map_I_pre.png",
+    "map_I_post.png",
+    "map_Urel.png",
     "index.html",
 )
 
