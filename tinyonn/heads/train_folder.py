@@ -20,6 +20,7 @@ INIT, FINAL, SUMMARY, OPTIONS, STATE = "ckpt_init", "ckpt_final", "train.json", 
 # What later steps make of a training, and would be wrong beside another one.
 _LATER = (
     "measure.json",
+    "measure_parts.json",
     "eval_subset.json",
     "importance_pre.jsonl",
     "importance_post.jsonl",
