@@ -103,7 +103,7 @@ def test_layers_without_attention_are_left_out():
         ("t5", {"d_model": 48, "num_layers": 1, "num_heads": 4}, "model must be an encoder or a decoder alone, got t5"),
         ("albert", {"hidden_size": 48, "intermediate_size": 8, "num_attention_heads": 4}, "own in each layer, got albert"),
         ("mamba", {"hidden_size": 16, "num_hidden_layers": 1}, "q_proj, k_proj, v_proj; .*mamba has in_proj, "),
-        ("codegen", {"n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8}, "GPT2Attention, .*; codegen has qkv_proj, "),
+        ("codegen", {"n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8}, "of GPT-2, Phi-3.*; codegen has qkv_proj, "),
         ("clip", {}, "model must have one list of layers, got text_model.encoder.layers, vision_model.encoder.layers in clip"),
     ],
     ids=["both", "shared", "no attention", "unknown order", "towers"],

@@ -20,7 +20,9 @@ QUESTIONS, PASSAGES = "CommonsenseQA/validation.jsonl", "BoolQ/dev.jsonl"
 
 
 def demo(
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", metavar="DIR", help="Where results and pages go.")] = Path("data/heads"),
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", "--output", metavar="DIR", help="Where results and pages go.")] = Path(
+        "data/heads"
+    ),
     max_samples: Annotated[int, typer.Option(metavar="N", min=1, help="Questions that heads are scored over.")] = 256,
     train_size: Annotated[int, typer.Option(metavar="N", min=2, help="Rows of BoolQ that the encoder is fine-tuned on.")] = 2048,
     epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Passes over them.")] = 2,

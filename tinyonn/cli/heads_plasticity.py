@@ -38,7 +38,7 @@ def _command(name: str, steps: Sequence[str], text: str) -> None:
             str | None,
             _option("data_path", "File of rows, or folder with train.jsonl and validation.jsonl. [default: of the hub]", "PATH", "-d"),
         ] = None,
-        output_dir: Annotated[str | None, _option("output_dir", "Results go to DIR/TASK/seedN.", "DIR", "-o")] = None,
+        output_dir: Annotated[str | None, _option("output_dir", "Results go to DIR/TASK/seedN.", "DIR", "-o", "--output")] = None,
         config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of these options; options given here win.")] = None,
         seed: Annotated[list[int] | None, _option("seed", "Of the new classifier and of training; repeat it for several.", "N")] = None,
         eval_size: Annotated[int | None, _option("eval_size", "Rows measured. [default: the task's, or 1024]", "N")] = None,
@@ -95,7 +95,7 @@ _command(
     """Measure what each head is worth, and how much it changed.
 
     Loss increase and accuracy drop with the head off, before and after training; gradient norm and Fisher information before; the update
-    of its weights. Options that are not given are those of the training.
+    of its weights. Options of training that are not given are those that it had; others must be the same.
     """,
 )
 _command(
@@ -103,7 +103,8 @@ _command(
     ("report",),
     """Join the measurements: statistics, cases, figures, a page.
 
-    Over all seeds of a task, also their means and intervals.
+    Over all seeds of a task, also their means and intervals. Takes the options of the other steps, so that one set serves all; those of
+    training must be the ones that it had.
     """,
 )
 _command(
@@ -152,10 +153,15 @@ def _measure(study: PlasticityConfig, progress: Callable[..., None]) -> list[tup
 
 
 def _report(study: PlasticityConfig, progress: Callable[..., None]) -> list[tuple[str, object]]:
+    import torch
+
     from ..heads import Progress, summarise
+    from ..heads.train_folder import check_same, training_options
     from ..report import write_plasticity_page
 
     progress(Progress("reporting", None, ""))
+    options = training_options(study, torch.float32)
+    check_same(study.folder, {name: options[name] for name in options if name not in ("dtype", "batch_size")})  # as `measure` does
     summary = summarise(study)
     page = write_plasticity_page(summary.folder)
     return [*_findings(summary), ("page", page.html.resolve())]
@@ -171,8 +177,8 @@ def _findings(summary: PlasticitySummary) -> list[tuple[str, object]]:
     for pair in summary.stats["pairs"]:
         rho = pair["reason"] if pair["rho"] is None else f"rho {pair['rho']:+.2f} (p {pair['p']:.2g})"
         overlap = pair["overlap"]
-        share = "none" if overlap["share"] is None else f"{overlap['share']:.2f}"
-        lines.append((f"{pair['x']}, {pair['y']}", f"{rho}, top-{overlap['k']} overlap {share}"))
+        share = overlap["reason"] or f"{overlap['share']:.2f}"
+        lines.append((f"{pair['x']}, {pair['y']}", f"{rho}; top-{overlap['k']} overlap: {share}"))
     static, plastic = counts["important_but_static"], counts["plastic_but_unimportant"]
     lines.append(("cases", f"{static} important but static, {plastic} plastic but unimportant"))
     return [*lines, ("original study", f"{sum(bool(row['met']) for row in acceptance)} of its {len(acceptance)} figures met")]

@@ -39,7 +39,7 @@ def score(
     data_path: Annotated[
         str | None, _option("data_path", "Multiple-choice questions: JSONL, a JSON list or Parquet.", "PATH", "-d")
     ] = None,
-    output_dir: Annotated[str | None, _option("output_dir", "Folder of the results.", "DIR", "-o")] = None,
+    output_dir: Annotated[str | None, _option("output_dir", "Folder of the results.", "DIR", "-o", "--output")] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of these options; options given here win.")] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print a config file with all defaults, explained, and stop.")
@@ -96,6 +96,8 @@ def show_progress(bar: screen.Progress, state: Progress) -> None:
 
 def result_screen(result: ScoreResult, page: Path) -> str:
     """What was done, the best heads, and where the page lies."""
+    from ..heads.fusion import top_heads
+
     summary = result.summary
     lines: list[tuple[str, object]] = [
         ("scored", f"{summary['heads']:,} heads in {summary['layers']} layers of {summary['model']}"),
@@ -106,11 +108,6 @@ def result_screen(result: ScoreResult, page: Path) -> str:
         lines.append(("truncated", f"{screen.counted(summary['truncated'], 'prompt')} at {summary['max_length']} tokens"))
     if summary["spans_lost"]:
         lines.append(("left out", f"{screen.counted(summary['spans_lost'], 'question')} cut by --max-length, of attention to the question"))
-    best = sorted(((value, layer, head) for layer, row in enumerate(result.combined) for head, value in enumerate(row)), key=_by_score)
-    lines.append(("best heads", ", ".join(f"{layer}.{head}" for _, layer, head in best[:_SHOWN]) + " (layer.head)"))
+    best = top_heads(result.combined, _SHOWN)
+    lines.append(("best heads", ", ".join(f"{head.layer}.{head.head}" for head in best) + " (layer.head)"))
     return screen.rows([*lines, ("page", page.resolve())])
-
-
-def _by_score(entry: tuple[float, int, int]) -> tuple[float, int, int]:
-    value, layer, head = entry
-    return -value, layer, head

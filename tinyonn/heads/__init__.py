@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .ablation import taylor_importance as taylor_importance
     from .capture import capture_attention_stats as capture_attention_stats
     from .gates import head_gates as head_gates
-    from .head_gradients import head_gradients as head_gradients
+    from .gradients import head_gradients as head_gradients
     from .head_update import checkpoint_update as checkpoint_update
     from .layers import AttentionLayer as AttentionLayer
     from .layers import attention_layers as attention_layers
@@ -44,7 +44,7 @@ _HOMES = {
     "capture_attention_stats": "capture",
     "checkpoint_update": "head_update",
     "head_gates": "gates",
-    "head_gradients": "head_gradients",
+    "head_gradients": "gradients",
     "measure": "measurement",
     "register_score": "scores",
     "score_heads": "score",

@@ -119,8 +119,9 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         held = ", ".join(name for name, _ in linears.most_common(8)) or "no linear layer"
         wanted = "; ".join(", ".join(parts) for parts in SEPARATE)
         raise InputError(
-            f"model must have attention modules with separate projections ({wanted}), or one for all three in {', '.join(FUSED)}, "
-            f"and an output projection ({', '.join(OUTPUTS)}); {kind} has {held}."
+            f"model must have attention modules with separate projections ({wanted}), or one for all three whose order is known "
+            f"({', '.join(sorted(set(FUSED.values())))} of GPT-2, Phi-3, ModernBERT, DBRX, MPT, GPT-NeoX, BLOOM), and an output "
+            f"projection ({', '.join(OUTPUTS)}); {kind} has {held}."
         )
     towers = {re.sub(r"\.\d+$", "", layer.block_name) for layer in found}
     if len(towers) > 1:

@@ -36,7 +36,7 @@ from ..hf.memory import is_out_of_memory
 from .ablation import ablate_heads, taylor_importance
 from .classification import TaskData, batches, load_task
 from .gates import check_gates
-from .head_gradients import head_gradients
+from .gradients import head_gradients
 from .head_update import checkpoint_update
 from .plasticity_config import PlasticityConfig
 from .progress import Progress

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from tinyonn.errors import InputError
-from tinyonn.heads.head_gradients import head_gradients
+from tinyonn.heads.gradients import head_gradients
 
 SIZE = 12
 

@@ -8,7 +8,8 @@ gradient of what it gave out; it is formed for one layer and one sample at a tim
 the samples of a batch share (DeBERTa-v2 with `share_att_key` projects its relative positions so), Δ holds the samples' sum: then samples
 are passed one at a time.
 
-A key/value head that several query heads share counts whole for each of them. Biases do not count.
+A key/value head that several query heads share counts whole for each of them. Biases do not count. Gradients are added up over samples
+in float32 (in float64 the sums would take twice the attention weights' memory), their squares in float64.
 """
 
 from __future__ import annotations

@@ -1,0 +1,22 @@
+"""What the package gives is what its names say, whatever was imported before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def test_no_public_name_is_a_module():
+    program = """
+import importlib, pkgutil, types, tinyonn.heads as heads
+def modules():
+    return [name for name in heads.__all__ if isinstance(getattr(heads, name), types.ModuleType)]
+assert not modules(), modules()
+for module in pkgutil.iter_modules(heads.__path__):  # importing one puts it into the package under its own name
+    importlib.import_module(f"tinyonn.heads.{module.name}")
+assert not modules(), modules()
+print(len(heads.__all__))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 15
