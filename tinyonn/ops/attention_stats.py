@@ -44,9 +44,9 @@ def attention_stats(
 ) -> AttentionStats:
     """Entropy of each query's attention, and its mass on a span of keys; the matrix of probabilities is never stored.
 
-        entropy = -Σ_j p_j ln p_j = lse - Σ_j p_j s_j,   span mass = Σ_{j in span} p_j
+        entropy = -Σ_j p_j ln p_j = lse · Σ_j p_j - Σ_j p_j s_j,   span mass = Σ_{j in span} p_j
 
-    Tensors are (B, T, H, D), not scaled_dot_product_attention's (B, H, T, D). Nothing is differentiable.
+    The p_j sum to 1 but for sinks. Tensors are (B, T, H, D), not scaled_dot_product_attention's (B, H, T, D). Nothing is differentiable.
 
     Args:
         query: (B, T, H, D), the last T of Tk positions; with rotary embeddings applied.
@@ -64,6 +64,8 @@ def attention_stats(
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that is not accepted.
         RuntimeError: impl="triton" cannot run here.
+
+    Source: entropy of heads as Clark et al. take it, "What does BERT look at?", arXiv:1906.04341.
     """
     check_impl(impl)
     check_query(query)
