@@ -212,4 +212,3 @@ def test_a_batch_puts_padding_last():
     assert torch.equal(batch.input_ids, torch.tensor([[5, 6, 7], [8, 9, 9]]))
     assert torch.equal(batch.attention_mask, torch.tensor([[1, 1, 1], [1, 0, 0]]))
     assert torch.equal(batch.span_mask, torch.tensor([[False, True, True], [False, False, False]]))
-    assert batch.has_span.tolist() == [True, False]

@@ -23,6 +23,7 @@ from tinyonn.heads import training
 from tinyonn.heads.plasticity_config import PlasticityConfig
 from tinyonn.heads.progress import Progress
 from tinyonn.heads.training import resolve_precision, train
+from tinyonn.hf import loading
 from tinyonn.testing import save_tiny_model
 
 ROWS = 60
@@ -392,6 +393,23 @@ def test_more_tokens_than_the_model_takes_are_refused(config):
     with pytest.raises(InputError) as raised:
         train(config(max_length=129))
     assert str(raised.value) == "max_length must be at most the 128 tokens that the model takes, got 129."
+    assert left(config().folder) == []
+
+
+def test_positions_that_a_roberta_keeps_for_padding_are_not_used(config, data, tmp_path):
+    long = tmp_path / "long.jsonl"
+    long.write_text(data.read_text().replace('"passage": "', f'"passage": "{"c" * 40}'))
+    run = config(model_path=str(save_tiny_model(tmp_path / "roberta", "roberta")), data_path=str(long), max_steps=1)
+    assert train(run).summary["steps"] == 1  # 128 positions, of which 96 are of the padding token, 95, and those before it
+    with pytest.raises(InputError, match=r"max_length must be at most the 32 tokens that the model takes, got 33\."):
+        train(config(model_path=run.model_path, data_path=str(long), max_length=33, seed=1))
+
+
+def test_a_model_that_does_not_fit_with_its_optimiser_is_refused_before_it_is_loaded(config, model, monkeypatch):
+    free = 3 * (model / "model.safetensors").stat().st_size
+    monkeypatch.setattr(loading, "available_memory", lambda device: free)
+    with pytest.raises(InputError, match=r"^model_path must fit in memory: to train it takes .* in float32 .*; use a smaller model\.$"):
+        train(config())
     assert left(config().folder) == []
 
 

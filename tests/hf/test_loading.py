@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from logging import Handler, LogRecord
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
+from tinyonn._units import readable_bytes
 from tinyonn.errors import InputError
 from tinyonn.hf import loading, memory
-from tinyonn.hf.loading import load_model, resolve_device, resolve_dtype, weights_of
-from tinyonn.testing import save_tiny_model, tiny_causal_lm
+from tinyonn.hf.loading import check_fits, load_model, resolve_device, resolve_dtype, usable_positions, weights_of
+from tinyonn.testing import save_tiny_model, tiny_causal_lm, tiny_encoder
 
 CPU = torch.device("cpu")
 CLASSIFIER = "AutoModelForSequenceClassification"
@@ -107,6 +110,69 @@ def test_pytorch_files_count_by_the_configured_precision(tmp_path, named, width)
     (tmp_path / "config.json").write_text(json.dumps({} if named is None else {"torch_dtype": named}))
     (tmp_path / "pytorch_model.bin").write_bytes(bytes(4000))
     assert weights_of(tmp_path) == loading.Weights(4000 // width, 4000)
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "limit"),
+    [("bert", {}, 128), ("roberta", {"pad_token_id": 1}, 126), ("roberta", {"pad_token_id": 95}, 32), ("distilbert", {}, 128)],
+    ids=["bert", "roberta", "roberta padded with 95", "distilbert"],
+)
+def test_the_longest_sequence_that_an_encoder_takes_is_found(arch, options, limit):
+    model = tiny_encoder(arch, **options)
+    assert usable_positions(model) == limit
+    ids = torch.full((1, limit + 1), 7)
+    assert model(input_ids=ids[:, :-1]).last_hidden_state.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=ids)
+
+
+def test_a_model_without_positions_of_its_own_has_the_limit_of_its_configuration():
+    assert usable_positions(tiny_causal_lm("llama")) == 128
+    assert usable_positions(tiny_causal_lm("bloom")) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "copies", "needs", "remedy"),
+    [
+        ({}, 1, "its weights take {} in float32", "--dtype bf16"),
+        ({"remedy": "a smaller model"}, 1, "its weights take {} in float32", "a smaller model"),
+        (
+            {"training": True, "remedy": "a smaller model"},
+            4,
+            "to train it takes {} in float32 (weights, gradients, two moments)",
+            "a smaller model",
+        ),
+    ],
+    ids=["precision", "caller's", "training"],
+)
+def test_memory_that_does_not_suffice_is_told_with_the_callers_remedy(tiny_model, monkeypatch, options, copies, needs, remedy):
+    size = 4 * copies * sum(parameter.numel() for parameter in tiny_causal_lm("llama").parameters())
+    monkeypatch.setattr(loading, "available_memory", lambda device: size)
+    check_fits(tiny_model, torch.float32, CPU, **options)
+    monkeypatch.setattr(loading, "available_memory", lambda device: size - 1)
+    with pytest.raises(InputError) as raised:
+        load_model(tiny_model, torch.float32, CPU, **options)
+    shown = readable_bytes(size - 1)
+    assert str(raised.value) == f"model_path must fit in memory: {needs.format(readable_bytes(size))}, cpu has {shown} free; use {remedy}."
+
+
+@pytest.mark.parametrize(("arch", "auto_class"), [("gpt_oss", "AutoModel"), ("llama", "AutoModel"), ("llama", CLASSIFIER)])
+def test_loading_is_silent_and_leaves_the_settings_of_transformers(tmp_path, monkeypatch, capfd, arch, auto_class):
+    folder = save_tiny_model(tmp_path / arch, arch, **({} if arch == "gpt_oss" else {"tie_word_embeddings": False}))
+    said: list[LogRecord] = []
+    handler = Handler()
+    monkeypatch.setattr(handler, "emit", said.append)
+    monkeypatch.setattr(logging.get_logger("transformers"), "handlers", [handler])
+    capfd.readouterr()
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    load_model(folder, torch.float32, CPU, auto_class, [r"^score\."])
+    assert said == []
+    assert capfd.readouterr() == ("", "")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    shutil.copy(folder / "config.json", folder / "model.safetensors")
+    with pytest.raises(InputError):
+        load_model(folder, torch.float32, CPU, auto_class)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
 def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch):

@@ -184,7 +184,9 @@ class _Measurement:
         if self.loaded is None or self.loaded[0] != checkpoint:
             self.loaded = None
             self.report(Progress("loading", None, checkpoint))
-            model = load_model(self.folder / checkpoint, torch.float32, self.device, "AutoModelForSequenceClassification")
+            model = load_model(
+                self.folder / checkpoint, torch.float32, self.device, "AutoModelForSequenceClassification", remedy="a smaller model"
+            )
             self.loaded = checkpoint, model.requires_grad_(False)
         return self.loaded[1]
 

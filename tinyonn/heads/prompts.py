@@ -175,13 +175,11 @@ class PromptBatch:
     Attributes:
         input_ids, attention_mask: (B, T) int64.
         span_mask: (B, T) bool, the question's tokens; none in a row whose question was lost.
-        has_span: (B,) bool.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     span_mask: Tensor
-    has_span: Tensor
 
     @classmethod
     def of(cls, prompts: Sequence[EncodedPrompt], padding: int, device: torch.device | str = "cpu") -> PromptBatch:
@@ -196,5 +194,4 @@ class PromptBatch:
             mask[row, :length] = 1
             if prompt.span is not None:
                 span[row, :length] = torch.tensor(prompt.span)
-        has_span = torch.tensor([prompt.span is not None for prompt in prompts])
-        return cls(ids.to(device), mask.to(device), span.to(device), has_span.to(device))
+        return cls(ids.to(device), mask.to(device), span.to(device))

@@ -29,10 +29,10 @@ from ..hf.loading import (
     load_model,
     load_tokenizer,
     padding_token,
-    position_limit,
     resolve_device,
     resolve_dtype,
     resolve_model,
+    usable_positions,
 )
 from .capture import capture_attention_stats
 from .fusion import fuse, normalise, top_heads
@@ -144,8 +144,9 @@ def observe(
     counted = mask if last is None else mask.new_ones(len(mask), 1)
     seen = []
     for layer, found, gram in zip(layers, stats, grams, strict=True):
-        if found.span_mass is None or layer.index not in outputs:
+        if layer.index not in outputs:
             raise InputError(f"model must run the output projection of every layer, got none of it in {layer.name}.")
+        assert found.span_mass is not None  # the batch has a span mask
         seen.append(Observation(layer, outputs[layer.index], found.entropy, found.span_mass, counted, gram))
     return seen
 
@@ -182,7 +183,9 @@ def _score(config: ScoreConfig, folder: Path, log: _RunLog, report: Callable[[Pr
     automatic = "fp32" if device.type == "cpu" else "fp16"
     dtype = resolve_dtype(automatic if config.dtype == "auto" else config.dtype, device, model_config)
     tokenizer = load_tokenizer(model_folder)
-    limits = (config.max_length, position_limit(model_config), tokenizer.model_max_length)
+    report(Progress("loading", None, display_name(config.model_path, model_folder)))
+    model = load_model(model_folder, dtype, device, auto_class="AutoModel", may_lack=MAY_LACK)
+    limits = (config.max_length, usable_positions(model), tokenizer.model_max_length)
     max_length = min(limit for limit in limits if limit is not None)
     encoder = PromptEncoder(tokenizer, max_length)
     prompts = [encoder.encode(prompt) for prompt in render_all(data.questions, template)]
@@ -193,8 +196,6 @@ def _score(config: ScoreConfig, folder: Path, log: _RunLog, report: Callable[[Pr
         remedy = "raise it, or begin the prompt with the question" if max_length == config.max_length else "the model takes no more"
         raise InputError(f"max_length must leave at least one question whole, got {max_length}, which leaves none of {lost}; {remedy}.")
 
-    report(Progress("loading", None, display_name(config.model_path, model_folder)))
-    model = load_model(model_folder, dtype, device, auto_class="AutoModel", may_lack=MAY_LACK)
     _check_vocabulary(model, prompts)
     model.config.use_cache = False  # keys and values are read once
     layers = attention_layers(model)

@@ -11,7 +11,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,7 +25,7 @@ from transformers import get_linear_schedule_with_warmup
 from .. import __version__
 from .._files import replacing, write_atomically
 from ..errors import InputError
-from ..hf.loading import DTYPES, load_model, load_tokenizer, position_limit, resolve_device, resolve_model
+from ..hf.loading import DTYPES, load_model, load_tokenizer, quiet_transformers, resolve_device, resolve_model, usable_positions
 from ..hf.memory import is_out_of_memory
 from .classification import Example, TaskData, batches, load_task
 from .plasticity_config import PlasticityConfig
@@ -81,7 +80,7 @@ def train(config: PlasticityConfig, progress: Callable[[Progress], None] | None 
     data = load_task(config)
     source = resolve_model(config.model_path)
     report(Progress("loading", None, "model"))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), _quiet_transformers():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), quiet_transformers():
         run = _Training(config, data, source, device, precision, options)
         try:
             summary = run.go(report)
@@ -105,10 +104,10 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_classifier(folder: Path, labels: Sequence[str], device: torch.device) -> nn.Module:
-    """A sequence classifier in float32; what its checkpoint lacks above the transformer is drawn from torch's generator.
+    """A sequence classifier in float32, to be trained; what its checkpoint lacks above the transformer is drawn from torch's generator.
 
     Raises:
-        InputError: no classifier can be made of it, or weights of the transformer are missing.
+        InputError: no classifier can be made of it, weights of the transformer are missing, or its training does not fit in memory.
     """
     names = dict(enumerate(labels))
     return load_model(
@@ -117,6 +116,8 @@ def load_classifier(folder: Path, labels: Sequence[str], device: torch.device) -
         device,
         "AutoModelForSequenceClassification",
         (_NEW,),
+        training=True,
+        remedy="a smaller model",  # weights are float32 whatever the products are
         id2label=names,
         label2id={label: number for number, label in names.items()},
         problem_type="single_label_classification",
@@ -171,7 +172,7 @@ class _Training:
         self.tokenizer = load_tokenizer(source)
         self.model = load_classifier(source, self.data.labels, self.device)
         _set_padding(self.tokenizer, self.model, source)
-        limits = (position_limit(self.model.config), self.tokenizer.model_max_length)
+        limits = (usable_positions(self.model), self.tokenizer.model_max_length)
         longest = min(limit for limit in limits if limit is not None)
         if self.config.max_length > longest:
             raise InputError(f"max_length must be at most the {longest} tokens that the model takes, got {self.config.max_length}.")
@@ -321,22 +322,6 @@ class _Training:
                 "python": platform.python_version(),
             },
         }
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No bars, and no table of the classifier's weights that are new, as they should be; `load_model` has checked the others."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _silent(progress: Progress) -> None:

@@ -7,11 +7,13 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .._units import readable_bytes
@@ -192,9 +194,21 @@ def resolve_dtype(dtype: str, device: torch.device, model_config: Any) -> torch.
 
 
 def position_limit(model_config: Any) -> int | None:
-    """Longest sequence the model has positions for, None where it sets none."""
+    """Longest sequence by the model's configuration, None where it sets none; a loaded model may take less (`usable_positions`)."""
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def usable_positions(model: nn.Module) -> int | None:
+    """Longest sequence that a loaded transformers model takes, None where it sets no limit.
+
+    RoBERTa and its kin count positions from padding_idx + 1: of 514 positions in their configuration a text has 512.
+    """
+    limits = [position_limit(model.config)]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and name.endswith("position_embeddings"):
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -226,22 +240,41 @@ def padding_token(tokenizer: Any, batch_size: int) -> int:
     return 0
 
 
-def check_fits(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+def check_fits(folder: Path, dtype: torch.dtype, device: torch.device, *, training: bool = False, remedy: str | None = None) -> None:
     """Refuses a model whose weights alone exceed the device's free memory, before anything is loaded.
 
+    Args:
+        training: whether it is trained by Adam: gradients and two moments are then as large as the weights, each.
+        remedy: what to use instead; None for a smaller `dtype` where there is one, else a smaller model.
+
     Raises:
-        InputError: naming both sizes and the options to change.
+        InputError: naming both sizes and the remedy.
     """
-    needed = weights_of(folder).values * dtype.itemsize
+    needed = weights_of(folder).values * dtype.itemsize * (4 if training else 1)
     free = available_memory(device)
     if needed > free:
-        remedy = "--dtype bf16" if dtype.itemsize > 2 else "a smaller model"
+        remedy = remedy or ("--dtype bf16" if dtype.itemsize > 2 else "a smaller model")
         if device.type == "cuda":
             remedy += " or --device cpu"
-        raise InputError(
-            f"model_path must fit in memory: its weights take {readable_bytes(needed)} in {str(dtype).removeprefix('torch.')}, "
-            f"{device} has {readable_bytes(free)} free; use {remedy}."
-        )
+        size = f"{readable_bytes(needed)} in {str(dtype).removeprefix('torch.')}"
+        what = f"to train it takes {size} (weights, gradients, two moments)" if training else f"its weights take {size}"
+        raise InputError(f"model_path must fit in memory: {what}, {device} has {readable_bytes(free)} free; use {remedy}.")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars of transformers, and no tables of weights that are new or not used; errors are raised as ever."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_model(
@@ -250,27 +283,29 @@ def load_model(
     device: torch.device,
     auto_class: str = "AutoModelForCausalLM",
     may_lack: Sequence[str] = (),
+    *,
+    training: bool = False,
+    remedy: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """A model, in eval mode, on its device.
+    """A model, in eval mode, on its device; nothing is written on the terminal.
 
     Args:
         auto_class: name of the transformers class that loads it.
         may_lack: regular expressions, searched in the names of parameters that the checkpoint may lack, or hold in another shape (a
             classifier that is to be trained); transformers fills these at random.
+        training, remedy: as for `check_fits`, which comes first.
         **options: more of `from_pretrained`'s, such as num_labels.
 
     Raises:
         InputError: no model of that class, weights damaged, missing, or larger than memory.
     """
     import transformers
-    from transformers.utils import logging
 
-    check_fits(folder, dtype, device)
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # the caller shows its own
+    check_fits(folder, dtype, device, training=training, remedy=remedy)
     try:
-        loaded: Any = getattr(transformers, auto_class).from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+        with quiet_transformers():
+            loaded: Any = getattr(transformers, auto_class).from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:  # what a damaged file brings down in transformers has no common type
         if is_out_of_memory(error):
             raise
@@ -278,9 +313,6 @@ def load_model(
         held = "valid safetensors files" if type(error).__name__ == "SafetensorError" else wanted
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"model_path must hold {held}, got {folder.name}: {reason}") from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     model, found = loaded
     unfilled = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}  # transformers fills these at random
     if missing := sorted(name for name in unfilled if not any(re.search(pattern, name) for pattern in may_lack)):
