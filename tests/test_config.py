@@ -40,6 +40,11 @@ def test_keys_of_yaml_are_read_with_underscores(tmp_path):
     assert read_yaml(tmp_path / "a.yaml") == {"model_path": "m", "rate": 2e-5}
 
 
+def test_overrides_win_over_the_file_unless_they_are_none(tmp_path):
+    (tmp_path / "a.yaml").write_text("model-path: m\nrate: 0.1\npath: of the file\n")
+    assert read_yaml(tmp_path / "a.yaml", model_path="own", rate=None, path="given") == {"model_path": "own", "rate": 0.1, "path": "given"}
+
+
 def test_numbers_of_yaml_may_have_an_exponent_without_a_point(tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text("a: 2e-5\nb: -3E2\nc: 1.5e3\nd: '2e-5'\ne: 2e5x\nf: 1e\n")

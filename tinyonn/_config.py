@@ -18,8 +18,8 @@ from .errors import InputError, did_you_mean
 Config = TypeVar("Config")
 
 
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Options from a YAML mapping; hyphens in keys become underscores.
+def read_yaml(path: str | os.PathLike[str], /, **overrides: Any) -> dict[str, Any]:
+    """Options from a YAML mapping; hyphens in keys become underscores. `overrides` that are not None win over the file.
 
     Raises:
         InputError: the file is missing or not a mapping.
@@ -42,7 +42,8 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"config must be valid YAML, got {file}: {reason}.") from error
     if not isinstance(content, Mapping):
         raise InputError(f"config must be a YAML mapping of options, got {type(content).__name__} in {file}.")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return {str(key).replace("-", "_"): value for key, value in content.items()} | given
 
 
 def from_mapping(cls: type[Config], values: Mapping[str, Any], *, source: str, required: Sequence[str]) -> Config:

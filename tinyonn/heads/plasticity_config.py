@@ -127,8 +127,7 @@ class PlasticityConfig:
         Raises:
             InputError: the file is missing, not a mapping, or has a key that is no option (near names are given).
         """
-        given = {key: value for key, value in overrides.items() if value is not None}
-        return cls.from_mapping({**read_yaml(path), **given}, source=os.fspath(path))
+        return cls.from_mapping(read_yaml(path, **overrides), source=os.fspath(path))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, source: str = "config") -> PlasticityConfig:

@@ -118,8 +118,7 @@ class ScanConfig:
         Raises:
             InputError: the file is missing, not a mapping, or has a key that is no option (near names are given).
         """
-        values = read_yaml(path)
-        return cls.from_mapping({**values, **{key: value for key, value in overrides.items() if value is not None}}, source=str(Path(path)))
+        return cls.from_mapping(read_yaml(path, **overrides), source=os.fspath(path))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, source: str = "config") -> ScanConfig:
