@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 
-from tinyonn._files import replacing, write_atomically
+from tinyonn._files import read_json, replacing, write_atomically
 from tinyonn.errors import InputError
 
 
@@ -46,3 +47,40 @@ def test_what_cannot_be_written_is_named(tmp_path):
     with pytest.raises(InputError, match=r"output must be a file that can be written, got .*/folder: Is a directory\."):
         write_atomically(tmp_path / "folder", "x")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_json_of_the_wanted_kind_is_read(tmp_path):
+    path = tmp_path / "a.json"
+    for kind, value in ((dict, {"a": [1, None]}), (list, [{"a": 0.5}])):
+        path.write_text(json.dumps(value))
+        assert read_json(path, kind, "tinyonn make") == value
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "must exist, got no such file; run tinyonn make."),
+        (b'{"a": 1', "must be valid JSON, got: Expecting ',' delimiter: line 1 column 8 (char 7); run "),
+        (b"\xff", "must be valid JSON, got: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte; run "),
+        (b"[" * 100_000, "must be valid JSON, got: maximum recursion depth exceeded"),
+        (b"[1]", "must be a JSON object, got list; run "),
+        (b"null", "must be a JSON object, got NoneType; run "),
+    ],
+    ids=["missing", "cut", "no text", "deep", "list", "null"],
+)
+@pytest.mark.parametrize(("again", "remedy"), [(None, "tinyonn make again."), ("tinyonn make --overwrite", "tinyonn make --overwrite.")])
+def test_json_that_is_not_whole_names_the_command_that_writes_it(tmp_path, content, message, again, remedy):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as raised:
+        read_json(path, dict, "tinyonn make", again)
+    said = str(raised.value)
+    assert said.startswith(f"{path} {message}")
+    assert content is None or said.endswith(f"; run {remedy}")
+    assert "\n" not in said
+
+
+def test_json_that_cannot_be_read_is_told_with_the_reason(tmp_path):
+    with pytest.raises(InputError, match=r"must be a file that can be read, got: Is a directory\.$"):
+        read_json(tmp_path, dict, "tinyonn make")

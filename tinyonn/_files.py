@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
@@ -17,6 +19,33 @@ def write_atomically(path: Path, content: str) -> None:
     """
     with replacing(path) as partial:
         partial.write_text(content, encoding="utf-8", errors="replace")
+
+
+def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]], step: str, again: str | None = None) -> Any:
+    """JSON that a command wrote.
+
+    Args:
+        path: the file.
+        kind: dict or list, what it must be.
+        step: command that writes it.
+        again: command that writes it where a damaged one is there; None for `step`.
+
+    Raises:
+        InputError: it is missing or something else; the line names the file and the command.
+    """
+    repeat = f"run {again or f'{step} again'}."
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} must exist, got no such file; run {step}.") from None
+    except OSError as error:
+        raise InputError(f"{path} must be a file that can be read, got: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} must be valid JSON, got: {error}; {repeat}") from error
+    if not isinstance(value, kind):
+        wanted = "object" if kind is dict else "list"
+        raise InputError(f"{path} must be a JSON {wanted}, got {type(value).__name__}; {repeat}")
+    return value
 
 
 class replacing:

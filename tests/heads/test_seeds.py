@@ -10,7 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from tinyonn.errors import InputError
-from tinyonn.heads.seeds import aggregate
+from tinyonn.heads.seeds import SeedsDifferError, aggregate
 from tinyonn.heads.summary import summarise
 
 
@@ -155,6 +155,32 @@ def test_seeds_summarised_with_different_options_are_refused_by_name(make_seeds)
     summarise(folder / "seed1", top_k=7)
     with pytest.raises(InputError, match="must have one top_k in all seeds, got 5 in seed0 and 7 in seed1"):
         aggregate(folder)
+
+
+def test_seeds_that_differ_are_told_from_seeds_that_are_damaged(make_seeds):
+    folder, _ = make_seeds((0, 1))
+    summarise(folder / "seed1", top_k=7)
+    with pytest.raises(SeedsDifferError):
+        aggregate(folder)
+    summarise(folder / "seed1", top_k=5)
+    path = folder / "seed1" / "update.jsonl"
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(InputError, match=r"update\.jsonl must hold one JSON object a line") as raised:
+        aggregate(folder)
+    assert not isinstance(raised.value, SeedsDifferError)
+
+
+def test_nothing_of_an_earlier_join_is_left_where_seeds_cannot_be_joined(make_seeds):
+    folder, _ = make_seeds((0, 1))
+    old = [folder / name for name in ("aggregate.json", "aggregate.csv", "index.html")]
+    aggregate(folder)
+    for path in old:
+        path.write_text("old")
+    summarise(folder / "seed1", top_k=7)
+    with pytest.raises(SeedsDifferError):
+        aggregate(folder)
+    assert not [path for path in old if path.exists()]
+    assert (folder / "seed1" / "stats.json").exists()
 
 
 def test_a_subset_that_differs_between_seeds_is_noted(make_seeds):

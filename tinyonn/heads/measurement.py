@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
-from .. import __version__
-from .._files import write_atomically
+from .._files import read_json, write_atomically
+from .._study import (
+    FINAL,
+    GRADIENTS,
+    IMPORTANCE_POST,
+    IMPORTANCE_PRE,
+    INIT,
+    MEASURE_AGAIN,
+    MEASURED,
+    PARTS,
+    SUBSET,
+    TRAIN_AGAIN,
+    TRAINED,
+    UPDATE,
+)
 from ..errors import InputError
 from ..hf.loading import display_name, load_model, load_tokenizer, resolve_device
 from ..hf.memory import is_out_of_memory
@@ -40,11 +51,10 @@ from .gradients import head_gradients
 from .head_update import checkpoint_update
 from .plasticity_config import PlasticityConfig
 from .progress import Progress
-from .summary import digest, json_text, read_object
-from .train_folder import FINAL, INIT, SUMMARY, check_same, training_options
+from .summary import digest, json_text
+from .train_folder import check_same, read_summary, training_options
+from .versions import package_versions
 
-SUBSET, PARTS, MEASURED = "eval_subset.json", "measure_parts.json", "measure.json"
-TRAIN_STEP = "tinyonn heads plasticity train"
 # Options of training that measuring may do without: the results are the same up to rounding.
 _FREE = ("batch_size", "dtype")
 _CHECK_ROWS = 2  # of the first batch, for the check that gates work
@@ -94,14 +104,14 @@ class _Measurement:
     def __init__(self, config: PlasticityConfig, report: Report) -> None:
         self.config, self.report, self.folder = config, report, config.folder
         self.device = resolve_device(config.device)
-        self.train_summary = read_object(self.folder / SUMMARY, TRAIN_STEP)
+        self.train_summary = read_summary(self.folder)
         options = training_options(config, torch.float32)
         check_same(self.folder, {name: value for name, value in options.items() if name not in _FREE})
         self.parts: dict[str, Callable[[], tuple[list[dict[str, Any]], dict[str, Any]]]] = {
-            "update.jsonl": self._update,  # seconds, and it finds checkpoints that do not match
-            "importance_pre.jsonl": partial(self._importance, INIT, "pre"),
-            "gradfisher_pre.jsonl": self._gradients,
-            "importance_post.jsonl": partial(self._importance, FINAL, "post"),
+            UPDATE: self._update,  # seconds, and it finds checkpoints that do not match
+            IMPORTANCE_PRE: partial(self._importance, INIT, "pre"),
+            GRADIENTS: self._gradients,
+            IMPORTANCE_POST: partial(self._importance, FINAL, "post"),
         }
         self.loaded: tuple[str, nn.Module] | None = None
 
@@ -110,7 +120,7 @@ class _Measurement:
         self.data = self._data()
         self._write_subset()
         origin = {
-            "training_sha256": digest(self.folder / SUMMARY),
+            "training_sha256": digest(self.folder / TRAINED),
             "subset_sha256": digest(self.folder / SUBSET),
         }
         done = {} if self.config.overwrite else self._done(origin)
@@ -136,7 +146,7 @@ class _Measurement:
         if data.digest() != self.train_summary.get("data"):
             raise InputError(
                 f"{self.config.data_path or self.config.task} must hold the rows that the training in {self.folder} used, got others; run "
-                f"{TRAIN_STEP} --overwrite."
+                f"{TRAIN_AGAIN}."
             )
         return data
 
@@ -151,7 +161,7 @@ class _Measurement:
         }
         path = self.folder / SUBSET
         if path.is_file() and not self.config.overwrite:
-            there = read_object(path, "tinyonn heads plasticity measure --overwrite")
+            there = read_json(path, dict, MEASURE_AGAIN, MEASURE_AGAIN)
             if {**there, "source": None} == {**subset, "source": None}:  # a path may be spelled in several ways
                 return
             raise InputError(
@@ -234,19 +244,14 @@ class _Measurement:
             "task": self.config.task_name,
             "seed": self.config.seed,
             "samples": len(self.data.evaluation),
-            "layers": done["update.jsonl"]["layers"],
-            "heads": done["update.jsonl"]["heads"],
+            "layers": done[UPDATE]["layers"],
+            "heads": done[UPDATE]["heads"],
             **facts,
             "seconds": math.fsum(record["seconds"] for record in done.values()),
             "dtype": "fp32",
             "device": str(self.device),
             **origin,
-            "versions": {
-                "tinyonn": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": package_versions(),
         }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -42,6 +40,7 @@ from .prompts import EncodedPrompt, PromptBatch, PromptEncoder, PromptTemplate, 
 from .questions import load_questions
 from .score_config import ScoreConfig
 from .scores import BASE_SCORES, Observation, Score, chosen_scores, gram_matrices
+from .versions import package_versions
 
 # Weights that a model loaded without a task's head may lack: a pooler, which no attention head feeds on.
 MAY_LACK = (r"(^|\.)pooler\.",)
@@ -236,13 +235,7 @@ def _score(config: ScoreConfig, folder: Path, log: _RunLog, report: Callable[[Pr
         "dtype": _plain(dtype),
         "device": str(device),
         "seconds": round(time.perf_counter() - started, 3),
-        "versions": {
-            "tinyonn": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": package_versions(),
     }
     result = ScoreResult(folder, raw, normalised, combined, summary)
     _publish(folder, _files(config, result))

@@ -19,17 +19,34 @@ from typing import Any
 
 import numpy as np
 
-from .._files import write_atomically
+from .._files import read_json, write_atomically
+from .._study import (
+    AGGREGATE,
+    AGGREGATE_TABLE,
+    MEASURE_AGAIN,
+    MEASURE_STEP,
+    MEASURED,
+    PAGE,
+    REPORT_STEP,
+    STATS,
+    SUBSET,
+    TRAIN_STEP,
+    TRAINED,
+)
 from ..errors import InputError
 from .cases import PLASTIC, STATIC, find_cases
 from .correlation import CONFIDENCE, mean_interval, spearman
-from .summary import COLUMNS, SOURCES, HeadTable, digest, json_text, read_heads, read_object
+from .summary import COLUMNS, SOURCES, HeadTable, digest, json_text, read_heads
 
-STEPS = {"train.json": "train", "measure.json": "measure", "stats.json": "report"}
+STEPS = {TRAINED: TRAIN_STEP, MEASURED: MEASURE_STEP, STATS: REPORT_STEP}
 KINDS = {"important_but_static": STATIC, "plastic_but_unimportant": PLASTIC}
 # What must be the same in every seed for a mean to mean anything.
 SHARED_FACTS = ("model", "top_k", "high", "low")
 AGREEMENT_COLUMNS = ("I_pre", "I_post", "G_pre", "U", "Urel")
+
+
+class SeedsDifferError(InputError):
+    """Complete seeds that no mean is taken over: of different models, heads, or options of the report."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +72,12 @@ def aggregate(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         InputError: no seed is complete, scipy is missing, a file is not what its step writes, or the seeds are of different models,
-            heads or options; the line names the seeds. Nothing is written then.
+            heads or options (SeedsDifferError); the line names the seeds. Nothing is written then, and what an earlier join wrote is
+            gone: it was of other seeds.
     """
     root = Path(folder)
+    for name in (AGGREGATE, AGGREGATE_TABLE, PAGE):  # nothing old may look current where the joining fails
+        (root / name).unlink(missing_ok=True)
     seeds, incomplete = _complete_seeds(root)
     if not seeds:
         held = "; ".join(f"{seed['folder']}: {seed['found']}; run {seed['step']}" for seed in incomplete)
@@ -79,8 +99,8 @@ def aggregate(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "agreement": [_agreement(seeds, column) for column in AGREEMENT_COLUMNS],
         "cases": {name: _frequent(seeds, kind) for name, kind in KINDS.items()},
     }
-    write_atomically(root / "aggregate.csv", _csv(seeds))
-    write_atomically(root / "aggregate.json", json_text(found))
+    write_atomically(root / AGGREGATE_TABLE, _csv(seeds))
+    write_atomically(root / AGGREGATE, json_text(found))
     return found
 
 
@@ -97,24 +117,20 @@ def _complete_seeds(root: Path) -> tuple[list[Seed], list[dict[str, str]]]:
         if missing is not None:
             incomplete.append(_incomplete(path, f"no {missing}", STEPS[missing]))
             continue
-        stats = read_object(path / "stats.json", _step("report"))
+        stats = read_json(path / STATS, dict, REPORT_STEP)
         table = read_heads(path)
         changed = next((name for name in SOURCES if stats.get("inputs", {}).get(name) != digest(path / name)), None)
         if changed is not None:
-            incomplete.append(_incomplete(path, f"{changed} is not the one that stats.json was made from", "report"))
+            incomplete.append(_incomplete(path, f"{changed} is not the one that stats.json was made from", REPORT_STEP))
             continue
         kinds = find_cases(table.columns["I_pre"], table.columns["Urel"], stats["high"], stats["low"]).kinds
-        subset = read_object(path / "eval_subset.json", _step("measure")).get("indices", [])
+        subset = read_json(path / SUBSET, dict, MEASURE_STEP, MEASURE_AGAIN).get("indices", [])
         seeds.append(Seed(path.name, number, stats, subset, table, kinds))
     return seeds, incomplete
 
 
 def _incomplete(path: Path, found: str, step: str) -> dict[str, str]:
-    return {"folder": path.name, "found": found, "step": _step(step)}
-
-
-def _step(name: str) -> str:
-    return f"tinyonn heads plasticity {name}"
+    return {"folder": path.name, "found": found, "step": step}
 
 
 def _check_alike(root: Path, seeds: Sequence[Seed]) -> None:
@@ -124,13 +140,13 @@ def _check_alike(root: Path, seeds: Sequence[Seed]) -> None:
             # Two models may share a name: where they lie tells them apart.
             ours, theirs = (its.stats["options"].get("model_path") if name == "model" else its.stats[name] for its in (first, seed))
             if theirs != ours:
-                raise InputError(f"{root} must have one {name} in all seeds, got {ours} in {first.name} and {theirs} in {seed.name}.")
+                raise SeedsDifferError(f"{root} must have one {name} in all seeds, got {ours} in {first.name} and {theirs} in {seed.name}.")
         if seed.table.places != first.table.places:
             shapes = [
                 f"{len({p.layer for p in its.table.places})} layers and {len(its.table.places)} heads in {its.name}"
                 for its in (first, seed)
             ]
-            raise InputError(f"{root} must have the same heads in all seeds, got {' and '.join(shapes)}.")
+            raise SeedsDifferError(f"{root} must have the same heads in all seeds, got {' and '.join(shapes)}.")
 
 
 def _notes(seeds: Sequence[Seed]) -> list[str]:

@@ -19,30 +19,44 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._files import write_atomically
+from .._files import read_json, write_atomically
+from .._study import (
+    CASES,
+    GRADIENTS,
+    HEADS,
+    IMPORTANCE_POST,
+    IMPORTANCE_PRE,
+    MEASURE_AGAIN,
+    MEASURE_STEP,
+    MEASURED,
+    STATS,
+    SUBSET,
+    TRAIN_AGAIN,
+    TRAIN_STEP,
+    TRAINED,
+    UPDATE,
+)
 from ..errors import InputError
 from .cases import PLASTIC, STATIC, case_lists, find_cases
 from .correlation import BOOTSTRAP_SEED, CONFIDENCE, RESAMPLES, Floats, rank_correlation, top_overlap
 from .plasticity_config import PlasticityConfig
 
-MEASURE_STEP = "tinyonn heads plasticity measure"
-
 # File of `measure` -> its field -> column of heads.csv.
 SOURCES: dict[str, dict[str, str]] = {
-    "importance_pre.jsonl": {
+    IMPORTANCE_PRE: {
         "loss_increase": "I_pre",
         "accuracy_drop": "accuracy_drop_pre",
         "taylor": "taylor_pre",
         "taylor_abs": "taylor_abs_pre",
     },
-    "importance_post.jsonl": {
+    IMPORTANCE_POST: {
         "loss_increase": "I_post",
         "accuracy_drop": "accuracy_drop_post",
         "taylor": "taylor_post",
         "taylor_abs": "taylor_abs_post",
     },
-    "gradfisher_pre.jsonl": {"gradient_norm": "G_pre", "fisher": "fisher_pre"},
-    "update.jsonl": {name: name for name in ("Uq", "Uk", "Uv", "Uo", "U", "Urel")},
+    GRADIENTS: {"gradient_norm": "G_pre", "fisher": "fisher_pre"},
+    UPDATE: {name: name for name in ("Uq", "Uk", "Uv", "Uo", "U", "Urel")},
 }
 COLUMNS = (
     *("I_pre", "I_post", "accuracy_drop_pre", "accuracy_drop_post", "taylor_pre", "taylor_abs_pre", "taylor_post", "taylor_abs_post"),
@@ -106,9 +120,9 @@ def summarise(
         raise InputError(f"top_k must be at least 1, got {top_k}.")
     if not 0 <= low < high <= 100:
         raise InputError(f"low and high must be percentiles with 0 ≤ low < high ≤ 100, got low {low:g} and high {high:g}.")
-    measured = read_object(root / "measure.json", MEASURE_STEP)
-    read_object(root / "eval_subset.json", MEASURE_STEP)  # names the rows; seeds are compared by it
-    trained = read_object(root / "train.json", "tinyonn heads plasticity train")
+    measured = read_json(root / MEASURED, dict, MEASURE_STEP)
+    read_json(root / SUBSET, dict, MEASURE_STEP, MEASURE_AGAIN)  # names the rows; seeds are compared by it
+    trained = read_json(root / TRAINED, dict, TRAIN_STEP, TRAIN_AGAIN)
     table = read_heads(root)
     _check_shape(root, table, measured)
     cases = find_cases(table.columns["I_pre"], table.columns["Urel"], high, low)
@@ -128,9 +142,9 @@ def summarise(
     lines = [",".join(["layer", "head", *COLUMNS, "kind"])]
     for row, kind in zip(rows, cases.kinds, strict=True):
         lines.append(",".join([str(row["layer"]), str(row["head"]), *(f"{row[name]:.9g}" for name in COLUMNS), kind]))
-    write_atomically(root / "heads.csv", "\n".join(lines) + "\n")
-    write_atomically(root / "cases.json", json_text(listed))
-    write_atomically(root / "stats.json", json_text(stats))  # last: it marks the step as complete
+    write_atomically(root / HEADS, "\n".join(lines) + "\n")
+    write_atomically(root / CASES, json_text(listed))
+    write_atomically(root / STATS, json_text(stats))  # last: it marks the step as complete
     return PlasticitySummary(root, stats, listed)
 
 
@@ -205,29 +219,6 @@ def read_heads(folder: Path) -> HeadTable:
     return HeadTable(places, columns)
 
 
-def read_object(path: Path, step: str) -> dict[str, Any]:
-    """A JSON object that an earlier step wrote.
-
-    Args:
-        path: the file.
-        step: command that writes it.
-
-    Raises:
-        InputError: it is missing or not a JSON object; the line ends in the step to run.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} must exist, got no such file; run {step}.") from None
-    except OSError as error:
-        raise InputError(f"{path} must be a file that can be read, got: {error.strerror}.") from error
-    except ValueError as error:
-        raise _broken(path, "hold a JSON object", str(error), step) from error
-    if not isinstance(value, dict):
-        raise _broken(path, "hold a JSON object", type(value).__name__, step)
-    return value
-
-
 def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -287,5 +278,5 @@ def _read_lines(path: Path, fields: list[str]) -> dict[Place, dict[str, float]]:
     return found
 
 
-def _broken(path: Path, rule: str, got: str, step: str = MEASURE_STEP) -> InputError:
-    return InputError(f"{path} must {rule}, got {got}; run {step} again.")
+def _broken(path: Path, rule: str, got: str) -> InputError:
+    return InputError(f"{path} must {rule}, got {got}; run {MEASURE_STEP} again.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,32 +10,12 @@ from typing import Any, cast
 import torch
 
 from .._config import read_yaml
+from .._files import read_json
+from .._study import FINAL, INIT, LATER, OPTIONS, STATE, TRAIN_AGAIN, TRAIN_STEP, TRAINED
 from ..errors import InputError
 from ..hf.loading import DTYPES
 from .classification import find_task
 from .plasticity_config import TRAINING, PlasticityConfig
-
-INIT, FINAL, SUMMARY, OPTIONS, STATE = "ckpt_init", "ckpt_final", "train.json", "train_config.yaml", "train_state.pt"
-# What later steps make of a training, and would be wrong beside another one.
-_LATER = (
-    "measure.json",
-    "measure_parts.json",
-    "eval_subset.json",
-    "importance_pre.jsonl",
-    "importance_post.jsonl",
-    "gradfisher_pre.jsonl",
-    "update.jsonl",
-    "heads.csv",
-    "stats.json",
-    "cases.json",
-    "fig_I_vs_U.png",
-    "fig_I_vs_G.png",
-    "fig_stats.png",
-    "map_I_pre.png",
-    "map_I_post.png",
-    "map_Urel.png",
-    "index.html",
-)
 
 
 def training_options(config: PlasticityConfig, precision: torch.dtype) -> dict[str, Any]:
@@ -53,7 +32,7 @@ def training_options(config: PlasticityConfig, precision: torch.dtype) -> dict[s
 
 def is_complete(folder: Path) -> bool:
     """Whether a training has ended there and both of its checkpoints are still in place."""
-    return (folder / SUMMARY).is_file() and (folder / INIT).is_dir() and (folder / FINAL).is_dir()
+    return (folder / TRAINED).is_file() and (folder / INIT).is_dir() and (folder / FINAL).is_dir()
 
 
 def check_same(folder: Path, options: dict[str, Any]) -> None:
@@ -64,8 +43,8 @@ def check_same(folder: Path, options: dict[str, Any]) -> None:
     """
     path = folder / OPTIONS
     if not path.is_file():
-        if (folder / SUMMARY).exists():
-            raise InputError(f"output_dir must hold {OPTIONS} beside {SUMMARY}, got none in {folder}; --overwrite trains again.")
+        if (folder / TRAINED).exists():
+            raise InputError(f"output_dir must hold {OPTIONS} beside {TRAINED}, got none in {folder}; --overwrite trains again.")
         return
     before = read_yaml(path)
     if differing := [f"{name} {options[name]} (there {before.get(name)})" for name in options if options[name] != before.get(name)]:
@@ -76,16 +55,17 @@ def check_same(folder: Path, options: dict[str, Any]) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The content of train.json."""
-    try:
-        return cast(dict[str, Any], json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / SUMMARY} must be valid JSON, got a damaged file; --overwrite trains again.") from error
+    """The content of train.json.
+
+    Raises:
+        InputError: it is missing or damaged; the line names the command to run.
+    """
+    return cast(dict[str, Any], read_json(folder / TRAINED, dict, TRAIN_STEP, TRAIN_AGAIN))
 
 
 def clear(folder: Path) -> None:
     """Takes away what training writes, and what later steps made of it; other files stay."""
-    for name in (SUMMARY, *_LATER, STATE, OPTIONS):  # what marks a step complete goes first
+    for name in (TRAINED, *LATER, STATE, OPTIONS):  # what marks a step complete goes first
         (folder / name).unlink(missing_ok=True)
     for partial in folder.glob(f".{STATE}-*"):
         partial.unlink()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,20 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
-from .. import __version__
 from .._files import replacing, write_atomically
+from .._study import FINAL, INIT, OPTIONS, STATE, TRAINED
 from ..errors import InputError
 from ..hf.loading import DTYPES, load_model, load_tokenizer, quiet_transformers, resolve_device, resolve_model, usable_positions
 from ..hf.memory import is_out_of_memory
 from .classification import Example, TaskData, batches, load_task
 from .plasticity_config import PlasticityConfig
 from .progress import Progress
-from .train_folder import FINAL, INIT, OPTIONS, STATE, SUMMARY, check_same, clear, is_complete, read_summary, save_model, training_options
+from .train_folder import check_same, clear, is_complete, read_summary, save_model, training_options
+from .versions import package_versions
 
 # What a classifier has above the transformer; a checkpoint of another kind lacks it.
 _NEW = r"^(\w+\.)?(classifier|pre_classifier|classification_head|score|pooler|sequence_summary|logits_proj)\.|^head\."
@@ -164,7 +163,7 @@ class _Training:
         loss, accuracy = self._evaluate()
         save_model(self.model, self.tokenizer, self.folder / FINAL)
         summary = self._summary(loss, accuracy, time.monotonic() - started)
-        write_atomically(self.folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        write_atomically(self.folder / TRAINED, json.dumps(summary, indent=1) + "\n")
         (self.folder / STATE).unlink(missing_ok=True)
         return summary
 
@@ -315,12 +314,7 @@ class _Training:
             "seconds": seconds,
             "dtype": self.options["dtype"],
             "device": str(self.device),
-            "versions": {
-                "tinyonn": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": package_versions(),
         }
 
 

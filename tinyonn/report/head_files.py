@@ -1,9 +1,8 @@
-"""What the commands of the head laboratory wrote, read for its pages: tables of one line a head, and JSON."""
+"""What the commands of the head laboratory wrote, read for its pages: tables of one line a head, and facts."""
 
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,29 +80,6 @@ def read_heads(path: Path, names: Sequence[str], step: str, words: Sequence[str]
         raise InputError(f"{path} must name every head once, counted from 0; run {step} again.")
     layers = tuple(str(layer) for layer in sorted({layer for layer, _ in places}))
     return HeadColumns(layers, places, columns, {name: [row[name] or "" for row in rows] for name in words})
-
-
-def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]], step: str) -> Any:
-    """JSON of a step.
-
-    Args:
-        path: the file.
-        kind: dict or list, what it must be.
-        step: command that writes it.
-
-    Raises:
-        InputError: it is missing or something else; the line names the file and the step.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} must exist, got no such file; run {step}.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} must be valid JSON, got: {error}; run {step} again.") from error
-    if not isinstance(value, kind):
-        wanted = "object" if kind is dict else "list"
-        raise InputError(f"{path} must be a JSON {wanted}, got {type(value).__name__}; run {step} again.")
-    return value
 
 
 def short_text(value: str) -> str:

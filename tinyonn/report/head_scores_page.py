@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from .._config import read_yaml
-from .._files import write_atomically
+from .._files import read_json, write_atomically
 from ..errors import InputError
 from . import charts, figures
 from .grid import Floats
 from .head_figures import draw_head_map
-from .head_files import HeadColumns, plain_facts, read_heads, read_json
+from .head_files import HeadColumns, plain_facts, read_heads
 from .maps import HeatMap, Normalisation, Scale, choose_scale, make_map
 from .page import card, facts, map_card, map_data, page, section, table, text
 from .report import ReportResult

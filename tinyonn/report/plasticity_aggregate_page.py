@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .._files import write_atomically
+from .._files import read_json, write_atomically
+from .._study import AGGREGATE, AGGREGATE_TABLE, PAGE, REPORT_STEP
 from ..errors import InputError
 from . import charts
 from .charts import DotRow
-from .head_files import HeadColumns, read_heads, read_json
+from .head_files import HeadColumns, read_heads
 from .head_scores_page import head_names, short_model, view_controls
 from .maps import make_map
 from .page import card, facts, map_card, map_data, notices, page, section, table, terms
-from .plasticity_page import KEYS, MAPS, MEANINGS, REPORT, decimals, found_number, pair_name, study_limits
+from .plasticity_page import KEYS, MAPS, MEANINGS, decimals, found_number, pair_name, study_limits
 from .report import ReportResult
 
 _SHOWN_CASES = 40
@@ -28,14 +29,14 @@ def write_plasticity_aggregate(folder: str | os.PathLike[str]) -> ReportResult:
         InputError: a file is missing or not what the report step writes; the line names it.
     """
     root = Path(folder)
-    found = read_json(root / "aggregate.json", dict, REPORT)
-    heads = read_heads(root / "aggregate.csv", [f"{name}_{what}" for name in MAPS for what in ("mean", "sd")], REPORT)
+    found = read_json(root / AGGREGATE, dict, REPORT_STEP)
+    heads = read_heads(root / AGGREGATE_TABLE, [f"{name}_{what}" for name in MAPS for what in ("mean", "sd")], REPORT_STEP)
     try:
         content = _page(found, heads)
     except (KeyError, TypeError) as error:
-        raise InputError(f"{root / 'aggregate.json'} must be as the report step writes it, got {error!r}; run {REPORT}.") from error
-    write_atomically(root / "index.html", content)
-    return ReportResult(root / "index.html", ())
+        raise InputError(f"{root / AGGREGATE} must be as the report step writes it, got {error!r}; run {REPORT_STEP}.") from error
+    write_atomically(root / PAGE, content)
+    return ReportResult(root / PAGE, ())
 
 
 def _page(found: Mapping[str, Any], heads: HeadColumns) -> str:

@@ -10,18 +10,33 @@ from typing import Any
 
 import numpy as np
 
-from .._files import write_atomically
+from .._files import read_json, write_atomically
+from .._study import (
+    CASES,
+    FIG_GRADIENT,
+    FIG_STATS,
+    FIG_UPDATE,
+    HEADS,
+    MAP_FILES,
+    MEASURE_STEP,
+    MEASURED,
+    PAGE,
+    REPORT_STEP,
+    STATS,
+    TRAIN_AGAIN,
+    TRAIN_STEP,
+    TRAINED,
+)
 from ..errors import InputError
 from . import charts, figures
 from .charts import DotRow, Points
 from .head_figures import HeadScatter, draw_head_map, draw_head_scatters, draw_statistics
-from .head_files import HeadColumns, plain_facts, read_heads, read_json
+from .head_files import HeadColumns, plain_facts, read_heads
 from .head_scores_page import head_names, short_model, view_controls
 from .maps import HeatMap, make_map
 from .page import card, facts, map_card, map_data, notices, page, section, table, terms, text
 from .report import ReportResult
 
-MEASURE, REPORT, TRAIN = (f"tinyonn heads plasticity {step}" for step in ("measure", "report", "train"))
 STATIC, PLASTIC = "important-but-static", "plastic-but-unimportant"
 KEYS = {STATIC: "important_but_static", PLASTIC: "plastic_but_unimportant"}
 _LOSS_POINTS = 100
@@ -37,11 +52,11 @@ MEANINGS = {
 }
 # Figure -> its panels: column against I_pre, title, title of the y axis.
 SCATTERS = {
-    "fig_I_vs_U.png": (
+    FIG_UPDATE: (
         ("U", "Importance and update", "U, change of the head's weights"),
         ("Urel", "Importance and relative update", "Urel, change relative to the weights"),
     ),
-    "fig_I_vs_G.png": (("G_pre", "Importance and gradient", "G_pre, gradient norm before training"),),
+    FIG_GRADIENT: (("G_pre", "Importance and gradient", "G_pre, gradient norm before training"),),
 }
 MAPS = {
     "I_pre": ("Importance before training", "loss increase, nats", True, "Loss increase without the head, before training."),
@@ -66,19 +81,19 @@ def write_plasticity_page(folder: str | os.PathLike[str], *, figures_too: bool =
     if figures_too:
         figures.require_matplotlib()
     names = ["I_pre", "I_post", "accuracy_drop_pre", "accuracy_drop_post", "taylor_pre", "taylor_abs_pre", "U", "Urel", "G_pre"]
-    heads = read_heads(root / "heads.csv", names, REPORT, ["kind"])
-    stats, cases = read_json(root / "stats.json", dict, REPORT), read_json(root / "cases.json", dict, REPORT)
-    measured, trained = read_json(root / "measure.json", dict, MEASURE), read_json(root / "train.json", dict, TRAIN)
+    heads = read_heads(root / HEADS, names, REPORT_STEP, ["kind"])
+    stats, cases = read_json(root / STATS, dict, REPORT_STEP), read_json(root / CASES, dict, REPORT_STEP)
+    measured, trained = read_json(root / MEASURED, dict, MEASURE_STEP), read_json(root / TRAINED, dict, TRAIN_STEP, TRAIN_AGAIN)
     maps = [make_map(key, title, legend, unit, heads.grid(key), signed=signed) for key, (title, unit, signed, legend) in MAPS.items()]
     try:
         content = _page(heads, stats, cases, measured, trained, maps)
     except (KeyError, TypeError) as error:
         raise InputError(
-            f"{root} must hold stats.json and cases.json as the report step writes them, got {error!r}; run {REPORT}."
+            f"{root} must hold stats.json and cases.json as the report step writes them, got {error!r}; run {REPORT_STEP}."
         ) from error
     drawn = _draw(root, heads, stats, cases, maps) if figures_too else ()
-    write_atomically(root / "index.html", content)
-    return ReportResult(root / "index.html", drawn)
+    write_atomically(root / PAGE, content)
+    return ReportResult(root / PAGE, drawn)
 
 
 def head_label(layer: int, head: int) -> str:
@@ -131,10 +146,10 @@ def _draw(root: Path, heads: HeadColumns, stats: Mapping[str, Any], cases: Mappi
             for column, title, y_title in panels
         ]
         draw_head_scatters(drawn[-1], where, plots, "I_pre, loss increase without the head (nats)")
-    drawn.append(root / "fig_stats.png")
+    drawn.append(root / FIG_STATS)
     draw_statistics(drawn[-1], f"Importance and change: {where}", *_dot_rows(stats), study_limits(stats["acceptance"]))
-    for heat_map in maps[:3]:
-        drawn.append(root / f"map_{heat_map.key}.png")
+    for heat_map in (heat_map for heat_map in maps if heat_map.key in MAP_FILES):
+        drawn.append(root / MAP_FILES[heat_map.key])
         draw_head_map(drawn[-1], f"{heat_map.title}: {where}", heat_map, "none", heads.layers, heads.num_heads)
     return tuple(drawn)
 

@@ -1,0 +1,27 @@
+"""Commands and files of a plasticity study: the one place that names them, for the steps, their pages and the command line."""
+
+from __future__ import annotations
+
+TRAIN_STEP, MEASURE_STEP, REPORT_STEP = (f"tinyonn heads plasticity {step}" for step in ("train", "measure", "report"))
+TRAIN_AGAIN, MEASURE_AGAIN = f"{TRAIN_STEP} --overwrite", f"{MEASURE_STEP} --overwrite"
+
+# Of OUTPUT/TASK/seedN, in the order in which the steps write them.
+INIT, FINAL, OPTIONS, STATE, TRAINED = "ckpt_init", "ckpt_final", "train_config.yaml", "train_state.pt", "train.json"
+
+SUBSET, PARTS, MEASURED = "eval_subset.json", "measure_parts.json", "measure.json"
+IMPORTANCE_PRE, IMPORTANCE_POST = "importance_pre.jsonl", "importance_post.jsonl"
+GRADIENTS, UPDATE = "gradfisher_pre.jsonl", "update.jsonl"
+
+HEADS, CASES, STATS = "heads.csv", "cases.json", "stats.json"
+FIG_UPDATE, FIG_GRADIENT, FIG_STATS = "fig_I_vs_U.png", "fig_I_vs_G.png", "fig_stats.png"
+MAP_FILES = {column: f"map_{column}.png" for column in ("I_pre", "I_post", "Urel")}
+PAGE = "index.html"
+
+# What later steps make of a training, and would be wrong beside another one; what marks a step as complete comes first.
+LATER = (
+    *(MEASURED, PARTS, STATS, SUBSET, IMPORTANCE_PRE, IMPORTANCE_POST, GRADIENTS, UPDATE, HEADS, CASES),
+    *(FIG_UPDATE, FIG_GRADIENT, FIG_STATS, *MAP_FILES.values(), PAGE),
+)
+
+# Of OUTPUT/TASK, over all seeds, beside a page.
+AGGREGATE, AGGREGATE_TABLE = "aggregate.json", "aggregate.csv"
