@@ -152,6 +152,12 @@ def test_a_terminal_of_few_signs_gets_no_traceback(tmp_path: Path) -> None:
     assert ran.stderr == f"tinyonn info: {tmp_path}/??.mscan: No such file or directory.\n"
 
 
+def test_an_error_cannot_move_the_cursor(tmp_path: Path) -> None:
+    ran = shell("info", tmp_path / "a\x1b[2Jb.mscan")
+    assert ran.returncode == 2
+    assert ran.stderr == f"tinyonn info: {tmp_path}/a\ufffd[2Jb.mscan: No such file or directory.\n"
+
+
 def test_a_reader_that_goes_is_no_error() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tinyonn", "scan", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -149,3 +149,8 @@ def test_results_alone_stand_on_stdout(tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, "-c", DRAW], capture_output=True, text=True, timeout=60, check=True)
     assert ran.stdout == "result\n"
     assert ran.stderr == ""
+
+
+def test_names_cannot_move_the_cursor() -> None:
+    assert screen.rows([("model", "a\x1b[31m\x9bb\rc\u202ed")]) == "model  a\ufffd[31m\ufffdb\ufffdc\ufffdd"
+    assert screen.rows([("model", "ж\n猫 é\ud800")]) == "model  ж\n       猫 é\ud800"

@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from .. import __version__
 from .errors import explain
+from .screen import say
 
 # In the order of a piece of work, which is the order of `tinyonn --help`. Each module holds a function of its name, or a group of commands.
 COMMANDS = ("demo", "doctor", "corpus", "scan", "report", "compare", "heads", "info", "verify", "recover", "convert")
@@ -80,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
         ending = None if os.environ.get("TINYONN_DEBUG") else explain(error, _command_name(command, arguments))
         if ending is None:
             raise
-        print(ending.line, file=sys.stderr)
+        say(ending.line)
         return ending.code
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -11,15 +12,22 @@ from typing import Any
 PLAIN_EVERY = 10.0  # seconds between lines where no bar can be drawn
 BAR_WIDTHS = (6, 12, 24)  # on narrow, usual and wide terminals
 
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
 
 def say(line: str = "") -> None:
     """A note on stderr: not part of the result."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Without what would move the cursor or colour the screen: names of files and models come from anywhere."""
+    return _CONTROLS.sub("\ufffd", text)
 
 
 def rows(lines: Iterable[tuple[str, object]], indent: int = 0) -> str:
     """Names and values in two columns; a value of several lines keeps to its column."""
-    entries = [(name, str(value)) for name, value in lines]
+    entries = [(name, printable(str(value))) for name, value in lines]
     width = max((len(name) for name, _ in entries), default=0)
     gap = "\n" + " " * (indent + width + 2)
     return "\n".join(f"{'':{indent}}{name:{width}}  {value.replace(chr(10), gap)}".rstrip() for name, value in entries)
