@@ -13,7 +13,7 @@ import yaml
 from tinyonn.errors import InputError
 from tinyonn.heads.seeds import aggregate
 from tinyonn.heads.summary import summarise
-from tinyonn.report import charts, write_plasticity_aggregate, write_plasticity_page, write_scores_page
+from tinyonn.report import charts, head_figures, write_plasticity_aggregate, write_plasticity_page, write_scores_page
 from tinyonn.report.maps import choose_scale
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -321,6 +321,36 @@ def test_interval_dots_cut_at_the_range_and_say_what_is_not_defined():
     assert (value - left) / (right - left) == pytest.approx(1.5 / 1.75, abs=0.01)
     assert (single - left) / (right - left) == pytest.approx(1.25 / 1.75, abs=0.01)
     assert svg.count("not defined") == 1
+
+
+def test_the_limit_is_drawn_at_judged_rows_alone():
+    rows = [charts.DotRow("a", 0.5), charts.DotRow("b", 0.1, judged=False), charts.DotRow("c", 0.2)]
+    svg = charts.interval_dots("t", rows, low=-1, high=1, x_title="rho", limit=("study", 0.5))
+    spans = [tuple(map(float, span)) for span in re.findall(r'class="mark" [^>]*y1="([\d.]+)" y2="([\d.]+)"', svg)]
+    heights = [float(height) for height in re.findall(r'class="value" cx="[\d.]+" cy="([\d.]+)"', svg)]
+    assert [any(top < height < bottom for top, bottom in spans) for height in heights] == [True, False, True]
+
+
+def test_the_gradient_is_not_judged_by_the_studys_figures(make_run, parse, monkeypatch):
+    for seed in (0, 1):
+        folder, _ = make_run(seed)
+    drawn = []
+    monkeypatch.setattr(head_figures, "save_figure", lambda figure, path: drawn.append((path.name, figure)))
+    written = write_plasticity_page(folder)
+    (figure,) = (figure for name, figure in drawn if name == "fig_stats.png")
+    for axes, limit in zip(figure.axes, (0.5, 0.3), strict=True):
+        names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        crossed = [segment for lines in axes.collections for segment in lines.get_segments()]
+        assert all((segment[:, 0] == limit).all() for segment in crossed)
+        reached = {name for place, name in enumerate(names) if any(low < place < high for (_, low), (_, high) in crossed)}
+        assert reached == {"I_pre, U", "I_pre, Urel"}
+        assert limit not in [line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) > 1]
+    aggregate(folder.parent)
+    for page in (written, write_plasticity_aggregate(folder.parent)):
+        text = parse(page.html).text
+        assert (
+            "Judged are (I_pre, U) and (I_pre, Urel), and the numbers of cases; (I_pre, G_pre) is shown beside them and not judged." in text
+        )
 
 
 def test_scale_of_negative_values_spans_them():

@@ -32,7 +32,8 @@ class Points:
 
 @dataclass(frozen=True)
 class DotRow:
-    """One line of `interval_dots`: a value with its interval, where there are such; single values beside it; the value of chance."""
+    """One line of `interval_dots`: a value with its interval, where there are such; single values beside it; the value of chance;
+    whether the limit is for it."""
 
     name: str
     value: float | None
@@ -40,6 +41,7 @@ class DotRow:
     high: float | None = None
     singles: Sequence[float] = ()
     chance: float | None = None
+    judged: bool = True
 
 
 def linear_width(values: Floats) -> float | None:
@@ -128,7 +130,10 @@ def scatter(
 def interval_dots(
     title: str, rows: Sequence[DotRow], *, low: float, high: float, x_title: str, limit: tuple[str, float] | None = None
 ) -> str:
-    """One line per row on a scale from `low` to `high`: a dot with its interval, hollow dots for single values, a cross for chance."""
+    """One line per row on a scale from `low` to `high`: a dot with its interval, hollow dots for single values, a cross for chance.
+
+    The limit, a name and a value, is a dashed line across the rows that it judges.
+    """
     left, row_height = 118, 26
     height = len(rows) * row_height + 62
     bottom = height - 40
@@ -142,7 +147,9 @@ def interval_dots(
         parts.append(f'<line class="{kind}" x1="{x_of(tick):.1f}" x2="{x_of(tick):.1f}" y1="18" y2="{bottom}"/>')
         parts.append(f'<text class="tick" x="{x_of(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{format_number(tick)}</text>')
     if limit is not None:
-        parts.append(f'<line class="mark" x1="{x_of(limit[1]):.1f}" x2="{x_of(limit[1]):.1f}" y1="18" y2="{bottom}"/>')
+        for number in (number for number, row in enumerate(rows) if row.judged):
+            top = 18 + number * row_height
+            parts.append(f'<line class="mark" x1="{x_of(limit[1]):.1f}" x2="{x_of(limit[1]):.1f}" y1="{top}" y2="{top + row_height}"/>')
         parts.append(f'<text class="tick label" x="{x_of(limit[1]):.1f}" y="12" text-anchor="middle">{escape(limit[0])}</text>')
     for number, row in enumerate(rows):
         y = 18 + (number + 0.5) * row_height

@@ -69,7 +69,7 @@ def draw_head_scatters(path: Path, title: str, plots: Sequence[HeadScatter], x_t
 def draw_statistics(
     path: Path, title: str, correlations: Sequence[DotRow], overlaps: Sequence[DotRow], limits: tuple[float, float]
 ) -> None:
-    """Rank correlations with their intervals beside the overlaps with chance; dashed lines at the acceptance figures."""
+    """Rank correlations with their intervals beside the overlaps with chance; dashed lines at the study's figures, for what they judge."""
     figure = new_figure(9.0, 1.8 + 0.5 * len(correlations))
     figure.suptitle(safe_label(title), fontsize=12)
     places = np.arange(len(correlations))
@@ -81,6 +81,8 @@ def draw_statistics(
         if row.low is not None and row.high is not None:
             left.plot([row.low, row.high], [place, place], color="C0", linewidth=1.6)
         left.plot([row.value], [place], "o", color="C0", markersize=7)
+    judged = places[[row.judged for row in correlations]]
+    figures_of_the_study = f"the study's figures, {limits[0]:g} and {limits[1]:g}"
     known = [row for row in overlaps if row.value is not None]
     for place, row in zip(places, overlaps, strict=True):
         if row.value is None:
@@ -92,7 +94,8 @@ def draw_statistics(
         (left, limits[0], (-1.02, 1.02), "Spearman's ρ with its interval"),
         (right, limits[1], (0.0, 1.02), "overlap of the highest heads"),
     ):
-        axes.axvline(limit, color="C3", linestyle="--", linewidth=1.0, label=f"the study's figures, {limits[0]:g} and {limits[1]:g}")
+        across = np.full(len(judged), limit)
+        axes.vlines(across, judged - 0.5, judged + 0.5, colors="C3", linestyles="--", linewidth=1.0, label=figures_of_the_study)
         axes.set_xlim(*span)
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel(label)

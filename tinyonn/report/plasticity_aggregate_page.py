@@ -16,7 +16,7 @@ from .head_files import HeadColumns, read_heads
 from .head_scores_page import head_names, short_model, view_controls
 from .maps import make_map
 from .page import card, facts, map_card, map_data, notices, page, section, table, terms
-from .plasticity_page import KEYS, MAPS, MEANINGS, decimals, found_number, pair_name, study_limits
+from .plasticity_page import KEYS, MAPS, MEANINGS, decimals, found_number, is_judged, judged_line, pair_name, study_limits
 from .report import ReportResult
 
 _SHOWN_CASES = 40
@@ -84,17 +84,18 @@ def _facts(found: Mapping[str, Any]) -> dict[str, object]:
     }
 
 
-def _dots(pair: Mapping[str, Any], what: str, chance: float | None = None) -> DotRow:
+def _dots(pair: Mapping[str, Any], what: str, judged: bool, chance: float | None = None) -> DotRow:
     numbers = pair[what]
     known = [value for value in numbers["values"] if value is not None]
     singles = known if len(known) > 1 else []
-    return DotRow(pair_name(pair), numbers["mean"], numbers["low"], numbers["high"], singles, chance)
+    return DotRow(pair_name(pair), numbers["mean"], numbers["low"], numbers["high"], singles, chance, judged)
 
 
 def _statistics(found: Mapping[str, Any]) -> str:
     pairs = found["pairs"]
-    rhos = [_dots(pair, "rho") for pair in pairs]
-    overlaps = [_dots(pair, "overlap", pair["overlap"]["chance"]) for pair in pairs]
+    judged = [is_judged(pair, found["acceptance"]) for pair in pairs]
+    rhos = [_dots(pair, "rho", its) for pair, its in zip(pairs, judged, strict=True)]
+    overlaps = [_dots(pair, "overlap", its, pair["overlap"]["chance"]) for pair, its in zip(pairs, judged, strict=True)]
     max_rho, max_overlap = study_limits(found["acceptance"])
     left = charts.interval_dots(
         "Rank correlations", rhos, low=-1, high=1, x_title="Spearman's ρ", limit=(f"study: below {max_rho:g}", max_rho)
@@ -134,7 +135,7 @@ def _acceptance(found: Mapping[str, Any]) -> str:
         numeric=(1, 2),
     )
     body = f'<div class="grid2"><div class="card">{listing}</div><div class="card">{agreement}</div></div>'
-    return section("acceptance", "From seed to seed", body)
+    return section("acceptance", "From seed to seed", body, lead=judged_line(found["pairs"], found["acceptance"]))
 
 
 def _cases(found: Mapping[str, Any]) -> str:

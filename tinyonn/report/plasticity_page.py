@@ -123,6 +123,19 @@ def study_limits(acceptance: Sequence[Mapping[str, Any]]) -> tuple[float, float]
     return limits["rho"], limits["overlap"]
 
 
+def is_judged(pair: Mapping[str, Any], acceptance: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the original study has figures for a pair of columns."""
+    return any(row["figure"] == f"rho({pair_name(pair)})" for row in acceptance)
+
+
+def judged_line(pairs: Sequence[Mapping[str, Any]], acceptance: Sequence[Mapping[str, Any]]) -> str:
+    """Says which pairs of columns the original study's figures judge, and which they do not."""
+    judged, others = ([f"({pair_name(pair)})" for pair in pairs if is_judged(pair, acceptance) is wanted] for wanted in (True, False))
+    verb = "is" if len(others) == 1 else "are"
+    rest = f"; {' and '.join(others)} {verb} shown beside them and not judged" if others else ""
+    return f"Judged are {' and '.join(judged)}, and the numbers of cases{rest}."
+
+
 def _percentile_marks(cases: Mapping[str, Any], column: str) -> list[tuple[str, float]]:
     """The lines that tell cases: of I_pre and Urel, none of other columns."""
     edges = cases["thresholds"]
@@ -130,8 +143,11 @@ def _percentile_marks(cases: Mapping[str, Any], column: str) -> list[tuple[str, 
 
 
 def _dot_rows(stats: Mapping[str, Any]) -> tuple[list[DotRow], list[DotRow]]:
-    rhos = [DotRow(pair_name(pair), pair["rho"], pair["low"], pair["high"]) for pair in stats["pairs"]]
-    overlaps = [DotRow(pair_name(pair), pair["overlap"]["share"], chance=pair["overlap"]["chance"]) for pair in stats["pairs"]]
+    rhos, overlaps = [], []
+    for pair in stats["pairs"]:
+        name, overlap, judged = pair_name(pair), pair["overlap"], is_judged(pair, stats["acceptance"])
+        rhos.append(DotRow(name, pair["rho"], pair["low"], pair["high"], judged=judged))
+        overlaps.append(DotRow(name, overlap["share"], chance=overlap["chance"], judged=judged))
     return rhos, overlaps
 
 
@@ -242,7 +258,8 @@ def _run(stats: Mapping[str, Any], measured: dict[str, Any], trained: dict[str, 
 
 def _acceptance(stats: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
     cards = f'<div class="card">{acceptance_table(stats["acceptance"])}</div>{_training(trained)}'
-    return section("acceptance", "The original study's figures", f'<div class="grid2">{cards}</div>', lead=_ACCEPTANCE_LEAD)
+    lead = f"{_ACCEPTANCE_LEAD} {judged_line(stats['pairs'], stats['acceptance'])}"
+    return section("acceptance", "The original study's figures", f'<div class="grid2">{cards}</div>', lead=lead)
 
 
 def _training(trained: Mapping[str, Any]) -> str:
