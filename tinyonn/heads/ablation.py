@@ -57,7 +57,9 @@ class TaylorImportance(NamedTuple):
 
     Attributes:
         taylor: (L, H) float64, nats: −mean of dL/dgate, an estimate of the loss increase.
-        taylor_abs: (L, H) float64, nats: mean over samples of |dL/dgate|.
+        taylor_abs: (L, H) float64, nats: mean over samples of |dL/dgate|, the importance of Michel et al. (without their norm by layer).
+
+    Source: Michel, Levy, Neubig, "Are sixteen heads really better than one?", arXiv:1905.10650.
     """
 
     taylor: Tensor
@@ -80,6 +82,8 @@ def ablate_heads(
 
     Raises:
         InputError: no samples, a loss that is not finite, or a model whose heads are not known.
+
+    Source: heads taken out one at a time, by a gate: Michel, Levy, Neubig, "Are sixteen heads really better than one?", arXiv:1905.10650.
     """
     layers = attention_layers(model)
     shape = heads_shape(layers)

@@ -75,7 +75,10 @@ def output_norm(seen: Observation) -> Tensor:
 
 
 def concentration(seen: Observation) -> Tensor:
-    """`ent`: negative entropy of a head's attention, in nats; 0 where all of it is on one token."""
+    """`ent`: negative entropy of a head's attention, in nats; 0 where all of it is on one token.
+
+    Source: entropy of heads as in Clark et al., "What does BERT look at?", arXiv:1906.04341.
+    """
     return seen.mean(-seen.entropy)
 
 
