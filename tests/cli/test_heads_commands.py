@@ -176,6 +176,20 @@ def test_seeds_of_another_study_do_not_stop_a_report(cli: Cli, encoder: Path, pa
     assert str(out / "boolq" / "seed2" / "index.html") in ran.out
 
 
+def test_a_damaged_seed_stops_the_report_over_all(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    assert cli("heads", "plasticity", "run", *study(encoder, pairs, out, "--seed", 1, "--seed", 2)).code == 0
+    damaged = out / "boolq" / "seed2" / "update.jsonl"
+    damaged.write_text("".join(damaged.read_text().splitlines(keepends=True)[:5]))
+    ran = cli("heads", "plasticity", "report", "-t", "boolq", "-o", out, "--seed", 1)
+    if ran.code == 0:  # listed with what it lacks
+        assert "seed2" in (out / "boolq" / "aggregate.json").read_text()
+        assert [seed["seed"] for seed in json.loads((out / "boolq" / "aggregate.json").read_text())["seeds"]] == [1]
+    else:
+        one_line(ran, "update.jsonl", "got 5", command="tinyonn heads plasticity report")
+        assert not (out / "boolq" / "index.html").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .._config import read_yaml
-from ..errors import InputError
+from .._study import OPTIONS
 from ..heads.plasticity_config import PlasticityConfig
 from . import screen
 from .heads_score import show_progress
@@ -19,7 +19,6 @@ from .options import Dtype, config_option, field_defaults, given_options
 if TYPE_CHECKING:
     from ..heads.summary import PlasticitySummary
 
-OPTIONS = "train_config.yaml"  # of a trained study, beside its checkpoints
 _DEFAULTS = field_defaults(PlasticityConfig)
 _option = partial(config_option, _DEFAULTS)
 
@@ -186,13 +185,13 @@ def _findings(summary: PlasticitySummary) -> list[tuple[str, object]]:
 
 def _over_seeds(study: PlasticityConfig) -> list[tuple[str, object]]:
     """The page over all complete seeds of the task."""
-    from ..heads.seeds import aggregate
+    from ..heads.seeds import SeedsDifferError, aggregate
     from ..report import write_plasticity_aggregate
 
     folder = study.folder.parent
     try:
         found = aggregate(folder)
-    except InputError as error:  # seeds of an earlier study with other options; the pages of this one stand
+    except SeedsDifferError as error:  # seeds of an earlier study with other options; the pages of this one stand
         return [("all seeds", f"not joined: {error}")]
     page = write_plasticity_aggregate(folder)
     return [("all seeds", f"{len(found['seeds'])} complete"), ("page", page.html.resolve())]
