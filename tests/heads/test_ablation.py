@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch.nn import functional
+from transformers import BigBirdConfig, BigBirdForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from tinyonn.errors import InputError
@@ -14,6 +15,7 @@ from tinyonn.heads.ablation import ablate_heads, taylor_importance
 from tinyonn.heads.gates import head_gates
 from tinyonn.testing import dtype_id
 
+TOKENS = torch.arange(33).view(3, 11) + 5
 ARCHS = ["llama", "qwen3", "gpt2", "bert", "deberta-v2", "modernbert"]
 # Output projections, written down by hand.
 OUTPUT = {
@@ -126,6 +128,37 @@ def test_a_model_that_replays_wrongly_is_run_in_full(tiny_classifier, labelled_b
     assert not found.replayed
     assert found.replay_error > 1e-3
     assert torch.equal(found.loss_increase, full.loss_increase)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+def test_a_model_that_adds_the_residual_inside_its_attention_is_run_in_full_in_every_dtype(tiny_classifier, labelled_batches, dtype):
+    model = tiny_classifier("bloom", dtype=dtype)
+    batches = labelled_batches((3, 2))
+    found, full = ablate_heads(model, batches), ablate_heads(model, batches, replay=False)
+    assert not found.replayed
+    assert torch.equal(found.loss_increase, full.loss_increase)
+
+
+def test_attention_modules_that_a_model_swaps_as_it_runs_are_ablated_in_full():
+    config = BigBirdConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+        num_labels=3, initializer_range=0.25,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = BigBirdForSequenceClassification(config).eval()
+    batch = {"input_ids": TOKENS, "labels": torch.tensor([0, 1, 2])}
+    found = ablate_heads(model, [batch])
+    assert (found.replayed, found.replay_error) == (False, None)
+    expected = torch.zeros(2, 4, dtype=torch.float64)
+    with torch.no_grad():
+        base = functional.cross_entropy(model(TOKENS).logits, batch["labels"])
+        for layer in range(2):
+            for head in range(4):
+                cut = copy.deepcopy(model)
+                cut.bert.encoder.layer[layer].attention.output.dense.weight.data[:, head * 12 : (head + 1) * 12] = 0
+                expected[layer, head] = functional.cross_entropy(cut(TOKENS).logits, batch["labels"]) - base
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(found.loss_increase, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_everything_is_restored_after_an_exception(tiny_classifier, labelled_batches):
