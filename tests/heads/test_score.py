@@ -6,6 +6,9 @@ import csv
 import json
 import os
 import re
+import resource
+import shutil
+import threading
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -322,6 +325,87 @@ def test_results_moved_in_by_half_are_not_marked_as_complete(run, tmp_path, monk
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
 
 
+def test_a_folder_takes_one_run_at_a_time(run, tmp_path):
+    refused = []
+
+    def second() -> None:
+        with pytest.raises(InputError, match=r"output_dir must be a folder that no other run is writing into, got .*out\.") as raised:
+            run(max_samples=3)
+        refused.append(raised.value)
+
+    def meanwhile(state: Progress) -> None:
+        if state.fraction == 1:
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+
+    assert run(progress=meanwhile).summary["samples"] == 7
+    assert len(refused) == 1
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["samples"] == 7
+    assert (tmp_path / "out" / "run.log").read_text().count("started") == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+
+
+@pytest.mark.parametrize("moved", [0, 3, 7], ids=["before", "by half", "all"])
+def test_the_page_of_an_earlier_run_goes_before_its_scores(run, tmp_path, monkeypatch, moved):
+    run()
+    drawn = [tmp_path / "out" / name for name in ("index.html", "map_out.png", "map_peak.png")]
+    for path in drawn:
+        path.write_text("of the scores before")
+    original, calls = os.replace, []
+
+    def replace(source: Any, target: Any) -> None:
+        assert not any(path.exists() for path in drawn)
+        calls.append(target)
+        if len(calls) > moved:
+            raise KeyboardInterrupt
+        original(source, target)
+
+    with pytest.raises(InputError):
+        run(max_samples=99)
+    assert all(path.exists() for path in drawn)
+    monkeypatch.setattr("os.replace", replace)
+    if moved < 7:
+        with pytest.raises(KeyboardInterrupt):
+            run(max_samples=3)
+    else:
+        run(max_samples=3)
+    assert calls
+    assert not any(path.exists() for path in drawn)
+
+
+def test_what_a_killed_run_left_unfinished_goes_with_the_next_results(run, tmp_path):
+    out = tmp_path / "out"
+    (out / ".unfinished-ab_12").mkdir(parents=True)
+    for name in (".unfinished-ab_12/config.yaml", ".map_out.png-x_1.png", ".index.html-x_1.html", ".hidden", "map.png"):
+        (out / name).touch()
+    run()
+    assert {path.name for path in out.iterdir()} == {*FILES, ".hidden", "map.png"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_with_its_folder(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.log").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"output_dir must be a folder that can be written, got .*/out: No space left on device\.$"):
+        run()
+
+
+def test_a_log_that_cannot_be_written_does_not_hide_why_a_run_failed(run, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(state: Progress) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # every write to a file fails from here on
+        raise InputError("the reason")
+
+    try:
+        with pytest.raises(InputError, match="the reason"):
+            run(progress=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "failed" not in (tmp_path / "out" / "run.log").read_text()
+
+
 def test_scores_that_are_not_finite_say_what_to_change(run, tmp_path):
     folder = save_tiny_model(tmp_path / "huge")
     model = score_model(folder)
@@ -338,6 +422,29 @@ def test_a_tokenizer_of_another_model_is_refused(run, tmp_path):
         InputError, match=r"model_path must hold a tokenizer of the model's 60 tokens, got one that gives the token id 9\d\."
     ):
         run(model_path=folder)
+
+
+def test_a_model_of_images_is_refused_by_what_it_lacks(run, llama, tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32}
+    ViTModel(ViTConfig(**sizes)).save_pretrained(tmp_path / "vit")
+    for path in llama.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "vit")
+    with pytest.raises(InputError, match=r"^model"):
+        run(model_path=tmp_path / "vit")
+
+
+@pytest.mark.parametrize("embeddings", [None, torch.nn.Conv2d(3, 48, 16)], ids=["not told", "of images"])
+def test_a_model_without_embeddings_of_tokens_is_refused(run, monkeypatch, embeddings):
+    def get(model: Any) -> Any:
+        if embeddings is None:
+            raise NotImplementedError
+        return embeddings
+
+    monkeypatch.setattr("transformers.LlamaModel.get_input_embeddings", get)
+    with pytest.raises(InputError, match=r"model_path must hold a model that reads tokens, got LlamaModel, which has no embeddings"):
+        run()
 
 
 def test_a_folder_that_cannot_be_made_is_refused(run, tmp_path):

