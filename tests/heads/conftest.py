@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from tinyonn.testing import tiny_causal_lm, tiny_encoder
+from tinyonn.heads.plasticity_config import PlasticityConfig
+from tinyonn.heads.training import train
+from tinyonn.testing import save_tiny_model, tiny_causal_lm, tiny_encoder
 
+WIDE = {"num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 48}
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert", "deberta-v2")
 
 
@@ -47,5 +53,90 @@ def labelled_batches() -> Callable[..., list[dict[str, Tensor]]]:
             labels = torch.randint(0, 3, (size,), generator=generator)
             batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
         return batches
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-bert", "bert", initializer_range=0.1)
+
+
+@pytest.fixture(scope="module")
+def boolq_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two questions out of three are answered by their first letter; all texts are different and of unlike length."""
+    folder = tmp_path_factory.mktemp("data")
+    with (folder / "rows.jsonl").open("w") as file:
+        for n in range(60):
+            record = {"question": f"{'xyz'[n % 3] * 4} {n}", "passage": "ab" * (n % 5), "answer": n % 3 == 0}
+            file.write(f"{json.dumps(record)}\n")
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture
+def config(bert_folder: Path, boolq_rows: Path, tmp_path: Path) -> Callable[..., PlasticityConfig]:
+    """`config(**options)`: of a training of ten steps in a folder of this test's own."""
+
+    def make(**options: Any) -> PlasticityConfig:
+        given = {
+            "model_path": str(bert_folder),
+            "task": "boolq",
+            "data_path": str(boolq_rows),
+            "output_dir": str(tmp_path / "out"),
+            "device": "cpu",
+        }
+        small = {"eval_size": 20, "max_length": 32, "batch_size": 8, "epochs": 2, "learning_rate": 1e-3, "checkpoint_steps": 2}
+        return PlasticityConfig(**{**given, **small, **options})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def study_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    with path.open("w") as file:
+        for n in range(40):
+            record = {"question": f"{'xyz'[n % 3] * 4} {n}", "passage": "ab" * (n % 7), "answer": n % 3 == 0}
+            file.write(f"{json.dumps(record)}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(study_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PlasticityConfig]:
+    """`trained(arch)`: the configuration of a training that is complete; one for each architecture."""
+    made: dict[str, PlasticityConfig] = {}
+
+    def make(arch: str = "bert", **sizes: Any) -> PlasticityConfig:
+        if arch not in made:
+            model = save_tiny_model(tmp_path_factory.mktemp("model") / arch, arch, initializer_range=0.1, **sizes)
+            made[arch] = PlasticityConfig(
+                model_path=str(model),
+                task="boolq",
+                data_path=str(study_rows),
+                output_dir=str(tmp_path_factory.mktemp("trained")),
+                device="cpu",
+                eval_size=12,
+                max_length=32,
+                batch_size=5,
+                max_steps=4,
+                learning_rate=3e-3,
+            )
+            train(made[arch])
+        return made[arch]
+
+    return make
+
+
+@pytest.fixture
+def study(trained: Callable[..., PlasticityConfig], tmp_path: Path) -> Callable[..., PlasticityConfig]:
+    """`study(arch, name, **options)`: a copy of that training in a folder of this test's own."""
+
+    def make(arch: str = "bert", name: str = "out", **options: Any) -> PlasticityConfig:
+        source = trained(arch, **(WIDE if arch == "deberta-v2" else {}))
+        values = {**vars(source), "output_dir": str(tmp_path / name), **options}
+        config = PlasticityConfig(**values)
+        if not config.folder.exists():
+            shutil.copytree(source.folder, config.folder)
+        return config
 
     return make

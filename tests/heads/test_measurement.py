@@ -1,27 +1,22 @@
-"""The measure step: files of a trained classifier against weights cut by hand, what an interruption leaves, one line for bad input."""
+"""The measure step: files of a trained classifier against weights cut by hand."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tinyonn.errors import InputError
-from tinyonn.heads import ablation, measurement
+from tinyonn.heads import ablation
 from tinyonn.heads.classification import load_task
 from tinyonn.heads.measurement import measure
 from tinyonn.heads.plasticity_config import PlasticityConfig
 from tinyonn.heads.summary import summarise
-from tinyonn.heads.training import train
-from tinyonn.testing import save_tiny_model
 
 KEYS = {
     "importance_pre.jsonl": ["layer", "head", "loss_increase", "accuracy_drop", "taylor", "taylor_abs"],
@@ -29,59 +24,7 @@ KEYS = {
     "gradfisher_pre.jsonl": ["layer", "head", "gradient_norm", "fisher"],
     "update.jsonl": ["layer", "head", "Uq", "Uk", "Uv", "Uo", "U", "Urel"],
 }
-WIDE = {"num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 48}
-ROWS, MEASURED = 40, 12
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    with path.open("w") as file:
-        for n in range(ROWS):
-            record = {"question": f"{'xyz'[n % 3] * 4} {n}", "passage": "ab" * (n % 7), "answer": n % 3 == 0}
-            file.write(f"{json.dumps(record)}\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PlasticityConfig]:
-    """`trained(arch)`: the configuration of a training that is complete; one for each architecture."""
-    made: dict[str, PlasticityConfig] = {}
-
-    def make(arch: str = "bert", **sizes: Any) -> PlasticityConfig:
-        if arch not in made:
-            model = save_tiny_model(tmp_path_factory.mktemp("model") / arch, arch, initializer_range=0.1, **sizes)
-            made[arch] = PlasticityConfig(
-                model_path=str(model),
-                task="boolq",
-                data_path=str(data),
-                output_dir=str(tmp_path_factory.mktemp("trained")),
-                device="cpu",
-                eval_size=MEASURED,
-                max_length=32,
-                batch_size=5,
-                max_steps=4,
-                learning_rate=3e-3,
-            )
-            train(made[arch])
-        return made[arch]
-
-    return make
-
-
-@pytest.fixture
-def study(trained: Callable[..., PlasticityConfig], tmp_path: Path) -> Callable[..., PlasticityConfig]:
-    """`study(arch, name, **options)`: a copy of that training in a folder of this test's own."""
-
-    def make(arch: str = "bert", name: str = "out", **options: Any) -> PlasticityConfig:
-        source = trained(arch, **(WIDE if arch == "deberta-v2" else {}))
-        values = {**vars(source), "output_dir": str(tmp_path / name), **options}
-        config = PlasticityConfig(**values)
-        if not config.folder.exists():
-            shutil.copytree(source.folder, config.folder)
-        return config
-
-    return make
+MEASURED = 12  # rows of `study`
 
 
 def lines(config: PlasticityConfig, name: str) -> list[dict[str, Any]]:
@@ -90,10 +33,6 @@ def lines(config: PlasticityConfig, name: str) -> list[dict[str, Any]]:
 
 def content(config: PlasticityConfig) -> dict[str, bytes]:
     return {name: (config.folder / name).read_bytes() for name in (*KEYS, "eval_subset.json")}
-
-
-class Killed(BaseException):
-    """Ends a run as a signal would: nothing catches it."""
 
 
 def by_hand(config: PlasticityConfig, checkpoint: str, cut: tuple[str, int] | None) -> tuple[float, float]:
@@ -200,192 +139,6 @@ def test_batches_of_another_size_change_rounding_alone(study):
     for name in KEYS:
         for row, other in zip(lines(first, name), lines(second, name), strict=True):
             assert row == pytest.approx(other, rel=1e-3, abs=1e-6)
-
-
-STAGES = ["importance before training", "first-order importance before training", "gradients before training", "importance after training"]
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_interrupted_measurement_goes_on_and_ends_in_the_same_files(study, stage):
-    whole = study(name="whole")
-    measure(whole)
-    config = study()
-
-    def kill(now):
-        if now.stage == stage:
-            raise Killed
-
-    with pytest.raises(Killed):
-        measure(config, kill)
-    assert not (config.folder / "measure.json").exists()
-    done = [name for name in KEYS if (config.folder / name).exists()]
-    assert len(done) == {0: 1, 1: 1, 2: 2, 3: 3}[STAGES.index(stage)]
-    times = {name: (config.folder / name).stat().st_mtime_ns for name in done}
-    result = measure(config)
-    assert not result.kept
-    assert content(config) == content(whole)
-    assert {name: (config.folder / name).stat().st_mtime_ns for name in done} == times
-    ignored = {"seconds", "training_sha256"}
-    assert {k: v for k, v in result.summary.items() if k not in ignored} == {
-        k: v for k, v in measure(whole).summary.items() if k not in ignored
-    }
-
-
-def test_a_complete_measurement_is_kept(study):
-    config = study()
-    first = measure(config)
-    times = {path: path.stat().st_mtime_ns for path in config.folder.iterdir()}
-    again = measure(config)
-    assert again.kept
-    assert again.summary == first.summary
-    assert {path: path.stat().st_mtime_ns for path in config.folder.iterdir()} == times
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [lambda text: text[: text.rindex("{")], lambda text: text.replace("0.", "1.", 1), lambda text: ""],
-    ids=["short", "foreign", "empty"],
-)
-@pytest.mark.parametrize("name", ["importance_pre.jsonl", "update.jsonl"])
-def test_a_file_that_is_short_or_of_another_run_is_made_again(study, name, spoil):
-    config = study()
-    measure(config)
-    expected = content(config)
-    others = {other: (config.folder / other).stat().st_mtime_ns for other in KEYS if other != name}
-    path = config.folder / name
-    path.write_text(spoil(path.read_text()))
-    assert path.read_bytes() != expected[name]
-    assert not measure(config).kept
-    assert content(config) == expected
-    assert {other: (config.folder / other).stat().st_mtime_ns for other in others} == others
-
-
-def test_while_a_file_is_made_again_the_measurement_is_not_complete(study):
-    config = study()
-    measure(config)
-    (config.folder / "gradfisher_pre.jsonl").unlink()
-
-    def kill(now):
-        if now.stage == "gradients before training":
-            raise Killed
-
-    with pytest.raises(Killed):
-        measure(config, kill)
-    assert not (config.folder / "measure.json").exists()
-    assert not measure(config).kept
-
-
-def test_what_was_measured_of_another_training_is_made_again(study):
-    config, other = study(), study(name="other")
-    measure(config)
-    expected = content(config)
-    again = train(PlasticityConfig(**{**vars(other), "learning_rate": 1e-3, "overwrite": True}))
-    other = PlasticityConfig(**{**vars(other), "learning_rate": 1e-3})
-    for name in (*KEYS, "eval_subset.json", "measure_parts.json", "measure.json"):
-        shutil.copy(config.folder / name, again.folder / name)
-    assert not measure(other).kept
-    assert content(other)["importance_pre.jsonl"] == expected["importance_pre.jsonl"]
-    assert content(other)["importance_post.jsonl"] != expected["importance_post.jsonl"]
-    assert content(other)["update.jsonl"] != expected["update.jsonl"]
-
-
-def test_overwrite_measures_again(study):
-    config = study()
-    measure(config)
-    expected = content(config)
-    (config.folder / "eval_subset.json").write_text('{"indices": [1]}')
-    with pytest.raises(
-        InputError, match=r"eval_subset\.json must name the rows that eval_seed 999 gives, got others; --overwrite measures again"
-    ):
-        measure(config)
-    assert not measure(PlasticityConfig(**{**vars(config), "overwrite": True})).kept
-    assert content(config) == expected
-
-
-def test_a_folder_without_a_complete_training_names_the_step(study):
-    config = study()
-    (config.folder / "train.json").unlink()
-    with pytest.raises(InputError, match=r"train\.json must exist, got no such file; run tinyonn heads plasticity train"):
-        measure(config)
-    assert not (config.folder / "eval_subset.json").exists()
-
-
-@pytest.mark.parametrize(
-    "options", [{"eval_size": 10}, {"eval_seed": 7}, {"max_length": 16}, {"learning_rate": 1e-5}], ids=lambda o: next(iter(o))
-)
-def test_options_other_than_those_of_the_training_are_refused_by_name(study, options):
-    ((name, value),) = options.items()
-    with pytest.raises(InputError, match=rf"where options differ from those of the training in .*, got {name} {value} \(there "):
-        measure(study(**options))
-
-
-def test_rows_that_have_changed_since_the_training_are_refused(study, data, tmp_path):
-    config = study()
-    text = data.read_text()
-    try:
-        data.write_text(text.replace("xxxx", "xxxy"))
-        with pytest.raises(
-            InputError, match=r"rows\.jsonl must hold the rows that the training in .* used, got others; run .* train --overwrite"
-        ):
-            measure(config)
-    finally:
-        data.write_text(text)
-
-
-def edit(config: PlasticityConfig, checkpoint: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    path = config.folder / checkpoint / "model.safetensors"
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, path, {"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "change", "message"),
-    [
-        (
-            "ckpt_final",
-            lambda w: w["classifier.bias"].fill_(torch.nan),
-            "loss of the evaluation samples must be finite, got nan with all heads on",
-        ),
-        (
-            "ckpt_init",
-            lambda w: w["classifier.bias"].fill_(torch.nan),
-            "loss of the evaluation samples must be finite, got nan with all heads on",
-        ),
-        ("ckpt_final", lambda w: w.pop("classifier.bias"), "got classifier.bias in only one of them"),
-        (
-            "ckpt_init",
-            lambda w: w["classifier.weight"].zero_(),
-            "a closed gate must change the model's output, got the same with all heads",
-        ),
-    ],
-    ids=["nan after", "nan before", "tensor missing", "gates do nothing"],
-)
-def test_models_that_cannot_be_measured_end_in_one_line(study, checkpoint, change, message):
-    config = study()
-    edit(config, checkpoint, change)
-    with pytest.raises(InputError, match=message) as caught:
-        measure(config)
-    assert "\n" not in str(caught.value)
-    assert not (config.folder / "measure.json").exists()
-
-
-def test_memory_that_runs_out_names_the_option_to_lower(study, monkeypatch):
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(measurement, "ablate_heads", full)
-    with pytest.raises(InputError, match=r"memory ran out while measuring: lower --batch-size \(now 5\); what is measured already is kept"):
-        measure(study())
-
-
-def test_other_errors_pass(study, monkeypatch):
-    def broken(*args, **kwargs):
-        raise RuntimeError("something else")
-
-    monkeypatch.setattr(measurement, "ablate_heads", broken)
-    with pytest.raises(RuntimeError, match="something else"):
-        measure(study())
 
 
 def test_full_passes_in_place_of_replays_are_said(study, monkeypatch):
