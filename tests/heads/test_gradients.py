@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
+from transformers import LongformerConfig, LongformerForSequenceClassification
 
 from tinyonn.errors import InputError
 from tinyonn.heads.gradients import head_gradients
@@ -52,7 +53,16 @@ def of_modernbert(grad, layer, head):
     return [*(rows(fused, head, first) for first in (0, 48, 96)), columns(grad(prefix + "Wo.weight"), head)]
 
 
+def of_longformer(grad, layer, head):
+    prefix = f"longformer.encoder.layer.{layer}.attention."
+    return [
+        *(rows(grad(f"{prefix}self.{n}.weight"), head) for n in ("query", "key", "value")),
+        columns(grad(prefix + "output.dense.weight"), head),
+    ]
+
+
 PARTS = {
+    "longformer": of_longformer,
     "llama": of_llama,
     "qwen3": lambda grad, layer, head: of_llama(grad, layer, head, 24),
     "gpt2": of_gpt2,
@@ -60,6 +70,15 @@ PARTS = {
     "deberta-v2": of_deberta,
     "modernbert": of_modernbert,
 }
+
+
+def longformer():
+    config = LongformerConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=40,
+        attention_window=[8, 8, 8], pad_token_id=1, num_labels=3, initializer_range=0.25,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LongformerForSequenceClassification(config).eval().double()
 
 
 def by_hand(model, arch, batches):
@@ -84,7 +103,41 @@ def by_hand(model, arch, batches):
     return norms, squares / samples
 
 
-@pytest.mark.parametrize("arch", PARTS)
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("sizes", [(1,), (3, 2), (16, 3), (1, 16)], ids=str)
+def test_longformer_has_tokens_before_samples_and_changes_its_queries_in_place(sizes, frozen):
+    model = longformer()
+    batches = [
+        {
+            "input_ids": torch.randint(5, 90, (size, 16), generator=torch.Generator().manual_seed(size)),
+            "attention_mask": torch.ones(size, 16, dtype=torch.long),
+            "labels": torch.arange(size) % 3,
+        }
+        for size in sizes
+    ]
+    norms, fisher = by_hand(model, "longformer", batches)
+    assert norms.min() > 1e-4
+    found = head_gradients(model.requires_grad_(not frozen), batches)
+    torch.testing.assert_close(found.gradient_norm, norms)
+    torch.testing.assert_close(found.fisher, fisher)
+
+
+def test_a_weight_that_is_used_past_its_module_is_named(tiny_classifier, labelled_batches):
+    model = tiny_classifier("bert")
+    module = model.bert.encoder.layer[1].attention.output.dense
+    own = module.forward
+    module.forward = lambda x: own(x) + functional.linear(x.flip(1), module.weight)
+    with pytest.raises(InputError, match=r"gradient of bert\.encoder\.layer\.1\.attention\.output\.dense\.weight must come from what its"):
+        head_gradients(model, labelled_batches((3,)))
+    query = model.bert.encoder.layer[0].attention.self.query
+    query.__class__ = type("Past", (torch.nn.Linear,), {"__call__": lambda self, x: functional.linear(x, self.weight, self.bias)})
+    with pytest.raises(
+        InputError, match=r"must call bert\.encoder\.layer\.0\.attention\.self\.query for the gradient of its weight, got no"
+    ):
+        head_gradients(model, labelled_batches((3,)))
+
+
+@pytest.mark.parametrize("arch", [arch for arch in PARTS if arch != "longformer"])
 def test_gradients_equal_one_backward_pass_a_sample(tiny_classifier, labelled_batches, arch):
     model = tiny_classifier(arch, dtype=torch.float64)
     batches = labelled_batches((3, 2))
