@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tinyonn._config import check_device, check_number, check_text, from_mapping, read_yaml
+from tinyonn._config import check_bool, check_choice, check_device, check_int, check_number, check_text, from_mapping, read_yaml
 from tinyonn.errors import InputError
 
 
@@ -62,7 +62,7 @@ def test_a_path_becomes_text():
 @pytest.mark.parametrize(
     ("bounds", "good", "bad", "rule"),
     [
-        ({"minimum": 0}, [0, 0.0, 3, 1e300, 10**400], [-1e-9, float("nan"), float("inf")], "at least 0 and finite"),
+        ({"minimum": 0}, [0, 0.0, 3, 1e300, 10**300], [-1e-9, float("nan"), float("inf")], "at least 0 and finite"),
         ({"above": 0}, [1e-30, 2], [0, -1, float("nan"), float("inf")], "above 0 and finite"),
         ({"maximum": 100}, [-5, 100], [100.5, float("-inf"), float("nan")], "at most 100"),
         ({"minimum": 0, "maximum": 0.5}, [0, 0.5], [-0.1, 0.6], "at least 0 and at most 0.5"),
@@ -74,6 +74,63 @@ def test_a_number_keeps_within_its_bounds(bounds, good, bad, rule):
         check_number(Options(rate=value), "rate", **bounds)
     for value in bad:
         assert refused(check_number, Options(rate=value), "rate", **bounds) == f"rate must be {rule}, got {value}."
+
+
+def test_a_bound_is_written_in_full():
+    message = refused(check_number, Options(rate=2e6), "rate", minimum=0, maximum=1e6)
+    assert message == "rate must be at least 0 and at most 1,000,000, got 2000000.0."
+
+
+@pytest.mark.parametrize("bounds", [{}, {"minimum": 0}, {"above": 0, "maximum": 1}], ids=["none", "minimum", "both"])
+def test_a_number_is_one_that_a_float_holds(bounds):
+    message = refused(check_number, Options(rate=10**400), "rate", **bounds)
+    assert message.startswith("rate must be a number that a float holds, got 1000")
+    assert len(message) < 140
+
+
+def test_a_whole_number_keeps_within_what_the_libraries_take():
+    for value in (1, 2**31 - 1):
+        check_int(Options(rate=value), "rate", 1)
+    assert refused(check_int, Options(rate=2**31), "rate", 1) == "rate must be at most 2147483647, got 2147483648."
+    check_int(Options(rate=2**63 - 1), "rate", 0, 2**63 - 1)
+    assert refused(check_int, Options(rate=0), "rate", 1) == "rate must be a whole number of at least 1, got 0."
+    for value in (10**400, 10**5000):  # of the second Python cannot write the digits
+        assert len(refused(check_int, Options(rate=value), "rate", 1)) < 140
+
+
+DEEP: Any = "x"
+for _ in range(9):
+    DEEP = [DEEP] * 10
+
+
+@pytest.mark.parametrize(
+    "value", [DEEP, {"a": DEEP}, ["x" * 10**6] * 50, {f"key {n}": n for n in range(10**5)}], ids=["deep", "dict", "long", "wide"]
+)
+@pytest.mark.parametrize(
+    "check",
+    [check_text, check_bool, check_device, check_number, lambda c, n: check_int(c, n, 0), lambda c, n: check_choice(c, n, ("a", "b"))],
+    ids=["text", "bool", "device", "number", "int", "choice"],
+)
+def test_what_is_refused_is_short_in_the_message(check, value):
+    """The first stands for 10**9 texts, more than a memory holds written out."""
+    assert len(refused(check, Options(rate=value), "rate")) < 140
+
+
+def test_an_alias_of_yaml_is_refused_before_it_is_followed(tmp_path):
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    message = refused(read_yaml, tmp_path / "bomb.yaml")
+    assert message.startswith(f"config must be valid YAML, got {tmp_path / 'bomb.yaml'}: the alias *a0 must be written out in ")
+    assert "line 2, column 10" in message
+    (tmp_path / "loop.yaml").write_text("a: &a [*a]")
+    assert "the alias *a must be written out" in refused(read_yaml, tmp_path / "loop.yaml")
+    (tmp_path / "anchor.yaml").write_text("a: &a [1]\nb: '*a'")
+    assert read_yaml(tmp_path / "anchor.yaml") == {"a": [1], "b": "*a"}
+
+
+def test_a_key_that_no_text_can_be_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"0x{'f' * 5000}: 1")  # Python writes no more than 4,300 digits
+    assert refused(read_yaml, tmp_path / "a.yaml").startswith("config must be valid YAML, got ")
 
 
 @pytest.mark.parametrize("value", ["1", True, None])

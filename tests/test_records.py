@@ -78,3 +78,11 @@ def test_fields_and_values_are_short_in_messages():
     assert field_names(dict.fromkeys("abcdefghijklmnop")) == "a, b, c, d, e, f, g, h, i, j, k, l and 4 more"
     assert short("two\nlines") == r"str 'two\nlines'"
     assert short("x" * 99) == f"str '{'x' * 56}..."
+    assert short("a 'b' \"c\"") == """str 'a \\'b\\' "c"'"""
+    assert short([1, {"a": None}]) == "list [1, {'a': None}]"
+    assert short(10**70).startswith("int 1000")
+    deep: object = "x"
+    for _ in range(9):
+        deep = [deep] * 10
+    assert short(deep).startswith("list [[[[...")  # 10**9 texts, never written out
+    assert len(short(deep)) == len("list ") + 60

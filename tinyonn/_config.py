@@ -13,21 +13,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import InputError, did_you_mean
+from .errors import InputError, did_you_mean, shown
 
+MAX_INT, MAX_SEED = 2**31 - 1, 2**63 - 1  # what sizes and seeds may be in the libraries that they are given to
 Config = TypeVar("Config")
 
 
 def read_yaml(path: str | os.PathLike[str], /, **overrides: Any) -> dict[str, Any]:
     """Options from a YAML mapping; hyphens in keys become underscores. `overrides` that are not None win over the file.
 
+    Aliases are refused: a few lines of them stand for more values than a memory holds.
+
     Raises:
-        InputError: the file is missing or not a mapping.
+        InputError: the file is missing, not a mapping, or has an alias.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
         """Reads 2e-5 and 1.5e3 as numbers, as YAML 1.2 does; PyYAML wants a point and a sign."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                event = self.peek_event()
+                raise yaml.composer.ComposerError(None, None, f"the alias *{event.anchor} must be written out", event.start_mark)
+            return super().compose_node(parent, index)
 
     with_exponent = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$", re.ASCII)
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", with_exponent, list("-+.0123456789"))
@@ -35,6 +44,8 @@ def read_yaml(path: str | os.PathLike[str], /, **overrides: Any) -> dict[str, An
     file = Path(path)
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader)
+        if isinstance(content, Mapping):
+            content = {str(key).replace("-", "_"): value for key, value in content.items()}
     except OSError as error:
         raise InputError(f"config must be a readable file, got {file}: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no YAML, no UTF-8, no such day, nesting without end
@@ -43,7 +54,7 @@ def read_yaml(path: str | os.PathLike[str], /, **overrides: Any) -> dict[str, An
     if not isinstance(content, Mapping):
         raise InputError(f"config must be a YAML mapping of options, got {type(content).__name__} in {file}.")
     given = {name: value for name, value in overrides.items() if value is not None}
-    return {str(key).replace("-", "_"): value for key, value in content.items()} | given
+    return {**content, **given}
 
 
 def from_mapping(cls: type[Config], values: Mapping[str, Any], *, source: str, required: Sequence[str]) -> Config:
@@ -60,7 +71,7 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any], *, source: str, r
     for key in values:
         if key not in known:
             near = did_you_mean(key, sorted(known), 3)
-            raise InputError(f"{source}: option must be one of {cls.__name__}'s fields, got {key!r}{near}")
+            raise InputError(f"{source}: option must be one of {cls.__name__}'s fields, got {shown(key)}{near}")
     for name in required:
         if values.get(name) is None:
             raise InputError(f"{name} must be given, in {source} or as --{name.replace('_', '-')}.")
@@ -74,35 +85,41 @@ def check_text(config: object, name: str, *, optional: bool = False) -> None:
         value = os.fspath(value)
         object.__setattr__(config, name, value)
     elif not (optional and value is None) and (not isinstance(value, str) or not value):
-        raise InputError(f"{name} must be a non-empty string, got {value!r}.")
+        raise InputError(f"{name} must be a non-empty string, got {shown(value)}.")
     text = value or ""
     if "\0" in text or text != text.encode(errors="replace").decode():  # no file has such a name, and no metadata
-        raise InputError(f"{name} must be Unicode text without NUL, got {text!r}.")
+        raise InputError(f"{name} must be Unicode text without NUL, got {shown(text)}.")
 
 
 def check_choice(config: object, name: str, choices: Sequence[Any]) -> None:
     """One of the choices."""
     value = getattr(config, name)
     if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(str(c) for c in choices)}, got {value!r}{did_you_mean(value, choices)}")
+        raise InputError(f"{name} must be one of {', '.join(str(c) for c in choices)}, got {shown(value)}{did_you_mean(value, choices)}")
 
 
-def check_int(config: object, name: str, minimum: int) -> None:
-    """A whole number, at least `minimum`."""
+def check_int(config: object, name: str, minimum: int, maximum: int = MAX_INT) -> None:
+    """A whole number from `minimum` to `maximum`."""
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise InputError(f"{name} must be a whole number of at least {minimum}, got {value!r}.")
+        raise InputError(f"{name} must be a whole number of at least {minimum}, got {shown(value)}.")
+    if value > maximum:
+        raise InputError(f"{name} must be at most {maximum}, got {shown(value)}.")
 
 
 def check_number(
     config: object, name: str, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None
 ) -> None:
-    """A number; where any bound is given, within the bounds (`above` excludes its own) and finite."""
+    """A number that a float holds; where any bound is given, within the bounds (`above` excludes its own) and finite."""
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f"{name} must be a number, got {value!r}.")
+        raise InputError(f"{name} must be a number, got {shown(value)}.")
+    try:
+        float(value)
+    except OverflowError:
+        raise InputError(f"{name} must be a number that a float holds, got {shown(value)}.") from None
     bounds = (("at least", minimum), ("above", above), ("at most", maximum))
-    rules = [f"{words} {bound:g}" for words, bound in bounds if bound is not None]
+    rules = [f"{words} {bound:,.12g}" for words, bound in bounds if bound is not None]
     if not rules:
         return
     if maximum is None:
@@ -117,11 +134,11 @@ def check_bool(config: object, name: str) -> None:
     """A truth value."""
     value = getattr(config, name)
     if not isinstance(value, bool):
-        raise InputError(f"{name} must be true or false, got {value!r}.")
+        raise InputError(f"{name} must be true or false, got {shown(value)}.")
 
 
 def check_device(config: object, name: str = "device") -> None:
     """The name of a device, there or not: auto, cpu, cuda or cuda:N."""
     value = getattr(config, name)
     if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-        raise InputError(f"{name} must be auto, cpu, cuda or cuda:N, got {value!r}.")
+        raise InputError(f"{name} must be auto, cpu, cuda or cuda:N, got {shown(value)}.")

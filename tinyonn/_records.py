@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from .errors import InputError
+from .errors import InputError, shown
 
 
 class BadRecordError(InputError):
@@ -224,5 +224,4 @@ def field_names(record: Mapping[str, Any]) -> str:
 
 def short(value: Any) -> str:
     """A value and its type in one line of a message, 60 characters at most."""
-    text = " ".join(repr(value).split())
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return f"{type(value).__name__} {shown(value)}"

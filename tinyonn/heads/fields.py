@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .._config import read_yaml
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean, shown
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LABELLED = re.compile(r"\s*\(?([A-Za-z]|\d+)[.):](?:\s+|\Z)(.*)", re.DOTALL)
@@ -167,7 +167,7 @@ def _folder() -> Any:
 def _from_mapping(values: Mapping[str, Any], source: str, name: str) -> FieldMap:
     found = values.get("layouts", [values])
     if not isinstance(found, list) or not found:
-        raise InputError(f"field_map {source}: layouts must be a list of mappings, got {found!r}.")
+        raise InputError(f"field_map {source}: layouts must be a list of mappings, got {shown(found)}.")
     return FieldMap(name, tuple(_layout(layout, source) for layout in found))
 
 
@@ -176,7 +176,7 @@ _CHOICE_KEYS = ({"text"}, {"text", "label"}, {"lines"}, {"fixed"}, {"field", "pa
 
 def _layout(values: Any, source: str) -> Layout:
     if not isinstance(values, Mapping):
-        raise InputError(f"field_map {source}: a layout must be a mapping, got {values!r}.")
+        raise InputError(f"field_map {source}: a layout must be a mapping, got {shown(values)}.")
     known = ("question", "context", "choices", "answer")
     for key in values:
         if key not in known:
@@ -184,11 +184,11 @@ def _layout(values: Any, source: str) -> Layout:
     choices = values.get("choices")
     if not isinstance(choices, Mapping) or set(choices) not in _CHOICE_KEYS:
         kinds = "; ".join(" and ".join(sorted(keys)) for keys in _CHOICE_KEYS)
-        raise InputError(f"field_map {source}: choices must be a mapping with one of ({kinds}), got {choices!r}.")
+        raise InputError(f"field_map {source}: choices must be a mapping with one of ({kinds}), got {shown(choices)}.")
     for key, value in choices.items():
         _check_pattern(value, source, ("label", "text")) if key == "pattern" else _check_field(value, source, f"choices.{key}")
     if "fixed" in choices and isinstance(choices["fixed"], str):
-        raise InputError(f"field_map {source}: choices.fixed must be a list of texts, got {choices['fixed']!r}.")
+        raise InputError(f"field_map {source}: choices.fixed must be a list of texts, got {shown(choices['fixed'])}.")
     question = _source(values.get("question"), source, "question", {"pattern"})
     answer, context = values.get("answer"), values.get("context")
     return Layout(
@@ -210,11 +210,11 @@ def _source(value: Any, source: str, name: str, options: set[str]) -> Mapping[st
         _check_pattern(found["pattern"], source, ())
     first = found.get("first")
     if first is not None and (isinstance(first, bool) or not isinstance(first, int)):
-        raise InputError(f"field_map {source}: {name}.first must be a whole number, got {first!r}.")
+        raise InputError(f"field_map {source}: {name}.first must be a whole number, got {shown(first)}.")
     if "values" in found:
         values = found["values"]
         if not isinstance(values, Mapping) or not values:
-            raise InputError(f"field_map {source}: {name}.values must be a mapping from values to labels, got {values!r}.")
+            raise InputError(f"field_map {source}: {name}.values must be a mapping from values to labels, got {shown(values)}.")
         return {**found, "values": {str(key).casefold(): str(label) for key, label in values.items()}}
     return found
 
@@ -222,16 +222,16 @@ def _source(value: Any, source: str, name: str, options: set[str]) -> Mapping[st
 def _check_field(value: Any, source: str, name: str) -> None:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not names or not all(isinstance(entry, str) and entry for entry in names):
-        raise InputError(f"field_map {source}: {name} must name a field, or be a list of texts, got {value!r}.")
+        raise InputError(f"field_map {source}: {name} must name a field, or be a list of texts, got {shown(value)}.")
 
 
 def _check_pattern(value: Any, source: str, groups: tuple[str, ...]) -> None:
     try:
         pattern = re.compile(value, re.DOTALL)
     except (re.error, TypeError) as error:
-        raise InputError(f"field_map {source}: pattern must be a regular expression, got {value!r}: {error}.") from None
+        raise InputError(f"field_map {source}: pattern must be a regular expression, got {shown(value)}: {error}.") from None
     if not set(groups) <= set(pattern.groupindex) or not pattern.groups:
-        raise InputError(f"field_map {source}: pattern must have {' and '.join(groups) or 'a'} group(s), got {value!r}.")
+        raise InputError(f"field_map {source}: pattern must have {' and '.join(groups) or 'a'} group(s), got {shown(value)}.")
 
 
 def _look_up(record: Any, path: str | list[str]) -> Any:
@@ -305,13 +305,13 @@ def _choices(record: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[tupl
         raise InputError(f"choices must be at least 2, got {len(texts)}")
     for label in labels:
         if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
-            raise InputError(f"labels of choices must be texts or numbers, got {label!r}")
+            raise InputError(f"labels of choices must be texts or numbers, got {shown(label)}")
     names = tuple(_clean(str(label), "label") for label in labels)
     if len(set(names)) < len(names):
         raise InputError(f"labels of choices must differ, got {', '.join(names)}")
     for label, text in zip(names, texts, strict=True):
         if not isinstance(text, str):
-            raise InputError(f"choice {label} must be text, got {text!r}")
+            raise InputError(f"choice {label} must be text, got {shown(text)}")
     return names, tuple(_clean(text, f"choice {label}") for label, text in zip(names, texts, strict=True))
 
 
@@ -350,7 +350,7 @@ def _answer(record: Mapping[str, Any], source: Mapping[str, Any] | None, labels:
             return None
         place = int(wanted) - source["first"] if re.fullmatch(r"\d{1,9}", wanted) else -1
         if not 0 <= place < len(labels):
-            raise InputError(f"answer must be a number from {source['first']} to {source['first'] + len(labels) - 1}, got {value!r}")
+            raise InputError(f"answer must be a number from {source['first']} to {source['first'] + len(labels) - 1}, got {shown(value)}")
         return place
     if "values" in source:
         wanted = source["values"].get(wanted.casefold(), wanted)

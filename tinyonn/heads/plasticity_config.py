@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._config import check_bool, check_choice, check_device, check_int, check_number, check_text, from_mapping, read_yaml
+from .._config import MAX_SEED, check_bool, check_choice, check_device, check_int, check_number, check_text, from_mapping, read_yaml
 from ..errors import InputError
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -100,11 +100,11 @@ class PlasticityConfig:
         check_text(self, "data_path", optional=True)
         check_choice(self, "dtype", DTYPES)
         check_bool(self, "overwrite")
-        for name, least in (("seed", 0), ("eval_seed", 0), ("top_k", 1), ("max_length", 4), ("batch_size", 1), ("epochs", 1)):
+        for name, least in (("top_k", 1), ("max_length", 4), ("batch_size", 1), ("epochs", 1)):
             check_int(self, name, least)
         check_int(self, "checkpoint_steps", 1)
-        if self.seed >= 2**63:
-            raise InputError(f"seed must be below 2**63, got {self.seed}.")
+        for name in ("seed", "eval_seed"):
+            check_int(self, name, 0, MAX_SEED)
         for name in ("eval_size", "train_size", "max_steps"):
             if getattr(self, name) is not None:
                 check_int(self, name, 1)

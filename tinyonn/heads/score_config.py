@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._config import check_bool, check_choice, check_device, check_int, check_number, check_text, from_mapping, read_yaml
-from ..errors import InputError
+from .._config import MAX_SEED, check_bool, check_choice, check_device, check_int, check_number, check_text, from_mapping, read_yaml
+from ..errors import InputError, shown
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 QUERY_MODES = ("last_token", "all_tokens")
 NORM_MODES = ("zscore", "percentile")
+MAX_WEIGHT = 1e6  # beyond it one score alone would order the heads
 REQUIRED = ("model_path", "data_path", "output_dir")
 
 
@@ -32,7 +33,7 @@ class ScoreConfig:
         seed: of the draw of rows.
         score_query_mode: "last_token" scores what each prompt's last token attends to and outputs; "all_tokens" the mean over its tokens.
         norm_mode: of scores_norm.csv: "zscore" or "percentile", within each layer.
-        lambda_ent, lambda_task: weights of the ranks of `ent` and `task` beside that of `out`, which is 1.
+        lambda_ent, lambda_task: weights of the ranks of `ent` and `task` beside that of `out`, which is 1; from 0 to 1,000,000.
         top_k: heads listed in topk_global.json, and of each layer in topk_per_layer.json.
         prompt_template: file with `{question}`, `{choices}` and `{context}`; None for the default prompt.
         field_map: name of one of the package's or a YAML file; None finds it from the first record.
@@ -71,9 +72,9 @@ class ScoreConfig:
             check_int(self, "max_samples", 1)
         for name in ("batch_size", "max_length", "top_k"):
             check_int(self, name, 1)
-        check_int(self, "seed", 0)
+        check_int(self, "seed", 0, MAX_SEED)
         for name in ("lambda_ent", "lambda_task"):
-            check_number(self, name, minimum=0)
+            check_number(self, name, minimum=0, maximum=MAX_WEIGHT)
         check_device(self)
         check_choice(self, "dtype", DTYPES)
         check_choice(self, "score_query_mode", QUERY_MODES)
@@ -81,7 +82,7 @@ class ScoreConfig:
         check_bool(self, "out_projection")
         weights = self.extra_weights
         if not isinstance(weights, Mapping) or not all(isinstance(name, str) and _is_weight(value) for name, value in weights.items()):
-            raise InputError(f"extra_weights must map names of scores to numbers of at least 0, got {weights!r}.")
+            raise InputError(f"extra_weights must map names of scores to numbers from 0 to {MAX_WEIGHT:,.0f}, got {shown(weights)}.")
         object.__setattr__(self, "extra_weights", dict(weights))
 
     @classmethod
@@ -104,4 +105,4 @@ class ScoreConfig:
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_WEIGHT

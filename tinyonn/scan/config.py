@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._config import check_bool, check_choice, check_device, check_int, check_number, check_text, from_mapping, read_yaml
+from .._config import MAX_SEED, check_bool, check_choice, check_device, check_int, check_number, check_text, from_mapping, read_yaml
 from ..errors import InputError
 
 CREDITS = ("full", "local")
@@ -96,7 +96,7 @@ class ScanConfig:
         check_int(self, "batch_size", 1)
         check_int(self, "max_length", 2)
         check_int(self, "generate", 0)
-        check_int(self, "seed", 0)
+        check_int(self, "seed", 0, MAX_SEED)
         if self.limit is not None:
             check_int(self, "limit", 1)
         for name in ("skip_bad", "store_text", "overwrite", "resume"):
