@@ -10,7 +10,9 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from tinyonn.errors import InputError
+from tinyonn.heads.ablation import ablate_heads, taylor_importance
 from tinyonn.heads.gates import check_gates, class_logits, head_gates, heads_shape, sample_losses
+from tinyonn.heads.gradients import head_gradients
 from tinyonn.heads.layers import attention_layers
 from tinyonn.testing import tiny_causal_lm
 
@@ -146,6 +148,40 @@ def test_a_model_whose_layers_differ_in_heads_is_refused(tiny_classifier):
     assert heads_shape(layers) == (3, 4)
     with pytest.raises(InputError, match=r"model must have 4 heads in each layer as in .*layer\.0.*, got 6 in .*layer\.2"):
         heads_shape([*layers[:2], dataclasses.replace(layers[2], num_heads=6)])
+
+
+@pytest.mark.parametrize("wrong", [-100, 3], ids=["below", "above"])
+def test_labels_that_are_no_class_are_refused(wrong):
+    with pytest.raises(InputError, match=rf"labels must lie between 0 and 2, got {wrong}\."):
+        sample_losses(torch.zeros(3, 3), torch.tensor([0, 1, wrong]))
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(3), torch.zeros(3, 1, dtype=torch.long), torch.zeros(2, dtype=torch.long)], ids=str)
+def test_labels_that_are_not_one_integer_a_sample_are_refused(labels):
+    with pytest.raises(InputError, match=r"labels must be 3 integers, one a sample, got torch\.\w+ of shape"):
+        sample_losses(torch.zeros(3, 3), labels)
+
+
+@pytest.mark.parametrize("measure", [ablate_heads, taylor_importance, head_gradients])
+def test_batches_without_samples_or_labels_are_refused_and_nothing_is_passed_for_none(tiny_classifier, labelled_batches, measure):
+    model = tiny_classifier("bert")
+    (batch,) = labelled_batches((3,))
+    with pytest.raises(InputError, match="each batch must hold at least one sample, got none"):
+        measure(model, [batch, {name: tensor[:0] for name, tensor in batch.items()}])
+    with pytest.raises(InputError, match=r'each batch must hold "labels", got input_ids, attention_mask'):
+        measure(model, [{name: tensor for name, tensor in batch.items() if name != "labels"}])
+    expected = measure(model, [batch])
+    found = measure(model, [{**batch, "token_type_ids": None, "position_ids": torch.arange(11)[None]}])
+    torch.testing.assert_close(found[0], expected[0])
+    found = measure(tiny_classifier("deberta-v2"), [{**batch, "position_ids": torch.arange(11)[None]}])  # takes samples one by one
+    torch.testing.assert_close(found[0], measure(tiny_classifier("deberta-v2"), [batch])[0])
+
+
+def test_a_part_in_training_mode_is_named(tiny_classifier, labelled_batches):
+    model = tiny_classifier("bert")
+    model.bert.encoder.layer[1].train()
+    with pytest.raises(ValueError, match=r"model must be in eval mode, got bert\.encoder\.layer\.1 in training mode"):
+        class_logits(model, labelled_batches((3,))[0])
 
 
 def test_training_mode_and_other_models_are_refused(tiny_classifier, labelled_batches):

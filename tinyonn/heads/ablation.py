@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .gates import class_logits, head_gates, heads_shape, sample_losses
+from .gates import class_logits, head_gates, heads_shape, labelled, one_sample, sample_losses
 from .layers import AttentionLayer, attention_layers
 
 Batch = Mapping[str, Tensor]
@@ -83,7 +83,7 @@ def ablate_heads(
         on_samples: called after each batch with the number of samples done.
 
     Raises:
-        InputError: no samples, a loss that is not finite, or a model whose heads are not known.
+        InputError: no samples, labels that are no classes, a loss that is not finite, or a model whose heads are not known.
 
     Source: heads taken out one at a time, by a gate: Michel, Levy, Neubig, "Are sixteen heads really better than one?", arXiv:1905.10650.
     """
@@ -92,10 +92,10 @@ def ablate_heads(
     losses, right = torch.zeros(2, *shape, dtype=torch.float64)
     base_loss, base_right, samples, error = 0.0, 0, 0, None
     with torch.no_grad():
-        for batch in batches:
+        for batch in map(labelled, batches):
             labels = batch["labels"]
             if samples == 0 and replay:
-                error, replay = _replay_error(model, layers, {name: tensor[:1] for name, tensor in batch.items()})
+                error, replay = _replay_error(model, layers, one_sample(batch, 0))
             with _recording(model, layers) if replay else nullcontext() as record:
                 base = class_logits(model, batch)
             if record is not None and not record.holds(layers):
@@ -129,12 +129,12 @@ def taylor_importance(model: nn.Module, batches: Iterable[Batch], *, on_samples:
         model, batches, on_samples: as for `ablate_heads`.
 
     Raises:
-        InputError: no samples, a loss that is not finite, or a model whose heads are not known.
+        InputError: no samples, labels that are no classes, a loss that is not finite, or a model whose heads are not known.
     """
     shape = heads_shape(attention_layers(model))
     total, total_abs = torch.zeros(2, *shape, dtype=torch.float64)
     samples = 0
-    for batch in batches:
+    for batch in map(labelled, batches):
         labels = batch["labels"]
         gates = torch.ones(len(labels), *shape, device=labels.device, requires_grad=True)
         with torch.enable_grad(), head_gates(model, gates):

@@ -106,17 +106,19 @@ def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         model: in eval mode, so that dropout does not decide what a head is worth.
-        batch: inputs by name; "labels" is left out.
+        batch: inputs by name; "labels" and what is None are left out.
 
     Returns:
         (B, C) logits.
 
     Raises:
-        ValueError: the model is in training mode, or its logits are of another shape: no classifier of sequences.
+        ValueError: the model or a part of it is in training mode, or its logits are of another shape: no classifier of sequences.
     """
     if model.training:
         raise ValueError("model must be in eval mode, got training mode.")
-    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if training := next((name for name, module in model.named_modules() if module.training), None):
+        raise ValueError(f"model must be in eval mode, got {training} in training mode.")
+    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels" and tensor is not None}
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
     logits: Tensor = model(**inputs).logits
@@ -130,6 +132,33 @@ def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (B, C).
-        labels: (B,) classes.
+        labels: (B,) int64, classes.
+
+    Raises:
+        InputError: labels of another shape or type, or that are no class of the model's: -100 too.
     """
+    if labels.shape != logits.shape[:1] or labels.is_floating_point():
+        raise InputError(f"labels must be {len(logits)} integers, one a sample, got {labels.dtype} of shape {tuple(labels.shape)}.")
+    if (wrong := labels[(labels < 0) | (labels >= logits.shape[1])]).numel():
+        raise InputError(f"labels must lie between 0 and {logits.shape[1] - 1}, got {wrong[0].item()}.")
     return functional.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, labels, reduction="none")
+
+
+def labelled(batch: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """A batch without what is None.
+
+    Raises:
+        InputError: it has no labels, or no sample.
+    """
+    found = {name: tensor for name, tensor in batch.items() if tensor is not None}
+    if "labels" not in found:
+        raise InputError(f'each batch must hold "labels", got {", ".join(found) or "nothing"}.')
+    if not found["labels"].numel():
+        raise InputError("each batch must hold at least one sample, got none.")
+    return found
+
+
+def one_sample(batch: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One sample of a batch, as a batch; what all samples share, as positions of one row, stays."""
+    size = len(batch["labels"])
+    return {name: tensor[row : row + 1] if tensor.dim() and len(tensor) == size else tensor for name, tensor in batch.items()}

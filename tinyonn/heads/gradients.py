@@ -26,7 +26,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
-from .gates import class_logits, heads_shape, sample_losses
+from .gates import class_logits, heads_shape, labelled, one_sample, sample_losses
 from .layers import AttentionLayer, Projection, attention_layers
 
 Batch = Mapping[str, Tensor]
@@ -58,19 +58,20 @@ def head_gradients(model: nn.Module, batches: Iterable[Batch], *, on_samples: Ca
         on_samples: called after each batch with the number of samples done.
 
     Raises:
-        InputError: no samples, a loss or gradient that is not finite, or a model whose heads are not known.
+        InputError: no samples, labels that are no classes, a loss or gradient that is not finite, a model whose heads are not known, or one
+            that uses a projection's weight in another way than by calling it.
     """
     layers = attention_layers(model)
     heads_shape(layers)
     sums = _Sums(layers)
     one_by_one, samples = False, 0
-    for batch in batches:
+    for batch in map(labelled, batches):
         size = len(batch["labels"])
         if not one_by_one:
             one_by_one = not sums.add(model, batch)
         if one_by_one:
             for row in range(size):
-                sums.add(model, {name: tensor[row : row + 1] for name, tensor in batch.items()})
+                sums.add(model, one_sample(batch, row))
         samples += size
         if on_samples is not None:
             on_samples(samples)
