@@ -169,6 +169,55 @@ def test_a_question_that_was_cut_is_lost(max_length, kept):
     assert len(encoded.token_ids) == max_length
 
 
+def whole_text(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, max_length: int) -> EncodedPrompt:
+    """All tokens of the prompt, cut here: what is left when the special tokens have their room, and whether the question is in it."""
+    found = tokenizer(prompt.text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, places = found["input_ids"], found["offset_mapping"]
+    ends = tokenizer("")["input_ids"]
+    assert len(ends) in (0, 2)
+    room = max_length - len(ends)
+    inside = [start < prompt.end and end > prompt.start for start, end in places]
+    span = [*([False] if ends else []), *inside[:room], *([False] if ends else [])]
+    whole = any(inside[:room]) and not any(inside[room:])
+    return EncodedPrompt((*ends[:1], *ids[:room], *ends[1:]), tuple(span) if whole else None, len(ids) > room)
+
+
+FILLER = "Where do people go? The owls of Athens are übertired, 🦉 in bed. "
+LONG = {
+    "question first": (Prompt(FILLER * 400, 0, 40), (5, 16, 64)),
+    "question within": (Prompt(FILLER * 400, 30, 90), (16, 40, 64)),
+    "question far": (Prompt(FILLER * 400, 20_000, 20_040), (16, 64)),
+    "long question": (Prompt("Q: " + FILLER * 400, 3, 3 + len(FILLER) * 400), (16, 64)),
+    "one word": (Prompt("Where " + "a" * 5000 + " do owls go", 0, 5), (4, 8)),
+    "one word, question after": (Prompt("Where " + "a" * 5000 + " do owls go", 5007, 5017), (8, 64)),
+    "short": (Prompt("Where do owls go to bed", 6, 13), (5, 9, 64)),
+}
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-level-trimmed", "word-pieces"])
+@pytest.mark.parametrize("text", LONG)
+def test_a_long_text_gives_what_all_of_its_tokens_would(kind, text):
+    tokenizer, (prompt, lengths) = KINDS[kind](), LONG[text]
+    for max_length in lengths:
+        assert PromptEncoder(tokenizer, max_length).encode(prompt) == whole_text(tokenizer, prompt, max_length)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_very_long_question_only_the_beginning_is_tokenized(kind, monkeypatch):
+    tokenizer, read = KINDS[kind](), []
+    call = type(tokenizer).__call__
+
+    def counting(self: PreTrainedTokenizerFast, text: str, **options: object) -> object:
+        read.append(len(text))
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counting)
+    text = FILLER * 20_000
+    encoded = PromptEncoder(tokenizer, 16).encode(Prompt(text, 0, len(text)))
+    assert (len(encoded.token_ids), encoded.span, encoded.truncated) == (16, None, True)
+    assert sum(read) < 20_000 < len(text)
+
+
 def test_special_tokens_take_their_room_and_are_no_question():
     tokenizer = word_pieces()
     prompt = Prompt("where do people go", 0, 18)

@@ -20,6 +20,8 @@ from .fields import Fields
 
 PLACES = ("question", "choices", "context")
 DEFAULT_TEMPLATE = "Question: {question}\nChoices:\n{choices}\nAnswer:"
+# Characters for each token of max_length that are tokenized at first: 4 or so are usual, and a tokenizer builds all that it cuts.
+FIRST_CHARACTERS = 64
 DEFAULT_CONTEXT_TEMPLATE = "Context: {context}\n" + DEFAULT_TEMPLATE
 
 
@@ -149,16 +151,12 @@ class PromptEncoder:
         tokenizer.truncation_side = "right"
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """One prompt's tokens."""
-        encoding = self._tokenizer(
-            prompt.text,
-            truncation=True,
-            max_length=self._max_length,
-            padding=False,
-            return_offsets_mapping=True,
-            return_overflowing_tokens=True,  # one more row for each further max_length tokens
-            verbose=False,
-        )
+        """One prompt's tokens; of a long one no more of the text is tokenized than tells them, and a whole further max_length."""
+        characters = FIRST_CHARACTERS * self._max_length
+        encoding = self._encoded(prompt.text[:characters])
+        while characters < len(prompt.text) and len(encoding["input_ids"]) < 3:  # the last row ends where the text was cut
+            characters *= 2
+            encoding = self._encoded(prompt.text[:characters])
         inside, *cut = [
             # A space's own token has no width where offsets are trimmed, but a place; special tokens are at 0.
             tuple(start < prompt.end and end > prompt.start for start, end in offsets)
@@ -166,6 +164,17 @@ class PromptEncoder:
         ]
         whole = any(inside) and not any(map(any, cut))
         return EncodedPrompt(tuple(encoding["input_ids"][0]), inside if whole else None, bool(cut))
+
+    def _encoded(self, text: str) -> Any:
+        return self._tokenizer(
+            text,
+            truncation=True,
+            max_length=self._max_length,
+            padding=False,
+            return_offsets_mapping=True,
+            return_overflowing_tokens=True,  # one more row for each further max_length tokens
+            verbose=False,
+        )
 
 
 @dataclass(frozen=True)
