@@ -306,3 +306,27 @@ def test_real_data_sets_are_read_whole(folder):
             if isinstance(record.get("answer"), str) and "options" in record:
                 assert f"{question.labels[question.answer or 0]}. " == record["answer"][:3]
     assert read > 0
+
+
+@pytest.mark.parametrize("count", [4, 30])
+@pytest.mark.parametrize(
+    "choices", [lambda texts: {"text": texts}, lambda texts: [{"text": text} for text in texts]], ids=["lists", "objects"]
+)
+def test_choices_without_labels_are_told_from_a_layout_that_is_not_known(tmp_path, count, choices):
+    record = {"question": "Which?", "choices": choices([f"choice {n}" for n in range(count)]), "answerKey": "A"}
+    said = (
+        "line 1: must have the labels of its choices as a list in choices.label, or come with a field_map without labels; its fields are "
+    )
+    with pytest.raises(InputError, match=re.escape(said)):
+        load_questions(write(tmp_path / "data.jsonl", [record]))
+
+
+def test_letters_are_the_labels_of_26_choices_at_most(tmp_path):
+    (tmp_path / "own.yaml").write_text("question: question\nchoices: {text: texts}\n")
+    alphabet = [f"choice {n}" for n in range(26)]
+    data = write(tmp_path / "data.jsonl", [{"question": "Which?", "texts": alphabet}])
+    (question,) = load_questions(data, field_map=str(tmp_path / "own.yaml")).questions
+    assert "".join(question.labels) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    data = write(tmp_path / "data.jsonl", [{"question": "Which?", "texts": [*alphabet, "one more"]}])
+    with pytest.raises(InputError, match=r"line 1: choices must have labels where they are more than 26, got 27 without\."):
+        load_questions(data, field_map=str(tmp_path / "own.yaml"))

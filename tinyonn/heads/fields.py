@@ -4,7 +4,7 @@ A field map is a YAML file of one or more layouts; a record is read by the first
 
     question: FIELD                              or {field: FIELD, pattern: REGEX}, whose first group is the question
     context:  FIELD                              what is read before the question; left out where there is none
-    choices:  {text: FIELD, label: FIELD}        two lists; without labels: A, B, C, ...; text may name one field for each choice
+    choices:  {text: FIELD, label: FIELD}        two lists; without labels: A … Z; text may name one field for each choice
               {lines: FIELD}                     one text of lines "A. ..."
               {fixed: [TEXT, ...]}               the same for every record
               {field: FIELD, pattern: REGEX}     every match is a choice, with the groups `label` and `text`
@@ -157,6 +157,8 @@ def find_field_map(record: Mapping[str, Any]) -> FieldMap:
         except AbsentError:
             continue
         return field_map
+    if isinstance(_look_up(record, "choices.text"), list) and not isinstance(_look_up(record, "choices.label"), list):
+        raise AbsentError("must have the labels of its choices as a list in choices.label, or come with a field_map without labels")
     raise AbsentError(f"must have the fields of one of {', '.join(names)}, or come with a field_map of its own")
 
 
@@ -298,6 +300,8 @@ def _choices(record: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[tupl
                 raise AbsentError(f"must have choices in {field} that match the pattern {source['pattern']}")
             labels, texts = [match["label"] for match in found], [match["text"] for match in found]
     if labels is None:
+        if len(texts) > len(LETTERS):
+            raise InputError(f"choices must have labels where they are more than {len(LETTERS)}, got {len(texts)} without")
         labels = list(LETTERS[: len(texts)])
     if len(labels) != len(texts):
         raise InputError(f"choices must be as many as their labels, got {len(texts)} texts and {len(labels)} labels")
