@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -45,6 +46,24 @@ SEED_FILES = {
 }
 
 
+def record_checksums(folder: Path) -> None:
+    """measure_parts.json of the files that lie there, as if the step measure had written them."""
+
+    def checksum(name: str) -> str:
+        path = folder / name
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+
+    record = {"training_sha256": checksum("train.json"), "subset_sha256": checksum("eval_subset.json")}
+    parts = {name: {"sha256": checksum(name), "layers": 1, "heads": 1, "seconds": 1.0, "facts": {}} for name in SEED_FILES}
+    (folder / "measure_parts.json").write_text(json.dumps({**record, "parts": parts}))
+
+
+@pytest.fixture
+def reseal() -> Callable[[Path], None]:
+    """`reseal(folder)`: makes the record of checksums fit files of OUTPUT/TASK/seedN that a test has edited."""
+    return record_checksums
+
+
 @pytest.fixture
 def make_seed() -> Callable[..., dict[str, np.ndarray]]:
     """Writes what the steps train and measure of a plasticity run leave in OUTPUT/TASK/seedN/, with random numbers or given columns.
@@ -78,6 +97,8 @@ def make_seed() -> Callable[..., dict[str, np.ndarray]]:
         }
         trained = {
             "options": options,
+            "checkpoints": {},
+            "data": "0123456789abcdef" * 2,
             "labels": ["false", "true"],
             "source": "rows.jsonl",
             "train_rows": 1200,
@@ -103,12 +124,12 @@ def make_seed() -> Callable[..., dict[str, np.ndarray]]:
             "base_loss_post": 0.41,
             "base_accuracy_post": 0.8,
             "seconds": 30.0,
-            "training_sha256": "0123456789abcdef" * 4,
             "versions": {"tinyonn": "0.1.0"},
         }
         subset = {"source": "validation.jsonl", "seed": 999, "size": 3, "indices": [4, 0, 7], "labels": [0, 1, 1]}
         for file, content in (("train.json", trained), ("measure.json", measured), ("eval_subset.json", subset)):
             (folder / file).write_text(json.dumps(content))
+        record_checksums(folder)
         return values
 
     return make

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 
 import pytest
@@ -45,10 +47,17 @@ def test_rows_that_have_changed_since_the_training_are_refused(study, study_rows
 
 
 def edit(config: PlasticityConfig, checkpoint: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Changes a checkpoint as if its training had ended there."""
     path = config.folder / checkpoint / "model.safetensors"
     weights = load_file(path)
     change(weights)
     save_file(weights, path, {"format": "pt"})
+    record = json.loads((config.folder / "train.json").read_text())
+    record["checkpoints"][checkpoint][path.name] = {
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    (config.folder / "train.json").write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize(

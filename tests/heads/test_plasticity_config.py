@@ -47,9 +47,9 @@ def test_yaml_keys_may_have_hyphens_and_given_options_win(tmp_path):
         ({"overwrite": "no"}, "overwrite must be true or false, got 'no'."),
         (
             {"task": "glue/mnli"},
-            "task must be a name or a YAML file whose name is letters, digits, '.', '_' or '-', got 'glue/mnli'.",
+            "task must be a name or a YAML file whose name is at most 200 letters, digits, '.', '_' or '-', got 'glue/mnli'.",
         ),
-        ({"task": ".."}, "task must be a name or a YAML file whose name is letters, digits, '.', '_' or '-', got '..'."),
+        ({"task": ".."}, "task must be a name or a YAML file whose name is at most 200 letters, digits, '.', '_' or '-', got '..'."),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

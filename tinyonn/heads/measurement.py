@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._files import read_json, write_atomically
+from .._files import check_fields, digest, read_json, write_atomically
+from .._locks import locked
 from .._study import (
     FINAL,
     GRADIENTS,
@@ -34,6 +35,7 @@ from .._study import (
     IMPORTANCE_PRE,
     INIT,
     MEASURE_AGAIN,
+    MEASURE_STEP,
     MEASURED,
     PARTS,
     SUBSET,
@@ -51,13 +53,19 @@ from .gradients import head_gradients
 from .head_update import checkpoint_update
 from .plasticity_config import PlasticityConfig
 from .progress import Progress
-from .summary import digest, json_text
-from .train_folder import check_same, read_summary, training_options
+from .records import PART_FIELDS, read_trained
+from .summary import json_text
+from .train_folder import changed_checkpoint, check_same, training_options
 from .versions import package_versions
 
 # Options of training that measuring may do without: the results are the same up to rounding.
 _FREE = ("batch_size", "dtype")
 _CHECK_ROWS = 2  # of the first batch, for the check that gates work
+# What the summary takes from a part.
+_FACTS = {
+    name: {f"base_loss_{when}": "a number", f"base_accuracy_{when}": "a number"}
+    for name, when in ((IMPORTANCE_PRE, "pre"), (IMPORTANCE_POST, "post"))
+}
 
 Report = Callable[[Progress], None]
 
@@ -85,11 +93,13 @@ def measure(config: PlasticityConfig, progress: Report | None = None) -> Measure
         progress: called with every stage and batch.
 
     Raises:
-        InputError: no complete training in the folder, or one of other options or rows; gates that change nothing; a loss that is no
-            number; checkpoints that do not match; memory that ran out.
+        InputError: no complete training in the folder, or one of other options or rows; another run in the folder; checkpoints that are
+            not those of the training, or do not match; gates that change nothing; a loss that is no number; memory that ran out.
     """
+    read_trained(config.folder)  # before the lock, which would make the folder
     try:
-        return _Measurement(config, progress or (lambda state: None)).go()
+        with locked(config.folder):
+            return _Measurement(config, progress or (lambda state: None)).go()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -104,7 +114,7 @@ class _Measurement:
     def __init__(self, config: PlasticityConfig, report: Report) -> None:
         self.config, self.report, self.folder = config, report, config.folder
         self.device = resolve_device(config.device)
-        self.train_summary = read_summary(self.folder)
+        self.train_summary = read_trained(self.folder)
         options = training_options(config, torch.float32)
         check_same(self.folder, {name: value for name, value in options.items() if name not in _FREE})
         self.parts: dict[str, Callable[[], tuple[list[dict[str, Any]], dict[str, Any]]]] = {
@@ -124,10 +134,12 @@ class _Measurement:
             "subset_sha256": digest(self.folder / SUBSET),
         }
         done = {} if self.config.overwrite else self._done(origin)
-        if set(done) == set(self.parts) and (summary := self._complete(origin)) is not None:
+        if set(done) == set(self.parts) and (summary := self._complete(self._summary(origin, done))) is not None:
             self.report(Progress("measuring", 1.0, f"kept: {self.folder} holds a complete measurement of this training"))
             return MeasureResult(self.folder, True, summary)
         (self.folder / MEASURED).unlink(missing_ok=True)
+        if len(done) < len(self.parts) and (other := changed_checkpoint(self.folder, self.train_summary, thorough=True)) is not None:
+            raise InputError(f"{self.folder / other} must hold the weights that its training saved, got others; run {TRAIN_AGAIN}.")
         for name, make in self.parts.items():
             if name in done:
                 continue
@@ -174,19 +186,22 @@ class _Measurement:
         try:
             record = json.loads((self.folder / PARTS).read_text(encoding="utf-8"))
             parts = record["parts"] if all(record[name] == value for name, value in origin.items()) else {}
-            return {
-                name: parts[name]
-                for name in self.parts
-                if name in parts and (self.folder / name).is_file() and digest(self.folder / name) == parts[name]["sha256"]
-            }
-        except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one: all is measured again
+            return {name: parts[name] for name in self.parts if name in parts and self._is_done(name, parts[name])}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or a damaged one: all is measured again
             return {}
 
-    def _complete(self, origin: Mapping[str, str]) -> dict[str, Any] | None:
+    def _is_done(self, name: str, part: dict[str, Any]) -> bool:
+        check_fields(self.folder / PARTS, part, PART_FIELDS, MEASURE_STEP)
+        check_fields(self.folder / PARTS, part["facts"], _FACTS.get(name, {}), MEASURE_STEP)
+        return (self.folder / name).is_file() and digest(self.folder / name) == part["sha256"]
+
+    def _complete(self, expected: Mapping[str, Any]) -> dict[str, Any] | None:
+        """measure.json, where it says what the parts do; the machine that measured may be another."""
         try:
-            summary = json.loads((self.folder / MEASURED).read_text(encoding="utf-8"))
-            return summary if all(summary[name] == value for name, value in origin.items()) else None
-        except (OSError, ValueError, KeyError, TypeError):
+            summary: dict[str, Any] = json.loads((self.folder / MEASURED).read_text(encoding="utf-8"))
+            same = all(summary[name] == value for name, value in expected.items() if name not in ("model", "device", "versions"))
+            return summary if same and isinstance(summary["model"], str) else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def _model(self, checkpoint: str) -> nn.Module:
@@ -213,7 +228,11 @@ class _Measurement:
     def _importance(self, checkpoint: str, when: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         name = {"pre": "before training", "post": "after training"}[when]
         model, data = self._model(checkpoint), self._batches()
-        changes = check_gates(model, {key: tensor[:_CHECK_ROWS] for key, tensor in data[0].items()})
+        try:
+            changes = check_gates(model, {key: tensor[:_CHECK_ROWS] for key, tensor in data[0].items()})
+        except InputError as error:
+            cause = self._cause() if checkpoint == FINAL else ""
+            raise InputError(f"{self.folder / checkpoint}: {error}{cause}") from error
         exact = ablate_heads(model, data, on_samples=self._on_samples(f"importance {name}"))
         if not exact.replayed:
             self.report(Progress(f"importance {name}", 1.0, "every pass was full: replays did not agree"))
@@ -227,6 +246,19 @@ class _Measurement:
             f"replay_error_{when}": exact.replay_error,
         }
         return rows, facts
+
+    def _cause(self) -> str:
+        """What is likely to be wrong with trained weights that no head matters to."""
+        losses = self.train_summary["losses"]
+        part = max(1, len(losses) // 10)
+        first, last = (math.fsum(some) / part for some in (losses[:part], losses[-part:]))
+        if last < first:
+            return ""
+        rate = self.train_summary["options"].get("learning_rate")
+        return (
+            f" The loss of the training did not fall ({first:.3g} at its beginning, {last:.3g} at its end): run {TRAIN_AGAIN} with a lower "
+            f"--learning-rate (now {rate})."
+        )
 
     def _gradients(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         found = head_gradients(self._model(INIT), self._batches(), on_samples=self._on_samples("gradients before training"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .._config import MAX_SEED, check_bool, check_choice, check_device, check_int, check_number, check_text, from_mapping, read_yaml
-from ..errors import InputError
+from ..errors import InputError, shown
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
@@ -117,8 +117,10 @@ class PlasticityConfig:
         if self.low >= self.high:
             raise InputError(f"low must be below high ({self.high}), got {self.low}.")
         check_device(self)
-        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.task_name):
-            raise InputError(f"task must be a name or a YAML file whose name is letters, digits, '.', '_' or '-', got {self.task!r}.")
+        if not re.fullmatch(r"[\w.-]{1,200}", self.task_name) or not re.search(r"\w", self.task_name):
+            raise InputError(
+                f"task must be a name or a YAML file whose name is at most 200 letters, digits, '.', '_' or '-', got {shown(self.task)}."
+            )
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> PlasticityConfig:

@@ -3,8 +3,8 @@
     aggregate.json   the statistics of stats.json as mean, sd and Student's t interval over seeds; cases; agreement between seeds
     aggregate.csv    one line a head: mean and sd of every column over seeds, and in how many it is a case
 
-A seed counts when its report step is complete and was made from the files that lie beside it; the others are listed with what they
-lack, never left out in silence.
+A seed counts when its files are whole, of the seed that its folder names, and its report was made from the files that lie beside it; the
+others are listed with what they lack, never left out in silence.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from typing import Any
 
 import numpy as np
 
-from .._files import read_json, write_atomically
+from .._files import StepFileError, check_fields, digest, read_record, write_atomically
+from .._records import short
 from .._study import (
     AGGREGATE,
     AGGREGATE_TABLE,
-    MEASURE_AGAIN,
     MEASURE_STEP,
     MEASURED,
     PAGE,
     REPORT_STEP,
     STATS,
-    SUBSET,
     TRAIN_STEP,
     TRAINED,
 )
 from ..errors import InputError
 from .cases import PLASTIC, STATIC, find_cases
 from .correlation import CONFIDENCE, mean_interval, spearman
-from .summary import COLUMNS, SOURCES, HeadTable, digest, json_text, read_heads
+from .records import check_seed, read_measured, read_subset, read_trained
+from .summary import COLUMNS, PAIRS, SOURCES, TAYLOR_PAIRS, HeadTable, acceptance, json_text, read_heads
 
 STEPS = {TRAINED: TRAIN_STEP, MEASURED: MEASURE_STEP, STATS: REPORT_STEP}
 KINDS = {"important_but_static": STATIC, "plastic_but_unimportant": PLASTIC}
@@ -71,8 +71,8 @@ def aggregate(folder: str | os.PathLike[str]) -> dict[str, Any]:
         The content of aggregate.json.
 
     Raises:
-        InputError: no seed is complete, scipy is missing, a file is not what its step writes, or the seeds are of different models,
-            heads or options (SeedsDifferError); the line names the seeds. Nothing is written then, and what an earlier join wrote is
+        InputError: no seed is complete, scipy is missing, or the seeds are of different models, heads or options (SeedsDifferError);
+            the line names the seeds. Nothing is written then, and what an earlier join wrote is
             gone: it was of other seeds.
     """
     root = Path(folder)
@@ -95,7 +95,7 @@ def aggregate(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "pairs": [_pair(seeds, "pairs", number) for number in range(len(first.stats["pairs"]))],
         "taylor": [_pair(seeds, "taylor", number) for number in range(len(first.stats["taylor"]))],
         "case_counts": {name: _over([seed.kinds.count(kind) for seed in seeds], 0.0) for name, kind in KINDS.items()},
-        "acceptance": [_acceptance(seeds, number) for number in range(len(first.stats["acceptance"]))],
+        "acceptance": _acceptance(seeds),
         "agreement": [_agreement(seeds, column) for column in AGREEMENT_COLUMNS],
         "cases": {name: _frequent(seeds, kind) for name, kind in KINDS.items()},
     }
@@ -107,30 +107,58 @@ def aggregate(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def _complete_seeds(root: Path) -> tuple[list[Seed], list[dict[str, str]]]:
     numbered = []
     for path in root.glob("seed*"):
-        name = re.fullmatch(r"seed(\d+)", path.name)
+        name = re.fullmatch(r"seed(0|[1-9][0-9]*)", path.name)
         if name and path.is_dir():
             numbered.append((int(name[1]), path))
     seeds: list[Seed] = []
     incomplete: list[dict[str, str]] = []
     for number, path in sorted(numbered):
         missing = next((name for name in STEPS if not (path / name).exists()), None)
-        if missing is not None:
-            incomplete.append(_incomplete(path, f"no {missing}", STEPS[missing]))
-            continue
-        stats = read_json(path / STATS, dict, REPORT_STEP)
-        table = read_heads(path)
-        changed = next((name for name in SOURCES if stats.get("inputs", {}).get(name) != digest(path / name)), None)
-        if changed is not None:
-            incomplete.append(_incomplete(path, f"{changed} is not the one that stats.json was made from", REPORT_STEP))
-            continue
-        kinds = find_cases(table.columns["I_pre"], table.columns["Urel"], stats["high"], stats["low"]).kinds
-        subset = read_json(path / SUBSET, dict, MEASURE_STEP, MEASURE_AGAIN).get("indices", [])
-        seeds.append(Seed(path.name, number, stats, subset, table, kinds))
+        try:
+            if missing is None:
+                seeds.append(_seed(path, number))
+                continue
+            found, step = f"no {missing}", STEPS[missing]
+        except StepFileError as error:
+            found, step = error.found, error.step
+        incomplete.append({"folder": path.name, "found": found, "step": step})
     return seeds, incomplete
 
 
-def _incomplete(path: Path, found: str, step: str) -> dict[str, str]:
-    return {"folder": path.name, "found": found, "step": step}
+def _seed(path: Path, number: int) -> Seed:
+    """A seed whose three steps have ended.
+
+    Raises:
+        StepFileError: a file is damaged, of another seed, or not the one that its report was made from.
+    """
+    check_seed(path, read_trained(path))
+    read_measured(path)
+    stats = _read_stats(path / STATS)
+    table = read_heads(path)
+    changed = next((name for name in SOURCES if stats["inputs"].get(name) != digest(path / name)), None)
+    if changed is not None:
+        raise StepFileError(path / changed, f"be the file that {STATS} was made from, got another", REPORT_STEP)
+    kinds = find_cases(table.columns["I_pre"], table.columns["Urel"], stats["high"], stats["low"]).kinds
+    return Seed(path.name, number, stats, read_subset(path), table, kinds)
+
+
+def _read_stats(path: Path) -> dict[str, Any]:
+    """stats.json, with all that is joined here in its place."""
+    fields = {"inputs": "an object", "options": "an object", "model": "text", "pairs": "a list", "taylor": "a list"}
+    stats = read_record(path, {**fields, "top_k": "a whole number", "high": "a number", "low": "a number"}, REPORT_STEP)
+    check_fields(path, stats["options"], {"model_path": "text"}, REPORT_STEP, again=True)
+    if not 0 <= stats["low"] < stats["high"] <= 100:
+        got = f"low {stats['low']} and high {stats['high']}"
+        raise StepFileError(path, f"have percentiles with 0 ≤ low < high ≤ 100, got {got}", REPORT_STEP, again=True)
+    for group, names in (("pairs", PAIRS), ("taylor", TAYLOR_PAIRS)):
+        held = [(row.get("x"), row.get("y")) if isinstance(row, dict) else row for row in stats[group]]
+        if held != list(names):
+            raise StepFileError(path, f"have the pairs of columns of a report in {group}, got {short(held)}", REPORT_STEP, again=True)
+        for row in stats[group]:
+            check_fields(path, row, {"rho": "a number or null", "overlap": "an object"}, REPORT_STEP, again=True)
+            overlap = {"k": "a whole number", "share": "a number or null", "reason": "text or null"}
+            check_fields(path, row["overlap"], overlap, REPORT_STEP, again=True)
+    return stats
 
 
 def _check_alike(root: Path, seeds: Sequence[Seed]) -> None:
@@ -184,16 +212,18 @@ def _pair(seeds: Sequence[Seed], group: str, number: int) -> dict[str, Any]:
     }
 
 
-def _acceptance(seeds: Sequence[Seed], number: int) -> dict[str, Any]:
-    rows = [seed.stats["acceptance"][number] for seed in seeds]
-    return {
-        "figure": rows[0]["figure"],
-        "rule": rows[0]["rule"],
-        "limit": rows[0]["limit"],
-        "values": [row["value"] for row in rows],
-        "met": sum(row["met"] is True for row in rows),
-        "missed": sum(row["met"] is False for row in rows),
-    }
+def _acceptance(seeds: Sequence[Seed]) -> list[dict[str, Any]]:
+    """The original study's figures, with how many seeds meet each."""
+    judged = [acceptance(seed.stats["pairs"], {name: seed.kinds.count(kind) for name, kind in KINDS.items()}) for seed in seeds]
+    return [
+        {
+            **{name: rows[0][name] for name in ("figure", "rule", "limit")},
+            "values": [row["value"] for row in rows],
+            "met": sum(row["met"] is True for row in rows),
+            "missed": sum(row["met"] is False for row in rows),
+        }
+        for rows in zip(*judged, strict=True)
+    ]
 
 
 def _agreement(seeds: Sequence[Seed], column: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ No model is loaded: everything comes from the files of one OUTPUT/TASK/seedN/.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,27 +18,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._files import read_json, write_atomically
-from .._study import (
-    CASES,
-    GRADIENTS,
-    HEADS,
-    IMPORTANCE_POST,
-    IMPORTANCE_PRE,
-    MEASURE_AGAIN,
-    MEASURE_STEP,
-    MEASURED,
-    STATS,
-    SUBSET,
-    TRAIN_AGAIN,
-    TRAIN_STEP,
-    TRAINED,
-    UPDATE,
-)
-from ..errors import InputError
+from .._files import StepFileError, digest, is_finite, write_atomically
+from .._locks import locked
+from .._records import field_names
+from .._study import CASES, GRADIENTS, HEADS, IMPORTANCE_POST, IMPORTANCE_PRE, MEASURE_STEP, STATS, UPDATE
+from ..errors import InputError, shown
 from .cases import PLASTIC, STATIC, case_lists, find_cases
 from .correlation import BOOTSTRAP_SEED, CONFIDENCE, RESAMPLES, Floats, rank_correlation, top_overlap
 from .plasticity_config import PlasticityConfig
+from .records import check_parts, check_seed, read_measured, read_subset, read_trained
 
 # File of `measure` -> its field -> column of heads.csv.
 SOURCES: dict[str, dict[str, str]] = {
@@ -109,8 +96,8 @@ def summarise(
         high, low: percentiles of the cases; None for the study's own, or the defaults of 90 and 30.
 
     Raises:
-        InputError: a bad option, scipy missing, or a file that is missing, short, or not what `measure` writes; the line names the
-            file, what was found and the step to run. Nothing is written then.
+        InputError: a bad option, scipy missing, another run in the folder, or a file that is missing, short, or not the one that
+            `measure` wrote; the line names the file, what was found and the step to run. Nothing is written then.
     """
     options = study if isinstance(study, PlasticityConfig) else PlasticityConfig  # the class holds the defaults
     root = study.folder if isinstance(study, PlasticityConfig) else Path(study)
@@ -120,11 +107,18 @@ def summarise(
         raise InputError(f"top_k must be at least 1, got {top_k}.")
     if not 0 <= low < high <= 100:
         raise InputError(f"low and high must be percentiles with 0 ≤ low < high ≤ 100, got low {low:g} and high {high:g}.")
-    measured = read_json(root / MEASURED, dict, MEASURE_STEP)
-    read_json(root / SUBSET, dict, MEASURE_STEP, MEASURE_AGAIN)  # names the rows; seeds are compared by it
-    trained = read_json(root / TRAINED, dict, TRAIN_STEP, TRAIN_AGAIN)
+    read_measured(root)  # before the lock, which would make the folder
+    with locked(root):
+        return _summarise(root, top_k, high, low)
+
+
+def _summarise(root: Path, top_k: int, high: float, low: float) -> PlasticitySummary:
+    measured, trained = read_measured(root), read_trained(root)
+    read_subset(root)
+    check_seed(root, trained)
     table = read_heads(root)
     _check_shape(root, table, measured)
+    check_parts(root, SOURCES)
     cases = find_cases(table.columns["I_pre"], table.columns["Urel"], high, low)
     rows = [
         {**place._asdict(), **{name: float(table.columns[name][number]) for name in COLUMNS}} for number, place in enumerate(table.places)
@@ -219,11 +213,6 @@ def read_heads(folder: Path) -> HeadTable:
     return HeadTable(places, columns)
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def json_text(value: object) -> str:
     """JSON as the files of this folder hold it; NaN is an error."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -236,15 +225,14 @@ def _pair(table: HeadTable, names: tuple[str, str], top_k: int) -> dict[str, Any
 
 def _identity(folder: Path, measured: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
     """Which run this is: the task by its folder, the rest by the options that it was trained with."""
-    options = trained.get("options", {})
-    model = measured.get("model", options.get("model_path"))
-    return {"model": model, "task": folder.resolve().parent.name, "seed": options.get("seed"), "options": options}
+    options = trained["options"]
+    return {"model": measured["model"], "task": folder.resolve().parent.name, "seed": options["seed"], "options": options}
 
 
 def _check_shape(folder: Path, table: HeadTable, measured: Mapping[str, Any]) -> None:
     counts = {"layers": len({place.layer for place in table.places}), "heads": len(table.places)}
     for name, found in counts.items():
-        if name in measured and measured[name] != found:
+        if measured[name] != found:
             raise _broken(folder / next(iter(SOURCES)), f"have the {measured[name]} {name} that measure.json states", str(found))
 
 
@@ -252,25 +240,25 @@ def _read_lines(path: Path, fields: list[str]) -> dict[Place, dict[str, float]]:
     try:
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{path} must exist, got no such file; run {MEASURE_STEP}.") from None
+        raise StepFileError(path, "exist, got no such file", MEASURE_STEP) from None
     except (OSError, UnicodeDecodeError) as error:
         raise _broken(path, "be a text file that can be read", str(error)) from error
     found: dict[Place, dict[str, float]] = {}
     for number, line in enumerate(content.removesuffix("\n").split("\n"), start=1):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _broken(path, "hold one JSON object a line", f"line {number}: {str(error)[:80]}") from error
         if not isinstance(record, dict) or not {"layer", "head", *fields} <= record.keys():
-            held = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            held = field_names(record) if isinstance(record, dict) else type(record).__name__
             raise _broken(path, f"have the fields layer, head, {', '.join(fields)} in every line", f"line {number}: {held}")
         for name in ("layer", "head"):
             if not isinstance(record[name], int) or isinstance(record[name], bool) or record[name] < 0:
-                raise _broken(path, f"count {name} from 0 in every line", f"line {number}: {record[name]!r}")
+                raise _broken(path, f"count {name} from 0 in every line", f"line {number}: {shown(record[name])}")
         for name in fields:
             value = record[name]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-                raise _broken(path, f"have a finite number as {name} in every line", f"line {number}: {value!r}")
+            if not is_finite(value):
+                raise _broken(path, f"have a finite number as {name} in every line", f"line {number}: {shown(value)}")
         place = Place(record["layer"], record["head"])
         if place in found:
             raise _broken(path, "name every head once", f"layer {place.layer} head {place.head} again in line {number}")
@@ -278,5 +266,5 @@ def _read_lines(path: Path, fields: list[str]) -> dict[Place, dict[str, float]]:
     return found
 
 
-def _broken(path: Path, rule: str, got: str) -> InputError:
-    return InputError(f"{path} must {rule}, got {got}; run {MEASURE_STEP} again.")
+def _broken(path: Path, rule: str, got: str) -> StepFileError:
+    return StepFileError(path, f"{rule}, got {got}", MEASURE_STEP, again=True)

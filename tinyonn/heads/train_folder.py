@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .._config import read_yaml
-from .._files import read_json
-from .._study import FINAL, INIT, LATER, OPTIONS, STATE, TRAIN_AGAIN, TRAIN_STEP, TRAINED
+from .._files import StepFileError, digest
+from .._locks import locked
+from .._records import short
+from .._study import FINAL, INIT, LATER, OPTIONS, STATE, TRAIN_AGAIN, TRAINED
 from ..errors import InputError
-from ..hf.loading import DTYPES
+from ..hf.loading import DTYPES, weight_files
 from .classification import find_task
 from .plasticity_config import TRAINING, PlasticityConfig
+from .records import read_trained
 
 
 def training_options(config: PlasticityConfig, precision: torch.dtype) -> dict[str, Any]:
@@ -30,13 +36,61 @@ def training_options(config: PlasticityConfig, precision: torch.dtype) -> dict[s
     return values
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within the block no other run writes into the folder; one that holds nothing afterwards is taken away."""
+    try:
+        with locked(folder):
+            yield
+    finally:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+
+
 def is_complete(folder: Path) -> bool:
-    """Whether a training has ended there and both of its checkpoints are still in place."""
-    return (folder / TRAINED).is_file() and (folder / INIT).is_dir() and (folder / FINAL).is_dir()
+    """Whether a training has ended there and the weights of both checkpoints are still there, as long as they were.
+
+    Raises:
+        InputError: a damaged train.json.
+    """
+    return (folder / TRAINED).is_file() and changed_checkpoint(folder, read_trained(folder)) is None
+
+
+def weights_record(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file of a checkpoint's weights, by name."""
+    return {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in weight_files(checkpoint)}
+
+
+def changed_checkpoint(folder: Path, trained: Mapping[str, Any], *, thorough: bool = False) -> str | None:
+    """Name of a checkpoint whose weights are not those that its training recorded; None where both are.
+
+    Args:
+        folder: OUTPUT/TASK/seedN.
+        trained: content of its train.json.
+        thorough: compare checksums, which reads all weights; otherwise names and sizes.
+    """
+    names = (INIT, FINAL)
+    return next((name for name in names if not has_weights(folder / name, trained["checkpoints"].get(name), thorough=thorough)), None)
+
+
+def has_weights(checkpoint: Path, record: object, *, thorough: bool) -> bool:
+    """Whether a checkpoint's weights are those of a `weights_record`."""
+    try:
+        files = {file.name: file for file in weight_files(checkpoint)}
+    except InputError:  # its index names files that are not there
+        return False
+    if not files or not isinstance(record, dict) or set(files) != set(record):
+        return False
+    return all(
+        isinstance(record[name], dict)
+        and record[name].get("bytes") == file.stat().st_size
+        and (not thorough or record[name].get("sha256") == digest(file))
+        for name, file in files.items()
+    )
 
 
 def check_same(folder: Path, options: dict[str, Any]) -> None:
-    """Refuses a folder that holds the training of other options.
+    """Refuses a folder that holds the training of other options, or the record of another training than its options name.
 
     Raises:
         InputError: naming the options that differ.
@@ -52,15 +106,12 @@ def check_same(folder: Path, options: dict[str, Any]) -> None:
             f"output_dir must be another one, or --overwrite be given, where options differ from those of the training in {folder}, got "
             f"{', '.join(differing)}."
         )
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The content of train.json.
-
-    Raises:
-        InputError: it is missing or damaged; the line names the command to run.
-    """
-    return cast(dict[str, Any], read_json(folder / TRAINED, dict, TRAIN_STEP, TRAIN_AGAIN))
+    if not (folder / TRAINED).exists():
+        return
+    ended = read_trained(folder)["options"]
+    if other := [name for name in sorted({*before, *ended}) if before.get(name) != ended.get(name)]:
+        shown = ", ".join(f"{name} {short(ended.get(name))}" for name in other)
+        raise StepFileError(folder / TRAINED, f"be of the options in {OPTIONS}, got other ones ({shown})", TRAIN_AGAIN)
 
 
 def clear(folder: Path) -> None:
@@ -75,13 +126,28 @@ def clear(folder: Path) -> None:
 
 
 def save_model(model: Any, tokenizer: Any, target: Path) -> None:
-    """A folder of safetensors, configuration and tokenizer that is there whole or not at all."""
+    """A folder of safetensors, configuration and tokenizer that is there whole or not at all.
+
+    Raises:
+        InputError: it cannot be written, as on a full disk.
+    """
     partial = _partial(target)
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    except Exception as error:  # the tokenizer's library raises Exception itself
+        if not isinstance(error, OSError | SafetensorError) and "os error" not in str(error):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        raise no_room(target, " ".join(str(error).split())) from error
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
+
+
+def no_room(target: Path, reason: str) -> InputError:
+    """The error to raise where a file or folder of a training could not be written whole."""
+    return InputError(f"output_dir must have room for {target.name}, got a write that failed in {target.parent}: {reason}.")
 
 
 def _partial(target: Path) -> Path:

@@ -6,6 +6,7 @@ killed goes on from its last state and ends with the weights that an uninterrupt
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -26,10 +27,23 @@ from ..errors import InputError
 from ..hf.loading import DTYPES, load_model, load_tokenizer, quiet_transformers, resolve_device, resolve_model, usable_positions
 from ..hf.memory import is_out_of_memory
 from .classification import Example, TaskData, batches, load_task
+from .layers import attention_layers
 from .plasticity_config import PlasticityConfig
 from .progress import Progress
-from .train_folder import check_same, clear, is_complete, read_summary, save_model, training_options
+from .records import read_trained
+from .train_folder import (
+    alone_in,
+    check_same,
+    clear,
+    has_weights,
+    is_complete,
+    no_room,
+    save_model,
+    training_options,
+    weights_record,
+)
 from .versions import package_versions
+from .vocabulary import check_vocabulary
 
 # What a classifier has above the transformer; a checkpoint of another kind lacks it.
 _NEW = r"^(\w+\.)?(classifier|pre_classifier|classification_head|score|pooler|sequence_summary|logits_proj)\.|^head\."
@@ -61,20 +75,26 @@ def train(config: PlasticityConfig, progress: Callable[[Progress], None] | None 
         progress: called with every stage and step.
 
     Raises:
-        InputError: data, model or options that do not fit; another configuration's training in the folder (without `overwrite`); a loss
-            that is no number; memory that ran out.
+        InputError: data, model or options that do not fit; another configuration's training in the folder (without `overwrite`); another
+            run in the folder; a model whose heads cannot be told apart; a loss that is no number; memory or disk that ran out.
     """
-    report = progress or _silent
-    folder = config.folder
     device = resolve_device(config.device)
     precision = resolve_precision(config.dtype, device)
     options = training_options(config, precision)
+    with alone_in(config.folder):
+        return _train(config, progress or _silent, device, precision, options)
+
+
+def _train(
+    config: PlasticityConfig, report: Callable[[Progress], None], device: torch.device, precision: torch.dtype, options: dict[str, Any]
+) -> TrainResult:
+    folder = config.folder
     if not config.overwrite:
         check_same(folder, options)
-    if is_complete(folder) and not config.overwrite:
-        (folder / STATE).unlink(missing_ok=True)  # killed between its last file and this
-        report(Progress("training", 1.0, f"kept: {folder} holds a complete training of these options"))
-        return TrainResult(folder, True, read_summary(folder))
+        if is_complete(folder):
+            (folder / STATE).unlink(missing_ok=True)  # killed between its last file and this
+            report(Progress("training", 1.0, f"kept: {folder} holds a complete training of these options"))
+            return TrainResult(folder, True, read_trained(folder))
     report(Progress("loading", None, "data"))
     data = load_task(config)
     source = resolve_model(config.model_path)
@@ -141,7 +161,8 @@ class _Training:
         self.step = 0
         self.left_out = 0
         self.losses: list[float] = []
-        steps = config.epochs * math.ceil(len(data.train) / config.batch_size)
+        self.checkpoints: dict[str, Any] = {}
+        steps = config.epochs * -(-len(data.train) // config.batch_size)
         self.steps = steps if config.max_steps is None else min(steps, config.max_steps)
 
     def go(self, report: Callable[[Progress], None]) -> dict[str, Any]:
@@ -161,7 +182,7 @@ class _Training:
             report(Progress("training", self.step / self.steps, f"step {self.step:,}/{self.steps:,}, loss {loss:.3f}"))
         report(Progress("evaluating", None, f"{len(self.data.evaluation):,} rows"))
         loss, accuracy = self._evaluate()
-        save_model(self.model, self.tokenizer, self.folder / FINAL)
+        self._save(FINAL)
         summary = self._summary(loss, accuracy, time.monotonic() - started)
         write_atomically(self.folder / TRAINED, json.dumps(summary, indent=1) + "\n")
         (self.folder / STATE).unlink(missing_ok=True)
@@ -170,11 +191,13 @@ class _Training:
     def _load(self, source: Path) -> None:
         self.tokenizer = load_tokenizer(source)
         self.model = load_classifier(source, self.data.labels, self.device)
+        attention_layers(self.model)  # what cannot be measured is not trained
         _set_padding(self.tokenizer, self.model, source)
         limits = (usable_positions(self.model), self.tokenizer.model_max_length)
         longest = min(limit for limit in limits if limit is not None)
         if self.config.max_length > longest:
             raise InputError(f"max_length must be at most the {longest} tokens that the model takes, got {self.config.max_length}.")
+        self._check_tokens()
         decayed = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
         others = [parameter for parameter in self.model.parameters() if parameter.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -183,12 +206,24 @@ class _Training:
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, warmup, self.steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
 
+    def _check_tokens(self) -> None:
+        """Looks at all rows, before any step, where the tokenizer knows more tokens than the model."""
+        model: Any = self.model
+        if max(self.tokenizer.get_vocab().values()) < model.get_input_embeddings().num_embeddings:
+            return
+        rows = (*self.data.train, *self.data.evaluation)
+        check_vocabulary(model, max(int(batch["input_ids"].max()) for batch in self._batches(rows)))
+
     def _begin(self) -> None:
         clear(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / OPTIONS, yaml.safe_dump(self.options, sort_keys=False, allow_unicode=True))
-        save_model(self.model, self.tokenizer, self.folder / INIT)
+        self._save(INIT)
         torch.manual_seed(self.config.seed)  # dropout begins alike, whatever loading and saving drew
+
+    def _save(self, name: str) -> None:
+        save_model(self.model, self.tokenizer, self.folder / name)
+        self.checkpoints[name] = weights_record(self.folder / name)
 
     def _plan(self) -> Iterator[list[Example]]:
         """The rows of every step; another order in each epoch, decided by the seed alone."""
@@ -264,6 +299,8 @@ class _Training:
             "left_out": self.left_out,
             "seconds": seconds,
             "data": self.data.digest(),
+            "options": self._options_digest(),
+            "checkpoints": self.checkpoints,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -271,8 +308,16 @@ class _Training:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
-        with replacing(self.folder / STATE) as partial:
-            torch.save(state, partial)
+        try:
+            with replacing(self.folder / STATE) as partial:
+                torch.save(state, partial)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):  # torch's archive, which tells no reason
+                raise
+            raise no_room(self.folder / STATE, "is the disk full?") from error
+
+    def _options_digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.options, sort_keys=True).encode()).hexdigest()
 
     def _saved_state(self) -> dict[str, Any] | None:
         """What an interrupted run saved last, None where there is nothing to go on from."""
@@ -282,15 +327,21 @@ class _Training:
         if not path.is_file() or not (self.folder / INIT).is_dir():
             return None
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            data, options, before = state["data"], state["options"], state["checkpoints"][INIT]
         except Exception as error:  # zip's, pickle's or torch's, by what is damaged
             raise InputError(f"{path} must be a whole state of training, got a damaged file; --overwrite begins again.") from error
-        if state["data"] != self.data.digest():
+        if options != self._options_digest():
+            raise InputError(f"{path} must be of the training in {OPTIONS}, got one of other options; --overwrite begins again.")
+        if not has_weights(self.folder / INIT, before, thorough=True):
+            raise InputError(f"{self.folder / INIT} must hold the weights that training began with, got others; --overwrite begins again.")
+        if data != self.data.digest():
             raise InputError(f"data_path must hold the rows that the training in {self.folder} began with; --overwrite begins again.")
         return state
 
     def _resume(self, state: dict[str, Any]) -> None:
         self.step, self.losses, self.left_out = state["step"], state["losses"], state["left_out"]
+        self.checkpoints = state["checkpoints"]
         for name in ("model", "optimizer", "scheduler", "scaler"):
             getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["random"])
@@ -300,6 +351,7 @@ class _Training:
     def _summary(self, loss: float, accuracy: float, seconds: float) -> dict[str, Any]:
         return {
             "options": self.options,
+            "checkpoints": self.checkpoints,
             "labels": list(self.data.labels),
             "source": self.data.source,
             "data": self.data.digest(),
