@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -81,6 +82,73 @@ def test_two_models_of_one_configuration_are_kept_apart():
             other(TOKENS)
     assert torch.equal(first[2].entropy, alone[2])
     assert torch.equal(second[2].entropy, beside[2])
+
+
+@torch.no_grad()
+def test_a_compiled_model_runs_uncompiled_within_a_block():
+    torch._dynamo.reset()
+    model = tiny_causal_lm("gptj")
+    expected = entropies(model)
+    wrapper = torch.compile(model, backend="eager")
+    stock = wrapper(TOKENS).logits
+    with capture_attention_stats(model) as layers:
+        torch.testing.assert_close(wrapper(TOKENS).logits, stock)
+    for stats, entropy in zip(layers, expected, strict=True):
+        torch.testing.assert_close(stats.entropy, entropy)
+    with pytest.raises(InputError, match=r"model must be given itself, not as torch\.compile wraps it"), capture_attention_stats(wrapper):
+        pass
+
+
+@pytest.mark.parametrize("part", ["model", "configuration"])
+def test_a_model_that_another_thread_captures_is_refused(part):
+    model = tiny_causal_lm("llama")
+    other = model
+    if part == "configuration":
+        other = tiny_causal_lm("llama", seed=1)
+        for module in other.modules():
+            if hasattr(module, "config"):
+                module.config = model.config
+
+    def in_thread(function: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function).result()
+
+    alone = in_thread(lambda: entropies(model))
+    with torch.no_grad(), capture_attention_stats(model) as layers:
+        with pytest.raises(InputError, match="model must be captured by one thread at a time, got a block of another thread"):
+            in_thread(lambda: entropies(other))
+        if part == "model":
+            with pytest.raises(InputError, match="model must be called by the thread whose block captures it, got a call of another"):
+                in_thread(lambda: model(TOKENS.flip(1)))
+        assert in_thread(lambda: len(entropies(tiny_causal_lm("llama", seed=2)))) == 3
+        model(TOKENS)
+    assert all(torch.equal(stats.entropy, entropy) for stats, entropy in zip(layers, alone, strict=True))
+    assert len(in_thread(lambda: entropies(other))) == 3
+
+
+def test_threads_with_one_model_get_errors_or_right_statistics():
+    model = tiny_causal_lm("llama")
+    tokens = [TOKENS, TOKENS.flip(1)]
+    expected = [entropies(model, one) for one in tokens]
+    base = model.config._attn_implementation
+
+    def run(number: int) -> list[bool]:
+        right = []
+        for _ in range(20):
+            try:
+                found = entropies(model, tokens[number])
+            except InputError as error:
+                assert "thread" in str(error)  # noqa: PT017
+            else:
+                right.append(all(torch.equal(*pair) for pair in zip(found, expected[number], strict=True)))
+        return right
+
+    with ThreadPoolExecutor(2) as pool:
+        right = [one for ones in pool.map(run, range(2)) for one in ones]
+    assert right
+    assert all(right)
+    assert model.config._attn_implementation == base
+    assert not capturing._captures
 
 
 def test_the_last_forward_pass_counts():

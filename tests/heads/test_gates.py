@@ -113,6 +113,77 @@ def test_each_sample_may_have_gates_of_its_own(tiny_classifier, labelled_batches
                 torch.testing.assert_close(class_logits(model, batch)[row], together[row])
 
 
+def compiled(model, way):
+    """What a user calls, after one call: the model compiled in one of three ways."""
+    caller = model
+    match way:
+        case "wrapped":
+            caller = torch.compile(model, backend="eager")
+        case "in place":
+            model.compile(backend="eager")
+        case "forward":
+            model.forward = torch.compile(model.forward, backend="eager")
+    return caller
+
+
+@pytest.mark.parametrize("way", ["wrapped", "in place", "forward"])
+@torch.no_grad()
+def test_gates_reach_a_model_that_was_compiled_before(tiny_classifier, labelled_batches, way):
+    torch._dynamo.reset()
+    model = tiny_classifier("llama")
+    (batch,) = labelled_batches((3,))
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    expected = []
+    with head_gates(model) as gates:
+        for gates[1, 2] in (1, 0):
+            expected.append(model(**inputs).logits)
+    call = compiled(model, way)
+    stock = call(**inputs).logits
+    with head_gates(model) as gates:
+        for gates[1, 2], logits in zip((1, 0), expected, strict=True):
+            torch.testing.assert_close(call(**inputs).logits, logits)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+    passes = []
+    model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda *_: passes.append(1))
+    assert torch.equal(call(**inputs).logits, stock)
+    assert not passes  # compiled as before: later hooks are not seen
+
+
+@torch.no_grad()
+def test_models_are_compiled_again_after_blocks_that_overlap(tiny_classifier):
+    torch._dynamo.reset()
+    runs = []
+
+    def backend(graph, inputs):
+        runs.append(1)
+        return graph
+
+    double = torch.compile(lambda x: x * 2, backend=backend)
+    first, second = head_gates(tiny_classifier("bert")), head_gates(tiny_classifier("gpt2"))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    double(torch.ones(2))
+    assert not runs
+    second.__exit__(None, None, None)
+    double(torch.ones(2))
+    assert runs
+
+
+@pytest.mark.parametrize("measure", [ablate_heads, taylor_importance, head_gradients])
+def test_what_is_measured_of_a_compiled_model_is_of_the_model(tiny_classifier, labelled_batches, measure):
+    torch._dynamo.reset()
+    model, batches = tiny_classifier("bert"), labelled_batches((3, 3))
+    expected = measure(model, batches)
+    model.compile(backend="eager")
+    model(input_ids=batches[0]["input_ids"], attention_mask=batches[0]["attention_mask"])
+    found = measure(model, batches)
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+    with pytest.raises(InputError, match=r"model must be given itself, not as torch\.compile wraps it; its wrapper holds it as _orig_mod"):
+        measure(torch.compile(tiny_classifier("bert"), backend="eager"), batches)
+
+
 def test_gates_of_another_shape_are_refused(tiny_classifier):
     with (
         pytest.raises(ValueError, match=r"gates must have shape \(3, 4\) or \(B, 3, 4\), got \(4, 3\)"),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .gates import class_logits, head_gates, heads_shape, labelled, one_sample, sample_losses
-from .layers import AttentionLayer, attention_layers
+from .layers import AttentionLayer, attention_layers, uncompiled
 
 Batch = Mapping[str, Tensor]
 
@@ -91,7 +91,7 @@ def ablate_heads(
     shape = heads_shape(layers)
     losses, right = torch.zeros(2, *shape, dtype=torch.float64)
     base_loss, base_right, samples, error = 0.0, 0, 0, None
-    with torch.no_grad():
+    with torch.no_grad(), uncompiled(model):
         for batch in map(labelled, batches):
             labels = batch["labels"]
             if samples == 0 and replay:

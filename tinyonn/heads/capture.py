@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..errors import InputError
 from ..hf.interfaces import configurations, register_attention
 from ..ops import AttentionStats
 from .layer_stats import Wanted
-from .layers import AttentionLayer, attention_layers
+from .layers import AttentionLayer, attention_layers, uncompiled
 
 PREFIX = "tinyonn_stats_"
 # Implementations that can be wrapped, and the keyword arguments that bear on their scores.
@@ -48,7 +49,8 @@ def capture_attention_stats(
         layers[3].entropy    # (B, T, H), of attention_layers(model)[3]
 
     The model's outputs and gradients are what they are outside the block. Blocks may be nested, and several models captured at once.
-    Not for compiled models.
+    Compiled models run uncompiled within the block. A model belongs to the thread whose block captures it: within the block others neither
+    capture nor call it, nor capture a model that shares its configuration.
 
     Args:
         model: a transformers model; within the block it is called itself, not a part of it.
@@ -61,7 +63,8 @@ def capture_attention_stats(
         queries that see nothing.
 
     Raises:
-        InputError: a layer's statistics cannot be captured; the line names the layer and its class.
+        InputError: a layer's statistics cannot be captured, the line names the layer and its class; the model is given as torch.compile
+            wraps it, or another thread has it.
         TypeError, ValueError: a mask or `queries` does not fit the batch.
     """
     for name, mask, kind in (("span_mask", span_mask, "bool"), ("key_mask", key_mask, "bool or integer")):
@@ -70,7 +73,7 @@ def capture_attention_stats(
     if queries is not None and (queries.dim() != 1 or queries.dtype != torch.int64):
         raise TypeError(f"queries must be an int64 tensor of 1 dimension, got {queries.dtype} of shape {tuple(queries.shape)}.")
     capture = _Capture(attention_layers(model), Wanted(span_mask, None if key_mask is None else key_mask != 0, queries))
-    with ExitStack() as stack:
+    with uncompiled(model), _one_thread(model), ExitStack() as stack:
         with_interface = [layer for layer in capture.layers if "ALL_ATTENTION_FUNCTIONS" in _used_by(layer.module)]
         for layer in capture.layers:
             if layer in with_interface:
@@ -95,8 +98,14 @@ class _Capture:
         self.found: list[AttentionStats] = []
         self.reported: dict[str, AttentionStats] = {}
         self.running = self.finished = self.missed = False
+        self.thread = get_ident()
+
+    def check_thread(self) -> None:
+        if get_ident() != self.thread:
+            raise InputError("model must be called by the thread whose block captures it, got a call of another.")
 
     def begin(self, model: nn.Module, args: Any) -> None:
+        self.check_thread()
         self.running = True
         self.reported.clear()
         self.found.clear()
@@ -111,10 +120,35 @@ class _Capture:
     def report(self, layer: AttentionLayer, statistics: Callable[[], AttentionStats]) -> None:
         if not self.running:  # a checkpointed layer's second run, in backward, or a part of the model
             self.missed = True
-        elif layer.name in self.reported:
+            return
+        self.check_thread()
+        if layer.name in self.reported:
             raise InputError(f"model must run each attention layer once, got {_named(layer)} twice.")
         else:
             self.reported[layer.name] = statistics()
+
+
+_threads: dict[int, list[int]] = {}  # by identity of a module or configuration, the thread of each block around it
+_threads_lock = Lock()
+
+
+@contextmanager
+def _one_thread(model: nn.Module) -> Iterator[None]:
+    """Keeps the model's modules and configurations for this thread; blocks of it may be nested."""
+    parts = [id(part) for part in (*model.modules(), *configurations(model))]
+    with _threads_lock:
+        if any(thread != get_ident() for part in parts for thread in _threads.get(part, ())):
+            raise InputError("model must be captured by one thread at a time, got a block of another thread around it.")
+        for part in parts:
+            _threads.setdefault(part, []).append(get_ident())
+    try:
+        yield
+    finally:
+        with _threads_lock:
+            for part in parts:
+                _threads[part].pop()
+                if not _threads[part]:
+                    del _threads[part]
 
 
 _captures: dict[nn.Module, list[tuple[_Capture, AttentionLayer]]] = {}  # by attention module, the blocks that watch it

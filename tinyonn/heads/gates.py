@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import InputError
-from .layers import AttentionLayer, attention_layers
+from .layers import AttentionLayer, attention_layers, uncompiled
 
 
 def heads_shape(layers: Sequence[AttentionLayer]) -> tuple[int, int]:
@@ -38,6 +38,8 @@ def heads_shape(layers: Sequence[AttentionLayer]) -> tuple[int, int]:
 def head_gates(model: nn.Module, gates: Tensor | None = None) -> Iterator[Tensor]:
     """Within the context every forward pass of the model has gates on its heads. Differentiable in the gates.
 
+    Compiled models run uncompiled within the context, since compiled code does not see the gates.
+
     Args:
         model: a transformers model.
         gates: (L, H), or (B, L, H) for gates of each sample; None for ones. They are read at every pass, so they may be changed
@@ -47,7 +49,7 @@ def head_gates(model: nn.Module, gates: Tensor | None = None) -> Iterator[Tensor
         The gates.
 
     Raises:
-        InputError: the model's heads are not known.
+        InputError: the model's heads are not known, or it is given as torch.compile wraps it.
         ValueError: gates of another shape.
     """
     layers = attention_layers(model)
@@ -56,7 +58,7 @@ def head_gates(model: nn.Module, gates: Tensor | None = None) -> Iterator[Tensor
         gates = torch.ones(shape, device=next(model.parameters()).device)
     if gates.dim() not in (2, 3) or tuple(gates.shape[-2:]) != shape:
         raise ValueError(f"gates must have shape {shape} or (B, {shape[0]}, {shape[1]}), got {tuple(gates.shape)}.")
-    with ExitStack() as stack:
+    with uncompiled(model), ExitStack() as stack:
         for layer in layers:
             handle = layer.output.module.register_forward_pre_hook(_gate_hook(layer, gates))
             stack.callback(handle.remove)

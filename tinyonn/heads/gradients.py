@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
 from .gates import class_logits, heads_shape, labelled, one_sample, sample_losses
-from .layers import AttentionLayer, Projection, attention_layers
+from .layers import AttentionLayer, Projection, attention_layers, uncompiled
 
 Batch = Mapping[str, Tensor]
 
@@ -110,7 +110,7 @@ class _Sums:
             return output.clone()  # which the model may change in place: Longformer does so with its queries
 
         labels = batch["labels"]
-        with torch.enable_grad(), ExitStack() as stack:
+        with torch.enable_grad(), uncompiled(model), ExitStack() as stack:
             for module in self.parts:
                 stack.callback(module.register_forward_hook(keep).remove)
             losses = sample_losses(class_logits(model, batch), labels)

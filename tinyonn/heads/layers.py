@@ -9,9 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -130,6 +133,34 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     if twice:
         raise InputError(f"model must have one attention in each layer, got two in {twice[0]} of {kind}.")
     return found
+
+
+_stances: list[Any] = []  # one a block of `uncompiled`, the same one
+_stances_lock = Lock()
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Within the block, compiled functions of the process run as they were written: compiled ones would not call later hooks.
+
+    Raises:
+        InputError: the model, or a part of it, is torch.compile's wrapper.
+    """
+    from torch._dynamo import OptimizedModule  # half a second, which the first forward pass of a transformers model takes anyway
+
+    for name, module in model.named_modules():
+        if isinstance(module, OptimizedModule):
+            of = f" in {name}" if name else ""
+            raise InputError(f"model must be given itself, not as torch.compile wraps it; its wrapper holds it as _orig_mod{of}.")
+    with _stances_lock:  # the first block of all threads sets it, the last one puts back what was there
+        _stances.append(_stances[0] if _stances else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _stances_lock:
+            stance = _stances.pop()
+            if not _stances:
+                stance.__exit__(None, None, None)
 
 
 def _with_projections(names: dict[str, nn.Module]) -> Iterator[tuple[str, tuple[str, ...]]]:
