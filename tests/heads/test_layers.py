@@ -104,12 +104,18 @@ def test_layers_without_attention_are_left_out():
         ("albert", {"hidden_size": 48, "intermediate_size": 8, "num_attention_heads": 4}, "own in each layer, got albert"),
         ("mamba", {"hidden_size": 16, "num_hidden_layers": 1}, "q_proj, k_proj, v_proj; .*mamba has in_proj, "),
         ("codegen", {"n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8}, "of GPT-2, Phi-3.*; codegen has qkv_proj, "),
+        ("whisper", {}, "model must be an encoder or a decoder alone, got whisper"),
+        ("openai-gpt", {"n_layer": 1}, "of GPT-2, Phi-3.*; openai-gpt has c_proj, c_attn, "),
+        ("xlnet", {"n_layer": 1}, "q_proj, k_proj, v_proj; .*; xlnet has layer_1, "),
+        ("mamba2", {"num_hidden_layers": 1}, "q_proj, k_proj, v_proj; .*mamba2 has in_proj, "),
+        ("perceiver", {}, "model must keep its layers in a list, got the attention encoder.cross_attention"),
+        ("swin", {}, "model must have one attention in each layer, got two in encoder.layers.0 of swin"),
         ("clip", {}, "model must have one list of layers, got text_model.encoder.layers, vision_model.encoder.layers in clip"),
     ],
-    ids=["both", "shared", "no attention", "unknown order", "towers"],
+    ids=["t5", "albert", "mamba", "codegen", "whisper", "openai-gpt", "xlnet", "mamba2", "perceiver", "swin", "clip"],
 )
 def test_other_models_are_refused_by_what_was_looked_for(kind, options, message):
-    config = AutoConfig.for_model(kind, **({"vocab_size": 97} if kind != "clip" else {}), **options)
+    config = AutoConfig.for_model(kind, **({"vocab_size": 97} if kind not in ("clip", "whisper", "swin") else {}), **options)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     with pytest.raises(InputError, match=message):
@@ -129,3 +135,20 @@ def test_quantised_weights_are_refused():
     projection.weight = torch.nn.Parameter(projection.weight.to(torch.uint8), requires_grad=False)
     with pytest.raises(InputError, match="load the model without quantisation"):
         attention_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "place"),
+    [
+        ("big_bird", {}, "encoder.layer.0.attention.self"),
+        ("longformer", {"attention_window": 8}, "encoder.layer.0.attention.self"),
+        ("vit", {}, "layers.0.attention"),
+    ],
+    ids=["big_bird", "longformer", "vit"],
+)
+def test_heads_of_models_with_attention_of_their_own_are_found(kind, options, place):
+    config = AutoConfig.for_model(kind, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, **options)
+    with torch.device("meta"):
+        layers = attention_layers(AutoModel.from_config(config))
+    assert [(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in layers] == [(4, 4, 12)] * 2
+    assert layers[0].name == place
