@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .._config import read_yaml
+from .._locks import locked
 from .._study import OPTIONS
 from ..heads.plasticity_config import PlasticityConfig
 from . import screen
@@ -76,6 +77,7 @@ def _study(config: Path | None, explicit: Mapping[str, Any], *, new: bool) -> Pl
     place = {"model_path": "."} | {name: given[name] for name in ("task", "output_dir", "seed") if name in given}
     folder = PlasticityConfig.from_mapping(place).folder
     trained = read_yaml(folder / OPTIONS) if (folder / OPTIONS).is_file() else {"model_path": "."}
+    PlasticityConfig.from_mapping({**place, **trained}, source=str(folder / OPTIONS))  # what is wrong there is not the config file's
     return PlasticityConfig.from_mapping({**trained, **given}, source=str(config or "a --config file"))
 
 
@@ -155,14 +157,17 @@ def _report(study: PlasticityConfig, progress: Callable[..., None]) -> list[tupl
     import torch
 
     from ..heads import Progress, summarise
+    from ..heads.records import read_measured
     from ..heads.train_folder import check_same, training_options
     from ..report import write_plasticity_page
 
     progress(Progress("reporting", None, ""))
+    read_measured(study.folder)  # before the lock, which would make the folder
     options = training_options(study, torch.float32)
-    check_same(study.folder, {name: options[name] for name in options if name not in ("dtype", "batch_size")})  # as `measure` does
-    summary = summarise(study)
-    page = write_plasticity_page(summary.folder)
+    with locked(study.folder):  # until the page is drawn
+        check_same(study.folder, {name: options[name] for name in options if name not in ("dtype", "batch_size")})  # as `measure` does
+        summary = summarise(study)
+        page = write_plasticity_page(summary.folder)
     return [*_findings(summary), ("page", page.html.resolve())]
 
 

@@ -43,6 +43,7 @@ from .questions import load_questions
 from .score_config import ScoreConfig
 from .scores import BASE_SCORES, Observation, Score, chosen_scores, gram_matrices
 from .versions import package_versions
+from .vocabulary import check_vocabulary, num_embeddings
 
 # Weights that a model loaded without a task's head may lack: a pooler, which no attention head feeds on.
 MAY_LACK = (r"(^|\.)pooler\.",)
@@ -190,7 +191,7 @@ def _score(config: ScoreConfig, folder: Path, log: _RunLog, report: Callable[[Pr
     report(Progress("loading", None, display_name(config.model_path, model_folder)))
     model = load_model(model_folder, dtype, device, auto_class="AutoModel", may_lack=MAY_LACK)
     layers = attention_layers(model)
-    known_tokens = _num_embeddings(model)
+    known_tokens = num_embeddings(model)
     limits = (config.max_length, usable_positions(model), tokenizer.model_max_length)
     max_length = min(limit for limit in limits if limit is not None)
     encoder = PromptEncoder(tokenizer, max_length)
@@ -202,11 +203,7 @@ def _score(config: ScoreConfig, folder: Path, log: _RunLog, report: Callable[[Pr
         remedy = "raise it, or begin the prompt with the question" if max_length == config.max_length else "the model takes no more"
         raise InputError(f"max_length must leave at least one question whole, got {max_length}, which leaves none of {lost}; {remedy}.")
 
-    largest = max(max(prompt.token_ids) for prompt in prompts)
-    if largest >= known_tokens:
-        raise InputError(
-            f"model_path must hold a tokenizer of the model's {known_tokens} tokens, got one that gives the token id {largest}."
-        )
+    check_vocabulary(known_tokens, max(max(prompt.token_ids) for prompt in prompts))
     model.config.use_cache = False  # keys and values are read once
     heads = sum(layer.num_heads for layer in layers)
     log(f"model: {config.model_path}, {len(layers)} layers, {heads} heads, {_plain(dtype)} on {device}")
@@ -251,18 +248,6 @@ def _score(config: ScoreConfig, folder: Path, log: _RunLog, report: Callable[[Pr
     _publish(folder, _files(config, result))
     log(f"done: {len(prompts)} samples, {summary['tokens']} tokens in {summary['seconds']} s")
     return result
-
-
-def _num_embeddings(model: nn.Module) -> int:
-    """Tokens that the model has embeddings of."""
-    try:
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    except NotImplementedError:
-        embeddings = None
-    known = getattr(embeddings, "num_embeddings", None)
-    if not isinstance(known, int):
-        raise InputError(f"model_path must hold a model that reads tokens, got {type(model).__name__}, which has no embeddings of tokens.")
-    return known
 
 
 def _check_finite(raw: Mapping[str, Sequence[NDArray[np.float64]]], dtype: torch.dtype) -> None:

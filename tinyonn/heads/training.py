@@ -43,7 +43,7 @@ from .train_folder import (
     weights_record,
 )
 from .versions import package_versions
-from .vocabulary import check_vocabulary
+from .vocabulary import check_vocabulary, num_embeddings
 
 # What a classifier has above the transformer; a checkpoint of another kind lacks it.
 _NEW = r"^(\w+\.)?(classifier|pre_classifier|classification_head|score|pooler|sequence_summary|logits_proj)\.|^head\."
@@ -208,11 +208,10 @@ class _Training:
 
     def _check_tokens(self) -> None:
         """Looks at all rows, before any step, where the tokenizer knows more tokens than the model."""
-        model: Any = self.model
-        if max(self.tokenizer.get_vocab().values()) < model.get_input_embeddings().num_embeddings:
-            return
-        rows = (*self.data.train, *self.data.evaluation)
-        check_vocabulary(model, max(int(batch["input_ids"].max()) for batch in self._batches(rows)))
+        known = num_embeddings(self.model)
+        if max(self.tokenizer.get_vocab().values()) >= known:
+            rows = (*self.data.train, *self.data.evaluation)
+            check_vocabulary(known, max(int(batch["input_ids"].max()) for batch in self._batches(rows)))
 
     def _begin(self) -> None:
         clear(self.folder)
@@ -380,7 +379,7 @@ def _set_padding(tokenizer: Any, model: Any, source: Path) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError(f"model_path must hold a tokenizer with a padding or end-of-text token, got {source.name} with neither.")
         tokenizer.pad_token = tokenizer.eos_token
-    rows = model.get_input_embeddings().num_embeddings
+    rows = num_embeddings(model)
     if tokenizer.pad_token_id >= rows:
         raise InputError(f"model_path must hold an embedding for padding, got token {tokenizer.pad_token_id} of {rows} in {source.name}.")
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
 from ..errors import InputError
 
 
-def check_vocabulary(model: Any, largest: int) -> None:
-    """Refuses token ids that the model has no embedding for.
+def num_embeddings(model: nn.Module) -> int:
+    """Tokens that a transformers model has embeddings of.
+
+    Raises:
+        InputError: it has none.
+    """
+    try:
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        embeddings = None
+    known = getattr(embeddings, "num_embeddings", None)
+    if not isinstance(known, int):
+        raise InputError(f"model_path must hold a model that reads tokens, got {type(model).__name__}, which has no embeddings of tokens.")
+    return known
+
+
+def check_vocabulary(known: int, largest: int) -> None:
+    """Refuses token ids that a model has no embedding for.
 
     Args:
-        model: a transformers model.
+        known: `num_embeddings` of the model.
         largest: token id in the texts.
 
     Raises:
-        InputError: naming it and the number of embeddings.
+        InputError: naming both.
     """
-    known = model.get_input_embeddings().num_embeddings
     if largest >= known:
         raise InputError(f"model_path must hold a tokenizer of the model's {known} tokens, got one that gives the token id {largest}.")
