@@ -90,6 +90,7 @@ def test_layers_without_attention_answer_from_the_record_too(tiny_classifier, la
     model = tiny_classifier("llama")
     model.model.layers[0] = Convolution()
     model.model.layers[2] = Convolution()
+    model.eval()
     batches = labelled_batches((3,))
     runs = []
     model.model.layers[0].mix.register_forward_hook(lambda *_: runs.append(1))
