@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,22 @@ def record_checksums(folder: Path) -> None:
     record = {"training_sha256": checksum("train.json"), "subset_sha256": checksum("eval_subset.json")}
     parts = {name: {"sha256": checksum(name), "layers": 1, "heads": 1, "seconds": 1.0, "facts": {}} for name in SEED_FILES}
     (folder / "measure_parts.json").write_text(json.dumps({**record, "parts": parts}))
+
+
+@pytest.fixture
+def files_of_at_most() -> Callable[[int], AbstractContextManager[None]]:
+    """`files_of_at_most(size)`: within the block, writing beyond so many bytes fails, as it does on a full disk."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture

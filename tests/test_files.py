@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 
 import pytest
 
-from tinyonn._files import read_json, replacing, write_atomically
+from tinyonn._files import digest, is_finite, read_json, read_record, replacing, write_atomically
 from tinyonn.errors import InputError
 
 
@@ -84,3 +85,48 @@ def test_json_that_is_not_whole_names_the_command_that_writes_it(tmp_path, conte
 def test_json_that_cannot_be_read_is_told_with_the_reason(tmp_path):
     with pytest.raises(InputError, match=r"must be a file that can be read, got: Is a directory\.$"):
         read_json(tmp_path, dict, "tinyonn make")
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({}, "have a number as loss, got none"),
+        ({"loss": "0.5"}, "have a number as loss, got str '0.5'"),
+        ({"loss": True}, "have a number as loss, got bool True"),
+        ({"loss": float("nan")}, "have a number as loss, got float nan"),
+        ({"loss": 10**400}, "have a number as loss, got int 1000"),
+        ({"loss": 1, "heads": 2.0}, "have a whole number as heads, got float 2.0"),
+        ({"loss": 1, "heads": 2, "rho": []}, "have a number or null as rho, got list []"),
+    ],
+    ids=["missing", "text", "truth", "nan", "beyond a float", "no whole number", "list"],
+)
+def test_a_record_has_every_field_that_is_read(tmp_path, record, said):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(InputError) as raised:
+        read_record(path, {"loss": "a number", "heads": "a whole number", "rho": "a number or null"}, "tinyonn make")
+    assert str(raised.value).startswith(f"{path} must {said}")
+    assert str(raised.value).endswith("; run tinyonn make again.")
+
+
+def test_a_whole_record_is_read(tmp_path):
+    record = {"loss": 3, "heads": 2, "rho": None, "more": []}
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    assert read_record(tmp_path / "a.json", {"loss": "a number", "heads": "a whole number", "rho": "a number or null"}, "make") == record
+    assert [is_finite(value) for value in (0, -1.5, 10**300, False, "1", None, float("inf"), 10**400)] == [True] * 3 + [False] * 5
+
+
+def test_a_checksum_is_that_of_sha256sum(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(bytes(range(256)) * 5000)
+    assert digest(path) == subprocess.run(["sha256sum", str(path)], capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def test_a_disk_without_room_is_told_with_the_file(tmp_path, files_of_at_most):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(InputError) as raised, files_of_at_most(1000):
+        write_atomically(path, "x" * 9000)
+    assert str(raised.value) == f"output must be where there is room to write, got {path}: File too large."
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

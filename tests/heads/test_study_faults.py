@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,19 +165,8 @@ def test_a_state_of_another_training_is_not_gone_on_from(config):
 # ---- a full disk
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Writing beyond it fails, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize(("share", "what"), [(0.5, "ckpt_init"), (1.5, "train_state.pt")], ids=["of the checkpoint", "of the saved state"])
-def test_a_disk_that_is_full_is_told_with_the_folder(config, bert_folder, share, what):
+def test_a_disk_that_is_full_is_told_with_the_folder(config, bert_folder, files_of_at_most, share, what):
     run = config()
     size = int(share * (bert_folder / WEIGHTS).stat().st_size)
     with pytest.raises(InputError) as raised, files_of_at_most(size):
