@@ -14,6 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from tinyonn.heads.plasticity_config import PlasticityConfig
+from tinyonn.heads.progress import Progress
+from tinyonn.heads.score import ScoreResult, score_heads
+from tinyonn.heads.score_config import ScoreConfig
 from tinyonn.heads.training import train
 from tinyonn.testing import save_tiny_model, tiny_causal_lm, tiny_encoder
 
@@ -140,3 +143,28 @@ def study(trained: Callable[..., PlasticityConfig], tmp_path: Path) -> Callable[
         return config
 
     return make
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture
+def question_sizes() -> list[int]:
+    """Of each question that `score_run` reads, in characters: the model's tokens."""
+    return [12, 40, 3, 25, 8, 31, 17]
+
+
+@pytest.fixture
+def score_run(llama_folder: Path, question_sizes: list[int], tmp_path: Path) -> Callable[..., ScoreResult]:
+    """`score_run(progress=None, **options)`: of a ScoreConfig, with a tiny Llama, seven questions and the folder out."""
+    data = tmp_path / "data.jsonl"
+    rows = [{"question": f"{i}" * size, "choices": {"text": ["yes", "no"], "label": ["A", "B"]}} for i, size in enumerate(question_sizes)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def score(progress: Callable[[Progress], None] | None = None, **options: Any) -> ScoreResult:
+        given = {"model_path": llama_folder, "data_path": data, "output_dir": tmp_path / "out", "device": "cpu", **options}
+        return score_heads(ScoreConfig(**given), progress)
+
+    return score

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-import resource
 import shutil
-import threading
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -31,12 +28,6 @@ FILES = {
     "config.yaml", "run.log", "scores_combined.csv", "scores_norm.csv", "scores_raw.csv", "summary.json", "topk_global.json",
     "topk_per_layer.json",
 }  # fmt: skip
-SIZE = [12, 40, 3, 25, 8, 31, 17]  # of each question, in characters: the model's tokens
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +41,9 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(llama: Path, tmp_path: Path) -> Callable[..., Any]:
-    """`run(**options)`: of a ScoreConfig, with the tiny Llama and seven questions."""
-    data = tmp_path / "data.jsonl"
-    rows = [{"question": f"{i}" * size, "choices": {"text": ["yes", "no"], "label": ["A", "B"]}} for i, size in enumerate(SIZE)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def score(progress: Callable[[Progress], None] | None = None, **options: Any) -> Any:
-        given = {"model_path": llama, "data_path": data, "output_dir": tmp_path / "out", "device": "cpu", **options}
-        return score_heads(ScoreConfig(**given), progress)
-
-    return score
+def run(score_run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run(**options)`: of a ScoreConfig, with the tiny Llama and seven questions of the lengths question_sizes."""
+    return score_run
 
 
 def table(path: Path) -> tuple[list[str], np.ndarray]:
@@ -137,17 +120,17 @@ def test_an_encoder_without_a_pooler_is_scored(run, bert):
     assert all(np.isfinite(rows).all() for rows in result.raw.values())
 
 
-def test_the_summary_counts_what_was_read(run, tmp_path):
+def test_the_summary_counts_what_was_read(run, question_sizes, tmp_path):
     states: list[Progress] = []
     run(progress=states.append, max_length=35)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    lengths = [len("Question: \nChoices:\nA. yes\nB. no\nAnswer:") + size for size in SIZE]
+    lengths = [len("Question: \nChoices:\nA. yes\nB. no\nAnswer:") + size for size in question_sizes]
     assert summary["model"] == "tiny-llama"
     assert summary["samples"] == summary["rows"] == 7
     assert summary["answered"] == 0
     assert summary["tokens"] == sum(min(length, 35) for length in lengths)
     assert summary["truncated"] == sum(length > 35 for length in lengths) == 7
-    assert summary["spans_lost"] == sum(size + len("Question: ") > 35 for size in SIZE) == 2
+    assert summary["spans_lost"] == sum(size + len("Question: ") > 35 for size in question_sizes) == 2
     assert (summary["layers"], summary["heads"], summary["max_length"]) == (3, 12, 35)
     assert (summary["dtype"], summary["device"], summary["field_map"]) == ("float32", "cpu", "standard")
     assert set(summary["versions"]) == {"tinyonn", "torch", "transformers", "numpy", "python"}
@@ -157,10 +140,10 @@ def test_the_summary_counts_what_was_read(run, tmp_path):
     assert re.search(r"Z done: 7 samples, \d+ tokens in ", log.splitlines()[-1])
 
 
-def test_prompts_that_lost_their_question_count_for_all_scores_but_that_of_the_question(run, tmp_path):
+def test_prompts_that_lost_their_question_count_for_all_scores_but_that_of_the_question(run, question_sizes, tmp_path):
     rows = (tmp_path / "data.jsonl").read_text().splitlines()
     whole = run(max_length=35).raw
-    (tmp_path / "data.jsonl").write_text("\n".join(row for row, size in zip(rows, SIZE, strict=True) if size <= 25))
+    (tmp_path / "data.jsonl").write_text("\n".join(row for row, size in zip(rows, question_sizes, strict=True) if size <= 25))
     kept = run(max_length=35).raw
     np.testing.assert_allclose(whole["task"], kept["task"], rtol=1e-5)
     assert np.abs(np.array(whole["out"]) - np.array(kept["out"])).max() > 1e-3
@@ -189,12 +172,12 @@ def test_a_prompt_of_ones_own_and_a_field_map_are_used(run, tmp_path):
     assert (summary["tokens"], summary["field_map"]) == (4, "map")
 
 
-def test_output_norms_may_be_taken_after_the_output_projection(run, llama):
+def test_output_norms_may_be_taken_after_the_output_projection(run, llama_folder):
     before, after = run().raw, run(out_projection=True).raw
     assert np.array_equal(before["ent"], after["ent"])
     assert np.array_equal(before["task"], after["task"])
     ratio = np.array(after["out"]) / np.array(before["out"])
-    model = score_model(llama)
+    model = score_model(llama_folder)
     for layer, row in enumerate(ratio):  # a norm grows by no more than the largest and no less than the least singular value
         weight = model.layers[layer].self_attn.o_proj.weight.detach().double()
         for head, factor in enumerate(row):
@@ -265,10 +248,6 @@ def test_a_wrong_option_is_refused_by_name(options, message):
         ScoreConfig(**{"model_path": "m", "data_path": "d", "output_dir": "o", **options})
 
 
-def everything(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.log"}
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -285,131 +264,6 @@ def test_a_failed_run_says_why_in_its_log_and_leaves_no_other_file(run, tmp_path
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.log"]
     last = (tmp_path / "out" / "run.log").read_text().splitlines()[-1]
     assert re.search(f"Z failed: InputError: {message}", last)
-
-
-def test_a_failed_run_leaves_the_results_of_an_earlier_one(run, tmp_path):
-    run()
-    before = everything(tmp_path / "out")
-    with pytest.raises(InputError):
-        run(max_samples=99)
-    assert everything(tmp_path / "out") == before
-
-
-def test_a_run_killed_while_it_computes_leaves_the_results_of_an_earlier_one(run, tmp_path):
-    run()
-    before = everything(tmp_path / "out")
-
-    def interrupt(state: Progress) -> None:
-        if state.stage == "scoring":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(progress=interrupt, seed=1)
-    assert everything(tmp_path / "out") == before
-    assert (tmp_path / "out" / "run.log").read_text().splitlines()[-1].endswith("failed: KeyboardInterrupt: ")
-
-
-@pytest.mark.parametrize("moved", range(7))
-def test_results_moved_in_by_half_are_not_marked_as_complete(run, tmp_path, monkeypatch, moved):
-    run()
-    calls = []
-
-    def replace(source: Any, target: Any) -> None:
-        calls.append(target)
-        if len(calls) > moved:
-            raise KeyboardInterrupt
-        original(source, target)
-
-    original = os.replace
-    monkeypatch.setattr("os.replace", replace)
-    with pytest.raises(KeyboardInterrupt):
-        run(max_samples=3)
-    assert not (tmp_path / "out" / "summary.json").exists()
-    assert not list((tmp_path / "out").glob(".unfinished-*"))
-    monkeypatch.setattr("os.replace", original)
-    run(max_samples=3)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
-
-
-def test_a_folder_takes_one_run_at_a_time(run, tmp_path):
-    refused = []
-
-    def second() -> None:
-        with pytest.raises(InputError, match=r"output_dir must be a folder that no other run is writing into, got .*out\.") as raised:
-            run(max_samples=3)
-        refused.append(raised.value)
-
-    def meanwhile(state: Progress) -> None:
-        if state.fraction == 1:
-            thread = threading.Thread(target=second)
-            thread.start()
-            thread.join()
-
-    assert run(progress=meanwhile).summary["samples"] == 7
-    assert len(refused) == 1
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["samples"] == 7
-    assert (tmp_path / "out" / "run.log").read_text().count("started") == 1
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
-
-
-@pytest.mark.parametrize("moved", [0, 3, 7], ids=["before", "by half", "all"])
-def test_the_page_of_an_earlier_run_goes_before_its_scores(run, tmp_path, monkeypatch, moved):
-    run()
-    drawn = [tmp_path / "out" / name for name in ("index.html", "map_out.png", "map_peak.png")]
-    for path in drawn:
-        path.write_text("of the scores before")
-    original, calls = os.replace, []
-
-    def replace(source: Any, target: Any) -> None:
-        assert not any(path.exists() for path in drawn)
-        calls.append(target)
-        if len(calls) > moved:
-            raise KeyboardInterrupt
-        original(source, target)
-
-    with pytest.raises(InputError):
-        run(max_samples=99)
-    assert all(path.exists() for path in drawn)
-    monkeypatch.setattr("os.replace", replace)
-    if moved < 7:
-        with pytest.raises(KeyboardInterrupt):
-            run(max_samples=3)
-    else:
-        run(max_samples=3)
-    assert calls
-    assert not any(path.exists() for path in drawn)
-
-
-def test_what_a_killed_run_left_unfinished_goes_with_the_next_results(run, tmp_path):
-    out = tmp_path / "out"
-    (out / ".unfinished-ab_12").mkdir(parents=True)
-    for name in (".unfinished-ab_12/config.yaml", ".map_out.png-x_1.png", ".index.html-x_1.html", ".hidden", "map.png"):
-        (out / name).touch()
-    run()
-    assert {path.name for path in out.iterdir()} == {*FILES, ".hidden", "map.png"}
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_told_with_its_folder(run, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "run.log").symlink_to("/dev/full")
-    with pytest.raises(InputError, match=r"output_dir must be a folder that can be written, got .*/out: No space left on device\.$"):
-        run()
-
-
-def test_a_log_that_cannot_be_written_does_not_hide_why_a_run_failed(run, tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill(state: Progress) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # every write to a file fails from here on
-        raise InputError("the reason")
-
-    try:
-        with pytest.raises(InputError, match="the reason"):
-            run(progress=fill)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "failed" not in (tmp_path / "out" / "run.log").read_text()
 
 
 def test_scores_that_are_not_finite_say_what_to_change(run, tmp_path):
@@ -430,12 +284,12 @@ def test_a_tokenizer_of_another_model_is_refused(run, tmp_path):
         run(model_path=folder)
 
 
-def test_a_model_of_images_is_refused_by_what_it_lacks(run, llama, tmp_path):
+def test_a_model_of_images_is_refused_by_what_it_lacks(run, llama_folder, tmp_path):
     from transformers import ViTConfig, ViTModel
 
     sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32}
     ViTModel(ViTConfig(**sizes)).save_pretrained(tmp_path / "vit")
-    for path in llama.glob("tokenizer*"):
+    for path in llama_folder.glob("tokenizer*"):
         shutil.copy(path, tmp_path / "vit")
     with pytest.raises(InputError, match=r"^model"):
         run(model_path=tmp_path / "vit")
@@ -451,9 +305,3 @@ def test_a_model_without_embeddings_of_tokens_is_refused(run, monkeypatch, embed
     monkeypatch.setattr("transformers.LlamaModel.get_input_embeddings", get)
     with pytest.raises(InputError, match=r"model_path must hold a model that reads tokens, got LlamaModel, which has no embeddings"):
         run()
-
-
-def test_a_folder_that_cannot_be_made_is_refused(run, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"output_dir must be a folder that can be written, got .*file/out: Not a directory\."):
-        run(output_dir=tmp_path / "file" / "out")
