@@ -13,6 +13,13 @@ save_tiny_model("tiny-llama", "llama")
 with open("words_corpus.jsonl", "w") as file:
     for i in range(4):
         file.write('{"text": "the cat sat on mat number %d and then it slept"}\n' % i)
+save_tiny_model("tiny-bert", "bert")
+with open("questions.jsonl", "w") as file:
+    for i in range(4):
+        file.write('{"question": "where do %d cats sit?", "options": "A. mat\\nB. hat", "answer": "A. mat"}\n' % i)
+with open("passages.jsonl", "w") as file:
+    for i in range(12):
+        file.write('{"question": "is %d odd", "passage": "%s", "answer": %s}\n' % (i, ["no", "yes"][i % 2], ["false", "true"][i % 2]))
 EOF
 "$bin/tinyonn" --version
 "$bin/tinyonn" doctor
@@ -21,3 +28,8 @@ EOF
 "$bin/tinyonn" info words.mscan
 "$bin/tinyonn" report words.mscan -o words.html
 test -s words.html
+"$bin/tinyonn" heads score --model-path tiny-llama --data-path questions.jsonl --output-dir scores
+test -s scores/index.html
+"$bin/tinyonn" heads plasticity train --model-path tiny-bert --task boolq --data-path passages.jsonl --output-dir study --eval-size 4 --max-steps 1
+"$bin/tinyonn" heads plasticity measure --task boolq --output-dir study
+test -s study/boolq/seed42/importance_post.jsonl
