@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,13 +172,68 @@ def test_later_steps_take_the_options_of_the_training(
     stats = json.loads((folder / "stats.json").read_text())
     assert (stats["top_k"], stats["high"], stats["low"]) == (3, 80, 40)
     for step in ("measure", "report"):
-        other = cli("heads", "plasticity", step, *place, "--max-length", 16)
-        one_line(other, "max_length 16 (there 128)", command=f"tinyonn heads plasticity {step}")
+        other = cli("heads", "plasticity", step, *place, "--eval-size", 9)
+        one_line(other, "eval_size 9 (there 8)", "options must be those of the training", command=f"tinyonn heads plasticity {step}")
+        assert "--overwrite" not in other.err  # it would not help
     with (folder / "train_config.yaml").open("a") as file:
         file.write("learning_rat: 1\n")
     for step in ("measure", "report"):
         said = f"{folder / 'train_config.yaml'}: option must be one of"
         one_line(cli("heads", "plasticity", step, *place), said, "'learning_rat'", command=f"tinyonn heads plasticity {step}")
+
+
+def test_later_steps_take_the_seeds_that_are_there(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    place = ["--task", "boolq", "--output-dir", out]
+    assert cli("heads", "plasticity", "train", *study(encoder, pairs, out, "--seed", 1, "--seed", 2)).code == 0
+    early = cli("heads", "plasticity", "report", *place)
+    one_line(early, "must hold measure.json", "got none; run tinyonn heads plasticity measure.", command="tinyonn heads plasticity report")
+    for step, mark in (("measure", "measure.json"), ("report", "stats.json")):
+        other = cli("heads", "plasticity", step, *place, "--seed", 2, "--seed", 3)
+        said = "must hold train.json of seed 3, got that of seeds 1, 2; run tinyonn heads plasticity train --seed 3."
+        one_line(other, said, command=f"tinyonn heads plasticity {step}")
+        # One set of options serves all steps.
+        given = [
+            "--model-path",
+            encoder,
+            "--data-path",
+            pairs,
+            "--eval-size",
+            8,
+            "--eval-seed",
+            999,
+            "--top-k",
+            3,
+            "--high",
+            80,
+            "--low",
+            20,
+        ]
+        ran = cli("heads", "plasticity", step, *place, *given)
+        assert ran.code == 0, ran.err
+        assert sorted(path.parent.name for path in (out / "boolq").glob(f"*/{mark}")) == ["seed1", "seed2"]
+
+
+def test_a_step_lists_the_options_that_matter_to_it(cli: Cli) -> None:
+    def options(step: str) -> set[str]:
+        return set(re.findall(r"--[a-z][\w-]*", cli("heads", "plasticity", step, "--help").out))
+
+    everywhere = [
+        "--model-path",
+        "--task",
+        "--data-path",
+        "--seed",
+        "--eval-size",
+        "--eval-seed",
+        "--top-k",
+        "--high",
+        "--low",
+        "--output-dir",
+        "--config",
+    ]
+    assert set(everywhere) <= options("report") < options("measure") < options("train") == options("run")
+    assert not {"--overwrite", "--learning-rate", "--batch-size", "--device"} & options("report")
+    assert "--learning-rate" not in options("measure")
 
 
 def test_seeds_of_another_study_do_not_stop_a_report(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,8 @@ import typer
 
 from .._config import read_yaml
 from .._locks import locked
-from .._study import OPTIONS
+from .._study import MEASURE_STEP, MEASURED, OPTIONS, TRAIN_STEP, TRAINED
+from ..errors import InputError
 from ..heads.plasticity_config import PlasticityConfig
 from . import screen
 from .heads_score import show_progress
@@ -28,24 +30,41 @@ plasticity = typer.Typer(
 )
 
 
-def _command(name: str, steps: Sequence[str], text: str) -> None:
-    """Adds a command of these steps. All take the options of a study; after training, those not given are as the training had them."""
+ModelPath = Annotated[str | None, _option("model_path", "Folder of a transformer, or its name on the hub.", "PATH", "-m")]
+TaskName = Annotated[str | None, _option("task", "mnli, rte, boolq, or a YAML file of your own.", "NAME|FILE", "-t")]
+DataPath = Annotated[
+    str | None, _option("data_path", "File of rows, or folder with train.jsonl and validation.jsonl. [default: of the hub]", "PATH", "-d")
+]
+OutputDir = Annotated[str | None, _option("output_dir", "Results go to DIR/TASK/seedN.", "DIR", "-o", "--output")]
+ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of these options; options given here win.")]
+Seeds = Annotated[list[int] | None, _option("seed", "Of the new classifier and of training; repeat it for several.", "N")]
+LaterSeeds = Annotated[
+    list[int] | None, typer.Option("--seed", metavar="N", help="Repeat it for several. [default: all that are there]", show_default=False)
+]
+EvalSize = Annotated[int | None, _option("eval_size", "Rows measured. [default: the task's, or 1024]", "N")]
+EvalSeed = Annotated[int | None, _option("eval_seed", "Of the choice of these rows.", "N")]
+BatchSize = Annotated[int | None, _option("batch_size", "Rows in one step.", "N")]
+TopK = Annotated[int | None, _option("top_k", "Heads compared by their overlap.", "N")]
+High = Annotated[float | None, _option("high", "Percentile from which a value is high.", "P")]
+Low = Annotated[float | None, _option("low", "Percentile up to which a value is low.", "P")]
+Device = Annotated[str | None, _option("device", "auto, cpu, cuda or cuda:N.", "NAME")]
+
+
+def _training_command(name: str, steps: Sequence[str], text: str) -> None:
+    """Adds a command that trains, alone or before the other steps: it takes all options of a study."""
 
     def command(
-        model_path: Annotated[str | None, _option("model_path", "Folder of a transformer, or its name on the hub.", "PATH", "-m")] = None,
-        task: Annotated[str | None, _option("task", "mnli, rte, boolq, or a YAML file of your own.", "NAME|FILE", "-t")] = None,
-        data_path: Annotated[
-            str | None,
-            _option("data_path", "File of rows, or folder with train.jsonl and validation.jsonl. [default: of the hub]", "PATH", "-d"),
-        ] = None,
-        output_dir: Annotated[str | None, _option("output_dir", "Results go to DIR/TASK/seedN.", "DIR", "-o", "--output")] = None,
-        config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of these options; options given here win.")] = None,
-        seed: Annotated[list[int] | None, _option("seed", "Of the new classifier and of training; repeat it for several.", "N")] = None,
-        eval_size: Annotated[int | None, _option("eval_size", "Rows measured. [default: the task's, or 1024]", "N")] = None,
-        eval_seed: Annotated[int | None, _option("eval_seed", "Of the choice of these rows.", "N")] = None,
+        model_path: ModelPath = None,
+        task: TaskName = None,
+        data_path: DataPath = None,
+        output_dir: OutputDir = None,
+        config: ConfigFile = None,
+        seed: Seeds = None,
+        eval_size: EvalSize = None,
+        eval_seed: EvalSeed = None,
         train_size: Annotated[int | None, _option("train_size", "Rows trained on, at most. [default: all]", "N")] = None,
         max_length: Annotated[int | None, _option("max_length", "Tokens kept of each row.", "N")] = None,
-        batch_size: Annotated[int | None, _option("batch_size", "Rows in one step.", "N")] = None,
+        batch_size: BatchSize = None,
         learning_rate: Annotated[float | None, _option("learning_rate", "At its height.", "X")] = None,
         epochs: Annotated[int | None, _option("epochs", "Passes over the training rows.", "N")] = None,
         max_steps: Annotated[int | None, _option("max_steps", "Steps of training, at most. [default: all]", "N")] = None,
@@ -53,35 +72,20 @@ def _command(name: str, steps: Sequence[str], text: str) -> None:
         weight_decay: Annotated[float | None, _option("weight_decay", "Of matrices.", "X")] = None,
         max_grad_norm: Annotated[float | None, _option("max_grad_norm", "Gradients are scaled down to it.", "X")] = None,
         checkpoint_steps: Annotated[int | None, _option("checkpoint_steps", "Steps between states to go on from.", "N")] = None,
-        top_k: Annotated[int | None, _option("top_k", "Heads compared by their overlap.", "N")] = None,
-        high: Annotated[float | None, _option("high", "Percentile from which a value is high.", "P")] = None,
-        low: Annotated[float | None, _option("low", "Percentile up to which a value is low.", "P")] = None,
+        top_k: TopK = None,
+        high: High = None,
+        low: Low = None,
         dtype: Annotated[Dtype | None, _option("dtype", "Of the products; auto: bf16, else fp16, on a GPU; fp32 on a CPU.")] = None,
-        device: Annotated[str | None, _option("device", "auto, cpu, cuda or cuda:N.", "NAME")] = None,
+        device: Device = None,
         overwrite: Annotated[bool | None, _option("overwrite", "Replace what another configuration left.")] = None,
     ) -> None:
-        explicit = given_options(locals(), _DEFAULTS)
-        seeds = explicit.pop("seed", None) or [None]
-        studies = [_study(config, {**explicit, "seed": number}, new="train" in steps) for number in seeds]
-        run_steps(steps, studies)
+        _run(steps, config, locals())
 
     command.__doc__ = text
     plasticity.command(name)(command)
 
 
-def _study(config: Path | None, explicit: Mapping[str, Any], *, new: bool) -> PlasticityConfig:
-    """A study by the options given, over those of the config file, over (but for a new one) those that its training had."""
-    given = {**(read_yaml(config) if config else {}), **{name: value for name, value in explicit.items() if value is not None}}
-    if new:
-        return PlasticityConfig.from_mapping(given, source=str(config or "a --config file"))
-    place = {"model_path": "."} | {name: given[name] for name in ("task", "output_dir", "seed") if name in given}
-    folder = PlasticityConfig.from_mapping(place).folder
-    trained = read_yaml(folder / OPTIONS) if (folder / OPTIONS).is_file() else {"model_path": "."}
-    PlasticityConfig.from_mapping({**place, **trained}, source=str(folder / OPTIONS))  # what is wrong there is not the config file's
-    return PlasticityConfig.from_mapping({**trained, **given}, source=str(config or "a --config file"))
-
-
-_command(
+_training_command(
     "train",
     ("train",),
     """Fine-tune all weights on a classification task.
@@ -90,25 +94,57 @@ _command(
     command again.
     """,
 )
-_command(
-    "measure",
-    ("measure",),
+
+
+@plasticity.command("measure")
+def _measure_command(
+    model_path: ModelPath = None,
+    task: TaskName = None,
+    data_path: DataPath = None,
+    output_dir: OutputDir = None,
+    config: ConfigFile = None,
+    seed: LaterSeeds = None,
+    eval_size: EvalSize = None,
+    eval_seed: EvalSeed = None,
+    batch_size: BatchSize = None,
+    top_k: TopK = None,
+    high: High = None,
+    low: Low = None,
+    device: Device = None,
+    overwrite: Annotated[bool | None, _option("overwrite", "Measure again what is measured.")] = None,
+) -> None:
     """Measure what each head is worth, and how much it changed.
 
     Loss increase and accuracy drop with the head off, before and after training; gradient norm and Fisher information before; the update
-    of its weights. Options of training that are not given are those that it had; others must be the same.
-    """,
-)
-_command(
-    "report",
-    ("report",),
+    of its weights. Needs --task and --output-dir; model, data and evaluation rows are those of the training, and must be where they are
+    given. What only the report reads is taken too, so that one set of options serves all steps.
+    """
+    _run(("measure",), config, locals())
+
+
+@plasticity.command("report")
+def _report_command(
+    model_path: ModelPath = None,
+    task: TaskName = None,
+    data_path: DataPath = None,
+    output_dir: OutputDir = None,
+    config: ConfigFile = None,
+    seed: LaterSeeds = None,
+    eval_size: EvalSize = None,
+    eval_seed: EvalSeed = None,
+    top_k: TopK = None,
+    high: High = None,
+    low: Low = None,
+) -> None:
     """Join the measurements: statistics, cases, figures, a page.
 
-    Over all seeds of a task, also their means and intervals. Takes the options of the other steps, so that one set serves all; those of
-    training must be the ones that it had.
-    """,
-)
-_command(
+    Over all seeds of a task, also their means and intervals. Needs --task and --output-dir; model, data and evaluation rows are those of
+    the training, and must be where they are given.
+    """
+    _run(("report",), config, locals())
+
+
+_training_command(
     "run",
     ("train", "measure", "report"),
     """Train, measure and report.
@@ -116,6 +152,54 @@ _command(
     What is complete from an earlier run is kept.
     """,
 )
+
+
+def _run(steps: Sequence[str], config: Path | None, values: Mapping[str, Any]) -> None:
+    """The steps of every seed: of those given, else of the config file's, else (but for a new study) of all that are there."""
+    explicit = given_options(values, _DEFAULTS)
+    seeds = explicit.pop("seed", None)
+    given = {**(read_yaml(config) if config else {}), **explicit}
+    source = str(config or "a --config file")
+    if "train" in steps:
+        numbers = seeds or [given.get("seed", _DEFAULTS["seed"])]
+        run_steps(steps, [PlasticityConfig.from_mapping({**given, "seed": number}, source=source) for number in numbers])
+        return
+    place = {"model_path": "."} | {name: given[name] for name in ("task", "output_dir", "seed") if name in given}
+    study = PlasticityConfig.from_mapping(place)
+    numbers = _later_seeds(study.folder.parent, seeds or ([study.seed] if "seed" in given else []), steps[-1])
+    run_steps(steps, [_trained_study({**given, "seed": number}, {**place, "seed": number}, source) for number in numbers])
+
+
+def _trained_study(given: Mapping[str, Any], place: Mapping[str, Any], source: str) -> PlasticityConfig:
+    """A study by the options given, over those that its training had."""
+    options = PlasticityConfig.from_mapping(place).folder / OPTIONS
+    trained = read_yaml(options) if options.is_file() else {"model_path": "."}
+    PlasticityConfig.from_mapping({**place, **trained}, source=str(options))  # what is wrong there is not the config file's
+    return PlasticityConfig.from_mapping({**trained, **given}, source=source)
+
+
+def _later_seeds(folder: Path, asked: Sequence[int], step: str) -> Sequence[int]:
+    """The seeds that a step after training is for: those asked for, or all of OUTPUT/TASK that are ready for it.
+
+    Raises:
+        InputError: one that is asked for, or all, lack what an earlier step writes; the line names those that are there and that step.
+    """
+    needed = [(TRAINED, TRAIN_STEP), *([(MEASURED, MEASURE_STEP)] if step == "report" else [])]
+    ready: Sequence[int] = ()
+    for file, remedy in needed:
+        ready = _seeds_with(folder, file)
+        lacking = [number for number in asked if number not in ready]
+        if lacking or not ready:
+            wanted = f"{file} of seed {lacking[0]}" if lacking else f"{file} of at least one seed"
+            there = f"that of seed{'s' * (len(ready) > 1)} {', '.join(map(str, ready))}" if ready else "none"
+            raise InputError(f"{folder} must hold {wanted}, got {there}; run {remedy}{f' --seed {lacking[0]}' if lacking else ''}.")
+    return asked or ready
+
+
+def _seeds_with(folder: Path, file: str) -> list[int]:
+    """Seeds of OUTPUT/TASK whose folders hold a file."""
+    found = (re.fullmatch(r"seed(0|[1-9][0-9]*)", path.parent.name) for path in folder.glob(f"seed*/{file}"))
+    return sorted(int(name[1]) for name in found if name)
 
 
 def run_steps(steps: Sequence[str], studies: Sequence[PlasticityConfig]) -> None:

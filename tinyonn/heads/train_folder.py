@@ -89,8 +89,11 @@ def has_weights(checkpoint: Path, record: object, *, thorough: bool) -> bool:
     )
 
 
-def check_same(folder: Path, options: dict[str, Any]) -> None:
+def check_same(folder: Path, options: dict[str, Any], *, trains: bool = False) -> None:
     """Refuses a folder that holds the training of other options, or the record of another training than its options name.
+
+    Args:
+        trains: whether it is asked for a training, which another folder or `overwrite` may serve; a later step has no choice.
 
     Raises:
         InputError: naming the options that differ.
@@ -98,14 +101,15 @@ def check_same(folder: Path, options: dict[str, Any]) -> None:
     path = folder / OPTIONS
     if not path.is_file():
         if (folder / TRAINED).exists():
-            raise InputError(f"output_dir must hold {OPTIONS} beside {TRAINED}, got none in {folder}; --overwrite trains again.")
+            raise InputError(f"output_dir must hold {OPTIONS} beside {TRAINED}, got none in {folder}; run {TRAIN_AGAIN}.")
         return
     before = read_yaml(path)
     if differing := [f"{name} {options[name]} (there {before.get(name)})" for name in options if options[name] != before.get(name)]:
-        raise InputError(
-            f"output_dir must be another one, or --overwrite be given, where options differ from those of the training in {folder}, got "
-            f"{', '.join(differing)}."
-        )
+        if trains:
+            rule = f"output_dir must be another one, or --overwrite be given, where options differ from those of the training in {folder}"
+        else:
+            rule = f"options must be those of the training in {folder} where they are given"
+        raise InputError(f"{rule}, got {', '.join(differing)}.")
     if not (folder / TRAINED).exists():
         return
     ended = read_trained(folder)["options"]

@@ -90,7 +90,7 @@ def _train(
 ) -> TrainResult:
     folder = config.folder
     if not config.overwrite:
-        check_same(folder, options)
+        check_same(folder, options, trains=True)
         if is_complete(folder):
             (folder / STATE).unlink(missing_ok=True)  # killed between its last file and this
             report(Progress("training", 1.0, f"kept: {folder} holds a complete training of these options"))
