@@ -18,9 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from tinyonn.heads.summary import summarise
 from tinyonn.mscan import Integral, LayoutEntry, MscanWriter, SequenceRecord, layout_groups
 
+HOSTILE = "</script><img src=x onerror=alert(1)>"
 METADATA = {
     "model": "tiny-model",
     "topic": "python",
@@ -174,6 +177,73 @@ def make_scan(tmp_path: Path) -> Callable[..., Scan]:
                 for kind, value in (("activation", a), ("gradient", g), ("sps", sps), ("loss", loss), ("token_ids", token_ids)):
                     getattr(scan, kind).append(value)
         return scan
+
+    return make
+
+
+def write_grid(path, columns):
+    """A CSV of one line a head from (layers, heads) columns."""
+    layers, heads = next(iter(columns.values())).shape
+    lines = [",".join(["layer", "head", *columns])]
+    for place in np.ndindex(layers, heads):
+        lines.append(",".join([*map(str, place), *(f"{values[place]:.9g}" for values in columns.values())]))  # noqa: PERF401
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def hostile():
+    """A name that a page must show as text."""
+    return HOSTILE
+
+
+@pytest.fixture
+def make_scores(tmp_path):
+    """A folder as `tinyonn heads score` writes it; returns it and its columns."""
+
+    def make(layers=4, heads=6, mode="zscore", extra=False, flat=False):
+        rng = np.random.default_rng(5)
+        names = ["out", "ent", "task", *(["peak"] if extra else [])]
+        raw = {name: np.full((layers, heads), -2.0) if flat else rng.normal(size=(layers, heads)) - 2 for name in names}
+        rank = {name: values.argsort(axis=1).argsort(axis=1) + 1.0 for name, values in raw.items()}
+        norm = {
+            name: (rank[name] - 1) / (heads - 1)
+            if mode == "percentile"
+            else (values - values.mean(1, keepdims=True)) / (1 if flat else values.std(1, keepdims=True))
+            for name, values in raw.items()
+        }
+        combined = rank["out"] + 0.5 * rank["ent"] + rank["task"]
+        write_grid(tmp_path / "scores_raw.csv", {f"{name}_raw": values for name, values in raw.items()})
+        write_grid(tmp_path / "scores_norm.csv", {f"{name}_z": values for name, values in norm.items()})
+        write_grid(tmp_path / "scores_combined.csv", {"combined": combined})
+        order = np.argsort(-combined, axis=None, kind="stable")[:5]
+        ranked = [(rank, *divmod(int(flat), heads)) for rank, flat in enumerate(order, start=1)]
+        listed = [{"rank": rank, "layer": layer, "head": head, "combined": combined[layer, head]} for rank, layer, head in ranked]
+        (tmp_path / "topk_global.json").write_text(json.dumps(listed))
+        per_layer = {
+            str(layer): [
+                {"rank": rank, "head": int(head), "combined": combined[layer, head]}
+                for rank, head in enumerate(np.argsort(-combined[layer], kind="stable")[:5], start=1)
+            ]
+            for layer in range(layers)
+        }
+        (tmp_path / "topk_per_layer.json").write_text(json.dumps(per_layer))
+        summary = {"model": "org/tiny", "data": HOSTILE, "samples": 1024, "tokens": 5000, "layers": layers, "heads": layers * heads}
+        (tmp_path / "summary.json").write_text(json.dumps(summary | {"versions": {"torch": "2.13"}}))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model_path": "org/tiny", "norm_mode": mode, "lambda_ent": 0.5}))
+        return tmp_path, raw, norm, combined
+
+    return make
+
+
+@pytest.fixture
+def make_run(make_seed, tmp_path):
+    """One seed with its report; returns the folder and its columns."""
+
+    def make(seed=0, layers=4, heads=10, **columns):
+        folder = tmp_path / "boolq" / f"seed{seed}"
+        drawn = make_seed(folder, layers, heads, seed, model=f"/models/{HOSTILE}", **columns)
+        summarise(folder)
+        return folder, drawn
 
     return make
 

@@ -8,76 +8,11 @@ import re
 
 import numpy as np
 import pytest
-import yaml
 
 from tinyonn.errors import InputError
 from tinyonn.heads.seeds import aggregate
-from tinyonn.heads.summary import summarise
 from tinyonn.report import charts, head_figures, write_plasticity_aggregate, write_plasticity_page, write_scores_page
 from tinyonn.report.maps import choose_scale
-
-HOSTILE = "</script><img src=x onerror=alert(1)>"
-
-
-def write_grid(path, columns):
-    """A CSV of one line a head from (layers, heads) columns."""
-    layers, heads = next(iter(columns.values())).shape
-    lines = [",".join(["layer", "head", *columns])]
-    for place in np.ndindex(layers, heads):
-        lines.append(",".join([*map(str, place), *(f"{values[place]:.9g}" for values in columns.values())]))  # noqa: PERF401
-    path.write_text("\n".join(lines) + "\n")
-
-
-@pytest.fixture
-def make_scores(tmp_path):
-    """A folder as `tinyonn heads score` writes it; returns it and its columns."""
-
-    def make(layers=4, heads=6, mode="zscore", extra=False, flat=False):
-        rng = np.random.default_rng(5)
-        names = ["out", "ent", "task", *(["peak"] if extra else [])]
-        raw = {name: np.full((layers, heads), -2.0) if flat else rng.normal(size=(layers, heads)) - 2 for name in names}
-        rank = {name: values.argsort(axis=1).argsort(axis=1) + 1.0 for name, values in raw.items()}
-        norm = {
-            name: (rank[name] - 1) / (heads - 1)
-            if mode == "percentile"
-            else (values - values.mean(1, keepdims=True)) / (1 if flat else values.std(1, keepdims=True))
-            for name, values in raw.items()
-        }
-        combined = rank["out"] + 0.5 * rank["ent"] + rank["task"]
-        write_grid(tmp_path / "scores_raw.csv", {f"{name}_raw": values for name, values in raw.items()})
-        write_grid(tmp_path / "scores_norm.csv", {f"{name}_z": values for name, values in norm.items()})
-        write_grid(tmp_path / "scores_combined.csv", {"combined": combined})
-        order = np.argsort(-combined, axis=None, kind="stable")[:5]
-        ranked = [(rank, *divmod(int(flat), heads)) for rank, flat in enumerate(order, start=1)]
-        listed = [{"rank": rank, "layer": layer, "head": head, "combined": combined[layer, head]} for rank, layer, head in ranked]
-        (tmp_path / "topk_global.json").write_text(json.dumps(listed))
-        per_layer = {
-            str(layer): [
-                {"rank": rank, "head": int(head), "combined": combined[layer, head]}
-                for rank, head in enumerate(np.argsort(-combined[layer], kind="stable")[:5], start=1)
-            ]
-            for layer in range(layers)
-        }
-        (tmp_path / "topk_per_layer.json").write_text(json.dumps(per_layer))
-        summary = {"model": "org/tiny", "data": HOSTILE, "samples": 1024, "tokens": 5000, "layers": layers, "heads": layers * heads}
-        (tmp_path / "summary.json").write_text(json.dumps(summary | {"versions": {"torch": "2.13"}}))
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model_path": "org/tiny", "norm_mode": mode, "lambda_ent": 0.5}))
-        return tmp_path, raw, norm, combined
-
-    return make
-
-
-@pytest.fixture
-def make_run(make_seed, tmp_path):
-    """One seed with its report; returns the folder and its columns."""
-
-    def make(seed=0, layers=4, heads=10, **columns):
-        folder = tmp_path / "boolq" / f"seed{seed}"
-        drawn = make_seed(folder, layers, heads, seed, model=f"/models/{HOSTILE}", **columns)
-        summarise(folder)
-        return folder, drawn
-
-    return make
 
 
 def colours(path):
@@ -188,6 +123,18 @@ def test_plasticity_page_shows_cases_and_statistics(make_run, parse):
     assert all(colours(path) > 20 for path in written.pngs)
 
 
+def test_each_table_of_first_heads_shows_the_accuracy_drop_that_belongs_to_it(make_run, parse):
+    folder, columns = make_run()
+    tables = [table for table in parse(write_plasticity_page(folder, figures_too=False).html).tables if table[0][0] == "#"]
+    for table, column, when in zip(tables, ("I_pre", "I_post", "Urel"), ("pre", "post", "post"), strict=True):
+        named = "accuracy drop " + {"pre": "before", "post": "after"}[when]
+        first = dict(zip(table[0], table[1], strict=True))
+        best = np.unravel_index(np.argmax(columns[column]), columns[column].shape)
+        assert (int(first["layer"]), int(first["head"])) == best
+        assert float(first[named]) == pytest.approx(columns[f"accuracy_drop_{when}"][best], rel=1e-3)
+        assert [name for name in table[0] if name.startswith("accuracy")] == [named]
+
+
 def test_plasticity_figures_without_spread_say_not_defined(make_run, parse):
     folder, _ = make_run(U=np.zeros((4, 10)), Urel=np.full((4, 10), 0.5))
     written = write_plasticity_page(folder)
@@ -245,7 +192,7 @@ def test_aggregate_page_of_one_seed_says_that_it_gives_no_interval(make_run, par
     assert row[3:6] == ["–", "–", "–"]
 
 
-def test_hostile_names_stay_text(make_scores, make_run, parse):
+def test_hostile_names_stay_text(make_scores, make_run, parse, hostile):
     folder, _ = make_run()
     aggregate(folder.parent)
     pages = [
@@ -256,7 +203,7 @@ def test_hostile_names_stay_text(make_scores, make_run, parse):
     for written in pages:
         parser = parse(written.html)
         assert "img" not in parser.tags
-        assert HOSTILE.partition("/")[2] in parser.text  # of a path the last part is shown
+        assert hostile.partition("/")[2] in parser.text  # of a path the last part is shown
         assert not [value for _, name, value in parser.attributes if name == "src" or (name == "href" and value != "data:,")]
 
 
@@ -378,6 +325,21 @@ def test_pages_draw_every_map_without_a_message(width, scheme, make_scores, make
         assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
         assert browser.run("return Object.values(heatMaps).map(map => +map.canvas.dataset.cells)") == [cells] * maps
         assert browser.run("return [...document.querySelectorAll('svg.chart')].every(svg => svg.getBoundingClientRect().width > 100)")
+
+
+@pytest.mark.parametrize("width", [1400, 1300])
+def test_no_table_is_cut_on_a_desktop(width, make_scores, make_run, browser):
+    for seed in range(10):
+        folder, _ = make_run(seed, I_pre=np.linspace(-1, 1, 40).reshape(4, 10) * 1.23456e-3, Urel=np.linspace(1, -1, 40).reshape(4, 10))
+    aggregate(folder.parent)
+    cut = "return [...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth).map(box => box.ariaLabel)"
+    for written in (
+        write_plasticity_page(folder, figures_too=False),
+        write_plasticity_aggregate(folder.parent),
+        write_scores_page(make_scores(30, 9)[0], figures_too=False),
+    ):
+        browser.open(written.html, width=width)
+        assert browser.run(cut) == []
 
 
 def test_views_switch_the_score_maps_but_not_their_fusion(make_scores, browser):

@@ -40,14 +40,15 @@ def json_element(name: str, value: object) -> str:
     return f'<script type="application/json" id="{text(name)}">{body}</script>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, caption: str = "", numeric: Sequence[int] = ()) -> str:
-    """A table; numeric columns are right-aligned. Floats get four significant digits."""
-    right = set(numeric)
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[object]], *, caption: str = "", numeric: Sequence[int] = (), wrapped: Sequence[int] = ()
+) -> str:
+    """A table; numeric columns are right-aligned, wrapped ones may take several lines. Floats get four significant digits."""
+    kinds = {**dict.fromkeys(numeric, " class=num"), **dict.fromkeys(wrapped, " class=wrap")}
     cells = "".join(
-        "<tr>" + "".join(f"<td{' class=num' if column in right else ''}>{_cell(value)}</td>" for column, value in enumerate(row)) + "</tr>"
-        for row in rows
+        "<tr>" + "".join(f"<td{kinds.get(column, '')}>{_cell(value)}</td>" for column, value in enumerate(row)) + "</tr>" for row in rows
     )
-    titles = "".join(f'<th scope="col"{" class=num" if column in right else ""}>{text(title)}</th>' for column, title in enumerate(head))
+    titles = "".join(f'<th scope="col"{kinds.get(column, "")}>{text(title)}</th>' for column, title in enumerate(head))
     label = f"<caption>{text(caption)}</caption>" if caption else ""
     whole = f"<table>{label}<thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table>"
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption or "table")}">{whole}</div>'

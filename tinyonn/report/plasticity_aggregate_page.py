@@ -127,14 +127,16 @@ def _acceptance(found: Mapping[str, Any]) -> str:
         rows.append(
             [row["figure"].replace("rho", "ρ"), row["rule"].replace(">=", "≥"), f"{row['met']} of {row['met'] + row['missed']}", values]
         )
-    listing = table(["figure", "wanted", "seeds that meet it", "values by seed"], rows, caption="The original study's figures")
+    listing = table(
+        ["figure", "wanted", "seeds that meet it", "values by seed"], rows, caption="The original study's figures", wrapped=(3,)
+    )
     agreement = table(
         ["column", "ρ between seeds", "pairs of seeds"],
         [[row["column"], decimals(row["rho"]), row["pairs"]] for row in found["agreement"]],
         caption="Whether another seed finds the same heads: mean rank correlation between every two seeds",
         numeric=(1, 2),
     )
-    body = f'<div class="grid2"><div class="card">{listing}</div><div class="card">{agreement}</div></div>'
+    body = f'<div class="grid-tables"><div class="card">{listing}</div><div class="card">{agreement}</div></div>'
     return section("acceptance", "From seed to seed", body, lead=judged_line(found["pairs"], found["acceptance"]))
 
 

@@ -40,6 +40,7 @@ from .report import ReportResult
 STATIC, PLASTIC = "important-but-static", "plastic-but-unimportant"
 KEYS = {STATIC: "important_but_static", PLASTIC: "plastic_but_unimportant"}
 _LOSS_POINTS = 100
+_WHEN = {"pre": "before", "post": "after"}
 MEANINGS = {
     "I_pre, I_post": "importance before and after training: by how much the loss on the measured rows rises (nats) when the head's output "
     "is set to 0. Below 0, the model does better without the head.",
@@ -361,17 +362,17 @@ def _cases(cases: Mapping[str, Any]) -> str:
 
 def _tops(heads: HeadColumns, top: int) -> str:
     cards = []
-    for column, title in (
-        ("I_pre", "Most important before training"),
-        ("I_post", "Most important after training"),
-        ("Urel", "Most changed"),
+    for column, title, when in (
+        ("I_pre", "Most important before training", "pre"),
+        ("I_post", "Most important after training", "post"),
+        ("Urel", "Most changed", "post"),
     ):
         order = np.argsort(-heads.columns[column], kind="stable")[:top]
         rows: list[list[object]] = []
         for rank, line in enumerate(order.tolist(), start=1):
-            numbers = [heads.columns[name][line] for name in ("I_pre", "I_post", "accuracy_drop_pre", "Urel")]
+            numbers = [heads.columns[name][line] for name in ("I_pre", "I_post", f"accuracy_drop_{when}", "Urel")]
             rows.append([rank, *heads.places[line], *numbers, heads.words["kind"][line]])
-        head = ["#", "layer", "head", "I_pre", "I_post", "accuracy drop", "Urel", "case"]
+        head = ["#", "layer", "head", "I_pre", "I_post", f"accuracy drop {_WHEN[when]}", "Urel", "case"]
         listing = table(head, rows, caption=f"{title}, {len(rows)} heads", numeric=range(7))
         cards.append(f'<div class="card">{listing}</div>')
-    return section("top", "Heads that come first", f'<div class="grid2">{"".join(cards)}</div>')
+    return section("top", "Heads that come first", f'<div class="grid-tables">{"".join(cards)}</div>')
