@@ -47,6 +47,13 @@ def test_help_fits_80_columns(cli: Cli, command: str) -> None:
         pytest.fail(f"{command} {option} says nothing of itself")
 
 
+@pytest.mark.parametrize("group", ["heads", "heads plasticity"])
+def test_a_group_without_a_command_is_its_help(cli: Cli, group: str) -> None:
+    ran = cli(*group.split())
+    assert ran == cli(*group.split(), "--help")
+    assert "Commands:\n" in ran.out
+
+
 def test_version(cli: Cli) -> None:
     assert cli("--version").out == f"tinyonn {tinyonn.__version__}\n"
     assert shell("--version").stdout == f"tinyonn {tinyonn.__version__}\n"

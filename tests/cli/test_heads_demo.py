@@ -47,7 +47,11 @@ def test_the_demo_ends_with_its_pages_and_keeps_its_study(cli: Cli, wheels: None
     again = cli("heads", "demo", *given)
     assert again.out.count("kept from an earlier run") == 2
     other = [*given[:-1], 40]
-    assert "--overwrite" in cli("heads", "demo", *other).err
+    log = out / "smollm2-commonsenseqa" / "run.log"
+    before = log.read_bytes()
+    refused = cli("heads", "demo", *other)
+    one_line(refused, "output_dir must be another one, or --overwrite", "max_length 40 (there 48)", command="tinyonn heads demo")
+    assert log.read_bytes() == before  # refused before any work
     assert cli("heads", "demo", *other, "--overwrite").code == 0
 
 

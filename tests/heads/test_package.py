@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 
 def test_no_public_name_is_a_module():
     program = """
@@ -20,3 +22,10 @@ print(len(heads.__all__))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 15
+
+
+@pytest.mark.parametrize("package", ["heads", "scan"])
+def test_what_is_loaded_when_asked_for_is_listed_before(package):
+    program = f"import sys, tinyonn.{package} as it; print(set(it.__all__) <= set(dir(it)), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]

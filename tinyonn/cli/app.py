@@ -67,7 +67,9 @@ def run(arguments: Sequence[str]) -> int:
     """
     command = get_command(app)
     try:
-        with command.make_context("tinyonn", list(arguments) or ["--help"]) as context:
+        name, named = _command_named(command, arguments)
+        asked = [*arguments, "--help"] if _is_group(named) and len(name.split()) == len(arguments) + 1 else list(arguments)
+        with command.make_context("tinyonn", asked) as context:
             command.invoke(context)
         if sys.stdout is not None:  # closed by whoever started us
             sys.stdout.flush()
@@ -78,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (Exception, KeyboardInterrupt) as error:
-        ending = None if os.environ.get("TINYONN_DEBUG") else explain(error, _command_name(command, arguments))
+        ending = None if os.environ.get("TINYONN_DEBUG") else explain(error, _command_named(command, arguments)[0])
         if ending is None:
             raise
         say(ending.line)
@@ -86,11 +88,15 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _command_name(command: Any, arguments: Sequence[str]) -> str:
-    """`tinyonn`, or with the commands that were named: `tinyonn heads score`."""
+def _is_group(command: Any) -> bool:
+    return bool(getattr(command, "commands", {}))
+
+
+def _command_named(command: Any, arguments: Sequence[str]) -> tuple[str, Any]:
+    """`tinyonn`, or with the commands that were named: `tinyonn heads score`; and the last of them."""
     name = "tinyonn"
     for argument in arguments:
         inside = getattr(command, "commands", {})
         if argument in inside:
             name, command = f"{name} {argument}", inside[argument]
-    return name
+    return name, command

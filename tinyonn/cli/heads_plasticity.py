@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 _DEFAULTS = field_defaults(PlasticityConfig)
 _option = partial(config_option, _DEFAULTS)
 
-plasticity = typer.Typer(
-    help="Fine-tune a classifier, and compare what its heads are worth with how much they change.", no_args_is_help=True
-)
+plasticity = typer.Typer(help="Fine-tune a classifier, and compare what its heads are worth with how much they change.")
 
 
 ModelPath = Annotated[str | None, _option("model_path", "Folder of a transformer, or its name on the hub.", "PATH", "-m")]

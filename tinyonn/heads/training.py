@@ -85,6 +85,16 @@ def train(config: PlasticityConfig, progress: Callable[[Progress], None] | None 
         return _train(config, progress or _silent, device, precision, options)
 
 
+def check_options(config: PlasticityConfig) -> None:
+    """Refuses what `train` would: a folder with the training of other options, unless it is to be replaced.
+
+    Raises:
+        InputError: naming the options that differ.
+    """
+    if not config.overwrite:
+        check_same(config.folder, training_options(config, resolve_precision(config.dtype, resolve_device(config.device))), trains=True)
+
+
 def _train(
     config: PlasticityConfig, report: Callable[[Progress], None], device: torch.device, precision: torch.dtype, options: dict[str, Any]
 ) -> TrainResult:
