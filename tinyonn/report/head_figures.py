@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,20 @@ from .figures import draw_map, new_figure, safe_label, save_figure
 from .maps import HeatMap, Normalisation
 
 _MANY = 800  # heads, from which on points are drawn smaller
+_POWERS = (-2, 4)  # of ten, beyond which the labels of an axis share one in its title
+_LETTERS = 10  # of a map's title, an inch of the figure
 _MARKERS = {"circle": "o", "square": "s", "triangle": "^"}
 
 
-def draw_head_map(path: Path, title: str, heat_map: HeatMap, how: Normalisation, layers: Sequence[str], num_heads: int) -> None:
-    """One map of layers × heads, input layer on top."""
-    figure = new_figure(min(max(4.6, 0.3 * num_heads + 2.2), 11.0), min(max(3.0, 0.26 * len(layers) + 1.5), 9.0))
+def draw_head_map(path: Path, title: str, where: str, heat_map: HeatMap, how: Normalisation, layers: Sequence[str], num_heads: int) -> None:
+    """One map of layers × heads, input layer on top; under its title, of which model and data it is."""
+    width = min(max(4.6, 0.3 * num_heads + 2.2), 11.0)
+    figure = new_figure(width, min(max(3.0, 0.26 * len(layers) + 1.5), 9.0))
     axes = figure.add_subplot(1, 1, 1)
     values, scale = heat_map.views[how]
     draw_map(figure, axes, values, scale, layers, [str(head) for head in range(num_heads)], "head")
-    axes.set_title(safe_label(title), fontsize=11)
+    lines = [*textwrap.wrap(title, int(_LETTERS * width)), *textwrap.wrap(where, int(_LETTERS * width))]
+    axes.set_title("\n".join(map(safe_label, lines)), fontsize=9)
     save_figure(figure, path)
 
 
@@ -48,8 +53,10 @@ def draw_head_scatters(path: Path, title: str, plots: Sequence[HeadScatter], x_t
         for group in plot.groups:
             label = safe_label(f"{group.name} ({len(group.x):,})")
             axes.scatter(group.x, group.y, marker=_MARKERS[group.shape], s=size, alpha=0.75, linewidths=0, label=label)
-        _bend(axes, "x", np.concatenate([group.x for group in plot.groups]))
-        _bend(axes, "y", np.concatenate([group.y for group in plot.groups]))
+        axes.set_xlabel(safe_label(x_title))
+        axes.set_ylabel(safe_label(plot.y_title))
+        _label_ticks(axes, "x", np.concatenate([group.x for group in plot.groups]))
+        _label_ticks(axes, "y", np.concatenate([group.y for group in plot.groups]))
         small: dict[str, Any] = {"fontsize": 7, "color": "0.3"}
         for name, value in plot.x_marks:
             axes.axvline(value, color="0.4", linestyle="--", linewidth=0.9)
@@ -57,8 +64,6 @@ def draw_head_scatters(path: Path, title: str, plots: Sequence[HeadScatter], x_t
         for name, value in plot.y_marks:
             axes.axhline(value, color="0.4", linestyle="--", linewidth=0.9)
             axes.text(1.01, value, safe_label(name), transform=axes.get_yaxis_transform(), ha="left", va="center", **small)
-        axes.set_xlabel(safe_label(x_title))
-        axes.set_ylabel(safe_label(plot.y_title))
         axes.set_title(safe_label(plot.title), fontsize=11, pad=16)
         axes.grid(alpha=0.3)
         if number == 1:
@@ -72,6 +77,7 @@ def draw_statistics(
     """Rank correlations with their intervals beside the overlaps with chance; dashed lines at the study's figures, for what they judge."""
     figure = new_figure(9.0, 1.8 + 0.5 * len(correlations))
     figure.suptitle(safe_label(title), fontsize=12)
+    figure.get_layout_engine().set(wspace=0.06)  # keeps the last tick of one panel off the first of the other
     places = np.arange(len(correlations))
     left, right = figure.subplots(1, 2, sharey=True)
     for place, row in zip(places, correlations, strict=True):
@@ -108,11 +114,23 @@ def draw_statistics(
     save_figure(figure, path)
 
 
-def _bend(axes: Any, axis: str, values: np.ndarray) -> None:
+def _label_ticks(axes: Any, name: str, values: np.ndarray) -> None:
+    """Few ticks with short labels; a power of ten or an offset that they share goes into the title of the axis."""
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+    axis = getattr(axes, f"{name}axis")
     width = linear_width(values)
-    if width is None:
+    if width is not None:
+        getattr(axes, f"set_{name}scale")("asinh", linear_width=width)
+        ticks = bent_ticks(float(values.min()), float(values.max()), width)
+        axis.set_ticks(ticks, [format_number(tick) for tick in ticks], minor=False)
+        axis.set_ticks([], minor=True)
         return
-    getattr(axes, f"set_{axis}scale")("asinh", linear_width=width)
-    ticks = bent_ticks(float(values.min()), float(values.max()), width)
-    getattr(axes, f"set_{axis}ticks")(ticks, [format_number(tick) for tick in ticks], minor=False)
-    getattr(axes, f"set_{axis}ticks")([], minor=True)
+    formatter = ScalarFormatter(useMathText=True)
+    formatter.set_powerlimits(_POWERS)
+    axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(formatter)
+    formatter.set_locs(axis.get_majorticklocs())
+    if formatter.get_offset():
+        axis.set_label_text(f"{axis.get_label_text()} ({formatter.get_offset()})")
+        axis.offsetText.set_visible(False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -60,10 +60,11 @@ def write_scores_page(folder: str | os.PathLike[str], *, figures_too: bool = Tru
     maps = score_maps(raw, norm, combined, str(config.get("norm_mode", "zscore")))
     drawn = []
     if figures_too:
+        where = f"{short_model(summary.get('model', config.get('model_path')))} on {short_data(summary.get('data'))}"
         for heat_map in maps:
             drawn.append(root / f"map_{heat_map.key}.png")
             title = f"{heat_map.title}, {'by layer' if 'layer' in heat_map.views else 'weighted sum of ranks'}"
-            draw_head_map(drawn[-1], title, heat_map, _first_view(heat_map), raw.layers, raw.num_heads)
+            draw_head_map(drawn[-1], title, where, heat_map, _first_view(heat_map), raw.layers, raw.num_heads)
     try:
         content = _page(raw, norm, maps, summary, config, *tops)
     except (KeyError, TypeError) as error:
@@ -119,6 +120,11 @@ def short_model(model: object) -> str:
     """A model's name without the folders before it."""
     name = str(model or "a model")
     return Path(name).name or name
+
+
+def short_data(data: object) -> str:
+    """A data file with the folder that it lies in, which often has the data set's name."""
+    return "/".join(PurePath(str(data or "data")).parts[-2:])
 
 
 def _first_view(heat_map: HeatMap) -> Normalisation:

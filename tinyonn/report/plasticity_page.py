@@ -167,7 +167,7 @@ def _draw(root: Path, heads: HeadColumns, stats: Mapping[str, Any], cases: Mappi
     draw_statistics(drawn[-1], f"Importance and change: {where}", *_dot_rows(stats), study_limits(stats["acceptance"]))
     for heat_map in (heat_map for heat_map in maps if heat_map.key in MAP_FILES):
         drawn.append(root / MAP_FILES[heat_map.key])
-        draw_head_map(drawn[-1], f"{heat_map.title}: {where}", heat_map, "none", heads.layers, heads.num_heads)
+        draw_head_map(drawn[-1], heat_map.title, where, heat_map, "none", heads.layers, heads.num_heads)
     return tuple(drawn)
 
 
