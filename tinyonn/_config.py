@@ -19,10 +19,15 @@ MAX_INT, MAX_SEED = 2**31 - 1, 2**63 - 1  # what sizes and seeds may be in the l
 Config = TypeVar("Config")
 
 
-def read_yaml(path: str | os.PathLike[str], /, **overrides: Any) -> dict[str, Any]:
+def read_yaml(path: str | os.PathLike[str], name: str = "config", /, **overrides: Any) -> dict[str, Any]:
     """Options from a YAML mapping; hyphens in keys become underscores. `overrides` that are not None win over the file.
 
     Aliases are refused: a few lines of them stand for more values than a memory holds.
+
+    Args:
+        path: the file.
+        name: of the option that gave it, for messages.
+        **overrides: more options.
 
     Raises:
         InputError: the file is missing, not a mapping, or has an alias.
@@ -47,12 +52,12 @@ def read_yaml(path: str | os.PathLike[str], /, **overrides: Any) -> dict[str, An
         if isinstance(content, Mapping):
             content = {str(key).replace("-", "_"): value for key, value in content.items()}
     except OSError as error:
-        raise InputError(f"config must be a readable file, got {file}: {error.strerror}.") from error
+        raise InputError(f"{name} must be a readable file, got {file}: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no YAML, no UTF-8, no such day, nesting without end
         reason = " ".join(str(error).split())
-        raise InputError(f"config must be valid YAML, got {file}: {reason}.") from error
+        raise InputError(f"{name} must be valid YAML, got {file}: {reason}.") from error
     if not isinstance(content, Mapping):
-        raise InputError(f"config must be a YAML mapping of options, got {type(content).__name__} in {file}.")
+        raise InputError(f"{name} must be a YAML mapping of options, got {type(content).__name__} in {file}.")
     given = {name: value for name, value in overrides.items() if value is not None}
     return {**content, **given}
 
@@ -67,11 +72,13 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any], *, source: str, r
     Raises:
         InputError: an unknown key (near names are given), or a required one is missing.
     """
-    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    known = {field.name for field in fields}
     for key in values:
         if key not in known:
             near = did_you_mean(key, sorted(known), 3)
-            raise InputError(f"{source}: option must be one of {cls.__name__}'s fields, got {shown(key)}{near}")
+            listed = f"; they are {', '.join(field.name for field in fields)}." if near == "." else near
+            raise InputError(f"{source}: option must be a known one, got {shown(key)}{listed}")
     for name in required:
         if values.get(name) is None:
             raise InputError(f"{name} must be given, in {source} or as --{name.replace('_', '-')}.")
@@ -128,6 +135,23 @@ def check_number(
     below_highest = value < math.inf if maximum is None else value <= maximum
     if not (above_lowest and below_highest):
         raise InputError(f"{name} must be {' and '.join(rules)}, got {value}.")
+
+
+def local_model(model_path: str) -> Path | None:
+    """The folder of a model; None for what may be the name of one on the hub. Looks for its config.json alone.
+
+    Raises:
+        InputError: no such folder, or no model in it.
+    """
+    path = Path(model_path).expanduser().absolute()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            held = sorted(entry.name for entry in path.iterdir())[:5]
+            raise InputError(f"model_path must be a folder with config.json, got {model_path} (holds {', '.join(held) or 'nothing'}).")
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or model_path.startswith("."):
+        raise InputError(f"model_path must be an existing folder or a hub id, got {model_path}.")
+    return None
 
 
 def check_bool(config: object, name: str) -> None:

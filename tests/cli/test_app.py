@@ -80,6 +80,7 @@ def test_help_waits_for_nothing_heavy() -> None:
         (["demo", "--limit", "3"], ["'--limit': '3' is not greater than or equal to 8."]),
         (["scan", "--store", "all"], ["'--store': 'all' is not one of 'records', 'integral'."]),
         (["scan", "--credit", "ful"], ["'--credit': 'ful' is not one of 'full', 'local'; did you mean 'full'?"]),
+        (["heads", "score", "--score-query-mode", "last"], ["'last' is not one of 'last_token', 'all_tokens'"]),
         (["scan", "extra"], ["unexpected extra argument", "extra"]),
         (["corpus"], ["Missing argument 'source'"]),
         (["corpus", "x.jsonl"], ["Missing option", "--topic"]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,29 @@ def test_bad_scoring_is_one_line(
     assert not list((tmp_path / "out").glob("*.csv"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "-m", "{here}", "-d", "{here}/nowhere.jsonl", "-o", "{here}/out"], "data_path must be an existing file"),
+        (["score", "-m", "{here}/no/model", "-d", "{here}/data.jsonl", "-o", "{here}/out"], "model_path must be an existing folder"),
+        (["plasticity", "run", "-t", "rte", "-m", "{here}/no/model", "-d", "{here}", "-o", "{here}/out"], "model_path must be an existing"),
+        (["plasticity", "run", "-t", "rte", "-m", "{here}", "-d", "{here}/nowhere.jsonl", "-o", "{here}/out"], "data_path must be an"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_path_waits_for_no_library(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "data.jsonl").write_text("{}")
+    code = (
+        "import sys; from tinyonn.cli.app import run; run(['heads', *sys.argv[1:]]); "
+        "print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
+    )
+    given = [argument.format(here=tmp_path) for argument in arguments]
+    ran = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, timeout=60, check=True)
+    assert message in ran.stderr
+    assert ran.stdout.strip() == "[]"
+    assert not (tmp_path / "out").exists()
+
+
 def study(encoder: Path, pairs: Path, out: Path, *more: object) -> list[object]:
     return ["-m", encoder, "-t", "boolq", "-d", pairs, "-o", out, "--eval-size", 8, "--max-steps", 2, "--batch-size", 8, *more]
 
@@ -178,7 +203,7 @@ def test_later_steps_take_the_options_of_the_training(
     with (folder / "train_config.yaml").open("a") as file:
         file.write("learning_rat: 1\n")
     for step in ("measure", "report"):
-        said = f"{folder / 'train_config.yaml'}: option must be one of"
+        said = f"{folder / 'train_config.yaml'}: option must be a known one"
         one_line(cli("heads", "plasticity", step, *place), said, "'learning_rat'", command=f"tinyonn heads plasticity {step}")
 
 

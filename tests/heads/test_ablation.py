@@ -278,3 +278,12 @@ def test_taylor_leaves_no_gradients_in_the_model(tiny_classifier, labelled_batch
     model = tiny_classifier("bert")
     taylor_importance(model, labelled_batches((2,)))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("function", [ablate_heads, taylor_importance])
+def test_one_batch_in_place_of_a_list_is_told(tiny_classifier, labelled_batches, function):
+    (batch,) = labelled_batches((3,))
+    with pytest.raises(InputError, match=r"batches must hold mappings of .*, got str '.*'; one batch alone is a list of one"):
+        function(tiny_classifier("bert"), batch)
+    with pytest.raises(InputError, match='each batch must hold "labels", got '):
+        function(tiny_classifier("bert"), [{name: tensor for name, tensor in batch.items() if name != "labels"}])

@@ -172,7 +172,7 @@ def test_a_task_of_ones_own_comes_from_a_yaml_file(tmp_path):
             "text: a\nlabel: b\nlabels: [no, yes]\n",
             "labels must be a list of names, in quotation marks where YAML reads them as something else, got [False, True].",
         ),
-        ("text: a\nlabel: b\nlabels: [x, y]\npairs: c\n", "{path}: option must be one of Task's fields, got 'pairs'; did you mean 'pair'?"),
+        ("text: a\nlabel: b\nlabels: [x, y]\npairs: c\n", "{path}: option must be a known one, got 'pairs'; did you mean 'pair'?"),
     ],
     ids=["no labels", "one", "the same", "YAML's no", "unknown"],
 )
@@ -202,7 +202,7 @@ def changed(index: int, change: dict[str, Any]) -> list[Any]:
     ("records", "message"),
     [
         (changed(3, {"sentence2": "absent"}), "must have the field 'sentence2' in every row, got sentence1, label in line 4 of {path}."),
-        (changed(3, {"label": None}), "must have the field 'label' in every row, got sentence1, sentence2 in line 4 of {path}."),
+        (changed(3, {"label": None}), "must have a value in the field 'label' of every row, got null in line 4 of {path}."),
         (
             changed(0, {"label": "neutral"}),
             "label must be one of entailment, not_entailment or a number from 0 to 1, got str 'neutral' in line 1 of {path}.",
@@ -227,6 +227,29 @@ def test_what_is_wrong_with_a_file_is_one_line_with_its_place(tmp_path, records,
         load(path)
     text = message.format(path=path)
     assert str(raised.value) in (text, f"data_path {text}")
+
+
+def test_sizes_that_do_not_fit_name_the_option(tmp_path):
+    path = write(tmp_path / "rte.jsonl", rows(40))
+    with pytest.raises(InputError, match=r"less than the 40 rows of .*, got none, which means 277 \(--eval-size\); the rest is trained on"):
+        load(path, eval_size=None)
+    with pytest.raises(InputError, match=r"evaluation rows of at least two classes, got only '\w+' in 1; raise --eval-size\."):
+        load(path, eval_size=1)
+    with pytest.raises(InputError, match=r"train rows of at least two classes, got only '\w+' in 1; raise --train-size\."):
+        load(path, train_size=1)
+
+
+SPELLINGS = [({"answer": True}, {"answer": False}), ({"label": 1}, {"label": 0}), ({"answer": None, "label": 1}, {"label": 0})]
+
+
+@pytest.mark.parametrize(("yes", "no"), SPELLINGS, ids=["answer", "label", "null beside label"])
+def test_boolq_is_read_as_it_is_and_as_superglue_has_it(tmp_path, yes, no):
+    records = [{"question": f"{n}?", "passage": "p", **(yes if n % 2 else no)} for n in range(40)]
+    data = load(write(tmp_path / "boolq.jsonl", records), "boolq")
+    assert data.labels == ("false", "true")
+    assert all(example.label == example.row % 2 for example in [*data.train, *data.evaluation])
+    with pytest.raises(InputError, match=r"must have the field 'answer' or 'label' in every row, got question, passage in line 1"):
+        load(write(tmp_path / "boolq.jsonl", [{"question": "?", "passage": "p"}]), "boolq")
 
 
 def test_a_file_of_blank_lines_holds_no_rows(tmp_path):

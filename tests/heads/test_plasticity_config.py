@@ -33,6 +33,7 @@ def test_yaml_keys_may_have_hyphens_and_given_options_win(tmp_path):
     [
         ({"model_path": ""}, "model_path must be a non-empty string, got ''."),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1."),
+        ({"seed": [4, 5]}, "seed must be one whole number, got [4, 5]; for several, repeat --seed on the command line."),
         ({"seed": 2**64}, f"seed must be at most {2**63 - 1}, got {2**64}."),
         ({"eval_size": 0}, "eval_size must be a whole number of at least 1, got 0."),
         ({"train_size": 2.5}, "train_size must be a whole number of at least 1, got 2.5."),

@@ -256,8 +256,9 @@ def test_a_malformed_file_is_refused_with_its_line(tmp_path, text, message):
     [
         (
             "question: q\nchoises: {lines: o}",
-            "key must be one of question, context, choices, answer, got 'choises'; did you mean 'choices'?",
+            "key must be one of question, context, choices, answer, layouts, got 'choises'; did you mean 'choices'?",
         ),
+        ("layout: [{question: q}]", "answer, layouts, got 'layout'; did you mean 'layouts'?"),
         ("question: q\nchoices: {line: o}", "choices must be a mapping with one of"),
         ("question: q\nchoices: {fixed: [yes, no]}", "choices.fixed must name a field, or be a list of texts, got [True, False]."),
         ("choices: {lines: o}", "question must name a field, or be a list of texts, got None."),
@@ -275,6 +276,17 @@ def test_a_wrong_field_map_is_refused_by_key(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(InputError, match=re.escape(message)):
         load_field_map(str(path))
+
+
+def test_a_field_map_that_is_not_there_is_named_by_its_option(tmp_path):
+    with pytest.raises(InputError, match=r"^field_map must be a readable file, got .*mapp\.yaml: No such file"):
+        load_field_map(str(tmp_path / "mapp.yaml"))
+
+
+def test_a_missing_choice_is_named(tmp_path):
+    (tmp_path / "own.yaml").write_text("question: q\nchoices: {text: [option_a, option_b]}")
+    with pytest.raises(InputError, match=r"must have a choice in each of option_a, option_b, got none in option_b$"):
+        load_field_map(str(tmp_path / "own.yaml")).read({"q": "?", "option_a": "yes"})
 
 
 def test_an_unknown_field_map_names_those_there_are():

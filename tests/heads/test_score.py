@@ -253,14 +253,17 @@ def test_a_wrong_option_is_refused_by_name(options, message):
     [
         ({"max_samples": 8}, r"max_samples must be at most the 7 rows of .*data.jsonl, got 8\."),
         ({"max_length": 12}, r"max_length must leave at least one question whole, got 12, which leaves none of 7; raise it"),
+        ({"max_length": 4096, "prompt_template": "{long}"}, r"max_length must .*, got 4096, of which the model takes no more than \d+,"),
         ({"model_path": "/nowhere"}, r"model_path must be an existing folder or a hub id, got /nowhere\."),
         ({"prompt_template": "/nowhere"}, "prompt_template must be a readable file, got /nowhere"),
         ({"extra_weights": {"peak": 1.0}}, "extra_weights must name registered extra scores"),
     ],
 )
 def test_a_failed_run_says_why_in_its_log_and_leaves_no_other_file(run, tmp_path, options, message):
+    (tmp_path / "long.txt").write_text("x" * 5000 + " {question}")
+    given = {name: value.format(long=tmp_path / "long.txt") if isinstance(value, str) else value for name, value in options.items()}
     with pytest.raises(InputError, match=message):
-        run(**options)
+        run(**given)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.log"]
     last = (tmp_path / "out" / "run.log").read_text().splitlines()[-1]
     assert re.search(f"Z failed: InputError: {message}", last)

@@ -160,3 +160,22 @@ def test_a_folder_that_cannot_be_made_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"output_dir must be a folder that can be written, got .*file/out: Not a directory\."):
         run(output_dir=tmp_path / "file" / "out")
+
+
+def test_scores_of_something_else_are_replaced_and_named(run, tmp_path):
+    assert run().replaced is None
+    assert run(batch_size=2).replaced is None  # the same scores
+    before = (tmp_path / "out" / "config.yaml").read_text()
+    assert f"data_path: {tmp_path / 'data.jsonl'}\n" in before
+    (tmp_path / "other.jsonl").write_bytes((tmp_path / "data.jsonl").read_bytes())
+    replaced = run(data_path=tmp_path / "other.jsonl", max_samples=5).replaced
+    assert replaced.startswith("scores of ")
+    assert replaced.endswith(f"tiny-llama over {tmp_path / 'data.jsonl'} (max_samples None)")
+    log = (tmp_path / "out" / "run.log").read_text().splitlines()
+    assert [line.split(" ", 1)[1] for line in log if "replaces" in line] == [f"replaces {replaced}"]
+    (tmp_path / "out" / "config.yaml").write_text("- damaged")
+    assert run().replaced == "scores of unknown options"
+
+
+def test_a_result_is_shown_in_one_line(run, tmp_path):
+    assert repr(run()) == f"ScoreResult({tmp_path / 'out'}: 12 heads in 3 layers over 7 samples, scores out, ent, task)"

@@ -58,7 +58,10 @@ def _usage(error: Exception) -> str:
         value = details()[0].get("input")
         message = re.sub(r"Input should be ([^,.]*).*", lambda found: f"{value!r} is not {found[1]}.", message)
     if choice := re.search(r"'([^']*)' is not one of (.*)\.$", message):
-        message = message[:-1] + did_you_mean(choice[1], re.findall(r"'([^']*)'", choice[2]))
+        choices = re.findall(r"'([^']*)'", choice[2])
+        if len(own := (getattr(getattr(error, "param", None), "metavar", None) or "").split("|")) > 1:
+            choices = own  # as the help has them: Typer's own message has lost their underscores
+        message = message.replace(choice[2], ", ".join(map(repr, choices)))[:-1] + did_you_mean(choice[1], choices)
     return message if message.endswith((".", "?")) else f"{message}."
 
 

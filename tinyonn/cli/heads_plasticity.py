@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .._config import read_yaml
+from .._config import local_model, read_yaml
 from .._locks import locked
+from .._records import data_kind
 from .._study import MEASURE_STEP, MEASURED, OPTIONS, TRAIN_STEP, TRAINED
 from ..errors import InputError
 from ..heads.plasticity_config import PlasticityConfig
@@ -202,6 +203,8 @@ def _seeds_with(folder: Path, file: str) -> list[int]:
 
 def run_steps(steps: Sequence[str], studies: Sequence[PlasticityConfig]) -> None:
     """Each step of each study, with a line on each; the report covers all seeds that are there."""
+    for study in studies:
+        _check_paths(steps, study)
     from ..heads.correlation import require_scipy
     from ..report.figures import require_matplotlib
 
@@ -216,6 +219,15 @@ def run_steps(steps: Sequence[str], studies: Sequence[PlasticityConfig]) -> None
     if "report" in steps:
         lines += _over_seeds(studies[0])
     print(screen.rows(lines))
+
+
+def _check_paths(steps: Sequence[str], study: PlasticityConfig) -> None:
+    """Refuses paths that are mistyped before the libraries that take seconds to load; a training that is complete needs none."""
+    trained = (study.folder / TRAINED).is_file()
+    if "train" in steps and not trained:
+        local_model(study.model_path)
+    if study.data_path is not None and ("measure" in steps or not trained) and not Path(study.data_path).is_dir():
+        data_kind(study.data_path)
 
 
 def _train(study: PlasticityConfig, progress: Callable[..., None]) -> list[tuple[str, object]]:

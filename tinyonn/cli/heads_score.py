@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .._config import local_model
 from .._locks import locked
+from .._records import data_kind
 from ..heads.score_config import ScoreConfig
 from . import screen
 from .options import Dtype, config_option, field_defaults, given_options
@@ -85,6 +87,8 @@ def score_and_draw(options: ScoreConfig) -> None:
     """Scores, draws their page while no other run may write scores into the folder, and prints what was done."""
     from ..report.figures import require_matplotlib
 
+    local_model(options.model_path)  # what is mistyped, before the libraries that take seconds to load
+    data_kind(options.data_path)
     require_matplotlib()
     with locked(options.output_dir), screen.Progress("loading") as bar:
         from ..heads import score_heads
@@ -114,6 +118,8 @@ def result_screen(result: ScoreResult, page: Path) -> str:
         lines.append(("truncated", f"{screen.counted(summary['truncated'], 'prompt')} at {summary['max_length']} tokens"))
     if summary["spans_lost"]:
         lines.append(("left out", f"{screen.counted(summary['spans_lost'], 'question')} cut by --max-length, of attention to the question"))
+    if result.replaced is not None:
+        lines.append(("replaces", result.replaced))
     best = top_heads(result.combined, _SHOWN)
     lines.append(("best heads", ", ".join(f"{head.layer}.{head.head}" for head in best) + " (layer.head)"))
     return screen.rows([*lines, ("page", page.resolve())])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._config import check_int, check_text, from_mapping, read_yaml
 from .._records import Located, field_names, open_records, short
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean, shown
 
 if TYPE_CHECKING:
     from .plasticity_config import PlasticityConfig
@@ -32,7 +32,7 @@ class Task:
 
     Args:
         text: field of the text.
-        label: field of the label: a number from 0, a name of `labels`, or true or false.
+        label: field of the label: a number from 0, a name of `labels`, or true or false; of several fields, the first that is there.
         labels: names of the classes, in the order of their numbers.
         pair: field of a second text, None where there is none.
         dataset: name for the `datasets` package, None where the data are always files.
@@ -46,7 +46,7 @@ class Task:
     """
 
     text: str
-    label: str
+    label: str | Sequence[str]
     labels: Sequence[str]
     pair: str | None = None
     dataset: str | None = None
@@ -56,8 +56,12 @@ class Task:
     eval_size: int = EVAL_SIZE
 
     def __post_init__(self) -> None:
-        for name in ("text", "label", "train", "evaluation"):
+        for name in ("text", "train", "evaluation"):
             check_text(self, name)
+        fields = [self.label] if isinstance(self.label, str) else self.label
+        if not isinstance(fields, (list, tuple)) or not fields or not all(isinstance(field, str) and field for field in fields):
+            raise InputError(f"label must be the name of a field, or a list of such, got {shown(self.label)}.")
+        object.__setattr__(self, "label", tuple(fields))
         for name in ("pair", "dataset", "subset"):
             check_text(self, name, optional=True)
         check_int(self, "eval_size", 1)
@@ -138,7 +142,7 @@ def find_task(name: str) -> Task:
         raise InputError(f"task must be {', '.join(known)} or the path of a YAML file, got {name!r}{did_you_mean(name, known)}")
     if not path.is_file():
         raise InputError(f"task must be {', '.join(known)} or the path of a YAML file, got {name!r}, which is no file.")
-    values = read_yaml(path)
+    values = read_yaml(path, "task")
     for field in ("text", "label", "labels"):
         if values.get(field) is None:
             raise InputError(f"{field} must be given in a task's YAML file, got {', '.join(values) or 'nothing'} in {path}.")
@@ -156,17 +160,18 @@ def load_task(config: PlasticityConfig) -> TaskData:
     """
     task = find_task(config.task)
     size = task.eval_size if config.eval_size is None else config.eval_size
+    got = f"{size:,}" if config.eval_size is not None else f"none, which means {size:,} (--eval-size)"
     path = None if config.data_path is None else Path(config.data_path)
     if path is not None and not path.is_dir():
         held, source = _rows(path, task), str(path)
         if len(held) <= size:
-            raise InputError(f"eval_size must be less than the {len(held):,} rows of {path}, got {size:,}; the rest is trained on.")
+            raise InputError(f"eval_size must be less than the {len(held):,} rows of {path}, got {got}; the rest is trained on.")
         order = fixed_order(len(held), config.eval_seed)
         evaluation, pool = [held[i] for i in order[:size]], [held[i] for i in order[size:]]
     else:
         train, evaluation, source = _downloaded(task) if path is None else _in_folder(path, task)
         if len(evaluation) < size:
-            raise InputError(f"eval_size must be at most the {len(evaluation):,} rows of {source}, got {size:,}.")
+            raise InputError(f"eval_size must be at most the {len(evaluation):,} rows of {source}, got {got}.")
         pool = [train[i] for i in fixed_order(len(train), config.eval_seed)]
         evaluation = [evaluation[i] for i in fixed_order(len(evaluation), config.eval_seed)[:size]]
     taken = {(example.text, example.pair) for example in evaluation}
@@ -178,7 +183,8 @@ def load_task(config: PlasticityConfig) -> TaskData:
         classes = {example.label for example in part}
         if len(classes) < 2:
             only = f"only {task.labels[classes.pop()]!r} in {len(part):,}" if classes else "none"
-            raise InputError(f"{config.data_path or task.dataset} must hold {name} rows of at least two classes, got {only}.")
+            remedy = "; raise --eval-size" if name == "evaluation" else "; raise --train-size" if config.train_size is not None else ""
+            raise InputError(f"{config.data_path or task.dataset} must hold {name} rows of at least two classes, got {only}{remedy}.")
     return TaskData(tuple(task.labels), rows["train"], rows["evaluation"], source, len(pool) - len(fresh))
 
 
@@ -251,10 +257,13 @@ def _example(located: Located, row: int, task: Task, place: str) -> Example:
     if record is None:
         raise InputError(f"{place} {located.error}.")
     values = {}
-    for name in filter(None, (task.text, task.pair, task.label)):
-        if record.get(name) is None:
-            given = field_names({field: value for field, value in record.items() if value is not None})
-            raise InputError(f"data_path must have the field {name!r} in every row, got {given} in {place}.")
+    label_field = next((name for name in task.label if record.get(name) is not None), task.label[0])
+    for name in filter(None, (task.text, task.pair, label_field)):
+        if name in record and record[name] is None:
+            raise InputError(f"data_path must have a value in the field {name!r} of every row, got null in {place}.")
+        if name not in record:
+            wanted = " or ".join(map(repr, task.label if name == label_field else (name,)))
+            raise InputError(f"data_path must have the field {wanted} in every row, got {field_names(record)} in {place}.")
         values[name] = record[name]
     text, pair = values[task.text], None if task.pair is None else values[task.pair]
     for name in filter(None, (task.text, task.pair)):
@@ -266,11 +275,11 @@ def _example(located: Located, row: int, task: Task, place: str) -> Example:
             raise InputError(f"{name} must be valid Unicode, got a lone surrogate in {place}.") from error
     if not f"{text}{pair or ''}".strip():
         raise InputError(f"{task.text} must not be empty, got a blank one in {place}.")
-    label = task.number(values[task.label])
+    label = task.number(values[label_field])
     if label is None:
         raise InputError(
-            f"{task.label} must be one of {', '.join(task.labels)} or a number from 0 to {len(task.labels) - 1}, "
-            f"got {short(values[task.label])} in {place}."
+            f"{label_field} must be one of {', '.join(task.labels)} or a number from 0 to {len(task.labels) - 1}, "
+            f"got {short(values[label_field])} in {place}."
         )
     return Example(row, text, pair, label)
 
@@ -282,7 +291,7 @@ def _downloaded(task: Task) -> tuple[list[Example], list[Example], str]:
         import datasets
     except ImportError as error:
         raise InputError("data_path must be given where the package datasets is missing (pip install datasets), got none.") from error
-    shown = "/".join(filter(None, (task.dataset, task.subset)))
+    name = "/".join(filter(None, (task.dataset, task.subset)))
     parts = []
     for split in (task.train, task.evaluation):
         try:
@@ -290,10 +299,10 @@ def _downloaded(task: Task) -> tuple[list[Example], list[Example], str]:
                 table = datasets.load_dataset(task.dataset, task.subset, split=split)
         except Exception as error:  # by version and transport, a dozen types
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"data_path must be given where {shown} ({split}) cannot be downloaded, got none: {reason}") from error
-        place = f"the {split} split of {shown}"
+            raise InputError(f"data_path must be given where {name} ({split}) cannot be downloaded, got none: {reason}") from error
+        place = f"the {split} split of {name}"
         parts.append([_example(Located(row, row, record), row, task, f"row {row} of {place}") for row, record in enumerate(table)])
-    return parts[0], parts[1], f"{shown} ({task.evaluation})"
+    return parts[0], parts[1], f"{name} ({task.evaluation})"
 
 
 @contextmanager

@@ -130,11 +130,7 @@ def load_field_map(name: str) -> FieldMap:
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
-        try:
-            values = read_yaml(path)
-        except InputError as error:
-            raise InputError(f"field_map: {error}") from None
-        return _from_mapping(values, str(path), path.stem)
+        return _from_mapping(read_yaml(path, "field_map"), str(path), path.stem)
     known = builtin_field_maps()
     if name.casefold() not in known:
         raise InputError(f"field_map must be one of {', '.join(known)} or a YAML file, got {name!r}{did_you_mean(name, known)}")
@@ -170,16 +166,17 @@ def _from_mapping(values: Mapping[str, Any], source: str, name: str) -> FieldMap
     found = values.get("layouts", [values])
     if not isinstance(found, list) or not found:
         raise InputError(f"field_map {source}: layouts must be a list of mappings, got {shown(found)}.")
-    return FieldMap(name, tuple(_layout(layout, source) for layout in found))
+    keys = _KEYS if "layouts" in values else (*_KEYS, "layouts")
+    return FieldMap(name, tuple(_layout(layout, source, keys) for layout in found))
 
 
+_KEYS = ("question", "context", "choices", "answer")
 _CHOICE_KEYS = ({"text"}, {"text", "label"}, {"lines"}, {"fixed"}, {"field", "pattern"})
 
 
-def _layout(values: Any, source: str) -> Layout:
+def _layout(values: Any, source: str, known: tuple[str, ...]) -> Layout:
     if not isinstance(values, Mapping):
         raise InputError(f"field_map {source}: a layout must be a mapping, got {shown(values)}.")
-    known = ("question", "context", "choices", "answer")
     for key in values:
         if key not in known:
             raise InputError(f"field_map {source}: key must be one of {', '.join(known)}, got {key!r}{did_you_mean(key, known)}")
@@ -281,6 +278,9 @@ def _choices(record: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[tupl
     elif "text" in source:
         names = source["text"]
         texts = [_look_up(record, name) for name in names] if isinstance(names, list) else _look_up(record, names)
+        if isinstance(names, list) and None in texts:
+            lacking = ", ".join(name for name, text in zip(names, texts, strict=True) if text is None)
+            raise AbsentError(f"must have a choice in each of {', '.join(names)}, got none in {lacking}")
         if not isinstance(texts, list) or None in texts:
             raise AbsentError(f"must have its choices as a list in {names}")
         if "label" in source:

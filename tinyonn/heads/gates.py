@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .._records import short
 from ..errors import InputError
 from .layers import AttentionLayer, attention_layers, uncompiled
 
@@ -150,8 +151,10 @@ def labelled(batch: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """A batch without what is None.
 
     Raises:
-        InputError: it has no labels, or no sample.
+        InputError: it is no mapping (one batch given in place of a list of them), has no labels, or no sample.
     """
+    if not isinstance(batch, Mapping):
+        raise InputError(f"batches must hold mappings of the model's inputs, got {short(batch)}; one batch alone is a list of one.")
     found = {name: tensor for name, tensor in batch.items() if tensor is not None}
     if "labels" not in found:
         raise InputError(f'each batch must hold "labels", got {", ".join(found) or "nothing"}.')

@@ -103,6 +103,8 @@ class PlasticityConfig:
         for name, least in (("top_k", 1), ("max_length", 4), ("batch_size", 1), ("epochs", 1)):
             check_int(self, name, least)
         check_int(self, "checkpoint_steps", 1)
+        if isinstance(self.seed, list | tuple):
+            raise InputError(f"seed must be one whole number, got {shown(self.seed)}; for several, repeat --seed on the command line.")
         for name in ("seed", "eval_seed"):
             check_int(self, name, 0, MAX_SEED)
         for name in ("eval_size", "train_size", "max_steps"):

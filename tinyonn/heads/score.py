@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import __version__
+from .._config import read_yaml
 from .._locks import locked
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..hf.loading import (
     display_name,
     load_config,
@@ -47,6 +48,8 @@ from .vocabulary import check_vocabulary, num_embeddings
 
 # Weights that a model loaded without a task's head may lack: a pooler, which no attention head feeds on.
 MAY_LACK = (r"(^|\.)pooler\.",)
+# Options that say where and how, not what is scored.
+WHERE = ("output_dir", "device", "batch_size")
 # What a run that is killed may leave: files set aside, the page and maps half drawn.
 UNFINISHED = (".unfinished-*", ".index.html-*.html", ".map_*.png-*.png")
 
@@ -61,6 +64,7 @@ class ScoreResult:
         normalised: the same, within each layer.
         combined: the rank fusion, one array (H,) for each layer.
         summary: what summary.json holds.
+        replaced: the scores of another model, data or options that were there, in words; None where there were none.
     """
 
     folder: Path
@@ -68,6 +72,11 @@ class ScoreResult:
     normalised: Mapping[str, list[NDArray[np.float64]]]
     combined: list[NDArray[np.float64]]
     summary: Mapping[str, Any]
+    replaced: str | None = None
+
+    def __repr__(self) -> str:
+        counts = f"{self.summary['heads']} heads in {self.summary['layers']} layers over {self.summary['samples']} samples"
+        return f"ScoreResult({self.folder}: {counts}, scores {', '.join(self.raw)})"
 
 
 def score_heads(config: ScoreConfig, progress: Callable[[Progress], None] | None = None) -> ScoreResult:
@@ -200,8 +209,10 @@ def _score(config: ScoreConfig, folder: Path, log: _RunLog, report: Callable[[Pr
     truncated, lost = sum(prompt.truncated for prompt in prompts), int((~kept).sum())
     log(f"prompts: at most {max_length} tokens; {truncated} truncated, {lost} without their whole question")
     if not kept.any():
-        remedy = "raise it, or begin the prompt with the question" if max_length == config.max_length else "the model takes no more"
-        raise InputError(f"max_length must leave at least one question whole, got {max_length}, which leaves none of {lost}; {remedy}.")
+        got, remedy = str(max_length), "raise it, or begin the prompt with the question"
+        if max_length < config.max_length:
+            got, remedy = f"{config.max_length}, of which the model takes no more than {max_length}", "begin the prompt with the question"
+        raise InputError(f"max_length must leave at least one question whole, got {got}, which leaves none of {lost}; {remedy}.")
 
     check_vocabulary(known_tokens, max(max(prompt.token_ids) for prompt in prompts))
     model.config.use_cache = False  # keys and values are read once
@@ -244,8 +255,10 @@ def _score(config: ScoreConfig, folder: Path, log: _RunLog, report: Callable[[Pr
         "seconds": round(time.perf_counter() - started, 3),
         "versions": package_versions(),
     }
-    result = ScoreResult(folder, raw, normalised, combined, summary)
+    result = ScoreResult(folder, raw, normalised, combined, summary, _other_scores(config))
     _publish(folder, _files(config, result))
+    if result.replaced is not None:
+        log(f"replaces {result.replaced}")
     log(f"done: {len(prompts)} samples, {summary['tokens']} tokens in {summary['seconds']} s")
     return result
 
@@ -284,6 +297,23 @@ def _files(config: ScoreConfig, result: ScoreResult) -> dict[str, str]:
         "topk_per_layer.json": json.dumps(of_layers, indent=1) + "\n",
         "summary.json": json.dumps(result.summary, indent=1) + "\n",
     }
+
+
+def _other_scores(config: ScoreConfig) -> str | None:
+    """The scores of another model, data or options in the folder, in words: "scores of MODEL over DATA"."""
+    folder = Path(config.output_dir)
+    if not (folder / "summary.json").is_file():
+        return None
+    try:
+        before = read_yaml(folder / "config.yaml")
+    except InputError:
+        return "scores of unknown options"
+    now = dataclasses.asdict(config)
+    differing = [name for name in now if name not in WHERE and before.get(name) != now[name]]
+    if not differing:
+        return None
+    options = [f"{name} {shown(before.get(name))}" for name in differing if name not in ("model_path", "data_path")]
+    return f"scores of {before.get('model_path')} over {before.get('data_path')}" + (f" ({', '.join(options)})" if options else "")
 
 
 def _publish(folder: Path, files: Mapping[str, str]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .._config import local_model
 from .._units import readable_bytes
 from ..errors import InputError
 from .memory import available_memory, is_out_of_memory
@@ -40,17 +41,12 @@ def resolve_model(model_path: str) -> Path:
     Raises:
         InputError: no such folder, no model in it, or the id cannot be downloaded.
     """
-    path = Path(model_path).expanduser().absolute()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            held = sorted(entry.name for entry in path.iterdir())[:5]
-            raise InputError(f"model_path must be a folder with config.json, got {model_path} (holds {', '.join(held) or 'nothing'}).")
-        if not weight_files(path):
-            raise InputError(f"model_path must hold weights (*.safetensors or *.bin), got {model_path}.")
-        return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path):
-        raise InputError(f"model_path must be an existing folder or a hub id, got {model_path}.")
-    return _download(model_path)
+    path = local_model(model_path)
+    if path is None:
+        return _download(model_path)
+    if not weight_files(path):
+        raise InputError(f"model_path must hold weights (*.safetensors or *.bin), got {model_path}.")
+    return path
 
 
 def _download(model_id: str) -> Path:
@@ -65,11 +61,20 @@ def _download(model_id: str) -> Path:
             except Exception as error:  # the hub raises a dozen types, by version and transport
                 if offline:
                     continue
-                reason = " ".join(str(error).split())[:200]
-                raise InputError(f"model_path must be a folder or a hub id that can be downloaded, got {model_id}: {reason}") from error
+                wanted = "model_path must be an existing folder or a hub id that can be downloaded"
+                raise InputError(f"{wanted}, got {model_id}: {sentences(error)}") from error
             if (folder / "config.json").is_file() and weight_files(folder):
                 return folder
     raise InputError(f"model_path must hold a model with config.json and weights, got {model_id}.")
+
+
+def sentences(error: Exception, most: int = 200) -> str:
+    """What a library says of an error, in one line: as many whole sentences as fit into `most` characters, or words of the first."""
+    text = " ".join(str(error).split())
+    if len(text) <= most:
+        return text
+    whole = [found.end() for found in re.finditer(r"[.!?](?= )", text) if found.end() <= most]
+    return text[: whole[-1]] if whole else f"{text[:most].rpartition(' ')[0]} ..."
 
 
 def weight_files(folder: Path) -> list[Path]:
