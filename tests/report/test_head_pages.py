@@ -105,8 +105,8 @@ def test_plasticity_page_shows_cases_and_statistics(make_run, parse):
     parser = parse(written.html)
     stats = json.loads((folder / "stats.json").read_text())
     accepted = {row[0]: row[1:] for row in rows_of(parser, "verdict")}
-    assert accepted["ρ(I_pre, Urel)"] == ["✓ met", "< 0.5", "-1.000"]
-    assert accepted["important-but-static heads"] == ["✓ met", "≥ 3", "4"]
+    assert accepted["ρ(I_pre, Urel)"] == ["✓ met", "< 0.5", "-1.000", "0"]
+    assert accepted["important-but-static heads"] == ["✓ met", "≥ 3", "4", "1.2"]
     pairs = {row[0]: row for row in rows_of(parser, "by chance")}
     assert float(pairs["I_pre, U"][1]) == pytest.approx(stats["pairs"][0]["rho"], abs=6e-4)
     assert [float(cell) for cell in pairs["I_pre, taylor_pre"][2:4]] == pytest.approx(
@@ -140,8 +140,8 @@ def test_plasticity_figures_without_spread_say_not_defined(make_run, parse):
     written = write_plasticity_page(folder)
     parser = parse(written.html)
     accepted = {row[0]: row[1:] for row in rows_of(parser, "verdict")}
-    assert accepted["ρ(I_pre, U)"] == ["not defined", "< 0.5", "–"]
-    assert accepted["plastic-but-unimportant heads"] == ["✗ not met", "≥ 3", "0"]
+    assert accepted["ρ(I_pre, U)"] == ["not defined", "< 0.5", "–", "0"]
+    assert accepted["plastic-but-unimportant heads"] == ["✗ not met", "≥ 3", "0", "1.2"]
     assert "There are no cases: Urel has the same value at percentile 30 and at 90." in parser.text
     assert "U is the same for every head" in parser.text
     assert "nan" not in parser.text.lower().split()

@@ -16,7 +16,19 @@ from .head_files import HeadColumns, read_heads
 from .head_scores_page import head_names, short_model, view_controls
 from .maps import make_map
 from .page import card, facts, map_card, map_data, notices, page, section, table, terms
-from .plasticity_page import KEYS, MAPS, MEANINGS, decimals, found_number, is_judged, judged_line, pair_name, study_limits
+from .plasticity_limits import MeasuredRows, if_unrelated, limits_of_rows, read_rows
+from .plasticity_page import (
+    KEYS,
+    MAPS,
+    MEANINGS,
+    decimals,
+    found_number,
+    is_judged,
+    judged_line,
+    limits_of_numbers,
+    pair_name,
+    study_limits,
+)
 from .report import ReportResult
 
 _SHOWN_CASES = 40
@@ -32,14 +44,15 @@ def write_plasticity_aggregate(folder: str | os.PathLike[str]) -> ReportResult:
     found = read_json(root / AGGREGATE, dict, REPORT_STEP)
     heads = read_heads(root / AGGREGATE_TABLE, [f"{name}_{what}" for name in MAPS for what in ("mean", "sd")], REPORT_STEP)
     try:
-        content = _page(found, heads)
+        rows = {seed["folder"]: read_rows(root / seed["folder"]) for seed in found["seeds"]}
+        content = _page(found, heads, rows)
     except (KeyError, TypeError) as error:
         raise InputError(f"{root / AGGREGATE} must be as the report step writes it, got {error!r}; run {REPORT_STEP}.") from error
     write_atomically(root / PAGE, content)
     return ReportResult(root / PAGE, ())
 
 
-def _page(found: Mapping[str, Any], heads: HeadColumns) -> str:
+def _page(found: Mapping[str, Any], heads: HeadColumns, rows: Mapping[str, MeasuredRows]) -> str:
     seeds = found["seeds"]
     names, short = head_names(heads.num_heads)
     maps = [
@@ -56,8 +69,8 @@ def _page(found: Mapping[str, Any], heads: HeadColumns) -> str:
         "By layer: each row is scaled by itself. Global: all rows share one scale. As measured: the means and spreads of aggregate.csv."
     )
     body = [
-        notices([*found["notes"], *left_out]),
-        section("runs", "Runs", facts(_facts(found))),
+        notices([*limits_of_rows(rows), *limits_of_numbers(found), *found["notes"], *left_out]),
+        section("runs", "Runs", facts(_facts(found, rows))),
         _statistics(found),
         _acceptance(found),
         section("maps", "Layers and heads", view_controls("none", legend) + f'<div class="grid2">{"".join(map(map_card, maps))}</div>'),
@@ -70,7 +83,7 @@ def _page(found: Mapping[str, Any], heads: HeadColumns) -> str:
     return page(f"What training on {found['task']} does to heads", subtitle, "\n".join(body), data, ["core.js", "map.js"])
 
 
-def _facts(found: Mapping[str, Any]) -> dict[str, object]:
+def _facts(found: Mapping[str, Any], rows: Mapping[str, MeasuredRows]) -> dict[str, object]:
     interval = found["interval"]
     return {
         "model": found["model"],
@@ -80,6 +93,8 @@ def _facts(found: Mapping[str, Any]) -> dict[str, object]:
         "heads": found["counts"]["heads"],
         "highest heads compared": found["top_k"],
         "percentiles of cases": f"{found['high']:g} and {found['low']:g}",
+        "accuracy after training, by seed": ", ".join(f"{its.accuracy:.4g}" for its in rows.values()),
+        "commonest class measured": ", ".join(dict.fromkeys(its.told for its in rows.values())),
         "intervals": f"{interval['confidence']:.0%}, {interval['method']}",
     }
 
@@ -125,10 +140,19 @@ def _acceptance(found: Mapping[str, Any]) -> str:
     for row in found["acceptance"]:
         values = ", ".join("–" if value is None else str(found_number(value)) for value in row["values"])
         rows.append(
-            [row["figure"].replace("rho", "ρ"), row["rule"].replace(">=", "≥"), f"{row['met']} of {row['met'] + row['missed']}", values]
+            [
+                row["figure"].replace("rho", "ρ"),
+                row["rule"].replace(">=", "≥"),
+                f"{row['met']} of {row['met'] + row['missed']}",
+                values,
+                if_unrelated(row["figure"], found),
+            ]
         )
     listing = table(
-        ["figure", "wanted", "seeds that meet it", "values by seed"], rows, caption="The original study's figures", wrapped=(3,)
+        ["figure", "wanted", "seeds that meet it", "values by seed", "if unrelated"],
+        rows,
+        caption="The original study's figures",
+        wrapped=(3,),
     )
     agreement = table(
         ["column", "ρ between seeds", "pairs of seeds"],

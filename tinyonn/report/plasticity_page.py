@@ -35,6 +35,7 @@ from .head_files import HeadColumns, plain_facts, read_heads
 from .head_scores_page import head_names, short_model, view_controls
 from .maps import HeatMap, make_map
 from .page import card, facts, map_card, map_data, notices, page, section, table, terms, text
+from .plasticity_limits import MeasuredRows, if_unrelated, judged_rhos, limits_of_heads, limits_of_rows, read_rows
 from .report import ReportResult
 
 STATIC, PLASTIC = "important-but-static", "plastic-but-unimportant"
@@ -85,9 +86,10 @@ def write_plasticity_page(folder: str | os.PathLike[str], *, figures_too: bool =
     heads = read_heads(root / HEADS, names, REPORT_STEP, ["kind"])
     stats, cases = read_json(root / STATS, dict, REPORT_STEP), read_json(root / CASES, dict, REPORT_STEP)
     measured, trained = read_json(root / MEASURED, dict, MEASURE_STEP), read_json(root / TRAINED, dict, TRAIN_STEP, TRAIN_AGAIN)
+    rows = read_rows(root)
     maps = [make_map(key, title, legend, unit, heads.grid(key), signed=signed) for key, (title, unit, signed, legend) in MAPS.items()]
     try:
-        content = _page(heads, stats, cases, measured, trained, maps)
+        content = _page(heads, stats, cases, measured, trained, rows, maps)
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{root} must hold stats.json and cases.json as the report step writes them, got {error!r}; run {REPORT_STEP}."
@@ -127,6 +129,14 @@ def study_limits(acceptance: Sequence[Mapping[str, Any]]) -> tuple[float, float]
 def is_judged(pair: Mapping[str, Any], acceptance: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the original study has figures for a pair of columns."""
     return any(row["figure"] == f"rho({pair_name(pair)})" for row in acceptance)
+
+
+def limits_of_numbers(stats: Mapping[str, Any]) -> list[str]:
+    """What the statistics of stats.json or aggregate.json cannot carry with so many heads."""
+    max_rho, max_overlap = study_limits(stats["acceptance"])
+    judged = [is_judged(pair, stats["acceptance"]) for pair in stats["pairs"]]
+    k = stats["pairs"][0]["overlap"]["k"]
+    return limits_of_heads(stats["counts"]["heads"], k, max_overlap, max_rho, judged_rhos(stats, judged))
 
 
 def judged_line(pairs: Sequence[Mapping[str, Any]], acceptance: Sequence[Mapping[str, Any]]) -> str:
@@ -177,6 +187,7 @@ def _page(
     cases: Mapping[str, Any],
     measured: dict[str, Any],
     trained: dict[str, Any],
+    rows: MeasuredRows,
     maps: Sequence[HeatMap],
 ) -> str:
     names, short = head_names(heads.num_heads)
@@ -184,10 +195,11 @@ def _page(
         "By layer: each row is scaled by itself. Global: all rows share one scale. As measured: the values of heads.csv. Importance keeps "
         "its zero: in warm colours are heads that the model needs, in blue those that it does better without."
     )
+    no_cases = [f"There are no cases: {cases['reason']}."] if cases["reason"] else []
     body = [
+        notices([*limits_of_rows({"": rows}), *limits_of_numbers(stats), *no_cases]),
         _verdict(stats),
-        notices([f"There are no cases: {cases['reason']}."] if cases["reason"] else []),
-        section("run", "Run", _run(stats, measured, trained)),
+        section("run", "Run", _run(stats, measured, trained, rows)),
         _acceptance(stats, trained),
         _statistics(stats),
         _scatters(heads, cases),
@@ -204,18 +216,25 @@ def _page(
 
 _ACCEPTANCE_LEAD = (
     "The study that these measures come from found that importance before training says little about which heads training changes, and "
-    "set these figures. They are computed here as there, met or not."
+    "set these figures. They are computed here as there, met or not. Beside them stands what they would be on average if importance and "
+    "change had nothing to do with each other."
 )
 
 
-def acceptance_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _acceptance_table(stats: Mapping[str, Any]) -> str:
     """The acceptance figures of one run."""
     verdicts = {True: "✓ met", False: "✗ not met", None: "not defined"}
     cells = [
-        [row["figure"].replace("rho", "ρ"), verdicts[row["met"]], row["rule"].replace(">=", "≥"), found_number(row["value"])]
-        for row in rows
+        [
+            row["figure"].replace("rho", "ρ"),
+            verdicts[row["met"]],
+            row["rule"].replace(">=", "≥"),
+            found_number(row["value"]),
+            if_unrelated(row["figure"], stats),
+        ]
+        for row in stats["acceptance"]
     ]
-    return table(["figure", "verdict", "wanted", "found"], cells, numeric=(3,))
+    return table(["figure", "verdict", "wanted", "found", "if unrelated"], cells, numeric=(3, 4))
 
 
 def _verdict(stats: Mapping[str, Any]) -> str:
@@ -225,17 +244,17 @@ def _verdict(stats: Mapping[str, Any]) -> str:
     first = stats["pairs"][1]
     rho = "is not defined" if first["rho"] is None else f"is {first['rho']:.2f}"
     line = (
-        f"The rank correlation of importance before training with the relative update {rho}. Important but static: "
-        f"{counts['important_but_static']} of {counts['heads']} heads; plastic but unimportant: {counts['plastic_but_unimportant']}. "
-        f"Of the original study's {len(rows)} figures {met} {'is' if met == 1 else 'are'} met."
+        f"The rank correlation of importance before training with the relative update {rho}. Of {counts['heads']} heads, "
+        f"{counts['important_but_static']} are important but static and {counts['plastic_but_unimportant']} plastic but unimportant. "
+        f"{met} of the original study's {len(rows)} figures {'is' if met == 1 else 'are'} met."
     )
     return f'<p class="verdict">{text(line)}</p>'
 
 
-def _run(stats: Mapping[str, Any], measured: dict[str, Any], trained: dict[str, Any]) -> str:
+def _run(stats: Mapping[str, Any], measured: dict[str, Any], trained: dict[str, Any], rows: MeasuredRows) -> str:
     def change(name: str) -> str | None:
         before, after = (measured.get(f"base_{name}_{when}") for when in ("pre", "post"))
-        return None if before is None or after is None else f"{before:.4g} → {after:.4g}"
+        return None if before is None or after is None else f"{before:.4f} → {after:.4f}"
 
     seconds = [run.get("seconds") for run in (trained, measured)]
     values = {
@@ -246,19 +265,20 @@ def _run(stats: Mapping[str, Any], measured: dict[str, Any], trained: dict[str, 
         "rows measured": measured.get("samples"),
         "steps of training": trained.get("steps"),
         "accuracy, before → after": change("accuracy"),
+        "commonest class measured": rows.told,
         "loss, before → after": change("loss"),
         "training, measuring, seconds": " and ".join(f"{number:,.0f}" for number in seconds if number is not None),
     }
     folded = [
         ("Options of training", {f"--{name.replace('_', '-')}": value for name, value in plain_facts(trained.get("options", {})).items()}),
-        ("All that training tells", plain_facts(trained)),
-        ("All that measuring tells", plain_facts(measured)),
+        ("Everything in train.json", plain_facts(trained)),
+        ("Everything in measure.json", plain_facts(measured)),
     ]
     return facts(values) + "".join(f"<details><summary>{text(title)}</summary>{facts(found)}</details>" for title, found in folded if found)
 
 
 def _acceptance(stats: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
-    cards = f'<div class="card">{acceptance_table(stats["acceptance"])}</div>{_training(trained)}'
+    cards = f'<div class="card">{_acceptance_table(stats)}</div>{_training(trained)}'
     lead = f"{_ACCEPTANCE_LEAD} {judged_line(stats['pairs'], stats['acceptance'])}"
     return section("acceptance", "The original study's figures", f'<div class="grid2">{cards}</div>', lead=lead)
 
