@@ -120,6 +120,13 @@ def test_what_a_person_can_mend_is_one_line(error: BaseException, code: int, lin
     assert "\n" not in ending.line
 
 
+@pytest.mark.parametrize("command", ["heads demo", *(f"heads plasticity {step}" for step in ("train", "measure", "run"))])
+def test_an_interrupted_study_says_how_it_goes_on(command: str) -> None:
+    ending = errors.explain(KeyboardInterrupt(), f"tinyonn {command}")
+    assert ending is not None
+    assert ending.line == f"tinyonn {command}: interrupted; the same command, without --overwrite, goes on from what was saved."
+
+
 @pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), RuntimeError("x"), AssertionError(), OSError("no errno")])
 def test_a_bug_keeps_its_traceback(cli: Cli, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:

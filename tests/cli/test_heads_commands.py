@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tinyonn.cli import heads_score, options
+from tinyonn.cli import heads_plasticity, heads_score, options, screen
+from tinyonn.heads import measurement
 from tinyonn.heads.plasticity_config import DTYPES
 from tinyonn.heads.score_config import NORM_MODES, QUERY_MODES, ScoreConfig
 from tinyonn.testing import save_tiny_model
@@ -264,10 +265,35 @@ def test_a_step_lists_the_options_that_matter_to_it(cli: Cli) -> None:
 def test_seeds_of_another_study_do_not_stop_a_report(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "study"
     assert cli("heads", "plasticity", "run", *study(encoder, pairs, out, "--seed", 1)).code == 0
+    other = cli("heads", "plasticity", "run", *study(encoder, pairs, out, "--seed", 3, "--learning-rate", 1e-4))
+    assert "More than the seed differs in training: learning_rate is 2e-05 in seed1 and 0.0001 in seed3." in other.out
     ran = cli("heads", "plasticity", "run", *study(encoder, pairs, out, "--seed", 2, "--top-k", 3))
     assert ran.code == 0, ran.err
     assert "not joined" in ran.out
     assert str(out / "boolq" / "seed2" / "index.html") in ran.out
+
+
+@pytest.mark.parametrize(("accuracy", "told"), [(0.4375, True), (0.5625, True), (0.75, False)])
+def test_training_that_learned_nothing_is_told(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracy: float, told: bool
+) -> None:
+    facts = {"heads": 12, "samples": 16, "seconds": 1.0, "base_accuracy_post": accuracy, "commonest_class": 0.5625}
+    result = measurement.MeasureResult(tmp_path, True, facts)
+    monkeypatch.setattr(measurement, "measure", lambda *given: result)
+    monkeypatch.setattr(heads_plasticity, "_later_seeds", lambda *given: [1])
+    ran = cli("heads", "plasticity", "measure", "--task", "boolq", "-m", "m", "--output-dir", tmp_path)
+    assert ran.code == 0, ran.err
+    said = f"note      accuracy {accuracy:.2f}, commonest class 0.56: training did no better than always answering that class"
+    assert (said in ran.out.splitlines()) == told
+
+
+def test_progress_names_its_seed(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "PLAIN_EVERY", 0.0)
+    ran = cli("heads", "plasticity", "run", *study(encoder, pairs, tmp_path / "study", "--seed", 5, "--seed", 6))
+    assert ran.code == 0, ran.err
+    for seed in (5, 6):
+        assert re.search(rf"^training: 100 %, seed {seed}: step 2/2, loss ", ran.err, re.MULTILINE)
+        assert re.search(rf"^importance before training: 100 %, seed {seed}: 8/8 samples, ", ran.err, re.MULTILINE)
 
 
 def test_a_damaged_seed_is_left_out_of_the_report_over_all(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
@@ -279,6 +305,7 @@ def test_a_damaged_seed_is_left_out_of_the_report_over_all(cli: Cli, encoder: Pa
     assert ran.code == 0, ran.err
     joined = json.loads((out / "boolq" / "aggregate.json").read_text())
     assert [seed["seed"] for seed in joined["seeds"]] == [1]
+    assert re.search(r"^left out +seed2: .*; run tinyonn heads plasticity measure", ran.out, re.MULTILINE)
     (left_out,) = joined["incomplete"]
     assert (left_out["folder"], left_out["step"]) == ("seed2", "tinyonn heads plasticity measure")
 

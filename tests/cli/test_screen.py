@@ -124,7 +124,7 @@ def test_elsewhere_a_plain_line_now_and_then(capsys: pytest.CaptureFixture[str],
     assert captured.err.splitlines() == ["reading: 36 %, 9 read, 10 s, 16 s left", "reading: 76 %, 19 read, 20 s, 6.0 s left"]
 
 
-def test_the_rest_is_told_from_this_run_s_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_are_those_of_the_stage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(screen, "PLAIN_EVERY", 0.0)
@@ -133,8 +133,8 @@ def test_the_rest_is_told_from_this_run_s_speed(capsys: pytest.CaptureFixture[st
             now[0] += 10
             bar.update(fraction, "x", label=label)
     assert capsys.readouterr().err.splitlines() == [
-        "loading: x, 10 s", "scanning a: 0 %, x, 20 s", "scanning a: 50 %, x, 30 s", "scanning a: 60 %, x, 40 s, 40 s left",
-        "scanning b: 60 %, x, 50 s",
+        "loading: x, 10 s", "scanning a: 0 %, x, 0.0 s", "scanning a: 50 %, x, 10 s", "scanning a: 60 %, x, 20 s, 40 s left",
+        "scanning b: 60 %, x, 0.0 s",
     ]  # fmt: skip
 
 

@@ -86,6 +86,8 @@ def test_every_file_has_a_line_for_every_head(study):
     assert summary == result.summary
     expected = {"task": "boolq", "seed": 42, "samples": MEASURED, "layers": 3, "heads": 12, "dtype": "fp32", "device": "cpu"}
     assert expected.items() <= summary.items()
+    labels = json.loads((config.folder / "eval_subset.json").read_text())["labels"]
+    assert summary["commonest_class"] == max(labels.count(0), labels.count(1)) / MEASURED
     assert summary["seconds"] > 0
 
 

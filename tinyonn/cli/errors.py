@@ -31,7 +31,7 @@ class Ending:
 def explain(error: BaseException, command: str) -> Ending | None:
     """How a command ends that raised this; None for what is a bug."""
     if isinstance(error, KeyboardInterrupt):
-        return Ending(f"{command}: {_one_line(error) or 'interrupted.'}", INTERRUPTED)
+        return Ending(f"{command}: {_one_line(error) or _interrupted(command)}", INTERRUPTED)
     if isinstance(error, UsageError):
         return Ending(f"{command}: {_usage(error)} See `{command} --help`.", BAD_INPUT)
     if isinstance(error, ClickException):
@@ -47,6 +47,13 @@ def explain(error: BaseException, command: str) -> Ending | None:
     if isinstance(error, OSError) and error.errno is not None:
         return Ending(f"{command}: {_os_error(error, command)}", BAD_INPUT)
     return None
+
+
+def _interrupted(command: str) -> str:
+    resumable = ("tinyonn heads demo", *(f"tinyonn heads plasticity {step}" for step in ("train", "measure", "run")))
+    if command in resumable:
+        return "interrupted; the same command, without --overwrite, goes on from what was saved."
+    return "interrupted."
 
 
 def _usage(error: Exception) -> str:

@@ -17,10 +17,10 @@ from .._study import MEASURE_STEP, MEASURED, OPTIONS, TRAIN_STEP, TRAINED
 from ..errors import InputError
 from ..heads.plasticity_config import PlasticityConfig
 from . import screen
-from .heads_score import show_progress
 from .options import Dtype, config_option, field_defaults, given_options
 
 if TYPE_CHECKING:
+    from ..heads.progress import Progress
     from ..heads.summary import PlasticitySummary
 
 _DEFAULTS = field_defaults(PlasticityConfig)
@@ -211,14 +211,18 @@ def run_steps(steps: Sequence[str], studies: Sequence[PlasticityConfig]) -> None
     if "report" in steps:  # before the minutes of work, what would stop it at the end
         require_scipy()
         require_matplotlib()
-    lines: list[tuple[str, object]] = []
     for study in studies:
+        lines: list[tuple[str, object]] = []
         with screen.Progress("loading") as bar:
             for step in steps:
-                lines += _STEPS[step](study, partial(show_progress, bar))
+                lines += _STEPS[step](study, partial(_show, bar, study.seed))
+        print(screen.rows(lines), flush=True)  # hours may lie between two seeds
     if "report" in steps:
-        lines += _over_seeds(studies[0])
-    print(screen.rows(lines))
+        print(screen.rows(_over_seeds(studies[0])))
+
+
+def _show(bar: screen.Progress, seed: int, state: Progress) -> None:
+    bar.update(state.fraction, f"seed {seed}: {state.text}" if state.text else f"seed {seed}", label=state.stage)
 
 
 def _check_paths(steps: Sequence[str], study: PlasticityConfig) -> None:
@@ -244,7 +248,15 @@ def _measure(study: PlasticityConfig, progress: Callable[..., None]) -> list[tup
 
     result = measure(study, progress)
     how = "kept from an earlier run" if result.kept else f"in {screen.duration(result.summary['seconds'])}"
-    return [("measured", f"seed {study.seed}, {result.summary['heads']:,} heads over {result.summary['samples']:,} samples, {how}")]
+    summary = result.summary
+    lines: list[tuple[str, object]] = [
+        ("measured", f"seed {study.seed}, {summary['heads']:,} heads over {summary['samples']:,} samples, {how}")
+    ]
+    accuracy, commonest = summary["base_accuracy_post"], summary["commonest_class"]
+    if accuracy <= commonest:
+        said = f"accuracy {accuracy:.2f}, commonest class {commonest:.2f}: training did no better than always answering that class"
+        lines.append(("note", said))
+    return lines
 
 
 def _report(study: PlasticityConfig, progress: Callable[..., None]) -> list[tuple[str, object]]:
@@ -293,4 +305,7 @@ def _over_seeds(study: PlasticityConfig) -> list[tuple[str, object]]:
     except SeedsDifferError as error:  # seeds of an earlier study with other options; the pages of this one stand
         return [("all seeds", f"not joined: {error}")]
     page = write_plasticity_aggregate(folder)
-    return [("all seeds", f"{len(found['seeds'])} complete"), ("page", page.html.resolve())]
+    lines: list[tuple[str, object]] = [("all seeds", f"{len(found['seeds'])} complete")]
+    lines += [("left out", f"{seed['folder']}: {seed['found']}; run {seed['step']}") for seed in found["incomplete"]]
+    lines += [("note", note) for note in found["notes"]]
+    return [*lines, ("page", page.html.resolve())]

@@ -76,7 +76,7 @@ class Progress:
         self._enabled = enabled
         self._bar: Any = None
         self._task: Any = None
-        self._started = self._said = time.monotonic()
+        self._started = self._said = time.monotonic()  # the stage that `label` names, and the last plain line
         self._first: tuple[float, float] | None = None  # when a share was first known, and which
 
     def __enter__(self) -> Progress:
@@ -107,7 +107,7 @@ class Progress:
     def update(self, fraction: float | None, text: str, *, label: str | None = None) -> None:
         """Shows the share done (None: unknown) and a few words."""
         if label is not None and label != self._label:
-            self._label, self._first = label, None
+            self._label, self._first, self._started = label, None, time.monotonic()
         rest = self._rest(fraction)
         if self._bar is not None:
             total = None if fraction is None else 1.0

@@ -6,7 +6,7 @@
     gradfisher_pre.jsonl    norm of the gradient and empirical Fisher information before training
     update.jsonl            change of the head's weights
     measure_parts.json      of each of these files its checksum and what it was made from: an interrupted run goes on from there
-    measure.json            loss and accuracy of both models, the checks, times; written last
+    measure.json            loss and accuracy of both models, share of the commonest class, the checks, times; written last
 
 One line a head in each .jsonl. Everything runs in float32, whatever the training did: a head's part in the loss is often smaller than
 half precision resolves.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -270,12 +271,14 @@ class _Measurement:
         return _rows(**dict(zip(("Uq", "Uk", "Uv", "Uo", "U", "Urel"), found, strict=True))), {}
 
     def _summary(self, origin: Mapping[str, str], done: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        rows = self.data.evaluation
         facts = {name: value for part in self.parts for name, value in done[part]["facts"].items()}
         return {
             "model": display_name(self.config.model_path, Path(self.config.model_path)),
             "task": self.config.task_name,
             "seed": self.config.seed,
-            "samples": len(self.data.evaluation),
+            "samples": len(rows),
+            "commonest_class": max(Counter(example.label for example in rows).values()) / len(rows),
             "layers": done[UPDATE]["layers"],
             "heads": done[UPDATE]["heads"],
             **facts,
