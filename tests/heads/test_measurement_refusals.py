@@ -29,7 +29,7 @@ def test_a_folder_without_a_complete_training_names_the_step(study):
 )
 def test_options_other_than_those_of_the_training_are_refused_by_name(study, options):
     ((name, value),) = options.items()
-    with pytest.raises(InputError, match=rf"where options differ from those of the training in .*, got {name} {value} \(there "):
+    with pytest.raises(InputError, match=rf"options must be those of the training in .*, got {name} {value} \(there "):
         measure(study(**options))
 
 

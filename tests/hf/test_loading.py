@@ -207,5 +207,5 @@ def test_memory_of_a_container_counts(tmp_path, monkeypatch):
 
 def test_what_a_library_says_is_cut_at_the_end_of_a_sentence():
     assert sentences(OSError("It failed.\n  Look there.")) == "It failed. Look there."
-    assert sentences(OSError("It failed. Look at https://a.b/c. " + "And " * 99)) == "It failed. Look at https://a.b/c."
+    assert sentences(OSError("It failed. Look at https://a.b/c. " + "And " * 300)) == "It failed. Look at https://a.b/c."
     assert sentences(OSError("and " * 99), 10) == "and and ..."

@@ -115,8 +115,8 @@ def _measure_command(
     """Measure what each head is worth, and how much it changed.
 
     Loss increase and accuracy drop with the head off, before and after training; gradient norm and Fisher information before; the update
-    of its weights. Needs --task and --output-dir; model, data and evaluation rows are those of the training, and must be where they are
-    given. What only the report reads is taken too, so that one set of options serves all steps.
+    of its weights. Needs --task and --output-dir; model, data and evaluation rows are those of the training: where they are given they
+    must be the same. What only the report reads is taken too, so that one set of options serves all steps.
     """
     _run(("measure",), config, locals())
 
@@ -138,7 +138,7 @@ def _report_command(
     """Join the measurements: statistics, cases, figures, a page.
 
     Over all seeds of a task, also their means and intervals. Needs --task and --output-dir; model, data and evaluation rows are those of
-    the training, and must be where they are given.
+    the training: where they are given they must be the same.
     """
     _run(("report",), config, locals())
 

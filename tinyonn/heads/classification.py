@@ -16,6 +16,7 @@ from torch import Tensor
 from .._config import check_int, check_text, from_mapping, read_yaml
 from .._records import Located, field_names, open_records, short
 from ..errors import InputError, did_you_mean, shown
+from ..hf.loading import sentences
 
 if TYPE_CHECKING:
     from .plasticity_config import PlasticityConfig
@@ -298,8 +299,8 @@ def _downloaded(task: Task) -> tuple[list[Example], list[Example], str]:
             with _quiet_hub():
                 table = datasets.load_dataset(task.dataset, task.subset, split=split)
         except Exception as error:  # by version and transport, a dozen types
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"data_path must be given where {name} ({split}) cannot be downloaded, got none: {reason}") from error
+            wanted = f"data_path must be given where {name} ({split}) cannot be downloaded"
+            raise InputError(f"{wanted}, got none: {sentences(error)}") from error
         place = f"the {split} split of {name}"
         parts.append([_example(Located(row, row, record), row, task, f"row {row} of {place}") for row, record in enumerate(table)])
     return parts[0], parts[1], f"{name} ({task.evaluation})"

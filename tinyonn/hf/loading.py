@@ -68,7 +68,7 @@ def _download(model_id: str) -> Path:
     raise InputError(f"model_path must hold a model with config.json and weights, got {model_id}.")
 
 
-def sentences(error: Exception, most: int = 200) -> str:
+def sentences(error: Exception, most: int = 320) -> str:
     """What a library says of an error, in one line: as many whole sentences as fit into `most` characters, or words of the first."""
     text = " ".join(str(error).split())
     if len(text) <= most:
