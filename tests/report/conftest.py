@@ -229,7 +229,18 @@ def make_scores(tmp_path):
         (tmp_path / "topk_per_layer.json").write_text(json.dumps(per_layer))
         summary = {"model": "org/tiny", "data": HOSTILE, "samples": 1024, "tokens": 5000, "layers": layers, "heads": layers * heads}
         (tmp_path / "summary.json").write_text(json.dumps(summary | {"versions": {"torch": "2.13"}}))
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model_path": "org/tiny", "norm_mode": mode, "lambda_ent": 0.5}))
+        (tmp_path / "config.yaml").write_text(
+            yaml.safe_dump(
+                {
+                    "model_path": "org/tiny",
+                    "norm_mode": mode,
+                    "lambda_ent": 0.5,
+                    "lambda_task": 1.0,
+                    "out_projection": False,
+                    "extra_weights": {"peak": 0.25} if extra else {},
+                }
+            )
+        )
         return tmp_path, raw, norm, combined
 
     return make

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -22,7 +24,11 @@ from .report import ReportResult
 
 _STEP = "tinyonn heads score"
 SCORES = {
-    "out": ("Output norm", "norm of the head's output", "How much a head puts into the layer's output: the norm of its slice."),
+    "out": (
+        "Output norm",
+        "norm of the head's output",
+        "How much a head writes: the L2 norm of its slice of what the output projection takes in, before the projection.",
+    ),
     "ent": (
         "Concentration",
         "negative entropy, nats",
@@ -30,7 +36,23 @@ SCORES = {
     ),
     "task": ("Attention to the question", "share of attention", "How much of the head's attention falls on the tokens of the question."),
 }
-COMBINED = "Ranks within the layer, added with the run's weights: higher means that the scores agree on the head."
+_OUT_PROJECTED = (
+    "Output norm",
+    "norm after the output projection",
+    "How much a head puts into the layer's output: the L2 norm of what the output projection makes of its slice.",
+)
+_WEIGHTS = {"ent": "lambda_ent", "task": "lambda_task"}
+# Keys of summary.json -> what they count, where the key alone does not tell.
+_COUNTS = {
+    "rows": "rows in the data",
+    "samples": "rows scored",
+    "answered": "of these, with an answer key",
+    "tokens": "tokens in all prompts",
+    "truncated": "prompts cut at max length",
+    "spans lost": "prompts without their whole question",
+}
+# What folders of checkpoints are called, which does not tell the model.
+_CHECKPOINT = re.compile(r"(ckpt|checkpoint|epoch|step|iter)([-_.]?\w+)*|best|final|last|latest|model|output", re.IGNORECASE)
 _LAYER_COLUMNS = 8
 
 
@@ -57,10 +79,13 @@ def write_scores_page(folder: str | os.PathLike[str], *, figures_too: bool = Tru
     summary = read_json(root / "summary.json", dict, _STEP)
     tops = read_json(root / "topk_global.json", list, _STEP), read_json(root / "topk_per_layer.json", dict, _STEP)
     config = read_yaml(root / "config.yaml")
-    maps = score_maps(raw, norm, combined, str(config.get("norm_mode", "zscore")))
+    lacking = [name for name in ("norm_mode", "out_projection", "extra_weights", *_WEIGHTS.values()) if name not in config]
+    if lacking:
+        raise InputError(f"{root / 'config.yaml'} must have {', '.join(lacking)}, got none of them; run {_STEP} again.")
+    maps = score_maps(raw, norm, combined, config)
     drawn = []
     if figures_too:
-        where = f"{short_model(summary.get('model', config.get('model_path')))} on {short_data(summary.get('data'))}"
+        where = f"{model_title(summary.get('model'), config.get('model_path'))} on {short_data(summary.get('data'))}"
         for heat_map in maps:
             drawn.append(root / f"map_{heat_map.key}.png")
             title = f"{heat_map.title}, {'by layer' if 'layer' in heat_map.views else 'weighted sum of ranks'}"
@@ -73,15 +98,21 @@ def write_scores_page(folder: str | os.PathLike[str], *, figures_too: bool = Tru
     return ReportResult(root / "index.html", tuple(drawn))
 
 
-def score_maps(raw: HeadColumns, norm: HeadColumns, combined: HeadColumns, mode: str) -> list[HeatMap]:
-    """One map a score: as measured, normalised by layer as the run did, and over the whole map; and their fusion as it is."""
+def score_maps(raw: HeadColumns, norm: HeadColumns, combined: HeadColumns, config: Mapping[str, Any]) -> list[HeatMap]:
+    """One map a score: as measured, normalised by layer as the run did, and over the whole map; and their fusion as it is.
+
+    Args:
+        raw, norm, combined: the three tables, of the same heads.
+        config: options of the run.
+    """
     maps = []
+    described = SCORES | ({"out": _OUT_PROJECTED} if config["out_projection"] else {})
     for key in (name.removesuffix("_raw") for name in raw.columns):
-        title, unit, legend = SCORES.get(key, (key, "as measured", "A score that was registered for this run."))
+        title, unit, legend = described.get(key, (key, "as measured", "A score that was registered for this run."))
         heat_map = make_map(key, title, legend, unit, raw.grid(f"{key}_raw"), signed=False)
         values = norm.grid(f"{key}_z")
         scale = choose_scale(values, "layer", unit, signed=False)
-        if mode == "percentile":
+        if config["norm_mode"] == "percentile":
             scale = Scale("sequential", False, 0.0, 1.0, False, "percentile within the layer")
         maps.append(replace(heat_map, views={**heat_map.views, "layer": (values, scale)}))
     values = combined.grid("combined")
@@ -90,7 +121,7 @@ def score_maps(raw: HeadColumns, norm: HeadColumns, combined: HeadColumns, mode:
         HeatMap(
             "combined",
             "Combined score",
-            COMBINED,
+            _fusion(config),
             unit,
             False,
             values,
@@ -114,6 +145,26 @@ def view_controls(chosen: Normalisation, legend: str) -> str:
         for how, name in names.items()
     )
     return f'<div class="controls"><fieldset><legend>Scale</legend>{buttons}</fieldset></div><p class="legend">{text(legend)}</p>'
+
+
+def _fusion(config: Mapping[str, Any]) -> str:
+    """What the combined score is, with the run's weights."""
+    weights = {name: config[option] for name, option in _WEIGHTS.items()} | config["extra_weights"]
+    formula = " + ".join(["rank(out)", *(f"{weight:g}·rank({name})" for name, weight in weights.items())])
+    rest = "a head's ranks within its layer, 1 for the lowest, added with the run's weights. High is a high sum, whichever score gives it."
+    return f"{formula}: {rest}"
+
+
+def model_title(model: object, path: object) -> str:
+    """A model's name for a title; where it is only that of a checkpoint's folder, with the two folders around it.
+
+    Args:
+        model: name that the run gives.
+        path: where it was loaded from.
+    """
+    name = short_model(model)
+    around = PurePath(str(path or "")).parts
+    return "/".join(part for part in around[-3:] if part not in ("/", "..")) if _CHECKPOINT.fullmatch(name) and around else name
 
 
 def short_model(model: object) -> str:
@@ -148,7 +199,12 @@ def _page(
         "compare. As measured: the values of scores_raw.csv. The combined score is the same in all three."
     )
     body = [
-        section("run", "Run", facts(plain_facts(summary)) + f"<details><summary>Options</summary>{facts(options)}</details>"),
+        section(
+            "run",
+            "Run",
+            facts({_COUNTS.get(name, name): value for name, value in plain_facts(summary).items()})
+            + f"<details><summary>Options</summary>{facts(options)}</details>",
+        ),
         section(
             "maps",
             "Layers and heads",
@@ -159,7 +215,7 @@ def _page(
         _profile_section(raw, maps),
     ]
     data = {"maps-data": [map_data(heat_map, raw.layers, names, short) for heat_map in maps]}
-    model = short_model(summary.get("model", config.get("model_path")))
+    model = model_title(summary.get("model"), config.get("model_path"))
     samples = f"{summary['samples']:,} samples, " if isinstance(summary.get("samples"), int) else ""
     subtitle = f"{samples}{len(raw.layers):,} layers, {heads:,} heads. Written by tinyonn."
     return page(f"Attention heads of {model}", subtitle, "\n".join(body), data, ["core.js", "map.js"])

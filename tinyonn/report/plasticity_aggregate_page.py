@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .._files import read_json, write_atomically
-from .._study import AGGREGATE, AGGREGATE_TABLE, PAGE, REPORT_STEP
+from .._files import read_json, read_record, write_atomically
+from .._study import AGGREGATE, AGGREGATE_TABLE, PAGE, REPORT_STEP, TRAIN_AGAIN, TRAIN_STEP, TRAINED
 from ..errors import InputError
 from . import charts
 from .charts import DotRow
 from .head_files import HeadColumns, read_heads
-from .head_scores_page import head_names, short_model, view_controls
+from .head_scores_page import head_names, model_title, view_controls
 from .maps import make_map
 from .page import card, facts, map_card, map_data, notices, page, section, table, terms
 from .plasticity_limits import MeasuredRows, if_unrelated, limits_of_rows, read_rows
@@ -45,14 +45,15 @@ def write_plasticity_aggregate(folder: str | os.PathLike[str]) -> ReportResult:
     heads = read_heads(root / AGGREGATE_TABLE, [f"{name}_{what}" for name in MAPS for what in ("mean", "sd")], REPORT_STEP)
     try:
         rows = {seed["folder"]: read_rows(root / seed["folder"]) for seed in found["seeds"]}
-        content = _page(found, heads, rows)
+        options = read_record(root / found["seeds"][0]["folder"] / TRAINED, {"options": "an object"}, TRAIN_STEP, TRAIN_AGAIN)["options"]
+        content = _page(found, heads, rows, model_title(found["model"], options.get("model_path")))
     except (KeyError, TypeError) as error:
         raise InputError(f"{root / AGGREGATE} must be as the report step writes it, got {error!r}; run {REPORT_STEP}.") from error
     write_atomically(root / PAGE, content)
     return ReportResult(root / PAGE, ())
 
 
-def _page(found: Mapping[str, Any], heads: HeadColumns, rows: Mapping[str, MeasuredRows]) -> str:
+def _page(found: Mapping[str, Any], heads: HeadColumns, rows: Mapping[str, MeasuredRows], model: str) -> str:
     seeds = found["seeds"]
     names, short = head_names(heads.num_heads)
     maps = [
@@ -79,7 +80,7 @@ def _page(found: Mapping[str, Any], heads: HeadColumns, rows: Mapping[str, Measu
     ]
     data = {"maps-data": [map_data(heat_map, heads.layers, names, short) for heat_map in maps]}
     number = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-    subtitle = f"{short_model(found['model'])}, {number}, {len(heads.layers):,} layers, {len(heads.places):,} heads. Written by tinyonn."
+    subtitle = f"{model}, {number}, {len(heads.layers):,} layers, {len(heads.places):,} heads. Written by tinyonn."
     return page(f"What training on {found['task']} does to heads", subtitle, "\n".join(body), data, ["core.js", "map.js"])
 
 

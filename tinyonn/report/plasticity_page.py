@@ -32,7 +32,7 @@ from . import charts, figures
 from .charts import DotRow, Points
 from .head_figures import HeadScatter, draw_head_map, draw_head_scatters, draw_statistics
 from .head_files import HeadColumns, plain_facts, read_heads
-from .head_scores_page import head_names, short_model, view_controls
+from .head_scores_page import head_names, model_title, view_controls
 from .maps import HeatMap, make_map
 from .page import card, facts, map_card, map_data, notices, page, section, table, terms, text
 from .plasticity_limits import MeasuredRows, if_unrelated, judged_rhos, limits_of_heads, limits_of_rows, read_rows
@@ -64,7 +64,12 @@ MAPS = {
     "I_pre": ("Importance before training", "loss increase, nats", True, "Loss increase without the head, before training."),
     "I_post": ("Importance after training", "loss increase, nats", True, "Loss increase without the head, after training."),
     "Urel": ("Relative update", "share of the weights' norm", False, "How far training moved the head's weights, relative to their norm."),
-    "G_pre": ("Gradient before training", "loss per weight", False, "Norm of the gradient of the loss with respect to the head's weights."),
+    "G_pre": (
+        "Gradient before training",
+        "norm, nats per unit of weight",
+        False,
+        "L2 norm of the gradient of the loss with respect to the head's weights.",
+    ),
 }
 
 
@@ -102,6 +107,10 @@ def write_plasticity_page(folder: str | os.PathLike[str], *, figures_too: bool =
 def head_label(layer: int, head: int) -> str:
     """Name of a head on charts."""
     return f"layer {layer} head {head}"
+
+
+def _model(stats: Mapping[str, Any]) -> str:
+    return model_title(stats["model"], stats["options"]["model_path"])
 
 
 def case_points(heads: HeadColumns, x: str, y: str) -> list[Points]:
@@ -163,7 +172,7 @@ def _dot_rows(stats: Mapping[str, Any]) -> tuple[list[DotRow], list[DotRow]]:
 
 
 def _draw(root: Path, heads: HeadColumns, stats: Mapping[str, Any], cases: Mapping[str, Any], maps: Sequence[HeatMap]) -> tuple[Path, ...]:
-    where = f"{short_model(stats['model'])} on {stats['task']}"
+    where = f"{_model(stats)} on {stats['task']}"
     drawn = []
     for name, panels in SCATTERS.items():
         drawn.append(root / name)
@@ -210,7 +219,7 @@ def _page(
     ]
     data = {"maps-data": [map_data(heat_map, heads.layers, names, short) for heat_map in maps]}
     seed = "" if stats["seed"] is None else f"seed {stats['seed']}, "
-    subtitle = f"{short_model(stats['model'])}, {seed}{len(heads.layers):,} layers, {len(heads.places):,} heads. Written by tinyonn."
+    subtitle = f"{_model(stats)}, {seed}{len(heads.layers):,} layers, {len(heads.places):,} heads. Written by tinyonn."
     return page(f"What training on {stats['task']} does to heads", subtitle, "\n".join(body), data, ["core.js", "map.js"])
 
 
