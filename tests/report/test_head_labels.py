@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from tinyonn.errors import InputError
-from tinyonn.report import write_scores_page
+from tinyonn.heads.seeds import aggregate
+from tinyonn.report import write_plasticity_aggregate, write_plasticity_page, write_scores_page
 
 
 def test_the_output_norm_is_described_as_the_run_took_it(make_scores, parse):
@@ -60,3 +61,23 @@ def test_a_checkpoint_is_titled_by_more_than_its_last_folder(model, path, title,
     (folder / "summary.json").write_text(json.dumps({"model": model}))
     page = write_scores_page(folder, figures_too=False).html.read_text(encoding="utf-8")
     assert f"<h1>Attention heads of {title}</h1>" in page
+
+
+def test_numbers_before_and_after_have_the_same_digits(make_run, parse):
+    folder, _ = make_run()
+    measured = json.loads((folder / "measure.json").read_text())
+    losses = {"base_loss_pre": 0.69401089, "base_loss_post": 0.69385837}
+    (folder / "measure.json").write_text(json.dumps(measured | losses))
+    assert "0.6940 → 0.6939" in parse(write_plasticity_page(folder, figures_too=False).html).text
+
+
+def test_plasticity_of_a_checkpoint_names_what_it_is_of(make_run, parse):
+    folder, _ = make_run()
+    path = "study/boolq/seed1/ckpt_final"
+    for name in ("stats.json", "train.json"):
+        content = json.loads((folder / name).read_text())
+        content["options"]["model_path"] = path
+        (folder / name).write_text(json.dumps(content | ({"model": "ckpt_final"} if name == "stats.json" else {})))
+    aggregate(folder.parent)
+    for written in (write_plasticity_page(folder, figures_too=False), write_plasticity_aggregate(folder.parent)):
+        assert "boolq/seed1/ckpt_final, " in parse(written.html).text

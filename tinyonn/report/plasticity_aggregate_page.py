@@ -16,19 +16,18 @@ from .head_files import HeadColumns, read_heads
 from .head_scores_page import head_names, model_title, view_controls
 from .maps import make_map
 from .page import card, facts, map_card, map_data, notices, page, section, table, terms
-from .plasticity_limits import MeasuredRows, if_unrelated, limits_of_rows, read_rows
-from .plasticity_page import (
-    KEYS,
-    MAPS,
-    MEANINGS,
-    decimals,
-    found_number,
+from .plasticity_limits import (
+    MeasuredRows,
+    if_unrelated,
     is_judged,
     judged_line,
     limits_of_numbers,
+    limits_of_rows,
     pair_name,
+    read_rows,
     study_limits,
 )
+from .plasticity_page import KEYS, MAPS, MEANINGS, decimals, found_number
 from .report import ReportResult
 
 _SHOWN_CASES = 40

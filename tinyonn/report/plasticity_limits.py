@@ -153,3 +153,35 @@ def judged_rhos(stats: Mapping[str, Any], judged: Sequence[bool]) -> list[tuple[
     """Name and interval of the rank correlations that the study's figures judge, of stats.json or aggregate.json."""
     pairs = [pair for pair, its in zip(stats["pairs"], judged, strict=True) if its]
     return [(f"{pair['x']}, {pair['y']}", pair["rho"] if isinstance(pair["rho"], Mapping) else pair) for pair in pairs]
+
+
+def pair_name(pair: Mapping[str, Any]) -> str:
+    """Name of a pair of columns on charts."""
+    return f"{pair['x']}, {pair['y']}"
+
+
+def study_limits(acceptance: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """The original study's highest rank correlation and overlap."""
+    limits = {row["figure"].partition("(")[0]: row["limit"] for row in acceptance}
+    return limits["rho"], limits["overlap"]
+
+
+def is_judged(pair: Mapping[str, Any], acceptance: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the original study has figures for a pair of columns."""
+    return any(row["figure"] == f"rho({pair_name(pair)})" for row in acceptance)
+
+
+def judged_line(pairs: Sequence[Mapping[str, Any]], acceptance: Sequence[Mapping[str, Any]]) -> str:
+    """Says which pairs of columns the original study's figures judge, and which they do not."""
+    judged, others = ([f"({pair_name(pair)})" for pair in pairs if is_judged(pair, acceptance) is wanted] for wanted in (True, False))
+    verb = "is" if len(others) == 1 else "are"
+    rest = f"; {' and '.join(others)} {verb} shown beside them and not judged" if others else ""
+    return f"Judged are {' and '.join(judged)}, and the numbers of cases{rest}."
+
+
+def limits_of_numbers(stats: Mapping[str, Any]) -> list[str]:
+    """What the statistics of stats.json or aggregate.json cannot carry with so many heads."""
+    max_rho, max_overlap = study_limits(stats["acceptance"])
+    judged = [is_judged(pair, stats["acceptance"]) for pair in stats["pairs"]]
+    k = stats["pairs"][0]["overlap"]["k"]
+    return limits_of_heads(stats["counts"]["heads"], k, max_overlap, max_rho, judged_rhos(stats, judged))

@@ -35,7 +35,17 @@ from .head_files import HeadColumns, plain_facts, read_heads
 from .head_scores_page import head_names, model_title, view_controls
 from .maps import HeatMap, make_map
 from .page import card, facts, map_card, map_data, notices, page, section, table, terms, text
-from .plasticity_limits import MeasuredRows, if_unrelated, judged_rhos, limits_of_heads, limits_of_rows, read_rows
+from .plasticity_limits import (
+    MeasuredRows,
+    if_unrelated,
+    is_judged,
+    judged_line,
+    limits_of_numbers,
+    limits_of_rows,
+    pair_name,
+    read_rows,
+    study_limits,
+)
 from .report import ReportResult
 
 STATIC, PLASTIC = "important-but-static", "plastic-but-unimportant"
@@ -122,38 +132,6 @@ def case_points(heads: HeadColumns, x: str, y: str) -> list[Points]:
         labels = [head_label(*heads.places[line]) for line in lines]
         groups.append(Points(name, heads.columns[x][lines], heads.columns[y][lines], labels, shape))
     return groups
-
-
-def pair_name(pair: Mapping[str, Any]) -> str:
-    """Name of a pair of columns on charts."""
-    return f"{pair['x']}, {pair['y']}"
-
-
-def study_limits(acceptance: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """The original study's highest rank correlation and overlap."""
-    limits = {row["figure"].partition("(")[0]: row["limit"] for row in acceptance}
-    return limits["rho"], limits["overlap"]
-
-
-def is_judged(pair: Mapping[str, Any], acceptance: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the original study has figures for a pair of columns."""
-    return any(row["figure"] == f"rho({pair_name(pair)})" for row in acceptance)
-
-
-def limits_of_numbers(stats: Mapping[str, Any]) -> list[str]:
-    """What the statistics of stats.json or aggregate.json cannot carry with so many heads."""
-    max_rho, max_overlap = study_limits(stats["acceptance"])
-    judged = [is_judged(pair, stats["acceptance"]) for pair in stats["pairs"]]
-    k = stats["pairs"][0]["overlap"]["k"]
-    return limits_of_heads(stats["counts"]["heads"], k, max_overlap, max_rho, judged_rhos(stats, judged))
-
-
-def judged_line(pairs: Sequence[Mapping[str, Any]], acceptance: Sequence[Mapping[str, Any]]) -> str:
-    """Says which pairs of columns the original study's figures judge, and which they do not."""
-    judged, others = ([f"({pair_name(pair)})" for pair in pairs if is_judged(pair, acceptance) is wanted] for wanted in (True, False))
-    verb = "is" if len(others) == 1 else "are"
-    rest = f"; {' and '.join(others)} {verb} shown beside them and not judged" if others else ""
-    return f"Judged are {' and '.join(judged)}, and the numbers of cases{rest}."
 
 
 def _percentile_marks(cases: Mapping[str, Any], column: str) -> list[tuple[str, float]]:
