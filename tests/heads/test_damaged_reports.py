@@ -138,7 +138,7 @@ def test_a_number_beyond_what_a_float_holds_is_refused(seeds, reseal):
     first, _, rest = path.read_text().partition("\n")
     path.write_text(json.dumps(json.loads(first) | {"U": 10**400}) + "\n" + rest)
     reseal(path.parent)
-    with pytest.raises(InputError, match=r"update\.jsonl must have a finite number as U in every line, got line 1: 10{50,60}\.\.\.; run"):
+    with pytest.raises(InputError, match=r"update\.jsonl must have a finite number as U in every line, got line 1: 10+\.\.\.0+; run"):
         summarise(path.parent)
 
 
