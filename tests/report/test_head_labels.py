@@ -51,7 +51,7 @@ def test_counts_of_a_score_run_say_what_they_count(make_scores, parse):
         ("checkpoint-500", "/runs/qwen/checkpoint-500", "runs/qwen/checkpoint-500"),
         ("ckpt_init", "ckpt_init", "ckpt_init"),
         ("org/model-7b", "org/model-7b", "model-7b"),
-        ("all-MiniLM-L6-v2", "/root/all-MiniLM-L6-v2", "all-MiniLM-L6-v2"),
+        ("all-MiniLM-L6-v2", "/models/all-MiniLM-L6-v2", "all-MiniLM-L6-v2"),
     ],
 )
 def test_a_checkpoint_is_titled_by_more_than_its_last_folder(model, path, title, make_scores, parse):
