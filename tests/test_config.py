@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tinyonn._config import check_bool, check_choice, check_device, check_int, check_number, check_text, from_mapping, read_yaml
+from tinyonn import _config
+from tinyonn._config import check_bool, check_choice, check_device, check_int, check_number, check_text, read_yaml
 from tinyonn.errors import InputError
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(_config.Options):
     model_path: str | Path | None = None
     rate: Any = 0.5
 
@@ -25,15 +26,20 @@ def refused(call: Any, *args: Any, **options: Any) -> str:
 
 
 def test_an_unknown_key_is_told_with_near_names_or_all():
-    message = refused(from_mapping, Options, {"model_pth": "m"}, source="a.yaml", required=())
+    message = refused(Options.from_mapping, {"model_pth": "m"}, source="a.yaml")
     assert message == "a.yaml: option must be a known one, got 'model_pth'; did you mean 'model_path'?"
-    message = refused(from_mapping, Options, {"colour": "m"}, source="a.yaml", required=())
+    message = refused(Options.from_mapping, {"colour": "m"}, source="a.yaml")
     assert message == "a.yaml: option must be a known one, got 'colour'; they are model_path, rate."
 
 
 def test_what_is_required_is_asked_for_by_its_option():
-    assert from_mapping(Options, {"rate": 1}, source="a.yaml", required=()) == Options(rate=1)
-    message = refused(from_mapping, Options, {"model_path": None}, source="a.yaml", required=("model_path",))
+    @dataclass(frozen=True)
+    class Needy(_config.Options):
+        model_path: str
+        names: list[str] = field(default_factory=list)
+
+    assert Needy.from_mapping({"model_path": "m"}) == Needy("m", [])
+    message = refused(Needy.from_mapping, {"model_path": None}, source="a.yaml")
     assert message == "model_path must be given, in a.yaml or as --model-path."
 
 

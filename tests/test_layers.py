@@ -33,6 +33,7 @@ SHARED = {
     "tinyonn._config",
     "tinyonn._debug",
     "tinyonn._files",
+    "tinyonn._lazy",
     "tinyonn._locks",
     "tinyonn._records",
     "tinyonn._study",

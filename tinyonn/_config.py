@@ -11,12 +11,11 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
 from .errors import InputError, did_you_mean, shown
 
 MAX_INT, MAX_SEED = 2**31 - 1, 2**63 - 1  # what sizes and seeds may be in the libraries that they are given to
-Config = TypeVar("Config")
 
 
 def read_yaml(path: str | os.PathLike[str], name: str = "config", /, **overrides: Any) -> dict[str, Any]:
@@ -62,27 +61,39 @@ def read_yaml(path: str | os.PathLike[str], name: str = "config", /, **overrides
     return {**content, **given}
 
 
-def from_mapping(cls: type[Config], values: Mapping[str, Any], *, source: str, required: Sequence[str]) -> Config:
-    """A dataclass of options from a mapping whose keys are its fields.
+class Options:
+    """Base of a frozen dataclass of options; what has no default must be given."""
 
-    Args:
-        source: where the values are from, for messages.
-        required: fields that must be given.
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:
+        """Options from a YAML mapping; keys may have hyphens. `overrides` that are not None win over the file.
 
-    Raises:
-        InputError: an unknown key (near names are given), or a required one is missing.
-    """
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    known = {field.name for field in fields}
-    for key in values:
-        if key not in known:
-            near = did_you_mean(key, sorted(known), 3)
-            listed = f"; they are {', '.join(field.name for field in fields)}." if near == "." else near
-            raise InputError(f"{source}: option must be a known one, got {shown(key)}{listed}")
-    for name in required:
-        if values.get(name) is None:
-            raise InputError(f"{name} must be given, in {source} or as --{name.replace('_', '-')}.")
-    return cls(**values)
+        Raises:
+            InputError: the file is missing, not a mapping, or lacks what must be given; an unknown key (near names are given).
+        """
+        return cls.from_mapping(read_yaml(path, **overrides), source=os.fspath(path))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, source: str = "config") -> Self:
+        """Options from a mapping whose keys are the fields.
+
+        Args:
+            source: where the values are from, for messages.
+
+        Raises:
+            InputError: an unknown key (near names are given), or one is missing that must be given.
+        """
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        known = {field.name for field in fields}
+        for key in values:
+            if key not in known:
+                near = did_you_mean(key, sorted(known), 3)
+                listed = f"; they are {', '.join(field.name for field in fields)}." if near == "." else near
+                raise InputError(f"{source}: option must be a known one, got {shown(key)}{listed}")
+        for field in fields:
+            if field.default is field.default_factory is dataclasses.MISSING and values.get(field.name) is None:
+                raise InputError(f"{field.name} must be given, in {source} or as --{field.name.replace('_', '-')}.")
+        return cls(**values)
 
 
 def check_text(config: object, name: str, *, optional: bool = False) -> None:

@@ -138,7 +138,7 @@ class replacing:
         if kind is not None:
             self._partial.unlink(missing_ok=True)
             if isinstance(value, OSError):  # a write that failed names no file
-                raise InputError(f"output must be where there is room to write, got {self._path}: {value.strerror}.") from value
+                raise InputError(f"output must be where there is room to write, got {self._path}: {value.strerror or value}.") from value
             return
         mask = os.umask(0)
         os.umask(mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -44,7 +45,18 @@ def test_there_are_blocks_to_run():
 @pytest.mark.parametrize("code", [code for _, code in PYTHON], ids=["own score", "statistics", "parts", "readme"])
 def test_python_runs(place, code, monkeypatch):
     monkeypatch.setattr("tinyonn.heads.scores.SCORES", dict(SCORES))  # what a block registers stays there
-    exec(compile(code, "block", "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile(code, "block", "exec"), names)
+    for layer in names.get("layers", ()):
+        assert layer.entropy.shape == layer.span_mass.shape
+        assert layer.entropy.shape[2] == 4
+        assert 0 < layer.span_mass.max() <= 1 + 1e-6
+    if "largest_feature" in names:
+        assert "peak_raw" in (place / "scores/scores_raw.csv").read_text().splitlines()[0]
+        assert (place / "scores/map_peak.png").stat().st_size
+    if "gates" in names:
+        assert names["gates"].flatten().tolist() == [1.0, 1.0, 0.0] + [1.0] * 9
+    assert {"layers", "largest_feature", "gates"} & names.keys()
 
 
 def test_yaml_is_a_field_map_and_a_task(place, tmp_path):

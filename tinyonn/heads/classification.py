@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._config import check_int, check_text, from_mapping, read_yaml
+from .._config import Options, check_int, check_text, read_yaml
 from .._records import Located, field_names, open_records, short
 from ..errors import InputError, did_you_mean, shown
 from ..hf.loading import sentences
@@ -28,7 +28,7 @@ _EVALUATION_STEMS = ("validation", "dev")  # of a folder's files, after the task
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Options):
     """A classification task, as its YAML file gives it.
 
     Args:
@@ -147,7 +147,7 @@ def find_task(name: str) -> Task:
     for field in ("text", "label", "labels"):
         if values.get(field) is None:
             raise InputError(f"{field} must be given in a task's YAML file, got {', '.join(values) or 'nothing'} in {path}.")
-    return from_mapping(Task, values, source=str(path), required=())
+    return Task.from_mapping(values, source=str(path))
 
 
 def load_task(config: PlasticityConfig) -> TaskData:

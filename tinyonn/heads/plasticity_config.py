@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from .._config import MAX_SEED, check_bool, check_choice, check_device, check_int, check_number, check_text, from_mapping, read_yaml
+from .._config import MAX_SEED, Options, check_bool, check_choice, check_device, check_int, check_number, check_text
 from ..errors import InputError, shown
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -36,7 +33,7 @@ TRAINING = (
 
 
 @dataclass(frozen=True)
-class PlasticityConfig:
+class PlasticityConfig(Options):
     """Options of one plasticity study: a model, a task, a seed.
 
     Args:
@@ -123,24 +120,6 @@ class PlasticityConfig:
             raise InputError(
                 f"task must be a name or a YAML file whose name is at most 200 letters, digits, '.', '_' or '-', got {shown(self.task)}."
             )
-
-    @classmethod
-    def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> PlasticityConfig:
-        """Options from a YAML mapping; keys may have hyphens. `overrides` that are not None win over the file.
-
-        Raises:
-            InputError: the file is missing, not a mapping, or has a key that is no option (near names are given).
-        """
-        return cls.from_mapping(read_yaml(path, **overrides), source=os.fspath(path))
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], *, source: str = "config") -> PlasticityConfig:
-        """Options from a mapping whose keys are field names.
-
-        Raises:
-            InputError: an unknown key, or model_path or task is missing.
-        """
-        return from_mapping(cls, values, source=source, required=("model_path", "task"))
 
     @property
     def task_name(self) -> str:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._config import MAX_SEED, check_bool, check_choice, check_device, check_int, check_number, check_text, from_mapping, read_yaml
+from .._config import MAX_SEED, Options, check_bool, check_choice, check_device, check_int, check_number, check_text
 from ..errors import InputError, shown
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 QUERY_MODES = ("last_token", "all_tokens")
 NORM_MODES = ("zscore", "percentile")
 MAX_WEIGHT = 1e6  # beyond it one score alone would order the heads
-REQUIRED = ("model_path", "data_path", "output_dir")
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(Options):
     """Options of `score_heads`.
 
     Args:
@@ -64,7 +62,7 @@ class ScoreConfig:
     extra_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in REQUIRED:
+        for name in ("model_path", "data_path", "output_dir"):
             check_text(self, name)
         for name in ("prompt_template", "field_map"):
             check_text(self, name, optional=True)
@@ -84,24 +82,6 @@ class ScoreConfig:
         if not isinstance(weights, Mapping) or not all(isinstance(name, str) and _is_weight(value) for name, value in weights.items()):
             raise InputError(f"extra_weights must map names of scores to numbers from 0 to {MAX_WEIGHT:,.0f}, got {shown(weights)}.")
         object.__setattr__(self, "extra_weights", dict(weights))
-
-    @classmethod
-    def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> ScoreConfig:
-        """Options from a YAML mapping; keys may have hyphens. `overrides` that are not None win over the file.
-
-        Raises:
-            InputError: the file is missing, not a mapping, or has a key that is no option (near names are given).
-        """
-        return cls.from_mapping(read_yaml(path, **overrides), source=os.fspath(path))
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], *, source: str = "config") -> ScoreConfig:
-        """Options from a mapping whose keys are field names.
-
-        Raises:
-            InputError: an unknown key, or a path is missing.
-        """
-        return from_mapping(cls, values, source=source, required=REQUIRED)
 
 
 def _is_weight(value: Any) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 from .._files import read_json, read_record, write_atomically
 from .._study import AGGREGATE, AGGREGATE_TABLE, PAGE, REPORT_STEP, TRAIN_AGAIN, TRAIN_STEP, TRAINED
 from ..errors import InputError
-from . import charts
 from .charts import DotRow
 from .head_files import HeadColumns, read_heads
 from .head_scores_page import head_names, model_title, view_controls
@@ -25,9 +24,8 @@ from .plasticity_limits import (
     limits_of_rows,
     pair_name,
     read_rows,
-    study_limits,
 )
-from .plasticity_page import KEYS, MAPS, MEANINGS, decimals, found_number
+from .plasticity_page import KEYS, MAPS, MEANINGS, decimals, dot_charts, found_number
 from .report import ReportResult
 
 _SHOWN_CASES = 40
@@ -111,18 +109,7 @@ def _statistics(found: Mapping[str, Any]) -> str:
     judged = [is_judged(pair, found["acceptance"]) for pair in pairs]
     rhos = [_dots(pair, "rho", its) for pair, its in zip(pairs, judged, strict=True)]
     overlaps = [_dots(pair, "overlap", its, pair["overlap"]["chance"]) for pair, its in zip(pairs, judged, strict=True)]
-    max_rho, max_overlap = study_limits(found["acceptance"])
-    left = charts.interval_dots(
-        "Rank correlations", rhos, low=-1, high=1, x_title="Spearman's ρ", limit=(f"study: below {max_rho:g}", max_rho)
-    )
-    right = charts.interval_dots(
-        "Overlaps",
-        overlaps,
-        low=0,
-        high=1,
-        x_title="share of the highest heads in both",
-        limit=(f"study: below {max_overlap:g}", max_overlap),
-    )
+    left, right = dot_charts(rhos, overlaps, found["acceptance"])
     legend = "A full dot is the mean over seeds, a line its interval, a hollow dot one seed."
     cards = card("Rank correlation", left, legend=legend) + card("Overlap of the highest", right, legend=f"{legend} A cross is chance.")
     rows = []

@@ -281,9 +281,9 @@ def _training(trained: Mapping[str, Any]) -> str:
     return card("Training", chart, legend=f"Mean over every {each} steps." if each > 1 else "Every step.")
 
 
-def _statistics(stats: Mapping[str, Any]) -> str:
-    rhos, overlaps = _dot_rows(stats)
-    max_rho, max_overlap = study_limits(stats["acceptance"])
+def dot_charts(rhos: Sequence[DotRow], overlaps: Sequence[DotRow], acceptance: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Rank correlations and overlaps of the pairs, with the study's limits, as SVG."""
+    max_rho, max_overlap = study_limits(acceptance)
     left = charts.interval_dots(
         "Rank correlations", rhos, low=-1, high=1, x_title="Spearman's ρ", limit=(f"study: below {max_rho:g}", max_rho)
     )
@@ -295,6 +295,12 @@ def _statistics(stats: Mapping[str, Any]) -> str:
         x_title="share of the highest heads in both",
         limit=(f"study: below {max_overlap:g}", max_overlap),
     )
+    return left, right
+
+
+def _statistics(stats: Mapping[str, Any]) -> str:
+    rhos, overlaps = _dot_rows(stats)
+    left, right = dot_charts(rhos, overlaps, stats["acceptance"])
     interval = stats["interval"]
     rho_card = card(
         "Rank correlation", left, legend=f"{interval['confidence']:.0%} intervals: {interval['resamples']:,} resamples of the heads."

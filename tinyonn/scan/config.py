@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from .._config import MAX_SEED, check_bool, check_choice, check_device, check_int, check_number, check_text, from_mapping, read_yaml
+from .._config import MAX_SEED, Options, check_bool, check_choice, check_device, check_int, check_number, check_text
 from ..errors import InputError
 
 CREDITS = ("full", "local")
@@ -24,7 +22,7 @@ RUN_ONLY = ("model_path", "dataset_path", "output_path", "device", "batch_size",
 
 
 @dataclass(frozen=True)
-class ScanConfig:
+class ScanConfig(Options):
     """Options of one scan.
 
     Args:
@@ -110,24 +108,6 @@ class ScanConfig:
             raise InputError(f"output_path must end in .mscan, got {self.output_path!r}.")
         if self.topic is not None and not re.fullmatch(r"[\w.-]+", self.topic):
             raise InputError(f"topic must be letters, digits, '.', '_' or '-', got {self.topic!r}.")
-
-    @classmethod
-    def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> ScanConfig:
-        """Options from a YAML mapping; keys may have hyphens. `overrides` that are not None win over the file.
-
-        Raises:
-            InputError: the file is missing, not a mapping, or has a key that is no option (near names are given).
-        """
-        return cls.from_mapping(read_yaml(path, **overrides), source=os.fspath(path))
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], *, source: str = "config") -> ScanConfig:
-        """Options from a mapping whose keys are field names.
-
-        Raises:
-            InputError: an unknown key, or model_path or dataset_path is missing.
-        """
-        return from_mapping(cls, values, source=source, required=("model_path", "dataset_path"))
 
     @property
     def topic_name(self) -> str:
