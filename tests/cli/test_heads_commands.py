@@ -14,7 +14,7 @@ import pytest
 
 from tinyonn.cli import heads_plasticity, heads_score, options, screen
 from tinyonn.heads import measurement
-from tinyonn.heads.plasticity_config import DTYPES
+from tinyonn.heads.plasticity_config import DTYPES, PlasticityConfig
 from tinyonn.heads.score_config import NORM_MODES, QUERY_MODES, ScoreConfig
 from tinyonn.testing import save_tiny_model
 
@@ -161,6 +161,23 @@ def test_a_study_runs_is_kept_and_joins_its_seeds(cli: Cli, encoder: Path, pairs
     assert again.code == 0, again.err
     assert again.out.count("kept from an earlier run") == 2
     assert (folder / "ckpt_final" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_one_config_file_serves_every_step(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
+    printed = cli("heads", "plasticity", "run", "--print-config").out
+    assert printed == cli("heads", "plasticity", "train", "--print-config").out
+    config, out = tmp_path / "study.yaml", tmp_path / "study"
+    values = {"model_path": encoder, "task": "boolq", "data_path": pairs, "output_dir": out, "eval_size": 8, "epochs": 1, "batch_size": 8}
+    filled = printed
+    for name, value in values.items():
+        filled = re.sub(rf"(?m)^{name}:[^#\n]*", f"{name}: {value}  ", filled)
+    config.write_text(filled)
+    for step in ("train", "measure", "report"):
+        ran = cli("heads", "plasticity", step, "--config", config)
+        assert ran.code == 0, ran.err
+    used = PlasticityConfig.from_yaml(out / "boolq" / "seed42" / "train_config.yaml")
+    assert (used.epochs, used.eval_size, used.batch_size, used.learning_rate) == (1, 8, 8, 2e-5)
+    assert (out / "boolq" / "seed42" / "index.html").is_file()
 
 
 def test_later_steps_take_the_options_of_the_training(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib import resources
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tinyonn.errors import InputError
 from tinyonn.heads.plasticity_config import TRAINING, PlasticityConfig
@@ -26,6 +28,13 @@ def test_yaml_keys_may_have_hyphens_and_given_options_win(tmp_path):
     file.write_text("model-path: m\ntask: mnli\nlearning_rate: 1.0e-4\neval-size: 64\n")
     config = PlasticityConfig.from_yaml(file, eval_size=32, seed=None)
     assert (config.model_path, config.learning_rate, config.eval_size, config.seed) == ("m", 1e-4, 32, 42)
+
+
+def test_the_commented_defaults_are_the_defaults():
+    given = {"model_path": "m", "task": "rte"}
+    with resources.as_file(resources.files("tinyonn.heads") / "plasticity_default.yaml") as path:
+        assert PlasticityConfig.from_yaml(path, **given) == PlasticityConfig(**given)
+        assert set(yaml.safe_load(path.read_text())) == set(vars(PlasticityConfig(**given)))
 
 
 @pytest.mark.parametrize(

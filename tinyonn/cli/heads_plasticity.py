@@ -17,7 +17,7 @@ from .._study import MEASURE_STEP, MEASURED, OPTIONS, TRAIN_STEP, TRAINED
 from ..errors import InputError
 from ..heads.plasticity_config import PlasticityConfig
 from . import screen
-from .options import Dtype, config_option, field_defaults, given_options
+from .options import Dtype, config_option, field_defaults, given_options, print_config_option
 
 if TYPE_CHECKING:
     from ..heads.progress import Progress
@@ -58,6 +58,7 @@ def _training_command(name: str, steps: Sequence[str], text: str) -> None:
         data_path: DataPath = None,
         output_dir: OutputDir = None,
         config: ConfigFile = None,
+        print_config: Annotated[bool, print_config_option("tinyonn.heads", "plasticity_default.yaml")] = False,
         seed: Seeds = None,
         eval_size: EvalSize = None,
         eval_seed: EvalSeed = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from enum import StrEnum
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +14,7 @@ from .._locks import locked
 from .._records import data_kind
 from ..heads.score_config import ScoreConfig
 from . import screen
-from .options import Dtype, config_option, field_defaults, given_options
+from .options import Dtype, config_option, field_defaults, given_options, print_config_option
 
 if TYPE_CHECKING:
     from ..heads.progress import Progress
@@ -44,9 +43,7 @@ def score(
     ] = None,
     output_dir: Annotated[str | None, _option("output_dir", "Folder of the results.", "DIR", "-o", "--output")] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of these options; options given here win.")] = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print a config file with all defaults, explained, and stop.")
-    ] = False,
+    print_config: Annotated[bool, print_config_option("tinyonn.heads", "score_default.yaml")] = False,
     max_samples: Annotated[int | None, _option("max_samples", "Rows drawn, no more than there are. [default: 1024, or all]", "N")] = None,
     batch_size: Annotated[int | None, _option("batch_size", "Prompts in one forward pass.", "N")] = None,
     max_length: Annotated[int | None, _option("max_length", "Tokens of a prompt.", "N")] = None,
@@ -76,9 +73,6 @@ def score(
     Output norm, concentration, attention to the question, and the fusion of their ranks within each layer, as CSV, heat maps and a page.
     One forward pass a prompt; nothing is trained, and attention runs as fast as it always does.
     """
-    if print_config:
-        print(resources.files("tinyonn.heads").joinpath("score_default.yaml").read_text(encoding="utf-8"), end="")
-        return
     explicit = given_options(locals(), _DEFAULTS)
     score_and_draw(ScoreConfig.from_yaml(config, **explicit) if config else ScoreConfig.from_mapping(explicit, source="a --config file"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from enum import StrEnum
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,6 +83,18 @@ def config_option(defaults: Mapping[str, Any], field: str, text: str, metavar: s
     elif default not in (None, dataclasses.MISSING):
         text += f" [default: {default:g}]" if isinstance(default, float) else f" [default: {default}]"
     return typer.Option(flag, *names, help=text, metavar=metavar, show_default=False)
+
+
+def print_config_option(package: str, file: str) -> Any:
+    """`--print-config`: prints a package's file of commented defaults, and stops before anything else is looked at."""
+
+    def stop(wanted: bool) -> None:
+        if wanted:
+            print(resources.files(package).joinpath(file).read_text(encoding="utf-8"), end="")
+            raise typer.Exit
+
+    text = "Print a config file with all defaults, explained, and stop."
+    return typer.Option("--print-config", help=text, callback=stop, is_eager=True)
 
 
 def given_options(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -124,8 +124,7 @@ class _Capture:
         self.check_thread()
         if layer.name in self.reported:
             raise InputError(f"model must run each attention layer once, got {_named(layer)} twice.")
-        else:
-            self.reported[layer.name] = statistics()
+        self.reported[layer.name] = statistics()
 
 
 _threads: dict[int, list[int]] = {}  # by identity of a module or configuration, the thread of each block around it
