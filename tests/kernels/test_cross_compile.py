@@ -43,14 +43,13 @@ def test_every_jit_function_is_a_kernel_or_used_by_one():
     assert set(functions) == reached
 
 
-# The attention kernels take half a minute each; of them the suite compiles one architecture, and `make test-slow` the others.
+# Attention and experts take up to a minute a module: of them the suite compiles forward for one architecture, `make test-slow` the rest.
 QUICK = ("block_lists", "block_norms", "integrate_sps", "token_grad_norms")
-# Of the kernels of experts, all with many configurations, it compiles the first product's on that architecture.
-LONG = ("expert_mlp_bwd", "expert_outer", "expert_rows")
+BACKWARD = ("_bwd", "_dq", "_dk", "_dkv", "expert_outer", "expert_rows")
 
 
 def is_quick(module: str, arch: int) -> bool:
-    return module in QUICK or (arch == 90 and module not in LONG)
+    return module in QUICK or (arch == 90 and not module.endswith(BACKWARD))
 
 
 OFFERED = [
