@@ -29,10 +29,10 @@ heads-demo: $(VENV)/.heads
 	@$(BIN)/tinyonn heads demo $(HEADS_ARGS)
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(TEST_ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" $(TEST_ARGS)
 
 test-slow: $(VENV)/.dev
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m slow $(TEST_ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m slow $(TEST_ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(BENCH_ARGS)
