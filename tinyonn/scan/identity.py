@@ -11,24 +11,10 @@ from typing import Any
 
 import torch
 
+from .._folders import file_hash, model_config_hash, tokenizer_hash
 from ..hf.loading import display_name, weight_files
 from .config import RUN_ONLY, ScanConfig
 from .targets import BLOCK_SIZE
-
-# All that texts become tokens by, chat templates included.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-CONFIG_FILES = ("config.json", "generation_config.json")
 
 # In the metadata, and not part of the identity: a scan may be continued by a newer version, or a renamed copy of the model.
 DESCRIPTIVE = (
@@ -46,16 +32,6 @@ DESCRIPTIVE = (
     "corpus",
     "config_hash",
 )
-
-
-def file_hash(*files: Path) -> str:
-    """sha256 over the names and contents of files, whole."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def scan_metadata(
@@ -89,9 +65,9 @@ def scan_metadata(
         **_heads(model_config.get_text_config()),
         "parameters": parameters,
         "model_weights_sha256": file_hash(*weight_files(folder)),
-        "model_config_sha256": file_hash(*_present(folder, CONFIG_FILES)),
+        "model_config_sha256": model_config_hash(folder),
         "tokenizer": type(tokenizer).__name__,
-        "tokenizer_sha256": file_hash(*_present(folder, TOKENIZER_FILES)),
+        "tokenizer_sha256": tokenizer_hash(folder),
         "corpus": Path(config.dataset_path).name,
         "corpus_sha256": file_hash(Path(config.dataset_path)),
         **options,
@@ -102,10 +78,6 @@ def scan_metadata(
         "block_size": BLOCK_SIZE,
     }
     return metadata | {"config_hash": identity_hash(metadata)}
-
-
-def _present(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def _heads(model_config: Any) -> dict[str, int]:
