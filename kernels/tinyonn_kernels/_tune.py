@@ -1,21 +1,33 @@
-"""Several configurations a kernel: the fastest is found when a kind of input is first seen, the only time that a launch waits for the GPU.
+"""Several configurations per kernel; the fastest is found by trial, once for each kind and size of input.
 
-A table gives the configurations for the constants of a launch, the best guess first. That one alone runs under the interpreter, and under
-`torch.use_deterministic_algorithms(True)`: tiles of another size add up in another order, so another choice may change the last bits.
-`TRITON_CACHE_AUTOTUNING=1` keeps what was found for later processes.
+A table lists the configurations for the constants of a launch, the best guess first. A trial is the only time that a launch waits for
+the GPU. Sizes are told apart in steps of four: tiles that suit a short prompt are not the best for 64k tokens. A table with one
+configuration needs no trial.
+
+Under the interpreter and under `torch.use_deterministic_algorithms(True)` the first configuration runs, without a trial: tiles of another
+size add up in another order, so another choice may change the last bits. `forced` runs a given one. `TRITON_CACHE_AUTOTUNING=1` keeps
+the results of trials for later processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+from triton.runtime.autotuner import Autotuner
 
 from . import INTERPRETED
 
 Table = Callable[..., list[triton.Config]]
+SMALL_BITS = 21  # up to 2^21 values (2k tokens of 16 heads of 64) one choice serves all
+
+_forced: int | None = None
+_launched: dict[str, list[str]] = {}
 
 
 def config(num_warps: int, num_stages: int, maxnreg: int | None = None, **tile: int) -> triton.Config:
@@ -23,24 +35,87 @@ def config(num_warps: int, num_stages: int, maxnreg: int | None = None, **tile: 
     return triton.Config(tile, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
 
 
-def tuned(table: Table, key: list[str], restore: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+def size_class(first: Tensor) -> int:
+    """0 for up to 2^21 values, then one more for every four times as many. `first` is a kernel's main input."""
+    return max(0, (max(first.numel() - 1, 0).bit_length() - SMALL_BITS + 1) // 2)
+
+
+class TunedKernel(Autotuner):
+    """A kernel and its table. Triton's own key knows names of arguments alone: results of trials are kept apart by size here.
+
+    Attributes:
+        caches: results of trials, by size class.
+    """
+
+    def __init__(self, fn: Any, table: Table, key: list[str], restore: list[str]) -> None:
+        # The table has the last word; of fewer than two placeholders Triton would not ask.
+        placeholders = [triton.Config({}), triton.Config({})]
+        super().__init__(fn, fn.arg_names, placeholders, key, None, restore, prune_configs_by={"early_config_prune": self._pruned})
+        self.table = table
+        self.caches: defaultdict[int, dict[Any, triton.Config]] = defaultdict(dict)
+        self.size = 0
+        self._offered: dict[tuple[tuple[str, Any], ...], list[triton.Config]] = {}
+
+    def offered(self, constants: dict[str, Any]) -> list[triton.Config]:
+        """Configurations for these constants, each once."""
+        key = tuple(constants.items())
+        found = self._offered.get(key)
+        if found is None:
+            found = self._offered[key] = list({str(one): one for one in self.table(**constants)}.values())
+        return found
+
+    def _pruned(self, configs: list[triton.Config], named: dict[str, Any], **constants: Any) -> list[triton.Config]:
+        return self.offered(constants)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self.size = size_class(args[0])
+        self.cache = self.caches[self.size]
+        return super().run(*args, **kwargs)
+
+    def check_disk_cache(self, tuning_key: Any, configs: list[triton.Config], bench_fn: Callable[[], None]) -> bool:
+        key = (*tuning_key, f"size {self.size}")
+        hit = bool(super().check_disk_cache(key, configs, bench_fn))
+        if hit:
+            self.cache[tuning_key] = self.cache.pop(key)
+        return hit
+
+
+def tuned(table: Table, key: list[str], restore: tuple[str, ...] = ()) -> Callable[[Any], TunedKernel]:
     """Decorates a `@triton.jit` kernel. `restore` names what it adds to, which a trial must leave as it was."""
-
-    def prune(configs: list[triton.Config], named: dict[str, Any], **constants: Any) -> list[triton.Config]:
-        offered = list({str(found): found for found in table(**constants)}.values())
-        return offered[:1] if INTERPRETED else offered
-
-    # The table has the last word; of fewer than two Triton would not ask.
-    placeholders = [triton.Config({}), triton.Config({})]
-    return triton.autotune(placeholders, key=key, restore_value=list(restore), prune_configs_by={"early_config_prune": prune})
+    return lambda fn: TunedKernel(fn, table, key, list(restore))
 
 
-def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], *args: Any, **constants: Any) -> None:
+@contextmanager
+def forced(number: int) -> Iterator[dict[str, list[str]]]:
+    """Within this context every launch takes configuration `number` of its table, or the last one of a shorter table.
+
+    Yields:
+        for each kernel launched, all configurations that its launches offered: `number` reaches all of them below the longest list.
+    """
+    global _forced, _launched
+    before, seen = (_forced, _launched), {}
+    _forced, _launched = number, seen
+    try:
+        yield seen
+    finally:
+        _forced, _launched = before
+
+
+def launch(kernel: TunedKernel, grid: Callable[[dict[str, Any]], tuple[int, ...]], *args: Any, **constants: Any) -> None:
     """Runs a `tuned` kernel. On tensors without data there is nothing to time: each configuration is compiled."""
     if args[0].is_meta:
         kernel.warmup(*args, grid=grid, **constants)
-    elif torch.are_deterministic_algorithms_enabled():
-        first = kernel.early_config_prune(kernel.configs, {}, **constants)[0]
-        kernel.fn[grid](*args, **constants, **first.all_kwargs())
+        return
+    offered = kernel.offered(constants)
+    if _forced is not None:
+        name = kernel.base_fn.__name__
+        known = _launched.setdefault(name, [])
+        if len(offered) > len(known):
+            known[:] = map(str, offered)
+        chosen = offered[min(_forced, len(offered) - 1)]
+    elif len(offered) == 1 or INTERPRETED or torch.are_deterministic_algorithms_enabled():
+        chosen = offered[0]
     else:
         kernel[grid](*args, **constants)
+        return
+    kernel.fn[grid](*args, **constants, **chosen.all_kwargs())

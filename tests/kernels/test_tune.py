@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,7 @@ def trials(monkeypatch) -> Callable[[bool], list[str]]:
                 clock[0] += -1 if last else 1
                 return clock * 3
 
-            monkeypatch.setattr(kernel, "cache", {})
+            monkeypatch.setattr(kernel, "caches", defaultdict(dict))
             monkeypatch.setitem(kernel.__dict__, "do_bench", bench)
         return ran
 
@@ -124,3 +125,51 @@ def test_determinism_takes_the_first(trials):
 @pytest.mark.parametrize("name", list(KERNELS.values()))
 def test_keys_tell_groups_and_widths_apart(name):
     assert {"GROUP", "HEAD_DIM"} < set(tuned_kernels()[name].keys)
+
+
+def window(tokens: int) -> Tensor:
+    query, key = (torch.randn(1, tokens, 1, 16, generator=torch.Generator().manual_seed(seed)).half().to(DEVICE) for seed in (0, 1))
+    return ops.sliding_window_attention(query, key, key, window=5, impl="triton")
+
+
+def test_a_short_input_does_not_choose_for_a_long_one(trials, monkeypatch):
+    from tinyonn_kernels import _tune
+
+    monkeypatch.setattr(_tune, "SMALL_BITS", 9)  # 512 values: 32 tokens of 16
+    ran = trials(False)
+    window(20)
+    once = len(ran)
+    assert once == 2  # both configurations
+    window(32)
+    assert len(ran) == once
+    window(33)
+    assert len(ran) == 2 * once
+    window(20)
+    window(128)
+    assert len(ran) == 2 * once
+    window(129)
+    assert len(ran) == 3 * once
+
+
+def test_sizes_are_classes_of_four_times_as_many_values():
+    from tinyonn_kernels._tune import size_class
+
+    sizes = [1, 1 << 21, (1 << 21) + 1, 1 << 23, (1 << 23) + 1, 1 << 25, 1 << 33]
+    assert [size_class(torch.empty(size, device="meta")) for size in sizes] == [0, 0, 1, 1, 2, 2, 6]
+
+
+def test_every_configuration_can_be_forced_and_is_right(monkeypatch):
+    from tinyonn_kernels import _tune
+    from tinyonn_kernels.interval_attention_fwd import _interval_fwd_kernel as kernel
+
+    expected = window(40)
+    chosen = []
+    original = kernel.fn.run
+    monkeypatch.setattr(kernel.fn, "run", lambda *args, **named: (chosen.append(named["ROWS"]), original(*args, **named)))
+    for number, rows in enumerate((128, 64, 64)):  # of the last two, as there are two
+        with _tune.forced(number) as offered:
+            out = window(40)
+        assert_close_rms(out, expected.double(), torch.float16)
+        assert chosen.pop() == rows
+        assert [len(configs) for configs in offered.values()] == [2]
+        assert list(offered) == ["_interval_fwd_kernel"]

@@ -25,17 +25,18 @@ CHUNK_ELEMENTS = 1 << 25  # of the float32 sum, 128 MiB
 
 
 def chunks_of(query: Tensor) -> list[slice]:
-    """Tokens in parts of at most CHUNK_ELEMENTS values."""
+    """Tokens in parts of at most CHUNK_ELEMENTS values, the last part first: it reads most keys, so tiles are chosen on it."""
     batch, tokens, heads, dim = query.shape
     size = max(1, CHUNK_ELEMENTS // max(1, batch * heads * dim))
-    return [slice(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)]
+    return [slice(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)][::-1]
 
 
 def float32_sum(target: Tensor, chunks: list[slice]) -> Tensor | None:
     """Where the sum of a chunk is made; None for the target itself."""
     if target.dtype == torch.float32 or not chunks:
         return None
-    return torch.empty((target.shape[0], chunks[0].stop, *target.shape[2:]), dtype=torch.float32, device=target.device)
+    longest = chunks[-1].stop  # the first tokens' chunk is whole
+    return torch.empty((target.shape[0], longest, *target.shape[2:]), dtype=torch.float32, device=target.device)
 
 
 @on_its_device
