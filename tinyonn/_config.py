@@ -15,6 +15,15 @@ from typing import Any, Self
 
 from .errors import InputError, did_you_mean, shown
 
+# Precisions by the names that options and files have; the spellings that people type for each, without case and "torch.".
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+_DTYPE_SPELLINGS = {
+    "auto": "auto",
+    **dict.fromkeys(("fp32", "float32", "f32", "float", "single"), "fp32"),
+    **dict.fromkeys(("bf16", "bfloat16"), "bf16"),
+    **dict.fromkeys(("fp16", "float16", "f16", "half"), "fp16"),
+}
+
 MAX_INT, MAX_SEED = 2**31 - 1, 2**63 - 1  # what sizes and seeds may be in the libraries that they are given to
 
 
@@ -114,6 +123,28 @@ def check_choice(config: object, name: str, choices: Sequence[Any]) -> None:
     value = getattr(config, name)
     if value not in choices:
         raise InputError(f"{name} must be one of {', '.join(str(c) for c in choices)}, got {shown(value)}{did_you_mean(value, choices)}")
+
+
+def dtype_name(value: object, name: str = "dtype") -> str:
+    """The name in DTYPES of a precision: "float32", "torch.bfloat16", torch.float16 and "half" are understood, in any case.
+
+    Raises:
+        InputError: another value.
+    """
+    spelling = str(value).strip().casefold().removeprefix("torch.") if isinstance(value, str) or _is_torch_dtype(value) else None
+    if spelling in _DTYPE_SPELLINGS:
+        return _DTYPE_SPELLINGS[spelling]
+    near = did_you_mean(spelling, _DTYPE_SPELLINGS)
+    raise InputError(f"{name} must be one of {', '.join(DTYPES)}, got {shown(value)}{near}")
+
+
+def _is_torch_dtype(value: object) -> bool:
+    return type(value).__module__ == "torch" and type(value).__name__ == "dtype"  # torch itself takes a second to import
+
+
+def check_dtype(config: object, name: str = "dtype") -> None:
+    """A precision, in any spelling that `dtype_name` knows; the field then holds its name in DTYPES."""
+    object.__setattr__(config, name, dtype_name(getattr(config, name), name))
 
 
 def check_int(config: object, name: str, minimum: int, maximum: int = MAX_INT) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tinyonn.cli import heads_plasticity, heads_score, options, screen
+from tinyonn.cli import heads_plasticity, heads_score, screen
 from tinyonn.heads import measurement
-from tinyonn.heads.plasticity_config import DTYPES, PlasticityConfig
+from tinyonn.heads.plasticity_config import PlasticityConfig
 from tinyonn.heads.score_config import NORM_MODES, QUERY_MODES, ScoreConfig
 from tinyonn.testing import save_tiny_model
 
@@ -56,7 +56,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_choices_are_those_of_the_configurations() -> None:
     assert tuple(heads_score.QueryMode) == QUERY_MODES
     assert tuple(heads_score.NormMode) == NORM_MODES
-    assert tuple(options.Dtype) == DTYPES
 
 
 def test_scores_are_written_with_their_page(cli: Cli, language_model: Path, questions: Path, tmp_path: Path) -> None:

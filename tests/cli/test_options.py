@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tinyonn.cli.options import Dtype, config_option, field_defaults, given_options
+from tinyonn.cli.options import Sync, config_option, field_defaults, given_options
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def test_a_field_that_is_not_there_has_no_option():
 
 
 def test_only_what_was_given_is_passed_on():
-    values = {"model_path": "m", "rate": None, "keep_all": False, "limit": 0, "other": 3, "most": Dtype.bf16}
+    values = {"model_path": "m", "rate": None, "keep_all": False, "limit": 0, "other": 3, "most": Sync.chunk}
     found = given_options(values, field_defaults(Config))
-    assert found == {"model_path": "m", "keep_all": False, "limit": 0, "most": "bf16"}
+    assert found == {"model_path": "m", "keep_all": False, "limit": 0, "most": "chunk"}
     assert type(found["most"]) is str

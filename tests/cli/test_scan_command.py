@@ -103,7 +103,7 @@ def test_defaults_are_the_library_s(configured: Any) -> None:
 
 def test_choices_are_the_library_s() -> None:
     for name, values in (
-        ("Credit", config.CREDITS), ("Dtype", config.DTYPES), ("Store", config.STORES),
+        ("Credit", config.CREDITS), ("Store", config.STORES),
         ("Codec", config.CODECS), ("Compression", config.COMPRESSIONS), ("Sync", config.SYNCS),
     ):  # fmt: skip
         assert tuple(getattr(choices, name)) == tuple(value for value in values if value is not None), name

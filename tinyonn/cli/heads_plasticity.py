@@ -17,7 +17,7 @@ from .._study import MEASURE_STEP, MEASURED, OPTIONS, TRAIN_STEP, TRAINED
 from ..errors import InputError
 from ..heads.plasticity_config import PlasticityConfig
 from . import screen
-from .options import Dtype, config_option, field_defaults, given_options, print_config_option
+from .options import DTYPE, config_option, field_defaults, given_options, print_config_option
 
 if TYPE_CHECKING:
     from ..heads.progress import Progress
@@ -75,7 +75,7 @@ def _training_command(name: str, steps: Sequence[str], text: str) -> None:
         top_k: TopK = None,
         high: High = None,
         low: Low = None,
-        dtype: Annotated[Dtype | None, _option("dtype", "Of the products; auto: bf16, else fp16, on a GPU; fp32 on a CPU.")] = None,
+        dtype: Annotated[str | None, _option("dtype", "Of the products; auto: bf16, else fp16, on a GPU; fp32 on a CPU.", DTYPE)] = None,
         device: Device = None,
         overwrite: Annotated[bool | None, _option("overwrite", "Replace what another configuration left.")] = None,
     ) -> None:

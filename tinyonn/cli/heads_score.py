@@ -14,7 +14,7 @@ from .._locks import locked
 from .._records import data_kind
 from ..heads.score_config import ScoreConfig
 from . import screen
-from .options import Dtype, config_option, field_defaults, given_options, print_config_option
+from .options import DTYPE, config_option, field_defaults, given_options, print_config_option
 
 if TYPE_CHECKING:
     from ..heads.progress import Progress
@@ -48,7 +48,7 @@ def score(
     batch_size: Annotated[int | None, _option("batch_size", "Prompts in one forward pass.", "N")] = None,
     max_length: Annotated[int | None, _option("max_length", "Tokens of a prompt.", "N")] = None,
     device: Annotated[str | None, _option("device", "auto, cpu, cuda or cuda:N.", "NAME")] = None,
-    dtype: Annotated[Dtype | None, _option("dtype", "Precision of the model; auto: fp16 on a GPU, fp32 on a CPU.")] = None,
+    dtype: Annotated[str | None, _option("dtype", "Precision of the model; auto: fp16 on a GPU, fp32 on a CPU.", DTYPE)] = None,
     seed: Annotated[int | None, _option("seed", "Of the draw of rows.", "N")] = None,
     score_query_mode: Annotated[
         QueryMode | None,

@@ -18,13 +18,6 @@ class Credit(StrEnum):
     local = "local"
 
 
-class Dtype(StrEnum):
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
 class Store(StrEnum):
     records = "records"
     integral = "integral"
@@ -44,6 +37,8 @@ class Sync(StrEnum):
     chunk = "chunk"
     close = "close"
 
+
+DTYPE = "auto|fp32|bf16|fp16"  # as help has it; the configuration takes other spellings too
 
 Output = Annotated[Path, typer.Option("--output-path", "-o", metavar="PATH", help="The new file.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]

@@ -11,7 +11,7 @@ import typer
 from .._units import readable_bytes
 from ..scan.config import ScanConfig
 from . import screen
-from .options import Codec, Compression, Credit, Dtype, Store, Sync, config_option, field_defaults, given_options
+from .options import DTYPE, Codec, Compression, Credit, Store, Sync, config_option, field_defaults, given_options
 
 if TYPE_CHECKING:
     from ..scan import ScanEstimate, ScanProgress, ScanResult
@@ -44,7 +44,7 @@ def scan(
     limit: Annotated[int | None, _option("limit", "Scan at most N records.", "N")] = None,
     max_length: Annotated[int | None, _option("max_length", "Tokens kept of each text.", "N")] = None,
     batch_size: Annotated[int | None, _option("batch_size", "Sequences in one forward and backward.", "N")] = None,
-    dtype: Annotated[Dtype | None, _option("dtype", "Precision of the model; auto: fp32 on a CPU, the model's own on a GPU.")] = None,
+    dtype: Annotated[str | None, _option("dtype", "Precision of the model; auto: fp32 on a CPU, the model's own on a GPU.", DTYPE)] = None,
     device: Annotated[str | None, _option("device", "auto, cpu, cuda or cuda:N.", "NAME")] = None,
     text_field: Annotated[str | None, _option("text_field", "Field of the corpus with the text. [default: found]", "NAME")] = None,
     skip_bad: Annotated[bool | None, _option("skip_bad", "Count malformed records and go on.")] = None,

@@ -6,10 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._config import MAX_SEED, Options, check_bool, check_choice, check_device, check_int, check_number, check_text
+from .._config import MAX_SEED, Options, check_bool, check_device, check_dtype, check_int, check_number, check_text
 from ..errors import InputError, shown
-
-DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 # The options that decide what comes out of training; the device does up to rounding, and dtype counts as what "auto" comes to on it.
 TRAINING = (
@@ -95,7 +93,7 @@ class PlasticityConfig(Options):
         for name in ("model_path", "task", "output_dir"):
             check_text(self, name)
         check_text(self, "data_path", optional=True)
-        check_choice(self, "dtype", DTYPES)
+        check_dtype(self)
         check_bool(self, "overwrite")
         for name, least in (("top_k", 1), ("max_length", 4), ("batch_size", 1), ("epochs", 1)):
             check_int(self, name, least)

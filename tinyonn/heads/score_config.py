@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._config import MAX_SEED, Options, check_bool, check_choice, check_device, check_int, check_number, check_text
+from .._config import MAX_SEED, Options, check_bool, check_choice, check_device, check_dtype, check_int, check_number, check_text
 from ..errors import InputError, shown
 
-DTYPES = ("auto", "fp32", "bf16", "fp16")
 QUERY_MODES = ("last_token", "all_tokens")
 NORM_MODES = ("zscore", "percentile")
 MAX_WEIGHT = 1e6  # beyond it one score alone would order the heads
@@ -74,7 +73,7 @@ class ScoreConfig(Options):
         for name in ("lambda_ent", "lambda_task"):
             check_number(self, name, minimum=0, maximum=MAX_WEIGHT)
         check_device(self)
-        check_choice(self, "dtype", DTYPES)
+        check_dtype(self)
         check_choice(self, "score_query_mode", QUERY_MODES)
         check_choice(self, "norm_mode", NORM_MODES)
         check_bool(self, "out_projection")

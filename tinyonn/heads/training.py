@@ -21,6 +21,7 @@ import yaml
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
+from .._config import dtype_name
 from .._files import replacing, write_atomically
 from .._study import FINAL, INIT, OPTIONS, STATE, TRAINED
 from ..errors import InputError
@@ -125,8 +126,8 @@ def _train(
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """Precision of the matrix products; "auto" is bfloat16 where a GPU computes in it, float16 on other GPUs, float32 on a CPU."""
-    if name != "auto":
-        return DTYPES[name]
+    if (known := dtype_name(name)) != "auto":
+        return DTYPES[known]
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._config import local_model
+from .._config import dtype_name, local_model
 from .._units import readable_bytes
 from ..errors import InputError
 from .memory import available_memory, is_out_of_memory
@@ -190,8 +190,8 @@ def load_config(folder: Path) -> Any:
 
 def resolve_dtype(dtype: str, device: torch.device, model_config: Any) -> torch.dtype:
     """The precision of an option; "auto" is the checkpoint's own on a GPU and float32 on a CPU, where half precision is slow."""
-    if dtype != "auto":
-        return DTYPES[dtype]
+    if (name := dtype_name(dtype)) != "auto":
+        return DTYPES[name]
     stored = getattr(model_config, "dtype", None)
     if device.type == "cpu" or not isinstance(stored, torch.dtype):
         return torch.float32

@@ -7,11 +7,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._config import MAX_SEED, Options, check_bool, check_choice, check_device, check_int, check_number, check_text
+from .._config import MAX_SEED, Options, check_bool, check_choice, check_device, check_dtype, check_int, check_number, check_text
 from ..errors import InputError
 
 CREDITS = ("full", "local")
-DTYPES = ("auto", "fp32", "bf16", "fp16")
 STORES = ("records", "integral")
 CODECS = ("log2u16", "f32")
 COMPRESSIONS = (None, "zstd")
@@ -86,7 +85,7 @@ class ScanConfig(Options):
         for name in ("output_path", "topic", "text_field"):
             check_text(self, name, optional=True)
         check_choice(self, "credit", CREDITS)
-        check_choice(self, "dtype", DTYPES)
+        check_dtype(self)
         check_choice(self, "store", STORES)
         check_choice(self, "codec", CODECS)
         check_choice(self, "compression", COMPRESSIONS)
