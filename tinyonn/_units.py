@@ -1,4 +1,4 @@
-"""Numbers for people."""
+"""Numbers for people, and what it means when one is not finite."""
 
 from __future__ import annotations
 
@@ -10,3 +10,14 @@ def readable_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def not_finite_cause(dtype: object) -> str:
+    """Why losses or norms of a scan are NaN or infinite, and what to do.
+
+    Args:
+        dtype: precision of the scan as its metadata has it, "float16"; None where it is not known.
+    """
+    if dtype == "float16":
+        return "float16 ends at 65,504: scan with --dtype bf16 or fp32, or mend NaN in the weights."
+    return f"The weights hold NaN or infinity, or values too large for {dtype if isinstance(dtype, str) else 'the precision'}."

@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_is_said(cli: Cli, model: Path, corpus: Path, 
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     ran = cli("scan", "-m", broken, "-d", corpus, "-o", tmp_path / "o.mscan", "--limit", 3)
     assert ran.code == 0
-    assert "not finite  the loss of 3 sequences: the weights, or a --dtype of too small a range" in ran.out
+    assert "not finite  loss and gradients in 3 of 3 sequences" in ran.out
 
 
 def test_the_default_output_is_named_for_model_and_topic(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .._units import readable_bytes
+from .._units import not_finite_cause, readable_bytes
 from ..scan.config import ScanConfig
 from . import screen
 from .options import DTYPE, Codec, Compression, Credit, Store, Sync, config_option, field_defaults, given_options
@@ -126,9 +126,10 @@ def _result_screen(result: ScanResult) -> str:
     ]
     if result.truncated:
         lines.append(("cut", f"{screen.counted(result.truncated, 'text')} at --max-length"))
-    if result.not_finite:
-        found = f"the loss of {screen.counted(result.not_finite, 'sequence')}: the weights, or a --dtype of too small a range"
-        lines.append(("not finite", found))
+    for count, what in ((result.not_finite, "loss and gradients"), (result.overflowed, "norms of some tokens, left out of all sums,")):
+        if count:
+            found = f"{what} in {screen.number(count)} of {screen.counted(result.sequences, 'sequence')}"
+            lines.append(("not finite", "\n".join([found, *not_finite_cause(result.dtype).split(": ")])))
     if result.skipped:
         lines.append(("left out", ", ".join(f"{screen.number(count)} {reason}" for reason, count in result.skipped.items())))
     share = f" (rank {result.rank} of {result.world_size})" if result.world_size > 1 else ""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .._units import not_finite_cause
 from ..mscan import MscanReader
 from .grid import BlockGrid, Floats, build_grid
 from .integrals import file_integral
@@ -48,12 +49,14 @@ class LossSummary:
         ordinals: (sequences read,) position in the file.
         tokens: (sequences read,) number of tokens.
         means: (sequences read,) mean loss, NaN without a labelled token.
+        broken: (sequences read,) whether a labelled token has a loss that is NaN or infinite.
     """
 
     values: Floats
     ordinals: np.ndarray
     tokens: np.ndarray
     means: Floats
+    broken: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -125,33 +128,65 @@ def read_losses(reader: MscanReader) -> LossSummary:
     values: list[Floats] = []
     tokens = np.zeros(len(ordinals), dtype=np.int64)
     means = np.full(len(ordinals), np.nan)
+    broken = np.zeros(len(ordinals), dtype=bool)
     for row, ordinal in enumerate(ordinals):
         sequence = reader.sequences[int(ordinal)]
         tokens[row] = sequence.num_tokens
         loss = np.asarray(sequence.loss, dtype=np.float64)
         finite = loss[np.isfinite(loss)]
+        broken[row] = loss_is_broken(loss, reader.metadata)
         if len(finite):
             means[row] = finite.mean()
             values.append(finite)
-    return LossSummary(np.concatenate(values) if values else np.empty(0), ordinals, tokens, means)
+    return LossSummary(np.concatenate(values) if values else np.empty(0), ordinals, tokens, means, broken)
+
+
+def loss_is_broken(loss: Floats, metadata: Mapping[str, Any]) -> bool:
+    """Whether the losses of a sequence, (tokens,), are not all finite where they should be.
+
+    In a scan of ours all tokens but the last are labelled. In files of other writers NaN may also mark a token without a label.
+    """
+    return bool(np.isinf(loss).any() or (is_scan(metadata) and np.isnan(loss[:-1]).any()))
+
+
+def is_scan(metadata: Mapping[str, Any]) -> bool:
+    """Whether `tinyonn scan` wrote a file, by its metadata."""
+    return "config_hash" in metadata and metadata.get("reduction") == "sum"
 
 
 def _notes(data: ScanData) -> list[str]:
-    notes = []
-    if not data.has_gradient and data.num_sequences:
+    notes = _not_finite_notes(data)
+    if not data.has_gradient and data.num_sequences and not notes:
         notes.append(
             "Every gradient norm in this file is 0 or missing. That is no measurement: its writer stored none. "
             "SPS then holds the activation term alone."
         )
     if data.num_sequences == 0:
         notes.append("The file holds no complete sequence.")
-    elif not len(data.losses.values):
+    elif not len(data.losses.values) and not data.losses.broken.any():
         notes.append("No token of this file carries a loss.")
     if data.num_sequences > len(data.losses.ordinals):
         notes.append(f"Losses are those of {len(data.losses.ordinals):,} sequences, evenly spaced among {data.num_sequences:,}.")
     # What the reader of version 1 found out about the file's writer.
     notes.extend(str(line) for line in data.metadata.get(V1_NOTES, ()) if isinstance(data.metadata[V1_NOTES], list))
     never = int((data.totals.count == 0).sum())
-    if never and data.num_sequences:
+    if never and data.num_sequences and never < data.grid.num_blocks:
         notes.append(f"{never:,} of {data.grid.num_blocks:,} blocks were never recorded (experts without a token); they are left blank.")
     return notes
+
+
+def _not_finite_notes(data: ScanData) -> list[str]:
+    """What left the range of the scan's precision."""
+    losses, dtype = data.losses, data.metadata.get("dtype")
+    if broken := int(losses.broken.sum()):
+        words = f"The loss of {broken:,} of {len(losses.ordinals):,} sequences is not finite, nor are their gradients."
+        return [f"{words} The maps and sums leave such tokens out. {not_finite_cause(dtype)}"]
+    # Weights of experts see some tokens alone; every other weight sees all.
+    dense = np.array([not entry.name.rpartition(".")[2].isdigit() for entry in data.grid.layout])[data.grid.entry]
+    if not is_scan(data.metadata) or len(losses.ordinals) < data.num_sequences or not dense.any():
+        return []
+    labelled = int(np.maximum(losses.tokens - 1, 0).sum())
+    lost = labelled - int(data.totals.count[dense].max())
+    if lost > 0:
+        return [f"The norms of {lost:,} of {labelled:,} tokens are not finite. The maps and sums leave them out. {not_finite_cause(dtype)}"]
+    return []

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .data import ScanData
+from .data import ScanData, loss_is_broken
 from .grid import short_names
 from .page import section, text
 from .replay import MAX_TOKENS, ReplayOrder, ReplaySequence, pack_int16
@@ -24,12 +24,16 @@ def replay_section(data: ScanData, sequences: Sequence[ReplaySequence], order: R
         "short": short,
         "cells": [[int(cell) // grid.shape[1], int(cell) % grid.shape[1]] for cell in cells],
         "lossHigh": float(np.quantile(finite, 0.98)) if len(finite) and finite.max() > 0 else 1.0,
-        "sequences": [_replay_payload(sequence) for sequence in sequences],
+        "sequences": [_replay_payload(sequence, loss_is_broken(sequence.loss, data.metadata)) for sequence in sequences],
     }
     means = dict(zip(data.losses.ordinals.tolist(), data.losses.means.tolist(), strict=True))
+    broken = dict(zip(data.losses.ordinals.tolist(), data.losses.broken.tolist(), strict=True))
+        ordinal: "loss not finite" if broken else "no loss"
+        for ordinal, broken in zip(data.losses.ordinals, data.losses.broken, strict=True)
+    }
     options = "".join(
         f'<option value="{number}">{sequence.ordinal}: {text(sequence.sequence_id[:60])} ({len(sequence.token_ids)} tokens, '
-        f"{'no loss' if not np.isfinite(means[sequence.ordinal]) else f'mean loss {means[sequence.ordinal]:.2f}'})</option>"
+        f"{_no_loss(broken[sequence.ordinal]) if not np.isfinite(means[sequence.ordinal]) else f'mean loss {means[sequence.ordinal]:.2f}'})</option>"
         for number, sequence in enumerate(sequences)
     )
     layers = "".join(
@@ -67,7 +71,11 @@ def replay_section(data: ScanData, sequences: Sequence[ReplaySequence], order: R
     return section("replay-section", "Replay", body, lead=lead), payload
 
 
-def _replay_payload(sequence: ReplaySequence) -> dict[str, Any]:
+def _no_loss(broken: bool) -> str:
+    return "loss not finite" if broken else "no loss"
+
+
+def _replay_payload(sequence: ReplaySequence, broken: bool) -> dict[str, Any]:
     packed, scale = pack_int16(sequence.cells) if sequence.cells is not None else (None, 1.0)
     note = []
     if sequence.cut:
@@ -81,6 +89,7 @@ def _replay_payload(sequence: ReplaySequence) -> dict[str, Any]:
         "pieces": sequence.pieces,
         "text": sequence.text if sequence.pieces is None else None,
         "loss": sequence.loss,
+        "broken": broken,
         "marked": None if sequence.marked is None else [int(mark) for mark in sequence.marked],
         "packed": packed,
         # Full precision: rounding the scale would shift every value.

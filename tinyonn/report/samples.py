@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .._units import not_finite_cause
 from ..errors import InputError
 from ..mscan import LayoutEntry, MscanReader
+from .data import is_scan, loss_is_broken
 from .grid import BlockGrid, build_grid
 from .integrals import sequence_integral
 from .statistics import MIN_SEQUENCES
@@ -67,26 +69,34 @@ def read_sample(reader: MscanReader, name: str) -> TopicSample:
     limit = max(MIN_SEQUENCES, min(MAX_SEQUENCES, MAX_VALUES // max(grid.num_blocks, 1)))
     chosen = np.arange(total) if total <= limit else np.linspace(0, total - 1, limit).astype(np.int64)
     sps = np.full((len(chosen), grid.num_blocks), np.nan, dtype=np.float32)
-    texts, tokens = set(), 0
+    texts, tokens, broken = set(), 0, 0
     for row, ordinal in enumerate(chosen):
         sequence = reader.sequences[int(ordinal)]
         tokens += int(sequence.num_tokens)
         texts.add(hashlib.blake2b(np.asarray(sequence.token_ids, dtype=np.int64).tobytes(), digest_size=16).digest())
+        if loss_is_broken(np.asarray(sequence.loss, dtype=np.float64), reader.metadata):
+            broken += 1  # its gradients are not finite either
+            continue
         found = sequence_integral(reader, int(ordinal), grid)
         if found is not None:
             with np.errstate(invalid="ignore", divide="ignore"):
                 sps[row] = np.where(found.count > 0, found.sps / found.count, np.nan)
     measured = np.isfinite(sps).any(axis=1)
     if measured.sum() < MIN_SEQUENCES:
-        raise InputError(
-            f"{name} must hold at least {MIN_SEQUENCES} sequences with SPS, got {int(measured.sum())}: "
-            "intervals over fewer say nothing; scan more."
-        )
+        lost = int((~measured).sum())
+        reason = "intervals over fewer say nothing; scan more."
+        if total >= MIN_SEQUENCES and is_scan(reader.metadata):
+            what = f"the loss of {broken:,} is not finite" if broken else f"the norms of {lost:,} are not finite"
+            reason = f"{what}. {not_finite_cause(reader.metadata.get('dtype'))}"
+        raise InputError(f"{name} must hold at least {MIN_SEQUENCES} sequences with SPS, got {int(measured.sum())} of {total:,}: {reason}")
     notes = []
     if len(chosen) < total:
         notes.append(f"{name}: {len(chosen):,} of {total:,} sequences are compared, evenly spaced.")
-    if not measured.all():
-        notes.append(f"{name}: {int((~measured).sum()):,} sequences without SPS are left out.")
+    if broken:
+        cause = not_finite_cause(reader.metadata.get("dtype"))
+        notes.append(f"{name}: {broken:,} of {total:,} sequences have a loss that is not finite; they are left out. {cause}")
+    if without := int((~measured).sum()) - broken:
+        notes.append(f"{name}: {without:,} sequences without SPS are left out.")
     notes.extend(f"{name} is damaged: {line}" for line in reader.report)
     topic = reader.metadata.get("topic")
     return TopicSample(

@@ -20,6 +20,7 @@ from .config import ScanConfig
 from .distributed import World
 from .engine import ScanEngine, SequenceScan
 from .generation import Answered, Generator
+from .integral import lost_tokens
 from .output import NOTHING, Existing, OutputCompleteError, check_writable, find_existing, member_path, open_writer, refuse_existing
 from .prepare import Prepared, prepare
 from .tokens import TokenCounts, TokenSequence, plan_batches
@@ -56,9 +57,11 @@ class ScanResult:
         skipped: reason → records left out, malformed ones included.
         truncated: sequences cut at max_length.
         not_finite: sequences of this run with a loss that is NaN or infinite; their gradients are missing or infinite.
+        overflowed: other sequences of this run with tokens whose norms are not finite; those tokens count in no sum.
         seconds: of this run, loading included.
         tokens_per_second: of scanning alone.
         loss: mean loss of this run's tokens in nats.
+        dtype: precision of the model, such as "float32".
         rank, world_size: this process among those that share the corpus.
     """
 
@@ -69,9 +72,11 @@ class ScanResult:
     skipped: Mapping[str, int]
     truncated: int
     not_finite: int
+    overflowed: int
     seconds: float
     tokens_per_second: float
     loss: float
+    dtype: str
     rank: int
     world_size: int
 
@@ -132,7 +137,7 @@ class _Scan:
         self._total = sum(1 for _ in prepared.world.share(range(len(prepared.corpus))))
         self._resumed = self._tokens = self._labelled = 0
         self._loss_sum = 0.0
-        self._not_finite = 0
+        self._not_finite = self._overflowed = 0
         self._seconds = 0.0
 
     def run(self, engine: ScanEngine, generator: Generator | None, writer: MscanWriter) -> None:
@@ -173,7 +178,11 @@ class _Scan:
         )
         labelled = result.loss[~np.isnan(result.loss)]
         self.written += 1
-        self._not_finite += not np.isfinite(result.loss[:-1]).all()
+        if not np.isfinite(result.loss[:-1]).all():
+            self._not_finite += 1
+        else:
+            planes_of_tokens = (torch.from_numpy(plane) for plane in (result.activation, result.grad_norm))
+            self._overflowed += bool(lost_tokens(*planes_of_tokens).any())
         self._tokens += len(sequence.token_ids)
         self._labelled += len(labelled)
         self._loss_sum += float(labelled.sum(dtype=np.float64))
@@ -194,10 +203,12 @@ class _Scan:
             resumed=self._resumed,
             skipped=skipped,
             truncated=self._counts.truncated,
-            not_finite=int(self._not_finite),
+            not_finite=self._not_finite,
+            overflowed=self._overflowed,
             seconds=seconds,
             tokens_per_second=self._rate,
             loss=self._loss,
+            dtype=str(prepared.dtype).removeprefix("torch."),
             rank=prepared.world.rank,
             world_size=prepared.world.size,
         )

@@ -129,12 +129,14 @@ class Replay {
   }
 
   facts() {
-    const { ids, loss, marked } = this.sequence, position = this.position;
+    const { ids, loss, marked, broken } = this.sequence, position = this.position;
+    const none = (place) => (broken && place + 1 < ids.length ? "not finite" : "nothing to predict");
+    const nats = (value, place) => (value === null ? none(place) : `${formatNumber(value)} nats`);
     const rows = [
       ["Token", `${this.pieceName(position)} (id ${ids[position]})`],
       ["Position", `${position + 1} of ${ids.length}${marked && marked[position] ? ", marked as answer" : ""}`],
-      ["Surprisal of this token", position === 0 ? "the first token is not predicted" : `${formatNumber(this.surprisal(position))} nats`],
-      ["Loss here", loss[position] === null ? "nothing to predict" : `${formatNumber(loss[position])} nats, predicting ${this.pieceName(position + 1)}`],
+      ["Surprisal of this token", position === 0 ? "the first token is not predicted" : nats(this.surprisal(position), position - 1)],
+      ["Loss here", loss[position] === null ? none(position) : `${formatNumber(loss[position])} nats, predicting ${this.pieceName(position + 1)}`],
     ];
     this.part("facts").replaceChildren(...rows.flatMap(([name, value]) => [create("dt", {}, name), create("dd", {}, value)]));
     this.part("map").hidden = !this.sequence.values;
