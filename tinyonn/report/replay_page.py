@@ -28,12 +28,9 @@ def replay_section(data: ScanData, sequences: Sequence[ReplaySequence], order: R
     }
     means = dict(zip(data.losses.ordinals.tolist(), data.losses.means.tolist(), strict=True))
     broken = dict(zip(data.losses.ordinals.tolist(), data.losses.broken.tolist(), strict=True))
-        ordinal: "loss not finite" if broken else "no loss"
-        for ordinal, broken in zip(data.losses.ordinals, data.losses.broken, strict=True)
-    }
     options = "".join(
         f'<option value="{number}">{sequence.ordinal}: {text(sequence.sequence_id[:60])} ({len(sequence.token_ids)} tokens, '
-        f"{_no_loss(broken[sequence.ordinal]) if not np.isfinite(means[sequence.ordinal]) else f'mean loss {means[sequence.ordinal]:.2f}'})</option>"
+        f"{_mean_loss(means[sequence.ordinal], broken[sequence.ordinal])})</option>"
         for number, sequence in enumerate(sequences)
     )
     layers = "".join(
@@ -71,7 +68,9 @@ def replay_section(data: ScanData, sequences: Sequence[ReplaySequence], order: R
     return section("replay-section", "Replay", body, lead=lead), payload
 
 
-def _no_loss(broken: bool) -> str:
+def _mean_loss(mean: float, broken: bool) -> str:
+    if np.isfinite(mean):
+        return f"mean loss {mean:.2f}"
     return "loss not finite" if broken else "no loss"
 
 
