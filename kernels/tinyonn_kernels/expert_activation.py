@@ -1,9 +1,10 @@
 """What lies between an expert's two products, and its derivative; where rows of its matrices lie; what a tile of rows stands for.
 
     h = act(gate) · up, or act(gate) where nothing gates
-    clamped_swiglu, of gpt-oss: min(gate, 7) · σ(1.702 min(gate, 7)) · (clamp(up, ±7) + 1)
+    clamped_swiglu, of gpt-oss: min(gate, c) · σ(1.702 min(gate, c)) · (clamp(up, ±c) + 1)
+    clamped_silu, of DeepSeek-V4: silu(min(gate, c)) · clamp(up, ±c)
 
-Comparisons instead of minima, which would drop a NaN. Between the kernels, what the activation takes lies gate first, up behind it,
+c is `limit`, which the others do not read. Comparisons instead of minima, which would drop a NaN. Between the kernels, what the activation takes lies gate first, up behind it,
 however the weights lie.
 """
 
@@ -18,7 +19,7 @@ MAX_REACH = 1 << 31
 
 
 @triton.jit
-def _act(x, ACTIVATION: tl.constexpr):
+def _act(x, limit, ACTIVATION: tl.constexpr):
     """act(x), float32."""
     if ACTIVATION == "silu":
         return x * tl.sigmoid(x)
@@ -30,14 +31,17 @@ def _act(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu2":
         kept = tl.where(x < 0.0, 0.0, x)
         return kept * kept
+    elif ACTIVATION == "clamped_silu":
+        kept = tl.where(x > limit, limit, x)
+        return kept * tl.sigmoid(kept)
     else:
         tl.static_assert(ACTIVATION == "clamped_swiglu")
-        kept = tl.where(x > 7.0, 7.0, x)
+        kept = tl.where(x > limit, limit, x)
         return kept * tl.sigmoid(1.702 * kept)
 
 
 @triton.jit
-def _slope(x, ACTIVATION: tl.constexpr):
+def _slope(x, limit, ACTIVATION: tl.constexpr):
     """Derivative of act at x."""
     if ACTIVATION == "silu":
         sigma = tl.sigmoid(x)
@@ -49,40 +53,45 @@ def _slope(x, ACTIVATION: tl.constexpr):
         return sigma + x * sigma * (1.0 - sigma) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     elif ACTIVATION == "relu2":
         return 2.0 * tl.where(x < 0.0, 0.0, x)
+    elif ACTIVATION == "clamped_silu":
+        sigma = tl.sigmoid(x)
+        return tl.where(x > limit, 0.0, sigma * (1.0 + x * (1.0 - sigma)))
     else:
         tl.static_assert(ACTIVATION == "clamped_swiglu")
         sigma = tl.sigmoid(1.702 * x)
-        return tl.where(x > 7.0, 0.0, sigma * (1.0 + 1.702 * x * (1.0 - sigma)))
+        return tl.where(x > limit, 0.0, sigma * (1.0 + 1.702 * x * (1.0 - sigma)))
 
 
 @triton.jit
-def _factor(up, ACTIVATION: tl.constexpr):
+def _factor(up, limit, ACTIVATION: tl.constexpr):
     """What multiplies act(gate)."""
     if ACTIVATION == "clamped_swiglu":
-        return tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
+        return tl.where(up > limit, limit, tl.where(up < -limit, -limit, up)) + 1.0
+    elif ACTIVATION == "clamped_silu":
+        return tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     else:
         return up
 
 
 @triton.jit
-def activate(gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+def activate(gate, up, limit, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
     if GATED:
-        return _act(gate, ACTIVATION) * _factor(up, ACTIVATION)
+        return _act(gate, limit, ACTIVATION) * _factor(up, limit, ACTIVATION)
     else:
-        return _act(gate, ACTIVATION)
+        return _act(gate, limit, ACTIVATION)
 
 
 @triton.jit
-def activate_backward(gate, up, grad, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+def activate_backward(gate, up, grad, limit, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
     """Gradients of gate and up; of gate twice where nothing gates."""
     if GATED:
-        grad_gate = grad * _factor(up, ACTIVATION) * _slope(gate, ACTIVATION)
-        grad_up = grad * _act(gate, ACTIVATION)
-        if ACTIVATION == "clamped_swiglu":
-            grad_up = tl.where((up > 7.0) | (up < -7.0), 0.0, grad_up)
+        grad_gate = grad * _factor(up, limit, ACTIVATION) * _slope(gate, limit, ACTIVATION)
+        grad_up = grad * _act(gate, limit, ACTIVATION)
+        if ACTIVATION == "clamped_swiglu" or ACTIVATION == "clamped_silu":
+            grad_up = tl.where((up > limit) | (up < -limit), 0.0, grad_up)
         return grad_gate, grad_up
     else:
-        grad_gate = grad * _slope(gate, ACTIVATION)
+        grad_gate = grad * _slope(gate, limit, ACTIVATION)
         return grad_gate, grad_gate
 
 

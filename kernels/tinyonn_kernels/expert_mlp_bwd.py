@@ -78,6 +78,7 @@ def _expert_grad_pre_kernel(
     stride_di,
     stride_be,
     stride_bf,
+    limit,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     KIND: tl.constexpr,
@@ -117,8 +118,8 @@ def _expert_grad_pre_kernel(
             up = gate
             if GATED:
                 up = tl.load(pre_ptr + source + NEURONS, mask=mask, other=0.0).to(tl.float32)
-            h = tl.where(mask, activate(gate, up, ACTIVATION, GATED), 0.0)
-            grad_gate, grad_up = activate_backward(gate, up, grad_h, ACTIVATION, GATED)
+            h = tl.where(mask, activate(gate, up, limit, ACTIVATION, GATED), 0.0)
+            grad_gate, grad_up = activate_backward(gate, up, grad_h, limit, ACTIVATION, GATED)
             grad_weight += tl.sum(grad_h * h, axis=1)
             h_square += tl.sum(h * h, axis=1)
             if KIND == "expert":
@@ -165,6 +166,7 @@ def expert_grad_pre(
     gated: bool,
     kind: str | None,
     has_up_bias: bool,
+    limit: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """grad_pre (P, 2I) and weight · h (P, I) in the places of pairs; grad of weights and, of a `kind`, the surprise: (N, K) float32.
 
@@ -204,6 +206,7 @@ def expert_grad_pre(
         grad_out.stride(0),
         *down_proj.stride(),
         *((0, 0) if down_bias is None else down_bias.stride()),
+        float(limit),
         ACTIVATION=activation,
         GATED=gated,
         KIND=kind or "none",
@@ -228,6 +231,6 @@ def offered(arch: int) -> dict[str, Callable[[], object]]:
         index = torch.empty((4096, 8), dtype=torch.int64, device="meta")
         pre = x.new_empty(4096 * 8, 2 * neurons)
         down = down.mT.contiguous().mT if odd else down
-        return expert_grad_pre(x, x, down, bias, pre, weights, index, pairs, activation, True, "expert", biased)
+        return expert_grad_pre(x, x, down, bias, pre, weights, index, pairs, activation, True, "expert", biased, 7.0)
 
     return {label: partial(launch, *rest) for label, *rest in SHAPES}

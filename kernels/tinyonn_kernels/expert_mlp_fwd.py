@@ -57,6 +57,7 @@ def _expert_gate_up_kernel(
     stride_wf,
     stride_be,
     stride_bo,
+    limit,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -102,7 +103,7 @@ def _expert_gate_up_kernel(
         tl.store(target, gate, mask=mask)
         if GATED:
             tl.store(target + NEURONS, up, mask=mask)
-        tl.store(h_ptr + place[:, None] * NEURONS + neuron[None, :], activate(gate, up, ACTIVATION, GATED), mask=mask)
+        tl.store(h_ptr + place[:, None] * NEURONS + neuron[None, :], activate(gate, up, limit, ACTIVATION, GATED), mask=mask)
 
 
 def expert_gate_up(
@@ -116,6 +117,7 @@ def expert_gate_up(
     activation: str,
     gated: bool,
     interleaved: bool,
+    limit: float,
 ) -> None:
     """Writes pre (P, 2I), gate first, and h (P, I) in the places of pairs; launched over tiles * (I / COLUMNS).
 
@@ -142,6 +144,7 @@ def expert_gate_up(
         hidden_states.stride(0),
         *gate_up_proj.stride(),
         *((0, 0) if gate_up_bias is None else gate_up_bias.stride()),
+        float(limit),
         ACTIVATION=activation,
         GATED=gated,
         INTERLEAVED=interleaved and gated,
@@ -160,7 +163,7 @@ SHAPES = (
     ("bfloat16-I77-F1001", torch.bfloat16, 1001, 77, 64, "clamped_swiglu"),
     ("bfloat16-I768-R64", torch.bfloat16, 2048, 768, 64, "gelu"),
     ("float16-I128", torch.float16, 1024, 128, 32, "gelu_tanh"),
-    ("float32-I64", torch.float32, 512, 64, 16, "silu"),
+    ("float32-I64", torch.float32, 512, 64, 16, "clamped_silu"),
     ("float32-I77-F1001", torch.float32, 1001, 77, 32, "gelu"),
 )
 
@@ -181,6 +184,7 @@ def offered(arch: int) -> dict[str, Callable[[], None]]:
         pre, h = x.new_empty(4096 * 8, 2 * neurons), x.new_empty(4096 * 8, neurons)
         odd = activation == "clamped_swiglu"
         up = up.mT.contiguous().mT if odd else up
-        expert_gate_up(x, up, up[:, :, 0].contiguous() if odd else None, pre, h, pairs, 8, activation, True, odd)
+        bias = up[:, :, 0].contiguous() if odd else None
+        expert_gate_up(x, up, bias, pre, h, pairs, 8, activation, True, odd, 7.0)
 
     return {label: partial(launch, *rest) for label, *rest in SHAPES}

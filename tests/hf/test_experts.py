@@ -53,10 +53,10 @@ def test_outputs_and_gradients_are_those_of_eager(arch):
 @pytest.mark.parametrize(
     ("arch", "expected"),
     [
-        ("qwen3_moe", ("silu", True, False, False)),
-        ("mixtral", ("silu", True, False, False)),
-        ("olmoe", ("silu", True, False, False)),
-        ("gpt_oss", ("clamped_swiglu", True, True, True)),
+        ("qwen3_moe", ("silu", True, False, False, 0.0)),
+        ("mixtral", ("silu", True, False, False, 0.0)),
+        ("olmoe", ("silu", True, False, False, 0.0)),
+        ("gpt_oss", ("clamped_swiglu", True, True, True, 7.0)),
     ],
 )
 def test_layouts_are_told_by_what_they_do(arch, expected):

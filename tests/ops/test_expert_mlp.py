@@ -25,6 +25,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "no-gate-gelu": {"activation": "gelu", "gated": False, "transposed": True},
     "gpt-oss": {"activation": "clamped_swiglu", "interleaved": True, "transposed": True},
     "clamped-halves": {"activation": "clamped_swiglu"},
+    "clamped-at-2": {"activation": "clamped_swiglu", "limit": 2.0},
+    "deepseek-v4": {"activation": "clamped_silu", "limit": 3.0},
+    "clamped-silu-interleaved": {"activation": "clamped_silu", "limit": 2, "interleaved": True, "transposed": True},
+    "clamped-silu-no-gate": {"activation": "clamped_silu", "limit": 1.5, "gated": False},
     "interleaved": {"interleaved": True},
 }
 
@@ -461,7 +465,7 @@ def test_opcheck(biased):
     up, down, up_bias, down_bias = (params[name] for name in names)
     torch.library.opcheck(
         torch.ops.tinyonn.expert_mlp.default,
-        (x, up, down, index, weight, up_bias, down_bias, probe, "silu", True, False, False, "expert"),
+        (x, up, down, index, weight, up_bias, down_bias, probe, "silu", True, False, False, 0.0, "expert"),
     )
 
 
@@ -502,6 +506,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "probe": ({"surprise": torch.zeros(4, 3)}, ValueError, r"surprise must have shape \(4, 2\)"),
     "probe dtype": ({"surprise": torch.zeros(4, 2, dtype=torch.bfloat16)}, TypeError, "surprise must be torch.float32"),
     "activation": ({"activation": "swish"}, ValueError, "activation must be one of silu"),
+    "limit of silu": ({"limit": 7.0}, ValueError, "limit must be None with activation='silu', which clamps nothing, got 7.0"),
+    "limit 0": ({"activation": "clamped_silu", "limit": 0}, ValueError, "limit must be above 0 and finite, got 0"),
+    "limit of another type": ({"activation": "clamped_silu", "limit": "7"}, TypeError, "limit must be a number, got str"),
     "kind": ({"surprise_kind": "up_proj"}, ValueError, "surprise_kind must be one of down_proj"),
     "impl": ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, torch, reference"),
 }

@@ -24,6 +24,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "no-gate-gelu": {"activation": "gelu", "gated": False, "transposed": True},
     "gpt-oss": {"activation": "clamped_swiglu", "interleaved": True, "transposed": True},
     "clamped-halves": {"activation": "clamped_swiglu"},
+    "clamped-at-2": {"activation": "clamped_swiglu", "limit": 2.0},
+    "deepseek-v4": {"activation": "clamped_silu", "limit": 3.0},
+    "clamped-silu-interleaved": {"activation": "clamped_silu", "limit": 2, "interleaved": True, "transposed": True},
+    "clamped-silu-no-gate": {"activation": "clamped_silu", "limit": 1.5, "gated": False},
     "interleaved": {"interleaved": True},
     "interleaved-without-gate": {"interleaved": True, "gated": False},
 }
@@ -207,7 +211,7 @@ def test_opcheck():
     probe = torch.zeros(7, 2, device=DEVICE, requires_grad=True)
     leaves = [tensors[name].requires_grad_() for name in ("hidden_states", "gate_up_proj", "down_proj")]
     rest = (tensors["top_k_index"], tensors["top_k_weights"].requires_grad_(), tensors["gate_up_bias"], tensors["down_bias"], probe)
-    torch.library.opcheck(torch.ops.tinyonn.expert_mlp.default, (*leaves, *rest, "silu", True, False, False, "expert", "triton"))
+    torch.library.opcheck(torch.ops.tinyonn.expert_mlp.default, (*leaves, *rest, "silu", True, False, False, 0.0, "expert", "triton"))
 
 
 def test_debug_names_an_index_out_of_range():

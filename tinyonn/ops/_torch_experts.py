@@ -15,20 +15,22 @@ from torch.nn import functional
 from ._dispatch import statistics_dtype, without_autocast
 from ._huge_pages import empty_on_huge_pages
 
-CLAMP, SWISH = 7.0, 1.702  # of gpt-oss
+SWISH = 1.702  # of gpt-oss
 GRADIENT_ELEMENTS = 1 << 21  # of a chunk's first projection: a product makes them, then they are copied to where they belong
 SMALL_ELEMENTS = 1 << 13  # of an expert's matrix: one product for all, and a copy of what it gives, beats a call for each
 CHUNK_ELEMENTS = 1 << 19  # gathered at a time: what a step writes, the next one finds in the cache
+CLAMPED = ("clamped_swiglu", "clamped_silu")
 GROUPED_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Layout(NamedTuple):
-    """How weights lie and what lies between the two products; see `ops.expert_mlp`."""
+    """How weights lie and what lies between the two products; see `ops.expert_mlp`. `limit` is 0 where nothing is clamped."""
 
     activation: str
     gated: bool
     interleaved: bool
     transposed: bool
+    limit: float = 0.0
 
 
 class Wanted(NamedTuple):
@@ -152,26 +154,33 @@ def _fits(x: Tensor) -> bool:
 def activate(pre: Tensor, layout: Layout) -> Tensor:
     """(P, 2I) -> (P, I), or (P, I) -> (P, I) without a gate."""
     if not layout.gated:
-        return _activation(pre, layout.activation)
+        return _activation(pre, layout)
     gate, up = _halves(pre, layout)
-    if layout.activation == "clamped_swiglu":
-        up = up.clamp(-CLAMP, CLAMP) + 1
-    return _activation(gate, layout.activation) * up
+    return _activation(gate, layout) * _factor(up, layout)
 
 
 def activate_backward(pre: Tensor, grad: Tensor, layout: Layout) -> Tensor:
     """Gradient of `pre` from that of what `activate` gave."""
     if not layout.gated:
-        return _activation_backward(grad, pre, layout.activation)
+        return _activation_backward(grad, pre, layout)
     gate, up = _halves(pre, layout)
     grad_pre = torch.empty_like(pre)
     grad_gate, grad_up = _halves(grad_pre, layout)
-    grad_up.copy_(grad * _activation(gate, layout.activation))
-    if layout.activation == "clamped_swiglu":
-        grad_up.masked_fill_(up.abs() > CLAMP, 0)
-        up = up.clamp(-CLAMP, CLAMP) + 1
-    grad_gate.copy_(_activation_backward(grad * up, gate, layout.activation))
+    grad_up.copy_(grad * _activation(gate, layout))
+    if layout.activation in CLAMPED:
+        grad_up.masked_fill_(up.abs() > layout.limit, 0)
+    grad_gate.copy_(_activation_backward(grad * _factor(up, layout), gate, layout))
     return grad_pre
+
+
+def _factor(up: Tensor, layout: Layout) -> Tensor:
+    """What multiplies the activation of the gate."""
+    match layout.activation:
+        case "clamped_swiglu":
+            return up.clamp(-layout.limit, layout.limit) + 1
+        case "clamped_silu":
+            return up.clamp(-layout.limit, layout.limit)
+    return up
 
 
 def _halves(pre: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -181,8 +190,8 @@ def _halves(pre: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
-def _activation(x: Tensor, name: str) -> Tensor:
-    match name:
+def _activation(x: Tensor, layout: Layout) -> Tensor:
+    match layout.activation:
         case "silu":
             return functional.silu(x)
         case "gelu":
@@ -191,12 +200,14 @@ def _activation(x: Tensor, name: str) -> Tensor:
             return functional.gelu(x, approximate="tanh")
         case "relu2":
             return functional.relu(x).square()
-    x = x.clamp(max=CLAMP)
+        case "clamped_silu":
+            return functional.silu(x.clamp(max=layout.limit))
+    x = x.clamp(max=layout.limit)
     return x * (SWISH * x).sigmoid()
 
 
-def _activation_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
-    match name:
+def _activation_backward(grad: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    match layout.activation:
         case "silu":
             return torch.ops.aten.silu_backward(grad, x)
         case "gelu":
@@ -205,8 +216,10 @@ def _activation_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
             return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
         case "relu2":
             return grad * 2 * functional.relu(x)
+        case "clamped_silu":
+            return torch.ops.aten.silu_backward(grad, x).masked_fill_(x > layout.limit, 0)
     sigmoid = (SWISH * x).sigmoid()
-    return torch.where(x > CLAMP, 0, grad * sigmoid * (1 + SWISH * x * (1 - sigmoid)))
+    return torch.where(x > layout.limit, 0, grad * sigmoid * (1 + SWISH * x * (1 - sigmoid)))
 
 
 def _combine(rows: Tensor, pairs: Pairs, weights: Tensor | None) -> Tensor:

@@ -40,7 +40,7 @@ def experts_forward(
     pairs = sort_pairs(top_k_index, experts, rows_of(top_k_index.numel(), experts, hidden_states.dtype))
     h = hidden_states.new_empty(top_k_index.numel(), down.shape[2])
     slots, interleaved = top_k_index.shape[1], layout.gated and layout.interleaved
-    expert_gate_up(hidden_states, up, gate_up_bias, pre, h, pairs, slots, layout.activation, layout.gated, interleaved)
+    expert_gate_up(hidden_states, up, gate_up_bias, pre, h, pairs, slots, layout.activation, layout.gated, interleaved, layout.limit)
     weights = top_k_weights.float().contiguous()
     return expert_rows(h, down.mT, down_bias, weights, top_k_index.contiguous(), pairs, False), pre
 
@@ -84,7 +84,7 @@ def experts_backward(
     grad_out = grad_out.to(hidden_states.dtype)
     grad_pre, weighed_h, grad_weights, surprise = expert_grad_pre(
         hidden_states, grad_out, down, down_bias, pre, weights, index, pairs, layout.activation, layout.gated, surprise_kind,
-        gate_up_bias is not None,
+        gate_up_bias is not None, layout.limit,
     )  # fmt: skip
     grad_hidden = expert_rows(grad_pre, up, None, None, index, pairs, interleaved) if wanted.hidden_states else None
     grad_up, grad_down, grad_up_bias, grad_down_bias = (None if x is None else x.new_empty(x.shape) for x in projections)

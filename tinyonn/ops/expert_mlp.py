@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from .._debug import debug_enabled
-from ..reference.expert_mlp import Activation, SurpriseKind
+from ..reference.expert_mlp import LIMITS, Activation, SurpriseKind
 from ._dispatch import check_float, check_impl, check_no_nan, check_same_device, choose_impl, statistics_dtype
 from ._nsa import refuse_tangents
 from ._torch_experts import Layout, Wanted, experts_backward, experts_forward
@@ -29,6 +29,7 @@ def expert_mlp(
     gated: bool = True,
     interleaved: bool = False,
     transposed: bool = False,
+    limit: float | None = None,
     surprise: Tensor | None = None,
     surprise_kind: SurpriseKind = "down_proj",
     impl: str = "auto",
@@ -49,11 +50,14 @@ def expert_mlp(
         top_k_index: (N, K) int32 or int64; E in unused slots, which cost no arithmetic; memory is that of K slots. Any other index out of
             range is an unused slot too, and an error under `tinyonn.debug()`.
         top_k_weights: (N, K).
-        activation: "silu", "gelu", "gelu_tanh", "relu2", or "clamped_swiglu", gpt-oss's.
+        activation: "silu", "gelu", "gelu_tanh", "relu2", "clamped_swiglu" of gpt-oss, (up + 1) · gate · σ(1.702 gate), or "clamped_silu" of
+            DeepSeek-V4, up · silu(gate).
         gate_up_bias, down_bias: (E, 2I) or (E, I), and (E, F).
         gated: whether half of what the first product gives multiplies the other half.
         interleaved: gate and up alternate, instead of gate first.
         transposed: weights are (in, out).
+        limit: above 0, of both clamped activations: the gate is at most this, up lies within ± this. None for 7 with "clamped_swiglu"
+            and 10 with "clamped_silu"; the other activations take none.
         surprise: (N, K) zeros with `requires_grad`, float32, or float64 for float64 inputs; or None.
         surprise_kind: "down_proj", norm of the gradient of `down_proj[e]`; "expert", of all the expert's weights and biases; "output",
             |weight| · ‖grad_output‖, which for one token only ranks the weights. An expert named twice counts with its summed weight, in
@@ -81,14 +85,15 @@ def expert_mlp(
     ):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+    limit = _limit_of(activation, limit)
     if surprise is not None:
         _check_probe(surprise, top_k_index, hidden_states)
     tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
     if impl == "reference":
-        layout = {"activation": activation, "gated": gated, "interleaved": interleaved, "transposed": transposed}
+        layout = {"activation": activation, "gated": gated, "interleaved": interleaved, "transposed": transposed, "limit": limit}
         return _reference(*tensors, surprise, surprise_kind, layout)
     refuse_tangents("expert_mlp", *tensors, surprise)
-    out, _ = _forward(*tensors, surprise, activation, gated, interleaved, transposed, surprise_kind, impl)
+    out, _ = _forward(*tensors, surprise, activation, gated, interleaved, transposed, limit, surprise_kind, impl)
     return out
 
 
@@ -199,6 +204,21 @@ def _check(
         raise ValueError(f"top_k_weights must have shape {tuple(top_k_index.shape)}, got {tuple(top_k_weights.shape)}.")
 
 
+def _limit_of(activation: str, limit: float | None) -> float:
+    """0 for an activation that clamps nothing."""
+    if activation not in LIMITS:
+        if limit is not None:
+            raise ValueError(f"limit must be None with activation={activation!r}, which clamps nothing, got {limit}.")
+        return 0.0
+    if limit is None:
+        return LIMITS[activation]
+    if isinstance(limit, bool) or not isinstance(limit, int | float):
+        raise TypeError(f"limit must be a number, got {type(limit).__name__}.")
+    if not 0 < limit < math.inf:
+        raise ValueError(f"limit must be above 0 and finite, got {limit}.")
+    return float(limit)
+
+
 def _check_index_type(top_k_index: Tensor) -> None:
     if not isinstance(top_k_index, Tensor) or top_k_index.dtype not in (torch.int32, torch.int64):
         found = top_k_index.dtype if isinstance(top_k_index, Tensor) else type(top_k_index).__name__
@@ -252,6 +272,7 @@ def _forward(
     gated: bool,
     interleaved: bool,
     transposed: bool,
+    limit: float,
     surprise_kind: str,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -259,7 +280,7 @@ def _forward(
     if debug_enabled():
         _check_values(top_k_index, top_k_weights, len(gate_up_proj), hidden_states, gate_up_proj, down_proj)
     tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
-    layout = Layout(activation, gated, interleaved, transposed)
+    layout = Layout(activation, gated, interleaved, transposed, limit)
     if choose_impl(impl, hidden_states) == "triton":
         from . import _triton_experts
 
@@ -281,6 +302,7 @@ def _(
     gated: bool,
     interleaved: bool,
     transposed: bool,
+    limit: float,
     surprise_kind: str,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -303,6 +325,7 @@ def _backward(
     gated: bool,
     interleaved: bool,
     transposed: bool,
+    limit: float,
     surprise_kind: str | None,
     impl: str = "auto",
     grad_hidden: bool = True,
@@ -314,7 +337,7 @@ def _backward(
     The last three say whether those of hidden_states, of the first projection and its bias, and of the second and its bias are computed.
     """
     tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
-    rest = (pre, grad_out, Layout(activation, gated, interleaved, transposed), surprise_kind, Wanted(grad_hidden, grad_gate_up, grad_down))
+    rest = (pre, grad_out, Layout(activation, gated, interleaved, transposed, limit), surprise_kind, Wanted(grad_hidden, grad_gate_up, grad_down))
     if choose_impl(impl, hidden_states) == "triton":
         from . import _triton_experts
 
@@ -340,6 +363,7 @@ def _(
     gated: bool,
     interleaved: bool,
     transposed: bool,
+    limit: float,
     surprise_kind: str | None,
     impl: str = "auto",
     grad_hidden: bool = True,
@@ -359,7 +383,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, probe = inputs[:8]
-    *ctx.layout, kind, ctx.impl = inputs[8:]
+    *ctx.layout, kind, ctx.impl = inputs[8:]  # the layout and its limit
     ctx.kind = None if probe is None or not probe.requires_grad else kind
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -373,7 +397,7 @@ def _autograd(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...
     *grads, surprise = _backward(*tensors, pre, grad_out, *ctx.layout, ctx.kind, ctx.impl, *wanted)
     used = (hidden, up, down, weights, up_bias, down_bias)
     first, second, third, fourth, *biases = (grad if use else None for grad, use in zip(grads, used, strict=True))
-    return first, second, third, None, fourth, *biases, None if ctx.kind is None else surprise, *([None] * 6)
+    return first, second, third, None, fourth, *biases, None if ctx.kind is None else surprise, *([None] * 7)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

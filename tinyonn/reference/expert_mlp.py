@@ -18,24 +18,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "clamped_swiglu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "clamped_swiglu", "clamped_silu"]
 SurpriseKind = Literal["down_proj", "expert", "output"]
-CLAMP, SWISH = 7.0, 1.702  # of gpt-oss
+SWISH = 1.702  # of gpt-oss
+LIMITS = {"clamped_swiglu": 7.0, "clamped_silu": 10.0}  # of gpt-oss, and of DeepSeek-V4
 
 
-def activate(pre: Tensor, activation: Activation, gated: bool, interleaved: bool) -> Tensor:
+def activate(pre: Tensor, activation: Activation, gated: bool, interleaved: bool, limit: float | None = None) -> Tensor:
     """(..., 2I) -> (..., I), or (..., I) -> (..., I) without a gate.
 
-    Gate and up are the halves of `pre`, or its even and odd places where `interleaved`. `clamped_swiglu` is gpt-oss's:
-    (up + 1) · gate · σ(1.702 gate), gate at most 7, up within ±7.
+    Gate and up are the halves of `pre`, or its even and odd places where `interleaved`. Both clamped activations take the gate at most
+    `limit` and up within ±`limit`: `clamped_swiglu` is (up + 1) · gate · σ(1.702 gate), `clamped_silu` is up · silu(gate). `limit` is None
+    for the one in `LIMITS`.
     """
-    if not gated:
-        return _ACTIVATIONS[activation](pre)
-    gate, up = (pre[..., 0::2], pre[..., 1::2]) if interleaved else pre.chunk(2, -1)
-    if activation == "clamped_swiglu":
-        gate, up = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP)
-        return (up + 1) * gate * (SWISH * gate).sigmoid()
-    return _ACTIVATIONS[activation](gate) * up
+    gate, up = pre, None
+    if gated:
+        gate, up = (pre[..., 0::2], pre[..., 1::2]) if interleaved else pre.chunk(2, -1)
+    if activation in LIMITS:
+        limit = LIMITS[activation] if limit is None else limit
+        gate, up = gate.clamp(max=limit), None if up is None else up.clamp(-limit, limit)
+    if up is not None and activation == "clamped_swiglu":
+        up = up + 1
+    found = _ACTIVATIONS[activation](gate)
+    return found if up is None else found * up
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -43,7 +48,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "relu2": lambda x: functional.relu(x).square(),
-    "clamped_swiglu": lambda x: x.clamp(max=CLAMP) * (SWISH * x.clamp(max=CLAMP)).sigmoid(),
+    "clamped_swiglu": lambda x: x * (SWISH * x).sigmoid(),
+    "clamped_silu": functional.silu,
 }
 
 
@@ -57,13 +63,14 @@ def _dense(
     gated: bool,
     interleaved: bool,
     transposed: bool,
+    limit: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """pre (N, E, 2I), h (N, E, I), o (N, E, F)."""
     up, down = (weight.double().mT if transposed else weight.double() for weight in (gate_up_proj, down_proj))
     pre = torch.einsum("nf,eif->nei", hidden_states.double(), up)
     if gate_up_bias is not None:
         pre = pre + gate_up_bias.double()
-    h = activate(pre, activation, gated, interleaved)
+    h = activate(pre, activation, gated, interleaved, limit)
     out = torch.einsum("nei,efi->nef", h, down)
     return pre, h, out if down_bias is None else out + down_bias.double()
 
@@ -87,6 +94,7 @@ def expert_mlp(
     gated: bool = True,
     interleaved: bool = False,
     transposed: bool = False,
+    limit: float | None = None,
 ) -> Tensor:
     """Sum of the chosen experts' outputs, weighed.
 
@@ -96,13 +104,13 @@ def expert_mlp(
         down_proj: (E, F, I); likewise.
         top_k_index: (N, K), E in unused slots.
         top_k_weights: (N, K).
-        activation, gated, interleaved: see `activate`.
+        activation, gated, interleaved, limit: see `activate`.
         gate_up_bias, down_bias: (E, 2I) and (E, F), or None.
 
     Returns:
         (N, F) float64.
     """
-    layout = (activation, gate_up_bias, down_bias, gated, interleaved, transposed)
+    layout = (activation, gate_up_bias, down_bias, gated, interleaved, transposed, limit)
     _, _, out = _dense(hidden_states, gate_up_proj, down_proj, *layout)
     return torch.einsum("ne,nef->nf", pair_weights(top_k_index, top_k_weights, len(gate_up_proj)), out)
 
@@ -122,6 +130,7 @@ def expert_surprise(
     gated: bool = True,
     interleaved: bool = False,
     transposed: bool = False,
+    limit: float | None = None,
 ) -> Tensor:
     """Norm of what one token's loss would change in one expert.
 
@@ -135,14 +144,14 @@ def expert_surprise(
         (N, K) float64: of each slot's (token, expert) pair, an expert named twice with its summed weight; 0 in unused slots.
     """
     num_experts = len(gate_up_proj)
-    layout = (activation, gate_up_bias, down_bias, gated, interleaved, transposed)
+    layout = (gated, interleaved, transposed, limit)
     with torch.enable_grad():
         inputs = [None if x is None else x.detach().double() for x in (gate_up_proj, down_proj, gate_up_bias, down_bias)]
         up, down, up_bias, bias = inputs
         assert up is not None
         assert down is not None
         x = hidden_states.detach().double()
-        pre, h, _ = _dense(x, up, down, activation, up_bias, bias, *layout[3:])
+        pre, h, _ = _dense(x, up, down, activation, up_bias, bias, *layout)
         weights = pair_weights(top_k_index, top_k_weights.detach(), num_experts)
         grad = weights.unsqueeze(-1) * grad_output.detach().double().unsqueeze(1)  # of o_e, (N, E, F)
         if kind == "output":
@@ -152,7 +161,7 @@ def expert_surprise(
         else:
             leaf = pre.detach().requires_grad_()
             grad_h = torch.einsum("nef,efi->nei", grad, down.mT if transposed else down)
-            (grad_pre,) = torch.autograd.grad(activate(leaf, activation, gated, interleaved), leaf, grad_h)
+            (grad_pre,) = torch.autograd.grad(activate(leaf, activation, gated, interleaved, limit), leaf, grad_h)
             squares = grad_pre.square().sum(-1) * (x.square().sum(-1, keepdim=True) + (up_bias is not None))
             found = (squares + grad.square().sum(-1) * (h.square().sum(-1) + (bias is not None))).sqrt()
     return functional.pad(found.detach(), (0, 1)).gather(1, top_k_index.long())

@@ -19,7 +19,7 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 PLAIN = ("c_fc", "c_proj")
 WANTED = f"MLPs made of {', '.join(GATED)} or of {', '.join(PLAIN)}"
 _MLP_NAMES = ("mlp", "ffn", "feed_forward", "feedforward", "ff")
-_ONLY_EXPERTS = "clamped_swiglu"  # never the activation of a dense MLP
+_ONLY_EXPERTS = ("clamped_swiglu", "clamped_silu")  # never the activation of a dense MLP
 
 
 class DenseMLP(NamedTuple):
@@ -111,7 +111,7 @@ def _activation_of(name: str, module: nn.Module, device: torch.device) -> Activa
         raise InputError(f"{name} must have an activation act_fn or act, got neither.")
     x = torch.linspace(-11.3, 12.9, 96, device=device)
     given = own(x).double()
-    known = [activation for activation in get_args(Activation) if activation != _ONLY_EXPERTS]
+    known = [activation for activation in get_args(Activation) if activation not in _ONLY_EXPERTS]
     for activation in known:
         if torch.allclose(activate(x.double(), Layout(activation, False, False, False)), given, rtol=1e-4, atol=1e-5):
             return activation
