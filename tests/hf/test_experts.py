@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from tinyonn.errors import InputError
 from tinyonn.hf.experts import layout_of
 from tinyonn.nn.surprise_capture import captured_calls
 from tinyonn.testing import assert_close_rms, tiny_causal_lm
+from tinyonn.train import capture_surprise
 
 ARCHS = ("qwen3_moe", "gpt_oss", "mixtral", "olmoe")
 
@@ -72,13 +75,49 @@ def test_an_activation_without_a_name_here_is_refused():
         model(token_ids())
 
 
-def test_another_clamp_is_refused():
+def test_another_slope_is_refused():
     model = model_of("gpt_oss")
     model.set_experts_implementation("tinyonn")
     for module in experts_of(model):
-        module.limit = 5.0
+        module.alpha = 1.5
     with pytest.raises(InputError, match="its activation is none of"):
         model(token_ids())
+
+
+CLAMPING = {"deepseek_v4": "DeepseekV4Experts", "hy_v4": "HYV4Experts", "glm5_next": "Glm5NextTextExperts", "gpt_oss": "GptOssExperts"}
+
+
+@pytest.mark.parametrize("limit", [10.0, 3.5, 250.0])
+@pytest.mark.parametrize("family", CLAMPING)
+def test_clamped_experts_are_those_of_eager(family, limit):
+    """Against the family's own loop, with values on both sides of its clamps; the surprise against the gradient of one token alone."""
+    package = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    sizes = {"hidden_size": 16, "intermediate_size": 12, "moe_intermediate_size": 12, "num_local_experts": 4, "n_routed_experts": 4}
+    config = getattr(package, f"{CLAMPING[family].removesuffix('Experts')}Config")(**sizes, swiglu_limit=limit)
+    module = getattr(package, CLAMPING[family])(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (limit / 4))
+    index = torch.tensor([[0, 1], [2, 3], [1, 0], [3, 1], [2, 0]])
+    x, weight, cotangent = (torch.randn(5, size, generator=generator) for size in (16, 2, 16))
+    results = []
+    for name in ("eager", "tinyonn"):
+        config._experts_implementation = name
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_(), *module.parameters()]
+        with captured_calls([module]) as calls:
+            out = module(leaves[0], index, leaves[1])
+            results.append([out.detach(), *torch.autograd.grad((out * cotangent).sum(), leaves, retain_graph=True)])
+            if name == "tinyonn":
+                (out * cotangent).sum().backward()
+                surprise = calls[module][0].surprise()
+    for wanted, got in zip(*results, strict=True):
+        assert_close_rms(got, wanted.double(), 1e-5)
+    config._experts_implementation = "eager"
+    out = module(x[:1], index[:1], weight[:1])
+    (grad,) = torch.autograd.grad((out * cotangent[:1]).sum(), module.down_proj)
+    torch.testing.assert_close(surprise[0, :2], grad.flatten(1).norm(dim=-1)[:2], rtol=1e-4, atol=0)
+    assert layout_of(module).limit == limit
 
 
 @pytest.mark.parametrize("limit", [10.0, 16.0, 100.0, 2e4])
@@ -101,6 +140,8 @@ def test_a_setting_that_changes_later_counts():
     module = experts_of(model_of("gpt_oss"))[0]
     assert layout_of(module).activation == "clamped_swiglu"
     module.limit = 5.0
+    assert layout_of(module).limit == 5.0
+    module.alpha = 1.0
     with pytest.raises(InputError, match="its activation is none of"):
         layout_of(module)
     module = experts_of(model_of("qwen3_moe"))[0]
@@ -182,6 +223,43 @@ def test_it_generates_and_compiles():
     x, index, weight = torch.randn(8, 48), torch.randint(5, (8, 2)), torch.rand(8, 2)
     layout_of(module)
     torch.testing.assert_close(torch.compile(module)(x, index, weight), module(x, index, weight))
+
+
+def test_a_model_compiles_to_one_graph_and_its_surprise_to_another():
+    """grouped_mm has one graph. Capturing is no part of the caller's code: the compiled model guards on it."""
+    ids, graphs = token_ids(), []
+    model = tiny_causal_lm("qwen3_moe", num_hidden_layers=1)
+    model.set_experts_implementation("tinyonn")
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.backends.registry.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert len(graphs) == 1
+    found = []
+    for run in (model, compiled, compiled):
+        with capture_surprise(model) as surprise:
+            for number in range(2):  # two calls of a mixture follow one another
+                run(ids.roll(number, -1), labels=ids, use_cache=False).loss.backward()
+            with torch.no_grad():
+                run(ids, use_cache=False)
+            run(ids, use_cache=False)  # no backward, no surprise
+        found.append(surprise["model.layers.0.mlp.experts"])
+    assert found[0].shape == (2 * 34, 5)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+    assert len(graphs) <= 4  # with and without gradients, captured and not
+    compiled(ids, use_cache=False)
+    assert len(graphs) <= 4
+    for module in experts_of(model):
+        module.act_fn = torch.nn.GELU()
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    for module in experts_of(model):
+        module.act_fn = torch.nn.Softsign()
+    with pytest.raises(Exception, match="its activation is none of silu"):
+        compiled(ids, use_cache=False)
 
 
 @pytest.mark.parametrize("strict", [False, True])

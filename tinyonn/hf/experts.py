@@ -1,12 +1,14 @@
 """`experts_implementation="tinyonn"`: the mixtures of transformers' models on `ops.expert_mlp`, with their surprise.
 
 Importing this module registers it. A model's own activation is told by what it does to a few numbers, not by its name: an unknown one is
-refused instead of being taken for another.
+refused instead of being taken for another. transformers tells a registered function nothing before it calls it, so the proof comes with a
+mixture's first forward, or with its compilation.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import torch
@@ -16,48 +18,48 @@ from ..errors import InputError
 from ..nn.surprise_capture import probe_for
 from ..ops import expert_mlp
 from ..ops._torch_experts import Layout, activate
-from ..ops.expert_mlp import Activation
+from ..ops.expert_mlp import LIMITS, Activation
 from .interfaces import register_experts
 
 NAME = "tinyonn"
 
-
 # What transformers' experts read in their activation; where one changes, the layout is looked for again.
-SETTINGS = ("act_fn", "alpha", "limit", "swiglu_alpha", "swiglu_limit")
+NUMBERS = ("alpha", "limit", "swiglu_alpha", "swiglu_limit")
 
 _layouts: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], Layout]] = weakref.WeakKeyDictionary()
 
 
-def layout_of(module: Any) -> Layout:
-    """The layout of transformers' experts; InputError where `expert_mlp` has no such experts."""
-    settings = [getattr(module, name, None) for name in SETTINGS]
+def layout_of(module: Any, device: torch.device | str = "cpu") -> Layout:
+    """The layout of transformers' experts; InputError where `expert_mlp` has no such experts.
+
+    Args:
+        module: the experts. No weight of theirs is read: one that PEFT computes would be kept without its graph.
+        device: where the activation is tried.
+    """
+    settings = [getattr(module, name, None) for name in ("act_fn", *NUMBERS)]
     known = _layouts.get(module)
     if known is not None and known[0] == settings:
         return known[1]
     if torch.compiler.is_exporting():
         raise InputError(f"{type(module).__name__} must have run once before it is exported: its activation is told by what it does.")
-    layout = _find_layout(module)
+    layout = _find_layout(module, torch.device(device))
     _layouts[module] = (settings, layout)
     return layout
 
 
 @torch.no_grad()
-def _find_layout(module: Any) -> Layout:
+def _find_layout(module: Any, device: torch.device) -> Layout:
     name = type(module).__name__
     if module.has_post_expert_norm:
         raise InputError(f"experts_implementation must not be 'tinyonn' for {name}, which normalises each expert's output.")
-    device = module.down_proj.device
     if device.type == "meta":
         raise InputError(f"{name} must be on a device with memory, got meta.")
-    # Small ones tell activations apart, large ones any clamp; no symmetry that would confuse gate and up.
-    near = torch.linspace(-11.3, 12.9, 96, dtype=torch.float64, device="cpu").roll(5)
-    far = torch.logspace(1, 4.5, 192, dtype=torch.float64, device="cpu").view(8, 24).T.flatten()
-    far = torch.where(torch.arange(192, device="cpu") % 3 == 0, -far, far)
-    pre = torch.cat([near, far]).view(12, 24)
+    limits = [value for number in NUMBERS[1::2] if (value := getattr(module, number, None)) is not None]
+    pre = _trial(limits)
     own = (module._apply_gate if module.has_gate else module.act_fn)(pre.float().to(device)).double().cpu()
-    for activation in get_args(Activation):
+    for activation, limit in _candidates(limits):
         for interleaved in (False, True) if module.has_gate else (False,):
-            layout = Layout(activation, module.has_gate, interleaved, module.is_transposed)
+            layout = Layout(activation, module.has_gate, interleaved, module.is_transposed, limit)
             if torch.allclose(activate(pre, layout), own, rtol=1e-4, atol=1e-5):
                 return layout
     raise InputError(
@@ -66,16 +68,47 @@ def _find_layout(module: Any) -> Layout:
     )
 
 
-@torch.compiler.disable(reason="whether a surprise is captured is asked at each call")
-def _probe(module: nn.Module, top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor | None:
-    return probe_for(module, top_k_index, num_experts, dtype)
+def _trial(limits: list[float]) -> Tensor:
+    """(16, 24) numbers: small ones tell activations apart, large ones any clamp; no symmetry that would confuse gate and up."""
+    near = torch.linspace(-11.3, 12.9, 96, dtype=torch.float64, device="cpu").roll(5)
+    far = torch.logspace(1, 4.5, 192, dtype=torch.float64, device="cpu").view(8, 24).T.flatten()
+    far = torch.where(torch.arange(192, device="cpu") % 3 == 0, -far, far)
+    # On both sides of the module's own limit, whatever it is.
+    around = torch.linspace(-1.9, 2.1, 96, dtype=torch.float64, device="cpu").roll(7) * max((abs(float(x)) for x in limits), default=1.0)
+    return torch.cat([near, far, around]).view(16, 24)
+
+
+def _candidates(limits: list[float]) -> Iterator[tuple[Activation, float]]:
+    """Activations that clamp nothing, and those that clamp, at the module's own limits or where they usually do."""
+    for activation in get_args(Activation):
+        if activation not in LIMITS:
+            yield activation, 0.0
+        else:
+            yield from ((activation, float(limit)) for limit in dict.fromkeys([*limits, LIMITS[activation]]) if limit > 0)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _layout_in_graph(module: Any) -> tuple[Layout, str, tuple[Any, ...]]:
+    """The layout, and the kind of activation and the numbers for which it holds: what the compiled code asks for again."""
+    kind = type(getattr(module, "act_fn", None)).__name__
+    return layout_of(module), kind, tuple(getattr(module, name, None) for name in NUMBERS)
+
+
+def _layout_for(module: Any, hidden_states: Tensor) -> Layout:
+    if not torch.compiler.is_dynamo_compiling():
+        return layout_of(module, hidden_states.device)
+    layout, kind, numbers = _layout_in_graph(module)
+    # Never true while it is compiled: to compare makes a guard of each.
+    if kind != type(getattr(module, "act_fn", None)).__name__ or numbers != tuple(getattr(module, name, None) for name in NUMBERS):
+        raise InputError(f"{type(module).__name__} must keep its activation while it is compiled.")
+    return layout
 
 
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Experts over routed pairs, in transformers' layout.
 
-    Compiled, each mixture is a graph break: whether its surprise is captured is asked at each call. Exported, which takes one call before,
-    it hands out no surprise.
+    Compiles without a graph break; capturing the surprise compiles a mixture once more. Exported, it hands out no surprise; with
+    `strict=False` it must have run once before.
 
     Args:
         module: holds (gate_)up_proj, down_proj and perhaps their biases.
@@ -86,7 +119,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     Returns:
         (N, F), hidden_states' dtype.
     """
-    layout = layout_of(module)
+    layout = _layout_for(module, hidden_states)
     up = "gate_up_proj" if module.has_gate else "up_proj"
     weights = [getattr(module, up), module.down_proj]
     biases = [getattr(module, f"{up}_bias"), module.down_proj_bias] if module.has_bias else [None, None]
@@ -94,11 +127,11 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights[0].dtype
     gate_up, down = (x.to(dtype) for x in weights)
     gate_up_bias, down_bias = (None if x is None else x.to(dtype) for x in biases)
-    probe = None if torch.compiler.is_exporting() else _probe(module, top_k_index, len(weights[0]), dtype)
+    probe = None if torch.compiler.is_exporting() else probe_for(module, top_k_index, len(weights[0]), dtype)
     out = expert_mlp(
         hidden_states.to(dtype), gate_up, down, top_k_index, top_k_weights, gate_up_bias=gate_up_bias, down_bias=down_bias,
-        **layout._asdict(),
-        surprise=probe,
+        activation=layout.activation, gated=layout.gated, interleaved=layout.interleaved, transposed=layout.transposed,
+        limit=layout.limit or None, surprise=probe,
     )  # fmt: skip
     return out.to(hidden_states.dtype)
 

@@ -337,7 +337,13 @@ def _backward(
     The last three say whether those of hidden_states, of the first projection and its bias, and of the second and its bias are computed.
     """
     tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
-    rest = (pre, grad_out, Layout(activation, gated, interleaved, transposed, limit), surprise_kind, Wanted(grad_hidden, grad_gate_up, grad_down))
+    rest = (
+        pre,
+        grad_out,
+        Layout(activation, gated, interleaved, transposed, limit),
+        surprise_kind,
+        Wanted(grad_hidden, grad_gate_up, grad_down),
+    )
     if choose_impl(impl, hidden_states) == "triton":
         from . import _triton_experts
 
