@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def _candidates(limits: list[float]) -> Iterator[tuple[Activation, float]]:
             yield from ((activation, float(limit)) for limit in dict.fromkeys([*limits, LIMITS[activation]]) if limit > 0)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _layout_in_graph(module: Any) -> tuple[Layout, str, tuple[Any, ...]]:
     """The layout, and the kind of activation and the numbers for which it holds: what the compiled code asks for again."""
     kind = type(getattr(module, "act_fn", None)).__name__
@@ -130,7 +130,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     probe = None if torch.compiler.is_exporting() else probe_for(module, top_k_index, len(weights[0]), dtype)
     out = expert_mlp(
         hidden_states.to(dtype), gate_up, down, top_k_index, top_k_weights, gate_up_bias=gate_up_bias, down_bias=down_bias,
-        activation=layout.activation, gated=layout.gated, interleaved=layout.interleaved, transposed=layout.transposed,
+        activation=cast(Activation, layout.activation), gated=layout.gated, interleaved=layout.interleaved, transposed=layout.transposed,
         limit=layout.limit or None, surprise=probe,
     )  # fmt: skip
     return out.to(hidden_states.dtype)

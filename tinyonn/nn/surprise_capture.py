@@ -1,7 +1,7 @@
 """Which mixtures hand out their surprise at the moment: a probe for each call, kept until the capture ends.
 
-A mixture that is captured carries an attribute. torch.compile guards on it: a compiled mixture is compiled once more for capturing, and then
-takes its probe from an operator that no compiler looks into. The operator's backward hands the surprise to the call that it belongs to.
+A mixture that is captured carries an attribute. torch.compile guards on it: a compiled mixture is compiled once more for capturing. It then
+takes its probe from an operator that no compiler looks into, whose backward hands the surprise to the call that it belongs to.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def probe_for(module: nn.Module, top_k_index: Tensor, num_experts: int, dtype: t
     return probe
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _site() -> int:
     """Another number for each call in a graph: two calls alike would be made one."""
     return next(_sites)
