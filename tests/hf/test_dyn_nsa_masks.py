@@ -119,14 +119,9 @@ def test_a_flattening_collator_packs_a_batch(flash):
     assert_close_rms(got.logits, torch.cat(alone, 1), 1e-5)
 
 
-def test_masks_that_are_not_padding_are_refused():
-    model, x = tiny_dyn_nsa_lm(), token_ids()
-    holes = torch.ones(2, LENGTH, dtype=torch.long)
-    holes[1, 40:50] = 0
-    with pytest.raises(InputError, match="padding only before or after a row's tokens"):
-        model(x, attention_mask=holes)
+def test_masks_of_pairs_are_refused():
     with pytest.raises(InputError, match="attention_mask must be None or"):
-        model(x, attention_mask=torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril())
+        tiny_dyn_nsa_lm()(token_ids(), attention_mask=torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril())
 
 
 def test_only_bounds_of_its_own_are_taken_for_bounds():
@@ -146,14 +141,3 @@ def test_padding_beside_packed_sequences_is_refused():
     mask[0, 45:] = 0
     with pytest.raises(InputError, match="attention_mask must be None beside cu_seq_lens_q"):
         model(x, attention_mask=mask, cu_seq_lens_q=bounds)
-
-
-def test_compiling_refuses_padding_between_tokens():
-    model, x = tiny_dyn_nsa_lm(layers=1), token_ids(50)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    mask = left_padding(50)
-    assert_close_rms(compiled(x, attention_mask=mask).logits[mask.bool()], model(x, attention_mask=mask).logits[mask.bool()], 1e-5)
-    mask[1, 20:30] = 0
-    with pytest.raises(RuntimeError, match="padding only before or after"):
-        compiled(x, attention_mask=mask)

@@ -20,7 +20,7 @@ from ...nn.dyn_nsa import MIN_MAX_BLOCKS, common_dtype
 from ...ops import dyn_nsa
 from ..interfaces import register_attention
 from .decoding import compressed_so_far
-from .masks import bounds_of, dyn_nsa_mask, within_bounds
+from .masks import dyn_nsa_mask, gathered, layout_of, within_bounds
 from .options import as_tau, checked_options, checked_tau, opening_of
 from .parts import DYN_NSA, core_of
 
@@ -59,12 +59,12 @@ def dyn_nsa_attention(
     Args:
         module: the attention module.
         query: (B, H, T, D). key, value: (B, K, Tk, D).
-        attention_mask: of `dyn_nsa_mask`, which knows padding, and sequences packed in rows by their `position_ids`.
+        attention_mask: of `dyn_nsa_mask`, which knows padding, also between tokens, and sequences packed in rows by their `position_ids`.
         tau: (), (B,), (B, T) or (B, T, K) in [0, 1], handed through by `model(..., tau=...)`; None for that of the layer's options.
         cu_seq_lens_q: (sequences + 1,) int32, sequences packed in one row; None for those that the mask tells.
 
     Returns:
-        out (B, T, H, D), and None for the weights.
+        out (B, T, H, D), 0 for queries that are padding, and None for the weights.
 
     Raises:
         InputError: dropout, a mask other than padding, padding beside cu_seq_lens_q, a tau of another shape, or an argument of unknown
@@ -82,12 +82,18 @@ def dyn_nsa_attention(
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise InputError(f"attention must be causal for attn_implementation='dyn_nsa', got {name}.")
     tau = checked_tau(tau, query.shape[0], query.shape[2], key.shape[1])
-    core = core_of(module)
-    rows, sequences = bounds_of(attention_mask, query.shape[0], cu_seq_lens_q)
+    core, original = core_of(module), key
+    rows, sequences, compaction = layout_of(attention_mask, query.shape[0], cu_seq_lens_q)
     bounds: dict[str, Tensor | None] = {"cu_seqlens": sequences}
     compressed: tuple[Tensor | None, Tensor | None] = (None, None)
+    query_order = None
+    if compaction is not None:
+        rows, query_order = compaction.rows, compaction.queries(query.shape[2])
+        if tau is not None:
+            tau = gathered(as_tau(tau, query.device, (query.shape[0], query.shape[2], key.shape[1])), query_order, 1)
+        query, key, value = gathered(query, query_order, 2), gathered(key, compaction.order, 2), gathered(value, compaction.order, 2)
     if core is not None and sequences is None:
-        compressed = compressed_so_far(core, key, value, query.shape[2], rows)
+        compressed = compressed_so_far(core, original, key, value, query.shape[2], rows)
     if rows is not None:
         key, value, bounds["key_start"], bounds["key_end"] = within_bounds(key, value, rows)
     query, key, value = (x.transpose(1, 2) for x in common_dtype(query, key, value))
@@ -97,7 +103,7 @@ def dyn_nsa_attention(
         tau = None if tau is None else as_tau(tau, query.device, (batch, tokens, key.shape[2])).flatten(0, 1)[None]
     if core is None:
         out = _without_parts(module, query, key, value, tau, scaling, bounds)
-        return out.reshape(batch, tokens, *out.shape[2:]), None
+        return _in_place(out.reshape(batch, tokens, *out.shape[2:]), query_order), None
     gates = core.gates(query)
     # The previous token's uncertainty comes in as `tau`, so it is recomputed with the same one: see `hooks`.
     tau = core.tau_of(tau, query, decoding=False)
@@ -106,7 +112,12 @@ def dyn_nsa_attention(
     if core.collecting:
         core.record(result, gates)
         core.collected = loss if core.training else None
-    return result.out.reshape(batch, tokens, *result.out.shape[2:]), None
+    return _in_place(result.out.reshape(batch, tokens, *result.out.shape[2:]), query_order), None
+
+
+def _in_place(out: Tensor, order: Tensor | None) -> Tensor:
+    """(B, T, H, D), each query's result where the query came from."""
+    return out if order is None else gathered(out, order.argsort(-1), 1)
 
 
 def _without_parts(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...nn.dyn_nsa import DynNSACore, common_dtype
 from ...nn.dyn_nsa_cache import CompressedCache
-from .masks import row_starts
+from .masks import row_marks
 from .parts import core_of
 
 
@@ -25,29 +25,35 @@ class _Kept:
     Whatever reorders, crops or resets a layer of a cache either replaces its tensor of keys or writes to it, which counts up its version.
     """
 
-    def __init__(self, starts: Tensor | None) -> None:
-        self.starts = starts  # of rows, as the mask tells them
+    def __init__(self, marks: Tensor | None) -> None:
+        self.marks = marks  # of rows, as the mask tells them
         self.keys: weakref.ref[Tensor] | None = None
         self.version = -1
         self.compressed = CompressedCache()
 
-    def belongs_to(self, keys: Tensor | None, starts: Tensor | None) -> bool:
+    def belongs_to(self, keys: Tensor | None, marks: Tensor | None) -> bool:
         if self.keys is None or keys is None or keys is not self.keys() or keys._version != self.version:
             return False
-        return starts is self.starts is None or (starts is not None and self.starts is not None and torch.equal(starts, self.starts))
+        if marks is None or self.marks is None:
+            return marks is self.marks
+        if marks.dim() == 2:  # of a longer row
+            marks = marks[:, : self.marks.shape[-1]]
+        return torch.equal(marks, self.marks)
 
     def extend(
-        self, core: DynNSACore, key: Tensor, value: Tensor, num_queries: int, rows: Tensor | None
+        self, core: DynNSACore, cached: Tensor, key: Tensor, value: Tensor, num_queries: int, rows: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Compressed keys and values of all positions; (B, K, Tk, D) as the cache gives them."""
-        if key.is_inference():
+        """Compressed keys and values of all positions; see `compressed_so_far`."""
+        if cached.is_inference():
             return None, None  # carries no version
+        if self.keys is not None and self.keys() is cached and self.version == cached._version:
+            return None, None  # a layer's second call in one forward, with values of its own
         begin: int | Tensor = 0
         count = key.shape[2]
         if self.keys is not None:
             begin = count - num_queries if rows is None or rows.shape[1] < 3 else rows[0, 2] - num_queries
             count = num_queries
-        self.keys, self.version = weakref.ref(key), key._version
+        self.keys, self.version = weakref.ref(cached), cached._version
         key, value = (x.transpose(1, 2) for x in common_dtype(key, value))
         return self.compressed.extend(core, key, value, begin, count, None if rows is None else rows[:, 0])
 
@@ -73,7 +79,7 @@ def recall(model: nn.Module, kwargs: dict[str, Any]) -> None:
     layers = getattr(kwargs.get("past_key_values"), "layers", None)
     if model.training or torch.is_grad_enabled():
         layers = None
-    starts = row_starts(kwargs.get("attention_mask"))
+    marks = row_marks(kwargs.get("attention_mask"))
     for module in model.modules():
         core = core_of(module)
         if core is None:
@@ -84,23 +90,24 @@ def recall(model: nn.Module, kwargs: dict[str, Any]) -> None:
             continue
         keys = layers[index].keys if index < len(layers) else None
         kept = _state.kept.get(core)
-        if kept is None or not kept.belongs_to(keys, starts):
-            _state.kept[core] = _Kept(starts)
+        if kept is None or not kept.belongs_to(keys, marks):
+            _state.kept[core] = _Kept(marks)
 
 
 def compressed_so_far(
-    core: DynNSACore, key: Tensor, value: Tensor, num_queries: int, rows: Tensor | None
+    core: DynNSACore, cached: Tensor, key: Tensor, value: Tensor, num_queries: int, rows: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """What `core` compressed for the cache of this forward, grown by its new positions; None twice where nothing is kept.
 
     Args:
-        key, value: (B, K, Tk, D), as the cache gives them.
+        cached: the keys as the cache gives them.
+        key, value: (B, K, Tk, D), the same, or with rows that have holes brought together.
         num_queries: new positions.
         rows: (B, 2 or 3), bounds of `dyn_nsa_mask`.
     """
     if not core.collecting or torch.compiler.is_compiling() or (kept := _state.kept.get(core)) is None:
         return None, None
-    return kept.extend(core, key, value, num_queries, rows)
+    return kept.extend(core, cached, key, value, num_queries, rows)
 
 
 def note_tau(model: nn.Module, cache: Any, tau: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from types import CodeType
 from typing import Any
 
 import torch
@@ -60,6 +61,11 @@ class ObservedForward:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.inner)
+
+    @property
+    def __code__(self) -> CodeType:
+        """Of the call, which `torch.export` names as the origin of its symbols."""
+        return type(self).__call__.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}  # by name, however they came

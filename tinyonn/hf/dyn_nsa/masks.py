@@ -1,9 +1,16 @@
-"""Where each row of keys begins and ends, and each sequence packed in it: the masks of DynNSA, and the use of them."""
+"""The masks of DynNSA, and their use: where each row of keys begins and ends, each sequence packed in it, and which keys are left out.
+
+A mask with holes, as of a batch of conversations whose turns were padded one by one, says which keys to leave out. The rest is brought
+together before attention runs: the keys of earlier forwards end where the new ones begin, and new ones that are padding go last. Blocks
+are counted over what is left, so nothing of a hole enters a block, its compressed key, the entropy or the selection.
+
+B batch, T queries of Tk keys
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +39,11 @@ def dyn_nsa_mask(
 
     Returns:
         None for rows without padding whose last key is the last query's. (B, 1, 1, 2) int32, first key and one past the last; with a
-        third number, one past the last query's position, where the keys are a buffer that is longer. (1, 1, sequences + 1, 1) int32, at
-        least 3, where sequences packed in the rows begin and end, the rows laid end to end. (B, 1, 1, 1) int32 while compiling, 0 if no
-        row is packed. A bool mask, as for SDPA, for layers with a sliding window, and for what cannot be said with such bounds.
-
-    Raises:
-        InputError: padding between tokens.
+        third number, one past the last query's position, where the keys are a buffer that is longer. (B, 1, 2, Tk) int32 for rows with
+        padding between tokens, and while compiling for all padding: the order that `Compaction` puts keys in; then its start and end.
+        (1, 1, sequences + 1, 1) int32, at least 3, where sequences packed in the rows begin and end, the rows laid end to end.
+        (B, 1, 1, 1) int32 while compiling, 0 if no row is packed. A bool mask, as for SDPA, for layers with a sliding window, and for what
+        cannot be said with such bounds.
     """
     compiling = torch.compiler.is_compiling()
     plain = mask_function is causal_mask_function
@@ -68,16 +74,25 @@ def dyn_nsa_mask(
         place = torch.arange(1, padding.shape[1] + 1, device=device)
         end = (padding * place).amax(-1)
         start = torch.where(end > 0, padding.int().argmax(-1), 0)
-        whole = (padding.sum(-1) == end - start).all()
-        message = "attention_mask must hold padding only before or after a row's tokens, got padding between them."
-        if compiling:
-            torch._assert_async(whole, message)
-        elif not whole:
-            raise InputError(message)
+        # Two keys have no room for a hole. While compiling, values cannot decide.
+        if kv_length > 2 and (compiling or bool((padding.sum(-1) != end - start).any())):
+            return _order(padding, q_length, kv_length, query_end)
     bounds = [start, end]
     if is_buffer:
         bounds.append(torch.zeros_like(start) + query_end)
     return torch.stack([bound.int() for bound in bounds], -1)[:, None, None]
+
+
+def _order(padding: Tensor, q_length: int, kv_length: int, query_end: Any) -> Tensor:
+    """(B, 1, 2, Tk) int32 of a mask (B, up to Tk) bool: see `Compaction`."""
+    present = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
+    place = torch.arange(kv_length, device=padding.device)
+    new = (place >= query_end - q_length) & (place < query_end)
+    kind = torch.where(new, 3 - present.int(), (present & (place < query_end)).int())
+    order = kind.argsort(dim=-1, stable=True)
+    bounds = torch.zeros_like(order)
+    bounds[:, 0], bounds[:, 1] = (kind == 0).sum(-1), (kind < 3).sum(-1)
+    return torch.stack([order, bounds], 1)[:, None].int()
 
 
 def _beginnings(mask_function: Callable[..., Any], batch: int, length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -100,8 +115,34 @@ def _beginnings(mask_function: Callable[..., Any], batch: int, length: int, devi
     return begins, (inside & ~outside).all()
 
 
-def bounds_of(mask: Tensor | None, batch: int, cu_seq_lens_q: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """What a mask of `dyn_nsa_mask` says: (B, 2 or 3) int32, bounds of padded rows; or (sequences + 1,) int32, bounds of packed sequences.
+class Compaction(NamedTuple):
+    """How the keys of rows with holes are brought together.
+
+    Attributes:
+        order: (B, Tk) int64, which key comes to each place: earlier ones to be left out, earlier ones, new ones, new ones to be left out,
+            each kind as it came. So the T new ones stay the last T.
+        rows: (B, 2) int32, the first place of a key that is not left out, and one past the last.
+    """
+
+    order: Tensor
+    rows: Tensor
+
+    def queries(self, tokens: int) -> Tensor:
+        """(B, T) which query comes to each of the last `tokens` places."""
+        order = self.order[:, self.order.shape[1] - tokens :]
+        return order - order.amin(-1, keepdim=True)
+
+
+class Layout(NamedTuple):
+    """What a mask says; at most one of the three."""
+
+    rows: Tensor | None = None  # (B, 2 or 3) int32, bounds of padded rows
+    sequences: Tensor | None = None  # (sequences + 1,) int32, bounds of packed sequences
+    compaction: Compaction | None = None  # of rows with holes
+
+
+def layout_of(mask: Tensor | None, batch: int, cu_seq_lens_q: Tensor | None) -> Layout:
+    """What a mask of `dyn_nsa_mask` says.
 
     Args:
         cu_seq_lens_q: the caller's bounds of packed sequences, which go before those of the mask.
@@ -112,26 +153,35 @@ def bounds_of(mask: Tensor | None, batch: int, cu_seq_lens_q: Tensor | None) -> 
     if cu_seq_lens_q is not None:
         if mask is not None and mask.dtype == torch.int32 and mask.shape[-1] > 1:
             raise InputError("attention_mask must be None beside cu_seq_lens_q for attn_implementation='dyn_nsa', got one of padding.")
-        return None, cu_seq_lens_q.int()
+        return Layout(sequences=cu_seq_lens_q.int())
     if mask is None:
-        return None, None
+        return Layout()
     if mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[1] == 1:
         kind = (mask.shape[0], mask.shape[2], mask.shape[3])
         if kind in ((batch, 1, 2), (batch, 1, 3)):
-            return mask[:, 0, 0], None
+            return Layout(rows=mask[:, 0, 0])
+        if kind[:2] == (batch, 2) and kind[2] > 2:
+            return Layout(compaction=Compaction(mask[:, 0, 0].long(), mask[:, 0, 1, :2]))
         if kind == (1, mask.shape[2], 1) and mask.shape[2] > 2:
-            return None, mask.flatten()
+            return Layout(sequences=mask.flatten())
         if kind == (batch, 1, 1):
             torch._assert_async(
                 (mask == 0).all(),
                 "sequences packed in a row must be told by cu_seq_lens_q under torch.compile with dyn_nsa, got position_ids that restart "
                 "or another mask; DataCollatorWithFlattening(return_flash_attn_kwargs=True) gives cu_seq_lens_q.",
             )
-            return None, None
+            return Layout()
     raise InputError(
         "attention_mask must be None or (batch, tokens) of padding for attn_implementation='dyn_nsa', and sequences packed in a row be "
         f"told by position_ids that restart, or by cu_seq_lens_q; got a mask of shape {tuple(mask.shape)}."
     )
+
+
+def gathered(x: Tensor, order: Tensor, dim: int) -> Tensor:
+    """`x` with each row of the batch put in an order of its own along `dim`; order (B, n)."""
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = order.shape
+    return x.gather(dim, order.view(shape).expand(*(size if axis != dim else -1 for axis, size in enumerate(x.shape))))
 
 
 def within_bounds(key: Tensor, value: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -146,10 +196,17 @@ def within_bounds(key: Tensor, value: Tensor, bounds: Tensor) -> tuple[Tensor, T
     return key, value, start, end
 
 
-def row_starts(mask: Any) -> Tensor | None:
-    """(B,) first token of each row, of a mask that a model is given: of padding, of `dyn_nsa_mask`, or several of those by kind."""
+def row_marks(mask: Any) -> Tensor | None:
+    """What tells whether the rows of a cache are still laid out as they were, of a mask that a model is given.
+
+    Returns:
+        (B, T) the mask itself, where it is one of padding; (B,) first token of each row, of one by `dyn_nsa_mask`, or of several of those
+        by kind; None without a mask. NaN, which no row's mark is equal to, of one with holes by `dyn_nsa_mask`.
+    """
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
     if not isinstance(mask, Tensor):
         return None
-    return mask.int().argmax(-1) if mask.dim() == 2 else mask[:, 0, 0, 0].long()
+    if mask.dim() == 2:
+        return mask
+    return mask[:, 0, 0, 0].long() if mask.shape[2] == 1 else torch.full((len(mask),), torch.nan)
