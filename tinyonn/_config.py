@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from .errors import InputError, did_you_mean, shown
+from .errors import InputError, did_you_mean, listed, reason, shown
 
 # Precisions by the names that options and files have; the spellings that people type for each, without case and "torch.".
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -62,12 +62,17 @@ def read_yaml(path: str | os.PathLike[str], name: str = "config", /, **overrides
     except OSError as error:
         raise InputError(f"{name} must be a readable file, got {file}: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no YAML, no UTF-8, no such day, nesting without end
-        reason = " ".join(str(error).split())
-        raise InputError(f"{name} must be valid YAML, got {file}: {reason}.") from error
+        raise InputError(f"{name} must be valid YAML, got {file}: {_yaml_fault(error)}.") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{name} must be a YAML mapping of options, got {type(content).__name__} in {file}.")
     given = {name: value for name, value in overrides.items() if value is not None}
     return {**content, **given}
+
+
+def _yaml_fault(error: Exception) -> str:
+    """What is wrong and where; PyYAML's own text repeats the file's name and prints the line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"{problem} in line {mark.line + 1}, column {mark.column + 1}" if mark and problem else reason(error, 100).removesuffix(".")
 
 
 class Options:
@@ -97,8 +102,8 @@ class Options:
         for key in values:
             if key not in known:
                 near = did_you_mean(key, sorted(known), 3)
-                listed = f"; they are {', '.join(field.name for field in fields)}." if near == "." else near
-                raise InputError(f"{source}: option must be a known one, got {shown(key)}{listed}")
+                there = f"; they are {listed((field.name for field in fields), room=48)}." if near == "." else near
+                raise InputError(f"{source}: option must be a known one, got {shown(key, 40)}{there}")
         for field in fields:
             if field.default is field.default_factory is dataclasses.MISSING and values.get(field.name) is None:
                 raise InputError(f"{field.name} must be given, in {source} or as --{field.name.replace('_', '-')}.")
@@ -188,8 +193,8 @@ def local_model(model_path: str) -> Path | None:
     path = Path(model_path).expanduser().absolute()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            held = sorted(entry.name for entry in path.iterdir())[:5]
-            raise InputError(f"model_path must be a folder with config.json, got {model_path} (holds {', '.join(held) or 'nothing'}).")
+            held = listed(sorted(entry.name for entry in path.iterdir()), 4, none="nothing")
+            raise InputError(f"model_path must be a folder with config.json, got {model_path} (holds {held}).")
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or model_path.startswith("."):
         raise InputError(f"model_path must be an existing folder or a hub id, got {model_path}.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ._records import short
-from .errors import InputError
+from .errors import InputError, reason
 
 # What a field of a record may be -> its check.
 _KINDS: dict[str, Callable[[Any], bool]] = {
@@ -73,7 +73,7 @@ def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]], step: st
     except OSError as error:
         raise InputError(f"{path} must be a file that can be read, got: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise StepFileError(path, f"be valid JSON, got: {error}", repeat, again=once_more) from error
+        raise StepFileError(path, f"be valid JSON, got: {reason(error, 100)}", repeat, again=once_more) from error
     if not isinstance(value, kind):
         wanted = "object" if kind is dict else "list"
         raise StepFileError(path, f"be a JSON {wanted}, got {type(value).__name__}", repeat, again=once_more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from .errors import InputError, shown
+from .errors import InputError, reason, shown
 
 
 class BadRecordError(InputError):
@@ -128,7 +129,7 @@ def parse_line(line: bytes, number: int, offset: int) -> Located | None:
     except json.JSONDecodeError as error:
         return Located(number, offset, None, f"must be one JSON object, got malformed JSON ({error.msg} at column {error.colno})")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting without end
-        return Located(number, offset, None, f"must be one JSON object, got malformed JSON ({error})")
+        return Located(number, offset, None, f"must be one JSON object, got malformed JSON ({reason(error, 80)})")
     return as_record(record, number, offset)
 
 
@@ -166,7 +167,7 @@ def load_list(path: str | os.PathLike[str], name: str = "data_path") -> list[Any
         place = f"line {error.lineno} of {os.fspath(path)}"
         raise InputError(f"{name} must be a JSON list, got malformed JSON in {place} ({error.msg} at column {error.colno}).") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} must be a JSON list, got malformed JSON in {os.fspath(path)} ({error}).") from None
+        raise InputError(f"{name} must be a JSON list, got malformed JSON in {os.fspath(path)} ({reason(error, 80)}).") from None
     return list(values)
 
 
@@ -211,8 +212,7 @@ def _whole_table(path: str | os.PathLike[str], name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{name} must be a whole Parquet file, got {os.fspath(path)}: {reason}") from error
+        raise InputError(f"{name} must be a whole Parquet file, got {os.fspath(path)}: {reason(error, 100)}") from error
 
 
 def field_names(record: Mapping[str, Any]) -> str:
@@ -220,6 +220,18 @@ def field_names(record: Mapping[str, Any]) -> str:
     names = [str(key) for key in record]
     shown = ", ".join(name if len(name) <= 40 else name[:37] + "..." for name in names[:12])
     return (shown if len(names) <= 12 else f"{shown} and {len(names) - 12} more") or "none"
+
+
+def is_no_label(value: Any) -> bool:
+    """Whether a label stands for none: null, NaN, blank, "-" or -1, as data sets write where annotators disagree or keep labels back."""
+    if isinstance(value, float):
+        return math.isnan(value) or value == -1
+    return value is None or (not isinstance(value, bool) and str(value).strip() in ("", "-", "-1"))
+
+
+def whole(value: Any) -> Any:
+    """A label as a whole number where it is one written as 1.0, which is what pandas makes of a column with gaps; others as they are."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Commands and files of a plasticity study: the one place that names them, for the steps, their pages and the command line."""
+"""Names of commands, files and columns that the head laboratory, its pages and the command line share."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ HEADS, CASES, STATS = "heads.csv", "cases.json", "stats.json"
 FIG_UPDATE, FIG_GRADIENT, FIG_STATS = "fig_I_vs_U.png", "fig_I_vs_G.png", "fig_stats.png"
 MAP_FILES = {column: f"map_{column}.png" for column in ("I_pre", "I_post", "Urel")}
 PAGE = "index.html"
+
+# Options of training that those of earlier versions lack -> what they did.
+ADDED_OPTIONS = {"skip_unlabelled": False}
+
+# Normalisation of scores_norm.csv -> how its columns end.
+NORM_COLUMNS = {"zscore": "z", "percentile": "percentile"}
 
 # What later steps make of a training, and would be wrong beside another one; what marks a step as complete comes first.
 LATER = (

@@ -78,6 +78,37 @@ def test_scores_are_written_with_their_page(cli: Cli, language_model: Path, ques
     assert sorted(path.name for path in out.glob("*.png"))
 
 
+def test_scoring_tells_rows_without_an_answer_and_leaves_them_out_where_asked(
+    cli: Cli, language_model: Path, questions: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    for index, value in ((1, -1), (4, "-1"), (5, None), (9, "-")):
+        rows[index]["answerKey"] = value
+    del rows[11]["answerKey"]
+    given = ["-m", language_model, "-d", write(questions, rows), "-o", tmp_path / "out"]
+    ran = cli("heads", "score", *given)
+    assert ran.code == 0, ran.err
+    assert re.search(r"^no answer +in 5 rows, scored all the same; --skip-unlabelled leaves these out$", ran.out, re.MULTILINE)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["samples"], summary["answered"], summary["unlabelled"]) == (12, 7, 0)
+    ran = cli("heads", "score", *given, "--skip-unlabelled")
+    assert ran.code == 0, ran.err
+    assert re.search(r"^left out +5 rows without an answer$", ran.out, re.MULTILINE)
+    assert "replaces" in ran.out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["rows"], summary["samples"], summary["answered"], summary["unlabelled"]) == (12, 7, 7, 5)
+    assert "rows left out without an answer" in (tmp_path / "out" / "index.html").read_text()
+    kept = [row for row in rows if row.get("answerKey") == "A"]
+    alone = cli("heads", "score", "-m", language_model, "-d", write(tmp_path / "kept.jsonl", kept), "-o", tmp_path / "alone")
+    assert alone.code == 0, alone.err
+    assert (tmp_path / "alone" / "scores_raw.csv").read_bytes() == (tmp_path / "out" / "scores_raw.csv").read_bytes()
+    one_line(
+        cli("heads", "score", *given, "--skip-unlabelled", "--max-samples", 8),
+        "max_samples must be at most the 7 rows with an answer of",
+        command="tinyonn heads score",
+    )
+
+
 def test_a_config_file_is_read_and_options_win_over_it(cli: Cli, language_model: Path, questions: Path, tmp_path: Path) -> None:
     printed = cli("heads", "score", "--print-config").out
     config = tmp_path / "score.yaml"
@@ -160,6 +191,43 @@ def test_a_study_runs_is_kept_and_joins_its_seeds(cli: Cli, encoder: Path, pairs
     assert again.code == 0, again.err
     assert again.out.count("kept from an earlier run") == 2
     assert (folder / "ckpt_final" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_study_leaves_out_rows_without_a_label_where_asked(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    given = study(encoder, write(pairs, [*rows, *({**row, "answer": -1} for row in rows[:3])]), out)
+    refused = cli("heads", "plasticity", "run", *given)
+    said = "got int -1 in line 41 of", "; --skip-unlabelled leaves out rows without a label."
+    one_line(refused, *said, command="tinyonn heads plasticity run")
+    assert not list(out.rglob("train.json"))
+    ran = cli("heads", "plasticity", "train", *given, "--skip-unlabelled")
+    assert ran.code == 0, ran.err
+    assert re.search(r"^left out +3 rows without a label$", ran.out, re.MULTILINE)
+    folder = out / "boolq" / "seed42"
+    trained = json.loads((folder / "train.json").read_text())
+    assert (trained["train_rows"], trained["evaluation_rows"], trained["unlabelled_rows"]) == (32, 8, 3)
+    for step in ("measure", "report"):  # as the training had it
+        ran = cli("heads", "plasticity", step, "-t", "boolq", "-o", out)
+        assert ran.code == 0, ran.err
+    assert re.search(r"rows without a label, left out</dt><dd>3<", (folder / "index.html").read_text())
+    other = cli("heads", "plasticity", "train", *given)
+    one_line(other, "skip_unlabelled False (there True)", command="tinyonn heads plasticity train")
+
+
+def test_a_study_of_an_earlier_version_is_kept(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    assert cli("heads", "plasticity", "train", *study(encoder, pairs, out)).code == 0
+    folder = out / "boolq" / "seed42"
+    options = (folder / "train_config.yaml").read_text()
+    assert "skip_unlabelled: false\n" in options
+    (folder / "train_config.yaml").write_text(options.replace("skip_unlabelled: false\n", ""))
+    trained = json.loads((folder / "train.json").read_text())
+    del trained["options"]["skip_unlabelled"], trained["unlabelled_rows"]
+    (folder / "train.json").write_text(json.dumps(trained))
+    again = cli("heads", "plasticity", "train", *study(encoder, pairs, out))
+    assert again.code == 0, again.err
+    assert "kept from an earlier run" in again.out
 
 
 def test_one_config_file_serves_every_step(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:

@@ -142,7 +142,10 @@ def test_the_digest_follows_every_row(tmp_path):
         (("a", "b", "c"), 3, None),
         (("a", "b", "c"), -1, None),
         (("a", "b", "c"), "C", 2),
-        (("a", "b", "c"), 1.0, None),
+        (("a", "b", "c"), 1.0, 1),
+        (("a", "b", "c"), 1.5, None),
+        (("a", "b", "c"), float("nan"), None),
+        (("-1", "0", "1"), -1, 0),
         (("a", "b", "c"), ["a"], None),
         (("1", "2", "3"), 1, 0),
         (("1", "2", "3"), "3", 2),
@@ -202,14 +205,14 @@ def changed(index: int, change: dict[str, Any]) -> list[Any]:
     ("records", "message"),
     [
         (changed(3, {"sentence2": "absent"}), "must have the field 'sentence2' in every row, got sentence1, label in line 4 of {path}."),
-        (changed(3, {"label": None}), "must have a value in the field 'label' of every row, got null in line 4 of {path}."),
+        (changed(3, {"label": None}), "must have a value in the field 'label' of every row, got null in line 4 of {path}{skip}."),
         (
             changed(0, {"label": "neutral"}),
             "label must be one of entailment, not_entailment or a number from 0 to 1, got str 'neutral' in line 1 of {path}.",
         ),
         (
             changed(0, {"label": -1}),
-            "label must be one of entailment, not_entailment or a number from 0 to 1, got int -1 in line 1 of {path}.",
+            "label must be one of entailment, not_entailment or a number from 0 to 1, got int -1 in line 1 of {path}{skip}.",
         ),
         (changed(5, {"sentence1": 7}), "sentence1 must be text, got int 7 in line 6 of {path}."),
         (changed(5, {"sentence1": " ", "sentence2": ""}), "sentence1 must not be empty, got a blank one in line 6 of {path}."),
@@ -225,8 +228,59 @@ def test_what_is_wrong_with_a_file_is_one_line_with_its_place(tmp_path, records,
     path = write(tmp_path / "rte.jsonl", records)
     with pytest.raises(InputError) as raised:
         load(path)
-    text = message.format(path=path)
+    text = message.format(path=path, skip="; --skip-unlabelled leaves out rows without a label")
     assert str(raised.value) in (text, f"data_path {text}")
+
+
+MISSING = {"int": -1, "text": "-1", "dash": "-", "null": None, "blank": " ", "float": -1.0, "nan": float("nan"), "absent": "absent"}
+
+
+@pytest.mark.parametrize("value", MISSING.values(), ids=list(MISSING))
+def test_rows_without_a_label_are_left_out_and_counted(tmp_path, value):
+    records = rows(40)
+    for index in (3, 17, 31):
+        records[index] = {name: field for name, field in {**records[index], "label": value}.items() if field != "absent"}
+    path = write(tmp_path / "rte.jsonl", records)
+    with pytest.raises(InputError, match=r"in line 4 of .*rte\.jsonl; --skip-unlabelled leaves out rows without a label\.$"):
+        load(path)
+    data = load(path, skip_unlabelled=True)
+    assert data.unlabelled == 3
+    assert sorted(numbers(data.train) + numbers(data.evaluation)) == [n for n in range(40) if n not in (3, 17, 31)]
+    assert all(example.label == example.row % 2 for example in [*data.train, *data.evaluation])
+
+
+def test_a_label_that_is_wrong_is_not_one_that_is_missing(tmp_path):
+    for value in ("neutral", 2, -2, 0.5):
+        path = write(tmp_path / "rte.jsonl", changed(3, {"label": value}))
+        with pytest.raises(InputError, match=r"label must be one of .* in line 4 of .*rte\.jsonl\.$"):
+            load(path, skip_unlabelled=True)
+
+
+def test_labels_that_pandas_made_floats_are_read(tmp_path):
+    records = [row | {"label": float(n % 2)} for n, row in enumerate(rows(40))]
+    data = load(write(tmp_path / "rte.jsonl", records))
+    assert all(example.label == example.row % 2 for example in [*data.train, *data.evaluation])
+
+
+def test_rows_of_a_folder_and_of_the_hub_are_left_out_too(tmp_path, fake_datasets):
+    train, held = (
+        [*rows(30), *(row | {"label": -1} for row in rows(4, start=70))],
+        [*rows(12, start=100), rows(1, start=300)[0] | {"label": -1}],
+    )
+    write(tmp_path / "train.jsonl", train)
+    write(tmp_path / "validation.jsonl", held)
+    fake_datasets(lambda name, subset, *, split: train if split == "train" else held)
+    for data in (load(tmp_path, skip_unlabelled=True), load(None, skip_unlabelled=True)):
+        assert (len(data.train), len(data.evaluation), data.unlabelled) == (30, 10, 5)
+
+
+def test_data_without_any_label_are_refused(tmp_path):
+    path = write(tmp_path / "rte.jsonl", [row | {"label": -1} for row in rows(40)])
+    with pytest.raises(InputError, match=r"data_path must hold rows with a label in 'label', got 40 without in .*rte\.jsonl\.$"):
+        load(path, skip_unlabelled=True)
+    path = write(tmp_path / "rte.jsonl", [*rows(9), *(row | {"label": -1} for row in rows(31, start=50))])
+    with pytest.raises(InputError, match=r"eval_size must be less than the 9 rows with a label of "):
+        load(path, skip_unlabelled=True)
 
 
 def test_sizes_that_do_not_fit_name_the_option(tmp_path):

@@ -21,6 +21,16 @@ def test_ranks_and_percentiles_and_z_scores_are_those_of_scipy(heads, ties):
         np.testing.assert_allclose(normalise(values, "percentile"), (stats.rankdata(values) - 1) / (heads - 1), rtol=1e-12)
 
 
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "tied"])
+def test_a_percentile_is_the_share_of_the_other_heads_that_score_lower(ties):
+    values = np.random.default_rng(3).normal(size=9)
+    values = values.round() if ties else values
+    shares = [stats.percentileofscore(np.delete(values, head), values[head], kind="mean") / 100 for head in range(9)]
+    np.testing.assert_allclose(normalise(values, "percentile"), shares, rtol=1e-12, atol=1e-15)
+    by_hand = [(np.sum(values < value) + (np.sum(values == value) - 1) / 2) / 8 for value in values]
+    np.testing.assert_allclose(normalise(values, "percentile"), by_hand, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, -1234.567])
 @pytest.mark.parametrize("heads", [1, 3, 7])
 def test_equal_scores_are_in_the_middle(value, heads):

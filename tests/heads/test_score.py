@@ -78,8 +78,11 @@ def test_norms_and_the_fusion_follow_from_the_raw_scores(run, tmp_path):
     combined = table(tmp_path / "out" / "scores_combined.csv")[1][:, 2].reshape(3, 4)
     np.testing.assert_allclose(norm, stats.zscore(raw, axis=1), rtol=1e-5, atol=1e-6)
     assert combined.tolist() == (stats.rankdata(raw, axis=1) @ np.array([1.0, 0.25, 2.0])).tolist()
+    assert table(tmp_path / "out" / "scores_norm.csv")[0] == ["layer", "head", "out_z", "ent_z", "task_z"]
     run(norm_mode="percentile")
-    norm = table(tmp_path / "out" / "scores_norm.csv")[1][:, 2:].reshape(3, 4, 3)
+    columns, norm = table(tmp_path / "out" / "scores_norm.csv")
+    assert columns == ["layer", "head", "out_percentile", "ent_percentile", "task_percentile"]
+    norm = norm[:, 2:].reshape(3, 4, 3)
     np.testing.assert_allclose(norm, (stats.rankdata(raw, axis=1) - 1) / 3, rtol=1e-8)
 
 

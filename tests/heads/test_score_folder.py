@@ -179,3 +179,12 @@ def test_scores_of_something_else_are_replaced_and_named(run, tmp_path):
 
 def test_a_result_is_shown_in_one_line(run, tmp_path):
     assert repr(run()) == f"ScoreResult({tmp_path / 'out'}: 12 heads in 3 layers over 7 samples, scores out, ent, task)"
+
+
+def test_scores_of_an_earlier_version_with_the_same_options_are_not_said_to_be_replaced(score_run, tmp_path):
+    score_run()
+    config = tmp_path / "out" / "config.yaml"
+    assert "skip_unlabelled: false\n" in config.read_text()
+    config.write_text(config.read_text().replace("skip_unlabelled: false\n", ""))
+    assert score_run().replaced is None
+    assert score_run(skip_unlabelled=False, top_k=3).replaced is not None

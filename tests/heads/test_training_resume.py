@@ -151,8 +151,8 @@ def test_other_options_in_the_same_folder_are_refused_by_name(config, complete):
     with pytest.raises(InputError) as raised:
         train(config(batch_size=4, epochs=1))
     assert str(raised.value) == (
-        "output_dir must be another one, or --overwrite be given, where options differ from those of the training in "
-        f"{config().folder}, got batch_size 4 (there 8), epochs 1 (there 2)."
+        "output_dir must be another one, or --overwrite be given: seed42 was trained with other options, "
+        "got batch_size 4 (there 8), epochs 1 (there 2)."
     )
     assert left(config().folder) == before
 

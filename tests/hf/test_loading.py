@@ -15,7 +15,7 @@ from transformers.utils import logging
 from tinyonn._units import readable_bytes
 from tinyonn.errors import InputError
 from tinyonn.hf import loading, memory
-from tinyonn.hf.loading import check_fits, load_model, resolve_device, resolve_dtype, sentences, usable_positions, weights_of
+from tinyonn.hf.loading import check_fits, load_model, resolve_device, resolve_dtype, usable_positions, weights_of
 from tinyonn.testing import save_tiny_model, tiny_causal_lm, tiny_encoder
 
 CPU = torch.device("cpu")
@@ -203,9 +203,3 @@ def test_memory_of_a_container_counts(tmp_path, monkeypatch):
     assert memory.available_memory(torch.device("cpu")) == 500_000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available_memory(torch.device("cpu")) > 10_000_000
-
-
-def test_what_a_library_says_is_cut_at_the_end_of_a_sentence():
-    assert sentences(OSError("It failed.\n  Look there.")) == "It failed. Look there."
-    assert sentences(OSError("It failed. Look at https://a.b/c. " + "And " * 300)) == "It failed. Look at https://a.b/c."
-    assert sentences(OSError("and " * 99), 10) == "and and ..."

@@ -200,7 +200,7 @@ def hostile():
 def make_scores(tmp_path):
     """A folder as `tinyonn heads score` writes it; returns it and its columns."""
 
-    def make(layers=4, heads=6, mode="zscore", extra=False, flat=False):
+    def make(layers=4, heads=6, mode="zscore", extra=False, flat=False, ending=None):
         rng = np.random.default_rng(5)
         names = ["out", "ent", "task", *(["peak"] if extra else [])]
         raw = {name: np.full((layers, heads), -2.0) if flat else rng.normal(size=(layers, heads)) - 2 for name in names}
@@ -213,7 +213,8 @@ def make_scores(tmp_path):
         }
         combined = rank["out"] + 0.5 * rank["ent"] + rank["task"]
         write_grid(tmp_path / "scores_raw.csv", {f"{name}_raw": values for name, values in raw.items()})
-        write_grid(tmp_path / "scores_norm.csv", {f"{name}_z": values for name, values in norm.items()})
+        ending = ending or {"zscore": "z", "percentile": "percentile"}[mode]
+        write_grid(tmp_path / "scores_norm.csv", {f"{name}_{ending}": values for name, values in norm.items()})
         write_grid(tmp_path / "scores_combined.csv", {"combined": combined})
         order = np.argsort(-combined, axis=None, kind="stable")[:5]
         ranked = [(rank, *divmod(int(flat), heads)) for rank, flat in enumerate(order, start=1)]

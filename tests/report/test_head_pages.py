@@ -41,12 +41,25 @@ def test_score_maps_hold_the_values_of_the_files(make_scores, parse):
     assert all(colours(path) > 50 for path in written.pngs)
 
 
-def test_percentiles_are_drawn_from_0_to_1(make_scores, parse):
-    folder, _, norm, _ = make_scores(mode="percentile")
-    maps = {entry["key"]: entry for entry in parse(write_scores_page(folder, figures_too=False).html).data["maps-data"]}
+@pytest.mark.parametrize("ending", ["percentile", "z"], ids=["now", "earlier versions"])
+def test_percentiles_are_drawn_from_0_to_1_and_explained(make_scores, parse, ending):
+    folder, _, norm, _ = make_scores(mode="percentile", ending=ending)
+    page = parse(write_scores_page(folder, figures_too=False).html)
+    assert "the share of the layer's other heads that score lower, equal ones counting half, (rank − 1) / (heads − 1)" in page.text
+    maps = {entry["key"]: entry for entry in page.data["maps-data"]}
     view = maps["ent"]["views"]["layer"]
     assert (view["kind"], view["low"], view["high"]) == ("sequential", 0, 1)
     np.testing.assert_allclose(np.array(view["values"]), norm["ent"], rtol=1e-5)
+
+
+def test_z_scores_are_not_read_from_columns_of_percentiles(make_scores, parse):
+    folder, _, _, _ = make_scores(mode="zscore", ending="percentile")
+    with pytest.raises(
+        InputError, match=r"scores_norm\.csv must have the columns layer, head, out_z, ent_z, task_z, got layer, head, out_per"
+    ):
+        write_scores_page(folder, figures_too=False)
+    folder, *_ = make_scores()
+    assert "standard deviations from the layer's mean" in parse(write_scores_page(folder, figures_too=False).html).text
 
 
 def test_score_tables_list_the_first_heads_with_their_scores(make_scores, parse):

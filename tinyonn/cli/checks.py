@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import reason
+
 if TYPE_CHECKING:
     import torch
 
@@ -69,8 +71,8 @@ def run_checks() -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            yield Finding(check.__name__.strip("_"), FAILED, reason[:200], "TINYONN_DEBUG=1 tinyonn doctor shows where")
+            found = reason(f"{type(error).__name__}: {error}")
+            yield Finding(check.__name__.strip("_"), FAILED, found, "TINYONN_DEBUG=1 tinyonn doctor shows where")
             if os.environ.get("TINYONN_DEBUG"):
                 raise
 
@@ -93,7 +95,7 @@ def _extension() -> Iterator[Finding]:
         extension = importlib.import_module("tinyonn._C")
     except ImportError as error:
         rebuild = "pip install -e . (from the checkout), with a C++ compiler"
-        yield Finding("extension", FAILED, " ".join(str(error).split()), rebuild)
+        yield Finding("extension", FAILED, reason(error), rebuild)
         return
     yield Finding("extension", OK, f"tinyonn._C, built for {Path(str(extension.__file__)).name.split('.')[1]}")
 
@@ -142,7 +144,7 @@ def _precision() -> Iterator[Finding]:
             a, b = left.to(device, dtype), right.to(device, dtype)
             error = float((a.matmul(b).float().cpu() - exact).norm() / exact.norm())
         except RuntimeError as failure:
-            yield Finding(name, MISSING, f"not on this device: {' '.join(str(failure).split())[:80]}", "scan --dtype fp32")
+            yield Finding(name, MISSING, f"not on this device: {reason(failure, 80)}", "scan --dtype fp32")
             continue
         if not error < allowed:
             yield Finding(name, FAILED, f"wrong: relative error {error:.1e} of a product", "scan --dtype fp32, and another torch build")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from . import screen
 
 if TYPE_CHECKING:
@@ -134,9 +134,7 @@ def _tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"tokenizer must be a folder with a tokenizer or a name on the hub, got {name}: {str(error).splitlines()[0]}"
-        ) from error
+        raise InputError(f"tokenizer must be a folder with a tokenizer or a name on the hub, got {name}: {reason(error)}") from error
 
 
 def _report_screen(report: CorpusReport) -> str:

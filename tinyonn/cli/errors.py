@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import typer
 
-from ..errors import InputError, MscanError, did_you_mean
+from ..errors import InputError, MscanError, did_you_mean, one_line
 
 # Typer brings its own copy of click, or uses click, by version: the base class is the same place above BadParameter in both.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -29,7 +29,12 @@ class Ending:
 
 
 def explain(error: BaseException, command: str) -> Ending | None:
-    """How a command ends that raised this; None for what is a bug."""
+    """How a command ends that raised this; None for what is a bug. The line fits on a screen, whatever was pasted into the message."""
+    ending = _explain(error, command)
+    return None if ending is None else Ending(one_line(ending.line), ending.code)
+
+
+def _explain(error: BaseException, command: str) -> Ending | None:
     if isinstance(error, KeyboardInterrupt):
         return Ending(f"{command}: {_one_line(error) or _interrupted(command)}", INTERRUPTED)
     if isinstance(error, UsageError):
@@ -37,7 +42,8 @@ def explain(error: BaseException, command: str) -> Ending | None:
     if isinstance(error, ClickException):
         return Ending(f"{command}: {error.format_message()}", BAD_INPUT)  # type: ignore[attr-defined]
     if isinstance(error, MscanError) and error.offset and command != "tinyonn recover":
-        return Ending(f"{command}: {_one_line(error)} `tinyonn recover {error.path} -o PATH` keeps what can be read.", BAD_INPUT)
+        file = error.path if len(error.path) <= 60 else "FILE"
+        return Ending(f"{command}: {_one_line(error)} `tinyonn recover {file} -o PATH` keeps what can be read.", BAD_INPUT)
     if isinstance(error, (InputError, MscanError)):
         return Ending(f"{command}: {_one_line(error)}", BAD_INPUT)
     if _ran_out_of_memory(error):

@@ -14,7 +14,7 @@ from .._config import local_model, read_yaml
 from .._locks import locked
 from .._records import data_kind
 from .._study import MEASURE_STEP, MEASURED, OPTIONS, TRAIN_STEP, TRAINED
-from ..errors import InputError
+from ..errors import InputError, listed, one_line
 from ..heads.plasticity_config import PlasticityConfig
 from . import screen
 from .options import DTYPE, config_option, field_defaults, given_options, print_config_option
@@ -41,6 +41,7 @@ LaterSeeds = Annotated[
     list[int] | None, typer.Option("--seed", metavar="N", help="Repeat it for several. [default: all that are there]", show_default=False)
 ]
 EvalSize = Annotated[int | None, _option("eval_size", "Rows measured. [default: the task's, or 1024]", "N")]
+SkipUnlabelled = Annotated[bool | None, _option("skip_unlabelled", "Leave out rows without a label (-1, null, missing).")]
 EvalSeed = Annotated[int | None, _option("eval_seed", "Of the choice of these rows.", "N")]
 BatchSize = Annotated[int | None, _option("batch_size", "Rows in one step.", "N")]
 TopK = Annotated[int | None, _option("top_k", "Heads compared by their overlap.", "N")]
@@ -62,6 +63,7 @@ def _training_command(name: str, steps: Sequence[str], text: str) -> None:
         seed: Seeds = None,
         eval_size: EvalSize = None,
         eval_seed: EvalSeed = None,
+        skip_unlabelled: SkipUnlabelled = None,
         train_size: Annotated[int | None, _option("train_size", "Rows trained on, at most. [default: all]", "N")] = None,
         max_length: Annotated[int | None, _option("max_length", "Tokens kept of each row.", "N")] = None,
         batch_size: BatchSize = None,
@@ -106,6 +108,7 @@ def _measure_command(
     seed: LaterSeeds = None,
     eval_size: EvalSize = None,
     eval_seed: EvalSeed = None,
+    skip_unlabelled: SkipUnlabelled = None,
     batch_size: BatchSize = None,
     top_k: TopK = None,
     high: High = None,
@@ -132,6 +135,7 @@ def _report_command(
     seed: LaterSeeds = None,
     eval_size: EvalSize = None,
     eval_seed: EvalSeed = None,
+    skip_unlabelled: SkipUnlabelled = None,
     top_k: TopK = None,
     high: High = None,
     low: Low = None,
@@ -191,7 +195,7 @@ def _later_seeds(folder: Path, asked: Sequence[int], step: str) -> Sequence[int]
         lacking = [number for number in asked if number not in ready]
         if lacking or not ready:
             wanted = f"{file} of seed {lacking[0]}" if lacking else f"{file} of at least one seed"
-            there = f"that of seed{'s' * (len(ready) > 1)} {', '.join(map(str, ready))}" if ready else "none"
+            there = f"that of seed{'s' * (len(ready) > 1)} {listed(ready, 8)}" if ready else "none"
             raise InputError(f"{folder} must hold {wanted}, got {there}; run {remedy}{f' --seed {lacking[0]}' if lacking else ''}.")
     return asked or ready
 
@@ -241,7 +245,12 @@ def _train(study: PlasticityConfig, progress: Callable[..., None]) -> list[tuple
     result = train(study, progress)
     summary = result.summary
     how = "kept from an earlier run" if result.kept else f"in {screen.duration(summary['seconds'])}"
-    return [("trained", f"seed {study.seed}, {screen.counted(summary['steps'], 'step')}, accuracy {summary['accuracy']:.3f}, {how}")]
+    lines: list[tuple[str, object]] = [
+        ("trained", f"seed {study.seed}, {screen.counted(summary['steps'], 'step')}, accuracy {summary['accuracy']:.3f}, {how}")
+    ]
+    if without := summary.get("unlabelled_rows"):
+        lines.append(("left out", f"{screen.counted(without, 'row')} without a label"))
+    return lines
 
 
 def _measure(study: PlasticityConfig, progress: Callable[..., None]) -> list[tuple[str, object]]:
@@ -304,7 +313,7 @@ def _over_seeds(study: PlasticityConfig) -> list[tuple[str, object]]:
     try:
         found = aggregate(folder)
     except SeedsDifferError as error:  # seeds of an earlier study with other options; the pages of this one stand
-        return [("all seeds", f"not joined: {error}")]
+        return [("all seeds", f"not joined: {one_line(str(error))}")]
     page = write_plasticity_aggregate(folder)
     lines: list[tuple[str, object]] = [("all seeds", f"{len(found['seeds'])} complete")]
     lines += [("left out", f"{seed['folder']}: {seed['found']}; run {seed['step']}") for seed in found["incomplete"]]

@@ -50,6 +50,7 @@ def score(
     device: Annotated[str | None, _option("device", "auto, cpu, cuda or cuda:N.", "NAME")] = None,
     dtype: Annotated[str | None, _option("dtype", "Precision of the model; auto: fp16 on a GPU, fp32 on a CPU.", DTYPE)] = None,
     seed: Annotated[int | None, _option("seed", "Of the draw of rows.", "N")] = None,
+    skip_unlabelled: Annotated[bool | None, _option("skip_unlabelled", "Leave out rows without an answer (-1, null, missing).")] = None,
     score_query_mode: Annotated[
         QueryMode | None,
         _option("score_query_mode", "What each prompt's last token does, or the mean over its tokens.", "last_token|all_tokens"),
@@ -108,6 +109,11 @@ def result_screen(result: ScoreResult, page: Path) -> str:
         ("over", f"{screen.counted(summary['samples'], 'sample')}, {screen.counted(summary['tokens'], 'token')}"),
         ("took", screen.duration(summary["seconds"])),
     ]
+    if summary["unlabelled"]:
+        lines.append(("left out", f"{screen.counted(summary['unlabelled'], 'row')} without an answer"))
+    elif 0 < summary["answered"] < summary["samples"]:
+        without = summary["samples"] - summary["answered"]
+        lines.append(("no answer", f"in {screen.counted(without, 'row')}, scored all the same; --skip-unlabelled leaves these out"))
     if summary["truncated"]:
         lines.append(("truncated", f"{screen.counted(summary['truncated'], 'prompt')} at {summary['max_length']} tokens"))
     if summary["spans_lost"]:

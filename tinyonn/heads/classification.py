@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from .._config import Options, check_int, check_text, read_yaml
-from .._records import Located, field_names, open_records, short
-from ..errors import InputError, did_you_mean, shown
-from ..hf.loading import sentences
+from .._records import Located, field_names, is_no_label, open_records, short, whole
+from ..errors import InputError, did_you_mean, listed, reason, shown
 
 if TYPE_CHECKING:
     from .plasticity_config import PlasticityConfig
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 TASKS = Path(__file__).parent / "tasks"
 SUFFIXES = (".jsonl", ".json", ".parquet")
 EVAL_SIZE = 1024  # where neither the configuration nor the task says otherwise
+_SKIP = "; --skip-unlabelled leaves out rows without a label"
 _EVALUATION_STEMS = ("validation", "dev")  # of a folder's files, after the task's own
 
 
@@ -68,14 +68,16 @@ class Task(Options):
         check_int(self, "eval_size", 1)
         labels = self.labels
         if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) and label for label in labels):
-            raise InputError(f"labels must be a list of names, in quotation marks where YAML reads them as something else, got {labels!r}.")
+            raise InputError(
+                f"labels must be a list of names, in quotation marks where YAML reads them as something else, got {shown(labels)}."
+            )
         if len({label.casefold() for label in labels}) != len(labels) or len(labels) < 2:
-            raise InputError(f"labels must be at least two different names, got {', '.join(labels) or 'none'}.")
+            raise InputError(f"labels must be at least two different names, got {listed(labels)}.")
         object.__setattr__(self, "labels", tuple(labels))
 
     def number(self, value: Any) -> int | None:
         """The class of a record's label, None where it has none: a name in any case, else its number."""
-        names = [label.casefold() for label in self.labels]
+        names, value = [label.casefold() for label in self.labels], whole(value)
         if isinstance(value, str | bool | int) and str(value).strip().casefold() in names:
             return names.index(str(value).strip().casefold())
         if isinstance(value, bool):
@@ -112,6 +114,7 @@ class TaskData:
         evaluation: what is measured, by row: the same for every training seed.
         source: where `evaluation` comes from: a file, or a data set and its split.
         repeated: training rows left out because their texts are among those of `evaluation`.
+        unlabelled: rows left out because they have no label.
     """
 
     labels: tuple[str, ...]
@@ -119,6 +122,7 @@ class TaskData:
     evaluation: list[Example]
     source: str
     repeated: int
+    unlabelled: int = 0
 
     def digest(self) -> str:
         """A hash of all rows in use, to tell whether the data are still the same."""
@@ -146,7 +150,7 @@ def find_task(name: str) -> Task:
     values = read_yaml(path, "task")
     for field in ("text", "label", "labels"):
         if values.get(field) is None:
-            raise InputError(f"{field} must be given in a task's YAML file, got {', '.join(values) or 'nothing'} in {path}.")
+            raise InputError(f"{field} must be given in a task's YAML file, got {listed(values, none='nothing')} in {path}.")
     return Task.from_mapping(values, source=str(path))
 
 
@@ -156,37 +160,44 @@ def load_task(config: PlasticityConfig) -> TaskData:
     From a folder or the `datasets` package: training rows are of the one split, evaluation rows of the other. From one file: `eval_size`
     rows are held out. Which rows is decided by `eval_seed` and the row numbers alone; a smaller number of rows is part of a larger one.
 
+    Rows without a label (missing, null, blank, NaN, "-" or -1) are left out and counted where `skip_unlabelled` is set.
+
     Raises:
-        InputError: data that cannot be read, fields or labels that are not the task's, too few rows, or one class only.
+        InputError: data that cannot be read, fields or labels that are not the task's, rows without a label unless they are left out, too
+            few rows, or one class only.
     """
     task = find_task(config.task)
     size = task.eval_size if config.eval_size is None else config.eval_size
     got = f"{size:,}" if config.eval_size is not None else f"none, which means {size:,} (--eval-size)"
     path = None if config.data_path is None else Path(config.data_path)
     if path is not None and not path.is_dir():
-        held, source = _rows(path, task), str(path)
+        held, unlabelled = _rows(path, task, config.skip_unlabelled)
+        source = str(path)
         if len(held) <= size:
-            raise InputError(f"eval_size must be less than the {len(held):,} rows of {path}, got {got}; the rest is trained on.")
+            rows = f"{len(held):,} rows{' with a label' if unlabelled else ''}"
+            raise InputError(f"eval_size must be less than the {rows} of {path}, got {got}; the rest is trained on.")
         order = fixed_order(len(held), config.eval_seed)
         evaluation, pool = [held[i] for i in order[:size]], [held[i] for i in order[size:]]
     else:
-        train, evaluation, source = _downloaded(task) if path is None else _in_folder(path, task)
+        skip = config.skip_unlabelled
+        train, evaluation, source, unlabelled = _downloaded(task, skip) if path is None else _in_folder(path, task, skip)
         if len(evaluation) < size:
-            raise InputError(f"eval_size must be at most the {len(evaluation):,} rows of {source}, got {got}.")
+            rows = f"{len(evaluation):,} rows{' with a label' if unlabelled else ''}"
+            raise InputError(f"eval_size must be at most the {rows} of {source}, got {got}.")
         pool = [train[i] for i in fixed_order(len(train), config.eval_seed)]
         evaluation = [evaluation[i] for i in fixed_order(len(evaluation), config.eval_seed)[:size]]
     taken = {(example.text, example.pair) for example in evaluation}
     fresh = [example for example in pool if (example.text, example.pair) not in taken]
     if config.train_size is not None and len(fresh) < config.train_size:
         raise InputError(f"train_size must be at most the {len(fresh):,} rows there are to train on, got {config.train_size:,}.")
-    rows = {"train": sorted(fresh[: config.train_size], key=_row), "evaluation": sorted(evaluation, key=_row)}
-    for name, part in rows.items():
+    parts = {"train": sorted(fresh[: config.train_size], key=_row), "evaluation": sorted(evaluation, key=_row)}
+    for name, part in parts.items():
         classes = {example.label for example in part}
         if len(classes) < 2:
             only = f"only {task.labels[classes.pop()]!r} in {len(part):,}" if classes else "none"
             remedy = "; raise --eval-size" if name == "evaluation" else "; raise --train-size" if config.train_size is not None else ""
             raise InputError(f"{config.data_path or task.dataset} must hold {name} rows of at least two classes, got {only}{remedy}.")
-    return TaskData(tuple(task.labels), rows["train"], rows["evaluation"], source, len(pool) - len(fresh))
+    return TaskData(tuple(task.labels), parts["train"], parts["evaluation"], source, len(pool) - len(fresh), unlabelled)
 
 
 def fixed_order(count: int, seed: int) -> list[int]:
@@ -226,45 +237,62 @@ def _row(example: Example) -> int:
     return example.row
 
 
-def _in_folder(folder: Path, task: Task) -> tuple[list[Example], list[Example], str]:
+def _in_folder(folder: Path, task: Task, skip: bool) -> tuple[list[Example], list[Example], str, int]:
     train = _file(folder, (task.train,))
     evaluation = _file(folder, tuple(dict.fromkeys((task.evaluation, *_EVALUATION_STEMS))))
-    return _rows(train, task), _rows(evaluation, task), str(evaluation)
+    (trained, without), (measured, more) = (_rows(path, task, skip) for path in (train, evaluation))
+    return trained, measured, str(evaluation), without + more
 
 
 def _file(folder: Path, stems: tuple[str, ...]) -> Path:
     for stem in stems:
         if found := [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]:
             if len(found) > 1:
-                raise InputError(f"data_path must hold one file called {stem}, got {', '.join(path.name for path in found)} in {folder}.")
+                raise InputError(f"data_path must hold one file called {stem}, got {listed(path.name for path in found)} in {folder}.")
             return found[0]
-    held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    held = listed(sorted(path.name for path in folder.iterdir()), none="nothing")
     wanted = " or ".join(f"{stem}.jsonl" for stem in stems)
     raise InputError(f"data_path must be a file, or a folder with {wanted}, got {folder} (holds {held}).")
 
 
-def _rows(path: Path, task: Task) -> list[Example]:
+def _rows(path: Path, task: Task, skip: bool) -> tuple[list[Example], int]:
+    """Rows of a file, and how many were left out without a label."""
     records = open_records(path, "data_path")
-    examples = []
-    for row, located in enumerate(records.located):
-        examples.append(_example(located, row, task, f"{records.unit} {located.number} of {path}"))
+    found = [
+        _example(located, row, task, f"{records.unit} {located.number} of {path}", skip) for row, located in enumerate(records.located)
+    ]
+    return _labelled(found, str(path), task)
+
+
+def _labelled(found: list[Example | None], source: str, task: Task) -> tuple[list[Example], int]:
+    examples = [example for example in found if example is not None]
+    if not found:
+        raise InputError(f"data_path must be a file of records, got none in {source}.")
     if not examples:
-        raise InputError(f"data_path must be a file of records, got none in {path}.")
-    return examples
+        fields = " or ".join(map(repr, task.label))
+        raise InputError(f"data_path must hold rows with a label in {fields}, got {len(found):,} without in {source}.")
+    return examples, len(found) - len(examples)
 
 
-def _example(located: Located, row: int, task: Task, place: str) -> Example:
+def _example(located: Located, row: int, task: Task, place: str, skip: bool) -> Example | None:
+    """One row; None for one without a label, where these are left out."""
     record = located.record
     if record is None:
         raise InputError(f"{place} {located.error}.")
+    given = next((record[name] for name in task.label if record.get(name) is not None), None)
+    label, without = task.number(given), is_no_label(given)
+    if label is None and without and skip:
+        return None
     values = {}
     label_field = next((name for name in task.label if record.get(name) is not None), task.label[0])
     for name in filter(None, (task.text, task.pair, label_field)):
         if name in record and record[name] is None:
-            raise InputError(f"data_path must have a value in the field {name!r} of every row, got null in {place}.")
+            hint = _SKIP if name == label_field else ""
+            raise InputError(f"data_path must have a value in the field {name!r} of every row, got null in {place}{hint}.")
         if name not in record:
             wanted = " or ".join(map(repr, task.label if name == label_field else (name,)))
-            raise InputError(f"data_path must have the field {wanted} in every row, got {field_names(record)} in {place}.")
+            hint = _SKIP if name == label_field and row else ""  # the first row lacks it where the field has another name
+            raise InputError(f"data_path must have the field {wanted} in every row, got {field_names(record)} in {place}{hint}.")
         values[name] = record[name]
     text, pair = values[task.text], None if task.pair is None else values[task.pair]
     for name in filter(None, (task.text, task.pair)):
@@ -276,16 +304,13 @@ def _example(located: Located, row: int, task: Task, place: str) -> Example:
             raise InputError(f"{name} must be valid Unicode, got a lone surrogate in {place}.") from error
     if not f"{text}{pair or ''}".strip():
         raise InputError(f"{task.text} must not be empty, got a blank one in {place}.")
-    label = task.number(values[label_field])
     if label is None:
-        raise InputError(
-            f"{label_field} must be one of {', '.join(task.labels)} or a number from 0 to {len(task.labels) - 1}, "
-            f"got {short(values[label_field])} in {place}."
-        )
+        known = f"{listed(task.labels, room=48)} or a number from 0 to {len(task.labels) - 1}"
+        raise InputError(f"{label_field} must be one of {known}, got {short(given)} in {place}{_SKIP if without else ''}.")
     return Example(row, text, pair, label)
 
 
-def _downloaded(task: Task) -> tuple[list[Example], list[Example], str]:
+def _downloaded(task: Task, skip: bool) -> tuple[list[Example], list[Example], str, int]:
     if task.dataset is None:
         raise InputError("data_path must be given for a task whose YAML file names no dataset, got none.")
     try:
@@ -300,10 +325,12 @@ def _downloaded(task: Task) -> tuple[list[Example], list[Example], str]:
                 table = datasets.load_dataset(task.dataset, task.subset, split=split)
         except Exception as error:  # by version and transport, a dozen types
             wanted = f"data_path must be given where {name} ({split}) cannot be downloaded"
-            raise InputError(f"{wanted}, got none: {sentences(error)}") from error
+            raise InputError(f"{wanted}, got none: {reason(error)}") from error
         place = f"the {split} split of {name}"
-        parts.append([_example(Located(row, row, record), row, task, f"row {row} of {place}") for row, record in enumerate(table)])
-    return parts[0], parts[1], f"{name} ({task.evaluation})"
+        found = [_example(Located(row, row, record), row, task, f"row {row} of {place}", skip) for row, record in enumerate(table)]
+        parts.append(_labelled(found, place, task))
+    (train, without), (evaluation, more) = parts
+    return train, evaluation, f"{name} ({task.evaluation})", without + more
 
 
 @contextmanager

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from .._config import read_yaml
-from ..errors import InputError, did_you_mean, shown
+from .._records import is_no_label, short, whole
+from ..errors import InputError, did_you_mean, listed, reason, shown
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LABELLED = re.compile(r"\s*\(?([A-Za-z]|\d+)[.):](?:\s+|\Z)(.*)", re.DOTALL)
@@ -155,7 +156,7 @@ def find_field_map(record: Mapping[str, Any]) -> FieldMap:
         return field_map
     if isinstance(_look_up(record, "choices.text"), list) and not isinstance(_look_up(record, "choices.label"), list):
         raise AbsentError("must have the labels of its choices as a list in choices.label, or come with a field_map without labels")
-    raise AbsentError(f"must have the fields of one of {', '.join(names)}, or come with a field_map of its own")
+    raise AbsentError(f"must have the fields of one of {listed(names, 12)}, or come with a field_map of its own")
 
 
 def _folder() -> Any:
@@ -228,7 +229,7 @@ def _check_pattern(value: Any, source: str, groups: tuple[str, ...]) -> None:
     try:
         pattern = re.compile(value, re.DOTALL)
     except (re.error, TypeError) as error:
-        raise InputError(f"field_map {source}: pattern must be a regular expression, got {shown(value)}: {error}.") from None
+        raise InputError(f"field_map {source}: pattern must be a regular expression, got {shown(value)}: {reason(error)}.") from None
     if not set(groups) <= set(pattern.groupindex) or not pattern.groups:
         raise InputError(f"field_map {source}: pattern must have {' and '.join(groups) or 'a'} group(s), got {shown(value)}.")
 
@@ -279,8 +280,8 @@ def _choices(record: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[tupl
         names = source["text"]
         texts = [_look_up(record, name) for name in names] if isinstance(names, list) else _look_up(record, names)
         if isinstance(names, list) and None in texts:
-            lacking = ", ".join(name for name, text in zip(names, texts, strict=True) if text is None)
-            raise AbsentError(f"must have a choice in each of {', '.join(names)}, got none in {lacking}")
+            lacking = [name for name, text in zip(names, texts, strict=True) if text is None]
+            raise AbsentError(f"must have a choice in each of {listed(names)}, got none in {listed(lacking)}")
         if not isinstance(texts, list) or None in texts:
             raise AbsentError(f"must have its choices as a list in {names}")
         if "label" in source:
@@ -312,7 +313,7 @@ def _choices(record: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[tupl
             raise InputError(f"labels of choices must be texts or numbers, got {shown(label)}")
     names = tuple(_clean(str(label), "label") for label in labels)
     if len(set(names)) < len(names):
-        raise InputError(f"labels of choices must differ, got {', '.join(names)}")
+        raise InputError(f"labels of choices must differ, got {listed(names)}")
     for label, text in zip(names, texts, strict=True):
         if not isinstance(text, str):
             raise InputError(f"choice {label} must be text, got {shown(text)}")
@@ -334,7 +335,7 @@ def _split_lines(text: str) -> tuple[list[str], list[str]]:
         elif labels:
             texts[-1] += f"\n{line}"
         elif re.search(r"\w", line):
-            raise InputError(f'choices must be lines that begin with "A.", got {line[:60]!r}')
+            raise InputError(f'choices must be lines that begin with "A.", got {shown(line)}')
     return labels, texts
 
 
@@ -343,15 +344,13 @@ def _next_label(label: str) -> str:
 
 
 def _answer(record: Mapping[str, Any], source: Mapping[str, Any] | None, labels: tuple[str, ...], texts: tuple[str, ...]) -> int | None:
-    value = None if source is None else _look_up(record, source["field"])
-    if source is None or value is None or (isinstance(value, str) and not value.strip()):
+    value = None if source is None else whole(_look_up(record, source["field"]))
+    wanted = str(value).strip()
+    if source is None or (is_no_label(value) and wanted not in (*labels, *texts)):
         return None
     if not isinstance(value, str | int):
-        raise InputError(f"answer must be text or a number, got {type(value).__name__}")
-    wanted = str(value).strip()
+        raise InputError(f"answer must be text or a whole number, got {short(value)}")
     if "first" in source:
-        if wanted == "-1":  # a test split keeps its answers back
-            return None
         place = int(wanted) - source["first"] if re.fullmatch(r"\d{1,9}", wanted) else -1
         if not 0 <= place < len(labels):
             raise InputError(f"answer must be a number from {source['first']} to {source['first'] + len(labels) - 1}, got {shown(value)}")
@@ -368,4 +367,4 @@ def _answer(record: Mapping[str, Any], source: Mapping[str, Any] | None, labels:
     match = _LABELLED.match(wanted)
     if match and match[1] in labels:
         return labels.index(match[1])
-    raise InputError(f"answer must name a choice ({', '.join(labels)}), got {wanted[:60]!r}")
+    raise InputError(f"answer must name a choice ({listed(labels, 4, room=40)}), got {shown(wanted)}")

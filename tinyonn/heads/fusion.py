@@ -42,8 +42,9 @@ def normalise(values: ArrayLike, mode: str = "zscore") -> NDArray[np.float64]:
 
     Args:
         values: finite.
-        mode: "zscore", (x − mean) / std with the population's standard deviation, 0 where all values are equal; or "percentile",
-            (rank − 1) / (H − 1) with ties averaged, from 0 to 1, 0.5 where all values are equal.
+        mode: "zscore", (x − mean) / std with the population's standard deviation, 0 where all values are equal; or "percentile", the
+            share of the layer's other heads that score lower, equal ones counting half: (rank − 1) / (H − 1) with ties averaged, 0 for
+            the lowest head, 1 for the highest, 0.5 where all values are equal or there is one head.
 
     Raises:
         InputError: another mode, or a value that is NaN or infinite.

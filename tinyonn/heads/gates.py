@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .._records import short
-from ..errors import InputError
+from ..errors import InputError, listed
 from .layers import AttentionLayer, attention_layers, uncompiled
 
 
@@ -157,7 +157,7 @@ def labelled(batch: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         raise InputError(f"batches must hold mappings of the model's inputs, got {short(batch)}; one batch alone is a list of one.")
     found = {name: tensor for name, tensor in batch.items() if tensor is not None}
     if "labels" not in found:
-        raise InputError(f'each batch must hold "labels", got {", ".join(found) or "nothing"}.')
+        raise InputError(f'each batch must hold "labels", got {listed(found, none="nothing")}.')
     if not found["labels"].numel():
         raise InputError("each batch must hold at least one sample, got none.")
     return found

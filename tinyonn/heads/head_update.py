@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, listed, reason
 from ..hf.loading import load_config, weight_files
 from .gates import heads_shape
 from .layers import AttentionLayer, Projection, attention_layers
@@ -101,9 +101,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.folder = Path(folder)
         files = weight_files(self.folder)
         if not files or any(file.suffix != ".safetensors" for file in files):
-            raise InputError(
-                f"{self.folder} must hold weights in safetensors files, got {', '.join(file.name for file in files) or 'none'}."
-            )
+            raise InputError(f"{self.folder} must hold weights in safetensors files, got {listed(file.name for file in files)}.")
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
@@ -113,7 +111,7 @@ class Checkpoint(Mapping[str, Tensor]):
                         self._files[name] = file
                         self._shapes[name] = tuple(tensors.get_slice(name).get_shape())
             except (SafetensorError, OSError) as error:
-                raise InputError(f"{file} must be a whole safetensors file, got: {error}.") from error
+                raise InputError(f"{file} must be a whole safetensors file, got: {reason(error)}") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import InputError
+from ..errors import InputError, listed
 
 SEPARATE = (
     ("q_proj", "k_proj", "v_proj"),
@@ -119,16 +119,14 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     found = [_layer(index, name, names[name], parts, names, config) for index, (name, parts) in enumerate(_with_projections(names))]
     if not found:
         linears = Counter(name.rpartition(".")[2] for name, module in names.items() if isinstance(module, nn.Linear | Conv1D))
-        held = ", ".join(name for name, _ in linears.most_common(8)) or "no linear layer"
-        wanted = "; ".join(", ".join(parts) for parts in SEPARATE)
+        held = listed((name for name, _ in linears.most_common()), 5, none="no linear layer")
         raise InputError(
-            f"model must have attention modules with separate projections ({wanted}), or one for all three whose order is known "
-            f"({', '.join(sorted(set(FUSED.values())))} of GPT-2, Phi-3, ModernBERT, DBRX, MPT, GPT-NeoX, BLOOM), and an output "
-            f"projection ({', '.join(OUTPUTS)}); {kind} has {held}."
+            f"model must have attention modules with separate projections ({', '.join(SEPARATE[0])} or the like), or one for all three "
+            f"whose order is known (as in GPT-2, Phi-3, BLOOM); {kind} has {held}."
         )
     towers = {re.sub(r"\.\d+$", "", layer.block_name) for layer in found}
     if len(towers) > 1:
-        raise InputError(f"model must have one list of layers, got {', '.join(sorted(towers))} in {kind}; load the text model alone.")
+        raise InputError(f"model must have one list of layers, got {listed(sorted(towers), 3)} in {kind}; load the text model alone.")
     twice = [name for name, count in Counter(layer.block_name for layer in found).items() if count > 1]
     if twice:
         raise InputError(f"model must have one attention in each layer, got two in {twice[0]} of {kind}.")

@@ -27,6 +27,7 @@ TRAINING = (
     "weight_decay",
     "max_grad_norm",
     "dtype",
+    "skip_unlabelled",
 )
 
 
@@ -43,6 +44,7 @@ class PlasticityConfig(Options):
         seed: of the new classifier, of the order of the training rows and of dropout.
         eval_size: rows that heads are measured on; None for the task's own number (rte 277), 1024 where it has none.
         eval_seed: which rows these are; the same for every `seed`.
+        skip_unlabelled: leave out rows without a label (missing, null, blank, NaN, "-" or -1), which stop the run otherwise.
         train_size: at most so many rows are trained on; None for all.
         top_k: heads compared by their overlap.
         high: percentile from which a value counts as high.
@@ -72,6 +74,7 @@ class PlasticityConfig(Options):
     seed: int = 42
     eval_size: int | None = None
     eval_seed: int = 999
+    skip_unlabelled: bool = False
     train_size: int | None = None
     top_k: int = 20
     high: float = 90.0
@@ -94,7 +97,8 @@ class PlasticityConfig(Options):
             check_text(self, name)
         check_text(self, "data_path", optional=True)
         check_dtype(self)
-        check_bool(self, "overwrite")
+        for name in ("overwrite", "skip_unlabelled"):
+            check_bool(self, name)
         for name, least in (("top_k", 1), ("max_length", 4), ("batch_size", 1), ("epochs", 1)):
             check_int(self, name, least)
         check_int(self, "checkpoint_steps", 1)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean, listed, reason, shown
 from .fields import Fields
 
 PLACES = ("question", "choices", "context")
@@ -49,19 +49,21 @@ class PromptTemplate:
         try:
             self._parts = list(string.Formatter().parse(text))
         except ValueError as error:
-            raise InputError(f"{source} must write a brace that is text twice ({{{{ or }}}}), got a template where {error}.") from None
+            raise InputError(
+                f"{source} must write a brace that is text twice ({{{{ or }}}}), got a template where {reason(error)}."
+            ) from None
         places = [name + (f"!{conversion}" if conversion else "") for _, name, _, conversion in self._parts if name is not None]
         for place in places:
             if place not in PLACES:
-                shown = ", ".join(f"{{{name}}}" for name in PLACES)
-                raise InputError(f"{source} must have no other places than {shown}, got {{{place}}}{did_you_mean(place, PLACES)}")
+                known = ", ".join(f"{{{name}}}" for name in PLACES)
+                raise InputError(f"{source} must have no other places than {known}, got {{{place}}}{did_you_mean(place, PLACES)}")
         if any(spec for _, _, spec, _ in self._parts):
-            raise InputError(f"{source} must have places without a format, got {text!r}.")
+            raise InputError(f"{source} must have places without a format, got {shown(text)}.")
         for place in PLACES:
             if places.count(place) > 1:
                 raise InputError(f"{source} must have {{{place}}} once, got it {places.count(place)} times.")
         if "question" not in places:
-            raise InputError(f"{source} must have the place {{question}}, got {', '.join(places) or 'no place'}.")
+            raise InputError(f"{source} must have the place {{question}}, got {listed(places, none='no place')}.")
         self.uses_context = "context" in places
         self._source = source
 

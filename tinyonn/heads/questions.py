@@ -37,14 +37,18 @@ class QuestionSet:
         questions: in the file's order.
         rows: records of the file.
         field_map: name of the one they were read by.
+        unlabelled: records left out because they have no answer.
     """
 
     questions: tuple[Question, ...]
     rows: int
     field_map: str
+    unlabelled: int = 0
 
 
-def load_questions(data_path: str, *, field_map: str | None = None, max_samples: int | None = None, seed: int = 42) -> QuestionSet:
+def load_questions(
+    data_path: str, *, field_map: str | None = None, max_samples: int | None = None, seed: int = 42, skip_unlabelled: bool = False
+) -> QuestionSet:
     """Draws questions without replacement; those drawn for one number are among those drawn for a larger one with the same seed.
 
     The whole file is read, and every record must be an object; only those drawn must be well-formed questions.
@@ -54,6 +58,7 @@ def load_questions(data_path: str, *, field_map: str | None = None, max_samples:
         field_map: one of `builtin_field_maps()` or a YAML file; None finds it from the fields of the first record.
         max_samples: how many; None for all of up to 1,024.
         seed: of the draw.
+        skip_unlabelled: draw only from records with an answer.
 
     Raises:
         InputError: the file cannot be read, a line is malformed, a record lacks fields (naming those it has) or breaks a rule, or there
@@ -68,12 +73,26 @@ def load_questions(data_path: str, *, field_map: str | None = None, max_samples:
         records.append((located.number, located.record))
     if not records:
         raise InputError(f"data_path must hold at least one record, got none in {data_path}.")
-    if max_samples is not None and max_samples > len(records):
-        raise InputError(f"max_samples must be at most the {len(records)} rows of {data_path}, got {max_samples}.")
-    count = min(DEFAULT_SAMPLES if max_samples is None else max_samples, len(records))
     chosen = load_field_map(field_map) if field_map is not None else _found(place, *records[0])
+    rows = len(records)
+    if skip_unlabelled:
+        records = [(number, record) for number, record in records if _has_answer(chosen, record)]
+        if not records:
+            raise InputError(f"data_path must hold rows with an answer where skip_unlabelled is set, got {rows:,} without in {data_path}.")
+    if max_samples is not None and max_samples > len(records):
+        held = f"{len(records)} rows{' with an answer' if len(records) < rows else ''}"
+        raise InputError(f"max_samples must be at most the {held} of {data_path}, got {max_samples}.")
+    count = min(DEFAULT_SAMPLES if max_samples is None else max_samples, len(records))
     drawn = np.sort(np.random.default_rng(seed).permutation(len(records))[:count])
-    return QuestionSet(tuple(_question(place, chosen, *records[int(index)]) for index in drawn), len(records), chosen.name)
+    questions = tuple(_question(place, chosen, *records[int(index)]) for index in drawn)
+    return QuestionSet(questions, rows, chosen.name, rows - len(records))
+
+
+def _has_answer(field_map: FieldMap, record: Mapping[str, Any]) -> bool:
+    try:
+        return field_map.read(record).answer is not None
+    except InputError:  # told if it is drawn
+        return True
 
 
 def _found(place: str, row: int, record: Mapping[str, Any]) -> FieldMap:

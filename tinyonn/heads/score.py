@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from .. import __version__
 from .._config import read_yaml
 from .._locks import locked
-from ..errors import InputError, shown
+from .._study import NORM_COLUMNS
+from ..errors import InputError, listed, shown
 from ..hf.loading import (
     display_name,
     load_config,
@@ -188,8 +189,15 @@ def _score(config: ScoreConfig, folder: Path, log: _RunLog, report: Callable[[Pr
     started = time.perf_counter()
     scores = chosen_scores(config.extra_weights)
     template = None if config.prompt_template is None else PromptTemplate.from_file(config.prompt_template)
-    data = load_questions(config.data_path, field_map=config.field_map, max_samples=config.max_samples, seed=config.seed)
-    log(f"data: {config.data_path}, {len(data.questions)} of {data.rows} rows, field map {data.field_map}")
+    data = load_questions(
+        config.data_path,
+        field_map=config.field_map,
+        max_samples=config.max_samples,
+        seed=config.seed,
+        skip_unlabelled=config.skip_unlabelled,
+    )
+    without = f", {data.unlabelled} without an answer left out" if data.unlabelled else ""
+    log(f"data: {config.data_path}, {len(data.questions)} of {data.rows} rows{without}, field map {data.field_map}")
 
     device = resolve_device(config.device)
     model_folder = resolve_model(config.model_path)
@@ -243,6 +251,7 @@ def _score(config: ScoreConfig, folder: Path, log: _RunLog, report: Callable[[Pr
         "field_map": data.field_map,
         "rows": data.rows,
         "samples": len(prompts),
+        "unlabelled": data.unlabelled,
         "answered": sum(question.answer is not None for question in data.questions),
         "tokens": sum(len(prompt.token_ids) for prompt in prompts),
         "truncated": truncated,
@@ -291,7 +300,7 @@ def _files(config: ScoreConfig, result: ScoreResult) -> dict[str, str]:
     return {
         "config.yaml": yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True),
         "scores_raw.csv": table({f"{name}_raw": rows for name, rows in result.raw.items()}),
-        "scores_norm.csv": table({f"{name}_z": rows for name, rows in result.normalised.items()}),
+        "scores_norm.csv": table({f"{name}_{NORM_COLUMNS[config.norm_mode]}": rows for name, rows in result.normalised.items()}),
         "scores_combined.csv": table({"combined": result.combined}),
         "topk_global.json": json.dumps(best, indent=1) + "\n",
         "topk_per_layer.json": json.dumps(of_layers, indent=1) + "\n",
@@ -309,11 +318,15 @@ def _other_scores(config: ScoreConfig) -> str | None:
     except InputError:
         return "scores of unknown options"
     now = dataclasses.asdict(config)
+    added = {"skip_unlabelled": False}  # options that scores of an earlier version lack -> what they did
+    before = {**added, **before}
     differing = [name for name in now if name not in WHERE and before.get(name) != now[name]]
     if not differing:
         return None
     options = [f"{name} {shown(before.get(name))}" for name in differing if name not in ("model_path", "data_path")]
-    return f"scores of {before.get('model_path')} over {before.get('data_path')}" + (f" ({', '.join(options)})" if options else "")
+    return f"scores of {before.get('model_path')} over {before.get('data_path')}" + (
+        f" ({listed(options, 8, width=80)})" if options else ""
+    )
 
 
 def _publish(folder: Path, files: Mapping[str, str]) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._config import MAX_SEED, Options, check_bool, check_choice, check_device, check_dtype, check_int, check_number, check_text
+from .._study import NORM_COLUMNS
 from ..errors import InputError, shown
 
 QUERY_MODES = ("last_token", "all_tokens")
-NORM_MODES = ("zscore", "percentile")
+NORM_MODES = tuple(NORM_COLUMNS)
 MAX_WEIGHT = 1e6  # beyond it one score alone would order the heads
 
 
@@ -28,6 +29,7 @@ class ScoreConfig(Options):
         device: "auto" (the first GPU, else the CPU) or a torch device.
         dtype: of the model; "auto" is fp16 on a GPU and fp32 on a CPU.
         seed: of the draw of rows.
+        skip_unlabelled: leave out rows whose answer is not given (missing, null, blank, NaN, "-" or -1); no score needs it.
         score_query_mode: "last_token" scores what each prompt's last token attends to and outputs; "all_tokens" the mean over its tokens.
         norm_mode: of scores_norm.csv: "zscore" or "percentile", within each layer.
         lambda_ent, lambda_task: weights of the ranks of `ent` and `task` beside that of `out`, which is 1; from 0 to 1,000,000.
@@ -50,6 +52,7 @@ class ScoreConfig(Options):
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 42
+    skip_unlabelled: bool = False
     score_query_mode: str = "last_token"
     norm_mode: str = "zscore"
     lambda_ent: float = 0.5
@@ -76,7 +79,8 @@ class ScoreConfig(Options):
         check_dtype(self)
         check_choice(self, "score_query_mode", QUERY_MODES)
         check_choice(self, "norm_mode", NORM_MODES)
-        check_bool(self, "out_projection")
+        for name in ("out_projection", "skip_unlabelled"):
+            check_bool(self, name)
         weights = self.extra_weights
         if not isinstance(weights, Mapping) or not all(isinstance(name, str) and _is_weight(value) for name, value in weights.items()):
             raise InputError(f"extra_weights must map names of scores to numbers from 0 to {MAX_WEIGHT:,.0f}, got {shown(weights)}.")

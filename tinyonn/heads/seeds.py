@@ -22,6 +22,7 @@ import numpy as np
 from .._files import StepFileError, check_fields, digest, read_record, write_atomically
 from .._records import short
 from .._study import (
+    ADDED_OPTIONS,
     AGGREGATE,
     AGGREGATE_TABLE,
     MEASURE_STEP,
@@ -80,8 +81,9 @@ def aggregate(folder: str | os.PathLike[str]) -> dict[str, Any]:
         (root / name).unlink(missing_ok=True)
     seeds, incomplete = _complete_seeds(root)
     if not seeds:
-        held = "; ".join(f"{seed['folder']}: {seed['found']}; run {seed['step']}" for seed in incomplete)
-        raise InputError(f"{root} must hold at least one complete seed, got {held or 'no folder seed0, seed1 …'}.")
+        held = [f"{seed['folder']}: {seed['found']}; run {seed['step']}" for seed in incomplete]
+        more = f" (and {len(held) - 1} more)" if len(held) > 1 else ""
+        raise InputError(f"{root} must hold at least one complete seed, got {held[0] + more if held else 'no folder seed0, seed1 …'}.")
     _check_alike(root, seeds)
     first = seeds[0]
     found: dict[str, Any] = {
@@ -184,12 +186,14 @@ def _notes(seeds: Sequence[Seed]) -> list[str]:
     other = next((seed for seed in seeds[1:] if seed.subset != seeds[0].subset), None)
     if other is not None:
         notes.append(f"The seeds were measured on different rows (eval_subset.json): {seeds[0].name} and {other.name}.")
-    for name, value in seeds[0].stats["options"].items():
-        differing = next((seed for seed in seeds if seed.stats["options"].get(name) != value), None)
+    options = [{**ADDED_OPTIONS, **seed.stats["options"]} for seed in seeds]
+    for name, value in options[0].items():
+        other_value, differing = next(
+            ((its.get(name), seed) for its, seed in zip(options, seeds, strict=True) if its.get(name) != value), (None, None)
+        )
         if name != "seed" and differing is not None:
             notes.append(
-                f"More than the seed differs in training: {name} is {value} in {seeds[0].name} and {differing.stats['options'].get(name)} "
-                f"in {differing.name}."
+                f"More than the seed differs in training: {name} is {value} in {seeds[0].name} and {other_value} in {differing.name}."
             )
     return notes
 

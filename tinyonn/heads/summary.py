@@ -22,7 +22,7 @@ from .._files import StepFileError, digest, is_finite, write_atomically
 from .._locks import locked
 from .._records import field_names
 from .._study import CASES, GRADIENTS, HEADS, IMPORTANCE_POST, IMPORTANCE_PRE, MEASURE_STEP, STATS, UPDATE
-from ..errors import InputError, shown
+from ..errors import InputError, reason, shown
 from .cases import PLASTIC, STATIC, case_lists, find_cases
 from .correlation import BOOTSTRAP_SEED, CONFIDENCE, RESAMPLES, Floats, rank_correlation, top_overlap
 from .plasticity_config import PlasticityConfig
@@ -242,13 +242,13 @@ def _read_lines(path: Path, fields: list[str]) -> dict[Place, dict[str, float]]:
     except FileNotFoundError:
         raise StepFileError(path, "exist, got no such file", MEASURE_STEP) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise _broken(path, "be a text file that can be read", str(error)) from error
+        raise _broken(path, "be a text file that can be read", reason(error)) from error
     found: dict[Place, dict[str, float]] = {}
     for number, line in enumerate(content.removesuffix("\n").split("\n"), start=1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise _broken(path, "hold one JSON object a line", f"line {number}: {str(error)[:80]}") from error
+            raise _broken(path, "hold one JSON object a line", f"line {number}: {reason(error, 80)}") from error
         if not isinstance(record, dict) or not {"layer", "head", *fields} <= record.keys():
             held = field_names(record) if isinstance(record, dict) else type(record).__name__
             raise _broken(path, f"have the fields layer, head, {', '.join(fields)} in every line", f"line {number}: {held}")

@@ -16,8 +16,8 @@ from .._config import read_yaml
 from .._files import StepFileError, digest
 from .._locks import locked
 from .._records import short
-from .._study import FINAL, INIT, LATER, OPTIONS, STATE, TRAIN_AGAIN, TRAINED
-from ..errors import InputError
+from .._study import ADDED_OPTIONS, FINAL, INIT, LATER, OPTIONS, STATE, TRAIN_AGAIN, TRAINED
+from ..errors import InputError, listed, path_tail, reason
 from ..hf.loading import DTYPES, weight_files
 from .classification import find_task
 from .plasticity_config import TRAINING, PlasticityConfig
@@ -103,19 +103,23 @@ def check_same(folder: Path, options: dict[str, Any], *, trains: bool = False) -
         if (folder / TRAINED).exists():
             raise InputError(f"output_dir must hold {OPTIONS} beside {TRAINED}, got none in {folder}; run {TRAIN_AGAIN}.")
         return
-    before = read_yaml(path)
-    if differing := [f"{name} {options[name]} (there {before.get(name)})" for name in options if options[name] != before.get(name)]:
+    before = {**ADDED_OPTIONS, **read_yaml(path)}
+    if differing := [_difference(name, options[name], before.get(name)) for name in options if options[name] != before.get(name)]:
         if trains:
-            rule = f"output_dir must be another one, or --overwrite be given, where options differ from those of the training in {folder}"
+            rule = f"output_dir must be another one, or --overwrite be given: {folder.name} was trained with other options"
         else:
-            rule = f"options must be those of the training in {folder} where they are given"
-        raise InputError(f"{rule}, got {', '.join(differing)}.")
+            rule = f"options must be those of the training in {path_tail(str(folder), 32)} where they are given"
+        raise InputError(f"{rule}, got {listed(differing, 4, width=80, room=95)}.")
     if not (folder / TRAINED).exists():
         return
-    ended = read_trained(folder)["options"]
+    ended = {**ADDED_OPTIONS, **read_trained(folder)["options"]}
     if other := [name for name in sorted({*before, *ended}) if before.get(name) != ended.get(name)]:
-        shown = ", ".join(f"{name} {short(ended.get(name))}" for name in other)
-        raise StepFileError(folder / TRAINED, f"be of the options in {OPTIONS}, got other ones ({shown})", TRAIN_AGAIN)
+        named = listed((f"{name} {short(ended.get(name))}" for name in other), 4, width=80)
+        raise StepFileError(folder / TRAINED, f"be of the options in {OPTIONS}, got other ones ({named})", TRAIN_AGAIN)
+
+
+def _difference(name: str, now: object, there: object) -> str:
+    return f"{name} {path_tail(str(now), 20)} (there {path_tail(str(there), 20)})"
 
 
 def clear(folder: Path) -> None:
@@ -144,14 +148,14 @@ def save_model(model: Any, tokenizer: Any, target: Path) -> None:
         if not isinstance(error, OSError | SafetensorError) and "os error" not in str(error):
             raise
         shutil.rmtree(partial, ignore_errors=True)
-        raise no_room(target, " ".join(str(error).split())) from error
+        raise no_room(target, reason(error)) from error
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
 
 
-def no_room(target: Path, reason: str) -> InputError:
-    """The error to raise where a file or folder of a training could not be written whole."""
-    return InputError(f"output_dir must have room for {target.name}, got a write that failed in {target.parent}: {reason}.")
+def no_room(target: Path, said: str) -> InputError:
+    """The error to raise where a file or folder of a training could not be written whole; `said` is the reason."""
+    return InputError(f"output_dir must have room for {target.name}, got a write that failed in {target.parent}: {said}.")
 
 
 def _partial(target: Path) -> Path:

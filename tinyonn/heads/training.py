@@ -23,7 +23,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from .._config import dtype_name
 from .._files import replacing, write_atomically
-from .._study import FINAL, INIT, OPTIONS, STATE, TRAINED
+from .._study import ADDED_OPTIONS, FINAL, INIT, OPTIONS, STATE, TRAINED
 from ..errors import InputError
 from ..hf.loading import DTYPES, load_model, load_tokenizer, quiet_transformers, resolve_device, resolve_model, usable_positions
 from ..hf.memory import is_out_of_memory
@@ -327,7 +327,8 @@ class _Training:
             raise no_room(self.folder / STATE, "is the disk full?") from error
 
     def _options_digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.options, sort_keys=True).encode()).hexdigest()
+        counted = {name: value for name, value in self.options.items() if name not in ADDED_OPTIONS or value != ADDED_OPTIONS[name]}
+        return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
     def _saved_state(self) -> dict[str, Any] | None:
         """What an interrupted run saved last, None where there is nothing to go on from."""
@@ -368,6 +369,7 @@ class _Training:
             "train_rows": len(self.data.train),
             "evaluation_rows": len(self.data.evaluation),
             "repeated_rows": self.data.repeated,
+            "unlabelled_rows": self.data.unlabelled,
             "steps": self.step,
             "left_out_steps": self.left_out,
             "losses": self.losses,

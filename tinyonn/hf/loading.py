@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from .._config import dtype_name, local_model
 from .._units import readable_bytes
-from ..errors import InputError
+from ..errors import InputError, reason
 from .memory import available_memory, is_out_of_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What a model that one of these loads is called.
-_MODELS = {"AutoModelForCausalLM": "a causal language model", "AutoModelForSequenceClassification": "a sequence classifier"}
+_MODELS = {"AutoModelForCausalLM": "causal language model", "AutoModelForSequenceClassification": "sequence classifier"}
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
@@ -62,19 +62,10 @@ def _download(model_id: str) -> Path:
                 if offline:
                     continue
                 wanted = "model_path must be an existing folder or a hub id that can be downloaded"
-                raise InputError(f"{wanted}, got {model_id}: {sentences(error)}") from error
+                raise InputError(f"{wanted}, got {model_id}: {reason(error)}") from error
             if (folder / "config.json").is_file() and weight_files(folder):
                 return folder
     raise InputError(f"model_path must hold a model with config.json and weights, got {model_id}.")
-
-
-def sentences(error: Exception, most: int = 320) -> str:
-    """What a library says of an error, in one line: as many whole sentences as fit into `most` characters, or words of the first."""
-    text = " ".join(str(error).split())
-    if len(text) <= most:
-        return text
-    whole = [found.end() for found in re.finditer(r"[.!?](?= )", text) if found.end() <= most]
-    return text[: whole[-1]] if whole else f"{text[:most].rpartition(' ')[0]} ..."
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -184,8 +175,7 @@ def load_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # what a damaged file brings down in transformers has no common type
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"model_path must hold a model that transformers knows, got {folder.name}: {reason}") from error
+        raise InputError(f"model_path must hold a model that transformers knows, got {folder.name}: {reason(error)}") from error
 
 
 def resolve_dtype(dtype: str, device: torch.device, model_config: Any) -> torch.dtype:
@@ -227,8 +217,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # what a damaged file brings down in transformers has no common type
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"model_path must hold a tokenizer, got {folder.name}: {reason}") from error
+        raise InputError(f"model_path must hold a tokenizer, got {folder.name}: {reason(error)}") from error
 
 
 def padding_token(tokenizer: Any, batch_size: int) -> int:
@@ -314,16 +303,32 @@ def load_model(
     except Exception as error:  # what a damaged file brings down in transformers has no common type
         if is_out_of_memory(error):
             raise
-        wanted = _MODELS.get(auto_class, "a model transformers knows")
-        held = "valid safetensors files" if type(error).__name__ == "SafetensorError" else wanted
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"model_path must hold {held}, got {folder.name}: {reason}") from error
+        held = "valid safetensors files" if type(error).__name__ == "SafetensorError" else _wanted(auto_class)
+        raise InputError(f"model_path must hold {held}, got {folder.name}: {class_fault(error, auto_class, folder)}") from error
     model, found = loaded
     unfilled = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}  # transformers fills these at random
     if missing := sorted(name for name in unfilled if not any(re.search(pattern, name) for pattern in may_lack)):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InputError(f"model_path must hold all weights of the model, got {folder.name} without {', '.join(missing[:3])}{more}.")
     return cast(PreTrainedModel, model.to(device).eval())
+
+
+def class_fault(error: Exception, auto_class: str, model: Any) -> str:
+    """Why transformers cannot make a model of a class; of an architecture that lacks it, without the list of those that have it.
+
+    Args:
+        error: what transformers raised.
+        auto_class: name of the class.
+        model: folder or configuration of the model.
+    """
+    if "Unrecognized configuration class" not in str(error):
+        return reason(error)
+    config = load_config(model) if isinstance(model, Path) else model
+    return f"{config.model_type} has no {_MODELS.get(auto_class, auto_class)} in transformers."
+
+
+def _wanted(auto_class: str) -> str:
+    return f"a {_MODELS[auto_class]}" if auto_class in _MODELS else "a model transformers knows"
 
 
 def display_name(model_path: str, folder: Path) -> str:

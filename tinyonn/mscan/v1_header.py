@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import MscanError
+from ..errors import MscanError, reason
 
 MAGIC = b"MSCAN"
 PROLOGUE = struct.Struct("<5sHII")
@@ -101,7 +101,7 @@ def _parse_json(path: str, text: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise MscanError(path, f"metadata must be JSON: {error.msg}.", PROLOGUE.size + len(text.decode()[: error.pos].encode())) from None
     except (ValueError, RecursionError) as error:
-        raise MscanError(path, f"metadata must be JSON: {error}.", PROLOGUE.size) from None
+        raise MscanError(path, f"metadata must be JSON: {reason(error, 100)}.", PROLOGUE.size) from None
     if not isinstance(metadata, dict):
         raise MscanError(path, f"metadata must be a JSON object, got {type(metadata).__name__}.", PROLOGUE.size)
     return metadata

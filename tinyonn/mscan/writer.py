@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from .. import _C
-from ..errors import InputError
+from ..errors import InputError, reason
 from .compression import compressor, decompress
 from .layout import LayoutEntry, check_layout
 from .types import Integral, SequenceRecord
@@ -196,7 +196,7 @@ def _dumps(metadata: dict[str, Any]) -> str:
         text.encode()  # half of a surrogate pair has no place in UTF-8
         return text
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"metadata must be JSON values, got {error}.") from error
+        raise InputError(f"metadata must be JSON values, got {reason(error)}.") from error
 
 
 def _check_text(name: str, value: object) -> None:

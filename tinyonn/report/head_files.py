@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, listed, reason
 from .grid import Floats
 
 
@@ -64,10 +64,10 @@ def read_heads(path: Path, names: Sequence[str], step: str, words: Sequence[str]
     except FileNotFoundError:
         raise InputError(f"{path} must exist, got no such file; run {step}.") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} must be a CSV that can be read, got: {error}; run {step} again.") from error
+        raise InputError(f"{path} must be a CSV that can be read, got: {reason(error, 100)}; run {step} again.") from error
     wanted = ["layer", "head", *names, *words]
     if not set(wanted) <= set(head):
-        raise InputError(f"{path} must have the columns {', '.join(wanted)}, got {', '.join(head) or 'none'}; run {step} again.")
+        raise InputError(f"{path} must have the columns {', '.join(wanted)}, got {listed(head)}; run {step} again.")
     if not rows:
         raise InputError(f"{path} must have a line for every head, got none; run {step} again.")
     try:
@@ -75,7 +75,7 @@ def read_heads(path: Path, names: Sequence[str], step: str, words: Sequence[str]
         numeric = [name for name in head if name not in ("layer", "head", *words)]
         columns = {name: np.array([float(row[name]) if row[name] else math.nan for row in rows]) for name in numeric}
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path} must hold numbers, got: {error}; run {step} again.") from error
+        raise InputError(f"{path} must hold numbers, got: {reason(error, 100)}; run {step} again.") from error
     if len(set(places)) < len(places) or min(min(place) for place in places) < 0:
         raise InputError(f"{path} must name every head once, counted from 0; run {step} again.")
     layers = tuple(str(layer) for layer in sorted({layer for layer, _ in places}))

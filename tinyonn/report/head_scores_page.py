@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -13,7 +13,8 @@ import numpy as np
 
 from .._config import read_yaml
 from .._files import read_json, write_atomically
-from ..errors import InputError
+from .._study import NORM_COLUMNS
+from ..errors import InputError, listed, reason, shown
 from . import charts, figures
 from .grid import Floats
 from .head_figures import draw_head_map
@@ -46,10 +47,18 @@ _WEIGHTS = {"ent": "lambda_ent", "task": "lambda_task"}
 _COUNTS = {
     "rows": "rows in the data",
     "samples": "rows scored",
+    "unlabelled": "rows left out without an answer",
     "answered": "of these, with an answer key",
     "tokens": "tokens in all prompts",
     "truncated": "prompts cut at max length",
     "spans lost": "prompts without their whole question",
+}
+# What the column of scores_norm.csv is.
+_BY_LAYER = {
+    "zscore": "standard deviations from the layer's mean, (x − mean) / std, as in scores_norm.csv.",
+    "percentile": (
+        "the share of the layer's other heads that score lower, equal ones counting half, (rank − 1) / (heads − 1), as in scores_norm.csv."
+    ),
 }
 # What folders of checkpoints are called, which does not tell the model.
 _CHECKPOINT = re.compile(r"(ckpt|checkpoint|epoch|step|iter)([-_.]?\w+)*|best|final|last|latest|model|output", re.IGNORECASE)
@@ -71,17 +80,19 @@ def write_scores_page(folder: str | os.PathLike[str], *, figures_too: bool = Tru
         figures.require_matplotlib()
     raw = read_heads(root / "scores_raw.csv", [f"{name}_raw" for name in SCORES], _STEP)
     scores = [name.removesuffix("_raw") for name in raw.columns]
-    norm = read_heads(root / "scores_norm.csv", [f"{name}_z" for name in scores], _STEP)
+    config = read_yaml(root / "config.yaml")
+    lacking = [name for name in ("norm_mode", "out_projection", "extra_weights", *_WEIGHTS.values()) if name not in config]
+    if lacking:
+        raise InputError(f"{root / 'config.yaml'} must have {listed(lacking)}, got none of them; run {_STEP} again.")
+    if str(config["norm_mode"]) not in NORM_COLUMNS:
+        raise InputError(f"{root / 'config.yaml'} must have norm_mode {' or '.join(NORM_COLUMNS)}, got {shown(config['norm_mode'])}.")
+    norm = _normalised(root / "scores_norm.csv", scores, config["norm_mode"])
     combined = read_heads(root / "scores_combined.csv", ["combined"], _STEP)
     for name, other in (("scores_norm.csv", norm), ("scores_combined.csv", combined)):
         if other.places != raw.places:
             raise InputError(f"{root / name} must have the heads of scores_raw.csv in its order; run {_STEP} again.")
     summary = read_json(root / "summary.json", dict, _STEP)
     tops = read_json(root / "topk_global.json", list, _STEP), read_json(root / "topk_per_layer.json", dict, _STEP)
-    config = read_yaml(root / "config.yaml")
-    lacking = [name for name in ("norm_mode", "out_projection", "extra_weights", *_WEIGHTS.values()) if name not in config]
-    if lacking:
-        raise InputError(f"{root / 'config.yaml'} must have {', '.join(lacking)}, got none of them; run {_STEP} again.")
     maps = score_maps(raw, norm, combined, config)
     drawn = []
     if figures_too:
@@ -93,9 +104,23 @@ def write_scores_page(folder: str | os.PathLike[str], *, figures_too: bool = Tru
     try:
         content = _page(raw, norm, maps, summary, config, *tops)
     except (KeyError, TypeError) as error:
-        raise InputError(f"{root} must hold lists of top heads that are in scores_raw.csv, got {error!r}; run {_STEP} again.") from error
+        raise InputError(
+            f"{root} must hold lists of top heads that are in scores_raw.csv, got {reason(repr(error), 80)}; run {_STEP} again."
+        ) from error
     write_atomically(root / "index.html", content)
     return ReportResult(root / "index.html", tuple(drawn))
+
+
+def _normalised(path: Path, scores: Sequence[str], mode: str) -> HeadColumns:
+    """scores_norm.csv with the scores' own names; in folders of earlier versions columns of percentiles end in _z as well."""
+    found = read_heads(path, [], _STEP)
+    ending = NORM_COLUMNS[mode]
+    if mode == "percentile" and all(f"{name}_z" in found.columns for name in scores):
+        ending = "z"
+    names = {name: f"{name}_{ending}" for name in scores}
+    if any(column not in found.columns for column in names.values()):
+        read_heads(path, [*names.values()], _STEP)  # which says what is missing
+    return replace(found, columns={name: found.columns[column] for name, column in names.items()})
 
 
 def score_maps(raw: HeadColumns, norm: HeadColumns, combined: HeadColumns, config: Mapping[str, Any]) -> list[HeatMap]:
@@ -110,10 +135,10 @@ def score_maps(raw: HeadColumns, norm: HeadColumns, combined: HeadColumns, confi
     for key in (name.removesuffix("_raw") for name in raw.columns):
         title, unit, legend = described.get(key, (key, "as measured", "A score that was registered for this run."))
         heat_map = make_map(key, title, legend, unit, raw.grid(f"{key}_raw"), signed=False)
-        values = norm.grid(f"{key}_z")
+        values = norm.grid(key)
         scale = choose_scale(values, "layer", unit, signed=False)
         if config["norm_mode"] == "percentile":
-            scale = Scale("sequential", False, 0.0, 1.0, False, "percentile within the layer")
+            scale = Scale("sequential", False, 0.0, 1.0, False, "share of the layer's other heads below it")
         maps.append(replace(heat_map, views={**heat_map.views, "layer": (values, scale)}))
     values = combined.grid("combined")
     unit = "weighted sum of ranks"
@@ -195,8 +220,8 @@ def _page(
     heads = len(raw.places)
     options = {f"--{name.replace('_', '-')}": value for name, value in plain_facts(config).items()}
     legend = (
-        "By layer: as in scores_norm.csv, every layer shows its own pattern. Global: standard deviations over the whole map, so layers "
-        "compare. As measured: the values of scores_raw.csv. The combined score is the same in all three."
+        f"By layer: {_BY_LAYER[config['norm_mode']]} Global: standard deviations over the whole map, so layers compare. As measured: the "
+        "values of scores_raw.csv. The combined score is the same in all three."
     )
     body = [
         section(
@@ -227,7 +252,7 @@ def _top_section(raw: HeadColumns, norm: HeadColumns, top_global: list[Any], top
     rows: list[list[object]] = []
     for entry in top_global:
         line = numbers[entry["layer"], entry["head"]]
-        scores = [value for name in names for value in (raw.columns[f"{name}_raw"][line], norm.columns[f"{name}_z"][line])]
+        scores = [value for name in names for value in (raw.columns[f"{name}_raw"][line], norm.columns[name][line])]
         rows.append([entry["rank"], entry["layer"], entry["head"], entry["combined"], *scores])
     titles = [title for name in names for title in (name, f"{name}, by layer")]
     listing = table(

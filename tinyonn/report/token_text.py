@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .._folders import cache_folder, has_tokenizer, tokenizer_hash
-from ..errors import InputError
+from ..errors import InputError, reason
 
 _REPLACEMENT = "\ufffd"
 
@@ -99,7 +99,7 @@ def _load(folder: Path) -> Decoder:
         try:
             loaded: Decoder = Tokenizer.from_file(os.fspath(file))
         except Exception as error:  # the Rust side raises bare Exception
-            raise InputError(f"tokenizer must be a readable tokenizer.json, got {file}: {_brief(error)}") from error
+            raise InputError(f"tokenizer must be a readable tokenizer.json, got {file}: {reason(error, 100)}") from error
         return loaded
     # vocab.json with merges.txt, vocab.txt, tokenizer.model: transformers builds the tokenizer, as it did for the scan.
     from transformers import AutoTokenizer
@@ -107,10 +107,6 @@ def _load(folder: Path) -> Decoder:
     try:
         built: Any = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # what a damaged file brings down in transformers has no common type
-        raise InputError(f"tokenizer must be one that transformers reads, got {folder}: {_brief(error)}") from error
+        raise InputError(f"tokenizer must be one that transformers reads, got {folder}: {reason(error, 100)}") from error
     decoder: Decoder = getattr(built, "backend_tokenizer", built)
     return decoder
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

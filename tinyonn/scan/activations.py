@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..hf.interfaces import experts_implementation, register_experts
+from ..hf.loading import class_fault
 from .forward import logits_from_embeddings
 
 TRACED_EXPERTS = "tinyonn_traced_experts"
@@ -31,8 +32,8 @@ def skeleton(model_config: Any, dtype: torch.dtype) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), dtype=dtype)  # it writes the dtype into it
     except (ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"model_path must hold a causal language model, got {type(model_config).__name__}: {reason}") from error
+        said = class_fault(error, "AutoModelForCausalLM", model_config)
+        raise InputError(f"model_path must hold a causal language model, got {type(model_config).__name__}: {said}") from error
     return model.eval().requires_grad_(False)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, reason
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Batch:
         try:
             input_ids = torch.as_tensor(input_ids)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"input_ids must be (sequences, tokens) integers, got {type(input_ids).__name__}: {error}") from error
+            raise InputError(f"input_ids must be (sequences, tokens) integers, got {type(input_ids).__name__}: {reason(error)}") from error
         integers = not (input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool)
         if input_ids.dim() != 2 or input_ids.numel() == 0 or not integers:
             raise InputError(f"input_ids must be (sequences, tokens) integers, got {input_ids.dtype} of shape {tuple(input_ids.shape)}.")

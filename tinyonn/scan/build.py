@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .._records import BadRecordError
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean, listed
 from .language import LANGUAGES, guess_language
 from .records import CorpusItem, content_id, item_from_record
 from .sources import SourceRecord, iter_source, require_source
@@ -198,7 +198,7 @@ def build_corpus(
             record: dict[str, Any] = {"id": item.sequence_id, "text": item.text, "messages": item.messages, "source": place}
             file.write(json.dumps({key: value for key, value in record.items() if value is not None}, ensure_ascii=False) + "\n")
         if not kept:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in run.dropped.most_common()) or "it holds none"
+            reasons = listed((f"{count} {why}" for why, count in run.dropped.most_common()), 3, none="it holds none")
             raise InputError(f"source must hold at least one record that fits, got {run.read} records of {source}: {reasons}.")
     dropped = dict(run.dropped.most_common())
     return CorpusReport(path, topic.name, run.read, kept, dropped, characters, run.bad, run.errors, time.monotonic() - started)

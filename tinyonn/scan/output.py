@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, listed
 from ..mscan import LayoutEntry, MscanReader, MscanWriter
 from ..mscan.v1_header import MAGIC
 from .config import ScanConfig
@@ -179,7 +179,7 @@ def _read_existing(path: Path, metadata: Mapping[str, Any]) -> Existing:
             stored = dict(reader.metadata)
             if changed := differences(stored, metadata):
                 raise OutputDiffersError(
-                    f"output_path must be a scan with the same configuration, {file} differs in {', '.join(changed)}; "
+                    f"output_path must be a scan with the same configuration, {file} differs in {listed(changed)}; "
                     "use --overwrite to replace it, or another --output-path."
                 )
             ids.update(sequence.sequence_id for sequence in reader.sequences)

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from .._records import Located, as_record, open_data, open_records
-from ..errors import InputError
+from ..errors import InputError, reason
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 # A folder also holds what no one means by a corpus: a .json there is a configuration.
@@ -141,7 +141,7 @@ def _hub(name: str, subset: str | None, split: str) -> Iterator[SourceRecord]:
     except (OSError, ValueError) as error:  # what the library raises for names, subsets, splits and lost connections
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{missing} the hub says: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"{missing} the hub says: {reason(error)}") from error
 
 
 def _online() -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import InputError
+from ..errors import InputError, reason, shown
 from ..hf.interfaces import uses_experts_interface
 from ..mscan.layout import LayoutEntry, group_name
 
@@ -146,7 +146,9 @@ def _matches(pattern: str, target: Target) -> bool:
         try:
             return re.search(pattern[3:], name) is not None
         except re.error as error:
-            raise InputError(f"targets must be a valid regular expression after 're:', got {pattern[3:]!r}: {error}.") from error
+            raise InputError(
+                f"targets must be a valid regular expression after 're:', got {shown(pattern[3:])}: {reason(error, 80)}."
+            ) from error
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from .corpus import CorpusItem
 
 # Sequences are sorted by length within so many batches: little padding, and still an order that follows the corpus.
@@ -105,9 +105,8 @@ class Encoder:
         except Exception as error:  # templates are programs: jinja's errors, and whatever their own code raises
             if self._skip_bad:
                 return None
-            reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"dataset_path must hold chats that the tokenizer's template takes, got {item.sequence_id}: {reason}; "
+                f"dataset_path must hold chats that the tokenizer's template takes, got {item.sequence_id}: {reason(error, 100)}; "
                 "--skip-bad leaves it out."
             ) from error
 

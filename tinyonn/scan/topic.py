@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean, listed, reason, shown
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class Topic:
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    raise InputError(f"topic {self.name}: {field} must be regular expressions, got {pattern!r}: {error}.") from None
+                    raise InputError(
+                        f"topic {self.name}: {field} must be regular expressions, got {shown(pattern)}: {reason(error, 80)}."
+                    ) from None
 
     @functools.cached_property
     def _keywords(self) -> dict[str, list[tuple[str, re.Pattern[str] | None]]]:
@@ -163,7 +165,7 @@ def load_topic(name: str) -> Topic:
     if name in builtin_topics():
         return _from_yaml((_folder() / f"{name}.yaml").read_text(encoding="utf-8"), name, name)
     raise InputError(
-        f"topic must be one of {', '.join(builtin_topics())} or a YAML file, or come with keywords or patterns, got {name!r}"
+        f"topic must be one of {listed(builtin_topics(), 12)} or a YAML file, or come with keywords or patterns, got {name!r}"
         f"{did_you_mean(name, builtin_topics())}"
     )
 
@@ -178,7 +180,7 @@ def _from_yaml(text: str, source: str, default_name: str) -> Topic:
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"topic must be valid YAML, got {source}: {' '.join(str(error).split())}.") from None
+        raise InputError(f"topic must be valid YAML, got {source}: {reason(error, 100)}") from None
     if not isinstance(content, Mapping):
         raise InputError(f"topic must be a YAML mapping, got {type(content).__name__} in {source}.")
     known = [field.name for field in dataclasses.fields(Topic)]
@@ -188,5 +190,5 @@ def _from_yaml(text: str, source: str, default_name: str) -> Topic:
     values = {key: value for key, value in content.items() if value is not None}
     for key in ("keywords", "patterns", "exclude", "files", "code_languages"):
         if key in values and not isinstance(values[key], list):
-            raise InputError(f"topic {source}: {key} must be a list of non-empty strings, got {values[key]!r}.")
+            raise InputError(f"topic {source}: {key} must be a list of non-empty strings, got {shown(values[key])}.")
     return Topic(**{"name": default_name, **values})

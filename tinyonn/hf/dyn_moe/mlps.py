@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...errors import InputError
+from ...errors import InputError, listed
 from ...ops._torch_experts import Layout, activate
 from ...ops.expert_mlp import Activation
 
@@ -74,7 +74,7 @@ def dense_mlps(model: nn.Module) -> dict[str, DenseMLP]:
                 if (other := owner.setdefault(id(parameter), name)) != name:
                     raise InputError(f"{name} must have weights of its own to be converted, got some of {other}.")
         elif name.split(".")[-1] in _MLP_NAMES and children:
-            others.append(f"{name} with {', '.join(children)}")
+            others.append(f"{name} with {listed(children)}")
     if others or not found:
         raise InputError(f"{type(model).__name__} must have {WANTED} alone to be converted, got {others[0] if others else 'none'}.")
     return found

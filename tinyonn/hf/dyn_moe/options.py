@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 
-from ...errors import InputError, did_you_mean
+from ...errors import InputError, did_you_mean, reason
 from ...nn import DynMoE
 from ...nn._options import check_choice, check_flag, check_number, check_size
 from ...nn.dyn_moe import ONLY_BY_BUDGET, GatingLoss, RoutingKind
@@ -89,7 +89,7 @@ def of_mapping(kind: type, given: Any, source: str) -> Any:
     try:
         return kind(**given)
     except TypeError as error:
-        raise InputError(f"{source} must have all fields of {kind.__name__}: {error}") from None
+        raise InputError(f"{source} must have all fields of {kind.__name__}: {reason(error)}") from None
 
 
 def build(options: DynMoEOptions, sizes: LayerSizes, *, device: torch.device, dtype: torch.dtype) -> DynMoE:
