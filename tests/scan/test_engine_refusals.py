@@ -16,6 +16,15 @@ from tinyonn.testing import tiny_causal_lm
 TOKENS = torch.arange(20).view(2, 10)
 
 
+def left_out(model: nn.Module) -> dict[str, str]:
+    """What a scan of everything leaves out; all else is recorded, every token but the last."""
+    with ScanEngine(model) as engine:
+        for result in engine.scan(TOKENS):
+            assert torch.tensor(result.grad_norm[:-1]).isfinite().all()
+    assert not {entry.name for entry in engine.layout} & set(engine.not_measured)
+    return dict(engine.not_measured)
+
+
 @pytest.mark.parametrize(
     ("arch", "module"),
     [
@@ -117,8 +126,9 @@ def test_a_module_without_a_tensor_is_refused():
     mlp = model.model.layers[0].mlp
     mlp.gate_proj.register_forward_hook(lambda module, args, output: (output,))
     mlp.act_fn.forward = lambda pair: nn.functional.silu(pair[0])
-    with pytest.raises(InputError, match=r"leave out .*gate_proj\.weight: its output is a tuple"), ScanEngine(model):
+    with pytest.raises(InputError, match=r"leave out .*gate_proj\.weight: its output is a tuple"), ScanEngine(model, targets="gate_proj"):
         pass
+    assert left_out(model) == {"model.layers.0.mlp.gate_proj.weight": "its output is a tuple, not a tensor"}
 
 
 def test_a_token_without_a_logit_is_refused():
@@ -160,8 +170,9 @@ def test_an_output_that_somebody_rescales_is_refused():
     model = tiny_causal_lm("llama")
     model.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, output: 3 * output)
     refusal = r"leave out model\.layers\.1\.mlp\.up_proj\.weight: its output is not the product"
-    with pytest.raises(InputError, match=refusal), ScanEngine(model):
+    with pytest.raises(InputError, match=refusal), ScanEngine(model, targets="up_proj"):
         pass
+    assert list(left_out(model)) == ["model.layers.1.mlp.up_proj.weight"]
     with ScanEngine(model, targets="down_proj") as engine:
         engine.scan(TOKENS)
 
@@ -177,8 +188,26 @@ def test_tokens_in_another_order_are_refused_whatever_the_batch():
 
     model = tiny_causal_lm("llama")
     model.model.layers[0].mlp.down_proj = Turned(model.model.layers[0].mlp.down_proj)
-    with pytest.raises(InputError, match=r"down_proj\.inner\.weight: its output has shape \(16, 2, 48\)"), ScanEngine(model):
+    why = r"down_proj\.inner\.weight: its output has shape \(16, 2, 48\)"
+    with pytest.raises(InputError, match=why), ScanEngine(model, targets="inner"):
         pass
+    assert list(left_out(model)) == ["model.layers.0.mlp.down_proj.inner.weight"]
+
+
+def test_flattened_tokens_in_another_order_are_left_out():
+    """Their shape alone does not tell: (tokens, sequences) rows, one after another."""
+
+    class Turned(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)
+
+    model = tiny_causal_lm("llama")
+    model.model.layers[2].mlp.down_proj = Turned(model.model.layers[2].mlp.down_proj)
+    assert left_out(model) == {"model.layers.2.mlp.down_proj.inner.weight": "the rows of its output are not the batch's tokens in order"}
 
 
 def test_one_engine_at_a_time():
@@ -214,8 +243,12 @@ def test_a_module_that_runs_twice_is_refused():
     layer = model.model.layers[0].mlp
     forward = layer.forward
     layer.forward = lambda x: forward(forward(x))
-    with ScanEngine(model) as engine, pytest.raises(InputError, match=r"leave out model\.layers\.0\.mlp\.gate_proj\.weight: it runs more"):
-        engine.scan(TOKENS)
+    with (
+        pytest.raises(InputError, match=r"leave out model\.layers\.0\.mlp\.gate_proj\.weight: it runs more"),
+        ScanEngine(model, targets="gate_proj"),
+    ):
+        pass
+    assert list(left_out(model)) == [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
 
 
 def test_a_module_over_other_rows_than_tokens_is_refused():
@@ -229,8 +262,9 @@ def test_a_module_over_other_rows_than_tokens_is_refused():
 
     model = tiny_causal_lm("llama")
     model.model.norm = Pooled()
-    with pytest.raises(InputError, match=r"leave out model\.norm\.proj\.weight: .* shape \(2, 48\)"), ScanEngine(model):
+    with pytest.raises(InputError, match=r"leave out model\.norm\.proj\.weight: .* shape \(2, 48\)"), ScanEngine(model, targets="proj"):
         pass
+    assert list(left_out(model)) == ["model.norm.proj.weight"]
 
 
 def test_a_model_that_skips_its_embeddings_is_refused():

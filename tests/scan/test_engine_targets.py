@@ -57,7 +57,7 @@ def test_out_features_follow_each_kind_of_weight():
     ],
 )
 def test_patterns_choose_modules(targets, endings):
-    found = find_targets(tiny_causal_lm("qwen3_moe"), targets)
+    found = find_targets(tiny_causal_lm("qwen3_moe"), targets).targets
     assert {target.name.removesuffix(".weight").rsplit(".", 1)[-1] for target in found} == endings
     assert found[0].base == 0
     assert all(after.base == before.end for before, after in pairwise(found))
@@ -94,7 +94,7 @@ def test_patterns_that_choose_nothing_are_refused(targets, message):
         ScanEngine(tiny_causal_lm("qwen3"), targets=targets)
 
 
-def test_expert_weights_outside_the_interface_are_refused_unless_left_out():
+def test_expert_weights_outside_the_interface_are_left_out_and_refused_by_name():
     class OwnExperts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -105,10 +105,46 @@ def test_expert_weights_outside_the_interface_are_refused_unless_left_out():
 
     model = tiny_causal_lm("llama")
     model.model.layers[2].mlp = OwnExperts()
-    with pytest.raises(InputError, match=r"leave out model\.layers\.2\.mlp\.weight: OwnExperts multiplies this 3-D parameter itself"):
-        ScanEngine(model)
-    with ScanEngine(model, targets="attention,lm_head") as engine:
+    why = "OwnExperts multiplies this 3-D parameter itself"
+    with ScanEngine(model) as engine:
         assert engine.scan(torch.arange(5)[None])[0].activation.shape == (5, engine.blocks)
+    assert [name for name, reason in engine.not_measured.items() if reason.startswith(why)] == ["model.layers.2.mlp.weight"]
+    assert all("layers.2.mlp" not in entry.name for entry in engine.layout)
+    with pytest.raises(InputError, match=rf"leave out model\.layers\.2\.mlp\.weight: {why}"):
+        ScanEngine(model, targets="attention,layers.2.*")
+
+
+@pytest.mark.parametrize(
+    ("targets", "endings"),
+    [
+        ("all,!lm_head", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"}),
+        ("!lm_head, !attention", {"gate_up_proj", "down_proj"}),
+        ("!mlp,all", {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"}),
+        ("attention,lm_head,![qk]_proj", {"v_proj", "o_proj", "lm_head"}),
+        (r"re:(q,k|q|k)_proj", {"q_proj", "k_proj"}),
+        (r"re:[q,k]_proj,lm_head", {"q_proj", "k_proj", "lm_head"}),
+        (r"re:layers\.\d{1,2}\..*o_proj,!re:layers\.[1,2]\.", {"o_proj"}),
+        (r"re:o_proj|no\,thing", {"o_proj"}),
+    ],
+)
+def test_patterns_leave_out_and_hold_commas(targets, endings):
+    found = find_targets(tiny_causal_lm("qwen3_moe"), targets).targets
+    assert {target.name.removesuffix(".weight").rsplit(".", 1)[-1] for target in found} == endings
+    if "[1,2]" in targets:
+        assert [target.name for target in found] == ["model.layers.0.self_attn.o_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("all,!w_proj", "targets must match a module, got '!w_proj'"),
+        ("lm_head,!lm_head", "targets must leave something to record, got 'lm_head,!lm_head'"),
+        ("!all", "targets must leave something to record"),
+    ],
+)
+def test_patterns_that_leave_nothing_or_exclude_nothing_are_refused(targets, message):
+    with pytest.raises(InputError, match=message):
+        ScanEngine(tiny_causal_lm("qwen3"), targets=targets)
 
 
 def test_a_model_without_linear_layers_is_refused():
@@ -138,5 +174,6 @@ def test_the_norm_of_a_shared_input_is_taken_once(monkeypatch):
     monkeypatch.setattr(capture, "_row_norm", lambda x: taken.append(x.shape) or norm(x))
     model = tiny_causal_lm("llama")
     with ScanEngine(model) as engine:
+        taken.clear()  # those of the proof
         engine.scan(torch.arange(12)[None])
     assert len(taken) == 4 * model.config.num_hidden_layers + 1

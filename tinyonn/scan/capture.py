@@ -2,7 +2,8 @@
 
 For `y = x Wᵀ + b`, token t's gradient of `W[block, :]` is `δ_t[block] ⊗ x_t`, of Frobenius norm `‖δ_t[block]‖·‖x_t‖`. A forward
 hook takes `‖y_t[block]‖` and `‖x_t‖`; a hook on y's gradient takes `‖δ_t[block]‖·‖x_t‖`. The bias is no part of it. Nothing but
-`‖x_t‖`, one number a token, is kept between forward and backward: an activation lives as long as autograd itself needs it.
+`‖x_t‖`, one number a token, is kept between forward and backward: an activation lives as long as autograd itself needs it. The
+input of a tied output head is the exception: `lookup.py` says what for.
 """
 
 from __future__ import annotations
@@ -10,14 +11,27 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops import block_norms
+from .lookup import LookupPart, TiedLookup
 from .targets import BLOCK_SIZE, Target
+
+RUNS_TWICE = "it runs more than once in a forward pass, so a token's gradient is no single outer product"
+
+
+class Recorder(Protocol):
+    """What the hooks of a forward pass report to."""
+
+    def record(self, target: Target, inputs: Tensor, output: Tensor) -> None:
+        """Called with a module's input and output, before backward."""
+
+    def record_pairs(self, target: Target, tokens: Tensor, experts: Tensor, inputs: Tensor, output: Tensor) -> None:
+        """Called with one expert product over routed (token, expert) pairs, before backward."""
 
 
 class Capture:
@@ -25,22 +39,27 @@ class Capture:
 
     Args:
         targets: what to record, in column order.
-        batch_shape: (sequences, tokens).
-        device: of the model.
+        input_ids: (sequences, tokens), of the batch, on the model's device.
+        lookup: the output head that is also the input embeddings; None where none is.
 
     Attributes:
         activation, grad_norm: (sequences * tokens, blocks) float32, NaN where nothing was recorded.
+        reached: names of the targets whose gradient came.
     """
 
-    def __init__(self, targets: list[Target], batch_shape: tuple[int, int], device: torch.device) -> None:
-        rows, blocks = batch_shape[0] * batch_shape[1], targets[-1].end
-        self.batch_shape = batch_shape
+    def __init__(self, targets: list[Target], input_ids: Tensor, lookup: TiedLookup | None = None) -> None:
+        rows, blocks, device = input_ids.numel(), targets[-1].end, input_ids.device
+        self.batch_shape = (input_ids.shape[0], input_ids.shape[1])
         self.activation = torch.full((rows, blocks), torch.nan, dtype=torch.float32, device=device)
         self.grad_norm = torch.full((rows, blocks), torch.nan, dtype=torch.float32, device=device)
+        self.reached: set[str] = set()
         self._recorded: set[int] = set()
         self._input: weakref.ref[Tensor] | None = None
         self._input_version = -1
         self._input_norm: Tensor | None = None
+        self._lookup = lookup
+        self._input_ids = input_ids.reshape(-1)[:-1]
+        self._part: LookupPart | None = None
 
     def record(self, target: Target, inputs: Tensor, output: Tensor) -> None:
         """Records a module's output now, and its gradient when backward reaches it."""
@@ -52,11 +71,29 @@ class Capture:
             return
         # The batch's last row has no label: its gradient is all zeros, which the norms take a detour for, and is not stored.
         input_norm, grad_plane, shape = self._norm_of(inputs)[:-1], self.grad_norm[:-1, columns], self.batch_shape
+        tied = self._lookup is not None and self._lookup.target.name == target.name
+        kept = token_rows(target, inputs.detach(), shape)[:-1] if tied else None
 
         def on_gradient(grad: Tensor) -> None:
-            _write_norms(token_rows(target, grad, shape)[:-1], input_norm, grad_plane)
+            rows = token_rows(target, grad, shape)[:-1]
+            self.reached.add(target.name)
+            _write_norms(rows, input_norm, grad_plane)
+            if kept is not None:
+                self._part = LookupPart.of(rows, kept, input_norm, self._input_ids)
 
         output.register_hook(on_gradient)
+
+    def finish(self, embedding_grad: Tensor) -> None:
+        """Adds the look-up's part to a tied head's norms, once backward is through.
+
+        Args:
+            embedding_grad: (sequences, tokens, features), of the embedding module's output.
+        """
+        if self._lookup is not None and self._part is not None:
+            columns = slice(self._lookup.target.base, self._lookup.target.end)
+            rows = embedding_grad.reshape(-1, embedding_grad.shape[-1])[:-1]
+            self._lookup.add(self._part, rows, self._input_ids, self.grad_norm[:-1, columns])
+            self._part = None
 
     def record_pairs(self, target: Target, tokens: Tensor, experts: Tensor, inputs: Tensor, output: Tensor) -> None:
         """Records one expert product over routed (token, expert) pairs; the blocks of unrouted pairs stay NaN.
@@ -74,16 +111,14 @@ class Capture:
         input_norm, grad_plane = _row_norm(inputs), self.grad_norm[:, columns].unflatten(1, places[1:])
 
         def on_gradient(grad: Tensor) -> None:
+            self.reached.add(target.name)
             grad_plane[tokens, experts] = block_norms(grad, BLOCK_SIZE, row_scale=input_norm).float()
 
         output.register_hook(on_gradient)
 
     def _claim(self, target: Target) -> None:
         if target.base in self._recorded:
-            raise InputError(
-                f"targets must leave out {target.name}: it runs more than once in a forward pass, so a token's gradient is no single "
-                "outer product."
-            )
+            raise InputError(f"targets must leave out {target.name}: {RUNS_TWICE}.")
         self._recorded.add(target.base)
 
     def _norm_of(self, inputs: Tensor) -> Tensor:
@@ -97,14 +132,12 @@ class Capture:
 
 
 @contextmanager
-def module_hooks(targets: Iterable[Target], current: Callable[[], Capture | None]) -> Iterator[None]:
-    """Hooks on every target that is a module; they record into `current()`, or do nothing where that is None."""
+def module_hooks(targets: Iterable[Target], recorder: Recorder) -> Iterator[None]:
+    """Within the block, hooks on every target that is a module report to `recorder`."""
 
     def hook_for(target: Target) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            capture = current()
-            if capture is not None:
-                capture.record(target, args[0] if args else next(iter(kwargs.values())), output)
+            recorder.record(target, args[0] if args else next(iter(kwargs.values())), output)
 
         return hook
 
@@ -118,16 +151,20 @@ def module_hooks(targets: Iterable[Target], current: Callable[[], Capture | None
 
 def token_rows(target: Target, tensor: Tensor, batch_shape: tuple[int, int]) -> Tensor:
     """(..., features) as (sequences * tokens, features), where its rows are the batch's tokens in order."""
-    if not isinstance(tensor, Tensor):
-        raise InputError(f"targets must leave out {target.name}: its output is a {type(tensor).__name__}, not a tensor.")
-    sequences, tokens = batch_shape
-    leading = [size for size in tensor.shape[:-1] if size != 1]
-    if leading not in ([size for size in batch_shape if size != 1], [sequences * tokens]):
-        raise InputError(
-            f"targets must leave out {target.name}: its output has shape {tuple(tensor.shape)}, whose rows are not the "
-            f"{sequences} x {tokens} tokens of the batch."
-        )
+    if fault := row_fault(tensor, batch_shape):
+        raise InputError(f"targets must leave out {target.name}: {fault}.")
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def row_fault(output: Any, batch_shape: tuple[int, int]) -> str:
+    """Why a module's output has no row for each of the batch's tokens; empty where it has."""
+    if not isinstance(output, Tensor):
+        return f"its output is a {type(output).__name__}, not a tensor"
+    sequences, tokens = batch_shape
+    leading = [size for size in output.shape[:-1] if size != 1]
+    if leading not in ([size for size in batch_shape if size != 1], [sequences * tokens]):
+        return f"its output has shape {tuple(output.shape)}, whose rows are not the {sequences} x {tokens} tokens of the batch"
+    return ""
 
 
 def _write_norms(rows: Tensor, row_scale: Tensor | None, columns: Tensor) -> None:

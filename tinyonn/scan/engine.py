@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -22,14 +22,16 @@ from ..hf.interfaces import attention_implementation
 from ..mscan.layout import LayoutEntry, layout_groups
 from ..mscan.types import Integral
 from .batch import Batch
-from .capture import Capture, module_hooks
+from .capture import Capture, Recorder, module_hooks
 from .config import CREDITS
 from .experts import PairRecorder, recorded_experts
 from .forward import frozen, logits_from_embeddings, loss_into_gradient_, position_switches, vocabulary_size
 from .integral import sequence_integral
 from .local_credit import LOCAL_CREDIT
-from .proof import prove_causal, prove_local_credit, prove_products, prove_same_logits
-from .targets import Target, find_targets, layout_of
+from .lookup import TiedLookup, tied_lookup
+from .proof import logit_change, probe_tokens, prove_causal, prove_local_credit
+from .targets import Selection, Target, find_targets, layout_of
+from .witness import NO_GRADIENT, prove_weights
 
 _entered: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -43,7 +45,7 @@ class SequenceScan:
         grad_norm: (tokens, blocks) float32, per-token gradient norm of the weight's block, nats per weight; NaN alike. NaN also
             for the blocks of an expert that the token was not routed to, and of a module that did not run.
         loss: (tokens,) float32 nats; loss[t] is of predicting token t+1; NaN for the last.
-        integral: ∫SPS and moments over the tokens that are not NaN.
+        integral: ∫SPS and moments over the tokens that are not NaN; ∫SPS is NaN for a block without one.
     """
 
     activation: NDArray[np.float32]
@@ -60,8 +62,12 @@ class ScanEngine:
                 result.activation, result.grad_norm, result.loss
 
     The loss is cross-entropy summed over tokens, so a token's gradient does not depend on its sequence's length. The measured
-    weights are the matrices, not the biases. A sequence's values do not depend on its padding or its neighbours in the batch
-    beyond rounding. On leaving, the model is as it was: hooks, requires_grad, training modes, implementations and any `.grad`.
+    weights are the matrices, not the biases. A weight that is also the input embeddings is recorded as the output head, with the
+    look-up's part in its gradient. A sequence's values do not depend on its padding or its neighbours in the batch beyond rounding.
+
+    On entering, a probe batch proves for every weight that its hook fires and that the recorded outer products sum to the weight's own
+    gradient. Weights that fail are left out; `not_measured` says why. On leaving, the model is as it was: hooks, requires_grad,
+    training modes, implementations and any `.grad`.
 
     Args:
         model: a transformers causal language model, on one device.
@@ -70,12 +76,14 @@ class ScanEngine:
         targets: the modules to record; see `tinyonn.scan.targets.find_targets`.
 
     Attributes:
-        layout: one LayoutEntry per weight, in the planes' column order.
-        group_offsets: (groups + 1,) int64, first column of each decoder layer.
+        layout: one LayoutEntry per weight, in the planes' column order; final once the engine is entered.
+        group_offsets: (groups + 1,) int64, first column of each decoder layer; likewise.
+        not_measured: name of a weight that was asked for and is left out -> why; likewise.
+        unproven: name of a recorded weight whose own gradient could not be compared -> why, as for quantised weights.
 
     Raises:
         InputError: an unknown credit, a target that is not there, a model that is none of transformers' or not on one device; on
-            entering, a model that is not causal, or for which local credit is not exact.
+            entering, a model that is not causal, for which local credit is not exact, or a pattern that names what cannot be measured.
     """
 
     def __init__(self, model: PreTrainedModel, *, credit: str = "full", targets: str = "all") -> None:
@@ -91,17 +99,29 @@ class ScanEngine:
         self.model = model
         self.credit = credit
         self.device = devices.pop()
-        self._targets = find_targets(model, targets)
-        self.layout: list[LayoutEntry] = layout_of(self._targets)
-        self.group_offsets = torch.from_numpy(layout_groups(self.layout)[1])
+        self._take(find_targets(model, targets))
+        self.unproven: Mapping[str, str] = {}
+        self._lookup: TiedLookup | None = None
         self._stack: ExitStack | None = None
-        self._capture: Capture | None = None
         self._lock = threading.Lock()
+
+    def _take(self, selection: Selection) -> None:
+        self._selection = selection
+        self.layout: list[LayoutEntry] = layout_of(selection.targets)
+        self.group_offsets = torch.from_numpy(layout_groups(self.layout)[1])
 
     @property
     def blocks(self) -> int:
         """Columns of a plane."""
         return self._targets[-1].end
+
+    @property
+    def not_measured(self) -> Mapping[str, str]:
+        return self._selection.left_out
+
+    @property
+    def _targets(self) -> list[Target]:
+        return self._selection.targets
 
     def __enter__(self) -> ScanEngine:
         if self._stack is not None:
@@ -110,7 +130,6 @@ class ScanEngine:
             stack.enter_context(_alone(self.model))
             stack.enter_context(frozen(self.model))
             self._prove()
-            stack.enter_context(module_hooks(self._targets, lambda: self._capture))
             self._stack = stack.pop_all()
         return self
 
@@ -155,22 +174,34 @@ class ScanEngine:
         return [results[row] for row in range(len(results))]
 
     def _scan(self, batch: Batch) -> list[SequenceScan]:
-        capture = Capture(self._targets, batch.shape, self.device)
-        self._capture = capture
-        try:
-            with self._implementations(capture):
-                logits, embeddings = logits_from_embeddings(self.model, batch.input_ids)
-                if int(batch.labels.max()) >= logits.shape[-1]:
-                    raise InputError(f"input_ids must be 0 … {logits.shape[-1] - 1}, which the model has logits for.")
-                # The gradient is written over the logits. The edge into the graph is taken before: a view that was written to gets a
-                # new one, without the hooks. Should an earlier step need the logits for its own backward, autograd raises.
-                edge, values = get_gradient_edge(logits), logits.detach().view(-1, logits.shape[-1])
-                loss = loss_into_gradient_(values, batch.labels.reshape(-1))
-                torch.autograd.grad([edge], [embeddings], [values.view_as(logits)])
-                del logits, values, edge, embeddings
-        finally:
-            self._capture = None
-        return list(self._results(batch, capture, loss))
+        return list(self._results(batch, *self._captured(batch)))
+
+    def _captured(self, batch: Batch) -> tuple[Capture, Tensor]:
+        """The filled planes of a batch, and each token's loss."""
+        capture = Capture(self._targets, batch.input_ids, self._lookup)
+        with self._recording_into(capture):
+            logits, embeddings = logits_from_embeddings(self.model, batch.input_ids)
+            if int(batch.labels.max()) >= logits.shape[-1]:
+                raise InputError(f"input_ids must be 0 … {logits.shape[-1] - 1}, which the model has logits for.")
+            # The gradient is written over the logits. The edge into the graph is taken before: a view that was written to gets a
+            # new one, without the hooks. Should an earlier step need the logits for its own backward, autograd raises.
+            edge, values = get_gradient_edge(logits), logits.detach().view(-1, logits.shape[-1])
+            loss = loss_into_gradient_(values, batch.labels.reshape(-1))
+            (embedding_grad,) = torch.autograd.grad([edge], [embeddings], [values.view_as(logits)])
+            capture.finish(embedding_grad)
+            del logits, values, edge, embeddings, embedding_grad
+        return capture, loss
+
+    @contextmanager
+    def _recording_into(self, recorder: Recorder | None) -> Iterator[None]:
+        """Hooks on every target, and the attention and experts functions of a scan; `generate` between scans runs the model's own."""
+        with ExitStack() as stack:
+            if recorder is not None:
+                stack.enter_context(module_hooks(self._targets, recorder))
+            stack.enter_context(self._experts(recorder))
+            if self.credit == "local":
+                stack.enter_context(attention_implementation(self.model, LOCAL_CREDIT))
+            yield
 
     def _results(self, batch: Batch, capture: Capture, loss: Tensor) -> Iterator[SequenceScan]:
         shape = batch.shape
@@ -184,34 +215,55 @@ class ScanEngine:
             yield SequenceScan(planes[0].cpu().numpy(), planes[1].cpu().numpy(), loss.view(shape)[row, :length].cpu().numpy(), integral)
 
     @contextmanager
-    def _implementations(self, capture: Capture | None) -> Iterator[None]:
-        """The attention and experts functions of a scan; `generate` between scans runs the model's own."""
-        with ExitStack() as stack:
-            stack.enter_context(self._experts(capture))
-            if self.credit == "local":
-                stack.enter_context(attention_implementation(self.model, LOCAL_CREDIT))
-            yield
-
-    @contextmanager
-    def _experts(self, capture: Capture | None) -> Iterator[None]:
+    def _experts(self, recorder: Recorder | None) -> Iterator[None]:
         recorders: dict[nn.Module, PairRecorder] = {}
         by_module: dict[nn.Module, dict[str, Target]] = {}
         for target in self._targets:
             if target.is_experts:
                 by_module.setdefault(target.module, {})[target.weight] = target
         for module, weights in by_module.items():
-            recorders[module] = _pair_recorder(weights, capture)
+            recorders[module] = _pair_recorder(weights, recorder)
         with recorded_experts(self.model, recorders):
             yield
 
     def _prove(self) -> None:
+        experts = {target.name for target in self._targets if target.is_experts}
+        if experts and (change := logit_change(self.model, lambda: self._experts(None))):
+            why = f"experts computed one product at a time must leave the logits as they are, and make {change}"
+            self._take(self._selection.without(dict.fromkeys(experts, why)))
         with self._experts(None):
             if self.credit == "local":
                 prove_local_credit(self.model)
             prove_causal(self.model)
-            prove_products(self.model, self._targets)
-        if self.credit == "local" or any(target.is_experts for target in self._targets):
-            prove_same_logits(self.model, lambda: self._implementations(None), f"a scan with credit={self.credit!r}")
+        if self.credit == "local" and (change := logit_change(self.model, lambda: self._recording_into(None))):
+            raise InputError(f"a scan with credit='local' must leave the logits as they are, got {change}.")
+        self._prove_weights()
+
+    def _prove_weights(self) -> None:
+        tokens = probe_tokens(self.model)[0]
+        probe = torch.stack([tokens, tokens.flip(0)])
+        self._lookup = self._tied(probe)
+        verdict = prove_weights(self.model, self._targets, probe, self._recording_into, self._lookup)
+        self.unproven = verdict.unproven
+        self._without(verdict.faults)
+        # With its weights frozen, a scan reaches only what depends on the embeddings.
+        capture, _ = self._captured(Batch.of(probe, None, vocabulary_size(self.model), self.device))
+        self._without({target.name: NO_GRADIENT for target in self._targets if target.name not in capture.reached})
+
+    def _without(self, faults: dict[str, str]) -> None:
+        if faults:
+            self._take(self._selection.without(faults))
+            self._lookup = (
+                None
+                if self._lookup is None
+                else next(
+                    (replace(self._lookup, target=target) for target in self._targets if target.name == self._lookup.target.name), None
+                )
+            )
+
+    def _tied(self, probe: Tensor) -> TiedLookup | None:
+        found = (tied_lookup(self.model, target, probe) for target in self._targets if not target.is_experts)
+        return next((lookup for lookup in found if lookup is not None), None)
 
 
 @contextmanager
@@ -233,9 +285,9 @@ def _recording() -> Iterator[None]:
         yield
 
 
-def _pair_recorder(weights: dict[str, Target], capture: Capture | None) -> PairRecorder:
+def _pair_recorder(weights: dict[str, Target], recorder: Recorder | None) -> PairRecorder:
     def record(name: str, *pairs: Any) -> None:
-        if capture is not None and name in weights:
-            capture.record_pairs(weights[name], *pairs)
+        if recorder is not None and name in weights:
+            recorder.record_pairs(weights[name], *pairs)
 
     return record

@@ -115,7 +115,7 @@ def estimate(prepared: Prepared) -> ScanEstimate:
     config = prepared.config
     with torch.device("meta"):
         model = skeleton(prepared.model_config, prepared.dtype)
-    blocks = layout_blocks(layout_of(find_targets(model, config.targets)))
+    blocks = layout_blocks(layout_of(find_targets(model, config.targets).targets))
     counts, text_bytes, widest, scale = _count_tokens(prepared)
     sequences = round(counts.sequences * scale)
     tokens = round((counts.tokens + counts.sequences * config.generate) * scale)

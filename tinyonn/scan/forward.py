@@ -81,7 +81,7 @@ def logits_from_embeddings(model: PreTrainedModel, input_ids: Tensor) -> tuple[T
         # A zero that is added, not the embeddings themselves: models may change those in place, which a leaf forbids.
         leaf = output.new_zeros(()).expand_as(output).requires_grad_()
         leaves.append(leaf)
-        return output.detach() + leaf
+        return output + leaf
 
     handle = model.get_input_embeddings().register_forward_hook(start_graph)
     try:

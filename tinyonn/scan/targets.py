@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,13 +22,16 @@ from ..mscan.layout import LayoutEntry, group_name
 
 BLOCK_SIZE = 64
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+# Patterns that choose by kind. What such a word finds and a scan cannot measure is left out; what a name finds is refused.
+WORDS = ("all", "attention", "mlp")
 
 
 @dataclass(frozen=True)
 class Target:
     """One parameter: `experts` weights of `out_features` each, whose blocks are columns base … base + experts * blocks.
 
-    A module's weight has experts = 1. `weight` is the parameter's attribute name in `module`.
+    A module's weight has experts = 1. `weight` is the parameter's attribute name in `module`. `named` is True where a pattern
+    other than a word chose it.
     """
 
     module_name: str
@@ -37,6 +40,7 @@ class Target:
     out_features: int
     experts: int
     base: int
+    named: bool = False
 
     @property
     def name(self) -> str:
@@ -56,32 +60,61 @@ class Target:
         return not isinstance(self.module, (nn.Linear, Conv1D))
 
 
-def find_targets(model: PreTrainedModel, targets: str = "all") -> list[Target]:
-    """The targets of a model that a specification names, in column order.
+@dataclass(frozen=True)
+class Selection:
+    """What a scan records, and what it was asked for and cannot record.
+
+    Attributes:
+        targets: at least one, in column order.
+        left_out: name of a weight -> why it is not measured.
+    """
+
+    targets: list[Target]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def without(self, faults: Mapping[str, str]) -> Selection:
+        """The same selection less the targets in `faults` (name -> why), its columns closed up.
+
+        Raises:
+            InputError: a pattern named one of them, or no target is left.
+        """
+        kept: list[Target] = []
+        base = 0
+        for target in self.targets:
+            if target.name not in faults:
+                kept.append(replace(target, base=base))
+                base = kept[-1].end
+            elif target.named:
+                raise InputError(f"targets must leave out {target.name}: {faults[target.name]}.")
+        if not kept:
+            name, why = next(iter(faults.items()))
+            raise InputError(f"targets must leave something to measure, got {len(faults)} weights that cannot be: {name}: {why}.")
+        return Selection(kept, {**self.left_out, **faults})
+
+
+def find_targets(model: PreTrainedModel, targets: str = "all") -> Selection:
+    """The targets of a model that a specification chooses, in column order.
 
     Args:
         model: a causal language model.
-        targets: "all", or comma-separated patterns, each one of
-            "attention" (every target inside a module named for attention), "mlp" (every other target inside a decoder
+        targets: comma-separated patterns. A target is chosen if any pattern matches it, and none that begins with `!` does;
+            with `!` patterns alone, all others are chosen. A pattern is one of
+            "all", "attention" (every target inside a module named for attention), "mlp" (every other target inside a decoder
             layer, experts included), a glob matched against the module's dotted name or any ending of it ("q_proj",
-            "layers.0.*", "self_attn.[qk]_proj"), or "re:…", a regular expression searched for in that name. The name of
-            an expert parameter is its own ("model.layers.0.mlp.experts.gate_up_proj").
+            "layers.0.*", "self_attn.[qk]_proj"), or "re:…", a regular expression searched for in that name. Commas inside
+            brackets of any kind, or behind a backslash, belong to the pattern. The name of an expert parameter is its own
+            ("model.layers.0.mlp.experts.gate_up_proj").
 
     Returns:
-        At least one Target.
+        The selection. Expert weights that transformers' experts interface does not multiply are left out where a word chose them.
 
     Raises:
-        InputError: a pattern matches nothing (the message lists what is there), or a chosen module keeps expert weights
-            that transformers' experts interface does not multiply.
+        InputError: a pattern matches nothing (the message lists what is there), nothing is left, or a pattern other than a word
+            chooses expert weights that transformers' experts interface does not multiply.
     """
     found = sorted(_all_targets(model), key=_layer_order(model))
-    selected = [target for target in found if targets == "all"] or _select(found, targets)
-    placed, base = [], 0
-    for target in selected:
-        _refuse_unreachable(target)
-        placed.append(Target(target.module_name, target.module, target.weight, target.out_features, target.experts, base))
-        base = placed[-1].end
-    return placed
+    selected = _select(found, targets)
+    return Selection(selected).without({target.name: why for target in selected if (why := _unreachable(target))})
 
 
 def layout_of(targets: Iterable[Target]) -> list[LayoutEntry]:
@@ -123,21 +156,56 @@ def _layer_order(model: PreTrainedModel) -> Callable[[Target], tuple[bool, int]]
 
 
 def _select(found: list[Target], targets: str) -> list[Target]:
-    patterns = [pattern.strip() for pattern in targets.split(",") if pattern.strip()]
+    patterns = split_patterns(targets)
     if not patterns:
         raise InputError(f"targets must be 'all' or comma-separated patterns, got {targets!r}.")
-    chosen: set[int] = set()
+    excluded: set[int] = set()
+    chosen: dict[int, bool] = {}  # index -> whether a name chose it
     for pattern in patterns:
-        hits = [index for index, target in enumerate(found) if _matches(pattern, target)]
-        if not hits:
+        wanted = pattern.removeprefix("!").strip()
+        hits = [index for index, target in enumerate(found) if _matches(wanted, target)]
+        if not hits and wanted != "all":
             there = ", ".join(dict.fromkeys(_label(target).rsplit(".", 1)[-1] for target in found))
-            raise InputError(f"targets must match a module, got {pattern!r}; there are {there}, and the words attention and mlp.")
-        chosen.update(hits)
-    return [found[index] for index in sorted(chosen)]
+            raise InputError(f"targets must match a module, got {pattern!r}; there are {there}, and the words {', '.join(WORDS)}.")
+        if pattern.startswith("!"):
+            excluded.update(hits)
+        else:
+            chosen.update({index: chosen.get(index, False) or wanted not in WORDS for index in hits})
+    if all(pattern.startswith("!") for pattern in patterns):
+        chosen = dict.fromkeys(range(len(found)), False)
+    kept = [replace(found[index], named=named) for index, named in sorted(chosen.items()) if index not in excluded]
+    if not kept:
+        raise InputError(f"targets must leave something to record, got {targets!r}, which leaves nothing.")
+    return kept
+
+
+def split_patterns(targets: str) -> list[str]:
+    """The patterns of a comma-separated list; commas inside brackets, or behind a backslash, part nothing."""
+    patterns, depth, in_class, start, index = [], 0, False, 0, 0
+    while index < len(targets):
+        character = targets[index]
+        if character == "\\":
+            index += 1
+        elif in_class:
+            in_class = character != "]"
+        elif character == "[":
+            in_class = True
+        elif character in "({":
+            depth += 1
+        elif character in ")}":
+            depth = max(0, depth - 1)
+        elif character == "," and not depth:
+            patterns.append(targets[start:index])
+            start = index + 1
+        index += 1
+    patterns.append(targets[start:])
+    return [pattern.strip() for pattern in patterns if pattern.strip()]
 
 
 def _matches(pattern: str, target: Target) -> bool:
     name = _label(target)
+    if pattern == "all":
+        return True
     if pattern in ("attention", "mlp"):
         inside = name.rsplit(".", 1)[0] if "." in name else ""
         is_attention = ATTENTION.search(inside) is not None
@@ -156,9 +224,8 @@ def _label(target: Target) -> str:
     return target.name if target.is_experts else target.module_name
 
 
-def _refuse_unreachable(target: Target) -> None:
-    if target.is_experts and not (uses_experts_interface(target.module) and target.weight in ("gate_up_proj", "up_proj", "down_proj")):
-        raise InputError(
-            f"targets must leave out {target.name}: {type(target.module).__name__} multiplies this 3-D parameter itself, "
-            "not through transformers' experts interface, so its products cannot be recorded."
-        )
+def _unreachable(target: Target) -> str:
+    """Why no hook reaches a target's products; empty where one does."""
+    if not target.is_experts or (uses_experts_interface(target.module) and target.weight in ("gate_up_proj", "up_proj", "down_proj")):
+        return ""
+    return f"{type(target.module).__name__} multiplies this 3-D parameter itself, not through transformers' experts interface"
