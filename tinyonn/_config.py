@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from ._folders import is_adapter
 from .errors import InputError, did_you_mean, listed, reason, shown
 
 # Precisions by the names that options and files have; the spellings that people type for each, without case and "torch.".
@@ -185,14 +186,14 @@ def check_number(
 
 
 def local_model(model_path: str) -> Path | None:
-    """The folder of a model; None for what may be the name of one on the hub. Looks for its config.json alone.
+    """The folder of a model or adapter; None for what may be the name of one on the hub. Looks for its configuration alone.
 
     Raises:
         InputError: no such folder, or no model in it.
     """
     path = Path(model_path).expanduser().absolute()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not is_adapter(path):
             held = listed(sorted(entry.name for entry in path.iterdir()), 4, none="nothing")
             raise InputError(f"model_path must be a folder with config.json, got {model_path} (holds {held}).")
         return path

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from .errors import InputError
 
 # All that decides how texts become tokens, chat templates included. The order is part of the hash.
 TOKENIZER_FILES = (
@@ -21,6 +25,8 @@ TOKENIZER_FILES = (
 )
 # Files that hold a vocabulary: a folder without any of them has no tokenizer.
 VOCABULARY_FILES = TOKENIZER_FILES[:4]
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 CONFIG_FILES = ("config.json", "generation_config.json")
 
 
@@ -54,6 +60,31 @@ def cache_folder() -> Path:
     if path := os.environ.get("TINYONN_CACHE"):
         return Path(path).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tinyonn"
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is that of a PEFT adapter: transformers, too, goes by this file before config.json."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """The weights of an adapter: safetensors, else PyTorch's."""
+    return _present(folder, _ADAPTER_WEIGHTS)[:1]
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The settings of an adapter.
+
+    Raises:
+        InputError: no JSON object.
+    """
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"model_path must hold a valid {ADAPTER_CONFIG}, got a damaged one in {folder}.") from error
+    if not isinstance(config, dict):
+        raise InputError(f"model_path must hold a valid {ADAPTER_CONFIG}, got no object in {folder}.")
+    return config
 
 
 def _present(folder: Path, names: tuple[str, ...]) -> list[Path]:

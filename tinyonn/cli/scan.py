@@ -22,7 +22,7 @@ _option = partial(config_option, _DEFAULTS)
 
 def scan(
     model_path: Annotated[
-        str | None, _option("model_path", "Folder of a causal language model, or its name on the hub.", "PATH", "-m")
+        str | None, _option("model_path", "Folder of a causal language model or a PEFT adapter, or its name on the hub.", "PATH", "-m")
     ] = None,
     dataset_path: Annotated[str | None, _option("dataset_path", "The corpus: JSONL, a JSON list or Parquet.", "PATH", "-d")] = None,
     output_path: Annotated[

@@ -17,13 +17,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .._config import dtype_name, local_model
+from .._folders import adapter_files, has_tokenizer, is_adapter, read_adapter_config
 from .._units import readable_bytes
 from ..errors import InputError, reason
+from .adapters import check_adapter, merge, take_over, trained_class
 from .memory import available_memory, is_out_of_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What a model that one of these loads is called.
 _MODELS = {"AutoModelForCausalLM": "causal language model", "AutoModelForSequenceClassification": "sequence classifier"}
+# Heads that a checkpoint of the bare transformer lacks, and an adapter may bring.
+_HEADS = r"^(score|classifier|pre_classifier|pooler|lm_head|head)\b"
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
@@ -36,17 +40,48 @@ class Weights:
 
 
 def resolve_model(model_path: str) -> Path:
-    """The folder of a model: itself, or the hub's snapshot of an id, downloaded if it is not in the cache.
+    """The folder of a model or of a PEFT adapter: itself, or the hub's snapshot of an id, downloaded if it is not in the cache.
 
     Raises:
-        InputError: no such folder, no model in it, or the id cannot be downloaded.
+        InputError: no such folder, no model in it, or the id cannot be downloaded; of an adapter, that its base model is not there, or
+            that it cannot be read.
     """
     path = local_model(model_path)
     if path is None:
-        return _download(model_path)
+        path = _download(model_path)
+    if is_adapter(path):
+        check_adapter(path)
+        base_folder(path)
+        return path
     if not weight_files(path):
         raise InputError(f"model_path must hold weights (*.safetensors or *.bin), got {model_path}.")
     return path
+
+
+def base_folder(folder: Path) -> Path:
+    """The folder with the whole model: that of the base model for an adapter's, else the same.
+
+    Raises:
+        InputError: the base model that an adapter names is not here and cannot be downloaded.
+    """
+    if not is_adapter(folder):
+        return folder
+    name = base_name(folder)
+    beside = folder / name  # a relative path is the training's; the adapter's own folder is the other place it may start from
+    try:
+        return base_folder(resolve_model(str(beside) if not Path(name).is_dir() and beside.is_dir() else name))
+    except InputError as error:
+        raise InputError(f"model_path must be an adapter whose base model is here, got {folder.name}: {error}") from error
+
+
+def base_name(folder: Path) -> str:
+    """The base model of an adapter, as the adapter names it."""
+    return str(read_adapter_config(folder)["base_model_name_or_path"])
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """The folder that a model's tokenizer is read from: an adapter's own, or else its base model's."""
+    return folder if not is_adapter(folder) or has_tokenizer(folder) else base_folder(folder)
 
 
 def _download(model_id: str) -> Path:
@@ -63,7 +98,7 @@ def _download(model_id: str) -> Path:
                     continue
                 wanted = "model_path must be an existing folder or a hub id that can be downloaded"
                 raise InputError(f"{wanted}, got {model_id}: {reason(error)}") from error
-            if (folder / "config.json").is_file() and weight_files(folder):
+            if is_adapter(folder) or ((folder / "config.json").is_file() and weight_files(folder)):
                 return folder
     raise InputError(f"model_path must hold a model with config.json and weights, got {model_id}.")
 
@@ -71,8 +106,11 @@ def _download(model_id: str) -> Path:
 def weight_files(folder: Path) -> list[Path]:
     """The files that transformers loads a model's weights from, sorted: safetensors, else PyTorch's; whole, else by their index.
 
-    What else lies there (the same weights in another layout, an optimiser's state) is not of the model.
+    What else lies there (the same weights in another layout, an optimiser's state) is not of the model. An adapter's come after those of
+    its base model.
     """
+    if is_adapter(folder):
+        return [*weight_files(base_folder(folder)), *adapter_files(folder)]
     for whole, pattern in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "*.bin")):
         if (folder / whole).is_file():
             return [folder / whole]
@@ -96,11 +134,12 @@ def _indexed(index: Path) -> list[str]:
 
 
 def weights_of(folder: Path) -> Weights:
-    """Number of values and bytes, read from the safetensors headers alone; PyTorch files count by their size.
+    """Number of values and bytes, read from the safetensors headers alone; PyTorch files count by their size. An adapter adds none.
 
     Raises:
         InputError: a file is not safetensors.
     """
+    folder = base_folder(folder)
     values = stored = 0
     for file in weight_files(folder):
         if file.suffix != ".safetensors":
@@ -173,7 +212,7 @@ def load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(base_folder(folder))
     except Exception as error:  # what a damaged file brings down in transformers has no common type
         raise InputError(f"model_path must hold a model that transformers knows, got {folder.name}: {reason(error)}") from error
 
@@ -215,7 +254,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(tokenizer_folder(folder))
     except Exception as error:  # what a damaged file brings down in transformers has no common type
         raise InputError(f"model_path must hold a tokenizer, got {folder.name}: {reason(error)}") from error
 
@@ -282,7 +321,7 @@ def load_model(
     remedy: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """A model, in eval mode, on its device; nothing is written on the terminal.
+    """A model, in eval mode, on its device; nothing is written on the terminal. An adapter comes merged into its base model.
 
     Args:
         auto_class: name of the transformers class that loads it.
@@ -297,6 +336,9 @@ def load_model(
     import transformers
 
     check_fits(folder, dtype, device, training=training, remedy=remedy)
+    if is_adapter(folder):
+        with quiet_transformers():
+            return _load_merged(folder, dtype, device, auto_class, may_lack, **options).to(device).eval()
     try:
         with quiet_transformers():
             loaded: Any = getattr(transformers, auto_class).from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
@@ -329,6 +371,19 @@ def class_fault(error: Exception, auto_class: str, model: Any) -> str:
 
 def _wanted(auto_class: str) -> str:
     return f"a {_MODELS[auto_class]}" if auto_class in _MODELS else "a model transformers knows"
+
+
+def _load_merged(folder: Path, dtype: torch.dtype, device: torch.device, auto_class: str, may_lack: Sequence[str], **options: Any) -> Any:
+    base, trained = base_folder(folder), trained_class(folder, auto_class)
+    if trained == auto_class:
+        return merge(load_model(base, dtype, device, auto_class, may_lack, **options), folder)
+    # The adapter goes into the class that it was trained on, whose module names it has; the head above may be another.
+    donor = merge(load_model(base, dtype, device, trained, [_HEADS]), folder)
+    if auto_class == "AutoModel":
+        return donor.base_model
+    model = load_model(base, dtype, device, auto_class, may_lack, **options)
+    take_over(model, donor)
+    return model
 
 
 def display_name(model_path: str, folder: Path) -> str:

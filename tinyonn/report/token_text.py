@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from .._folders import cache_folder, has_tokenizer, tokenizer_hash
+from .._folders import VOCABULARY_FILES, cache_folder, has_tokenizer, tokenizer_hash
 from ..errors import InputError, reason
 
 _REPLACEMENT = "\ufffd"
@@ -73,22 +73,28 @@ def token_pieces(decoder: Decoder, token_ids: Sequence[int]) -> list[str]:
 def _candidates(metadata: Mapping[str, Any]) -> Iterator[Path]:
     if isinstance(path := metadata.get("model_path"), str) and path:
         yield Path(path).expanduser()
-    model = metadata.get("model")
-    if not isinstance(model, str) or not model:
-        return
-    yield Path(model)
-    yield cache_folder() / Path(model).name
+    # The tokenizer of an adapter's scan may be its base model's.
+    for model in (metadata.get("model"), metadata.get("base_model")):
+        if isinstance(model, str) and model:
+            yield Path(model).expanduser()
+            yield cache_folder() / Path(model).name
+            yield from _hub_cache(model)
+
+
+def _hub_cache(model: str) -> Iterator[Path]:
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
     except ImportError:
         return
-    try:
-        found = try_to_load_from_cache(model, "tokenizer.json")
-    except HFValidationError:
-        return
-    if isinstance(found, str):
-        yield Path(found).parent
+    for name in VOCABULARY_FILES:
+        try:
+            found = try_to_load_from_cache(model, name)
+        except HFValidationError:
+            return
+        if isinstance(found, str):
+            yield Path(found).parent
+            return
 
 
 def _load(folder: Path) -> Decoder:

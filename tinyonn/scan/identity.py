@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from .._folders import file_hash, model_config_hash, tokenizer_hash
-from ..hf.loading import display_name, weight_files
+from .._folders import file_hash, is_adapter, model_config_hash, tokenizer_hash
+from ..hf.adapters import settings_hash
+from ..hf.loading import base_folder, base_name, display_name, tokenizer_folder, weight_files
 from .config import RUN_ONLY, ScanConfig
 from .targets import BLOCK_SIZE
 
@@ -23,6 +24,7 @@ DESCRIPTIVE = (
     "transformers",
     "model",
     "model_path",
+    "base_model",
     "architecture",
     "num_attention_heads",
     "num_key_value_heads",
@@ -39,7 +41,7 @@ def scan_metadata(
 ) -> dict[str, Any]:
     """The metadata of a scan's file: model, corpus, options, versions.
 
-    Names and hashes; the one path is the model's, as it was given: a report looks for the tokenizer there.
+    Names and hashes; the only paths are the model's, as it was given, and an adapter's base model: a report looks for the tokenizer there.
 
     Args:
         config: the options.
@@ -65,9 +67,10 @@ def scan_metadata(
         **_heads(model_config.get_text_config()),
         "parameters": parameters,
         "model_weights_sha256": file_hash(*weight_files(folder)),
-        "model_config_sha256": model_config_hash(folder),
+        "model_config_sha256": model_config_hash(base_folder(folder)),
+        **_adapter(folder),
         "tokenizer": type(tokenizer).__name__,
-        "tokenizer_sha256": tokenizer_hash(folder),
+        "tokenizer_sha256": tokenizer_hash(tokenizer_folder(folder)),
         "corpus": Path(config.dataset_path).name,
         "corpus_sha256": file_hash(Path(config.dataset_path)),
         **options,
@@ -78,6 +81,11 @@ def scan_metadata(
         "block_size": BLOCK_SIZE,
     }
     return metadata | {"config_hash": identity_hash(metadata)}
+
+
+def _adapter(folder: Path) -> dict[str, str]:
+    """What tells an adapter from its base model; nothing for a whole model."""
+    return {"base_model": base_name(folder), "adapter_config_sha256": settings_hash(folder)} if is_adapter(folder) else {}
 
 
 def _heads(model_config: Any) -> dict[str, int]:

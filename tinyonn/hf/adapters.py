@@ -1,0 +1,105 @@
+"""Folders of PEFT adapters: which model they belong to, and both merged into one.
+
+An adapter is read merged: its products are added to the weights of the base model, W' = W + scale · B·A. So a merged model has the
+base model's modules under the base model's names, and each weight is the one that the tokens met.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .._folders import ADAPTER_CONFIG, adapter_files, read_adapter_config
+from ..errors import InputError, listed, reason
+
+# The class of transformers that an adapter of a task was trained on.
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+# Where an adapter came from and how it was made, which change no value.
+_DESCRIPTIVE = ("base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping")
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuses an adapter that cannot be read merged, before anything is loaded.
+
+    Raises:
+        InputError: PEFT is missing, the configuration is damaged or of a kind that adds no weights (prompts, prefixes), the weights
+            are missing, or no base model is named.
+    """
+    config = read_adapter_config(folder)
+    if not config.get("base_model_name_or_path"):
+        raise InputError(f"model_path must be an adapter that names its base model, got {folder.name}: {ADAPTER_CONFIG} has none.")
+    if not adapter_files(folder):
+        raise InputError(f"model_path must hold the adapter's weights (adapter_model.safetensors), got {folder.name}.")
+    if importlib.util.find_spec("peft") is None:
+        raise InputError(
+            f"model_path is a PEFT adapter, {folder.name}, which needs peft: pip install peft. "
+            "Or merge it elsewhere (merge_and_unload, save_pretrained) and give that folder."
+        )
+    kind = str(config.get("peft_type"))
+    if any(word in kind for word in ("PROMPT", "PREFIX", "P_TUNING", "CPT")):
+        raise InputError(f"model_path must be an adapter of weights, such as LoRA, got {folder.name} of the type {kind}.")
+
+
+def settings_hash(folder: Path) -> str:
+    """SHA-256 of what an adapter's configuration says of its values (rank, alpha, targets), in hexadecimal."""
+    config = {name: value for name, value in read_adapter_config(folder).items() if name not in _DESCRIPTIVE}
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def trained_class(folder: Path, wanted: str) -> str:
+    """Name of the transformers class that an adapter was trained on; `wanted` where it does not say."""
+    return _CLASSES.get(str(read_adapter_config(folder).get("task_type")), wanted)
+
+
+def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The base model with an adapter's products added to its weights, in place; all of its weights may be trained again.
+
+    Raises:
+        InputError: the adapter's weights are not those that its configuration makes of this model, or cannot be merged.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of weights that are missing, which are refused below; of Conv1D
+            adapted = PeftModel.from_pretrained(base, str(folder))
+            wanted, found = set(get_peft_model_state_dict(adapted)), _stored_names(folder)
+            merged = cast(Any, adapted).merge_and_unload(safe_merge=True)
+    except Exception as error:  # PEFT raises a dozen types, by version and kind of adapter
+        wanted_kind = "model_path must be an adapter that can be merged into its base model"
+        raise InputError(f"{wanted_kind}, got {folder.name}: {reason(error)}") from error
+    # Weights that are missing PEFT leaves at their start.
+    if missing := sorted(wanted - found):
+        raise InputError(f"model_path must hold all weights of the adapter, got {folder.name} without {listed(missing, 2, width=80)}.")
+    if others := sorted(name for name in found - wanted if "embed" not in name and "lm_head" not in name):
+        raise InputError(f"model_path must be an adapter of its base model, got {folder.name} with {listed(others, 2, width=80)}.")
+    return cast(PreTrainedModel, merged.requires_grad_(True))
+
+
+def take_over(model: nn.Module, donor: nn.Module) -> None:
+    """Gives the transformer inside a model the weights of the same transformer under another head.
+
+    Raises:
+        InputError: they are not the same.
+    """
+    try:
+        cast(Any, model).base_model.load_state_dict(cast(Any, donor).base_model.state_dict())
+    except RuntimeError as error:
+        raise InputError(f"model_path must be an adapter of a {type(model).__name__}, got one of a {type(donor).__name__}.") from error
+
+
+def _stored_names(folder: Path) -> set[str]:
+    from peft.utils import load_peft_weights
+
+    return set(load_peft_weights(str(folder), device="cpu"))
