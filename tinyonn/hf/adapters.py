@@ -72,7 +72,7 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of weights that are missing, which are refused below; of Conv1D
+            warnings.simplefilter("ignore")  # of missing weights, which are refused below; of Conv1D; of what transformers will drop
             adapted = PeftModel.from_pretrained(base, str(folder))
             wanted, found = set(get_peft_model_state_dict(adapted)), _stored_names(folder)
             merged = cast(Any, adapted).merge_and_unload(safe_merge=True)
