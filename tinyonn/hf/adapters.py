@@ -78,7 +78,9 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             merged = cast(Any, adapted).merge_and_unload(safe_merge=True)
     except Exception as error:  # PEFT raises a dozen types, by version and kind of adapter
         wanted_kind = "model_path must be an adapter that can be merged into its base model"
-        raise InputError(f"{wanted_kind}, got {folder.name}: {reason(error)}") from error
+        text = str(error)
+        place = max(text.find("size mismatch"), 0)  # torch names the class and the model before what is wrong
+        raise InputError(f"{wanted_kind}, got {folder.name}: {reason(text[place:])}") from error
     # Weights that are missing PEFT leaves at their start.
     if missing := sorted(wanted - found):
         raise InputError(f"model_path must hold all weights of the adapter, got {folder.name} without {listed(missing, 2, width=80)}.")
