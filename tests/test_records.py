@@ -86,3 +86,10 @@ def test_fields_and_values_are_short_in_messages():
         deep = [deep] * 10
     assert short(deep).startswith("list [[[[...")  # 10**9 texts, never written out
     assert len(short(deep)) == len("list ") + 60
+
+
+def test_a_line_that_ends_too_early_is_told_with_its_own_column(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a"\n')
+    found = list(read_records(path))
+    assert found[1].error == "must be one JSON object, got malformed JSON (Expecting ':' delimiter at column 5)"

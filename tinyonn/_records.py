@@ -123,7 +123,7 @@ def parse_line(line: bytes, number: int, offset: int) -> Located | None:
     if not line.strip():
         return None
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.rstrip(b"\r\n").decode("utf-8"))  # a line that ends too early is told with its own column
     except UnicodeDecodeError as error:
         return Located(number, offset, None, f"must be UTF-8, got byte 0x{line[error.start]:02x} at column {error.start + 1}")
     except json.JSONDecodeError as error:

@@ -249,6 +249,14 @@ def test_rows_without_a_label_are_left_out_and_counted(tmp_path, value):
     assert all(example.label == example.row % 2 for example in [*data.train, *data.evaluation])
 
 
+def test_training_rows_that_all_repeat_what_is_measured_are_told(tmp_path):
+    path = write(tmp_path / "rte.jsonl", rows(2) * 20)
+    with pytest.raises(InputError, match=r"must hold train rows of at least two classes, got none: all 30 repeat what is measured\.$"):
+        load(path)
+    with pytest.raises(InputError, match=r"eval_size must be less than the 1 row of .*rte\.jsonl, got 10"):
+        load(write(tmp_path / "rte.jsonl", rows(1)))
+
+
 def test_a_label_that_is_wrong_is_not_one_that_is_missing(tmp_path):
     for value in ("neutral", 2, -2, 0.5):
         path = write(tmp_path / "rte.jsonl", changed(3, {"label": value}))

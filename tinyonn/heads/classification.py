@@ -174,7 +174,7 @@ def load_task(config: PlasticityConfig) -> TaskData:
         held, unlabelled = _rows(path, task, config.skip_unlabelled)
         source = str(path)
         if len(held) <= size:
-            rows = f"{len(held):,} rows{' with a label' if unlabelled else ''}"
+            rows = _counted(held, unlabelled)
             raise InputError(f"eval_size must be less than the {rows} of {path}, got {got}; the rest is trained on.")
         order = fixed_order(len(held), config.eval_seed)
         evaluation, pool = [held[i] for i in order[:size]], [held[i] for i in order[size:]]
@@ -182,7 +182,7 @@ def load_task(config: PlasticityConfig) -> TaskData:
         skip = config.skip_unlabelled
         train, evaluation, source, unlabelled = _downloaded(task, skip) if path is None else _in_folder(path, task, skip)
         if len(evaluation) < size:
-            rows = f"{len(evaluation):,} rows{' with a label' if unlabelled else ''}"
+            rows = _counted(evaluation, unlabelled)
             raise InputError(f"eval_size must be at most the {rows} of {source}, got {got}.")
         pool = [train[i] for i in fixed_order(len(train), config.eval_seed)]
         evaluation = [evaluation[i] for i in fixed_order(len(evaluation), config.eval_seed)[:size]]
@@ -194,7 +194,8 @@ def load_task(config: PlasticityConfig) -> TaskData:
     for name, part in parts.items():
         classes = {example.label for example in part}
         if len(classes) < 2:
-            only = f"only {task.labels[classes.pop()]!r} in {len(part):,}" if classes else "none"
+            repeated = f"none: all {len(pool):,} repeat what is measured" if pool else "none"
+            only = f"only {task.labels[classes.pop()]!r} in {len(part):,}" if classes else repeated
             remedy = "; raise --eval-size" if name == "evaluation" else "; raise --train-size" if config.train_size is not None else ""
             raise InputError(f"{config.data_path or task.dataset} must hold {name} rows of at least two classes, got {only}{remedy}.")
     return TaskData(tuple(task.labels), parts["train"], parts["evaluation"], source, len(pool) - len(fresh), unlabelled)
@@ -231,6 +232,10 @@ def batches(
         )
         labels = torch.tensor([example.label for example in part])
         yield {name: tensor.to(device) for name, tensor in {**encoded, "labels": labels}.items()}
+
+
+def _counted(rows: Sequence[Example], unlabelled: int) -> str:
+    return f"{len(rows):,} row{'' if len(rows) == 1 else 's'}{' with a label' if unlabelled else ''}"
 
 
 def _row(example: Example) -> int:

@@ -156,7 +156,7 @@ def find_field_map(record: Mapping[str, Any]) -> FieldMap:
         return field_map
     if isinstance(_look_up(record, "choices.text"), list) and not isinstance(_look_up(record, "choices.label"), list):
         raise AbsentError("must have the labels of its choices as a list in choices.label, or come with a field_map without labels")
-    raise AbsentError(f"must have the fields of one of {listed(names, 12)}, or come with a field_map of its own")
+    raise AbsentError(f"must have the fields of one of {listed(names, 5)}, or come with a field_map of its own")
 
 
 def _folder() -> Any:

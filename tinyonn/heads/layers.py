@@ -121,8 +121,8 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         linears = Counter(name.rpartition(".")[2] for name, module in names.items() if isinstance(module, nn.Linear | Conv1D))
         held = listed((name for name, _ in linears.most_common()), 5, none="no linear layer")
         raise InputError(
-            f"model must have attention modules with separate projections ({', '.join(SEPARATE[0])} or the like), or one for all three "
-            f"whose order is known (as in GPT-2, Phi-3, BLOOM); {kind} has {held}."
+            f"model must have attention modules with projections like {', '.join(SEPARATE[0])}, or a fused one of known order (as in "
+            f"GPT-2, Phi-3, BLOOM); {kind} has {held}."
         )
     towers = {re.sub(r"\.\d+$", "", layer.block_name) for layer in found}
     if len(towers) > 1:
