@@ -62,8 +62,8 @@ py::tuple sequence(MappedReader& self, int64_t ordinal) {
   }
   py::object text = py::none();
   if (view.text != nullptr) text = text_of(self, view.text, view.text_length, "a sequence's text");
-  return py::make_tuple(text_of(self, view.id, view.id_length, "a sequence's id"), ids, loss, mask, text, view.data_chunks > 0,
-                        view.integral_offset != 0);
+  return py::make_tuple(text_of(self, view.id, view.id_length, "a sequence's id"), ids, loss, mask, text, view.has_planes,
+                        view.lost_tokens, view.lost_integral);
 }
 
 py::tuple planes(MappedReader& self, int64_t ordinal) {

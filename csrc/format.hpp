@@ -57,11 +57,18 @@ struct ChunkHeader {
   uint32_t layout_id;
   uint64_t payload_length;
   uint64_t ordinal;
-  uint64_t first_token;
+  uint64_t first_token;  // DATA; in a chunk that commits, its Bond
   uint32_t token_count;
   uint32_t payload_crc;
   uint32_t reserved;
   uint32_t crc;
+};
+
+// What a chunk that commits (LAYOUT, SEQUENCE, INDEX, INTEGRAL of the whole file) says of those before it. Files of the first revision
+// hold 0 here, and readers of that revision do not look.
+struct Bond {
+  uint32_t group;  // SEQUENCE: group_crc() of its layout and chunks; else 0
+  uint32_t link;   // link_to() the chunk that committed before it, or to the prologue
 };
 
 struct LayoutHead {
@@ -158,6 +165,7 @@ struct Trailer {
 
 static_assert(sizeof(Prologue) == 64 && sizeof(ChunkHeader) == 64 && sizeof(LayoutHead) == 64 && sizeof(LayoutRow) == 32);
 static_assert(sizeof(DataHead) == 64 && sizeof(SequenceHead) == 64 && sizeof(IntegralHead) == 64 && sizeof(IndexHead) == 64);
+static_assert(sizeof(Bond) == sizeof(ChunkHeader::first_token));
 static_assert(sizeof(IndexEntry) == 32 && sizeof(Moments) == 48 && sizeof(Trailer) == 64);
 
 // A rule of the format that bytes on disk break, or a system call that failed.
@@ -182,6 +190,15 @@ T load(const uint8_t* p) {
   std::memcpy(&value, p, sizeof value);
   return value;
 }
+
+inline Bond bond_of(const ChunkHeader& header) {
+  Bond bond;
+  std::memcpy(&bond, &header.first_token, sizeof bond);
+  return bond;
+}
+
+// How a chunk names the one before it: by the crc of its header, never 0.
+constexpr uint32_t link_to(uint32_t header_crc) { return header_crc != 0 ? header_crc : 1; }
 
 // FNV-1a, 64 bits: finds a sequence by its id without reading the others.
 inline uint64_t id_hash(const char* p, size_t size) {

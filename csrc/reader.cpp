@@ -3,20 +3,25 @@
 #include <algorithm>
 #include <limits>
 
+#include "group.hpp"
+
 namespace mscan {
 
+bool Reader::is_touched(uint64_t offset) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return touched_.count(offset) > 0;
+}
+
+void Reader::mark_touched(uint64_t offset) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  touched_.insert(offset);
+}
+
 Chunk Reader::touch(uint64_t offset, ChunkType type) {
-  bool known;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    known = touched_.count(offset) > 0;
-  }
+  const bool known = is_touched(offset);
   const Chunk chunk = validate_chunk(file_, uuid_, offset, known ? Depth::header : Depth::payload);
   if (chunk.type() != type) throw Fault("the chunk here must be of another type.", offset);
-  if (!known) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    touched_.insert(offset);
-  }
+  if (!known) mark_touched(offset);
   return chunk;
 }
 
@@ -31,17 +36,28 @@ IndexEntry Reader::entry(uint64_t ordinal) {
 
 SequenceView Reader::sequence(uint64_t ordinal) {
   const IndexEntry listed = entry(ordinal);
-  const Chunk chunk = touch(listed.sequence_offset, ChunkType::sequence);
+  const bool known = is_touched(listed.sequence_offset);
+  const Chunk chunk = validate_chunk(file_, uuid_, listed.sequence_offset, known ? Depth::header : Depth::payload);
+  if (chunk.type() != ChunkType::sequence) throw Fault("a SEQUENCE must stand where the INDEX says.", chunk.offset);
+  if (!known) {
+    if (bond_of(chunk.header).link != 0) check_link(chunk, predecessor(ordinal, listed.group_offset));
+    mark_touched(chunk.offset);
+  }
   const auto head = load<SequenceHead>(chunk.payload);
-  const IndexEntry found{head.group_offset, chunk.offset, head.id_hash, static_cast<uint32_t>(head.tokens), head.data_chunks};
+  const IndexEntry found = entry_of(chunk);
   if (std::memcmp(&listed, &found, sizeof found) != 0) throw Fault("the INDEX must agree with the SEQUENCE it names.", chunk.offset);
   if (recovery_ != Recovery::salvage && chunk.header.ordinal != ordinal) throw Fault("a SEQUENCE must carry its ordinal.", chunk.offset);
   const SequenceMap map = sequence_map(head, chunk.offset);
   const char* text = reinterpret_cast<const char*>(chunk.payload);
+  const Salvaged* found_of_it = recovery_ == Recovery::salvage ? &salvaged_[ordinal] : nullptr;
   return {chunk.header.ordinal,
           head.tokens,
           head.data_chunks,
           head.integral_offset,
+          found_of_it != nullptr ? !found_of_it->data.empty() : head.data_chunks > 0,
+          found_of_it != nullptr ? found_of_it->integral != 0 : head.integral_offset != 0,
+          found_of_it != nullptr ? found_of_it->lost_tokens : 0,
+          found_of_it != nullptr && found_of_it->lost_integral,
           text + map.id,
           head.id_length,
           chunk.payload + map.token_ids,
@@ -89,42 +105,66 @@ const Layout* Reader::layout_of(uint32_t id) const {
   return nullptr;
 }
 
-void Reader::check_data(const Chunk& chunk, const SequenceView& sequence) const {
-  const uint64_t at = chunk.offset;
-  if (chunk.header.ordinal != sequence.ordinal) throw Fault("DATA must carry the ordinal of its SEQUENCE.", at);
-  if (chunk.header.first_token + chunk.header.token_count > sequence.tokens) throw Fault("DATA tokens must lie within their sequence.", at);
-  const uint64_t columns = load<DataHead>(chunk.payload).columns;
-  const Layout* layout = layout_of(chunk.header.layout_id);
-  if (layout != nullptr ? columns != layout->blocks : columns > blocks()) throw Fault("DATA columns must match their layout.", at);
-  if (layout == nullptr && recovery_ != Recovery::salvage) throw Fault("DATA must name a LAYOUT of the file.", at);
+const uint32_t* Reader::layout_crc(const Chunk& sequence) const {
+  const Layout* layout = layout_of(sequence.header.layout_id);
+  return layout != nullptr ? &layout->crc : nullptr;
+}
+
+// Whether a chunk of a group, whose payload was checked, is as wide as its layout.
+void Reader::check_columns(const Chunk& member) const {
+  const Layout* layout = layout_of(member.header.layout_id);
+  const bool holds_planes = member.type() == ChunkType::data;
+  const uint64_t found = holds_planes ? load<DataHead>(member.payload).columns : load<IntegralHead>(member.payload).blocks;
+  if (layout != nullptr ? found != layout->blocks : found > blocks()) {
+    throw Fault(holds_planes ? "DATA columns must match their layout." : "INTEGRAL blocks must match their layout.", member.offset);
+  }
+  if (layout == nullptr && recovery_ != Recovery::salvage) throw Fault("DATA and INTEGRAL must name a LAYOUT of the file.", member.offset);
+}
+
+// The chunks of a group, proven to be those of its SEQUENCE by their headers alone.
+std::vector<Chunk> Reader::members(uint64_t ordinal) {
+  const IndexEntry where = entry(ordinal);
+  std::vector<Chunk> chunks;
+  for (uint64_t offset = where.group_offset; offset < where.sequence_offset; offset = chunks.back().end) {
+    chunks.push_back(validate_chunk(file_, uuid_, offset, Depth::header));
+    if (!chunks.back().in_group()) throw Fault("a group must hold DATA and INTEGRAL alone.", offset);
+    if (chunks.back().end > where.sequence_offset) throw Fault("a group must end at its SEQUENCE.", offset);
+  }
+  const Chunk sequence = touch(where.sequence_offset, ChunkType::sequence);
+  check_group(sequence, chunks, layout_crc(sequence));
+  return chunks;
+}
+
+// The crc of the header of the last chunk that committed before `until`, where nothing but such chunks stands between sequence
+// ordinal − 1 and `until`.
+uint32_t Reader::predecessor(uint64_t ordinal, uint64_t until) {
+  uint32_t crc = prologue_crc_;
+  uint64_t offset = first_chunk_;
+  const auto pass = [&](const Chunk& chunk) {
+    crc = chunk.header.crc;
+    offset = chunk.end;
+  };
+  if (ordinal > 0) pass(validate_chunk(file_, uuid_, entry(ordinal - 1).sequence_offset, Depth::header));
+  while (offset < until) {
+    const Chunk chunk = validate_chunk(file_, uuid_, offset, Depth::header);
+    if (chunk.in_group() || chunk.type() == ChunkType::sequence) throw Fault("a SEQUENCE must commit the chunks since the last one.", until);
+    pass(chunk);
+  }
+  if (offset != until) throw Fault("chunks must follow each other without a gap.", until);
+  return crc;
 }
 
 std::vector<Chunk> Reader::data_chunks(uint64_t ordinal) {
-  const IndexEntry where = entry(ordinal);
-  const SequenceView view = sequence(ordinal);
+  sequence(ordinal);
   std::vector<Chunk> chunks;
-  uint64_t offset = where.group_offset, token = 0;
-  while (offset < where.sequence_offset) {
-    try {
-      const Chunk chunk = validate_chunk(file_, uuid_, offset, Depth::header);
-      const bool data = chunk.type() == ChunkType::data;
-      if (!data && chunk.type() != ChunkType::integral) throw Fault("a group must hold DATA and INTEGRAL alone.", offset);
-      if (chunk.end > where.sequence_offset) throw Fault("a group must end at its SEQUENCE.", offset);
-      if (data) {
-        const Chunk checked = touch(offset, ChunkType::data);
-        check_data(checked, view);
-        if (recovery_ != Recovery::salvage && chunk.header.first_token != token) throw Fault("DATA chunks must follow each other.", offset);
-        token = chunk.header.first_token + chunk.header.token_count;
-        chunks.push_back(checked);
-      }
-      offset = chunk.end;
-    } catch (const Fault&) {
-      if (recovery_ != Recovery::salvage) throw;
-      offset = next_chunk(offset + kAlign, where.sequence_offset);
-    }
+  if (recovery_ == Recovery::salvage) {
+    for (const uint64_t offset : salvaged_[ordinal].data) chunks.push_back(touch(offset, ChunkType::data));
+    return chunks;
   }
-  if (recovery_ != Recovery::salvage && (chunks.size() != view.data_chunks || (!chunks.empty() && token != view.tokens))) {
-    throw Fault("DATA must cover the tokens of its SEQUENCE.", where.sequence_offset);
+  for (const Chunk& member : members(ordinal)) {
+    if (member.type() != ChunkType::data) continue;
+    chunks.push_back(touch(member.offset, ChunkType::data));
+    check_columns(chunks.back());
   }
   return chunks;
 }
@@ -173,19 +213,19 @@ bool Reader::integral(uint64_t ordinal, Chunk& chunk) {
     if (integral_offset_ == 0 || (size() > 0 && entry(size() - 1).sequence_offset > integral_offset_)) return false;
     chunk = touch(integral_offset_, ChunkType::integral);
     if (chunk.header.ordinal != kWholeFile) throw Fault("the file's INTEGRAL must belong to no sequence.", chunk.offset);
-  } else {
-    const SequenceView view = sequence(ordinal);
-    if (view.integral_offset == 0) return false;
-    try {
-      chunk = touch(view.integral_offset, ChunkType::integral);
-    } catch (const Fault&) {
-      if (recovery_ == Recovery::salvage) return false;  // its gap was reported when the file was opened
-      throw;
-    }
-    if (chunk.header.ordinal != view.ordinal) throw Fault("INTEGRAL must carry the ordinal of its SEQUENCE.", chunk.offset);
+    if (recovery_ != Recovery::salvage && bond_of(chunk.header).link != 0) check_link(chunk, predecessor(size(), chunk.offset));
+    if (load<IntegralHead>(chunk.payload).blocks > blocks()) throw Fault("INTEGRAL blocks must fit the layout.", chunk.offset);
+    return true;
   }
-  const uint64_t found = load<IntegralHead>(chunk.payload).blocks;
-  if (found > blocks()) throw Fault("INTEGRAL blocks must fit the layout.", chunk.offset);
+  const SequenceView view = sequence(ordinal);
+  if (!view.has_integral) return false;
+  if (recovery_ == Recovery::salvage) {
+    chunk = touch(salvaged_[ordinal].integral, ChunkType::integral);
+    return true;
+  }
+  members(ordinal);
+  chunk = touch(view.integral_offset, ChunkType::integral);
+  check_columns(chunk);
   return true;
 }
 

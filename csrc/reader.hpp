@@ -43,6 +43,7 @@ struct LayoutItem {
 
 struct Layout {
   uint64_t offset = 0;
+  uint32_t crc = 0;  // of its chunk's header
   uint32_t id = 0;
   uint64_t blocks = 0;
   std::vector<LayoutItem> items;
@@ -52,8 +53,12 @@ struct Layout {
 struct SequenceView {
   uint64_t ordinal;
   uint64_t tokens;
-  uint64_t data_chunks;
-  uint64_t integral_offset;
+  uint64_t data_chunks;      // that it was written with
+  uint64_t integral_offset;  // 0: it was written without
+  bool has_planes;           // whether DATA of it can be read; salvage may have lost all
+  bool has_integral;
+  uint64_t lost_tokens;      // whose DATA salvage lost
+  bool lost_integral;
   const char* id;
   uint64_t id_length;
   const uint8_t* token_ids;  // u32 each
@@ -61,6 +66,16 @@ struct SequenceView {
   const uint8_t* mask;       // null: every token is marked
   const char* text;          // null: not stored
   uint64_t text_length;
+};
+
+// What salvage found of a group.
+struct Salvaged {
+  std::vector<uint64_t> data;  // offsets, in token order, no token twice
+  uint64_t integral = 0;       // offset; 0: none, or lost
+  uint64_t lost_tokens = 0;
+  bool lost_integral = false;
+
+  bool whole() const { return lost_tokens == 0 && !lost_integral; }
 };
 
 // A DATA chunk's planes, uncompressed; `raw` owns them when they were compressed.
@@ -108,24 +123,35 @@ class Reader {
   const std::vector<IndexEntry>& extra() const { return extra_; }
   uint64_t integral_offset() const { return integral_offset_; }
   uint64_t committed_end() const { return committed_end_; }
+  uint32_t link() const { return link_; }  // crc of the header of the chunk that ends there, or of the prologue
 
-  // Checks every byte that a checksum covers, whatever the recovery mode.
+  // Checks every rule of the format, whatever the recovery mode: all crcs, every group, the order of the chunks, frames, and that each
+  // INDEX lists what stands before it.
   void verify();
 
  private:
+  friend class Salvager;
   IndexEntry entry(uint64_t ordinal);
   const std::vector<std::pair<uint64_t, uint64_t>>& hashes();
+  bool is_touched(uint64_t offset);
+  void mark_touched(uint64_t offset);
   Chunk touch(uint64_t offset, ChunkType type);
+  std::vector<Chunk> members(uint64_t ordinal);
+  uint32_t predecessor(uint64_t ordinal, uint64_t until);
   void open_tail();
   void load_chain(uint64_t offset);
   bool find_last_index(uint64_t& offset);
-  void walk(uint64_t from, uint64_t end, bool checking);
+  struct Seen;
+  void walk(uint64_t from, uint64_t end, uint32_t before, Seen* seen);
+  void salvage(uint64_t from, uint64_t end);
   uint64_t next_chunk(uint64_t from, uint64_t end) const;
   bool continues_after(uint64_t failure, uint64_t end) const;
-  void accept(const Chunk& chunk, bool checking, uint64_t& seen);
+  void accept(const Chunk& chunk);
+  void compare(const Chunk& chunk, Seen& seen);
   void add_layout(const Chunk& chunk);
   const Layout* layout_of(uint32_t id) const;
-  void check_data(const Chunk& chunk, const SequenceView& sequence) const;
+  const uint32_t* layout_crc(const Chunk& sequence) const;
+  void check_columns(const Chunk& member) const;
 
   Bytes file_;
   Recovery recovery_;
@@ -141,6 +167,9 @@ class Reader {
   uint64_t indexed_ = 0;
   uint64_t integral_offset_ = 0;
   uint64_t committed_end_ = 0;
+  uint32_t link_ = 0;
+  uint32_t prologue_crc_ = 0;
+  std::vector<Salvaged> salvaged_;  // of each sequence, in salvage alone
   std::vector<Gap> gaps_;
   std::mutex mutex_;
   std::unordered_set<uint64_t> touched_;

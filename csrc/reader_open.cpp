@@ -2,9 +2,18 @@
 #include <algorithm>
 
 #include "crc32c.hpp"
+#include "group.hpp"
 #include "reader.hpp"
 
 namespace mscan {
+
+// What a walk over all chunks has met so far.
+struct Reader::Seen {
+  uint64_t sequences = 0;
+  uint64_t total = 0;  // offset of the latest INTEGRAL of the whole file
+  std::vector<uint64_t> layouts;
+  std::vector<uint64_t> indexes;
+};
 
 Reader::Reader(Bytes file, Recovery recovery, Decompress decompress)
     : file_(file), recovery_(recovery), decompress_(std::move(decompress)) {
@@ -12,6 +21,7 @@ Reader::Reader(Bytes file, Recovery recovery, Decompress decompress)
   uuid_ = prologue.uuid;
   first_chunk_ = prologue.first_chunk;
   committed_end_ = first_chunk_;
+  link_ = prologue_crc_ = prologue.crc;
   const uint8_t* json = file_.data + sizeof(Prologue);
   if (crc32c(json, prologue.metadata_length) == prologue.metadata_crc) {
     metadata_.assign(reinterpret_cast<const char*>(json), prologue.metadata_length);
@@ -23,7 +33,7 @@ Reader::Reader(Bytes file, Recovery recovery, Decompress decompress)
   }
   if (recovery_ == Recovery::salvage) {
     validate_trailer(file_, uuid_, closed_);
-    walk(first_chunk_, closed_ ? file_.size - sizeof(Trailer) : file_.size, false);
+    salvage(first_chunk_, closed_ ? file_.size - sizeof(Trailer) : file_.size);
   } else {
     open_tail();
     if (recovery_ == Recovery::strict) {
@@ -42,14 +52,17 @@ void Reader::open_tail() {
     const Chunk index = validate_chunk(file_, uuid_, trailer.index_offset, Depth::header);
     if (index.end != end || trailer.sequences != indexed_) throw Fault("the trailer must follow the INDEX it names.", end);
     committed_end_ = end;
+    link_ = index.header.crc;
     return;
   }
   uint64_t offset = 0;
   if (find_last_index(offset)) {
     load_chain(offset);
-    committed_end_ = validate_chunk(file_, uuid_, offset, Depth::header).end;
+    const Chunk index = validate_chunk(file_, uuid_, offset, Depth::header);
+    committed_end_ = index.end;
+    link_ = index.header.crc;
   }
-  walk(committed_end_, file_.size, false);
+  walk(committed_end_, file_.size, link_, nullptr);
 }
 
 bool Reader::find_last_index(uint64_t& found) {
@@ -97,6 +110,7 @@ void Reader::load_chain(uint64_t offset) {
     }
   }
   std::reverse(runs_.begin(), runs_.end());
+  if (bond_of(last.header).link != 0) check_link(last, predecessor(indexed_, last.offset));
 }
 
 uint64_t Reader::next_chunk(uint64_t from, uint64_t end) const {
@@ -124,74 +138,90 @@ bool Reader::continues_after(uint64_t failure, uint64_t end) const {
   return false;
 }
 
-// Walks chunks from `from`, taking in what they hold or, when `checking`, comparing it with what the INDEX says.
-void Reader::walk(uint64_t from, uint64_t end, bool checking) {
+// Walks the chunks from `from`, which stand behind the chunk whose header has crc `before`: takes in what they hold or, where there is
+// `seen`, compares it with what the INDEX says.
+void Reader::walk(uint64_t from, uint64_t end, uint32_t before, Seen* seen) {
   const Bytes bounds{file_.data, end};
-  uint64_t offset = from, seen = 0;
+  std::vector<Chunk> members;
+  uint64_t offset = from;
   while (offset < end) {
-    Chunk chunk;
     try {
-      chunk = validate_chunk(bounds, uuid_, offset, Depth::payload);
-      accept(chunk, checking, seen);
-    } catch (const Fault& fault) {
-      if (checking) throw;
-      if (recovery_ != Recovery::salvage) {
-        if (continues_after(offset, end)) {
-          throw Fault(std::string(fault.what()) + " Valid chunks follow, so this is damage and not an interrupted write; recovery \"salvage\" reads around it.",
-                      offset);
+      const Chunk chunk = validate_chunk(bounds, uuid_, offset, Depth::payload);
+      if (chunk.in_group()) {
+        members.push_back(chunk);
+      } else {
+        check_link(chunk, before);
+        if (chunk.type() == ChunkType::sequence) {
+          check_group(chunk, members, layout_crc(chunk));
+          for (const Chunk& member : members) check_columns(member);
+        } else if (!members.empty()) {
+          throw Fault("a group must end in its SEQUENCE.", offset);
         }
-        gaps_.push_back({committed_end_, end, fault.what()});
-        return;
+        seen != nullptr ? compare(chunk, *seen) : accept(chunk);
+        members.clear();
+        before = chunk.header.crc;
       }
-      const uint64_t next = next_chunk(offset + kAlign, end);
-      gaps_.push_back({offset, next, fault.what()});
-      offset = next;
-      continue;
+      mark_touched(offset);
+      offset = chunk.end;
+    } catch (const Fault& fault) {
+      if (seen != nullptr) throw;
+      if (continues_after(offset, end)) {
+        throw Fault(std::string(fault.what()) + " Valid chunks follow, so this is damage and not an interrupted write; recovery \"salvage\" reads around it.",
+                    offset);
+      }
+      gaps_.push_back({committed_end_, end, fault.what()});
+      return;
     }
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      touched_.insert(offset);
-    }
-    offset = chunk.end;
   }
-  if (checking && seen != size()) throw Fault("the INDEX must list every sequence of the file.", end);
-  if (committed_end_ < offset && !checking) gaps_.push_back({committed_end_, offset, "chunks must be committed by a SEQUENCE."});
+  if (seen == nullptr && committed_end_ < offset) gaps_.push_back({committed_end_, offset, "chunks must be committed by a SEQUENCE."});
+  if (seen != nullptr && !members.empty()) throw Fault("a group must end in its SEQUENCE.", end);
 }
 
-void Reader::accept(const Chunk& chunk, bool checking, uint64_t& seen) {
+void Reader::accept(const Chunk& chunk) {
+  if (chunk.type() == ChunkType::layout) add_layout(chunk);
+  if (chunk.type() == ChunkType::integral) integral_offset_ = chunk.offset;
+  if (chunk.type() == ChunkType::sequence) {
+    if (chunk.header.ordinal != size()) throw Fault("a SEQUENCE must carry its ordinal.", chunk.offset);
+    extra_.push_back(entry_of(chunk));
+  }
+  committed_end_ = chunk.end;
+  link_ = chunk.header.crc;
+}
+
+void Reader::compare(const Chunk& chunk, Seen& seen) {
   switch (chunk.type()) {
-    case ChunkType::layout:
-      if (!checking) add_layout(chunk);
-      break;
+    case ChunkType::layout: seen.layouts.push_back(chunk.offset); break;
+    case ChunkType::integral: seen.total = chunk.offset; break;
     case ChunkType::sequence: {
-      const auto head = load<SequenceHead>(chunk.payload);
-      const IndexEntry found{head.group_offset, chunk.offset, head.id_hash, static_cast<uint32_t>(head.tokens), head.data_chunks};
-      if (checking) {
-        const IndexEntry listed = entry(seen);
-        if (std::memcmp(&listed, &found, sizeof found) != 0) throw Fault("the INDEX must agree with the SEQUENCE it names.", chunk.offset);
-        data_chunks(seen++);
-        return;
-      }
-      if (recovery_ != Recovery::salvage && (head.group_offset != committed_end_ || chunk.header.ordinal != size())) {
-        throw Fault("a SEQUENCE must commit the chunks since the last one.", chunk.offset);
-      }
-      extra_.push_back(found);
+      if (seen.sequences >= size()) throw Fault("the INDEX must list every sequence of the file.", chunk.offset);
+      const IndexEntry listed = entry(seen.sequences), found = entry_of(chunk);
+      if (std::memcmp(&listed, &found, sizeof found) != 0) throw Fault("the INDEX must agree with the SEQUENCE it names.", chunk.offset);
+      if (chunk.header.ordinal != seen.sequences) throw Fault("a SEQUENCE must carry its ordinal.", chunk.offset);
+      for (const Chunk& data : data_chunks(seen.sequences)) planes(data);
+      ++seen.sequences;
       break;
     }
-    case ChunkType::integral:
-      if (chunk.header.ordinal != kWholeFile) return;
-      if (!checking) integral_offset_ = chunk.offset;
+    case ChunkType::index: {
+      const IndexHead head = validate_index_head(chunk);
+      const IndexMap map = index_map(head, chunk.offset);
+      bool agrees = head.first + head.count == seen.sequences && head.integral_offset == seen.total && head.layouts == seen.layouts.size();
+      for (size_t i = 0; agrees && i < seen.layouts.size(); ++i) {
+        agrees = load<uint64_t>(chunk.payload + map.layouts + 8 * i) == seen.layouts[i];
+      }
+      agrees = agrees && (head.prev_offset == 0 ? head.first == 0 : std::binary_search(seen.indexes.begin(), seen.indexes.end(), head.prev_offset));
+      if (!agrees) throw Fault("an INDEX must list what stands before it.", chunk.offset);
+      seen.indexes.push_back(chunk.offset);
       break;
-    case ChunkType::data: return;
-    case ChunkType::index: break;
+    }
+    case ChunkType::data: break;
   }
-  if (!checking) committed_end_ = chunk.end;
 }
 
 void Reader::add_layout(const Chunk& chunk) {
   const auto head = load<LayoutHead>(chunk.payload);
   Layout layout;
   layout.offset = chunk.offset;
+  layout.crc = chunk.header.crc;
   layout.id = chunk.header.layout_id;
   layout.blocks = head.blocks;
   const char* names = reinterpret_cast<const char*>(chunk.payload) + sizeof(LayoutHead) + head.entries * sizeof(LayoutRow);
@@ -214,7 +244,10 @@ void Reader::add_layout(const Chunk& chunk) {
 
 void Reader::verify() {
   if (!closed_) throw Fault("a closed file must end in a trailer.", file_.size);
-  walk(first_chunk_, file_.size - sizeof(Trailer), true);
+  Seen seen;
+  const uint64_t end = file_.size - sizeof(Trailer);
+  walk(first_chunk_, end, prologue_crc_, &seen);
+  if (seen.sequences != size()) throw Fault("the INDEX must list every sequence of the file.", end);
 }
 
 }  // namespace mscan

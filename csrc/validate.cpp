@@ -30,6 +30,24 @@ uint64_t after(uint64_t start, uint64_t count, uint64_t width, uint64_t offset) 
   return align_up(add(add(start, multiply(count, width, offset), offset), kAlign - 1, offset) & ~(kAlign - 1));
 }
 
+// As Python decodes it: no overlong form, no surrogate, nothing above U+10FFFF.
+bool is_utf8(const uint8_t* p, uint64_t size) {
+  for (uint64_t i = 0; i < size;) {
+    const uint8_t lead = p[i++];
+    if (lead < 0x80) continue;
+    const int more = lead >= 0xF0 ? 3 : lead >= 0xE0 ? 2 : 1;
+    if (lead < 0xC2 || lead > 0xF4 || size - i < static_cast<uint64_t>(more)) return false;
+    const uint8_t second = p[i];
+    if ((lead == 0xE0 && second < 0xA0) || (lead == 0xED && second > 0x9F) || (lead == 0xF0 && second < 0x90) || (lead == 0xF4 && second > 0x8F)) {
+      return false;
+    }
+    for (int k = 0; k < more; ++k) {
+      if ((p[i++] & 0xC0) != 0x80) return false;
+    }
+  }
+  return true;
+}
+
 template <typename T>
 uint32_t crc_of_structure(const uint8_t* p) {
   return crc32c(p, sizeof(T) - sizeof(uint32_t));
@@ -48,6 +66,7 @@ void check_layout_payload(const Chunk& chunk) {
     require(row.base == base, "LAYOUT entries must follow each other without a gap.", at);
     require(row.blocks >= 1 && row.blocks <= row.out_features && row.blocks <= kMaxBlocks, "LAYOUT blocks must be 1 … out_features.", at);
     require(add(row.name_offset, row.name_length, at) <= head.names_length, "LAYOUT names must lie within the name table.", at);
+    require(is_utf8(chunk.payload + names + row.name_offset, row.name_length), "LAYOUT names must be UTF-8.", at);
     base = add(base, row.blocks, at);
   }
   require(base == head.blocks, "LAYOUT must sum to its number of blocks.", at);
@@ -88,14 +107,10 @@ void check_sequence_payload(const Chunk& chunk) {
   require(head.tokens == chunk.header.token_count, "SEQUENCE tokens must match its chunk header.", at);
   require(head.id_length <= kMaxIdBytes, "a sequence id must have at most 65536 bytes.", at);
   require(sequence_map(head, at).length == chunk.length(), "SEQUENCE length must match its parts.", at);
-  require(head.group_offset <= chunk.offset && head.group_offset % kAlign == 0, "SEQUENCE group must start at or before it.", at);
-  require((head.data_chunks == 0 && head.integral_offset == 0) == (head.group_offset == chunk.offset),
-          "SEQUENCE group must hold the chunks it counts.", at);
-  require(head.integral_offset == 0 || (head.integral_offset >= head.group_offset && head.integral_offset < chunk.offset &&
-                                        head.integral_offset % kAlign == 0),
-          "SEQUENCE integral must lie within its group.", at);
   const char* id = reinterpret_cast<const char*>(chunk.payload) + sizeof(SequenceHead);
   require(id_hash(id, head.id_length) == head.id_hash, "SEQUENCE id must match its hash.", at);
+  require(is_utf8(chunk.payload + sizeof(SequenceHead), head.id_length), "a sequence's id must be UTF-8.", at);
+  require(is_utf8(chunk.payload + sequence_map(head, at).text, head.text_length), "a sequence's text must be UTF-8.", at);
 }
 
 void check_integral_payload(const Chunk& chunk) {

@@ -21,6 +21,8 @@ struct Chunk {
   const uint8_t* payload = nullptr;
 
   ChunkType type() const { return static_cast<ChunkType>(header.type); }
+  // Whether it belongs to a group, which a SEQUENCE behind it commits; every other chunk commits itself.
+  bool in_group() const { return type() == ChunkType::data || (type() == ChunkType::integral && header.ordinal != kWholeFile); }
   uint64_t length() const { return header.payload_length; }
   bool compressed() const { return (header.flags & kZstd) != 0; }
   bool sparse() const { return (header.flags & kSparse) != 0; }

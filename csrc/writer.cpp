@@ -4,6 +4,7 @@
 #include <random>
 
 #include "crc32c.hpp"
+#include "group.hpp"
 
 namespace mscan {
 namespace {
@@ -104,7 +105,9 @@ void Writer::create(std::vector<LayoutItem> items) {
   buffer_.append(metadata_.data(), metadata_.size());
   buffer_.pad();
   layout.offset = buffer_.size();
+  link_ = prologue.crc;
   put_layout(layout);
+  layout.crc = link_ = last_crc_;
   add_layout(std::move(layout));
   end_ = buffer_offset_ + buffer_.size();
   flush();
@@ -133,6 +136,7 @@ void Writer::reopen(const std::string& path, std::vector<LayoutItem> items, cons
   indexed_ = reader.size() - pending_.size();
   integral_offset_ = reader.integral_offset();
   end_ = reader.committed_end();
+  link_ = reader.link();
   stats_ = reader.stats();
   last_index_end_ = reader.closed() ? end_ : 0;
   changed_ = !reader.closed();
@@ -146,6 +150,7 @@ void Writer::reopen(const std::string& path, std::vector<LayoutItem> items, cons
     layout.offset = buffer_offset_ + buffer_.size();
     put_layout(layout);
   });
+  layout.crc = link_;
   add_layout(std::move(layout));
 }
 
@@ -190,12 +195,19 @@ uint64_t Writer::open_chunk() {
   return start;
 }
 
-void Writer::finish_chunk(uint64_t start, ChunkHeader header) {
+uint32_t Writer::finish_chunk(uint64_t start, ChunkHeader header) {
   header.payload_length = buffer_.size() - start - sizeof(ChunkHeader);
   buffer_.pad();
   header.payload_crc = crc32c(buffer_.data() + start + sizeof(ChunkHeader), header.payload_length);
   seal(header);
   std::memcpy(buffer_.data() + start, &header, sizeof header);
+  return last_crc_ = header.crc;
+}
+
+// Says in the header of a chunk that commits what it was written after, and of which chunks its group is.
+void Writer::bind(ChunkHeader& header, uint32_t group) const {
+  const Bond bond{group, link_to(link_)};
+  std::memcpy(&header.first_token, &bond, sizeof bond);
 }
 
 void Writer::flush() {
@@ -237,6 +249,7 @@ void Writer::transaction(Body&& body) {
     }
   }
   end_ = buffer_offset_;
+  link_ = last_crc_;
 }
 
 void Writer::put_layout(const Layout& layout) {
@@ -255,6 +268,7 @@ void Writer::put_layout(const Layout& layout) {
   for (const LayoutItem& item : layout.items) buffer_.append(item.name.data(), item.name.size());
   ChunkHeader chunk = header(ChunkType::layout, kWholeFile);
   chunk.layout_id = layout.id;
+  bind(chunk, 0);
   finish_chunk(start, chunk);
 }
 
@@ -267,7 +281,9 @@ void Writer::put_integral(uint64_t ordinal, const double* const planes[6]) {
     buffer_.pad();
     buffer_.append(planes[i], head.blocks * 8);
   }
-  finish_chunk(start, header(ChunkType::integral, ordinal));
+  ChunkHeader chunk = header(ChunkType::integral, ordinal);
+  if (ordinal == kWholeFile) bind(chunk, 0);
+  group_crc_ = group_crc(group_crc_, finish_chunk(start, chunk));
 }
 
 void Writer::put_data(const RecordView& record, uint64_t ordinal, uint32_t& chunks) {
@@ -284,7 +300,7 @@ void Writer::put_data(const RecordView& record, uint64_t ordinal, uint32_t& chun
       const Stopwatch watch(encode_seconds_);
       encoder_.encode(record.activation + at, record.grad_norm + at, layout.blocks, layout.spans, chunk, buffer_, delta_.data());
       // Here, while the planes are still in cache, their crc costs least. A thread of its own would wait for a core that the model is using.
-      finish_chunk(start, chunk);
+      group_crc_ = group_crc(group_crc_, finish_chunk(start, chunk));
     }
     if (buffer_.size() >= kChunkBytes) flush();
     ++chunks;
@@ -323,6 +339,7 @@ void Writer::put_sequence(const RecordView& record, uint64_t ordinal, uint64_t g
   if (record.text != nullptr) buffer_.append(record.text->data(), record.text->size());
   ChunkHeader chunk = header(ChunkType::sequence, ordinal);
   chunk.token_count = static_cast<uint32_t>(record.tokens);
+  bind(chunk, group_crc_);
   finish_chunk(start, chunk);
 }
 
@@ -336,6 +353,7 @@ uint64_t Writer::append(const RecordView& record) {
   IndexEntry entry{group, 0, id_hash(record.id.data(), record.id.size()), static_cast<uint32_t>(record.tokens), 0};
   transaction([&] {
     uint32_t chunks = 0;
+    group_crc_ = group_crc(0, layouts_.back().crc);
     if (record.activation != nullptr) put_data(record, ordinal, chunks);
     uint64_t integral = 0;
     if (record.integral[0] != nullptr) {
@@ -382,6 +400,7 @@ void Writer::extend_layout(std::vector<LayoutItem> items) {
   if (!extends) throw InputFault("layout must start with the entries of the file's layout and add to them.");
   next.offset = end_;
   transaction([&] { put_layout(next); });
+  next.crc = link_;
   add_layout(std::move(next));
 }
 
@@ -427,7 +446,9 @@ void Writer::write_index() {
     head.tables_crc = crc32c(buffer_.data() + tables, buffer_.size() - tables);
     seal(head);
     std::memcpy(buffer_.data() + start + sizeof(ChunkHeader), &head, sizeof head);
-    finish_chunk(start, header(ChunkType::index, kWholeFile));
+    ChunkHeader chunk = header(ChunkType::index, kWholeFile);
+    bind(chunk, 0);
+    finish_chunk(start, chunk);
   });
   runs_.resize(kept);
   runs_.push_back({offset, head.first, head.count, level});

@@ -57,12 +57,13 @@ class Writer {
   void begin();
   ChunkHeader header(ChunkType type, uint64_t ordinal) const;
   uint64_t open_chunk();
-  void finish_chunk(uint64_t start, ChunkHeader header);
+  uint32_t finish_chunk(uint64_t start, ChunkHeader header);
   void flush();
   void put_layout(const Layout& layout);
   void put_integral(uint64_t ordinal, const double* const planes[6]);
   void put_data(const RecordView& record, uint64_t ordinal, uint32_t& chunks);
   void put_sequence(const RecordView& record, uint64_t ordinal, uint64_t group, uint64_t integral, uint32_t chunks);
+  void bind(ChunkHeader& header, uint32_t group) const;
   uint64_t tables_bytes() const;
   void write_index();
   template <typename Body>
@@ -83,6 +84,9 @@ class Writer {
   uint64_t indexed_ = 0;
   uint64_t integral_offset_ = 0;
   uint64_t end_ = 0;             // everything before it is committed
+  uint32_t link_ = 0;            // crc of the header of the chunk that ends there
+  uint32_t last_crc_ = 0;        // the same of the chunk finished last
+  uint32_t group_crc_ = 0;       // of the group being written
   uint64_t last_index_end_ = 0;  // where a trailer may stand without a new INDEX
   bool ends_clean_ = true;       // nothing stands behind end_
   bool changed_ = false;

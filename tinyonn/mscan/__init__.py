@@ -1,5 +1,6 @@
 """`.mscan` files: what every block of every weight did for every token. docs/mscan.md describes the bytes."""
 
+from ..errors import MscanError
 from .compat import append_records_to_mscan, create_mscan_file, load_mscan_file
 from .layout import LayoutEntry, layout_groups
 from .reader import MscanReader, PlaneCodes
@@ -11,6 +12,7 @@ __all__ = [
     "Integral",
     "LayoutEntry",
     "ModuleStats",
+    "MscanError",
     "MscanReader",
     "MscanWriter",
     "PlaneCodes",

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, MscanError
+from ..errors import InputError, MscanError, shown
 from .choose import rank_members
 from .export import to_npz, to_parquet
 from .layout import LayoutEntry, layer_count, layout_blocks, layout_groups
@@ -40,7 +40,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Verification:
-    """Whether every checksum of a file holds.
+    """Whether every rule of the format holds for a file.
 
     Args:
         path: the file.
@@ -150,15 +150,15 @@ def recover(path: PathLike, output: PathLike, *, overwrite: bool = False, **opti
         options: codec and compression of `MscanWriter`; unless named, the codec of the source.
 
     Returns:
-        The conversion; `dropped` names every gap, every sequence that was lost whole, and how many lost values of some tokens, which
-        read as missing.
+        The conversion; `dropped` names every gap, every sequence that was lost whole or is there twice, how many lost the values of
+        some tokens, which read as missing, and how many lost their integral. Of two sequences with one id the first whole one is kept.
     """
     with MscanReader(path, recovery="salvage") as reader:
         return _copy([reader], output, dict(reader.metadata), overwrite, options, salvage=True)
 
 
 def verify(path: PathLike) -> Verification:
-    """Reads a whole file and checks everything that has a checksum; of version 1, which has none, what its header promises.
+    """Reads a whole file and checks it as `MscanReader.verify` does; of version 1, which has no checksums, what its header promises.
 
     Raises:
         OSError: the file cannot be opened.
@@ -166,10 +166,8 @@ def verify(path: PathLike) -> Verification:
     size = _size(path)
     try:
         with MscanReader(path, recovery="strict") as reader:
-            for i in range(len(reader.sequences)):
-                if reader.sequences[i].has_records:
-                    reader.planes(i)
-                reader.sequence_integral(i)
+            if reader.version == 1:  # has no checksums: opening it reads no record
+                reader.verify()
             return Verification(Path(path), reader.version, len(reader.sequences), _tokens(reader), size, None)
     except MscanError as error:
         failure = error
@@ -226,7 +224,7 @@ def _copy(
     salvage: bool = False,
 ) -> Conversion:
     dropped = [str(item) for reader in readers for item in reader.report]
-    sequences = tokens = blank_sequences = blank_tokens = 0
+    sequences = tokens = blank_sequences = blank_tokens = lost_integrals = 0
     summed = True
     origin: dict[str, str] = {}
     options = {"codec": _codec(readers), **options}
@@ -234,8 +232,13 @@ def _copy(
     sources = [reader.path for reader in readers]
     with replacing(output, overwrite, sources) as beside, MscanWriter(beside, metadata, layout, **options) as writer:
         for reader in readers:
+            kept = _kept(reader) if salvage else {}
             for i in range(len(reader.sequences)):
                 try:
+                    name = reader.sequences[i].sequence_id if salvage else ""
+                    if salvage and kept[name] != i:
+                        dropped.append(f"sequence {i}: its id, {shown(name)}, is also that of sequence {kept[name]}, which is kept.")
+                        continue
                     record = _record(reader, i, layout_blocks(layout))
                 except MscanError as error:
                     if not salvage:
@@ -251,24 +254,37 @@ def _copy(
                 sequences += 1
                 tokens += len(record.token_ids)
                 summed = summed and record.integral is not None
-                if salvage and (blank := _tokens_without_values(reader, i)):
-                    blank_sequences += 1
-                    blank_tokens += blank
+                if salvage:
+                    stored = reader.sequences[i]
+                    blank_sequences += stored.lost_tokens > 0
+                    blank_tokens += stored.lost_tokens
+                    lost_integrals += stored.lost_integral
         if not summed and len(readers) == 1:  # a total may stand for integrals that the sequences do not have
             with suppress(MscanError):
                 writer.append_integral(readers[0].integral().widened(layout_blocks(layout)))
     if blank_sequences:
         dropped.append(f"values of {blank_tokens:,} tokens in {blank_sequences:,} of the {sequences:,} sequences: they read as missing.")
+    if lost_integrals:
+        dropped.append(f"integrals of {lost_integrals:,} of the {sequences:,} sequences.")
     return Conversion(Path(output), sequences, tokens, dropped)
 
 
-def _tokens_without_values(reader: MscanReader, i: int) -> int:
-    """How many of a sequence's tokens salvage found no planes for, where it had some. Version 1 reports whole records alone."""
-    sequence = reader.sequences[i]
-    if reader.version == 1 or not sequence.has_records:
-        return 0
-    found = sum(len(part.activation) if part.rows is None else len(part.rows) - 1 for part in reader.codes(i))
-    return sequence.num_tokens - found
+def _kept(reader: MscanReader) -> dict[str, int]:
+    """Which sequence of each id a recovered file keeps: the first of which nothing is lost, else the first."""
+    kept: dict[str, int] = {}
+    whole: set[str] = set()
+    for i in range(len(reader.sequences)):
+        try:
+            sequence = reader.sequences[i]
+        except MscanError:
+            continue
+        name = sequence.sequence_id
+        is_whole = not (sequence.lost_tokens or sequence.lost_integral)
+        if name not in kept or (is_whole and name not in whole):
+            kept[name] = i
+        if is_whole:
+            whole.add(name)
+    return kept
 
 
 def _codec(readers: Sequence[MscanReader]) -> str:

@@ -27,7 +27,9 @@ class StoredSequence:
         mask: (tokens,) uint8, 1 = marked.
         num_tokens: number of tokens.
         ordinal: position among the reader's sequences.
-        has_records: whether planes were stored.
+        has_records: whether planes were stored and some of them can be read.
+        lost_tokens: tokens whose planes were stored and are lost; they read as NaN. 0 unless recovery is "salvage".
+        lost_integral: whether an integral was stored and is lost. False unless recovery is "salvage".
     """
 
     sequence_id: str
@@ -38,6 +40,8 @@ class StoredSequence:
     num_tokens: int
     ordinal: int
     has_records: bool
+    lost_tokens: int = 0
+    lost_integral: bool = False
 
 
 class StoredSequences(Sequence[StoredSequence]):
@@ -93,7 +97,7 @@ class MscanReader:
 
     Args:
         path: a file; or one member of a set `name.rankI-of-N.mscan`, or `name.mscan` where only the set exists: all are opened as one.
-        recovery: "strict" wants a trailer and checks every checksum on opening. "tail" drops what a failure left at the end of the file
+        recovery: "strict" wants a trailer and does on opening what `verify` does. "tail" drops what a failure left at the end of the file
             and says so in `report`; damage that valid chunks follow is an error. "salvage" reads around damage and reports each gap.
         whole_set: False opens one member of a set by itself.
 
@@ -164,7 +168,8 @@ class MscanReader:
         raise NotImplementedError
 
     def verify(self) -> None:
-        """Checks every checksum of a closed file and that the index agrees with the chunks.
+        """Checks every rule of the format on a closed file: checksums, what each sequence commits, the order of the chunks, compressed
+        frames, and that the index agrees with the chunks. Opening with recovery "strict" does the same.
 
         Raises:
             MscanError: the first thing that is wrong.

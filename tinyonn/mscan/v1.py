@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,9 @@ class V1Sequence:
     text: str | None
     has_records: bool
     first_token: int
+
+    lost_tokens: ClassVar[int] = 0  # a record is whole or the report counts it
+    lost_integral: ClassVar[bool] = False
 
     @property
     def token_ids(self) -> NDArray[np.int64]:

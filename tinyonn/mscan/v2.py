@@ -35,7 +35,7 @@ def metadata_of(path: str, raw: bytes) -> dict[str, Any]:
 
 def gap_lines(gaps: list[tuple[int, int, str]]) -> list[str]:
     """One line per gap for `report`."""
-    return [f"bytes {begin} … {end} left out: {rule}" for begin, end, rule in gaps]
+    return [f"bytes {begin} … {end} left out: {rule}" if begin < end else f"byte {begin}: {rule}" for begin, end, rule in gaps]
 
 
 class V2Reader(MscanReader):
@@ -69,8 +69,8 @@ class V2Reader(MscanReader):
 
     def _sequence(self, i: int) -> StoredSequence:
         ordinal = self.ordinal(i)
-        name, token_ids, loss, mask, text, has_records, _ = self.core.sequence(ordinal)
-        return StoredSequence(name, token_ids, loss, mask, text, len(token_ids), ordinal, has_records)
+        name, token_ids, loss, mask, text, *found = self.core.sequence(ordinal)
+        return StoredSequence(name, token_ids, loss, mask, text, len(token_ids), ordinal, *found)
 
     def planes(self, i: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return self.core.planes(self.ordinal(i))
