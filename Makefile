@@ -2,6 +2,7 @@
 # make heads-demo  score and measure attention heads of SmolLM2-135M and MiniLM
 # make test   the test suite                   make test-slow  attention kernels in the interpreter, every architecture
 # make bench  benchmarks on this machine      make gpu  GPU tests and benchmarks
+# make damage   damage 100,000 .mscan files and read them in every mode (DAMAGE_ARGS="--files N --seed S")
 # make style  ruff and mypy                   make doctor  say what is here and what is missing
 # make clean  remove the environment and build outputs
 
@@ -12,6 +13,7 @@ DEMO_ARGS ?=
 HEADS_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+DAMAGE_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
@@ -20,7 +22,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.
 # Python would put the current folder first on sys.path, and kernels/ with it.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo heads-demo test test-slow bench gpu style doctor clean
+.PHONY: demo heads-demo test test-slow bench damage gpu style doctor clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/tinyonn demo $(DEMO_ARGS)
@@ -36,6 +38,9 @@ test-slow: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(BENCH_ARGS)
+
+damage: $(VENV)/.dev
+	$(BIN)/python tests/mscan/damage.py --workers $(JOBS) $(DAMAGE_ARGS)
 
 gpu: $(VENV)/.dev
 	@$(BIN)/python benchmarks/gpu.py

@@ -135,8 +135,8 @@ std::vector<Chunk> Reader::members(uint64_t ordinal) {
   return chunks;
 }
 
-// The crc of the header of the last chunk that committed before `until`, where nothing but such chunks stands between sequence
-// ordinal − 1 and `until`.
+// The crc of the header of the last chunk that committed before `until`. Between sequence ordinal − 1 and `until` nothing but such chunks
+// may stand, each linked to the one before it.
 uint32_t Reader::predecessor(uint64_t ordinal, uint64_t until) {
   uint32_t crc = prologue_crc_;
   uint64_t offset = first_chunk_;
@@ -148,6 +148,7 @@ uint32_t Reader::predecessor(uint64_t ordinal, uint64_t until) {
   while (offset < until) {
     const Chunk chunk = validate_chunk(file_, uuid_, offset, Depth::header);
     if (chunk.in_group() || chunk.type() == ChunkType::sequence) throw Fault("a SEQUENCE must commit the chunks since the last one.", until);
+    check_link(chunk, crc);
     pass(chunk);
   }
   if (offset != until) throw Fault("chunks must follow each other without a gap.", until);

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "crc32c.hpp"
+#include "group.hpp"
 #include "reader.hpp"
 #include "writer.hpp"
 
@@ -46,6 +47,7 @@ void mend_index(uint8_t* payload, uint64_t length) {
   seal<IndexHead>(payload);
 }
 
+// Mends checksums and what chunks say of those before them.
 void mend(uint8_t* data, size_t size) {
   if (size < sizeof(Prologue)) return;
   auto prologue = load<Prologue>(data);
@@ -54,6 +56,8 @@ void mend(uint8_t* data, size_t size) {
     store(data, prologue);
   }
   seal<Prologue>(data);
+  uint32_t before = load<Prologue>(data).crc, layout = 0, group = 0;
+  const auto fresh = [&] { group = group_crc(0, layout); };
   for (uint64_t offset = align_up(sizeof(Prologue) + uint64_t{prologue.metadata_length}); offset + sizeof(ChunkHeader) <= size;) {
     uint8_t* at = data + offset;
     if (std::memcmp(at, kTrailerMagic, 8) == 0) return seal<Trailer>(at);
@@ -63,8 +67,23 @@ void mend(uint8_t* data, size_t size) {
     uint8_t* payload = at + sizeof(ChunkHeader);
     if (header.type == static_cast<uint16_t>(ChunkType::index)) mend_index(payload, header.payload_length);
     header.payload_crc = crc32c(payload, header.payload_length);
+    Chunk chunk;
+    chunk.header = header;
+    const bool linked = !chunk.in_group() && bond_of(header).link != 0;
+    if (linked) {
+      const Bond bond{chunk.type() == ChunkType::sequence ? group : 0, link_to(before)};
+      std::memcpy(&header.first_token, &bond, sizeof bond);
+    }
     store(at, header);
     seal<ChunkHeader>(at);
+    const uint32_t crc = load<ChunkHeader>(at).crc;
+    if (chunk.in_group()) {
+      group = group_crc(group, crc);
+    } else {
+      before = crc;
+      if (chunk.type() == ChunkType::layout) layout = crc;
+      fresh();
+    }
     offset += sizeof(ChunkHeader) + align_up(header.payload_length);
   }
 }

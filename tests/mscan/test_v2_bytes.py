@@ -58,12 +58,27 @@ def read_chunks(data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]], dict
         chunk["at"], at = at, at + 64 + up(chunk["length"])
         assert not any(data[chunk["at"] + 64 + chunk["length"] : at])
         chunks.append(chunk)
+    check_bonds(chunks, struct.unpack_from("<I", data, 60)[0])
     trailer = dict(zip(("magic", "uuid", "index", "self", "sequences"), struct.unpack_from("<8s16sQQQ", data, at), strict=True))
     assert trailer["uuid"] == uuid
     assert trailer["self"] == at == len(data) - 64
     assert data[at + 48 : at + 60] == bytes(12)
     assert struct.unpack_from("<I", data, at + 60)[0] == crc(data[at : at + 60])
     return json.loads(data[64 : 64 + length]), chunks, trailer
+
+
+def check_bonds(chunks: list[dict[str, Any]], before: int) -> None:
+    """Every chunk that commits names the one before it, a SEQUENCE also its layout and the chunks of its group."""
+    layout, group = 0, b""
+    for chunk in chunks:
+        own = struct.pack("<I", chunk["header_crc"])
+        if chunk["type"] == 2 or (chunk["type"] == 4 and chunk["ordinal"] != 2**64 - 1):
+            group += own
+            continue
+        covered = crc(struct.pack("<I", layout) + group) if chunk["type"] == 3 else 0
+        assert chunk["first"] == covered | (before or 1) << 32
+        before, group = chunk["header_crc"], b""
+        layout = before if chunk["type"] == 1 else layout
 
 
 def unshuffle(raw: bytes, at: int, count: int, width: int) -> bytes:

@@ -303,7 +303,7 @@ def _record(reader: MscanReader, i: int, blocks: int) -> SequenceRecord:
     sequence = reader.sequences[i]
     missing = ((0, 0), (0, blocks - layout_blocks(reader.layout)))
     planes: tuple[Any, Any] = (None, None)
-    if sequence.has_records:
+    if sequence.has_records or sequence.lost_tokens:  # what was lost is written as missing
         activation, grad_norm = reader.planes(i)
         planes = (np.pad(activation, missing, constant_values=np.nan), np.pad(grad_norm, missing, constant_values=np.nan))
     integral = reader.sequence_integral(i)

@@ -69,8 +69,8 @@ class V2Reader(MscanReader):
 
     def _sequence(self, i: int) -> StoredSequence:
         ordinal = self.ordinal(i)
-        name, token_ids, loss, mask, text, *found = self.core.sequence(ordinal)
-        return StoredSequence(name, token_ids, loss, mask, text, len(token_ids), ordinal, *found)
+        name, token_ids, loss, mask, text, has_records, lost_tokens, lost_integral = self.core.sequence(ordinal)
+        return StoredSequence(name, token_ids, loss, mask, text, len(token_ids), ordinal, has_records, lost_tokens, lost_integral)
 
     def planes(self, i: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return self.core.planes(self.ordinal(i))
