@@ -30,6 +30,14 @@ uint64_t after(uint64_t start, uint64_t count, uint64_t width, uint64_t offset) 
   return align_up(add(add(start, multiply(count, width, offset), offset), kAlign - 1, offset) & ~(kAlign - 1));
 }
 
+bool all_zero(const void* bytes, size_t size) {
+  const auto* p = static_cast<const uint8_t*>(bytes);
+  for (size_t i = 0; i < size; ++i) {
+    if (p[i] != 0) return false;
+  }
+  return true;
+}
+
 // As Python decodes it: no overlong form, no surrogate, nothing above U+10FFFF.
 bool is_utf8(const uint8_t* p, uint64_t size) {
   for (uint64_t i = 0; i < size;) {
@@ -59,6 +67,7 @@ void check_layout_payload(const Chunk& chunk) {
   const auto head = load<LayoutHead>(chunk.payload);
   const uint64_t names = add(sizeof(LayoutHead), multiply(head.entries, sizeof(LayoutRow), at), at);
   require(add(names, head.names_length, at) == chunk.length(), "LAYOUT length must match its entries and names.", at);
+  require(head.reserved0 == 0 && all_zero(head.reserved1, sizeof head.reserved1), "reserved bytes must be 0.", at);
   require(head.entries > 0 && head.blocks <= kMaxBlocks, "LAYOUT must hold 1 or more entries and at most 2^26 blocks.", at);
   uint64_t base = 0;
   for (uint32_t i = 0; i < head.entries; ++i) {
@@ -116,7 +125,9 @@ void check_sequence_payload(const Chunk& chunk) {
 void check_integral_payload(const Chunk& chunk) {
   const uint64_t at = chunk.offset + sizeof(ChunkHeader);
   require(chunk.length() >= sizeof(IntegralHead), "INTEGRAL must hold its 64-byte head.", at);
-  const uint64_t blocks = load<IntegralHead>(chunk.payload).blocks;
+  const auto head = load<IntegralHead>(chunk.payload);
+  const uint64_t blocks = head.blocks;
+  require(all_zero(head.reserved, sizeof head.reserved), "reserved bytes must be 0.", at);
   require(blocks > 0 && blocks <= kMaxBlocks, "INTEGRAL blocks must be 1 … 2^26.", at);
   require(chunk.length() == sizeof(IntegralHead) + 5 * align_up(blocks * 8) + blocks * 8, "INTEGRAL length must match its blocks.", at);
 }
@@ -162,6 +173,8 @@ Prologue validate_prologue(Bytes file) {
   require(file.size >= sizeof(Prologue), "the file must hold its 64-byte prologue.", file.size);
   const auto prologue = load<Prologue>(file.data);
   require(prologue.crc == crc_of_structure<Prologue>(file.data), "prologue crc32c must match.", 0);
+  require(prologue.reserved0 == 0 && prologue.reserved1 == 0 && prologue.reserved2 == 0 && prologue.reserved3 == 0,
+          "reserved bytes must be 0.", 0);
   require(prologue.count == kNoCount, "the count of version 1 must be 0xFFFFFFFF.", 11);
   require(prologue.metadata_length <= kMaxMetadata, "metadata must have at most 2^30 bytes.", 7);
   require(prologue.first_chunk == align_up(sizeof(Prologue) + uint64_t{prologue.metadata_length}), "the first chunk must follow the metadata.",
@@ -176,7 +189,8 @@ Trailer validate_trailer(Bytes file, const Uuid& uuid, bool& found) {
   const uint64_t offset = file.size - sizeof(Trailer);
   const auto trailer = load<Trailer>(file.data + offset);
   found = std::memcmp(trailer.magic, kTrailerMagic, 8) == 0 && trailer.uuid == uuid && trailer.self_offset == offset &&
-          trailer.crc == crc_of_structure<Trailer>(file.data + offset) && trailer.index_offset < offset;
+          trailer.crc == crc_of_structure<Trailer>(file.data + offset) && trailer.index_offset < offset && trailer.reserved0 == 0 &&
+          trailer.reserved1 == 0;
   return found ? trailer : Trailer{};
 }
 
@@ -266,6 +280,7 @@ IndexHead validate_index_head(const Chunk& chunk) {
   require(chunk.length() >= sizeof(IndexHead), "INDEX must hold its 64-byte head.", at);
   const auto head = load<IndexHead>(chunk.payload);
   require(head.crc == crc_of_structure<IndexHead>(chunk.payload), "INDEX head crc32c must match.", at);
+  require(head.reserved == 0, "reserved bytes must be 0.", at);
   require(head.self_offset == chunk.offset, "INDEX must carry its own offset.", at);
   require(head.prev_offset < chunk.offset, "INDEX must link backwards.", at);
   add(head.first, head.count, at);
