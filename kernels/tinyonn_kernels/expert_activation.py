@@ -4,8 +4,8 @@
     clamped_swiglu, of gpt-oss: min(gate, c) · σ(1.702 min(gate, c)) · (clamp(up, ±c) + 1)
     clamped_silu, of DeepSeek-V4: silu(min(gate, c)) · clamp(up, ±c)
 
-c is `limit`, which the others do not read. Comparisons instead of minima, which would drop a NaN. Between the kernels, what the activation takes lies gate first, up behind it,
-however the weights lie.
+c is `limit`, which the others do not read. Comparisons instead of minima, which would drop a NaN. Between the kernels, what the
+activation takes lies gate first, up behind it, however the weights lie.
 """
 
 from __future__ import annotations

@@ -82,10 +82,26 @@ def test_a_step_moves_a_token_towards_the_least_surprised_expert():
     assert (leaf.grad[0] == 0).all()
 
 
-@pytest.mark.parametrize("surprise", [math.inf, math.nan])
-def test_nothing_routed_is_no_loss_and_no_gradient(surprise):
+@pytest.mark.parametrize("function", [ops.surprise_min_loss, reference.surprise_min_loss])
+def test_an_unknown_surprise_is_an_unknown_loss_unless_it_is_masked(function):
+    scores, surprise, mask = case()
+    number = int(mask.nonzero()[-1])
+    surprise[number, 0] = math.nan
+    leaf = scores.requires_grad_()
+    loss = function(leaf, surprise, token_mask=mask)
+    assert loss.isnan()
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert grad[number].isnan().all()
+    mask[number] = False
+    loss = function(leaf, surprise, token_mask=mask)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+
+
+def test_nothing_routed_is_no_loss_and_no_gradient():
     scores = torch.randn(5, 3, requires_grad=True)
-    loss = ops.surprise_min_loss(scores, torch.full((5, 3), surprise))
+    loss = ops.surprise_min_loss(scores, torch.full((5, 3), math.inf))
     loss.backward()
     assert loss.item() == 0
     assert (scores.grad == 0).all()

@@ -117,17 +117,43 @@ def test_weights_where_no_margin_is_positive(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("combine", COMBINES)
-def test_nan_is_never_routed_and_named_in_debug(combine, impl):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_token_that_is_not_finite_is_marked_and_changes_no_other(value, combine, impl):
     x, prototypes, thresholds = router(4, 6)
-    x[1] = math.nan
+    options = {"combine": combine, "impl": impl, "min_experts": 0}
+    mask = torch.tensor([False, True, True, True, True, True])
+    wanted = ops.threshold_route(x, prototypes, thresholds, expert_mask=mask, **options)
+    x[1, 3] = value
+    found = ops.threshold_route(x, prototypes, thresholds, expert_mask=mask, **options)
+    assert found.top_k_index[1].tolist() == [1] + [6] * 7
+    assert found.top_k_weights[1].isnan().tolist() == [True] + [False] * 7
+    assert found.count[1].isnan()
+    for got, expected in zip(found, wanted, strict=True):
+        assert torch.equal(got[[0, 2, 3]], expected[[0, 2, 3]])
+    with tinyonn.debug(), pytest.raises(ValueError, match="hidden_states must be finite, got NaN or infinity in 1 of 48 values"):
+        ops.threshold_route(x, prototypes, thresholds, combine=combine, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("combine", COMBINES)
+def test_a_router_that_is_not_finite_marks_every_token(combine, impl):
+    x, prototypes, thresholds = router(4, 6)
     prototypes[2] = math.nan
     found = ops.threshold_route(x, prototypes, thresholds, combine=combine, impl=impl)
-    assert (found.top_k_index[1] == 6).all()
-    assert not (found.top_k_index == 2).any()
-    assert found.top_k_weights.isfinite().all()
-    assert found.count.tolist() == (found.top_k_index < 6).sum(-1).tolist()
-    with tinyonn.debug(), pytest.raises(ValueError, match="hidden_states must hold no NaN"):
-        ops.threshold_route(x, prototypes, thresholds, combine=combine, impl=impl)
+    assert found.top_k_index[:, 0].tolist() == [2] * 4
+    assert found.top_k_weights[:, 0].isnan().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_budget_for_scores_that_are_not_finite_marks_the_row(value, combine, impl):
+    scores = torch.tensor([[-math.inf, 1.0, value], [-math.inf, 1.0, 0.5]])
+    found = ops.select_by_budget(scores, 0.5, max_experts=2, combine=combine, impl=impl)
+    assert found.top_k_index.tolist() == [[1, 3], [1, 3]]
+    assert found.top_k_weights[0].isnan().tolist() == [True, False]
+    assert found.top_k_weights[1].isfinite().all()
+    assert found.count.isnan().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("impl", IMPLS)

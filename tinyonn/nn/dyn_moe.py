@@ -18,6 +18,7 @@ from ..ops import Routing, expert_mlp, scatter_surprise, sparse_diversity_loss, 
 from ..ops.expert_mlp import Activation, SurpriseKind
 from ..ops.threshold_route import Form
 from ._options import check_choice, check_flag, check_number, check_size
+from .expert_statistics import SurroundingMask, check_mask_shape, check_token_mask, count_experts
 from .surprise_budget import Budget, SurroundingBudget, budget_of_tokens, check_budget
 from .surprise_capture import probe_for
 from .threshold_router import Combine, ThresholdRouter
@@ -134,6 +135,7 @@ class DynMoE(nn.Module):
             raise ValueError(f"{ONLY_BY_BUDGET}, got {surprise_budget} with routing={routing!r}.")
         self.routing_kind, self.surprise_budget, self.gating_loss_kind = routing, surprise_budget, gating_loss
         self.surrounding_budget = SurroundingBudget() if routing == "budget" else None
+        self.surrounding_mask = SurroundingMask()
         self.surprise_kind, self.activation, self.gated, self.checkpoint = surprise_kind, activation, gated, checkpoint
         target_k = min(2, num_experts) if target_k is None else target_k
         check_number("target_k", target_k)
@@ -176,7 +178,11 @@ class DynMoE(nn.Module):
         self.tokens_seen.zero_()
 
     def statistics(self) -> dict[str, Any]:
-        """Since the last reset: mean_k, experts of a token; dead_experts, live ones that no token went to; counts, (E,) tokens of each."""
+        """Since the last reset: mean_k, experts of a token; dead_experts, live ones that no token went to; counts, (E,) tokens of each.
+
+        A token counts once, also where a checkpointed layer runs again in backward. Not counted are tokens outside a `token_mask`, the
+        call's or that of a surrounding `token_mask_of`, and tokens with NaN.
+        """
         counts = self.expert_counts
         dead = int(((counts == 0) & self.router.expert_mask).sum())
         seen = int(self.tokens_seen)
@@ -212,15 +218,19 @@ class DynMoE(nn.Module):
             surprise_kind=self.surprise_kind,
         )  # fmt: skip
 
-    def forward(self, hidden_states: Tensor, surprise_budget: Budget | None = None) -> Tensor:
-        """
+    def forward(self, hidden_states: Tensor, surprise_budget: Budget | None = None, token_mask: Tensor | None = None) -> Tensor:
+        """The mixture's output. A token with NaN or infinity in it gives NaN; the other tokens are as without it.
+
         Args:
             hidden_states: (..., F).
             surprise_budget: for routing="budget", above 0 and at most 1: a number, 0-d, or of the leading shape, in which a size may be
                 1. None for that of a surrounding `surprise_budget_of`, or the module's.
+            token_mask: bool or integers, of the leading shape, which tokens `statistics` counts, such as an attention mask; None for
+                that of a surrounding `token_mask_of`, or all. The output does not depend on it.
 
         Raises:
-            TypeError, ValueError: no tensor, or another F; a budget that is none, does not fit, or comes where tokens go by threshold.
+            TypeError, ValueError: no tensor, or another F; a budget that is none, does not fit, or comes where tokens go by threshold; a
+                mask that is none or does not fit.
         """
         if not isinstance(hidden_states, Tensor):
             raise TypeError(f"hidden_states must be a tensor, got {type(hidden_states).__name__}.")
@@ -234,8 +244,9 @@ class DynMoE(nn.Module):
         budget = self._budget(surprise_budget, hidden_states.shape[:-1])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = self.route(tokens, budget)
-        self._record(routing)
-        probe = None if torch.compiler.is_compiling() else probe_for(self, routing.top_k_index, len(self.expert_counts), tokens.dtype)
+        self._record(routing, self._mask(token_mask, hidden_states.shape[:-1]))
+        exporting = torch.compiler.is_exporting()
+        probe = None if exporting else probe_for(self, routing.top_k_index, self.expert_counts.shape[0], tokens.dtype)
         if self.visits is not None and torch.is_grad_enabled():
             if probe is None:
                 wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
@@ -250,14 +261,19 @@ class DynMoE(nn.Module):
             out = out + self.output_bias.to(out.dtype)
         return self.dropout(out).view(hidden_states.shape)
 
-    @torch.no_grad()
-    def _record(self, routing: Routing) -> None:
-        experts = len(self.expert_counts)
-        flat = routing.top_k_index.flatten()
-        added = torch.zeros(experts + 1, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
-        # By add_: what assigns to an attribute compiles to no checkpointed region.
-        self.expert_counts.add_(added[:experts])
-        self.tokens_seen.add_(len(routing.top_k_index))
+    def _mask(self, token_mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+        """(N,) bool, which tokens of a call on this leading shape are counted; None for all."""
+        if token_mask is not None:
+            check_token_mask(token_mask)
+        else:
+            token_mask = self.surrounding_mask.value
+        if token_mask is None:
+            return None
+        check_mask_shape(token_mask, shape)
+        return token_mask.reshape(-1).to(self.expert_counts.device) != 0
+
+    def _record(self, routing: Routing, mask: Tensor | None) -> None:
+        count_experts(routing.top_k_index, routing.top_k_weights.detach(), mask, self.expert_counts, self.tokens_seen)
 
     def capturing(self) -> AbstractContextManager[list[Visit]]:
         """Within it, calls are remembered in the list it gives; what was remembered is let go of at its end."""
@@ -278,7 +294,7 @@ class DynMoE(nn.Module):
         """(N, E) surprise of a remembered call after backward, infinite where a token did not go."""
         if visit.probe.grad is None:
             raise RuntimeError("the surprise must come from a backward pass, got none since this call.")
-        return scatter_surprise(visit.probe.grad, visit.routing.top_k_index, len(self.expert_counts))
+        return scatter_surprise(visit.probe.grad, visit.routing.top_k_index, self.expert_counts.shape[0])
 
     def gating_loss(
         self, visit: Visit, token_mask: Tensor | None = None, *, w_ce: float = 1.0, w_kl: float = 1.0, temperature: float = 1.0

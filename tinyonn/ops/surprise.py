@@ -29,10 +29,11 @@ def surprise_min_loss(
 
     Args:
         scores: (N, E), of all experts, such as `Routing.scores`.
-        surprise: (N, E), of `scatter_surprise`: infinite where a token did not go, which the target leaves out. No gradient flows to it.
+        surprise: (N, E), of `scatter_surprise`: infinite where a token did not go, which the target leaves out; NaN makes the loss NaN.
+            No gradient flows to it.
         w_ce, w_kl: weights of both terms, at least 0.
         temperature: above 0; lower is sharper.
-        token_mask: (N,) bool, which tokens count; None for all. Those without a finite surprise never do.
+        token_mask: (N,) bool, which tokens count; None for all. Those whose surprise is infinite throughout never do.
 
     Returns:
         0-d, float32 or float64: mean over the tokens that count, 0 where there is none.
@@ -57,7 +58,7 @@ def surprise_min_loss(
         if not isinstance(token_mask, Tensor):
             raise TypeError(f"token_mask must be a tensor, got {type(token_mask).__name__}.")
         if token_mask.shape != scores.shape[:1]:
-            raise ValueError(f"token_mask must have shape ({len(scores)},), got {tuple(token_mask.shape)}.")
+            raise ValueError(f"token_mask must have shape ({scores.shape[0]},), got {tuple(token_mask.shape)}.")
         check_same_device("token_mask", token_mask, scores.device)
     if debug_enabled():
         check_no_nan("scores", scores)
@@ -71,7 +72,8 @@ def _surprise_min_loss(scores: Tensor, surprise: Tensor, w_ce: float, w_kl: floa
     surprise = surprise.to(dtype)
     finite = surprise.isfinite()
     number = finite.sum(-1, keepdim=True)
-    counts = number.squeeze(-1) > 0
+    unknown = surprise.isnan().any(-1)
+    counts = (number.squeeze(-1) > 0) | unknown
     if token_mask is not None:
         counts = counts & token_mask.bool()
     known = torch.where(finite, surprise, 0)
@@ -84,7 +86,7 @@ def _surprise_min_loss(scores: Tensor, surprise: Tensor, w_ce: float, w_kl: floa
     log_scores = torch.where(counts.unsqueeze(-1), scores, 0).to(dtype).log_softmax(-1)
     least = log_scores.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
     apart = torch.where(finite, log_target.exp() * (torch.where(finite, log_target, 0) - log_scores), 0).sum(-1)
-    loss = torch.where(counts, w_kl * apart - w_ce * least, 0)
+    loss = torch.where(counts, torch.where(unknown, torch.nan, 1) * (w_kl * apart - w_ce * least), 0)
     return loss.sum() / counts.sum().clamp(min=1)
 
 
@@ -113,11 +115,11 @@ def sparse_diversity_loss(
     check_same_device("count", count, prototypes.device)
     if prototypes.dim() != 2:
         raise ValueError(f"prototypes must have shape (E, F), got {tuple(prototypes.shape)}.")
-    if count.dim() != 1 or not len(count):
+    if count.dim() != 1 or not count.shape[0]:
         raise ValueError(f"count must have shape (N,), N at least 1, got {tuple(count.shape)}.")
     if not target_k > 0:
         raise ValueError(f"target_k must be above 0, got {target_k}.")
-    for name, mask, size in (("token_mask", token_mask, len(count)), ("expert_mask", expert_mask, len(prototypes))):
+    for name, mask, size in (("token_mask", token_mask, count.shape[0]), ("expert_mask", expert_mask, prototypes.shape[0])):
         if mask is None:
             continue
         if not isinstance(mask, Tensor):
@@ -133,8 +135,8 @@ def _sparse_diversity_loss(
     prototypes: Tensor, count: Tensor, target_k: float, token_mask: Tensor | None, expert_mask: Tensor | None
 ) -> Tensor:
     p = prototypes.to(statistics_dtype(prototypes.dtype))
-    live = p.new_ones(len(p)) if expert_mask is None else expert_mask.bool().to(p.dtype)
-    tokens = p.new_ones(len(count)) if token_mask is None else token_mask.bool().to(p.dtype)
+    live = p.new_ones(p.shape[0]) if expert_mask is None else expert_mask.bool().to(p.dtype)
+    tokens = p.new_ones(count.shape[0]) if token_mask is None else token_mask.bool().to(p.dtype)
     p = torch.where(live.unsqueeze(-1) > 0, p, 0)
     unit = unit_vectors(p)
     apart = unit @ unit.T - live.diag()

@@ -36,8 +36,9 @@ def threshold_route(
         l = cos(x, P) − σ(G)                         "cosine"
 
     Cosines hold for vectors of any length but 0 that their dtype can store; that of a zero vector is 0.
-    Active are the experts with l > 0: at least `min_experts`, at most `max_experts`, the highest first, ties to the lower index. An
-    expert whose l is NaN is never chosen, and an error under `tinyonn.debug()`.
+    Active are the experts with l > 0: at least `min_experts`, at most `max_experts`, the highest first, ties to the lower index. A token
+    with NaN or infinity in it has no l: it goes to one expert with weight NaN, so that its output is NaN. So does every token where a
+    prototype or threshold is NaN. Under `tinyonn.debug()` that is an error.
 
     Args:
         hidden_states: (N, F).
@@ -97,7 +98,7 @@ def threshold_route(
         raise ValueError(f"max_experts must be at least 1 and at least min_experts, got {max_experts} and {min_experts}.")
     if debug_enabled():
         for name, tensor in (("hidden_states", hidden_states), ("prototypes", prototypes), ("thresholds", thresholds)):
-            check_no_nan(name, tensor)
+            _check_finite(name, tensor)
     if impl == "reference":
         found = reference.threshold_route(
             hidden_states, prototypes, thresholds, form=form, scale=scale, min_experts=min_experts, max_experts=max_experts,
@@ -109,7 +110,7 @@ def threshold_route(
         scores = torch.where(expert_mask, scores, -torch.inf)
     values, index = _highest(scores, max_experts)
     slot = torch.arange(max_experts, device=scores.device)
-    return _routing(scores, index, values.isfinite() & ((slot < min_experts) | (values > 0)), combine)
+    return _routing(scores, index, values.isfinite() & ((slot < min_experts) | (values > 0)), values[:, :1] == math.inf, combine)
 
 
 def select_by_budget(
@@ -120,7 +121,7 @@ def select_by_budget(
     Args:
         scores: (N, E), such as `threshold_route` gives.
         budget: share of the softmax, 0 … 1; a number or (N,). At least one expert is chosen, at most `max_experts`; ties go to the lower
-            index. Rows with NaN get none.
+            index. Rows with NaN or positive infinity get one, with weight NaN.
         max_experts: slots.
         combine: weights of the chosen experts, as for `threshold_route`.
         impl: "auto", "torch" or "reference".
@@ -141,8 +142,8 @@ def select_by_budget(
         raise ValueError(f"max_experts must be at least 1, got {max_experts}.")
     if isinstance(budget, Tensor):
         check_same_device("budget", budget, scores.device)
-        if budget.shape not in ((), (len(scores),)):
-            raise ValueError(f"budget must have shape () or ({len(scores)},), got {tuple(budget.shape)}.")
+        if budget.shape not in ((), scores.shape[:1]):
+            raise ValueError(f"budget must have shape () or ({scores.shape[0]},), got {tuple(budget.shape)}.")
         within = not debug_enabled() or bool(((budget >= 0) & (budget <= 1)).all())
     else:
         within = 0 <= budget <= 1
@@ -153,13 +154,19 @@ def select_by_budget(
     wide = scores.to(statistics_dtype(scores.dtype))
     if impl == "reference":
         return _narrow(reference.select_by_budget(scores, budget, max_experts=max_experts, combine=combine), wide.dtype)
-    share, index = _highest(wide.detach().softmax(-1), max_experts)
+    share, index = _highest(_shares(wide), max_experts)
     limit: Any = budget.to(share.dtype).reshape(-1, 1) if isinstance(budget, Tensor) else budget
     before = share.cumsum(-1) - share
     slot = torch.arange(max_experts, device=share.device)
-    there = share > 0  # neither NaN nor masked nor of no mass in this precision
+    there = share > 0  # neither masked nor of no mass in this precision
     whole = limit >= 1  # sums of shares reach 1 before the last share, or never
-    return _routing(wide, index, there & ((slot == 0) | (before < limit) | whole), combine)
+    return _routing(wide, index, there & ((slot == 0) | (before < limit) | whole), share[:, :1] == math.inf, combine)
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """Softmax, 0 for experts that are not there; NaN in all others of a row where one score is NaN or positive infinity."""
+    scores = scores.detach()
+    return torch.where(scores == -math.inf, 0, scores.softmax(-1))
 
 
 @without_autocast
@@ -182,9 +189,9 @@ def unit_vectors(x: Tensor) -> Tensor:
 
 
 def _highest(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """(N, slots) scores and experts from the highest on, ties to the lower index; -inf for NaN and beyond the last expert."""
+    """(N, slots) scores and experts from the highest on, ties to the lower index; inf for NaN, first of all, -inf beyond the last."""
     scores = scores.detach()
-    known = torch.where(scores.isnan(), -torch.inf, scores)
+    known = torch.where(scores.isnan(), torch.inf, scores)
     experts = known.shape[-1]
     if known.dtype == torch.float64:
         values, index = known.sort(dim=-1, descending=True, stable=True)
@@ -202,23 +209,26 @@ def _highest(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return values, index
 
 
-def _routing(scores: Tensor, index: Tensor, used: Tensor, combine: Combine) -> Routing:
+def _routing(scores: Tensor, index: Tensor, used: Tensor, unknown: Tensor, combine: Combine) -> Routing:
+    """Of the slots that are used; rows that are unknown, (N, 1), use the first one, and have NaN for weight and count."""
     num_experts = scores.shape[-1]
+    used = torch.where(unknown, torch.arange(index.shape[-1], device=index.device) == 0, used)
     top_k_index = torch.where(used, index, num_experts)
-    known = torch.where(scores.isfinite(), scores, 0)
-    slots = functional.pad(known, (0, 1)).gather(-1, top_k_index)
+    known = torch.where(scores == -torch.inf, 0, scores)
+    known = torch.where(known == torch.inf, torch.nan, known)
+    slots = functional.pad(known, (0, 1)).gather(-1, top_k_index) * torch.where(unknown, torch.nan, 1)
     count = used.sum(-1) + _step(known).sum(-1)
     match combine:
         case "softmax":
             none = ~used.any(-1, keepdim=True)
             weights = torch.where(used | none, slots, -torch.inf).softmax(-1)
         case "uniform":
-            weights = (1 + _step(slots)) / torch.where(count > 0, count, 1).unsqueeze(-1)
+            weights = (1 + _step(slots)) / torch.where(count == 0, 1, count).unsqueeze(-1)
         case "gated":
             positive = torch.where(used, slots.clamp(min=0), 0)
             total = positive.sum(-1, keepdim=True)
             equal = used / used.sum(-1, keepdim=True).clamp(min=1)
-            weights = torch.where(total > 0, positive / torch.where(total > 0, total, 1), equal)
+            weights = torch.where(total <= 0, equal, positive / torch.where(total <= 0, 1, total))
     return Routing(top_k_index, torch.where(used, weights, 0), count, scores)
 
 
@@ -234,6 +244,12 @@ def _narrow(found: Routing, dtype: torch.dtype) -> Routing:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    count = int((~tensor.isfinite()).sum())
+    if count:
+        raise ValueError(f"{name} must be finite, got NaN or infinity in {count} of {tensor.numel()} values.")
 
 
 def _check_int(name: str, value: int) -> None:

@@ -58,14 +58,31 @@ def threshold_route(
     expert_mask: Tensor | None = None,
 ) -> Routing:
     """Experts whose margin is above 0: at least `min_experts`, at most `max_experts`, the highest first, ties to the lower index. An
-    expert whose margin is NaN, or that `expert_mask` leaves out, is never chosen.
+    expert that `expert_mask` leaves out is never chosen. A token with a margin that is NaN goes to the first such expert alone, with weight
+    and count NaN.
     """
     scores = margins(hidden_states, prototypes, thresholds, form, scale)
     if expert_mask is not None:
         scores = torch.where(expert_mask, scores, -torch.inf)
     rank = order_of(scores).argsort(dim=-1)
     chosen = ((rank < min_experts) | ((scores > 0) & (rank < max_experts))) & scores.isfinite()
-    return routing_of(scores, chosen, rank, max_experts, combine)
+    return _marked(routing_of(scores, chosen, rank, max_experts, combine), scores.isnan())
+
+
+def _marked(found: Routing, unknown: Tensor) -> Routing:
+    """NaN instead of what would be a choice among the unknown (N, E)."""
+    num_experts = unknown.shape[-1]
+    rows = unknown.any(-1)
+    first = torch.full_like(found.top_k_index, num_experts)
+    first[:, 0] = unknown.int().argmax(-1)
+    weights = torch.zeros_like(found.top_k_weights)
+    weights[:, 0] = torch.nan
+    return Routing(
+        torch.where(rows.unsqueeze(-1), first, found.top_k_index),
+        torch.where(rows.unsqueeze(-1), weights, found.top_k_weights),
+        torch.where(rows, torch.nan, found.count),
+        found.scores,
+    )
 
 
 def select_by_budget(scores: Tensor, budget: Tensor | float, *, max_experts: int = 8, combine: Combine = "softmax") -> Routing:
@@ -77,7 +94,8 @@ def select_by_budget(scores: Tensor, budget: Tensor | float, *, max_experts: int
     rank = order.argsort(-1)
     limit = torch.as_tensor(budget, dtype=torch.float64, device=scores.device).expand(len(scores)).unsqueeze(-1)
     chosen = ((rank == 0) | ((before.gather(-1, rank) < limit) & (rank < max_experts))) & (share > 0)
-    return routing_of(scores, chosen, rank, max_experts, combine)
+    unknown = share.isnan() & (scores != -torch.inf)
+    return _marked(routing_of(scores, chosen, rank, max_experts, combine), unknown)
 
 
 def routing_of(scores: Tensor, chosen: Tensor, rank: Tensor, max_experts: int, combine: Combine) -> Routing:

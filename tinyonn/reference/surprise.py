@@ -25,8 +25,8 @@ def surprise_min_loss(
 
     Args:
         scores: (N, E), of all experts.
-        surprise: (N, E), infinite where a token did not go: target mass 0 there. No gradient flows to it.
-        token_mask: (N,), which tokens count; those without a finite surprise never do.
+        surprise: (N, E), infinite where a token did not go: target mass 0 there; NaN makes the loss NaN. No gradient flows to it.
+        token_mask: (N,), which tokens count; those whose surprise is infinite throughout never do.
 
     Returns:
         0-d float64, mean over the tokens that count; 0 where there is none.
@@ -34,8 +34,10 @@ def surprise_min_loss(
     total, tokens = torch.zeros((), dtype=torch.float64, device=scores.device), 0
     for i, row in enumerate(surprise.detach().double()):
         finite = row.isfinite()
-        if not finite.any() or (token_mask is not None and not bool(token_mask[i])):
+        if (row == torch.inf).all() or (token_mask is not None and not bool(token_mask[i])):
             continue
+        if row.isnan().any():
+            return scores.double().sum() * torch.nan
         mean = row[finite].mean()
         scaled = row[finite] / (mean if mean > 0 else 1) / temperature
         target = torch.softmax(-scaled, -1)

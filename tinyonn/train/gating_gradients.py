@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._debug import debug, debug_enabled
 from ..nn._options import check_is_number
 from ..nn.dyn_moe import DynMoE, Visit
+from ..nn.expert_statistics import check_mask_shape, check_token_mask, token_mask_of
 from ..ops import Routing
 from .parallel import average, check_wrapper
 
@@ -64,7 +66,7 @@ class GatingGradients:
         self.loss = torch.zeros(())
         self._model, self._token_mask, self._weight, self._scaler, self._options = model, token_mask, weight, scaler, options
         self._masks: dict[torch.device, Tensor] = {}
-        self._losses: list[Tensor] = []
+        self._losses: list[tuple[DynMoE, Tensor]] = []
         self._grads: dict[tuple[DynMoE, str], Tensor] = {}
 
     def _await(self, module: DynMoE, inputs: Any, output: Tensor | None) -> None:
@@ -72,8 +74,8 @@ class GatingGradients:
         if not module.visits:
             return
         visit = module.visits.pop()
-        if output is not None:
-            self._check_mask(output)
+        if output is not None and self._token_mask is not None:
+            check_mask_shape(self._token_mask, output.shape[:-1])
         # The hook must not hold the probe, which holds the hook. A call that is recomputed has two graphs, and of the one that is thrown
         # away this goes too.
         kept = [(visit.hidden_states, visit.routing.top_k_index, visit.surprise_budget)]
@@ -91,9 +93,10 @@ class GatingGradients:
             raise RuntimeError(
                 "routers must be whole while backward passes them: apply fully_shard to the mixture or above, not to its router."
             )
-        with torch.enable_grad():
+        # What debug finds in here has no name yet: `_finish` has.
+        with torch.enable_grad(), debug(False):
             loss = module.gating_loss(visit, mask, **self._options)
-            self._losses.append(loss.detach())
+            self._losses.append((module, loss.detach()))
             if not parameters:
                 return
             share = loss * self._weight
@@ -109,23 +112,27 @@ class GatingGradients:
             self._masks[device] = self._token_mask.to(device)
         return self._masks.get(device)
 
-    def _check_mask(self, output: Tensor) -> None:
-        mask, lead = self._token_mask, output.shape[:-1]
-        if mask is None or mask.shape == lead:
-            return
-        # Rows that were flattened on one side only are in the same order; (4, 5) for (5, 4) are not.
-        if mask.numel() != lead.numel() or min(mask.dim(), len(lead)) != 1:
-            raise ValueError(f"token_mask must have the shape of the tokens a mixture is given, {tuple(lead)}, got {tuple(mask.shape)}.")
-
     def _finish(self) -> None:
-        if self._losses:
-            self.loss = torch.stack([loss.to(self._losses[0].device) for loss in self._losses]).mean()
+        losses = [loss for _, loss in self._losses]
+        if debug_enabled() and self._scaler is None:
+            self._check_losses()
+        if losses:
+            self.loss = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
         grads = {module.router.get_parameter(name): grad / len(self._losses) for (module, name), grad in self._grads.items()}
         routers = [mixture.router for mixture in mixtures(self._model).values()]
         parameters = [parameter for router in routers for parameter in router.parameters() if parameter.requires_grad]
         for parameter, grad in average(self._model, grads, parameters).items():
             # Never in place: the old tensor may be a view of DistributedDataParallel's bucket, or the caller's.
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+
+    def _check_losses(self) -> None:
+        names = {module: name for name, module in mixtures(self._model).items()}
+        for module, loss in self._losses:
+            if not bool(loss.isfinite()):
+                raise ValueError(
+                    f"the gating loss of {names[module]!r} must be finite, got {loss.item()}: its tokens, its router or the gradient of "
+                    "its output are not."
+                )
 
 
 @contextmanager
@@ -151,7 +158,7 @@ def gating_gradients(
     Args:
         model: with at least one `nn.DynMoE`; the wrapper, where there is one.
         token_mask: bool or integers, of the leading shape of what the layers are given, which tokens count, such as an attention mask;
-            None for all.
+            None for all. The statistics of the layers count the same tokens.
         weight: of the routers' losses, at least 0; divide it by the number of accumulated batches.
         w_ce, w_kl, temperature: see `ops.surprise_min_loss`.
         scaler: AMP's, with whose scale these gradients are multiplied like the others. The surprise needs no unscaling: the loss divides
@@ -160,18 +167,20 @@ def gating_gradients(
     Raises:
         TypeError: no DynMoE in the model; another wrapper than both, or routers that are sharded apart from the rest; a mask of floats; an
             option that is no number.
-        ValueError: an option out of range; in forward, a mask of another shape than the tokens.
+        ValueError: an option out of range; in forward, a mask of another shape than the tokens; at the end, under `tinyonn.debug()` and
+            without a scaler, a gating loss that is not finite, by the mixture's name.
         RuntimeError: a mixture is captured already; in backward, a second pass through one call.
     """
     check_options(weight, w_ce, w_kl, temperature)
     check_model(model)
-    if token_mask is not None and (not isinstance(token_mask, Tensor) or token_mask.is_floating_point()):
-        given = token_mask.dtype if isinstance(token_mask, Tensor) else type(token_mask).__name__
-        raise TypeError(f"token_mask must be a tensor of bool or integers, got {given}.")
+    if token_mask is not None:
+        check_token_mask(token_mask)
     found = GatingGradients(model, token_mask, weight, scaler, {"w_ce": w_ce, "w_kl": w_kl, "temperature": temperature})
     with ExitStack() as stack:
         for module in stack.enter_context(capture(model)):
             handle = module.register_forward_hook(found._await, always_call=True)
             stack.callback(handle.remove)
+        if token_mask is not None:
+            stack.enter_context(token_mask_of(model, token_mask))
         yield found
     found._finish()

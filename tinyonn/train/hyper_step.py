@@ -106,12 +106,14 @@ class HyperStep:
         """
         Args:
             compute_loss: runs the model on one batch and gives the main loss, 0-d.
-            token_mask: bool or integers, of the shape of the batch's tokens, which of them the routers learn from; None for all.
+            token_mask: bool or integers, of the shape of the batch's tokens, which of them the routers learn from and the statistics
+                count, such as an attention mask; None for all.
 
         Raises:
             TypeError, ValueError: compute_loss gives no 0-d tensor, or one without a graph; the mask does not fit; under
-                `tinyonn.debug()` a loss that is not finite. After any error, of compute_loss and the optimisers too, accumulated gradients
-                are dropped, and the next call begins anew; what an optimiser has stepped by then stays.
+                `tinyonn.debug()` a loss, a router's loss or a gradient that is not finite, by the name of the mixture or the parameters
+                (gradients that a scaler scales may overflow, and are left to it). After any error, of compute_loss and the optimisers too,
+                accumulated gradients are dropped, and the next call begins anew; what an optimiser has stepped by then stays.
         """
         last = self._batches + 1 == self.accumulation_steps
         wrapper = data_parallel(self.model)
@@ -128,6 +130,8 @@ class HyperStep:
                 loss = _checked(compute_loss())
                 share = loss / self.accumulation_steps
                 (share if self.scaler is None else self.scaler.scale(share)).backward()
+            if debug_enabled() and self.scaler is None:
+                _check_gradients(self.model)
             self._batches += 1
             if last:
                 self._step()
@@ -177,6 +181,13 @@ def _check_optimizer(optimizer: Any) -> None:
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(f"optimizer must step without a closure, got {type(optimizer).__name__}.")
+
+
+def _check_gradients(model: nn.Module) -> None:
+    found = [name for name, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise ValueError(f"gradients must be finite, got NaN or infinity in {', '.join(found[:5])}{more}.")
 
 
 def _checked(loss: Tensor) -> Tensor:

@@ -1,0 +1,121 @@
+"""Statistics of a mixture: which experts its tokens went to, each token counted once; and the mask of the tokens that count.
+
+N tokens, E experts, K slots of a token
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SurroundingMask(threading.local):
+    """The mask that surrounds the calls of one mixture in this thread, or None. A copy of a mixture begins without."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[SurroundingMask], tuple[()]]:
+        return SurroundingMask, ()
+
+
+@contextmanager
+def token_mask_of(model: nn.Module, token_mask: Tensor) -> Iterator[None]:
+    """Within it, in this thread, the mixtures of the model count the tokens of this mask alone.
+
+        with token_mask_of(model, attention_mask):
+            logits = model(input_ids)
+
+    `train.HyperStep` does so with its own `token_mask`. An inner context goes before an outer one, and an argument of the mixture's own
+    call before both. Nothing but statistics depends on it.
+
+    Args:
+        model: with any number of `nn.DynMoE`, or one itself.
+        token_mask: bool or integers, of the leading shape of what the mixtures are given.
+
+    Raises:
+        TypeError: a mask of floats, or none. A shape that does not fit is an error of the mixture's call.
+    """
+    check_token_mask(token_mask)
+    places = [place for module in model.modules() if isinstance(place := getattr(module, "surrounding_mask", None), SurroundingMask)]
+    before = [place.value for place in places]
+    for place in places:
+        place.value = token_mask
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.value = value
+
+
+def check_token_mask(token_mask: Any) -> None:
+    """TypeError for what is no mask."""
+    if not isinstance(token_mask, Tensor) or token_mask.is_floating_point():
+        given = token_mask.dtype if isinstance(token_mask, Tensor) else type(token_mask).__name__
+        raise TypeError(f"token_mask must be a tensor of bool or integers, got {given}.")
+
+
+def check_mask_shape(token_mask: Tensor, shape: torch.Size) -> None:
+    """ValueError where a mask is not that of tokens of this leading shape."""
+    # Rows that were flattened on one side only are in the same order; (4, 5) for (5, 4) are not.
+    if token_mask.shape != shape and (token_mask.numel() != shape.numel() or min(token_mask.dim(), len(shape)) != 1):
+        raise ValueError(f"token_mask must have the shape of the tokens a mixture is given, {tuple(shape)}, got {tuple(token_mask.shape)}.")
+
+
+@torch.library.custom_op("tinyonn::count_experts", mutates_args=("counts", "seen"))
+def count_experts(top_k_index: Tensor, top_k_weights: Tensor, token_mask: Tensor | None, counts: Tensor, seen: Tensor) -> None:
+    """Adds the tokens of each expert to `counts`, (E,), and their number to `seen`, 0-d.
+
+    Left out are tokens outside the mask, and those whose weights are NaN, which went to no expert in particular. A call within backward
+    counts nothing: a checkpointed region runs again there. An operator, so that this holds for compiled code, and torch.func takes it.
+
+    Args:
+        top_k_index: (N, K), E in unused slots.
+        top_k_weights: (N, K).
+        token_mask: (N,) bool; None for all.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        return
+    kept = ~top_k_weights.isnan().any(-1)
+    if token_mask is not None:
+        kept = kept & token_mask
+    experts = counts.shape[0]
+    flat = torch.where(kept.unsqueeze(-1), top_k_index, experts).flatten()
+    counts.add_(torch.zeros(experts + 1, dtype=counts.dtype, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))[:experts])
+    seen.add_(kept.sum())
+
+
+@count_experts.register_fake
+def _(top_k_index: Tensor, top_k_weights: Tensor, token_mask: Tensor | None, counts: Tensor, seen: Tensor) -> None:
+    return None
+
+
+@count_experts.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor | None) -> tuple[None, None]:
+    """All batches at once; one by one where the statistics are batched too, as those of stacked models are."""
+
+    def batched(x: Tensor | None, dim: int | None) -> Tensor | None:
+        if x is None:
+            return None
+        return x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+    index, weights, mask = (batched(x, dim) for x, dim in zip(tensors[:3], in_dims[:3], strict=True))
+    counts, seen = tensors[3:]
+    assert index is not None
+    assert weights is not None
+    assert counts is not None
+    assert seen is not None
+    if in_dims[3] is None and in_dims[4] is None:
+        count_experts(index.flatten(0, 1), weights.flatten(0, 1), None if mask is None else mask.flatten(0, 1), counts, seen)
+        return None, None
+    if in_dims[3] is None or in_dims[4] is None:
+        raise RuntimeError("expert_counts and tokens_seen must both be batched under vmap, or neither.")
+    for number in range(info.batch_size):
+        part = None if mask is None else mask[number]
+        count_experts(index[number], weights[number], part, counts.select(in_dims[3], number), seen.select(in_dims[4], number))
+    return None, None
