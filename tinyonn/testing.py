@@ -231,7 +231,7 @@ _SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-_OWN_SIZES = ("gpt2", "gptj", "bloom", "gpt_neox")
+_OWN_SIZES = ("gpt2", "gptj", "bloom", "gpt_neox", "mamba")
 _TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 24}),
     "llama": ("llama", {"attention_bias": True}),
@@ -267,6 +267,8 @@ _TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_neox",
         {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128},
     ),
+    "mamba": ("mamba", {"hidden_size": 48, "num_hidden_layers": 2, "state_size": 8}),
+    "phimoe": ("phimoe", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "gptj": ("gptj", {"n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 128}),
 }
 
@@ -278,7 +280,7 @@ def tiny_causal_lm(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.float
     are 5 tokens, softcaps low enough to bend the scores.
 
     Args:
-        arch: qwen3, llama, mistral, gemma2, gpt2, qwen3_moe, gpt_oss, bloom, lfm2, qwen3_next, gpt_neox or gptj.
+        arch: qwen3, llama, mistral, gemma2, gpt2, qwen3_moe, gpt_oss, bloom, lfm2, qwen3_next, gpt_neox, gptj, mamba or phimoe.
         seed: of the weights; the global generators are left as they were.
         dtype: of the weights.
         **overrides: of the architecture's configuration.

@@ -10,6 +10,7 @@ import typer
 
 from .._units import not_finite_cause, readable_bytes
 from ..scan.config import ScanConfig
+from ..scan.not_measured import told
 from . import screen
 from .options import DTYPE, Codec, Compression, Credit, Store, Sync, config_option, field_defaults, given_options
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 _DEFAULTS = field_defaults(ScanConfig)
 _option = partial(config_option, _DEFAULTS)
+TARGETS_HELP = (
+    "Weights to record, by comma: all, attention, mlp, a name or its ending with * ? [ab] (q_proj, layers.0.*), re:REGEX; "
+    "! before one leaves out (all,!lm_head)."
+)
 
 
 def scan(
@@ -34,7 +39,7 @@ def scan(
     credit: Annotated[
         Credit | None, _option("credit", "full: gradients include what a token did for later ones. local: its own loss alone.")
     ] = None,
-    targets: Annotated[str | None, _option("targets", "Weights to record: all, or a list of attention, mlp, names with *.", "LIST")] = None,
+    targets: Annotated[str | None, _option("targets", TARGETS_HELP, "LIST")] = None,
     generate: Annotated[
         int | None, _option("generate", "Let the model answer each prompt with up to N tokens, and scan both.", "N")
     ] = None,
@@ -130,6 +135,9 @@ def _result_screen(result: ScanResult) -> str:
         if count:
             found = f"{what} in {screen.number(count)} of {screen.counted(result.sequences, 'sequence')}"
             lines.append(("not finite", "\n".join([found, *not_finite_cause(result.dtype).split(": ")])))
+    for name, reasons in (("not measured", result.not_measured), ("not proven", result.unproven)):
+        if reasons:
+            lines.append((name, "\n".join(told(reasons, gap=":\n"))))
     if result.skipped:
         lines.append(("left out", ", ".join(f"{screen.number(count)} {reason}" for reason, count in result.skipped.items())))
     share = f" (rank {result.rank} of {result.world_size})" if result.world_size > 1 else ""

@@ -15,7 +15,7 @@ class Integral:
     """Sums over tokens that need no planes: ∫SPS and the moments of each block.
 
     Attributes:
-        sps: (blocks,) float64, the synergistic prediction score summed over tokens.
+        sps: (blocks,) float64, the synergistic prediction score summed over tokens; NaN for a block that counts none.
         count: (blocks,) float64, tokens counted.
         activation_mean, activation_m2: (blocks,) float64, mean and summed squared deviation of the activation norm.
         grad_mean, grad_m2: (blocks,) float64, the same of the gradient norm.
@@ -30,6 +30,9 @@ class Integral:
     grad_mean: NDArray[np.float64]
     grad_m2: NDArray[np.float64]
 
+    def __post_init__(self) -> None:
+        self.sps = np.where(np.asarray(self.count) > 0, self.sps, np.nan)
+
     @classmethod
     def zeros(cls, blocks: int) -> Integral:
         """The integral of no token."""
@@ -41,8 +44,8 @@ class Integral:
         return self if missing <= 0 else Integral(*(np.pad(plane, (0, missing)) for plane in self.planes()))
 
     def planes(self) -> tuple[NDArray[np.float64], ...]:
-        """The six arrays in the order of the file."""
-        return (self.sps, self.count, self.activation_mean, self.activation_m2, self.grad_mean, self.grad_m2)
+        """The six arrays in the order of the file, where ∫SPS of a block that counts no token is 0."""
+        return (np.where(self.count > 0, self.sps, 0.0), self.count, self.activation_mean, self.activation_m2, self.grad_mean, self.grad_m2)
 
     def __add__(self, other: Integral) -> Integral:
         if not isinstance(other, Integral):
@@ -58,7 +61,7 @@ class Integral:
 
         activation = chan(a.activation_mean, a.activation_m2, b.activation_mean, b.activation_m2)
         grad = chan(a.grad_mean, a.grad_m2, b.grad_mean, b.grad_m2)
-        return Integral(a.sps + b.sps, count, *activation, *grad)
+        return Integral(a.planes()[0] + b.planes()[0], count, *activation, *grad)
 
 
 @dataclass(slots=True, eq=False)

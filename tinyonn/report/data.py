@@ -13,6 +13,7 @@ import numpy as np
 
 from .._units import not_finite_cause
 from ..mscan import MscanReader
+from ..scan.not_measured import told, without_value
 from .grid import BlockGrid, Floats, build_grid
 from .integrals import file_integral
 
@@ -171,8 +172,20 @@ def _notes(data: ScanData) -> list[str]:
     notes.extend(str(line) for line in data.metadata.get(V1_NOTES, ()) if isinstance(data.metadata[V1_NOTES], list))
     never = int((data.totals.count == 0).sum())
     if never and data.num_sequences and never < data.grid.num_blocks:
-        notes.append(f"{never:,} of {data.grid.num_blocks:,} blocks were never recorded (experts without a token); they are left blank.")
+        notes.append(f"{never:,} of {data.grid.num_blocks:,} blocks were never recorded; they are left blank.")
+    notes.extend(f"Not measured: {line}." for line in _not_measured(data))
     return notes
+
+
+def _not_measured(data: ScanData) -> list[str]:
+    """Names and reasons: of the weights that the scan left out, and of those in the layout that hold no value."""
+    stored = data.metadata.get("not_measured")
+    reasons = {str(why): [str(name) for name in names] for why, names in stored.items()} if isinstance(stored, dict) else {}
+    silent = data.totals.count == 0
+    if data.num_sequences and not silent.all():
+        of_weight = np.bincount(data.grid.entry, weights=~silent, minlength=len(data.grid.layout))
+        reasons |= without_value(entry.name for entry, count in zip(data.grid.layout, of_weight, strict=True) if count == 0)
+    return told(reasons)
 
 
 def _not_finite_notes(data: ScanData) -> list[str]:

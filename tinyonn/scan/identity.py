@@ -33,6 +33,8 @@ DESCRIPTIVE = (
     "tokenizer",
     "corpus",
     "config_hash",
+    "not_measured",
+    "unproven",
 )
 
 
@@ -80,6 +82,8 @@ def scan_metadata(
         "reduction": "sum",
         "block_size": BLOCK_SIZE,
     }
+    if getattr(model_config.get_text_config(), "tie_word_embeddings", False):
+        metadata["tied_head"] = "product and look-up"  # earlier versions recorded the product alone
     return metadata | {"config_hash": identity_hash(metadata)}
 
 

@@ -21,6 +21,7 @@ from .distributed import World
 from .engine import ScanEngine, SequenceScan
 from .generation import Answered, Generator
 from .integral import lost_tokens
+from .not_measured import by_reason, without_value
 from .output import NOTHING, Existing, OutputCompleteError, check_writable, find_existing, member_path, open_writer, refuse_existing
 from .prepare import Prepared, prepare
 from .tokens import TokenCounts, TokenSequence, plan_batches
@@ -58,6 +59,9 @@ class ScanResult:
         truncated: sequences cut at max_length.
         not_finite: sequences of this run with a loss that is NaN or infinite; their gradients are missing or infinite.
         overflowed: other sequences of this run with tokens whose norms are not finite; those tokens count in no sum.
+        not_measured: why -> names of weights that were asked for and have no value in this run: left out because their gradient
+            cannot be recorded, or, of the recorded ones, experts that no token was routed to.
+        unproven: why -> names of recorded weights whose own gradient could not be compared, as quantised weights have none.
         seconds: of this run, loading included.
         tokens_per_second: of scanning alone.
         loss: mean loss of this run's tokens in nats.
@@ -73,6 +77,8 @@ class ScanResult:
     truncated: int
     not_finite: int
     overflowed: int
+    not_measured: Mapping[str, list[str]]
+    unproven: Mapping[str, list[str]]
     seconds: float
     tokens_per_second: float
     loss: float
@@ -118,6 +124,8 @@ def run_scan(config: ScanConfig, *, progress: Callable[[ScanProgress], None] | N
         model = load_model(prepared.folder, prepared.dtype, prepared.device)
         with ScanEngine(model, credit=config.credit, targets=config.targets) as engine:
             generator = _generator(prepared, model) if config.generate else None
+            told = {"not_measured": by_reason(engine.not_measured), "unproven": by_reason(engine.unproven)}
+            metadata |= {name: reasons for name, reasons in told.items() if reasons}
             writer, scan.path = open_writer(config, world, existing, metadata, engine.layout)
             with writer:
                 scan.run(engine, generator, writer)
@@ -139,6 +147,8 @@ class _Scan:
         self._loss_sum = 0.0
         self._not_finite = self._overflowed = 0
         self._seconds = 0.0
+        self._not_measured: dict[str, list[str]] = {}
+        self._unproven: dict[str, list[str]] = {}
 
     def run(self, engine: ScanEngine, generator: Generator | None, writer: MscanWriter) -> None:
         """Scans each planned batch that is not in the file already. A batch of which a part is there is scanned whole, so that
@@ -147,6 +157,8 @@ class _Scan:
         prepared = self._prepared
         sequences = prepared.encoder().encode_all(prepared.own_items(), self._counts)
         self._report(self.state("scanning"))
+        self._unproven = by_reason(engine.unproven)
+        counted = np.zeros(engine.blocks, dtype=bool)
         for batch in plan_batches(sequences, prepared.config.batch_size):
             missing = [sequence.sequence_id not in self._done for sequence in batch]
             self._resumed += len(batch) - sum(missing)
@@ -158,8 +170,12 @@ class _Scan:
             for item, result, wanted in zip(answered, results, missing, strict=True):
                 if wanted:
                     self._append(writer, item, result)
+                    counted |= result.integral.count > 0
             self._seconds += time.perf_counter() - started
             self._report(self.state("scanning"))
+        # Where nothing is finite at all, that is what to tell.
+        silent = [entry.name for entry in engine.layout if counted.any() and not counted[entry.base : entry.base + entry.blocks].any()]
+        self._not_measured = {**by_reason(engine.not_measured), **without_value(silent)}
 
     def _append(self, writer: MscanWriter, item: Answered, result: SequenceScan) -> None:
         planes = self._prepared.config.store == "records"
@@ -205,6 +221,8 @@ class _Scan:
             truncated=self._counts.truncated,
             not_finite=self._not_finite,
             overflowed=self._overflowed,
+            not_measured=self._not_measured,
+            unproven=self._unproven,
             seconds=seconds,
             tokens_per_second=self._rate,
             loss=self._loss,
