@@ -71,7 +71,7 @@ class DynMoE(nn.Module):
         bias: of the experts.
         output_bias: one more bias, (F,), which every token is given once, whatever its experts.
         dropout: of the output, in training.
-        checkpoint: recompute the experts in backward.
+        checkpoint: recompute the experts in backward; not within transforms of torch.func, which cannot.
         max_experts: K, slots of a token; None for all with routing="budget", else for twice target_k, and 8 at least.
         others: see `ThresholdRouter`.
 
@@ -252,7 +252,8 @@ class DynMoE(nn.Module):
                 wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
                 probe = torch.zeros(routing.top_k_index.shape, dtype=wide, device=tokens.device, requires_grad=True)
             self.visits.append(Visit(tokens.detach(), routing, probe, budget))
-        if self.checkpoint and torch.is_grad_enabled():
+        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        if self.checkpoint and torch.is_grad_enabled() and not transformed:
             out = checkpoint(self.execute, tokens, routing, probe, use_reentrant=False)
             assert isinstance(out, Tensor)
         else:

@@ -42,6 +42,7 @@ def expert_mlp(
     with AMP's loss scale.
 
     Differentiable: hidden_states, both projections and their biases, top_k_weights; gradients that nobody asks for are not computed.
+    `torch.func.grad`, `vjp`, `jacrev` and `vmap` take it; `vmap` makes one call for each element of its batch.
 
     Args:
         hidden_states: (N, F).
@@ -93,7 +94,13 @@ def expert_mlp(
         layout = {"activation": activation, "gated": gated, "interleaved": interleaved, "transposed": transposed, "limit": limit}
         return _reference(*tensors, surprise, surprise_kind, layout)
     refuse_tangents("expert_mlp", *tensors, surprise)
-    out, _ = _forward(*tensors, surprise, activation, gated, interleaved, transposed, limit, surprise_kind, impl)
+    options = (activation, gated, interleaved, transposed, limit, surprise_kind, impl)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        from ._expert_transforms import Experts
+
+        out, _ = Experts.apply(*tensors, surprise, *options)
+    else:
+        out, _ = _forward(*tensors, surprise, *options)
     return out
 
 
