@@ -53,6 +53,18 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-bert", "bert")
 
 
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """`without_figures()`: from then on PNGs are empty. Drawing them takes longer than a study of a tiny model."""
+    return lambda: monkeypatch.setattr("tinyonn.report.head_figures.save_figure", lambda figure, path: path.touch())
+
+
+@pytest.fixture
+def plain(without_figures: Callable[[], None]) -> None:
+    """PNGs are empty in this test."""
+    without_figures()
+
+
 def test_choices_are_those_of_the_configurations() -> None:
     assert tuple(heads_score.QueryMode) == QUERY_MODES
     assert tuple(heads_score.NormMode) == NORM_MODES
@@ -172,7 +184,9 @@ def study(encoder: Path, pairs: Path, out: Path, *more: object) -> list[object]:
     return ["-m", encoder, "-t", "boolq", "-d", pairs, "-o", out, "--eval-size", 8, "--max-steps", 2, "--batch-size", 8, *more]
 
 
-def test_a_study_runs_is_kept_and_joins_its_seeds(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
+def test_a_study_runs_is_kept_and_joins_its_seeds(
+    cli: Cli, encoder: Path, pairs: Path, tmp_path: Path, without_figures: Callable[[], None]
+) -> None:
     out = tmp_path / "study"
     ran = cli("heads", "plasticity", "run", *study(encoder, pairs, out, "--seed", 1, "--seed", 2))
     assert ran.code == 0, ran.err
@@ -186,6 +200,7 @@ def test_a_study_runs_is_kept_and_joins_its_seeds(cli: Cli, encoder: Path, pairs
     assert pages == [str(folder / "index.html"), str(out / "boolq" / "seed2" / "index.html"), str(out / "boolq" / "index.html")]
     assert ran.out.count("original study") == 2
 
+    without_figures()
     before = (folder / "ckpt_final" / "model.safetensors").stat().st_mtime_ns
     again = cli("heads", "plasticity", "run", *study(encoder, pairs, out, "--seed", 1))
     assert again.code == 0, again.err
@@ -193,6 +208,7 @@ def test_a_study_runs_is_kept_and_joins_its_seeds(cli: Cli, encoder: Path, pairs
     assert (folder / "ckpt_final" / "model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_study_leaves_out_rows_without_a_label_where_asked(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "study"
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
@@ -230,6 +246,7 @@ def test_a_study_of_an_earlier_version_is_kept(cli: Cli, encoder: Path, pairs: P
     assert "kept from an earlier run" in again.out
 
 
+@pytest.mark.usefixtures("plain")
 def test_one_config_file_serves_every_step(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
     printed = cli("heads", "plasticity", "run", "--print-config").out
     assert printed == cli("heads", "plasticity", "train", "--print-config").out
@@ -247,6 +264,7 @@ def test_one_config_file_serves_every_step(cli: Cli, encoder: Path, pairs: Path,
     assert (out / "boolq" / "seed42" / "index.html").is_file()
 
 
+@pytest.mark.usefixtures("plain")
 def test_later_steps_take_the_options_of_the_training(
     cli: Cli, encoder: Path, pairs: Path, tmp_path: Path, reseal: Callable[[Path], None]
 ) -> None:
@@ -292,6 +310,7 @@ def test_later_steps_take_the_options_of_the_training(
         one_line(cli("heads", "plasticity", step, *place), said, "'learning_rat'", command=f"tinyonn heads plasticity {step}")
 
 
+@pytest.mark.usefixtures("plain")
 def test_later_steps_take_the_seeds_that_are_there(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "study"
     place = ["--task", "boolq", "--output-dir", out]
@@ -346,6 +365,7 @@ def test_a_step_lists_the_options_that_matter_to_it(cli: Cli) -> None:
     assert "--learning-rate" not in options("measure")
 
 
+@pytest.mark.usefixtures("plain")
 def test_seeds_of_another_study_do_not_stop_a_report(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "study"
     assert cli("heads", "plasticity", "run", *study(encoder, pairs, out, "--seed", 1)).code == 0
@@ -371,6 +391,7 @@ def test_training_that_learned_nothing_is_told(
     assert (said in ran.out.splitlines()) == told
 
 
+@pytest.mark.usefixtures("plain")
 def test_progress_names_its_seed(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screen, "PLAIN_EVERY", 0.0)
     ran = cli("heads", "plasticity", "run", *study(encoder, pairs, tmp_path / "study", "--seed", 5, "--seed", 6))
@@ -380,6 +401,7 @@ def test_progress_names_its_seed(cli: Cli, encoder: Path, pairs: Path, tmp_path:
         assert re.search(rf"^importance before training: 100 %, seed {seed}: 8/8 samples, ", ran.err, re.MULTILINE)
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_damaged_seed_is_left_out_of_the_report_over_all(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "study"
     assert cli("heads", "plasticity", "run", *study(encoder, pairs, out, "--seed", 1, "--seed", 2)).code == 0
