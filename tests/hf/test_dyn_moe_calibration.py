@@ -59,7 +59,7 @@ def test_a_calibration_that_fails_half_way_changes_nothing(change, error):
     assert {(router.target_k, router.min_experts, router.max_experts) for router in routers} == {(3.0, 1, 5)}
     after = [module.statistics() for module in model.modules() if isinstance(module, DynMoE)]
     assert [found["mean_k"] for found in after] == [found["mean_k"] for found in statistics.values()]
-    assert model.config.quantization_config.options["target_k"] == 3.0
+    assert model.config.tinyonn["dyn_moe"]["options"]["target_k"] == 3.0
     assert all(module.training for module in model.modules())
     assert not any(module._forward_pre_hooks for module in mixtures(model).values())
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from tinyonn.errors import InputError
 from tinyonn.hf.dyn_moe import calibrate_experts, convert_mlp_to_dynmoe, expert_statistics
 from tinyonn.hf.dyn_moe.calibration import mixtures
-from tinyonn.hf.dyn_nsa import convert_attention
 from tinyonn.nn import DynMoE
 from tinyonn.testing import assert_close_rms, left_padding, tiny_causal_lm, token_ids
 
@@ -228,7 +227,6 @@ REFUSED = {
     "adapter": (adapted, r"model.layers.2.mlp.up_proj must be a Linear or Conv1D, got Adapter"),
     "one bias": (lone_bias, "model.layers.0.mlp must have biases for both of gate_proj and up_proj or for none, got one"),
     "converted": (lambda: convert_mlp_to_dynmoe(stock(), num_experts=8), "got a DynMoE in model.layers.0.mlp: it was converted before"),
-    "attention": (lambda: convert_attention(stock()), "must not be quantised, nor converted otherwise: .*, got DynNSAConversion"),
     "meta": (lambda: stock().to("meta"), "must have its weights to be converted, got some on the meta device"),
 }
 

@@ -68,7 +68,7 @@ def test_a_copy_is_a_model_of_its_own():
     assert torch.equal(twin(x).logits, model(x).logits)
     calibrate_experts(twin, x, 1.0)
     assert {module.router.target_k for module in mixtures(model).values()} == {3.0}
-    assert model.config.quantization_config.options["target_k"] == 3.0
+    assert model.config.tinyonn["dyn_moe"]["options"]["target_k"] == 3.0
 
 
 def test_a_base_model_loads_what_one_with_a_head_saved_and_the_reverse(tmp_path):
@@ -84,11 +84,11 @@ def test_a_base_model_loads_what_one_with_a_head_saved_and_the_reverse(tmp_path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers": {"model.layers.9.mlp": {}}}, "must name MLPs of LlamaForCausalLM, got 'model.layers.9.mlp'"),
-        ({"layers": ["model.layers.0.mlp"]}, "quantization_config.layers must be a dict by layer name, got list"),
-        ({"layers": {"model.layers.0.mlp": {"hidden_size": 48}}}, r"layers of model.layers.0.mlp must have all fields of LayerSizes: "),
+        ({"layers": {"model.layers.9.mlp": {}}}, "must name MLPs of LlamaModel, got 'model.layers.9.mlp'"),
+        ({"layers": ["model.layers.0.mlp"]}, "config.tinyonn.dyn_moe.layers must be a dict by layer name, got list"),
+        ({"layers": {"model.layers.0.mlp": {"hidden_size": 48}}}, r"layers of layers.0.mlp must have all fields of LayerSizes: "),
         ({"options": {"num_expert": 3}}, "must have fields of DynMoEOptions, got 'num_expert'; did you mean 'num_experts'"),
-        ({"options": 3}, "quantization_config.options must be a dict of fields of DynMoEOptions, got int"),
+        ({"options": 3}, "config.tinyonn.dyn_moe.options must be a dict of fields of DynMoEOptions, got int"),
     ],
     ids=["layer", "list", "sizes", "option", "options"],
 )
@@ -96,7 +96,7 @@ def test_a_damaged_conversion_is_named(change, message, tmp_path):
     sparse().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
-    config["quantization_config"] |= change
+    config["tinyonn"]["dyn_moe"] |= change
     file.write_text(json.dumps(config))
     with pytest.raises(InputError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)

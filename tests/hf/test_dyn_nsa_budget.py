@@ -47,7 +47,7 @@ def test_the_schedule_goes_from_all_blocks_to_the_target():
         means.append(sum(value["mean_count"] for value in statistics(model).values()))
     assert means[0] == pytest.approx(3 * sum(t // 16 + 1 for t in range(LENGTH)) / LENGTH, rel=1e-5)
     assert means[0] > means[2] > means[3]
-    assert model.config.quantization_config.options["max_blocks"] == 6
+    assert model.config.tinyonn["dyn_nsa"]["options"]["max_blocks"] == 6
 
 
 def test_the_loss_holds_the_budget():
@@ -109,7 +109,7 @@ def test_a_schedule_reaches_its_end_with_the_training(tmp_path):
     trainer.train()
     assert all(core.opening == 0 and core.budget_target == 3 and core.options.max_blocks == 4 for core in cores(model))
     saved = json.loads((tmp_path / "checkpoint-2" / "config.json").read_text())
-    assert saved["quantization_config"]["options"]["max_blocks"] == 4
+    assert saved["tinyonn"]["dyn_nsa"]["options"]["max_blocks"] == 4
     logged = [entry for entry in trainer.state.log_history if "key_blocks" in entry]
     assert [entry["key_blocks_target"] for entry in logged] == [pytest.approx((64 * 3) ** 0.5), 3.0]
     assert logged[0]["key_blocks"] == pytest.approx(sum(t // 16 + 1 for t in range(60)) / 60, rel=1e-5)

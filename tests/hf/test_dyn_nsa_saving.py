@@ -73,7 +73,7 @@ def test_a_base_model_loads_what_one_with_a_head_saved_and_the_reverse(tmp_path)
     model.save_pretrained(tmp_path / "head")
     base = AutoModel.from_pretrained(tmp_path / "head")
     assert torch.equal(base(x).last_hidden_state, model.model(x).last_hidden_state)
-    assert list(base.config.quantization_config.layers) == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert list(base.config.tinyonn["dyn_nsa"]["layers"]) == ["layers.0.self_attn", "layers.1.self_attn"]
     base.save_pretrained(tmp_path / "base")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert torch.equal(again.model(x).last_hidden_state, model.model(x).last_hidden_state)
@@ -82,7 +82,7 @@ def test_a_base_model_loads_what_one_with_a_head_saved_and_the_reverse(tmp_path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers": {"model.layers.9.self_attn": [4, 2, 12]}}, "must name attention layers of LlamaForCausalLM, got 'model.layers.9.self"),
+        ({"layers": {"model.layers.9.self_attn": [4, 2, 12]}}, "must name attention layers of LlamaModel, got 'model.layers.9.self"),
         ({"layers": {"model.layers.0.self_attn": [4, 2]}}, r"must give query heads, key heads and head size .*, got \[4, 2\]"),
         ({"options": {"widow": 3}}, "must have fields of DynNSAOptions, got 'widow'; did you mean 'window'"),
     ],
@@ -92,7 +92,7 @@ def test_a_damaged_conversion_is_named(change, message, tmp_path):
     tiny_dyn_nsa_lm().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
-    config["quantization_config"] |= change
+    config["tinyonn"]["dyn_nsa"] |= change
     file.write_text(json.dumps(config))
     with pytest.raises(InputError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)

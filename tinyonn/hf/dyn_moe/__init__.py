@@ -1,18 +1,18 @@
 """DynMoE in models of transformers: dense MLPs of a trained model become mixtures of their own neurons.
 
-Importing this package registers the loader of converted models with transformers.
+Importing this package registers what rebuilds the mixtures of converted models, with `hf.record`.
 
     mlps         dense MLPs found in a model: weights, activation
     partition    their neurons into equal groups
     options      checked before a model is touched
     budget       surprise_budget as a keyword
     calibration  routers from a sample of text: prototypes, thresholds
-    saving       the loader
+    saving       the mixtures from the record in a configuration
     conversion   convert_mlp_to_dynmoe
 """
 
+from . import saving  # for what it registers
 from .calibration import calibrate_experts, expert_statistics
 from .conversion import convert_mlp_to_dynmoe
-from .saving import DynMoEConversion, DynMoELoader
 
-__all__ = ["DynMoEConversion", "DynMoELoader", "calibrate_experts", "convert_mlp_to_dynmoe", "expert_statistics"]
+__all__ = ["calibrate_experts", "convert_mlp_to_dynmoe", "expert_statistics", "saving"]

@@ -22,8 +22,17 @@ def take_surprise_budget(model: PreTrainedModel) -> None:
     One that routes by threshold too, where it can only be an error: layers of transformers take any word and drop what they do not know.
     """
     for part in dict.fromkeys((model, model.base_model)):
+        if _takes_surprise_budget(part):
+            continue
         part.forward = BudgetForward(part)
         part._replicate_for_data_parallel = _refuse_replicas  # type: ignore[method-assign]
+
+
+def _takes_surprise_budget(model: nn.Module) -> bool:
+    forward = model.__dict__.get("forward")
+    while forward is not None and not isinstance(forward, BudgetForward):
+        forward = getattr(forward, "inner", None)
+    return forward is not None
 
 
 def _refuse_replicas() -> nn.Module:

@@ -24,8 +24,9 @@ from ...nn import DynMoE, ThresholdRouter
 from ...ops._dispatch import autocast_off
 from ...ops._torch_experts import Layout, activate
 from ...ops.threshold_route import unit_vectors
+from ..record import converted_model, recorded
 from .options import DynMoEOptions
-from .saving import DynMoEConversion
+from .saving import DYN_MOE
 
 OPEN = -2.0  # a threshold that every cosine passes
 RIDGE = 0.3  # of the mean variance of a feature: a sample has few tokens beside features
@@ -79,10 +80,11 @@ def calibrate_experts(
         InputError: the model was not converted, or routes by budget; the sample does not reach a layer, or gives it NaN or infinity.
         ValueError: a target or bound out of range; a sample of another shape or type, or with ids that are not in the vocabulary.
     """
-    conversion = getattr(getattr(model, "config", None), "quantization_config", None)
-    if not isinstance(conversion, DynMoEConversion):
+    converted = converted_model(model, DYN_MOE) if isinstance(model, nn.Module) else None
+    if converted is None:
         raise InputError(f"model must be converted by convert_mlp_to_dynmoe, got {type(model).__name__} that was not.")
-    options = DynMoEOptions(**conversion.options)
+    conversion = recorded(converted.config)[DYN_MOE]
+    options = DynMoEOptions(**conversion["options"])
     if options.routing != "threshold":
         raise InputError(f"model must route by threshold to be calibrated, got routing={options.routing!r}; choose a budget instead.")
     bounds: dict[str, Any] = {
@@ -108,7 +110,7 @@ def calibrate_experts(
 
     with _put_back_after_an_error(layers.values(), tuple(bounds)):
         run_sample(model, sample, dict(layers), set_layer)
-    conversion.options |= bounds
+    conversion["options"] |= bounds
     for module in layers.values():
         module.reset_statistics()
     return reached

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +14,13 @@ from ...nn import DynMoE
 from ...nn.dyn_moe import GatingLoss, RoutingKind
 from ...ops._dispatch import autocast_off
 from ...ops.expert_mlp import SurpriseKind
+from ..record import record
 from .budget import take_surprise_budget
 from .calibration import OPEN, check_finite, check_sample, contributions, fit_prototypes, mixtures, run_sample
 from .mlps import WANTED, DenseMLP, dense_mlps
 from .options import DynMoEOptions, LayerSizes, build
 from .partition import coactive_neurons, neurons_in_order
-from .saving import DynMoEConversion
+from .saving import DYN_MOE
 
 # Error of a layer on random input, over the size of its output, beyond which it is another function than its weights say.
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
@@ -53,7 +53,8 @@ def convert_mlp_to_dynmoe(
     budget as a keyword too, `model(input_ids, surprise_budget=0.6)` and `model.generate(input_ids, surprise_budget=0.6)`: above 0 and at
     most 1, a number, (B, T), or (B, 1) for a budget of each row; see `nn.surprise_budget_of`, which does so for a block of calls.
 
-    The model saves with `save_pretrained`, and loads with `from_pretrained` once this module is imported. While it runs, the converted
+    The model saves with `save_pretrained`, and loads with `from_pretrained` once `tinyonn.hf` is imported; its configuration, a copy that
+    it takes for itself, records the conversion. Its attention may be converted by `convert_attention`. While it runs, the converted
     weights lie in memory twice.
 
     Args:
@@ -103,19 +104,13 @@ def convert_mlp_to_dynmoe(
         model.set_submodule(name, mixture.train(model.get_submodule(name).training))
     sizes = {name: asdict(_sizes(mlp, num_experts)) for name, mlp in layers.items()}
     take_surprise_budget(model)
-    model.config.quantization_config = DynMoEConversion(asdict(options), sizes)
+    record(model, DYN_MOE, asdict(options), sizes)
     return model
 
 
 def _checked_layers(model: PreTrainedModel, num_experts: int) -> dict[str, DenseMLP]:
     if mixtures(model):
         raise InputError(f"model must have {WANTED}, got a DynMoE in {next(iter(mixtures(model)))}: it was converted before.")
-    found: Any = getattr(model.config, "quantization_config", None)
-    if found is not None:
-        raise InputError(
-            "model must not be quantised, nor converted otherwise: its configuration has one quantization_config, which conversion needs, "
-            f"got {type(found).__name__}."
-        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError("model must have its weights to be converted, got some on the meta device; load them first.")
     layers = dense_mlps(model)

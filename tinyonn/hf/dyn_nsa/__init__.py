@@ -1,7 +1,7 @@
 """DynNSA in models of transformers: `attn_implementation="dyn_nsa"`, and conversion of a trained model.
 
-Importing this package registers three things with transformers: an attention function and the masks it takes, both named "dyn_nsa", and
-the loader of converted models.
+Importing this package registers three things: an attention function and the masks it takes, both named "dyn_nsa", with transformers; and
+what rebuilds the parts of converted models, with `hf.record`.
 
     parts        what conversion adds, found in a model: statistics, budget loss
     options      checked before a model is touched
@@ -9,25 +9,23 @@ the loader of converted models.
     decoding     blocks compressed once for a cache
     attention    the attention function
     hooks        what a converted model does before and after its forward
-    saving       the loader
+    saving       the parts from the record in a configuration
     conversion   convert_attention, and back
     calibration  thresholds for a budget, without training
     schedule     BudgetSchedule
 """
 
+from . import saving  # for what it registers
 from .attention import dyn_nsa_attention
 from .calibration import calibrate
 from .conversion import convert_attention, revert_attention
 from .masks import dyn_nsa_mask
 from .parts import DYN_NSA, collected_budget_loss, cores, parameter_groups, statistics
-from .saving import DynNSAConversion, DynNSALoader
 from .schedule import BudgetSchedule
 
 __all__ = [
     "DYN_NSA",
     "BudgetSchedule",
-    "DynNSAConversion",
-    "DynNSALoader",
     "calibrate",
     "collected_budget_loss",
     "convert_attention",
@@ -36,5 +34,6 @@ __all__ = [
     "dyn_nsa_mask",
     "parameter_groups",
     "revert_attention",
+    "saving",
     "statistics",
 ]

@@ -13,11 +13,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ...errors import InputError
 from ...nn.dyn_nsa import TauSource
 from ..interfaces import attention_implementation, register_attention
+from ..record import forget, record
 from .attention import unknown_arguments
-from .hooks import ObservedForward, add_parts
+from .hooks import add_parts, remove_observed_forward
 from .options import checked_options
 from .parts import DYN_NSA, PART, cores
-from .saving import DynNSAConversion
 
 _PROBE = "dyn_nsa_probe"
 MAX_HEAD_DIM = 256
@@ -45,9 +45,10 @@ def convert_attention(
     is -30, or less where the options need it. `BudgetSchedule` lowers the budget. Compression starts as the mean. Attention layers are
     found by running the model on two tokens; layers with a sliding window are left as they are.
 
-    The model saves with `save_pretrained`, and loads with `from_pretrained` once this module is imported. Its gradient checkpointing
-    must be the non-reentrant kind, which is transformers' own choice. The budget loss is added to the loss that the model returns for
-    `labels`; for a loss of your own, add `collected_budget_loss(model)`.
+    The model saves with `save_pretrained`, and loads with `from_pretrained` once `tinyonn.hf` is imported; its configuration, a copy that
+    it takes for itself, records the conversion. It may be quantised, and have its MLPs converted by `convert_mlp_to_dynmoe`. Gradient
+    checkpointing must be the non-reentrant kind, which is transformers' own choice. The budget loss is added to the loss that the model
+    returns for `labels`; for a loss of your own, add `collected_budget_loss(model)`.
 
     Lists of blocks have room for all there are, Tk / block_size a query and key/value head, 8 bytes an entry, which backward keeps: give
     `BudgetSchedule` a `max_blocks` once the budget is lower. A `max_blocks` given here holds from the start, and outputs stay the same
@@ -61,8 +62,8 @@ def convert_attention(
         The model.
 
     Raises:
-        InputError: already converted, quantised, or without weights (on the meta device); no causal decoder; no layer to convert;
-            attention that DynNSA lacks (softcap, sinks, dropout, values of another size than keys).
+        InputError: already converted, or without weights (on the meta device); no causal decoder; no layer to convert; attention that
+            DynNSA lacks (softcap, sinks, dropout, values of another size than keys).
         TypeError, ValueError: no model of transformers; a bad option.
     """
     if not isinstance(model, PreTrainedModel):
@@ -70,17 +71,14 @@ def convert_attention(
         raise TypeError(f"model must be a PreTrainedModel of transformers, got {type(model).__name__}{wrapped}.")
     if next(cores(model), None) is not None:
         raise InputError("model must not have been converted before.")
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise InputError("model must not be quantised: its configuration has one quantization_config, which conversion needs.")
     options = checked_options({
         "compress_size": compress_size, "block_size": block_size, "window": window, "temperature": temperature, "max_blocks": max_blocks,
         "detach_scores": detach_scores, "learnable_compression": learnable_compression, "start_gates": (0.0, 1.0, 0.0), "base": base,
         "slope": slope, "tau_source": tau_source, "tau": tau, "impl": impl,
     })  # fmt: skip
     layers = _attention_layers(model)
-    conversion = DynNSAConversion(dataclasses.asdict(options), layers)
-    add_parts(model, conversion.options, layers)
-    model.config.quantization_config = conversion
+    add_parts(model, dataclasses.asdict(options), layers)
+    record(model, DYN_NSA, dataclasses.asdict(options), layers)
     for name in layers:
         config: Any = getattr(model.get_submodule(name), "config", model.config)
         config._attn_implementation_internal = DYN_NSA  # the public setter would reach a vision tower's too
@@ -105,16 +103,13 @@ def revert_attention(model: PreTrainedModel, attn_implementation: str = "sdpa") 
     names = {name for name, module in model.named_modules() if PART in module._modules}
     if not names:
         raise InputError("model must have been converted before.")
-    observed = model.__dict__.get("forward")
-    if not isinstance(observed, ObservedForward):
+    if not remove_observed_forward(model):
         raise InputError("model.forward must be as convert_attention left it, got one that was replaced since: unwrap the model first.")
     for name in names:
         module: Any = model.get_submodule(name)
         delattr(module, PART)
         getattr(module, "config", model.config)._attn_implementation_internal = attn_implementation
-    del model.forward, model._replicate_for_data_parallel, model.config.quantization_config
-    if observed.inner != model.forward:
-        model.forward = observed.inner  # something else's, which was there before
+    forget(model, DYN_NSA)
     return model
 
 

@@ -20,8 +20,8 @@ from .parts import DYN_NSA, PART, cores, take_budget_loss
 OBSERVED_TOKENS = 256  # of a row, about, evenly spread, whose output entropy is taken in training: logits are large
 
 
-def add_parts(model: nn.Module, options: dict[str, Any], layers: dict[str, list[int]]) -> None:
-    """Adds a core to each layer, and what surrounds the model's forward.
+def add_parts(model: PreTrainedModel, options: dict[str, Any], layers: dict[str, list[int]]) -> None:
+    """Adds a core to each layer that has none, and what surrounds the model's forward.
 
     Args:
         options: fields of `DynNSAOptions`, which all layers share.
@@ -33,13 +33,41 @@ def add_parts(model: nn.Module, options: dict[str, Any], layers: dict[str, list[
     shared = checked_options(options)
     for name, (heads, kv_heads, dim) in layers.items():
         module = model.get_submodule(name)
-        # What is stored in integers or eight bits says nothing of the precision that the layer computes in.
-        weight = next(weight for weight in module.parameters() if weight.is_floating_point() and weight.itemsize > 1)
+        if PART in module._modules:  # the base model of this one added it
+            continue
+        device, dtype = _place_of(model, module)
         with torch.inference_mode(False):
-            core = DynNSACore(heads, kv_heads, dim, shared, opening=opening_of(shared), device=weight.device, dtype=weight.dtype)
+            core = DynNSACore(heads, kv_heads, dim, shared, opening=opening_of(shared), device=device, dtype=dtype)
         module.add_module(PART, core.train(module.training))
+    for inner in model.modules():
+        if isinstance(inner, PreTrainedModel):
+            remove_observed_forward(inner)
     model.forward = ObservedForward(model)
     model._replicate_for_data_parallel = _refuse_replicas  # type: ignore[method-assign]
+
+
+def _place_of(model: PreTrainedModel, module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a layer's parts. Weights stored in integers or eight bits say nothing of the precision of the computation."""
+    own = list(module.parameters())
+    weights = [weight for weight in (*own, *model.parameters()) if weight.is_floating_point() and weight.itemsize > 1]
+    return own[0].device, weights[0].dtype
+
+
+def remove_observed_forward(model: PreTrainedModel) -> bool:
+    """Takes the model's `ObservedForward` out, and leaves what others have put around it; False where there is none in reach."""
+    outer: Any = None
+    forward = model.__dict__.get("forward")
+    while forward is not None and not isinstance(forward, ObservedForward):
+        outer, forward = forward, getattr(forward, "inner", None)
+    if forward is None:
+        return False
+    if outer is not None:
+        outer.inner = forward.inner
+        return True
+    del model.forward, model._replicate_for_data_parallel
+    if forward.inner != model.forward:
+        model.forward = forward.inner  # something else's, which was there before
+    return True
 
 
 def _refuse_replicas() -> nn.Module:
@@ -87,25 +115,6 @@ class ObservedForward:
                 "revert_attention takes the learnt parts out.",
                 stacklevel=3,
             )
-
-
-def own_layers(model: PreTrainedModel, layers: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Layers of a conversion by their names in this model: a model with a head and its base model name them differently.
-
-    Raises:
-        InputError: a layer is not there, or its sizes are not three numbers.
-    """
-    names = {name for name, _ in model.named_modules()}
-    prefix = f"{model.base_model_prefix}."
-    found = {}
-    for name, sizes in layers.items():
-        own = next((own for own in (name, prefix + name, name.removeprefix(prefix)) if own in names), None)
-        if own is None:
-            raise InputError(f"quantization_config must name attention layers of {type(model).__name__}, got {name!r}.")
-        if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise InputError(f"quantization_config must give query heads, key heads and head size of {name}, got {sizes}.")
-        found[own] = sizes
-    return found
 
 
 def _before(model: nn.Module, found: list[DynNSACore], given: dict[str, Any]) -> Tensor | None:

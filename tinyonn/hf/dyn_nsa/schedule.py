@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 
 from ...errors import InputError
 from ...nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN
-from .parts import cores, loss_was_taken, mean_blocks
-from .saving import DynNSAConversion
+from ..record import converted_model, recorded
+from .parts import DYN_NSA, cores, loss_was_taken, mean_blocks
 
 
 class BudgetSchedule(TrainerCallback):
@@ -70,10 +70,8 @@ class BudgetSchedule(TrainerCallback):
             for name, value in options.items():
                 if getattr(core.options, name) != value:
                     setattr(core.options, name, value)
-        for module in model.modules():
-            conversion = getattr(getattr(module, "config", None), "quantization_config", None)
-            if isinstance(conversion, DynNSAConversion):
-                conversion.options.update(options)
+        if (converted := converted_model(model, DYN_NSA)) is not None:  # a layer of one's own has no record
+            recorded(converted.config)[DYN_NSA]["options"].update(options)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None

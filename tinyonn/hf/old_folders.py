@@ -1,0 +1,58 @@
+"""Folders of earlier versions, which kept a conversion where transformers keeps that of quantisation.
+
+Their config.json has `quantization_config = {"quant_method": "dyn_nsa", "options": {...}, "layers": {...}}`, or "dyn_moe". It is moved to
+the record of `record` before the model is built, so the model saves in the new way. The loader is there for transformers to find the
+method; it does nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+METHODS = ("dyn_nsa", "dyn_moe")
+
+
+class OldConversion(QuantizationConfigMixin):
+    """`quantization_config` of an old folder."""
+
+    def __init__(self, options: Any = None, layers: Any = None, *, quant_method: str, **kwargs: Any) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.options, self.layers = options, layers
+
+
+class OldLoader(HfQuantizer):
+    requires_calibration = True  # reads what was converted; converts nothing
+
+    def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        """The parts are there."""
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        del model.hf_quantizer
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+for method in METHODS:
+    register_quantization_config(method)(type(f"Old_{method}", (OldConversion,), {}))
+    register_quantizer(method)(type(f"OldLoader_{method}", (OldLoader,), {}))
+
+
+def moved(config: PretrainedConfig) -> tuple[str, dict[str, Any]] | None:
+    """Takes an old conversion out of a configuration: its kind, and options and layers; None where there is none."""
+    found: Any = getattr(config, "quantization_config", None)
+    given = found if isinstance(found, dict) else vars(found) if isinstance(found, OldConversion) else {}
+    method = given.get("quant_method")
+    if method not in METHODS:
+        return None
+    del config.quantization_config
+    return method, {"options": given.get("options"), "layers": given.get("layers")}

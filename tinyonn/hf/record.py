@@ -1,0 +1,255 @@
+"""The record of a conversion in a model's configuration, and the parts that are built from it.
+
+A converted model's config.json has
+
+    "tinyonn": {"version": 1, "dyn_nsa": {"options": {...}, "layers": {...}}, "dyn_moe": {"options": {...}, "layers": {...}}}
+
+with one entry per conversion. Importing `tinyonn.hf` adds three steps to transformers' `PreTrainedModel`. They act only on configurations
+with such a record, and on every model class alike:
+
+    __init__              the attention implementation is chosen, unless the caller chose one
+    post_init             the model takes a configuration of its own, and the recorded parts are built; weights are read later
+    _initialize_weights   parts whose weights a folder lacks are an error, not random numbers
+
+config.json also has `transformers_weights`, where transformers expects the name of a weights file. For a converted model it is a sentence.
+Where tinyonn is not imported, `from_pretrained` of every class refuses it with that sentence as its message, before it builds anything.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..errors import InputError
+from .old_folders import moved
+
+RECORD = "tinyonn"  # of config.json
+VERSION = 1
+_WEIGHTS = "transformers_weights"
+_REMEDY = "parts of this model are of tinyonn: run `import tinyonn.hf` before from_pretrained"
+
+
+class Conversion(NamedTuple):
+    """One kind of conversion.
+
+    Attributes:
+        prepare: called with a configuration that has a record of this kind, before its model is built.
+        build: called with a model and its recorded options and layers; adds the parts that are not there yet.
+        part: class of the parts.
+    """
+
+    prepare: Callable[[PretrainedConfig], None]
+    build: Callable[[PreTrainedModel, dict[str, Any]], None]
+    part: type[nn.Module]
+
+
+_conversions: dict[str, Conversion] = {}
+
+
+def register_conversion(name: str, conversion: Conversion) -> None:
+    _conversions[name] = conversion
+
+
+def recorded(config: Any) -> dict[str, dict[str, Any]]:
+    """Options and layers of each conversion that a configuration records; empty for none.
+
+    Raises:
+        InputError: the record is damaged, or written by a later version.
+    """
+    found = vars(config).get(RECORD) if isinstance(config, PretrainedConfig) else None
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping) or found.get("version") != VERSION:
+        got = f"version {found.get('version')!r}" if isinstance(found, Mapping) else type(found).__name__
+        raise InputError(f"config.{RECORD} must be a dict of version {VERSION}, got {got}: update tinyonn, or convert the model again.")
+    kinds = {name: conversion for name, conversion in found.items() if name != "version"}
+    for name, conversion in kinds.items():
+        if name not in _conversions:
+            raise InputError(f"config.{RECORD} must record {' or '.join(_conversions)}, got {name!r}: update tinyonn.")
+        if not isinstance(conversion, Mapping) or set(conversion) != {"options", "layers"}:
+            got = ", ".join(map(str, conversion)) if isinstance(conversion, Mapping) else type(conversion).__name__
+            raise InputError(f"config.{RECORD}.{name} must have options and layers, got {got}.")
+        if not isinstance(conversion["layers"], Mapping):
+            raise InputError(f"config.{RECORD}.{name}.layers must be a dict by layer name, got {type(conversion['layers']).__name__}.")
+    return kinds
+
+
+def converted_model(model: nn.Module, name: str) -> PreTrainedModel | None:
+    """The model that has a record of this kind: itself, or the one that a wrapper such as PEFT's holds."""
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel) and name in recorded(m.config)), None)
+
+
+def record(model: PreTrainedModel, name: str, options: dict[str, Any], layers: dict[str, Any]) -> None:
+    """Notes a conversion in the model's configuration, of which the model takes a copy of its own first."""
+    own_configuration(model)
+    _note(model.config, name, {"options": options, "layers": layers})
+
+
+def _note(config: PretrainedConfig, name: str, conversion: dict[str, Any]) -> None:
+    vars(config)[RECORD] = {"version": VERSION, **recorded(config), name: conversion}
+    vars(config)[_WEIGHTS] = _REMEDY
+
+
+def forget(model: PreTrainedModel, name: str) -> None:
+    """Takes a conversion out of the model's record; a model without any other saves as a plain one."""
+    kept = {other: conversion for other, conversion in recorded(model.config).items() if other != name}
+    if kept:
+        vars(model.config)[RECORD] = {"version": VERSION, **kept}
+    else:
+        vars(model.config).pop(RECORD, None)
+        vars(model.config).pop(_WEIGHTS, None)
+
+
+def own_layers(model: PreTrainedModel, layers: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Recorded layers by their names in this model: a model with a head and its base model name them differently.
+
+    Args:
+        what: the layers are, for messages.
+
+    Raises:
+        InputError: a layer is not there.
+    """
+    names = {name for name, _ in model.named_modules()}
+    prefix = f"{model.base_model_prefix}."
+    found = {}
+    for name, sizes in layers.items():
+        own = next((own for own in (name, prefix + name, name.removeprefix(prefix)) if own in names), None)
+        if own is None:
+            raise InputError(f"config.{RECORD} must name {what} of {type(model).__name__}, got {name!r}.")
+        found[own] = sizes
+    return found
+
+
+# Of each model built with a record: original configurations and the copies it took, which a model with a head takes over from its base.
+_copies: weakref.WeakKeyDictionary[nn.Module, list[tuple[PretrainedConfig, PretrainedConfig]]] = weakref.WeakKeyDictionary()
+
+
+def own_configuration(model: PreTrainedModel, *, building: bool = False) -> None:
+    """Puts copies in place of every configuration that the model's modules refer to, so that no other model shares them.
+
+    Args:
+        building: the model is new; what its parts copied while they were built is theirs already.
+    """
+    pairs = [pair for module in model.modules() for pair in _copies.pop(module, [])]
+    memo: dict[int, Any] = {}
+    for original, twin in pairs if building else []:
+        memo |= {id(original): twin, id(twin): twin}
+    places = [(module, name, value) for module in model.modules() for name, value in vars(module).items() if _is_config(value)]
+    new = [value for _, _, value in places if id(value) not in memo]
+    for module, name, value in places:
+        vars(module)[name] = copy.deepcopy(value, memo)
+    if building:
+        _copies[model] = [*pairs, *((value, memo[id(value)]) for value in _with_nested(new))]
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, PretrainedConfig)
+
+
+def _with_nested(configs: list[PretrainedConfig]) -> list[PretrainedConfig]:
+    nested = [value for config in configs for value in vars(config).values() if _is_config(value)]
+    return [*configs, *(_with_nested(nested) if nested else [])]
+
+
+def _prepare(config: Any) -> None:
+    if isinstance(config, PretrainedConfig):
+        if (old := moved(config)) is not None:
+            _note(config, *old)
+        for name in recorded(config):
+            _conversions[name].prepare(config)
+
+
+def _build(model: PreTrainedModel) -> None:
+    if not recorded(model.config):
+        return
+    own_configuration(model, building=True)
+    for name, conversion in recorded(model.config).items():
+        _conversions[name].build(model, conversion)
+    for part in _parts(model).values():
+        if not any(tensor.is_meta for tensor in part.parameters()):
+            for module in part.modules():
+                module._is_hf_initialized = True  # type: ignore[assignment]  # they start as they are built
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    classes = tuple(conversion.part for conversion in _conversions.values())
+    return {name: module for name, module in model.named_modules() if isinstance(module, classes)}
+
+
+def _finish_part(model: PreTrainedModel, part: Any) -> None:
+    """Called after weights were read, for a part that was built without memory."""
+    if getattr(part, "_is_hf_initialized", False):
+        return
+    missing = [
+        f"{name}.{key}"
+        for name, other in _parts(model).items()
+        for key, tensor in other.state_dict(keep_vars=True).items()
+        if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False) and not getattr(other, "_is_hf_initialized", False)
+    ]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        source = model.config.name_or_path or "the weights"
+        raise InputError(
+            f"{source} must have weights of every part that config.{RECORD} records, got none of their shape for {missing[0]}{more}."
+        )
+    part.reset_statistics()  # not saved, and no memory of theirs was ever set
+    for module in part.modules():
+        module._is_hf_initialized = True
+
+
+class _WeightsFile:
+    """`transformers_weights` of a configuration: the name of a weights file, and not the sentence that stands there for other processes."""
+
+    def __get__(self, config: Any, owner: type | None = None) -> Any:
+        if config is None:
+            return self
+        if _WEIGHTS not in vars(config):
+            raise AttributeError(f"'{type(config).__name__}' object has no attribute '{_WEIGHTS}'")
+        value = vars(config)[_WEIGHTS]
+        return None if RECORD in vars(config) else value
+
+    def __set__(self, config: Any, value: Any) -> None:
+        vars(config)[_WEIGHTS] = value
+
+    def __delete__(self, config: Any) -> None:
+        if RECORD not in vars(config):  # `save_pretrained` deletes it, and must write the sentence
+            vars(config).pop(_WEIGHTS, None)
+
+
+def _install() -> None:
+    """Adds the steps to `PreTrainedModel`, once."""
+    cls: Any = PreTrainedModel
+    if hasattr(cls, "_tinyonn_installed"):
+        return
+    init, post_init, initialize = cls.__init__, cls.post_init, cls._initialize_weights
+
+    @functools.wraps(init)
+    def new_init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        _prepare(config)
+        init(self, config, *args, **kwargs)
+
+    @functools.wraps(post_init)
+    def new_post_init(self: Any) -> None:
+        post_init(self)
+        _build(self)
+
+    @functools.wraps(initialize)
+    def new_initialize(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if recorded(self.config) and isinstance(module, tuple(conversion.part for conversion in _conversions.values())):
+            with torch.no_grad():
+                _finish_part(self, module)
+        initialize(self, module, *args, **kwargs)
+
+    cls.__init__, cls.post_init, cls._initialize_weights = new_init, new_post_init, new_initialize
+    cls._tinyonn_installed = True
+    setattr(PretrainedConfig, _WEIGHTS, _WeightsFile())
+
+
+_install()
