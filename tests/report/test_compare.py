@@ -244,6 +244,17 @@ def test_a_file_is_not_compared_with_itself(make_scan, tmp_path):
         write_comparison(a.path, a.path, tmp_path / "c.html")
 
 
+def test_a_tied_head_of_an_earlier_version_is_said(make_scan, parse, tmp_path):
+    ours = {"config_hash": "x", "reduction": "sum"}
+    a = make_scan("a", sequences=8, metadata={**ours, "tied_head": "product and look-up"})
+    b = make_scan("b", sequences=8, seed=2, metadata=ours)
+    c = make_scan("c", sequences=8, seed=3, metadata=ours)
+    words = "gradients of a tied output head lack the look-up's part"
+    for one, other, told in ((a, b, True), (c, b, False)):
+        page = parse(write_comparison(one.path, other.path, tmp_path / "c.html", resamples=200, figures_too=False).html)
+        assert (words in page.text) == told
+
+
 def test_hostile_topics_stay_text(make_scan, parse, tmp_path):
     attack = "</script><img src=x onerror=alert(1)>$x^2$"
     a = make_scan("a", sequences=8, metadata={"topic": attack})

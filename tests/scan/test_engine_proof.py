@@ -146,7 +146,7 @@ def test_a_model_of_nan_is_no_fault_of_its_weights():
     model.model.norm.weight.data.fill_(torch.nan)
     with ScanEngine(model) as engine:
         engine.scan(TOKENS)
-    assert not engine.not_measured
+    assert all("uses this parameter itself" in why for why in engine.not_measured.values())
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3_moe", "gpt_oss", "gemma2"])
@@ -154,7 +154,7 @@ def test_a_model_of_nan_is_no_fault_of_its_weights():
 def test_a_whole_model_proves_itself_in_every_precision(arch, dtype):
     with ScanEngine(tiny_causal_lm(arch, dtype=dtype, initializer_range=0.1)) as engine:
         pass
-    assert not engine.not_measured
+    assert all("uses this parameter itself" in why for why in engine.not_measured.values())  # routers
     assert not engine.unproven
 
 
@@ -190,3 +190,41 @@ def test_a_quantised_model_is_recorded_and_left_as_it_was(credit):
         torch.testing.assert_close(torch.tensor(result.grad_norm), torch.tensor(wanted.grad_norm), equal_nan=True, rtol=1e-3, atol=1e-5)
     for after, was in zip(logits_and_gradient(), before, strict=True):
         assert torch.equal(after, was)
+
+
+def test_weights_repacked_for_inference_are_refused_in_one_line():
+    bnb = pytest.importorskip("bitsandbytes", reason="4-bit layers need bitsandbytes")
+    model = tiny_causal_lm("llama", hidden_size=64, intermediate_size=128)
+    plain = model.model.layers[0].mlp.up_proj
+    quantised = bnb.nn.Linear4bit(64, 128, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    quantised.load_state_dict({"weight": plain.weight.data})
+    model.model.layers[0].mlp.up_proj = quantised.to("cpu")
+    with ScanEngine(model) as engine:
+        engine.scan(TOKENS)
+        with torch.no_grad():
+            model(TOKENS)
+        if not getattr(model.model.layers[0].mlp.up_proj.weight.quant_state, "packing_format_for_cpu", False):
+            pytest.skip("bitsandbytes repacks no weights on this CPU")
+        refusal = r"model must not have run without gradients before a scan, got model\.layers\.0\.mlp\.up_proj\.weight"
+        with pytest.raises(InputError, match=refusal):
+            engine.scan(TOKENS)
+    with pytest.raises(InputError, match=refusal), ScanEngine(model):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arch", "names", "why"),
+    [
+        ("qwen3_moe", {"gate.weight"}, "Qwen3MoeTopKRouter uses this parameter itself"),
+        ("gpt_oss", {"router.weight"}, "GptOssTopKRouter uses this parameter itself"),
+        ("mamba", {"mixer.A_log", "conv1d.weight"}, "uses this parameter itself"),
+    ],
+)
+def test_matrices_outside_linear_layers_are_told(arch, names, why):
+    model = tiny_causal_lm(arch)
+    others = {name: reason for name, reason in ScanEngine(model).not_measured.items() if why in reason}
+    assert {".".join(name.split(".")[-2:]) for name in others} == names
+    assert not any("embed" in name or "bias" in name for name in others)
+    covered = {entry.name for entry in ScanEngine(model).layout}
+    assert not covered & set(others)
+    assert not any(why in reason for reason in ScanEngine(model, targets="mlp,lm_head").not_measured.values())

@@ -144,6 +144,8 @@ def comparison_notes(a: TopicSample, b: TopicSample) -> list[str]:
         for key in _SAID
         if key in a.metadata and key in b.metadata and a.metadata[key] != b.metadata[key]
     )
+    if ("tied_head" in a.metadata) != ("tied_head" in b.metadata) and is_scan(a.metadata) and is_scan(b.metadata):
+        notes.append("One scan is by an earlier version, whose gradients of a tied output head lack the look-up's part.")
     return notes
 
 

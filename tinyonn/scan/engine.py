@@ -25,7 +25,7 @@ from .batch import Batch
 from .capture import Capture, Recorder, module_hooks
 from .config import CREDITS
 from .experts import PairRecorder, recorded_experts
-from .forward import frozen, logits_from_embeddings, loss_into_gradient_, position_switches, vocabulary_size
+from .forward import check_differentiable, frozen, logits_from_embeddings, loss_into_gradient_, position_switches, vocabulary_size
 from .integral import sequence_integral
 from .local_credit import LOCAL_CREDIT
 from .lookup import TiedLookup, tied_lookup
@@ -83,7 +83,8 @@ class ScanEngine:
 
     Raises:
         InputError: an unknown credit, a target that is not there, a model that is none of transformers' or not on one device; on
-            entering, a model that is not causal, for which local credit is not exact, or a pattern that names what cannot be measured.
+            entering, a model that is not causal, 4-bit weights that were repacked for inference, local credit that is not exact, or
+            a pattern that names what cannot be measured.
     """
 
     def __init__(self, model: PreTrainedModel, *, credit: str = "full", targets: str = "all") -> None:
@@ -127,6 +128,7 @@ class ScanEngine:
         if self._stack is not None:
             raise RuntimeError("ScanEngine must be left before it is entered again.")
         with ExitStack() as stack, _recording():
+            check_differentiable(self.model)
             stack.enter_context(_alone(self.model))
             stack.enter_context(frozen(self.model))
             self._prove()
@@ -160,6 +162,7 @@ class ScanEngine:
             raise RuntimeError("ScanEngine must be entered with `with` before scan is called.")
         if any(module.training for module in self.model.modules()):
             raise RuntimeError("model must stay in eval mode until the engine is left, got one that was put into training mode.")
+        check_differentiable(self.model)
         batch = Batch.of(input_ids, attention_mask, vocabulary_size(self.model), self.device)
         switches, limit = position_switches(self.model)
         if limit is not None and max(batch.lengths) > limit:

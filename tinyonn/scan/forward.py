@@ -33,6 +33,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def check_differentiable(model: nn.Module) -> None:
+    """Raises InputError where 4-bit weights stand in bitsandbytes' packing for inference on a CPU, under which it gives no gradients."""
+    for name, parameter in model.named_parameters():
+        if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
+            raise InputError(
+                f"model must not have run without gradients before a scan, got {name} that bitsandbytes then repacked for inference: load "
+                "the model again, and generate answers with another copy of it."
+            )
+
+
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the input embeddings."""
     weight = model.get_input_embeddings().weight

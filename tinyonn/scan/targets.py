@@ -107,6 +107,7 @@ def find_targets(model: PreTrainedModel, targets: str = "all") -> Selection:
 
     Returns:
         The selection. Expert weights that transformers' experts interface does not multiply are left out where a word chose them.
+        Where "all" is meant, matrices that are no targets are told as left out too, embeddings apart.
 
     Raises:
         InputError: a pattern matches nothing (the message lists what is there), nothing is left, or a pattern other than a word
@@ -114,7 +115,9 @@ def find_targets(model: PreTrainedModel, targets: str = "all") -> Selection:
     """
     found = sorted(_all_targets(model), key=_layer_order(model))
     selected = _select(found, targets)
-    return Selection(selected).without({target.name: why for target in selected if (why := _unreachable(target))})
+    patterns = split_patterns(targets)
+    others = _other_matrices(model, found) if "all" in patterns or all(pattern.startswith("!") for pattern in patterns) else {}
+    return Selection(selected, others).without({target.name: why for target in selected if (why := _unreachable(target))})
 
 
 def layout_of(targets: Iterable[Target]) -> list[LayoutEntry]:
@@ -142,6 +145,18 @@ def _all_targets(model: PreTrainedModel) -> list[Target]:
     if not found:
         raise InputError(f"model must have linear layers to scan, got {type(model).__name__} without any.")
     return found
+
+
+def _other_matrices(model: PreTrainedModel, found: list[Target]) -> dict[str, str]:
+    """Matrices that no target covers, and why: routers that are bare parameters, convolutions. Embeddings are look-ups."""
+    covered = {id(parameter) for target in found for parameter in target.module.parameters(recurse=False)}
+    others = {}
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            matrix = parameter.dim() >= 2 and sum(size > 1 for size in parameter.shape) >= 2 and "bias" not in own
+            if matrix and id(parameter) not in covered and not isinstance(module, nn.Embedding):
+                others[f"{name}.{own}" if name else own] = f"{type(module).__name__} uses this parameter itself, not through a linear layer"
+    return others
 
 
 def _layer_order(model: PreTrainedModel) -> Callable[[Target], tuple[bool, int]]:
