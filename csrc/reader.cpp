@@ -115,10 +115,23 @@ void Reader::check_columns(const Chunk& member) const {
   const Layout* layout = layout_of(member.header.layout_id);
   const bool holds_planes = member.type() == ChunkType::data;
   const uint64_t found = holds_planes ? load<DataHead>(member.payload).columns : load<IntegralHead>(member.payload).blocks;
-  if (layout != nullptr ? found != layout->blocks : found > blocks()) {
+  if (layout != nullptr ? found != layout->blocks : spans_of(member.header.layout_id, found).empty()) {
     throw Fault(holds_planes ? "DATA columns must match their layout." : "INTEGRAL blocks must match their layout.", member.offset);
   }
   if (layout == nullptr && recovery_ != Recovery::salvage) throw Fault("DATA and INTEGRAL must name a LAYOUT of the file.", member.offset);
+}
+
+// The columns of each weight in planes of `columns` columns. Where salvage lost their LAYOUT, those of a later one, which starts with the
+// same entries; none where these do not end there.
+std::vector<Span> Reader::spans_of(uint32_t layout_id, uint64_t columns) const {
+  if (const Layout* layout = layout_of(layout_id)) return layout->spans;
+  if (layouts_.empty()) return {};
+  std::vector<Span> spans;
+  for (const Span& span : layouts_.back().spans) {
+    spans.push_back(span);
+    if (span.base + span.blocks == columns) return spans;
+  }
+  return {};
 }
 
 // The chunks of a group, proven to be those of its SEQUENCE by their headers alone.
@@ -273,10 +286,9 @@ std::vector<Moments> Reader::stats() {
       activation.resize(tokens * columns);
       grad_norm.resize(tokens * columns);
       decode_planes(view, columns, activation.data(), grad_norm.data());
-      const Layout* layout = layout_of(chunk.header.layout_id);
-      if (layout == nullptr) continue;
-      scan_spans(activation.data(), tokens, columns, layout->spans, scratch, totals.data(), 2);
-      scan_spans(grad_norm.data(), tokens, columns, layout->spans, scratch, totals.data() + 1, 2);
+      const std::vector<Span> spans = spans_of(chunk.header.layout_id, columns);
+      scan_spans(activation.data(), tokens, columns, spans, scratch, totals.data(), 2);
+      scan_spans(grad_norm.data(), tokens, columns, spans, scratch, totals.data() + 1, 2);
     }
   }
   const std::lock_guard<std::mutex> lock(mutex_);

@@ -152,6 +152,7 @@ class Reader {
   const Layout* layout_of(uint32_t id) const;
   const uint32_t* layout_crc(const Chunk& sequence) const;
   void check_columns(const Chunk& member) const;
+  std::vector<Span> spans_of(uint32_t layout_id, uint64_t columns) const;
 
   Bytes file_;
   Recovery recovery_;

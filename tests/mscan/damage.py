@@ -117,6 +117,8 @@ class Campaign:
         else:
             kind, *outcomes = rest.split("\t")
             self.kinds[kind] += 1
+            if sum(self.kinds.values()) % 10_000 == 0:
+                print(f"{sum(self.kinds.values()):,} files, {len(self.failures)} failed", file=sys.stderr, flush=True)
             for name, outcome in zip(self.tally, outcomes, strict=True):
                 self.tally[name][outcome] += 1
 

@@ -14,7 +14,7 @@ from . import screen
 def verify(
     files: Annotated[list[Path], typer.Argument(help="Files, or names of sets of ranks.", show_default=False)],
 ) -> None:
-    """Check every checksum of .mscan files.
+    """Check .mscan files by every rule of the format: checksums, order, what each sequence commits.
 
     Exit code 1 where one is damaged.
     """
