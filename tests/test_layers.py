@@ -45,6 +45,7 @@ SHARED = {
     "tinyonn._lazy",
     "tinyonn._locks",
     "tinyonn._records",
+    "tinyonn._streams",
     "tinyonn._study",
     "tinyonn._units",
     "tinyonn.errors",

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from ._streams import Content, open_content, place
 from .errors import InputError, reason, shown
 
 
@@ -41,12 +40,13 @@ class Records(NamedTuple):
 
     Attributes:
         unit: what a record's number counts: "line" or "record".
-        extent: what offsets run up to: bytes of JSONL, records of a list or table; at least 1.
+        extent: what offsets run up to: bytes of JSONL, records of a list or table; at least 1. None where it is not known, of JSONL that
+            is compressed or on standard input.
         located: every record in order, read as it is asked for.
     """
 
     unit: str
-    extent: int
+    extent: int | None
     located: Iterator[Located]
 
 
@@ -58,14 +58,16 @@ def open_records(path: str | os.PathLike[str], name: str = "data_path") -> Recor
         name: of the option that gave it, for messages.
 
     Raises:
-        InputError: no file, an empty one, compressed, no UTF-8, a malformed list, a damaged table, or pyarrow is missing for one.
+        InputError: no file, an empty one, a damaged archive, no UTF-8, a malformed list, a damaged table, or pyarrow is missing for one.
     """
-    kind = data_kind(path, name)
+    content = open_content(path, name)
+    kind = content_kind(content, path, name)
     if kind == "jsonl":
-        return Records("line", max(os.stat(path).st_size, 1), _lines(path, name))
+        return Records("line", max(os.stat(path).st_size, 1) if content.plain else None, _lines(content))
     if kind == "list":
-        values = load_list(path, name)
+        values = load_list(content, path, name)
         return Records("record", max(len(values), 1), iter_list(values))
+    content.file.close()
     return Records("record", max(open_parquet(path, name).metadata.num_rows, 1), iter_parquet(path, name))
 
 
@@ -74,45 +76,35 @@ def read_records(path: str | os.PathLike[str], name: str = "data_path") -> Itera
     return open_records(path, name).located
 
 
-def _lines(path: str | os.PathLike[str], name: str) -> Iterator[Located]:
-    with open_data(path, name) as file:
+def _lines(content: Content) -> Iterator[Located]:
+    with content.file as file:
         yield from iter_jsonl(file)
 
 
-def open_data(path: str | os.PathLike[str], name: str = "data_path") -> BinaryIO:
-    """The file, opened for bytes.
-
-    Raises:
-        InputError: it is missing, empty, unreadable or no regular file.
-    """
-    try:
-        status = os.stat(path)  # before it is opened: opening a pipe waits for a writer
-        if stat.S_ISDIR(status.st_mode):
-            raise InputError(f"{name} must be a file, got the folder {os.fspath(path)}.")
-        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-            found = "an empty file" if stat.S_ISREG(status.st_mode) else "a pipe or device"
-            raise InputError(f"{name} must be a file of records, got {found}: {os.fspath(path)}.")
-        return open(path, "rb")
-    except FileNotFoundError:
-        raise InputError(f"{name} must be an existing file, got {os.fspath(path)}.") from None
-    except OSError as error:
-        raise InputError(f"{name} must be a readable file, got {os.fspath(path)}: {error.strerror}.") from error
-
-
 def data_kind(path: str | os.PathLike[str], name: str = "data_path") -> str:
-    """`jsonl`, `list` or `parquet`, by the first bytes, whatever the file is called.
+    """`jsonl`, `list` or `parquet`, by the first bytes, whatever the file is called; compressed files by those of their content.
 
     Raises:
-        InputError: the file cannot be read, or is compressed or in another encoding.
+        InputError: the file cannot be read, or is in another encoding.
     """
-    with open_data(path, name) as file:
-        head = file.read(4096)
+    content = open_content(path, name)
+    with content.file:
+        return content_kind(content, path, name)
+
+
+def content_kind(content: Content, path: str | os.PathLike[str], name: str = "data_path") -> str:
+    """The same of content that is open.
+
+    Raises:
+        InputError: another encoding; Parquet that is compressed once more, or on standard input.
+    """
+    head = content.head
     if head.startswith(b"PAR1"):
+        if not content.plain:
+            raise InputError(f"{name} must be a plain file where it is Parquet, which is compressed inside, got {place(path)}.")
         return "parquet"
-    if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"BZh", b"\xfd7zXZ")):
-        raise InputError(f"{name} must be JSONL, a JSON list or Parquet, got a compressed file: {os.fspath(path)}; unpack it first.")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(f"{name} must be UTF-8, got UTF-16: {os.fspath(path)}.")
+        raise InputError(f"{name} must be UTF-8, got UTF-16: {place(path)}.")
     return "list" if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") else "jsonl"
 
 
@@ -151,23 +143,24 @@ def iter_jsonl(file: BinaryIO) -> Iterator[Located]:
             yield located
 
 
-def load_list(path: str | os.PathLike[str], name: str = "data_path") -> list[Any]:
+def load_list(content: Content, path: str | os.PathLike[str], name: str = "data_path") -> list[Any]:
     """All of a JSON list. It is held whole: JSONL is the format for what does not fit.
 
     Raises:
         InputError: it is not UTF-8 or not JSON, with the line.
     """
-    raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    with content.file as file:
+        raw = file.read().removeprefix(b"\xef\xbb\xbf")
     try:
         values = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{name} must be UTF-8, got byte 0x{raw[error.start]:02x} in line {line} of {os.fspath(path)}.") from None
+        raise InputError(f"{name} must be UTF-8, got byte 0x{raw[error.start]:02x} in line {line} of {place(path)}.") from None
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno} of {os.fspath(path)}"
-        raise InputError(f"{name} must be a JSON list, got malformed JSON in {place} ({error.msg} at column {error.colno}).") from None
+        where = f"line {error.lineno} of {place(path)}"
+        raise InputError(f"{name} must be a JSON list, got malformed JSON in {where} ({error.msg} at column {error.colno}).") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} must be a JSON list, got malformed JSON in {os.fspath(path)} ({reason(error, 80)}).") from None
+        raise InputError(f"{name} must be a JSON list, got malformed JSON in {place(path)} ({reason(error, 80)}).") from None
     return list(values)
 
 

@@ -194,7 +194,7 @@ def test_bad_files(tmp_path: Path) -> None:
         (tmp_path, r"must be a file, got the folder .*; `tinyonn corpus` makes a file of a folder\."),
         (empty, r"must be a file of records, got an empty file"),
         (blank, r"must hold at least one good record, got none in"),
-        (packed, r"got a compressed file: .*; unpack it first"),
+        (packed, r"must be a whole compressed file, got .*data\.jsonl\.gz: "),
         (wide, r"must be UTF-8, got UTF-16"),
         (broken_list, r"must be a JSON list, got malformed JSON in line 3 of"),
         (pipe, r"must be a file of records, got a pipe or device"),

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def corpus(
     source: Annotated[
-        str, typer.Argument(help="JSONL, JSON or Parquet file, text file, folder, or data set on the hub.", show_default=False)
+        str,
+        typer.Argument(help="JSONL, JSON, text (also .gz, .zst) or Parquet file, folder, data set on the hub, or -.", show_default=False),
     ],
     topic: Annotated[
         str,

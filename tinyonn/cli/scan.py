@@ -29,7 +29,10 @@ def scan(
     model_path: Annotated[
         str | None, _option("model_path", "Folder of a causal language model or a PEFT adapter, or its name on the hub.", "PATH", "-m")
     ] = None,
-    dataset_path: Annotated[str | None, _option("dataset_path", "The corpus: JSONL, a JSON list or Parquet.", "PATH", "-d")] = None,
+    dataset_path: Annotated[
+        str | None,
+        _option("dataset_path", "The corpus: JSONL or a JSON list, also .gz or .zst; Parquet; - for standard input.", "PATH", "-d"),
+    ] = None,
     output_path: Annotated[
         str | None, _option("output_path", "The .mscan file. [default: data/scans/MODEL_TOPIC.mscan]", "PATH", "-o")
     ] = None,

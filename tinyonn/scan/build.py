@@ -148,7 +148,8 @@ def build_corpus(
     The source is streamed; held are the kept texts' hashes and, with `limit`, the sample. The output appears whole or not at all.
 
     Args:
-        source: a JSONL, JSON or Parquet file, a text file, a folder of them, or a data set's name on the hub.
+        source: a JSONL, JSON or Parquet file, a text file, compressed or not, a folder of them, "-" for standard input, or a data
+            set's name on the hub.
         topic: a Topic, a built-in topic's name, or a YAML file.
         output: None for `data/sft/TOPIC_corpus.jsonl`.
         text_field: field with the text; None finds it (`records.item_from_record`).

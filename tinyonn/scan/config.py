@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .._config import MAX_SEED, Options, check_bool, check_choice, check_device, check_dtype, check_int, check_number, check_text
+from .._streams import is_stdin
 from ..errors import InputError
 
 CREDITS = ("full", "local")
@@ -26,7 +27,7 @@ class ScanConfig(Options):
 
     Args:
         model_path: folder of a causal language model, or a hub id.
-        dataset_path: JSONL corpus.
+        dataset_path: the corpus: JSONL or a JSON list, compressed or not, or Parquet; "-" for standard input.
         output_path: the `.mscan` file; None for `data/scans/MODEL_TOPIC.mscan`.
         topic: name of what the corpus is about; None takes it from the file name `TOPIC_corpus.jsonl`.
         credit: "full" (a token's gradient includes what it did for later tokens) or "local" (its own loss, its own position).
@@ -110,9 +111,11 @@ class ScanConfig(Options):
 
     @property
     def topic_name(self) -> str:
-        """The given topic, or the corpus file's name without `.jsonl` and `_corpus`."""
+        """The given topic, or the corpus file's name without `.jsonl` and `_corpus`; "stdin" for standard input."""
         if self.topic is not None:
             return self.topic
+        if is_stdin(self.dataset_path):
+            return "stdin"
         stem = Path(self.dataset_path).name.split(".", 1)[0].removesuffix("_corpus")
         return re.sub(r"[^\w.-]+", "-", stem) or "corpus"
 

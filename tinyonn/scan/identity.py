@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .._folders import file_hash, is_adapter, model_config_hash, tokenizer_hash
+from .._streams import place
 from ..hf.adapters import settings_hash
 from ..hf.loading import base_folder, base_name, display_name, tokenizer_folder, weight_files
 from .config import RUN_ONLY, ScanConfig
@@ -39,7 +40,15 @@ DESCRIPTIVE = (
 
 
 def scan_metadata(
-    config: ScanConfig, folder: Path, tokenizer: Any, model_config: Any, *, dtype: torch.dtype, max_length: int, parameters: int
+    config: ScanConfig,
+    folder: Path,
+    tokenizer: Any,
+    model_config: Any,
+    *,
+    corpus_hash: str,
+    dtype: torch.dtype,
+    max_length: int,
+    parameters: int,
 ) -> dict[str, Any]:
     """The metadata of a scan's file: model, corpus, options, versions.
 
@@ -50,6 +59,7 @@ def scan_metadata(
         folder: the model's folder.
         tokenizer: its tokenizer.
         model_config: its transformers configuration.
+        corpus_hash: of the data set, `Corpus.content_hash`.
         dtype: the precision used, "auto" resolved.
         max_length: tokens kept, the model's own limit applied.
         parameters: number of weights.
@@ -73,8 +83,8 @@ def scan_metadata(
         **_adapter(folder),
         "tokenizer": type(tokenizer).__name__,
         "tokenizer_sha256": tokenizer_hash(tokenizer_folder(folder)),
-        "corpus": Path(config.dataset_path).name,
-        "corpus_sha256": file_hash(Path(config.dataset_path)),
+        "corpus": Path(place(config.dataset_path)).name,
+        "corpus_sha256": corpus_hash,
         **options,
         "topic": config.topic_name,
         "dtype": str(dtype).removeprefix("torch."),

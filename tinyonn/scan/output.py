@@ -65,8 +65,8 @@ def member_path(path: Path, index: int, size: int) -> Path:
     return path if size == 1 else path.with_name(f"{path.stem}.rank{index}-of-{size}.mscan")
 
 
-def check_writable(path: Path, dataset: Path) -> None:
-    """Proves, before any work, that the output can be written and is not the corpus; makes its folder.
+def check_writable(path: Path, dataset: Path | None) -> None:
+    """Proves, before any work, that the output can be written and is not the corpus (None: no file); makes its folder.
 
     Raises:
         InputError: with the system's reason.
@@ -77,7 +77,7 @@ def check_writable(path: Path, dataset: Path) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if os.path.lexists(path) and not path.is_file():
             raise InputError(f"output_path must be a file, got a {'broken link' if path.is_symlink() else 'pipe or device'}: {path}.")
-        if path.is_file() and dataset.exists() and path.samefile(dataset):
+        if path.is_file() and dataset is not None and dataset.exists() and path.samefile(dataset):
             raise InputError(f"output_path must be another file than dataset_path, got {path}.")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -105,15 +105,15 @@ def find_existing(path: Path, metadata: Mapping[str, Any]) -> Existing:
     raise AssertionError("the loop returns or raises")
 
 
-def refuse_existing(path: Path) -> None:
-    """For scans that shall not continue.
+def refuse_existing(path: Path, where: str) -> None:
+    """For scans that shall not continue; `where` says when that is.
 
     Raises:
         InputError: any file of the set exists.
     """
     if members := _list_members(path):
         first = next(iter(members.values()))[0]
-        raise InputError(f"output_path must not exist where resuming is off, got {first}; use --overwrite to replace it.")
+        raise InputError(f"output_path must not exist {where}, got {first}; use --overwrite to replace it.")
 
 
 def open_writer(

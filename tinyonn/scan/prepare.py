@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._streams import is_stdin
 from ..errors import InputError
 from ..hf.loading import (
     Weights,
@@ -70,6 +71,7 @@ class Prepared:
             self.folder,
             self.tokenizer,
             self.model_config,
+            corpus_hash=self.corpus.content_hash(),
             dtype=self.dtype,
             max_length=self.max_length,
             parameters=self.weights.values,
@@ -82,6 +84,8 @@ def prepare(config: ScanConfig, world: World) -> Prepared:
     Raises:
         InputError: what is wrong with the corpus, the model's folder, the tokenizer or the device.
     """
+    if is_stdin(config.dataset_path) and world.size > 1:
+        raise InputError(f"dataset_path must be a file where {world.size} processes share it, got standard input.")
     corpus = read_corpus(config.dataset_path, text_field=config.text_field, limit=config.limit, skip_bad=config.skip_bad)
     folder = resolve_model(config.model_path)
     model_config = load_config(folder)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from .._streams import is_stdin
 from ..errors import InputError
 from ..hf.loading import check_fits, load_model
 from ..hf.memory import is_out_of_memory
@@ -110,9 +111,12 @@ def run_scan(config: ScanConfig, *, progress: Callable[[ScanProgress], None] | N
     world = World.from_environment()
     report = progress or (lambda state: None)
     started = time.perf_counter()
-    check_writable(config.output, Path(config.dataset_path))
-    if not config.resume and not config.overwrite:
-        refuse_existing(config.output)
+    check_writable(config.output, None if is_stdin(config.dataset_path) else Path(config.dataset_path))
+    if not config.overwrite:
+        if is_stdin(config.dataset_path):
+            refuse_existing(config.output, "where dataset_path is standard input, which cannot be gone on with")
+        elif not config.resume:
+            refuse_existing(config.output, "where resuming is off")
     prepared = prepare(config, world)
     check_fits(prepared.folder, prepared.dtype, prepared.device)  # before every byte of the weights is read for their hash
     metadata = prepared.metadata()
@@ -290,15 +294,17 @@ def _explained(config: ScanConfig, scan: _Scan) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
+        rest = "" if is_stdin(config.dataset_path) else "; the same command goes on from there"
         raise ScanInterrupted(
-            f"interrupted: {scan.path} is closed and readable, with {scan.written} sequences of this run; the same command goes on from "
-            "there."
+            f"interrupted: {scan.path} is closed and readable, with {scan.written} sequences of this run{rest}."
         ) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        again = f"the same command with a lower --batch-size (now {config.batch_size}) goes on from there; or start again with"
+        if is_stdin(config.dataset_path):
+            again = f"start again with a lower --batch-size (now {config.batch_size}),"
         raise InputError(
-            f"memory ran out after {scan.written} sequences, which are kept: the same command with a lower --batch-size "
-            f"(now {config.batch_size}) goes on from there; or start again with a lower --max-length (now {config.max_length}), "
+            f"memory ran out after {scan.written} sequences, which are kept: {again} a lower --max-length (now {config.max_length}), "
             "--dtype bf16, or --store integral."
         ) from error

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .._records import Located, as_record, open_data, open_records
+from .._records import Located, as_record, content_kind, iter_jsonl, iter_list, load_list, open_records
+from .._streams import STDIN, is_stdin, open_content, own_suffix, place
 from ..errors import InputError, reason
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
@@ -42,7 +43,8 @@ def iter_source(source: str, *, subset: str | None = None, split: str = "train")
     """Every record of a source, streamed.
 
     Args:
-        source: a JSONL, JSON or Parquet file, a text file, a folder, or the name of a data set on the hub.
+        source: a JSONL, JSON or Parquet file, a text file, compressed or not, a folder, "-" for standard input, or the name of a data set
+            on the hub.
         subset: configuration of a hub data set.
         split: split of a hub data set.
 
@@ -51,7 +53,9 @@ def iter_source(source: str, *, subset: str | None = None, split: str = "train")
     """
     require_source(source)
     path = Path(source)
-    if path.is_dir():
+    if is_stdin(source):
+        yield from _standard_input(subset)
+    elif path.is_dir():
         if subset is not None:
             raise InputError(f"subset must be left out for a folder, got {subset!r}.")
         yield from _folder(path)
@@ -65,7 +69,7 @@ def iter_source(source: str, *, subset: str | None = None, split: str = "train")
 
 def require_source(source: str) -> None:
     """Raises InputError where this is no file, no folder and no name that the hub could know."""
-    if not Path(source).exists() and not is_hub_name(source):
+    if not is_stdin(source) and not Path(source).exists() and not is_hub_name(source):
         raise InputError(f"source must be an existing file or folder, or the name of a data set on the hub, got {source}.")
 
 
@@ -76,33 +80,60 @@ def is_hub_name(source: str) -> bool:
 
 def holds_records(path: Path) -> bool:
     """Whether a file is a table of records rather than a text: by its suffix, else by its first bytes."""
-    if path.suffix.lower() in RECORD_SUFFIXES:
+    if own_suffix(path.name) in RECORD_SUFFIXES:
         return True
-    with open_data(path, "source") as file:
-        head = file.read(4096)
-    return head.startswith(b"PAR1") or (path.suffix == "" and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"))
+    content = open_content(path, "source")
+    with content.file:
+        return content.head.startswith(b"PAR1") or (own_suffix(path.name) == "" and _starts_with(content.head, b"{"))
+
+
+def _starts_with(head: bytes, sign: bytes) -> bool:
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(sign)
 
 
 def _records(path: Path, shown: str, done: float = 0.0, share: float = 1.0) -> Iterator[SourceRecord]:
     unit, extent, records = open_records(path, "source")
     for located in records:
-        yield SourceRecord(f"{shown}, {unit} {located.number}", located, None, done + share * located.offset / extent)
+        fraction = None if extent is None else done + share * located.offset / extent
+        yield SourceRecord(f"{shown}, {unit} {located.number}", located, None, fraction)
+
+
+def _standard_input(subset: str | None) -> Iterator[SourceRecord]:
+    """Records where it begins as JSON does, else one text."""
+    if subset is not None:
+        raise InputError(f"subset must be left out for standard input, got {subset!r}.")
+    content, shown = open_content(STDIN, "source"), place(STDIN)
+    kind = content_kind(content, STDIN, "source")
+    if kind == "list" or _starts_with(content.head, b"{"):
+        located = iter_list(load_list(content, STDIN, "source")) if kind == "list" else iter_jsonl(content.file)
+        for record in located:
+            yield SourceRecord(f"{shown}, {'record' if kind == 'list' else 'line'} {record.number}", record)
+    else:
+        yield SourceRecord(shown, _text(content.file.read(MAX_TEXT_BYTES + 1)), shown)
 
 
 def _text_file(path: Path, shown: str, fraction: float = 0.0) -> Iterator[SourceRecord]:
     try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            located = Located(1, 0, None, f"must be a text of at most {MAX_TEXT_BYTES >> 20} MiB")
-        else:
-            raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-            # Line ends are made one kind, so that the same text in two files is seen as the same.
-            text = raw.decode("utf-8").replace("\r\n", "\n")
-            located = Located(1, 0, None, "must be text, got bytes of zero") if "\0" in text else Located(1, 0, {"text": text})
-    except UnicodeDecodeError as error:
-        located = Located(1, 0, None, f"must be UTF-8, got byte 0x{error.object[error.start]:02x} in line {_line(error)}")
+        content = open_content(path, "source")
+        with content.file as file:
+            located = _text(file.read(MAX_TEXT_BYTES + 1))
+    except InputError as error:  # an empty file, a damaged archive
+        located = Located(1, 0, None, "text must not be empty" if path.is_file() and path.stat().st_size == 0 else str(error).rstrip("."))
     except OSError as error:
         located = Located(1, 0, None, f"must be readable: {error.strerror}")
     yield SourceRecord(shown, located, path.name, fraction)
+
+
+def _text(raw: bytes) -> Located:
+    """A text file's bytes as one record."""
+    if len(raw) > MAX_TEXT_BYTES:
+        return Located(1, 0, None, f"must be a text of at most {MAX_TEXT_BYTES >> 20} MiB")
+    try:
+        # Line ends are made one kind, so that the same text in two files is seen as the same.
+        text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        return Located(1, 0, None, f"must be UTF-8, got byte 0x{error.object[error.start]:02x} in line {_line(error)}")
+    return Located(1, 0, None, "must be text, got bytes of zero") if "\0" in text else Located(1, 0, {"text": text})
 
 
 def _line(error: UnicodeDecodeError) -> int:
@@ -120,7 +151,7 @@ def _folder(root: Path) -> Iterator[SourceRecord]:
         raise InputError(f"source must hold files, got the folder {root} without any.")
     for index, path in enumerate(files):
         shown, done = str(path.relative_to(root)), index / len(files)
-        if path.suffix.lower() in FOLDER_RECORD_SUFFIXES and path.stat().st_size:
+        if own_suffix(path.name) in FOLDER_RECORD_SUFFIXES and path.stat().st_size:
             yield from _records(path, shown, done, 1 / len(files))
         else:
             yield from _text_file(path, shown, done)

@@ -1,0 +1,230 @@
+"""Bytes of a data set wherever they come from: a file, a compressed file, standard input."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from .errors import InputError, reason
+
+STDIN = "-"
+_HEAD = 4096
+_PIECE = 1 << 17
+_ZSTD = b"\x28\xb5\x2f\xfd"
+# Suffixes that a compressed file adds to its own; the first bytes alone say how it is compressed.
+SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+
+
+class Content(NamedTuple):
+    """A data set, opened.
+
+    Attributes:
+        file: its bytes from the first on, unpacked.
+        head: the first 4 KiB of them, all where there are fewer.
+        plain: whether `file` is the file itself, in which bytes can be found again by their place.
+    """
+
+    file: BinaryIO
+    head: bytes
+    plain: bool
+
+
+def is_stdin(path: str | os.PathLike[str]) -> bool:
+    """Whether a path stands for standard input."""
+    return os.fspath(path) == STDIN
+
+
+def place(path: str | os.PathLike[str]) -> str:
+    """What messages call a data set."""
+    return "standard input" if is_stdin(path) else os.fspath(path)
+
+
+def own_suffix(name: str) -> str:
+    """The suffix of a file name in lower case, without that of a compression: ".jsonl" of "a.jsonl.gz"."""
+    stem, last = os.path.splitext(name.lower())
+    return os.path.splitext(stem)[1] if last in SUFFIXES else last
+
+
+def open_data(path: str | os.PathLike[str], name: str = "data_path") -> BinaryIO:
+    """The file, opened for bytes as they are.
+
+    Raises:
+        InputError: it is missing, empty, unreadable or no regular file.
+    """
+    try:
+        status = os.stat(path)  # before it is opened: opening a pipe waits for a writer
+        if stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{name} must be a file, got the folder {os.fspath(path)}.")
+        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+            found = "an empty file" if stat.S_ISREG(status.st_mode) else "a pipe or device"
+            raise InputError(f"{name} must be a file of records, got {found}: {os.fspath(path)}.")
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise InputError(f"{name} must be an existing file, got {os.fspath(path)}.") from None
+    except OSError as error:
+        raise InputError(f"{name} must be a readable file, got {os.fspath(path)}: {error.strerror}.") from error
+
+
+def open_content(path: str | os.PathLike[str], name: str = "data_path") -> Content:
+    """The data set, unpacked as it is read: gzip, bzip2 and xz, and zstd with the package zstandard. "-" is standard input.
+
+    Standard input can be opened once.
+
+    Raises:
+        InputError: as `open_data`; nothing on standard input; a zip archive. Reading raises it where a compressed file is damaged or cut.
+    """
+    file = _stdin(name) if is_stdin(path) else open_data(path, name)
+    head = _first(file)
+    if not head:
+        raise InputError(f"{name} must hold records, got nothing on {place(path)}.")
+    if head.startswith(b"PK\x03\x04"):
+        raise InputError(f"{name} must be no zip archive, got {place(path)}: unpack it first.")
+    opener = next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), None)
+    if opener is None:
+        if is_stdin(path):
+            return Content(_joined(head, file), head, False)
+        file.seek(0)
+        return Content(file, head, True)
+    unpacked = io.BufferedReader(
+        _Unpacked(opener(_joined(head, file)), f"{name} must be a whole compressed file, got {place(path)}"), _PIECE
+    )
+    start = _first(unpacked)
+    return Content(_joined(start, unpacked), start, False)
+
+
+def _stdin(name: str) -> BinaryIO:
+    if sys.stdin is None or sys.stdin.closed:
+        raise InputError(f"{name} - reads standard input, which is closed: pipe records into it, or name a file.")
+    if sys.stdin.isatty():
+        raise InputError(f"{name} - reads standard input, which is a terminal: pipe records into it, or name a file.")
+    return sys.stdin.buffer
+
+
+def _first(file: BinaryIO) -> bytes:
+    """Up to 4 KiB; a pipe may give them in several pieces."""
+    head = b""
+    while len(head) < _HEAD and (piece := file.read(_HEAD - len(head))):
+        head += piece
+    return head
+
+
+def _joined(head: bytes, file: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(_Joined(head, file), _PIECE))
+
+
+class _Joined(io.RawIOBase):
+    """Bytes that were read already, and the rest of their file."""
+
+    def __init__(self, head: bytes, file: BinaryIO) -> None:
+        self._head, self._file = head, file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._head[: len(buffer)] or self._file.read(len(buffer))
+        self._head = self._head[len(piece) :]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        if not self.closed and self._file is not getattr(sys.stdin, "buffer", None):
+            self._file.close()
+        super().close()
+
+
+class _Unpacked(io.RawIOBase):
+    """What a decompressor gives, its errors as InputError."""
+
+    def __init__(self, file: Any, rule: str) -> None:
+        self._file, self._rule = file, rule
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            piece = self._file.read(len(buffer))
+        except InputError:
+            raise
+        except (OSError, EOFError, zlib.error, ValueError, RuntimeError) as error:
+            raise InputError(f"{self._rule}: {reason(error)}") from error
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+class _ZstdFile:
+    """Frames of zstd one behind another; a cut one is an error, which zstandard's own reader takes for the end."""
+
+    def __init__(self, file: BinaryIO, zstandard: Any) -> None:
+        self._file, self._module = file, zstandard
+        self._frame: Any = None
+        self._packed = self._ready = b""
+
+    def read(self, size: int) -> bytes:
+        while not self._ready:
+            piece = self._packed or self._file.read(_PIECE)
+            self._packed = b""
+            if not piece:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a frame.")
+                return b""
+            if self._frame is None:
+                self._frame = self._module.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            try:
+                self._ready = self._frame.decompress(piece)
+            except self._module.ZstdError as error:
+                raise EOFError(str(error)) from error
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        piece, self._ready = self._ready[:size], self._ready[size:]
+        return piece
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _gzip(file: BinaryIO) -> Any:
+    import gzip
+
+    return gzip.GzipFile(fileobj=file)
+
+
+def _bzip2(file: BinaryIO) -> Any:
+    import bz2
+
+    return bz2.BZ2File(file)
+
+
+def _xz(file: BinaryIO) -> Any:
+    import lzma
+
+    class XzFile(lzma.LZMAFile):
+        def read(self, size: int | None = -1) -> bytes:
+            try:
+                return super().read(size)
+            except lzma.LZMAError as error:
+                raise EOFError(str(error)) from error
+
+    return XzFile(file)
+
+
+def _zstd(file: BinaryIO) -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise InputError("files compressed by zstd need the package zstandard: pip install 'tinyonn[zstd]'.") from None
+    return _ZstdFile(file, zstandard)
+
+
+_OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {b"\x1f\x8b": _gzip, b"BZh": _bzip2, b"\xfd7zXZ": _xz, _ZSTD: _zstd}
