@@ -102,7 +102,7 @@ def rms_error_ratio(actual: Tensor, expected: Tensor) -> float:
     return (actual - expected).square().mean().sqrt().item() / scale if scale else float("inf")
 
 
-def assert_close_rms(actual: Tensor, expected: Tensor, tolerance: float | torch.dtype, name: str = "output") -> None:
+def assert_close_rms(actual: Tensor, expected: Tensor, tolerance: float | torch.dtype, name: str = "output") -> float:
     """Shapes agree, NaN and infinities stand in the same places, and the error ratio of the rest is within `tolerance`.
 
     Args:
@@ -110,6 +110,9 @@ def assert_close_rms(actual: Tensor, expected: Tensor, tolerance: float | torch.
         expected: the oracle's, in float64.
         tolerance: a ratio, or the dtype the op ran in, which stands for that of `TOLERANCE`.
         name: of the tensor, in the message.
+
+    Returns:
+        the error ratio.
     """
     limit = TOLERANCE[tolerance] if isinstance(tolerance, torch.dtype) else tolerance
     assert actual.shape == expected.shape, f"{name} must have shape {tuple(expected.shape)}, got {tuple(actual.shape)}."
@@ -120,6 +123,7 @@ def assert_close_rms(actual: Tensor, expected: Tensor, tolerance: float | torch.
     finite = expected.isfinite()
     ratio = rms_error_ratio(actual[finite], expected[finite])
     assert ratio <= limit, f"{name} must have an RMS error ratio of at most {limit:g}, got {ratio:.3g}."
+    return ratio
 
 
 def compare_with_oracle(
