@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from tinyonn import reference
+from tinyonn._timing import Comparison
 from tinyonn.ops import block_norms
 from tinyonn.testing import assert_close_rms
 
@@ -13,10 +16,13 @@ from tinyonn.testing import assert_close_rms
 def _check(x: torch.Tensor):
     expected = reference.block_norms(x[:64].cpu())
 
-    def check(outputs: dict[str, torch.Tensor]) -> None:
+    def check(outputs: dict[str, torch.Tensor]) -> dict[str, float]:
+        errors = {}
         for name, norms in outputs.items():
             if name != "copy":
-                assert_close_rms(norms[:64], expected, 1e-2 if name == "norm in the input's dtype" else 1e-5, name)
+                limit = 1e-2 if name == "norm in the input's dtype" else 1e-5
+                errors[name] = assert_close_rms(norms[:64], expected, limit, name)
+        return errors
 
     return check
 
@@ -52,19 +58,23 @@ def test_ragged_last_block_on_the_cpu(compare, features):
     )
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_block_norms_against_copy_bandwidth(compare, dtype):
-    x = torch.randn(65536, 8192, device="cuda", dtype=dtype)
+def against_copy_bandwidth(compare: Callable[..., Comparison], rows: int, features: int, dtype: str, device: str) -> None:
+    x = torch.randn(rows, features, device=device).to(getattr(torch, dtype))
     target = torch.empty_like(x)
     result = compare(
-        f"block norms, 65536 x 8192, {str(dtype).removeprefix('torch.')}, GPU",
+        f"block norms, {rows} x {features}, {dtype}, {device}",
         {"tinyonn": lambda: block_norms(x), "copy": lambda: target.copy_(x)},
         _check(x),
         info={"goal": "read bandwidth >= 0.85 of copy's", "bytes_read": x.nbytes},
     )
     # A copy moves every byte twice. Norms move it once and write a 64th as much, in float32.
     moved = x.nbytes + x.numel() // 64 * 4
-    share = (moved / result.median("tinyonn")) / (2 * x.nbytes / result.median("copy"))
-    result.info["share_of_copy_bandwidth"] = round(share, 3)
+    result.info["copy, GB/s"] = round(2 * x.nbytes / result.median("copy") / 1e9, 1)
+    result.info["share of copy's bandwidth"] = round((moved / result.median("tinyonn")) / (2 * x.nbytes / result.median("copy")), 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_block_norms_against_copy_bandwidth(compare, dtype):
+    against_copy_bandwidth(compare, 65536, 8192, dtype, "cuda")

@@ -4,6 +4,7 @@ Peers compute dense causal attention over the same query, key and value, except 
 sparse attention saves, and its answers are checked against the dense oracle on the last rows, all of which see everything. What is
 timed has every threshold open, so that each row reads as many blocks as it may; that gates between 0 and 1, and all gradients, are
 right is checked first, on a short sequence of the same block sizes.
+Training lengths on a GPU are in `bench_dyn_nsa_long.py`.
 "Random" choices differ from query to query; "clustered" ones are shared by neighbours, as text makes them.
 """
 
@@ -34,10 +35,10 @@ def inputs(
     tokens: int, choices: str, device: str = "cpu", heads: int = HEADS, kv_heads: int = KV_HEADS, dim: int = DIM
 ) -> dict[str, Tensor]:
     """Unit-scale tensors; every row has more blocks above the threshold than it may read, so that each reads BLOCKS."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+        return torch.randn(*shape, generator=generator, device=device)
 
     key, value = draw(1, tokens, kv_heads, dim), draw(1, tokens, kv_heads, dim)
     key_compressed, value_compressed = (x.unflatten(1, (-1, COMPRESS)).mean(2) * COMPRESS**0.5 for x in (key, value))
@@ -314,64 +315,4 @@ def test_whole_module(compare, device, tokens):
         check,
         rounds=5 if tokens <= 1024 else None,
         info={"mean blocks a row": round(module(x).counts.float().mean().item(), 2)},
-    )
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("tokens", [8192, 32768, 65536])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
-@pytest.mark.parametrize("choices", ["random", "clustered"])
-def test_long_on_the_gpu(compare, tokens, backward, choices):
-    """64/4 heads, D = 128, bf16: against SDPA, and against fla where it computes the same: attention to given blocks."""
-    for name in ("dyn_nsa", "block sparse"):
-        check_short(name, "cuda", heads=16, kv_heads=1, dim=128, dtype=torch.bfloat16, tolerance=1e-2)
-    tensors = {name: x.to(torch.bfloat16) for name, x in inputs(tokens, choices, "cuda", heads=64, kv_heads=4, dim=128).items()}
-    leaves = {name: x.requires_grad_(backward) for name, x in tensors.items()}
-    q, k, v = (leaves[name] for name in ("query", "key", "value"))
-    cotangent = torch.randn_like(q)
-    with torch.no_grad():
-        lse = ops.compressed_attention(q, leaves["key_compressed"], leaves["value_compressed"], compress_size=COMPRESS)[1]
-        threshold = torch.full((1, tokens, 4), -30.0, device="cuda")
-        selection = ops.select_blocks(q, leaves["key_compressed"], lse, threshold, max_blocks=BLOCKS, compress_size=COMPRESS)
-
-    def run(call: Callable[[], Tensor], over: list[Tensor]) -> Any:
-        out = call()
-        return (out.detach(), torch.autograd.grad(out, over, cotangent)) if backward else (out, ())
-
-    candidates: dict[str, Callable[[], Any]] = {
-        "dyn_nsa": lambda: run(lambda: dyn_nsa(leaves).out, list(leaves.values())),
-        "SDPA": lambda: run(lambda: causal(q, k, v), [q, k, v]),
-        "selected branch": lambda: run(lambda: ops.block_sparse_attention(q, k, v, *selection[:2])[0], [q, k, v]),
-    }
-    try:
-        from fla.ops.nsa import parallel_nsa
-    except ImportError:
-        parallel_nsa = None
-    if parallel_nsa is not None:
-        ones = torch.ones(1, tokens, 64, device="cuda", dtype=torch.bfloat16)
-        blocks, counts = selection.indices.long().clamp(min=0), selection.counts.long()
-        candidates["fla, selected branch"] = lambda: run(
-            lambda: parallel_nsa(q, k, v, g_slc=ones, block_indices=blocks, block_counts=counts, block_size=64), [q, k, v]
-        )
-
-    def check(outputs: dict[str, Any]) -> None:
-        assert_close_rms(outputs["dyn_nsa"][0][:, -CHECKED:], expected_rows({n: x.detach() for n, x in leaves.items()}), 1e-2)
-        if "fla, selected branch" in outputs:
-            ours, theirs = outputs["selected branch"], outputs["fla, selected branch"]
-            assert_close_rms(theirs[0], ours[0].double(), 1e-2, "fla")
-            for a, b in zip(theirs[1], ours[1], strict=True):
-                assert_close_rms(a, b.double(), 2e-2, "gradient of fla")
-
-    result = compare(
-        f"dyn_nsa {'forward + backward' if backward else 'forward'}, {tokens} tokens, 64/4 heads, D 128, {choices}, bfloat16, GPU",
-        candidates,
-        check,
-        info={"goal": "SDPA >= 3x whole, >= 6x forward and >= 7x backward against FlashAttention-2 at 65536", **realised(tensors)},
-    )
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    candidates["dyn_nsa"]()
-    result.info["peak over inputs, of q, k, v, o and gradients"] = round(
-        (torch.cuda.max_memory_allocated() - before) / (2 * (2 * q.nbytes + k.nbytes + v.nbytes)), 2
     )

@@ -125,7 +125,7 @@ def measure(
 
 def last_line(error: BaseException) -> str:
     """As the last line of a traceback: the type and the message, on one line."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
