@@ -1,85 +1,158 @@
-"""GPU tests, then GPU benchmarks; one JSON a run.
+"""Checks and measures everything on a GPU, from the tree alone: no network, nothing built or installed beforehand.
 
-Run as `make gpu`. Other libraries that the benchmarks compare with are named first, with what is missing. The JSON goes to `$OUT` where
-that is set, else to `benchmarks/results/`, named for the device. Only what this writes may stand in the README's GPU table.
+    python benchmarks/gpu.py                      eight minutes: oracles of every kernel, then the goals, then the rest
+    python benchmarks/gpu.py --dry-run            lists the questions, their order and estimated seconds
+    python benchmarks/gpu.py --only "64k|mixture"
+    python benchmarks/gpu.py --resume             leaves out what these sources have answered already
+    python benchmarks/gpu.py --device cpu         tries the script itself at tiny sizes; its figures mean nothing
+
+Also `make gpu` (GPU_ARGS="..."). Needs Python, torch, triton and pytest; a C++ compiler, pybind11 and setuptools for the tests at the end.
+Wheels in `.wheels/` (`make gpu-wheels` fetches them) are installed into a folder of this run. Other libraries are measured where they are.
+
+Each question leaves a JSON in benchmarks/results/GPU/questions/ when it is answered; all.json and table.txt beside that folder hold all of
+them at any time. Where $OUT is set, copies of these two go there. A question that fails, hangs or crashes is recorded, and the next one
+runs. Exit code 1 where any did or gave a wrong answer, 2 for wrong arguments. Only these figures may stand in the README's GPU table.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import hashlib
 import os
-import platform
 import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+from gpu_questions import QUESTIONS, STAGES, Question  # noqa: E402
+from gpu_runs import FAILURES, Results, Run, matching, slug  # noqa: E402
+
 PEERS = {  # package, and what is measured against it where it is installed
-    "transformers": "mixtures of experts, eager and grouped_mm",
+    "transformers": "mixtures of experts, grouped_mm",
     "fla-core": "block-sparse attention",
     "liger-kernel": "mixtures of experts, fused",
+    "flash-attn": "dense attention; torch has FlashAttention-2 too",
 }
+NO_GPU = "this machine has no CUDA device"
 
 
-def peers() -> dict[str, str | None]:
-    """Version of each library that benchmarks compare with; None where it is not installed."""
-    found: dict[str, str | None] = {}
-    for name in PEERS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def describe(found: dict[str, str | None]) -> list[str]:
-    """One line for each of `peers()`."""
+def describe(versions: dict[str, str | None]) -> list[str]:
+    """One line for each peer, from the versions that a worker found."""
     return [
-        f"{name} {number}: {PEERS[name]}"
-        if number
-        else f"{name} is not installed, {PEERS[name]} will not be measured: pip install --no-deps {name}"
-        for name, number in found.items()
+        f"{name} {versions[name]}: {what}" if versions.get(name) else f"{name} is not installed, so it is not measured against: {what}"
+        for name, what in PEERS.items()
     ]
 
 
-def main() -> int:
-    import torch
+def commit() -> str:
+    """The checkout's, with "+" where files differ from it; unknown outside a checkout."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed.strip() else "")
 
-    if not torch.cuda.is_available():
-        print("make gpu: this machine has no CUDA device that torch can use; nothing was tested or measured.", file=sys.stderr)
-        return 1
-    import triton
 
-    device = torch.cuda.get_device_name(0)
-    print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}")
-    found = peers()
-    print("\n".join(describe(found)))
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
-    tested = subprocess.run([*pytest, "tests"], cwd=ROOT, env=environment).returncode
-    if tested not in (0, 5):
-        return tested
+def sources() -> str:
+    """A checksum of everything that is measured, where there is no git too."""
+    digest = hashlib.sha256()
+    for pattern in ("kernels/**/*.py", "tinyonn/**/*.py", "benchmarks/*.py", "csrc/*.[ch]pp"):
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-    folder.mkdir(parents=True, exist_ok=True)
-    result = folder / f"gpu-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
-    measured = subprocess.run(
-        [*pytest, "benchmarks", "--benchmark-only", f"--benchmark-json={result}"], cwd=ROOT, env=environment
-    ).returncode
-    if result.is_file() and result.stat().st_size:
-        content = json.loads(result.read_text())
-        content["gpu"] = {
-            "name": device,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "cuda": torch.version.cuda,
-            "peers": found,
-        }
-        result.write_text(json.dumps(content, indent=1))
-        print(f"results: {result}")
-    return measured
+
+def install(wheels: Path, site: Path) -> None:
+    """Unpacks wheels that were carried along, each by itself: one that does not fit leaves the others."""
+    for wheel in sorted(wheels.glob("*.whl")):
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(site)]
+        done = subprocess.run([*pip, str(wheel)], capture_output=True, text=True)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            print(f"{wheel.name} was not installed: {lines[-1]}", file=sys.stderr)
+
+
+def environment(device: str, site: Path) -> dict[str, str]:
+    paths = [str(site), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    found = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    found.pop("TRITON_INTERPRET", None)
+    return {**found, "TRITON_INTERPRET": "1"} if device == "cpu" else found
+
+
+def listing(questions: list[Question], jobs: int) -> str:
+    """The order, and estimated seconds of each and of each stage."""
+    lines = [f"{question.seconds:6.0f} s  {question.stage:<7} {question.name}" for question in questions]
+    for stage in STAGES:
+        total = sum(question.seconds for question in questions if question.stage == stage)
+        together = f", {total / jobs:.0f} s with {jobs} at a time" if stage == "oracle" else ""
+        lines.append(f"{stage}: about {total:.0f} s{together}")
+    return "\n".join(lines)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu.py", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--only", metavar="PATTERN", help="questions whose name matches this regular expression")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of the whole run; what does not fit is recorded as skipped (default 8)")
+    parser.add_argument("--dry-run", action="store_true", help="list the questions in their order, with estimated seconds")
+    parser.add_argument("--resume", action="store_true", help="leave out what these sources have answered already")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes, to try the script itself")
+    parser.add_argument("--jobs", type=int, help="oracles at a time (default: half the CPUs, at most 8)")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    parser.add_argument("--wheels", type=Path, default=ROOT / ".wheels", help="folder of wheels that were carried along")
+    found = parser.parse_args(argv)
+    cpus = len(os.sched_getaffinity(0))
+    found.threads, found.jobs = cpus, found.jobs or max(1, min(8, cpus // 2))
+    if not found.minutes > 0:
+        parser.error(f"argument --minutes: must be greater than 0, got {found.minutes:g}.")
+    if found.jobs < 1:
+        parser.error(f"argument --jobs: must be at least 1, got {found.jobs}.")
+    try:
+        re.compile(found.only or "")
+    except re.error as error:
+        parser.error(f"argument --only: must be a regular expression, got {found.only!r} ({error}).")
+    return found
+
+
+def main(argv: Sequence[str] | None = None, questions: list[Question] = QUESTIONS) -> int:
+    given = arguments(argv)
+    chosen = matching(questions, given.only)
+    if not chosen:
+        print(f"gpu.py: --only {given.only!r} matches no question; --dry-run lists them.", file=sys.stderr)
+        return 2
+    if given.dry_run:
+        print(listing(chosen, given.jobs))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="gpu-") as temporary:
+        site = Path(temporary) / "site"
+        run = Run(given.device, given.minutes, environment(given.device, site), Path(temporary), given.jobs, given.threads)
+        if given.wheels.is_dir():
+            install(given.wheels, site)
+        first = run.worker()
+        if "error" in first.facts:
+            first.close()
+            remedy = " Try the script itself with --device cpu." if NO_GPU in first.facts["error"] else ""
+            print(f"make gpu: {first.facts['error']}{remedy}", file=sys.stderr)
+            return 1
+        shared: dict[str, Any] = {"machine": first.facts, "device": given.device, "commit": commit(), "sources": sources()}
+        versions = first.facts["versions"]
+        name = first.facts.get("gpu") or "cpu, tiny sizes"
+        print(f"{name}, torch {versions['torch']}, triton {versions['triton']}, Python {first.facts['python']}")
+        print("\n".join(describe(versions)), flush=True)
+        copies = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
+        results = Results(given.output.resolve() / slug(name), shared, copies)
+        if given.resume:
+            chosen = [question for question in chosen if not results.answered(question.name)]
+        run.go(chosen, results, first)
+    names = [question.name for question in chosen]
+    print(f"\n{results.table(names)}results: {results.folder}")
+    return int(any(results.records[name]["status"] in FAILURES for name in names))
 
 
 if __name__ == "__main__":
