@@ -17,9 +17,11 @@ runs. Exit code 1 where any did or gave a wrong answer, 2 for wrong arguments. O
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -129,14 +131,15 @@ def main(argv: Sequence[str] | None = None, questions: list[Question] = QUESTION
     if given.dry_run:
         print(listing(chosen, given.jobs))
         return 0
-    with tempfile.TemporaryDirectory(prefix="gpu-") as temporary:
+    with contextlib.ExitStack() as at_the_end:
+        temporary = at_the_end.enter_context(tempfile.TemporaryDirectory(prefix="gpu-"))
         site = Path(temporary) / "site"
         run = Run(given.device, given.minutes, environment(given.device, site), Path(temporary), given.jobs, given.threads)
+        at_the_end.callback(run.close)
         if given.wheels.is_dir():
             install(given.wheels, site)
         first = run.worker()
         if "error" in first.facts:
-            first.close()
             remedy = " Try the script itself with --device cpu." if NO_GPU in first.facts["error"] else ""
             print(f"make gpu: {first.facts['error']}{remedy}", file=sys.stderr)
             return 1
@@ -156,4 +159,5 @@ def main(argv: Sequence[str] | None = None, questions: list[Question] = QUESTION
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended too
     raise SystemExit(main())

@@ -7,6 +7,7 @@ runs once for every configuration, on memory filled with NaN. Errors are root me
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from tinyonn.testing import assert_close_rms, dyn_nsa_case, poisoned
 # Of outputs and of gradients. A half-precision kernel rounds the probabilities between its two products, its gradients more often.
 LIMITS = {torch.float32: (1e-5, 4e-5), torch.float16: (5e-3, 1e-2), torch.bfloat16: (1e-2, 2e-2)}
 LISTS_APART = {torch.float32: 0.0, torch.float16: 0.01, torch.bfloat16: 0.01}  # share of lists cut among nearly equal blocks
+PARTLY_OPEN = 0.2  # least share of blocks that are neither shut nor open, of those that are not read anyway
 Outputs = tuple[Tensor, ...]
 
 
@@ -133,9 +135,11 @@ def _attention(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
     """Tensors and options of `dyn_nsa`; packed, three sequences."""
     tensors = dyn_nsa_case(tokens, queries=queries, heads=heads, kv_heads=kv_heads, dim=dim, compress_size=compress, dtype=dtype)
+    # An average block is worth 1 / number of blocks: with thresholds near it, and this temperature, many gates are in between.
+    tensors["base"] -= math.log(max(1, tokens // block // (2 if packed else 1))) - 1.2
     if packed:
         tensors["cu_seqlens"] = torch.tensor([0, tokens // 7, tokens // 2 + 1, tokens], dtype=torch.int32)
-    options = {"window": window, "block_size": block, "compress_size": compress, "max_blocks": blocks}
+    options = {"window": window, "block_size": block, "compress_size": compress, "max_blocks": blocks, "temperature": 2.0}
     return tensors, options
 
 
@@ -183,7 +187,7 @@ def _scored(tensors: dict[str, Tensor], options: dict[str, Any], tokens: int) ->
     tau = reference.attention_tau(entropy, tensors["query"], tokens, tensors["key"].shape[2], options["compress_size"], **where)
     threshold = tensors["base"].double() - tensors["slope"].double() * tau
     scored = _only(tensors, "query", "key_compressed") | {"lse": lse.float(), "threshold": threshold.float()}
-    return scored, {**sizes, "block_size": options["block_size"]}
+    return scored, {**sizes, "block_size": options["block_size"], "temperature": options["temperature"]}
 
 
 def select(dtype: torch.dtype, **size: Any) -> Case:
@@ -191,6 +195,14 @@ def select(dtype: torch.dtype, **size: Any) -> Case:
     tensors, options = _attention(dtype, **size)
     scored, sizes = _scored(tensors, options, size["tokens"])
     every = -(-size["tokens"] // options["block_size"])
+
+    def listed(shift: float) -> tuple[Tensor, Tensor]:
+        given = {**scored, "threshold": scored["threshold"] + shift}
+        indices, counts, bias, *_ = reference.select_blocks(**given, **sizes, max_blocks=max(3, every))
+        return counts.sum(), ((indices >= 0) & (bias < 0)).sum()
+
+    free = listed(-1e6)[0] - listed(1e6)[0]
+    assert listed(0.0)[1] >= PARTLY_OPEN * free > 0, f"gates between 0 and 1 must be {PARTLY_OPEN} of {free}, got {listed(0.0)[1]}."
 
     def call(library: Any, **x: Tensor) -> Outputs:
         indices, _, bias, soft_counts, _ = library.select_blocks(**x, **sizes, max_blocks=max(3, every), **_impl(library))

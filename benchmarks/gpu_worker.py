@@ -82,7 +82,7 @@ def answer(request: dict[str, Any], device: str, send: Callable[[dict[str, Any]]
         return {**record, "comparisons": [result.as_json() for result in results], "tiles": tiles()}
 
     def compare(*args: Any, **options: Any) -> Comparison:
-        result = measure(*args, **{"budget": request["budget"], **options})
+        result = measure(*args, **{**options, **request["timing"]})
         results.append(result)
         send({"partial": taken()})
         return result
@@ -157,8 +157,8 @@ def run_tests(report: dict[str, Any], files: list[str], marker: str = "gpu") -> 
     lines = done.stdout.strip().splitlines()
     report["summary"] = lines[-1] if lines else _last(done.stderr)
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    if done.returncode == 5:
-        report.update(status="skipped", reason="no test was selected")
+    if done.returncode == 5 or (done.returncode == 0 and "passed" not in report["summary"]):
+        report.update(status="skipped", reason=report["summary"])
     elif done.returncode:
         report["failures"] = failures
         raise AssertionError(f"{report['summary']}: {'; '.join(failures) or _last(done.stderr)}")
