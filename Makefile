@@ -1,8 +1,9 @@
 # make demo   scan SmolLM2-135M over two corpora and write a report
 # make heads-demo  score and measure attention heads of SmolLM2-135M and MiniLM
 # make test   the test suite                   make test-slow  attention kernels in the interpreter, every architecture
-# make bench  benchmarks on this machine      make gpu  GPU tests and benchmarks
 # make damage   damage 100,000 .mscan files and read them in every mode (DAMAGE_ARGS="--files N --seed S")
+# make bench  benchmarks on this machine      make gpu  kernels checked and measured on a GPU (GPU_ARGS="--dry-run")
+# make gpu-wheels  fetch what make gpu compares with, to carry to a machine without network
 # make style  ruff and mypy                   make doctor  say what is here and what is missing
 # make clean  remove the environment and build outputs
 
@@ -14,6 +15,9 @@ HEADS_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 DAMAGE_ARGS ?=
+GPU_ARGS ?=
+GPU_PYTHON ?= 3.12
+GPU_WHEELS ?= fla-core einops liger-kernel pytest-benchmark py-cpuinfo2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
@@ -22,7 +26,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.
 # Python would put the current folder first on sys.path, and kernels/ with it.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo heads-demo test test-slow bench damage gpu style doctor clean
+.PHONY: demo heads-demo test test-slow bench damage gpu gpu-wheels style doctor clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/tinyonn demo $(DEMO_ARGS)
@@ -42,8 +46,14 @@ bench: $(VENV)/.dev
 damage: $(VENV)/.dev
 	$(BIN)/python tests/mscan/damage.py --workers $(JOBS) $(DAMAGE_ARGS)
 
-gpu: $(VENV)/.dev
-	@$(BIN)/python benchmarks/gpu.py
+# From the tree alone, with the virtual environment if there is one: a machine with a GPU may have no network.
+gpu:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(GPU_ARGS)
+
+# Wheels that `make gpu` installs on a machine without network. Their dependencies come with torch and transformers.
+gpu-wheels:
+	$(PYTHON) -m pip --disable-pip-version-check download -q --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+		-d .wheels $(GPU_WHEELS)
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,12 +1,12 @@
-"""What benchmarks do beside measuring: the forms they compare, the page drawn from what was measured, the peers they name."""
+"""What benchmarks do beside measuring: the forms they compare, the page drawn from what was measured, what they time and note."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 import types
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
+
+from tinyonn._timing import measure
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -188,11 +190,39 @@ def test_the_sweep_writes_its_page_and_goes_on_where_it_was_stopped(tmp_path, mo
     assert json.loads(results.read_text())["cells"][0]["candidates"]["expert_mlp"]["min"] == 12.345
 
 
-def test_the_gpu_script_names_its_peers():
-    gpu = module("gpu")
-    assert gpu.peers()["transformers"] == version("transformers")
-    assert set(gpu.peers()) == set(gpu.PEERS)
-    present, absent = gpu.describe({"transformers": "5.23.0", "liger-kernel": None})
-    assert present.startswith("transformers 5.23.0: ")
-    assert absent.startswith("liger-kernel is not installed")
-    assert absent.endswith("pip install --no-deps liger-kernel")
+def test_a_peer_that_cannot_run_is_left_out_with_its_reason():
+    def broken() -> None:
+        raise RuntimeError("no kernel\nfor this machine")
+
+    candidates = {"ours": lambda: 1, "peer": lambda: 2, "broken": broken}
+    found = measure("g", candidates, lambda out: {"peer": out["peer"] / 8}, rounds=2, optional=["broken"])
+    assert list(found.samples) == ["ours", "peer"]
+    assert found.info == {"left out": {"broken": "RuntimeError: no kernel for this machine"}, "error": {"peer": 0.25}}
+    with pytest.raises(RuntimeError, match="no kernel"):
+        measure("g", candidates, rounds=2)
+
+
+def test_an_optional_peer_that_is_wrong_is_no_peer_left_out():
+    def wrong() -> None:
+        raise AssertionError("differs")
+
+    with pytest.raises(AssertionError, match="differs"):
+        measure("g", {"ours": lambda: 1, "peer": wrong}, rounds=1, optional=["peer"])
+
+
+def test_notes_made_after_measuring_are_in_the_json(tmp_path):
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+    (tmp_path / "conftest.py").write_text((FOLDER / "conftest.py").read_text())
+    (tmp_path / "bench_late.py").write_text(
+        "def test_late(compare):\n"
+        "    found = compare('g', {'ours': lambda: 1, 'peer': lambda: 2}, rounds=2, info={'goal': 'x'})\n"
+        "    found.info['share of the copy'] = 0.91\n"
+    )
+    out = tmp_path / "out.json"
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "bench_late.py", f"--benchmark-json={out}"]
+    ran = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
+    rows = json.loads(out.read_text())["benchmarks"]
+    assert [(row["name"], row["extra_info"]["share of the copy"], row["extra_info"]["goal"]) for row in rows] == [
+        ("ours", 0.91, "x"), ("peer", 0.91, "x")
+    ]  # fmt: skip

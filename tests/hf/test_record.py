@@ -179,7 +179,9 @@ def test_parts_without_weights_are_an_error(lost, change, tmp_path):
     if change == "another shape":
         weights[lost] = torch.cat([weight, weight])
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=f"{tmp_path} must have weights of every part .* none of their shape for {lost.removeprefix('model.')}"):
+    with pytest.raises(
+        InputError, match=f"{tmp_path} must have weights of every part .* none of their shape for {lost.removeprefix('model.')}"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
 
 
