@@ -24,7 +24,7 @@ MAX_ROWS = 32  # more would leave a small problem with too few programs
 
 
 @triton.jit
-def _add_squares(tile, large, medium, small):
+def add_squares(tile, large, medium, small):
     """Adds the sum of squares along axis 2 to one of three accumulators of different scale."""
     peak = tl.max(tl.abs(tile), axis=2)
     is_large = peak > 2.0**50  # below, 2^24 squares still have a float32 sum
@@ -41,7 +41,7 @@ def _add_squares(tile, large, medium, small):
 
 
 @triton.jit
-def _root(large, medium, small):
+def root(large, medium, small):
     # 2^-160 and 2^-200 are no float32: two factors.
     high = tl.sqrt_rn(large + medium * 2.0**-80 * 2.0**-80) * 2.0**80
     middle = tl.sqrt_rn(medium + small * 2.0**-100 * 2.0**-100)
@@ -63,8 +63,8 @@ def norms_of_blocks(x_ptr, row, block, num_rows, num_features, stride_xn, stride
         if BLOCK_SIZE % WIDTH != 0:
             inside = inside & (within < BLOCK_SIZE)[None, None, :]
         tile = tl.load(row_ptr + feature.to(tl.int64) * stride_xf, mask=inside, other=0.0).to(tl.float32)
-        large, medium, small = _add_squares(tile, large, medium, small)
-    return _root(large, medium, small)
+        large, medium, small = add_squares(tile, large, medium, small)
+    return root(large, medium, small)
 
 
 @triton.jit

@@ -7,7 +7,8 @@
 
 Pairs p sorted by expert (`expert_sort`), F features, I neurons of an expert, V = (E, F, I), h made again from `pre`. One program sees all
 neurons of its rows, so that the gradient of w and both norms are sums over its own registers. In the surprise |w| is that of the sum of
-the weights of all slots in which the token names the expert.
+the weights of all slots in which the token names the expert. Norms are right wherever they are normal float32 (`block_norms`); a surprise
+beyond float32 is its largest finite value, since infinity says that a token did not go.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ._nsa import dot, unit_stride
 from ._tune import config, launch, tuned
+from .block_norms import add_squares, block_norms_fwd, root
 from .expert_activation import activate, activate_backward, check_reach, ragged, tile_rows, width_of
 from .expert_mlp_fwd import SHAPES, example
 from .expert_sort import SortedPairs, load_experts
@@ -35,8 +37,8 @@ def configs(IEEE: bool, ROWS: int, NEURONS: int, FEATURES: int, **_: object) -> 
         return [config(4, 1, 255, COLUMNS=min(columns, 32), DEPTH=16)]
     if ragged(NEURONS, FEATURES):
         return [config(warps, 2, 255, COLUMNS=min(columns, 32), DEPTH=16)]
-    offered = [config(warps, 3, COLUMNS=columns, DEPTH=width_of(FEATURES, 64))]
-    offered += [config(4, 4, COLUMNS=min(columns, 32), DEPTH=width_of(FEATURES, 32))]
+    offered = [config(warps, 3, 255, COLUMNS=columns, DEPTH=width_of(FEATURES, 64))]
+    offered += [config(4, 4, 255, COLUMNS=min(columns, 32), DEPTH=width_of(FEATURES, 32))]
     return offered
 
 
@@ -100,8 +102,8 @@ def _expert_grad_pre_kernel(
         down_ptr += expert.to(tl.int64) * stride_de
         width: tl.constexpr = 2 * NEURONS if GATED else NEURONS
         grad_weight = tl.zeros((ROWS,), tl.float32)
-        h_square = tl.zeros((ROWS,), tl.float32)
-        pre_square = tl.zeros((ROWS,), tl.float32)
+        h_large = tl.zeros((ROWS, 1), tl.float32)
+        h_medium, h_small, pre_large, pre_medium, pre_small = h_large, h_large, h_large, h_large, h_large
         for first in range(0, NEURONS, COLUMNS):
             neuron = first + tl.arange(0, COLUMNS)
             real = neuron < NEURONS
@@ -121,11 +123,14 @@ def _expert_grad_pre_kernel(
             h = tl.where(mask, activate(gate, up, limit, ACTIVATION, GATED), 0.0)
             grad_gate, grad_up = activate_backward(gate, up, grad_h, limit, ACTIVATION, GATED)
             grad_weight += tl.sum(grad_h * h, axis=1)
-            h_square += tl.sum(h * h, axis=1)
+            if KIND == "down_proj" or KIND == "expert":
+                h_large, h_medium, h_small = add_squares(h[:, None, :], h_large, h_medium, h_small)
             if KIND == "expert":
-                pre_square += tl.sum(tl.where(mask, grad_gate * grad_gate, 0.0), axis=1)
+                known_gate = tl.where(mask, grad_gate, 0.0)[:, None, :]
+                pre_large, pre_medium, pre_small = add_squares(known_gate, pre_large, pre_medium, pre_small)
                 if GATED:
-                    pre_square += tl.sum(tl.where(mask, grad_up * grad_up, 0.0), axis=1)
+                    known_up = tl.where(mask, grad_up, 0.0)[:, None, :]
+                    pre_large, pre_medium, pre_small = add_squares(known_up, pre_large, pre_medium, pre_small)
             tl.store(weighed_h_ptr + place[:, None] * NEURONS + neuron[None, :], h * weight[:, None], mask=mask)
             tl.store(grad_pre_ptr + source, grad_gate * weight[:, None], mask=mask)
             if GATED:
@@ -142,15 +147,21 @@ def _expert_grad_pre_kernel(
         tl.store(grad_weights_ptr + slot, grad_weight, mask=inside)
 
         if KIND != "none":
-            found = tl.load(grad_norm_ptr + token, mask=inside, other=0.0)
+            # A few products a row, in float64: what is large on the way to something small leaves float32's range.
+            found = tl.load(grad_norm_ptr + token, mask=inside, other=0.0).to(tl.float64)
+            if KIND == "down_proj" or KIND == "expert":
+                h_norm = tl.reshape(root(h_large, h_medium, h_small), (ROWS,)).to(tl.float64)
             if KIND == "down_proj":
-                found *= tl.sqrt(h_square)
+                found *= h_norm
             elif KIND == "expert":
-                x_norm = tl.load(x_norm_ptr + token, mask=inside, other=0.0)
-                of_up = pre_square * (x_norm * x_norm + (1.0 if HAS_UP_BIAS else 0.0))
-                found = tl.sqrt(of_up + found * found * (h_square + (1.0 if HAS_DOWN_BIAS else 0.0)))
+                pre_norm = tl.reshape(root(pre_large, pre_medium, pre_small), (ROWS,)).to(tl.float64)
+                x_norm = tl.load(x_norm_ptr + token, mask=inside, other=0.0).to(tl.float64)
+                of_up = pre_norm * pre_norm * (x_norm * x_norm + (1.0 if HAS_UP_BIAS else 0.0))
+                found = tl.sqrt(of_up + found * found * (h_norm * h_norm + (1.0 if HAS_DOWN_BIAS else 0.0)))
             size = _summed_weight(weights_ptr, index_ptr, token, inside, expert, num_slots, num_experts, ROWS)
-            tl.store(surprise_ptr + slot, found * tl.abs(size), mask=inside)
+            found *= tl.abs(size).to(tl.float64)
+            found = tl.where(found > 3.4028234663852886e38, 3.4028234663852886e38, found)  # a comparison keeps NaN
+            tl.store(surprise_ptr + slot, found.to(tl.float32), mask=inside)
 
 
 def expert_grad_pre(
@@ -180,8 +191,8 @@ def expert_grad_pre(
     grad_weights = torch.zeros_like(weights)
     surprise = None if kind is None else torch.zeros_like(weights)
     # Norms of a token serve all of its pairs.
-    grad_norm = None if kind is None else torch.linalg.vector_norm(grad_out, dim=-1, dtype=torch.float32)
-    x_norm = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=torch.float32) if kind == "expert" else None
+    grad_norm = None if kind is None else _row_norms(grad_out)
+    x_norm = _row_norms(hidden_states) if kind == "expert" else None
     launch(
         _expert_grad_pre_kernel,
         lambda meta: (pairs.tile_expert.shape[0],),
@@ -218,6 +229,13 @@ def expert_grad_pre(
         ROWS=pairs.rows,
     )
     return grad_pre, weighed_h, grad_weights, surprise
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    """(N, F) -> (N,) float32, whatever the size of the values."""
+    norms = torch.empty((rows.shape[0], 1), dtype=torch.float32, device=rows.device)
+    block_norms_fwd(rows, None, norms, rows.shape[1])
+    return norms.squeeze(1)
 
 
 def offered(arch: int) -> dict[str, Callable[[], object]]:

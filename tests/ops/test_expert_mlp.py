@@ -369,7 +369,7 @@ def test_every_kind_of_surprise_in_bfloat16(name, kind):
 def test_without_a_probe_nothing_is_added(layer, monkeypatch):
     from tinyonn.ops import _torch_experts
 
-    monkeypatch.setattr(_torch_experts, "_squares", lambda *args: pytest.fail("no surprise was asked for"))
+    monkeypatch.setattr(_torch_experts, "row_norms", lambda *args: pytest.fail("no surprise was asked for"))
     call, x, _ = layer
     call(x.requires_grad_(), None).sum().backward()
 
@@ -540,3 +540,58 @@ def test_an_index_out_of_range_is_named_in_debug_and_unused_otherwise(impl):
         ops.expert_mlp(x, top_k_index=index, top_k_weights=weight, impl=impl, **params)
     with tinyonn.debug(), pytest.raises(ValueError, match="top_k_weights must hold no NaN"):
         ops.expert_mlp(x, top_k_index=safe, top_k_weights=weight * math.nan, impl=impl, **params)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference", ALL_IMPLS[1]])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("of_tokens", "of_gradients"), [(1e20, 1e20), (1e25, 1.0), (1.0, 1e30), (1e-25, 1.0), (1.0, 1e-30), (1e-3, 1e35)])
+def test_surprise_has_the_range_of_float32(of_tokens, of_gradients, kind, impl):
+    """Squares of its parts have not. The oracle computes in float64; what is beyond float32 is its largest value, never infinite."""
+    device = impl_device(impl)
+    params = weights(4, 8, 16, layout={"gated": False}, dtype=torch.float32)
+    x, (index, weight) = tokens_of(9, 16, torch.float32) * of_tokens, routing(9, 2, 4, dtype=torch.float32)
+    cotangent = tokens_of(9, 16, torch.float32).flip(0) * of_gradients
+    options = {"gated": False, "activation": "gelu"}
+    named = {name: None if value is None else value.to(device) for name, value in params.items()}
+    probe = torch.zeros(index.shape, device=device, requires_grad=True)
+    out = ops.expert_mlp(
+        x.to(device), top_k_index=index.to(device), top_k_weights=weight.to(device), surprise=probe, surprise_kind=kind, impl=impl,
+        **named, **options,
+    )  # fmt: skip
+    (found,) = torch.autograd.grad(out, probe, cotangent.to(device))
+    exact = reference.expert_surprise(x, top_k_index=index, top_k_weights=weight, grad_output=cotangent, kind=kind, **params, **options)
+    wanted = exact.clamp(max=torch.finfo(torch.float32).max)
+    assert found.isfinite().all()
+    used = index < 4
+    assert (found.cpu()[~used] == 0).all()
+    torch.testing.assert_close(found.cpu()[used].double(), wanted[used], rtol=1e-3, atol=1e-44)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference", ALL_IMPLS[1]])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_token_that_is_not_finite_changes_no_other(value, name, impl):
+    """NaN or infinity out for it alone, as of a dense layer; gradients of other tokens, and of experts it did not go to, as without it."""
+    layout, device = LAYOUTS[name], impl_device(impl)
+    params = weights(5, 6, 8, layout=layout, biased=True, dtype=torch.float32)
+    x, (index, weight) = tokens_of(9, 8, torch.float32), routing(9, 2, 5, unused=0, dtype=torch.float32)
+    index[3] = torch.tensor([4, 5])
+    index = torch.where((index == 4) & (torch.arange(9) != 3).unsqueeze(-1), 5, index)
+    others = [token for token in range(9) if token != 3]
+    results = []
+    for element in (0.5, value):
+        x = x.clone()
+        x[3] = element
+        leaves = [x.to(device).requires_grad_(), weight.to(device).requires_grad_()]
+        named = {key: x.detach().clone().to(device).requires_grad_() for key, x in params.items() if x is not None}
+        probe = torch.zeros(index.shape, device=device, requires_grad=True)
+        out = ops.expert_mlp(leaves[0], top_k_index=index.to(device), top_k_weights=leaves[1], surprise=probe, impl=impl, **named, **layout)
+        cotangent = torch.ones_like(out)
+        grads = torch.autograd.grad(out, [*leaves, probe, *named.values()], cotangent)
+        results.append([out[others], *(grad[others] for grad in grads[:3])])
+        if impl != "reference":  # which computes every expert for every token
+            results[-1] += [grad[:4] for grad in grads[3:]]
+        if math.isnan(element):
+            assert out[3].isnan().all()
+    for wanted, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 FORWARD_MODE = "expert_mlp must be differentiated by reverse mode, got a forward-mode tangent: use vjp, or impl='reference'."
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from ._dispatch import statistics_dtype, without_autocast
 from ._huge_pages import empty_on_huge_pages
+from ._torch_norms import row_norms
 
 SWISH = 1.702  # of gpt-oss
 GRADIENT_ELEMENTS = 1 << 21  # of a chunk's first projection: a product makes them, then they are copied to where they belong
@@ -293,7 +294,7 @@ def experts_backward(
     rows = hidden_states.new_empty(number + 1 if wanted.hidden_states else 0, features)
     grad_up = empty_on_huge_pages(gate_up_proj.shape, gate_up_proj) if wanted.gate_up else None
     grad_down = empty_on_huge_pages(down_proj.shape, down_proj) if wanted.down else None
-    grad_weights, h_squares, pre_squares = (torch.empty(number, dtype=wide, device=rows.device) for _ in range(3))
+    grad_weights, h_norms, pre_norms = (torch.empty(number, dtype=wide, device=rows.device) for _ in range(3))
     grad_up_bias = torch.empty_like(gate_up_bias) if gate_up_bias is not None and wanted.gate_up else None
     grad_down_bias = torch.empty_like(down_bias) if down_bias is not None and wanted.down else None
     for chunk in chunks_of(pairs, features, up.shape[1]):
@@ -306,9 +307,9 @@ def experts_backward(
             grad_weights[part] += (grad.to(wide) * down_bias.index_select(0, pairs.expert[part])).sum(-1)
         grad_pre = activate_backward(pre[part], grad_h, layout)  # but for the pair's weight, as grad_h is
         if surprise_kind in ("down_proj", "expert"):
-            h_squares[part] = _squares(h, wide)
+            h_norms[part] = row_norms(h)
         if surprise_kind == "expert":
-            pre_squares[part] = _squares(grad_pre, wide)
+            pre_norms[part] = row_norms(grad_pre)
 
         grad_pre = (grad_pre * weight).to(pre.dtype)
         if wanted.hidden_states:
@@ -332,24 +333,24 @@ def experts_backward(
         # An expert named twice counts with its summed weight.
         same = top_k_index.unsqueeze(1) == top_k_index.unsqueeze(2)
         size = torch.where(same, top_k_weights.to(wide).unsqueeze(1), 0).sum(-1).abs().reshape(-1)[pairs.slot]
-        grad_squares = _squares(grad_out, wide)[pairs.token]
+        # Norms and their products in float64: squares, and what is large on the way to something small, leave float32's range.
+        found = row_norms(grad_out).double()[pairs.token]
+        h_norms = h_norms.double()
         match surprise_kind:
-            case "output":
-                found = grad_squares.sqrt()
             case "down_proj":
-                found = grad_squares.sqrt() * h_squares.sqrt()
-            case _:
-                x_squares = _squares(hidden_states, wide)[pairs.token]
-                of_up = pre_squares * (x_squares + (gate_up_bias is not None))
-                found = (of_up + grad_squares * (h_squares + (down_bias is not None))).sqrt()
-        surprise = _in_slots(size * found, pairs)
+                found = found * h_norms
+            case "expert":
+                x_squares = row_norms(hidden_states).double().square()[pairs.token]
+                of_up = pre_norms.double().square() * (x_squares + (gate_up_bias is not None))
+                found = (of_up + found.square() * (h_norms.square() + (down_bias is not None))).sqrt()
+        surprise = _in_slots(stored_surprise(size * found, wide), pairs)
     grad_weights = _in_slots(grad_weights, pairs).to(top_k_weights.dtype)
     return grad_hidden, grad_up, grad_down, grad_weights, grad_up_bias, grad_down_bias, surprise
 
 
-def _squares(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """(P, A) -> (P,) squared norms."""
-    return rows.to(dtype).square().sum(-1)
+def stored_surprise(found: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype it is handed out in: at most its largest finite value, since infinity says that a token did not go. NaN stays."""
+    return found.clamp(max=torch.finfo(dtype).max).to(dtype)
 
 
 def _sum_by_expert(rows: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from .._debug import debug_enabled
 from ..reference.expert_mlp import LIMITS, Activation, SurpriseKind
 from ._dispatch import check_float, check_impl, check_no_nan, check_same_device, choose_impl, statistics_dtype
 from ._nsa import refuse_tangents
-from ._torch_experts import Layout, Wanted, experts_backward, experts_forward
+from ._torch_experts import Layout, Wanted, experts_backward, experts_forward, stored_surprise
 
 
 def expert_mlp(
@@ -62,7 +62,7 @@ def expert_mlp(
         surprise: (N, K) zeros with `requires_grad`, float32, or float64 for float64 inputs; or None.
         surprise_kind: "down_proj", norm of the gradient of `down_proj[e]`; "expert", of all the expert's weights and biases; "output",
             |weight| · ‖grad_output‖, which for one token only ranks the weights. An expert named twice counts with its summed weight, in
-            both slots.
+            both slots. A surprise beyond the largest finite float32 is that one: infinity would say that the token did not go.
         impl: "auto", "triton", "torch" or "reference". With "triton", the default on a GPU but for float64, nothing waits for the device
             once a kind of input has been seen; "torch" reads the number of pairs of each expert. The reference computes every expert for
             every token, so a NaN in an expert or token that is not routed spreads there alone.
@@ -119,7 +119,7 @@ class _Probe(torch.autograd.Function):
         hidden, up, down = tensors
         biases = {"gate_up_bias": ctx.biases[0], "down_bias": ctx.biases[1]}
         found = reference.expert_surprise(hidden, up, down, index, weight, grad_out, **biases, **ctx.options)
-        return grad_out, found.to(statistics_dtype(hidden.dtype)), *([None] * 8)
+        return grad_out, stored_surprise(found, statistics_dtype(hidden.dtype)), *([None] * 8)
 
 
 def _reference(

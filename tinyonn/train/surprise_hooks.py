@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..ops._torch_experts import stored_surprise
+from ..ops._torch_norms import row_norms
+
 LAST_LAYERS = ("w2", "down_proj")
 ROUTERS = ("router", "gate")
 
@@ -89,8 +92,9 @@ class SurpriseHookManager:
     the expert took is compared with what the router took. Pairs that were not routed stay as they are.
 
     A matrix has room for one call of its layer in each backward; the first backward through a call counts. Calls under `no_grad` change
-    nothing. The surprise scales with the loss, AMP's scale included. What last layers take in is kept from forward to backward, under
-    checkpointing too. Within `with` no hook survives an error; outside of it, none survives one that is found here in backward.
+    nothing. The surprise scales with the loss, AMP's scale included; one beyond the matrix' dtype is its largest finite value. What last
+    layers take in is kept from forward to backward, under checkpointing too. Within `with` no hook survives an error; outside of it, none
+    survives one that is found here in backward.
 
     Args:
         per_token_surprise: (tokens, experts) of floats, of one layer, or more rows than it has tokens; or such matrices by layer name, one
@@ -238,9 +242,9 @@ class SurpriseHookManager:
                 call.rows[expert] = _tokens(call, expert, inputs)
             if call.matrix is None:
                 call.matrix = self._matrix(call, inputs)
-            wide = torch.promote_types(inputs.dtype, torch.float32)
-            norms = grad_output.detach().flatten(0, -2).to(wide).norm(dim=-1) * inputs.to(wide).norm(dim=-1)
-            call.matrix[call.rows[expert].to(call.matrix.device), expert] = norms.to(call.matrix)
+            norms = row_norms(grad_output.detach().flatten(0, -2)).double() * row_norms(inputs)
+            rows = call.rows[expert].to(call.matrix.device)
+            call.matrix[rows, expert] = stored_surprise(norms.to(call.matrix.device), call.matrix.dtype)
         except BaseException:
             self.remove_hooks()
             raise
