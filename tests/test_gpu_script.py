@@ -247,9 +247,10 @@ def test_the_tree_alone_is_enough(tmp_path, only):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_every_question_runs_at_tiny_sizes(gpu, tmp_path):
     """All of them, and every configuration of every kernel with several was forced."""
-    code, records = run(gpu, tmp_path, gpu.QUESTIONS, "--minutes", "9")
+    code, records = run(gpu, tmp_path, gpu.QUESTIONS, "--minutes", "18", "--jobs", "2")
     assert set(records) == {question.name for question in gpu.QUESTIONS}
     assert {name: record.get("reason") for name, record in records.items() if record["status"] not in ("ok", "skipped")} == {}
     assert code == 0

@@ -65,7 +65,7 @@ class TunedKernel(Autotuner):
         return found
 
     def _pruned(self, configs: list[triton.Config], named: dict[str, Any], **constants: Any) -> list[triton.Config]:
-        return self.offered(constants)
+        return self.offered({name: value for name, value in constants.items() if name in self.arg_names})  # not the grid
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self.size = size_class(args[0])
