@@ -222,7 +222,7 @@ def _score(config: ScoreConfig, folder: Path, log: _RunLog, report: Callable[[Pr
             got, remedy = f"{config.max_length}, of which the model takes no more than {max_length}", "begin the prompt with the question"
         raise InputError(f"max_length must leave at least one question whole, got {got}, which leaves none of {lost}; {remedy}.")
 
-    check_vocabulary(known_tokens, max(max(prompt.token_ids) for prompt in prompts))
+    check_vocabulary(known_tokens, max(max(prompt.token_ids) for prompt in prompts), config.model_path)
     model.config.use_cache = False  # keys and values are read once
     heads = sum(layer.num_heads for layer in layers)
     log(f"model: {config.model_path}, {len(layers)} layers, {heads} heads, {_plain(dtype)} on {device}")

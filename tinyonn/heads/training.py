@@ -222,7 +222,7 @@ class _Training:
         known = num_embeddings(self.model)
         if max(self.tokenizer.get_vocab().values()) >= known:
             rows = (*self.data.train, *self.data.evaluation)
-            check_vocabulary(known, max(int(batch["input_ids"].max()) for batch in self._batches(rows)))
+            check_vocabulary(known, max(int(batch["input_ids"].max()) for batch in self._batches(rows)), self.config.model_path)
 
     def _begin(self) -> None:
         clear(self.folder)

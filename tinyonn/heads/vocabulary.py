@@ -23,15 +23,17 @@ def num_embeddings(model: nn.Module) -> int:
     return known
 
 
-def check_vocabulary(known: int, largest: int) -> None:
+def check_vocabulary(known: int, largest: int, model: str) -> None:
     """Refuses token ids that a model has no embedding for.
 
     Args:
         known: `num_embeddings` of the model.
         largest: token id in the texts.
+        model: its folder or name, for the message.
 
     Raises:
-        InputError: naming both.
+        InputError: naming all three.
     """
     if largest >= known:
-        raise InputError(f"model_path must hold a tokenizer of the model's {known} tokens, got one that gives the token id {largest}.")
+        wanted = f"model_path must hold a tokenizer of the model's {known} tokens"
+        raise InputError(f"{wanted}, got {model}, whose tokenizer gives the token id {largest}.")

@@ -196,7 +196,8 @@ def build_corpus(
         for item, place in chosen:
             kept += 1
             characters += len(item.content)
-            record: dict[str, Any] = {"id": item.sequence_id, "text": item.text, "messages": item.messages, "source": place}
+            record: dict[str, Any] = {"id": item.sequence_id, "text": item.text, "messages": item.messages, "tools": item.tools}
+            record["source"] = place
             file.write(json.dumps({key: value for key, value in record.items() if value is not None}, ensure_ascii=False) + "\n")
         if not kept:
             reasons = listed((f"{count} {why}" for why, count in run.dropped.most_common()), 3, none="it holds none")

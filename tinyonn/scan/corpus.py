@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -77,7 +78,7 @@ class Corpus:
             return file_hash(self.path)
         digest = hashlib.sha256()
         for item in self:
-            digest.update(json.dumps([item.sequence_id, item.text, item.messages], ensure_ascii=False).encode())
+            digest.update(json.dumps([item.sequence_id, item.text, item.messages, item.tools], ensure_ascii=False).encode())
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -123,7 +124,7 @@ class Corpus:
             item = item_from_record(located.record, text_field=self.text_field)
         except BadRecordError as error:
             raise InputError(f"{place(self.path)} changed while it was read: {self._place(self._numbers[index])} {error}.") from None
-        return CorpusItem(self._ids[index], item.text, item.messages)
+        return dataclasses.replace(item, sequence_id=self._ids[index])
 
     def _place(self, number: int) -> str:
         return f"line {number}" if self.kind == "jsonl" else f"record {number}"

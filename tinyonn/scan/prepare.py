@@ -56,9 +56,16 @@ class Prepared:
     padding: int
     corpus: Corpus
 
-    def encoder(self) -> Encoder:
-        """Tokenises this scan's texts."""
-        return Encoder(self.tokenizer, self.max_length, prompts=self.config.generate > 0, skip_bad=self.config.skip_bad)
+    def encoder(self, vocabulary: int | None = None) -> Encoder:
+        """Tokenises this scan's texts; refuses token ids that a model of so many embeddings lacks."""
+        return Encoder(
+            self.tokenizer,
+            self.max_length,
+            prompts=self.config.generate > 0,
+            skip_bad=self.config.skip_bad,
+            vocabulary=vocabulary,
+            model=self.config.model_path,
+        )
 
     def own_items(self) -> Iterator[CorpusItem]:
         """This process's share of the corpus."""

@@ -20,6 +20,7 @@ from ..mscan import MscanWriter, SequenceRecord
 from .config import ScanConfig
 from .distributed import World
 from .engine import ScanEngine, SequenceScan
+from .forward import vocabulary_size
 from .generation import Answered, Generator
 from .integral import lost_tokens
 from .not_measured import by_reason, without_value
@@ -159,7 +160,8 @@ class _Scan:
         rounding does not depend on where an earlier run stopped, and the rest of it is written.
         """
         prepared = self._prepared
-        sequences = prepared.encoder().encode_all(prepared.own_items(), self._counts)
+        encoder = prepared.encoder(vocabulary_size(engine.model))
+        sequences = encoder.encode_all(prepared.own_items(), self._counts)
         self._report(self.state("scanning"))
         self._unproven = by_reason(engine.unproven)
         counted = np.zeros(engine.blocks, dtype=bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ TOO_SHORT = "shorter than 2 tokens"
 EMPTY_PROMPT = "empty prompt"
 LONG_PROMPT = "prompt longer than {} tokens"
 NO_TEMPLATE_FIT = "refused by the chat template"
+CALLS_DROPPED = "it leaves out the tool calls"
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,22 @@ class Encoder:
         max_length: tokens kept of each text, and the most a prompt may have.
         prompts: the texts are prompts to be answered: chat ends with the assistant's turn opened, and one token is enough.
         skip_bad: count chats that the template refuses, rather than stop.
+        vocabulary: tokens that the model has embeddings of; None leaves ids unchecked.
+        model: its name, for messages.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, *, prompts: bool = False, skip_bad: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        *,
+        prompts: bool = False,
+        skip_bad: bool = False,
+        vocabulary: int | None = None,
+        model: str = "the model",
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._model = model
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._prompts = prompts
@@ -78,6 +93,9 @@ class Encoder:
         ids = self._tokenizer(
             text, add_special_tokens=not chat, truncation=True, max_length=self._max_length + 1, return_attention_mask=False, verbose=False
         )["input_ids"]
+        if self._vocabulary is not None and ids and max(ids) >= self._vocabulary:
+            wanted = f"model_path must hold a tokenizer of the model's {self._vocabulary} tokens"
+            raise InputError(f"{wanted}, got {self._model}, whose tokenizer gives the token id {max(ids)} for {item.sequence_id}.")
         if len(ids) < (1 if self._prompts else 2):
             counts.skipped[EMPTY_PROMPT if self._prompts else TOO_SHORT] += 1
             return None
@@ -101,14 +119,52 @@ class Encoder:
         if self._prompts and messages and messages[-1].get("role") == "assistant":
             messages.pop()  # the model gives its own answer
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=self._prompts)
+            text = self._templated(messages, item.tools)
+            fault = CALLS_DROPPED if self._drops_calls(text, messages, item.tools) else None
         except Exception as error:  # templates are programs: jinja's errors, and whatever their own code raises
             if self._skip_bad:
                 return None
-            raise InputError(
-                f"dataset_path must hold chats that the tokenizer's template takes, got {item.sequence_id}: {reason(error, 100)}; "
-                "--skip-bad leaves it out."
-            ) from error
+            raise self._refused(item, reason(error, 100)) from error
+        if fault is None:
+            return text
+        if self._skip_bad:
+            return None
+        raise self._refused(item, fault)
+
+    def _templated(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
+        options = {"tokenize": False, "add_generation_prompt": self._prompts, **({"tools": tools} if tools else {})}
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, **options))
+        except Exception:
+            if not any("tool_calls" in turn for turn in messages):
+                raise
+        # Most templates take the arguments of a call as an object, some (DeepSeek's) as its JSON.
+        return str(self._tokenizer.apply_chat_template([_with_json_arguments(turn) for turn in messages], **options))
+
+    def _drops_calls(self, text: str, messages: list[dict[str, Any]], tools: list[Any] | None) -> bool:
+        """Whether a template gives the same text without the calls."""
+        if not any("tool_calls" in turn for turn in messages):
+            return False
+        try:
+            return text == self._templated([{k: v for k, v in turn.items() if k != "tool_calls"} for turn in messages], tools)
+        except Exception:  # it wants the calls
+            return False
+
+    def _refused(self, item: CorpusItem, why: str) -> InputError:
+        return InputError(
+            f"dataset_path must hold chats that the tokenizer's template takes, got {item.sequence_id}: {why.rstrip('.')}; "
+            "--skip-bad leaves it out."
+        )
+
+
+def _with_json_arguments(turn: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in turn:
+        return turn
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        for call in turn["tool_calls"]
+    ]
+    return {**turn, "tool_calls": calls}
 
 
 def plan_batches(sequences: Iterable[TokenSequence], batch_size: int) -> Iterator[list[TokenSequence]]:
