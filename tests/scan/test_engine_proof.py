@@ -31,6 +31,16 @@ FAMILIES = {
     "jamba": ({"num_experts": 4, "mamba_d_state": 8, "attn_layer_offset": 1, "attn_layer_period": 2}, {"mamba.dt_proj"}, "without calling"),
     "phimoe": (MOE, {"mlp.router"}, "output is a tuple"),
     "llama4_text": ({**MOE, "intermediate_size_mlp": 48}, {"feed_forward.router"}, "output is a tuple"),
+    "jetmoe": (
+        MOE | {"kv_channels": 8},
+        {f"{part}.{name}_linear" for part in ("mlp", "experts") for name in ("input", "output")},
+        "JetMoeParallelExperts multiplies this 3-D parameter itself",
+    ),
+    "deepseek_v4": (
+        {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "q_lora_rank": 16, "head_dim": 8},
+        {"self_attn.o_a_proj"},
+        "whose rows are not the",
+    ),
     "bart": (
         {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 48, "decoder_attention_heads": 4},
         {f"encoder_attn.{name}_proj" for name in ("k", "q", "v", "out")},
@@ -62,7 +72,7 @@ def test_a_default_scan_leaves_out_what_it_must_and_says_why(model_type):
     name = next(iter(reasons))
     with (
         pytest.raises(InputError, match=f"targets must leave out {name}: .*{why}"),
-        ScanEngine(model, targets=name.removesuffix(".weight")),
+        ScanEngine(model, targets=name),
     ):
         pass
 
@@ -129,6 +139,26 @@ def test_a_module_that_does_not_see_the_tokens_is_left_out():
     with ScanEngine(model) as engine:
         pass
     assert engine.not_measured == {"model.norm.proj.weight": "no gradient of the loss reaches its output"}
+
+
+def test_a_layer_that_multiplies_other_rows_than_it_was_given_is_left_out():
+    class Twice(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.unflatten(1, (-1, 2)).sum(2).repeat_interleave(2, 1))
+
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = Twice(48, 48)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.proj(torch.stack([x, x], 2).flatten(1, 2))[:, ::2]
+
+    model = tiny_causal_lm("llama")
+    model.model.norm = Pairs()
+    with ScanEngine(model) as engine:
+        pass
+    assert list(engine.not_measured) == ["model.norm.proj.weight"]
 
 
 def test_a_scan_of_nothing_that_can_be_measured_is_refused():

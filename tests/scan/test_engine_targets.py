@@ -52,6 +52,7 @@ def test_out_features_follow_each_kind_of_weight():
         ("mlp", {"gate_up_proj", "down_proj"}),
         ("q_proj, lm_head", {"q_proj", "lm_head"}),
         ("self_attn.[qk]_proj", {"q_proj", "k_proj"}),
+        ("q_proj.weight,lm_head.weight", {"q_proj", "lm_head"}),
         ("model.layers.1.*", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"}),
         (r"re:layers\.[02]\..*experts\.down", {"down_proj"}),
     ],

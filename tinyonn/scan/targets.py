@@ -101,9 +101,9 @@ def find_targets(model: PreTrainedModel, targets: str = "all") -> Selection:
             with `!` patterns alone, all others are chosen. A pattern is one of
             "all", "attention" (every target inside a module named for attention), "mlp" (every other target inside a decoder
             layer, experts included), a glob matched against the module's dotted name or any ending of it ("q_proj",
-            "layers.0.*", "self_attn.[qk]_proj"), or "re:…", a regular expression searched for in that name. Commas inside
-            brackets of any kind, or behind a backslash, belong to the pattern. The name of an expert parameter is its own
-            ("model.layers.0.mlp.experts.gate_up_proj").
+            "layers.0.*", "self_attn.[qk]_proj", with or without ".weight"), or "re:…", a regular expression searched for in that
+            name. Commas inside brackets of any kind, or behind a backslash, belong to the pattern. The name of an expert parameter
+            is its own ("model.layers.0.mlp.experts.gate_up_proj").
 
     Returns:
         The selection. Expert weights that transformers' experts interface does not multiply are left out where a word chose them.
@@ -232,7 +232,9 @@ def _matches(pattern: str, target: Target) -> bool:
             raise InputError(
                 f"targets must be a valid regular expression after 're:', got {shown(pattern[3:])}: {reason(error, 80)}."
             ) from error
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+    # A weight's own name, as layouts and messages have it, names its module.
+    spellings = {pattern, pattern.removesuffix(".weight")}
+    return any(fnmatch.fnmatchcase(name, form) or fnmatch.fnmatchcase(name, f"*.{form}") for form in spellings)
 
 
 def _label(target: Target) -> str:

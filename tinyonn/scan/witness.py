@@ -233,6 +233,8 @@ def _agrees(target: Target, parameter: nn.Parameter, seen: _Seen, product: Tenso
     by_input = isinstance(target.module, Conv1D) or bool(getattr(target.module, "is_transposed", False))
     # A weight stored as (in, out) is multiplied with directions of its outputs.
     left, right = (inputs, grad) if by_input else (grad, inputs)
+    if len(left) != len(right):
+        return False
     signs = _directions(right.shape[-1], parameter)
     terms, sizes = right @ signs, torch.linalg.vector_norm(right, dim=-1, keepdim=True)
     if seen.experts is None:
@@ -248,6 +250,8 @@ def _agrees(target: Target, parameter: nn.Parameter, seen: _Seen, product: Tenso
         expected.index_add_(0, ids, part @ signs)
         scale.index_add_(0, ids, torch.linalg.vector_norm(part, dim=-1, keepdim=True))
     own = torch.zeros_like(expected) if product is None else product.to(wide)
+    if own.shape != expected.shape:
+        return False
     info = torch.finfo(parameter.dtype)
     limit = GRADIENT_TOLERANCE.get(parameter.dtype, 2e-2) * scale + 8 * info.smallest_normal * info.eps * right.shape[-1]
     return not bool(((own - expected).abs() > limit).any())  # NaN is another matter, and no fault
