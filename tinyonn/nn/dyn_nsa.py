@@ -197,7 +197,7 @@ class DynNSACore(nn.Module):
             self.compress_key.reset_parameters()
             self.compress_value.reset_parameters()
             self.gate_weight.zero_()
-            self.gate_bias.copy_(torch.tensor(options.start_gates).expand(self.num_heads, 3))
+            self.gate_bias.copy_(self.gate_bias.new_tensor(options.start_gates).expand(self.num_heads, 3))
             self.base.fill_(options.base)
             self.slope.fill_(options.slope)
             self.opening.fill_(self.start_opening)

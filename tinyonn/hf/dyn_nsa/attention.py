@@ -26,9 +26,21 @@ from .parts import DYN_NSA, core_of
 
 # What a model may hand to its attention function that has no bearing on the result here.
 _WITHOUT_EFFECT = {
-    "cache_position", "cu_seq_lens_k", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states", "position_embeddings",
+    "cache_position", "cu_seq_lens_k", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states", "position_embeddings",
     "position_ids", "return_dict", "seq_idx", "shift_labels", "use_cache",
 }  # fmt: skip
+
+
+# Of `layer_types`: layers that see a part of the past, whether or not they pass a sliding_window.
+_LOCAL_TYPES = {"sliding_attention", "chunked_attention", "window_attention", "hybrid_sliding", "reference_sliding_attention"}
+
+
+def is_local(module: nn.Module, sliding_window: int | None) -> bool:
+    """Whether an attention layer sees a part of the past only, so that SDPA runs it."""
+    types, index = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    if sliding_window is not None:
+        return True
+    return core_of(module) is None and types is not None and index is not None and index < len(types) and types[index] in _LOCAL_TYPES
 
 
 def unknown_arguments(given: dict[str, Any]) -> list[str]:
@@ -54,7 +66,7 @@ def dyn_nsa_attention(
 
     A layer that `convert_attention` has changed uses its own parts. Another one runs DynNSA without learnable parts: means of blocks,
     gates (0, 1, 0) and all blocks, or what the fields of `DynNSAOptions` in the dict `config.dyn_nsa` say. A layer with a sliding
-    window, which is local already, runs SDPA.
+    window or chunks, which is local already, runs SDPA.
 
     Args:
         module: the attention module.
@@ -70,13 +82,12 @@ def dyn_nsa_attention(
         InputError: dropout, a mask other than padding, padding beside cu_seq_lens_q, a tau of another shape, or an argument of unknown
             meaning.
     """
-    if sliding_window is not None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
-    name = type(module).__name__
+    name, local = type(module).__name__, is_local(module, sliding_window)
     if unknown := unknown_arguments(kwargs):
-        raise InputError(f"attn_implementation='dyn_nsa' must not be given {', '.join(unknown)}, which it lacks; {name} passes it.")
+        lacking = "which SDPA, that runs local layers, lacks" if local else "which it lacks"
+        raise InputError(f"attn_implementation='dyn_nsa' must not be given {', '.join(unknown)}, {lacking}; {name} passes it.")
+    if local:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal)
     if dropout:
         raise InputError(f"attention dropout must be 0 for attn_implementation='dyn_nsa', got {dropout} in {name}.")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):

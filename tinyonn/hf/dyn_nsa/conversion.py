@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ...errors import InputError
 from ...nn.dyn_nsa import TauSource
-from ..interfaces import attention_implementation, register_attention
 from ..record import forget, record
-from .attention import unknown_arguments
 from .hooks import add_parts, remove_observed_forward
 from .options import checked_options
 from .parts import DYN_NSA, PART, cores
-
-_PROBE = "dyn_nsa_probe"
-MAX_HEAD_DIM = 256
+from .probe import attention_layers
 
 
 def convert_attention(
@@ -43,7 +37,7 @@ def convert_attention(
 
     It starts with branch gates (0, 1, 0), a linear function of the query with a gradient there, and with all blocks selected: `opening`
     is -30, or less where the options need it. `BudgetSchedule` lowers the budget. Compression starts as the mean. Attention layers are
-    found by running the model on two tokens; layers with a sliding window are left as they are.
+    found by running the model on a few tokens; layers with a sliding window or chunks, which are local already, are left as they are.
 
     The model saves with `save_pretrained`, and loads with `from_pretrained` once `tinyonn.hf` is imported; its configuration, a copy that
     it takes for itself, records the conversion. It may be quantised, and have its MLPs converted by `convert_mlp_to_dynmoe`. Gradient
@@ -63,7 +57,7 @@ def convert_attention(
 
     Raises:
         InputError: already converted, or without weights (on the meta device); no causal decoder; no layer to convert; attention that
-            DynNSA lacks (softcap, sinks, dropout, values of another size than keys).
+            DynNSA lacks (softcap, sinks, dropout, masks of a layer's own, values of another size than keys, as in MLA).
         TypeError, ValueError: no model of transformers; a bad option.
     """
     if not isinstance(model, PreTrainedModel):
@@ -76,7 +70,7 @@ def convert_attention(
         "detach_scores": detach_scores, "learnable_compression": learnable_compression, "start_gates": (0.0, 1.0, 0.0), "base": base,
         "slope": slope, "tau_source": tau_source, "tau": tau, "impl": impl,
     })  # fmt: skip
-    layers = _attention_layers(model)
+    layers = attention_layers(model)
     add_parts(model, dataclasses.asdict(options), layers)
     record(model, DYN_NSA, dataclasses.asdict(options), layers)
     for name in layers:
@@ -111,84 +105,3 @@ def revert_attention(model: PreTrainedModel, attn_implementation: str = "sdpa") 
         getattr(module, "config", model.config)._attn_implementation_internal = attn_implementation
     forget(model, DYN_NSA)
     return model
-
-
-def _attention_layers(model: PreTrainedModel) -> dict[str, list[int]]:
-    """Name of each full attention layer and its query heads, key heads and head size."""
-    if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
-        raise InputError(f"model must be a decoder of token ids alone, got {type(model).__name__}.")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise InputError("model must have its weights to be converted, got some on the meta device; load them first.")
-    names = {module: name for name, module in model.named_modules()}
-    modules = [call.module for call in _probe_calls(model)]
-    training = [module.training for module in modules]
-    try:
-        for module in modules:  # its children stay as they are: this alone makes a layer tell its dropout
-            module.training = True
-        found = _probe_calls(model)
-    finally:
-        for module, was in zip(modules, training, strict=True):
-            module.training = was
-    layers = {}
-    for module, query, key, value, dropout, given in found:
-        if given.pop("sliding_window", None) is not None:
-            continue
-        name = type(module).__name__
-        if unknown := unknown_arguments(given):
-            raise InputError(f"model must not pass {', '.join(unknown)} to its attention, which DynNSA lacks; {name} does.")
-        if not getattr(module, "is_causal", True):
-            raise InputError(f"attention must be causal to convert, got {name}.")
-        if dropout:
-            raise InputError(f"attention dropout must be 0 to convert, got {dropout} in {name}: set it to 0 in the configuration.")
-        if value != key or query[3] > MAX_HEAD_DIM:
-            raise InputError(f"{name} must have keys and values of one size, at most {MAX_HEAD_DIM}, got {key[3]} and {value[3]}.")
-        layers[names[module]] = [query[1], key[1], query[3]]
-    if not layers:
-        raise InputError(
-            f"{type(model).__name__} must have attention layers that ask AttentionInterface and have no sliding window, got "
-            f"{len(found)} with one."
-        )
-    return layers
-
-
-class _Call(NamedTuple):
-    """What one layer handed to its attention function."""
-
-    module: nn.Module
-    query: torch.Size
-    key: torch.Size
-    value: torch.Size
-    dropout: float
-    given: dict[str, Any]
-
-
-_probed: list[_Call] = []
-
-
-def _probe_calls(model: PreTrainedModel) -> list[_Call]:
-    """Runs the model on two tokens; its calls of the attention function, in order."""
-    with torch.no_grad(), attention_implementation(model, _PROBE):
-        _probed.clear()
-        try:
-            model(torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
-            return list(_probed)
-        finally:
-            _probed.clear()
-
-
-def _probe(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    _probed.append(_Call(module, query.shape, key.shape, value.shape, dropout, kwargs))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal)
-
-
-register_attention(_PROBE, _probe, mask="sdpa")

@@ -30,6 +30,7 @@ class _Kept:
         self.keys: weakref.ref[Tensor] | None = None
         self.version = -1
         self.compressed = CompressedCache()
+        self.ready = True  # for the first call of a forward: a layer may be called again, with values of its own
 
     def belongs_to(self, keys: Tensor | None, marks: Tensor | None) -> bool:
         if self.keys is None or keys is None or keys is not self.keys() or keys._version != self.version:
@@ -44,10 +45,9 @@ class _Kept:
         self, core: DynNSACore, cached: Tensor, key: Tensor, value: Tensor, num_queries: int, rows: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Compressed keys and values of all positions; see `compressed_so_far`."""
-        if cached.is_inference():
-            return None, None  # carries no version
-        if self.keys is not None and self.keys() is cached and self.version == cached._version:
-            return None, None  # a layer's second call in one forward, with values of its own
+        if cached.is_inference() or not self.ready:
+            return None, None  # the first carries no version
+        self.ready = False
         begin: int | Tensor = 0
         count = key.shape[2]
         if self.keys is not None:
@@ -91,7 +91,8 @@ def recall(model: nn.Module, kwargs: dict[str, Any]) -> None:
         keys = layers[index].keys if index < len(layers) else None
         kept = _state.kept.get(core)
         if kept is None or not kept.belongs_to(keys, marks):
-            _state.kept[core] = _Kept(marks)
+            _state.kept[core] = kept = _Kept(marks)
+        kept.ready = True
 
 
 def compressed_so_far(

@@ -50,7 +50,8 @@ def _place_of(model: PreTrainedModel, module: nn.Module) -> tuple[torch.device, 
     """Device and dtype of a layer's parts. Weights stored in integers or eight bits say nothing of the precision of the computation."""
     own = list(module.parameters())
     weights = [weight for weight in (*own, *model.parameters()) if weight.is_floating_point() and weight.itemsize > 1]
-    return own[0].device, weights[0].dtype
+    # While a model loads, a weight that torch.normal drew is on the CPU, and the others are not there yet.
+    return next((weight for weight in own if weight.is_meta), own[0]).device, weights[0].dtype
 
 
 def remove_observed_forward(model: PreTrainedModel) -> bool:

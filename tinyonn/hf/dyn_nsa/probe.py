@@ -1,0 +1,201 @@
+"""Which layers of a model can be converted, found by running it on a few tokens with an attention function that takes notes.
+
+The run has padding, and each mask that the model asks for is marked: so the note of a call tells whether the layer sees the whole past,
+only a part of it, or what no mask of transformers says. Nothing of the model is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from ...errors import InputError
+from ...ops._nsa import MAX_HEAD_DIM
+from ..interfaces import attention_implementation, register_attention
+from .attention import is_local, unknown_arguments
+from .masks import dyn_nsa_mask
+
+_PROBE = "dyn_nsa_probe"
+
+MaskKind = Literal["none", "whole", "part", "own"]
+
+
+def attention_layers(model: PreTrainedModel) -> dict[str, list[int]]:
+    """Name of each layer that sees the whole past, and its query heads, key heads and head size.
+
+    Raises:
+        InputError: no causal decoder of token ids; weights on the meta device; a layer that DynNSA cannot stand in for; none at all.
+    """
+    kind = type(model).__name__
+    if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+        raise InputError(f"model must be a decoder of token ids alone, got {kind}.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError("model must have its weights to be converted, got some on the meta device; load them first.")
+    names = {module: name for name, module in model.named_modules()}
+    plain = _calls(model, padded=False)
+    if not plain:
+        raise InputError(f"{kind} must have attention layers that ask AttentionInterface, got none.")
+    with _telling_dropout([call.module for call in plain]):
+        padded = _calls(model, padded=True)
+    layers: dict[str, list[int]] = {}
+    for call in plain + padded:
+        if call.sliding or call.mask == "part":
+            _check_left_alone(call)
+            continue
+        _check(call)
+        sizes = [call.query[1], call.key[1], call.query[3]]
+        if layers.setdefault(names[call.module], sizes) != sizes:
+            raise InputError(f"{call.name} must have one number of heads, got {layers[names[call.module]]} and {sizes}.")
+    if not layers:
+        raise InputError(
+            f"{kind} must have attention layers that see the whole past, got {len(plain)} that see a part of it: sliding windows or chunks."
+        )
+    return layers
+
+
+class _Call(NamedTuple):
+    """What one layer handed to its attention function."""
+
+    module: nn.Module
+    query: torch.Size
+    key: torch.Size
+    value: torch.Size
+    mask: MaskKind
+    dropout: float
+    is_causal: bool
+    sliding: bool  # it passed sliding_window
+    unknown: list[str]  # arguments that DynNSA lacks
+
+    @property
+    def name(self) -> str:
+        return type(self.module).__name__
+
+
+def _check(call: _Call) -> None:
+    if call.unknown:
+        raise InputError(f"model must not pass {', '.join(call.unknown)} to its attention, which DynNSA lacks; {call.name} does.")
+    if not call.is_causal:
+        raise InputError(f"attention must be causal to convert, got {call.name}.")
+    if call.mask == "own":
+        raise InputError(f"attention must take the masks that transformers makes to convert, got {call.name}, which makes its own.")
+    if call.dropout:
+        raise InputError(f"attention dropout must be 0 to convert, got {call.dropout} in {call.name}: set it to 0 in the configuration.")
+    if call.value != call.key or call.query[3] > MAX_HEAD_DIM:
+        raise InputError(
+            f"{call.name} must have keys and values of one size, at most {MAX_HEAD_DIM}, got {call.key[3]} and {call.value[3]}."
+        )
+
+
+def _check_left_alone(call: _Call) -> None:
+    """A layer that sees a part of the past runs SDPA in a converted model."""
+    if call.unknown:
+        raise InputError(
+            f"model must not pass {', '.join(call.unknown)} to its attention, which SDPA, that runs the local layers of a converted model, "
+            f"lacks; {call.name} does."
+        )
+    if not is_local(call.module, 1 if call.sliding else None):
+        raise InputError(f"attention must see the whole past, or say so in sliding_window or layer_types, got {call.name}, which does not.")
+
+
+@contextmanager
+def _telling_dropout(modules: list[nn.Module]) -> Iterator[None]:
+    """Within the block, attention modules are in training mode; their children are not, so this alone makes a layer tell its dropout."""
+    before = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = True
+        yield
+    finally:
+        for module, was in zip(modules, before, strict=True):
+            module.training = was
+
+
+class _Notes:
+    """Of the run in progress: masks that were made, by their memory, and calls."""
+
+    def __init__(self) -> None:
+        self.masks: dict[int, tuple[Tensor, MaskKind]] = {}
+        self.calls: list[_Call] = []
+
+
+_notes: list[_Notes] = []
+
+
+def _calls(model: PreTrainedModel, *, padded: bool) -> list[_Call]:
+    """The model's calls of its attention function, in order.
+
+    Raises:
+        InputError: the model does not run with an attention function that is not its own.
+    """
+    shape = (2, 3) if padded else (1, 2)
+    inputs: dict[str, Any] = {"input_ids": torch.zeros(shape, dtype=torch.long, device=model.device), "use_cache": False}
+    if padded:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][0, 0] = 0
+    notes = _Notes()
+    _notes.append(notes)
+    try:
+        with torch.no_grad(), attention_implementation(model, _PROBE):
+            model(**inputs)
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        raise InputError(
+            f"{type(model).__name__} must run with an attention function and masks of AttentionInterface, got {type(error).__name__}: "
+            f"{lines[0]}"
+        ) from error
+    finally:
+        _notes.pop()
+    return notes.calls
+
+
+def _probe_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """What DynNSA's mask function gives, and a note of what it means."""
+    given = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size)
+    whole = mask_function is causal_mask_function and local_size is None
+    # A mask that would be left out for so few tokens is made here: it is asked for by longer texts.
+    mask = dyn_nsa_mask(*given, **kwargs) if whole else sdpa_mask(*given, **{**kwargs, "allow_is_causal_skip": False})
+    if mask is not None:
+        _notes[-1].masks[mask.untyped_storage().data_ptr()] = (mask, "whole" if whole else "own" if local_size is None else "part")
+    return mask
+
+
+def _probe(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    mask: MaskKind = "none"
+    if attention_mask is not None:
+        made = _notes[-1].masks.get(attention_mask.untyped_storage().data_ptr())
+        mask = "own" if made is None or made[0].dtype != attention_mask.dtype else made[1]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    unknown = unknown_arguments(kwargs)
+    _notes[-1].calls.append(_Call(module, query.shape, key.shape, value.shape, mask, dropout, causal, sliding_window is not None, unknown))
+    return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=is_causal)
+
+
+register_attention(_PROBE, _probe, mask=_probe_mask)
