@@ -26,8 +26,8 @@ from .parts import DYN_NSA, core_of
 
 # What a model may hand to its attention function that has no bearing on the result here.
 _WITHOUT_EFFECT = {
-    "cache_position", "cu_seq_lens_k", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states", "position_embeddings",
-    "position_ids", "return_dict", "seq_idx", "shift_labels", "use_cache",
+    "cache_position", "cu_seq_lens_k", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch",
+    "output_hidden_states", "position_embeddings", "position_ids", "return_dict", "seq_idx", "shift_labels", "use_cache",
 }  # fmt: skip
 
 
