@@ -1,7 +1,8 @@
 """Compiles Triton kernels for GPUs that are not there, and reads what they would use. For tests; `tinyonn.testing` exports it.
 
-Run as `python -m tinyonn._cross_compile MODULE ARCH`, it compiles everything that `MODULE.offered(ARCH)` launches and prints one
-JSON list. It needs a process of its own: under TRITON_INTERPRET=1 there is nothing to compile.
+Run as `python -m tinyonn._cross_compile MODULE ARCH [EVERY]`, it compiles everything that `MODULE.offered(ARCH)` launches, or every
+EVERYth launch and the first of each kernel, and prints one JSON list. It needs a process of its own: under TRITON_INTERPRET=1 there is
+nothing to compile.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,22 +118,58 @@ def compile_launches(launch: Callable[[], object], arch: int, label: str = "") -
     return usages
 
 
-def usages_of(module: str, arch: int, cache: Path) -> list[Usage]:
-    """Compiles everything `module.offered(arch)` launches, in a fresh process without the interpreter; `cache` is Triton's."""
+def sampled(offered: Mapping[str, Callable[[], object]], every: int) -> dict[str, Callable[[], object]]:
+    """Every `every`th of the launches, and those that are the first to launch a kernel."""
+    kept, seen = {}, set[str]()
+    for number, (label, launch) in enumerate(offered.items()):
+        kernels = _kernels_of(launch)
+        if number % every == 0 or not kernels <= seen:
+            kept[label] = launch
+        seen |= kernels
+    return kept
+
+
+def _kernels_of(launch: Callable[[], object]) -> set[str]:
+    """Names of the kernels that a launcher launches; nothing is compiled."""
+    from triton.runtime.jit import JITFunction
+
+    names: set[str] = set()
+    original = JITFunction.run
+    JITFunction.run = lambda self, *args, **kwargs: names.add(self.__name__)
+    try:
+        launch()
+    finally:
+        JITFunction.run = original
+    return names
+
+
+def usages_of(module: str, arch: int, cache: Path, every: int = 1) -> list[Usage]:
+    """Compiles what `module.offered(arch)` launches, in a fresh process without the interpreter.
+
+    Args:
+        module: name of a module of kernels.
+        arch: 80, 90 or 100.
+        cache: folder of Triton's cache.
+        every: of the launches, this many apart are compiled, and the first of each kernel; 1 for all.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(
-        [sys.executable, "-m", "tinyonn._cross_compile", module, str(arch)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-m", "tinyonn._cross_compile", module, str(arch), str(every)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"{module} must compile for sm_{arch}, got:\n{done.stderr[-4000:]}")
     return [Usage(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
 
 
-def _main(module: str, arch: int) -> None:
-    offered = importlib.import_module(module).offered(arch)
+def _main(module: str, arch: int, every: int = 1) -> None:
+    offered = sampled(importlib.import_module(module).offered(arch), every)
     usages = [usage for label, launch in offered.items() for usage in compile_launches(launch, arch, label)]
     print(json.dumps([asdict(usage) for usage in usages]))
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], int(sys.argv[2]))
+    _main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from functools import cache
 from pathlib import Path
 
@@ -43,25 +44,27 @@ def test_every_jit_function_is_a_kernel_or_used_by_one():
     assert set(functions) == reached
 
 
-# Attention and experts take up to a minute a module: of them the suite compiles forward for one architecture, `make test-slow` the rest.
+# Attention and experts take up to a minute a module: of their forward passes the suite compiles every fourth launch, and the first of
+# each kernel, for one architecture; `make test-slow` compiles all.
 QUICK = ("block_lists", "block_norms", "integrate_sps", "token_grad_norms")
 BACKWARD = ("_bwd", "_dq", "_dk", "_dkv", "expert_outer", "expert_rows")
 
 
-def is_quick(module: str, arch: int) -> bool:
-    return module in QUICK or (arch == 90 and not module.endswith(BACKWARD))
-
-
 OFFERED = [
-    pytest.param(module, arch, id=f"{module}-sm_{arch}", marks=[] if is_quick(module, arch) else [pytest.mark.slow])
+    pytest.param(module, arch, 1, id=f"{module}-sm_{arch}", marks=[] if module in QUICK else [pytest.mark.slow])
     for module in WITH_KERNELS
     for arch in ARCHS
 ]
+OFFERED += [
+    pytest.param(module, 90, 4, id=f"{module}-sm_90-sample")
+    for module in WITH_KERNELS
+    if module not in QUICK and not module.endswith(BACKWARD)
+]
 
 
-@pytest.mark.parametrize(("module", "arch"), OFFERED)
-def test_offered_configurations_fit(module, arch, tmp_path):
-    usages = usages_of(f"tinyonn_kernels.{module}", arch, tmp_path)
+@pytest.mark.parametrize(("module", "arch", "every"), OFFERED)
+def test_offered_configurations_fit(module, arch, every, tmp_path):
+    usages = usages_of(f"tinyonn_kernels.{module}", arch, tmp_path, every)
     for usage in usages:
         print(
             f"sm_{arch} {usage.kernel} {usage.label}: {usage.registers} registers, {usage.stack} stack, {usage.local} local, "
@@ -87,6 +90,29 @@ def offered(arch):
     x = torch.empty(1 << 14, device="meta")
     return {"one warp": lambda: _spilling_kernel[(1,)](x, x, SIZE=1 << 14, num_warps=1)}
 """
+
+
+def test_a_sample_holds_the_first_launch_of_every_kernel(tmp_path, monkeypatch):
+    more = """
+@triton.jit
+def _other_kernel(x_ptr):
+    tl.store(x_ptr, 1.0)
+
+def offered(arch):
+    x = torch.empty(4, device="meta")
+    def both():
+        _other_kernel[(1,)](x)
+        _spilling_kernel[(1,)](x, x, SIZE=4)
+    return {f"spilling {n}": lambda: _spilling_kernel[(1,)](x, x, SIZE=4) for n in range(4)} | {"both": both, "last": both}
+"""
+    (tmp_path / "several.py").write_text(SPILLING.split("def offered")[0] + more)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    found = [(usage.kernel, usage.label) for usage in usages_of("several", 90, tmp_path / "cache", every=3)]
+    assert found == [
+        *(("_spilling_kernel", f"spilling {n}") for n in (0, 3)),
+        ("_other_kernel", "both"),
+        ("_spilling_kernel", "both"),
+    ]
 
 
 def test_a_spill_is_found(tmp_path, monkeypatch):
