@@ -11,7 +11,7 @@ from torch import nn
 
 from tinyonn import ops, reference
 from tinyonn.nn import DynMoE, ThresholdRouter
-from tinyonn.train import HyperStep
+from tinyonn.train import HyperStep, capture_surprise
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -201,6 +201,17 @@ def test_the_experts_alone_are_recomputed(monkeypatch):
 def test_it_compiles():
     module, x = mixture(), tokens(20, 32)
     torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))
+
+
+def test_a_compiled_mixture_hands_out_its_surprise():
+    module, x = mixture(), tokens(20, 32)
+    compiled, found = torch.compile(module, fullgraph=True, backend="aot_eager"), []
+    compiled(x)
+    for run in (module, compiled):
+        with capture_surprise(module) as surprise:
+            run(x).square().sum().backward()
+        found.append(surprise[""])
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_a_budget_of_everything_leaves_out_experts_that_are_not_live():

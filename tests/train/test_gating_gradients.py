@@ -344,3 +344,34 @@ def test_other_wrappers_are_refused():
     wrapped = nn.DataParallel(model_of())
     with pytest.raises(TypeError, match="DistributedDataParallel or fully_shard, got DataParallel"), gating_gradients(wrapped):
         pass
+
+
+@pytest.mark.parametrize("kind", ["down_proj", "output", "expert"])
+def test_only_the_surprise_of_whole_experts_depends_on_the_labels(kind):
+    """What docs/dyn_moe.md says: the gradient's norm is common to a token's experts and cancels. Another target is another story."""
+    torch.manual_seed(0)
+    layer = DynMoE(16, 8, 6, target_k=2.5, max_experts=4, gating_loss="surprise", surprise_kind=kind)
+    head = nn.Linear(16, 5)
+    x = torch.randn(200, 16)
+    losses, least = [], []
+    for seed in range(2):
+        labels = torch.randint(5, (200,), generator=torch.Generator().manual_seed(seed))
+        with layer.capturing() as visits:
+            nn.functional.cross_entropy(head(x + layer(x)), labels).backward()
+            losses.append(float(layer.gating_loss(visits[0])))
+            surprise = layer.surprise(visits[0])
+            least.append(surprise.argmin(-1))
+            routing = visits[0].routing
+    if kind == "expert":
+        assert abs(losses[1] / losses[0] - 1) > 1e-4
+        assert not torch.equal(*least)
+        return
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert torch.equal(*least)
+    # Weight times the norm of what the activation gives, written out for every expert.
+    gate, up = torch.einsum("nf,eif->nei", x, layer.gate_up_proj).chunk(2, -1)
+    strength = (nn.functional.silu(gate) * up).norm(dim=-1) if kind == "down_proj" else torch.ones(200, 6)
+    index = routing.top_k_index
+    size = torch.full((200, 7), float("inf")).scatter(1, index, routing.top_k_weights)[:, :6]
+    size[size == 0] = float("inf")
+    assert torch.equal((size * strength).argmin(-1), least[0])

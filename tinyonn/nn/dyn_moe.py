@@ -66,7 +66,8 @@ class DynMoE(nn.Module):
         surprise_budget: with routing="budget", share of the mass where neither the call nor `surprise_budget_of` says; above 0 and at
             most 1, None for 0.5.
         gating_loss: "both", "surprise" or "sdl", sparse diversity. Surprise alone says which experts a token goes to, not how many: their
-            number drifts, most often up to max_experts.
+            number drifts, most often up to max_experts. Surprise of the kinds "down_proj" and "output" does not depend on the labels here
+            (see `ops.surprise_min_loss`).
         surprise_kind, activation, gated: see `ops.expert_mlp`.
         bias: of the experts.
         output_bias: one more bias, (F,), which every token is given once, whatever its experts.

@@ -21,6 +21,9 @@ def surprise_min_loss(
 ) -> Tensor:
     """Pulls a router's scores towards the experts that were least surprised.
 
+    With the surprise kinds "down_proj" and "output" of `expert_mlp` this does not depend on the loss that was differentiated: the norm of
+    its gradient is common to a token's experts and cancels with the mean. The target is then the expert of least weight · ‖h‖, or weight.
+
         S' = surprise / (mean over the token's finite pairs) / temperature
         w_ce · CE(scores, argmin S') + w_kl · KL(softmax(−S') ‖ softmax(scores))
 
