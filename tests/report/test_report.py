@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -455,3 +456,14 @@ def test_version_one_file_makes_a_page(parse, tmp_path):
     assert "That is no measurement" in page.text
     assert len(page.data["maps-data"][0]["rows"]) == 28
     assert json.dumps(page.data["maps-data"][1]["values"]).count("null") == 28 * 7
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 40])
+def test_an_axis_of_counts_has_whole_numbers(most):
+    from tinyonn.report.charts import histogram
+
+    drawn = histogram("t", np.array([1.0] * most + [3.0]), x_title="x", y_title="y", bins=10)
+    heights = re.findall(r'text-anchor="end"[^>]*>([^<]*)<', drawn)
+    assert heights
+    assert all(float(height.replace(",", "")).is_integer() for height in heights), heights
+    assert max(float(height) for height in heights) >= 0.8 * most

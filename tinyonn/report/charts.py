@@ -253,7 +253,7 @@ def histogram(title: str, values: Floats, *, x_title: str, y_title: str, marks: 
     high = float(np.quantile(values, 0.995))
     high = high if high > low else low + 1.0
     counts, edges = np.histogram(np.clip(values, low, high), bins=bins, range=(low, high))
-    ticks = nice_ticks(0.0, float(counts.max()))
+    ticks = [tick for tick in nice_ticks(0.0, float(counts.max())) if tick == int(tick)]  # of counts
     top = max(ticks[-1], float(counts.max()))
 
     def x_of(value: float) -> float:
