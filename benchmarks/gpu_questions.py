@@ -199,7 +199,7 @@ GPU_TESTS = {
 }
 
 QUESTIONS: list[Question] = [
-    Question("build the C++ extension", "oracle", 60, "benchmarks/gpu_worker.py:build", {}, {}),
+    Question("build the C++ extension", "oracle", 60, "benchmarks/gpu_worker.py:build", {}, {}, limit=300),
     *_oracles(),
     *_goals(),
     *_rest(),

@@ -31,7 +31,7 @@ ORACLE_SHARE = 0.45  # of the time; oracles that have not begun by then wait unt
 FAILURES = ("wrong", "failed", "timeout", "crashed")
 # How comparisons are timed: within so many seconds, by five rounds at least; on a CPU only to see that it runs.
 TIMING = {"cuda": {"budget": 3.0}, "cpu": {"rounds": 1}}
-TINY_SECONDS = 10.0  # estimated, of any question on a CPU
+TINY_SECONDS = 30.0  # estimated, of any question on a CPU
 
 
 class Worker:
