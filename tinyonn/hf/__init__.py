@@ -3,9 +3,15 @@
 Importing this package registers `attn_implementation="dyn_nsa"`, `experts_implementation="tinyonn"` and the loaders of converted models.
 """
 
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_exports
 from . import experts  # for what it registers
 from .dyn_moe import calibrate_experts, convert_mlp_to_dynmoe, expert_statistics
-from .dyn_nsa import BudgetSchedule, calibrate, collected_budget_loss, convert_attention, parameter_groups, revert_attention, statistics
+from .dyn_nsa import calibrate, collected_budget_loss, convert_attention, parameter_groups, revert_attention, statistics
+
+if TYPE_CHECKING:
+    from .dyn_nsa.schedule import BudgetSchedule
 
 __all__ = [
     "BudgetSchedule",
@@ -20,3 +26,5 @@ __all__ = [
     "revert_attention",
     "statistics",
 ]
+
+__getattr__, __dir__, _ = lazy_exports(__name__, {"BudgetSchedule": "dyn_nsa"})  # see there

@@ -15,13 +15,18 @@ what rebuilds the parts of converted models, with `hf.record`.
     schedule     BudgetSchedule
 """
 
+from typing import TYPE_CHECKING
+
+from ..._lazy import lazy_exports
 from . import saving  # for what it registers
 from .attention import dyn_nsa_attention
 from .calibration import calibrate
 from .conversion import convert_attention, revert_attention
 from .masks import dyn_nsa_mask
 from .parts import DYN_NSA, collected_budget_loss, cores, parameter_groups, statistics
-from .schedule import BudgetSchedule
+
+if TYPE_CHECKING:
+    from .schedule import BudgetSchedule
 
 __all__ = [
     "DYN_NSA",
@@ -37,3 +42,6 @@ __all__ = [
     "saving",
     "statistics",
 ]
+
+# Its base class, a Trainer's callback, makes transformers import PEFT and with it bitsandbytes: seconds, and lines on the terminal.
+__getattr__, __dir__, _ = lazy_exports(__name__, {"BudgetSchedule": "schedule"})
