@@ -224,7 +224,10 @@ REFUSED = {
     ),
     "activation": (lambda: stock(hidden_act="tanh"), "model.layers.0.mlp must have one of the activations silu, gelu, .*, got Tanh"),
     "other function": (sharpened, "model.layers.1.mlp must compute what its weights say to be converted, got an error of .* Sharpened"),
-    "adapter": (adapted, r"model.layers.2.mlp.up_proj must be a Linear or Conv1D, got Adapter"),
+    "adapter": (
+        adapted,
+        "model.layers.2.mlp.up_proj must be a Linear of torch .*, got Adapter of .*: convert MLPs before a model is quantised",
+    ),
     "one bias": (lone_bias, "model.layers.0.mlp must have biases for both of gate_proj and up_proj or for none, got one"),
     "converted": (lambda: convert_mlp_to_dynmoe(stock(), num_experts=8), "got a DynMoE in model.layers.0.mlp: it was converted before"),
     "meta": (lambda: stock().to("meta"), "must have its weights to be converted, got some on the meta device"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.moe import ExpertsInterface
@@ -70,6 +71,29 @@ def uses_experts_interface(module: nn.Module) -> bool:
     """Whether a module's experts are computed by the function that its configuration names."""
     marks = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
     return all(hasattr(module, mark) for mark in marks) and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+
+
+@contextmanager
+def gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Within the block, forwards of a quantised model run with gradients on; those of another one as the caller has it.
+
+    On a CPU bitsandbytes packs 4-bit weights anew in a forward without gradients. Gradients through the model are wrong from then on.
+    """
+    quantised = any(getattr(module, "is_quantized", False) for module in model.modules())
+    embedding = model.get_input_embeddings() if quantised else None  # type: ignore[operator]
+    if embedding is None:
+        yield
+        return
+
+    def require_gradients(module: nn.Module, args: Any, output: Any) -> Any:
+        return output if output.requires_grad else output.detach().requires_grad_()
+
+    handle = embedding.register_forward_hook(require_gradients)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

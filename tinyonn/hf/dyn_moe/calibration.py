@@ -24,6 +24,7 @@ from ...nn import DynMoE, ThresholdRouter
 from ...ops._dispatch import autocast_off
 from ...ops._torch_experts import Layout, activate
 from ...ops.threshold_route import unit_vectors
+from ..interfaces import gradients_kept
 from ..record import converted_model, recorded
 from .options import DynMoEOptions
 from .saving import DYN_MOE
@@ -161,14 +162,15 @@ def run_sample(model: PreTrainedModel, sample: Tensor, layers: dict[str, nn.Modu
             def before(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 x = args[0].reshape(-1, args[0].shape[-1])
                 check_finite(f"{name} must be given finite numbers by the sample", x)
-                with autocast_off(x):
+                with torch.no_grad(), autocast_off(x):
                     act(name, module, x)
                 missed.discard(name)
 
             stack.callback(layer.register_forward_pre_hook(before).remove)
         try:
             model.eval()
-            model.base_model(sample.to(model.device), use_cache=False)
+            with gradients_kept(model):
+                model.base_model(sample.to(model.device), use_cache=False)
         finally:
             for module, training in modes.items():
                 module.training = training

@@ -86,7 +86,11 @@ def _read(name: str, module: nn.Module, layers: tuple[str, ...]) -> DenseMLP:
         child = getattr(module, layer)
         # A subclass may do more than a product: quantised layers, adapters.
         if type(child) not in (nn.Linear, Conv1D):
-            raise InputError(f"{name}.{layer} must be a Linear or Conv1D, got {type(child).__name__}.")
+            kind = type(child)
+            raise InputError(
+                f"{name}.{layer} must be a Linear of torch or a Conv1D of transformers, got {kind.__name__} of {kind.__module__}: convert "
+                "MLPs before a model is quantised or given adapters; what is converted can be loaded quantised."
+            )
         weights.append(child.weight.T if isinstance(child, Conv1D) else child.weight)
         biases.append(child.bias)
     with_bias = [bias is not None for bias in biases[:-1]]

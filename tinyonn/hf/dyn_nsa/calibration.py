@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
+from ..interfaces import gradients_kept
 from .parts import cores, mean_blocks
 
 HIGHEST = 12.0  # nats above base: past it only forced blocks are left, for importance is at most the log of the number of blocks
@@ -72,6 +73,7 @@ def _blocks(model: PreTrainedModel, found: list[DynNSACore], batches: list[dict[
     for core in found:
         core.opening.fill_(shift)
         core.reset_statistics()
-    for batch in batches:
-        model(**{"use_cache": False, **batch})
+    with gradients_kept(model):
+        for batch in batches:
+            model(**{"use_cache": False, **batch})
     return mean_blocks(model, reset=True)

@@ -18,7 +18,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ...errors import InputError
 from ...ops._nsa import MAX_HEAD_DIM
-from ..interfaces import attention_implementation, register_attention
+from ..interfaces import attention_implementation, gradients_kept, register_attention
 from .attention import is_local, unknown_arguments
 from .masks import dyn_nsa_mask
 
@@ -142,7 +142,7 @@ def _calls(model: PreTrainedModel, *, padded: bool) -> list[_Call]:
     notes = _Notes()
     _notes.append(notes)
     try:
-        with torch.no_grad(), attention_implementation(model, _PROBE):
+        with torch.no_grad(), gradients_kept(model), attention_implementation(model, _PROBE):
             model(**inputs)
     except Exception as error:
         lines = str(error).splitlines() or [""]
