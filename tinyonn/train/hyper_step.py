@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,6 +90,7 @@ class HyperStep:
             if not 0 < max_grad_norm < math.inf:
                 raise ValueError(f"max_grad_norm must be above 0 and finite, or None, got {max_grad_norm}.")
         check_model(model)
+        _warn_if_frozen(model)
         self.model, self.scaler = model, scaler
         self.optimizers = [optimizer] if router_optimizer is None else [optimizer, router_optimizer]
         for one in self.optimizers:
@@ -175,6 +177,15 @@ class HyperStep:
         return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
 
 
+def _warn_if_frozen(model: nn.Module) -> None:
+    if not any(parameter.requires_grad for module in mixtures(model).values() for parameter in module.router.parameters()):
+        warnings.warn(
+            "no router requires a gradient, so a step teaches none: call requires_grad_(True) on their parameters; under PEFT give its "
+            "configuration modules_to_save=['router'], or a name of the mixtures.",
+            stacklevel=3,
+        )
+
+
 def _check_optimizer(optimizer: Any) -> None:
     if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
@@ -220,9 +231,13 @@ class HyperStepMixin:
     gating_weight: float = 1.0
     gating_options: dict[str, float] = {}  # noqa: RUF012  # a class's choice, never written to
     last_gating_loss: Tensor | None = None
+    _warned: bool = False
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         trainer: Any = self
+        if not self._warned:
+            self._warned = True
+            _warn_if_frozen(model)
         weight = self.gating_weight / trainer.current_gradient_accumulation_steps
         scaler = getattr(trainer.accelerator, "scaler", None)
         with gating_gradients(

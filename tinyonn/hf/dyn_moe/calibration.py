@@ -9,6 +9,7 @@ regression on the directions of the tokens), and thresholds let each expert have
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from ...ops._dispatch import autocast_off
 from ...ops._torch_experts import Layout, activate
 from ...ops.threshold_route import unit_vectors
 from ..interfaces import gradients_kept
+from ..peft_parts import active, active_modules, adapter_of, keep_in_adapter
 from ..record import converted_model, recorded
 from .options import DynMoEOptions
 from .saving import DYN_MOE
@@ -34,7 +36,14 @@ RIDGE = 0.3  # of the mean variance of a feature: a sample has few tokens beside
 
 
 def mixtures(model: nn.Module) -> dict[str, DynMoE]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, DynMoE)}
+    """The mixtures of a model by name; under PEFT those that run."""
+    return {name: module for name, module in active_modules(model).items() if isinstance(module, DynMoE)}
+
+
+def router_of(module: DynMoE) -> ThresholdRouter:
+    """The router that runs, also where PEFT has wrapped it."""
+    router: ThresholdRouter = active(module.router)
+    return router
 
 
 def expert_statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dict[str, Any]]:
@@ -95,19 +104,26 @@ def calibrate_experts(
     }
     replace(options, **bounds)  # checked before a layer is touched
     check_sample(model, sample)
+    if any(conversion["options"][key] != value for key, value in bounds.items()) and adapter_of(model) is not None:
+        warnings.warn(
+            f"{', '.join(bounds)} are saved with the base model, not with an adapter: save the base model again, or calibrate it before "
+            "get_peft_model.",
+            stacklevel=2,
+        )
+    keep_in_adapter(model, "router")
     layers = mixtures(model)
     for name, module in layers.items():
-        live = int(module.router.expert_mask.sum())
+        live = int(router_of(module).expert_mask.sum())
         if target_k > live:
             raise ValueError(f"target_k must be at most {live}, the live experts of {name}, got {target_k}.")
     reached = {}
 
     def set_layer(name: str, module: Any, x: Tensor) -> None:
         for key, value in bounds.items():
-            setattr(module.router, key, value)
+            setattr(router_of(module), key, value)
         if not shift:
-            fit_thresholds(module.router, x, contributions(name, module, x))
-        reached[name] = shift_thresholds(module.router, x)
+            fit_thresholds(router_of(module), x, contributions(name, module, x))
+        reached[name] = shift_thresholds(router_of(module), x)
 
     with _put_back_after_an_error(layers.values(), tuple(bounds)):
         run_sample(model, sample, dict(layers), set_layer)
@@ -121,7 +137,7 @@ def calibrate_experts(
 def _put_back_after_an_error(modules: Iterable[DynMoE], options: tuple[str, ...]) -> Iterator[None]:
     modules = list(modules)
     before = [
-        ({key: getattr(module.router, key) for key in options}, [tensor.clone() for tensor in _set_by_a_sample(module)])
+        ({key: getattr(router_of(module), key) for key in options}, [tensor.clone() for tensor in _set_by_a_sample(module)])
         for module in modules
     ]
     try:
@@ -129,14 +145,14 @@ def _put_back_after_an_error(modules: Iterable[DynMoE], options: tuple[str, ...]
     except BaseException:
         for module, (values, tensors) in zip(modules, before, strict=True):
             for key, value in values.items():
-                setattr(module.router, key, value)
+                setattr(router_of(module), key, value)
             for tensor, old in zip(_set_by_a_sample(module), tensors, strict=True):
                 tensor.copy_(old)
         raise
 
 
 def _set_by_a_sample(module: DynMoE) -> tuple[Tensor, ...]:
-    return module.router.thresholds, module.expert_counts, module.tokens_seen
+    return router_of(module).thresholds, module.expert_counts, module.tokens_seen
 
 
 def check_sample(model: PreTrainedModel, sample: Tensor) -> None:

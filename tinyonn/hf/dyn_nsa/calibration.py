@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
 from ..interfaces import gradients_kept
-from .parts import cores, mean_blocks
+from ..peft_parts import keep_in_adapter
+from .parts import PART, cores, mean_blocks
 
 HIGHEST = 12.0  # nats above base: past it only forced blocks are left, for importance is at most the log of the number of blocks
 
@@ -38,12 +39,13 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
-    found = list(cores(model))
-    if not found:
+    if next(cores(model), None) is None:
         raise InputError(f"calibrate must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
     batches = [{"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) for batch in sample]
     if not batches:
         raise InputError("sample must have at least one batch, got none.")
+    keep_in_adapter(model, PART)
+    found = list(cores(model))
     before = [core.opening.clone() for core in found]
     training = model.training
     model.eval()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
+from ..peft_parts import active, active_modules
 
 DYN_NSA = "dyn_nsa"  # what a configuration asks for
 PART = "dyn_nsa"  # name of a core within its attention module
@@ -17,15 +18,14 @@ _TAKEN = "loss_taken"  # attribute of a core
 
 
 def cores(model: nn.Module) -> Iterator[DynNSACore]:
-    """The parts that conversion has added, in the order of the layers."""
-    return (module for module in model.modules() if isinstance(module, DynNSACore))
+    """The parts that conversion has added, in the order of the layers; under PEFT those that run."""
+    return (module for module in active_modules(model).values() if isinstance(module, DynNSACore))
 
 
 def core_of(module: nn.Module) -> DynNSACore | None:
     """The part of one attention module that is in use; of several that a wrapper holds, PEFT's `modules_to_save` say, the active one."""
     part: Any = module._modules.get(PART)
-    # A wrapper passes on what it lacks, a method of the active part too.
-    return part if part is None or isinstance(part, DynNSACore) else part.tau_of.__self__
+    return None if part is None else active(part)
 
 
 def statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dict[str, float]]:
@@ -35,7 +35,7 @@ def statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dict[str, 
         reset: begin anew.
     """
     found = {}
-    for name, module in model.named_modules():
+    for name, module in active_modules(model).items():
         if isinstance(module, DynNSACore):
             found[name] = module.statistics()
             if reset:

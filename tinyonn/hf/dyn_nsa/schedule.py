@@ -10,8 +10,9 @@ from transformers import TrainerCallback
 
 from ...errors import InputError
 from ...nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN
+from ..peft_parts import adapter_of, frozen, keep_in_adapter, remedy
 from ..record import converted_model, recorded
-from .parts import DYN_NSA, cores, loss_was_taken, mean_blocks
+from .parts import DYN_NSA, PART, cores, loss_was_taken, mean_blocks
 
 
 class BudgetSchedule(TrainerCallback):
@@ -47,6 +48,7 @@ class BudgetSchedule(TrainerCallback):
         if max_blocks is not None and max_blocks < target:
             raise ValueError(f"max_blocks must be at least target, {target}, got {max_blocks}.")
         self.target, self.steps, self.start, self.weight, self.max_blocks = target, steps, start, weight, max_blocks
+        self._checked: set[int] = set()
 
     def opening(self, step: int, start: float = OPEN) -> float:
         """Added to base at a step; `start` at step 0."""
@@ -61,6 +63,7 @@ class BudgetSchedule(TrainerCallback):
         """Sets a model to the step that is about to be taken, counted from 0; `steps` is the end."""
         if next(cores(model), None) is None:
             raise InputError(f"BudgetSchedule must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
+        self._check(model)
         options: dict[str, Any] = {"budget_weight": self.weight}
         if self.max_blocks is not None and step >= self.steps:
             options["max_blocks"] = self.max_blocks
@@ -72,6 +75,31 @@ class BudgetSchedule(TrainerCallback):
                     setattr(core.options, name, value)
         if (converted := converted_model(model, DYN_NSA)) is not None:  # a layer of one's own has no record
             recorded(converted.config)[DYN_NSA]["options"].update(options)
+
+    def _check(self, model: nn.Module) -> None:
+        """Before the first step: warns of what is not trained or not saved, and lets an adapter save what the schedule changes."""
+        if id(model) in self._checked:
+            return
+        self._checked.add(id(model))
+        found = list(cores(model))
+        stay = sum(frozen((core.base, core.slope)) for core in found)
+        if stay:
+            warnings.warn(
+                f"thresholds of {stay} of {len(found)} layers require no gradient: BudgetSchedule opens them, and training does not move "
+                f"them; {remedy(model, PART)}.",
+                stacklevel=3,
+            )
+        keep_in_adapter(model, PART)
+        if self.max_blocks is not None and adapter_of(model) is not None and any(c.options.max_blocks != self.max_blocks for c in found):
+            warnings.warn(
+                f"max_blocks={self.max_blocks} is saved with the base model, not with an adapter: give it to convert_attention, or save "
+                "the base model again after training.",
+                stacklevel=3,
+            )
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        if model is not None and next(cores(model), None) is not None:
+            self._check(model)  # before a Trainer makes an optimiser or wraps the model
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None

@@ -1,0 +1,101 @@
+"""Parts of a converted model under PEFT.
+
+PEFT freezes a model. Parts named in `modules_to_save` it copies: the copy is trained and saved with the adapter, and the original stays
+beside it and is not run. Parts that are not named stay frozen, and an adapter's folder lacks them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return "original_module" in module._modules and "modules_to_save" in module._modules
+
+
+def active(module: Any) -> Any:
+    """The module that runs: of those that a wrapper of PEFT holds, that of the active adapter, or the original; else the module itself."""
+    if not _is_wrapper(module):
+        return module
+    copies, adapters = module._modules["modules_to_save"], module.active_adapters
+    if module.disable_adapters or not adapters or adapters[0] not in copies:
+        return module._modules["original_module"]
+    return copies[adapters[0]]
+
+
+def active_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """`named_modules` of a model without those that PEFT keeps beside the ones that run, and without PEFT's own part in their names."""
+    modules = list(model.named_modules())
+    wrappers = [(name, module) for name, module in modules if _is_wrapper(module)]
+    if not wrappers:
+        return dict(modules)
+    idle, renamed = set(), {}
+    for name, wrapper in wrappers:
+        runs = active(wrapper)
+        copies: Any = wrapper._modules["modules_to_save"]
+        for part in (wrapper._modules["original_module"], *copies.values()):
+            if part is not runs:
+                idle.update(part.modules())
+        idle.update((wrapper, copies))
+        renamed.update({module: f"{name}.{inner}".rstrip(".") for inner, module in runs.named_modules()})
+    return {renamed.get(module, name): module for name, module in modules if module not in idle}
+
+
+def adapter_of(model: nn.Module) -> tuple[str, Any] | None:
+    """Name and configuration of the active adapter of PEFT; None where there is none."""
+    if "peft" not in sys.modules:
+        return None
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        if isinstance(configs, dict) and configs:
+            given: Any = getattr(module, "active_adapter", None)
+            given = given() if callable(given) else given  # transformers' own adapters
+            name = str(given[0] if isinstance(given, list) and given else given)
+            return (name, configs[name]) if name in configs else None
+    return None
+
+
+def keep_in_adapter(model: nn.Module, name: str) -> None:
+    """Lets the active adapter save modules of this name too, frozen, as they are and as they will be; the original keeps what it has.
+
+    Nothing changes where there is no adapter, or where it saves them already.
+    """
+    found = adapter_of(model)
+    if found is None:
+        return
+    from peft.utils import ModulesToSaveWrapper
+
+    adapter, config = found
+    places = [
+        (parent, module)
+        for path, parent in active_modules(model).items()
+        if (module := parent._modules.get(name)) is not None and not _is_wrapper(module) and not _is_saved(model, path)
+    ]
+    for parent, module in places:
+        wrapper = ModulesToSaveWrapper(module, adapter)
+        wrapper.set_adapter(adapter, inference_mode=True)
+        setattr(parent, name, wrapper)
+    if places:
+        config.modules_to_save = [*(config.modules_to_save or []), name]
+
+
+def _is_saved(model: nn.Module, path: str) -> bool:
+    """Whether an adapter saves the module of this name with one above it."""
+    whole = {name for name, module in model.named_modules() if _is_wrapper(module)}
+    return any(path == name or path.startswith(f"{name}.") for name in whole)
+
+
+def frozen(parameters: Iterable[torch.Tensor]) -> bool:
+    return not any(parameter.requires_grad for parameter in parameters)
+
+
+def remedy(model: nn.Module, name: str) -> str:
+    """How to let parts of this name be trained."""
+    if adapter_of(model) is None:
+        return "call requires_grad_(True) on them"
+    return f"give PEFT's configuration modules_to_save=['{name}']"
