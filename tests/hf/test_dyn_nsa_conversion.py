@@ -107,7 +107,7 @@ def test_the_way_back(arch, tmp_path):
     model.save_pretrained(tmp_path)
     assert not {"tinyonn", "transformers_weights"} & json.loads((tmp_path / "config.json").read_text()).keys()
     assert_close_rms(convert_attention(model, **SMALL)(x).logits, expected, 1e-5)
-    with pytest.raises(InputError, match="model must have been converted before"):
+    with pytest.raises(InputError, match="model must have been converted by convert_attention before"):
         revert_attention(stock(arch))
     model.forward = lambda *args, **kwargs: None
     with pytest.raises(InputError, match="forward must be as convert_attention left it"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,17 @@ def test_adapters_of_transformers_keep_the_thresholds_too(base):
     again: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base)
     again.load_adapter(base.parent / "adapter")
     assert_close_rms(logits(again, x), expected, 1e-5)
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "peft.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(example, "docs/peft.md", "exec"), names)
+    x = token_ids()
+    expected = logits(names["trainer"].model, x)
+    assert_close_rms(logits(names["again"], x), expected, 1e-5)
+    names["merged"].save_pretrained("merged")
+    assert_close_rms(logits(AutoModelForCausalLM.from_pretrained("merged"), x), expected, 1e-4)
+    assert any("key_blocks" in log for log in names["trainer"].state.log_history)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ...nn.dyn_nsa import TauSource
-from ..record import forget, record
+from ..record import forget, record, recorded
 from .hooks import add_parts, remove_observed_forward
 from .options import checked_options
 from .parts import DYN_NSA, PART, cores
@@ -96,7 +96,8 @@ def revert_attention(model: PreTrainedModel, attn_implementation: str = "sdpa") 
     """
     names = {name for name, module in model.named_modules() if PART in module._modules}
     if not names:
-        raise InputError("model must have been converted before.")
+        mixtures = "; MLPs have no way back: load the unconverted model" if "dyn_moe" in recorded(model.config) else ""
+        raise InputError(f"model must have been converted by convert_attention before{mixtures}.")
     if not remove_observed_forward(model):
         raise InputError("model.forward must be as convert_attention left it, got one that was replaced since: unwrap the model first.")
     for name in names:
