@@ -116,11 +116,15 @@ def own_layers(model: PreTrainedModel, layers: Mapping[str, Any], what: str) -> 
     Raises:
         InputError: a layer is not there.
     """
-    names = {name for name, _ in model.named_modules()}
+    names = [name for name, _ in model.named_modules()]
     prefix = f"{model.base_model_prefix}."
     found = {}
     for name, sizes in layers.items():
         own = next((own for own in (name, prefix + name, name.removeprefix(prefix)) if own in names), None)
+        if own is None:  # some families call their base model otherwise than its prefix
+            longer = [other for other in names if other.endswith(f".{name}")]
+            shorter = [other for other in names if other and name.endswith(f".{other}")]
+            own = longer[0] if len(longer) == 1 else max(shorter, key=len, default=None)
         if own is None:
             raise InputError(f"config.{RECORD} must name {what} of {type(model).__name__}, got {name!r}.")
         found[own] = sizes

@@ -50,9 +50,8 @@ def block_sparse_attention(
     Args:
         query: (B, T, H, D), the last T of Tk positions.
         key, value: (B, Tk, K, D), K dividing H.
-        indices: (B, T, K, S) int32, key blocks in ascending order, each at most once, counted from the start of the sequence. What is
-            out of range or out of order is an error under `tinyonn.debug()` and undefined otherwise.
-        counts: (B, T, K) int32, how many of them count.
+        indices: (B, T, K, S) int32, key blocks in ascending order, each at most once, counted from the start of the sequence.
+        counts: (B, T, K) int32, how many of them count; the slots behind may hold anything.
         bias: (B, T, K, S), added to all scores of a block: the log of its gate.
         block_size: keys of a block, a power of two.
         scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
@@ -62,7 +61,9 @@ def block_sparse_attention(
         lse: (B, T, H) float32 (float64 for float64), logsumexp of scores and bias, -inf there.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or size that is not accepted.
+        TypeError, ValueError: a dtype, shape, device or size that is not accepted; a list out of range, such as -1 in a slot that counts,
+            or out of order. On a GPU, where reading them would wait for it, lists are checked under `tinyonn.debug()` only; otherwise
+            out, lse and the query's gradient are NaN where the list is faulty.
         RuntimeError: impl="triton" cannot run here; a forward-mode tangent, as in `compressed_attention`.
     """
     check_impl(impl)
@@ -82,9 +83,12 @@ def block_sparse_attention(
     scale = scale_of(query, scale)
     if impl == "reference":
         _check_values(indices, counts, key.shape[1], block_size, bounds)
+        counts, faulty = _emptied(indices, counts, key.shape[1], block_size, bounds)
         out, lse = reference.block_sparse_attention(
             query, key, value, indices, counts, bias, block_size=block_size, scale=scale, **bounds._asdict()
         )
+        if faulty is not None:
+            out, lse = _with_nan(out.clone(), faulty), _with_nan(lse.clone(), faulty)
         return out.to(query.dtype), lse.to(statistics_dtype(query.dtype))
     refuse_tangents("block_sparse_attention", query, key, value, bias)
     out, lse = _forward(query, key, value, indices, counts, bias, block_size, scale, *bounds, impl)
@@ -92,23 +96,56 @@ def block_sparse_attention(
 
 
 def _check_values(indices: Tensor, counts: Tensor, num_keys: int, block_size: int, bounds: Bounds) -> None:
-    """For `tinyonn.debug()`: reads bounds and lists."""
+    """Reads bounds and lists: on a CPU always, on a device, where that would wait for it, under `tinyonn.debug()`."""
     check_bound_values(num_keys, bounds)
-    if not debug_enabled():
+    if not (_lists_are_read(indices) and bool(_faulty_lists(indices, counts, num_keys, block_size, bounds).any())):
         return
-    if bool(((counts < 0) | (counts > indices.shape[-1])).any()):
-        raise ValueError(f"counts must be 0 … {indices.shape[-1]}, got {int(counts.min())} … {int(counts.max())}.")
-    listed = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
-    last = (-(-lengths_of(indices.shape[1], num_keys, bounds, indices.device) // block_size) - 1)[..., None, None].expand(indices.shape)
-    outside = listed & ((indices < 0) | (indices > last))
+    slots = indices.shape[-1]
+    if bool(((counts < 0) | (counts > slots)).any()):
+        raise ValueError(f"counts must be 0 … {slots}, got {int(counts.min())} … {int(counts.max())}.")
+    outside, last = _outside(indices, counts, num_keys, block_size, bounds)
     if bool(outside.any()):
         batch, token, head, slot = outside.nonzero()[0].tolist()
         raise ValueError(
             f"indices must be 0 … {int(last[batch, token, head, slot])} in the sequence of token {token}, got "
-            f"{int(indices[batch, token, head, slot])}."
+            f"{int(indices[batch, token, head, slot])} in slot {slot} of {int(counts[batch, token, head])} that count."
         )
-    if bool((listed[..., 1:] & (indices.diff(dim=-1) <= 0)).any()):
-        raise ValueError("indices must ascend within each row, got some that do not.")
+    raise ValueError("indices must ascend within each row, got some that do not.")
+
+
+def _lists_are_read(indices: Tensor) -> bool:
+    return debug_enabled() or indices.device.type == "cpu"
+
+
+def _outside(indices: Tensor, counts: Tensor, num_keys: int, block_size: int, bounds: Bounds) -> tuple[Tensor, Tensor]:
+    """(B, T, K, S) bool, slots that count and name no block of their sequence; and its last block."""
+    listed = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
+    last = (-(-lengths_of(indices.shape[1], num_keys, bounds, indices.device) // block_size) - 1)[..., None, None].expand(indices.shape)
+    return listed & ((indices < 0) | (indices > last)), last
+
+
+def _faulty_lists(indices: Tensor, counts: Tensor, num_keys: int, block_size: int, bounds: Bounds) -> Tensor:
+    """(B, T, K) bool, rows whose list is not as the op takes it. Nothing waits for a device."""
+    outside, _ = _outside(indices, counts, num_keys, block_size, bounds)
+    slots = torch.arange(indices.shape[-1], device=indices.device)
+    unordered = (slots[1:] < counts.unsqueeze(-1)) & (indices[..., 1:] <= indices[..., :-1])
+    return outside.any(-1) | unordered.any(-1) | (counts < 0) | (counts > indices.shape[-1])
+
+
+def _emptied(indices: Tensor, counts: Tensor, num_keys: int, block_size: int, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
+    """counts, 0 for faulty lists, which no kernel then follows, and where those are, (B, T, K); None where lists were checked."""
+    if _lists_are_read(indices):
+        return counts, None
+    faulty = _faulty_lists(indices, counts, num_keys, block_size, bounds)
+    return counts.masked_fill(faulty, 0), faulty
+
+
+def _with_nan(x: Tensor, faulty: Tensor | None) -> Tensor:
+    """(B, T, H, ·) with NaN for the queries of faulty lists."""
+    if faulty is None:
+        return x
+    rows = faulty.repeat_interleave(x.shape[2] // faulty.shape[2], 2)
+    return x.masked_fill_(rows.view(*rows.shape, *[1] * (x.dim() - 3)), torch.nan)
 
 
 @torch.library.custom_op("tinyonn::block_sparse_attention", mutates_args=())
@@ -128,12 +165,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     bounds = Bounds(cu_seqlens, key_start, key_end)
     _check_values(indices, counts, key.shape[1], block_size, bounds)
+    counts, faulty = _emptied(indices, counts, key.shape[1], block_size, bounds)
     if choose_nsa_impl(impl, query) == "triton":
         from . import _triton_nsa
 
-        return _triton_nsa.block_sparse_forward(query, key, value, indices, counts, bias, block_size, scale, bounds)
-    spans = spans_of(query, key.shape[1], block_size, *bounds)
-    return block_sparse_forward(query, key, value, indices, counts, bias, spans, block_size, scale)
+        out, lse = _triton_nsa.block_sparse_forward(query, key, value, indices, counts, bias, block_size, scale, bounds)
+    else:
+        spans = spans_of(query, key.shape[1], block_size, *bounds)
+        out, lse = block_sparse_forward(query, key, value, indices, counts, bias, spans, block_size, scale)
+    return _with_nan(out, faulty), _with_nan(lse, faulty)
 
 
 @_forward.register_fake
@@ -161,6 +201,7 @@ def _backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bounds = Bounds(cu_seqlens, key_start, key_end)
+    counts, faulty = _emptied(indices, counts, key.shape[1], block_size, bounds)
     if choose_nsa_impl(impl, query) == "triton":
         from . import _triton_nsa
 
@@ -173,7 +214,7 @@ def _backward(
     grad_query, grad_key, grad_value, *grad_bias = (
         grad.to(x.dtype) for grad, x in zip(grads, (query, key, value, bias), strict=False) if grad is not None and x is not None
     )
-    return grad_query, grad_key, grad_value, grad_bias[0] if grad_bias else query.new_empty(0)
+    return _with_nan(grad_query, faulty), grad_key, grad_value, grad_bias[0] if grad_bias else query.new_empty(0)
 
 
 @_backward.register_fake

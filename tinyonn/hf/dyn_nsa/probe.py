@@ -42,14 +42,15 @@ def attention_layers(model: PreTrainedModel) -> dict[str, list[int]]:
     plain = _calls(model, padded=False)
     if not plain:
         raise InputError(f"{kind} must have attention layers that ask AttentionInterface, got none.")
+    for call in plain:
+        _check(call)
     with _telling_dropout([call.module for call in plain]):
         padded = _calls(model, padded=True)
     layers: dict[str, list[int]] = {}
-    for call in plain + padded:
-        if call.sliding or call.mask == "part":
-            _check_left_alone(call)
-            continue
+    for call in padded:
         _check(call)
+        if call.local:
+            continue
         sizes = [call.query[1], call.key[1], call.query[3]]
         if layers.setdefault(names[call.module], sizes) != sizes:
             raise InputError(f"{call.name} must have one number of heads, got {layers[names[call.module]]} and {sizes}.")
@@ -77,8 +78,16 @@ class _Call(NamedTuple):
     def name(self) -> str:
         return type(self.module).__name__
 
+    @property
+    def local(self) -> bool:
+        return self.sliding or self.mask == "part"
+
 
 def _check(call: _Call) -> None:
+    """InputError unless DynNSA can stand in for this call, or SDPA for one of a local layer."""
+    if call.local:
+        _check_local(call)
+        return
     if call.unknown:
         raise InputError(f"model must not pass {', '.join(call.unknown)} to its attention, which DynNSA lacks; {call.name} does.")
     if not call.is_causal:
@@ -93,8 +102,7 @@ def _check(call: _Call) -> None:
         )
 
 
-def _check_left_alone(call: _Call) -> None:
-    """A layer that sees a part of the past runs SDPA in a converted model."""
+def _check_local(call: _Call) -> None:
     if call.unknown:
         raise InputError(
             f"model must not pass {', '.join(call.unknown)} to its attention, which SDPA, that runs the local layers of a converted model, "
