@@ -123,16 +123,16 @@ class Judge:
         try:
             got = np.stack(self.reader.integral().planes())
         except MscanError:
-            kept = any(covers == count for model in prefixes for covers, _ in model.totals)
+            kept = any(covers == count for model in prefixes for covers, *_ in model.totals)
             expect(not (self.lossless and self.reader.recovery == "strict" and kept), "the total was lost")
             return
         width = got.shape[1]
         allowed = [
             np.pad(planes, ((0, 0), (0, width - planes.shape[1])))
             for model in (prefixes if self.lossless else self.models)
-            for covers, planes in model.totals
-            # What was taken out before a total shows by its link, which files of the old revision do not have.
-            if planes.shape[1] <= width and (covers == count or not self.lossless or not model.linked)
+            for covers, planes, linked in model.totals
+            # That a total was moved, or a sequence before it taken out, shows by its link, which it lacks in files of the old revision.
+            if planes.shape[1] <= width and (covers == count or not self.lossless or not linked)
         ]
         if any(np.array_equal(got, planes) for planes in allowed):
             return

@@ -92,7 +92,7 @@ class Model:
     kinds: list[int] = field(default_factory=list)  # type of each piece, 0 for prologue and trailer
     truths: list[Truth] = field(default_factory=list)
     layouts: list[list[Entry]] = field(default_factory=list)
-    totals: list[tuple[int, np.ndarray]] = field(default_factory=list)  # how many sequences a total covers, (6, blocks)
+    totals: list[tuple[int, np.ndarray, bool]] = field(default_factory=list)  # sequences covered, (6, blocks), whether it has a link
 
     def __post_init__(self) -> None:
         text = json.dumps(self.metadata).encode()
@@ -217,7 +217,7 @@ class Model:
 
     def total(self, rng: np.random.Generator) -> None:
         self.total_at, planes = self.at, rng.random((6, self.columns))
-        self.totals.append((len(self.truths), planes))
+        self.totals.append((len(self.truths), planes, self.linked))
         self.before = self._chunk(INTEGRAL, self._integral(planes), WHOLE_FILE, at_40=self._bond())
 
     def index(self, *, anew: bool = False) -> None:
