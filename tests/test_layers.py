@@ -44,6 +44,7 @@ SHARED = {
     "tinyonn._folders",
     "tinyonn._lazy",
     "tinyonn._locks",
+    "tinyonn._not_measured",
     "tinyonn._records",
     "tinyonn._streams",
     "tinyonn._study",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 
 import pytest
@@ -73,6 +74,25 @@ def test_an_activation_without_a_name_here_is_refused():
         module.act_fn = torch.nn.Softsign()
     with pytest.raises(InputError, match="must not be 'tinyonn' for Qwen3MoeExperts: its activation is none of silu"):
         model(token_ids())
+
+
+DOORS = {
+    "set": lambda model, folder: model.set_experts_implementation("tinyonn"),
+    "from_config": lambda model, folder: AutoModelForCausalLM.from_config(model.config, experts_implementation="tinyonn"),
+    "from_pretrained": lambda model, folder: AutoModelForCausalLM.from_pretrained(folder, experts_implementation="tinyonn"),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_model_that_cannot_run_on_it_is_refused_before_a_forward(door, tmp_path):
+    model = tiny_causal_lm("qwen3_moe", hidden_act="mish")
+    wanted = model(token_ids()).logits
+    model.save_pretrained(tmp_path)
+    before = model.get_experts_implementation()
+    with pytest.raises(InputError, match="must not be 'tinyonn' for Qwen3MoeExperts: its activation is none of silu"):
+        DOORS[door](model, tmp_path)
+    assert model.get_experts_implementation() == before
+    assert torch.equal(model(token_ids()).logits, wanted)
 
 
 def test_another_slope_is_refused():
@@ -263,7 +283,7 @@ def test_a_model_compiles_to_one_graph_and_its_surprise_to_another():
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_it_is_exported_once_it_has_run(strict):
+def test_it_is_exported_for_any_number_of_tokens(strict):
     model = model_of("gpt_oss")
     model.set_experts_implementation("tinyonn")
     module, tokens = experts_of(model)[0], torch.export.Dim("tokens", min=2)
@@ -274,8 +294,10 @@ def test_it_is_exported_once_it_has_run(strict):
     def export():
         return torch.export.export(module, inputs(8), dynamic_shapes=({0: tokens},) * 3, strict=strict).module()
 
+    exported, more = export(), inputs(20)
+    assert torch.equal(exported(*more), module(*more))
+    module = copy.deepcopy(module)  # a module alone: nothing has proven it
     with pytest.raises(Exception, match="GptOssExperts must have run once before it is exported"):
         export()
     module(*inputs(3))
-    exported, more = export(), inputs(20)
-    assert torch.equal(exported(*more), module(*more))
+    assert torch.equal(export()(*more), module(*more))

@@ -1,25 +1,27 @@
 """`experts_implementation="tinyonn"`: the mixtures of transformers' models on `ops.expert_mlp`, with their surprise.
 
 Importing this module registers it. A model's own activation is told by what it does to a few numbers, not by its name: an unknown one is
-refused instead of being taken for another. transformers tells a registered function nothing before it calls it, so the proof comes with a
-mixture's first forward, or with its compilation.
+refused instead of being taken for another. That is settled when a model is built with this implementation, as by `from_pretrained`, and in
+`set_experts_implementation`; importing this module adds a check to both.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..nn.surprise_capture import probe_for
 from ..ops import expert_mlp
 from ..ops._torch_experts import Layout, activate
 from ..ops.expert_mlp import LIMITS, Activation
-from .interfaces import register_experts
+from .interfaces import configurations, register_experts, uses_experts_interface
 
 NAME = "tinyonn"
 
@@ -107,8 +109,7 @@ def _layout_for(module: Any, hidden_states: Tensor) -> Layout:
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Experts over routed pairs, in transformers' layout.
 
-    Compiles without a graph break; capturing the surprise compiles a mixture once more. Exported, it hands out no surprise; with
-    `strict=False` it must have run once before.
+    Compiles without a graph break; capturing the surprise compiles a mixture once more. Exported, it hands out no surprise.
 
     Args:
         module: holds (gate_)up_proj, down_proj and perhaps their biases.
@@ -136,4 +137,40 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     return out.to(hidden_states.dtype)
 
 
+def check_experts(model: nn.Module) -> None:
+    """Raises InputError where a mixture of the model asks for this implementation and cannot run on it."""
+    for module in model.modules():
+        if uses_experts_interface(module) and getattr(getattr(module, "config", None), "_experts_implementation", None) == NAME:
+            layout_of(module)
+
+
+def _install() -> None:
+    """Adds the check to `PreTrainedModel`, once: transformers tells a registered function nothing before it calls it."""
+    cls: Any = PreTrainedModel
+    if hasattr(cls, "_tinyonn_checks_experts"):
+        return
+    post_init, set_implementation = cls.post_init, cls.set_experts_implementation
+
+    @functools.wraps(post_init)
+    def new_post_init(self: Any) -> None:
+        post_init(self)
+        check_experts(self)
+
+    @functools.wraps(set_implementation)
+    def new_set_implementation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = [(config, config._experts_implementation_internal) for config in configurations(self)]
+        result = set_implementation(self, *args, **kwargs)
+        try:
+            check_experts(self)
+        except InputError:
+            for config, implementation in before:
+                config._experts_implementation_internal = implementation
+            raise
+        return result
+
+    cls.post_init, cls.set_experts_implementation = new_post_init, new_set_implementation
+    cls._tinyonn_checks_experts = True
+
+
 register_experts(NAME, experts_forward)
+_install()

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from .._not_measured import told, without_value
 from .._units import not_finite_cause
 from ..mscan import MscanReader
-from ..scan.not_measured import told, without_value
 from .grid import BlockGrid, Floats, build_grid
 from .integrals import file_integral
 

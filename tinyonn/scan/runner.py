@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from .._not_measured import by_reason, without_value
 from .._streams import is_stdin
 from ..errors import InputError
 from ..hf.loading import check_fits, load_model
@@ -23,7 +24,6 @@ from .engine import ScanEngine, SequenceScan
 from .forward import vocabulary_size
 from .generation import Answered, Generator
 from .integral import lost_tokens
-from .not_measured import by_reason, without_value
 from .output import NOTHING, Existing, OutputCompleteError, check_writable, find_existing, member_path, open_writer, refuse_existing
 from .prepare import Prepared, prepare
 from .tokens import TokenCounts, TokenSequence, plan_batches
