@@ -78,7 +78,7 @@ def test_an_activation_without_a_name_here_is_refused():
 
 DOORS = {
     "set": lambda model, folder: model.set_experts_implementation("tinyonn"),
-    "from_config": lambda model, folder: AutoModelForCausalLM.from_config(model.config, experts_implementation="tinyonn"),
+    "from_config": lambda model, folder: AutoModelForCausalLM.from_config(copy.deepcopy(model.config), experts_implementation="tinyonn"),
     "from_pretrained": lambda model, folder: AutoModelForCausalLM.from_pretrained(folder, experts_implementation="tinyonn"),
 }
 
