@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from tinyonn.errors import InputError
+from tinyonn.hf import revert_attention
 from tinyonn.hf.dyn_nsa import cores
 from tinyonn.testing import assert_close_rms, left_padding, tiny_causal_lm, tiny_dyn_nsa_lm, token_ids
 
@@ -183,6 +185,32 @@ def test_guesses_that_are_checked_do_not_change_the_answer(helper):
         "lookup": {"prompt_lookup_num_tokens": 4},
     }[helper]
     assert torch.equal(model.generate(x, **options, **guesses), model.generate(x, **options))
+
+
+@pytest.mark.parametrize("helper", ["model", "lookup", "configured lookup"])
+def test_guesses_are_refused_where_tau_is_of_the_output(helper):
+    """A guess is checked beside others, so the output of the token before it is not there yet."""
+    model, x = tiny_dyn_nsa_lm(tau_source="output", layers=1), token_ids(30, 1)
+    guesses: dict[str, Any] = {"model": {"assistant_model": tiny_causal_lm("llama")}, "lookup": {"prompt_lookup_num_tokens": 4}}
+    if helper == "configured lookup":
+        model.generation_config.prompt_lookup_num_tokens = 4
+    with pytest.raises(InputError, match="tau_source must be 'attention' or 'constant' for assisted generation, got 'output'"):
+        copy.deepcopy(model).generate(x, max_new_tokens=3, do_sample=False, pad_token_id=0, **guesses.get(helper, {}))
+    model.generation_config.prompt_lookup_num_tokens = None
+    assert model.generate(x, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 33)
+    revert_attention(model)
+    assert model.generate(x, max_new_tokens=3, do_sample=False, pad_token_id=0, **guesses["lookup"]).shape == (1, 33)
+
+
+def test_continuous_batching_is_refused():
+    model = tiny_dyn_nsa_lm(layers=1)
+    message = "must not run under continuous batching, whose paged cache DynNSA lacks: use generate"
+    with pytest.raises(InputError, match=message):
+        model.generate_batch([[1, 2, 3]])
+    with pytest.raises(InputError, match=message):
+        model.init_continuous_batching()
+    assert model.config._attn_implementation == "dyn_nsa"
+    assert model.generate(token_ids(9), max_new_tokens=1, pad_token_id=0).shape == (2, 10)
 
 
 def test_sampling_with_a_cache_is_sampling_without():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation import GenerationMode
 
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore, normalised_entropy
@@ -43,7 +44,8 @@ def add_parts(model: PreTrainedModel, options: dict[str, Any], layers: dict[str,
         if isinstance(inner, PreTrainedModel):
             remove_observed_forward(inner)
     model.forward = ObservedForward(model)
-    model._replicate_for_data_parallel = _refuse_replicas  # type: ignore[method-assign]
+    for method, refusal in (*_REFUSED.items(), ("_validate_generation_mode", CheckedGeneration(model))):
+        setattr(model, method, refusal)
 
 
 def _place_of(model: PreTrainedModel, module: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -65,7 +67,8 @@ def remove_observed_forward(model: PreTrainedModel) -> bool:
     if outer is not None:
         outer.inner = forward.inner
         return True
-    del model.forward, model._replicate_for_data_parallel
+    for method in ("forward", "_validate_generation_mode", *_REFUSED):
+        delattr(model, method)
     if forward.inner != model.forward:
         model.forward = forward.inner  # something else's, which was there before
     return True
@@ -73,6 +76,33 @@ def remove_observed_forward(model: PreTrainedModel) -> bool:
 
 def _refuse_replicas() -> nn.Module:
     raise InputError("a converted model must not run under nn.DataParallel, whose copies share one forward: use DistributedDataParallel.")
+
+
+def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
+    raise InputError("a converted model must not run under continuous batching, whose paged cache DynNSA lacks: use generate.")
+
+
+# Methods that would run the model past its forward, or without its cache.
+_REFUSED: dict[str, Any] = {
+    "_replicate_for_data_parallel": _refuse_replicas,
+    "init_continuous_batching": _refuse_continuous_batching,  # the first step of each way in
+}
+
+
+class CheckedGeneration:
+    """A converted model's `_validate_generation_mode`, with which `generate` begins; an object so that a model can be copied with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
+        part = next(cores(self.model), None)
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and part is not None and part.options.tau_source == "output":
+            raise InputError(
+                "tau_source must be 'attention' or 'constant' for assisted generation, got 'output': a guess is checked beside others, "
+                "without the output of the token before it, so the answer would change."
+            )
+        type(self.model)._validate_generation_mode(self.model, generation_mode, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 class ObservedForward:
