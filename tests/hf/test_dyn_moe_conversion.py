@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tinyonn.errors import InputError
 from tinyonn.hf.dyn_moe import calibrate_experts, convert_mlp_to_dynmoe, expert_statistics
 from tinyonn.hf.dyn_moe.calibration import mixtures
-from tinyonn.nn import DynMoE
+from tinyonn.nn import DynMoE, token_mask_of
 from tinyonn.testing import assert_close_rms, left_padding, tiny_causal_lm, token_ids
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -338,3 +338,22 @@ def test_bad_targets_are_named_and_change_nothing(target, options, message):
     with pytest.raises(ValueError, match=message):
         calibrate_experts(model, token_ids(), target, **options)
     assert all(isinstance(module, DynMoE) and (module.router.thresholds == -2).all() for module in mixtures(model).values())
+
+
+def test_statistics_leave_out_padding_also_while_tokens_are_generated():
+    model, x, mask = convert_mlp_to_dynmoe(stock(), num_experts=8), token_ids(40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :25] = 0
+    model(x, attention_mask=mask)
+    assert {int(mixture.tokens_seen) for mixture in mixtures(model).values()} == {55}
+    expert_statistics(model, reset=True)
+    model.generate(x, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert {int(mixture.tokens_seen) for mixture in mixtures(model).values()} == {55 + 2 * 2}
+    expert_statistics(model, reset=True)
+    model.base_model(x, mask)
+    with token_mask_of(model, torch.ones_like(mask)):  # one around the call goes before
+        model(x, attention_mask=mask)
+    assert {int(mixture.tokens_seen) for mixture in mixtures(model).values()} == {55 + 80}
+    expert_statistics(model, reset=True)
+    torch._dynamo.reset()
+    torch.compile(model, backend="eager", fullgraph=True)(x, attention_mask=mask)
+    assert {int(mixture.tokens_seen) for mixture in mixtures(model).values()} == {55}

@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from tinyonn.errors import InputError
 from tinyonn.hf import (
@@ -118,6 +124,17 @@ def test_converting_one_model_leaves_another_from_the_same_configuration(convers
     assert {id(module.config) for module in model.modules() if hasattr(module, "config")} == {id(model.config)}
 
 
+@pytest.mark.parametrize("head", [AutoModelForSequenceClassification, AutoModelForTokenClassification], ids=["sequence", "token"])
+def test_another_head_has_the_parts_too(head, tmp_path):
+    model, x = converted(), token_ids()
+    model.save_pretrained(tmp_path)
+    loaded = head.from_pretrained(tmp_path)
+    assert torch.equal(loaded.model(x).last_hidden_state, model.model(x).last_hidden_state)
+    assert loaded(x).logits.isfinite().all()
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(head.from_pretrained(tmp_path / "again")(x).logits, loaded(x).logits)
+
+
 def test_copies_and_pickles_have_the_parts():
     model, x = converted(), token_ids()
     expected = model(x).logits
@@ -141,24 +158,28 @@ WITHOUT_TINYONN = {
 }
 
 
-@pytest.mark.parametrize("kind", ["attention", "MLPs"])
-def test_without_tinyonn_no_door_gives_random_weights(kind, tmp_path):
+def test_without_tinyonn_no_door_gives_random_weights(tmp_path):
     peft = pytest.importorskip("peft", reason="loads an adapter's base model")
-    folder, adapter = tmp_path / "model", tmp_path / "adapter"
-    model = convert_attention(stock(), **SMALL) if kind == "attention" else convert_mlp_to_dynmoe(stock(), num_experts=8)
-    model.save_pretrained(folder)
-    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    for kind in ("attention", "MLPs"):
+        folder, adapter = tmp_path / kind, tmp_path / f"{kind} adapter"
+        model = convert_attention(stock(), **SMALL) if kind == "attention" else convert_mlp_to_dynmoe(stock(), num_experts=8)
+        model.save_pretrained(folder)
+        peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(
+            adapter
+        )
     script = f"""
 import sys
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, pipeline
-folder, adapter = {str(folder)!r}, {str(adapter)!r}
-for name, door in {list(WITHOUT_TINYONN.items())!r}:
-    try:
-        eval(door)
-        print(name, "| loaded")
-    except Exception as error:
-        print(name, "|", str(error).strip().splitlines()[-1])
+for kind in ("attention", "MLPs"):
+    folder = {str(tmp_path)!r} + "/" + kind
+    adapter = folder + " adapter"
+    for name, door in {list(WITHOUT_TINYONN.items())!r}:
+        try:
+            eval(door)
+            print(name, "| loaded")
+        except Exception as error:
+            print(name, "|", str(error).strip().splitlines()[-1])
 assert "tinyonn" not in sys.modules
 import tinyonn.hf
 AutoModelForCausalLM.from_pretrained(folder, config=AutoConfig.from_pretrained(folder))
@@ -167,7 +188,7 @@ print("with tinyonn | loaded")
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     lines = [line for line in run.stdout.splitlines() if " | " in line]
     assert lines.pop() == "with tinyonn | loaded", run.stderr
-    assert [line.split(" | ")[0] for line in lines] == list(WITHOUT_TINYONN)
+    assert [line.split(" | ")[0] for line in lines] == [*WITHOUT_TINYONN] * 2
     for line in lines:
         assert line.endswith("parts of this model are of tinyonn: run `import tinyonn.hf` before from_pretrained"), line
 

@@ -42,7 +42,8 @@ def token_mask_of(model: nn.Module, token_mask: Tensor) -> Iterator[None]:
         TypeError: a mask of floats, or none. A shape that does not fit is an error of the mixture's call.
     """
     check_token_mask(token_mask)
-    places = [place for module in model.modules() if isinstance(place := getattr(module, "surrounding_mask", None), SurroundingMask)]
+    found = [getattr(module, "surrounding_mask", None) for module in model.modules()]
+    places = [place for place in found if isinstance(place, SurroundingMask)]
     before = [place.value for place in places]
     for place in places:
         place.value = token_mask

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import InputError
-from ...nn import carry_surprise_budget, surprise_budget_of
+from ...nn import DynMoE, carry_surprise_budget, surprise_budget_of, token_mask_of
 
 KEYWORD = "surprise_budget"
 
@@ -47,6 +48,7 @@ class BudgetForward:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.inner = model, model.forward
+        self.names = list(inspect.signature(self.inner).parameters)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -60,10 +62,22 @@ class BudgetForward:
     def __call__(self, *args: Any, surprise_budget: Any = None, **kwargs: Any) -> Any:
         if self.model.training and torch.is_grad_enabled():
             carry_through_checkpoints(self.model)
-        if surprise_budget is None:
+        mask = self._token_mask(args, kwargs)
+        counted = nullcontext() if mask is None else token_mask_of(self.model, mask)
+        within = nullcontext() if surprise_budget is None else surprise_budget_of(self.model, surprise_budget)
+        with counted, within:
             return self.inner(*args, **kwargs)
-        with surprise_budget_of(self.model, surprise_budget):
-            return self.inner(*args, **kwargs)
+
+    def _token_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """(B, T), which tokens the mixtures' statistics count: those of the attention mask, unless a surrounding `token_mask_of` says."""
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        mask = given.get("attention_mask")
+        tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point() or tokens is None:
+            return None
+        if any(module.surrounding_mask.value is not None for module in self.model.modules() if isinstance(module, DynMoE)):
+            return None
+        return mask[:, -tokens.shape[1] :]
 
 
 def carry_through_checkpoints(model: nn.Module) -> None:
