@@ -128,6 +128,7 @@ def test_converting_one_model_leaves_another_from_the_same_configuration(convers
 def test_another_head_has_the_parts_too(head, tmp_path):
     model, x = converted(), token_ids()
     model.save_pretrained(tmp_path)
+    x = x[:1]  # a classifier of sequences takes several only with a token for padding
     loaded = head.from_pretrained(tmp_path)
     assert torch.equal(loaded.model(x).last_hidden_state, model.model(x).last_hidden_state)
     assert loaded(x).logits.isfinite().all()
