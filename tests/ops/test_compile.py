@@ -21,7 +21,7 @@ def every_op(x: torch.Tensor, scale: torch.Tensor, plane: torch.Tensor, offsets:
 # The cache on disk is not keyed by an op's backward: with it, an older one might be judged.
 @torch.compiler.config.patch(force_disable_caches=True)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:dynamo_pgo force disabled")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])  # 20 s of g++
 def test_compiled_ops_agree_with_eager(backend):
     torch._dynamo.reset()
     x, scale, offsets = torch.randn(5, 100), torch.rand(5), torch.tensor([0, 1, 2])
