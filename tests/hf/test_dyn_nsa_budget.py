@@ -308,3 +308,10 @@ def test_a_step_without_its_budget_loss_is_refused(tmp_path):
     trainer_of(model, tmp_path, plain, weight=0.0).train()
     trainer_of(model, tmp_path, whole).train()
     trainer_of(model, tmp_path).train()
+
+
+def test_a_schedule_tells_which_thresholds_do_not_train():
+    model = tiny_dyn_nsa_lm()
+    next(cores(model)).requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"thresholds of 1 of 2 layers require no gradient: .*; call requires_grad_\(True\) on them"):
+        BudgetSchedule(4.0, 2).apply(model, 0)

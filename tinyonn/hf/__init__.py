@@ -1,6 +1,7 @@
 """Hooks into Hugging Face transformers.
 
-Importing this package registers `attn_implementation="dyn_nsa"`, `experts_implementation="tinyonn"` and the loaders of converted models.
+Importing this package registers `attn_implementation="dyn_nsa"` and `experts_implementation="tinyonn"`, and lets transformers build the
+parts of converted models wherever it builds a model (`hf.record`).
 """
 
 from typing import TYPE_CHECKING
