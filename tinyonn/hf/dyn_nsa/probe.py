@@ -24,7 +24,7 @@ from .masks import dyn_nsa_mask
 
 _PROBE = "dyn_nsa_probe"
 
-MaskKind = Literal["none", "whole", "part", "own"]
+MaskKind = Literal["none", "whole", "part", "other"]
 
 
 def attention_layers(model: PreTrainedModel) -> dict[str, list[int]]:
@@ -92,8 +92,8 @@ def _check(call: _Call) -> None:
         raise InputError(f"model must not pass {', '.join(call.unknown)} to its attention, which DynNSA lacks; {call.name} does.")
     if not call.is_causal:
         raise InputError(f"attention must be causal to convert, got {call.name}.")
-    if call.mask == "own":
-        raise InputError(f"attention must take the masks that transformers makes to convert, got {call.name}, which makes its own.")
+    if call.mask == "other":
+        raise InputError(f"attention must have transformers' causal mask to convert, got {call.name}, whose mask is another.")
     if call.dropout:
         raise InputError(f"attention dropout must be 0 to convert, got {call.dropout} in {call.name}: set it to 0 in the configuration.")
     if call.value != call.key or call.query[3] > MAX_HEAD_DIM:
@@ -176,11 +176,12 @@ def _probe_mask(
 ) -> Tensor | None:
     """What DynNSA's mask function gives, and a note of what it means."""
     given = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size)
-    whole = mask_function is causal_mask_function and local_size is None
-    # A mask that would be left out for so few tokens is made here: it is asked for by longer texts.
-    mask = dyn_nsa_mask(*given, **kwargs) if whole else sdpa_mask(*given, **{**kwargs, "allow_is_causal_skip": False})
+    local = local_size is not None
+    # A local mask that so few tokens do not need is made here: longer texts will.
+    mask = sdpa_mask(*given, **{**kwargs, "allow_is_causal_skip": False}) if local else dyn_nsa_mask(*given, **kwargs)
     if mask is not None:
-        _notes[-1].masks[mask.untyped_storage().data_ptr()] = (mask, "whole" if whole else "own" if local_size is None else "part")
+        kind: MaskKind = "part" if local else "whole" if mask.dtype == torch.int32 else "other"
+        _notes[-1].masks[mask.untyped_storage().data_ptr()] = (mask, kind)
     return mask
 
 
@@ -199,7 +200,7 @@ def _probe(
     mask: MaskKind = "none"
     if attention_mask is not None:
         made = _notes[-1].masks.get(attention_mask.untyped_storage().data_ptr())
-        mask = "own" if made is None or made[0].dtype != attention_mask.dtype else made[1]
+        mask = "other" if made is None or made[0].dtype != attention_mask.dtype else made[1]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     unknown = unknown_arguments(kwargs)
     _notes[-1].calls.append(_Call(module, query.shape, key.shape, value.shape, mask, dropout, causal, sliding_window is not None, unknown))

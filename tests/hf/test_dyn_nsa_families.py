@@ -1,0 +1,129 @@
+"""Conversion of families of causal language models: each works beyond its windows and chunks, or is refused before it is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tinyonn._tiny_families import LOCAL, causal_families, tiny_family_lm
+from tinyonn.errors import InputError
+from tinyonn.hf import convert_attention
+from tinyonn.hf.dyn_nsa import cores
+from tinyonn.testing import assert_close_rms
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+LENGTH = 2 * LOCAL + 20  # beyond two chunks, and many blocks
+SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
+
+
+def text() -> Tensor:
+    return torch.randint(2, 97, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+
+
+def outputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Logits of a text, of one with padding, and of a token after a cache; what the family itself cannot do is left out."""
+    x, mask = text(), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[0, :30] = 0
+    found = {"plain": model(x).logits}
+    try:
+        found["padded"] = model(x, attention_mask=mask).logits[mask.bool()]
+        cache = model(x[:, :-1], use_cache=True).past_key_values
+        found["cached"] = model(x[:, -1:], past_key_values=cache, use_cache=True).logits
+    except InputError:
+        raise
+    except Exception:
+        if next(cores(model), None) is not None:
+            raise
+    return found
+
+
+def state(model: PreTrainedModel) -> tuple[Any, ...]:
+    """What conversion might leave behind."""
+    modules = [(name, module.training, type(module)) for name, module in model.named_modules()]
+    return model.config._attn_implementation, set(vars(model)), modules, model.config.to_dict()
+
+
+def check(model: PreTrainedModel, folder: Any) -> int:
+    """Converts a model and compares; returns the number of converted layers, 0 where it is refused."""
+    expected, before = outputs(model), state(model)
+    try:
+        convert_attention(model, **SMALL)
+    except InputError:
+        assert state(model) == before
+        assert torch.equal(model(text()).logits, expected["plain"])
+        return 0
+    got = outputs(model)
+    for name, wanted in expected.items():
+        assert_close_rms(got[name], wanted, 1e-4, name)
+    model.save_pretrained(folder)
+    again = type(model).from_pretrained(folder)
+    assert torch.equal(again(text()).logits, got["plain"])
+    return len(list(cores(model)))
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [("llama4_text", 1), ("diffllama", 4), ("cohere2", 1), ("bert", 4), ("lfm2_moe", 2)],
+    ids=["chunks", "two calls a layer", "window", "encoder's", "convolution"],
+)
+def test_families_convert(family, layers, tmp_path):
+    assert check(tiny_family_lm(family), tmp_path) == layers
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("doge", "attention must have transformers' causal mask to convert, got DogeAttention, whose mask is another"),
+        ("mpt", "MptForCausalLM must run with an attention function and masks of AttentionInterface, got AttributeError"),
+        ("mimo_v2_flash", "must not pass s_aux to its attention, which SDPA, that runs the local layers .*; MiMoV2FlashAttention does"),
+        ("deepseek_v3", "DeepseekV3Attention must have keys and values of one size, at most 256, got 24 and 16"),
+        ("mistral", "must have attention layers that see the whole past, got 4 that see a part of it: sliding windows or chunks"),
+        ("gptj", "GPTJForCausalLM must have attention layers that ask AttentionInterface, got none"),
+    ],
+    ids=["own masks", "own attention", "sinks of local layers", "mla", "all local", "no interface"],
+)
+def test_families_that_cannot_run_are_refused_before_they_are_changed(family, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        convert_attention(tiny_family_lm(family), **SMALL)
+    assert check(tiny_family_lm(family), tmp_path) == 0
+
+
+def test_local_layers_without_conversion_run_as_they_are():
+    model, x = tiny_family_lm("llama4_text"), text()
+    expected = model(x).logits
+    model.set_attn_implementation("dyn_nsa")
+    model.config.dyn_nsa = SMALL
+    assert_close_rms(model(x).logits, expected, 1e-5)
+    sinks = tiny_family_lm("mimo_v2_flash")
+    sinks.set_attn_implementation("dyn_nsa")
+    with pytest.raises(InputError, match="must not be given s_aux, which SDPA, that runs local layers, lacks; MiMoV2Flash"):
+        sinks(x)
+
+
+def test_two_calls_a_layer_keep_their_own_blocks():
+    """DiffLlama attends twice with one key and two values: what one call compressed must not serve the other when decoding."""
+    model, x = convert_attention(tiny_family_lm("diffllama"), **SMALL), text()[:, :60]
+    for core in cores(model):
+        core.gate_bias[:, 0] = 1.0  # the compressed branch
+    expected = model(x, use_cache=False).logits
+    cache, parts = None, []
+    for begin, end in ((0, 40), (40, 41), (41, 60)):
+        got = model(x[:, begin:end], past_key_values=cache, use_cache=True)
+        cache = got.past_key_values
+        parts.append(got.logits)
+    assert_close_rms(torch.cat(parts, 1), expected, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", causal_families())
+def test_every_family_works_or_is_refused(family, tmp_path):
+    try:
+        model = tiny_family_lm(family)
+        model(text())
+    except Exception as error:
+        pytest.skip(f"it does not run by itself, shrunk so: {type(error).__name__}: {error}")
+    check(model, tmp_path)
