@@ -69,6 +69,33 @@ def test_autocast_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_under_autocast_a_wider_key_comes_as_torchs_attention_takes_it():
+    """A rotation or a norm leaves queries or keys in float32 beside bfloat16 values."""
+    tensors = dyn_nsa_case(100, dtype=torch.float32)
+    q, k, v, kc, vc = (tensors[name] for name in INPUTS[:5])
+    half = {name: x.bfloat16() for name, x in zip(("q", "k", "v", "kc", "vc"), (q, k, v, kc, vc), strict=True)}
+    lists = torch.zeros(1, 100, 2, 1, dtype=torch.int32), torch.ones(1, 100, 2, dtype=torch.int32)
+    lse = torch.zeros(q.shape[:3])
+    rest = {name: tensors[name] for name in INPUTS[5:]}
+    calls: dict[str, Callable[..., Any]] = {
+        "dyn_nsa": lambda q, k, v, kc, vc: ops.dyn_nsa(q, k, v, kc, vc, **rest, compress_size=32).out,
+        "compressed": lambda q, k, v, kc, vc: ops.compressed_attention(q, kc, vc, num_keys=100, compress_size=32),
+        "selected": lambda q, k, v, kc, vc: ops.block_sparse_attention(q, k, v, *lists),
+        "window": lambda q, k, v, kc, vc: ops.sliding_window_attention(q, k, v, 20),
+        "selection": lambda q, k, v, kc, vc: ops.select_blocks(q, kc, lse, lse[..., :2] - 9, num_keys=100, compress_size=32).soft_counts,
+        "statistics": lambda q, k, v, kc, vc: ops.attention_stats(q, k).entropy,
+    }
+    for name, call in calls.items():
+        mixed = {"q": half["q"], "k": k, "v": half["v"], "kc": kc, "vc": half["vc"]}
+        with pytest.raises(TypeError, match=r"must be torch\.bfloat16, got torch\.float32"):
+            call(**mixed)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = call(**mixed)
+        expected = call(**half)
+        for one, other in zip(*((x,) if isinstance(x, Tensor) else x for x in (got, expected)), strict=True):
+            assert torch.equal(one, other), name
+
+
 def test_triton_refuses_float64():
     with pytest.raises(ValueError, match=r"impl='triton' must have float16, bfloat16 or float32 tensors, got torch\.float64"):
         ops.dyn_nsa(**dyn_nsa_case(96, compress_size=32), compress_size=32, impl="triton")

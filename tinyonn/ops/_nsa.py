@@ -17,6 +17,7 @@ from ._dispatch import check_float, check_same_device, choose_impl
 COMPRESS_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 256
 MAX_TRITON_FLOAT32_DIM = 128  # rows of queries, keys and gradients of more do not fit shared memory
+AUTOCAST_FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what autocast changes; it leaves float64
 MIN_TEMPERATURE = torch.finfo(torch.float32).tiny  # what is smaller loses digits in float32, or is 0 there
 
 
@@ -48,6 +49,22 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
             raise RuntimeError(
                 f"{op} must be differentiated by reverse mode, got a forward-mode tangent: use backward or vjp, or impl='reference'."
             )
+
+
+def in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, tensors that differ in precision in that of autocast, as torch's own attention takes them; others as they came.
+
+    A projection under autocast gives bfloat16, a rotation or a norm behind it float32.
+    """
+    if not all(isinstance(tensor, Tensor) and tensor.dtype in AUTOCAST_FLOATS for tensor in tensors):
+        return tensors
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    if all(tensor.dtype == tensors[0].dtype for tensor in tensors):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def check_query(query: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from .._debug import debug_enabled
 from ._dispatch import check_float, check_impl, check_no_nan, check_same_device, choose_impl, register_statistic, statistics_dtype
-from ._nsa import check_keys, check_query, choose_nsa_impl, scale_of
+from ._nsa import check_keys, check_query, choose_nsa_impl, in_one_dtype, scale_of
 from ._torch_attention_stats import Visibility
 from ._torch_attention_stats import attention_stats as torch_attention_stats
 
@@ -68,6 +68,7 @@ def attention_stats(
     Source: entropy of heads as Clark et al. take it, "What does BERT look at?", arXiv:1906.04341.
     """
     check_impl(impl)
+    query, key = in_one_dtype(query, key)
     check_query(query)
     check_keys(query, "key", key, "key", None)
     batch, queries, heads, _ = query.shape

@@ -19,6 +19,7 @@ from ._nsa import (
     check_sizes,
     checked_bounds,
     choose_nsa_impl,
+    in_one_dtype,
     lengths_of,
     refuse_tangents,
     scale_of,
@@ -67,6 +68,7 @@ def block_sparse_attention(
         RuntimeError: impl="triton" cannot run here; a forward-mode tangent, as in `compressed_attention`.
     """
     check_impl(impl)
+    query, key, value = in_one_dtype(query, key, value)
     check_query(query)
     check_keys(query, "key", key, "value", value)
     check_sizes(block_size, 16)

@@ -18,6 +18,7 @@ from ._nsa import (
     check_sizes,
     checked_bounds,
     choose_nsa_impl,
+    in_one_dtype,
     refuse_tangents,
     scale_of,
 )
@@ -65,6 +66,7 @@ def compressed_attention(
     Source: Yuan et al., "Native sparse attention", arXiv:2502.11089.
     """
     check_impl(impl)
+    query, key_compressed, value_compressed = in_one_dtype(query, key_compressed, value_compressed)
     check_query(query)
     check_keys(query, "key_compressed", key_compressed, "value_compressed", value_compressed)
     check_sizes(64, compress_size)

@@ -24,6 +24,7 @@ from ._nsa import (
     check_window,
     checked_bounds,
     choose_nsa_impl,
+    in_one_dtype,
     order_hint,
     refuse_tangents,
     scale_of,
@@ -117,6 +118,7 @@ def dyn_nsa(
     Source: Yuan et al., "Native sparse attention", arXiv:2502.11089, for the three branches.
     """
     check_impl(impl)
+    query, key, value, key_compressed, value_compressed = in_one_dtype(query, key, value, key_compressed, value_compressed)
     check_query(query)
     check_keys(query, "key", key, "value", value)
     check_keys(query, "key_compressed", key_compressed, "value_compressed", value_compressed)

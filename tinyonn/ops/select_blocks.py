@@ -21,6 +21,7 @@ from ._nsa import (
     check_temperature,
     checked_bounds,
     choose_nsa_impl,
+    in_one_dtype,
     refuse_tangents,
     scale_of,
 )
@@ -89,6 +90,7 @@ def select_blocks(
         RuntimeError: impl="triton" cannot run here; a forward-mode tangent, as in `compressed_attention`.
     """
     check_impl(impl)
+    query, key_compressed = in_one_dtype(query, key_compressed)
     check_query(query)
     check_keys(query, "key_compressed", key_compressed, "", None)
     check_sizes(block_size, compress_size)

@@ -17,6 +17,7 @@ from ._nsa import (
     check_window,
     checked_bounds,
     choose_nsa_impl,
+    in_one_dtype,
     refuse_tangents,
     scale_of,
 )
@@ -53,6 +54,7 @@ def sliding_window_attention(
         RuntimeError: impl="triton" cannot run here; a forward-mode tangent, as in `compressed_attention`.
     """
     check_impl(impl)
+    query, key, value = in_one_dtype(query, key, value)
     check_query(query)
     check_keys(query, "key", key, "value", value)
     check_window(window)
