@@ -25,7 +25,9 @@ def cores(model: nn.Module) -> Iterator[DynNSACore]:
 def core_of(module: nn.Module) -> DynNSACore | None:
     """The part of one attention module that is in use; of several that a wrapper holds, PEFT's `modules_to_save` say, the active one."""
     part: Any = module._modules.get(PART)
-    return None if part is None else active(part)
+    part = None if part is None else active(part)
+    # Another wrapper passes on what it lacks, a method of the part that runs too.
+    return part if part is None or isinstance(part, DynNSACore) else part.tau_of.__self__
 
 
 def statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dict[str, float]]:
