@@ -20,7 +20,7 @@ from tinyonn.heads.score_config import ScoreConfig
 from tinyonn.heads.training import train
 from tinyonn.testing import save_tiny_model, tiny_causal_lm, tiny_encoder
 
-WIDE = {"num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 48}
+WIDE = {"num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 48}
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert", "deberta-v2")
 
 
