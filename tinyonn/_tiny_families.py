@@ -84,7 +84,7 @@ def tiny_config(config_class: type[PretrainedConfig], **overrides: Any) -> Pretr
             given[name] = 4  # MLA has a key for each query
         elif name == "is_decoder":
             given[name] = True
-        elif name in _SIZES and (name == "head_dim" or (isinstance(value, int) and not isinstance(value, bool))):
+        elif name in _SIZES and (name in ("head_dim", "num_experts_per_tok") or (isinstance(value, int) and not isinstance(value, bool))):
             given[name] = _SIZES[name]
         elif name in _TOKENS:
             given[name] = None if value is None or isinstance(value, list) else 1
