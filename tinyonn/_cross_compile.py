@@ -1,8 +1,8 @@
 """Compiles Triton kernels for GPUs that are not there, and reads what they would use. For tests; `tinyonn.testing` exports it.
 
-Run as `python -m tinyonn._cross_compile MODULE ARCH [EVERY]`, it compiles everything that `MODULE.offered(ARCH)` launches, or every
-EVERYth launch and the first of each kernel, and prints one JSON list. It needs a process of its own: under TRITON_INTERPRET=1 there is
-nothing to compile.
+Run as `python -m tinyonn._cross_compile MODULE ARCH[,ARCH...] [EVERY]`, it compiles everything that `MODULE.offered(ARCH)` launches,
+or every EVERYth launch and the first of each kernel, and prints one JSON list. It needs a process of its own: under TRITON_INTERPRET=1
+there is nothing to compile.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -143,33 +143,36 @@ def _kernels_of(launch: Callable[[], object]) -> set[str]:
     return names
 
 
-def usages_of(module: str, arch: int, cache: Path, every: int = 1) -> list[Usage]:
-    """Compiles what `module.offered(arch)` launches, in a fresh process without the interpreter.
+def usages_of(module: str, arch: int | Sequence[int], cache: Path, every: int = 1) -> list[Usage]:
+    """Compiles what `module.offered(arch)` launches, in a fresh process without the interpreter; starting it takes seconds.
 
     Args:
         module: name of a module of kernels.
-        arch: 80, 90 or 100.
+        arch: 80, 90 or 100, or several of them.
         cache: folder of Triton's cache.
         every: of the launches, this many apart are compiled, and the first of each kernel; 1 for all.
     """
+    archs = ",".join(map(str, [arch] if isinstance(arch, int) else arch))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(
-        [sys.executable, "-m", "tinyonn._cross_compile", module, str(arch), str(every)],
+        [sys.executable, "-m", "tinyonn._cross_compile", module, archs, str(every)],
         capture_output=True,
         text=True,
         env=environment,
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"{module} must compile for sm_{arch}, got:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{module} must compile for sm_{archs}, got:\n{done.stderr[-4000:]}")
     return [Usage(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
 
 
-def _main(module: str, arch: int, every: int = 1) -> None:
-    offered = sampled(importlib.import_module(module).offered(arch), every)
-    usages = [usage for label, launch in offered.items() for usage in compile_launches(launch, arch, label)]
+def _main(module: str, archs: str, every: str = "1") -> None:
+    usages: list[Usage] = []
+    for arch in map(int, archs.split(",")):
+        offered = sampled(importlib.import_module(module).offered(arch), int(every))
+        usages += [usage for label, launch in offered.items() for usage in compile_launches(launch, arch, label)]
     print(json.dumps([asdict(usage) for usage in usages]))
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], *map(int, sys.argv[2:]))
+    _main(*sys.argv[1:])
