@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tinyonn.errors import InputError
 from tinyonn.heads.training import load_classifier
@@ -141,6 +141,25 @@ def test_the_tokenizer_is_found_and_a_report_shows_words(
     assert cli("report", tmp_path / "o.mscan", "-o", tmp_path / "o.html", "--no-figures").code == 0
     page = (tmp_path / "o.html").read_text()
     assert '"pieces":["C","a","t"' in page.replace(" ", "")
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "q_proj"]], ids="+".join)
+def test_an_adapter_of_one_use_of_a_tied_weight_leaves_the_other_as_it_was(
+    cli: Cli, llama: tuple[Path, Path], corpus: Path, tmp_path: Path, targets: list[str]
+) -> None:
+    base = shutil.copytree(llama[0], tmp_path / "tied")
+    config = AutoConfig.from_pretrained(base)
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    adapter = save_adapter(base, tmp_path / "adapter", targets)
+    ran = cli("scan", "-m", adapter, "-d", corpus, "-o", tmp_path / "o.mscan", "--limit", 3)
+    assert ran.code == 0, ran.err
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).eval()
+    with MscanReader(tmp_path / "o.mscan") as reader, torch.no_grad():
+        for sequence in reader.sequences:
+            tokens = torch.tensor(sequence.token_ids)
+            expected = torch.nn.functional.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="none")
+            np.testing.assert_allclose(sequence.loss[:-1], expected.numpy(), rtol=1e-4)
 
 
 def test_another_scale_is_another_scan(cli: Cli, llama: tuple[Path, Path], corpus: Path, tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             warnings.simplefilter("ignore")  # of missing weights, which are refused below; of Conv1D; of what transformers will drop
             adapted = PeftModel.from_pretrained(base, str(folder))
             wanted, found = set(get_peft_model_state_dict(adapted)), _stored_names(folder)
+            tied = _is_tied(base)
+            _unshare(adapted)
             merged = cast(Any, adapted).merge_and_unload(safe_merge=True)
     except Exception as error:  # PEFT raises a dozen types, by version and kind of adapter
         wanted_kind = "model_path must be an adapter that can be merged into its base model"
@@ -86,7 +88,39 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         raise InputError(f"model_path must hold all weights of the adapter, got {folder.name} without {listed(missing, 2, width=80)}.")
     if others := sorted(name for name in found - wanted if "embed" not in name and "lm_head" not in name):
         raise InputError(f"model_path must be an adapter of its base model, got {folder.name} with {listed(others, 2, width=80)}.")
+    if tied and not _is_tied(merged):
+        _tie_if_equal(merged)
     return cast(PreTrainedModel, merged.requires_grad_(True))
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _unshare(adapted: nn.Module) -> None:
+    """Gives each adapted layer a weight of its own: PEFT adds a product in place, which would change a tied weight's other use too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    uses: dict[int, int] = {}
+    for module in adapted.modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            uses[id(weight)] = uses.get(id(weight), 0) + 1
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer):
+            layer = module.get_base_layer()
+            weight = layer._parameters.get("weight")
+            if weight is not None and uses.get(id(weight), 0) > 1:
+                layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+
+def _tie_if_equal(merged: PreTrainedModel) -> None:
+    """Ties output head and input embeddings again where the adapter left them equal, else has the configuration say that they differ."""
+    head, embeddings = cast(Any, merged.get_output_embeddings()), cast(Any, merged.get_input_embeddings())
+    if head.weight.shape == embeddings.weight.shape and bool((head.weight == embeddings.weight).all()):
+        head.weight = embeddings.weight
+    else:
+        merged.config.tie_word_embeddings = False
 
 
 def take_over(model: nn.Module, donor: nn.Module) -> None:
