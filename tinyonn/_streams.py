@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import sys
 import zlib
@@ -15,7 +16,6 @@ from .errors import InputError, reason
 STDIN = "-"
 _HEAD = 4096
 _PIECE = 1 << 17
-_ZSTD = b"\x28\xb5\x2f\xfd"
 # Suffixes that a compressed file adds to its own; the first bytes alone say how it is compressed.
 SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 
@@ -84,7 +84,7 @@ def open_content(path: str | os.PathLike[str], name: str = "data_path") -> Conte
         raise InputError(f"{name} must hold records, got nothing on {place(path)}.")
     if head.startswith(b"PK\x03\x04"):
         raise InputError(f"{name} must be no zip archive, got {place(path)}: unpack it first.")
-    opener = next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), None)
+    opener = next((opener for magic, opener in _OPENERS.items() if re.match(magic, head)), None)
     if opener is None:
         if is_stdin(path):
             return Content(_joined(head, file), head, False)
@@ -227,4 +227,10 @@ def _zstd(file: BinaryIO) -> Any:
     return _ZstdFile(file, zstandard)
 
 
-_OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {b"\x1f\x8b": _gzip, b"BZh": _bzip2, b"\xfd7zXZ": _xz, _ZSTD: _zstd}
+# A bzip2 stream goes on with its first block, or its end: "BZh" alone may begin a text. zstd files may begin with a frame to skip.
+_OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {
+    rb"\x1f\x8b": _gzip,
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": _bzip2,
+    rb"\xfd7zXZ": _xz,
+    rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": _zstd,
+}

@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -128,6 +129,24 @@ def test_what_compression_cannot_help_is_named(cli: Cli, model: Path, tmp_path: 
     monkeypatch.setitem(sys.modules, "zstandard", None)
     ran = cli("scan", "-m", model, "-d", tmp_path / "a.zst", "-o", tmp_path / "o.mscan")
     one_line(ran, "zstandard: pip install 'tinyonn[zstd]'", command="tinyonn scan")
+
+
+def test_zstd_files_may_begin_with_a_frame_to_skip(cli: Cli, model: Path, plain: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    """As those of pzstd, which writes the size of each frame in front of it."""
+    path = tmp_path / "code.jsonl.zst"
+    packed = zstandard.ZstdCompressor().compress(LINES)
+    path.write_bytes(struct.pack("<III", 0x184D2A50, 4, len(packed)) + packed)
+    ran = cli("scan", "-m", model, "-d", path, "-o", tmp_path / "o.mscan")
+    assert ran.code == 0, ran.err
+    assert scanned(tmp_path / "o.mscan") == plain
+
+
+def test_a_text_that_begins_like_an_archive_is_a_text(cli: Cli, tmp_path: Path) -> None:
+    text = "BZh is how the files of bzip2 begin, and so do the notes on their format. " * 3
+    (tmp_path / "notes.txt").write_text(text)
+    ran = cli("corpus", tmp_path / "notes.txt", "-t", "any", "--everything", "-o", tmp_path / "c.jsonl")
+    assert ran.code == 0, ran.err
+    assert cut_from(tmp_path / "c.jsonl")[0]["text"].strip() == text.strip()
 
 
 @pytest.mark.parametrize("packer", [None, ".gz", ".zst"], ids=["plain", "gz", "zst"])
