@@ -140,6 +140,30 @@ def test_malformed_calls_are_named(cli: Cli, model: Path, tmp_path: Path, turn: 
     one_line(ran, message, "d.jsonl, line 1", command="tinyonn scan")
 
 
+HALF = "\ud83d"  # of a surrogate pair, which JSON can spell and no tokenizer takes
+
+
+@pytest.mark.parametrize(
+    ("record", "where"),
+    [
+        ({"messages": [{"role": HALF, "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "tool", "content": "x", "name": HALF}]}, "messages[0]"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": HALF}]}, "messages[0]"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": HALF, "function": {"name": "f"}}]}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": {"name": HALF}}]}, "tools"),
+    ],
+    ids=["role", "name", "tool_call_id", "call's id", "tools"],
+)
+@pytest.mark.parametrize("command", ["scan", "corpus"])
+def test_half_a_surrogate_pair_is_named_wherever_it_stands(
+    cli: Cli, model: Path, tmp_path: Path, record: dict[str, Any], where: str, command: str
+) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps(record) + "\n")
+    given = ["-m", model, "-d", tmp_path / "d.jsonl"] if command == "scan" else [tmp_path / "d.jsonl", "-t", "any", "--everything"]
+    ran = cli(command, *given, "-o", tmp_path / ("o.mscan" if command == "scan" else "o.jsonl"))
+    one_line(ran, f"{where} must be valid Unicode, got a lone surrogate in", "d.jsonl, line 1", command=f"tinyonn {command}")
+
+
 def test_a_tokenizer_of_another_model_names_folder_and_record(cli: Cli, model: Path, tmp_path: Path) -> None:
     mixed = Path(shutil.copytree(model, tmp_path / "mixed"))
     small = save_tiny_model(tmp_path / "small", vocab_size=80)

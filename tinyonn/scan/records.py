@@ -159,6 +159,7 @@ def _turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(calls, list):
             raise BadRecordError(f"{where}.tool_calls must be a list, got {short(calls)}")
         found["tool_calls"] = [_call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls)]
+    _sound_json(found, where)  # a template may write any of it: role, name, ids, arguments
     return found
 
 
@@ -170,7 +171,6 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         raise BadRecordError(f"{where} must be a call with the name of a function, got {short(call)}")
     arguments = _parsed(function.get("arguments", {}))
     identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    _sound(json.dumps([function["name"], arguments], ensure_ascii=False), where)
     return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
@@ -180,6 +180,7 @@ def _tools(record: Mapping[str, Any]) -> list[Any] | None:
         return None
     if not isinstance(tools, list):
         raise BadRecordError(f"tools must be a list of functions' schemas, got {short(tools)}")
+    _sound_json(tools, "tools")
     return tools
 
 
@@ -218,3 +219,12 @@ def _sound(value: str, field: str) -> str:
     except UnicodeEncodeError as error:
         raise BadRecordError(f"{field} must be valid Unicode, got a lone surrogate at character {error.start}") from None
     return value
+
+
+def _sound_json(value: Any, field: str) -> None:
+    """Raises BadRecordError where any string within holds half of a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = error.object[max(0, error.start - 20) : error.start + 10]
+        raise BadRecordError(f"{field} must be valid Unicode, got a lone surrogate in {short(found)}") from None
