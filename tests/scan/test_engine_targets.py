@@ -126,6 +126,8 @@ def test_expert_weights_outside_the_interface_are_left_out_and_refused_by_name()
         (r"re:[q,k]_proj,lm_head", {"q_proj", "k_proj", "lm_head"}),
         (r"re:layers\.\d{1,2}\..*o_proj,!re:layers\.[1,2]\.", {"o_proj"}),
         (r"re:o_proj|no\,thing", {"o_proj"}),
+        (r"re:o_proj|[],]|[^],x]{99}", {"o_proj"}),  # a bracket that begins a set is one of its members
+        (r"[!],x]_proj,[o]_proj", {"q_proj", "k_proj", "v_proj", "o_proj"}),
     ],
 )
 def test_patterns_leave_out_and_hold_commas(targets, endings):

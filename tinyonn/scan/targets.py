@@ -181,7 +181,7 @@ def _select(found: list[Target], targets: str) -> list[Target]:
         hits = [index for index, target in enumerate(found) if _matches(wanted, target)]
         if not hits and wanted != "all":
             there = ", ".join(dict.fromkeys(_label(target).rsplit(".", 1)[-1] for target in found))
-            raise InputError(f"targets must match a module, got {pattern!r}; there are {there}, and the words {', '.join(WORDS)}.")
+            raise InputError(f"targets must match a module, got {shown(pattern)}; there are {there}, and the words {', '.join(WORDS)}.")
         if pattern.startswith("!"):
             excluded.update(hits)
         else:
@@ -205,6 +205,8 @@ def split_patterns(targets: str) -> list[str]:
             in_class = character != "]"
         elif character == "[":
             in_class = True
+            index += targets[index + 1 : index + 2] in ("^", "!")  # what negates a set
+            index += targets[index + 1 : index + 2] == "]"  # stands for itself where it is a set's first character
         elif character in "({":
             depth += 1
         elif character in ")}":
