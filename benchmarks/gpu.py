@@ -11,7 +11,8 @@ Wheels in `.wheels/` (`make gpu-wheels` fetches them) are installed into a folde
 
 Each question leaves a JSON in benchmarks/results/GPU/questions/ when it is answered; all.json and table.txt beside that folder hold all of
 them at any time. Where $OUT is set, copies of these two go there. A question that fails, hangs or crashes is recorded, and the next one
-runs. Exit code 1 where any did or gave a wrong answer, 2 for wrong arguments. Only these figures may stand in the README's GPU table.
+runs. Ctrl-C ends the run with what was answered until then. Exit code 1 where any question failed or gave a wrong answer, 2 for wrong
+arguments, 130 after Ctrl-C. Only these figures may stand in the README's GPU table.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wheels", type=Path, default=ROOT / ".wheels", help="folder of wheels that were carried along")
     found = parser.parse_args(argv)
     cpus = len(os.sched_getaffinity(0))
-    found.threads, found.jobs = cpus, found.jobs or max(1, min(8, cpus // 2))
+    found.threads, found.jobs = cpus, max(1, min(8, cpus // 2)) if found.jobs is None else found.jobs
     if not found.minutes > 0:
         parser.error(f"argument --minutes: must be greater than 0, got {found.minutes:g}.")
     if found.jobs < 1:
@@ -122,6 +123,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return found
 
 
+def unwritable(folder: Path) -> str:
+    """Why no file can be made in a folder, which is made where it is missing; empty where one can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or type(error).__name__
+
+
 def main(argv: Sequence[str] | None = None, questions: list[Question] = QUESTIONS) -> int:
     given = arguments(argv)
     chosen = matching(questions, given.only)
@@ -131,6 +142,12 @@ def main(argv: Sequence[str] | None = None, questions: list[Question] = QUESTION
     if given.dry_run:
         print(listing(chosen, given.jobs))
         return 0
+    copies = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
+    for name, folder in (("--output", given.output), ("$OUT", copies)):
+        if folder is not None and (why := unwritable(folder)):
+            print(f"gpu.py: {name} must be a folder that files can be written to, got {folder}: {why}.", file=sys.stderr)
+            return 2
+    interrupted = False
     with contextlib.ExitStack() as at_the_end:
         temporary = at_the_end.enter_context(tempfile.TemporaryDirectory(prefix="gpu-"))
         site = Path(temporary) / "site"
@@ -148,16 +165,25 @@ def main(argv: Sequence[str] | None = None, questions: list[Question] = QUESTION
         name = first.facts.get("gpu") or "cpu, tiny sizes"
         print(f"{name}, torch {versions['torch']}, triton {versions['triton']}, Python {first.facts['python']}")
         print("\n".join(describe(versions)), flush=True)
-        copies = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
         results = Results(given.output.resolve() / slug(name), shared, copies)
         if given.resume:
             chosen = [question for question in chosen if not results.answered(question.name)]
-        run.go(chosen, results, first)
+        try:
+            run.go(chosen, results, first)
+        except KeyboardInterrupt:
+            interrupted = True
     names = [question.name for question in chosen]
     print(f"\n{results.table(names)}results: {results.folder}")
+    if interrupted:
+        print("gpu.py: interrupted; --resume goes on with what is not answered yet.", file=sys.stderr)
+        return 130
     return int(any(results.records[name]["status"] in FAILURES for name in names))
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended too
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:  # before the first question
+        print("gpu.py: interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ class Worker:
             )  # fmt: skip
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
-        self.facts = self._facts()
 
-    def _facts(self) -> dict[str, Any]:
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What it found of the machine, once it has started; `error` where it did not."""
         try:
             line = self._lines.get(timeout=START_SECONDS)
         except queue.Empty:
@@ -166,6 +168,7 @@ class Run:
         self.end = self.start + 60 * minutes
         self.oracles_end = self.start + 60 * minutes * ORACLE_SHARE
         self._workers: list[Worker] = []
+        self._stopped = False
 
     def worker(self) -> Worker:
         found = Worker(self.device, self.environment, self.logs / f"worker-{time.monotonic_ns()}.log")
@@ -173,12 +176,13 @@ class Run:
         return found
 
     def close(self) -> None:
-        """Ends every process that was started."""
+        """Ends every process that was started; questions that are being answered leave no record."""
+        self._stopped = True
         for worker in self._workers:
             worker.close()
 
     def go(self, questions: list[Question], results: Results, first: Worker) -> None:
-        """Answers all."""
+        """Answers all. Ctrl-C ends the questions at hand; what was answered before is on disk."""
         late: list[Question] = []
         waiting: queue.SimpleQueue[Question] = queue.SimpleQueue()
         for question in questions:
@@ -186,7 +190,7 @@ class Run:
                 waiting.put(question)
 
         def serve(worker: Worker | None) -> Worker | None:
-            while True:
+            while not self._stopped:
                 try:
                     question = waiting.get_nowait()
                 except queue.Empty:
@@ -195,10 +199,15 @@ class Run:
                     late.append(question)
                 else:
                     worker = self.put(question, results, worker, max(1, self.threads // self.jobs))
+            return worker
 
         with ThreadPoolExecutor(self.jobs) as pool:
             serving = [pool.submit(serve, worker) for worker in (first, *[None] * (self.jobs - 1))]
-            worker, *others = [future.result() for future in serving]
+            try:
+                worker, *others = [future.result() for future in serving]
+            except BaseException:  # the pool waits for its threads, which wait for their workers
+                self.close()
+                raise
         for other in others:
             if other:
                 other.close()
@@ -226,6 +235,8 @@ class Run:
             request = {"target": question.target, "arguments": question.arguments, "timing": timing, "threads": threads}
             limit = question.limit or max(60.0, 3 * question.seconds)
             record = worker.ask(request, min(limit, max(1.0, self.end - time.monotonic())))
+        if self._stopped:
+            return worker
         self._tell(results, results.add(question, record))
         if record["status"] in ("timeout", "crashed") or record.get("device_is_lost"):
             worker.close()

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -176,6 +177,48 @@ def test_wrong_arguments_are_named(gpu, arguments, says, capsys):
         code = stop.code
     assert code == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["--output", "$OUT"])
+def test_a_folder_that_cannot_be_written_is_named_before_anything_starts(gpu, tmp_path, monkeypatch, capsys, place):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(gpu, "Run", None)
+    output = tmp_path / "results"
+    if place == "--output":
+        output = tmp_path / "file"
+    else:
+        monkeypatch.setenv("OUT", str(tmp_path / "file"))
+    assert gpu.main(["--device", "cpu", "--output", str(output)]) == 2
+    found = capsys.readouterr().err
+    assert found.startswith(f"gpu.py: {place} must be a folder that files can be written to, got {tmp_path / 'file'}: ")
+    assert found.count("\n") == 1
+
+
+def test_control_c_ends_the_questions_at_hand_and_keeps_what_was_answered(tmp_path):
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time\n\ndef answers():\n    pass\n\ndef hangs():\n    time.sleep(600)\n")
+    script = f"""
+import sys
+sys.argv = ["gpu.py"]
+sys.path.insert(0, {str(FOLDER)!r})
+import gpu
+questions = [gpu.Question(name, "oracle", 1, {str(slow)!r} + ":" + name, {{}}, {{}}, limit=500) for name in ("answers", "hangs")]
+raise SystemExit(gpu.main(["--device", "cpu", "--jobs", "1", "--output", {str(tmp_path)!r}, "--minutes", "60"], questions))
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        while (line := process.stdout.readline()) and "answers" not in line:
+            pass
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "gpu.py: interrupted; --resume goes on with what is not answered yet."
+    assert "Traceback" not in err
+    assert "1 ok\n" in out
+    assert [path.name for path in (tmp_path / "cpu-tiny-sizes" / "questions").iterdir()] == ["answers.json"]
 
 
 def test_questions_come_in_stages_and_have_names_of_their_own(gpu):
