@@ -17,7 +17,7 @@ FIG_UPDATE, FIG_GRADIENT, FIG_STATS = "fig_I_vs_U.png", "fig_I_vs_G.png", "fig_s
 MAP_FILES = {column: f"map_{column}.png" for column in ("I_pre", "I_post", "Urel")}
 PAGE = "index.html"
 
-# Options of training that those of earlier versions lack -> what they did.
+# Options that earlier versions of the head laboratory lack -> the value that does what they did.
 ADDED_OPTIONS = {"skip_unlabelled": False}
 
 # Normalisation of scores_norm.csv -> how its columns end.

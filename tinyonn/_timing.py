@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity
 
+from .errors import reason
 from .ops import _huge_pages
 
 SAMPLE_SECONDS = 0.01  # a sample repeats a fast call until it lasts this long
@@ -90,6 +91,8 @@ def measure(
     """Runs every candidate once, checks the results, then times all in turn.
 
     Args:
+        group: title of the question.
+        candidates: name -> a call without arguments; ours first.
         check: receives {name: result of one call} before anything is timed and raises where they disagree. What it returns, errors
             by name, stands in `info["error"]`.
         before: runs, untimed, ahead of every sample; each sample is then a single call.
@@ -97,6 +100,10 @@ def measure(
         info: facts that belong to the figures: realised counts, bytes, the goal.
         optional: peers that may fail here: the reason then stands in `info["left out"]`, and the others are measured.
         timed: whether to time at all; if not, the samples are the first calls.
+        budget: seconds of all samples together.
+
+    Raises:
+        AssertionError: of `check`. What a candidate raises that is not optional.
     """
     notes = dict(info or {})
     first_seconds: dict[str, float] = {}
@@ -125,7 +132,7 @@ def measure(
 
 def last_line(error: BaseException) -> str:
     """As the last line of a traceback: the type and the message, on one line."""
-    text = " ".join(str(error).split())[:300]
+    text = reason(error, 300)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -189,11 +196,11 @@ def peak_megabytes(call: Callable[[], Any], device: str) -> float:
         torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile,
     ):
         call()
-    now = most = 0
+    taken = most = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
+            taken += event.nbytes()
+            most = max(most, taken)
     return most / 1e6
 
 

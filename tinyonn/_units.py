@@ -19,5 +19,5 @@ def not_finite_cause(dtype: object) -> str:
         dtype: precision of the scan as its metadata has it, "float16"; None where it is not known.
     """
     if dtype == "float16":
-        return "float16 ends at 65,504: scan with --dtype bf16 or fp32, or mend NaN in the weights."
+        return "float16 ends at 65,504: scan with --dtype bf16 or fp32, or repair weights that hold NaN."
     return f"The weights hold NaN or infinity, or values too large for {dtype if isinstance(dtype, str) else 'the precision'}."

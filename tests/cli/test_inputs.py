@@ -162,7 +162,7 @@ def test_standard_input_is_scanned_as_the_file(
     with MscanReader(out) as reader:
         assert (reader.metadata["topic"], reader.metadata["corpus"]) == ("stdin", "standard input")
         first = reader.metadata["corpus_sha256"]
-    refused = "must not exist where dataset_path is standard input, which cannot be gone on with"
+    refused = "must not exist when dataset_path is standard input, which cannot be resumed"
     one_line(piped(raw, *given), refused, "--overwrite", command="tinyonn scan")
     assert piped(LINES.replace(b"number_3", b"number_7"), *given, "--overwrite").code == 0
     with MscanReader(out) as reader:

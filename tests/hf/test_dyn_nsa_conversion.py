@@ -170,7 +170,7 @@ def test_layers_with_a_sliding_window_stay():
     ("arch", "overrides", "message"),
     [
         ("mistral", {"sliding_window": 5}, "MistralForCausalLM must have attention layers that see the whole past, got 3 that see a part"),
-        ("bloom", {}, "BloomForCausalLM must have attention layers that ask AttentionInterface"),
+        ("bloom", {}, "BloomForCausalLM must have attention layers that use AttentionInterface"),
         ("gemma2", {"layer_types": ["full_attention"] * 3}, "must not pass softcap to its attention"),
         ("gpt_oss", {}, "must not pass s_aux to its attention"),
         ("llama", {"attention_dropout": 0.1}, "attention dropout must be 0 to convert, got 0.1"),

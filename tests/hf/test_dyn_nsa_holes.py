@@ -123,8 +123,8 @@ def test_turns_padded_one_by_one_are_each_row_alone(static):
 def test_holes_that_appear_later_are_heeded():
     """A token in the cache that a later mask leaves out: nothing compressed from it is kept."""
     model, x = tiny_dyn_nsa_lm(dtype=torch.float64, layers=1), token_ids(100)
-    mask = torch.ones(2, 100, dtype=torch.long)
-    cache = model(x[:, :90], attention_mask=mask[:, :90]).past_key_values
+    mask, cache = torch.ones(2, 100, dtype=torch.long), DynamicCache(config=model.config)
+    model(x[:, :90], attention_mask=mask[:, :90], past_key_values=cache)  # a view: what is written to the mask below is seen in it
     mask[0, 20:30] = 0
     got = model(x[:, 90:], attention_mask=mask, past_key_values=cache, position_ids=torch.arange(90, 100)[None]).logits
     real = mask[0].bool()

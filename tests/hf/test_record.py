@@ -191,7 +191,7 @@ print("with tinyonn | loaded")
     assert lines.pop() == "with tinyonn | loaded", run.stderr
     assert [line.split(" | ")[0] for line in lines] == [*WITHOUT_TINYONN] * 2
     for line in lines:
-        assert line.endswith("parts of this model are of tinyonn: run `import tinyonn.hf` before from_pretrained"), line
+        assert line.endswith("this model has parts from tinyonn: run `import tinyonn.hf` before from_pretrained"), line
 
 
 @pytest.mark.parametrize("lost", ["model.layers.1.self_attn.dyn_nsa.base", "model.layers.0.mlp.router.prototypes"])

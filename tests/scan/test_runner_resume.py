@@ -190,7 +190,7 @@ def test_a_scan_whose_rest_is_too_short_is_complete(tmp_path, tiny_model, write_
 
 def test_overwrite_replaces_and_resume_off_refuses(config, contents, whole):
     run_scan(dataclasses.replace(config, limit=3, credit="local"))
-    with pytest.raises(InputError, match=r"output_path must not exist where resuming is off, got .*out.mscan"):
+    with pytest.raises(InputError, match=r"output_path must not exist when resuming is off, got .*out.mscan"):
         run_scan(dataclasses.replace(config, resume=False))
     result = run_scan(dataclasses.replace(config, overwrite=True))
     assert result.resumed == 0

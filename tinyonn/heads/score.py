@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import __version__
 from .._config import read_yaml
 from .._locks import locked
-from .._study import NORM_COLUMNS
+from .._study import ADDED_OPTIONS, NORM_COLUMNS
 from ..errors import InputError, listed, shown
 from ..hf.loading import (
     display_name,
@@ -318,8 +318,7 @@ def _other_scores(config: ScoreConfig) -> str | None:
     except InputError:
         return "scores of unknown options"
     now = dataclasses.asdict(config)
-    added = {"skip_unlabelled": False}  # options that scores of an earlier version lack -> what they did
-    before = {**added, **before}
+    before = {**ADDED_OPTIONS, **before}
     differing = [name for name in now if name not in WHERE and before.get(name) != now[name]]
     if not differing:
         return None

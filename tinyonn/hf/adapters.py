@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .._folders import ADAPTER_CONFIG, adapter_files, read_adapter_config
 from ..errors import InputError, listed, reason
+from .memory import is_out_of_memory
 
 # The class of transformers that an adapter of a task was trained on.
 _CLASSES = {
@@ -79,6 +80,8 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             _unshare(adapted)
             merged = cast(Any, adapted).merge_and_unload(safe_merge=True)
     except Exception as error:  # PEFT raises a dozen types, by version and kind of adapter
+        if is_out_of_memory(error):
+            raise
         wanted_kind = "model_path must be an adapter that can be merged into its base model"
         text = str(error)
         place = max(text.find("size mismatch"), 0)  # torch names the class and the model before what is wrong

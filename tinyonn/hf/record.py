@@ -33,7 +33,7 @@ from .old_folders import moved
 RECORD = "tinyonn"  # of config.json
 VERSION = 1
 _WEIGHTS = "transformers_weights"
-_REMEDY = "parts of this model are of tinyonn: run `import tinyonn.hf` before from_pretrained"
+_REMEDY = "this model has parts from tinyonn: run `import tinyonn.hf` before from_pretrained"
 
 
 class Conversion(NamedTuple):

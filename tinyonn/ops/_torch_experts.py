@@ -20,7 +20,6 @@ SWISH = 1.702  # of gpt-oss
 GRADIENT_ELEMENTS = 1 << 21  # of a chunk's first projection: a product makes them, then they are copied to where they belong
 SMALL_ELEMENTS = 1 << 13  # of an expert's matrix: one product for all, and a copy of what it gives, beats a call for each
 CHUNK_ELEMENTS = 1 << 19  # gathered at a time: what a step writes, the next one finds in the cache
-CLAMPED = ("clamped_swiglu", "clamped_silu")
 GROUPED_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -168,7 +167,7 @@ def activate_backward(pre: Tensor, grad: Tensor, layout: Layout) -> Tensor:
     grad_pre = torch.empty_like(pre)
     grad_gate, grad_up = _halves(grad_pre, layout)
     grad_up.copy_(grad * _activation(gate, layout))
-    if layout.activation in CLAMPED:
+    if layout.limit:
         grad_up.masked_fill_(up.abs() > layout.limit, 0)
     grad_gate.copy_(_activation_backward(grad * _factor(up, layout), gate, layout))
     return grad_pre

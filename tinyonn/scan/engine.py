@@ -232,7 +232,7 @@ class ScanEngine:
     def _prove(self) -> None:
         experts = {target.name for target in self._targets if target.is_experts}
         if experts and (change := logit_change(self.model, lambda: self._experts(None))):
-            why = f"experts computed one product at a time must leave the logits as they are, and make {change}"
+            why = f"computing its experts one product at a time changes the logits by {change}"
             self._take(self._selection.without(dict.fromkeys(experts, why)))
         with self._experts(None):
             if self.credit == "local":
@@ -254,15 +254,14 @@ class ScanEngine:
         self._without({target.name: NO_GRADIENT for target in self._targets if target.name not in capture.reached})
 
     def _without(self, faults: dict[str, str]) -> None:
-        if faults:
-            self._take(self._selection.without(faults))
-            self._lookup = (
-                None
-                if self._lookup is None
-                else next(
-                    (replace(self._lookup, target=target) for target in self._targets if target.name == self._lookup.target.name), None
-                )
-            )
+        """Leaves out the targets in `faults`; the others' columns move, those of a tied output head too."""
+        if not faults:
+            return
+        self._take(self._selection.without(faults))
+        if self._lookup is not None:
+            name = self._lookup.target.name
+            head = next((target for target in self._targets if target.name == name), None)
+            self._lookup = None if head is None else replace(self._lookup, target=head)
 
     def _tied(self, probe: Tensor) -> TiedLookup | None:
         found = (tied_lookup(self.model, target, probe) for target in self._targets if not target.is_experts)

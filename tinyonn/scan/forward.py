@@ -38,8 +38,8 @@ def check_differentiable(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
             raise InputError(
-                f"model must not have run without gradients before a scan, got {name} that bitsandbytes then repacked for inference: load "
-                "the model again, and generate answers with another copy of it."
+                f"model must not have run without gradients before a scan, got {name}, which bitsandbytes then repacked for inference: "
+                "load the model again, and generate answers with another copy of it."
             )
 
 

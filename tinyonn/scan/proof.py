@@ -16,17 +16,15 @@ from .forward import logits_from_embeddings, vocabulary_size
 from .local_credit import LOCAL_CREDIT
 
 PROBE_TOKENS = 16
-# Largest difference of logits, as a share of the largest logit, that another order of summation explains.
-LOGIT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-# A probe runs with gradients on, as a scan does: a quantised layer may repack its weights in a forward without, for good.
+# Largest difference of an output, as a share of the largest value, that another order of summation explains.
+OUTPUT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def logit_change(model: PreTrainedModel, changed: Callable[[], Any]) -> str:
     """How a frozen model's logits differ inside the context that `changed()` opens, in words; empty where only by rounding.
 
-    The model's experts are those of its own class here: the grouped ones that transformers may choose lack float64.
+    The model's experts are those of its own class here: the grouped ones that transformers may choose lack float64. Gradients are on, as in
+    a scan: in a forward without them, a quantised layer may repack its weights for good.
     """
     probe = probe_tokens(model)
     with experts_implementation(model, "eager"):
@@ -37,7 +35,7 @@ def logit_change(model: PreTrainedModel, changed: Callable[[], Any]) -> str:
     if not finite.any():
         return ""
     scale, difference = stock[finite].abs().max().item(), (ours - stock)[finite].abs().max().item()
-    if difference <= LOGIT_TOLERANCE.get(ours.dtype, 1e-1) * scale:
+    if difference <= OUTPUT_TOLERANCE.get(ours.dtype, 1e-1) * scale:
         return ""
     return f"a difference of {difference:.3g} at a scale of {scale:.3g}"
 
@@ -48,7 +46,7 @@ def prove_causal(model: PreTrainedModel) -> None:
     token = PROBE_TOKENS // 2
     (grad,) = torch.autograd.grad(logits[0, token].logsumexp(-1), embeddings)
     seen = grad[0].abs().sum(-1)
-    if seen[token + 1 :].max() > LOGIT_TOLERANCE.get(logits.dtype, 1e-1) * seen[: token + 1].max():
+    if seen[token + 1 :].max() > OUTPUT_TOLERANCE.get(logits.dtype, 1e-1) * seen[: token + 1].max():
         raise InputError(f"model must be a causal language model, got {type(model).__name__}, whose tokens see later ones.")
 
 
@@ -135,5 +133,5 @@ def probe_tokens(model: PreTrainedModel) -> Tensor:
     """(1, PROBE_TOKENS) ids on the model's device, which it has embeddings and logits for."""
     head = getattr(model.get_output_embeddings(), "out_features", None)
     size = vocabulary_size(model) if head is None else min(vocabulary_size(model), head)
-    tokens = (torch.arange(1, PROBE_TOKENS + 1) * 7919) % size
+    tokens = (torch.arange(1, PROBE_TOKENS + 1, device="cpu") * 7919) % size
     return tokens[None].to(next(model.parameters()).device)

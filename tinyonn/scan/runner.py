@@ -115,9 +115,9 @@ def run_scan(config: ScanConfig, *, progress: Callable[[ScanProgress], None] | N
     check_writable(config.output, None if is_stdin(config.dataset_path) else Path(config.dataset_path))
     if not config.overwrite:
         if is_stdin(config.dataset_path):
-            refuse_existing(config.output, "where dataset_path is standard input, which cannot be gone on with")
+            refuse_existing(config.output, "when dataset_path is standard input, which cannot be resumed")
         elif not config.resume:
-            refuse_existing(config.output, "where resuming is off")
+            refuse_existing(config.output, "when resuming is off")
     prepared = prepare(config, world)
     check_fits(prepared.folder, prepared.dtype, prepared.device)  # before every byte of the weights is read for their hash
     metadata = prepared.metadata()

@@ -13,13 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import InputError, listed
 from ...ops._torch_experts import Layout, activate
-from ...ops.expert_mlp import Activation
+from ...ops.expert_mlp import LIMITS, Activation
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 PLAIN = ("c_fc", "c_proj")
 WANTED = f"MLPs made of {', '.join(GATED)} or of {', '.join(PLAIN)}"
 _MLP_NAMES = ("mlp", "ffn", "feed_forward", "feedforward", "ff")
-_ONLY_EXPERTS = ("clamped_swiglu", "clamped_silu")  # never the activation of a dense MLP
 
 
 class DenseMLP(NamedTuple):
@@ -89,7 +88,7 @@ def _read(name: str, module: nn.Module, layers: tuple[str, ...]) -> DenseMLP:
             kind = type(child)
             raise InputError(
                 f"{name}.{layer} must be a Linear of torch or a Conv1D of transformers, got {kind.__name__} of {kind.__module__}: convert "
-                "MLPs before a model is quantised or given adapters; what is converted can be loaded quantised."
+                "MLPs before quantising the model or adding adapters; a converted model can be loaded quantised."
             )
         weights.append(child.weight.T if isinstance(child, Conv1D) else child.weight)
         biases.append(child.bias)
@@ -115,7 +114,7 @@ def _activation_of(name: str, module: nn.Module, device: torch.device) -> Activa
         raise InputError(f"{name} must have an activation act_fn or act, got neither.")
     x = torch.linspace(-11.3, 12.9, 96, device=device)
     given = own(x).double()
-    known = [activation for activation in get_args(Activation) if activation not in _ONLY_EXPERTS]
+    known = [activation for activation in get_args(Activation) if activation not in LIMITS]  # dense MLPs clamp nothing
     for activation in known:
         if torch.allclose(activate(x.double(), Layout(activation, False, False, False)), given, rtol=1e-4, atol=1e-5):
             return activation

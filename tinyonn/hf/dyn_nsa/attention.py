@@ -84,7 +84,7 @@ def dyn_nsa_attention(
     """
     name, local = type(module).__name__, is_local(module, sliding_window)
     if unknown := unknown_arguments(kwargs):
-        lacking = "which SDPA, that runs local layers, lacks" if local else "which it lacks"
+        lacking = "which SDPA does not take (it runs local layers)" if local else "which it does not take"
         raise InputError(f"attn_implementation='dyn_nsa' must not be given {', '.join(unknown)}, {lacking}; {name} passes it.")
     if local:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal)

@@ -26,7 +26,7 @@ class _Kept:
     """
 
     def __init__(self, marks: Tensor | None) -> None:
-        self.marks = marks  # of rows, as the mask tells them
+        self.marks = None if marks is None else marks.clone()  # of rows, as the mask tells them; the caller may write to the mask
         self.keys: weakref.ref[Tensor] | None = None
         self.version = -1
         self.compressed = CompressedCache()

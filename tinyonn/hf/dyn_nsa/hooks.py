@@ -79,7 +79,7 @@ def _refuse_replicas() -> nn.Module:
 
 
 def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
-    raise InputError("a converted model must not run under continuous batching, whose paged cache DynNSA lacks: use generate.")
+    raise InputError("a converted model must not run under continuous batching, whose paged cache DynNSA does not support: use generate.")
 
 
 # Methods that would run the model past its forward, or without its cache.
@@ -99,8 +99,8 @@ class CheckedGeneration:
         part = next(cores(self.model), None)
         if generation_mode == GenerationMode.ASSISTED_GENERATION and part is not None and part.options.tau_source == "output":
             raise InputError(
-                "tau_source must be 'attention' or 'constant' for assisted generation, got 'output': a guess is checked beside others, "
-                "without the output of the token before it, so the answer would change."
+                "tau_source must be 'attention' or 'constant' for assisted generation, got 'output': guessed tokens are checked in one "
+                "forward, before the output of the token before each is known, so the generated text would change."
             )
         type(self.model)._validate_generation_mode(self.model, generation_mode, *args, **kwargs)  # type: ignore[attr-defined]
 

@@ -209,4 +209,4 @@ def row_marks(mask: Any) -> Tensor | None:
         return None
     if mask.dim() == 2:
         return mask
-    return mask[:, 0, 0, 0].long() if mask.shape[2] == 1 else torch.full((len(mask),), torch.nan)
+    return mask[:, 0, 0, 0].long() if mask.shape[2] == 1 else torch.full((len(mask),), torch.nan, device=mask.device)

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ...errors import InputError
+from ...errors import InputError, reason
 from ...ops._nsa import MAX_HEAD_DIM
 from ..interfaces import attention_implementation, gradients_kept, register_attention
+from ..memory import is_out_of_memory
 from .attention import is_local, unknown_arguments
 from .masks import dyn_nsa_mask
 
@@ -41,7 +42,7 @@ def attention_layers(model: PreTrainedModel) -> dict[str, list[int]]:
     names = {module: name for name, module in model.named_modules()}
     plain = _calls(model, padded=False)
     if not plain:
-        raise InputError(f"{kind} must have attention layers that ask AttentionInterface, got none.")
+        raise InputError(f"{kind} must have attention layers that use AttentionInterface, got none.")
     for call in plain:
         _check(call)
     with _telling_dropout([call.module for call in plain]):
@@ -105,8 +106,8 @@ def _check(call: _Call) -> None:
 def _check_local(call: _Call) -> None:
     if call.unknown:
         raise InputError(
-            f"model must not pass {', '.join(call.unknown)} to its attention, which SDPA, that runs the local layers of a converted model, "
-            f"lacks; {call.name} does."
+            f"model must not pass {', '.join(call.unknown)} to its attention, got {call.name}, which does: SDPA runs the local layers of a "
+            "converted model and does not take it."
         )
     if not is_local(call.module, 1 if call.sliding else None):
         raise InputError(f"attention must see the whole past, or say so in sliding_window or layer_types, got {call.name}, which does not.")
@@ -152,11 +153,12 @@ def _calls(model: PreTrainedModel, *, padded: bool) -> list[_Call]:
     try:
         with torch.no_grad(), gradients_kept(model), attention_implementation(model, _PROBE):
             model(**inputs)
-    except Exception as error:
-        lines = str(error).splitlines() or [""]
+    except Exception as error:  # a model's own code may raise anything
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"{type(model).__name__} must run with an attention function and masks of AttentionInterface, got {type(error).__name__}: "
-            f"{lines[0]}"
+            f"{reason(error)}"
         ) from error
     finally:
         _notes.pop()

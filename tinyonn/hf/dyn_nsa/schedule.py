@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 from torch import nn
@@ -48,7 +49,7 @@ class BudgetSchedule(TrainerCallback):
         if max_blocks is not None and max_blocks < target:
             raise ValueError(f"max_blocks must be at least target, {target}, got {max_blocks}.")
         self.target, self.steps, self.start, self.weight, self.max_blocks = target, steps, start, weight, max_blocks
-        self._checked: set[int] = set()
+        self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def opening(self, step: int, start: float = OPEN) -> float:
         """Added to base at a step; `start` at step 0."""
@@ -78,9 +79,9 @@ class BudgetSchedule(TrainerCallback):
 
     def _check(self, model: nn.Module) -> None:
         """Before the first step: warns of what is not trained or not saved, and lets an adapter save what the schedule changes."""
-        if id(model) in self._checked:
+        if model in self._checked:
             return
-        self._checked.add(id(model))
+        self._checked.add(model)
         found = list(cores(model))
         stay = sum(frozen((core.base, core.slope)) for core in found)
         if stay:
