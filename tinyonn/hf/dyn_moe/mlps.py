@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import InputError, listed
 from ...ops._torch_experts import Layout, activate
-from ...ops.expert_mlp import LIMITS, Activation
+from ...ops.expert_mlp import Activation
+from ...reference.expert_mlp import LIMITS
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 PLAIN = ("c_fc", "c_proj")
