@@ -47,13 +47,13 @@ _FULL = ["full_attention"] * 4
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
-    "olmo_hybrid": {"layer_types": _FULL},
-    "bailing_hybrid": {"layer_types": _FULL},
+    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": _FULL, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "hrm_text": {"initializer_range": 0.05},  # a recurrence that magnifies rounding
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
