@@ -21,6 +21,7 @@ from tinyonn.hf import (
     convert_mlp_to_dynmoe,
     expert_statistics,
     parameter_groups,
+    revert_attention,
     statistics,
 )
 from tinyonn.hf.dyn_nsa import cores
@@ -220,3 +221,21 @@ def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
     names["merged"].save_pretrained("merged")
     assert_close_rms(logits(AutoModelForCausalLM.from_pretrained("merged"), x), expected, 1e-4)
     assert any("key_blocks" in log for log in names["trainer"].state.log_history)
+
+
+@pytest.mark.parametrize("convert", [convert_attention, lambda model: convert_mlp_to_dynmoe(model, num_experts=4)], ids=["nsa", "moe"])
+def test_an_adapter_of_a_model_converted_in_memory_does_not_load_on_the_unconverted_one(convert, tmp_path):
+    tiny_causal_lm("llama", intermediate_size=96).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    convert(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(OSError, match="converted in memory: save_pretrained it, and load it before get_peft_model"):
+        peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+def test_an_adapter_of_a_reverted_model_names_the_folder_it_came_from(tmp_path):
+    tiny_causal_lm("llama", intermediate_size=96).save_pretrained(tmp_path / "dense")
+    model = revert_attention(convert_attention(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "dense")

@@ -254,14 +254,15 @@ def test_folders_of_earlier_versions_load_and_save_in_the_new_way(kind, tmp_path
         ({"version": 2}, r"config.tinyonn must be a dict of version 1, got version 2: update tinyonn"),
         ({"dyn_mamba": {"options": {}, "layers": {}}}, "config.tinyonn must record .*dyn_nsa.*, got 'dyn_mamba': update tinyonn"),
         ({"dyn_nsa": {"layers": {}}}, "config.tinyonn.dyn_nsa must have options and layers, got layers"),
+        (None, "config.tinyonn must be a dict of version 1, got NoneType"),
     ],
-    ids=["version", "kind", "entry"],
+    ids=["version", "kind", "entry", "null"],
 )
 def test_a_record_that_cannot_be_read_is_named(change, message, tmp_path: Path):
     convert_attention(stock(), **SMALL).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
-    config["tinyonn"] |= change
+    config["tinyonn"] = None if change is None else config["tinyonn"] | change
     file.write_text(json.dumps(config))
     with pytest.raises(InputError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)

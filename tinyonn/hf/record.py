@@ -34,6 +34,9 @@ RECORD = "tinyonn"  # of config.json
 VERSION = 1
 _WEIGHTS = "transformers_weights"
 _REMEDY = "this model has parts from tinyonn: run `import tinyonn.hf` before from_pretrained"
+# An adapter names its base model by the model's `name_or_path`. The folder that was converted lacks the parts, and PEFT would put the
+# adapter on it without a warning.
+_UNNAMED = "a model that tinyonn converted in memory: save_pretrained it, and load it before get_peft_model"
 
 
 class Conversion(NamedTuple):
@@ -63,9 +66,9 @@ def recorded(config: Any) -> dict[str, dict[str, Any]]:
     Raises:
         InputError: the record is damaged, or written by a later version.
     """
-    found = vars(config).get(RECORD) if isinstance(config, PretrainedConfig) else None
-    if found is None:
+    if not isinstance(config, PretrainedConfig) or RECORD not in vars(config):
         return {}
+    found = vars(config)[RECORD]
     if not isinstance(found, Mapping) or found.get("version") != VERSION:
         got = f"version {found.get('version')!r}" if isinstance(found, Mapping) else type(found).__name__
         raise InputError(f"config.{RECORD} must be a dict of version {VERSION}, got {got}: update tinyonn, or convert the model again.")
@@ -90,6 +93,7 @@ def record(model: PreTrainedModel, name: str, options: dict[str, Any], layers: d
     """Notes a conversion in the model's configuration, of which the model takes a copy of its own first."""
     own_configuration(model)
     _note(model.config, name, {"options": options, "layers": layers})
+    model.name_or_path = _UNNAMED
 
 
 def _note(config: PretrainedConfig, name: str, conversion: dict[str, Any]) -> None:
@@ -105,6 +109,7 @@ def forget(model: PreTrainedModel, name: str) -> None:
     else:
         vars(model.config).pop(RECORD, None)
         vars(model.config).pop(_WEIGHTS, None)
+        model.name_or_path = model.config.name_or_path
 
 
 def own_layers(model: PreTrainedModel, layers: Mapping[str, Any], what: str) -> dict[str, Any]:
