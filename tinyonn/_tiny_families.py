@@ -57,6 +57,11 @@ _OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "longcat_flash": {"head_dim": 8},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 76, "initializer_range": 0.05},  # both have their kinds of layers listed
+    "zamba2": {"num_hidden_layers": 54, "initializer_range": 0.05},
+    "zaya": {"num_experts_per_tok": 1},
     "nemotron": {"num_key_value_heads": 2},
 }
 

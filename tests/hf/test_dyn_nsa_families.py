@@ -118,6 +118,12 @@ def test_two_calls_a_layer_keep_their_own_blocks():
     assert_close_rms(torch.cat(parts, 1), expected, 1e-5)
 
 
+def test_layers_beside_ones_without_keys_decode(tmp_path):
+    """Zamba2's attention layers do not know their place among the layers of a cache, and others of it hold no keys."""
+    kinds = ["mamba", "mamba", "hybrid"] * 2
+    assert check(tiny_family_lm("zamba2", num_hidden_layers=6, layers_block_type=kinds), tmp_path) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", causal_families())
 def test_every_family_works_or_is_refused(family, tmp_path):

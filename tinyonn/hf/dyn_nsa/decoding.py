@@ -88,7 +88,8 @@ def recall(model: nn.Module, kwargs: dict[str, Any]) -> None:
         if layers is None or index is None:
             _state.kept.pop(core, None)
             continue
-        keys = layers[index].keys if index < len(layers) else None
+        # A layer that several share has the index of one of them, which may be that of a layer without keys.
+        keys = getattr(layers[index], "keys", None) if 0 <= index < len(layers) else None
         kept = _state.kept.get(core)
         if kept is None or not kept.belongs_to(keys, marks):
             _state.kept[core] = kept = _Kept(marks)
@@ -138,7 +139,7 @@ def _marks(model: nn.Module, cache: Any) -> Tensor | None:
     layers = getattr(cache, "layers", None)
     indices = [getattr(module, "layer_idx", None) for module in model.modules() if core_of(module) is not None]
     index = indices[-1] if indices else None
-    if not layers or index is None or index >= len(layers) or layers[index].keys is None:
+    if not layers or index is None or not 0 <= index < len(layers) or getattr(layers[index], "keys", None) is None:
         return None
     keys, values, length = layers[index].keys, layers[index].values, cache.get_seq_length(index)
     last = torch.as_tensor(length, device=keys.device).reshape(1) - 1
