@@ -74,8 +74,10 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing weights, which are refused below; of Conv1D; of what transformers will drop
+            found = _stored_shapes(folder)
+            _make_room(base, found)
             adapted = PeftModel.from_pretrained(base, str(folder))
-            wanted, found = set(get_peft_model_state_dict(adapted)), _stored_names(folder)
+            wanted = set(get_peft_model_state_dict(adapted))
             tied = _is_tied(base)
             _unshare(adapted)
             merged = cast(Any, adapted).merge_and_unload(safe_merge=True)
@@ -87,9 +89,9 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         place = max(text.find("size mismatch"), 0)  # torch names the class and the model before what is wrong
         raise InputError(f"{wanted_kind}, got {folder.name}: {reason(text[place:])}") from error
     # Weights that are missing PEFT leaves at their start.
-    if missing := sorted(wanted - found):
+    if missing := sorted(wanted - set(found)):
         raise InputError(f"model_path must hold all weights of the adapter, got {folder.name} without {listed(missing, 2, width=80)}.")
-    if others := sorted(name for name in found - wanted if "embed" not in name and "lm_head" not in name):
+    if others := sorted(name for name in set(found) - wanted if "embed" not in name and "lm_head" not in name):
         raise InputError(f"model_path must be an adapter of its base model, got {folder.name} with {listed(others, 2, width=80)}.")
     if tied and not _is_tied(merged):
         _tie_if_equal(merged)
@@ -138,7 +140,28 @@ def take_over(model: nn.Module, donor: nn.Module) -> None:
         raise InputError(f"model_path must be an adapter of a {type(model).__name__}, got one of a {type(donor).__name__}.") from error
 
 
-def _stored_names(folder: Path) -> set[str]:
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     from peft.utils import load_peft_weights
 
-    return set(load_peft_weights(str(folder), device="cpu"))
+    return {name: tuple(tensor.shape) for name, tensor in load_peft_weights(str(folder), device="cpu").items()}
+
+
+def _make_room(base: PreTrainedModel, stored: dict[str, tuple[int, ...]]) -> None:
+    """Resizes the vocabulary of the base model to that of an adapter which was trained with more tokens and holds the embeddings whole.
+
+    Raises:
+        InputError: rows of the output head would be left without a trained value.
+    """
+
+    def rows(layer: nn.Module | None) -> int | None:
+        name = next((name for name, module in base.named_modules() if module is layer), None) if layer is not None else None
+        shape = stored.get(f"base_model.model.{name}.weight") or stored.get(f"base_model.model.{name}.base_layer.weight")
+        return shape[0] if shape else None
+
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    size = rows(embeddings)
+    if size is None or size == cast(Any, embeddings).weight.shape[0]:
+        return
+    if head is not None and not _is_tied(base) and rows(head) != size:
+        raise InputError(f"the adapter must hold an output head for its {size} tokens, got embeddings alone")
+    base.resize_token_embeddings(size, mean_resizing=False)
