@@ -226,7 +226,7 @@ REFUSED = {
     "other function": (sharpened, "model.layers.1.mlp must compute what its weights say to be converted, got an error of .* Sharpened"),
     "adapter": (
         adapted,
-        "model.layers.2.mlp.up_proj must be a Linear of torch .*, got Adapter of .*: convert MLPs before a model is quantised",
+        "up_proj must be a Linear of torch .*, got Adapter of .*: convert MLPs before quantising the model or adding adapters",
     ),
     "one bias": (lone_bias, "model.layers.0.mlp must have biases for both of gate_proj and up_proj or for none, got one"),
     "converted": (lambda: convert_mlp_to_dynmoe(stock(), num_experts=8), "got a DynMoE in model.layers.0.mlp: it was converted before"),

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from ..errors import InputError
 from ..nn.surprise_capture import probe_for
 from ..ops import expert_mlp
+from ..ops._expert_checks import LIMITS
 from ..ops._torch_experts import Layout, activate
 from ..ops.expert_mlp import Activation
-from ..reference.expert_mlp import LIMITS
 from .interfaces import configurations, register_experts, uses_experts_interface
 
 NAME = "tinyonn"
