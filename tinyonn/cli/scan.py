@@ -130,7 +130,8 @@ def _result_screen(result: ScanResult) -> str:
     lines: list[tuple[str, object]] = [
         ("scanned", f"{screen.counted(result.sequences, 'sequence')}, {screen.counted(result.tokens, 'token')}{resumed}"),
         ("loss", f"{result.loss:.3f} nats a token"),
-        ("time", f"{screen.duration(result.seconds)}, {screen.number(result.tokens_per_second)} tokens/s"),
+        ("time", f"{screen.duration(result.seconds)}, loading included"),
+        ("speed", f"{screen.number(result.tokens_per_second)} tokens/s, loading left out"),
     ]
     if result.truncated:
         lines.append(("cut", f"{screen.counted(result.truncated, 'text')} at --max-length"))
