@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -266,3 +267,23 @@ def test_a_record_that_cannot_be_read_is_named(change, message, tmp_path: Path):
     file.write_text(json.dumps(config))
     with pytest.raises(InputError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["dyn_nsa", "dyn_moe"])
+@pytest.mark.parametrize("door", ["own configuration", "entry taken out", "layer taken out"])
+def test_weights_of_parts_that_were_not_built_are_an_error(kind: str, door: str, tmp_path: Path) -> None:
+    """A configuration built by hand, or one whose record was cut, would leave what was converted at random."""
+    model = stock()
+    plain = copy.deepcopy(model.config)
+    convert_attention(model, **SMALL) if kind == "dyn_nsa" else convert_mlp_to_dynmoe(model, num_experts=4)
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    if door == "own configuration":
+        config = plain
+    elif door == "entry taken out":
+        config.tinyonn = {"version": 1}
+    else:
+        config.tinyonn[kind]["layers"].popitem()
+    with pytest.raises(InputError, match=r"must be opened with the record of its parts, .*AutoConfig.from_pretrained"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+    assert_close_rms(AutoModelForCausalLM.from_pretrained(tmp_path)(token_ids()).logits, model(token_ids()).logits, 1e-6)

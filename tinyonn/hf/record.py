@@ -4,12 +4,15 @@ A converted model's config.json has
 
     "tinyonn": {"version": 1, "dyn_nsa": {"options": {...}, "layers": {...}}, "dyn_moe": {"options": {...}, "layers": {...}}}
 
-with one entry per conversion. Importing `tinyonn.hf` adds three steps to transformers' `PreTrainedModel`. They act only on configurations
-with such a record, and on every model class alike:
+with one entry per conversion. Importing `tinyonn.hf` adds steps to transformers' `PreTrainedModel`, for every model class alike. Three of
+them act only on configurations with such a record:
 
     __init__              the attention implementation is chosen, unless the caller chose one
     post_init             the model takes a configuration of its own, and the recorded parts are built; weights are read later
     _initialize_weights   parts whose weights a folder lacks are an error, not random numbers
+
+The fourth, `_adjust_missing_and_unexpected_keys`, acts on every configuration: it is an error when a folder has weights of parts that the
+model was built without.
 
 config.json also has `transformers_weights`, where transformers expects the name of a weights file. For a converted model it is a sentence.
 Where tinyonn is not imported, `from_pretrained` of every class refuses it with that sentence as its message, before it builds anything.
@@ -20,7 +23,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -46,11 +49,13 @@ class Conversion(NamedTuple):
         prepare: called with a configuration that has a record of this kind, before its model is built.
         build: called with a model and its recorded options and layers; adds the parts that are not there yet.
         part: class of the parts.
+        mark: how the name of one weight ends that every such part has, and no other module.
     """
 
     prepare: Callable[[PretrainedConfig], None]
     build: Callable[[PreTrainedModel, dict[str, Any]], None]
     part: type[nn.Module]
+    mark: str
 
 
 _conversions: dict[str, Conversion] = {}
@@ -213,6 +218,16 @@ def _finish_part(model: PreTrainedModel, part: Any) -> None:
         module._is_hf_initialized = True
 
 
+def _refuse_lost_parts(model: PreTrainedModel, unexpected: Iterable[str]) -> None:
+    marks = tuple(conversion.mark for conversion in _conversions.values())
+    if lost := sorted(key for key in unexpected if key.endswith(marks)):
+        source = model.config.name_or_path or "the folder"
+        raise InputError(
+            f"{source} must be opened with the record of its parts, got a configuration without that of {lost[0]}: leave config out, or "
+            "start from AutoConfig.from_pretrained."
+        )
+
+
 class _WeightsFile:
     """`transformers_weights` of a configuration: the name of a weights file, and not the sentence that stands there for other processes."""
 
@@ -238,6 +253,7 @@ def _install() -> None:
     if hasattr(cls, "_tinyonn_installed"):
         return
     init, post_init, initialize = cls.__init__, cls.post_init, cls._initialize_weights
+    adjust = cls._adjust_missing_and_unexpected_keys
 
     @functools.wraps(init)
     def new_init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -256,7 +272,13 @@ def _install() -> None:
                 _finish_part(self, module)
         initialize(self, module, *args, **kwargs)
 
+    @functools.wraps(adjust)
+    def new_adjust(self: Any, loading_info: Any) -> None:
+        _refuse_lost_parts(self, loading_info.unexpected_keys)
+        adjust(self, loading_info)
+
     cls.__init__, cls.post_init, cls._initialize_weights = new_init, new_post_init, new_initialize
+    cls._adjust_missing_and_unexpected_keys = new_adjust
     cls._tinyonn_installed = True
     setattr(PretrainedConfig, _WEIGHTS, _WeightsFile())
 

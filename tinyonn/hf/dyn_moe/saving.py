@@ -35,4 +35,4 @@ def nothing_to_prepare(config: PretrainedConfig) -> None:
     """A configuration's own choices do for mixtures."""
 
 
-register_conversion(DYN_MOE, Conversion(nothing_to_prepare, build_mixtures, DynMoE))
+register_conversion(DYN_MOE, Conversion(nothing_to_prepare, build_mixtures, DynMoE, mark=".router.prototypes"))

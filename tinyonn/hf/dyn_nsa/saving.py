@@ -10,7 +10,7 @@ from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
 from ..record import RECORD, Conversion, own_layers, register_conversion
 from .hooks import add_parts
-from .parts import DYN_NSA
+from .parts import DYN_NSA, PART
 
 
 def choose_attention(config: PretrainedConfig) -> None:
@@ -32,4 +32,4 @@ def build(model: PreTrainedModel, conversion: dict[str, Any]) -> None:
     add_parts(model, conversion["options"], layers)
 
 
-register_conversion(DYN_NSA, Conversion(choose_attention, build, DynNSACore))
+register_conversion(DYN_NSA, Conversion(choose_attention, build, DynNSACore, mark=f".{PART}.base"))
