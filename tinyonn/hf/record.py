@@ -12,7 +12,7 @@ them act only on configurations with such a record:
     _initialize_weights   parts whose weights a folder lacks are an error, not random numbers
 
 The fourth, `_adjust_missing_and_unexpected_keys`, acts on every configuration: it is an error when a folder has weights of parts that the
-model was built without.
+model was built without. The fifth, `save_pretrained`, adds a guard to the weights file; see `hf.guard`.
 
 config.json also has `transformers_weights`, where transformers expects the name of a weights file. For a converted model it is a sentence.
 Where tinyonn is not imported, `from_pretrained` of every class refuses it with that sentence as its message, before it builds anything.
@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import InputError
+from .guard import guarded, without_guards
 from .old_folders import moved
 
 RECORD = "tinyonn"  # of config.json
@@ -218,9 +219,10 @@ def _finish_part(model: PreTrainedModel, part: Any) -> None:
         module._is_hf_initialized = True
 
 
-def _refuse_lost_parts(model: PreTrainedModel, unexpected: Iterable[str]) -> None:
+def _refuse_lost_parts(model: PreTrainedModel, loading_info: Any) -> None:
     marks = tuple(conversion.mark for conversion in _conversions.values())
-    if lost := sorted(key for key in unexpected if key.endswith(marks)):
+    if lost := sorted(key for key in loading_info.unexpected_keys if key.endswith(marks)):
+        loading_info.mismatched_keys.clear()  # else transformers replaces this error by one about the guard's shape
         source = model.config.name_or_path or "the folder"
         raise InputError(
             f"{source} must be opened with the record of its parts, got a configuration without that of {lost[0]}: leave config out, or "
@@ -253,7 +255,7 @@ def _install() -> None:
     if hasattr(cls, "_tinyonn_installed"):
         return
     init, post_init, initialize = cls.__init__, cls.post_init, cls._initialize_weights
-    adjust = cls._adjust_missing_and_unexpected_keys
+    adjust, save = cls._adjust_missing_and_unexpected_keys, cls.save_pretrained
 
     @functools.wraps(init)
     def new_init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -274,11 +276,17 @@ def _install() -> None:
 
     @functools.wraps(adjust)
     def new_adjust(self: Any, loading_info: Any) -> None:
-        _refuse_lost_parts(self, loading_info.unexpected_keys)
+        _refuse_lost_parts(self, loading_info)
+        loading_info.unexpected_keys = without_guards(self, loading_info.unexpected_keys)
         adjust(self, loading_info)
 
+    @functools.wraps(save)
+    def new_save(self: Any, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any) -> Any:
+        with guarded(self, state_dict) as state:
+            return save(self, save_directory, is_main_process, state, *args, **kwargs)
+
     cls.__init__, cls.post_init, cls._initialize_weights = new_init, new_post_init, new_initialize
-    cls._adjust_missing_and_unexpected_keys = new_adjust
+    cls._adjust_missing_and_unexpected_keys, cls.save_pretrained = new_adjust, new_save
     cls._tinyonn_installed = True
     setattr(PretrainedConfig, _WEIGHTS, _WeightsFile())
 

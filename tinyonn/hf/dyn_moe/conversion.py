@@ -14,6 +14,7 @@ from ...nn import DynMoE
 from ...nn.dyn_moe import GatingLoss, RoutingKind
 from ...ops._dispatch import autocast_off
 from ...ops.expert_mlp import SurpriseKind
+from ..guard import replace_module
 from ..record import record
 from .budget import take_surprise_budget
 from .calibration import OPEN, check_finite, check_sample, contributions, fit_prototypes, mixtures, run_sample
@@ -101,7 +102,7 @@ def convert_mlp_to_dynmoe(
         with autocast_off(mixture.down_proj):
             _prove(name, model.get_submodule(name), mixture)
     for name, mixture in converted.items():
-        model.set_submodule(name, mixture.train(model.get_submodule(name).training))
+        replace_module(model, name, mixture.train(model.get_submodule(name).training))
     sizes = {name: asdict(_sizes(mlp, num_experts)) for name, mlp in layers.items()}
     take_surprise_budget(model)
     record(model, DYN_MOE, asdict(options), sizes)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...nn import DynMoE
+from ..guard import replace_module
 from ..record import RECORD, Conversion, own_layers, register_conversion
 from .budget import take_surprise_budget
 from .options import DynMoEOptions, LayerSizes, build, of_mapping
@@ -27,7 +28,7 @@ def build_mixtures(model: PreTrainedModel, conversion: dict[str, Any]) -> None:
         mlp = model.get_submodule(name)
         if not isinstance(mlp, DynMoE):  # the base model of this one built it
             weight = next(mlp.parameters())
-            model.set_submodule(name, build(options, sizes, device=weight.device, dtype=weight.dtype))
+            replace_module(model, name, build(options, sizes, device=weight.device, dtype=weight.dtype))
     take_surprise_budget(model)
 
 

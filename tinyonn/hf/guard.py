@@ -1,0 +1,63 @@
+"""A tensor in the weights file of a converted model that makes transformers without tinyonn refuse the file.
+
+config.json tells every process that reads it to import tinyonn. A caller's own configuration takes its place, though: transformers never
+reads it for `LlamaForCausalLM.from_pretrained(folder, config=LlamaConfig(...))`, and would start the converted MLPs at random. The weights
+file therefore has one more weight. It has the name of a weight that the conversion replaced, and a shape that no such weight has, and
+transformers raises an error for a weight of another shape. `save_pretrained` adds it, and reading weights skips it; it is not part of the
+model's state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def replace_module(model: nn.Module, name: str, part: nn.Module) -> None:
+    """Puts `part` in the place of a submodule, and remembers the name of the first weight that it replaces."""
+    replaced = next(key for key, _ in model.get_submodule(name).named_parameters())
+    model.set_submodule(name, part)
+    part._replaced_weight = replaced  # type: ignore[assignment]
+    part.register_load_state_dict_pre_hook(_skip_guard)
+
+
+def _skip_guard(part: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    state_dict.pop(f"{prefix}{part._replaced_weight}", None)
+
+
+def guards(model: nn.Module) -> dict[str, Tensor]:
+    """One value under the name of the first replaced weight; empty where no weight was replaced."""
+    for name, part in model.named_modules():
+        if (replaced := getattr(part, "_replaced_weight", None)) is not None:
+            return {f"{name}.{replaced}": torch.zeros(1, dtype=next(part.parameters()).dtype)}
+    return {}
+
+
+def without_guards(model: PreTrainedModel, unexpected: set[str]) -> set[str]:
+    """Names of weights that the model has no place for, less those of guards; a file of another head has another prefix."""
+    prefix = f"{model.base_model_prefix}."
+    found = {name: getattr(part, "_replaced_weight", None) for name, part in model.named_modules()}
+    own = {f"{name}.{replaced}".removeprefix(prefix) for name, replaced in found.items() if replaced is not None}
+    return {key for key in unexpected if key.removeprefix(prefix) not in own}
+
+
+@contextlib.contextmanager
+def guarded(model: PreTrainedModel, state_dict: dict[str, Any] | None) -> Iterator[dict[str, Any] | None]:
+    """What `save_pretrained` is to write: `state_dict` with the guard. `model.state_dict()` has it too, within the context."""
+    if getattr(model, "_hf_peft_config_loaded", False):  # an adapter's weights alone are saved
+        yield state_dict
+        return
+
+    def add(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        state |= {f"{prefix}{name}": value for name, value in guards(module).items()}
+
+    hook = model.register_state_dict_post_hook(add)
+    try:
+        yield None if state_dict is None else {**state_dict, **guards(model)}
+    finally:
+        hook.remove()
