@@ -85,7 +85,7 @@ def data_kind(path: str | os.PathLike[str], name: str = "data_path") -> str:
     """`jsonl`, `list` or `parquet`, by the first bytes, whatever the file is called; compressed files by those of their content.
 
     Raises:
-        InputError: the file cannot be read, or is in another encoding.
+        InputError: the file cannot be read, or is of a kind that is not read (see `open_content`).
     """
     content = open_content(path, name)
     with content.file:
@@ -96,15 +96,13 @@ def content_kind(content: Content, path: str | os.PathLike[str], name: str = "da
     """The same of content that is open.
 
     Raises:
-        InputError: another encoding; Parquet that is compressed once more, or on standard input.
+        InputError: Parquet that is compressed once more, or on standard input.
     """
     head = content.head
     if head.startswith(b"PAR1"):
         if not content.plain:
             raise InputError(f"{name} must be a plain file where it is Parquet, which is compressed inside, got {place(path)}.")
         return "parquet"
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(f"{name} must be UTF-8, got UTF-16: {place(path)}.")
     return "list" if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") else "jsonl"
 
 

@@ -76,16 +76,16 @@ def open_content(path: str | os.PathLike[str], name: str = "data_path") -> Conte
     Standard input can be opened once.
 
     Raises:
-        InputError: as `open_data`; nothing on standard input; a zip archive. Reading raises it where a compressed file is damaged or cut.
+        InputError: as `open_data`; nothing on standard input; a compression or an archive of another kind, UTF-16 or UTF-32. Reading
+            raises it where a compressed file is damaged or cut.
     """
     file = _stdin(name) if is_stdin(path) else open_data(path, name)
     head = _first(file)
     if not head:
         raise InputError(f"{name} must hold records, got nothing on {place(path)}.")
-    if head.startswith(b"PK\x03\x04"):
-        raise InputError(f"{name} must be no zip archive, got {place(path)}: unpack it first.")
-    opener = next((opener for magic, opener in _OPENERS.items() if re.match(magic, head)), None)
+    opener = _opener(head)
     if opener is None:
+        _refuse_foreign(head, path, name)
         if is_stdin(path):
             return Content(_joined(head, file), head, False)
         file.seek(0)
@@ -94,7 +94,37 @@ def open_content(path: str | os.PathLike[str], name: str = "data_path") -> Conte
         _Unpacked(opener(_joined(head, file)), f"{name} must be a whole compressed file, got {place(path)}"), _PIECE
     )
     start = _first(unpacked)
+    if _opener(start) is not None:
+        raise InputError(f"{name} must be compressed once, got a compressed file within another: {place(path)}; unpack it first.")
+    _refuse_foreign(start, path, name)
     return Content(_joined(start, unpacked), start, False)
+
+
+def _opener(head: bytes) -> Callable[[BinaryIO], Any] | None:
+    return next((opener for magic, opener in _OPENERS.items() if re.match(magic, head)), None)
+
+
+def _refuse_foreign(head: bytes, path: str | os.PathLike[str], name: str) -> None:
+    """Raises InputError for what is known and not read, by its first bytes."""
+    kind = next((kind for magic, kind in _NOT_READ.items() if re.match(magic, head, re.DOTALL)), None)
+    if kind is not None:
+        raise InputError(f"{name} must be plain, or compressed by gzip, bzip2, xz or zstd, got {kind}: {place(path)}; unpack it first.")
+    encoding = _wide_encoding(head)
+    if encoding is not None:
+        raise InputError(f"{name} must be UTF-8, got {encoding}: {place(path)}; `iconv -f {encoding} -t UTF-8` converts it.")
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """UTF-16 or UTF-32 by a byte order mark; without one, by the zero bytes of ASCII characters."""
+    for mark, encoding in ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")):
+        if head.startswith(mark):
+            return encoding
+    for encoding, width, first_byte in (("UTF-32LE", 4, 0), ("UTF-32BE", 4, 3), ("UTF-16LE", 2, 0), ("UTF-16BE", 2, 1)):
+        first = head[: 4 * width]
+        letters, rest = first[first_byte::width], [byte for i, byte in enumerate(first) if i % width != first_byte]
+        if letters and rest and not any(rest) and re.fullmatch(rb"[\t\n\r -~]+", letters):
+            return encoding
+    return None
 
 
 def _stdin(name: str) -> BinaryIO:
@@ -233,4 +263,16 @@ _OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {
     rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": _bzip2,
     rb"\xfd7zXZ": _xz,
     rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": _zstd,
+}
+# A raw LZMA file begins with its properties, the size of its dictionary (a power of two or one and a half) and a size of its content.
+_NOT_READ: dict[bytes, str] = {
+    rb"PK\x03\x04": "a zip archive",
+    rb"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    rb"Rar!\x1a\x07": "a rar archive",
+    rb".{257}ustar(\0|  \0)": "a tar archive",
+    rb"\x5d\0\0.{2}(\xff{8}|.{5}\0{3})": "LZMA without xz",
+    rb"LZIP\x01": "lzip",
+    rb"\x04\x22\x4d\x18": "lz4",
+    rb"\x1f\x9d": "the output of compress (.Z)",
+    rb"\xff\x06\0\0sNaPpY": "snappy",
 }

@@ -12,11 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import tinyonn
 from tinyonn.cli import app, errors
 from tinyonn.errors import InputError, MscanError
+from tinyonn.mscan import LayoutEntry, MscanWriter, SequenceRecord
 
 from .conftest import Cli, one_line, shell
 
@@ -100,7 +102,7 @@ def test_usage_errors_are_one_line(cli: Cli, arguments: list[str], parts: list[s
     ("error", "code", "line"),
     [
         (InputError("limit must be at least 1,\n got 0."), 2, "tinyonn x: limit must be at least 1, got 0."),
-        (MscanError("a.mscan", "crc must match, got 1", 64), 2, "tinyonn x: a.mscan, byte 64: crc must match, got 1 `tinyonn rec"),
+        (MscanError("a.mscan", "crc must match, got 1", 64), 2, "tinyonn x: a.mscan, byte 64: crc must match, got 1"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.mscan"), 2, "tinyonn x: a.mscan: No such file or directory."),
         (PermissionError(errno.EACCES, "Permission denied", "a"), 2, "tinyonn x: a: Permission denied."),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "tinyonn x: No space left on device."),
@@ -216,8 +218,20 @@ def test_ctrl_c_leaves_no_half_written_corpus(tmp_path: Path) -> None:
     assert os.listdir(output.parent) == []
 
 
-def test_only_a_file_that_began_as_one_is_offered_recovery() -> None:
-    for offset, offered in ((None, False), (0, False), (64, True)):
-        ending = errors.explain(MscanError("a.mscan", "crc must match.", offset), "tinyonn report")
+def test_recovery_is_offered_where_it_keeps_something(tmp_path: Path) -> None:
+    whole, hollow = tmp_path / "a.mscan", tmp_path / "b.mscan"
+    layout = [LayoutEntry("lm_head.weight", 64, 1, 0)]
+    with MscanWriter(whole, {}, layout) as writer:
+        writer.append(SequenceRecord("s", np.arange(2), np.ones(2, np.float32)))
+    with MscanWriter(hollow, {}, layout):
+        pass
+    for path, offset, offered in (
+        (whole, None, False),
+        (whole, 0, False),
+        (whole, 64, True),
+        (hollow, 64, False),
+        (tmp_path / "c", 64, False),
+    ):
+        ending = errors.explain(MscanError(path, "crc must match.", offset), "tinyonn report")
         assert ending is not None
-        assert ("`tinyonn recover a.mscan -o PATH` keeps what can be read." in ending.line) == offered
+        assert ("tinyonn recover" in ending.line and "keeps what can be read." in ending.line) == offered

@@ -101,6 +101,34 @@ def test_info_of_a_cut_file_says_what_is_missing(cli: Cli, scan: Path) -> None:
     assert "missing" in ran.out
 
 
+@pytest.mark.parametrize("command", ["info", "report", "convert", "compare"])
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"", "at least 15 bytes, got an empty file"),
+        (b"hello", "must start with MSCAN"),
+        (b"MSCAT\2", "must start with MSCAN"),
+        (b"a text of more than 15 bytes", "must start with MSCAN"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), "must start with MSCAN"),
+        (b"MSCAN\2\0", "at least 15 bytes, got 7"),
+        (b"MSCAN\2\0" + bytes(20), "must hold its 64-byte prologue"),
+        (b"MSCAN\x09\0" + bytes(99), "version must be 1 or 2, got 9"),
+        (None, "Is a directory"),
+    ],
+    ids=["empty", "text5", "almost", "text28", "png", "cut7", "cut27", "version9", "folder"],
+)
+def test_a_file_of_another_kind_is_named_and_no_recovery_is_offered(
+    cli: Cli, scan: Path, tmp_path: Path, command: str, raw: bytes | None, words: str
+) -> None:
+    other, output = tmp_path / "other.mscan", tmp_path / ("new.mscan" if command == "convert" else "new.html")
+    other.mkdir() if raw is None else other.write_bytes(raw)
+    files = [scan, other] if command == "compare" else [other]
+    ran = cli(command, *files, *([] if command == "info" else ["-o", output]))
+    one_line(ran, "other.mscan", words, command=f"tinyonn {command}")
+    assert "recover" not in ran.err
+    assert not output.exists()
+
+
 def test_verify_is_0_for_whole_files_and_1_for_damaged(cli: Cli, scan: Path, damaged: Path) -> None:
     ran = cli("verify", scan)
     assert (ran.code, ran.err) == (0, "")

@@ -11,6 +11,7 @@ import os
 import struct
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,52 @@ def test_what_compression_cannot_help_is_named(cli: Cli, model: Path, tmp_path: 
     monkeypatch.setitem(sys.modules, "zstandard", None)
     ran = cli("scan", "-m", model, "-d", tmp_path / "a.zst", "-o", tmp_path / "o.mscan")
     one_line(ran, "zstandard: pip install 'tinyonn[zstd]'", command="tinyonn scan")
+
+
+TEXTS = "An ordinary text about nothing at all, long enough to be kept. " * 9
+
+
+def archive(raw: bytes) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        member = tarfile.TarInfo("a.jsonl")
+        member.size = len(raw)
+        tar.addfile(member, io.BytesIO(raw))
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize("content", ["records", "text"])
+@pytest.mark.parametrize(
+    ("pack", "words"),
+    [
+        (lambda text: text.encode("utf-16"), ("UTF-8, got UTF-16:", "iconv -f UTF-16 -t UTF-8")),
+        (lambda text: text.encode("utf-16-le"), ("UTF-8, got UTF-16LE:", "iconv -f UTF-16LE -t UTF-8")),
+        (lambda text: text.encode("utf-16-be"), ("UTF-8, got UTF-16BE:", "iconv -f UTF-16BE -t UTF-8")),
+        (lambda text: text.encode("utf-32"), ("UTF-8, got UTF-32:", "iconv -f UTF-32 -t UTF-8")),
+        (lambda text: text.encode("utf-32-be"), ("UTF-8, got UTF-32BE:", "iconv -f UTF-32BE -t UTF-8")),
+        (lambda text: gzip.compress(text.encode("utf-16-le")), ("UTF-8, got UTF-16LE:",)),
+        (
+            lambda text: lzma.compress(text.encode(), format=lzma.FORMAT_ALONE),
+            ("by gzip, bzip2, xz or zstd, got LZMA without xz:", "unpack"),
+        ),
+        (lambda text: archive(text.encode()), ("got a tar archive:", "unpack it first")),
+        (lambda text: gzip.compress(archive(text.encode())), ("got a tar archive:", "unpack it first")),
+        (lambda text: gzip.compress(gzip.compress(text.encode())), ("must be compressed once", "unpack it first")),
+        (lambda text: b"\x04\x22\x4d\x18" + text.encode(), ("got lz4:", "unpack it first")),
+    ],
+    ids=["utf16", "utf16le", "utf16be", "utf32", "utf32be", "utf16le.gz", "lzma", "tar", "tar.gz", "gz.gz", "lz4"],
+)
+def test_a_kind_that_is_not_read_is_named_with_the_remedy(
+    cli: Cli, model: Path, piped: Callable[..., Any], tmp_path: Path, pack: Callable[[str], bytes], words: tuple[str, ...], content: str
+) -> None:
+    raw = pack(LINES.decode() if content == "records" else TEXTS)
+    (tmp_path / "a.dat").write_bytes(raw)
+    out = tmp_path / ("o.mscan" if content == "records" else "o.jsonl")
+    if content == "records":
+        one_line(cli("scan", "-m", model, "-d", tmp_path / "a.dat", "-o", out), "a.dat", *words, command="tinyonn scan")
+        one_line(piped(raw, "scan", "-m", model, "-d", "-", "-o", out), "standard input", *words, command="tinyonn scan")
+    one_line(cli("corpus", tmp_path / "a.dat", "-t", "any", "--everything", "-o", out), "a.dat", *words, command="tinyonn corpus")
+    assert not out.exists()
 
 
 def test_zstd_files_may_begin_with_a_frame_to_skip(cli: Cli, model: Path, plain: list[tuple[Any, ...]], tmp_path: Path) -> None:

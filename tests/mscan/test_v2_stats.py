@@ -253,7 +253,7 @@ def test_groups_are_decoder_layers() -> None:
 
 @pytest.mark.parametrize("recovery", ["strict", "tail", "salvage"])
 @pytest.mark.parametrize(
-    ("data", "message"), [(b"", "15 bytes"), (b"x" * 99, "MSCAN"), (b"MSCAN\x03\x00" + bytes(99), "version must be 2, got 3")]
+    ("data", "message"), [(b"", "15 bytes"), (b"x" * 99, "MSCAN"), (b"MSCAN\x03\x00" + bytes(99), "version must be 1 or 2, got 3")]
 )
 def test_other_files_are_named_as_such(tmp_path: Path, recovery: str, data: bytes, message: str) -> None:
     (tmp_path / "a.mscan").write_bytes(data)

@@ -41,7 +41,7 @@ def _explain(error: BaseException, command: str) -> Ending | None:
         return Ending(f"{command}: {_usage(error)} See `{command} --help`.", BAD_INPUT)
     if isinstance(error, ClickException):
         return Ending(f"{command}: {error.format_message()}", BAD_INPUT)  # type: ignore[attr-defined]
-    if isinstance(error, MscanError) and error.offset and command != "tinyonn recover":
+    if isinstance(error, MscanError) and error.offset and command != "tinyonn recover" and _can_be_recovered(error.path):
         file = error.path if len(error.path) <= 60 else "FILE"
         return Ending(f"{command}: {_one_line(error)} `tinyonn recover {file} -o PATH` keeps what can be read.", BAD_INPUT)
     if isinstance(error, (InputError, MscanError)):
@@ -53,6 +53,17 @@ def _explain(error: BaseException, command: str) -> Ending | None:
     if isinstance(error, OSError) and error.errno is not None:
         return Ending(f"{command}: {_os_error(error, command)}", BAD_INPUT)
     return None
+
+
+def _can_be_recovered(path: str) -> bool:
+    """Whether any sequence of a damaged file can be read."""
+    from ..mscan import MscanReader
+
+    try:
+        with MscanReader(path, recovery="salvage") as reader:
+            return len(reader) > 0
+    except (MscanError, OSError):
+        return False
 
 
 def _interrupted(command: str) -> str:

@@ -21,7 +21,7 @@ def version_of(path: str) -> int:
     """The version in a file's first 15 bytes.
 
     Raises:
-        MscanError: they are not those of a `.mscan` file, or it is a pipe.
+        MscanError: they are not those of a `.mscan` file of version 1 or 2, or it is a pipe.
     """
     status = os.stat(path)  # before it is opened: opening a pipe waits for a writer
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
@@ -30,12 +30,16 @@ def version_of(path: str) -> int:
         raise MscanError(path, "the path of a .mscan file must be Unicode.")
     with open(path, "rb") as file:
         head = file.read(PROLOGUE.size)
+    if not head:
+        raise MscanError(path, f"a .mscan file must have at least {PROLOGUE.size} bytes, got an empty file.", 0)
+    if not head.startswith(MAGIC[: len(head)]):
+        raise MscanError(path, "a .mscan file must start with MSCAN.", 0)
     if len(head) < PROLOGUE.size:
         raise MscanError(path, f"a .mscan file must have at least {PROLOGUE.size} bytes, got {len(head)}.", len(head))
-    magic, version, _, _ = PROLOGUE.unpack(head)
-    if magic != MAGIC:
-        raise MscanError(path, "a .mscan file must start with MSCAN.", 0)
-    return int(version)
+    version = int(PROLOGUE.unpack(head)[1])
+    if version not in (1, 2):
+        raise MscanError(path, f"version must be 1 or 2, got {version}.", 5)
+    return version
 
 
 def rank_members(path: str) -> list[str] | None:
