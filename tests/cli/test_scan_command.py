@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +17,7 @@ from tinyonn.cli import options as choices
 from tinyonn.cli import screen
 from tinyonn.cli.scan import show_progress
 from tinyonn.mscan import MscanReader
-from tinyonn.scan import ScanConfig, ScanProgress, config
+from tinyonn.scan import ScanConfig, ScanProgress, config, runner
 from tinyonn.testing import save_tiny_model
 
 from .conftest import Cli, one_line, shell
@@ -160,6 +162,43 @@ def test_a_scan_and_its_screen(cli: Cli, model: Path, corpus: Path, tmp_path: Pa
     other = cli("scan", "-m", model, "-d", corpus, "-o", output, "--max-length", 9)
     one_line(other, "same configuration", "max_length", command="tinyonn scan")
     assert cli("scan", "-m", model, "-d", corpus, "-o", output, "--max-length", 9, "--overwrite").code == 0
+
+
+def test_time_includes_loading_and_speed_leaves_it_out(
+    cli: Cli, model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, busy = 0.5, [0.0]
+    load, forward_and_backward = runner.load_model, runner.ScanEngine.scan
+
+    def slow_load(*given: Any, **named: Any) -> Any:
+        time.sleep(loading)
+        return load(*given, **named)
+
+    def slow_scan(*given: Any, **named: Any) -> Any:
+        started = time.perf_counter()
+        time.sleep(0.1)
+        try:
+            return forward_and_backward(*given, **named)
+        finally:
+            busy[0] += time.perf_counter() - started
+
+    monkeypatch.setattr(runner, "load_model", slow_load)
+    monkeypatch.setattr(runner.ScanEngine, "scan", slow_scan)
+    output = tmp_path / "out.mscan"
+    ran = cli("scan", "-m", model, "-d", corpus, "-o", output, "--limit", 8, "--batch-size", 2)
+    assert ran.code == 0, ran.err
+    shown = dict(line.split(maxsplit=1) for line in ran.out.splitlines())
+    seconds = re.fullmatch(r"(\d+\.\d) s, loading included", shown["time"])
+    speed = re.fullmatch(r"([\d,]+) tokens/s, loading left out", shown["speed"])
+    assert seconds is not None, ran.out
+    assert speed is not None, ran.out
+    with MscanReader(output) as reader:
+        tokens = sum(len(reader.sequences[at].token_ids) for at in range(8))
+    rate = float(speed[1].replace(",", ""))
+    # What is shown is rounded: to a whole token a second, and to a tenth of a second.
+    assert busy[0] >= 0.4
+    assert tokens / (rate + 0.5) <= float(seconds[1]) + 0.05 - loading
+    assert tokens / (rate - 0.5) >= busy[0]
 
 
 def test_a_loss_that_is_not_finite_is_said(cli: Cli, model: Path, corpus: Path, tmp_path: Path) -> None:
