@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,3 +82,52 @@ def corpus(tmp_path: Path) -> Path:
         "".join(json.dumps({"id": f"s{i}", "text": f"Cat number {i} sat on the mat {'again ' * (i % 3)}."}) + "\n" for i in range(12))
     )
     return path
+
+
+QUESTION = {"question": "where do cats sleep?", "choices": {"text": ["mat", "hat", "rat"], "label": ["A", "B", "C"]}, "answerKey": "A"}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """JSONL of the rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Twelve multiple-choice questions with their answers."""
+    return write(tmp_path / "questions.jsonl", [{**QUESTION, "question": f"where do {n} cats sleep?"} for n in range(12)])
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Two kinds of passage, told apart by a letter."""
+    rows = [{"question": f"is {n} odd", "passage": "yes it is" if n % 2 else "no it is not", "answer": bool(n % 2)} for n in range(40)]
+    return write(tmp_path / "pairs.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-qwen3", "qwen3")
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-bert", "bert")
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """`without_figures()`: from then on PNGs are empty. Drawing them takes longer than a study of a tiny model."""
+    return lambda: monkeypatch.setattr("tinyonn.report.head_figures.save_figure", lambda figure, path: path.touch())
+
+
+@pytest.fixture
+def plain(without_figures: Callable[[], None]) -> None:
+    """PNGs are empty in this test."""
+    without_figures()
+
+
+def study(encoder: Path, pairs: Path, out: Path, *more: object) -> list[object]:
+    """Options of a plasticity run of two steps."""
+    return ["-m", encoder, "-t", "boolq", "-d", pairs, "-o", out, "--eval-size", 8, "--max-steps", 2, "--batch-size", 8, *more]

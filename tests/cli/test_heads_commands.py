@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,53 +15,11 @@ from tinyonn.cli import heads_plasticity, heads_score, screen
 from tinyonn.heads import measurement
 from tinyonn.heads.plasticity_config import PlasticityConfig
 from tinyonn.heads.score_config import NORM_MODES, QUERY_MODES, ScoreConfig
-from tinyonn.testing import save_tiny_model
 
-from .conftest import Cli, one_line
+from .conftest import Cli, one_line, study, write
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
-
-QUESTION = {"question": "where do cats sleep?", "choices": {"text": ["mat", "hat", "rat"], "label": ["A", "B", "C"]}, "answerKey": "A"}
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def questions(tmp_path: Path) -> Path:
-    return write(tmp_path / "questions.jsonl", [{**QUESTION, "question": f"where do {n} cats sleep?"} for n in range(12)])
-
-
-@pytest.fixture
-def pairs(tmp_path: Path) -> Path:
-    """Two kinds of passage, told apart by a letter."""
-    rows = [{"question": f"is {n} odd", "passage": "yes it is" if n % 2 else "no it is not", "answer": bool(n % 2)} for n in range(40)]
-    return write(tmp_path / "pairs.jsonl", rows)
-
-
-@pytest.fixture(scope="module")
-def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-qwen3", "qwen3")
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-bert", "bert")
-
-
-@pytest.fixture
-def without_figures(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """`without_figures()`: from then on PNGs are empty. Drawing them takes longer than a study of a tiny model."""
-    return lambda: monkeypatch.setattr("tinyonn.report.head_figures.save_figure", lambda figure, path: path.touch())
-
-
-@pytest.fixture
-def plain(without_figures: Callable[[], None]) -> None:
-    """PNGs are empty in this test."""
-    without_figures()
 
 
 def test_choices_are_those_of_the_configurations() -> None:
@@ -88,37 +45,6 @@ def test_scores_are_written_with_their_page(cli: Cli, language_model: Path, ques
     assert ", ".join(f"{head['layer']}.{head['head']}" for head in best) in ran.out
     assert (out / "index.html").read_text().startswith("<!DOCTYPE html>")
     assert sorted(path.name for path in out.glob("*.png"))
-
-
-def test_scoring_tells_rows_without_an_answer_and_leaves_them_out_where_asked(
-    cli: Cli, language_model: Path, questions: Path, tmp_path: Path
-) -> None:
-    rows = [json.loads(line) for line in questions.read_text().splitlines()]
-    for index, value in ((1, -1), (4, "-1"), (5, None), (9, "-")):
-        rows[index]["answerKey"] = value
-    del rows[11]["answerKey"]
-    given = ["-m", language_model, "-d", write(questions, rows), "-o", tmp_path / "out"]
-    ran = cli("heads", "score", *given)
-    assert ran.code == 0, ran.err
-    assert re.search(r"^no answer +in 5 rows, scored all the same; --skip-unlabelled leaves these out$", ran.out, re.MULTILINE)
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert (summary["samples"], summary["answered"], summary["unlabelled"]) == (12, 7, 0)
-    ran = cli("heads", "score", *given, "--skip-unlabelled")
-    assert ran.code == 0, ran.err
-    assert re.search(r"^left out +5 rows without an answer$", ran.out, re.MULTILINE)
-    assert "replaces" in ran.out
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert (summary["rows"], summary["samples"], summary["answered"], summary["unlabelled"]) == (12, 7, 7, 5)
-    assert "rows left out without an answer" in (tmp_path / "out" / "index.html").read_text()
-    kept = [row for row in rows if row.get("answerKey") == "A"]
-    alone = cli("heads", "score", "-m", language_model, "-d", write(tmp_path / "kept.jsonl", kept), "-o", tmp_path / "alone")
-    assert alone.code == 0, alone.err
-    assert (tmp_path / "alone" / "scores_raw.csv").read_bytes() == (tmp_path / "out" / "scores_raw.csv").read_bytes()
-    one_line(
-        cli("heads", "score", *given, "--skip-unlabelled", "--max-samples", 8),
-        "max_samples must be at most the 7 rows with an answer of",
-        command="tinyonn heads score",
-    )
 
 
 def test_a_config_file_is_read_and_options_win_over_it(cli: Cli, language_model: Path, questions: Path, tmp_path: Path) -> None:
@@ -180,10 +106,6 @@ def test_a_mistyped_path_waits_for_no_library(tmp_path: Path, arguments: list[st
     assert not (tmp_path / "out").exists()
 
 
-def study(encoder: Path, pairs: Path, out: Path, *more: object) -> list[object]:
-    return ["-m", encoder, "-t", "boolq", "-d", pairs, "-o", out, "--eval-size", 8, "--max-steps", 2, "--batch-size", 8, *more]
-
-
 def test_a_study_runs_is_kept_and_joins_its_seeds(
     cli: Cli, encoder: Path, pairs: Path, tmp_path: Path, without_figures: Callable[[], None]
 ) -> None:
@@ -206,29 +128,6 @@ def test_a_study_runs_is_kept_and_joins_its_seeds(
     assert again.code == 0, again.err
     assert again.out.count("kept from an earlier run") == 2
     assert (folder / "ckpt_final" / "model.safetensors").stat().st_mtime_ns == before
-
-
-@pytest.mark.usefixtures("plain")
-def test_a_study_leaves_out_rows_without_a_label_where_asked(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:
-    out = tmp_path / "study"
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    given = study(encoder, write(pairs, [*rows, *({**row, "answer": -1} for row in rows[:3])]), out)
-    refused = cli("heads", "plasticity", "run", *given)
-    said = "got int -1 in line 41 of", "; --skip-unlabelled leaves out rows without a label."
-    one_line(refused, *said, command="tinyonn heads plasticity run")
-    assert not list(out.rglob("train.json"))
-    ran = cli("heads", "plasticity", "train", *given, "--skip-unlabelled")
-    assert ran.code == 0, ran.err
-    assert re.search(r"^left out +3 rows without a label$", ran.out, re.MULTILINE)
-    folder = out / "boolq" / "seed42"
-    trained = json.loads((folder / "train.json").read_text())
-    assert (trained["train_rows"], trained["evaluation_rows"], trained["unlabelled_rows"]) == (32, 8, 3)
-    for step in ("measure", "report"):  # as the training had it
-        ran = cli("heads", "plasticity", step, "-t", "boolq", "-o", out)
-        assert ran.code == 0, ran.err
-    assert re.search(r"rows without a label, left out</dt><dd>3<", (folder / "index.html").read_text())
-    other = cli("heads", "plasticity", "train", *given)
-    one_line(other, "skip_unlabelled False (there True)", command="tinyonn heads plasticity train")
 
 
 def test_a_study_of_an_earlier_version_is_kept(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path) -> None:

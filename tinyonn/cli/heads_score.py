@@ -111,9 +111,9 @@ def result_screen(result: ScoreResult, page: Path) -> str:
     ]
     if summary["unlabelled"]:
         lines.append(("left out", f"{screen.counted(summary['unlabelled'], 'row')} without an answer"))
-    elif 0 < summary["answered"] < summary["samples"]:
-        without = summary["samples"] - summary["answered"]
-        lines.append(("no answer", f"in {screen.counted(without, 'row')}, scored all the same; --skip-unlabelled leaves these out"))
+    elif without := summary["samples"] - summary["answered"]:
+        others = "; --skip-unlabelled leaves these out" if summary["answered"] else ""
+        lines.append(("no answer", f"in {screen.counted(without, 'row')}, scored all the same{others}"))
     if summary["truncated"]:
         lines.append(("truncated", f"{screen.counted(summary['truncated'], 'prompt')} at {summary['max_length']} tokens"))
     if summary["spans_lost"]:

@@ -289,7 +289,8 @@ def _example(located: Located, row: int, task: Task, place: str, skip: bool) -> 
     if label is None and without and skip:
         return None
     values = {}
-    label_field = next((name for name in task.label if record.get(name) is not None), task.label[0])
+    there = sorted((name for name in task.label if name in record), key=lambda name: record[name] is None)
+    label_field = there[0] if there else task.label[0]
     for name in filter(None, (task.text, task.pair, label_field)):
         if name in record and record[name] is None:
             hint = _SKIP if name == label_field else ""

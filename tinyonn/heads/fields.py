@@ -346,7 +346,8 @@ def _next_label(label: str) -> str:
 def _answer(record: Mapping[str, Any], source: Mapping[str, Any] | None, labels: tuple[str, ...], texts: tuple[str, ...]) -> int | None:
     value = None if source is None else whole(_look_up(record, source["field"]))
     wanted = str(value).strip()
-    if source is None or (is_no_label(value) and wanted not in (*labels, *texts)):
+    known = isinstance(value, str | int) and wanted in (*labels, *texts, *(source or {}).get("values", ()))
+    if source is None or (is_no_label(value) and not known):
         return None
     if not isinstance(value, str | int):
         raise InputError(f"answer must be text or a whole number, got {short(value)}")
