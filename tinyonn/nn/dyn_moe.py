@@ -316,7 +316,9 @@ class DynMoE(nn.Module):
         if token_mask is not None and token_mask.numel() != number:
             raise ValueError(f"token_mask must have a value for each of {number} tokens, got shape {tuple(token_mask.shape)}.")
         mask = None if token_mask is None else token_mask.reshape(-1).bool()
-        routing = self.route(visit.hidden_states, visit.surprise_budget)
+        # A masked token that is not finite would make the gradient 0 · NaN; one of zeros has none.
+        hidden_states = visit.hidden_states if mask is None else torch.where(mask.unsqueeze(-1), visit.hidden_states, 0)
+        routing = self.route(hidden_states, visit.surprise_budget)
         loss = routing.scores[:0].sum()  # 0 with a graph, for a batch of padding alone
         if self.gating_loss_kind in ("surprise", "both"):
             options = {"w_ce": w_ce, "w_kl": w_kl, "temperature": temperature}

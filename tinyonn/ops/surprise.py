@@ -36,7 +36,8 @@ def surprise_min_loss(
             No gradient flows to it.
         w_ce, w_kl: weights of both terms, at least 0.
         temperature: above 0; lower is sharper.
-        token_mask: (N,) bool, which tokens count; None for all. Those whose surprise is infinite throughout never do.
+        token_mask: (N,) bool, which tokens count; None for all. Those that went nowhere, or whose surprise is 0 in all of their experts,
+            never do: no loss depends on them (a last token, a label of -100), and none of their experts is the least surprised.
 
     Returns:
         0-d, float32 or float64: mean over the tokens that count, 0 where there is none.
@@ -76,11 +77,11 @@ def _surprise_min_loss(scores: Tensor, surprise: Tensor, w_ce: float, w_kl: floa
     finite = surprise.isfinite()
     number = finite.sum(-1, keepdim=True)
     unknown = surprise.isnan().any(-1)
-    counts = (number.squeeze(-1) > 0) | unknown
-    if token_mask is not None:
-        counts = counts & token_mask.bool()
     known = torch.where(finite, surprise, 0)
     largest = known.abs().amax(-1, keepdim=True)
+    counts = (largest.squeeze(-1) > 0) | unknown
+    if token_mask is not None:
+        counts = counts & token_mask.bool()
     known = known / torch.where(largest > 0, largest, 1)  # so that the sum stays finite
     mean = known.sum(-1, keepdim=True) / number.clamp(min=1)
     scaled = known / torch.where(mean > 0, mean, 1) / temperature

@@ -26,7 +26,7 @@ def surprise_min_loss(
     Args:
         scores: (N, E), of all experts.
         surprise: (N, E), infinite where a token did not go: target mass 0 there; NaN makes the loss NaN. No gradient flows to it.
-        token_mask: (N,), which tokens count; those whose surprise is infinite throughout never do.
+        token_mask: (N,), which tokens count; those whose surprise is infinite, or 0 where it is finite, never do.
 
     Returns:
         0-d float64, mean over the tokens that count; 0 where there is none.
@@ -34,12 +34,11 @@ def surprise_min_loss(
     total, tokens = torch.zeros((), dtype=torch.float64, device=scores.device), 0
     for i, row in enumerate(surprise.detach().double()):
         finite = row.isfinite()
-        if (row == torch.inf).all() or (token_mask is not None and not bool(token_mask[i])):
+        if ((row == torch.inf) | (row == 0)).all() or (token_mask is not None and not bool(token_mask[i])):
             continue
         if row.isnan().any():
             return scores.double().sum() * torch.nan
-        mean = row[finite].mean()
-        scaled = row[finite] / (mean if mean > 0 else 1) / temperature
+        scaled = row[finite] / row[finite].mean() / temperature
         target = torch.softmax(-scaled, -1)
         log_q = torch.log_softmax(scores[i].double(), -1)[finite]
         total = total + w_kl * (target * (target.log() - log_q)).sum() - w_ce * log_q[scaled.argmin()]
