@@ -12,6 +12,11 @@ def readable_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def counted(count: int, name: str) -> str:
+    """1 sequence, 12,345 sequences."""
+    return f"{count:,} {name}" if count == 1 else f"{count:,} {name}s"
+
+
 def not_finite_cause(dtype: object) -> str:
     """Why losses or norms of a scan are NaN or infinite, and what to do.
 

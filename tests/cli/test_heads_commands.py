@@ -47,6 +47,16 @@ def test_scores_are_written_with_their_page(cli: Cli, language_model: Path, ques
     assert sorted(path.name for path in out.glob("*.png"))
 
 
+@pytest.mark.usefixtures("plain")
+def test_one_head_is_told_as_one(cli: Cli, language_model: Path, questions: Path, tmp_path: Path) -> None:
+    ran = cli("heads", "score", "-m", language_model, "-d", questions, "-o", tmp_path / "out", "--top-k", 1, "--max-samples", 1)
+    assert ran.code == 0, ran.err
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "1 sample, 3 layers, 12 heads. Written by tinyonn." in page
+    assert "Highest combined score, 1 head<" in page
+    assert "The first head of each layer" in page
+
+
 def test_a_config_file_is_read_and_options_win_over_it(cli: Cli, language_model: Path, questions: Path, tmp_path: Path) -> None:
     printed = cli("heads", "score", "--print-config").out
     config = tmp_path / "score.yaml"

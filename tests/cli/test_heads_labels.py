@@ -95,7 +95,10 @@ def test_a_study_leaves_out_rows_without_a_label_where_asked(cli: Cli, encoder: 
     for step in ("measure", "report"):  # as the training had it
         ran = cli("heads", "plasticity", step, "-t", "boolq", "-o", out)
         assert ran.code == 0, ran.err
-    assert re.search(r"rows without a label, left out</dt><dd>3<", (folder / "index.html").read_text())
+    page = (folder / "index.html").read_text()
+    assert re.search(r"rows without a label, left out</dt><dd>3<", page)
+    taken = [json.loads((folder / name).read_text())["seconds"] for name in ("train.json", "measure.json")]
+    assert f"training, measuring, seconds</dt><dd>{taken[0]:.1f} and {taken[1]:.1f}<" in page
     other = cli("heads", "plasticity", "train", *given)
     one_line(other, "skip_unlabelled False (there True)", command="tinyonn heads plasticity train")
 

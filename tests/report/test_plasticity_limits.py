@@ -31,21 +31,33 @@ def page_of(folder, parse):
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "said", "not_said"),
-    [(0.4375, NO_BETTER, HARDLY), (0.6, NO_BETTER, HARDLY), (0.62, HARDLY, NO_BETTER), (0.8, None, "always answering")],
+    ("right", "said", "not_said"),
+    [(175, NO_BETTER, HARDLY), (240, NO_BETTER, HARDLY), (248, HARDLY, NO_BETTER), (320, None, "always answering")],
     ids=["below", "the same", "within its error", "above"],
 )
-def test_a_model_is_held_against_its_commonest_class_before_anything_else(accuracy, said, not_said, make_run, parse):
+def test_a_model_is_held_against_its_commonest_class_before_anything_else(right, said, not_said, make_run, parse):
     folder, _ = make_run()
-    measured_on(folder, 240, 160, accuracy)
+    measured_on(folder, 240, 160, right / 400)
     text = page_of(folder, parse)
     assert not_said not in text
     if said is not None:
         assert text.index(said) < text.index("The rank correlation of importance")
-        assert f"It is right on {accuracy:.4f} of 400 measured rows" in text
-        assert "“true” on 0.6000" in text
+        error = ", with a standard error of 2.4%" if said == HARDLY else ""  # sqrt(0.62 · 0.38 / 400)
+        assert f"It is right on {right} of 400 measured rows ({right / 4:.1f}%{error}), always “true” on 240 (60.0%)." in text
     assert "true: 0.6000 (240 of 400)" in text
     assert "rows were measured" not in text
+
+
+def test_lists_of_all_heads_are_said_to_tell_nothing(make_run, parse):
+    folder, _ = make_run(layers=2, heads=4)
+    text = page_of(folder, parse)
+    said = "All 8 heads are among the highest that are compared: every overlap is 1, and says nothing. Lower --top-k."
+    assert text.index(said) < text.index("The rank correlation of importance")
+    assert "random lists" not in text
+    aggregate(folder.parent)
+    html = write_plasticity_aggregate(folder.parent).html.read_text()
+    assert said in html
+    assert "<dt>highest heads compared</dt><dd>8<" in html
 
 
 def test_few_rows_are_said_before_the_verdict(make_run, parse):
@@ -102,10 +114,12 @@ def test_aggregate_page_names_the_seeds_whose_model_does_not_beat_its_commonest_
     aggregate(folder.parent)
     text = parse(write_plasticity_aggregate(folder.parent).html).text
     line = next(part for part in text.split("The trained model") if part.startswith(f" {NO_BETTER}"))
-    assert line.startswith(f" {NO_BETTER} in 2 of 3 seeds. seed1 is right on 0.5000 of 400 measured rows, “true” on 0.6000;")
-    assert "seed2 is right on 0.5500 of 400 measured rows, “true” on 0.6000." in line
+    assert line.startswith(
+        f" {NO_BETTER} in 2 of 3 seeds. seed1 is right on 200 of 400 measured rows (50.0%), always “true” on 240 (60.0%);"
+    )
+    assert "seed2 is right on 220 of 400 measured rows (55.0%), always “true” on 240 (60.0%)." in line
     assert "seed0" not in line.partition("What its heads")[0]
-    assert "0.9, 0.5, 0.55" in text
+    assert "0.900, 0.500, 0.550" in text
     assert "true: 0.6000 (240 of 400)" in text
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
+from .._units import counted as counted
+
 PLAIN_EVERY = 10.0  # seconds between lines where no bar can be drawn
 BAR_WIDTHS = (6, 12, 24)  # on narrow, usual and wide terminals
 
@@ -45,11 +47,6 @@ def columns(head: Sequence[str], lines: Iterable[Sequence[object]], right: Seque
 def number(count: float) -> str:
     """A count with separators: 12,345."""
     return f"{count:,.0f}"
-
-
-def counted(count: int, name: str) -> str:
-    """1 sequence, 12,345 sequences."""
-    return f"{number(count)} {name}" if count == 1 else f"{number(count)} {name}s"
 
 
 def duration(seconds: float) -> str:

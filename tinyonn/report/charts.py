@@ -134,7 +134,7 @@ def interval_dots(
 
     The limit, a name and a value, is a dashed line across the rows that it judges.
     """
-    left, row_height = 118, 26
+    left, row_height = 124, 26
     height = len(rows) * row_height + 62
     bottom = height - 40
 
@@ -153,7 +153,7 @@ def interval_dots(
         parts.append(f'<text class="tick label" x="{x_of(limit[1]):.1f}" y="12" text-anchor="middle">{escape(limit[0])}</text>')
     for number, row in enumerate(rows):
         y = 18 + (number + 0.5) * row_height
-        parts.append(f'<text class="name" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(row.name)}</text>')
+        parts.append(f'<text class="name" x="{left - 14}" y="{y + 4:.1f}" text-anchor="end">{escape(row.name)}</text>')
         if row.chance is not None:
             cross = f"M{x_of(row.chance) - 4:.1f} {y - 4:.1f}l8 8m0-8l-8 8"
             parts.append(f'<path class="chance" d="{cross}"><title>by chance {format_number(row.chance)}</title></path>')

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .._units import counted
 from . import charts
 from .grid import outside_terms, short_names
 from .maps import HeatMap
@@ -156,7 +157,7 @@ def _blocks(found: Comparison, top: int) -> str:
         x_title=f"difference of mean SPS a token: higher on {found.topics[1]} ← 0 → higher on {found.topics[0]}",
         muted=not any_specific,
     )
-    listing = table(head, rows, caption=f"{title}, {len(rows)} blocks", numeric=(0, 4, 5, 6, 7, 8, 9))
+    listing = table(head, rows, caption=f"{title}, {counted(len(rows), 'block')}", numeric=(0, 4, 5, 6, 7, 8, 9))
     lead = (
         f"Bars are differences, lines their intervals: {100 * found.confidence:g} % for all blocks together, from {found.resamples:,} "
         "draws of sequences. The adjusted p is the share of draws in which the largest deviation of any block was as large."

@@ -14,6 +14,7 @@ import numpy as np
 from .._config import read_yaml
 from .._files import read_json, write_atomically
 from .._study import NORM_COLUMNS
+from .._units import counted
 from ..errors import InputError, listed, reason, shown
 from . import charts, figures
 from .grid import Floats
@@ -241,8 +242,8 @@ def _page(
     ]
     data = {"maps-data": [map_data(heat_map, raw.layers, names, short) for heat_map in maps]}
     model = model_title(summary.get("model"), config.get("model_path"))
-    samples = f"{summary['samples']:,} samples, " if isinstance(summary.get("samples"), int) else ""
-    subtitle = f"{samples}{len(raw.layers):,} layers, {heads:,} heads. Written by tinyonn."
+    samples = f"{counted(summary['samples'], 'sample')}, " if isinstance(summary.get("samples"), int) else ""
+    subtitle = f"{samples}{counted(len(raw.layers), 'layer')}, {counted(heads, 'head')}. Written by tinyonn."
     return page(f"Attention heads of {model}", subtitle, "\n".join(body), data, ["core.js", "map.js"])
 
 
@@ -258,7 +259,7 @@ def _top_section(raw: HeadColumns, norm: HeadColumns, top_global: list[Any], top
     listing = table(
         ["#", "layer", "head", "combined", *titles],
         rows,
-        caption=f"Highest combined score, {len(rows)} heads",
+        caption=f"Highest combined score, {counted(len(rows), 'head')}",
         numeric=range(4 + len(titles)),
     )
     shown = min(_LAYER_COLUMNS, max((len(entries) for entries in top_layers.values()), default=0))
@@ -269,7 +270,7 @@ def _top_section(raw: HeadColumns, norm: HeadColumns, top_global: list[Any], top
     per_layer = table(
         ["layer", *(f"#{rank}" for rank in range(1, shown + 1))],
         layer_rows,
-        caption=f"The first {shown} heads of each layer (combined score)",
+        caption=f"The first {'head' if shown == 1 else f'{shown} heads'} of each layer (combined score)",
         numeric=range(shown + 1),
     )
     body = f'<div class="grid-tables"><div class="card">{listing}</div><div class="card">{per_layer}</div></div>'

@@ -9,6 +9,7 @@ from typing import Any
 
 from .._files import read_json, read_record, write_atomically
 from .._study import AGGREGATE, AGGREGATE_TABLE, PAGE, REPORT_STEP, TRAIN_AGAIN, TRAIN_STEP, TRAINED
+from .._units import counted
 from ..errors import InputError
 from .charts import DotRow
 from .head_files import HeadColumns, read_heads
@@ -25,7 +26,7 @@ from .plasticity_limits import (
     pair_name,
     read_rows,
 )
-from .plasticity_page import KEYS, MAPS, MEANINGS, decimals, dot_charts, found_number
+from .plasticity_page import KEYS, MAPS, MEANINGS, STATISTICS_LEAD, decimals, dot_charts, found_number
 from .report import ReportResult
 
 _SHOWN_CASES = 40
@@ -77,7 +78,7 @@ def _page(found: Mapping[str, Any], heads: HeadColumns, rows: Mapping[str, Measu
     ]
     data = {"maps-data": [map_data(heat_map, heads.layers, names, short) for heat_map in maps]}
     number = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-    subtitle = f"{model}, {number}, {len(heads.layers):,} layers, {len(heads.places):,} heads. Written by tinyonn."
+    subtitle = f"{model}, {number}, {counted(len(heads.layers), 'layer')}, {counted(len(heads.places), 'head')}. Written by tinyonn."
     return page(f"What training on {found['task']} does to heads", subtitle, "\n".join(body), data, ["core.js", "map.js"])
 
 
@@ -89,9 +90,9 @@ def _facts(found: Mapping[str, Any], rows: Mapping[str, MeasuredRows]) -> dict[s
         "seeds": ", ".join(str(seed["seed"]) for seed in found["seeds"]),
         "layers": found["counts"]["layers"],
         "heads": found["counts"]["heads"],
-        "highest heads compared": found["top_k"],
+        "highest heads compared": found["pairs"][0]["overlap"]["k"],
         "percentiles of cases": f"{found['high']:g} and {found['low']:g}",
-        "accuracy after training, by seed": ", ".join(f"{its.accuracy:.4g}" for its in rows.values()),
+        "accuracy after training, by seed": ", ".join(str(decimals(its.accuracy)) for its in rows.values()),
         "commonest class measured": ", ".join(dict.fromkeys(its.told for its in rows.values())),
         "intervals": f"{interval['confidence']:.0%}, {interval['method']}",
     }
@@ -119,7 +120,8 @@ def _statistics(found: Mapping[str, Any]) -> str:
         rows.append([pair_name(pair), rho["n"], *map(decimals, numbers), decimals(overlap["chance"])])
     head = ["columns", "seeds", "ρ", "sd", "from", "to", "overlap", "sd", "from", "to", "by chance"]
     listing = table(head, rows, caption="Rank correlations and overlaps, means over seeds", numeric=range(1, 11))
-    return section("statistics", "Importance and change", f'<div class="grid3">{cards}</div><div class="card below">{listing}</div>')
+    body = f'<div class="grid3">{cards}</div><div class="card below">{listing}</div>'
+    return section("statistics", "Importance and change", body, lead=STATISTICS_LEAD)
 
 
 def _acceptance(found: Mapping[str, Any]) -> str:
@@ -160,7 +162,7 @@ def _cases(found: Mapping[str, Any]) -> str:
             [case["layer"], case["head"], f"{case['seeds']} of {total}", case["I_pre_mean"], case["Urel_mean"]]
             for case in all_cases[:_SHOWN_CASES]
         ]
-        more = f", the first {_SHOWN_CASES} of {len(all_cases)}" if len(all_cases) > _SHOWN_CASES else f", {len(rows)} heads"
+        more = f", the first {_SHOWN_CASES} of {len(all_cases)}" if len(all_cases) > _SHOWN_CASES else f", {counted(len(rows), 'head')}"
         listing = table(["layer", "head", "seeds", "I_pre, mean", "Urel, mean"], rows, caption=f"{kind}{more}", numeric=range(5))
         cards.append(f'<div class="card">{listing}</div>' if rows else card(kind, '<p class="empty">No head is one in any seed.</p>'))
     lead = "In how many seeds a head is a case; aggregate.csv has all heads."

@@ -15,6 +15,7 @@ from typing import Any
 from .._files import StepFileError, read_record
 from .._records import short
 from .._study import MEASURE_AGAIN, MEASURE_STEP, MEASURED, SUBSET, TRAIN_AGAIN, TRAIN_STEP, TRAINED
+from .._units import counted
 
 _FEW_ROWS = 100  # below it, the standard error of an accuracy can pass 5 %
 _UNSURE = 0.05  # chance of missing the limit of an overlap, from which on the overlap decides little
@@ -99,8 +100,9 @@ def limits_of_rows(seeds: Mapping[str, MeasuredRows]) -> list[str]:
 
 
 def _against(name: str, its: MeasuredRows) -> str:
-    error = f" with a standard error of {its.error:.4f}" if its.accuracy > its.share else ""
-    return f"{name} is right on {its.accuracy:.4f} of {its.rows:,} measured rows{error}, “{its.commonest}” on {its.share:.4f}"
+    right = f"{its.accuracy * its.rows:,.0f} of {counted(its.rows, 'measured row')}"
+    error = f", with a standard error of {its.error:.1%}" if its.accuracy > its.share else ""
+    return f"{name} is right on {right} ({its.accuracy:.1%}{error}), always “{its.commonest}” on {its.count:,} ({its.share:.1%})"
 
 
 def limits_of_heads(heads: int, k: int, max_overlap: float, max_rho: float, rhos: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
@@ -114,7 +116,9 @@ def limits_of_heads(heads: int, k: int, max_overlap: float, max_rho: float, rhos
     """
     lines = []
     missed = chance_of_missing(heads, k, max_overlap)
-    if missed > _UNSURE:
+    if k == heads:
+        lines.append(f"All {heads:,} heads are among the highest that are compared: every overlap is 1, and says nothing. Lower --top-k.")
+    elif missed > _UNSURE:
         lines.append(
             f"With {heads:,} heads, two random lists of {k} share {k / heads:.0%} of their heads on average, and miss the figure of "
             f"{max_overlap:g} in {missed:.0%} of draws: an overlap near {k / heads:.2f} is chance, met or not."

@@ -27,6 +27,7 @@ from .._study import (
     TRAIN_STEP,
     TRAINED,
 )
+from .._units import counted
 from ..errors import InputError
 from . import charts, figures
 from .charts import DotRow, Points
@@ -62,6 +63,10 @@ MEANINGS = {
     STATIC: "among the most important heads before training, and among the least changed by it.",
     PLASTIC: "among the most changed heads, and among the least important before training.",
 }
+STATISTICS_LEAD = (
+    "Whether the heads that matter before training (I_pre) change most in it (U, Urel), or have the largest gradient (G_pre). "
+    "Rows with taylor compare the first-order estimates with the exact importance. Terms, at the end, defines these names."
+)
 # Figure -> its panels: column against I_pre, title, title of the y axis.
 SCATTERS = {
     FIG_UPDATE: (
@@ -197,7 +202,7 @@ def _page(
     ]
     data = {"maps-data": [map_data(heat_map, heads.layers, names, short) for heat_map in maps]}
     seed = "" if stats["seed"] is None else f"seed {stats['seed']}, "
-    subtitle = f"{_model(stats)}, {seed}{len(heads.layers):,} layers, {len(heads.places):,} heads. Written by tinyonn."
+    subtitle = f"{_model(stats)}, {seed}{counted(len(heads.layers), 'layer')}, {counted(len(heads.places), 'head')}. Written by tinyonn."
     return page(f"What training on {stats['task']} does to heads", subtitle, "\n".join(body), data, ["core.js", "map.js"])
 
 
@@ -255,7 +260,9 @@ def _run(stats: Mapping[str, Any], measured: dict[str, Any], trained: dict[str, 
         "accuracy, before → after": change("accuracy"),
         "commonest class measured": rows.told,
         "loss, before → after": change("loss"),
-        "training, measuring, seconds": " and ".join(f"{number:,.0f}" for number in seconds if number is not None),
+        "training, measuring, seconds": " and ".join(
+            f"{number:,.1f}" if number < 9.95 else f"{number:,.0f}" for number in seconds if number is not None
+        ),
     }
     folded = [
         ("Options of training", {f"--{name.replace('_', '-')}": value for name, value in plain_facts(trained.get("options", {})).items()}),
@@ -319,8 +326,7 @@ def _statistics(stats: Mapping[str, Any]) -> str:
         caption="Rank correlations and overlaps",
         numeric=range(1, 9),
     )
-    lead = "Rows with taylor judge the first-order estimates by the exact importance; the others ask whether training changes what matters."
-    return section("statistics", "Importance and change", f'{chart_row}<div class="card below">{listing}</div>', lead=lead)
+    return section("statistics", "Importance and change", f'{chart_row}<div class="card below">{listing}</div>', lead=STATISTICS_LEAD)
 
 
 def _pair_row(pair: Mapping[str, Any]) -> list[object]:
@@ -367,7 +373,10 @@ def _cases(cases: Mapping[str, Any]) -> str:
     for kind, key in KEYS.items():
         rows = [[case["layer"], case["head"], case["I_pre"], case["I_post"], case["U"], case["Urel"], case["G_pre"]] for case in cases[key]]
         listing = table(
-            ["layer", "head", "I_pre", "I_post", "U", "Urel", "G_pre"], rows, caption=f"{kind}, {len(rows)} heads", numeric=range(7)
+            ["layer", "head", "I_pre", "I_post", "U", "Urel", "G_pre"],
+            rows,
+            caption=f"{kind}, {counted(len(rows), 'head')}",
+            numeric=range(7),
         )
         cards.append(f'<div class="card">{listing}</div>' if rows else card(kind, '<p class="empty">No head is one.</p>'))
     lead = f"High is from percentile {cases['high']:g} on, low up to percentile {cases['low']:g}, over all heads."
@@ -387,6 +396,6 @@ def _tops(heads: HeadColumns, top: int) -> str:
             numbers = [heads.columns[name][line] for name in ("I_pre", "I_post", f"accuracy_drop_{when}", "Urel")]
             rows.append([rank, *heads.places[line], *numbers, heads.words["kind"][line]])
         head = ["#", "layer", "head", "I_pre", "I_post", f"accuracy drop {_WHEN[when]}", "Urel", "case"]
-        listing = table(head, rows, caption=f"{title}, {len(rows)} heads", numeric=range(7))
+        listing = table(head, rows, caption=f"{title}, {counted(len(rows), 'head')}", numeric=range(7))
         cards.append(f'<div class="card">{listing}</div>')
     return section("top", "Heads that come first", f'<div class="grid-tables">{"".join(cards)}</div>')

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .._units import counted
 from ..mscan.layout import layer_count
 from . import charts
 from .data import V1_NOTES, ScanData
@@ -58,8 +59,9 @@ def report_page(
         replay_body, elements["replay-data"] = replay_section(data, sequences, order)
         body.append(replay_body)
     body.append(_losses_section(data))
-    tokens = f"{int(data.losses.tokens.sum()):,} tokens, " if len(data.losses.ordinals) == data.num_sequences else ""
-    subtitle = f"{data.num_sequences:,} sequences, {tokens}{grid.num_blocks:,} blocks of {len(grid.layout):,} weights. Written by tinyonn."
+    tokens = f"{counted(int(data.losses.tokens.sum()), 'token')}, " if len(data.losses.ordinals) == data.num_sequences else ""
+    blocks = f"{counted(grid.num_blocks, 'block')} of {counted(len(grid.layout), 'weight')}"
+    subtitle = f"{counted(data.num_sequences, 'sequence')}, {tokens}{blocks}. Written by tinyonn."
     return page(f"Scan of {scan_title(data)}", subtitle, "\n".join(body), elements, ["core.js", "map.js", "replay.js"])
 
 
@@ -162,10 +164,10 @@ def _blocks_section(data: ScanData, top: int) -> str:
     head = ["#", "layer", "module", "features", "∫SPS", "SPS a token", "activation", "gradient", "tokens"]
     numeric = (0, 4, 5, 6, 7, 8)
     cards = [("Highest ∫SPS", ranked[:top]), ("Lowest ∫SPS", ranked[::-1][:top])]
-    body = "".join(
-        f'<div class="card">{table(head, block_rows(data, order), caption=f"{title}, {len(order)} blocks", numeric=numeric)}</div>'
-        for title, order in cards
-    )
+    listings = [
+        table(head, block_rows(data, order), caption=f"{title}, {counted(len(order), 'block')}", numeric=numeric) for title, order in cards
+    ]
+    body = "".join(f'<div class="card">{listing}</div>' for listing in listings)
     lead = "High: active where the loss pulls little. Low: pulled on more than active. Features count from 0 within the weight."
     return section("blocks", "Top blocks", f'<div class="grid-tables">{body}</div>', lead=lead)
 
@@ -184,7 +186,7 @@ def _heads_section(data: ScanData, heads: HeadScores | str, top: int) -> tuple[s
     listing = table(
         ["#", "layer", "head", "∫SPS", "query", "key", "value"],
         rows,
-        caption=f"Highest ∫SPS, {len(rows)} heads",
+        caption=f"Highest ∫SPS, {counted(len(rows), 'head')}",
         numeric=(0, 2, 3, 4, 5, 6),
     )
     names = [str(head) for head in range(total.shape[1])]
