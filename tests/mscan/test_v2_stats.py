@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tinyonn.errors import InputError, MscanError
-from tinyonn.mscan import Integral, LayoutEntry, MscanReader, MscanWriter, SequenceRecord, layout_groups
+from tinyonn.mscan import Integral, LayoutEntry, MscanReader, MscanWriter, SequenceRecord, convert, layout_groups
 
 LAYOUT = [
     LayoutEntry("model.layers.0.q_proj.weight", 576, 9, 0),
@@ -211,6 +211,26 @@ def test_a_set_of_ranks_reads_as_one(tmp_path: Path, name: str) -> None:
     with MscanReader(tmp_path / "scan.rank2-of-3.mscan", whole_set=False) as reader:
         assert [item.sequence_id for item in reader.sequences] == [record.sequence_id for record in records[2:]]
         assert reader.metadata["rank"] == 2
+
+
+def test_a_copy_of_a_member_under_anothers_name_is_refused_and_salvage_names_it(tmp_path: Path) -> None:
+    """Else its sequences are counted twice, and nothing says that those of the other rank are gone."""
+    write_set(tmp_path, 2, [2, 2])
+    first, second = (tmp_path / f"scan.rank{rank}-of-2.mscan" for rank in range(2))
+    second.write_bytes(first.read_bytes())
+    rule = "members of a set must be different files, got a copy of scan.rank0-of-2.mscan"
+    for recovery in ("tail", "strict"):
+        with pytest.raises(MscanError, match=rule) as found:
+            MscanReader(tmp_path / "scan.mscan", recovery=recovery)
+        assert found.value.path == str(second)
+    assert not convert.verify(tmp_path / "scan.mscan").ok
+    result = convert.recover(tmp_path / "scan.mscan", tmp_path / "one.mscan")
+    assert result.sequences == 2
+    assert rule in result.dropped[0]
+    with MscanWriter(second, {"rank": 0, "k": 1}, LAYOUT, mode="a", codec="f32") as writer:  # a copy that went on is one still
+        writer.append(make(30, 3))
+    with pytest.raises(MscanError, match=rule):
+        MscanReader(tmp_path / "scan.mscan")
 
 
 def test_a_set_that_is_not_whole_is_refused(tmp_path: Path) -> None:

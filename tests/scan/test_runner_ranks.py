@@ -132,6 +132,17 @@ def test_two_files_for_one_process_are_refused(config, run_as):
         run_as(1, 2, config)
 
 
+def test_a_member_copied_over_another_is_not_gone_on_with(config, run_as):
+    for rank in range(2):
+        run_as(rank, 2, config, stop_after=1)
+    files = [config.output.with_name(f"out.rank{rank}-of-2.mscan") for rank in range(2)]
+    files[1].write_bytes(files[0].read_bytes())
+    before = files[1].read_bytes()
+    with pytest.raises(InputError, match=r"must be a set whose files hold different sequences, got '.*' in .*out\.rank1-of-2\.mscan"):
+        run_as(1, 2, config)
+    assert files[1].read_bytes() == before
+
+
 def test_overwrite_leaves_no_member_of_an_older_set(config, whole, contents, run_as):
     for rank in range(3):
         run_as(rank, 3, config)

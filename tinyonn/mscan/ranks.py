@@ -27,7 +27,8 @@ class RankSetReader(MscanReader):
     """Reads `name.rankI-of-N.mscan`, I = 0 … N−1: the sequences of rank 0, then those of rank 1, and so on; see `MscanReader`.
 
     Raises:
-        MscanError: a member is missing, or metadata or layout of two members differ; the metadata key `rank` may.
+        MscanError: a member is missing or a copy of another, or metadata or layout of two members differ; the metadata key `rank` may.
+            With recovery "salvage" a copy is reported, not refused.
     """
 
     version = 2
@@ -47,11 +48,25 @@ class RankSetReader(MscanReader):
                     raise MscanError(member.path, f"metadata of a set must agree with that of {os.path.basename(first.path)}.")
                 if member.layout != first.layout:
                     raise MscanError(member.path, f"layout of a set must agree with that of {os.path.basename(first.path)}.")
+            copies = self._copies()
+            if copies and recovery != "salvage":
+                raise MscanError(*copies[0])
             self._opened = opened.pop_all()
         self.layout = first.layout
-        self.report = [f"{os.path.basename(member.path)}: {line}" for member in self.members for line in member.report]
+        self.report = [f"{os.path.basename(path)}: {rule}" for path, rule in copies]
+        self.report += [f"{os.path.basename(member.path)}: {line}" for member in self.members for line in member.report]
         self.starts = [0, *accumulate(len(member) for member in self.members)]
         self.sequences = StoredSequences(lambda: self.starts[-1], self._sequence)
+
+    def _copies(self) -> list[tuple[str, str]]:
+        """Members that carry the UUID of an earlier one, each with the rule: what its own rank wrote is not there."""
+        seen: dict[bytes, str] = {}
+        found = []
+        for member in self.members:
+            other = seen.setdefault(member.uuid, member.path)
+            if other != member.path:
+                found.append((member.path, f"members of a set must be different files, got a copy of {os.path.basename(other)}."))
+        return found
 
     def locate(self, i: int) -> tuple[V2Reader, int, int]:
         """The member that holds sequence i, its ordinal there, and its ordinal in the set."""

@@ -17,6 +17,8 @@ from .reader import MscanReader, PlaneCodes, StoredSequence, StoredSequences
 from .stats import ModuleStats
 from .types import Integral
 
+UUID = slice(16, 32)  # in the prologue
+
 
 def metadata_of(path: str, raw: bytes) -> dict[str, Any]:
     """Parses a file's metadata.
@@ -52,6 +54,12 @@ class V2Reader(MscanReader):
         self.gaps = self._core.gaps
         self.report = gap_lines(self.gaps)
         self.sequences = StoredSequences(lambda: len(self.core), self._sequence)
+
+    @property
+    def uuid(self) -> bytes:
+        """The file's own 16 bytes, which a copy of it has too."""
+        with open(self.path, "rb") as file:
+            return file.read(UUID.stop)[UUID]
 
     @property
     def core(self) -> _C.Reader:

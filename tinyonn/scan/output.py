@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, listed
+from ..errors import InputError, listed, shown
 from ..mscan import LayoutEntry, MscanReader, MscanWriter
 from ..mscan.v1_header import MAGIC
 from .config import ScanConfig
@@ -93,6 +93,7 @@ def find_existing(path: Path, metadata: Mapping[str, Any]) -> Existing:
 
     Raises:
         OutputDiffersError: a file was written with another configuration; the fields that differ are named.
+        InputError: two members hold one sequence, as where one was copied over another.
         MscanError: a file is damaged.
     """
     for attempt in range(_RENAME_RETRIES):
@@ -182,7 +183,13 @@ def _read_existing(path: Path, metadata: Mapping[str, Any]) -> Existing:
                     f"output_path must be a scan with the same configuration, {file} differs in {listed(changed)}; "
                     "use --overwrite to replace it, or another --output-path."
                 )
-            ids.update(sequence.sequence_id for sequence in reader.sequences)
+            own = {sequence.sequence_id for sequence in reader.sequences}
+            if both := sorted(ids & own):
+                raise InputError(
+                    f"output_path must be a set whose files hold different sequences, got {shown(both[0])} in {file} and in another; "
+                    "use --overwrite to replace it."
+                )
+            ids |= own
     size = max((size for _, size in members.values()), default=0)
     return Existing({index: file for index, (file, _) in members.items()}, size, frozenset(ids), stored)
 
