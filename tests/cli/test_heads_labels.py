@@ -103,6 +103,34 @@ def test_a_study_leaves_out_rows_without_a_label_where_asked(cli: Cli, encoder: 
     one_line(other, "skip_unlabelled False (there True)", command="tinyonn heads plasticity train")
 
 
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(
+    ("names", "given", "other"),
+    [
+        (["-1", "1"], [-1, 1], 0),
+        (["1.0", "2.0"], [1.0, 2.0], 0),
+        (["0.5", "1"], [0.5, "1.0"], 0),
+        (["2", "1"], [2.0, 1], 3),
+        (["1", "0"], [True, False], 2),
+    ],
+    ids=["signs", "floats", "halves", "not in order", "truth"],
+)
+def test_labels_that_are_numbers_are_compared_as_numbers(
+    cli: Cli, encoder: Path, pairs: Path, tmp_path: Path, names: list[str], given: list[Any], other: Any
+) -> None:
+    task = tmp_path / "own.yaml"
+    task.write_text(f"text: question\nlabel: y\nlabels: {json.dumps(names)}\n")
+    rows = [{"question": f"is {n} odd", "y": given[n % 2]} for n in range(40)]
+    ran = cli("heads", "plasticity", "train", *study(encoder, write(pairs, rows), tmp_path / "out", "--task", task))
+    assert ran.code == 0, ran.err
+    assert cli("heads", "plasticity", "measure", "--task", task, "-o", tmp_path / "out").code == 0
+    (subset,) = (tmp_path / "out").rglob("eval_subset.json")
+    measured = json.loads(subset.read_text())
+    assert measured["labels"] == [row % 2 for row in measured["indices"]]
+    refused = cli("heads", "plasticity", "train", *study(encoder, write(pairs, [*rows, {**rows[0], "y": other}]), tmp_path, "-t", task))
+    one_line(refused, f"y must be one of {', '.join(names)}, got int {other} in line 41 of", command="tinyonn heads plasticity train")
+
+
 @pytest.mark.parametrize("field", ["answer", "label"])
 def test_a_null_label_is_named_by_the_field_that_holds_it(cli: Cli, encoder: Path, pairs: Path, tmp_path: Path, field: str) -> None:
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]

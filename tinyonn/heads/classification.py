@@ -27,6 +27,10 @@ _SKIP = "; --skip-unlabelled leaves out rows without a label"
 _EVALUATION_STEMS = ("validation", "dev")  # of a folder's files, after the task's own
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, str | int | float) and re.fullmatch(r"[+-]?\d{1,9}(\.\d{1,9})?", str(value).strip()) is not None
+
+
 @dataclass(frozen=True)
 class Task(Options):
     """A classification task, as its YAML file gives it.
@@ -80,12 +84,25 @@ class Task(Options):
         names, value = [label.casefold() for label in self.labels], whole(value)
         if isinstance(value, str | bool | int) and str(value).strip().casefold() in names:
             return names.index(str(value).strip().casefold())
+        if self.named_by_numbers:  # a number is a name, however it is written
+            wanted = int(value) if isinstance(value, bool) else value
+            same = (at for at, name in enumerate(names) if _is_number(name) and _is_number(wanted) and float(name) == float(wanted))
+            return next(same, None)
         if isinstance(value, bool):
             return int(value) if len(names) == 2 else None
-        # Where the names are numbers themselves, a number is a name.
-        if re.fullmatch(r"\d{1,9}", str(value)) and isinstance(value, str | int) and not any(name.isdecimal() for name in names):
+        if re.fullmatch(r"\d{1,9}", str(value)) and isinstance(value, str | int):
             return int(value) if int(value) < len(names) else None
         return None
+
+    @property
+    def named_by_numbers(self) -> bool:
+        """Whether a class is named by a number: then a number in the data is a name, not the place of one."""
+        return any(map(_is_number, self.labels))
+
+    @property
+    def known_labels(self) -> str:
+        """What a label may be, for a message."""
+        return listed(self.labels, room=48) + ("" if self.named_by_numbers else f" or a number from 0 to {len(self.labels) - 1}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,8 +328,7 @@ def _example(located: Located, row: int, task: Task, place: str, skip: bool) -> 
     if not f"{text}{pair or ''}".strip():
         raise InputError(f"{task.text} must not be empty, got a blank one in {place}.")
     if label is None:
-        known = f"{listed(task.labels, room=48)} or a number from 0 to {len(task.labels) - 1}"
-        raise InputError(f"{label_field} must be one of {known}, got {short(given)} in {place}{_SKIP if without else ''}.")
+        raise InputError(f"{label_field} must be one of {task.known_labels}, got {short(given)} in {place}{_SKIP if without else ''}.")
     return Example(row, text, pair, label)
 
 
