@@ -99,10 +99,25 @@ def test_a_larger_budget_activates_more_experts():
     assert module.statistics()["mean_k"] == pytest.approx(torch.where(each > 0.5, high, low).mean().item())
 
 
+@pytest.mark.parametrize("counted", ["nothing ran", "all tokens masked", "all tokens NaN", "reset"])
+def test_without_a_counted_token_statistics_are_unknown(counted):
+    module, x = mixture(), tokens(50, 32)
+    if counted == "all tokens masked":
+        module(x, token_mask=torch.zeros(50, dtype=torch.bool))
+    elif counted == "all tokens NaN":
+        module(x * torch.nan)
+    elif counted == "reset":
+        module(x)
+        assert module.statistics()["dead_experts"] < 12
+        module.reset_statistics()
+    found = module.statistics()
+    assert math.isnan(found["mean_k"])
+    assert math.isnan(found["dead_experts"])  # not 12: no token says anything of an expert
+    assert found["counts"].tolist() == [0] * 12
+
+
 def test_statistics_count_tokens():
     module, x = mixture(), tokens(50, 32)
-    assert math.isnan(module.statistics()["mean_k"])
-    assert module.statistics()["dead_experts"] == 12
     routing = module.route(x)
     module(x)
     found = module.statistics()

@@ -182,12 +182,14 @@ class DynMoE(nn.Module):
         """Since the last reset: mean_k, experts of a token; dead_experts, live ones that no token went to; counts, (E,) tokens of each.
 
         A token counts once, also where a checkpointed layer runs again in backward. Not counted are tokens outside a `token_mask`, the
-        call's or that of a surrounding `token_mask_of`, and tokens with NaN.
+        call's or that of a surrounding `token_mask_of`, and tokens with NaN. Without a counted token mean_k and dead_experts are NaN:
+        nothing is known of them.
         """
         counts = self.expert_counts
-        dead = int(((counts == 0) & self.router.expert_mask).sum())
-        seen = int(self.tokens_seen)
-        return {"mean_k": int(counts.sum()) / seen if seen else math.nan, "dead_experts": dead, "counts": counts.clone()}
+        found = {"mean_k": math.nan, "dead_experts": math.nan, "counts": counts.clone()}
+        if seen := int(self.tokens_seen):
+            found |= {"mean_k": int(counts.sum()) / seen, "dead_experts": int(((counts == 0) & self.router.expert_mask).sum())}
+        return found
 
     def route(self, hidden_states: Tensor, surprise_budget: Budget | None = None) -> Routing:
         """Experts of each of N tokens, (N, F); `surprise_budget` is a number, 0-d or (N,), as `forward` takes it."""
