@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -151,3 +152,17 @@ def make_seed() -> Callable[..., dict[str, np.ndarray]]:
         return values
 
     return make
+
+
+NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*(?:e[-+]?\d+)?|\bnan\b|\binf\b)")
+
+
+@pytest.fixture
+def words_of() -> Callable[[str], set[str]]:
+    """`words_of(output)`: its lines without numbers and spacing, for outputs of another model; lists of numbers are alike at any length."""
+
+    def words_of(text: str) -> set[str]:
+        lines = (re.sub(r"#(?:[,\s]+#)+", "#", NUMBER.sub("#", " ".join(line.split()))) for line in text.splitlines())
+        return {line for line in lines if line.strip(" .…")}
+
+    return words_of

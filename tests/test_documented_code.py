@@ -38,7 +38,6 @@ LANGUAGES = {"python", "py", "sh", "text", "json", "yaml", "bibtex", "mermaid", 
 MODEL_NAME = re.compile(r"""(?:from_pretrained\(|model_path=)\s*["']([^"']+)["']""")
 SAVED_NAME = re.compile(r"""(?:save_pretrained|save_model)\(\s*["']([^"']+)["']""")
 DATA_NAME = re.compile(r"""(dataset_path|data_path)=["']([^"']+)["']""")
-NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*(?:e[-+]?\d+)?|\bnan\b|\binf\b)")
 
 
 @dataclass(frozen=True)
@@ -91,12 +90,6 @@ def furnish(folder: Path, code: str) -> None:
         (folder / name).write_text("".join(json.dumps({**row, "id": str(number)}) + "\n" for number in range(8)))
 
 
-def words_of(text: str) -> set[str]:
-    """The lines of an output without their numbers and spacing; lists of numbers of any length are alike."""
-    lines = (re.sub(r"#(?:[,\s]+#)+", "#", NUMBER.sub("#", " ".join(line.split()))) for line in text.splitlines())
-    return {line for line in lines if line.strip(" .…")}
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pytest.importorskip("matplotlib")
@@ -109,7 +102,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
-def test_blocks_run(page, folder, monkeypatch):
+def test_blocks_run(page, folder, words_of):
     pytest.importorskip("peft")
     blocks = python_blocks(page)
     furnish(folder, "\n".join(block.code for block in blocks))
@@ -146,7 +139,7 @@ def test_blocks_that_are_not_run_have_a_reason():
     assert WITH_PYTHON
 
 
-def test_the_comparison_of_outputs_can_fail():
+def test_the_comparison_of_outputs_can_fail(words_of):
     assert words_of("loss 2.31, 12 blocks\n...\nkept 1") == words_of("loss  0.5,   3 blocks\nkept 7\nkept 8")
     assert words_of("tensor([1.0, 2e-05, nan])") == words_of("tensor([-1.5])")
     assert words_of("loss 2.31") != words_of("perplexity 2.31")

@@ -22,6 +22,8 @@ from tinyonn.testing import save_tiny_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+README = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+NOTEBOOK = EXAMPLES / "tour.ipynb"
 Run = Callable[..., tuple[dict[str, Any], str]]
 
 
@@ -34,14 +36,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(name, *options)`: runs a script in an empty folder; what it leaves in its namespace, and what it printed."""
+def place(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to run in."""
+    pytest.importorskip("matplotlib")
     monkeypatch.setenv("TINYONN_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words_of: Callable[[str], set[str]]) -> Run:
+    """`run(name, *options)`: runs a script; what it leaves in its namespace, and what it printed, in the words that the README shows."""
 
     def run(name: str, *options: str) -> tuple[dict[str, Any], str]:
         monkeypatch.setattr(sys, "argv", [name, *options])
-        return runpy.run_path(str(EXAMPLES / name), run_name="__main__"), capsys.readouterr().out
+        names = runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        printed = capsys.readouterr().out
+        (shown,) = re.findall(rf"^`{name}`\n\n```text\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+        assert words_of(printed) == words_of(shown)
+        return names, printed
 
     return run
 
@@ -65,7 +78,7 @@ def test_a_script_starts_from_any_folder(tmp_path):
 
 
 def test_convert_and_finetune(run):
-    names, out = run("convert_and_finetune.py", "--steps", "4", "--tokens", "256")
+    names, out = run("convert_and_finetune.py", "--steps", "6", "--tokens", "256")
     dense, converted, tuned = numbers(r"(?m)^[a-z-]+ +loss (\d\.\d+)", out)
     assert dense == converted
     open_blocks, budgeted = numbers(r"'key_blocks': '([\d.]+)'", out)
@@ -103,18 +116,18 @@ def test_scan_while_training(run, cache):
     assert numbers(r"loss (\d\.\d+)", out) == [round(loss, 3) for loss in losses]
 
 
-def test_score_heads(run, tmp_path):
+def test_score_heads(run, place):
     rows = [
         {"question": f"Where do {who} sleep?", "choices": {"text": ["on mats", "in hats"], "label": ["A", "B"]}, "answerKey": "A"}
         for who in ("cats", "old dogs", "mice", "owls of the north")
     ]
-    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (place / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     names, out = run("score_heads.py", "--questions", "own.jsonl", "--samples", "4")
     assert out.startswith("12 heads in 3 layers over 4 questions")
     scores = numbers(r"(?m)^ +\d+\.\d+ +([\d.]+)", out)
     assert len(scores) == 5
     assert scores == sorted((round(float(score), 2) for row in names["result"].combined for score in row), reverse=True)[:5]
-    assert (tmp_path / "data/scores/index.html").stat().st_size
+    assert (place / "data/scores/index.html").stat().st_size
 
 
 def test_new_attention(run):
@@ -125,3 +138,22 @@ def test_new_attention(run):
     assert counts[-1] == round(np.minimum(own_block, 3).mean(), 1)  # the first, the previous and the own alone
     assert counts == sorted(counts, reverse=True)
     assert len(set(numbers(r"loss (\d\.\d+)", out))) == 6
+
+
+def test_the_notebook_runs_and_its_outputs_are_stored(place, capsys, words_of):
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    names: dict[str, Any] = {"__name__": "__main__"}
+    pictures = 0
+    for cell in cells:
+        code = compile("".join(cell["source"]), f"{NOTEBOOK.name}, cell {cell['execution_count']}", "exec")
+        exec(code, names)
+        stored = ["".join(output.get("text", "")) for output in cell["outputs"]]
+        printed, shown = (re.sub(r"""'.*?'|".*?\"""", "'…'", out) for out in (capsys.readouterr().out, "".join(stored)))  # tokens differ
+        assert words_of(printed) == words_of(shown)
+        pictures += sum("image/png" in output.get("data", {}) for output in cell["outputs"])
+    assert pictures == len(names["plt"].get_fignums())
+    names["plt"].close("all")
+    assert names["scan"].grad_norm.shape == (256, names["engine"].blocks)
+    assert [cost for _, cost in names["points"]] == pytest.approx([names["points"][0][1]] * 4, rel=0.05)
+    assert NOTEBOOK.stat().st_size < 200_000
