@@ -1,7 +1,7 @@
 """Build a new attention out of tinyonn's parts and run SmolLM2-135M with it.
 
-Attention to compressed keys ranks the blocks of 16 keys; each query reads the blocks above a threshold, and a tenth of its output is
-a sliding window's. The model was not trained for it: the table shows what each threshold costs. Takes half a minute on two CPU cores.
+Attention to compressed keys rates blocks of 16 keys, and each query reads the blocks above a threshold. A tenth of the output comes
+from a sliding window. The model was not trained for it; the table shows what each threshold costs. Takes half a minute on two CPU cores.
 """
 
 import argparse

