@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -62,6 +63,23 @@ def test_a_calibration_that_fails_half_way_changes_nothing(change, error):
     assert model.config.tinyonn["dyn_moe"]["options"]["target_k"] == 3.0
     assert all(module.training for module in model.modules())
     assert not any(module._forward_pre_hooks for module in mixtures(model).values())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "target", "message"),
+    [
+        (0, 2.0, "sample is too short: it has 0 tokens, and needs at least 2, better a few thousand."),
+        (1, 2.0, "sample is too short: it has 1 token, and needs at least 2, better a few thousand."),
+        (3, 2.0, "sample is too short for target_k=2.0 of 8 experts: it has 3 tokens, and needs at least 4, better a few thousand."),
+        (3, 2.5, "sample is too short for target_k=2.5 of 8 experts: it has 3 tokens, and needs at least 4, better a few thousand."),
+    ],
+)
+def test_a_sample_too_short_for_its_experts_says_how_many_tokens_it_needs(tokens, target, message):
+    model = convert_mlp_to_dynmoe(stock(), num_experts=8)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        calibrate_experts(model, token_ids()[:1, :tokens], target)
+    assert all((module.router.thresholds == -2).all() for module in mixtures(model).values())
+    assert set(calibrate_experts(model, token_ids()[:1, :4], target)) == set(mixtures(model))
 
 
 def test_experts_that_are_masked_out_are_not_calibrated():

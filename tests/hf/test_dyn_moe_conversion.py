@@ -245,7 +245,7 @@ def test_models_that_cannot_be_converted_are_named_and_left_alone(case):
 
 
 def test_a_sample_that_does_not_fit_is_named():
-    with pytest.raises(ValueError, match=r"sample must be token ids of shape \(B, T\), two at least, got torch.int64 \(130,\)"):
+    with pytest.raises(ValueError, match=r"sample must be token ids of shape \(B, T\), got torch.int64 \(130,\)"):
         convert_mlp_to_dynmoe(stock(), num_experts=8, sample=token_ids()[0])
     with pytest.raises(ValueError, match=r"sample must be token ids .*, got list"):
         convert_mlp_to_dynmoe(stock(), num_experts=8, sample=[[1, 2]])
@@ -286,7 +286,7 @@ def test_neurons_that_overflow_for_the_sample_are_named():
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        (torch.ones(1, 4, dtype=torch.bool), r"token ids of shape \(B, T\), two at least, got torch.bool \(1, 4\)"),
+        (torch.ones(1, 4, dtype=torch.bool), r"token ids of shape \(B, T\), got torch.bool \(1, 4\)"),
         (torch.tensor([[1, 2, 97]]), r"token ids of shape \(B, T\), 0 … 96, got 97"),
         (torch.tensor([[1, -100]], dtype=torch.int32), r"token ids of shape \(B, T\), 0 … 96, got -100"),
     ],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import re
 from typing import Any
 
 import pytest
@@ -136,16 +138,61 @@ def test_calibration_finds_the_thresholds_of_a_budget():
 def test_calibration_refuses_what_it_cannot_reach():
     model, x = convert_attention(stock(), **SMALL), token_ids()
     opening = [core.opening.clone() for core in cores(model)]
-    for target in (1.0, 9.0):
-        with pytest.raises(InputError, match=r"target must be in \d\.\d\d … 4\.57, what this sample can read, got"):
-            calibrate(model, [x], target)
+    with pytest.raises(InputError, match=r"target must be in \d\.\d\d … 4\.57, what this sample can read, got 1\.0"):
+        calibrate(model, [x], 1.0)
     assert [core.opening for core in cores(model)] == opening
     with pytest.raises(InputError, match="sample must have at least one batch, got none"):
         calibrate(model, [], 4.0)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         calibrate(model, [x], 4.0, steps=0)
+    for target, error in ((math.nan, ValueError), (math.inf, ValueError), ("4", TypeError)):
+        with pytest.raises(error, match=r"target must be (finite|a number), got"):
+            calibrate(model, [x], target)
     with pytest.raises(InputError, match="calibrate must have a model that convert_attention has changed"):
         calibrate(stock(), [x], 4.0)
+
+
+@pytest.mark.parametrize(
+    ("length", "target", "options", "held", "needed"),
+    [
+        (20, 5.0, {}, "20 tokens, 2 blocks of 16", 144),
+        (1, 2.5, {}, "1 token, 1 block of 16", 64),
+        (46, 2.25, {}, "46 tokens, 3 blocks of 16", 64),  # all of its blocks are forced: every threshold reads the same
+        (20, 5.0, {"max_blocks": 6}, "20 tokens, 2 blocks of 16", 240),
+    ],
+)
+def test_a_sample_too_short_to_calibrate_says_how_long_it_should_be(length, target, options, held, needed):
+    def calibrated(tokens: int) -> float:
+        return calibrate(convert_attention(stock(), **SMALL, **options), [token_ids(tokens, 1)], target)
+
+    words = re.escape(f"sample is too short for target={target} key blocks a query: it has {held}, and needs about {needed} tokens.")
+    with pytest.raises(InputError, match=f"^{words}$"):
+        calibrated(length)
+    assert calibrated(needed) == pytest.approx(target, abs=0.3)
+    with pytest.raises(InputError, match="sample is too short"):  # no more is called for than is needed
+        calibrated(needed - 16)
+
+
+def test_padding_makes_a_sample_no_longer():
+    x, mask = token_ids(100, 2), torch.ones(2, 100, dtype=torch.int64)
+    mask[:, :80] = 0
+    model = convert_attention(stock(), **SMALL)
+    for batch in ({"input_ids": x, "attention_mask": mask}, {"input_ids": x, "position_ids": torch.arange(20).repeat(2, 5)}):
+        with pytest.raises(InputError, match="it has 20 tokens, 2 blocks of 16, and needs about 144 tokens"):
+            calibrate(model, [batch], 5.0)
+
+
+def test_a_target_that_no_sample_reads_is_refused():
+    with pytest.raises(InputError, match=r"target must be at least 2\.25 key blocks a query, as 3 are always read, got 2\.0\."):
+        calibrate(convert_attention(stock(), **SMALL), [token_ids(48)], 2.0)  # each of its queries reads two blocks, at any threshold
+    with pytest.raises(InputError, match=r"target must be below max_blocks=4, got 4\.0\."):
+        calibrate(convert_attention(stock(), **SMALL, max_blocks=4), [token_ids()], 4.0)
+
+
+def test_calibration_to_more_blocks_follows_one_to_fewer():
+    model, x = convert_attention(stock(), **SMALL), token_ids()
+    for target in (3.0, 4.0, 2.8):
+        assert calibrate(model, [x], target) == pytest.approx(target, abs=0.15)
 
 
 def test_parameter_groups_hold_each_parameter_once():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ..._units import counted
 from ...errors import InputError
 from ...nn import DynMoE, ThresholdRouter
 from ...ops._dispatch import autocast_off
@@ -88,7 +89,8 @@ def calibrate_experts(
 
     Raises:
         InputError: the model was not converted, or routes by budget; the sample does not reach a layer, or gives it NaN or infinity.
-        ValueError: a target or bound out of range; a sample of another shape or type, or with ids that are not in the vocabulary.
+        ValueError: a target or bound out of range; a sample of another shape or type, or with ids that are not in the vocabulary, or of
+            too few tokens for each expert to have one.
     """
     converted = converted_model(model, DYN_MOE) if isinstance(model, nn.Module) else None
     if converted is None:
@@ -110,12 +112,17 @@ def calibrate_experts(
             "get_peft_model.",
             stacklevel=2,
         )
-    keep_in_adapter(model, "router")
     layers = mixtures(model)
     for name, module in layers.items():
         live = int(router_of(module).expert_mask.sum())
         if target_k > live:
             raise ValueError(f"target_k must be at most {live}, the live experts of {name}, got {target_k}.")
+        if sample.numel() < (needed := math.ceil(live / target_k)):  # not every expert has a token of those that are to choose it
+            raise ValueError(
+                f"sample is too short for target_k={target_k} of {live} experts: it has {counted(sample.numel(), 'token')}, and needs at "
+                f"least {needed:,}, better a few thousand."
+            )
+    keep_in_adapter(model, "router")
     reached = {}
 
     def set_layer(name: str, module: Any, x: Tensor) -> None:
@@ -156,9 +163,11 @@ def _set_by_a_sample(module: DynMoE) -> tuple[Tensor, ...]:
 
 
 def check_sample(model: PreTrainedModel, sample: Tensor) -> None:
-    if not isinstance(sample, Tensor) or sample.dim() != 2 or sample.dtype not in (torch.int32, torch.int64) or sample.numel() < 2:
+    if not isinstance(sample, Tensor) or sample.dim() != 2 or sample.dtype not in (torch.int32, torch.int64):
         found = f"{sample.dtype} {tuple(sample.shape)}" if isinstance(sample, Tensor) else type(sample).__name__
-        raise ValueError(f"sample must be token ids of shape (B, T), two at least, got {found}.")
+        raise ValueError(f"sample must be token ids of shape (B, T), got {found}.")
+    if sample.numel() < 2:
+        raise ValueError(f"sample is too short: it has {counted(sample.numel(), 'token')}, and needs at least 2, better a few thousand.")
     known = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
     outside = sample[(sample < 0) | (sample >= known)]
     if len(outside):  # on a GPU an index out of range ends the process' work there

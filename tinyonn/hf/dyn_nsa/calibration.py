@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..._units import counted
 from ...errors import InputError
+from ...nn._options import check_number
 from ...nn.dyn_nsa import DynNSACore
 from ..interfaces import gradients_kept
 from ..peft_parts import keep_in_adapter
+from .options import opening_of
 from .parts import PART, cores, mean_blocks
 
 HIGHEST = 12.0  # nats above base: past it only forced blocks are left, for importance is at most the log of the number of blocks
+FORCED = 3  # blocks that a query always reads: the first, its own and the one before
+LEAST = 2.25  # what queries read of the shortest text with a choice, of four blocks, if they read the forced ones alone: 1, 2, 3, 3
 
 
 @torch.no_grad()
@@ -34,11 +41,13 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
         Mean key blocks a query that the sample reads then.
 
     Raises:
-        InputError: not converted; an empty sample; a target that no shift reaches.
-        ValueError: steps below 1.
+        InputError: not converted; an empty sample, or one too short for the target, with the length that it needs; a target that no
+            shift reaches.
+        ValueError: steps below 1. TypeError, ValueError: a target that is no finite number.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
+    check_number("target", target)
     if next(cores(model), None) is None:
         raise InputError(f"calibrate must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
     batches = [{"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) for batch in sample]
@@ -50,10 +59,9 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
     training = model.training
     model.eval()
     try:
-        low, high = min(core.start_opening for core in found), HIGHEST
+        low, high = min(map(_all_open, found)), HIGHEST
         most, least = (_blocks(model, found, batches, shift) for shift in (low, high))
-        if not least <= target <= most:
-            raise InputError(f"target must be in {least:.2f} … {most:.2f}, what this sample can read, got {target}.")
+        _check_target(found, batches, target, least, most)
         for _ in range(steps):
             middle = (low + high) / 2
             low, high = (middle, high) if _blocks(model, found, batches, middle) > target else (low, middle)
@@ -79,3 +87,51 @@ def _blocks(model: PreTrainedModel, found: list[DynNSACore], batches: list[dict[
         for batch in batches:
             model(**{"use_cache": False, **batch})
     return mean_blocks(model, reset=True)
+
+
+def _all_open(core: DynNSACore) -> float:
+    """Shift at which every block passes, also where an earlier calibration or training has moved the thresholds."""
+    options = replace(core.options, base=core.base.max().item(), slope=core.slope.min().item())
+    return min(core.start_opening, opening_of(options))
+
+
+def _check_target(found: list[DynNSACore], batches: list[dict[str, Any]], target: float, least: float, most: float) -> None:
+    """InputError for a target that the sample cannot read, between `least` and `most` blocks a query."""
+    limit = sum(map(_limit, found)) / len(found)
+    if target >= limit:
+        raise InputError(f"target must be below max_blocks={limit:g}, got {target}.")
+    tokens, block_size = max(map(_longest, batches)), max(core.options.block_size for core in found)
+    if target > most or tokens <= FORCED * block_size:
+        if target < LEAST:
+            raise InputError(f"target must be at least {LEAST} key blocks a query, as {FORCED} are always read, got {target}.")
+        needed = max(_tokens_for(core, target) for core in found if _limit(core) > target)
+        held = f"{counted(tokens, 'token')}, {counted(-(-tokens // block_size), 'block')} of {block_size}"
+        raise InputError(f"sample is too short for target={target} key blocks a query: it has {held}, and needs about {needed:,} tokens.")
+    if target < least:
+        raise InputError(f"target must be in {least:.2f} … {most:.2f}, what this sample can read, got {target}.")
+
+
+def _limit(core: DynNSACore) -> float:
+    return math.inf if core.options.max_blocks is None else core.options.max_blocks
+
+
+def _longest(batch: dict[str, Any]) -> int:
+    """Tokens of the longest text of a batch, without padding."""
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if isinstance(positions, Tensor):
+        return int(positions.max()) + 1  # of packed texts too
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return int((mask != 0).sum(-1).max())
+    given = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
+    return int(given.shape[1])
+
+
+def _tokens_for(core: DynNSACore, target: float) -> int:
+    """Tokens of a text whose queries read `target` blocks on average if they read all, and of which some block may be left out.
+
+    Of n blocks that is 1, 2 … n blocks a query, up to max_blocks: (n + 1) / 2 on average, or m - m (m - 1) / 2n from n = m on.
+    """
+    blocks, limit = 2 * target - 1, _limit(core)
+    if blocks > limit:
+        blocks = limit * (limit - 1) / 2 / (limit - target)
+    return max(math.ceil(blocks), FORCED + 1) * core.options.block_size
