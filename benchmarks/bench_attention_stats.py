@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from tinyonn.heads.capture import capture_attention_stats
+from tinyonn.heads.capture.attention import capture_attention_stats
 from tinyonn.hf.memory import available_memory
 from tinyonn.ops import attention_stats
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tinyonn import reference
-from tinyonn._timing import Comparison
 from tinyonn.ops import block_norms
 from tinyonn.testing import assert_close_rms
+from tinyonn.testing.timing import Comparison
 
 
 def _check(x: torch.Tensor):

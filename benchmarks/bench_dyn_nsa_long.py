@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyonn import ops, reference
-from tinyonn._timing import Comparison, peak_megabytes
 from tinyonn.testing import assert_close_rms
+from tinyonn.testing.timing import Comparison, peak_megabytes
 
 OURS = "dyn_nsa"
 BOTH = "forward + backward"

@@ -21,7 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from tinyonn import ops
-from tinyonn._timing import Comparison
+from tinyonn.testing.timing import Comparison
 
 SIZES = {  # tokens, features, experts, neurons, slots
     "128 experts of 64": (2048, 512, 128, 64, 4),

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from tinyonn.heads.ablation import ablate_heads
-from tinyonn.heads.gates import head_gates
+from tinyonn.heads.capture.gates import head_gates
+from tinyonn.heads.plasticity.ablation import ablate_heads
 
 LAYERS = HEADS = 12
 HIDDEN, TOKENS, BATCH, CLASSES = 384, 128, 4, 3

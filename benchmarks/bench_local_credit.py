@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from tinyonn.cli.demo.smollm2 import prepare_smollm2
 from tinyonn.errors import InputError
-from tinyonn.hf.smollm2 import prepare_smollm2
 from tinyonn.ops import block_norms
-from tinyonn.scan.engine import ScanEngine, SequenceScan
+from tinyonn.scan.engine.engine import ScanEngine, SequenceScan
 
 TOKENS = 256
 

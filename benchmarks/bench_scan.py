@@ -19,8 +19,8 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tinyonn.cli.demo.smollm2 import prepare_smollm2
 from tinyonn.errors import InputError
-from tinyonn.hf.smollm2 import prepare_smollm2
 from tinyonn.mscan import MscanWriter, SequenceRecord
 from tinyonn.scan import ScanEngine
 

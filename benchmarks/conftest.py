@@ -30,8 +30,8 @@ from typing import Any
 import pytest
 import torch
 
-from tinyonn._timing import Comparison, cpu_model, measure
-from tinyonn._timing import peak_megabytes as peak_of
+from tinyonn.testing.timing import Comparison, cpu_model, measure
+from tinyonn.testing.timing import peak_megabytes as peak_of
 
 sys.path.append(str(Path(__file__).parent))  # benchmarks import each other's cases
 

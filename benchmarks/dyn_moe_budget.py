@@ -33,8 +33,8 @@ from dyn_nsa_budget import EVALUATION, TRAINING, rows_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from tinyonn.cli.demo.smollm2 import prepare_smollm2
 from tinyonn.hf.dyn_moe import calibrate_experts, convert_mlp_to_dynmoe, expert_statistics
-from tinyonn.hf.smollm2 import prepare_smollm2
 from tinyonn.nn import DynMoE
 from tinyonn.nn.dyn_moe import Visit
 from tinyonn.train import HyperStep, capture

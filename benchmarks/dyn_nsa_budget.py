@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from tinyonn.cli.demo.smollm2 import prepare_smollm2
 from tinyonn.hf.dyn_nsa import collected_budget_loss, convert_attention, cores, statistics
-from tinyonn.hf.smollm2 import prepare_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("attention", "output", "constant")

@@ -33,7 +33,7 @@ def facts(device: str) -> dict[str, Any]:
     try:
         import torch
 
-        from tinyonn._timing import cpu_model
+        from tinyonn.testing.timing import cpu_model
 
         found["cpu"], found["cpus"] = cpu_model(), len(os.sched_getaffinity(0))
         if device == "cuda":
@@ -73,7 +73,7 @@ def answer(request: dict[str, Any], device: str, send: Callable[[dict[str, Any]]
     """The record of one question: its status, why, and everything that was found."""
     import torch
 
-    from tinyonn._timing import Comparison, last_line, measure, peak_megabytes
+    from tinyonn.testing.timing import Comparison, last_line, measure, peak_megabytes
 
     record: dict[str, Any] = {"status": "ok", "comparisons": []}
     results: list[Comparison] = []

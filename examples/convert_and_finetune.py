@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import tinyonn.hf
-from tinyonn.hf.smollm2 import prepare_smollm2
+from tinyonn.cli.demo.smollm2 import prepare_smollm2
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", help="folder or hub name of a model (default: SmolLM2-135M-Instruct)")

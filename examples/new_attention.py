@@ -10,8 +10,8 @@ import inspect
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tinyonn.cli.demo.smollm2 import prepare_smollm2
 from tinyonn.hf.interfaces import register_attention
-from tinyonn.hf.smollm2 import prepare_smollm2
 from tinyonn.ops import block_sparse_attention, compressed_attention, select_blocks, sliding_window_attention
 
 parser = argparse.ArgumentParser(description=__doc__)

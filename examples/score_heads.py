@@ -7,8 +7,8 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
+from tinyonn.cli.demo.smollm2 import prepare_smollm2
 from tinyonn.heads import ScoreConfig, score_heads
-from tinyonn.hf.smollm2 import prepare_smollm2
 from tinyonn.report import write_scores_page
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -9,8 +9,8 @@ import inspect
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tinyonn.cli.demo.smollm2 import prepare_smollm2
 from tinyonn.hf import calibrate_experts, convert_mlp_to_dynmoe, expert_statistics
-from tinyonn.hf.smollm2 import prepare_smollm2
 from tinyonn.train import HyperStep
 
 parser = argparse.ArgumentParser(description=__doc__)

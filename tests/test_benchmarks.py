@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from tinyonn._timing import measure
+from tinyonn.testing.timing import measure
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tinyonn import _config
-from tinyonn._config import check_bool, check_choice, check_device, check_int, check_number, check_text, read_yaml
+from tinyonn._io import config as _config
+from tinyonn._io.config import check_bool, check_choice, check_device, check_int, check_number, check_text, read_yaml
 from tinyonn.errors import InputError
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from tinyonn.heads import scores
+from tinyonn.heads.score import scores
 from tinyonn.testing import save_tiny_model, tiny_causal_lm, token_ids
 
 ROOT = Path(__file__).parents[1]

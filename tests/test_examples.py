@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tinyonn.hf.smollm2 import smollm2_folder
+from tinyonn.cli.demo.smollm2 import smollm2_folder
 from tinyonn.mscan import MscanReader
 from tinyonn.testing import save_tiny_model
 

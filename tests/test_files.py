@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tinyonn._files import digest, is_finite, read_json, read_record, replacing, write_atomically
+from tinyonn._io.files import digest, is_finite, read_json, read_record, replacing, write_atomically
 from tinyonn.errors import InputError
 
 

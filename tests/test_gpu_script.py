@@ -305,6 +305,7 @@ def test_every_question_runs_at_tiny_sizes(gpu, tmp_path):
 
 
 def tuned_kernels() -> set[str]:
-    names = (path.stem for path in (ROOT / "kernels" / "tinyonn_kernels").glob("*.py"))
-    modules = [import_module(f"tinyonn_kernels.{name}") for name in names if name != "__init__"]
+    folder = ROOT / "kernels"
+    names = (".".join(path.relative_to(folder).with_suffix("").parts) for path in folder.rglob("*.py"))
+    modules = [import_module(name) for name in names if not name.endswith("__init__")]
     return {kernel.base_fn.__name__ for module in modules for kernel in vars(module).values() if hasattr(kernel, "caches")}

@@ -1,59 +1,39 @@
-"""Imports run one way, read from the source; and the library stands without triton."""
+"""Imports run one way, as CONTRIBUTING.md's table says; and the library stands without triton."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {"tinyonn": ROOT / "tinyonn", "tinyonn_kernels": ROOT / "kernels" / "tinyonn_kernels"}
 
-ABOVE = {
-    "tinyonn.hf.adapters",
-    "tinyonn.hf.interfaces",
-    "tinyonn.hf.loading",
-    "tinyonn.hf.memory",
-    "tinyonn.nn",
-    "tinyonn.ops",
-    "tinyonn.mscan",
-}
-# Layer -> what it may import besides itself and SHARED.
-ALLOWED: dict[str, set[str]] = {
-    "tinyonn_kernels": set(),
-    "tinyonn.reference": set(),
-    "tinyonn.ops": {"tinyonn.reference", "tinyonn_kernels"},
-    "tinyonn.nn": {"tinyonn.ops"},
-    "tinyonn.hf": {"tinyonn.nn", "tinyonn.ops"},
-    "tinyonn.mscan": set(),
-    "tinyonn.scan": ABOVE,
-    "tinyonn.heads": ABOVE,
-    "tinyonn.train": ABOVE,
-    "tinyonn.report": {"tinyonn.mscan", "tinyonn.ops"},
-}
-SHARED = {
-    "tinyonn",
-    "tinyonn._C",
-    "tinyonn._config",
-    "tinyonn._debug",
-    "tinyonn._files",
-    "tinyonn._folders",
-    "tinyonn._lazy",
-    "tinyonn._locks",
-    "tinyonn._not_measured",
-    "tinyonn._records",
-    "tinyonn._streams",
-    "tinyonn._study",
-    "tinyonn._units",
-    "tinyonn.errors",
-}  # single modules under every layer but the two lowest
-UNRESTRICTED = {"tinyonn.cli", "tinyonn.__main__"}
-FOR_TESTS = {"tinyonn.testing", "tinyonn._cross_compile", "tinyonn._tiny_families", "tinyonn._timing"}  # no layer imports these
+# Under every layer but the two lowest.
+SHARED = {"tinyonn", "tinyonn._C", "tinyonn._debug", "tinyonn._io", "tinyonn._lazy", "tinyonn.errors"}
+UNRESTRICTED = {"tinyonn.cli", "tinyonn.__main__", "tinyonn.testing"}  # the first two may import everything but the third
 LOWEST = {"tinyonn_kernels": {"torch", "triton"}, "tinyonn.reference": {"torch"}}  # and nothing else from outside
+
+
+def table() -> dict[str, set[str]]:
+    """Layer -> what it may import besides itself, SHARED and other libraries, from CONTRIBUTING.md."""
+    lines = re.findall(r"(?m)^\| `(tinyonn/\w+|kernels/tinyonn_kernels)/` \| .* \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text())
+    found = {}
+    for folder, cell in lines:
+        names = [name.split("/")[-1] for name in re.findall(r"`([\w.]+)`", cell)]
+        layer = folder.removeprefix("kernels/").replace("/", ".")
+        found[layer] = {name if name.startswith("tinyonn") else f"tinyonn.{name}" for name in names}
+    return found
+
+
+ALLOWED = table()
 
 
 def _modules() -> dict[str, Path]:
@@ -69,21 +49,35 @@ MODULES = _modules()
 KNOWN = {*MODULES, "tinyonn._C"}
 
 
-def imports(source: str, name: str, is_package: bool = False) -> Iterator[tuple[str, bool]]:
-    """Modules that `name` imports, as absolute names, and whether inside a function; `from a import b` is `a.b` if that is a module."""
+class Imported(NamedTuple):
+    """Attributes: name: an absolute name. lazy: inside a function. typing: under TYPE_CHECKING."""
+
+    name: str
+    lazy: bool
+    typing: bool
+
+
+def imports(source: str, name: str, is_package: bool = False) -> Iterator[Imported]:
+    """Modules that `name` imports; `from a import b` is `a.b` if that is a module."""
     tree = ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     lazy = {inner for function in functions for inner in ast.walk(function)}
+    only_typed = {inner for block in typing for inner in ast.walk(block)}
     path = name.split(".")
     for node in ast.walk(tree):
+        place = node in lazy, node in only_typed
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node in lazy) for alias in node.names)
+            yield from (Imported(alias.name, *place) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             anchor = path[: len(path) - node.level + is_package] if node.level else []
             base = ".".join([*anchor, *([node.module] if node.module else [])])
             for alias in node.names:
                 deeper = f"{base}.{alias.name}"
-                yield deeper if deeper in KNOWN else base, node in lazy
+                yield Imported(deeper if deeper in KNOWN else base, *place)
+
+
+IMPORTS = {name: [*imports(path.read_text(), name, path.name == "__init__.py")] for name, path in MODULES.items()}
 
 
 def layer_of(name: str) -> str:
@@ -93,25 +87,61 @@ def layer_of(name: str) -> str:
 
 def breaches(name: str, imported: set[str]) -> list[str]:
     layer = layer_of(name)
-    if layer in UNRESTRICTED | FOR_TESTS:
-        return []
+    if layer in UNRESTRICTED:
+        return sorted(o for o in imported if layer_of(o) == "tinyonn.testing" != layer)
     if layer not in ALLOWED and name not in SHARED:
         return [f"{layer} is not in the table of layers"]
     ours = {other for other in imported if other.split(".")[0] in SOURCES}
     shared = set() if layer in LOWEST else SHARED
-    open_to_it = {layer, *ALLOWED.get(layer, set())}
-    wrong = {o for o in ours - shared if not any(o == target or o.startswith(target + ".") for target in open_to_it)}
+    open_to_it = {layer, *ALLOWED.get(layer, set()), *(shared - {"tinyonn"})}
+    wrong = {o for o in ours if o not in shared and not any(o == target or o.startswith(target + ".") for target in open_to_it)}
     if layer in LOWEST:
         outside = {other.split(".")[0] for other in imported - ours} - sys.stdlib_module_names
         wrong |= outside - LOWEST[layer]
     return sorted(wrong)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_run_one_way(name):
-    path = MODULES[name]
-    imported = {other for other, _ in imports(path.read_text(), name, path.name == "__init__.py")}
-    assert breaches(name, imported) == []
+def test_imports_run_one_way():
+    found = {name: breaches(name, {other.name for other in imported}) for name, imported in IMPORTS.items()}
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+
+
+def test_the_table_lists_every_layer_and_nothing_that_no_layer_imports():
+    """What a layer may import and does not is a line that nobody checks."""
+    layers = {layer_of(name) for name in MODULES if name not in SHARED} - {"tinyonn.__main__"}
+    assert set(ALLOWED) == {*layers, "tinyonn._io"}
+    used = {layer: {other.name for name in MODULES if layer_of(name) == layer for other in IMPORTS[name]} for layer in ALLOWED}
+    idle = {
+        layer: sorted(t for t in targets if not any(other == t or other.startswith(t + ".") for other in used[layer]))
+        for layer, targets in ALLOWED.items()
+    }
+    assert {layer: targets for layer, targets in idle.items() if targets} == {}
+
+
+def test_no_import_goes_in_a_circle():
+    """Inside functions neither: what waits for a call to be imported would hide a circle."""
+    graph = {name: {o.name for o in imported if not o.typing and o.name in MODULES} for name, imported in IMPORTS.items()}
+    # A package that gives its modules' names imports them; a module's import of its own package's module is not one of the package.
+    try:
+        [*TopologicalSorter({name: others - {name} for name, others in graph.items()}).static_order()]
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_no_module_is_hidden_by_a_name_of_its_package():
+    """`tinyonn.ops.dyn_nsa` is a function; no module may have that path."""
+    hidden = []
+    for name, path in MODULES.items():
+        if path.name == "__init__.py":
+            bound = {
+                alias.asname or alias.name
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.ImportFrom)
+                for alias in node.names
+                if f"{name}.{node.module}" != f"{name}.{alias.name}" and node.module is not None
+            }
+            hidden += [f"{name}.{leaf}" for leaf in bound if f"{name}.{leaf}" in MODULES]
+    assert hidden == []
 
 
 @pytest.mark.parametrize(
@@ -119,25 +149,29 @@ def test_imports_run_one_way(name):
     [
         ("tinyonn.ops.x", "from tinyonn.scan import engine", ["tinyonn.scan.engine"]),
         ("tinyonn.ops.x", "def f():\n    import tinyonn.cli", ["tinyonn.cli"]),
-        ("tinyonn.ops.x", "from ..report.page import Page", ["tinyonn.report.page"]),
-        ("tinyonn.scan.x", "from tinyonn.hf import smollm2", ["tinyonn.hf.smollm2"]),
-        ("tinyonn.reference.x", "import tinyonn_kernels.block_norms", ["tinyonn_kernels.block_norms"]),
+        ("tinyonn.ops.x", "from ..report.html.page import Page", ["tinyonn.report.html.page"]),
+        ("tinyonn.scan.x", "from tinyonn.hf import record", ["tinyonn.hf.record"]),
+        ("tinyonn.reference.x", "import tinyonn_kernels.statistics.block_norms", ["tinyonn_kernels.statistics.block_norms"]),
         ("tinyonn.reference.x", "import numpy", ["numpy"]),
         ("tinyonn_kernels.x", "from tinyonn.errors import InputError", ["tinyonn.errors"]),
         ("tinyonn.mscan.x", "from tinyonn.testing import poisoned", ["tinyonn.testing"]),
+        ("tinyonn.cli.x", "from tinyonn.testing import poisoned", ["tinyonn.testing"]),
+        ("tinyonn._io.x", "from ..mscan import MscanReader", ["tinyonn.mscan"]),
         ("tinyonn.somewhere.x", "import torch", ["tinyonn.somewhere is not in the table of layers"]),
     ],
     ids=lambda value: value if isinstance(value, str) and "\n" not in value else "",
 )
 def test_a_breach_is_found(name, source, found):
-    assert breaches(name, {other for other, _ in imports(source, name)}) == found
+    assert breaches(name, {other.name for other in imports(source, name)}) == found
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if layer_of(name) not in FOR_TESTS | {"tinyonn_kernels"}])
-def test_kernels_and_triton_are_imported_only_inside_calls(name):
-    path = MODULES[name]
-    eager = {other.split(".")[0] for other, lazy in imports(path.read_text(), name, path.name == "__init__.py") if not lazy}
-    assert not eager & {"tinyonn_kernels", "triton"}
+def test_kernels_and_triton_are_imported_only_inside_calls():
+    eager = {
+        name: {other.name.split(".")[0] for other in imported if not other.lazy} & {"tinyonn_kernels", "triton"}
+        for name, imported in IMPORTS.items()
+        if layer_of(name) not in ("tinyonn.testing", "tinyonn_kernels")
+    }
+    assert {name: wrong for name, wrong in eager.items() if wrong} == {}
 
 
 def test_kernels_folder_is_no_package():
@@ -164,11 +198,8 @@ except RuntimeError as error:
     assert "install triton or pass impl='torch'" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "name", ["tinyonn", "tinyonn._config", "tinyonn._files", "tinyonn._folders", "tinyonn._locks", "tinyonn._records", "tinyonn._study"]
-)
-def test_what_every_command_imports_is_light(name):
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys, {name}; print('torch' in sys.modules)"], capture_output=True, text=True, check=True
-    )
+def test_what_every_command_imports_is_light():
+    light = ["tinyonn", *(name for name in MODULES if layer_of(name) == "tinyonn._io")]
+    program = f"import sys, {', '.join(light)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

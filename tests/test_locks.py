@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tinyonn._locks import locked
+from tinyonn._io.locks import locked
 from tinyonn.errors import InputError
 
 HOLDER = """
 import sys, time
-from tinyonn._locks import locked
+from tinyonn._io.locks import locked
 with locked(sys.argv[1]):
     print("in", flush=True)
     time.sleep(60)

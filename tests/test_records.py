@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyonn._records import Located, field_names, open_records, read_records, short
+from tinyonn._io.records import Located, field_names, open_records, read_records, short
 from tinyonn.errors import InputError
 
 ROWS = [{"text": f"row {index}", "label": index % 3} for index in range(5)]

@@ -119,7 +119,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """`without_figures()`: from then on PNGs are empty. Drawing them takes longer than a study of a tiny model."""
-    return lambda: monkeypatch.setattr("tinyonn.report.head_figures.save_figure", lambda figure, path: path.touch())
+    return lambda: monkeypatch.setattr("tinyonn.report.heads.figures.save_figure", lambda figure, path: path.touch())
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tinyonn.errors import InputError
-from tinyonn.heads.training import load_classifier
+from tinyonn.heads.plasticity.training import load_classifier
 from tinyonn.hf.loading import load_model
 from tinyonn.mscan import MscanReader
 from tinyonn.testing import save_tiny_model

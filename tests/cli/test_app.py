@@ -134,7 +134,7 @@ def test_a_bug_keeps_its_traceback(cli: Cli, error: Exception, monkeypatch: pyte
     def broken(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("tinyonn.scan.corpus.build_corpus", broken)
+    monkeypatch.setattr("tinyonn.scan.corpus.corpus.build_corpus", broken)
     with pytest.raises(type(error)):
         cli("corpus", "x", "--topic", "python")
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tinyonn.cli.corpus import corpus
-from tinyonn.scan.build import build_corpus
-from tinyonn.scan.corpus import read_corpus
-from tinyonn.scan.topic import load_topic
+from tinyonn.scan.corpus.build import build_corpus
+from tinyonn.scan.corpus.corpus import read_corpus
+from tinyonn.scan.corpus.topic import load_topic
 from tinyonn.testing import save_tiny_model
 
 from .conftest import Cli, one_line
@@ -38,7 +38,7 @@ def built(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Any:
     def capture(*arguments: Any, **options: Any) -> None:
         raise Stop(signature.bind(*arguments, **options).arguments)
 
-    monkeypatch.setattr("tinyonn.scan.corpus.build_corpus", capture)
+    monkeypatch.setattr("tinyonn.scan.corpus.corpus.build_corpus", capture)
 
     def parse(*arguments: object) -> dict[str, Any]:
         with pytest.raises(Stop) as caught:

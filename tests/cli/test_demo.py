@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tinyonn.hf import smollm2
+from tinyonn.cli.demo import smollm2
 from tinyonn.mscan import MscanReader
 
 from .conftest import Cli, one_line

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tinyonn.errors import InputError
-from tinyonn.heads.plasticity_config import PlasticityConfig
-from tinyonn.heads.score_config import ScoreConfig
+from tinyonn.heads.plasticity.config import PlasticityConfig
+from tinyonn.heads.score.config import ScoreConfig
 from tinyonn.hf.loading import resolve_dtype
 from tinyonn.mscan import MscanReader
 from tinyonn.scan import ScanConfig

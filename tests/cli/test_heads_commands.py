@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tinyonn.cli import heads_plasticity, heads_score, screen
-from tinyonn.heads import measurement
-from tinyonn.heads.plasticity_config import PlasticityConfig
-from tinyonn.heads.score_config import NORM_MODES, QUERY_MODES, ScoreConfig
+from tinyonn.heads.plasticity import measurement
+from tinyonn.heads.plasticity.config import PlasticityConfig
+from tinyonn.heads.score.config import NORM_MODES, QUERY_MODES, ScoreConfig
 
 from .conftest import Cli, one_line, study, write
 

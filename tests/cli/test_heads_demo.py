@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyonn.hf import minilm, smollm2
+from tinyonn.cli.demo import minilm, smollm2
 from tinyonn.testing import save_tiny_model
 
 from .conftest import Cli, one_line

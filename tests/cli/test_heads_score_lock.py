@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tinyonn._locks import locked
+from tinyonn._io.locks import locked
 from tinyonn.errors import InputError
 from tinyonn.testing import save_tiny_model
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyonn._units import readable_bytes
+from tinyonn._io.units import readable_bytes
 from tinyonn.cli import screen
 
 DRAW = """

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from tinyonn.heads.plasticity_config import PlasticityConfig
+from tinyonn.heads.plasticity.config import PlasticityConfig
+from tinyonn.heads.plasticity.training import train
 from tinyonn.heads.progress import Progress
-from tinyonn.heads.score import ScoreResult, score_heads
-from tinyonn.heads.score_config import ScoreConfig
-from tinyonn.heads.training import train
+from tinyonn.heads.score.config import ScoreConfig
+from tinyonn.heads.score.score import ScoreResult, score_heads
 from tinyonn.testing import save_tiny_model, tiny_causal_lm, tiny_encoder
 
 WIDE = {"num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 48}

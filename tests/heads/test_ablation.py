@@ -11,8 +11,8 @@ from transformers import BigBirdConfig, BigBirdForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from tinyonn.errors import InputError
-from tinyonn.heads.ablation import ablate_heads, taylor_importance
-from tinyonn.heads.gates import head_gates
+from tinyonn.heads.capture.gates import head_gates
+from tinyonn.heads.plasticity.ablation import ablate_heads, taylor_importance
 from tinyonn.testing import dtype_id
 
 TOKENS = torch.arange(33).view(3, 11) + 5

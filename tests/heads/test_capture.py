@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tinyonn.heads.capture import capture_attention_stats
-from tinyonn.heads.layers import attention_layers
+from tinyonn.heads.capture.attention import capture_attention_stats
+from tinyonn.heads.capture.layers import attention_layers
 from tinyonn.testing import tiny_causal_lm, tiny_encoder, token_ids
 
 DECODERS = ("llama", "qwen3", "mistral", "gpt2", "gpt_neox", "qwen3_moe", "gemma2", "gpt_oss", "lfm2", "gptj", "bloom")

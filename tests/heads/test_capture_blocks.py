@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 from tinyonn.errors import InputError
-from tinyonn.heads import capture as capturing
-from tinyonn.heads.capture import capture_attention_stats
+from tinyonn.heads.capture import attention as capturing
+from tinyonn.heads.capture.attention import capture_attention_stats
 from tinyonn.testing import left_padding, tiny_causal_lm, tiny_encoder, token_ids
 
 LENGTH = 19

@@ -13,8 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tinyonn.errors import InputError
-from tinyonn.heads.classification import TASKS, Example, Task, TaskData, batches, find_task, fixed_order, load_task
-from tinyonn.heads.plasticity_config import PlasticityConfig
+from tinyonn.heads.plasticity.classification import TASKS, Example, Task, TaskData, batches, find_task, fixed_order, load_task
+from tinyonn.heads.plasticity.config import PlasticityConfig
 from tinyonn.testing import save_tiny_model
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tinyonn.errors import InputError
-from tinyonn.heads.seeds import aggregate
-from tinyonn.heads.summary import summarise
+from tinyonn.heads.plasticity.seeds import aggregate
+from tinyonn.heads.plasticity.summary import summarise
 
 DEEP = "[" * 100_000
 

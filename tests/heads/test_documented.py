@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from tinyonn.heads.classification import find_task
-from tinyonn.heads.questions import load_questions
+from tinyonn.heads.plasticity.classification import find_task
+from tinyonn.heads.score.questions import load_questions
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from tinyonn.errors import InputError
-from tinyonn.heads.fusion import RankedHead, average_ranks, fuse, normalise, top_heads
+from tinyonn.heads.score.fusion import RankedHead, average_ranks, fuse, normalise, top_heads
 
 
 @pytest.mark.parametrize("heads", [1, 2, 9, 64])

@@ -10,10 +10,10 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from tinyonn.errors import InputError
-from tinyonn.heads.ablation import ablate_heads, taylor_importance
-from tinyonn.heads.gates import check_gates, class_logits, head_gates, heads_shape, sample_losses
-from tinyonn.heads.gradients import head_gradients
-from tinyonn.heads.layers import attention_layers
+from tinyonn.heads.capture.gates import check_gates, class_logits, head_gates, heads_shape, sample_losses
+from tinyonn.heads.capture.layers import attention_layers
+from tinyonn.heads.plasticity.ablation import ablate_heads, taylor_importance
+from tinyonn.heads.plasticity.gradients import head_gradients
 from tinyonn.testing import tiny_causal_lm
 
 ARCHS = ["llama", "qwen3", "gpt2", "bert", "deberta-v2", "distilbert", "modernbert"]

@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers import LongformerConfig, LongformerForSequenceClassification
 
 from tinyonn.errors import InputError
-from tinyonn.heads.gradients import head_gradients
+from tinyonn.heads.plasticity.gradients import head_gradients
 
 SIZE = 12
 

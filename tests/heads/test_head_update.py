@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tinyonn.errors import InputError
-from tinyonn.heads.head_update import Checkpoint, checkpoint_update, head_update
-from tinyonn.heads.layers import attention_layers
+from tinyonn.heads.capture.layers import attention_layers
+from tinyonn.heads.plasticity.head_update import Checkpoint, checkpoint_update, head_update
 
 # Head 2 of layer 1: name of the weight, whether the head is columns of it, the first of them and how many. Llama's head 2 has key head 1.
 PREFIX = {"bert": "bert.encoder.layer.1.attention.", "deberta-v2": "deberta.encoder.layer.1.attention."}

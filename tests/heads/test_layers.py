@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from tinyonn.errors import InputError
-from tinyonn.heads.layers import attention_layers
+from tinyonn.heads.capture.layers import attention_layers
 from tinyonn.testing import tiny_causal_lm, tiny_encoder
 
 FUSED = {

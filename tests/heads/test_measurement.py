@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tinyonn.heads import ablation
-from tinyonn.heads.classification import load_task
-from tinyonn.heads.measurement import measure
-from tinyonn.heads.plasticity_config import PlasticityConfig
-from tinyonn.heads.summary import summarise
+from tinyonn.heads.plasticity import ablation
+from tinyonn.heads.plasticity.classification import load_task
+from tinyonn.heads.plasticity.config import PlasticityConfig
+from tinyonn.heads.plasticity.measurement import measure
+from tinyonn.heads.plasticity.summary import summarise
 
 KEYS = {
     "importance_pre.jsonl": ["layer", "head", "loss_increase", "accuracy_drop", "taylor", "taylor_abs"],

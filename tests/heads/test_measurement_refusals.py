@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tinyonn.errors import InputError
-from tinyonn.heads import measurement
-from tinyonn.heads.measurement import measure
-from tinyonn.heads.plasticity_config import PlasticityConfig
+from tinyonn.heads.plasticity import measurement
+from tinyonn.heads.plasticity.config import PlasticityConfig
+from tinyonn.heads.plasticity.measurement import measure
 
 
 def test_a_folder_without_a_complete_training_names_the_step(study):

@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 from tinyonn.errors import InputError
-from tinyonn.heads.measurement import measure
-from tinyonn.heads.plasticity_config import PlasticityConfig
-from tinyonn.heads.training import train
+from tinyonn.heads.plasticity.config import PlasticityConfig
+from tinyonn.heads.plasticity.measurement import measure
+from tinyonn.heads.plasticity.training import train
 
 FILES = ("importance_pre.jsonl", "importance_post.jsonl", "gradfisher_pre.jsonl", "update.jsonl")
 STAGES = ["importance before training", "first-order importance before training", "gradients before training", "importance after training"]

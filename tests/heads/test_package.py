@@ -14,8 +14,8 @@ import importlib, pkgutil, types, tinyonn.heads as heads
 def modules():
     return [name for name in heads.__all__ if isinstance(getattr(heads, name), types.ModuleType)]
 assert not modules(), modules()
-for module in pkgutil.iter_modules(heads.__path__):  # importing one puts it into the package under its own name
-    importlib.import_module(f"tinyonn.heads.{module.name}")
+for module in pkgutil.walk_packages(heads.__path__, "tinyonn.heads."):  # importing one puts it into the package under its own name
+    importlib.import_module(module.name)
 assert not modules(), modules()
 print(len(heads.__all__))
 """

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tinyonn.errors import InputError
-from tinyonn.heads.plasticity_config import TRAINING, PlasticityConfig
+from tinyonn.heads.plasticity.config import TRAINING, PlasticityConfig
 
 
 def test_defaults_are_those_of_the_study():

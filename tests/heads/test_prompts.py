@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tinyonn.errors import InputError
 from tinyonn.heads.fields import Fields
-from tinyonn.heads.prompts import EncodedPrompt, Prompt, PromptBatch, PromptEncoder, PromptTemplate, render_all
+from tinyonn.heads.score.prompts import EncodedPrompt, Prompt, PromptBatch, PromptEncoder, PromptTemplate, render_all
 
 QUESTION = Fields("Where do übertired {people} go, 🦉 owls?", "They sleep.", ("A", "B"), ("to bed", "to {question}"), 0)
 CORPUS = [

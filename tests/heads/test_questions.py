@@ -12,7 +12,7 @@ import pytest
 
 from tinyonn.errors import InputError
 from tinyonn.heads.fields import builtin_field_maps, load_field_map
-from tinyonn.heads.questions import Question, load_questions
+from tinyonn.heads.score.questions import Question, load_questions
 
 
 def write(path: Path, records: list[Any]) -> str:

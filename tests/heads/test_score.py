@@ -19,9 +19,9 @@ from scipy import stats
 
 from tinyonn.errors import InputError
 from tinyonn.heads.progress import Progress
-from tinyonn.heads.score import score_heads
-from tinyonn.heads.score_config import ScoreConfig
-from tinyonn.heads.scores import SCORES, register_score
+from tinyonn.heads.score.config import ScoreConfig
+from tinyonn.heads.score.score import score_heads
+from tinyonn.heads.score.scores import SCORES, register_score
 from tinyonn.testing import save_tiny_model, tiny_encoder
 
 FILES = {
@@ -195,7 +195,7 @@ def score_model(folder: Path) -> Any:
 
 
 def test_a_further_score_has_columns_and_a_weight_in_the_fusion(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("tinyonn.heads.scores.SCORES", dict(SCORES))
+    monkeypatch.setattr("tinyonn.heads.score.scores.SCORES", dict(SCORES))
     register_score("peak", lambda seen: seen.mean(seen.outputs.abs().amax(-1)))
     run(extra_weights={"peak": 4.0})
     columns, raw = table(tmp_path / "out" / "scores_raw.csv")

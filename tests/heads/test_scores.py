@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from tinyonn.errors import InputError
-from tinyonn.heads.prompts import EncodedPrompt
-from tinyonn.heads.score import score_prompts
-from tinyonn.heads.scores import SCORES, Observation, chosen_scores, register_score
+from tinyonn.heads.score.prompts import EncodedPrompt
+from tinyonn.heads.score.score import score_prompts
+from tinyonn.heads.score.scores import SCORES, Observation, chosen_scores, register_score
 from tinyonn.testing import tiny_causal_lm, tiny_encoder
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}

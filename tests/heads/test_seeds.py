@@ -10,8 +10,8 @@ import pytest
 from scipy import stats as scipy_stats
 
 from tinyonn.errors import InputError
-from tinyonn.heads.seeds import SeedsDifferError, aggregate
-from tinyonn.heads.summary import summarise
+from tinyonn.heads.plasticity.seeds import SeedsDifferError, aggregate
+from tinyonn.heads.plasticity.summary import summarise
 
 
 @pytest.fixture

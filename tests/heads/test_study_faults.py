@@ -17,10 +17,10 @@ from safetensors.torch import load, load_file, save_file
 from transformers import T5Config, T5ForSequenceClassification
 
 from tinyonn.errors import InputError
-from tinyonn.heads.measurement import measure
-from tinyonn.heads.plasticity_config import PlasticityConfig
-from tinyonn.heads.summary import summarise
-from tinyonn.heads.training import train
+from tinyonn.heads.plasticity.config import PlasticityConfig
+from tinyonn.heads.plasticity.measurement import measure
+from tinyonn.heads.plasticity.summary import summarise
+from tinyonn.heads.plasticity.training import train
 from tinyonn.testing import save_tiny_model
 
 DEEP = "[" * 100_000
@@ -51,7 +51,7 @@ def test_a_second_run_in_the_folder_of_a_seed_is_refused(config):
     train(run)
     measure(run)
     program = f"""
-from tinyonn._locks import locked
+from tinyonn._io.locks import locked
 with locked({str(run.folder)!r}):
     print("in", flush=True)
     input()

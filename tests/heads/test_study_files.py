@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tinyonn import _study
+from tinyonn._io import study as _study
 from tinyonn.errors import InputError
-from tinyonn.heads.measurement import measure
-from tinyonn.heads.plasticity_config import PlasticityConfig
-from tinyonn.heads.summary import summarise
-from tinyonn.heads.training import train
+from tinyonn.heads.plasticity.config import PlasticityConfig
+from tinyonn.heads.plasticity.measurement import measure
+from tinyonn.heads.plasticity.summary import summarise
+from tinyonn.heads.plasticity.training import train
 from tinyonn.report import write_plasticity_page
 from tinyonn.testing import save_tiny_model
 

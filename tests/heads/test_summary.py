@@ -11,10 +11,10 @@ import pytest
 from scipy import stats as scipy_stats
 
 from tinyonn.errors import InputError
-from tinyonn.heads.cases import PLASTIC, STATIC, find_cases
-from tinyonn.heads.correlation import mean_interval, rank_correlation, top_overlap
-from tinyonn.heads.plasticity_config import PlasticityConfig
-from tinyonn.heads.summary import summarise
+from tinyonn.heads.plasticity.cases import PLASTIC, STATIC, find_cases
+from tinyonn.heads.plasticity.config import PlasticityConfig
+from tinyonn.heads.plasticity.correlation import mean_interval, rank_correlation, top_overlap
+from tinyonn.heads.plasticity.summary import summarise
 
 COLUMNS = (
     "layer,head,I_pre,I_post,accuracy_drop_pre,accuracy_drop_post,taylor_pre,taylor_abs_pre,taylor_post,taylor_abs_post,"

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from tinyonn.heads import training
-from tinyonn.heads.training import resolve_precision, train
+from tinyonn.heads.plasticity import training
+from tinyonn.heads.plasticity.training import resolve_precision, train
 from tinyonn.testing import save_tiny_model
 
 ROWS = 60  # of `boolq_rows`

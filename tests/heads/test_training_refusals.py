@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinyonn.errors import InputError
-from tinyonn.heads import training
-from tinyonn.heads.training import train
+from tinyonn.heads.plasticity import training
+from tinyonn.heads.plasticity.training import train
 from tinyonn.hf import loading
 from tinyonn.testing import save_tiny_model
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tinyonn.errors import InputError
-from tinyonn.heads.plasticity_config import PlasticityConfig
+from tinyonn.heads.plasticity.config import PlasticityConfig
+from tinyonn.heads.plasticity.training import train
 from tinyonn.heads.progress import Progress
-from tinyonn.heads.training import train
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -103,8 +103,8 @@ def test_a_killed_process_is_gone_on_from(config, uninterrupted):
     program = f"""
 import os, signal
 from tinyonn.heads import training
-from tinyonn.heads.plasticity_config import PlasticityConfig
-from tinyonn.heads.training import train
+from tinyonn.heads.plasticity.config import PlasticityConfig
+from tinyonn.heads.plasticity.training import train
 def progress(now):
     if now.text.startswith("step 5/"):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tinyonn._tiny_families import LOCAL, causal_families, tiny_family_lm
 from tinyonn.errors import InputError
 from tinyonn.hf import convert_attention
 from tinyonn.hf.dyn_nsa import cores
 from tinyonn.testing import assert_close_rms
+from tinyonn.testing.families import LOCAL, causal_families, tiny_family_lm
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 LENGTH = 2 * LOCAL + 20  # beyond two chunks, and many blocks

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from tinyonn._units import readable_bytes
+from tinyonn._io.units import readable_bytes
 from tinyonn.errors import InputError
 from tinyonn.hf import loading, memory
 from tinyonn.hf.loading import check_fits, load_model, resolve_device, resolve_dtype, usable_positions, weights_of

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tinyonn.cli.demo.minilm import minilm_folder, prepare_minilm
 from tinyonn.errors import InputError
-from tinyonn.hf.minilm import minilm_folder, prepare_minilm
 
 
 @pytest.fixture

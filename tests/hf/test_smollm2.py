@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from tinyonn._folders import cache_folder
+from tinyonn._io.folders import cache_folder
+from tinyonn.cli.demo import smollm2
 from tinyonn.errors import InputError
-from tinyonn.hf import smollm2
 from tinyonn.testing import save_tiny_model
 
 

@@ -58,7 +58,7 @@ def without_data(*shape: int) -> Tensor:
     ],
 )
 def test_what_32_bit_rows_cannot_count_is_refused(tokens, batch, heads, kv_heads, message):
-    from tinyonn_kernels._nsa import count_heads, geometry_of
+    from tinyonn_kernels.nsa._common import count_heads, geometry_of
 
     query = without_data(batch, tokens, heads, 16)
     with pytest.raises(ValueError, match=message):
@@ -66,8 +66,8 @@ def test_what_32_bit_rows_cannot_count_is_refused(tokens, batch, heads, kv_heads
 
 
 def test_lists_that_32_bit_places_cannot_count_are_refused():
-    from tinyonn_kernels._nsa import geometry_of
-    from tinyonn_kernels.block_lists import invert_lists
+    from tinyonn_kernels.nsa._common import geometry_of
+    from tinyonn_kernels.nsa.block_lists import invert_lists
 
     query = without_data(1, 1 << 20, 16, 16)
     indices, counts = (torch.empty((1, 1 << 20, 16, *slots), dtype=torch.int32, device="meta") for slots in ((128,), ()))

@@ -37,8 +37,8 @@ def lists_within(start: Tensor, end: Tensor, batch: int, num_kv: int, num_slots:
 @pytest.mark.parametrize("bounds", list(BOUNDS))
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
 def test_a_tile_lists_each_block_once_with_its_queries(group, bounds):
-    from tinyonn_kernels._nsa import geometry_of
-    from tinyonn_kernels.block_lists import merge_lists
+    from tinyonn_kernels.nsa._common import geometry_of
+    from tinyonn_kernels.nsa.block_lists import merge_lists
 
     tokens, num_kv, block_size = 37, 2, 4
     batch = 2 if bounds == "padded" else 1
@@ -70,8 +70,8 @@ def test_a_tile_lists_each_block_once_with_its_queries(group, bounds):
 
 
 def test_large_groups_keep_their_lists():
-    from tinyonn_kernels._nsa import geometry_of
-    from tinyonn_kernels.block_lists import merge_lists
+    from tinyonn_kernels.nsa._common import geometry_of
+    from tinyonn_kernels.nsa.block_lists import merge_lists
 
     indices, counts = torch.zeros(1, 5, 1, 3, dtype=torch.int32), torch.ones(1, 5, 1, dtype=torch.int32)
     merged = merge_lists(indices, counts, geometry_of(torch.zeros(1, 5, 9, 1), 5, None, None, None), 9, 16)

@@ -39,7 +39,7 @@ CASES = {
 @pytest.mark.parametrize("rows", [16, 32])
 @pytest.mark.parametrize("name", CASES)
 def test_pairs_are_sorted_by_expert_then_token_then_slot(name, rows):
-    from tinyonn_kernels.expert_sort import sort_pairs
+    from tinyonn_kernels.experts.expert_sort import sort_pairs
 
     index, experts = CASES[name]
     with poisoned():
@@ -56,7 +56,7 @@ def test_pairs_are_sorted_by_expert_then_token_then_slot(name, rows):
 
 
 def test_chunks_longer_than_a_block(monkeypatch):
-    from tinyonn_kernels import expert_sort
+    from tinyonn_kernels.experts import expert_sort
 
     index = random_index(600, 1, 3)
     short = expert_sort.sort_pairs(index.to(DEVICE), 3, 16)
@@ -68,7 +68,7 @@ def test_chunks_longer_than_a_block(monkeypatch):
 
 
 def test_more_pairs_than_32_bit_places_are_refused():
-    from tinyonn_kernels.expert_sort import sort_pairs
+    from tinyonn_kernels.experts.expert_sort import sort_pairs
 
     with pytest.raises(ValueError, match="top_k_index must have fewer than 1073741824 slots with impl='triton', got 1073741824"):
         sort_pairs(torch.empty((1 << 27, 8), dtype=torch.int32, device="meta"), 8, 16)

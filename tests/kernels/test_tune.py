@@ -78,7 +78,7 @@ def run() -> list[Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 def test_trials_change_nothing(trials, last, monkeypatch):
-    from tinyonn.ops import _triton_dyn_nsa
+    from tinyonn.ops.nsa import _triton_dyn_nsa
 
     monkeypatch.setattr(_triton_dyn_nsa, "CHUNK_ELEMENTS", 3 * 16 * 40)
     alone = run()
@@ -94,8 +94,8 @@ def test_trials_change_nothing(trials, last, monkeypatch):
 
 def test_an_accumulating_kernel_adds_once_however_many_trials(trials):
     """The window's branch is added to what is there; twice a trial, were the sum not put back."""
-    from tinyonn_kernels._nsa import geometry_of
-    from tinyonn_kernels.interval_attention_fwd import interval_attention_fwd
+    from tinyonn_kernels.nsa._common import geometry_of
+    from tinyonn_kernels.nsa.interval_attention_fwd import interval_attention_fwd
 
     def added() -> Tensor:
         query, key = (torch.randn(1, 20, 1, 16, generator=torch.Generator().manual_seed(seed)).half().to(DEVICE) for seed in (0, 1))
@@ -160,7 +160,7 @@ def test_sizes_are_classes_of_four_times_as_many_values():
 
 def test_every_configuration_can_be_forced_and_is_right(monkeypatch):
     from tinyonn_kernels import _tune
-    from tinyonn_kernels.interval_attention_fwd import _interval_fwd_kernel as kernel
+    from tinyonn_kernels.nsa.interval_attention_fwd import _interval_fwd_kernel as kernel
 
     expected = window(40)
     chosen = []

@@ -13,8 +13,8 @@ import pytest
 
 from tinyonn.errors import InputError, MscanError
 from tinyonn.mscan.reader import MscanReader
-from tinyonn.mscan.v1 import V1Reader
-from tinyonn.mscan.v1_sums import integrate
+from tinyonn.mscan.v1.reader import V1Reader
+from tinyonn.mscan.v1.sums import integrate
 
 NAMES = {"0": "lm_head", "3": "model.layers.10.mlp.up_proj", "7": "model.layers.2.mlp.up_proj"}
 BLOCKS = {0: 2, 3: 3, 7: 1}

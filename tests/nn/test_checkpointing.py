@@ -16,7 +16,7 @@ from tinyonn.testing import tiny_causal_lm
 @pytest.fixture
 def forwards(monkeypatch):
     """How often DynNSA ran forward, and what it selected."""
-    module = sys.modules["tinyonn.ops.dyn_nsa"]
+    module = sys.modules["tinyonn.ops.nsa.dyn_nsa"]
     original, seen = module.dyn_nsa_forward, []
 
     def forward(*args):

@@ -83,7 +83,7 @@ def test_any_shape(impl, tokens, queries, heads, kv_heads, dim):
 @pytest.mark.parametrize("elements", [1, 300, 7_000, 10_000, 20_000, 40_000], ids=lambda n: f"steps-of-{n}")
 @pytest.mark.parametrize("name", ["causal", "window", "everything", "added-bias"])
 def test_steps_of_any_size_give_the_same(monkeypatch, name, elements):
-    from tinyonn.ops import _torch_attention_stats
+    from tinyonn.ops.statistics import _torch_attention_stats
 
     monkeypatch.setattr(_torch_attention_stats, "CHUNK_ELEMENTS", elements)  # some queries of a head … all heads of some rows
     test_statistics_equal_those_of_the_whole_matrix("torch", OPTIONS[name])
@@ -156,7 +156,7 @@ def test_any_strides(impl):
 
 
 def test_memory_does_not_grow_with_the_matrix():
-    from tinyonn.ops._torch_attention_stats import CHUNK_ELEMENTS, Visibility, attention_stats
+    from tinyonn.ops.statistics._torch_attention_stats import CHUNK_ELEMENTS, Visibility, attention_stats
 
     largest = 0
 

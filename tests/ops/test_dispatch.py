@@ -76,7 +76,7 @@ except RuntimeError as error:
 def launching() -> dict[str, ast.FunctionDef]:
     """Functions of the ops that launch kernels; helpers of theirs left out."""
     found = {}
-    for path in sorted(Path(ops.__file__).parent.glob("*.py")):
+    for path in sorted(Path(ops.__file__).parent.rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             modules = [part.module or "" for part in ast.walk(node) if isinstance(part, ast.ImportFrom)]
             if isinstance(node, ast.FunctionDef) and any(module.startswith("tinyonn_kernels.") for module in modules):

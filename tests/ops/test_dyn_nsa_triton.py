@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -14,10 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyonn import ops, reference
+from tinyonn.reference.nsa.dyn_nsa import sequences
 from tinyonn.testing import IMPLS, TOLERANCE, assert_close_rms, dtype_id, impl_device
 
 pytestmark = list(IMPLS[1].marks)  # type: ignore[union-attr]
-sequences = importlib.import_module("tinyonn.reference.dyn_nsa").sequences  # the package has a function of the module's name
 DEVICE = impl_device("triton")
 HALF = torch.float16  # Triton's interpreter multiplies bfloat16 as integers
 
@@ -241,7 +240,7 @@ def test_block_sparse_in_half_precision():
 
 def test_a_hot_block_is_worked_on_in_segments(monkeypatch):
     """The first block is on every list: its sums are made in parts, and added up."""
-    from tinyonn_kernels import block_lists
+    from tinyonn_kernels.nsa import block_lists
 
     monkeypatch.setattr(block_lists, "MIN_SEGMENT", 16)
     check_block_sparse(case(100), {}, 32)
@@ -377,7 +376,7 @@ def test_the_whole_in_half_precision():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=dtype_id)
 def test_chunks_of_tokens_change_nothing(dtype, monkeypatch):
-    from tinyonn.ops import _triton_dyn_nsa
+    from tinyonn.ops.nsa import _triton_dyn_nsa
 
     monkeypatch.setattr(_triton_dyn_nsa, "CHUNK_ELEMENTS", 4 * 16 * 50)
     check_whole(case(compress_size=16, sharpness=1.0), {}, dtype)
@@ -415,9 +414,9 @@ MOST = {"G16": 1.5, "G16-packed": 1.5, "G2": 1.8}
 
 def step_at_64k(device: str, heads: int, kv_heads: int, packed: bool) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
     """Inputs for 64k tokens, D = 128, bfloat16, and forward and backward of them."""
-    from tinyonn.ops import _triton_dyn_nsa
-    from tinyonn.ops._nsa import Bounds
-    from tinyonn.ops.dyn_nsa import Options
+    from tinyonn.ops.nsa import _triton_dyn_nsa
+    from tinyonn.ops.nsa._checks import Bounds
+    from tinyonn.ops.nsa.dyn_nsa import Options
 
     tokens, dim = 1 << 16, 128
 
@@ -457,7 +456,7 @@ def computed_peak(monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, pa
 @pytest.mark.parametrize("long", list(LONG))
 def test_peak_memory_at_64k_tokens(long, monkeypatch):
     """Unions of lists are made a chunk at a time, and are of the size of its lists."""
-    from tinyonn_kernels import block_sparse_dq, block_sparse_fwd
+    from tinyonn_kernels.nsa import block_sparse_dq, block_sparse_fwd
 
     merged = []
     for module in (block_sparse_fwd, block_sparse_dq):

@@ -215,7 +215,7 @@ def test_unused_slots_cost_nothing_and_hold_nothing(monkeypatch):
 @pytest.mark.parametrize(("name", "kind"), [("silu", "down_proj"), ("gelu-tanh", "expert"), ("gpt-oss", "expert")])
 def test_chunks_of_experts_change_nothing(name, kind, rows, monkeypatch):
     """Experts without a token lie first, last and between."""
-    from tinyonn.ops import _torch_experts
+    from tinyonn.ops.experts import _torch_experts
 
     layout = LAYOUTS[name]
     params, x = weights(9, 4, 8, layout=layout, biased=True), tokens_of(40, 8)
@@ -367,7 +367,7 @@ def test_every_kind_of_surprise_in_bfloat16(name, kind):
 
 
 def test_without_a_probe_nothing_is_added(layer, monkeypatch):
-    from tinyonn.ops import _torch_experts
+    from tinyonn.ops.experts import _torch_experts
 
     monkeypatch.setattr(_torch_experts, "row_norms", lambda *args: pytest.fail("no surprise was asked for"))
     call, x, _ = layer
@@ -375,7 +375,7 @@ def test_without_a_probe_nothing_is_added(layer, monkeypatch):
 
 
 def test_gradients_of_many_experts_are_not_held_twice(monkeypatch):
-    from tinyonn.ops import _torch_experts
+    from tinyonn.ops.experts import _torch_experts
 
     sizes = []
     original = torch.nn.functional.grouped_mm
@@ -401,7 +401,7 @@ NEEDED = ["hidden_states", "gate_up_proj", "gate_up_bias", "down_proj", "down_bi
 @pytest.mark.parametrize("impl", ["torch", ALL_IMPLS[1]])
 @pytest.mark.parametrize("needed", [*([name] for name in NEEDED), ["hidden_states", "down_proj"], ["surprise"]], ids="-".join)
 def test_only_gradients_that_are_asked_for_are_computed(needed, impl, monkeypatch):
-    from tinyonn.ops import _torch_experts
+    from tinyonn.ops.experts import _torch_experts
 
     products = []
     for name in ("grouped", "outer_into"):

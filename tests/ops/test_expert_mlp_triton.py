@@ -229,7 +229,7 @@ def test_float64_is_refused():
 
 @pytest.mark.parametrize("strides", [(1 << 31, 1 << 16, 1), (1, 1, 1 << 16)], ids=["large", "far-apart"])
 def test_offsets_within_an_expert_that_pass_32_bits_are_refused(strides):
-    from tinyonn_kernels.expert_activation import check_reach
+    from tinyonn_kernels.experts.expert_activation import check_reach
 
     size = (1 << 15) + 1
     weights = torch.empty_strided((2, size, size), strides, device="meta")
@@ -259,8 +259,8 @@ def launches(monkeypatch: pytest.MonkeyPatch, experts: int) -> tuple[list[str], 
     """Kernels and torch operations of forward and backward, on tensors without data: no value can be read, and no kernel runs."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    from tinyonn.ops import _triton_experts
-    from tinyonn.ops._torch_experts import Layout, Wanted
+    from tinyonn.ops.experts import _triton_experts
+    from tinyonn.ops.experts._torch_experts import Layout, Wanted
 
     names = ("hidden_states", "gate_up_proj", "down_proj", "top_k_index", "top_k_weights", "gate_up_bias", "down_bias")
     tensors = case(300, 32, experts, 16, 4, biased=True, dtype=HALF)

@@ -55,7 +55,7 @@ def test_slots_that_do_not_count_may_hold_anything(impl):
 @pytest.mark.parametrize("fault", ["hole", "hole between", "negative counts"])
 def test_where_lists_cannot_be_read_a_faulty_one_gives_nan_to_its_query_alone(fault, impl, monkeypatch):
     """As on a GPU outside of `tinyonn.debug()`."""
-    monkeypatch.setattr(importlib.import_module("tinyonn.ops.block_sparse_attention"), "_lists_are_read", lambda indices: False)
+    monkeypatch.setattr(importlib.import_module("tinyonn.ops.nsa.block_sparse_attention"), "_lists_are_read", lambda indices: False)
     q, k, indices, counts = listed(impl)
     q.requires_grad_()
     expected, expected_lse = ops.block_sparse_attention(q, k, k, indices, counts, impl=impl)

@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 
-from tinyonn.ops._huge_pages import WORTH_BYTES, empty_on_huge_pages
+from tinyonn.ops.experts._huge_pages import WORTH_BYTES, empty_on_huge_pages
 
 LARGE = (3, WORTH_BYTES // 8)
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tinyonn.heads.summary import summarise
+from tinyonn.heads.plasticity.summary import summarise
 from tinyonn.mscan import Integral, LayoutEntry, MscanWriter, SequenceRecord, layout_groups
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"

@@ -9,8 +9,8 @@ from scipy.stats import spearmanr
 from tinyonn.errors import InputError
 from tinyonn.mscan import MscanReader, MscanWriter, SequenceRecord
 from tinyonn.report import write_comparison
-from tinyonn.report.samples import read_sample
-from tinyonn.report.statistics import compare_blocks, rank_correlation, split_half_correlation
+from tinyonn.report.scan.samples import read_sample
+from tinyonn.report.scan.statistics import compare_blocks, rank_correlation, split_half_correlation
 
 
 def correlated(rng: np.random.Generator, sequences: int, blocks: int = 200) -> np.ndarray:
@@ -70,7 +70,7 @@ def test_statistics_are_welch_and_repeatable():
 
 
 def test_bootstrap_maximum_equals_a_plain_loop():
-    from tinyonn.report.statistics import _largest_statistics
+    from tinyonn.report.scan.statistics import _largest_statistics
 
     rng = np.random.default_rng(1)
     a, b = correlated(rng, 12, 30), correlated(rng, 9, 30)
@@ -185,7 +185,7 @@ def test_planes_without_integrals_give_the_same_sample(make_scan, tmp_path):
 
 
 def test_many_sequences_are_sampled_evenly(make_scan, monkeypatch):
-    monkeypatch.setattr("tinyonn.report.samples.MAX_SEQUENCES", 10)
+    monkeypatch.setattr("tinyonn.report.scan.samples.MAX_SEQUENCES", 10)
     with MscanReader(make_scan(sequences=25).path) as reader:
         sample = read_sample(reader, "s.mscan")
     assert sample.sps.shape[0] == 10

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from tinyonn.report import head_figures, write_plasticity_page, write_scores_page
+from tinyonn.report import write_plasticity_page, write_scores_page
+from tinyonn.report.heads import figures as head_figures
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tinyonn.errors import InputError
-from tinyonn.heads.seeds import aggregate
+from tinyonn.heads.plasticity.seeds import aggregate
 from tinyonn.report import write_plasticity_aggregate, write_plasticity_page, write_scores_page
 
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from tinyonn.errors import InputError
-from tinyonn.heads.seeds import aggregate
-from tinyonn.report import charts, head_figures, write_plasticity_aggregate, write_plasticity_page, write_scores_page
-from tinyonn.report.maps import choose_scale
+from tinyonn.heads.plasticity.seeds import aggregate
+from tinyonn.report import write_plasticity_aggregate, write_plasticity_page, write_scores_page
+from tinyonn.report.heads import figures as head_figures
+from tinyonn.report.html import charts
+from tinyonn.report.html.maps import choose_scale
 
 
 def colours(path):

@@ -10,9 +10,9 @@ import pytest
 from scipy.stats import hypergeom
 
 from tinyonn.errors import InputError
-from tinyonn.heads.seeds import aggregate
+from tinyonn.heads.plasticity.seeds import aggregate
 from tinyonn.report import write_plasticity_aggregate, write_plasticity_page
-from tinyonn.report.plasticity_limits import chance_of_missing
+from tinyonn.report.heads.plasticity_limits import chance_of_missing
 
 NO_BETTER, HARDLY = "does not beat always answering the commonest class", "hardly beats always answering the commonest class"
 

@@ -14,7 +14,7 @@ from scipy.stats import zscore
 from tinyonn.errors import InputError
 from tinyonn.mscan import MscanReader, MscanWriter, SequenceRecord
 from tinyonn.report import write_report
-from tinyonn.report.grid import build_grid, short_names
+from tinyonn.report.scan.grid import build_grid, short_names
 
 ATTACKS = [
     "</script><script>document.title='owned'</script>",
@@ -370,7 +370,7 @@ def test_tokens_are_shown_as_text_where_the_tokenizer_fits(make_scan, parse, tmp
     folder = tmp_path / "model"
     folder.mkdir()
     own.save(str(folder / "tokenizer.json"))
-    from tinyonn._folders import tokenizer_hash
+    from tinyonn._io.folders import tokenizer_hash
 
     text = "a é 漢 😀\nb"
     ids = own.encode(text).ids
@@ -396,8 +396,8 @@ def test_tokens_are_shown_as_text_where_the_tokenizer_fits(make_scan, parse, tmp
 def test_tokenizer_of_a_cached_model_is_found(make_scan, tmp_path, monkeypatch):
     from tokenizers import Tokenizer, models
 
-    from tinyonn._folders import tokenizer_hash
-    from tinyonn.report.token_text import find_tokenizer
+    from tinyonn._io.folders import tokenizer_hash
+    from tinyonn.report.scan.token_text import find_tokenizer
 
     folder = tmp_path / "cache" / "tiny"
     folder.mkdir(parents=True)
@@ -422,14 +422,14 @@ def test_huge_layout_stays_one_small_page(make_scan, parse, tmp_path):
 
 
 def test_thousands_of_sequences_are_sampled_for_losses(make_scan, parse, tmp_path, monkeypatch):
-    monkeypatch.setattr("tinyonn.report.data.LOSS_SEQUENCES", 4)
+    monkeypatch.setattr("tinyonn.report.scan.data.LOSS_SEQUENCES", 4)
     page = parse(write_report(make_scan(sequences=9).path, tmp_path / "r.html", figures_too=False).html)
     assert "Losses are those of 4 sequences, evenly spaced among 9." in page.text
 
 
 def test_heavy_replay_keeps_text_and_says_so(make_scan, parse, tmp_path, monkeypatch):
-    monkeypatch.setattr("tinyonn.report.replay.MAX_VALUES", 500)
-    monkeypatch.setattr("tinyonn.report.replay.MAX_TOKENS", 10)
+    monkeypatch.setattr("tinyonn.report.scan.replay.MAX_VALUES", 500)
+    monkeypatch.setattr("tinyonn.report.scan.replay.MAX_TOKENS", 10)
     payload = parse(write_report(make_scan().path, tmp_path / "r.html", figures_too=False).html).data["replay-data"]
     assert [sequence["packed"] is None for sequence in payload["sequences"]] == [False, True, True, True]
     assert "too heavy" in payload["sequences"][1]["note"]
@@ -460,7 +460,7 @@ def test_version_one_file_makes_a_page(parse, tmp_path):
 
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 40])
 def test_an_axis_of_counts_has_whole_numbers(most):
-    from tinyonn.report.charts import histogram
+    from tinyonn.report.html.charts import histogram
 
     drawn = histogram("t", np.array([1.0] * most + [3.0]), x_title="x", y_title="y", bins=10)
     heights = re.findall(r'text-anchor="end"[^>]*>([^<]*)<', drawn)

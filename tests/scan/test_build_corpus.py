@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from tinyonn.errors import InputError
-from tinyonn.scan import sources
-from tinyonn.scan.build import CorpusProgress, build_corpus, cut_text
-from tinyonn.scan.corpus import read_corpus
-from tinyonn.scan.language import guess_language
-from tinyonn.scan.topic import Topic, builtin_topics, load_topic
+from tinyonn.scan.corpus import sources
+from tinyonn.scan.corpus.build import CorpusProgress, build_corpus, cut_text
+from tinyonn.scan.corpus.corpus import read_corpus
+from tinyonn.scan.corpus.language import guess_language
+from tinyonn.scan.corpus.topic import Topic, builtin_topics, load_topic
 
 CATS = Topic("cats", keywords=("cat", "kitten", "purring sound"))
 LONG = " and it slept in the sun until evening"

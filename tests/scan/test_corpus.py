@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tinyonn.errors import InputError
-from tinyonn.scan.corpus import read_corpus
+from tinyonn.scan.corpus.corpus import read_corpus
 
 
 def write(path: Path, *records: object) -> Path:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tinyonn.scan import local_credit
+from tinyonn.scan.engine import local_credit
 
 B, H, K, T, D, DV = 2, 6, 2, 11, 8, 5
 

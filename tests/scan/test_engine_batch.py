@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tinyonn.errors import InputError
-from tinyonn.scan.engine import ScanEngine, SequenceScan
+from tinyonn.scan.engine.engine import ScanEngine, SequenceScan
 from tinyonn.testing import tiny_causal_lm
 
 LENGTHS = [9, 14, 1, 6]

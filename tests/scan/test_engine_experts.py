@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 
 from tinyonn.hf.interfaces import experts_implementation
-from tinyonn.scan.experts import SCAN_EXPERTS, experts_forward
-from tinyonn.scan.forward import CHUNK_BYTES, loss_into_gradient_
+from tinyonn.scan.engine.experts import SCAN_EXPERTS, experts_forward
+from tinyonn.scan.engine.forward import CHUNK_BYTES, loss_into_gradient_
 from tinyonn.testing import tiny_causal_lm
 
 

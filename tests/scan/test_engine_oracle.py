@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinyonn.scan.engine import ScanEngine
+from tinyonn.scan.engine.engine import ScanEngine
 from tinyonn.testing import tiny_causal_lm
 
 ARCHITECTURES = ["qwen3", "llama", "mistral", "gemma2", "gpt2", "qwen3_moe", "gpt_oss"]

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tinyonn.errors import InputError
-from tinyonn.scan.engine import ScanEngine
+from tinyonn.scan.engine.engine import ScanEngine
 from tinyonn.testing import tiny_causal_lm
 
 TOKENS = torch.arange(24).view(2, 12)

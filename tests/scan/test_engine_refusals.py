@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tinyonn.errors import InputError
-from tinyonn.scan import local_credit
-from tinyonn.scan.engine import ScanEngine
+from tinyonn.scan.engine import local_credit
+from tinyonn.scan.engine.engine import ScanEngine
 from tinyonn.testing import tiny_causal_lm
 
 TOKENS = torch.arange(20).view(2, 10)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tinyonn.errors import InputError
-from tinyonn.scan.engine import ScanEngine
+from tinyonn.scan.engine.engine import ScanEngine
 from tinyonn.testing import tiny_causal_lm
 
 TOKENS = torch.arange(24).view(2, 12)

@@ -11,9 +11,9 @@ from torch import nn
 
 from tinyonn.errors import InputError
 from tinyonn.mscan.layout import check_layout, layout_groups
-from tinyonn.scan import capture
-from tinyonn.scan.engine import ScanEngine
-from tinyonn.scan.targets import find_targets
+from tinyonn.scan.engine import capture
+from tinyonn.scan.engine.engine import ScanEngine
+from tinyonn.scan.engine.targets import find_targets
 from tinyonn.testing import tiny_causal_lm
 
 

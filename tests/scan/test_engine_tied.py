@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tinyonn.scan.engine import ScanEngine
+from tinyonn.scan.engine.engine import ScanEngine
 from tinyonn.testing import tiny_causal_lm
 
 VOCABULARY = 150  # two whole blocks of 64 and a ragged one

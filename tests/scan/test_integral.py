@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinyonn.scan.integral import lost_tokens, sequence_integral
+from tinyonn.scan.engine.integral import lost_tokens, sequence_integral
 
 OFFSETS = torch.tensor([0, 3, 7])
 BROKEN = {

@@ -13,8 +13,8 @@ import torch
 from tinyonn.errors import InputError
 from tinyonn.hf import loading
 from tinyonn.scan import ScanConfig, estimate, estimate_scan, run_scan
-from tinyonn.scan.activations import saved_bytes
-from tinyonn.scan.forward import logits_from_embeddings
+from tinyonn.scan.engine.activations import saved_bytes
+from tinyonn.scan.engine.forward import logits_from_embeddings
 from tinyonn.testing import save_tiny_model, tiny_causal_lm
 
 TEXTS = [f"text {i}: " + "word " * (i * 7 % 19 + 1) for i in range(40)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyonn._units import readable_bytes
+from tinyonn._io.units import readable_bytes
 from tinyonn.errors import InputError
 from tinyonn.hf import loading
 from tinyonn.hf.loading import resolve_device

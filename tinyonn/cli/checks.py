@@ -184,7 +184,7 @@ def _optional() -> Iterator[Finding]:
 
 
 def _model() -> Iterator[Finding]:
-    from ..hf.smollm2 import smollm2_folder
+    from .demo.smollm2 import smollm2_folder
 
     folder = smollm2_folder()
     if (folder / "model.safetensors").is_file():

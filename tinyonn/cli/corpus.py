@@ -12,8 +12,8 @@ from ..errors import InputError, reason
 from . import screen
 
 if TYPE_CHECKING:
-    from ..scan.build import CorpusProgress, CorpusReport
-    from ..scan.topic import Topic
+    from ..scan.corpus.build import CorpusProgress, CorpusReport
+    from ..scan.corpus.topic import Topic
 
 
 def corpus(
@@ -72,7 +72,7 @@ def corpus(
 
     Writes JSONL, and says what was kept and why the rest was dropped.
     """
-    from ..scan.corpus import build_corpus
+    from ..scan.corpus.corpus import build_corpus
 
     changes = {"min_matches": min_matches, "min_density": min_density}
     about = _topic(
@@ -112,7 +112,7 @@ def show_progress(bar: screen.Progress, state: CorpusProgress) -> None:
 
 def _topic(name: str, keywords: list[str], patterns: list[str], exclude: list[str], everything: bool, changes: dict[str, Any]) -> Topic:
     """The named topic with the keywords and patterns of the command line added; a new one if there is none of that name."""
-    from ..scan.topic import Topic, builtin_topics, load_topic
+    from ..scan.corpus.topic import Topic, builtin_topics, load_topic
 
     known = name in builtin_topics() or name.endswith((".yaml", ".yml"))
     if everything and (keywords or patterns or changes):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from .heads_demo import demo
+from .demo.heads import demo
 from .heads_plasticity import plasticity
 from .heads_score import score
 

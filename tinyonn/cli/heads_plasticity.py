@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .._config import local_model, read_yaml
-from .._locks import locked
-from .._records import data_kind
-from .._study import MEASURE_STEP, MEASURED, OPTIONS, TRAIN_STEP, TRAINED
+from .._io.config import local_model, read_yaml
+from .._io.locks import locked
+from .._io.records import data_kind
+from .._io.study import MEASURE_STEP, MEASURED, OPTIONS, TRAIN_STEP, TRAINED
 from ..errors import InputError, listed, one_line
-from ..heads.plasticity_config import PlasticityConfig
+from ..heads.plasticity.config import PlasticityConfig
 from . import screen
 from .options import DTYPE, config_option, field_defaults, given_options, print_config_option
 
 if TYPE_CHECKING:
+    from ..heads.plasticity.summary import PlasticitySummary
     from ..heads.progress import Progress
-    from ..heads.summary import PlasticitySummary
 
 _DEFAULTS = field_defaults(PlasticityConfig)
 _option = partial(config_option, _DEFAULTS)
@@ -210,8 +210,8 @@ def run_steps(steps: Sequence[str], studies: Sequence[PlasticityConfig]) -> None
     """Each step of each study, with a line on each; the report covers all seeds that are there."""
     for study in studies:
         _check_paths(steps, study)
-    from ..heads.correlation import require_scipy
-    from ..report.figures import require_matplotlib
+    from ..heads.plasticity.correlation import require_scipy
+    from ..report.scan.figures import require_matplotlib
 
     if "report" in steps:  # before the minutes of work, what would stop it at the end
         require_scipy()
@@ -240,7 +240,7 @@ def _check_paths(steps: Sequence[str], study: PlasticityConfig) -> None:
 
 
 def _train(study: PlasticityConfig, progress: Callable[..., None]) -> list[tuple[str, object]]:
-    from ..heads.training import train
+    from ..heads.plasticity.training import train
 
     result = train(study, progress)
     summary = result.summary
@@ -254,7 +254,7 @@ def _train(study: PlasticityConfig, progress: Callable[..., None]) -> list[tuple
 
 
 def _measure(study: PlasticityConfig, progress: Callable[..., None]) -> list[tuple[str, object]]:
-    from ..heads.measurement import measure
+    from ..heads.plasticity.measurement import measure
 
     result = measure(study, progress)
     how = "kept from an earlier run" if result.kept else f"in {screen.duration(result.summary['seconds'])}"
@@ -273,8 +273,8 @@ def _report(study: PlasticityConfig, progress: Callable[..., None]) -> list[tupl
     import torch
 
     from ..heads import Progress, summarise
-    from ..heads.records import read_measured
-    from ..heads.train_folder import check_same, training_options
+    from ..heads.plasticity.records import read_measured
+    from ..heads.plasticity.train_folder import check_same, training_options
     from ..report import write_plasticity_page
 
     progress(Progress("reporting", None, ""))
@@ -306,7 +306,7 @@ def _findings(summary: PlasticitySummary) -> list[tuple[str, object]]:
 
 def _over_seeds(study: PlasticityConfig) -> list[tuple[str, object]]:
     """The page over all complete seeds of the task."""
-    from ..heads.seeds import SeedsDifferError, aggregate
+    from ..heads.plasticity.seeds import SeedsDifferError, aggregate
     from ..report import write_plasticity_aggregate
 
     folder = study.folder.parent

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .._config import local_model
-from .._locks import locked
-from .._records import data_kind
-from ..heads.score_config import ScoreConfig
+from .._io.config import local_model
+from .._io.locks import locked
+from .._io.records import data_kind
+from ..heads.score.config import ScoreConfig
 from . import screen
 from .options import DTYPE, config_option, field_defaults, given_options, print_config_option
 
 if TYPE_CHECKING:
     from ..heads.progress import Progress
-    from ..heads.score import ScoreResult
+    from ..heads.score.score import ScoreResult
 
 _DEFAULTS = field_defaults(ScoreConfig)
 _option = partial(config_option, _DEFAULTS)
@@ -80,7 +80,7 @@ def score(
 
 def score_and_draw(options: ScoreConfig) -> None:
     """Scores, draws their page while no other run may write scores into the folder, and prints what was done."""
-    from ..report.figures import require_matplotlib
+    from ..report.scan.figures import require_matplotlib
 
     local_model(options.model_path)  # what is mistyped, before the libraries that take seconds to load
     data_kind(options.data_path)
@@ -101,7 +101,7 @@ def show_progress(bar: screen.Progress, state: Progress) -> None:
 
 def result_screen(result: ScoreResult, page: Path) -> str:
     """What was done, the best heads, and where the page lies."""
-    from ..heads.fusion import top_heads
+    from ..heads.score.fusion import top_heads
 
     summary = result.summary
     lines: list[tuple[str, object]] = [

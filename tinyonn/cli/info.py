@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .._units import readable_bytes
+from .._io.units import readable_bytes
 from . import screen
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .._units import readable_bytes
+from .._io.units import readable_bytes
 from . import screen
 from .options import Figures
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .._not_measured import told
-from .._units import not_finite_cause, readable_bytes
+from .._io.not_measured import told
+from .._io.units import not_finite_cause, readable_bytes
 from ..scan.config import ScanConfig
 from . import screen
 from .options import DTYPE, Codec, Compression, Credit, Store, Sync, config_option, field_defaults, given_options

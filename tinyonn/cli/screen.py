@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
-from .._units import counted as counted
+from .._io.units import counted as counted
 
 PLAIN_EVERY = 10.0  # seconds between lines where no bar can be drawn
 BAR_WIDTHS = (6, 12, 24)  # on narrow, usual and wide terminals

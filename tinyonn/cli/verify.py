@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .._units import readable_bytes
+from .._io.units import readable_bytes
 from . import screen
 
 

@@ -7,51 +7,51 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .ablation import HeadAblation as HeadAblation
-    from .ablation import TaylorImportance as TaylorImportance
-    from .ablation import ablate_heads as ablate_heads
-    from .ablation import taylor_importance as taylor_importance
-    from .capture import capture_attention_stats as capture_attention_stats
-    from .gates import head_gates as head_gates
-    from .gradients import head_gradients as head_gradients
-    from .head_update import checkpoint_update as checkpoint_update
-    from .layers import AttentionLayer as AttentionLayer
-    from .layers import attention_layers as attention_layers
-    from .measurement import measure as measure
-    from .plasticity_config import PlasticityConfig as PlasticityConfig
+    from .capture.attention import capture_attention_stats as capture_attention_stats
+    from .capture.gates import head_gates as head_gates
+    from .capture.layers import AttentionLayer as AttentionLayer
+    from .capture.layers import attention_layers as attention_layers
+    from .plasticity.ablation import HeadAblation as HeadAblation
+    from .plasticity.ablation import TaylorImportance as TaylorImportance
+    from .plasticity.ablation import ablate_heads as ablate_heads
+    from .plasticity.ablation import taylor_importance as taylor_importance
+    from .plasticity.config import PlasticityConfig as PlasticityConfig
+    from .plasticity.gradients import head_gradients as head_gradients
+    from .plasticity.head_update import checkpoint_update as checkpoint_update
+    from .plasticity.measurement import measure as measure
+    from .plasticity.seeds import aggregate as aggregate
+    from .plasticity.summary import summarise as summarise
+    from .plasticity.training import train as train
     from .progress import Progress as Progress
-    from .score import ScoreResult as ScoreResult
-    from .score import score_heads as score_heads
-    from .score_config import ScoreConfig as ScoreConfig
-    from .scores import Observation as Observation
-    from .scores import register_score as register_score
-    from .seeds import aggregate as aggregate
-    from .summary import summarise as summarise
-    from .training import train as train
+    from .score.config import ScoreConfig as ScoreConfig
+    from .score.score import ScoreResult as ScoreResult
+    from .score.score import score_heads as score_heads
+    from .score.scores import Observation as Observation
+    from .score.scores import register_score as register_score
 
 # Loaded when asked for: options can be checked, and results read, without torch. No module bears the name of a function here.
 _HOMES = {
-    "AttentionLayer": "layers",
-    "HeadAblation": "ablation",
-    "Observation": "scores",
-    "PlasticityConfig": "plasticity_config",
+    "AttentionLayer": "capture.layers",
+    "HeadAblation": "plasticity.ablation",
+    "Observation": "score.scores",
+    "PlasticityConfig": "plasticity.config",
     "Progress": "progress",
-    "ScoreConfig": "score_config",
-    "ScoreResult": "score",
-    "TaylorImportance": "ablation",
-    "ablate_heads": "ablation",
-    "aggregate": "seeds",
-    "attention_layers": "layers",
-    "capture_attention_stats": "capture",
-    "checkpoint_update": "head_update",
-    "head_gates": "gates",
-    "head_gradients": "gradients",
-    "measure": "measurement",
-    "register_score": "scores",
-    "score_heads": "score",
-    "summarise": "summary",
-    "taylor_importance": "ablation",
-    "train": "training",
+    "ScoreConfig": "score.config",
+    "ScoreResult": "score.score",
+    "TaylorImportance": "plasticity.ablation",
+    "ablate_heads": "plasticity.ablation",
+    "aggregate": "plasticity.seeds",
+    "attention_layers": "capture.layers",
+    "capture_attention_stats": "capture.attention",
+    "checkpoint_update": "plasticity.head_update",
+    "head_gates": "capture.gates",
+    "head_gradients": "plasticity.gradients",
+    "measure": "plasticity.measurement",
+    "register_score": "score.scores",
+    "score_heads": "score.score",
+    "summarise": "plasticity.summary",
+    "taylor_importance": "plasticity.ablation",
+    "train": "plasticity.training",
 }
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _HOMES)

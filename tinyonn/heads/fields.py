@@ -26,8 +26,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .._config import read_yaml
-from .._records import is_no_label, short, whole
+from .._io.config import read_yaml
+from .._io.records import is_no_label, short, whole
 from ..errors import InputError, did_you_mean, listed, reason, shown
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -16,7 +16,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._folders import ADAPTER_CONFIG, adapter_files, read_adapter_config
+from .._io.folders import ADAPTER_CONFIG, adapter_files, read_adapter_config
 from ..errors import InputError, listed, reason
 from .memory import is_out_of_memory
 

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from ..errors import InputError
 from ..nn.surprise_capture import probe_for
 from ..ops import expert_mlp
-from ..ops._expert_checks import LIMITS
-from ..ops._torch_experts import Layout, activate
-from ..ops.expert_mlp import Activation
+from ..ops.experts._checks import LIMITS
+from ..ops.experts._torch_experts import Layout, activate
+from ..ops.experts.expert_mlp import Activation
 from .interfaces import configurations, register_experts, uses_experts_interface
 
 NAME = "tinyonn"

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._config import dtype_name, local_model
-from .._folders import adapter_files, has_tokenizer, is_adapter, read_adapter_config
-from .._units import readable_bytes
+from .._io.config import dtype_name, local_model
+from .._io.folders import adapter_files, has_tokenizer, is_adapter, read_adapter_config
+from .._io.units import readable_bytes
 from ..errors import InputError, reason
 from .adapters import check_adapter, merge, take_over, trained_class
 from .memory import available_memory, is_out_of_memory

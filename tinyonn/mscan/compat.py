@@ -21,9 +21,9 @@ from ..errors import InputError
 from .layout import LayoutEntry, layout_blocks
 from .reader import MscanReader
 from .types import SequenceRecord
-from .v1 import FEATURES_PER_BLOCK, V1Reader
-from .v1_header import RECORD
-from .v1_records import grow_blocks
+from .v1.header import RECORD
+from .v1.reader import FEATURES_PER_BLOCK, V1Reader
+from .v1.records import grow_blocks
 from .writer import MscanWriter
 
 _PLACEHOLDER = LayoutEntry("none", 1, 1, 0)  # the layout of a file that has no records yet

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, MscanError, shown
-from .choose import rank_members
 from .export import to_npz, to_parquet
 from .layout import LayoutEntry, layer_count, layout_blocks, layout_groups
+from .opening import rank_members
 from .output import Conversion, PathLike, replacing
 from .reader import MscanReader
 from .types import SequenceRecord

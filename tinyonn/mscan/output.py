@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
-from .choose import rank_members
+from .opening import rank_members
 
 PathLike = str | os.PathLike[str]
 

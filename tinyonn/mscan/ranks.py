@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, MscanError
-from .choose import rank_members
+from .opening import rank_members, version_alone
 from .reader import MscanReader, PlaneCodes, StoredSequence, StoredSequences
 from .stats import ModuleStats
 from .types import Integral
@@ -32,6 +32,10 @@ class RankSetReader(MscanReader):
     """
 
     version = 2
+
+    @classmethod
+    def _reads(cls, path: str, whole_set: bool) -> bool:
+        return version_alone(path, whole_set) is None
 
     def __init__(self, path: str | os.PathLike[str], *, recovery: str = "tail", whole_set: bool = True) -> None:
         self.path = os.fspath(path)

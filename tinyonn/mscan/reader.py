@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +116,8 @@ class MscanReader:
         report: one line for everything recovery left out.
     """
 
+    _kinds: ClassVar[list[type[MscanReader]]] = []
+
     path: str
     recovery: str
     version: int
@@ -125,11 +127,19 @@ class MscanReader:
     report: list[str]
 
     def __new__(cls, path: str | os.PathLike[str], *, recovery: str = "tail", whole_set: bool = True) -> Any:
-        if cls is not MscanReader:
-            return super().__new__(cls)
-        from .choose import choose_reader
+        kind = cls
+        if cls is MscanReader:
+            kind = next(kind for kind in cls._kinds if kind._reads(os.fspath(path), whole_set))
+        return super().__new__(kind)
 
-        return super().__new__(choose_reader(os.fspath(path), whole_set))
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        MscanReader._kinds.append(cls)
+
+    @classmethod
+    def _reads(cls, path: str, whole_set: bool) -> bool:
+        """Whether this class reads what is at `path`."""
+        raise NotImplementedError
 
     def planes(self, i: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Activation and gradient norms of sequence i, (tokens, blocks) float32 each; NaN = missing.

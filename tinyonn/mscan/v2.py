@@ -13,6 +13,7 @@ from .. import _C
 from ..errors import MscanError
 from .compression import decompress
 from .layout import LayoutEntry
+from .opening import version_alone
 from .reader import MscanReader, PlaneCodes, StoredSequence, StoredSequences
 from .stats import ModuleStats
 from .types import Integral
@@ -44,6 +45,10 @@ class V2Reader(MscanReader):
     """Reads one version 2 file; see `MscanReader`. Sequences older than a layout's last blocks have NaN there."""
 
     version = 2
+
+    @classmethod
+    def _reads(cls, path: str, whole_set: bool) -> bool:
+        return version_alone(path, whole_set) not in (None, 1)
 
     def __init__(self, path: str | os.PathLike[str], *, recovery: str = "tail", whole_set: bool = True) -> None:
         self.path = os.fspath(path)

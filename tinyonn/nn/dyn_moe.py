@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import Routing, expert_mlp, scatter_surprise, sparse_diversity_loss, surprise_min_loss
-from ..ops.expert_mlp import Activation, SurpriseKind
-from ..ops.threshold_route import Form
+from ..ops.experts.expert_mlp import Activation, SurpriseKind
+from ..ops.experts.threshold_route import Form
 from ._options import check_choice, check_flag, check_number, check_size
 from .expert_statistics import SurroundingMask, check_mask_shape, check_token_mask, count_experts
 from .surprise_budget import Budget, SurroundingBudget, budget_of_tokens, check_budget

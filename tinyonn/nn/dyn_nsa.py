@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..ops import DynNSAOutput, dyn_nsa
 from ..ops._dispatch import autocast_off, check_impl
-from ..ops._nsa import check_max_blocks, check_sizes, check_temperature, check_window
+from ..ops.nsa._checks import check_max_blocks, check_sizes, check_temperature, check_window
 from .block_compression import BlockCompression, block_starts
 
 OPEN = -30.0  # opening at which every block is selected: importance is never under -20

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops._nsa import checked_bounds
+from ..ops.nsa._checks import checked_bounds
 from .dyn_nsa import DynNSACore, DynNSAOptions
 from .dyn_nsa_cache import DynNSACache
 

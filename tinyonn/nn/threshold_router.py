@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Routing, select_by_budget, threshold_route
-from ..ops.threshold_route import Combine as SharedCombine
-from ..ops.threshold_route import Form, unit_vectors
+from ..ops.experts.threshold_route import Combine as SharedCombine
+from ..ops.experts.threshold_route import Form, unit_vectors
 from ._options import check_choice, check_number, check_size
 from .surprise_budget import Budget
 

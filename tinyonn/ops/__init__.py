@@ -1,17 +1,17 @@
 """Public functions: checks, dispatch, registration."""
 
-from .attention_stats import AttentionStats, attention_stats
-from .block_norms import block_norms
-from .block_sparse_attention import block_sparse_attention
-from .compressed_attention import compressed_attention
-from .dyn_nsa import DynNSAOutput, dyn_nsa
-from .expert_mlp import expert_mlp, scatter_surprise
-from .integrate_sps import integrate_sps
-from .select_blocks import BlockSelection, select_blocks
-from .sliding_window_attention import sliding_window_attention
-from .surprise import sparse_diversity_loss, surprise_min_loss
-from .threshold_route import Routing, select_by_budget, threshold_route
-from .token_grad_norms import token_grad_norms
+from .experts.expert_mlp import expert_mlp, scatter_surprise
+from .experts.surprise import sparse_diversity_loss, surprise_min_loss
+from .experts.threshold_route import Routing, select_by_budget, threshold_route
+from .nsa.block_sparse_attention import block_sparse_attention
+from .nsa.compressed_attention import compressed_attention
+from .nsa.dyn_nsa import DynNSAOutput, dyn_nsa
+from .nsa.select_blocks import BlockSelection, select_blocks
+from .nsa.sliding_window_attention import sliding_window_attention
+from .statistics.attention_stats import AttentionStats, attention_stats
+from .statistics.block_norms import block_norms
+from .statistics.integrate_sps import integrate_sps
+from .statistics.token_grad_norms import token_grad_norms
 
 __all__ = [
     "AttentionStats",

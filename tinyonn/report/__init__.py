@@ -1,10 +1,10 @@
 """Figures and HTML pages of a scan, and of what is measured on attention heads."""
 
-from .compare import ComparisonResult, SpecificBlock, write_comparison
-from .head_scores_page import write_scores_page
-from .plasticity_aggregate_page import write_plasticity_aggregate
-from .plasticity_page import write_plasticity_page
-from .report import ReportResult, write_report
+from .heads.plasticity_aggregate_page import write_plasticity_aggregate
+from .heads.plasticity_page import write_plasticity_page
+from .heads.scores_page import write_scores_page
+from .scan.compare import ComparisonResult, SpecificBlock, write_comparison
+from .scan.report import ReportResult, write_report
 
 __all__ = [
     "ComparisonResult",

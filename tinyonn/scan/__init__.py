@@ -8,15 +8,15 @@ from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .config import ScanConfig as ScanConfig
-    from .corpus import Corpus as Corpus
-    from .corpus import read_corpus as read_corpus
-    from .engine import ScanEngine as ScanEngine
-    from .engine import SequenceScan as SequenceScan
+    from .corpus.corpus import Corpus as Corpus
+    from .corpus.corpus import read_corpus as read_corpus
+    from .corpus.records import CorpusItem as CorpusItem
+    from .engine.engine import ScanEngine as ScanEngine
+    from .engine.engine import SequenceScan as SequenceScan
     from .estimate import ScanEstimate as ScanEstimate
     from .estimate import estimate_scan as estimate_scan
     from .output import OutputCompleteError as OutputCompleteError
     from .output import OutputDiffersError as OutputDiffersError
-    from .records import CorpusItem as CorpusItem
     from .runner import ScanInterrupted as ScanInterrupted
     from .runner import ScanProgress as ScanProgress
     from .runner import ScanResult as ScanResult
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 # Loaded when asked for: a corpus can be read, and options checked, without torch.
 _HOMES = {
-    "Corpus": "corpus",
-    "CorpusItem": "records",
+    "Corpus": "corpus.corpus",
+    "CorpusItem": "corpus.records",
     "OutputCompleteError": "output",
     "OutputDiffersError": "output",
     "ScanConfig": "config",
-    "ScanEngine": "engine",
+    "ScanEngine": "engine.engine",
     "ScanEstimate": "estimate",
     "ScanInterrupted": "runner",
     "ScanProgress": "runner",
     "ScanResult": "runner",
-    "SequenceScan": "engine",
+    "SequenceScan": "engine.engine",
     "estimate_scan": "estimate",
-    "read_corpus": "corpus",
+    "read_corpus": "corpus.corpus",
     "run_scan": "runner",
 }
 

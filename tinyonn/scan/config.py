@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._config import MAX_SEED, Options, check_bool, check_choice, check_device, check_dtype, check_int, check_number, check_text
-from .._streams import is_stdin
+from .._io.config import MAX_SEED, Options, check_bool, check_choice, check_device, check_dtype, check_int, check_number, check_text
+from .._io.streams import is_stdin
 from ..errors import InputError
 
 CREDITS = ("full", "local")

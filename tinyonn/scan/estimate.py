@@ -24,10 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import InputError
 from ..hf.memory import available_memory
 from ..mscan.layout import layout_blocks
-from .activations import saved_bytes, skeleton
 from .config import ScanConfig
-from .corpus import CorpusItem
+from .corpus.corpus import CorpusItem
 from .distributed import World
+from .engine.activations import saved_bytes, skeleton
 from .prepare import Prepared, prepare
 from .tokens import TokenCounts, TokenSequence, plan_batches
 
@@ -110,7 +110,7 @@ def estimate_scan(config: ScanConfig) -> ScanEstimate:
 
 def estimate(prepared: Prepared) -> ScanEstimate:
     """The same for a scan already prepared."""
-    from .targets import find_targets, layout_of
+    from .engine.targets import find_targets, layout_of
 
     config = prepared.config
     with torch.device("meta"):

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from .._folders import file_hash, is_adapter, model_config_hash, tokenizer_hash
-from .._streams import place
+from .._io.folders import file_hash, is_adapter, model_config_hash, tokenizer_hash
+from .._io.streams import place
 from ..hf.adapters import settings_hash
 from ..hf.loading import base_folder, base_name, display_name, tokenizer_folder, weight_files
 from .config import RUN_ONLY, ScanConfig
-from .targets import BLOCK_SIZE
+from .engine.targets import BLOCK_SIZE
 
 # In the metadata, and not part of the identity: a scan may be continued by a newer version, or a renamed copy of the model.
 DESCRIPTIVE = (

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..errors import InputError, listed, shown
 from ..mscan import LayoutEntry, MscanReader, MscanWriter
-from ..mscan.v1_header import MAGIC
+from ..mscan.v1.header import MAGIC
 from .config import ScanConfig
 from .distributed import World
 from .identity import differences

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._streams import is_stdin
+from .._io.streams import is_stdin
 from ..errors import InputError
 from ..hf.loading import (
     Weights,
@@ -23,7 +23,7 @@ from ..hf.loading import (
     weights_of,
 )
 from .config import ScanConfig
-from .corpus import Corpus, CorpusItem, read_corpus
+from .corpus.corpus import Corpus, CorpusItem, read_corpus
 from .distributed import World
 from .identity import scan_metadata
 from .tokens import Encoder

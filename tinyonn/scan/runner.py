@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from .._not_measured import by_reason, without_value
-from .._streams import is_stdin
+from .._io.not_measured import by_reason, without_value
+from .._io.streams import is_stdin
 from ..errors import InputError
 from ..hf.loading import check_fits, load_model
 from ..hf.memory import is_out_of_memory
 from ..mscan import MscanWriter, SequenceRecord
 from .config import ScanConfig
 from .distributed import World
-from .engine import ScanEngine, SequenceScan
-from .forward import vocabulary_size
+from .engine.engine import ScanEngine, SequenceScan
+from .engine.forward import vocabulary_size
+from .engine.integral import lost_tokens
 from .generation import Answered, Generator
-from .integral import lost_tokens
 from .output import NOTHING, Existing, OutputCompleteError, check_writable, find_existing, member_path, open_writer, refuse_existing
 from .prepare import Prepared, prepare
 from .tokens import TokenCounts, TokenSequence, plan_batches

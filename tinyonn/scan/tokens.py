@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, reason
-from .corpus import CorpusItem
+from .corpus.corpus import CorpusItem
 
 # Sequences are sorted by length within so many batches: little padding, and still an order that follows the corpus.
 WINDOW_BATCHES = 16

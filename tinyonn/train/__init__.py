@@ -1,7 +1,7 @@
 """Training steps in which surprise teaches the router."""
 
 from .captured_surprise import CapturedSurprise, capture_surprise
-from .gating_gradients import GatingGradients, capture, gating_gradients
+from .gating import GatingGradients, capture, gating_gradients
 from .hyper_step import HyperStep, HyperStepMixin, HyperStepResult
 from .surprise_hooks import SurpriseHookManager
 

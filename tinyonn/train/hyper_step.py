@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from .._debug import debug_enabled
 from ..nn._options import check_is_number, check_size
-from .gating_gradients import check_model, check_options, gating_gradients, mixtures
+from .gating import check_model, check_options, gating_gradients, mixtures
 from .parallel import data_parallel
 
 if TYPE_CHECKING:

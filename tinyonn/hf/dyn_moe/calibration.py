@@ -24,8 +24,8 @@ from ..._units import counted
 from ...errors import InputError
 from ...nn import DynMoE, ThresholdRouter
 from ...ops._dispatch import autocast_off
-from ...ops._torch_experts import Layout, activate
-from ...ops.threshold_route import unit_vectors
+from ...ops.experts._torch_experts import Layout, activate
+from ...ops.experts.threshold_route import unit_vectors
 from ..interfaces import gradients_kept
 from ..peft_parts import active, active_modules, adapter_of, keep_in_adapter
 from ..record import converted_model, recorded

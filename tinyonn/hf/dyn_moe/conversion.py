@@ -13,7 +13,7 @@ from ...errors import InputError
 from ...nn import DynMoE
 from ...nn.dyn_moe import GatingLoss, RoutingKind
 from ...ops._dispatch import autocast_off
-from ...ops.expert_mlp import SurpriseKind
+from ...ops.experts.expert_mlp import SurpriseKind
 from ..guard import replace_module
 from ..record import record
 from .budget import take_surprise_budget

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import InputError, listed
-from ...ops._expert_checks import LIMITS
-from ...ops._torch_experts import Layout, activate
-from ...ops.expert_mlp import Activation
+from ...ops.experts._checks import LIMITS
+from ...ops.experts._torch_experts import Layout, activate
+from ...ops.experts.expert_mlp import Activation
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 PLAIN = ("c_fc", "c_proj")

@@ -13,7 +13,7 @@ from ...nn import DynMoE
 from ...nn._options import check_choice, check_flag, check_number, check_size
 from ...nn.dyn_moe import ONLY_BY_BUDGET, GatingLoss, RoutingKind
 from ...nn.surprise_budget import check_budget
-from ...ops.expert_mlp import SurpriseKind
+from ...ops.experts.expert_mlp import SurpriseKind
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import InputError, did_you_mean
 from ...nn.dyn_nsa import OPEN, DynNSAOptions
 from ...ops._dispatch import check_impl
-from ...ops._nsa import check_max_blocks, check_sizes, check_window
+from ...ops.nsa._checks import check_max_blocks, check_sizes, check_window
 
 _NUMBERS = ("temperature", "base", "slope", "tau", "budget_weight")
 _FLAGS = ("detach_scores", "learnable_compression")

@@ -1,0 +1,190 @@
+"""First product of a mixture of small experts, with the gather of its rows and the activation behind it.
+
+    pre[p] = x[token of p] W_e^T + b_e      h[p] = act(gate) · up
+
+Pairs p sorted by expert (`expert_sort`), F features, E experts, I neurons of an expert, W = (E, 2I, F), or (E, I, F) without a gate.
+One launch for all experts: a tile of rows knows its expert. Gate and up of a neuron are made in one program, so that h leaves from
+registers. `pre` is kept for the backward, 2I values a pair; h, half of that, lives only to the second product (`expert_rows`), and the
+backward makes it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._tune import config, launch, tuned
+from ..nsa._common import dot, unit_stride
+from .expert_activation import activate, check_reach, matrix_row, ragged, tile_rows, width_of
+from .expert_sort import SortedPairs, sort_pairs
+
+
+def configs(IEEE: bool, ROWS: int, NEURONS: int, FEATURES: int, **_: object) -> list[triton.Config]:
+    """Few neurons a program where an expert has few; the products of float32 need registers instead of the matrix unit."""
+    if ragged(NEURONS, FEATURES):
+        return [config(4, 1 if IEEE else 2, 255, COLUMNS=width_of(NEURONS, 32), DEPTH=16)]
+    if IEEE:
+        return [config(4, 1, 255, COLUMNS=width_of(NEURONS, 32), DEPTH=width_of(FEATURES, 32))]
+    columns = width_of(NEURONS, 64)
+    offered = [config(4, 3, COLUMNS=columns, DEPTH=width_of(FEATURES, 64))]
+    offered += [config(2 if columns <= 32 else 4, 4, COLUMNS=columns, DEPTH=width_of(FEATURES, 32))]
+    if NEURONS > 64:
+        offered += [config(8, 3, COLUMNS=128, DEPTH=width_of(FEATURES, 64))]
+    return offered
+
+
+@tuned(configs, key=["NEURONS", "FEATURES", "ROWS", "ACTIVATION", "GATED"])
+@triton.jit
+def _expert_gate_up_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    pre_ptr,
+    h_ptr,
+    slots_ptr,
+    offsets_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_slots,
+    stride_xn,
+    stride_we,
+    stride_wo,
+    stride_wf,
+    stride_be,
+    stride_bo,
+    limit,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IEEE: tl.constexpr,
+    NEURONS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    # One program owns COLUMNS neurons, gate and up, of one tile of an expert's rows.
+    blocks: tl.constexpr = (NEURONS + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0) // blocks
+    expert = tl.load(tile_expert_ptr + tile)
+    if expert >= 0:
+        place, inside, _, token = tile_rows(slots_ptr, offsets_ptr, tile_row_ptr, tile, expert, num_slots, ROWS)
+        neuron = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+        real = neuron < NEURONS
+        half: tl.constexpr = NEURONS if INTERLEAVED else 0
+        gate_row = matrix_row(neuron, half)
+        up_row = matrix_row(neuron + NEURONS, half)
+        w_ptr += expert.to(tl.int64) * stride_we
+        gate = tl.zeros((ROWS, COLUMNS), tl.float32)
+        up = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, FEATURES, DEPTH):
+            feature = start + tl.arange(0, DEPTH)
+            known = feature < FEATURES
+            x = tl.load(x_ptr + token[:, None] * stride_xn + feature[None, :], mask=inside[:, None] & known[None, :], other=0.0)
+            w_mask = known[:, None] & real[None, :]
+            column = w_ptr + feature[:, None] * stride_wf
+            gate += dot(x, tl.load(column + gate_row[None, :] * stride_wo, mask=w_mask, other=0.0), IEEE)
+            if GATED:
+                up += dot(x, tl.load(column + up_row[None, :] * stride_wo, mask=w_mask, other=0.0), IEEE)
+        if HAS_BIAS:
+            bias_ptr += expert.to(tl.int64) * stride_be
+            gate += tl.load(bias_ptr + gate_row * stride_bo, mask=real, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                up += tl.load(bias_ptr + up_row * stride_bo, mask=real, other=0.0).to(tl.float32)[None, :]
+        mask = inside[:, None] & real[None, :]
+        width: tl.constexpr = 2 * NEURONS if GATED else NEURONS
+        target = pre_ptr + place[:, None] * width + neuron[None, :]
+        tl.store(target, gate, mask=mask)
+        if GATED:
+            tl.store(target + NEURONS, up, mask=mask)
+        tl.store(h_ptr + place[:, None] * NEURONS + neuron[None, :], activate(gate, up, limit, ACTIVATION, GATED), mask=mask)
+
+
+def expert_gate_up(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    pre: Tensor,
+    h: Tensor,
+    pairs: SortedPairs,
+    num_slots: int,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    limit: float,
+) -> None:
+    """Writes pre (P, 2I), gate first, and h (P, I) in the places of pairs; launched over tiles * (I / COLUMNS).
+
+    `gate_up_proj` is (E, 2I, F), or (E, I, F) without a gate, of any strides. Behind the last place nothing is written.
+    """
+    if h.numel() == 0:
+        return
+    check_reach("gate_up_proj", gate_up_proj)
+    neurons, features = h.shape[1], hidden_states.shape[1]
+    hidden_states = unit_stride(hidden_states)
+    launch(
+        _expert_gate_up_kernel,
+        lambda meta: (pairs.tile_expert.shape[0] * triton.cdiv(neurons, meta["COLUMNS"]),),
+        hidden_states,
+        gate_up_proj,
+        hidden_states if gate_up_bias is None else gate_up_bias,
+        pre,
+        h,
+        pairs.slots,
+        pairs.offsets,
+        pairs.tile_expert,
+        pairs.tile_row,
+        num_slots,
+        hidden_states.stride(0),
+        *gate_up_proj.stride(),
+        *((0, 0) if gate_up_bias is None else gate_up_bias.stride()),
+        float(limit),
+        ACTIVATION=activation,
+        GATED=gated,
+        INTERLEAVED=interleaved and gated,
+        HAS_BIAS=gate_up_bias is not None,
+        IEEE=hidden_states.dtype == torch.float32,
+        NEURONS=neurons,
+        FEATURES=features,
+        ROWS=pairs.rows,
+    )
+
+
+# label, dtype, F, I, rows of a tile, activation
+SHAPES = (
+    ("bfloat16-I8", torch.bfloat16, 512, 8, 16, "silu"),
+    ("bfloat16-I64", torch.bfloat16, 1024, 64, 16, "silu"),
+    ("bfloat16-I77-F1001", torch.bfloat16, 1001, 77, 64, "clamped_swiglu"),
+    ("bfloat16-I768-R64", torch.bfloat16, 2048, 768, 64, "gelu"),
+    ("float16-I128", torch.float16, 1024, 128, 32, "gelu_tanh"),
+    ("float32-I64", torch.float32, 512, 64, 16, "clamped_silu"),
+    ("float32-I77-F1001", torch.float32, 1001, 77, 32, "gelu"),
+)
+
+
+def example(dtype: torch.dtype, features: int, neurons: int, rows: int) -> tuple[Tensor, Tensor, Tensor, SortedPairs]:
+    """hidden_states, gate_up_proj, down_proj and pairs without data, for `offered`; 8 slots a token, 64 experts."""
+    x, up, down = (
+        torch.empty(shape, dtype=dtype, device="meta") for shape in ((4096, features), (64, 2 * neurons, features), (64, features, neurons))
+    )
+    return x, up, down, sort_pairs(torch.empty((4096, 8), dtype=torch.int64, device="meta"), 64, rows)
+
+
+def offered(arch: int) -> dict[str, Callable[[], None]]:
+    """Few and many neurons, sizes that fill no tile, every activation but one that is a few multiplications."""
+
+    def launch(dtype: torch.dtype, features: int, neurons: int, rows: int, activation: str) -> None:
+        x, up, _, pairs = example(dtype, features, neurons, rows)
+        pre, h = x.new_empty(4096 * 8, 2 * neurons), x.new_empty(4096 * 8, neurons)
+        odd = activation == "clamped_swiglu"
+        up = up.mT.contiguous().mT if odd else up
+        bias = up[:, :, 0].contiguous() if odd else None
+        expert_gate_up(x, up, bias, pre, h, pairs, 8, activation, True, odd, 7.0)
+
+    return {label: partial(launch, *rest) for label, *rest in SHAPES}

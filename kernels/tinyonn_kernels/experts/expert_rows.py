@@ -1,0 +1,176 @@
+"""Rows of pairs times their experts' matrices, and the sum over a token's slots: the second product, and the gradient of the first's input.
+
+    rows[slot of p] = weight[slot] · (source[p] M_e + c_e)      out[n] = sum over the slots of token n, in their order
+
+Pairs p sorted by expert (`expert_sort`), M = (E, J, F). Rows go back to their slots, N * K * F values for the time of the call, so that
+the sum reads a token's rows side by side and adds them in one order, in float32: no atomics, and the bits are the same on every run. With
+one slot a token there is nothing to add: its row is the output, and unused slots are zeros from before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._tune import config, launch, tuned
+from ..nsa._common import dot
+from .expert_activation import check_reach, matrix_row, ragged, tile_rows, width_of
+from .expert_mlp_fwd import SHAPES, example
+from .expert_sort import SortedPairs, load_experts
+
+
+def configs(IEEE: bool, ROWS: int, INNER: int, FEATURES: int, **_: object) -> list[triton.Config]:
+    if IEEE:
+        return [config(4, 1, 255, COLUMNS=width_of(FEATURES, 64), DEPTH=width_of(INNER, 16))]
+    if ragged(INNER, FEATURES):
+        return [config(4, 2, 255, COLUMNS=width_of(FEATURES, 64), DEPTH=16)]
+    offered = [config(4, 2, COLUMNS=width_of(FEATURES, 128), DEPTH=width_of(INNER, 64))]
+    offered += [config(4, 3, COLUMNS=width_of(FEATURES, 64), DEPTH=width_of(INNER, 32))]
+    return offered
+
+
+@tuned(configs, key=["INNER", "FEATURES", "ROWS"])
+@triton.jit
+def _expert_rows_kernel(
+    source_ptr,
+    m_ptr,
+    bias_ptr,
+    weights_ptr,
+    rows_ptr,
+    slots_ptr,
+    offsets_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_slots,
+    stride_me,
+    stride_mj,
+    stride_mf,
+    stride_be,
+    stride_bf,
+    HALF: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    IEEE: tl.constexpr,
+    INNER: tl.constexpr,
+    FEATURES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    # One program owns COLUMNS features of one tile of an expert's rows.
+    blocks: tl.constexpr = (FEATURES + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0) // blocks
+    expert = tl.load(tile_expert_ptr + tile)
+    if expert >= 0:
+        place, inside, slot, _ = tile_rows(slots_ptr, offsets_ptr, tile_row_ptr, tile, expert, num_slots, ROWS)
+        feature = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+        known = feature < FEATURES
+        m_ptr += expert.to(tl.int64) * stride_me
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, INNER, DEPTH):
+            inner = start + tl.arange(0, DEPTH)
+            real = inner < INNER
+            source = tl.load(source_ptr + place[:, None] * INNER + inner[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+            matrix_ptr = m_ptr + matrix_row(inner, HALF)[:, None] * stride_mj + feature[None, :] * stride_mf
+            total += dot(source, tl.load(matrix_ptr, mask=real[:, None] & known[None, :], other=0.0), IEEE)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + expert.to(tl.int64) * stride_be + feature * stride_bf, mask=known, other=0.0)
+            total += bias.to(tl.float32)[None, :]
+        if HAS_WEIGHTS:
+            total *= tl.load(weights_ptr + slot, mask=inside, other=0.0)[:, None]
+        tl.store(rows_ptr + slot[:, None] * FEATURES + feature[None, :], total, mask=inside[:, None] & known[None, :])
+
+
+@triton.jit
+def _combine_slots_kernel(
+    rows_ptr, index_ptr, out_ptr, num_tokens, num_slots, num_experts, FEATURES: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    # One program owns COLUMNS features of TOKENS tokens.
+    blocks: tl.constexpr = (FEATURES + COLUMNS - 1) // COLUMNS
+    token = (tl.program_id(0) // blocks * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    feature = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    real = token < num_tokens
+    known = feature < FEATURES
+    total = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    for number in range(0, num_slots):
+        slot = token * num_slots + number
+        used = load_experts(index_ptr, slot, real, num_experts) >= 0
+        mask = used[:, None] & known[None, :]
+        total += tl.load(rows_ptr + slot[:, None] * FEATURES + feature[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token[:, None] * FEATURES + feature[None, :], total, mask=real[:, None] & known[None, :])
+
+
+def expert_rows(
+    source: Tensor,
+    matrices: Tensor,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    top_k_index: Tensor,
+    pairs: SortedPairs,
+    interleaved: bool,
+) -> Tensor:
+    """(N, F): rows in the places of pairs (P, J) times matrices (E, J, F) of any strides, summed over the slots of `top_k_index` (N, K).
+
+    Rows 2i and 2i + 1 of an interleaved matrix belong to columns i and i + J / 2 of `source`. `weights` are (N, K) float32, contiguous.
+    Launched over tiles * (F / COLUMNS), and then over (N / TOKENS) * (F / COLUMNS) unless there is one slot a token.
+    """
+    tokens, num_slots = top_k_index.shape
+    experts, inner, features = matrices.shape
+    out = source.new_empty(tokens, features)
+    rows = out.zero_() if num_slots == 1 else source.new_empty(tokens * num_slots, features)
+    if out.numel() == 0:
+        return out
+    check_reach("an expert's weights", matrices)
+    launch(
+        _expert_rows_kernel,
+        lambda meta: (pairs.tile_expert.shape[0] * triton.cdiv(features, meta["COLUMNS"]),),
+        source,
+        matrices,
+        source if bias is None else bias,
+        source if weights is None else weights,
+        rows,
+        pairs.slots,
+        pairs.offsets,
+        pairs.tile_expert,
+        pairs.tile_row,
+        num_slots,
+        *matrices.stride(),
+        *((0, 0) if bias is None else bias.stride()),
+        HALF=inner // 2 if interleaved else 0,
+        HAS_BIAS=bias is not None,
+        HAS_WEIGHTS=weights is not None,
+        IEEE=source.dtype == torch.float32,
+        INNER=inner,
+        FEATURES=features,
+        ROWS=pairs.rows,
+    )
+    if num_slots > 1:
+        columns = min(512, triton.next_power_of_2(features))
+        wide = 2048 // columns  # a tile has 2048 values whatever the features
+        _combine_slots_kernel[(triton.cdiv(tokens, wide) * triton.cdiv(features, columns),)](
+            rows, top_k_index, out, tokens, num_slots, experts, FEATURES=features, TOKENS=wide, COLUMNS=columns, num_warps=4
+        )
+    return out
+
+
+def offered(arch: int) -> dict[str, Callable[[], Tensor]]:
+    """Both products, with all that the first launch may have and the second has not."""
+
+    def launch(dtype: torch.dtype, features: int, neurons: int, rows: int, activation: str, gradient: bool) -> Tensor:
+        x, up, down, pairs = example(dtype, features, neurons, rows)
+        index = torch.empty((4096, 8), dtype=torch.int64, device="meta")
+        if gradient:
+            return expert_rows(x.new_empty(4096 * 8, 2 * neurons), up, None, None, index, pairs, activation == "clamped_swiglu")
+        weights = torch.empty((4096, 8), device="meta")
+        return expert_rows(x.new_empty(4096 * 8, neurons), down.mT, down[:, :, 0], weights, index, pairs, False)
+
+    return {
+        f"{label}-{name}": partial(launch, *rest, gradient)
+        for label, *rest in SHAPES
+        for name, gradient in (("down", False), ("gradient", True))
+    }

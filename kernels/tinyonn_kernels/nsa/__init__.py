@@ -1,0 +1,1 @@
+"""Kernels of DynNSA and its branches."""

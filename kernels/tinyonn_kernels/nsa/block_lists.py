@@ -1,0 +1,224 @@
+"""Lists of key blocks, seen by what shares a block: the union of the lists of neighbouring queries, and who lists which block.
+
+Query-outer kernels give QUERIES = 16 // G neighbouring queries one tile, whose 16 rows the matrix unit takes at once. It walks the union
+of their lists, never longer than the lists together; a block is known by its first key row, so that sequences keep apart. Key-outer
+kernels go over the inverse, by a stable sort of the blocks' numbers. Both are the same on every run, and of the size of the lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import FAR, Geometry, bounds_of
+
+MATRIX_ROWS = 16  # the least that the matrix unit takes
+MANY_SEGMENTS = 1024  # programs enough to fill a GPU; more would only need more buffers
+MIN_SEGMENT = 256
+MAX_ENTRIES = 1 << 31  # 32-bit places keep the inverse small
+
+
+@triton.jit
+def _merge_lists_kernel(
+    indices_ptr,
+    counts_ptr,
+    blocks_ptr,
+    members_ptr,
+    lengths_ptr,
+    start_ptr,
+    end_ptr,
+    num_queries,
+    num_tiles,
+    num_kv,
+    num_slots,
+    before,
+    stride_cb,
+    stride_gb,
+    stride_gt,
+    QUERIES: tl.constexpr,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    # One program owns TILES tiles of one key/value head: each step takes the nearest block off all lists that begin with it.
+    batch = (tl.program_id(1) // num_kv).to(tl.int64)
+    head = tl.program_id(1) % num_kv
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    lane = tl.arange(0, LANES)
+    token = tile[:, None] * QUERIES + lane[None, :]
+    inside = (lane < QUERIES)[None, :] & (token < num_queries)
+    start, valid = bounds_of(start_ptr + batch * stride_gb, end_ptr + batch * stride_gb, token + before, inside, stride_gt)
+    pair = batch * stride_cb + token.to(tl.int64) * num_kv + head
+    count = tl.load(counts_ptr + pair, mask=valid, other=0)
+    list_ptr = indices_ptr + pair * num_slots
+    slot = tl.zeros((TILES, LANES), tl.int32)
+    length = tl.zeros((TILES,), tl.int32)
+    place = (batch * num_tiles + tile) * num_kv + head
+    first = tl.where(count > 0, start + tl.load(list_ptr, mask=count > 0, other=0) * BLOCK_SIZE, FAR)
+    nearest = tl.min(first, axis=1)
+    while tl.min(nearest) < FAR:
+        found = nearest < FAR
+        member = (first == nearest[:, None]) & found[:, None]
+        target = place * (QUERIES * num_slots) + length
+        tl.store(blocks_ptr + target, nearest, mask=found)
+        tl.store(members_ptr + target, tl.sum(member.to(tl.int32) << lane[None, :], axis=1), mask=found)
+        length += found.to(tl.int32)
+        slot += member.to(tl.int32)
+        left = slot < count
+        first = tl.where(left, start + tl.load(list_ptr + slot, mask=left, other=0) * BLOCK_SIZE, FAR)
+        nearest = tl.min(first, axis=1)
+    tl.store(lengths_ptr + place, length, mask=tile < num_tiles)
+
+
+def rows_of(group: int) -> int:
+    """Rows of a tile of whole groups."""
+    return max(MATRIX_ROWS, triton.next_power_of_2(group))
+
+
+class Merged(NamedTuple):
+    """The lists of tiles of `queries` neighbouring queries.
+
+    Attributes:
+        blocks: (B, tiles, K, queries * S) int32, first key rows, ascending; with one query a tile the lists themselves.
+        members: the same shape, bit i for the tile's query i.
+        lengths: (B, tiles, K) int32.
+        queries: of a tile.
+    """
+
+    blocks: Tensor
+    members: Tensor
+    lengths: Tensor
+    queries: int
+
+
+def merge_lists(indices: Tensor, counts: Tensor, geometry: Geometry, group: int, block_size: int) -> Merged:
+    """Launched over (tiles / TILES, B * K)."""
+    batch, num_queries, num_kv, num_slots = indices.shape
+    queries = max(1, MATRIX_ROWS // group)
+    if queries == 1:
+        return Merged(indices, counts, counts, 1)
+    num_tiles = triton.cdiv(num_queries, queries)
+    lanes = triton.next_power_of_2(queries)
+    lengths = torch.empty((batch, num_tiles, num_kv), dtype=torch.int32, device=indices.device)
+    blocks, members = (torch.empty((*lengths.shape, queries * num_slots), dtype=torch.int32, device=indices.device) for _ in range(2))
+    tiles = 32 // lanes
+    _merge_lists_kernel[(triton.cdiv(num_tiles, tiles), batch * num_kv)](
+        indices,
+        counts,
+        blocks,
+        members,
+        lengths,
+        geometry.start,
+        geometry.end,
+        num_queries,
+        num_tiles,
+        num_kv,
+        num_slots,
+        geometry.before,
+        counts.stride(0),
+        *geometry.start.stride(),
+        QUERIES=queries,
+        LANES=lanes,
+        TILES=tiles,
+        BLOCK_SIZE=block_size,
+        num_warps=1,
+    )
+    return Merged(blocks, members, lengths, queries)
+
+
+@triton.jit
+def block_at(blocks_ptr, members_ptr, slot, origin, query, inside, QUERIES: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """First key row of the block in a slot of a tile's list, and the rows whose `query` in the tile lists it."""
+    first = tl.load(blocks_ptr + slot)
+    if QUERIES == 1:
+        return origin + first * BLOCK_SIZE, inside
+    else:
+        return first, inside & (((tl.load(members_ptr + slot) >> query) & 1) > 0)
+
+
+class Inverse(NamedTuple):
+    """Who lists which block, built on the device; blocks are numbered over (batch row, head, block), NB in all.
+
+    Attributes:
+        entries: (B * T * K * S,) int64, places in the flattened lists, block by block, those that count first.
+        tokens: the query of each, int32.
+        offsets: (NB + 1,) int32, where a block's entries begin.
+        segments: (NB + 1,) int32, where a block's segments begin among all segments.
+        parts: (NB,) int32, where its partial sums begin.
+        block_of: (programs,) int32, the block of a segment; NB behind the last.
+        segment: entries of one.
+        num_parts: bound on the number of partial sums.
+    """
+
+    entries: Tensor
+    tokens: Tensor
+    offsets: Tensor
+    segments: Tensor
+    parts: Tensor
+    block_of: Tensor
+    segment: int
+    num_parts: int
+
+
+def invert_lists(indices: Tensor, counts: Tensor, geometry: Geometry, num_keys: int, block_size: int) -> Inverse:
+    """Sizes depend on shapes alone: nothing waits for the device."""
+    batch, num_queries, num_kv, num_slots = indices.shape
+    device = indices.device
+    rows = slice(geometry.before, geometry.before + num_queries)
+    start, end, sequence = geometry.start[:, rows], geometry.end[:, rows], geometry.sequence[:, rows]
+    place = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device)
+    per_head = -(-num_keys // block_size)
+    base = torch.arange(batch, dtype=torch.int32, device=device)[:, None, None] * num_kv + torch.arange(
+        num_kv, dtype=torch.int32, device=device
+    )
+    if geometry.packed:
+        # Sequence i has at most len // block_size + 1 blocks, so start // block_size + i keeps their numbers apart.
+        per_head = num_keys // block_size + geometry.starts.shape[1] + 1
+        base = base * per_head + (start // block_size + sequence)[:, :, None]
+    else:
+        base = base * per_head
+    total = batch * num_kv * per_head
+    if indices.numel() + total >= MAX_ENTRIES:
+        raise ValueError(
+            f"indices must have fewer than {MAX_ENTRIES} entries and blocks with impl='triton', got {indices.numel() + total}."
+        )
+    inside = ((start <= place) & (place < end))[:, :, None]
+    slot = torch.arange(num_slots, dtype=torch.int32, device=device)
+    listed = slot < torch.where(inside, counts, 0)[..., None]
+    number, entries = torch.where(listed, indices + base[..., None], total).flatten().sort(stable=True)
+    offsets = torch.searchsorted(number, torch.arange(total + 1, dtype=torch.int32, device=device), out_int32=True)
+    segment = max(MIN_SEGMENT, triton.next_power_of_2(triton.cdiv(max(1, indices.numel()), MANY_SEGMENTS)))
+    sizes = (offsets.diff() + (segment - 1)) // segment
+    segments = torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0))
+    shared = torch.where(sizes > 1, sizes, 0)
+    parts = shared.cumsum(0, dtype=torch.int32) - shared
+    programs = total + indices.numel() // segment
+    block_of = torch.searchsorted(segments[1:], torch.arange(programs, dtype=torch.int32, device=device), right=True, out_int32=True)
+    tokens = (entries // (num_slots * num_kv) % num_queries).int()
+    num_parts = 0 if num_queries <= segment else 2 * (indices.numel() // segment)
+    return Inverse(entries, tokens, offsets, segments, parts, block_of, segment, num_parts)
+
+
+def lists(query: Tensor, num_kv: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """indices, counts, bias without data, for `offered`."""
+    rows = (*query.shape[:2], num_kv)
+    indices = torch.empty((*rows, slots), dtype=torch.int32, device="meta")
+    return indices, torch.empty(rows, dtype=torch.int32, device="meta"), torch.empty((*rows, slots), device="meta")
+
+
+def offered(arch: int) -> dict[str, Callable[[], Merged]]:
+    """Any group with several queries a tile."""
+
+    def launch(group: int) -> Merged:
+        bounds = torch.empty((1, 4096), dtype=torch.int32, device="meta")
+        geometry = Geometry(bounds, bounds, 0, True, bounds, bounds[:, :2], bounds[:, :2])
+        indices, counts, _ = lists(torch.empty((1, 4096, 2 * group, 64), device="meta"), 2, 16)
+        return merge_lists(indices, counts, geometry, group, 64)
+
+    return {f"G{group}": partial(launch, group) for group in (1, 2, 3, 4, 8)}

@@ -1,0 +1,317 @@
+"""Gradients of the keys and values of attention to listed key blocks (`block_sparse_fwd`).
+
+    p = e^(s - lse)   ds[j] = p[j] (dO · v[j] - shift),   shift = out · dO - dlse
+    dk[j] = scale · sum ds[j] q       dv[j] = sum p[j] dO,   over the rows that list the block
+
+Key-block-outer, over the inverse of the lists (`block_lists`). A block with more than a segment of entries (the first one, which every
+query lists) is worked on by several programs with sums of their own, added up in order afterwards: no atomics, the same bits on every
+run, and buffers bounded by the lists, not by the hottest block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._tune import config, launch, tuned
+from ._common import LOG2E, Geometry, count_heads, dot, load_rows, load_weight, store_rows, unit_stride, width_of
+from .block_lists import invert_lists, lists
+from .interval_attention_fwd import SHAPES, example
+
+
+def configs(IEEE: bool, WIDTH: int, BLOCK_SIZE: int, **_: object) -> list[triton.Config]:
+    if IEEE:
+        return [config(8 if WIDTH >= 128 else 4, 1, 255, ROWS=16, KEYS=min(32, BLOCK_SIZE))]
+    if WIDTH >= 256:
+        return [config(8, 1, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
+    rows, keys = 32 if WIDTH >= 128 else 64, min(64, BLOCK_SIZE)
+    return [config(8, 2, 255, ROWS=rows, KEYS=keys), config(4, 2, 255, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
+
+
+@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"], restore=("dk_ptr", "dv_ptr"))
+@triton.jit
+def _block_sparse_dkv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    indices_ptr,
+    bias_ptr,
+    lse_ptr,
+    shift_ptr,
+    weight_ptr,
+    entries_ptr,
+    tokens_ptr,
+    block_of_ptr,
+    offsets_ptr,
+    segments_ptr,
+    parts_ptr,
+    partial_ptr,
+    dk_ptr,
+    dv_ptr,
+    start_ptr,
+    end_ptr,
+    num_queries,
+    num_keys,
+    num_kv,
+    num_slots,
+    num_blocks,
+    before,
+    segment,
+    scale,
+    scale_log2,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_wb,
+    stride_wt,
+    stride_wh,
+    stride_gb,
+    stride_gt,
+    HAS_BIAS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    IEEE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    # One program owns KEYS keys of one (head, key block), and one segment of the entries that list it.
+    number = tl.load(block_of_ptr + tl.program_id(0))
+    if number < num_blocks:
+        which = tl.program_id(0) - tl.load(segments_ptr + number)
+        alone = tl.load(segments_ptr + number + 1) - tl.load(segments_ptr + number) == 1
+        stop = tl.load(offsets_ptr + number + 1)
+        begin = tl.load(offsets_ptr + number) + which * segment
+        stop = tl.minimum(begin + segment, stop)
+
+        # Any entry says where its block lies.
+        any_entry = tl.load(entries_ptr + begin)
+        head = (any_entry // num_slots) % num_kv
+        batch = any_entry // num_slots // num_kv // num_queries
+        any_place = tl.load(tokens_ptr + begin).to(tl.int64) + before
+        start = tl.load(start_ptr + batch * stride_gb + any_place * stride_gt)
+        end = tl.load(end_ptr + batch * stride_gb + any_place * stride_gt)
+        within = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+        n = start + tl.load(indices_ptr + any_entry) * BLOCK_SIZE + within
+        k = load_rows(k_ptr + batch * stride_kb + head * stride_kh, n.to(tl.int64), n < end, stride_kt, HEAD_DIM, WIDTH)
+        v = load_rows(v_ptr + batch * stride_vb + head * stride_vh, n.to(tl.int64), n < end, stride_vt, HEAD_DIM, WIDTH)
+        q_ptr += batch * stride_qb
+        do_ptr += batch * stride_ob
+        dk = tl.zeros((KEYS, WIDTH), tl.float32)
+        dv = tl.zeros((KEYS, WIDTH), tl.float32)
+        for first in range(0, (stop - begin) * GROUP, ROWS):
+            row = first + tl.arange(0, ROWS)
+            inside = row < (stop - begin) * GROUP
+            token = tl.load(tokens_ptr + begin + row // GROUP, mask=inside, other=0).to(tl.int64)
+            query_head = head * GROUP + row % GROUP
+            q = load_rows(q_ptr, token * stride_qt + query_head * stride_qh, inside, 1, HEAD_DIM, WIDTH)
+            do = load_rows(do_ptr, token * stride_ot + query_head * stride_oh, inside, 1, HEAD_DIM, WIDTH)
+            stat = (batch * num_queries + token) * (num_kv * GROUP) + query_head
+            lse_log2 = tl.load(lse_ptr + stat, mask=inside, other=0.0) * 1.4426950408889634
+            shift = tl.load(shift_ptr + stat, mask=inside, other=0.0)
+            weight = load_weight(weight_ptr, batch * stride_wb + token * stride_wt + query_head * stride_wh, inside, HAS_WEIGHT, ROWS)
+            scores = dot(k, tl.trans(q), IEEE) * scale_log2
+            if HAS_BIAS:
+                entry = tl.load(entries_ptr + begin + row // GROUP, mask=inside, other=0)
+                scores += (tl.load(bias_ptr + entry, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634)[None, :]
+            visible = inside[None, :] & (n[:, None] <= (token + before)[None, :]) & (n < end)[:, None]
+            p = tl.where(visible, tl.exp2(scores - lse_log2[None, :]), 0.0)
+            dv += dot((p * weight[None, :]).to(do.dtype), do, IEEE)
+            ds = p * (dot(v, tl.trans(do), IEEE) * weight[None, :] - shift[None, :])
+            dk += dot(ds.to(q.dtype), q, IEEE)
+
+        dk *= scale
+        if alone:
+            # Nobody else touches these rows: what is there can be read and added to.
+            target = ((batch * num_keys + n) * num_kv + head) * HEAD_DIM
+            store_rows(dk_ptr, target, n < end, dk, HEAD_DIM, WIDTH, True)
+            store_rows(dv_ptr, target, n < end, dv, HEAD_DIM, WIDTH, True)
+        else:
+            part = (tl.load(parts_ptr + number) + which).to(tl.int64)
+            target = (part * 2 * BLOCK_SIZE + within) * HEAD_DIM
+            store_rows(partial_ptr, target, n < end, dk, HEAD_DIM, WIDTH, False)
+            store_rows(partial_ptr + BLOCK_SIZE * HEAD_DIM, target, n < end, dv, HEAD_DIM, WIDTH, False)
+
+
+@triton.jit
+def _block_sparse_reduce_kernel(
+    indices_ptr,
+    entries_ptr,
+    offsets_ptr,
+    segments_ptr,
+    parts_ptr,
+    partial_ptr,
+    dk_ptr,
+    dv_ptr,
+    start_ptr,
+    end_ptr,
+    num_queries,
+    num_keys,
+    num_kv,
+    num_slots,
+    before,
+    stride_gb,
+    stride_gt,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    # One program owns KEYS keys of one (head, key block): adds the sums of its segments, first to last.
+    number = tl.program_id(0)
+    segments = tl.load(segments_ptr + number + 1) - tl.load(segments_ptr + number)
+    if segments > 1:
+        entry = tl.load(entries_ptr + tl.load(offsets_ptr + number)).to(tl.int64)
+        head = (entry // num_slots) % num_kv
+        batch = entry // num_slots // num_kv // num_queries
+        place = (entry // num_slots // num_kv) % num_queries + before
+        start = tl.load(start_ptr + batch * stride_gb + place * stride_gt)
+        end = tl.load(end_ptr + batch * stride_gb + place * stride_gt)
+        within = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+        n = start + tl.load(indices_ptr + entry) * BLOCK_SIZE + within
+        feature = tl.arange(0, WIDTH)
+        mask = (n < end)[:, None] & (feature < HEAD_DIM)[None, :]
+        target = (((batch * num_keys + n) * num_kv + head) * HEAD_DIM)[:, None] + feature[None, :]
+        dk = tl.load(dk_ptr + target, mask=mask, other=0.0)
+        dv = tl.load(dv_ptr + target, mask=mask, other=0.0)
+        part = tl.load(parts_ptr + number).to(tl.int64)
+        for which in range(0, segments):
+            source = partial_ptr + (((part + which) * 2 * BLOCK_SIZE + within) * HEAD_DIM)[:, None] + feature[None, :]
+            dk += tl.load(source, mask=mask, other=0.0)
+            dv += tl.load(source + BLOCK_SIZE * HEAD_DIM, mask=mask, other=0.0)
+        tl.store(dk_ptr + target, dk, mask=mask)
+        tl.store(dv_ptr + target, dv, mask=mask)
+
+
+def block_sparse_attention_dkv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    shift: Tensor,
+    grad_out: Tensor,
+    weight: Tensor | None,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    geometry: Geometry,
+    block_size: int,
+    scale: float,
+) -> None:
+    """Adds to grad_key and grad_value (B, Tk, K, D) float32, contiguous. Launched over (segments, BLOCK_SIZE / KEYS)."""
+    _, num_queries, heads, dim = query.shape
+    num_keys, num_kv = key.shape[1:3]
+    if query.numel() == 0 or indices.numel() == 0:
+        return
+    query, key, value, grad_out = (unit_stride(x) for x in (query, key, value, grad_out))
+    count_heads(query, num_kv, geometry)
+    inverse = invert_lists(indices, counts, geometry, num_keys, block_size)
+    num_blocks = inverse.parts.shape[0]
+    partial_sums = torch.empty((inverse.num_parts, 2, block_size, dim), dtype=torch.float32, device=query.device)
+    launch(
+        _block_sparse_dkv_kernel,
+        lambda meta: (inverse.block_of.shape[0], block_size // meta["KEYS"]),
+        query,
+        key,
+        value,
+        grad_out,
+        indices,
+        counts if bias is None else bias,
+        lse,
+        shift,
+        lse if weight is None else weight,
+        inverse.entries,
+        inverse.tokens,
+        inverse.block_of,
+        inverse.offsets,
+        inverse.segments,
+        inverse.parts,
+        partial_sums,
+        grad_key,
+        grad_value,
+        geometry.start,
+        geometry.end,
+        num_queries,
+        num_keys,
+        num_kv,
+        indices.shape[-1],
+        num_blocks,
+        geometry.before,
+        inverse.segment,
+        scale,
+        scale * LOG2E,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *grad_out.stride()[:3],
+        *((0, 0, 0) if weight is None else weight.stride()),
+        *geometry.start.stride(),
+        HAS_BIAS=bias is not None,
+        HAS_WEIGHT=weight is not None,
+        IEEE=query.dtype == torch.float32,
+        GROUP=heads // num_kv,
+        HEAD_DIM=dim,
+        WIDTH=width_of(dim),
+        BLOCK_SIZE=block_size,
+    )
+    if inverse.num_parts == 0:
+        return
+    keys = min(block_size, max(16, 4096 // width_of(dim)))
+    _block_sparse_reduce_kernel[(num_blocks, block_size // keys)](
+        indices,
+        inverse.entries,
+        inverse.offsets,
+        inverse.segments,
+        inverse.parts,
+        partial_sums,
+        grad_key,
+        grad_value,
+        geometry.start,
+        geometry.end,
+        num_queries,
+        num_keys,
+        num_kv,
+        indices.shape[-1],
+        geometry.before,
+        *geometry.start.stride(),
+        HEAD_DIM=dim,
+        WIDTH=width_of(dim),
+        KEYS=keys,
+        BLOCK_SIZE=block_size,
+        num_warps=4,
+        maxnreg=255,
+    )
+
+
+def offered(arch: int) -> dict[str, Callable[[], None]]:
+    """bfloat16 to D = 256, float32 to D = 128, any group."""
+
+    def launch(dtype: torch.dtype, dim: int, heads: int) -> None:
+        query, key, geometry = example(dtype, dim, heads, 1)
+        lse = torch.empty(query.shape[:3], device="meta")
+        indices, counts, bias = lists(query, 2, 16)
+        weight = torch.empty((*query.shape[:3], 3), dtype=dtype, device="meta")[..., 1]
+        inputs = (query, key, key, indices, counts, bias, lse, lse, query, weight)
+        grad_key = torch.empty(key.shape, device="meta")
+        block_sparse_attention_dkv(*inputs, grad_key, grad_key, geometry, 64, 0.1)
+
+    return {label: partial(launch, dtype, dim, heads) for label, dtype, dim, heads in SHAPES}

@@ -1,0 +1,247 @@
+"""Gradients of the queries and biases of attention to listed key blocks (`block_sparse_fwd`).
+
+    p = e^(s - lse)   ds[j] = p[j] (dO · v[j] - shift),   shift = out · dO - dlse
+    dq = scale · sum_j ds[j] k[j]     dbias[slot] = sum over the block's keys and the group's heads of ds
+
+Query-outer, in the tiles of forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._tune import config, launch, tuned
+from ._common import LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, load_weight, store_rows, unit_stride, width_of
+from .block_lists import block_at, lists, merge_lists, rows_of
+from .interval_attention_fwd import SHAPES, example
+
+
+@triton.jit
+def sum_of_query(values, query, QUERIES: tl.constexpr):
+    """(rows,): the sum of `values` over all rows of a row's query."""
+    if QUERIES == 1:
+        return tl.sum(values) + tl.zeros_like(values)
+    else:
+        return tl.sum(tl.where(query[:, None] == query[None, :], values[None, :], 0.0), axis=1)
+
+
+def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, **_: object) -> list[triton.Config]:
+    if IEEE:
+        return [config(4 if ROWS * WIDTH <= 2048 else 8, 1, 255, KEYS=16)]
+    keys, warps = (64 if WIDTH <= 64 else 32), (4 if ROWS * WIDTH <= 8192 else 8)
+    offered = [config(warps, 2 if WIDTH <= 128 else 1, KEYS=min(keys, BLOCK_SIZE))]
+    if WIDTH <= 128 and ROWS <= 32:
+        offered += [config(4, 2, KEYS=min(64, BLOCK_SIZE)), config(2, 2, KEYS=min(32, BLOCK_SIZE))]
+    return offered
+
+
+@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"], restore=("dq_ptr",))
+@triton.jit
+def _block_sparse_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    blocks_ptr,
+    members_ptr,
+    lengths_ptr,
+    bias_ptr,
+    lse_ptr,
+    shift_ptr,
+    dq_ptr,
+    dbias_ptr,
+    weight_ptr,
+    start_ptr,
+    end_ptr,
+    num_queries,
+    num_kv,
+    num_slots,
+    before,
+    scale,
+    scale_log2,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_db,
+    stride_dt,
+    stride_sb,
+    stride_wb,
+    stride_wt,
+    stride_wh,
+    stride_cb,
+    stride_lb,
+    stride_gb,
+    stride_gt,
+    HAS_BIAS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    IEEE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    # One program owns QUERIES neighbouring queries of one key/value head: rows are (query, head) pairs, QUERIES * GROUP of ROWS.
+    batch = (tl.program_id(1) // num_kv).to(tl.int64)
+    head = tl.program_id(1) % num_kv
+    row = tl.arange(0, ROWS)
+    query = row // GROUP
+    token = tl.program_id(0) * QUERIES + query
+    inside = (row < QUERIES * GROUP) & (token < num_queries)
+    query_head = head * GROUP + row % GROUP
+    place = token + before
+    start, valid = bounds_of(start_ptr + batch * stride_gb, end_ptr + batch * stride_gb, place, inside, stride_gt)
+    token = token.to(tl.int64)
+    pair = batch * stride_cb + token * num_kv + head
+    entry = batch * stride_lb + tl.program_id(0).to(tl.int64) * num_kv + head
+    length = tl.load(lengths_ptr + entry) * tl.max(valid.to(tl.int32))
+    blocks_ptr += entry * (QUERIES * num_slots)
+    members_ptr += entry * (QUERIES * num_slots)
+    origin = tl.max(start)
+    last = tl.max(tl.where(valid, place, -1))
+
+    q = load_rows(q_ptr + batch * stride_qb, token * stride_qt + query_head * stride_qh, inside, 1, HEAD_DIM, WIDTH)
+    do = load_rows(do_ptr + batch * stride_ob, token * stride_ot + query_head * stride_oh, inside, 1, HEAD_DIM, WIDTH)
+    stat = batch * stride_sb + token * (num_kv * GROUP) + query_head
+    lse_log2 = tl.load(lse_ptr + stat, mask=inside, other=0.0) * 1.4426950408889634
+    shift = tl.load(shift_ptr + stat, mask=inside, other=0.0)
+    weight = load_weight(weight_ptr, batch * stride_wb + token * stride_wt + query_head * stride_wh, inside, HAS_WEIGHT, ROWS)
+    k_ptr += batch * stride_kb + head.to(tl.int64) * stride_kh
+    v_ptr += batch * stride_vb + head.to(tl.int64) * stride_vh
+    dq = tl.zeros((ROWS, WIDTH), tl.float32)
+    dbias = tl.zeros((ROWS,), tl.float32)
+    rank = tl.zeros((ROWS,), tl.int32)
+    PARTS: tl.constexpr = BLOCK_SIZE // KEYS
+    for step in range(0, length * PARTS):
+        part = step % PARTS
+        first, listed = block_at(blocks_ptr, members_ptr, step // PARTS, origin, query, inside, QUERIES, BLOCK_SIZE)
+        n = first + part * KEYS + tl.arange(0, KEYS)
+        k = load_rows(k_ptr, n.to(tl.int64), n <= last, stride_kt, HEAD_DIM, WIDTH)
+        v = load_rows(v_ptr, n.to(tl.int64), n <= last, stride_vt, HEAD_DIM, WIDTH)
+        scores = dot(q, tl.trans(k), IEEE) * scale_log2
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + pair * num_slots + rank, mask=listed, other=0.0)
+            scores += (bias.to(tl.float32) * 1.4426950408889634)[:, None]
+        visible = listed[:, None] & (n[None, :] <= place[:, None])
+        p = tl.where(visible, tl.exp2(scores - lse_log2[:, None]), 0.0)
+        ds = p * (weight[:, None] * dot(do, tl.trans(v), IEEE) - shift[:, None])
+        if HAS_BIAS:
+            dbias = tl.where(part == 0, 0.0, dbias) + sum_of_query(tl.sum(ds, axis=1), query, QUERIES)
+            tl.store(dbias_ptr + pair * num_slots + rank, dbias, mask=listed & (row % GROUP == 0))
+            rank += tl.where(part == PARTS - 1, listed.to(tl.int32), 0)
+        dq += dot(ds.to(k.dtype), k, IEEE)
+
+    target = batch * stride_db + token * stride_dt + query_head * HEAD_DIM
+    store_rows(dq_ptr, target, inside, dq * scale, HEAD_DIM, WIDTH, ACCUMULATE)
+
+
+def block_sparse_attention_dq(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    shift: Tensor,
+    grad_out: Tensor,
+    weight: Tensor | None,
+    grad_query: Tensor,
+    grad_bias: Tensor | None,
+    geometry: Geometry,
+    block_size: int,
+    scale: float,
+    *,
+    accumulate: bool = False,
+) -> None:
+    """Writes grad_query (B, T, H, D), or adds to it, and the listed places of grad_bias (B, T, K, S) float32. Launched over (tiles, B * K).
+
+    With a `weight` (B, T, H), grad_out is the gradient of weight · out, and `shift` = weight · (out · grad_out).
+    """
+    _, num_queries, heads, dim = query.shape
+    num_kv = key.shape[2]
+    if query.numel() == 0:
+        return
+    query, key, value, grad_out = (unit_stride(x) for x in (query, key, value, grad_out))
+    group = heads // num_kv
+    pairs = count_heads(query, num_kv, geometry)
+    merged = merge_lists(indices, counts, geometry, group, block_size)
+    grid = (triton.cdiv(num_queries, merged.queries), pairs)
+    launch(
+        _block_sparse_dq_kernel,
+        lambda meta: grid,
+        query,
+        key,
+        value,
+        grad_out,
+        merged.blocks,
+        merged.members,
+        merged.lengths,
+        counts if bias is None else bias,
+        lse,
+        shift,
+        grad_query,
+        lse if grad_bias is None else grad_bias,
+        lse if weight is None else weight,
+        geometry.start,
+        geometry.end,
+        num_queries,
+        num_kv,
+        indices.shape[-1],
+        geometry.before,
+        scale,
+        scale * LOG2E,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *grad_out.stride()[:3],
+        *grad_query.stride()[:2],
+        lse.stride(0),
+        *((0, 0, 0) if weight is None else weight.stride()),
+        counts.stride(0),
+        merged.lengths.stride(0),
+        *geometry.start.stride(),
+        HAS_BIAS=bias is not None,
+        HAS_WEIGHT=weight is not None,
+        ACCUMULATE=accumulate,
+        IEEE=query.dtype == torch.float32,
+        GROUP=group,
+        HEAD_DIM=dim,
+        WIDTH=width_of(dim),
+        QUERIES=merged.queries,
+        ROWS=rows_of(group),
+        BLOCK_SIZE=block_size,
+    )
+
+
+def offered(arch: int) -> dict[str, Callable[[], None]]:
+    """bfloat16 to D = 256, float32 to D = 128, any group."""
+
+    def launch(dtype: torch.dtype, dim: int, heads: int) -> None:
+        query, key, geometry = example(dtype, dim, heads, 1)
+        lse = torch.empty(query.shape[:3], device="meta")
+        indices, counts, bias = lists(query, 2, 16)
+        weight = torch.empty((*query.shape[:3], 3), dtype=dtype, device="meta")[..., 1]
+        inputs = (query, key, key, indices, counts, bias, lse, lse, query, weight)
+        grad_query = torch.empty(query.shape, device="meta")
+        block_sparse_attention_dq(*inputs, grad_query, bias, geometry, 64, 0.1, accumulate=True)
+
+    return {label: partial(launch, dtype, dim, heads) for label, dtype, dim, heads in SHAPES}

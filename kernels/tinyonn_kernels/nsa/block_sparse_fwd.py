@@ -1,0 +1,203 @@
+"""Causal attention of each query to the key blocks of its list.
+
+    s[j] = scale · q · k[j] + bias[slot],  j in block indices[slot], j <= place of the query
+    lse = log sum_j e^s[j],   out = sum_j e^(s[j] - lse) v[j]
+
+B batch, T queries, K key/value heads, G query heads of each, S slots of a list. Query-outer: the heads of a group share the list, so
+they are rows of one tile; where a group leaves room in 16 rows, neighbouring queries share it too, and each masks the blocks of the
+others' lists (`block_lists`). Online softmax in base 2, float32 accumulation. Blocks longer than a tile are read in parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._tune import config, launch, tuned
+from ._common import BOTTOM, LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, softmax_step, store_rows, unit_stride, width_of
+from .block_lists import block_at, lists, merge_lists, rows_of
+from .interval_attention_fwd import SHAPES, example
+
+
+def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, **_: object) -> list[triton.Config]:
+    """Tiles of keys; few rows are soon shared out among warps."""
+    if IEEE:
+        keys, warps = (32 if ROWS <= 32 and WIDTH < 128 else 16), (4 if ROWS * WIDTH <= 2048 else 8)
+        return [config(warps, 1, 255, KEYS=min(keys, BLOCK_SIZE))]
+    keys, warps = (64 if WIDTH <= 128 else 32), (4 if ROWS * WIDTH <= 8192 else 8)
+    offered = [config(warps, 2, KEYS=min(keys, BLOCK_SIZE))]
+    if WIDTH <= 128 and ROWS <= 32:
+        offered += [config(2, 3, KEYS=min(64, BLOCK_SIZE)), config(2, 3, KEYS=min(32, BLOCK_SIZE))]
+    return offered
+
+
+@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"])
+@triton.jit
+def _block_sparse_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    blocks_ptr,
+    members_ptr,
+    lengths_ptr,
+    bias_ptr,
+    out_ptr,
+    lse_ptr,
+    start_ptr,
+    end_ptr,
+    num_queries,
+    num_kv,
+    num_slots,
+    before,
+    scale_log2,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_ob,
+    stride_ot,
+    stride_sb,
+    stride_cb,
+    stride_lb,
+    stride_gb,
+    stride_gt,
+    HAS_BIAS: tl.constexpr,
+    IEEE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    # One program owns QUERIES neighbouring queries of one key/value head: rows are (query, head) pairs, QUERIES * GROUP of ROWS.
+    batch = (tl.program_id(1) // num_kv).to(tl.int64)
+    head = tl.program_id(1) % num_kv
+    row = tl.arange(0, ROWS)
+    query = row // GROUP
+    token = tl.program_id(0) * QUERIES + query
+    inside = (row < QUERIES * GROUP) & (token < num_queries)
+    query_head = head * GROUP + row % GROUP
+    place = token + before
+    start, valid = bounds_of(start_ptr + batch * stride_gb, end_ptr + batch * stride_gb, place, inside, stride_gt)
+    token = token.to(tl.int64)
+    # counts, indices and bias are contiguous rows: (B, T, K) of `num_slots` each.
+    pair = batch * stride_cb + token * num_kv + head
+    entry = batch * stride_lb + tl.program_id(0).to(tl.int64) * num_kv + head
+    length = tl.load(lengths_ptr + entry) * tl.max(valid.to(tl.int32))
+    blocks_ptr += entry * (QUERIES * num_slots)
+    members_ptr += entry * (QUERIES * num_slots)
+    origin = tl.max(start)
+    last = tl.max(tl.where(valid, place, -1))
+
+    q = load_rows(q_ptr + batch * stride_qb, token * stride_qt + query_head * stride_qh, inside, 1, HEAD_DIM, WIDTH)
+    k_ptr += batch * stride_kb + head.to(tl.int64) * stride_kh
+    v_ptr += batch * stride_vb + head.to(tl.int64) * stride_vh
+    top = tl.full((ROWS,), BOTTOM, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, WIDTH), tl.float32)
+    rank = tl.zeros((ROWS,), tl.int32)
+    PARTS: tl.constexpr = BLOCK_SIZE // KEYS
+    for step in range(0, length * PARTS):
+        first, listed = block_at(blocks_ptr, members_ptr, step // PARTS, origin, query, inside, QUERIES, BLOCK_SIZE)
+        n = first + step % PARTS * KEYS + tl.arange(0, KEYS)
+        k = load_rows(k_ptr, n.to(tl.int64), n <= last, stride_kt, HEAD_DIM, WIDTH)
+        scores = dot(q, tl.trans(k), IEEE) * scale_log2
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + pair * num_slots + rank, mask=listed, other=0.0)
+            scores += (bias.to(tl.float32) * 1.4426950408889634)[:, None]
+            rank += tl.where(step % PARTS == PARTS - 1, listed.to(tl.int32), 0)
+        visible = listed[:, None] & (n[None, :] <= place[:, None])
+        p, top, total, keep = softmax_step(tl.where(visible, scores, float("-inf")), top, total)
+        v = load_rows(v_ptr, n.to(tl.int64), n <= last, stride_vt, HEAD_DIM, WIDTH)
+        mixed = mixed * keep[:, None] + dot(p.to(v.dtype), v, IEEE)
+
+    seen = total > 0
+    safe = tl.where(seen, total, 1.0)
+    stat = batch * stride_sb + token * (num_kv * GROUP) + query_head
+    tl.store(lse_ptr + stat, tl.where(seen, (top + tl.log2(safe)) * 0.6931471805599453, float("-inf")), mask=inside)
+    target = batch * stride_ob + token * stride_ot + query_head * HEAD_DIM
+    store_rows(out_ptr, target, inside, mixed / safe[:, None], HEAD_DIM, WIDTH, False)
+
+
+def block_sparse_attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    geometry: Geometry,
+    block_size: int,
+    scale: float,
+) -> None:
+    """Writes out (B, T, H, D) and lse (B, T, H) float32; launched over (tiles, B * K). Lists are contiguous but for their batch stride."""
+    _, num_queries, heads, dim = query.shape
+    num_kv = key.shape[2]
+    if query.numel() == 0:
+        return
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    group = heads // num_kv
+    pairs = count_heads(query, num_kv, geometry)
+    merged = merge_lists(indices, counts, geometry, group, block_size)
+    grid = (triton.cdiv(num_queries, merged.queries), pairs)
+    launch(
+        _block_sparse_fwd_kernel,
+        lambda meta: grid,
+        query,
+        key,
+        value,
+        merged.blocks,
+        merged.members,
+        merged.lengths,
+        counts if bias is None else bias,
+        out,
+        lse,
+        geometry.start,
+        geometry.end,
+        num_queries,
+        num_kv,
+        indices.shape[-1],
+        geometry.before,
+        scale * LOG2E,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *out.stride()[:2],
+        lse.stride(0),
+        counts.stride(0),
+        merged.lengths.stride(0),
+        *geometry.start.stride(),
+        HAS_BIAS=bias is not None,
+        IEEE=query.dtype == torch.float32,
+        GROUP=group,
+        HEAD_DIM=dim,
+        WIDTH=width_of(dim),
+        QUERIES=merged.queries,
+        ROWS=rows_of(group),
+        BLOCK_SIZE=block_size,
+    )
+
+
+def offered(arch: int) -> dict[str, Callable[[], None]]:
+    """bfloat16 to D = 256, float32 to D = 128, any group."""
+
+    def launch(dtype: torch.dtype, dim: int, heads: int) -> None:
+        query, key, geometry = example(dtype, dim, heads, 1)
+        lse = torch.empty(query.shape[:3], device="meta")
+        block_sparse_attention_fwd(query, key, key, *lists(query, 2, 16), torch.empty_like(query), lse, geometry, 64, 0.1)
+
+    return {label: partial(launch, dtype, dim, heads) for label, dtype, dim, heads in SHAPES}

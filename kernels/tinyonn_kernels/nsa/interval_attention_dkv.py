@@ -1,0 +1,229 @@
+"""Gradients of keys and values of attention to one interval of key rows a query (`interval_attention_fwd`); w · out has the gradient dO.
+
+    p = e^(s - lse)   ds = p · (w (dO · v - product) + dlse),   product from `interval_attention_dq`
+    dk[n] = scale · sum_rows ds q    dv[n] = sum_rows w p dO
+
+Key-outer: each tile of keys over the queries that can see it, in SPLITS parts with their own sums: no atomics, the same bits on every
+run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._tune import config, launch, tuned
+from ._common import LOG2E, Geometry, bounds_of, count_heads, dot, interval_of, load_rows, load_weight, store_rows, unit_stride, width_of
+from .interval_attention_fwd import SHAPES, example
+
+MAX_SPLITS = 16
+ENOUGH_PROGRAMS = 1024
+
+
+def configs(IEEE: bool, WIDTH: int, **_: object) -> list[triton.Config]:
+    if IEEE:
+        return [config(8, 1, ROWS=16 if WIDTH >= 128 else 32, KEYS=32)]
+    if WIDTH >= 256:
+        return [config(8, 1, ROWS=32, KEYS=32)]
+    return [config(8, 2, 255, ROWS=32 if WIDTH >= 128 else 64, KEYS=64), config(4, 2, 255, ROWS=32, KEYS=32)]
+
+
+@tuned(configs, key=["GROUP", "HEAD_DIM", "COMPRESSED"])
+@triton.jit
+def _interval_dkv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    dk_ptr,
+    dv_ptr,
+    lse_ptr,
+    product_ptr,
+    dlse_ptr,
+    weight_ptr,
+    start_ptr,
+    end_ptr,
+    num_rows,
+    num_keys,
+    num_kv,
+    before,
+    reach,
+    scale,
+    scale_log2,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_split,
+    stride_db,
+    stride_sb,
+    stride_wb,
+    stride_wt,
+    stride_wh,
+    stride_gb,
+    stride_gt,
+    COMPRESSED: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    IEEE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    # One program owns KEYS keys of one head, and one part of the rows that can see them.
+    batch = (tl.program_id(2) // num_kv).to(tl.int64)
+    head = tl.program_id(2) % num_kv
+    n0 = tl.program_id(0) * KEYS
+    n = n0 + tl.arange(0, KEYS)
+    start_ptr += batch * stride_gb
+    end_ptr += batch * stride_gb
+    n_last = tl.minimum(n0 + KEYS, num_keys) - 1
+    if COMPRESSED:
+        # Row r of a packed batch, where it is used, belongs to the sequence of position (r + 1) * reach - 1.
+        first = (n0 + 1) * reach - 1
+        if not PACKED:
+            first += tl.load(start_ptr)
+        stop = tl.load(end_ptr + ((n_last + 1) * reach - 1).to(tl.int64) * stride_gt)
+    else:
+        first = n0
+        stop = tl.minimum(n_last + reach, tl.load(end_ptr + n_last.to(tl.int64) * stride_gt))
+    first_row = tl.maximum(first - before, 0) * GROUP
+    stop_row = tl.minimum((stop - before) * GROUP, num_rows)
+    part = tl.cdiv(tl.cdiv(tl.maximum(stop_row - first_row, 0), tl.num_programs(1)), ROWS) * ROWS
+    first_row += part * tl.program_id(1)
+    stop_row = tl.minimum(first_row + part, stop_row)
+
+    k = load_rows(k_ptr + batch * stride_kb + head.to(tl.int64) * stride_kh, n.to(tl.int64), n < num_keys, stride_kt, HEAD_DIM, WIDTH)
+    v = load_rows(v_ptr + batch * stride_vb + head.to(tl.int64) * stride_vh, n.to(tl.int64), n < num_keys, stride_vt, HEAD_DIM, WIDTH)
+    dk = tl.zeros((KEYS, WIDTH), tl.float32)
+    dv = tl.zeros((KEYS, WIDTH), tl.float32)
+    for begin in range(first_row, stop_row, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        inside = row < stop_row
+        token = row // GROUP
+        query_head = head * GROUP + row % GROUP
+        place = token + before
+        start, valid = bounds_of(start_ptr, end_ptr, place, inside, stride_gt)
+        low, high = interval_of(start, place, valid, reach, COMPRESSED, PACKED)
+        token = token.to(tl.int64)
+        q = load_rows(q_ptr + batch * stride_qb, token * stride_qt + query_head * stride_qh, inside, 1, HEAD_DIM, WIDTH)
+        do = load_rows(do_ptr + batch * stride_ob, token * stride_ot + query_head * stride_oh, inside, 1, HEAD_DIM, WIDTH)
+        stat = batch * stride_sb + token * (num_kv * GROUP) + query_head
+        lse_log2 = tl.load(lse_ptr + stat, mask=inside, other=0.0) * 1.4426950408889634
+        shift = tl.load(product_ptr + stat, mask=inside, other=0.0)
+        weight = load_weight(weight_ptr, batch * stride_wb + token * stride_wt + query_head * stride_wh, inside, HAS_WEIGHT, ROWS)
+        shift *= weight
+        if HAS_DLSE:
+            shift -= tl.load(dlse_ptr + stat, mask=inside, other=0.0)
+        visible = (n[:, None] >= low[None, :]) & (n[:, None] < high[None, :])
+        p = tl.where(visible, tl.exp2(dot(k, tl.trans(q), IEEE) * scale_log2 - lse_log2[None, :]), 0.0)
+        dv += dot((p * weight[None, :]).to(do.dtype), do, IEEE)
+        ds = p * (dot(v, tl.trans(do), IEEE) * weight[None, :] - shift[None, :])
+        dk += dot(ds.to(q.dtype), q, IEEE)
+
+    target = tl.program_id(1).to(tl.int64) * stride_split + batch * stride_db + (n.to(tl.int64) * num_kv + head) * HEAD_DIM
+    store_rows(dk_ptr, target, n < num_keys, dk * scale, HEAD_DIM, WIDTH, False)
+    store_rows(dv_ptr, target, n < num_keys, dv, HEAD_DIM, WIDTH, False)
+
+
+def interval_attention_dkv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    weight: Tensor | None,
+    grad_lse: Tensor | None,
+    product: Tensor,
+    geometry: Geometry,
+    reach: int,
+    scale: float,
+    *,
+    compressed: bool,
+) -> tuple[Tensor, Tensor]:
+    """dk and dv, float32, launched over (keys / KEYS, SPLITS, B * K); `product` is what `interval_attention_dq` wrote."""
+    _, num_queries, heads, dim = query.shape
+    num_keys, num_kv = key.shape[1:3]
+    if key.numel() == 0 or query.numel() == 0:
+        return torch.zeros_like(key, dtype=torch.float32), torch.zeros_like(value, dtype=torch.float32)
+    query, key, value, grad_out = (unit_stride(x) for x in (query, key, value, grad_out))
+    group = heads // num_kv
+    pairs = count_heads(query, num_kv, geometry)
+    programs = triton.cdiv(num_keys, 64) * pairs
+    rows_of_key = num_queries * group if compressed else reach * group
+    splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // programs, rows_of_key // 256))
+    grads = [torch.empty((splits, *key.shape), dtype=torch.float32, device=key.device) for _ in range(2)]
+    launch(
+        _interval_dkv_kernel,
+        lambda meta: (triton.cdiv(num_keys, meta["KEYS"]), splits, pairs),
+        query,
+        key,
+        value,
+        grad_out,
+        *grads,
+        lse,
+        product,
+        lse if grad_lse is None else grad_lse,
+        lse if weight is None else weight,
+        geometry.start,
+        geometry.end,
+        num_queries * group,
+        num_keys,
+        num_kv,
+        geometry.before,
+        reach,
+        scale,
+        scale * LOG2E,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *grad_out.stride()[:3],
+        *grads[0].stride()[:2],
+        lse.stride(0),
+        *((0, 0, 0) if weight is None else weight.stride()),
+        *geometry.start.stride(),
+        COMPRESSED=compressed,
+        PACKED=geometry.packed,
+        HAS_WEIGHT=weight is not None,
+        HAS_DLSE=grad_lse is not None,
+        IEEE=query.dtype == torch.float32,
+        GROUP=group,
+        HEAD_DIM=dim,
+        WIDTH=width_of(dim),
+    )
+    if splits == 1:
+        return grads[0][0], grads[1][0]
+    return grads[0].sum(0), grads[1].sum(0)
+
+
+def offered(arch: int) -> dict[str, Callable[[], object]]:
+    """bfloat16 to D = 256, float32 to D = 128, any group."""
+
+    def launch(dtype: torch.dtype, dim: int, heads: int, compressed: bool) -> object:
+        query, key, geometry = example(dtype, dim, heads, 64 if compressed else 1)
+        lse = torch.empty(query.shape[:3], device="meta")
+        weight = torch.empty((*query.shape[:3], 3), dtype=dtype, device="meta")[..., 0]
+        inputs = (query, key, key, lse, query, weight, lse if compressed else None, lse)
+        return interval_attention_dkv(*inputs, geometry, 64, 0.1, compressed=compressed)
+
+    return {
+        f"{label}-{'compressed' if compressed else 'window'}": partial(launch, dtype, dim, heads, compressed)
+        for label, dtype, dim, heads in SHAPES
+        for compressed in (False, True)
+    }

@@ -1,0 +1,233 @@
+"""Gradients of the queries of attention to one interval of key rows a query (`interval_attention_fwd`), where w · out has the gradient dO.
+
+    p = e^(s - lse)   dp[n] = dO · v[n]   product = sum_n p[n] dp[n]
+    ds = p · (w (dp - product) + dlse)    dq = scale · sum_n ds[n] k[n]
+
+`product`, which is out · dO and the gradient of w, comes from a first pass over the keys, so out need not be kept. Query-outer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._tune import config, launch, tuned
+from ._common import (
+    FAR,
+    LOG2E,
+    Geometry,
+    bounds_of,
+    count_heads,
+    dot,
+    interval_of,
+    load_rows,
+    load_weight,
+    store_rows,
+    unit_stride,
+    width_of,
+)
+from .interval_attention_fwd import SHAPES, example
+
+
+@triton.jit
+def probabilities(q, k, n, low, high, lse_log2, scale_log2, IEEE: tl.constexpr):
+    """(rows, keys), 0 outside [low, high)."""
+    visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
+    return tl.where(visible, tl.exp2(dot(q, tl.trans(k), IEEE) * scale_log2 - lse_log2[:, None]), 0.0)
+
+
+def configs(IEEE: bool, WIDTH: int, **_: object) -> list[triton.Config]:
+    if IEEE:
+        tile = 16 if WIDTH >= 128 else 32
+        return [config(8, 1, ROWS=tile, KEYS=tile)]
+    if WIDTH >= 256:
+        return [config(4, 1, ROWS=32, KEYS=16)]
+    return [config(4, 2, ROWS=64, KEYS=64 if WIDTH <= 64 else 32), config(8, 2, 255, ROWS=64, KEYS=64)]
+
+
+@tuned(configs, key=["GROUP", "HEAD_DIM", "COMPRESSED"], restore=("dq_ptr",))
+@triton.jit
+def _interval_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    dq_ptr,
+    lse_ptr,
+    product_ptr,
+    dlse_ptr,
+    weight_ptr,
+    start_ptr,
+    end_ptr,
+    num_rows,
+    num_kv,
+    before,
+    reach,
+    scale,
+    scale_log2,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_db,
+    stride_dt,
+    stride_sb,
+    stride_wb,
+    stride_wt,
+    stride_wh,
+    stride_gb,
+    stride_gt,
+    COMPRESSED: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    IEEE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    # One program owns ROWS (query, head) rows of one key/value head, and goes over their keys twice.
+    batch = (tl.program_id(1) // num_kv).to(tl.int64)
+    head = tl.program_id(1) % num_kv
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    token = row // GROUP
+    query_head = head * GROUP + row % GROUP
+    place = token + before
+    start, valid = bounds_of(start_ptr + batch * stride_gb, end_ptr + batch * stride_gb, place, inside, stride_gt)
+    low, high = interval_of(start, place, valid, reach, COMPRESSED, PACKED)
+    seen = high > low
+
+    token = token.to(tl.int64)
+    q = load_rows(q_ptr + batch * stride_qb, token * stride_qt + query_head * stride_qh, inside, 1, HEAD_DIM, WIDTH)
+    do = load_rows(do_ptr + batch * stride_ob, token * stride_ot + query_head * stride_oh, inside, 1, HEAD_DIM, WIDTH)
+    stat = batch * stride_sb + token * (num_kv * GROUP) + query_head
+    lse_log2 = tl.load(lse_ptr + stat, mask=inside, other=0.0) * 1.4426950408889634
+    k_ptr += batch * stride_kb + head.to(tl.int64) * stride_kh
+    v_ptr += batch * stride_vb + head.to(tl.int64) * stride_vh
+    first = tl.min(tl.where(seen, low, FAR))
+    last = tl.max(tl.where(seen, high, 0))
+
+    product = tl.zeros((ROWS,), tl.float32)
+    for begin in range(first, last, KEYS):
+        n = begin + tl.arange(0, KEYS)
+        k = load_rows(k_ptr, n.to(tl.int64), n < last, stride_kt, HEAD_DIM, WIDTH)
+        v = load_rows(v_ptr, n.to(tl.int64), n < last, stride_vt, HEAD_DIM, WIDTH)
+        p = probabilities(q, k, n, low, high, lse_log2, scale_log2, IEEE)
+        product += tl.sum(p * dot(do, tl.trans(v), IEEE), axis=1)
+    tl.store(product_ptr + stat, product, mask=inside)
+
+    weight = load_weight(weight_ptr, batch * stride_wb + token * stride_wt + query_head * stride_wh, inside, HAS_WEIGHT, ROWS)
+    shift = weight * product
+    if HAS_DLSE:
+        shift -= tl.load(dlse_ptr + stat, mask=inside, other=0.0)
+    dq = tl.zeros((ROWS, WIDTH), tl.float32)
+    for begin in range(first, last, KEYS):
+        n = begin + tl.arange(0, KEYS)
+        k = load_rows(k_ptr, n.to(tl.int64), n < last, stride_kt, HEAD_DIM, WIDTH)
+        v = load_rows(v_ptr, n.to(tl.int64), n < last, stride_vt, HEAD_DIM, WIDTH)
+        p = probabilities(q, k, n, low, high, lse_log2, scale_log2, IEEE)
+        ds = p * (weight[:, None] * dot(do, tl.trans(v), IEEE) - shift[:, None])
+        dq += dot(ds.to(k.dtype), k, IEEE)
+
+    target = batch * stride_db + token * stride_dt + query_head * HEAD_DIM
+    store_rows(dq_ptr, target, inside, dq * scale, HEAD_DIM, WIDTH, ACCUMULATE)
+
+
+def interval_attention_dq(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    weight: Tensor | None,
+    grad_lse: Tensor | None,
+    product: Tensor,
+    grad_query: Tensor,
+    geometry: Geometry,
+    reach: int,
+    scale: float,
+    *,
+    compressed: bool,
+    accumulate: bool = False,
+) -> None:
+    """Writes `product` (B, T, H), and `grad_query` (B, T, H, D) float32 or adds to it. Launched over (T * G / ROWS, B * K)."""
+    _, num_queries, heads, dim = query.shape
+    num_kv = key.shape[2]
+    if query.numel() == 0:
+        return
+    query, key, value, grad_out = (unit_stride(x) for x in (query, key, value, grad_out))
+    group = heads // num_kv
+    pairs = count_heads(query, num_kv, geometry)
+    launch(
+        _interval_dq_kernel,
+        lambda meta: (triton.cdiv(num_queries * group, meta["ROWS"]), pairs),
+        query,
+        key,
+        value,
+        grad_out,
+        grad_query,
+        lse,
+        product,
+        lse if grad_lse is None else grad_lse,
+        lse if weight is None else weight,
+        geometry.start,
+        geometry.end,
+        num_queries * group,
+        num_kv,
+        geometry.before,
+        reach,
+        scale,
+        scale * LOG2E,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *grad_out.stride()[:3],
+        *grad_query.stride()[:2],
+        lse.stride(0),
+        *((0, 0, 0) if weight is None else weight.stride()),
+        *geometry.start.stride(),
+        COMPRESSED=compressed,
+        PACKED=geometry.packed,
+        HAS_WEIGHT=weight is not None,
+        HAS_DLSE=grad_lse is not None,
+        ACCUMULATE=accumulate,
+        IEEE=query.dtype == torch.float32,
+        GROUP=group,
+        HEAD_DIM=dim,
+        WIDTH=width_of(dim),
+    )
+
+
+def offered(arch: int) -> dict[str, Callable[[], object]]:
+    """bfloat16 to D = 256, float32 to D = 128, any group."""
+
+    def launch(dtype: torch.dtype, dim: int, heads: int, compressed: bool) -> object:
+        query, key, geometry = example(dtype, dim, heads, 64 if compressed else 1)
+        lse = torch.empty(query.shape[:3], device="meta")
+        weight = torch.empty((*query.shape[:3], 3), dtype=dtype, device="meta")[..., 0]
+        inputs = (query, key, key, lse, query, weight, lse if compressed else None, lse)
+        dq = torch.empty(query.shape, device="meta")
+        return interval_attention_dq(*inputs, dq, geometry, 64, 0.1, compressed=compressed, accumulate=True)
+
+    return {
+        f"{label}-{'compressed' if compressed else 'window'}": partial(launch, dtype, dim, heads, compressed)
+        for label, dtype, dim, heads in SHAPES
+        for compressed in (False, True)
+    }

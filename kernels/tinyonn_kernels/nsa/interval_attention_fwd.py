@@ -1,0 +1,239 @@
+"""Attention of each query to one interval of key rows: the sliding window and the compressed branch of DynNSA.
+
+    s[n] = scale · q · k[n],   lse = log sum_n e^s[n],   out = sum_n e^(s[n] - lse) v[n],   entropy = lse - sum_n p[n] s[n]
+
+over low <= n < high (`_nsa.interval_of`); a query that sees nothing gives 0, -inf, 0. Online softmax in base 2, float32 accumulation.
+The queries of a group are rows of one tile without padding, so every group size fills the matrix unit. With a weight per row, the
+result is multiplied by it and, on demand, added to what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._tune import config, launch, tuned
+from ._common import (
+    BOTTOM,
+    FAR,
+    LOG2E,
+    Geometry,
+    bounds_of,
+    count_heads,
+    dot,
+    interval_of,
+    load_rows,
+    load_weight,
+    softmax_step,
+    store_rows,
+    unit_stride,
+    width_of,
+)
+
+
+def configs(IEEE: bool, WIDTH: int, **_: object) -> list[triton.Config]:
+    """Rows × keys that leave room in the registers for a (ROWS, WIDTH) accumulator."""
+    if IEEE:
+        wide = WIDTH >= 128
+        return [config(8 if wide else 4, 1, 255, ROWS=32, KEYS=16 if wide else 32)]
+    if WIDTH >= 256:
+        return [config(8, 2, 255, ROWS=64, KEYS=32)]
+    if WIDTH >= 128:
+        return [config(8, 2, 255, ROWS=64, KEYS=64), config(8, 3, 255, ROWS=64, KEYS=64)]
+    return [config(8, 2, 255, ROWS=128, KEYS=64), config(4, 3, 255, ROWS=64, KEYS=64)]
+
+
+@tuned(configs, key=["GROUP", "HEAD_DIM", "COMPRESSED"], restore=("out_ptr",))
+@triton.jit
+def _interval_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    entropy_ptr,
+    weight_ptr,
+    start_ptr,
+    end_ptr,
+    num_rows,
+    num_kv,
+    before,
+    reach,
+    scale_log2,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_ob,
+    stride_ot,
+    stride_sb,
+    stride_wb,
+    stride_wt,
+    stride_wh,
+    stride_gb,
+    stride_gt,
+    COMPRESSED: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    IEEE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    # One program owns ROWS (query, head) rows of one key/value head. The last queries see most: they go first.
+    batch = (tl.program_id(1) // num_kv).to(tl.int64)
+    head = tl.program_id(1) % num_kv
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    token = row // GROUP
+    query_head = head * GROUP + row % GROUP
+    place = token + before
+    start, valid = bounds_of(start_ptr + batch * stride_gb, end_ptr + batch * stride_gb, place, inside, stride_gt)
+    low, high = interval_of(start, place, valid, reach, COMPRESSED, PACKED)
+    seen = high > low
+
+    token = token.to(tl.int64)
+    q = load_rows(q_ptr + batch * stride_qb, token * stride_qt + query_head * stride_qh, inside, 1, HEAD_DIM, WIDTH)
+    k_ptr += batch * stride_kb + head.to(tl.int64) * stride_kh
+    v_ptr += batch * stride_vb + head.to(tl.int64) * stride_vh
+    top = tl.full((ROWS,), BOTTOM, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    moment = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, WIDTH), tl.float32)
+    first = tl.min(tl.where(seen, low, FAR))
+    last = tl.max(tl.where(seen, high, 0))
+    for begin in range(first, last, KEYS):
+        n = begin + tl.arange(0, KEYS)
+        k = load_rows(k_ptr, n.to(tl.int64), n < last, stride_kt, HEAD_DIM, WIDTH)
+        visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
+        scores = tl.where(visible, dot(q, tl.trans(k), IEEE) * scale_log2, float("-inf"))
+        p, new_top, new_total, keep = softmax_step(scores, top, total)
+        if HAS_ENTROPY:
+            moment = keep * (moment + total * (top - new_top)) + tl.sum(p * tl.where(visible, scores - new_top[:, None], 0.0), axis=1)
+        v = load_rows(v_ptr, n.to(tl.int64), n < last, stride_vt, HEAD_DIM, WIDTH)
+        mixed = mixed * keep[:, None] + dot(p.to(v.dtype), v, IEEE)
+        top, total = new_top, new_total
+
+    safe = tl.where(seen, total, 1.0)
+    mixed = mixed / safe[:, None]
+    stat = batch * stride_sb + token * (num_kv * GROUP) + query_head
+    tl.store(lse_ptr + stat, tl.where(seen, (top + tl.log2(safe)) * 0.6931471805599453, float("-inf")), mask=inside)
+    if HAS_ENTROPY:
+        entropy = (tl.log2(safe) - moment / safe) * 0.6931471805599453
+        tl.store(entropy_ptr + stat, tl.where(seen, tl.maximum(entropy, 0.0), 0.0), mask=inside)
+    if HAS_WEIGHT:
+        mixed *= load_weight(weight_ptr, batch * stride_wb + token * stride_wt + query_head * stride_wh, inside, True, ROWS)[:, None]
+    target = batch * stride_ob + token * stride_ot + query_head * HEAD_DIM
+    store_rows(out_ptr, target, inside, mixed, HEAD_DIM, WIDTH, ACCUMULATE)
+
+
+def interval_attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    geometry: Geometry,
+    reach: int,
+    scale: float,
+    *,
+    compressed: bool,
+    weight: Tensor | None = None,
+    accumulate: bool = False,
+) -> None:
+    """Writes out (B, T, H, D), any dtype; lse and entropy (B, T, H) float32, of equal strides. Launched over (T * G / ROWS, B * K).
+
+    `reach` is the window or the compress size; `weight` (B, T, H) multiplies the result, `accumulate` adds it to `out`.
+    """
+    _, num_queries, heads, dim = query.shape
+    num_kv = key.shape[2]
+    if query.numel() == 0:
+        return
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    group = heads // num_kv
+    pairs = count_heads(query, num_kv, geometry)
+    launch(
+        _interval_fwd_kernel,
+        lambda meta: (triton.cdiv(num_queries * group, meta["ROWS"]), pairs),
+        query,
+        key,
+        value,
+        out,
+        lse,
+        lse if entropy is None else entropy,
+        lse if weight is None else weight,
+        geometry.start,
+        geometry.end,
+        num_queries * group,
+        num_kv,
+        geometry.before,
+        reach,
+        scale * LOG2E,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *out.stride()[:2],
+        lse.stride(0),
+        *((0, 0, 0) if weight is None else weight.stride()),
+        *geometry.start.stride(),
+        COMPRESSED=compressed,
+        PACKED=geometry.packed,
+        HAS_ENTROPY=entropy is not None,
+        HAS_WEIGHT=weight is not None,
+        ACCUMULATE=accumulate,
+        IEEE=query.dtype == torch.float32,
+        GROUP=group,
+        HEAD_DIM=dim,
+        WIDTH=width_of(dim),
+    )
+
+
+def offered(arch: int) -> dict[str, Callable[[], None]]:
+    """bfloat16 to D = 256, float32 to D = 128, any group."""
+
+    def launch(dtype: torch.dtype, dim: int, heads: int, compressed: bool) -> None:
+        tensors = example(dtype, dim, heads, 64 if compressed else 1)
+        query, key, geometry = tensors
+        lse = torch.empty(query.shape[:3], device="meta")
+        out = torch.empty(query.shape, device="meta")
+        weight = torch.empty((*query.shape[:3], 3), dtype=dtype, device="meta")[..., 0]
+        entropy = lse if compressed else None
+        options = {"weight": weight, "accumulate": not compressed}
+        interval_attention_fwd(query, key, key, out, lse, entropy, geometry, 64, 0.1, compressed=compressed, **options)
+
+    return {
+        f"{label}-{'compressed' if compressed else 'window'}": partial(launch, dtype, dim, heads, compressed)
+        for label, dtype, dim, heads in SHAPES
+        for compressed in (False, True)
+    }
+
+
+SHAPES = [
+    (f"{str(dtype).removeprefix('torch.')}-D{dim}-G{heads // 2}", dtype, dim, heads)
+    for dtype, dims in ((torch.bfloat16, (64, 128, 256)), (torch.float32, (64, 128)))
+    for dim in dims
+    for heads in ((32, 6) if dim == 128 else (32,))
+]
+
+
+def example(dtype: torch.dtype, dim: int, heads: int, keys_per_row: int) -> tuple[Tensor, Tensor, Geometry]:
+    """query, key and geometry without data, for `offered`."""
+    query = torch.empty((1, 4096, heads, dim), dtype=dtype, device="meta")
+    key = torch.empty((1, 4096 // keys_per_row, 2, dim), dtype=dtype, device="meta")
+    bounds = torch.empty((1, 4096), dtype=torch.int32, device="meta")
+    return query, key, Geometry(bounds, bounds, 0, True, bounds, bounds[:, :2], bounds[:, :2])

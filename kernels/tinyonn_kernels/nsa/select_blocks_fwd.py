@@ -1,0 +1,326 @@
+"""Key blocks whose importance passes a threshold, as ascending lists.
+
+    p[g, c] = e^(scale · q_g · k_c - lse_g)      share[b] = max(mean_g sum of p[g, c] over c in b · M · compress / block, e^-20)
+    z = log share   gap = (z - threshold) / temperature   c = clamp(gap, 0, 1)   gate = c²(3 - 2c)
+    wanted: gate > 0 and wholly in the past, or forced (first, previous, own: gate 1)
+
+M compressed keys that the query sees, S slots of a list, NB key blocks of a row. The shares of a few queries live in a scratch of the
+program's own, of NB floats each: programs are as many as the GPU holds, and go from tile to tile. A list's slot is the number of kept
+blocks before it, so ordinary rows need no sort. A row with too many finds the share of its last place by bisection over the bits of the
+positive floats (their order is that of integers); ties go to the lower index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._tune import config, launch, tuned
+from ._common import FAR, LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, unit_stride, width_of
+from .interval_attention_fwd import SHAPES, example
+
+Z_FLOOR = tl.constexpr(2.061153622438558e-09)  # e^-20
+PROGRAMS_PER_UNIT = 4
+TILE_ROWS = 64
+MAX_QUERIES = 16  # more would make the scratch of small groups large
+
+
+@triton.jit
+def block_probabilities(
+    q,
+    k_ptr,
+    lse_log2,
+    first_row,
+    block0,
+    seen_row,
+    most,
+    scale_log2,
+    stride_kt,
+    RATIO: tl.constexpr,
+    IEEE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """p (ROWS, BLOCKS * RATIO) of the blocks from `block0` on, and their compressed keys; each row sees its first `seen_row` keys."""
+    c = block0 * RATIO + tl.arange(0, BLOCKS * RATIO)
+    k = load_rows(k_ptr, (first_row + c).to(tl.int64), c < most, stride_kt, HEAD_DIM, WIDTH)
+    p = tl.exp2(dot(q, tl.trans(k), IEEE) * scale_log2 - lse_log2[:, None])
+    return tl.where(c[None, :] < seen_row[:, None], p, 0.0), k
+
+
+@triton.jit
+def kinds_of(block, relative, active, BLOCK_SIZE: tl.constexpr):
+    """Whether a block is forced, and whether it is one of the past that is not; (queries, blocks)."""
+    own = (relative // BLOCK_SIZE)[:, None]
+    block = block[None, :]
+    forced = active[:, None] & ((block == 0) | (block == own - 1) | (block == own))
+    past = active[:, None] & ((block + 1) * BLOCK_SIZE <= relative[:, None] + 1)
+    return forced, past & ~forced
+
+
+def configs(IEEE: bool, WIDTH: int, RATIO: int, **_: object) -> list[triton.Config]:
+    warps = 8 if WIDTH >= 128 else 4
+    if IEEE:
+        return [config(warps, 1, 255, BLOCKS=max(1, 16 // RATIO))]
+    keys = 32 if WIDTH >= 128 else 64
+    offered = [config(warps, 1, 255, BLOCKS=max(1, keys // RATIO))]
+    return offered if WIDTH >= 256 else [*offered, config(warps, 1, 255, BLOCKS=max(1, keys // 2 // RATIO))]
+
+
+@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"])
+@triton.jit
+def _select_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    threshold_ptr,
+    indices_ptr,
+    counts_ptr,
+    bias_ptr,
+    soft_ptr,
+    over_ptr,
+    scratch_ptr,
+    start_ptr,
+    end_ptr,
+    num_queries,
+    num_kv,
+    num_tiles,
+    num_slots,
+    row_blocks,
+    before,
+    temperature,
+    scale_log2,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_sb,
+    stride_hb,
+    stride_ht,
+    stride_hh,
+    stride_cb,
+    stride_gb,
+    stride_gt,
+    PACKED: tl.constexpr,
+    IEEE: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    RATIO: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    # One program owns one tile after another: QUERIES queries of one key/value head, PADDED rows each.
+    COMPRESS: tl.constexpr = BLOCK_SIZE // RATIO
+    per_head = tl.cdiv(num_queries, QUERIES)
+    lane = tl.arange(0, QUERIES)
+    scratch_ptr += tl.program_id(0).to(tl.int64) * QUERIES * row_blocks + lane[:, None] * row_blocks
+    num_over = 0
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        batch = (tile // per_head // num_kv).to(tl.int64)
+        head = tile // per_head % num_kv
+        first_token = tile % per_head * QUERIES
+        token = first_token + lane
+        start, valid = bounds_of(start_ptr + batch * stride_gb, end_ptr + batch * stride_gb, token + before, token < num_queries, stride_gt)
+        relative = token + before - start
+        row = tl.arange(0, QUERIES * PADDED)
+        row_token = first_token + row // PADDED
+        inside = (row_token < num_queries) & (row % PADDED < GROUP)
+        row_place = row_token + before
+        row_start, row_valid = bounds_of(start_ptr + batch * stride_gb, end_ptr + batch * stride_gb, row_place, inside, stride_gt)
+        row_token = row_token.to(tl.int64)
+        query_head = head * GROUP + row % PADDED
+        q = load_rows(q_ptr + batch * stride_qb, row_token * stride_qt + query_head * stride_qh, inside, 1, HEAD_DIM, WIDTH)
+        stat = batch * stride_sb + row_token * (num_kv * GROUP) + query_head
+        lse_log2 = tl.load(lse_ptr + stat, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+        token = token.to(tl.int64)
+        at = batch * stride_hb + token * stride_ht + head * stride_hh
+        threshold = tl.load(threshold_ptr + at, mask=valid, other=0.0).to(tl.float32)[:, None]
+        # M · compress / block, over the group's size; a query that sees nothing has no mass, whatever this is.
+        uniform = (tl.maximum((relative + 1) // COMPRESS, 1).to(tl.float32) / (RATIO * GROUP))[:, None]
+
+        # Queries of one sequence at a time; a tile seldom holds two.
+        current = tl.min(tl.where(valid, start, FAR))
+        while current < FAR:
+            active = valid & (start == current)
+            farthest = tl.max(tl.where(active, relative, 0))
+            num_blocks = farthest // BLOCK_SIZE + 1
+            first_row = current * 0
+            if PACKED:
+                first_row = current // COMPRESS
+            seen_row = tl.where(row_valid & (row_start == current), (row_place - current + 1) // COMPRESS, 0)
+            number = tl.zeros((QUERIES,), tl.int32)
+            soft = tl.zeros((QUERIES,), tl.float32)
+            for block0 in range(0, num_blocks, BLOCKS):
+                p, _ = block_probabilities(
+                    q, k_ptr + batch * stride_kb + head.to(tl.int64) * stride_kh, lse_log2, first_row, block0, seen_row,
+                    (farthest + 1) // COMPRESS, scale_log2, stride_kt, RATIO, IEEE, HEAD_DIM, WIDTH, BLOCKS,
+                )  # fmt: skip
+                mass = tl.sum(tl.sum(tl.reshape(p, (QUERIES, PADDED, BLOCKS, RATIO)), axis=3), axis=1)
+                share = tl.maximum(mass * uniform, Z_FLOOR)
+                block = block0 + tl.arange(0, BLOCKS)
+                tl.store(scratch_ptr + block[None, :], share, mask=(block < num_blocks)[None, :])
+                forced, past = kinds_of(block, relative, active, BLOCK_SIZE)
+                gap = (tl.log(share) - threshold) / temperature
+                number += tl.sum((forced | (past & (gap > 0))).to(tl.int32), axis=1)
+                soft += tl.sum(tl.where(forced, 1.0, tl.where(past, tl.sigmoid(gap), 0.0)), axis=1)
+            tl.debug_barrier()
+
+            over = number > num_slots
+            num_over += tl.sum(over.to(tl.int32))
+            need = num_slots - tl.minimum(relative // BLOCK_SIZE + 1, 3)
+            lowest = tl.where(over, 0, -1)  # bits of the least share that stays
+            ties = tl.zeros((QUERIES,), tl.int32)
+            if tl.max(over.to(tl.int32)) > 0:
+                # The last round counts what lies above.
+                for step in range(0, 32):
+                    trial = tl.where(step < 31, lowest | (1 << tl.maximum(30 - step, 0)), lowest + 1)
+                    reach = tl.zeros((QUERIES,), tl.int32)
+                    for block0 in range(0, num_blocks, BLOCKS):
+                        block = block0 + tl.arange(0, BLOCKS)
+                        share = tl.load(scratch_ptr + block[None, :], mask=(block < num_blocks)[None, :], other=Z_FLOOR)
+                        _, past = kinds_of(block, relative, active, BLOCK_SIZE)
+                        passes = past & (((tl.log(share) - threshold) / temperature) > 0)
+                        reach += tl.sum((passes & (share.to(tl.int32, bitcast=True) >= trial[:, None])).to(tl.int32), axis=1)
+                    lowest = tl.where(over & (step < 31) & (reach >= need), trial, lowest)
+                    ties = need - reach
+
+            pair = batch * stride_cb + token * num_kv + head
+            kept_before = tl.zeros((QUERIES,), tl.int32)
+            ties_before = tl.zeros((QUERIES,), tl.int32)
+            for block0 in range(0, num_blocks, BLOCKS):
+                block = block0 + tl.arange(0, BLOCKS)
+                share = tl.load(scratch_ptr + block[None, :], mask=(block < num_blocks)[None, :], other=Z_FLOOR)
+                forced, past = kinds_of(block, relative, active, BLOCK_SIZE)
+                gap = (tl.log(share) - threshold) / temperature
+                passes = past & (gap > 0)
+                bits = share.to(tl.int32, bitcast=True)
+                tied = (passes & (bits == lowest[:, None])).to(tl.int32)
+                fits = ties_before[:, None] + tl.cumsum(tied, axis=1) <= ties[:, None]
+                kept = (forced | (passes & ((bits > lowest[:, None]) | ((tied > 0) & fits)))).to(tl.int32)
+                slot = kept_before[:, None] + tl.cumsum(kept, axis=1) - 1
+                place = pair[:, None] * num_slots + slot
+                c = tl.minimum(gap, 1.0)
+                log_gate = tl.where(forced, 0.0, 2.0 * tl.log(tl.where(passes, c, 1.0)) + tl.log(3.0 - 2.0 * tl.where(passes, c, 1.0)))
+                mask = (kept > 0) & (slot < num_slots)
+                tl.store(indices_ptr + place, tl.broadcast_to(block[None, :], (QUERIES, BLOCKS)), mask=mask)
+                tl.store(bias_ptr + place, log_gate, mask=mask)
+                kept_before += tl.sum(kept, axis=1)
+                ties_before += tl.sum(tied, axis=1)
+            tl.store(counts_ptr + pair, tl.minimum(kept_before, num_slots), mask=active)
+            tl.store(soft_ptr + pair, soft, mask=active)
+            tl.debug_barrier()
+            current = tl.min(tl.where(valid & (start > current), start, FAR))
+    tl.store(over_ptr + tl.program_id(0), num_over)
+
+
+def tile_queries(group: int, rows: int) -> dict[str, int]:
+    """Queries of a tile, and rows of each: whole groups, padded to a power of two."""
+    padded = triton.next_power_of_2(group)
+    return {"PADDED": padded, "QUERIES": min(MAX_QUERIES, max(1, rows // padded))}
+
+
+def program_count(tiles: int, device: torch.device) -> int:
+    """As many as a GPU holds at once: each has a scratch."""
+    if device.type == "cuda":
+        units = torch.cuda.get_device_properties(device).multi_processor_count
+        return min(tiles, units * PROGRAMS_PER_UNIT)
+    return min(tiles, 528 if device.type == "meta" else 3)
+
+
+def select_blocks_fwd(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    threshold: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    bias: Tensor,
+    soft_counts: Tensor,
+    geometry: Geometry,
+    num_keys: int,
+    temperature: float,
+    block_size: int,
+    compress_size: int,
+    scale: float,
+) -> Tensor:
+    """Writes the listed places of indices and bias (B, T, K, S), counts and soft_counts (B, T, K) where a query is no padding.
+
+    Returns how many rows each program found to have too many blocks. Lists are contiguous but for their batch stride.
+    """
+    _, num_queries, heads, dim = query.shape
+    num_kv = key.shape[2]
+    if query.numel() == 0:
+        return torch.zeros(1, dtype=torch.int32, device=query.device)
+    query, key = unit_stride(query), unit_stride(key)
+    group = heads // num_kv
+    ratio = block_size // compress_size
+    shape = tile_queries(group, TILE_ROWS // 2 if query.dtype == torch.float32 else TILE_ROWS)
+    tiles = triton.cdiv(num_queries, shape["QUERIES"]) * count_heads(query, num_kv, geometry)
+    programs = program_count(tiles, query.device)
+    row_blocks = triton.cdiv(triton.cdiv(num_keys, block_size), 4) * 4
+    scratch = torch.empty((programs, shape["QUERIES"], row_blocks), dtype=torch.float32, device=query.device)
+    over = torch.empty(programs, dtype=torch.int32, device=query.device)
+    launch(
+        _select_fwd_kernel,
+        lambda meta: (programs,),
+        query,
+        key,
+        lse,
+        threshold,
+        indices,
+        counts,
+        bias,
+        soft_counts,
+        over,
+        scratch,
+        geometry.start,
+        geometry.end,
+        num_queries,
+        num_kv,
+        tiles,
+        indices.shape[-1],
+        row_blocks,
+        geometry.before,
+        temperature,
+        scale * LOG2E,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        lse.stride(0),
+        *threshold.stride(),
+        counts.stride(0),
+        *geometry.start.stride(),
+        PACKED=geometry.packed,
+        IEEE=query.dtype == torch.float32,
+        GROUP=group,
+        HEAD_DIM=dim,
+        WIDTH=width_of(dim),
+        RATIO=ratio,
+        BLOCK_SIZE=block_size,
+        **shape,
+    )
+    return over
+
+
+def offered(arch: int) -> dict[str, Callable[[], Tensor]]:
+    """bfloat16 to D = 256, float32 to D = 128, any group; compressed keys of 64 or 16."""
+
+    def launch(dtype: torch.dtype, dim: int, heads: int, compress_size: int) -> Tensor:
+        query, key, geometry = example(dtype, dim, heads, compress_size)
+        lse = torch.empty(query.shape[:3], device="meta")
+        rows = torch.empty((1, 4096, 2), device="meta")
+        counts = torch.empty((1, 4096, 2), dtype=torch.int32, device="meta")
+        indices, bias = torch.empty((1, 4096, 2, 16), dtype=torch.int32, device="meta"), torch.empty((1, 4096, 2, 16), device="meta")
+        return select_blocks_fwd(query, key, lse, rows, indices, counts, bias, rows, geometry, 4096, 1.0, 64, compress_size, 0.1)
+
+    return {f"{label}-compress{size}": partial(launch, dtype, dim, heads, size) for label, dtype, dim, heads in SHAPES for size in (64, 16)}

@@ -1,0 +1,98 @@
+"""Per-token gradient norms of the feature blocks of a linear layer's weight.
+
+    out[n, b] = ||delta[n, block b]|| * ||x[n, :]||
+
+which is the Frobenius norm of the outer product delta[n, block b] x[n, :]^T, the gradient due to token n alone. N tokens, I input
+features, F output features, NB = ceil(F / BLOCK_SIZE) blocks. Reads x and delta once.
+
+Source: Goodfellow, "Efficient per-example gradient computations", arXiv:1510.01799.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tinyonn_kernels.statistics.block_norms import norms_of_blocks, tile_shape
+
+
+@triton.jit
+def _token_grad_norms_kernel(
+    inputs_ptr,
+    grad_ptr,
+    out_ptr,
+    num_rows,
+    num_features,
+    num_blocks,
+    stride_in,
+    stride_if,
+    stride_gn,
+    stride_gf,
+    IN_FEATURES: tl.constexpr,
+    IN_WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    # One program owns ROWS tokens: the norm of their inputs, then all of their blocks.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    whole = tl.arange(0, 1)  # the inputs are one block
+    input_norm = norms_of_blocks(inputs_ptr, row, whole, num_rows, IN_FEATURES, stride_in, stride_if, IN_FEATURES, IN_WIDTH)
+    for first in range(0, num_blocks, BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
+        norms = norms_of_blocks(grad_ptr, row, block, num_rows, num_features, stride_gn, stride_gf, BLOCK_SIZE, WIDTH)
+        target = out_ptr + row[:, None] * num_blocks + block[None, :]
+        tl.store(target, norms * input_norm, mask=(row < num_rows)[:, None] & (block < num_blocks)[None, :])
+
+
+def token_grad_norms_fwd(inputs: Tensor, grad_output: Tensor, out: Tensor, block_size: int) -> None:
+    """Writes the contiguous `out (..., NB)` float32, launched over (tokens / ROWS,)."""
+    in_features, num_features, num_blocks = inputs.shape[-1], grad_output.shape[-1], out.shape[-1]
+    if out.numel() == 0 or in_features == 0:
+        out.zero_()
+        return
+    block_size = min(block_size, num_features)
+    rows, grads = inputs.reshape(-1, in_features), grad_output.reshape(-1, num_features)
+    shape = tile_shape(grads, block_size, num_blocks)
+    _token_grad_norms_kernel[(triton.cdiv(rows.shape[0], shape["ROWS"]),)](
+        rows,
+        grads,
+        out,
+        rows.shape[0],
+        num_features,
+        num_blocks,
+        rows.stride(0),
+        rows.stride(1),
+        grads.stride(0),
+        grads.stride(1),
+        IN_FEATURES=in_features,
+        IN_WIDTH=min(triton.next_power_of_2(in_features), shape["BLOCKS"] * shape["WIDTH"]),
+        BLOCK_SIZE=block_size,
+        **shape,
+        num_warps=4,
+    )
+
+
+def offered(arch: int) -> dict[str, Callable[[], None]]:
+    """The same on every architecture: the kernel is bound by memory."""
+
+    def launch(dtype: torch.dtype, in_features: int, features: int, block_size: int) -> None:
+        inputs = torch.empty((512, in_features), dtype=dtype, device="meta")
+        grad_output = torch.empty((512, features), dtype=dtype, device="meta")
+        out = torch.empty((512, -(-features // block_size)), dtype=torch.float32, device="meta")
+        token_grad_norms_fwd(inputs, grad_output, out, block_size)
+
+    cases = [(dtype, 4096, 4096, 64) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    cases += [(dtype, *odd) for dtype in (torch.float32, torch.bfloat16) for odd in ((100, 40, 64), (4096, 4096, 4096))]
+    return {
+        f"{str(dtype).removeprefix('torch.')}-in{in_features}-out{features}-block{block_size}": partial(
+            launch, dtype, in_features, features, block_size
+        )
+        for dtype, in_features, features, block_size in cases
+    }

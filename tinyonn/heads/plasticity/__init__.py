@@ -1,0 +1,1 @@
+"""What fine-tuning does to attention heads: training, measurement, summary."""

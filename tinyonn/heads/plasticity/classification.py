@@ -1,0 +1,368 @@
+"""Classification tasks: which fields of a record are read, which rows train and which are measured, and batches of both."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..._io.config import Options, check_int, check_text, read_yaml
+from ..._io.records import Located, field_names, is_no_label, open_records, short, whole
+from ...errors import InputError, did_you_mean, listed, reason, shown
+
+if TYPE_CHECKING:
+    from .config import PlasticityConfig
+
+TASKS = Path(__file__).parents[1] / "tasks"
+SUFFIXES = (".jsonl", ".json", ".parquet")
+EVAL_SIZE = 1024  # where neither the configuration nor the task says otherwise
+_SKIP = "; --skip-unlabelled leaves out rows without a label"
+_EVALUATION_STEMS = ("validation", "dev")  # of a folder's files, after the task's own
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, str | int | float) and re.fullmatch(r"[+-]?\d{1,9}(\.\d{1,9})?", str(value).strip()) is not None
+
+
+@dataclass(frozen=True)
+class Task(Options):
+    """A classification task, as its YAML file gives it.
+
+    Args:
+        text: field of the text.
+        label: field of the label: a number from 0, a name of `labels`, or true or false; of several fields, the first that is there.
+        labels: names of the classes, in the order of their numbers.
+        pair: field of a second text, None where there is none.
+        dataset: name for the `datasets` package, None where the data are always files.
+        subset: configuration of that data set.
+        train: split that is trained on, and the stem of its file in a folder.
+        evaluation: split that is measured, likewise.
+        eval_size: rows measured where the configuration names no number.
+
+    Raises:
+        InputError: a value outside its range, naming the field.
+    """
+
+    text: str
+    label: str | Sequence[str]
+    labels: Sequence[str]
+    pair: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    train: str = "train"
+    evaluation: str = "validation"
+    eval_size: int = EVAL_SIZE
+
+    def __post_init__(self) -> None:
+        for name in ("text", "train", "evaluation"):
+            check_text(self, name)
+        fields = [self.label] if isinstance(self.label, str) else self.label
+        if not isinstance(fields, (list, tuple)) or not fields or not all(isinstance(field, str) and field for field in fields):
+            raise InputError(f"label must be the name of a field, or a list of such, got {shown(self.label)}.")
+        object.__setattr__(self, "label", tuple(fields))
+        for name in ("pair", "dataset", "subset"):
+            check_text(self, name, optional=True)
+        check_int(self, "eval_size", 1)
+        labels = self.labels
+        if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) and label for label in labels):
+            raise InputError(
+                f"labels must be a list of names, in quotation marks where YAML reads them as something else, got {shown(labels)}."
+            )
+        if len({label.casefold() for label in labels}) != len(labels) or len(labels) < 2:
+            raise InputError(f"labels must be at least two different names, got {listed(labels)}.")
+        object.__setattr__(self, "labels", tuple(labels))
+
+    def number(self, value: Any) -> int | None:
+        """The class of a record's label, None where it has none: a name in any case, else its number."""
+        names, value = [label.casefold() for label in self.labels], whole(value)
+        if isinstance(value, str | bool | int) and str(value).strip().casefold() in names:
+            return names.index(str(value).strip().casefold())
+        if self.named_by_numbers:  # a number is a name, however it is written
+            wanted = int(value) if isinstance(value, bool) else value
+            same = (at for at, name in enumerate(names) if _is_number(name) and _is_number(wanted) and float(name) == float(wanted))
+            return next(same, None)
+        if isinstance(value, bool):
+            return int(value) if len(names) == 2 else None
+        if re.fullmatch(r"\d{1,9}", str(value)) and isinstance(value, str | int):
+            return int(value) if int(value) < len(names) else None
+        return None
+
+    @property
+    def named_by_numbers(self) -> bool:
+        """Whether a class is named by a number: then a number in the data is a name, not the place of one."""
+        return any(map(_is_number, self.labels))
+
+    @property
+    def known_labels(self) -> str:
+        """What a label may be, for a message."""
+        return listed(self.labels, room=48) + ("" if self.named_by_numbers else f" or a number from 0 to {len(self.labels) - 1}")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of a task.
+
+    Args:
+        row: its number in its file or split, from 0.
+        text, pair: what is classified; pair is None in a task of single texts.
+        label: number of its class.
+    """
+
+    row: int
+    text: str
+    pair: str | None
+    label: int
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The rows of a task.
+
+    Args:
+        labels: names of the classes, by number.
+        train: what is trained on, by row.
+        evaluation: what is measured, by row: the same for every training seed.
+        source: where `evaluation` comes from: a file, or a data set and its split.
+        repeated: training rows left out because their texts are among those of `evaluation`.
+        unlabelled: rows left out because they have no label.
+    """
+
+    labels: tuple[str, ...]
+    train: list[Example]
+    evaluation: list[Example]
+    source: str
+    repeated: int
+    unlabelled: int = 0
+
+    def digest(self) -> str:
+        """A hash of all rows in use, to tell whether the data are still the same."""
+        found = hashlib.blake2b(repr(self.labels).encode(), digest_size=16)
+        for part in (self.train, self.evaluation):
+            found.update(str(len(part)).encode())
+            for example in part:
+                found.update(repr((example.row, example.text, example.pair, example.label)).encode())
+        return found.hexdigest()
+
+
+def find_task(name: str) -> Task:
+    """A task that comes with the library, by name, or of a YAML file of one's own, by its path.
+
+    Raises:
+        InputError: neither of the two, or a file that is no task.
+    """
+    own = name.endswith((".yaml", ".yml"))
+    path = Path(name) if own else TASKS / f"{name}.yaml"
+    known = sorted(file.stem for file in TASKS.glob("*.yaml"))
+    if not own and name not in known:
+        raise InputError(f"task must be {', '.join(known)} or the path of a YAML file, got {name!r}{did_you_mean(name, known)}")
+    if not path.is_file():
+        raise InputError(f"task must be {', '.join(known)} or the path of a YAML file, got {name!r}, which is no file.")
+    values = read_yaml(path, "task")
+    for field in ("text", "label", "labels"):
+        if values.get(field) is None:
+            raise InputError(f"{field} must be given in a task's YAML file, got {listed(values, none='nothing')} in {path}.")
+    return Task.from_mapping(values, source=str(path))
+
+
+def load_task(config: PlasticityConfig) -> TaskData:
+    """The rows of the configuration's task.
+
+    From a folder or the `datasets` package: training rows are of the one split, evaluation rows of the other. From one file: `eval_size`
+    rows are held out. Which rows is decided by `eval_seed` and the row numbers alone; a smaller number of rows is part of a larger one.
+
+    Rows without a label (missing, null, blank, NaN, "-" or -1) are left out and counted where `skip_unlabelled` is set.
+
+    Raises:
+        InputError: data that cannot be read, fields or labels that are not the task's, rows without a label unless they are left out, too
+            few rows, or one class only.
+    """
+    task = find_task(config.task)
+    size = task.eval_size if config.eval_size is None else config.eval_size
+    got = f"{size:,}" if config.eval_size is not None else f"none, which means {size:,} (--eval-size)"
+    path = None if config.data_path is None else Path(config.data_path)
+    if path is not None and not path.is_dir():
+        held, unlabelled = _rows(path, task, config.skip_unlabelled)
+        source = str(path)
+        if len(held) <= size:
+            rows = _counted(held, unlabelled)
+            raise InputError(f"eval_size must be less than the {rows} of {path}, got {got}; the rest is trained on.")
+        order = fixed_order(len(held), config.eval_seed)
+        evaluation, pool = [held[i] for i in order[:size]], [held[i] for i in order[size:]]
+    else:
+        skip = config.skip_unlabelled
+        train, evaluation, source, unlabelled = _downloaded(task, skip) if path is None else _in_folder(path, task, skip)
+        if len(evaluation) < size:
+            rows = _counted(evaluation, unlabelled)
+            raise InputError(f"eval_size must be at most the {rows} of {source}, got {got}.")
+        pool = [train[i] for i in fixed_order(len(train), config.eval_seed)]
+        evaluation = [evaluation[i] for i in fixed_order(len(evaluation), config.eval_seed)[:size]]
+    taken = {(example.text, example.pair) for example in evaluation}
+    fresh = [example for example in pool if (example.text, example.pair) not in taken]
+    if config.train_size is not None and len(fresh) < config.train_size:
+        raise InputError(f"train_size must be at most the {len(fresh):,} rows there are to train on, got {config.train_size:,}.")
+    parts = {"train": sorted(fresh[: config.train_size], key=_row), "evaluation": sorted(evaluation, key=_row)}
+    for name, part in parts.items():
+        classes = {example.label for example in part}
+        if len(classes) < 2:
+            repeated = f"none: all {len(pool):,} repeat what is measured" if pool else "none"
+            only = f"only {task.labels[classes.pop()]!r} in {len(part):,}" if classes else repeated
+            remedy = "; raise --eval-size" if name == "evaluation" else "; raise --train-size" if config.train_size is not None else ""
+            raise InputError(f"{config.data_path or task.dataset} must hold {name} rows of at least two classes, got {only}{remedy}.")
+    return TaskData(tuple(task.labels), parts["train"], parts["evaluation"], source, len(pool) - len(fresh), unlabelled)
+
+
+def fixed_order(count: int, seed: int) -> list[int]:
+    """Numbers 0 … count - 1 in an order that depends on `seed` alone: no library's generator, so it is the same everywhere."""
+    return sorted(range(count), key=lambda row: hashlib.blake2b(f"{seed} {row}".encode(), digest_size=8).digest())
+
+
+def batches(
+    examples: Sequence[Example], tokenizer: Any, batch_size: int, max_length: int, device: torch.device | str
+) -> Iterator[dict[str, Tensor]]:
+    """Batches in the order of `examples`, each padded on the right to its longest row.
+
+    Args:
+        tokenizer: with a padding token.
+        max_length: tokens kept of a row; the longer text of a pair is cut first.
+
+    Yields:
+        input_ids, attention_mask and, where the tokenizer gives them, token_type_ids, each (B, T); labels (B,). All int64.
+    """
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        pairs = [example.pair for example in part]
+        encoded = tokenizer(
+            [example.text for example in part],
+            pairs if pairs[0] is not None else None,
+            truncation=True,
+            max_length=max_length,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        labels = torch.tensor([example.label for example in part])
+        yield {name: tensor.to(device) for name, tensor in {**encoded, "labels": labels}.items()}
+
+
+def _counted(rows: Sequence[Example], unlabelled: int) -> str:
+    return f"{len(rows):,} row{'' if len(rows) == 1 else 's'}{' with a label' if unlabelled else ''}"
+
+
+def _row(example: Example) -> int:
+    return example.row
+
+
+def _in_folder(folder: Path, task: Task, skip: bool) -> tuple[list[Example], list[Example], str, int]:
+    train = _file(folder, (task.train,))
+    evaluation = _file(folder, tuple(dict.fromkeys((task.evaluation, *_EVALUATION_STEMS))))
+    (trained, without), (measured, more) = (_rows(path, task, skip) for path in (train, evaluation))
+    return trained, measured, str(evaluation), without + more
+
+
+def _file(folder: Path, stems: tuple[str, ...]) -> Path:
+    for stem in stems:
+        if found := [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]:
+            if len(found) > 1:
+                raise InputError(f"data_path must hold one file called {stem}, got {listed(path.name for path in found)} in {folder}.")
+            return found[0]
+    held = listed(sorted(path.name for path in folder.iterdir()), none="nothing")
+    wanted = " or ".join(f"{stem}.jsonl" for stem in stems)
+    raise InputError(f"data_path must be a file, or a folder with {wanted}, got {folder} (holds {held}).")
+
+
+def _rows(path: Path, task: Task, skip: bool) -> tuple[list[Example], int]:
+    """Rows of a file, and how many were left out without a label."""
+    records = open_records(path, "data_path")
+    found = [
+        _example(located, row, task, f"{records.unit} {located.number} of {path}", skip) for row, located in enumerate(records.located)
+    ]
+    return _labelled(found, str(path), task)
+
+
+def _labelled(found: list[Example | None], source: str, task: Task) -> tuple[list[Example], int]:
+    examples = [example for example in found if example is not None]
+    if not found:
+        raise InputError(f"data_path must be a file of records, got none in {source}.")
+    if not examples:
+        fields = " or ".join(map(repr, task.label))
+        raise InputError(f"data_path must hold rows with a label in {fields}, got {len(found):,} without in {source}.")
+    return examples, len(found) - len(examples)
+
+
+def _example(located: Located, row: int, task: Task, place: str, skip: bool) -> Example | None:
+    """One row; None for one without a label, where these are left out."""
+    record = located.record
+    if record is None:
+        raise InputError(f"{place} {located.error}.")
+    given = next((record[name] for name in task.label if record.get(name) is not None), None)
+    label, without = task.number(given), is_no_label(given)
+    if label is None and without and skip:
+        return None
+    values = {}
+    there = sorted((name for name in task.label if name in record), key=lambda name: record[name] is None)
+    label_field = there[0] if there else task.label[0]
+    for name in filter(None, (task.text, task.pair, label_field)):
+        if name in record and record[name] is None:
+            hint = _SKIP if name == label_field else ""
+            raise InputError(f"data_path must have a value in the field {name!r} of every row, got null in {place}{hint}.")
+        if name not in record:
+            wanted = " or ".join(map(repr, task.label if name == label_field else (name,)))
+            hint = _SKIP if name == label_field and row else ""  # the first row lacks it where the field has another name
+            raise InputError(f"data_path must have the field {wanted} in every row, got {field_names(record)} in {place}{hint}.")
+        values[name] = record[name]
+    text, pair = values[task.text], None if task.pair is None else values[task.pair]
+    for name in filter(None, (task.text, task.pair)):
+        if not isinstance(values[name], str):
+            raise InputError(f"{name} must be text, got {short(values[name])} in {place}.")
+        try:
+            values[name].encode()
+        except UnicodeEncodeError as error:  # JSON may spell half of a surrogate pair, which no tokenizer takes
+            raise InputError(f"{name} must be valid Unicode, got a lone surrogate in {place}.") from error
+    if not f"{text}{pair or ''}".strip():
+        raise InputError(f"{task.text} must not be empty, got a blank one in {place}.")
+    if label is None:
+        raise InputError(f"{label_field} must be one of {task.known_labels}, got {short(given)} in {place}{_SKIP if without else ''}.")
+    return Example(row, text, pair, label)
+
+
+def _downloaded(task: Task, skip: bool) -> tuple[list[Example], list[Example], str, int]:
+    if task.dataset is None:
+        raise InputError("data_path must be given for a task whose YAML file names no dataset, got none.")
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError("data_path must be given where the package datasets is missing (pip install datasets), got none.") from error
+    name = "/".join(filter(None, (task.dataset, task.subset)))
+    parts = []
+    for split in (task.train, task.evaluation):
+        try:
+            with _quiet_hub():
+                table = datasets.load_dataset(task.dataset, task.subset, split=split)
+        except Exception as error:  # by version and transport, a dozen types
+            wanted = f"data_path must be given where {name} ({split}) cannot be downloaded"
+            raise InputError(f"{wanted}, got none: {reason(error)}") from error
+        place = f"the {split} split of {name}"
+        found = [_example(Located(row, row, record), row, task, f"row {row} of {place}", skip) for row, record in enumerate(table)]
+        parts.append(_labelled(found, place, task))
+    (train, without), (evaluation, more) = parts
+    return train, evaluation, f"{name} ({task.evaluation})", without + more
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without a network the hub's client tries for half a minute, and would write two lines each time."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,253 @@
+"""Several seeds of one plasticity run as one: means and intervals over seeds, and how often each head is a case.
+
+    aggregate.json   the statistics of stats.json as mean, sd and Student's t interval over seeds; cases; agreement between seeds
+    aggregate.csv    one line a head: mean and sd of every column over seeds, and in how many it is a case
+
+A seed counts when its files are whole, of the seed that its folder names, and its report was made from the files that lie beside it; the
+others are listed with what they lack, never left out in silence.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..._io.files import StepFileError, check_fields, digest, read_record, write_atomically
+from ..._io.records import short
+from ..._io.study import ADDED_OPTIONS, AGGREGATE, AGGREGATE_TABLE, MEASURE_STEP, MEASURED, PAGE, REPORT_STEP, STATS, TRAIN_STEP, TRAINED
+from ...errors import InputError
+from .cases import PLASTIC, STATIC, find_cases
+from .correlation import CONFIDENCE, mean_interval, spearman
+from .records import check_seed, read_measured, read_subset, read_trained
+from .summary import COLUMNS, PAIRS, SOURCES, TAYLOR_PAIRS, HeadTable, acceptance, json_text, read_heads
+
+STEPS = {TRAINED: TRAIN_STEP, MEASURED: MEASURE_STEP, STATS: REPORT_STEP}
+KINDS = {"important_but_static": STATIC, "plastic_but_unimportant": PLASTIC}
+# What must be the same in every seed for a mean to mean anything.
+SHARED_FACTS = ("model", "top_k", "high", "low")
+AGREEMENT_COLUMNS = ("I_pre", "I_post", "G_pre", "U", "Urel")
+
+
+class SeedsDifferError(InputError):
+    """Complete seeds that no mean is taken over: of different models, heads, or options of the report."""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A complete seed: its folder's name and number, stats.json, columns, and which heads are cases."""
+
+    name: str
+    number: int
+    stats: dict[str, Any]
+    subset: list[Any]
+    table: HeadTable
+    kinds: list[str]
+
+
+def aggregate(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Writes aggregate.json and aggregate.csv over all complete seeds of OUTPUT/TASK.
+
+    Args:
+        folder: holds seed0, seed1, …
+
+    Returns:
+        The content of aggregate.json.
+
+    Raises:
+        InputError: no seed is complete, scipy is missing, or the seeds are of different models, heads or options (SeedsDifferError);
+            the line names the seeds. Nothing is written then, and what an earlier join wrote is
+            gone: it was of other seeds.
+    """
+    root = Path(folder)
+    for name in (AGGREGATE, AGGREGATE_TABLE, PAGE):  # nothing old may look current where the joining fails
+        (root / name).unlink(missing_ok=True)
+    seeds, incomplete = _complete_seeds(root)
+    if not seeds:
+        held = [f"{seed['folder']}: {seed['found']}; run {seed['step']}" for seed in incomplete]
+        more = f" (and {len(held) - 1} more)" if len(held) > 1 else ""
+        raise InputError(f"{root} must hold at least one complete seed, got {held[0] + more if held else 'no folder seed0, seed1 …'}.")
+    _check_alike(root, seeds)
+    first = seeds[0]
+    found: dict[str, Any] = {
+        "task": root.resolve().name,
+        **{name: first.stats[name] for name in SHARED_FACTS},
+        "counts": {"heads": len(first.table.places), "layers": len({place.layer for place in first.table.places})},
+        "seeds": [{"folder": seed.name, "seed": seed.number} for seed in seeds],
+        "incomplete": incomplete,
+        "notes": _notes(seeds),
+        "interval": {"method": "Student's t over seeds, cut at the quantity's range", "confidence": CONFIDENCE},
+        "pairs": [_pair(seeds, "pairs", number) for number in range(len(first.stats["pairs"]))],
+        "taylor": [_pair(seeds, "taylor", number) for number in range(len(first.stats["taylor"]))],
+        "case_counts": {name: _over([seed.kinds.count(kind) for seed in seeds], 0.0) for name, kind in KINDS.items()},
+        "acceptance": _acceptance(seeds),
+        "agreement": [_agreement(seeds, column) for column in AGREEMENT_COLUMNS],
+        "cases": {name: _frequent(seeds, kind) for name, kind in KINDS.items()},
+    }
+    write_atomically(root / AGGREGATE_TABLE, _csv(seeds))
+    write_atomically(root / AGGREGATE, json_text(found))
+    return found
+
+
+def _complete_seeds(root: Path) -> tuple[list[Seed], list[dict[str, str]]]:
+    numbered = []
+    for path in root.glob("seed*"):
+        name = re.fullmatch(r"seed(0|[1-9][0-9]*)", path.name)
+        if name and path.is_dir():
+            numbered.append((int(name[1]), path))
+    seeds: list[Seed] = []
+    incomplete: list[dict[str, str]] = []
+    for number, path in sorted(numbered):
+        missing = next((name for name in STEPS if not (path / name).exists()), None)
+        try:
+            if missing is None:
+                seeds.append(_seed(path, number))
+                continue
+            found, step = f"no {missing}", STEPS[missing]
+        except StepFileError as error:
+            found, step = error.found, error.step
+        incomplete.append({"folder": path.name, "found": found, "step": step})
+    return seeds, incomplete
+
+
+def _seed(path: Path, number: int) -> Seed:
+    """A seed whose three steps have ended.
+
+    Raises:
+        StepFileError: a file is damaged, of another seed, or not the one that its report was made from.
+    """
+    check_seed(path, read_trained(path))
+    read_measured(path)
+    stats = _read_stats(path / STATS)
+    table = read_heads(path)
+    changed = next((name for name in SOURCES if stats["inputs"].get(name) != digest(path / name)), None)
+    if changed is not None:
+        raise StepFileError(path / changed, f"be the file that {STATS} was made from, got another", REPORT_STEP)
+    kinds = find_cases(table.columns["I_pre"], table.columns["Urel"], stats["high"], stats["low"]).kinds
+    return Seed(path.name, number, stats, read_subset(path), table, kinds)
+
+
+def _read_stats(path: Path) -> dict[str, Any]:
+    """stats.json, with all that is joined here in its place."""
+    fields = {"inputs": "an object", "options": "an object", "model": "text", "pairs": "a list", "taylor": "a list"}
+    stats = read_record(path, {**fields, "top_k": "a whole number", "high": "a number", "low": "a number"}, REPORT_STEP)
+    check_fields(path, stats["options"], {"model_path": "text"}, REPORT_STEP, again=True)
+    if not 0 <= stats["low"] < stats["high"] <= 100:
+        got = f"low {stats['low']} and high {stats['high']}"
+        raise StepFileError(path, f"have percentiles with 0 ≤ low < high ≤ 100, got {got}", REPORT_STEP, again=True)
+    for group, names in (("pairs", PAIRS), ("taylor", TAYLOR_PAIRS)):
+        held = [(row.get("x"), row.get("y")) if isinstance(row, dict) else row for row in stats[group]]
+        if held != list(names):
+            raise StepFileError(path, f"have the pairs of columns of a report in {group}, got {short(held)}", REPORT_STEP, again=True)
+        for row in stats[group]:
+            check_fields(path, row, {"rho": "a number or null", "overlap": "an object"}, REPORT_STEP, again=True)
+            overlap = {"k": "a whole number", "share": "a number or null", "reason": "text or null"}
+            check_fields(path, row["overlap"], overlap, REPORT_STEP, again=True)
+    return stats
+
+
+def _check_alike(root: Path, seeds: Sequence[Seed]) -> None:
+    first = seeds[0]
+    for seed in seeds[1:]:
+        for name in SHARED_FACTS:
+            # Two models may share a name: where they lie tells them apart.
+            ours, theirs = (its.stats["options"].get("model_path") if name == "model" else its.stats[name] for its in (first, seed))
+            if theirs != ours:
+                raise SeedsDifferError(f"{root} must have one {name} in all seeds, got {ours} in {first.name} and {theirs} in {seed.name}.")
+        if seed.table.places != first.table.places:
+            shapes = [
+                f"{len({p.layer for p in its.table.places})} layers and {len(its.table.places)} heads in {its.name}"
+                for its in (first, seed)
+            ]
+            raise SeedsDifferError(f"{root} must have the same heads in all seeds, got {' and '.join(shapes)}.")
+
+
+def _notes(seeds: Sequence[Seed]) -> list[str]:
+    notes = []
+    if len(seeds) == 1:
+        notes.append("One seed gives no interval: run others to see how far the numbers move from run to run.")
+    other = next((seed for seed in seeds[1:] if seed.subset != seeds[0].subset), None)
+    if other is not None:
+        notes.append(f"The seeds were measured on different rows (eval_subset.json): {seeds[0].name} and {other.name}.")
+    options = [{**ADDED_OPTIONS, **seed.stats["options"]} for seed in seeds]
+    for name, value in options[0].items():
+        other_value, differing = next(
+            ((its.get(name), seed) for its, seed in zip(options, seeds, strict=True) if its.get(name) != value), (None, None)
+        )
+        if name != "seed" and differing is not None:
+            notes.append(
+                f"More than the seed differs in training: {name} is {value} in {seeds[0].name} and {other_value} in {differing.name}."
+            )
+    return notes
+
+
+def _over(values: Sequence[float | None], lowest: float = -np.inf, highest: float = np.inf) -> dict[str, Any]:
+    """A number of each seed with mean and interval; seeds that have none are left out of both and stay None in `values`."""
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    return {**mean_interval(known, lowest, highest), "values": list(values)}
+
+
+def _pair(seeds: Sequence[Seed], group: str, number: int) -> dict[str, Any]:
+    rows = [seed.stats[group][number] for seed in seeds]
+    k = rows[0]["overlap"]["k"]
+    overlap = _over([row["overlap"]["share"] for row in rows], 0.0, 1.0)
+    return {
+        "x": rows[0]["x"],
+        "y": rows[0]["y"],
+        "rho": _over([row["rho"] for row in rows], -1.0, 1.0),
+        "overlap": {"k": k, "chance": k / len(seeds[0].table.places), **overlap},
+    }
+
+
+def _acceptance(seeds: Sequence[Seed]) -> list[dict[str, Any]]:
+    """The original study's figures, with how many seeds meet each."""
+    judged = [acceptance(seed.stats["pairs"], {name: seed.kinds.count(kind) for name, kind in KINDS.items()}) for seed in seeds]
+    return [
+        {
+            **{name: rows[0][name] for name in ("figure", "rule", "limit")},
+            "values": [row["value"] for row in rows],
+            "met": sum(row["met"] is True for row in rows),
+            "missed": sum(row["met"] is False for row in rows),
+        }
+        for rows in zip(*judged, strict=True)
+    ]
+
+
+def _agreement(seeds: Sequence[Seed], column: str) -> dict[str, Any]:
+    """Mean rank correlation of one column between every two seeds: whether another run finds the same heads."""
+    pairs = itertools.combinations((seed.table.columns[column] for seed in seeds), 2)
+    found = [rho for rho in (spearman(a, b) for a, b in pairs) if rho is not None]
+    return {"column": column, "rho": float(np.mean(found)) if found else None, "pairs": len(found)}
+
+
+def _frequent(seeds: Sequence[Seed], kind: str) -> list[dict[str, Any]]:
+    """Heads that are cases of a kind in some seed, the most frequent first."""
+    rows = []
+    for number, place in enumerate(seeds[0].table.places):
+        count = sum(seed.kinds[number] == kind for seed in seeds)
+        if count:
+            means = {f"{name}_mean": float(np.mean([seed.table.columns[name][number] for seed in seeds])) for name in ("I_pre", "Urel")}
+            rows.append({**place._asdict(), "seeds": count, "share": count / len(seeds), **means})
+    return sorted(rows, key=lambda row: -row["seeds"])
+
+
+def _csv(seeds: Sequence[Seed]) -> str:
+    stacked = {name: np.stack([seed.table.columns[name] for seed in seeds]) for name in COLUMNS}
+    means = {name: values.mean(axis=0) for name, values in stacked.items()}
+    # One seed has no spread: the cell stays empty.
+    spreads = {name: values.std(axis=0, ddof=1) for name, values in stacked.items()} if len(seeds) > 1 else {}
+    head = ["layer", "head", "seeds", *(f"{name}_{what}" for name in COLUMNS for what in ("mean", "sd")), *KINDS]
+    lines = [",".join(head)]
+    for number, place in enumerate(seeds[0].table.places):
+        cells = [str(place.layer), str(place.head), str(len(seeds))]
+        for name in COLUMNS:
+            cells += [f"{means[name][number]:.9g}", f"{spreads[name][number]:.9g}" if spreads else ""]
+        cells += [str(sum(seed.kinds[number] == kind for seed in seeds)) for kind in KINDS.values()]
+        lines.append(",".join(cells))
+    return "\n".join(lines) + "\n"

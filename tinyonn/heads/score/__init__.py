@@ -1,0 +1,1 @@
+"""Scores of attention heads before fine-tuning."""

@@ -1,0 +1,97 @@
+"""Scores of heads made comparable within each layer, and fused by rank.
+
+A table of scores is a list with one float64 array (H,) for each layer; layers may differ in H. Everything here is within one layer:
+a head is compared with its neighbours, not with heads that read another residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ...errors import InputError
+from .config import NORM_MODES
+
+
+class RankedHead(NamedTuple):
+    """A head's place in an order; rank 1 has the largest combined score."""
+
+    rank: int
+    layer: int
+    head: int
+    combined: float
+
+
+def average_ranks(values: ArrayLike) -> NDArray[np.float64]:
+    """Ascending ranks 1 … H, (H,) → (H,); equal values share the mean of their ranks.
+
+    Raises:
+        InputError: a value is NaN or infinite: it has no rank.
+    """
+    found = _finite(values)
+    _, place, counts = np.unique(found, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return ((2 * last - counts + 1) / 2)[place]
+
+
+def normalise(values: ArrayLike, mode: str = "zscore") -> NDArray[np.float64]:
+    """Scores of one layer's heads on a common scale, (H,) → (H,).
+
+    Args:
+        values: finite.
+        mode: "zscore", (x − mean) / std with the population's standard deviation, 0 where all values are equal; or "percentile", the
+            share of the layer's other heads that score lower, equal ones counting half: (rank − 1) / (H − 1) with ties averaged, 0 for
+            the lowest head, 1 for the highest, 0.5 where all values are equal or there is one head.
+
+    Raises:
+        InputError: another mode, or a value that is NaN or infinite.
+    """
+    found = _finite(values)
+    match mode:
+        case "zscore":
+            if np.all(found == found[0]):  # the deviation of equal values is not always 0 in floating point
+                return np.zeros_like(found)
+            return (found - found.mean()) / found.std()
+        case "percentile":
+            return (average_ranks(found) - 1) / (len(found) - 1) if len(found) > 1 else np.array([0.5])
+        case _:
+            raise InputError(f"norm_mode must be one of {', '.join(NORM_MODES)}, got {mode!r}.")
+
+
+def fuse(scores: Mapping[str, Sequence[ArrayLike]], weights: Mapping[str, float]) -> list[NDArray[np.float64]]:
+    """Σ weight · rank over the named scores, with ranks ascending within each layer and ties averaged: for each layer (H,).
+
+    Args:
+        scores: by name, a table each, of equal shapes.
+        weights: of each of these names.
+
+    Raises:
+        InputError: the names differ, or a value is NaN or infinite.
+    """
+    if set(scores) != set(weights):
+        raise InputError(f"weights must be of the scores {', '.join(scores)}, got {', '.join(weights)}.")
+    tables = [[weights[name] * average_ranks(layer) for layer in table] for name, table in scores.items()]
+    return [np.sum(layers, axis=0) for layers in zip(*tables, strict=True)]
+
+
+def top_heads(combined: Sequence[NDArray[np.float64]], count: int) -> list[RankedHead]:
+    """The heads with the largest combined scores, best first; of equal ones the earlier layer's, then the earlier head's.
+
+    Args:
+        count: at most so many.
+    """
+    heads = [(-float(value), layer, head) for layer, row in enumerate(combined) for head, value in enumerate(row)]
+    return [RankedHead(rank, layer, head, -value) for rank, (value, layer, head) in enumerate(sorted(heads)[:count], start=1)]
+
+
+def _finite(values: ArrayLike) -> NDArray[np.float64]:
+    found = np.asarray(values, dtype=np.float64)
+    if found.ndim != 1 or not found.size:
+        raise InputError(f"scores of a layer must be a row of at least one head, got shape {found.shape}.")
+    bad = np.flatnonzero(~np.isfinite(found))
+    if bad.size:
+        raise InputError(f"scores must be finite to be ranked, got {found[bad[0]]} at head {bad[0]}.")
+    return found

@@ -1,0 +1,77 @@
+"""What is at a path: a file of which version, or a set of files."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from ..errors import MscanError
+from .v1.header import MAGIC, PROLOGUE
+
+_RANK = re.compile(r"(?P<stem>.+)\.rank(?P<rank>\d+)-of-(?P<size>\d+)\.mscan")
+
+
+def version_of(path: str) -> int:
+    """The version in a file's first 15 bytes.
+
+    Raises:
+        MscanError: they are not those of a `.mscan` file of version 1 or 2, or it is a pipe.
+    """
+    status = os.stat(path)  # before it is opened: opening a pipe waits for a writer
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise MscanError(path, "a .mscan file must be a file, got a pipe or device.")
+    if path != path.encode(errors="replace").decode():
+        raise MscanError(path, "the path of a .mscan file must be Unicode.")
+    with open(path, "rb") as file:
+        head = file.read(PROLOGUE.size)
+    if not head:
+        raise MscanError(path, f"a .mscan file must have at least {PROLOGUE.size} bytes, got an empty file.", 0)
+    if not head.startswith(MAGIC[: len(head)]):
+        raise MscanError(path, "a .mscan file must start with MSCAN.", 0)
+    if len(head) < PROLOGUE.size:
+        raise MscanError(path, f"a .mscan file must have at least {PROLOGUE.size} bytes, got {len(head)}.", len(head))
+    version = int(PROLOGUE.unpack(head)[1])
+    if version not in (1, 2):
+        raise MscanError(path, f"version must be 1 or 2, got {version}.", 5)
+    return version
+
+
+def rank_members(path: str) -> list[str] | None:
+    """The files of the set that `path` belongs to or names, in rank order; None if it is a file of its own.
+
+    Raises:
+        MscanError: a member is missing, or sets of several sizes have this name.
+    """
+    place = Path(path)
+    match = _RANK.fullmatch(place.name)
+    if match:
+        stem, sizes = match["stem"], {int(match["size"])}
+    elif place.exists() or place.suffix != ".mscan" or not place.parent.is_dir():
+        return None
+    else:
+        stem = place.stem
+        found = (_RANK.fullmatch(name) for name in os.listdir(place.parent))
+        sizes = {int(member["size"]) for member in found if member and member["stem"] == stem}
+        if not sizes:
+            return None
+    if len(sizes) > 1:
+        raise MscanError(path, f"a set must have one size, got {stem}.rankI-of-N.mscan for N = {', '.join(map(str, sorted(sizes)))}.")
+    size = sizes.pop()
+    names = [place.with_name(f"{stem}.rank{rank}-of-{size}.mscan") for rank in range(size)]
+    if match and int(match["rank"]) >= size:
+        raise MscanError(path, f"a set of {size} files must have ranks 0 … {size - 1}, got {match['rank']}.")
+    for name in names:
+        if not name.exists():
+            raise MscanError(path, f"a set must be whole: {name.name} is missing.")
+    return [os.fspath(name) for name in names]
+
+
+def version_alone(path: str, whole_set: bool) -> int | None:
+    """The version of the one file that `path` opens, or None where it opens a set of files.
+
+    Args:
+        whole_set: a member of a set opens all of it.
+    """
+    return None if whole_set and rank_members(path) is not None else version_of(path)

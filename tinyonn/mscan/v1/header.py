@@ -1,0 +1,138 @@
+"""Where the records of a version 1 file begin, and how many there are.
+
+    <5sHII  magic "MSCAN", version 1, header length, record count; then JSON; then packed 12-byte records
+
+The header length counts the 15 bytes of the prologue in every file seen; the other reading (JSON only) is accepted
+where it alone agrees with the size of the file. Version 1 names no checksum: what can be checked is what the prologue,
+the JSON and the file's size promise about each other.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...errors import MscanError, reason
+
+MAGIC = b"MSCAN"
+PROLOGUE = struct.Struct("<5sHII")
+RECORD = np.dtype([("token_idx", "<u4"), ("param_id", "<u2"), ("block_idx", "<u2"), ("activation", "<u2"), ("grad_norm", "<u2")])
+RECORD_BYTES = RECORD.itemsize
+RECOVERY = ("strict", "tail", "salvage")
+
+
+@dataclass(frozen=True)
+class V1Header:
+    """The validated head of a file.
+
+    Args:
+        metadata: the JSON as it stands.
+        offset: byte of the first whole record.
+        records: whole records from there on.
+        lost: what was found missing or left out, one sentence each.
+        discarded: records that a longer header had overwritten or that the file ends before.
+    """
+
+    metadata: dict[str, Any]
+    offset: int
+    records: int
+    lost: tuple[str, ...] = ()
+    discarded: int = 0
+
+
+def read_header(path: str, head: bytes, size: int, recovery: str, plausible: Callable[[dict[str, Any], int], bool]) -> V1Header:
+    """Validates the head of a version 1 file.
+
+    Args:
+        path: named in errors.
+        head: the file's first bytes, at least as many as its header length + 15 where the file has them.
+        size: of the whole file, in bytes.
+        recovery: "strict", "tail" or "salvage".
+        plausible: whether records of this metadata may begin at this byte; tells an overwritten file from one cut to the same size.
+
+    Raises:
+        MscanError: the header breaks a rule that `recovery` does not forgive.
+    """
+    length, count = read_prologue(path, head)
+    if not PROLOGUE.size <= length <= size:
+        raise MscanError(path, f"header length must lie between {PROLOGUE.size} and the file's {size} bytes, got {length}.", 7)
+    offset = length
+    if length + RECORD_BYTES * count != size and PROLOGUE.size + length + RECORD_BYTES * count == size:
+        offset = PROLOGUE.size + length
+    metadata = _parse_json(path, head[PROLOGUE.size : offset])
+    have = (size - offset) // RECORD_BYTES
+    if offset + RECORD_BYTES * count == size:
+        return V1Header(metadata, offset, count)
+    if offset + RECORD_BYTES * count > size:
+        overwritten = _overwritten_offset(metadata, size, count)
+        if overwritten is not None and overwritten < offset:
+            discarded = min(count, -((overwritten - offset) // RECORD_BYTES))
+            if plausible(metadata, overwritten + RECORD_BYTES * discarded):
+                return _salvage_overwritten(path, metadata, overwritten, discarded, count, recovery)
+        if recovery == "strict":
+            raise MscanError(path, f"the file must hold {count} records of {RECORD_BYTES} bytes from byte {offset} on, got {have}.", offset)
+        lost = f"the file ends {count - have} records before the {count} that its header names"
+        return V1Header(metadata, offset, have, (lost,), count - have)
+    return _with_trailing_bytes(path, metadata, offset, count, have, size, recovery)
+
+
+def read_prologue(path: str, head: bytes) -> tuple[int, int]:
+    """Header length and record count of a version 1 file."""
+    if len(head) < PROLOGUE.size:
+        raise MscanError(path, f"a version 1 file must have at least {PROLOGUE.size} bytes, got {len(head)}.", 0)
+    magic, version, length, count = PROLOGUE.unpack_from(head)
+    if magic != MAGIC:
+        raise MscanError(path, f"the file must begin with {MAGIC!r}, got {magic!r}.", 0)
+    if version != 1:
+        raise MscanError(path, f"version must be 1 here, got {version}.", 5)
+    return length, count
+
+
+def _parse_json(path: str, text: bytes) -> dict[str, Any]:
+    try:
+        metadata = json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise MscanError(path, f"metadata must be UTF-8: {error.reason}.", PROLOGUE.size + error.start) from None
+    except json.JSONDecodeError as error:
+        raise MscanError(path, f"metadata must be JSON: {error.msg}.", PROLOGUE.size + len(text.decode()[: error.pos].encode())) from None
+    except (ValueError, RecursionError) as error:
+        raise MscanError(path, f"metadata must be JSON: {reason(error, 100)}.", PROLOGUE.size) from None
+    if not isinstance(metadata, dict):
+        raise MscanError(path, f"metadata must be a JSON object, got {type(metadata).__name__}.", PROLOGUE.size)
+    return metadata
+
+
+def _overwritten_offset(metadata: dict[str, Any], size: int, count: int) -> int | None:
+    # One writer opened the file with metadata that had no sequences yet (or an empty list) and on close wrote the full
+    # metadata from byte 0 on, over the first records. Its first form, dumped again, tells where the records began.
+    first = {key: value for key, value in metadata.items() if key != "sequences"}
+    for candidate in (first, {**metadata, "sequences": []}):
+        offset = PROLOGUE.size + len(json.dumps(candidate, indent=2).encode())
+        if offset + RECORD_BYTES * count == size:
+            return offset
+    return None
+
+
+def _salvage_overwritten(path: str, metadata: dict[str, Any], begin: int, discarded: int, count: int, recovery: str) -> V1Header:
+    lost = f"a longer header was written over the first {discarded} of {count} records"
+    if recovery != "salvage":
+        raise MscanError(path, f"{lost}; recovery='salvage' reads the rest.", begin)
+    return V1Header(metadata, begin + RECORD_BYTES * discarded, count - discarded, (lost,), discarded)
+
+
+def _with_trailing_bytes(path: str, metadata: dict[str, Any], offset: int, count: int, have: int, size: int, recovery: str) -> V1Header:
+    end = offset + RECORD_BYTES * count
+    if recovery == "strict":
+        raise MscanError(path, f"the file must end after its {count} records, got {size - end} bytes more.", end)
+    if recovery == "tail":
+        return V1Header(metadata, offset, count, (f"{size - end} bytes follow the {count} records that the header names",))
+    # A writer that was killed never brought the count up to date: the records are there.
+    lost = [f"the header names {count} records, the file holds {have}: all are read"]
+    if rest := (size - offset) % RECORD_BYTES:
+        lost.append(f"{rest} bytes of an unfinished record at the end")
+    return V1Header(metadata, offset, have, tuple(lost))

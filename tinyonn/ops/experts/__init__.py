@@ -1,0 +1,1 @@
+"""Routing, experts and their surprise."""

@@ -1,0 +1,97 @@
+"""A mixture of small experts on Triton: what the registered op allocates and launches. No bound is read by the host.
+
+Per pair (token, slot), in the dtype of the tensors: `pre`, 2I values, is kept from forward to backward; h, I values, and a row of F
+live within the forward; the gradients of `pre`, h times the pair's weight, and a row of F live within the backward. The sort is made
+again there, from P integers, instead of being kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._dispatch import on_its_device, without_autocast
+from ._torch_experts import Gradients, Layout, Wanted
+
+
+@on_its_device
+@without_autocast
+def experts_forward(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    layout: Layout,
+) -> tuple[Tensor, Tensor]:
+    """out (N, F); and (N * K, 2I), what the activation takes, gate first, sorted by expert, unwritten behind the last pair."""
+    from tinyonn_kernels.experts.expert_activation import rows_of
+    from tinyonn_kernels.experts.expert_mlp_fwd import expert_gate_up
+    from tinyonn_kernels.experts.expert_rows import expert_rows
+    from tinyonn_kernels.experts.expert_sort import sort_pairs
+
+    up, down = (weight.mT if layout.transposed else weight for weight in (gate_up_proj, down_proj))  # (E, 2I, F), (E, F, I)
+    experts, width, _ = up.shape
+    pre = hidden_states.new_empty(top_k_index.numel(), width)
+    if top_k_index.numel() == 0 or experts == 0:
+        return hidden_states.new_zeros(hidden_states.shape), pre
+    pairs = sort_pairs(top_k_index, experts, rows_of(top_k_index.numel(), experts, hidden_states.dtype))
+    h = hidden_states.new_empty(top_k_index.numel(), down.shape[2])
+    slots, interleaved = top_k_index.shape[1], layout.gated and layout.interleaved
+    expert_gate_up(hidden_states, up, gate_up_bias, pre, h, pairs, slots, layout.activation, layout.gated, interleaved, layout.limit)
+    weights = top_k_weights.float().contiguous()
+    return expert_rows(h, down.mT, down_bias, weights, top_k_index.contiguous(), pairs, False), pre
+
+
+@on_its_device
+@without_autocast
+def experts_backward(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    pre: Tensor,
+    grad_out: Tensor,
+    layout: Layout,
+    surprise_kind: str | None,
+    wanted: Wanted,
+) -> Gradients:
+    """Gradients of hidden_states, gate_up_proj, down_proj, top_k_weights and both biases, and the surprise (N, K); None if not wanted."""
+    from tinyonn_kernels.experts.expert_activation import rows_of
+    from tinyonn_kernels.experts.expert_mlp_bwd import expert_grad_pre
+    from tinyonn_kernels.experts.expert_outer import expert_outer
+    from tinyonn_kernels.experts.expert_rows import expert_rows
+    from tinyonn_kernels.experts.expert_sort import sort_pairs
+
+    projections = (
+        gate_up_proj if wanted.gate_up else None, down_proj if wanted.down else None,
+        gate_up_bias if wanted.gate_up else None, down_bias if wanted.down else None,
+    )  # fmt: skip
+    weights, index = top_k_weights.float().contiguous(), top_k_index.contiguous()
+    experts = len(gate_up_proj)
+    if top_k_index.numel() == 0 or experts == 0 or hidden_states.shape[1] == 0:
+        inputs = (hidden_states if wanted.hidden_states else None, *projections[:2], top_k_weights, *projections[2:])
+        zeros = (None if x is None else x.new_zeros(x.shape) for x in inputs)
+        return *zeros, None if surprise_kind is None else torch.zeros_like(weights)  # type: ignore[return-value]
+    up, down = (weight.mT if layout.transposed else weight for weight in (gate_up_proj, down_proj))  # (E, 2I, F), (E, F, I)
+    interleaved = layout.gated and layout.interleaved
+    pairs = sort_pairs(index, experts, rows_of(index.numel(), experts, hidden_states.dtype))
+    grad_out = grad_out.to(hidden_states.dtype)
+    grad_pre, weighed_h, grad_weights, surprise = expert_grad_pre(
+        hidden_states, grad_out, down, down_bias, pre, weights, index, pairs, layout.activation, layout.gated, surprise_kind,
+        gate_up_bias is not None, layout.limit,
+    )  # fmt: skip
+    grad_hidden = expert_rows(grad_pre, up, None, None, index, pairs, interleaved) if wanted.hidden_states else None
+    grad_up, grad_down, grad_up_bias, grad_down_bias = (None if x is None else x.new_empty(x.shape) for x in projections)
+    if grad_up is not None:
+        target = grad_up.mT if layout.transposed else grad_up
+        expert_outer(grad_pre, hidden_states, weights, target, grad_up_bias, None, pairs, interleaved)
+    if grad_down is not None:
+        target = grad_down if layout.transposed else grad_down.mT
+        expert_outer(weighed_h, grad_out, weights, target, None, grad_down_bias, pairs, False)
+    return grad_hidden, grad_up, grad_down, grad_weights.to(top_k_weights.dtype), grad_up_bias, grad_down_bias, surprise

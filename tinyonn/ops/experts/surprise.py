@@ -1,0 +1,149 @@
+"""`surprise_min_loss` and `sparse_diversity_loss`: what trains a router. Differentiated by autograd; nothing is read by the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._debug import debug_enabled
+from .._dispatch import check_float, check_no_nan, check_same_device, statistics_dtype, without_autocast
+from .threshold_route import unit_vectors
+
+
+def surprise_min_loss(
+    scores: Tensor,
+    surprise: Tensor,
+    *,
+    w_ce: float = 1.0,
+    w_kl: float = 1.0,
+    temperature: float = 1.0,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """Pulls a router's scores towards the experts that were least surprised.
+
+    With the surprise kinds "down_proj" and "output" of `expert_mlp` this does not depend on the loss that was differentiated: the norm of
+    its gradient is common to a token's experts and cancels with the mean. The target is then the expert of least weight · ‖h‖, or weight.
+
+        S' = surprise / (mean over the token's finite pairs) / temperature
+        w_ce · CE(scores, argmin S') + w_kl · KL(softmax(−S') ‖ softmax(scores))
+
+    Dividing by the mean makes the loss blind to the scale of the surprise: AMP's loss scale, and the raw 1e-3 that would make any
+    softmax uniform.
+
+    Args:
+        scores: (N, E), of all experts, such as `Routing.scores`.
+        surprise: (N, E), of `scatter_surprise`: infinite where a token did not go, which the target leaves out; NaN makes the loss NaN.
+            No gradient flows to it.
+        w_ce, w_kl: weights of both terms, at least 0.
+        temperature: above 0; lower is sharper.
+        token_mask: (N,) bool, which tokens count; None for all. Those that went nowhere, or whose surprise is 0 in all of their experts,
+            never do: no loss depends on them (a last token, a label of -100), and none of their experts is the least surprised.
+
+    Returns:
+        0-d, float32 or float64: mean over the tokens that count, 0 where there is none.
+
+    Raises:
+        TypeError, ValueError: shapes or devices do not agree; a weight or the temperature is out of range; under `tinyonn.debug()` a NaN
+            in scores or surprise.
+    """
+    check_float("scores", scores)
+    check_float("surprise", surprise)
+    if scores.dim() != 2 or scores.shape[1] == 0:
+        raise ValueError(f"scores must have shape (N, E), got {tuple(scores.shape)}.")
+    if surprise.shape != scores.shape:
+        raise ValueError(f"surprise must have shape {tuple(scores.shape)}, got {tuple(surprise.shape)}.")
+    check_same_device("surprise", surprise, scores.device)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}.")
+    for name, weight in (("w_ce", w_ce), ("w_kl", w_kl)):
+        if not weight >= 0:
+            raise ValueError(f"{name} must be at least 0, got {weight}.")
+    if token_mask is not None:
+        if not isinstance(token_mask, Tensor):
+            raise TypeError(f"token_mask must be a tensor, got {type(token_mask).__name__}.")
+        if token_mask.shape != scores.shape[:1]:
+            raise ValueError(f"token_mask must have shape ({scores.shape[0]},), got {tuple(token_mask.shape)}.")
+        check_same_device("token_mask", token_mask, scores.device)
+    if debug_enabled():
+        check_no_nan("scores", scores)
+        check_no_nan("surprise", surprise)
+    return _surprise_min_loss(scores, surprise.detach(), w_ce, w_kl, temperature, token_mask)
+
+
+@without_autocast
+def _surprise_min_loss(scores: Tensor, surprise: Tensor, w_ce: float, w_kl: float, temperature: float, token_mask: Tensor | None) -> Tensor:
+    dtype = statistics_dtype(scores.dtype)
+    surprise = surprise.to(dtype)
+    finite = surprise.isfinite()
+    number = finite.sum(-1, keepdim=True)
+    unknown = surprise.isnan().any(-1)
+    known = torch.where(finite, surprise, 0)
+    largest = known.abs().amax(-1, keepdim=True)
+    counts = (largest.squeeze(-1) > 0) | unknown
+    if token_mask is not None:
+        counts = counts & token_mask.bool()
+    known = known / torch.where(largest > 0, largest, 1)  # so that the sum stays finite
+    mean = known.sum(-1, keepdim=True) / number.clamp(min=1)
+    scaled = known / torch.where(mean > 0, mean, 1) / temperature
+    logits = torch.where(finite | (number == 0), -scaled, -torch.inf)
+    log_target = logits.log_softmax(-1)
+    log_scores = torch.where(counts.unsqueeze(-1), scores, 0).to(dtype).log_softmax(-1)
+    least = log_scores.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
+    apart = torch.where(finite, log_target.exp() * (torch.where(finite, log_target, 0) - log_scores), 0).sum(-1)
+    loss = torch.where(counts, torch.where(unknown, torch.nan, 1) * (w_kl * apart - w_ce * least), 0)
+    return loss.sum() / counts.sum().clamp(min=1)
+
+
+def sparse_diversity_loss(
+    prototypes: Tensor, count: Tensor, target_k: float, *, token_mask: Tensor | None = None, expert_mask: Tensor | None = None
+) -> Tensor:
+    """Prototypes apart and short, and as many experts a token as wanted.
+
+        ‖cos(P, P) − I‖_F + mean ‖P_e‖ + |mean count − target_k|
+
+    Args:
+        prototypes: (E, F).
+        count: (N,), `Routing.count`, whose gradient is straight-through.
+        target_k: experts a token, above 0.
+        token_mask: (N,), which tokens count; where none does the loss is 0.
+        expert_mask: (E,) bool, which prototypes count.
+
+    Returns:
+        0-d, float32 or float64.
+
+    Raises:
+        TypeError, ValueError: a shape or device does not fit.
+    """
+    check_float("prototypes", prototypes)
+    check_float("count", count)
+    check_same_device("count", count, prototypes.device)
+    if prototypes.dim() != 2:
+        raise ValueError(f"prototypes must have shape (E, F), got {tuple(prototypes.shape)}.")
+    if count.dim() != 1 or not count.shape[0]:
+        raise ValueError(f"count must have shape (N,), N at least 1, got {tuple(count.shape)}.")
+    if not target_k > 0:
+        raise ValueError(f"target_k must be above 0, got {target_k}.")
+    for name, mask, size in (("token_mask", token_mask, count.shape[0]), ("expert_mask", expert_mask, prototypes.shape[0])):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}.")
+        check_same_device(name, mask, prototypes.device)
+        if mask.shape != (size,):
+            raise ValueError(f"{name} must have shape ({size},), got {tuple(mask.shape)}.")
+    return _sparse_diversity_loss(prototypes, count, target_k, token_mask, expert_mask)
+
+
+@without_autocast
+def _sparse_diversity_loss(
+    prototypes: Tensor, count: Tensor, target_k: float, token_mask: Tensor | None, expert_mask: Tensor | None
+) -> Tensor:
+    p = prototypes.to(statistics_dtype(prototypes.dtype))
+    live = p.new_ones(p.shape[0]) if expert_mask is None else expert_mask.bool().to(p.dtype)
+    tokens = p.new_ones(count.shape[0]) if token_mask is None else token_mask.bool().to(p.dtype)
+    p = torch.where(live.unsqueeze(-1) > 0, p, 0)
+    unit = unit_vectors(p)
+    apart = unit @ unit.T - live.diag()
+    mean = torch.where(tokens > 0, count.to(p.dtype), 0).sum() / tokens.sum().clamp(min=1)
+    loss = apart.norm() + p.norm(dim=-1).sum() / live.sum().clamp(min=1) + (mean - target_k).abs()
+    return torch.where(tokens.any(), loss, 0)

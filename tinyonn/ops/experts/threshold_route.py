@@ -1,0 +1,257 @@
+"""`threshold_route` and `select_by_budget`: checks, dispatch. Differentiated by autograd; nothing is read by the host."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ... import reference
+from ..._debug import debug_enabled
+from ...reference.experts.routing import Combine, Form, Routing
+from .._dispatch import check_float, check_no_nan, check_same_device, statistics_dtype, without_autocast
+
+IMPLS = ("auto", "torch", "reference")
+
+
+def threshold_route(
+    hidden_states: Tensor,
+    prototypes: Tensor,
+    thresholds: Tensor,
+    *,
+    form: Form = "sigmoid_cosine",
+    scale: float = 1.0,
+    min_experts: int = 1,
+    max_experts: int = 8,
+    combine: Combine = "softmax",
+    expert_mask: Tensor | None = None,
+    impl: str = "auto",
+) -> Routing:
+    """Routes each token to the experts whose threshold it passes: any number of them.
+
+        l = σ(scale · cos(x, P)) − σ(scale · G)      "sigmoid_cosine"
+        l = cos(x, P) − σ(G)                         "cosine"
+
+    Cosines hold for vectors of any length but 0 that their dtype can store; that of a zero vector is 0.
+    Active are the experts with l > 0: at least `min_experts`, at most `max_experts`, the highest first, ties to the lower index. A token
+    with NaN or infinity in it has no l: it goes to one expert with weight NaN, so that its output is NaN. So does every token where a
+    prototype or threshold is NaN. Under `tinyonn.debug()` that is an error.
+
+    Args:
+        hidden_states: (N, F).
+        prototypes: (E, F), P.
+        thresholds: (E,), G.
+        form: see above. With random prototypes and G = 0 "cosine" activates nothing and the other form half of all experts:
+            `nn.ThresholdRouter` starts at a mean number of experts.
+        scale: of the sigmoids.
+        min_experts, max_experts: experts of a token; max_experts slots are returned whatever E.
+        combine: weights of the active experts: "softmax" of l, the set taken as fixed; "gated", l / Σ l over those above 0, equal shares
+            where none is; "uniform", equal shares, differentiated as if the set were l itself (straight-through).
+        expert_mask: (E,) bool, which experts there are; the others' scores are -inf. None for all. Where none is left, tokens go nowhere;
+            under `tinyonn.debug()` that is an error.
+        impl: "auto", "torch" or "reference".
+
+    Returns:
+        Routing(top_k_index, top_k_weights, count, scores); float32, or float64 for float64 inputs. `count` carries the straight-through
+        gradient, for `sparse_diversity_loss`; `scores` is l, for `surprise_min_loss`.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not agree; max_experts < min_experts; NaN under `tinyonn.debug()`.
+
+    Source: threshold gating after Guo et al., "Dynamic Mixture of Experts", arXiv:2405.14297.
+    """
+    check_float("hidden_states", hidden_states)
+    if hidden_states.dim() != 2:
+        raise ValueError(f"hidden_states must have shape (N, F), got {tuple(hidden_states.shape)}.")
+    if hidden_states.shape[1] == 0:
+        raise ValueError(f"hidden_states must have at least 1 feature, got shape {tuple(hidden_states.shape)}.")
+    for name, tensor, dims in (("prototypes", prototypes, 2), ("thresholds", thresholds, 1)):
+        check_float(name, tensor)
+        check_same_device(name, tensor, hidden_states.device)
+        if tensor.dim() != dims:
+            raise ValueError(f"{name} must have {dims} dimension(s), got shape {tuple(tensor.shape)}.")
+    if prototypes.shape[1] != hidden_states.shape[1]:
+        raise ValueError(f"prototypes must have shape (E, {hidden_states.shape[1]}), got {tuple(prototypes.shape)}.")
+    if thresholds.shape[0] != prototypes.shape[0]:
+        raise ValueError(f"thresholds must have shape ({prototypes.shape[0]},), got {tuple(thresholds.shape)}.")
+    if expert_mask is not None:
+        if not isinstance(expert_mask, Tensor):
+            raise TypeError(f"expert_mask must be a tensor, got {type(expert_mask).__name__}.")
+        check_same_device("expert_mask", expert_mask, hidden_states.device)
+        if expert_mask.dtype != torch.bool or expert_mask.shape != thresholds.shape:
+            raise ValueError(
+                f"expert_mask must be bool of shape {tuple(thresholds.shape)}, got {expert_mask.dtype} {tuple(expert_mask.shape)}."
+            )
+        if debug_enabled() and not bool(expert_mask.any()):
+            raise ValueError("expert_mask must leave an expert in, got none.")
+    _check_choice("form", form, get_args(Form))
+    _check_choice("combine", combine, get_args(Combine))
+    _check_choice("impl", impl, IMPLS)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be above 0 and finite, got {scale}.")
+    _check_int("min_experts", min_experts)
+    _check_int("max_experts", max_experts)
+    if not 0 <= min_experts <= max_experts or max_experts < 1:
+        raise ValueError(f"max_experts must be at least 1 and at least min_experts, got {max_experts} and {min_experts}.")
+    if debug_enabled():
+        for name, tensor in (("hidden_states", hidden_states), ("prototypes", prototypes), ("thresholds", thresholds)):
+            _check_finite(name, tensor)
+    if impl == "reference":
+        found = reference.threshold_route(
+            hidden_states, prototypes, thresholds, form=form, scale=scale, min_experts=min_experts, max_experts=max_experts,
+            combine=combine, expert_mask=expert_mask,
+        )  # fmt: skip
+        return _narrow(found, statistics_dtype(hidden_states.dtype))
+    scores = _margins(hidden_states, prototypes, thresholds, form, scale)
+    if expert_mask is not None:
+        scores = torch.where(expert_mask, scores, -torch.inf)
+    values, index = _highest(scores, max_experts)
+    slot = torch.arange(max_experts, device=scores.device)
+    return _routing(scores, index, values.isfinite() & ((slot < min_experts) | (values > 0)), values[:, :1] == math.inf, combine)
+
+
+def select_by_budget(
+    scores: Tensor, budget: Tensor | float, *, max_experts: int = 8, combine: Combine = "softmax", impl: str = "auto"
+) -> Routing:
+    """Routes each token to the smallest set of experts whose share of softmax(scores) reaches a budget.
+
+    Args:
+        scores: (N, E), such as `threshold_route` gives.
+        budget: share of the softmax, 0 … 1; a number or (N,). At least one expert is chosen, at most `max_experts`; ties go to the lower
+            index. Rows with NaN or positive infinity get one, with weight NaN.
+        max_experts: slots.
+        combine: weights of the chosen experts, as for `threshold_route`.
+        impl: "auto", "torch" or "reference".
+
+    Returns:
+        Routing, as `threshold_route`.
+
+    Raises:
+        TypeError, ValueError: a shape, or a budget outside 0 … 1 (a tensor's only under `tinyonn.debug()`, which looks for NaN too).
+    """
+    check_float("scores", scores)
+    if scores.dim() != 2:
+        raise ValueError(f"scores must have shape (N, E), got {tuple(scores.shape)}.")
+    _check_choice("combine", combine, get_args(Combine))
+    _check_choice("impl", impl, IMPLS)
+    _check_int("max_experts", max_experts)
+    if max_experts < 1:
+        raise ValueError(f"max_experts must be at least 1, got {max_experts}.")
+    if isinstance(budget, Tensor):
+        check_same_device("budget", budget, scores.device)
+        if budget.shape not in ((), scores.shape[:1]):
+            raise ValueError(f"budget must have shape () or ({scores.shape[0]},), got {tuple(budget.shape)}.")
+        within = not debug_enabled() or bool(((budget >= 0) & (budget <= 1)).all())
+    else:
+        within = 0 <= budget <= 1
+    if not within:
+        raise ValueError(f"budget must be 0 … 1, got {budget}.")
+    if debug_enabled():
+        check_no_nan("scores", scores)
+    wide = scores.to(statistics_dtype(scores.dtype))
+    if impl == "reference":
+        return _narrow(reference.select_by_budget(scores, budget, max_experts=max_experts, combine=combine), wide.dtype)
+    share, index = _highest(_shares(wide), max_experts)
+    limit: Any = budget.to(share.dtype).reshape(-1, 1) if isinstance(budget, Tensor) else budget
+    before = share.cumsum(-1) - share
+    slot = torch.arange(max_experts, device=share.device)
+    there = share > 0  # neither masked nor of no mass in this precision
+    whole = limit >= 1  # sums of shares reach 1 before the last share, or never
+    return _routing(wide, index, there & ((slot == 0) | (before < limit) | whole), share[:, :1] == math.inf, combine)
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """Softmax, 0 for experts that are not there; NaN in all others of a row where one score is NaN or positive infinity."""
+    scores = scores.detach()
+    return torch.where(scores == -math.inf, 0, scores.softmax(-1))
+
+
+@without_autocast
+def _margins(hidden_states: Tensor, prototypes: Tensor, thresholds: Tensor, form: Form, scale: float) -> Tensor:
+    dtype = statistics_dtype(hidden_states.dtype)
+    x, p, g = (tensor.to(dtype) for tensor in (hidden_states, prototypes, thresholds))
+    cosine = unit_vectors(x) @ unit_vectors(p).T
+    return cosine - g.sigmoid() if form == "cosine" else (scale * cosine).sigmoid() - (scale * g).sigmoid()
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """(N, F) scaled to length 1, zero vectors left as they are.
+
+    The largest entry goes first, for squares of 1e-30 or 1e30 are no float32. A factor changes no direction, so it needs no gradient.
+    """
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1)
+    length = x.norm(dim=-1, keepdim=True)
+    return x / torch.where(length > 0, length, 1)
+
+
+def _highest(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """(N, slots) scores and experts from the highest on, ties to the lower index; inf for NaN, first of all, -inf beyond the last."""
+    scores = scores.detach()
+    known = torch.where(scores.isnan(), torch.inf, scores)
+    experts = known.shape[-1]
+    if known.dtype == torch.float64:
+        values, index = known.sort(dim=-1, descending=True, stable=True)
+        values, index = values[:, :slots], index[:, :slots]
+    else:
+        # topk promises no order among equals: an integer key orders by score first, then by the lower index.
+        bits = (known + 0.0).view(torch.int32).long()  # -0 becomes 0
+        ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+        key = ordered * (1 << 31) + (experts - 1 - torch.arange(experts, device=scores.device))
+        index = key.topk(min(slots, experts), dim=-1, sorted=True).indices
+        values = known.gather(-1, index)
+    if slots > experts:
+        values = functional.pad(values, (0, slots - experts), value=-torch.inf)
+        index = functional.pad(index, (0, slots - experts), value=experts)
+    return values, index
+
+
+def _routing(scores: Tensor, index: Tensor, used: Tensor, unknown: Tensor, combine: Combine) -> Routing:
+    """Of the slots that are used; rows that are unknown, (N, 1), use the first one, and have NaN for weight and count."""
+    num_experts = scores.shape[-1]
+    used = torch.where(unknown, torch.arange(index.shape[-1], device=index.device) == 0, used)
+    top_k_index = torch.where(used, index, num_experts)
+    known = torch.where(scores == -torch.inf, 0, scores)
+    known = torch.where(known == torch.inf, torch.nan, known)
+    slots = functional.pad(known, (0, 1)).gather(-1, top_k_index) * torch.where(unknown, torch.nan, 1)
+    count = used.sum(-1) + _step(known).sum(-1)
+    match combine:
+        case "softmax":
+            none = ~used.any(-1, keepdim=True)
+            weights = torch.where(used | none, slots, -torch.inf).softmax(-1)
+        case "uniform":
+            weights = (1 + _step(slots)) / torch.where(count == 0, 1, count).unsqueeze(-1)
+        case "gated":
+            positive = torch.where(used, slots.clamp(min=0), 0)
+            total = positive.sum(-1, keepdim=True)
+            equal = used / used.sum(-1, keepdim=True).clamp(min=1)
+            weights = torch.where(total <= 0, equal, positive / torch.where(total <= 0, 1, total))
+    return Routing(top_k_index, torch.where(used, weights, 0), count, scores)
+
+
+def _step(scores: Tensor) -> Tensor:
+    """0, with the gradient of the scores."""
+    return scores - scores.detach()
+
+
+def _narrow(found: Routing, dtype: torch.dtype) -> Routing:
+    return Routing(found.top_k_index, found.top_k_weights.to(dtype), found.count.to(dtype), found.scores.to(dtype))
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    count = int((~tensor.isfinite()).sum())
+    if count:
+        raise ValueError(f"{name} must be finite, got NaN or infinity in {count} of {tensor.numel()} values.")
+
+
+def _check_int(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}.")

@@ -1,0 +1,1 @@
+"""DynNSA and its branches."""

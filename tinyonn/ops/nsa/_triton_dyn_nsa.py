@@ -1,0 +1,205 @@
+"""The whole of DynNSA on Triton, forward and backward, from its three branches.
+
+    out = gate_c · compressed + gate_s · selected + gate_w · window
+
+Of the branches only the selected one is kept for backward; the product of the others with the gradient of out, which is the gradient
+of their gate, falls out of their backward. What is query-outer runs in chunks of tokens, over one float32 sum a chunk: sums of four
+parts in half precision would lose digits, and one for all tokens would be the largest tensor there is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._dispatch import on_its_device
+from ._checks import Bounds
+from ._triton_nsa import empty_lists
+
+if TYPE_CHECKING:
+    from .dyn_nsa import Options
+
+CHUNK_ELEMENTS = 1 << 25  # of the float32 sum, 128 MiB
+
+
+def chunks_of(query: Tensor) -> list[slice]:
+    """Tokens in parts of at most CHUNK_ELEMENTS values, the last part first: it reads most keys, so tiles are chosen on it."""
+    batch, tokens, heads, dim = query.shape
+    size = max(1, CHUNK_ELEMENTS // max(1, batch * heads * dim))
+    return [slice(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)][::-1]
+
+
+def float32_sum(target: Tensor, chunks: list[slice]) -> Tensor | None:
+    """Where the sum of a chunk is made; None for the target itself."""
+    if target.dtype == torch.float32 or not chunks:
+        return None
+    longest = chunks[-1].stop  # the first tokens' chunk is whole
+    return torch.empty((target.shape[0], longest, *target.shape[2:]), dtype=torch.float32, device=target.device)
+
+
+@on_its_device
+def dyn_nsa_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_compressed: Tensor,
+    value_compressed: Tensor,
+    gates: Tensor,
+    base: Tensor,
+    slope: Tensor,
+    tau: Tensor | None,
+    options: Options,
+    bounds: Bounds,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See the registered op."""
+    from tinyonn_kernels.nsa._common import geometry_of
+    from tinyonn_kernels.nsa.block_sparse_fwd import block_sparse_attention_fwd
+    from tinyonn_kernels.nsa.interval_attention_fwd import interval_attention_fwd
+    from tinyonn_kernels.nsa.select_blocks_fwd import select_blocks_fwd
+
+    window, temperature, block_size, compress_size, max_blocks, _, scale = options
+    num_keys, num_kv = key.shape[1:3]
+    window = min(window, num_keys)
+    whole = geometry_of(query, num_keys, *bounds)
+    out, selected = (torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(2))
+    lse_compressed, lse_selected, lse_window, entropy = (
+        torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) for _ in range(4)
+    )
+    indices, counts, bias, soft_counts = empty_lists(query, num_kv, max_blocks)
+    own_tau = torch.empty_like(soft_counts) if tau is None else entropy.new_empty(0)
+    overflowing = torch.zeros((), dtype=torch.int64, device=query.device)
+    chunks = chunks_of(query)
+    scratch = float32_sum(out, chunks)
+    for chunk in chunks:
+        rows = (slice(None), chunk)
+        geometry = whole.of_chunk(chunk.start)
+        q, weights = query[rows], gates[rows].unbind(-1)
+        mixed = out[rows] if scratch is None else scratch[:, : q.shape[1]]
+        interval_attention_fwd(
+            q, key_compressed, value_compressed, mixed, lse_compressed[rows], entropy[rows], geometry, compress_size, scale,
+            compressed=True, weight=weights[0],
+        )  # fmt: skip
+        interval_attention_fwd(
+            q, key, value, mixed, lse_window[rows], None, geometry, window, scale, compressed=False, weight=weights[2], accumulate=True
+        )
+        if tau is None:
+            place = torch.arange(geometry.before, geometry.before + q.shape[1], dtype=torch.int32, device=q.device)
+            visible = ((place - geometry.start[:, geometry.before : geometry.before + q.shape[1]] + 1) // compress_size).unsqueeze(-1)
+            mean = entropy[rows].unflatten(-1, (num_kv, -1)).mean(-1)
+            # Padding has no entropy, wherever it lies.
+            own_tau[rows] = torch.where(visible > 1, mean / visible.clamp(min=2).float().log(), 0)
+        threshold = base.float() - slope.float() * (own_tau if tau is None else tau)[rows].float()
+        lists = (indices[rows], counts[rows], bias[rows])
+        over = select_blocks_fwd(
+            q, key_compressed, lse_compressed[rows], threshold, *lists, soft_counts[rows], geometry, num_keys, temperature, block_size,
+            compress_size, scale,
+        )  # fmt: skip
+        overflowing += over.sum()
+        block_sparse_attention_fwd(q, key, value, *lists, selected[rows], lse_selected[rows], geometry, block_size, scale)
+        mixed += selected[rows] * weights[1].float().unsqueeze(-1)
+        if scratch is not None:
+            out[rows] = mixed
+    overflow = overflowing.float() / (counts > 0).sum().clamp(min=1)
+    return (
+        out, counts, own_tau, soft_counts, overflow, lse_compressed, lse_selected, lse_window, indices, bias, selected
+    )  # fmt: skip
+
+
+@on_its_device
+def dyn_nsa_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_compressed: Tensor,
+    value_compressed: Tensor,
+    gates: Tensor,
+    base: Tensor,
+    slope: Tensor,
+    tau: Tensor,
+    lse_compressed: Tensor,
+    lse_selected: Tensor,
+    lse_window: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    bias: Tensor,
+    selected: Tensor,
+    grad_out: Tensor,
+    grad_soft: Tensor,
+    options: Options,
+    bounds: Bounds,
+) -> list[Tensor]:
+    """Gradients of query (in its dtype), key, value, both compressed tensors, gates, base and slope (float32)."""
+    from tinyonn_kernels.nsa._common import geometry_of, unit_stride
+    from tinyonn_kernels.nsa.block_sparse_dkv import block_sparse_attention_dkv
+    from tinyonn_kernels.nsa.block_sparse_dq import block_sparse_attention_dq
+    from tinyonn_kernels.nsa.interval_attention_dkv import interval_attention_dkv
+    from tinyonn_kernels.nsa.interval_attention_dq import interval_attention_dq
+    from tinyonn_kernels.nsa.select_blocks_dk import select_blocks_dk
+    from tinyonn_kernels.nsa.select_blocks_dq import select_blocks_dq
+
+    window, temperature, block_size, compress_size, _, detach_scores, scale = options
+    num_keys = key.shape[1]
+    window = min(window, num_keys)
+    whole = geometry_of(query, num_keys, *bounds)
+    sizes = (num_keys, temperature, block_size, compress_size, scale)
+    grad_out, grad_soft = unit_stride(grad_out), grad_soft.contiguous()
+    threshold = base.float() - slope.float() * tau.float()
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    products = [torch.empty_like(lse_compressed) for _ in range(3)]
+    shifts = torch.empty_like(lse_compressed)
+    grad_threshold = torch.empty_like(threshold)
+    grad_bias = torch.zeros_like(bias)
+    grad_lse = None if detach_scores else torch.empty_like(lse_compressed)
+    chunks = chunks_of(query)
+    scratch = float32_sum(grad_query, chunks)
+    for chunk in chunks:
+        rows = (slice(None), chunk)
+        geometry = whole.of_chunk(chunk.start)
+        q, grad, weights = query[rows], grad_out[rows], gates[rows].unbind(-1)
+        of_compressed, of_selected, of_window = (product[rows] for product in products)
+        grad_q = grad_query[rows] if scratch is None else scratch[:, : q.shape[1]]
+        of_selected.copy_((selected[rows].float() * grad).sum(-1))
+        lists = (indices[rows], counts[rows])
+        shift = shifts[rows].copy_(of_selected * weights[1].float())
+        block_sparse_attention_dq(
+            q, key, value, *lists, bias[rows], lse_selected[rows], shift, grad, weights[1], grad_q, grad_bias[rows], geometry, block_size,
+            scale,
+        )  # fmt: skip
+        interval_attention_dq(
+            q, key, value, lse_window[rows], grad, weights[2], None, of_window, grad_q, geometry, window, scale, compressed=False,
+            accumulate=True,
+        )  # fmt: skip
+        chunk_lse = None if grad_lse is None else grad_lse[rows]
+        select_blocks_dq(
+            q, key_compressed, lse_compressed[rows], threshold[rows], *lists, grad_bias[rows], grad_soft[rows], grad_threshold[rows],
+            None if detach_scores else grad_q, chunk_lse, geometry, *sizes, accumulate=True,
+        )  # fmt: skip
+        interval_attention_dq(
+            q, key_compressed, value_compressed, lse_compressed[rows], grad, weights[0], chunk_lse, of_compressed, grad_q, geometry,
+            compress_size, scale, compressed=True, accumulate=True,
+        )  # fmt: skip
+        if scratch is not None:
+            grad_query[rows] = grad_q
+    del scratch
+
+    weights = gates.unbind(-1)
+    grad_key, grad_value = interval_attention_dkv(
+        query, key, value, lse_window, grad_out, weights[2], None, products[2], whole, window, scale, compressed=False
+    )
+    block_sparse_attention_dkv(
+        query, key, value, indices, counts, bias, lse_selected, shifts, grad_out, weights[1], grad_key, grad_value, whole, block_size, scale
+    )
+    grad_key_compressed, grad_value_compressed = interval_attention_dkv(
+        query, key_compressed, value_compressed, lse_compressed, grad_out, weights[0], grad_lse, products[0], whole, compress_size, scale,
+        compressed=True,
+    )  # fmt: skip
+    if not detach_scores:
+        grad_key_compressed += select_blocks_dk(
+            query, key_compressed, lse_compressed, threshold, indices, counts, grad_bias, grad_soft, whole, *sizes
+        )
+    grad_base = grad_threshold.sum((0, 1))
+    grad_slope = -(grad_threshold * tau.float()).sum((0, 1))
+    grad_gates = torch.stack(products, -1)
+    return [grad_query, grad_key, grad_value, grad_key_compressed, grad_value_compressed, grad_gates, grad_base, grad_slope]

@@ -1,0 +1,174 @@
+"""`attention_stats`: checks, registration, dispatch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import reference
+from ..._debug import debug_enabled
+from .._dispatch import check_float, check_impl, check_no_nan, check_same_device, choose_impl, register_statistic, statistics_dtype
+from ..nsa._checks import check_keys, check_query, choose_nsa_impl, in_one_dtype, scale_of
+from ._torch_attention_stats import Visibility
+from ._torch_attention_stats import attention_stats as torch_attention_stats
+
+
+class AttentionStats(NamedTuple):
+    """What each query's attention looks like.
+
+    Attributes:
+        entropy: (B, T, H) float32 (float64 for float64), in nats; 0 where a query sees nothing.
+        span_mass: likewise, the share of its probability that lies on the span, 0 … 1; None without a span.
+    """
+
+    entropy: Tensor
+    span_mass: Tensor | None
+
+
+def attention_stats(
+    query: Tensor,
+    key: Tensor,
+    *,
+    span_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    impl: str = "auto",
+) -> AttentionStats:
+    """Entropy of each query's attention, and its mass on a span of keys; the matrix of probabilities is never stored.
+
+        entropy = -Σ_j p_j ln p_j = lse · Σ_j p_j - Σ_j p_j s_j,   span mass = Σ_{j in span} p_j
+
+    The p_j sum to 1 but for sinks. Tensors are (B, T, H, D), not scaled_dot_product_attention's (B, H, T, D). Nothing is differentiable.
+
+    Args:
+        query: (B, T, H, D), the last T of Tk positions; with rotary embeddings applied.
+        key: (B, Tk, K, D), K dividing H.
+        span_mask: (B, Tk) bool, keys of the span.
+        key_mask: (B, Tk) bool, False for padding.
+        scale: of the scores; None for D ** -0.5.
+        causal: whether a query sees no key after it.
+        window: a query sees no key that lies `window` or more positions before it; None for all.
+        softcap: scores become softcap · tanh(score / softcap), before a bias.
+        sinks: (H,), one more score of each head, whose probability belongs to no key; the other probabilities then sum to less than 1.
+        bias: broadcastable to (B, H, T, Tk): bool, False for hidden keys, or floats that are added to the scores, -1e30 and less hidden.
+        impl: "auto", "triton", "torch" or "reference"; an explicit choice never falls back.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or value that is not accepted.
+        RuntimeError: impl="triton" cannot run here.
+
+    Source: entropy of heads as Clark et al. take it, "What does BERT look at?", arXiv:1906.04341.
+    """
+    check_impl(impl)
+    query, key = in_one_dtype(query, key)
+    check_query(query)
+    check_keys(query, "key", key, "key", None)
+    batch, queries, heads, _ = query.shape
+    keys = key.shape[1]
+    if keys < queries:
+        raise ValueError(f"key must have at least query's {queries} positions, got {keys}.")
+    for name, mask in (("span_mask", span_mask), ("key_mask", key_mask)):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"{name} must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}.")
+        if mask.shape != (batch, keys):
+            raise ValueError(f"{name} must have shape {(batch, keys)}, got {tuple(mask.shape)}.")
+        check_same_device(name, mask, query.device)
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be an int of at least 1, or None, got {window!r}.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be above 0 and finite, or None, got {softcap}.")
+    if sinks is not None:
+        check_float("sinks", sinks)
+        check_same_device("sinks", sinks, query.device)
+        if sinks.shape != (heads,):
+            raise ValueError(f"sinks must have shape ({heads},), got {tuple(sinks.shape)}.")
+    tensors = [None if x is None else x.detach() for x in (query, key, span_mask, key_mask, sinks, _as_bias(bias, query, keys))]
+    found = _attention_stats(*tensors, scale_of(query, scale), causal, window or 0, softcap or 0.0, impl)
+    return AttentionStats(found[0], None if span_mask is None else found[1])
+
+
+def _as_bias(bias: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
+    """With four dimensions."""
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor) or bias.dtype != torch.bool:
+        check_float("bias", bias)
+    check_same_device("bias", bias, query.device)
+    batch, queries, heads, _ = query.shape
+    whole = (batch, heads, queries, keys)
+    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    if len(shape) != 4 or any(size not in (1, wanted) for size, wanted in zip(shape, whole, strict=True)):
+        raise ValueError(f"bias must be broadcastable to {whole}, got {tuple(bias.shape)}.")
+    return bias.view(shape) if bias.dim() < 4 else bias
+
+
+def _compute(
+    query: Tensor,
+    key: Tensor,
+    span_mask: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """entropy and span mass; the mass is empty without a span, as an op's outputs are fixed in number."""
+    if debug_enabled():
+        check_no_nan("query", query)
+        check_no_nan("key", key)
+    if choose_impl(impl, query) == "reference":
+        options: dict[str, Any] = {
+            "scale": scale,
+            "causal": causal,
+            "window": window or None,
+            "softcap": softcap or None,
+            "sinks": sinks,
+            "bias": bias,
+        }
+        entropy, mass = reference.attention_stats(query, key, span_mask=span_mask, key_mask=key_mask, **options)
+        dtype = statistics_dtype(query.dtype)
+        return entropy.to(dtype), query.new_empty(0, dtype=dtype) if mass is None else mass.to(dtype)
+    visibility = Visibility(causal, window, key_mask, bias)
+    if choose_nsa_impl(impl, query) == "triton":
+        from tinyonn_kernels.statistics.attention_stats import attention_stats_fwd
+
+        entropy = query.new_empty(query.shape[:3], dtype=torch.float32)
+        mass = torch.empty_like(entropy) if span_mask is not None else entropy.new_empty(0)
+        with torch.cuda.device_of(query):
+            attention_stats_fwd(query, key, entropy, mass, span_mask, key_mask, sinks, bias, scale, causal, window, softcap)
+        return entropy, mass
+    return torch_attention_stats(query, key, span_mask, sinks, scale, softcap, visibility)
+
+
+_attention_stats = register_statistic("attention_stats", _compute)
+
+
+@torch.library.register_fake("tinyonn::attention_stats")
+def _(
+    query: Tensor,
+    key: Tensor,
+    span_mask: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    entropy = query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
+    return entropy, entropy.new_empty(0) if span_mask is None else torch.empty_like(entropy)

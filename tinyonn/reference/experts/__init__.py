@@ -1,0 +1,1 @@
+"""References of routing, experts and surprise."""

@@ -1,0 +1,1 @@
+"""References of DynNSA and its branches."""

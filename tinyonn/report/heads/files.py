@@ -1,0 +1,113 @@
+"""What the commands of the head laboratory wrote, read for its pages: tables of one line a head, and facts."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from ...errors import InputError, listed, reason
+from ..scan.grid import Floats
+
+
+@dataclass(frozen=True)
+class HeadColumns:
+    """A CSV of one line a head.
+
+    Attributes:
+        layers: label of each row of a grid.
+        places: (lines,) (layer, head) in the file's order.
+        columns: (lines,) numbers by column, in the file's order; NaN where a cell is empty.
+        words: (lines,) text by column.
+    """
+
+    layers: tuple[str, ...]
+    places: tuple[tuple[int, int], ...]
+    columns: dict[str, Floats]
+    words: dict[str, list[str]]
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the widest layer."""
+        return max(head for _, head in self.places) + 1
+
+    def grid(self, name: str) -> Floats:
+        """One column as (layers, heads); NaN where a layer has no such head."""
+        rows = {int(label): row for row, label in enumerate(self.layers)}
+        out = np.full((len(self.layers), self.num_heads), np.nan)
+        for (layer, head), value in zip(self.places, self.columns[name], strict=True):
+            out[rows[layer], head] = value
+        return out
+
+
+def read_heads(path: Path, names: Sequence[str], step: str, words: Sequence[str] = ()) -> HeadColumns:
+    """A CSV with the columns layer and head.
+
+    Args:
+        path: the file.
+        names: numeric columns that it must have; others are read too.
+        step: command that writes it.
+        words: columns of text that it must have.
+
+    Raises:
+        InputError: it is missing, has no line, lacks a column, or a cell is no number; the line names the file and the step.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows, head = list(reader), reader.fieldnames or []
+    except FileNotFoundError:
+        raise InputError(f"{path} must exist, got no such file; run {step}.") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} must be a CSV that can be read, got: {reason(error, 100)}; run {step} again.") from error
+    wanted = ["layer", "head", *names, *words]
+    if not set(wanted) <= set(head):
+        raise InputError(f"{path} must have the columns {', '.join(wanted)}, got {listed(head)}; run {step} again.")
+    if not rows:
+        raise InputError(f"{path} must have a line for every head, got none; run {step} again.")
+    try:
+        places = tuple((int(row["layer"]), int(row["head"])) for row in rows)
+        numeric = [name for name in head if name not in ("layer", "head", *words)]
+        columns = {name: np.array([float(row[name]) if row[name] else math.nan for row in rows]) for name in numeric}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path} must hold numbers, got: {reason(error, 100)}; run {step} again.") from error
+    if len(set(places)) < len(places) or min(min(place) for place in places) < 0:
+        raise InputError(f"{path} must name every head once, counted from 0; run {step} again.")
+    layers = tuple(str(layer) for layer in sorted({layer for layer, _ in places}))
+    return HeadColumns(layers, places, columns, {name: [row[name] or "" for row in rows] for name in words})
+
+
+def short_text(value: str) -> str:
+    """A digest by its beginning, a whole path by its last two parts, anything else as it is."""
+    if len(value) >= 32 and set(value) <= set("0123456789abcdef"):
+        return f"{value[:12]}…"
+    path = PurePath(value)
+    return "/".join(("…", *path.parts[-2:])) if path.is_absolute() and len(path.parts) > 3 else value
+
+
+def plain_facts(values: dict[str, Any], left_out: Sequence[str] = ()) -> dict[str, object]:
+    """What a run says of itself, for a list of facts: single values, digests and paths shortened, versions joined; no lists.
+
+    Args:
+        values: of a JSON file.
+        left_out: keys that are shown elsewhere.
+    """
+    shown: dict[str, object] = {}
+    for key, value in values.items():
+        if key in left_out:
+            continue
+        name = str(key).replace("_", " ")
+        if isinstance(value, bool):
+            shown[name] = "yes" if value else "no"
+        elif isinstance(value, str):
+            shown[name] = short_text(value)
+        elif isinstance(value, int | float):
+            shown[name] = value
+        elif key == "versions" and isinstance(value, dict):
+            shown[name] = ", ".join(f"{package} {version}" for package, version in value.items())
+    return shown

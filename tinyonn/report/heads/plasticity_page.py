@@ -1,0 +1,402 @@
+"""The page of one plasticity run: what the heads were worth before training, and what training changed in them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..._io.files import read_json, write_atomically
+from ..._io.study import (
+    CASES,
+    FIG_GRADIENT,
+    FIG_STATS,
+    FIG_UPDATE,
+    HEADS,
+    MAP_FILES,
+    MEASURE_STEP,
+    MEASURED,
+    PAGE,
+    REPORT_STEP,
+    STATS,
+    TRAIN_AGAIN,
+    TRAIN_STEP,
+    TRAINED,
+)
+from ..._io.units import counted
+from ...errors import InputError
+from ..html import charts
+from ..html.charts import DotRow, Points
+from ..html.maps import HeatMap, make_map
+from ..html.page import card, facts, map_card, map_data, notices, page, section, table, terms, text
+from ..scan import figures
+from ..scan.report import ReportResult
+from .figures import HeadScatter, draw_head_map, draw_head_scatters, draw_statistics
+from .files import HeadColumns, plain_facts, read_heads
+from .plasticity_limits import (
+    MeasuredRows,
+    if_unrelated,
+    is_judged,
+    judged_line,
+    limits_of_numbers,
+    limits_of_rows,
+    pair_name,
+    read_rows,
+    study_limits,
+)
+from .scores_page import head_names, model_title, view_controls
+
+STATIC, PLASTIC = "important-but-static", "plastic-but-unimportant"
+KEYS = {STATIC: "important_but_static", PLASTIC: "plastic_but_unimportant"}
+_LOSS_POINTS = 100
+_WHEN = {"pre": "before", "post": "after"}
+MEANINGS = {
+    "I_pre, I_post": "importance before and after training: by how much the loss on the measured rows rises (nats) when the head's output "
+    "is set to 0. Below 0, the model does better without the head.",
+    "U": "update: the Frobenius norm of the change of the head's query, key, value and output weights by training.",
+    "Urel": "the update, relative to the norms of these weights before training.",
+    "G_pre": "gradient before training: the norm of the gradient of the loss with respect to the head's weights.",
+    "taylor, taylor_abs": "first-order estimates of I from one backward pass: −mean of dL/dgate, and the mean over samples of its size.",
+    STATIC: "among the most important heads before training, and among the least changed by it.",
+    PLASTIC: "among the most changed heads, and among the least important before training.",
+}
+STATISTICS_LEAD = (
+    "Whether the heads that matter before training (I_pre) change most in it (U, Urel), or have the largest gradient (G_pre). "
+    "Rows with taylor compare the first-order estimates with the exact importance. Terms, at the end, defines these names."
+)
+# Figure -> its panels: column against I_pre, title, title of the y axis.
+SCATTERS = {
+    FIG_UPDATE: (
+        ("U", "Importance and update", "U, change of the head's weights"),
+        ("Urel", "Importance and relative update", "Urel, change relative to the weights"),
+    ),
+    FIG_GRADIENT: (("G_pre", "Importance and gradient", "G_pre, gradient norm before training"),),
+}
+MAPS = {
+    "I_pre": ("Importance before training", "loss increase, nats", True, "Loss increase without the head, before training."),
+    "I_post": ("Importance after training", "loss increase, nats", True, "Loss increase without the head, after training."),
+    "Urel": ("Relative update", "share of the weights' norm", False, "How far training moved the head's weights, relative to their norm."),
+    "G_pre": (
+        "Gradient before training",
+        "norm, nats per unit of weight",
+        False,
+        "L2 norm of the gradient of the loss with respect to the head's weights.",
+    ),
+}
+
+
+def write_plasticity_page(folder: str | os.PathLike[str], *, figures_too: bool = True) -> ReportResult:
+    """Draws what the steps of a plasticity run wrote: index.html, and the figures as PNGs.
+
+    Args:
+        folder: OUTPUT/TASK/seedN with heads.csv, stats.json, cases.json, measure.json and train.json.
+        figures_too: also draw fig_I_vs_U.png, fig_I_vs_G.png, fig_stats.png, map_I_pre.png, map_I_post.png and map_Urel.png; needs
+            matplotlib.
+
+    Raises:
+        InputError: a file is missing or not what its step writes (the line names it), or matplotlib is missing.
+    """
+    root = Path(folder)
+    if figures_too:
+        figures.require_matplotlib()
+    names = ["I_pre", "I_post", "accuracy_drop_pre", "accuracy_drop_post", "taylor_pre", "taylor_abs_pre", "U", "Urel", "G_pre"]
+    heads = read_heads(root / HEADS, names, REPORT_STEP, ["kind"])
+    stats, cases = read_json(root / STATS, dict, REPORT_STEP), read_json(root / CASES, dict, REPORT_STEP)
+    measured, trained = read_json(root / MEASURED, dict, MEASURE_STEP), read_json(root / TRAINED, dict, TRAIN_STEP, TRAIN_AGAIN)
+    rows = read_rows(root)
+    maps = [make_map(key, title, legend, unit, heads.grid(key), signed=signed) for key, (title, unit, signed, legend) in MAPS.items()]
+    try:
+        content = _page(heads, stats, cases, measured, trained, rows, maps)
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{root} must hold stats.json and cases.json as the report step writes them, got {error!r}; run {REPORT_STEP}."
+        ) from error
+    drawn = _draw(root, heads, stats, cases, maps) if figures_too else ()
+    write_atomically(root / PAGE, content)
+    return ReportResult(root / PAGE, drawn)
+
+
+def head_label(layer: int, head: int) -> str:
+    """Name of a head on charts."""
+    return f"layer {layer} head {head}"
+
+
+def _model(stats: Mapping[str, Any]) -> str:
+    return model_title(stats["model"], stats["options"]["model_path"])
+
+
+def case_points(heads: HeadColumns, x: str, y: str) -> list[Points]:
+    """Heads as three groups of points: those that are no case, and the two kinds of cases."""
+    kinds = np.array(heads.words["kind"])
+    groups = []
+    for kind, name, shape in (("", "other heads", "circle"), (STATIC, STATIC, "square"), (PLASTIC, PLASTIC, "triangle")):
+        lines = np.flatnonzero(kinds == kind)
+        labels = [head_label(*heads.places[line]) for line in lines]
+        groups.append(Points(name, heads.columns[x][lines], heads.columns[y][lines], labels, shape))
+    return groups
+
+
+def _percentile_marks(cases: Mapping[str, Any], column: str) -> list[tuple[str, float]]:
+    """The lines that tell cases: of I_pre and Urel, none of other columns."""
+    edges = cases["thresholds"]
+    return [(f"p{cases[side]:g}", edges[f"{column}_{side}"]) for side in ("low", "high") if f"{column}_{side}" in edges]
+
+
+def _dot_rows(stats: Mapping[str, Any]) -> tuple[list[DotRow], list[DotRow]]:
+    rhos, overlaps = [], []
+    for pair in stats["pairs"]:
+        name, overlap, judged = pair_name(pair), pair["overlap"], is_judged(pair, stats["acceptance"])
+        rhos.append(DotRow(name, pair["rho"], pair["low"], pair["high"], judged=judged))
+        overlaps.append(DotRow(name, overlap["share"], chance=overlap["chance"], judged=judged))
+    return rhos, overlaps
+
+
+def _draw(root: Path, heads: HeadColumns, stats: Mapping[str, Any], cases: Mapping[str, Any], maps: Sequence[HeatMap]) -> tuple[Path, ...]:
+    where = f"{_model(stats)} on {stats['task']}"
+    drawn = []
+    for name, panels in SCATTERS.items():
+        drawn.append(root / name)
+        x_marks = _percentile_marks(cases, "I_pre")
+        plots = [
+            HeadScatter(title, case_points(heads, "I_pre", column), y_title, x_marks, _percentile_marks(cases, column))
+            for column, title, y_title in panels
+        ]
+        draw_head_scatters(drawn[-1], where, plots, "I_pre, loss increase without the head (nats)")
+    drawn.append(root / FIG_STATS)
+    draw_statistics(drawn[-1], f"Importance and change: {where}", *_dot_rows(stats), study_limits(stats["acceptance"]))
+    for heat_map in (heat_map for heat_map in maps if heat_map.key in MAP_FILES):
+        drawn.append(root / MAP_FILES[heat_map.key])
+        draw_head_map(drawn[-1], heat_map.title, where, heat_map, "none", heads.layers, heads.num_heads)
+    return tuple(drawn)
+
+
+def _page(
+    heads: HeadColumns,
+    stats: Mapping[str, Any],
+    cases: Mapping[str, Any],
+    measured: dict[str, Any],
+    trained: dict[str, Any],
+    rows: MeasuredRows,
+    maps: Sequence[HeatMap],
+) -> str:
+    names, short = head_names(heads.num_heads)
+    legend = (
+        "By layer: each row is scaled by itself. Global: all rows share one scale. As measured: the values of heads.csv. Importance keeps "
+        "its zero: in warm colours are heads that the model needs, in blue those that it does better without."
+    )
+    no_cases = [f"There are no cases: {cases['reason']}."] if cases["reason"] else []
+    body = [
+        notices([*limits_of_rows({"": rows}), *limits_of_numbers(stats), *no_cases]),
+        _verdict(stats),
+        section("run", "Run", _run(stats, measured, trained, rows)),
+        _acceptance(stats, trained),
+        _statistics(stats),
+        _scatters(heads, cases),
+        section("maps", "Layers and heads", view_controls("none", legend) + f'<div class="grid2">{"".join(map(map_card, maps))}</div>'),
+        _cases(cases),
+        _tops(heads, int(stats["top_k"])),
+        section("terms", "Terms", terms(MEANINGS)),
+    ]
+    data = {"maps-data": [map_data(heat_map, heads.layers, names, short) for heat_map in maps]}
+    seed = "" if stats["seed"] is None else f"seed {stats['seed']}, "
+    subtitle = f"{_model(stats)}, {seed}{counted(len(heads.layers), 'layer')}, {counted(len(heads.places), 'head')}. Written by tinyonn."
+    return page(f"What training on {stats['task']} does to heads", subtitle, "\n".join(body), data, ["core.js", "map.js"])
+
+
+_ACCEPTANCE_LEAD = (
+    "The study that these measures come from found that importance before training says little about which heads training changes, and "
+    "set these figures. They are computed here as there, met or not. Beside them stands what they would be on average if importance and "
+    "change had nothing to do with each other."
+)
+
+
+def _acceptance_table(stats: Mapping[str, Any]) -> str:
+    """The acceptance figures of one run."""
+    verdicts = {True: "✓ met", False: "✗ not met", None: "not defined"}
+    cells = [
+        [
+            row["figure"].replace("rho", "ρ"),
+            verdicts[row["met"]],
+            row["rule"].replace(">=", "≥"),
+            found_number(row["value"]),
+            if_unrelated(row["figure"], stats),
+        ]
+        for row in stats["acceptance"]
+    ]
+    return table(["figure", "verdict", "wanted", "found", "if unrelated"], cells, numeric=(3, 4))
+
+
+def _verdict(stats: Mapping[str, Any]) -> str:
+    rows = stats["acceptance"]
+    met = sum(row["met"] is True for row in rows)
+    counts = stats["counts"]
+    first = stats["pairs"][1]
+    rho = "is not defined" if first["rho"] is None else f"is {first['rho']:.2f}"
+    line = (
+        f"The rank correlation of importance before training with the relative update {rho}. Of {counts['heads']} heads, "
+        f"{counts['important_but_static']} are important but static and {counts['plastic_but_unimportant']} plastic but unimportant. "
+        f"{met} of the original study's {len(rows)} figures {'is' if met == 1 else 'are'} met."
+    )
+    return f'<p class="verdict">{text(line)}</p>'
+
+
+def _run(stats: Mapping[str, Any], measured: dict[str, Any], trained: dict[str, Any], rows: MeasuredRows) -> str:
+    def change(name: str) -> str | None:
+        before, after = (measured.get(f"base_{name}_{when}") for when in ("pre", "post"))
+        return None if before is None or after is None else f"{before:.4f} → {after:.4f}"
+
+    seconds = [run.get("seconds") for run in (trained, measured)]
+    values = {
+        "model": stats["model"],
+        "task": stats["task"],
+        "seed": stats["seed"],
+        "rows trained on": trained.get("train_rows"),
+        "rows measured": measured.get("samples"),
+        "rows without a label, left out": trained.get("unlabelled_rows") or None,
+        "steps of training": trained.get("steps"),
+        "accuracy, before → after": change("accuracy"),
+        "commonest class measured": rows.told,
+        "loss, before → after": change("loss"),
+        "training, measuring, seconds": " and ".join(
+            f"{number:,.1f}" if number < 9.95 else f"{number:,.0f}" for number in seconds if number is not None
+        ),
+    }
+    folded = [
+        ("Options of training", {f"--{name.replace('_', '-')}": value for name, value in plain_facts(trained.get("options", {})).items()}),
+        ("Everything in train.json", plain_facts(trained)),
+        ("Everything in measure.json", plain_facts(measured)),
+    ]
+    return facts(values) + "".join(f"<details><summary>{text(title)}</summary>{facts(found)}</details>" for title, found in folded if found)
+
+
+def _acceptance(stats: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
+    cards = f'<div class="card">{_acceptance_table(stats)}</div>{_training(trained)}'
+    lead = f"{_ACCEPTANCE_LEAD} {judged_line(stats['pairs'], stats['acceptance'])}"
+    return section("acceptance", "The original study's figures", f'<div class="grid2">{cards}</div>', lead=lead)
+
+
+def _training(trained: Mapping[str, Any]) -> str:
+    losses = np.array([loss for loss in trained.get("losses", []) if isinstance(loss, int | float)], dtype=np.float64)
+    if len(losses) < 2:
+        return ""
+    each = math.ceil(len(losses) / _LOSS_POINTS)
+    means = np.array([losses[first : first + each].mean() for first in range(0, len(losses), each)])
+    steps = [str(min(first + each, len(losses))) for first in range(0, len(losses), each)]
+    chart = charts.line_chart("Loss of training", steps, [("loss", means)], x_title="step", y_title="loss, nats", zero=True)
+    return card("Training", chart, legend=f"Mean over every {each} steps." if each > 1 else "Every step.")
+
+
+def dot_charts(rhos: Sequence[DotRow], overlaps: Sequence[DotRow], acceptance: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Rank correlations and overlaps of the pairs, with the study's limits, as SVG."""
+    max_rho, max_overlap = study_limits(acceptance)
+    left = charts.interval_dots(
+        "Rank correlations", rhos, low=-1, high=1, x_title="Spearman's ρ", limit=(f"study: below {max_rho:g}", max_rho)
+    )
+    right = charts.interval_dots(
+        "Overlaps",
+        overlaps,
+        low=0,
+        high=1,
+        x_title="share of the highest heads in both",
+        limit=(f"study: below {max_overlap:g}", max_overlap),
+    )
+    return left, right
+
+
+def _statistics(stats: Mapping[str, Any]) -> str:
+    rhos, overlaps = _dot_rows(stats)
+    left, right = dot_charts(rhos, overlaps, stats["acceptance"])
+    interval = stats["interval"]
+    rho_card = card(
+        "Rank correlation", left, legend=f"{interval['confidence']:.0%} intervals: {interval['resamples']:,} resamples of the heads."
+    )
+    overlap_card = card(
+        "Overlap of the highest",
+        right,
+        legend=f"Of the {stats['pairs'][0]['overlap']['k']} highest heads by either. A cross is what chance would give.",
+    )
+    chart_row = f'<div class="grid3">{rho_card}{overlap_card}</div>'
+    rows = [_pair_row(pair) for pair in [*stats["pairs"], *stats["taylor"]]]
+    listing = table(
+        ["columns", "ρ", "from", "to", "p", "overlap", "shared", "of", "by chance", "note"],
+        rows,
+        caption="Rank correlations and overlaps",
+        numeric=range(1, 9),
+    )
+    return section("statistics", "Importance and change", f'{chart_row}<div class="card below">{listing}</div>', lead=STATISTICS_LEAD)
+
+
+def _pair_row(pair: Mapping[str, Any]) -> list[object]:
+    overlap = pair["overlap"]
+    p = None if pair["p"] is None else f"{pair['p']:.2g}" if pair["p"] >= 1e-300 else "< 1e-300"
+    shares = [decimals(overlap["share"]), overlap["shared"], overlap["k"], decimals(overlap["chance"])]
+    return [
+        pair_name(pair),
+        *map(decimals, (pair["rho"], pair["low"], pair["high"])),
+        p,
+        *shares,
+        pair["reason"] or overlap["reason"] or "",
+    ]
+
+
+def found_number(value: float | None) -> object:
+    """What an acceptance figure asks for: a count as it is, others with three places."""
+    return decimals(value) if isinstance(value, float) else value
+
+
+def decimals(value: float | None) -> str | None:
+    """A correlation or a share, which need no more than three places."""
+    return None if value is None else f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no minus before zero
+
+
+def _scatters(heads: HeadColumns, cases: Mapping[str, Any]) -> str:
+    cards = []
+    for column, title, y_title in (panel for panels in SCATTERS.values() for panel in panels):
+        chart = charts.scatter(
+            title,
+            case_points(heads, "I_pre", column),
+            x_title="I_pre, loss increase in nats",
+            y_title=y_title,
+            x_marks=_percentile_marks(cases, "I_pre"),
+            y_marks=_percentile_marks(cases, column),
+        )
+        cards.append(card(title, chart))
+    lead = "Every point is one head, before training. Dashed lines are the percentiles that tell the cases."
+    return section("scatter", "Every head", f'<div class="grid3">{"".join(cards)}</div>', lead=lead)
+
+
+def _cases(cases: Mapping[str, Any]) -> str:
+    cards = []
+    for kind, key in KEYS.items():
+        rows = [[case["layer"], case["head"], case["I_pre"], case["I_post"], case["U"], case["Urel"], case["G_pre"]] for case in cases[key]]
+        listing = table(
+            ["layer", "head", "I_pre", "I_post", "U", "Urel", "G_pre"],
+            rows,
+            caption=f"{kind}, {counted(len(rows), 'head')}",
+            numeric=range(7),
+        )
+        cards.append(f'<div class="card">{listing}</div>' if rows else card(kind, '<p class="empty">No head is one.</p>'))
+    lead = f"High is from percentile {cases['high']:g} on, low up to percentile {cases['low']:g}, over all heads."
+    return section("cases", "Cases", f'<div class="grid2">{"".join(cards)}</div>', lead=lead)
+
+
+def _tops(heads: HeadColumns, top: int) -> str:
+    cards = []
+    for column, title, when in (
+        ("I_pre", "Most important before training", "pre"),
+        ("I_post", "Most important after training", "post"),
+        ("Urel", "Most changed", "post"),
+    ):
+        order = np.argsort(-heads.columns[column], kind="stable")[:top]
+        rows: list[list[object]] = []
+        for rank, line in enumerate(order.tolist(), start=1):
+            numbers = [heads.columns[name][line] for name in ("I_pre", "I_post", f"accuracy_drop_{when}", "Urel")]
+            rows.append([rank, *heads.places[line], *numbers, heads.words["kind"][line]])
+        head = ["#", "layer", "head", "I_pre", "I_post", f"accuracy drop {_WHEN[when]}", "Urel", "case"]
+        listing = table(head, rows, caption=f"{title}, {counted(len(rows), 'head')}", numeric=range(7))
+        cards.append(f'<div class="card">{listing}</div>')
+    return section("top", "Heads that come first", f'<div class="grid-tables">{"".join(cards)}</div>')

@@ -1,0 +1,233 @@
+"""Where the ∫SPS of two topics differ: `write_comparison`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..._io.files import write_atomically
+from ...errors import InputError
+from ...mscan import MscanReader
+from ..html.maps import HeatMap, make_map
+from . import figures
+from .compare_page import Comparison, comparison_page
+from .grid import short_names
+from .report import check_output
+from .samples import TopicSample, check_comparable, comparison_notes, read_sample
+from .statistics import compare_blocks, rank_correlation, split_half_correlation
+
+_SPLITS = 20
+
+
+@dataclass(frozen=True)
+class SpecificBlock:
+    """A block whose mean SPS differs between the topics beyond chance.
+
+    Attributes:
+        block: its column in the layout.
+        layer, module, parameter: where it lies.
+        first, last: its output features.
+        mean_a, mean_b: mean SPS a token, over sequences.
+        difference: mean_a − mean_b.
+        low, high: interval of the difference, simultaneous over all blocks.
+        p_value: adjusted for all blocks.
+    """
+
+    block: int
+    layer: str
+    module: str
+    parameter: str
+    first: int
+    last: int
+    mean_a: float
+    mean_b: float
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """What a comparison found, and where it lies.
+
+    Attributes:
+        html, pngs: the files written.
+        specific_blocks: every topic-specific block, the largest difference first.
+        rank_correlation: Spearman's ρ of mean SPS over blocks between the topics.
+        split_half_a, split_half_b: the same between random halves of one topic: what ρ would be without any difference.
+        tested_blocks: blocks with enough sequences on both sides.
+        sequences_a, sequences_b: sequences compared.
+    """
+
+    html: Path
+    pngs: tuple[Path, ...]
+    specific_blocks: tuple[SpecificBlock, ...]
+    rank_correlation: float
+    split_half_a: float
+    split_half_b: float
+    tested_blocks: int
+    sequences_a: int
+    sequences_b: int
+
+
+def write_comparison(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    top: int = 20,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    figures_too: bool = True,
+) -> ComparisonResult:
+    """Compares two scans of one model and writes a self-contained HTML page, with PNGs beside it.
+
+    Sequences are the units: each counts with its mean SPS a token, so a topic of longer texts weighs no more. Intervals hold for all
+    blocks together (`tinyonn.report.scan.statistics`).
+
+    Args:
+        a, b: `.mscan` files of one model, credit and layout.
+        output: the page; PNGs take its name with `-difference.png`, `-blocks.png` and `-scatter.png`.
+        top: blocks shown as bars and listed.
+        resamples: bootstrap draws, at least 200.
+        confidence: of all intervals together, between 0.5 and 1.
+        seed: of the draws.
+        figures_too: also draw the PNGs; needs matplotlib.
+
+    Raises:
+        InputError: a bad option, files that cannot be compared, fewer than 8 sequences a side, matplotlib missing.
+        MscanError: a file is damaged.
+    """
+    if top < 1:
+        raise InputError(f"top must be at least 1, got {top}.")
+    if resamples < 200:
+        raise InputError(f"resamples must be at least 200, got {resamples}.")
+    if seed < 0:
+        raise InputError(f"seed must be at least 0, got {seed}.")
+    if not 0.5 <= confidence < 1:
+        raise InputError(f"confidence must be at least 0.5 and below 1, got {confidence}.")
+    if confidence * (resamples + 1) > resamples:
+        raise InputError(
+            f"resamples must be at least {int(np.ceil(confidence / (1 - confidence)))} for confidence {confidence}, got {resamples}."
+        )
+    target = check_output(output)
+    if Path(a).exists() and Path(b).exists() and Path(a).samefile(b):
+        raise InputError(f"a and b must be two files, got {os.fspath(a)} twice.")
+    if figures_too:
+        figures.require_matplotlib()
+    name_a, name_b = Path(a).name, Path(b).name
+    if name_a == name_b:
+        name_a, name_b = (f"{Path(path).resolve().parent.name}/{Path(path).name}" for path in (a, b))
+    with MscanReader(a) as reader_a, MscanReader(b) as reader_b:
+        check_comparable(reader_a, reader_b, name_a, name_b)
+        sample_a, sample_b = read_sample(reader_a, name_a), read_sample(reader_b, name_b)
+    found = compare(sample_a, sample_b, resamples=resamples, confidence=confidence, seed=seed)
+    write_atomically(target, comparison_page(found, top))
+    drawn = _draw(target, found, top) if figures_too else ()
+    return ComparisonResult(
+        html=target,
+        pngs=drawn,
+        specific_blocks=tuple(_specific_block(found, int(block)) for block in found.ranked[: int(found.differences.specific.sum())]),
+        rank_correlation=found.rank_correlation,
+        split_half_a=found.split_half_a,
+        split_half_b=found.split_half_b,
+        tested_blocks=int(found.differences.tested.sum()),
+        sequences_a=len(sample_a.sps),
+        sequences_b=len(sample_b.sps),
+    )
+
+
+def compare(a: TopicSample, b: TopicSample, *, resamples: int, confidence: float, seed: int) -> Comparison:
+    """All numbers of a comparison."""
+    differences = compare_blocks(a.sps, b.sps, resamples=resamples, confidence=confidence, seed=seed)
+    topics = (a.topic, b.topic) if a.topic != b.topic else (f"{a.topic} ({a.name})", f"{b.topic} ({b.name})")
+    return Comparison(
+        a=a,
+        b=b,
+        topics=topics,
+        differences=differences,
+        ranked=rank_blocks(differences.specific, differences.difference, differences.statistic),
+        maps=difference_maps(a, differences.difference, differences.specific, differences.tested, topics),
+        rank_correlation=rank_correlation(differences.mean_a, differences.mean_b),
+        split_half_a=split_half_correlation(a.sps, splits=_SPLITS, seed=seed),
+        split_half_b=split_half_correlation(b.sps, splits=_SPLITS, seed=seed + 1),
+        resamples=resamples,
+        confidence=confidence,
+        seed=seed,
+        notes=comparison_notes(a, b),
+    )
+
+
+def rank_blocks(specific: np.ndarray, difference: np.ndarray, statistic: np.ndarray) -> np.ndarray:
+    """Blocks in order of interest: the specific ones by the size of their difference, then the others by their statistic."""
+    size = np.where(specific, np.nan_to_num(np.abs(difference)), np.abs(statistic))
+    return np.lexsort((np.arange(len(size)), -size, ~specific))
+
+
+def difference_maps(
+    sample: TopicSample, difference: np.ndarray, specific: np.ndarray, tested: np.ndarray, topics: tuple[str, str]
+) -> list[HeatMap]:
+    """Mean difference of each layer and module, and the share of its tested blocks that are specific."""
+    everywhere = np.ones(len(difference))
+    mean = sample.grid.mean(difference, everywhere)
+    share = sample.grid.mean(np.where(tested, specific.astype(np.float64), np.nan), everywhere)
+    return [
+        make_map(
+            "difference",
+            f"Mean SPS, {topics[0]} − {topics[1]}",
+            f"Above 0: the module's blocks score higher on {topics[0]}; below 0: higher on {topics[1]}. "
+            "Opposite blocks of one module cancel here.",
+            "standard deviations per token",
+            mean,
+            signed=True,
+        ),
+        make_map(
+            "share",
+            "Topic-specific blocks",
+            "Share of the module's tested blocks whose interval leaves out 0.",
+            "share of blocks",
+            share,
+            signed=False,
+        ),
+    ]
+
+
+def _specific_block(found: Comparison, block: int) -> SpecificBlock:
+    place, numbers = found.a.grid.block_place(block), found.differences
+    return SpecificBlock(
+        block=block,
+        layer=place.layer,
+        module=place.module,
+        parameter=place.parameter,
+        first=place.first,
+        last=place.last,
+        mean_a=float(numbers.mean_a[block]),
+        mean_b=float(numbers.mean_b[block]),
+        difference=float(numbers.difference[block]),
+        low=float(numbers.low[block]),
+        high=float(numbers.high[block]),
+        p_value=float(numbers.p_value[block]),
+    )
+
+
+def _draw(target: Path, found: Comparison, top: int) -> tuple[Path, ...]:
+    grid, numbers = found.a.grid, found.differences
+    title = f"{found.topics[0]} against {found.topics[1]}"
+    paths = tuple(target.with_name(f"{target.stem}-{part}.png") for part in ("difference", "blocks", "scatter"))
+    figures.draw_maps(paths[0], title, found.maps, "none", grid.layers, short_names(grid.modules))
+    shown = found.shown(top)
+    heading = f"{title}: most topic-specific blocks" if numbers.specific.any() else f"{title}: no topic-specific block, largest differences"
+    names = [found.block_name(int(block)) for block in shown]
+    figures.draw_intervals(
+        paths[1], heading, names, numbers.difference[shown], numbers.low[shown], numbers.high[shown], "difference of mean SPS a token"
+    )
+    labels = (f"mean SPS, {found.topics[0]}", f"mean SPS, {found.topics[1]}")
+    figures.draw_scatter(
+        paths[2], f"{title}: Spearman {found.rank_correlation:.3f}", numbers.mean_a, numbers.mean_b, numbers.specific, labels
+    )
+    return paths

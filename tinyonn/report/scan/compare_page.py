@@ -1,0 +1,212 @@
+"""The page of a comparison: verdict, difference maps, blocks with intervals, volcano and scatter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..._io.units import counted
+from ..html import charts
+from ..html.maps import HeatMap
+from ..html.page import card, facts, map_card, map_data, notices, page, section, table, terms, text
+from .grid import outside_terms, short_names
+from .samples import TopicSample
+from .statistics import MIN_SEQUENCES, BlockDifferences
+
+# Points drawn; of more blocks than this, the specific ones and a sample of the others are.
+_MAX_POINTS = 20_000
+
+_SETTING_TERMS = {
+    "block": "64 output features of one weight, the smallest thing that is compared.",
+    "SPS": "synergistic prediction score: how active a block is, less how hard the loss pulls on it, each compared with the other blocks "
+    "of its layer (in standard deviations).",
+    "topic-specific": "a block whose mean SPS differs between the topics by more than chance would make it.",
+    "bootstrap draws": "times that sequences were drawn anew from those measured, to see how far chance alone moves the differences.",
+    "interval": "where a difference may truly lie. It reaches so many standard errors to either side; a standard error is how far "
+    "chance usually moves that difference.",
+    "rank correlation": "whether both topics put the blocks in the same order from low to high SPS: 1 the same, 0 unrelated, −1 reversed.",
+    "halves of A, of B": "the same between random halves of one topic: about as high as it would be if the topics did not differ.",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything the page shows. `ranked` are all blocks in order of interest, the specific ones first."""
+
+    a: TopicSample
+    b: TopicSample
+    topics: tuple[str, str]
+    differences: BlockDifferences
+    ranked: np.ndarray
+    maps: Sequence[HeatMap]
+    rank_correlation: float
+    split_half_a: float
+    split_half_b: float
+    resamples: int
+    confidence: float
+    seed: int
+    notes: Sequence[str]
+
+    def shown(self, top: int) -> np.ndarray:
+        """The blocks to draw: the first specific ones, or the first tested ones where none is specific."""
+        wanted = self.differences.specific if self.differences.specific.any() else self.differences.tested
+        return np.array([block for block in self.ranked if wanted[block]][:top], dtype=np.int64)
+
+    def block_name(self, block: int) -> str:
+        place = self.a.grid.block_place(block)
+        where = f"layer {place.layer} {place.module}" if place.layer.isdigit() else place.parameter.removesuffix(".weight")
+        return f"{where} {place.first}–{place.last}"
+
+
+def comparison_page(found: Comparison, top: int) -> str:
+    """The whole document."""
+    grid, numbers = found.a.grid, found.differences
+    short = short_names(grid.modules)
+    body = [
+        _verdict(found),
+        notices(found.notes),
+        section("setting", "What was compared", facts(_setting(found)) + terms(_SETTING_TERMS)),
+        _maps(found),
+        _blocks(found, top),
+        _points(found),
+    ]
+    points = _point_payload(found)
+    elements: Mapping[str, object] = {
+        "maps-data": [map_data(heat_map, grid.layers, grid.modules, short) for heat_map in found.maps],
+        "points-data": points,
+    }
+    model = found.a.metadata.get("model") or "One model"
+    counts = f"{len(found.a.sps):,} and {len(found.b.sps):,} sequences, {len(numbers.tested):,} blocks"
+    subtitle = f"{model}; {counts}. Written by tinyonn."
+    return page(f"{found.topics[0]} against {found.topics[1]}", subtitle, "\n".join(body), elements, ["core.js", "map.js", "scatter.js"])
+
+
+def verdict(found: Comparison) -> str:
+    """The finding in one sentence."""
+    specific, tested = int(found.differences.specific.sum()), int(found.differences.tested.sum())
+    level = f"{100 * found.confidence:g} % intervals that hold for all blocks together"
+    if not tested:
+        return f"No block has {MIN_SEQUENCES} sequences on both sides; nothing can be said."
+    if not specific:
+        return f"No block is topic-specific: with {level}, none of {tested:,} leaves out a difference of 0."
+    return f"{specific:,} of {tested:,} blocks ({100 * specific / tested:.3g} %) are topic-specific, by {level}."
+
+
+def _verdict(found: Comparison) -> str:
+    return f'<p class="verdict">{text(verdict(found))}</p>'
+
+
+def _setting(found: Comparison) -> dict[str, object]:
+    numbers = found.differences
+    settings: dict[str, object] = {}
+    for letter, side, topic in (("A", found.a, found.topics[0]), ("B", found.b, found.topics[1])):
+        settings[f"topic {letter}"] = topic
+        settings[f"file {letter}"] = side.name
+        settings[f"sequences {letter}"] = len(side.sps)
+        settings[f"tokens {letter}"] = side.tokens
+    return settings | {
+        "credit": found.a.metadata.get("credit"),
+        "blocks tested": int(numbers.tested.sum()),
+        "bootstrap draws": found.resamples,
+        "seed": found.seed,
+        "confidence, all blocks": f"{100 * found.confidence:g} %",
+        "interval, standard errors": f"± {numbers.critical:.3g}",
+        "rank correlation A, B": found.rank_correlation,
+        "halves of A": found.split_half_a,
+        "halves of B": found.split_half_b,
+    }
+
+
+def _maps(found: Comparison) -> str:
+    lead = (
+        "SPS is z(activation norm) − z(gradient norm) within a layer, averaged over a sequence's tokens and then over sequences: "
+        "long texts and many texts weigh no more."
+    )
+    cards = "".join(map_card(heat_map) for heat_map in found.maps)
+    body = f'<div class="grid2">{cards}</div>{terms(outside_terms(found.a.grid))}'
+    return section("maps", "Where the topics differ", body, lead=lead)
+
+
+def _blocks(found: Comparison, top: int) -> str:
+    numbers = found.differences
+    shown = found.shown(top)
+    head = ["#", "layer", "module", "features", found.topics[0], found.topics[1], "difference", "low", "high", "adjusted p"]
+    rows: list[list[object]] = []
+    for rank, block in enumerate(shown.tolist(), start=1):
+        place = found.a.grid.block_place(block)
+        values = [
+            numbers.mean_a[block],
+            numbers.mean_b[block],
+            numbers.difference[block],
+            numbers.low[block],
+            numbers.high[block],
+            f"< {numbers.smallest_p:.1g}" if numbers.p_value[block] <= numbers.smallest_p else numbers.p_value[block],
+        ]
+        rows.append([rank, place.layer, place.module, f"{place.first}–{place.last}", *values])
+    any_specific = bool(numbers.specific.any())
+    title = "Most topic-specific blocks" if any_specific else "Largest differences, none beyond chance"
+    bars = charts.interval_bars(
+        title,
+        [found.block_name(block) for block in shown.tolist()],
+        numbers.difference[shown],
+        numbers.low[shown],
+        numbers.high[shown],
+        x_title=f"difference of mean SPS a token: higher on {found.topics[1]} ← 0 → higher on {found.topics[0]}",
+        muted=not any_specific,
+    )
+    listing = table(head, rows, caption=f"{title}, {counted(len(rows), 'block')}", numeric=(0, 4, 5, 6, 7, 8, 9))
+    lead = (
+        f"Bars are differences, lines their intervals: {100 * found.confidence:g} % for all blocks together, from {found.resamples:,} "
+        "draws of sequences. The adjusted p is the share of draws in which the largest deviation of any block was as large."
+    )
+    meanings = {
+        f"{found.topics[0]}, {found.topics[1]}": "the block's mean SPS a token on that topic.",
+        "difference": f"{found.topics[0]} less {found.topics[1]}.",
+        "low, high": "the ends of its interval. Where 0 lies between them, chance alone may have made the difference.",
+        "adjusted p": "how often chance alone would make the largest difference of any block as large as this one.",
+    }
+    body = f'<div class="card">{bars}</div><div class="card below">{listing}{terms(meanings)}</div>'
+    return section("blocks", title, body, lead=lead)
+
+
+def _points(found: Comparison) -> str:
+    legends = {
+        "scatter": "Each point is a block: its mean SPS on both topics. On the diagonal the topics agree.",
+        "volcano": "The difference against how many standard errors it is from 0. Blocks above the dashed line are topic-specific.",
+    }
+    titles = {"scatter": "Block by block", "volcano": "Size and certainty"}
+    cards = "".join(card(title, f'<figure data-points="{key}"></figure>', legend=legends[key]) for key, title in titles.items())
+    halves = [(found.split_half_a, found.topics[0]), (found.split_half_b, found.topics[1])]
+    within = ", ".join(f"{value:.3f} for {topic}" for value, topic in halves if np.isfinite(value))
+    lead = f"Spearman's rank correlation between the topics is {found.rank_correlation:.3f}; between random halves of one topic, {within}."
+    if len(found.ranked) > _MAX_POINTS:
+        lead += f" Of {len(found.ranked):,} blocks, {_MAX_POINTS:,} are drawn: the specific ones first, then an even sample."
+    return section("points", "All blocks", f'<div class="grid2">{cards}</div>', lead=lead)
+
+
+def _point_payload(found: Comparison) -> dict[str, Any]:
+    numbers = found.differences
+    blocks = found.ranked
+    if len(blocks) > _MAX_POINTS:
+        specific = blocks[: min(int(numbers.specific.sum()), _MAX_POINTS)]
+        others = blocks[len(specific) :]
+        blocks = np.concatenate([specific, others[np.linspace(0, len(others) - 1, _MAX_POINTS - len(specific)).astype(np.int64)]])
+    blocks = blocks[numbers.tested[blocks]]
+    names = [entry.name.removesuffix(".weight") for entry in found.a.grid.layout]
+    bases = [entry.base for entry in found.a.grid.layout]
+    entry = found.a.grid.entry[blocks]
+    return {
+        "topics": list(found.topics),
+        "names": names,
+        "entry": entry,
+        "index": blocks - np.asarray(bases, dtype=np.int64)[entry],
+        "a": numbers.mean_a[blocks],
+        "b": numbers.mean_b[blocks],
+        "difference": numbers.difference[blocks],
+        "statistic": np.abs(numbers.statistic[blocks]),
+        "specific": numbers.specific[blocks].astype(np.int64),
+        "critical": numbers.critical,
+    }

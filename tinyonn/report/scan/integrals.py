@@ -1,0 +1,60 @@
+"""∫SPS and moments of a sequence: as stored, or from its planes where a file holds planes alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import MscanError
+from ...mscan import Integral, MscanReader
+from .grid import BlockGrid, Floats
+
+
+def file_integral(reader: MscanReader, grid: BlockGrid) -> Integral:
+    """The sum over all sequences, the stored total where there is one; sequences without integral and planes count nothing.
+
+    Raises:
+        MscanError: the file is damaged.
+    """
+    try:
+        return reader.integral().widened(grid.num_blocks)
+    except MscanError:
+        # Some sequence has no integral, or the file is damaged: reading each sequence tells which.
+        total = Integral.zeros(grid.num_blocks)
+        for ordinal in range(len(reader.sequences)):
+            found = sequence_integral(reader, ordinal, grid)
+            if found is not None:
+                total = total + found
+        return total
+
+
+def sequence_integral(reader: MscanReader, ordinal: int, grid: BlockGrid) -> Integral | None:
+    """The integral of one sequence, or None where it has neither integral nor planes."""
+    stored = reader.sequence_integral(ordinal)
+    if stored is not None:
+        return stored.widened(grid.num_blocks)
+    if not reader.sequences[ordinal].has_records:
+        return None
+    planes = reader.planes(ordinal)
+    sps = token_sps(planes[0], planes[1], grid.layer_offsets)
+    known = np.isfinite(sps)
+    count = known.sum(axis=0).astype(np.float64)
+    moments: list[Floats] = []
+    for plane in planes:
+        values = np.where(known, plane.astype(np.float64), 0.0)
+        mean = values.sum(axis=0) / np.maximum(count, 1)
+        moments += [mean, (np.where(known, values - mean, 0.0) ** 2).sum(axis=0)]
+    return Integral(np.where(known, sps, 0.0).sum(axis=0), count, *moments)
+
+
+def token_sps(activation: npt.NDArray[np.float32], gradient: npt.NDArray[np.float32], layer_offsets: npt.NDArray[np.int64]) -> Floats:
+    """SPS of each token and block, NaN where missing: (tokens, blocks) twice to (tokens, layer_offsets[-1]) float64."""
+    # Inside the call: a report of integrals alone needs no torch.
+    import torch
+
+    from ...ops import integrate_sps
+
+    planes = [torch.from_numpy(plane.astype(np.float64)) for plane in (activation, gradient)]
+    _, per_token = integrate_sps(planes[0], planes[1], layer_offsets, return_per_token=True)
+    found: Floats = per_token.numpy()
+    return found

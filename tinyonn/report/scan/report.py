@@ -1,0 +1,111 @@
+"""The report of one scan: what each layer and module did, which blocks and heads stand out, and the text token by token."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..._io.files import write_atomically
+from ...errors import InputError, did_you_mean
+from ...mscan import MscanReader
+from ..html.maps import NORMALISATIONS, HeatMap, Normalisation, scan_maps
+from . import figures
+from .data import ScanData, collect
+from .grid import short_names
+from .heads import head_scores
+from .replay import REPLAY_ORDERS, ReplayOrder, choose_sequences, read_replay
+from .report_page import profile_series, report_page, scan_title
+from .token_text import find_tokenizer
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """Where a report lies: the page and the PNGs beside it."""
+
+    html: Path
+    pngs: tuple[Path, ...]
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    normalise: Normalisation = "layer",
+    top: int = 20,
+    replay: int = 8,
+    replay_order: ReplayOrder = "surprising",
+    tokenizer: str | os.PathLike[str] | None = None,
+    figures_too: bool = True,
+) -> ReportResult:
+    """Writes one self-contained HTML page about a scan, and PNGs of its maps beside it.
+
+    Args:
+        path: a `.mscan` file, or one of a set of ranks.
+        output: the page; PNGs take its name with `-maps.png` and `-profiles.png`.
+        normalise: what the maps show first, and the PNGs: "layer", "global" or "none" (`tinyonn.report.html.maps`).
+        top: blocks and heads listed.
+        replay: sequences that can be read token by token; 0 for none.
+        replay_order: those of the highest mean loss, or the first.
+        tokenizer: folder of the model, or its tokenizer.json, to show tokens as text; None looks for the scan's own on this
+            machine, and shows token ids where it is not.
+        figures_too: also draw the PNGs; needs matplotlib.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: a bad option, an output that cannot be written, matplotlib missing, or a layout that cannot be shown.
+        MscanError: the file is damaged.
+    """
+    if normalise not in NORMALISATIONS:
+        hint = did_you_mean(normalise, NORMALISATIONS)
+        raise InputError(f"normalise must be one of {', '.join(NORMALISATIONS)}, got {normalise!r}{hint}")
+    if replay_order not in REPLAY_ORDERS:
+        hint = did_you_mean(replay_order, REPLAY_ORDERS)
+        raise InputError(f"replay_order must be one of {', '.join(REPLAY_ORDERS)}, got {replay_order!r}{hint}")
+    if top < 1:
+        raise InputError(f"top must be at least 1, got {top}.")
+    if replay < 0:
+        raise InputError(f"replay must be at least 0, got {replay}.")
+    target = check_output(output)
+    if figures_too:
+        figures.require_matplotlib()
+    name = Path(path).name
+    with MscanReader(path) as reader:
+        data = collect(reader, name)
+        decoder = find_tokenizer(data.metadata, tokenizer)
+        sequences = read_replay(reader, data.grid, choose_sequences(data.losses, replay, replay_order), decoder)
+        dropped = list(reader.report)
+    maps = scan_maps(data)
+    heads = head_scores(data.grid, data.totals, data.metadata)
+    write_atomically(target, report_page(data, maps, heads, sequences, normalise, top, replay_order, dropped))
+    drawn = _draw(target, data, maps, normalise) if figures_too else ()
+    return ReportResult(target, drawn)
+
+
+def check_output(output: str | os.PathLike[str]) -> Path:
+    """The page's path, checked before any work.
+
+    Raises:
+        InputError: it does not end in .html, is a folder, or lies in a folder that is not there.
+    """
+    target = Path(output)
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"output must end in .html, got {os.fspath(output)}.")
+    if target.is_dir():
+        raise InputError(f"output must be a file, got the folder {os.fspath(output)}.")
+    if not target.parent.is_dir():
+        raise InputError(f"output must be in a folder that exists, got {os.fspath(output)}.")
+    return target
+
+
+def _draw(target: Path, data: ScanData, maps: Sequence[HeatMap], normalise: Normalisation) -> tuple[Path, ...]:
+    title = scan_title(data)
+    short = short_names(data.grid.modules)
+    first, second = target.with_name(f"{target.stem}-maps.png"), target.with_name(f"{target.stem}-profiles.png")
+    figures.draw_maps(first, title, maps, normalise, data.grid.layers, short)
+    panels = [(f"{heat_map.title} ({heat_map.unit})", profile_series(data, heat_map.values), not heat_map.signed) for heat_map in maps[:3]]
+    figures.draw_profiles(second, title, panels, data.grid.layers)
+    return first, second

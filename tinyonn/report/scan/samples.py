@@ -1,0 +1,165 @@
+"""What two scans are compared by: mean SPS per sequence and block, and whether the files can be compared at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..._io.units import not_finite_cause
+from ...errors import InputError
+from ...mscan import LayoutEntry, MscanReader
+from .data import is_scan, loss_is_broken
+from .grid import BlockGrid, build_grid
+from .integrals import sequence_integral
+from .statistics import MIN_SEQUENCES
+
+# More sequences a side are drawn from evenly: beyond this the intervals are narrow and the time is not.
+MAX_SEQUENCES = 4000
+# And no more values than this a side (float32: 1 GiB), for models with very many blocks.
+MAX_VALUES = 1 << 28
+
+# What must agree, or the numbers mean different things. Files of other writers may lack a key; then it is not compared.
+_MUST_AGREE = ("credit", "reduction", "block_size")
+# What may differ, and is said on the page.
+_SAID = ("dtype", "max_length", "generate", "transformers", "tinyonn")
+
+
+@dataclass(frozen=True)
+class TopicSample:
+    """One side of a comparison.
+
+    Attributes:
+        name: file name.
+        topic: of the metadata, or the file's stem.
+        metadata: of the file.
+        grid: its blocks.
+        sps: (sequences, blocks) float32 mean SPS of a sequence's tokens; NaN where it has none in a block.
+        tokens: tokens of those sequences.
+        total: sequences in the file.
+        texts: digests of the sequences' token ids.
+        notes: what a reader should know.
+    """
+
+    name: str
+    topic: str
+    metadata: Mapping[str, Any]
+    grid: BlockGrid
+    sps: npt.NDArray[np.float32]
+    tokens: int
+    total: int
+    texts: frozenset[bytes]
+    notes: list[str] = field(default_factory=list)
+
+
+def read_sample(reader: MscanReader, name: str) -> TopicSample:
+    """Per-sequence mean SPS, from the integrals that a scan stores, or from its planes where it stores none.
+
+    Raises:
+        InputError: fewer than MIN_SEQUENCES sequences have SPS.
+        MscanError: the file is damaged.
+    """
+    grid = build_grid(reader.layout)
+    total = len(reader.sequences)
+    limit = max(MIN_SEQUENCES, min(MAX_SEQUENCES, MAX_VALUES // max(grid.num_blocks, 1)))
+    chosen = np.arange(total) if total <= limit else np.linspace(0, total - 1, limit).astype(np.int64)
+    sps = np.full((len(chosen), grid.num_blocks), np.nan, dtype=np.float32)
+    texts, tokens, broken = set(), 0, 0
+    for row, ordinal in enumerate(chosen):
+        sequence = reader.sequences[int(ordinal)]
+        tokens += int(sequence.num_tokens)
+        texts.add(hashlib.blake2b(np.asarray(sequence.token_ids, dtype=np.int64).tobytes(), digest_size=16).digest())
+        if loss_is_broken(np.asarray(sequence.loss, dtype=np.float64), reader.metadata):
+            broken += 1  # its gradients are not finite either
+            continue
+        found = sequence_integral(reader, int(ordinal), grid)
+        if found is not None:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                sps[row] = np.where(found.count > 0, found.sps / found.count, np.nan)
+    measured = np.isfinite(sps).any(axis=1)
+    if measured.sum() < MIN_SEQUENCES:
+        lost = int((~measured).sum())
+        reason = "intervals over fewer say nothing; scan more."
+        if total >= MIN_SEQUENCES and is_scan(reader.metadata):
+            what = f"the loss of {broken:,} is not finite" if broken else f"the norms of {lost:,} are not finite"
+            reason = f"{what}. {not_finite_cause(reader.metadata.get('dtype'))}"
+        raise InputError(f"{name} must hold at least {MIN_SEQUENCES} sequences with SPS, got {int(measured.sum())} of {total:,}: {reason}")
+    notes = []
+    if len(chosen) < total:
+        notes.append(f"{name}: {len(chosen):,} of {total:,} sequences are compared, evenly spaced.")
+    if broken:
+        cause = not_finite_cause(reader.metadata.get("dtype"))
+        notes.append(f"{name}: {broken:,} of {total:,} sequences have a loss that is not finite; they are left out. {cause}")
+    if without := int((~measured).sum()) - broken:
+        notes.append(f"{name}: {without:,} sequences without SPS are left out.")
+    notes.extend(f"{name} is damaged: {line}" for line in reader.report)
+    topic = reader.metadata.get("topic")
+    return TopicSample(
+        name=name,
+        topic=topic if isinstance(topic, str) and topic else Path(name).stem,
+        metadata=dict(reader.metadata),
+        grid=grid,
+        sps=sps if measured.all() else sps[measured],
+        tokens=tokens,
+        total=total,
+        texts=frozenset(texts),
+        notes=notes,
+    )
+
+
+def check_comparable(a: MscanReader, b: MscanReader, name_a: str, name_b: str) -> None:
+    """Refuses two files whose blocks or measures differ.
+
+    Raises:
+        InputError: they differ in model, credit, reduction, block size or layout; the message names the first difference.
+    """
+    for key, label in (("model_weights_sha256", "model weights"), ("model", "model")):
+        one, other = a.metadata.get(key), b.metadata.get(key)
+        if one is not None and other is not None:
+            if one != other:
+                raise InputError(f"{name_a} and {name_b} must be scans of one model, got {label} {_brief(one)} and {_brief(other)}.")
+            break  # equal weights under two names are one model
+    for key in _MUST_AGREE:
+        one, other = a.metadata.get(key), b.metadata.get(key)
+        if one is not None and other is not None and one != other:
+            raise InputError(f"{name_a} and {name_b} must have the same {key}, got {_brief(one)} and {_brief(other)}.")
+    difference = _layout_difference(list(a.layout), list(b.layout))
+    if difference:
+        raise InputError(f"{name_a} and {name_b} must have one layout, got {difference}.")
+
+
+def comparison_notes(a: TopicSample, b: TopicSample) -> list[str]:
+    """What does not forbid a comparison and should be known."""
+    notes = [*a.notes, *b.notes]
+    shared = len(a.texts & b.texts)
+    if shared:
+        notes.append(f"{shared:,} sequences occur on both sides. They are no independent evidence, and pull every difference towards 0.")
+    notes.extend(
+        f"The scans differ in {key}: {_brief(a.metadata.get(key))} and {_brief(b.metadata.get(key))}."
+        for key in _SAID
+        if key in a.metadata and key in b.metadata and a.metadata[key] != b.metadata[key]
+    )
+    if ("tied_head" in a.metadata) != ("tied_head" in b.metadata) and is_scan(a.metadata) and is_scan(b.metadata):
+        notes.append("One scan is by an earlier version, whose gradients of a tied output head lack the look-up's part.")
+    return notes
+
+
+def _layout_difference(a: list[LayoutEntry], b: list[LayoutEntry]) -> str:
+    for one, other in zip(a, b, strict=False):
+        if one.name != other.name:
+            return f"{one.name} and {other.name} at the same place"
+        if (one.out_features, one.blocks) != (other.out_features, other.blocks):
+            return f"{one.name} with {one.out_features} features in {one.blocks} blocks and with {other.out_features} in {other.blocks}"
+    if len(a) != len(b):
+        return f"{len(a)} and {len(b)} weights"
+    return ""
+
+
+def _brief(value: object) -> str:
+    shown = str(value)
+    return shown if len(shown) <= 40 else f"{shown[:12]}…"

@@ -1,0 +1,1 @@
+"""Corpora: reading records, cutting topics from large sources."""

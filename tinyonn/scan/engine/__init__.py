@@ -1,0 +1,1 @@
+"""The scan of one batch: targets, captured norms, proof."""

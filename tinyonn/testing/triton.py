@@ -1,0 +1,178 @@
+"""Compiles Triton kernels for GPUs that are not there, and reads what they would use. For tests; `tinyonn.testing` exports it.
+
+Run as `python -m tinyonn.testing.triton MODULE ARCH[,ARCH...] [EVERY]`, it compiles everything that `MODULE.offered(ARCH)` launches,
+or every EVERYth launch and the first of each kernel, and prints one JSON list. It needs a process of its own: under TRITON_INTERPRET=1
+there is nothing to compile.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHS = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a thread block can have, CUDA C++ guide table 24
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one thread (registers, stack, local) and one block (shared) of a compiled kernel use; bytes but for registers."""
+
+    kernel: str
+    label: str
+    arch: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+
+    def complaints(self) -> list[str]:
+        """Why this must not be a default configuration; empty where it may."""
+        found = []
+        if self.stack or self.local:
+            spilled = f"{self.stack} stack and {self.local} local bytes"
+            found.append(f"{self.kernel} [{self.label}] must not spill on sm_{self.arch}, got {spilled}.")
+        if self.shared > SHARED_LIMIT[self.arch]:
+            found.append(
+                f"{self.kernel} [{self.label}] must use at most {SHARED_LIMIT[self.arch]} bytes of shared memory on sm_{self.arch}, "
+                f"got {self.shared}."
+            )
+        return found
+
+
+def cross_compile(
+    kernel: Any,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    arch: int,
+    *,
+    attrs: dict[tuple[int, ...], list[list[Any]]] | None = None,
+    label: str = "",
+    **options: Any,
+) -> Usage:
+    """Compiles one `@triton.jit` kernel for sm_`arch`.
+
+    Args:
+        kernel: the JITFunction.
+        signature: argument name -> Triton type ("*fp32", "i32", "constexpr").
+        constexprs: argument name -> value.
+        arch: 80, 90 or 100.
+        attrs: alignment of arguments by position, as Triton's launcher derives it.
+        label: names the configuration in messages.
+        **options: num_warps, num_stages and the like.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    compiled = compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return Usage(kernel.__name__, label, arch, shared=compiled.metadata.shared, **_resources(compiled.asm["cubin"]))
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    from triton.backends import nvidia
+
+    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    # STACK holds spilled registers too; SHARED counts only static allocation, so shared memory comes from Triton's metadata.
+    usage = dict(re.findall(r"\b([A-Z]+):(\d+)", text))
+    return {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "local": int(usage["LOCAL"])}
+
+
+def compile_launches(launch: Callable[[], object], arch: int, label: str = "") -> list[Usage]:
+    """Runs a launcher over tensors without data and compiles, specialised as a real launch would be, each kernel it launches."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    usages = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        bind = create_function_from_signature(self.signature, self.params, backend)
+        bound, specialization, options = bind(*args, **kwargs)
+        _, signature, constexprs, attrs = self._pack_args(backend, kwargs, bound, specialization, options)
+        options = {name: value for name, value in kwargs.items() if name not in signature}
+        usages.append(cross_compile(self, signature, constexprs, arch, attrs=attrs, label=label, **options))
+
+    original = JITFunction.run
+    JITFunction.run = record
+    try:
+        launch()
+    finally:
+        JITFunction.run = original
+    if not usages:
+        raise RuntimeError(f"offered launch {label!r} must launch a kernel, got none.")
+    return usages
+
+
+def sampled(offered: Mapping[str, Callable[[], object]], every: int) -> dict[str, Callable[[], object]]:
+    """Every `every`th of the launches, and those that are the first to launch a kernel."""
+    kept, seen = {}, set[str]()
+    for number, (label, launch) in enumerate(offered.items()):
+        kernels = _kernels_of(launch)
+        if number % every == 0 or not kernels <= seen:
+            kept[label] = launch
+        seen |= kernels
+    return kept
+
+
+def _kernels_of(launch: Callable[[], object]) -> set[str]:
+    """Names of the kernels that a launcher launches; nothing is compiled."""
+    from triton.runtime.jit import JITFunction
+
+    names: set[str] = set()
+    original = JITFunction.run
+    JITFunction.run = lambda self, *args, **kwargs: names.add(self.__name__)
+    try:
+        launch()
+    finally:
+        JITFunction.run = original
+    return names
+
+
+def usages_of(module: str, arch: int | Sequence[int], cache: Path, every: int = 1) -> list[Usage]:
+    """Compiles what `module.offered(arch)` launches, in a fresh process without the interpreter; starting it takes seconds.
+
+    Args:
+        module: name of a module of kernels.
+        arch: 80, 90 or 100, or several of them.
+        cache: folder of Triton's cache.
+        every: of the launches, this many apart are compiled, and the first of each kernel; 1 for all.
+    """
+    archs = ",".join(map(str, [arch] if isinstance(arch, int) else arch))
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tinyonn.testing.triton", module, archs, str(every)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{module} must compile for sm_{archs}, got:\n{done.stderr[-4000:]}")
+    return [Usage(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
+
+
+def _main(module: str, archs: str, every: str = "1") -> None:
+    usages: list[Usage] = []
+    for arch in map(int, archs.split(",")):
+        offered = sampled(importlib.import_module(module).offered(arch), int(every))
+        usages += [usage for label, launch in offered.items() for usage in compile_launches(launch, arch, label)]
+    print(json.dumps([asdict(usage) for usage in usages]))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
