@@ -20,12 +20,12 @@ PACKAGE = Path(__file__).parents[2] / "kernels" / "tinyonn_kernels"
 def jit_functions() -> dict[str, dict[str, ast.FunctionDef]]:
     """Module -> its `@triton.jit` functions."""
     return {
-        path.stem: {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): {
             node.name: node
             for node in ast.parse(path.read_text()).body
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
         }
-        for path in sorted(PACKAGE.glob("*.py"))
+        for path in sorted(PACKAGE.rglob("*.py"))
     }
 
 
@@ -46,7 +46,7 @@ def test_every_jit_function_is_a_kernel_or_used_by_one():
 
 # Attention and experts take up to a minute a module: of their forward passes the suite compiles every fourth launch, and the first of
 # each kernel, for one architecture; `make test-slow` compiles all.
-QUICK = ("block_lists", "block_norms", "integrate_sps", "token_grad_norms")
+QUICK = ("nsa.block_lists", "statistics.block_norms", "statistics.integrate_sps", "statistics.token_grad_norms")
 BACKWARD = ("_bwd", "_dq", "_dk", "_dkv", "expert_outer", "expert_rows")
 
 

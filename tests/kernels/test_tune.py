@@ -31,7 +31,7 @@ KERNELS = {
 def tuned_kernels() -> dict[str, Any]:
     import importlib
 
-    return {name: getattr(importlib.import_module(f"tinyonn_kernels.{module}"), name) for module, name in KERNELS.items()}
+    return {name: getattr(importlib.import_module(f"tinyonn_kernels.nsa.{module}"), name) for module, name in KERNELS.items()}
 
 
 @pytest.fixture
