@@ -337,7 +337,7 @@ def test_an_old_file_goes_on_as_a_new_one(tmp_path: Path) -> None:
 def test_a_set_of_ranks_is_checked_like_a_file(tmp_path: Path) -> None:
     stem = grown(0, count=1)
     a, b = closed(grown(1, fork=stem)), closed(grown(2, fork=stem))
-    write(tmp_path / "s.rank0-of-2.mscan", a.pieces)
+    write(tmp_path / "s.rank0-of-2.mscan", closed(grown(4, count=1)).pieces)
     write(tmp_path / "s.rank1-of-2.mscan", a.pieces[:-5] + b.pieces[-5:-3] + a.pieces[-3:])
     assert not verify(tmp_path / "s.mscan").ok
     with MscanReader(tmp_path / "s.mscan") as reader, pytest.raises(MscanError, match=r"rank1-of-2.*stand behind"):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..._units import counted
+from ..._io.units import counted
 from ...errors import InputError
 from ...nn import DynMoE, ThresholdRouter
 from ...ops._dispatch import autocast_off

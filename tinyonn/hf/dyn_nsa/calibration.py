@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..._units import counted
+from ..._io.units import counted
 from ...errors import InputError
 from ...nn._options import check_number
 from ...nn.dyn_nsa import DynNSACore
