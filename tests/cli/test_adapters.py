@@ -224,7 +224,7 @@ def settings(**changes: Any) -> Callable[[Path], None]:
 
 REFUSED = {
     "no base": (settings(base_model_name_or_path=None), ["names its base model", "adapter"]),
-    "base gone": (settings(base_model_name_or_path="/gone/base"), ["whose base model is here, got adapter", "/gone/base"]),
+    "base gone": (settings(base_model_name_or_path="/gone/base"), ["adapter adapter needs its base model: ", "/gone/base"]),
     "prompts": (settings(peft_type="PROMPT_TUNING"), ["adapter of weights, such as LoRA", "PROMPT_TUNING"]),
     "damaged": (lambda a: (a / "adapter_config.json").write_text("{"), ["valid adapter_config.json"]),
     "no weights": (lambda a: (a / "adapter_model.safetensors").unlink(), ["the adapter's weights (adapter_model.safetensors)"]),

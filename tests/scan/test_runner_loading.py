@@ -47,7 +47,7 @@ def test_a_hub_id_that_cannot_be_had(config, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     message = refused(config, model_path="some-org/some-model")
-    rule = "model_path must be an existing folder or a hub id that can be downloaded"
+    rule = "model_path must be an existing folder or a hub id"
     assert message == f"{rule}, got some-org/some-model: cannot reach some-org/some-model"
 
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from ..errors import InputError, did_you_mean, listed, reason, shown
 from .folders import is_adapter
+from .hub import is_hub_id
 
 # Precisions by the names that options and files have; the spellings that people type for each, without case and "torch.".
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -197,7 +198,7 @@ def local_model(model_path: str) -> Path | None:
             held = listed(sorted(entry.name for entry in path.iterdir()), 4, none="nothing")
             raise InputError(f"model_path must be a folder with config.json, got {model_path} (holds {held}).")
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or model_path.startswith("."):
+    if path.exists() or not is_hub_id(model_path):
         raise InputError(f"model_path must be an existing folder or a hub id, got {model_path}.")
     return None
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, reason
 
 # All that decides how texts become tokens, chat templates included. The order is part of the hash.
 TOKENIZER_FILES = (
@@ -53,6 +53,11 @@ def model_config_hash(folder: Path) -> str:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a vocabulary."""
     return bool(_present(folder, VOCABULARY_FILES))
+
+
+def tokenizer_fault(folder: Path, error: Exception) -> str:
+    """Why transformers cannot load a folder's tokenizer, given what it raised."""
+    return reason(error) if has_tokenizer(folder) else f"it has none of {', '.join(VOCABULARY_FILES)}."
 
 
 def cache_folder() -> Path:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InputError, reason
+from .._io.folders import VOCABULARY_FILES, has_tokenizer, tokenizer_fault
+from .._io.hub import SMALL_FILES, hub_folder, is_hub_id
+from ..errors import InputError
 from . import screen
 
 if TYPE_CHECKING:
@@ -132,10 +134,18 @@ def _topic(name: str, keywords: list[str], patterns: list[str], exclude: list[st
 def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
+    rule, folder = "tokenizer must be a folder with a tokenizer or a name on the hub", Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or not is_hub_id(name):
+            raise InputError(f"{rule}, got {name}.")
+        found = hub_folder(name, rule, SMALL_FILES, has_tokenizer)
+        if found is None:
+            raise InputError(f"{rule}, got {name}, which has none of {', '.join(VOCABULARY_FILES)}.")
+        folder = found
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer must be a folder with a tokenizer or a name on the hub, got {name}: {reason(error)}") from error
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # what a damaged file brings down in transformers has no common type
+        raise InputError(f"{rule}, got {name}: {tokenizer_fault(folder, error)}") from error
 
 
 def _report_screen(report: CorpusReport) -> str:

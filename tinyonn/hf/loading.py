@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .._io.config import dtype_name, local_model
-from .._io.folders import adapter_files, has_tokenizer, is_adapter, read_adapter_config
+from .._io.folders import adapter_files, has_tokenizer, is_adapter, read_adapter_config, tokenizer_fault
+from .._io.hub import SMALL_FILES, hub_folder
 from .._io.units import readable_bytes
 from ..errors import InputError, reason
 from .adapters import check_adapter, merge, take_over, trained_class
@@ -71,7 +72,7 @@ def base_folder(folder: Path) -> Path:
     try:
         return base_folder(resolve_model(str(beside) if not Path(name).is_dir() and beside.is_dir() else name))
     except InputError as error:
-        raise InputError(f"model_path must be an adapter whose base model is here, got {folder.name}: {error}") from error
+        raise InputError(f"adapter {folder.name} needs its base model: {error}") from error
 
 
 def base_name(folder: Path) -> str:
@@ -85,21 +86,13 @@ def tokenizer_folder(folder: Path) -> Path:
 
 
 def _download(model_id: str) -> Path:
-    from huggingface_hub import snapshot_download
+    def complete(folder: Path) -> bool:
+        return is_adapter(folder) or ((folder / "config.json").is_file() and bool(weight_files(folder)))
 
     # Repositories often hold the same weights twice; safetensors are taken alone where they exist.
-    small = ["*.json", "*.txt", "*.model", "*.jinja"]
     for weights in ("*.safetensors", "*.bin"):
-        for offline in (True, False):
-            try:
-                folder = Path(snapshot_download(model_id, allow_patterns=[*small, weights], local_files_only=offline))
-            except Exception as error:  # the hub raises a dozen types, by version and transport
-                if offline:
-                    continue
-                wanted = "model_path must be an existing folder or a hub id that can be downloaded"
-                raise InputError(f"{wanted}, got {model_id}: {reason(error)}") from error
-            if is_adapter(folder) or ((folder / "config.json").is_file() and weight_files(folder)):
-                return folder
+        if folder := hub_folder(model_id, "model_path must be an existing folder or a hub id", (*SMALL_FILES, weights), complete):
+            return folder
     raise InputError(f"model_path must hold a model with config.json and weights, got {model_id}.")
 
 
@@ -253,10 +246,11 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    source = tokenizer_folder(folder)
     try:
-        return AutoTokenizer.from_pretrained(tokenizer_folder(folder))
+        return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # what a damaged file brings down in transformers has no common type
-        raise InputError(f"model_path must hold a tokenizer, got {folder.name}: {reason(error)}") from error
+        raise InputError(f"model_path must hold a tokenizer, got {folder.name}: {tokenizer_fault(source, error)}") from error
 
 
 def padding_token(tokenizer: Any, batch_size: int) -> int:

@@ -1,0 +1,70 @@
+"""Folders that a name on the Hugging Face hub stands for, from its cache where they are there, and one line on why one cannot be had."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ..errors import InputError, reason
+
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this could be `name` or `owner/name` on the hub, rather than a path."""
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not name.startswith(".")
+
+
+def hub_folder(name: str, rule: str, patterns: Sequence[str], complete: Callable[[Path], bool]) -> Path | None:
+    """The hub's snapshot of a name: the cached one, or a downloaded one where that lacks something.
+
+    Args:
+        name: `is_hub_id`, and no folder here.
+        rule: how the message begins, "model_path must be ...".
+        patterns: files that are wanted.
+        complete: whether a folder holds all that is needed.
+
+    Returns:
+        None where the hub has the name and it is not complete.
+
+    Raises:
+        InputError: it is not in the cache and cannot be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+
+    for cached in (True, False):
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=cached))
+        except Exception as error:  # the hub raises a dozen types, by version and transport
+            if cached:
+                continue
+            raise InputError(f"{rule}, got {name}: {_why(error)}") from error
+        if complete(folder):
+            return folder
+    return None
+
+
+def _why(error: BaseException) -> str:
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    causes = list(_causes(error))
+
+    def comes_from(*types: type[BaseException]) -> bool:
+        return any(isinstance(cause, types) for cause in causes)
+
+    if comes_from(OfflineModeIsEnabled):
+        return "not in the hub's cache, and HF_HUB_OFFLINE forbids downloads; give a folder."
+    if comes_from(LocalEntryNotFoundError, ConnectionError, TimeoutError):
+        return "not in the hub's cache, and the hub cannot be reached; give a folder."
+    if comes_from(GatedRepoError):
+        return "the hub gives it to users who accepted its terms; run `hf auth login`, or give a folder."
+    if comes_from(RepositoryNotFoundError):
+        return "no such folder, and none of that name on the hub (a private one needs `hf auth login`)."
+    return reason(error)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
