@@ -53,6 +53,14 @@ def test_overrides_win_over_the_file_unless_they_are_none(tmp_path):
     assert read_yaml(tmp_path / "a.yaml", model_path="own", rate=None, path="given") == {"model_path": "own", "rate": 0.1, "path": "given"}
 
 
+def test_an_option_given_twice_is_refused(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("rate: 1\nmodel-path: m\nrate: 2\n")
+    assert refused(read_yaml, path) == f"config must be valid YAML, got {path}: the key 'rate' is given twice in line 3, column 1."
+    path.write_text("model-path: m\nmodel_path: n\n")
+    assert refused(read_yaml, path) == f"config must give an option once, got 'model-path' and 'model_path' in {path}."
+
+
 def test_numbers_of_yaml_may_have_an_exponent_without_a_point(tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text("a: 2e-5\nb: -3E2\nc: 1.5e3\nd: '2e-5'\ne: 2e5x\nf: 1e\n")

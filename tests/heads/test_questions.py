@@ -268,6 +268,15 @@ def test_a_malformed_file_is_refused_with_its_line(tmp_path, text, message):
         ("question: q\nchoices: {field: o, pattern: '(.)'}", "pattern must have label and text group(s), got '(.)'."),
         ("question: q\nchoices: {lines: o}\nanswer: {field: a, first: no}", "answer.first must be a whole number, got False."),
         ("question: q\nchoices: {lines: o}\nanswer: {field: a, values: [A]}", "answer.values must be a mapping"),
+        (
+            "question: q\nchoices: {lines: o}\nanswer: {field: a, values: {'1': A, '1.0': B}}",
+            "answer.values must have one label for each value, got '1' and '1.0' for A and B.",
+        ),
+        (
+            "question: q\nchoices: {lines: o}\nanswer: {field: a, values: {'no': A, 'No ': B}}",
+            "answer.values must have one label for each value, got 'no' and 'No ' for A and B.",
+        ),
+        ("question: q\nchoices: {lines: o, lines: p}", "the key 'lines' is given twice in line 2"),
         ("layouts: []", "layouts must be a list of mappings, got []."),
     ],
 )
@@ -276,6 +285,17 @@ def test_a_wrong_field_map_is_refused_by_key(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(InputError, match=re.escape(message)):
         load_field_map(str(path))
+
+
+def test_values_of_a_field_map_may_be_spelled_twice_for_one_label(tmp_path):
+    (tmp_path / "own.yaml").write_text("question: q\nchoices: {fixed: [x, y]}\nanswer: {field: a, values: {1.0: B, '1': B, 'No': A}}")
+    read = load_field_map(str(tmp_path / "own.yaml")).read
+    assert [read({"q": "?", "a": value}).answer for value in (1, 1.0, "1", "no")] == [1, 1, 1, 0]
+
+
+def test_labels_of_choices_that_are_one_number_are_refused():
+    with pytest.raises(InputError, match=r"labels of choices must differ, got 1, 1\.0$"):
+        load_field_map("standard").read({"question": "?", "choices": {"text": ["a", "b"], "label": ["1", "1.0"]}, "answerKey": 1.0})
 
 
 def test_a_field_map_that_is_not_there_is_named_by_its_option(tmp_path):

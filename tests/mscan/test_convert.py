@@ -112,6 +112,20 @@ def test_a_rank_set_merges_into_one_file(tmp_path: Path) -> None:
     assert verify(tmp_path / "scan.mscan").ok
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("recovery", ["tail", "salvage"])
+def test_a_member_of_version_1_is_refused_with_the_remedy(tmp_path: Path, rank: int, recovery: str) -> None:
+    names = [f"scan.rank{i}-of-2.mscan" for i in range(2)]
+    write(tmp_path / names[1 - rank], range(1))
+    write_v1(tmp_path / names[rank])
+    remedy = "give it a name of its own, then `tinyonn convert` makes a file of version 2 of it"
+    with pytest.raises(MscanError, match=rf"{names[rank]}: files of a set must be of version 2, got version 1; {remedy}\.$"):
+        MscanReader(tmp_path / "scan.mscan", recovery=recovery)
+    (tmp_path / names[rank]).rename(tmp_path / "own.mscan")
+    convert_v1(tmp_path / "own.mscan", tmp_path / "new.mscan")
+    assert verify(tmp_path / "new.mscan").version == 2
+
+
 def test_a_longer_layout_merges_with_the_one_it_extends(tmp_path: Path) -> None:
     longer = [*LAYOUT, LayoutEntry("late.weight", 64, 1, 3)]
     merge([write(tmp_path / "a.mscan", range(1)), write(tmp_path / "b.mscan", range(1, 2), longer)], tmp_path / "all.mscan")

@@ -301,6 +301,25 @@ def test_a_folder_of_code_and_records(tmp_path: Path) -> None:
     assert build_corpus(root, "python", tmp_path / "again.jsonl", max_chars=400).output.read_bytes() == report.output.read_bytes()
 
 
+def test_files_of_a_folder_in_another_encoding_or_archive_are_counted_by_kind(tmp_path: Path) -> None:
+    root = tmp_path / "tree"
+    root.mkdir()
+    (root / "good.txt").write_text("A cat" + LONG, encoding="utf-8")
+    for name in ("a.txt", "b.txt"):
+        (root / name).write_bytes(("A cat" + LONG).encode("utf-16"))
+    (root / "c.txt").write_bytes(("A cat" + LONG).encode("utf-32-le"))
+    (root / "d.zip").write_bytes(b"PK\x03\x04" + bytes(60))
+    report = build_corpus(root, CATS, tmp_path / "out.jsonl")
+    assert report.dropped == {
+        "UTF-16; `iconv -f UTF-16 -t UTF-8` converts it": 2,
+        "UTF-32LE; `iconv -f UTF-32LE -t UTF-8` converts it": 1,
+        "a zip archive; unpack it first": 1,
+    }
+    (root / "good.txt").unlink()
+    with pytest.raises(InputError, match="2 UTF-16; `iconv -f UTF-16 -t UTF-8` converts it"):
+        build_corpus(root, CATS, tmp_path / "none.jsonl")
+
+
 def test_cut_or_drop_long_records(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", {"id": "long", "text": "The cat slept.\n\n" * 20})
     with pytest.raises(InputError, match=r"got 1 records of .*: 1 longer than 100 characters"):

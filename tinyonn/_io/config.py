@@ -53,6 +53,14 @@ def read_yaml(path: str | os.PathLike[str], name: str = "config", /, **overrides
                 raise yaml.composer.ComposerError(None, None, f"the alias *{event.anchor} must be written out", event.start_mark)
             return super().compose_node(parent, index)
 
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            seen: dict[str, Any] = {}
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and seen.setdefault(key.value, key) is not key:
+                    raise yaml.composer.ComposerError(None, None, f"the key {shown(key.value)} is given twice", key.start_mark)
+            return node
+
     with_exponent = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$", re.ASCII)
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", with_exponent, list("-+.0123456789"))
 
@@ -60,15 +68,22 @@ def read_yaml(path: str | os.PathLike[str], name: str = "config", /, **overrides
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader)
         if isinstance(content, Mapping):
-            content = {str(key).replace("-", "_"): value for key, value in content.items()}
+            content = {str(key): value for key, value in content.items()}
     except OSError as error:
         raise InputError(f"{name} must be a readable file, got {file}: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no YAML, no UTF-8, no such day, nesting without end
         raise InputError(f"{name} must be valid YAML, got {file}: {_yaml_fault(error)}.") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{name} must be a YAML mapping of options, got {type(content).__name__} in {file}.")
+    options: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for key, value in content.items():
+        option = key.replace("-", "_")
+        if spelled.setdefault(option, key) != key:
+            raise InputError(f"{name} must give an option once, got {shown(spelled[option])} and {shown(key)} in {file}.")
+        options[option] = value
     given = {name: value for name, value in overrides.items() if value is not None}
-    return {**content, **given}
+    return {**options, **given}
 
 
 def _yaml_fault(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -223,6 +224,12 @@ def is_no_label(value: Any) -> bool:
 def whole(value: Any) -> Any:
     """A label as a whole number where it is one written as 1.0, which is what pandas makes of a column with gaps; others as they are."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def as_number(value: Any) -> float | None:
+    """The number that a label is, however it is written: 1, "1", "01" and "1.0" are the same; None for what is none."""
+    found = isinstance(value, str | int | float) and re.fullmatch(r"[+-]?\d{1,9}(\.\d{1,9})?", str(value).strip(), re.ASCII)
+    return float(found[0]) if found else None
 
 
 def short(value: Any) -> str:

@@ -34,6 +34,21 @@ class Content(NamedTuple):
     plain: bool
 
 
+class ForeignFileError(InputError):
+    """A file that is known by its first bytes and not read.
+
+    Args:
+        rule: what must hold and what was found.
+        kind: what the file is, "UTF-16" or "a zip archive".
+        remedy: what makes a file of it that is read.
+    """
+
+    def __init__(self, rule: str, kind: str, remedy: str) -> None:
+        self.kind = kind
+        self.remedy = remedy
+        super().__init__(f"{rule}; {remedy}.")
+
+
 def is_stdin(path: str | os.PathLike[str]) -> bool:
     """Whether a path stands for standard input."""
     return os.fspath(path) == STDIN
@@ -108,10 +123,12 @@ def _refuse_foreign(head: bytes, path: str | os.PathLike[str], name: str) -> Non
     """Raises InputError for what is known and not read, by its first bytes."""
     kind = next((kind for magic, kind in _NOT_READ.items() if re.match(magic, head, re.DOTALL)), None)
     if kind is not None:
-        raise InputError(f"{name} must be plain, or compressed by gzip, bzip2, xz or zstd, got {kind}: {place(path)}; unpack it first.")
+        rule = f"{name} must be plain, or compressed by gzip, bzip2, xz or zstd, got {kind}: {place(path)}"
+        raise ForeignFileError(rule, kind, "unpack it first")
     encoding = _wide_encoding(head)
     if encoding is not None:
-        raise InputError(f"{name} must be UTF-8, got {encoding}: {place(path)}; `iconv -f {encoding} -t UTF-8` converts it.")
+        rule = f"{name} must be UTF-8, got {encoding}: {place(path)}"
+        raise ForeignFileError(rule, encoding, f"`iconv -f {encoding} -t UTF-8` converts it")
 
 
 def _wide_encoding(head: bytes) -> str | None:

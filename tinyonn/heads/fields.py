@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .._io.config import read_yaml
-from .._io.records import is_no_label, short, whole
+from .._io.records import as_number, is_no_label, short, whole
 from ..errors import InputError, did_you_mean, listed, reason, shown
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -215,7 +215,21 @@ def _source(value: Any, source: str, name: str, options: set[str]) -> Mapping[st
         values = found["values"]
         if not isinstance(values, Mapping) or not values:
             raise InputError(f"field_map {source}: {name}.values must be a mapping from values to labels, got {shown(values)}.")
-        return {**found, "values": {str(key).casefold(): str(label) for key, label in values.items()}}
+        return {**found, "values": _values(values, f"field_map {source}: {name}.values")}
+    return found
+
+
+def _values(given: Mapping[Any, Any], name: str) -> dict[str, str]:
+    """Labels by value, in lower case; two ways to write one value must not stand for two labels."""
+    labels: dict[str | float, tuple[Any, str]] = {}
+    found = {}
+    for value, label in given.items():
+        text = str(whole(value)).strip().casefold()
+        number = as_number(text)
+        other, known = labels.setdefault(text if number is None else number, (value, str(label)))
+        if known != str(label):
+            raise InputError(f"{name} must have one label for each value, got {shown(other)} and {shown(value)} for {known} and {label}.")
+        found[text] = str(label)
     return found
 
 
@@ -312,7 +326,7 @@ def _choices(record: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[tupl
         if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
             raise InputError(f"labels of choices must be texts or numbers, got {shown(label)}")
     names = tuple(_clean(str(label), "label") for label in labels)
-    if len(set(names)) < len(names):
+    if len({name if (number := as_number(name)) is None else number for name in names}) < len(names):
         raise InputError(f"labels of choices must differ, got {listed(names)}")
     for label, text in zip(names, texts, strict=True):
         if not isinstance(text, str):

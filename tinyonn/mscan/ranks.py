@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, MscanError
-from .opening import rank_members, version_alone
+from .opening import rank_members, version_alone, version_of
 from .reader import MscanReader, PlaneCodes, StoredSequence, StoredSequences
 from .stats import ModuleStats
 from .types import Integral
@@ -27,8 +27,8 @@ class RankSetReader(MscanReader):
     """Reads `name.rankI-of-N.mscan`, I = 0 … N−1: the sequences of rank 0, then those of rank 1, and so on; see `MscanReader`.
 
     Raises:
-        MscanError: a member is missing or a copy of another, or metadata or layout of two members differ; the metadata key `rank` may.
-            With recovery "salvage" a copy is reported, not refused.
+        MscanError: a member is missing, of version 1 or a copy of another, or metadata or layout of two members differ; the metadata key
+            `rank` may. With recovery "salvage" a copy is reported, not refused.
     """
 
     version = 2
@@ -44,7 +44,7 @@ class RankSetReader(MscanReader):
         if paths is None:
             raise InputError(f"path must name a set of rank files, got {self.path}.")
         with ExitStack() as opened:
-            self.members = [opened.enter_context(V2Reader(member, recovery=recovery)) for member in paths]
+            self.members = [opened.enter_context(_member(path, recovery)) for path in paths]
             first = self.members[0]
             self.metadata = _shared(first.metadata)
             for member in self.members[1:]:
@@ -116,6 +116,17 @@ class RankSetReader(MscanReader):
 
     def close(self) -> None:
         self._opened.close()
+
+
+def _member(path: str, recovery: str) -> V2Reader:
+    try:
+        version = version_of(path)
+    except MscanError:  # damaged: the reader says how, or reads what is whole
+        version = None
+    if version == 1:
+        remedy = "give it a name of its own, then `tinyonn convert` makes a file of version 2 of it"
+        raise MscanError(path, f"files of a set must be of version 2, got version 1; {remedy}.")
+    return V2Reader(path, recovery=recovery)
 
 
 def _shared(metadata: dict[str, Any]) -> dict[str, Any]:

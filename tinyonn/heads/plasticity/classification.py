@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._io.config import Options, check_int, check_text, read_yaml
-from ..._io.records import Located, field_names, is_no_label, open_records, short, whole
+from ..._io.records import Located, as_number, field_names, is_no_label, open_records, short, whole
 from ...errors import InputError, did_you_mean, listed, reason, shown
 
 if TYPE_CHECKING:
@@ -25,10 +25,6 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 EVAL_SIZE = 1024  # where neither the configuration nor the task says otherwise
 _SKIP = "; --skip-unlabelled leaves out rows without a label"
 _EVALUATION_STEMS = ("validation", "dev")  # of a folder's files, after the task's own
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, str | int | float) and re.fullmatch(r"[+-]?\d{1,9}(\.\d{1,9})?", str(value).strip()) is not None
 
 
 @dataclass(frozen=True)
@@ -77,6 +73,9 @@ class Task(Options):
             )
         if len({label.casefold() for label in labels}) != len(labels) or len(labels) < 2:
             raise InputError(f"labels must be at least two different names, got {listed(labels)}.")
+        numbers = [number for number in map(as_number, labels) if number is not None]
+        if len(set(numbers)) != len(numbers):
+            raise InputError(f"labels must be different numbers where they are numbers, got {listed(labels)}.")
         object.__setattr__(self, "labels", tuple(labels))
 
     def number(self, value: Any) -> int | None:
@@ -85,9 +84,8 @@ class Task(Options):
         if isinstance(value, str | bool | int) and str(value).strip().casefold() in names:
             return names.index(str(value).strip().casefold())
         if self.named_by_numbers:  # a number is a name, however it is written
-            wanted = int(value) if isinstance(value, bool) else value
-            same = (at for at, name in enumerate(names) if _is_number(name) and _is_number(wanted) and float(name) == float(wanted))
-            return next(same, None)
+            wanted = as_number(int(value) if isinstance(value, bool) else value)
+            return next((at for at, name in enumerate(names) if wanted is not None and as_number(name) == wanted), None)
         if isinstance(value, bool):
             return int(value) if len(names) == 2 else None
         if re.fullmatch(r"\d{1,9}", str(value)) and isinstance(value, str | int):
@@ -97,7 +95,7 @@ class Task(Options):
     @property
     def named_by_numbers(self) -> bool:
         """Whether a class is named by a number: then a number in the data is a name, not the place of one."""
-        return any(map(_is_number, self.labels))
+        return any(as_number(label) is not None for label in self.labels)
 
     @property
     def known_labels(self) -> str:

@@ -200,7 +200,7 @@ def build_corpus(
             record["source"] = place
             file.write(json.dumps({key: value for key, value in record.items() if value is not None}, ensure_ascii=False) + "\n")
         if not kept:
-            reasons = listed((f"{count} {why}" for why, count in run.dropped.most_common()), 3, none="it holds none")
+            reasons = listed((f"{count} {why}" for why, count in run.dropped.most_common()), 3, width=60, none="it holds none")
             raise InputError(f"source must hold at least one record that fits, got {run.read} records of {source}: {reasons}.")
     dropped = dict(run.dropped.most_common())
     return CorpusReport(path, topic.name, run.read, kept, dropped, characters, run.bad, run.errors, time.monotonic() - started)
@@ -337,7 +337,7 @@ class _Cut:
     def _note_bad(self, record: SourceRecord, error: str) -> None:
         # A folder holds pictures, archives and empty files beside its texts: they are no one's mistake.
         if record.file_name is not None and self.in_folder:
-            self.dropped["empty" if error == "text must not be empty" else "not a text file"] += 1
+            self.dropped[record.foreign or ("empty" if error == "text must not be empty" else "not a text file")] += 1
             return
         if not self.skip_bad:
             raise InputError(f"{record.place}: {error}.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..._io.records import Located, as_record, content_kind, iter_jsonl, iter_list, load_list, open_records
-from ..._io.streams import STDIN, is_stdin, open_content, own_suffix, place
+from ..._io.streams import STDIN, ForeignFileError, is_stdin, open_content, own_suffix, place
 from ...errors import InputError, reason
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
@@ -31,12 +31,14 @@ class SourceRecord:
         located: the record, or why there is none; the text of a text file is `{"text": ...}`.
         file_name: name of a text file; None for records of a table.
         fraction: share of the source read so far; None where its size is unknown.
+        foreign: of a file that is known and not read, what it is and what to do; None for all others.
     """
 
     place: str
     located: Located
     file_name: str | None = None
     fraction: float | None = None
+    foreign: str | None = None
 
 
 def iter_source(source: str, *, subset: str | None = None, split: str = "train") -> Iterator[SourceRecord]:
@@ -113,15 +115,18 @@ def _standard_input(subset: str | None) -> Iterator[SourceRecord]:
 
 
 def _text_file(path: Path, shown: str, fraction: float = 0.0) -> Iterator[SourceRecord]:
+    foreign = None
     try:
         content = open_content(path, "source")
         with content.file as file:
             located = _text(file.read(MAX_TEXT_BYTES + 1))
+    except ForeignFileError as error:
+        located, foreign = Located(1, 0, None, str(error).rstrip(".")), f"{error.kind}; {error.remedy}"
     except InputError as error:  # an empty file, a damaged archive
         located = Located(1, 0, None, "text must not be empty" if path.is_file() and path.stat().st_size == 0 else str(error).rstrip("."))
     except OSError as error:
         located = Located(1, 0, None, f"must be readable: {error.strerror}")
-    yield SourceRecord(shown, located, path.name, fraction)
+    yield SourceRecord(shown, located, path.name, fraction, foreign)
 
 
 def _text(raw: bytes) -> Located:
