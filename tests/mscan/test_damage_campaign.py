@@ -58,10 +58,12 @@ def test_the_campaign_keeps_and_names_a_file_that_is_misread(tmp_path: Path) -> 
     assert len(kept) == done.stdout.count("; kept as ") > 0
 
 
-def grown(seed: int, *, fork: Any = None, linked: bool = True, integral: bool = True, count: int = 3) -> Any:
+def grown(
+    seed: int, *, fork: Any = None, linked: bool = True, integral: bool = True, count: int = 3, uuid: bytes = bytes(range(16))
+) -> Any:
     """A closed file of `count` sequences, each of two DATA chunks, an INTEGRAL and a SEQUENCE; or one that goes on with `fork`."""
     rng = np.random.default_rng(seed)
-    model = fork.fork() if fork else Model(bytes(range(16)), {"model": "tiny"}, linked)
+    model = fork.fork() if fork else Model(uuid, {"model": "tiny"}, linked)
     if not fork:
         model.layout([Entry("layers.0.a.weight", 128, 2)])
     for _ in range(count):
@@ -337,7 +339,7 @@ def test_an_old_file_goes_on_as_a_new_one(tmp_path: Path) -> None:
 def test_a_set_of_ranks_is_checked_like_a_file(tmp_path: Path) -> None:
     stem = grown(0, count=1)
     a, b = closed(grown(1, fork=stem)), closed(grown(2, fork=stem))
-    write(tmp_path / "s.rank0-of-2.mscan", closed(grown(4, count=1)).pieces)
+    write(tmp_path / "s.rank0-of-2.mscan", closed(grown(4, count=1, uuid=bytes(16))).pieces)
     write(tmp_path / "s.rank1-of-2.mscan", a.pieces[:-5] + b.pieces[-5:-3] + a.pieces[-3:])
     assert not verify(tmp_path / "s.mscan").ok
     with MscanReader(tmp_path / "s.mscan") as reader, pytest.raises(MscanError, match=r"rank1-of-2.*stand behind"):

@@ -119,9 +119,9 @@ def test_an_answer_ends_with_its_end_token():
 
     prompts = [TokenSequence("a", np.array([1, 2, 3]), "A"), TokenSequence("b", np.array([4, 5]), "B")]
     first, second = Generator(Model(1, 1), Tokenizer(), padding=95, new_tokens=4).answer(prompts)
-    assert first.sequence.token_ids.tolist() == [1, 2, 3, 9, 95]
-    assert (first.sequence.text, first.answer_mask.tolist()) == ("A<9><95>", [0, 0, 0, 1, 1])
-    assert second.sequence.token_ids.tolist() == [4, 5, 9, 8, 9, 8]
+    assert first.token_ids.tolist() == [1, 2, 3, 9, 95]
+    assert (first.text, first.answer_mask.tolist()) == ("A<9><95>", [0, 0, 0, 1, 1])
+    assert second.token_ids.tolist() == [4, 5, 9, 8, 9, 8]
 
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -14,14 +13,6 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from .tokens import TokenSequence
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A prompt with its answer. answer_mask: (tokens,) uint8, 1 for the answer's tokens; None for a text scanned as it is."""
-
-    sequence: TokenSequence
-    answer_mask: NDArray[np.uint8] | None
 
 
 class Generator:
@@ -50,7 +41,7 @@ class Generator:
         self._temperature = temperature
         self._top_p = top_p
 
-    def answer(self, prompts: list[TokenSequence]) -> list[Answered]:
+    def answer(self, prompts: list[TokenSequence]) -> list[TokenSequence]:
         """Prompts with their answers, each answer up to and with its end-of-text token."""
         device = next(self._model.parameters()).device
         width = max(len(prompt.token_ids) for prompt in prompts)
@@ -73,7 +64,7 @@ class Generator:
             )
         return [self._answered(prompt, row) for prompt, row in zip(prompts, grown[:, width:].cpu().numpy(), strict=True)]
 
-    def _answered(self, prompt: TokenSequence, new: NDArray[np.int64]) -> Answered:
+    def _answered(self, prompt: TokenSequence, new: NDArray[np.int64]) -> TokenSequence:
         ends = np.flatnonzero(np.isin(new, self._end_tokens()))
         answer = new[: ends[0] + 1] if len(ends) else new
         token_ids = np.concatenate([prompt.token_ids, answer])
@@ -81,7 +72,7 @@ class Generator:
         marked[len(prompt.token_ids) :] = 1
         # Decoded apart, so that the prompt's text stays as it was.
         text = prompt.text + self._tokenizer.decode(answer)
-        return Answered(TokenSequence(prompt.sequence_id, token_ids, text), marked)
+        return TokenSequence(prompt.sequence_id, token_ids, text, marked)
 
     def _end_tokens(self) -> list[int]:
         configured = self._model.generation_config.eos_token_id

@@ -23,7 +23,7 @@ from .distributed import World
 from .engine.engine import ScanEngine, SequenceScan
 from .engine.forward import vocabulary_size
 from .engine.integral import lost_tokens
-from .generation import Answered, Generator
+from .generation import Generator
 from .output import NOTHING, Existing, OutputCompleteError, check_writable, find_existing, member_path, open_writer, refuse_existing
 from .prepare import Prepared, prepare
 from .tokens import TokenCounts, TokenSequence, plan_batches
@@ -171,11 +171,11 @@ class _Scan:
             if not any(missing):
                 continue
             started = time.perf_counter()
-            answered = generator.answer(batch) if generator else [_as_it_is(sequence) for sequence in batch]
-            results = engine.scan(*_padded([item.sequence for item in answered], prepared.padding))
-            for item, result, wanted in zip(answered, results, missing, strict=True):
+            scanned = generator.answer(batch) if generator else batch
+            results = engine.scan(*_padded(scanned, prepared.padding))
+            for sequence, result, wanted in zip(scanned, results, missing, strict=True):
                 if wanted:
-                    self._append(writer, item, result)
+                    self._append(writer, sequence, result)
                     counted |= result.integral.count > 0
             self._seconds += time.perf_counter() - started
             self._report(self.state("scanning"))
@@ -183,9 +183,8 @@ class _Scan:
         silent = [entry.name for entry in engine.layout if counted.any() and not counted[entry.base : entry.base + entry.blocks].any()]
         self._not_measured = {**by_reason(engine.not_measured), **without_value(silent)}
 
-    def _append(self, writer: MscanWriter, item: Answered, result: SequenceScan) -> None:
+    def _append(self, writer: MscanWriter, sequence: TokenSequence, result: SequenceScan) -> None:
         planes = self._prepared.config.store == "records"
-        sequence = item.sequence
         writer.append(
             SequenceRecord(
                 sequence_id=sequence.sequence_id,
@@ -193,7 +192,7 @@ class _Scan:
                 loss=result.loss,
                 activation=result.activation if planes else None,
                 grad_norm=result.grad_norm if planes else None,
-                mask=item.answer_mask,
+                mask=sequence.answer_mask,
                 text=sequence.text if self._prepared.config.store_text else None,
                 integral=result.integral,
             )
@@ -274,10 +273,6 @@ def _generator(prepared: Prepared, model: PreTrainedModel) -> Generator:
         top_p=config.top_p,
         seed=config.seed,
     )
-
-
-def _as_it_is(sequence: TokenSequence) -> Answered:
-    return Answered(sequence, None)
 
 
 def _padded(sequences: list[TokenSequence], padding: int) -> tuple[torch.Tensor, torch.Tensor]:

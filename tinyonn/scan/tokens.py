@@ -26,11 +26,17 @@ CALLS_DROPPED = "it leaves out the tool calls"
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One text as the model will read it. token_ids: (tokens,) int64."""
+    """One text as the model reads it.
+
+    Attributes:
+        token_ids: (tokens,) int64.
+        answer_mask: (tokens,) uint8, 1 for tokens that the model generated; None where it generated none.
+    """
 
     sequence_id: str
     token_ids: NDArray[np.int64]
     text: str
+    answer_mask: NDArray[np.uint8] | None = None
 
 
 @dataclass
