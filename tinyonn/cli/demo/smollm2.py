@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..._io.folders import cache_folder
-from ...errors import InputError
+from ...errors import InputError, needs
 
 NAME = "SmolLM2-135M-Instruct"
 GGUF_FILE = f"{NAME}.Q4_1.gguf"
@@ -59,9 +59,8 @@ def prepare_smollm2(cache_dir: str | os.PathLike[str] | None = None, *, progress
     if (target / "model.safetensors").is_file():
         return target
     gguf = find_gguf()
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"the package {package} must be installed to read {GGUF_FILE}: pip install 'tinyonn[demo]'")
+    if missing := [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]:
+        raise InputError(f"{needs(f'reading {GGUF_FILE}', *missing)}.")
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

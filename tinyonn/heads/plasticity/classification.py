@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..._io.config import Options, check_int, check_text, read_yaml
 from ..._io.records import Located, as_number, field_names, is_no_label, open_records, short, whole
-from ...errors import InputError, did_you_mean, listed, reason, shown
+from ...errors import InputError, did_you_mean, listed, needs, reason, shown
 
 if TYPE_CHECKING:
     from .config import PlasticityConfig
@@ -336,7 +336,7 @@ def _downloaded(task: Task, skip: bool) -> tuple[list[Example], list[Example], s
     try:
         import datasets
     except ImportError as error:
-        raise InputError("data_path must be given where the package datasets is missing (pip install datasets), got none.") from error
+        raise InputError(f"{needs('without data_path, a task of the hub', 'datasets')}.") from error
     name = "/".join(filter(None, (task.dataset, task.subset)))
     parts = []
     for split in (task.train, task.evaluation):

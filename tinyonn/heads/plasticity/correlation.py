@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import InputError
+from ...errors import InputError, needs
 
 Floats = npt.NDArray[np.float64]
 
@@ -59,7 +59,7 @@ def require_scipy() -> Any:
     try:
         from scipy import stats
     except ImportError as error:
-        raise InputError("the package scipy must be installed for the statistics of heads: pip install 'tinyonn[heads]'.") from error
+        raise InputError(f"{needs('a correlation of heads', 'scipy')}.") from error
     return stats
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..._io.files import replacing
-from ...errors import InputError
+from ...errors import InputError, needs
 from ..html.maps import HeatMap, Normalisation, Scale
 from ..html.palette import DIVERGING_LIGHT, SEQUENTIAL, SERIES_LIGHT
 from .grid import Floats
@@ -27,9 +27,7 @@ def require_matplotlib() -> None:
         InputError: it is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError(
-            "the package matplotlib must be installed to draw PNGs: pip install 'tinyonn[report]' (or leave them out: figures_too=False)."
-        )
+        raise InputError(f"{needs('drawing PNGs', 'matplotlib')} (or leave them out: figures_too=False).")
 
 
 def draw_maps(path: Path, title: str, maps: Sequence[HeatMap], how: Normalisation, layers: Sequence[str], modules: Sequence[str]) -> None:

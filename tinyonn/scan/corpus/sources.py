@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from ..._io.records import Located, as_record, content_kind, iter_jsonl, iter_list, load_list, open_records
 from ..._io.streams import STDIN, ForeignFileError, is_stdin, open_content, own_suffix, place
-from ...errors import InputError, reason
+from ...errors import InputError, needs, reason
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 # A folder also holds what no one means by a corpus: a .json there is a configuration.
@@ -167,7 +167,7 @@ def _hub(name: str, subset: str | None, split: str) -> Iterator[SourceRecord]:
     try:
         import datasets
     except ImportError:
-        raise InputError(f"{missing} the hub needs the datasets library (pip install datasets).") from None
+        raise InputError(f"{needs(f'{missing} the hub', 'datasets')}.") from None
     if not _online():
         raise InputError(f"{missing} the hub cannot be reached.")
     try:
