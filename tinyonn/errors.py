@@ -8,6 +8,8 @@ import re
 import reprlib
 from collections.abc import Iterable
 
+__all__ = ["InputError", "MscanError"]  # what a user catches; the rest writes messages
+
 _SHORT = reprlib.Repr()
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = _SHORT.maxfrozenset = 12
 _SHORT.maxlevel = 3
