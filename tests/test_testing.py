@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -75,6 +77,31 @@ def test_oracle_comparison_judges_outputs_and_gradients():
 
 def test_half_precision_is_judged_on_its_own_rounded_inputs():
     compare_with_oracle(lambda x: x.float(), lambda x: x, {"x": torch.randn(50)}, dtype=torch.bfloat16, tolerance=1e-12)
+
+
+WITHOUT_PYTEST = """
+import sys
+sys.modules["pytest"] = None  # as if it were not installed
+import torch
+from tinyonn import testing
+from tinyonn.testing import families, timing
+for name in testing.__all__:
+    if name != "IMPLS":
+        getattr(testing, name)
+testing.compare_with_oracle(torch.square, lambda input: input * input, {"input": torch.ones(3)}, dtype=torch.float32, grad=["input"])
+model = testing.tiny_causal_lm("llama", num_hidden_layers=1)
+print(tuple(model(testing.token_ids(5)).logits.shape))
+try:
+    testing.IMPLS
+except ImportError as error:
+    print(error.name)
+"""
+
+
+def test_factories_and_oracles_need_no_pytest():
+    ran = subprocess.run([sys.executable, "-c", WITHOUT_PYTEST], capture_output=True, text=True, timeout=240, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines() == ["(2, 5, 97)", "pytest"]
 
 
 def test_ids_are_readable():
