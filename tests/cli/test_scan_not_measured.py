@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tinyonn._io.not_measured import short_list
 from tinyonn.mscan import Integral, LayoutEntry, MscanReader, MscanWriter, SequenceRecord
 from tinyonn.testing import save_tiny_model
 
@@ -52,7 +54,7 @@ def test_experts_that_no_token_reached_are_told(cli: Cli, tmp_path: Path) -> Non
     ran = cli("scan", "-m", model, "-d", data, "-o", output)
     assert ran.code == 0, ran.err
     parts = "model.layers.*.mlp.experts.gate_up_proj.* (9), model.layers.*.mlp.experts.down_proj.* (9)"
-    assert f"{parts}:\n              no token was routed to these experts\n" in ran.out
+    assert f"{parts}:\n no token was routed to these experts\n".replace(", ", ",\n ").replace("\n ", "\n" + " " * 14) in ran.out
     router = "Qwen3MoeTopKRouter uses this parameter itself, not through a linear layer"
     assert f"not measured  model.layers.*.mlp.gate.weight (3):\n              {router}\n" in ran.out
     with MscanReader(output) as reader:
@@ -62,6 +64,33 @@ def test_experts_that_no_token_reached_are_told(cli: Cli, tmp_path: Path) -> Non
     np.testing.assert_array_equal(total.count, np.where(missing, 0, 1))
     assert cli("report", output, "-o", page, "--no-figures").code == 0
     assert f"Not measured: {parts}: no token was routed to these experts." in page.read_text()
+
+
+def test_parts_of_a_converted_model_are_told_in_lines_that_fit(cli: Cli, model: Path, data: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tinyonn.hf import convert_attention, convert_mlp_to_dynmoe
+
+    folder = shutil.copytree(model, tmp_path / "converted")
+    converted = convert_attention(AutoModelForCausalLM.from_pretrained(model), compress_size=16, block_size=16, window=32)
+    convert_mlp_to_dynmoe(converted, num_experts=8).save_pretrained(folder)
+    ran = cli("scan", "-m", folder, "-d", data, "-o", tmp_path / "o.mscan")
+    assert ran.code == 0, ran.err
+    lines = ran.out.split("not measured  ")[1].split("\nwritten")[0].splitlines()
+    assert max(map(len, ran.out.splitlines())) <= 100
+    parts = [f"model.layers.*.self_attn.dyn_nsa.compress_{kind}.{{position,up,down}} (9)" for kind in ("key", "value")]
+    assert "\n".join(line.strip() for line in lines).count(f"{parts[0]},\n{parts[1]}:\nBlockCompression multiplies") == 1
+    assert "              model.layers.*.mlp.{gate_up_proj,down_proj} (6):" in lines
+    with MscanReader(tmp_path / "o.mscan") as reader:  # the file names each
+        named = {name for names in reader.metadata["not_measured"].values() for name in names}
+    assert "model.layers.2.self_attn.dyn_nsa.compress_value.down" in named
+
+
+def test_many_parts_of_one_module_are_cut() -> None:
+    names = [f"layers.{layer}.mlp.{part}" for part in ("a", "b", "c", "d", "e") for layer in range(2)]
+    assert short_list([*names, "head"]) == "layers.*.mlp.{a,b,c,d,...} (10), head"
+    assert short_list(["a.0", "a.1", "b.x"]) == "a.* (2), b.x"
+    assert short_list(f"m{i}.w" for i in range(9)) == ", ".join(f"m{i}.w" for i in range(6)) + ", 3 more"
 
 
 def test_a_dense_model_tells_nothing(cli: Cli, model: Path, data: Path, tmp_path: Path) -> None:

@@ -60,6 +60,24 @@ def tokenizer_fault(folder: Path, error: Exception) -> str:
     return reason(error) if has_tokenizer(folder) else f"it has none of {', '.join(VOCABULARY_FILES)}."
 
 
+def check_vocabulary(known: int, largest: int, model: str, place: str = "") -> None:
+    """Refuses token ids that a model has no embedding for.
+
+    Args:
+        known: `num_embeddings` of the model.
+        largest: token id in the texts.
+        model: its folder or name, for the message.
+        place: text that has the id, for the message.
+
+    Raises:
+        InputError: naming all three.
+    """
+    if largest >= known:
+        wanted = f"model_path must hold a tokenizer of the model's {known} tokens"
+        where = f" for {place}" if place else ""
+        raise InputError(f"{wanted}, got {model}, whose tokenizer gives the token id {largest}{where}.")
+
+
 def cache_folder() -> Path:
     """The folder for converted models: `TINYONN_CACHE`, else `XDG_CACHE_HOME/tinyonn`, else `~/.cache/tinyonn`."""
     if path := os.environ.get("TINYONN_CACHE"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 MOST_NAMES = 6
+MOST_PARTS = 4  # that are written out in {}
 
 # Why blocks of a layout hold no value.
 NO_TOKEN = "no token was routed to these experts"
@@ -19,20 +20,34 @@ def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     return found
 
 
-def told(reasons: Mapping[str, Iterable[str]], gap: str = ": ") -> list[str]:
+def told(reasons: Mapping[str, Iterable[str]], gap: str = ": ", between: str = ", ") -> list[str]:
     """One text a reason, "names: why", from {why: names}."""
-    return [f"{short_list(names)}{gap}{why}" for why, names in reasons.items()]
+    return [f"{short_list(names, between)}{gap}{why}" for why, names in reasons.items()]
 
 
-def short_list(names: Iterable[str]) -> str:
-    """Dotted names, with * for numbers and a count where that joins several; at most MOST_NAMES of them."""
+def short_list(names: Iterable[str], between: str = ", ") -> str:
+    """Dotted names, at most MOST_NAMES of them.
+
+    Names that differ in numbers alone are told as one, with * for numbers. So are those that differ in the last part alone, as in
+    "*.mlp.{up,down}". A count follows.
+    """
     joined: dict[str, list[str]] = {}
     for name in names:
         pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
         joined.setdefault(pattern, []).append(name)
-    shown = [members[0] if len(members) == 1 else f"{pattern} ({len(members):,})" for pattern, members in joined.items()]
+    families: dict[str, list[str]] = {}
+    for pattern in joined:
+        parent, _, last = pattern.rpartition(".")
+        families.setdefault(pattern if last == "*" or not parent else parent, []).append(pattern)
+    shown = []
+    for parent, patterns in families.items():
+        members = [name for pattern in patterns for name in joined[pattern]]
+        parts = [pattern.rpartition(".")[2] for pattern in patterns]
+        kept = [*parts[:MOST_PARTS], *(["..."] if len(parts) > MOST_PARTS else [])]
+        text = patterns[0] if len(patterns) == 1 else f"{parent}.{{{','.join(kept)}}}"
+        shown.append(members[0] if len(members) == 1 else f"{text} ({len(members):,})")
     more = [f"{len(shown) - MOST_NAMES:,} more"] if len(shown) > MOST_NAMES else []
-    return ", ".join([*shown[:MOST_NAMES], *more])
+    return between.join([*shown[:MOST_NAMES], *more])
 
 
 def without_value(names: Iterable[str]) -> dict[str, list[str]]:

@@ -18,11 +18,16 @@ def counted(count: int, name: str) -> str:
 
 
 def not_finite_cause(dtype: object) -> str:
-    """Why losses or norms of a scan are NaN or infinite, and what to do.
+    """`not_finite_parts` as one sentence."""
+    return ": ".join(not_finite_parts(dtype))
+
+
+def not_finite_parts(dtype: object) -> tuple[str, ...]:
+    """Why losses or norms of a scan are NaN or infinite, and, where the precision tells, what to do.
 
     Args:
         dtype: precision of the scan as its metadata has it, "float16"; None where it is not known.
     """
     if dtype == "float16":
-        return "float16 ends at 65,504: scan with --dtype bf16 or fp32, or repair weights that hold NaN."
-    return f"The weights hold NaN or infinity, or values too large for {dtype if isinstance(dtype, str) else 'the precision'}."
+        return "float16 ends at 65,504", "scan with --dtype bf16 or fp32, or repair weights that hold NaN."
+    return (f"The weights hold NaN or infinity, or values too large for {dtype if isinstance(dtype, str) else 'the precision'}.",)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .._io.not_measured import told
-from .._io.units import not_finite_cause, readable_bytes
+from .._io.units import not_finite_parts, readable_bytes
 from ..scan.config import ScanConfig
 from . import screen
 from .options import DTYPE, Codec, Compression, Credit, Store, Sync, config_option, field_defaults, given_options
@@ -138,10 +138,10 @@ def _result_screen(result: ScanResult) -> str:
     for count, what in ((result.not_finite, "loss and gradients"), (result.overflowed, "norms of some tokens, left out of all sums,")):
         if count:
             found = f"{what} in {screen.number(count)} of {screen.counted(result.sequences, 'sequence')}"
-            lines.append(("not finite", "\n".join([found, *not_finite_cause(result.dtype).split(": ")])))
+            lines.append(("not finite", "\n".join([found, *not_finite_parts(result.dtype)])))
     for name, reasons in (("not measured", result.not_measured), ("not proven", result.unproven)):
         if reasons:
-            lines.append((name, "\n".join(told(reasons, gap=":\n"))))
+            lines.append((name, "\n".join(told(reasons, gap=":\n", between=",\n"))))
     if result.skipped:
         lines.append(("left out", ", ".join(f"{screen.number(count)} {reason}" for reason, count in result.skipped.items())))
     share = f" (rank {result.rank} of {result.world_size})" if result.world_size > 1 else ""

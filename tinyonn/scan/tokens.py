@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._io.folders import check_vocabulary
 from ..errors import InputError, reason
 from .corpus.corpus import CorpusItem
 
@@ -99,9 +100,8 @@ class Encoder:
         ids = self._tokenizer(
             text, add_special_tokens=not chat, truncation=True, max_length=self._max_length + 1, return_attention_mask=False, verbose=False
         )["input_ids"]
-        if self._vocabulary is not None and ids and max(ids) >= self._vocabulary:
-            wanted = f"model_path must hold a tokenizer of the model's {self._vocabulary} tokens"
-            raise InputError(f"{wanted}, got {self._model}, whose tokenizer gives the token id {max(ids)} for {item.sequence_id}.")
+        if self._vocabulary is not None and ids:
+            check_vocabulary(self._vocabulary, max(ids), self._model, item.sequence_id)
         if len(ids) < (1 if self._prompts else 2):
             counts.skipped[EMPTY_PROMPT if self._prompts else TOO_SHORT] += 1
             return None

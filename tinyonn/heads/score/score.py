@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ... import __version__
 from ..._io.config import read_yaml
+from ..._io.folders import check_vocabulary
 from ..._io.locks import locked
 from ..._io.study import ADDED_OPTIONS, NORM_COLUMNS
 from ...errors import InputError, listed, shown
@@ -40,7 +41,7 @@ from ..capture.attention import capture_attention_stats
 from ..capture.layers import AttentionLayer, attention_layers
 from ..progress import Progress
 from ..versions import package_versions
-from ..vocabulary import check_vocabulary, num_embeddings
+from ..vocabulary import num_embeddings
 from .config import ScoreConfig
 from .fusion import fuse, normalise, top_heads
 from .prompts import EncodedPrompt, PromptBatch, PromptEncoder, PromptTemplate, render_all

@@ -247,4 +247,4 @@ def _unreachable(target: Target) -> str:
     """Why no hook reaches a target's products; empty where one does."""
     if not target.is_experts or (uses_experts_interface(target.module) and target.weight in ("gate_up_proj", "up_proj", "down_proj")):
         return ""
-    return f"{type(target.module).__name__} multiplies this 3-D parameter itself, not through transformers' experts interface"
+    return f"{type(target.module).__name__} multiplies this 3-D parameter itself, outside the experts interface"
