@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tinyonn._io import study as _study
 from tinyonn.errors import InputError
+from tinyonn.heads import study as _study
 from tinyonn.heads.plasticity.config import PlasticityConfig
 from tinyonn.heads.plasticity.measurement import measure
 from tinyonn.heads.plasticity.summary import summarise

@@ -13,9 +13,9 @@ import typer
 from .._io.config import local_model, read_yaml
 from .._io.locks import locked
 from .._io.records import data_kind
-from .._io.study import MEASURE_STEP, MEASURED, OPTIONS, TRAIN_STEP, TRAINED
 from ..errors import InputError, listed, one_line
 from ..heads.plasticity.config import PlasticityConfig
+from ..heads.study import MEASURE_STEP, MEASURED, OPTIONS, TRAIN_STEP, TRAINED
 from . import screen
 from .options import DTYPE, config_option, field_defaults, given_options, print_config_option
 

@@ -27,9 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._io.files import check_fields, digest, read_json, write_atomically
+from ..._io.files import digest, write_atomically
 from ..._io.locks import locked
-from ..._io.study import (
+from ...errors import InputError
+from ...hf.loading import display_name, load_model, load_tokenizer, resolve_device
+from ...hf.memory import is_out_of_memory
+from ..capture.gates import check_gates
+from ..progress import Progress
+from ..study import (
     FINAL,
     GRADIENTS,
     IMPORTANCE_POST,
@@ -43,12 +48,9 @@ from ..._io.study import (
     TRAIN_AGAIN,
     TRAINED,
     UPDATE,
+    check_fields,
+    read_json,
 )
-from ...errors import InputError
-from ...hf.loading import display_name, load_model, load_tokenizer, resolve_device
-from ...hf.memory import is_out_of_memory
-from ..capture.gates import check_gates
-from ..progress import Progress
 from ..versions import package_versions
 from .ablation import ablate_heads, taylor_importance
 from .classification import TaskData, batches, load_task

@@ -7,9 +7,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..._io.files import StepFileError, check_fields, digest, is_finite, read_record
+from ..._io.files import digest
 from ..._io.records import short
-from ..._io.study import MEASURE_AGAIN, MEASURE_STEP, MEASURED, PARTS, SUBSET, TRAIN_AGAIN, TRAIN_STEP, TRAINED
+from ..study import (
+    MEASURE_AGAIN,
+    MEASURE_STEP,
+    MEASURED,
+    PARTS,
+    SUBSET,
+    TRAIN_AGAIN,
+    TRAIN_STEP,
+    TRAINED,
+    StepFileError,
+    check_fields,
+    is_finite,
+    read_record,
+)
 
 TRAINED_FIELDS = {
     **dict.fromkeys(("options", "checkpoints"), "an object"),

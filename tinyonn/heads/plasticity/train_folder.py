@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError
 
 from ..._io.config import read_yaml
-from ..._io.files import StepFileError, digest
+from ..._io.files import digest
 from ..._io.locks import locked
 from ..._io.records import short
-from ..._io.study import ADDED_OPTIONS, FINAL, INIT, LATER, OPTIONS, STATE, TRAIN_AGAIN, TRAINED
 from ...errors import InputError, listed, path_tail, reason
 from ...hf.loading import DTYPES, weight_files
+from ..study import ADDED_OPTIONS, FINAL, INIT, LATER, OPTIONS, STATE, TRAIN_AGAIN, TRAINED, StepFileError
 from .classification import find_task
 from .config import TRAINING, PlasticityConfig
 from .records import read_trained

@@ -24,12 +24,12 @@ from transformers import get_linear_schedule_with_warmup
 from ..._io.config import dtype_name
 from ..._io.files import replacing, write_atomically
 from ..._io.folders import check_vocabulary
-from ..._io.study import ADDED_OPTIONS, FINAL, INIT, OPTIONS, STATE, TRAINED
 from ...errors import InputError
 from ...hf.loading import DTYPES, load_model, load_tokenizer, quiet_transformers, resolve_device, resolve_model, usable_positions
 from ...hf.memory import is_out_of_memory
 from ..capture.layers import attention_layers
 from ..progress import Progress
+from ..study import ADDED_OPTIONS, FINAL, INIT, OPTIONS, STATE, TRAINED
 from ..versions import package_versions
 from ..vocabulary import num_embeddings
 from .classification import Example, TaskData, batches, load_task

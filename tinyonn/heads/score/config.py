@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..._io.config import MAX_SEED, Options, check_bool, check_choice, check_device, check_dtype, check_int, check_number, check_text
-from ..._io.study import NORM_COLUMNS
 from ...errors import InputError, shown
+from ..study import NORM_COLUMNS
 
 QUERY_MODES = ("last_token", "all_tokens")
 NORM_MODES = tuple(NORM_COLUMNS)

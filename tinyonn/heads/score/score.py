@@ -24,7 +24,6 @@ from ... import __version__
 from ..._io.config import read_yaml
 from ..._io.folders import check_vocabulary
 from ..._io.locks import locked
-from ..._io.study import ADDED_OPTIONS, NORM_COLUMNS
 from ...errors import InputError, listed, shown
 from ...hf.loading import (
     display_name,
@@ -40,6 +39,7 @@ from ...hf.loading import (
 from ..capture.attention import capture_attention_stats
 from ..capture.layers import AttentionLayer, attention_layers
 from ..progress import Progress
+from ..study import ADDED_OPTIONS, NORM_COLUMNS
 from ..versions import package_versions
 from ..vocabulary import num_embeddings
 from .config import ScoreConfig

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..._io.files import read_json, read_record, write_atomically
-from ..._io.study import AGGREGATE, AGGREGATE_TABLE, PAGE, REPORT_STEP, TRAIN_AGAIN, TRAIN_STEP, TRAINED
+from ..._io.files import write_atomically
 from ..._io.units import counted
 from ...errors import InputError
+from ...heads.study import AGGREGATE, AGGREGATE_TABLE, PAGE, REPORT_STEP, TRAIN_AGAIN, TRAIN_STEP, TRAINED, read_json, read_record
 from ..html.charts import DotRow
 from ..html.maps import make_map
 from ..html.page import card, facts, map_card, map_data, notices, page, section, table, terms

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..._io.files import StepFileError, read_record
 from ..._io.records import short
-from ..._io.study import MEASURE_AGAIN, MEASURE_STEP, MEASURED, SUBSET, TRAIN_AGAIN, TRAIN_STEP, TRAINED
 from ..._io.units import counted
+from ...heads.study import MEASURE_AGAIN, MEASURE_STEP, MEASURED, SUBSET, TRAIN_AGAIN, TRAIN_STEP, TRAINED, StepFileError, read_record
 
 _FEW_ROWS = 100  # below it, the standard error of an accuracy can pass 5 %
 _UNSURE = 0.05  # chance of missing the limit of an overlap, from which on the overlap decides little

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..._io.files import read_json, write_atomically
-from ..._io.study import (
+from ..._io.files import write_atomically
+from ..._io.units import counted
+from ...errors import InputError
+from ...heads.study import (
     CASES,
     FIG_GRADIENT,
     FIG_STATS,
@@ -26,9 +28,8 @@ from ..._io.study import (
     TRAIN_AGAIN,
     TRAIN_STEP,
     TRAINED,
+    read_json,
 )
-from ..._io.units import counted
-from ...errors import InputError
 from ..html import charts
 from ..html.charts import DotRow, Points
 from ..html.maps import HeatMap, make_map

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..._io.config import read_yaml
-from ..._io.files import read_json, write_atomically
-from ..._io.study import NORM_COLUMNS
+from ..._io.files import write_atomically
 from ..._io.units import counted
 from ...errors import InputError, listed, reason, shown
+from ...heads.study import NORM_COLUMNS, read_json
 from ..html import charts
 from ..html.maps import HeatMap, Normalisation, Scale, choose_scale, make_map
 from ..html.page import card, facts, map_card, map_data, page, section, table, text
