@@ -150,7 +150,7 @@ def test_no_module_is_hidden_by_a_name_of_its_package():
         ("tinyonn.ops.x", "from tinyonn.scan import engine", ["tinyonn.scan.engine"]),
         ("tinyonn.ops.x", "def f():\n    import tinyonn.cli", ["tinyonn.cli"]),
         ("tinyonn.ops.x", "from ..report.html.page import Page", ["tinyonn.report.html.page"]),
-        ("tinyonn.scan.x", "from tinyonn.hf import record", ["tinyonn.hf.record"]),
+        ("tinyonn.scan.x", "from tinyonn.hf import _converted", ["tinyonn.hf._converted"]),
         ("tinyonn.reference.x", "import tinyonn_kernels.statistics.block_norms", ["tinyonn_kernels.statistics.block_norms"]),
         ("tinyonn.reference.x", "import numpy", ["numpy"]),
         ("tinyonn_kernels.x", "from tinyonn.errors import InputError", ["tinyonn.errors"]),

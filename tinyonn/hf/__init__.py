@@ -1,18 +1,21 @@
 """Hooks into Hugging Face transformers.
 
 Importing this package registers `attn_implementation="dyn_nsa"` and `experts_implementation="tinyonn"`, and lets transformers build the
-parts of converted models wherever it builds a model (`hf.record`).
+parts of converted models wherever it builds a model (`hf._converted`).
 """
 
 from typing import TYPE_CHECKING
 
 from .._lazy import lazy_exports
-from . import experts  # for what it registers
+from . import experts  # registers an implementation
+from ._install import install
 from .dyn_moe import calibrate_experts, convert_mlp_to_dynmoe, expert_statistics
 from .dyn_nsa import calibrate, collected_budget_loss, convert_attention, parameter_groups, revert_attention, statistics
 
 if TYPE_CHECKING:
     from .dyn_nsa.schedule import BudgetSchedule
+
+install()
 
 __all__ = [
     "BudgetSchedule",

@@ -2,19 +2,18 @@
 
 Importing this module registers it. A model's own activation is told by what it does to a few numbers, not by its name: an unknown one is
 refused instead of being taken for another. That is settled when a model is built with this implementation, as by `from_pretrained`, and in
-`set_experts_implementation`; importing this module adds a check to both.
+`set_experts_implementation`: `hf._install` adds a check to both.
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..nn.surprise_capture import probe_for
@@ -145,33 +144,17 @@ def check_experts(model: nn.Module) -> None:
             layout_of(module)
 
 
-def _install() -> None:
-    """Adds the check to `PreTrainedModel`, once: transformers tells a registered function nothing before it calls it."""
-    cls: Any = PreTrainedModel
-    if hasattr(cls, "_tinyonn_checks_experts"):
-        return
-    post_init, set_implementation = cls.post_init, cls.set_experts_implementation
-
-    @functools.wraps(post_init)
-    def new_post_init(self: Any) -> None:
-        post_init(self)
-        check_experts(self)
-
-    @functools.wraps(set_implementation)
-    def new_set_implementation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = [(config, config._experts_implementation_internal) for config in configurations(self)]
-        result = set_implementation(self, *args, **kwargs)
-        try:
-            check_experts(self)
-        except InputError:
-            for config, implementation in before:
-                config._experts_implementation_internal = implementation
-            raise
-        return result
-
-    cls.post_init, cls.set_experts_implementation = new_post_init, new_set_implementation
-    cls._tinyonn_checks_experts = True
+@contextmanager
+def experts_checked(model: nn.Module) -> Iterator[None]:
+    """After the block `check_experts` holds, or an InputError is raised and the implementation is what it was."""
+    before = [(config, config._experts_implementation_internal) for config in configurations(model)]
+    yield
+    try:
+        check_experts(model)
+    except InputError:
+        for config, implementation in before:
+            config._experts_implementation_internal = implementation
+        raise
 
 
 register_experts(NAME, experts_forward)
-_install()

@@ -74,6 +74,17 @@ def uses_experts_interface(module: nn.Module) -> bool:
 
 
 @contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """After the block every module is in training or eval mode as before, also where they differ."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def gradients_kept(model: nn.Module) -> Iterator[None]:
     """Within the block, forwards of a quantised model run with gradients on; those of another one as the caller has it.
 

@@ -1,6 +1,6 @@
 """DynMoE in models of transformers: dense MLPs of a trained model become mixtures of their own neurons.
 
-Importing this package registers what rebuilds the mixtures of converted models, with `hf.record`.
+Importing this package registers what rebuilds the mixtures of converted models, with `hf._converted`.
 
     mlps         dense MLPs found in a model: weights, activation
     partition    their neurons into equal groups

@@ -26,9 +26,9 @@ from ...nn import DynMoE, ThresholdRouter
 from ...ops._dispatch import autocast_off
 from ...ops.experts._torch_experts import Layout, activate
 from ...ops.experts.threshold_route import unit_vectors
-from ..interfaces import gradients_kept
+from .._converted import converted_model, recorded
+from ..interfaces import gradients_kept, modes_kept
 from ..peft_parts import active, active_modules, adapter_of, keep_in_adapter
-from ..record import converted_model, recorded
 from .options import DynMoEOptions
 from .saving import DYN_MOE
 
@@ -179,7 +179,6 @@ def run_sample(model: PreTrainedModel, sample: Tensor, layers: dict[str, nn.Modu
 
     The model runs under autocast where the caller does, `act` in the precision of what it is given.
     """
-    modes = {module: module.training for module in model.modules()}
     missed = set(layers)
     with ExitStack() as stack:
         for name, layer in layers.items():
@@ -192,13 +191,9 @@ def run_sample(model: PreTrainedModel, sample: Tensor, layers: dict[str, nn.Modu
                 missed.discard(name)
 
             stack.callback(layer.register_forward_pre_hook(before).remove)
-        try:
+        with modes_kept(model), gradients_kept(model):
             model.eval()
-            with gradients_kept(model):
-                model.base_model(sample.to(model.device), use_cache=False)
-        finally:
-            for module, training in modes.items():
-                module.training = training
+            model.base_model(sample.to(model.device), use_cache=False)
     if missed:
         first = next(name for name in layers if name in missed)
         raise InputError(f"{first} must run when the model is given token ids, got a sample that did not reach it.")

@@ -14,8 +14,9 @@ from ...nn import DynMoE
 from ...nn.dyn_moe import GatingLoss, RoutingKind
 from ...ops._dispatch import autocast_off
 from ...ops.experts.expert_mlp import SurpriseKind
+from .._converted import checked_model, record
 from ..guard import replace_module
-from ..record import record
+from ..interfaces import modes_kept
 from .budget import take_surprise_budget
 from .calibration import OPEN, check_finite, check_sample, contributions, fit_prototypes, mixtures, run_sample
 from .mlps import WANTED, DenseMLP, dense_mlps
@@ -75,9 +76,7 @@ def convert_mlp_to_dynmoe(
             have another activation, or an intermediate size that num_experts does not divide. Nothing was changed then.
         TypeError, ValueError: no model of transformers; a bad option.
     """
-    if not isinstance(model, PreTrainedModel):
-        wrapped = "; convert the one that it wraps" if isinstance(model, nn.Module) else ""
-        raise TypeError(f"model must be a PreTrainedModel of transformers, got {type(model).__name__}{wrapped}.")
+    checked_model(model)
     options = DynMoEOptions(
         num_experts, num_experts, 1, num_experts, scale, gating_loss, surprise_kind, checkpoint, routing, surprise_budget
     )
@@ -112,8 +111,6 @@ def convert_mlp_to_dynmoe(
 def _checked_layers(model: PreTrainedModel, num_experts: int) -> dict[str, DenseMLP]:
     if mixtures(model):
         raise InputError(f"model must have {WANTED}, got a DynMoE in {next(iter(mixtures(model)))}: it was converted before.")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise InputError("model must have its weights to be converted, got some on the meta device; load them first.")
     layers = dense_mlps(model)
     for name, mlp in layers.items():
         if len(mlp.inputs[0]) % num_experts:
@@ -161,10 +158,8 @@ def _prove(name: str, module: nn.Module, mixture: DynMoE) -> None:
     """A module may have the layers of an MLP and compute something else with them."""
     weight = mixture.down_proj
     x = torch.randn(1, 8, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
-    modes = {part: part.training for part in module.modules()}
-    expected = module.eval()(x)
-    for part, training in modes.items():
-        part.training = training
+    with modes_kept(module):
+        expected = module.eval()(x)
     everything = {"surprise_budget": 1.0} if mixture.routing_kind == "budget" else {}
     error = (mixture.eval()(x, **everything) - expected).double().norm() / expected.double().norm().clamp(min=1e-30)
     mixture.reset_statistics()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import torch
 
-from ...errors import InputError, did_you_mean, reason
+from ...errors import InputError, reason
 from ...nn import DynMoE
 from ...nn._options import check_choice, check_flag, check_number, check_size
 from ...nn.dyn_moe import ONLY_BY_BUDGET, GatingLoss, RoutingKind
 from ...nn.surprise_budget import check_budget
 from ...ops.experts.expert_mlp import SurpriseKind
+from .._converted import check_fields
 
 
 @dataclass
@@ -80,12 +80,7 @@ class LayerSizes:
 
 def of_mapping(kind: type, given: Any, source: str) -> Any:
     """An instance of one of both classes; InputError names what `given` has too much or too little of."""
-    if not isinstance(given, Mapping):
-        raise InputError(f"{source} must be a dict of fields of {kind.__name__}, got {type(given).__name__}.")
-    names = [field.name for field in fields(kind)]
-    for name in given:
-        if name not in names:
-            raise InputError(f"{source} must have fields of {kind.__name__}, got {name!r}{did_you_mean(name, names)}")
+    check_fields(kind, given, source)
     try:
         return kind(**given)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""What rebuilds the mixtures of a converted model, from the record in its configuration; see `hf.record`."""
+"""What rebuilds the mixtures of a converted model, from the record in its configuration; see `hf._converted`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...nn import DynMoE
+from .._converted import RECORD, Conversion, own_layers, register_conversion
 from ..guard import replace_module
-from ..record import RECORD, Conversion, own_layers, register_conversion
 from .budget import take_surprise_budget
 from .options import DynMoEOptions, LayerSizes, build, of_mapping
 

@@ -1,7 +1,7 @@
 """DynNSA in models of transformers: `attn_implementation="dyn_nsa"`, and conversion of a trained model.
 
 Importing this package registers three things: an attention function and the masks it takes, both named "dyn_nsa", with transformers; and
-what rebuilds the parts of converted models, with `hf.record`.
+what rebuilds the parts of converted models, with `hf._converted`.
 
     parts        what conversion adds, found in a model: statistics, budget loss
     options      checked before a model is touched

@@ -15,7 +15,7 @@ from ..._io.units import counted
 from ...errors import InputError
 from ...nn._options import check_number
 from ...nn.dyn_nsa import DynNSACore
-from ..interfaces import gradients_kept
+from ..interfaces import gradients_kept, modes_kept
 from ..peft_parts import keep_in_adapter
 from .options import opening_of
 from .parts import PART, cores, mean_blocks
@@ -56,16 +56,16 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
     keep_in_adapter(model, PART)
     found = list(cores(model))
     before = [core.opening.clone() for core in found]
-    training = model.training
-    model.eval()
     try:
-        low, high = min(map(_all_open, found)), HIGHEST
-        most, least = (_blocks(model, found, batches, shift) for shift in (low, high))
-        _check_target(found, batches, target, least, most)
-        for _ in range(steps):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _blocks(model, found, batches, middle) > target else (low, middle)
-        reached = _blocks(model, found, batches, high)
+        with modes_kept(model):
+            model.eval()
+            low, high = min(map(_all_open, found)), HIGHEST
+            most, least = (_blocks(model, found, batches, shift) for shift in (low, high))
+            _check_target(found, batches, target, least, most)
+            for _ in range(steps):
+                middle = (low + high) / 2
+                low, high = (middle, high) if _blocks(model, found, batches, middle) > target else (low, middle)
+            reached = _blocks(model, found, batches, high)
         for core in found:
             core.base.add_(core.opening.to(core.base.dtype))
             core.opening.zero_()
@@ -74,8 +74,6 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
         for core, opening in zip(found, before, strict=True):
             core.opening.copy_(opening)
         raise
-    finally:
-        model.train(training)
     return reached
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ...nn.dyn_nsa import TauSource
-from ..record import forget, record, recorded
+from .._converted import checked_model, forget, record, recorded
 from .hooks import add_parts, remove_observed_forward
 from .options import checked_options
 from .parts import DYN_NSA, PART, cores
@@ -60,9 +59,7 @@ def convert_attention(
             DynNSA lacks (softcap, sinks, dropout, masks of a layer's own, values of another size than keys, as in MLA).
         TypeError, ValueError: no model of transformers; a bad option.
     """
-    if not isinstance(model, PreTrainedModel):
-        wrapped = "; convert the one that it wraps" if isinstance(model, nn.Module) else ""
-        raise TypeError(f"model must be a PreTrainedModel of transformers, got {type(model).__name__}{wrapped}.")
+    checked_model(model)
     if next(cores(model), None) is not None:
         raise InputError("model must not have been converted before.")
     options = checked_options({

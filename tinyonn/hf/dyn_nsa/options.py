@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InputError, did_you_mean
+from ...errors import InputError
 from ...nn.dyn_nsa import OPEN, DynNSAOptions
 from ...ops._dispatch import check_impl
 from ...ops.nsa._checks import check_max_blocks, check_sizes, check_window
+from .._converted import check_fields
 
 _NUMBERS = ("temperature", "base", "slope", "tau", "budget_weight")
 _FLAGS = ("detach_scores", "learnable_compression")
@@ -29,12 +29,7 @@ def checked_options(given: Mapping[str, Any], source: str = "options", start: Ma
     Raises:
         TypeError: a value of the wrong type. ValueError: one out of range. InputError: no mapping, or an unknown field.
     """
-    if not isinstance(given, Mapping):
-        raise InputError(f"{source} must be a dict of fields of DynNSAOptions, got {type(given).__name__}.")
-    fields = [field.name for field in dataclasses.fields(DynNSAOptions)]
-    for name in given:
-        if name not in fields:
-            raise InputError(f"{source} must have fields of DynNSAOptions, got {name!r}{did_you_mean(name, fields)}")
+    check_fields(DynNSAOptions, given, source)
     for name in _NUMBERS:
         if name in given:
             _check_number(name, given[name])

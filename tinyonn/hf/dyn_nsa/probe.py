@@ -7,7 +7,7 @@ only a part of it, or what no mask of transformers says. Nothing of the model is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ...errors import InputError, reason
 from ...ops.nsa._checks import MAX_HEAD_DIM
-from ..interfaces import attention_implementation, gradients_kept, register_attention
+from ..interfaces import attention_implementation, gradients_kept, modes_kept, register_attention
 from ..memory import is_out_of_memory
 from .attention import is_local, unknown_arguments
 from .masks import dyn_nsa_mask
@@ -32,13 +32,11 @@ def attention_layers(model: PreTrainedModel) -> dict[str, list[int]]:
     """Name of each layer that sees the whole past, and its query heads, key heads and head size.
 
     Raises:
-        InputError: no causal decoder of token ids; weights on the meta device; a layer that DynNSA cannot stand in for; none at all.
+        InputError: no causal decoder of token ids; a layer that DynNSA cannot stand in for; none at all.
     """
     kind = type(model).__name__
     if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         raise InputError(f"model must be a decoder of token ids alone, got {kind}.")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise InputError("model must have its weights to be converted, got some on the meta device; load them first.")
     names = {module: name for name, module in model.named_modules()}
     plain = _calls(model, padded=False)
     if not plain:
@@ -116,14 +114,11 @@ def _check_local(call: _Call) -> None:
 @contextmanager
 def _telling_dropout(modules: list[nn.Module]) -> Iterator[None]:
     """Within the block, attention modules are in training mode; their children are not, so this alone makes a layer tell its dropout."""
-    before = [module.training for module in modules]
-    try:
+    with ExitStack() as kept:
         for module in modules:
+            kept.enter_context(modes_kept(module))
             module.training = True
         yield
-    finally:
-        for module, was in zip(modules, before, strict=True):
-            module.training = was
 
 
 class _Notes:

@@ -1,4 +1,4 @@
-"""What rebuilds the parts of a converted model, from the record in its configuration; see `hf.record`."""
+"""What rebuilds the parts of a converted model, from the record in its configuration; see `hf._converted`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
-from ..record import RECORD, Conversion, own_layers, register_conversion
+from .._converted import RECORD, Conversion, own_layers, register_conversion
 from .hooks import add_parts
 from .parts import DYN_NSA, PART
 

@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 
 from ...errors import InputError
 from ...nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN
+from .._converted import converted_model, recorded
 from ..peft_parts import adapter_of, frozen, keep_in_adapter, remedy
-from ..record import converted_model, recorded
 from .parts import DYN_NSA, PART, cores, loss_was_taken, mean_blocks
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import InputError
+from ...hf.interfaces import modes_kept
 
 # A chunk of logits that a core's cache holds; a whole (tokens, vocabulary) copy costs more than the model.
 CHUNK_BYTES = 4 << 20
@@ -19,16 +20,14 @@ CHUNK_BYTES = 4 << 20
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Within the block, the model is in eval mode and no parameter requires a gradient; afterwards both are as they were."""
-    modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
+        with modes_kept(model):
+            model.eval()
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter in trainable:
             parameter.requires_grad_(True)
 

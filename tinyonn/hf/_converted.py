@@ -4,15 +4,7 @@ A converted model's config.json has
 
     "tinyonn": {"version": 1, "dyn_nsa": {"options": {...}, "layers": {...}}, "dyn_moe": {"options": {...}, "layers": {...}}}
 
-with one entry per conversion. Importing `tinyonn.hf` adds steps to transformers' `PreTrainedModel`, for every model class alike. Three of
-them act only on configurations with such a record:
-
-    __init__              the attention implementation is chosen, unless the caller chose one
-    post_init             the model takes a configuration of its own, and the recorded parts are built; weights are read later
-    _initialize_weights   parts whose weights a folder lacks are an error, not random numbers
-
-The fourth, `_adjust_missing_and_unexpected_keys`, acts on every configuration: it is an error when a folder has weights of parts that the
-model was built without. The fifth, `save_pretrained`, adds a guard to the weights file; see `hf.guard`.
+with one entry per conversion. `hf._install` builds the parts from it wherever transformers builds a model.
 
 config.json also has `transformers_weights`, where transformers expects the name of a weights file. For a converted model it is a sentence.
 Where tinyonn is not imported, `from_pretrained` of every class refuses it with that sentence as its message, before it builds anything.
@@ -21,22 +13,20 @@ Where tinyonn is not imported, `from_pretrained` of every class refuses it with 
 from __future__ import annotations
 
 import copy
-import functools
+import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import InputError
-from .guard import guarded, without_guards
+from ..errors import InputError, did_you_mean
 from .old_folders import moved
 
 RECORD = "tinyonn"  # of config.json
 VERSION = 1
-_WEIGHTS = "transformers_weights"
+WEIGHTS = "transformers_weights"
 _REMEDY = "this model has parts from tinyonn: run `import tinyonn.hf` before from_pretrained"
 # An adapter names its base model by the model's `name_or_path`. The folder that was converted lacks the parts, and PEFT would put the
 # adapter on it without a warning.
@@ -104,7 +94,7 @@ def record(model: PreTrainedModel, name: str, options: dict[str, Any], layers: d
 
 def _note(config: PretrainedConfig, name: str, conversion: dict[str, Any]) -> None:
     vars(config)[RECORD] = {"version": VERSION, **recorded(config), name: conversion}
-    vars(config)[_WEIGHTS] = _REMEDY
+    vars(config)[WEIGHTS] = _REMEDY
 
 
 def forget(model: PreTrainedModel, name: str) -> None:
@@ -114,7 +104,7 @@ def forget(model: PreTrainedModel, name: str) -> None:
         vars(model.config)[RECORD] = {"version": VERSION, **kept}
     else:
         vars(model.config).pop(RECORD, None)
-        vars(model.config).pop(_WEIGHTS, None)
+        vars(model.config).pop(WEIGHTS, None)
         model.name_or_path = model.config.name_or_path
 
 
@@ -173,7 +163,7 @@ def _with_nested(configs: list[PretrainedConfig]) -> list[PretrainedConfig]:
     return [*configs, *(_with_nested(nested) if nested else [])]
 
 
-def _prepare(config: Any) -> None:
+def prepare(config: Any) -> None:
     if isinstance(config, PretrainedConfig):
         if (old := moved(config)) is not None:
             _note(config, *old)
@@ -181,7 +171,7 @@ def _prepare(config: Any) -> None:
             _conversions[name].prepare(config)
 
 
-def _build(model: PreTrainedModel) -> None:
+def build_parts(model: PreTrainedModel) -> None:
     if not recorded(model.config):
         return
     own_configuration(model, building=True)
@@ -198,7 +188,7 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, classes)}
 
 
-def _finish_part(model: PreTrainedModel, part: Any) -> None:
+def finish_part(model: PreTrainedModel, part: Any) -> None:
     """Called after weights were read, for a part that was built without memory."""
     if getattr(part, "_is_hf_initialized", False):
         return
@@ -219,7 +209,7 @@ def _finish_part(model: PreTrainedModel, part: Any) -> None:
         module._is_hf_initialized = True
 
 
-def _refuse_lost_parts(model: PreTrainedModel, loading_info: Any) -> None:
+def refuse_lost_parts(model: PreTrainedModel, loading_info: Any) -> None:
     marks = tuple(conversion.mark for conversion in _conversions.values())
     if lost := sorted(key for key in loading_info.unexpected_keys if key.endswith(marks)):
         loading_info.mismatched_keys.clear()  # else transformers replaces this error by one about the guard's shape
@@ -230,65 +220,29 @@ def _refuse_lost_parts(model: PreTrainedModel, loading_info: Any) -> None:
         )
 
 
-class _WeightsFile:
-    """`transformers_weights` of a configuration: the name of a weights file, and not the sentence that stands there for other processes."""
-
-    def __get__(self, config: Any, owner: type | None = None) -> Any:
-        if config is None:
-            return self
-        if _WEIGHTS not in vars(config):
-            raise AttributeError(f"'{type(config).__name__}' object has no attribute '{_WEIGHTS}'")
-        value = vars(config)[_WEIGHTS]
-        return None if RECORD in vars(config) else value
-
-    def __set__(self, config: Any, value: Any) -> None:
-        vars(config)[_WEIGHTS] = value
-
-    def __delete__(self, config: Any) -> None:
-        if RECORD not in vars(config):  # `save_pretrained` deletes it, and must write the sentence
-            vars(config).pop(_WEIGHTS, None)
+def is_part(model: PreTrainedModel, module: nn.Module) -> bool:
+    """Whether the module is a part of a model that was converted."""
+    return bool(recorded(model.config)) and isinstance(module, tuple(conversion.part for conversion in _conversions.values()))
 
 
-def _install() -> None:
-    """Adds the steps to `PreTrainedModel`, once."""
-    cls: Any = PreTrainedModel
-    if hasattr(cls, "_tinyonn_installed"):
-        return
-    init, post_init, initialize = cls.__init__, cls.post_init, cls._initialize_weights
-    adjust, save = cls._adjust_missing_and_unexpected_keys, cls.save_pretrained
-
-    @functools.wraps(init)
-    def new_init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        _prepare(config)
-        init(self, config, *args, **kwargs)
-
-    @functools.wraps(post_init)
-    def new_post_init(self: Any) -> None:
-        post_init(self)
-        _build(self)
-
-    @functools.wraps(initialize)
-    def new_initialize(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if recorded(self.config) and isinstance(module, tuple(conversion.part for conversion in _conversions.values())):
-            with torch.no_grad():
-                _finish_part(self, module)
-        initialize(self, module, *args, **kwargs)
-
-    @functools.wraps(adjust)
-    def new_adjust(self: Any, loading_info: Any) -> None:
-        _refuse_lost_parts(self, loading_info)
-        loading_info.unexpected_keys = without_guards(self, loading_info.unexpected_keys)
-        adjust(self, loading_info)
-
-    @functools.wraps(save)
-    def new_save(self: Any, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any) -> Any:
-        with guarded(self, state_dict) as state:
-            return save(self, save_directory, is_main_process, state, *args, **kwargs)
-
-    cls.__init__, cls.post_init, cls._initialize_weights = new_init, new_post_init, new_initialize
-    cls._adjust_missing_and_unexpected_keys, cls.save_pretrained = new_adjust, new_save
-    cls._tinyonn_installed = True
-    setattr(PretrainedConfig, _WEIGHTS, _WeightsFile())
+def checked_model(model: Any) -> None:
+    """Raises TypeError where `model` is no model of transformers, and InputError where it has no weights to convert."""
+    if not isinstance(model, PreTrainedModel):
+        wrapped = "; convert the one that it wraps" if isinstance(model, nn.Module) else ""
+        raise TypeError(f"model must be a PreTrainedModel of transformers, got {type(model).__name__}{wrapped}.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError("model must have its weights to be converted, got some on the meta device; load them first.")
 
 
-_install()
+def check_fields(kind: type, given: Any, source: str) -> None:
+    """Raises InputError where `given` is no dict, or has a name that is no field of a dataclass.
+
+    Args:
+        source: where `given` is from, for messages.
+    """
+    if not isinstance(given, Mapping):
+        raise InputError(f"{source} must be a dict of fields of {kind.__name__}, got {type(given).__name__}.")
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in given:
+        if name not in names:
+            raise InputError(f"{source} must have fields of {kind.__name__}, got {name!r}{did_you_mean(name, names)}")
