@@ -108,7 +108,8 @@ class MscanReader:
     The file is mapped: truncating it from another process while it is open ends this one with a bus error.
 
     Attributes:
-        path, recovery: as given.
+        path: the argument.
+        recovery: the argument.
         version: 1 or 2.
         metadata: what the writer was given.
         layout: entries in column order.

@@ -22,7 +22,8 @@ from ..ops._dispatch import autocast_off, check_impl
 from ..ops.nsa._checks import check_max_blocks, check_sizes, check_temperature, check_window
 from .block_compression import BlockCompression, block_starts
 
-OPEN = -30.0  # opening at which every block is selected: importance is never under -20
+OPEN = -30.0
+"""Opening of a threshold at which every block is selected: importance is never below -20."""
 MAX_TEMPERATURE = 10.0  # beyond it the gates of an open model would not all be 1
 MIN_MAX_BLOCKS = 3
 OUTPUT_TAU_MOMENTUM = 0.05  # of the running mean of output entropies

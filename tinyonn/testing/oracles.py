@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Root-mean-square error over root-mean-square value. Half precision is judged against the oracle of the same rounded inputs.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
+"""Largest accepted error ratio by dtype: root mean square of the error over that of the value, for the same rounded inputs."""
 
 
 def impl_device(impl: str) -> str:

@@ -17,8 +17,8 @@ def _triton_skip_reason() -> str | None:
     return None
 
 
-# What a test is parametrised with: every implementation that is judged. Triton runs on the GPU, else in its interpreter.
 IMPLS = [
     "torch",
     pytest.param("triton", marks=pytest.mark.skipif(_triton_skip_reason() is not None, reason=_triton_skip_reason() or "")),
 ]
+"""Parameters of a test over implementations: "torch" and "triton", which runs on the GPU, else in Triton's interpreter."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ARCHS = (80, 90, 100)
+"""Compute capabilities that kernels are compiled for: A100, H100, B200."""
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a thread block can have, CUDA C++ guide table 24
 
 

@@ -59,7 +59,7 @@ def capture_attention_stats(
         queries: (B,) int64, of each row the position 0 … T − 1 of the only query that is looked at; T is then 1 in the statistics.
 
     Yields:
-        One AttentionStats a layer: entropy in nats and span mass (None without a span), (B, T, H) float32 (float64 for float64), 0 for
+        One AttentionStats a layer, of entropy in nats and span mass (None without a span), (B, T, H) float32 (float64 for float64), 0 for
         queries that see nothing.
 
     Raises:

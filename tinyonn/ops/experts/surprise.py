@@ -40,7 +40,7 @@ def surprise_min_loss(
             never do: no loss depends on them (a last token, a label of -100), and none of their experts is the least surprised.
 
     Returns:
-        0-d, float32 or float64: mean over the tokens that count, 0 where there is none.
+        Mean over the tokens that count, 0-d, float32 or float64; 0 where there is none.
 
     Raises:
         TypeError, ValueError: shapes or devices do not agree; a weight or the temperature is out of range; under `tinyonn.debug()` a NaN

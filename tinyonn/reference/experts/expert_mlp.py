@@ -141,7 +141,8 @@ def expert_surprise(
         others: see `expert_mlp`.
 
     Returns:
-        (N, K) float64: of each slot's (token, expert) pair, an expert named twice with its summed weight; 0 in unused slots.
+        The surprise of each slot's (token, expert) pair, (N, K) float64; an expert named twice has its summed weight, and unused
+        slots have 0.
     """
     num_experts = len(gate_up_proj)
     layout = (gated, interleaved, transposed, limit)
