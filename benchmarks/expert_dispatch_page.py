@@ -131,7 +131,7 @@ def _answer(cells: list[Cell]) -> list[str]:
             " part of few experts is, and the sooner the smaller they are.**"
         ]
     for (measure, title, better), least in zip((("min", "Time", "faster"), ("peak", "Peak memory", "smaller")), safe, strict=True):
-        text = f"- **{title}.** Along lines of growing k dense is {better}: {_where(cells, measure)}."
+        text = f"- **{title}.** As k grows, dense is {better}: {_where(cells, measure)}."
         if least:
             text += f" Up to k/E = {least[0]:.2g} `expert_mlp` is {better} at every size, by {least[1]:.2g}× to {least[2]:.3g}×."
         rule = rule_of(cells, measure)
@@ -150,19 +150,19 @@ def _answer(cells: list[Cell]) -> list[str]:
     best = [min((name for name in SPARSE if name in cell.candidates), key=lambda name: cell.candidates[name]["min"]) for cell in cells]
     behind = max(cell.candidates[OURS]["min"] / cell.candidates[name]["min"] for cell, name in zip(cells, best, strict=True))
     found.append(
-        f"- **Among the sparse forms** the fastest is, by the number of sizes: {_counts(best)}. `expert_mlp` takes at most {behind:.2g}"
+        f"- **Sparse forms.** Number of sizes at which each is the fastest: {_counts(best)}. `expert_mlp` takes at most {behind:.2g}"
         " times as long as the fastest."
     )
-    text = f"- **Surprise.** The step with it takes {_range(_ratios(cells, 'min', SURPRISED), 3)} times that without."
+    text = f"- **Surprise.** A step with surprise takes {_range(_ratios(cells, 'min', SURPRISED), 3)} times as long as one without."
     if einsum := _ratios(cells, "min", EINSUM, SURPRISED):
         text += (
-            f" Einsum over the gradient of every token and expert, for the surprise alone, takes {_range(einsum)} times as long as that"
+            f" Einsum over the gradient of every token and expert, for the surprise alone, takes {_range(einsum)} times as long as this"
             f" whole step, and {_range(_ratios(cells, 'peak', EINSUM, SURPRISED))} times its peak memory."
         )
     lines = []
-    for part in [*headline, *found, text]:
+    for part in [*headline, *([""] if headline else []), *found, text]:
         indent = "  " if part.startswith("- ") else ""
-        lines += textwrap.wrap(part, 140, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        lines += textwrap.wrap(part, 140, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
     return lines
 
 
@@ -213,28 +213,28 @@ def page_of(content: dict[str, Any], stem: str) -> str:
     lines = [
         "# Dense einsum or sparse dispatch",
         "",
-        "A mixture of E small experts of I neurons, k of them for each token, can be computed in two ways: as dense products over all",
-        "experts with weights that are mostly zero, or by sending each token to its experts alone. Dense does E/k times the arithmetic, in",
-        "products as large as a machine could wish; sparse dispatch sorts, gathers and adds, and multiplies small matrices. Forward and",
-        f"backward, {settings['tokens']} tokens of {settings['features']} features, {settings['dtype']}:",
+        "A mixture of E small experts of I neurons, of which each token uses k, can be computed in two ways. The dense form multiplies all",
+        "experts, with weights that are mostly zero. Sparse dispatch sends each token to its experts only. The dense form does E/k times the",
+        "arithmetic, in large products; sparse dispatch sorts, gathers and adds, and multiplies small matrices. The figures are of forward and",
+        f"backward, {settings['tokens']} tokens of {settings['features']} features, {settings['dtype']}.",
         "",
         *_answer(cells),
         "",
         f"![Dense einsum as multiples of expert_mlp against k/E]({stem}.png)",
         "",
-        "Above the line at 1 `expert_mlp` is better, below it the dense einsum. Lines join sizes that differ in k alone.",
+        "Above the line at 1 `expert_mlp` is better, below it the dense einsum. Lines join sizes that differ only in k.",
         "",
         "## What was measured",
         "",
         f"`python benchmarks/expert_dispatch.py{' --device cuda' if on_gpu else ''}` on {settings['device']}, {settings['threads']} torch"
         f" thread{'s' if settings['threads'] > 1 else ''}, torch {settings['torch']}.",
-        "Routes are drawn evenly at random. Output and all gradients of every form are checked equal before anything is timed; forms are",
-        f"timed in turn, {rounds[0]} to {rounds[-1]} rounds. Least times stand here, for other work only adds to them; medians",
-        f"are in `{stem}.json`. Memory is by",
-        "allocation events, weights and input not counted: the peak of forward and backward with gradients, and what is kept between them.",
+        "Routes are random and even. Output and all gradients of every form are checked equal before anything is timed. The forms are timed in",
+        f"turn, {rounds[0]} to {rounds[-1]} rounds. The tables show least times, because other work on the machine only adds to them; medians",
+        f"are in `{stem}.json`. Memory is counted by allocation events, without weights and input: the peak of forward and backward, gradients",
+        "included, and what is kept between them.",
         "",
-        "The dense form is the best that we know: gate and up as one product each over all experts, hidden values weighed before the last",
-        "product, which then sums over experts as well (`nei,efi->nf`). It has no surprise.",
+        "The dense form is the fastest that we know: one product each for gate and up over all experts, and hidden values weighed before the",
+        "last product, which also sums over experts (`nei,efi->nf`). It has no surprise.",
         f"It is absent at {absent} of {len(cells)} sizes, where it would take more than {settings['dense_operations'] / 1e9:.0f} billion",
         "operations.",
         "",

@@ -94,6 +94,17 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(target), f"{name_of(page)} links to {path}#{anchor}; {name_of(target)} has {sorted(anchors(target))}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_lists_and_tables_begin_after_an_empty_line(page):
+    """GitHub draws them in any case, the site only so."""
+    item, before = re.compile(r"([-*]|\d+\.) "), ""
+    for line in text_of(page).splitlines():
+        begins = bool(item.match(line)) and not item.match(before.lstrip()) and not before.startswith("  ")
+        begins = begins or (line.startswith("|") and not before.startswith("|"))
+        assert not (begins and before.strip()), f"{name_of(page)}: {line[:60]}"
+        before = line
+
+
 def test_every_page_is_reached_from_the_menu():
     menu = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     assert menu == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
