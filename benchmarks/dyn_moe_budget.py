@@ -186,12 +186,18 @@ def write(folder: Path, results: Results, texts: int, sample_texts: int) -> None
     lines = [
         "# Perplexity against experts",
         "",
-        f"`benchmarks/dyn_moe_budget.py`, {platform.machine()}, torch {torch.__version__}.",
-        "SmolLM2-135M-Instruct (Q4_1 weights, dequantised);",
-        f"{texts} modules of Python's standard library, {settings['tokens']} tokens each.",
-        f"Each MLP is {settings['experts']} experts of {1536 // settings['experts']} neurons, split and calibrated on {sample_texts} other",
-        f"modules; {settings['steps']} steps of Adam on experts and routers, one text each, on yet other modules; attention and embeddings",
-        "frozen. k is the mean number of experts of a token asked for; the next column is what the evaluation text came to.",
+        "This page shows what a dense model loses when its MLPs become experts, of which a token uses few."
+        f" `benchmarks/dyn_moe_budget.py` wrote it on {platform.machine()} with torch {torch.__version__}.",
+        "",
+        "- **Model**: SmolLM2-135M-Instruct (4-bit weights, Q4_1, dequantised). Attention and embeddings are frozen.",
+        f"- **Text**: {texts} modules of Python's standard library, {settings['tokens']} tokens each.",
+        f"- **Conversion**: each MLP becomes {settings['experts']} experts of {1536 // settings['experts']} neurons, split and calibrated"
+        f" on {sample_texts} other modules.",
+        f"- **Tuning**: {settings['steps']} steps of Adam on experts and routers, one text each, on yet other modules.",
+        "",
+        "The arms are router losses (surprise, sparse diversity, the language loss alone) with thresholds, and a plain top-k. *Before*"
+        " means calibrated only, *after* means tuned too. k is the requested mean number of experts a token; the next column is the mean on"
+        " the evaluation texts.",
         "",
         "![Perplexity against mean experts a token](dyn_moe_budget.png)",
         "",

@@ -199,10 +199,16 @@ def write(folder: Path, results: Results, texts: int) -> None:
     lines = [
         "# Perplexity against key blocks",
         "",
-        f"`benchmarks/dyn_nsa_budget.py`, {platform.machine()}, torch {torch.__version__}.",
-        f"SmolLM2-135M-Instruct (Q4_1 weights, dequantised), its own weights frozen; {texts} modules of Python's standard library,",
-        f"{results.settings['tokens']} tokens each; compression of 32 positions, window 512, both with gates of 0 before tuning;",
-        f"{results.settings['steps']} steps of Adam, one text each, on other modules.",
+        f"This page shows what a converted model loses when a query reads fewer key blocks. `benchmarks/dyn_nsa_budget.py` wrote it on"
+        f" {platform.machine()} with torch {torch.__version__}.",
+        "",
+        "- **Model**: SmolLM2-135M-Instruct (4-bit weights, Q4_1, dequantised). Its own weights are frozen.",
+        f"- **Text**: {texts} modules of Python's standard library, {results.settings['tokens']} tokens each.",
+        "- **Conversion**: compression of 32 positions, a window of 512; the gates of both are 0 before tuning.",
+        f"- **Tuning**: {results.settings['steps']} steps of Adam on thresholds, gates and compression, one text each, on other modules.",
+        "",
+        "The arms are three sources of tau, which moves the thresholds, and a static top-n, which has no threshold. *Before* means"
+        " calibrated only, *after* means tuned too. The budget is the requested mean; the next column is the mean on the evaluation texts.",
         "",
         "![Perplexity against mean key blocks a query](dyn_nsa_budget.png)",
         "",

@@ -159,11 +159,14 @@ def _answer(cells: list[Cell]) -> list[str]:
             f" Einsum over the gradient of every token and expert, for the surprise alone, takes {_range(einsum)} times as long as this"
             f" whole step, and {_range(_ratios(cells, 'peak', EINSUM, SURPRISED))} times its peak memory."
         )
-    lines = []
-    for part in [*headline, *([""] if headline else []), *found, text]:
-        indent = "  " if part.startswith("- ") else ""
-        lines += textwrap.wrap(part, 140, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
+    lines = [*_wrapped(*headline), ""] if headline else []
+    for part in [*found, text]:
+        lines += _wrapped(part, "  ")
     return lines
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, 140, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _counts(names: list[str]) -> str:
@@ -213,10 +216,12 @@ def page_of(content: dict[str, Any], stem: str) -> str:
     lines = [
         "# Dense einsum or sparse dispatch",
         "",
-        "A mixture of E small experts of I neurons, of which each token uses k, can be computed in two ways. The dense form multiplies all",
-        "experts, with weights that are mostly zero. Sparse dispatch sends each token to its experts only. The dense form does E/k times the",
-        "arithmetic, in large products; sparse dispatch sorts, gathers and adds, and multiplies small matrices. The figures are of forward and",
-        f"backward, {settings['tokens']} tokens of {settings['features']} features, {settings['dtype']}.",
+        *_wrapped(
+            "A mixture of E small experts of I neurons, of which each token uses k, can be computed in two ways. The dense form multiplies"
+            " all experts, with weights that are mostly zero. Sparse dispatch sends each token to its experts only. The dense form does E/k"
+            " times the arithmetic, in large products; sparse dispatch sorts, gathers and adds, and multiplies small matrices. The figures"
+            f" are of forward and backward, {settings['tokens']} tokens of {settings['features']} features, {settings['dtype']}."
+        ),
         "",
         *_answer(cells),
         "",
@@ -228,15 +233,18 @@ def page_of(content: dict[str, Any], stem: str) -> str:
         "",
         f"`python benchmarks/expert_dispatch.py{' --device cuda' if on_gpu else ''}` on {settings['device']}, {settings['threads']} torch"
         f" thread{'s' if settings['threads'] > 1 else ''}, torch {settings['torch']}.",
-        "Routes are random and even. Output and all gradients of every form are checked equal before anything is timed. The forms are timed in",
-        f"turn, {rounds[0]} to {rounds[-1]} rounds. The tables show least times, because other work on the machine only adds to them; medians",
-        f"are in `{stem}.json`. Memory is counted by allocation events, without weights and input: the peak of forward and backward, gradients",
-        "included, and what is kept between them.",
+        *_wrapped(
+            "Routes are random and even. Output and all gradients of every form are checked equal before anything is timed. The forms are"
+            f" timed in turn, {rounds[0]} to {rounds[-1]} rounds. The tables show least times, because other work on the machine only adds"
+            f" to them; medians are in `{stem}.json`. Memory is counted by allocation events, without weights and input: the peak of"
+            " forward and backward, gradients included, and what is kept between them."
+        ),
         "",
-        "The dense form is the fastest that we know: one product each for gate and up over all experts, and hidden values weighed before the",
-        "last product, which also sums over experts (`nei,efi->nf`). It has no surprise.",
-        f"It is absent at {absent} of {len(cells)} sizes, where it would take more than {settings['dense_operations'] / 1e9:.0f} billion",
-        "operations.",
+        *_wrapped(
+            "The dense form is the fastest that we know: one product each for gate and up over all experts, and hidden values weighed"
+            " before the last product, which also sums over experts (`nei,efi->nf`). It has no surprise. It is absent at"
+            f" {absent} of {len(cells)} sizes, where it would take more than {settings['dense_operations'] / 1e9:.0f} billion operations."
+        ),
         "",
         f"Not measured: {'other GPUs' if on_gpu else 'a GPU'}, other numbers of tokens and features, unevenly loaded experts.",
         "",
