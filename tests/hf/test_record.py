@@ -78,7 +78,7 @@ def test_attention_and_mlps_are_converted_in_one_model(arch, order, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     revert_attention(loaded)  # and the mixtures stay
     assert set(loaded.config.tinyonn) == {"version", "dyn_moe"}
-    with pytest.raises(InputError, match="converted by convert_attention before; MLPs have no way back: load the unconverted model"):
+    with pytest.raises(InputError, match="before; the conversion of MLPs cannot be undone: load the unconverted model"):
         revert_attention(loaded)
     loaded.save_pretrained(tmp_path / "reverted")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "reverted")

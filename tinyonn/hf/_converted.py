@@ -40,7 +40,7 @@ class Conversion(NamedTuple):
         prepare: called with a configuration that has a record of this kind, before its model is built.
         build: called with a model and its recorded options and layers; adds the parts that are not there yet.
         part: class of the parts.
-        mark: how the name of one weight ends that every such part has, and no other module.
+        mark: suffix of the name of one weight that every such part has and no other module has.
     """
 
     prepare: Callable[[PretrainedConfig], None]
@@ -57,10 +57,10 @@ def register_conversion(name: str, conversion: Conversion) -> None:
 
 
 def recorded(config: Any) -> dict[str, dict[str, Any]]:
-    """Options and layers of each conversion that a configuration records; empty for none.
+    """Options and layers of each conversion that a configuration records; empty if there is none.
 
     Raises:
-        InputError: the record is damaged, or written by a later version.
+        InputError: the record is damaged, or was written by a later version.
     """
     if not isinstance(config, PretrainedConfig) or RECORD not in vars(config):
         return {}
@@ -86,7 +86,7 @@ def converted_model(model: nn.Module, name: str) -> PreTrainedModel | None:
 
 
 def record(model: PreTrainedModel, name: str, options: dict[str, Any], layers: dict[str, Any]) -> None:
-    """Notes a conversion in the model's configuration, of which the model takes a copy of its own first."""
+    """Records a conversion in the model's configuration, after giving the model its own copy of that configuration."""
     own_configuration(model)
     _note(model.config, name, {"options": options, "layers": layers})
     model.name_or_path = _UNNAMED
@@ -98,7 +98,7 @@ def _note(config: PretrainedConfig, name: str, conversion: dict[str, Any]) -> No
 
 
 def forget(model: PreTrainedModel, name: str) -> None:
-    """Takes a conversion out of the model's record; a model without any other saves as a plain one."""
+    """Removes a conversion from the model's record. A model without other conversions saves as an ordinary model."""
     kept = {other: conversion for other, conversion in recorded(model.config).items() if other != name}
     if kept:
         vars(model.config)[RECORD] = {"version": VERSION, **kept}
@@ -112,10 +112,10 @@ def own_layers(model: PreTrainedModel, layers: Mapping[str, Any], what: str) -> 
     """Recorded layers by their names in this model: a model with a head and its base model name them differently.
 
     Args:
-        what: the layers are, for messages.
+        what: kind of the layers, for error messages.
 
     Raises:
-        InputError: a layer is not there.
+        InputError: a layer does not exist.
     """
     names = [name for name, _ in model.named_modules()]
     prefix = f"{model.base_model_prefix}."
@@ -137,10 +137,10 @@ _copies: weakref.WeakKeyDictionary[nn.Module, list[tuple[PretrainedConfig, Pretr
 
 
 def own_configuration(model: PreTrainedModel, *, building: bool = False) -> None:
-    """Puts copies in place of every configuration that the model's modules refer to, so that no other model shares them.
+    """Replaces every configuration that the model's modules refer to by a copy, so that no other model shares it.
 
     Args:
-        building: the model is new; what its parts copied while they were built is theirs already.
+        building: whether the model is new; configurations that its parts copied while they were built are kept.
     """
     pairs = [pair for module in model.modules() for pair in _copies.pop(module, [])]
     memo: dict[int, Any] = {}
@@ -226,7 +226,7 @@ def is_part(model: PreTrainedModel, module: nn.Module) -> bool:
 
 
 def checked_model(model: Any) -> None:
-    """Raises TypeError where `model` is no model of transformers, and InputError where it has no weights to convert."""
+    """Raises TypeError unless `model` is a transformers model, and InputError if some of its weights are on the meta device."""
     if not isinstance(model, PreTrainedModel):
         wrapped = "; convert the one that it wraps" if isinstance(model, nn.Module) else ""
         raise TypeError(f"model must be a PreTrainedModel of transformers, got {type(model).__name__}{wrapped}.")
@@ -235,10 +235,10 @@ def checked_model(model: Any) -> None:
 
 
 def check_fields(kind: type, given: Any, source: str) -> None:
-    """Raises InputError where `given` is no dict, or has a name that is no field of a dataclass.
+    """Raises InputError unless `given` is a dict of fields of a dataclass.
 
     Args:
-        source: where `given` is from, for messages.
+        source: name of `given` in error messages.
     """
     if not isinstance(given, Mapping):
         raise InputError(f"{source} must be a dict of fields of {kind.__name__}, got {type(given).__name__}.")

@@ -1,8 +1,8 @@
 """`experts_implementation="tinyonn"`: the mixtures of transformers' models on `ops.expert_mlp`, with their surprise.
 
-Importing this module registers it. A model's own activation is told by what it does to a few numbers, not by its name: an unknown one is
-refused instead of being taken for another. That is settled when a model is built with this implementation, as by `from_pretrained`, and in
-`set_experts_implementation`: `hf._install` adds a check to both.
+Importing this module registers it. The activation of a model is identified by its values on a few numbers, not by its name, so an unknown
+activation raises an error instead of being mistaken for another. This happens when a model is built with this implementation, as by
+`from_pretrained`, and in `set_experts_implementation`; `hf._install` adds the check to both.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from .interfaces import configurations, register_experts, uses_experts_interface
 
 NAME = "tinyonn"
 
-# What transformers' experts read in their activation; where one changes, the layout is looked for again.
+# Attributes that the activation of transformers' experts reads. If one changes, the layout is determined again.
 NUMBERS = ("alpha", "limit", "swiglu_alpha", "swiglu_limit")
 
 _layouts: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], Layout]] = weakref.WeakKeyDictionary()
 
 
 def layout_of(module: Any, device: torch.device | str = "cpu") -> Layout:
-    """The layout of transformers' experts; InputError where `expert_mlp` has no such experts.
+    """The layout of transformers' experts. Raises InputError if `expert_mlp` does not support them.
 
     Args:
-        module: the experts. No weight of theirs is read: one that PEFT computes would be kept without its graph.
-        device: where the activation is tried.
+        module: the experts. Their weights are not read, because a weight that PEFT computes would be kept without its graph.
+        device: device on which the activation is evaluated.
     """
     settings = [getattr(module, name, None) for name in ("act_fn", *NUMBERS)]
     known = _layouts.get(module)
     if known is not None and known[0] == settings:
         return known[1]
     if torch.compiler.is_exporting():
-        raise InputError(f"{type(module).__name__} must have run once before it is exported: its activation is told by what it does.")
+        raise InputError(f"{type(module).__name__} must run once before it is exported, so that its activation can be identified.")
     layout = _find_layout(module, torch.device(device))
     _layouts[module] = (settings, layout)
     return layout
@@ -91,7 +91,7 @@ def _candidates(limits: list[float]) -> Iterator[tuple[Activation, float]]:
 
 @torch.compiler.assume_constant_result
 def _layout_in_graph(module: Any) -> tuple[Layout, str, tuple[Any, ...]]:
-    """The layout, and the kind of activation and the numbers for which it holds: what the compiled code asks for again."""
+    """The layout, with the kind of activation and the numbers for which it holds, which the compiled code checks again."""
     kind = type(getattr(module, "act_fn", None)).__name__
     return layout_of(module), kind, tuple(getattr(module, name, None) for name in NUMBERS)
 
@@ -109,10 +109,10 @@ def _layout_for(module: Any, hidden_states: Tensor) -> Layout:
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Experts over routed pairs, in transformers' layout.
 
-    Compiles without a graph break; capturing the surprise compiles a mixture once more. Exported, it hands out no surprise.
+    Compiles without a graph break; capturing the surprise compiles a mixture once more. An exported model gives no surprise.
 
     Args:
-        module: holds (gate_)up_proj, down_proj and perhaps their biases.
+        module: experts module with (gate_)up_proj, down_proj and optional biases.
         hidden_states: (N, F).
         top_k_index: (N, K); indices outside 0 … E−1 are unused slots.
         top_k_weights: (N, K).
@@ -138,7 +138,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 
 def check_experts(model: nn.Module) -> None:
-    """Raises InputError where a mixture of the model asks for this implementation and cannot run on it."""
+    """Raises InputError if a mixture of the model uses this implementation and is not supported by it."""
     for module in model.modules():
         if uses_experts_interface(module) and getattr(getattr(module, "config", None), "_experts_implementation", None) == NAME:
             layout_of(module)
@@ -146,7 +146,7 @@ def check_experts(model: nn.Module) -> None:
 
 @contextmanager
 def experts_checked(model: nn.Module) -> Iterator[None]:
-    """After the block `check_experts` holds, or an InputError is raised and the implementation is what it was."""
+    """Runs `check_experts` after the block. If it fails, restores the implementation of every configuration."""
     before = [(config, config._experts_implementation_internal) for config in configurations(model)]
     yield
     try:

@@ -1,6 +1,6 @@
 """Attention and experts functions registered with transformers, and switched on for one model at a time.
 
-Registering names a function for every model of the process; it runs only in a model whose configuration asks for that name.
+A registered function is available to every model of the process. It runs only in a model whose configuration names it.
 `attention_implementation` and `experts_implementation` set the name on every configuration of a model and put back what was
 there, whatever happens in between.
 """
@@ -26,7 +26,7 @@ def register_attention(name: str, forward: Callable[..., Any], *, mask: str | Ca
     attended to.
 
     Args:
-        name: what a configuration asks for.
+        name: name of the implementation in a configuration.
         forward: `(module, query, key, value, attention_mask, dropout, scaling, **kwargs) -> (out, weights | None)`; query
             (B, H, T, D), key and value (B, K, T, D), out (B, T, H, D).
         mask: the registered implementation whose masks `forward` takes: "sdpa" (bool, or None for plain causal) or
@@ -46,7 +46,7 @@ def register_experts(name: str, forward: Callable[..., Any]) -> None:
     """Makes `forward` available as `experts_implementation=name`.
 
     Args:
-        name: what a configuration asks for.
+        name: name of the implementation in a configuration.
         forward: `(experts_module, hidden_states (N, F), top_k_index (N, k), top_k_weights (N, k)) -> (N, F)`.
     """
     ExpertsInterface.register(name, forward)
@@ -75,7 +75,7 @@ def uses_experts_interface(module: nn.Module) -> bool:
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """After the block every module is in training or eval mode as before, also where they differ."""
+    """Restores the training mode of every module after the block, also if the modes differ."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -86,9 +86,9 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Within the block, forwards of a quantised model run with gradients on; those of another one as the caller has it.
+    """Runs forwards of a quantised model with gradients enabled within the block; other models are unaffected.
 
-    On a CPU bitsandbytes packs 4-bit weights anew in a forward without gradients. Gradients through the model are wrong from then on.
+    On a CPU, bitsandbytes repacks 4-bit weights in a forward without gradients. Gradients through the model are wrong afterwards.
     """
     quantised = any(getattr(module, "is_quantized", False) for module in model.modules())
     embedding = model.get_input_embeddings() if quantised else None  # type: ignore[operator]
@@ -111,7 +111,7 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
 def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
     """Within the block, the model's attention is the function registered as `name`.
 
-    Modules that do not ask AttentionInterface go on as before: nothing here can tell.
+    Modules that do not use AttentionInterface keep their own attention; this cannot be detected here.
 
     Raises:
         InputError: `name` is not registered.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .runner import ScanResult as ScanResult
     from .runner import run_scan as run_scan
 
-# Loaded when asked for: a corpus can be read, and options checked, without torch.
+# Loaded on first use, so that a corpus can be read and options checked without torch.
 _HOMES = {
     "Corpus": "corpus.corpus",
     "CorpusItem": "corpus.records",

@@ -1,4 +1,4 @@
-"""What a scan does: every option, checked once, in one frozen object."""
+"""Options of a scan, checked once, in one frozen object."""
 
 from __future__ import annotations
 

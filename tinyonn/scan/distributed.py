@@ -1,7 +1,6 @@
 """One scan on many machines: each process takes its share of the sequences and writes a file of its own.
 
-Processes never talk to each other. What they need to agree on, which sequence is whose, follows from the corpus order and the
-number of processes alone.
+Processes do not communicate. Which process scans which sequence follows from the order of the corpus and the number of processes.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: its rank among `size`, and its rank on this machine (which GPU it takes)."""
+    """This process's rank among `size`, and its rank on this machine, which chooses its GPU."""
 
     rank: int = 0
     size: int = 1
@@ -26,10 +25,10 @@ class World:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> World:
-        """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; alone where they are absent.
+        """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; a single process if they are absent.
 
         Raises:
-            InputError: a variable is no number, RANK is absent from a world of several, or the rank is outside the world.
+            InputError: a variable is not a number, RANK is missing while WORLD_SIZE is above 1, or the rank is out of range.
         """
         env = os.environ if environment is None else environment
         size = _number(env, "WORLD_SIZE", 1)
@@ -41,7 +40,7 @@ class World:
         return cls(rank, size, _number(env, "LOCAL_RANK", 0))
 
     def share(self, items: Iterable[T]) -> Iterator[T]:
-        """Every size-th item, from the rank-th on."""
+        """Every size-th item, starting with the rank-th."""
         for index, item in enumerate(items):
             if index % self.size == self.rank:
                 yield item

@@ -1,11 +1,11 @@
-"""What a scan will take, before it is run: bytes on disk, peak memory, tokens.
+"""An estimate of a scan before it runs: bytes on disk, peak memory, tokens.
 
     disk   = tokens · (2·blocks·code + 9) + sequences · (48·blocks + 640) + text          code: 2 bytes (log2u16) or 4 (f32)
     memory = process + weights + MARGIN · (saved activations + logits + 8·blocks·tokens)  of the batch with most tokens
 
-With `store="integral"` the first term of the disk is 9 bytes a token; compressed files are smaller than this says. The saved
-activations are the model's own (`activations.py`); MARGIN is what backward and the allocator take beside them, fitted on a CPU
-to the measured peaks of six architectures.
+With `store="integral"` the first term of the disk is 9 bytes a token. Compressed files are smaller than the estimate. The saved
+activations are counted in the model's own graph (`activations.py`). MARGIN covers backward and the allocator; it was fitted on a CPU to
+the measured peaks of six architectures.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ MARGIN = 1.4
 UNTRACED_COPIES = 3
 PROCESS_BYTES = 480_000_000  # interpreter, torch, transformers
 
-# Larger corpora are judged by an even sample of so many records.
+# Number of evenly spaced records that stand for a larger corpus.
 SAMPLED_RECORDS = 5000
 
 
 @dataclass(frozen=True)
 class ScanEstimate:
-    """What a scan will take.
+    """An estimate of a scan.
 
     Attributes:
-        sequences, tokens: to be scanned, generated tokens included at their most.
-        truncated: sequences cut at max_length.
-        skipped: reason → records left out.
-        sampled: the counts are scaled up from an even sample of the corpus.
+        sequences, tokens: number to scan, including the largest number of generated tokens.
+        truncated: number of sequences cut at max_length.
+        skipped: reason -> number of records left out.
+        sampled: whether the counts are extrapolated from a sample of the corpus.
         blocks: feature blocks recorded for each token.
-        bytes_per_token, bytes_per_sequence: on disk.
+        bytes_per_token, bytes_per_sequence: size on disk.
         total_bytes: size of the output (of all processes together).
-        disk_free_bytes: free where the output goes.
+        disk_free_bytes: free space at the output's place.
         weight_bytes, activation_bytes, plane_bytes, process_bytes: the parts of the peak.
-        traced: activation_bytes come from the model's own graph; False where it could not be traced, and three copies of the
-            outputs of its linear layers stand for them.
-        available_bytes: memory free on the device now.
-        device, dtype: as resolved.
+        traced: whether activation_bytes come from the model's own graph. If it could not be traced, they are three times the
+            outputs of its linear layers.
+        available_bytes: free memory of the device now.
+        device, dtype: device and precision, with "auto" resolved.
     """
 
     sequences: int
@@ -100,16 +100,16 @@ class ScanEstimate:
 
 
 def estimate_scan(config: ScanConfig) -> ScanEstimate:
-    """Reads headers, tokenizer and corpus, not the weights.
+    """Estimates a scan from file headers, tokenizer and corpus, without reading the weights.
 
     Raises:
-        InputError: as `run_scan` would for the same options.
+        InputError: the same errors as `run_scan` for these options.
     """
     return estimate(prepare(config, World.from_environment()))
 
 
 def estimate(prepared: Prepared) -> ScanEstimate:
-    """The same for a scan already prepared."""
+    """Estimates a prepared scan."""
     from .engine.targets import find_targets, layout_of
 
     config = prepared.config
@@ -145,7 +145,7 @@ def estimate(prepared: Prepared) -> ScanEstimate:
 
 
 def _activation_bytes(prepared: Prepared, model: PreTrainedModel, widest: tuple[int, int]) -> tuple[int, bool]:
-    """What a batch of (sequences, tokens) keeps until backward, logits included; and whether the model could be traced."""
+    """Bytes that a batch of (sequences, tokens) keeps until backward, logits included, and whether the model could be traced."""
     tokens = math.prod(widest)
     logits = tokens * prepared.model_config.get_text_config().vocab_size * prepared.dtype.itemsize
     try:

@@ -16,18 +16,18 @@ from .tokens import TokenSequence
 
 
 class Generator:
-    """Adds up to `new_tokens` to each prompt of a batch.
+    """Generates up to `new_tokens` tokens for each prompt of a batch.
 
     Args:
         model: a causal language model with `generate`.
         tokenizer: its tokenizer.
-        padding: token id to the left of shorter prompts.
-        new_tokens: most tokens of an answer.
-        temperature: 0 is greedy.
-        top_p: nucleus of sampling.
-        seed: with a prompt's id, the seed of its answer: it is the same in any batch, and in a scan that was resumed.
+        padding: token id that fills shorter prompts on the left.
+        new_tokens: largest number of tokens of an answer.
+        temperature: sampling temperature; 0 is greedy.
+        top_p: probability mass of nucleus sampling.
+        seed: seed of sampling. With the prompt's id it determines the answer, in any batch and in a resumed scan.
 
-    Of the model's own generation_config only the end-of-text tokens count.
+    Only the end-of-text tokens of the model's generation_config are used.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Generator:
         self._top_p = top_p
 
     def answer(self, prompts: list[TokenSequence]) -> list[TokenSequence]:
-        """Prompts with their answers, each answer up to and with its end-of-text token."""
+        """Prompts with their answers; an answer ends with its end-of-text token."""
         device = next(self._model.parameters()).device
         width = max(len(prompt.token_ids) for prompt in prompts)
         ids = torch.full((len(prompts), width), self._padding, dtype=torch.int64)
@@ -70,7 +70,7 @@ class Generator:
         token_ids = np.concatenate([prompt.token_ids, answer])
         marked = np.zeros(len(token_ids), np.uint8)
         marked[len(prompt.token_ids) :] = 1
-        # Decoded apart, so that the prompt's text stays as it was.
+        # Decoded separately, so that the prompt's text does not change.
         text = prompt.text + self._tokenizer.decode(answer)
         return TokenSequence(prompt.sequence_id, token_ids, text, marked)
 
@@ -86,7 +86,7 @@ class Generator:
 
 
 class _Noise(LogitsProcessor):
-    """Adds Gumbel noise: the largest of the result is a sample of the softmax. Each row draws from a generator of its own."""
+    """Adds Gumbel noise, so that the largest score is a sample of the softmax. Each row has its own generator."""
 
     def __init__(self, seeds: list[int]) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -98,7 +98,7 @@ class _Noise(LogitsProcessor):
 
 @contextmanager
 def _own_generation(model: Any, end_tokens: list[int], padding: int) -> Iterator[None]:
-    """Within the block the model's generation_config says how answers end, and nothing else."""
+    """Replaces the model's generation_config within the block by one that only has end-of-text and padding tokens."""
     before = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=end_tokens or None, pad_token_id=padding)
     try:

@@ -1,4 +1,4 @@
-"""What a scan's content depends on: hashes, versions and options, written into the file and compared on resume."""
+"""Hashes, versions and options that determine a scan's content. They are stored in the file and compared on resuming."""
 
 from __future__ import annotations
 
@@ -52,16 +52,17 @@ def scan_metadata(
 ) -> dict[str, Any]:
     """The metadata of a scan's file: model, corpus, options, versions.
 
-    Names and hashes; the only paths are the model's, as it was given, and an adapter's base model: a report looks for the tokenizer there.
+    It holds names and hashes. The only paths are the model's, as given, and that of an adapter's base model, where a report looks for the
+    tokenizer.
 
     Args:
-        config: the options.
-        folder: the model's folder.
-        tokenizer: its tokenizer.
-        model_config: its transformers configuration.
-        corpus_hash: of the data set, `Corpus.content_hash`.
-        dtype: the precision used, "auto" resolved.
-        max_length: tokens kept, the model's own limit applied.
+        config: options of the scan.
+        folder: folder of the model.
+        tokenizer: tokenizer of the model.
+        model_config: transformers configuration of the model.
+        corpus_hash: `Corpus.content_hash` of the data set.
+        dtype: precision, with "auto" resolved.
+        max_length: tokens kept of a text, with the model's own limit applied.
         parameters: number of weights.
     """
     import transformers
@@ -98,12 +99,12 @@ def scan_metadata(
 
 
 def _adapter(folder: Path) -> dict[str, str]:
-    """What tells an adapter from its base model; nothing for a whole model."""
+    """Metadata that distinguishes an adapter from its base model; empty for a whole model."""
     return {"base_model": base_name(folder), "adapter_config_sha256": settings_hash(folder)} if is_adapter(folder) else {}
 
 
 def _heads(model_config: Any) -> dict[str, int]:
-    """What tells which blocks of a projection belong to which attention head; only what the configuration says."""
+    """Metadata that assigns blocks of a projection to attention heads, as far as the configuration gives it."""
     heads = getattr(model_config, "num_attention_heads", None)
     hidden = getattr(model_config, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(hidden, int):
@@ -116,12 +117,12 @@ def _heads(model_config: Any) -> dict[str, int]:
 
 
 def identity(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of the metadata that a stored value depends on."""
+    """The part of the metadata on which stored values depend."""
     return {key: value for key, value in metadata.items() if key not in DESCRIPTIVE}
 
 
 def identity_hash(metadata: Mapping[str, Any]) -> str:
-    """Hash of that part: equal exactly where one scan may continue the other."""
+    """Hash of that part. One scan may continue another exactly if their hashes are equal."""
     return hashlib.sha256(json.dumps(identity(metadata), sort_keys=True).encode()).hexdigest()
 
 

@@ -1,8 +1,8 @@
-"""Where a scan writes: one file, or one file a process, and what is already there from an earlier run.
+"""The output of a scan: one file, or one per process, and what earlier runs left there.
 
-A set of N files is named `name.rank0-of-N.mscan` … and opens as one. It is continued by any number of processes: the set keeps
-the larger of its own size and the new one, and process r of W looks after the members r, r + W, r + 2W …: it renames them where
-the set grew, and appends to the first.
+A set of N files is named `name.rank0-of-N.mscan` … and opens as one. Any number of processes can continue it: the set keeps the
+larger of its own size and the new one. Process r of W owns the members r, r + W, r + 2W …; it renames them if the set grew, and appends to
+the first.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _FIRST_CHUNK = slice(40, 48)
 
 
 class OutputDiffersError(InputError):
-    """The output was written with another configuration; the message names the fields that differ."""
+    """The output has another configuration; the message names the fields that differ."""
 
 
 class OutputCompleteError(InputError):
-    """The output holds the whole corpus already."""
+    """The output already holds the whole corpus."""
 
 
 @dataclass(frozen=True)
 class Existing:
-    """What earlier runs left: members of the set by index, the ids of the sequences they hold, and the metadata they share."""
+    """Files of earlier runs: members of the set by index, ids of their sequences, and their common metadata."""
 
     members: Mapping[int, Path]
     set_size: int
@@ -52,7 +52,7 @@ class Existing:
     metadata: dict[str, Any] | None
 
     def is_whole(self, path: Path) -> bool:
-        """Whether every member of the set is there under its name, so that `path` opens."""
+        """Whether every member of the set exists under its name, so that `path` opens."""
         expected = {index: member_path(path, index, self.set_size) for index in range(self.set_size)}
         return bool(self.members) and dict(self.members) == expected
 
@@ -66,10 +66,10 @@ def member_path(path: Path, index: int, size: int) -> Path:
 
 
 def check_writable(path: Path, dataset: Path | None) -> None:
-    """Proves, before any work, that the output can be written and is not the corpus (None: no file); makes its folder.
+    """Checks, before any work, that the output can be written and is not the corpus (None if it is no file), and creates its folder.
 
     Raises:
-        InputError: with the system's reason.
+        InputError: the output cannot be written; the message has the system's reason.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def check_writable(path: Path, dataset: Path | None) -> None:
 
 
 def find_existing(path: Path, metadata: Mapping[str, Any]) -> Existing:
-    """The files of earlier runs and the ids in them; a member that is not there was not begun.
+    """Files of earlier runs and the ids in them. A missing member was not begun.
 
     Raises:
         OutputDiffersError: a file was written with another configuration; the fields that differ are named.
@@ -107,7 +107,7 @@ def find_existing(path: Path, metadata: Mapping[str, Any]) -> Existing:
 
 
 def refuse_existing(path: Path, where: str) -> None:
-    """For scans that shall not continue; `where` says when that is.
+    """Raises InputError if a scan would continue although it must not; `where` names the situation.
 
     Raises:
         InputError: any file of the set exists.

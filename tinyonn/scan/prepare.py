@@ -1,4 +1,4 @@
-"""All of a scan that comes before the weights are read: model folder, tokenizer, corpus, precision, length."""
+"""Preparation of a scan before the weights are read: model folder, tokenizer, corpus, precision, length."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from .tokens import Encoder
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` found.
+    """Result of `prepare`.
 
     Attributes:
         config, world: as given.
-        folder: of the model.
-        model_config, tokenizer: transformers' objects.
+        folder: folder of the model.
+        model_config, tokenizer: objects of transformers.
         weights: size of the weights' files.
-        device, dtype: with "auto" resolved.
+        device, dtype: device and precision, with "auto" resolved.
         max_length: tokens kept of a text, the model's position limit applied.
         padding: token id that fills batches.
         corpus: the checked data set.
@@ -72,7 +72,7 @@ class Prepared:
         return self.world.share(self.corpus)
 
     def metadata(self) -> dict[str, Any]:
-        """For the file's header; reads all the weights once, to hash them."""
+        """Metadata of the file. Reads all weights once, to hash them."""
         return scan_metadata(
             self.config,
             self.folder,
@@ -86,7 +86,7 @@ class Prepared:
 
 
 def prepare(config: ScanConfig, world: World) -> Prepared:
-    """Resolves and checks everything but the weights, cheapest first.
+    """Resolves and checks everything except the weights, cheapest first.
 
     Raises:
         InputError: what is wrong with the corpus, the model's folder, the tokenizer or the device.

@@ -31,13 +31,13 @@ from .tokens import TokenCounts, TokenSequence, plan_batches
 
 @dataclass(frozen=True)
 class ScanProgress:
-    """Where a scan stands.
+    """Progress of a scan.
 
     Attributes:
         stage: "loading" (model) or "scanning".
-        done, total: this process's records of the corpus, those of earlier runs and those left out included.
-        tokens: scanned by this run.
-        tokens_per_second: of this run so far.
+        done, total: number of this process's records, including those of earlier runs and those left out.
+        tokens: number of tokens scanned by this run.
+        tokens_per_second: speed of this run so far.
         loss: mean loss of this run's tokens in nats, NaN before the first.
     """
 
@@ -51,24 +51,24 @@ class ScanProgress:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """What a scan did.
+    """Result of a scan.
 
     Attributes:
-        path: the file this process wrote.
-        sequences, tokens: written by this run.
-        resumed: sequences of this process's share that were there before.
-        skipped: reason → records left out, malformed ones included.
-        truncated: sequences cut at max_length.
-        not_finite: sequences of this run with a loss that is NaN or infinite; their gradients are missing or infinite.
-        overflowed: other sequences of this run with tokens whose norms are not finite; those tokens count in no sum.
-        not_measured: why -> names of weights that were asked for and have no value in this run: left out because their gradient
-            cannot be recorded, or, of the recorded ones, experts that no token was routed to.
-        unproven: why -> names of recorded weights whose own gradient could not be compared, as quantised weights have none.
-        seconds: of this run, loading included.
-        tokens_per_second: of scanning alone.
+        path: file that this process wrote.
+        sequences, tokens: number written by this run.
+        resumed: number of this process's sequences that earlier runs wrote.
+        skipped: reason -> number of records left out, malformed ones included.
+        truncated: number of sequences cut at max_length.
+        not_finite: number of this run's sequences whose loss is NaN or infinite; their gradients are missing or infinite.
+        overflowed: number of other sequences with tokens whose norms are not finite; no sum includes those tokens.
+        not_measured: reason -> names of requested weights without a value in this run: their gradient cannot be recorded, or no token was
+            routed to the expert.
+        unproven: reason -> names of recorded weights whose own gradient could not be compared, such as quantised weights.
+        seconds: duration of this run, loading included.
+        tokens_per_second: speed of scanning alone.
         loss: mean loss of this run's tokens in nats.
         dtype: precision of the model, such as "float32".
-        rank, world_size: this process among those that share the corpus.
+        rank, world_size: rank of this process, and number of processes that share the corpus.
     """
 
     path: Path
@@ -90,24 +90,24 @@ class ScanResult:
 
 
 class ScanInterrupted(KeyboardInterrupt):
-    """Ctrl-C in a scan: the file is closed and readable; the message says how to go on."""
+    """Ctrl-C during a scan. The file is closed and readable; the message says how to continue."""
 
 
 def run_scan(config: ScanConfig, *, progress: Callable[[ScanProgress], None] | None = None) -> ScanResult:
-    """Scans a corpus with a model and writes what every block of every weight did for every token.
+    """Scans a corpus with a model and writes the activation and gradient norm of every weight block for every token.
 
-    An output of an earlier run with the same configuration is continued: its sequences are not scanned again, and the result holds
-    what an uninterrupted run would have written. Under torchrun (RANK, WORLD_SIZE) each process takes its share and writes
+    A scan continues the output of an earlier run with the same configuration. Finished sequences are not scanned again, and the result
+    equals that of an uninterrupted run. Under torchrun (RANK, WORLD_SIZE) each process scans its share and writes
     `name.rankI-of-N.mscan`.
 
     Args:
-        config: the options.
-        progress: called before the model is loaded and after each batch.
+        config: options of the scan.
+        progress: function called before the model is loaded and after each batch.
 
     Raises:
-        InputError: any bad input; an output that is complete, or written with another configuration; memory that ran out.
+        InputError: an input is invalid; the output is complete, or has another configuration; memory ran out.
         MscanError: an existing output is damaged.
-        ScanInterrupted: on Ctrl-C; what was scanned is in the file.
+        ScanInterrupted: Ctrl-C was pressed. The file holds what was scanned.
     """
     world = World.from_environment()
     report = progress or (lambda state: None)
@@ -156,8 +156,8 @@ class _Scan:
         self._unproven: dict[str, list[str]] = {}
 
     def run(self, engine: ScanEngine, generator: Generator | None, writer: MscanWriter) -> None:
-        """Scans each planned batch that is not in the file already. A batch of which a part is there is scanned whole, so that
-        rounding does not depend on where an earlier run stopped, and the rest of it is written.
+        """Scans each planned batch that is not in the file. A batch of which a part is in the file is scanned whole, so that rounding
+        does not depend on where an earlier run stopped, and only the rest is written.
         """
         prepared = self._prepared
         encoder = prepared.encoder(vocabulary_size(engine.model))

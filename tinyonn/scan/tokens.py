@@ -42,7 +42,7 @@ class TokenSequence:
 
 @dataclass
 class TokenCounts:
-    """What became of the corpus items so far."""
+    """Counts of the corpus items so far."""
 
     sequences: int = 0
     tokens: int = 0
@@ -51,15 +51,15 @@ class TokenCounts:
 
 
 class Encoder:
-    """Tokenises items one at a time and counts what it cuts and leaves out. A prompt is never cut: its end is what is answered.
+    """Tokenises items one at a time and counts those that it cuts or leaves out. A prompt is never cut, since the model answers its end.
 
     Args:
         tokenizer: a transformers tokenizer.
-        max_length: tokens kept of each text, and the most a prompt may have.
-        prompts: the texts are prompts to be answered: chat ends with the assistant's turn opened, and one token is enough.
-        skip_bad: count chats that the template refuses, rather than stop.
-        vocabulary: tokens that the model has embeddings of; None leaves ids unchecked.
-        model: its name, for messages.
+        max_length: tokens kept of each text, and largest length of a prompt.
+        prompts: whether the texts are prompts. A chat then ends with an open turn of the assistant, and one token is enough.
+        skip_bad: whether to count chats that the template refuses rather than raise an error.
+        vocabulary: number of tokens with embeddings in the model; None to leave ids unchecked.
+        model: name of the model in error messages.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Encoder:
                 yield sequence
 
     def encode(self, item: CorpusItem, counts: TokenCounts) -> TokenSequence | None:
-        """One item, or None where it is left out; `counts` says why."""
+        """One item, or None if it is left out; `counts` has the reason."""
         chat = item.messages is not None
         text = self._render(item) if chat else item.text
         if text is None:

@@ -51,7 +51,7 @@ def expert_statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dic
     """Running statistics of each mixture by name; see `DynMoE.statistics`.
 
     Args:
-        reset: begin anew.
+        reset: whether to reset the statistics afterwards.
     """
     found = {}
     for name, module in mixtures(model).items():
@@ -73,24 +73,24 @@ def calibrate_experts(
 ) -> dict[str, float]:
     """Sets the thresholds of a converted model so that a token goes to `target_k` experts of a layer on average.
 
-    One forward over the sample; a layer is set when it is reached, so it sees what the layers before it, set already, give. Experts that
-    `expert_mask` leaves out are not counted. After an error every layer is as it was.
+    The sample runs once. Layers are calibrated from first to last, each on the output of the already sparse layers below it. Experts that
+    `expert_mask` excludes are not counted. After an error every layer is as it was before.
 
     Args:
-        model: of `convert_mlp_to_dynmoe`.
-        sample: (B, T) token ids without padding, run at once: a few thousand are enough.
-        target_k: between min_experts and max_experts.
-        min_experts, max_experts: of a token; None for all. Equal to each other and to target_k, they make a plain top-k.
-        shift: all thresholds of a layer move together, and keep what training taught them. Otherwise each is set anew, for as many tokens
-            as the expert has among the `target_k` largest contributions of each.
+        model: model that `convert_mlp_to_dynmoe` has converted.
+        sample: (B, T) token ids without padding, run in one batch; a few thousand tokens are enough.
+        target_k: mean number of experts per token, between min_experts and max_experts.
+        min_experts, max_experts: bounds of the number of experts per token; None for all. If both equal target_k, routing is a plain top-k.
+        shift: whether all thresholds of a layer move by the same amount, which keeps what they learned. Otherwise each threshold is set
+            anew, so that an expert gets as many tokens as have it among their `target_k` largest contributions.
 
     Returns:
-        Mean number of experts reached on the sample, by layer.
+        Mean number of experts per token over the sample, by name of the layer.
 
     Raises:
-        InputError: the model was not converted, or routes by budget; the sample does not reach a layer, or gives it NaN or infinity.
-        ValueError: a target or bound out of range; a sample of another shape or type, or with ids that are not in the vocabulary, or of
-            too few tokens for each expert to have one.
+        InputError: the model is not converted, or routes by budget; the sample does not reach a layer, or its values there are not finite.
+        ValueError: a target or bound is out of range; the sample has another shape or type, ids outside the vocabulary, or too few tokens
+            for each expert to get one.
     """
     converted = converted_model(model, DYN_MOE) if isinstance(model, nn.Module) else None
     if converted is None:

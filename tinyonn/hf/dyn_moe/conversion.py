@@ -24,7 +24,7 @@ from .options import DynMoEOptions, LayerSizes, build
 from .partition import coactive_neurons, neurons_in_order
 from .saving import DYN_MOE
 
-# Error of a layer on random input, over the size of its output, beyond which it is another function than its weights say.
+# Largest relative error of a layer on random input that rounding explains.
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
@@ -43,38 +43,38 @@ def convert_mlp_to_dynmoe(
 ) -> PreTrainedModel:
     """Splits the neurons of each dense MLP into equal experts, in place; its outputs stay the same.
 
-    It starts with all experts active, thresholds standing at -2 where a cosine never is, and with combine="unit", so that a token's
-    experts add up to the MLP. `calibrate_experts` makes it sparse. Each MLP is replaced by a `nn.DynMoE`; experts ask for gradients
-    where the MLP's weights and biases did (gate and up together, where either did), routers always.
+    Each MLP becomes a `nn.DynMoE`. All experts are active at first: every threshold is -2, below any cosine, and combine="unit" adds a
+    token's experts up to the MLP. `calibrate_experts` makes the model sparse. Experts require gradients where the MLP's weights and biases
+    did (gate and up together if either did); routers always do.
 
-    With a sample, neurons that are active together go into one expert, and an expert's prototype is the direction that tells best how
-    much it gives a token. Without one, neurons go into experts in order, and the prototype is the mean direction of what they read: gate
-    rows, or c_fc. That is a start for training, not a router to calibrate at once.
+    With a sample, neurons that are active together form one expert. The prototype of an expert is the direction that best predicts the
+    norm of its output. Without a sample, experts take the neurons in order, and a prototype is the mean direction of their input weights
+    (gate or c_fc). Such prototypes are a start for training; calibrate only after training them.
 
-    With routing="budget" a token goes to the experts that hold `surprise_budget` of its softmax over scores. The model then takes the
-    budget as a keyword too, `model(input_ids, surprise_budget=0.6)` and `model.generate(input_ids, surprise_budget=0.6)`: above 0 and at
-    most 1, a number, (B, T), or (B, 1) for a budget of each row; see `nn.surprise_budget_of`, which does so for a block of calls.
+    With routing="budget" a token uses the experts that hold `surprise_budget` of its softmax over scores. The model then also takes the
+    budget as a keyword, as in `model(input_ids, surprise_budget=0.6)` and `model.generate(input_ids, surprise_budget=0.6)`. It is above 0
+    and at most 1: a number, (B, T), or (B, 1) for one budget per row. `nn.surprise_budget_of` sets it for a block of calls.
 
-    The model saves with `save_pretrained`, and loads with `from_pretrained` once `tinyonn.hf` is imported; its configuration, a copy that
-    it takes for itself, records the conversion. Its attention may be converted by `convert_attention`. While it runs, the converted
-    weights lie in memory twice.
+    The model saves with `save_pretrained`, and loads with `from_pretrained` once `tinyonn.hf` is imported. The model gets its own copy of
+    its configuration, which records the conversion. Its attention can be converted too, by `convert_attention`. During the conversion,
+    memory holds the converted weights twice.
 
     Args:
-        model: with MLPs of gate_proj, up_proj, down_proj, as in Llama and Qwen3, or of c_fc, c_proj, as in GPT-2.
-        num_experts: E, of each layer; divides the intermediate size.
-        sample: (B, T) token ids without padding, run at once: a few thousand are enough. None for none.
-        scale: of the routers' sigmoids, at most 10.
+        model: model whose MLPs have gate_proj, up_proj, down_proj, as in Llama and Qwen3, or c_fc, c_proj, as in GPT-2.
+        num_experts: E, number of experts per layer; must divide the intermediate size.
+        sample: (B, T) token ids without padding, run in one batch; a few thousand tokens are enough. None for no sample.
+        scale: scale of the routers' sigmoids, at most 10.
         gating_loss, surprise_kind, checkpoint: see `nn.DynMoE`.
-        routing: "threshold", which `calibrate_experts` makes sparse, or "budget".
-        surprise_budget: with routing="budget", that of calls without one; None for 1, with which the outputs stay the same.
+        routing: "threshold", for which `calibrate_experts` sets the thresholds, or "budget".
+        surprise_budget: default budget of a call with routing="budget"; None for 1, which keeps the outputs the same.
 
     Returns:
         The model.
 
     Raises:
-        InputError: converted, quantised or a mixture already; without weights (on the meta device); MLPs that are not among those above,
-            have another activation, or an intermediate size that num_experts does not divide. Nothing was changed then.
-        TypeError, ValueError: no model of transformers; a bad option.
+        InputError: the model is converted, quantised or a mixture already; weights are on the meta device; the MLPs have other layers or
+            another activation, or num_experts does not divide their intermediate size. The model is unchanged.
+        TypeError, ValueError: `model` is not a transformers model; an option is invalid.
     """
     checked_model(model)
     options = DynMoEOptions(

@@ -1,4 +1,4 @@
-"""What conversion asks of every mixture, checked before a model is touched; and one mixture built of it."""
+"""Options of a conversion of MLPs, checked before a model is changed, and the construction of one mixture."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .._converted import check_fields
 
 @dataclass
 class DynMoEOptions:
-    """What all layers of a converted model share.
+    """Options that all layers of a converted model share.
 
     Attributes:
-        num_experts: E, of each layer.
-        target_k: experts of a token, what `sparse_diversity_loss` pulls towards.
-        min_experts, max_experts: bounds of it.
-        scale: of the routers' sigmoids.
+        num_experts: E, number of experts per layer.
+        target_k: number of experts per token that `sparse_diversity_loss` aims at.
+        min_experts, max_experts: bounds of the number of experts per token.
+        scale: scale of the routers' sigmoids.
         gating_loss, surprise_kind, checkpoint: see `nn.DynMoE`.
-        routing, surprise_budget: likewise; a budget that is None becomes 1, with which a token goes to all experts.
+        routing, surprise_budget: see `nn.DynMoE`; None becomes a budget of 1, with which a token uses all experts.
     """
 
     num_experts: int
@@ -67,7 +67,7 @@ class DynMoEOptions:
 
 @dataclass
 class LayerSizes:
-    """What sets one layer's mixture apart: of `nn.DynMoE`, intermediate_size being that of one expert."""
+    """Options of `nn.DynMoE` in which layers may differ; intermediate_size is that of one expert."""
 
     hidden_size: int
     intermediate_size: int
@@ -79,7 +79,7 @@ class LayerSizes:
 
 
 def of_mapping(kind: type, given: Any, source: str) -> Any:
-    """An instance of one of both classes; InputError names what `given` has too much or too little of."""
+    """An instance of one of the classes above. Raises InputError, which names an unknown or missing field."""
     check_fields(kind, given, source)
     try:
         return kind(**given)
@@ -88,7 +88,7 @@ def of_mapping(kind: type, given: Any, source: str) -> Any:
 
 
 def build(options: DynMoEOptions, sizes: LayerSizes, *, device: torch.device, dtype: torch.dtype) -> DynMoE:
-    """A mixture whose experts' weights are yet to be set. Within inference mode its parameters are ordinary ones all the same."""
+    """A mixture with uninitialised expert weights. Its parameters are ordinary tensors also within inference mode."""
     with torch.inference_mode(False):
         kwargs = {**asdict(options), **asdict(sizes)}
         return DynMoE(**kwargs, combine="unit", form="sigmoid_cosine", device=device, dtype=dtype)

@@ -1,6 +1,6 @@
 """The attention function of `attn_implementation="dyn_nsa"`.
 
-It sees queries after their rotation; the branch gates are made of those.
+Queries arrive after their rotation; the branch gates are computed from them.
 
 Selection is computed where it is called, which under gradient checkpointing is inside the checkpointed layer. It is deterministic, so
 recomputation selects the same blocks; tau_source="output" hands its tau in from outside the layer.
@@ -69,11 +69,11 @@ def dyn_nsa_attention(
     window or chunks, which is local already, runs SDPA.
 
     Args:
-        module: the attention module.
+        module: attention module of a layer.
         query: (B, H, T, D). key, value: (B, K, Tk, D).
-        attention_mask: of `dyn_nsa_mask`, which knows padding, also between tokens, and sequences packed in rows by their `position_ids`.
-        tau: (), (B,), (B, T) or (B, T, K) in [0, 1], handed through by `model(..., tau=...)`; None for that of the layer's options.
-        cu_seq_lens_q: (sequences + 1,) int32, sequences packed in one row; None for those that the mask tells.
+        attention_mask: mask from `dyn_nsa_mask`, which covers padding, also between tokens, and sequences packed in rows by `position_ids`.
+        tau: (), (B,), (B, T) or (B, T, K) in [0, 1], passed as `model(..., tau=...)`; None for the tau of the layer's options.
+        cu_seq_lens_q: (sequences + 1,) int32, bounds of the sequences packed in one row; None to take them from the mask.
 
     Returns:
         out (B, T, H, D), 0 for queries that are padding, and None for the weights.

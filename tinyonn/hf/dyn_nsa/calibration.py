@@ -27,23 +27,22 @@ LEAST = 2.25  # what queries read of the shortest text with a choice, of four bl
 
 @torch.no_grad()
 def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any]], target: float, *, steps: int = 12) -> float:
-    """Shifts the thresholds of all layers together until a sample reads `target` key blocks a query; the openings end at 0.
+    """Shifts the thresholds of all layers until queries read `target` key blocks on average over a sample. All openings are then 0.
 
-    One number is shifted, so layers keep their differences. The sample is run `steps + 2` times. Statistics are reset.
+    All thresholds move by the same amount, so differences between layers stay. The sample runs `steps + 2` times. Statistics are reset.
 
     Args:
-        model: one that `convert_attention` has changed, in eval or training mode, which stays.
-        sample: (B, T) token ids, or the model's keyword arguments, of about the length that the model will see.
-        target: key blocks per query, forced ones included.
-        steps: halvings of the range of the shift; the last is less than a hundredth of a nat at 12.
+        model: model that `convert_attention` has converted. It keeps its training or eval mode.
+        sample: batches of (B, T) token ids, or of the model's keyword arguments, about as long as the texts that the model will see.
+        target: key blocks per query, forced blocks included.
+        steps: number of bisection steps; 12 determine the shift to less than 0.01 nats.
 
     Returns:
-        Mean key blocks a query that the sample reads then.
+        Mean key blocks per query over the sample, after the shift.
 
     Raises:
-        InputError: not converted; an empty sample, or one too short for the target, with the length that it needs; a target that no
-            shift reaches.
-        ValueError: steps below 1. TypeError, ValueError: a target that is no finite number.
+        InputError: the model is not converted; the sample is empty or too short for the target; no shift reaches the target.
+        ValueError: steps is below 1. TypeError, ValueError: target is not a finite number.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")

@@ -34,34 +34,34 @@ def convert_attention(
 ) -> PreTrainedModel:
     """Adds the learnable parts of DynNSA to each attention layer of a model, in place; its outputs stay the same.
 
-    It starts with branch gates (0, 1, 0), a linear function of the query with a gradient there, and with all blocks selected: `opening`
-    is -30, or less where the options need it. `BudgetSchedule` lowers the budget. Compression starts as the mean. Attention layers are
-    found by running the model on a few tokens; layers with a sliding window or chunks, which are local already, are left as they are.
+    The branch gates, linear functions of the query, start at (0, 1, 0). All blocks are selected at first: `opening` is -30, or less if the
+    options need it. `BudgetSchedule` lowers the budget. Compression starts as the mean. Attention layers are found by running the model on
+    a few tokens. Layers with a sliding window or chunks are local already and stay as they are.
 
-    The model saves with `save_pretrained`, and loads with `from_pretrained` once `tinyonn.hf` is imported; its configuration, a copy that
-    it takes for itself, records the conversion. It may be quantised, and have its MLPs converted by `convert_mlp_to_dynmoe`. Gradient
-    checkpointing must be the non-reentrant kind, which is transformers' own choice. The budget loss is added to the loss that the model
+    The model saves with `save_pretrained`, and loads with `from_pretrained` once `tinyonn.hf` is imported. The model gets its own copy of
+    its configuration, which records the conversion. The model may be quantised, and `convert_mlp_to_dynmoe` can convert its MLPs too.
+    Gradient checkpointing must be non-reentrant, which is transformers' default. The budget loss is added to the loss that the model
     returns for `labels`; for a loss of your own, add `collected_budget_loss(model)`.
 
-    Lists of blocks have room for all there are, Tk / block_size a query and key/value head, 8 bytes an entry, which backward keeps: give
-    `BudgetSchedule` a `max_blocks` once the budget is lower. A `max_blocks` given here holds from the start, and outputs stay the same
-    for texts of up to max_blocks · block_size tokens.
+    By default, block lists have an entry of 8 bytes for each of the Tk / block_size blocks, per query and key/value head, and backward
+    keeps them. Once the budget is lower, give `BudgetSchedule` a `max_blocks`. A `max_blocks` given here applies from the start; outputs
+    then stay the same for texts of up to max_blocks · block_size tokens.
 
     Args:
-        model: a causal decoder that asks AttentionInterface.
+        model: causal decoder that uses transformers' AttentionInterface.
         compress_size … impl: see `DynNSAOptions`.
 
     Returns:
         The model.
 
     Raises:
-        InputError: already converted, or without weights (on the meta device); no causal decoder; no layer to convert; attention that
-            DynNSA lacks (softcap, sinks, dropout, masks of a layer's own, values of another size than keys, as in MLA).
-        TypeError, ValueError: no model of transformers; a bad option.
+        InputError: the model is converted already, has weights on the meta device, is not a causal decoder, or has no layer to convert;
+            its attention is not supported (softcap, sinks, dropout, own masks, or values of another size than keys, as in MLA).
+        TypeError, ValueError: `model` is not a transformers model; an option is invalid.
     """
     checked_model(model)
     if next(cores(model), None) is not None:
-        raise InputError("model must not have been converted before.")
+        raise InputError("model was converted before; a model can be converted once.")
     options = checked_options({
         "compress_size": compress_size, "block_size": block_size, "window": window, "temperature": temperature, "max_blocks": max_blocks,
         "detach_scores": detach_scores, "learnable_compression": learnable_compression, "start_gates": (0.0, 1.0, 0.0), "base": base,
@@ -77,26 +77,26 @@ def convert_attention(
 
 
 def revert_attention(model: PreTrainedModel, attn_implementation: str = "sdpa") -> PreTrainedModel:
-    """Takes the parts of `convert_attention` out of a model again, in place, and what they have learnt with them.
+    """Removes the parts that `convert_attention` added to a model, in place, with all that they learned.
 
-    The model's own weights stay as they are, fine-tuned or not; what it saves then needs no tinyonn.
+    The model's own weights stay as they are, fine-tuned or not. The model then saves as an ordinary model.
 
     Args:
         model: a converted model.
-        attn_implementation: what its attention layers run from now on.
+        attn_implementation: attention implementation that its layers use afterwards.
 
     Returns:
         The model.
 
     Raises:
-        InputError: not converted; a wrapper has replaced `forward` since.
+        InputError: the model is not converted, or a wrapper has replaced its `forward` since.
     """
     names = {name for name, module in model.named_modules() if PART in module._modules}
     if not names:
-        mixtures = "; MLPs have no way back: load the unconverted model" if "dyn_moe" in recorded(model.config) else ""
+        mixtures = "; the conversion of MLPs cannot be undone: load the unconverted model" if "dyn_moe" in recorded(model.config) else ""
         raise InputError(f"model must have been converted by convert_attention before{mixtures}.")
     if not remove_observed_forward(model):
-        raise InputError("model.forward must be as convert_attention left it, got one that was replaced since: unwrap the model first.")
+        raise InputError("model.forward was replaced after convert_attention; unwrap the model first.")
     for name in names:
         module: Any = model.get_submodule(name)
         delattr(module, PART)

@@ -1,4 +1,4 @@
-"""`DynNSAOptions` from what a person wrote, checked before a model is touched rather than in its first forward."""
+"""`DynNSAOptions` from user input, checked before a model is changed rather than in its first forward."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _FLAGS = ("detach_scores", "learnable_compression")
 
 
 def checked_options(given: Mapping[str, Any], source: str = "options", start: Mapping[str, Any] | None = None) -> DynNSAOptions:
-    """Options of a mapping from field names.
+    """Options from a dict of field names.
 
     Args:
-        source: where the mapping is from, for messages.
-        start: what stands for fields that are not given; None for the defaults of `DynNSAOptions`.
+        source: name of the dict in error messages.
+        start: values of fields that are not given; None for the defaults of `DynNSAOptions`.
 
     Raises:
-        TypeError: a value of the wrong type. ValueError: one out of range. InputError: no mapping, or an unknown field.
+        TypeError: a value has the wrong type. ValueError: a value is out of range. InputError: not a dict, or an unknown field.
     """
     check_fields(DynNSAOptions, given, source)
     for name in _NUMBERS:
@@ -61,7 +61,7 @@ def checked_tau(tau: Tensor | float | None, batch: int, tokens: int, num_kv_head
     """The caller's tau, of a shape that fits: (), (B,), (B, T) or (B, T, K).
 
     Raises:
-        TypeError: neither a number nor a tensor. InputError: another shape, or a number beyond 0 … 1.
+        TypeError: neither a number nor a tensor. InputError: another shape, or a number outside [0, 1].
     """
     if tau is None:
         return None

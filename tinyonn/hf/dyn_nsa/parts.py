@@ -1,4 +1,4 @@
-"""The parts that conversion adds to a model, and what they tell: running statistics, and the budget loss of a forward."""
+"""The parts that a conversion adds to a model, their running statistics and the budget loss of a forward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TAKEN = "loss_taken"  # attribute of a core
 
 
 def cores(model: nn.Module) -> Iterator[DynNSACore]:
-    """The parts that conversion has added, in the order of the layers; under PEFT those that run."""
+    """The parts that the conversion added, in the order of the layers; under PEFT the active ones."""
     return (module for module in active_modules(model).values() if isinstance(module, DynNSACore))
 
 
@@ -34,7 +34,7 @@ def statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dict[str, 
     """Running statistics of each converted layer, by name; see `DynNSACore.statistics`.
 
     Args:
-        reset: begin anew.
+        reset: whether to reset the statistics afterwards.
     """
     found = {}
     for name, module in active_modules(model).items():
@@ -46,7 +46,7 @@ def statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dict[str, 
 
 
 def mean_blocks(model: nn.Module, *, reset: bool = False) -> float:
-    """Mean key blocks a query over all converted layers, since the statistics were last reset; NaN before a forward."""
+    """Mean key blocks per query over all converted layers since the last reset; NaN before a forward."""
     counts = [found["mean_count"] for found in statistics(model, reset=reset).values()]
     return sum(counts) / len(counts)
 
@@ -54,18 +54,18 @@ def mean_blocks(model: nn.Module, *, reset: bool = False) -> float:
 def parameter_groups(
     model: nn.Module, *, lr: float, parts_lr: float = 3e-4, threshold_lr: float = 0.03, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Groups for an optimiser: thresholds, which are in nats, need a larger rate than weights, and gates must not decay towards 0.
+    """Parameter groups for an optimiser. Thresholds are in nats and need a larger learning rate than weights; gates must not decay.
 
     Args:
-        lr, weight_decay: of the model's own parameters.
-        parts_lr: of gates and compression.
-        threshold_lr: of base and slope.
+        lr, weight_decay: learning rate and weight decay of the model's own parameters.
+        parts_lr: learning rate of gates and compression.
+        threshold_lr: learning rate of base and slope.
 
     Returns:
-        The parameters that require a gradient, each once; groups without any are left out.
+        Groups of the parameters that require a gradient, without empty groups.
 
     Raises:
-        InputError: the model was not converted.
+        InputError: the model is not converted.
     """
     found = list(cores(model))
     if not found:
@@ -84,13 +84,13 @@ def parameter_groups(
 
 
 def collected_budget_loss(model: nn.Module) -> Tensor:
-    """Mean over layers of the budget loss of the last forward in training mode, if the model had no labels to add it to a loss of its own.
+    """Mean over layers of the budget loss of the last forward in training mode. With labels, the model adds it to its own loss instead.
 
     Returns:
         0-d.
 
     Raises:
-        RuntimeError: there was no such forward, or its loss has been taken.
+        RuntimeError: there was no such forward, or its loss was collected already.
     """
     loss = take_budget_loss(cores(model))
     if loss is None:

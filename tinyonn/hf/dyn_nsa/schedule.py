@@ -1,4 +1,4 @@
-"""From all blocks to a budget, over the steps of a training."""
+"""The schedule that lowers the number of key blocks during training."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from .parts import DYN_NSA, PART, cores, loss_was_taken, mean_blocks
 
 
 class BudgetSchedule(TrainerCallback):
-    """Takes a converted model from all blocks to a budget; a Trainer's callback, or called by hand before each step.
+    """Lowers the key blocks that a converted model reads, from all of them to a budget. Use it as a Trainer's callback, or call `apply`
+    before each step of your own loop.
 
-    Over `steps` optimiser steps, with s the share of them done: opening is start · (1 - s)³, from where conversion set it, -30 as a rule,
-    to 0, where the learnt thresholds alone decide; the budget loss's target is start^(1 - s) · target^s. A Trainer logs the mean number
-    of key blocks since its last log as `key_blocks`, and the target as `key_blocks_target`.
+    With s the fraction of `steps` optimiser steps done, opening is start · (1 - s)³: it rises from the value that the conversion set,
+    usually -30, to 0, where the learned thresholds alone decide. The target of the budget loss is start^(1 - s) · target^s. A Trainer logs
+    the mean number of key blocks since its last log as `key_blocks`, and the target as `key_blocks_target`.
 
     Args:
-        target: key blocks per query, forced ones included, at the end; at least 3, of which no query in the middle of a text has fewer.
-        steps: optimiser steps until then; no more than the training has, or it ends before the budget is reached, with a warning.
-        start: the loss's target at the beginning.
-        weight: of the budget loss, from the first step on.
-        max_blocks: most blocks of a query from the end on; None for no limit.
+        target: key blocks per query at the end, forced blocks included; at least 3, the number of forced blocks.
+        steps: optimiser steps until the target holds. If the training has fewer, it ends above the budget, with a warning.
+        start: target of the loss at the beginning.
+        weight: weight of the budget loss.
+        max_blocks: largest number of blocks per query after the last step; None for no limit.
 
     Raises:
-        InputError: `apply` or a Trainer with a model that was not converted.
-        RuntimeError: under Trainer, before an optimiser step to whose loss the budget loss was not added.
+        InputError: the model of `apply` or of the Trainer is not converted.
+        RuntimeError: a Trainer reaches an optimiser step whose loss lacks the budget loss.
     """
 
     def __init__(self, target: float, steps: int, *, start: float = 64.0, weight: float = 0.1, max_blocks: int | None = None) -> None:
@@ -52,16 +53,16 @@ class BudgetSchedule(TrainerCallback):
         self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def opening(self, step: int, start: float = OPEN) -> float:
-        """Added to base at a step; `start` at step 0."""
+        """Value of opening at a step, which is added to base; `start` at step 0."""
         return start * (1 - self._share(step)) ** 3
 
     def target_at(self, step: int) -> float:
-        """Blocks per query that the loss pulls towards at a step."""
+        """Target of the budget loss at a step, in blocks per query."""
         share = self._share(step)
         return float(self.start ** (1 - share) * self.target**share)
 
     def apply(self, model: nn.Module, step: int) -> None:
-        """Sets a model to the step that is about to be taken, counted from 0; `steps` is the end."""
+        """Sets a model up for a step, counted from 0; `steps` is the end."""
         if next(cores(model), None) is None:
             raise InputError(f"BudgetSchedule must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
         self._check(model)

@@ -34,18 +34,18 @@ _Placed = tuple[CorpusItem, str]  # a sequence and where it came from
 
 @dataclass(frozen=True)
 class CorpusReport:
-    """What a cut kept, and why it dropped the rest.
+    """Sequences that a cut kept, and the reasons why it dropped others.
 
     Attributes:
-        output: the corpus file.
-        topic: the topic's name.
-        read: records and text files read.
-        kept: sequences written.
-        dropped: reason to count of sequences.
-        characters: of all that was kept.
-        bad: malformed records, counted with `skip_bad` (also in `dropped`).
-        errors: what was wrong with the first few of them.
-        seconds: time taken.
+        output: corpus file.
+        topic: name of the topic.
+        read: number of records and text files read.
+        kept: number of sequences written.
+        dropped: reason -> number of sequences.
+        characters: number of characters of the kept sequences.
+        bad: number of malformed records with `skip_bad` (also in `dropped`).
+        errors: messages of the first few of them.
+        seconds: duration.
     """
 
     output: Path
@@ -61,7 +61,7 @@ class CorpusReport:
 
 @dataclass(frozen=True)
 class CorpusProgress:
-    """How far a cut is: records read, sequences kept, share of the source where its size is known."""
+    """Progress of a cut: records read, sequences kept, and the fraction of the source if its size is known."""
 
     read: int
     kept: int
@@ -70,7 +70,7 @@ class CorpusProgress:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a sequence must be, besides on topic. See `build_corpus`."""
+    """Conditions on a sequence besides its topic. See `build_corpus`."""
 
     format: str = "auto"
     code_blocks: str = "keep"
@@ -98,7 +98,7 @@ class Limits:
             raise InputError("min_tokens and max_tokens need a tokenizer, got none.")
 
     def reject_length(self, text: str) -> str | None:
-        """Why a text of so many characters is dropped; None where it is not."""
+        """Reason to drop a text of so many characters, or None."""
         if len(text) < self.min_chars:
             return f"shorter than {self.min_chars} characters"
         if self.max_chars is not None and len(text) > self.max_chars:
@@ -106,7 +106,7 @@ class Limits:
         return None
 
     def reject_content(self, text: str) -> str | None:
-        """Why a text of this language or token count is dropped; None where it is not."""
+        """Reason to drop a text for its language or number of tokens, or None."""
         if self.language is not None and (found := guess_language(text)) != self.language:
             return f"not in language {self.language}" if found else "language not recognised"
         if self.tokenizer is not None and (self.min_tokens is not None or self.max_tokens is not None):
@@ -145,31 +145,34 @@ def build_corpus(
 ) -> CorpusReport:
     """Writes the sequences of a source that belong to a topic, as JSONL with `id`, `text` or `messages`, and `source`.
 
-    The source is streamed; held are the kept texts' hashes and, with `limit`, the sample. The output appears whole or not at all.
+    The source is streamed. Memory holds the hashes of the kept texts and, with `limit`, the sample. The output appears whole or not at all.
 
     Args:
         source: a JSONL, JSON or Parquet file, a text file, compressed or not, a folder of them, "-" for standard input, or a data
             set's name on the hub.
         topic: a Topic, a built-in topic's name, or a YAML file.
-        output: None for `data/sft/TOPIC_corpus.jsonl`.
-        text_field: field with the text; None finds it (`records.item_from_record`).
+        output: output file; None for `data/sft/TOPIC_corpus.jsonl`.
+        text_field: field with the text; None to detect it (`records.item_from_record`).
         format: "auto" keeps chats as chats, "text" joins their turns, "chat" drops plain texts.
         code_blocks: "keep" texts whole, "require" at least one fenced block of the topic's languages, or keep "only" those blocks.
-        min_chars, max_chars: length limits.
-        cut: cut plain texts longer than `max_chars` at paragraphs, lines or words rather than drop them; None does so for text files.
-        tokenizer: callable as transformers' tokenizers are; counts `min_tokens` and `max_tokens`.
-        language: code from `language.LANGUAGES`; texts guessed to be in another, or in none, are dropped.
-        dedup: drop texts that equal an earlier one but for case, spacing and Unicode form.
-        limit: keep a random sample of so many.
-        first: take the first `limit` instead, and read no further.
-        seed: of the sample.
+        min_chars, max_chars: length limits in characters.
+        cut: whether to cut plain texts longer than `max_chars` at paragraphs, lines or words instead of dropping them; None for text files
+            only.
+        tokenizer: callable like a transformers tokenizer; counts tokens for `min_tokens` and `max_tokens`.
+        language: code from `language.LANGUAGES`; texts in another or an unknown language are dropped.
+        dedup: whether to drop texts that equal an earlier one apart from case, spacing and Unicode form.
+        limit: size of a random sample to keep.
+        first: whether to take the first `limit` sequences instead, and stop reading there.
+        seed: seed of the sample.
         subset, split: configuration and split of a hub data set.
-        skip_bad: count malformed records and unreadable text files and go on. (In a folder, files that are no text are always passed over.)
-        overwrite: replace an existing output.
-        progress: called after every record.
+        skip_bad: whether to count malformed records and unreadable text files and continue. In a folder, files that are not text are always
+            skipped.
+        overwrite: whether to replace an existing output.
+        progress: function called after every record.
 
     Raises:
-        InputError: bad options, a source that is not there, a malformed record (with its line), an output that exists, nothing kept.
+        InputError: an option is invalid; the source does not exist; a record is malformed (with its line); the output exists; nothing was
+            kept.
     """
     if isinstance(topic, str):
         topic = load_topic(topic)
@@ -221,7 +224,7 @@ def cut_text(text: str, max_chars: int) -> Iterator[str]:
     """Pieces of at most `max_chars`, cut at the best boundary in the second half of each.
 
     Boundaries, best first: an empty line before text that is not indented (a paragraph, a top-level definition), any empty line, a line,
-    the end of a sentence, a space; a text without any is cut where it must be.
+    the end of a sentence, a space. A text without any is cut at `max_chars`.
     """
     while len(text) > max_chars:
         half, end = max_chars // 2, 0
@@ -245,7 +248,7 @@ _BOUNDARIES = [re.compile(pattern) for pattern in (r"\n[ \t]*\n+(?=\S)", r"\n[ \
 
 @dataclass
 class _Cut:
-    """One run over a source: the tests, and the tally of what they drop."""
+    """One run over a source: the tests, and counts of what they drop."""
 
     topic: Topic
     limits: Limits
@@ -335,7 +338,7 @@ class _Cut:
         return dataclasses.replace(item, sequence_id=name)
 
     def _note_bad(self, record: SourceRecord, error: str) -> None:
-        # A folder holds pictures, archives and empty files beside its texts: they are no one's mistake.
+        # A folder may hold pictures, archives and empty files beside its texts; they are not errors.
         if record.file_name is not None and self.in_folder:
             self.dropped[record.foreign or ("empty" if error == "text must not be empty" else "not a text file")] += 1
             return
@@ -348,7 +351,7 @@ class _Cut:
 
 
 def _shape(item: CorpusItem, topic: Topic, limits: Limits) -> CorpusItem | str:
-    """The sequence in the wanted form, or the reason why it has none."""
+    """The sequence in the requested format, or the reason why it cannot have it."""
     if limits.code_blocks != "keep":
         blocks = topic.code_blocks(item.content)
         if not blocks:

@@ -1,4 +1,4 @@
-"""A corpus to scan: every record checked once, then read from the file as it is asked for."""
+"""A corpus to scan. Every record is checked once, then read from the file on demand."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _OPTION = "dataset_path"  # the option that messages name
 class Corpus:
     """The sequences of one data set, in file order: `len`, iteration, `corpus[i]`.
 
-    Only the place and identity of each record are held (some 100 bytes); the text is read again when it is asked for. Lines that come
-    compressed or on standard input are kept in a temporary file as they are checked, no more than `limit` of them.
+    Memory holds only the place and identity of each record (about 100 bytes); the text is read again on demand. Compressed lines and those
+    of standard input are written to a temporary file while they are checked, at most `limit` of them.
 
     Args:
-        path: the file; "-" for standard input.
+        path: path of the file; "-" for standard input.
         text_field: field with the text, or None.
 
     Attributes:
         kind: "jsonl", "list" or "parquet".
-        skipped: malformed records that were passed over (`skip_bad`).
-        errors: what was wrong with the first few of them, with their lines.
+        skipped: number of malformed records that were skipped (`skip_bad`).
+        errors: messages of the first few of them, with their lines.
     """
 
     def __init__(self, path: Path, text_field: str | None) -> None:
@@ -63,7 +63,7 @@ class Corpus:
         return list(self._ids)
 
     def content_hash(self) -> str:
-        """SHA-256 of the data set, in hexadecimal: of the file's name and content; of the records in use where it was standard input."""
+        """SHA-256 of the data set in hexadecimal: of the file's name and content, or of the records used from standard input."""
         if not is_stdin(self.path):
             return file_hash(self.path)
         digest = hashlib.sha256()
@@ -120,7 +120,7 @@ class Corpus:
         return f"line {number}" if self.kind == "jsonl" else f"record {number}"
 
     def _located(self) -> Iterator[tuple[Located, bytes]]:
-        """Every record, with its line where lines are kept."""
+        """Every record, with its line if lines are kept."""
         if self.kind == "list":
             yield from ((located, b"") for located in iter_list(self._values))
         elif self.kind == "parquet":
@@ -135,7 +135,7 @@ class Corpus:
                         yield located, line
 
     def _keep(self, line: bytes) -> int:
-        """Puts a line into the temporary file and gives its place there."""
+        """Writes a line to the temporary file and returns its place there."""
         assert self._kept is not None
         try:
             place_there = self._kept.tell()
@@ -185,20 +185,21 @@ def read_corpus(
     limit: int | None = None,
     skip_bad: bool = False,
 ) -> Corpus:
-    """Checks a data set and gives its sequences.
+    """Checks a data set and returns its sequences.
 
-    The format is known by the content: JSON lines or a JSON list, compressed or not (gzip, bzip2, xz; zstd with zstandard), or Parquet
+    The content determines the format: JSON lines or a JSON list, compressed or not (gzip, bzip2, xz; zstd with zstandard), or Parquet
     (with pyarrow). A record is plain text, a chat, or a pair of prompt and answer (`records.item_from_record`). All records up to `limit`
     are checked here, before any is scanned.
 
     Args:
-        path: the file; "-" for standard input, which is read once.
-        text_field: field with the text (or the chat); None finds it.
-        limit: at most so many sequences; the rest of the file is not read.
-        skip_bad: count malformed records in `.skipped` and go on.
+        path: path of the file; "-" for standard input, which is read once.
+        text_field: field with the text or the chat; None to detect it.
+        limit: largest number of sequences; the rest of the file is not read.
+        skip_bad: whether to count malformed records in `.skipped` and continue.
 
     Raises:
-        InputError: the file is missing, empty, no UTF-8; a line is malformed or lacks the field (line and fields named); an id comes twice.
+        InputError: the file is missing, empty or not UTF-8; a line is malformed or lacks the field (the message has line and fields); two
+            records have the same id.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}.")

@@ -1,7 +1,7 @@
 """A guess at a text's language, good enough to keep the wrong ones out of a corpus.
 
-Languages with a script of their own are told by the letters; those of the Latin script by their commonest words. That is right for
-running text of a sentence or more. It does not know code, formulas or mixtures: those are `None` or the language of their comments.
+Languages with a script of their own are recognised by their letters, those in Latin script by their commonest words. This works for
+running text of a sentence or more. Code, formulas and mixtures give `None`, or the language of their comments.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ LANGUAGES = tuple(sorted({*_WORDS, *_SCRIPTS.values()}))
 
 
 def guess_language(text: str) -> str | None:
-    """Code of the language (`LANGUAGES`), or None where there is too little to tell.
+    """Code of the language (`LANGUAGES`), or None if the text is too short or mixed.
 
-    Only the first 4,000 characters are looked at. A script's language stands for all that use it (`ru` is any Cyrillic text).
+    The guess uses the first 4,000 characters. One language stands for each script (`ru` is any Cyrillic text).
     """
     letters: Counter[str] = Counter()
     head = text[:4000]

@@ -1,4 +1,4 @@
-"""Records of a text data set: what is in a record becomes plain text or a chat."""
+"""Conversion of records of a text data set to plain texts or chats."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from ..._io.records import BadRecordError, field_names, short
 
-# Fields looked for when the caller names none, in this order. The pairs become a chat of two turns.
+# Fields to look for, in this order, if the caller names none. The pairs become a chat of two turns.
 TEXT_FIELDS = ("text", "content")
 CHAT_FIELDS = ("messages", "conversations")
 PAIR_FIELDS = (
@@ -38,9 +38,9 @@ class CorpusItem:
     """One sequence to scan.
 
     Args:
-        sequence_id: the record's own `id`, or one made from its content; unique in its corpus.
+        sequence_id: `id` of the record, or one made from its content; unique in its corpus.
         text: plain text, or None.
-        messages: a chat of `{"role": ..., "content": ...}` turns, or None. Exactly one of the two is given. A turn of the assistant may
+        messages: chat of `{"role": ..., "content": ...}` turns, or None. Exactly one of the two is given. A turn of the assistant may
             have `tool_calls`, `{"type": "function", "function": {"name": ..., "arguments": {...}}}` each.
         tools: schemas of the functions that the chat may call, or None.
     """
@@ -52,7 +52,7 @@ class CorpusItem:
 
     @property
     def content(self) -> str:
-        """All of its text; the turns of a chat are joined by blank lines."""
+        """The whole text; blank lines join the turns of a chat."""
         if self.text is not None:
             return self.text
         return "\n\n".join(_turn_text(turn) for turn in self.messages or ())
@@ -69,7 +69,7 @@ def item_from_record(record: Mapping[str, Any], *, text_field: str | None = None
     written as a JSON string become an object. `tools` of the record holds their schemas.
 
     Raises:
-        BadRecordError: no such field (names the fields there are), an empty text, a malformed chat.
+        BadRecordError: the field is missing (the message lists the record's fields), the text is empty, or the chat is malformed.
     """
     identity = record.get("id")
     if identity is not None and (isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == ""):
@@ -99,7 +99,7 @@ def item_from_record(record: Mapping[str, Any], *, text_field: str | None = None
 
 
 def content_id(item: CorpusItem, taken: Container[str] = ()) -> str:
-    """An identity from the content alone, so that lines added before it do not change it; a repetition gets `-2`, `-3`, ..."""
+    """An identity from the content alone, so that lines added before it do not change it. A repetition gets `-2`, `-3`, …"""
     raw = item.text if item.messages is None else repr([(turn["role"], turn["content"], *_calls_text(turn)) for turn in item.messages])
     name = digest = hashlib.blake2b(str(raw).encode("utf-8"), digest_size=8).hexdigest()
     copies = 1
@@ -200,7 +200,7 @@ def _calls_text(turn: Mapping[str, Any]) -> list[str]:
 
 
 def _turn_text(turn: Mapping[str, Any]) -> str:
-    """All words of a turn, its calls among them."""
+    """The whole text of a turn, including its calls."""
     return "\n".join([*([turn["content"]] if turn["content"] else []), *_calls_text(turn)])
 
 

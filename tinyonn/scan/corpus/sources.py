@@ -17,7 +17,7 @@ from ...errors import InputError, needs, reason
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 # A folder also holds what no one means by a corpus: a .json there is a configuration.
 FOLDER_RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
-# Other people's packages inside a tree (a standard library, a project) are not what the tree is about; name such a folder to read it.
+# Third-party packages inside a tree are skipped; to read such a folder, name it.
 SKIPPED_FOLDERS = ("__pycache__", "node_modules", "site-packages", "dist-packages")
 MAX_TEXT_BYTES = 64 << 20
 
@@ -27,11 +27,11 @@ class SourceRecord:
     """One record of a source.
 
     Args:
-        place: file (relative to a folder source) and line or record number, for people.
-        located: the record, or why there is none; the text of a text file is `{"text": ...}`.
+        place: file (relative to a folder source) and line or record number, for messages.
+        located: the record, or the reason why there is none; the text of a text file is `{"text": ...}`.
         file_name: name of a text file; None for records of a table.
-        fraction: share of the source read so far; None where its size is unknown.
-        foreign: of a file that is known and not read, what it is and what to do; None for all others.
+        fraction: fraction of the source read so far; None if its size is unknown.
+        foreign: kind and remedy of a file in a known format that is not read; None for all others.
     """
 
     place: str
@@ -51,7 +51,7 @@ def iter_source(source: str, *, subset: str | None = None, split: str = "train")
         split: split of a hub data set.
 
     Raises:
-        InputError: there is no such source, or it cannot be read.
+        InputError: the source does not exist, or cannot be read.
     """
     require_source(source)
     path = Path(source)
@@ -70,7 +70,7 @@ def iter_source(source: str, *, subset: str | None = None, split: str = "train")
 
 
 def require_source(source: str) -> None:
-    """Raises InputError where this is no file, no folder and no name that the hub could know."""
+    """Raises InputError unless this is a file, a folder or a possible name on the hub."""
     if not is_stdin(source) and not Path(source).exists() and not is_hub_name(source):
         raise InputError(f"source must be an existing file or folder, or the name of a data set on the hub, got {source}.")
 
@@ -81,7 +81,7 @@ def is_hub_name(source: str) -> bool:
 
 
 def holds_records(path: Path) -> bool:
-    """Whether a file is a table of records rather than a text: by its suffix, else by its first bytes."""
+    """Whether a file is a table of records rather than a text, by its suffix or its first bytes."""
     if own_suffix(path.name) in RECORD_SUFFIXES:
         return True
     content = open_content(path, "source")
@@ -134,7 +134,7 @@ def _text(raw: bytes) -> Located:
     if len(raw) > MAX_TEXT_BYTES:
         return Located(1, 0, None, f"must be a text of at most {MAX_TEXT_BYTES >> 20} MiB")
     try:
-        # Line ends are made one kind, so that the same text in two files is seen as the same.
+        # Line ends are unified, so that the same text in two files compares equal.
         text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         return Located(1, 0, None, f"must be UTF-8, got byte 0x{error.object[error.start]:02x} in line {_line(error)}")
@@ -146,7 +146,7 @@ def _line(error: UnicodeDecodeError) -> int:
 
 
 def _folder(root: Path) -> Iterator[SourceRecord]:
-    # Sorted, so that the same folder gives the same corpus everywhere; links are left out, they may go round in circles.
+    # Sorted, so that the same folder gives the same corpus everywhere. Links are skipped, because they may form circles.
     files: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS)

@@ -1,4 +1,4 @@
-"""Topics: what a text must hold to belong to one. Three are built in; others are YAML files of the same keys."""
+"""Topics: conditions for a text to belong to one. Three are built in; others are YAML files with the same keys."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from ...errors import InputError, did_you_mean, listed, reason, shown
 class Topic:
     """A text belongs when at least `min_matches` different keywords and patterns are found in it, and no `exclude` is.
 
-    A topic without keywords and patterns takes every text.
+    A topic without keywords and patterns matches every text.
 
     Args:
         name: letters, digits, `.`, `_`, `-`; names the corpus file.
-        description: one line for people.
+        description: one line of text.
         keywords: whole words or phrases, in any case, with their plurals in -s.
         patterns: regular expressions (Python's `re`), each counted once.
         exclude: regular expressions; one match is enough to drop a text.
-        min_matches: different keywords and patterns needed.
-        min_density: occurrences needed in each 1,000 characters.
+        min_matches: number of different keywords and patterns required.
+        min_density: number of occurrences required per 1,000 characters.
         files: names such as `*.py`: in a folder, these belong without a match.
-        code_languages: labels of fenced code blocks that belong; none for all.
+        code_languages: labels of fenced code blocks that belong; empty for all.
 
     Raises:
-        InputError: a field has the wrong kind, or a pattern is no regular expression.
+        InputError: a field has the wrong type, or a pattern is not a regular expression.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Topic:
         return [re.compile(pattern) for pattern in self.patterns]
 
     def reject(self, text: str) -> str | None:
-        """Why the text does not belong; None where it does."""
+        """Reason why the text does not belong, or None."""
         if any(re.search(pattern, text) for pattern in self.exclude):
             return "excluded by a pattern"
         if not self.keywords and not self.patterns:
@@ -109,8 +109,8 @@ class Topic:
         return "too thin on the topic" if sum(counts) * 1000 < self.min_density * len(text) else None
 
     def _keyword_counts(self, text: str) -> list[int]:
-        """Occurrences of each keyword that is there."""
-        # Only the keywords whose first word is there are looked at: the time does not grow with their number.
+        """Number of occurrences of each keyword found."""
+        # Only keywords whose first word occurs are searched, so that the time does not grow with their number.
         folded = text.casefold()
         words = Counter(_WORD.findall(folded))
         words[""] = 1
@@ -124,7 +124,7 @@ class Topic:
         return [count for count in counts.values() if count]
 
     def owns_file(self, name: str) -> bool:
-        """Whether a file of this name belongs whatever its text is."""
+        """Whether a file of this name belongs regardless of its text."""
         return any(fnmatch.fnmatch(name.lower(), pattern.lower()) for pattern in self.files)
 
     def code_blocks(self, text: str) -> list[str]:
@@ -151,7 +151,7 @@ def load_topic(name: str) -> Topic:
     """A built-in topic by its name, or one from a YAML file by its path.
 
     Raises:
-        InputError: there is neither, or the file breaks a rule.
+        InputError: neither exists, or the file is invalid.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):

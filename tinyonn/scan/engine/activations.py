@@ -1,7 +1,7 @@
-"""How many bytes of activations a model keeps between forward and backward, found without running it.
+"""Bytes of activations that a model keeps between forward and backward, computed without running it.
 
-The model is traced on fake tensors, which have shapes and no data: what autograd saves is counted, storage by storage. So the
-count is the model's own, whatever its architecture, and takes neither its weights nor its memory.
+The model is traced on fake tensors, which have shapes and no data, and the storages that autograd saves are counted. The count therefore
+holds for any architecture, and needs neither weights nor memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def skeleton(model_config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model without its weights, frozen: every parameter on the meta device, or fake under a FakeTensorMode.
 
     Raises:
-        InputError: not a causal language model.
+        InputError: the model is not a causal language model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -38,12 +38,12 @@ def skeleton(model_config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def saved_bytes(model_config: Any, dtype: torch.dtype, batch: int, length: int) -> int:
-    """Bytes that autograd holds after the forward pass of a frozen model, its parameters apart.
+    """Bytes that autograd holds after the forward pass of a frozen model, without its parameters.
 
     Args:
         model_config: transformers' configuration.
-        dtype: of the weights.
-        batch, length: sequences and tokens of each.
+        dtype: precision of the weights.
+        batch, length: number of sequences, and of tokens of each.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -68,7 +68,7 @@ def saved_bytes(model_config: Any, dtype: torch.dtype, batch: int, length: int) 
 
 
 def _traced_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Experts with the sizes of routed work and none of its data: each token's k rows all go to expert 0."""
+    """Experts with the sizes of routed work but no data; all k rows of each token go to expert 0."""
     pairs = top_k_index.shape[1]
 
     def product(name: str, rows: Tensor) -> Tensor:

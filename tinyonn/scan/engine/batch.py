@@ -20,7 +20,7 @@ class Batch:
     Attributes:
         input_ids: (B, T) int64, T the longest sequence.
         labels: (B, T) int64, the next token; −1 at each sequence's last token and beyond.
-        lengths: tokens of each row.
+        lengths: number of tokens of each row.
     """
 
     input_ids: Tensor

@@ -1,9 +1,9 @@
 """Writes the block norms of every target's output and output gradient into two planes, while a model runs.
 
 For `y = x Wᵀ + b`, token t's gradient of `W[block, :]` is `δ_t[block] ⊗ x_t`, of Frobenius norm `‖δ_t[block]‖·‖x_t‖`. A forward
-hook takes `‖y_t[block]‖` and `‖x_t‖`; a hook on y's gradient takes `‖δ_t[block]‖·‖x_t‖`. The bias is no part of it. Nothing but
-`‖x_t‖`, one number a token, is kept between forward and backward: an activation lives as long as autograd itself needs it. The
-input of a tied output head is the exception: `lookup.py` says what for.
+hook takes `‖y_t[block]‖` and `‖x_t‖`; a hook on y's gradient takes `‖δ_t[block]‖·‖x_t‖`. The bias is not included. Only
+`‖x_t‖`, one number per token, is kept between forward and backward, so an activation lives only as long as autograd needs it. The
+exception is the input of a tied output head; see `lookup.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RUNS_TWICE = "it runs more than once in a forward pass, so a token's gradient is
 
 
 class Recorder(Protocol):
-    """What the hooks of a forward pass report to."""
+    """Receiver of what the hooks of a forward pass report."""
 
     def record(self, target: Target, inputs: Tensor, output: Tensor) -> None:
         """Called with a module's input and output, before backward."""
@@ -38,13 +38,13 @@ class Capture:
     """Two planes of one batch, filled by hooks.
 
     Args:
-        targets: what to record, in column order.
-        input_ids: (sequences, tokens), of the batch, on the model's device.
-        lookup: the output head that is also the input embeddings; None where none is.
+        targets: targets to record, in column order.
+        input_ids: (sequences, tokens) ids of the batch, on the model's device.
+        lookup: output head whose weight is also the input embeddings; None if there is none.
 
     Attributes:
         activation, grad_norm: (sequences * tokens, blocks) float32, NaN where nothing was recorded.
-        reached: names of the targets whose gradient came.
+        reached: names of the targets that received a gradient.
     """
 
     def __init__(self, targets: list[Target], input_ids: Tensor, lookup: TiedLookup | None = None) -> None:
@@ -84,7 +84,7 @@ class Capture:
         output.register_hook(on_gradient)
 
     def finish(self, embedding_grad: Tensor) -> None:
-        """Adds the look-up's part to a tied head's norms, once backward is through.
+        """Adds the look-up's part to a tied head's norms, after backward.
 
         Args:
             embedding_grad: (sequences, tokens, features), of the embedding module's output.
@@ -157,7 +157,7 @@ def token_rows(target: Target, tensor: Tensor, batch_shape: tuple[int, int]) -> 
 
 
 def row_fault(output: Any, batch_shape: tuple[int, int]) -> str:
-    """Why a module's output has no row for each of the batch's tokens; empty where it has."""
+    """Reason why a module's output does not have one row per token of the batch; empty if it has."""
     if not isinstance(output, Tensor):
         return f"its output is a {type(output).__name__}, not a tensor"
     sequences, tokens = batch_shape

@@ -1,4 +1,4 @@
-"""The scan of one batch: what every block of every weight does for every token."""
+"""The scan of one batch: activation and gradient norm of every weight block for every token."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _entered: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class SequenceScan:
-    """What one sequence of a batch did, without its padding.
+    """Result for one sequence of a batch, without its padding.
 
     Attributes:
-        activation: (tokens, blocks) float32, ‖output block‖₂; the last token, which has no label, is NaN.
-        grad_norm: (tokens, blocks) float32, per-token gradient norm of the weight's block, nats per weight; NaN alike. NaN also
-            for the blocks of an expert that the token was not routed to, and of a module that did not run.
-        loss: (tokens,) float32 nats; loss[t] is of predicting token t+1; NaN for the last.
-        integral: ∫SPS and moments over the tokens that are not NaN; ∫SPS is NaN for a block without one.
+        activation: (tokens, blocks) float32, ‖output block‖₂; NaN for the last token, which has no label.
+        grad_norm: (tokens, blocks) float32, per-token gradient norm of the weight's block, in nats per weight; NaN for the last token, for
+            experts that the token was not routed to, and for modules that did not run.
+        loss: (tokens,) float32 in nats; loss[t] is that of predicting token t + 1; NaN for the last token.
+        integral: ∫SPS and moments over the tokens that are not NaN; ∫SPS is NaN for a block without such a token.
     """
 
     activation: NDArray[np.float32]
@@ -65,26 +65,26 @@ class ScanEngine:
     weights are the matrices, not the biases. A weight that is also the input embeddings is recorded as the output head, with the
     look-up's part in its gradient. A sequence's values do not depend on its padding or its neighbours in the batch beyond rounding.
 
-    On entering, a probe batch proves for every weight that its hook fires and that the recorded outer products sum to the weight's own
-    gradient. Weights that fail are left out; `not_measured` says why. On leaving, the model is as it was: hooks, requires_grad,
+    On entry, a probe batch proves for every weight that its hook fires and that the recorded outer products sum to the weight's own
+    gradient. Weights that fail are left out; `not_measured` has the reasons. On exit, the model is restored: hooks, requires_grad,
     training modes, implementations and any `.grad`.
 
     Args:
-        model: a transformers causal language model, on one device.
-        credit: "full": a token's gradient includes what it did for later tokens. "local": only its own loss, through its
-            own positions; keys and values of other tokens count as constants.
-        targets: the modules to record; see `tinyonn.scan.engine.targets.find_targets`.
+        model: causal language model of transformers, on one device.
+        credit: "full" includes a token's effect on later tokens in its gradient. "local" uses only its own loss, through its
+            own positions; keys and values of other tokens are constants.
+        targets: modules to record; see `tinyonn.scan.engine.targets.find_targets`.
 
     Attributes:
-        layout: one LayoutEntry per weight, in the planes' column order; final once the engine is entered.
-        group_offsets: (groups + 1,) int64, first column of each decoder layer; likewise.
-        not_measured: name of a weight that was asked for and is left out -> why; likewise.
-        unproven: name of a recorded weight whose own gradient could not be compared -> why, as for quantised weights.
+        layout: one LayoutEntry per weight, in column order of the planes; final after entry.
+        group_offsets: (groups + 1,) int64, first column of each decoder layer; final after entry.
+        not_measured: name of a requested weight that is left out -> reason; final after entry.
+        unproven: name of a recorded weight whose own gradient could not be compared, such as a quantised weight -> reason.
 
     Raises:
-        InputError: an unknown credit, a target that is not there, a model that is none of transformers' or not on one device; on
-            entering, a model that is not causal, 4-bit weights that were repacked for inference, local credit that is not exact, or
-            a pattern that names what cannot be measured.
+        InputError: the credit is unknown, a target does not exist, or the model is not of transformers or not on one device; on entry, the
+            model is not causal, its 4-bit weights were repacked for inference, local credit is not exact, or a pattern names a weight that
+            cannot be measured.
     """
 
     def __init__(self, model: PreTrainedModel, *, credit: str = "full", targets: str = "all") -> None:
@@ -151,8 +151,8 @@ class ScanEngine:
             One SequenceScan per row.
 
         Raises:
-            InputError: shapes that differ, a row without a token, padding between tokens, a token outside the vocabulary,
-                or a module whose output is not one row per token.
+            InputError: the shapes differ; a row has no token, or padding between tokens; a token is outside the vocabulary; a
+                module's output does not have one row per token.
         """
         with self._lock:  # threads take turns
             return self._scan_parts(input_ids, attention_mask)
@@ -180,7 +180,7 @@ class ScanEngine:
         return list(self._results(batch, *self._captured(batch)))
 
     def _captured(self, batch: Batch) -> tuple[Capture, Tensor]:
-        """The filled planes of a batch, and each token's loss."""
+        """The planes of a batch, and the loss of each token."""
         capture = Capture(self._targets, batch.input_ids, self._lookup)
         with self._recording_into(capture):
             logits, embeddings = logits_from_embeddings(self.model, batch.input_ids)
@@ -197,7 +197,7 @@ class ScanEngine:
 
     @contextmanager
     def _recording_into(self, recorder: Recorder | None) -> Iterator[None]:
-        """Hooks on every target, and the attention and experts functions of a scan; `generate` between scans runs the model's own."""
+        """Hooks on every target, and the attention and experts functions of a scan. `generate` between scans uses the model's own."""
         with ExitStack() as stack:
             if recorder is not None:
                 stack.enter_context(module_hooks(self._targets, recorder))
@@ -254,7 +254,7 @@ class ScanEngine:
         self._without({target.name: NO_GRADIENT for target in self._targets if target.name not in capture.reached})
 
     def _without(self, faults: dict[str, str]) -> None:
-        """Leaves out the targets in `faults`; the others' columns move, those of a tied output head too."""
+        """Leaves out the targets in `faults`, and moves the columns of the others, including a tied output head's."""
         if not faults:
             return
         self._take(self._selection.without(faults))
@@ -270,7 +270,7 @@ class ScanEngine:
 
 @contextmanager
 def _alone(model: nn.Module) -> Iterator[None]:
-    """Within the block no other engine enters the model: the one that left first would take back what the other still needs."""
+    """Keeps other engines from entering the model within the block: the first to exit would undo what the other still needs."""
     if model in _entered:
         raise RuntimeError("model must be scanned by one engine at a time, got one that another has entered.")
     _entered.add(model)
@@ -282,7 +282,7 @@ def _alone(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    """Autograd on, whatever the caller has switched off, and nothing compiled: compiled code does not ask for new hooks."""
+    """Enables autograd and disables compilation within the block, because compiled code does not call new hooks."""
     with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         yield
 

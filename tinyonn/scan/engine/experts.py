@@ -1,4 +1,4 @@
-"""The experts' products with each (token, expert) pair's rows in the open, so that a scan can record them.
+"""Experts that expose the rows of each (token, expert) pair, so that a scan can record them.
 
     pre  = x_t W_gate_up[e]ᵀ + b      h = gate(pre)      out = h W_down[e]ᵀ + b'      y_t = Σ_e weight_te · out
 
@@ -28,7 +28,7 @@ _recorders: weakref.WeakKeyDictionary[nn.Module, PairRecorder] = weakref.WeakKey
 
 @contextmanager
 def recorded_experts(model: nn.Module, recorders: dict[nn.Module, PairRecorder]) -> Iterator[None]:
-    """Within the block, the model's experts run here, and each module in `recorders` reports its products."""
+    """Runs the model's experts here within the block; each module in `recorders` reports its products."""
     if not recorders:
         yield
         return
@@ -45,7 +45,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     """Experts over routed pairs, in transformers' layout.
 
     Args:
-        module: holds (gate_)up_proj (E, 2I or I, F), down_proj (E, F, I), transposed if `is_transposed`, and their biases.
+        module: experts module with (gate_)up_proj (E, 2I or I, F), down_proj (E, F, I), transposed if `is_transposed`, and their biases.
         hidden_states: (N, F).
         top_k_index: (N, k); indices outside 0 … E−1 are empty slots.
         top_k_weights: (N, k).
@@ -90,7 +90,7 @@ def _grouped_product(inputs: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def _grouped_mm_takes(inputs: Tensor, weight: Tensor) -> bool:
-    # It wants 16-byte rows, no float64, and sm_80 or later.
+    # It needs 16-byte rows, another dtype than float64, and sm_80 or later.
     if inputs.dtype != weight.dtype or inputs.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     if inputs.is_cuda and (torch.cuda.get_device_capability(inputs.device) < (8, 0) or inputs.dtype == torch.float32):

@@ -1,4 +1,4 @@
-"""One forward pass of a causal language model as a scan needs it: frozen, uncached, with a gradient path from the embeddings."""
+"""The forward pass of a scan: frozen model, no cache, and a gradient path from the embeddings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHUNK_BYTES = 4 << 20
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Within the block, the model is in eval mode and no parameter requires a gradient; afterwards both are as they were."""
+    """Puts the model in eval mode, without parameters that require a gradient, within the block, and restores both afterwards."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         with modes_kept(model):
@@ -33,7 +33,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def check_differentiable(model: nn.Module) -> None:
-    """Raises InputError where 4-bit weights stand in bitsandbytes' packing for inference on a CPU, under which it gives no gradients."""
+    """Raises InputError if 4-bit weights have bitsandbytes' packing for inference on a CPU, which does not support gradients."""
     for name, parameter in model.named_parameters():
         if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
             raise InputError(
@@ -50,11 +50,11 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 
 def position_switches(model: nn.Module) -> tuple[set[int], int | None]:
-    """Lengths that a model's rotary embeddings look at in a batch's longest sequence, for all of its sequences.
+    """Sequence lengths at which a model's rotary embeddings change for the whole batch, by its longest sequence.
 
     Returns:
-        The lengths beyond which all turn to other frequencies ("longrope"), and the one beyond which the frequencies depend on
-        what ran before ("dynamic"), None where none does.
+        The lengths beyond which all sequences use other frequencies ("longrope"), and the length beyond which the frequencies depend
+        on earlier calls ("dynamic"), or None.
     """
     switches: set[int] = set()
     limits: list[int] = []
@@ -75,14 +75,14 @@ def logits_from_embeddings(model: PreTrainedModel, input_ids: Tensor) -> tuple[T
     """Runs a frozen model on whole sequences.
 
     Args:
-        model: `frozen`.
-        input_ids: (B, T), padding last: causal attention then needs no padding mask, and default positions are right.
+        model: model within `frozen`.
+        input_ids: (B, T) with padding last, so that causal attention needs no padding mask and default positions are right.
 
     Returns:
-        logits (B, T, V), and the leaf that the graph starts from, whose gradient is the token embeddings' (B, T, F).
+        logits (B, T, V), and the leaf at which the graph starts, whose gradient is that of the token embeddings (B, T, F).
 
     Raises:
-        InputError: the model did not call its input embeddings, or returned other shapes.
+        InputError: the model did not call its input embeddings, or its outputs have other shapes.
     """
     leaves: list[Tensor] = []
 

@@ -17,7 +17,7 @@ def sequence_integral(activation: Tensor, grad_norm: Tensor, group_offsets: Tens
         group_offsets: (groups + 1,) int64, first column of each layer.
 
     Returns:
-        Integral over the tokens and blocks that have both norms, without `lost_tokens`, on the CPU.
+        Integral on the CPU over the tokens and blocks with both norms, without `lost_tokens`.
     """
     missing = activation.isnan() | grad_norm.isnan() | lost_tokens(activation, grad_norm)[:, None]
     activation, grad_norm = activation.masked_fill(missing, torch.nan), grad_norm.masked_fill(missing, torch.nan)
@@ -30,9 +30,9 @@ def sequence_integral(activation: Tensor, grad_norm: Tensor, group_offsets: Tens
 
 
 def lost_tokens(activation: Tensor, grad_norm: Tensor) -> Tensor:
-    """Tokens whose numbers left the range of the precision: an infinite norm, or one plane all NaN where the other is not. (tokens,) bool.
+    """(tokens,) bool, tokens whose values overflowed: an infinite norm, or one plane that is all NaN while the other is not.
 
-    The standard scores of a layer mean nothing beside an infinity, so such a token counts in no block.
+    Standard scores of a layer are meaningless beside an infinity, so no block counts such a token.
     """
     infinite = (activation.isinf() | grad_norm.isinf()).any(1)
     return infinite | (activation.isnan().all(1) != grad_norm.isnan().all(1))

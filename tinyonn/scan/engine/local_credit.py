@@ -1,4 +1,4 @@
-"""Attention whose keys and values carry gradient only on the diagonal.
+"""Attention whose keys and values get gradients only on the diagonal.
 
     s_tj = softcap(q_t·k_j·scale) + mask_tj     p = softmax over j (a sink adds to the denominator)     o_t = Σ_j p_tj v_j
 
@@ -9,7 +9,7 @@ cache does, so a token's loss reaches nothing but that token's own positions:
 
 with ds times 1 − (s/softcap)² under a softcap, and dk, dv summed over the query heads of a group.
 
-B sequences, H query heads, K key heads, G = H / K, T tokens, D head dim. Tensors are (B, H, T, D), as transformers hands them over.
+B sequences, H query heads, K key heads, G = H / K, T tokens, D head dim. Tensors are (B, H, T, D), as transformers passes them.
 The probabilities are recomputed in backward, a few query rows at a time: nothing of size T × T outlives one step.
 """
 
@@ -27,7 +27,7 @@ from ...hf.interfaces import register_attention
 LOCAL_CREDIT = "tinyonn_local_credit"
 STEP_ELEMENTS = 1 << 22  # scores in memory at once, over all sequences and heads
 
-# What a model may pass that has no bearing on the result here: the mask already holds the window, and there is no cache.
+# Arguments that do not affect the result here: the mask includes the window, and there is no cache.
 WITHOUT_EFFECT = frozenset(
     {"sliding_window", "position_ids", "use_cache", "cache_position", "output_hidden_states", "return_dict", "position_embeddings"}
 )
@@ -49,18 +49,18 @@ def local_credit_attention(
     """An attention function for transformers' AttentionInterface.
 
     Args:
-        module: the attention module, named in errors.
+        module: attention module, named in errors.
         query: (B, H, T, D). key: (B, K, T, D). value: (B, K, T, Dv).
-        attention_mask: bool, broadcastable to (B, H, T, T), True where attended to; None for causal.
-        scaling: of the scores; None for 1/sqrt(D).
-        softcap: scores become softcap·tanh(score / softcap).
-        s_aux: (H,) a sink's logit per head.
+        attention_mask: bool, broadcastable to (B, H, T, T), True for keys to attend to; None for causal.
+        scaling: factor of the scores; None for 1/sqrt(D).
+        softcap: limit of the scores, softcap·tanh(score / softcap).
+        s_aux: (H,) logit of each head's sink.
 
     Returns:
         out (B, T, H, Dv), and None for the weights.
 
     Raises:
-        InputError: dropout, a cache, attention that is not causal, or an argument of unknown meaning.
+        InputError: there is dropout, a cache, attention that is not causal, or an unknown argument.
     """
     name = type(module).__name__
     unknown = sorted(key for key, given in kwargs.items() if given is not None and given is not False and key not in WITHOUT_EFFECT)

@@ -25,7 +25,7 @@ from .targets import BLOCK_SIZE, Target
 
 @dataclass(frozen=True)
 class LookupPart:
-    """What the head's backward leaves for the look-up's, per row of the batch.
+    """Values that the head's backward stores for that of the look-up, per row of the batch.
 
     Attributes:
         others: (rows,) ‖δ[block without r]‖·‖x‖ of the block that holds r, float32 or wider.
@@ -52,9 +52,9 @@ class TiedLookup:
     """A target whose weight is also the input embeddings.
 
     Attributes:
-        target: the output head.
-        scale: the factor s.
-        padding_idx: the row that a look-up gives no gradient to, None for none.
+        target: output head.
+        scale: factor s.
+        padding_idx: row that gets no gradient from the look-up; None if there is none.
     """
 
     target: Target
@@ -73,14 +73,14 @@ class TiedLookup:
 
 
 def tied_lookup(model: PreTrainedModel, target: Target, probe: Tensor) -> TiedLookup | None:
-    """How a target's weight is looked up, where it is that of the input embeddings.
+    """The look-up of a target's weight, if that is also the weight of the input embeddings.
 
     Args:
-        probe: token ids, whose look-ups show the module's scale.
+        probe: token ids whose look-ups show the module's scale.
 
     Returns:
-        None where the weights are two, or the embedding module does more than look up and scale: the proof of the weight's
-        gradient then fails, as it must.
+        The look-up, or None if the weights differ or the embedding module does more than look up and scale. In the latter case the
+        proof of the weight's gradient fails, as it must.
     """
     embedding = model.get_input_embeddings()
     weight = getattr(target.module, "weight", None)

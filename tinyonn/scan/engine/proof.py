@@ -1,4 +1,4 @@
-"""A scan proves itself on the model at hand, and names the module at fault where it cannot be exact."""
+"""Proofs that a scan is exact on a given model, which name the module at fault if it is not."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .forward import logits_from_embeddings, vocabulary_size
 from .local_credit import LOCAL_CREDIT
 
 PROBE_TOKENS = 16
-# Largest difference of an output, as a share of the largest value, that another order of summation explains.
+# Largest difference of an output, relative to the largest value, that another order of summation explains.
 OUTPUT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def logit_change(model: PreTrainedModel, changed: Callable[[], Any]) -> str:
-    """How a frozen model's logits differ inside the context that `changed()` opens, in words; empty where only by rounding.
+    """Description of how a frozen model's logits differ inside the context `changed()`; empty if they differ by rounding only.
 
     The model's experts are those of its own class here: the grouped ones that transformers may choose lack float64. Gradients are on, as in
     a scan: in a forward without them, a quantised layer may repack its weights for good.
@@ -41,7 +41,7 @@ def logit_change(model: PreTrainedModel, changed: Callable[[], Any]) -> str:
 
 
 def prove_causal(model: PreTrainedModel) -> None:
-    """Raises InputError where a frozen model's logits depend on later tokens: on labels, and on a batch's padding."""
+    """Raises InputError if a frozen model's logits depend on later tokens, and therefore on labels and padding."""
     logits, embeddings = logits_from_embeddings(model, probe_tokens(model))
     token = PROBE_TOKENS // 2
     (grad,) = torch.autograd.grad(logits[0, token].logsumexp(-1), embeddings)
@@ -51,7 +51,7 @@ def prove_causal(model: PreTrainedModel) -> None:
 
 
 def prove_local_credit(model: PreTrainedModel) -> None:
-    """Raises InputError, naming the module, unless local credit is exact on a frozen model.
+    """Raises InputError, with the name of the module, unless local credit is exact on a frozen model.
 
     One token's loss must leave exactly zero gradient on every other token's embedding.
     """
@@ -68,7 +68,7 @@ def prove_local_credit(model: PreTrainedModel) -> None:
 
 
 def _refuse_own_attention(model: PreTrainedModel) -> None:
-    """Refuses models whose classes choose their attention by a table of their own when they are built."""
+    """Raises InputError for models whose classes choose their attention by their own table when they are built."""
     if not model._can_set_attn_implementation():
         name, module = next(
             ((name, module) for name, module in model.named_modules() if "attention" in type(module).__name__.lower()), ("the model", model)
@@ -130,7 +130,7 @@ def _first_token_tensor(values: Any) -> Tensor | None:
 
 
 def probe_tokens(model: PreTrainedModel) -> Tensor:
-    """(1, PROBE_TOKENS) ids on the model's device, which it has embeddings and logits for."""
+    """(1, PROBE_TOKENS) ids with embeddings and logits, on the model's device."""
     head = getattr(model.get_output_embeddings(), "out_features", None)
     size = vocabulary_size(model) if head is None else min(vocabulary_size(model), head)
     tokens = (torch.arange(1, PROBE_TOKENS + 1, device="cpu") * 7919) % size

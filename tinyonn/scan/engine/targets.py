@@ -1,4 +1,4 @@
-"""Which weights a scan records, and in which columns of its planes.
+"""The weights that a scan records, and their columns in its planes.
 
 A target is an `nn.Linear`, a transformers `Conv1D` (GPT-2), or a 3-D expert parameter that transformers' experts interface
 multiplies. Each is cut into feature blocks of 64 output features; an expert parameter is one weight per expert. Columns are
@@ -22,7 +22,7 @@ from ...mscan.layout import LayoutEntry, group_name
 
 BLOCK_SIZE = 64
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-# Patterns that choose by kind. What such a word finds and a scan cannot measure is left out; what a name finds is refused.
+# Patterns that choose by kind. A weight that such a word matches and a scan cannot measure is left out; a name that matches it is an error.
 WORDS = ("all", "attention", "mlp")
 
 
@@ -30,7 +30,7 @@ WORDS = ("all", "attention", "mlp")
 class Target:
     """One parameter: `experts` weights of `out_features` each, whose blocks are columns base … base + experts * blocks.
 
-    A module's weight has experts = 1. `weight` is the parameter's attribute name in `module`. `named` is True where a pattern
+    A module's weight has experts = 1. `weight` is the parameter's attribute name in `module`. `named` is True if a pattern
     other than a word chose it.
     """
 
@@ -62,21 +62,21 @@ class Target:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a scan records, and what it was asked for and cannot record.
+    """The targets of a scan, and the requested weights that it cannot record.
 
     Attributes:
         targets: at least one, in column order.
-        left_out: name of a weight -> why it is not measured.
+        left_out: name of a weight -> reason why it is not measured.
     """
 
     targets: list[Target]
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def without(self, faults: Mapping[str, str]) -> Selection:
-        """The same selection less the targets in `faults` (name -> why), its columns closed up.
+        """The selection without the targets in `faults` (name -> reason), with consecutive columns.
 
         Raises:
-            InputError: a pattern named one of them, or no target is left.
+            InputError: a pattern names one of them, or no target is left.
         """
         kept: list[Target] = []
         base = 0
@@ -96,9 +96,9 @@ def find_targets(model: PreTrainedModel, targets: str = "all") -> Selection:
     """The targets of a model that a specification chooses, in column order.
 
     Args:
-        model: a causal language model.
-        targets: comma-separated patterns. A target is chosen if any pattern matches it, and none that begins with `!` does;
-            with `!` patterns alone, all others are chosen. A pattern is one of
+        model: causal language model.
+        targets: comma-separated patterns. A target is chosen if some pattern matches it and no pattern with `!` does. With `!`
+            patterns alone, all other targets are chosen. A pattern is one of
             "all", "attention" (every target inside a module named for attention), "mlp" (every other target inside a decoder
             layer, experts included), a glob matched against the module's dotted name or any ending of it ("q_proj",
             "layers.0.*", "self_attn.[qk]_proj", with or without ".weight"), or "re:…", a regular expression searched for in that
@@ -106,11 +106,11 @@ def find_targets(model: PreTrainedModel, targets: str = "all") -> Selection:
             is its own ("model.layers.0.mlp.experts.gate_up_proj").
 
     Returns:
-        The selection. Expert weights that transformers' experts interface does not multiply are left out where a word chose them.
-        Where "all" is meant, matrices that are no targets are told as left out too, embeddings apart.
+        The selection. Expert weights that transformers' experts interface does not multiply are left out if a word chose them.
+        With "all", `left_out` also has the matrices that are not targets, except embeddings.
 
     Raises:
-        InputError: a pattern matches nothing (the message lists what is there), nothing is left, or a pattern other than a word
+        InputError: a pattern matches nothing (the message lists the names), nothing is left, or a pattern other than a word
             chooses expert weights that transformers' experts interface does not multiply.
     """
     found = sorted(_all_targets(model), key=_layer_order(model))
@@ -148,7 +148,7 @@ def _all_targets(model: PreTrainedModel) -> list[Target]:
 
 
 def _other_matrices(model: PreTrainedModel, found: list[Target]) -> dict[str, str]:
-    """Matrices that no target covers, and why: routers that are bare parameters, convolutions. Embeddings are look-ups."""
+    """Matrices without a target, with the reason: routers that are bare parameters, and convolutions. Embeddings are look-ups."""
     covered = {id(parameter) for target in found for parameter in target.module.parameters(recurse=False)}
     others = {}
     for name, module in model.named_modules():
@@ -160,7 +160,7 @@ def _other_matrices(model: PreTrainedModel, found: list[Target]) -> dict[str, st
 
 
 def _layer_order(model: PreTrainedModel) -> Callable[[Target], tuple[bool, int]]:
-    """A sort key: by layer in order of first appearance, weights outside every layer in their place, the output head last."""
+    """Sort key: layers in order of first appearance, weights outside layers in their place, the output head last."""
     head = model.get_output_embeddings()
     first: dict[str, int] = {}
 
@@ -195,7 +195,7 @@ def _select(found: list[Target], targets: str) -> list[Target]:
 
 
 def split_patterns(targets: str) -> list[str]:
-    """The patterns of a comma-separated list; commas inside brackets, or behind a backslash, part nothing."""
+    """Patterns of a comma-separated list. Commas inside brackets or after a backslash do not separate."""
     patterns, depth, in_class, start, index = [], 0, False, 0, 0
     while index < len(targets):
         character = targets[index]
@@ -244,7 +244,7 @@ def _label(target: Target) -> str:
 
 
 def _unreachable(target: Target) -> str:
-    """Why no hook reaches a target's products; empty where one does."""
+    """Reason why no hook reaches a target's products; empty if one does."""
     if not target.is_experts or (uses_experts_interface(target.module) and target.weight in ("gate_up_proj", "up_proj", "down_proj")):
         return ""
     return f"{type(target.module).__name__} multiplies this 3-D parameter itself, outside the experts interface"

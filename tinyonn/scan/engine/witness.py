@@ -1,11 +1,11 @@
-"""Proves on a probe batch that what a scan would record of each weight is that weight's own gradient.
+"""Proof on a probe batch that what a scan records of each weight is the weight's own gradient.
 
 The hooks of a scan report each target's input x and output y, and in backward the gradient δ of y. For each target the probe shows
 that its module runs once, that y is its weight's product with x plus the bias, that the rows are the batch's tokens in order, and that
 
     Σ_t δ_t ⊗ x_t  (plus the look-up's part, for a tied head)  =  the weight's own gradient by autograd
 
-Both sides are compared as products with a few random vectors of ±1, row by row: a weight's gradient is held one weight at a time.
+Both sides are compared as products with a few random vectors of ±1, row by row, so that memory holds the gradient of one weight at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .lookup import TiedLookup
 from .proof import OUTPUT_TOLERANCE
 from .targets import Target
 
-# Largest difference of a gradient, as a share of the sizes of its terms, that rounding explains.
+# Largest difference of a gradient, relative to the sizes of its terms, that rounding explains.
 GRADIENT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 DIRECTIONS = 4
 ROWS_AT_ONCE = 1 << 14
@@ -40,11 +40,11 @@ NO_GRADIENT = "no gradient of the loss reaches its output"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the probe showed.
+    """Result of the probe.
 
     Attributes:
-        faults: name of a target -> why a scan cannot record it.
-        unproven: name of a target -> why its weight has no gradient of its own to compare with. All else was found in order.
+        faults: name of a target -> reason why a scan cannot record it.
+        unproven: name of a target -> reason why its weight has no gradient to compare with. All other checks passed.
     """
 
     faults: dict[str, str]
@@ -53,7 +53,7 @@ class Verdict:
 
 @dataclass
 class _Seen:
-    """One call of one target: inputs (rows, in), and of pairs their tokens and experts; the output's gradient once it came."""
+    """One call of one target: inputs (rows, in), tokens and experts of pairs, and the output's gradient after backward."""
 
     inputs: Tensor
     tokens: Tensor | None = None
@@ -62,7 +62,7 @@ class _Seen:
 
 
 class Witness(Recorder):
-    """Keeps what the hooks report, and what is wrong with it at first sight."""
+    """Stores what the hooks report, and faults that show at once."""
 
     def __init__(self, batch_shape: tuple[int, int]) -> None:
         self.batch_shape = batch_shape
@@ -103,12 +103,12 @@ def prove_weights(
 ) -> Verdict:
     """Runs a frozen model once over the probe, forward and backward, with its targets' weights requiring gradients.
 
-    Afterwards the weights are frozen again, and every `.grad` is the one it was.
+    Afterwards the weights are frozen again, and every `.grad` is restored.
 
     Args:
-        probe: (2, tokens) ids; more than two tokens, so that rows in another order show.
-        recording: opens the context of a scan whose hooks report to the given recorder.
-        lookup: the target that is also the input embeddings.
+        probe: (2, tokens) ids; more than two tokens, so that another order of rows shows.
+        recording: function that returns the context of a scan whose hooks report to the given recorder.
+        lookup: target whose weight is also the input embeddings.
     """
     witness = Witness((probe.shape[0], probe.shape[1]))
     parameters = {target.name: parameter for target in targets if (parameter := _own_parameter(target)) is not None}
@@ -148,7 +148,7 @@ def prove_weights(
 
 
 def _product_fault(target: Target, inputs: Tensor, output: Tensor) -> str:
-    """Why an output is not the product of its module's weight; empty where it is, or the weight is no plain matrix."""
+    """Reason why an output is not the product of its module's weight; empty if it is, or if the weight is not a plain matrix."""
     weight: Any = target.module.weight
     matrix = weight.T if isinstance(target.module, Conv1D) else weight
     if not weight.is_floating_point() or matrix.shape != (output.shape[-1], inputs.shape[-1]):
@@ -163,7 +163,7 @@ def _product_fault(target: Target, inputs: Tensor, output: Tensor) -> str:
 
 
 def _own_parameter(target: Target) -> nn.Parameter | None:
-    """The weight, where autograd gives it a gradient: a plain floating-point parameter of the layer's own shape."""
+    """The weight, if it is a plain floating-point parameter of the layer's shape, which gets a gradient from autograd."""
     parameter = target.module._parameters.get(target.weight)
     if parameter is None or type(parameter.data) is not Tensor or not parameter.is_floating_point():
         return None
@@ -177,7 +177,7 @@ def _own_parameter(target: Target) -> nn.Parameter | None:
 
 @contextmanager
 def _weight_gradients(parameters: Mapping[int, nn.Parameter]) -> Iterator[dict[int, Tensor]]:
-    """Within the block, the parameters require gradients; yields the products of those that backward gives, by the parameter's id.
+    """Makes the parameters require gradients within the block. Yields the products of their gradients, by id of the parameter.
 
     A product is (rows, DIRECTIONS), of the gradient as (rows, inputs); the gradient itself is dropped at once.
     """
