@@ -1,7 +1,8 @@
 # make demo   scan SmolLM2-135M over two corpora and write a report
 # make heads-demo  score and measure attention heads of SmolLM2-135M and MiniLM
-# make test   the test suite                   make test-slow  attention kernels in the interpreter, every architecture
+# make test   the test suite                   make test-slow  attention kernels in the interpreter
 # make damage   damage 100,000 .mscan files and read them in every mode (DAMAGE_ARGS="--files N --seed S")
+# make kernels  compile changed kernels for every GPU and note their registers in kernels/resources.json (KERNELS_ARGS="--all")
 # make bench  benchmarks on this machine      make gpu  kernels checked and measured on a GPU (GPU_ARGS="--dry-run")
 # make gpu-wheels  fetch what make gpu compares with, to carry to a machine without network
 # make docs   build the docs site into site/; a warning or a broken link fails
@@ -16,6 +17,7 @@ HEADS_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 DAMAGE_ARGS ?=
+KERNELS_ARGS ?=
 GPU_ARGS ?=
 GPU_PYTHON ?= 3.12
 GPU_WHEELS ?= fla-core einops liger-kernel pytest-benchmark py-cpuinfo2
@@ -27,7 +29,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.
 # Python would put the current folder first on sys.path, and kernels/ with it.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo heads-demo test test-slow bench damage gpu gpu-wheels docs style doctor clean
+.PHONY: demo heads-demo test test-slow kernels bench damage gpu gpu-wheels docs style doctor clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/tinyonn demo $(DEMO_ARGS)
@@ -40,6 +42,9 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m slow $(TEST_ARGS)
+
+kernels: $(VENV)/.dev
+	@$(BIN)/python -m tinyonn.testing.resources refresh $(KERNELS_ARGS) kernels/resources.json tinyonn_kernels
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(BENCH_ARGS)

@@ -1,13 +1,15 @@
 """Compiles Triton kernels for GPUs that are not there, and reads what they would use. For tests; `tinyonn.testing` exports it.
 
-Run as `python -m tinyonn.testing.triton MODULE ARCH[,ARCH...] [EVERY]`, it compiles everything that `MODULE.offered(ARCH)` launches,
-or every EVERYth launch and the first of each kernel, and prints one JSON list. It needs a process of its own: under TRITON_INTERPRET=1
-there is nothing to compile.
+Run as `python -m tinyonn.testing.triton MODULE ARCH[,ARCH...]`, it compiles everything that `MODULE.offered(ARCH)` launches, and prints
+one JSON list. It needs a process of its own: under TRITON_INTERPRET=1 there is nothing to compile.
 """
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -16,7 +18,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ARCHS = (80, 90, 100)
@@ -92,21 +96,93 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "local": int(usage["LOCAL"])}
 
 
-def compile_launches(launch: Callable[[], object], arch: int, label: str = "") -> list[Usage]:
-    """Runs a launcher over tensors without data and compiles, specialised as a real launch would be, each kernel it launches."""
+@dataclass(frozen=True)
+class Build:
+    """One kernel as a launcher launches it: all that decides what the compiler makes of it."""
+
+    kernel: Any
+    label: str
+    arch: int
+    signature: dict[str, str]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Kernel, launch, configuration and architecture; it does not depend on where the kernel lives."""
+        named = {self.kernel.arg_names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
+        chosen = {name: value for name, value in named.items() if name.isupper()} | self.options
+        return " ".join(
+            [self.kernel.__name__, self.label, *(f"{name}={_text(chosen[name])}" for name in sorted(chosen)), f"sm_{self.arch}"]
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the kernel's source with the functions it calls, its arguments and options, the architecture and Triton's version."""
+        import triton
+
+        chosen = [sorted((str(name), _text(value)) for name, value in part.items()) for part in (self.constexprs, self.attrs, self.options)]
+        parts = [triton.__version__, self.arch, sources(self.kernel), list(self.signature.items()), chosen]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def compile(self) -> Usage:
+        return cross_compile(self.kernel, self.signature, self.constexprs, self.arch, attrs=self.attrs, label=self.label, **self.options)
+
+
+def _text(value: Any) -> str:
+    """A function by its name, without its address in memory; anything else as Python writes it."""
+    return str(getattr(value, "__name__", None) or value)
+
+
+@cache
+def sources(kernel: Any) -> list[str]:
+    """Sources, without comments, of a `@triton.jit` function and of those it calls, and the values of the globals they read.
+
+    Triton's own functions are left out: its version stands for them.
+    """
+    from triton.runtime.jit import JITFunction
+
+    seen, found, open_ends = set(), set(), [kernel]
+    while open_ends:
+        function = open_ends.pop()
+        if id(function) in seen or function.__module__.startswith("triton."):
+            continue
+        seen.add(id(function))
+        tree = ast.parse(function.src)
+        found.add(f"noinline={bool(function.noinline)}\n{ast.unparse(tree)}")
+        scope = function.__globals__ | dict(inspect.getclosurevars(function.fn).nonlocals)
+        for node in ast.walk(tree):
+            value = _resolved(node, scope)
+            if isinstance(value, JITFunction):
+                open_ends.append(value)
+            elif value is not None and not isinstance(value, ModuleType) and not callable(value):
+                found.add(f"{function.__name__}: {ast.unparse(node)} = {value}")
+    return sorted(found)
+
+
+def _resolved(node: ast.AST, scope: Mapping[str, Any]) -> Any:
+    """The global that a name, or attributes of a name, mean; None for a local one."""
+    if isinstance(node, ast.Attribute):
+        return getattr(_resolved(node.value, scope), node.attr, None)
+    return scope.get(node.id) if isinstance(node, ast.Name) else None
+
+
+def builds_of(launch: Callable[[], object], arch: int, label: str = "") -> list[Build]:
+    """Runs a launcher over tensors without data; each kernel it launches, specialised as a real launch would be. Nothing is compiled."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
     backend = make_backend(GPUTarget("cuda", arch, 32))
-    usages = []
+    builds = []
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         bind = create_function_from_signature(self.signature, self.params, backend)
         bound, specialization, options = bind(*args, **kwargs)
         _, signature, constexprs, attrs = self._pack_args(backend, kwargs, bound, specialization, options)
         options = {name: value for name, value in kwargs.items() if name not in signature}
-        usages.append(cross_compile(self, signature, constexprs, arch, attrs=attrs, label=label, **options))
+        builds.append(Build(self, label, arch, signature, constexprs, attrs, options))
 
     original = JITFunction.run
     JITFunction.run = record
@@ -114,49 +190,28 @@ def compile_launches(launch: Callable[[], object], arch: int, label: str = "") -
         launch()
     finally:
         JITFunction.run = original
-    if not usages:
+    if not builds:
         raise RuntimeError(f"offered launch {label!r} must launch a kernel, got none.")
-    return usages
+    return builds
 
 
-def sampled(offered: Mapping[str, Callable[[], object]], every: int) -> dict[str, Callable[[], object]]:
-    """Every `every`th of the launches, and those that are the first to launch a kernel."""
-    kept, seen = {}, set[str]()
-    for number, (label, launch) in enumerate(offered.items()):
-        kernels = _kernels_of(launch)
-        if number % every == 0 or not kernels <= seen:
-            kept[label] = launch
-        seen |= kernels
-    return kept
+def compile_launches(launch: Callable[[], object], arch: int, label: str = "") -> list[Usage]:
+    """Runs a launcher over tensors without data and compiles, specialised as a real launch would be, each kernel it launches."""
+    return [build.compile() for build in builds_of(launch, arch, label)]
 
 
-def _kernels_of(launch: Callable[[], object]) -> set[str]:
-    """Names of the kernels that a launcher launches; nothing is compiled."""
-    from triton.runtime.jit import JITFunction
-
-    names: set[str] = set()
-    original = JITFunction.run
-    JITFunction.run = lambda self, *args, **kwargs: names.add(self.__name__)
-    try:
-        launch()
-    finally:
-        JITFunction.run = original
-    return names
-
-
-def usages_of(module: str, arch: int | Sequence[int], cache: Path, every: int = 1) -> list[Usage]:
+def usages_of(module: str, arch: int | Sequence[int], cache: Path) -> list[Usage]:
     """Compiles what `module.offered(arch)` launches, in a fresh process without the interpreter; starting it takes seconds.
 
     Args:
         module: name of a module of kernels.
         arch: 80, 90 or 100, or several of them.
         cache: folder of Triton's cache.
-        every: of the launches, this many apart are compiled, and the first of each kernel; 1 for all.
     """
     archs = ",".join(map(str, [arch] if isinstance(arch, int) else arch))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(
-        [sys.executable, "-m", "tinyonn.testing.triton", module, archs, str(every)],
+        [sys.executable, "-m", "tinyonn.testing.triton", module, archs],
         capture_output=True,
         text=True,
         env=environment,
@@ -167,11 +222,14 @@ def usages_of(module: str, arch: int | Sequence[int], cache: Path, every: int = 
     return [Usage(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
 
 
-def _main(module: str, archs: str, every: str = "1") -> None:
-    usages: list[Usage] = []
-    for arch in map(int, archs.split(",")):
-        offered = sampled(importlib.import_module(module).offered(arch), int(every))
-        usages += [usage for label, launch in offered.items() for usage in compile_launches(launch, arch, label)]
+def _main(module: str, archs: str) -> None:
+    offered = importlib.import_module(module).offered
+    usages = [
+        usage
+        for arch in map(int, archs.split(","))
+        for label, launch in offered(arch).items()
+        for usage in compile_launches(launch, arch, label)
+    ]
     print(json.dumps([asdict(usage) for usage in usages]))
 
 
