@@ -32,6 +32,7 @@ from .triton import ARCHS, Build, Usage, builds_of
 
 FIGURES = ("registers", "stack", "local", "shared")
 REMEDY = "run `make kernels`"
+AGAIN = "Run `make kernels KERNELS_ARGS=--all`"
 
 _builds: dict[str, Build] = {}  # what the processes that compile share
 
@@ -122,7 +123,7 @@ def check(
     drawn += draw.sample(rest, min(sample, len(rest)))
     for key, entry in compiled({key: builds[key] for key in drawn}).items():
         complaints += [
-            f"{key} must have {figure} {entry[figure]}, as compiled; the file has {entries[key][figure]}. Correct nothing by hand: {REMEDY}."
+            f"{key} must have {figure} {entry[figure]}, as compiled; the file has {entries[key][figure]}. {AGAIN}."
             for figure in FIGURES
             if entry[figure] != entries[key][figure]
         ]

@@ -57,7 +57,7 @@ class Usage:
 def cross_compile(
     kernel: Any,
     signature: dict[str, str],
-    constexprs: dict[str, Any],
+    constexprs: Mapping[Any, Any],
     arch: int,
     *,
     attrs: dict[tuple[int, ...], list[list[Any]]] | None = None,
@@ -69,7 +69,7 @@ def cross_compile(
     Args:
         kernel: the JITFunction.
         signature: argument name -> Triton type ("*fp32", "i32", "constexpr").
-        constexprs: argument name -> value.
+        constexprs: argument name, or position as a tuple of one, -> value.
         arch: 80, 90 or 100.
         attrs: alignment of arguments by position, as Triton's launcher derives it.
         label: names the configuration in messages.
@@ -78,7 +78,7 @@ def cross_compile(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    source = ASTSource(kernel, signature, constexprs, attrs)
+    source = ASTSource(kernel, signature, dict(constexprs), attrs)
     compiled = compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return Usage(kernel.__name__, label, arch, shared=compiled.metadata.shared, **_resources(compiled.asm["cubin"]))
 
@@ -121,9 +121,11 @@ class Build:
     def digest(self) -> str:
         """Hash of the kernel's source with the functions it calls, its arguments and options, the architecture and Triton's version."""
         import triton
+        from triton.runtime.jit import JITFunction
 
+        functions = [self.kernel, *(value for value in self.constexprs.values() if isinstance(value, JITFunction))]
         chosen = [sorted((str(name), _text(value)) for name, value in part.items()) for part in (self.constexprs, self.attrs, self.options)]
-        parts = [triton.__version__, self.arch, sources(self.kernel), list(self.signature.items()), chosen]
+        parts = [triton.__version__, self.arch, [sources(function) for function in functions], list(self.signature.items()), chosen]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def compile(self) -> Usage:
@@ -141,6 +143,7 @@ def sources(kernel: Any) -> list[str]:
 
     Triton's own functions are left out: its version stands for them.
     """
+    from triton.language import constexpr
     from triton.runtime.jit import JITFunction
 
     seen, found, open_ends = set(), set(), [kernel]
@@ -156,7 +159,7 @@ def sources(kernel: Any) -> list[str]:
             value = _resolved(node, scope)
             if isinstance(value, JITFunction):
                 open_ends.append(value)
-            elif value is not None and not isinstance(value, ModuleType) and not callable(value):
+            elif isinstance(value, constexpr) or not (value is None or isinstance(value, ModuleType) or callable(value)):
                 found.add(f"{function.__name__}: {ast.unparse(node)} = {value}")
     return sorted(found)
 
