@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError, listed, reason
+from ..html.page import short_digest
 from ..scan.grid import Floats
 
 
@@ -84,10 +85,8 @@ def read_heads(path: Path, names: Sequence[str], step: str, words: Sequence[str]
 
 def short_text(value: str) -> str:
     """A digest by its beginning, a whole path by its last two parts, anything else as it is."""
-    if len(value) >= 32 and set(value) <= set("0123456789abcdef"):
-        return f"{value[:12]}…"
     path = PurePath(value)
-    return "/".join(("…", *path.parts[-2:])) if path.is_absolute() and len(path.parts) > 3 else value
+    return short_digest(value) or ("/".join(("…", *path.parts[-2:])) if path.is_absolute() and len(path.parts) > 3 else value)
 
 
 def plain_facts(values: dict[str, Any], left_out: Sequence[str] = ()) -> dict[str, object]:
@@ -111,3 +110,8 @@ def plain_facts(values: dict[str, Any], left_out: Sequence[str] = ()) -> dict[st
         elif key == "versions" and isinstance(value, dict):
             shown[name] = ", ".join(f"{package} {version}" for package, version in value.items())
     return shown
+
+
+def option_facts(options: dict[str, Any]) -> dict[str, object]:
+    """Options of a run as they are typed, for a list of facts."""
+    return {f"--{name.replace('_', '-')}": value for name, value in plain_facts(options).items()}

@@ -13,7 +13,7 @@ from ...errors import InputError
 from ...heads.study import AGGREGATE, AGGREGATE_TABLE, PAGE, REPORT_STEP, TRAIN_AGAIN, TRAIN_STEP, TRAINED, read_json, read_record
 from ..html.charts import DotRow
 from ..html.maps import make_map
-from ..html.page import card, facts, map_card, map_data, notices, page, section, table, terms
+from ..html.page import facts, group, notices, section, table, table_card, terms
 from ..scan.report import ReportResult
 from .files import HeadColumns, read_heads
 from .plasticity_limits import (
@@ -26,8 +26,19 @@ from .plasticity_limits import (
     pair_name,
     read_rows,
 )
-from .plasticity_page import KEYS, MAPS, MEANINGS, STATISTICS_LEAD, decimals, dot_charts, found_number
-from .scores_page import head_names, model_title, view_controls
+from .plasticity_parts import (
+    KEYS,
+    MAPS,
+    MEANINGS,
+    cases_section,
+    column_map,
+    column_maps_section,
+    decimals,
+    figure_cells,
+    found_number,
+    statistics_section,
+)
+from .shell import head_page, model_title
 
 _SHOWN_CASES = 40
 
@@ -53,33 +64,24 @@ def write_plasticity_aggregate(folder: str | os.PathLike[str]) -> ReportResult:
 
 def _page(found: Mapping[str, Any], heads: HeadColumns, rows: Mapping[str, MeasuredRows], model: str) -> str:
     seeds = found["seeds"]
-    names, short = head_names(heads.num_heads)
-    maps = [
-        make_map(key, f"{title}, mean", legend, unit, heads.grid(f"{key}_mean"), signed=signed)
-        for key, (title, unit, signed, legend) in MAPS.items()
-    ]
+    maps = [column_map(heads, key, f"{key}_mean", ", mean") for key in MAPS]
     if len(seeds) > 1:
         for key in ("I_pre", "Urel"):
             title, unit, _, _ = MAPS[key]
             legend = "Standard deviation over seeds: how far another run moves the head's value."
             maps.append(make_map(f"{key}_sd", f"{title}, spread", legend, unit, heads.grid(f"{key}_sd"), signed=False))
     left_out = [f"{seed['folder']} is left out: {seed['found']}; run {seed['step']}." for seed in found["incomplete"]]
-    legend = (
-        "By layer: each row is scaled by itself. Global: all rows share one scale. As measured: the means and spreads of aggregate.csv."
-    )
     body = [
         notices([*limits_of_rows(rows), *limits_of_numbers(found), *found["notes"], *left_out]),
         section("runs", "Runs", facts(_facts(found, rows))),
         _statistics(found),
         _acceptance(found),
-        section("maps", "Layers and heads", view_controls("none", legend) + f'<div class="grid2">{"".join(map(map_card, maps))}</div>'),
+        column_maps_section(maps, "the means and spreads of aggregate.csv."),
         _cases(found),
         section("terms", "Terms", terms(MEANINGS)),
     ]
-    data = {"maps-data": [map_data(heat_map, heads.layers, names, short) for heat_map in maps]}
     number = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-    subtitle = f"{model}, {number}, {counted(len(heads.layers), 'layer')}, {counted(len(heads.places), 'head')}. Written by tinyonn."
-    return page(f"What training on {found['task']} does to heads", subtitle, "\n".join(body), data, ["core.js", "map.js"])
+    return head_page(f"What training on {found['task']} does to heads", [model, number], body, heads, maps)
 
 
 def _facts(found: Mapping[str, Any], rows: Mapping[str, MeasuredRows]) -> dict[str, object]:
@@ -110,51 +112,42 @@ def _statistics(found: Mapping[str, Any]) -> str:
     judged = [is_judged(pair, found["acceptance"]) for pair in pairs]
     rhos = [_dots(pair, "rho", its) for pair, its in zip(pairs, judged, strict=True)]
     overlaps = [_dots(pair, "overlap", its, pair["overlap"]["chance"]) for pair, its in zip(pairs, judged, strict=True)]
-    left, right = dot_charts(rhos, overlaps, found["acceptance"])
     legend = "A full dot is the mean over seeds, a line its interval, a hollow dot one seed."
-    cards = card("Rank correlation", left, legend=legend) + card("Overlap of the highest", right, legend=f"{legend} A cross is chance.")
     rows = []
     for pair in [*pairs, *found["taylor"]]:
         rho, overlap = pair["rho"], pair["overlap"]
         numbers = [part[name] for part in (rho, overlap) for name in ("mean", "sd", "low", "high")]
         rows.append([pair_name(pair), rho["n"], *map(decimals, numbers), decimals(overlap["chance"])])
     head = ["columns", "seeds", "ρ", "sd", "from", "to", "overlap", "sd", "from", "to", "by chance"]
-    listing = table(head, rows, caption="Rank correlations and overlaps, means over seeds", numeric=range(1, 11))
-    body = f'<div class="grid3">{cards}</div><div class="card below">{listing}</div>'
-    return section("statistics", "Importance and change", body, lead=STATISTICS_LEAD)
+    return statistics_section(
+        rhos, overlaps, found["acceptance"], (legend, f"{legend} A cross is chance."), head, rows, ", means over seeds"
+    )
 
 
 def _acceptance(found: Mapping[str, Any]) -> str:
     rows = []
     for row in found["acceptance"]:
         values = ", ".join("–" if value is None else str(found_number(value)) for value in row["values"])
-        rows.append(
-            [
-                row["figure"].replace("rho", "ρ"),
-                row["rule"].replace(">=", "≥"),
-                f"{row['met']} of {row['met'] + row['missed']}",
-                values,
-                if_unrelated(row["figure"], found),
-            ]
-        )
+        figure, rule = figure_cells(row)
+        rows.append([figure, rule, f"{row['met']} of {row['met'] + row['missed']}", values, if_unrelated(row["figure"], found)])
     listing = table(
         ["figure", "wanted", "seeds that meet it", "values by seed", "if unrelated"],
         rows,
         caption="The original study's figures",
         wrapped=(3,),
     )
-    agreement = table(
+    agreement = table_card(
         ["column", "ρ between seeds", "pairs of seeds"],
         [[row["column"], decimals(row["rho"]), row["pairs"]] for row in found["agreement"]],
-        caption="Whether another seed finds the same heads: mean rank correlation between every two seeds",
+        "Whether another seed finds the same heads: mean rank correlation between every two seeds",
         numeric=(1, 2),
     )
-    body = f'<div class="grid-tables"><div class="card">{listing}</div><div class="card">{agreement}</div></div>'
+    body = group("grid-tables", [f'<div class="card">{listing}</div>', agreement])
     return section("acceptance", "From seed to seed", body, lead=judged_line(found["pairs"], found["acceptance"]))
 
 
 def _cases(found: Mapping[str, Any]) -> str:
-    cards = []
+    listed = {}
     total = len(found["seeds"])
     for kind, key in KEYS.items():
         all_cases = found["cases"][key]
@@ -162,8 +155,9 @@ def _cases(found: Mapping[str, Any]) -> str:
             [case["layer"], case["head"], f"{case['seeds']} of {total}", case["I_pre_mean"], case["Urel_mean"]]
             for case in all_cases[:_SHOWN_CASES]
         ]
-        more = f", the first {_SHOWN_CASES} of {len(all_cases)}" if len(all_cases) > _SHOWN_CASES else f", {counted(len(rows), 'head')}"
-        listing = table(["layer", "head", "seeds", "I_pre, mean", "Urel, mean"], rows, caption=f"{kind}{more}", numeric=range(5))
-        cards.append(f'<div class="card">{listing}</div>' if rows else card(kind, '<p class="empty">No head is one in any seed.</p>'))
-    lead = "In how many seeds a head is a case; aggregate.csv has all heads."
-    return section("cases", "Cases", f'<div class="grid2">{"".join(cards)}</div>', lead=lead)
+        listed[kind] = (
+            rows,
+            f"the first {_SHOWN_CASES} of {len(all_cases)}" if len(all_cases) > _SHOWN_CASES else counted(len(rows), "head"),
+        )
+    head = ["layer", "head", "seeds", "I_pre, mean", "Urel, mean"]
+    return cases_section(head, listed, "No head is one in any seed.", "In how many seeds a head is a case; aggregate.csv has all heads.")

@@ -32,12 +32,12 @@ from ...heads.study import (
 )
 from ..html import charts
 from ..html.charts import DotRow, Points
-from ..html.maps import HeatMap, make_map
-from ..html.page import card, facts, map_card, map_data, notices, page, section, table, terms, text
+from ..html.maps import HeatMap
+from ..html.page import card, facts, group, notices, section, table, table_card, terms, text
 from ..scan import figures
 from ..scan.report import ReportResult
 from .figures import HeadScatter, draw_head_map, draw_head_scatters, draw_statistics
-from .files import HeadColumns, plain_facts, read_heads
+from .files import HeadColumns, option_facts, plain_facts, read_heads
 from .plasticity_limits import (
     MeasuredRows,
     if_unrelated,
@@ -49,26 +49,29 @@ from .plasticity_limits import (
     read_rows,
     study_limits,
 )
-from .scores_page import head_names, model_title, view_controls
+from .plasticity_parts import (
+    KEYS,
+    MAPS,
+    MEANINGS,
+    PLASTIC,
+    STATIC,
+    cases_section,
+    column_map,
+    column_maps_section,
+    decimals,
+    figure_cells,
+    found_number,
+    statistics_section,
+)
+from .shell import head_page, model_title
 
-STATIC, PLASTIC = "important-but-static", "plastic-but-unimportant"
-KEYS = {STATIC: "important_but_static", PLASTIC: "plastic_but_unimportant"}
+_ACCEPTANCE_LEAD = (
+    "The study that these measures come from found that importance before training says little about which heads training changes, and "
+    "set these figures. They are computed here as there, met or not. Beside them stands what they would be on average if importance and "
+    "change had nothing to do with each other."
+)
 _LOSS_POINTS = 100
 _WHEN = {"pre": "before", "post": "after"}
-MEANINGS = {
-    "I_pre, I_post": "importance before and after training: by how much the loss on the measured rows rises (nats) when the head's output "
-    "is set to 0. Below 0, the model does better without the head.",
-    "U": "update: the Frobenius norm of the change of the head's query, key, value and output weights by training.",
-    "Urel": "the update, relative to the norms of these weights before training.",
-    "G_pre": "gradient before training: the norm of the gradient of the loss with respect to the head's weights.",
-    "taylor, taylor_abs": "first-order estimates of I from one backward pass: −mean of dL/dgate, and the mean over samples of its size.",
-    STATIC: "among the most important heads before training, and among the least changed by it.",
-    PLASTIC: "among the most changed heads, and among the least important before training.",
-}
-STATISTICS_LEAD = (
-    "Whether the heads that matter before training (I_pre) change most in it (U, Urel), or have the largest gradient (G_pre). "
-    "Rows with taylor compare the first-order estimates with the exact importance. Terms, at the end, defines these names."
-)
 # Figure -> its panels: column against I_pre, title, title of the y axis.
 SCATTERS = {
     FIG_UPDATE: (
@@ -76,17 +79,6 @@ SCATTERS = {
         ("Urel", "Importance and relative update", "Urel, change relative to the weights"),
     ),
     FIG_GRADIENT: (("G_pre", "Importance and gradient", "G_pre, gradient norm before training"),),
-}
-MAPS = {
-    "I_pre": ("Importance before training", "loss increase, nats", True, "Loss increase without the head, before training."),
-    "I_post": ("Importance after training", "loss increase, nats", True, "Loss increase without the head, after training."),
-    "Urel": ("Relative update", "share of the weights' norm", False, "How far training moved the head's weights, relative to their norm."),
-    "G_pre": (
-        "Gradient before training",
-        "norm, nats per unit of weight",
-        False,
-        "L2 norm of the gradient of the loss with respect to the head's weights.",
-    ),
 }
 
 
@@ -109,7 +101,7 @@ def write_plasticity_page(folder: str | os.PathLike[str], *, figures_too: bool =
     stats, cases = read_json(root / STATS, dict, REPORT_STEP), read_json(root / CASES, dict, REPORT_STEP)
     measured, trained = read_json(root / MEASURED, dict, MEASURE_STEP), read_json(root / TRAINED, dict, TRAIN_STEP, TRAIN_AGAIN)
     rows = read_rows(root)
-    maps = [make_map(key, title, legend, unit, heads.grid(key), signed=signed) for key, (title, unit, signed, legend) in MAPS.items()]
+    maps = [column_map(heads, key) for key in MAPS]
     try:
         content = _page(heads, stats, cases, measured, trained, rows, maps)
     except (KeyError, TypeError) as error:
@@ -184,10 +176,9 @@ def _page(
     rows: MeasuredRows,
     maps: Sequence[HeatMap],
 ) -> str:
-    names, short = head_names(heads.num_heads)
-    legend = (
-        "By layer: each row is scaled by itself. Global: all rows share one scale. As measured: the values of heads.csv. Importance keeps "
-        "its zero: in warm colours are heads that the model needs, in blue those that it does better without."
+    measured_values = (
+        "the values of heads.csv. Importance keeps its zero: in warm colours are heads that the model needs, in blue those that it does "
+        "better without."
     )
     no_cases = [f"There are no cases: {cases['reason']}."] if cases["reason"] else []
     body = [
@@ -197,37 +188,22 @@ def _page(
         _acceptance(stats, trained),
         _statistics(stats),
         _scatters(heads, cases),
-        section("maps", "Layers and heads", view_controls("none", legend) + f'<div class="grid2">{"".join(map(map_card, maps))}</div>'),
+        column_maps_section(maps, measured_values),
         _cases(cases),
         _tops(heads, int(stats["top_k"])),
         section("terms", "Terms", terms(MEANINGS)),
     ]
-    data = {"maps-data": [map_data(heat_map, heads.layers, names, short) for heat_map in maps]}
-    seed = "" if stats["seed"] is None else f"seed {stats['seed']}, "
-    subtitle = f"{_model(stats)}, {seed}{counted(len(heads.layers), 'layer')}, {counted(len(heads.places), 'head')}. Written by tinyonn."
-    return page(f"What training on {stats['task']} does to heads", subtitle, "\n".join(body), data, ["core.js", "map.js"])
-
-
-_ACCEPTANCE_LEAD = (
-    "The study that these measures come from found that importance before training says little about which heads training changes, and "
-    "set these figures. They are computed here as there, met or not. Beside them stands what they would be on average if importance and "
-    "change had nothing to do with each other."
-)
+    front = [_model(stats), *([] if stats["seed"] is None else [f"seed {stats['seed']}"])]
+    return head_page(f"What training on {stats['task']} does to heads", front, body, heads, maps)
 
 
 def _acceptance_table(stats: Mapping[str, Any]) -> str:
     """The acceptance figures of one run."""
     verdicts = {True: "✓ met", False: "✗ not met", None: "not defined"}
-    cells = [
-        [
-            row["figure"].replace("rho", "ρ"),
-            verdicts[row["met"]],
-            row["rule"].replace(">=", "≥"),
-            found_number(row["value"]),
-            if_unrelated(row["figure"], stats),
-        ]
-        for row in stats["acceptance"]
-    ]
+    cells = []
+    for row in stats["acceptance"]:
+        figure, rule = figure_cells(row)
+        cells.append([figure, verdicts[row["met"]], rule, found_number(row["value"]), if_unrelated(row["figure"], stats)])
     return table(["figure", "verdict", "wanted", "found", "if unrelated"], cells, numeric=(3, 4))
 
 
@@ -267,7 +243,7 @@ def _run(stats: Mapping[str, Any], measured: dict[str, Any], trained: dict[str, 
         ),
     }
     folded = [
-        ("Options of training", {f"--{name.replace('_', '-')}": value for name, value in plain_facts(trained.get("options", {})).items()}),
+        ("Options of training", option_facts(trained.get("options", {}))),
         ("Everything in train.json", plain_facts(trained)),
         ("Everything in measure.json", plain_facts(measured)),
     ]
@@ -275,9 +251,9 @@ def _run(stats: Mapping[str, Any], measured: dict[str, Any], trained: dict[str, 
 
 
 def _acceptance(stats: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
-    cards = f'<div class="card">{_acceptance_table(stats)}</div>{_training(trained)}'
+    cards = [f'<div class="card">{_acceptance_table(stats)}</div>', _training(trained)]
     lead = f"{_ACCEPTANCE_LEAD} {judged_line(stats['pairs'], stats['acceptance'])}"
-    return section("acceptance", "The original study's figures", f'<div class="grid2">{cards}</div>', lead=lead)
+    return section("acceptance", "The original study's figures", group("grid2", cards), lead=lead)
 
 
 def _training(trained: Mapping[str, Any]) -> str:
@@ -291,44 +267,15 @@ def _training(trained: Mapping[str, Any]) -> str:
     return card("Training", chart, legend=f"Mean over every {each} steps." if each > 1 else "Every step.")
 
 
-def dot_charts(rhos: Sequence[DotRow], overlaps: Sequence[DotRow], acceptance: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Rank correlations and overlaps of the pairs, with the study's limits, as SVG."""
-    max_rho, max_overlap = study_limits(acceptance)
-    left = charts.interval_dots(
-        "Rank correlations", rhos, low=-1, high=1, x_title="Spearman's ρ", limit=(f"study: below {max_rho:g}", max_rho)
-    )
-    right = charts.interval_dots(
-        "Overlaps",
-        overlaps,
-        low=0,
-        high=1,
-        x_title="share of the highest heads in both",
-        limit=(f"study: below {max_overlap:g}", max_overlap),
-    )
-    return left, right
-
-
 def _statistics(stats: Mapping[str, Any]) -> str:
-    rhos, overlaps = _dot_rows(stats)
-    left, right = dot_charts(rhos, overlaps, stats["acceptance"])
     interval = stats["interval"]
-    rho_card = card(
-        "Rank correlation", left, legend=f"{interval['confidence']:.0%} intervals: {interval['resamples']:,} resamples of the heads."
+    legends = (
+        f"{interval['confidence']:.0%} intervals: {interval['resamples']:,} resamples of the heads.",
+        f"Of the {stats['pairs'][0]['overlap']['k']} highest heads by either. A cross is what chance would give.",
     )
-    overlap_card = card(
-        "Overlap of the highest",
-        right,
-        legend=f"Of the {stats['pairs'][0]['overlap']['k']} highest heads by either. A cross is what chance would give.",
-    )
-    chart_row = f'<div class="grid3">{rho_card}{overlap_card}</div>'
+    head = ["columns", "ρ", "from", "to", "p", "overlap", "shared", "of", "by chance", "note"]
     rows = [_pair_row(pair) for pair in [*stats["pairs"], *stats["taylor"]]]
-    listing = table(
-        ["columns", "ρ", "from", "to", "p", "overlap", "shared", "of", "by chance", "note"],
-        rows,
-        caption="Rank correlations and overlaps",
-        numeric=range(1, 9),
-    )
-    return section("statistics", "Importance and change", f'{chart_row}<div class="card below">{listing}</div>', lead=STATISTICS_LEAD)
+    return statistics_section(*_dot_rows(stats), stats["acceptance"], legends, head, rows)
 
 
 def _pair_row(pair: Mapping[str, Any]) -> list[object]:
@@ -344,16 +291,6 @@ def _pair_row(pair: Mapping[str, Any]) -> list[object]:
     ]
 
 
-def found_number(value: float | None) -> object:
-    """What an acceptance figure asks for: a count as it is, others with three places."""
-    return decimals(value) if isinstance(value, float) else value
-
-
-def decimals(value: float | None) -> str | None:
-    """A correlation or a share, which need no more than three places."""
-    return None if value is None else f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no minus before zero
-
-
 def _scatters(heads: HeadColumns, cases: Mapping[str, Any]) -> str:
     cards = []
     for column, title, y_title in (panel for panels in SCATTERS.values() for panel in panels):
@@ -367,22 +304,17 @@ def _scatters(heads: HeadColumns, cases: Mapping[str, Any]) -> str:
         )
         cards.append(card(title, chart))
     lead = "Every point is one head, before training. Dashed lines are the percentiles that tell the cases."
-    return section("scatter", "Every head", f'<div class="grid3">{"".join(cards)}</div>', lead=lead)
+    return section("scatter", "Every head", group("grid3", cards), lead=lead)
 
 
 def _cases(cases: Mapping[str, Any]) -> str:
-    cards = []
+    head = ["layer", "head", "I_pre", "I_post", "U", "Urel", "G_pre"]
+    listed = {}
     for kind, key in KEYS.items():
-        rows = [[case["layer"], case["head"], case["I_pre"], case["I_post"], case["U"], case["Urel"], case["G_pre"]] for case in cases[key]]
-        listing = table(
-            ["layer", "head", "I_pre", "I_post", "U", "Urel", "G_pre"],
-            rows,
-            caption=f"{kind}, {counted(len(rows), 'head')}",
-            numeric=range(7),
-        )
-        cards.append(f'<div class="card">{listing}</div>' if rows else card(kind, '<p class="empty">No head is one.</p>'))
+        rows = [[case[name] for name in head] for case in cases[key]]
+        listed[kind] = rows, counted(len(rows), "head")
     lead = f"High is from percentile {cases['high']:g} on, low up to percentile {cases['low']:g}, over all heads."
-    return section("cases", "Cases", f'<div class="grid2">{"".join(cards)}</div>', lead=lead)
+    return cases_section(head, listed, "No head is one.", lead)
 
 
 def _tops(heads: HeadColumns, top: int) -> str:
@@ -398,6 +330,5 @@ def _tops(heads: HeadColumns, top: int) -> str:
             numbers = [heads.columns[name][line] for name in ("I_pre", "I_post", f"accuracy_drop_{when}", "Urel")]
             rows.append([rank, *heads.places[line], *numbers, heads.words["kind"][line]])
         head = ["#", "layer", "head", "I_pre", "I_post", f"accuracy drop {_WHEN[when]}", "Urel", "case"]
-        listing = table(head, rows, caption=f"{title}, {counted(len(rows), 'head')}", numeric=range(7))
-        cards.append(f'<div class="card">{listing}</div>')
-    return section("top", "Heads that come first", f'<div class="grid-tables">{"".join(cards)}</div>')
+        cards.append(table_card(head, rows, title, of="head", numeric=range(7)))
+    return section("top", "Heads that come first", group("grid-tables", cards))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,13 @@ from ...errors import InputError, listed, reason, shown
 from ...heads.study import NORM_COLUMNS, read_json
 from ..html import charts
 from ..html.maps import HeatMap, Normalisation, Scale, choose_scale, make_map
-from ..html.page import card, facts, map_card, map_data, page, section, table, text
+from ..html.page import card, facts, group, maps_section, section, table_card, view_controls
 from ..scan import figures
 from ..scan.grid import Floats
 from ..scan.report import ReportResult
 from .figures import draw_head_map
-from .files import HeadColumns, plain_facts, read_heads
+from .files import HeadColumns, option_facts, plain_facts, read_heads
+from .shell import head_page, model_title, short_data
 
 _STEP = "tinyonn heads score"
 SCORES = {
@@ -62,8 +62,6 @@ _BY_LAYER = {
         "the share of the layer's other heads that score lower, equal ones counting half, (rank − 1) / (heads − 1), as in scores_norm.csv."
     ),
 }
-# What folders of checkpoints are called, which does not tell the model.
-_CHECKPOINT = re.compile(r"(ckpt|checkpoint|epoch|step|iter)([-_.]?\w+)*|best|final|last|latest|model|output", re.IGNORECASE)
 _LAYER_COLUMNS = 8
 
 
@@ -158,51 +156,12 @@ def score_maps(raw: HeadColumns, norm: HeadColumns, combined: HeadColumns, confi
     return maps
 
 
-def head_names(num_heads: int) -> tuple[list[str], list[str]]:
-    """Columns of a map of heads, in full and short."""
-    short = [str(head) for head in range(num_heads)]
-    return [f"head {name}" for name in short], short
-
-
-def view_controls(chosen: Normalisation, legend: str) -> str:
-    """The radio buttons that switch the maps; `legend` is text."""
-    names: dict[Normalisation, str] = {"layer": "by layer", "global": "global", "none": "as measured"}
-    buttons = "".join(
-        f'<label><input type="radio" name="normalise" value="{how}"{" checked" if how == chosen else ""}> {name}</label>'
-        for how, name in names.items()
-    )
-    return f'<div class="controls"><fieldset><legend>Scale</legend>{buttons}</fieldset></div><p class="legend">{text(legend)}</p>'
-
-
 def _fusion(config: Mapping[str, Any]) -> str:
     """What the combined score is, with the run's weights."""
     weights = {name: config[option] for name, option in _WEIGHTS.items()} | config["extra_weights"]
     formula = " + ".join(["rank(out)", *(f"{weight:g}·rank({name})" for name, weight in weights.items())])
     rest = "a head's ranks within its layer, 1 for the lowest, added with the run's weights. High is a high sum, whichever score gives it."
     return f"{formula}: {rest}"
-
-
-def model_title(model: object, path: object) -> str:
-    """A model's name for a title; where it is only that of a checkpoint's folder, with the two folders around it.
-
-    Args:
-        model: name that the run gives.
-        path: where it was loaded from.
-    """
-    name = short_model(model)
-    around = PurePath(str(path or "")).parts
-    return "/".join(part for part in around[-3:] if part not in ("/", "..")) if _CHECKPOINT.fullmatch(name) and around else name
-
-
-def short_model(model: object) -> str:
-    """A model's name without the folders before it."""
-    name = str(model or "a model")
-    return Path(name).name or name
-
-
-def short_data(data: object) -> str:
-    """A data file with the folder that it lies in, which often has the data set's name."""
-    return "/".join(PurePath(str(data or "data")).parts[-2:])
 
 
 def _first_view(heat_map: HeatMap) -> Normalisation:
@@ -218,34 +177,21 @@ def _page(
     top_global: list[Any],
     top_layers: dict[str, Any],
 ) -> str:
-    names, short = head_names(raw.num_heads)
-    heads = len(raw.places)
-    options = {f"--{name.replace('_', '-')}": value for name, value in plain_facts(config).items()}
-    legend = (
-        f"By layer: {_BY_LAYER[config['norm_mode']]} Global: standard deviations over the whole map, so layers compare. As measured: the "
-        "values of scores_raw.csv. The combined score is the same in all three."
-    )
+    run = facts({_COUNTS.get(name, name): value for name, value in plain_facts(summary).items()})
+    measured = "the values of scores_raw.csv. The combined score is the same in all three."
     body = [
-        section(
-            "run",
-            "Run",
-            facts({_COUNTS.get(name, name): value for name, value in plain_facts(summary).items()})
-            + f"<details><summary>Options</summary>{facts(options)}</details>",
-        ),
-        section(
-            "maps",
+        section("run", "Run", f"{run}<details><summary>Options</summary>{facts(option_facts(config))}</details>"),
+        maps_section(
             "Layers and heads",
-            view_controls("layer", legend) + f'<div class="grid2">{"".join(map_card(heat_map) for heat_map in maps)}</div>',
+            maps,
+            controls=view_controls("layer", measured, by_layer=_BY_LAYER[config["norm_mode"]]),
             lead="Every cell is one head. Input layers are on top. For each score, higher is more.",
         ),
         _top_section(raw, norm, top_global, top_layers),
         _profile_section(raw, maps),
     ]
-    data = {"maps-data": [map_data(heat_map, raw.layers, names, short) for heat_map in maps]}
-    model = model_title(summary.get("model"), config.get("model_path"))
-    samples = f"{counted(summary['samples'], 'sample')}, " if isinstance(summary.get("samples"), int) else ""
-    subtitle = f"{samples}{counted(len(raw.layers), 'layer')}, {counted(heads, 'head')}. Written by tinyonn."
-    return page(f"Attention heads of {model}", subtitle, "\n".join(body), data, ["core.js", "map.js"])
+    samples = [counted(summary["samples"], "sample")] if isinstance(summary.get("samples"), int) else []
+    return head_page(f"Attention heads of {model_title(summary.get('model'), config.get('model_path'))}", samples, body, raw, maps)
 
 
 def _top_section(raw: HeadColumns, norm: HeadColumns, top_global: list[Any], top_layers: dict[str, Any]) -> str:
@@ -257,25 +203,17 @@ def _top_section(raw: HeadColumns, norm: HeadColumns, top_global: list[Any], top
         scores = [value for name in names for value in (raw.columns[f"{name}_raw"][line], norm.columns[name][line])]
         rows.append([entry["rank"], entry["layer"], entry["head"], entry["combined"], *scores])
     titles = [title for name in names for title in (name, f"{name}, by layer")]
-    listing = table(
-        ["#", "layer", "head", "combined", *titles],
-        rows,
-        caption=f"Highest combined score, {counted(len(rows), 'head')}",
-        numeric=range(4 + len(titles)),
-    )
+    head = ["#", "layer", "head", "combined", *titles]
+    listing = table_card(head, rows, "Highest combined score", of="head", numeric=range(len(head)))
     shown = min(_LAYER_COLUMNS, max((len(entries) for entries in top_layers.values()), default=0))
     layer_rows = [
         [int(layer), *(f"{entry['head']} ({entry['combined']:.3g})" for entry in entries[:shown]), *[""] * (shown - len(entries))]
         for layer, entries in top_layers.items()
     ]
-    per_layer = table(
-        ["layer", *(f"#{rank}" for rank in range(1, shown + 1))],
-        layer_rows,
-        caption=f"The first {'head' if shown == 1 else f'{shown} heads'} of each layer (combined score)",
-        numeric=range(shown + 1),
-    )
-    body = f'<div class="grid-tables"><div class="card">{listing}</div><div class="card">{per_layer}</div></div>'
-    return section("top", "Heads that come first", body)
+    head = ["layer", *(f"#{rank}" for rank in range(1, shown + 1))]
+    caption = f"The first {'head' if shown == 1 else f'{shown} heads'} of each layer (combined score)"
+    per_layer = table_card(head, layer_rows, caption, numeric=range(len(head)))
+    return section("top", "Heads that come first", group("grid-tables", [listing, per_layer]))
 
 
 def _profile_section(raw: HeadColumns, maps: list[HeatMap]) -> str:
@@ -285,7 +223,7 @@ def _profile_section(raw: HeadColumns, maps: list[HeatMap]) -> str:
         chart = charts.line_chart(f"{heat_map.title} per layer", raw.layers, series, x_title="layer", y_title=heat_map.unit)
         cards.append(card(heat_map.title, chart))
     lead = "The scores as measured, over the layers: what the normalisation by layer takes away."
-    return section("profiles", "Profiles", f'<div class="grid3">{"".join(cards)}</div>', lead=lead)
+    return section("profiles", "Profiles", group("grid3", cards), lead=lead)
 
 
 def _over_heads(values: Floats, name: str) -> Floats:

@@ -16,6 +16,7 @@ _WIDTH, _HEIGHT = 460, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 40
 # An axis is compressed where the largest value is this many times the usual one.
 _SPREAD = 30.0
+_EMPTY = '<p class="empty">No measured value.</p>'
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -89,7 +90,7 @@ def scatter(
     """
     x_all, y_all = (np.concatenate([getattr(group, axis) for group in groups] or [np.zeros(0)]) for axis in "xy")
     if not len(x_all):
-        return '<p class="empty">No measured value.</p>'
+        return _EMPTY
     x_axis, y_axis = _Axis(x_all), _Axis(y_all)
     height = 360
 
@@ -101,30 +102,22 @@ def scatter(
 
     parts = [_frame(title, height)]
     parts += [_y_tick(y_of(tick), label) for tick, label in zip(y_axis.ticks, y_axis.labels, strict=True)]
-    parts += [
-        f'<line class="grid" x1="{x_of(tick):.1f}" x2="{x_of(tick):.1f}" y1="18" y2="{height - _BOTTOM}"/>'
-        f'<text class="tick" x="{x_of(tick):.1f}" y="{height - 24}" text-anchor="middle">{label}</text>'
-        for tick, label in zip(x_axis.ticks, x_axis.labels, strict=True)
-    ]
+    for tick, label in zip(x_axis.ticks, x_axis.labels, strict=True):
+        parts += [_down("grid", x_of(tick), 18, height - _BOTTOM), _label("tick", x_of(tick), height - 24, label)]
     for name, value in x_marks:
-        x = x_of(value)
-        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="18" y2="{height - _BOTTOM}"/>')
-        parts.append(f'<text class="tick label" x="{x:.1f}" y="12" text-anchor="middle">{escape(name)}</text>')
+        parts += [_down("mark", x_of(value), 18, height - _BOTTOM), _label("tick label", x_of(value), 12, name)]
     for name, value in y_marks:
-        y = y_of(value)
-        parts.append(f'<line class="mark" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick label" x="{_WIDTH - _RIGHT - 2}" y="{y - 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        parts += [_across("mark", y_of(value)), _label("tick label", _WIDTH - _RIGHT - 2, y_of(value) - 4, name, "end")]
     for number, group in enumerate(groups):
         for x, y, label in zip(group.x.tolist(), group.y.tolist(), group.labels, strict=True):
             told = f"{label}: {format_number(x)}, {format_number(y)}"
             parts.append(_shape(group.shape, x_of(x), y_of(y), number, told))
     parts.append(_axis_titles(x_title + x_axis.unit, y_title + y_axis.unit, height))
-    legend = "".join(
-        f'<span><svg width="14" height="14" aria-hidden="true">{_shape(group.shape, 7, 7, number)}</svg>{escape(group.name)} '
-        f"({len(group.x):,})</span>"
+    legend = [
+        (f'<svg width="14" height="14" aria-hidden="true">{_shape(group.shape, 7, 7, number)}</svg>', f"{group.name} ({len(group.x):,})")
         for number, group in enumerate(groups)
-    )
-    return f'{"".join(parts)}</svg><div class="series">{legend}</div>'
+    ]
+    return _finished(parts, legend)
 
 
 def interval_dots(
@@ -143,31 +136,63 @@ def interval_dots(
 
     parts = [_frame(title, height)]
     for tick in nice_ticks(low, high, 4):
-        kind = "zero" if tick == 0 else "grid"
-        parts.append(f'<line class="{kind}" x1="{x_of(tick):.1f}" x2="{x_of(tick):.1f}" y1="18" y2="{bottom}"/>')
-        parts.append(f'<text class="tick" x="{x_of(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{format_number(tick)}</text>')
+        parts += _x_tick(x_of(tick), tick, 18, bottom)
     if limit is not None:
         for number in (number for number, row in enumerate(rows) if row.judged):
             top = 18 + number * row_height
-            parts.append(f'<line class="mark" x1="{x_of(limit[1]):.1f}" x2="{x_of(limit[1]):.1f}" y1="{top}" y2="{top + row_height}"/>')
-        parts.append(f'<text class="tick label" x="{x_of(limit[1]):.1f}" y="12" text-anchor="middle">{escape(limit[0])}</text>')
+            parts.append(_down("mark", x_of(limit[1]), top, top + row_height))
+        parts.append(_label("tick label", x_of(limit[1]), 12, limit[0]))
     for number, row in enumerate(rows):
         y = 18 + (number + 0.5) * row_height
-        parts.append(f'<text class="name" x="{left - 14}" y="{y + 4:.1f}" text-anchor="end">{escape(row.name)}</text>')
+        parts.append(_label("name", left - 14, y + 4, row.name, "end"))
         if row.chance is not None:
             cross = f"M{x_of(row.chance) - 4:.1f} {y - 4:.1f}l8 8m0-8l-8 8"
             parts.append(f'<path class="chance" d="{cross}"><title>by chance {format_number(row.chance)}</title></path>')
         parts += [f'<circle class="single" cx="{x_of(value):.1f}" cy="{y:.1f}" r="3.5"/>' for value in row.singles]
         if row.low is not None and row.high is not None:
-            parts.append(f'<line class="whisker" x1="{x_of(row.low):.1f}" x2="{x_of(row.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(_across("whisker", y, x_of(row.low), x_of(row.high)))
         if row.value is None:
-            parts.append(f'<text class="tick" x="{x_of(low) + 6:.1f}" y="{y + 4:.1f}">not defined</text>')
+            parts.append(_label("tick", x_of(low) + 6, y + 4, "not defined", "start"))
         else:
             interval = "" if row.low is None or row.high is None else f", interval {row.low:.3g} to {row.high:.3g}"
             told = f"{row.name}: {row.value:.3g}{interval}"
             parts.append(f'<circle class="value" cx="{x_of(row.value):.1f}" cy="{y:.1f}" r="5"><title>{escape(told)}</title></circle>')
-    parts.append(f'<text class="axis" x="{(left + _WIDTH - 16) / 2:.0f}" y="{height - 6}" text-anchor="middle">{escape(x_title)}</text>')
-    return f"{''.join(parts)}</svg>"
+    parts.append(_label("axis", (left + _WIDTH - 16) // 2, height - 6, x_title))
+    return _finished(parts)
+
+
+def interval_bars(title: str, names: Sequence[str], values: Floats, low: Floats, high: Floats, *, x_title: str, muted: bool = False) -> str:
+    """Horizontal bars with an interval each, the first on top; `muted` draws them grey: nothing to claim."""
+    if not len(names):
+        return '<p class="empty">No block to show.</p>'
+    width, left, right, row = 1000, 330, 20, 22
+    height = len(names) * row + 46
+    edges = np.concatenate([low, high, values])
+    edges = edges[np.isfinite(edges)]
+    ticks = nice_ticks(min(0.0, float(edges.min(initial=0.0))), max(0.0, float(edges.max(initial=0.0))), 8)
+
+    def x_of(value: float) -> float:
+        inside = min(max(value, ticks[0]), ticks[-1])
+        return left + (inside - ticks[0]) / (ticks[-1] - ticks[0]) * (width - left - right)
+
+    parts = [_frame(title, height, width)]
+    for tick in ticks:
+        parts += _x_tick(x_of(tick), tick, 4, height - 40)
+    for number, (name, value, lower, upper) in enumerate(zip(names, values.tolist(), low.tolist(), high.tolist(), strict=True)):
+        y = 6 + number * row
+        kind = "muted" if muted else "more" if value > 0 else "less"
+        first, last = sorted((x_of(0.0), x_of(value)))
+        label = f"{name}: {value:.4g}, interval {lower:.4g} to {upper:.4g}"
+        parts += [
+            f"<g><title>{escape(label)}</title>",
+            _label("name", left - 8, y + 13, name, "end"),
+            f'<rect class="{kind}" x="{first:.1f}" y="{y + 2}" width="{max(last - first, 0.5):.1f}" height="{row - 8}"/>',
+            _across("whisker", y + 9, x_of(lower), x_of(upper)),
+            *(_down("whisker", x_of(end), y + 5, y + 13) for end in (lower, upper)),
+            "</g>",
+        ]
+    parts.append(_label("axis", (left + width - right) // 2, height - 6, x_title))
+    return _finished(parts)
 
 
 def line_chart(
@@ -196,7 +221,7 @@ def line_chart(
     stacked = np.array([values for _, values in series], dtype=np.float64).reshape(len(series), len(rows))
     usable = np.isfinite(stacked) & (stacked > 0 if log else True)
     if not usable.any():
-        return '<p class="empty">No measured value.</p>'
+        return _EMPTY
     low, high = float(stacked[usable].min()), float(stacked[usable].max())
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
@@ -210,43 +235,33 @@ def line_chart(
     step = (_WIDTH - _LEFT - _RIGHT) / max(len(rows) - 1, 1)
     parts = [_frame(title), *(_y_tick(y_of(tick), format_number(tick)) for tick in ticks)]
     if zero and low < 0 < high:
-        parts.append(f'<line class="zero" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y_of(0):.1f}" y2="{y_of(0):.1f}"/>')
+        parts.append(_across("zero", y_of(0)))
     every = max(1, math.ceil(len(rows) / 10))
     # Row labels are numbers, or a few long names that would overlap: those are shortened, the tooltip has them whole.
-    for position in range(0, len(rows), every):
-        place = f'x="{_LEFT + position * step:.1f}" y="{_HEIGHT - 24}" text-anchor="middle"'
-        parts.append(f'<text class="tick" {place}>{escape(rows[position][-9:])}</text>')
+    parts += [_label("tick", _LEFT + at * step, _HEIGHT - 24, rows[at][-9:]) for at in range(0, len(rows), every)]
+    legend = []
     for number, (name, _) in enumerate(series):
-        style = f'class="line" style="stroke:var(--s{number % len(DASHES)})" stroke-dasharray="{DASHES[number % len(DASHES)]}"'
-        points = [
-            (_LEFT + position * step, y_of(value)) if good else None
-            for position, (value, good) in enumerate(zip(stacked[number], usable[number], strict=True))
-        ]
-        path = ""
-        for position, point in enumerate(points):
-            if point is not None:
-                path += f"{'L' if position and points[position - 1] is not None else 'M'}{point[0]:.1f} {point[1]:.1f}"
-        parts.append(f'<path {style} d="{path}"/>')
-        for position, point in enumerate(points):
-            if point is not None:
-                label = f"{name}, {rows[position]}: {stacked[number, position]:.4g}"
-                parts.append(
-                    f'<circle class="dot" style="fill:var(--s{number % len(DASHES)})" cx="{point[0]:.1f}" cy="{point[1]:.1f}" r="3">'
-                    f"<title>{escape(label)}</title></circle>"
-                )
+        colour = number % len(DASHES)
+        style = f'style="stroke:var(--s{colour})" stroke-dasharray="{DASHES[colour]}"'
+        path, before = "", -2
+        dots = []
+        for position in np.flatnonzero(usable[number]).tolist():
+            x, y = _LEFT + position * step, y_of(stacked[number, position])
+            path += f"{'L' if position == before + 1 else 'M'}{x:.1f} {y:.1f}"
+            before = position
+            told = escape(f"{name}, {rows[position]}: {stacked[number, position]:.4g}")
+            dots.append(f'<circle class="dot" style="fill:var(--s{colour})" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{told}</title></circle>')
+        parts += [f'<path class="line" {style} d="{path}"/>', *dots]
+        sample = f'<line class="line" x1="0" x2="26" y1="4" y2="4" {style}/>'
+        legend.append((f'<svg width="26" height="8" aria-hidden="true">{sample}</svg>', name))
     parts.append(_axis_titles(x_title, y_title))
-    legend = "".join(
-        f'<span><svg width="26" height="8" aria-hidden="true"><line class="line" x1="0" x2="26" y1="4" y2="4" '
-        f'style="stroke:var(--s{number % len(DASHES)})" stroke-dasharray="{DASHES[number % len(DASHES)]}"/></svg>{escape(name)}</span>'
-        for number, (name, _) in enumerate(series)
-    )
-    return f'{"".join(parts)}</svg><div class="series">{legend}</div>'
+    return _finished(parts, legend)
 
 
 def histogram(title: str, values: Floats, *, x_title: str, y_title: str, marks: Sequence[tuple[str, float]] = (), bins: int = 40) -> str:
     """Counts of values in equal bins up to the 99.5th percentile, the last bin holding the rest; `marks` are labelled lines."""
     if not len(values):
-        return '<p class="empty">No measured value.</p>'
+        return _EMPTY
     low = float(values.min())
     # Losses start at 0; means of sequences lie close together, far from it.
     low = min(low, 0.0) if low < 0.5 * float(values.max()) else low
@@ -269,19 +284,15 @@ def histogram(title: str, values: Floats, *, x_title: str, y_title: str, marks: 
             f'<rect class="bar" x="{x_of(left) + 0.5:.1f}" y="{y_of(count):.1f}" width="{max(x_of(right) - x_of(left) - 1, 0.5):.1f}" '
             f'height="{_HEIGHT - _BOTTOM - y_of(count):.1f}"><title>{left:.2f} to {right:.2f}{more}: {count:,}</title></rect>'
         )
-    parts.extend(
-        f'<text class="tick" x="{x_of(tick):.1f}" y="{_HEIGHT - 24}" text-anchor="middle">{format_number(tick)}</text>'
-        for tick in nice_ticks(low, high)
-        if low <= tick <= high
-    )
+    parts += [_label("tick", x_of(tick), _HEIGHT - 24, format_number(tick)) for tick in nice_ticks(low, high) if low <= tick <= high]
     inside = [(label, value) for label, value in marks if low <= value <= high]
-    parts.extend(f'<line class="mark" x1="{x_of(v):.1f}" x2="{x_of(v):.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>' for _, v in inside)
+    parts += [_down("mark", x_of(value), _TOP, _HEIGHT - _BOTTOM) for _, value in inside]
     for number, (label, value) in enumerate(inside):
         right = x_of(value) < (_LEFT + _WIDTH) * 0.6  # room for the label on the right of its line
-        place = f'x="{x_of(value) + (4 if right else -4):.1f}" y="{_TOP + 12 + 16 * number}" text-anchor="{"start" if right else "end"}"'
-        parts.append(f'<text class="tick label" {place}>{escape(label)} {value:.2f}</text>')
+        side, anchor = (4, "start") if right else (-4, "end")
+        parts.append(_label("tick label", x_of(value) + side, _TOP + 12 + 16 * number, f"{label} {value:.2f}", anchor))
     parts.append(_axis_titles(x_title, y_title))
-    return f"{''.join(parts)}</svg>"
+    return _finished(parts)
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -338,55 +349,44 @@ def _shape(shape: str, x: float, y: float, number: int, told: str = "") -> str:
             return f'<circle {style} cx="{x:.1f}" cy="{y:.1f}" r="3.2">{title}</circle>'
 
 
-def _frame(title: str, height: int = _HEIGHT) -> str:
-    return f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+def _frame(title: str, height: int = _HEIGHT, width: int = _WIDTH) -> str:
+    kind = "chart" if width == _WIDTH else "chart wide"
+    return f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
+
+
+def _place(value: float) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _across(kind: str, y: float, left: float = _LEFT, right: float = _WIDTH - _RIGHT) -> str:
+    """A horizontal line."""
+    return f'<line class="{kind}" x1="{_place(left)}" x2="{_place(right)}" y1="{_place(y)}" y2="{_place(y)}"/>'
+
+
+def _down(kind: str, x: float, top: float, bottom: float) -> str:
+    """A vertical line."""
+    return f'<line class="{kind}" x1="{_place(x)}" x2="{_place(x)}" y1="{_place(top)}" y2="{_place(bottom)}"/>'
+
+
+def _label(kind: str, x: float, y: float, label: str, anchor: str = "middle") -> str:
+    return f'<text class="{kind}" x="{_place(x)}" y="{_place(y)}" text-anchor="{anchor}">{escape(label)}</text>'
+
+
+def _x_tick(x: float, value: float, top: int, bottom: int) -> list[str]:
+    return [_down("zero" if value == 0 else "grid", x, top, bottom), _label("tick", x, bottom + 15, format_number(value))]
 
 
 def _y_tick(y: float, label: str) -> str:
-    return (
-        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
-    )
+    return _across("grid", y) + _label("tick", _LEFT - 6, y + 4, label, "end")
 
 
 def _axis_titles(x_title: str, y_title: str, height: int = _HEIGHT) -> str:
     middle = (height - _BOTTOM + _TOP) / 2
-    return (
-        f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{height - 6}" text-anchor="middle">{escape(x_title)}</text>'
-        f'<text class="axis" transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>'
-    )
+    turned = f'<text class="axis" transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>'
+    return _label("axis", (_LEFT + _WIDTH - _RIGHT) // 2, height - 6, x_title) + turned
 
 
-def interval_bars(title: str, names: Sequence[str], values: Floats, low: Floats, high: Floats, *, x_title: str, muted: bool = False) -> str:
-    """Horizontal bars with an interval each, the first on top; `muted` draws them grey: nothing to claim."""
-    if not len(names):
-        return '<p class="empty">No block to show.</p>'
-    width, left, right, row = 1000, 330, 20, 22
-    height = len(names) * row + 46
-    edges = np.concatenate([low, high, values])
-    edges = edges[np.isfinite(edges)]
-    ticks = nice_ticks(min(0.0, float(edges.min(initial=0.0))), max(0.0, float(edges.max(initial=0.0))), 8)
-
-    def x_of(value: float) -> float:
-        inside = min(max(value, ticks[0]), ticks[-1])
-        return left + (inside - ticks[0]) / (ticks[-1] - ticks[0]) * (width - left - right)
-
-    parts = [f'<svg class="chart wide" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
-    for tick in ticks:
-        kind = "zero" if tick == 0 else "grid"
-        parts.append(f'<line class="{kind}" x1="{x_of(tick):.1f}" x2="{x_of(tick):.1f}" y1="4" y2="{height - 40}"/>')
-        parts.append(f'<text class="tick" x="{x_of(tick):.1f}" y="{height - 25}" text-anchor="middle">{format_number(tick)}</text>')
-    for number, (name, value, lower, upper) in enumerate(zip(names, values.tolist(), low.tolist(), high.tolist(), strict=True)):
-        y = 6 + number * row
-        kind = "muted" if muted else "more" if value > 0 else "less"
-        first, last = sorted((x_of(0.0), x_of(value)))
-        label = f"{name}: {value:.4g}, interval {lower:.4g} to {upper:.4g}"
-        parts.append(
-            f'<g><title>{escape(label)}</title><text class="name" x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>'
-            f'<rect class="{kind}" x="{first:.1f}" y="{y + 2}" width="{max(last - first, 0.5):.1f}" height="{row - 8}"/>'
-            f'<line class="whisker" x1="{x_of(lower):.1f}" x2="{x_of(upper):.1f}" y1="{y + 9}" y2="{y + 9}"/>'
-            f'<line class="whisker" x1="{x_of(lower):.1f}" x2="{x_of(lower):.1f}" y1="{y + 5}" y2="{y + 13}"/>'
-            f'<line class="whisker" x1="{x_of(upper):.1f}" x2="{x_of(upper):.1f}" y1="{y + 5}" y2="{y + 13}"/></g>'
-        )
-    parts.append(f'<text class="axis" x="{(left + width - right) / 2:.0f}" y="{height - 6}" text-anchor="middle">{escape(x_title)}</text>')
-    return f"{''.join(parts)}</svg>"
+def _finished(parts: Sequence[str], legend: Sequence[tuple[str, str]] = ()) -> str:
+    """The whole chart, with a legend of signs and names."""
+    names = "".join(f"<span>{sign}{escape(name)}</span>" for sign, name in legend)
+    return "".join(parts) + "</svg>" + (f'<div class="series">{names}</div>' if legend else "")

@@ -20,12 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from .maps import HeatMap
+from ..._io.units import counted
+from .maps import NORMALISATIONS, HeatMap, Normalisation
 from .palette import page_palette, series_css
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 # Controls that HTML forbids or that reorder what is around them, and halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_BY_LAYER = "each row is scaled by itself, so every layer shows its pattern."
 
 
 def text(value: object) -> str:
@@ -81,6 +84,17 @@ def section(anchor: str, title: str, body: str, *, lead: str = "") -> str:
     return f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{text(title)}</h2>{intro}{body}</section>'
 
 
+def group(kind: str, cards: Iterable[str]) -> str:
+    """Cards beside each other, as many a row as `kind` allows: "grid2", "grid3", "grid-tables"."""
+    return f'<div class="{kind}">{"".join(cards)}</div>'
+
+
+def table_card(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str, *, numeric: Sequence[int], of: str = "") -> str:
+    """A framed table; `of` names what a row is, for the count at the end of the caption."""
+    caption += f", {counted(len(rows), of)}" if of else ""
+    return f'<div class="card">{table(head, rows, caption=caption, numeric=numeric)}</div>'
+
+
 def card(title: str, body: str, *, legend: str = "") -> str:
     """A framed part of a section; `body` is ready HTML."""
     under = f'<p class="legend">{text(legend)}</p>' if legend else ""
@@ -92,60 +106,71 @@ def map_card(heat_map: HeatMap) -> str:
     return card(heat_map.title, f'<figure data-map="{text(heat_map.key)}"></figure>', legend=heat_map.legend)
 
 
+def maps_section(title: str, maps: Iterable[HeatMap], *, controls: str = "", below: str = "", lead: str = "") -> str:
+    """Heat maps, two a row, with `controls` above them and other HTML below."""
+    return section("maps", title, controls + group("grid2", map(map_card, maps)) + below, lead=lead)
+
+
+def view_controls(chosen: Normalisation, measured: str, *, by_layer: str = _BY_LAYER) -> str:
+    """Radio buttons that switch the normalisation of every map, and a legend.
+
+    Args:
+        chosen: normalisation that the page shows first.
+        measured: sentences on the values without normalisation.
+        by_layer: sentence on the normalisation by layer.
+    """
+    names: dict[Normalisation, str] = {"layer": "by layer", "global": "global", "none": "as measured"}
+    buttons = "".join(
+        f'<label><input type="radio" name="normalise" value="{how}"{" checked" if how == chosen else ""}> {names[how]}</label>'
+        for how in NORMALISATIONS
+    )
+    meanings = {"By layer": by_layer, "Global": "all rows share one scale, so layers compare.", "As measured": measured}
+    legend = " ".join(f"<b>{name}</b>: {text(meaning)}" for name, meaning in meanings.items())
+    return f'<div class="controls"><fieldset><legend>Normalisation</legend>{buttons}</fieldset></div><p class="legend">{legend}</p>'
+
+
 def notices(lines: Sequence[str]) -> str:
     """What a reader must know before the numbers."""
     return '<ul class="notices">' + "".join(f"<li>{text(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 
-def page(title: str, subtitle: str, body: str, data: Mapping[str, object], scripts: Sequence[str]) -> str:
+def page(title: str, subtitle: str, body: Iterable[str], data: Mapping[str, object], *scripts: str) -> str:
     """The whole document.
 
     Args:
         title, subtitle: headings, escaped here.
-        body: ready HTML.
+        body: sections, ready HTML.
         data: JSON elements by id.
-        scripts: file names under assets/, in order.
+        scripts: file names under assets/, which run after core.js and map.js.
     """
     elements = "".join(json_element(name, value) for name, value in {"palette-data": page_palette(), **data}.items())
-    code = "".join(f"<script>\n{_asset(name)}</script>" for name in scripts)
+    sections = "\n".join(body)
+    code = "".join(f"<script>\n{_asset(name)}</script>" for name in ("core.js", "map.js", *scripts))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
         '<link rel="icon" href="data:,">'
         f"<title>{text(title)}</title><style>{series_css()}\n{_asset('page.css')}</style></head>\n"
-        f"<body><header><h1>{text(title)}</h1><p>{text(subtitle)}</p></header>\n<main>{body}</main>\n"
+        f"<body><header><h1>{text(title)}</h1><p>{text(subtitle)} Written by tinyonn.</p></header>\n<main>{sections}</main>\n"
         "<noscript><p>The maps and the replay need JavaScript; tables and charts do not.</p></noscript>\n"
         f"{elements}\n{code}</body></html>\n"
     )
 
 
-def map_data(
-    heat_map: HeatMap, layers: Sequence[str], modules: Sequence[str], short: Sequence[str], row_title: str = "layer"
-) -> dict[str, Any]:
-    """A heat map as the page's script reads it."""
-    return {
-        "key": heat_map.key,
-        "title": heat_map.title,
-        "rows": list(layers),
-        "columns": list(modules),
-        "short": list(short),
-        "rowTitle": row_title,
-        "unit": heat_map.unit,
-        "values": heat_map.values,
-        "views": {
-            how: {
-                "values": values,
-                "kind": scale.kind,
-                "log": scale.log,
-                "low": scale.low,
-                "high": scale.high,
-                "clipped": scale.clipped,
-                "unit": scale.unit,
-            }
-            for how, (values, scale) in heat_map.views.items()
-        },
-    }
+def maps_data(maps: Iterable[HeatMap], layers: Sequence[str], modules: Sequence[str], short: Sequence[str]) -> list[dict[str, Any]]:
+    """Heat maps over the same layers and modules, for the page's script."""
+    places = {"rows": list(layers), "columns": list(modules), "short": list(short), "rowTitle": "layer"}
+    return [
+        {"key": heat_map.key, "title": heat_map.title, **places, "unit": heat_map.unit, "values": heat_map.values}
+        | {"views": {how: {"values": values, **vars(scale)} for how, (values, scale) in heat_map.views.items()}}
+        for heat_map in maps
+    ]
+
+
+def short_digest(value: str) -> str:
+    """The beginning of a digest, 32 or more hexadecimal digits; nothing for any other text."""
+    return f"{value[:12]}…" if len(value) >= 32 and set(value) <= set("0123456789abcdef") else ""
 
 
 def _asset(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ import numpy as np
 from ..._io.units import counted
 from ..html import charts
 from ..html.maps import HeatMap
-from ..html.page import card, facts, map_card, map_data, notices, page, section, table, terms, text
-from .grid import outside_terms, short_names
+from ..html.page import card, facts, group, maps_data, maps_section, notices, page, section, table, terms, text
+from .grid import PLACE_COLUMNS, outside_terms, short_names
 from .samples import TopicSample
 from .statistics import MIN_SEQUENCES, BlockDifferences
 
@@ -64,24 +64,22 @@ class Comparison:
 def comparison_page(found: Comparison, top: int) -> str:
     """The whole document."""
     grid, numbers = found.a.grid, found.differences
-    short = short_names(grid.modules)
+    maps_lead = (
+        "SPS is z(activation norm) − z(gradient norm) within a layer, averaged over a sequence's tokens and then over sequences: "
+        "long texts and many texts weigh no more."
+    )
     body = [
-        _verdict(found),
+        f'<p class="verdict">{text(verdict(found))}</p>',
         notices(found.notes),
         section("setting", "What was compared", facts(_setting(found)) + terms(_SETTING_TERMS)),
-        _maps(found),
+        maps_section("Where the topics differ", found.maps, below=terms(outside_terms(grid)), lead=maps_lead),
         _blocks(found, top),
         _points(found),
     ]
-    points = _point_payload(found)
-    elements: Mapping[str, object] = {
-        "maps-data": [map_data(heat_map, grid.layers, grid.modules, short) for heat_map in found.maps],
-        "points-data": points,
-    }
+    data = {"maps-data": maps_data(found.maps, grid.layers, grid.modules, short_names(grid.modules)), "points-data": _point_payload(found)}
     model = found.a.metadata.get("model") or "One model"
-    counts = f"{len(found.a.sps):,} and {len(found.b.sps):,} sequences, {len(numbers.tested):,} blocks"
-    subtitle = f"{model}; {counts}. Written by tinyonn."
-    return page(f"{found.topics[0]} against {found.topics[1]}", subtitle, "\n".join(body), elements, ["core.js", "map.js", "scatter.js"])
+    subtitle = f"{model}; {len(found.a.sps):,} and {len(found.b.sps):,} sequences, {len(numbers.tested):,} blocks."
+    return page(f"{found.topics[0]} against {found.topics[1]}", subtitle, body, data, "scatter.js")
 
 
 def verdict(found: Comparison) -> str:
@@ -93,10 +91,6 @@ def verdict(found: Comparison) -> str:
     if not specific:
         return f"No block is topic-specific: with {level}, none of {tested:,} leaves out a difference of 0."
     return f"{specific:,} of {tested:,} blocks ({100 * specific / tested:.3g} %) are topic-specific, by {level}."
-
-
-def _verdict(found: Comparison) -> str:
-    return f'<p class="verdict">{text(verdict(found))}</p>'
 
 
 def _setting(found: Comparison) -> dict[str, object]:
@@ -120,32 +114,15 @@ def _setting(found: Comparison) -> dict[str, object]:
     }
 
 
-def _maps(found: Comparison) -> str:
-    lead = (
-        "SPS is z(activation norm) − z(gradient norm) within a layer, averaged over a sequence's tokens and then over sequences: "
-        "long texts and many texts weigh no more."
-    )
-    cards = "".join(map_card(heat_map) for heat_map in found.maps)
-    body = f'<div class="grid2">{cards}</div>{terms(outside_terms(found.a.grid))}'
-    return section("maps", "Where the topics differ", body, lead=lead)
-
-
 def _blocks(found: Comparison, top: int) -> str:
     numbers = found.differences
     shown = found.shown(top)
-    head = ["#", "layer", "module", "features", found.topics[0], found.topics[1], "difference", "low", "high", "adjusted p"]
+    head = ["#", *PLACE_COLUMNS, found.topics[0], found.topics[1], "difference", "low", "high", "adjusted p"]
     rows: list[list[object]] = []
     for rank, block in enumerate(shown.tolist(), start=1):
-        place = found.a.grid.block_place(block)
-        values = [
-            numbers.mean_a[block],
-            numbers.mean_b[block],
-            numbers.difference[block],
-            numbers.low[block],
-            numbers.high[block],
-            f"< {numbers.smallest_p:.1g}" if numbers.p_value[block] <= numbers.smallest_p else numbers.p_value[block],
-        ]
-        rows.append([rank, place.layer, place.module, f"{place.first}–{place.last}", *values])
+        planes = (numbers.mean_a, numbers.mean_b, numbers.difference, numbers.low, numbers.high)
+        p = f"< {numbers.smallest_p:.1g}" if numbers.p_value[block] <= numbers.smallest_p else numbers.p_value[block]
+        rows.append([rank, *found.a.grid.block_place(block).cells, *(plane[block] for plane in planes), p])
     any_specific = bool(numbers.specific.any())
     title = "Most topic-specific blocks" if any_specific else "Largest differences, none beyond chance"
     bars = charts.interval_bars(
@@ -178,13 +155,13 @@ def _points(found: Comparison) -> str:
         "volcano": "The difference against how many standard errors it is from 0. Blocks above the dashed line are topic-specific.",
     }
     titles = {"scatter": "Block by block", "volcano": "Size and certainty"}
-    cards = "".join(card(title, f'<figure data-points="{key}"></figure>', legend=legends[key]) for key, title in titles.items())
+    cards = [card(title, f'<figure data-points="{key}"></figure>', legend=legends[key]) for key, title in titles.items()]
     halves = [(found.split_half_a, found.topics[0]), (found.split_half_b, found.topics[1])]
     within = ", ".join(f"{value:.3f} for {topic}" for value, topic in halves if np.isfinite(value))
     lead = f"Spearman's rank correlation between the topics is {found.rank_correlation:.3f}; between random halves of one topic, {within}."
     if len(found.ranked) > _MAX_POINTS:
         lead += f" Of {len(found.ranked):,} blocks, {_MAX_POINTS:,} are drawn: the specific ones first, then an even sample."
-    return section("points", "All blocks", f'<div class="grid2">{cards}</div>', lead=lead)
+    return section("points", "All blocks", group("grid2", cards), lead=lead)
 
 
 def _point_payload(found: Comparison) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ...mscan import LayoutEntry, layout_groups
 
 FEATURES_PER_BLOCK = 64
 OUTSIDE = "outside layers"
+PLACE_COLUMNS = ("layer", "module", "features")
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -108,6 +109,11 @@ class BlockPlace:
     index: int
     first: int
     last: int
+
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        """The block in a table, under PLACE_COLUMNS."""
+        return self.layer, self.module, f"{self.first}–{self.last}"
 
 
 def build_grid(layout: Sequence[LayoutEntry]) -> BlockGrid:

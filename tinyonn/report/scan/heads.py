@@ -84,6 +84,12 @@ def head_scores(grid: BlockGrid, totals: Totals, metadata: Mapping[str, Any]) ->
     return HeadScores(rows, query, key, value, width / FEATURES_PER_BLOCK)
 
 
+def head_names(num_heads: int) -> tuple[list[str], list[str]]:
+    """Columns of a map of heads, in full and short."""
+    short = [str(head) for head in range(num_heads)]
+    return [f"head {name}" for name in short], short
+
+
 def _per_feature(blocks: Floats, features: int) -> Floats:
     """Spreads each block's value evenly over its features."""
     width = np.full(len(blocks), FEATURES_PER_BLOCK)

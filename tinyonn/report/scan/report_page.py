@@ -11,12 +11,27 @@ import numpy as np
 from ..._io.units import counted
 from ...mscan.layout import layer_count
 from ..html import charts
-from ..html.maps import LEGENDS, NORMALISATIONS, HeatMap, Normalisation, make_map
-from ..html.page import card, facts, map_card, map_data, notices, page, section, table, terms, text
+from ..html.maps import LEGENDS, HeatMap, Normalisation, make_map
+from ..html.page import (
+    card,
+    facts,
+    group,
+    map_card,
+    maps_data,
+    maps_section,
+    notices,
+    page,
+    section,
+    short_digest,
+    table_card,
+    terms,
+    text,
+    view_controls,
+)
 from ..html.palette import DASHES
 from .data import V1_NOTES, ScanData
-from .grid import OUTSIDE, BlockGrid, Floats, outside_terms, short_names
-from .heads import HeadScores
+from .grid import OUTSIDE, PLACE_COLUMNS, Floats, outside_terms, short_names
+from .heads import HeadScores, head_names
 from .replay import ReplayOrder, ReplaySequence
 from .replay_page import replay_section
 
@@ -44,13 +59,21 @@ def report_page(
         dropped: what the reader dropped of a damaged file.
     """
     grid = data.grid
-    short = short_names(grid.modules)
     head_body, head_maps = _heads_section(data, heads, top)
-    elements: dict[str, object] = {"maps-data": [*(map_data(heat_map, grid.layers, grid.modules, short) for heat_map in maps), *head_maps]}
+    elements: dict[str, object] = {"maps-data": maps_data(maps, grid.layers, grid.modules, short_names(grid.modules)) + head_maps}
+    maps_lead = (
+        "Every cell is one module of one layer, the mean over its blocks of 64 features (experts together). Input layers are on top."
+    )
     body = [
         notices([*data.notes, *(f"The file is damaged: {line}" for line in dropped)]),
         section("configuration", "Run configuration", facts(configuration(data))),
-        _maps_section(grid, maps, normalise),
+        maps_section(
+            "Layers and modules",
+            maps,
+            controls=view_controls(normalise, "stored units. SPS and ∫SPS keep their zero. Cells without such a module show a dash."),
+            below=terms(outside_terms(grid)),
+            lead=maps_lead,
+        ),
         _profiles_section(data, maps),
         _blocks_section(data, top),
         head_body,
@@ -61,8 +84,8 @@ def report_page(
     body.append(_losses_section(data))
     tokens = f"{counted(int(data.losses.tokens.sum()), 'token')}, " if len(data.losses.ordinals) == data.num_sequences else ""
     blocks = f"{counted(grid.num_blocks, 'block')} of {counted(len(grid.layout), 'weight')}"
-    subtitle = f"{counted(data.num_sequences, 'sequence')}, {tokens}{blocks}. Written by tinyonn."
-    return page(f"Scan of {scan_title(data)}", subtitle, "\n".join(body), elements, ["core.js", "map.js", "replay.js"])
+    subtitle = f"{counted(data.num_sequences, 'sequence')}, {tokens}{blocks}."
+    return page(f"Scan of {scan_title(data)}", subtitle, body, elements, "replay.js")
 
 
 def scan_title(data: ScanData) -> str:
@@ -90,8 +113,7 @@ def _short(value: object) -> object:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str):
-        is_hash = len(value) == 64 and set(value) <= set("0123456789abcdef")
-        return f"{value[:12]}…" if is_hash else value if len(value) <= 120 else f"{value[:120]}…"
+        return short_digest(value) or (value if len(value) <= 120 else f"{value[:120]}…")
     if isinstance(value, (list, dict)):
         dumped = json.dumps(value, ensure_ascii=False)
         return dumped if len(dumped) <= 60 else f"{len(value):,} entries"
@@ -106,27 +128,6 @@ def profile_series(data: ScanData, values: Floats) -> list[tuple[str, Floats]]:
     inside = [column for column in spans if data.grid.modules[column] != OUTSIDE] or spans
     kept = sorted(sorted(inside, key=lambda column: -blocks[column])[: len(DASHES)])
     return [(short[column], values[:, column]) for column in kept]
-
-
-def normalise_controls(chosen: Normalisation) -> str:
-    """The radio buttons that switch every map."""
-    labels = {"layer": "by layer", "global": "global", "none": "as measured"}
-    buttons = "".join(
-        f'<label><input type="radio" name="normalise" value="{how}"{" checked" if how == chosen else ""}> {labels[how]}</label>'
-        for how in NORMALISATIONS
-    )
-    legend = (
-        "<b>By layer</b>: each row is scaled by itself, so every layer shows its pattern. <b>Global</b>: all rows share one scale, so "
-        "layers compare. <b>As measured</b>: stored units. SPS and ∫SPS keep their zero. Cells without such a module show a dash."
-    )
-    return f'<div class="controls"><fieldset><legend>Normalisation</legend>{buttons}</fieldset></div><p class="legend">{legend}</p>'
-
-
-def _maps_section(grid: BlockGrid, maps: Sequence[HeatMap], normalise: Normalisation) -> str:
-    cards = "".join(map_card(heat_map) for heat_map in maps)
-    lead = "Every cell is one module of one layer, the mean over its blocks of 64 features (experts together). Input layers are on top."
-    body = f'{normalise_controls(normalise)}<div class="grid2">{cards}</div>{terms(outside_terms(grid))}'
-    return section("maps", "Layers and modules", body, lead=lead)
 
 
 def _profiles_section(data: ScanData, maps: Sequence[HeatMap]) -> str:
@@ -144,32 +145,23 @@ def _profiles_section(data: ScanData, maps: Sequence[HeatMap]) -> str:
         cards.append(card(heat_map.title, chart))
     more = data.grid.shape[1] > len(DASHES) + 1
     lead = "The same numbers as lines over the layers." + (f" The {len(DASHES)} modules with most blocks are drawn." if more else "")
-    return section("profiles", "Profiles", f'<div class="grid3">{"".join(cards)}</div>', lead=lead)
-
-
-def block_rows(data: ScanData, order: np.ndarray) -> list[list[object]]:
-    """Table rows of blocks."""
-    rows: list[list[object]] = []
-    for rank, block in enumerate(order, start=1):
-        place, totals = data.grid.block_place(int(block)), data.totals
-        features = f"{place.first}–{place.last}"
-        numbers = [totals.integral[block], totals.sps[block], totals.activation[block], totals.gradient[block]]
-        rows.append([rank, place.layer, place.module, features, *numbers, int(totals.count[block])])
-    return rows
+    return section("profiles", "Profiles", group("grid3", cards), lead=lead)
 
 
 def _blocks_section(data: ScanData, top: int) -> str:
-    known = np.flatnonzero(np.isfinite(data.totals.integral))
-    ranked = known[np.argsort(-data.totals.integral[known], kind="stable")]
-    head = ["#", "layer", "module", "features", "∫SPS", "SPS a token", "activation", "gradient", "tokens"]
-    numeric = (0, 4, 5, 6, 7, 8)
-    cards = [("Highest ∫SPS", ranked[:top]), ("Lowest ∫SPS", ranked[::-1][:top])]
-    listings = [
-        table(head, block_rows(data, order), caption=f"{title}, {counted(len(order), 'block')}", numeric=numeric) for title, order in cards
-    ]
-    body = "".join(f'<div class="card">{listing}</div>' for listing in listings)
+    totals = data.totals
+    known = np.flatnonzero(np.isfinite(totals.integral))
+    ranked = known[np.argsort(-totals.integral[known], kind="stable")]
+    head = ["#", *PLACE_COLUMNS, "∫SPS", "SPS a token", "activation", "gradient", "tokens"]
+    cards = []
+    for title, order in (("Highest ∫SPS", ranked[:top]), ("Lowest ∫SPS", ranked[::-1][:top])):
+        rows = []
+        for rank, block in enumerate(order.tolist(), start=1):
+            numbers = [plane[block] for plane in (totals.integral, totals.sps, totals.activation, totals.gradient)]
+            rows.append([rank, *data.grid.block_place(block).cells, *numbers, int(totals.count[block])])
+        cards.append(table_card(head, rows, title, of="block", numeric=(0, 4, 5, 6, 7, 8)))
     lead = "High: active where the loss pulls little. Low: pulled on more than active. Features count from 0 within the weight."
-    return section("blocks", "Top blocks", f'<div class="grid-tables">{body}</div>', lead=lead)
+    return section("blocks", "Top blocks", group("grid-tables", cards), lead=lead)
 
 
 def _heads_section(data: ScanData, heads: HeadScores | str, top: int) -> tuple[str, list[dict[str, Any]]]:
@@ -183,21 +175,16 @@ def _heads_section(data: ScanData, heads: HeadScores | str, top: int) -> tuple[s
     for rank, flat in enumerate(order, start=1):
         row, head = divmod(int(flat), total.shape[1])
         rows.append([rank, layers[row], head, total[row, head], heads.query[row, head], heads.key[row, head], heads.value[row, head]])
-    listing = table(
-        ["#", "layer", "head", "∫SPS", "query", "key", "value"],
-        rows,
-        caption=f"Highest ∫SPS, {counted(len(rows), 'head')}",
-        numeric=(0, 2, 3, 4, 5, 6),
-    )
-    names = [str(head) for head in range(total.shape[1])]
+    head_columns = ["#", "layer", "head", "∫SPS", "query", "key", "value"]
+    listing = table_card(head_columns, rows, "Highest ∫SPS", of="head", numeric=(0, 2, 3, 4, 5, 6))
     heat_map = make_map("heads", "∫SPS of attention heads", LEGENDS["integral"], "standard deviations, summed", total, signed=True)
     whole = "one block is one head" if heads.blocks_per_head == 1 else f"a head is {heads.blocks_per_head:g} blocks, shared out by features"
     lead = (
         f"The q block of a head, plus its share of the k and v that it uses together with its group; {whole}. "
         "o_proj is not counted: its heads are input columns, and a scan records output blocks."
     )
-    body = f'<div class="grid2">{map_card(heat_map)}<div class="card">{listing}</div></div>'
-    return section("heads", "Attention heads", body, lead=lead), [map_data(heat_map, layers, [f"head {name}" for name in names], names)]
+    body = group("grid2", [map_card(heat_map), listing])
+    return section("heads", "Attention heads", body, lead=lead), maps_data([heat_map], layers, *head_names(total.shape[1]))
 
 
 def _losses_section(data: ScanData) -> str:
@@ -213,4 +200,4 @@ def _losses_section(data: ScanData) -> str:
     if len(values):
         mean = float(values.mean())
         lead = f"Mean {mean:.4g} nats a token over {len(values):,} tokens: perplexity {np.exp(min(mean, 700)):.4g}."
-    return section("losses", "Loss", f'<div class="grid3">{card("Tokens", tokens)}{card("Sequences", sequences)}</div>', lead=lead)
+    return section("losses", "Loss", group("grid3", [card("Tokens", tokens), card("Sequences", sequences)]), lead=lead)

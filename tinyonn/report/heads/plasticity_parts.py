@@ -1,0 +1,119 @@
+"""What the pages of one seed and of all seeds share: columns and their meanings, maps, statistics, cases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..html import charts
+from ..html.charts import DotRow
+from ..html.maps import HeatMap, make_map
+from ..html.page import card, group, maps_section, section, table, table_card, view_controls
+from .files import HeadColumns
+from .plasticity_limits import study_limits
+
+STATIC, PLASTIC = "important-but-static", "plastic-but-unimportant"
+KEYS = {STATIC: "important_but_static", PLASTIC: "plastic_but_unimportant"}
+MEANINGS = {
+    "I_pre, I_post": "importance before and after training: by how much the loss on the measured rows rises (nats) when the head's output "
+    "is set to 0. Below 0, the model does better without the head.",
+    "U": "update: the Frobenius norm of the change of the head's query, key, value and output weights by training.",
+    "Urel": "the update, relative to the norms of these weights before training.",
+    "G_pre": "gradient before training: the norm of the gradient of the loss with respect to the head's weights.",
+    "taylor, taylor_abs": "first-order estimates of I from one backward pass: −mean of dL/dgate, and the mean over samples of its size.",
+    STATIC: "among the most important heads before training, and among the least changed by it.",
+    PLASTIC: "among the most changed heads, and among the least important before training.",
+}
+STATISTICS_LEAD = (
+    "Whether the heads that matter before training (I_pre) change most in it (U, Urel), or have the largest gradient (G_pre). "
+    "Rows with taylor compare the first-order estimates with the exact importance. Terms, at the end, defines these names."
+)
+MAPS = {
+    "I_pre": ("Importance before training", "loss increase, nats", True, "Loss increase without the head, before training."),
+    "I_post": ("Importance after training", "loss increase, nats", True, "Loss increase without the head, after training."),
+    "Urel": ("Relative update", "share of the weights' norm", False, "How far training moved the head's weights, relative to their norm."),
+    "G_pre": (
+        "Gradient before training",
+        "norm, nats per unit of weight",
+        False,
+        "L2 norm of the gradient of the loss with respect to the head's weights.",
+    ),
+}
+
+
+def column_map(heads: HeadColumns, key: str, column: str = "", more: str = "") -> HeatMap:
+    """The map of a column of MAPS.
+
+    Args:
+        heads: table that has it.
+        key: the column in MAPS.
+        column: its name in the table, where another.
+        more: end of the title.
+    """
+    title, unit, signed, legend = MAPS[key]
+    return make_map(key, title + more, legend, unit, heads.grid(column or key), signed=signed)
+
+
+def column_maps_section(maps: Sequence[HeatMap], measured: str) -> str:
+    """Maps of columns, which show their values as `measured` says until the reader switches them."""
+    return maps_section("Layers and heads", maps, controls=view_controls("none", measured))
+
+
+def statistics_section(
+    rhos: Sequence[DotRow],
+    overlaps: Sequence[DotRow],
+    acceptance: Sequence[Mapping[str, Any]],
+    legends: tuple[str, str],
+    head: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    more: str = "",
+) -> str:
+    """Rank correlations and overlaps of the pairs, with the study's limits, above a table.
+
+    Args:
+        rhos, overlaps: rows of the two charts.
+        acceptance: the study's figures.
+        legends: of the two charts.
+        head, rows: the table; all columns but the first, and a last one named "note", are numbers.
+        more: end of the table's caption.
+    """
+    max_rho, max_overlap = study_limits(acceptance)
+    limits = [(f"study: below {limit:g}", limit) for limit in (max_rho, max_overlap)]
+    left = charts.interval_dots("Rank correlations", rhos, low=-1, high=1, x_title="Spearman's ρ", limit=limits[0])
+    right = charts.interval_dots("Overlaps", overlaps, low=0, high=1, x_title="share of the highest heads in both", limit=limits[1])
+    cards = [card("Rank correlation", left, legend=legends[0]), card("Overlap of the highest", right, legend=legends[1])]
+    numeric = [column for column, title in enumerate(head) if column and title != "note"]
+    listing = table(head, rows, caption=f"Rank correlations and overlaps{more}", numeric=numeric)
+    body = f'{group("grid3", cards)}<div class="card below">{listing}</div>'
+    return section("statistics", "Importance and change", body, lead=STATISTICS_LEAD)
+
+
+def cases_section(head: Sequence[str], listed: Mapping[str, tuple[Sequence[Sequence[object]], str]], none: str, lead: str) -> str:
+    """One table of heads per kind of case.
+
+    Args:
+        head: columns, all of them numbers.
+        listed: rows of each kind, and the end of its caption.
+        none: sentence for a kind without a head.
+        lead: sentences under the title of the section.
+    """
+    cards = [
+        table_card(head, rows, f"{kind}, {more}", numeric=range(len(head))) if rows else card(kind, f'<p class="empty">{none}</p>')
+        for kind, (rows, more) in listed.items()
+    ]
+    return section("cases", "Cases", group("grid2", cards), lead=lead)
+
+
+def figure_cells(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Name and rule of one of the study's figures."""
+    return row["figure"].replace("rho", "ρ"), row["rule"].replace(">=", "≥")
+
+
+def found_number(value: float | None) -> object:
+    """What an acceptance figure asks for: a count as it is, others with three places."""
+    return decimals(value) if isinstance(value, float) else value
+
+
+def decimals(value: float | None) -> str | None:
+    """A correlation or a share, which need no more than three places."""
+    return None if value is None else f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no minus before zero

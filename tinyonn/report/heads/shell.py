@@ -1,0 +1,53 @@
+"""What the pages of heads share: their frame, and short names of models and data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePath
+
+from ..._io.units import counted
+from ..html.maps import HeatMap
+from ..html.page import maps_data, page
+from ..scan.heads import head_names
+from .files import HeadColumns
+
+# What folders of checkpoints are called, which does not tell the model.
+_CHECKPOINT = re.compile(r"(ckpt|checkpoint|epoch|step|iter)([-_.]?\w+)*|best|final|last|latest|model|output", re.IGNORECASE)
+
+
+def head_page(title: str, front: Sequence[str], body: Iterable[str], heads: HeadColumns, maps: Iterable[HeatMap]) -> str:
+    """A whole page with maps of heads.
+
+    Args:
+        title: heading.
+        front: parts of the line under it, before the numbers of layers and heads.
+        body: sections, ready HTML.
+        heads: the heads of the model.
+        maps: drawn where the body has their cards.
+    """
+    subtitle = ", ".join([*front, counted(len(heads.layers), "layer"), counted(len(heads.places), "head")])
+    return page(title, f"{subtitle}.", body, {"maps-data": maps_data(maps, heads.layers, *head_names(heads.num_heads))})
+
+
+def model_title(model: object, path: object) -> str:
+    """A model's name for a title; where it is only that of a checkpoint's folder, with the two folders around it.
+
+    Args:
+        model: name that the run gives.
+        path: where it was loaded from.
+    """
+    name = short_model(model)
+    around = PurePath(str(path or "")).parts
+    return "/".join(part for part in around[-3:] if part not in ("/", "..")) if _CHECKPOINT.fullmatch(name) and around else name
+
+
+def short_model(model: object) -> str:
+    """A model's name without the folders before it."""
+    name = str(model or "a model")
+    return Path(name).name or name
+
+
+def short_data(data: object) -> str:
+    """A data file with the folder that it lies in, which often has the data set's name."""
+    return "/".join(PurePath(str(data or "data")).parts[-2:])
