@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tinyonn._io import config as _config
-from tinyonn._io.config import check_bool, check_choice, check_device, check_int, check_number, check_text, read_yaml
+from tinyonn._io import options as _options
+from tinyonn._io.config import read_yaml
+from tinyonn._io.options import (
+    REQUIRED,
+    commented_yaml,
+    descriptions,
+    device_name,
+    integer,
+    non_empty,
+    number,
+    one_of,
+    option,
+    true_or_false,
+)
 from tinyonn.errors import InputError
 
 
 @dataclass(frozen=True)
-class Options(_config.Options):
-    model_path: str | Path | None = None
-    rate: Any = 0.5
+class Options(_options.Options):
+    model_path: str | None = option(None, non_empty)
+    rate: float = option(0.5, number())
 
 
 def refused(call: Any, *args: Any, **options: Any) -> str:
@@ -34,7 +47,7 @@ def test_an_unknown_key_is_told_with_near_names_or_all():
 
 def test_what_is_required_is_asked_for_by_its_option():
     @dataclass(frozen=True)
-    class Needy(_config.Options):
+    class Needy(_options.Options):
         model_path: str
         names: list[str] = field(default_factory=list)
 
@@ -67,12 +80,51 @@ def test_numbers_of_yaml_may_have_an_exponent_without_a_point(tmp_path):
     assert read_yaml(path) == {"a": 2e-5, "b": -300.0, "c": 1500.0, "d": "2e-5", "e": "2e5x", "f": "1e"}
 
 
-def test_a_path_becomes_text():
-    options = Options(Path("a") / "b")
-    check_text(options, "model_path")
-    assert options == Options("a/b")
-    assert refused(check_text, Options(), "model_path") == "model_path must be a non-empty string, got None."
-    check_text(Options(), "model_path", optional=True)
+def test_each_field_is_checked_by_its_own_check():
+    assert refused(Options, rate="fast") == "rate must be a number, got 'fast'."
+    assert refused(Options, model_path="") == "model_path must be a non-empty string, got ''."
+    assert refused(Options, rate=None) == "rate must be a number, got None."
+
+
+def test_a_path_becomes_text_and_none_passes_where_it_is_the_default():
+    assert Options(Path("a") / "b") == Options("a/b")
+    assert Options().model_path is None
+    assert refused(non_empty, None, "model_path") == "model_path must be a non-empty string, got None."
+    assert refused(non_empty, "a\0", "model_path").startswith("model_path must be Unicode text without NUL, got ")
+
+
+def test_a_config_file_has_every_option_with_its_words(tmp_path):
+    @dataclass(frozen=True)
+    class Config(_options.Options):
+        """Options.
+
+        Args:
+            place: path of
+                a `file`.
+            rate: rate: how fast.
+            mode: mode of work.
+            limit: limit.
+
+        Raises:
+            InputError: a reason.
+        """
+
+        place: str = option(REQUIRED, non_empty, "PATH", section="Files")
+        rate: float = option(2e-5, number(), "X", section="Work")
+        mode: str = option("slow", one_of("slow", "fast"))
+        limit: int | None = option(None, integer(1), "N", unset="none")
+        names: Mapping[str, int] = option({}, lambda value, name: value)
+
+    assert descriptions(Config) == {"place": "path of a file.", "rate": "rate: how fast.", "mode": "mode of work.", "limit": "limit."}
+    (tmp_path / "a.yaml").write_text(commented_yaml(Config, "Header."))
+    lines = [" ".join(line.split()) for line in (tmp_path / "a.yaml").read_text().splitlines()]
+    assert lines == [
+        *("# Header.", "", "# Files", "place: # path of a file; must be given"),
+        *("", "# Work", "rate: 2.0e-05 # rate: how fast", "mode: slow # mode of work; slow or fast"),
+        *("limit: # limit; empty: none", "names: {} #"),
+    ]
+    assert Config.from_yaml(tmp_path / "a.yaml", place="p") == Config("p")
+    assert Config("p").names is not Config("p").names
 
 
 @pytest.mark.parametrize(
@@ -87,31 +139,31 @@ def test_a_path_becomes_text():
 )
 def test_a_number_keeps_within_its_bounds(bounds, good, bad, rule):
     for value in good:
-        check_number(Options(rate=value), "rate", **bounds)
+        number(**bounds)(value, "rate")
     for value in bad:
-        assert refused(check_number, Options(rate=value), "rate", **bounds) == f"rate must be {rule}, got {value}."
+        assert refused(number(**bounds), value, "rate") == f"rate must be {rule}, got {value}."
 
 
 def test_a_bound_is_written_in_full():
-    message = refused(check_number, Options(rate=2e6), "rate", minimum=0, maximum=1e6)
+    message = refused(number(minimum=0, maximum=1e6), 2e6, "rate")
     assert message == "rate must be at least 0 and at most 1,000,000, got 2000000.0."
 
 
 @pytest.mark.parametrize("bounds", [{}, {"minimum": 0}, {"above": 0, "maximum": 1}], ids=["none", "minimum", "both"])
 def test_a_number_is_one_that_a_float_holds(bounds):
-    message = refused(check_number, Options(rate=10**400), "rate", **bounds)
+    message = refused(number(**bounds), 10**400, "rate")
     assert message.startswith("rate must be a number that a float holds, got 1000")
     assert len(message) < 140
 
 
 def test_a_whole_number_keeps_within_what_the_libraries_take():
     for value in (1, 2**31 - 1):
-        check_int(Options(rate=value), "rate", 1)
-    assert refused(check_int, Options(rate=2**31), "rate", 1) == "rate must be at most 2147483647, got 2147483648."
-    check_int(Options(rate=2**63 - 1), "rate", 0, 2**63 - 1)
-    assert refused(check_int, Options(rate=0), "rate", 1) == "rate must be a whole number of at least 1, got 0."
+        integer(1)(value, "rate")
+    assert refused(integer(1), 2**31, "rate") == "rate must be at most 2147483647, got 2147483648."
+    integer(0, 2**63 - 1)(2**63 - 1, "rate")
+    assert refused(integer(1), 0, "rate") == "rate must be a whole number of at least 1, got 0."
     for value in (10**400, 10**5000):  # of the second Python cannot write the digits
-        assert len(refused(check_int, Options(rate=value), "rate", 1)) < 140
+        assert len(refused(integer(1), value, "rate")) < 140
 
 
 DEEP: Any = "x"
@@ -124,12 +176,12 @@ for _ in range(9):
 )
 @pytest.mark.parametrize(
     "check",
-    [check_text, check_bool, check_device, check_number, lambda c, n: check_int(c, n, 0), lambda c, n: check_choice(c, n, ("a", "b"))],
+    [non_empty, true_or_false, device_name, number(), integer(0), one_of("a", "b")],
     ids=["text", "bool", "device", "number", "int", "choice"],
 )
 def test_what_is_refused_is_short_in_the_message(check, value):
     """The first stands for 10**9 texts, more than a memory holds written out."""
-    assert len(refused(check, Options(rate=value), "rate")) < 140
+    assert len(refused(check, value, "rate")) < 140
 
 
 def test_an_alias_of_yaml_is_refused_before_it_is_followed(tmp_path):
@@ -151,11 +203,11 @@ def test_a_key_that_no_text_can_be_is_refused(tmp_path):
 
 @pytest.mark.parametrize("value", ["1", True, None])
 def test_a_number_is_no_text_and_no_truth_value(value):
-    assert refused(check_number, Options(rate=value), "rate") == f"rate must be a number, got {value!r}."
+    assert refused(number(), value, "rate") == f"rate must be a number, got {value!r}."
 
 
 @pytest.mark.parametrize("value", ["gpu", "cuda:", "cuda:one", "", 0])
 def test_a_device_has_one_of_four_forms(value):
     for name in ("auto", "cpu", "cuda", "cuda:12"):
-        check_device(Options(rate=name), "rate")
-    assert refused(check_device, Options(rate=value), "rate") == f"rate must be auto, cpu, cuda or cuda:N, got {value!r}."
+        assert device_name(name, "rate") == name
+    assert refused(device_name, value, "rate") == f"rate must be auto, cpu, cuda or cuda:N, got {value!r}."

@@ -11,20 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tinyonn.cli import heads_plasticity, heads_score, screen
+from tinyonn.cli import heads_plasticity, screen
 from tinyonn.heads.plasticity import measurement
 from tinyonn.heads.plasticity.config import PlasticityConfig
-from tinyonn.heads.score.config import NORM_MODES, QUERY_MODES, ScoreConfig
+from tinyonn.heads.score.config import ScoreConfig
 
 from .conftest import Cli, one_line, study, write
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
-
-
-def test_choices_are_those_of_the_configurations() -> None:
-    assert tuple(heads_score.QueryMode) == QUERY_MODES
-    assert tuple(heads_score.NormMode) == NORM_MODES
 
 
 def test_scores_are_written_with_their_page(cli: Cli, language_model: Path, questions: Path, tmp_path: Path) -> None:

@@ -8,16 +8,15 @@ import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tinyonn.cli import options as choices
 from tinyonn.cli import screen
 from tinyonn.cli.scan import show_progress
 from tinyonn.mscan import MscanReader
-from tinyonn.scan import ScanConfig, ScanProgress, config, runner
+from tinyonn.scan import ScanConfig, ScanProgress, runner
 from tinyonn.testing import save_tiny_model
 
 from .conftest import Cli, one_line, shell
@@ -101,15 +100,6 @@ def test_the_original_workflow_still_works(configured: Any) -> None:
 
 def test_defaults_are_the_library_s(configured: Any) -> None:
     assert configured("-m", "a", "-d", "b") == ScanConfig("a", "b")
-
-
-def test_choices_are_the_library_s() -> None:
-    for name, values in (
-        ("Credit", config.CREDITS), ("Store", config.STORES),
-        ("Codec", config.CODECS), ("Compression", config.COMPRESSIONS), ("Sync", config.SYNCS),
-    ):  # fmt: skip
-        assert tuple(getattr(choices, name)) == tuple(value for value in values if value is not None), name
-    assert choices.Codec in get_args(get_args(choices.CodecChoice)[0])
 
 
 def test_a_config_file_gives_way_to_what_is_typed(configured: Any, tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib import resources
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tinyonn._io.options import commented_yaml
 from tinyonn.errors import InputError
 from tinyonn.heads.plasticity.config import TRAINING, PlasticityConfig
 
@@ -30,11 +30,11 @@ def test_yaml_keys_may_have_hyphens_and_given_options_win(tmp_path):
     assert (config.model_path, config.learning_rate, config.eval_size, config.seed) == ("m", 1e-4, 32, 42)
 
 
-def test_the_commented_defaults_are_the_defaults():
+def test_the_commented_defaults_are_the_defaults(tmp_path):
     given = {"model_path": "m", "task": "rte"}
-    with resources.as_file(resources.files("tinyonn.heads") / "plasticity_default.yaml") as path:
-        assert PlasticityConfig.from_yaml(path, **given) == PlasticityConfig(**given)
-        assert set(yaml.safe_load(path.read_text())) == set(vars(PlasticityConfig(**given)))
+    (tmp_path / "study.yaml").write_text(commented_yaml(PlasticityConfig, "Header."))
+    assert PlasticityConfig.from_yaml(tmp_path / "study.yaml", **given) == PlasticityConfig(**given)
+    assert set(yaml.safe_load((tmp_path / "study.yaml").read_text())) == set(vars(PlasticityConfig(**given)))
 
 
 @pytest.mark.parametrize(

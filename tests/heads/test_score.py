@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 import yaml
 from scipy import stats
 
+from tinyonn._io.options import commented_yaml
 from tinyonn.errors import InputError
 from tinyonn.heads.progress import Progress
 from tinyonn.heads.score.config import ScoreConfig
@@ -214,13 +214,14 @@ def test_the_written_configuration_repeats_the_run(run, tmp_path):
     assert (tmp_path / "again" / "scores_raw.csv").read_bytes() == (tmp_path / "out" / "scores_raw.csv").read_bytes()
 
 
-def test_the_commented_defaults_are_the_defaults():
+def test_the_commented_defaults_are_the_defaults(tmp_path):
     paths = {"model_path": "m", "data_path": "d", "output_dir": "o"}
-    with resources.as_file(resources.files("tinyonn.heads") / "score_default.yaml") as path:
-        assert ScoreConfig.from_yaml(path, **paths) == ScoreConfig(**paths)
-        assert set(yaml.safe_load(path.read_text())) == set(vars(ScoreConfig(**paths)))
-        with pytest.raises(InputError, match=r"model_path must be given, in .*score_default.yaml or as --model-path\."):
-            ScoreConfig.from_yaml(path)
+    path = tmp_path / "score.yaml"
+    path.write_text(commented_yaml(ScoreConfig, "Header."))
+    assert ScoreConfig.from_yaml(path, **paths) == ScoreConfig(**paths)
+    assert set(yaml.safe_load(path.read_text())) == set(vars(ScoreConfig(**paths)))
+    with pytest.raises(InputError, match=r"model_path must be given, in .*score.yaml or as --model-path\."):
+        ScoreConfig.from_yaml(path)
 
 
 @pytest.mark.parametrize(

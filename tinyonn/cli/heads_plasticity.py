@@ -17,155 +17,83 @@ from ..errors import InputError, listed, one_line
 from ..heads.plasticity.config import PlasticityConfig
 from ..heads.study import MEASURE_STEP, MEASURED, OPTIONS, TRAIN_STEP, TRAINED
 from . import screen
-from .options import DTYPE, config_option, field_defaults, given_options, print_config_option
+from .options import ConfigFile, print_config_option, takes_options
 
 if TYPE_CHECKING:
     from ..heads.plasticity.summary import PlasticitySummary
     from ..heads.progress import Progress
 
-_DEFAULTS = field_defaults(PlasticityConfig)
-_option = partial(config_option, _DEFAULTS)
-
 plasticity = typer.Typer(help="Fine-tune a classifier, and compare what its heads are worth with how much they change.")
 
+_CONFIG_HEADER = (
+    "Options of `tinyonn heads plasticity run` and `train` with their defaults. Pass the file as --config, to the later steps too; the "
+    "command line takes precedence."
+)
+PrintConfig = Annotated[bool, print_config_option(PlasticityConfig, _CONFIG_HEADER)]
 
-ModelPath = Annotated[str | None, _option("model_path", "Folder of a transformer, or its name on the hub.", "PATH", "-m")]
-TaskName = Annotated[str | None, _option("task", "mnli, rte, boolq, or a YAML file of your own.", "NAME|FILE", "-t")]
-DataPath = Annotated[
-    str | None, _option("data_path", "File of rows, or folder with train.jsonl and validation.jsonl. [default: of the hub]", "PATH", "-d")
-]
-OutputDir = Annotated[str | None, _option("output_dir", "Results go to DIR/TASK/seedN.", "DIR", "-o", "--output")]
-ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of these options; options given here win.")]
-Seeds = Annotated[list[int] | None, _option("seed", "Of the new classifier and of training; repeat it for several.", "N")]
-LaterSeeds = Annotated[
-    list[int] | None, typer.Option("--seed", metavar="N", help="Repeat it for several. [default: all that are there]", show_default=False)
-]
-EvalSize = Annotated[int | None, _option("eval_size", "Rows measured. [default: the task's, or 1024]", "N")]
-SkipUnlabelled = Annotated[bool | None, _option("skip_unlabelled", "Leave out rows without a label (-1, null, missing).")]
-EvalSeed = Annotated[int | None, _option("eval_seed", "Of the choice of these rows.", "N")]
-BatchSize = Annotated[int | None, _option("batch_size", "Rows in one step.", "N")]
-TopK = Annotated[int | None, _option("top_k", "Heads compared by their overlap.", "N")]
-High = Annotated[float | None, _option("high", "Percentile from which a value is high.", "P")]
-Low = Annotated[float | None, _option("low", "Percentile up to which a value is low.", "P")]
-Device = Annotated[str | None, _option("device", "auto, cpu, cuda or cuda:N.", "NAME")]
+_OF_TRAINING = (
+    *("train_size", "max_length", "learning_rate", "epochs", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm"),
+    *("checkpoint_steps", "dtype"),
+)
+_LATER_TEXTS = {
+    "seed": "Seed of a trained study; repeat it for several. [default: all that are there]",
+    "overwrite": "Measure again what is measured. [default: no]",
+}
+
+_takes_options = partial(takes_options, PlasticityConfig, before="seed", several=("seed",))
 
 
-def _training_command(name: str, steps: Sequence[str], text: str) -> None:
-    """Adds a command that trains, alone or before the other steps: it takes all options of a study."""
-
-    def command(
-        model_path: ModelPath = None,
-        task: TaskName = None,
-        data_path: DataPath = None,
-        output_dir: OutputDir = None,
-        config: ConfigFile = None,
-        print_config: Annotated[bool, print_config_option("tinyonn.heads", "plasticity_default.yaml")] = False,
-        seed: Seeds = None,
-        eval_size: EvalSize = None,
-        eval_seed: EvalSeed = None,
-        skip_unlabelled: SkipUnlabelled = None,
-        train_size: Annotated[int | None, _option("train_size", "Rows trained on, at most. [default: all]", "N")] = None,
-        max_length: Annotated[int | None, _option("max_length", "Tokens kept of each row.", "N")] = None,
-        batch_size: BatchSize = None,
-        learning_rate: Annotated[float | None, _option("learning_rate", "At its height.", "X")] = None,
-        epochs: Annotated[int | None, _option("epochs", "Passes over the training rows.", "N")] = None,
-        max_steps: Annotated[int | None, _option("max_steps", "Steps of training, at most. [default: all]", "N")] = None,
-        warmup_ratio: Annotated[float | None, _option("warmup_ratio", "Share of the steps that warm up.", "X")] = None,
-        weight_decay: Annotated[float | None, _option("weight_decay", "Of matrices.", "X")] = None,
-        max_grad_norm: Annotated[float | None, _option("max_grad_norm", "Gradients are scaled down to it.", "X")] = None,
-        checkpoint_steps: Annotated[int | None, _option("checkpoint_steps", "Steps between states to go on from.", "N")] = None,
-        top_k: TopK = None,
-        high: High = None,
-        low: Low = None,
-        dtype: Annotated[str | None, _option("dtype", "Of the products; auto: bf16, else fp16, on a GPU; fp32 on a CPU.", DTYPE)] = None,
-        device: Device = None,
-        overwrite: Annotated[bool | None, _option("overwrite", "Replace what another configuration left.")] = None,
-    ) -> None:
-        _run(steps, config, locals())
-
-    command.__doc__ = text
-    plasticity.command(name)(command)
-
-
-_training_command(
-    "train",
-    ("train",),
+@plasticity.command("train")
+@_takes_options()
+def _train_command(given: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False) -> None:
     """Fine-tune all weights on a classification task.
 
     Keeps the weights from before (ckpt_init) and after (ckpt_final). Training that was stopped goes on where it was: run the same
     command again.
-    """,
-)
+    """
+    _run(("train",), config, given)
 
 
 @plasticity.command("measure")
-def _measure_command(
-    model_path: ModelPath = None,
-    task: TaskName = None,
-    data_path: DataPath = None,
-    output_dir: OutputDir = None,
-    config: ConfigFile = None,
-    seed: LaterSeeds = None,
-    eval_size: EvalSize = None,
-    eval_seed: EvalSeed = None,
-    skip_unlabelled: SkipUnlabelled = None,
-    batch_size: BatchSize = None,
-    top_k: TopK = None,
-    high: High = None,
-    low: Low = None,
-    device: Device = None,
-    overwrite: Annotated[bool | None, _option("overwrite", "Measure again what is measured.")] = None,
-) -> None:
+@_takes_options(without=_OF_TRAINING, texts=_LATER_TEXTS)
+def _measure_command(given: Mapping[str, Any], config: ConfigFile = None) -> None:
     """Measure what each head is worth, and how much it changed.
 
     Loss increase and accuracy drop with the head off, before and after training; gradient norm and Fisher information before; the update
     of its weights. Needs --task and --output-dir; model, data and evaluation rows are those of the training: where they are given they
     must be the same. What only the report reads is taken too, so that one set of options serves all steps.
     """
-    _run(("measure",), config, locals())
+    _run(("measure",), config, given)
 
 
 @plasticity.command("report")
-def _report_command(
-    model_path: ModelPath = None,
-    task: TaskName = None,
-    data_path: DataPath = None,
-    output_dir: OutputDir = None,
-    config: ConfigFile = None,
-    seed: LaterSeeds = None,
-    eval_size: EvalSize = None,
-    eval_seed: EvalSeed = None,
-    skip_unlabelled: SkipUnlabelled = None,
-    top_k: TopK = None,
-    high: High = None,
-    low: Low = None,
-) -> None:
+@_takes_options(without=(*_OF_TRAINING, "batch_size", "device", "overwrite"), texts=_LATER_TEXTS)
+def _report_command(given: Mapping[str, Any], config: ConfigFile = None) -> None:
     """Join the measurements: statistics, cases, figures, a page.
 
     Over all seeds of a task, also their means and intervals. Needs --task and --output-dir; model, data and evaluation rows are those of
     the training: where they are given they must be the same.
     """
-    _run(("report",), config, locals())
+    _run(("report",), config, given)
 
 
-_training_command(
-    "run",
-    ("train", "measure", "report"),
+@plasticity.command("run")
+@_takes_options()
+def _run_command(given: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False) -> None:
     """Train, measure and report.
 
     What is complete from an earlier run is kept.
-    """,
-)
+    """
+    _run(("train", "measure", "report"), config, given)
 
 
-def _run(steps: Sequence[str], config: Path | None, values: Mapping[str, Any]) -> None:
+def _run(steps: Sequence[str], config: Path | None, typed: Mapping[str, Any]) -> None:
     """The steps of every seed: of those given, else of the config file's, else (but for a new study) of all that are there."""
-    explicit = given_options(values, _DEFAULTS)
-    seeds = explicit.pop("seed", None)
-    given = {**(read_yaml(config) if config else {}), **explicit}
+    seeds = typed.get("seed")
+    given = {**(read_yaml(config) if config else {}), **{name: value for name, value in typed.items() if name != "seed"}}
     source = str(config or "a --config file")
     if "train" in steps:
-        numbers = seeds or [given.get("seed", _DEFAULTS["seed"])]
+        numbers = seeds or [given.get("seed", PlasticityConfig.seed)]
         run_steps(steps, [PlasticityConfig.from_mapping({**given, "seed": number}, source=source) for number in numbers])
         return
     place = {"model_path": "."} | {name: given[name] for name in ("task", "output_dir", "seed") if name in given}

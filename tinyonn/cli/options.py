@@ -1,98 +1,119 @@
-"""Options that several commands share."""
+"""Options of commands: those of a dataclass of `Options`, and those that several commands share."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from .._io.options import REQUIRED, Option, Options, commented_yaml, declared_options, descriptions
+from ..scan.config import ScanConfig
 
-# The choices of ScanConfig, in the form that Typer reads; a test holds the two together.
-class Credit(StrEnum):
-    full = "full"
-    local = "local"
-
-
-class Store(StrEnum):
-    records = "records"
-    integral = "integral"
-
-
-class Codec(StrEnum):
-    log2u16 = "log2u16"
-    f32 = "f32"
-
-
-class Compression(StrEnum):
-    zstd = "zstd"
-
-
-class Sync(StrEnum):
-    none = "none"
-    chunk = "chunk"
-    close = "close"
-
-
-DTYPE = "auto|fp32|bf16|fp16"  # as help has it; the configuration takes other spellings too
+ConfigT = TypeVar("ConfigT", bound=Options)
 
 Output = Annotated[Path, typer.Option("--output-path", "-o", metavar="PATH", help="The new file.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Figures = Annotated[bool, typer.Option("--figures/--no-figures", help="Draw PNGs beside the page.")]
-CodecChoice = Annotated[
-    Codec | None, typer.Option(help="log2u16: 2 bytes a value. f32: 4 bytes, exact. [default: see above]", show_default=False)
-]
-CompressionChoice = Annotated[Compression | None, typer.Option(help="Compress the values. [default: no]", show_default=False)]
+ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of these options; options given here win.")]
 
 
-def coding(codec: Codec | None, compression: Compression | None) -> dict[str, str]:
-    """What was chosen of the two, as options of a writer."""
-    chosen = {"codec": codec, "compression": compression}
-    return {name: value.value for name, value in chosen.items() if value is not None}
+def takes_options(
+    config: type[Options],
+    *,
+    before: str = "",
+    only: Collection[str] = (),
+    without: Collection[str] = (),
+    several: Collection[str] = (),
+    texts: Mapping[str, str] | None = None,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that gives a command an option for each field of a dataclass.
 
-
-def field_defaults(config: type) -> dict[str, Any]:
-    """The fields of a dataclass of options with their defaults, `dataclasses.MISSING` for those that have none."""
-    return {field.name: field.default for field in dataclasses.fields(config)}
-
-
-def config_option(defaults: Mapping[str, Any], field: str, text: str, metavar: str | None = None, *names: str) -> Any:
-    """An option for a field of a dataclass. It has no default of its own, so that a config file's value stands unless it is given.
+    The command receives what was typed as its parameter `given`, a dict. In the help, the options take the place of that parameter.
 
     Args:
-        defaults: `field_defaults` of the dataclass; the field's is told in the help.
-        field: its name; `--field-name` is the option's, with `--no-field-name` for a truth value.
-        text: of the help.
-        metavar: stands for the value in the help; None where it has choices.
-        *names: short ones, such as "-m".
+        config: the class of the options.
+        before: field before which the help lists the parameters that follow `given`; empty for after all fields.
+        only, without: fields that are options of this command, or are not.
+        several: fields whose option may be repeated; their value is a list.
+        texts: field -> help that replaces the field's own, its default included.
     """
-    default = defaults[field]
-    flag = f"--{field.replace('_', '-')}"
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters
+        made = _parameters(config, several, texts or {})
+        made = {name: made[name] for name in made if name not in without and (not only or name in only)}
+        place, split = list(own).index("given"), list(made).index(before) if before else len(made)
+        names = [*list(own)[:place], *list(made)[:split], *list(own)[place + 1 :], *list(made)[split:]]
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            typed = {name: values.pop(name) for name in made}
+            given = {name: value for name, value in typed.items() if value is not None}
+            command(given={name: str(value) if isinstance(value, StrEnum) else value for name, value in given.items()}, **values)
+
+        parameters = [(made[name] if name in made else own[name]).replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in names]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _parameters(config: type[Options], several: Collection[str], texts: Mapping[str, str]) -> dict[str, inspect.Parameter]:
+    """Field -> a parameter that Typer turns into its option. None is its default, so that only options that were typed have a value."""
+    types, described, found = typing.get_type_hints(config), descriptions(config), {}
+    for field, declared in declared_options(config):
+        if not declared.on_command_line:
+            continue
+        name, metavar, flag = field.name, declared.metavar, f"--{field.name.replace('_', '-')}"
+        kind: Any = next(kind for kind in (*typing.get_args(types[name]), types[name]) if kind is not type(None))
+        if kind is bool:
+            flag = f"{flag}/--no-{flag[2:]}"
+        if choices := getattr(declared.check, "choices", ()):
+            kind, metavar = StrEnum(name, {choice: choice for choice in choices}), "|".join(choices)
+        text = texts.get(name) or _help(described.get(name, ""), field.default, declared)
+        annotation: Any = Annotated[
+            (list[kind] if name in several else kind) | None,
+            typer.Option(flag, *declared.flags, help=text, metavar=metavar, show_default=False),
+        ]
+        found[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    return found
+
+
+def _help(text: str, default: Any, declared: Option) -> str:
+    """The description of an option as a sentence, with its default."""
     if isinstance(default, bool):
-        flag = f"{flag}/--no-{field.replace('_', '-')}"
-        text += f" [default: {'yes' if default else 'no'}]"
-    elif default not in (None, dataclasses.MISSING):
-        text += f" [default: {default:g}]" if isinstance(default, float) else f" [default: {default}]"
-    return typer.Option(flag, *names, help=text, metavar=metavar, show_default=False)
+        shown: str | None = "yes" if default else "no"
+    elif default in (None, REQUIRED):
+        shown = declared.unset
+    else:
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
+    return f"{text[:1].upper()}{text[1:]}" + (f" [default: {shown}]" if shown else "")
 
 
-def print_config_option(package: str, file: str) -> Any:
-    """`--print-config`: prints a package's file of commented defaults, and stops before anything else is looked at."""
+def configured(config: type[ConfigT], file: Path | None, given: Mapping[str, Any]) -> ConfigT:
+    """Options from a config file, if there is one, and from what was typed, which takes precedence."""
+    return config.from_yaml(file, **given) if file else config.from_mapping(given, source="a --config file")
+
+
+def print_config_option(config: type[Options], header: str) -> Any:
+    """`--print-config`: prints a config file with all defaults, and stops before any other option is checked."""
 
     def stop(wanted: bool) -> None:
         if wanted:
-            print(resources.files(package).joinpath(file).read_text(encoding="utf-8"), end="")
+            print(commented_yaml(config, header), end="")
             raise typer.Exit
 
     text = "Print a config file with all defaults, explained, and stop."
     return typer.Option("--print-config", help=text, callback=stop, is_eager=True)
 
 
-def given_options(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a command was given, out of its `locals()`; choices as text."""
-    given = {name: value for name, value in values.items() if name in defaults and value is not None}
-    return {name: str(value) if isinstance(value, StrEnum) else value for name, value in given.items()}
+takes_coding = takes_options(
+    ScanConfig, only=("codec", "compression"), texts={"codec": "log2u16: 2 bytes a value. f32: 4 bytes, exact. [default: see above]"}
+)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .._io.units import readable_bytes
 from . import screen
-from .options import CodecChoice, CompressionChoice, Output, Overwrite, coding
+from .options import Output, Overwrite, takes_coding
 
 if TYPE_CHECKING:
     from ..mscan.convert import Conversion
 
 
+@takes_coding
 def recover(
     file: Annotated[Path, typer.Argument(help="The damaged file, which stays as it is.", show_default=False)],
     output_path: Output,
-    codec: CodecChoice = None,
-    compression: CompressionChoice = None,
+    given: Mapping[str, Any],
     overwrite: Overwrite = False,
 ) -> None:
     """Write what can be read of a damaged file as a clean one.
@@ -30,7 +31,7 @@ def recover(
 
     with screen.Progress(f"reading {file.name}") as bar:
         bar.update(None, "")
-        result = repair(file, output_path, overwrite=overwrite, **coding(codec, compression))
+        result = repair(file, output_path, overwrite=overwrite, **given)
     print(written(result))
 
 

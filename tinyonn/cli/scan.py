@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,69 +11,24 @@ from .._io.not_measured import told
 from .._io.units import not_finite_parts, readable_bytes
 from ..scan.config import ScanConfig
 from . import screen
-from .options import DTYPE, Codec, Compression, Credit, Store, Sync, config_option, field_defaults, given_options
+from .options import ConfigFile, configured, takes_options
 
 if TYPE_CHECKING:
     from ..scan import ScanEstimate, ScanProgress, ScanResult
 
-_DEFAULTS = field_defaults(ScanConfig)
-_option = partial(config_option, _DEFAULTS)
-TARGETS_HELP = (
-    "Weights to record, by comma: all, attention, mlp, a name or its ending with * ? [ab] (q_proj, layers.0.*), re:REGEX; "
-    "! before one leaves out (all,!lm_head)."
-)
 
-
+@takes_options(ScanConfig, before="credit")
 def scan(
-    model_path: Annotated[
-        str | None, _option("model_path", "Folder of a causal language model or a PEFT adapter, or its name on the hub.", "PATH", "-m")
-    ] = None,
-    dataset_path: Annotated[
-        str | None,
-        _option("dataset_path", "The corpus: JSONL or a JSON list, also .gz or .zst; Parquet; - for standard input.", "PATH", "-d"),
-    ] = None,
-    output_path: Annotated[
-        str | None, _option("output_path", "The .mscan file. [default: data/scans/MODEL_TOPIC.mscan]", "PATH", "-o")
-    ] = None,
-    topic: Annotated[str | None, _option("topic", "What the corpus is about. [default: from its file name]", "NAME")] = None,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of these options; options given here win.")] = None,
+    given: Mapping[str, Any],
+    config: ConfigFile = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Print bytes per token and peak memory, and stop.")] = False,
-    credit: Annotated[
-        Credit | None, _option("credit", "full: gradients include what a token did for later ones. local: its own loss alone.")
-    ] = None,
-    targets: Annotated[str | None, _option("targets", TARGETS_HELP, "LIST")] = None,
-    generate: Annotated[
-        int | None, _option("generate", "Let the model answer each prompt with up to N tokens, and scan both.", "N")
-    ] = None,
-    temperature: Annotated[float | None, _option("temperature", "Of generation; 0 takes the likeliest token.", "X")] = None,
-    top_p: Annotated[float | None, _option("top_p", "Nucleus of generation, with a temperature above 0.", "X")] = None,
-    seed: Annotated[int | None, _option("seed", "Of generation.", "N")] = None,
-    limit: Annotated[int | None, _option("limit", "Scan at most N records.", "N")] = None,
-    max_length: Annotated[int | None, _option("max_length", "Tokens kept of each text.", "N")] = None,
-    batch_size: Annotated[int | None, _option("batch_size", "Sequences in one forward and backward.", "N")] = None,
-    dtype: Annotated[str | None, _option("dtype", "Precision of the model; auto: fp32 on a CPU, the model's own on a GPU.", DTYPE)] = None,
-    device: Annotated[str | None, _option("device", "auto, cpu, cuda or cuda:N.", "NAME")] = None,
-    text_field: Annotated[str | None, _option("text_field", "Field of the corpus with the text. [default: found]", "NAME")] = None,
-    skip_bad: Annotated[bool | None, _option("skip_bad", "Count malformed records and go on.")] = None,
-    store: Annotated[
-        Store | None, _option("store", "records: every block of every token. integral: each sequence's sums, far smaller.")
-    ] = None,
-    store_text: Annotated[bool | None, _option("store_text", "Keep the texts in the file.")] = None,
-    codec: Annotated[Codec | None, _option("codec", "log2u16: 2 bytes a value. f32: 4 bytes, exact.")] = None,
-    compression: Annotated[Compression | None, _option("compression", "Compress the values. [default: no]")] = None,
-    sync: Annotated[Sync | None, _option("sync", "When what is written is forced to the disk.")] = None,
-    resume: Annotated[bool | None, _option("resume", "Go on with an output that is not complete.")] = None,
-    overwrite: Annotated[bool | None, _option("overwrite", "Replace an existing output.")] = None,
 ) -> None:
     """Scan a model over a corpus into a .mscan file.
 
     It holds what every block of every weight does for every token. A scan that was stopped goes on where it was: run the same
     command again. Under torchrun, each process scans its share (torchrun --nproc-per-node 2 -m tinyonn scan ...).
     """
-    explicit = given_options(locals(), _DEFAULTS)
-    options = (
-        ScanConfig.from_yaml(config, **explicit) if config is not None else ScanConfig.from_mapping(explicit, source="a --config file")
-    )
+    options = configured(ScanConfig, config, given)
     from ..scan import estimate_scan, run_scan
     from ..scan.distributed import World
 

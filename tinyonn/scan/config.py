@@ -1,4 +1,4 @@
-"""Options of a scan, checked once, in one frozen object."""
+"""Options of a scan."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._io.config import MAX_SEED, Options, check_bool, check_choice, check_device, check_dtype, check_int, check_number, check_text
+from .._io.config import DTYPE, dtype_name
+from .._io.options import MAX_SEED, REQUIRED, Options, device_name, integer, non_empty, number, one_of, option, true_or_false
 from .._io.streams import is_stdin
 from ..errors import InputError
 
 CREDITS = ("full", "local")
-STORES = ("records", "integral")
-CODECS = ("log2u16", "f32")
-COMPRESSIONS = (None, "zstd")
-SYNCS = ("none", "chunk", "close")
 
 # The fields that say how a scan runs, not what it stores: a scan may be resumed with other values of these.
 RUN_ONLY = ("model_path", "dataset_path", "output_path", "device", "batch_size", "limit", "skip_bad", "sync", "overwrite", "resume")
@@ -26,84 +23,65 @@ class ScanConfig(Options):
     """Options of one scan.
 
     Args:
-        model_path: folder of a causal language model, or a hub id.
-        dataset_path: the corpus: JSONL or a JSON list, compressed or not, or Parquet; "-" for standard input.
-        output_path: the `.mscan` file; None for `data/scans/MODEL_TOPIC.mscan`.
-        topic: name of what the corpus is about; None takes it from the file name `TOPIC_corpus.jsonl`.
-        credit: "full" (a token's gradient includes what it did for later tokens) or "local" (its own loss, its own position).
-        targets: the modules recorded, as ScanEngine takes them.
-        dtype: the model's precision; "auto" is the checkpoint's own on a GPU and fp32 on a CPU.
-        device: "auto" (the first GPU, else the CPU) or a torch device.
-        batch_size: sequences in one forward and backward.
-        limit: at most so many records of the corpus; None for all.
-        max_length: tokens kept of each text; the model's own limit where that is lower.
-        store: "records" keeps both planes of each sequence; "integral" only its ∫SPS, moments, tokens and loss.
-        generate: new tokens the model adds to each text before the scan; 0 scans the text as it is.
-        temperature: of that generation; 0 is greedy.
-        top_p: nucleus of that generation, where temperature > 0.
-        text_field: field of the corpus that holds the text; None finds it.
-        skip_bad: count malformed corpus lines and go on, rather than stop at the first.
-        store_text: keep each sequence's text in the file, beside its tokens.
-        codec: "log2u16" (two bytes a value) or "f32".
-        compression: None or "zstd".
-        sync: when written chunks are forced to the disk: "none", "chunk" or "close".
-        seed: of sampled generation.
+        model_path: folder of a causal language model or a PEFT adapter, or its name on the hub.
+        dataset_path: corpus: JSONL or a JSON list, also .gz or .zst; Parquet; - for standard input.
+        output_path: `.mscan` file to write.
+        topic: name of the topic of the corpus.
+        credit: gradients to record; full includes the effect of a token on later ones, local only its own loss.
+        targets: weights to record, separated by commas: all, attention, mlp, a name or its ending with `* ? [ab]` (`q_proj`,
+            `layers.0.*`), or re:REGEX; ! before one excludes it (all,!lm_head).
+        generate: number of tokens that the model adds to each text before the scan of both; 0 scans the text as it is.
+        temperature: temperature of this generation; 0 takes the most likely token.
+        top_p: nucleus (top-p) of this generation, for a temperature above 0.
+        seed: seed of this generation.
+        limit: maximum number of records.
+        max_length: tokens kept of each text, at most the model's own limit.
+        batch_size: sequences in one forward and backward pass.
+        dtype: precision of the model: auto (fp32 on a CPU, the checkpoint's own on a GPU), fp32, bf16 or fp16.
+        device: device of the model: auto (the first GPU, else the CPU), cpu, cuda or cuda:N.
+        text_field: field of the corpus that holds the text.
+        skip_bad: count malformed records and continue, instead of stopping at the first.
+        store: values to write; records keeps every block of every token, integral only the sums of each sequence, far smaller.
+        store_text: keep the texts in the file, beside their tokens.
+        codec: encoding of the values; log2u16 takes 2 bytes a value, f32 takes 4 and is exact.
+        compression: compression of the values.
+        sync: when to force written data to the disk.
+        resume: continue an incomplete output, instead of refusing it.
         overwrite: replace an existing output.
-        resume: continue an existing output; False refuses it.
 
     Raises:
         InputError: a value outside its range, naming the field.
     """
 
-    model_path: str
-    dataset_path: str
-    output_path: str | None = None
-    topic: str | None = None
-    credit: str = "full"
-    targets: str = "all"
-    dtype: str = "auto"
-    device: str = "auto"
-    batch_size: int = 4
-    limit: int | None = None
-    max_length: int = 512
-    store: str = "records"
-    generate: int = 0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    text_field: str | None = None
-    skip_bad: bool = False
-    store_text: bool = True
-    codec: str = "log2u16"
-    compression: str | None = None
-    sync: str = "close"
-    seed: int = 0
-    overwrite: bool = False
-    resume: bool = True
+    model_path: str = option(REQUIRED, non_empty, "PATH", "-m")
+    dataset_path: str = option(REQUIRED, non_empty, "PATH", "-d")
+    output_path: str | None = option(None, non_empty, "PATH", "-o", unset="data/scans/MODEL_TOPIC.mscan")
+    topic: str | None = option(None, non_empty, "NAME", unset="from the file name")
+    credit: str = option("full", one_of(*CREDITS))
+    targets: str = option("all", non_empty, "LIST")
+    generate: int = option(0, integer(0), "N")
+    temperature: float = option(0.0, number(), "X")
+    top_p: float = option(1.0, number(above=0, maximum=1), "X")
+    seed: int = option(0, integer(0, MAX_SEED), "N")
+    limit: int | None = option(None, integer(1), "N", unset="all")
+    max_length: int = option(512, integer(2), "N")
+    batch_size: int = option(4, integer(1), "N")
+    dtype: str = option("auto", dtype_name, DTYPE)
+    device: str = option("auto", device_name, "NAME")
+    text_field: str | None = option(None, non_empty, "NAME", unset="found")
+    skip_bad: bool = option(False, true_or_false)
+    store: str = option("records", one_of("records", "integral"))
+    store_text: bool = option(True, true_or_false)
+    codec: str = option("log2u16", one_of("log2u16", "f32"))
+    compression: str | None = option(None, one_of("zstd"), unset="no")
+    sync: str = option("close", one_of("none", "chunk", "close"))
+    resume: bool = option(True, true_or_false)
+    overwrite: bool = option(False, true_or_false)
 
     def __post_init__(self) -> None:
-        for name in ("model_path", "dataset_path", "targets"):
-            check_text(self, name)
-        for name in ("output_path", "topic", "text_field"):
-            check_text(self, name, optional=True)
-        check_choice(self, "credit", CREDITS)
-        check_dtype(self)
-        check_choice(self, "store", STORES)
-        check_choice(self, "codec", CODECS)
-        check_choice(self, "compression", COMPRESSIONS)
-        check_choice(self, "sync", SYNCS)
-        check_int(self, "batch_size", 1)
-        check_int(self, "max_length", 2)
-        check_int(self, "generate", 0)
-        check_int(self, "seed", 0, MAX_SEED)
-        if self.limit is not None:
-            check_int(self, "limit", 1)
-        for name in ("skip_bad", "store_text", "overwrite", "resume"):
-            check_bool(self, name)
-        check_number(self, "temperature")
-        check_number(self, "top_p", above=0, maximum=1)
+        super().__post_init__()
         if not (self.temperature == 0 or 1e-3 <= self.temperature < float("inf")):
             raise InputError(f"temperature must be 0, or at least 0.001 and finite, got {self.temperature}.")
-        check_device(self)
         if self.output_path is not None and not self.output_path.endswith(".mscan"):
             raise InputError(f"output_path must end in .mscan, got {self.output_path!r}.")
         if self.topic is not None and not re.fullmatch(r"[\w.-]+", self.topic):

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..._io.config import Options, check_int, check_text, read_yaml
+from ..._io.config import read_yaml
+from ..._io.options import REQUIRED, Options, integer, non_empty, option
 from ..._io.records import Located, as_number, field_names, is_no_label, open_records, short, whole
 from ...errors import InputError, did_you_mean, listed, needs, reason, shown
 
@@ -25,6 +26,26 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 EVAL_SIZE = 1024  # where neither the configuration nor the task says otherwise
 _SKIP = "; --skip-unlabelled leaves out rows without a label"
 _EVALUATION_STEMS = ("validation", "dev")  # of a folder's files, after the task's own
+
+
+def _fields(value: Any, name: str) -> tuple[str, ...]:
+    """A check: the name of a field, or a list of names."""
+    fields = [value] if isinstance(value, str) else value
+    if not isinstance(fields, (list, tuple)) or not fields or not all(isinstance(field, str) and field for field in fields):
+        raise InputError(f"{name} must be the name of a field, or a list of such, got {shown(value)}.")
+    return tuple(fields)
+
+
+def _classes(value: Any, name: str) -> tuple[str, ...]:
+    """A check: names of at least two classes; no two are the same name or the same number."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(label, str) and label for label in value):
+        raise InputError(f"{name} must be a list of names, in quotation marks where YAML reads them as something else, got {shown(value)}.")
+    if len({label.casefold() for label in value}) != len(value) or len(value) < 2:
+        raise InputError(f"{name} must be at least two different names, got {listed(value)}.")
+    numbers = [number for number in map(as_number, value) if number is not None]
+    if len(set(numbers)) != len(numbers):
+        raise InputError(f"{name} must be different numbers where they are numbers, got {listed(value)}.")
+    return tuple(value)
 
 
 @dataclass(frozen=True)
@@ -46,37 +67,15 @@ class Task(Options):
         InputError: a value outside its range, naming the field.
     """
 
-    text: str
-    label: str | Sequence[str]
-    labels: Sequence[str]
-    pair: str | None = None
-    dataset: str | None = None
-    subset: str | None = None
-    train: str = "train"
-    evaluation: str = "validation"
-    eval_size: int = EVAL_SIZE
-
-    def __post_init__(self) -> None:
-        for name in ("text", "train", "evaluation"):
-            check_text(self, name)
-        fields = [self.label] if isinstance(self.label, str) else self.label
-        if not isinstance(fields, (list, tuple)) or not fields or not all(isinstance(field, str) and field for field in fields):
-            raise InputError(f"label must be the name of a field, or a list of such, got {shown(self.label)}.")
-        object.__setattr__(self, "label", tuple(fields))
-        for name in ("pair", "dataset", "subset"):
-            check_text(self, name, optional=True)
-        check_int(self, "eval_size", 1)
-        labels = self.labels
-        if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) and label for label in labels):
-            raise InputError(
-                f"labels must be a list of names, in quotation marks where YAML reads them as something else, got {shown(labels)}."
-            )
-        if len({label.casefold() for label in labels}) != len(labels) or len(labels) < 2:
-            raise InputError(f"labels must be at least two different names, got {listed(labels)}.")
-        numbers = [number for number in map(as_number, labels) if number is not None]
-        if len(set(numbers)) != len(numbers):
-            raise InputError(f"labels must be different numbers where they are numbers, got {listed(labels)}.")
-        object.__setattr__(self, "labels", tuple(labels))
+    text: str = option(REQUIRED, non_empty)
+    label: str | Sequence[str] = option(REQUIRED, _fields)
+    labels: Sequence[str] = option(REQUIRED, _classes)
+    pair: str | None = option(None, non_empty)
+    dataset: str | None = option(None, non_empty)
+    subset: str | None = option(None, non_empty)
+    train: str = option("train", non_empty)
+    evaluation: str = option("validation", non_empty)
+    eval_size: int = option(EVAL_SIZE, integer(1))
 
     def number(self, value: Any) -> int | None:
         """The class of a record's label, None where it has none: a name in any case, else its number."""

@@ -1,12 +1,14 @@
-"""What a plasticity study does: every option, checked once, in one frozen object."""
+"""Options of a plasticity study."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..._io.config import MAX_SEED, Options, check_bool, check_device, check_dtype, check_int, check_number, check_text
+from ..._io.config import DTYPE, dtype_name
+from ..._io.options import MAX_SEED, REQUIRED, Options, device_name, integer, non_empty, number, option, true_or_false
 from ...errors import InputError, shown
 
 # The options that decide what comes out of training; the device does up to rounding, and dtype counts as what "auto" comes to on it.
@@ -31,93 +33,77 @@ TRAINING = (
 )
 
 
+def _seed(value: Any, name: str) -> Any:
+    """A check: one seed."""
+    if isinstance(value, list | tuple):
+        raise InputError(f"{name} must be one whole number, got {shown(value)}; for several, repeat --{name} on the command line.")
+    return integer(0, MAX_SEED)(value, name)
+
+
 @dataclass(frozen=True)
 class PlasticityConfig(Options):
     """Options of one plasticity study: a model, a task, a seed.
 
     Args:
-        model_path: folder of a transformer, or a hub id.
-        task: mnli, rte, boolq or the path of a YAML file.
-        data_path: a file of rows, of which some are held out, or a folder with train.jsonl and validation.jsonl; None for the task's
-            data set of the `datasets` package.
-        output_dir: results go to OUTPUT_DIR/TASK/seedSEED.
-        seed: of the new classifier, of the order of the training rows and of dropout.
-        eval_size: rows that heads are measured on; None for the task's own number (rte 277), 1024 where it has none.
-        eval_seed: which rows these are; the same for every `seed`.
+        model_path: folder of a transformer, or its name on the hub.
+        task: task: mnli, rte, boolq, or a YAML file of your own.
+        data_path: file of rows, of which some are held out, or folder with train.jsonl and validation.jsonl.
+        output_dir: folder of the results, which go to its subfolder TASK/seedN.
+        seed: seed of the new classifier, of the order of training rows and of dropout; repeat --seed for several.
+        eval_size: number of rows that heads are measured on, at most as many as there are.
+        eval_seed: seed of the choice of these rows, the same for every `seed`.
         skip_unlabelled: leave out rows without a label (missing, null, blank, NaN, "-" or -1), which stop the run otherwise.
-        train_size: at most so many rows are trained on; None for all.
-        top_k: heads compared by their overlap.
-        high: percentile from which a value counts as high.
-        low: percentile up to which a value counts as low.
+        train_size: maximum number of training rows.
         max_length: tokens kept of each row.
         batch_size: rows in one step.
-        learning_rate: at its height, after the warm-up; falls to 0 along a line.
+        learning_rate: peak learning rate, reached after the warm-up; it then falls linearly to 0.
         epochs: passes over the training rows.
-        max_steps: training ends after so many steps at the latest; None for all epochs.
-        warmup_ratio: share of the steps over which the learning rate rises.
-        weight_decay: of matrices; biases and norms have none.
-        max_grad_norm: gradients are scaled down to this norm.
-        checkpoint_steps: steps between two states that an interrupted training goes on from.
-        dtype: precision of the matrix products, "auto" is bf16 where the GPU has it, fp16 on other GPUs, fp32 on a CPU. Weights and
-            optimiser are always fp32.
-        device: "auto" (the first GPU, else the CPU) or a torch device.
+        max_steps: maximum number of training steps.
+        warmup_ratio: share of the steps in which the learning rate rises.
+        weight_decay: weight decay of matrices; biases and norms have none.
+        max_grad_norm: norm to which gradients are clipped.
+        checkpoint_steps: steps between two checkpoints, from which an interrupted training continues.
+        top_k: number of heads whose overlap is compared.
+        high: percentile from which a value counts as high.
+        low: percentile up to which a value counts as low.
+        dtype: precision of matrix products: auto (bf16, else fp16, on a GPU; fp32 on a CPU), fp32, bf16 or fp16. Weights and optimiser are
+            always fp32.
+        device: device of the model: auto (the first GPU, else the CPU), cpu, cuda or cuda:N.
         overwrite: replace what another configuration left in the same folder.
 
     Raises:
         InputError: a value outside its range, naming the field.
     """
 
-    model_path: str
-    task: str
-    data_path: str | None = None
-    output_dir: str = "data/plasticity"
-    seed: int = 42
-    eval_size: int | None = None
-    eval_seed: int = 999
-    skip_unlabelled: bool = False
-    train_size: int | None = None
-    top_k: int = 20
-    high: float = 90.0
-    low: float = 30.0
-    max_length: int = 128
-    batch_size: int = 32
-    learning_rate: float = 2e-5
-    epochs: int = 3
-    max_steps: int | None = None
-    warmup_ratio: float = 0.06
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    checkpoint_steps: int = 200
-    dtype: str = "auto"
-    device: str = "auto"
-    overwrite: bool = False
+    model_path: str = option(REQUIRED, non_empty, "PATH", "-m", section="Paths and task")
+    task: str = option(REQUIRED, non_empty, "NAME|FILE", "-t")
+    data_path: str | None = option(None, non_empty, "PATH", "-d", unset="the task's data set on the hub")
+    output_dir: str = option("data/plasticity", non_empty, "DIR", "-o", "--output")
+    seed: int = option(42, _seed, "N", section="Rows")
+    eval_size: int | None = option(None, integer(1), "N", unset="the task's, or 1024")
+    eval_seed: int = option(999, integer(0, MAX_SEED), "N")
+    skip_unlabelled: bool = option(False, true_or_false)
+    train_size: int | None = option(None, integer(1), "N", unset="all")
+    max_length: int = option(128, integer(4), "N")
+    batch_size: int = option(32, integer(1), "N", section="Training")
+    learning_rate: float = option(2e-5, number(above=0, maximum=1), "X")
+    epochs: int = option(3, integer(1), "N")
+    max_steps: int | None = option(None, integer(1), "N", unset="all")
+    warmup_ratio: float = option(0.06, number(minimum=0, maximum=1), "X")
+    weight_decay: float = option(0.01, number(minimum=0, maximum=1), "X")
+    max_grad_norm: float = option(1.0, number(above=0), "X")
+    checkpoint_steps: int = option(200, integer(1), "N")
+    top_k: int = option(20, integer(1), "N", section="Report")
+    high: float = option(90.0, number(minimum=0, maximum=100), "P")
+    low: float = option(30.0, number(minimum=0, maximum=100), "P")
+    dtype: str = option("auto", dtype_name, DTYPE, section="All steps")
+    device: str = option("auto", device_name, "NAME")
+    overwrite: bool = option(False, true_or_false)
 
     def __post_init__(self) -> None:
-        for name in ("model_path", "task", "output_dir"):
-            check_text(self, name)
-        check_text(self, "data_path", optional=True)
-        check_dtype(self)
-        for name in ("overwrite", "skip_unlabelled"):
-            check_bool(self, name)
-        for name, least in (("top_k", 1), ("max_length", 4), ("batch_size", 1), ("epochs", 1)):
-            check_int(self, name, least)
-        check_int(self, "checkpoint_steps", 1)
-        if isinstance(self.seed, list | tuple):
-            raise InputError(f"seed must be one whole number, got {shown(self.seed)}; for several, repeat --seed on the command line.")
-        for name in ("seed", "eval_seed"):
-            check_int(self, name, 0, MAX_SEED)
-        for name in ("eval_size", "train_size", "max_steps"):
-            if getattr(self, name) is not None:
-                check_int(self, name, 1)
-        check_number(self, "learning_rate", above=0, maximum=1)
-        check_number(self, "max_grad_norm", above=0)
-        for name in ("weight_decay", "warmup_ratio"):
-            check_number(self, name, minimum=0, maximum=1)
-        for name in ("high", "low"):
-            check_number(self, name, minimum=0, maximum=100)
+        super().__post_init__()
         if self.low >= self.high:
             raise InputError(f"low must be below high ({self.high}), got {self.low}.")
-        check_device(self)
         if not re.fullmatch(r"[\w.-]{1,200}", self.task_name) or not re.search(r"\w", self.task_name):
             raise InputError(
                 f"task must be a name or a YAML file whose name is at most 200 letters, digits, '.', '_' or '-', got {shown(self.task)}."

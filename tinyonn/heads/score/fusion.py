@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ...errors import InputError
-from .config import NORM_MODES
+from ..study import NORM_COLUMNS
 
 
 class RankedHead(NamedTuple):
@@ -58,7 +58,7 @@ def normalise(values: ArrayLike, mode: str = "zscore") -> NDArray[np.float64]:
         case "percentile":
             return (average_ranks(found) - 1) / (len(found) - 1) if len(found) > 1 else np.array([0.5])
         case _:
-            raise InputError(f"norm_mode must be one of {', '.join(NORM_MODES)}, got {mode!r}.")
+            raise InputError(f"norm_mode must be one of {', '.join(NORM_COLUMNS)}, got {mode!r}.")
 
 
 def fuse(scores: Mapping[str, Sequence[ArrayLike]], weights: Mapping[str, float]) -> list[NDArray[np.float64]]:
