@@ -102,7 +102,6 @@ def test_a_checkpoint_that_was_half_written_is_not_taken_for_one(config, uninter
 def test_a_killed_process_is_gone_on_from(config, uninterrupted):
     program = f"""
 import os, signal
-from tinyonn.heads import training
 from tinyonn.heads.plasticity.config import PlasticityConfig
 from tinyonn.heads.plasticity.training import train
 def progress(now):
