@@ -153,14 +153,16 @@ def commented_yaml(config: type[Options], header: str) -> str:
 
 
 class one_of:
-    """A check: one of the choices."""
+    """A check: one of some values. `choices` are those that a command line and a config file name, without None."""
 
-    def __init__(self, *choices: str) -> None:
-        self.choices = choices
+    def __init__(self, *values: str | None) -> None:
+        self.values = values
+        self.choices = [value for value in values if value is not None]
 
     def __call__(self, value: Any, name: str) -> Any:
-        if value not in self.choices:
-            raise InputError(f"{name} must be one of {', '.join(self.choices)}, got {shown(value)}{did_you_mean(value, self.choices)}")
+        if value not in self.values:
+            near = did_you_mean(value, self.choices)
+            raise InputError(f"{name} must be one of {', '.join(map(str, self.values))}, got {shown(value)}{near}")
         return value
 
 

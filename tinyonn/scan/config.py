@@ -73,7 +73,7 @@ class ScanConfig(Options):
     store: str = option("records", one_of("records", "integral"))
     store_text: bool = option(True, true_or_false)
     codec: str = option("log2u16", one_of("log2u16", "f32"))
-    compression: str | None = option(None, one_of("zstd"), unset="no")
+    compression: str | None = option(None, one_of(None, "zstd"), unset="no")
     sync: str = option("close", one_of("none", "chunk", "close"))
     resume: bool = option(True, true_or_false)
     overwrite: bool = option(False, true_or_false)
