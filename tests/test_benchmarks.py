@@ -11,11 +11,13 @@ import types
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from tinyonn.mscan import Integral, LayoutEntry, MscanWriter, SequenceRecord
 from tinyonn.testing.timing import measure
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -228,3 +230,33 @@ def test_notes_made_after_measuring_are_in_the_json(tmp_path):
     assert [(row["name"], row["extra_info"]["share of the copy"], row["extra_info"]["goal"]) for row in rows] == [
         ("ours", 0.91, "x"), ("peer", 0.91, "x")
     ]  # fmt: skip
+
+
+def test_the_curves_of_the_front_page_are_rows_of_the_measured_table():
+    table = (FOLDER.parent / "docs/dyn_nsa_budget.md").read_text(encoding="utf-8")
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in table.splitlines() if line.startswith("| ")}
+    heading = ("", "budget", "mean blocks", "perplexity")
+    measured = {(name, float(blocks), float(perplexity)) for name, _, blocks, perplexity in rows - {heading}}
+    curves, dense, settings = module("readme_picture").read_curves(FOLDER.parent / "docs/dyn_nsa_budget.json")
+    drawn = {(arm, round(blocks, 2), round(float(np.exp(loss)), 3)) for arm, points in curves.items() for blocks, loss in points}
+    assert len(drawn) == 9
+    assert drawn <= measured
+    assert ("dense, unconverted", dense[0], round(float(np.exp(dense[1])), 3)) in measured
+    assert f"{settings['tokens']} tokens each" in table
+
+
+def test_the_map_of_the_front_page_has_each_weights_mean_sps(tmp_path):
+    layout = [
+        LayoutEntry(f"model.layers.{layer}.mlp.{name}.weight", 128, 2, 4 * layer + 2 * number)
+        for layer in range(2)
+        for number, name in enumerate(("up", "down"))
+    ]
+    norms = np.ones((2, 8), np.float32)
+    sps = np.array([3.0, 1, -2, -2, 0, 8, -5, 1])  # sums over the two tokens
+    zeros = np.zeros(8)
+    integral = Integral(sps, np.full(8, 2.0), zeros, zeros, zeros, zeros)
+    with MscanWriter(tmp_path / "a.mscan", {"model": "m", "topic": "t"}, layout, mode="w") as writer:
+        writer.append(SequenceRecord("s", np.array([1, 2]), np.zeros(2, np.float32), norms, norms, integral=integral))
+    grid, modules, metadata, tokens = module("readme_picture").read_map(tmp_path / "a.mscan")
+    assert (modules, metadata["topic"], tokens) == (["up", "down"], "t", 2)
+    np.testing.assert_allclose(grid, [[1, -1], [2, -1]])
