@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -136,9 +137,18 @@ def test_whatever_goes_wrong_is_recorded_and_the_next_question_runs(gpu, tmp_pat
 
 def test_time_is_kept_and_what_does_not_fit_is_named(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["gpu_runs"], "TINY_SECONDS", 2.0)
+    go = gpu.Run.go
+
+    def late(run: Any, *args: Any) -> None:
+        """The first worker has started, however long that took; three seconds are left."""
+        assert run.end - run.start == pytest.approx(180)
+        run.end = time.monotonic() + 3
+        go(run, *args)
+
+    monkeypatch.setattr(gpu.Run, "go", late)
     (tmp_path / "slow.py").write_text("import time\n\n\ndef waits():\n    time.sleep(600)\n")
     waits = gpu.Question("waits", "goal", 1, f"{tmp_path}/slow.py:waits", {}, {})
-    code, records = run(gpu, tmp_path, [waits, *named(gpu, "block norms, float32")], "--minutes", "0.3")
+    code, records = run(gpu, tmp_path, [waits, *named(gpu, "block norms, float32")], "--minutes", "3")
     assert code == 1
     assert records["waits"]["status"] == "timeout"
     assert records["block norms, float32"]["status"] == "skipped"
