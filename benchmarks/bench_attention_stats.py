@@ -1,7 +1,7 @@
 """Entropy of attention beside scaled_dot_product_attention, against eager attention and the entropy of its probabilities.
 
-Heads are SmolLM2-135M's: 9 query and 3 key heads of 64. Every candidate gives out the attention's output and the entropy of every
-query and head; the mask of eager attention is made beforehand, as a model does once for all of its layers.
+The shape is SmolLM2-135M's: 9 query and 3 key heads of 64 dimensions. Every candidate returns the attention output and the entropy of
+every query and head. The mask of eager attention is built before timing, as a model builds it once for all layers.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tinyonn.ops import attention_stats
 
 HEADS, KV_HEADS, DIM = 9, 3, 64
 GROUP = HEADS // KV_HEADS
-SPAN = slice(8, 72)  # keys of the question, in the runs that want its mass
+SPAN = slice(8, 72)  # keys that count as the question, in the runs that compute its attention mass
 
 Pair = tuple[Tensor, ...]
 
 
 class Case:
-    """Queries and keys of one sequence, (1, H, T, D) as attention functions take them; float32, and bfloat16 on a GPU."""
+    """Query, key and value of one sequence, (1, H, T, D); float32 on a CPU, bfloat16 on a GPU."""
 
     def __init__(self, tokens: int, device: str) -> None:
         generator = torch.Generator().manual_seed(tokens)
@@ -56,18 +56,18 @@ class Case:
         return *self.sdpa(), found.entropy, found.span_mass
 
     def eager(self) -> Pair:
-        """transformers' own: output and probabilities."""
+        """Eager attention of transformers: output and probabilities."""
         module: Any = SimpleNamespace(num_key_value_groups=GROUP, training=False)
         out, probs = eager_attention_forward(module, self.query, self.key, self.value, self.mask, scaling=DIM**-0.5)
         return out.transpose(1, 2), probs
 
     def written_out(self) -> Pair:
-        """As it is mostly written."""
+        """The usual expression."""
         out, probs = self.eager()
         return out, -(probs * (probs + 1e-12).log()).sum(-1).transpose(1, 2)
 
     def entr_in_place(self) -> Pair:
-        """The probabilities have done their work: their memory is free for what is summed."""
+        """Overwrites the probabilities, which are no longer needed, to save memory."""
         out, probs = self.eager()
         return out, torch.special.entr(probs, out=probs).sum(-1).transpose(1, 2)
 
@@ -77,7 +77,7 @@ class Case:
         return out, torch.special.entr(probs, out=probs).sum(-1).transpose(1, 2), mass.transpose(1, 2)
 
     def head_at_a_time(self) -> Pair:
-        """One head's matrix is there at a time."""
+        """Holds the matrix of one head at a time."""
         out, entropy = torch.empty_like(self.query), torch.empty(1, self.tokens, HEADS, device=self.query.device)
         for head in range(HEADS):
             scores = torch.baddbmm(self.mask[0], self.query[:, head], self.key[:, head // GROUP].mT, alpha=DIM**-0.5)
@@ -97,7 +97,7 @@ def agree(outputs: dict[str, Pair]) -> None:
 
 
 def needs(tokens: int, device: str, matrices: int) -> None:
-    """Skips where that many T x T matrices of all heads do not fit."""
+    """Skips the test if `matrices` T x T matrices of all heads do not fit in memory."""
     free, wanted = available_memory(torch.device(device)), matrices * HEADS * tokens**2 * 4
     if wanted > free:
         pytest.skip(f"needs {wanted / 1e9:.1f} GB for eager attention, {free / 1e9:.1f} are free")
@@ -157,7 +157,7 @@ def test_memory_grows_as_the_sequence_does(compare, device, peak_megabytes):
 
 @pytest.mark.parametrize("tokens", [1024, 4096])
 def test_a_model_captured_against_eager(compare, device, peak_megabytes, tokens):
-    """Forward passes of a model of SmolLM2's sizes, with two layers and a small vocabulary."""
+    """Forward pass of a model with SmolLM2's sizes, two layers and a small vocabulary."""
     needs(tokens, device, 8)
     config = LlamaConfig(
         vocab_size=4096, hidden_size=HEADS * DIM, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=HEADS,

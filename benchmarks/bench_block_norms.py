@@ -1,4 +1,4 @@
-"""Block norms: how close to reading the tensor once, which is all they have to do."""
+"""Block norms compared with the time to read the tensor once, which is their lower bound."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def against_copy_bandwidth(compare: Callable[..., Comparison], rows: int, featur
         _check(x),
         info={"goal": "read bandwidth >= 0.85 of copy's", "bytes_read": x.nbytes},
     )
-    # A copy moves every byte twice. Norms move it once and write a 64th as much, in float32.
+    # A copy reads and writes every byte. Block norms read each byte once and write one float32 for every 64 values.
     moved = x.nbytes + x.numel() // 64 * 4
     result.info["copy, GB/s"] = round(2 * x.nbytes / result.median("copy") / 1e9, 1)
     result.info["share of copy's bandwidth"] = round((moved / result.median("tinyonn")) / (2 * x.nbytes / result.median("copy")), 3)

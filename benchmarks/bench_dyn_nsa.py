@@ -1,11 +1,10 @@
 """DynNSA beside dense attention: the whole function and its parts, forward, backward and decoding.
 
-Peers compute dense causal attention over the same query, key and value, except where a row says otherwise: the question is what
-sparse attention saves, and its answers are checked against the dense oracle on the last rows, all of which see everything. What is
-timed has every threshold open, so that each row reads as many blocks as it may; that gates between 0 and 1, and all gradients, are
-right is checked first, on a short sequence of the same block sizes.
-Training lengths on a GPU are in `bench_dyn_nsa_long.py`.
-"Random" choices differ from query to query; "clustered" ones are shared by neighbours, as text makes them.
+Unless a row says otherwise, peers compute dense causal attention over the same query, key and value: the benchmark measures what sparse
+attention saves. Outputs are checked against the dense oracle on the last rows, which attend to all keys. In timed runs all thresholds are
+open, so each row reads the maximum number of blocks. A short sequence with the same block sizes first checks gates between 0 and 1 and all
+gradients. `bench_dyn_nsa_long.py` has training lengths on a GPU.
+"Random" selections differ from query to query. "Clustered" selections are shared by neighbouring queries, as in text.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from tinyonn.testing import assert_close_rms, dyn_nsa_case
 
 HEADS, KV_HEADS, DIM = 8, 2, 64
 BLOCKS, WINDOW, COMPRESS = 16, 512, 64
-CHECKED = 64  # last rows that are compared with the oracle
-SHORT, FEW_BLOCKS = 777, 8  # the short sequence, whose late rows have up to 12 blocks to choose from
-PARTLY_OPEN = 0.2  # least share of its blocks that are neither shut nor open, of those that are not read anyway
+CHECKED = 64  # number of last rows that are compared with the oracle
+SHORT, FEW_BLOCKS = 777, 8  # length of the short sequence; its last rows choose among up to 12 blocks
+PARTLY_OPEN = 0.2  # minimum share of optional blocks with a gate strictly between 0 and 1
 
 
 def inputs(
     tokens: int, choices: str, device: str = "cpu", heads: int = HEADS, kv_heads: int = KV_HEADS, dim: int = DIM
 ) -> dict[str, Tensor]:
-    """Unit-scale tensors; every row has more blocks above the threshold than it may read, so that each reads BLOCKS."""
+    """Unit-scale tensors. Every row has more than BLOCKS blocks above the threshold, so it reads exactly BLOCKS."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -43,7 +42,7 @@ def inputs(
     key, value = draw(1, tokens, kv_heads, dim), draw(1, tokens, kv_heads, dim)
     key_compressed, value_compressed = (x.unflatten(1, (-1, COMPRESS)).mean(2) * COMPRESS**0.5 for x in (key, value))
     query = draw(1, tokens, heads, dim)
-    if choices == "clustered":  # queries of one stretch of 256 tokens look for the same
+    if choices == "clustered":  # all queries of a 256-token segment select similar blocks
         query = 0.3 * query + draw(1, -(-tokens // 256), heads, dim).repeat_interleave(256, 1)[:, :tokens]
     return {
         "query": query,
@@ -62,7 +61,7 @@ def dyn_nsa(tensors: dict[str, Tensor]) -> ops.DynNSAOutput:
 
 
 def expected_rows(tensors: dict[str, Tensor]) -> Tensor:
-    """The oracle on the last rows."""
+    """Dense oracle of the last rows."""
     last = {name: x[:, -CHECKED:] if name in ("query", "gates") else x for name, x in tensors.items()}
     return reference.dyn_nsa(*(x.cpu() for x in last.values()), window=WINDOW, max_blocks=BLOCKS, compress_size=COMPRESS)[0]
 
@@ -79,7 +78,7 @@ def check_short(
     dtype: torch.dtype = torch.float32,
     tolerance: float = 1e-5,
 ) -> None:
-    """Outputs and all gradients of `dyn_nsa` or of one of its parts against the float64 oracle, many of whose gates are in between."""
+    """Checks outputs and gradients of `dyn_nsa`, or of one part, against the float64 oracle; many gates are strictly between 0 and 1."""
     case = dyn_nsa_case(SHORT, queries=queries, heads=heads, kv_heads=kv_heads, dim=dim, compress_size=COMPRESS, dtype=dtype)
     qkv = {name: case[name] for name in ("query", "key", "value")}
     compressed = {name: case[name] for name in ("query", "key_compressed", "value_compressed")}
@@ -101,7 +100,7 @@ def check_short(
         listed, read, log_gate, soft_counts, *_ = library.select_blocks(**x, **sizes, max_blocks=FEW_BLOCKS)
         assert torch.equal(listed.cpu(), indices)
         assert torch.equal(read.cpu(), counts)
-        return log_gate.exp(), soft_counts  # the slope of the log itself has no bound where a gate closes
+        return log_gate.exp(), soft_counts  # the gradient of the logarithm is unbounded as a gate approaches 0
 
     def whole(library: Any, **x: Tensor) -> tuple[Tensor, ...]:
         result = library.dyn_nsa(**x, window=WINDOW, max_blocks=FEW_BLOCKS, compress_size=COMPRESS)
@@ -121,7 +120,7 @@ def check_short(
     ours = {name: x.to(device).requires_grad_() for name, x in given.items()}
     theirs = {name: x.double().requires_grad_() for name, x in given.items()}
     results, expected = call(ops, **ours), call(reference, **theirs)
-    # Rows that see nothing have an lse of -inf, which takes no part.
+    # The lse of rows without visible keys is -inf; it is excluded.
     cotangents = [torch.randn_like(x) * x.detach().isfinite() for x in expected]
     grads = torch.autograd.grad(results, list(ours.values()), [g.to(x) for g, x in zip(cotangents, results, strict=True)])
     exact = torch.autograd.grad(expected, list(theirs.values()), cotangents)
@@ -137,13 +136,13 @@ def forward_backward(call: Callable[..., Tensor], leaves: list[Tensor], cotangen
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """SDPA over (B, T, H, D)."""
+    """SDPA of (B, T, H, D) tensors."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def einsum(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Dense causal attention written out."""
+    """Dense causal attention in plain PyTorch operations."""
     key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], 2) for x in (key, value))
     scores = torch.einsum("bthd,bshd->bhts", query, key) * query.shape[-1] ** -0.5
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -279,7 +278,7 @@ def test_parts(compare, device, part):
 
 @pytest.mark.parametrize("tokens", [1024, 4096])
 def test_whole_module(compare, device, tokens):
-    """Projections, rotary embedding, compression and gates included. Each has weights of its own, so answers differ by intention."""
+    """Times whole modules: projections, rotary embedding, compression and gates. Their weights differ, so outputs are not compared."""
     check_short("dyn_nsa", device)
     torch.manual_seed(0)
     hidden = HEADS * DIM

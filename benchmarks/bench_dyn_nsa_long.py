@@ -1,8 +1,8 @@
 """DynNSA at training lengths on a GPU: 64/4 heads, D = 128, bfloat16, beside each backend of dense attention and beside fla.
 
-Each implementation is timed forward, and forward and backward together; the backward is the difference of the two medians. Every backend
-is a candidate of its own: "SDPA" alone would be whichever of them torch prefers. Output and the gradients of query and gates are compared
-with the float64 oracle on the last rows, all of which see everything.
+Each implementation is timed forward, and forward plus backward; backward time is the difference of the two medians. Every SDPA backend
+is a separate candidate, because plain SDPA runs whichever backend torch prefers. The output and the gradients of query and gates are
+compared with the float64 oracle on the last rows, which attend to all keys.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tinyonn.testing.timing import Comparison, peak_megabytes
 
 OURS = "dyn_nsa"
 BOTH = "forward + backward"
-CHECKED = 16  # last rows that are compared with the oracle
-LIMITS = {torch.float32: (1e-5, 4e-5), torch.bfloat16: (1e-2, 2e-2)}  # of outputs and gradients
+CHECKED = 16  # number of last rows that are compared with the oracle
+LIMITS = {torch.float32: (1e-5, 4e-5), torch.bfloat16: (1e-2, 2e-2)}  # limits for outputs and gradients
 GOAL = "best SDPA >= 3x whole; FlashAttention-2 >= 6x forward and >= 7x backward, at 65536"
 MEMORY_GOAL = 1.5
 BACKENDS = {
@@ -39,10 +39,10 @@ Step = Callable[[], tuple[Tensor, tuple[Tensor, ...]]]
 
 
 def base_for(tensors: dict[str, Tensor], wanted: int) -> float:
-    """The base at which rows read `wanted` blocks on average, with room for twice as many."""
+    """Base at which rows read `wanted` blocks on average, if they may read twice as many."""
     q, kc, vc = (tensors[name] for name in ("query", "key_compressed", "value_compressed"))
     lse = ops.compressed_attention(q, kc, vc, compress_size=COMPRESS)[1]
-    low, high = -20.0, 0.0  # all, and only those that are forced
+    low, high = -20.0, 0.0  # base that opens all blocks, and base that opens only the forced ones
     for _ in range(12):
         middle = (low + high) / 2
         threshold = torch.full((1, q.shape[1], kc.shape[2]), middle, device=q.device)
@@ -52,7 +52,7 @@ def base_for(tensors: dict[str, Tensor], wanted: int) -> float:
 
 
 class Setting:
-    """Inputs of one length; `choices` as in `bench_dyn_nsa.inputs`, or "threshold" for random ones of which few pass."""
+    """Inputs of one length. `choices` is that of `bench_dyn_nsa.inputs`, or "threshold": random selections of which few pass."""
 
     def __init__(self, tokens: int, choices: str, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str) -> None:
         drawn = inputs(tokens, "random" if choices == "threshold" else choices, device, heads=heads, kv_heads=kv_heads, dim=dim)
@@ -89,7 +89,7 @@ class Setting:
         return self.both(OURS, self.dyn_nsa, list(self.leaves.values()))
 
     def dense(self) -> dict[str, Step]:
-        """Every form of causal attention that might run here."""
+        """All implementations of dense causal attention that may run on this machine."""
 
         def by(backend: SDPBackend) -> Callable[[], Tensor]:
             def call() -> Tensor:
@@ -113,7 +113,7 @@ class Setting:
         }
 
     def check(self, out: Tensor, grads: tuple[Tensor, ...]) -> dict[str, float]:
-        """The last rows of the first and of the last key head against the oracle; errors by name."""
+        """Compares the last rows of the first and the last key head with the oracle; returns errors by name."""
         of_outputs, of_gradients = LIMITS[out.dtype]
         kv_heads = self.qkv[1].shape[2]
         group = out.shape[2] // kv_heads
@@ -138,7 +138,7 @@ class Setting:
 
 
 def flash_attention_packages() -> dict[str, Callable[..., Tensor]]:
-    """FlashAttention's own packages, where they are installed."""
+    """FlashAttention's own packages, if installed."""
     found: dict[str, Callable[..., Tensor]] = {}
     try:
         from flash_attn import flash_attn_func
@@ -160,7 +160,7 @@ def _first(result: Any) -> Tensor:
 
 
 def note_ratios(result: Comparison) -> None:
-    """Adds, for each peer that ran both ways: by how much ours is faster as a whole, forward and backward; then the best peer's."""
+    """Adds our speedup over each peer that ran both passes: total, forward and backward; then over the best peer."""
     ours = [result.median(f"{OURS}, {part}") for part in (BOTH, "forward")]
     ratios = {}
     for name in result.samples:
@@ -191,10 +191,10 @@ def against_dense_attention(
 
 
 def peak_memory(compare: Callable[..., Comparison], tokens: int, heads: int, kv_heads: int, dim: int, dtype: str, device: str) -> None:
-    """The step's peak, inputs included, over query, key, value, output and their gradients, which a step cannot do without."""
+    """Peak memory of a step, inputs included, divided by the size of query, key, value, output and their gradients, its lower bound."""
     setting = Setting(tokens, "random", heads, kv_heads, dim, getattr(torch, dtype), device)
     step = setting.ours()[f"{OURS}, {BOTH}"]
-    step()  # trials of configurations keep copies
+    step()  # the autotuner keeps copies while it tries configurations
     q, k, v = setting.qkv
     least = 2 * (2 * q.nbytes + k.nbytes + v.nbytes) / 1e6
     own = sum(x.nbytes for x in (q, k, v)) / 1e6
@@ -212,7 +212,7 @@ def peak_memory(compare: Callable[..., Comparison], tokens: int, heads: int, kv_
 def selected_branch_against_fla(
     compare: Callable[..., Comparison], tokens: int, heads: int, kv_heads: int, dim: int, dtype: str, device: str
 ) -> None:
-    """fla computes attention to given blocks: the selected branch alone, with the same blocks."""
+    """Compares the selected branch alone, because fla computes attention to given blocks; both use the same blocks."""
     try:
         from fla.ops.nsa import parallel_nsa
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""`expert_mlp` beside the ways people write a mixture of small experts, surprise and checkpointing on and off.
+"""`expert_mlp` against common implementations of a mixture of small experts, with and without surprise and checkpointing.
 
-Every candidate gets the same routing and gives the same output and gradients, which is checked before anything is timed. The dense forms
-compute every expert for every token; the loops gather each expert's tokens and add its output back. float32 on a CPU, bfloat16 on a GPU.
-Where the dense forms begin to win is measured by `expert_dispatch.py`.
+All candidates have the same routing. Their outputs and gradients are checked to be equal before timing. The dense forms compute every
+expert for every token; the loops gather each expert's tokens and add its output back. Tensors are float32 on a CPU and bfloat16 on a GPU.
+`expert_dispatch.py` measures where the dense forms begin to win.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ GPU_SIZES = ("1024 experts of 64, 16k tokens",)
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
-# What a candidate may cost; beyond it there is no row.
+# Limits on the cost of a candidate; a more expensive one has no row.
 DENSE_OPERATIONS = {"cpu": 2e11, "cuda": 5e13}  # seconds on one core, and on a GPU
 DENSE_ELEMENTS = 1 << 27  # tokens x experts x features, which the naive dense form writes
-EAGER_ELEMENTS = 1 << 30  # experts x all their weights: each expert's gradient is a tensor of all weights
+EAGER_ELEMENTS = 1 << 30  # experts x all their weights: the gradient for each expert is a tensor of the size of all weights
 GATHERED_ELEMENTS = 1 << 27  # weights of every slot, which batched_mm writes
 
 SLOW = ("transformers, batched_mm", "transformers, eager", "dense einsum, weighed first", "dense einsum")
 
-Forward = Callable[[], tuple[Tensor, list[Tensor]]]  # output, and what it is differentiated by
+Forward = Callable[[], tuple[Tensor, list[Tensor]]]  # output, and the leaves to differentiate by
 
 
 class Case(SimpleNamespace):
@@ -62,7 +62,7 @@ class Case(SimpleNamespace):
 
     @property
     def dense_operations(self) -> float:
-        """Of forward and backward, additions and multiplications, every expert for every token."""
+        """Additions and multiplications of forward and backward if every expert processes every token."""
         return 6.0 * len(self.x) * (self.up.numel() + self.down.numel())
 
 
@@ -97,19 +97,19 @@ def weights_of_all(c: Case) -> Tensor:
 
 
 def dense_naive(c: Case) -> Tensor:
-    """As one would first write it: its third product holds tokens x experts x features."""
+    """The simplest form; its third product holds tokens x experts x features values."""
     h = gated(torch.einsum("nf,eif->nei", c.x, c.up))
     return torch.einsum("nei,efi,ne->nf", h, c.down, weights_of_all(c))
 
 
 def dense(c: Case) -> Tensor:
-    """The best dense form: three large products, the last of which sums over experts too, as hidden values are weighed before it."""
+    """The best dense form: three large products. Hidden values are weighted first, so the last product also sums over experts."""
     gate, up = (torch.einsum("nf,eif->nei", c.x, half) for half in c.up.chunk(2, 1))
     return torch.einsum("nei,efi->nf", functional.silu(gate) * up * weights_of_all(c).unsqueeze(-1), c.down)
 
 
 def loop(c: Case) -> Tensor:
-    """One expert after another. Weights are unbound once: indexing them would make a gradient of all weights for each expert."""
+    """A loop over experts. Weights are unbound once: indexing them would create a gradient of full size for each expert."""
     ups, downs = c.up.unbind(), c.down.unbind()
     out = torch.zeros_like(c.x)
     for expert in torch.unique(c.index).tolist():
@@ -120,7 +120,7 @@ def loop(c: Case) -> Tensor:
 
 
 def step_over_grouped_mm(c: Case) -> Tensor:
-    """Sorted once, differentiated by autograd: what there is without a library."""
+    """Sorts once and differentiates by autograd: the best form that needs no library."""
     flat = c.index.flatten()
     expert, order = flat.sort(stable=True)
     ends = torch.bincount(expert, minlength=len(c.up)).cumsum(0).to(torch.int32)
@@ -141,7 +141,7 @@ def of_transformers(name: str, c: Case) -> Tensor:
 
 
 def liger(c: Case) -> Tensor:
-    """Liger's fused mixture: our layout of weights, int32 indices, no unused slots."""
+    """Liger's fused mixture, with our weight layout, int32 indices and no unused slots."""
     from liger_kernel.ops import LigerFusedMoEFunction
 
     return LigerFusedMoEFunction.apply(c.x, c.up, c.down, c.index.to(torch.int32), c.weight)
@@ -162,7 +162,7 @@ def ours(c: Case, probe: Tensor | None = None) -> Tensor:
 
 
 def forwards_of(c: Case) -> dict[str, Forward]:
-    """Every candidate that fits this size, ours first."""
+    """All candidates that fit this size, ours first."""
 
     def plain(form: Callable[[Case], Tensor]) -> tuple[Tensor, list[Tensor]]:
         return form(c), c.leaves
@@ -197,20 +197,20 @@ def forwards_of(c: Case) -> dict[str, Forward]:
 
 
 def step(c: Case, forward: Forward) -> tuple[Tensor, ...]:
-    """Output, gradients of the leaves, and the surprise where there is one."""
+    """Output, gradients of the leaves, and the surprise if the form computes one."""
     out, leaves = forward()
     return (out.detach(), *torch.autograd.grad(out, leaves, c.cotangent))
 
 
 def check_close(got: Tensor, wanted: Tensor, tolerance: float, name: str) -> float:
-    """Root mean square error against that of `wanted`; a NaN never passes. In float32: some gradients hold 10^8 numbers."""
+    """RMS error divided by the RMS of `wanted`; NaN fails. Computed in float32, as some gradients hold 10^8 values."""
     ratio = (torch.linalg.vector_norm(got.float() - wanted.float()) / torch.linalg.vector_norm(wanted.float())).item()
     assert ratio <= tolerance, f"{name} must differ by at most {tolerance:g} of its size, got {ratio:.3g}."
     return ratio
 
 
 def check_equal(outputs: dict[str, tuple[Tensor, ...]], tolerance: float) -> dict[str, float]:
-    """Output and gradients of all against those of the step over grouped_mm; surprises against each other. The largest error of each."""
+    """Compares outputs and gradients with those of the step over grouped_mm, and surprises with each other; returns the largest errors."""
     errors = dict.fromkeys(outputs, 0.0)
     reference = outputs["step over grouped_mm"]
     surprises = [name for name, values in outputs.items() if len(values) > 5]
@@ -224,7 +224,7 @@ def check_equal(outputs: dict[str, tuple[Tensor, ...]], tolerance: float) -> dic
 
 
 def best_forms(compare: Callable[..., Comparison], device: str, sizes: tuple[int, ...]) -> None:
-    """The goal's question: what a step costs beside the fastest others, and what the surprise adds."""
+    """Compares a step with the fastest peers, and measures the cost of the surprise."""
     tokens, features, experts, neurons, slots = sizes
     c = case(tokens, features, experts, neurons, slots, device, DTYPE[device])
     ours = ("expert_mlp", "expert_mlp, surprise")
@@ -253,7 +253,7 @@ def test_best_forms(compare, size):
 @pytest.mark.parametrize("forms", ["sparse", "slow"])
 @pytest.mark.parametrize("size", SIZES)
 def test_forward_and_backward(compare, device, size, forms):
-    """Forms that take seconds are compared apart, or there would be few rounds for the others."""
+    """Forms that take seconds are compared separately, so that the others have enough rounds."""
     if device == "cpu" and size in GPU_SIZES:
         pytest.skip("minutes on a CPU; `make gpu` runs it")
     tokens, features, experts, neurons, slots = SIZES[size]
@@ -281,7 +281,7 @@ def test_forward_and_backward(compare, device, size, forms):
 
 
 def allocated(call: Callable[[], Any], device: str) -> tuple[int, int]:
-    """Bytes beyond what there was before: the most at any time during one call, and those of its result and all that this keeps."""
+    """Peak of the bytes allocated during one call, and bytes that its result keeps alive."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -296,13 +296,13 @@ def allocated(call: Callable[[], Any], device: str) -> tuple[int, int]:
             most = max(most, now)
     tensors = [held] if isinstance(held, Tensor) else [part for part in held if isinstance(part, Tensor)]
     results = sum({part.data_ptr(): part.untyped_storage().nbytes() for part in tensors}.values())
-    unseen = max(0, results - now)  # mapped by the op itself, as `expert_mlp` does with large gradients: no event tells of it
+    unseen = max(0, results - now)  # memory that the op maps itself, as `expert_mlp` does for large gradients, has no allocation event
     return most + unseen, now + unseen
 
 
 @pytest.mark.parametrize("size", [next(iter(SIZES))])
 def test_memory(compare, device, size):
-    """Peak of forward and backward, gradients included, and what the forward keeps for the backward; not a time."""
+    """Peak memory of forward and backward, gradients included, and memory that forward keeps for backward; nothing is timed."""
     c = case(*SIZES[size], device, DTYPE[device])
     peak, kept = {}, {}
     for name, forward in forwards_of(c).items():

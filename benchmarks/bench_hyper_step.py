@@ -1,7 +1,7 @@
-"""What a step in which the routers learn costs: beside one in which they do not, and beside the form that keeps the main graph.
+"""Cost of a step that trains the routers, against a step that does not and against the form that retains the main graph.
 
-The model is mixtures alone, with residuals: no attention hides what the step adds. Gradients are equal in both forms that teach routers,
-which is checked before anything is timed.
+The model consists of mixtures with residual connections; without attention, the overhead of the step is most visible. The gradients of
+both forms that train routers are checked to be equal before timing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Model(nn.Module):
 
 
 class HandOut(torch.optim.SGD):
-    """Changes no parameter, so every step has the same gradients; `zero_grad` takes them off the parameters, for `taken`."""
+    """An optimizer that changes no parameter, so every step has the same gradients; `zero_grad` moves them to `taken`."""
 
     found: tuple[Tensor, ...] = ()
 
@@ -54,7 +54,7 @@ class HandOut(torch.optim.SGD):
 
 
 def candidates_of(size: str, device: str) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """Each does a whole step and gives the gradients."""
+    """Functions that each run a whole step and return the gradients."""
     tokens, experts, neurons, slots = SIZES[size]
     torch.manual_seed(0)
     model = Model(experts, neurons, slots).to(device)
@@ -81,7 +81,7 @@ def candidates_of(size: str, device: str) -> dict[str, Callable[[], tuple[Tensor
             loss().backward(retain_graph=True)
             total = torch.zeros((), device=device)
             for module, calls in visits.items():
-                # On detached inputs, for routers learn from their own layer alone; the scores of forward would teach the layers before.
+                # Scores are recomputed from detached inputs, so that a router's loss does not reach earlier layers.
                 scores = module.router(calls[0].hidden_states).scores
                 total = total + ops.surprise_min_loss(scores, module.surprise(calls[0])) / len(visits)
             total.backward()

@@ -1,4 +1,4 @@
-"""∫SPS over the planes of a scan, against the expressions one would write."""
+"""∫SPS over the planes of a scan, against the usual PyTorch expressions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _torch_expression(activation: torch.Tensor, grad_norm: torch.Tensor) -> torc
 
 
 def _segment_expression(activation: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
-    """No loop: every layer at once through `index_add`, as a group-by does it."""
+    """All layers at once by `index_add`, without a loop."""
     device = activation.device
     layer = torch.bucketize(torch.arange(OFFSETS[-1], device=device), torch.tensor(OFFSETS[1:], device=device), right=True)
     missing = activation.isnan() | grad_norm.isnan()

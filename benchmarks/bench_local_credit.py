@@ -1,6 +1,6 @@
-"""Local credit against the decoding loops that it replaces.
+"""Local credit against the equivalent decoding loops.
 
-The model is SmolLM2-135M, whole; the loop that keeps its graph grows so fast that it is shown on four layers of the same sizes.
+The model is SmolLM2-135M. The loop that keeps its graph is measured on four layers of the same sizes, because its cost grows quickly.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def tokens_of(model: PreTrainedModel, batch: int, length: int) -> Tensor:
 
 
 def detached_loop(model: PreTrainedModel, tokens: Tensor) -> np.ndarray:
-    """Token by token over a cache cut from the graph: (T−1, blocks) gradient norms. The loop at its best: no weight gradient
-    is ever formed, the norms come from hooks as in the scan."""
+    """(T−1, blocks) gradient norms, token by token over a detached cache. The best form of the loop: hooks compute the norms, as in
+    the scan, and no weight gradient is formed."""
     rows = []
     cache = DynamicCache(config=model.config)
     for t in range(tokens.shape[1] - 1):
@@ -61,7 +61,7 @@ def detached_loop(model: PreTrainedModel, tokens: Tensor) -> np.ndarray:
 
 
 def weight_gradient_loop(model: PreTrainedModel, tokens: Tensor) -> np.ndarray:
-    """The detached loop as it is usually written: backward into the weights, then the norms of their gradients' blocks."""
+    """The usual detached loop: backward into the weights, then norms of blocks of their gradients."""
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     rows = []
     cache = DynamicCache(config=model.config)
@@ -80,7 +80,7 @@ def weight_gradient_loop(model: PreTrainedModel, tokens: Tensor) -> np.ndarray:
 
 
 def kept_graph_loop(model: PreTrainedModel, tokens: Tensor) -> None:
-    """The same loop where the cache stays in the graph: each token's backward runs through all before it."""
+    """The same loop with the cache in the graph: backward of each token runs through all earlier tokens."""
     cache = DynamicCache(config=model.config)
     for t in range(tokens.shape[1] - 1):
         _step(model, tokens[:, t : t + 1], tokens[:, t + 1], cache, retain_graph=True)
@@ -111,7 +111,7 @@ def norms_agree(scan: list[SequenceScan], loop: np.ndarray) -> None:
 
 def test_local_credit_against_detached_loop(compare, smollm2):
     tokens = tokens_of(smollm2, 1, TOKENS)
-    peer = copy.deepcopy(smollm2)  # the engine's hooks are not the peer's
+    peer = copy.deepcopy(smollm2)  # without the engine's hooks
     with ScanEngine(smollm2, credit="local") as engine:
         result = compare(
             f"local credit of SmolLM2-135M, {TOKENS} tokens",

@@ -1,7 +1,7 @@
 """`.mscan` appends of large chunks against raw writes, other stores and version 1.
 
-Every candidate opens a new file, appends, closes and removes it; the appends alone are timed. Nothing is forced to the
-disk by anyone. The folder is pytest's (`--basetemp` moves it); its file system stands in the table's heading.
+Every candidate opens a new file, appends, closes and removes it. Only the appends are timed. No candidate calls fsync. Files are in
+pytest's temporary folder (`--basetemp` moves it); the heading of the table names its file system.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pa = pytest.importorskip("pyarrow")
 h5py = pytest.importorskip("h5py")
 zarr = pytest.importorskip("zarr")
 
-TOKENS, BLOCKS, APPENDS = 512, 2048, 8  # one append is one DATA chunk of 4 MiB: 2 planes x 512 x 2048 codes
+TOKENS, BLOCKS, APPENDS = 512, 2048, 8  # one append writes one DATA chunk of 4 MiB: 2 planes x 512 x 2048 codes
 VALUES = 2 * TOKENS * BLOCKS
 LAYOUT = [LayoutEntry(f"model.layers.{i}.mlp.up_proj.weight", 64 * 64, 64, 64 * i) for i in range(BLOCKS // 64)]
 V1_RECORD = np.dtype([("token_idx", "<u4"), ("param_id", "<u2"), ("block_idx", "<u2"), ("activation", "<u2"), ("grad_norm", "<u2")])
@@ -39,7 +39,7 @@ class Timed:
 
 @cache
 def planes() -> tuple[np.ndarray, np.ndarray]:
-    """(512, 2048) each: norms whose blocks differ in scale, as a model's do."""
+    """Two (512, 2048) arrays of norms whose blocks differ in scale, as in a model."""
     rng = np.random.default_rng(0)
     scale = rng.normal(-2, 1.5, (2, 1, BLOCKS))
     activation, grad_norm = np.exp(scale + rng.normal(0, 0.7, (2, TOKENS, BLOCKS))).astype(np.float32)
@@ -48,12 +48,12 @@ def planes() -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def codes() -> np.ndarray:
-    """(2, 512, 2048) uint16: the same norms as the codec stores them."""
+    """(2, 512, 2048) uint16 codes of the same norms."""
     return np.stack([_C.encode_log2u16(plane)[0].reshape(plane.shape) for plane in planes()])
 
 
 def timed_appends(append: Callable[[], Any], payload: np.ndarray | None = None) -> float:
-    """Seconds of the appends. uint16 payloads are encoded anew before each, untimed: all then write bytes that an encoder just left."""
+    """Seconds of the appends. uint16 payloads are encoded again, untimed, before each append, so that all writers find them in cache."""
     seconds = 0.0
     for _ in range(APPENDS):
         if payload is not None and payload.dtype == np.uint16:
@@ -66,7 +66,7 @@ def timed_appends(append: Callable[[], Any], payload: np.ndarray | None = None) 
 
 
 def mscan(path: Path, codec: str, *, timed: str) -> Timed:
-    """Appends norms; `timed` is "append" for all of it, "write" for the calls that write, "crc and write" for both."""
+    """Appends norms. `timed`: "append" for the whole call, "write" for file writes, or "crc and write" for both."""
     record = SequenceRecord("s", np.arange(TOKENS), np.zeros(TOKENS, np.float32), *planes())
     with MscanWriter(path, {}, LAYOUT, codec=codec, sync="none") as writer:
         seconds = timed_appends(lambda: writer.append(record))
@@ -115,7 +115,7 @@ def hdf5(path: Path, data: np.ndarray) -> Timed:
 
         def append() -> None:
             store.resize(len(store) + 1, axis=0)
-            store.id.write_direct_chunk((len(store) - 1, 0, 0, 0), data)  # past the filters and the chunk cache
+            store.id.write_direct_chunk((len(store) - 1, 0, 0, 0), data)  # bypasses the filters and the chunk cache
 
         seconds = timed_appends(append, data)
         value = store[-1]
@@ -141,7 +141,7 @@ def zarr_v3(path: Path, data: np.ndarray) -> Timed:
 
 
 def v1_packing(path: Path, data: np.ndarray, *, prepared: bool) -> Timed:
-    """Packs 12-byte records as version 1's writer did; `prepared` packers keep the places between chunks and fill in values alone."""
+    """Packs 12-byte records as the writer of version 1 did. A `prepared` packer computes indices once and then fills in only values."""
     token, column = (part.reshape(-1) for part in np.indices((TOKENS, BLOCKS)))
     places = np.zeros(TOKENS * BLOCKS, V1_RECORD)
     places["token_idx"], places["param_id"], places["block_idx"] = token, column // 64, column % 64
@@ -167,7 +167,7 @@ def heading(kind: str, **more: str) -> dict[str, str]:
 
 
 def test_append_of_encoded_chunks(compare: Callable[..., Any], tmp_path: Path, file_system: str) -> None:
-    """The bytes of a 4 MiB chunk to the file: crc and write of ours, against those who get the same bytes ready-made."""
+    """Writing the bytes of a 4 MiB chunk: our crc and write, against stores that receive the same bytes already encoded."""
     data = codes()
     path = tmp_path / "store"
     candidates = {
@@ -195,7 +195,7 @@ def test_append_of_encoded_chunks(compare: Callable[..., Any], tmp_path: Path, f
 
 
 def test_append_of_norms(compare: Callable[..., Any], tmp_path: Path, file_system: str) -> None:
-    """From float32 norms to the file, encoding included; the others store float32 as it is, version 1 what it can."""
+    """Float32 norms to file, encoding included. The other stores write float32 unchanged; version 1 writes its own records."""
     norms = np.stack(planes())
     integers = np.clip(norms * 100, 0, 65535)
     path = tmp_path / "store"
@@ -223,7 +223,7 @@ def test_append_of_norms(compare: Callable[..., Any], tmp_path: Path, file_syste
 
 
 def test_encoding(compare: Callable[..., Any], tmp_path: Path) -> None:
-    """Encoding alone, with the statistics and the crc that the writer takes on the way, in float32 bytes a second on one core."""
+    """Encoding alone, including statistics and crc, in float32 bytes per second on one core."""
     norms = np.stack(planes())
     path = tmp_path / "store"
 

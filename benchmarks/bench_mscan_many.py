@@ -1,4 +1,4 @@
-"""`.mscan` with many small appends, many sequences, and as version 1's functions use it; bytes a value under compression."""
+"""`.mscan` with many small appends, with many sequences and through version 1's functions; bytes per value with compression."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ pq = pytest.importorskip("pyarrow.parquet")
 h5py = pytest.importorskip("h5py")
 zarr = pytest.importorskip("zarr")
 
-BLOCKS = 2430  # of one token of SmolLM2-135M without its head
+BLOCKS = 2430  # blocks of one token of SmolLM2-135M without its output head
 LAYOUT = [LayoutEntry(f"model.layers.{i}.weight", 81 * 64, 81, 81 * i) for i in range(30)]
 MANY = 1_000_000
 V1_RECORD = np.dtype([("token_idx", "<u4"), ("param_id", "<u2"), ("block_idx", "<u2"), ("activation", "<u2"), ("grad_norm", "<u2")])
 
 
 def norms(tokens: int) -> np.ndarray:
-    """(2, tokens, 2430) float32, with blocks of differing scale."""
+    """(2, tokens, 2430) float32 norms whose blocks differ in scale."""
     rng = np.random.default_rng(0)
     scale = rng.normal(-2, 1.5, (2, 1, BLOCKS))
     return np.exp(scale + rng.normal(0, 0.7, (2, tokens, BLOCKS))).astype(np.float32)
@@ -51,7 +51,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 def test_append_of_one_token(compare: Callable[..., Any], tmp_path: Path, file_system: str, stack: ExitStack) -> None:
-    """One token's norms an append, into stores that stay open. All take float32; ours encodes it and commits each append by itself."""
+    """One token per append, into stores that stay open. All receive float32; ours encodes it and commits each append separately."""
     row = norms(1)
     record = SequenceRecord("s", np.array([7]), np.array([0.5], np.float32), *row)
     writer = stack.enter_context(MscanWriter(tmp_path / "a.mscan", {}, LAYOUT, sync="none"))
@@ -70,7 +70,7 @@ def test_append_of_one_token(compare: Callable[..., Any], tmp_path: Path, file_s
 
     zarr_tokens = zarr.create_array(
         str(tmp_path / "b.zarr"), shape=(0, 2), chunks=(1024, 2), dtype=np.float64, compressors=None, zarr_format=3
-    )  # token id and loss, which Arrow's and our records hold too
+    )  # token id and loss, which the Arrow and `.mscan` records also hold
 
     def zarr_append() -> None:
         store.resize((store.shape[0] + 1, 2, BLOCKS))
@@ -145,7 +145,7 @@ def test_opening_a_million_sequences(compare: Callable[..., Any], tmp_path: Path
 
 
 def test_bytes_a_value(compare: Callable[..., Any], tmp_path: Path) -> None:
-    """Time and size of storing 256 tokens; the norms are synthetic, of blocks whose scales differ."""
+    """Time and size of storing 256 tokens of synthetic norms whose blocks differ in scale."""
     planes = norms(256)
     record = SequenceRecord("s", np.arange(256), np.zeros(256, np.float32), *planes)
     sizes: dict[str, float] = {}
@@ -195,7 +195,7 @@ def test_bytes_a_value(compare: Callable[..., Any], tmp_path: Path) -> None:
 
 
 def rewriting_append(path: Path, records: np.ndarray, info: dict[str, Any]) -> None:
-    """What version 1's first appender did: read the whole file, write it anew with the records behind it, and rename."""
+    """The first appender of version 1: reads the whole file, writes a copy with the new records at its end, and renames it."""
     data = path.read_bytes()
     _, _, length, count = struct.unpack_from("<5sHII", data)
     metadata = json.loads(data[15:length])
@@ -210,7 +210,7 @@ def rewriting_append(path: Path, records: np.ndarray, info: dict[str, Any]) -> N
 
 
 def test_append_through_the_names_of_version_1(compare: Callable[..., Any], tmp_path: Path, file_system: str) -> None:
-    """The 1st and the 100th append of a sequence of 32 tokens (0.9 MB of records): ours does not grow with the file."""
+    """The 1st and the 100th append of a sequence of 32 tokens (0.9 MB of records). The time of ours does not grow with the file."""
     metadata: dict[str, Any] = {"id_to_param_name_map": {str(i): entry.name for i, entry in enumerate(LAYOUT)}, "sequences": []}
     token, column = (part.reshape(-1) for part in np.indices((32, BLOCKS)))
     records = np.zeros(token.size, V1_RECORD)

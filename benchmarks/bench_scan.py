@@ -1,8 +1,8 @@
-"""Does a scan cost more than the forward and backward that it watches?
+"""Cost of a scan against the forward and backward passes that it observes.
 
-The scan: `ScanEngine` and `.mscan` writing, both planes. Its peer: the same frozen model, the same batches, one forward and
-backward of the same summed loss, no hooks, nothing stored. Time is compared in one process, interleaved; peak memory of whole
-runs (`run_scan`, loading included, against loading, tokenising and the peer's loop) in a process each.
+The scan runs `ScanEngine` and writes both planes to `.mscan`. The peer runs one forward and backward of the same summed loss on the same
+frozen model and batches, without hooks or storage. Times are compared in one process, interleaved. Peak memory is compared between whole
+runs in separate processes: `run_scan`, loading included, against loading, tokenising and the peer's loop.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def smollm2() -> Path:
 
 
 def forward_backward(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Summed next-token loss and its gradient at the embeddings; activations are freed as backward goes."""
+    """Summed next-token loss and its gradient at the embeddings. Backward frees activations as it proceeds."""
     embeddings = model.get_input_embeddings()(input_ids).detach().requires_grad_()
     logits = model(inputs_embeds=embeddings, use_cache=False).logits
     loss = functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), input_ids[:, 1:].reshape(-1), reduction="sum")
@@ -68,7 +68,7 @@ def forward_backward(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.T
 
 
 def texts() -> list[str]:
-    """Python code of the interpreter's own library, each piece longer than LENGTH tokens."""
+    """Modules of Python's standard library, each longer than LENGTH tokens."""
     source = Path(json.__file__).with_name("decoder.py").read_text(encoding="utf-8")
     step = len(source) // (BATCH * BATCHES)
     return [source[start : start + 8 * LENGTH] for start in range(0, BATCH * BATCHES * step // 2, step // 2)]
@@ -87,7 +87,7 @@ def test_scan_against_forward_and_backward(compare, smollm2, tmp_path, credit):
         "goal": "<= 1.15x the time (peer >= 0.87x), <= 1.25x the memory",
         "peak memory of a whole run": f"{peaks[0] / 1e6:.2f} GB against {peaks[1] / 1e6:.2f} GB: {peaks[0] / peaks[1]:.2f}x",
     }
-    peer = copy.deepcopy(model)  # the engine stays entered, as in a scan; its hooks are not the peer's
+    peer = copy.deepcopy(model)  # the engine stays active, as in a scan; the peer runs without its hooks
     with ScanEngine(model, credit=credit) as engine, MscanWriter(tmp_path / "bench.mscan", {}, engine.layout) as writer:
 
         def scan() -> float:
@@ -106,7 +106,7 @@ def test_scan_against_forward_and_backward(compare, smollm2, tmp_path, credit):
 
 
 def _peak_memory(model: Path, folder: Path, credit: str) -> list[int]:
-    """Peak resident kilobytes of a whole scan and of its peer, over the same texts."""
+    """Peak resident kilobytes of a whole scan and of its peer on the same texts."""
     corpus = folder / "code_corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))
     arguments = [str(model), str(corpus), str(folder / "whole.mscan"), str(BATCH), str(LENGTH), str(Path(__file__).parent), credit]

@@ -1,4 +1,4 @@
-"""The surprise of every (token, expert) pair: as a by-product of backward, and as gradients per token written out."""
+"""Surprise of every (token, expert) pair as a by-product of backward, against explicit per-token gradients."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyonn import ops
 
-TOKENS, FEATURES = 256, 512  # the gradients written out take tokens x slots x features x neurons
+TOKENS, FEATURES = 256, 512  # explicit gradients hold tokens x slots x features x neurons values
 
 
 @pytest.mark.parametrize(("experts", "neurons", "slots"), [(128, 64, 4), (64, 128, 2), (1024, 16, 8)])
 def test_surprise_against_gradients_per_token(compare, device, peak_megabytes, experts, neurons, slots):
-    """Ours is the whole step with the surprise; the peers compute the surprise alone, from a gradient that is there already."""
+    """Ours runs the whole step with the surprise. The peers compute only the surprise, from a given output gradient."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Per-token gradient norms of a linear layer, against writing the gradients out and against the bare norms."""
+"""Per-token gradient norms of a linear layer, against explicit gradients and against the two norms alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_against_per_sample_gradient_libraries(compare, device):
         torch.randn(512, 512, device=device),
     )
 
-    def opacus_style() -> torch.Tensor:  # per-sample gradients, then their norms: what a grad sampler keeps
+    def opacus_style() -> torch.Tensor:  # per-sample gradients, then their norms, as a grad sampler computes them
         return torch.einsum("n...i,n...j->nij", grad_output, inputs).flatten(1).norm(dim=1)
 
     def functional() -> torch.Tensor:  # torch.func: vmap over the gradient of one token

@@ -1,7 +1,7 @@
-"""What every benchmark shares: interleaved timing, one table row per candidate, ratios of medians.
+"""Fixtures of all benchmarks: interleaved timing, one table row per candidate, ratios of medians.
 
-A benchmark names one question. Its candidates are checked against each other, then timed in turn, round after round,
-so that a machine that slows down slows all of them:
+A benchmark compares candidates. Their results are checked against each other, then they are timed in turn, round after round, so that
+a slowdown of the machine affects all of them:
 
     def test_token_grad_norms_against_einsum(compare):
         result = compare(
@@ -12,10 +12,10 @@ so that a machine that slows down slows all of them:
         )
         result.ratio("einsum")                                     # median of einsum / median of tinyonn
 
-        result.info["share of peak"] = 0.9                         # what is found afterwards
+        result.info["share of peak"] = 0.9                         # computed after the measurement
 
-The ratios stand in `extra_info` of the JSON (`--benchmark-json`), with all of `info`, and are printed after pytest-benchmark's tables.
-`gpu.py` calls the same functions with fixtures of its own.
+The ratios and `info` are in `extra_info` of the JSON (`--benchmark-json`), and are printed after pytest-benchmark's tables. `gpu.py`
+calls the same functions with its own fixtures.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _comparisons: list[Comparison] = []
 def compare(benchmark: Any) -> Iterator[Callable[..., Comparison]]:
     """`compare(group, candidates, check=None, *, before=None, rounds=None, info=None, optional=()) -> Comparison`; see `measure`.
 
-    A candidate that returns an object with `seconds` has timed itself: opening and removing files does not count then.
-    Under `--benchmark-disable` every candidate runs once and is checked; the medians are then of that one call.
+    A candidate that returns an object with `seconds` times itself, for example to exclude opening and removing files.
+    With `--benchmark-disable`, every candidate runs once and is checked; medians are the time of that call.
     """
     rows: list[tuple[Comparison, dict[str, Any]]] = []
 
@@ -54,13 +54,13 @@ def compare(benchmark: Any) -> Iterator[Callable[..., Comparison]]:
         return result
 
     yield run
-    for result, extra in rows:  # what the benchmark found out after it had measured
+    for result, extra in rows:  # entries added after the measurement
         extra.update(result.info)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
-    """Where a question's tensors lie; `make gpu` runs those on the GPU alone."""
+    """Device of the tensors; `make gpu` runs only the GPU variants."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return str(request.param)
@@ -68,12 +68,12 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def peak_megabytes(device: str) -> Callable[[Callable[[], Any]], float]:
-    """`peak_megabytes(call)`: the most memory that one call allocates beyond what there was."""
+    """`peak_megabytes(call)`: peak of the memory that one call allocates."""
     return partial(peak_of, device=device)
 
 
 def _add_rows(benchmark: Any, result: Comparison) -> list[dict[str, Any]]:
-    """One row a candidate in pytest-benchmark's table, whose notes are returned. It has no public way to add rows: all contact is here."""
+    """Adds one row per candidate to pytest-benchmark's table and returns their notes. The only use of its private interface."""
     benchmark._mode = "compare(...)"
     if benchmark.disabled:
         return []
@@ -119,7 +119,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def file_system(tmp_path: Path) -> str:
-    """What kind of file system a benchmark's files lie on: "ext4", "tmpfs", …"""
+    """Type of the file system of the benchmark's files: "ext4", "tmpfs", …"""
     mounts = Path("/proc/mounts")
     points = [line.split()[1:3] for line in mounts.read_text().splitlines()] if mounts.exists() else []
     above = [(len(point), kind) for point, kind in points if tmp_path.resolve().is_relative_to(point)]

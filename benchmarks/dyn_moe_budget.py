@@ -1,21 +1,21 @@
-"""Perplexity of SmolLM2-135M with its MLPs split into experts, against the experts a token goes to.
+"""Perplexity of SmolLM2-135M with its MLPs split into experts, against the number of experts per token.
 
     .venv/bin/python benchmarks/dyn_moe_budget.py            about forty minutes on one core
-    .venv/bin/python benchmarks/dyn_moe_budget.py --quick    a few minutes, to see that it runs; writes nothing
+    .venv/bin/python benchmarks/dyn_moe_budget.py --quick    a trial run of a few minutes; writes nothing
 
-Each MLP of 1,536 neurons becomes 16 experts of 96 by co-activation, all of them active at first. For each mean number of experts k and
-each arm: the routers calibrated to k ("before"), then experts and routers tuned on other text, attention and embeddings frozen
-("after"). The arms differ in what teaches the routers beside the language loss, which reaches them straight-through:
+Each MLP of 1,536 neurons is split by co-activation into 16 experts of 96 neurons, all active at first. For each mean number of experts k
+and each arm, perplexity is measured with routers calibrated to k ("before"), and after tuning experts and routers on other text with
+attention and embeddings frozen ("after"). The arms differ in the router loss beside the language loss, whose gradient is straight-through:
 
     surprise        thresholds, HyperStep with surprise_min_loss
     diversity       thresholds, HyperStep with sparse_diversity_loss
-    top-k, balance  exactly k experts a token, with the load-balance loss of Switch Transformer
-    language loss   thresholds, nothing beside it: what the others must beat
+    top-k, balance  exactly k experts per token, with the load-balance loss of Switch Transformer
+    language loss   thresholds and no router loss: the baseline
 
-Thresholds drift as they learn: every four steps, and at the end, they are shifted together back to k on the training text. "all experts,
-tuned" is the dense model after the same tuning. Sample, training and evaluation texts are different modules of Python's standard library.
-Each result is kept in docs/dyn_moe_budget.json as soon as it is there, and an interrupted run goes on from it. Writes
-docs/dyn_moe_budget.md and docs/dyn_moe_budget.png.
+Thresholds drift during training, so every four steps, and at the end, a common shift restores the mean of k on the training text. "all
+experts, tuned" is the dense model after the same tuning. Sample, training and evaluation texts are different modules of Python's standard
+library. Each result is saved to docs/dyn_moe_budget.json at once, and an interrupted run continues from it. Writes docs/dyn_moe_budget.md
+and docs/dyn_moe_budget.png.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ ROOT = Path(__file__).resolve().parent.parent
 DENSE, ALL_EXPERTS, ALL_TUNED = "dense, unconverted", "converted, all experts", "all experts, tuned"
 SURPRISE, DIVERSITY, TOP_K, LANGUAGE = "surprise", "diversity", "top-k, balance", "language loss"
 ARMS = (SURPRISE, DIVERSITY, TOP_K, LANGUAGE)
-SAMPLE_TEXTS = 8  # of the training texts, for the split and the routers; the others are tuned on
-EXPERT_RATE, ROUTER_RATE = 3e-4, 1e-3  # of Adam
-SCALE = 4.0  # of the routers' sigmoids: at 1 the scores of all experts are nearly one
+SAMPLE_TEXTS = 8  # number of training texts for the split and the routers; the others are for tuning
+EXPERT_RATE, ROUTER_RATE = 3e-4, 1e-3  # Adam's learning rate
+SCALE = 4.0  # scale of the routers' sigmoids; at 1 the scores of all experts are nearly equal
 BALANCE = 0.01  # weight of the load-balance loss, as in Switch Transformer
 SHIFT_EVERY = 4
 
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, rows: list[Tensor]) -> tuple[float, float]:
-    """Perplexity, and mean experts a token and layer; NaN for an unconverted model."""
+    """Perplexity, and mean number of experts per token and layer; NaN for an unconverted model."""
     model.eval()
     expert_statistics(model, reset=True)
     losses = [model(input_ids=ids, labels=ids, use_cache=False).loss.item() for ids in rows]
@@ -78,7 +78,7 @@ def calibrate(model: PreTrainedModel, sample: Tensor, arm: str, budget: float, s
 
 
 def tune(model: PreTrainedModel, rows: list[Tensor], arm: str, budget: float | None, steps: int) -> None:
-    """Experts and routers; without a budget, experts alone."""
+    """Tunes experts and routers; without a budget, only experts."""
     model.requires_grad_(False)
     routers, experts = [], []
     for module in model.modules():
@@ -158,7 +158,7 @@ def main() -> None:
 
 
 class Results:
-    """Rows of (name, budget, perplexity, mean experts), kept in a file as they come."""
+    """Rows of (name, budget, perplexity, mean experts), saved to a file one by one."""
 
     def __init__(self, path: Path | None, settings: dict[str, int]) -> None:
         self.path, self.settings, self.started = path, settings, time.monotonic()

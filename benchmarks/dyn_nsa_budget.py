@@ -1,14 +1,14 @@
-"""Perplexity of a converted SmolLM2-135M against the key blocks it reads.
+"""Perplexity of a converted SmolLM2-135M against the number of key blocks that it reads.
 
     .venv/bin/python benchmarks/dyn_nsa_budget.py            about an hour on two cores
-    .venv/bin/python benchmarks/dyn_nsa_budget.py --quick    a few minutes, to see that it runs; writes nothing
+    .venv/bin/python benchmarks/dyn_nsa_budget.py --quick    a trial run of a few minutes; writes nothing
 
-The model's own weights stay frozen. For each budget and each arm: thresholds shifted together until the calibration text reads the
-budget ("before"), then thresholds, gates and compression tuned on other text ("after"). The arms are the sources of tau, and a static
-top-n, which has no threshold and is tuned alike otherwise. In training and over whole rows tau from the output is one number, a running
-mean; it tells tokens apart only when decoding. Training, calibration and evaluation texts are different modules of Python's standard
-library. Each result is kept in docs/dyn_nsa_budget.json as soon as it is there, and an interrupted run goes on from it. Writes
-docs/dyn_nsa_budget.md and docs/dyn_nsa_budget.png.
+The weights of the original model stay frozen. For each budget and each arm, perplexity is measured after a common shift of all thresholds
+that meets the budget on the calibration text ("before"), and after tuning thresholds, gates and compression on other text ("after"). The
+arms are the sources of tau, and a static top-n without thresholds, tuned in the same way. In training and over whole rows, tau from the
+output is one number, a running mean; it distinguishes tokens only in decoding. Training, calibration and evaluation texts are different
+modules of Python's standard library. Each result is saved to docs/dyn_nsa_budget.json at once, and an interrupted run continues from it.
+Writes docs/dyn_nsa_budget.md and docs/dyn_nsa_budget.png.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TRAINING = (
 
 
 def rows_of(tokenizer: Any, names: tuple[str, ...], length: int) -> list[Tensor]:
-    """(1, length) ids of the start of each module that is long enough."""
+    """(1, length) token ids of the start of each module that is long enough."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for name in names:
@@ -57,7 +57,7 @@ def rows_of(tokenizer: Any, names: tuple[str, ...], length: int) -> list[Tensor]
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, rows: list[Tensor]) -> tuple[float, float]:
-    """Perplexity, and mean key blocks a query, layer and head; NaN for an unconverted model."""
+    """Perplexity, and mean number of key blocks per query, layer and head; NaN for an unconverted model."""
     model.eval()
     statistics(model, reset=True)
     losses = [model(input_ids=ids, labels=ids, use_cache=False).loss.item() for ids in rows]
@@ -77,7 +77,7 @@ def shift(model: PreTrainedModel, opening: float) -> None:
 
 
 def calibrate(model: PreTrainedModel, rows: list[Tensor], budget: float, steps: int = 9) -> None:
-    """Shifts all thresholds together until the calibration text reads `budget` blocks."""
+    """Adds one shift to all thresholds such that the calibration text reads `budget` blocks."""
     low, high = -8.0, 8.0
     for _ in range(steps):
         middle = (low + high) / 2
@@ -87,10 +87,10 @@ def calibrate(model: PreTrainedModel, rows: list[Tensor], budget: float, steps: 
 
 
 def tune(model: PreTrainedModel, rows: list[Tensor], budget: float | None, steps: int) -> None:
-    """Thresholds, gates and compression; the budget loss holds the count. Without a budget thresholds stay as they are.
+    """Tunes thresholds, gates and compression; the budget loss controls the number of blocks. Without a budget, thresholds stay fixed.
 
-    The gates stand at a trained model's own (0, 1, 0), and a step of Adam moves every one of their weights alike: a rate that suits
-    thresholds, in nats, would throw them about.
+    The gates start at (0, 1, 0), which reproduces the trained model, and Adam moves every gate weight by about the learning rate. The rate
+    that suits thresholds, in nats, is too large for gates.
     """
     if budget is not None:
         set_all(model, budget_weight=0.5)
@@ -172,7 +172,7 @@ DENSE, ALL_BLOCKS = "dense, unconverted", "converted, all blocks"
 
 
 class Results:
-    """Rows of (name, budget, perplexity, mean blocks), kept in a file as they come."""
+    """Rows of (name, budget, perplexity, mean blocks), saved to a file one by one."""
 
     def __init__(self, path: Path | None, settings: dict[str, int]) -> None:
         self.path, self.settings = path, settings

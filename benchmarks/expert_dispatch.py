@@ -1,16 +1,16 @@
-"""When a dense einsum beats sparse dispatch over many small experts, in time and in memory, and when not.
+"""Where a dense einsum beats sparse dispatch over many small experts, in time and in memory.
 
     .venv/bin/python benchmarks/expert_dispatch.py            about ten minutes on one core
-    .venv/bin/python benchmarks/expert_dispatch.py --quick    half a minute, to see that it runs; writes nothing without --out
+    .venv/bin/python benchmarks/expert_dispatch.py --quick    a trial run of half a minute; writes nothing without --out
 
-Forward and backward of one mixture: three sweeps around 256 experts of 32 neurons and 4 a token (experts 64 to 4096, neurons 8 to 128,
-experts a token 1 to 16), the corners, and sweeps up to all experts for every token, which the dense form is made for. The candidates are
-those of `bench_expert_mlp.py`; to the surprise, einsum over the gradient of every token and expert is one more. Answers are checked equal
-first, then all candidates are timed in turn. Peak memory is by allocation events, gradients included.
+Measures forward and backward of one mixture: three sweeps around 256 experts of 32 neurons with 4 experts per token (64 to 4096 experts,
+8 to 128 neurons, 1 to 16 experts per token), the corners, and sweeps up to all experts per token, where the dense form does no extra work.
+The candidates are those of `bench_expert_mlp.py`; for the surprise, an einsum over the gradient of every token and expert is added. Outputs
+are checked to be equal, then all candidates are timed in turn. Peak memory is measured by allocation events and includes gradients.
 
-A form that would take too long or too much memory at a size is absent there. Each finished size is kept in OUT/einsum_or_dispatch.json, and
-an interrupted run goes on from it. Writes OUT/einsum_or_dispatch.md and OUT/einsum_or_dispatch.png; with --device cuda, names that end
-in "_cuda".
+A form that would need too much time or memory at a size is left out there. Each finished size is saved to OUT/einsum_or_dispatch.json, and
+an interrupted run continues from it. Writes OUT/einsum_or_dispatch.md and OUT/einsum_or_dispatch.png; with --device cuda, the names end in
+"_cuda".
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from torch.nn import functional
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE, SURPRISED, EINSUM = "step over grouped_mm", "expert_mlp, surprise", "surprise alone, by einsum"
 CENTRE = (256, 32, 4)  # experts, neurons, slots
-EVERYWHERE = 4  # with this many slots every form is timed, with others those that depend on their number or that the question is about
+EVERYWHERE = 4  # every form is timed with this many slots; other counts time the forms that depend on it and the compared ones
 SLOW = ("dense einsum", "transformers, eager", "transformers, batched_mm")
 ROUNDS = (3, 40)
-NAIVE_ELEMENTS, EAGER_ELEMENTS, EINSUM_ELEMENTS = 1 << 26, 1 << 28, 1 << 27  # beyond these the forms take seconds
+NAIVE_ELEMENTS, EAGER_ELEMENTS, EINSUM_ELEMENTS = 1 << 26, 1 << 28, 1 << 27  # larger sizes take seconds
 
 
 def grid(quick: bool) -> list[tuple[int, int, int]]:
-    """(experts, neurons, slots) in the order of measuring."""
+    """(experts, neurons, slots) in the order in which they are measured."""
     if quick:
         return [(64, 8, 1), (64, 8, 4), (64, 8, 64)]
     experts, neurons, slots = CENTRE
@@ -58,7 +58,7 @@ def grid(quick: bool) -> list[tuple[int, int, int]]:
 
 @torch.no_grad()
 def surprise_by_einsum(c: Case) -> Tensor:
-    """Norms of the gradients of down_proj for every token and slot, which are written out."""
+    """Norms of the gradient of down_proj for every token and slot, from explicit gradients."""
     gate, up = torch.einsum("nf,nkif->nki", c.x, c.up[c.index]).chunk(2, -1)
     grads = torch.einsum("nk,nf,nki->nkfi", c.weight, c.cotangent, functional.silu(gate) * up)
     return grads.flatten(2).norm(dim=-1)
@@ -84,7 +84,7 @@ def now(device: str) -> float:
 
 
 def timed(calls: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, list[float]]:
-    """Each call in turn, round after round, for about so many seconds; every call has run once before."""
+    """Times the calls in turn, round after round, for about `seconds`; every call has run once before."""
 
     def sample(call: Callable[[], Any]) -> float:
         start = now(device)
@@ -96,7 +96,8 @@ def timed(calls: dict[str, Callable[[], Any]], device: str, seconds: float) -> d
     one_round = sum(found[0] for found in samples.values())
     names = list(calls)
     for turn in range(1, min(max(int(seconds / one_round), ROUNDS[0]), ROUNDS[1])):
-        random.Random(turn).shuffle(names)  # no candidate always follows the same neighbour: its cache, and the memory that it gave back
+        # The order changes, so that no candidate always inherits the cache and the freed memory of the same neighbour.
+        random.Random(turn).shuffle(names)
         for name in names:
             samples[name].append(sample(calls[name]))
     gc.enable()
@@ -104,7 +105,7 @@ def timed(calls: dict[str, Callable[[], Any]], device: str, seconds: float) -> d
 
 
 def measure(c: Case, device: str, seconds: float) -> dict[str, dict[str, float]]:
-    """{candidate: {"min", "median" in seconds, "rounds", "peak", "kept" in bytes}}; raises where answers differ."""
+    """{candidate: {"min", "median" in seconds, "rounds", "peak", "kept" in bytes}}; raises an error if outputs differ."""
     tolerance = TOLERANCE[DTYPE[device]]
     forwards = {name: forward for name, forward in forwards_of(c).items() if wanted(c, name)}
     calls: dict[str, Callable[[], Any]] = {name: partial(step, c, forward) for name, forward in forwards.items()}
@@ -133,7 +134,7 @@ def measure(c: Case, device: str, seconds: float) -> dict[str, dict[str, float]]
 
 
 class Results:
-    """Finished cells, kept in a file as they come; `path` None keeps them here alone."""
+    """Finished cells, saved to a file one by one; with `path` None, in memory only."""
 
     def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings
@@ -162,8 +163,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--features", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of timing, for one size")
-    parser.add_argument("--out", type=Path, help="folder of the page; docs/ by default, none with --quick")
+    parser.add_argument("--seconds", type=float, default=8.0, help="seconds of timing for one size")
+    parser.add_argument("--out", type=Path, help="folder of the page (default: docs/; with --quick: none)")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     device, folder = options.device, options.out or (None if options.quick else ROOT / "docs")

@@ -1,6 +1,6 @@
-"""The page and figure of `expert_dispatch.py`, from its finished cells: every number on the page comes from them.
+"""Page and figure of `expert_dispatch.py`; every number on the page comes from its finished cells.
 
-.venv/bin/python benchmarks/expert_dispatch_page.py docs/einsum_or_dispatch.json    writes both anew
+.venv/bin/python benchmarks/expert_dispatch_page.py docs/einsum_or_dispatch.json    rewrites both
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Cell(NamedTuple):
         return self.slots / self.experts
 
     def ratio(self, measure: str, peer: str = DENSE, subject: str = OURS) -> float | None:
-        """`peer` as a multiple of `subject`; None where one of them is absent."""
+        """`peer` as a multiple of `subject`; None if one of them was not measured."""
         if peer not in self.candidates or subject not in self.candidates:
             return None
         return self.candidates[peer][measure] / self.candidates[subject][measure]
@@ -51,10 +51,10 @@ class Rule(NamedTuple):
 
 
 def crossover(points: Iterable[tuple[float, float]]) -> tuple[float | None, float, float]:
-    """Where the ratio first falls through 1, between two measured densities; None where it does not; and the range of densities.
+    """Density at which the ratio first falls below 1, interpolated (None if it never does), and the lowest and highest density.
 
     Args:
-        points: (density, ratio), interpolated in their logarithms.
+        points: (density, ratio) pairs; interpolation is in logarithms.
     """
     ordered = sorted(points)
     low, high = ordered[0][0], ordered[-1][0]
@@ -66,7 +66,7 @@ def crossover(points: Iterable[tuple[float, float]]) -> tuple[float | None, floa
 
 
 def lines_of(cells: list[Cell], measure: str) -> dict[tuple[int, int], list[tuple[float, float]]]:
-    """(neurons, experts) -> (density, ratio) of the lines along which only the number of slots differs, three points at least."""
+    """(neurons, experts) -> (density, ratio) points that differ only in the number of slots; lines have at least three points."""
     found: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for cell in cells:
         ratio = cell.ratio(measure)
@@ -76,7 +76,7 @@ def lines_of(cells: list[Cell], measure: str) -> dict[tuple[int, int], list[tupl
 
 
 def rule_of(cells: list[Cell], measure: str) -> Rule | None:
-    """Least squares of log ratio over log density and log neurons; None where the cells do not determine it."""
+    """Least-squares fit of log ratio over log density and log neurons; None if the cells do not determine it."""
     judged = [(cell.density, cell.neurons, ratio) for cell in cells if (ratio := cell.ratio(measure)) is not None]
     near = [row for row in judged if 1 / NEAR <= row[2] <= NEAR]
     if len(near) < 4 or len({row[1] for row in near}) < 2 or len({row[0] for row in near}) < 2:
@@ -91,7 +91,7 @@ def rule_of(cells: list[Cell], measure: str) -> Rule | None:
 
 
 def safe_density(cells: list[Cell], measure: str) -> tuple[float, float, float] | None:
-    """The highest density up to which dense wins nowhere, and the smallest and largest ratio up to there."""
+    """Highest density up to which dense never wins, and the smallest and largest ratio up to it."""
     judged = sorted((cell.density, ratio) for cell in cells if (ratio := cell.ratio(measure)) is not None)
     lost = min((density for density, ratio in judged if ratio < 1), default=math.inf)
     won = [(density, ratio) for density, ratio in judged if density < lost]
@@ -99,7 +99,7 @@ def safe_density(cells: list[Cell], measure: str) -> tuple[float, float, float] 
 
 
 def _where(cells: list[Cell], measure: str) -> str:
-    """One clause for each line: where along it dense begins to win."""
+    """One clause per line: the density at which dense begins to win."""
     parts = []
     for (neurons, experts), points in lines_of(cells, measure).items():
         found, low, high = crossover(points)
@@ -121,7 +121,7 @@ def _ratios(cells: list[Cell], measure: str, peer: str = DENSE, subject: str = O
 
 
 def _answer(cells: list[Cell]) -> list[str]:
-    """The answer first, then a paragraph for each measure."""
+    """Page text: the answer, then a paragraph per measure."""
     safe = [safe_density(cells, measure) for measure in ("min", "peak")]
     found, headline = [], []
     if safe[0] and safe[1]:
@@ -182,7 +182,7 @@ def _number(cell: Cell, name: str, measure: str) -> str:
 
 
 def _table(cells: list[Cell], columns: list[tuple[str, str, str]]) -> list[str]:
-    """Columns are (title, candidate, measure); a cell without a candidate stays empty."""
+    """Table with the columns (title, candidate, measure); a cell that was not measured is empty."""
     lines = ["| E | I | k | k/E | " + " | ".join(title for title, *_ in columns) + " |", "|" + "---:|" * (4 + len(columns))]
     for cell in cells:
         numbers = " | ".join(_number(cell, name, measure) for _, name, measure in columns)

@@ -1,18 +1,18 @@
 """Checks and measures everything on a GPU, from the tree alone: no network, nothing built or installed beforehand.
 
-    python benchmarks/gpu.py                      eight minutes: oracles of every kernel, then the goals, then the rest
-    python benchmarks/gpu.py --dry-run            lists the questions, their order and estimated seconds
+    python benchmarks/gpu.py                      eight minutes: oracles of every kernel, goals, rest
+    python benchmarks/gpu.py --dry-run            list the questions in order, with estimated seconds
     python benchmarks/gpu.py --only "64k|mixture"
-    python benchmarks/gpu.py --resume             leaves out what these sources have answered already
-    python benchmarks/gpu.py --device cpu         tries the script itself at tiny sizes; its figures mean nothing
+    python benchmarks/gpu.py --resume             leave out questions that these sources have answered
+    python benchmarks/gpu.py --device cpu         try the script at tiny sizes; its times mean nothing
 
 Also `make gpu` (GPU_ARGS="..."). Needs Python, torch, triton and pytest; a C++ compiler, pybind11 and setuptools for the tests at the end.
-Wheels in `.wheels/` (`make gpu-wheels` fetches them) are installed into a folder of this run. Other libraries are measured where they are.
+Wheels in `.wheels/` (`make gpu-wheels` fetches them) are installed into a temporary folder. Other libraries are measured if installed.
 
-Each question leaves a JSON in benchmarks/results/GPU/questions/ when it is answered; all.json and table.txt beside that folder hold all of
-them at any time. Where $OUT is set, copies of these two go there. A question that fails, hangs or crashes is recorded, and the next one
-runs. Ctrl-C ends the run with what was answered until then. Exit code 1 where any question failed or gave a wrong answer, 2 for wrong
-arguments, 130 after Ctrl-C. Only these figures may stand in the README's GPU table.
+The result of each question is saved at once to a JSON file in benchmarks/results/GPU/questions/; all.json and table.txt beside that folder
+always hold all results. If $OUT is set, copies of these two are written there. A question that fails, hangs or crashes is recorded, and the
+next one runs. Ctrl-C stops the run and keeps all results so far. The exit code is 1 if a question failed or its answer was wrong, 2 for
+wrong arguments and 130 after Ctrl-C. The README's GPU table contains only figures from this script.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 from gpu_questions import QUESTIONS, STAGES, Question  # noqa: E402
 from gpu_runs import FAILURES, Results, Run, matching, slug  # noqa: E402
 
-PEERS = {  # package, and what is measured against it where it is installed
+PEERS = {  # package -> comparisons that use it, if it is installed
     "transformers": "mixtures of experts, grouped_mm",
     "fla-core": "block-sparse attention",
     "liger-kernel": "mixtures of experts, fused",
@@ -46,7 +46,7 @@ NO_GPU = "this machine has no CUDA device"
 
 
 def describe(versions: dict[str, str | None]) -> list[str]:
-    """One line for each peer, from the versions that a worker found."""
+    """One line per peer, from the versions that a worker found."""
     return [
         f"{name} {versions[name]}: {what}" if versions.get(name) else f"{name} is not installed, so it is not measured against: {what}"
         for name, what in PEERS.items()
@@ -54,7 +54,7 @@ def describe(versions: dict[str, str | None]) -> list[str]:
 
 
 def commit() -> str:
-    """The checkout's, with "+" where files differ from it; unknown outside a checkout."""
+    """Commit of the checkout, followed by "+" if files have changed; "unknown" outside a checkout."""
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -64,7 +64,7 @@ def commit() -> str:
 
 
 def sources() -> str:
-    """A checksum of everything that is measured, where there is no git too."""
+    """Checksum of all measured sources; needs no git."""
     digest = hashlib.sha256()
     for pattern in ("kernels/**/*.py", "tinyonn/**/*.py", "benchmarks/*.py", "csrc/*.[ch]pp"):
         for path in sorted(ROOT.glob(pattern)):
@@ -73,7 +73,7 @@ def sources() -> str:
 
 
 def install(wheels: Path, site: Path) -> None:
-    """Unpacks wheels that were carried along, each by itself: one that does not fit leaves the others."""
+    """Installs wheels one by one, so that one that does not fit does not affect the others."""
     for wheel in sorted(wheels.glob("*.whl")):
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(site)]
         done = subprocess.run([*pip, str(wheel)], capture_output=True, text=True)
@@ -90,7 +90,7 @@ def environment(device: str, site: Path) -> dict[str, str]:
 
 
 def listing(questions: list[Question], jobs: int) -> str:
-    """The order, and estimated seconds of each and of each stage."""
+    """Questions in order, with estimated seconds of each question and stage."""
     lines = [f"{question.seconds:6.0f} s  {question.stage:<7} {question.name}" for question in questions]
     for stage in STAGES:
         total = sum(question.seconds for question in questions if question.stage == stage)
@@ -101,14 +101,14 @@ def listing(questions: list[Question], jobs: int) -> str:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu.py", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--only", metavar="PATTERN", help="questions whose name matches this regular expression")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of the whole run; what does not fit is recorded as skipped (default 8)")
-    parser.add_argument("--dry-run", action="store_true", help="list the questions in their order, with estimated seconds")
-    parser.add_argument("--resume", action="store_true", help="leave out what these sources have answered already")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes, to try the script itself")
-    parser.add_argument("--jobs", type=int, help="oracles at a time (default: half the CPUs, at most 8)")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
-    parser.add_argument("--wheels", type=Path, default=ROOT / ".wheels", help="folder of wheels that were carried along")
+    parser.add_argument("--only", metavar="PATTERN", help="run only questions whose name matches this regular expression")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all questions; those that do not fit are skipped (default 8)")
+    parser.add_argument("--dry-run", action="store_true", help="list the questions in order, with estimated seconds, and exit")
+    parser.add_argument("--resume", action="store_true", help="leave out questions that these sources have answered")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: try the script at tiny sizes")
+    parser.add_argument("--jobs", type=int, help="number of oracles that run at a time (default: half the CPUs, at most 8)")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
+    parser.add_argument("--wheels", type=Path, default=ROOT / ".wheels", help="folder of wheels to install")
     found = parser.parse_args(argv)
     cpus = len(os.sched_getaffinity(0))
     found.threads, found.jobs = cpus, max(1, min(8, cpus // 2)) if found.jobs is None else found.jobs
@@ -124,7 +124,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def unwritable(folder: Path) -> str:
-    """Why no file can be made in a folder, which is made where it is missing; empty where one can."""
+    """Reason why no file can be created in a folder, or an empty string; creates the folder if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None, questions: list[Question] = QUESTION
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the workers
     try:
         raise SystemExit(main())
     except KeyboardInterrupt:  # before the first question

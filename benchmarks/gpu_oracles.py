@@ -1,7 +1,7 @@
-"""Every kernel against its float64 oracle, with each configuration that its table offers. Questions of `gpu.py`.
+"""Every kernel against its float64 oracle, in each of its autotuning configurations. Questions of `gpu.py`.
 
-A case gives the inputs, the op and its reference. The reference runs once, in float64 on the values rounded to the case's type; the op
-runs once for every configuration, on memory filled with NaN. Errors are root mean squares over those of the oracle.
+A case contains the inputs, the op and its reference. The reference runs once in float64, on values rounded to the case's dtype. The op runs
+once per configuration, with uninitialised memory filled with NaN. Errors are RMS errors divided by the RMS of the oracle.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch import Tensor
 from tinyonn import ops, reference
 from tinyonn.testing import assert_close_rms, dyn_nsa_case, poisoned
 
-# Of outputs and of gradients. A half-precision kernel rounds the probabilities between its two products, its gradients more often.
+# Limits for outputs and gradients. A half-precision kernel rounds the probabilities between its two products; backward rounds more often.
 LIMITS = {torch.float32: (1e-5, 4e-5), torch.float16: (5e-3, 1e-2), torch.bfloat16: (1e-2, 2e-2)}
-LISTS_APART = {torch.float32: 0.0, torch.float16: 0.01, torch.bfloat16: 0.01}  # share of lists cut among nearly equal blocks
-PARTLY_OPEN = 0.2  # least share of blocks that are neither shut nor open, of those that are not read anyway
+LISTS_APART = {torch.float32: 0.0, torch.float16: 0.01, torch.bfloat16: 0.01}  # allowed share of lists that differ
+PARTLY_OPEN = 0.2  # minimum share of optional blocks with a gate strictly between 0 and 1
 Outputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One question to an op.
+    """One test case of an op.
 
     Attributes:
-        tensors: inputs by name; floating-point ones in the case's type.
-        call: called with `ops` or `reference` and the tensors as keywords.
-        grad: inputs whose gradients are compared, under a random cotangent of every differentiable output.
-        lists: what the op and its reference select, to be compared apart; from the same arguments.
-        limit: of outputs, where they do not depend on the type.
+        tensors: inputs by name; floating-point inputs have the case's dtype.
+        call: function of `ops` or `reference`, and of the tensors as keywords.
+        grad: inputs whose gradients are compared, for a random cotangent of every differentiable output.
+        lists: function of the same arguments that returns the selected blocks; they are compared separately.
+        limit: error limit of outputs; None for the limit of the dtype.
     """
 
     tensors: dict[str, Tensor]
@@ -45,12 +45,12 @@ class Case:
 
 
 def check(report: dict[str, Any], device: str, *, op: str, dtype: str, sizes: Sequence[dict[str, Any]]) -> None:
-    """The op at several sizes; fails after all were tried, naming the worst.
+    """Checks the op at several sizes; fails after all sizes have run and lists the failures.
 
     Args:
-        report: gains `errors` (by size, then by tensor, the largest of all configurations), `configurations` (by kernel) and `shapes`.
-        op: a name in `CASES`.
-        dtype: float32 or bfloat16; where the kernels are interpreted, float16 stands for the latter, which they cannot multiply.
+        report: receives `errors` (by size and tensor; maximum over configurations), `configurations` (by kernel) and `shapes`.
+        op: key of `CASES`.
+        dtype: float32 or bfloat16; the interpreter cannot multiply bfloat16, so float16 replaces it on a CPU.
     """
     kind = getattr(torch, dtype)
     if device == "cpu" and kind == torch.bfloat16:
@@ -73,7 +73,7 @@ def _every_configuration(case: Case, kind: torch.dtype, device: str, label: str,
     exact = {name: _leaf(x.double() if x.is_floating_point() else x, name in case.grad) for name, x in case.tensors.items()}
     expected = case.call(reference, **exact)
     generator = torch.Generator().manual_seed(0)
-    # Rows that see nothing have an lse of -inf, which takes no part.
+    # The lse of rows without visible keys is -inf; it is excluded.
     cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64) * x.detach().isfinite() for x in expected]
     exact_grads = _gradients(expected, [exact[name] for name in case.grad], cotangents)
     exact_lists = case.lists(reference, **exact) if case.lists else ()
@@ -120,7 +120,7 @@ def _gradients(outputs: Outputs, leaves: list[Tensor], cotangents: list[Tensor])
 
 
 def _apart(lists: Outputs, expected: Outputs, limit: float) -> float:
-    """Share of rows whose list differs from the oracle's."""
+    """Share of rows whose list of blocks differs from the oracle's."""
     differ = torch.stack(
         [(got.cpu() != wanted).reshape(*wanted.shape[:3], -1).any(-1) for got, wanted in zip(lists, expected, strict=True)]
     )
@@ -133,9 +133,9 @@ def _attention(
     dtype: torch.dtype, tokens: int, heads: int, kv_heads: int, dim: int, compress: int, block: int, window: int, blocks: int,
     queries: int | None = None, packed: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
-    """Tensors and options of `dyn_nsa`; packed, three sequences."""
+    """Tensors and options of `dyn_nsa`; a packed case has three sequences."""
     tensors = dyn_nsa_case(tokens, queries=queries, heads=heads, kv_heads=kv_heads, dim=dim, compress_size=compress, dtype=dtype)
-    # An average block is worth 1 / number of blocks: with thresholds near it, and this temperature, many gates are in between.
+    # The mean importance of a block is 1 / number of blocks. Thresholds near it, at this temperature, leave many gates between 0 and 1.
     tensors["base"] -= math.log(max(1, tokens // block // (2 if packed else 1))) - 1.2
     if packed:
         tensors["cu_seqlens"] = torch.tensor([0, tokens // 7, tokens // 2 + 1, tokens], dtype=torch.int32)
@@ -179,7 +179,7 @@ def sliding_window(dtype: torch.dtype, **size: Any) -> Case:
 
 
 def _scored(tensors: dict[str, Tensor], options: dict[str, Any], tokens: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Inputs and options of the selection, from the oracle of what comes before it."""
+    """Inputs and options of the selection; the oracle computes them from the compressed branch."""
     sizes = {"compress_size": options["compress_size"], "num_keys": tokens}
     where = _only(tensors)
     given = _only(tensors, "query", "key_compressed", "value_compressed")
@@ -191,7 +191,7 @@ def _scored(tensors: dict[str, Tensor], options: dict[str, Any], tokens: int) ->
 
 
 def select(dtype: torch.dtype, **size: Any) -> Case:
-    """Gates over all blocks, where all may be read; lists apart, where few may."""
+    """Compares gates with max_blocks at all blocks, and lists separately with a small max_blocks."""
     tensors, options = _attention(dtype, **size)
     scored, sizes = _scored(tensors, options, size["tokens"])
     every = -(-size["tokens"] // options["block_size"])
@@ -206,7 +206,7 @@ def select(dtype: torch.dtype, **size: Any) -> Case:
 
     def call(library: Any, **x: Tensor) -> Outputs:
         indices, _, bias, soft_counts, _ = library.select_blocks(**x, **sizes, max_blocks=max(3, every), **_impl(library))
-        gate = torch.where(indices >= 0, bias, -torch.inf).exp()  # the slope of the log itself has no bound where a gate closes
+        gate = torch.where(indices >= 0, bias, -torch.inf).exp()  # the gradient of the logarithm is unbounded as a gate approaches 0
         place = torch.where(indices >= 0, indices, every).long()
         return gate.new_zeros(*gate.shape[:3], every + 1).scatter_add(-1, place, gate)[..., :every], soft_counts
 
@@ -263,7 +263,7 @@ def token_grad_norms(dtype: torch.dtype, rows: int, inputs: int, features: int, 
 
 
 def integrate_sps(dtype: torch.dtype, tokens: int, offsets: list[int]) -> Case:
-    """Sums over tokens, in float64, and each token's scores; a tenth of the values is missing."""
+    """Sums over tokens, in float64, and per-token scores; a tenth of the values is NaN."""
     activation, grad_norm = (torch.randn(tokens, offsets[-1]).exp().to(dtype) for _ in range(2))
     activation[torch.rand(tokens, offsets[-1]) < 0.1] = torch.nan
     tensors = {"activation": activation, "grad_norm": grad_norm, "token_mask": torch.rand(tokens) < 0.8}
@@ -321,7 +321,7 @@ def expert_mlp(
 
 
 def threshold_route(dtype: torch.dtype, tokens: int, experts: int, features: int, form: str, combine: str) -> Case:
-    """Margins, and the weight of every expert by number: no kernel of ours, on the device all the same."""
+    """Scores and the weight of every expert. The op has no Triton kernel; it is checked on the device."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"hidden_states": (tokens, features), "prototypes": (experts, features), "thresholds": (experts,)}
     tensors = {name: torch.randn(*shape, generator=generator).to(dtype) for name, shape in shapes.items()}

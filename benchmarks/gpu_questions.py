@@ -1,11 +1,11 @@
-"""The questions that `gpu.py` puts to a GPU, in their order: data alone.
+"""The questions of `gpu.py`, in order. This file contains only data.
 
-    oracle   every kernel against its float64 oracle, every configuration forced; several at a time
-    goal     the speeds and the memory that the library promises, at their real shapes; one at a time
-    rest     other speeds, and the tests that need a GPU
+    oracle   every configuration of every kernel against its float64 oracle; several at a time
+    goal     the library's goals for speed and memory, at their real shapes; one at a time
+    rest     other speeds, and tests that need a GPU
 
-Seconds are guesses for one H100 with an empty compile cache, made before any run; they decide what still fits. `tiny` replaces arguments
-on a CPU, where the kernels run in Triton's interpreter.
+Seconds are estimates for one H100 with an empty compile cache, made before any run; they decide which questions still fit. On a CPU, where
+kernels run in Triton's interpreter, `tiny` replaces arguments.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ STAGES = ("oracle", "goal", "rest")
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to find out.
+    """One measurement or check.
 
     Attributes:
-        name: unique; names the JSON.
-        stage: of STAGES.
-        seconds: estimated.
-        target: `file.py:function`, a file of the checkout.
-        arguments: of the function.
-        tiny: what replaces arguments on a CPU; None leaves the question out there.
-        limit: seconds after which it is stopped; None for three times the estimate, a minute at least.
+        name: unique name; also names the JSON file.
+        stage: one of STAGES.
+        seconds: estimated duration.
+        target: `file.py:function`; the path is relative to the checkout.
+        arguments: arguments of the function.
+        tiny: replacements for arguments on a CPU; None skips the question there.
+        limit: timeout in seconds; None for three times the estimate, at least a minute.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Question:
 
 
 _WHOLE = {"compress": 64, "block": 64, "window": 512}
-# The goal rows' own constants: what is compiled here is not compiled there again.
+# Same constants as the goals, so that the goals reuse the compiled kernels.
 LIKE_THE_GOAL = {"tokens": 1040, "heads": 16, "kv_heads": 1, "dim": 128, "blocks": 8, **_WHOLE}
 ODD_PACKED = {"tokens": 907, "heads": 6, "kv_heads": 2, "dim": 40, "compress": 32, "block": 64, "window": 100, "blocks": 5, "packed": True}
 ONE_HEAD_A_GROUP = {"tokens": 777, "heads": 2, "kv_heads": 2, "dim": 64, "compress": 16, "block": 64, "window": 65, "blocks": 6}
@@ -188,7 +188,7 @@ def _rest() -> list[Question]:
 
 
 PARTS = ("compressed", "select", "block sparse", "window")
-# Files with tests that need a GPU.
+# Test files that need a GPU, and estimated seconds.
 GPU_TESTS = {
     "ops/test_statistics_on_gpu.py": 60,
     "ops/test_expert_mlp_triton.py": 40,

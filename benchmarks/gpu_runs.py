@@ -1,7 +1,7 @@
-"""How `gpu.py` puts questions to worker processes: within a time, recording each answer at once, going on after any failure.
+"""Runs the questions of `gpu.py` in worker processes, with timeouts; saves each result at once and continues after any failure.
 
-Statuses: ok; wrong, an answer disagreed; failed, an exception; timeout; crashed, the process ended; skipped, with the reason.
-A worker serves many questions, for importing takes seconds. One that hangs, ends or loses its device is replaced.
+Statuses: ok; wrong (a result disagrees with its oracle); failed (an exception); timeout; crashed (the process ended); skipped.
+A worker answers many questions, because imports take seconds. A worker that hangs, ends or loses its device is replaced.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from typing import Any
 from gpu_questions import Question
 
 ROOT = Path(__file__).resolve().parent.parent
-START_SECONDS = 180.0  # within which a worker must have imported everything
-ORACLE_SHARE = 0.45  # of the time; oracles that have not begun by then wait until the goals are through
+START_SECONDS = 180.0  # timeout of a worker's imports
+ORACLE_SHARE = 0.45  # share of the time after which remaining oracles wait for the goals
 FAILURES = ("wrong", "failed", "timeout", "crashed")
-# How comparisons are timed: within so many seconds, by five rounds at least; on a CPU only to see that it runs.
+# Timing of comparisons: seconds on a GPU, with at least five rounds; a single round on a CPU, where times mean nothing.
 TIMING = {"cuda": {"budget": 3.0}, "cpu": {"rounds": 1}}
-TINY_SECONDS = 30.0  # estimated, of any question on a CPU
+TINY_SECONDS = 30.0  # estimate for any question on a CPU
 
 
 class Worker:
-    """One process of `gpu_worker.py`, and all that it starts."""
+    """A process of `gpu_worker.py` with its child processes."""
 
     def __init__(self, device: str, environment: dict[str, str], log: Path) -> None:
         self.log = log
@@ -50,7 +50,7 @@ class Worker:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What it found of the machine, once it has started; `error` where it did not."""
+        """Facts about the machine, once the worker has started; `error` if it did not start."""
         try:
             line = self._lines.get(timeout=START_SECONDS)
         except queue.Empty:
@@ -64,7 +64,7 @@ class Worker:
         self._lines.put(None)
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The record; where there is none in time, what was measured until then."""
+        """Sends a request and returns the record; after a timeout or crash, the measurements so far."""
         assert self.process.stdin is not None
         end, record = time.monotonic() + seconds, {}
         try:
@@ -90,14 +90,14 @@ class Worker:
         return lines[-1] if lines else "no message"
 
     def close(self) -> None:
-        """Ends the process and all that it started."""
+        """Ends the process and its child processes."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 class Results:
-    """Records on disk: a JSON for each, one of all, a table; each replaced as a whole, so that none is ever half-written."""
+    """Records on disk: one JSON file per question, one with all records, and a table. Files are replaced atomically."""
 
     def __init__(self, folder: Path, shared: dict[str, Any], copies: Path | None) -> None:
         self.folder, self.shared, self.copies = folder, shared, copies
@@ -122,7 +122,7 @@ class Results:
         return whole
 
     def answered(self, name: str) -> bool:
-        """Whether these sources have answered it well before."""
+        """Whether the stored record is ok and comes from the same sources."""
         record = self.records.get(name, {})
         return record.get("status") == "ok" and record.get("sources") == self.shared["sources"]
 
@@ -143,7 +143,7 @@ class Results:
 
 
 def headline(record: dict[str, Any]) -> str:
-    """The answer on one line."""
+    """The result on one line."""
     if "reason" in record:
         return str(record["reason"])
     parts: list[str] = []
@@ -160,7 +160,7 @@ def headline(record: dict[str, Any]) -> str:
 
 
 class Run:
-    """All questions, oracles several at a time, within `minutes`."""
+    """A run of all questions within `minutes`; oracles run several at a time."""
 
     def __init__(self, device: str, minutes: float, environment: dict[str, str], logs: Path, jobs: int, threads: int) -> None:
         self.device, self.environment, self.logs, self.jobs, self.threads = device, environment, logs, jobs, threads
@@ -176,13 +176,13 @@ class Run:
         return found
 
     def close(self) -> None:
-        """Ends every process that was started; questions that are being answered leave no record."""
+        """Ends all workers; unfinished questions leave no record."""
         self._stopped = True
         for worker in self._workers:
             worker.close()
 
     def go(self, questions: list[Question], results: Results, first: Worker) -> None:
-        """Answers all. Ctrl-C ends the questions at hand; what was answered before is on disk."""
+        """Runs all questions. Ctrl-C stops the current ones; earlier results are on disk."""
         late: list[Question] = []
         waiting: queue.SimpleQueue[Question] = queue.SimpleQueue()
         for question in questions:
@@ -205,7 +205,7 @@ class Run:
             serving = [pool.submit(serve, worker) for worker in (first, *[None] * (self.jobs - 1))]
             try:
                 worker, *others = [future.result() for future in serving]
-            except BaseException:  # the pool waits for its threads, which wait for their workers
+            except BaseException:  # the pool waits for threads that wait for their workers
                 self.close()
                 raise
         for other in others:
@@ -216,7 +216,7 @@ class Run:
             worker = self.put(question, results, worker, self.threads)
 
     def put(self, question: Question, results: Results, worker: Worker | None, threads: int) -> Worker | None:
-        """Asks one question and records the answer; the worker for the next one."""
+        """Runs one question and records its result; returns the worker for the next question, or None."""
         if self.device == "cpu":
             if question.tiny is None:
                 self._tell(results, results.add(question, {"status": "skipped", "reason": "needs a CUDA device"}))
@@ -252,7 +252,7 @@ def slug(text: str) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """All or nothing."""
+    """Writes a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(text)
@@ -268,6 +268,6 @@ def _loaded(path: Path) -> dict[str, Any] | None:
 
 
 def matching(questions: list[Question], pattern: str | None) -> list[Question]:
-    """Those whose name holds the pattern, a regular expression; case does not matter."""
+    """Questions whose name matches a regular expression, ignoring case."""
     found: Callable[[Question], Any] = lambda question: re.search(pattern or "", question.name, re.IGNORECASE)  # noqa: E731
     return [question for question in questions if found(question)]

@@ -1,8 +1,8 @@
-"""A process that answers questions of `gpu.py`, one after another: requests on standard input, replies on standard output, JSON lines.
+"""Worker process of `gpu.py`: reads requests from standard input and writes replies to standard output, as JSON lines.
 
-First line out: what this process found of the machine. A request names a function, `file.py:function`, and its arguments; parameters
-called `compare`, `device`, `report` and `peak_megabytes` are filled in. A reply is `{"record": ...}`; before it, `{"partial": ...}` after
-every measurement, so that a question that is cut off leaves what it had. What questions print goes to standard error.
+The first line describes the machine. A request names a function, `file.py:function`, and its arguments; the worker adds those named
+`compare`, `device`, `report` and `peak_megabytes`. A reply is `{"record": ...}`. After every measurement the worker writes
+`{"partial": ...}`, so that an interrupted question keeps its results so far. Output that questions print goes to standard error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PACKAGES = ("torch", "triton", "numpy", "transformers", "pytest", "fla-core", "l
 
 
 def facts(device: str) -> dict[str, Any]:
-    """The machine and the versions; `error` where the device cannot be used."""
+    """Machine and package versions; `error` if the device cannot be used."""
     found: dict[str, Any] = {"python": platform.python_version(), "versions": {name: _version(name) for name in PACKAGES}}
     try:
         import torch
@@ -55,7 +55,7 @@ def _version(name: str) -> str | None:
 
 
 def function_of(target: str) -> Callable[..., Any]:
-    """`file.py:name`; a file of this folder is imported by its stem, so that questions share it."""
+    """Function named by `file.py:name`; files of this folder are imported by their stem, so that questions share the module."""
     file, _, name = target.partition(":")
     path = Path(file) if Path(file).is_absolute() else ROOT / file
     if path.parent == ROOT / "benchmarks":
@@ -70,7 +70,7 @@ def function_of(target: str) -> Callable[..., Any]:
 
 
 def answer(request: dict[str, Any], device: str, send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """The record of one question: its status, why, and everything that was found."""
+    """Record of one question: status, reason and all results."""
     import torch
 
     from tinyonn.testing.timing import Comparison, last_line, measure, peak_megabytes
@@ -122,7 +122,7 @@ def answer(request: dict[str, Any], device: str, send: Callable[[dict[str, Any]]
 
 
 def tiles() -> dict[str, dict[str, str]]:
-    """What trials chose so far in this process: by kernel, by constants and size."""
+    """Configurations that the autotuner has chosen in this process, by kernel, constants and size."""
     found: dict[str, dict[str, str]] = {}
     for name, module in list(sys.modules.items()):
         if name.startswith("tinyonn_kernels."):
@@ -134,7 +134,7 @@ def tiles() -> dict[str, dict[str, str]]:
 
 
 def build(report: dict[str, Any]) -> None:
-    """The C++ extension, from the tree alone; tests need it, no kernel does."""
+    """Builds the C++ extension, which tests need and kernels do not."""
     if any((ROOT / "tinyonn").glob(f"_C*{_suffix()}")):
         report["note"] = "it was there"
         return
@@ -151,7 +151,7 @@ def _suffix() -> str:
 
 
 def run_tests(report: dict[str, Any], files: list[str], marker: str = "gpu") -> None:
-    """A pytest run of its own over files of `tests/`, in a process of its own."""
+    """Runs files of `tests/` with pytest in a separate process."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-m", marker, *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
@@ -172,10 +172,10 @@ def _last(text: str) -> str:
 def main() -> None:
     device = sys.argv[1]
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what questions print is not a reply
+    os.dup2(2, 1)  # output that questions print goes to standard error
     sys.path.insert(0, str(ROOT / "benchmarks"))
     if device == "cpu":
-        sys.modules["fla"] = None  # type: ignore[assignment]  # transformers calls its kernels wherever it is installed, GPU or not
+        sys.modules["fla"] = None  # type: ignore[assignment]  # transformers calls its kernels even without a GPU
 
     def send(message: dict[str, Any]) -> None:
         replies.write(json.dumps(message, default=str) + "\n")

@@ -3,8 +3,8 @@
     make demo DEMO_ARGS="--limit 24 --max-length 128"     scans SmolLM2-135M-Instruct into data/demo/python.mscan
     .venv/bin/python benchmarks/readme_picture.py         --scan FILE for another scan
 
-Left: mean SPS (synergistic prediction score) of each weight of each decoder layer, read from the scan. Right: loss against key blocks
-read, from docs/dyn_nsa_budget.json, which benchmarks/dyn_nsa_budget.py measured.
+Left: mean SPS (synergistic prediction score) of each weight of each decoder layer, from the scan. Right: loss against the number of key
+blocks read, from docs/dyn_nsa_budget.json, the output of benchmarks/dyn_nsa_budget.py.
 """
 
 from __future__ import annotations
