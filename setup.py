@@ -14,7 +14,7 @@ ParallelCompile("NPY_NUM_BUILD_JOBS", default=2).install()
 setup(
     packages=[*find_packages(include=["tinyonn", "tinyonn.*"]), *find_packages("kernels")],
     package_dir={"tinyonn": "tinyonn", "tinyonn_kernels": "kernels/tinyonn_kernels"},
-    package_data={"tinyonn": ["py.typed", "_C.pyi", "scan/topics/*.yaml", "heads/*.yaml", "heads/*/*.yaml", "report/assets/*"]},
+    package_data={"tinyonn": ["py.typed", "_C.pyi", "scan/topics/*.yaml", "heads/*/*.yaml", "report/assets/*"]},
     ext_modules=[
         Pybind11Extension(
             "tinyonn._C",
