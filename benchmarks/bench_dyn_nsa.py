@@ -63,7 +63,7 @@ def dyn_nsa(tensors: dict[str, Tensor]) -> ops.DynNSAOutput:
 def expected_rows(tensors: dict[str, Tensor]) -> Tensor:
     """Dense oracle of the last rows."""
     last = {name: x[:, -CHECKED:] if name in ("query", "gates") else x for name, x in tensors.items()}
-    return reference.dyn_nsa(*(x.cpu() for x in last.values()), window=WINDOW, max_blocks=BLOCKS, compress_size=COMPRESS)[0]
+    return reference.dyn_nsa(*(x.cpu() for x in last.values()), window=WINDOW, max_blocks=BLOCKS, compress_size=COMPRESS).out
 
 
 @cache
@@ -246,7 +246,7 @@ def test_parts(compare, device, part):
     cotangent = torch.randn(q.shape, device=device)
     grad_bias = torch.randn(selection.bias.shape, device=device)
     calls: dict[str, Callable[[], Tensor]] = {
-        "compressed": lambda: ops.compressed_attention(q, kc, vc, compress_size=COMPRESS)[0],
+        "compressed": lambda: ops.compressed_attention(q, kc, vc, compress_size=COMPRESS).out,
         "select": lambda: ops.select_blocks(q, kc, lse, threshold, max_blocks=BLOCKS, compress_size=COMPRESS).bias,
         "block sparse": lambda: ops.block_sparse_attention(q, k, v, *selection[:3])[0],
         "window": lambda: ops.sliding_window_attention(q, k, v, WINDOW),

@@ -125,7 +125,7 @@ class Setting:
                       self.leaves.items() if x.dim() > 1}  # fmt: skip
             leaves |= {name: self.leaves[name].detach()[head : head + 1] for name in ("base", "slope")}
             exact = {name: leaves[name].double().requires_grad_(name in ("query", "gates")) for name in self.leaves}
-            expected = reference.dyn_nsa(*exact.values(), **self.options)[0]
+            expected = reference.dyn_nsa(*exact.values(), **self.options).out
             wanted = torch.autograd.grad(expected, [exact["query"], exact["gates"]], self.cotangent[rows].double())
             given = dict(zip(self.leaves, grads, strict=True))
             pairs = {"output": (out, expected, of_outputs)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tinyonn.testing import tiny_causal_lm
 @pytest.fixture
 def forwards(monkeypatch):
     """How often DynNSA ran forward, and what it selected."""
-    module = sys.modules["tinyonn.ops.nsa.dyn_nsa"]
+    module = importlib.import_module("tinyonn.ops.nsa._torch_dyn_nsa")
     original, seen = module.dyn_nsa_forward, []
 
     def forward(*args):

@@ -50,7 +50,7 @@ def test_every_gradient_is_exact(impl, compress_size, detach_scores):
     for function in (lambda *a, **k: ops.dyn_nsa(*a, impl=impl, **k), reference.dyn_nsa):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
         result = function(**leaves, tau=tau, **options)
-        out, soft = (result.out, result.soft_counts) if hasattr(result, "out") else (result[0], result[3])
+        out, soft = result.out, result.soft_counts
         generator = torch.Generator().manual_seed(1)
         loss = (out * torch.randn(out.shape, generator=generator, dtype=torch.float64)).sum()
         loss = loss + (soft * torch.randn(soft.shape, generator=generator, dtype=torch.float64)).sum()
@@ -102,11 +102,11 @@ def test_any_group_and_length(impl, tokens, heads, kv_heads):
     tensors = dyn_nsa_case(tokens, heads=heads, kv_heads=kv_heads)
     options = {"compress_size": 32, "window": 50, "max_blocks": 6}
     ours, theirs = ops.dyn_nsa(**tensors, impl=impl, **options), reference.dyn_nsa(**tensors, **options)
-    assert_close_rms(ours.out, theirs[0], 1e-12)
-    assert torch.equal(ours.counts, theirs[1])
-    assert_close_rms(ours.tau, theirs[2], 1e-12)
-    assert_close_rms(ours.soft_counts, theirs[3], 1e-12)
-    assert ours.overflow.item() == pytest.approx(theirs[4].item())
+    assert_close_rms(ours.out, theirs.out, 1e-12)
+    assert torch.equal(ours.counts, theirs.counts)
+    assert_close_rms(ours.tau, theirs.tau, 1e-12)
+    assert_close_rms(ours.soft_counts, theirs.soft_counts, 1e-12)
+    assert ours.overflow.item() == pytest.approx(theirs.overflow.item())
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -120,7 +120,7 @@ def test_any_head_dim_and_precision(impl, dtype, dim):
     exact = {name: tensor.double().requires_grad_() for name, tensor in low.items()}
     out, expected = (
         ops.dyn_nsa(**ours, impl=impl, tau=tau.to(dtype), **options).out,
-        reference.dyn_nsa(**exact, tau=tau.to(dtype), **options)[0],
+        reference.dyn_nsa(**exact, tau=tau.to(dtype), **options).out,
     )
     assert out.dtype == dtype
     assert_close_rms(out, expected, dtype)
@@ -181,7 +181,7 @@ def test_importance_at_its_floor_has_no_gradient(impl):
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
     result = ops.dyn_nsa(**leaves, impl=impl, temperature=1.0, compress_size=64, max_blocks=10, window=20)
     expected = reference.dyn_nsa(**tensors, temperature=1.0, compress_size=64, max_blocks=10, window=20)
-    assert_close_rms(result.out, expected[0], 1e-12)
+    assert_close_rms(result.out, expected.out, 1e-12)
     grads = torch.autograd.grad(result.soft_counts.sum(), [leaves["key_compressed"]])
     assert grads[0][:, 1].abs().max() < 1e-12
 
@@ -194,7 +194,7 @@ def test_overflow_keeps_the_most_important_blocks(impl):
     result, expected = ops.dyn_nsa(**tensors, impl=impl, **options), reference.dyn_nsa(**tensors, **options)
     assert result.counts.max() == 5
     assert result.overflow.item() == pytest.approx((900 - 5 * 64) / 900)
-    assert_close_rms(result.out, expected[0], 1e-12)
+    assert_close_rms(result.out, expected.out, 1e-12)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -416,7 +416,7 @@ def step_at_64k(device: str, heads: int, kv_heads: int, packed: bool) -> tuple[t
     """Inputs for 64k tokens, D = 128, bfloat16, and forward and backward of them."""
     from tinyonn.ops.nsa import _triton_dyn_nsa
     from tinyonn.ops.nsa._checks import Bounds
-    from tinyonn.ops.nsa.dyn_nsa import Options
+    from tinyonn.ops.nsa._tuples import Grads, Inputs, Options, Saved
 
     tokens, dim = 1 << 16, 128
 
@@ -425,16 +425,16 @@ def step_at_64k(device: str, heads: int, kv_heads: int, packed: bool) -> tuple[t
 
     query, key, value = draw(1, tokens, heads, dim), draw(1, tokens, kv_heads, dim), draw(1, tokens, kv_heads, dim)
     compressed = [draw(1, tokens // 64, kv_heads, dim) for _ in range(2)]
-    inputs = (query, key, value, *compressed, draw(1, tokens, heads, 3), draw(kv_heads), draw(kv_heads))
+    inputs = Inputs(query, key, value, *compressed, draw(1, tokens, heads, 3), draw(kv_heads), draw(kv_heads), None)
     bounds = Bounds(torch.arange(0, tokens + 1, tokens // 8, dtype=torch.int32, device=device)) if packed else Bounds()
     options = Options(512, 1.0, 64, 64, 16, False, dim**-0.5)
 
     def step() -> None:
-        out, counts, tau, soft, _, *lse, indices, bias, selected = _triton_dyn_nsa.dyn_nsa_forward(*inputs, None, options, bounds)
-        grad_out = torch.empty_like(out).fill_(1e-3)
-        saved = (*lse, indices, counts, bias, selected, grad_out, torch.zeros_like(soft))
-        grads = _triton_dyn_nsa.dyn_nsa_backward(*inputs, tau, *saved, options, bounds)
-        grads = [grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)]
+        results = _triton_dyn_nsa.dyn_nsa_forward(inputs, options, bounds)
+        cotangents = Grads(torch.empty_like(results.out).fill_(1e-3), torch.zeros_like(results.soft_counts))
+        saved = Saved(*(getattr(results, name) for name in Saved._fields))
+        grads = _triton_dyn_nsa.dyn_nsa_backward(inputs._replace(tau=results.tau), saved, cotangents, options, bounds)
+        grads = [grad.to(x.dtype) for grad, x in zip(grads, inputs[:-1], strict=True)]
 
     return inputs, step
 

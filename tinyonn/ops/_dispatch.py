@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -30,7 +30,41 @@ def register_statistic(name: str, function: Callable[..., Any]) -> Callable[...,
     return operator
 
 
+def register(name: str, function: Callable[..., Any], fake: Callable[..., Any], schema: str) -> torch.library.CustomOpDef:
+    """Registers `tinyonn::name`, an op that writes to none of its inputs, with its shapes."""
+    operator = torch.library.custom_op(f"tinyonn::{name}", function, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    return operator
+
+
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool", str: "str"}
+
+
+def schema_of(*inputs: type, returns: type | int) -> str:
+    """Schema of a registered op whose arguments are the fields of named tuples, one after the other, and then `str impl`.
+
+    Args:
+        inputs: named tuples of tensors and numbers; `parts_of` puts the arguments back into them.
+        returns: the named tuple of tensors that the op returns, or a number of tensors.
+    """
+    fields = [f"{_SCHEMA_TYPES[kind]} {name}" for part in inputs for name, kind in get_type_hints(part).items()]
+    count = returns if isinstance(returns, int) else len(get_type_hints(returns))
+    return f"({', '.join([*fields, 'str impl'])}) -> ({', '.join(['Tensor'] * count)})"
+
+
+def parts_of(arguments: Sequence[Any], *kinds: type) -> list[Any]:
+    """The arguments of a registered op as named tuples of these kinds, in the order of `schema_of`, followed by the remaining arguments."""
+    parts: list[Any] = []
+    at = 0
+    for kind in kinds:
+        count = len(kind._fields)  # type: ignore[attr-defined]
+        parts.append(kind(*arguments[at : at + count]))
+        at += count
+    return [*parts, *arguments[at:]]
+
+
 _Rest = ParamSpec("_Rest")
+_First = TypeVar("_First", Tensor, Any)
 _Result = TypeVar("_Result")
 
 
@@ -45,12 +79,15 @@ def without_autocast(function: Callable[Concatenate[Tensor, _Rest], _Result]) ->
     return run
 
 
-def on_its_device(function: Callable[Concatenate[Tensor, _Rest], _Result]) -> Callable[Concatenate[Tensor, _Rest], _Result]:
-    """Runs a function that launches Triton kernels on the GPU of its first tensor: Triton takes the current one, whatever it is given."""
+def on_its_device(function: Callable[Concatenate[_First, _Rest], _Result]) -> Callable[Concatenate[_First, _Rest], _Result]:
+    """Runs a function that launches Triton kernels on the GPU of its first tensor, because Triton launches on the current device.
+
+    The first argument is a tensor, or a named tuple that begins with one.
+    """
 
     @wraps(function)
-    def run(first: Tensor, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
-        with torch.cuda.device_of(first):
+    def run(first: _First, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
             return function(first, *args, **kwargs)
 
     return run

@@ -3,13 +3,22 @@
 from .experts.expert_mlp import expert_mlp, expert_surprise, scatter_surprise
 from .experts.routing import Routing, select_by_budget, threshold_route
 from .experts.surprise import sparse_diversity_loss, surprise_min_loss
-from .nsa.dyn_nsa import attention_tau, block_sparse_attention, compressed_attention, dyn_nsa, select_blocks, sliding_window_attention
+from .nsa.dyn_nsa import (
+    DynNSAOutput,
+    attention_tau,
+    block_sparse_attention,
+    compressed_attention,
+    dyn_nsa,
+    select_blocks,
+    sliding_window_attention,
+)
 from .statistics.attention_stats import attention_stats
 from .statistics.block_norms import block_norms
 from .statistics.integrate_sps import integrate_sps
 from .statistics.token_grad_norms import token_grad_norms
 
 __all__ = [
+    "DynNSAOutput",
     "Routing",
     "attention_stats",
     "attention_tau",

@@ -8,8 +8,6 @@ branch with the gradient of out, which is the gradient of its gate, falls out of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -25,25 +23,12 @@ from ._torch_nsa import (
     window_forward,
 )
 from ._torch_select import select_backward, select_forward
-
-if TYPE_CHECKING:
-    from .dyn_nsa import Options
+from ._tuples import Grads, Inputs, Options, Results, Saved
 
 
-def dyn_nsa_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_compressed: Tensor,
-    value_compressed: Tensor,
-    gates: Tensor,
-    base: Tensor,
-    slope: Tensor,
-    tau: Tensor | None,
-    options: Options,
-    bounds: Bounds,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See the registered op."""
+def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results:
+    """Forward of the registered op."""
+    query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
     window, temperature, block_size, compress_size, max_blocks, _, scale = options
     spans = spans_of(query, key.shape[1], compress_size, *bounds)
     dtype = statistics_dtype(query.dtype)
@@ -59,34 +44,17 @@ def dyn_nsa_forward(
     out = torch.zeros(query.shape, dtype=dtype, device=query.device)
     for branch, part in enumerate((compressed, selected, near)):
         out.addcmul_(part.to(dtype), weights[..., branch])
-    return (
-        out.to(query.dtype), counts, own_tau, soft_counts, overflow, lse_compressed, lse_selected, lse_window, indices, bias, selected
-    )  # fmt: skip
+    return Results(
+        out.to(query.dtype), soft_counts, own_tau, overflow, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected
+    )
 
 
-def dyn_nsa_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_compressed: Tensor,
-    value_compressed: Tensor,
-    gates: Tensor,
-    base: Tensor,
-    slope: Tensor,
-    tau: Tensor,
-    lse_compressed: Tensor,
-    lse_selected: Tensor,
-    lse_window: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    bias: Tensor,
-    selected: Tensor,
-    grad_out: Tensor,
-    grad_soft: Tensor,
-    options: Options,
-    bounds: Bounds,
-) -> list[Tensor]:
-    """Gradients of query, key, value, both compressed tensors, gates, base and slope, in the dtype of computation."""
+def dyn_nsa_backward(inputs: Inputs, saved: Saved, grads: Grads, options: Options, bounds: Bounds) -> list[Tensor]:
+    """Gradients of all inputs but tau, in the dtype of computation."""
+    query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
+    counts, lse_compressed, lse_selected, lse_window, indices, bias, selected = saved
+    grad_out, grad_soft = grads
+    assert tau is not None  # forward's own where the caller gave none
     window, temperature, block_size, compress_size, _, detach_scores, scale = options
     spans = spans_of(query, key.shape[1], compress_size, *bounds)
     dtype = lse_compressed.dtype

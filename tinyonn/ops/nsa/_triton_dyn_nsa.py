@@ -9,17 +9,13 @@ parts in half precision would lose digits, and one for all tokens would be the l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from .._dispatch import on_its_device
 from ._checks import Bounds
 from ._triton_nsa import empty_lists
-
-if TYPE_CHECKING:
-    from .dyn_nsa import Options
+from ._tuples import Grads, Inputs, Options, Results, Saved
 
 CHUNK_ELEMENTS = 1 << 25  # of the float32 sum, 128 MiB
 
@@ -40,25 +36,14 @@ def float32_sum(target: Tensor, chunks: list[slice]) -> Tensor | None:
 
 
 @on_its_device
-def dyn_nsa_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_compressed: Tensor,
-    value_compressed: Tensor,
-    gates: Tensor,
-    base: Tensor,
-    slope: Tensor,
-    tau: Tensor | None,
-    options: Options,
-    bounds: Bounds,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See the registered op."""
+def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results:
+    """Forward of the registered op."""
     from tinyonn_kernels.nsa._common import geometry_of
     from tinyonn_kernels.nsa.block_sparse_fwd import block_sparse_attention_fwd
     from tinyonn_kernels.nsa.interval_attention_fwd import interval_attention_fwd
     from tinyonn_kernels.nsa.select_blocks_fwd import select_blocks_fwd
 
+    query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
     window, temperature, block_size, compress_size, max_blocks, _, scale = options
     num_keys, num_kv = key.shape[1:3]
     window = min(window, num_keys)
@@ -102,35 +87,12 @@ def dyn_nsa_forward(
         if scratch is not None:
             out[rows] = mixed
     overflow = overflowing.float() / (counts > 0).sum().clamp(min=1)
-    return (
-        out, counts, own_tau, soft_counts, overflow, lse_compressed, lse_selected, lse_window, indices, bias, selected
-    )  # fmt: skip
+    return Results(out, soft_counts, own_tau, overflow, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected)
 
 
 @on_its_device
-def dyn_nsa_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_compressed: Tensor,
-    value_compressed: Tensor,
-    gates: Tensor,
-    base: Tensor,
-    slope: Tensor,
-    tau: Tensor,
-    lse_compressed: Tensor,
-    lse_selected: Tensor,
-    lse_window: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    bias: Tensor,
-    selected: Tensor,
-    grad_out: Tensor,
-    grad_soft: Tensor,
-    options: Options,
-    bounds: Bounds,
-) -> list[Tensor]:
-    """Gradients of query (in its dtype), key, value, both compressed tensors, gates, base and slope (float32)."""
+def dyn_nsa_backward(inputs: Inputs, saved: Saved, grads: Grads, options: Options, bounds: Bounds) -> list[Tensor]:
+    """Gradients of query (in its dtype) and of the other inputs but tau (float32)."""
     from tinyonn_kernels.nsa._common import geometry_of, unit_stride
     from tinyonn_kernels.nsa.block_sparse_dkv import block_sparse_attention_dkv
     from tinyonn_kernels.nsa.block_sparse_dq import block_sparse_attention_dq
@@ -139,12 +101,15 @@ def dyn_nsa_backward(
     from tinyonn_kernels.nsa.select_blocks_dk import select_blocks_dk
     from tinyonn_kernels.nsa.select_blocks_dq import select_blocks_dq
 
+    query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
+    counts, lse_compressed, lse_selected, lse_window, indices, bias, selected = saved
+    assert tau is not None  # forward's own where the caller gave none
     window, temperature, block_size, compress_size, _, detach_scores, scale = options
     num_keys = key.shape[1]
     window = min(window, num_keys)
     whole = geometry_of(query, num_keys, *bounds)
     sizes = (num_keys, temperature, block_size, compress_size, scale)
-    grad_out, grad_soft = unit_stride(grad_out), grad_soft.contiguous()
+    grad_out, grad_soft = unit_stride(grads.grad_out), grads.grad_soft.contiguous()
     threshold = base.float() - slope.float() * tau.float()
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     products = [torch.empty_like(lse_compressed) for _ in range(3)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
-from .._dispatch import check_impl, check_no_nan, statistics_dtype
+from ...reference import DynNSAOutput
+from .._dispatch import check_impl, check_no_nan, parts_of, register, schema_of, statistics_dtype
 from ._checks import (
     Bounds,
     check_bound_values,
@@ -29,37 +30,7 @@ from ._checks import (
     refuse_tangents,
     scale_of,
 )
-from ._torch_dyn_nsa import dyn_nsa_backward, dyn_nsa_forward
-
-
-class DynNSAOutput(NamedTuple):
-    """What `dyn_nsa` gives.
-
-    Attributes:
-        out: (B, T, H, D).
-        counts: (B, T, K) int32, key blocks read by the selected branch.
-        tau: (B, T, K), the uncertainty that the threshold was made of: the caller's, or that of the compressed branch.
-        overflow: 0-d, share of (token, head) rows for which more than max_blocks passed; padding does not count.
-        soft_counts: (B, T, K), as in `BlockSelection`: what a budget loss pulls on.
-    """
-
-    out: Tensor
-    counts: Tensor
-    tau: Tensor
-    overflow: Tensor
-    soft_counts: Tensor
-
-
-class Options(NamedTuple):
-    """Numbers of a call, in the order of the registered op."""
-
-    window: int
-    temperature: float
-    block_size: int
-    compress_size: int
-    max_blocks: int
-    detach_scores: bool
-    scale: float
+from ._tuples import Grads, Inputs, Options, Results, Saved
 
 
 def dyn_nsa(
@@ -137,12 +108,10 @@ def dyn_nsa(
     if tau is not None:
         check_shape("tau", tau, rows, query)
         tau = tau.detach()
-    temperature, scale = check_temperature(temperature), scale_of(query, scale)
-    options = Options(window, temperature, block_size, compress_size, max_blocks, detach_scores, scale)
-    tensors = (query, key, value, key_compressed, value_compressed, gates, base, slope, tau)
+    options = Options(window, check_temperature(temperature), block_size, compress_size, max_blocks, detach_scores, scale_of(query, scale))
+    inputs = Inputs(query, key, value, key_compressed, value_compressed, gates, base, slope, tau)
     if debug_enabled():
-        names = ("query", "key", "value", "key_compressed", "value_compressed", "gates", "base", "slope", "tau")
-        for name, given in zip(names, tensors, strict=True):
+        for name, given in inputs._asdict().items():
             if given is not None:
                 check_no_nan(name, given)
         if tau is not None:
@@ -150,169 +119,79 @@ def dyn_nsa(
     if impl == "reference":
         check_bound_values(key.shape[1], bounds)
         named: dict[str, Any] = {"tau": tau, **options._asdict(), **bounds._asdict()}
-        inputs = (query, key, value, key_compressed, value_compressed, gates, base, slope)
-        out, counts, used_tau, soft_counts, overflow = reference.dyn_nsa(*inputs, **named)
+        found = reference.dyn_nsa(*inputs[:-1], **named)
         dtype = statistics_dtype(query.dtype)
-        used_tau = used_tau.to(dtype) if tau is None else tau
-        return DynNSAOutput(out.to(query.dtype), counts, used_tau, overflow.to(dtype), soft_counts.to(dtype))
-    refuse_tangents("dyn_nsa", *tensors)
-    out, counts, own_tau, soft_counts, overflow, *_ = _forward(*tensors, *options, *bounds, impl)
-    return DynNSAOutput(out, counts, own_tau if tau is None else tau, overflow, soft_counts)
-
-
-@torch.library.custom_op("tinyonn::dyn_nsa", mutates_args=())
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_compressed: Tensor,
-    value_compressed: Tensor,
-    gates: Tensor,
-    base: Tensor,
-    slope: Tensor,
-    tau: Tensor | None,
-    window: int,
-    temperature: float,
-    block_size: int,
-    compress_size: int,
-    max_blocks: int,
-    detach_scores: bool,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, counts, tau (empty where it was given), soft_counts, overflow; then what backward needs: the lse of the three branches,
-    indices, bias, the selected branch.
-    """
-    bounds = Bounds(cu_seqlens, key_start, key_end)
-    check_bound_values(key.shape[1], bounds)
-    options = Options(window, temperature, block_size, compress_size, max_blocks, detach_scores, scale)
-    tensors = (query, key, value, key_compressed, value_compressed, gates, base, slope)
-    if choose_nsa_impl(impl, query) == "triton":
-        from . import _triton_dyn_nsa
-
-        return _triton_dyn_nsa.dyn_nsa_forward(*tensors, tau, options, bounds)
-    return dyn_nsa_forward(*tensors, tau, options, bounds)
-
-
-@_forward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_compressed: Tensor,
-    value_compressed: Tensor,
-    gates: Tensor,
-    base: Tensor,
-    slope: Tensor,
-    tau: Tensor | None,
-    window: int,
-    temperature: float,
-    block_size: int,
-    compress_size: int,
-    max_blocks: int,
-    detach_scores: bool,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = statistics_dtype(query.dtype)
-    rows = (*query.shape[:2], key.shape[2])
-    own_tau = query.new_empty(rows if tau is None else (0,), dtype=dtype)
-    results = (
-        query.new_empty(query.shape),
-        query.new_empty(rows, dtype=torch.int32),
-        own_tau,
-        query.new_empty(rows, dtype=dtype),
-        query.new_empty((), dtype=dtype),
-    )
-    lse = [query.new_empty(query.shape[:3], dtype=dtype) for _ in range(3)]
-    lists, selected = (*rows, max_blocks), query.new_empty(query.shape)
-    return (*results, *lse, query.new_empty(lists, dtype=torch.int32), query.new_empty(lists, dtype=dtype), selected)  # type: ignore[return-value]
-
-
-_Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-@torch.library.custom_op("tinyonn::dyn_nsa_backward", mutates_args=())
-def _backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_compressed: Tensor,
-    value_compressed: Tensor,
-    gates: Tensor,
-    base: Tensor,
-    slope: Tensor,
-    tau: Tensor,
-    counts: Tensor,
-    lse_compressed: Tensor,
-    lse_selected: Tensor,
-    lse_window: Tensor,
-    indices: Tensor,
-    bias: Tensor,
-    selected: Tensor,
-    grad_out: Tensor,
-    grad_soft: Tensor,
-    window: int,
-    temperature: float,
-    block_size: int,
-    compress_size: int,
-    max_blocks: int,
-    detach_scores: bool,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bounds = Bounds(cu_seqlens, key_start, key_end)
-    options = Options(window, temperature, block_size, compress_size, max_blocks, detach_scores, scale)
-    tensors = (query, key, value, key_compressed, value_compressed, gates, base, slope)
-    saved = (lse_compressed, lse_selected, lse_window, indices, counts, bias, selected)
-    if choose_nsa_impl(impl, query) == "triton":
-        from . import _triton_dyn_nsa
-
-        grads = _triton_dyn_nsa.dyn_nsa_backward(*tensors, tau, *saved, grad_out, grad_soft, options, bounds)
+        statistics = {name: getattr(found, name).to(dtype) for name in ("tau", "overflow", "soft_counts")}
+        found = found._replace(out=found.out.to(query.dtype), **statistics)
     else:
-        grads = dyn_nsa_backward(*tensors, tau, *saved, grad_out, grad_soft, options, bounds)
-    return tuple(grad.to(x.dtype) for grad, x in zip(grads, tensors, strict=True))  # type: ignore[return-value]
+        refuse_tangents("dyn_nsa", *inputs)
+        results = Results(*_forward_op(*inputs, *options, *bounds, impl))
+        found = DynNSAOutput(results.out, results.counts, results.tau, results.overflow, results.soft_counts)
+    return found if tau is None else found._replace(tau=tau)
 
 
-@_backward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_compressed: Tensor,
-    value_compressed: Tensor,
-    gates: Tensor,
-    base: Tensor,
-    slope: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (query, key, value, key_compressed, value_compressed, gates, base, slope)
-    return tuple(x.new_empty(x.shape) for x in tensors)  # type: ignore[return-value]
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options, bounds, impl = parts_of(arguments, Inputs, Options, Bounds)
+    check_bound_values(inputs.key.shape[1], bounds)
+    if choose_nsa_impl(impl, inputs.query) == "triton":
+        from ._triton_dyn_nsa import dyn_nsa_forward
+    else:
+        from ._torch_dyn_nsa import dyn_nsa_forward
+    return tuple(dyn_nsa_forward(inputs, options, bounds))
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, saved, grads, options, bounds, impl = parts_of(arguments, Inputs, Saved, Grads, Options, Bounds)
+    if choose_nsa_impl(impl, inputs.query) == "triton":
+        from ._triton_dyn_nsa import dyn_nsa_backward
+    else:
+        from ._torch_dyn_nsa import dyn_nsa_backward
+    return tuple(grad.to(x.dtype) for grad, x in zip(dyn_nsa_backward(inputs, saved, grads, options, bounds), inputs, strict=False))
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options, *_ = parts_of(arguments, Inputs, Options, Bounds)
+    query = inputs.query
+    dtype = statistics_dtype(query.dtype)
+    rows = (*query.shape[:2], inputs.key.shape[2])
+    lists = (*rows, options.max_blocks)
+    return Results(
+        out=query.new_empty(query.shape),
+        soft_counts=query.new_empty(rows, dtype=dtype),
+        tau=query.new_empty(rows if inputs.tau is None else (0,), dtype=dtype),
+        overflow=query.new_empty((), dtype=dtype),
+        counts=query.new_empty(rows, dtype=torch.int32),
+        lse_compressed=query.new_empty(query.shape[:3], dtype=dtype),
+        lse_selected=query.new_empty(query.shape[:3], dtype=dtype),
+        lse_window=query.new_empty(query.shape[:3], dtype=dtype),
+        indices=query.new_empty(lists, dtype=torch.int32),
+        bias=query.new_empty(lists, dtype=dtype),
+        selected=query.new_empty(query.shape),
+    )
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in arguments[:_DIFFERENTIABLE])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, tau, options = inputs[:8], inputs[8], inputs[9:16]
-    *bounds, ctx.impl = inputs[16:]
-    _, counts, own_tau, _, overflow, *saved = output
-    ctx.options = options
-    ctx.save_for_backward(*tensors, own_tau if tau is None else tau, counts, *saved, *bounds)
-    ctx.mark_non_differentiable(counts, own_tau, overflow, *saved)
+    tensors, ctx.options, bounds, ctx.impl = parts_of(inputs, Inputs, Options, Bounds)
+    results = Results(*output)
+    tau = results.tau if tensors.tau is None else tensors.tau
+    ctx.save_for_backward(*tensors._replace(tau=tau), *results[-len(Saved._fields) :], *bounds)
+    ctx.mark_non_differentiable(*results[2:])
 
 
-def _autograd(ctx: Any, grad_out: Tensor, _: Tensor, __: Tensor, grad_soft: Tensor, *___: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_out: Tensor, grad_soft: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     refuse_tangents("dyn_nsa", grad_out, grad_soft)
-    *saved, cu_seqlens, key_start, key_end = ctx.saved_tensors
-    grads = _backward(*saved, grad_out, grad_soft, *ctx.options, cu_seqlens, key_start, key_end, ctx.impl)
-    return *grads, *([None] * 12)
+    inputs, saved, *bounds = parts_of(ctx.saved_tensors, Inputs, Saved)
+    grads = _backward_op(*inputs, *saved, grad_out, grad_soft, *ctx.options, *bounds, ctx.impl)
+    return *grads, *([None] * (len(Inputs._fields + Options._fields + Bounds._fields) + 1 - _DIFFERENTIABLE))
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_DIFFERENTIABLE = 8  # of Inputs, all but tau
+_forward_op = register("dyn_nsa", _forward, _fake, schema_of(Inputs, Options, Bounds, returns=Results))
+_backward_op = register(
+    "dyn_nsa_backward", _backward, _fake_backward, schema_of(Inputs, Saved, Grads, Options, Bounds, returns=_DIFFERENTIABLE)
+)
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)

@@ -205,6 +205,24 @@ def sliding_window_attention(
     return out
 
 
+class DynNSAOutput(NamedTuple):
+    """Results of `dyn_nsa`.
+
+    Attributes:
+        out: (B, T, H, D).
+        counts: (B, T, K) int32, number of key blocks that the selected branch reads.
+        tau: (B, T, K), uncertainty used for the threshold: the caller's, or that of the compressed branch.
+        overflow: 0-d, fraction of (token, head) rows for which more than max_blocks passed; padding is not counted.
+        soft_counts: (B, T, K), as in `BlockSelection`; input of a budget loss.
+    """
+
+    out: Tensor
+    counts: Tensor
+    tau: Tensor
+    overflow: Tensor
+    soft_counts: Tensor
+
+
 def dyn_nsa(
     query: Tensor,
     key: Tensor,
@@ -226,12 +244,8 @@ def dyn_nsa(
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Dense gated attention: gates weigh the compressed, the selected and the window branch.
-
-    Returns:
-        out (B, T, H, D), counts (B, T, K) int32, tau (B, T, K), soft_counts (B, T, K), overflow.
-    """
+) -> DynNSAOutput:
+    """Dense gated attention: gates weigh the compressed, the selected and the window branch. Statistics are float64."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     where = {"cu_seqlens": cu_seqlens, "key_start": key_start, "key_end": key_end}
     num_keys, num_kv = key.shape[1:3]
@@ -256,7 +270,8 @@ def dyn_nsa(
         counts[row, rows] = kept.sum(-1).int()
         selected[row, rows] = _gated_by_factor(query[row, rows], key[row, columns], value[row, columns], gate, sequence, block_size, scale)
     branches = torch.stack([compressed, selected, near], -1)
-    return (branches * gates.double()[:, :, :, None]).sum(-1), counts, tau.double(), soft_counts, share_of(overflowing, counts)
+    out = (branches * gates.double()[:, :, :, None]).sum(-1)
+    return DynNSAOutput(out, counts, tau.double(), share_of(overflowing, counts), soft_counts)
 
 
 def attention_tau(

@@ -1,0 +1,82 @@
+"""Named tuples of the registered op `dyn_nsa`: arguments, results, and what backward reads. Each order stands here alone.
+
+B batch, T queries of Tk positions (the last ones), H query heads, K key/value heads, D head dim, M compressed keys
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """Tensors of a call; see `dyn_nsa`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_compressed: Tensor
+    value_compressed: Tensor
+    gates: Tensor
+    base: Tensor
+    slope: Tensor
+    tau: Tensor | None
+
+
+class Options(NamedTuple):
+    """Numbers of a call; see `dyn_nsa`."""
+
+    window: int
+    temperature: float
+    block_size: int
+    compress_size: int
+    max_blocks: int
+    detach_scores: bool
+    scale: float
+
+
+class Results(NamedTuple):
+    """Results of the registered op. The fields from counts on are not differentiable, soft_counts apart.
+
+    Attributes:
+        out: (B, T, H, D).
+        soft_counts: (B, T, K).
+        tau: (B, T, K); empty if the caller gave it.
+        overflow: 0-d.
+        counts: (B, T, K) int32.
+        lse_compressed, lse_selected, lse_window: (B, T, H), of the three branches.
+        indices, bias: (B, T, K, max_blocks), int32 and float.
+        selected: (B, T, H, D), output of the selected branch.
+    """
+
+    out: Tensor
+    soft_counts: Tensor
+    tau: Tensor
+    overflow: Tensor
+    counts: Tensor
+    lse_compressed: Tensor
+    lse_selected: Tensor
+    lse_window: Tensor
+    indices: Tensor
+    bias: Tensor
+    selected: Tensor
+
+
+class Saved(NamedTuple):
+    """Results that backward reads: the fields of `Results` from counts on."""
+
+    counts: Tensor
+    lse_compressed: Tensor
+    lse_selected: Tensor
+    lse_window: Tensor
+    indices: Tensor
+    bias: Tensor
+    selected: Tensor
+
+
+class Grads(NamedTuple):
+    """Gradients of the differentiable results."""
+
+    grad_out: Tensor
+    grad_soft: Tensor
