@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -75,6 +76,27 @@ def files_of_at_most() -> Callable[[int], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limited
+
+
+@pytest.fixture
+def forked() -> Iterator[Callable[[Callable[[], object]], multiprocessing.process.BaseProcess]]:
+    """`forked(call)`: runs a call in a copy of this process, which needs no imports; `join` and read `exitcode`."""
+    started = []
+
+    def start(call: Callable[[], object]) -> multiprocessing.process.BaseProcess:
+        def run() -> None:
+            torch.set_num_threads(1)  # threads of the pool are not copied
+            call()
+
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
 
 
 @pytest.fixture

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,17 +98,14 @@ def test_a_checkpoint_that_was_half_written_is_not_taken_for_one(config, uninter
     assert left(config().folder) == ["ckpt_final", "ckpt_init", "train.json", "train_config.yaml"]
 
 
-def test_a_killed_process_is_gone_on_from(config, uninterrupted):
-    program = f"""
-import os, signal
-from tinyonn.heads.plasticity.config import PlasticityConfig
-from tinyonn.heads.plasticity.training import train
-def progress(now):
-    if now.text.startswith("step 5/"):
-        os.kill(os.getpid(), signal.SIGKILL)
-train({config()!r}, progress)
-"""
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+def test_a_killed_process_is_gone_on_from(config, uninterrupted, forked):
+    def progress(now):
+        if now.text.startswith("step 5/"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = forked(lambda: train(config(), progress))
+    process.join(240)
+    assert process.exitcode == -signal.SIGKILL
     assert left(config().folder) == [".lock", "ckpt_init", "train_config.yaml", "train_state.pt"]  # the lock died with its process
     train(config())
     torch.testing.assert_close(weights(config().folder / "ckpt_final"), uninterrupted[0])

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -72,11 +73,15 @@ def test_torchrun_writes_a_file_a_process_that_opens_as_one(config, whole, conte
         assert sorted(sequence.sequence_id for sequence in reader.sequences) == sorted(f"t{i}" for i in range(1, 23, 2))
 
 
-def test_two_processes_at_once_by_environment(config, whole, contents):
-    code = "import sys\nfrom tinyonn.scan import *\nrun_scan(ScanConfig(*sys.argv[1:3], output_path=sys.argv[3], batch_size=1))"
-    command = [sys.executable, "-c", code, config.model_path, config.dataset_path, config.output_path]
-    processes = [subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}) for rank in range(2)]
-    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+def test_two_processes_at_once_by_environment(config, whole, contents, forked):
+    def scan(rank: int) -> None:
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+        run_scan(config)
+
+    processes = [forked(partial(scan, rank)) for rank in range(2)]
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0, 0]
     assert contents(config.output) == whole
 
 

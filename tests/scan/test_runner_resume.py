@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tinyonn.errors import InputError, MscanError
-from tinyonn.mscan import MscanReader
+from tinyonn.mscan import MscanReader, MscanWriter
 from tinyonn.scan import OutputCompleteError, OutputDiffersError, ScanConfig, ScanEngine, ScanInterrupted, run_scan
 from tinyonn.scan import runner as runner_module
 
@@ -45,26 +45,24 @@ def stop_after(batches: int, error: BaseException):
     return progress
 
 
-KILLED = """
-import os, signal, sys
-from tinyonn.scan import ScanConfig, run_scan
-from tinyonn.mscan import MscanWriter
-append, left = MscanWriter.append, [int(sys.argv[1])]
-def append_or_die(self, record):
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left[0] -= 1
-    return append(self, record)
-MscanWriter.append = append_or_die
-run_scan(ScanConfig(sys.argv[2], sys.argv[3], output_path=sys.argv[4], batch_size=3))
-"""
+def killed_after(appended: int, config: ScanConfig) -> None:
+    append, left = MscanWriter.append, [appended]
+
+    def append_or_die(self, record):
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return append(self, record)
+
+    MscanWriter.append = append_or_die
+    run_scan(config)
 
 
 @pytest.mark.parametrize("appended", [0, 10])
-def test_a_killed_scan_goes_on_and_ends_the_same(config, whole, contents, appended):
-    arguments = [str(appended), config.model_path, config.dataset_path, config.output_path]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+def test_a_killed_scan_goes_on_and_ends_the_same(config, whole, contents, appended, forked):
+    killed = forked(lambda: killed_after(appended, config))
+    killed.join(240)
+    assert killed.exitcode == -signal.SIGKILL
     with MscanReader(config.output) as reader:
         assert len(reader.sequences) == appended
     result = run_scan(config)
