@@ -11,11 +11,14 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import distributed
 
 if not torch.cuda.is_available():
     if "triton" in sys.modules:
@@ -78,7 +81,7 @@ def files_of_at_most() -> Callable[[int], AbstractContextManager[None]]:
     return limited
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def forked() -> Iterator[Callable[[Callable[[], object]], multiprocessing.process.BaseProcess]]:
     """`forked(call)`: runs a call in a copy of this process, which needs no imports; `join` and read `exitcode`."""
     started = []
@@ -97,6 +100,28 @@ def forked() -> Iterator[Callable[[Callable[[], object]], multiprocessing.proces
     for process in started:
         process.kill()
         process.join()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(forked: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[int], None]], None]:
+    """`two_ranks(work)`: runs `work(rank)` in the two processes of a gloo group; both must succeed."""
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("torch has no gloo")
+
+    def run(work: Callable[[int], None]) -> None:
+        meeting = tmp_path_factory.mktemp("group") / "store"
+
+        def member(rank: int) -> None:
+            distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+            work(rank)
+            distributed.destroy_process_group()
+
+        processes = [forked(partial(member, rank)) for rank in range(2)]
+        for process in processes:
+            process.join(240)
+        assert [process.exitcode for process in processes] == [0, 0]
+
+    return run
 
 
 @pytest.fixture

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tinyonn.hf  # noqa: F401  # registers the implementation
@@ -67,32 +61,14 @@ def test_the_surprise_is_that_of_the_adapted_weights():
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-7)
 
 
-def worker(rank: int, world: int) -> None:
-    distributed.init_process_group("gloo", rank=rank, world_size=world)
+def compare_with_one_process(rank: int) -> None:
     found = first_gradients(DistributedDataParallel(model_of("tinyonn")), batch(rank))
-    alone = [first_gradients(model_of("eager"), batch(number)) for number in range(world)]
+    alone = [first_gradients(model_of("eager"), batch(number)) for number in range(2)]
     for name, grad in found.items():
         wanted = torch.stack([grads[name] for grads in alone]).mean(0)
         torch.testing.assert_close(grad, wanted, rtol=1e-3, atol=1e-7)
         assert wanted.abs().max() > 0
-    distributed.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_two_processes_have_the_mean_of_both_gradients():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__)), str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in workers]
-    assert [process.returncode for process in workers] == [0, 0], "\n".join(outputs)
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), 2)
+def test_two_processes_have_the_mean_of_both_gradients(two_ranks):
+    two_ranks(compare_with_one_process)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -39,33 +34,21 @@ def step(model: Any, x: Tensor) -> Tensor:
     return output.loss.detach()
 
 
-def work(rank: int, folder: str) -> None:
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    model = AutoModelForCausalLM.from_pretrained(Path(folder) / "base")
+def work(rank: int, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
     loss = step(model, token_ids())
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
-        model.save_pretrained(Path(folder) / "sharded", state_dict=state)
-        torch.save(loss, Path(folder) / "loss.pt")
-    distributed.destroy_process_group()
+        model.save_pretrained(folder / "sharded", state_dict=state)
+        torch.save(loss, folder / "loss.pt")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="torch has no gloo")
-def test_a_sharded_model_steps_and_saves_like_one_in_one_process(tmp_path):
+def test_a_sharded_model_steps_and_saves_like_one_in_one_process(tmp_path, two_ranks):
     converted().save_pretrained(tmp_path / "base")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    commands = [[sys.executable, __file__, str(rank), str(tmp_path)] for rank in range(2)]
-    workers = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
-    outputs = [process.communicate(timeout=300)[0] for process in workers]
-    assert [process.returncode for process in workers] == [0, 0], "\n".join(outputs)
+    two_ranks(lambda rank: work(rank, tmp_path))
     alone, x = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), token_ids()
     assert_close_rms(torch.load(tmp_path / "loss.pt"), step(alone, x), 1e-5)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
@@ -73,7 +56,3 @@ def test_a_sharded_model_steps_and_saves_like_one_in_one_process(tmp_path):
         assert_close_rms(again.state_dict()[name], tensor, 1e-4, name)
     with torch.no_grad():
         assert_close_rms(again(x).logits, alone.eval()(x).logits, 1e-4)
-
-
-if __name__ == "__main__":
-    work(int(sys.argv[1]), sys.argv[2])

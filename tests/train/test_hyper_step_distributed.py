@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -78,11 +75,9 @@ def run(model: nn.Module, rank: int, used: int, accumulation_steps: int = BATCHE
     return {name.replace("module.", "").replace("_orig_mod.", ""): grad for name, grad in whole.items()}
 
 
-def worker(port: str, folder: str, rank: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
+def work(folder: Path, rank: int) -> None:
     found = {name: run(wrap(model_of()), rank, used[rank]) for name, (wrap, used) in CASES.items()}
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save(found, folder / f"{rank}.pt")
     refused = model_of()
     fully_shard(refused, ignored_params={parameter for layer in refused.layers for parameter in layer.router.parameters()})
     with pytest.raises(TypeError, match=r"layers.0.router.prototypes must be sharded where the model is"):
@@ -92,20 +87,12 @@ def worker(port: str, folder: str, rank: int) -> None:
     fully_shard(apart)
     with pytest.raises(RuntimeError, match="routers must be whole while backward passes them"):
         run(apart, rank, 3)
-    distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+def found(tmp_path_factory: pytest.TempPathFactory, two_ranks: Callable[..., None]) -> list[dict[str, dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # This file itself: a spawned child could not import it by the name that pytest gave it.
-    command = [sys.executable, str(Path(__file__)), str(port), str(folder)]
-    processes = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    two_ranks(partial(work, folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -118,7 +105,3 @@ def test_two_processes_have_the_mean_of_both_gradients(found, case):
         assert torch.equal(grad, found[1][case][name]), name
         wanted = sum(grads.get(name, torch.zeros_like(grad)) for grads in alone) / 2
         torch.testing.assert_close(grad, wanted, msg=lambda text, name=name: f"{name}: {text}")
-
-
-if __name__ == "__main__":
-    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]))
