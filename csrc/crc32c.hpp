@@ -15,4 +15,16 @@ uint32_t crc32c_table(const void* data, size_t size, uint32_t crc = 0);
 // Whether crc32c() runs on the CPU's instruction.
 bool crc32c_is_hardware();
 
+// The checksum of a structure: over all of its bytes but the last four, which hold it.
+template <typename T>
+uint32_t crc_of(const void* structure) {
+  return crc32c(structure, sizeof(T) - sizeof(uint32_t));
+}
+
+// Writes a structure's checksum into it.
+template <typename T>
+void seal(T& structure) {
+  structure.crc = crc_of<T>(&structure);
+}
+
 }  // namespace mscan

@@ -56,11 +56,6 @@ bool is_utf8(const uint8_t* p, uint64_t size) {
   return true;
 }
 
-template <typename T>
-uint32_t crc_of_structure(const uint8_t* p) {
-  return crc32c(p, sizeof(T) - sizeof(uint32_t));
-}
-
 void check_layout_payload(const Chunk& chunk) {
   const uint64_t at = chunk.offset + sizeof(ChunkHeader);
   require(chunk.length() >= sizeof(LayoutHead), "LAYOUT must hold its 64-byte head.", at);
@@ -160,7 +155,7 @@ const char* header_rule(Bytes file, const Uuid& uuid, uint64_t offset, ChunkHead
   if (offset > file.size || file.size - offset < sizeof(ChunkHeader)) return "a chunk header must lie within the file.";
   header = load<ChunkHeader>(file.data + offset);
   if (!(header.uuid == uuid)) return "a chunk must carry the file's UUID.";
-  if (header.crc != crc_of_structure<ChunkHeader>(file.data + offset)) return "chunk header crc32c must match.";
+  if (header.crc != crc_of<ChunkHeader>(file.data + offset)) return "chunk header crc32c must match.";
   return nullptr;
 }
 
@@ -172,7 +167,7 @@ Prologue validate_prologue(Bytes file) {
   if (version != kVersion) fail("version must be 2, got " + std::to_string(version) + ".", 5);
   require(file.size >= sizeof(Prologue), "the file must hold its 64-byte prologue.", file.size);
   const auto prologue = load<Prologue>(file.data);
-  require(prologue.crc == crc_of_structure<Prologue>(file.data), "prologue crc32c must match.", 0);
+  require(prologue.crc == crc_of<Prologue>(file.data), "prologue crc32c must match.", 0);
   require(prologue.reserved0 == 0 && prologue.reserved1 == 0 && prologue.reserved2 == 0 && prologue.reserved3 == 0,
           "reserved bytes must be 0.", 0);
   require(prologue.count == kNoCount, "the count of version 1 must be 0xFFFFFFFF.", 11);
@@ -189,7 +184,7 @@ Trailer validate_trailer(Bytes file, const Uuid& uuid, bool& found) {
   const uint64_t offset = file.size - sizeof(Trailer);
   const auto trailer = load<Trailer>(file.data + offset);
   found = std::memcmp(trailer.magic, kTrailerMagic, 8) == 0 && trailer.uuid == uuid && trailer.self_offset == offset &&
-          trailer.crc == crc_of_structure<Trailer>(file.data + offset) && trailer.index_offset < offset && trailer.reserved0 == 0 &&
+          trailer.crc == crc_of<Trailer>(file.data + offset) && trailer.index_offset < offset && trailer.reserved0 == 0 &&
           trailer.reserved1 == 0;
   return found ? trailer : Trailer{};
 }
@@ -279,7 +274,7 @@ IndexHead validate_index_head(const Chunk& chunk) {
   require(chunk.type() == ChunkType::index, "an INDEX must stand here.", chunk.offset);
   require(chunk.length() >= sizeof(IndexHead), "INDEX must hold its 64-byte head.", at);
   const auto head = load<IndexHead>(chunk.payload);
-  require(head.crc == crc_of_structure<IndexHead>(chunk.payload), "INDEX head crc32c must match.", at);
+  require(head.crc == crc_of<IndexHead>(chunk.payload), "INDEX head crc32c must match.", at);
   require(head.reserved == 0, "reserved bytes must be 0.", at);
   require(head.self_offset == chunk.offset, "INDEX must carry its own offset.", at);
   require(head.prev_offset < chunk.offset, "INDEX must link backwards.", at);

@@ -63,6 +63,7 @@ class Writer {
   void put_integral(uint64_t ordinal, const double* const planes[6]);
   void put_data(const RecordView& record, uint64_t ordinal, uint32_t& chunks);
   void put_sequence(const RecordView& record, uint64_t ordinal, uint64_t group, uint64_t integral, uint32_t chunks);
+  void put_index(IndexHead head, size_t kept);
   void bind(ChunkHeader& header, uint32_t group) const;
   uint64_t tables_bytes() const;
   void write_index();

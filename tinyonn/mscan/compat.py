@@ -43,8 +43,7 @@ def create_mscan_file(path: str | os.PathLike[str], metadata: Mapping[str, Any])
     """
     _names(metadata)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with MscanWriter(path, dict(metadata), [_PLACEHOLDER], mode="w", codec="f32", sync="none"):
-        pass
+    _writer(path, dict(metadata), [_PLACEHOLDER], "w").close()
 
 
 def append_records_to_mscan(path: str | os.PathLike[str], records: np.ndarray, sequence_info: Mapping[str, Any]) -> None:
@@ -71,15 +70,12 @@ def append_records_to_mscan(path: str | os.PathLike[str], records: np.ndarray, s
     names = _names(metadata)
     layout = _extended(layout, records, names) or [_PLACEHOLDER]
     record = _to_planes(records, sequence_info, _columns(layout, names), layout_blocks(layout), first)
-    if count:
-        with MscanWriter(path, metadata, layout, mode="a", codec="f32", sync="none") as writer:
-            writer.append(record)
-        return
     # The file's columns become known with its first records, and a layout can only grow: the empty file is replaced.
-    beside = Path(f"{os.fspath(path)}.new")
-    with MscanWriter(beside, metadata, layout, mode="w", codec="f32", sync="none") as writer:
+    target = Path(path) if count else Path(f"{os.fspath(path)}.new")
+    with _writer(target, metadata, layout, "a" if count else "w") as writer:
         writer.append(record)
-    beside.replace(path)
+    if not count:
+        target.replace(path)
 
 
 def load_mscan_file(path: str | os.PathLike[str], *, recovery: str = "tail") -> tuple[dict[str, Any], np.ndarray]:
@@ -108,6 +104,10 @@ def load_mscan_file(path: str | os.PathLike[str], *, recovery: str = "tail") -> 
                 pieces.append(_to_records(reader.path, activation, grad_norm, sequence.token_ids, columns))
         metadata = {**reader.metadata, "sequences": [*reader.metadata.get("sequences", []), *infos]}
         return metadata, np.concatenate(pieces)
+
+
+def _writer(path: str | os.PathLike[str], metadata: dict[str, Any], layout: list[LayoutEntry], mode: str) -> MscanWriter:
+    return MscanWriter(path, metadata, layout, mode=mode, codec="f32", sync="none")
 
 
 def _names(metadata: Mapping[str, Any]) -> dict[int, str]:

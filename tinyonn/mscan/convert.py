@@ -181,7 +181,7 @@ def verify(path: PathLike) -> Verification:
 def describe(path: PathLike, *, recovery: str = "tail") -> Description:
     """What a file or a rank set holds."""
     with MscanReader(path, recovery=recovery) as reader:
-        sequences = [reader.sequences[i] for i in range(len(reader.sequences))]
+        sequences = list(reader.sequences)
         return Description(
             path=Path(path),
             version=reader.version,
@@ -202,7 +202,7 @@ def _size(path: PathLike) -> int:
 
 
 def _tokens(reader: MscanReader) -> int:
-    return sum(reader.sequences[i].num_tokens for i in range(len(reader.sequences)))
+    return sum(sequence.num_tokens for sequence in reader.sequences)
 
 
 def _common_layout(readers: Sequence[MscanReader]) -> list[LayoutEntry]:
@@ -302,18 +302,17 @@ def _codec(readers: Sequence[MscanReader]) -> str:
 def _record(reader: MscanReader, i: int, blocks: int) -> SequenceRecord:
     sequence = reader.sequences[i]
     missing = ((0, 0), (0, blocks - layout_blocks(reader.layout)))
-    planes: tuple[Any, Any] = (None, None)
+    activation = grad_norm = None
     if sequence.has_records or sequence.lost_tokens:  # what was lost is written as missing
-        activation, grad_norm = reader.planes(i)
-        planes = (np.pad(activation, missing, constant_values=np.nan), np.pad(grad_norm, missing, constant_values=np.nan))
+        activation, grad_norm = (np.pad(plane, missing, constant_values=np.nan) for plane in reader.planes(i))
     integral = reader.sequence_integral(i)
     return SequenceRecord(
-        sequence_id=sequence.sequence_id,
-        token_ids=sequence.token_ids,
-        loss=sequence.loss,
-        activation=planes[0],
-        grad_norm=planes[1],
-        mask=sequence.mask,
-        text=sequence.text,
-        integral=None if integral is None else integral.widened(blocks),
+        sequence.sequence_id,
+        sequence.token_ids,
+        sequence.loss,
+        activation,
+        grad_norm,
+        sequence.mask,
+        sequence.text,
+        None if integral is None else integral.widened(blocks),
     )

@@ -39,16 +39,15 @@ def to_npz(path: PathLike, output: PathLike, *, recovery: str = "tail", overwrit
         overwrite: replace an output that exists.
     """
     with MscanReader(path, recovery=recovery) as reader, replacing(output, overwrite, [path]) as beside:
-        sequences = [reader.sequences[i] for i in range(len(reader.sequences))]
+        sequences = list(reader.sequences)
         offsets = np.concatenate([[0], np.cumsum([s.num_tokens for s in sequences], dtype=np.int64)]).astype(np.int64)
         tokens, blocks = int(offsets[-1]), layout_blocks(reader.layout)
         with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:
             for plane, name in enumerate(("activation", "grad_norm")):
                 parts = (_planes(reader, i, blocks)[plane] for i in range(len(sequences)))
-                _write_rows(archive, name, np.dtype(np.float32), (tokens, blocks), parts)
-            _write_rows(archive, "loss", np.dtype(np.float32), (tokens,), (np.asarray(s.loss, np.float32) for s in sequences))
-            _write_rows(archive, "token_ids", np.dtype(np.int64), (tokens,), (np.asarray(s.token_ids, np.int64) for s in sequences))
-            _write_rows(archive, "mask", np.dtype(np.uint8), (tokens,), (np.asarray(s.mask, np.uint8) for s in sequences))
+                _write_rows(archive, name, np.float32, (tokens, blocks), parts)
+            for name, dtype in {"loss": np.float32, "token_ids": np.int64, "mask": np.uint8}.items():
+                _write_rows(archive, name, dtype, (tokens,), (np.asarray(getattr(s, name), dtype) for s in sequences))
             whole = {
                 "offsets": offsets,
                 "sequence_ids": np.array([s.sequence_id for s in sequences], np.str_),
@@ -93,10 +92,10 @@ def to_parquet(path: PathLike, output: PathLike, *, recovery: str = "tail", over
         layer_of = np.array([layers.index(group_name(name)) for name in weights], np.int32)
         block_of = np.arange(weight_of.size, dtype=np.int32) - np.array([entry.base for entry in reader.layout], np.int32)[weight_of]
         dictionary = pa.dictionary(pa.int32(), pa.string())
-        fields: list[tuple[str, Any]] = [("sequence", pa.int32()), ("sequence_id", dictionary), ("token", pa.int32())]
-        fields += [("token_id", pa.int64()), ("loss", pa.float32()), ("marked", pa.bool_()), ("layer", dictionary), ("weight", dictionary)]
-        fields += [("block", pa.int32()), ("activation", pa.float32()), ("grad_norm", pa.float32())]
-        schema = pa.schema(fields, metadata={"tinyonn": json.dumps(reader.metadata)})
+        kinds = {"sequence": pa.int32(), "sequence_id": dictionary, "token": pa.int32(), "token_id": pa.int64(), "loss": pa.float32()}
+        kinds |= {"marked": pa.bool_(), "layer": dictionary, "weight": dictionary, "block": pa.int32()}
+        kinds |= {"activation": pa.float32(), "grad_norm": pa.float32()}
+        schema = pa.schema(list(kinds.items()), metadata={"tinyonn": json.dumps(reader.metadata)})
 
         def table(i: int, first: int, planes: tuple[np.ndarray, np.ndarray]) -> Any:
             sequence = reader.sequences[i]
@@ -138,9 +137,9 @@ def _planes(reader: MscanReader, i: int, blocks: int) -> tuple[np.ndarray, np.nd
     return missing, missing
 
 
-def _write_rows(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], parts: Iterator[np.ndarray]) -> None:
+def _write_rows(archive: zipfile.ZipFile, name: str, dtype: Any, shape: tuple[int, ...], parts: Iterator[np.ndarray]) -> None:
     # An .npy member whose array never stands in memory whole.
-    header: dict[str, Any] = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    header: dict[str, Any] = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         np.lib.format.write_array_header_2_0(member, header)
         for part in parts:

@@ -74,10 +74,7 @@ class RankSetReader(MscanReader):
 
     def locate(self, i: int) -> tuple[V2Reader, int, int]:
         """The member that holds sequence i, its ordinal there, and its ordinal in the set."""
-        count = self.starts[-1]
-        if not -count <= i < count:
-            raise IndexError(f"sequence {i} of {count}")
-        ordinal = i + count if i < 0 else int(i)
+        ordinal = self.ordinal(i)
         rank = bisect_right(self.starts, ordinal) - 1
         return self.members[rank], ordinal - self.starts[rank], ordinal
 

@@ -142,6 +142,17 @@ class MscanReader:
         """Whether this class reads what is at `path`."""
         raise NotImplementedError
 
+    def ordinal(self, i: int) -> int:
+        """i counted from the front.
+
+        Raises:
+            IndexError: there is no sequence i.
+        """
+        count = len(self)
+        if not -count <= i < count:
+            raise IndexError(f"sequence {i} of {count}")
+        return i + count if i < 0 else int(i)
+
     def planes(self, i: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Activation and gradient norms of sequence i, (tokens, blocks) float32 each; NaN = missing.
 

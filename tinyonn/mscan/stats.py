@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+Moments = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+
+
+def add_moments(a: Moments, b: Moments) -> Moments:
+    """Count, mean and summed squared deviation of two samples together (Chan, Golub, LeVeque, 1979)."""
+    count = a[0] + b[0]
+    share = b[0] / np.maximum(count, 1)
+    delta = b[1] - a[1]
+    return count, a[1] + delta * share, a[2] + b[2] + delta * delta * a[0] * share
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,17 +43,8 @@ class PlaneStats:
         return np.sqrt(self.m2 / np.maximum(self.count, 1))
 
     def __add__(self, other: PlaneStats) -> PlaneStats:
-        count = self.count + other.count
-        share = other.count / np.maximum(count, 1)
-        delta = other.mean - self.mean
-        return PlaneStats(
-            count,
-            self.mean + delta * share,
-            self.m2 + other.m2 + delta * delta * self.count * share,
-            self.zeros + other.zeros,
-            self.missing + other.missing,
-            self.nonfinite + other.nonfinite,
-        )
+        moments = add_moments((self.count, self.mean, self.m2), (other.count, other.mean, other.m2))
+        return PlaneStats(*moments, self.zeros + other.zeros, self.missing + other.missing, self.nonfinite + other.nonfinite)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .stats import add_moments
+
 
 @dataclass(slots=True, eq=False)
 class Integral:
@@ -38,6 +40,23 @@ class Integral:
         """The integral of no token."""
         return cls(*(np.zeros(blocks) for _ in range(6)))
 
+    @classmethod
+    def from_planes(cls, sps: NDArray[np.float64], present: NDArray[np.bool_], planes: Sequence[NDArray[Any]]) -> Integral:
+        """The integral of one sequence.
+
+        Args:
+            sps: (blocks,) SPS summed over tokens.
+            present: (tokens, blocks), whether a token counts.
+            planes: activation and gradient norms, (tokens, blocks) each.
+        """
+        count = present.sum(axis=0).astype(np.float64)
+        moments = []
+        for plane in planes:
+            values = np.where(present, plane.astype(np.float64), 0.0)
+            mean = values.sum(axis=0) / np.maximum(count, 1)
+            moments += [mean, (np.where(present, values - mean, 0.0) ** 2).sum(axis=0)]
+        return cls(sps, count, *moments)
+
     def widened(self, blocks: int) -> Integral:
         """The same integral over a layout that gained blocks, which count no token."""
         missing = blocks - len(self.sps)
@@ -52,15 +71,8 @@ class Integral:
             return NotImplemented
         blocks = max(len(self.sps), len(other.sps))
         a, b = self.widened(blocks), other.widened(blocks)
-        count = a.count + b.count
-        share = np.divide(b.count, count, out=np.zeros_like(count), where=count > 0)
-
-        def chan(mean_a: Any, m2_a: Any, mean_b: Any, m2_b: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-            delta = mean_b - mean_a
-            return mean_a + delta * share, m2_a + m2_b + delta * delta * a.count * share
-
-        activation = chan(a.activation_mean, a.activation_m2, b.activation_mean, b.activation_m2)
-        grad = chan(a.grad_mean, a.grad_m2, b.grad_mean, b.grad_m2)
+        count, *activation = add_moments((a.count, a.activation_mean, a.activation_m2), (b.count, b.activation_mean, b.activation_m2))
+        _, *grad = add_moments((a.count, a.grad_mean, a.grad_m2), (b.count, b.grad_mean, b.grad_m2))
         return Integral(a.planes()[0] + b.planes()[0], count, *activation, *grad)
 
 

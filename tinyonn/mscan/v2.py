@@ -73,13 +73,6 @@ class V2Reader(MscanReader):
             raise ValueError(f"{self.path} was closed.")
         return self._core
 
-    def ordinal(self, i: int) -> int:
-        """i counted from the front."""
-        count = len(self.core)
-        if not -count <= i < count:
-            raise IndexError(f"sequence {i} of {count}")
-        return i + count if i < 0 else int(i)
-
     def _sequence(self, i: int) -> StoredSequence:
         ordinal = self.ordinal(i)
         name, token_ids, loss, mask, text, has_records, lost_tokens, lost_integral = self.core.sequence(ordinal)

@@ -118,8 +118,7 @@ class MscanWriter:
         """
         integral = record.integral
         if not isinstance(record.sequence_id, str) or not (record.text is None or isinstance(record.text, str)):
-            _check_text("sequence_id", record.sequence_id)
-            _check_text("text", record.text)
+            _check_texts(record)
         try:
             ordinal = self._append(
                 record.sequence_id,
@@ -132,9 +131,7 @@ class MscanWriter:
                 None if integral is None else integral.planes(),
             )
         except (TypeError, RuntimeError):  # pybind11 has no other words for a text that is none; looked into only then
-            _check_text("sequence_id", record.sequence_id)
-            if record.text is not None:
-                _check_text("text", record.text)
+            _check_texts(record)
             raise
         self._added[record.sequence_id] = None
         return ordinal
@@ -197,6 +194,12 @@ def _dumps(metadata: dict[str, Any]) -> str:
         return text
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"metadata must be JSON values, got {reason(error)}.") from error
+
+
+def _check_texts(record: SequenceRecord) -> None:
+    _check_text("sequence_id", record.sequence_id)
+    if record.text is not None:
+        _check_text("text", record.text)
 
 
 def _check_text(name: str, value: object) -> None:

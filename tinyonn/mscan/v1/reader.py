@@ -177,8 +177,8 @@ class V1Reader(MscanReader):
         """∫SPS and moments of the whole file, computed from every plane."""
         total = Integral.zeros(layout_blocks(self.layout))
         for sequence in self.sequences:
-            if sequence.has_records:
-                total += integrate(*self.planes(sequence.ordinal), layout_groups(self.layout)[1])
+            found = self.sequence_integral(sequence.ordinal)
+            total = total if found is None else total + found
         return total
 
     def stats(self) -> ModuleStats:
@@ -214,12 +214,12 @@ def _parameter_names(path: str, metadata: dict[str, Any]) -> dict[int, str]:
     wrong = MscanError(path, "id_to_param_name_map must map ids 0 … 65535 to names.", PROLOGUE.size)
     if not isinstance(named, dict) or not all(isinstance(name, str) and re.fullmatch(r"[0-9]{1,5}", key) for key, name in named.items()):
         raise wrong
-    ids = [int(key) for key in named]
-    if max(ids, default=0) > 0xFFFF:
+    names = {int(key): name for key, name in named.items()}
+    if max(names, default=0) > 0xFFFF:
         raise wrong
-    if len(set(named.values())) < len(named) or len(set(ids)) < len(named):
+    if len(set(named.values())) < len(named) or len(names) < len(named):
         raise MscanError(path, "id_to_param_name_map must name every parameter once.", PROLOGUE.size)
-    return {int(key): name for key, name in named.items()}
+    return names
 
 
 def _listed_sequences(path: str, metadata: dict[str, Any]) -> list[tuple[str, int, str | None]]:

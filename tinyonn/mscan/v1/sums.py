@@ -29,13 +29,7 @@ def integrate(activation: np.ndarray, grad_norm: np.ndarray, offsets: np.ndarray
             std = np.sqrt((centred**2).sum(1, keepdims=True) / count)
             z = np.divide(centred, std, out=np.zeros_like(centred), where=std > 1e-6 * np.abs(mean))
             sps[begin:end] += sign * z.sum(0)
-    tokens = present.sum(0).astype(np.float64)
-    moments = []
-    for plane in planes:
-        values = np.where(present, plane, 0.0)
-        mean = values.sum(0) / np.maximum(tokens, 1)
-        moments += [mean, (np.where(present, values - mean, 0.0) ** 2).sum(0)]
-    return Integral(sps, tokens, *moments)
+    return Integral.from_planes(sps, present, planes)
 
 
 def plane_stats(plane: np.ndarray, bases: list[int], columns: list[int]) -> PlaneStats:

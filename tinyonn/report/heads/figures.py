@@ -45,8 +45,7 @@ class HeadScatter:
 
 def draw_head_scatters(path: Path, title: str, plots: Sequence[HeadScatter], x_title: str) -> None:
     """One point per head, a marker and a colour per group, dashed lines at the marks; panels side by side."""
-    figure = new_figure(5.4 * len(plots) + 0.6, 5.0)
-    figure.suptitle(safe_label(title), fontsize=12)
+    figure = new_figure(5.4 * len(plots) + 0.6, 5.0, title, 12)
     for number, plot in enumerate(plots, start=1):
         axes = figure.add_subplot(1, len(plots), number)
         size = 26 if sum(len(group.x) for group in plot.groups) < _MANY else 9
@@ -75,8 +74,7 @@ def draw_statistics(
     path: Path, title: str, correlations: Sequence[DotRow], overlaps: Sequence[DotRow], limits: tuple[float, float]
 ) -> None:
     """Rank correlations with their intervals beside the overlaps with chance; dashed lines at the study's figures, for what they judge."""
-    figure = new_figure(9.0, 1.8 + 0.5 * len(correlations))
-    figure.suptitle(safe_label(title), fontsize=12)
+    figure = new_figure(9.0, 1.8 + 0.5 * len(correlations), title, 12)
     figure.get_layout_engine().set(wspace=0.06)  # keeps the last tick of one panel off the first of the other
     places = np.arange(len(correlations))
     left, right = figure.subplots(1, 2, sharey=True)

@@ -15,7 +15,7 @@ from ..html.maps import HeatMap, make_map
 from . import figures
 from .compare_page import Comparison, comparison_page
 from .grid import short_names
-from .report import check_output
+from .report import check_least, check_output, png_paths
 from .samples import TopicSample, check_comparable, comparison_notes, read_sample
 from .statistics import compare_blocks, rank_correlation, split_half_correlation
 
@@ -103,12 +103,7 @@ def write_comparison(
         InputError: a bad option, files that cannot be compared, fewer than 8 sequences a side, matplotlib missing.
         MscanError: a file is damaged.
     """
-    if top < 1:
-        raise InputError(f"top must be at least 1, got {top}.")
-    if resamples < 200:
-        raise InputError(f"resamples must be at least 200, got {resamples}.")
-    if seed < 0:
-        raise InputError(f"seed must be at least 0, got {seed}.")
+    check_least(top=(top, 1), resamples=(resamples, 200), seed=(seed, 0))
     if not 0.5 <= confidence < 1:
         raise InputError(f"confidence must be at least 0.5 and below 1, got {confidence}.")
     if confidence * (resamples + 1) > resamples:
@@ -218,7 +213,7 @@ def _specific_block(found: Comparison, block: int) -> SpecificBlock:
 def _draw(target: Path, found: Comparison, top: int) -> tuple[Path, ...]:
     grid, numbers = found.a.grid, found.differences
     title = f"{found.topics[0]} against {found.topics[1]}"
-    paths = tuple(target.with_name(f"{target.stem}-{part}.png") for part in ("difference", "blocks", "scatter"))
+    paths = png_paths(target, "difference", "blocks", "scatter")
     figures.draw_maps(paths[0], title, found.maps, "none", grid.layers, short_names(grid.modules))
     shown = found.shown(top)
     heading = f"{title}: most topic-specific blocks" if numbers.specific.any() else f"{title}: no topic-specific block, largest differences"

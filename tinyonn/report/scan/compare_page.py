@@ -12,7 +12,7 @@ from ..._io.units import counted
 from ..html import charts
 from ..html.maps import HeatMap
 from ..html.page import card, facts, group, maps_data, maps_section, notices, page, section, table, terms, text
-from .grid import PLACE_COLUMNS, outside_terms, short_names
+from .grid import PLACE_COLUMNS, even_sample, outside_terms, short_names
 from .samples import TopicSample
 from .statistics import MIN_SEQUENCES, BlockDifferences
 
@@ -170,7 +170,7 @@ def _point_payload(found: Comparison) -> dict[str, Any]:
     if len(blocks) > _MAX_POINTS:
         specific = blocks[: min(int(numbers.specific.sum()), _MAX_POINTS)]
         others = blocks[len(specific) :]
-        blocks = np.concatenate([specific, others[np.linspace(0, len(others) - 1, _MAX_POINTS - len(specific)).astype(np.int64)]])
+        blocks = np.concatenate([specific, others[even_sample(len(others), _MAX_POINTS - len(specific))]])
     blocks = blocks[numbers.tested[blocks]]
     names = [entry.name.removesuffix(".weight") for entry in found.a.grid.layout]
     bases = [entry.base for entry in found.a.grid.layout]

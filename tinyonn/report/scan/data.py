@@ -14,7 +14,7 @@ import numpy as np
 from ..._io.not_measured import told, without_value
 from ..._io.units import not_finite_cause
 from ...mscan import MscanReader
-from .grid import BlockGrid, Floats, build_grid
+from .grid import BlockGrid, Floats, build_grid, even_sample
 from .integrals import file_integral
 
 # Beyond this many sequences the losses are read from an even sample: a page need not read millions of records.
@@ -110,11 +110,9 @@ def read_totals(reader: MscanReader, grid: BlockGrid) -> Totals:
     """Per-block totals of the whole file; NaN where no token counted."""
     total = file_integral(reader, grid)
     seen = total.count > 0
-    with np.errstate(invalid="ignore", divide="ignore"):
-        sps = np.where(seen, total.sps / total.count, np.nan)
     return Totals(
-        integral=np.where(seen, total.sps, np.nan),
-        sps=sps,
+        integral=total.sps,
+        sps=total.sps / np.maximum(total.count, 1),
         activation=np.where(seen, total.activation_mean, np.nan),
         # A writer that stores zeros alone measured nothing; a blank map says so, one of zeros would not.
         gradient=np.where(seen & (total.grad_mean > 0).any(), total.grad_mean, np.nan),
@@ -124,8 +122,7 @@ def read_totals(reader: MscanReader, grid: BlockGrid) -> Totals:
 
 def read_losses(reader: MscanReader) -> LossSummary:
     """Losses of all sequences, or of an even sample of LOSS_SEQUENCES."""
-    total = len(reader.sequences)
-    ordinals = np.arange(total) if total <= LOSS_SEQUENCES else np.linspace(0, total - 1, LOSS_SEQUENCES).astype(np.int64)
+    ordinals = even_sample(len(reader.sequences), LOSS_SEQUENCES)
     values: list[Floats] = []
     tokens = np.zeros(len(ordinals), dtype=np.int64)
     means = np.full(len(ordinals), np.nan)

@@ -35,8 +35,7 @@ def draw_maps(path: Path, title: str, maps: Sequence[HeatMap], how: Normalisatio
     columns = min(2, len(maps))
     lines = math.ceil(len(maps) / columns)
     height = min(max(3.2, 0.17 * len(layers) + 1.6), 12.0)
-    figure = new_figure(columns * max(5.0, 0.42 * len(modules) + 2.2), lines * height)
-    figure.suptitle(safe_label(title), fontsize=13)
+    figure = new_figure(columns * max(5.0, 0.42 * len(modules) + 2.2), lines * height, title)
     for number, heat_map in enumerate(maps):
         axes = figure.add_subplot(lines, columns, number + 1)
         values, scale = heat_map.views[how]
@@ -47,8 +46,7 @@ def draw_maps(path: Path, title: str, maps: Sequence[HeatMap], how: Normalisatio
 
 def draw_profiles(path: Path, title: str, panels: Sequence[tuple[str, Sequence[tuple[str, Floats]], bool]], layers: Sequence[str]) -> None:
     """Lines over the layers; panels are (y title, series, logarithmic)."""
-    figure = new_figure(4.8 * len(panels), 4.4)
-    figure.suptitle(safe_label(title), fontsize=13)
+    figure = new_figure(4.8 * len(panels), 4.4, title)
     for number, (label, series, log) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1)
         for line, (name, values) in enumerate(series):
@@ -137,12 +135,21 @@ def label_axis(axis: Any, labels: Sequence[str], most: int) -> None:
     axis.set_ticks(places, [safe_label(labels[place]) for place in places])
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches."""
+def new_figure(width: float, height: float, title: str = "", size: int = 13) -> Any:
+    """An empty figure.
+
+    Args:
+        width, height: in inches.
+        title: text above all panels.
+        size: font size of the title.
+    """
     from matplotlib.figure import Figure
 
     # A Figure of its own, not pyplot: no global state, no window system.
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    if title:
+        figure.suptitle(safe_label(title), fontsize=size)
+    return figure
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -152,6 +152,11 @@ def build_grid(layout: Sequence[LayoutEntry]) -> BlockGrid:
     )
 
 
+def even_sample(total: int, limit: int) -> Ints:
+    """At most `limit` of the numbers 0 … total − 1, evenly spaced."""
+    return np.arange(total) if total <= limit else np.linspace(0, total - 1, limit).astype(np.int64)
+
+
 def outside_terms(grid: BlockGrid) -> dict[str, str]:
     """What the column of weights outside the layers means, with some of their names; nothing where there are none."""
     if OUTSIDE not in grid.modules:

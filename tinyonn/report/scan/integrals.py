@@ -38,13 +38,7 @@ def sequence_integral(reader: MscanReader, ordinal: int, grid: BlockGrid) -> Int
     planes = reader.planes(ordinal)
     sps = token_sps(planes[0], planes[1], grid.layer_offsets)
     known = np.isfinite(sps)
-    count = known.sum(axis=0).astype(np.float64)
-    moments: list[Floats] = []
-    for plane in planes:
-        values = np.where(known, plane.astype(np.float64), 0.0)
-        mean = values.sum(axis=0) / np.maximum(count, 1)
-        moments += [mean, (np.where(known, values - mean, 0.0) ** 2).sum(axis=0)]
-    return Integral(np.where(known, sps, 0.0).sum(axis=0), count, *moments)
+    return Integral.from_planes(np.where(known, sps, 0.0).sum(axis=0), known, planes)
 
 
 def token_sps(activation: npt.NDArray[np.float32], gradient: npt.NDArray[np.float32], layer_offsets: npt.NDArray[np.int64]) -> Floats:

@@ -59,16 +59,14 @@ def write_report(
         InputError: a bad option, an output that cannot be written, matplotlib missing, or a layout that cannot be shown.
         MscanError: the file is damaged.
     """
-    if normalise not in NORMALISATIONS:
-        hint = did_you_mean(normalise, NORMALISATIONS)
-        raise InputError(f"normalise must be one of {', '.join(NORMALISATIONS)}, got {normalise!r}{hint}")
-    if replay_order not in REPLAY_ORDERS:
-        hint = did_you_mean(replay_order, REPLAY_ORDERS)
-        raise InputError(f"replay_order must be one of {', '.join(REPLAY_ORDERS)}, got {replay_order!r}{hint}")
-    if top < 1:
-        raise InputError(f"top must be at least 1, got {top}.")
-    if replay < 0:
-        raise InputError(f"replay must be at least 0, got {replay}.")
+    choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+        ("normalise", normalise, NORMALISATIONS),
+        ("replay_order", replay_order, REPLAY_ORDERS),
+    )
+    for option, value, known in choices:
+        if value not in known:
+            raise InputError(f"{option} must be one of {', '.join(known)}, got {value!r}{did_you_mean(value, known)}")
+    check_least(top=(top, 1), replay=(replay, 0))
     target = check_output(output)
     if figures_too:
         figures.require_matplotlib()
@@ -83,6 +81,18 @@ def write_report(
     write_atomically(target, report_page(data, maps, heads, sequences, normalise, top, replay_order, dropped))
     drawn = _draw(target, data, maps, normalise) if figures_too else ()
     return ReportResult(target, drawn)
+
+
+def check_least(**options: tuple[int, int]) -> None:
+    """Raises InputError unless each option, a value and its minimum, is large enough."""
+    for name, (value, least) in options.items():
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}.")
+
+
+def png_paths(target: Path, *parts: str) -> tuple[Path, ...]:
+    """Figures beside a page: page.html to page-maps.png."""
+    return tuple(target.with_name(f"{target.stem}-{part}.png") for part in parts)
 
 
 def check_output(output: str | os.PathLike[str]) -> Path:
@@ -104,8 +114,8 @@ def check_output(output: str | os.PathLike[str]) -> Path:
 def _draw(target: Path, data: ScanData, maps: Sequence[HeatMap], normalise: Normalisation) -> tuple[Path, ...]:
     title = scan_title(data)
     short = short_names(data.grid.modules)
-    first, second = target.with_name(f"{target.stem}-maps.png"), target.with_name(f"{target.stem}-profiles.png")
-    figures.draw_maps(first, title, maps, normalise, data.grid.layers, short)
+    paths = png_paths(target, "maps", "profiles")
+    figures.draw_maps(paths[0], title, maps, normalise, data.grid.layers, short)
     panels = [(f"{heat_map.title} ({heat_map.unit})", profile_series(data, heat_map.values), not heat_map.signed) for heat_map in maps[:3]]
-    figures.draw_profiles(second, title, panels, data.grid.layers)
-    return first, second
+    figures.draw_profiles(paths[1], title, panels, data.grid.layers)
+    return paths

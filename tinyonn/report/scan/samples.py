@@ -15,7 +15,7 @@ from ..._io.units import not_finite_cause
 from ...errors import InputError
 from ...mscan import LayoutEntry, MscanReader
 from .data import is_scan, loss_is_broken
-from .grid import BlockGrid, build_grid
+from .grid import BlockGrid, build_grid, even_sample
 from .integrals import sequence_integral
 from .statistics import MIN_SEQUENCES
 
@@ -67,7 +67,7 @@ def read_sample(reader: MscanReader, name: str) -> TopicSample:
     grid = build_grid(reader.layout)
     total = len(reader.sequences)
     limit = max(MIN_SEQUENCES, min(MAX_SEQUENCES, MAX_VALUES // max(grid.num_blocks, 1)))
-    chosen = np.arange(total) if total <= limit else np.linspace(0, total - 1, limit).astype(np.int64)
+    chosen = even_sample(total, limit)
     sps = np.full((len(chosen), grid.num_blocks), np.nan, dtype=np.float32)
     texts, tokens, broken = set(), 0, 0
     for row, ordinal in enumerate(chosen):
@@ -79,8 +79,7 @@ def read_sample(reader: MscanReader, name: str) -> TopicSample:
             continue
         found = sequence_integral(reader, int(ordinal), grid)
         if found is not None:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                sps[row] = np.where(found.count > 0, found.sps / found.count, np.nan)
+            sps[row] = found.sps / np.maximum(found.count, 1)
     measured = np.isfinite(sps).any(axis=1)
     if measured.sum() < MIN_SEQUENCES:
         lost = int((~measured).sum())
