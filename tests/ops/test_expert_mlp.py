@@ -465,7 +465,7 @@ def test_opcheck(biased):
     up, down, up_bias, down_bias = (params[name] for name in names)
     torch.library.opcheck(
         torch.ops.tinyonn.expert_mlp.default,
-        (x, up, down, index, weight, up_bias, down_bias, probe, "silu", True, False, False, 0.0, "expert"),
+        (x, up, down, index, weight, up_bias, down_bias, probe, "expert", "silu", True, False, False, 0.0, "auto"),
     )
 
 

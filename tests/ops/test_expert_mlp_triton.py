@@ -212,7 +212,7 @@ def test_opcheck():
     probe = torch.zeros(7, 2, device=DEVICE, requires_grad=True)
     leaves = [tensors[name].requires_grad_() for name in ("hidden_states", "gate_up_proj", "down_proj")]
     rest = (tensors["top_k_index"], tensors["top_k_weights"].requires_grad_(), tensors["gate_up_bias"], tensors["down_bias"], probe)
-    torch.library.opcheck(torch.ops.tinyonn.expert_mlp.default, (*leaves, *rest, "silu", True, False, False, 0.0, "expert", "triton"))
+    torch.library.opcheck(torch.ops.tinyonn.expert_mlp.default, (*leaves, *rest, "expert", "silu", True, False, False, 0.0, "triton"))
 
 
 def test_debug_names_an_index_out_of_range():
@@ -260,18 +260,17 @@ def launches(monkeypatch: pytest.MonkeyPatch, experts: int) -> tuple[list[str], 
     from triton.runtime.interpreter import InterpretedFunction
 
     from tinyonn.ops.experts import _triton_experts
-    from tinyonn.ops.experts._torch_experts import Layout, Wanted
+    from tinyonn.ops.experts._tuples import Inputs, Layout, Saved, Wanted
 
-    names = ("hidden_states", "gate_up_proj", "down_proj", "top_k_index", "top_k_weights", "gate_up_bias", "down_bias")
     tensors = case(300, 32, experts, 16, 4, biased=True, dtype=HALF)
-    inputs = [tensors[name].to("meta") for name in names]
-    grad_out = torch.empty_like(inputs[0])
+    inputs = Inputs(**{name: tensors[name].to("meta") for name in Inputs._fields})
+    grad_out = torch.empty_like(inputs.hidden_states)
     kernels: list[str] = []
     layout = Layout("silu", True, False, False)
     with monkeypatch.context() as patch, Operations() as operations:
         patch.setattr(InterpretedFunction, "run", lambda self, *args, **options: kernels.append(self.fn.__name__))
-        _, pre = _triton_experts.experts_forward(*inputs, layout)
-        _triton_experts.experts_backward(*inputs, pre, grad_out, layout, "expert", Wanted())
+        _, pre = _triton_experts.experts_forward(inputs, layout)
+        _triton_experts.experts_backward(inputs, Saved(pre, grad_out), layout, Wanted("expert"))
     return kernels, operations.names
 
 

@@ -19,7 +19,8 @@ from ..errors import InputError
 from ..nn.surprise_capture import probe_for
 from ..ops import expert_mlp
 from ..ops.experts._checks import LIMITS
-from ..ops.experts._torch_experts import Layout, activate
+from ..ops.experts._torch_experts import activate
+from ..ops.experts._tuples import Layout
 from ..ops.experts.expert_mlp import Activation
 from .interfaces import configurations, register_experts, uses_experts_interface
 

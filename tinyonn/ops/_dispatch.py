@@ -37,7 +37,9 @@ def register(name: str, function: Callable[..., Any], fake: Callable[..., Any], 
     return operator
 
 
-_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool", str: "str"}
+_SCHEMA_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool", str: "str", str | None: "str?",
+}  # fmt: skip
 
 
 def schema_of(*inputs: type, returns: type | int) -> str:
@@ -68,12 +70,15 @@ _First = TypeVar("_First", Tensor, Any)
 _Result = TypeVar("_Result")
 
 
-def without_autocast(function: Callable[Concatenate[Tensor, _Rest], _Result]) -> Callable[Concatenate[Tensor, _Rest], _Result]:
-    """Runs a function of tensors, the first of which tells the device, in the precision it chooses itself."""
+def without_autocast(function: Callable[Concatenate[_First, _Rest], _Result]) -> Callable[Concatenate[_First, _Rest], _Result]:
+    """Runs a function without autocast, so that it chooses its own precision.
+
+    The first argument, on whose device autocast is switched off, is a tensor or a named tuple that begins with one.
+    """
 
     @wraps(function)
-    def run(first: Tensor, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
-        with autocast_off(first):
+    def run(first: _First, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
+        with autocast_off(first if isinstance(first, Tensor) else first[0]):
             return function(first, *args, **kwargs)
 
     return run

@@ -24,7 +24,8 @@ from ..._io.units import counted
 from ...errors import InputError
 from ...nn import DynMoE, ThresholdRouter
 from ...ops._dispatch import autocast_off
-from ...ops.experts._torch_experts import Layout, activate
+from ...ops.experts._torch_experts import activate
+from ...ops.experts._tuples import Layout
 from ...ops.experts.threshold_route import unit_vectors
 from .._converted import converted_model, recorded
 from ..interfaces import gradients_kept, modes_kept

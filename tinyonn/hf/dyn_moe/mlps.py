@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import InputError, listed
 from ...ops.experts._checks import LIMITS
-from ...ops.experts._torch_experts import Layout, activate
+from ...ops.experts._torch_experts import activate
+from ...ops.experts._tuples import Layout
 from ...ops.experts.expert_mlp import Activation
 
 GATED = ("gate_proj", "up_proj", "down_proj")

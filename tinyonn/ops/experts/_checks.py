@@ -9,20 +9,12 @@ from torch import Tensor
 
 from ...reference.experts.expert_mlp import LIMITS
 from .._dispatch import check_float, check_no_nan, check_same_device, statistics_dtype
+from ._tuples import Inputs
 
 
-def check_inputs(
-    hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gated: bool,
-    transposed: bool,
-) -> None:
-    """TypeError or ValueError where shapes, types or devices are not those that `expert_mlp` documents."""
+def check_inputs(inputs: Inputs, gated: bool, transposed: bool) -> None:
+    """TypeError or ValueError if shapes, types or devices are not those that `expert_mlp` documents."""
+    hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias = inputs
     check_float("hidden_states", hidden_states)
     if hidden_states.dim() != 2:
         raise ValueError(f"hidden_states must have shape (N, F), got {tuple(hidden_states.shape)}.")
@@ -93,13 +85,13 @@ def check_probe(surprise: Tensor, top_k_index: Tensor, hidden_states: Tensor) ->
         raise ValueError("surprise must require grad, got a tensor that does not: its gradient is the surprise.")
 
 
-def check_values(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, *others: Tensor) -> None:
-    """ValueError where an index is out of range or a value is NaN. Reads the tensors: for `tinyonn.debug()`."""
+def check_values(inputs: Inputs) -> None:
+    """ValueError if an index is out of range or a value is NaN. Reads the tensors: for `tinyonn.debug()`."""
+    top_k_index, num_experts = inputs.top_k_index, inputs.gate_up_proj.shape[0]
     outside = (top_k_index < 0) | (top_k_index > num_experts)
     if bool(outside.any()):
         token, slot = outside.nonzero()[0].tolist()
         found = int(top_k_index[token, slot])
         raise ValueError(f"top_k_index must be 0 … {num_experts}, {num_experts} for an unused slot, got {found} for token {token}.")
-    check_no_nan("top_k_weights", top_k_weights)
-    for name, tensor in zip(("hidden_states", "gate_up_proj", "down_proj"), others, strict=True):
-        check_no_nan(name, tensor)
+    for name in ("top_k_weights", "hidden_states", "gate_up_proj", "down_proj"):
+        check_no_nan(name, getattr(inputs, name))

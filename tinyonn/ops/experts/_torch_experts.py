@@ -15,33 +15,13 @@ from torch.nn import functional
 from .._dispatch import statistics_dtype, without_autocast
 from ..statistics._torch_norms import row_norms
 from ._huge_pages import empty_on_huge_pages
+from ._tuples import Gradients, Inputs, Layout, Saved, Wanted
 
 SWISH = 1.702  # of gpt-oss
 GRADIENT_ELEMENTS = 1 << 21  # of a chunk's first projection: a product makes them, then they are copied to where they belong
 SMALL_ELEMENTS = 1 << 13  # of an expert's matrix: one product for all, and a copy of what it gives, beats a call for each
 CHUNK_ELEMENTS = 1 << 19  # gathered at a time: what a step writes, the next one finds in the cache
 GROUPED_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class Layout(NamedTuple):
-    """How weights lie and what lies between the two products; see `ops.expert_mlp`. `limit` is 0 where nothing is clamped."""
-
-    activation: str
-    gated: bool
-    interleaved: bool
-    transposed: bool
-    limit: float = 0.0
-
-
-class Wanted(NamedTuple):
-    """Which gradients are computed: of the hidden states, of the first projection and its bias, of the second and its bias."""
-
-    hidden_states: bool = True
-    gate_up: bool = True
-    down: bool = True
-
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Pairs(NamedTuple):
@@ -238,17 +218,9 @@ def _combine(rows: Tensor, pairs: Pairs, weights: Tensor | None) -> Tensor:
 
 
 @without_autocast
-def experts_forward(
-    hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    layout: Layout,
-) -> tuple[Tensor, Tensor]:
-    """out (N, F); and (N * K, 2I), what the activation takes, sorted by expert, 0 behind the last pair."""
+def experts_forward(inputs: Inputs, layout: Layout) -> tuple[Tensor, Tensor]:
+    """out (N, F); and `Saved.pre`, 0 behind the last pair."""
+    hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias = inputs
     pairs = pairs_of(top_k_index, len(gate_up_proj))
     up, down = (weight if layout.transposed else weight.mT for weight in (gate_up_proj, down_proj))
     features = hidden_states.shape[1]
@@ -268,34 +240,23 @@ def experts_forward(
 
 
 @without_autocast
-def experts_backward(
-    hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    pre: Tensor,
-    grad_out: Tensor,
-    layout: Layout,
-    surprise_kind: str | None,
-    wanted: Wanted,
-) -> Gradients:
-    """Gradients of hidden_states, gate_up_proj, down_proj, top_k_weights and both biases, and the surprise (N, K); None if not wanted."""
+def experts_backward(inputs: Inputs, saved: Saved, layout: Layout, wanted: Wanted) -> Gradients:
+    """Gradients, None for those that are not wanted."""
+    hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias = inputs
+    pre, surprise_kind = saved.pre, wanted.surprise_kind
     pairs = pairs_of(top_k_index, len(gate_up_proj))
     number, features = len(pairs.slot), hidden_states.shape[1]
     wide = statistics_dtype(hidden_states.dtype)
     up, down = (weight.mT if layout.transposed else weight for weight in (gate_up_proj, down_proj))  # (E, 2I, F), (E, F, I)
     weights = top_k_weights.to(wide).reshape(-1)[pairs.slot].unsqueeze(-1)
-    grad_out = grad_out.contiguous().to(hidden_states.dtype)
+    grad_out = saved.grad_out.contiguous().to(hidden_states.dtype)
 
-    rows = hidden_states.new_empty(number + 1 if wanted.hidden_states else 0, features)
-    grad_up = empty_on_huge_pages(gate_up_proj.shape, gate_up_proj) if wanted.gate_up else None
-    grad_down = empty_on_huge_pages(down_proj.shape, down_proj) if wanted.down else None
+    rows = hidden_states.new_empty(number + 1 if wanted.grad_hidden else 0, features)
+    grad_up = empty_on_huge_pages(gate_up_proj.shape, gate_up_proj) if wanted.grad_gate_up else None
+    grad_down = empty_on_huge_pages(down_proj.shape, down_proj) if wanted.grad_down else None
     grad_weights, h_norms, pre_norms = (torch.empty(number, dtype=wide, device=rows.device) for _ in range(3))
-    grad_up_bias = torch.empty_like(gate_up_bias) if gate_up_bias is not None and wanted.gate_up else None
-    grad_down_bias = torch.empty_like(down_bias) if down_bias is not None and wanted.down else None
+    grad_up_bias = torch.empty_like(gate_up_bias) if gate_up_bias is not None and wanted.grad_gate_up else None
+    grad_down_bias = torch.empty_like(down_bias) if down_bias is not None and wanted.grad_down else None
     for chunk in chunks_of(pairs, features, up.shape[1]):
         token, part = pairs.token[chunk.rows], chunk.rows
         grad, weight = grad_out.index_select(0, token), weights[part]
@@ -311,7 +272,7 @@ def experts_backward(
             pre_norms[part] = row_norms(grad_pre)
 
         grad_pre = (grad_pre * weight).to(pre.dtype)
-        if wanted.hidden_states:
+        if wanted.grad_hidden:
             rows[part] = grouped(grad_pre, up[chunk.experts], chunk)
         if grad_up is not None:
             x = hidden_states.index_select(0, token)
@@ -326,7 +287,7 @@ def experts_backward(
         if grad_down_bias is not None:
             grad_down_bias[chunk.experts] = _sum_by_expert(grad * weight, chunk, wide)
 
-    grad_hidden = _combine(rows, pairs, None).to(hidden_states.dtype) if wanted.hidden_states else None
+    grad_hidden = _combine(rows, pairs, None).to(hidden_states.dtype) if wanted.grad_hidden else None
     surprise = None
     if surprise_kind is not None:
         # An expert named twice counts with its summed weight.
@@ -344,7 +305,7 @@ def experts_backward(
                 found = (of_up + found.square() * (h_norms.square() + (down_bias is not None))).sqrt()
         surprise = _in_slots(stored_surprise(size * found, wide), pairs)
     grad_weights = _in_slots(grad_weights, pairs).to(top_k_weights.dtype)
-    return grad_hidden, grad_up, grad_down, grad_weights, grad_up_bias, grad_down_bias, surprise
+    return Gradients(grad_hidden, grad_up, grad_down, grad_weights, grad_up_bias, grad_down_bias, surprise)
 
 
 def stored_surprise(found: Tensor, dtype: torch.dtype) -> Tensor:

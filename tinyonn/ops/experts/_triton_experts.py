@@ -11,27 +11,19 @@ import torch
 from torch import Tensor
 
 from .._dispatch import on_its_device, without_autocast
-from ._torch_experts import Gradients, Layout, Wanted
+from ._tuples import Gradients, Inputs, Layout, Saved, Wanted
 
 
 @on_its_device
 @without_autocast
-def experts_forward(
-    hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    layout: Layout,
-) -> tuple[Tensor, Tensor]:
-    """out (N, F); and (N * K, 2I), what the activation takes, gate first, sorted by expert, unwritten behind the last pair."""
+def experts_forward(inputs: Inputs, layout: Layout) -> tuple[Tensor, Tensor]:
+    """out (N, F); and `Saved.pre`, unwritten behind the last pair."""
     from tinyonn_kernels.experts.expert_activation import rows_of
     from tinyonn_kernels.experts.expert_mlp_fwd import expert_gate_up
     from tinyonn_kernels.experts.expert_rows import expert_rows
     from tinyonn_kernels.experts.expert_sort import sort_pairs
 
+    hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias = inputs
     up, down = (weight.mT if layout.transposed else weight for weight in (gate_up_proj, down_proj))  # (E, 2I, F), (E, F, I)
     experts, width, _ = up.shape
     pre = hidden_states.new_empty(top_k_index.numel(), width)
@@ -47,46 +39,35 @@ def experts_forward(
 
 @on_its_device
 @without_autocast
-def experts_backward(
-    hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    pre: Tensor,
-    grad_out: Tensor,
-    layout: Layout,
-    surprise_kind: str | None,
-    wanted: Wanted,
-) -> Gradients:
-    """Gradients of hidden_states, gate_up_proj, down_proj, top_k_weights and both biases, and the surprise (N, K); None if not wanted."""
+def experts_backward(inputs: Inputs, saved: Saved, layout: Layout, wanted: Wanted) -> Gradients:
+    """Gradients, None for those that are not wanted."""
     from tinyonn_kernels.experts.expert_activation import rows_of
     from tinyonn_kernels.experts.expert_mlp_bwd import expert_grad_pre
     from tinyonn_kernels.experts.expert_outer import expert_outer
     from tinyonn_kernels.experts.expert_rows import expert_rows
     from tinyonn_kernels.experts.expert_sort import sort_pairs
 
+    hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias = inputs
+    surprise_kind = wanted.surprise_kind
     projections = (
-        gate_up_proj if wanted.gate_up else None, down_proj if wanted.down else None,
-        gate_up_bias if wanted.gate_up else None, down_bias if wanted.down else None,
+        gate_up_proj if wanted.grad_gate_up else None, down_proj if wanted.grad_down else None,
+        gate_up_bias if wanted.grad_gate_up else None, down_bias if wanted.grad_down else None,
     )  # fmt: skip
     weights, index = top_k_weights.float().contiguous(), top_k_index.contiguous()
     experts = len(gate_up_proj)
     if top_k_index.numel() == 0 or experts == 0 or hidden_states.shape[1] == 0:
-        inputs = (hidden_states if wanted.hidden_states else None, *projections[:2], top_k_weights, *projections[2:])
-        zeros = (None if x is None else x.new_zeros(x.shape) for x in inputs)
-        return *zeros, None if surprise_kind is None else torch.zeros_like(weights)  # type: ignore[return-value]
+        differentiated = (hidden_states if wanted.grad_hidden else None, *projections[:2], top_k_weights, *projections[2:])
+        zeros = (None if x is None else x.new_zeros(x.shape) for x in differentiated)
+        return Gradients._make((*zeros, None if surprise_kind is None else torch.zeros_like(weights)))
     up, down = (weight.mT if layout.transposed else weight for weight in (gate_up_proj, down_proj))  # (E, 2I, F), (E, F, I)
     interleaved = layout.gated and layout.interleaved
     pairs = sort_pairs(index, experts, rows_of(index.numel(), experts, hidden_states.dtype))
-    grad_out = grad_out.to(hidden_states.dtype)
+    grad_out = saved.grad_out.to(hidden_states.dtype)
     grad_pre, weighed_h, grad_weights, surprise = expert_grad_pre(
-        hidden_states, grad_out, down, down_bias, pre, weights, index, pairs, layout.activation, layout.gated, surprise_kind,
+        hidden_states, grad_out, down, down_bias, saved.pre, weights, index, pairs, layout.activation, layout.gated, surprise_kind,
         gate_up_bias is not None, layout.limit,
     )  # fmt: skip
-    grad_hidden = expert_rows(grad_pre, up, None, None, index, pairs, interleaved) if wanted.hidden_states else None
+    grad_hidden = expert_rows(grad_pre, up, None, None, index, pairs, interleaved) if wanted.grad_hidden else None
     grad_up, grad_down, grad_up_bias, grad_down_bias = (None if x is None else x.new_empty(x.shape) for x in projections)
     if grad_up is not None:
         target = grad_up.mT if layout.transposed else grad_up
@@ -94,4 +75,4 @@ def experts_backward(
     if grad_down is not None:
         target = grad_down if layout.transposed else grad_down.mT
         expert_outer(weighed_h, grad_out, weights, target, None, grad_down_bias, pairs, False)
-    return grad_hidden, grad_up, grad_down, grad_weights.to(top_k_weights.dtype), grad_up_bias, grad_down_bias, surprise
+    return Gradients(grad_hidden, grad_up, grad_down, grad_weights.to(top_k_weights.dtype), grad_up_bias, grad_down_bias, surprise)

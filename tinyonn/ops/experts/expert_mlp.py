@@ -11,10 +11,12 @@ from torch import Tensor
 from ... import reference
 from ..._debug import debug_enabled
 from ...reference.experts.expert_mlp import Activation, SurpriseKind
-from .._dispatch import check_float, check_impl, check_same_device, choose_impl, statistics_dtype
+from .._dispatch import check_float, check_impl, check_same_device, choose_impl, parts_of, register, schema_of, statistics_dtype
 from ..nsa._checks import refuse_tangents
+from ._autograd import Experts, gradients_by, save_for_backward
 from ._checks import check_index_type, check_inputs, check_probe, check_values, limit_of
-from ._torch_experts import Layout, Wanted, experts_backward, experts_forward, stored_surprise
+from ._torch_experts import stored_surprise
+from ._tuples import Gradients, Inputs, Layout, Probe, Saved, Wanted
 
 
 def expert_mlp(
@@ -80,28 +82,23 @@ def expert_mlp(
     "Efficient per-example gradient computations", arXiv:1510.01799.
     """
     check_impl(impl)
-    check_inputs(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias, gated, transposed)
+    inputs = Inputs(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
+    check_inputs(inputs, gated, transposed)
     for name, value, choices in (
         ("activation", activation, get_args(Activation)),
         ("surprise_kind", surprise_kind, get_args(SurpriseKind)),
     ):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
-    limit = limit_of(activation, limit)
+    layout = Layout(activation, gated, interleaved, transposed, limit_of(activation, limit))
     if surprise is not None:
         check_probe(surprise, top_k_index, hidden_states)
-    tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
+    probe = Probe(surprise, surprise_kind)
     if impl == "reference":
-        layout = {"activation": activation, "gated": gated, "interleaved": interleaved, "transposed": transposed, "limit": limit}
-        return _reference(*tensors, surprise, surprise_kind, layout)
-    refuse_tangents("expert_mlp", *tensors, surprise)
-    options = (activation, gated, interleaved, transposed, limit, surprise_kind, impl)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        from ._transforms import Experts
-
-        out, _ = Experts.apply(*tensors, surprise, *options)
-    else:
-        out, _ = _forward(*tensors, surprise, *options)
+        return _reference(inputs, probe, layout)
+    refuse_tangents("expert_mlp", *inputs, surprise)
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    out, _ = (Experts.apply if transformed else _forward_op)(*inputs, *probe, *layout, impl)
     return out
 
 
@@ -109,42 +106,28 @@ class _Probe(torch.autograd.Function):
     """Passes `out` through; the gradient of the probe is the surprise."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, probe: Tensor, kind: SurpriseKind, layout: dict[str, Any], biases: Any, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.biases, ctx.options = biases, {"kind": kind, **layout}
+    def forward(ctx: Any, out: Tensor, surprise: Tensor, kind: SurpriseKind, layout: Layout, *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        ctx.kind, ctx.layout = kind, layout
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, index, weight = ctx.saved_tensors
-        hidden, up, down = tensors
-        biases = {"gate_up_bias": ctx.biases[0], "down_bias": ctx.biases[1]}
-        found = reference.expert_surprise(hidden, up, down, index, weight, grad_out, **biases, **ctx.options)
-        return grad_out, stored_surprise(found, statistics_dtype(hidden.dtype)), *([None] * 8)
+        inputs = Inputs(*ctx.saved_tensors)
+        found = reference.expert_surprise(**inputs._asdict(), grad_output=grad_out, kind=ctx.kind, **ctx.layout._asdict())
+        return grad_out, stored_surprise(found, statistics_dtype(inputs.hidden_states.dtype)), *([None] * (2 + len(inputs)))
 
 
-def _reference(
-    hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    surprise: Tensor | None,
-    kind: SurpriseKind,
-    layout: dict[str, Any],
-) -> Tensor:
-    num_experts = len(gate_up_proj)
+def _reference(inputs: Inputs, probe: Probe, layout: Layout) -> Tensor:
     if debug_enabled():
-        check_values(top_k_index, top_k_weights, num_experts, hidden_states, gate_up_proj, down_proj)
-    index = torch.where((top_k_index >= 0) & (top_k_index < num_experts), top_k_index, num_experts).long()
-    tensors = (hidden_states, gate_up_proj, down_proj, index, top_k_weights)
-    out = reference.expert_mlp(*tensors, gate_up_bias=gate_up_bias, down_bias=down_bias, **layout)
-    if surprise is not None:
-        biases = tuple(None if bias is None else bias.detach() for bias in (gate_up_bias, down_bias))
-        out = _Probe.apply(out, surprise, kind, layout, biases, *(x.detach() for x in tensors))
-    return out.to(hidden_states.dtype)
+        check_values(inputs)
+    index, num_experts = inputs.top_k_index, inputs.gate_up_proj.shape[0]
+    inputs = inputs._replace(top_k_index=torch.where((index >= 0) & (index < num_experts), index, num_experts).long())
+    named: dict[str, Any] = {**inputs._asdict(), **layout._asdict()}
+    out = reference.expert_mlp(**named)
+    if probe.surprise is not None:
+        out = _Probe.apply(out, *probe, layout, *(None if x is None else x.detach() for x in inputs))
+    return out.to(inputs.hidden_states.dtype)
 
 
 def scatter_surprise(slots: Tensor, top_k_index: Tensor, num_experts: int) -> Tensor:
@@ -173,152 +156,51 @@ def scatter_surprise(slots: Tensor, top_k_index: Tensor, num_experts: int) -> Te
     return whole[:, :num_experts].contiguous()
 
 
-@torch.library.custom_op("tinyonn::expert_mlp", mutates_args=())
-def _forward(
-    hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    surprise: Tensor | None,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    limit: float,
-    surprise_kind: str,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """out, and what the activation took: pairs sorted by expert; gate first with triton, as the weights lie with torch."""
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """out, and `Saved.pre`."""
+    inputs, _, layout, impl = parts_of(arguments, Inputs, Probe, Layout)
     if debug_enabled():
-        check_values(top_k_index, top_k_weights, len(gate_up_proj), hidden_states, gate_up_proj, down_proj)
-    tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
-    layout = Layout(activation, gated, interleaved, transposed, limit)
-    if choose_impl(impl, hidden_states) == "triton":
-        from . import _triton_experts
-
-        return _triton_experts.experts_forward(*tensors, layout)
-    return experts_forward(*tensors, layout)
-
-
-@_forward.register_fake
-def _(
-    hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    surprise: Tensor | None,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    limit: float,
-    surprise_kind: str,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    width = gate_up_proj.shape[2 if transposed else 1]
-    return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(top_k_index.numel(), width)
-
-
-@torch.library.custom_op("tinyonn::expert_mlp_backward", mutates_args=())
-def _backward(
-    hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    pre: Tensor,
-    grad_out: Tensor,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    limit: float,
-    surprise_kind: str | None,
-    impl: str = "auto",
-    grad_hidden: bool = True,
-    grad_gate_up: bool = True,
-    grad_down: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden_states, both projections, top_k_weights and both biases, and the surprise; empty where there is none.
-
-    The last three say whether those of hidden_states, of the first projection and its bias, and of the second and its bias are computed.
-    """
-    tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
-    rest = (
-        pre,
-        grad_out,
-        Layout(activation, gated, interleaved, transposed, limit),
-        surprise_kind,
-        Wanted(grad_hidden, grad_gate_up, grad_down),
-    )
-    if choose_impl(impl, hidden_states) == "triton":
-        from . import _triton_experts
-
-        *grads, surprise = _triton_experts.experts_backward(*tensors, *rest)
+        check_values(inputs)
+    if choose_impl(impl, inputs.hidden_states) == "triton":
+        from ._triton_experts import experts_forward
     else:
-        *grads, surprise = experts_backward(*tensors, *rest)
+        from ._torch_experts import experts_forward
+    return experts_forward(inputs, layout)
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, _, layout, _ = parts_of(arguments, Inputs, Probe, Layout)
+    hidden_states, width = inputs.hidden_states, inputs.gate_up_proj.shape[2 if layout.transposed else 1]
+    return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(inputs.top_k_index.numel(), width)
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, saved, layout, wanted, impl = parts_of(arguments, Inputs, Saved, Layout, Wanted)
+    hidden_states = inputs.hidden_states
+    if choose_impl(impl, hidden_states) == "triton":
+        from ._triton_experts import experts_backward
+    else:
+        from ._torch_experts import experts_backward
+    grads = experts_backward(inputs, saved, layout, wanted)
     none = hidden_states.new_empty(0, dtype=statistics_dtype(hidden_states.dtype))
-    return tuple(none.clone() if x is None else x.contiguous() for x in (*grads, surprise))  # type: ignore[return-value]
+    return tuple(none.clone() if grad is None else grad.contiguous() for grad in grads)
 
 
-@_backward.register_fake
-def _(
-    hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    pre: Tensor,
-    grad_out: Tensor,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    limit: float,
-    surprise_kind: str | None,
-    impl: str = "auto",
-    grad_hidden: bool = True,
-    grad_gate_up: bool = True,
-    grad_down: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide = statistics_dtype(hidden_states.dtype)
-    inputs = (hidden_states, gate_up_proj, down_proj, top_k_weights, gate_up_bias, down_bias)
-    there = (grad_hidden, grad_gate_up, grad_down, True, grad_gate_up, grad_down)
-    grads = [
-        x.new_empty(x.shape) if x is not None and use else hidden_states.new_empty(0, dtype=wide)
-        for x, use in zip(inputs, there, strict=True)
-    ]
-    surprise = hidden_states.new_empty((0,) if surprise_kind is None else top_k_index.shape, dtype=wide)
-    return *grads, surprise  # type: ignore[return-value]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, probe = inputs[:8]
-    *ctx.layout, kind, ctx.impl = inputs[8:]  # the layout and its limit
-    ctx.kind = None if probe is None or not probe.requires_grad else kind
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, _, _, wanted, _ = parts_of(arguments, Inputs, Saved, Layout, Wanted)
+    _, hidden, up, down = wanted
+    none = inputs.hidden_states.new_empty(0, dtype=statistics_dtype(inputs.hidden_states.dtype))
+    there = (hidden, up, down, True, up, down)
+    tensors = (getattr(inputs, name) for name in Gradients._fields[:-1])
+    grads = [x.new_empty(x.shape) if x is not None and use else none.clone() for x, use in zip(tensors, there, strict=True)]
+    return *grads, none if wanted.surprise_kind is None else none.new_empty(inputs.top_k_index.shape)
 
 
 def _autograd(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     refuse_tangents("expert_mlp", grad_out)
-    *tensors, pre = ctx.saved_tensors
-    hidden, up, down, _, weights, up_bias, down_bias, *_ = ctx.needs_input_grad
-    wanted = (hidden, up or up_bias, down or down_bias)
-    *grads, surprise = _backward(*tensors, pre, grad_out, *ctx.layout, ctx.kind, ctx.impl, *wanted)
-    used = (hidden, up, down, weights, up_bias, down_bias)
-    first, second, third, fourth, *biases = (grad if use else None for grad, use in zip(grads, used, strict=True))
-    return first, second, third, None, fourth, *biases, None if ctx.kind is None else surprise, *([None] * 7)
+    return gradients_by(_backward_op, ctx, grad_out)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward_op = register("expert_mlp", _forward, _fake, schema_of(Inputs, Probe, Layout, returns=2))
+_backward_op = register("expert_mlp_backward", _backward, _fake_backward, schema_of(Inputs, Saved, Layout, Wanted, returns=Gradients))
+_forward_op.register_autograd(_autograd, setup_context=save_for_backward)

@@ -1,7 +1,8 @@
-"""`expert_mlp` under the transforms of torch.func, which take no operator that was registered with an autograd formula.
+"""Derivatives of `expert_mlp`: of the registered op, and of Functions for the transforms of torch.func.
 
-Forward and backward are Functions here: `grad`, `vjp` and `jacrev` differentiate the first by the second, `vmap` calls both once for each
-element of its batch, since each has experts, or gradients of experts, of its own.
+The transforms reject an operator that was registered with an autograd formula. `grad`, `vjp` and `jacrev` differentiate the Function
+`Experts` by `ExpertsBackward`. `vmap` calls either once for each element of its batch, because each element has its own experts or
+gradients.
 """
 
 from __future__ import annotations
@@ -12,7 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dispatch import parts_of
+from ._tuples import Gradients, Inputs, Layout, Probe, Wanted
+
 FORWARD_MODE = "expert_mlp must be differentiated by reverse mode, got a forward-mode tangent: use vjp, or impl='reference'."
+
+
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """`setup_context` of the registered op and of `Experts`."""
+    tensors, probe, ctx.layout, ctx.impl = parts_of(inputs, Inputs, Probe, Layout)
+    ctx.kind = probe.surprise_kind
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def gradients_by(backward: Callable[..., tuple[Tensor, ...]], ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of all arguments of the registered op; `backward` takes the arguments of `tinyonn::expert_mlp_backward`."""
+    *tensors, pre = ctx.saved_tensors
+    needed = Inputs(*ctx.needs_input_grad[: len(Inputs._fields)])
+    probe = ctx.needs_input_grad[len(Inputs._fields)]
+    hidden, up, down, weights, up_bias, down_bias = (getattr(needed, name) for name in Gradients._fields[:-1])
+    wanted = Wanted(ctx.kind if probe else None, hidden, up or up_bias, down or down_bias)
+    grads = backward(*tensors, pre, grad_out, *ctx.layout, *wanted, ctx.impl)
+    used = (hidden, up, down, weights, up_bias, down_bias, probe)
+    first, second, third, *rest = (grad if use else None for grad, use in zip(grads, used, strict=True))
+    return first, second, third, None, *rest, *([None] * (2 + len(Layout._fields)))
 
 
 def _each(function: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Any]:
@@ -26,7 +51,9 @@ def _each(function: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], arg
 
 
 class Experts(torch.autograd.Function):
-    """Arguments of `tinyonn::expert_mlp`: seven tensors, the probe, five of the layout, the kind of surprise, the implementation."""
+    """Function of the arguments of `tinyonn::expert_mlp`."""
+
+    setup_context = staticmethod(save_for_backward)
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -34,23 +61,8 @@ class Experts(torch.autograd.Function):
         return out, pre
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, probe = inputs[:8]
-        ctx.layout, ctx.impl = inputs[8:13], inputs[14]
-        ctx.kind = None if probe is None else inputs[13]
-        ctx.save_for_backward(*tensors, output[1])
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, pre = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:8]
-        hidden, up, down, _index, weights, up_bias, down_bias, probe = needed
-        kind = ctx.kind if probe else None
-        grads = ExpertsBackward.apply(*tensors, pre, grad_out, *ctx.layout, kind, ctx.impl, hidden, up or up_bias, down or down_bias)
-        used = (hidden, up, down, weights, up_bias, down_bias, kind is not None)
-        first, second, third, fourth, *rest = (grad if use else None for grad, use in zip(grads, used, strict=True))
-        return first, second, third, None, fourth, *rest, *([None] * 7)
+        return gradients_by(ExpertsBackward.apply, ctx, grad_out)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -62,7 +74,7 @@ class Experts(torch.autograd.Function):
 
 
 class ExpertsBackward(torch.autograd.Function):
-    """Arguments of `tinyonn::expert_mlp_backward`."""
+    """Function of the arguments of `tinyonn::expert_mlp_backward`."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
