@@ -18,13 +18,15 @@ TRITON_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _LIBRARY = torch.library.Library("tinyonn", "FRAGMENT")
 
 
-def register_statistic(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers `tinyonn::name`, on every device, for an op that neither differentiates nor writes to its inputs.
+def register_statistic(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers `tinyonn::name` on every device; the annotations of `function` are the schema, `fake` returns empty results.
 
-    `torch.library.custom_op` would do; what it adds for ops that do either costs more a call than the norms of a small layer.
+    For an op that is not differentiable and writes to none of its inputs. `torch.library.custom_op` would work too, but its overhead per
+    call is larger than the time of the norms of a small layer.
     """
     _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tinyonn::{name}", fake)
     packet = getattr(torch.ops.tinyonn, name)
     operator: Callable[..., Any] = packet.default
     return operator

@@ -12,12 +12,13 @@ from .nsa.dyn_nsa import (
     select_blocks,
     sliding_window_attention,
 )
-from .statistics.attention_stats import attention_stats
+from .statistics.attention_stats import AttentionStats, attention_stats
 from .statistics.block_norms import block_norms
 from .statistics.integrate_sps import integrate_sps
 from .statistics.token_grad_norms import token_grad_norms
 
 __all__ = [
+    "AttentionStats",
     "DynNSAOutput",
     "Routing",
     "attention_stats",

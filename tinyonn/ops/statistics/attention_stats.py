@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
+from ...reference.statistics.attention_stats import AttentionStats
 from .._dispatch import check_float, check_impl, check_no_nan, check_same_device, choose_impl, register_statistic, statistics_dtype
 from ..nsa._checks import check_keys, check_query, choose_nsa_impl, in_one_dtype, scale_of
 from ._torch_attention_stats import Visibility
 from ._torch_attention_stats import attention_stats as torch_attention_stats
-
-
-class AttentionStats(NamedTuple):
-    """What each query's attention looks like.
-
-    Attributes:
-        entropy: (B, T, H) float32 (float64 for float64), in nats; 0 where a query sees nothing.
-        span_mass: likewise, the share of its probability that lies on the span, 0 … 1; None without a span.
-    """
-
-    entropy: Tensor
-    span_mass: Tensor | None
 
 
 def attention_stats(
@@ -130,15 +119,10 @@ def _compute(
         check_no_nan("query", query)
         check_no_nan("key", key)
     if choose_impl(impl, query) == "reference":
-        options: dict[str, Any] = {
-            "scale": scale,
-            "causal": causal,
-            "window": window or None,
-            "softcap": softcap or None,
-            "sinks": sinks,
-            "bias": bias,
-        }
-        entropy, mass = reference.attention_stats(query, key, span_mask=span_mask, key_mask=key_mask, **options)
+        entropy, mass = reference.attention_stats(
+            query, key, span_mask=span_mask, key_mask=key_mask, scale=scale, causal=causal, window=window or None,
+            softcap=softcap or None, sinks=sinks, bias=bias,
+        )  # fmt: skip
         dtype = statistics_dtype(query.dtype)
         return entropy.to(dtype), query.new_empty(0, dtype=dtype) if mass is None else mass.to(dtype)
     visibility = Visibility(causal, window, key_mask, bias)
@@ -153,22 +137,9 @@ def _compute(
     return torch_attention_stats(query, key, span_mask, sinks, scale, softcap, visibility)
 
 
-_attention_stats = register_statistic("attention_stats", _compute)
-
-
-@torch.library.register_fake("tinyonn::attention_stats")
-def _(
-    query: Tensor,
-    key: Tensor,
-    span_mask: Tensor | None,
-    key_mask: Tensor | None,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor, span_mask: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
     entropy = query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
     return entropy, entropy.new_empty(0) if span_mask is None else torch.empty_like(entropy)
+
+
+_attention_stats = register_statistic("attention_stats", _compute, _fake)

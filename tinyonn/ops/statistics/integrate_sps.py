@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,12 +119,8 @@ def _compute(
     return total, per_token
 
 
-_integrate_sps = register_statistic("integrate_sps", _compute)
-
-
-@torch.library.register_fake("tinyonn::integrate_sps")
-def _(
-    activation: Tensor, grad_norm: Tensor, group_offsets: Tensor, token_mask: Tensor | None, return_per_token: bool, impl: str
+def _fake(
+    activation: Tensor, grad_norm: Tensor, group_offsets: Tensor, token_mask: Tensor | None, return_per_token: bool, *_: Any
 ) -> tuple[Tensor, Tensor]:
     num_tokens, num_blocks = activation.shape
     per_token = activation.new_empty((num_tokens if return_per_token else 0, num_blocks), dtype=statistics_dtype(activation.dtype))
@@ -134,3 +131,6 @@ def _check_offsets(group_offsets: Tensor, num_blocks: int) -> None:
     first, last = int(group_offsets[0]), int(group_offsets[-1])
     if first != 0 or last != num_blocks or bool((group_offsets.diff() < 0).any()):
         raise ValueError(f"group_offsets must ascend from 0 to {num_blocks}, got {group_offsets.tolist()}.")
+
+
+_integrate_sps = register_statistic("integrate_sps", _compute, _fake)

@@ -98,9 +98,8 @@ def _compute(inputs: Tensor, grad_output: Tensor, block_size: int, impl: str) ->
     return out
 
 
-_token_grad_norms = register_statistic("token_grad_norms", _compute)
-
-
-@torch.library.register_fake("tinyonn::token_grad_norms")
-def _(inputs: Tensor, grad_output: Tensor, block_size: int, impl: str) -> Tensor:
+def _fake(inputs: Tensor, grad_output: Tensor, block_size: int, impl: str) -> Tensor:
     return grad_output.new_empty(_out_shape(grad_output, block_size), dtype=statistics_dtype(grad_output.dtype))
+
+
+_token_grad_norms = register_statistic("token_grad_norms", _compute, _fake)

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class AttentionStats(NamedTuple):
+    """Statistics of each query's attention.
+
+    Attributes:
+        entropy: (B, T, H), in nats; 0 for a query that sees no key. float32, or float64 for float64 inputs and from the reference.
+        span_mass: (B, T, H) of the same dtype, probability mass on the keys of the span, 0 … 1; None without a span.
+    """
+
+    entropy: Tensor
+    span_mass: Tensor | None
 
 
 def attention_stats(
@@ -20,16 +33,8 @@ def attention_stats(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """See `ops.attention_stats`; float64.
-
-    Args:
-        query: (B, T, H, D), the last T of Tk positions.
-        key: (B, Tk, K, D).
-
-    Returns:
-        entropy and span mass, (B, T, H); None without a span.
-    """
+) -> AttentionStats:
+    """Entropy and span mass in float64; arguments as in `ops.attention_stats`."""
     _, queries, heads, dim = query.shape
     keys, group = key.shape[1], heads // key.shape[2]
     wide = key.double().repeat_interleave(group, 2)
@@ -58,4 +63,4 @@ def attention_stats(
     probs = torch.where(scores.amax(-1, keepdim=True) > -math.inf, scores.softmax(-1), 0)[..., :keys]
     entropy = torch.special.entr(probs).sum(-1).transpose(1, 2)
     mass = None if span_mask is None else (probs * span_mask[:, None, None]).sum(-1).transpose(1, 2)
-    return entropy, mass
+    return AttentionStats(entropy, mass)
