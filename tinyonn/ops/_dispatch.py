@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar, get_type_hints
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_type_hints, overload
 
 import torch
 from torch import Tensor
@@ -44,27 +44,50 @@ _SCHEMA_TYPES = {
 }  # fmt: skip
 
 
-def schema_of(*inputs: type, returns: type | int) -> str:
+def schema_of(*inputs: type, returns: type | int | str) -> str:
     """Schema of a registered op whose arguments are the fields of named tuples, one after the other, and then `str impl`.
 
     Args:
         inputs: named tuples of tensors and numbers; `parts_of` puts the arguments back into them.
-        returns: the named tuple of tensors that the op returns, or a number of tensors.
+        returns: the named tuple of tensors that the op returns, a number of tensors, or another type of a schema.
     """
     fields = [f"{_SCHEMA_TYPES[kind]} {name}" for part in inputs for name, kind in get_type_hints(part).items()]
-    count = returns if isinstance(returns, int) else len(get_type_hints(returns))
-    return f"({', '.join([*fields, 'str impl'])}) -> ({', '.join(['Tensor'] * count)})"
+    if not isinstance(returns, str):
+        count = returns if isinstance(returns, int) else len(get_type_hints(returns))
+        returns = f"({', '.join(['Tensor'] * count)})"
+    return f"({', '.join([*fields, 'str impl'])}) -> {returns}"
 
 
-def parts_of(arguments: Sequence[Any], *kinds: type) -> list[Any]:
+_A = TypeVar("_A")
+_B = TypeVar("_B")
+_C = TypeVar("_C")
+_D = TypeVar("_D")
+_E = TypeVar("_E")
+
+
+@overload
+def parts_of(arguments: Sequence[Any], a: type[_A], /) -> tuple[_A, *tuple[Any, ...]]: ...
+@overload
+def parts_of(arguments: Sequence[Any], a: type[_A], b: type[_B], /) -> tuple[_A, _B, *tuple[Any, ...]]: ...
+@overload
+def parts_of(arguments: Sequence[Any], a: type[_A], b: type[_B], c: type[_C], /) -> tuple[_A, _B, _C, *tuple[Any, ...]]: ...
+@overload
+def parts_of(
+    arguments: Sequence[Any], a: type[_A], b: type[_B], c: type[_C], d: type[_D], /
+) -> tuple[_A, _B, _C, _D, *tuple[Any, ...]]: ...
+@overload
+def parts_of(
+    arguments: Sequence[Any], a: type[_A], b: type[_B], c: type[_C], d: type[_D], e: type[_E], /
+) -> tuple[_A, _B, _C, _D, _E, *tuple[Any, ...]]: ...
+def parts_of(arguments: Sequence[Any], *kinds: Any) -> tuple[Any, ...]:
     """The arguments of a registered op as named tuples of these kinds, in the order of `schema_of`, followed by the remaining arguments."""
     parts: list[Any] = []
     at = 0
     for kind in kinds:
-        count = len(kind._fields)  # type: ignore[attr-defined]
+        count = len(kind._fields)
         parts.append(kind(*arguments[at : at + count]))
         at += count
-    return [*parts, *arguments[at:]]
+    return *parts, *arguments[at:]
 
 
 _Rest = ParamSpec("_Rest")

@@ -4,6 +4,7 @@ from .experts.expert_mlp import expert_mlp, expert_surprise, scatter_surprise
 from .experts.routing import Routing, select_by_budget, threshold_route
 from .experts.surprise import sparse_diversity_loss, surprise_min_loss
 from .nsa.dyn_nsa import (
+    BlockSelection,
     DynNSAOutput,
     attention_tau,
     block_sparse_attention,
@@ -19,6 +20,7 @@ from .statistics.token_grad_norms import token_grad_norms
 
 __all__ = [
     "AttentionStats",
+    "BlockSelection",
     "DynNSAOutput",
     "Routing",
     "attention_stats",

@@ -6,7 +6,8 @@ B batch, T queries of Tk positions (the last ones), H query heads, K key/value h
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -233,3 +234,13 @@ def check_window(window: int) -> None:
         raise TypeError(f"window must be an int, got {type(window).__name__}.")
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}.")
+
+
+def in_dtypes_of(inputs: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients in the dtypes of their inputs."""
+    return tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
+
+
+def like_inputs(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    """Shapes of the gradients of query, key and value."""
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)

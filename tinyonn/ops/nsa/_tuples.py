@@ -1,4 +1,4 @@
-"""Named tuples of the registered op `dyn_nsa`: arguments, results, and what backward reads. Each order stands here alone.
+"""Named tuples of the registered ops: arguments, results, and what backward reads. Each order stands here alone.
 
 B batch, T queries of Tk positions (the last ones), H query heads, K key/value heads, D head dim, M compressed keys
 """
@@ -8,6 +8,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+class QueryKeyValue(NamedTuple):
+    """Tensors of `compressed_attention` and `sliding_window_attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
 
 
 class Inputs(NamedTuple):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
-from .._dispatch import check_impl, check_same_device, statistics_dtype
+from .._dispatch import check_impl, check_same_device, parts_of, register, schema_of, statistics_dtype
 from ._checks import (
     Bounds,
     check_bound_values,
@@ -19,8 +19,10 @@ from ._checks import (
     check_sizes,
     checked_bounds,
     choose_nsa_impl,
+    in_dtypes_of,
     in_one_dtype,
     lengths_of,
+    like_inputs,
     refuse_tangents,
     scale_of,
 )
@@ -93,7 +95,7 @@ def block_sparse_attention(
             out, lse = _with_nan(out.clone(), faulty), _with_nan(lse.clone(), faulty)
         return out.to(query.dtype), lse.to(statistics_dtype(query.dtype))
     refuse_tangents("block_sparse_attention", query, key, value, bias)
-    out, lse = _forward(query, key, value, indices, counts, bias, block_size, scale, *bounds, impl)
+    out, lse = _forward_op(query, key, value, indices, counts, bias, block_size, scale, *bounds, impl)
     return out, lse
 
 
@@ -150,94 +152,87 @@ def _with_nan(x: Tensor, faulty: Tensor | None) -> Tensor:
     return x.masked_fill_(rows.view(*rows.shape, *[1] * (x.dim() - 3)), torch.nan)
 
 
-@torch.library.custom_op("tinyonn::block_sparse_attention", mutates_args=())
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    bias: Tensor | None,
-    block_size: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    bounds = Bounds(cu_seqlens, key_start, key_end)
-    _check_values(indices, counts, key.shape[1], block_size, bounds)
-    counts, faulty = _emptied(indices, counts, key.shape[1], block_size, bounds)
-    if choose_nsa_impl(impl, query) == "triton":
+class Inputs(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    indices: Tensor
+    counts: Tensor
+    bias: Tensor | None
+
+
+class Options(NamedTuple):
+    block_size: int
+    scale: float
+
+
+class Statistics(NamedTuple):
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options, bounds, impl = parts_of(arguments, Inputs, Options, Bounds)
+    lists = (inputs.indices, inputs.counts, inputs.key.shape[1], options.block_size, bounds)
+    _check_values(*lists)
+    counts, faulty = _emptied(*lists)
+    inputs = inputs._replace(counts=counts)
+    if choose_nsa_impl(impl, inputs.query) == "triton":
         from . import _triton_nsa
 
-        out, lse = _triton_nsa.block_sparse_forward(query, key, value, indices, counts, bias, block_size, scale, bounds)
+        out, lse = _triton_nsa.block_sparse_forward(*inputs, *options, bounds)
     else:
-        spans = spans_of(query, key.shape[1], block_size, *bounds)
-        out, lse = block_sparse_forward(query, key, value, indices, counts, bias, spans, block_size, scale)
+        out, lse = block_sparse_forward(*inputs, spans_of(inputs.query, inputs.key.shape[1], options.block_size, *bounds), *options)
     return _with_nan(out, faulty), _with_nan(lse, faulty)
 
 
-@_forward.register_fake
-def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
 
 
-@torch.library.custom_op("tinyonn::block_sparse_attention_backward", mutates_args=())
-def _backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    block_size: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bounds = Bounds(cu_seqlens, key_start, key_end)
-    counts, faulty = _emptied(indices, counts, key.shape[1], block_size, bounds)
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value and bias; empty without a bias."""
+    inputs, given, options, bounds, impl = parts_of(arguments, Inputs, Statistics, Options, Bounds)
+    query, key, value, indices, counts, bias = inputs
+    counts, faulty = _emptied(indices, counts, key.shape[1], options.block_size, bounds)
+    inputs = inputs._replace(counts=counts)
     if choose_nsa_impl(impl, query) == "triton":
         from . import _triton_nsa
 
-        tensors = (query, key, value, indices, counts, bias, out, lse, grad_out, grad_lse)
-        grads = _triton_nsa.block_sparse_backward(*tensors, block_size, scale, bounds)
+        grads = _triton_nsa.block_sparse_backward(*inputs, *given, *options, bounds)
     else:
-        spans = spans_of(query, key.shape[1], block_size, *bounds)
+        out, lse, grad_out, grad_lse = given
+        spans = spans_of(query, key.shape[1], options.block_size, *bounds)
         product = (out.to(lse.dtype) * grad_out).sum(-1)
-        grads = block_sparse_backward(query, key, value, indices, counts, bias, lse, product, grad_out, grad_lse, spans, block_size, scale)
-    grad_query, grad_key, grad_value, *grad_bias = (
-        grad.to(x.dtype) for grad, x in zip(grads, (query, key, value, bias), strict=False) if grad is not None and x is not None
-    )
-    return _with_nan(grad_query, faulty), grad_key, grad_value, grad_bias[0] if grad_bias else query.new_empty(0)
+        grads = block_sparse_backward(*inputs, lse, product, grad_out, grad_lse, spans, *options)
+    grad_query, grad_key, grad_value = in_dtypes_of((query, key, value), grads[:3])
+    grad_bias = query.new_empty(0) if bias is None or grads[3] is None else grads[3].to(bias.dtype)
+    return _with_nan(grad_query, faulty), grad_key, grad_value, grad_bias
 
 
-@_backward.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_bias = query.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_bias
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = Inputs(*arguments[: len(Inputs._fields)])
+    grad_bias = inputs.query.new_empty(0) if inputs.bias is None else inputs.bias.new_empty(inputs.bias.shape)
+    return *like_inputs(*inputs), grad_bias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.block_size, ctx.scale, cu_seqlens, key_start, key_end, ctx.impl = inputs
-    ctx.save_for_backward(*tensors, *output, cu_seqlens, key_start, key_end)
-    ctx.has_bias = tensors[-1] is not None
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.options, bounds, ctx.impl = parts_of(inputs, Inputs, Options, Bounds)
+    ctx.save_for_backward(*tensors, *output, *bounds)
+    ctx.has_bias = tensors.bias is not None
 
 
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     refuse_tangents("block_sparse_attention", grad_out, grad_lse)
-    *saved, cu_seqlens, key_start, key_end = ctx.saved_tensors
-    *grads, grad_bias = _backward(*saved, grad_out, grad_lse, ctx.block_size, ctx.scale, cu_seqlens, key_start, key_end, ctx.impl)
+    tensors, out, lse, *bounds = parts_of(ctx.saved_tensors, Inputs)
+    *grads, grad_bias = _backward_op(*tensors, out, lse, grad_out, grad_lse, *ctx.options, *bounds, ctx.impl)
     return *grads, None, None, grad_bias if ctx.has_bias else None, *([None] * 6)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward_op = register("block_sparse_attention", _forward, _fake, schema_of(Inputs, Options, Bounds, returns=2))
+_backward_op = register(
+    "block_sparse_attention_backward", _backward, _fake_backward, schema_of(Inputs, Statistics, Options, Bounds, returns=4)
+)
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import reference
-from .._dispatch import check_impl, statistics_dtype
+from .._dispatch import check_impl, parts_of, register, schema_of, statistics_dtype
 from ._checks import (
     Bounds,
     check_bound_values,
@@ -18,11 +18,14 @@ from ._checks import (
     check_sizes,
     checked_bounds,
     choose_nsa_impl,
+    in_dtypes_of,
     in_one_dtype,
+    like_inputs,
     refuse_tangents,
     scale_of,
 )
 from ._torch_nsa import compressed_backward, compressed_forward, spans_of
+from ._tuples import QueryKeyValue
 
 
 def compressed_attention(
@@ -76,7 +79,7 @@ def compressed_attention(
     if impl == "reference":
         return _reference(query, key_compressed, value_compressed, compress_size, num_keys, scale_of(query, scale), bounds)
     refuse_tangents("compressed_attention", query, key_compressed, value_compressed)
-    out, lse, entropy = _forward(query, key_compressed, value_compressed, compress_size, num_keys, scale_of(query, scale), *bounds, impl)
+    out, lse, entropy = _forward_op(query, key_compressed, value_compressed, compress_size, num_keys, scale_of(query, scale), *bounds, impl)
     return out, lse, entropy
 
 
@@ -92,89 +95,61 @@ def _reference(
     return out.to(query.dtype), lse.to(dtype), entropy.to(dtype)
 
 
-@torch.library.custom_op("tinyonn::compressed_attention", mutates_args=())
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    compress_size: int,
-    num_keys: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    bounds = Bounds(cu_seqlens, key_start, key_end)
-    check_bound_values(num_keys, bounds)
-    if choose_nsa_impl(impl, query) == "triton":
+class Options(NamedTuple):
+    compress_size: int
+    num_keys: int
+    scale: float
+
+
+class Statistics(NamedTuple):
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options, bounds, impl = parts_of(arguments, QueryKeyValue, Options, Bounds)
+    check_bound_values(options.num_keys, bounds)
+    if choose_nsa_impl(impl, inputs.query) == "triton":
         from . import _triton_nsa
 
-        return _triton_nsa.compressed_forward(query, key, value, compress_size, num_keys, scale, bounds)
-    return compressed_forward(query, key, value, spans_of(query, num_keys, compress_size, *bounds), compress_size, scale)
+        return _triton_nsa.compressed_forward(*inputs, *options, bounds)
+    spans = spans_of(inputs.query, options.num_keys, options.compress_size, *bounds)
+    return compressed_forward(*inputs, spans, options.compress_size, options.scale)
 
 
-@_forward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    compress_size: int,
-    num_keys: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(query: Tensor, *_: Any) -> tuple[Tensor, ...]:
     lse = query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
     return query.new_empty(query.shape), lse, torch.empty_like(lse)
 
 
-@torch.library.custom_op("tinyonn::compressed_attention_backward", mutates_args=())
-def _backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    compress_size: int,
-    num_keys: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    bounds = Bounds(cu_seqlens, key_start, key_end)
-    if choose_nsa_impl(impl, query) == "triton":
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (lse, grad_out, grad_lse), options, bounds, impl = parts_of(arguments, QueryKeyValue, Statistics, Options, Bounds)
+    if choose_nsa_impl(impl, inputs.query) == "triton":
         from . import _triton_nsa
 
-        options = (compress_size, num_keys, scale, bounds)
-        grads = _triton_nsa.compressed_backward(query, key, value, lse, grad_out, grad_lse, *options)
+        grads = _triton_nsa.compressed_backward(*inputs, lse, grad_out, grad_lse, *options, bounds)
     else:
-        spans = spans_of(query, num_keys, compress_size, *bounds)
-        grads = compressed_backward(query, key, value, lse, grad_out, None, grad_lse, spans, compress_size, scale)[:3]
-    grad_query, grad_key, grad_value = (grad.to(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True))
-    return grad_query, grad_key, grad_value
+        spans = spans_of(inputs.query, options.num_keys, options.compress_size, *bounds)
+        grads = compressed_backward(*inputs, lse, grad_out, None, grad_lse, spans, options.compress_size, options.scale)[:3]
+    return in_dtypes_of(inputs, grads)
 
 
-@_backward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, *ctx.options, cu_seqlens, key_start, key_end, ctx.impl = inputs
-    ctx.save_for_backward(query, key, value, output[1], cu_seqlens, key_start, key_end)
-    ctx.mark_non_differentiable(output[2])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.options, bounds, ctx.impl = parts_of(inputs, QueryKeyValue, Options, Bounds)
+    _, lse, entropy = output
+    ctx.save_for_backward(*tensors, lse, *bounds)
+    ctx.mark_non_differentiable(entropy)
 
 
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     refuse_tangents("compressed_attention", grad_out, grad_lse)
-    *saved, cu_seqlens, key_start, key_end = ctx.saved_tensors
-    return *_backward(*saved, grad_out, grad_lse, *ctx.options, cu_seqlens, key_start, key_end, ctx.impl), *([None] * 7)
+    tensors, lse, *bounds = parts_of(ctx.saved_tensors, QueryKeyValue)
+    return *_backward_op(*tensors, lse, grad_out, grad_lse, *ctx.options, *bounds, ctx.impl), *([None] * 7)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward_op = register("compressed_attention", _forward, _fake, schema_of(QueryKeyValue, Options, Bounds, returns=3))
+_backward_op = register(
+    "compressed_attention_backward", _backward, like_inputs, schema_of(QueryKeyValue, Statistics, Options, Bounds, returns=3)
+)
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)

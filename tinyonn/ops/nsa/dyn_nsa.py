@@ -25,6 +25,7 @@ from ._checks import (
     check_window,
     checked_bounds,
     choose_nsa_impl,
+    in_dtypes_of,
     in_one_dtype,
     order_hint,
     refuse_tangents,
@@ -130,6 +131,9 @@ def dyn_nsa(
     return found if tau is None else found._replace(tau=tau)
 
 
+_DIFFERENTIABLE = 8  # of Inputs, all but tau
+
+
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, options, bounds, impl = parts_of(arguments, Inputs, Options, Bounds)
     check_bound_values(inputs.key.shape[1], bounds)
@@ -146,7 +150,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         from ._triton_dyn_nsa import dyn_nsa_backward
     else:
         from ._torch_dyn_nsa import dyn_nsa_backward
-    return tuple(grad.to(x.dtype) for grad, x in zip(dyn_nsa_backward(inputs, saved, grads, options, bounds), inputs, strict=False))
+    return in_dtypes_of(inputs[:_DIFFERENTIABLE], dyn_nsa_backward(inputs, saved, grads, options, bounds))
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -189,7 +193,6 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_soft: Tensor, *_: Tensor) -> tupl
     return *grads, *([None] * (len(Inputs._fields + Options._fields + Bounds._fields) + 1 - _DIFFERENTIABLE))
 
 
-_DIFFERENTIABLE = 8  # of Inputs, all but tau
 _forward_op = register("dyn_nsa", _forward, _fake, schema_of(Inputs, Options, Bounds, returns=Results))
 _backward_op = register(
     "dyn_nsa_backward", _backward, _fake_backward, schema_of(Inputs, Saved, Grads, Options, Bounds, returns=_DIFFERENTIABLE)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from .._dispatch import check_impl, statistics_dtype
+from ...reference import BlockSelection
+from .._dispatch import check_impl, parts_of, register, schema_of, statistics_dtype
 from ._checks import (
     Bounds,
     check_bound_values,
@@ -27,24 +28,6 @@ from ._checks import (
 )
 from ._torch_nsa import spans_of
 from ._torch_select import select_backward, select_forward
-
-
-class BlockSelection(NamedTuple):
-    """Which key blocks each query reads, and how strongly.
-
-    Attributes:
-        indices: (B, T, K, max_blocks) int32, ascending, counted from the start of the query's sequence; -1 behind the last.
-        counts: (B, T, K) int32.
-        bias: (B, T, K, max_blocks) float32 (float64 for float64), log of the gate, 0 for forced blocks and behind the last.
-        soft_counts: (B, T, K) like bias, the forced blocks plus, for every other past block, sigmoid((z - threshold) / temperature).
-        overflow: 0-d like bias, share of (token, head) rows for which more than max_blocks passed; padding does not count.
-    """
-
-    indices: Tensor
-    counts: Tensor
-    bias: Tensor
-    soft_counts: Tensor
-    overflow: Tensor
 
 
 def select_blocks(
@@ -106,141 +89,108 @@ def select_blocks(
     scale = scale_of(query, scale)
     if impl == "reference":
         check_bound_values(num_keys, bounds)
-        indices, counts, bias, soft_counts, overflow = reference.select_blocks(
-            query,
-            key_compressed,
-            lse,
-            threshold,
-            temperature=temperature,
-            block_size=block_size,
-            compress_size=compress_size,
-            max_blocks=max_blocks,
-            num_keys=num_keys,
-            scale=scale,
-            **bounds._asdict(),
-        )
+        found = reference.select_blocks(
+            query, key_compressed, lse, threshold, temperature=temperature, block_size=block_size, compress_size=compress_size,
+            max_blocks=max_blocks, num_keys=num_keys, scale=scale, **bounds._asdict(),
+        )  # fmt: skip
         dtype = statistics_dtype(query.dtype)
-        return BlockSelection(indices, counts, bias.to(dtype), soft_counts.to(dtype), overflow.to(dtype))
+        return found._replace(**{name: getattr(found, name).to(dtype) for name in ("bias", "soft_counts", "overflow")})
     refuse_tangents("select_blocks", query, key_compressed, lse, threshold)
-    options = (temperature, block_size, compress_size, max_blocks, num_keys, scale)
-    return BlockSelection(*_forward(query, key_compressed, lse, threshold, *options, *bounds, impl))
+    options = Options(temperature, block_size, compress_size, max_blocks, num_keys, scale)
+    return BlockSelection(*_forward_op(query, key_compressed, lse, threshold, *options, *bounds, impl))
 
 
-@torch.library.custom_op("tinyonn::select_blocks", mutates_args=())
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    threshold: Tensor,
-    temperature: float,
-    block_size: int,
-    compress_size: int,
-    max_blocks: int,
-    num_keys: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bounds = Bounds(cu_seqlens, key_start, key_end)
+class Inputs(NamedTuple):
+    query: Tensor
+    key: Tensor
+    lse: Tensor
+    threshold: Tensor
+
+
+class Options(NamedTuple):
+    temperature: float
+    block_size: int
+    compress_size: int
+    max_blocks: int
+    num_keys: int
+    scale: float
+
+
+class Statistics(NamedTuple):
+    indices: Tensor
+    counts: Tensor
+    grad_bias: Tensor
+    grad_soft: Tensor
+
+
+class Wanted(NamedTuple):
+    scores_too: bool
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options, bounds, impl = parts_of(arguments, Inputs, Options, Bounds)
+    temperature, block_size, compress_size, max_blocks, num_keys, scale = options
     check_bound_values(num_keys, bounds)
-    if choose_nsa_impl(impl, query) == "triton":
+    if choose_nsa_impl(impl, inputs.query) == "triton":
         from . import _triton_nsa
 
-        options = (temperature, block_size, compress_size, max_blocks, num_keys, scale, bounds)
-        return _triton_nsa.select_forward(query, key, lse, threshold, *options)
-    spans = spans_of(query, num_keys, compress_size, *bounds)
-    return select_forward(query, key, lse, threshold, spans, temperature, block_size, compress_size, max_blocks, scale)
+        return _triton_nsa.select_forward(*inputs, temperature, block_size, compress_size, max_blocks, num_keys, scale, bounds)
+    spans = spans_of(inputs.query, num_keys, compress_size, *bounds)
+    return select_forward(*inputs, spans, temperature, block_size, compress_size, max_blocks, scale)
 
 
-@_forward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    threshold: Tensor,
-    temperature: float,
-    block_size: int,
-    compress_size: int,
-    max_blocks: int,
-    num_keys: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    (query, key, *_), options, *_ = parts_of(arguments, Inputs, Options)
     dtype = statistics_dtype(query.dtype)
-    shape = (*query.shape[:2], key.shape[2])
-    indices, counts = query.new_empty((*shape, max_blocks), dtype=torch.int32), query.new_empty(shape, dtype=torch.int32)
+    rows = (*query.shape[:2], key.shape[2])
     return (
-        indices,
-        counts,
-        query.new_empty((*shape, max_blocks), dtype=dtype),
-        query.new_empty(shape, dtype=dtype),
+        query.new_empty((*rows, options.max_blocks), dtype=torch.int32),
+        query.new_empty(rows, dtype=torch.int32),
+        query.new_empty((*rows, options.max_blocks), dtype=dtype),
+        query.new_empty(rows, dtype=dtype),
         query.new_empty((), dtype=dtype),
     )
 
 
-@torch.library.custom_op("tinyonn::select_blocks_backward", mutates_args=())
-def _backward(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    threshold: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    grad_bias: Tensor,
-    grad_soft: Tensor,
-    temperature: float,
-    block_size: int,
-    compress_size: int,
-    num_keys: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    scores_too: bool,
-    impl: str,
-) -> list[Tensor]:
+def _backward(*arguments: Any) -> list[Tensor]:
     """Gradients of threshold and, with `scores_too`, of query, key and lse."""
-    bounds = Bounds(cu_seqlens, key_start, key_end)
-    tensors = (query, key, lse, threshold, indices, counts, grad_bias, grad_soft)
-    if choose_nsa_impl(impl, query) == "triton":
+    inputs, given, options, (scores_too,), bounds, impl = parts_of(arguments, Inputs, Statistics, Options, Wanted, Bounds)
+    temperature, block_size, compress_size, _, num_keys, scale = options
+    if choose_nsa_impl(impl, inputs.query) == "triton":
         from . import _triton_nsa
 
-        grads = _triton_nsa.select_backward(*tensors, temperature, block_size, compress_size, num_keys, scale, bounds, scores_too)
+        grads = _triton_nsa.select_backward(*inputs, *given, temperature, block_size, compress_size, num_keys, scale, bounds, scores_too)
     else:
-        spans = spans_of(query, num_keys, compress_size, *bounds)
-        grads = select_backward(*tensors, spans, temperature, block_size, compress_size, scale, scores_too)
+        spans = spans_of(inputs.query, num_keys, compress_size, *bounds)
+        grads = select_backward(*inputs, *given, spans, temperature, block_size, compress_size, scale, scores_too)
+    query, key, lse, threshold = inputs
     return [grad.to(x.dtype) for grad, x in zip(grads, (threshold, query, key, lse), strict=True) if grad is not None]
 
 
-@_backward.register_fake
-def _(query: Tensor, key: Tensor, lse: Tensor, threshold: Tensor, *rest: Any) -> list[Tensor]:
-    *_, scores_too, _ = rest
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    (query, key, lse, threshold), _, _, (scores_too,), *_ = parts_of(arguments, Inputs, Statistics, Options, Wanted)
     return [x.new_empty(x.shape) for x in ((threshold, query, key, lse) if scores_too else (threshold,))]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, lse, threshold, temperature, block_size, compress_size, _, num_keys, scale, cu_seqlens, key_start, key_end, ctx.impl = (
-        inputs
-    )
-    ctx.options = (temperature, block_size, compress_size, num_keys, scale)
+    tensors, ctx.options, bounds, ctx.impl = parts_of(inputs, Inputs, Options, Bounds)
     indices, counts, _, _, overflow = output
-    ctx.save_for_backward(query, key, lse, threshold, indices, counts, cu_seqlens, key_start, key_end)
+    ctx.save_for_backward(*tensors, indices, counts, *bounds)
     ctx.mark_non_differentiable(indices, counts, overflow)
 
 
 def _autograd(ctx: Any, _: Tensor, __: Tensor, grad_bias: Tensor, grad_soft: Tensor, ___: Tensor) -> tuple[Tensor | None, ...]:
     refuse_tangents("select_blocks", grad_bias, grad_soft)
-    *saved, cu_seqlens, key_start, key_end = ctx.saved_tensors
-    scores_too = any(ctx.needs_input_grad[:3])
-    grad_threshold, *others = _backward(
-        *saved, grad_bias, grad_soft, *ctx.options, cu_seqlens, key_start, key_end, scores_too, ctx.impl
+    tensors, indices, counts, *bounds = parts_of(ctx.saved_tensors, Inputs)
+    wanted = Wanted(any(ctx.needs_input_grad[:3]))
+    grad_threshold, *others = _backward_op(
+        *tensors, indices, counts, grad_bias, grad_soft, *ctx.options, *wanted, *bounds, ctx.impl
     )  # fmt: skip
     return *(others or [None] * 3), grad_threshold, *([None] * 10)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward_op = register("select_blocks", _forward, _fake, schema_of(Inputs, Options, Bounds, returns=5))
+_backward_op = register(
+    "select_blocks_backward", _backward, _fake_backward, schema_of(Inputs, Statistics, Options, Wanted, Bounds, returns="Tensor[]")
+)
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)

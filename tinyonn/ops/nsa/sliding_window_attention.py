@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ... import reference
-from .._dispatch import check_impl, statistics_dtype
+from .._dispatch import check_impl, parts_of, register, schema_of, statistics_dtype
 from ._checks import (
     Bounds,
     check_bound_values,
@@ -17,11 +16,14 @@ from ._checks import (
     check_window,
     checked_bounds,
     choose_nsa_impl,
+    in_dtypes_of,
     in_one_dtype,
+    like_inputs,
     refuse_tangents,
     scale_of,
 )
 from ._torch_nsa import spans_of, window_backward, window_forward
+from ._tuples import QueryKeyValue
 
 
 def sliding_window_attention(
@@ -64,79 +66,62 @@ def sliding_window_attention(
         check_bound_values(key.shape[1], bounds)
         return reference.sliding_window_attention(query, key, value, window, scale=scale, **bounds._asdict()).to(query.dtype)
     refuse_tangents("sliding_window_attention", query, key, value)
-    out: Tensor = _forward(query, key, value, window, scale, *bounds, impl)[0]
+    out: Tensor = _forward_op(query, key, value, window, scale, *bounds, impl)[0]
     return out
 
 
-@torch.library.custom_op("tinyonn::sliding_window_attention", mutates_args=())
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    """out, and lse for the backward."""
-    bounds = Bounds(cu_seqlens, key_start, key_end)
-    check_bound_values(key.shape[1], bounds)
-    if choose_nsa_impl(impl, query) == "triton":
+class Options(NamedTuple):
+    window: int
+    scale: float
+
+
+class Statistics(NamedTuple):
+    lse: Tensor
+    grad_out: Tensor
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """out, and lse for backward."""
+    inputs, options, bounds, impl = parts_of(arguments, QueryKeyValue, Options, Bounds)
+    num_keys = inputs.key.shape[1]
+    check_bound_values(num_keys, bounds)
+    if choose_nsa_impl(impl, inputs.query) == "triton":
         from . import _triton_nsa
 
-        return _triton_nsa.window_forward(query, key, value, window, scale, bounds)
-    return window_forward(query, key, value, spans_of(query, key.shape[1], 1, *bounds), window, scale)
+        return _triton_nsa.window_forward(*inputs, *options, bounds)
+    return window_forward(*inputs, spans_of(inputs.query, num_keys, 1, *bounds), *options)
 
 
-@_forward.register_fake
-def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
 
 
-@torch.library.custom_op("tinyonn::sliding_window_attention_backward", mutates_args=())
-def _backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    window: int,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    bounds = Bounds(cu_seqlens, key_start, key_end)
-    inputs = (query, key, value)
-    if choose_nsa_impl(impl, query) == "triton":
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (lse, grad_out), options, bounds, impl = parts_of(arguments, QueryKeyValue, Statistics, Options, Bounds)
+    if choose_nsa_impl(impl, inputs.query) == "triton":
         from . import _triton_nsa
 
-        grads = _triton_nsa.window_backward(query, key, value, lse, grad_out, window, scale, bounds)
+        grads = _triton_nsa.window_backward(*inputs, lse, grad_out, *options, bounds)
     else:
-        spans = spans_of(query, key.shape[1], 1, *bounds)
-        grads = window_backward(query, key, value, lse, grad_out, None, spans, window, scale)[:3]
-    grad_query, grad_key, grad_value = (grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
-    return grad_query, grad_key, grad_value
+        spans = spans_of(inputs.query, inputs.key.shape[1], 1, *bounds)
+        grads = window_backward(*inputs, lse, grad_out, None, spans, *options)[:3]
+    return in_dtypes_of(inputs, grads)
 
 
-@_backward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, ctx.window, ctx.scale, cu_seqlens, key_start, key_end, ctx.impl = inputs
-    ctx.save_for_backward(query, key, value, output[1], cu_seqlens, key_start, key_end)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.options, bounds, ctx.impl = parts_of(inputs, QueryKeyValue, Options, Bounds)
+    ctx.save_for_backward(*tensors, output[1], *bounds)
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     refuse_tangents("sliding_window_attention", grad_out)
-    *saved, cu_seqlens, key_start, key_end = ctx.saved_tensors
-    return *_backward(*saved, grad_out, ctx.window, ctx.scale, cu_seqlens, key_start, key_end, ctx.impl), *([None] * 6)
+    tensors, lse, *bounds = parts_of(ctx.saved_tensors, QueryKeyValue)
+    return *_backward_op(*tensors, lse, grad_out, *ctx.options, *bounds, ctx.impl), *([None] * 6)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward_op = register("sliding_window_attention", _forward, _fake, schema_of(QueryKeyValue, Options, Bounds, returns=2))
+_backward_op = register(
+    "sliding_window_attention_backward", _backward, like_inputs, schema_of(QueryKeyValue, Statistics, Options, Bounds, returns=3)
+)
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)

@@ -89,6 +89,24 @@ def compressed_attention(
     return out, lse, entropy
 
 
+class BlockSelection(NamedTuple):
+    """Key blocks that each query reads, with their gates.
+
+    Attributes:
+        indices: (B, T, K, max_blocks) int32, ascending, counted from the start of the query's sequence; -1 behind the last.
+        counts: (B, T, K) int32.
+        bias: (B, T, K, max_blocks) float32 (float64 for float64), log of the gate, 0 for forced blocks and behind the last.
+        soft_counts: (B, T, K) like bias, the forced blocks plus, for every other past block, sigmoid((z - threshold) / temperature).
+        overflow: 0-d like bias, fraction of (token, head) rows for which more than max_blocks passed; padding is not counted.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    bias: Tensor
+    soft_counts: Tensor
+    overflow: Tensor
+
+
 def select_blocks(
     query: Tensor,
     key_compressed: Tensor,
@@ -105,14 +123,8 @@ def select_blocks(
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Key blocks whose importance passes the threshold, with log of their gate.
-
-    Returns:
-        indices (B, T, K, max_blocks) int32 ascending, -1 behind the last; counts (B, T, K) int32; bias (B, T, K, max_blocks), log of
-        the gate, 0 behind the last; soft_counts (B, T, K); overflow, the share of (token, head) rows with too many blocks, padding left
-        out.
-    """
+) -> BlockSelection:
+    """Key blocks whose importance passes the threshold. Statistics are float64."""
     query, keys, lse, threshold = query.double(), key_compressed.double(), lse.double(), threshold.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     batch, num_queries, num_kv = *query.shape[:2], keys.shape[2]
@@ -135,7 +147,7 @@ def select_blocks(
                 indices[place][: len(chosen)] = chosen.int()
                 counts[place] = len(chosen)
                 bias[place][: len(chosen)] = gate[t, head][chosen].log()
-    return indices, counts, bias, soft_counts, share_of(overflowing, counts)
+    return BlockSelection(indices, counts, bias, soft_counts, share_of(overflowing, counts))
 
 
 def share_of(overflowing: Tensor, counts: Tensor) -> Tensor:
