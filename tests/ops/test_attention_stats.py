@@ -220,5 +220,5 @@ def test_nan_is_named_in_debug_and_passed_on_otherwise():
     found = ops.attention_stats(query, key).entropy
     assert found[0, 3:, :2].isnan().all()
     assert found[1].isfinite().all()
-    with tinyonn.debug(), pytest.raises(ValueError, match="key must hold no NaN"):
+    with tinyonn.debug(), pytest.raises(ValueError, match="key must not contain NaN"):
         ops.attention_stats(query, key)

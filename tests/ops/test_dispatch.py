@@ -35,7 +35,8 @@ def test_auto_on_the_cpu_is_torch(monkeypatch):
 def test_explicit_triton_never_falls_back(monkeypatch, name):
     monkeypatch.setattr(_dispatch, "_triton_missing", lambda: "'No module named triton'")
     with pytest.raises(
-        RuntimeError, match=r"impl='triton' must have triton, got 'No module named triton': install triton or pass impl='torch'"
+        RuntimeError,
+        match=r"impl='triton' needs triton, which cannot be imported \('No module named triton'\): install triton or pass impl='torch'",
     ):
         CALLS[name]("triton")
 
@@ -44,7 +45,7 @@ def test_explicit_triton_never_falls_back(monkeypatch, name):
 def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch, name):
     pytest.importorskip("triton")
     monkeypatch.setattr(_dispatch, "_interpreted", lambda: False)
-    with pytest.raises(RuntimeError, match="impl='triton' must have CUDA tensors, got cpu: move them to a GPU"):
+    with pytest.raises(RuntimeError, match="impl='triton' needs CUDA tensors, got cpu: move them to a GPU"):
         CALLS[name]("triton")
 
 

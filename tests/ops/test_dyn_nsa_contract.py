@@ -98,7 +98,7 @@ def test_under_autocast_a_wider_key_comes_as_torchs_attention_takes_it():
 
 
 def test_triton_refuses_float64():
-    with pytest.raises(ValueError, match=r"impl='triton' must have float16, bfloat16 or float32 tensors, got torch\.float64"):
+    with pytest.raises(ValueError, match=r"impl='triton' needs float16, bfloat16 or float32 tensors, got torch\.float64"):
         ops.dyn_nsa(**dyn_nsa_case(96, compress_size=32), compress_size=32, impl="triton")
 
 
@@ -300,7 +300,7 @@ def test_numbers_are_checked_whatever_runs(impl):
 def test_debug_names_nan(name, impl):
     tensors = {**{key: x.clone() for key, x in GOOD.items()}, "tau": torch.zeros(1, 96, GOOD["key"].shape[2])}
     tensors[name].view(-1)[-1] = math.nan
-    with tinyonn.debug(), pytest.raises(ValueError, match=f"{name} must hold no NaN"):
+    with tinyonn.debug(), pytest.raises(ValueError, match=f"{name} must not contain NaN"):
         ops.dyn_nsa(**tensors, compress_size=32, impl=impl)
 
 

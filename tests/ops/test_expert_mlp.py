@@ -315,7 +315,7 @@ def test_a_retained_graph_gives_the_surprise_again(layer):
 def test_a_probe_that_would_get_no_gradient_is_refused(impl):
     params, x, (index, weight) = weights(4, 5, 6), tokens_of(9, 6), routing(9, 3, 4)
     probe = torch.zeros(index.shape, dtype=torch.float64)
-    with pytest.raises(ValueError, match="surprise must require grad, got a tensor that does not"):
+    with pytest.raises(ValueError, match="surprise does not require grad, but its gradient is the surprise"):
         ops.expert_mlp(x, top_k_index=index, top_k_weights=weight, surprise=probe, impl=impl, **params)
     with torch.no_grad():
         ops.expert_mlp(x, top_k_index=index, top_k_weights=weight, surprise=probe, impl=impl, **params)
@@ -506,7 +506,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "probe": ({"surprise": torch.zeros(4, 3)}, ValueError, r"surprise must have shape \(4, 2\)"),
     "probe dtype": ({"surprise": torch.zeros(4, 2, dtype=torch.bfloat16)}, TypeError, "surprise must be torch.float32"),
     "activation": ({"activation": "swish"}, ValueError, "activation must be one of silu"),
-    "limit of silu": ({"limit": 7.0}, ValueError, "limit must be None with activation='silu', which clamps nothing, got 7.0"),
+    "limit of silu": ({"limit": 7.0}, ValueError, "limit must be None with activation='silu', which has no clamp, got 7.0"),
     "limit 0": ({"activation": "clamped_silu", "limit": 0}, ValueError, "limit must be above 0 and finite, got 0"),
     "limit of another type": ({"activation": "clamped_silu", "limit": "7"}, TypeError, "limit must be a number, got str"),
     "kind": ({"surprise_kind": "up_proj"}, ValueError, "surprise_kind must be one of down_proj"),
@@ -538,7 +538,7 @@ def test_an_index_out_of_range_is_named_in_debug_and_unused_otherwise(impl):
     torch.testing.assert_close(out, reference.expert_mlp(x, top_k_index=safe, top_k_weights=weight, **params))
     with tinyonn.debug(), pytest.raises(ValueError, match="top_k_index must be 0 … 3, 3 for an unused slot, got 7 for token 0"):
         ops.expert_mlp(x, top_k_index=index, top_k_weights=weight, impl=impl, **params)
-    with tinyonn.debug(), pytest.raises(ValueError, match="top_k_weights must hold no NaN"):
+    with tinyonn.debug(), pytest.raises(ValueError, match="top_k_weights must not contain NaN"):
         ops.expert_mlp(x, top_k_index=safe, top_k_weights=weight * math.nan, impl=impl, **params)
 
 

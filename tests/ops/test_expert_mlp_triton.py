@@ -223,7 +223,7 @@ def test_debug_names_an_index_out_of_range():
 
 
 def test_float64_is_refused():
-    with pytest.raises(ValueError, match=r"impl='triton' must have float16, bfloat16 or float32 tensors, got torch\.float64"):
+    with pytest.raises(ValueError, match=r"impl='triton' needs float16, bfloat16 or float32 tensors, got torch\.float64"):
         ops.expert_mlp(**case(dtype=torch.float64), impl="triton")
 
 

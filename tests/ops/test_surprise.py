@@ -213,7 +213,7 @@ def test_a_mask_that_is_no_tensor_is_named():
 
 
 def test_debug_names_nan():
-    with tinyonn.debug(), pytest.raises(ValueError, match="surprise must hold no NaN"):
+    with tinyonn.debug(), pytest.raises(ValueError, match="surprise must not contain NaN"):
         ops.surprise_min_loss(torch.zeros(4, 3), torch.full((4, 3), math.nan))
 
 

@@ -123,9 +123,9 @@ def test_bad_input_is_named(call):
 
 def test_debug_finds_nan():
     bad = torch.tensor([[1.0, math.nan]])
-    with debug(), pytest.raises(ValueError, match="grad_output must hold no NaN, got 1 of 2 values"):
+    with debug(), pytest.raises(ValueError, match="grad_output must not contain NaN, got NaN in 1 of 2 values"):
         token_grad_norms(torch.ones(1, 2), bad)
-    with debug(), pytest.raises(ValueError, match="inputs must hold no NaN, got 1 of 2 values"):
+    with debug(), pytest.raises(ValueError, match="inputs must not contain NaN, got NaN in 1 of 2 values"):
         token_grad_norms(bad, torch.ones(1, 2))
 
 

@@ -118,7 +118,7 @@ class ThresholdRouter(nn.Module):
             raise ValueError(f"hidden_states must be finite, got NaN or infinity in {bad} of {len(x)} tokens.")
         live = int(self.expert_mask.sum())
         if not live:
-            raise ValueError("expert_mask must leave an expert in, got none.")
+            raise ValueError("expert_mask masks out every expert.")
         self._check_target(target_k, live)
         cosine = unit_vectors(x) @ unit_vectors(self.prototypes.float()).T
         cosine = torch.where(self.expert_mask, cosine, -torch.inf)

@@ -1,4 +1,4 @@
-"""Which implementation runs, and the checks that every op shares."""
+"""Choice of the implementation, registration of ops, and the checks that all ops share."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def on_its_device(function: Callable[Concatenate[_First, _Rest], _Result]) -> Ca
 
 
 def autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Autocast switched off on the tensor's device; devices that have none, such as meta, are left alone."""
+    """Context without autocast on the tensor's device; no effect on devices without autocast, such as meta."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
@@ -135,22 +135,22 @@ def check_impl(impl: str) -> None:
 
 
 def choose_impl(impl: str, tensor: Tensor) -> str:
-    """Resolves `auto`, and refuses an explicit `triton` that cannot run; called with real tensors only.
+    """Resolves `auto`, and raises an error if an explicit `triton` cannot run; called with real tensors only.
 
-    `auto` means triton on CUDA tensors of a dtype that the kernels take, where triton can be imported, else torch.
+    `auto` is triton for CUDA tensors of a dtype that the kernels support, if triton can be imported; otherwise torch.
     """
-    check_impl(impl)  # once more, for who calls `torch.ops.tinyonn` by name
+    check_impl(impl)  # again, for callers of `torch.ops.tinyonn`
     if impl == "auto":
         return "triton" if tensor.is_cuda and tensor.dtype in TRITON_FLOATS and _triton_missing() is None else "torch"
     if impl == "triton":
         reason = _triton_missing()
         if reason is not None:
-            raise RuntimeError(f"impl='triton' must have triton, got {reason}: install triton or pass impl='torch'.")
+            raise RuntimeError(f"impl='triton' needs triton, which cannot be imported ({reason}): install triton or pass impl='torch'.")
         if tensor.dtype not in TRITON_FLOATS:
-            raise ValueError(f"impl='triton' must have float16, bfloat16 or float32 tensors, got {tensor.dtype}; pass impl='torch'.")
+            raise ValueError(f"impl='triton' needs float16, bfloat16 or float32 tensors, got {tensor.dtype}; pass impl='torch'.")
         if not tensor.is_cuda and not _interpreted():
             raise RuntimeError(
-                f"impl='triton' must have CUDA tensors, got {tensor.device}: move them to a GPU, pass impl='torch', "
+                f"impl='triton' needs CUDA tensors, got {tensor.device}: move them to a GPU, pass impl='torch', "
                 "or set TRITON_INTERPRET=1 before the first import to run Triton's interpreter."
             )
     return impl
@@ -172,7 +172,7 @@ def _interpreted() -> bool:
 
 
 def check_float(name: str, tensor: Tensor, min_dim: int = 1) -> None:
-    """`tensor` is a floating-point tensor of at least `min_dim` dimensions."""
+    """TypeError or ValueError unless `tensor` is a dense floating-point tensor of at least `min_dim` dimensions."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
     if tensor.dtype not in FLOATS:
@@ -196,7 +196,7 @@ def check_block_size(block_size: int) -> None:
 
 
 def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *inputs: Tensor | None) -> None:
-    """`out` can receive the result, and nothing would have to flow back through it."""
+    """TypeError or ValueError unless `out` can hold the result and no gradient is needed."""
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor, got {type(out).__name__}.")
     if tuple(out.shape) != tuple(shape):
@@ -204,29 +204,29 @@ def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: t
     if out.dtype != dtype:
         raise TypeError(f"out must be {dtype}, got {out.dtype}.")
     check_same_device("out", out, device)
-    if out.numel() and not _has_own_places(out):
-        raise ValueError(f"out must have a place for each of its values, got shape {tuple(out.shape)} with strides {out.stride()}.")
+    if out.numel() and _may_overlap_itself(out):
+        raise ValueError(f"out must not overlap itself in memory, got shape {tuple(out.shape)} with strides {out.stride()}.")
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (out, *inputs)):
-        raise ValueError("out must not be given where an input requires grad, got one that does: detach it or enter torch.no_grad().")
+        raise ValueError("out is not differentiable, but it or an input requires grad: detach the tensor or use torch.no_grad().")
 
 
-def _has_own_places(tensor: Tensor) -> bool:
-    """Whether no two elements share memory; sure where each dimension steps over all that smaller strides reach."""
+def _may_overlap_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: False if each stride is larger than the span of all dimensions with smaller strides."""
     reach = 0
     for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1):
         if stride <= reach:
-            return False
+            return True
         reach += stride * (size - 1)
-    return True
+    return False
 
 
 def check_no_nan(name: str, tensor: Tensor) -> None:
-    """For `tinyonn.debug()`: reads the whole tensor."""
+    """ValueError if the tensor contains NaN. Reads the whole tensor: for `tinyonn.debug()`."""
     count = int(tensor.isnan().sum())
     if count:
-        raise ValueError(f"{name} must hold no NaN, got {count} of {tensor.numel()} values.")
+        raise ValueError(f"{name} must not contain NaN, got NaN in {count} of {tensor.numel()} values.")
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for every input but float64, which keeps its precision."""
+    """dtype of statistics: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Dense, readable oracles of the ops. They run in float64, never import a kernel, and are judged by eye."""
+"""Dense, readable oracles of the ops. They compute in float64 and import no kernel."""
 
 from .experts.expert_mlp import expert_mlp, expert_surprise, scatter_surprise
 from .experts.routing import Routing, select_by_budget, threshold_route

@@ -1,4 +1,4 @@
-"""What `expert_mlp` takes: shapes, types, devices and, under `tinyonn.debug()`, values."""
+"""Checks of the arguments of `expert_mlp`: shapes, types, devices and, under `tinyonn.debug()`, values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_inputs(inputs: Inputs, gated: bool, transposed: bool) -> None:
         raise ValueError(f"gate_up_proj must have shape {wanted}, got {tuple(gate_up_proj.shape)}.")
     experts, width = gate_up_proj.shape[0], gate_up_proj.shape[2 if transposed else 1]
     if gated and width % 2:
-        raise ValueError(f"gate_up_proj must have an even number of outputs with a gate, got {width}.")
+        raise ValueError(f"gate_up_proj must have an even number of outputs with gated=True, got {width}.")
     neurons = width // 2 if gated else width
     _check_shape("down_proj", down_proj, (experts, neurons, features) if transposed else (experts, features, neurons), hidden_states)
     _check_shape("gate_up_proj", gate_up_proj, tuple(gate_up_proj.shape), hidden_states)
@@ -34,7 +34,7 @@ def check_inputs(inputs: Inputs, gated: bool, transposed: bool) -> None:
     if down_bias is not None:
         _check_shape("down_bias", down_bias, (experts, features), hidden_states)
     check_index_type(top_k_index)
-    if top_k_index.dim() != 2 or top_k_index.shape[0] != tokens:  # `len` would make it a constant of what is exported
+    if top_k_index.dim() != 2 or top_k_index.shape[0] != tokens:  # `len` would make it a constant in torch.export
         raise ValueError(f"top_k_index must have shape ({tokens}, K), got {tuple(top_k_index.shape)}.")
     check_same_device("top_k_index", top_k_index, hidden_states.device)
     check_float("top_k_weights", top_k_weights)
@@ -44,10 +44,10 @@ def check_inputs(inputs: Inputs, gated: bool, transposed: bool) -> None:
 
 
 def limit_of(activation: str, limit: float | None) -> float:
-    """The limit in use; 0 for an activation that clamps nothing."""
+    """The limit of a clamped activation, with its default for None; 0 for an activation without clamps."""
     if activation not in LIMITS:
         if limit is not None:
-            raise ValueError(f"limit must be None with activation={activation!r}, which clamps nothing, got {limit}.")
+            raise ValueError(f"limit must be None with activation={activation!r}, which has no clamp, got {limit}.")
         return 0.0
     if limit is None:
         return LIMITS[activation]
@@ -82,7 +82,7 @@ def check_probe(surprise: Tensor, top_k_index: Tensor, hidden_states: Tensor) ->
     if surprise.shape != top_k_index.shape:
         raise ValueError(f"surprise must have shape {tuple(top_k_index.shape)}, got {tuple(surprise.shape)}.")
     if torch.is_grad_enabled() and not surprise.requires_grad:
-        raise ValueError("surprise must require grad, got a tensor that does not: its gradient is the surprise.")
+        raise ValueError("surprise does not require grad, but its gradient is the surprise: create it with requires_grad=True.")
 
 
 def check_values(inputs: Inputs) -> None:

@@ -1,4 +1,4 @@
-"""Large CPU buffers on pages of 2 MiB: a fresh page costs a fault, and a step's gradients take thousands of small ones."""
+"""Large CPU buffers on pages of 2 MiB: each new page costs a page fault, and a step's gradients would need thousands of small pages."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-WORTH_BYTES = 32 << 20  # glibc maps blocks of that size afresh each time; smaller ones it soon keeps
+WORTH_BYTES = 32 << 20  # glibc maps blocks of this size anew each time; it reuses smaller blocks
 
 
 def empty_on_huge_pages(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Uninitialised and contiguous, with the dtype and device of `like`; from torch's allocator on other devices, where it is small, and
-    where the system knows no such pages.
+    """Uninitialised contiguous tensor with the dtype and device of `like`.
 
-    The storage is not torch's own and cannot grow: `resize_` beyond it raises RuntimeError, and what needs that takes a `clone()`.
+    torch's own allocator is used for other devices, for small tensors, and on systems without huge pages. Otherwise the storage does not
+    belong to torch and cannot grow: a larger `resize_` raises RuntimeError; resize a `clone()` instead.
     """
     size = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or size < WORTH_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):

@@ -1,4 +1,4 @@
-"""Mixture of small experts in plain torch: pairs sorted by expert once, then grouped products, a chunk of experts at a time.
+"""Mixture of small experts in plain torch: pairs are sorted by expert once; grouped products follow for one chunk of experts at a time.
 
 P pairs (token, slot) that name an expert, F features, E experts, I neurons of an expert, K slots of a token
 """
@@ -18,22 +18,22 @@ from ._huge_pages import empty_on_huge_pages
 from ._tuples import Gradients, Inputs, Layout, Saved, Wanted
 
 SWISH = 1.702  # of gpt-oss
-GRADIENT_ELEMENTS = 1 << 21  # of a chunk's first projection: a product makes them, then they are copied to where they belong
-SMALL_ELEMENTS = 1 << 13  # of an expert's matrix: one product for all, and a copy of what it gives, beats a call for each
-CHUNK_ELEMENTS = 1 << 19  # gathered at a time: what a step writes, the next one finds in the cache
+GRADIENT_ELEMENTS = 1 << 21  # elements of the gradient of a chunk's first projection, a temporary that is then copied
+SMALL_ELEMENTS = 1 << 13  # elements of an expert's matrix below which one grouped product and a copy beat one call per expert
+CHUNK_ELEMENTS = 1 << 19  # gathered elements of a chunk, which then stay in the cache from one step to the next
 GROUPED_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Pairs(NamedTuple):
-    """Pairs sorted by expert; within an expert by token.
+    """Pairs sorted by expert, and by token within an expert.
 
     Attributes:
-        slot: (P,) place in the (N * K) slots.
+        slot: (P,), index of the pair's slot among the N * K slots.
         token: (P,).
         expert: (P,).
-        ends: (E,) int32, where each expert's pairs end.
-        sizes: pairs of each expert.
-        places: (N, K) place of each slot among the pairs; P where it is unused.
+        ends: (E,) int32, end of each expert's pairs.
+        sizes: number of pairs of each expert.
+        places: (N, K), index of each slot's pair; P for unused slots.
     """
 
     slot: Tensor
@@ -45,12 +45,12 @@ class Pairs(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Neighbouring experts whose pairs are worked on together.
+    """Neighbouring experts whose pairs are computed together.
 
     Attributes:
-        experts, rows: of them, and of their pairs.
-        sizes: pairs of each expert.
-        ends: the same, where each expert's pairs end within the chunk, int32.
+        experts, rows: slices of the experts and of their pairs.
+        sizes: number of pairs of each expert.
+        ends: int32, end of each expert's pairs within the chunk.
     """
 
     experts: slice
@@ -60,7 +60,7 @@ class Chunk(NamedTuple):
 
 
 def pairs_of(top_k_index: Tensor, num_experts: int) -> Pairs:
-    """An index outside 0 … E − 1 is an unused slot."""
+    """Pairs of (N, K) indices; an index outside 0 … E − 1 is an unused slot."""
     flat = top_k_index.reshape(-1).long()
     flat = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     expert, slot = flat.sort(stable=True)
@@ -75,7 +75,7 @@ def pairs_of(top_k_index: Tensor, num_experts: int) -> Pairs:
 
 
 def chunks_of(pairs: Pairs, features: int, width: int) -> Iterator[Chunk]:
-    """On a CPU as many experts at once as keep their gathered rows in its cache, and few gradients of weights twice; elsewhere all."""
+    """On a CPU, chunks whose gathered rows fit the cache and whose temporary gradients stay small; on other devices, one chunk."""
     whole = pairs.ends.device.type != "cpu"
     most_rows = len(pairs.slot) if whole else CHUNK_ELEMENTS // max(1, features)
     most_experts = len(pairs.sizes) if whole else max(1, GRADIENT_ELEMENTS // max(1, features * width))
@@ -89,7 +89,7 @@ def chunks_of(pairs: Pairs, features: int, width: int) -> Iterator[Chunk]:
 
 
 def grouped(rows: Tensor, weights: Tensor, chunk: Chunk) -> Tensor:
-    """(P, A), (E, A, B) -> (P, B): each expert's rows times its matrix."""
+    """Product of each expert's rows with its matrix: (P, A), (E, A, B) -> (P, B)."""
     if _fits(rows) and _fits(weights):
         return functional.grouped_mm(rows, weights, offs=chunk.ends)
     out = rows.new_empty(len(rows), weights.shape[-1])
@@ -99,7 +99,7 @@ def grouped(rows: Tensor, weights: Tensor, chunk: Chunk) -> Tensor:
 
 
 def outer_into(out: Tensor, left: Tensor, right: Tensor, chunk: Chunk) -> None:
-    """Writes to `out` (E, A, B) the sums of outer products of each expert's rows of `left` (P, A) and `right` (P, B)."""
+    """Writes the sum of the outer products of each expert's rows of `left` (P, A) and `right` (P, B) to `out` (E, A, B)."""
     if out[0].numel() < SMALL_ELEMENTS and _fits(left.T) and _fits(right):
         out.copy_(functional.grouped_mm(left.T, right, offs=chunk.ends))
         return
@@ -121,7 +121,7 @@ def _parts(chunk: Chunk) -> Iterator[tuple[int, slice]]:
 
 
 def _fits(x: Tensor) -> bool:
-    """Whether `grouped_mm` takes it: one of the last two strides 1, the others whole steps of 16 bytes, no row over another."""
+    """Whether `grouped_mm` supports x: one of the last two strides is 1, the others are multiples of 16 bytes, rows do not overlap."""
     if x.dtype not in GROUPED_FLOATS or x.numel() == 0 or x.data_ptr() % 16:
         return False
     whole = [stride * x.element_size() % 16 == 0 for stride in x.stride()]
@@ -140,7 +140,7 @@ def activate(pre: Tensor, layout: Layout) -> Tensor:
 
 
 def activate_backward(pre: Tensor, grad: Tensor, layout: Layout) -> Tensor:
-    """Gradient of `pre` from that of what `activate` gave."""
+    """Gradient of `pre`, given the gradient of the output of `activate`."""
     if not layout.gated:
         return _activation_backward(grad, pre, layout)
     gate, up = _halves(pre, layout)
@@ -154,7 +154,7 @@ def activate_backward(pre: Tensor, grad: Tensor, layout: Layout) -> Tensor:
 
 
 def _factor(up: Tensor, layout: Layout) -> Tensor:
-    """What multiplies the activation of the gate."""
+    """Factor of the gate's activation."""
     match layout.activation:
         case "clamped_swiglu":
             return up.clamp(-layout.limit, layout.limit) + 1
@@ -203,7 +203,7 @@ def _activation_backward(grad: Tensor, x: Tensor, layout: Layout) -> Tensor:
 
 
 def _combine(rows: Tensor, pairs: Pairs, weights: Tensor | None) -> Tensor:
-    """(P + 1, F) -> (N, F), summed over a token's slots in their order, in float32 or float64. The last row stands for unused slots."""
+    """Sum over a token's slots in slot order, in float32 or float64: (P + 1, F) -> (N, F). The last row stands for unused slots."""
     wide = statistics_dtype(rows.dtype)
     rows[-1] = 0
     if weights is not None:
@@ -219,7 +219,7 @@ def _combine(rows: Tensor, pairs: Pairs, weights: Tensor | None) -> Tensor:
 
 @without_autocast
 def experts_forward(inputs: Inputs, layout: Layout) -> tuple[Tensor, Tensor]:
-    """out (N, F); and `Saved.pre`, 0 behind the last pair."""
+    """out (N, F), and `Saved.pre`, 0 after the last pair."""
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias = inputs
     pairs = pairs_of(top_k_index, len(gate_up_proj))
     up, down = (weight if layout.transposed else weight.mT for weight in (gate_up_proj, down_proj))
@@ -265,7 +265,7 @@ def experts_backward(inputs: Inputs, saved: Saved, layout: Layout, wanted: Wante
         torch.sum(grad_h.to(wide) * h, -1, out=grad_weights[part])
         if down_bias is not None:
             grad_weights[part] += (grad.to(wide) * down_bias.index_select(0, pairs.expert[part])).sum(-1)
-        grad_pre = activate_backward(pre[part], grad_h, layout)  # but for the pair's weight, as grad_h is
+        grad_pre = activate_backward(pre[part], grad_h, layout)  # without the pair's weight, like grad_h
         if surprise_kind in ("down_proj", "expert"):
             h_norms[part] = row_norms(h)
         if surprise_kind == "expert":
@@ -293,7 +293,7 @@ def experts_backward(inputs: Inputs, saved: Saved, layout: Layout, wanted: Wante
         # An expert named twice counts with its summed weight.
         same = top_k_index.unsqueeze(1) == top_k_index.unsqueeze(2)
         size = torch.where(same, top_k_weights.to(wide).unsqueeze(1), 0).sum(-1).abs().reshape(-1)[pairs.slot]
-        # Norms and their products in float64: squares, and what is large on the way to something small, leave float32's range.
+        # Norms and their products in float64: squares and intermediate products can leave the range of float32.
         found = row_norms(grad_out).double()[pairs.token]
         h_norms = h_norms.double()
         match surprise_kind:
@@ -309,12 +309,14 @@ def experts_backward(inputs: Inputs, saved: Saved, layout: Layout, wanted: Wante
 
 
 def stored_surprise(found: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the dtype it is handed out in: at most its largest finite value, since infinity says that a token did not go. NaN stays."""
+    """Surprise in the dtype of the result, at most its largest finite value: infinity is reserved for tokens that an expert did not see.
+    NaN stays NaN.
+    """
     return found.clamp(max=torch.finfo(dtype).max).to(dtype)
 
 
 def _sum_by_expert(rows: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
-    """(P, A) -> (E, A)."""
+    """Sum of each expert's rows: (P, A) -> (E, A)."""
     total = torch.zeros(len(chunk.sizes), rows.shape[1], dtype=dtype, device=rows.device)
     for expert, part in _parts(chunk):
         total[expert] = rows[part].sum(0, dtype=dtype)
@@ -322,7 +324,7 @@ def _sum_by_expert(rows: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
 
 
 def _in_slots(values: Tensor, pairs: Pairs) -> Tensor:
-    """(P,) -> (N, K), 0 in unused slots."""
+    """Values of the pairs in their slots: (P,) -> (N, K), 0 in unused slots."""
     slots = torch.zeros(pairs.places.numel(), dtype=values.dtype, device=values.device)
     slots[pairs.slot] = values
     return slots.view(pairs.places.shape)

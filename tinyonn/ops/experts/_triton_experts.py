@@ -1,8 +1,8 @@
-"""A mixture of small experts on Triton: what the registered op allocates and launches. No bound is read by the host.
+"""Mixture of small experts on Triton: allocation and launches of the registered op. The host reads no number of pairs.
 
-Per pair (token, slot), in the dtype of the tensors: `pre`, 2I values, is kept from forward to backward; h, I values, and a row of F
-live within the forward; the gradients of `pre`, h times the pair's weight, and a row of F live within the backward. The sort is made
-again there, from P integers, instead of being kept.
+Memory per pair (token, slot), in the dtype of the tensors: `pre`, 2I values, is saved for backward. The forward also needs h, I values, and
+a row of F. The backward needs the gradient of `pre`, h times the pair's weight, and a row of F. It sorts the P pairs again instead of
+saving the order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ._tuples import Gradients, Inputs, Layout, Saved, Wanted
 @on_its_device
 @without_autocast
 def experts_forward(inputs: Inputs, layout: Layout) -> tuple[Tensor, Tensor]:
-    """out (N, F); and `Saved.pre`, unwritten behind the last pair."""
+    """out (N, F), and `Saved.pre`, uninitialised after the last pair."""
     from tinyonn_kernels.experts.expert_activation import rows_of
     from tinyonn_kernels.experts.expert_mlp_fwd import expert_gate_up
     from tinyonn_kernels.experts.expert_rows import expert_rows

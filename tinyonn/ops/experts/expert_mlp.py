@@ -37,46 +37,48 @@ def expert_mlp(
     surprise_kind: SurpriseKind = "down_proj",
     impl: str = "auto",
 ) -> Tensor:
-    """Mixture of small experts: the weighed sum of what each token's experts give, and in backward how surprised each was.
+    """Mixture of small experts: the weighted sum of the outputs of each token's experts. Backward also computes each pair's surprise.
 
-    The surprise of a (token, expert) pair is the norm of what this token alone would change in this expert. It is handed out as the
-    gradient of `surprise`, a tensor of zeros that takes part in nothing: `surprise.grad` after backward, or through
-    `torch.autograd.grad`. Gradients of several calls add up there, so give each call a probe of its own. It scales with the loss, and so
-    with AMP's loss scale.
+    The surprise of a (token, expert) pair is the norm of the gradient that this token alone contributes to this expert. It is returned as
+    the gradient of `surprise`, a tensor of zeros that does not affect the output: read `surprise.grad` after backward, or use
+    `torch.autograd.grad`. Gradients of several calls add up, so pass a new tensor to each call. Surprise scales with the loss, and so with
+    the loss scale of AMP.
 
-    Differentiable: hidden_states, both projections and their biases, top_k_weights; gradients that nobody asks for are not computed.
-    `torch.func.grad`, `vjp`, `jacrev` and `vmap` take it; `vmap` makes one call for each element of its batch.
+    Differentiable: hidden_states, both projections and their biases, top_k_weights; gradients that are not needed are not computed.
+    Works under `torch.func.grad`, `vjp`, `jacrev` and `vmap`; `vmap` makes one call per element of its batch.
 
     Args:
         hidden_states: (N, F).
-        gate_up_proj: (E, 2I, F), or (E, I, F) without a gate; (E, F, 2I) or (E, F, I) where `transposed`.
-        down_proj: (E, F, I), or (E, I, F) where `transposed`.
-        top_k_index: (N, K) int32 or int64; E in unused slots, which cost no arithmetic; memory is that of K slots. Any other index out of
-            range is an unused slot too, and an error under `tinyonn.debug()`.
+        gate_up_proj: (E, 2I, F), or (E, I, F) without a gate; (E, F, 2I) or (E, F, I) if `transposed`.
+        down_proj: (E, F, I), or (E, I, F) if `transposed`.
+        top_k_index: (N, K) int32 or int64; E in unused slots, which need memory but no arithmetic. Any other index out of range is an
+            unused slot too, and an error under `tinyonn.debug()`.
         top_k_weights: (N, K).
         activation: "silu", "gelu", "gelu_tanh", "relu2", "clamped_swiglu" of gpt-oss, (up + 1) · gate · σ(1.702 gate), or "clamped_silu" of
             DeepSeek-V4, up · silu(gate).
         gate_up_bias, down_bias: (E, 2I) or (E, I), and (E, F).
-        gated: whether half of what the first product gives multiplies the other half.
-        interleaved: gate and up alternate, instead of gate first.
-        transposed: weights are (in, out).
-        limit: above 0, of both clamped activations: the gate is at most this, up lies within ± this. None for 7 with "clamped_swiglu"
-            and 10 with "clamped_silu"; the other activations take none.
+        gated: whether one half of the first product, after the activation, multiplies the other half.
+        interleaved: whether rows of gate and up alternate; False if all gate rows come first.
+        transposed: whether weights are (in, out).
+        limit: bound of the two clamped activations, above 0: the gate is clamped to at most this value, `up` to ± this value. None for
+            7 with "clamped_swiglu" and 10 with "clamped_silu"; must be None for the other activations.
         surprise: (N, K) zeros with `requires_grad`, float32, or float64 for float64 inputs; or None.
-        surprise_kind: "down_proj", norm of the gradient of `down_proj[e]`; "expert", of all the expert's weights and biases; "output",
-            |weight| · ‖grad_output‖, which for one token only ranks the weights. An expert named twice counts with its summed weight, in
-            both slots. A surprise beyond the largest finite float32 is that one: infinity would say that the token did not go.
-        impl: "auto", "triton", "torch" or "reference". With "triton", the default on a GPU but for float64, nothing waits for the device
-            once a kind of input has been seen; "torch" reads the number of pairs of each expert. The reference computes every expert for
-            every token, so a NaN in an expert or token that is not routed spreads there alone.
+        surprise_kind: "down_proj", norm of the gradient of `down_proj[e]`; "expert", norm of the gradient of all the expert's weights and
+            biases; "output", |weight| · ‖grad_output‖, which for one token only ranks the weights. An expert that appears twice in a
+            token's slots has its summed weight, in both slots. A surprise above the largest finite float32 is set to that value, because
+            infinity marks experts that did not see the token.
+        impl: "auto", "triton", "torch" or "reference". "triton", the default on a GPU except for float64, does not synchronise with the
+            device after the first call with a kind of input; "torch" reads the number of pairs of each expert. Only "reference" computes
+            every expert for every token, so only there does a NaN in an expert spread to tokens that are not routed to it.
 
     Returns:
         (N, F) in the dtype of `hidden_states`.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not agree; `surprise` would get no gradient though gradients are on; under
-            `tinyonn.debug()` an index out of range or a NaN.
-        RuntimeError: impl="triton" cannot run here; a forward-mode tangent or a second derivative, which impl="reference" alone takes.
+        TypeError, ValueError: shapes, dtypes or devices do not agree; `surprise` does not require grad although gradients are enabled;
+            under `tinyonn.debug()`, an index out of range or a NaN.
+        RuntimeError: impl="triton" cannot run here; forward-mode differentiation or a second derivative, which only impl="reference"
+            supports.
 
     Source: grouped products after Gale et al., "MegaBlocks", arXiv:2211.15841; norms of single tokens' gradients after Goodfellow,
     "Efficient per-example gradient computations", arXiv:1510.01799.
@@ -103,7 +105,7 @@ def expert_mlp(
 
 
 class _Probe(torch.autograd.Function):
-    """Passes `out` through; the gradient of the probe is the surprise."""
+    """Identity on `out`; its gradient for the probe is the surprise."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, surprise: Tensor, kind: SurpriseKind, layout: Layout, *inputs: Tensor | None) -> Tensor:
@@ -131,15 +133,15 @@ def _reference(inputs: Inputs, probe: Probe, layout: Layout) -> Tensor:
 
 
 def scatter_surprise(slots: Tensor, top_k_index: Tensor, num_experts: int) -> Tensor:
-    """Surprise of each slot as a matrix over all experts.
+    """Scatters the surprise of each slot into a matrix over all experts.
 
     Args:
         slots: (N, K), the gradient of the probe of `expert_mlp`.
-        top_k_index: (N, K), as given to it.
+        top_k_index: (N, K), the indices passed to that call.
         num_experts: E.
 
     Returns:
-        (N, E), infinite where a token did not go.
+        (N, E), infinite for experts that did not see the token.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not agree; num_experts is below 0.

@@ -1,4 +1,4 @@
-"""`surprise_min_loss` and `sparse_diversity_loss`: what trains a router. Differentiated by autograd; nothing is read by the host."""
+"""`surprise_min_loss` and `sparse_diversity_loss`: losses of a router. Differentiated by autograd, without reads on the host."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ def surprise_min_loss(
     temperature: float = 1.0,
     token_mask: Tensor | None = None,
 ) -> Tensor:
-    """Pulls a router's scores towards the experts that were least surprised.
+    """Loss that pulls a router's scores towards the experts with the lowest surprise.
 
-    With the surprise kinds "down_proj" and "output" of `expert_mlp` this does not depend on the loss that was differentiated: the norm of
-    its gradient is common to a token's experts and cancels with the mean. The target is then the expert of least weight · ‖h‖, or weight.
+    With the surprise kinds "down_proj" and "output" of `expert_mlp`, the result does not depend on the differentiated loss: the norm
+    of its gradient is common to a token's experts and cancels with the mean. The target is then the expert with the lowest weight · ‖h‖, or
+    the lowest weight.
 
         S' = surprise / (mean over the token's finite pairs) / temperature
         w_ce · CE(scores, argmin S') + w_kl · KL(softmax(−S') ‖ softmax(scores))
 
-    Dividing by the mean makes the loss blind to the scale of the surprise: AMP's loss scale, and the raw 1e-3 that would make any
-    softmax uniform.
+    Division by the mean removes the scale of the surprise: the loss scale of AMP, and small values that would make the softmax uniform.
 
     Args:
-        scores: (N, E), of all experts, such as `Routing.scores`.
-        surprise: (N, E), of `scatter_surprise`: infinite where a token did not go, which the target leaves out; NaN makes the loss NaN.
-            No gradient flows to it.
-        w_ce, w_kl: weights of both terms, at least 0.
-        temperature: above 0; lower is sharper.
-        token_mask: (N,) bool, which tokens count; None for all. Those that went nowhere, or whose surprise is 0 in all of their experts,
-            never do: no loss depends on them (a last token, a label of -100), and none of their experts is the least surprised.
+        scores: (N, E), scores of all experts, such as `Routing.scores`.
+        surprise: (N, E), result of `scatter_surprise`. The target ignores experts whose surprise is infinite; NaN makes the loss NaN. Not
+            differentiable.
+        w_ce, w_kl: weights of the two terms, at least 0.
+        temperature: temperature of the target, above 0; lower is sharper.
+        token_mask: (N,) bool, True for tokens that count; None for all. Tokens without experts never count, nor do tokens whose surprise
+            is 0 for all of their experts: no loss depends on them (a last token, a label of -100), so no expert has the lowest surprise.
 
     Returns:
-        Mean over the tokens that count, 0-d, float32 or float64; 0 where there is none.
+        Mean over the tokens that count, 0-d, float32 or float64; 0 if no token counts.
 
     Raises:
-        TypeError, ValueError: shapes or devices do not agree; a weight or the temperature is out of range; under `tinyonn.debug()` a NaN
+        TypeError, ValueError: shapes or devices do not agree; a weight or the temperature is out of range; under `tinyonn.debug()`, a NaN
             in scores or surprise.
     """
     check_float("scores", scores)
@@ -97,22 +97,22 @@ def _surprise_min_loss(scores: Tensor, surprise: Tensor, w_ce: float, w_kl: floa
 def sparse_diversity_loss(
     prototypes: Tensor, count: Tensor, target_k: float, *, token_mask: Tensor | None = None, expert_mask: Tensor | None = None
 ) -> Tensor:
-    """Prototypes apart and short, and as many experts a token as wanted.
+    """Loss that keeps prototypes apart and short, and the mean number of experts per token at a target.
 
         ‖cos(P, P) − I‖_F + mean ‖P_e‖ + |mean count − target_k|
 
     Args:
         prototypes: (E, F).
         count: (N,), `Routing.count`, whose gradient is straight-through.
-        target_k: experts a token, above 0.
-        token_mask: (N,), which tokens count; where none does the loss is 0.
-        expert_mask: (E,) bool, which prototypes count.
+        target_k: target number of experts per token, above 0.
+        token_mask: (N,), True for tokens that count; the loss is 0 if none does.
+        expert_mask: (E,) bool, True for prototypes that count.
 
     Returns:
         0-d, float32 or float64.
 
     Raises:
-        TypeError, ValueError: a shape or device does not fit.
+        TypeError, ValueError: shapes, dtypes or devices do not agree.
     """
     check_float("prototypes", prototypes)
     check_float("count", count)

@@ -1,4 +1,4 @@
-"""`threshold_route` and `select_by_budget`: checks, dispatch. Differentiated by autograd; nothing is read by the host."""
+"""`threshold_route` and `select_by_budget`: checks, dispatch. Differentiated by autograd, without reads on the host."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ def threshold_route(
     expert_mask: Tensor | None = None,
     impl: str = "auto",
 ) -> Routing:
-    """Routes each token to the experts whose threshold it passes: any number of them.
+    """Routes each token to all experts whose threshold it exceeds.
 
         l = σ(scale · cos(x, P)) − σ(scale · G)      "sigmoid_cosine"
         l = cos(x, P) − σ(G)                         "cosine"
 
-    Cosines hold for vectors of any length but 0 that their dtype can store; that of a zero vector is 0.
-    Active are the experts with l > 0: at least `min_experts`, at most `max_experts`, the highest first, ties to the lower index. A token
-    with NaN or infinity in it has no l: it goes to one expert with weight NaN, so that its output is NaN. So does every token where a
-    prototype or threshold is NaN. Under `tinyonn.debug()` that is an error.
+    Cosines are accurate for vectors of any length above 0 that the dtype can store; the cosine of a zero vector is 0.
+    Experts with l > 0 are active: at least `min_experts`, at most `max_experts`, highest l first, ties to the lower index. A token
+    that contains NaN or infinity is routed to one expert with weight NaN, so that its output is NaN. The same holds for every token if a
+    prototype or threshold is NaN. Under `tinyonn.debug()` both are errors.
 
     Args:
-        hidden_states: (N, F).
+        hidden_states: (N, F), x.
         prototypes: (E, F), P.
         thresholds: (E,), G.
-        form: see above. With random prototypes and G = 0 "cosine" activates nothing and the other form half of all experts:
-            `nn.ThresholdRouter` starts at a mean number of experts.
-        scale: of the sigmoids.
-        min_experts, max_experts: experts of a token; max_experts slots are returned whatever E.
-        combine: weights of the active experts: "softmax" of l, the set taken as fixed; "gated", l / Σ l over those above 0, equal shares
-            where none is; "uniform", equal shares, differentiated as if the set were l itself (straight-through).
-        expert_mask: (E,) bool, which experts there are; the others' scores are -inf. None for all. Where none is left, tokens go nowhere;
-            under `tinyonn.debug()` that is an error.
+        form: formula of l, see above. With random prototypes and G = 0, "cosine" activates no expert and "sigmoid_cosine" half of them;
+            `nn.ThresholdRouter` initialises G for a mean number of experts.
+        scale: scale of the sigmoids, above 0.
+        min_experts, max_experts: bounds of the number of experts per token; the result always has max_experts slots.
+        combine: weights of the active experts: "softmax", the softmax of l over the active set, which counts as constant; "gated",
+            l / Σ l over the experts with l > 0, equal weights if there are none; "uniform", equal weights with a straight-through gradient.
+        expert_mask: (E,) bool, True for experts that may be chosen; the scores of the others are -inf. None for all. A mask without any
+            expert leaves every slot unused, and is an error under `tinyonn.debug()`.
         impl: "auto", "torch" or "reference".
 
     Returns:
@@ -86,7 +86,7 @@ def threshold_route(
                 f"expert_mask must be bool of shape {tuple(thresholds.shape)}, got {expert_mask.dtype} {tuple(expert_mask.shape)}."
             )
         if debug_enabled() and not bool(expert_mask.any()):
-            raise ValueError("expert_mask must leave an expert in, got none.")
+            raise ValueError("expert_mask masks out every expert.")
     _check_choice("form", form, get_args(Form))
     _check_choice("combine", combine, get_args(Combine))
     _check_choice("impl", impl, IMPLS)
@@ -119,18 +119,19 @@ def select_by_budget(
     """Routes each token to the smallest set of experts whose share of softmax(scores) reaches a budget.
 
     Args:
-        scores: (N, E), such as `threshold_route` gives.
-        budget: share of the softmax, 0 … 1; a number or (N,). At least one expert is chosen, at most `max_experts`; ties go to the lower
-            index. Rows with NaN or positive infinity get one, with weight NaN.
-        max_experts: slots.
-        combine: weights of the chosen experts, as for `threshold_route`.
+        scores: (N, E), such as `Routing.scores`.
+        budget: share of the softmax, 0 … 1; a number or (N,). At least one and at most `max_experts` experts are chosen; ties go to the
+            lower index. A row with NaN or positive infinity gets one expert, with weight NaN.
+        max_experts: number of slots.
+        combine: weights of the chosen experts, as in `threshold_route`.
         impl: "auto", "torch" or "reference".
 
     Returns:
-        Routing, as `threshold_route`.
+        Routing, as in `threshold_route`.
 
     Raises:
-        TypeError, ValueError: a shape, or a budget outside 0 … 1 (a tensor's only under `tinyonn.debug()`, which looks for NaN too).
+        TypeError, ValueError: a shape or dtype that is not accepted; a budget outside 0 … 1; NaN in scores. The values of tensors are
+            checked under `tinyonn.debug()` only.
     """
     check_float("scores", scores)
     if scores.dim() != 2:
@@ -158,13 +159,13 @@ def select_by_budget(
     limit: Any = budget.to(share.dtype).reshape(-1, 1) if isinstance(budget, Tensor) else budget
     before = share.cumsum(-1) - share
     slot = torch.arange(max_experts, device=share.device)
-    there = share > 0  # neither masked nor of no mass in this precision
-    whole = limit >= 1  # sums of shares reach 1 before the last share, or never
+    there = share > 0  # not masked, and more than 0 in this precision
+    whole = limit >= 1  # rounded sums may reach 1 before the last expert, or never
     return _routing(wide, index, there & ((slot == 0) | (before < limit) | whole), share[:, :1] == math.inf, combine)
 
 
 def _shares(scores: Tensor) -> Tensor:
-    """Softmax, 0 for experts that are not there; NaN in all others of a row where one score is NaN or positive infinity."""
+    """Softmax, 0 for masked experts; a score of NaN or positive infinity makes the row's other shares NaN."""
     scores = scores.detach()
     return torch.where(scores == -math.inf, 0, scores.softmax(-1))
 
@@ -178,9 +179,10 @@ def _margins(hidden_states: Tensor, prototypes: Tensor, thresholds: Tensor, form
 
 
 def unit_vectors(x: Tensor) -> Tensor:
-    """(N, F) scaled to length 1, zero vectors left as they are.
+    """(N, F) scaled to length 1; zero vectors stay zero.
 
-    The largest entry goes first, for squares of 1e-30 or 1e30 are no float32. A factor changes no direction, so it needs no gradient.
+    Division by the largest entry comes first, because squares of 1e-30 or 1e30 leave the range of float32. It does not change the
+    direction, so it needs no gradient.
     """
     largest = x.detach().abs().amax(-1, keepdim=True)
     x = x / torch.where(largest > 0, largest, 1)
@@ -189,7 +191,9 @@ def unit_vectors(x: Tensor) -> Tensor:
 
 
 def _highest(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """(N, slots) scores and experts from the highest on, ties to the lower index; inf for NaN, first of all, -inf beyond the last."""
+    """The `slots` highest scores of each row and their experts, ties to the lower index. NaN becomes inf and comes first; slots beyond the
+    number of experts hold -inf.
+    """
     scores = scores.detach()
     known = torch.where(scores.isnan(), torch.inf, scores)
     experts = known.shape[-1]
@@ -197,7 +201,7 @@ def _highest(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         values, index = known.sort(dim=-1, descending=True, stable=True)
         values, index = values[:, :slots], index[:, :slots]
     else:
-        # topk promises no order among equals: an integer key orders by score first, then by the lower index.
+        # topk does not define the order of equal scores: an integer key orders by score, then by index.
         bits = (known + 0.0).view(torch.int32).long()  # -0 becomes 0
         ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
         key = ordered * (1 << 31) + (experts - 1 - torch.arange(experts, device=scores.device))
@@ -210,7 +214,7 @@ def _highest(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
 
 
 def _routing(scores: Tensor, index: Tensor, used: Tensor, unknown: Tensor, combine: Combine) -> Routing:
-    """Of the slots that are used; rows that are unknown, (N, 1), use the first one, and have NaN for weight and count."""
+    """Routing with the used slots. Rows marked in `unknown` (N, 1) use the first slot alone, with weight and count NaN."""
     num_experts = scores.shape[-1]
     used = torch.where(unknown, torch.arange(index.shape[-1], device=index.device) == 0, used)
     top_k_index = torch.where(used, index, num_experts)
@@ -233,7 +237,7 @@ def _routing(scores: Tensor, index: Tensor, used: Tensor, unknown: Tensor, combi
 
 
 def _step(scores: Tensor) -> Tensor:
-    """0, with the gradient of the scores."""
+    """Zeros with the gradient of the scores."""
     return scores - scores.detach()
 
 

@@ -1,4 +1,4 @@
-"""Attention statistics in plain torch: a chunk of queries against the keys they can see, whose scores stay in the cache."""
+"""Attention statistics in plain torch: one chunk of queries at a time against its visible keys, so that scores stay in the cache."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from .._dispatch import statistics_dtype, without_autocast
 
-CHUNK_ELEMENTS = 1 << 21  # scores at a time: 8 MiB, so that the work of a step outweighs its start
-MOST_QUERIES = 64  # of a step: under a causal mask, half of its square is computed for nothing
-HIDDEN = -1e30  # finite, so that 0 times it is 0
+CHUNK_ELEMENTS = 1 << 21  # scores per step: 8 MiB, large enough that the overhead of a step does not matter
+MOST_QUERIES = 64  # queries per step: under a causal mask, half of the square of queries and their own keys is wasted
+HIDDEN = -1e30  # finite, so that its product with 0 is 0
 
 
 class Visibility(NamedTuple):
-    """Which keys a query sees, and what is added to their scores.
+    """Keys that a query sees, and the bias of their scores.
 
     Attributes:
-        causal: none after it.
-        window: none `window` or more before it; 0 for any.
-        key_mask: (B, Tk) bool.
-        bias: (B or 1, H or 1, T or 1, Tk or 1), bool or added to the scores.
+        causal: whether keys after the query are hidden.
+        window: keys `window` or more positions before the query are hidden; 0 for no window.
+        key_mask: (B, Tk) bool, False for hidden keys.
+        bias: (B or 1, H or 1, T or 1, Tk or 1), bool, or floats that are added to the scores.
     """
 
     causal: bool
@@ -35,7 +35,7 @@ class Visibility(NamedTuple):
 def attention_stats(
     query: Tensor, key: Tensor, span_mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float, visibility: Visibility
 ) -> tuple[Tensor, Tensor]:
-    """entropy and span mass (B, T, H), the mass empty without a span; softcap 0 for none."""
+    """entropy and span mass (B, T, H); the mass is empty without a span. softcap: 0 for none."""
     dtype = statistics_dtype(query.dtype)
     batch, queries, heads, _ = query.shape
     keys, num_kv = key.shape[1:3]
@@ -69,7 +69,9 @@ def attention_stats(
 
 
 def _steps(batch: int, num_kv: int, elements: int) -> Iterator[tuple[slice, slice]]:
-    """Rows of a batch with all of their key heads, or some key heads of one row, of CHUNK_ELEMENTS scores at most; one takes `elements`."""
+    """Several batch rows with all of their key heads, or several key heads of one row, with at most CHUNK_ELEMENTS scores together. One key
+    head of one row has `elements` scores.
+    """
     together = max(1, CHUNK_ELEMENTS // max(1, elements))
     row_step, head_step = max(1, together // num_kv), min(num_kv, together)
     for row in range(0, batch, row_step):
@@ -78,7 +80,7 @@ def _steps(batch: int, num_kv: int, elements: int) -> Iterator[tuple[slice, slic
 
 
 def _hide(scores: Tensor, visibility: Visibility, rows: slice, heads: slice, queries: slice, keys: slice, before: int) -> None:
-    """Adds the bias, and lowers what a query does not see to HIDDEN; `scores` is (b, K, G, n, m)."""
+    """Adds the bias to the scores (b, K, G, n, m), in place, and sets the scores of hidden keys to HIDDEN."""
     first, last = before + queries.start, before + queries.stop - 1
     place = torch.arange(first, last + 1, device=scores.device)[:, None]
     if visibility.bias is not None:
@@ -103,7 +105,7 @@ def _hide(scores: Tensor, visibility: Visibility, rows: slice, heads: slice, que
 
 
 def _statistics(scores: Tensor, sink: Tensor | None, span: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """entropy and span mass (b, K, G, n) of scores (b, K, G, n, m), which are overwritten; a sink (K, G, 1) takes its share for nothing."""
+    """entropy and span mass (b, K, G, n) of scores (b, K, G, n, m), which are overwritten. A sink is (K, G, 1)."""
     top = scores.amax(-1)
     seen = ~(top <= HIDDEN)
     top = top if sink is None else torch.maximum(top, sink)

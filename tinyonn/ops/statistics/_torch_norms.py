@@ -1,4 +1,4 @@
-"""L2 norms of blocks in plain torch: no overflow on the way; on a CPU one pass over memory and no copy of the whole tensor."""
+"""L2 norms of blocks in plain torch, without intermediate overflow; on a CPU, one pass over memory and no copy of the whole tensor."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .._dispatch import statistics_dtype
 
-CHUNK_ELEMENTS = 1 << 18  # half-precision rows are widened this many elements at a time: a chunk stays in the cache
+CHUNK_ELEMENTS = 1 << 18  # elements of half precision converted to float32 at a time, so that a chunk stays in the cache
 
 
 def norms_into(x: Tensor, block_size: int, out: Tensor) -> None:
-    """Writes the norm of every block of `x (..., F)` to `out (..., ceil(F / block_size))`, any strides."""
+    """Writes the norm of every block of x (..., F) to out (..., ceil(F / block_size)), both of any strides."""
     full = x.shape[-1] // block_size
     if full:
         _blocks_into(x[..., : full * block_size].unflatten(-1, (full, block_size)), out[..., :full])
@@ -22,7 +22,7 @@ def norms_into(x: Tensor, block_size: int, out: Tensor) -> None:
 
 
 def row_norms(x: Tensor) -> Tensor:
-    """Norm of each row: (..., F) -> (...,), 0 for F = 0."""
+    """Norm of each row: (..., F) -> (...,); 0 for F = 0."""
     norms = torch.empty(x.shape[:-1], dtype=statistics_dtype(x.dtype), device=x.device)
     _blocks_into(x.unsqueeze(-2), norms.unsqueeze(-1))
     return norms
@@ -32,7 +32,7 @@ def _blocks_into(blocks: Tensor, out: Tensor) -> None:
     if blocks.numel() == 0:
         out.zero_()
     elif blocks.is_cuda:
-        out.copy_(_scaled_norm(blocks.to(out.dtype)))  # scaling everything costs a pass; asking whether to would stall the device
+        out.copy_(_scaled_norm(blocks.to(out.dtype)))  # one more pass over all blocks, but no synchronisation with the device
     elif blocks.dtype == out.dtype:
         torch.linalg.vector_norm(blocks, dim=-1, out=out)
         _mend(blocks, out)
@@ -53,7 +53,7 @@ def _chunk_into(blocks: Tensor, out: Tensor) -> None:
 
 
 def _mend(blocks: Tensor, out: Tensor) -> None:
-    """Recomputes the norms whose squares overflowed, or sank so low that they lost digits."""
+    """Recomputes the norms whose squares overflowed or lost digits by underflow."""
     info = torch.finfo(out.dtype)
     floor = math.sqrt(info.tiny / info.eps)
     low, high = torch.aminmax(out)
@@ -65,7 +65,7 @@ def _mend(blocks: Tensor, out: Tensor) -> None:
 
 
 def _scaled_norm(blocks: Tensor) -> Tensor:
-    """`m * ||block / m||` with m the largest magnitude of the block: every ratio lies in [-1, 1]."""
+    """Norm as m · ‖block / m‖, where m is the largest magnitude of the block, so that every ratio is in [-1, 1]."""
     largest = torch.linalg.vector_norm(blocks, math.inf, dim=-1)
     divisor = torch.where((largest > 0) & (largest < math.inf), largest, 1)
     return torch.linalg.vector_norm(blocks / divisor.unsqueeze(-1), dim=-1) * divisor

@@ -1,4 +1,4 @@
-"""SPS in plain torch: tokens a cache-sized chunk at a time, runs of equally wide layers in one call, float64 inside."""
+"""SPS in plain torch: one cache-sized chunk of tokens at a time, one call per run of equally wide layers, computed in float64."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 16
-RELATIVE_STD_FLOOR = 1e-6  # below this share of the mean a layer's spread is rounding, and every z is 0
+RELATIVE_STD_FLOOR = 1e-6  # a standard deviation below this fraction of the mean is rounding error, and every z is 0
 
 
 def integrate(activation: Tensor, grad_norm: Tensor, group_offsets: Tensor, token_mask: Tensor | None, per_token: Tensor | None) -> Tensor:
-    """Returns the sum over tokens (blocks,) float64; writes the scores to `per_token (tokens, blocks)` where given."""
+    """Returns the sum over tokens, (blocks,) float64; writes the scores to `per_token` (tokens, blocks) unless it is None."""
     num_tokens, num_blocks = activation.shape
     total = torch.zeros(num_blocks, dtype=torch.float64, device=activation.device)
     runs = _equal_runs(group_offsets.tolist())
@@ -32,10 +32,10 @@ def integrate(activation: Tensor, grad_norm: Tensor, group_offsets: Tensor, toke
 
 
 def _scores(a: Tensor, g: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """z(a) - z(g) over the last dimension, 0 where missing, and what is present, None for everything. Changes `a` and `g`."""
+    """z(a) - z(g) over the last dimension, 0 for missing blocks; and the mask of present blocks, None for all. Overwrites `a` and `g`."""
     present, root_count = None, a.new_tensor(a.shape[-1]).sqrt()
     a_mean, g_mean = a.mean(dim=-1, keepdim=True), g.mean(dim=-1, keepdim=True)
-    # A mean shows whether anything is missing, so that complete layers take no further pass; on a GPU asking would stall it.
+    # NaN in a mean shows that a block is missing, so complete layers need no further pass. On a GPU the test would synchronise.
     if keep is not None or a.is_cuda or bool((a_mean + g_mean).isnan().any()):
         present = ~(a.isnan() | g.isnan())
         if keep is not None:
@@ -51,7 +51,7 @@ def _scores(a: Tensor, g: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor |
         flat = std <= RELATIVE_STD_FLOOR * mean.abs()
         scales.append(std.masked_fill_(flat, torch.inf).reciprocal_())
     scores = a.mul_(scales[0]).addcmul_(g, scales[1], value=-1)
-    # Once more: beside an infinity the scale is NaN, and a missing block must not catch it.
+    # Again: an infinity makes the scale NaN, which must not reach missing blocks.
     return scores if present is None else scores.masked_fill_(~present, 0), present
 
 

@@ -35,26 +35,26 @@ def attention_stats(
 
         entropy = -Σ_j p_j ln p_j = lse · Σ_j p_j - Σ_j p_j s_j,   span mass = Σ_{j in span} p_j
 
-    The p_j sum to 1 but for sinks. Tensors are (B, T, H, D), not scaled_dot_product_attention's (B, H, T, D). Nothing is differentiable.
+    The p_j sum to 1 without sinks. Tensors are (B, T, H, D), not (B, H, T, D) as in scaled_dot_product_attention. Not differentiable.
 
     Args:
-        query: (B, T, H, D), the last T of Tk positions; with rotary embeddings applied.
+        query: (B, T, H, D), the last T of Tk positions, with rotary embeddings applied.
         key: (B, Tk, K, D), K dividing H.
         span_mask: (B, Tk) bool, keys of the span.
         key_mask: (B, Tk) bool, False for padding.
-        scale: of the scores; None for D ** -0.5.
-        causal: whether a query sees no key after it.
-        window: a query sees no key that lies `window` or more positions before it; None for all.
-        softcap: scores become softcap · tanh(score / softcap), before a bias.
-        sinks: (H,), one more score of each head, whose probability belongs to no key; the other probabilities then sum to less than 1.
-        bias: broadcastable to (B, H, T, Tk): bool, False for hidden keys, or floats that are added to the scores, -1e30 and less hidden.
+        scale: factor of the scores; None for D ** -0.5.
+        causal: whether keys after a query are hidden from it.
+        window: number of positions, counted back from a query and including its own, whose keys it sees; None for all.
+        softcap: bound of the scores, softcap · tanh(score / softcap), applied before the bias; None for no bound.
+        sinks: (H,), an additional score of each head without a key; the probabilities of the keys then sum to less than 1.
+        bias: broadcastable to (B, H, T, Tk): bool, False for hidden keys, or floats added to the scores; -1e30 and less hide a key.
         impl: "auto", "triton", "torch" or "reference"; an explicit choice never falls back.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that is not accepted.
         RuntimeError: impl="triton" cannot run here.
 
-    Source: entropy of heads as Clark et al. take it, "What does BERT look at?", arXiv:1906.04341.
+    Source: entropy of heads after Clark et al., "What does BERT look at?", arXiv:1906.04341.
     """
     check_impl(impl)
     query, key = in_one_dtype(query, key)
@@ -87,7 +87,7 @@ def attention_stats(
 
 
 def _as_bias(bias: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
-    """With four dimensions."""
+    """The bias with four dimensions."""
     if bias is None:
         return None
     if not isinstance(bias, Tensor) or bias.dtype != torch.bool:
@@ -114,7 +114,7 @@ def _compute(
     softcap: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """entropy and span mass; the mass is empty without a span, as an op's outputs are fixed in number."""
+    """entropy and span mass; the mass is empty without a span, because a registered op has a fixed number of outputs."""
     if debug_enabled():
         check_no_nan("query", query)
         check_no_nan("key", key)

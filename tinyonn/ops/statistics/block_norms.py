@@ -18,24 +18,23 @@ def block_norms(
 ) -> Tensor:
     """L2 norm of each block of `block_size` consecutive features: `out[..., b] = row_scale[...] * ||x[..., block b]||`.
 
-    A norm is right wherever it is a normal number of the output's dtype: its squares may overflow or vanish. NaN gives NaN,
-    infinity gives infinity. Differentiable in `x` and `row_scale` by reverse mode, twice where asked; the gradient of a norm that
-    is 0 is 0.
+    A norm is accurate if it is a normal number of the output's dtype, even if squares overflow or underflow. NaN gives NaN, infinity gives
+    infinity. `x` and `row_scale` have first and second derivatives in reverse mode; the gradient of a norm of 0 is 0.
 
     Args:
         x: (..., F), float16, bfloat16, float32 or float64, any strides.
         block_size: features per block; the last block of a row may be shorter.
-        row_scale: (...,), multiplies each row's norms, for instance by the norm of the layer's input.
-        out: (..., ceil(F / block_size)) of the result's dtype; may be a strided column slice of a larger plane, and overlap an input.
+        row_scale: (...,), factor of each row's norms, for instance the norm of the layer's input.
+        out: (..., ceil(F / block_size)) of the result's dtype; may be a strided column slice of a larger tensor, and may overlap an input.
         impl: "auto", "triton", "torch" or "reference"; an explicit choice never falls back.
 
     Returns:
-        (..., ceil(F / block_size)) float32, float64 for a float64 `x`; `out` where given.
+        (..., ceil(F / block_size)) float32, or float64 for a float64 `x`; `out` if given.
 
     Raises:
         TypeError: a dtype or type that is not accepted.
-        ValueError: shapes or devices differ, or `out` is given where an input requires grad; NaN under `tinyonn.debug()`.
-        RuntimeError: impl="triton" cannot run here; an input carries a forward-mode tangent.
+        ValueError: shapes or devices differ; `out` is given although an input requires grad; NaN under `tinyonn.debug()`.
+        RuntimeError: impl="triton" cannot run here; forward-mode differentiation.
     """
     check_impl(impl)
     check_float("x", x)
@@ -57,7 +56,7 @@ def block_norms(
 
 
 def _refuse_tangents(*inputs: Tensor | None) -> None:
-    # A registered op drops tangents without a word: the derivative would come out as 0.
+    # A registered op silently drops tangents, so the derivative would be 0.
     if not torch.compiler.is_compiling():
         for tensor in inputs:
             if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
@@ -77,7 +76,7 @@ def _block_norms(x: Tensor, row_scale: Tensor | None, block_size: int, impl: str
 
 @torch.library.custom_op("tinyonn::block_norms_out", mutates_args=("out",))
 def _block_norms_out(x: Tensor, row_scale: Tensor | None, out: Tensor, block_size: int, impl: str) -> None:
-    # An input in the same storage may overlap: it is read to the end before the first value is written.
+    # An input in the same storage may overlap `out`, so the result is computed completely before `out` is written.
     place = out.untyped_storage().data_ptr()
     shared = any(tensor is not None and tensor.untyped_storage().data_ptr() == place for tensor in (x, row_scale))
     target = torch.empty_like(out) if shared else out
@@ -117,7 +116,7 @@ def _(x: Tensor, row_scale: Tensor | None, out: Tensor, block_size: int, impl: s
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, int, str], output: Tensor) -> None:
     x, row_scale, ctx.block_size, ctx.impl = inputs
-    # Without a row_scale the output is the norms; with one, dividing it back would fail at 0, so backward takes the norms again.
+    # Without a row_scale the output is the norms. With one, division by it would fail at 0, so backward recomputes the norms.
     ctx.save_for_backward(x, row_scale, output if row_scale is None else None)
 
 
@@ -128,9 +127,9 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None,
     grad_x = grad_scale = None
     if ctx.needs_input_grad[0]:
         grad_norms = grad_out if row_scale is None else grad_out * row_scale.to(grad_out.dtype).unsqueeze(-1)
-        nonzero = norms != 0  # NaN too: it must reach the gradient
+        nonzero = norms != 0  # includes NaN, which must reach the gradient
         safe = torch.where(nonzero, norms, 1)
-        # x / norm first: it lies in [-1, 1], where grad / norm may overflow.
+        # x / norm is in [-1, 1], whereas grad / norm may overflow.
         direction = x.to(norms.dtype) / _per_feature(safe, ctx.block_size, x.shape[-1])
         grad_x = (direction * _per_feature(torch.where(nonzero, grad_norms, 0), ctx.block_size, x.shape[-1])).to(x.dtype)
     if row_scale is not None and ctx.needs_input_grad[1]:
@@ -139,7 +138,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None,
 
 
 def _per_feature(blocks: Tensor, block_size: int, num_features: int) -> Tensor:
-    # Not expand, flatten and slice: torch 2.13's inductor leaves all but the first block of that unwritten on the CPU.
+    # Not expand, flatten and slice: on the CPU, the inductor of torch 2.13 would write only the first block.
     return blocks.index_select(-1, torch.arange(num_features, device=blocks.device) // block_size)
 
 

@@ -25,31 +25,31 @@ def integrate_sps(
     return_per_token: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """∫SPS: the synergistic prediction score of every block, summed over tokens.
+    """∫SPS: the synergistic prediction score (SPS) of every block, summed over tokens.
 
-    SPS = z(activation norm) - z(grad norm), where z standardises the blocks of one layer for one token by their mean and
-    population standard deviation; z is 0 where that is at most 1e-6 of the mean. A block that is NaN in either plane is missing
-    from both. Infinities are not missing: they make the scores of their layer and token NaN, and with them the sums. Float64
-    inside, each plane read once, the same bits on every run. A statistic: the result carries no gradient.
+    SPS = z(activation norm) - z(grad norm). z standardises the blocks of one layer for one token by their mean and population standard
+    deviation; z is 0 if the standard deviation is at most 1e-6 of the mean. A block that is NaN in one plane counts as missing in both. An
+    infinity makes the scores of its layer and token NaN, and so the sums. Computed in float64; each plane is read once; the same bits on
+    every run. Not differentiable.
 
     Args:
-        activation: (tokens, blocks), float16, bfloat16, float32 or float64, any strides; NaN = missing.
+        activation: (tokens, blocks), float16, bfloat16, float32 or float64, any strides; NaN for a missing block.
         grad_norm: (tokens, blocks) of the same dtype.
-        group_offsets: (layers + 1,) integers: 0, the first block of each further layer, then `blocks`. A tensor may be on the
-            CPU or on the planes' device; its values are checked on the CPU always, on a GPU only under `tinyonn.debug()`.
-        token_mask: (tokens,) bool; False leaves a token out, and its scores are NaN.
-        out: (blocks,) float64, overwritten with the sum; any stride.
-        return_per_token: also return the scores of every token.
+        group_offsets: (layers + 1,) integers: 0, the first block of each further layer, then `blocks`. A tensor may be on the CPU or on the
+            planes' device. Values on a GPU are checked under `tinyonn.debug()` only.
+        token_mask: (tokens,) bool; False ignores a token, and its scores are NaN.
+        out: (blocks,) float64 of any stride, overwritten with the sum.
+        return_per_token: whether the scores of every token are returned too.
         impl: "auto", "triton", "torch" or "reference"; an explicit choice never falls back.
 
     Returns:
-        (blocks,) float64, `out` where given, 0 for a block that no token has; with return_per_token, that and (tokens, blocks)
-        float32, float64 for float64 planes, NaN where missing.
+        (blocks,) float64, `out` if given, 0 for a block that is missing in every token. With return_per_token also (tokens, blocks)
+        float32, or float64 for float64 planes, NaN for missing blocks.
 
     Raises:
         TypeError: a dtype or type that is not accepted.
-        ValueError: shapes or devices differ, offsets that do not ascend from 0 to `blocks`, `out` where an input requires grad;
-            a negative or infinite norm under `tinyonn.debug()`.
+        ValueError: shapes or devices differ; offsets do not ascend from 0 to `blocks`; `out` is given although an input requires grad; a
+            negative or infinite norm under `tinyonn.debug()`.
         RuntimeError: impl="triton" cannot run here.
     """
     check_impl(impl)
@@ -92,14 +92,14 @@ def integrate_sps(
 def _compute(
     activation: Tensor, grad_norm: Tensor, group_offsets: Tensor, token_mask: Tensor | None, return_per_token: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """The scores have no row where they are not asked for: an op's outputs are fixed in number."""
+    """Sum and scores; without return_per_token the scores have 0 rows, because a registered op has a fixed number of outputs."""
     if group_offsets.device.type == "cpu" or debug_enabled():
         _check_offsets(group_offsets, activation.shape[1])
     if debug_enabled():
         for name, plane in (("activation", activation), ("grad_norm", grad_norm)):
             wrong = plane[(plane < 0) | plane.isinf()]
             if wrong.numel():
-                raise ValueError(f"{name} must hold finite norms of at least 0 or NaN, got {wrong[0].item()}.")
+                raise ValueError(f"{name} must contain only NaN and finite norms of at least 0, got {wrong[0].item()}.")
     num_tokens, num_blocks = activation.shape
     dtype = statistics_dtype(activation.dtype)
     per_token = torch.empty((num_tokens if return_per_token else 0, num_blocks), dtype=dtype, device=activation.device)

@@ -26,10 +26,10 @@ def token_grad_norms(
 ) -> Tensor:
     """Per-token gradient norm of each feature block of a linear layer's weight.
 
-    The gradient of `weight[block, :]` due to token t alone is the outer product of `grad_output[t, block]` and `inputs[t]`; its
-    Frobenius norm is exactly the product of their norms, so no per-token gradient is formed. It is right wherever both norms
-    and their product are normal numbers of the output's dtype. Modules that share an input take its norm once with
-    `block_norms(grad_output, row_scale=input_norm)`. A statistic: the result carries no gradient.
+    The gradient of `weight[block, :]` due to token t alone is the outer product of `grad_output[t, block]` and `inputs[t]`. Its Frobenius
+    norm is the product of the two norms, so no per-token gradient is computed. The result is accurate if both norms and their product are
+    normal numbers of the output's dtype. Modules that share an input can compute its norm once and use
+    `block_norms(grad_output, row_scale=input_norm)`. Not differentiable.
 
     Args:
         inputs: (..., in_features), the layer's input; may be None for wrt="output".
@@ -39,8 +39,8 @@ def token_grad_norms(
         impl: "auto", "triton", "torch" or "reference"; an explicit choice never falls back.
 
     Returns:
-        (..., ceil(out_features / block_size)), or (...,) for block_size=None; float32, float64 for a float64 `grad_output`; in
-        units of loss per weight (per output).
+        (..., ceil(out_features / block_size)), or (...,) for block_size=None; float32, or float64 for a float64 `grad_output`; in units of
+        loss per weight, or per output for wrt="output".
 
     Raises:
         TypeError: a dtype or type that is not accepted.
@@ -60,7 +60,7 @@ def token_grad_norms(
         check_same_device("inputs", inputs, grad_output.device)
         if inputs.shape[:-1] != grad_output.shape[:-1]:
             raise ValueError(f"inputs must have leading shape {tuple(grad_output.shape[:-1])}, got {tuple(inputs.shape[:-1])}.")
-    # A whole layer is one block, even one without features: its norm is then 0.
+    # A whole layer is one block, even a layer without features, whose norm is 0.
     width = max(grad_output.shape[-1], 1) if block_size is None else block_size
     if wrt == "output":
         norms = block_norms(grad_output.detach(), width, impl=impl)
@@ -89,7 +89,7 @@ def _compute(inputs: Tensor, grad_output: Tensor, block_size: int, impl: str) ->
             with torch.cuda.device_of(grad_output):
                 token_grad_norms_fwd(inputs, grad_output, out, block_size)
         case "torch" if inputs.shape[-1] == 0:
-            out.zero_()  # a weight without values, whatever the gradient holds
+            out.zero_()  # the weight has no elements
         case "torch":
             norms_into(grad_output, block_size, out)
             out.mul_(row_norms(inputs).to(out.dtype).unsqueeze(-1))

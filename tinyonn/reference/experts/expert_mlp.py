@@ -1,9 +1,9 @@
-"""A mixture of small experts written out: every expert for every token, float64, differentiable by autograd.
+"""Dense mixture of small experts: every expert for every token, in float64, differentiated by autograd.
 
     pre_e = x W_e^T + b_e                     W = gate_up_proj, (2I, F), or (I, F) without a gate
     h_e   = act(gate) · up                    act(pre) without a gate
     o_e   = h_e V_e^T + c_e                   V = down_proj, (F, I)
-    out   = sum over a token's slots of weight · o_e
+    out   = Σ weight · o_e               over a token's slots
 
 N tokens, F features, E experts, I neurons of an expert, K slots of a token
 """
@@ -20,16 +20,16 @@ from torch.nn import functional
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "clamped_swiglu", "clamped_silu"]
 SurpriseKind = Literal["down_proj", "expert", "output"]
-SWISH = 1.702  # of gpt-oss
-LIMITS = {"clamped_swiglu": 7.0, "clamped_silu": 10.0}  # of gpt-oss, and of DeepSeek-V4
+SWISH = 1.702  # value of gpt-oss
+LIMITS = {"clamped_swiglu": 7.0, "clamped_silu": 10.0}  # values of gpt-oss and of DeepSeek-V4
 
 
 def activate(pre: Tensor, activation: Activation, gated: bool, interleaved: bool, limit: float | None = None) -> Tensor:
     """(..., 2I) -> (..., I), or (..., I) -> (..., I) without a gate.
 
-    Gate and up are the halves of `pre`, or its even and odd places where `interleaved`. Both clamped activations take the gate at most
-    `limit` and up within ±`limit`: `clamped_swiglu` is (up + 1) · gate · σ(1.702 gate), `clamped_silu` is up · silu(gate). `limit` is None
-    for the one in `LIMITS`.
+    Gate and up are the halves of `pre`, or its even and odd elements if `interleaved`. Both clamped activations clamp the gate to at most
+    `limit` and `up` to ±`limit`: "clamped_swiglu" is (up + 1) · gate · σ(1.702 gate), "clamped_silu" is up · silu(gate). None for the value
+    in `LIMITS`.
     """
     gate, up = pre, None
     if gated:
@@ -76,7 +76,7 @@ def _dense(
 
 
 def pair_weights(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> Tensor:
-    """(N, E): summed weight of each expert in a token's slots; the sentinel E is left out."""
+    """Summed weight of each expert over a token's slots, (N, E); the sentinel E is ignored."""
     whole = top_k_weights.new_zeros(len(top_k_index), num_experts + 1).scatter_add(1, top_k_index.long(), top_k_weights)
     return whole[:, :num_experts].double()
 
@@ -96,12 +96,12 @@ def expert_mlp(
     transposed: bool = False,
     limit: float | None = None,
 ) -> Tensor:
-    """Sum of the chosen experts' outputs, weighed.
+    """Weighted sum of the outputs of each token's experts.
 
     Args:
         hidden_states: (N, F).
-        gate_up_proj: (E, 2I, F), or (E, I, F) without a gate; the last two turned round where `transposed`.
-        down_proj: (E, F, I); likewise.
+        gate_up_proj: (E, 2I, F), or (E, I, F) without a gate; the last two dimensions are swapped if `transposed`.
+        down_proj: (E, F, I), or (E, I, F) if `transposed`.
         top_k_index: (N, K), E in unused slots.
         top_k_weights: (N, K).
         activation, gated, interleaved, limit: see `activate`.
@@ -132,16 +132,16 @@ def expert_surprise(
     transposed: bool = False,
     limit: float | None = None,
 ) -> Tensor:
-    """Norm of what one token's loss would change in one expert.
+    """Norm of the gradient that one token alone contributes to one expert.
 
     Args:
         grad_output: (N, F), gradient of the loss with respect to the output of `expert_mlp`.
-        kind: "down_proj", of the gradient of `down_proj[e]`; "expert", of all the expert's weights and biases; "output", of the
-            gradient of the expert's output, |weight| · ‖grad_output‖.
-        others: see `expert_mlp`.
+        kind: "down_proj", norm of the gradient of `down_proj[e]`; "expert", norm of the gradient of all the expert's weights and biases;
+            "output", norm of the gradient of the expert's output, |weight| · ‖grad_output‖.
+        others: as in `expert_mlp`.
 
     Returns:
-        The surprise of each slot's (token, expert) pair, (N, K) float64; an expert named twice has its summed weight, and unused
+        Surprise of each slot's (token, expert) pair, (N, K) float64; an expert that appears twice has its summed weight. Unused
         slots have 0.
     """
     num_experts = len(gate_up_proj)
@@ -154,7 +154,7 @@ def expert_surprise(
         x = hidden_states.detach().double()
         pre, h, _ = _dense(x, up, down, activation, up_bias, bias, *layout)
         weights = pair_weights(top_k_index, top_k_weights.detach(), num_experts)
-        grad = weights.unsqueeze(-1) * grad_output.detach().double().unsqueeze(1)  # of o_e, (N, E, F)
+        grad = weights.unsqueeze(-1) * grad_output.detach().double().unsqueeze(1)  # gradient of o_e, (N, E, F)
         if kind == "output":
             found = grad.norm(dim=-1)
         elif kind == "down_proj":
@@ -169,6 +169,6 @@ def expert_surprise(
 
 
 def scatter_surprise(slots: Tensor, top_k_index: Tensor, num_experts: int) -> Tensor:
-    """(N, K) -> (N, E), infinite where a token did not go."""
+    """(N, K) -> (N, E), infinite for experts that did not see the token."""
     whole = slots.new_full((len(slots), num_experts + 1), math.inf).scatter(1, top_k_index.long(), slots)
     return whole[:, :num_experts]

@@ -1,4 +1,4 @@
-"""Routing of tokens to experts, written out: float64, differentiable by autograd.
+"""Routing of tokens to experts in float64, differentiated by autograd.
 
 N tokens, F features, E experts, K = max_experts slots of a token
 """
@@ -18,10 +18,10 @@ class Routing(NamedTuple):
     """Experts of each token, highest score first.
 
     Attributes:
-        top_k_index: (N, K) int64, expert of each slot; E where the slot is unused.
-        top_k_weights: (N, K), weight of each slot's expert; 0 where unused.
-        count: (N,), experts of the token; its gradient is passed to every score as it is (straight-through).
-        scores: (N, E), what was compared with the threshold.
+        top_k_index: (N, K) int64, expert of each slot; E for unused slots.
+        top_k_weights: (N, K), weight of each slot's expert; 0 for unused slots.
+        count: (N,), number of experts of the token; every score receives its gradient unchanged (straight-through).
+        scores: (N, E), margins over the thresholds, or the scores of `select_by_budget`.
     """
 
     top_k_index: Tensor
@@ -31,7 +31,7 @@ class Routing(NamedTuple):
 
 
 def margins(hidden_states: Tensor, prototypes: Tensor, thresholds: Tensor, form: Form, scale: float) -> Tensor:
-    """(N, E): by how much a token passes an expert's threshold."""
+    """Margin of each token over each expert's threshold, (N, E)."""
     x, p, g = hidden_states.double(), prototypes.double(), thresholds.double()
     cosine = unit_vectors(x) @ unit_vectors(p).T
     if form == "cosine":
@@ -40,7 +40,7 @@ def margins(hidden_states: Tensor, prototypes: Tensor, thresholds: Tensor, form:
 
 
 def unit_vectors(x: Tensor) -> Tensor:
-    """Of length 1 whatever their length was, but for 0."""
+    """Vectors scaled to length 1; zero vectors stay zero."""
     length = x.norm(dim=-1, keepdim=True)
     return x / torch.where(length > 0, length, 1)
 
@@ -57,9 +57,9 @@ def threshold_route(
     combine: Combine = "softmax",
     expert_mask: Tensor | None = None,
 ) -> Routing:
-    """Experts whose margin is above 0: at least `min_experts`, at most `max_experts`, the highest first, ties to the lower index. An
-    expert that `expert_mask` leaves out is never chosen. A token with a margin that is NaN goes to the first such expert alone, with weight
-    and count NaN.
+    """Routes each token to the experts whose margin is above 0: at least `min_experts`, at most `max_experts`, highest margin first,
+    ties to the lower index. Experts masked out by `expert_mask` are never chosen. A token with a margin of NaN is routed only to the first
+    such expert, with weight and count NaN.
     """
     scores = margins(hidden_states, prototypes, thresholds, form, scale)
     if expert_mask is not None:
@@ -70,7 +70,7 @@ def threshold_route(
 
 
 def _marked(found: Routing, unknown: Tensor) -> Routing:
-    """NaN instead of what would be a choice among the unknown (N, E)."""
+    """Routing with weight and count NaN for each row that has an unknown score, marked in `unknown` (N, E)."""
     num_experts = unknown.shape[-1]
     rows = unknown.any(-1)
     first = torch.full_like(found.top_k_index, num_experts)
@@ -86,7 +86,7 @@ def _marked(found: Routing, unknown: Tensor) -> Routing:
 
 
 def select_by_budget(scores: Tensor, budget: Tensor | float, *, max_experts: int = 8, combine: Combine = "softmax") -> Routing:
-    """The smallest set of experts whose share of softmax(scores) reaches `budget`, at least one, at most `max_experts`."""
+    """Routes each token to the smallest set of experts whose share of softmax(scores) reaches `budget`; 1 to `max_experts` experts."""
     scores = scores.double()
     share = scores.detach().softmax(-1)
     order = order_of(share)
@@ -101,8 +101,8 @@ def select_by_budget(scores: Tensor, budget: Tensor | float, *, max_experts: int
 def routing_of(scores: Tensor, chosen: Tensor, rank: Tensor, max_experts: int, combine: Combine) -> Routing:
     """Weights over the chosen experts, sorted by rank.
 
-    softmax of the scores, mask fixed; `gated`, positive scores over their sum, equal shares where none is positive; `uniform`, equal
-    shares, with the gradient of the mask with respect to each score taken as 1.
+    "softmax": softmax of the scores, with the mask as a constant. "gated": positive scores divided by their sum, equal weights if none is
+    positive. "uniform": equal weights; the derivative of the mask with respect to each score is taken as 1.
     """
     num_experts = scores.shape[-1]
     mask = straight_through(chosen, scores)
@@ -125,11 +125,11 @@ def routing_of(scores: Tensor, chosen: Tensor, rank: Tensor, max_experts: int, c
 
 
 def order_of(scores: Tensor) -> Tensor:
-    """(N, E): experts from the highest score to the lowest, ties to the lower index, NaN last."""
+    """Experts from the highest score to the lowest, (N, E); ties to the lower index, NaN last."""
     return scores.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argsort(dim=-1, descending=True, stable=True)
 
 
 def straight_through(chosen: Tensor, scores: Tensor) -> Tensor:
-    """1 where chosen, else 0; its gradient is taken as that of the scores themselves."""
+    """1 for chosen experts, else 0; its derivative with respect to the scores is taken as 1."""
     known = torch.where(scores.isfinite(), scores, 0)
     return chosen.to(scores.dtype) + known - known.detach()

@@ -1,4 +1,4 @@
-"""Losses that train a router, written out.
+"""Losses of a router, in float64.
 
 N tokens, E experts, F features
 """
@@ -18,18 +18,18 @@ def surprise_min_loss(
     temperature: float = 1.0,
     token_mask: Tensor | None = None,
 ) -> Tensor:
-    """Pulls a router's scores towards the experts that were least surprised.
+    """Loss that pulls a router's scores towards the experts with the lowest surprise.
 
         S' = surprise / (mean over the token's finite pairs) / temperature
         w_ce · CE(scores, argmin S') + w_kl · KL(softmax(−S') ‖ softmax(scores))
 
     Args:
-        scores: (N, E), of all experts.
-        surprise: (N, E), infinite where a token did not go: target mass 0 there; NaN makes the loss NaN. No gradient flows to it.
-        token_mask: (N,), which tokens count; those whose surprise is infinite, or 0 where it is finite, never do.
+        scores: (N, E), scores of all experts.
+        surprise: (N, E), infinite for experts that did not see the token, whose target is 0; NaN makes the loss NaN. Not differentiable.
+        token_mask: (N,), True for tokens that count; tokens whose surprise is 0 or infinite for every expert never count.
 
     Returns:
-        0-d float64, mean over the tokens that count; 0 where there is none.
+        0-d float64, mean over the tokens that count; 0 if no token counts.
     """
     total, tokens = torch.zeros((), dtype=torch.float64, device=scores.device), 0
     for i, row in enumerate(surprise.detach().double()):
@@ -47,12 +47,14 @@ def surprise_min_loss(
 
 
 def sparse_diversity_loss(prototypes: Tensor, count: Tensor, target_k: float) -> Tensor:
-    """Prototypes apart and short, and as many experts a token as wanted: ‖cos(P, P) − I‖_F + mean ‖P_e‖ + |mean count − target_k|.
+    """Loss that keeps prototypes apart and short, and the mean number of experts per token at a target.
+
+        ‖cos(P, P) − I‖_F + mean ‖P_e‖ + |mean count − target_k|
 
     Args:
         prototypes: (E, F).
-        count: (N,), of `threshold_route`: its gradient is straight-through.
-        target_k: experts a token.
+        count: (N,), `Routing.count`, whose gradient is straight-through.
+        target_k: target number of experts per token.
 
     Returns:
         0-d float64.

@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def block_norms(x: Tensor, block_size: int = 64, row_scale: Tensor | None = None) -> Tensor:
-    """Norm of every block in float64, one block at a time; `torch.autograd` differentiates it (0 at a zero norm).
+    """Norm of every block in float64, one block at a time; differentiated by autograd, with gradient 0 for a norm of 0.
 
     Args:
         x: (..., F).
-        block_size: features per block; the last may be shorter.
-        row_scale: (...,), multiplies each row's norms.
+        block_size: features per block; the last block may be shorter.
+        row_scale: (...,), factor of each row's norms.
 
     Returns:
         (..., ceil(F / block_size)) float64.

@@ -7,20 +7,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-RELATIVE_STD_FLOOR = 1e-6  # below this share of the mean a layer's spread is rounding, and every z is 0
+RELATIVE_STD_FLOOR = 1e-6  # a standard deviation below this fraction of the mean is rounding error, and every z is 0
 
 
 def integrate_sps(activation: Tensor, grad_norm: Tensor, group_offsets: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """SPS = z(activation norm) - z(grad norm), z over the blocks of one layer that are present for one token.
 
     Args:
-        activation: (tokens, blocks); NaN = missing.
-        grad_norm: (tokens, blocks); a block missing in either plane is missing in both.
-        group_offsets: (layers + 1,) first block of each layer, then `blocks`.
-        token_mask: (tokens,) bool; False leaves a token out.
+        activation: (tokens, blocks); NaN for a missing block.
+        grad_norm: (tokens, blocks); a block missing in one plane counts as missing in both.
+        group_offsets: (layers + 1,), first block of each layer, then `blocks`.
+        token_mask: (tokens,) bool; False ignores a token.
 
     Returns:
-        The sum over tokens (blocks,) and the scores (tokens, blocks), NaN where missing; both float64.
+        Sum over tokens (blocks,), and scores (tokens, blocks), NaN for missing blocks; both float64.
     """
     scores = torch.full(activation.shape, float("nan"), dtype=torch.float64, device=activation.device)
     total = torch.zeros(activation.shape[1], dtype=torch.float64, device=activation.device)

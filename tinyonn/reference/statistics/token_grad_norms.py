@@ -1,4 +1,4 @@
-"""Per-token gradient norms with every token's gradient written out."""
+"""Per-token gradient norms from explicit gradients of every token."""
 
 from __future__ import annotations
 
