@@ -1,6 +1,6 @@
 # make demo   scan SmolLM2-135M over two corpora and write a report
 # make heads-demo  score and measure attention heads of SmolLM2-135M and MiniLM
-# make test   the test suite                   make test-slow  attention kernels in the interpreter, every architecture
+# make test   the test suite                   make test-slow  attention kernels in the interpreter
 # make damage   damage 100,000 .mscan files and read them in every mode (DAMAGE_ARGS="--files N --seed S")
 # make kernels  compile changed kernels for every GPU and note their registers in kernels/resources.json (KERNELS_ARGS="--all")
 # make bench  benchmarks on this machine      make gpu  kernels checked and measured on a GPU (GPU_ARGS="--dry-run")

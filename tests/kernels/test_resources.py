@@ -1,4 +1,4 @@
-"""A file of kernel resources that does not say what the compiler says is found."""
+"""`kernels/resources.json` says what the compiler says, and a file that does not is found."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import pytest
 
 pytest.importorskip("triton")
 
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "kernels" / "resources.json"
+
 
 def resources(*arguments: object, folder: Path | None = None, cache: Path) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
@@ -19,6 +22,26 @@ def resources(*arguments: object, folder: Path | None = None, cache: Path) -> su
         environment["PYTHONPATH"] = os.pathsep.join([str(folder), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "tinyonn.testing.resources", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def git(*arguments: str) -> str:
+    """Empty without git, outside a checkout, and where there is no such commit or file."""
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        return ""
+
+
+def test_the_file_agrees_with_the_compiler(tmp_path):
+    """Every line's hash, spills and shared memory; the compiler's word on what the last commit changed, and on a sample drawn by it."""
+    before = tmp_path / "before.json"
+    before.write_text(git("show", "HEAD^:kernels/resources.json") or FILE.read_text())
+    seed = git("rev-parse", "HEAD").strip()
+    done = resources(
+        "check", "--before", before, "--seed", seed, "--changed", 16, "--sample", 6, FILE, "tinyonn_kernels", cache=tmp_path / "cache"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert done.stdout.count("compiled: ") >= 6
 
 
 KERNELS = """

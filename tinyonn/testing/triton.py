@@ -1,8 +1,7 @@
 """Compiles Triton kernels for GPUs that are not there, and reads what they would use. For tests; `tinyonn.testing` exports it.
 
-Run as `python -m tinyonn.testing.triton MODULE ARCH[,ARCH...] [EVERY]`, it compiles everything that `MODULE.offered(ARCH)` launches,
-or every EVERYth launch and the first of each kernel, and prints one JSON list. It needs a process of its own: under TRITON_INTERPRET=1
-there is nothing to compile.
+Run as `python -m tinyonn.testing.triton MODULE ARCH[,ARCH...]`, it compiles everything that `MODULE.offered(ARCH)` launches, and prints
+one JSON list. It needs a process of its own: under TRITON_INTERPRET=1 there is nothing to compile.
 """
 
 from __future__ import annotations
@@ -204,44 +203,18 @@ def compile_launches(launch: Callable[[], object], arch: int, label: str = "") -
     return [build.compile() for build in builds_of(launch, arch, label)]
 
 
-def sampled(offered: Mapping[str, Callable[[], object]], every: int) -> dict[str, Callable[[], object]]:
-    """Every `every`th of the launches, and those that are the first to launch a kernel."""
-    kept, seen = {}, set[str]()
-    for number, (label, launch) in enumerate(offered.items()):
-        kernels = _kernels_of(launch)
-        if number % every == 0 or not kernels <= seen:
-            kept[label] = launch
-        seen |= kernels
-    return kept
-
-
-def _kernels_of(launch: Callable[[], object]) -> set[str]:
-    """Names of the kernels that a launcher launches; nothing is compiled."""
-    from triton.runtime.jit import JITFunction
-
-    names: set[str] = set()
-    original = JITFunction.run
-    JITFunction.run = lambda self, *args, **kwargs: names.add(self.__name__)
-    try:
-        launch()
-    finally:
-        JITFunction.run = original
-    return names
-
-
-def usages_of(module: str, arch: int | Sequence[int], cache: Path, every: int = 1) -> list[Usage]:
+def usages_of(module: str, arch: int | Sequence[int], cache: Path) -> list[Usage]:
     """Compiles what `module.offered(arch)` launches, in a fresh process without the interpreter; starting it takes seconds.
 
     Args:
         module: name of a module of kernels.
         arch: 80, 90 or 100, or several of them.
         cache: folder of Triton's cache.
-        every: of the launches, this many apart are compiled, and the first of each kernel; 1 for all.
     """
     archs = ",".join(map(str, [arch] if isinstance(arch, int) else arch))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(
-        [sys.executable, "-m", "tinyonn.testing.triton", module, archs, str(every)],
+        [sys.executable, "-m", "tinyonn.testing.triton", module, archs],
         capture_output=True,
         text=True,
         env=environment,
@@ -252,11 +225,14 @@ def usages_of(module: str, arch: int | Sequence[int], cache: Path, every: int = 
     return [Usage(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
 
 
-def _main(module: str, archs: str, every: str = "1") -> None:
-    usages: list[Usage] = []
-    for arch in map(int, archs.split(",")):
-        offered = sampled(importlib.import_module(module).offered(arch), int(every))
-        usages += [usage for label, launch in offered.items() for usage in compile_launches(launch, arch, label)]
+def _main(module: str, archs: str) -> None:
+    offered = importlib.import_module(module).offered
+    usages = [
+        usage
+        for arch in map(int, archs.split(","))
+        for label, launch in offered(arch).items()
+        for usage in compile_launches(launch, arch, label)
+    ]
     print(json.dumps([asdict(usage) for usage in usages]))
 
 
