@@ -60,6 +60,6 @@ def test_a_disk_without_room_is_told_with_the_file(tmp_path, files_of_at_most):
     path.write_text("old")
     with pytest.raises(InputError) as raised, files_of_at_most(1000):
         write_atomically(path, "x" * 9000)
-    assert str(raised.value) == f"output must be where there is room to write, got {path}: File too large."
+    assert str(raised.value) == f"output {path} cannot be written: File too large."
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -126,7 +126,7 @@ def test_what_a_person_can_mend_is_one_line(error: BaseException, code: int, lin
 def test_an_interrupted_study_says_how_it_goes_on(command: str) -> None:
     ending = errors.explain(KeyboardInterrupt(), f"tinyonn {command}")
     assert ending is not None
-    assert ending.line == f"tinyonn {command}: interrupted; the same command, without --overwrite, goes on from what was saved."
+    assert ending.line == f"tinyonn {command}: interrupted; the same command, without --overwrite, continues from the saved state."
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), RuntimeError("x"), AssertionError(), OSError("no errno")])

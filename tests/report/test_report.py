@@ -355,7 +355,7 @@ def test_failed_report_leaves_the_old_page(make_scan, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("pathlib.Path.write_text", fail)
-    with pytest.raises(InputError, match=r"output must be where there is room to write, got .*page\.html: disk full\."):
+    with pytest.raises(InputError, match=r"output .*page\.html cannot be written: disk full\."):
         write_report(make_scan().path, output, figures_too=False)
     assert output.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir() if file.suffix != ".mscan"] == ["page.html"]

@@ -194,5 +194,5 @@ def test_a_gpu_that_is_not_there(config, monkeypatch):
 def test_a_tokenizer_of_another_model_names_the_text(config, tmp_path, write_corpus):
     folder = save_tiny_model(tmp_path / "m", vocab_size=60)
     write_corpus(["A B", "A B~"])  # a token for each character from 32 on: B is 34, ~ is 94
-    wanted = f"model_path must hold a tokenizer of the model's 60 tokens, got {folder}, whose tokenizer gives the token id 94 for t1."
+    wanted = f"model_path must hold a tokenizer of the model's 60 tokens, got {folder}, whose tokenizer has the token id 94 for t1."
     assert refused(config, model_path=str(folder)) == wanted

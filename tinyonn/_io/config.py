@@ -1,4 +1,4 @@
-"""What options have in common with no dataclass: YAML files, names of precisions, folders of models."""
+"""YAML files of options, names of precisions, and folders of models."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..errors import InputError, did_you_mean, listed, reason, shown
 from .folders import is_adapter
 from .hub import is_hub_id
 
-# Precisions by the names that options and files have; the spellings that people type for each, without case and "torch.".
+# Names of precisions in options and files, and the accepted spellings of each in lower case and without "torch.".
 DTYPES = ("auto", "fp32", "bf16", "fp16")
-DTYPE = "|".join(DTYPES)  # as help has it; other spellings are accepted too
+DTYPE = "|".join(DTYPES)  # in the help; other spellings are accepted too
 _DTYPE_SPELLINGS = {
     "auto": "auto",
     **dict.fromkeys(("fp32", "float32", "f32", "float", "single"), "fp32"),
@@ -24,22 +24,22 @@ _DTYPE_SPELLINGS = {
 
 
 def read_yaml(path: str | os.PathLike[str], name: str = "config", /, **overrides: Any) -> dict[str, Any]:
-    """Options from a YAML mapping; hyphens in keys become underscores. `overrides` that are not None win over the file.
+    """Options from a YAML mapping; hyphens in keys become underscores. `overrides` that are not None take precedence over the file.
 
-    Aliases are refused: a few lines of them stand for more values than a memory holds.
+    Aliases are refused, because a few lines of them can expand to more values than fit in memory.
 
     Args:
-        path: the file.
-        name: of the option that gave it, for messages.
-        **overrides: more options.
+        path: YAML file.
+        name: name of the option that holds the path, for messages.
+        **overrides: further options.
 
     Raises:
-        InputError: the file is missing, not a mapping, or has an alias.
+        InputError: the file is missing, is not a mapping, or has an alias.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Reads 2e-5 and 1.5e3 as numbers, as YAML 1.2 does; PyYAML wants a point and a sign."""
+        """Reads 2e-5 and 1.5e3 as numbers, as YAML 1.2 does; PyYAML requires a point and a sign."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
@@ -65,7 +65,7 @@ def read_yaml(path: str | os.PathLike[str], name: str = "config", /, **overrides
             content = {str(key): value for key, value in content.items()}
     except OSError as error:
         raise InputError(f"{name} must be a readable file, got {file}: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no YAML, no UTF-8, no such day, nesting without end
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # invalid YAML, UTF-8 or date, or nesting that is too deep
         raise InputError(f"{name} must be valid YAML, got {file}: {_yaml_fault(error)}.") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{name} must be a YAML mapping of options, got {type(content).__name__} in {file}.")
@@ -81,13 +81,13 @@ def read_yaml(path: str | os.PathLike[str], name: str = "config", /, **overrides
 
 
 def _yaml_fault(error: Exception) -> str:
-    """What is wrong and where; PyYAML's own text repeats the file's name and prints the line."""
+    """The fault and its place; PyYAML's own text repeats the file's name and prints the line."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     return f"{problem} in line {mark.line + 1}, column {mark.column + 1}" if mark and problem else reason(error, 100).removesuffix(".")
 
 
 def dtype_name(value: object, name: str = "dtype") -> str:
-    """The name in DTYPES of a precision: "float32", "torch.bfloat16", torch.float16 and "half" are understood, in any case.
+    """Name in DTYPES of a precision. Accepts "float32", "torch.bfloat16", torch.float16, "half" and the like, in any case.
 
     Raises:
         InputError: another value.
@@ -104,10 +104,10 @@ def _is_torch_dtype(value: object) -> bool:
 
 
 def local_model(model_path: str) -> Path | None:
-    """The folder of a model or adapter; None for what may be the name of one on the hub. Looks for its configuration alone.
+    """Folder of a model or adapter; None for a possible name on the hub. Checks only that the configuration file exists.
 
     Raises:
-        InputError: no such folder, or no model in it.
+        InputError: the folder does not exist or holds no model.
     """
     path = Path(model_path).expanduser().absolute()
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import InputError
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Writes a text file so that a reader sees the old one or the new one, never half.
+    """Writes a text file atomically: a reader sees the old content or the new, never a part.
 
     Raises:
         InputError: the folder does not exist or cannot be written.
@@ -21,13 +21,13 @@ def write_atomically(path: Path, content: str) -> None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; the file is not held in memory."""
+    """SHA-256 of a file in hexadecimal, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class replacing:
-    """A context that gives a temporary path beside `path` and renames it on success."""
+    """A context manager that yields a temporary path beside `path`, and renames it to `path` on success."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -44,8 +44,8 @@ class replacing:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: object) -> None:
         if kind is not None:
             self._partial.unlink(missing_ok=True)
-            if isinstance(value, OSError):  # a write that failed names no file
-                raise InputError(f"output must be where there is room to write, got {self._path}: {value.strerror or value}.") from value
+            if isinstance(value, OSError):  # the error of a failed write does not name the file
+                raise InputError(f"output {self._path} cannot be written: {value.strerror or value}.") from value
             return
         mask = os.umask(0)
         os.umask(mask)

@@ -1,4 +1,4 @@
-"""What the folder of a model holds and how its files are hashed: one answer for every command."""
+"""Files in the folder of a model, and their hashes; shared by all commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import InputError, reason
 
-# All that decides how texts become tokens, chat templates included. The order is part of the hash.
+# All files that determine the tokens of a text, chat templates included. Their order is part of the hash.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -23,7 +23,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Files that hold a vocabulary: a folder without any of them has no tokenizer.
+# Files with a vocabulary. A folder without any of them has no tokenizer.
 VOCABULARY_FILES = TOKENIZER_FILES[:4]
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -41,12 +41,12 @@ def file_hash(*files: Path) -> str:
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """`file_hash` of the tokenizer files that a folder has: what `tokenizer_sha256` of a scan's metadata holds."""
+    """`file_hash` of the tokenizer files in a folder; `tokenizer_sha256` in the metadata of a scan."""
     return file_hash(*_present(folder, TOKENIZER_FILES))
 
 
 def model_config_hash(folder: Path) -> str:
-    """`file_hash` of the configuration files that a folder has: what `model_config_sha256` of a scan's metadata holds."""
+    """`file_hash` of the configuration files in a folder; `model_config_sha256` in the metadata of a scan."""
     return file_hash(*_present(folder, CONFIG_FILES))
 
 
@@ -56,26 +56,26 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def tokenizer_fault(folder: Path, error: Exception) -> str:
-    """Why transformers cannot load a folder's tokenizer, given what it raised."""
+    """Reason why transformers cannot load the tokenizer of a folder, from the error that it raised."""
     return reason(error) if has_tokenizer(folder) else f"it has none of {', '.join(VOCABULARY_FILES)}."
 
 
 def check_vocabulary(known: int, largest: int, model: str, place: str = "") -> None:
-    """Refuses token ids that a model has no embedding for.
+    """Raises an error for token ids without an embedding in the model.
 
     Args:
-        known: `num_embeddings` of the model.
-        largest: token id in the texts.
-        model: its folder or name, for the message.
-        place: text that has the id, for the message.
+        known: number of embeddings of the model.
+        largest: largest token id in the texts.
+        model: folder or name of the model, for the message.
+        place: text with this token id, for the message.
 
     Raises:
-        InputError: naming all three.
+        InputError: `largest` has no embedding.
     """
     if largest >= known:
         wanted = f"model_path must hold a tokenizer of the model's {known} tokens"
         where = f" for {place}" if place else ""
-        raise InputError(f"{wanted}, got {model}, whose tokenizer gives the token id {largest}{where}.")
+        raise InputError(f"{wanted}, got {model}, whose tokenizer has the token id {largest}{where}.")
 
 
 def cache_folder() -> Path:
@@ -86,20 +86,20 @@ def cache_folder() -> Path:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder is that of a PEFT adapter: transformers, too, goes by this file before config.json."""
+    """Whether a folder holds a PEFT adapter. Like transformers, checks for this file before config.json."""
     return (folder / ADAPTER_CONFIG).is_file()
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """The weights of an adapter: safetensors, else PyTorch's."""
+    """Weight file of an adapter: safetensors if it exists, else PyTorch's format."""
     return _present(folder, _ADAPTER_WEIGHTS)[:1]
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The settings of an adapter.
+    """Settings of an adapter.
 
     Raises:
-        InputError: no JSON object.
+        InputError: the file is not a JSON object.
     """
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Folders that a name on the Hugging Face hub stands for, from its cache where they are there, and one line on why one cannot be had."""
+"""Folders of repositories on the Hugging Face hub: cached if possible, else downloaded; a failure is explained in one line."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tok
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this could be `name` or `owner/name` on the hub, rather than a path."""
+    """Whether a text can be `name` or `owner/name` on the hub, rather than a path."""
     return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not name.startswith(".")
 
 
 def hub_folder(name: str, rule: str, patterns: Sequence[str], complete: Callable[[Path], bool]) -> Path | None:
-    """The hub's snapshot of a name: the cached one, or a downloaded one where that lacks something.
+    """Snapshot of a repository: the cached one if it is complete, else a downloaded one.
 
     Args:
-        name: `is_hub_id`, and no folder here.
-        rule: how the message begins, "model_path must be ...".
-        patterns: files that are wanted.
-        complete: whether a folder holds all that is needed.
+        name: name on the hub, for which `is_hub_id` is true.
+        rule: beginning of the message, "model_path must be ...".
+        patterns: glob patterns of the files to download.
+        complete: function that checks whether a folder holds all required files.
 
     Returns:
-        None where the hub has the name and it is not complete.
+        The folder; None if the repository on the hub is incomplete.
 
     Raises:
-        InputError: it is not in the cache and cannot be downloaded.
+        InputError: the repository is not in the cache and cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
 
@@ -56,7 +56,7 @@ def _why(error: BaseException) -> str:
     if comes_from(OfflineModeIsEnabled):
         return "not in the hub's cache, and HF_HUB_OFFLINE forbids downloads; give a folder."
     if comes_from(GatedRepoError):
-        return "the hub gives it to users who accepted its terms; run `hf auth login`, or give a folder."
+        return "access requires accepting its terms on the hub; run `hf auth login`, or give a folder."
     if comes_from(RepositoryNotFoundError):
         return "no such folder, and none of that name on the hub (a private one needs `hf auth login`)."
     if comes_from(LocalEntryNotFoundError, ConnectionError, TimeoutError):

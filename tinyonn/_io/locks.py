@@ -1,4 +1,4 @@
-"""A folder that one run at a time writes into."""
+"""A lock on a folder, so that one run at a time writes into it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _held: set[tuple[int, Path]] = set()  # threads of this process and their folder
 
 @contextmanager
 def locked(folder: str | os.PathLike[str], name: str = "output_dir") -> Iterator[None]:
-    """Within the block no other process or thread is in such a block with this folder; the same thread may enter again.
+    """Locks a folder against other processes and threads for the duration of the block; the same thread may enter it again.
 
-    The operating system gives the folder back when the process ends, however it ends. The file `LOCK` is there meanwhile.
+    The operating system releases the lock when the process ends, however it ends. The folder contains the file `LOCK` meanwhile.
 
     Args:
-        folder: made if it is not there.
-        name: of the option that gave it, for messages.
+        folder: folder to lock; created if missing.
+        name: name of the option that holds the folder, for messages.
 
     Raises:
-        InputError: another run is in the folder, or it cannot be written.
+        InputError: another run has locked the folder, or it cannot be written.
     """
     root = Path(folder)
     try:
@@ -45,12 +45,12 @@ def locked(folder: str | os.PathLike[str], name: str = "output_dir") -> Iterator
         yield
     finally:
         _held.remove(key)
-        (key[1] / LOCK).unlink(missing_ok=True)  # before it is closed: afterwards it may be the next run's
+        (key[1] / LOCK).unlink(missing_ok=True)  # before it is closed; after that, it may belong to the next run
         os.close(file)
 
 
 def _lock(path: Path) -> int:
-    """The file's descriptor, locked. One that its holder removed after it was opened here is no lock: then again."""
+    """Descriptor of the locked file. If its holder removed the file after it was opened here, opens a new file."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

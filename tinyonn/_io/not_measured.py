@@ -1,19 +1,19 @@
-"""What a scan did not measure, in few words: names of weights that differ in layer or expert alone are told as one."""
+"""Short lists of the weights that a scan did not measure. Names that differ only in layer or expert are joined."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
 MOST_NAMES = 6
-MOST_PARTS = 4  # that are written out in {}
+MOST_PARTS = 4  # listed in {}
 
-# Why blocks of a layout hold no value.
+# Reasons why blocks of a layout hold no value.
 NO_TOKEN = "no token was routed to these experts"
 NO_VALUE = "their module did not run, or no value was finite"
 
 
 def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
-    """{name: why} turned round: {why: names}, as a file's metadata holds it."""
+    """{name: reason} inverted to {reason: names}, the form in the metadata of a file."""
     found: dict[str, list[str]] = {}
     for name, why in reasons.items():
         found.setdefault(why, []).append(name)
@@ -21,14 +21,14 @@ def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def told(reasons: Mapping[str, Iterable[str]], gap: str = ": ", between: str = ", ") -> list[str]:
-    """One text a reason, "names: why", from {why: names}."""
+    """One text per reason, "names: reason", from {reason: names}."""
     return [f"{short_list(names, between)}{gap}{why}" for why, names in reasons.items()]
 
 
 def short_list(names: Iterable[str], between: str = ", ") -> str:
     """Dotted names, at most MOST_NAMES of them.
 
-    Names that differ in numbers alone are told as one, with * for numbers. So are those that differ in the last part alone, as in
+    Names that differ only in numbers are joined, with * for the numbers. So are names that differ only in the last part, as in
     "*.mlp.{up,down}". A count follows.
     """
     joined: dict[str, list[str]] = {}
@@ -51,5 +51,5 @@ def short_list(names: Iterable[str], between: str = ", ") -> str:
 
 
 def without_value(names: Iterable[str]) -> dict[str, list[str]]:
-    """{why: names} of weights of a layout that no token left a value in."""
+    """{reason: names} of weights in a layout for which no token has a value."""
     return by_reason({name: NO_TOKEN if name.rpartition(".")[2].isdigit() else NO_VALUE for name in names})

@@ -1,4 +1,4 @@
-"""Records of a data set: JSON lines, a JSON list or Parquet, each with its place and what is malformed in it."""
+"""Records of a data set in JSON lines, a JSON list or Parquet, each with its position and its fault, if any."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .streams import Content, open_content, place
 
 
 class BadRecordError(InputError):
-    """One record breaks a rule; says which, without its place in the file."""
+    """A record breaks a rule. The message names the rule, not the record's position in the file."""
 
 
 @dataclass(frozen=True)
 class Located:
-    """A record, or the reason why there is none, with its place.
+    """A record, or the fault of a malformed one, with its position.
 
     Args:
-        number: 1-based line, or the record's number in a list or table.
-        offset: where it is found again: its first byte in JSONL, its index in a list or table.
-        record: the record, or None where it is malformed.
-        error: what is malformed.
+        number: line number, or number of the record in a list or table; from 1.
+        offset: position of the record: its first byte in JSONL, its index in a list or table.
+        record: the record; None if it is malformed.
+        error: fault of a malformed record.
     """
 
     number: int
@@ -37,13 +37,13 @@ class Located:
 
 
 class Records(NamedTuple):
-    """What a file holds.
+    """Records of a file.
 
     Attributes:
-        unit: what a record's number counts: "line" or "record".
-        extent: what offsets run up to: bytes of JSONL, records of a list or table; at least 1. None where it is not known, of JSONL that
-            is compressed or on standard input.
-        located: every record in order, read as it is asked for.
+        unit: unit of `Located.number`: "line" or "record".
+        extent: upper bound of `Located.offset`, at least 1: bytes of JSONL, records of a list or table. None if unknown (JSONL that is
+            compressed or on standard input).
+        located: iterator over all records in order, which are read lazily.
     """
 
     unit: str
@@ -52,14 +52,14 @@ class Records(NamedTuple):
 
 
 def open_records(path: str | os.PathLike[str], name: str = "data_path") -> Records:
-    """The records of JSONL, a JSON list or Parquet, told apart by their first bytes.
+    """Records of JSONL, a JSON list or Parquet; the first bytes determine the format.
 
     Args:
-        path: the file.
-        name: of the option that gave it, for messages.
+        path: file with the records.
+        name: name of the option that holds the path, for messages.
 
     Raises:
-        InputError: no file, an empty one, a damaged archive, no UTF-8, a malformed list, a damaged table, or pyarrow is missing for one.
+        InputError: the file is missing, empty, damaged, malformed or not UTF-8, or pyarrow is not installed for Parquet.
     """
     content = open_content(path, name)
     kind = content_kind(content, path, name)
@@ -73,7 +73,7 @@ def open_records(path: str | os.PathLike[str], name: str = "data_path") -> Recor
 
 
 def read_records(path: str | os.PathLike[str], name: str = "data_path") -> Iterator[Located]:
-    """Every record of a file, well formed or not: `open_records(path, name).located`."""
+    """All records of a file, malformed ones included: `open_records(path, name).located`."""
     return open_records(path, name).located
 
 
@@ -83,10 +83,10 @@ def _lines(content: Content) -> Iterator[Located]:
 
 
 def data_kind(path: str | os.PathLike[str], name: str = "data_path") -> str:
-    """`jsonl`, `list` or `parquet`, by the first bytes, whatever the file is called; compressed files by those of their content.
+    """Format of a data set: `jsonl`, `list` or `parquet`. The first bytes of the uncompressed content determine it, not the file's name.
 
     Raises:
-        InputError: the file cannot be read, or is of a kind that is not read (see `open_content`).
+        InputError: the file cannot be read, or its kind is not supported (see `open_content`).
     """
     content = open_content(path, name)
     with content.file:
@@ -94,10 +94,10 @@ def data_kind(path: str | os.PathLike[str], name: str = "data_path") -> str:
 
 
 def content_kind(content: Content, path: str | os.PathLike[str], name: str = "data_path") -> str:
-    """The same of content that is open.
+    """Format of opened content, as for `data_kind`.
 
     Raises:
-        InputError: Parquet that is compressed once more, or on standard input.
+        InputError: Parquet is compressed as a whole, or on standard input.
     """
     head = content.head
     if head.startswith(b"PAR1"):
@@ -114,18 +114,18 @@ def parse_line(line: bytes, number: int, offset: int) -> Located | None:
     if not line.strip():
         return None
     try:
-        record = json.loads(line.rstrip(b"\r\n").decode("utf-8"))  # a line that ends too early is told with its own column
+        record = json.loads(line.rstrip(b"\r\n").decode("utf-8"))  # so that the error of an incomplete line has the right column
     except UnicodeDecodeError as error:
         return Located(number, offset, None, f"must be UTF-8, got byte 0x{line[error.start]:02x} at column {error.start + 1}")
     except json.JSONDecodeError as error:
         return Located(number, offset, None, f"must be one JSON object, got malformed JSON ({error.msg} at column {error.colno})")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting without end
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or nesting that is too deep
         return Located(number, offset, None, f"must be one JSON object, got malformed JSON ({reason(error, 80)})")
     return as_record(record, number, offset)
 
 
 def as_record(record: Any, number: int, offset: int) -> Located:
-    """A parsed value with its place; anything but an object is malformed."""
+    """A parsed value with its position; any value but an object is malformed."""
     if isinstance(record, Mapping):
         return Located(number, offset, record)
     kind = {str: "a string", list: "a list", bool: "a truth value", type(None): "null"}.get(type(record), "a number")
@@ -133,7 +133,7 @@ def as_record(record: Any, number: int, offset: int) -> Located:
 
 
 def iter_jsonl(file: BinaryIO) -> Iterator[Located]:
-    """Every line that is not blank, well formed or not."""
+    """All lines that are not blank, malformed ones included."""
     offset = 0
     for number, line in enumerate(file, start=1):
         located = parse_line(line, number, offset)
@@ -143,10 +143,10 @@ def iter_jsonl(file: BinaryIO) -> Iterator[Located]:
 
 
 def load_list(content: Content, path: str | os.PathLike[str], name: str = "data_path") -> list[Any]:
-    """All of a JSON list. It is held whole: JSONL is the format for what does not fit.
+    """Values of a JSON list, all in memory. For larger data, use JSONL.
 
     Raises:
-        InputError: it is not UTF-8 or not JSON, with the line.
+        InputError: the content is not UTF-8 or not JSON; the message has the line.
     """
     with content.file as file:
         raw = file.read().removeprefix(b"\xef\xbb\xbf")
@@ -164,7 +164,7 @@ def load_list(content: Content, path: str | os.PathLike[str], name: str = "data_
 
 
 def iter_list(values: Iterable[Any]) -> Iterator[Located]:
-    """Every value of a list, an object or not."""
+    """All values of a list; those that are not objects are malformed."""
     for index, value in enumerate(values):
         yield as_record(value, index + 1, index)
 
@@ -184,10 +184,10 @@ def open_parquet(path: str | os.PathLike[str], name: str = "data_path") -> Any:
 
 
 def iter_parquet(path: str | os.PathLike[str], name: str = "data_path") -> Iterator[Located]:
-    """Every row, a batch at a time.
+    """All rows, read in batches.
 
     Raises:
-        InputError: as `open_parquet`, or a page is damaged.
+        InputError: as for `open_parquet`, or a page is damaged.
     """
     table, number = open_parquet(path, name), 0
     with _whole_table(path, name):
@@ -208,30 +208,30 @@ def _whole_table(path: str | os.PathLike[str], name: str) -> Iterator[None]:
 
 
 def field_names(record: Mapping[str, Any]) -> str:
-    """The fields of a record, for a message: twelve at most, none longer than 40 characters."""
+    """Field names of a record for a message: at most twelve, each of at most 40 characters."""
     names = [str(key) for key in record]
     shown = ", ".join(name if len(name) <= 40 else name[:37] + "..." for name in names[:12])
     return (shown if len(names) <= 12 else f"{shown} and {len(names) - 12} more") or "none"
 
 
 def is_no_label(value: Any) -> bool:
-    """Whether a label stands for none: null, NaN, blank, "-" or -1, as data sets write where annotators disagree or keep labels back."""
+    """Whether a label is a placeholder for a missing one: null, NaN, blank, "-" or -1."""
     if isinstance(value, float):
         return math.isnan(value) or value == -1
     return value is None or (not isinstance(value, bool) and str(value).strip() in ("", "-", "-1"))
 
 
 def whole(value: Any) -> Any:
-    """A label as a whole number where it is one written as 1.0, which is what pandas makes of a column with gaps; others as they are."""
+    """A label such as 1.0 as a whole number (pandas writes a column with gaps so); other values unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def as_number(value: Any) -> float | None:
-    """The number that a label is, however it is written: 1, "1", "01" and "1.0" are the same; None for what is none."""
+    """Number of a label, however it is written: 1, "1", "01" and "1.0" are equal; None if it is not a number."""
     found = isinstance(value, str | int | float) and re.fullmatch(r"[+-]?\d{1,9}(\.\d{1,9})?", str(value).strip(), re.ASCII)
     return float(found[0]) if found else None
 
 
 def short(value: Any) -> str:
-    """A value and its type in one line of a message, 60 characters at most."""
+    """A value with its type for a message, in at most 60 characters."""
     return f"{type(value).__name__} {shown(value)}"

@@ -1,4 +1,4 @@
-"""Bytes of a data set wherever they come from: a file, a compressed file, standard input."""
+"""Bytes of a data set from a file, a compressed file or standard input."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..errors import InputError, needs, reason
 STDIN = "-"
 _HEAD = 4096
 _PIECE = 1 << 17
-# Suffixes that a compressed file adds to its own; the first bytes alone say how it is compressed.
+# Suffixes of compressed files. The first bytes alone determine the compression.
 SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 
 
 class Content(NamedTuple):
-    """A data set, opened.
+    """An opened data set.
 
     Attributes:
-        file: its bytes from the first on, unpacked.
-        head: the first 4 KiB of them, all where there are fewer.
-        plain: whether `file` is the file itself, in which bytes can be found again by their place.
+        file: its uncompressed bytes, from the first.
+        head: the first 4 KiB of them, or all if there are fewer.
+        plain: whether `file` is the file itself, so that offsets in it are valid later.
     """
 
     file: BinaryIO
@@ -35,12 +35,12 @@ class Content(NamedTuple):
 
 
 class ForeignFileError(InputError):
-    """A file that is known by its first bytes and not read.
+    """A file of a recognised kind that is not supported.
 
     Args:
-        rule: what must hold and what was found.
-        kind: what the file is, "UTF-16" or "a zip archive".
-        remedy: what makes a file of it that is read.
+        rule: rule and the kind found, for the message.
+        kind: kind of the file, such as "UTF-16" or "a zip archive".
+        remedy: way to convert it to a supported file.
     """
 
     def __init__(self, rule: str, kind: str, remedy: str) -> None:
@@ -55,24 +55,24 @@ def is_stdin(path: str | os.PathLike[str]) -> bool:
 
 
 def place(path: str | os.PathLike[str]) -> str:
-    """What messages call a data set."""
+    """Name of a data set in messages."""
     return "standard input" if is_stdin(path) else os.fspath(path)
 
 
 def own_suffix(name: str) -> str:
-    """The suffix of a file name in lower case, without that of a compression: ".jsonl" of "a.jsonl.gz"."""
+    """Suffix of a file name in lower case, without that of the compression: ".jsonl" of "a.jsonl.gz"."""
     stem, last = os.path.splitext(name.lower())
     return os.path.splitext(stem)[1] if last in SUFFIXES else last
 
 
 def open_data(path: str | os.PathLike[str], name: str = "data_path") -> BinaryIO:
-    """The file, opened for bytes as they are.
+    """A file, opened in binary mode.
 
     Raises:
-        InputError: it is missing, empty, unreadable or no regular file.
+        InputError: the file is missing, empty, unreadable or not a regular file.
     """
     try:
-        status = os.stat(path)  # before it is opened: opening a pipe waits for a writer
+        status = os.stat(path)  # before it is opened, because opening a pipe waits for a writer
         if stat.S_ISDIR(status.st_mode):
             raise InputError(f"{name} must be a file, got the folder {os.fspath(path)}.")
         if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
@@ -86,13 +86,13 @@ def open_data(path: str | os.PathLike[str], name: str = "data_path") -> BinaryIO
 
 
 def open_content(path: str | os.PathLike[str], name: str = "data_path") -> Content:
-    """The data set, unpacked as it is read: gzip, bzip2 and xz, and zstd with the package zstandard. "-" is standard input.
+    """A data set, decompressed while it is read: gzip, bzip2, xz, and zstd with the package zstandard. "-" is standard input.
 
     Standard input can be opened once.
 
     Raises:
-        InputError: as `open_data`; nothing on standard input; a compression or an archive of another kind, UTF-16 or UTF-32. Reading
-            raises it where a compressed file is damaged or cut.
+        InputError: as for `open_data`; standard input is empty; the compression, archive or encoding is not supported. Reading raises it
+            if a compressed file is damaged or incomplete.
     """
     file = _stdin(name) if is_stdin(path) else open_data(path, name)
     head = _first(file)
@@ -120,7 +120,7 @@ def _opener(head: bytes) -> Callable[[BinaryIO], Any] | None:
 
 
 def _refuse_foreign(head: bytes, path: str | os.PathLike[str], name: str) -> None:
-    """Raises InputError for what is known and not read, by its first bytes."""
+    """Raises InputError for a kind that is recognised by its first bytes and not supported."""
     kind = next((kind for magic, kind in _NOT_READ.items() if re.match(magic, head, re.DOTALL)), None)
     if kind is not None:
         rule = f"{name} must be plain, or compressed by gzip, bzip2, xz or zstd, got {kind}: {place(path)}"
@@ -132,7 +132,7 @@ def _refuse_foreign(head: bytes, path: str | os.PathLike[str], name: str) -> Non
 
 
 def _wide_encoding(head: bytes) -> str | None:
-    """UTF-16 or UTF-32 by a byte order mark; without one, by the zero bytes of ASCII characters."""
+    """UTF-16 or UTF-32, recognised by a byte order mark or by the zero bytes of ASCII characters; None for others."""
     for mark, encoding in ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")):
         if head.startswith(mark):
             return encoding
@@ -153,7 +153,7 @@ def _stdin(name: str) -> BinaryIO:
 
 
 def _first(file: BinaryIO) -> bytes:
-    """Up to 4 KiB; a pipe may give them in several pieces."""
+    """The first 4 KiB or fewer; a pipe may deliver them in several pieces."""
     head = b""
     while len(head) < _HEAD and (piece := file.read(_HEAD - len(head))):
         head += piece
@@ -165,7 +165,7 @@ def _joined(head: bytes, file: BinaryIO) -> BinaryIO:
 
 
 class _Joined(io.RawIOBase):
-    """Bytes that were read already, and the rest of their file."""
+    """Bytes that were already read, followed by the rest of their file."""
 
     def __init__(self, head: bytes, file: BinaryIO) -> None:
         self._head, self._file = head, file
@@ -186,7 +186,7 @@ class _Joined(io.RawIOBase):
 
 
 class _Unpacked(io.RawIOBase):
-    """What a decompressor gives, its errors as InputError."""
+    """Output of a decompressor, with its errors as InputError."""
 
     def __init__(self, file: Any, rule: str) -> None:
         self._file, self._rule = file, rule
@@ -211,7 +211,7 @@ class _Unpacked(io.RawIOBase):
 
 
 class _ZstdFile:
-    """Frames of zstd one behind another; a cut one is an error, which zstandard's own reader takes for the end."""
+    """Consecutive frames of zstd. An incomplete frame is an error; zstandard's own reader takes it for the end."""
 
     def __init__(self, file: BinaryIO, zstandard: Any) -> None:
         self._file, self._module = file, zstandard
@@ -274,14 +274,14 @@ def _zstd(file: BinaryIO) -> Any:
     return _ZstdFile(file, zstandard)
 
 
-# A bzip2 stream goes on with its first block, or its end: "BZh" alone may begin a text. zstd files may begin with a frame to skip.
+# A bzip2 stream continues with its first block or its end; "BZh" alone may begin a text. zstd files may begin with a skippable frame.
 _OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {
     rb"\x1f\x8b": _gzip,
     rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": _bzip2,
     rb"\xfd7zXZ": _xz,
     rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": _zstd,
 }
-# A raw LZMA file begins with its properties, the size of its dictionary (a power of two or one and a half) and a size of its content.
+# A raw LZMA file begins with its properties, the size of its dictionary (2^n or 1.5 * 2^n) and the size of its content.
 _NOT_READ: dict[bytes, str] = {
     rb"PK\x03\x04": "a zip archive",
     rb"7z\xbc\xaf\x27\x1c": "a 7z archive",

@@ -1,10 +1,10 @@
-"""Numbers for people, and what it means when one is not finite."""
+"""Readable numbers, and explanations of numbers that are not finite."""
 
 from __future__ import annotations
 
 
 def readable_bytes(count: float) -> str:
-    """Bytes in powers of ten, as disks count: 512 B, 4.2 MB, 1.3 GB."""
+    """Bytes in powers of ten: 512 B, 4.2 MB, 1.3 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 999.5:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.1f} {unit}"
@@ -23,10 +23,10 @@ def not_finite_cause(dtype: object) -> str:
 
 
 def not_finite_parts(dtype: object) -> tuple[str, ...]:
-    """Why losses or norms of a scan are NaN or infinite, and, where the precision tells, what to do.
+    """Reason why losses or norms of a scan are NaN or infinite, and a remedy if the precision is the cause.
 
     Args:
-        dtype: precision of the scan as its metadata has it, "float16"; None where it is not known.
+        dtype: precision of the scan as in its metadata, such as "float16"; None if unknown.
     """
     if dtype == "float16":
         return "float16 ends at 65,504", "scan with --dtype bf16 or fp32, or repair weights that hold NaN."

@@ -1,6 +1,7 @@
 """The `tinyonn` command.
 
-Each module parses one command and calls the library, which is imported only then: `tinyonn --help` must not wait for torch.
+Each module parses one command and calls the library. It imports the library only inside the command, so that `tinyonn --help` does not
+wait for torch.
 """
 
 from __future__ import annotations

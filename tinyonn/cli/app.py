@@ -1,4 +1,4 @@
-"""The command's commands, and how a run of it ends."""
+"""The commands of `tinyonn`, and the exit code of a run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .. import __version__
 from .errors import explain
 from .screen import say
 
-# In the order of a piece of work, which is the order of `tinyonn --help`. Each module holds a function of its name, or a group of commands.
+# In the order of use, which is the order in `tinyonn --help`. Each module has a function, or a group of commands, of its own name.
 COMMANDS = ("demo", "doctor", "corpus", "scan", "report", "compare", "heads", "info", "verify", "recover", "convert")
 
 
 def _normal(token: str) -> str:
-    # The original workflow wrote --model_path; and --output is what one types.
+    # The original workflow had --model_path, and users type --output.
     name = token.replace("_", "-")
     return "output-path" if name == "output" else name
 
 
 app = typer.Typer(
     name="tinyonn",
-    help="Scan a language model over a corpus, and look at what every block of every weight did.",
+    help="Scan a language model over a corpus, and inspect the activations and gradients of every block of its weights.",
     add_completion=False,
     rich_markup_mode=None,
     context_settings={
@@ -60,10 +60,10 @@ for _name in COMMANDS:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command line and gives its exit code.
+    """Runs one command line and returns its exit code.
 
-    0 done, 1 the command found what it looks for (damage, something missing), 2 bad input, 130 interrupted. What the user can mend is
-    one line on stderr; anything else is a bug and keeps its traceback, as does everything under TINYONN_DEBUG=1.
+    0: success. 1: the command found damage or something missing. 2: bad input. 130: interrupted. An error that the user can correct is
+    one line on stderr. Any other error is a bug and keeps its traceback, as do all errors under TINYONN_DEBUG=1.
     """
     command = get_command(app)
     try:
@@ -71,12 +71,12 @@ def run(arguments: Sequence[str]) -> int:
         asked = [*arguments, "--help"] if _is_group(named) and len(name.split()) == len(arguments) + 1 else list(arguments)
         with command.make_context("tinyonn", asked) as context:
             command.invoke(context)
-        if sys.stdout is not None:  # closed by whoever started us
+        if sys.stdout is not None:  # stdout may be closed from the start
             sys.stdout.flush()
     except typer.Exit as end:
         return int(end.exit_code)
     except BrokenPipeError:
-        # The reader (head, less) has gone: no one is left to tell. Python must not find out again when it closes stdout.
+        # The reader (head, less) has exited. Python would raise the error again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (Exception, KeyboardInterrupt) as error:
@@ -93,7 +93,7 @@ def _is_group(command: Any) -> bool:
 
 
 def _command_named(command: Any, arguments: Sequence[str]) -> tuple[str, Any]:
-    """`tinyonn`, or with the commands that were named: `tinyonn heads score`; and the last of them."""
+    """Name with the commands that were typed, such as `tinyonn heads score`, and the last of these commands."""
     name = "tinyonn"
     for argument in arguments:
         inside = getattr(command, "commands", {})

@@ -1,4 +1,4 @@
-"""What `tinyonn doctor` looks at: each check finds one thing and, where it is wrong or missing, knows the remedy."""
+"""Checks of `tinyonn doctor`. Each yields what it found and, for a fault, the remedy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 OK, MISSING, FAILED = "ok", "--", "FAIL"
 
-# Package, oldest version that works (None: any), what it is for.
+# Package, oldest supported version (None: any), purpose.
 OPTIONAL = (
     ("matplotlib", "3.8", "figures"),
     ("scipy", "1.11", "statistics"),
@@ -38,13 +38,13 @@ OPTIONAL = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's.
+    """One line of `tinyonn doctor`.
 
     Args:
-        name: what was looked at.
+        name: subject of the check.
         state: OK, MISSING (something optional) or FAILED (something essential).
-        found: what is there.
-        remedy: what to do, where something is to be done.
+        found: result of the check.
+        remedy: remedy of a fault; empty for none.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Finding:
 
 
 def run_checks() -> Iterator[Finding]:
-    """Every check in turn. One that breaks is a finding itself, and does not keep the others from running."""
+    """Findings of all checks. A check that fails with an error is a finding too; the others still run."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _python,
         _extension,
@@ -72,7 +72,7 @@ def run_checks() -> Iterator[Finding]:
             yield from check()
         except Exception as error:
             found = reason(f"{type(error).__name__}: {error}")
-            yield Finding(check.__name__.strip("_"), FAILED, found, "TINYONN_DEBUG=1 tinyonn doctor shows where")
+            yield Finding(check.__name__.strip("_"), FAILED, found, "TINYONN_DEBUG=1 tinyonn doctor prints the traceback")
             if os.environ.get("TINYONN_DEBUG"):
                 raise
 
@@ -130,7 +130,7 @@ def _triton() -> Iterator[Finding]:
 
 
 def _precision() -> Iterator[Finding]:
-    """A product in each precision, checked against float32 and timed: a CPU without the instructions is slow, not wrong."""
+    """A matrix product in each precision, compared with float32 and timed. A CPU without the instructions is slow, not wrong."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -220,7 +220,7 @@ def _room() -> Iterator[Finding]:
 
 
 def _version(package: str, least: str | None, *, essential: bool) -> tuple[str, str, str]:
-    """State, what was found, remedy."""
+    """State, version and remedy of a package."""
     bad = FAILED if essential else MISSING
     wanted = f"{package}>={least}" if least else package
     try:

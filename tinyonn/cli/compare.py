@@ -18,15 +18,15 @@ def compare(
     a: Annotated[Path, typer.Argument(help="A .mscan file.", show_default=False)],
     b: Annotated[Path, typer.Argument(help="Another, of the same model and options.", show_default=False)],
     output_path: Annotated[Path, typer.Option("--output-path", "-o", metavar="PATH", help="The page.")] = Path("compare.html"),
-    top: Annotated[int, typer.Option(metavar="N", help="Blocks listed on the page.")] = 20,
-    resamples: Annotated[int, typer.Option(metavar="N", help="Bootstrap draws.")] = 2000,
-    confidence: Annotated[float, typer.Option(metavar="X", help="Of all intervals together.")] = 0.95,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the draws.")] = 0,
+    top: Annotated[int, typer.Option(metavar="N", help="Number of blocks listed on the page.")] = 20,
+    resamples: Annotated[int, typer.Option(metavar="N", help="Number of bootstrap resamples.")] = 2000,
+    confidence: Annotated[float, typer.Option(metavar="X", help="Confidence level of all intervals together.")] = 0.95,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the resampling.")] = 0,
     figures: Figures = True,
 ) -> None:
-    """Write a page about where two topics differ.
+    """Write a page about the differences between two topics.
 
-    Difference maps, rank correlation, and the blocks that belong to one topic, with bootstrap intervals over sequences.
+    It has difference maps, rank correlation, and the blocks specific to one topic, with bootstrap intervals over sequences.
     """
     from ..report import write_comparison
 

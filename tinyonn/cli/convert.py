@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Target(StrEnum):
-    """What a scan can be written as."""
+    """Formats of a conversion."""
 
     mscan = "mscan"
     parquet = "parquet"
@@ -30,15 +30,15 @@ class Target(StrEnum):
 def convert(
     files: Annotated[list[Path], typer.Argument(help="One file, a set of ranks, or several files to merge.", show_default=False)],
     output_path: Output,
-    to: Annotated[Target | None, typer.Option(help="What to write. [default: by the output's suffix]", show_default=False)] = None,
+    to: Annotated[Target | None, typer.Option(help="Format of the output. [default: by its suffix]", show_default=False)] = None,
     *,
     given: Mapping[str, Any],
     overwrite: Overwrite = False,
 ) -> None:
     """Convert version 1 to 2, merge files, or export a scan.
 
-    A .mscan keeps the codec of its source, one made of version 1 becomes f32, unless --codec says otherwise. Parquet has a row for
-    each token and block; npz holds the planes as arrays.
+    Without --codec, a .mscan keeps the codec of its source, and values of version 1 become f32. Parquet has a row for each token and
+    block; npz holds the planes as arrays.
     """
     from ..mscan import MscanReader
     from ..mscan.convert import convert_v1, merge
@@ -61,7 +61,7 @@ def convert(
 def _by_suffix(output: Path) -> Target:
     suffix = output.suffix.removeprefix(".").lower()
     if suffix not in {target.value for target in Target}:
-        raise InputError(f"output must end in .mscan, .parquet or .npz, or --to must say what it is, got {output}.")
+        raise InputError(f"output must end in .mscan, .parquet or .npz, or --to must name its format, got {output}.")
     return Target(suffix)
 
 

@@ -33,46 +33,61 @@ def corpus(
     ] = None,
     keyword: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A word or phrase of the topic; may be repeated.")] = None,
     pattern: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="A regular expression of the topic; may be repeated.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Drops what it matches; may be repeated.")] = None,
-    min_matches: Annotated[
-        int | None, typer.Option(metavar="N", help="Different keywords and patterns needed.", show_default=False)
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="A regular expression of texts to drop; may be repeated.")
     ] = None,
-    min_density: Annotated[float | None, typer.Option(metavar="X", help="Matches needed in 1,000 characters.", show_default=False)] = None,
-    everything: Annotated[bool, typer.Option("--everything", help="No test of topic: keep all that the other limits let pass.")] = False,
+    min_matches: Annotated[
+        int | None, typer.Option(metavar="N", help="Minimum number of different keywords and patterns.", show_default=False)
+    ] = None,
+    min_density: Annotated[
+        float | None, typer.Option(metavar="X", help="Minimum number of matches per 1,000 characters.", show_default=False)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--everything", help="Skip the test of topic, and apply only the other limits.")] = False,
     text_field: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Field with the text. [default: found]", show_default=False)
+        str | None, typer.Option(metavar="NAME", help="Field that holds the text. [default: found]", show_default=False)
     ] = None,
     format: Annotated[
-        str, typer.Option(metavar="auto|text|chat", help="Keep chats as chats, join their turns, or drop plain texts.")
+        str,
+        typer.Option(
+            metavar="auto|text|chat",
+            help="Format of the output: auto keeps chats as they are, text joins their turns, chat drops plain texts.",
+        ),
     ] = "auto",
     code_blocks: Annotated[
-        str, typer.Option(metavar="keep|require|only", help="Fenced code blocks: keep texts whole, require one, or keep only them.")
+        str,
+        typer.Option(metavar="keep|require|only", help="Fenced code blocks: keep whole texts, require a block, or keep only the blocks."),
     ] = "keep",
-    min_chars: Annotated[int, typer.Option(metavar="N", help="Shortest text.")] = 32,
-    max_chars: Annotated[int | None, typer.Option(metavar="N", help="Longest text.", show_default=False)] = None,
+    min_chars: Annotated[int, typer.Option(metavar="N", help="Minimum length of a text.")] = 32,
+    max_chars: Annotated[int | None, typer.Option(metavar="N", help="Maximum length of a text.", show_default=False)] = None,
     cut: Annotated[
-        bool | None, typer.Option("--cut/--no-cut", help="Cut longer texts at paragraphs rather than drop them. [default: text files only]")
+        bool | None,
+        typer.Option("--cut/--no-cut", help="Cut longer texts at paragraphs, instead of dropping them. [default: text files only]"),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Tokenizer for the next two: a folder or a name on the hub.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Tokenizer for --min-tokens and --max-tokens: a folder or a name on the hub.", show_default=False
+        ),
     ] = None,
-    min_tokens: Annotated[int | None, typer.Option(metavar="N", help="Fewest tokens.", show_default=False)] = None,
-    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Most tokens.", show_default=False)] = None,
+    min_tokens: Annotated[int | None, typer.Option(metavar="N", help="Minimum number of tokens.", show_default=False)] = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Maximum number of tokens.", show_default=False)] = None,
     language: Annotated[
-        str | None, typer.Option(metavar="CODE", help="Keep what looks like this language (en, de, fr, zh, ...).", show_default=False)
+        str | None, typer.Option(metavar="CODE", help="Language to keep, which is detected (en, de, fr, zh, ...).", show_default=False)
     ] = None,
-    dedup: Annotated[bool, typer.Option("--dedup/--no-dedup", help="Drop texts equal but for case and spacing.")] = True,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Keep a random sample of N.", show_default=False)] = None,
-    first: Annotated[bool, typer.Option("--first", help="With --limit: the first N that fit, and read no further.")] = False,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the sample.")] = 0,
+    dedup: Annotated[
+        bool, typer.Option("--dedup/--no-dedup", help="Drop texts that differ from an earlier one only in case and spacing.")
+    ] = True,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Size of a random sample of the texts.", show_default=False)] = None,
+    first: Annotated[bool, typer.Option("--first", help="With --limit: keep the first N texts that pass, and stop reading.")] = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sample.")] = 0,
     subset: Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a data set on the hub.", show_default=False)] = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="Split of a data set on the hub.")] = "train",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count malformed records and go on.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count malformed records and continue.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
-    """Cut a topical corpus from a large source.
+    """Select a corpus on one topic from a large source.
 
-    Writes JSONL, and says what was kept and why the rest was dropped.
+    Writes JSONL, and prints the number of texts kept, and of texts dropped by reason.
     """
     from ..scan.corpus.corpus import build_corpus
 
@@ -113,12 +128,12 @@ def show_progress(bar: screen.Progress, state: CorpusProgress) -> None:
 
 
 def _topic(name: str, keywords: list[str], patterns: list[str], exclude: list[str], everything: bool, changes: dict[str, Any]) -> Topic:
-    """The named topic with the keywords and patterns of the command line added; a new one if there is none of that name."""
+    """The named topic, or a new one of that name, with the keywords and patterns of the command line."""
     from ..scan.corpus.topic import Topic, builtin_topics, load_topic
 
     known = name in builtin_topics() or name.endswith((".yaml", ".yml"))
     if everything and (keywords or patterns or changes):
-        raise InputError("--everything must stand without --keyword, --pattern, --min-matches and --min-density.")
+        raise InputError("--everything cannot be combined with --keyword, --pattern, --min-matches or --min-density.")
     topic = load_topic(name) if known or not (keywords or patterns or everything) else Topic(name)
     if everything:
         changes, topic = {"min_matches": 1, "min_density": 0.0}, dataclasses.replace(topic, keywords=(), patterns=(), min_matches=1)
@@ -144,7 +159,7 @@ def _tokenizer(name: str) -> Any:
         folder = found
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # what a damaged file brings down in transformers has no common type
+    except Exception as error:  # transformers raises many types of errors for a damaged file
         raise InputError(f"{rule}, got {name}: {tokenizer_fault(folder, error)}") from error
 
 

@@ -10,7 +10,7 @@ from . import checks
 def doctor() -> None:
     """Check this machine: Python, compiler, torch, packages, data.
 
-    One line each, with the remedy where something is missing. Exit code 1 where something essential is.
+    One line per check, with a remedy for what is missing. The exit code is 1 if something essential is missing.
     """
     from rich.console import Console
     from rich.text import Text

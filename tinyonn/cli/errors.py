@@ -1,4 +1,4 @@
-"""What a person can mend, in one line; and the exit code that goes with it."""
+"""Errors that a user can correct, as one line, and their exit codes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from ..errors import InputError, MscanError, did_you_mean, one_line
 
-# Typer brings its own copy of click, or uses click, by version: the base class is the same place above BadParameter in both.
+# Some versions of Typer contain a copy of click, others import click. The base classes have the same order in both.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
@@ -29,7 +29,7 @@ class Ending:
 
 
 def explain(error: BaseException, command: str) -> Ending | None:
-    """How a command ends that raised this; None for what is a bug. The line fits on a screen, whatever was pasted into the message."""
+    """Line and exit code for an error; None for a bug. The line fits on a screen, however long the message is."""
     ending = _explain(error, command)
     return None if ending is None else Ending(one_line(ending.line), ending.code)
 
@@ -48,7 +48,7 @@ def _explain(error: BaseException, command: str) -> Ending | None:
         return Ending(f"{command}: {_one_line(error)}", BAD_INPUT)
     if _ran_out_of_memory(error):
         return Ending(f"{command}: memory ran out. {_lower(command)}", BAD_INPUT)
-    if type(error) is RuntimeError and "pip install" in str(error):  # a package that is missing; the message names it and the remedy
+    if type(error) is RuntimeError and "pip install" in str(error):  # a package is missing; the message names it and the remedy
         return Ending(f"{command}: {_one_line(error)}", BAD_INPUT)
     if isinstance(error, OSError) and error.errno is not None:
         return Ending(f"{command}: {_os_error(error, command)}", BAD_INPUT)
@@ -56,7 +56,7 @@ def _explain(error: BaseException, command: str) -> Ending | None:
 
 
 def _can_be_recovered(path: str) -> bool:
-    """Whether any sequence of a damaged file can be read."""
+    """Whether at least one sequence of a damaged file can be read."""
     from ..mscan import MscanReader
 
     try:
@@ -69,14 +69,14 @@ def _can_be_recovered(path: str) -> bool:
 def _interrupted(command: str) -> str:
     resumable = ("tinyonn heads demo", *(f"tinyonn heads plasticity {step}" for step in ("train", "measure", "run")))
     if command in resumable:
-        return "interrupted; the same command, without --overwrite, goes on from what was saved."
+        return "interrupted; the same command, without --overwrite, continues from the saved state."
     return "interrupted."
 
 
 def _usage(error: Exception) -> str:
-    # str() of it would leave out the advice on near names.
+    # str(error) would omit similar names.
     message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
-    # Typer has values checked by pydantic, whose words name a Python exception, or leave the value out.
+    # Typer uses pydantic to check values. Its messages name a Python exception, or omit the value.
     message = message.replace("Value error, ", "", 1)
     if details := getattr(error.__cause__, "errors", None):
         value = details()[0].get("input")
@@ -84,7 +84,7 @@ def _usage(error: Exception) -> str:
     if choice := re.search(r"'([^']*)' is not one of (.*)\.$", message):
         choices = re.findall(r"'([^']*)'", choice[2])
         if len(own := (getattr(getattr(error, "param", None), "metavar", None) or "").split("|")) > 1:
-            choices = own  # as the help has them: Typer's own message has lost their underscores
+            choices = own  # as in the help; Typer's own message lacks their underscores
         message = message.replace(choice[2], ", ".join(map(repr, choices)))[:-1] + did_you_mean(choice[1], choices)
     return message if message.endswith((".", "?")) else f"{message}."
 
@@ -102,7 +102,7 @@ def _os_error(error: OSError, command: str) -> str:
 
 
 def _ran_out_of_memory(error: BaseException) -> bool:
-    if not isinstance(error, RuntimeError) or "torch" not in sys.modules:  # none of torch's; the libraries are not imported for that
+    if not isinstance(error, RuntimeError) or "torch" not in sys.modules:  # not an error of torch; torch is not imported for this check
         return isinstance(error, MemoryError)
     from ..hf.memory import is_out_of_memory
 
@@ -111,7 +111,7 @@ def _ran_out_of_memory(error: BaseException) -> bool:
 
 def _lower(command: str) -> str:
     if command == "tinyonn scan":
-        return "Lower --batch-size or --max-length, or take --dtype bf16 or --store integral; `--estimate` says what a scan needs."
+        return "Lower --batch-size or --max-length, or use --dtype bf16 or --store integral; `--estimate` prints the memory needed."
     if command.startswith("tinyonn heads"):
-        return "Lower --batch-size or --max-length, or take --dtype bf16."
-    return "A smaller --limit, a smaller file or a larger machine would do."
+        return "Lower --batch-size or --max-length, or use --dtype bf16."
+    return "Use a smaller --limit, a smaller file or a larger machine."

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..heads.plasticity.summary import PlasticitySummary
     from ..heads.progress import Progress
 
-plasticity = typer.Typer(help="Fine-tune a classifier, and compare what its heads are worth with how much they change.")
+plasticity = typer.Typer(help="Fine-tune a classifier, and compare the importance of its heads with the change of their weights.")
 
 _CONFIG_HEADER = (
     "Options of `tinyonn heads plasticity run` and `train` with their defaults. Pass the file as --config, to the later steps too; the "
@@ -36,8 +36,8 @@ _OF_TRAINING = (
     *("checkpoint_steps", "dtype"),
 )
 _LATER_TEXTS = {
-    "seed": "Seed of a trained study; repeat it for several. [default: all that are there]",
-    "overwrite": "Measure again what is measured. [default: no]",
+    "seed": "Seed of a trained study; repeat --seed for several. [default: all trained ones]",
+    "overwrite": "Replace existing measurements. [default: no]",
 }
 
 _takes_options = partial(takes_options, PlasticityConfig, before="seed", several=("seed",))
@@ -48,8 +48,7 @@ _takes_options = partial(takes_options, PlasticityConfig, before="seed", several
 def _train_command(given: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False) -> None:
     """Fine-tune all weights on a classification task.
 
-    Keeps the weights from before (ckpt_init) and after (ckpt_final). Training that was stopped goes on where it was: run the same
-    command again.
+    Saves the weights before (ckpt_init) and after (ckpt_final). To continue an interrupted training, run the same command again.
     """
     _run(("train",), config, given)
 
@@ -57,11 +56,12 @@ def _train_command(given: Mapping[str, Any], config: ConfigFile = None, print_co
 @plasticity.command("measure")
 @_takes_options(without=_OF_TRAINING, texts=_LATER_TEXTS)
 def _measure_command(given: Mapping[str, Any], config: ConfigFile = None) -> None:
-    """Measure what each head is worth, and how much it changed.
+    """Measure the importance of each head and the change of its weights.
 
-    Loss increase and accuracy drop with the head off, before and after training; gradient norm and Fisher information before; the update
-    of its weights. Needs --task and --output-dir; model, data and evaluation rows are those of the training: where they are given they
-    must be the same. What only the report reads is taken too, so that one set of options serves all steps.
+    Measures loss increase and accuracy drop without the head, before and after training; gradient norm and Fisher information before
+    training; and the change of the head's weights. Needs --task and --output-dir. Model, data and evaluation rows are those of the
+    training; options for them, if given, must have the same values. Options of the report are accepted too, so that one set of options
+    serves all steps.
     """
     _run(("measure",), config, given)
 
@@ -69,10 +69,10 @@ def _measure_command(given: Mapping[str, Any], config: ConfigFile = None) -> Non
 @plasticity.command("report")
 @_takes_options(without=(*_OF_TRAINING, "batch_size", "device", "overwrite"), texts=_LATER_TEXTS)
 def _report_command(given: Mapping[str, Any], config: ConfigFile = None) -> None:
-    """Join the measurements: statistics, cases, figures, a page.
+    """Summarise the measurements as statistics, cases, figures and a page.
 
-    Over all seeds of a task, also their means and intervals. Needs --task and --output-dir; model, data and evaluation rows are those of
-    the training: where they are given they must be the same.
+    Also writes means and intervals over all seeds of a task. Needs --task and --output-dir. Model, data and evaluation rows are those of
+    the training; options for them, if given, must have the same values.
     """
     _run(("report",), config, given)
 
@@ -82,13 +82,13 @@ def _report_command(given: Mapping[str, Any], config: ConfigFile = None) -> None
 def _run_command(given: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False) -> None:
     """Train, measure and report.
 
-    What is complete from an earlier run is kept.
+    Steps that an earlier run completed are kept.
     """
     _run(("train", "measure", "report"), config, given)
 
 
 def _run(steps: Sequence[str], config: Path | None, typed: Mapping[str, Any]) -> None:
-    """The steps of every seed: of those given, else of the config file's, else (but for a new study) of all that are there."""
+    """Runs steps for the seeds on the command line, else the seed in the config file, else all trained seeds (42 for a training)."""
     seeds = typed.get("seed")
     given = {**(read_yaml(config) if config else {}), **{name: value for name, value in typed.items() if name != "seed"}}
     source = str(config or "a --config file")
@@ -103,18 +103,18 @@ def _run(steps: Sequence[str], config: Path | None, typed: Mapping[str, Any]) ->
 
 
 def _trained_study(given: Mapping[str, Any], place: Mapping[str, Any], source: str) -> PlasticityConfig:
-    """A study by the options given, over those that its training had."""
+    """Options of a trained study: the given ones, and those of its training for the rest."""
     options = PlasticityConfig.from_mapping(place).folder / OPTIONS
     trained = read_yaml(options) if options.is_file() else {"model_path": "."}
-    PlasticityConfig.from_mapping({**place, **trained}, source=str(options))  # what is wrong there is not the config file's
+    PlasticityConfig.from_mapping({**place, **trained}, source=str(options))  # names the right file in an error
     return PlasticityConfig.from_mapping({**trained, **given}, source=source)
 
 
 def _later_seeds(folder: Path, asked: Sequence[int], step: str) -> Sequence[int]:
-    """The seeds that a step after training is for: those asked for, or all of OUTPUT/TASK that are ready for it.
+    """Seeds for a step after training: the given ones, or all of OUTPUT/TASK that are ready for it.
 
     Raises:
-        InputError: one that is asked for, or all, lack what an earlier step writes; the line names those that are there and that step.
+        InputError: a given seed, or every seed, lacks the files of an earlier step; the message names the ready seeds and that step.
     """
     needed = [(TRAINED, TRAIN_STEP), *([(MEASURED, MEASURE_STEP)] if step == "report" else [])]
     ready: Sequence[int] = ()
@@ -129,19 +129,19 @@ def _later_seeds(folder: Path, asked: Sequence[int], step: str) -> Sequence[int]
 
 
 def _seeds_with(folder: Path, file: str) -> list[int]:
-    """Seeds of OUTPUT/TASK whose folders hold a file."""
+    """Seeds of OUTPUT/TASK whose folders contain a file."""
     found = (re.fullmatch(r"seed(0|[1-9][0-9]*)", path.parent.name) for path in folder.glob(f"seed*/{file}"))
     return sorted(int(name[1]) for name in found if name)
 
 
 def run_steps(steps: Sequence[str], studies: Sequence[PlasticityConfig]) -> None:
-    """Each step of each study, with a line on each; the report covers all seeds that are there."""
+    """Runs each step of each study and prints a line on each. The report covers all seeds in the folder."""
     for study in studies:
         _check_paths(steps, study)
     from ..heads.plasticity.correlation import require_scipy
     from ..report.scan.figures import require_matplotlib
 
-    if "report" in steps:  # before the minutes of work, what would stop it at the end
+    if "report" in steps:  # before minutes of work, checks what the end of it needs
         require_scipy()
         require_matplotlib()
     for study in studies:
@@ -159,7 +159,7 @@ def _show(bar: screen.Progress, seed: int, state: Progress) -> None:
 
 
 def _check_paths(steps: Sequence[str], study: PlasticityConfig) -> None:
-    """Refuses paths that are mistyped before the libraries that take seconds to load; a training that is complete needs none."""
+    """Checks paths before the slow libraries are loaded; a complete training needs none of them."""
     trained = (study.folder / TRAINED).is_file()
     if "train" in steps and not trained:
         local_model(study.model_path)
@@ -192,7 +192,7 @@ def _measure(study: PlasticityConfig, progress: Callable[..., None]) -> list[tup
     ]
     accuracy, commonest = summary["base_accuracy_post"], summary["commonest_class"]
     if accuracy <= commonest:
-        said = f"accuracy {accuracy:.2f}, commonest class {commonest:.2f}: training did no better than always answering that class"
+        said = f"accuracy {accuracy:.2f}, commonest class {commonest:.2f}: training did no better than a constant prediction of that class"
         lines.append(("note", said))
     return lines
 
@@ -206,9 +206,9 @@ def _report(study: PlasticityConfig, progress: Callable[..., None]) -> list[tupl
     from ..report import write_plasticity_page
 
     progress(Progress("reporting", None, ""))
-    read_measured(study.folder)  # before the lock, which would make the folder
+    read_measured(study.folder)  # before the lock, which would create the folder
     options = training_options(study, torch.float32)
-    with locked(study.folder):  # until the page is drawn
+    with locked(study.folder):  # held until the page is drawn
         check_same(study.folder, {name: options[name] for name in options if name not in ("dtype", "batch_size")})  # as `measure` does
         summary = summarise(study)
         page = write_plasticity_page(summary.folder)
@@ -219,7 +219,7 @@ _STEPS = {"train": _train, "measure": _measure, "report": _report}
 
 
 def _findings(summary: PlasticitySummary) -> list[tuple[str, object]]:
-    """Rank correlations and overlaps of importance with change, the cases, and how many of the original study's figures are met."""
+    """Rank correlations and overlaps of importance with change, number of cases, and number of the original study's figures met."""
     counts, acceptance = summary.stats["counts"], summary.stats["acceptance"]
     lines: list[tuple[str, object]] = []
     for pair in summary.stats["pairs"]:
@@ -233,14 +233,14 @@ def _findings(summary: PlasticitySummary) -> list[tuple[str, object]]:
 
 
 def _over_seeds(study: PlasticityConfig) -> list[tuple[str, object]]:
-    """The page over all complete seeds of the task."""
+    """Writes the page over all complete seeds of the task."""
     from ..heads.plasticity.seeds import SeedsDifferError, aggregate
     from ..report import write_plasticity_aggregate
 
     folder = study.folder.parent
     try:
         found = aggregate(folder)
-    except SeedsDifferError as error:  # seeds of an earlier study with other options; the pages of this one stand
+    except SeedsDifferError as error:  # seeds of an earlier study with other options; the pages of this study remain
         return [("all seeds", f"not joined: {one_line(str(error))}")]
     page = write_plasticity_aggregate(folder)
     lines: list[tuple[str, object]] = [("all seeds", f"{len(found['seeds'])} complete")]

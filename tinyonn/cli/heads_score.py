@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..heads.progress import Progress
     from ..heads.score.score import ScoreResult
 
-_SHOWN = 5  # heads printed
+_SHOWN = 5  # number of heads printed
 _CONFIG_HEADER = "Options of `tinyonn heads score` with their defaults. Pass the file as --config; the command line takes precedence."
 
 
@@ -30,17 +30,17 @@ def score(
 ) -> None:
     """Score every attention head over a multiple-choice data set.
 
-    Output norm, concentration, attention to the question, and the fusion of their ranks within each layer, as CSV, heat maps and a page.
-    One forward pass a prompt; nothing is trained, and attention runs as fast as it always does.
+    Writes output norm, concentration, attention to the question, and the fusion of their ranks within each layer, as CSV, heat maps and a
+    page. Needs one forward pass per prompt; nothing is trained, and attention runs at full speed.
     """
     score_and_draw(configured(ScoreConfig, config, given))
 
 
 def score_and_draw(options: ScoreConfig) -> None:
-    """Scores, draws their page while no other run may write scores into the folder, and prints what was done."""
+    """Scores heads, draws the page with the folder locked, and prints a summary."""
     from ..report.scan.figures import require_matplotlib
 
-    local_model(options.model_path)  # what is mistyped, before the libraries that take seconds to load
+    local_model(options.model_path)  # checks paths before it loads the slow libraries
     data_kind(options.data_path)
     require_matplotlib()
     with locked(options.output_dir), screen.Progress("loading") as bar:
@@ -58,7 +58,7 @@ def show_progress(bar: screen.Progress, state: Progress) -> None:
 
 
 def result_screen(result: ScoreResult, page: Path) -> str:
-    """What was done, the best heads, and where the page lies."""
+    """Summary of a run: counts, the best heads, and the path of the page."""
     from ..heads.score.fusion import top_heads
 
     summary = result.summary
@@ -71,7 +71,7 @@ def result_screen(result: ScoreResult, page: Path) -> str:
         lines.append(("left out", f"{screen.counted(summary['unlabelled'], 'row')} without an answer"))
     elif without := summary["samples"] - summary["answered"]:
         others = "; --skip-unlabelled leaves these out" if summary["answered"] else ""
-        lines.append(("no answer", f"in {screen.counted(without, 'row')}, scored all the same{others}"))
+        lines.append(("no answer", f"in {screen.counted(without, 'row')}, which are scored nevertheless{others}"))
     if summary["truncated"]:
         lines.append(("truncated", f"{screen.counted(summary['truncated'], 'prompt')} at {summary['max_length']} tokens"))
     if summary["spans_lost"]:

@@ -15,7 +15,7 @@ from . import screen
 if TYPE_CHECKING:
     from ..mscan.convert import Description
 
-# Shown first, in this order; the rest of the metadata follows.
+# Metadata shown first, in this order.
 FIRST = ("model", "topic", "corpus", "credit", "targets", "dtype", "store", "generate")
 HASHES = ("sha256", "hash")
 
@@ -26,7 +26,7 @@ def info(
     sequences: Annotated[int, typer.Option(metavar="N", min=0, help="List the first N sequences.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
-    """Tell what a .mscan file holds."""
+    """Show the contents of a .mscan file."""
     from ..mscan.convert import describe
 
     found = describe(file)
@@ -49,10 +49,10 @@ def info(
 
 def _summary(found: Description) -> list[tuple[str, object]]:
     planes = found.sequences_with_planes
-    kept = "values of all" if planes == found.sequences else f"values of {screen.number(planes)}, sums alone of the others"
+    kept = "values of all" if planes == found.sequences else f"values of {screen.number(planes)}, only sums of the others"
     lines: list[tuple[str, object]] = [
         ("file", f"{found.path}, {readable_bytes(found.size)}, .mscan version {found.version}"),
-        ("sequences", f"{screen.number(found.sequences)}, {screen.counted(found.tokens, 'token')}; {kept if planes else 'sums alone'}"),
+        ("sequences", f"{screen.number(found.sequences)}, {screen.counted(found.tokens, 'token')}; {kept if planes else 'only sums'}"),
         (
             "blocks",
             f"{screen.number(found.blocks)}: {screen.counted(len(found.layout), 'weight')}, {screen.counted(found.layers, 'layer')}",

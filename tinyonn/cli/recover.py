@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @takes_coding
 def recover(
-    file: Annotated[Path, typer.Argument(help="The damaged file, which stays as it is.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="The damaged file, which is not changed.", show_default=False)],
     output_path: Output,
     given: Mapping[str, Any],
     overwrite: Overwrite = False,
 ) -> None:
-    """Write what can be read of a damaged file as a clean one.
+    """Copy the readable sequences of a damaged file to a new one.
 
-    Values keep the codec of the file, those of version 1 become f32, unless --codec says otherwise.
+    Without --codec, values keep the codec of the file, and those of version 1 become f32.
     """
     from ..mscan.convert import recover as repair
 
@@ -36,7 +36,7 @@ def recover(
 
 
 def written(result: Conversion) -> str:
-    """What a conversion wrote, and what it could not."""
+    """Summary of a conversion: sequences written, and sequences lost."""
     lines: list[tuple[str, object]] = [
         ("written", f"{result.path}, {readable_bytes(result.path.stat().st_size)}"),
         ("holds", f"{screen.counted(result.sequences, 'sequence')}, {screen.counted(result.tokens, 'token')}"),

@@ -21,16 +21,21 @@ def report(
         Path | None,
         typer.Option("--output-path", "-o", metavar="PATH", help="The page. [default: FILE with .html]", show_default=False),
     ] = None,
-    normalise: Annotated[str, typer.Option(metavar="layer|global|none", help="What the maps show first.")] = "layer",
-    top: Annotated[int, typer.Option(metavar="N", help="Blocks and heads listed.")] = 20,
-    replay: Annotated[int, typer.Option(metavar="N", help="Sequences shown token by token.")] = 8,
-    replay_order: Annotated[str, typer.Option(metavar="ORDER", help="Which: surprising (highest loss) or first.")] = "surprising",
+    normalise: Annotated[str, typer.Option(metavar="layer|global|none", help="Normalisation of the maps at first.")] = "layer",
+    top: Annotated[int, typer.Option(metavar="N", help="Number of blocks and heads listed.")] = 20,
+    replay: Annotated[int, typer.Option(metavar="N", help="Number of sequences shown token by token.")] = 8,
+    replay_order: Annotated[
+        str, typer.Option(metavar="ORDER", help="Choice of these sequences: surprising (highest loss) or first.")
+    ] = "surprising",
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Model folder, to show tokens as text. [default: the scan's]", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Folder of the model whose tokenizer decodes the tokens. [default: the scan's]", show_default=False
+        ),
     ] = None,
     figures: Figures = True,
 ) -> None:
-    """Write a page about a scan: maps, top blocks and heads, replay.
+    """Write a page about a scan: maps, top blocks and heads, replay of tokens.
 
     The page is one file and opens offline.
     """
@@ -42,7 +47,7 @@ def report(
         result = write_report(
             file,
             target,
-            normalise=normalise,  # type: ignore[arg-type]  # checked there
+            normalise=normalise,  # type: ignore[arg-type]  # checked by write_report
             top=top,
             replay=replay,
             replay_order=replay_order,  # type: ignore[arg-type]
@@ -53,5 +58,5 @@ def report(
 
 
 def written(result: ReportResult | ComparisonResult) -> list[tuple[str, object]]:
-    """The files of a page, with its size."""
+    """Files of a page, with its size."""
     return [("page", f"{result.html}, {readable_bytes(result.html.stat().st_size)}"), *(("figure", png) for png in result.pngs)]

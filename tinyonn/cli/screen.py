@@ -1,4 +1,4 @@
-"""What the commands put on the screen: results on stdout, progress and notes on stderr."""
+"""Output of the commands: results on stdout, progress and notes on stderr."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 
 from .._io.units import counted as counted
 
-PLAIN_EVERY = 10.0  # seconds between lines where no bar can be drawn
-BAR_WIDTHS = (6, 12, 24)  # on narrow, usual and wide terminals
+PLAIN_EVERY = 10.0  # seconds between lines if stderr is no terminal
+BAR_WIDTHS = (6, 12, 24)  # for narrow, usual and wide terminals
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def say(line: str = "") -> None:
-    """A note on stderr: not part of the result."""
+    """Prints a note on stderr."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
-    """Without what would move the cursor or colour the screen: names of files and models come from anywhere."""
+    """Text without control characters, which names of files and models may contain."""
     return _CONTROLS.sub("\ufffd", text)
 
 
 def rows(lines: Iterable[tuple[str, object]], indent: int = 0) -> str:
-    """Names and values in two columns; a value of several lines keeps to its column."""
+    """Names and values in two columns; all lines of a value stay in its column."""
     entries = [(name, printable(str(value))) for name, value in lines]
     width = max((len(name) for name, _ in entries), default=0)
     gap = "\n" + " " * (indent + width + 2)
@@ -36,7 +36,7 @@ def rows(lines: Iterable[tuple[str, object]], indent: int = 0) -> str:
 
 
 def columns(head: Sequence[str], lines: Iterable[Sequence[object]], right: Sequence[int] | None = None) -> str:
-    """A plain table; the columns numbered in `right` (None: all but the first) stand to the right, as numbers should."""
+    """A plain table. Columns numbered in `right` (None: all but the first) are aligned to the right."""
     table = [[str(value) for value in line] for line in (head, *lines)]
     widths = [max(len(line[column]) for line in table) for column in range(len(head))]
     right = range(1, len(head)) if right is None else right
@@ -59,12 +59,12 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A bar on stderr where that is a terminal; elsewhere a plain line now and then. A context manager.
+    """A context manager that shows progress: a bar if stderr is a terminal, else a plain line every 10 seconds.
 
-    Either says how long the rest will take, from the second look at the share done on: what an earlier run did tells no speed.
+    Both show the remaining time, from the second update on: progress of an earlier run has no speed.
 
     Args:
-        label: what is going on, for the left of the line.
+        label: name of the current stage, at the left of the line.
         enabled: False draws nothing (the other ranks of a scan).
     """
 
@@ -73,8 +73,8 @@ class Progress:
         self._enabled = enabled
         self._bar: Any = None
         self._task: Any = None
-        self._started = self._said = time.monotonic()  # the stage that `label` names, and the last plain line
-        self._first: tuple[float, float] | None = None  # when a share was first known, and which
+        self._started = self._said = time.monotonic()  # start of the stage, time of the last plain line
+        self._first: tuple[float, float] | None = None  # time and value of the first known fraction
 
     def __enter__(self) -> Progress:
         if self._enabled and sys.stderr.isatty():
@@ -85,7 +85,7 @@ class Progress:
 
             console = Console(stderr=True)
             if not console.is_dumb_terminal:
-                # One line at any width: the words give way (`_fitting`), and the bar is short where there is little room.
+                # One line at any width: `_fitting` shortens the words, and narrow terminals have a short bar.
                 def words(field: str) -> TextColumn:
                     return TextColumn(field, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
 
@@ -102,7 +102,7 @@ class Progress:
         return self
 
     def update(self, fraction: float | None, text: str, *, label: str | None = None) -> None:
-        """Shows the share done (None: unknown) and a few words."""
+        """Shows the fraction done (None: unknown) and a few words."""
         if label is not None and label != self._label:
             self._label, self._first, self._started = label, None, time.monotonic()
         rest = self._rest(fraction)
@@ -116,7 +116,7 @@ class Progress:
             say(f"{self._label}:{share} {text}, {duration(self._said - self._started)}" + (rest and f", {rest}"))
 
     def _fitting(self, label: str, text: str) -> tuple[str, str]:
-        """Both cut to the room beside the spinner, the bar and the rest. Left alone, rich takes from each column, the spinner too."""
+        """Label and text, cut to the width beside the other columns. Otherwise, rich would narrow all columns, even the spinner."""
         from rich.cells import cell_len, set_cell_size
 
         def cut(words: str, room: int) -> str:
@@ -128,7 +128,7 @@ class Progress:
         return label, cut(text, width - 1 - cell_len(label) - self._bar.columns[2].bar_width - len("10:00:00 left") - gaps)
 
     def _rest(self, fraction: float | None) -> str:
-        """12 s left; nothing while it cannot be told."""
+        """Remaining time, such as "12 s left"; empty if unknown."""
         if not fraction:
             return ""
         now = time.monotonic()

@@ -14,9 +14,9 @@ from . import screen
 def verify(
     files: Annotated[list[Path], typer.Argument(help="Files, or names of sets of ranks.", show_default=False)],
 ) -> None:
-    """Check .mscan files by every rule of the format: checksums, order, what each sequence commits.
+    """Check .mscan files against all rules of the format: checksums, order, commits of sequences.
 
-    Exit code 1 where one is damaged.
+    The exit code is 1 if a file is damaged.
     """
     from ..mscan.convert import verify as check
 
@@ -36,6 +36,6 @@ def verify(
             fixed = file.with_suffix(f".recovered{file.suffix}")
             print(f"         `tinyonn recover {file} -o {fixed}` keeps {screen.counted(found.sequences, 'sequence')}")
         else:
-            print("         nothing of it can be read")
+            print("         no sequence can be read")
     if damaged:
         raise typer.Exit(1)

