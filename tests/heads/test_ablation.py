@@ -200,7 +200,7 @@ def test_losses_that_are_not_finite_name_the_head(tiny_classifier, labelled_batc
         return output if whole else output * torch.nan
 
     handle = model.bert.encoder.layer[2].attention.output.dense.register_forward_hook(spoil)
-    with pytest.raises(InputError, match="loss of the evaluation samples must be finite, got nan with head 0 of layer 2 off"):
+    with pytest.raises(InputError, match="the loss of the evaluation samples is nan with head 0 of layer 2 off, which is not finite"):
         ablate_heads(model, batches)
     handle.remove()
     with torch.no_grad():

@@ -171,7 +171,7 @@ def test_a_task_of_ones_own_comes_from_a_yaml_file(tmp_path):
         ("text: a\nlabel: b\n", "labels must be given in a task's YAML file, got text, label in {path}."),
         ("text: a\nlabel: b\nlabels: [x]\n", "labels must be at least two different names, got x."),
         ("text: a\nlabel: b\nlabels: [x, X]\n", "labels must be at least two different names, got x, X."),
-        ("text: a\nlabel: b\nlabels: ['1', x, '1.0']\n", "labels must be different numbers where they are numbers, got 1, x, 1.0."),
+        ("text: a\nlabel: b\nlabels: ['1', x, '1.0']\n", "labels must differ as numbers, got 1, x, 1.0."),
         (
             "text: a\nlabel: b\nlabel: c\nlabels: [x, y]\n",
             "task must be valid YAML, got {path}: the key 'label' is given twice in line 3, column 1.",

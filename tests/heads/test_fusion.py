@@ -75,7 +75,7 @@ def test_what_is_not_finite_has_no_rank(bad):
 
 
 def test_weights_must_be_of_the_scores():
-    with pytest.raises(InputError, match=r"weights must be of the scores out, got out, ent\."):
+    with pytest.raises(InputError, match=r"weights must have the names out, got out, ent\."):
         fuse({"out": [[1.0]]}, {"out": 1.0, "ent": 1.0})
     with pytest.raises(InputError, match="norm_mode must be one of zscore, percentile, got 'minmax'"):
         normalise([1.0, 2.0], "minmax")

@@ -259,5 +259,5 @@ def test_training_mode_and_other_models_are_refused(tiny_classifier, labelled_ba
     (batch,) = labelled_batches((3,))
     with pytest.raises(ValueError, match="model must be in eval mode, got training mode"):
         class_logits(tiny_classifier("bert").train(), batch)
-    with pytest.raises(ValueError, match=r"model must give logits of shape \(B, classes\), got \(3, 11, 97\)"):
+    with pytest.raises(ValueError, match=r"model must return logits of shape \(B, classes\), got \(3, 11, 97\)"):
         class_logits(tiny_causal_lm("llama"), batch)

@@ -206,10 +206,10 @@ def test_what_is_not_finite_or_empty_is_refused(tiny_classifier, labelled_batche
     handle = model.bert.encoder.layer[2].attention.self.value.register_full_backward_hook(
         lambda module, grad_in, grad_out: (grad_in[0] * torch.nan,)
     )
-    with pytest.raises(InputError, match="gradients must be finite, got nan in head 0 of layer 0"):
+    with pytest.raises(InputError, match="the gradient of head 0 in layer 0 is not finite"):
         head_gradients(model, labelled_batches((3,)))
     handle.remove()
     with torch.no_grad():
         model.classifier.bias[0] = torch.nan
-    with pytest.raises(InputError, match="loss of the evaluation samples must be finite, got nan"):
+    with pytest.raises(InputError, match="the loss of the evaluation samples is nan, which is not finite"):
         head_gradients(model, labelled_batches((3,)))

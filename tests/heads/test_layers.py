@@ -100,11 +100,11 @@ def test_layers_without_attention_are_left_out():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("t5", {"d_model": 48, "num_layers": 1, "num_heads": 4}, "model must be an encoder or a decoder alone, got t5"),
+        ("t5", {"d_model": 48, "num_layers": 1, "num_heads": 4}, "model must be an encoder or a decoder, got t5"),
         ("albert", {"hidden_size": 48, "intermediate_size": 8, "num_attention_heads": 4}, "own in each layer, got albert"),
         ("mamba", {"hidden_size": 16, "num_hidden_layers": 1}, "q_proj, k_proj, v_proj, or.*mamba has in_proj, "),
         ("codegen", {"n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8}, "as in GPT-2, Phi-3.*; codegen has qkv_proj, "),
-        ("whisper", {}, "model must be an encoder or a decoder alone, got whisper"),
+        ("whisper", {}, "model must be an encoder or a decoder, got whisper"),
         ("openai-gpt", {"n_layer": 1}, "as in GPT-2, Phi-3.*; openai-gpt has c_proj, c_attn, "),
         ("xlnet", {"n_layer": 1}, "q_proj, k_proj, v_proj, or.*; xlnet has layer_1, "),
         ("mamba2", {"num_hidden_layers": 1}, "q_proj, k_proj, v_proj, or.*mamba2 has in_proj, "),

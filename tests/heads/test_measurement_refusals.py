@@ -66,12 +66,12 @@ def edit(config: PlasticityConfig, checkpoint: str, change: Callable[[dict[str, 
         (
             "ckpt_final",
             lambda w: w["classifier.bias"].fill_(torch.nan),
-            "loss of the evaluation samples must be finite, got nan with all heads on",
+            "the loss of the evaluation samples is nan with all heads on, which is not finite",
         ),
         (
             "ckpt_init",
             lambda w: w["classifier.bias"].fill_(torch.nan),
-            "loss of the evaluation samples must be finite, got nan with all heads on",
+            "the loss of the evaluation samples is nan with all heads on, which is not finite",
         ),
         ("ckpt_final", lambda w: w.pop("classifier.bias"), "got classifier.bias in only one of them"),
         (

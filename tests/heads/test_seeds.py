@@ -88,7 +88,7 @@ def test_one_seed_has_means_and_says_that_it_gives_no_interval(make_seeds):
     rho = found["pairs"][0]["rho"]
     assert rho["mean"] == pytest.approx(scipy_stats.spearmanr(drawn[0]["I_pre"].ravel(), drawn[0]["U"].ravel()).statistic)
     assert (rho["low"], rho["high"], rho["reason"]) == (None, None, "one seed gives no interval")
-    assert found["notes"] == ["One seed gives no interval: run others to see how far the numbers move from run to run."]
+    assert found["notes"] == ["One seed has no interval: run others to see the variation between runs."]
     with (folder / "aggregate.csv").open(newline="") as file:
         assert next(csv.DictReader(file))["I_pre_sd"] == ""
 

@@ -158,7 +158,7 @@ def test_a_state_of_another_training_is_not_gone_on_from(config):
     tensors = load_file(path)
     tensors["classifier.bias"] += 1
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(InputError, match="ckpt_init must hold the weights that training began with, got others; --overwrite begins again"):
+    with pytest.raises(InputError, match="ckpt_init must hold the initial weights of the training, got others; --overwrite starts again"):
         train(run)
 
 

@@ -69,7 +69,7 @@ def test_gradients_that_are_no_numbers_end_a_training_in_fp16(config, monkeypatc
         train(config(dtype="fp16", epochs=5))
     # The scaler halves 2**16 at every step; after the 21st it is below 2**-4.
     assert str(raised.value) == (
-        "gradient must stay finite, got nan in step 21 of 25: lower --learning-rate (now 0.001), or take --dtype fp32."
+        "gradient must stay finite, got nan in step 21 of 25: lower --learning-rate (now 0.001), or use --dtype fp32."
     )
 
 
@@ -81,7 +81,7 @@ def test_memory_that_runs_out_names_the_options_to_lower(config, monkeypatch):
     with pytest.raises(InputError) as raised:
         train(config())
     assert str(raised.value) == (
-        "memory ran out after step 0: lower --batch-size (now 8) or --max-length (now 32), or take --dtype bf16; with --overwrite, since "
+        "memory ran out after step 0: lower --batch-size (now 8) or --max-length (now 32), or use --dtype bf16; with --overwrite, since "
         "other options are another training."
     )
 
@@ -107,7 +107,7 @@ def test_weights_that_the_transformer_lacks_are_not_made_up(config, tmp_path):
 def test_more_tokens_than_the_model_takes_are_refused(config):
     with pytest.raises(InputError) as raised:
         train(config(max_length=129))
-    assert str(raised.value) == "max_length must be at most the 128 tokens that the model takes, got 129."
+    assert str(raised.value) == "max_length must be at most the model's limit of 128 tokens, got 129."
     assert left(config().folder) == []
 
 
@@ -116,7 +116,7 @@ def test_positions_that_a_roberta_keeps_for_padding_are_not_used(config, boolq_r
     long.write_text(boolq_rows.read_text().replace('"passage": "', f'"passage": "{"c" * 40}'))
     run = config(model_path=str(save_tiny_model(tmp_path / "roberta", "roberta")), data_path=str(long), max_steps=1)
     assert train(run).summary["steps"] == 1  # 128 positions, of which 96 are of the padding token, 95, and those before it
-    with pytest.raises(InputError, match=r"max_length must be at most the 32 tokens that the model takes, got 33\."):
+    with pytest.raises(InputError, match=r"max_length must be at most the model's limit of 32 tokens, got 33\."):
         train(config(model_path=run.model_path, data_path=str(long), max_length=33, seed=1))
 
 

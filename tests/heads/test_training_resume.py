@@ -197,12 +197,12 @@ def test_a_damaged_state_and_changed_data_are_named(config, boolq_rows, tmp_path
     with pytest.raises(Killed):
         train(run, killed_at("training", "step 3/"))
     copy.write_text(boolq_rows.read_text().replace("yyyy 1", "yyyy one", 1))
-    with pytest.raises(InputError, match=r"data_path must hold the rows that the training in .* began with; --overwrite begins again\."):
+    with pytest.raises(InputError, match=r"data_path must hold the rows with which the training in .* began; --overwrite starts again\."):
         train(run)
     copy.write_text(boolq_rows.read_text())
     state = run.folder / "train_state.pt"
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(
-        InputError, match=r"train_state\.pt must be a whole state of training, got a damaged file; --overwrite begins again"
+        InputError, match=r"train_state\.pt must be a complete training state, got a damaged file; --overwrite starts again"
     ):
         train(run)

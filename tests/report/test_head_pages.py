@@ -201,7 +201,7 @@ def test_aggregate_page_of_one_seed_says_that_it_gives_no_interval(make_run, par
     folder, _ = make_run(4)
     aggregate(folder.parent)
     parser = parse(write_plasticity_aggregate(folder.parent).html)
-    assert "One seed gives no interval" in parser.text
+    assert "One seed has no interval" in parser.text
     assert [entry["key"] for entry in parser.data["maps-data"]] == ["I_pre", "I_post", "Urel", "G_pre"]
     row = next(row for row in rows_of(parser, "by chance") if row[0] == "I_pre, U")
     assert row[3:6] == ["–", "–", "–"]

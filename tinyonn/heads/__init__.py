@@ -1,4 +1,4 @@
-"""The head laboratory: attention heads scored before fine-tuning, and what fine-tuning does to them."""
+"""Head laboratory: scores of attention heads before fine-tuning, and the effects of fine-tuning on them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .score.scores import Observation as Observation
     from .score.scores import register_score as register_score
 
-# Loaded when asked for: options can be checked, and results read, without torch. No module bears the name of a function here.
+# Loaded on first access, so that options can be checked, and results read, without torch. No module has the name of a function here.
 _HOMES = {
     "AttentionLayer": "capture.layers",
     "HeadAblation": "plasticity.ablation",

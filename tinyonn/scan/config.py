@@ -50,7 +50,7 @@ class ScanConfig(Options):
         overwrite: replace an existing output.
 
     Raises:
-        InputError: a value outside its range, naming the field.
+        InputError: a value is invalid; the message names the field.
     """
 
     model_path: str = option(REQUIRED, non_empty, "PATH", "-m")

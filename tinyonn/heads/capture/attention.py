@@ -1,9 +1,9 @@
-"""Entropy and span mass of every attention head, while a model runs as it always does.
+"""Entropy and span mass of every attention head, measured in the forward passes of an unchanged model.
 
-A model with transformers' attention interface gets a registered function that calls the model's own one (PyTorch's
-scaled_dot_product_attention, or the eager function of its modelling file) and then takes the statistics from the same queries and
-keys: its outputs stay bit-identical, and no matrix of probabilities is made that was not there before. A module outside the
-interface (DeBERTa-v2, GPT-J, BLOOM) is asked for the probabilities that it computes anyway. What allows neither is refused by name.
+For a model with transformers' attention interface, a registered function calls the model's own one (PyTorch's
+scaled_dot_product_attention, or the eager function of its modelling file), and then computes the statistics from the same queries and
+keys. The outputs stay bit-identical, and no additional matrix of probabilities is stored. A module outside the interface (DeBERTa-v2,
+GPT-J, BLOOM) returns the probabilities that it computes in any case. Other modules raise an error with their names.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .layer_stats import Wanted
 from .layers import AttentionLayer, attention_layers, uncompiled
 
 PREFIX = "tinyonn_stats_"
-# Implementations that can be wrapped, and the keyword arguments that bear on their scores.
+# Implementations that can be wrapped, and the keyword arguments that affect their scores.
 BASES = {"sdpa": frozenset({"scaling", "is_causal"}), "eager": frozenset({"scaling", "softcap", "s_aux"})}
-# What a model may pass that changes no score: the mask already holds windows and packed sequences.
+# Arguments without an effect on scores: the mask already contains windows and packed sequences.
 WITHOUT_EFFECT = frozenset(
     {
         "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "is_causal", "max_length_k", "max_length_q",
@@ -42,29 +42,29 @@ SAME_ENTROPY, SAME_ENTROPY_HALF = 0.05, 0.5
 def capture_attention_stats(
     model: nn.Module, *, span_mask: Tensor | None = None, key_mask: Tensor | None = None, queries: Tensor | None = None
 ) -> Iterator[list[AttentionStats]]:
-    """Within the block, the list holds the statistics of the last forward pass of `model`, a layer each.
+    """Captures attention statistics: within the block, the list holds those of the last forward pass of `model`, one entry per layer.
 
         with capture_attention_stats(model, span_mask=question) as layers:
             model(**batch)
         layers[3].entropy    # (B, T, H), of attention_layers(model)[3]
 
-    The model's outputs and gradients are what they are outside the block. Blocks may be nested, and several models captured at once.
-    Compiled models run uncompiled within the block. A model belongs to the thread whose block captures it: within the block others neither
-    capture nor call it, nor capture a model that shares its configuration.
+    Outputs and gradients of the model do not change. Blocks may be nested, and several models captured at once. Compiled models run
+    uncompiled within the block. Within it, other threads must neither call nor capture the model, nor capture a model that shares its
+    configuration.
 
     Args:
-        model: a transformers model; within the block it is called itself, not a part of it.
+        model: transformers model; the block must call the model itself, not a part of it.
         span_mask: (B, Tk) bool, keys of the span; Tk counts those of a cache.
-        key_mask: (B, Tk) bool or integer, 0 for keys to be left out besides those that the model hides: a batch's attention_mask.
-        queries: (B,) int64, of each row the position 0 … T − 1 of the only query that is looked at; T is then 1 in the statistics.
+        key_mask: (B, Tk) bool or integer, 0 for keys to ignore in addition to those that the model masks, as in attention_mask.
+        queries: (B,) int64, position 0 … T − 1 of the only query to measure in each row; T is then 1 in the statistics.
 
     Yields:
-        One AttentionStats a layer, of entropy in nats and span mass (None without a span), (B, T, H) float32 (float64 for float64), 0 for
-        queries that see nothing.
+        One AttentionStats per layer, of entropy in nats and span mass (None without a span), (B, T, H) float32 (float64 for float64), 0 for
+        queries that attend to nothing.
 
     Raises:
-        InputError: a layer's statistics cannot be captured, the line names the layer and its class; the model is given as torch.compile
-            wraps it, or another thread has it.
+        InputError: the statistics of a layer cannot be captured (the message names the layer and its class), the model is a wrapper of
+            torch.compile, or another thread captures it.
         TypeError, ValueError: a mask or `queries` does not fit the batch.
     """
     for name, mask, kind in (("span_mask", span_mask, "bool"), ("key_mask", key_mask, "bool or integer")):
@@ -87,11 +87,11 @@ def capture_attention_stats(
         stack.callback(model.register_forward_hook(capture.end).remove)
         yield capture.found
         if capture.missed and not capture.finished:
-            raise InputError(f"model must be called itself for its statistics, got calls of parts of {type(model).__name__}.")
+            raise InputError(f"only parts of {type(model).__name__} were called; call the model itself for its statistics.")
 
 
 class _Capture:
-    """One block: what it asks of each layer, and what the layers have reported."""
+    """State of one block: the wanted statistics, and those that layers have reported."""
 
     def __init__(self, layers: list[AttentionLayer], wanted: Wanted) -> None:
         self.layers, self.wanted = layers, wanted
@@ -102,7 +102,7 @@ class _Capture:
 
     def check_thread(self) -> None:
         if get_ident() != self.thread:
-            raise InputError("model must be called by the thread whose block captures it, got a call of another.")
+            raise InputError("model was called by another thread than the one that captures it.")
 
     def begin(self, model: nn.Module, args: Any) -> None:
         self.check_thread()
@@ -118,7 +118,7 @@ class _Capture:
         self.found[:] = [self.reported[layer.name] for layer in self.layers]
 
     def report(self, layer: AttentionLayer, statistics: Callable[[], AttentionStats]) -> None:
-        if not self.running:  # a checkpointed layer's second run, in backward, or a part of the model
+        if not self.running:  # the recomputation of a checkpointed layer in backward, or a call of a part of the model
             self.missed = True
             return
         self.check_thread()
@@ -127,17 +127,17 @@ class _Capture:
         self.reported[layer.name] = statistics()
 
 
-_threads: dict[int, list[int]] = {}  # by identity of a module or configuration, the thread of each block around it
+_threads: dict[int, list[int]] = {}  # id of a module or configuration -> threads of its blocks
 _threads_lock = Lock()
 
 
 @contextmanager
 def _one_thread(model: nn.Module) -> Iterator[None]:
-    """Keeps the model's modules and configurations for this thread; blocks of it may be nested."""
+    """Reserves the model's modules and configurations for this thread; its blocks may be nested."""
     parts = [id(part) for part in (*model.modules(), *configurations(model))]
     with _threads_lock:
         if any(thread != get_ident() for part in parts for thread in _threads.get(part, ())):
-            raise InputError("model must be captured by one thread at a time, got a block of another thread around it.")
+            raise InputError("model is being captured by another thread; only one thread at a time can capture it.")
         for part in parts:
             _threads.setdefault(part, []).append(get_ident())
     try:
@@ -150,7 +150,7 @@ def _one_thread(model: nn.Module) -> Iterator[None]:
                     del _threads[part]
 
 
-_captures: dict[nn.Module, list[tuple[_Capture, AttentionLayer]]] = {}  # by attention module, the blocks that watch it
+_captures: dict[nn.Module, list[tuple[_Capture, AttentionLayer]]] = {}  # attention module -> blocks that capture it
 
 
 def _forget(module: nn.Module, capture: _Capture) -> None:
@@ -164,13 +164,13 @@ def _named(layer: AttentionLayer) -> str:
 
 
 def _used_by(module: nn.Module) -> dict[str, Any]:
-    """What a module's forward uses of its file's names."""
+    """Global names of its file that a module's forward uses."""
     forward: Any = inspect.unwrap(type(module).forward)
     return {name: forward.__globals__[name] for name in forward.__code__.co_names if name in forward.__globals__}
 
 
 def _base_of(layers: list[AttentionLayer]) -> str:
-    """The one implementation that all of these layers use."""
+    """Attention implementation of these layers."""
     bases: dict[str, AttentionLayer] = {}
     for layer in layers:
         bases.setdefault(_implementation(layer), layer)
@@ -181,7 +181,7 @@ def _base_of(layers: list[AttentionLayer]) -> str:
         raise InputError(f"attention implementation must be {' or '.join(BASES)} for its statistics, got {base} in {_named(layer)}.")
     if base == "eager" and getattr(layer.module, "reorder_and_upcast_attn", False):
         raise InputError(
-            f"attention implementation must be sdpa for its statistics where reorder_and_upcast_attn is set, as in {_named(layer)}."
+            f"attention implementation must be sdpa for its statistics, got eager with reorder_and_upcast_attn in {_named(layer)}."
         )
     return base
 
@@ -192,7 +192,7 @@ def _implementation(layer: AttentionLayer) -> str:
 
 
 def _switch_implementation(model: nn.Module, base: str, stack: ExitStack) -> None:
-    """Until the stack closes, configurations that name the base, or a block around this one, name the function that reports."""
+    """Switches configurations with the base implementation, or that of an outer block, to the reporting one until the stack closes."""
     for config in configurations(model):
         before = config._attn_implementation_internal
         if before in (base, PREFIX + base):
@@ -201,12 +201,12 @@ def _switch_implementation(model: nn.Module, base: str, stack: ExitStack) -> Non
 
 
 def _reporting(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The base implementation, as an attention function that reports to the blocks that watch a module."""
+    """Attention function that calls the base implementation and reports statistics to the blocks that capture the module."""
 
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        used = _used_by(module)  # the file's own interface, which may hold functions of its own, and its own eager function
+        used = _used_by(module)  # the file's own interface, which may have additional functions, and its eager function
         eager = next((function for name, function in used.items() if name.endswith("eager_attention_forward")), None)
         out, weights = used["ALL_ATTENTION_FUNCTIONS"].get_interface(base, eager)(
             module, query, key, value, attention_mask, dropout=dropout, **kwargs
@@ -237,19 +237,17 @@ def _of_layer(
     options: dict[str, Any],
     probs: Tensor | None,
 ) -> AttentionStats:
-    """Statistics of what an attention function was given; the probabilities that it made of it, if it gives them out, are the proof."""
+    """Statistics from the arguments of an attention function, checked against the probabilities that it returned, if any."""
     given = {name for name, value in options.items() if value is not None and value is not False}
     unknown = sorted(given - BASES[base] - WITHOUT_EFFECT)
     if unknown:
-        raise InputError(
-            f"{_named(layer)} must pass nothing unknown to its attention, got {', '.join(unknown)}: its scores cannot be told."
-        )
+        raise InputError(f"{_named(layer)} passes unknown arguments to its attention ({', '.join(unknown)}), which may change its scores.")
     scores: dict[str, Any] = {"scaling": options.get("scaling"), "softcap": options.get("softcap"), "sinks": options.get("s_aux")}
     is_causal = options.get("is_causal")
     is_causal = getattr(layer.module, "is_causal", True) if is_causal is None else is_causal
     causal = base == "sdpa" and mask is None and query.shape[2] > 1 and bool(is_causal)
     if causal:
-        key = key[:, :, : query.shape[2]]  # the other places of a static cache are empty
+        key = key[:, :, : query.shape[2]]  # the other positions of a static cache are empty
     if probs is not None:
         last_mask = None if mask is None else mask[:, :, -1:]
         last = Wanted(None, None, None).from_scores(query[:, :, -1:], key, last_mask, causal=False, **scores)
@@ -257,25 +255,23 @@ def _of_layer(
         ours = last.entropy[:, 0]
         half = query.dtype.itemsize == 2 or torch.is_autocast_enabled(query.device.type)
         limit = SAME_ENTROPY_HALF if half else SAME_ENTROPY
-        if ((ours - theirs).abs() > limit)[ours > 0].any():  # where a query sees nothing, theirs is spread evenly
-            raise InputError(
-                f"{_named(layer)} must have scores of its queries and keys alone, got other probabilities from its own function."
-            )
+        if ((ours - theirs).abs() > limit)[ours > 0].any():  # a query that attends to nothing has uniform probabilities there
+            raise InputError(f"{_named(layer)} has attention probabilities that differ from the softmax of its queries and keys.")
     return wanted.from_scores(query, key, mask, causal=causal, sliding=options.get("sliding_window") is not None, **scores)
 
 
 def _hook_probabilities(layer: AttentionLayer, capture: _Capture, stack: ExitStack) -> None:
-    """Until the stack closes, has the module give out its probabilities, and keeps them from a caller that did not ask."""
+    """Makes the module return its probabilities until the stack closes; callers that did not request them do not get them."""
     module = layer.module
     signature = inspect.signature(module.forward)
     forward: Any = inspect.unwrap(type(module).forward)
-    if "output_attentions" not in signature.parameters or "_attn_implementation" in forward.__code__.co_names:  # else it takes another way
-        raise InputError(f"model must use transformers' attention interface or give out its probabilities, got neither in {_named(layer)}.")
+    if "output_attentions" not in signature.parameters or "_attn_implementation" in forward.__code__.co_names:  # else it has another path
+        raise InputError(f"model must use transformers' attention interface or return its probabilities, got neither in {_named(layer)}.")
     asked: list[bool] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if module.training and any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.children()):
-            raise InputError(f"model must be in eval mode for its statistics, got {_named(layer)}, whose probabilities dropout thins out.")
+            raise InputError(f"model must be in eval mode for its statistics, got {_named(layer)}, which applies dropout.")
         bound = signature.bind(*args, **kwargs)
         asked.append(bool(bound.arguments.get("output_attentions")))
         bound.arguments["output_attentions"] = True
@@ -284,11 +280,13 @@ def _hook_probabilities(layer: AttentionLayer, capture: _Capture, stack: ExitSta
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         place = [i for i, part in enumerate(output) if isinstance(part, Tensor) and part.dim() == 4 and part.shape[1] == layer.num_heads]
         if not isinstance(output, tuple) or len(place) != 1:
-            raise InputError(f"{_named(layer)} must give out its probabilities (B, {layer.num_heads}, T, T), got none.")
+            raise InputError(f"{_named(layer)} does not return its probabilities (B, {layer.num_heads}, T, T).")
         mask = signature.bind(*args, **kwargs).arguments.get("attention_mask")
         probs = output[place[0]]
         capture.report(layer, lambda: capture.wanted.from_probabilities(probs, mask))
         return output if asked.pop() else (*output[: place[0]], None, *output[place[0] + 1 :])
 
     stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-    stack.callback(module.register_forward_hook(after, with_kwargs=True, prepend=True).remove)  # the inner block's first
+    stack.callback(
+        module.register_forward_hook(after, with_kwargs=True, prepend=True).remove
+    )  # so that the hook of the inner block runs first

@@ -1,9 +1,9 @@
-"""Gates on attention heads: each multiplies its head's part of what the output projection takes in.
+"""Gates on attention heads. Each multiplies its head's part of the input of the output projection.
 
     x[b, t, h·D + d]  <-  gate[l, h] · x[b, t, h·D + d],    x the input of layer l's output projection
 
-L layers with attention, H heads, D head dim. A gate of 1 changes no bit, a gate of 0 takes the head out. (transformers 5 ignores
-`head_mask` and has no `prune_heads`; hooks on the output projection reach every architecture that `attention_layers` knows.)
+L layers with attention, H heads, D head dim. A gate of 1 leaves the output bit-identical, a gate of 0 removes the head. (transformers 5
+ignores `head_mask` and has no `prune_heads`. Hooks on the output projection work for all architectures that `attention_layers` knows.)
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .layers import AttentionLayer, attention_layers, uncompiled
 
 
 def heads_shape(layers: Sequence[AttentionLayer]) -> tuple[int, int]:
-    """(L, H) of a model whose layers have as many heads each.
+    """(L, H) of a model with the same number of heads in each layer.
 
     Raises:
-        InputError: they differ; the line names the first layer that does.
+        InputError: the numbers differ; the message names the first such layer.
     """
     heads = layers[0].num_heads
     for layer in layers:
@@ -37,21 +37,20 @@ def heads_shape(layers: Sequence[AttentionLayer]) -> tuple[int, int]:
 
 @contextmanager
 def head_gates(model: nn.Module, gates: Tensor | None = None) -> Iterator[Tensor]:
-    """Within the context every forward pass of the model has gates on its heads. Differentiable in the gates.
+    """Applies gates to the heads in every forward pass of the model within the context. Differentiable in the gates.
 
-    Compiled models run uncompiled within the context, since compiled code does not see the gates.
+    Compiled models run uncompiled within the context, because compiled code ignores the gates.
 
     Args:
-        model: a transformers model.
-        gates: (L, H), or (B, L, H) for gates of each sample; None for ones. They are read at every pass, so they may be changed
-            between passes in place.
+        model: transformers model.
+        gates: (L, H), or (B, L, H) for gates of each sample; None for ones. In-place changes take effect in the next pass.
 
     Yields:
         The gates.
 
     Raises:
-        InputError: the model's heads are not known, or it is given as torch.compile wraps it.
-        ValueError: gates of another shape.
+        InputError: the model's heads are not known, or it is a wrapper of torch.compile.
+        ValueError: the gates have another shape.
     """
     layers = attention_layers(model)
     shape = heads_shape(layers)
@@ -76,17 +75,17 @@ def _gate_hook(layer: AttentionLayer, gates: Tensor) -> Any:
 
 
 def check_gates(model: nn.Module, batch: Mapping[str, Tensor]) -> list[float]:
-    """Proves, layer by layer, that closed gates change what the model answers.
+    """Checks for each layer that closed gates change the logits of the model.
 
     Args:
-        model: a classifier of sequences, in eval mode.
-        batch: its inputs; labels are not needed.
+        model: sequence classifier, in eval mode.
+        batch: inputs of the model; labels are not needed.
 
     Returns:
-        Largest change of a logit per layer, with all of its heads off: L positive numbers.
+        Largest change of a logit for each layer when all of its heads are off: L positive numbers.
 
     Raises:
-        InputError: the gates of a layer change nothing, so that measuring its heads would mean nothing.
+        InputError: the gates of a layer have no effect, so that measurements of its heads would be meaningless.
     """
     layers = attention_layers(model)
     changes = []
@@ -97,25 +96,23 @@ def check_gates(model: nn.Module, batch: Mapping[str, Tensor]) -> list[float]:
             change = float((class_logits(model, batch) - expected).abs().max())
             gates[layer.index] = 1
             if change == 0:
-                raise InputError(
-                    f"a closed gate must change the model's output, got the same with all heads of layer {layer.index} ({layer.name}) off."
-                )
+                raise InputError(f"the model's output does not change when all heads of layer {layer.index} ({layer.name}) are off.")
             changes.append(change)
     return changes
 
 
 def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """What a classifier of sequences answers.
+    """Logits of a sequence classifier.
 
     Args:
-        model: in eval mode, so that dropout does not decide what a head is worth.
-        batch: inputs by name; "labels" and what is None are left out.
+        model: sequence classifier in eval mode, without the noise of dropout.
+        batch: inputs by name; "labels" and None values are ignored.
 
     Returns:
         (B, C) logits.
 
     Raises:
-        ValueError: the model or a part of it is in training mode, or its logits are of another shape: no classifier of sequences.
+        ValueError: the model or a part of it is in training mode, or its logits do not have the shape of a sequence classifier's.
     """
     if model.training:
         raise ValueError("model must be in eval mode, got training mode.")
@@ -126,19 +123,19 @@ def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         inputs["use_cache"] = False
     logits: Tensor = model(**inputs).logits
     if logits.dim() != 2 or logits.shape[1] < 2:
-        raise ValueError(f"model must give logits of shape (B, classes), got {tuple(logits.shape)}.")
+        raise ValueError(f"model must return logits of shape (B, classes), got {tuple(logits.shape)}.")
     return logits
 
 
 def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) cross entropy of each sample in nats, float32 or wider.
+    """Cross entropy of each sample in nats: (B,), float32 or wider.
 
     Args:
         logits: (B, C).
-        labels: (B,) int64, classes.
+        labels: (B,) int64, class numbers.
 
     Raises:
-        InputError: labels of another shape or type, or that are no class of the model's: -100 too.
+        InputError: labels have another shape or type, or are not class numbers of the model (-100 is not either).
     """
     if labels.shape != logits.shape[:1] or labels.is_floating_point():
         raise InputError(f"labels must be {len(logits)} integers, one a sample, got {labels.dtype} of shape {tuple(labels.shape)}.")
@@ -148,10 +145,10 @@ def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def labelled(batch: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """A batch without what is None.
+    """A batch without its None values.
 
     Raises:
-        InputError: it is no mapping (one batch given in place of a list of them), has no labels, or no sample.
+        InputError: the batch is not a mapping (a batch was passed instead of a list), or has no labels or no samples.
     """
     if not isinstance(batch, Mapping):
         raise InputError(f"batches must hold mappings of the model's inputs, got {short(batch)}; one batch alone is a list of one.")
@@ -164,6 +161,6 @@ def labelled(batch: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
 
 
 def one_sample(batch: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
-    """One sample of a batch, as a batch; what all samples share, as positions of one row, stays."""
+    """One sample of a batch, as a batch. Values that all samples share, such as positions of one row, are kept."""
     size = len(batch["labels"])
     return {name: tensor[row : row + 1] if tensor.dim() and len(tensor) == size else tensor for name, tensor in batch.items()}

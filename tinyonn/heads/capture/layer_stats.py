@@ -1,4 +1,4 @@
-"""Attention statistics of one layer, from what its attention function was given or from its probabilities.
+"""Attention statistics of one layer, from the arguments of its attention function or from its probabilities.
 
 B sequences, T query tokens, Tk keys (more than T after a cache), H query heads, K key heads, D head dim.
 """
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from ...ops import AttentionStats, attention_stats
 
-CHUNK_ELEMENTS = 1 << 20  # probabilities widened at a time
+CHUNK_ELEMENTS = 1 << 20  # number of probabilities converted to a wider type at a time
 
 
 class Wanted(NamedTuple):
-    """What is to be known of every layer.
+    """Selection of keys and queries for the statistics.
 
     Attributes:
         span_mask: (B, Tk) bool, keys of the span.
-        key_mask: (B, Tk) bool, False for keys to be left out besides those that the model hides.
-        queries: (B,) the position of the only query of each row; None for all.
+        key_mask: (B, Tk) bool, False for keys to ignore in addition to those that the model masks.
+        queries: (B,) position of the only query of each row; None for all.
     """
 
     span_mask: Tensor | None
@@ -40,7 +40,7 @@ class Wanted(NamedTuple):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> AttentionStats:
-        """Statistics of query (B, H, T, D) and key (B, K, Tk, D) under a mask as attention functions take it; no gradient."""
+        """Statistics of query (B, H, T, D) and key (B, K, Tk, D) with the mask of an attention function; without gradient."""
         query, key = query.detach().transpose(1, 2), key.detach().transpose(1, 2)
         batch, keys = query.shape[0], key.shape[1]
         span = _of_keys("span_mask", self.span_mask, keys, query, sliding)
@@ -60,7 +60,7 @@ class Wanted(NamedTuple):
         )
 
     def from_probabilities(self, probs: Tensor, mask: Tensor | None) -> AttentionStats:
-        """Statistics of probs (B, H, T, Tk), a few queries at a time; `mask` tells which queries see nothing."""
+        """Statistics of probs (B, H, T, Tk), computed for a few queries at a time; `mask` shows which queries attend to nothing."""
         probs = probs.detach()
         batch, heads, tokens, keys = probs.shape
         span = _of_keys("span_mask", self.span_mask, keys, probs, False)
@@ -87,7 +87,7 @@ class Wanted(NamedTuple):
         return AttentionStats(entropy.transpose(1, 2), None if mass is None else mass.transpose(1, 2))
 
     def _rows(self, tensor: Tensor, dim: int, batch: int) -> Tensor:
-        """(B, …) with only the wanted query of each row left at `dim`."""
+        """(B, …) with only the wanted query of each row at `dim`."""
         assert self.queries is not None
         queries, tokens = self.queries.to(tensor.device), tensor.shape[dim]
         if len(queries) != batch:
@@ -99,7 +99,7 @@ class Wanted(NamedTuple):
 
 
 def _of_keys(name: str, mask: Tensor | None, keys: int, beside: Tensor, sliding: bool) -> Tensor | None:
-    """A mask's columns for a layer's keys, on its device; the cache of a sliding window holds the last ones only."""
+    """Columns of a mask for a layer's keys, on its device. The cache of a sliding window has only the last keys."""
     if mask is None:
         return None
     if len(mask) != len(beside) or (mask.shape[1] != keys and not (sliding and mask.shape[1] > keys)):
@@ -109,11 +109,11 @@ def _of_keys(name: str, mask: Tensor | None, keys: int, beside: Tensor, sliding:
 
 
 def _shown(mask: Tensor) -> Tensor:
-    """What a mask shows: additive ones hide by the lowest value of their type, others by 0."""
+    """Visible positions of a mask. Additive masks hide by the lowest value of their type, others by 0."""
     additive = mask.is_floating_point() and not (mask > 0).any()
     return mask > torch.finfo(mask.dtype).min if additive else mask != 0
 
 
 def _hidden_for_good(mask: Tensor) -> Tensor:
-    """A mask of half precision hides by -65504, which another score can outweigh."""
+    """The mask in float32. In half precision it hides by -65504, which a large score can outweigh."""
     return mask.masked_fill(mask == torch.finfo(mask.dtype).min, -torch.inf) if mask.dtype == torch.float16 else mask

@@ -1,7 +1,7 @@
-"""Where a model's attention heads are: their rows of the query, key and value weights, their columns of the output's.
+"""Positions of a model's attention heads: their rows in the query, key and value weights, and their columns in the output weight.
 
-H query heads, K key/value heads, D head dim. Query head h uses key/value head h // (H / K). A module is attention where it holds
-projections of known names and an output projection of H · D inputs, in itself (Llama, GPT-2) or beside it (BERT's `output.dense`).
+H query heads, K key/value heads, D head dim. Query head h uses key/value head h // (H / K). A module is attention if it has
+projections with known names and an output projection of H · D inputs, inside (Llama, GPT-2) or beside it (BERT's `output.dense`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEPARATE = (
     ("q_lin", "k_lin", "v_lin"),
     ("q", "k", "v"),
 )
-# One weight for all three, by class, since its order is nowhere but in the code: all query rows, then all key rows, then all value rows …
+# One weight for all three, by class, because only the code defines the order: all query rows, then all key rows, then all value rows …
 STACKED = {
     "GPT2Attention": "c_attn",
     "DecisionTransformerGPT2Attention": "c_attn",
@@ -49,7 +49,7 @@ class Projection(NamedTuple):
     """One part (query, key, value or output) of an attention layer's weights, as heads.
 
     Attributes:
-        name: of the weight in the model, `layers.0.self_attn.q_proj.weight`.
+        name: name of the weight in the model, such as `layers.0.self_attn.q_proj.weight`.
         module: Linear, or GPT-2's Conv1D, whose weight is transposed.
         heads: H for query and output, K for key and value.
         head_dim: D.
@@ -67,7 +67,7 @@ class Projection(NamedTuple):
     columns: bool
 
     def head(self, weight: Tensor, index: int) -> Tensor:
-        """One head's part of a weight laid out as this module's: a view, (D, in_features), or (out_features, D) of an output projection."""
+        """One head's part of a weight with this layout: a view, (D, in_features), or (out_features, D) for an output projection."""
         dim = int(self.columns != isinstance(self.module, Conv1D))
         part = weight.narrow(dim, self.first + index * self.step, self.head_dim)
         return part.T if isinstance(self.module, Conv1D) else part
@@ -79,7 +79,7 @@ class AttentionLayer:
 
     Attributes:
         index: 0 … layers − 1, counting the layers that have attention.
-        name, module: what holds the query, key and value projections.
+        name, module: module with the query, key and value projections.
         block_name, block: the transformer layer around it, an element of the model's list of layers.
         num_heads, num_kv_heads, head_dim: H, K, D.
         query, key, value, output: its weights. The input of `output.module` is (B, T, H · D), head h in columns h · D … (h + 1) · D.
@@ -100,21 +100,21 @@ class AttentionLayer:
 
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
-    """Every attention layer of a decoder-only or encoder-only transformer, from the input to the output.
+    """Attention layers of a decoder-only or encoder-only transformer, in order.
 
     Args:
-        model: a transformers model, with or without a task's head. Layers without attention (convolutions, recurrences) are left out.
+        model: transformers model, with or without the head of a task. Layers without attention (convolutions, recurrences) are skipped.
 
     Raises:
-        InputError: there is none, a projection is not made of heads, or the model is of a kind whose layers cannot be told apart
-            (encoder and decoder in one, shared layers, towers); the line says what was looked for and what was found.
+        InputError: the model has none, a projection does not consist of heads, or layers cannot be distinguished (encoder and decoder in
+            one, shared layers, several towers); the message has the expected and the found names.
     """
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
     if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"model must be an encoder or a decoder alone, got {kind}, which is both.")
+        raise InputError(f"model must be an encoder or a decoder, got {kind}, which is both.")
     if getattr(config, "num_hidden_groups", None) is not None:
-        raise InputError(f"model must have weights of its own in each layer, got {kind}, which shares them between layers.")
+        raise InputError(f"model must have separate weights in each layer, got {kind}, which shares them between layers.")
     names = dict(model.named_modules())
     found = [_layer(index, name, names[name], parts, names, config) for index, (name, parts) in enumerate(_with_projections(names))]
     if not found:
@@ -133,23 +133,23 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     return found
 
 
-_stances: list[Any] = []  # one a block of `uncompiled`, the same one
+_stances: list[Any] = []  # one entry per block of `uncompiled`, all the same
 _stances_lock = Lock()
 
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Within the block, compiled functions of the process run as they were written: compiled ones would not call later hooks.
+    """Makes all compiled functions of the process run uncompiled within the block, because compiled code ignores later hooks.
 
     Raises:
-        InputError: the model, or a part of it, is torch.compile's wrapper.
+        InputError: the model, or a part of it, is a wrapper of torch.compile.
     """
-    from torch._dynamo import OptimizedModule  # half a second, which the first forward pass of a transformers model takes anyway
+    from torch._dynamo import OptimizedModule  # half a second, which the first forward pass of a transformers model needs in any case
 
     for name, module in model.named_modules():
         if isinstance(module, OptimizedModule):
             of = f" in {name}" if name else ""
-            raise InputError(f"model must be given itself, not as torch.compile wraps it; its wrapper holds it as _orig_mod{of}.")
+            raise InputError(f"model must not be a wrapper of torch.compile; pass the wrapped module _orig_mod{of}.")
     with _stances_lock:  # the first block of all threads sets it, the last one puts back what was there
         _stances.append(_stances[0] if _stances else torch.compiler.set_stance("force_eager"))
     try:
@@ -162,7 +162,7 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 def _with_projections(names: dict[str, nn.Module]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Names of the modules that hold query, key and value, and the names of these projections."""
+    """Names of the modules with query, key and value projections, and of these projections."""
     for name, module in names.items():
         held = {child for child, part in module.named_children() if isinstance(part, nn.Linear | Conv1D)}
         for parts in SEPARATE:
@@ -184,7 +184,7 @@ def _layer(index: int, name: str, module: nn.Module, parts: tuple[str, ...], nam
     width = _features(output, output_name)[1]
     head_dim = _head_dim(module, config)
     if head_dim < 1 or width % head_dim:
-        raise InputError(f"{output_name} must take heads of {head_dim} features, got {width} input features.")
+        raise InputError(f"{output_name} must have the heads' {head_dim} features as input, got {width} input features.")
     heads = width // head_dim
 
     def part(child: str, count: int, first: int, step: int) -> Projection:
@@ -217,7 +217,7 @@ def _layer(index: int, name: str, module: nn.Module, parts: tuple[str, ...], nam
 
 
 def _output_of(name: str, names: dict[str, nn.Module]) -> str:
-    """Name of the projection that the heads' outputs go through: inside the module, or beside it as `output.dense`."""
+    """Name of the output projection: inside the module, or beside it as `output.dense`."""
     above = name.rpartition(".")[0]
     wanted = [*(f"{name}.{output}" for output in OUTPUTS), f"{above}.output.dense"]
     for candidate in wanted:

@@ -1,1 +1,1 @@
-"""What fine-tuning does to attention heads: training, measurement, summary."""
+"""Effects of fine-tuning on attention heads: training, measurement, summary."""

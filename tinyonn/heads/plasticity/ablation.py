@@ -1,12 +1,12 @@
-"""What the heads of a classifier are worth: how much its loss rises without one.
+"""Importance of the heads of a classifier: the increase of its loss without a head.
 
-    loss_increase[l, h] = mean over samples of (cross entropy with head h of layer l off) − (with all heads on)
-    taylor[l, h]        = −mean over samples of dL/dgate[l, h]: the same to first order, from one backward pass
+    loss_increase[l, h] = mean over samples of (cross entropy without head h of layer l) − (with all heads)
+    taylor[l, h]        = −mean over samples of dL/dgate[l, h]: its first-order estimate, from one backward pass
 
-Exact ablation runs the model L · H times, but a head in layer l leaves all before it as it was. One full pass over a batch therefore
-records what every layer gave out; for a head in layer l the layers before l answer from that record, layer l's attention answers from
-its heads' recorded outputs without this one, and only the rest is computed: about half of the work. No model is rewritten for this:
-modules answer from the record by a `forward` of their own while it lasts.
+Exact ablation runs the model L · H times, but removing a head of layer l does not affect the layers before it. One full pass over a batch
+therefore records the outputs of all layers. For a head in layer l, the layers before l return their recorded outputs, the attention of
+layer l uses the recorded outputs of its other heads, and only the rest is computed: about half of the work. The model is not rewritten;
+the modules' `forward` is replaced for the duration of a replay.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from ..capture.layers import AttentionLayer, attention_layers, uncompiled
 
 Batch = Mapping[str, Tensor]
 
-# A replay agrees with a full pass within this many roundings of the largest logit, or this share of what the head changes. It computes
-# the same things in the same order, so mostly to the bit; a wrong one is 80 roundings off in bfloat16, and far more in wider types.
+# Tolerance of a replay against a full pass: this many roundings of the largest logit, or this share of the head's effect. A replay does
+# the same operations in the same order, mostly bit-identical. A wrong one is off by 80 roundings in bfloat16, and more in wider types.
 ROUNDING = 8
 EFFECT = 1e-3
 
 
 class HeadAblation(NamedTuple):
-    """Importance of each head by taking it out.
+    """Importance of each head by ablation.
 
     Attributes:
         loss_increase: (L, H) float64, nats.
-        accuracy_drop: (L, H) float64, share of samples; negative where the model does better without the head.
-        base_loss, base_accuracy: with all heads on.
-        samples: counted.
-        replayed: whether replays were used; False where they were not wanted, or did not agree with full passes.
-        replay_error: largest difference of a logit between replay and full pass on the first sample; None where there were no replays to
-            compare: not wanted, or the model swaps its attention modules as it runs (BigBird).
+        accuracy_drop: (L, H) float64, share of samples; negative if the accuracy is higher without the head.
+        base_loss, base_accuracy: loss and accuracy with all heads.
+        samples: number of samples.
+        replayed: whether replays were used; False if they were disabled or did not agree with full passes.
+        replay_error: largest difference of a logit between replay and full pass on the first sample; None without replays (disabled, or
+            the model replaces its attention modules while it runs, as BigBird does).
     """
 
     loss_increase: Tensor
@@ -59,7 +59,7 @@ class TaylorImportance(NamedTuple):
 
     Attributes:
         taylor: (L, H) float64, nats: −mean of dL/dgate, an estimate of the loss increase.
-        taylor_abs: (L, H) float64, nats: mean over samples of |dL/dgate|, the importance of Michel et al. (without their norm by layer).
+        taylor_abs: (L, H) float64, nats: mean over samples of |dL/dgate|, the importance of Michel et al. without their layer norm.
 
     Source: Michel, Levy, Neubig, "Are sixteen heads really better than one?", arXiv:1905.10650.
     """
@@ -71,21 +71,21 @@ class TaylorImportance(NamedTuple):
 def ablate_heads(
     model: nn.Module, batches: Iterable[Batch], *, replay: bool = True, on_samples: Callable[[int], object] | None = None
 ) -> HeadAblation:
-    """Loss increase and accuracy drop of every head, exactly.
+    """Exact loss increase and accuracy drop of every head.
 
-    On the first sample one head of each layer is replayed and also run in full. Where both do not agree to rounding (a model whose
-    attention goes on after its output projection, or whose layers hand each other more than their output), all passes are full.
+    On the first sample, one head of each layer is both replayed and run in full. If the results differ by more than rounding, all passes
+    are full. (In such a model, attention continues after its output projection, or layers pass each other more than their outputs.)
 
     Args:
-        model: a classifier of sequences, in eval mode.
+        model: sequence classifier, in eval mode.
         batches: inputs of the model and "labels" (B,), on its device.
-        replay: False to run every pass in full.
-        on_samples: called after each batch with the number of samples done.
+        replay: False to run all passes in full.
+        on_samples: function called after each batch with the number of samples done.
 
     Raises:
-        InputError: no samples, labels that are no classes, a loss that is not finite, or a model whose heads are not known.
+        InputError: there are no samples, labels are not classes, a loss is not finite, or the model's heads are not known.
 
-    Source: heads taken out one at a time, by a gate: Michel, Levy, Neubig, "Are sixteen heads really better than one?", arXiv:1905.10650.
+    Source: ablation of single heads by a gate: Michel, Levy, Neubig, "Are sixteen heads really better than one?", arXiv:1905.10650.
     """
     layers = attention_layers(model)
     shape = heads_shape(layers)
@@ -123,13 +123,13 @@ def ablate_heads(
 
 
 def taylor_importance(model: nn.Module, batches: Iterable[Batch], *, on_samples: Callable[[int], object] | None = None) -> TaylorImportance:
-    """First-order importance of every head, from one backward pass a batch.
+    """First-order importance of every head, from one backward pass per batch.
 
     Args:
         model, batches, on_samples: as for `ablate_heads`.
 
     Raises:
-        InputError: no samples, labels that are no classes, a loss that is not finite, or a model whose heads are not known.
+        InputError: there are no samples, labels are not classes, a loss is not finite, or the model's heads are not known.
     """
     shape = heads_shape(attention_layers(model))
     total, total_abs = torch.zeros(2, *shape, dtype=torch.float64)
@@ -154,17 +154,17 @@ def taylor_importance(model: nn.Module, batches: Iterable[Batch], *, on_samples:
 def _check_finite(loss: Tensor, when: str) -> None:
     value = loss.item()
     if not math.isfinite(value):
-        raise InputError(f"loss of the evaluation samples must be finite, got {value} {when}.")
+        raise InputError(f"the loss of the evaluation samples is {value} {when}, which is not finite.")
 
 
 @dataclass(eq=False)
 class _Record:
-    """What one full pass gave out.
+    """Record of one full pass.
 
     Attributes:
-        outputs: of each block.
-        contexts: of each attention module, (B, T, H · D): its heads' outputs, which the output projection takes in.
-        rests: what the attention module returned after its first tensor; None where it returned a bare tensor.
+        outputs: output of each block.
+        contexts: outputs of the heads of each attention module, (B, T, H · D), which are the input of its output projection.
+        rests: values that the attention module returned after its first tensor; None if it returned a single tensor.
     """
 
     outputs: dict[nn.Module, Any] = field(default_factory=dict)
@@ -172,12 +172,12 @@ class _Record:
     rests: dict[nn.Module, tuple[Any, ...] | None] = field(default_factory=dict)
 
     def holds(self, layers: list[AttentionLayer]) -> bool:
-        """Whether every layer's attention module ran; BigBird's are put in place of others by its first short batch."""
+        """Whether all attention modules ran; BigBird replaces its own at its first short batch."""
         return all(layer.module in self.rests for layer in layers)
 
 
 def _blocks(model: nn.Module, layers: list[AttentionLayer]) -> list[nn.Module]:
-    """All elements of the model's list of layers, those without attention too."""
+    """All elements of the model's list of layers, including those without attention."""
     return list(model.get_submodule(layers[0].block_name.rpartition(".")[0]).children())
 
 
@@ -205,7 +205,7 @@ def _recording(model: nn.Module, layers: list[AttentionLayer]) -> Iterator[_Reco
 
 
 def _replay(model: nn.Module, batch: Batch, record: _Record, layers: list[AttentionLayer], layer: AttentionLayer, head: int) -> Tensor:
-    """(B, C) logits without a head; only what follows the layer's attention is computed."""
+    """(B, C) logits without a head; only the operations after the layer's attention are computed."""
     blocks = _blocks(model, layers)
     before = blocks[: blocks.index(layer.block)]
     answers = {block: record.outputs[block] for block in before}
@@ -227,7 +227,7 @@ def _full_pass(model: nn.Module, batch: Batch, shape: tuple[int, int], layer: At
 
 @contextmanager
 def _answering(answers: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Within the context each of these modules returns its answer instead of computing it."""
+    """Makes each of these modules return the given answer within the context, instead of computing it."""
     own = {module: vars(module).get("forward") for module in answers}
     try:
         for module, answer in answers.items():
@@ -242,9 +242,9 @@ def _answering(answers: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 
 def _replay_error(model: nn.Module, layers: list[AttentionLayer], batch: Batch) -> tuple[float | None, bool]:
-    """Largest difference of a logit between replays and full passes, one head a layer, and whether rounding explains it all.
+    """Largest difference of a logit between replays and full passes, for one head per layer, and whether it is within rounding.
 
-    None and False where an attention module did not run, so that there is nothing to replay.
+    None and False if an attention module did not run, so that there is nothing to replay.
     """
     shape = heads_shape(layers)
     worst, agree = 0.0, True

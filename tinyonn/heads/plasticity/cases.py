@@ -1,4 +1,4 @@
-"""The two kinds of heads that importance before training and change by training put apart.
+"""Two kinds of heads, distinguished by importance before training and change in training.
 
     important-but-static        I_pre ≥ p_high of I_pre  and  Urel ≤ p_low of Urel
     plastic-but-unimportant     Urel ≥ p_high of Urel    and  I_pre ≤ p_low of I_pre
@@ -21,7 +21,7 @@ PLASTIC = "plastic-but-unimportant"
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The values at the percentiles."""
+    """Values at the percentiles."""
 
     I_pre_high: float
     I_pre_low: float
@@ -31,12 +31,12 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Cases:
-    """Which heads are cases.
+    """Heads that are cases.
 
     Attributes:
         kinds: (heads,) STATIC, PLASTIC or "".
         thresholds: values at the percentiles.
-        reason: why there can be none: a column whose high and low percentile are one value puts no head apart.
+        reason: reason why there are no cases: the high and the low percentile of a column are equal.
     """
 
     kinds: list[str]
@@ -45,7 +45,7 @@ class Cases:
 
 
 def find_cases(importance: Floats, change: Floats, high: float = 90.0, low: float = 30.0) -> Cases:
-    """Tells the cases of one run.
+    """Cases of one run.
 
     Args:
         importance: (heads,) I_pre, loss increase without the head before training.
@@ -68,11 +68,11 @@ def find_cases(importance: Floats, change: Floats, high: float = 90.0, low: floa
 
 
 def case_lists(cases: Cases, heads: list[dict[str, Any]], high: float, low: float) -> dict[str, Any]:
-    """The content of cases.json: thresholds, and each kind's heads with their numbers, the most telling first.
+    """Content of cases.json: thresholds, and the heads of each kind with their numbers, most extreme first.
 
     Args:
-        cases: of `find_cases`.
-        heads: one mapping a head in the same order, with at least layer, head, I_pre, U and Urel.
+        cases: result of `find_cases`.
+        heads: one mapping per head in the same order, with at least layer, head, I_pre, U and Urel.
         high, low: percentiles that `cases` used.
     """
 

@@ -1,4 +1,4 @@
-"""Classification tasks: which fields of a record are read, which rows train and which are measured, and batches of both."""
+"""Classification tasks: fields of a record, training rows, evaluation rows, and batches of them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 TASKS = Path(__file__).parents[1] / "tasks"
 SUFFIXES = (".jsonl", ".json", ".parquet")
-EVAL_SIZE = 1024  # where neither the configuration nor the task says otherwise
+EVAL_SIZE = 1024  # default of configuration and task
 _SKIP = "; --skip-unlabelled leaves out rows without a label"
-_EVALUATION_STEMS = ("validation", "dev")  # of a folder's files, after the task's own
+_EVALUATION_STEMS = ("validation", "dev")  # file names in a folder, after the task's own
 
 
 def _fields(value: Any, name: str) -> tuple[str, ...]:
     """A check: the name of a field, or a list of names."""
     fields = [value] if isinstance(value, str) else value
     if not isinstance(fields, (list, tuple)) or not fields or not all(isinstance(field, str) and field for field in fields):
-        raise InputError(f"{name} must be the name of a field, or a list of such, got {shown(value)}.")
+        raise InputError(f"{name} must be the name of a field, or a list of names, got {shown(value)}.")
     return tuple(fields)
 
 
@@ -44,27 +44,27 @@ def _classes(value: Any, name: str) -> tuple[str, ...]:
         raise InputError(f"{name} must be at least two different names, got {listed(value)}.")
     numbers = [number for number in map(as_number, value) if number is not None]
     if len(set(numbers)) != len(numbers):
-        raise InputError(f"{name} must be different numbers where they are numbers, got {listed(value)}.")
+        raise InputError(f"{name} must differ as numbers, got {listed(value)}.")
     return tuple(value)
 
 
 @dataclass(frozen=True)
 class Task(Options):
-    """A classification task, as its YAML file gives it.
+    """A classification task, as in its YAML file.
 
     Args:
         text: field of the text.
-        label: field of the label: a number from 0, a name of `labels`, or true or false; of several fields, the first that is there.
+        label: field of the label, which is a number from 0, a name of `labels`, or true or false; of several fields, the first that exists.
         labels: names of the classes, in the order of their numbers.
-        pair: field of a second text, None where there is none.
-        dataset: name for the `datasets` package, None where the data are always files.
+        pair: field of a second text; None for a single text.
+        dataset: name for the `datasets` package; None if the data are always files.
         subset: configuration of that data set.
-        train: split that is trained on, and the stem of its file in a folder.
-        evaluation: split that is measured, likewise.
-        eval_size: rows measured where the configuration names no number.
+        train: training split, and the stem of its file in a folder.
+        evaluation: evaluation split, and the stem of its file in a folder.
+        eval_size: number of evaluation rows, if the configuration has none.
 
     Raises:
-        InputError: a value outside its range, naming the field.
+        InputError: a value is invalid; the message names the field.
     """
 
     text: str = option(REQUIRED, non_empty)
@@ -78,7 +78,7 @@ class Task(Options):
     eval_size: int = option(EVAL_SIZE, integer(1))
 
     def number(self, value: Any) -> int | None:
-        """The class of a record's label, None where it has none: a name in any case, else its number."""
+        """Class number of a record's label, which is a name in any case or a number; None for no class."""
         names, value = [label.casefold() for label in self.labels], whole(value)
         if isinstance(value, str | bool | int) and str(value).strip().casefold() in names:
             return names.index(str(value).strip().casefold())
@@ -93,12 +93,12 @@ class Task(Options):
 
     @property
     def named_by_numbers(self) -> bool:
-        """Whether a class is named by a number: then a number in the data is a name, not the place of one."""
+        """Whether the name of a class is a number. A number in the data is then a name, not a class number."""
         return any(as_number(label) is not None for label in self.labels)
 
     @property
     def known_labels(self) -> str:
-        """What a label may be, for a message."""
+        """Valid labels, for a message."""
         return listed(self.labels, room=48) + ("" if self.named_by_numbers else f" or a number from 0 to {len(self.labels) - 1}")
 
 
@@ -107,9 +107,9 @@ class Example:
     """One row of a task.
 
     Args:
-        row: its number in its file or split, from 0.
-        text, pair: what is classified; pair is None in a task of single texts.
-        label: number of its class.
+        row: number of the row in its file or split, from 0.
+        text, pair: texts to classify; pair is None in a task with single texts.
+        label: class number.
     """
 
     row: int
@@ -124,11 +124,11 @@ class TaskData:
 
     Args:
         labels: names of the classes, by number.
-        train: what is trained on, by row.
-        evaluation: what is measured, by row: the same for every training seed.
-        source: where `evaluation` comes from: a file, or a data set and its split.
-        repeated: training rows left out because their texts are among those of `evaluation`.
-        unlabelled: rows left out because they have no label.
+        train: training rows, by row number.
+        evaluation: evaluation rows, by row number; the same for every training seed.
+        source: source of `evaluation`: a file, or a data set and its split.
+        repeated: number of training rows left out because their texts are in `evaluation`.
+        unlabelled: number of rows left out because they have no label.
     """
 
     labels: tuple[str, ...]
@@ -139,7 +139,7 @@ class TaskData:
     unlabelled: int = 0
 
     def digest(self) -> str:
-        """A hash of all rows in use, to tell whether the data are still the same."""
+        """Hash of all rows in use, which detects a change of the data."""
         found = hashlib.blake2b(repr(self.labels).encode(), digest_size=16)
         for part in (self.train, self.evaluation):
             found.update(str(len(part)).encode())
@@ -149,10 +149,10 @@ class TaskData:
 
 
 def find_task(name: str) -> Task:
-    """A task that comes with the library, by name, or of a YAML file of one's own, by its path.
+    """Built-in task by its name, or task from a YAML file by its path.
 
     Raises:
-        InputError: neither of the two, or a file that is no task.
+        InputError: neither exists, or the file is not a valid task.
     """
     own = name.endswith((".yaml", ".yml"))
     path = Path(name) if own else TASKS / f"{name}.yaml"
@@ -169,16 +169,16 @@ def find_task(name: str) -> Task:
 
 
 def load_task(config: PlasticityConfig) -> TaskData:
-    """The rows of the configuration's task.
+    """Rows of the task in a configuration.
 
-    From a folder or the `datasets` package: training rows are of the one split, evaluation rows of the other. From one file: `eval_size`
-    rows are held out. Which rows is decided by `eval_seed` and the row numbers alone; a smaller number of rows is part of a larger one.
+    A folder or the `datasets` package has separate splits for training and evaluation rows. From a single file, `eval_size` rows are held
+    out. The choice of rows depends only on `eval_seed` and the row numbers; a smaller choice is part of a larger one.
 
-    Rows without a label (missing, null, blank, NaN, "-" or -1) are left out and counted where `skip_unlabelled` is set.
+    With `skip_unlabelled`, rows without a label (missing, null, blank, NaN, "-" or -1) are left out and counted.
 
     Raises:
-        InputError: data that cannot be read, fields or labels that are not the task's, rows without a label unless they are left out, too
-            few rows, or one class only.
+        InputError: the data cannot be read, fields or labels are not those of the task, rows have no label (without `skip_unlabelled`),
+            or there are too few rows or only one class.
     """
     task = find_task(config.task)
     size = task.eval_size if config.eval_size is None else config.eval_size
@@ -216,7 +216,7 @@ def load_task(config: PlasticityConfig) -> TaskData:
 
 
 def fixed_order(count: int, seed: int) -> list[int]:
-    """Numbers 0 … count - 1 in an order that depends on `seed` alone: no library's generator, so it is the same everywhere."""
+    """Numbers 0 … count - 1 in an order that depends only on `seed`, and not on the random generator of a library."""
     return sorted(range(count), key=lambda row: hashlib.blake2b(f"{seed} {row}".encode(), digest_size=8).digest())
 
 
@@ -226,11 +226,11 @@ def batches(
     """Batches in the order of `examples`, each padded on the right to its longest row.
 
     Args:
-        tokenizer: with a padding token.
+        tokenizer: tokenizer with a padding token.
         max_length: tokens kept of a row; the longer text of a pair is cut first.
 
     Yields:
-        input_ids, attention_mask and, where the tokenizer gives them, token_type_ids, each (B, T); labels (B,). All int64.
+        input_ids, attention_mask and, if the tokenizer returns them, token_type_ids, each (B, T); labels (B,). All int64.
     """
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
@@ -275,7 +275,7 @@ def _file(folder: Path, stems: tuple[str, ...]) -> Path:
 
 
 def _rows(path: Path, task: Task, skip: bool) -> tuple[list[Example], int]:
-    """Rows of a file, and how many were left out without a label."""
+    """Rows of a file, and the number of rows left out without a label."""
     records = open_records(path, "data_path")
     found = [
         _example(located, row, task, f"{records.unit} {located.number} of {path}", skip) for row, located in enumerate(records.located)
@@ -294,7 +294,7 @@ def _labelled(found: list[Example | None], source: str, task: Task) -> tuple[lis
 
 
 def _example(located: Located, row: int, task: Task, place: str, skip: bool) -> Example | None:
-    """One row; None for one without a label, where these are left out."""
+    """One row; None for a row without a label that is left out."""
     record = located.record
     if record is None:
         raise InputError(f"{place} {located.error}.")
@@ -311,7 +311,7 @@ def _example(located: Located, row: int, task: Task, place: str, skip: bool) -> 
             raise InputError(f"data_path must have a value in the field {name!r} of every row, got null in {place}{hint}.")
         if name not in record:
             wanted = " or ".join(map(repr, task.label if name == label_field else (name,)))
-            hint = _SKIP if name == label_field and row else ""  # the first row lacks it where the field has another name
+            hint = _SKIP if name == label_field and row else ""  # if the field has another name, the first row lacks it
             raise InputError(f"data_path must have the field {wanted} in every row, got {field_names(record)} in {place}{hint}.")
         values[name] = record[name]
     text, pair = values[task.text], None if task.pair is None else values[task.pair]
@@ -320,7 +320,7 @@ def _example(located: Located, row: int, task: Task, place: str, skip: bool) -> 
             raise InputError(f"{name} must be text, got {short(values[name])} in {place}.")
         try:
             values[name].encode()
-        except UnicodeEncodeError as error:  # JSON may spell half of a surrogate pair, which no tokenizer takes
+        except UnicodeEncodeError as error:  # JSON may contain half of a surrogate pair, which no tokenizer accepts
             raise InputError(f"{name} must be valid Unicode, got a lone surrogate in {place}.") from error
     if not f"{text}{pair or ''}".strip():
         raise InputError(f"{task.text} must not be empty, got a blank one in {place}.")
@@ -342,7 +342,7 @@ def _downloaded(task: Task, skip: bool) -> tuple[list[Example], list[Example], s
         try:
             with _quiet_hub():
                 table = datasets.load_dataset(task.dataset, task.subset, split=split)
-        except Exception as error:  # by version and transport, a dozen types
+        except Exception as error:  # the types of errors depend on version and transport
             wanted = f"data_path must be given where {name} ({split}) cannot be downloaded"
             raise InputError(f"{wanted}, got none: {reason(error)}") from error
         place = f"the {split} split of {name}"
@@ -354,7 +354,7 @@ def _downloaded(task: Task, skip: bool) -> tuple[list[Example], list[Example], s
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Without a network the hub's client tries for half a minute, and would write two lines each time."""
+    """Hides the messages of the hub's client, which retries for half a minute without a network."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()

@@ -11,7 +11,7 @@ from ..._io.config import DTYPE, dtype_name
 from ..._io.options import MAX_SEED, REQUIRED, Options, device_name, integer, non_empty, number, option, true_or_false
 from ...errors import InputError, shown
 
-# The options that decide what comes out of training; the device does up to rounding, and dtype counts as what "auto" comes to on it.
+# Options that determine the result of training. The device changes only rounding; dtype counts with "auto" resolved.
 TRAINING = (
     "model_path",
     "task",
@@ -72,7 +72,7 @@ class PlasticityConfig(Options):
         overwrite: replace what another configuration left in the same folder.
 
     Raises:
-        InputError: a value outside its range, naming the field.
+        InputError: a value is invalid; the message names the field.
     """
 
     model_path: str = option(REQUIRED, non_empty, "PATH", "-m", section="Paths and task")
@@ -111,10 +111,10 @@ class PlasticityConfig(Options):
 
     @property
     def task_name(self) -> str:
-        """The task's name, or that of its YAML file."""
+        """Name of the task, or of its YAML file."""
         return Path(self.task).stem if self.task.endswith((".yaml", ".yml")) else self.task
 
     @property
     def folder(self) -> Path:
-        """Where the results of this seed go."""
+        """Folder of the results of this seed."""
         return Path(self.output_dir) / self.task_name / f"seed{self.seed}"

@@ -1,10 +1,10 @@
-"""How two numbers per head agree: Spearman's rank correlation with a bootstrap interval, and the overlap of the highest.
+"""Agreement of two numbers per head: Spearman's rank correlation with a bootstrap interval, and the overlap of the largest.
 
     rho      Pearson's correlation of the ranks, ties averaged
-    overlap  |top k of x ∩ top k of y| / k; k² / heads of them are shared by chance, a share of k / heads
+    overlap  |top k of x ∩ top k of y| / k; k² / heads are shared by chance, a share of k / heads
 
-The interval draws heads anew, in pairs, with replacement (percentile bootstrap): how far rho moves with the choice of heads, not
-with another training run; runs of several seeds say that. What cannot be computed is None with the reason in words, never NaN.
+The interval is a percentile bootstrap over paired heads. It shows the variation of rho with the choice of heads, not with the training
+run; several seeds show that. A number that cannot be computed is None with a reason, never NaN.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 BOOTSTRAP_SEED = 0
 MIN_HEADS = 3
-# Resampled ranks held at once, in numbers.
+# Number of resampled ranks in memory at once.
 _BATCH_NUMBERS = 4_000_000
 
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """Spearman's rho with its two-sided p and bootstrap interval; None with a reason where the numbers do not give one."""
+    """Spearman's rho with its two-sided p and bootstrap interval; None with a reason if it cannot be computed."""
 
     rho: float | None
     p: float | None
@@ -41,7 +41,7 @@ class RankCorrelation:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many of the k highest of one column are among the k highest of the other."""
+    """Number of heads among the k largest of both columns."""
 
     k: int
     shared: int | None
@@ -51,7 +51,7 @@ class Overlap:
 
 
 def require_scipy() -> Any:
-    """scipy.stats, or an error that says how to get it.
+    """scipy.stats, if scipy is installed.
 
     Raises:
         InputError: scipy is not installed.
@@ -68,10 +68,10 @@ def rank_correlation(x: Floats, y: Floats, names: tuple[str, str] = ("x", "y")) 
 
     Args:
         x, y: (heads,), finite.
-        names: what the reasons call them.
+        names: names of x and y in reasons.
 
     Returns:
-        rho, its p by the t distribution, and the 95 % percentile interval of 2,000 paired resamples of the heads, seeded.
+        rho, its p from the t distribution, and the 95 % percentile interval of 2,000 seeded, paired resamples of the heads.
     """
     stats = require_scipy()
     reason = _no_ranks(x, y, names)
@@ -79,7 +79,7 @@ def rank_correlation(x: Floats, y: Floats, names: tuple[str, str] = ("x", "y")) 
         return RankCorrelation(None, None, None, None, reason)
     found = stats.spearmanr(x, y)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy warns of what is answered below: a resample without spread
+        warnings.simplefilter("ignore")  # scipy warns of resamples without spread, which are handled below
         interval = stats.bootstrap(
             (x, y),
             _rho,
@@ -89,7 +89,7 @@ def rank_correlation(x: Floats, y: Floats, names: tuple[str, str] = ("x", "y")) 
             batch=max(1, _BATCH_NUMBERS // len(x)),
             confidence_level=CONFIDENCE,
             method="percentile",
-            random_state=np.random.default_rng(BOOTSTRAP_SEED),  # `rng` in scipy 1.15 and later, which takes both
+            random_state=np.random.default_rng(BOOTSTRAP_SEED),  # `rng` in scipy 1.15 and later, which accepts both
         ).confidence_interval
     low, high = float(interval.low), float(interval.high)
     if not np.isfinite([low, high]).all():
@@ -98,17 +98,17 @@ def rank_correlation(x: Floats, y: Floats, names: tuple[str, str] = ("x", "y")) 
 
 
 def spearman(x: Floats, y: Floats) -> float | None:
-    """Spearman's rho alone; None where a column is constant or heads are too few."""
+    """Spearman's rho alone; None if a column is constant or there are too few heads."""
     return None if _no_ranks(x, y, ("x", "y")) else float(_rho(x, y))
 
 
 def top_overlap(x: Floats, y: Floats, k: int, names: tuple[str, str] = ("x", "y")) -> Overlap:
-    """Overlap of the k highest heads by x and by y; equal values rank in the order of the heads.
+    """Overlap of the k largest heads by x and by y; ties rank in the order of the heads.
 
     Args:
         x, y: (heads,), finite.
-        k: at least 1; as many as there are heads or more means all of them, of which nothing can be said.
-        names: what the reasons call them.
+        k: at least 1. If it is the number of heads or more, the overlap is None.
+        names: names of x and y in reasons.
     """
     k = min(k, len(x))
     constant = _constant(x, y, names)
@@ -119,7 +119,7 @@ def top_overlap(x: Floats, y: Floats, k: int, names: tuple[str, str] = ("x", "y"
 
 
 def top_heads(values: Floats, k: int) -> list[int]:
-    """Positions of the k highest values, the highest first; equal values in their order."""
+    """Positions of the k largest values, largest first; ties in their order."""
     return [int(place) for place in np.argsort(-values, kind="stable")[:k]]
 
 
@@ -128,10 +128,10 @@ def mean_interval(values: Floats, lowest: float = -np.inf, highest: float = np.i
 
     Args:
         values: (seeds,), finite.
-        lowest, highest: range of the quantity; the interval is cut there.
+        lowest, highest: range of the quantity, to which the interval is clipped.
 
     Returns:
-        {"n", "mean", "sd", "low", "high", "reason"}: sd is the sample's (n − 1); one seed has neither sd nor interval.
+        {"n", "mean", "sd", "low", "high", "reason"}: sd is that of the sample (n − 1); one seed has neither sd nor interval.
     """
     count = len(values)
     if count == 0:
@@ -145,7 +145,7 @@ def mean_interval(values: Floats, lowest: float = -np.inf, highest: float = np.i
 
 
 def _rho(x: Floats, y: Floats, axis: int = -1) -> Floats:
-    """Spearman's rho along the last axis; NaN where a sample is constant."""
+    """Spearman's rho along the last axis; NaN for a constant sample."""
     rank = require_scipy().rankdata
     a, b = rank(x, axis=axis), rank(y, axis=axis)
     a, b = a - a.mean(axis=axis, keepdims=True), b - b.mean(axis=axis, keepdims=True)

@@ -1,16 +1,16 @@
-"""How strongly the loss pulls at each head's weights.
+"""Gradients of the loss with respect to each head's weights.
 
     gradient_norm[l, h] = ‖ mean over samples of g_n ‖        g_n the gradient of sample n's loss in the head's q, k, v and o weights
     fisher[l, h]        = mean over samples of ‖ g_n ‖²       the diagonal of the empirical Fisher information, summed over these weights
 
-One backward pass a batch. A linear layer's gradient for sample n is Δ_n^T X_n, with X (B, T, in) what it took in and Δ (B, T, out) the
-gradient of what it gave out; it is formed for one layer and one sample at a time. Where a model calls a projection on something that
-the samples of a batch share (DeBERTa-v2 with `share_att_key` projects its relative positions so), Δ holds the samples' sum, and where its
-tokens come before its samples (Longformer), rows of Δ are no samples: then samples are passed one at a time. The first sample is checked:
-its loss must pull at no row of Δ but its own, and Δ^T X must be the gradient that autograd gives each weight.
+One backward pass per batch. A linear layer's gradient for sample n is Δ_n^T X_n, where X (B, T, in) is its input and Δ (B, T, out) the
+gradient of its output. It is computed for one layer and one sample at a time. If a model applies a projection to values that the samples
+of a batch share (DeBERTa-v2 with `share_att_key` projects relative positions so), Δ is the sum over samples; if the token dimension comes
+before the sample dimension (Longformer), rows of Δ are not samples. In both cases, samples are passed one at a time. The first sample is
+checked: its loss must have a gradient only in its own row of Δ, and Δ^T X must equal autograd's gradient of each weight.
 
-A key/value head that several query heads share counts whole for each of them. Biases do not count. Gradients are added up over samples
-in float32 (in float64 the sums would take twice the attention weights' memory), their squares in float64.
+A key/value head that several query heads share counts fully for each of them. Biases are ignored. Gradients are summed over samples in
+float32 (float64 sums would need twice the memory of the attention weights), their squares in float64.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from ..capture.layers import AttentionLayer, Projection, attention_layers, uncom
 
 Batch = Mapping[str, Tensor]
 
-# Δ^T X and autograd's gradient are the same within this share of its norm, and this share of ‖Δ‖‖X‖, whose terms may cancel out.
+# Tolerances of Δ^T X against autograd's gradient: this share of its norm, and this share of ‖Δ‖‖X‖, whose terms may cancel out.
 SAME_GRADIENT, SAME_TERMS = 0.1, 1e-3
 
 
 class HeadGradients(NamedTuple):
-    """Gradients of each head's weights.
+    """Gradient statistics of each head's weights.
 
     Attributes:
         gradient_norm: (L, H) float64, nats per unit of weight: norm of the mean loss's gradient.
-        fisher: (L, H) float64, its square: mean over samples of the squared norm of each sample's gradient.
-        samples: counted.
+        fisher: (L, H) float64, in the square of this unit: mean over samples of the squared norm of each sample's gradient.
+        samples: number of samples.
     """
 
     gradient_norm: Tensor
@@ -53,13 +53,13 @@ def head_gradients(model: nn.Module, batches: Iterable[Batch], *, on_samples: Ca
     """Gradient norm and empirical Fisher information of every head.
 
     Args:
-        model: a classifier of sequences, in eval mode. Its parameters' `grad` stay as they are.
+        model: sequence classifier, in eval mode. The `grad` of its parameters does not change.
         batches: inputs of the model and "labels" (B,), on its device.
-        on_samples: called after each batch with the number of samples done.
+        on_samples: function called after each batch with the number of samples done.
 
     Raises:
-        InputError: no samples, labels that are no classes, a loss or gradient that is not finite, a model whose heads are not known, or one
-            that uses a projection's weight in another way than by calling it.
+        InputError: there are no samples, labels are not classes, a loss or gradient is not finite, the model's heads are not known, or it
+            uses the weight of a projection without calling the projection.
     """
     layers = attention_layers(model)
     heads_shape(layers)
@@ -81,7 +81,7 @@ def head_gradients(model: nn.Module, batches: Iterable[Batch], *, on_samples: Ca
 
 
 class _Call(NamedTuple):
-    """A call of a projection: what it took in, and the place of what it gave out in autograd's graph, before any change in place."""
+    """A call of a projection: its input, and the node of its output in autograd's graph before any in-place change."""
 
     module: nn.Module
     inputs: Tensor
@@ -89,25 +89,25 @@ class _Call(NamedTuple):
 
 
 class _Sums:
-    """Sums over samples: of the gradients, and per head of their squares."""
+    """Sums over samples of the gradients and, per head, of their squares."""
 
     def __init__(self, layers: list[AttentionLayer]) -> None:
         self.layers = layers
         self.fisher = torch.zeros(heads_shape(layers), dtype=torch.float64)
         self.gradients: dict[nn.Module, Tensor] = {}
-        self.checked = 0  # 1 after a sample alone, 2 after a batch of several
-        self.parts: dict[nn.Module, list[tuple[int, Projection]]] = defaultdict(list)  # a fused weight has three
+        self.checked = 0  # 1 after a single sample, 2 after a batch of several
+        self.parts: dict[nn.Module, list[tuple[int, Projection]]] = defaultdict(list)  # a fused weight has three parts
         for layer in layers:
             for projection in (layer.query, layer.key, layer.value, layer.output):
                 self.parts[projection.module].append((layer.index, projection))
 
     def add(self, model: nn.Module, batch: Batch) -> bool:
-        """Counts a batch; False, and nothing counted, where its samples cannot be told apart."""
+        """Adds a batch. Returns False, and adds nothing, if its samples cannot be separated."""
         calls: list[_Call] = []
 
         def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             calls.append(_Call(module, args[0].detach(), get_gradient_edge(output.requires_grad_())))
-            return output.clone()  # which the model may change in place: Longformer does so with its queries
+            return output.clone()  # the model may change it in place, as Longformer does with its queries
 
         labels = batch["labels"]
         with torch.enable_grad(), uncompiled(model), ExitStack() as stack:
@@ -118,7 +118,7 @@ class _Sums:
         if len(labels) > 1 and any(call.inputs.dim() != 3 or len(call.inputs) != len(labels) for call in calls):
             return False
         if not losses.isfinite().all():
-            raise InputError(f"loss of the evaluation samples must be finite, got {total.item()}.")
+            raise InputError(f"the loss of the evaluation samples is {total.item()}, which is not finite.")
         kind = min(len(labels), 2)
         if kind > self.checked:
             if not self._first_sample_is_right(calls, first, len(labels)):
@@ -131,17 +131,17 @@ class _Sums:
         return True
 
     def _first_sample_is_right(self, calls: list[_Call], loss: Tensor, samples: int) -> bool:
-        """Whether the first sample's loss pulls at the first row alone.
+        """Whether the first sample's loss has a gradient only in the first row.
 
         Raises:
-            InputError: a projection was not called, or autograd's gradient of its weight is another.
+            InputError: a projection was not called, or autograd's gradient of its weight differs.
         """
         edges, modules = [call.output for call in calls], list(self.parts)
         called = {call.module for call in calls}
         for module in modules:
             if module not in called:
                 name = self.parts[module][0][1].name.removesuffix(".weight")
-                raise InputError(f"model must call {name} for the gradient of its weight, got no call.")
+                raise InputError(f"model did not call {name}, whose gradient is needed.")
         weights = {module: dict(module.named_parameters()).get("weight") for module in modules}
         trained = {module: weight for module, weight in weights.items() if weight is not None and weight.requires_grad}
         places: list[Any] = [*edges, *trained.values()]
@@ -150,7 +150,7 @@ class _Sums:
             return False
         ours = _by_module(calls, grads[: len(edges)], samples)
         for module, theirs in zip(trained, grads[len(edges) :], strict=True):
-            if theirs is None:  # nothing of the loss comes through it
+            if theirs is None:  # the loss does not depend on it
                 continue
             expected = (theirs.T if isinstance(module, Conv1D) else theirs).to(loss.dtype)
             found, terms = torch.zeros_like(expected), torch.zeros(())
@@ -160,18 +160,18 @@ class _Sums:
             least = torch.finfo(theirs.dtype).smallest_normal * theirs.numel() ** 0.5
             if (found - expected).norm() > SAME_GRADIENT * expected.norm() + SAME_TERMS * terms + least:
                 name = self.parts[module][0][1].name
-                raise InputError(f"gradient of {name} must come from what its module takes in and gives out, got another by autograd.")
+                raise InputError(f"gradient of {name} by autograd differs from the one computed from its module's input and output.")
         return True
 
     def _count(self, module: nn.Module, gradient: Tensor) -> None:
-        """One sample's gradient of a weight, (out_features, in_features)."""
+        """Gradient of a weight for one sample, (out_features, in_features)."""
         total = self.gradients.get(module)
         self.gradients[module] = gradient if total is None else total.add_(gradient)
         for index, squares in self._squares(module, gradient):
             self.fisher[index] += squares
 
     def _squares(self, module: nn.Module, gradient: Tensor) -> Iterable[tuple[int, Tensor]]:
-        """For each part of a weight its layer and (H,) sums of squares per head."""
+        """Layer, and (H,) sums of squares per head, for each part of a weight."""
         square = gradient.square()
         for index, part in self.parts[module]:
             per_feature = square.sum(0 if part.columns else 1, dtype=torch.float64)
@@ -187,18 +187,18 @@ class _Sums:
         wrong = (~squares.isfinite()).nonzero().tolist()
         if wrong:
             layer, head = wrong[0]
-            raise InputError(f"gradients must be finite, got {squares[layer, head].item()} in head {head} of layer {layer}.")
+            raise InputError(f"the gradient of head {head} in layer {layer} is not finite (squared norm {squares[layer, head].item()}).")
         return squares.sqrt()
 
 
 def _by_sample(tensor: Tensor, samples: int) -> Tensor:
-    """(B, T, F) in float32 or wider; all tokens of a single sample, whatever their shape."""
+    """(B, T, F) in float32 or wider; for a single sample, all tokens, whatever their shape."""
     tensor = tensor.float() if tensor.dtype.itemsize < 4 else tensor
     return tensor.reshape(samples, -1, tensor.shape[-1])
 
 
 def _by_module(calls: list[_Call], grads: Iterable[Tensor | None], samples: int) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-    """What each projection took in, and the gradient of what it gave out, (B, T, F) each; its calls one after another."""
+    """Input of each projection and gradient of its output, (B, T, F) each; several calls are concatenated."""
     taken: dict[nn.Module, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for call, grad in zip(calls, grads, strict=True):
         if grad is not None:

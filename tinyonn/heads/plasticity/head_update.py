@@ -1,11 +1,11 @@
-"""How far training moved each head's weights.
+"""Change of each head's weights in training.
 
     Up[l, h]   = ‖ W1 − W0 ‖  over the head's slice,  p in q, k, v (rows) and o (columns)
     U[l, h]    = sqrt(Uq² + Uk² + Uv² + Uo²)
     Urel[l, h] = U / (‖Wq0‖ + ‖Wk0‖ + ‖Wv0‖ + ‖Wo0‖)
 
-W0 before, W1 after training; Frobenius norms in float64. A key/value head that several query heads share counts whole for each of them.
-Biases do not count. Checkpoints are read tensor by tensor; no model is loaded.
+W0 before, W1 after training; Frobenius norms in float64. A key/value head that several query heads share counts fully for each of
+them. Biases are ignored. Checkpoints are read tensor by tensor; no model is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..capture.layers import AttentionLayer, Projection, attention_layers
 
 
 class HeadUpdate(NamedTuple):
-    """Change of each head's weights: (L, H) float64 each, in units of the weights; `relative` has none."""
+    """Change of each head's weights: (L, H) float64 each, in units of the weights (`relative` without unit)."""
 
     query: Tensor
     key: Tensor
@@ -40,15 +40,15 @@ def head_update(layers: Sequence[AttentionLayer], before: Mapping[str, Tensor], 
     """Change of every head between two sets of weights.
 
     Args:
-        layers: of `attention_layers`; only names and sizes are read.
-        before, after: weights by name: state dicts, or `Checkpoint`s.
+        layers: result of `attention_layers`; only names and sizes are read.
+        before, after: name -> weight, as state dicts or `Checkpoint`s.
 
     Raises:
-        InputError: a weight is missing, has another shape or values that are not finite, or a head's weights were all zero.
+        InputError: a weight is missing, has another shape or values that are not finite, or all weights of a head were zero.
     """
     moved, norms = torch.zeros(2, 4, *heads_shape(layers), dtype=torch.float64)
     for layer in layers:
-        weights: dict[str, tuple[Tensor, Tensor]] = {}  # a fused weight is read once
+        weights: dict[str, tuple[Tensor, Tensor]] = {}  # so that a fused weight is read once
         for number, part in enumerate((layer.query, layer.key, layer.value, layer.output)):
             if part.name not in weights:
                 weights[part.name] = _pair(part, before, after)
@@ -60,20 +60,20 @@ def head_update(layers: Sequence[AttentionLayer], before: Mapping[str, Tensor], 
     if zero := (scale == 0).nonzero().tolist():
         index, head = zero[0]
         raise InputError(
-            f"weights of head {head} in {layers[index].name} must not all be 0 before training: its relative change is undefined."
+            f"all weights of head {head} in {layers[index].name} were 0 before training, so that its relative change is undefined."
         )
     total = moved.square().sum(0).sqrt()
     return HeadUpdate(moved[0], moved[1], moved[2], moved[3], total, total / scale)
 
 
 def checkpoint_update(before: str | os.PathLike[str], after: str | os.PathLike[str]) -> HeadUpdate:
-    """Change of every head between two checkpoints of a classifier of sequences.
+    """Change of every head between two checkpoints of a sequence classifier.
 
     Args:
         before, after: folders with config.json and safetensors.
 
     Raises:
-        InputError: not two checkpoints of one model; the line names what differs first.
+        InputError: they are not two checkpoints of one model; the message names the first difference.
     """
     old, new = Checkpoint(before), Checkpoint(after)
     layers = _layers(old.folder)
@@ -91,10 +91,10 @@ def checkpoint_update(before: str | os.PathLike[str], after: str | os.PathLike[s
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a folder's safetensors files by name, each read when it is asked for.
+    """Tensors of the safetensors files in a folder, by name; each is read on access.
 
     Raises:
-        InputError: no safetensors there, or a damaged file.
+        InputError: the folder has no safetensors, or a file is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -107,14 +107,14 @@ class Checkpoint(Mapping[str, Tensor]):
         for file in files:
             try:
                 with safe_open(file, "pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118  # no mapping, although it has keys
+                    for name in tensors.keys():  # noqa: SIM118  # not a mapping, although it has keys
                         self._files[name] = file
                         self._shapes[name] = tuple(tensors.get_slice(name).get_shape())
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{file} must be a whole safetensors file, got: {reason(error)}") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, without reading it."""
+        """Shape of a tensor, without reading it."""
         return self._shapes[name]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -122,7 +122,7 @@ class Checkpoint(Mapping[str, Tensor]):
             tensor: Tensor = tensors.get_tensor(name)
         return tensor
 
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+    def __contains__(self, name: object) -> bool:  # Mapping's own method would read the tensor
         return name in self._files
 
     def __iter__(self) -> Iterator[str]:
@@ -133,7 +133,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def _layers(folder: Path) -> list[AttentionLayer]:
-    """Where the heads of a checkpoint are, from its configuration alone."""
+    """Attention layers of a checkpoint, from its configuration alone."""
     from transformers import AutoModelForSequenceClassification
 
     config = load_config(folder)
@@ -141,22 +141,22 @@ def _layers(folder: Path) -> list[AttentionLayer]:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
-        raise InputError(f"{folder} must hold a model that classifies sequences, got {config.model_type}.") from error
+        raise InputError(f"{folder} must hold a sequence classifier, got {config.model_type}.") from error
     return attention_layers(model)
 
 
 def _pair(part: Projection, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A weight before and after, in float64."""
+    """A weight before and after training, in float64."""
     pair = []
     for weights, when in ((before, "before"), (after, "after")):
         if part.name not in weights:
-            raise InputError(f"{part.name} must be among the weights {when} training, got none of that name.")
+            raise InputError(f"the weights {when} training lack {part.name}.")
         weight = weights[part.name]
         wanted = tuple(part.module.get_parameter("weight").shape)
         if tuple(weight.shape) != wanted:
             raise InputError(f"{part.name} must have shape {wanted} as in the model, got {tuple(weight.shape)} {when} training.")
         if not weight.is_floating_point() or not weight.isfinite().all():
-            raise InputError(f"{part.name} must hold finite floating-point values, got others {when} training.")
+            raise InputError(f"{part.name} has values {when} training that are not finite floating-point numbers.")
         pair.append(weight.detach().cpu().double())
     return pair[0], pair[1]
 

@@ -1,15 +1,15 @@
-"""The measure step of a plasticity study: what each head is worth before and after training, and how far training moved it.
+"""The measure step of a plasticity study: importance of each head before and after training, and change of its weights.
 
-    eval_subset.json        the rows that heads are measured on, the same for every training seed
-    importance_pre.jsonl    loss increase and accuracy drop without the head, and Taylor's estimate, before training
+    eval_subset.json        evaluation rows, the same for every training seed
+    importance_pre.jsonl    loss increase and accuracy drop without the head, and its Taylor estimate, before training
     importance_post.jsonl   the same after training
     gradfisher_pre.jsonl    norm of the gradient and empirical Fisher information before training
     update.jsonl            change of the head's weights
-    measure_parts.json      of each of these files its checksum and what it was made from: an interrupted run goes on from there
-    measure.json            loss and accuracy of both models, share of the commonest class, the checks, times; written last
+    measure_parts.json      checksum and sources of each of these files, from which an interrupted run continues
+    measure.json            loss and accuracy of both models, share of the most common class, checks, times; written last
 
-One line a head in each .jsonl. Everything runs in float32, whatever the training did: a head's part in the loss is often smaller than
-half precision resolves.
+Each .jsonl has one line per head. All computations are in float32, whatever the precision of training, because the effect of a head on
+the loss is often below the resolution of half precision.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ from .records import PART_FIELDS, read_trained
 from .summary import json_text
 from .train_folder import changed_checkpoint, check_same, training_options
 
-# Options of training that measuring may do without: the results are the same up to rounding.
+# Options of training that may differ for a measurement: they change only rounding.
 _FREE = ("batch_size", "dtype")
-_CHECK_ROWS = 2  # of the first batch, for the check that gates work
-# What the summary takes from a part.
+_CHECK_ROWS = 2  # number of samples of the first batch, for the check of the gates
+# Fields of a part that go into the summary.
 _FACTS = {
     name: {f"base_loss_{when}": "a number", f"base_accuracy_{when}": "a number"}
     for name, when in ((IMPORTANCE_PRE, "pre"), (IMPORTANCE_POST, "post"))
@@ -75,12 +75,12 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class MeasureResult:
-    """What measuring left.
+    """Result of `measure`.
 
     Attributes:
-        folder: with the files.
-        kept: all of it was there already, whole and of the same training.
-        summary: the content of measure.json.
+        folder: folder of the files.
+        kept: whether a complete measurement of the same training existed already.
+        summary: content of measure.json.
     """
 
     folder: Path
@@ -89,17 +89,17 @@ class MeasureResult:
 
 
 def measure(config: PlasticityConfig, progress: Report | None = None) -> MeasureResult:
-    """Measures every head of a trained classifier, before and after its training; what is measured already is kept.
+    """Measures every head of a trained classifier, before and after its training. Existing measurements are kept.
 
     Args:
-        config: that of the training; batch_size and device may differ.
-        progress: called with every stage and batch.
+        config: options of the training; batch_size and device may differ.
+        progress: function called at every stage and batch.
 
     Raises:
-        InputError: no complete training in the folder, or one of other options or rows; another run in the folder; checkpoints that are
-            not those of the training, or do not match; gates that change nothing; a loss that is no number; memory that ran out.
+        InputError: the folder has no complete training, or one of other options or rows; another run uses the folder; the checkpoints are
+            not those of the training, or do not match; gates have no effect; a loss is not finite; or memory ran out.
     """
-    read_trained(config.folder)  # before the lock, which would make the folder
+    read_trained(config.folder)  # before the lock, which would create the folder
     try:
         with locked(config.folder):
             return _Measurement(config, progress or (lambda state: None)).go()
@@ -107,12 +107,12 @@ def measure(config: PlasticityConfig, progress: Report | None = None) -> Measure
         if not is_out_of_memory(error):
             raise
         raise InputError(
-            f"memory ran out while measuring: lower --batch-size (now {config.batch_size}); what is measured already is kept."
+            f"memory ran out while measuring: lower --batch-size (now {config.batch_size}); existing measurements are kept."
         ) from error
 
 
 class _Measurement:
-    """One folder's measurement. Each file is a part: rows, one a head, and facts for measure.json."""
+    """Measurement of one folder. Each file is a part: one row per head, and facts for measure.json."""
 
     def __init__(self, config: PlasticityConfig, report: Report) -> None:
         self.config, self.report, self.folder = config, report, config.folder
@@ -121,7 +121,7 @@ class _Measurement:
         options = training_options(config, torch.float32)
         check_same(self.folder, {name: value for name, value in options.items() if name not in _FREE})
         self.parts: dict[str, Callable[[], tuple[list[dict[str, Any]], dict[str, Any]]]] = {
-            UPDATE: self._update,  # seconds, and it finds checkpoints that do not match
+            UPDATE: self._update,  # fast, and detects checkpoints that do not match
             IMPORTANCE_PRE: partial(self._importance, INIT, "pre"),
             GRADIENTS: self._gradients,
             IMPORTANCE_POST: partial(self._importance, FINAL, "post"),
@@ -177,7 +177,7 @@ class _Measurement:
         path = self.folder / SUBSET
         if path.is_file() and not self.config.overwrite:
             there = read_json(path, dict, MEASURE_AGAIN, MEASURE_AGAIN)
-            if {**there, "source": None} == {**subset, "source": None}:  # a path may be spelled in several ways
+            if {**there, "source": None} == {**subset, "source": None}:  # a path can be written in several ways
                 return
             raise InputError(
                 f"{path} must name the rows that eval_seed {self.config.eval_seed} gives, got others; --overwrite measures again."
@@ -185,12 +185,12 @@ class _Measurement:
         write_atomically(path, json.dumps(subset) + "\n")
 
     def _done(self, origin: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """Records of the parts that are there, whole and of this training and these rows."""
+        """Records of the parts that exist, are complete, and belong to this training and these rows."""
         try:
             record = json.loads((self.folder / PARTS).read_text(encoding="utf-8"))
             parts = record["parts"] if all(record[name] == value for name, value in origin.items()) else {}
             return {name: parts[name] for name in self.parts if name in parts and self._is_done(name, parts[name])}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or a damaged one: all is measured again
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # missing or damaged: everything is measured again
             return {}
 
     def _is_done(self, name: str, part: dict[str, Any]) -> bool:
@@ -199,7 +199,7 @@ class _Measurement:
         return (self.folder / name).is_file() and digest(self.folder / name) == part["sha256"]
 
     def _complete(self, expected: Mapping[str, Any]) -> dict[str, Any] | None:
-        """measure.json, where it says what the parts do; the machine that measured may be another."""
+        """measure.json, if it agrees with the parts; it may be from another machine."""
         try:
             summary: dict[str, Any] = json.loads((self.folder / MEASURED).read_text(encoding="utf-8"))
             same = all(summary[name] == value for name, value in expected.items() if name not in ("model", "device", "versions"))
@@ -208,7 +208,7 @@ class _Measurement:
             return None
 
     def _model(self, checkpoint: str) -> nn.Module:
-        """The classifier of a checkpoint; the one loaded last is kept, never two at once."""
+        """Classifier of a checkpoint. Only the last one is kept in memory."""
         if self.loaded is None or self.loaded[0] != checkpoint:
             self.loaded = None
             self.report(Progress("loading", None, checkpoint))
@@ -219,7 +219,7 @@ class _Measurement:
         return self.loaded[1]
 
     def _batches(self) -> list[dict[str, Tensor]]:
-        """The evaluation rows, longest first: little padding, and memory that does not suffice shows at once."""
+        """Evaluation rows, longest first, so that there is little padding, and insufficient memory is detected at once."""
         rows = sorted(self.data.evaluation, key=lambda example: -len(example.text) - len(example.pair or ""))
         tokenizer = load_tokenizer(self.folder / INIT)
         return list(batches(rows, tokenizer, self.config.batch_size, self.config.max_length, self.device))
@@ -251,7 +251,7 @@ class _Measurement:
         return rows, facts
 
     def _cause(self) -> str:
-        """What is likely to be wrong with trained weights that no head matters to."""
+        """Likely cause of trained weights for which no head has an effect."""
         losses = self.train_summary["losses"]
         part = max(1, len(losses) // 10)
         first, last = (math.fsum(some) / part for some in (losses[:part], losses[-part:]))
@@ -293,7 +293,7 @@ class _Measurement:
 
 
 def _rows(**columns: Tensor) -> list[dict[str, Any]]:
-    """One mapping a head, in order of layer and head, from (L, H) columns."""
+    """One mapping per head, in order of layer and head, from (L, H) columns."""
     values: dict[str, Sequence[Sequence[float]]] = {name: column.tolist() for name, column in columns.items()}
     layers, heads = next(iter(columns.values())).shape
     return [

@@ -1,4 +1,4 @@
-"""Records that the steps of a plasticity study leave for each other, read with every field that the later steps need."""
+"""Records of the steps of a plasticity study, with checks of the fields that later steps need."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ PART_FIELDS = {"sha256": "text", "layers": "a whole number", "heads": "a whole n
 
 
 def read_trained(folder: Path) -> dict[str, Any]:
-    """The content of train.json.
+    """Content of train.json.
 
     Raises:
-        InputError: it is missing, damaged or of a training that took no step; the line names the command to run.
+        InputError: the file is missing, damaged or from a training without steps; the message names the command to run.
     """
     path = folder / TRAINED
     trained = read_record(path, TRAINED_FIELDS, TRAIN_STEP, TRAIN_AGAIN)
@@ -56,33 +56,33 @@ def read_trained(folder: Path) -> dict[str, Any]:
 
 
 def read_measured(folder: Path) -> dict[str, Any]:
-    """The content of measure.json.
+    """Content of measure.json.
 
     Raises:
-        InputError: it is missing or damaged; the line names the command to run.
+        InputError: the file is missing or damaged; the message names the command to run.
     """
     return read_record(folder / MEASURED, MEASURED_FIELDS, MEASURE_STEP)
 
 
 def read_subset(folder: Path) -> list[Any]:
-    """Numbers of the rows that were measured, of eval_subset.json.
+    """Numbers of the evaluation rows, from eval_subset.json.
 
     Raises:
-        InputError: it is missing or damaged; the line names the command to run.
+        InputError: the file is missing or damaged; the message names the command to run.
     """
     rows: list[Any] = read_record(folder / SUBSET, {"indices": "a list"}, MEASURE_STEP, MEASURE_AGAIN)["indices"]
     return rows
 
 
 def check_seed(folder: Path, trained: Mapping[str, Any]) -> None:
-    """Refuses a folder seedN that holds the training of another seed: a copy, which would count twice.
+    """Checks that a folder seedN holds the training of seed N, and not a copy of another, which would count twice.
 
     Args:
-        folder: OUTPUT/TASK/seedN; under another name anything may lie there.
+        folder: OUTPUT/TASK/seedN; folders with other names are not checked.
         trained: content of its train.json.
 
     Raises:
-        StepFileError: naming both seeds.
+        StepFileError: the seeds differ.
     """
     name, seed = folder.resolve().name, trained["options"]["seed"]
     if re.fullmatch(r"seed[0-9]+", name) and name != f"seed{seed}":
@@ -90,14 +90,14 @@ def check_seed(folder: Path, trained: Mapping[str, Any]) -> None:
 
 
 def check_parts(folder: Path, names: Iterable[str]) -> None:
-    """Refuses files that are not those which `measure` recorded: edited, swapped, of another seed or another training.
+    """Checks that files are those that `measure` recorded, and not edited, swapped, or of another seed or training.
 
     Args:
         folder: OUTPUT/TASK/seedN.
-        names: of the measured files.
+        names: names of the measured files.
 
     Raises:
-        StepFileError: naming the first that is another.
+        StepFileError: a file differs; the message names the first.
     """
     record = read_record(
         folder / PARTS, {"training_sha256": "text", "subset_sha256": "text", "parts": "an object"}, MEASURE_STEP, MEASURE_STEP

@@ -1,10 +1,10 @@
-"""Several seeds of one plasticity run as one: means and intervals over seeds, and how often each head is a case.
+"""Aggregation of the seeds of a plasticity study: means and intervals over seeds, and the number of seeds in which each head is a case.
 
-    aggregate.json   the statistics of stats.json as mean, sd and Student's t interval over seeds; cases; agreement between seeds
-    aggregate.csv    one line a head: mean and sd of every column over seeds, and in how many it is a case
+    aggregate.json   statistics of stats.json as mean, sd and Student's t interval over seeds; cases; agreement between seeds
+    aggregate.csv    one line per head: mean and sd of every column over seeds, and the number of seeds in which it is a case
 
-A seed counts when its files are whole, of the seed that its folder names, and its report was made from the files that lie beside it; the
-others are listed with what they lack, never left out in silence.
+A seed counts if its files are complete, belong to the seed in its folder's name, and its report was made from them. Other seeds are
+listed with what they lack.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from .summary import COLUMNS, PAIRS, SOURCES, TAYLOR_PAIRS, HeadTable, acceptanc
 
 STEPS = {TRAINED: TRAIN_STEP, MEASURED: MEASURE_STEP, STATS: REPORT_STEP}
 KINDS = {"important_but_static": STATIC, "plastic_but_unimportant": PLASTIC}
-# What must be the same in every seed for a mean to mean anything.
+# Fields that must be equal in all seeds.
 SHARED_FACTS = ("model", "top_k", "high", "low")
 AGREEMENT_COLUMNS = ("I_pre", "I_post", "G_pre", "U", "Urel")
 
 
 class SeedsDifferError(InputError):
-    """Complete seeds that no mean is taken over: of different models, heads, or options of the report."""
+    """Complete seeds that cannot be aggregated: they have different models, heads, or options of the report."""
 
 
 @dataclass(frozen=True)
 class Seed:
-    """A complete seed: its folder's name and number, stats.json, columns, and which heads are cases."""
+    """A complete seed: name and number of its folder, stats.json, columns, and cases."""
 
     name: str
     number: int
@@ -69,18 +69,17 @@ def aggregate(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Writes aggregate.json and aggregate.csv over all complete seeds of OUTPUT/TASK.
 
     Args:
-        folder: holds seed0, seed1, …
+        folder: folder with seed0, seed1, …
 
     Returns:
-        The content of aggregate.json.
+        Content of aggregate.json.
 
     Raises:
-        InputError: no seed is complete, scipy is missing, or the seeds are of different models, heads or options (SeedsDifferError);
-            the line names the seeds. Nothing is written then, and what an earlier join wrote is
-            gone: it was of other seeds.
+        InputError: no seed is complete, scipy is missing, or the seeds have different models, heads or options (SeedsDifferError); the
+            message names the seeds. Nothing is written then, and the files of an earlier aggregation are deleted.
     """
     root = Path(folder)
-    for name in (AGGREGATE, AGGREGATE_TABLE, PAGE):  # nothing old may look current where the joining fails
+    for name in (AGGREGATE, AGGREGATE_TABLE, PAGE):  # so that no old file looks current if the aggregation fails
         (root / name).unlink(missing_ok=True)
     seeds, incomplete = _complete_seeds(root)
     if not seeds:
@@ -96,7 +95,7 @@ def aggregate(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "seeds": [{"folder": seed.name, "seed": seed.number} for seed in seeds],
         "incomplete": incomplete,
         "notes": _notes(seeds),
-        "interval": {"method": "Student's t over seeds, cut at the quantity's range", "confidence": CONFIDENCE},
+        "interval": {"method": "Student's t over seeds, clipped to the quantity's range", "confidence": CONFIDENCE},
         "pairs": [_pair(seeds, "pairs", number) for number in range(len(first.stats["pairs"]))],
         "taylor": [_pair(seeds, "taylor", number) for number in range(len(first.stats["taylor"]))],
         "case_counts": {name: _over([seed.kinds.count(kind) for seed in seeds], 0.0) for name, kind in KINDS.items()},
@@ -131,10 +130,10 @@ def _complete_seeds(root: Path) -> tuple[list[Seed], list[dict[str, str]]]:
 
 
 def _seed(path: Path, number: int) -> Seed:
-    """A seed whose three steps have ended.
+    """A seed whose three steps are complete.
 
     Raises:
-        StepFileError: a file is damaged, of another seed, or not the one that its report was made from.
+        StepFileError: a file is damaged, of another seed, or not the one from which its report was made.
     """
     check_seed(path, read_trained(path))
     read_measured(path)
@@ -148,7 +147,7 @@ def _seed(path: Path, number: int) -> Seed:
 
 
 def _read_stats(path: Path) -> dict[str, Any]:
-    """stats.json, with all that is joined here in its place."""
+    """Content of stats.json, with checks of the fields used here."""
     fields = {"inputs": "an object", "options": "an object", "model": "text", "pairs": "a list", "taylor": "a list"}
     stats = read_record(path, {**fields, "top_k": "a whole number", "high": "a number", "low": "a number"}, REPORT_STEP)
     check_fields(path, stats["options"], {"model_path": "text"}, REPORT_STEP, again=True)
@@ -170,7 +169,7 @@ def _check_alike(root: Path, seeds: Sequence[Seed]) -> None:
     first = seeds[0]
     for seed in seeds[1:]:
         for name in SHARED_FACTS:
-            # Two models may share a name: where they lie tells them apart.
+            # Two models may have the same name, but not the same path.
             ours, theirs = (its.stats["options"].get("model_path") if name == "model" else its.stats[name] for its in (first, seed))
             if theirs != ours:
                 raise SeedsDifferError(f"{root} must have one {name} in all seeds, got {ours} in {first.name} and {theirs} in {seed.name}.")
@@ -185,7 +184,7 @@ def _check_alike(root: Path, seeds: Sequence[Seed]) -> None:
 def _notes(seeds: Sequence[Seed]) -> list[str]:
     notes = []
     if len(seeds) == 1:
-        notes.append("One seed gives no interval: run others to see how far the numbers move from run to run.")
+        notes.append("One seed has no interval: run others to see the variation between runs.")
     other = next((seed for seed in seeds[1:] if seed.subset != seeds[0].subset), None)
     if other is not None:
         notes.append(f"The seeds were measured on different rows (eval_subset.json): {seeds[0].name} and {other.name}.")
@@ -202,7 +201,7 @@ def _notes(seeds: Sequence[Seed]) -> list[str]:
 
 
 def _over(values: Sequence[float | None], lowest: float = -np.inf, highest: float = np.inf) -> dict[str, Any]:
-    """A number of each seed with mean and interval; seeds that have none are left out of both and stay None in `values`."""
+    """A number of each seed, with mean and interval. Seeds without it are None in `values`, and are ignored in both."""
     known = np.array([value for value in values if value is not None], dtype=np.float64)
     return {**mean_interval(known, lowest, highest), "values": list(values)}
 
@@ -220,7 +219,7 @@ def _pair(seeds: Sequence[Seed], group: str, number: int) -> dict[str, Any]:
 
 
 def _acceptance(seeds: Sequence[Seed]) -> list[dict[str, Any]]:
-    """The original study's figures, with how many seeds meet each."""
+    """Figures of the original study, with the number of seeds that meet each."""
     judged = [acceptance(seed.stats["pairs"], {name: seed.kinds.count(kind) for name, kind in KINDS.items()}) for seed in seeds]
     return [
         {
@@ -234,14 +233,14 @@ def _acceptance(seeds: Sequence[Seed]) -> list[dict[str, Any]]:
 
 
 def _agreement(seeds: Sequence[Seed], column: str) -> dict[str, Any]:
-    """Mean rank correlation of one column between every two seeds: whether another run finds the same heads."""
+    """Mean rank correlation of a column between all pairs of seeds, which shows whether another run finds the same heads."""
     pairs = itertools.combinations((seed.table.columns[column] for seed in seeds), 2)
     found = [rho for rho in (spearman(a, b) for a, b in pairs) if rho is not None]
     return {"column": column, "rho": float(np.mean(found)) if found else None, "pairs": len(found)}
 
 
 def _frequent(seeds: Sequence[Seed], kind: str) -> list[dict[str, Any]]:
-    """Heads that are cases of a kind in some seed, the most frequent first."""
+    """Heads that are cases of a kind in some seed, most frequent first."""
     rows = []
     for number, place in enumerate(seeds[0].table.places):
         count = sum(seed.kinds[number] == kind for seed in seeds)
@@ -254,7 +253,7 @@ def _frequent(seeds: Sequence[Seed], kind: str) -> list[dict[str, Any]]:
 def _csv(seeds: Sequence[Seed]) -> str:
     stacked = {name: np.stack([seed.table.columns[name] for seed in seeds]) for name in COLUMNS}
     means = {name: values.mean(axis=0) for name, values in stacked.items()}
-    # One seed has no spread: the cell stays empty.
+    # One seed has no standard deviation: the cell is empty.
     spreads = {name: values.std(axis=0, ddof=1) for name, values in stacked.items()} if len(seeds) > 1 else {}
     head = ["layer", "head", "seeds", *(f"{name}_{what}" for name in COLUMNS for what in ("mean", "sd")), *KINDS]
     lines = [",".join(head)]

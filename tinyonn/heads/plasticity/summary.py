@@ -1,10 +1,10 @@
-"""The report step of a plasticity run: what `measure` wrote, joined per head, with statistics and cases.
+"""The report step of a plasticity study: the files of `measure`, joined by head, with statistics and cases.
 
-    heads.csv    one line a head: importance, gradient, update and which case it is
-    stats.json   rank correlations and overlaps of importance with change, of Taylor with the exact importance, acceptance figures
-    cases.json   the heads that are important-but-static or plastic-but-unimportant
+    heads.csv    one line per head: importance, gradient, update and case
+    stats.json   rank correlations and overlaps of importance with change, and of Taylor with exact importance; acceptance figures
+    cases.json   heads that are important-but-static or plastic-but-unimportant
 
-No model is loaded: everything comes from the files of one OUTPUT/TASK/seedN/.
+No model is loaded; all input comes from the files of one OUTPUT/TASK/seedN/.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ COLUMNS = (
 )
 PAIRS = (("I_pre", "U"), ("I_pre", "Urel"), ("I_pre", "G_pre"))
 TAYLOR_PAIRS = (("I_pre", "taylor_pre"), ("I_pre", "taylor_abs_pre"), ("I_post", "taylor_post"), ("I_post", "taylor_abs_post"))
-# The original study's figures, for the pairs of importance and change.
+# Figures of the original study for the pairs of importance and change.
 JUDGED = PAIRS[:2]
 MAX_RHO, MAX_OVERLAP, MIN_CASES = 0.5, 0.3, 3
 
@@ -65,11 +65,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadTable:
-    """What was measured, per head.
+    """Measurements per head.
 
     Attributes:
         places: heads in order of layer and number.
-        columns: (heads,) numbers by the names in COLUMNS.
+        columns: name in COLUMNS -> (heads,) numbers.
     """
 
     places: list[Place]
@@ -78,7 +78,7 @@ class HeadTable:
 
 @dataclass(frozen=True)
 class PlasticitySummary:
-    """What the report step wrote: the contents of stats.json and cases.json."""
+    """Result of the report step: contents of stats.json and cases.json."""
 
     folder: Path
     stats: dict[str, Any]
@@ -91,15 +91,15 @@ def summarise(
     """Writes heads.csv, stats.json and cases.json of one seed.
 
     Args:
-        study: its options, or OUTPUT/TASK/seedN with what `measure` wrote.
-        top_k: heads in the overlap, more than there are means all of them; None for the study's own, or the default of 20.
-        high, low: percentiles of the cases; None for the study's own, or the defaults of 90 and 30.
+        study: options of the study, or its folder OUTPUT/TASK/seedN.
+        top_k: number of heads in the overlap, at most all; None for the study's option, or the default of 20.
+        high, low: percentiles of the cases; None for the study's options, or the defaults of 90 and 30.
 
     Raises:
-        InputError: a bad option, scipy missing, another run in the folder, or a file that is missing, short, or not the one that
-            `measure` wrote; the line names the file, what was found and the step to run. Nothing is written then.
+        InputError: an option is invalid, scipy is missing, another run uses the folder, or a file is missing, incomplete or not the one
+            that `measure` wrote; the message names the file and the step to run. Nothing is written then.
     """
-    options = study if isinstance(study, PlasticityConfig) else PlasticityConfig  # the class holds the defaults
+    options = study if isinstance(study, PlasticityConfig) else PlasticityConfig  # the class attributes are the defaults
     root = study.folder if isinstance(study, PlasticityConfig) else Path(study)
     top_k = options.top_k if top_k is None else top_k
     high, low = options.high if high is None else high, options.low if low is None else low
@@ -107,7 +107,7 @@ def summarise(
         raise InputError(f"top_k must be at least 1, got {top_k}.")
     if not 0 <= low < high <= 100:
         raise InputError(f"low and high must be percentiles with 0 ≤ low < high ≤ 100, got low {low:g} and high {high:g}.")
-    read_measured(root)  # before the lock, which would make the folder
+    read_measured(root)  # before the lock, which would create the folder
     with locked(root):
         return _summarise(root, top_k, high, low)
 
@@ -138,17 +138,17 @@ def _summarise(root: Path, top_k: int, high: float, low: float) -> PlasticitySum
         lines.append(",".join([str(row["layer"]), str(row["head"]), *(f"{row[name]:.9g}" for name in COLUMNS), kind]))
     write_atomically(root / HEADS, "\n".join(lines) + "\n")
     write_atomically(root / CASES, json_text(listed))
-    write_atomically(root / STATS, json_text(stats))  # last: it marks the step as complete
+    write_atomically(root / STATS, json_text(stats))  # last, because it marks the step as complete
     return PlasticitySummary(root, stats, listed)
 
 
 def statistics(table: HeadTable, top_k: int, kinds: Sequence[str]) -> dict[str, Any]:
-    """The numbers of stats.json that depend on the heads alone.
+    """Numbers of stats.json that depend on the heads alone.
 
     Args:
-        table: the measured columns.
-        top_k: heads in the overlap.
-        kinds: per head, of `find_cases`.
+        table: measured columns.
+        top_k: number of heads in the overlap.
+        kinds: kind of each head, as in `Cases.kinds`.
     """
     pairs = [_pair(table, names, top_k) for names in PAIRS]
     counts = {"heads": len(table.places), "layers": len({place.layer for place in table.places})}
@@ -168,7 +168,7 @@ def statistics(table: HeadTable, top_k: int, kinds: Sequence[str]) -> dict[str, 
 
 
 def acceptance(pairs: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> list[dict[str, Any]]:
-    """The original study's figures and whether this run meets them; `met` is None where the number could not be computed."""
+    """Figures of the original study, and whether this run meets them; `met` is None if the number could not be computed."""
     rows: list[dict[str, Any]] = []
     for pair in (pair for pair in pairs if (pair["x"], pair["y"]) in JUDGED):
         share = pair["overlap"]["share"] if pair["overlap"]["reason"] is None else None
@@ -186,7 +186,7 @@ def read_heads(folder: Path) -> HeadTable:
     """Joins the files of `measure` by head.
 
     Raises:
-        InputError: a file is missing, does not hold one line for every head that the others hold, or a number is not finite.
+        InputError: a file is missing, does not have one line for every head of the others, or a number is not finite.
     """
     found = {name: _read_lines(folder / name, list(fields)) for name, fields in SOURCES.items()}
     places = sorted(set().union(*found.values()))
@@ -214,7 +214,7 @@ def read_heads(folder: Path) -> HeadTable:
 
 
 def json_text(value: object) -> str:
-    """JSON as the files of this folder hold it; NaN is an error."""
+    """JSON in the format of the files in this folder; NaN is an error."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -224,7 +224,7 @@ def _pair(table: HeadTable, names: tuple[str, str], top_k: int) -> dict[str, Any
 
 
 def _identity(folder: Path, measured: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
-    """Which run this is: the task by its folder, the rest by the options that it was trained with."""
+    """Identity of a run: the task from its folder, the rest from the options of its training."""
     options = trained["options"]
     return {"model": measured["model"], "task": folder.resolve().parent.name, "seed": options["seed"], "options": options}
 

@@ -1,4 +1,4 @@
-"""The folder that training writes: which options it is of, what is whole in it, and how it is emptied."""
+"""Folder of a training: its options, checks of its files, and their deletion."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .records import read_trained
 
 
 def training_options(config: PlasticityConfig, precision: torch.dtype) -> dict[str, Any]:
-    """What decides the outcome, as train_config.yaml has it: paths whole, defaults that depend on task or device filled in."""
+    """Options that determine the result, as in train_config.yaml: absolute paths, and defaults that depend on task or device filled in."""
     values = {name: getattr(config, name) for name in TRAINING}
     for name in ("model_path", "data_path"):
         if values[name] is not None and os.path.exists(values[name]):
@@ -38,46 +38,46 @@ def training_options(config: PlasticityConfig, precision: torch.dtype) -> dict[s
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Within the block no other run writes into the folder; one that holds nothing afterwards is taken away."""
+    """Locks the folder within the block; an empty folder is deleted afterwards."""
     try:
         with locked(folder):
             yield
     finally:
-        with suppress(OSError):  # it holds something
+        with suppress(OSError):  # it is not empty
             folder.rmdir()
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a training has ended there and the weights of both checkpoints are still there, as long as they were.
+    """Whether the folder has a complete training with the weights of both checkpoints, of the recorded sizes.
 
     Raises:
-        InputError: a damaged train.json.
+        InputError: train.json is damaged.
     """
     return (folder / TRAINED).is_file() and changed_checkpoint(folder, read_trained(folder)) is None
 
 
 def weights_record(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file of a checkpoint's weights, by name."""
+    """File name -> size and SHA-256, for the weights of a checkpoint."""
     return {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in weight_files(checkpoint)}
 
 
 def changed_checkpoint(folder: Path, trained: Mapping[str, Any], *, thorough: bool = False) -> str | None:
-    """Name of a checkpoint whose weights are not those that its training recorded; None where both are.
+    """Name of a checkpoint whose weights differ from those that its training recorded; None if both agree.
 
     Args:
         folder: OUTPUT/TASK/seedN.
         trained: content of its train.json.
-        thorough: compare checksums, which reads all weights; otherwise names and sizes.
+        thorough: whether to compare checksums, which reads all weights, or only names and sizes.
     """
     names = (INIT, FINAL)
     return next((name for name in names if not has_weights(folder / name, trained["checkpoints"].get(name), thorough=thorough)), None)
 
 
 def has_weights(checkpoint: Path, record: object, *, thorough: bool) -> bool:
-    """Whether a checkpoint's weights are those of a `weights_record`."""
+    """Whether the weights of a checkpoint agree with a `weights_record`."""
     try:
         files = {file.name: file for file in weight_files(checkpoint)}
-    except InputError:  # its index names files that are not there
+    except InputError:  # its index names files that do not exist
         return False
     if not files or not isinstance(record, dict) or set(files) != set(record):
         return False
@@ -90,13 +90,13 @@ def has_weights(checkpoint: Path, record: object, *, thorough: bool) -> bool:
 
 
 def check_same(folder: Path, options: dict[str, Any], *, trains: bool = False) -> None:
-    """Refuses a folder that holds the training of other options, or the record of another training than its options name.
+    """Checks that the training in a folder has these options, and that its record belongs to them.
 
     Args:
-        trains: whether it is asked for a training, which another folder or `overwrite` may serve; a later step has no choice.
+        trains: whether the check is for a training; the message then suggests another folder or `overwrite`.
 
     Raises:
-        InputError: naming the options that differ.
+        InputError: options differ; the message names them.
     """
     path = folder / OPTIONS
     if not path.is_file():
@@ -123,8 +123,8 @@ def _difference(name: str, now: object, there: object) -> str:
 
 
 def clear(folder: Path) -> None:
-    """Takes away what training writes, and what later steps made of it; other files stay."""
-    for name in (TRAINED, *LATER, STATE, OPTIONS):  # what marks a step complete goes first
+    """Deletes the files of a training and of later steps; other files are kept."""
+    for name in (TRAINED, *LATER, STATE, OPTIONS):  # files that mark a step as complete are deleted first
         (folder / name).unlink(missing_ok=True)
     for partial in folder.glob(f".{STATE}-*"):
         partial.unlink()
@@ -134,17 +134,17 @@ def clear(folder: Path) -> None:
 
 
 def save_model(model: Any, tokenizer: Any, target: Path) -> None:
-    """A folder of safetensors, configuration and tokenizer that is there whole or not at all.
+    """Saves safetensors, configuration and tokenizer to a folder, completely or not at all.
 
     Raises:
-        InputError: it cannot be written, as on a full disk.
+        InputError: the folder cannot be written, for example because the disk is full.
     """
     partial = _partial(target)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    except Exception as error:  # the tokenizer's library raises Exception itself
+    except Exception as error:  # the tokenizer's library raises plain Exception
         if not isinstance(error, OSError | SafetensorError) and "os error" not in str(error):
             raise
         shutil.rmtree(partial, ignore_errors=True)
@@ -154,7 +154,7 @@ def save_model(model: Any, tokenizer: Any, target: Path) -> None:
 
 
 def no_room(target: Path, said: str) -> InputError:
-    """The error to raise where a file or folder of a training could not be written whole; `said` is the reason."""
+    """Error for a file or folder of a training that could not be written; `said` is the reason."""
     return InputError(f"output_dir must have room for {target.name}, got a write that failed in {target.parent}: {said}.")
 
 

@@ -1,7 +1,7 @@
 """Full fine-tuning of a classifier, from the weights before it (theta_0) to those after (theta_1).
 
-Weights and optimiser stay in float32; autocast takes the matrix products to half precision where the device has it. A run that was
-killed goes on from its last state and ends with the weights that an uninterrupted one ends with.
+Weights and optimiser stay in float32; autocast runs matrix products in half precision if the device supports it. A killed run continues
+from its last checkpoint, and ends with the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ from .train_folder import (
     weights_record,
 )
 
-# What a classifier has above the transformer; a checkpoint of another kind lacks it.
+# Modules of a classifier above the transformer, which checkpoints of other models lack.
 _NEW = r"^(\w+\.)?(classifier|pre_classifier|classification_head|score|pooler|sequence_summary|logits_proj)\.|^head\."
-_LOWEST_SCALE = 2.0**-4  # of the loss in fp16: below it gradients are not too large but not numbers
+_LOWEST_SCALE = 2.0**-4  # minimum loss scale in fp16: below it, gradients are not too large but NaN
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training left.
+    """Result of `train`.
 
     Args:
-        folder: with ckpt_init, ckpt_final and train.json.
-        kept: it was there already, from the same options.
-        summary: the content of train.json.
+        folder: folder with ckpt_init, ckpt_final and train.json.
+        kept: whether a complete training with the same options existed already.
+        summary: content of train.json.
     """
 
     folder: Path
@@ -68,17 +68,18 @@ class TrainResult:
 
 
 def train(config: PlasticityConfig, progress: Callable[[Progress], None] | None = None) -> TrainResult:
-    """Fine-tunes all weights on the task, or goes on with a training that was interrupted, or keeps one that is complete.
+    """Fine-tunes all weights on the task. Continues an interrupted training, and keeps a complete one.
 
-    Writes into `config.folder`: ckpt_init and ckpt_final (safetensors, configuration, tokenizer), train_config.yaml (the options) and,
-    last, train.json (losses of all steps, loss and accuracy on the evaluation rows, precision, versions, seconds).
+    Writes ckpt_init and ckpt_final (safetensors, configuration, tokenizer), train_config.yaml (options) and, last, train.json (losses of
+    all steps, loss and accuracy on the evaluation rows, precision, versions, seconds) into `config.folder`.
 
     Args:
-        progress: called with every stage and step.
+        config: options of the study.
+        progress: function called at every stage and step.
 
     Raises:
-        InputError: data, model or options that do not fit; another configuration's training in the folder (without `overwrite`); another
-            run in the folder; a model whose heads cannot be told apart; a loss that is no number; memory or disk that ran out.
+        InputError: data, model or options are invalid; the folder has a training of another configuration (without `overwrite`); another
+            run uses the folder; the model's heads are not known; a loss is not finite; or memory or disk ran out.
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.dtype, device)
@@ -88,10 +89,10 @@ def train(config: PlasticityConfig, progress: Callable[[Progress], None] | None 
 
 
 def check_options(config: PlasticityConfig) -> None:
-    """Refuses what `train` would: a folder with the training of other options, unless it is to be replaced.
+    """Checks that the folder has no training of other options, unless `overwrite` is set.
 
     Raises:
-        InputError: naming the options that differ.
+        InputError: options differ; the message names them.
     """
     if not config.overwrite:
         check_same(config.folder, training_options(config, resolve_precision(config.dtype, resolve_device(config.device))), trains=True)
@@ -104,7 +105,7 @@ def _train(
     if not config.overwrite:
         check_same(folder, options, trains=True)
         if is_complete(folder):
-            (folder / STATE).unlink(missing_ok=True)  # killed between its last file and this
+            (folder / STATE).unlink(missing_ok=True)  # the run was killed between its last file and this point
             report(Progress("training", 1.0, f"kept: {folder} holds a complete training of these options"))
             return TrainResult(folder, True, read_trained(folder))
     report(Progress("loading", None, "data"))
@@ -120,13 +121,13 @@ def _train(
                 raise
             raise InputError(
                 f"memory ran out after step {run.step}: lower --batch-size (now {config.batch_size}) or --max-length (now "
-                f"{config.max_length}), or take --dtype bf16; with --overwrite, since other options are another training."
+                f"{config.max_length}), or use --dtype bf16; with --overwrite, since other options are another training."
             ) from error
     return TrainResult(folder, False, summary)
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """Precision of the matrix products; "auto" is bfloat16 where a GPU computes in it, float16 on other GPUs, float32 on a CPU."""
+    """Precision of matrix products. "auto" is bfloat16 on GPUs that support it, float16 on other GPUs, float32 on a CPU."""
     if (known := dtype_name(name)) != "auto":
         return DTYPES[known]
     if device.type == "cpu":
@@ -135,10 +136,10 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_classifier(folder: Path, labels: Sequence[str], device: torch.device) -> nn.Module:
-    """A sequence classifier in float32, to be trained; what its checkpoint lacks above the transformer is drawn from torch's generator.
+    """Sequence classifier in float32 for training. Weights above the transformer that its checkpoint lacks are initialised at random.
 
     Raises:
-        InputError: no classifier can be made of it, weights of the transformer are missing, or its training does not fit in memory.
+        InputError: the model has no classifier, weights of the transformer are missing, or its training does not fit in memory.
     """
     names = dict(enumerate(labels))
     return load_model(
@@ -148,7 +149,7 @@ def load_classifier(folder: Path, labels: Sequence[str], device: torch.device) -
         "AutoModelForSequenceClassification",
         (_NEW,),
         training=True,
-        remedy="a smaller model",  # weights are float32 whatever the products are
+        remedy="a smaller model",  # weights are float32, whatever the precision of products
         id2label=names,
         label2id={label: number for number, label in names.items()},
         problem_type="single_label_classification",
@@ -157,7 +158,7 @@ def load_classifier(folder: Path, labels: Sequence[str], device: torch.device) -
 
 
 class _Training:
-    """One training from its first or last saved step to its end."""
+    """One training, from its start or its last checkpoint to its end."""
 
     def __init__(
         self,
@@ -178,7 +179,7 @@ class _Training:
         self.steps = steps if config.max_steps is None else min(steps, config.max_steps)
 
     def go(self, report: Callable[[Progress], None]) -> dict[str, Any]:
-        """Trains, and returns the content of train.json."""
+        """Trains and returns the content of train.json."""
         state = None if self.config.overwrite else self._saved_state()
         started = time.monotonic() - (state["seconds"] if state else 0.0)
         torch.manual_seed(self.config.seed)
@@ -203,12 +204,12 @@ class _Training:
     def _load(self, source: Path) -> None:
         self.tokenizer = load_tokenizer(source)
         self.model = load_classifier(source, self.data.labels, self.device)
-        attention_layers(self.model)  # what cannot be measured is not trained
+        attention_layers(self.model)  # no training of a model that cannot be measured
         _set_padding(self.tokenizer, self.model, source)
         limits = (usable_positions(self.model), self.tokenizer.model_max_length)
         longest = min(limit for limit in limits if limit is not None)
         if self.config.max_length > longest:
-            raise InputError(f"max_length must be at most the {longest} tokens that the model takes, got {self.config.max_length}.")
+            raise InputError(f"max_length must be at most the model's limit of {longest} tokens, got {self.config.max_length}.")
         self._check_tokens()
         decayed = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
         others = [parameter for parameter in self.model.parameters() if parameter.ndim <= 1]
@@ -219,7 +220,7 @@ class _Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
 
     def _check_tokens(self) -> None:
-        """Looks at all rows, before any step, where the tokenizer knows more tokens than the model."""
+        """Checks all rows before the first step, if the tokenizer has more tokens than the model."""
         known = num_embeddings(self.model)
         if max(self.tokenizer.get_vocab().values()) >= known:
             rows = (*self.data.train, *self.data.evaluation)
@@ -230,14 +231,14 @@ class _Training:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / OPTIONS, yaml.safe_dump(self.options, sort_keys=False, allow_unicode=True))
         self._save(INIT)
-        torch.manual_seed(self.config.seed)  # dropout begins alike, whatever loading and saving drew
+        torch.manual_seed(self.config.seed)  # so that dropout does not depend on random numbers drawn before
 
     def _save(self, name: str) -> None:
         save_model(self.model, self.tokenizer, self.folder / name)
         self.checkpoints[name] = weights_record(self.folder / name)
 
     def _plan(self) -> Iterator[list[Example]]:
-        """The rows of every step; another order in each epoch, decided by the seed alone."""
+        """Rows of each step, in an order that depends only on the seed and the epoch."""
         rows, size = self.data.train, self.config.batch_size
         generator = torch.Generator().manual_seed(self.config.seed)
         while True:
@@ -265,7 +266,7 @@ class _Training:
         if not self.scaler.is_enabled() and not math.isfinite(norm):
             raise self._diverged("gradient", norm)
         scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)  # in fp16 it leaves out a step whose gradients overflowed, and the scale is halved
+        self.scaler.step(self.optimizer)  # in fp16, skips a step whose gradients overflowed, and halves the scale
         self.scaler.update()
         if self.scaler.get_scale() < _LOWEST_SCALE:
             raise self._diverged("gradient", norm)
@@ -279,16 +280,16 @@ class _Training:
         return value
 
     def _diverged(self, what: str, value: float) -> InputError:
-        """The error to raise; nothing of this training is left, so that other options may follow in the same folder."""
+        """Error to raise. Deletes the files of this training, so that other options can use the same folder."""
         clear(self.folder)
-        half = ", or take --dtype fp32" if self.precision is not torch.float32 else ""
+        half = ", or use --dtype fp32" if self.precision is not torch.float32 else ""
         return InputError(
             f"{what} must stay finite, got {value} in step {self.step + 1:,} of {self.steps:,}: "
             f"lower --learning-rate (now {self.config.learning_rate:g}){half}."
         )
 
     def _evaluate(self) -> tuple[float, float]:
-        """Mean loss and accuracy of the evaluation rows."""
+        """Mean loss and accuracy on the evaluation rows."""
         self.model.eval()
         loss = right = 0.0
         for batch in self._batches(self.data.evaluation):
@@ -298,7 +299,7 @@ class _Training:
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(-1) == labels).sum())
         rows = len(self.data.evaluation)
-        if not math.isfinite(loss):  # the last step's doing
+        if not math.isfinite(loss):  # the last step diverged
             self.step -= 1
             raise self._diverged("loss", loss)
         return loss / rows, right / rows
@@ -323,7 +324,7 @@ class _Training:
             with replacing(self.folder / STATE) as partial:
                 torch.save(state, partial)
         except RuntimeError as error:
-            if "inline_container" not in str(error):  # torch's archive, which tells no reason
+            if "inline_container" not in str(error):  # an error of torch's archive, without a reason
                 raise
             raise no_room(self.folder / STATE, "is the disk full?") from error
 
@@ -332,23 +333,23 @@ class _Training:
         return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
     def _saved_state(self) -> dict[str, Any] | None:
-        """What an interrupted run saved last, None where there is nothing to go on from."""
+        """Last checkpoint of an interrupted run; None if there is none."""
         path = self.folder / STATE
-        for partial in self.folder.glob(f".{STATE}-*"):  # of a run that was killed while it wrote
+        for partial in self.folder.glob(f".{STATE}-*"):  # from a run that was killed while writing
             partial.unlink()
         if not path.is_file() or not (self.folder / INIT).is_dir():
             return None
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             data, options, before = state["data"], state["options"], state["checkpoints"][INIT]
-        except Exception as error:  # zip's, pickle's or torch's, by what is damaged
-            raise InputError(f"{path} must be a whole state of training, got a damaged file; --overwrite begins again.") from error
+        except Exception as error:  # from zip, pickle or torch, depending on the damage
+            raise InputError(f"{path} must be a complete training state, got a damaged file; --overwrite starts again.") from error
         if options != self._options_digest():
-            raise InputError(f"{path} must be of the training in {OPTIONS}, got one of other options; --overwrite begins again.")
+            raise InputError(f"{path} must be of the training in {OPTIONS}, got one of other options; --overwrite starts again.")
         if not has_weights(self.folder / INIT, before, thorough=True):
-            raise InputError(f"{self.folder / INIT} must hold the weights that training began with, got others; --overwrite begins again.")
+            raise InputError(f"{self.folder / INIT} must hold the initial weights of the training, got others; --overwrite starts again.")
         if data != self.data.digest():
-            raise InputError(f"data_path must hold the rows that the training in {self.folder} began with; --overwrite begins again.")
+            raise InputError(f"data_path must hold the rows with which the training in {self.folder} began; --overwrite starts again.")
         return state
 
     def _resume(self, state: dict[str, Any]) -> None:
@@ -388,7 +389,7 @@ def _silent(progress: Progress) -> None:
 
 
 def _set_padding(tokenizer: Any, model: Any, source: Path) -> None:
-    """A padding token in tokenizer and configuration, by which decoder-only classifiers find a row's last token."""
+    """Sets a padding token in tokenizer and configuration, which decoder-only classifiers need to find the last token of a row."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(f"model_path must hold a tokenizer with a padding or end-of-text token, got {source.name} with neither.")

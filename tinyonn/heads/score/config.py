@@ -52,7 +52,7 @@ class ScoreConfig(Options):
         extra_weights: mapping of the names of scores, which Python code registers, to the weights of their ranks.
 
     Raises:
-        InputError: a value outside its range, naming the field.
+        InputError: a value is invalid; the message names the field.
     """
 
     model_path: str = option(REQUIRED, non_empty, "PATH", "-m", section="Paths")

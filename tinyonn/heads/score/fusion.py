@@ -1,7 +1,7 @@
-"""Scores of heads made comparable within each layer, and fused by rank.
+"""Normalisation of head scores within each layer, and their fusion by rank.
 
-A table of scores is a list with one float64 array (H,) for each layer; layers may differ in H. Everything here is within one layer:
-a head is compared with its neighbours, not with heads that read another residual stream.
+A table of scores is a list with one float64 array (H,) for each layer; layers may differ in H. All comparisons are within a layer,
+because heads of different layers read different residual streams.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..study import NORM_COLUMNS
 
 
 class RankedHead(NamedTuple):
-    """A head's place in an order; rank 1 has the largest combined score."""
+    """Position of a head in a ranking; rank 1 has the largest combined score."""
 
     rank: int
     layer: int
@@ -29,7 +29,7 @@ def average_ranks(values: ArrayLike) -> NDArray[np.float64]:
     """Ascending ranks 1 … H, (H,) → (H,); equal values share the mean of their ranks.
 
     Raises:
-        InputError: a value is NaN or infinite: it has no rank.
+        InputError: a value is NaN or infinite.
     """
     found = _finite(values)
     _, place, counts = np.unique(found, return_inverse=True, return_counts=True)
@@ -38,16 +38,16 @@ def average_ranks(values: ArrayLike) -> NDArray[np.float64]:
 
 
 def normalise(values: ArrayLike, mode: str = "zscore") -> NDArray[np.float64]:
-    """Scores of one layer's heads on a common scale, (H,) → (H,).
+    """Normalised scores of one layer's heads, (H,) → (H,).
 
     Args:
-        values: finite.
-        mode: "zscore", (x − mean) / std with the population's standard deviation, 0 where all values are equal; or "percentile", the
-            share of the layer's other heads that score lower, equal ones counting half: (rank − 1) / (H − 1) with ties averaged, 0 for
-            the lowest head, 1 for the highest, 0.5 where all values are equal or there is one head.
+        values: finite scores.
+        mode: "zscore", (x − mean) / std with the population's standard deviation, 0 if all values are equal; or "percentile", the
+            share of the layer's other heads with a lower score, where equal ones count half: (rank − 1) / (H − 1) with ties averaged.
+            It is 0 for the lowest head, 1 for the highest, 0.5 if all values are equal or the layer has one head.
 
     Raises:
-        InputError: another mode, or a value that is NaN or infinite.
+        InputError: the mode is unknown, or a value is NaN or infinite.
     """
     found = _finite(values)
     match mode:
@@ -62,26 +62,27 @@ def normalise(values: ArrayLike, mode: str = "zscore") -> NDArray[np.float64]:
 
 
 def fuse(scores: Mapping[str, Sequence[ArrayLike]], weights: Mapping[str, float]) -> list[NDArray[np.float64]]:
-    """Σ weight · rank over the named scores, with ranks ascending within each layer and ties averaged: for each layer (H,).
+    """Sum of weight · rank over the named scores: (H,) for each layer. Ranks ascend within each layer; ties are averaged.
 
     Args:
-        scores: by name, a table each, of equal shapes.
-        weights: of each of these names.
+        scores: name -> table; the shapes are equal.
+        weights: name -> weight, for the same names.
 
     Raises:
         InputError: the names differ, or a value is NaN or infinite.
     """
     if set(scores) != set(weights):
-        raise InputError(f"weights must be of the scores {', '.join(scores)}, got {', '.join(weights)}.")
+        raise InputError(f"weights must have the names {', '.join(scores)}, got {', '.join(weights)}.")
     tables = [[weights[name] * average_ranks(layer) for layer in table] for name, table in scores.items()]
     return [np.sum(layers, axis=0) for layers in zip(*tables, strict=True)]
 
 
 def top_heads(combined: Sequence[NDArray[np.float64]], count: int) -> list[RankedHead]:
-    """The heads with the largest combined scores, best first; of equal ones the earlier layer's, then the earlier head's.
+    """Heads with the largest combined scores, best first. Ties are ordered by layer, then by head.
 
     Args:
-        count: at most so many.
+        combined: (H,) for each layer.
+        count: maximum number of heads.
     """
     heads = [(-float(value), layer, head) for layer, row in enumerate(combined) for head, value in enumerate(row)]
     return [RankedHead(rank, layer, head, -value) for rank, (value, layer, head) in enumerate(sorted(heads)[:count], start=1)]

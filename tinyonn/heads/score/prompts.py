@@ -1,7 +1,7 @@
-"""Prompts: a question and its choices as text, that text as tokens, and which of them are the question.
+"""Prompts: a question and its choices as text and as tokens, with the span of the question.
 
-The question's characters are known from writing the prompt, its tokens from the offsets that a fast tokenizer gives: no text is searched.
-A chat model reads the same plain text: chat templates are not applied, since they would put tokens of their own around every span.
+The characters of the question are known from writing the prompt, and its tokens from the offsets of a fast tokenizer; no text is searched.
+A chat model reads the same plain text. Chat templates are not applied, because they would add tokens around every span.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ..fields import Fields
 
 PLACES = ("question", "choices", "context")
 DEFAULT_TEMPLATE = "Question: {question}\nChoices:\n{choices}\nAnswer:"
-# Characters for each token of max_length that are tokenized at first: 4 or so are usual, and a tokenizer builds all that it cuts.
+# Characters per token of max_length that are tokenized at first. About 4 are usual; a tokenizer also builds the tokens that it cuts.
 FIRST_CHARACTERS = 64
 DEFAULT_CONTEXT_TEMPLATE = "Context: {context}\n" + DEFAULT_TEMPLATE
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and the characters [start, end) of it that are the question."""
+    """A prompt, with the question at its characters [start, end)."""
 
     text: str
     start: int
@@ -35,14 +35,14 @@ class Prompt:
 
 
 class PromptTemplate:
-    """Text with `{question}`, `{choices}` and `{context}`; `{{` and `}}` are braces. Choices are lines "A. text".
+    """Text with `{question}`, `{choices}` and `{context}`; `{{` and `}}` are braces. Choices become lines "A. text".
 
     Args:
-        text: the template.
-        source: of it, for messages.
+        text: text of the template.
+        source: origin of the template, for messages.
 
     Raises:
-        InputError: `{question}` is not there exactly once, another place is there twice or is unknown, or braces do not match.
+        InputError: `{question}` does not occur exactly once, another placeholder is unknown or repeated, or braces do not match.
     """
 
     def __init__(self, text: str, source: str = "prompt_template") -> None:
@@ -69,10 +69,10 @@ class PromptTemplate:
 
     @classmethod
     def from_file(cls, path: str) -> PromptTemplate:
-        """The template in a UTF-8 file; a line break at its end is not of it.
+        """Template from a UTF-8 file, without the line break at its end.
 
         Raises:
-            InputError: the file cannot be read, or is no template.
+            InputError: the file cannot be read, or is not a valid template.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -83,10 +83,10 @@ class PromptTemplate:
         return cls(text.removesuffix("\n").removesuffix("\r"), f"prompt_template {path}")
 
     def render(self, question: Fields) -> Prompt:
-        """The prompt of one question.
+        """Prompt of one question.
 
         Raises:
-            InputError: the template has a place for the context, and the question has none.
+            InputError: the template has a placeholder for the context, and the question has no context.
         """
         if self.uses_context and question.context is None:
             raise InputError(
@@ -104,19 +104,19 @@ class PromptTemplate:
 
 
 def render_all(questions: Sequence[Fields], template: PromptTemplate | None = None) -> list[Prompt]:
-    """The prompts of questions; without a template, the default one, which begins with the context of those that have one."""
+    """Prompts of questions. The default template begins with the context, if a question has one."""
     plain, long = PromptTemplate(DEFAULT_TEMPLATE), PromptTemplate(DEFAULT_CONTEXT_TEMPLATE)
     return [(template or (plain if question.context is None else long)).render(question) for question in questions]
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as the model reads it.
+    """Tokens of a prompt.
 
     Attributes:
-        token_ids: special tokens included.
-        span: for each token whether some of its characters are the question's; None where the question was lost.
-        truncated: whether it was longer.
+        token_ids: token ids, special tokens included.
+        span: for each token, whether it covers a character of the question; None if the question was lost.
+        truncated: whether the prompt was truncated.
     """
 
     token_ids: tuple[int, ...]
@@ -127,22 +127,22 @@ class EncodedPrompt:
 class PromptEncoder:
     """Tokens of prompts, cut on the right.
 
-    A token belongs to the question if it covers one of its characters: a byte-level token " do" that begins with the space before
-    belongs to it, and so does each of several tokens that make up one character. The question is lost, wholly or partly, where one of
-    its tokens was cut off, or where the tokenizer has no token for it.
+    A token belongs to the question if it covers one of its characters. This includes a byte-level token " do" that begins with the
+    preceding space, and each of several tokens for one character. The question is lost if one of its tokens was cut off, or if the
+    tokenizer has no token for it.
 
     Args:
-        tokenizer: a fast transformers tokenizer, the only kind that knows offsets.
-        max_length: most tokens of a prompt.
+        tokenizer: fast transformers tokenizer; slow ones have no offsets.
+        max_length: maximum number of tokens of a prompt.
 
     Raises:
-        InputError: the tokenizer is slow, or max_length leaves no room beside its special tokens.
+        InputError: the tokenizer is slow, or max_length is not larger than its number of special tokens.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(
-                f"model_path must hold a fast tokenizer (tokenizer.json), whose offsets say where the question is, "
+                f"model_path must hold a fast tokenizer (tokenizer.json), whose offsets locate the question, "
                 f"got {type(tokenizer).__name__}."
             )
         special = tokenizer.num_special_tokens_to_add(pair=False)
@@ -153,14 +153,14 @@ class PromptEncoder:
         tokenizer.truncation_side = "right"
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """One prompt's tokens; of a long one no more of the text is tokenized than tells them, and a whole further max_length."""
+        """Tokens of one prompt. Of a long text, only as much is tokenized as determines them, plus a further max_length."""
         characters = FIRST_CHARACTERS * self._max_length
         encoding = self._encoded(prompt.text[:characters])
-        while characters < len(prompt.text) and len(encoding["input_ids"]) < 3:  # the last row ends where the text was cut
+        while characters < len(prompt.text) and len(encoding["input_ids"]) < 3:  # the last row may end where the text was cut
             characters *= 2
             encoding = self._encoded(prompt.text[:characters])
         inside, *cut = [
-            # A space's own token has no width where offsets are trimmed, but a place; special tokens are at 0.
+            # With trimmed offsets, the token of a space has a position but no width; special tokens are at 0.
             tuple(start < prompt.end and end > prompt.start for start, end in offsets)
             for offsets in encoding["offset_mapping"]
         ]
@@ -174,18 +174,18 @@ class PromptEncoder:
             max_length=self._max_length,
             padding=False,
             return_offsets_mapping=True,
-            return_overflowing_tokens=True,  # one more row for each further max_length tokens
+            return_overflowing_tokens=True,  # one further row per max_length tokens
             verbose=False,
         )
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts side by side, padding last, so that default positions are right and no causal model sees it.
+    """Batch of prompts with padding at the end, so that default positions are right and causal models ignore it.
 
     Attributes:
         input_ids, attention_mask: (B, T) int64.
-        span_mask: (B, T) bool, the question's tokens; none in a row whose question was lost.
+        span_mask: (B, T) bool, True for tokens of the question; all False in a row whose question was lost.
     """
 
     input_ids: Tensor
@@ -194,7 +194,7 @@ class PromptBatch:
 
     @classmethod
     def of(cls, prompts: Sequence[EncodedPrompt], padding: int, device: torch.device | str = "cpu") -> PromptBatch:
-        """A batch of at least one prompt. `padding` is the token id that fills rows."""
+        """Batch of at least one prompt. `padding` is the token id for padding."""
         longest = max(len(prompt.token_ids) for prompt in prompts)
         ids = torch.full((len(prompts), longest), padding, dtype=torch.int64)
         mask = torch.zeros_like(ids)

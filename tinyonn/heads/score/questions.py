@@ -17,13 +17,13 @@ DEFAULT_SAMPLES = 1024
 
 @dataclass(frozen=True)
 class Question(Fields):
-    """One row of a data set.
+    """One question of a data set.
 
     Attributes:
-        question, context: texts without the white space around them; context None where the data set has none.
-        labels, texts: of the choices, in order.
-        answer: number of the right choice, None where the row does not say (a test split). No score needs it.
-        row: line of the file, or the record's number in a list or table; from 1.
+        question, context: texts without surrounding white space; context is None if the data set has none.
+        labels, texts: labels and texts of the choices, in order.
+        answer: number of the correct choice; None if the row has none, as in a test split. No score needs it.
+        row: line number, or number of the record in a list or table; from 1.
     """
 
     row: int
@@ -31,13 +31,13 @@ class Question(Fields):
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions drawn from a file.
+    """Questions sampled from a file.
 
     Attributes:
-        questions: in the file's order.
-        rows: records of the file.
-        field_map: name of the one they were read by.
-        unlabelled: records left out because they have no answer.
+        questions: questions in the order of the file.
+        rows: number of records in the file.
+        field_map: name of the field map used.
+        unlabelled: number of records left out because they have no answer.
     """
 
     questions: tuple[Question, ...]
@@ -49,20 +49,20 @@ class QuestionSet:
 def load_questions(
     data_path: str, *, field_map: str | None = None, max_samples: int | None = None, seed: int = 42, skip_unlabelled: bool = False
 ) -> QuestionSet:
-    """Draws questions without replacement; those drawn for one number are among those drawn for a larger one with the same seed.
+    """Samples questions without replacement. With the same seed, a smaller sample is part of a larger one.
 
-    The whole file is read, and every record must be an object; only those drawn must be well-formed questions.
+    The whole file is read. All records must be objects; only the sampled ones must be valid questions.
 
     Args:
-        data_path: the file.
-        field_map: one of `builtin_field_maps()` or a YAML file; None finds it from the fields of the first record.
-        max_samples: how many; None for all of up to 1,024.
-        seed: of the draw.
-        skip_unlabelled: draw only from records with an answer.
+        data_path: file of records.
+        field_map: one of `builtin_field_maps()` or a YAML file; None detects it from the fields of the first record.
+        max_samples: number of questions; None for all, up to 1,024.
+        seed: seed of the row sampler.
+        skip_unlabelled: sample only records with an answer.
 
     Raises:
-        InputError: the file cannot be read, a line is malformed, a record lacks fields (naming those it has) or breaks a rule, or there
-            are fewer than max_samples.
+        InputError: the file cannot be read, a line is malformed, a record lacks fields or is invalid, or the file has fewer than
+            max_samples records.
     """
     records: list[tuple[int, Mapping[str, Any]]] = []
     file = open_records(data_path)
@@ -91,7 +91,7 @@ def load_questions(
 def _has_answer(field_map: FieldMap, record: Mapping[str, Any]) -> bool:
     try:
         return field_map.read(record).answer is not None
-    except InputError:  # told if it is drawn
+    except InputError:  # raised only if the record is sampled
         return True
 
 

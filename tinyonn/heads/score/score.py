@@ -1,4 +1,4 @@
-"""Scores of every attention head of a model over a multiple-choice data set, and the files that hold them."""
+"""Scores of all attention heads of a model over a multiple-choice data set, and their files."""
 
 from __future__ import annotations
 
@@ -48,25 +48,25 @@ from .prompts import EncodedPrompt, PromptBatch, PromptEncoder, PromptTemplate, 
 from .questions import load_questions
 from .scores import BASE_SCORES, Observation, Score, chosen_scores, gram_matrices
 
-# Weights that a model loaded without a task's head may lack: a pooler, which no attention head feeds on.
+# Weights that a model without a task's head may lack: a pooler, which is no input of an attention head.
 MAY_LACK = (r"(^|\.)pooler\.",)
-# Options that say where and how, not what is scored.
+# Options that do not affect the scores.
 WHERE = ("output_dir", "device", "batch_size")
-# What a run that is killed may leave: files set aside, the page and maps half drawn.
+# Files that a killed run may leave: temporary files, an incomplete page and maps.
 UNFINISHED = (".unfinished-*", ".index.html-*.html", ".map_*.png-*.png")
 
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """What `score_heads` found and wrote.
+    """Result of `score_heads`.
 
     Attributes:
-        folder: of the files.
-        raw: by score, a list with one array (H,) for each layer: means over samples.
-        normalised: the same, within each layer.
-        combined: the rank fusion, one array (H,) for each layer.
-        summary: what summary.json holds.
-        replaced: the scores of another model, data or options that were there, in words; None where there were none.
+        folder: folder of the files.
+        raw: score -> list with one array (H,) for each layer; means over samples.
+        normalised: the same, normalised within each layer.
+        combined: rank fusion, one array (H,) for each layer.
+        summary: content of summary.json.
+        replaced: description of replaced scores of another model, data or options; None if there were none.
     """
 
     folder: Path
@@ -82,20 +82,20 @@ class ScoreResult:
 
 
 def score_heads(config: ScoreConfig, progress: Callable[[Progress], None] | None = None) -> ScoreResult:
-    """Scores every attention head of a model, before any fine-tuning, and writes the scores into `config.output_dir`.
+    """Scores all attention heads of a model, and writes the scores into `config.output_dir`.
 
     Each prompt is run once, in eval mode, as plain text (no chat template). The files are config.yaml, scores_raw.csv, scores_norm.csv,
-    scores_combined.csv, topk_global.json, topk_per_layer.json and, last, summary.json, whose presence says that they are complete and
-    belong together. They appear when all is computed: until then those of an earlier run stay; then its page and maps (index.html,
-    map_*.png) go too, since they would be of other scores. run.log grows from run to run.
+    scores_combined.csv, topk_global.json, topk_per_layer.json and, last, summary.json, which marks them as complete. They replace those
+    of an earlier run when all scores are computed; the earlier page and maps (index.html, map_*.png) are then deleted. Each run appends
+    to run.log.
 
     Args:
-        config: the options.
-        progress: called before the model is loaded and after each batch.
+        config: options of the run.
+        progress: function called before the model is loaded and after each batch.
 
     Raises:
-        InputError: any bad input; every question lost to truncation; scores that are not finite; another run is in the folder.
-        torch.OutOfMemoryError, MemoryError, RuntimeError: memory ran out; batch_size and max_length are what to lower.
+        InputError: an input is invalid, truncation removed every question, scores are not finite, or another run uses the folder.
+        torch.OutOfMemoryError, MemoryError, RuntimeError: memory ran out; lower batch_size or max_length.
     """
     folder = Path(config.output_dir)
     with locked(folder), _RunLog(folder) as log:
@@ -113,17 +113,17 @@ def score_prompts(
     padding: int = 0,
     after_batch: Callable[[int], None] | None = None,
 ) -> dict[str, list[NDArray[np.float64]]]:
-    """Scores of each prompt: by name, for each layer (N, H) float64, in the order of the prompts.
+    """Scores of each prompt: name -> (N, H) float64 for each layer, in the order of the prompts.
 
     Args:
-        model: a transformer in eval mode.
-        prompts: their tokens; batches are of similar length, the longest first.
-        scores: what is computed.
+        model: transformer in eval mode.
+        prompts: tokens of the prompts. Batches have prompts of similar length, the longest first.
+        scores: scores to compute.
         batch_size: prompts in one forward pass.
         query_mode: "last_token" or "all_tokens".
-        out_projection: whether `Observation.gram` is given.
-        padding: token id that fills rows.
-        after_batch: called with the number of prompts done.
+        out_projection: whether to compute `Observation.gram`.
+        padding: token id for padding.
+        after_batch: function called with the number of prompts done.
     """
     layers = attention_layers(model)
     device = next(model.parameters()).device
@@ -161,15 +161,15 @@ def observe(
     seen = []
     for layer, found, gram in zip(layers, stats, grams, strict=True):
         if layer.index not in outputs:
-            raise InputError(f"model must run the output projection of every layer, got none of it in {layer.name}.")
-        assert found.span_mass is not None  # the batch has a span mask
+            raise InputError(f"model did not run the output projection of {layer.name}, which the scores need.")
+        assert found.span_mass is not None  # because the batch has a span mask
         seen.append(Observation(layer, outputs[layer.index], found.entropy, found.span_mass, counted, gram))
     return seen
 
 
 @contextmanager
 def _head_outputs(layers: Sequence[AttentionLayer], batch: PromptBatch, last: Tensor | None) -> Iterator[dict[int, Tensor]]:
-    """Within the block, inputs of the output projections as heads, (B, Tq, H, D) by layer."""
+    """Captures the inputs of the output projections within the block, as heads: (B, Tq, H, D) by layer."""
     rows, tokens = batch.input_ids.shape
     found: dict[int, Tensor] = {}
 
@@ -278,7 +278,7 @@ def _check_finite(raw: Mapping[str, Sequence[NDArray[np.float64]]], dtype: torch
         for layer, row in enumerate(table):
             bad = np.flatnonzero(~np.isfinite(row))
             if bad.size:
-                remedy = "; use dtype bf16 or fp32, which hold larger values" if dtype == torch.float16 else ""
+                remedy = "; use dtype bf16 or fp32, which have a larger range" if dtype == torch.float16 else ""
                 raise InputError(
                     f"score {name} must be finite, got {row[bad[0]]} for head {bad[0]} of layer {layer} in {_plain(dtype)}{remedy}."
                 )
@@ -310,7 +310,7 @@ def _files(config: ScoreConfig, result: ScoreResult) -> dict[str, str]:
 
 
 def _other_scores(config: ScoreConfig) -> str | None:
-    """The scores of another model, data or options in the folder, in words: "scores of MODEL over DATA"."""
+    """Description of scores of another model, data or options in the folder: "scores of MODEL over DATA"."""
     folder = Path(config.output_dir)
     if not (folder / "summary.json").is_file():
         return None
@@ -330,9 +330,9 @@ def _other_scores(config: ScoreConfig) -> str | None:
 
 
 def _publish(folder: Path, files: Mapping[str, str]) -> None:
-    """Writes all files aside, then moves them in; the last, which marks the rest as complete, is taken away first and comes last.
+    """Writes all files to temporary names, then renames them. summary.json marks them as complete: it is deleted first and written last.
 
-    An earlier run's page goes with its mark, and so does what a run that was killed left unfinished.
+    Also deletes the page of an earlier run, and incomplete files of a killed run.
     """
     mark = list(files)[-1]
     try:
@@ -351,14 +351,14 @@ def _publish(folder: Path, files: Mapping[str, str]) -> None:
 
 
 class _RunLog:
-    """run.log: a line for each step with its time, the last one that of the failure if there was one."""
+    """run.log: one line for each step with its time, and one for an error."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def __enter__(self) -> _RunLog:
         try:
-            self._file = open(self._folder / "run.log", "ab", buffering=0)  # no line waits for the end to be written, or refused
+            self._file = open(self._folder / "run.log", "ab", buffering=0)  # each line is written at once, so that errors appear early
         except OSError as error:
             raise _unwritable(self._folder, error) from error
         self(f"started: tinyonn {__version__}")
@@ -373,7 +373,7 @@ class _RunLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         with self._file:
             if kind is not None:
-                with suppress(InputError):  # the error itself goes on, and is what is told
+                with suppress(InputError):  # the original error is raised
                     self(f"failed: {kind.__name__}: {' '.join(str(error).split())}")
 
 

@@ -1,7 +1,7 @@
-"""Scores of attention heads: a registry of functions from what one layer did with one batch to one value a sample and head.
+"""Scores of attention heads: a registry of functions that map an observation of a layer to one value per sample and head.
 
-For every score, higher is more. A score of one's own is one function and one call; it then has columns in the files, and a weight in
-the fusion, wherever `extra_weights` names it:
+Higher scores mean more. A user-defined score is one function and one call. It then has columns in the files, and a weight in the fusion
+if `extra_weights` names it:
 
     from tinyonn.heads.score.scores import Observation, register_score
 
@@ -28,15 +28,15 @@ from ..capture.layers import AttentionLayer
 
 @dataclass(frozen=True)
 class Observation:
-    """What one layer did with one batch. B samples, Tq queries (1 where only each sample's last token is looked at), H heads, D head dim.
+    """Observation of one layer for one batch. B samples, Tq queries (1 if only the last token is scored), H heads, D head dim.
 
     Attributes:
-        layer: whose heads they are.
+        layer: layer of the heads.
         outputs: (B, Tq, H, D) in the model's dtype: each head's slice of the input of the output projection.
-        entropy: (B, Tq, H) of the attention, in nats.
-        span_mass: (B, Tq, H), share of the attention on the question's tokens; 0 in samples whose question was lost.
+        entropy: (B, Tq, H), entropy of the attention in nats.
+        span_mass: (B, Tq, H), share of the attention on tokens of the question; 0 in samples whose question was lost.
         counted: (B, Tq) bool, False for padding.
-        gram: (H, D, D) float64, W_hᵀ W_h of each head's slice W_h (F, D) of the output projection, where output norms are taken after
+        gram: (H, D, D) float64, W_hᵀ W_h of each head's slice W_h (F, D) of the output projection, if output norms are measured after
             it; else None.
     """
 
@@ -48,7 +48,7 @@ class Observation:
     gram: Tensor | None = None
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean over a sample's tokens without padding, in float64: (B, Tq, H) → (B, H)."""
+        """Mean over the tokens of a sample without padding, in float64: (B, Tq, H) → (B, H)."""
         counted = self.counted[..., None]
         return torch.where(counted, values.double(), 0.0).sum(1) / counted.sum(1)
 
@@ -57,8 +57,8 @@ class Score(NamedTuple):
     """A registered score.
 
     Attributes:
-        function: from an Observation to (B, H).
-        needs_span: whether samples whose question was lost have no value.
+        function: function of an Observation that returns (B, H).
+        needs_span: whether samples whose question was lost have no score.
     """
 
     function: Callable[[Observation], Tensor]
@@ -66,7 +66,7 @@ class Score(NamedTuple):
 
 
 def output_norm(seen: Observation) -> Tensor:
-    """`out`: L2 norm of a head's output; with `gram`, of its share of the output projection's output (bias left out), ‖W_h x‖."""
+    """`out`: L2 norm of a head's output; with `gram`, L2 norm after the head's slice of the output projection without bias, ‖W_h x‖."""
     x = seen.outputs.double()
     if seen.gram is None:
         return seen.mean(x.norm(dim=-1))
@@ -75,7 +75,7 @@ def output_norm(seen: Observation) -> Tensor:
 
 
 def concentration(seen: Observation) -> Tensor:
-    """`ent`: negative entropy of a head's attention, in nats; 0 where all of it is on one token.
+    """`ent`: negative entropy of a head's attention in nats; 0 if all of it is on one token.
 
     Source: entropy of heads as in Clark et al., "What does BERT look at?", arXiv:1906.04341.
     """
@@ -83,7 +83,7 @@ def concentration(seen: Observation) -> Tensor:
 
 
 def question_mass(seen: Observation) -> Tensor:
-    """`task`: share of a head's attention that is on the question, 0 … 1."""
+    """`task`: share of a head's attention on the question, 0 … 1."""
     return seen.mean(seen.span_mass)
 
 
@@ -96,15 +96,15 @@ BASE_SCORES = tuple(SCORES)
 
 
 def register_score(name: str, function: Callable[[Observation], Tensor], *, needs_span: bool = False) -> None:
-    """Makes a score available by its name.
+    """Registers a score.
 
     Args:
-        name: lower-case letters, digits and `_`; a column's name begins with it.
-        function: from an Observation to (B, H); `Observation.mean` takes the mean over tokens. Higher should be more.
-        needs_span: whether it reads `span_mass`: samples whose question was lost are then left out of its mean.
+        name: name of lower-case letters, digits and `_`, with which its columns begin.
+        function: function of an Observation that returns (B, H), such as `Observation.mean`; higher means more.
+        needs_span: whether the score uses `span_mass`; its mean then excludes samples whose question was lost.
 
     Raises:
-        ValueError: the name is taken by another function, or has other characters.
+        ValueError: the name is registered already, or has other characters.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"name must be lower-case letters, digits and '_', got {name!r}.")
@@ -114,7 +114,7 @@ def register_score(name: str, function: Callable[[Observation], Tensor], *, need
 
 
 def chosen_scores(extra_weights: Mapping[str, float]) -> dict[str, Score]:
-    """The scores of a run: the three of every run, then those that `extra_weights` names.
+    """Scores of a run: the three built-in ones, then those in `extra_weights`.
 
     Raises:
         InputError: a name is not registered, or is one of the three.
@@ -130,7 +130,7 @@ def chosen_scores(extra_weights: Mapping[str, float]) -> dict[str, Score]:
 def gram_matrices(layer: AttentionLayer) -> Tensor:
     """W_hᵀ W_h of each head's slice W_h (F, D) of the output projection: (H, D, D) float64, on its device.
 
-    ‖W_h x‖² = xᵀ (W_hᵀ W_h) x, so norms after the projection need no (B, T, H, F) tensor.
+    ‖W_h x‖² = xᵀ (W_hᵀ W_h) x, so that norms after the projection need no (B, T, H, F) tensor.
     """
     module: Any = layer.output.module
     slices = [layer.output.head(module.weight.detach(), head).double() for head in range(layer.num_heads)]
