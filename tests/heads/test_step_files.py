@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tinyonn.errors import InputError
-from tinyonn.heads.study import is_finite, read_json, read_record
+from tinyonn.heads.step_files import is_finite, read_json, read_record
 
 
 def test_json_of_the_wanted_kind_is_read(tmp_path):

@@ -34,6 +34,7 @@ from ...hf.loading import display_name, load_model, load_tokenizer, resolve_devi
 from ...hf.memory import is_out_of_memory
 from ..capture.gates import check_gates
 from ..progress import Progress
+from ..step_files import check_fields, read_json
 from ..study import (
     FINAL,
     GRADIENTS,
@@ -48,8 +49,6 @@ from ..study import (
     TRAIN_AGAIN,
     TRAINED,
     UPDATE,
-    check_fields,
-    read_json,
 )
 from ..versions import package_versions
 from .ablation import ablate_heads, taylor_importance

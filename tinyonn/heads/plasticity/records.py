@@ -9,20 +9,8 @@ from typing import Any
 
 from ..._io.files import digest
 from ..._io.records import short
-from ..study import (
-    MEASURE_AGAIN,
-    MEASURE_STEP,
-    MEASURED,
-    PARTS,
-    SUBSET,
-    TRAIN_AGAIN,
-    TRAIN_STEP,
-    TRAINED,
-    StepFileError,
-    check_fields,
-    is_finite,
-    read_record,
-)
+from ..step_files import StepFileError, check_fields, is_finite, read_record
+from ..study import MEASURE_AGAIN, MEASURE_STEP, MEASURED, PARTS, SUBSET, TRAIN_AGAIN, TRAIN_STEP, TRAINED
 
 TRAINED_FIELDS = {
     **dict.fromkeys(("options", "checkpoints"), "an object"),

@@ -22,21 +22,8 @@ import numpy as np
 from ..._io.files import digest, write_atomically
 from ..._io.records import short
 from ...errors import InputError
-from ..study import (
-    ADDED_OPTIONS,
-    AGGREGATE,
-    AGGREGATE_TABLE,
-    MEASURE_STEP,
-    MEASURED,
-    PAGE,
-    REPORT_STEP,
-    STATS,
-    TRAIN_STEP,
-    TRAINED,
-    StepFileError,
-    check_fields,
-    read_record,
-)
+from ..step_files import StepFileError, check_fields, read_record
+from ..study import ADDED_OPTIONS, AGGREGATE, AGGREGATE_TABLE, MEASURE_STEP, MEASURED, PAGE, REPORT_STEP, STATS, TRAIN_STEP, TRAINED
 from .cases import PLASTIC, STATIC, find_cases
 from .correlation import CONFIDENCE, mean_interval, spearman
 from .records import check_seed, read_measured, read_subset, read_trained

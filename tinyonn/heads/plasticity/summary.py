@@ -22,7 +22,8 @@ from ..._io.files import digest, write_atomically
 from ..._io.locks import locked
 from ..._io.records import field_names
 from ...errors import InputError, reason, shown
-from ..study import CASES, GRADIENTS, HEADS, IMPORTANCE_POST, IMPORTANCE_PRE, MEASURE_STEP, STATS, UPDATE, StepFileError, is_finite
+from ..step_files import StepFileError, is_finite
+from ..study import CASES, GRADIENTS, HEADS, IMPORTANCE_POST, IMPORTANCE_PRE, MEASURE_STEP, STATS, UPDATE
 from .cases import PLASTIC, STATIC, case_lists, find_cases
 from .config import PlasticityConfig
 from .correlation import BOOTSTRAP_SEED, CONFIDENCE, RESAMPLES, Floats, rank_correlation, top_overlap

@@ -18,7 +18,8 @@ from ..._io.locks import locked
 from ..._io.records import short
 from ...errors import InputError, listed, path_tail, reason
 from ...hf.loading import DTYPES, weight_files
-from ..study import ADDED_OPTIONS, FINAL, INIT, LATER, OPTIONS, STATE, TRAIN_AGAIN, TRAINED, StepFileError
+from ..step_files import StepFileError
+from ..study import ADDED_OPTIONS, FINAL, INIT, LATER, OPTIONS, STATE, TRAIN_AGAIN, TRAINED
 from .classification import find_task
 from .config import TRAINING, PlasticityConfig
 from .records import read_trained

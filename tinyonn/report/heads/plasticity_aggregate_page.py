@@ -10,7 +10,8 @@ from typing import Any
 from ..._io.files import write_atomically
 from ..._io.units import counted
 from ...errors import InputError
-from ...heads.study import AGGREGATE, AGGREGATE_TABLE, PAGE, REPORT_STEP, TRAIN_AGAIN, TRAIN_STEP, TRAINED, read_json, read_record
+from ...heads.step_files import read_json, read_record
+from ...heads.study import AGGREGATE, AGGREGATE_TABLE, PAGE, REPORT_STEP, TRAIN_AGAIN, TRAIN_STEP, TRAINED
 from ..html.charts import DotRow
 from ..html.maps import make_map
 from ..html.page import facts, group, notices, section, table, table_card, terms

@@ -14,7 +14,8 @@ from typing import Any
 
 from ..._io.records import short
 from ..._io.units import counted
-from ...heads.study import MEASURE_AGAIN, MEASURE_STEP, MEASURED, SUBSET, TRAIN_AGAIN, TRAIN_STEP, TRAINED, StepFileError, read_record
+from ...heads.step_files import StepFileError, read_record
+from ...heads.study import MEASURE_AGAIN, MEASURE_STEP, MEASURED, SUBSET, TRAIN_AGAIN, TRAIN_STEP, TRAINED
 
 _FEW_ROWS = 100  # below it, the standard error of an accuracy can pass 5 %
 _UNSURE = 0.05  # chance of missing the limit of an overlap, from which on the overlap decides little

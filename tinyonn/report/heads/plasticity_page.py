@@ -13,6 +13,7 @@ import numpy as np
 from ..._io.files import write_atomically
 from ..._io.units import counted
 from ...errors import InputError
+from ...heads.step_files import read_json
 from ...heads.study import (
     CASES,
     FIG_GRADIENT,
@@ -28,7 +29,6 @@ from ...heads.study import (
     TRAIN_AGAIN,
     TRAIN_STEP,
     TRAINED,
-    read_json,
 )
 from ..html import charts
 from ..html.charts import DotRow, Points

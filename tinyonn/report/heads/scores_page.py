@@ -14,7 +14,8 @@ from ..._io.config import read_yaml
 from ..._io.files import write_atomically
 from ..._io.units import counted
 from ...errors import InputError, listed, reason, shown
-from ...heads.study import NORM_COLUMNS, read_json
+from ...heads.step_files import read_json
+from ...heads.study import NORM_COLUMNS
 from ..html import charts
 from ..html.maps import HeatMap, Normalisation, Scale, choose_scale, make_map
 from ..html.page import card, facts, group, maps_section, section, table_card, view_controls
