@@ -138,7 +138,7 @@ def test_bad_input_is_one_line(cli: Cli, tmp_path: Path) -> None:
         ((good, "-t", "finance", "--format", "Chat"), ("format must be one of auto, text, chat, got 'Chat'; did you mean 'chat'?",)),
         ((good, "-t", "x", "--pattern", "("), ("patterns must be regular expressions, got '('",)),
         ((good, "-t", "x", "--keyword", "heron"), ("at least one record that fits", "1 off topic")),
-        ((good, "-t", "x", "--everything", "--keyword", "a"), ("--everything must stand without --keyword",)),
+        ((good, "-t", "x", "--everything", "--keyword", "a"), ("--everything cannot be combined with --keyword",)),
         ((good, "-t", "finance", "--text-field", "body"), ("line 1: must have the field 'body', its fields are text",)),
         ((good, "-t", "finance", "--language", "xx"), ("language must be one of ar, de",)),
         ((good, "-t", "finance", "--max-tokens", 5), ("need a tokenizer",)),

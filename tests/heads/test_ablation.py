@@ -206,7 +206,7 @@ def test_losses_that_are_not_finite_name_the_head(tiny_classifier, labelled_batc
     with torch.no_grad():
         model.classifier.bias[0] = torch.nan
     for measure in (ablate_heads, taylor_importance):
-        with pytest.raises(InputError, match="must be finite, got nan with all heads on"):
+        with pytest.raises(InputError, match="is nan with all heads on, which is not finite"):
             measure(model, batches)
 
 

@@ -180,7 +180,7 @@ def test_what_is_measured_of_a_compiled_model_is_of_the_model(tiny_classifier, l
     found = measure(model, batches)
     torch.testing.assert_close(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1])
-    with pytest.raises(InputError, match=r"model must be given itself, not as torch\.compile wraps it; its wrapper holds it as _orig_mod"):
+    with pytest.raises(InputError, match=r"model must not be a wrapper of torch\.compile; pass the wrapped module _orig_mod"):
         measure(torch.compile(tiny_classifier("bert"), backend="eager"), batches)
 
 
@@ -210,7 +210,7 @@ def test_check_names_the_layer_whose_gates_do_nothing(tiny_classifier, labelled_
     own = attention.o_proj
     # A layer that reads its output projection's weight instead of calling it: no hook sees that.
     own.__class__ = type("Fused", (torch.nn.Linear,), {"__call__": lambda self, x: torch.nn.functional.linear(x, self.weight, self.bias)})
-    with pytest.raises(InputError, match=r"got the same with all heads of layer 1 \(model\.layers\.1\.self_attn\) off"):
+    with pytest.raises(InputError, match=r"does not change when all heads of layer 1 \(model\.layers\.1\.self_attn\) are off"):
         check_gates(model, labelled_batches((3,))[0])
 
 

@@ -101,7 +101,7 @@ def test_layers_without_attention_are_left_out():
     ("kind", "options", "message"),
     [
         ("t5", {"d_model": 48, "num_layers": 1, "num_heads": 4}, "model must be an encoder or a decoder, got t5"),
-        ("albert", {"hidden_size": 48, "intermediate_size": 8, "num_attention_heads": 4}, "own in each layer, got albert"),
+        ("albert", {"hidden_size": 48, "intermediate_size": 8, "num_attention_heads": 4}, "separate weights in each layer, got albert"),
         ("mamba", {"hidden_size": 16, "num_hidden_layers": 1}, "q_proj, k_proj, v_proj, or.*mamba has in_proj, "),
         ("codegen", {"n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8}, "as in GPT-2, Phi-3.*; codegen has qkv_proj, "),
         ("whisper", {}, "model must be an encoder or a decoder, got whisper"),

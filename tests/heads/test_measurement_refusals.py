@@ -77,7 +77,7 @@ def edit(config: PlasticityConfig, checkpoint: str, change: Callable[[dict[str, 
         (
             "ckpt_init",
             lambda w: w["classifier.weight"].zero_(),
-            "a closed gate must change the model's output, got the same with all heads",
+            "the model's output does not change when all heads",
         ),
     ],
     ids=["nan after", "nan before", "tensor missing", "gates do nothing"],
@@ -96,7 +96,7 @@ def test_memory_that_runs_out_names_the_option_to_lower(study, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(measurement, "ablate_heads", full)
-    with pytest.raises(InputError, match=r"memory ran out while measuring: lower --batch-size \(now 5\); what is measured already is kept"):
+    with pytest.raises(InputError, match=r"memory ran out while measuring: lower --batch-size \(now 5\); existing measurements are kept"):
         measure(study())
 
 

@@ -192,7 +192,7 @@ def save_t5(folder: Path) -> Path:
 def test_a_model_that_cannot_be_measured_is_not_trained(config, tmp_path):
     run = config(model_path=str(save_t5(tmp_path / "t5")))
     steps = []
-    with pytest.raises(InputError, match="must be an encoder or a decoder alone, got t5, which is both"):
+    with pytest.raises(InputError, match="must be an encoder or a decoder, got t5, which is both"):
         train(run, lambda now: steps.append(now.stage))
     assert "training" not in steps
     assert not run.folder.exists()
@@ -227,7 +227,7 @@ def test_a_training_that_diverged_is_named_where_its_heads_do_nothing(config):
     with pytest.raises(InputError) as raised:
         measure(run)
     said = str(raised.value)
-    assert said.startswith(f"{run.folder / 'ckpt_final'}: a closed gate must change the model's output")
+    assert said.startswith(f"{run.folder / 'ckpt_final'}: the model's output does not change when all heads")
     assert "The loss of the training did not fall (" in said
     assert said.endswith("run tinyonn heads plasticity train --overwrite with a lower --learning-rate (now 1.0).")
 
