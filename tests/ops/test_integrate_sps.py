@@ -224,9 +224,9 @@ def test_debug_refuses_what_is_no_norm():
     bad = torch.tensor([[1.0, -2.0, math.nan]])
     good = torch.tensor([[1.0, 2.0, math.nan]])
     integrate_sps(bad, good, [0, 3])
-    with debug(), pytest.raises(ValueError, match=r"activation must hold finite norms of at least 0 or NaN, got -2.0"):
+    with debug(), pytest.raises(ValueError, match=r"activation must contain only NaN and finite norms of at least 0, got -2.0"):
         integrate_sps(bad, good, [0, 3])
-    with debug(), pytest.raises(ValueError, match=r"grad_norm must hold finite norms of at least 0 or NaN, got inf"):
+    with debug(), pytest.raises(ValueError, match=r"grad_norm must contain only NaN and finite norms of at least 0, got inf"):
         integrate_sps(good, good * math.inf, [0, 3])
 
 
