@@ -1,4 +1,4 @@
-"""`tinyonn heads plasticity`: train, measure, report, and all three."""
+"""`tinyonn heads plasticity` with its commands train, measure, report and run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of commands: those of a dataclass of `Options`, and those that several commands share."""
+"""Command-line options from a dataclass of `Options`, and options that several commands share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ConfigT = TypeVar("ConfigT", bound=Options)
 Output = Annotated[Path, typer.Option("--output-path", "-o", metavar="PATH", help="The new file.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Figures = Annotated[bool, typer.Option("--figures/--no-figures", help="Draw PNGs beside the page.")]
-ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of these options; options given here win.")]
+ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of these options; the command line takes precedence.")]
 
 
 def takes_options(
@@ -34,14 +34,14 @@ def takes_options(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator that gives a command an option for each field of a dataclass.
 
-    The command receives what was typed as its parameter `given`, a dict. In the help, the options take the place of that parameter.
+    The command's parameter `given` receives the typed values as a dict. In the help, the options take the place of that parameter.
 
     Args:
         config: the class of the options.
         before: field before which the help lists the parameters that follow `given`; empty for after all fields.
-        only, without: fields that are options of this command, or are not.
+        only, without: fields to include (empty for all), and fields to exclude.
         several: fields whose option may be repeated; their value is a list.
-        texts: field -> help that replaces the field's own, its default included.
+        texts: field -> help text that replaces the field's own text and default.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -103,14 +103,14 @@ def configured(config: type[ConfigT], file: Path | None, given: Mapping[str, Any
 
 
 def print_config_option(config: type[Options], header: str) -> Any:
-    """`--print-config`: prints a config file with all defaults, and stops before any other option is checked."""
+    """`--print-config`: prints a config file with all options, and stops before other options are checked."""
 
     def stop(wanted: bool) -> None:
         if wanted:
             print(commented_yaml(config, header), end="")
             raise typer.Exit
 
-    text = "Print a config file with all defaults, explained, and stop."
+    text = "Print a config file with all options, their defaults and descriptions, and stop."
     return typer.Option("--print-config", help=text, callback=stop, is_eager=True)
 
 

@@ -25,8 +25,8 @@ def scan(
 ) -> None:
     """Scan a model over a corpus into a .mscan file.
 
-    It holds what every block of every weight does for every token. A scan that was stopped goes on where it was: run the same
-    command again. Under torchrun, each process scans its share (torchrun --nproc-per-node 2 -m tinyonn scan ...).
+    The file holds the activation and gradient norm of every block of every weight matrix, for every token. To continue an interrupted
+    scan, run the same command again. Under torchrun, each process scans its share (torchrun --nproc-per-node 2 -m tinyonn scan ...).
     """
     options = configured(ScanConfig, config, given)
     from ..scan import estimate_scan, run_scan
