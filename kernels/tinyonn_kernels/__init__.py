@@ -1,10 +1,10 @@
 """Triton kernels and launchers of tinyonn; private. Use `tinyonn.ops`.
 
-Every kernel is called `_..._kernel`, and its module has `offered(arch)`: name -> a launch over tensors without data, one for each
-configuration that users of that architecture (80, 90, 100) get. The cross-compile test compiles exactly what those launch.
+Every kernel is named `_..._kernel`. Its module has `offered(arch)`, a dictionary of name -> launch over tensors without data, with every
+configuration that can run on that architecture (80, 90 or 100). The cross-compile test compiles exactly these launches.
 """
 
 from triton import knobs
 
-# Triton decides when a kernel is defined, so this is fixed at the first import.
+# Triton reads the variable when a kernel is defined, so the value is fixed at the first import.
 INTERPRETED: bool = knobs.runtime.interpret

@@ -1,12 +1,12 @@
-"""Several configurations per kernel; the fastest is found by trial, once for each kind and size of input.
+"""Autotuning: each kernel has several configurations, and trials find the fastest once for each kind and size of input.
 
-A table lists the configurations for the constants of a launch, the best guess first. A trial is the only time that a launch waits for
-the GPU. Sizes are told apart in steps of four: tiles that suit a short prompt are not the best for 64k tokens. A table with one
+A table lists the configurations for the constants of a launch, with the best guess first. A launch waits for the GPU only in a trial.
+Size classes differ by factors of four, because the best tiles for a short prompt are not the best for 64k tokens. A table with one
 configuration needs no trial.
 
-Under the interpreter and under `torch.use_deterministic_algorithms(True)` the first configuration runs, without a trial: tiles of another
-size add up in another order, so another choice may change the last bits. `forced` runs a given one. `TRITON_CACHE_AUTOTUNING=1` keeps
-the results of trials for later processes.
+In the interpreter and under `torch.use_deterministic_algorithms(True)`, the first configuration runs without a trial: tiles of different
+sizes sum in different orders, so another configuration may change the last bits. `forced` selects a configuration by number.
+`TRITON_CACHE_AUTOTUNING=1` saves the results of trials for later processes.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from triton.runtime.autotuner import Autotuner
 from . import INTERPRETED
 
 Table = Callable[..., list[triton.Config]]
-SMALL_BITS = 21  # up to 2^21 values (2k tokens of 16 heads of 64) one choice serves all
+SMALL_BITS = 21  # inputs of up to 2^21 values (2k tokens of 16 heads of 64) are one size class
 
 _forced: int | None = None
 _launched: dict[str, list[str]] = {}
 
 
 def config(num_warps: int, num_stages: int, maxnreg: int | None = None, **tile: int) -> triton.Config:
-    """Left alone, ptxas sometimes aims at fewer registers than there are, and spills to get there: `maxnreg` says how many there are."""
+    """A configuration. ptxas sometimes targets fewer registers than are available, and spills; `maxnreg` sets the number available."""
     return triton.Config(tile, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
 
 
 def size_class(first: Tensor) -> int:
-    """0 for up to 2^21 values, then one more for every four times as many. `first` is a kernel's main input."""
+    """0 for up to 2^21 values, plus one for every factor of four. `first` is a kernel's main input."""
     return max(0, (max(first.numel() - 1, 0).bit_length() - SMALL_BITS + 1) // 2)
 
 
 class TunedKernel(Autotuner):
-    """A kernel and its table. Triton's own key knows names of arguments alone: results of trials are kept apart by size here.
+    """A kernel with its table. Triton's key contains only names of arguments, so this class keeps the results of trials by size class.
 
     Attributes:
         caches: results of trials, by size class.
     """
 
     def __init__(self, fn: Any, table: Table, key: list[str], restore: list[str]) -> None:
-        # The table has the last word; of fewer than two placeholders Triton would not ask.
+        # The table replaces these placeholders. With fewer than two, Triton would not call it.
         placeholders = [triton.Config({}), triton.Config({})]
         super().__init__(fn, fn.arg_names, placeholders, key, None, restore, prune_configs_by={"early_config_prune": self._pruned})
         self.table = table
@@ -57,7 +57,7 @@ class TunedKernel(Autotuner):
         self._offered: dict[tuple[tuple[str, Any], ...], list[triton.Config]] = {}
 
     def offered(self, constants: dict[str, Any]) -> list[triton.Config]:
-        """Configurations for these constants, each once."""
+        """Configurations for these constants, without duplicates."""
         key = tuple(constants.items())
         found = self._offered.get(key)
         if found is None:
@@ -65,7 +65,7 @@ class TunedKernel(Autotuner):
         return found
 
     def _pruned(self, configs: list[triton.Config], named: dict[str, Any], **constants: Any) -> list[triton.Config]:
-        return self.offered({name: value for name, value in constants.items() if name in self.arg_names})  # not the grid
+        return self.offered({name: value for name, value in constants.items() if name in self.arg_names})  # without the grid
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self.size = size_class(args[0])
@@ -81,16 +81,16 @@ class TunedKernel(Autotuner):
 
 
 def tuned(table: Table, key: list[str], restore: tuple[str, ...] = ()) -> Callable[[Any], TunedKernel]:
-    """Decorates a `@triton.jit` kernel. `restore` names what it adds to, which a trial must leave as it was."""
+    """Decorates a `@triton.jit` kernel. `restore` names tensors that the kernel adds to; trials restore them."""
     return lambda fn: TunedKernel(fn, table, key, list(restore))
 
 
 @contextmanager
 def forced(number: int) -> Iterator[dict[str, list[str]]]:
-    """Within this context every launch takes configuration `number` of its table, or the last one of a shorter table.
+    """Within this context, every launch uses configuration `number` of its table, or the last one of a shorter table.
 
     Yields:
-        for each kernel launched, all configurations that its launches offered: `number` reaches all of them below the longest list.
+        name of each kernel launched -> all configurations of its launches. Numbers below the longest list cover all of them.
     """
     global _forced, _launched
     before, seen = (_forced, _launched), {}
@@ -102,7 +102,7 @@ def forced(number: int) -> Iterator[dict[str, list[str]]]:
 
 
 def launch(kernel: TunedKernel, grid: Callable[[dict[str, Any]], tuple[int, ...]], *args: Any, **constants: Any) -> None:
-    """Runs a `tuned` kernel. On tensors without data there is nothing to time: each configuration is compiled."""
+    """Runs a `tuned` kernel. For tensors without data, compiles every configuration instead."""
     if args[0].is_meta:
         kernel.warmup(*args, grid=grid, **constants)
         return

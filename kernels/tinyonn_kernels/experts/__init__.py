@@ -1,1 +1,1 @@
-"""Kernels of routing and experts."""
+"""Kernels for routing and experts."""

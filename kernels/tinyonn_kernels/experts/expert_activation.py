@@ -1,11 +1,11 @@
-"""What lies between an expert's two products, and its derivative; where rows of its matrices lie; what a tile of rows stands for.
+"""Activation between an expert's two products and its derivative, row order of its matrices, and rows of a tile.
 
-    h = act(gate) · up, or act(gate) where nothing gates
+    h = act(gate) · up, or act(gate) without gating
     clamped_swiglu, of gpt-oss: min(gate, c) · σ(1.702 min(gate, c)) · (clamp(up, ±c) + 1)
     clamped_silu, of DeepSeek-V4: silu(min(gate, c)) · clamp(up, ±c)
 
-c is `limit`, which the others do not read. Comparisons instead of minima, which would drop a NaN. Between the kernels, what the
-activation takes lies gate first, up behind it, however the weights lie.
+c is `limit`; other activations ignore it. Comparisons replace minima, which would drop NaN. Between kernels, inputs of the activation are
+stored with gate first and up second, in any layout of the weights.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def tile_rows(slots_ptr, offsets_ptr, tile_row_ptr, tile, expert, num_slots, ROW
 
 
 def rows_of(num_pairs: int, num_experts: int, dtype: torch.dtype) -> int:
-    """Rows of a tile, by what an expert gets on average: tiny experts are not padded to what a large one would fill."""
+    """Rows of a tile, from the mean number of pairs per expert, so that experts with few pairs need little padding."""
     average = num_pairs // max(1, num_experts)
     if average <= 16:
         return 16
@@ -122,17 +122,17 @@ def rows_of(num_pairs: int, num_experts: int, dtype: torch.dtype) -> int:
 
 
 def width_of(size: int, most: int) -> int:
-    """Side of a tile over `size` columns: a power of two, at least the 16 that the matrix unit takes."""
+    """Side of a tile over `size` columns: a power of two, at least 16, the minimum of the matrix unit."""
     return min(most, max(16, triton.next_power_of_2(size)))
 
 
 def ragged(*sizes: int) -> bool:
-    """Whether rows of one of these sizes begin anywhere, so that every value has an address and a mask of its own in registers."""
+    """Whether rows of one of these sizes are unaligned, so that every value needs its own address and mask in registers."""
     return any(size % 16 for size in sizes)
 
 
 def check_reach(name: str, weights: Tensor) -> None:
-    """Offsets within one expert's matrix are 32-bit; those between experts are not."""
+    """Raises an error if offsets within one expert's matrix exceed 32 bits; offsets between experts are 64-bit."""
     reach = sum((size - 1) * stride for size, stride in zip(weights.shape[1:], weights.stride()[1:], strict=True)) + 1
     if reach >= MAX_REACH:
         raise ValueError(f"{name} must span fewer than {MAX_REACH} elements an expert with impl='triton', got {reach}.")

@@ -1,14 +1,14 @@
-"""What a mixture of small experts makes of each pair in backward: all that lies between the gradient of its output and weight gradients.
+"""Backward of a mixture of small experts for each pair: from the gradient of the output to the inputs of the weight gradients.
 
     grad_h = grad_out[token of p] V_e            grad_pre = w · act'(pre, grad_h)        grad of w = grad_h · h + grad_out · c_e
     surprise = |w| ‖grad_out‖ ‖h‖                                                                                       "down_proj"
                |w| sqrt(‖grad_pre / w‖² (‖x‖² + 1 with b) + ‖grad_out‖² (‖h‖² + 1 with c))                              "expert"
                |w| ‖grad_out‖                                                                                           "output"
 
-Pairs p sorted by expert (`expert_sort`), F features, I neurons of an expert, V = (E, F, I), h made again from `pre`. One program sees all
-neurons of its rows, so that the gradient of w and both norms are sums over its own registers. In the surprise |w| is that of the sum of
-the weights of all slots in which the token names the expert. Norms are right wherever they are normal float32 (`block_norms`); a surprise
-beyond float32 is its largest finite value, since infinity says that a token did not go.
+Pairs p sorted by expert (`expert_sort`), F features, I neurons of an expert, V = (E, F, I); h is recomputed from `pre`. One program reads
+all neurons of its rows, so the gradient of w and both norms are sums over its own registers. In the surprise, w is the sum of the weights
+of all slots in which the token selects the expert. Norms are correct wherever they are normal float32 (`block_norms`). A surprise beyond
+float32 becomes the largest finite value, because infinity marks a token that was not routed to the expert.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .expert_sort import SortedPairs, load_experts
 
 
 def configs(IEEE: bool, ROWS: int, NEURONS: int, FEATURES: int, **_: object) -> list[triton.Config]:
-    """The rows' products and what becomes of them are six tiles of ROWS * COLUMNS in registers: 16 values of each a thread."""
+    """Six tiles of ROWS * COLUMNS are in registers: the products and what follows from them. Each takes 16 values per thread."""
     warps = 8 if ROWS == 64 else 4
     columns = width_of(NEURONS, 512 * warps // ROWS)
     if IEEE:
@@ -147,7 +147,7 @@ def _expert_grad_pre_kernel(
         tl.store(grad_weights_ptr + slot, grad_weight, mask=inside)
 
         if KIND != "none":
-            # A few products a row, in float64: what is large on the way to something small leaves float32's range.
+            # A few products per row are in float64, because intermediate values can leave float32's range.
             found = tl.load(grad_norm_ptr + token, mask=inside, other=0.0).to(tl.float64)
             if KIND == "down_proj" or KIND == "expert":
                 h_norm = tl.reshape(root(h_large, h_medium, h_small), (ROWS,)).to(tl.float64)
@@ -160,7 +160,7 @@ def _expert_grad_pre_kernel(
                 found = tl.sqrt(of_up + found * found * (h_norm * h_norm + (1.0 if HAS_DOWN_BIAS else 0.0)))
             size = _summed_weight(weights_ptr, index_ptr, token, inside, expert, num_slots, num_experts, ROWS)
             found *= tl.abs(size).to(tl.float64)
-            found = tl.where(found > 3.4028234663852886e38, 3.4028234663852886e38, found)  # a comparison keeps NaN
+            found = tl.where(found > 3.4028234663852886e38, 3.4028234663852886e38, found)  # this comparison preserves NaN
             tl.store(surprise_ptr + slot, found.to(tl.float32), mask=inside)
 
 
@@ -179,10 +179,10 @@ def expert_grad_pre(
     has_up_bias: bool,
     limit: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """grad_pre (P, 2I) and weight · h (P, I) in the places of pairs; grad of weights and, of a `kind`, the surprise: (N, K) float32.
+    """grad_pre (P, 2I) and weight · h (P, I) by place of the pair; grad of weights and, with `kind`, the surprise, (N, K) float32.
 
-    `down_proj` is (E, F, I) of any strides, `weights` (N, K) float32 and `top_k_index` contiguous. Unused slots are 0; behind the last
-    place nothing is written. Launched over tiles.
+    `down_proj` is (E, F, I) with any strides; `weights` (N, K) float32 and `top_k_index` are contiguous. Values of unused slots are 0.
+    Places after the last pair are not written. Launched over tiles.
     """
     experts, features, neurons = down_proj.shape
     check_reach("down_proj", down_proj)
@@ -190,7 +190,7 @@ def expert_grad_pre(
     grad_pre, weighed_h = torch.empty_like(pre), pre.new_empty(len(pre), neurons)
     grad_weights = torch.zeros_like(weights)
     surprise = None if kind is None else torch.zeros_like(weights)
-    # Norms of a token serve all of its pairs.
+    # All pairs of a token share its norms.
     grad_norm = None if kind is None else _row_norms(grad_out)
     x_norm = _row_norms(hidden_states) if kind == "expert" else None
     launch(
@@ -232,14 +232,14 @@ def expert_grad_pre(
 
 
 def _row_norms(rows: Tensor) -> Tensor:
-    """(N, F) -> (N,) float32, whatever the size of the values."""
+    """(N, F) -> (N,) float32 norms, without overflow or underflow."""
     norms = torch.empty((rows.shape[0], 1), dtype=torch.float32, device=rows.device)
     block_norms_fwd(rows, None, norms, rows.shape[1])
     return norms.squeeze(1)
 
 
 def offered(arch: int) -> dict[str, Callable[[], object]]:
-    """As forward, with the kind of surprise that needs most, and biases but for the smallest tiles."""
+    """The launches of forward, with the most expensive kind of surprise, and with biases except for the smallest tiles."""
 
     def launch(dtype: torch.dtype, features: int, neurons: int, rows: int, activation: str) -> object:
         x, _, down, pairs = example(dtype, features, neurons, rows)

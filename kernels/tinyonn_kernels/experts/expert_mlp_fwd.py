@@ -1,11 +1,11 @@
-"""First product of a mixture of small experts, with the gather of its rows and the activation behind it.
+"""First product of a mixture of small experts, fused with the gather of its rows and the activation.
 
     pre[p] = x[token of p] W_e^T + b_e      h[p] = act(gate) · up
 
 Pairs p sorted by expert (`expert_sort`), F features, E experts, I neurons of an expert, W = (E, 2I, F), or (E, I, F) without a gate.
-One launch for all experts: a tile of rows knows its expert. Gate and up of a neuron are made in one program, so that h leaves from
-registers. `pre` is kept for the backward, 2I values a pair; h, half of that, lives only to the second product (`expert_rows`), and the
-backward makes it again.
+One launch serves all experts; each tile of rows belongs to one expert. One program computes both gate and up of a neuron, so h is written
+from registers. `pre`, 2I values per pair, is kept for backward. h, I values per pair, is needed only until the second product
+(`expert_rows`); backward recomputes it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .expert_sort import SortedPairs, sort_pairs
 
 
 def configs(IEEE: bool, ROWS: int, NEURONS: int, FEATURES: int, **_: object) -> list[triton.Config]:
-    """Few neurons a program where an expert has few; the products of float32 need registers instead of the matrix unit."""
+    """Experts with few neurons need few columns. float32 products run in registers instead of the matrix unit."""
     if ragged(NEURONS, FEATURES):
         return [config(4, 1 if IEEE else 2, 255, COLUMNS=width_of(NEURONS, 32), DEPTH=16)]
     if IEEE:
@@ -119,9 +119,9 @@ def expert_gate_up(
     interleaved: bool,
     limit: float,
 ) -> None:
-    """Writes pre (P, 2I), gate first, and h (P, I) in the places of pairs; launched over tiles * (I / COLUMNS).
+    """Writes pre (P, 2I), gate first, and h (P, I) by place of the pair; launched over tiles * (I / COLUMNS).
 
-    `gate_up_proj` is (E, 2I, F), or (E, I, F) without a gate, of any strides. Behind the last place nothing is written.
+    `gate_up_proj` is (E, 2I, F), or (E, I, F) without a gate, with any strides. Places after the last pair are not written.
     """
     if h.numel() == 0:
         return
@@ -169,7 +169,7 @@ SHAPES = (
 
 
 def example(dtype: torch.dtype, features: int, neurons: int, rows: int) -> tuple[Tensor, Tensor, Tensor, SortedPairs]:
-    """hidden_states, gate_up_proj, down_proj and pairs without data, for `offered`; 8 slots a token, 64 experts."""
+    """hidden_states, gate_up_proj, down_proj and pairs without data, for `offered`; 8 slots per token, 64 experts."""
     x, up, down = (
         torch.empty(shape, dtype=dtype, device="meta") for shape in ((4096, features), (64, 2 * neurons, features), (64, features, neurons))
     )
@@ -177,7 +177,7 @@ def example(dtype: torch.dtype, features: int, neurons: int, rows: int) -> tuple
 
 
 def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """Few and many neurons, sizes that fill no tile, every activation but one that is a few multiplications."""
+    """Few and many neurons, sizes that are no multiple of a tile, and every activation except a trivial one."""
 
     def launch(dtype: torch.dtype, features: int, neurons: int, rows: int, activation: str) -> None:
         x, up, _, pairs = example(dtype, features, neurons, rows)

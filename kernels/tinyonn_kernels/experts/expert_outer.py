@@ -1,12 +1,12 @@
-"""Gradients of experts' matrices and biases: for each expert the sum of outer products of its pairs' rows.
+"""Gradients of experts' matrices and biases: for each expert, the sum of outer products of its pairs' rows.
 
     out_e = sum over pairs p of e of  left[p]^T right[token of p]
     left_sum_e = sum of left[p]        right_sum_e = sum of weight[slot of p] · right[token of p]
 
-Pairs p sorted by expert (`expert_sort`), left (P, J), right (N, F), out (E, J, F). With left the gradient of what the activation takes and
-right the input this is the first product's weight and bias; with left the weighed h and right the gradient of the output, the second's.
-An expert without pairs gets zeros. A program walks all pairs of its expert in their order: no atomics, the same bits in every run of a
-process.
+Pairs p sorted by expert (`expert_sort`), left (P, J), right (N, F), out (E, J, F). For weight and bias of the first product, left is the
+gradient of the activation's input and right is the input; for the second product, left is the weighted h and right is the gradient of the
+output. Gradients of an expert without pairs are zero. A program processes all pairs of its expert in order, without atomics, so every run
+of a process gives the same bits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .expert_sort import SortedPairs
 
 
 def configs(IEEE: bool, INNER: int, FEATURES: int, **_: object) -> list[triton.Config]:
-    """Few pairs a step: a tiny expert has few."""
+    """Few pairs per step, because a small expert has few."""
     if IEEE or ragged(INNER, FEATURES):
         return [config(4, 1 if IEEE else 2, 255, LINES=width_of(INNER, 32), COLUMNS=width_of(FEATURES, 64), DEPTH=16)]
     offered = [config(4, 3, 255, LINES=width_of(INNER, 64), COLUMNS=width_of(FEATURES, 128), DEPTH=32)]
@@ -64,7 +64,7 @@ def _expert_outer_kernel(
     DEPTH: tl.constexpr,
 ):
     # One program owns LINES * COLUMNS of one expert's matrix.
-    lines: tl.constexpr = (INNER + LINES - 1) // LINES if INNER > 0 else 1  # without neurons there is still a bias
+    lines: tl.constexpr = (INNER + LINES - 1) // LINES if INNER > 0 else 1  # the bias remains without neurons
     columns: tl.constexpr = (FEATURES + COLUMNS - 1) // COLUMNS
     expert = tl.program_id(0) // (lines * columns)
     block = tl.program_id(0) % (lines * columns)
@@ -114,7 +114,7 @@ def expert_outer(
     pairs: SortedPairs,
     interleaved: bool,
 ) -> None:
-    """Writes `out` (E, J, F) of any strides, and the sums (E, J) and (E, F), contiguous, that are not None.
+    """Writes `out` (E, J, F), with any strides, and the contiguous sums (E, J) and (E, F) that are not None.
 
     Columns i and i + J / 2 of `left` belong to rows 2i and 2i + 1 of an interleaved matrix and of `left_sum`. `weights` are (N, K) float32,
     contiguous. Launched over E * (J / LINES) * (F / COLUMNS).
@@ -146,7 +146,7 @@ def expert_outer(
 
 
 def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """Both matrices; biases but for the smallest tiles; transposed, the first one interleaved, where the sizes fill no tile."""
+    """Both matrices, with biases except for the smallest tiles; sizes that fill no tile are transposed, the first interleaved."""
 
     def launch(dtype: torch.dtype, features: int, neurons: int, rows: int, activation: str, first: bool) -> None:
         x, up, down, pairs = example(dtype, features, neurons, rows)

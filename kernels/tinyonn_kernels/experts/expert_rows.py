@@ -1,10 +1,10 @@
-"""Rows of pairs times their experts' matrices, and the sum over a token's slots: the second product, and the gradient of the first's input.
+"""Rows of pairs times their experts' matrices, summed over a token's slots: the second product, and the first product's input gradient.
 
     rows[slot of p] = weight[slot] · (source[p] M_e + c_e)      out[n] = sum over the slots of token n, in their order
 
-Pairs p sorted by expert (`expert_sort`), M = (E, J, F). Rows go back to their slots, N * K * F values for the time of the call, so that
-the sum reads a token's rows side by side and adds them in one order, in float32: no atomics, and the bits are the same on every run. With
-one slot a token there is nothing to add: its row is the output, and unused slots are zeros from before.
+Pairs p sorted by expert (`expert_sort`), M = (E, J, F). Rows are written to their slots, a temporary buffer of N * K * F values. The sum
+then reads the rows of a token side by side and adds them in a fixed order in float32, without atomics, so every run gives the same bits.
+With one slot per token no sum is needed: the row is the output, and unused slots are zeroed before.
 """
 
 from __future__ import annotations
@@ -114,10 +114,10 @@ def expert_rows(
     pairs: SortedPairs,
     interleaved: bool,
 ) -> Tensor:
-    """(N, F): rows in the places of pairs (P, J) times matrices (E, J, F) of any strides, summed over the slots of `top_k_index` (N, K).
+    """(N, F): rows (P, J) by place times matrices (E, J, F) with any strides, summed over the slots of `top_k_index` (N, K).
 
     Rows 2i and 2i + 1 of an interleaved matrix belong to columns i and i + J / 2 of `source`. `weights` are (N, K) float32, contiguous.
-    Launched over tiles * (F / COLUMNS), and then over (N / TOKENS) * (F / COLUMNS) unless there is one slot a token.
+    Launched over tiles * (F / COLUMNS), and then, with several slots per token, over (N / TOKENS) * (F / COLUMNS).
     """
     tokens, num_slots = top_k_index.shape
     experts, inner, features = matrices.shape
@@ -151,7 +151,7 @@ def expert_rows(
     )
     if num_slots > 1:
         columns = min(512, triton.next_power_of_2(features))
-        wide = 2048 // columns  # a tile has 2048 values whatever the features
+        wide = 2048 // columns  # a tile has 2048 values for any number of features
         _combine_slots_kernel[(triton.cdiv(tokens, wide) * triton.cdiv(features, columns),)](
             rows, top_k_index, out, tokens, num_slots, experts, FEATURES=features, TOKENS=wide, COLUMNS=columns, num_warps=4
         )
@@ -159,7 +159,7 @@ def expert_rows(
 
 
 def offered(arch: int) -> dict[str, Callable[[], Tensor]]:
-    """Both products, with all that the first launch may have and the second has not."""
+    """Both products; the first launch has all options, the second none."""
 
     def launch(dtype: torch.dtype, features: int, neurons: int, rows: int, activation: str, gradient: bool) -> Tensor:
         x, up, down, pairs = example(dtype, features, neurons, rows)

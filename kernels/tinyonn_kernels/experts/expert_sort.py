@@ -1,13 +1,13 @@
-"""Pairs (token, slot) sorted by expert on the device, and the tiles that cut each expert's pairs into rows of one matrix product.
+"""Sorts pairs (token, slot) by expert on the device, and cuts each expert's pairs into tiles, the rows of one matrix product.
 
     rank[p]    pairs before p in its chunk that name the same expert
     base[c, e] pairs of expert e in chunks before c
     place[p] = offsets[e] + base[c, e] + rank[p]
 
-P = N * K pairs of N tokens with K slots each, E experts. A counting sort: ranks by comparing a chunk's pairs with each other, one scan
-over chunks, one over experts, then each pair is put in its place. No atomics: the order within an expert is by token, then slot, and the
-bits are the same on every run. An index outside 0 … E - 1 is an unused slot and takes no place. Everything is sized by shapes: nothing
-waits for the device, and tiles beyond the true number have the expert -1.
+P = N * K pairs of N tokens with K slots each, E experts. The algorithm is a counting sort: it ranks the pairs of a chunk by comparing them
+with each other, scans over chunks, scans over experts, then writes each pair to its place. Without atomics, the order within an expert is
+by token, then slot, and every run gives the same bits. An index outside 0 … E - 1 is an unused slot without a place. All sizes depend on
+shapes alone, so the host does not wait for the device; surplus tiles have the expert -1.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # pairs that a program compares at once, 64 * 64
-LEAST_CHUNK, MOST_CHUNK = 128, 1024  # comparisons are P * chunk, counts P / chunk * E
+BLOCK = 64  # chunk of pairs that a program compares at once, 64 * 64
+LEAST_CHUNK, MOST_CHUNK = 128, 1024  # the work is P * chunk comparisons and P / chunk * E counts
 FEW_CHUNKS = 1024
-MAX_PAIRS = 1 << 30  # 32-bit places keep the lists small
+MAX_PAIRS = 1 << 30  # places are 32-bit to keep the lists small
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def load_experts(index_ptr, pair, inside, num_experts):
 
 @triton.jit
 def _rank_pairs_kernel(index_ptr, rank_ptr, counts_ptr, num_pairs, num_experts, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    # One program owns BLOCK pairs; the last of an expert's in a chunk knows how many there are.
+    # One program owns BLOCK pairs. The last pair of an expert in a chunk holds their number.
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = load_experts(index_ptr, pair, pair < num_pairs, num_experts)
     chunk = tl.program_id(0) * BLOCK // CHUNK
@@ -55,7 +55,7 @@ def _rank_pairs_kernel(index_ptr, rank_ptr, counts_ptr, num_pairs, num_experts, 
 
 @triton.jit
 def _scan_chunks_kernel(counts_ptr, sizes_ptr, num_chunks, num_experts, CHUNKS: tl.constexpr, EXPERTS: tl.constexpr):
-    # One program owns EXPERTS experts: their counts become the sums over the chunks before.
+    # One program owns EXPERTS experts and replaces their counts by sums over the preceding chunks.
     expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     total = tl.zeros((EXPERTS,), tl.int32)
     for start in range(0, num_chunks, CHUNKS):
@@ -70,7 +70,7 @@ def _scan_chunks_kernel(counts_ptr, sizes_ptr, num_chunks, num_experts, CHUNKS: 
 
 @triton.jit
 def _expert_offsets_kernel(sizes_ptr, offsets_ptr, tiles_ptr, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    # One program in all: where each expert's pairs and tiles begin, and behind the last the totals.
+    # A single program computes where each expert's pairs and tiles begin, followed by the totals.
     pairs = tl.zeros((), tl.int32)
     tiles = tl.zeros((), tl.int32)
     for start in range(0, num_experts, EXPERTS):
@@ -104,7 +104,7 @@ def _fill_pairs_kernel(
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    # One program owns LANES pairs, and LANES tiles: each finds its expert by bisection.
+    # One program owns LANES pairs, and LANES tiles, and finds their experts by bisection.
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     expert = load_experts(index_ptr, lane, lane < num_pairs, num_experts)
     used = expert >= 0
@@ -127,14 +127,14 @@ def _fill_pairs_kernel(
 
 
 class SortedPairs(NamedTuple):
-    """Pairs by expert, in places 0 … L - 1 where L <= P of them are used.
+    """Pairs sorted by expert, in places 0 … L - 1, where L <= P is the number of used pairs.
 
     Attributes:
-        slots: (P,) int32, the pair token * K + slot in each place; nothing is written behind the last.
-        offsets: (E + 1,) int32, where each expert's places begin.
-        tile_expert: (tiles,) int32, the expert of each tile of `rows` places, -1 behind the last.
-        tile_row: (tiles,) int32, the first place of each.
-        rows: places of a tile; an expert's last tile may have fewer.
+        slots: (P,) int32, the pair token * K + slot in each place; undefined after the last.
+        offsets: (E + 1,) int32, first place of each expert.
+        tile_expert: (tiles,) int32, expert of each tile of `rows` places; -1 after the last tile.
+        tile_row: (tiles,) int32, first place of each tile.
+        rows: places per tile; the last tile of an expert may use fewer.
     """
 
     slots: Tensor
@@ -145,7 +145,7 @@ class SortedPairs(NamedTuple):
 
 
 def sort_pairs(top_k_index: Tensor, num_experts: int, rows: int) -> SortedPairs:
-    """Four launches whatever the number of experts, over blocks of pairs, experts, one program, and blocks of pairs and tiles."""
+    """Four launches for any number of experts: over blocks of pairs, experts, a single program, and blocks of pairs and tiles."""
     index, device = top_k_index.reshape(-1).contiguous(), top_k_index.device
     num_pairs = index.numel()
     if num_pairs >= MAX_PAIRS:
@@ -187,7 +187,7 @@ def sort_pairs(top_k_index: Tensor, num_experts: int, rows: int) -> SortedPairs:
 
 
 def offered(arch: int) -> dict[str, Callable[[], SortedPairs]]:
-    """Both kinds of index, few and many experts."""
+    """Both index dtypes, few and many experts."""
 
     def launch(dtype: torch.dtype, experts: int) -> SortedPairs:
         return sort_pairs(torch.empty((8192, 8), dtype=dtype, device="meta"), experts, 16)

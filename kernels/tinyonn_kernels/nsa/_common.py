@@ -1,12 +1,12 @@
-"""What the kernels of DynNSA share: where sequences lie, which keys a query sees, tile sizes.
+"""Shared by the kernels of DynNSA: bounds of sequences, visible keys of a query, tile sizes.
 
     place g    position of a query among the key rows: its own row + `before`
-    [start, end)   key rows of the sequence that holds it; a query outside is padding and sees nothing
+    [start, end)   key rows of its sequence; a query outside all sequences is padding and sees no keys
     window     keys  max(start, g - window + 1) … g
-    compressed keys  f … f + (g - start + 1) // compress_size - 1,  f = start // compress_size where sequences are packed, else 0
+    compressed keys  f … f + (g - start + 1) // compress_size - 1,  f = start // compress_size for packed sequences, else 0
 
-Both of the last two are one interval of key rows a query, so one set of kernels serves both. A row of a tile is a (query, head of the
-group) pair: row = query * GROUP + head. No bound is ever read by the host.
+The last two are both one interval of key rows per query, so they share a set of kernels. A row of a tile is a (query, head of the group)
+pair: row = query * GROUP + head. The host never reads the bounds.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_ROWS = 1 << 30
-MAX_GRID = 65535  # of CUDA, behind the first dimension
+MAX_GRID = 65535  # CUDA's limit on the second and third dimension
 LOG2E = math.log2(math.e)
-FAR = tl.constexpr(2147483647)  # behind every key row
-BOTTOM = tl.constexpr(-1e30)  # a running maximum that is finite, so that differences are
+FAR = tl.constexpr(2147483647)  # greater than every key row
+BOTTOM = tl.constexpr(-1e30)  # finite initial maximum, so that differences are finite
 
 
 class Geometry(NamedTuple):
     """Sequences of a batch, on the device.
 
     Attributes:
-        start, end: (B, Tk) int32, of the sequence at each key row; stride 0 along Tk where there is one a row.
-        before: key rows before the first query's.
-        packed: whether there are several a row.
-        sequence: (B, Tk) int32, number of the sequence in its row.
-        starts, ends: (B, sequences) int32.
+        start, end: (B, Tk) int32, bounds of the sequence at each key row; stride 0 along Tk for one sequence per row.
+        before: number of key rows before that of the first query.
+        packed: whether a row may hold several sequences.
+        sequence: (B, Tk) int32, index of the sequence within its row.
+        starts, ends: (B, sequences) int32, bounds of each sequence.
     """
 
     start: Tensor
@@ -46,7 +46,7 @@ class Geometry(NamedTuple):
     ends: Tensor
 
     def of_chunk(self, begin: int) -> Geometry:
-        """For queries from `begin` on."""
+        """Geometry of the queries from `begin` on."""
         return self._replace(before=self.before + begin)
 
 
@@ -73,7 +73,7 @@ def geometry_of(query: Tensor, num_keys: int, cu_seqlens: Tensor | None, key_sta
 
 
 def count_heads(query: Tensor, num_kv: int, geometry: Geometry) -> int:
-    """B * K, a second or third dimension of a grid. Offsets are 64-bit; rows of tiles, up to twice keys times group, are 32-bit."""
+    """B * K, the second or third dimension of a grid. Offsets are 64-bit; rows of tiles, up to twice keys times group, are 32-bit."""
     rows, pairs = geometry.start.shape[1] * (query.shape[2] // num_kv), query.shape[0] * num_kv
     if rows >= MAX_ROWS:
         raise ValueError(f"key must have fewer than {MAX_ROWS} rows times query heads of a group with impl='triton', got {rows}.")
@@ -83,7 +83,7 @@ def count_heads(query: Tensor, num_kv: int, geometry: Geometry) -> int:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """Kernels take any strides but that of the features, which is 1."""
+    """Copies a tensor whose last stride is not 1; kernels accept any other strides."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

@@ -1,8 +1,9 @@
-"""Lists of key blocks, seen by what shares a block: the union of the lists of neighbouring queries, and who lists which block.
+"""Lists of key blocks, regrouped: the union of the lists of neighbouring queries, and the queries that list each block.
 
-Query-outer kernels give QUERIES = 16 // G neighbouring queries one tile, whose 16 rows the matrix unit takes at once. It walks the union
-of their lists, never longer than the lists together; a block is known by its first key row, so that sequences keep apart. Key-outer
-kernels go over the inverse, by a stable sort of the blocks' numbers. Both are the same on every run, and of the size of the lists.
+Query-outer kernels combine QUERIES = 16 // G neighbouring queries in one tile of 16 rows, the size of the matrix unit. The tile iterates
+over the union of their lists, which is at most as long as the lists together. Blocks are identified by their first key row, which is unique
+across sequences. Key-outer kernels iterate over the inverse, a stable sort by block number. Both are deterministic and need memory in
+proportion to the lists.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from ._common import FAR, Geometry, bounds_of
 
-MATRIX_ROWS = 16  # the least that the matrix unit takes
-MANY_SEGMENTS = 1024  # programs enough to fill a GPU; more would only need more buffers
+MATRIX_ROWS = 16  # minimum rows of the matrix unit
+MANY_SEGMENTS = 1024  # enough programs to fill a GPU; more would need more buffers
 MIN_SEGMENT = 256
-MAX_ENTRIES = 1 << 31  # 32-bit places keep the inverse small
+MAX_ENTRIES = 1 << 31  # places are 32-bit to keep the inverse small
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def _merge_lists_kernel(
     TILES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    # One program owns TILES tiles of one key/value head: each step takes the nearest block off all lists that begin with it.
+    # One program owns TILES tiles of one key/value head. Each step removes the first block in order from all lists that begin with it.
     batch = (tl.program_id(1) // num_kv).to(tl.int64)
     head = tl.program_id(1) % num_kv
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
@@ -77,18 +78,18 @@ def _merge_lists_kernel(
 
 
 def rows_of(group: int) -> int:
-    """Rows of a tile of whole groups."""
+    """Rows of a tile that contains whole groups."""
     return max(MATRIX_ROWS, triton.next_power_of_2(group))
 
 
 class Merged(NamedTuple):
-    """The lists of tiles of `queries` neighbouring queries.
+    """Lists of tiles of `queries` neighbouring queries.
 
     Attributes:
-        blocks: (B, tiles, K, queries * S) int32, first key rows, ascending; with one query a tile the lists themselves.
-        members: the same shape, bit i for the tile's query i.
-        lengths: (B, tiles, K) int32.
-        queries: of a tile.
+        blocks: (B, tiles, K, queries * S) int32, ascending first key rows; for one query per tile, the lists themselves.
+        members: same shape; bit i is set if query i of the tile lists the block.
+        lengths: (B, tiles, K) int32, lengths of the lists.
+        queries: number of queries per tile.
     """
 
     blocks: Tensor
@@ -98,7 +99,7 @@ class Merged(NamedTuple):
 
 
 def merge_lists(indices: Tensor, counts: Tensor, geometry: Geometry, group: int, block_size: int) -> Merged:
-    """Launched over (tiles / TILES, B * K)."""
+    """Computes the lists of tiles; launched over (tiles / TILES, B * K)."""
     batch, num_queries, num_kv, num_slots = indices.shape
     queries = max(1, MATRIX_ROWS // group)
     if queries == 1:
@@ -143,17 +144,17 @@ def block_at(blocks_ptr, members_ptr, slot, origin, query, inside, QUERIES: tl.c
 
 
 class Inverse(NamedTuple):
-    """Who lists which block, built on the device; blocks are numbered over (batch row, head, block), NB in all.
+    """Queries that list each block, computed on the device. Blocks are numbered over (batch row, head, block), NB in total.
 
     Attributes:
-        entries: (B * T * K * S,) int64, places in the flattened lists, block by block, those that count first.
-        tokens: the query of each, int32.
-        offsets: (NB + 1,) int32, where a block's entries begin.
-        segments: (NB + 1,) int32, where a block's segments begin among all segments.
-        parts: (NB,) int32, where its partial sums begin.
-        block_of: (programs,) int32, the block of a segment; NB behind the last.
-        segment: entries of one.
-        num_parts: bound on the number of partial sums.
+        entries: (B * T * K * S,) int64, places in the flattened lists, sorted by block; unused entries come last.
+        tokens: same shape, int32, query of each entry.
+        offsets: (NB + 1,) int32, first entry of each block.
+        segments: (NB + 1,) int32, first segment of each block.
+        parts: (NB,) int32, first partial sum of each block.
+        block_of: (programs,) int32, block of each segment; NB after the last.
+        segment: maximum number of entries per segment.
+        num_parts: upper bound on the number of partial sums.
     """
 
     entries: Tensor
@@ -167,7 +168,7 @@ class Inverse(NamedTuple):
 
 
 def invert_lists(indices: Tensor, counts: Tensor, geometry: Geometry, num_keys: int, block_size: int) -> Inverse:
-    """Sizes depend on shapes alone: nothing waits for the device."""
+    """Computes the inverse. Sizes depend on shapes alone, so the host does not wait for the device."""
     batch, num_queries, num_kv, num_slots = indices.shape
     device = indices.device
     rows = slice(geometry.before, geometry.before + num_queries)
@@ -178,7 +179,7 @@ def invert_lists(indices: Tensor, counts: Tensor, geometry: Geometry, num_keys: 
         num_kv, dtype=torch.int32, device=device
     )
     if geometry.packed:
-        # Sequence i has at most len // block_size + 1 blocks, so start // block_size + i keeps their numbers apart.
+        # Sequence i has at most len // block_size + 1 blocks, so start // block_size + i makes block numbers unique.
         per_head = num_keys // block_size + geometry.starts.shape[1] + 1
         base = base * per_head + (start // block_size + sequence)[:, :, None]
     else:
@@ -213,7 +214,7 @@ def lists(query: Tensor, num_kv: int, slots: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def offered(arch: int) -> dict[str, Callable[[], Merged]]:
-    """Any group with several queries a tile."""
+    """All group sizes with several queries per tile."""
 
     def launch(group: int) -> Merged:
         bounds = torch.empty((1, 4096), dtype=torch.int32, device="meta")

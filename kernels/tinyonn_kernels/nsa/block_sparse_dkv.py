@@ -3,9 +3,9 @@
     p = e^(s - lse)   ds[j] = p[j] (dO · v[j] - shift),   shift = out · dO - dlse
     dk[j] = scale · sum ds[j] q       dv[j] = sum p[j] dO,   over the rows that list the block
 
-Key-block-outer, over the inverse of the lists (`block_lists`). A block with more than a segment of entries (the first one, which every
-query lists) is worked on by several programs with sums of their own, added up in order afterwards: no atomics, the same bits on every
-run, and buffers bounded by the lists, not by the hottest block.
+Key-block-outer, over the inverse of the lists (`block_lists`). Several programs share a block with more entries than one segment, such as
+the first block, which every query lists. Their partial sums are added in a fixed order, without atomics, so every run gives the same bits.
+The size of the lists, not the most popular block, bounds the buffers.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _block_sparse_dkv_kernel(
         begin = tl.load(offsets_ptr + number) + which * segment
         stop = tl.minimum(begin + segment, stop)
 
-        # Any entry says where its block lies.
+        # Any entry determines the position of its block.
         any_entry = tl.load(entries_ptr + begin)
         head = (any_entry // num_slots) % num_kv
         batch = any_entry // num_slots // num_kv // num_queries
@@ -139,7 +139,7 @@ def _block_sparse_dkv_kernel(
 
         dk *= scale
         if alone:
-            # Nobody else touches these rows: what is there can be read and added to.
+            # No other program writes these rows, so reading and adding is safe.
             target = ((batch * num_keys + n) * num_kv + head) * HEAD_DIM
             store_rows(dk_ptr, target, n < end, dk, HEAD_DIM, WIDTH, True)
             store_rows(dv_ptr, target, n < end, dv, HEAD_DIM, WIDTH, True)
@@ -174,7 +174,7 @@ def _block_sparse_reduce_kernel(
     KEYS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    # One program owns KEYS keys of one (head, key block): adds the sums of its segments, first to last.
+    # One program owns KEYS keys of one (head, key block) and adds the sums of its segments, from first to last.
     number = tl.program_id(0)
     segments = tl.load(segments_ptr + number + 1) - tl.load(segments_ptr + number)
     if segments > 1:
@@ -303,7 +303,7 @@ def block_sparse_attention_dkv(
 
 
 def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """bfloat16 to D = 256, float32 to D = 128, any group."""
+    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes."""
 
     def launch(dtype: torch.dtype, dim: int, heads: int) -> None:
         query, key, geometry = example(dtype, dim, heads, 1)

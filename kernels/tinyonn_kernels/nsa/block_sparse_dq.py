@@ -3,7 +3,7 @@
     p = e^(s - lse)   ds[j] = p[j] (dO · v[j] - shift),   shift = out · dO - dlse
     dq = scale · sum_j ds[j] k[j]     dbias[slot] = sum over the block's keys and the group's heads of ds
 
-Query-outer, in the tiles of forward.
+Query-outer, with the tiles of forward.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def block_sparse_attention_dq(
 
 
 def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """bfloat16 to D = 256, float32 to D = 128, any group."""
+    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes."""
 
     def launch(dtype: torch.dtype, dim: int, heads: int) -> None:
         query, key, geometry = example(dtype, dim, heads, 1)

@@ -3,9 +3,9 @@
     s[j] = scale · q · k[j] + bias[slot],  j in block indices[slot], j <= place of the query
     lse = log sum_j e^s[j],   out = sum_j e^(s[j] - lse) v[j]
 
-B batch, T queries, K key/value heads, G query heads of each, S slots of a list. Query-outer: the heads of a group share the list, so
-they are rows of one tile; where a group leaves room in 16 rows, neighbouring queries share it too, and each masks the blocks of the
-others' lists (`block_lists`). Online softmax in base 2, float32 accumulation. Blocks longer than a tile are read in parts.
+B batch, T queries, K key/value heads with G query heads each, S slots of a list. Query-outer: the heads of a group share a list and are
+rows of one tile. If a group has at most 8 heads, neighbouring queries share the tile, and each masks blocks that only the others list
+(`block_lists`). Online softmax in base 2, float32 accumulation. Blocks longer than a tile are read in parts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .interval_attention_fwd import SHAPES, example
 
 
 def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, **_: object) -> list[triton.Config]:
-    """Tiles of keys; few rows are soon shared out among warps."""
+    """Tiles of keys; tiles with few rows need few warps."""
     if IEEE:
         keys, warps = (32 if ROWS <= 32 and WIDTH < 128 else 16), (4 if ROWS * WIDTH <= 2048 else 8)
         return [config(warps, 1, 255, KEYS=min(keys, BLOCK_SIZE))]
@@ -144,7 +144,7 @@ def block_sparse_attention_fwd(
     block_size: int,
     scale: float,
 ) -> None:
-    """Writes out (B, T, H, D) and lse (B, T, H) float32; launched over (tiles, B * K). Lists are contiguous but for their batch stride."""
+    """Writes out (B, T, H, D) and lse (B, T, H) float32; launched over (tiles, B * K). Lists are contiguous within a batch row."""
     _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
     if query.numel() == 0:
@@ -193,7 +193,7 @@ def block_sparse_attention_fwd(
 
 
 def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """bfloat16 to D = 256, float32 to D = 128, any group."""
+    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes."""
 
     def launch(dtype: torch.dtype, dim: int, heads: int) -> None:
         query, key, geometry = example(dtype, dim, heads, 1)

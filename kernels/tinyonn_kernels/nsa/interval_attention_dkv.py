@@ -1,10 +1,10 @@
-"""Gradients of keys and values of attention to one interval of key rows a query (`interval_attention_fwd`); w · out has the gradient dO.
+"""Gradients of keys and values of attention to one interval of keys per query (`interval_attention_fwd`); dO is the gradient of w · out.
 
     p = e^(s - lse)   ds = p · (w (dO · v - product) + dlse),   product from `interval_attention_dq`
     dk[n] = scale · sum_rows ds q    dv[n] = sum_rows w p dO
 
-Key-outer: each tile of keys over the queries that can see it, in SPLITS parts with their own sums: no atomics, the same bits on every
-run.
+Key-outer: each tile of keys iterates over the queries that can see it, split into SPLITS parts with separate sums. Without atomics, every
+run gives the same bits.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _interval_dkv_kernel(
     end_ptr += batch * stride_gb
     n_last = tl.minimum(n0 + KEYS, num_keys) - 1
     if COMPRESSED:
-        # Row r of a packed batch, where it is used, belongs to the sequence of position (r + 1) * reach - 1.
+        # Row r of a packed batch, if used, belongs to the sequence at position (r + 1) * reach - 1.
         first = (n0 + 1) * reach - 1
         if not PACKED:
             first += tl.load(start_ptr)
@@ -157,7 +157,7 @@ def interval_attention_dkv(
     *,
     compressed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv, float32, launched over (keys / KEYS, SPLITS, B * K); `product` is what `interval_attention_dq` wrote."""
+    """dk and dv, float32, launched over (keys / KEYS, SPLITS, B * K); `product` is the output of `interval_attention_dq`."""
     _, num_queries, heads, dim = query.shape
     num_keys, num_kv = key.shape[1:3]
     if key.numel() == 0 or query.numel() == 0:
@@ -213,7 +213,7 @@ def interval_attention_dkv(
 
 
 def offered(arch: int) -> dict[str, Callable[[], object]]:
-    """bfloat16 to D = 256, float32 to D = 128, any group."""
+    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes."""
 
     def launch(dtype: torch.dtype, dim: int, heads: int, compressed: bool) -> object:
         query, key, geometry = example(dtype, dim, heads, 64 if compressed else 1)

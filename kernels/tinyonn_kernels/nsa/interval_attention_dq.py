@@ -1,9 +1,9 @@
-"""Gradients of the queries of attention to one interval of key rows a query (`interval_attention_fwd`), where w · out has the gradient dO.
+"""Gradients of queries of attention to one interval of keys per query (`interval_attention_fwd`); dO is the gradient of w · out.
 
     p = e^(s - lse)   dp[n] = dO · v[n]   product = sum_n p[n] dp[n]
     ds = p · (w (dp - product) + dlse)    dq = scale · sum_n ds[n] k[n]
 
-`product`, which is out · dO and the gradient of w, comes from a first pass over the keys, so out need not be kept. Query-outer.
+A first pass over the keys computes `product`, which equals out · dO and the gradient of w, so out is not kept. Query-outer.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _interval_dq_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    # One program owns ROWS (query, head) rows of one key/value head, and goes over their keys twice.
+    # One program owns ROWS (query, head) rows of one key/value head, and reads their keys twice.
     batch = (tl.program_id(1) // num_kv).to(tl.int64)
     head = tl.program_id(1) % num_kv
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
@@ -167,7 +167,7 @@ def interval_attention_dq(
     compressed: bool,
     accumulate: bool = False,
 ) -> None:
-    """Writes `product` (B, T, H), and `grad_query` (B, T, H, D) float32 or adds to it. Launched over (T * G / ROWS, B * K)."""
+    """Writes `product` (B, T, H), and writes or adds to `grad_query` (B, T, H, D) float32. Launched over (T * G / ROWS, B * K)."""
     _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
     if query.numel() == 0:
@@ -216,7 +216,7 @@ def interval_attention_dq(
 
 
 def offered(arch: int) -> dict[str, Callable[[], object]]:
-    """bfloat16 to D = 256, float32 to D = 128, any group."""
+    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes."""
 
     def launch(dtype: torch.dtype, dim: int, heads: int, compressed: bool) -> object:
         query, key, geometry = example(dtype, dim, heads, 64 if compressed else 1)

@@ -1,10 +1,10 @@
-"""Attention of each query to one interval of key rows: the sliding window and the compressed branch of DynNSA.
+"""Attention of each query to one interval of keys: the sliding window and the compressed branch of DynNSA.
 
     s[n] = scale · q · k[n],   lse = log sum_n e^s[n],   out = sum_n e^(s[n] - lse) v[n],   entropy = lse - sum_n p[n] s[n]
 
-over low <= n < high (`_nsa.interval_of`); a query that sees nothing gives 0, -inf, 0. Online softmax in base 2, float32 accumulation.
-The queries of a group are rows of one tile without padding, so every group size fills the matrix unit. With a weight per row, the
-result is multiplied by it and, on demand, added to what is there.
+over low <= n < high (`_common.interval_of`). For a query without visible keys the results are 0, -inf, 0. Online softmax in base 2,
+float32 accumulation. The queries of a group are rows of one tile without padding, so every group size fills the matrix unit. An optional
+weight per row multiplies the result, which can be added to `out`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ._common import (
 
 
 def configs(IEEE: bool, WIDTH: int, **_: object) -> list[triton.Config]:
-    """Rows × keys that leave room in the registers for a (ROWS, WIDTH) accumulator."""
+    """Rows × keys that leave enough registers for a (ROWS, WIDTH) accumulator."""
     if IEEE:
         wide = WIDTH >= 128
         return [config(8 if wide else 4, 1, 255, ROWS=32, KEYS=16 if wide else 32)]
@@ -94,7 +94,7 @@ def _interval_fwd_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    # One program owns ROWS (query, head) rows of one key/value head. The last queries see most: they go first.
+    # One program owns ROWS (query, head) rows of one key/value head. The last queries see the most keys, so they start first.
     batch = (tl.program_id(1) // num_kv).to(tl.int64)
     head = tl.program_id(1) % num_kv
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
@@ -156,7 +156,7 @@ def interval_attention_fwd(
     weight: Tensor | None = None,
     accumulate: bool = False,
 ) -> None:
-    """Writes out (B, T, H, D), any dtype; lse and entropy (B, T, H) float32, of equal strides. Launched over (T * G / ROWS, B * K).
+    """Writes out (B, T, H, D), any dtype; lse and entropy (B, T, H) float32, with equal strides. Launched over (T * G / ROWS, B * K).
 
     `reach` is the window or the compress size; `weight` (B, T, H) multiplies the result, `accumulate` adds it to `out`.
     """
@@ -204,7 +204,7 @@ def interval_attention_fwd(
 
 
 def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """bfloat16 to D = 256, float32 to D = 128, any group."""
+    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes."""
 
     def launch(dtype: torch.dtype, dim: int, heads: int, compressed: bool) -> None:
         tensors = example(dtype, dim, heads, 64 if compressed else 1)

@@ -1,9 +1,9 @@
-"""Gradients of the selection (`select_blocks_fwd`) as far as they go to the compressed keys.
+"""Gradients of the compressed keys in the selection (`select_blocks_fwd`).
 
     dk_c = scale · sum_g w[g, c] q_g,   w as in `select_blocks_dq`
 
-Key-outer, over tiles of key blocks of one sequence and SPLITS parts of the queries that see them, with sums of their own; a block is
-found in a query's ascending list by bisection: no atomics, the same bits on every run.
+Key-outer, over tiles of key blocks of one sequence and SPLITS parts of the queries that see them, with separate sums. Bisection finds a
+block in a query's ascending list. Without atomics, every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _select_dk_kernel(
         soft = tl.load(dsoft_ptr + pair, mask=active, other=0.0)
         uniform = (tl.maximum((relative + 1) // COMPRESS, 1).to(tl.float32) / (RATIO * GROUP))[:, None]
 
-        # The first slot of a list that is not before these blocks; from there on at most BLOCKS of them are listed.
+        # First slot of the list that is not before these blocks; at most BLOCKS of them follow.
         count = tl.load(counts_ptr + pair, mask=active, other=0)
         slot = tl.zeros((QUERIES,), tl.int32)
         for probe in tl.static_range(PROBES):
@@ -147,9 +147,9 @@ def _select_dk_kernel(
 
 
 def tiles_of_sequences(geometry: Geometry, num_keys: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Every sequence cut in tiles of `size` positions: (B, tiles) start and end of its sequence, and the tile's number in it.
+    """Cuts every sequence into tiles of `size` positions: (B, tiles) start and end of the sequence, and index of the tile in it.
 
-    Sequence i has at most len // size + 1 tiles, so start // size + i keeps them apart; some places hold none.
+    Sequence i has at most len // size + 1 tiles, so places from start // size + i are unique; some places stay empty.
     """
     starts, ends = geometry.starts, geometry.ends
     if not geometry.packed:
@@ -177,7 +177,7 @@ def select_blocks_dk(
     compress_size: int,
     scale: float,
 ) -> Tensor:
-    """The gradient of the compressed keys, float32; launched over (tiles of key blocks, SPLITS, B * K)."""
+    """Gradient of the compressed keys, float32; launched over (tiles of key blocks, SPLITS, B * K)."""
     _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
     if query.numel() == 0 or key.numel() == 0:
@@ -236,7 +236,7 @@ def select_blocks_dk(
 
 
 def offered(arch: int) -> dict[str, Callable[[], object]]:
-    """bfloat16 to D = 256, float32 to D = 128, any group; compressed keys of 64 or 16."""
+    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes; 64 or 16 keys per compressed key."""
 
     def launch(dtype: torch.dtype, dim: int, heads: int, size: int) -> object:
         query, key, geometry = example(dtype, dim, heads, size)

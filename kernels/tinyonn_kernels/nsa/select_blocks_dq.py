@@ -1,10 +1,10 @@
-"""Gradients of the selection (`select_blocks_fwd`), of log gate in the lists and of the soft counts, as far as they go to the queries.
+"""Gradients of queries and thresholds in the selection (`select_blocks_fwd`), from those of log gate in the lists and of soft counts.
 
     dgap = dbias · 6 (1 - c) / (c (3 - 2c)) [listed, 0 < c < 1] + dsoft · σ(gap) σ(-gap)     for past blocks that are not forced
-    dz = dgap / temperature    dthreshold = -sum_b dz    dmass[b] = dz / mass[b] where above the floor, mass summed over the group
+    dz = dgap / temperature    dthreshold = -sum_b dz    dmass[b] = dz / mass[b] above the floor, mass summed over the group
     w[g, c] = p[g, c] · dmass[b],  c in b    dlse[g] = -sum_c w    dq_g = scale · sum_c w k_c
 
-Importance is computed again from q, k and lse. Query-outer; a tile's dbias is spread over a scratch of the program's own.
+Importance is recomputed from q, k and lse. Query-outer; each program scatters the dbias of a tile into its own scratch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .block_lists import lists
 from .interval_attention_fwd import SHAPES, example
 from .select_blocks_fwd import Z_FLOOR, block_probabilities, kinds_of, program_count, tile_queries
 
-TILE_ROWS = 32  # fewer than forward: probabilities and their gradients are in registers together
+TILE_ROWS = 32  # fewer than in forward, because registers hold both probabilities and their gradients
 
 
 @triton.jit
@@ -214,9 +214,9 @@ def select_blocks_dq(
     *,
     accumulate: bool = False,
 ) -> None:
-    """Writes grad_threshold (B, T, K), grad_lse (B, T, H) and grad_query (B, T, H, D), or adds to the last; the latter two, or none.
+    """Writes grad_threshold (B, T, K), grad_lse (B, T, H), and writes or adds to grad_query (B, T, H, D); grad_lse, grad_query: or None.
 
-    counts, grad_soft, grad_threshold have one batch stride, which times S is that of indices and grad_bias; within, all are contiguous.
+    counts, grad_soft and grad_threshold share one batch stride; times S, it is that of indices and grad_bias. All are contiguous within.
     """
     _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
@@ -277,7 +277,7 @@ def select_blocks_dq(
 
 
 def offered(arch: int) -> dict[str, Callable[[], object]]:
-    """bfloat16 to D = 256, float32 to D = 128, any group; compressed keys of 64 or 16."""
+    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes; 64 or 16 keys per compressed key."""
 
     def launch(dtype: torch.dtype, dim: int, heads: int, size: int) -> object:
         query, key, geometry = example(dtype, dim, heads, size)

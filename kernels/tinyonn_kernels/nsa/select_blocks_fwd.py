@@ -4,10 +4,10 @@
     z = log share   gap = (z - threshold) / temperature   c = clamp(gap, 0, 1)   gate = c²(3 - 2c)
     wanted: gate > 0 and wholly in the past, or forced (first, previous, own: gate 1)
 
-M compressed keys that the query sees, S slots of a list, NB key blocks of a row. The shares of a few queries live in a scratch of the
-program's own, of NB floats each: programs are as many as the GPU holds, and go from tile to tile. A list's slot is the number of kept
-blocks before it, so ordinary rows need no sort. A row with too many finds the share of its last place by bisection over the bits of the
-positive floats (their order is that of integers); ties go to the lower index.
+M compressed keys that the query sees, S slots of a list, NB key blocks of a row. Each program holds the shares of a few queries in its own
+scratch, NB floats per query. There are as many programs as the GPU runs at once, and each processes one tile after another. The slot of a
+block is the number of kept blocks before it, so ordinary rows need no sort. A row with too many blocks finds the smallest share to keep by
+bisection over the bits of positive floats, whose order is that of integers; ties go to the lower index.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .interval_attention_fwd import SHAPES, example
 Z_FLOOR = tl.constexpr(2.061153622438558e-09)  # e^-20
 PROGRAMS_PER_UNIT = 4
 TILE_ROWS = 64
-MAX_QUERIES = 16  # more would make the scratch of small groups large
+MAX_QUERIES = 16  # a larger tile would need a large scratch for small groups
 
 
 @triton.jit
@@ -146,10 +146,10 @@ def _select_fwd_kernel(
         token = token.to(tl.int64)
         at = batch * stride_hb + token * stride_ht + head * stride_hh
         threshold = tl.load(threshold_ptr + at, mask=valid, other=0.0).to(tl.float32)[:, None]
-        # M · compress / block, over the group's size; a query that sees nothing has no mass, whatever this is.
+        # M · compress / block, divided by the group's size. A query without visible keys has no mass, so its value is irrelevant.
         uniform = (tl.maximum((relative + 1) // COMPRESS, 1).to(tl.float32) / (RATIO * GROUP))[:, None]
 
-        # Queries of one sequence at a time; a tile seldom holds two.
+        # Processes queries of one sequence at a time; a tile rarely contains two.
         current = tl.min(tl.where(valid, start, FAR))
         while current < FAR:
             active = valid & (start == current)
@@ -179,10 +179,10 @@ def _select_fwd_kernel(
             over = number > num_slots
             num_over += tl.sum(over.to(tl.int32))
             need = num_slots - tl.minimum(relative // BLOCK_SIZE + 1, 3)
-            lowest = tl.where(over, 0, -1)  # bits of the least share that stays
+            lowest = tl.where(over, 0, -1)  # bits of the smallest share that is kept
             ties = tl.zeros((QUERIES,), tl.int32)
             if tl.max(over.to(tl.int32)) > 0:
-                # The last round counts what lies above.
+                # The last round counts the larger shares.
                 for step in range(0, 32):
                     trial = tl.where(step < 31, lowest | (1 << tl.maximum(30 - step, 0)), lowest + 1)
                     reach = tl.zeros((QUERIES,), tl.int32)
@@ -231,7 +231,7 @@ def tile_queries(group: int, rows: int) -> dict[str, int]:
 
 
 def program_count(tiles: int, device: torch.device) -> int:
-    """As many as a GPU holds at once: each has a scratch."""
+    """Number of programs: as many as a GPU runs at once, because each needs a scratch."""
     if device.type == "cuda":
         units = torch.cuda.get_device_properties(device).multi_processor_count
         return min(tiles, units * PROGRAMS_PER_UNIT)
@@ -254,9 +254,9 @@ def select_blocks_fwd(
     compress_size: int,
     scale: float,
 ) -> Tensor:
-    """Writes the listed places of indices and bias (B, T, K, S), counts and soft_counts (B, T, K) where a query is no padding.
+    """Writes the listed places of indices and bias (B, T, K, S), and counts and soft_counts (B, T, K), except for padding.
 
-    Returns how many rows each program found to have too many blocks. Lists are contiguous but for their batch stride.
+    Returns the number of rows with too many blocks, by program. Lists are contiguous except for their batch stride.
     """
     _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
@@ -313,7 +313,7 @@ def select_blocks_fwd(
 
 
 def offered(arch: int) -> dict[str, Callable[[], Tensor]]:
-    """bfloat16 to D = 256, float32 to D = 128, any group; compressed keys of 64 or 16."""
+    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes; 64 or 16 keys per compressed key."""
 
     def launch(dtype: torch.dtype, dim: int, heads: int, compress_size: int) -> Tensor:
         query, key, geometry = example(dtype, dim, heads, compress_size)

@@ -1,1 +1,1 @@
-"""Kernels of the statistics."""
+"""Kernels for statistics."""

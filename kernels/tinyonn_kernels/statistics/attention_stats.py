@@ -1,10 +1,10 @@
-"""Entropy of each query's attention and its mass on a span of keys, without values and without the matrix.
+"""Entropy of each query's attention and its mass on a span of keys, without values and without storing the matrix.
 
     s[j] = cap(scale · q · k[j]) + bias[j],   p[j] = e^(s[j] - lse),   entropy = -Σ_j p[j] ln p[j],   mass = Σ_{j in span} p[j]
 
-cap(x) = softcap · tanh(x / softcap). A sink is one more score, in lse alone. A query that sees nothing gives 0, 0. Online softmax in
-base 2, float32 accumulation: beside the running total goes the sum of p · (s - top), so that nothing large cancels. The queries of a
-group are rows of one tile: row = query * GROUP + head. Keys outside [place - window, place] are not read where no tile needs them.
+cap(x) = softcap · tanh(x / softcap). A sink is an additional score that enters only lse. For a query without visible keys both results are
+0. Online softmax in base 2, float32 accumulation; a running sum of p · (s - top) avoids cancellation of large values. The queries of a
+group are rows of one tile: row = query * GROUP + head. Tiles of keys outside [place - window, place] are skipped.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from .._tune import config, launch, tuned
 from ..nsa._common import BOTTOM, LOG2E, MAX_GRID, MAX_ROWS, dot, load_rows, softmax_step, unit_stride, width_of
 
-HIDDEN = tl.constexpr(-1.4e30)  # -1e30 in base 2: a score of no more is one that is not there
+HIDDEN = tl.constexpr(-1.4e30)  # -1e30 in base 2; scores up to this value count as masked
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 def configs(IEEE: bool, WIDTH: int, HAS_BIAS: bool, **_: object) -> list[triton.Config]:
-    """Rows × keys that leave room in the registers; addresses of a bias are a tile of 64-bit numbers more."""
+    """Rows × keys that fit in registers; a bias needs another tile, of 64-bit addresses."""
     if IEEE:
         return [config(8 if WIDTH >= 128 else 4, 1, 255, ROWS=32, KEYS=16 if WIDTH >= 128 else 32)]
     if WIDTH >= 256 or (HAS_BIAS and WIDTH >= 128):
@@ -35,7 +35,7 @@ def configs(IEEE: bool, WIDTH: int, HAS_BIAS: bool, **_: object) -> list[triton.
 
 @triton.jit
 def _tanh(x):
-    # 1 - 2 / (e^2x + 1): no overflow, as e^-inf is 0.
+    # 1 - 2 / (e^2x + 1) does not overflow, as e^-inf is 0.
     return 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
 
 
@@ -87,7 +87,7 @@ def _attention_stats_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    # One program owns ROWS (query, head) rows of one key/value head. The last queries see most: they go first.
+    # One program owns ROWS (query, head) rows of one key/value head. The last queries see the most keys, so they start first.
     batch = (tl.program_id(1) // num_kv).to(tl.int64)
     head = tl.program_id(1) % num_kv
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -143,7 +143,7 @@ def _attention_stats_kernel(
     seen = total > 0.0
     whole = total
     if HAS_SINK:
-        # As the largest score it would take its share like any other.
+        # Otherwise, a masked maximum would receive a share like any other score.
         sink = tl.load(sink_ptr + query_head, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
         new_top = tl.maximum(top, sink)
         keep = tl.exp2(top - new_top)
@@ -154,7 +154,7 @@ def _attention_stats_kernel(
     safe = tl.where(seen, whole, 1.0)
     entropy = (tl.log2(safe) * total - moment) / safe * LN2
     stat = batch * stride_eb + token * (num_kv * GROUP) + query_head
-    # A maximum would hide NaN.
+    # A maximum would drop NaN.
     tl.store(entropy_ptr + stat, tl.where(seen | (total != total), tl.where(entropy < 0.0, 0.0, entropy), 0.0), mask=inside)
     if HAS_SPAN:
         tl.store(mass_ptr + stat, tl.where(seen | (total != total), mass / safe, 0.0), mask=inside)
@@ -176,7 +176,7 @@ def attention_stats_fwd(
 ) -> None:
     """Writes entropy and, with a span, mass: (B, T, H) float32 contiguous. Launched over (T * G / ROWS, B * K).
 
-    `bias` has four dimensions, of the full size or 1; `window` and `softcap` are 0 for none.
+    `bias` has four dimensions, each of full size or 1; 0 disables `window` and `softcap`.
     """
     batch, num_queries, heads, dim = query.shape
     num_keys, num_kv = key.shape[1:3]
@@ -233,7 +233,7 @@ def attention_stats_fwd(
 
 
 def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """bfloat16 to D = 256, float32 to D = 128; plain and with everything there is."""
+    """bfloat16 up to D = 256, float32 up to D = 128; plain, and with all options."""
 
     def launch(dtype: torch.dtype, dim: int, whole: bool) -> None:
         query = torch.empty((1, 4096, 32, dim), dtype=dtype, device="meta")

@@ -2,9 +2,9 @@
 
     out[n, b] = scale[n] * sqrt(sum_f x[n, f]^2),  f in block b
 
-N rows, F features, NB = ceil(F / BLOCK_SIZE) blocks. Reads x once and accumulates in float32. Squares of large and small tiles
-are summed apart, scaled by powers of two, so a norm is right wherever it is a normal float32 (the idea of Blue, "A portable
-Fortran program to find the Euclidean norm of a vector", ACM TOMS 4(1), 1978, by tiles instead of elements).
+N rows, F features, NB = ceil(F / BLOCK_SIZE) blocks. Reads x once and accumulates in float32. Squares of large and of small tiles
+have separate sums, scaled by powers of two, so a norm is correct wherever it is a normal float32. The idea is that of Blue, "A portable
+Fortran program to find the Euclidean norm of a vector", ACM TOMS 4(1), 1978, applied to tiles instead of elements.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_ELEMENTS = 4096  # 32 values a thread in four warps: enough loads in flight, far from the register limit
-SCATTERED_ELEMENTS = 1024  # where loads are single values, every one has its own address and mask in registers
+TILE_ELEMENTS = 4096  # 32 values per thread in four warps: enough loads in flight, and far below the register limit
+SCATTERED_ELEMENTS = 1024  # for loads of single values, which each need an address and a mask in registers
 MAX_WIDTH = 1024
-MAX_ROWS = 32  # more would leave a small problem with too few programs
+MAX_ROWS = 32  # larger tiles would give small problems too few programs
 
 
 @triton.jit
 def add_squares(tile, large, medium, small):
     """Adds the sum of squares along axis 2 to one of three accumulators of different scale."""
     peak = tl.max(tl.abs(tile), axis=2)
-    is_large = peak > 2.0**50  # below, 2^24 squares still have a float32 sum
+    is_large = peak > 2.0**50  # below this, the sum of 2^24 squares does not overflow float32
     is_small = peak < 2.0**-50
     scale = tl.where(is_large, 2.0**-80, tl.where(is_small, 2.0**100, 1.0))
     scaled = tile * scale[:, :, None]
     total = tl.sum(scaled * scaled, axis=2)
-    # The maximum ignores NaN: such a tile goes to `medium`, which every result includes.
+    # The maximum ignores NaN. A tile with NaN goes to `medium`, which every result includes.
     is_small = is_small & (total == total)
     large += tl.where(is_large, total, 0.0)
     small += tl.where(is_small, total, 0.0)
@@ -42,7 +42,7 @@ def add_squares(tile, large, medium, small):
 
 @triton.jit
 def root(large, medium, small):
-    # 2^-160 and 2^-200 are no float32: two factors.
+    # float32 cannot represent 2^-160 and 2^-200, so two factors are used.
     high = tl.sqrt_rn(large + medium * 2.0**-80 * 2.0**-80) * 2.0**80
     middle = tl.sqrt_rn(medium + small * 2.0**-100 * 2.0**-100)
     low = tl.sqrt_rn(small) * 2.0**-100
@@ -98,7 +98,7 @@ def _block_norms_kernel(
 
 
 def tile_shape(rows: Tensor, block_size: int, num_blocks: int) -> dict[str, int]:
-    """ROWS, BLOCKS and WIDTH of one tile: whole blocks of one row first, so that loads are long runs."""
+    """ROWS, BLOCKS and WIDTH of one tile; it extends along blocks of one row first, so that loads are contiguous."""
     vectorised = rows.stride(1) == 1 and rows.stride(0) % 16 == 0 and rows.shape[1] % 16 == 0
     elements = TILE_ELEMENTS if vectorised else SCATTERED_ELEMENTS
     width = min(triton.next_power_of_2(block_size), MAX_WIDTH)
@@ -109,7 +109,7 @@ def tile_shape(rows: Tensor, block_size: int, num_blocks: int) -> dict[str, int]
 def block_norms_fwd(x: Tensor, row_scale: Tensor | None, out: Tensor, block_size: int) -> None:
     """Writes `out (..., NB)` float32 for `x (..., F)`, launched over (rows / ROWS, blocks / BLOCKS).
 
-    `out` may be a strided column slice. Rows of x that no single stride reaches are copied first; such an `out`, last.
+    `out` may be a strided column slice. If no single stride addresses the rows of x, x is copied first; such an `out` is copied last.
     """
     num_features, num_blocks = x.shape[-1], out.shape[-1]
     if out.numel() == 0:
@@ -120,7 +120,7 @@ def block_norms_fwd(x: Tensor, row_scale: Tensor | None, out: Tensor, block_size
     detour = None
     try:
         target = out.view(-1, num_blocks)
-    except RuntimeError:  # no single stride reaches these rows
+    except RuntimeError:  # no single stride addresses these rows
         target = detour = torch.empty((rows.shape[0], num_blocks), dtype=out.dtype, device=out.device)
     shape = tile_shape(rows, block_size, num_blocks)
     grid = (triton.cdiv(rows.shape[0], shape["ROWS"]), triton.cdiv(num_blocks, shape["BLOCKS"]))
@@ -146,7 +146,7 @@ def block_norms_fwd(x: Tensor, row_scale: Tensor | None, out: Tensor, block_size
 
 
 def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """The same on every architecture: the kernel is bound by memory."""
+    """The same launches on every architecture, because the kernel is memory-bound."""
 
     def launch(dtype: torch.dtype, features: int, block_size: int, scaled: bool) -> None:
         x = torch.empty((512, features), dtype=dtype, device="meta")

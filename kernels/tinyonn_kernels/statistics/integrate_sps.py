@@ -2,10 +2,10 @@
 
     sps[t, b] = z(a[t, b]) - z(g[t, b]),   total[b] = sum_t sps[t, b]
 
-a activation norms, g gradient norms, (T tokens, NB blocks); z standardises over the present blocks of one layer for one token with
-the population standard deviation, and is 0 where that is at most 1e-6 of the mean. Two passes over a tile held in registers,
-float64 inside: one-pass float32 variances go negative. Each chunk of tokens has its own row of partial sums, added in a fixed
-order, so every run gives the same bits. A layer wider than TILE is read again from the cache for its second and third pass.
+a activation norms, g gradient norms, (T tokens, NB blocks). z standardises over the blocks of one layer that are present for one token,
+with the population standard deviation; it is 0 if the standard deviation is at most 1e-6 of the mean. Two passes over a tile in
+registers compute in float64, because one-pass float32 variances can be negative. Each chunk of tokens has its own row of partial sums,
+added in a fixed order, so every run gives the same bits. The second and third pass of a layer wider than TILE read it again from cache.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _integrate_sps_kernel(
                 block = tile + lane
                 a, g, present = _load_tile(a_row, g_row, block, end, stride_ab, stride_gb)
                 sps = tl.where(present, (a - a_mean) * a_scale - (g - g_mean) * g_scale, 0.0)
-                # Nobody else touches this slice: each lane adds to what it stored itself.
+                # No other program writes this slice; each lane adds to its own values.
                 target = partial_ptr + block
                 tl.store(target, tl.load(target, mask=block < stop, other=0.0) + sps, mask=block < stop)
                 if HAS_SCORES:
@@ -130,9 +130,9 @@ def _integrate_sps_kernel(
 def integrate_sps_fwd(
     activation: Tensor, grad_norm: Tensor, group_offsets: Tensor, token_mask: Tensor | None, scores: Tensor | None
 ) -> Tensor:
-    """Returns (blocks,) float64, launched over (layers, chunks of tokens); writes the contiguous `scores` where given.
+    """Returns (blocks,) float64; launched over (layers, chunks of tokens). Writes the contiguous `scores` if given.
 
-    The tile is sized by the mean layer, not the widest: the offsets' values stay on the device.
+    The mean layer width determines the tile, because the offsets' values stay on the device.
     """
     num_tokens, num_blocks = activation.shape
     num_groups = group_offsets.shape[0] - 1
@@ -160,13 +160,13 @@ def integrate_sps_fwd(
         HAS_SCORES=scores is not None,
         TILE=tile,
         num_warps=tile // 128,
-        maxnreg=128,  # left alone, ptxas aims at 64 on sm_100 and spills to get there
+        maxnreg=128,  # by default, ptxas targets 64 registers on sm_100 and spills
     )
     return sums.sum(dim=0)
 
 
 def offered(arch: int) -> dict[str, Callable[[], Tensor]]:
-    """The same on every architecture: the kernel is bound by memory."""
+    """The same launches on every architecture, because the kernel is memory-bound."""
 
     def launch(dtype: torch.dtype, num_blocks: int, groups: int, extras: bool) -> Tensor:
         planes = [torch.empty((512, num_blocks), dtype=dtype, device="meta") for _ in range(2)]

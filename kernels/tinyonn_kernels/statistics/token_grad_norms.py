@@ -2,7 +2,7 @@
 
     out[n, b] = ||delta[n, block b]|| * ||x[n, :]||
 
-which is the Frobenius norm of the outer product delta[n, block b] x[n, :]^T, the gradient due to token n alone. N tokens, I input
+This is the Frobenius norm of the outer product delta[n, block b] x[n, :]^T, the gradient contribution of token n. N tokens, I input
 features, F output features, NB = ceil(F / BLOCK_SIZE) blocks. Reads x and delta once.
 
 Source: Goodfellow, "Efficient per-example gradient computations", arXiv:1510.01799.
@@ -40,9 +40,9 @@ def _token_grad_norms_kernel(
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    # One program owns ROWS tokens: the norm of their inputs, then all of their blocks.
+    # One program owns ROWS tokens: the norm of their inputs, then the norms of all blocks.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    whole = tl.arange(0, 1)  # the inputs are one block
+    whole = tl.arange(0, 1)  # the inputs form one block
     input_norm = norms_of_blocks(inputs_ptr, row, whole, num_rows, IN_FEATURES, stride_in, stride_if, IN_FEATURES, IN_WIDTH)
     for first in range(0, num_blocks, BLOCKS):
         block = first + tl.arange(0, BLOCKS)
@@ -80,7 +80,7 @@ def token_grad_norms_fwd(inputs: Tensor, grad_output: Tensor, out: Tensor, block
 
 
 def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """The same on every architecture: the kernel is bound by memory."""
+    """The same launches on every architecture, because the kernel is memory-bound."""
 
     def launch(dtype: torch.dtype, in_features: int, features: int, block_size: int) -> None:
         inputs = torch.empty((512, in_features), dtype=dtype, device="meta")
