@@ -49,7 +49,7 @@ py::array_t<int64_t, kExact> token_ids_of(const py::object& value) {
   const py::array any = py::array::ensure(value);
   if (!any) PyErr_Clear();
   const char kind = any ? any.dtype().kind() : '?';
-  if (!any || any.ndim() != 1 || (any.size() > 0 && kind != 'i' && kind != 'u')) throw InputFault("token_ids must be a row of integers.");
+  if (!any || any.ndim() != 1 || (any.size() > 0 && kind != 'i' && kind != 'u')) throw InputFault("token_ids must be a vector of integers.");
   return array_of<int64_t>(any, "token_ids");
 }
 

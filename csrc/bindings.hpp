@@ -10,13 +10,13 @@
 
 namespace py = pybind11;
 
-// A Fault with the file it happened in; becomes tinyonn.errors.MscanError.
+// A Fault with the path of its file; becomes tinyonn.errors.MscanError.
 struct FileFault : mscan::Fault {
   std::string path;
   FileFault(std::string file, const mscan::Fault& fault) : mscan::Fault(fault), path(std::move(file)) {}
 };
 
-// Runs `work` without the GIL and puts the path on a Fault.
+// Runs `work` without the GIL and adds the path to a Fault.
 template <typename Work>
 auto without_gil(const std::string& path, Work&& work) {
   try {

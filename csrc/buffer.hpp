@@ -1,4 +1,4 @@
-// Bytes that grow without being cleared first: a writer fills every one of them itself.
+// A growing byte buffer that is not cleared: the writer fills every byte.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ class Buffer {
   void clear() { size_ = 0; }
   void shrink_to(uint64_t size) { size_ = size; }
 
-  // Makes room for `count` more bytes and returns where they start; earlier pointers may no longer hold.
+  // Makes room for `count` more bytes and returns their start; invalidates earlier pointers.
   uint8_t* grow(uint64_t count) {
     if (size_ + count > capacity_) {
       const uint64_t wanted = align_up(size_ + count + capacity_ / 2);

@@ -1,4 +1,4 @@
-// Reads all that a file in memory holds: what a fuzzer calls, and a test without Python.
+// Reads everything in a file in memory, for a fuzzer or a test without Python.
 #pragma once
 
 #include <cstddef>

@@ -70,7 +70,7 @@ uint16_t encode_one(float value, const Steps& steps) {
   return static_cast<uint16_t>(static_cast<int32_t>(k + 0.5f) + 1);
 }
 
-// First finite value of a weight's columns: the shift that makes a constant's deviations exactly zero.
+// First finite value of a weight's columns. Shifted by it, a constant has deviations of exactly zero.
 double first_finite(const float* plane, size_t rows, size_t columns, Span span) {
   for (size_t row = 0; row < rows; ++row) {
     const float* p = plane + row * columns + span.base;
@@ -94,7 +94,7 @@ Moments moments_of(const SpanSums& sums, uint64_t cells) {
   return part;
 }
 
-// Below this many rows a weight is scanned along its rows: sums per column would cost more than they save.
+// Fewer rows than this are scanned along the rows: sums per column would cost more than they save.
 constexpr size_t kFewRows = 4;
 
 void scan_along_rows(const float* plane, size_t rows, size_t columns, Span span, SpanSums& sums, PlaneScan& scan) {
@@ -207,7 +207,7 @@ PlaneScan scan_plane(const float* plane, size_t rows, size_t columns, ColumnSums
 
 PlaneRange plane_range(const PlaneScan& scan) {
   if (scan.max_bits == 0) return {0.0, 0.0};
-  // The value is rebuilt from its bits, not cast, so that a thread that flushes denormals to zero still gets its logarithm.
+  // The value is rebuilt from its bits, not cast, so the logarithm is right in a thread that flushes denormals to zero.
   const auto log2_of = [](uint32_t bits) {
     if (bits >= static_cast<uint32_t>(kSmallestNormal)) return std::log2(static_cast<double>(float_of(bits)));
     return std::log2(static_cast<double>(bits)) - kDenormalExponent;

@@ -1,4 +1,4 @@
-// Planes of non-negative float32 to 16-bit codes and back, and the statistics taken in the same pass.
+// Conversion of planes of non-negative float32 to 16-bit codes and back, with statistics from the same pass.
 //
 // log2u16: with lo and hi the log2 of the smallest and largest positive finite value of the plane,
 //
@@ -25,7 +25,7 @@ constexpr uint16_t kCodeInfinite = 65534;
 constexpr uint16_t kCodeMissing = 65535;
 constexpr double kSteps = 65532.0;
 
-// Largest and smallest positive finite value as bit patterns, which order like the values; and how many are missing.
+// Largest and smallest positive finite value as bit patterns, which sort like the values, and the number of missing values.
 struct PlaneScan {
   uint32_t min_bits = 0x7FFFFFFFu;
   uint32_t max_bits = 0;
@@ -65,7 +65,7 @@ PlaneScan scan_spans(const float* plane, size_t rows, size_t columns, const std:
 
 void encode_log2u16(const float* values, size_t count, PlaneRange range, uint16_t* codes);
 
-// Decodes codes of one plane. 2^(lo + k·step) is a product of two powers, so that two tables of 256 stand for 65533 powers.
+// Decodes codes of one plane. 2^(lo + k·step) is a product of two powers, so two tables of 256 replace 65533 powers.
 class Log2Decoder {
  public:
   explicit Log2Decoder(PlaneRange range);
@@ -76,7 +76,7 @@ class Log2Decoder {
   double coarse_[256], fine_[256];
 };
 
-// Byte k of every element next to each other, which zstd likes better; `width` bytes an element.
+// Groups byte k of all elements, which zstd compresses better; `width` bytes per element.
 void byte_shuffle(const uint8_t* in, size_t count, size_t width, uint8_t* out);
 void byte_unshuffle(const uint8_t* in, size_t count, size_t width, uint8_t* out);
 

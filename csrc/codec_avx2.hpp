@@ -1,5 +1,5 @@
-// AVX2 forms of the loops that set the encoding speed. Each is the plain form in codec.cpp, eight lanes at a time; codes come from the
-// same operations in the same order, fused where the plain form says std::fma and nowhere else, so their bits agree.
+// AVX2 forms of the loops that limit the encoding speed. Each computes the plain form in codec.cpp, eight lanes at a time, with the same
+// operations in the same order, fused exactly where the plain form calls std::fma, so the bits agree.
 #pragma once
 
 #if defined(__x86_64__)
@@ -29,7 +29,7 @@ MSCAN_AVX2 inline void count_lanes(int32_t* counts, __m256i less) {
   _mm256_storeu_si256(p, _mm256_sub_epi32(_mm256_loadu_si256(p), less));
 }
 
-// What eight values are: all ones in the lanes it holds for.
+// Classes of eight values; a lane is all ones where the class applies.
 struct Kinds {
   __m256i magnitude, missing, infinite, zero;
 
@@ -134,7 +134,7 @@ MSCAN_AVX2 inline void scan_span(const float* plane, size_t rows, size_t columns
   sums.squares = total(squares_a, squares_b);
 }
 
-// The same where every value is positive and finite, as nearly all are; false, with nothing changed, where one is not.
+// The same for values that are all positive and finite, the usual case; returns false and changes nothing if one is not.
 MSCAN_AVX2 inline bool scan_positive_span(const float* plane, size_t rows, size_t columns, Span span, SpanSums& sums, Extremes& extremes) {
   if (span.blocks < 8) return false;
   const __m256d shift = _mm256_set1_pd(sums.shift);
@@ -181,8 +181,8 @@ MSCAN_AVX2 inline bool scan_positive_span(const float* plane, size_t rows, size_
   return true;
 }
 
-// log2 of mantissas in [√½, √2) less `fraction`, plus the exponents, in steps, as codes. kVectors at once: one alone would wait for
-// its own last product nineteen times.
+// log2 of mantissas in [√½, √2) less `fraction`, plus the exponents, in steps, as codes. Several vectors at
+// once (kVectors), because one alone would wait for its own last product nineteen times.
 template <size_t kVectors>
 MSCAN_AVX2 inline void codes_of(const __m256i* exponent, const __m256i* mantissa, const Steps& steps, __m256i* codes) {
   __m256 f[kVectors], p[kVectors];
@@ -193,7 +193,7 @@ MSCAN_AVX2 inline void codes_of(const __m256i* exponent, const __m256i* mantissa
   for (int i = 8; i >= 0; --i) {
     const __m256 next = _mm256_set1_ps(kLog2[i]);
     for (size_t v = 0; v < kVectors; ++v) p[v] = _mm256_fmadd_ps(p[v], f[v], next);
-    // Keeps the compiler from putting one vector's chain behind the other's.
+    // Stops the compiler from serialising the chains of the vectors.
     if constexpr (kVectors == 4) asm volatile("" : "+x"(p[0]), "+x"(p[1]), "+x"(p[2]), "+x"(p[3]));
   }
   for (size_t v = 0; v < kVectors; ++v) {
@@ -229,7 +229,7 @@ MSCAN_AVX2 inline void store_codes(uint16_t* codes, __m256i first, __m256i secon
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), packed);
 }
 
-// Encodes count values, 32 or more. Thirty-two normal numbers, the usual case, need no look at each.
+// Encodes count values, 32 or more. Thirty-two normal numbers, the usual case, need no check of each value.
 MSCAN_AVX2 inline void encode(const float* values, size_t count, const Steps& steps, uint16_t* codes) {
   const __m256i smallest = _mm256_set1_epi32(kSmallestNormal), normals = _mm256_set1_epi32(kInfinity - kSmallestNormal - 1);
   for (size_t next = 0; next < count; next += 32) {

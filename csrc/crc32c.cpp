@@ -43,8 +43,8 @@ uint64_t load64(const uint8_t* p) {
 #if defined(__x86_64__) || (defined(__aarch64__) && defined(__linux__))
 #define MSCAN_CRC_INSTRUCTION 1
 
-// Appending n zero bytes to a message is linear in its crc, so it is four table look-ups once the table for n is built.
-// Three streams of n bytes run side by side (the instruction takes three cycles but starts one each cycle) and are joined this way.
+// Appending n zero bytes to a message is linear in its crc: four table look-ups, given the table for n. Three streams of n bytes run in
+// parallel (the instruction has a latency of three cycles and a throughput of one per cycle) and are combined with these tables.
 struct Shift {
   uint32_t table[4][256];
 

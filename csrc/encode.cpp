@@ -66,7 +66,7 @@ void DataEncoder::encode(const float* activation, const float* grad_norm, uint64
   header.codec = static_cast<uint8_t>(codec_);
   header.flags = compress_ ? kZstd : 0;
 
-  // Sparse where it saves a quarter: an id costs four bytes beside its two values.
+  // Sparse if it saves a quarter: a column number costs four bytes in addition to the two values.
   if (absent > cells / 2) {
     const uint64_t stored = count_stored(activation, grad_norm, cells);
     const uint64_t sparse_bytes = 8 * (tokens + 1) + stored * (4 + 2 * value_bytes());

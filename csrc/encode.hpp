@@ -19,7 +19,7 @@ class DataEncoder {
   uint64_t value_bytes() const { return codec_ == Codec::f32 ? 4 : 2; }
 
   // Appends head and planes to `out`, sets codec and flags of `header` (whose token_count is given), and merges the statistics of
-  // each span into stats[2·i] (activation) and stats[2·i + 1] (gradient). InputFault on a negative norm.
+  // each span into stats[2·i] (activation) and stats[2·i + 1] (gradient). Raises InputFault on a negative norm.
   void encode(const float* activation, const float* grad_norm, uint64_t columns, const std::vector<Span>& spans, ChunkHeader& header,
               Buffer& out, Moments* stats);
 

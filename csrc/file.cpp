@@ -35,7 +35,7 @@ int lock(int fd) {
 
 OutputFile::OutputFile(std::string path, OpenMode mode) : path_(std::move(path)), owner_(::getpid()) {
   if (mode == OpenMode::replace) {
-    // A link stays one: what it points to is replaced.
+    // A symbolic link stays; its target is replaced.
     if (char* target = ::realpath(path_.c_str(), nullptr)) {
       path_ = target;
       std::free(target);
@@ -48,7 +48,7 @@ OutputFile::OutputFile(std::string path, OpenMode mode) : path_(std::move(path))
     const int error = errno;
     ::close(fd_);
     fd_ = -1;
-    if (error == EWOULDBLOCK) throw Fault("only one writer may have a file open, and another has this one.");
+    if (error == EWOULDBLOCK) throw Fault("only one writer may open a file, and another writer has it open.");
     fail("flock", error);
   };
   fd_ = open_as(mode == OpenMode::create ? O_CREAT | O_EXCL : 0);
@@ -63,8 +63,8 @@ OutputFile::OutputFile(std::string path, OpenMode mode) : path_(std::move(path))
   }
   take_lock();
   if (mode == OpenMode::replace && !missing) {
-    // A new file takes the old one's name, so that a reader that has the old one mapped keeps it. Until the new one stands, the old
-    // one is there, and locked.
+    // A new file takes the old one's name, so a reader that has mapped the old one keeps it. Until then the old file stays in place,
+    // locked.
     const int old = fd_;
     const std::string beside = path_ + ".new";
     static_cast<void>(::unlink(beside.c_str()));  // left by one that was killed here
@@ -82,7 +82,7 @@ OutputFile::OutputFile(std::string path, OpenMode mode) : path_(std::move(path))
 #if defined(__linux__)
   struct statfs where {};
   reserves_ = ::fstatfs(fd_, &where) == 0 && where.f_type == EXT4_SUPER_MAGIC;
-  // A writer that was killed gave nothing back: this one goes on with it.
+  // A killed writer did not release its reserved blocks; this writer uses them.
   if (mode == OpenMode::append && reserves_ && ::fstat(fd_, &info) == 0 && info.st_blocks * 512 >= info.st_size + info.st_blksize) {
     reserved_ = static_cast<uint64_t>(info.st_blocks) * 512;
   }
@@ -103,7 +103,7 @@ void OutputFile::close() {
     return;
   }
   struct stat info {};
-  // Gives back what was reserved; should it fail, the blocks stay the file's and nothing else is lost.
+  // Releases reserved blocks. If that fails, the blocks stay with the file and nothing else is lost.
   const bool released = reserved_ == 0 || (::fstat(fd_, &info) == 0 && ::ftruncate(fd_, info.st_size) == 0);
   static_cast<void>(released);
   ::flock(fd_, LOCK_UN);  // a forked child may hold the descriptor for longer
@@ -111,9 +111,9 @@ void OutputFile::close() {
   fd_ = -1;
 }
 
-// Asks ext4 for blocks in large steps: a large append is then written 1.5 times as fast, one of 10 kB 1.2 times, since none has to be
-// set aside for each. The file's size does not change. Other file systems do this by themselves or, like tmpfs, would do more than is
-// asked.
+// Reserves blocks of ext4 in large steps: a large append is then written 1.5 times as fast, one of 10 kB 1.2 times, because an append
+// allocates no block. The file's size does not change. Other file systems reserve blocks by themselves or, like tmpfs, would allocate
+// them at once.
 void OutputFile::reserve(uint64_t offset, uint64_t size) {
 #if defined(__linux__)
   if (!reserves_ || offset + size <= reserved_ || std::max(offset, size) < kReservingSize) return;
@@ -142,7 +142,7 @@ void OutputFile::write(const void* data, uint64_t size, uint64_t offset) {
       if (errno == EINTR) continue;
       throw Fault(std::string("write failed: ") + std::strerror(errno) + ".", offset);
     }
-    if (done == 0) throw Fault("write failed: the device took no byte.", offset);
+    if (done == 0) throw Fault("write failed: no byte was written.", offset);
     p += done;
     offset += static_cast<uint64_t>(done);
     size -= static_cast<uint64_t>(done);

@@ -1,4 +1,4 @@
-// Files by plain system calls: open, fchmod, flock, fstat, fstatfs, fallocate, pread, pwrite, ftruncate, fdatasync, fsync,
+// Files through plain system calls: open, fchmod, flock, fstat, fstatfs, fallocate, pread, pwrite, ftruncate, fdatasync, fsync,
 // rename, unlink, mmap, close.
 #pragma once
 
@@ -39,7 +39,7 @@ class OutputFile {
   uint64_t reserved_ = 0;  // blocks up to here are the file's already, though it ends before
 };
 
-// A file mapped for reading. If another process truncates it, touching what is gone is a bus error: a property of mmap.
+// A file mapped for reading. If another process truncates it, reading the lost part raises a bus error, as with every mmap.
 class MappedFile {
  public:
   explicit MappedFile(const std::string& path);

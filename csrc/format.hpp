@@ -64,8 +64,8 @@ struct ChunkHeader {
   uint32_t crc;
 };
 
-// What a chunk that commits (LAYOUT, SEQUENCE, INDEX, INTEGRAL of the whole file) says of those before it. Files of the first revision
-// hold 0 here, and readers of that revision do not look.
+// What a chunk that commits (LAYOUT, SEQUENCE, INDEX, INTEGRAL of the whole file) records of the chunks before it. Files of the first
+// revision hold 0 here, and readers of that revision ignore it.
 struct Bond {
   uint32_t group;  // SEQUENCE: group_crc() of its layout and chunks; else 0
   uint32_t link;   // link_to() the chunk that committed before it, or to the prologue
@@ -168,7 +168,7 @@ static_assert(sizeof(DataHead) == 64 && sizeof(SequenceHead) == 64 && sizeof(Int
 static_assert(sizeof(Bond) == sizeof(ChunkHeader::first_token));
 static_assert(sizeof(IndexEntry) == 32 && sizeof(Moments) == 48 && sizeof(Trailer) == 64);
 
-// A rule of the format that bytes on disk break, or a system call that failed.
+// Bytes on disk that break a rule of the format, or a failed system call.
 struct Fault : std::runtime_error {
   uint64_t offset;
   bool has_offset;
@@ -176,14 +176,14 @@ struct Fault : std::runtime_error {
   Fault(const std::string& rule, uint64_t at) : std::runtime_error(rule), offset(at), has_offset(true) {}
 };
 
-// An argument that the caller gave is wrong.
+// A wrong argument of the caller.
 struct InputFault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
 constexpr uint64_t align_up(uint64_t value) { return (value + kAlign - 1) & ~(kAlign - 1); }
 
-// Copies a structure out of mapped bytes, which may be aligned to nothing.
+// Copies a structure out of mapped bytes of any alignment.
 template <typename T>
 T load(const uint8_t* p) {
   T value;
@@ -197,10 +197,10 @@ inline Bond bond_of(const ChunkHeader& header) {
   return bond;
 }
 
-// How a chunk names the one before it: by the crc of its header, never 0.
+// The link of a chunk to the one before it: the crc of that chunk's header, never 0.
 constexpr uint32_t link_to(uint32_t header_crc) { return header_crc != 0 ? header_crc : 1; }
 
-// FNV-1a, 64 bits: finds a sequence by its id without reading the others.
+// FNV-1a, 64 bits, which finds a sequence by its id without reading the others.
 inline uint64_t id_hash(const char* p, size_t size) {
   uint64_t hash = 0xCBF29CE484222325ull;
   for (size_t i = 0; i < size; ++i) hash = (hash ^ static_cast<uint8_t>(p[i])) * 0x100000001B3ull;

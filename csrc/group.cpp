@@ -44,13 +44,13 @@ void check_group(const Chunk& sequence, const std::vector<Chunk>& members, const
   const Bond bond = bond_of(sequence.header);
   if (bond.link == 0) return;
   require(layout_crc != nullptr, "a SEQUENCE must name a LAYOUT of the file.", sequence.offset);
-  require(group_crc(*layout_crc, members) == bond.group, "a SEQUENCE must stand behind the chunks it was written with: these are others.",
+  require(group_crc(*layout_crc, members) == bond.group, "a SEQUENCE must follow the chunks it was written with, not others.",
           sequence.offset);
 }
 
 void check_link(const Chunk& chunk, uint32_t before) {
   const Bond bond = bond_of(chunk.header);
-  require(bond.link == 0 || bond.link == link_to(before), "a chunk must stand behind the one it was written after: this is another.",
+  require(bond.link == 0 || bond.link == link_to(before), "a chunk must follow the chunk it was written after, not another.",
           chunk.offset);
 }
 

@@ -38,7 +38,7 @@ SequenceView Reader::sequence(uint64_t ordinal) {
   const IndexEntry listed = entry(ordinal);
   const bool known = is_touched(listed.sequence_offset);
   const Chunk chunk = validate_chunk(file_, uuid_, listed.sequence_offset, known ? Depth::header : Depth::payload);
-  if (chunk.type() != ChunkType::sequence) throw Fault("a SEQUENCE must stand where the INDEX says.", chunk.offset);
+  if (chunk.type() != ChunkType::sequence) throw Fault("an offset in the INDEX must be that of a SEQUENCE.", chunk.offset);
   if (!known) {
     if (bond_of(chunk.header).link != 0) check_link(chunk, predecessor(ordinal, listed.group_offset));
     mark_touched(chunk.offset);
@@ -110,7 +110,7 @@ const uint32_t* Reader::layout_crc(const Chunk& sequence) const {
   return layout != nullptr ? &layout->crc : nullptr;
 }
 
-// Whether a chunk of a group, whose payload was checked, is as wide as its layout.
+// Whether a chunk of a group, with a checked payload, is as wide as its layout.
 void Reader::check_columns(const Chunk& member) const {
   const Layout* layout = layout_of(member.header.layout_id);
   const bool holds_planes = member.type() == ChunkType::data;
@@ -121,8 +121,8 @@ void Reader::check_columns(const Chunk& member) const {
   if (layout == nullptr && recovery_ != Recovery::salvage) throw Fault("DATA and INTEGRAL must name a LAYOUT of the file.", member.offset);
 }
 
-// The columns of each weight in planes of `columns` columns. Where salvage lost their LAYOUT, those of a later one, which starts with the
-// same entries; none where these do not end there.
+// The columns of each weight in planes of `columns` columns. If salvage lost their LAYOUT, the columns of a later one, which starts with
+// the same entries; none if no entry ends at `columns`.
 std::vector<Span> Reader::spans_of(uint32_t layout_id, uint64_t columns) const {
   if (const Layout* layout = layout_of(layout_id)) return layout->spans;
   if (layouts_.empty()) return {};
@@ -134,13 +134,13 @@ std::vector<Span> Reader::spans_of(uint32_t layout_id, uint64_t columns) const {
   return {};
 }
 
-// The chunks of a group, proven to be those of its SEQUENCE by their headers alone.
+// The chunks of a group; their headers prove that they belong to its SEQUENCE.
 std::vector<Chunk> Reader::members(uint64_t ordinal) {
   const IndexEntry where = entry(ordinal);
   std::vector<Chunk> chunks;
   for (uint64_t offset = where.group_offset; offset < where.sequence_offset; offset = chunks.back().end) {
     chunks.push_back(validate_chunk(file_, uuid_, offset, Depth::header));
-    if (!chunks.back().in_group()) throw Fault("a group must hold DATA and INTEGRAL alone.", offset);
+    if (!chunks.back().in_group()) throw Fault("a group must hold only DATA and INTEGRAL.", offset);
     if (chunks.back().end > where.sequence_offset) throw Fault("a group must end at its SEQUENCE.", offset);
   }
   const Chunk sequence = touch(where.sequence_offset, ChunkType::sequence);
@@ -148,8 +148,8 @@ std::vector<Chunk> Reader::members(uint64_t ordinal) {
   return chunks;
 }
 
-// The crc of the header of the last chunk that committed before `until`. Between sequence ordinal − 1 and `until` nothing but such chunks
-// may stand, each linked to the one before it.
+// The crc of the header of the last chunk that committed before `until`. Only such chunks may lie between sequence ordinal − 1 and
+// `until`, each linked to the one before it.
 uint32_t Reader::predecessor(uint64_t ordinal, uint64_t until) {
   uint32_t crc = prologue_crc_;
   uint64_t offset = first_chunk_;
@@ -223,7 +223,7 @@ void Reader::decode(uint64_t ordinal, float* activation, float* grad_norm) {
 
 bool Reader::integral(uint64_t ordinal, Chunk& chunk) {
   if (ordinal == kWholeFile) {
-    // A total that sequences were appended after no longer is one.
+    // A total is outdated once a sequence was appended after it.
     if (integral_offset_ == 0 || (size() > 0 && entry(size() - 1).sequence_offset > integral_offset_)) return false;
     chunk = touch(integral_offset_, ChunkType::integral);
     if (chunk.header.ordinal != kWholeFile) throw Fault("the file's INTEGRAL must belong to no sequence.", chunk.offset);

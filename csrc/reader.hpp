@@ -16,7 +16,7 @@ namespace mscan {
 
 enum class Recovery { strict, tail, salvage };
 
-// Turns a compressed frame into raw_length bytes; raises when it cannot.
+// Expands a compressed frame to raw_length bytes; raises if it cannot.
 using Decompress = std::function<std::vector<uint8_t>(const uint8_t* frame, size_t size, size_t raw_length)>;
 
 // Bytes that a reader left out, and why.
@@ -68,7 +68,7 @@ struct SequenceView {
   uint64_t text_length;
 };
 
-// What salvage found of a group.
+// The parts of a group that salvage found.
 struct Salvaged {
   std::vector<uint64_t> data;  // offsets, in token order, no token twice
   uint64_t integral = 0;       // offset; 0: none, or lost
@@ -118,7 +118,7 @@ class Reader {
   // Two Moments per layout entry: activation, gradient norm.
   std::vector<Moments> stats();
 
-  // What a writer needs to go on where the file ends.
+  // State for a writer that continues the file.
   const std::vector<Run>& runs() const { return runs_; }
   const std::vector<IndexEntry>& extra() const { return extra_; }
   uint64_t integral_offset() const { return integral_offset_; }

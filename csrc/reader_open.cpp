@@ -1,4 +1,4 @@
-// How a reader finds out what a file holds: by its trailer, by its last INDEX, or by walking its chunks.
+// Opening a file: the reader learns its contents from the trailer, from the last INDEX, or by walking its chunks.
 #include <algorithm>
 
 #include "crc32c.hpp"
@@ -7,7 +7,7 @@
 
 namespace mscan {
 
-// What a walk over all chunks has met so far.
+// What a walk over all chunks has found so far.
 struct Reader::Seen {
   uint64_t sequences = 0;
   uint64_t total = 0;  // offset of the latest INTEGRAL of the whole file
@@ -74,7 +74,7 @@ bool Reader::find_last_index(uint64_t& found) {
         found = offset;
         return true;
       } catch (const Fault&) {
-        // A torn INDEX: an older one stands further back.
+        // A torn INDEX: an older one lies before it.
       }
     }
   }
@@ -91,7 +91,7 @@ void Reader::load_chain(uint64_t offset) {
   if (!indexed_stats_.empty()) std::memcpy(indexed_stats_.data(), last.payload + map.stats, indexed_stats_.size() * sizeof(Moments));
   for (uint32_t i = 0; i < newest.layouts; ++i) {
     const Chunk chunk = validate_chunk(file_, uuid_, load<uint64_t>(last.payload + map.layouts + 8 * i), Depth::payload);
-    if (chunk.type() != ChunkType::layout) throw Fault("a LAYOUT must stand where the INDEX says.", chunk.offset);
+    if (chunk.type() != ChunkType::layout) throw Fault("an offset in the INDEX must be that of a LAYOUT.", chunk.offset);
     add_layout(chunk);
   }
   if (layouts_.empty() ? newest.stats_entries != 0 : newest.stats_entries != layouts_.back().items.size()) {
@@ -120,8 +120,8 @@ uint64_t Reader::next_chunk(uint64_t from, uint64_t end) const {
   return end;
 }
 
-// Whether something whole that was written later stands behind a failure. Chunks of a group that began at or before it do not count:
-// one append may reach the disk in any order.
+// Whether a whole chunk of a later append follows a failure. Chunks of a group that began at or before the failure do not count: the
+// writes of one append may reach the disk in any order.
 bool Reader::continues_after(uint64_t failure, uint64_t end) const {
   for (uint64_t offset = next_chunk(failure + kAlign, end); offset < end; offset = next_chunk(offset + kAlign, end)) {
     Chunk chunk;
@@ -138,8 +138,8 @@ bool Reader::continues_after(uint64_t failure, uint64_t end) const {
   return false;
 }
 
-// Walks the chunks from `from`, which stand behind the chunk whose header has crc `before`: takes in what they hold or, where there is
-// `seen`, compares it with what the INDEX says.
+// Walks the chunks from `from`; the chunk before them has header crc `before`. Records what they hold or, given `seen`, compares it with
+// the INDEX.
 void Reader::walk(uint64_t from, uint64_t end, uint32_t before, Seen* seen) {
   const Bytes bounds{file_.data, end};
   std::vector<Chunk> members;
@@ -209,7 +209,7 @@ void Reader::compare(const Chunk& chunk, Seen& seen) {
         agrees = load<uint64_t>(chunk.payload + map.layouts + 8 * i) == seen.layouts[i];
       }
       agrees = agrees && (head.prev_offset == 0 ? head.first == 0 : std::binary_search(seen.indexes.begin(), seen.indexes.end(), head.prev_offset));
-      if (!agrees) throw Fault("an INDEX must list what stands before it.", chunk.offset);
+      if (!agrees) throw Fault("an INDEX must list the chunks before it.", chunk.offset);
       seen.indexes.push_back(chunk.offset);
       break;
     }

@@ -1,5 +1,5 @@
-// How a reader makes the most of a damaged file: it walks over all chunks, keeps of each group what it can prove to be the group's own,
-// and says of everything else why it was left out.
+// Recovery of a damaged file: the reader walks over all chunks, keeps what provably belongs to a group, and reports why it left out the
+// rest.
 #include <algorithm>
 #include <map>
 #include <tuple>
@@ -12,9 +12,9 @@ namespace {
 
 constexpr char kUncommitted[] = "chunks must be committed by a SEQUENCE.";
 constexpr char kOutOfPlace[] =
-    "a chunk must stand behind the one it was written after: here some are missing, repeated, out of order or another copy's.";
+    "a chunk must follow the chunk it was written after: chunks are missing, repeated, out of order or from another copy.";
 
-// A chunk of a group; not whole where its header holds and its payload does not.
+// A chunk of a group; not whole if only its header is valid.
 struct Member {
   Chunk chunk;
   bool whole;
@@ -28,7 +28,7 @@ std::vector<Chunk> chunks_of(const std::vector<Member>& members) {
   return chunks;
 }
 
-// The chunks of one ordinal in the order in which a writer puts them, none twice.
+// The chunks of one ordinal in the order of the writer, without repetitions.
 std::vector<Member> in_order(const std::vector<Member>& members, uint64_t ordinal) {
   std::vector<Member> own;
   for (const Member& member : members) {
@@ -44,7 +44,7 @@ std::vector<Member> in_order(const std::vector<Member>& members, uint64_t ordina
   return own;
 }
 
-// Without what contradicts something else of the same group: two chunks of the same tokens, or two integrals. `members` are in order.
+// Removes chunks that contradict another of the same group: two chunks of the same tokens, or two integrals. `members` are in order.
 std::vector<Member> without_rivals(const std::vector<Member>& members) {
   std::vector<bool> rival(members.size(), false);
   uint64_t end = 0;
@@ -119,7 +119,7 @@ class Salvager {
     out_of_place_ = true;
   }
 
-  // Whole chunks alone: the others were reported when their payload failed.
+  // Only whole chunks: the others were reported when their payload failed.
   void leave_out(const std::vector<Member>& members, const std::string& rule) {
     for (const Member& member : members) {
       if (!member.whole) continue;
@@ -156,13 +156,13 @@ class Salvager {
     return next;
   }
 
-  // Whether something is missing, or too much, between this chunk and the last one that committed, and no damage accounts for it.
+  // Whether chunks are missing or repeated between this chunk and the last commit, and no reported damage explains it.
   bool out_of_place(const Chunk& chunk) const {
     const Bond bond = bond_of(chunk.header);
     return !damaged_ && bond.link != 0 && bond.link != link_to(before_);
   }
 
-  // The same of a SEQUENCE without a link: by its ordinal and by how far its group was moved.
+  // The same for a SEQUENCE without a link: judged by its ordinal and by the offset of its group.
   bool unlinked_out_of_place(const Chunk& sequence) {
     if (bond_of(sequence.header).link != 0) return false;
     const uint64_t start = members_.empty() ? sequence.offset : members_.front().chunk.offset;
@@ -194,7 +194,7 @@ class Salvager {
       return;
     }
     Salvaged& first = reader_.salvaged_[place->second];
-    const std::string twice = of_sequence(sequence) + " is there twice: this one was left out.";
+    const std::string twice = of_sequence(sequence) + " occurs twice: this copy was left out.";
     if (first.whole() || !found.whole()) {
       leave_out(own, twice);
       return leave_out({{sequence, true}}, twice);
@@ -210,7 +210,7 @@ class Salvager {
 
   Chunk header_at(uint64_t offset) const { return validate_chunk(bounds_, reader_.uuid_, offset, Depth::header); }
 
-  // Of the chunks since the last commit, those that belong to `sequence`.
+  // The chunks since the last commit that belong to `sequence`.
   std::vector<Member> proven(const Chunk& sequence) {
     const Bond bond = bond_of(sequence.header);
     const std::vector<Member> own = in_order(members_, sequence.header.ordinal);
@@ -221,7 +221,7 @@ class Salvager {
     return {};
   }
 
-  // What can be read of the chunks that belong to `sequence`; takes out of `own` those that break a rule.
+  // The readable chunks that belong to `sequence`; removes from `own` those that break a rule.
   Salvaged take(const Chunk& sequence, std::vector<Member>& own) {
     const auto head = load<SequenceHead>(sequence.payload);
     Salvaged found;
@@ -252,7 +252,7 @@ class Salvager {
     return found;
   }
 
-  // What of a sequence is lost that no damaged chunk accounts for.
+  // The parts of a sequence that are lost although no damaged chunk was reported.
   std::string loss_line(const Chunk& sequence, const std::vector<Member>& own, const Salvaged& found) const {
     uint64_t tokens = found.lost_tokens;
     bool integral = found.lost_integral;
@@ -263,7 +263,7 @@ class Salvager {
     }
     if (tokens == 0 && !integral) return "";
     const std::string planes = tokens > 0 ? "the planes of " + std::to_string(tokens) + (tokens == 1 ? " token" : " tokens") : "";
-    return of_sequence(sequence) + " must stand behind all its chunks; lost: " + planes + (tokens > 0 && integral ? " and " : "") +
+    return of_sequence(sequence) + " must follow all its chunks; lost: " + planes + (tokens > 0 && integral ? " and " : "") +
            (integral ? "its integral" : "") + ".";
   }
 

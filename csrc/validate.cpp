@@ -38,7 +38,7 @@ bool all_zero(const void* bytes, size_t size) {
   return true;
 }
 
-// As Python decodes it: no overlong form, no surrogate, nothing above U+10FFFF.
+// The same rules as Python's decoder: no overlong form, no surrogate, nothing above U+10FFFF.
 bool is_utf8(const uint8_t* p, uint64_t size) {
   for (uint64_t i = 0; i < size;) {
     const uint8_t lead = p[i++];
@@ -149,7 +149,7 @@ void check_header(const ChunkHeader& h, uint64_t offset) {
   require(h.payload_length <= kMaxPayload, "a payload must have at most 2^40 bytes.", offset);
 }
 
-// Empty when the header at `offset` holds, else the rule it breaks.
+// Empty if the header at `offset` is valid, else the rule it breaks.
 const char* header_rule(Bytes file, const Uuid& uuid, uint64_t offset, ChunkHeader& header) {
   if (offset % kAlign != 0) return "a chunk must start at a multiple of 64.";
   if (offset > file.size || file.size - offset < sizeof(ChunkHeader)) return "a chunk header must lie within the file.";
@@ -271,7 +271,7 @@ IndexMap index_map(const IndexHead& head, uint64_t at) {
 
 IndexHead validate_index_head(const Chunk& chunk) {
   const uint64_t at = chunk.offset + sizeof(ChunkHeader);
-  require(chunk.type() == ChunkType::index, "an INDEX must stand here.", chunk.offset);
+  require(chunk.type() == ChunkType::index, "the chunk here must be an INDEX.", chunk.offset);
   require(chunk.length() >= sizeof(IndexHead), "INDEX must hold its 64-byte head.", at);
   const auto head = load<IndexHead>(chunk.payload);
   require(head.crc == crc_of<IndexHead>(chunk.payload), "INDEX head crc32c must match.", at);

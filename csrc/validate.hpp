@@ -1,5 +1,5 @@
-// The one place where bytes read from disk are judged. Nothing else in this library dereferences a length, count or offset that
-// validate_chunk() (or validate_prologue(), validate_trailer(), validate_planes()) has not bounded.
+// All checks of bytes read from disk. No other code in this library uses a length, count or offset that validate_chunk() (or
+// validate_prologue(), validate_trailer(), validate_planes()) has not bounded.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ struct Bytes {
   uint64_t size = 0;
 };
 
-// A chunk whose header holds; its payload lies wholly within the file.
+// A chunk with a valid header; its payload lies wholly within the file.
 struct Chunk {
   uint64_t offset = 0;
   uint64_t end = 0;  // where the next chunk starts
@@ -21,7 +21,7 @@ struct Chunk {
   const uint8_t* payload = nullptr;
 
   ChunkType type() const { return static_cast<ChunkType>(header.type); }
-  // Whether it belongs to a group, which a SEQUENCE behind it commits; every other chunk commits itself.
+  // Whether it belongs to a group, which a later SEQUENCE commits; every other chunk commits itself.
   bool in_group() const { return type() == ChunkType::data || (type() == ChunkType::integral && header.ordinal != kWholeFile); }
   uint64_t length() const { return header.payload_length; }
   bool compressed() const { return (header.flags & kZstd) != 0; }
@@ -42,7 +42,7 @@ Chunk validate_chunk(Bytes file, const Uuid& uuid, uint64_t offset, Depth depth)
 // The same without an exception, for searching; header depth.
 bool is_chunk(Bytes file, const Uuid& uuid, uint64_t offset);
 
-// Where the planes of a DATA chunk lie within its raw (uncompressed) region.
+// Offsets of the planes of a DATA chunk within its raw (uncompressed) region.
 struct PlaneMap {
   uint64_t rows = 0;     // sparse: (tokens + 1) u64
   uint64_t columns = 0;  // sparse: u32 per value
@@ -52,10 +52,10 @@ struct PlaneMap {
 };
 PlaneMap plane_map(const ChunkHeader& header, const DataHead& head, uint64_t offset);
 
-// The order and range of a sparse chunk's row offsets and columns.
+// Checks the order and range of a sparse chunk's row offsets and columns.
 void validate_planes(const ChunkHeader& header, const DataHead& head, const uint8_t* raw, uint64_t offset);
 
-// Where the parts of a SEQUENCE payload lie.
+// Offsets of the parts of a SEQUENCE payload.
 struct SequenceMap {
   uint64_t id, token_ids, loss, mask, text, length;
 };

@@ -37,7 +37,7 @@ Uuid new_uuid() {
   return uuid;
 }
 
-// Whether these bytes can only be the start of a file whose creation was cut short: they hold no sequence.
+// Whether these bytes are the start of a file whose creation was interrupted; such a file holds no sequence.
 bool is_unfinished_start(Bytes file) {
   if (file.size == 0) return true;
   if (file.size < sizeof(Prologue)) {
@@ -49,7 +49,7 @@ bool is_unfinished_start(Bytes file) {
          prologue.crc == crc_of<Prologue>(file.data);
 }
 
-// Returns the metadata; raises where a new file could not be made of the two. Before any file is touched.
+// Returns the metadata. Raises, before any file is touched, if metadata or layout are not valid for a new file.
 std::string checked(OpenMode mode, std::string metadata, const std::vector<LayoutItem>& layout) {
   if (metadata.size() > kMaxMetadata) throw InputFault("metadata must take at most 2^30 bytes of JSON.");
   if (mode != OpenMode::append || !layout.empty()) make_layout(layout, 0);
@@ -99,7 +99,7 @@ void Writer::create(std::vector<LayoutItem> items) {
 void Writer::reopen(const std::string& path, std::vector<LayoutItem> items, const Decompress& decompress) {
   const MappedFile mapped(path);
   if (is_unfinished_start(mapped.bytes())) {
-    if (items.empty()) throw Fault("the file was cut before it held a layout, and none was given.", mapped.bytes().size);
+    if (items.empty()) throw Fault("the file was cut before its layout; give a layout to start it again.", mapped.bytes().size);
     gaps_.push_back({0, mapped.bytes().size, "the file was cut while it was created; it held no sequence."});
     file_.truncate(0);
     create(std::move(items));
@@ -141,7 +141,7 @@ void Writer::add_layout(Layout layout) {
 
 void Writer::require_usable() const {
   if (!file_.is_open()) throw Fault("the writer is closed.");
-  if (broken_) throw Fault("an earlier write failed and could not be taken back; close the file and open it again.");
+  if (broken_) throw Fault("an earlier write failed and could not be undone; close the file and open it again.");
 }
 
 // Under the lock: another thread may have extended the layout since the caller looked at it.
@@ -152,14 +152,14 @@ void Writer::require_columns(const char* what, uint64_t columns) const {
                    std::to_string(columns) + ".");
 }
 
-// Takes away what stands behind the last committed chunk: a trailer, or the remains of an interrupted append.
+// Removes what follows the last committed chunk: a trailer, or the remains of an interrupted append.
 void Writer::begin() {
   if (!ends_clean_ && file_.size() != end_) file_.truncate(end_);
   ends_clean_ = true;
   changed_ = true;
 }
 
-// Runs `body`, which fills buffer_, and commits what it wrote; on any failure the file ends where it did before.
+// Runs `body`, which fills buffer_, and commits what it wrote. After any failure the file ends where it did before.
 template <typename Body>
 void Writer::transaction(Body&& body) {
   require_usable();
@@ -186,7 +186,7 @@ void Writer::transaction(Body&& body) {
     try {
       file_.sync();
     } catch (const Fault&) {
-      broken_ = true;  // after a failed fsync nobody knows what the disk holds
+      broken_ = true;  // after a failed fsync the contents of the disk are unknown
       throw;
     }
   }
@@ -224,7 +224,7 @@ uint64_t Writer::append(const RecordView& record) {
     try {
       write_index();
     } catch (const std::exception&) {
-      // The sequence is committed; an INDEX only saves time and close() tries again.
+      // The sequence is committed. An INDEX only saves time, and close() tries again.
       if (broken_) throw;
     }
   }
@@ -255,8 +255,8 @@ void Writer::extend_layout(std::vector<LayoutItem> items) {
   add_layout(std::move(next));
 }
 
-// Lists the pending sequences. As soon as seven INDEX chunks of one level stand at the end, they are merged with the new one into the
-// next level, so that n sequences need O(log n) chunks and each is rewritten O(log n) times.
+// Writes an INDEX of the pending sequences. Once the last seven INDEX chunks have one level, they are merged with the new one into the
+// next level, so n sequences need O(log n) chunks and each is rewritten O(log n) times.
 void Writer::write_index() {
   size_t kept = runs_.size();
   uint32_t level = 0;

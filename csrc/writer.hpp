@@ -30,7 +30,7 @@ struct RecordView {
 
 class Writer {
  public:
-  // For OpenMode::append, metadata and layout are used only if the file was cut before it held them.
+  // OpenMode::append uses metadata and layout only if the file was cut before it held them.
   Writer(const std::string& path, OpenMode mode, std::string metadata, std::vector<LayoutItem> layout, Codec codec, Sync sync,
          Compress compress, Decompress decompress);
 
@@ -38,7 +38,7 @@ class Writer {
   void append_integral(const double* const planes[6], uint64_t columns);
   void extend_layout(std::vector<LayoutItem> items);
   void close();
-  void abandon();  // gives the file up as it is; after append mode opened it and nothing was written, it is untouched
+  void abandon();  // closes the file as it is; a file opened for append without a write is unchanged
 
   const std::string& metadata() const { return metadata_; }
   const Layout& layout() const { return layouts_.back(); }
@@ -88,8 +88,8 @@ class Writer {
   uint32_t link_ = 0;            // crc of the header of the chunk that ends there
   uint32_t last_crc_ = 0;        // the same of the chunk finished last
   uint32_t group_crc_ = 0;       // of the group being written
-  uint64_t last_index_end_ = 0;  // where a trailer may stand without a new INDEX
-  bool ends_clean_ = true;       // nothing stands behind end_
+  uint64_t last_index_end_ = 0;  // a trailer may follow here without a new INDEX
+  bool ends_clean_ = true;       // nothing follows end_
   bool changed_ = false;
   bool broken_ = false;
   std::vector<Gap> gaps_;

@@ -1,4 +1,4 @@
-// How a Writer lays out each kind of chunk in its buffer.
+// The chunks of a Writer: each function puts one kind of chunk into the buffer.
 #include <chrono>
 
 #include "crc32c.hpp"
@@ -46,7 +46,7 @@ uint32_t Writer::finish_chunk(uint64_t start, ChunkHeader header) {
   return last_crc_ = header.crc;
 }
 
-// Says in the header of a chunk that commits what it was written after, and of which chunks its group is.
+// Records in the header of a committing chunk which chunk it follows and which chunks its group holds.
 void Writer::bind(ChunkHeader& header, uint32_t group) const {
   const Bond bond{group, link_to(link_)};
   std::memcpy(&header.first_token, &bond, sizeof bond);
@@ -106,7 +106,7 @@ void Writer::put_data(const RecordView& record, uint64_t ordinal, uint32_t& chun
     {
       const Stopwatch watch(encode_seconds_);
       encoder_.encode(record.activation + at, record.grad_norm + at, layout.blocks, layout.spans, chunk, buffer_, delta_.data());
-      // Here, while the planes are still in cache, their crc costs least. A thread of its own would wait for a core that the model is using.
+      // The crc costs least here, while the planes are in cache. A separate thread would wait for a core that the model is using.
       group_crc_ = group_crc(group_crc_, finish_chunk(start, chunk));
     }
     if (buffer_.size() >= kChunkBytes) flush();

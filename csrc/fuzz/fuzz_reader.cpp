@@ -1,7 +1,7 @@
-// libFuzzer target: whatever bytes a file holds, the reader raises Fault or gives numbers, and never reads beyond them; and a writer
-// that goes on with the file adds its sequence to those that it found, or leaves them as they are.
+// libFuzzer target: for any bytes, the reader raises Fault or returns numbers and never reads out of bounds; a writer that continues the
+// file adds its sequence to those that it found, or leaves them as they are.
 //
-// A random change almost always breaks a checksum and gets no further. So the mutator mends the checksums of half of its
+// A random change almost always breaks a checksum, and the reader stops there. So the mutator corrects the checksums of half of its
 // files after changing them: that half tests the rules behind the checksums.
 #include <sys/mman.h>
 #include <unistd.h>
@@ -32,7 +32,7 @@ void store(uint8_t* p, const T& value) {
   std::memcpy(p, &value, sizeof value);
 }
 
-// Ends a structure whose last four bytes are the crc of what stands before them.
+// Writes the last four bytes of a structure, the crc of the bytes before them.
 template <typename T>
 void seal(uint8_t* p) {
   store(p + sizeof(T) - 4, crc32c(p, sizeof(T) - 4));
@@ -47,7 +47,7 @@ void mend_index(uint8_t* payload, uint64_t length) {
   seal<IndexHead>(payload);
 }
 
-// Mends checksums and what chunks say of those before them.
+// Corrects checksums and the links of chunks to those before them.
 void mend(uint8_t* data, size_t size) {
   if (size < sizeof(Prologue)) return;
   auto prologue = load<Prologue>(data);
@@ -88,7 +88,7 @@ void mend(uint8_t* data, size_t size) {
   }
 }
 
-// Stands in for zstd, which the codec itself never calls: any bytes of the promised length.
+// Replaces zstd, which the codec itself never calls: any bytes of the expected length.
 std::vector<uint8_t> expand(const uint8_t* frame, size_t size, size_t raw_length) {
   if (raw_length > kMaxValues) throw Fault("a frame must stay small here.");
   std::vector<uint8_t> raw(raw_length);
@@ -118,7 +118,7 @@ void read_sequence(Reader& reader, uint64_t ordinal) {
   for (auto& plane : planes) plane.assign(view.tokens * reader.blocks(), -1.0f);
   reader.decode(ordinal, planes[0].data(), planes[1].data());
   for (const auto& plane : planes) {
-    // A place that decoding forgot; no code stands for a negative number, f32 may hold any.
+    // A value that decoding skipped; no code means a negative number, f32 may hold any.
     if (!exact && std::count(plane.begin(), plane.end(), -1.0f) != 0) std::abort();
   }
 }

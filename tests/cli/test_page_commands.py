@@ -91,7 +91,7 @@ def test_pages_of_two_real_scans(cli: Cli, model: Path, corpus: Path, tmp_path: 
         (("report", a, "--normalise", "layers", "-o", tmp_path / "x.html"), ("got 'layers'; did you mean 'layer'?",)),
         (("report", tmp_path / "none.mscan"), ("none.mscan",)),
         (("report", corpus, "-o", tmp_path / "x.html"), (str(corpus),)),
-        (("compare", a, a), ("must be two files",)),
+        (("compare", a, a), ("must be different files",)),
         (("compare", a, b, "--resamples", 5), ("resamples must be at least 200, got 5",)),
     ):
         one_line(cli(*arguments), *parts, command=f"tinyonn {arguments[0]}")

@@ -118,7 +118,7 @@ def test_a_member_of_version_1_is_refused_with_the_remedy(tmp_path: Path, rank: 
     names = [f"scan.rank{i}-of-2.mscan" for i in range(2)]
     write(tmp_path / names[1 - rank], range(1))
     write_v1(tmp_path / names[rank])
-    remedy = "give it a name of its own, then `tinyonn convert` makes a file of version 2 of it"
+    remedy = "rename it, then convert it to version 2 with `tinyonn convert`"
     with pytest.raises(MscanError, match=rf"{names[rank]}: files of a set must be of version 2, got version 1; {remedy}\.$"):
         MscanReader(tmp_path / "scan.mscan", recovery=recovery)
     (tmp_path / names[rank]).rename(tmp_path / "own.mscan")
@@ -138,7 +138,7 @@ def test_a_longer_layout_merges_with_the_one_it_extends(tmp_path: Path) -> None:
 def test_merge_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
     a = write(tmp_path / "a.mscan", range(1))
     other = write(tmp_path / "b.mscan", range(1, 2), [LayoutEntry("x.weight", 64, 3, 0)])
-    with pytest.raises(InputError, match=r"layouts of all files must agree, got another in .*b.mscan"):
+    with pytest.raises(InputError, match=r"layouts of all files must agree, got a different one in .*b.mscan"):
         merge([a, other], tmp_path / "all.mscan")
     with pytest.raises(InputError, match="sequence ids must be unique, got 's0'"):
         merge([a, a], tmp_path / "all.mscan")

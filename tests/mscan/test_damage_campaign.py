@@ -145,12 +145,12 @@ def test_chunks_of_another_copy_are_not_read_as_a_sequences_own(tmp_path: Path, 
     for k in swapped:
         pieces[group + k] = a.pieces[group + k]
     path = write(tmp_path / "spliced.mscan", pieces)
-    assert_refused_by_all(path, "must stand behind the chunks it was written with: these are others")
+    assert_refused_by_all(path, "must follow the chunks it was written with, not others")
     with MscanReader(path) as reader:
         assert is_written(reader, 0, b.truths)
         assert is_written(reader, 1, b.truths)
         for read in (reader.planes, reader.codes, reader.sequence_integral):
-            with pytest.raises(MscanError, match="these are others"):
+            with pytest.raises(MscanError, match="not others"):
                 read(2)
     with MscanReader(path, recovery="salvage") as reader:
         stored = reader.sequences[2]
@@ -195,7 +195,7 @@ def test_layouts_and_index_belong_to_the_same_copy(tmp_path: Path) -> None:
     for k in (len(stem.pieces), len(a.pieces) - 2):  # LAYOUT, INDEX
         path = write(tmp_path / "spliced.mscan", [b.pieces[i] if i == k else piece for i, piece in enumerate(a.pieces)])
         assert not verify(path).ok
-        with pytest.raises(MscanError, match=r"must stand behind the (one|chunks) it was written"):
+        with pytest.raises(MscanError, match=r"must follow the (chunk|chunks) it was written"):
             read_planes(path, 1)
     path = write(tmp_path / "layout.mscan", [b.pieces[i] if i == len(stem.pieces) else piece for i, piece in enumerate(a.pieces)])
     with MscanReader(path, recovery="salvage") as reader:
@@ -240,10 +240,10 @@ def test_a_sequence_that_is_there_twice_is_kept_once(tmp_path: Path, linked: boo
     with MscanReader(path, recovery="salvage") as reader:
         assert [reader.sequences[i].sequence_id for i in range(len(reader))] == ["s0", "s1", "s2"]
         assert all(is_written(reader, i, model.truths) for i in range(3))
-        assert any("is there twice" in line for line in reader.report)
+        assert any("occurs twice" in line for line in reader.report)
     shown = CliRunner().invoke(app, ["recover", str(path), "-o", str(tmp_path / "clean.mscan")])
     assert shown.exit_code == 0, shown.output
-    assert "is there twice" in shown.stdout
+    assert "occurs twice" in shown.stdout
     with MscanReader(tmp_path / "clean.mscan", recovery="strict") as clean:
         assert all(is_written(clean, i, model.truths) for i in range(3))
 
@@ -255,7 +255,7 @@ def test_of_a_sequence_that_is_there_twice_the_whole_one_is_kept(tmp_path: Path)
     with MscanReader(path, recovery="salvage") as reader:
         assert sorted(reader.sequences[i].sequence_id for i in range(len(reader))) == ["s0", "s1", "s2"]
         assert all(is_written(reader, i, model.truths) for i in range(3))
-        assert sum("is there twice" in line for line in reader.report) == 1
+        assert sum("occurs twice" in line for line in reader.report) == 1
 
 
 def test_recover_keeps_the_first_whole_sequence_of_an_id(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_recover_keeps_the_first_whole_sequence_of_an_id(tmp_path: Path) -> None
             writer.append(SequenceRecord("s", [1, 2], [0.5, 0.5], plane, plane, integral=Integral.zeros(2)))
     data = path.read_bytes()
     assert recover(path, tmp_path / "whole.mscan").dropped == [
-        f"sequence {i}: its id, 's', is also that of sequence 0, which is kept." for i in (1, 2)
+        f"sequence {i}: its id, 's', is also the id of sequence 0, which is kept." for i in (1, 2)
     ]
     path.write_bytes(data.replace(planes[0].tobytes(), bytes(16), 1))
     recover(path, tmp_path / "clean.mscan")
@@ -302,7 +302,7 @@ def test_an_index_that_lists_another_total_or_layout_is_refused_everywhere(tmp_p
     first = model.fork()
     first.total_at -= len(model.pieces[-1])
     assert verify(write(tmp_path / "right.mscan", closed(model).pieces)).ok
-    assert_refused_by_all(write(tmp_path / "total.mscan", closed(first).pieces), "an INDEX must list what stands before it")
+    assert_refused_by_all(write(tmp_path / "total.mscan", closed(first).pieces), "an INDEX must list the chunks before it")
 
 
 def test_a_broken_frame_is_refused_everywhere(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_a_set_of_ranks_is_checked_like_a_file(tmp_path: Path) -> None:
     write(tmp_path / "s.rank0-of-2.mscan", closed(grown(4, count=1, uuid=bytes(16))).pieces)
     write(tmp_path / "s.rank1-of-2.mscan", a.pieces[:-5] + b.pieces[-5:-3] + a.pieces[-3:])
     assert not verify(tmp_path / "s.mscan").ok
-    with MscanReader(tmp_path / "s.mscan") as reader, pytest.raises(MscanError, match=r"rank1-of-2.*stand behind"):
+    with MscanReader(tmp_path / "s.mscan") as reader, pytest.raises(MscanError, match=r"rank1-of-2.*must follow"):
         reader.verify()
     with MscanReader(tmp_path / "s.mscan", recovery="salvage") as reader:
         assert reader.report

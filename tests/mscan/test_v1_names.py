@@ -126,10 +126,12 @@ def test_a_version_1_file_loads_as_it_stands(path: Path) -> None:
     ("rows", "info", "match"),
     [
         pytest.param(np.zeros(2), {"sequence_id": 0}, "records must be a vector", id="dtype"),
-        pytest.param(np.zeros(2, RECORD), {"sequence_id": 0, "num_tokens": 1}, "each token and block once", id="one place twice"),
+        pytest.param(
+            np.zeros(2, RECORD), {"sequence_id": 0, "num_tokens": 1}, "two records of the same token and block", id="one place twice"
+        ),
         pytest.param(records(0, 3, {4: 1}), {"sequence_id": 0, "num_tokens": 2}, r"num_tokens must .* tokens 0 … 2, got 2", id="too short"),
         pytest.param(records(0, 1, {4: 1}), {"sequence_id": 0, "num_tokens": 0}, "num_tokens must", id="no tokens"),
-        pytest.param(records(0, 1, {4: 1}), {"num_tokens": 1}, "must have a sequence_id", id="no id"),
+        pytest.param(records(0, 1, {4: 1}), {"num_tokens": 1}, "has no sequence_id", id="no id"),
     ],
 )
 def test_records_that_do_not_fit_are_refused_and_change_nothing(path: Path, rows: np.ndarray, info: dict, match: str) -> None:

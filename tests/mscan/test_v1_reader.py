@@ -193,7 +193,7 @@ def test_every_flipped_bit_gives_an_error_or_planes_of_the_promised_shape(path: 
             {"sequences": [{"num_tokens": 4}]}, "byte [0-9]+: token_idx must be below the 4 tokens", id="token beyond the sequences"
         ),
         pytest.param(
-            {"id_to_param_name_map": {"0": "a", "3": "b"}}, "param_id must stand in id_to_param_name_map, got 7", id="unnamed parameter"
+            {"id_to_param_name_map": {"0": "a", "3": "b"}}, "param_id must be a key of id_to_param_name_map, got 7", id="unnamed parameter"
         ),
     ],
 )
@@ -206,7 +206,7 @@ def test_metadata_that_contradicts_the_records_is_refused(path: Path, change: di
 def test_salvage_leaves_out_records_that_name_nothing_and_says_how_many(path: Path) -> None:
     path.write_bytes(head(meta(5), 32) + pack(rows(5)[:7] + [(0, 9, 0, 1, 1), (77, 3, 0, 1, 1)] + rows(5)[7:]))
     with V1Reader(path, recovery="salvage") as reader:
-        assert reader.report == ["2 records that name a parameter or a token which does not exist"]
+        assert reader.report == ["2 records of a parameter or token that does not exist"]
         assert reader.records(0).tolist() == rows(5)
 
 

@@ -138,13 +138,13 @@ def test_nothing_is_replaced_before_the_arguments_are_right(tmp_path: Path) -> N
         (([1], LAYOUT), {}, "metadata must be a dict with strings for keys"),
         (({1: 1, "1": 2}, LAYOUT), {}, "metadata must be a dict with strings for keys"),
         (({}, LAYOUT), {"codec": None}, "codec must be one of 'log2u16', 'f32', got None"),
-        (({}, [LayoutEntry("a.weight", 1.5, 1, 0)]), {}, "three whole numbers below 2\\^63"),
+        (({}, [LayoutEntry("a.weight", 1.5, 1, 0)]), {}, "three integers below 2\\^63"),
         (({}, [LayoutEntry("a\ud800", 64, 1, 0)]), {}, "layout names must be valid Unicode"),
     ):
         with pytest.raises(InputError, match=message):
             MscanWriter(path, *arguments, mode="w", **options)
         assert path.read_bytes() == before
-    with pytest.raises(InputError, match="path must hold no NUL"):
+    with pytest.raises(InputError, match="path must not contain a NUL"):
         MscanWriter(f"{path}\0.mscan", {}, LAYOUT, mode="w")
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.mscan"]

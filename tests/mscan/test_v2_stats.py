@@ -236,7 +236,7 @@ def test_a_copy_of_a_member_under_anothers_name_is_refused_and_salvage_names_it(
 def test_a_set_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     write_set(tmp_path, 3, [1, 1])
     for name in ("scan.mscan", "scan.rank0-of-3.mscan"):
-        with pytest.raises(MscanError, match=r"must be whole: scan\.rank2-of-3\.mscan is missing"):
+        with pytest.raises(MscanError, match=r"must be complete: scan\.rank2-of-3\.mscan is missing"):
             MscanReader(tmp_path / name)
     write_set(tmp_path, 2, [1, 1])
     with pytest.raises(MscanError, match=r"must have one size, got .* N = 2, 3"):

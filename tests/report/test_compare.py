@@ -150,7 +150,7 @@ def test_comparison_finds_the_shifted_blocks_of_two_files(make_scan, parse, tmp_
     assert shown["values"][0][column] == pytest.approx(difference[:4].mean(), rel=1e-4)
     for term in ("topic-specific", "bootstrap draws", "interval", "rank correlation", "halves of A, of B", "low, high", "outside layers"):
         assert f"{term}: " in page.text
-    assert "python less finance" in page.text
+    assert "python minus finance" in page.text
     assert len(page.data["points-data"]["a"]) == result.tested_blocks
     assert [png.name for png in result.pngs] == ["c-difference.png", "c-blocks.png", "c-scatter.png"]
 
@@ -240,7 +240,7 @@ def test_bad_options_are_named(options, message, make_scan, tmp_path):
 
 def test_a_file_is_not_compared_with_itself(make_scan, tmp_path):
     a = make_scan("a", sequences=8)
-    with pytest.raises(InputError, match="a and b must be two files"):
+    with pytest.raises(InputError, match="a and b must be different files"):
         write_comparison(a.path, a.path, tmp_path / "c.html")
 
 
@@ -249,7 +249,7 @@ def test_a_tied_head_of_an_earlier_version_is_said(make_scan, parse, tmp_path):
     a = make_scan("a", sequences=8, metadata={**ours, "tied_head": "product and look-up"})
     b = make_scan("b", sequences=8, seed=2, metadata=ours)
     c = make_scan("c", sequences=8, seed=3, metadata=ours)
-    words = "gradients of a tied output head lack the look-up's part"
+    words = "gradients of a tied output head lack the part of the embedding"
     for one, other, told in ((a, b, True), (c, b, False)):
         page = parse(write_comparison(one.path, other.path, tmp_path / "c.html", resamples=200, figures_too=False).html)
         assert (words in page.text) == told

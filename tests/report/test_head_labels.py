@@ -19,20 +19,20 @@ def test_the_output_norm_is_described_as_the_run_took_it(make_scores, parse):
     for projected in (False, True):
         (folder / "config.yaml").write_text(yaml.safe_dump(config | {"out_projection": projected}))
         legends.append(parse(write_scores_page(folder, figures_too=False).html).text)
-    before, after = "of what the output projection takes in, before the projection", "of what the output projection makes of its slice"
+    before, after = "its slice of the input of the output projection", "its slice after the output projection"
     assert [(before in text, after in text) for text in legends] == [(True, False), (False, True)]
 
 
 def test_the_combined_score_is_described_by_its_weights(make_scores, parse):
     text = parse(write_scores_page(make_scores(extra=True)[0], figures_too=False).html).text
-    assert "rank(out) + 0.5·rank(ent) + 1·rank(task) + 0.25·rank(peak): a head's ranks within its layer" in text
+    assert "rank(out) + 0.5·rank(ent) + 1·rank(task) + 0.25·rank(peak): weighted sum of a head's ranks within its layer" in text
     assert "agree" not in text
 
 
 def test_options_that_a_page_needs_are_asked_for_by_name(make_scores):
     folder = make_scores()[0]
     (folder / "config.yaml").write_text("norm_mode: zscore\nlambda_ent: 0.5\n")
-    with pytest.raises(InputError, match=r"config\.yaml must have out_projection, extra_weights, lambda_task, got none of them; run"):
+    with pytest.raises(InputError, match=r"config\.yaml has no out_projection, extra_weights, lambda_task; run"):
         write_scores_page(folder, figures_too=False)
 
 

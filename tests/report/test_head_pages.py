@@ -47,7 +47,7 @@ def test_score_maps_hold_the_values_of_the_files(make_scores, parse):
 def test_percentiles_are_drawn_from_0_to_1_and_explained(make_scores, parse, ending):
     folder, _, norm, _ = make_scores(mode="percentile", ending=ending)
     page = parse(write_scores_page(folder, figures_too=False).html)
-    assert "the share of the layer's other heads that score lower, equal ones counting half, (rank − 1) / (heads − 1)" in page.text
+    assert "share of the layer's other heads with a lower score (equal scores count half), (rank − 1) / (heads − 1)" in page.text
     maps = {entry["key"]: entry for entry in page.data["maps-data"]}
     view = maps["ent"]["views"]["layer"]
     assert (view["kind"], view["low"], view["high"]) == ("sequential", 0, 1)
@@ -94,11 +94,11 @@ def test_a_missing_file_of_scores_is_named_with_its_command(name, make_scores):
     ("name", "spoil", "said"),
     [
         ("scores_raw.csv", lambda content: content.replace("task_raw", "other"), "must have the columns layer, head, out_raw"),
-        ("scores_raw.csv", lambda content: content.partition("\n")[0], "must have a line for every head, got none"),
+        ("scores_raw.csv", lambda content: content.partition("\n")[0], "must have a line for every head, got no lines"),
         ("scores_raw.csv", lambda content: content.replace("\n0,1,", "\n0,x,"), "must hold numbers"),
-        ("scores_raw.csv", lambda content: content.replace("\n0,1,", "\n0,0,"), "must name every head once"),
+        ("scores_raw.csv", lambda content: content.replace("\n0,1,", "\n0,0,"), "must list each head once"),
         ("scores_norm.csv", lambda content: content.rpartition("\n3,5,")[0], "must have the heads of scores_raw.csv in its order"),
-        ("topk_global.json", lambda content: content.replace('"layer": ', '"layer": 9'), "lists of top heads that are in scores_raw.csv"),
+        ("topk_global.json", lambda content: content.replace('"layer": ', '"layer": 9'), "must be heads of scores_raw.csv"),
         ("summary.json", lambda content: "[]", "must be a JSON object, got list"),
         ("summary.json", lambda content: content[:9], "must be valid JSON"),
     ],
@@ -310,9 +310,7 @@ def test_the_gradient_is_not_judged_by_the_studys_figures(make_run, parse, monke
     aggregate(folder.parent)
     for page in (written, write_plasticity_aggregate(folder.parent)):
         text = parse(page.html).text
-        assert (
-            "Judged are (I_pre, U) and (I_pre, Urel), and the numbers of cases; (I_pre, G_pre) is shown beside them and not judged." in text
-        )
+        assert "The figures judge (I_pre, U) and (I_pre, Urel), and the numbers of cases; (I_pre, G_pre) is shown but not judged." in text
 
 
 def test_scale_of_negative_values_spans_them():

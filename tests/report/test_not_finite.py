@@ -78,7 +78,7 @@ def test_every_command_says_what_happened(
     assert cause in page
     about = "The loss of 9 of 9 sequences is not finite" if said == LOSS else "tokens are not finite. The maps and sums leave them out"
     assert about in page
-    for wrong in ("its writer stored none", "experts without a token", "No token of this file carries a loss"):
+    for wrong in ("its writer measured none", "experts without a token", "No token of this file has a loss"):
         assert wrong not in page
 
     capsys.readouterr()

@@ -14,7 +14,7 @@ from tinyonn.heads.plasticity.seeds import aggregate
 from tinyonn.report import write_plasticity_aggregate, write_plasticity_page
 from tinyonn.report.heads.plasticity_limits import chance_of_missing
 
-NO_BETTER, HARDLY = "does not beat always answering the commonest class", "hardly beats always answering the commonest class"
+NO_BETTER, HARDLY = "does not beat always predicting the commonest class", "hardly beats always predicting the commonest class"
 
 
 def measured_on(folder, ones, zeros, accuracy):
@@ -32,7 +32,7 @@ def page_of(folder, parse):
 
 @pytest.mark.parametrize(
     ("right", "said", "not_said"),
-    [(175, NO_BETTER, HARDLY), (240, NO_BETTER, HARDLY), (248, HARDLY, NO_BETTER), (320, None, "always answering")],
+    [(175, NO_BETTER, HARDLY), (240, NO_BETTER, HARDLY), (248, HARDLY, NO_BETTER), (320, None, "always predicting")],
     ids=["below", "the same", "within its error", "above"],
 )
 def test_a_model_is_held_against_its_commonest_class_before_anything_else(right, said, not_said, make_run, parse):
@@ -43,7 +43,7 @@ def test_a_model_is_held_against_its_commonest_class_before_anything_else(right,
     if said is not None:
         assert text.index(said) < text.index("The rank correlation of importance")
         error = ", with a standard error of 2.4%" if said == HARDLY else ""  # sqrt(0.62 · 0.38 / 400)
-        assert f"It is right on {right} of 400 measured rows ({right / 4:.1f}%{error}), always “true” on 240 (60.0%)." in text
+        assert f"It is right on {right} of 400 measured rows ({right / 4:.1f}%{error}), the constant answer “true” on 240 (60.0%)." in text
     assert "true: 0.6000 (240 of 400)" in text
     assert "rows were measured" not in text
 
@@ -51,7 +51,7 @@ def test_a_model_is_held_against_its_commonest_class_before_anything_else(right,
 def test_lists_of_all_heads_are_said_to_tell_nothing(make_run, parse):
     folder, _ = make_run(layers=2, heads=4)
     text = page_of(folder, parse)
-    said = "All 8 heads are among the highest that are compared: every overlap is 1, and says nothing. Lower --top-k."
+    said = "The lists of highest heads hold all 8 heads, so every overlap is 1 and means nothing. Lower --top-k."
     assert text.index(said) < text.index("The rank correlation of importance")
     assert "random lists" not in text
     aggregate(folder.parent)
@@ -64,7 +64,7 @@ def test_few_rows_are_said_before_the_verdict(make_run, parse):
     folder, _ = make_run()
     measured_on(folder, 7, 9, 0.9)
     text = page_of(folder, parse)
-    assert text.index("Only 16 rows were measured: one row moves an accuracy by 0.062") < text.index("The rank correlation of importance")
+    assert text.index("Only 16 rows were measured: one row changes an accuracy by 0.062") < text.index("The rank correlation of importance")
 
 
 @pytest.mark.parametrize(("heads", "k", "limit"), [(72, 20, 0.3), (144, 20, 0.3), (6, 5, 0.3), (4, 4, 0.3), (40, 7, 0.5)])
@@ -87,7 +87,7 @@ def test_an_interval_that_holds_the_limit_is_said(make_run, parse):
     pair = json.loads((folder / "stats.json").read_text())["pairs"][0]
     assert pair["low"] < 0.5 < pair["high"]
     text = page_of(folder, parse)
-    assert f"The interval of ρ(I_pre, U), {pair['low']:.2f} to {pair['high']:.2f}, holds the figure of 0.5" in text
+    assert f"The interval of ρ(I_pre, U), {pair['low']:.2f} to {pair['high']:.2f}, contains the figure of 0.5" in text
     assert "The interval of ρ(I_pre, G_pre)" not in text
 
 
@@ -115,10 +115,10 @@ def test_aggregate_page_names_the_seeds_whose_model_does_not_beat_its_commonest_
     text = parse(write_plasticity_aggregate(folder.parent).html).text
     line = next(part for part in text.split("The trained model") if part.startswith(f" {NO_BETTER}"))
     assert line.startswith(
-        f" {NO_BETTER} in 2 of 3 seeds. seed1 is right on 200 of 400 measured rows (50.0%), always “true” on 240 (60.0%);"
+        f" {NO_BETTER} in 2 of 3 seeds. seed1 is right on 200 of 400 measured rows (50.0%), the constant answer “true” on 240 (60.0%);"
     )
-    assert "seed2 is right on 220 of 400 measured rows (55.0%), always “true” on 240 (60.0%)." in line
-    assert "seed0" not in line.partition("What its heads")[0]
+    assert "seed2 is right on 220 of 400 measured rows (55.0%), the constant answer “true” on 240 (60.0%)." in line
+    assert "seed0" not in line.partition("The importance and the change")[0]
     assert "0.900, 0.500, 0.550" in text
     assert "true: 0.6000 (240 of 400)" in text
 

@@ -138,7 +138,7 @@ def test_heads_share_out_their_blocks(width, make_scan, parse, tmp_path):
                 in_block = min(64, entry.out_features - 64 * block)
                 wanted[head] += scan.integral[entry.base + block] / in_block / (1 if entry.out_features == width * heads else 2)
     np.testing.assert_allclose(heat_map["values"][0], wanted, rtol=1e-4)
-    assert "o_proj is not counted" in page.text
+    assert "o_proj is not included" in page.text
 
 
 def test_fused_projection_is_split_into_heads(make_scan, parse, tmp_path):
@@ -151,7 +151,7 @@ def test_fused_projection_is_split_into_heads(make_scan, parse, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        ({"model": "m"}, "does not name num_attention_heads"),
+        ({"model": "m"}, "has no num_attention_heads"),
         ({"num_attention_heads": 5, "num_key_value_heads": 2, "head_dim": 64}, "cannot share 2"),
         ({"num_attention_heads": 7, "num_key_value_heads": 7, "head_dim": 64}, "7 and 7 heads of 64 features"),
     ],
@@ -194,7 +194,7 @@ def test_replay_takes_the_most_surprising_and_says_so(make_scan, parse, tmp_path
     page = parse(write_report(scan.path, tmp_path / "r.html", replay=2, figures_too=False).html)
     order = np.argsort([-np.nanmean(loss) for loss in scan.loss])[:2]
     assert [sequence["ids"] for sequence in page.data["replay-data"]["sequences"]] == [scan.token_ids[i].tolist() for i in order]
-    assert "2 of 9 sequences are here: those with the highest mean loss" in page.text
+    assert "2 of 9 sequences are shown: those with the highest mean loss" in page.text
 
 
 def test_replay_can_be_left_out(make_scan, parse, tmp_path):
@@ -239,7 +239,7 @@ def test_experts_share_a_cell_and_unrouted_ones_stay_blank(make_scan, parse, tmp
 
 def test_missing_gradients_are_no_measurement(make_scan, parse, tmp_path):
     page = parse(write_report(make_scan(gradient=False).path, tmp_path / "r.html", figures_too=False).html)
-    assert "That is no measurement" in page.text
+    assert "its writer measured none" in page.text
     assert all(value is None for row in page.data["maps-data"][1]["values"] for value in row)
     assert any(value is not None for row in page.data["maps-data"][2]["values"] for value in row)
 
@@ -390,7 +390,7 @@ def test_tokens_are_shown_as_text_where_the_tokenizer_fits(make_scan, parse, tmp
         write_report(path, tmp_path / "r.html", tokenizer=folder, figures_too=False)
     page = parse(write_report(path, tmp_path / "r.html", figures_too=False).html)
     assert page.data["replay-data"]["sequences"][0]["pieces"] is None
-    assert "No tokenizer of this scan was found here" in page.text
+    assert "The scan's tokenizer was not found" in page.text
 
 
 def test_tokenizer_of_a_cached_model_is_found(make_scan, tmp_path, monkeypatch):
@@ -432,7 +432,7 @@ def test_heavy_replay_keeps_text_and_says_so(make_scan, parse, tmp_path, monkeyp
     monkeypatch.setattr("tinyonn.report.scan.replay.MAX_TOKENS", 10)
     payload = parse(write_report(make_scan().path, tmp_path / "r.html", figures_too=False).html).data["replay-data"]
     assert [sequence["packed"] is None for sequence in payload["sequences"]] == [False, True, True, True]
-    assert "too heavy" in payload["sequences"][1]["note"]
+    assert "too large" in payload["sequences"][1]["note"]
     assert all(len(sequence["ids"]) == 10 for sequence in payload["sequences"])
 
 
@@ -453,7 +453,7 @@ SAMPLE = Path(__file__).parents[2].parent / "shared" / "data" / "v1-sample.mscan
 @pytest.mark.skipif(not SAMPLE.is_file(), reason="the sample of version 1 is not here")
 def test_version_one_file_makes_a_page(parse, tmp_path):
     page = parse(write_report(SAMPLE, tmp_path / "r.html", figures_too=False).html)
-    assert "That is no measurement" in page.text
+    assert "its writer measured none" in page.text
     assert len(page.data["maps-data"][0]["rows"]) == 28
     assert json.dumps(page.data["maps-data"][1]["values"]).count("null") == 28 * 7
 

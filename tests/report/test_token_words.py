@@ -88,7 +88,7 @@ def test_a_report_of_a_scan_shows_the_words_that_were_scanned(
     page = parse(scan_and_report(model, tmp_path, *(["--tokenizer", model] if named else [])))
     sequences = page.data["replay-data"]["sequences"]
     assert ["".join(sequence["pieces"]) for sequence in sequences] == TEXTS[:3]
-    assert "No tokenizer" not in page.text
+    assert "tokenizer was not found" not in page.text
 
 
 def test_a_word_piece_tokenizer_shows_words(tmp_path: Path, parse: Callable[[Path], Any]) -> None:

@@ -1,7 +1,7 @@
-"""`.mscan` files: what every block of every weight did for every token. docs/mscan.md describes the bytes."""
+"""`.mscan` files: activation and gradient norms of every block of every weight, per token. docs/mscan.md describes the bytes."""
 
 from ..errors import MscanError
-from . import ranks, v2  # noqa: F401  # with v1.reader, the kinds of files that MscanReader opens
+from . import ranks, v2  # noqa: F401  # with v1.reader, registers the readers of MscanReader
 from .compat import append_records_to_mscan, create_mscan_file, load_mscan_file
 from .layout import LayoutEntry, layout_groups
 from .reader import MscanReader, PlaneCodes

@@ -1,8 +1,8 @@
 """The three functions of version 1, over version 2 files.
 
-Names, record dtype and metadata are version 1's; what lies on disk is a version 2 file that every other reader of this
-package opens too. An append writes its own records and an index of them, whatever the file holds already; like version
-1's it outlives this process, and asks for no more of the disk.
+Names, record dtype and metadata are version 1's. The file on disk is of version 2, and every other reader of this package
+opens it. An append writes its own records and an index of them, at a cost that does not grow with the file. As in version 1,
+appended records survive the end of the process, but are not forced to the disk.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .v1.records import grow_blocks
 from .writer import MscanWriter
 
 _PLACEHOLDER = LayoutEntry("none", 1, 1, 0)  # the layout of a file that has no records yet
-_LATER_BLOCKS = re.compile(r"(.+)\[(\d+):\]")  # blocks of a parameter that its first records did not have
+_LATER_BLOCKS = re.compile(r"(.+)\[(\d+):\]")  # blocks of a parameter that its first records lacked
 _UNNAMED = re.compile(r"param_(\d+)")
 
 
@@ -35,11 +35,11 @@ def create_mscan_file(path: str | os.PathLike[str], metadata: Mapping[str, Any])
     """Creates a file that holds the metadata and no records, replacing what was there.
 
     Args:
-        path: where; missing folders are made.
+        path: the new file; missing folders are created.
         metadata: JSON values; `id_to_param_name_map` names the parameters, `{"0": "model.layers.0.mlp.up_proj.weight"}`.
 
     Raises:
-        InputError: two ids have one name, or an id is no number below 65536.
+        InputError: two ids have the same name, or an id is not a number below 65536.
     """
     _names(metadata)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -51,12 +51,12 @@ def append_records_to_mscan(path: str | os.PathLike[str], records: np.ndarray, s
 
     Args:
         path: a file that `create_mscan_file` made.
-        records: (n,) of the version 1 dtype, one a token and block; a place without a record is missing.
-        sequence_info: `sequence_id`, `num_tokens`, and as one likes `source` (the text) and whatever else JSON can hold.
+        records: (n,) of the version 1 dtype, at most one for each token and block; values without a record are missing.
+        sequence_info: `sequence_id`, `num_tokens`, optionally `source` (the text) and any other JSON values.
 
     Raises:
-        InputError: another dtype, two records of one token and block, or more tokens than `num_tokens`.
-        MscanError: the file is damaged, or another writer holds it.
+        InputError: wrong dtype, two records of the same token and block, or more tokens than `num_tokens`.
+        MscanError: the file is damaged, or another writer has it open.
     """
     records = np.asarray(records)
     if records.dtype != RECORD or records.ndim != 1:
@@ -70,7 +70,7 @@ def append_records_to_mscan(path: str | os.PathLike[str], records: np.ndarray, s
     names = _names(metadata)
     layout = _extended(layout, records, names) or [_PLACEHOLDER]
     record = _to_planes(records, sequence_info, _columns(layout, names), layout_blocks(layout), first)
-    # The file's columns become known with its first records, and a layout can only grow: the empty file is replaced.
+    # The first records determine the columns, and a layout can only grow, so the empty file is replaced.
     target = Path(path) if count else Path(f"{os.fspath(path)}.new")
     with _writer(target, metadata, layout, "a" if count else "w") as writer:
         writer.append(record)
@@ -79,17 +79,17 @@ def append_records_to_mscan(path: str | os.PathLike[str], records: np.ndarray, s
 
 
 def load_mscan_file(path: str | os.PathLike[str], *, recovery: str = "tail") -> tuple[dict[str, Any], np.ndarray]:
-    """Metadata, with `sequences`, and all records of a version 1 file or of one that the functions above wrote.
+    """Metadata, including `sequences`, and all records of a version 1 file or a file that the functions above wrote.
 
     Args:
         path: the file.
         recovery: as for `MscanReader`.
 
     Returns:
-        The metadata; (n,) records of the version 1 dtype, in memory. Of version 2, by token, then by parameter and block.
+        The metadata; (n,) records of the version 1 dtype, in memory. Those of a version 2 file are ordered by token, parameter and block.
 
     Raises:
-        InputError: the file holds norms that version 1's whole numbers cannot hold: `MscanReader` reads those.
+        InputError: the file holds norms that do not fit version 1's 16-bit integers; use `MscanReader`.
     """
     with MscanReader(path, recovery=recovery) as reader:
         if isinstance(reader, V1Reader):
@@ -161,7 +161,7 @@ def _to_planes(
     low, high = (int(tokens.min()), int(tokens.max())) if tokens.size else (first, first)
     count = info.get("num_tokens", high - low + 1)
     if type(count) is not int or count < 1 or high - low >= count:
-        raise InputError(f"num_tokens must be a whole number that holds tokens {low} … {high}, got {count!r}.")
+        raise InputError(f"num_tokens must be an integer that covers tokens {low} … {high}, got {count!r}.")
     if not first <= low <= high < first + count:  # not a running index: the sequence starts at its first record
         first = low
     param, block = records["param_id"].copy(), records["block_idx"].astype(np.int64)
@@ -177,7 +177,7 @@ def _to_planes(
     planes = np.full((2, count * width), np.nan, np.float32)
     planes[0, flat], planes[1, flat] = records["activation"], records["grad_norm"]
     if np.count_nonzero(~np.isnan(planes[0])) < flat.size:
-        raise InputError("records must hold each token and block once, got one twice.")
+        raise InputError("records contains two records of the same token and block.")
     activation, grad_norm = planes.reshape(2, count, width)
     text = info.get("source")
     return SequenceRecord(
@@ -198,15 +198,15 @@ def _to_records(path: str, activation: np.ndarray, grad_norm: np.ndarray, token_
     for field, plane in (("activation", activation), ("grad_norm", grad_norm)):
         values = plane[token, column]
         if not ((values >= 0) & (values <= 0xFFFF) & (values == np.rint(values))).all() or (columns[column, 0] < 0).any():
-            raise InputError(f"{path} must hold version 1 records, whole numbers up to 65535: read it with MscanReader.")
+            raise InputError(f"{path} must hold version 1 records, integers up to 65535; read it with MscanReader.")
         records[field] = values
     return records
 
 
 def _encode_info(info: Mapping[str, Any]) -> str:
-    # A version 2 sequence has an id, a length and a text: any further keys travel in the id, as JSON.
+    # A version 2 sequence has an id, a length and a text. Further keys are stored in the id, as JSON.
     if "sequence_id" not in info:
-        raise InputError("sequence_info must have a sequence_id, got none.")
+        raise InputError("sequence_info has no sequence_id.")
     rest = {
         key: value for key, value in info.items() if key not in ("num_tokens", "source") or (key == "source" and not isinstance(value, str))
     }

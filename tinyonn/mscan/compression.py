@@ -1,4 +1,4 @@
-"""zstd, asked for by name: the codec shuffles bytes, the `zstandard` package compresses them."""
+"""Optional zstd compression: the codec shuffles bytes, the `zstandard` package compresses them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compressor(level: int = 3) -> Callable[[memoryview], bytes]:
 
 
 def decompress(frame: memoryview, raw_length: int) -> bytes:
-    """The frame's content; empty if it is no frame of exactly `raw_length` bytes, which the codec then reports with its offset.
+    """Content of the frame; empty unless it expands to exactly `raw_length` bytes, which the codec then reports with the offset.
 
     Raises:
         RuntimeError: zstandard is not installed.

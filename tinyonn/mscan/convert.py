@@ -1,7 +1,7 @@
 """Whole-file operations: convert, merge, recover, verify, describe.
 
-Every output is written beside its place and renamed when it is whole; one that is there already is refused unless the
-caller says `overwrite=True`.
+Every output is written under a temporary name and renamed when it is complete. An output that exists is refused unless
+`overwrite=True`.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Verification:
 
     Args:
         path: the file.
-        version: of its format; None where even that cannot be read.
-        sequences, tokens: how many can be read, with whatever recovery it takes.
-        size: bytes.
-        failure: the first rule that does not hold, with its byte; None where all hold.
+        version: format version; None if it cannot be read.
+        sequences, tokens: number that can be read, with recovery where needed.
+        size: size in bytes.
+        failure: the first broken rule, with its byte offset; None if all rules hold.
     """
 
     path: Path
@@ -64,15 +64,15 @@ class Verification:
 
 @dataclass(frozen=True)
 class Description:
-    """What a file holds, read without its planes.
+    """Contents of a file, read without its planes.
 
     Args:
-        path, version, size: the file, its format, its bytes.
+        path, version, size: the file, its format version and its size in bytes.
         metadata: as written.
-        layout: the weights; `groups` names the layers they belong to.
-        sequences, tokens: how many.
-        sequences_with_planes: of those, how many have records a token and block.
-        missing: what a reader had to leave out.
+        layout: the weights; `groups` lists the layers they belong to.
+        sequences, tokens: number of sequences and tokens.
+        sequences_with_planes: number of sequences with values per token and block.
+        missing: lines on everything that the reader left out.
     """
 
     path: Path
@@ -97,24 +97,24 @@ class Description:
 
     @property
     def bytes_per_value(self) -> float:
-        """File bytes for each stored norm (two a token and block); NaN without tokens."""
+        """File bytes per stored norm (two per token and block); NaN without tokens."""
         values = 2 * self.tokens * self.blocks
         return self.size / values if values else float("nan")
 
 
 def convert_v1(path: PathLike, output: PathLike, *, recovery: str = "tail", overwrite: bool = False, **options: Any) -> Conversion:
-    """Writes a version 1 file as version 2, with the integral of each sequence; values and metadata stay as they are.
+    """Converts a version 1 file to version 2, with the integral of each sequence; values and metadata are unchanged.
 
     Args:
         path: a version 1 file.
         output: the new file.
-        recovery: "salvage" takes a damaged file too and says what is missing.
+        recovery: "salvage" also converts a damaged file and lists what is missing.
         overwrite: replace an output that exists.
-        options: codec and compression of `MscanWriter`; unless named, the codec is "f32", which keeps whole numbers exact.
+        options: codec and compression of `MscanWriter`; the default codec is "f32", which keeps integers exact.
 
     Raises:
         InputError: the file is not of version 1, or the output exists.
-        MscanError: the file breaks a rule that `recovery` does not forgive.
+        MscanError: the file breaks a rule that `recovery` does not tolerate.
     """
     with MscanReader(path, recovery=recovery) as reader:
         if reader.version != 1:
@@ -123,18 +123,18 @@ def convert_v1(path: PathLike, output: PathLike, *, recovery: str = "tail", over
 
 
 def merge(paths: Sequence[PathLike], output: PathLike, *, overwrite: bool = False, **options: Any) -> Conversion:
-    """Writes several files, or a set of ranks, as one.
+    """Merges several files, or a set of ranks, into one.
 
     Args:
-        paths: files whose layouts agree, one of which may go on where the others end; or one name of a rank set.
+        paths: files whose layouts agree, where one layout may extend another; or one name of a rank set.
         output: the new file, with the metadata of the first and, under "merged", the names of all.
-        options: codec and compression of `MscanWriter`; unless named, the codec of the source.
+        options: codec and compression of `MscanWriter`; the default codec is that of the source.
 
     Raises:
-        InputError: no path, layouts that differ, one sequence id twice, or an output that exists.
+        InputError: no path, different layouts, a repeated sequence id, or an output that exists.
     """
     if not paths:
-        raise InputError("merge must get at least one file, got none.")
+        raise InputError("paths must hold at least one file, got none.")
     with ExitStack() as stack:
         readers = [stack.enter_context(MscanReader(path)) for path in paths]
         metadata = {**readers[0].metadata, "merged": [Path(path).name for path in paths]}
@@ -142,23 +142,24 @@ def merge(paths: Sequence[PathLike], output: PathLike, *, overwrite: bool = Fals
 
 
 def recover(path: PathLike, output: PathLike, *, overwrite: bool = False, **options: Any) -> Conversion:
-    """Writes what can be read of a damaged file of either version as a clean one of version 2.
+    """Writes the readable parts of a damaged file of either version as a clean version 2 file.
 
     Args:
-        path: the damaged file, which stays as it is.
+        path: the damaged file, which is not changed.
         output: the clean file.
-        options: codec and compression of `MscanWriter`; unless named, the codec of the source.
+        options: codec and compression of `MscanWriter`; the default codec is that of the source.
 
     Returns:
-        The conversion; `dropped` names every gap, every sequence that was lost whole or is there twice, how many lost the values of
-        some tokens, which read as missing, and how many lost their integral. Of two sequences with one id the first whole one is kept.
+        The conversion; `dropped` lists every gap, every sequence that was lost or occurs twice, the number of sequences that lost the
+        values of some tokens, which read as missing, and the number that lost their integral. Of two sequences with one id the first
+        whole one is kept.
     """
     with MscanReader(path, recovery="salvage") as reader:
         return _copy([reader], output, dict(reader.metadata), overwrite, options, salvage=True)
 
 
 def verify(path: PathLike) -> Verification:
-    """Reads a whole file and checks it as `MscanReader.verify` does; of version 1, which has no checksums, what its header promises.
+    """Reads and checks a whole file as `MscanReader.verify` does. Version 1 has no checksums; its header is compared with its contents.
 
     Raises:
         OSError: the file cannot be opened.
@@ -166,7 +167,7 @@ def verify(path: PathLike) -> Verification:
     size = _size(path)
     try:
         with MscanReader(path, recovery="strict") as reader:
-            if reader.version == 1:  # has no checksums: opening it reads no record
+            if reader.version == 1:  # has no checksums, and opening it reads no record
                 reader.verify()
             return Verification(Path(path), reader.version, len(reader.sequences), _tokens(reader), size, None)
     except MscanError as error:
@@ -179,7 +180,7 @@ def verify(path: PathLike) -> Verification:
 
 
 def describe(path: PathLike, *, recovery: str = "tail") -> Description:
-    """What a file or a rank set holds."""
+    """Contents of a file or a rank set, read without planes."""
     with MscanReader(path, recovery=recovery) as reader:
         sequences = list(reader.sequences)
         return Description(
@@ -209,9 +210,9 @@ def _common_layout(readers: Sequence[MscanReader]) -> list[LayoutEntry]:
     widest = max((list(reader.layout) for reader in readers), key=len)
     for reader in readers:
         if list(reader.layout) != widest[: len(reader.layout)]:
-            raise InputError(f"layouts of all files must agree, got another in {reader.path}.")
+            raise InputError(f"layouts of all files must agree, got a different one in {reader.path}.")
     if not widest:
-        raise InputError(f"a file to convert must hold records or a layout, got none in {readers[0].path}.")
+        raise InputError(f"{readers[0].path} must hold records or a layout to be converted.")
     return widest
 
 
@@ -237,7 +238,7 @@ def _copy(
                 try:
                     name = reader.sequences[i].sequence_id if salvage else ""
                     if salvage and kept[name] != i:
-                        dropped.append(f"sequence {i}: its id, {shown(name)}, is also that of sequence {kept[name]}, which is kept.")
+                        dropped.append(f"sequence {i}: its id, {shown(name)}, is also the id of sequence {kept[name]}, which is kept.")
                         continue
                     record = _record(reader, i, layout_blocks(layout))
                 except MscanError as error:
@@ -259,7 +260,7 @@ def _copy(
                     blank_sequences += stored.lost_tokens > 0
                     blank_tokens += stored.lost_tokens
                     lost_integrals += stored.lost_integral
-        if not summed and len(readers) == 1:  # a total may stand for integrals that the sequences do not have
+        if not summed and len(readers) == 1:  # a file may have a total although its sequences have no integrals
             with suppress(MscanError):
                 writer.append_integral(readers[0].integral().widened(layout_blocks(layout)))
     if blank_sequences:
@@ -270,7 +271,7 @@ def _copy(
 
 
 def _kept(reader: MscanReader) -> dict[str, int]:
-    """Which sequence of each id a recovered file keeps: the first of which nothing is lost, else the first."""
+    """Sequence that a recovered file keeps for each id: the first complete one, else the first."""
     kept: dict[str, int] = {}
     whole: set[str] = set()
     for i in range(len(reader.sequences)):
@@ -288,13 +289,13 @@ def _kept(reader: MscanReader) -> dict[str, int]:
 
 
 def _codec(readers: Sequence[MscanReader]) -> str:
-    """The codec of the first planes that can be read: to encode them again in it changes nothing but their last bit."""
+    """Codec of the first readable planes. Encoding them again with it changes at most the last bit."""
     for reader in readers:
         for i in range(len(reader.sequences)):
             try:
                 if reader.sequences[i].has_records:
                     return "f32" if reader.codes(i)[0].activation.dtype == np.float32 else "log2u16"
-            except (MscanError, IndexError):  # a sequence that salvage lost, or whose chunks it did
+            except (MscanError, IndexError):  # salvage lost the sequence or its chunks
                 continue
     return "log2u16"
 
@@ -303,7 +304,7 @@ def _record(reader: MscanReader, i: int, blocks: int) -> SequenceRecord:
     sequence = reader.sequences[i]
     missing = ((0, 0), (0, blocks - layout_blocks(reader.layout)))
     activation = grad_norm = None
-    if sequence.has_records or sequence.lost_tokens:  # what was lost is written as missing
+    if sequence.has_records or sequence.lost_tokens:  # lost values are written as missing
         activation, grad_norm = (np.pad(plane, missing, constant_values=np.nan) for plane in reader.planes(i))
     integral = reader.sequence_integral(i)
     return SequenceRecord(

@@ -1,4 +1,4 @@
-"""A scan as other tools read it: arrays in an .npz, a table in Parquet. Both are written a sequence at a time."""
+"""Export of a scan: arrays in an .npz file, or a Parquet table. Both are written one sequence at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS_PER_TABLE = 1 << 20  # rows of the long table held in memory at once
 def to_npz(path: PathLike, output: PathLike, *, recovery: str = "tail", overwrite: bool = False) -> Conversion:
     """Writes a scan as an uncompressed .npz.
 
-    Tokens of all sequences stand one after the other; sequence i is `[offsets[i]:offsets[i + 1]]`.
+    Tokens of all sequences are concatenated; sequence i is `[offsets[i]:offsets[i + 1]]`.
 
         activation, grad_norm  (tokens, blocks) float32, NaN = missing
         loss                   (tokens,) float32
@@ -63,12 +63,12 @@ def to_npz(path: PathLike, output: PathLike, *, recovery: str = "tail", overwrit
 
 
 def to_parquet(path: PathLike, output: PathLike, *, recovery: str = "tail", overwrite: bool = False) -> Conversion:
-    """Writes a scan as one long Parquet table: a row a token and block, what is missing left out.
+    """Writes a scan as one long Parquet table: one row per token and block, without missing values.
 
     Columns: sequence (int32), sequence_id, token (position, int32), token_id (int64), loss (float32), marked (bool), layer,
     weight (dictionaries), block (int32, within its weight), activation, grad_norm (float32). Rows keep the order of the
-    file, so a reader's row-group statistics on `sequence` skip what a query does not ask for. The scan's metadata stand in
-    the schema's metadata under "tinyonn".
+    file, so row-group statistics on `sequence` let a reader skip row groups. The schema's metadata holds the scan's metadata
+    under "tinyonn".
 
     Args:
         path: a file of either version or a rank set.
@@ -138,7 +138,7 @@ def _planes(reader: MscanReader, i: int, blocks: int) -> tuple[np.ndarray, np.nd
 
 
 def _write_rows(archive: zipfile.ZipFile, name: str, dtype: Any, shape: tuple[int, ...], parts: Iterator[np.ndarray]) -> None:
-    # An .npy member whose array never stands in memory whole.
+    # An .npy member, written without the whole array in memory.
     header: dict[str, Any] = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         np.lib.format.write_array_header_2_0(member, header)

@@ -1,4 +1,4 @@
-"""The columns of a scan: which weight, and which of its feature blocks, each column stands for."""
+"""Columns of a scan: the weight and the feature block of each column."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class LayoutEntry:
     """One weight: its blocks are columns base … base + blocks of both planes.
 
     Attributes:
-        name: the parameter's name; the expert's index is appended for one expert of a 3-D parameter.
+        name: the parameter's name, with the expert's index appended for an expert of a 3-D parameter.
         out_features: output features of the weight.
-        blocks: feature blocks, the last of which may be ragged.
+        blocks: number of feature blocks; the last may be shorter.
         base: first column.
     """
 
@@ -31,7 +31,7 @@ class LayoutEntry:
 
 
 def layout_blocks(layout: Sequence[LayoutEntry]) -> int:
-    """Columns that a layout describes."""
+    """Number of columns of a layout."""
     return layout[-1].base + layout[-1].blocks if layout else 0
 
 
@@ -44,7 +44,7 @@ def check_layout(layout: Sequence[LayoutEntry]) -> None:
     for entry in layout:
         numbers = (entry.out_features, entry.blocks, entry.base)
         if not isinstance(entry.name, str) or not all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers):
-            raise InputError(f"layout entries must be a name and three whole numbers below 2^63, got {entry}.")
+            raise InputError(f"layout entries must be a name and three integers below 2^63, got {entry}.")
         if any("\ud800" <= character <= "\udfff" for character in entry.name):
             raise InputError(f"layout names must be valid Unicode, got {entry.name!r}.")
         if entry.name in seen:
@@ -58,13 +58,13 @@ def check_layout(layout: Sequence[LayoutEntry]) -> None:
 
 
 def group_name(name: str) -> str:
-    """The decoder layer a weight belongs to: its name up to the first all-digit component, or the module's own name outside any layer."""
+    """Decoder layer of a weight: its name up to the first all-digit component, or the module's name if it is in no layer."""
     match = _LAYER.match(name)
     return match.group(0) if match else name.removesuffix(".weight")
 
 
 def layer_count(groups: Sequence[str]) -> int:
-    """How many of the groups are decoder layers; the others are weights outside any."""
+    """Number of groups that are decoder layers; the others are weights outside all layers."""
     return sum(group.rpartition(".")[2].isdigit() for group in groups)
 
 
@@ -75,7 +75,7 @@ def layout_groups(layout: Sequence[LayoutEntry]) -> tuple[list[str], np.ndarray]
         layout: entries in column order.
 
     Returns:
-        names: one per group: `model.layers.0`; a weight outside any layer is its own group, `lm_head`.
+        names: one per group, such as `model.layers.0`; a weight outside all layers is its own group, such as `lm_head`.
         offsets: (groups + 1,) int64, first column of each group, then the total.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What is at a path: a file of which version, or a set of files."""
+"""Version of the file at a path, or the set of files that it belongs to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def version_of(path: str) -> int:
     """The version in a file's first 15 bytes.
 
     Raises:
-        MscanError: they are not those of a `.mscan` file of version 1 or 2, or it is a pipe.
+        MscanError: they do not belong to a `.mscan` file of version 1 or 2, or the path is a pipe.
     """
     status = os.stat(path)  # before it is opened: opening a pipe waits for a writer
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
@@ -39,10 +39,10 @@ def version_of(path: str) -> int:
 
 
 def rank_members(path: str) -> list[str] | None:
-    """The files of the set that `path` belongs to or names, in rank order; None if it is a file of its own.
+    """Files of the set that `path` belongs to or names, in rank order; None for a single file.
 
     Raises:
-        MscanError: a member is missing, or sets of several sizes have this name.
+        MscanError: a member is missing, or sets of different sizes share this name.
     """
     place = Path(path)
     match = _RANK.fullmatch(place.name)
@@ -64,14 +64,14 @@ def rank_members(path: str) -> list[str] | None:
         raise MscanError(path, f"a set of {size} files must have ranks 0 … {size - 1}, got {match['rank']}.")
     for name in names:
         if not name.exists():
-            raise MscanError(path, f"a set must be whole: {name.name} is missing.")
+            raise MscanError(path, f"a set must be complete: {name.name} is missing.")
     return [os.fspath(name) for name in names]
 
 
 def version_alone(path: str, whole_set: bool) -> int | None:
-    """The version of the one file that `path` opens, or None where it opens a set of files.
+    """Version of the file that `path` opens; None if it opens a set of files.
 
     Args:
-        whole_set: a member of a set opens all of it.
+        whole_set: whether a member of a set opens the whole set.
     """
     return None if whole_set and rank_members(path) is not None else version_of(path)

@@ -1,4 +1,4 @@
-"""Outputs that are whole or absent."""
+"""Outputs that are complete or absent."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written.
+    """Result of writing a file.
 
     Args:
         path: the output.
-        sequences, tokens: how many it holds.
-        dropped: what the source held or should have held and the output does not, one sentence each.
+        sequences, tokens: number of sequences and tokens in it.
+        dropped: one sentence for each part of the source that the output lacks.
     """
 
     path: Path
@@ -32,10 +32,10 @@ class Conversion:
 
 @contextmanager
 def replacing(output: PathLike, overwrite: bool, sources: Iterable[PathLike] = ()) -> Iterator[Path]:
-    """A name beside `output` to write to; renamed to it when the block ends well, removed when not.
+    """Temporary path next to `output`; renamed to `output` if the block succeeds, removed otherwise.
 
     Raises:
-        InputError: `output` exists and shall not be replaced, is no regular file, or is one of `sources` or of their sets of ranks.
+        InputError: `output` exists and `overwrite` is False, is not a regular file, or is one of `sources` or of their sets of ranks.
     """
     target = Path(output)
     if target.exists():

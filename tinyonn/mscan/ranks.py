@@ -1,4 +1,4 @@
-"""Reader of a set of files, one a rank, as if it were one file."""
+"""Reader that presents a set of files, one per rank, as one file."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class RankSetReader(MscanReader):
     """Reads `name.rankI-of-N.mscan`, I = 0 … N−1: the sequences of rank 0, then those of rank 1, and so on; see `MscanReader`.
 
     Raises:
-        MscanError: a member is missing, of version 1 or a copy of another, or metadata or layout of two members differ; the metadata key
-            `rank` may. With recovery "salvage" a copy is reported, not refused.
+        MscanError: a member is missing, of version 1 or a copy of another, or metadata (except the key `rank`) or layout of two members
+            differ. With recovery "salvage" a copy is reported, not refused.
     """
 
     version = 2
@@ -63,7 +63,7 @@ class RankSetReader(MscanReader):
         self.sequences = StoredSequences(lambda: self.starts[-1], self._sequence)
 
     def _copies(self) -> list[tuple[str, str]]:
-        """Members that carry the UUID of an earlier one, each with the rule: what its own rank wrote is not there."""
+        """Members with the UUID of an earlier member, each with the broken rule: the data of their own rank is missing."""
         seen: dict[bytes, str] = {}
         found = []
         for member in self.members:
@@ -118,10 +118,10 @@ class RankSetReader(MscanReader):
 def _member(path: str, recovery: str) -> V2Reader:
     try:
         version = version_of(path)
-    except MscanError:  # damaged: the reader says how, or reads what is whole
+    except MscanError:  # damaged: the reader reports how, or reads the valid part
         version = None
     if version == 1:
-        remedy = "give it a name of its own, then `tinyonn convert` makes a file of version 2 of it"
+        remedy = "rename it, then convert it to version 2 with `tinyonn convert`"
         raise MscanError(path, f"files of a set must be of version 2, got version 1; {remedy}.")
     return V2Reader(path, recovery=recovery)
 

@@ -18,18 +18,18 @@ from .types import Integral
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredSequence:
-    """One sequence as the reader gives it.
+    """One sequence of a file.
 
     Attributes:
-        sequence_id, text: as appended; text is None if it was not stored.
+        sequence_id, text: as appended; None for a text that was not stored.
         token_ids: (tokens,) int64.
         loss: (tokens,) float32, NaN = unlabelled.
         mask: (tokens,) uint8, 1 = marked.
         num_tokens: number of tokens.
         ordinal: position among the reader's sequences.
         has_records: whether planes were stored and some of them can be read.
-        lost_tokens: tokens whose planes were stored and are lost; they read as NaN. 0 unless recovery is "salvage".
-        lost_integral: whether an integral was stored and is lost. False unless recovery is "salvage".
+        lost_tokens: number of tokens whose stored planes are lost; they read as NaN. 0 unless recovery is "salvage".
+        lost_integral: whether a stored integral is lost. False unless recovery is "salvage".
     """
 
     sequence_id: str
@@ -45,11 +45,11 @@ class StoredSequence:
 
 
 class StoredSequences(Sequence[StoredSequence]):
-    """The sequences of a file or set, each read when it is asked for.
+    """The sequences of a file or set, each read on access.
 
     Args:
-        count: how many there are.
-        read: gives the one at an ordinal, counted from either end; raises IndexError.
+        count: returns the number of sequences.
+        read: returns the sequence at an ordinal, counted from either end; raises IndexError.
     """
 
     def __init__(self, count: Callable[[], int], read: Callable[[int], StoredSequence]) -> None:
@@ -73,14 +73,14 @@ class StoredSequences(Sequence[StoredSequence]):
 
 
 class PlaneCodes(NamedTuple):
-    """The planes of some consecutive tokens as they are stored: read-only views of the mapped file, or of a decompressed copy.
+    """Stored planes of consecutive tokens: read-only views of the mapped file, or of a decompressed copy.
 
     Attributes:
-        first_token: the first token these planes hold.
+        first_token: first token of these planes.
         activation, grad_norm: uint16 codes or float32 values, (tokens, columns); (values,) where sparse.
         activation_range, grad_range: (lo, hi), log2 of the values of codes 1 and 65533.
-        rows: (tokens + 1,) uint64, where each token's values begin; None unless sparse.
-        columns: (values,) uint32, the column of each value; None unless sparse.
+        rows: (tokens + 1,) uint64, start of each token's values; None unless sparse.
+        columns: (values,) uint32, column of each value; None unless sparse.
     """
 
     first_token: int
@@ -96,25 +96,25 @@ class MscanReader:
     """Reads a `.mscan` file; `MscanReader(path)` returns the reader that the file needs.
 
     Args:
-        path: a file; or one member of a set `name.rankI-of-N.mscan`, or `name.mscan` where only the set exists: all are opened as one.
-        recovery: "strict" wants a trailer and does on opening what `verify` does. "tail" drops what a failure left at the end of the file
-            and says so in `report`; damage that valid chunks follow is an error. "salvage" reads around damage and reports each gap.
-        whole_set: False opens one member of a set by itself.
+        path: a file; or one member of a set `name.rankI-of-N.mscan`, or `name.mscan` if only the set exists, which opens the whole set.
+        recovery: "strict" requires a trailer and runs `verify` on opening. "tail" drops an incomplete end of the file and lists it in
+            `report`; damage before valid chunks is an error. "salvage" reads around damage and reports each gap.
+        whole_set: False opens a single member of a set.
 
     Raises:
-        MscanError: the file breaks a rule of the format, on opening or when the part is first read.
-        FileNotFoundError: there is no such file.
+        MscanError: the file breaks a rule of the format, on opening or when the affected part is first read.
+        FileNotFoundError: the file does not exist.
 
-    The file is mapped: truncating it from another process while it is open ends this one with a bus error.
+    The file is mapped: if another process truncates it while it is open, this process ends with a bus error.
 
     Attributes:
         path: the argument.
         recovery: the argument.
         version: 1 or 2.
-        metadata: what the writer was given.
+        metadata: as given to the writer.
         layout: entries in column order.
-        sequences: read when an item is asked for.
-        report: one line for everything recovery left out.
+        sequences: sequences of the file, each read on access.
+        report: one line for each part that recovery left out.
     """
 
     _kinds: ClassVar[list[type[MscanReader]]] = []
@@ -139,14 +139,14 @@ class MscanReader:
 
     @classmethod
     def _reads(cls, path: str, whole_set: bool) -> bool:
-        """Whether this class reads what is at `path`."""
+        """Whether this class reads the file or set at `path`."""
         raise NotImplementedError
 
     def ordinal(self, i: int) -> int:
         """i counted from the front.
 
         Raises:
-            IndexError: there is no sequence i.
+            IndexError: sequence i does not exist.
         """
         count = len(self)
         if not -count <= i < count:
@@ -162,7 +162,7 @@ class MscanReader:
         raise NotImplementedError
 
     def codes(self, i: int) -> list[PlaneCodes]:
-        """The planes of sequence i as stored, one item per chunk of tokens; they keep the file mapped."""
+        """Stored planes of sequence i, one item per chunk of tokens; the arrays keep the file mapped."""
         raise NotImplementedError
 
     def sequence_integral(self, i: int) -> Integral | None:
@@ -173,33 +173,33 @@ class MscanReader:
         """∫SPS and moments of the file: the stored total if no sequence was appended after it, else the sum over sequences.
 
         Raises:
-            MscanError: there is no total, and a sequence has no integral.
+            MscanError: the file has no total, and a sequence has no integral.
         """
         raise NotImplementedError
 
     def stats(self) -> ModuleStats:
         """Statistics of each weight over all stored planes.
 
-        They come from the index, without reading a plane, and are of the values as they were appended. Sequences behind the last index
-        of a file that was never closed are decoded for it, which rounds theirs to the codec.
+        The index stores the statistics of the values as they were appended, so no plane is read. Sequences after the last index of a
+        file that was never closed are decoded, so their values are rounded by the codec.
         """
         raise NotImplementedError
 
     def find(self, sequence_id: str) -> int | None:
-        """The ordinal of the first sequence of that id, or None."""
+        """Ordinal of the first sequence with this id, or None."""
         raise NotImplementedError
 
     def verify(self) -> None:
-        """Checks every rule of the format on a closed file: checksums, what each sequence commits, the order of the chunks, compressed
-        frames, and that the index agrees with the chunks. Opening with recovery "strict" does the same.
+        """Checks every rule of the format on a closed file: checksums, committed groups, the order of the chunks, compressed frames, and
+        the agreement of index and chunks. Opening with recovery "strict" runs the same checks.
 
         Raises:
-            MscanError: the first thing that is wrong.
+            MscanError: the first broken rule.
         """
         raise NotImplementedError
 
     def close(self) -> None:
-        """Lets go of the file; arrays that `codes` gave stay valid."""
+        """Closes the file; arrays from `codes` stay valid."""
         raise NotImplementedError
 
     def __len__(self) -> int:

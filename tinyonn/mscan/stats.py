@@ -1,4 +1,4 @@
-"""Statistics of each weight over a whole file, kept in its index."""
+"""Statistics of each weight over a whole file, stored in its index."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Moments = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
 def add_moments(a: Moments, b: Moments) -> Moments:
-    """Count, mean and summed squared deviation of two samples together (Chan, Golub, LeVeque, 1979)."""
+    """Count, mean and sum of squared deviations of the union of two samples (Chan, Golub, LeVeque, 1979)."""
     count = a[0] + b[0]
     share = b[0] / np.maximum(count, 1)
     delta = b[1] - a[1]
@@ -24,10 +24,10 @@ class PlaneStats:
     """Statistics of one plane, one value per layout entry, over all its stored tokens and blocks.
 
     Attributes:
-        count: (entries,) finite values, zeros among them.
-        mean: (entries,) float64, their mean, 0 where count is 0.
-        m2: (entries,) float64, their summed squared deviation.
-        zeros, missing, nonfinite: (entries,) values that are exactly 0, NaN, infinite.
+        count: (entries,) number of finite values, including zeros.
+        mean: (entries,) float64, mean of these values, 0 where count is 0.
+        m2: (entries,) float64, sum of squared deviations from the mean.
+        zeros, missing, nonfinite: (entries,) number of values that are exactly 0, NaN, infinite.
     """
 
     count: NDArray[np.uint64]
@@ -49,7 +49,7 @@ class PlaneStats:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModuleStats:
-    """Statistics of both planes, `names[i]` being the layout entry of index i."""
+    """Statistics of both planes; `names[i]` is the name of layout entry i."""
 
     names: list[str]
     activation: PlaneStats
@@ -57,7 +57,7 @@ class ModuleStats:
 
     @classmethod
     def from_arrays(cls, names: list[str], counts: NDArray[np.uint64], moments: NDArray[np.float64]) -> ModuleStats:
-        """From (entries, 2, 4) counts and (entries, 2, 2) moments, as the codec gives them."""
+        """Statistics from the codec's (entries, 2, 4) counts and (entries, 2, 2) moments."""
         planes = []
         for p in range(2):
             count, zeros, missing, nonfinite = (counts[:, p, k].copy() for k in range(4))
@@ -66,5 +66,5 @@ class ModuleStats:
 
     def __add__(self, other: ModuleStats) -> ModuleStats:
         if self.names != other.names:
-            raise ValueError("statistics must be of the same layout to be added.")
+            raise ValueError("statistics of different layouts cannot be added.")
         return ModuleStats(self.names, self.activation + other.activation, self.grad_norm + other.grad_norm)

@@ -1,4 +1,4 @@
-"""What a scan says of one sequence, and the sums that are kept over its tokens."""
+"""Record of one scanned sequence, and sums over its tokens."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .stats import add_moments
 
 @dataclass(slots=True, eq=False)
 class Integral:
-    """Sums over tokens that need no planes: ∫SPS and the moments of each block.
+    """Sums over tokens: ∫SPS and the moments of each block.
 
     Attributes:
-        sps: (blocks,) float64, the synergistic prediction score summed over tokens; NaN for a block that counts none.
-        count: (blocks,) float64, tokens counted.
-        activation_mean, activation_m2: (blocks,) float64, mean and summed squared deviation of the activation norm.
-        grad_mean, grad_m2: (blocks,) float64, the same of the gradient norm.
+        sps: (blocks,) float64, synergistic prediction score (SPS) summed over tokens; NaN for a block without a counted token.
+        count: (blocks,) float64, number of counted tokens.
+        activation_mean, activation_m2: (blocks,) float64, mean and sum of squared deviations of the activation norm.
+        grad_mean, grad_m2: (blocks,) float64, the same for the gradient norm.
 
-    `a + b` is the integral over the tokens of both (Chan's update); where one has fewer blocks, its missing blocks count no token.
+    `a + b` is the integral over the tokens of both; blocks that one of them lacks count no token there.
     """
 
     sps: NDArray[np.float64]
@@ -37,12 +37,12 @@ class Integral:
 
     @classmethod
     def zeros(cls, blocks: int) -> Integral:
-        """The integral of no token."""
+        """Integral over no tokens."""
         return cls(*(np.zeros(blocks) for _ in range(6)))
 
     @classmethod
     def from_planes(cls, sps: NDArray[np.float64], present: NDArray[np.bool_], planes: Sequence[NDArray[Any]]) -> Integral:
-        """The integral of one sequence.
+        """Integral of one sequence.
 
         Args:
             sps: (blocks,) SPS summed over tokens.
@@ -58,12 +58,12 @@ class Integral:
         return cls(sps, count, *moments)
 
     def widened(self, blocks: int) -> Integral:
-        """The same integral over a layout that gained blocks, which count no token."""
+        """The same integral for a longer layout, whose new blocks count no token."""
         missing = blocks - len(self.sps)
         return self if missing <= 0 else Integral(*(np.pad(plane, (0, missing)) for plane in self.planes()))
 
     def planes(self) -> tuple[NDArray[np.float64], ...]:
-        """The six arrays in the order of the file, where ∫SPS of a block that counts no token is 0."""
+        """The six arrays in file order, with ∫SPS = 0 for a block without a counted token."""
         return (np.where(self.count > 0, self.sps, 0.0), self.count, self.activation_mean, self.activation_m2, self.grad_mean, self.grad_m2)
 
     def __add__(self, other: Integral) -> Integral:
@@ -78,16 +78,16 @@ class Integral:
 
 @dataclass(slots=True, eq=False)
 class SequenceRecord:
-    """One scanned sequence, as it is appended.
+    """One scanned sequence, the argument of `MscanWriter.append`.
 
     Attributes:
-        sequence_id: names the sequence; resuming looks it up.
+        sequence_id: id of the sequence; a resumed scan skips ids that the file holds.
         token_ids: (tokens,) integers 0 … 2³²−1.
-        loss: (tokens,) float32; loss[t] is the loss of predicting token t+1 from t; NaN where there is no label.
+        loss: (tokens,) float32; loss[t] is the loss of predicting token t+1 from t; NaN without a label.
         activation, grad_norm: (tokens, blocks) float32, never negative, NaN = missing; both or neither.
-        mask: (tokens,) 1 = marked, an answer's token in generation; None marks all.
-        text: the sequence's text, if it is to be kept.
-        integral: this sequence's integral, committed together with it.
+        mask: (tokens,) 1 = marked, such as the tokens of a generated answer; None marks all.
+        text: the sequence's text, or None to store none.
+        integral: this sequence's integral, committed with it.
     """
 
     sequence_id: str

@@ -25,7 +25,7 @@ def metadata_of(path: str, raw: bytes) -> dict[str, Any]:
     """Parses a file's metadata.
 
     Raises:
-        MscanError: it is no JSON object.
+        MscanError: it is not a JSON object.
     """
     try:
         metadata = json.loads(raw.decode())
@@ -37,12 +37,12 @@ def metadata_of(path: str, raw: bytes) -> dict[str, Any]:
 
 
 def gap_lines(gaps: list[tuple[int, int, str]]) -> list[str]:
-    """One line per gap for `report`."""
+    """One line of `report` per gap."""
     return [f"bytes {begin} … {end} left out: {rule}" if begin < end else f"byte {begin}: {rule}" for begin, end, rule in gaps]
 
 
 class V2Reader(MscanReader):
-    """Reads one version 2 file; see `MscanReader`. Sequences older than a layout's last blocks have NaN there."""
+    """Reads one version 2 file; see `MscanReader`. Sequences written before the layout grew have NaN in the new blocks."""
 
     version = 2
 
@@ -62,7 +62,7 @@ class V2Reader(MscanReader):
 
     @property
     def uuid(self) -> bytes:
-        """The file's own 16 bytes, which a copy of it has too."""
+        """UUID of the file, 16 bytes; a copy of the file has the same."""
         with open(self.path, "rb") as file:
             return file.read(UUID.stop)[UUID]
 

@@ -17,7 +17,7 @@ from .v2 import gap_lines, metadata_of
 
 
 class SequenceIds(Set[str]):
-    """Ids of the sequences a file holds: those it held when it was opened are looked up in it, not kept in memory."""
+    """Ids of the sequences in a file. Ids from before it was opened are looked up in the file, not kept in memory."""
 
     def __init__(self, stored: _C.Reader | None, added: dict[str, None]) -> None:
         self._stored = stored
@@ -43,26 +43,25 @@ class SequenceIds(Set[str]):
 
 
 class MscanWriter:
-    """Appends sequences to a `.mscan` file, version 2.
+    """Appends sequences to a version 2 `.mscan` file.
 
     Args:
-        path: the file; its name ends in `.mscan` by custom.
-        metadata: JSON values, written once. With mode "a" it must equal the file's; None takes the file's.
-        layout: the columns of both planes. With mode "a" it must equal the file's or add entries to it; None takes the file's.
-        mode: "x" creates a file that must not exist; "w" replaces one; "a" goes on with one, dropping what an interrupted append left.
-        codec: "log2u16", 2 bytes a value, or "f32", 4 bytes.
+        path: the file; its name ends in `.mscan` by convention.
+        metadata: JSON values, written once. With mode "a" it must equal the file's; None uses the file's.
+        layout: columns of both planes. With mode "a" it must equal the file's or add entries to it; None uses the file's.
+        mode: "x" creates a file that must not exist; "w" replaces one; "a" continues one and drops the remains of an interrupted append.
+        codec: "log2u16", 2 bytes per value, or "f32", 4 bytes.
         compression: None or "zstd".
-        sync: what a returned `append` promises. "chunk": it outlives the machine's failure. "close": it outlives this process's, and once
-            `close` returned, the machine's. "none": it outlives this process's; nothing is ever forced to the disk.
+        sync: durability of a finished `append`. "chunk": survives a failure of the machine. "close": survives a failure of the process
+            and, once `close` has returned, of the machine. "none": survives a failure of the process; nothing is forced to the disk.
 
     Raises:
         InputError: an argument is wrong, or metadata or layout do not agree with the file's.
-        MscanError: another writer has the file open, it is damaged, or a write failed; what was appended before stays readable.
-        FileExistsError, FileNotFoundError: by mode.
+        MscanError: another writer has the file open, it is damaged, or a write failed; earlier sequences stay readable.
+        FileExistsError, FileNotFoundError: depending on the mode.
 
-    A writer appends from one thread at a time; the GIL is released meanwhile. docs/mscan.md lists the
-    system calls. As a context manager it closes the file, also after an
-    exception.
+    A writer appends from one thread at a time and releases the GIL meanwhile. docs/mscan.md lists the system calls. As a context
+    manager it closes the file, also after an exception.
     """
 
     def __init__(
@@ -110,11 +109,11 @@ class MscanWriter:
         self._append = self._core.append
 
     def append(self, record: SequenceRecord) -> int:
-        """Appends one sequence and returns its ordinal; when this returns, the sequence is committed as `sync` promises.
+        """Appends one sequence and returns its ordinal; on return the sequence is committed, as durable as `sync` defines.
 
         Raises:
-            InputError: shapes do not agree, a norm is negative, a token id does not fit 32 bits, or an id or text is no Unicode text.
-            MscanError: the write failed; the file is as it was before.
+            InputError: shapes do not agree, a norm is negative, a token id does not fit 32 bits, or an id or text is not valid Unicode.
+            MscanError: the write failed; the file is unchanged.
         """
         integral = record.integral
         if not isinstance(record.sequence_id, str) or not (record.text is None or isinstance(record.text, str)):
@@ -130,20 +129,20 @@ class MscanWriter:
                 record.text,
                 None if integral is None else integral.planes(),
             )
-        except (TypeError, RuntimeError):  # pybind11 has no other words for a text that is none; looked into only then
+        except (TypeError, RuntimeError):  # pybind11's error for an invalid text; checked only here, to keep append fast
             _check_texts(record)
             raise
         self._added[record.sequence_id] = None
         return ordinal
 
     def append_integral(self, integral: Integral) -> None:
-        """Stores the total over all sequences; it counts until another sequence is appended."""
+        """Stores the total over all sequences; it is valid until another sequence is appended."""
         if not isinstance(integral, Integral):
             raise InputError(f"integral must be an Integral, got {type(integral).__name__}.")
         self._core.append_integral(integral.planes())
 
     def extend_layout(self, layout: Sequence[LayoutEntry]) -> None:
-        """Starts a longer layout; sequences appended so far read as missing in the new columns.
+        """Starts a longer layout; earlier sequences read as missing in the new columns.
 
         Raises:
             InputError: the layout does not start with the entries of the file's.
@@ -151,7 +150,7 @@ class MscanWriter:
         check_layout(layout)
         for ours, theirs in zip(layout, self.layout, strict=False):
             if ours != theirs:
-                raise InputError(f"layout must agree with the file's: {theirs} expected, got {ours}.")
+                raise InputError(f"layout must agree with the file's entry {theirs}, got {ours}.")
         if len(layout) < len(self.layout):
             raise InputError(f"layout must hold the file's {len(self.layout)} entries, got {len(layout)}.")
         if len(layout) > len(self.layout):
@@ -160,7 +159,7 @@ class MscanWriter:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Time spent so far in encoding planes, their checksum included, and in writing."""
+        """Seconds spent on encoding planes, including checksums, and on writing."""
         return self._core.seconds
 
     def __len__(self) -> int:
@@ -190,7 +189,7 @@ def _dumps(metadata: dict[str, Any]) -> str:
         raise InputError(f"metadata must be a dict with strings for keys, got {metadata!r:.80}.")
     try:
         text = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
-        text.encode()  # half of a surrogate pair has no place in UTF-8
+        text.encode()  # raises for a lone surrogate
         return text
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"metadata must be JSON values, got {reason(error)}.") from error
@@ -210,7 +209,7 @@ def _check_text(name: str, value: object) -> None:
     except UnicodeEncodeError as error:
         raise InputError(f"{name} must be valid Unicode, got a lone surrogate at character {error.start}.") from None
     if name == "path" and "\0" in value:
-        raise InputError(f"path must hold no NUL character, got {value!r}.")
+        raise InputError(f"path must not contain a NUL character, got {value!r}.")
 
 
 def _agree(stored: dict[str, Any], given: dict[str, Any]) -> None:

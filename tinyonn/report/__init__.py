@@ -1,4 +1,4 @@
-"""Figures and HTML pages of a scan, and of what is measured on attention heads."""
+"""Figures and HTML pages of scans and of measurements on attention heads."""
 
 from .heads.plasticity_aggregate_page import write_plasticity_aggregate
 from .heads.plasticity_page import write_plasticity_page

@@ -1,10 +1,10 @@
-"""Where the records of a version 1 file begin, and how many there are.
+"""Offset and number of the records of a version 1 file.
 
     <5sHII  magic "MSCAN", version 1, header length, record count; then JSON; then packed 12-byte records
 
-The header length counts the 15 bytes of the prologue in every file seen; the other reading (JSON only) is accepted
-where it alone agrees with the size of the file. Version 1 names no checksum: what can be checked is what the prologue,
-the JSON and the file's size promise about each other.
+The header length includes the 15 bytes of the prologue in every known file; the other reading (JSON only) is accepted
+where only it agrees with the size of the file. Version 1 has no checksum: the checks compare the prologue, the JSON and
+the size of the file.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ RECOVERY = ("strict", "tail", "salvage")
 
 @dataclass(frozen=True)
 class V1Header:
-    """The validated head of a file.
+    """Validated header of a file.
 
     Args:
-        metadata: the JSON as it stands.
-        offset: byte of the first whole record.
-        records: whole records from there on.
-        lost: what was found missing or left out, one sentence each.
-        discarded: records that a longer header had overwritten or that the file ends before.
+        metadata: the JSON, unchanged.
+        offset: byte offset of the first whole record.
+        records: number of whole records from there.
+        lost: one sentence for each missing or omitted part.
+        discarded: number of records that a longer header overwrote or that lie past the end of the file.
     """
 
     metadata: dict[str, Any]
@@ -49,14 +49,14 @@ def read_header(path: str, head: bytes, size: int, recovery: str, plausible: Cal
     """Validates the head of a version 1 file.
 
     Args:
-        path: named in errors.
-        head: the file's first bytes, at least as many as its header length + 15 where the file has them.
-        size: of the whole file, in bytes.
+        path: path for error messages.
+        head: first bytes of the file, at least header length + 15 if the file is that long.
+        size: size of the whole file in bytes.
         recovery: "strict", "tail" or "salvage".
-        plausible: whether records of this metadata may begin at this byte; tells an overwritten file from one cut to the same size.
+        plausible: whether records with this metadata may begin at this byte; distinguishes an overwritten file from a truncated one.
 
     Raises:
-        MscanError: the header breaks a rule that `recovery` does not forgive.
+        MscanError: the header breaks a rule that `recovery` does not tolerate.
     """
     length, count = read_prologue(path, head)
     if not PROLOGUE.size <= length <= size:
@@ -76,7 +76,7 @@ def read_header(path: str, head: bytes, size: int, recovery: str, plausible: Cal
                 return _salvage_overwritten(path, metadata, overwritten, discarded, count, recovery)
         if recovery == "strict":
             raise MscanError(path, f"the file must hold {count} records of {RECORD_BYTES} bytes from byte {offset} on, got {have}.", offset)
-        lost = f"the file ends {count - have} records before the {count} that its header names"
+        lost = f"the file ends {count - have} records before the {count} that its header counts"
         return V1Header(metadata, offset, have, (lost,), count - have)
     return _with_trailing_bytes(path, metadata, offset, count, have, size, recovery)
 
@@ -108,8 +108,8 @@ def _parse_json(path: str, text: bytes) -> dict[str, Any]:
 
 
 def _overwritten_offset(metadata: dict[str, Any], size: int, count: int) -> int | None:
-    # One writer opened the file with metadata that had no sequences yet (or an empty list) and on close wrote the full
-    # metadata from byte 0 on, over the first records. Its first form, dumped again, tells where the records began.
+    # One writer started the file with metadata without sequences (or with an empty list) and on close wrote the full metadata
+    # from byte 0, over the first records. The length of the first form, dumped again, is the offset of the records.
     first = {key: value for key, value in metadata.items() if key != "sequences"}
     for candidate in (first, {**metadata, "sequences": []}):
         offset = PROLOGUE.size + len(json.dumps(candidate, indent=2).encode())
@@ -130,9 +130,9 @@ def _with_trailing_bytes(path: str, metadata: dict[str, Any], offset: int, count
     if recovery == "strict":
         raise MscanError(path, f"the file must end after its {count} records, got {size - end} bytes more.", end)
     if recovery == "tail":
-        return V1Header(metadata, offset, count, (f"{size - end} bytes follow the {count} records that the header names",))
-    # A writer that was killed never brought the count up to date: the records are there.
-    lost = [f"the header names {count} records, the file holds {have}: all are read"]
+        return V1Header(metadata, offset, count, (f"{size - end} bytes follow the {count} records that the header counts",))
+    # A killed writer did not update the count; the records exist.
+    lost = [f"the header counts {count} records, the file holds {have}: all are read"]
     if rest := (size - offset) % RECORD_BYTES:
         lost.append(f"{rest} bytes of an unfinished record at the end")
     return V1Header(metadata, offset, have, tuple(lost))

@@ -1,7 +1,7 @@
 """Reader of `.mscan` version 1, with the interface of `MscanReader`.
 
-Planes are built from a sequence's records: a column per (parameter, block), NaN where the file has no record. Values
-are the writer's own unsigned 16-bit numbers; no known version 1 file states a scale, so none is applied.
+Planes are built from a sequence's records: one column per (parameter, block), NaN without a record. Values are the
+writer's unsigned 16-bit integers; no known version 1 file states a scale, so none is applied.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .header import PROLOGUE, RECORD, RECOVERY, read_header, read_prologue
 from .records import index_records, read_records
 from .sums import integrate, plane_stats
 
-CELLS_PER_RECORD = 4096  # how sparse a sequence's planes may be before the file is taken for damaged
-SMALL_PLANE = 1 << 20  # cells that are always allowed
+CELLS_PER_RECORD = 4096  # sparser planes mean a damaged file
+SMALL_PLANE = 1 << 20  # cells allowed at any sparsity
 MAX_TOKENS = 1 << 24  # of one sequence
-SAMPLED_RECORDS = 4096  # looked at to tell where records begin
-FEATURES_PER_BLOCK = 64  # version 1 does not say how many features a weight has: every block is taken for full
+SAMPLED_RECORDS = 4096  # sample that decides where records begin
+FEATURES_PER_BLOCK = 64  # version 1 does not store the features of a weight, so every block counts as full
 
 NOTES = (
-    "values are the version 1 writer's unsigned 16-bit numbers; the file does not say their scale",
+    "values are the version 1 writer's unsigned 16-bit integers; the file does not state their scale",
     "token_ids are version 1's running token_idx, not entries of a vocabulary; it stored no losses",
 )
 ZERO_GRADIENTS = "every grad_norm is 0: writers of version 1.1 truncated them to integers, so they are not a measurement"
@@ -40,7 +40,7 @@ ZERO_GRADIENTS = "every grad_norm is 0: writers of version 1.1 truncated them to
 
 @dataclass(frozen=True, eq=False)
 class V1Sequence:
-    """One sequence: version 1 knows no losses (NaN) and no token ids (the running token_idx stands in their place)."""
+    """One sequence: version 1 has no losses (NaN) and no token ids (the running token_idx replaces them)."""
 
     sequence_id: str
     num_tokens: int
@@ -49,7 +49,7 @@ class V1Sequence:
     has_records: bool
     first_token: int
 
-    lost_tokens: ClassVar[int] = 0  # a record is whole or the report counts it
+    lost_tokens: ClassVar[int] = 0  # records are whole; `report` counts the others
     lost_integral: ClassVar[bool] = False
 
     @property
@@ -70,12 +70,12 @@ class V1Reader(MscanReader):
 
     Args:
         path: the file.
-        recovery: "strict" takes a whole file only; "tail" also one that ends early; "salvage" also one whose first records
-            a longer header has overwritten, one that was never closed, and leaves out records that name nothing.
+        recovery: "strict" accepts only a complete file, "tail" also a truncated one. "salvage" also accepts a file whose first
+            records a longer header overwrote or that was never closed, and omits records of unknown parameters or tokens.
 
     Raises:
-        MscanError: the file breaks a rule that `recovery` does not forgive; names the byte.
-        InputError: `recovery` is none of the three.
+        MscanError: the file breaks a rule that `recovery` does not tolerate; names the byte.
+        InputError: `recovery` is not one of the three.
     """
 
     version = 1
@@ -118,7 +118,7 @@ class V1Reader(MscanReader):
         self.metadata: dict[str, Any] = {**self.header.metadata, "version_1_notes": notes}
         self.report = [*self.header.lost]
         if index.invalid:
-            self.report.append(f"{index.invalid} records that name a parameter or a token which does not exist")
+            self.report.append(f"{index.invalid} records of a parameter or token that does not exist")
 
     def _plausible(self, metadata: dict[str, Any], offset: int) -> bool:
         data = os.pread(self._fd, RECORD.itemsize * SAMPLED_RECORDS, offset)
@@ -128,7 +128,7 @@ class V1Reader(MscanReader):
         return bool(2 * np.count_nonzero(valid) >= records.size)
 
     def records(self, i: int) -> np.ndarray:
-        """The records of sequence i as they stand, in file order: the packed version 1 dtype."""
+        """Records of sequence i in file order, of the packed version 1 dtype."""
         sequence = self.sequences[i].ordinal
         first, end = np.searchsorted(self._segments[:, 2], [sequence, sequence + 1])
         pieces = [read_records(self.path, self._fd, self.header, int(a), int(b)) for a, b, _ in self._segments[first:end]]
@@ -136,10 +136,10 @@ class V1Reader(MscanReader):
         return records[self._known[records["param_id"]]]
 
     def planes(self, i: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Activation and gradient norms of sequence i, (tokens, blocks) float32 each, NaN where there is no record.
+        """Activation and gradient norms of sequence i, (tokens, blocks) float32 each, NaN without a record.
 
         Raises:
-            MscanError: two records are of the same token and block, or the records are too few for planes of that size.
+            MscanError: two records have the same token and block, or too few records exist for planes of that size.
         """
         sequence, records = self.sequences[i], self.records(i)
         shape = (sequence.num_tokens, layout_blocks(self.layout))
@@ -164,11 +164,11 @@ class V1Reader(MscanReader):
         return activation.reshape(shape), grad_norm.reshape(shape)
 
     def codes(self, i: int) -> list[PlaneCodes]:
-        """The planes of sequence i as float32 values; `records` gives what is stored."""
+        """Planes of sequence i as float32 values; `records` returns the stored numbers."""
         return [PlaneCodes(0, *self.planes(i), (0.0, 0.0), (0.0, 0.0), None, None)]
 
     def sequence_integral(self, i: int) -> Integral | None:
-        """∫SPS and moments of sequence i, computed from its planes; None where it has no record."""
+        """∫SPS and moments of sequence i, computed from its planes; None without a record."""
         if not self.sequences[i].has_records:
             return None
         return integrate(*self.planes(i), layout_groups(self.layout)[1])
@@ -197,7 +197,7 @@ class V1Reader(MscanReader):
         return next((s.ordinal for s in self.sequences if s.sequence_id == sequence_id), None)
 
     def verify(self) -> None:
-        """Checks what version 1 promises: a record count that fits the file, and one record a token and block."""
+        """Checks that the record count fits the file, and that each token and block has at most one record."""
         with V1Reader(self.path, recovery="strict") as strict:
             for sequence in strict.sequences:
                 strict.planes(sequence.ordinal)
@@ -230,7 +230,7 @@ def _listed_sequences(path: str, metadata: dict[str, Any]) -> list[tuple[str, in
     for ordinal, entry in enumerate(listed):
         tokens, text = entry.get("num_tokens"), entry.get("source")
         if type(tokens) is not int or not 0 <= tokens <= min(MAX_TOKENS, (1 << 32) - total):
-            rule = f"num_tokens of sequence {ordinal} must be a whole number up to {MAX_TOKENS} and 2^32 in all"
+            rule = f"num_tokens of sequence {ordinal} must be an integer up to {MAX_TOKENS}, at most 2^32 over all sequences"
             raise MscanError(path, f"{rule}, got {tokens!r:.40}.", PROLOGUE.size)
         name = str(entry.get("sequence_id", ordinal))
         name = name if name not in used else f"{name}.{ordinal}"
@@ -241,7 +241,7 @@ def _listed_sequences(path: str, metadata: dict[str, Any]) -> list[tuple[str, in
 
 
 def _layout(names: dict[int, str], blocks: np.ndarray) -> tuple[list[LayoutEntry], np.ndarray]:
-    # Layers in numerical order, then what is outside any layer; within a layer the order of the ids.
+    # Layers in numerical order, then weights outside all layers; within a layer the order of the ids.
     def place(param: int) -> tuple[bool, list[tuple[bool, int, str]], int]:
         parts = group_name(names[param]).split(".")
         in_layer = any(part.isdecimal() for part in parts)

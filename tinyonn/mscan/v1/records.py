@@ -1,4 +1,4 @@
-"""Which records of a version 1 file belong to which sequence: one pass over the file, a few numbers kept."""
+"""Assignment of the records of a version 1 file to its sequences, in one pass over the file."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ CHUNK_RECORDS = 1 << 18
 
 @dataclass(frozen=True)
 class RecordIndex:
-    """What one pass over the records found.
+    """Result of one pass over the records.
 
     Args:
-        blocks: (65536,) int64, blocks of each parameter id; 0 where it has no record.
+        blocks: (65536,) int64, number of blocks of each parameter id; 0 without a record.
         bounds: (sequences + 1,) int64, token_idx of each sequence's first token, then the total.
         segments: (n, 3) int64, rows of (first record, end record, sequence), in file order.
-        invalid: records left out because their parameter or token does not exist.
-        zero_gradients: there are records, and every grad_norm is 0.
+        invalid: number of records omitted because their parameter or token does not exist.
+        zero_gradients: whether the file has records and every grad_norm is 0.
     """
 
     blocks: np.ndarray
@@ -33,7 +33,7 @@ class RecordIndex:
 
 
 def read_records(path: str, fd: int, header: V1Header, first: int, end: int) -> np.ndarray:
-    """Records [first, end), read into memory: a map would end the process where another one truncates the file."""
+    """Records [first, end), read into memory, because a mapped file ends the process if another one truncates it."""
     want, at = (end - first) * RECORD_BYTES, header.offset + first * RECORD_BYTES
     buffer = bytearray(want)
     view, have = memoryview(buffer), 0
@@ -46,14 +46,14 @@ def read_records(path: str, fd: int, header: V1Header, first: int, end: int) -> 
 
 
 def index_records(path: str, fd: int, header: V1Header, known: np.ndarray, num_tokens: list[int], recovery: str) -> RecordIndex:
-    """Reads every record once and assigns it to a sequence by its token_idx, which counts on from sequence to sequence.
+    """Reads every record once and assigns it to a sequence by its token_idx, which runs over all sequences.
 
     Args:
         known: (65536,) bool, parameter ids that have a name.
-        num_tokens: tokens of each sequence in the metadata; where it names none, all records are one sequence.
+        num_tokens: number of tokens of each sequence in the metadata; if it is empty, all records are one sequence.
 
     Raises:
-        MscanError: a record names a parameter or a token that does not exist ("salvage" leaves it out, unless most are so).
+        MscanError: a record's parameter or token does not exist ("salvage" omits such records, unless they are the majority).
     """
     bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(num_tokens or [1 << 32], dtype=np.int64)])
     blocks = np.zeros(1 << 16, np.int64)
@@ -77,7 +77,7 @@ def index_records(path: str, fd: int, header: V1Header, known: np.ndarray, num_t
         owners.append(owned[change])
         owner = int(owned[-1])
     if 2 * invalid > header.records:
-        rule = f"most records must name a known parameter and token, got {invalid} of {header.records} that do not."
+        rule = f"most records must have a known parameter and token, got {invalid} of {header.records} without."
         raise MscanError(path, rule, header.offset)
     if not num_tokens:
         bounds = np.array([0, last_token + 1], np.int64)[: 2 if header.records else 1]
@@ -87,8 +87,8 @@ def index_records(path: str, fd: int, header: V1Header, known: np.ndarray, num_t
 
 
 def grow_blocks(blocks: np.ndarray, param: np.ndarray, block: np.ndarray) -> None:
-    """Raises blocks[p] to the number of blocks that records of parameter p name."""
-    # Records of one parameter stand together, so a maximum per run leaves few values to scatter.
+    """Raises blocks[p] to the number of blocks in the records of parameter p."""
+    # Records of one parameter are adjacent, so a maximum per run leaves few values to scatter.
     if param.size:
         runs = np.flatnonzero(np.diff(param.astype(np.int32), prepend=-1))
         np.maximum.at(blocks, param[runs], np.maximum.reduceat(block.astype(np.int64), runs) + 1)
@@ -98,5 +98,5 @@ def _reject(path: str, header: V1Header, first: int, records: np.ndarray, known:
     bad = int(np.argmin(valid))
     at = header.offset + (first + bad) * RECORD_BYTES
     if not known[records["param_id"][bad]]:
-        raise MscanError(path, f"param_id must stand in id_to_param_name_map, got {records['param_id'][bad]}.", at + 4)
+        raise MscanError(path, f"param_id must be a key of id_to_param_name_map, got {records['param_id'][bad]}.", at + 4)
     raise MscanError(path, f"token_idx must be below the {tokens} tokens of all sequences, got {records['token_idx'][bad]}.", at)

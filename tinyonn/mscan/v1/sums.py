@@ -1,4 +1,4 @@
-"""Sums over planes that a version 2 writer stores and version 1 never did."""
+"""Sums over planes that version 2 files store and version 1 files lack."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..types import Integral
 
 
 def integrate(activation: np.ndarray, grad_norm: np.ndarray, offsets: np.ndarray) -> Integral:
-    """∫SPS and moments of two planes in float64: what a scan computes on its device, here for files that hold planes alone.
+    """∫SPS and moments of two planes in float64, as a scan computes them on its device, for files without integrals.
 
     Args:
         activation, grad_norm: (tokens, blocks), NaN = missing.
-        offsets: (groups + 1,) first column of each group over which z is taken.
+        offsets: (groups + 1,) first column of each group; z-scores are per group.
     """
     planes = [np.where(np.isnan(activation) | np.isnan(grad_norm), np.nan, plane.astype(np.float64)) for plane in (activation, grad_norm)]
     present = ~np.isnan(planes[0])

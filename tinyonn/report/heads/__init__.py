@@ -1,1 +1,1 @@
-"""Pages and figures of the head laboratory."""
+"""Pages and figures of measurements on attention heads."""

@@ -1,4 +1,4 @@
-"""Figures of attention heads as PNG files: heat maps, importance against change, and the statistics; matplotlib's default colours."""
+"""Figures of attention heads as PNG files, in matplotlib's default colours: heat maps, importance against change, statistics."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..html.charts import DotRow, Points, bent_ticks, format_number, linear_widt
 from ..html.maps import HeatMap, Normalisation
 from ..scan.figures import draw_map, new_figure, safe_label, save_figure
 
-_MANY = 800  # heads, from which on points are drawn smaller
-_POWERS = (-2, 4)  # of ten, beyond which the labels of an axis share one in its title
-_LETTERS = 10  # of a map's title, an inch of the figure
+_MANY = 800  # from this number of heads, points are drawn smaller
+_POWERS = (-2, 4)  # powers of ten outside of which the axis title holds a shared one
+_LETTERS = 10  # letters of a map's title per inch of the figure
 _MARKERS = {"circle": "o", "square": "s", "triangle": "^"}
 
 
 def draw_head_map(path: Path, title: str, where: str, heat_map: HeatMap, how: Normalisation, layers: Sequence[str], num_heads: int) -> None:
-    """One map of layers × heads, input layer on top; under its title, of which model and data it is."""
+    """One map of layers × heads, input layer on top, with the model and data below its title."""
     width = min(max(4.6, 0.3 * num_heads + 2.2), 11.0)
     figure = new_figure(width, min(max(3.0, 0.26 * len(layers) + 1.5), 9.0))
     axes = figure.add_subplot(1, 1, 1)
@@ -34,7 +34,7 @@ def draw_head_map(path: Path, title: str, where: str, heat_map: HeatMap, how: No
 
 @dataclass(frozen=True)
 class HeadScatter:
-    """One panel: groups of heads, the title of its y axis, and named lines across both axes."""
+    """One panel: groups of heads, the title of the y axis, and named lines across both axes."""
 
     title: str
     groups: Sequence[Points]
@@ -44,7 +44,7 @@ class HeadScatter:
 
 
 def draw_head_scatters(path: Path, title: str, plots: Sequence[HeadScatter], x_title: str) -> None:
-    """One point per head, a marker and a colour per group, dashed lines at the marks; panels side by side."""
+    """One point per head, with a marker and a colour per group and dashed lines at the marks; panels side by side."""
     figure = new_figure(5.4 * len(plots) + 0.6, 5.0, title, 12)
     for number, plot in enumerate(plots, start=1):
         axes = figure.add_subplot(1, len(plots), number)
@@ -73,9 +73,9 @@ def draw_head_scatters(path: Path, title: str, plots: Sequence[HeadScatter], x_t
 def draw_statistics(
     path: Path, title: str, correlations: Sequence[DotRow], overlaps: Sequence[DotRow], limits: tuple[float, float]
 ) -> None:
-    """Rank correlations with their intervals beside the overlaps with chance; dashed lines at the study's figures, for what they judge."""
+    """Rank correlations with intervals, and overlaps with chance; dashed lines at the study's figures, across the rows that they judge."""
     figure = new_figure(9.0, 1.8 + 0.5 * len(correlations), title, 12)
-    figure.get_layout_engine().set(wspace=0.06)  # keeps the last tick of one panel off the first of the other
+    figure.get_layout_engine().set(wspace=0.06)  # keeps tick labels of the two panels apart
     places = np.arange(len(correlations))
     left, right = figure.subplots(1, 2, sharey=True)
     for place, row in zip(places, correlations, strict=True):
@@ -113,7 +113,7 @@ def draw_statistics(
 
 
 def _label_ticks(axes: Any, name: str, values: np.ndarray) -> None:
-    """Few ticks with short labels; a power of ten or an offset that they share goes into the title of the axis."""
+    """Sets few ticks with short labels; the axis title holds a shared power of ten or offset."""
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     axis = getattr(axes, f"{name}axis")

@@ -1,4 +1,4 @@
-"""What the commands of the head laboratory wrote, read for its pages: tables of one line a head, and facts."""
+"""Files of the `heads` commands: tables with one line per head, and facts of a run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..scan.grid import Floats
 
 @dataclass(frozen=True)
 class HeadColumns:
-    """A CSV of one line a head.
+    """A CSV with one line per head.
 
     Attributes:
         layers: label of each row of a grid.
         places: (lines,) (layer, head) in the file's order.
-        columns: (lines,) numbers by column, in the file's order; NaN where a cell is empty.
+        columns: (lines,) numbers by column, in the file's order; NaN for an empty cell.
         words: (lines,) text by column.
     """
 
@@ -34,11 +34,11 @@ class HeadColumns:
 
     @property
     def num_heads(self) -> int:
-        """Heads of the widest layer."""
+        """Largest number of heads of a layer."""
         return max(head for _, head in self.places) + 1
 
     def grid(self, name: str) -> Floats:
-        """One column as (layers, heads); NaN where a layer has no such head."""
+        """One column as (layers, heads); NaN for a head that the layer lacks."""
         rows = {int(label): row for row, label in enumerate(self.layers)}
         out = np.full((len(self.layers), self.num_heads), np.nan)
         for (layer, head), value in zip(self.places, self.columns[name], strict=True):
@@ -47,16 +47,16 @@ class HeadColumns:
 
 
 def read_heads(path: Path, names: Sequence[str], step: str, words: Sequence[str] = ()) -> HeadColumns:
-    """A CSV with the columns layer and head.
+    """Reads a CSV with the columns layer and head.
 
     Args:
         path: the file.
-        names: numeric columns that it must have; others are read too.
-        step: command that writes it.
-        words: columns of text that it must have.
+        names: required numeric columns; others are read as well.
+        step: command that writes the file.
+        words: required text columns.
 
     Raises:
-        InputError: it is missing, has no line, lacks a column, or a cell is no number; the line names the file and the step.
+        InputError: the file is missing, has no lines, lacks a column, or a cell is not a number; the message names the file and the step.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -65,36 +65,36 @@ def read_heads(path: Path, names: Sequence[str], step: str, words: Sequence[str]
     except FileNotFoundError:
         raise InputError(f"{path} must exist, got no such file; run {step}.") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} must be a CSV that can be read, got: {reason(error, 100)}; run {step} again.") from error
+        raise InputError(f"{path} cannot be read as CSV: {reason(error, 100)}; run {step} again.") from error
     wanted = ["layer", "head", *names, *words]
     if not set(wanted) <= set(head):
         raise InputError(f"{path} must have the columns {', '.join(wanted)}, got {listed(head)}; run {step} again.")
     if not rows:
-        raise InputError(f"{path} must have a line for every head, got none; run {step} again.")
+        raise InputError(f"{path} must have a line for every head, got no lines; run {step} again.")
     try:
         places = tuple((int(row["layer"]), int(row["head"])) for row in rows)
         numeric = [name for name in head if name not in ("layer", "head", *words)]
         columns = {name: np.array([float(row[name]) if row[name] else math.nan for row in rows]) for name in numeric}
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path} must hold numbers, got: {reason(error, 100)}; run {step} again.") from error
+        raise InputError(f"{path} must hold numbers: {reason(error, 100)}; run {step} again.") from error
     if len(set(places)) < len(places) or min(min(place) for place in places) < 0:
-        raise InputError(f"{path} must name every head once, counted from 0; run {step} again.")
+        raise InputError(f"{path} must list each head once, counted from 0; run {step} again.")
     layers = tuple(str(layer) for layer in sorted({layer for layer, _ in places}))
     return HeadColumns(layers, places, columns, {name: [row[name] or "" for row in rows] for name in words})
 
 
 def short_text(value: str) -> str:
-    """A digest by its beginning, a whole path by its last two parts, anything else as it is."""
+    """First digits of a digest, last two parts of an absolute path, other text unchanged."""
     path = PurePath(value)
     return short_digest(value) or ("/".join(("…", *path.parts[-2:])) if path.is_absolute() and len(path.parts) > 3 else value)
 
 
 def plain_facts(values: dict[str, Any], left_out: Sequence[str] = ()) -> dict[str, object]:
-    """What a run says of itself, for a list of facts: single values, digests and paths shortened, versions joined; no lists.
+    """Single values of a run for a list of facts: digests and paths shortened, versions joined, lists left out.
 
     Args:
-        values: of a JSON file.
-        left_out: keys that are shown elsewhere.
+        values: contents of a JSON file.
+        left_out: keys to leave out.
     """
     shown: dict[str, object] = {}
     for key, value in values.items():
@@ -113,5 +113,5 @@ def plain_facts(values: dict[str, Any], left_out: Sequence[str] = ()) -> dict[st
 
 
 def option_facts(options: dict[str, Any]) -> dict[str, object]:
-    """Options of a run as they are typed, for a list of facts."""
+    """Options of a run as on the command line, for a list of facts."""
     return {f"--{name.replace('_', '-')}": value for name, value in plain_facts(options).items()}

@@ -1,4 +1,4 @@
-"""The page over all seeds of a plasticity run: means with intervals, heads that are cases again and again, maps of the means."""
+"""Page over all seeds of a plasticity run: means with intervals, recurring cases, maps of the means."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _SHOWN_CASES = 40
 
 
 def write_plasticity_aggregate(folder: str | os.PathLike[str]) -> ReportResult:
-    """Draws aggregate.json and aggregate.csv of OUTPUT/TASK as index.html.
+    """Writes index.html from aggregate.json and aggregate.csv of OUTPUT/TASK.
 
     Raises:
-        InputError: a file is missing or not what the report step writes; the line names it.
+        InputError: a file is missing or not as the report step writes it; the message names it.
     """
     root = Path(folder)
     found = read_json(root / AGGREGATE, dict, REPORT_STEP)
@@ -69,7 +69,7 @@ def _page(found: Mapping[str, Any], heads: HeadColumns, rows: Mapping[str, Measu
     if len(seeds) > 1:
         for key in ("I_pre", "Urel"):
             title, unit, _, _ = MAPS[key]
-            legend = "Standard deviation over seeds: how far another run moves the head's value."
+            legend = "Standard deviation of the head's value over seeds."
             maps.append(make_map(f"{key}_sd", f"{title}, spread", legend, unit, heads.grid(f"{key}_sd"), signed=False))
     left_out = [f"{seed['folder']} is left out: {seed['found']}; run {seed['step']}." for seed in found["incomplete"]]
     body = [
@@ -113,7 +113,7 @@ def _statistics(found: Mapping[str, Any]) -> str:
     judged = [is_judged(pair, found["acceptance"]) for pair in pairs]
     rhos = [_dots(pair, "rho", its) for pair, its in zip(pairs, judged, strict=True)]
     overlaps = [_dots(pair, "overlap", its, pair["overlap"]["chance"]) for pair, its in zip(pairs, judged, strict=True)]
-    legend = "A full dot is the mean over seeds, a line its interval, a hollow dot one seed."
+    legend = "A filled dot is the mean over seeds, a line its interval, a hollow dot one seed."
     rows = []
     for pair in [*pairs, *found["taylor"]]:
         rho, overlap = pair["rho"], pair["overlap"]
@@ -140,7 +140,7 @@ def _acceptance(found: Mapping[str, Any]) -> str:
     agreement = table_card(
         ["column", "ρ between seeds", "pairs of seeds"],
         [[row["column"], decimals(row["rho"]), row["pairs"]] for row in found["agreement"]],
-        "Whether another seed finds the same heads: mean rank correlation between every two seeds",
+        "Agreement between seeds: mean rank correlation over all pairs of seeds",
         numeric=(1, 2),
     )
     body = group("grid-tables", [f'<div class="card">{listing}</div>', agreement])
@@ -161,4 +161,6 @@ def _cases(found: Mapping[str, Any]) -> str:
             f"the first {_SHOWN_CASES} of {len(all_cases)}" if len(all_cases) > _SHOWN_CASES else counted(len(rows), "head"),
         )
     head = ["layer", "head", "seeds", "I_pre, mean", "Urel, mean"]
-    return cases_section(head, listed, "No head is one in any seed.", "In how many seeds a head is a case; aggregate.csv has all heads.")
+    return cases_section(
+        head, listed, "No head is a case in any seed.", "Number of seeds in which a head is a case. aggregate.csv lists all heads."
+    )

@@ -1,6 +1,6 @@
-"""What the numbers of a plasticity run cannot carry: a model no better than its commonest class, few rows, few heads.
+"""Limits of the numbers of a plasticity run: a model no better than its commonest class, few rows, few heads.
 
-A page says these lines before its verdict. Beside them, what heads would give whose importance and change are unrelated.
+A page shows these notes above its verdict. The module also computes the figures of heads with unrelated importance and change.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from ..._io.units import counted
 from ...heads.step_files import StepFileError, read_record
 from ...heads.study import MEASURE_AGAIN, MEASURE_STEP, MEASURED, SUBSET, TRAIN_AGAIN, TRAIN_STEP, TRAINED
 
-_FEW_ROWS = 100  # below it, the standard error of an accuracy can pass 5 %
-_UNSURE = 0.05  # chance of missing the limit of an overlap, from which on the overlap decides little
+_FEW_ROWS = 100  # with fewer, the standard error of an accuracy can exceed 5 %
+_UNSURE = 0.05  # above this chance of missing the limit, an overlap decides little
 
 
 @dataclass(frozen=True)
 class MeasuredRows:
-    """The rows that heads were measured on.
+    """Rows that heads were measured on.
 
     Attributes:
-        rows: how many.
-        commonest: name of the class that most of them are of.
-        count: how many of them are.
-        accuracy: of the trained model, a share.
+        rows: number of rows.
+        commonest: name of the commonest class.
+        count: number of rows of that class.
+        accuracy: accuracy of the trained model, 0 … 1.
     """
 
     rows: int
@@ -39,7 +39,7 @@ class MeasuredRows:
 
     @property
     def share(self) -> float:
-        """Accuracy of always answering the commonest class."""
+        """Accuracy of always predicting the commonest class."""
         return self.count / self.rows
 
     @property
@@ -54,10 +54,10 @@ class MeasuredRows:
 
 
 def read_rows(folder: Path) -> MeasuredRows:
-    """The measured rows of OUTPUT/TASK/seedN.
+    """Reads the measured rows of OUTPUT/TASK/seedN.
 
     Raises:
-        InputError: eval_subset.json, measure.json or train.json is missing or not what its step writes; the line names the step.
+        InputError: eval_subset.json, measure.json or train.json is missing or not as its step writes it; the message names the step.
     """
     labels = read_record(folder / SUBSET, {"labels": "a list"}, MEASURE_STEP, MEASURE_AGAIN)["labels"]
     names = read_record(folder / TRAINED, {"labels": "a list"}, TRAIN_STEP, TRAIN_AGAIN)["labels"]
@@ -71,10 +71,10 @@ def read_rows(folder: Path) -> MeasuredRows:
 
 
 def limits_of_rows(seeds: Mapping[str, MeasuredRows]) -> list[str]:
-    """What the measured rows cannot carry, one line each.
+    """Notes on the limits of the measured rows.
 
     Args:
-        seeds: by the name of the seed's folder; one seed is not named.
+        seeds: rows by the name of the seed's folder; a single seed is not named.
     """
     many = len(seeds) > 1
     no_better = {name: its for name, its in seeds.items() if its.accuracy <= its.share}
@@ -86,15 +86,15 @@ def limits_of_rows(seeds: Mapping[str, MeasuredRows]) -> list[str]:
         where = f" in {len(found)} of {len(seeds)} seeds" if many else ""
         each = "; ".join(_against(name if many else "It", its) for name, its in found.items())
         lines.append(
-            f"The trained model {said} always answering the commonest class{where}. {each}. What its heads are worth to it, "
-            "and how far they moved, then says little about the task."
+            f"The trained model {said} always predicting the commonest class{where}. {each}. The importance and the change "
+            "of its heads then tell little about the task."
         )
     fewest = min(its.rows for its in seeds.values())
     if fewest < _FEW_ROWS:
         verb = "row was" if fewest == 1 else "rows were"
         lines.append(
-            f"Only {fewest} {verb} measured: one row moves an accuracy by {1 / fewest:.3f}, and the loss increase of a head is a mean over "
-            "so few that much of it is chance."
+            f"Only {fewest} {verb} measured: one row changes an accuracy by {1 / fewest:.3f}, and much of a head's loss increase, a mean "
+            "over so few rows, is chance."
         )
     return lines
 
@@ -102,30 +102,32 @@ def limits_of_rows(seeds: Mapping[str, MeasuredRows]) -> list[str]:
 def _against(name: str, its: MeasuredRows) -> str:
     right = f"{its.accuracy * its.rows:,.0f} of {counted(its.rows, 'measured row')}"
     error = f", with a standard error of {its.error:.1%}" if its.accuracy > its.share else ""
-    return f"{name} is right on {right} ({its.accuracy:.1%}{error}), always “{its.commonest}” on {its.count:,} ({its.share:.1%})"
+    return (
+        f"{name} is right on {right} ({its.accuracy:.1%}{error}), the constant answer “{its.commonest}” on {its.count:,} ({its.share:.1%})"
+    )
 
 
 def limits_of_heads(heads: int, k: int, max_overlap: float, max_rho: float, rhos: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """What so many heads cannot carry, one line each.
+    """Notes on the limits of this number of heads.
 
     Args:
-        heads: of the model.
-        k: heads in each list of an overlap.
+        heads: number of heads of the model.
+        k: number of heads in each list of an overlap.
         max_overlap, max_rho: the original study's figures.
-        rhos: name and `low`, `high` of the rank correlations that are judged; None where there is no interval.
+        rhos: name and `low`, `high` of the judged rank correlations; None without an interval.
     """
     lines = []
     missed = chance_of_missing(heads, k, max_overlap)
     if k == heads:
-        lines.append(f"All {heads:,} heads are among the highest that are compared: every overlap is 1, and says nothing. Lower --top-k.")
+        lines.append(f"The lists of highest heads hold all {heads:,} heads, so every overlap is 1 and means nothing. Lower --top-k.")
     elif missed > _UNSURE:
         lines.append(
             f"With {heads:,} heads, two random lists of {k} share {k / heads:.0%} of their heads on average, and miss the figure of "
-            f"{max_overlap:g} in {missed:.0%} of draws: an overlap near {k / heads:.2f} is chance, met or not."
+            f"{max_overlap:g} in {missed:.0%} of draws: an overlap near {k / heads:.2f} is chance, whether it meets the figure or not."
         )
     lines += [
-        f"The interval of ρ({name}), {rho['low']:.2f} to {rho['high']:.2f}, holds the figure of {max_rho:g}: on which side of it ρ lies is "
-        "not known."
+        f"The interval of ρ({name}), {rho['low']:.2f} to {rho['high']:.2f}, contains the figure of {max_rho:g}, so ρ may lie on either "
+        "side of it."
         for name, rho in rhos
         if rho["low"] is not None and rho["high"] is not None and rho["low"] < max_rho <= rho["high"]
     ]
@@ -133,17 +135,17 @@ def limits_of_heads(heads: int, k: int, max_overlap: float, max_rho: float, rhos
 
 
 def chance_of_missing(heads: int, k: int, limit: float) -> float:
-    """Probability that two random lists of k of so many heads share at least `limit` of k."""
+    """Probability that two random lists of k heads share at least the fraction `limit` of them."""
     ways = sum(math.comb(k, shared) * math.comb(heads - k, k - shared) for shared in range(k + 1) if shared / k >= limit)
     return ways / math.comb(heads, k)
 
 
 def if_unrelated(figure: str, stats: Mapping[str, Any]) -> str:
-    """What an acceptance figure would be on average if importance and change had nothing to do with each other.
+    """Average of an acceptance figure for unrelated importance and change.
 
     Args:
-        figure: its name in `acceptance`.
-        stats: stats.json or aggregate.json.
+        figure: name of the figure in `acceptance`.
+        stats: contents of stats.json or aggregate.json.
     """
     heads = stats["counts"]["heads"]
     if figure.startswith("rho("):
@@ -154,7 +156,7 @@ def if_unrelated(figure: str, stats: Mapping[str, Any]) -> str:
 
 
 def judged_rhos(stats: Mapping[str, Any], judged: Sequence[bool]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Name and interval of the rank correlations that the study's figures judge, of stats.json or aggregate.json."""
+    """Names and intervals of the rank correlations of stats.json or aggregate.json that the study's figures judge."""
     pairs = [pair for pair, its in zip(stats["pairs"], judged, strict=True) if its]
     return [(f"{pair['x']}, {pair['y']}", pair["rho"] if isinstance(pair["rho"], Mapping) else pair) for pair in pairs]
 
@@ -176,15 +178,15 @@ def is_judged(pair: Mapping[str, Any], acceptance: Sequence[Mapping[str, Any]]) 
 
 
 def judged_line(pairs: Sequence[Mapping[str, Any]], acceptance: Sequence[Mapping[str, Any]]) -> str:
-    """Says which pairs of columns the original study's figures judge, and which they do not."""
+    """Sentence on the pairs of columns that the original study's figures judge, and those that they do not."""
     judged, others = ([f"({pair_name(pair)})" for pair in pairs if is_judged(pair, acceptance) is wanted] for wanted in (True, False))
     verb = "is" if len(others) == 1 else "are"
-    rest = f"; {' and '.join(others)} {verb} shown beside them and not judged" if others else ""
-    return f"Judged are {' and '.join(judged)}, and the numbers of cases{rest}."
+    rest = f"; {' and '.join(others)} {verb} shown but not judged" if others else ""
+    return f"The figures judge {' and '.join(judged)}, and the numbers of cases{rest}."
 
 
 def limits_of_numbers(stats: Mapping[str, Any]) -> list[str]:
-    """What the statistics of stats.json or aggregate.json cannot carry with so many heads."""
+    """Notes on the limits of the statistics in stats.json or aggregate.json."""
     max_rho, max_overlap = study_limits(stats["acceptance"])
     judged = [is_judged(pair, stats["acceptance"]) for pair in stats["pairs"]]
     k = stats["pairs"][0]["overlap"]["k"]

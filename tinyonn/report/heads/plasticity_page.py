@@ -1,4 +1,4 @@
-"""The page of one plasticity run: what the heads were worth before training, and what training changed in them."""
+"""Page of one plasticity run: importance of the heads before training, and their change by training."""
 
 from __future__ import annotations
 
@@ -66,9 +66,8 @@ from .plasticity_parts import (
 from .shell import head_page, model_title
 
 _ACCEPTANCE_LEAD = (
-    "The study that these measures come from found that importance before training says little about which heads training changes, and "
-    "set these figures. They are computed here as there, met or not. Beside them stands what they would be on average if importance and "
-    "change had nothing to do with each other."
+    "The study that introduced these measures found that importance before training hardly predicts which heads training changes, and "
+    "set these figures. They are computed here in the same way. The last column is their average for unrelated importance and change."
 )
 _LOSS_POINTS = 100
 _WHEN = {"pre": "before", "post": "after"}
@@ -83,15 +82,15 @@ SCATTERS = {
 
 
 def write_plasticity_page(folder: str | os.PathLike[str], *, figures_too: bool = True) -> ReportResult:
-    """Draws what the steps of a plasticity run wrote: index.html, and the figures as PNGs.
+    """Writes index.html and the PNGs of a plasticity run, from the files of its steps.
 
     Args:
         folder: OUTPUT/TASK/seedN with heads.csv, stats.json, cases.json, measure.json and train.json.
-        figures_too: also draw fig_I_vs_U.png, fig_I_vs_G.png, fig_stats.png, map_I_pre.png, map_I_post.png and map_Urel.png; needs
+        figures_too: whether to draw fig_I_vs_U.png, fig_I_vs_G.png, fig_stats.png, map_I_pre.png, map_I_post.png and map_Urel.png; needs
             matplotlib.
 
     Raises:
-        InputError: a file is missing or not what its step writes (the line names it), or matplotlib is missing.
+        InputError: a file is missing or not as its step writes it (the message names it), or matplotlib is missing.
     """
     root = Path(folder)
     if figures_too:
@@ -123,7 +122,7 @@ def _model(stats: Mapping[str, Any]) -> str:
 
 
 def case_points(heads: HeadColumns, x: str, y: str) -> list[Points]:
-    """Heads as three groups of points: those that are no case, and the two kinds of cases."""
+    """Heads as three groups of points: no case, and the two kinds of cases."""
     kinds = np.array(heads.words["kind"])
     groups = []
     for kind, name, shape in (("", "other heads", "circle"), (STATIC, STATIC, "square"), (PLASTIC, PLASTIC, "triangle")):
@@ -134,7 +133,7 @@ def case_points(heads: HeadColumns, x: str, y: str) -> list[Points]:
 
 
 def _percentile_marks(cases: Mapping[str, Any], column: str) -> list[tuple[str, float]]:
-    """The lines that tell cases: of I_pre and Urel, none of other columns."""
+    """Lines that separate cases: for I_pre and Urel, none for other columns."""
     edges = cases["thresholds"]
     return [(f"p{cases[side]:g}", edges[f"{column}_{side}"]) for side in ("low", "high") if f"{column}_{side}" in edges]
 
@@ -177,8 +176,7 @@ def _page(
     maps: Sequence[HeatMap],
 ) -> str:
     measured_values = (
-        "the values of heads.csv. Importance keeps its zero: in warm colours are heads that the model needs, in blue those that it does "
-        "better without."
+        "the values of heads.csv. Importance keeps its zero: the model needs the heads in warm colours and is better without those in blue."
     )
     no_cases = [f"There are no cases: {cases['reason']}."] if cases["reason"] else []
     body = [
@@ -198,7 +196,7 @@ def _page(
 
 
 def _acceptance_table(stats: Mapping[str, Any]) -> str:
-    """The acceptance figures of one run."""
+    """Table of the acceptance figures of one run."""
     verdicts = {True: "✓ met", False: "✗ not met", None: "not defined"}
     cells = []
     for row in stats["acceptance"]:
@@ -271,7 +269,7 @@ def _statistics(stats: Mapping[str, Any]) -> str:
     interval = stats["interval"]
     legends = (
         f"{interval['confidence']:.0%} intervals: {interval['resamples']:,} resamples of the heads.",
-        f"Of the {stats['pairs'][0]['overlap']['k']} highest heads by either. A cross is what chance would give.",
+        f"Of the {stats['pairs'][0]['overlap']['k']} highest heads by either. A cross is the value by chance.",
     )
     head = ["columns", "ρ", "from", "to", "p", "overlap", "shared", "of", "by chance", "note"]
     rows = [_pair_row(pair) for pair in [*stats["pairs"], *stats["taylor"]]]
@@ -303,7 +301,7 @@ def _scatters(heads: HeadColumns, cases: Mapping[str, Any]) -> str:
             y_marks=_percentile_marks(cases, column),
         )
         cards.append(card(title, chart))
-    lead = "Every point is one head, before training. Dashed lines are the percentiles that tell the cases."
+    lead = "Each point is one head. Dashed lines are the percentiles that define the cases."
     return section("scatter", "Every head", group("grid3", cards), lead=lead)
 
 
@@ -313,8 +311,8 @@ def _cases(cases: Mapping[str, Any]) -> str:
     for kind, key in KEYS.items():
         rows = [[case[name] for name in head] for case in cases[key]]
         listed[kind] = rows, counted(len(rows), "head")
-    lead = f"High is from percentile {cases['high']:g} on, low up to percentile {cases['low']:g}, over all heads."
-    return cases_section(head, listed, "No head is one.", lead)
+    lead = f"High means at or above percentile {cases['high']:g}, low at or below percentile {cases['low']:g}, over all heads."
+    return cases_section(head, listed, "No head is a case.", lead)
 
 
 def _tops(heads: HeadColumns, top: int) -> str:
@@ -331,4 +329,4 @@ def _tops(heads: HeadColumns, top: int) -> str:
             rows.append([rank, *heads.places[line], *numbers, heads.words["kind"][line]])
         head = ["#", "layer", "head", "I_pre", "I_post", f"accuracy drop {_WHEN[when]}", "Urel", "case"]
         cards.append(table_card(head, rows, title, of="head", numeric=range(7)))
-    return section("top", "Heads that come first", group("grid-tables", cards))
+    return section("top", "Highest heads", group("grid-tables", cards))

@@ -1,4 +1,4 @@
-"""What the pages of one seed and of all seeds share: columns and their meanings, maps, statistics, cases."""
+"""Parts shared by the pages of one seed and of all seeds: columns and their meanings, maps, statistics, cases."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .plasticity_limits import study_limits
 STATIC, PLASTIC = "important-but-static", "plastic-but-unimportant"
 KEYS = {STATIC: "important_but_static", PLASTIC: "plastic_but_unimportant"}
 MEANINGS = {
-    "I_pre, I_post": "importance before and after training: by how much the loss on the measured rows rises (nats) when the head's output "
-    "is set to 0. Below 0, the model does better without the head.",
-    "U": "update: the Frobenius norm of the change of the head's query, key, value and output weights by training.",
-    "Urel": "the update, relative to the norms of these weights before training.",
-    "G_pre": "gradient before training: the norm of the gradient of the loss with respect to the head's weights.",
-    "taylor, taylor_abs": "first-order estimates of I from one backward pass: −mean of dL/dgate, and the mean over samples of its size.",
+    "I_pre, I_post": "importance before and after training: increase of the loss on the measured rows (nats) when the head's output is set "
+    "to 0. Below 0, the model is better without the head.",
+    "U": "update: Frobenius norm of the change of the head's query, key, value and output weights by training.",
+    "Urel": "update relative to the norms of these weights before training.",
+    "G_pre": "gradient before training: norm of the gradient of the loss with respect to the head's weights.",
+    "taylor, taylor_abs": "first-order estimates of I from one backward pass: −mean of dL/dgate, and the mean over samples of |dL/dgate|.",
     STATIC: "among the most important heads before training, and among the least changed by it.",
     PLASTIC: "among the most changed heads, and among the least important before training.",
 }
 STATISTICS_LEAD = (
-    "Whether the heads that matter before training (I_pre) change most in it (U, Urel), or have the largest gradient (G_pre). "
+    "Relation between importance before training (I_pre) and change by training (U, Urel) or gradient (G_pre). "
     "Rows with taylor compare the first-order estimates with the exact importance. Terms, at the end, defines these names."
 )
 MAPS = {
     "I_pre": ("Importance before training", "loss increase, nats", True, "Loss increase without the head, before training."),
     "I_post": ("Importance after training", "loss increase, nats", True, "Loss increase without the head, after training."),
-    "Urel": ("Relative update", "share of the weights' norm", False, "How far training moved the head's weights, relative to their norm."),
+    "Urel": ("Relative update", "share of the weights' norm", False, "Change of the head's weights by training, relative to their norm."),
     "G_pre": (
         "Gradient before training",
         "norm, nats per unit of weight",
@@ -45,9 +45,9 @@ def column_map(heads: HeadColumns, key: str, column: str = "", more: str = "") -
     """The map of a column of MAPS.
 
     Args:
-        heads: table that has it.
-        key: the column in MAPS.
-        column: its name in the table, where another.
+        heads: table with the column.
+        key: name of the column in MAPS.
+        column: name in the table, if different.
         more: end of the title.
     """
     title, unit, signed, legend = MAPS[key]
@@ -55,7 +55,7 @@ def column_map(heads: HeadColumns, key: str, column: str = "", more: str = "") -
 
 
 def column_maps_section(maps: Sequence[HeatMap], measured: str) -> str:
-    """Maps of columns, which show their values as `measured` says until the reader switches them."""
+    """Section of the maps of columns, first as measured; `measured` describes these values."""
     return maps_section("Layers and heads", maps, controls=view_controls("none", measured))
 
 
@@ -73,8 +73,8 @@ def statistics_section(
     Args:
         rhos, overlaps: rows of the two charts.
         acceptance: the study's figures.
-        legends: of the two charts.
-        head, rows: the table; all columns but the first, and a last one named "note", are numbers.
+        legends: legends of the two charts.
+        head, rows: the table; all columns are numbers but the first and "note".
         more: end of the table's caption.
     """
     max_rho, max_overlap = study_limits(acceptance)
@@ -92,10 +92,10 @@ def cases_section(head: Sequence[str], listed: Mapping[str, tuple[Sequence[Seque
     """One table of heads per kind of case.
 
     Args:
-        head: columns, all of them numbers.
-        listed: rows of each kind, and the end of its caption.
-        none: sentence for a kind without a head.
-        lead: sentences under the title of the section.
+        head: names of the columns, all of numbers.
+        listed: rows and end of the caption of each kind.
+        none: sentence for a kind without heads.
+        lead: sentences below the title of the section.
     """
     cards = [
         table_card(head, rows, f"{kind}, {more}", numeric=range(len(head))) if rows else card(kind, f'<p class="empty">{none}</p>')
@@ -110,10 +110,10 @@ def figure_cells(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def found_number(value: float | None) -> object:
-    """What an acceptance figure asks for: a count as it is, others with three places."""
+    """Value of an acceptance figure: a count unchanged, others with three decimals."""
     return decimals(value) if isinstance(value, float) else value
 
 
 def decimals(value: float | None) -> str | None:
-    """A correlation or a share, which need no more than three places."""
+    """A correlation or a share with three decimals."""
     return None if value is None else f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no minus before zero

@@ -1,4 +1,4 @@
-"""The page of a score run: maps of the scores over layers and heads, and the heads that come first."""
+"""Page of a score run: maps of the scores over layers and heads, and the highest heads."""
 
 from __future__ import annotations
 
@@ -31,50 +31,50 @@ SCORES = {
     "out": (
         "Output norm",
         "norm of the head's output",
-        "How much a head writes: the L2 norm of its slice of what the output projection takes in, before the projection.",
+        "Size of a head's output: L2 norm of its slice of the input of the output projection.",
     ),
     "ent": (
         "Concentration",
         "negative entropy, nats",
-        "How concentrated the head's attention is: the negative entropy over keys; 0 is attention to one token only.",
+        "Concentration of the head's attention: negative entropy over keys. At 0, it attends to one token only.",
     ),
-    "task": ("Attention to the question", "share of attention", "How much of the head's attention falls on the tokens of the question."),
+    "task": ("Attention to the question", "share of attention", "Share of the head's attention on the tokens of the question."),
 }
 _OUT_PROJECTED = (
     "Output norm",
     "norm after the output projection",
-    "How much a head puts into the layer's output: the L2 norm of what the output projection makes of its slice.",
+    "Size of a head's part of the layer's output: L2 norm of its slice after the output projection.",
 )
 _WEIGHTS = {"ent": "lambda_ent", "task": "lambda_task"}
-# Keys of summary.json -> what they count, where the key alone does not tell.
+# Keys of summary.json that need an explanation -> what they count.
 _COUNTS = {
     "rows": "rows in the data",
     "samples": "rows scored",
-    "unlabelled": "rows left out without an answer",
+    "unlabelled": "rows without an answer, left out",
     "answered": "of these, with an answer key",
     "tokens": "tokens in all prompts",
     "truncated": "prompts cut at max length",
     "spans lost": "prompts without their whole question",
 }
-# What the column of scores_norm.csv is.
+# Normalisation in scores_norm.csv.
 _BY_LAYER = {
     "zscore": "standard deviations from the layer's mean, (x − mean) / std, as in scores_norm.csv.",
     "percentile": (
-        "the share of the layer's other heads that score lower, equal ones counting half, (rank − 1) / (heads − 1), as in scores_norm.csv."
+        "share of the layer's other heads with a lower score (equal scores count half), (rank − 1) / (heads − 1), as in scores_norm.csv."
     ),
 }
 _LAYER_COLUMNS = 8
 
 
 def write_scores_page(folder: str | os.PathLike[str], *, figures_too: bool = True) -> ReportResult:
-    """Draws what `tinyonn heads score` wrote: index.html, and one PNG a map.
+    """Writes index.html and one PNG per map from the files of `tinyonn heads score`.
 
     Args:
-        folder: with scores_raw.csv, scores_norm.csv, scores_combined.csv, the two lists of top heads, summary.json and config.yaml.
-        figures_too: also draw map_out.png, map_ent.png, map_task.png and map_combined.png; needs matplotlib.
+        folder: folder with scores_raw.csv, scores_norm.csv, scores_combined.csv, the two lists of top heads, summary.json and config.yaml.
+        figures_too: whether to draw map_out.png, map_ent.png, map_task.png and map_combined.png; needs matplotlib.
 
     Raises:
-        InputError: a file is missing or not what the command writes (the line names it), or matplotlib is missing.
+        InputError: a file is missing or not as the command writes it (the message names it), or matplotlib is missing.
     """
     root = Path(folder)
     if figures_too:
@@ -84,7 +84,7 @@ def write_scores_page(folder: str | os.PathLike[str], *, figures_too: bool = Tru
     config = read_yaml(root / "config.yaml")
     lacking = [name for name in ("norm_mode", "out_projection", "extra_weights", *_WEIGHTS.values()) if name not in config]
     if lacking:
-        raise InputError(f"{root / 'config.yaml'} must have {listed(lacking)}, got none of them; run {_STEP} again.")
+        raise InputError(f"{root / 'config.yaml'} has no {listed(lacking)}; run {_STEP} again.")
     if str(config["norm_mode"]) not in NORM_COLUMNS:
         raise InputError(f"{root / 'config.yaml'} must have norm_mode {' or '.join(NORM_COLUMNS)}, got {shown(config['norm_mode'])}.")
     norm = _normalised(root / "scores_norm.csv", scores, config["norm_mode"])
@@ -106,26 +106,26 @@ def write_scores_page(folder: str | os.PathLike[str], *, figures_too: bool = Tru
         content = _page(raw, norm, maps, summary, config, *tops)
     except (KeyError, TypeError) as error:
         raise InputError(
-            f"{root} must hold lists of top heads that are in scores_raw.csv, got {reason(repr(error), 80)}; run {_STEP} again."
+            f"The lists of top heads in {root} must be heads of scores_raw.csv, got {reason(repr(error), 80)}; run {_STEP} again."
         ) from error
     write_atomically(root / "index.html", content)
     return ReportResult(root / "index.html", tuple(drawn))
 
 
 def _normalised(path: Path, scores: Sequence[str], mode: str) -> HeadColumns:
-    """scores_norm.csv with the scores' own names; in folders of earlier versions columns of percentiles end in _z as well."""
+    """scores_norm.csv with the names of the scores as columns. In folders of earlier versions, columns of percentiles end in _z too."""
     found = read_heads(path, [], _STEP)
     ending = NORM_COLUMNS[mode]
     if mode == "percentile" and all(f"{name}_z" in found.columns for name in scores):
         ending = "z"
     names = {name: f"{name}_{ending}" for name in scores}
     if any(column not in found.columns for column in names.values()):
-        read_heads(path, [*names.values()], _STEP)  # which says what is missing
+        read_heads(path, [*names.values()], _STEP)  # raises with the missing columns
     return replace(found, columns={name: found.columns[column] for name, column in names.items()})
 
 
 def score_maps(raw: HeadColumns, norm: HeadColumns, combined: HeadColumns, config: Mapping[str, Any]) -> list[HeatMap]:
-    """One map a score: as measured, normalised by layer as the run did, and over the whole map; and their fusion as it is.
+    """One map per score, as measured, normalised by layer as in the run, and over the whole map; and a map of the combined score.
 
     Args:
         raw, norm, combined: the three tables, of the same heads.
@@ -134,7 +134,7 @@ def score_maps(raw: HeadColumns, norm: HeadColumns, combined: HeadColumns, confi
     maps = []
     described = SCORES | ({"out": _OUT_PROJECTED} if config["out_projection"] else {})
     for key in (name.removesuffix("_raw") for name in raw.columns):
-        title, unit, legend = described.get(key, (key, "as measured", "A score that was registered for this run."))
+        title, unit, legend = described.get(key, (key, "as measured", "A registered score of this run."))
         heat_map = make_map(key, title, legend, unit, raw.grid(f"{key}_raw"), signed=False)
         values = norm.grid(key)
         scale = choose_scale(values, "layer", unit, signed=False)
@@ -158,10 +158,10 @@ def score_maps(raw: HeadColumns, norm: HeadColumns, combined: HeadColumns, confi
 
 
 def _fusion(config: Mapping[str, Any]) -> str:
-    """What the combined score is, with the run's weights."""
+    """Formula of the combined score with the run's weights."""
     weights = {name: config[option] for name, option in _WEIGHTS.items()} | config["extra_weights"]
     formula = " + ".join(["rank(out)", *(f"{weight:g}·rank({name})" for name, weight in weights.items())])
-    rest = "a head's ranks within its layer, 1 for the lowest, added with the run's weights. High is a high sum, whichever score gives it."
+    rest = "weighted sum of a head's ranks within its layer, where 1 is the lowest. Any of the scores can make it high."
     return f"{formula}: {rest}"
 
 
@@ -186,7 +186,7 @@ def _page(
             "Layers and heads",
             maps,
             controls=view_controls("layer", measured, by_layer=_BY_LAYER[config["norm_mode"]]),
-            lead="Every cell is one head. Input layers are on top. For each score, higher is more.",
+            lead="Each cell is one head. Input layers are on top. For each score, higher means more.",
         ),
         _top_section(raw, norm, top_global, top_layers),
         _profile_section(raw, maps),
@@ -214,7 +214,7 @@ def _top_section(raw: HeadColumns, norm: HeadColumns, top_global: list[Any], top
     head = ["layer", *(f"#{rank}" for rank in range(1, shown + 1))]
     caption = f"The first {'head' if shown == 1 else f'{shown} heads'} of each layer (combined score)"
     per_layer = table_card(head, layer_rows, caption, numeric=range(len(head)))
-    return section("top", "Heads that come first", group("grid-tables", [listing, per_layer]))
+    return section("top", "Highest heads", group("grid-tables", [listing, per_layer]))
 
 
 def _profile_section(raw: HeadColumns, maps: list[HeatMap]) -> str:
@@ -223,7 +223,7 @@ def _profile_section(raw: HeadColumns, maps: list[HeatMap]) -> str:
         series = [(name, _over_heads(heat_map.values, name)) for name in ("highest head", "mean", "lowest head")]
         chart = charts.line_chart(f"{heat_map.title} per layer", raw.layers, series, x_title="layer", y_title=heat_map.unit)
         cards.append(card(heat_map.title, chart))
-    lead = "The scores as measured, over the layers: what the normalisation by layer takes away."
+    lead = "The scores as measured, over the layers. The normalisation by layer removes these differences between layers."
     return section("profiles", "Profiles", group("grid3", cards), lead=lead)
 
 

@@ -1,4 +1,4 @@
-"""What the pages of heads share: their frame, and short names of models and data."""
+"""Parts shared by all pages of heads: the frame, and short names of models and data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..html.page import maps_data, page
 from ..scan.heads import head_names
 from .files import HeadColumns
 
-# What folders of checkpoints are called, which does not tell the model.
+# Names of checkpoint folders, which do not identify the model.
 _CHECKPOINT = re.compile(r"(ckpt|checkpoint|epoch|step|iter)([-_.]?\w+)*|best|final|last|latest|model|output", re.IGNORECASE)
 
 
@@ -21,21 +21,21 @@ def head_page(title: str, front: Sequence[str], body: Iterable[str], heads: Head
 
     Args:
         title: heading.
-        front: parts of the line under it, before the numbers of layers and heads.
-        body: sections, ready HTML.
+        front: parts of the subtitle before the numbers of layers and heads.
+        body: HTML of the sections, with the cards of the maps.
         heads: the heads of the model.
-        maps: drawn where the body has their cards.
+        maps: the maps.
     """
     subtitle = ", ".join([*front, counted(len(heads.layers), "layer"), counted(len(heads.places), "head")])
     return page(title, f"{subtitle}.", body, {"maps-data": maps_data(maps, heads.layers, *head_names(heads.num_heads))})
 
 
 def model_title(model: object, path: object) -> str:
-    """A model's name for a title; where it is only that of a checkpoint's folder, with the two folders around it.
+    """A model's name for a title. The name of a checkpoint folder is preceded by its two parent folders.
 
     Args:
-        model: name that the run gives.
-        path: where it was loaded from.
+        model: name in the run's files.
+        path: path of the model.
     """
     name = short_model(model)
     around = PurePath(str(path or "")).parts
@@ -43,11 +43,11 @@ def model_title(model: object, path: object) -> str:
 
 
 def short_model(model: object) -> str:
-    """A model's name without the folders before it."""
+    """A model's name without its parent folders."""
     name = str(model or "a model")
     return Path(name).name or name
 
 
 def short_data(data: object) -> str:
-    """A data file with the folder that it lies in, which often has the data set's name."""
+    """A data file with its parent folder, which often has the data set's name."""
     return "/".join(PurePath(str(data or "data")).parts[-2:])

@@ -1,1 +1,1 @@
-"""What all pages share: the page itself, charts, maps, colours."""
+"""Parts that all pages share: the frame, charts, maps, colours."""

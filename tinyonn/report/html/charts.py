@@ -1,4 +1,4 @@
-"""Charts as inline SVG: drawn once, readable without a script, coloured by the page's style sheet."""
+"""Charts as inline SVG. They need no script, and the page's style sheet colours them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .palette import DASHES
 
 _WIDTH, _HEIGHT = 460, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 40
-# An axis is compressed where the largest value is this many times the usual one.
+# An axis is compressed if the largest value is this many times the median.
 _SPREAD = 30.0
 _EMPTY = '<p class="empty">No measured value.</p>'
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -22,7 +22,7 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Points:
-    """One group of a scatter plot: (points,) values, and what each point is called. `shape` is circle, square or triangle."""
+    """One group of a scatter plot: (points,) values and their labels. `shape` is circle, square or triangle."""
 
     name: str
     x: Floats
@@ -33,8 +33,16 @@ class Points:
 
 @dataclass(frozen=True)
 class DotRow:
-    """One line of `interval_dots`: a value with its interval, where there are such; single values beside it; the value of chance;
-    whether the limit is for it."""
+    """One row of `interval_dots`.
+
+    Attributes:
+        name: label.
+        value: value of the row; None if it is not defined.
+        low, high: interval; None if it is not known.
+        singles: single values behind `value`.
+        chance: value that chance would give.
+        judged: whether the limit applies to the row.
+    """
 
     name: str
     value: float | None
@@ -46,14 +54,14 @@ class DotRow:
 
 
 def linear_width(values: Floats) -> float | None:
-    """Where an axis of such values should turn from linear to logarithmic (arsinh); None where a linear one shows them well."""
+    """Width of the linear part of an arsinh axis for these values; None if a linear axis shows them well."""
     sizes = np.abs(values[np.isfinite(values)])
     usual, largest = (float(np.median(sizes)), float(sizes.max())) if len(sizes) else (0.0, 0.0)
     return usual if usual > 0 and largest > _SPREAD * usual else None
 
 
 class _Axis:
-    """Places of values between 0 and 1, with ticks; arsinh where a few values are far beyond the others."""
+    """Axis from 0 to 1 with ticks; arsinh if a few values are far beyond the others."""
 
     def __init__(self, values: Floats) -> None:
         self._width = linear_width(values)
@@ -64,7 +72,7 @@ class _Axis:
         self.ticks = [tick for tick in ticks if 0 <= self.place(tick) <= 1]
         exponent = 0 if self._width is not None else _shared_exponent(self.ticks)
         self.labels = [format_number(tick / 10.0**exponent) for tick in self.ticks]
-        # What the axis title says of the numbers at the ticks.
+        # End of the axis title: the scale or the power of ten of the tick labels.
         self.unit = " (arsinh scale)" if self._width is not None else f" (× 10{str(exponent).translate(_RAISED)})" if exponent else ""
 
     def _bent(self, value: float) -> float:
@@ -86,7 +94,7 @@ def scatter(
     """Points with one shape and colour per group, later groups on top, and dashed lines at the marks.
 
     Returns:
-        An <svg> element with its legend, or a line of text where no group has a point.
+        An <svg> element with its legend, or a line of text if no group has a point.
     """
     x_all, y_all = (np.concatenate([getattr(group, axis) for group in groups] or [np.zeros(0)]) for axis in "xy")
     if not len(x_all):
@@ -125,7 +133,7 @@ def interval_dots(
 ) -> str:
     """One line per row on a scale from `low` to `high`: a dot with its interval, hollow dots for single values, a cross for chance.
 
-    The limit, a name and a value, is a dashed line across the rows that it judges.
+    The limit, a name and a value, is a dashed line across the rows that are judged.
     """
     left, row_height = 124, 26
     height = len(rows) * row_height + 62
@@ -162,7 +170,7 @@ def interval_dots(
 
 
 def interval_bars(title: str, names: Sequence[str], values: Floats, low: Floats, high: Floats, *, x_title: str, muted: bool = False) -> str:
-    """Horizontal bars with an interval each, the first on top; `muted` draws them grey: nothing to claim."""
+    """Horizontal bars with an interval each, the first on top; `muted` draws them grey, for differences without significance."""
     if not len(names):
         return '<p class="empty">No block to show.</p>'
     width, left, right, row = 1000, 330, 20, 22
@@ -208,15 +216,15 @@ def line_chart(
     """One line per series over the rows; NaN breaks a line.
 
     Args:
-        title: for screen readers.
+        title: title for screen readers.
         rows: label of each x position.
-        series: name and (rows,) values each.
+        series: name and (rows,) values of each line.
         x_title, y_title: axis titles.
-        log: logarithmic y axis; values ≤ 0 are left out.
-        zero: draw the line y = 0.
+        log: whether the y axis is logarithmic; values ≤ 0 are then left out.
+        zero: whether to draw the line y = 0.
 
     Returns:
-        An <svg> element with its legend, or a line of text where nothing is finite.
+        An <svg> element with its legend, or a line of text if no value is finite.
     """
     stacked = np.array([values for _, values in series], dtype=np.float64).reshape(len(series), len(rows))
     usable = np.isfinite(stacked) & (stacked > 0 if log else True)
@@ -237,7 +245,7 @@ def line_chart(
     if zero and low < 0 < high:
         parts.append(_across("zero", y_of(0)))
     every = max(1, math.ceil(len(rows) / 10))
-    # Row labels are numbers, or a few long names that would overlap: those are shortened, the tooltip has them whole.
+    # Long row labels would overlap, so they are cut; the tooltips show them whole.
     parts += [_label("tick", _LEFT + at * step, _HEIGHT - 24, rows[at][-9:]) for at in range(0, len(rows), every)]
     legend = []
     for number, (name, _) in enumerate(series):
@@ -259,11 +267,11 @@ def line_chart(
 
 
 def histogram(title: str, values: Floats, *, x_title: str, y_title: str, marks: Sequence[tuple[str, float]] = (), bins: int = 40) -> str:
-    """Counts of values in equal bins up to the 99.5th percentile, the last bin holding the rest; `marks` are labelled lines."""
+    """Counts of values in equal bins up to the 99.5th percentile; the last bin also holds the rest. `marks` are labelled lines."""
     if not len(values):
         return _EMPTY
     low = float(values.min())
-    # Losses start at 0; means of sequences lie close together, far from it.
+    # Losses of tokens start at 0; means of sequences lie close together, far from 0.
     low = min(low, 0.0) if low < 0.5 * float(values.max()) else low
     high = float(np.quantile(values, 0.995))
     high = high if high > low else low + 1.0
@@ -307,20 +315,20 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def bent_ticks(low: float, high: float, width: float) -> list[float]:
-    """0 and powers of ten on both sides of it, at most four a side and none so small that it lies on 0."""
+    """0 and powers of ten on both sides, at most four per side and none so small that it overlaps 0."""
     powers = range(math.ceil(math.log10(1.5 * width)), math.floor(math.log10(max(abs(low), abs(high)))) + 1)
     sizes = [10.0**power for power in powers[:: max(1, math.ceil(len(powers) / 4))]]
     return [tick for tick in (*(-size for size in reversed(sizes)), 0.0, *sizes) if low <= tick <= high]
 
 
 def _shared_exponent(ticks: Sequence[float]) -> int:
-    """Power of ten that all ticks are divided by where they would be long: a multiple of 3, else 0."""
+    """Power of ten, a multiple of 3, to divide long tick labels by; 0 for short ones."""
     largest = max((abs(tick) for tick in ticks), default=0.0)
     return 3 * math.floor(math.log10(largest) / 3) if 0 < largest < 0.1 or largest >= 1e5 else 0
 
 
 def format_number(value: float) -> str:
-    """A number as an axis shows it: no trailing zeros, powers of ten only where they are shorter."""
+    """A number for an axis: no trailing zeros, powers of ten only if they are shorter."""
     if value == 0:
         return "0"
     if abs(value) >= 1e6 or abs(value) < 1e-3:

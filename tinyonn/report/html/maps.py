@@ -1,10 +1,10 @@
-"""Heat maps as numbers: the cells, their normalisation and the colour scale that fits them.
+"""Numbers of heat maps: cells, normalisation and colour scale.
 
     layer   (x − mean of the row) / std of the row          every layer shows its own pattern
     global  (x − mean of the map) / std of the map          layers compare with each other
     none    x                                               stored units
 
-SPS and ∫SPS have a zero that means "average for its layer": they are divided by their root mean square and never centred.
+For SPS and ∫SPS, zero means "average of the layer", so they are divided by their root mean square and never centred.
 A row or map without spread becomes 0.
 """
 
@@ -21,15 +21,15 @@ from ..scan.grid import Floats
 Normalisation = Literal["layer", "global", "none"]
 NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
 
-# In units of one standard deviation; further out all colours are the same.
+# In standard deviations; all values beyond have the same colour.
 _LIMIT_STD = 3.0
-# A sequential scale is logarithmic where the largest value is this many times the smallest.
+# A sequential scale is logarithmic if the largest value is this many times the smallest.
 _LOG_RATIO = 30.0
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How values become colours: low … high, `clipped` where some lie outside."""
+    """Colour scale for values low … high; `clipped` if some values lie outside."""
 
     kind: Literal["diverging", "sequential"]
     log: bool
@@ -44,12 +44,12 @@ class HeatMap:
     """One quantity over layers × modules.
 
     Attributes:
-        key: short name used by page and file names.
-        title: what stands above it.
-        legend: one sentence.
-        unit: of the stored values.
-        signed: zero has a meaning of its own (SPS).
-        values: (layers, modules) stored values, NaN where there is no such module.
+        key: short name for page and file names.
+        title: title above the map.
+        legend: sentence below the title.
+        unit: unit of the stored values.
+        signed: whether zero has a meaning of its own (SPS).
+        values: (layers, modules) stored values, NaN for a module that the layer lacks.
         views: normalised values and their scale.
     """
 
@@ -63,16 +63,16 @@ class HeatMap:
 
 
 LEGENDS = {
-    "activation": "Activation norm: the length of the vector that a block of 64 output features produced for a token.",
-    "gradient": "Gradient norm: how strongly the loss of the text pulls on the block's weights because of that token.",
-    "sps": "SPS: z(activation norm) − z(gradient norm) within a layer. Above 0 a block is active where little is left to learn; "
-    "below 0 it is being pulled on more than it is used; 0 is the average of its layer.",
-    "integral": "∫SPS: the sum of SPS over all tokens, here also over the blocks of the module; it grows with the length of the scan.",
+    "activation": "Activation norm: the length of a block's output vector (64 features) for a token.",
+    "gradient": "Gradient norm: the norm of the gradient of the text's loss with respect to the block's weights, from that token alone.",
+    "sps": "SPS, the synergistic prediction score: z(activation norm) − z(gradient norm) within a layer. Above 0, a block is active and "
+    "its weights need little change; below 0, the loss would change its weights more than its activity suggests; 0 is the layer's average.",
+    "integral": "∫SPS: the sum of SPS over all tokens, here also over the blocks of the module. It grows with the length of the scan.",
 }
 
 
 def scan_maps(data: ScanData) -> list[HeatMap]:
-    """The four maps of a scan: mean activation, mean gradient, mean SPS (weighted by tokens) and summed ∫SPS."""
+    """The four maps of a scan: mean activation, mean gradient, mean SPS (all weighted by tokens) and ∫SPS."""
     totals, grid = data.totals, data.grid
     cells = [
         ("activation", "Mean activation norm", "norm of the output", False, grid.mean(totals.activation, totals.count)),
@@ -84,7 +84,7 @@ def scan_maps(data: ScanData) -> list[HeatMap]:
 
 
 def make_map(key: str, title: str, legend: str, unit: str, values: Floats, *, signed: bool) -> HeatMap:
-    """A map with all of its normalisations."""
+    """A map with all normalisations."""
     views: dict[Normalisation, tuple[Floats, Scale]] = {}
     for how in NORMALISATIONS:
         shown = normalise(values, how, centred=not signed)
@@ -93,7 +93,7 @@ def make_map(key: str, title: str, legend: str, unit: str, values: Floats, *, si
 
 
 def normalise(values: Floats, how: Normalisation, *, centred: bool) -> Floats:
-    """Rescales (layers, modules) as the top of this file says; NaN stays NaN."""
+    """Normalises (layers, modules) by the formulas at the top of this file; NaN stays NaN."""
     if how == "none":
         return values.copy()
     axis = 1 if how == "layer" else None
@@ -104,13 +104,13 @@ def normalise(values: Floats, how: Normalisation, *, centred: bool) -> Floats:
     offset = np.where(present, values - middle, 0.0)
     spread = np.sqrt((offset**2).sum(axis=axis, keepdims=True) / count)
     size = np.abs(filled).max(axis=axis, keepdims=True, initial=0.0)
-    # SPS of a whole layer is 0 up to rounding, which must not be blown up to one standard deviation.
+    # SPS of a whole layer is 0 up to rounding errors, which must not be scaled to one standard deviation.
     flat = spread <= (1e-6 * size if centred else 1e-9 * size.max(initial=0.0))
     return np.where(present, np.where(flat, 0.0, offset / np.where(flat, 1.0, spread)), np.nan)
 
 
 def choose_scale(values: Floats, how: Normalisation, unit: str, *, signed: bool) -> Scale:
-    """A scale that shows most of the values; the few beyond the 99th percentile may share the last colour."""
+    """A scale for most of the values; those beyond the 99th percentile may share the last colour."""
     finite = values[np.isfinite(values)]
     largest = float(np.abs(finite).max(initial=0.0))
     if signed or how != "none":

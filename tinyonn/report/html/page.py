@@ -1,11 +1,10 @@
-"""The shell of a page: one HTML file with its style, script and data inside, safe against what a data set may hold.
+"""Frame of a page: one HTML file that contains its style, script and data, safe for any text in a data set.
 
-Maps are drawn by hand-written canvas code (assets/, 37 kB with the style) rather than by plotly: its script alone is 4.8 MB a
-page, and what is shown here is a few hundred coloured cells, a text and some points. A Content-Security-Policy forbids every
-request, so a page that opens here opens anywhere, offline.
+Hand-written canvas code (assets/, 37 kB with the style) draws the maps. Plotly's script alone would add 4.8 MB to each page, for
+a few hundred coloured cells, a text and some points. A Content-Security-Policy forbids every request, so a page works offline.
 
-Two rules keep hostile text harmless: text in markup goes through `text`, and data goes into an inert JSON element in which
-no `<`, `>` or `&` is left; the script puts strings into the page as text nodes only.
+Two rules make hostile text harmless. Text in markup is escaped by `text`. Data is in an inert JSON element without `<`, `>` or
+`&`, and the script inserts strings as text nodes only.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ from .maps import NORMALISATIONS, HeatMap, Normalisation
 from .palette import page_palette, series_css
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-# Controls that HTML forbids or that reorder what is around them, and halves of surrogate pairs.
+# Control characters that HTML forbids or that reorder text, and lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _BY_LAYER = "each row is scaled by itself, so every layer shows its pattern."
 
 
 def text(value: object) -> str:
-    """Any value as harmless HTML text, also inside a quoted attribute."""
+    """Any value as escaped HTML text, also for quoted attributes."""
     return html.escape(_UNPRINTABLE.sub("\ufffd", str(value)), quote=True)
 
 
 def json_element(name: str, value: object) -> str:
-    """A <script type="application/json"> that no string in `value` can close; NaN and infinities become null."""
+    """A <script type="application/json"> element that no string in `value` can close; NaN and infinities become null."""
     body = json.dumps(_plain(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     body = body.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     return f'<script type="application/json" id="{text(name)}">{body}</script>'
@@ -46,7 +45,7 @@ def json_element(name: str, value: object) -> str:
 def table(
     head: Sequence[str], rows: Iterable[Sequence[object]], *, caption: str = "", numeric: Sequence[int] = (), wrapped: Sequence[int] = ()
 ) -> str:
-    """A table; numeric columns are right-aligned, wrapped ones may take several lines. Floats get four significant digits."""
+    """A table; numeric columns are right-aligned, wrapped columns may take several lines. Floats have four significant digits."""
     kinds = {**dict.fromkeys(numeric, " class=num"), **dict.fromkeys(wrapped, " class=wrap")}
     cells = "".join(
         "<tr>" + "".join(f"<td{kinds.get(column, '')}>{_cell(value)}</td>" for column, value in enumerate(row)) + "</tr>" for row in rows
@@ -58,7 +57,7 @@ def table(
 
 
 def facts(values: Mapping[str, object]) -> str:
-    """A two-column list of names and values."""
+    """A list of names and values."""
     return (
         '<dl class="facts">'
         + "".join(f"<div><dt>{text(name)}</dt><dd>{_cell(value)}</dd></div>" for name, value in values.items())
@@ -67,7 +66,7 @@ def facts(values: Mapping[str, object]) -> str:
 
 
 def terms(meanings: Mapping[str, str]) -> str:
-    """Words of a table or list and what they mean, for the place under it; nothing if there are none."""
+    """Definitions of the terms in a table or list, to be placed below it; empty without terms."""
     if not meanings:
         return ""
     return (
@@ -85,12 +84,12 @@ def section(anchor: str, title: str, body: str, *, lead: str = "") -> str:
 
 
 def group(kind: str, cards: Iterable[str]) -> str:
-    """Cards beside each other, as many a row as `kind` allows: "grid2", "grid3", "grid-tables"."""
+    """Cards in rows; `kind` is "grid2", "grid3" or "grid-tables"."""
     return f'<div class="{kind}">{"".join(cards)}</div>'
 
 
 def table_card(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str, *, numeric: Sequence[int], of: str = "") -> str:
-    """A framed table; `of` names what a row is, for the count at the end of the caption."""
+    """A framed table; the caption ends in the number of rows if `of` names what a row is."""
     caption += f", {counted(len(rows), of)}" if of else ""
     return f'<div class="card">{table(head, rows, caption=caption, numeric=numeric)}</div>'
 
@@ -102,17 +101,17 @@ def card(title: str, body: str, *, legend: str = "") -> str:
 
 
 def map_card(heat_map: HeatMap) -> str:
-    """The place that the page's script fills with a heat map."""
+    """Card of a heat map, which the page's script draws."""
     return card(heat_map.title, f'<figure data-map="{text(heat_map.key)}"></figure>', legend=heat_map.legend)
 
 
 def maps_section(title: str, maps: Iterable[HeatMap], *, controls: str = "", below: str = "", lead: str = "") -> str:
-    """Heat maps, two a row, with `controls` above them and other HTML below."""
+    """Heat maps, two per row, with `controls` above them and other HTML below."""
     return section("maps", title, controls + group("grid2", map(map_card, maps)) + below, lead=lead)
 
 
 def view_controls(chosen: Normalisation, measured: str, *, by_layer: str = _BY_LAYER) -> str:
-    """Radio buttons that switch the normalisation of every map, and a legend.
+    """Radio buttons for the normalisation of every map, with a legend.
 
     Args:
         chosen: normalisation that the page shows first.
@@ -130,7 +129,7 @@ def view_controls(chosen: Normalisation, measured: str, *, by_layer: str = _BY_L
 
 
 def notices(lines: Sequence[str]) -> str:
-    """What a reader must know before the numbers."""
+    """Notes for the reader, above the numbers."""
     return '<ul class="notices">' + "".join(f"<li>{text(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 
@@ -138,10 +137,10 @@ def page(title: str, subtitle: str, body: Iterable[str], data: Mapping[str, obje
     """The whole document.
 
     Args:
-        title, subtitle: headings, escaped here.
-        body: sections, ready HTML.
-        data: JSON elements by id.
-        scripts: file names under assets/, which run after core.js and map.js.
+        title, subtitle: headings as plain text.
+        body: HTML of the sections.
+        data: values of the JSON elements by id.
+        scripts: file names under assets/, to run after core.js and map.js.
     """
     elements = "".join(json_element(name, value) for name, value in {"palette-data": page_palette(), **data}.items())
     sections = "\n".join(body)
@@ -153,7 +152,7 @@ def page(title: str, subtitle: str, body: Iterable[str], data: Mapping[str, obje
         '<link rel="icon" href="data:,">'
         f"<title>{text(title)}</title><style>{series_css()}\n{_asset('page.css')}</style></head>\n"
         f"<body><header><h1>{text(title)}</h1><p>{text(subtitle)} Written by tinyonn.</p></header>\n<main>{sections}</main>\n"
-        "<noscript><p>The maps and the replay need JavaScript; tables and charts do not.</p></noscript>\n"
+        "<noscript><p>The maps and the replay need JavaScript. Tables and charts do not.</p></noscript>\n"
         f"{elements}\n{code}</body></html>\n"
     )
 
@@ -169,7 +168,7 @@ def maps_data(maps: Iterable[HeatMap], layers: Sequence[str], modules: Sequence[
 
 
 def short_digest(value: str) -> str:
-    """The beginning of a digest, 32 or more hexadecimal digits; nothing for any other text."""
+    """First digits of a digest (32 or more hexadecimal digits); empty for any other text."""
     return f"{value[:12]}…" if len(value) >= 32 and set(value) <= set("0123456789abcdef") else ""
 
 
@@ -187,7 +186,7 @@ def _cell(value: object) -> str:
 
 
 def _plain(value: object) -> Any:
-    """Arrays and numpy scalars as lists and numbers, six significant digits; what is not finite as None."""
+    """Arrays and numpy scalars as lists and numbers with six significant digits; None for NaN and infinities."""
     if isinstance(value, np.ndarray):
         return [_plain(item) for item in value.tolist()]
     if isinstance(value, Mapping):

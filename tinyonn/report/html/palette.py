@@ -1,6 +1,6 @@
-"""Colours, in one place for the page and the PNGs. All are readable with the common colour vision deficiencies.
+"""Colours of pages and PNGs. All are readable with the common colour vision deficiencies.
 
-Diverging: blue – neutral – orange/red (the neutral is the page's own background side, so it differs in light and dark).
+Diverging: blue – neutral – orange/red (the neutral colour is close to the page's background, so light and dark pages differ).
 Sequential: the cividis map (Nuñez, Anderton, Renslow, "Optimizing colormaps with consideration for color vision deficiency",
 PLOS ONE 2018). Lines: the palette of Okabe and Ito, with dashes as a second sign.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 DIVERGING_LIGHT = ("#2166ac", "#67a9cf", "#d1e5f0", "#f5f5f3", "#fddbc7", "#ef8a62", "#b2182b")
 DIVERGING_DARK = ("#8fd0ff", "#3f93d4", "#234f78", "#262a31", "#7a3d22", "#dc7440", "#ffb98a")
-# For text behind which most tokens are ordinary: from the ground of the page to a strong colour.
+# For the background of tokens, most of which are ordinary: from the page's background to a strong colour.
 HEAT_LIGHT = ("#f6f7f9", "#fbe3c2", "#f6b773", "#e07f33", "#b04a16", "#762a06")
 HEAT_DARK = ("#1c2027", "#47301a", "#814917", "#bf6a1d", "#ee9b4c", "#ffd7a3")
 SEQUENTIAL = ("#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838")

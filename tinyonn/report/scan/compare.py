@@ -1,4 +1,4 @@
-"""Where the ∫SPS of two topics differ: `write_comparison`."""
+"""Comparison of the SPS of two topics: `write_comparison`."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class SpecificBlock:
     """A block whose mean SPS differs between the topics beyond chance.
 
     Attributes:
-        block: its column in the layout.
-        layer, module, parameter: where it lies.
-        first, last: its output features.
-        mean_a, mean_b: mean SPS a token, over sequences.
+        block: column in the layout.
+        layer, module, parameter: position in the model.
+        first, last: first and last output feature.
+        mean_a, mean_b: mean SPS per token, averaged over sequences.
         difference: mean_a − mean_b.
         low, high: interval of the difference, simultaneous over all blocks.
-        p_value: adjusted for all blocks.
+        p_value: p-value, adjusted for all blocks.
     """
 
     block: int
@@ -52,15 +52,15 @@ class SpecificBlock:
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """What a comparison found, and where it lies.
+    """Result of a comparison.
 
     Attributes:
-        html, pngs: the files written.
-        specific_blocks: every topic-specific block, the largest difference first.
+        html, pngs: the written files.
+        specific_blocks: all topic-specific blocks, the largest difference first.
         rank_correlation: Spearman's ρ of mean SPS over blocks between the topics.
-        split_half_a, split_half_b: the same between random halves of one topic: what ρ would be without any difference.
-        tested_blocks: blocks with enough sequences on both sides.
-        sequences_a, sequences_b: sequences compared.
+        split_half_a, split_half_b: the same between random halves of one topic, which is the ρ of topics without a difference.
+        tested_blocks: number of blocks with enough sequences on both sides.
+        sequences_a, sequences_b: number of compared sequences.
     """
 
     html: Path
@@ -85,22 +85,22 @@ def write_comparison(
     seed: int = 0,
     figures_too: bool = True,
 ) -> ComparisonResult:
-    """Compares two scans of one model and writes a self-contained HTML page, with PNGs beside it.
+    """Compares two scans of one model and writes a self-contained HTML page, with PNGs next to it.
 
-    Sequences are the units: each counts with its mean SPS a token, so a topic of longer texts weighs no more. Intervals hold for all
-    blocks together (`tinyonn.report.scan.statistics`).
+    The units are sequences, each with its mean SPS per token, so longer texts have no more weight. Intervals hold for all blocks together
+    (`tinyonn.report.scan.statistics`).
 
     Args:
         a, b: `.mscan` files of one model, credit and layout.
-        output: the page; PNGs take its name with `-difference.png`, `-blocks.png` and `-scatter.png`.
-        top: blocks shown as bars and listed.
-        resamples: bootstrap draws, at least 200.
-        confidence: of all intervals together, between 0.5 and 1.
-        seed: of the draws.
-        figures_too: also draw the PNGs; needs matplotlib.
+        output: the page; the PNGs are named after it, with `-difference.png`, `-blocks.png` and `-scatter.png`.
+        top: number of blocks in the bar chart and the table.
+        resamples: number of bootstrap draws, at least 200.
+        confidence: confidence of all intervals together, between 0.5 and 1.
+        seed: seed of the bootstrap sampler.
+        figures_too: whether to draw the PNGs; needs matplotlib.
 
     Raises:
-        InputError: a bad option, files that cannot be compared, fewer than 8 sequences a side, matplotlib missing.
+        InputError: wrong option, files that cannot be compared, fewer than 8 sequences per side, missing matplotlib.
         MscanError: a file is damaged.
     """
     check_least(top=(top, 1), resamples=(resamples, 200), seed=(seed, 0))
@@ -112,7 +112,7 @@ def write_comparison(
         )
     target = check_output(output)
     if Path(a).exists() and Path(b).exists() and Path(a).samefile(b):
-        raise InputError(f"a and b must be two files, got {os.fspath(a)} twice.")
+        raise InputError(f"a and b must be different files, got {os.fspath(a)} twice.")
     if figures_too:
         figures.require_matplotlib()
     name_a, name_b = Path(a).name, Path(b).name
@@ -159,7 +159,7 @@ def compare(a: TopicSample, b: TopicSample, *, resamples: int, confidence: float
 
 
 def rank_blocks(specific: np.ndarray, difference: np.ndarray, statistic: np.ndarray) -> np.ndarray:
-    """Blocks in order of interest: the specific ones by the size of their difference, then the others by their statistic."""
+    """Blocks in order of interest: specific blocks by the size of their difference, then the others by their statistic."""
     size = np.where(specific, np.nan_to_num(np.abs(difference)), np.abs(statistic))
     return np.lexsort((np.arange(len(size)), -size, ~specific))
 
@@ -176,7 +176,7 @@ def difference_maps(
             "difference",
             f"Mean SPS, {topics[0]} − {topics[1]}",
             f"Above 0: the module's blocks score higher on {topics[0]}; below 0: higher on {topics[1]}. "
-            "Opposite blocks of one module cancel here.",
+            "Opposite differences within a module cancel.",
             "standard deviations per token",
             mean,
             signed=True,
@@ -184,7 +184,7 @@ def difference_maps(
         make_map(
             "share",
             "Topic-specific blocks",
-            "Share of the module's tested blocks whose interval leaves out 0.",
+            "Share of the module's tested blocks whose interval excludes 0.",
             "share of blocks",
             share,
             signed=False,
@@ -219,7 +219,7 @@ def _draw(target: Path, found: Comparison, top: int) -> tuple[Path, ...]:
     heading = f"{title}: most topic-specific blocks" if numbers.specific.any() else f"{title}: no topic-specific block, largest differences"
     names = [found.block_name(int(block)) for block in shown]
     figures.draw_intervals(
-        paths[1], heading, names, numbers.difference[shown], numbers.low[shown], numbers.high[shown], "difference of mean SPS a token"
+        paths[1], heading, names, numbers.difference[shown], numbers.low[shown], numbers.high[shown], "difference of mean SPS per token"
     )
     labels = (f"mean SPS, {found.topics[0]}", f"mean SPS, {found.topics[1]}")
     figures.draw_scatter(

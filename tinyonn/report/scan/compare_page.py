@@ -1,4 +1,4 @@
-"""The page of a comparison: verdict, difference maps, blocks with intervals, volcano and scatter."""
+"""Page of a comparison: verdict, difference maps, blocks with intervals, volcano and scatter plots."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .grid import PLACE_COLUMNS, even_sample, outside_terms, short_names
 from .samples import TopicSample
 from .statistics import MIN_SEQUENCES, BlockDifferences
 
-# Points drawn; of more blocks than this, the specific ones and a sample of the others are.
+# Maximum number of points; of more blocks, the specific ones and a sample of the others are drawn.
 _MAX_POINTS = 20_000
 
 _SETTING_TERMS = {
-    "block": "64 output features of one weight, the smallest thing that is compared.",
-    "SPS": "synergistic prediction score: how active a block is, less how hard the loss pulls on it, each compared with the other blocks "
-    "of its layer (in standard deviations).",
-    "topic-specific": "a block whose mean SPS differs between the topics by more than chance would make it.",
-    "bootstrap draws": "times that sequences were drawn anew from those measured, to see how far chance alone moves the differences.",
-    "interval": "where a difference may truly lie. It reaches so many standard errors to either side; a standard error is how far "
-    "chance usually moves that difference.",
-    "rank correlation": "whether both topics put the blocks in the same order from low to high SPS: 1 the same, 0 unrelated, −1 reversed.",
-    "halves of A, of B": "the same between random halves of one topic: about as high as it would be if the topics did not differ.",
+    "block": "64 output features of one weight, the unit of the comparison.",
+    "SPS": "synergistic prediction score: activation norm minus gradient norm of a block, each relative to the other blocks of its layer "
+    "(in standard deviations).",
+    "topic-specific": "a block whose mean SPS differs between the topics by more than chance explains.",
+    "bootstrap draws": "number of random samples of the measured sequences, which show how much the differences vary by chance.",
+    "interval": "range of the true difference: this many standard errors to either side. A standard error is the typical variation of the "
+    "difference by chance.",
+    "rank correlation": "agreement of the topics on the order of the blocks from low to high SPS: 1 the same, 0 unrelated, −1 reversed.",
+    "halves of A, of B": "the same between random halves of one topic, which is about the value for topics that do not differ.",
 }
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything the page shows. `ranked` are all blocks in order of interest, the specific ones first."""
+    """Data of the page. `ranked` holds all blocks in order of interest, the specific ones first."""
 
     a: TopicSample
     b: TopicSample
@@ -51,7 +51,7 @@ class Comparison:
     notes: Sequence[str]
 
     def shown(self, top: int) -> np.ndarray:
-        """The blocks to draw: the first specific ones, or the first tested ones where none is specific."""
+        """Blocks to draw: the first specific ones, or the first tested ones if none is specific."""
         wanted = self.differences.specific if self.differences.specific.any() else self.differences.tested
         return np.array([block for block in self.ranked if wanted[block]][:top], dtype=np.int64)
 
@@ -65,8 +65,8 @@ def comparison_page(found: Comparison, top: int) -> str:
     """The whole document."""
     grid, numbers = found.a.grid, found.differences
     maps_lead = (
-        "SPS is z(activation norm) − z(gradient norm) within a layer, averaged over a sequence's tokens and then over sequences: "
-        "long texts and many texts weigh no more."
+        "SPS is z(activation norm) − z(gradient norm) within a layer, averaged over a sequence's tokens and then over sequences, so "
+        "longer texts and larger files have no more weight."
     )
     body = [
         f'<p class="verdict">{text(verdict(found))}</p>',
@@ -87,9 +87,9 @@ def verdict(found: Comparison) -> str:
     specific, tested = int(found.differences.specific.sum()), int(found.differences.tested.sum())
     level = f"{100 * found.confidence:g} % intervals that hold for all blocks together"
     if not tested:
-        return f"No block has {MIN_SEQUENCES} sequences on both sides; nothing can be said."
+        return f"No block has {MIN_SEQUENCES} sequences on both sides, so no block can be tested."
     if not specific:
-        return f"No block is topic-specific: with {level}, none of {tested:,} leaves out a difference of 0."
+        return f"No block is topic-specific: with {level}, none of {tested:,} intervals excludes a difference of 0."
     return f"{specific:,} of {tested:,} blocks ({100 * specific / tested:.3g} %) are topic-specific, by {level}."
 
 
@@ -131,19 +131,19 @@ def _blocks(found: Comparison, top: int) -> str:
         numbers.difference[shown],
         numbers.low[shown],
         numbers.high[shown],
-        x_title=f"difference of mean SPS a token: higher on {found.topics[1]} ← 0 → higher on {found.topics[0]}",
+        x_title=f"difference of mean SPS per token: higher on {found.topics[1]} ← 0 → higher on {found.topics[0]}",
         muted=not any_specific,
     )
     listing = table(head, rows, caption=f"{title}, {counted(len(rows), 'block')}", numeric=(0, 4, 5, 6, 7, 8, 9))
     lead = (
         f"Bars are differences, lines their intervals: {100 * found.confidence:g} % for all blocks together, from {found.resamples:,} "
-        "draws of sequences. The adjusted p is the share of draws in which the largest deviation of any block was as large."
+        "bootstrap draws. The adjusted p is the share of draws in which the largest deviation of any block was as large."
     )
     meanings = {
-        f"{found.topics[0]}, {found.topics[1]}": "the block's mean SPS a token on that topic.",
-        "difference": f"{found.topics[0]} less {found.topics[1]}.",
-        "low, high": "the ends of its interval. Where 0 lies between them, chance alone may have made the difference.",
-        "adjusted p": "how often chance alone would make the largest difference of any block as large as this one.",
+        f"{found.topics[0]}, {found.topics[1]}": "mean SPS per token of the block on that topic.",
+        "difference": f"{found.topics[0]} minus {found.topics[1]}.",
+        "low, high": "ends of the interval. If 0 lies between them, chance may explain the difference.",
+        "adjusted p": "how often chance alone makes the largest difference of any block as large as this one.",
     }
     body = f'<div class="card">{bars}</div><div class="card below">{listing}{terms(meanings)}</div>'
     return section("blocks", title, body, lead=lead)
@@ -151,8 +151,8 @@ def _blocks(found: Comparison, top: int) -> str:
 
 def _points(found: Comparison) -> str:
     legends = {
-        "scatter": "Each point is a block: its mean SPS on both topics. On the diagonal the topics agree.",
-        "volcano": "The difference against how many standard errors it is from 0. Blocks above the dashed line are topic-specific.",
+        "scatter": "Each point is the mean SPS of a block on both topics. The topics agree on the diagonal.",
+        "volcano": "The difference, and its distance from 0 in standard errors. Blocks above the dashed line are topic-specific.",
     }
     titles = {"scatter": "Block by block", "volcano": "Size and certainty"}
     cards = [card(title, f'<figure data-points="{key}"></figure>', legend=legends[key]) for key, title in titles.items()]
@@ -160,7 +160,7 @@ def _points(found: Comparison) -> str:
     within = ", ".join(f"{value:.3f} for {topic}" for value, topic in halves if np.isfinite(value))
     lead = f"Spearman's rank correlation between the topics is {found.rank_correlation:.3f}; between random halves of one topic, {within}."
     if len(found.ranked) > _MAX_POINTS:
-        lead += f" Of {len(found.ranked):,} blocks, {_MAX_POINTS:,} are drawn: the specific ones first, then an even sample."
+        lead += f" Of {len(found.ranked):,} blocks, {_MAX_POINTS:,} are drawn: the specific ones, then an even sample of the others."
     return section("points", "All blocks", group("grid2", cards), lead=lead)
 
 

@@ -1,6 +1,6 @@
-"""What a report says about a scan, read from its file: totals per block, per-token losses, the configuration.
+"""Data of a report, read from a scan: totals per block, losses per token, configuration.
 
-Only integrals and SEQUENCE records are read here; the planes of single tokens are read for the replay alone (`replay.py`).
+This module reads integrals and SEQUENCE records only. `replay.py` reads the planes of single tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...mscan import MscanReader
 from .grid import BlockGrid, Floats, build_grid, even_sample
 from .integrals import file_integral
 
-# Beyond this many sequences the losses are read from an even sample: a page need not read millions of records.
+# Beyond this many sequences the losses are read from an even sample, not from millions of records.
 LOSS_SEQUENCES = 20_000
 
 V1_NOTES = "version_1_notes"
@@ -25,13 +25,13 @@ V1_NOTES = "version_1_notes"
 
 @dataclass(frozen=True)
 class Totals:
-    """Per-block numbers of a whole file, (blocks,) float64; NaN where a block was never recorded.
+    """Per-block numbers of a whole file, (blocks,) float64; NaN for a block without records.
 
     Attributes:
         integral: ∫SPS, summed over tokens.
-        sps: mean SPS of a token.
+        sps: mean SPS per token.
         activation, gradient: mean norms.
-        count: tokens counted.
+        count: number of counted tokens.
     """
 
     integral: Floats
@@ -46,7 +46,7 @@ class LossSummary:
     """Per-token losses (nats) of the sequences that were read.
 
     Attributes:
-        values: every finite loss.
+        values: all finite losses.
         ordinals: (sequences read,) position in the file.
         tokens: (sequences read,) number of tokens.
         means: (sequences read,) mean loss, NaN without a labelled token.
@@ -62,7 +62,7 @@ class LossSummary:
 
 @dataclass(frozen=True)
 class ScanData:
-    """Everything the page shows that is no single token."""
+    """Data of the page, without single tokens."""
 
     name: str
     version: int
@@ -75,7 +75,7 @@ class ScanData:
 
     @property
     def has_gradient(self) -> bool:
-        """False where every gradient norm is 0 or missing: the writer measured none."""
+        """Whether any gradient norm is above 0; if not, the writer measured none."""
         return bool(np.isfinite(self.totals.gradient).any())
 
 
@@ -84,7 +84,7 @@ def collect(reader: MscanReader, name: str) -> ScanData:
 
     Args:
         reader: an open file.
-        name: what the page calls it.
+        name: name of the file on the page.
 
     Raises:
         InputError: the layout is empty or not contiguous.
@@ -107,14 +107,14 @@ def collect(reader: MscanReader, name: str) -> ScanData:
 
 
 def read_totals(reader: MscanReader, grid: BlockGrid) -> Totals:
-    """Per-block totals of the whole file; NaN where no token counted."""
+    """Per-block totals of the whole file; NaN without a counted token."""
     total = file_integral(reader, grid)
     seen = total.count > 0
     return Totals(
         integral=total.sps,
         sps=total.sps / np.maximum(total.count, 1),
         activation=np.where(seen, total.activation_mean, np.nan),
-        # A writer that stores zeros alone measured nothing; a blank map says so, one of zeros would not.
+        # A writer that stores only zeros measured nothing, so the map is blank rather than zero.
         gradient=np.where(seen & (total.grad_mean > 0).any(), total.grad_mean, np.nan),
         count=total.count,
     )
@@ -140,9 +140,9 @@ def read_losses(reader: MscanReader) -> LossSummary:
 
 
 def loss_is_broken(loss: Floats, metadata: Mapping[str, Any]) -> bool:
-    """Whether the losses of a sequence, (tokens,), are not all finite where they should be.
+    """Whether a labelled token of a sequence has a loss, of (tokens,), that is not finite.
 
-    In a scan of ours all tokens but the last are labelled. In files of other writers NaN may also mark a token without a label.
+    A scan of this library labels all tokens but the last. In files of other writers NaN may also mark a token without a label.
     """
     return bool(np.isinf(loss).any() or (is_scan(metadata) and np.isnan(loss[:-1]).any()))
 
@@ -156,26 +156,25 @@ def _notes(data: ScanData) -> list[str]:
     notes = _not_finite_notes(data)
     if not data.has_gradient and data.num_sequences and not notes:
         notes.append(
-            "Every gradient norm in this file is 0 or missing. That is no measurement: its writer stored none. "
-            "SPS then holds the activation term alone."
+            "Every gradient norm in this file is 0 or missing: its writer measured none. SPS then consists of the activation term alone."
         )
     if data.num_sequences == 0:
         notes.append("The file holds no complete sequence.")
     elif not len(data.losses.values) and not data.losses.broken.any():
-        notes.append("No token of this file carries a loss.")
+        notes.append("No token of this file has a loss.")
     if data.num_sequences > len(data.losses.ordinals):
         notes.append(f"Losses are those of {len(data.losses.ordinals):,} sequences, evenly spaced among {data.num_sequences:,}.")
-    # What the reader of version 1 found out about the file's writer.
+    # Notes of the version 1 reader about the file's writer.
     notes.extend(str(line) for line in data.metadata.get(V1_NOTES, ()) if isinstance(data.metadata[V1_NOTES], list))
     never = int((data.totals.count == 0).sum())
     if never and data.num_sequences and never < data.grid.num_blocks:
-        notes.append(f"{never:,} of {data.grid.num_blocks:,} blocks were never recorded; they are left blank.")
+        notes.append(f"{never:,} of {data.grid.num_blocks:,} blocks were never recorded and are left blank.")
     notes.extend(f"Not measured: {line}." for line in _not_measured(data))
     return notes
 
 
 def _not_measured(data: ScanData) -> list[str]:
-    """Names and reasons: of the weights that the scan left out, and of those in the layout that hold no value."""
+    """Names and reasons of the weights that the scan left out, and of those in the layout without a value."""
     stored = data.metadata.get("not_measured")
     reasons = {str(why): [str(name) for name in names] for why, names in stored.items()} if isinstance(stored, dict) else {}
     silent = data.totals.count == 0
@@ -186,12 +185,12 @@ def _not_measured(data: ScanData) -> list[str]:
 
 
 def _not_finite_notes(data: ScanData) -> list[str]:
-    """What left the range of the scan's precision."""
+    """Notes on losses and norms that are not finite in the scan's precision."""
     losses, dtype = data.losses, data.metadata.get("dtype")
     if broken := int(losses.broken.sum()):
         words = f"The loss of {broken:,} of {len(losses.ordinals):,} sequences is not finite, nor are their gradients."
         return [f"{words} The maps and sums leave such tokens out. {not_finite_cause(dtype)}"]
-    # Weights of experts see some tokens alone; every other weight sees all.
+    # Weights of experts see only some tokens; every other weight sees all.
     dense = np.array([not entry.name.rpartition(".")[2].isdigit() for entry in data.grid.layout])[data.grid.entry]
     if not is_scan(data.metadata) or len(losses.ordinals) < data.num_sequences or not dense.any():
         return []

@@ -1,4 +1,4 @@
-"""The same maps, profiles and bars as PNG files, drawn with matplotlib for papers and slides."""
+"""Maps, profiles and bars as PNG files, drawn with matplotlib for papers and slides."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _STYLES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2
 
 
 def require_matplotlib() -> None:
-    """Asks for matplotlib by name before any work is done.
+    """Checks that matplotlib is installed, before any work.
 
     Raises:
-        InputError: it is not installed.
+        InputError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(f"{needs('drawing PNGs', 'matplotlib')} (or leave them out: figures_too=False).")
 
 
 def draw_maps(path: Path, title: str, maps: Sequence[HeatMap], how: Normalisation, layers: Sequence[str], modules: Sequence[str]) -> None:
-    """Heat maps side by side, two a row, with one colour bar each."""
+    """Heat maps, two per row, with one colour bar each."""
     columns = min(2, len(maps))
     lines = math.ceil(len(maps) / columns)
     height = min(max(3.2, 0.17 * len(layers) + 1.6), 12.0)
@@ -45,7 +45,7 @@ def draw_maps(path: Path, title: str, maps: Sequence[HeatMap], how: Normalisatio
 
 
 def draw_profiles(path: Path, title: str, panels: Sequence[tuple[str, Sequence[tuple[str, Floats]], bool]], layers: Sequence[str]) -> None:
-    """Lines over the layers; panels are (y title, series, logarithmic)."""
+    """Lines over the layers; a panel is (y title, series, whether the axis is logarithmic)."""
     figure = new_figure(4.8 * len(panels), 4.4, title)
     for number, (label, series, log) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1)
@@ -86,7 +86,7 @@ def draw_intervals(path: Path, title: str, names: Sequence[str], values: Floats,
 
 
 def draw_scatter(path: Path, title: str, x: Floats, y: Floats, picked: np.ndarray, labels: tuple[str, str]) -> None:
-    """One point per block, the picked ones in colour, with the diagonal."""
+    """One point per block, with the picked blocks in colour, and the diagonal."""
     figure = new_figure(5.6, 5.2)
     axes = figure.add_subplot(1, 1, 1)
     shown = np.isfinite(x) & np.isfinite(y)
@@ -107,7 +107,7 @@ def draw_scatter(path: Path, title: str, x: Floats, y: Floats, picked: np.ndarra
 def draw_map(
     figure: Any, axes: Any, values: Floats, scale: Scale, layers: Sequence[str], columns: Sequence[str], column_title: str | None = None
 ) -> None:
-    """One heat map with its colour bar; columns are named each, or numbered under a title."""
+    """One heat map with its colour bar; each column has its name, or columns are numbered under a title."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 
     stops = DIVERGING_LIGHT if scale.kind == "diverging" else SEQUENTIAL
@@ -129,7 +129,7 @@ def draw_map(
 
 
 def label_axis(axis: Any, labels: Sequence[str], most: int) -> None:
-    """At most `most` of the labels, evenly apart."""
+    """Sets at most `most` of the labels, evenly spaced."""
     every = max(1, math.ceil(len(labels) / most))
     places = list(range(0, len(labels), every))
     axis.set_ticks(places, [safe_label(labels[place]) for place in places])
@@ -145,7 +145,7 @@ def new_figure(width: float, height: float, title: str = "", size: int = 13) -> 
     """
     from matplotlib.figure import Figure
 
-    # A Figure of its own, not pyplot: no global state, no window system.
+    # A Figure without pyplot needs no global state and no window system.
     figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     if title:
         figure.suptitle(safe_label(title), fontsize=size)
@@ -153,11 +153,11 @@ def new_figure(width: float, height: float, title: str = "", size: int = 13) -> 
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a PNG, whole or not at all."""
+    """Writes a complete PNG, or none."""
     with replacing(path) as partial:
         figure.savefig(partial, format="png", facecolor="white")
 
 
 def safe_label(label: str) -> str:
-    """A label that matplotlib shows letter by letter: `$` would start a formula."""
+    """A label that matplotlib shows literally; `$` would start a formula."""
     return "".join(sign if sign.isprintable() else "?" for sign in label).replace("$", r"\$")

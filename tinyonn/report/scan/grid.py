@@ -2,7 +2,7 @@
 
     cell(layer, module) = all feature blocks of that module in that layer; the experts of one layer share a cell
 
-A map of single blocks would have 10⁵ cells and more, which no screen shows; layers × modules fits any.
+A map of single blocks would have 10⁵ cells or more, too many for a screen; layers × modules fits.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """Where each block lies.
+    """Position of each block.
 
     Attributes:
         layout: the weights, in column order.
-        layers: label of each row; a bare number where one stack of layers makes it unambiguous.
+        layers: label of each row; a bare number if the model has one stack of layers.
         groups: full name of each row's group of weights.
-        modules: name of each column, the path of the weight inside its layer without expert numbers.
+        modules: name of each column: path of the weight inside its layer, without expert numbers.
         layer_offsets: (rows + 1,) first block of each row.
         cell: (blocks,) row · columns + column.
         entry: (blocks,) index of the weight in `layout`.
@@ -55,7 +55,7 @@ class BlockGrid:
         return len(self.cell)
 
     def sum(self, values: Floats) -> Floats:
-        """Sums (blocks,) into (rows, columns); missing values are skipped, cells without any are NaN."""
+        """Sums (blocks,) into (rows, columns); missing values are skipped, cells without values are NaN."""
         present = np.isfinite(values)
         size = self.shape[0] * self.shape[1]
         total = np.bincount(self.cell[present], weights=values[present], minlength=size)
@@ -63,7 +63,7 @@ class BlockGrid:
         return np.where(filled, total, np.nan).reshape(self.shape)
 
     def mean(self, values: Floats, weights: Floats) -> Floats:
-        """Weighted means of (blocks,) as (rows, columns); cells of no weight are NaN."""
+        """Weighted means of (blocks,) as (rows, columns); cells without weight are NaN."""
         known = np.isfinite(values) & (weights > 0)
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.sum(np.where(known, values * weights, np.nan)) / self.sum(np.where(known, weights, np.nan))
@@ -100,7 +100,7 @@ class BlockGrid:
 
 @dataclass(frozen=True)
 class BlockPlace:
-    """A block named for a reader: layer label, module inside the layer, weight, number and its features first … last."""
+    """Names of a block: layer label, module inside the layer, weight, number and its features first … last."""
 
     block: int
     layer: str
@@ -112,7 +112,7 @@ class BlockPlace:
 
     @property
     def cells(self) -> tuple[str, str, str]:
-        """The block in a table, under PLACE_COLUMNS."""
+        """Cells of the block in a table, for PLACE_COLUMNS."""
         return self.layer, self.module, f"{self.first}–{self.last}"
 
 
@@ -136,7 +136,7 @@ def build_grid(layout: Sequence[LayoutEntry]) -> BlockGrid:
         if weight.blocks:
             name = _inside(weight.name, groups[int(row[weight.base])], keep_numbers=False) or OUTSIDE
             column[span] = modules.setdefault(name, len(modules))
-    # Weights outside the layers belong in the last column, wherever the model lists them.
+    # Weights outside the layers are in the last column, in any order of the model.
     names = sorted(modules, key=lambda name: (name == OUTSIDE, modules[name]))
     place = np.empty(len(names), dtype=np.int64)
     for new, name in enumerate(names):
@@ -158,17 +158,17 @@ def even_sample(total: int, limit: int) -> Ints:
 
 
 def outside_terms(grid: BlockGrid) -> dict[str, str]:
-    """What the column of weights outside the layers means, with some of their names; nothing where there are none."""
+    """Definition of the column of weights outside the layers, with some of their names; empty without such weights."""
     if OUTSIDE not in grid.modules:
         return {}
     column, width = grid.modules.index(OUTSIDE), grid.shape[1]
     found = [grid.layout[number].name.removesuffix(".weight") for number in dict.fromkeys(grid.entry[grid.cell % width == column].tolist())]
     names = ", ".join(found[:3]) + (f" and {len(found) - 3:,} more" if len(found) > 3 else "")
-    return {OUTSIDE: f"weights that belong to no layer of the stack; here {names}. Each has a row of its own."}
+    return {OUTSIDE: f"weights that belong to no layer of the stack, here {names}. Each has its own row."}
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Last path component of each name, with as many parents as it takes to tell them apart."""
+    """Last path component of each name, with as many parents as needed to distinguish them."""
     parts = [name.split(".") for name in names]
     short = []
     for own in parts:
@@ -180,7 +180,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def _inside(name: str, group: str, *, keep_numbers: bool) -> str:
-    """Path of a weight inside its layer; empty for a weight that is a group of its own."""
+    """Path of a weight inside its layer; empty for a weight that forms its own group."""
     rest = name.removesuffix(".weight")
     rest = rest[len(group) :].lstrip(".") if rest.startswith(group) else rest
     return rest if keep_numbers else ".".join(part for part in rest.split(".") if not part.isdigit())

@@ -2,9 +2,9 @@
 
     head h:  q(h) + (k(g) + v(g)) / G,    g = h // G, the key/value head that h shares with G − 1 others
 
-A block of 64 features may hold parts of several heads, or a head several blocks: a block's ∫SPS is shared out by the number
-of features that overlap. The sum over heads is then the sum over the q, k and v blocks. o_proj cannot be split: its heads are
-input columns, and a scan records output blocks.
+A block of 64 features may hold parts of several heads, or a head several blocks, so a block's ∫SPS is divided by the number of
+overlapping features. The sum over heads equals the sum over the q, k and v blocks. o_proj is not included: its heads are input
+columns, and a scan records output blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .grid import FEATURES_PER_BLOCK, BlockGrid, Floats
 
 # Separate projections, by the last part of their module's name.
 _SEPARATE = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "query": "q", "key": "k", "value": "v"}
-# Projections that hold q, then k, then v in one weight. Interleaved ones (GPT-NeoX, Bloom, Falcon) are not among them.
+# Projections that hold q, then k, then v in one weight. Interleaved ones (GPT-NeoX, Bloom, Falcon) are not supported.
 _FUSED = ("qkv_proj", "c_attn", "Wqkv")
 
 
@@ -29,9 +29,9 @@ class HeadScores:
     """∫SPS of every attention head.
 
     Attributes:
-        layers: (rows,) row of the grid that each line belongs to.
+        layers: (rows,) row of the grid of each line.
         query, key, value: (rows, heads) shares of ∫SPS; key and value are already divided by G.
-        blocks_per_head: blocks that one head covers, 1 where head and block coincide, below 1 where heads share a block.
+        blocks_per_head: number of blocks of one head; 1 if head and block coincide, below 1 if heads share a block.
     """
 
     layers: list[int]
@@ -46,18 +46,18 @@ class HeadScores:
 
 
 def head_scores(grid: BlockGrid, totals: Totals, metadata: Mapping[str, Any]) -> HeadScores | str:
-    """∫SPS per head, or the reason why it cannot be known.
+    """∫SPS per head, or the reason why it cannot be computed.
 
     Args:
         grid: blocks of the file.
         totals: per-block numbers of the file.
-        metadata: `num_attention_heads`, `num_key_value_heads` and `head_dim` are read.
+        metadata: metadata of the file with `num_attention_heads`, `num_key_value_heads` and `head_dim`.
     """
     heads = _positive(metadata.get("num_attention_heads"))
     groups = _positive(metadata.get("num_key_value_heads")) or heads
     width = _positive(metadata.get("head_dim"))
     if not heads or not groups or not width:
-        return "The file's metadata does not name num_attention_heads and head_dim, so blocks cannot be assigned to heads."
+        return "The file's metadata has no num_attention_heads and head_dim, so blocks cannot be assigned to heads."
     if heads % groups:
         return f"{heads} attention heads cannot share {groups} key/value heads evenly."
     share = heads // groups
@@ -77,7 +77,7 @@ def head_scores(grid: BlockGrid, totals: Totals, metadata: Mapping[str, Any]) ->
             found.setdefault(row, {}).update(q=q, k=k, v=v)
     rows = sorted(row for row, parts in found.items() if len(parts) == 3)
     if not rows:
-        return f"No layer has q, k and v projections whose output is made of {heads} and {groups} heads of {width} features."
+        return f"No layer has q, k and v projections with {heads} and {groups} heads of {width} features."
     query = np.stack([found[row]["q"].reshape(heads, width).sum(axis=1) for row in rows])
     key = np.stack([np.repeat(found[row]["k"].reshape(groups, width).sum(axis=1) / share, share) for row in rows])
     value = np.stack([np.repeat(found[row]["v"].reshape(groups, width).sum(axis=1) / share, share) for row in rows])
@@ -85,13 +85,13 @@ def head_scores(grid: BlockGrid, totals: Totals, metadata: Mapping[str, Any]) ->
 
 
 def head_names(num_heads: int) -> tuple[list[str], list[str]]:
-    """Columns of a map of heads, in full and short."""
+    """Full and short column names for a map of heads."""
     short = [str(head) for head in range(num_heads)]
     return [f"head {name}" for name in short], short
 
 
 def _per_feature(blocks: Floats, features: int) -> Floats:
-    """Spreads each block's value evenly over its features."""
+    """Divides each block's value evenly among its features."""
     width = np.full(len(blocks), FEATURES_PER_BLOCK)
     width[-1] = features - FEATURES_PER_BLOCK * (len(blocks) - 1)
     return np.repeat(blocks / width, width) if width[-1] > 0 else np.empty(0)

@@ -1,4 +1,4 @@
-"""∫SPS and moments of a sequence: as stored, or from its planes where a file holds planes alone."""
+"""∫SPS and moments of a sequence: as stored, or computed from its planes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .grid import BlockGrid, Floats
 
 
 def file_integral(reader: MscanReader, grid: BlockGrid) -> Integral:
-    """The sum over all sequences, the stored total where there is one; sequences without integral and planes count nothing.
+    """The file's stored total, or the sum over its sequences; sequences without integral and planes are skipped.
 
     Raises:
         MscanError: the file is damaged.
@@ -19,7 +19,7 @@ def file_integral(reader: MscanReader, grid: BlockGrid) -> Integral:
     try:
         return reader.integral().widened(grid.num_blocks)
     except MscanError:
-        # Some sequence has no integral, or the file is damaged: reading each sequence tells which.
+        # A sequence has no integral, or the file is damaged: reading each sequence shows which.
         total = Integral.zeros(grid.num_blocks)
         for ordinal in range(len(reader.sequences)):
             found = sequence_integral(reader, ordinal, grid)
@@ -29,7 +29,7 @@ def file_integral(reader: MscanReader, grid: BlockGrid) -> Integral:
 
 
 def sequence_integral(reader: MscanReader, ordinal: int, grid: BlockGrid) -> Integral | None:
-    """The integral of one sequence, or None where it has neither integral nor planes."""
+    """Integral of one sequence, or None if it has neither integral nor planes."""
     stored = reader.sequence_integral(ordinal)
     if stored is not None:
         return stored.widened(grid.num_blocks)
@@ -42,8 +42,8 @@ def sequence_integral(reader: MscanReader, ordinal: int, grid: BlockGrid) -> Int
 
 
 def token_sps(activation: npt.NDArray[np.float32], gradient: npt.NDArray[np.float32], layer_offsets: npt.NDArray[np.int64]) -> Floats:
-    """SPS of each token and block, NaN where missing: (tokens, blocks) twice to (tokens, layer_offsets[-1]) float64."""
-    # Inside the call: a report of integrals alone needs no torch.
+    """SPS of each token and block, NaN = missing: two planes of (tokens, blocks) to (tokens, layer_offsets[-1]) float64."""
+    # Imported here, because a report of integrals alone needs no torch.
     import torch
 
     from ...ops import integrate_sps

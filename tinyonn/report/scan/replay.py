@@ -1,9 +1,9 @@
-"""The sequences that the page replays token by token: their text, losses and SPS per layer and module.
+"""Sequences for the replay: text, losses and SPS per layer and module, token by token.
 
     cell(token, layer, module) = mean SPS of the module's blocks
     spread(token, layer)       = root mean square of the layer's SPS (their mean is 0 by definition)
 
-Values travel as int16 with one scale a sequence: an error of at most 1/65,000 of the largest.
+Values are stored as int16 with one scale per sequence; the error is at most 1/65,000 of the largest.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .token_text import Decoder, token_pieces
 ReplayOrder = Literal["surprising", "first"]
 REPLAY_ORDERS: tuple[ReplayOrder, ...] = get_args(ReplayOrder)
 
-# A longer text is cut: the page draws one element a token.
+# A longer text is cut, because the page has one element per token.
 MAX_TOKENS = 2048
-# Past so many per-token values (5 bytes each two) further sequences come with text and loss alone.
+# Beyond this many per-token values (5 bytes for two) further sequences have only text and loss.
 MAX_VALUES = 2_000_000
 
 _MISSING = -32768
@@ -36,17 +36,17 @@ _LARGEST = 32767
 
 @dataclass(frozen=True)
 class ReplaySequence:
-    """One sequence as the page replays it.
+    """One sequence for the replay.
 
     Attributes:
-        ordinal, sequence_id: its place and name in the file.
-        pieces: text of each token, or None where no tokenizer was found.
+        ordinal, sequence_id: its position and name in the file.
+        pieces: text of each token, or None without a tokenizer.
         text: the stored text, or None.
         token_ids: (tokens,).
-        loss: (tokens,) loss of predicting the next token, NaN where unlabelled.
-        marked: (tokens,) marked tokens (answers), or None where all are.
-        cells: (tokens, columns) SPS of each (layer, module) that exists, then the spread of each layer; None without planes.
-        cut: tokens left out at the end.
+        loss: (tokens,) loss of predicting the next token, NaN without a label.
+        marked: (tokens,) marked tokens (answers), or None if all are marked.
+        cells: (tokens, columns) SPS of each existing (layer, module), then the spread of each layer; None without planes.
+        cut: number of tokens left out at the end.
     """
 
     ordinal: int
@@ -61,17 +61,17 @@ class ReplaySequence:
 
 
 def choose_sequences(losses: LossSummary, limit: int, order: ReplayOrder) -> list[int]:
-    """Ordinals to replay: the first ones, or those of the highest mean loss (at least 8 tokens, where there are enough)."""
+    """Ordinals for the replay: the first sequences, or those with the highest mean loss (with at least 8 tokens, if enough exist)."""
     if order == "first":
         return [int(ordinal) for ordinal in losses.ordinals[:limit]]
-    # Two tokens of a rare name would always win; short sequences come last.
+    # A sequence of two rare tokens would always come first, so short sequences come last.
     mean = np.where(np.isfinite(losses.means), losses.means, -np.inf)
     ranked = np.lexsort((losses.ordinals, -mean, losses.tokens < 8))
     return [int(losses.ordinals[row]) for row in ranked[:limit]]
 
 
 def read_replay(reader: MscanReader, grid: BlockGrid, ordinals: Sequence[int], decoder: Decoder | None) -> list[ReplaySequence]:
-    """Reads the chosen sequences, cutting and thinning as MAX_TOKENS and MAX_VALUES ask."""
+    """Reads the chosen sequences within the limits of MAX_TOKENS and MAX_VALUES."""
     chosen = []
     left = MAX_VALUES
     columns = len(np.unique(grid.cell)) + grid.shape[0]
@@ -102,7 +102,7 @@ def read_replay(reader: MscanReader, grid: BlockGrid, ordinals: Sequence[int], d
 
 
 def token_cells(grid: BlockGrid, activation: npt.NDArray[np.float32], gradient: npt.NDArray[np.float32]) -> Floats:
-    """SPS per token: existing cells in grid order, then the spread of each layer. (tokens, blocks) twice to (tokens, columns)."""
+    """SPS per token: existing cells in grid order, then the spread of each layer. Two planes of (tokens, blocks) to (tokens, columns)."""
     sps = token_sps(activation, gradient, grid.layer_offsets)
     cells = grid.token_means(sps)[:, np.unique(grid.cell)]
     spread = np.full((len(sps), grid.shape[0]), np.nan)

@@ -1,4 +1,4 @@
-"""The replay on the page: one text at a time, token by token."""
+"""Section of the page that replays one text at a time, token by token."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def replay_section(data: ScanData, sequences: Sequence[ReplaySequence], order: R
     modules = "".join(f'<option value="{column}">{text(name)}</option>' for column, name in enumerate(short))
     chosen = {"surprising": "those with the highest mean loss", "first": "the first ones"}[order]
     which = (
-        f"{len(sequences)} of {data.num_sequences:,} sequences are here: {chosen}."
+        f"{len(sequences)} of {data.num_sequences:,} sequences are shown: {chosen}."
         if len(sequences) < data.num_sequences
-        else "Every sequence is here."
+        else "All sequences are shown."
     )
     missing = (
         ""
         if sequences[0].pieces is not None
-        else " No tokenizer of this scan was found here, so tokens are shown as ids; name one when writing the report."
+        else " The scan's tokenizer was not found, so tokens are shown as ids. To show text, pass the tokenizer when you write the report."
     )
     lead = (
-        f"{which} A token's surprisal is the loss of predicting it from the tokens before; the SPS at a token is what the model did while "
-        f"reading it, to predict the next.{missing}"
+        f"{which} A token's surprisal is the loss of predicting it from the tokens before it. The SPS at a token is that of predicting the "
+        f"next token from it.{missing}"
     )
     body = f"""<div id="replay"><div class="controls">
 <label>Sequence <select data-replay="sequence">{options}</select></label>
@@ -80,7 +80,7 @@ def _replay_payload(sequence: ReplaySequence, broken: bool) -> dict[str, Any]:
     if sequence.cut:
         note.append(f"Cut after {MAX_TOKENS:,} tokens; {sequence.cut:,} more are in the file.")
     if sequence.cells is None:
-        note.append("No SPS per token here: the file holds none for this sequence, or the page would have become too heavy.")
+        note.append("This sequence has no SPS per token: the file holds none, or the page would become too large.")
     if sequence.marked is not None:
         note.append("Underlined tokens are the marked ones (the answer).")
     return {
@@ -91,7 +91,7 @@ def _replay_payload(sequence: ReplaySequence, broken: bool) -> dict[str, Any]:
         "broken": broken,
         "marked": None if sequence.marked is None else [int(mark) for mark in sequence.marked],
         "packed": packed,
-        # Full precision: rounding the scale would shift every value.
+        # Full precision, because a rounded scale would shift every value.
         "scale": repr(scale),
         "note": " ".join(note),
     }

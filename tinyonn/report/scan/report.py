@@ -1,4 +1,4 @@
-"""The report of one scan: what each layer and module did, which blocks and heads stand out, and the text token by token."""
+"""Report of one scan: maps of layers and modules, highest and lowest blocks and heads, and a replay of the text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .token_text import find_tokenizer
 
 @dataclass(frozen=True)
 class ReportResult:
-    """Where a report lies: the page and the PNGs beside it."""
+    """Files of a report: the page and its PNGs."""
 
     html: Path
     pngs: tuple[Path, ...]
@@ -39,24 +39,24 @@ def write_report(
     tokenizer: str | os.PathLike[str] | None = None,
     figures_too: bool = True,
 ) -> ReportResult:
-    """Writes one self-contained HTML page about a scan, and PNGs of its maps beside it.
+    """Writes one self-contained HTML page about a scan, and PNGs of its maps next to it.
 
     Args:
         path: a `.mscan` file, or one of a set of ranks.
-        output: the page; PNGs take its name with `-maps.png` and `-profiles.png`.
-        normalise: what the maps show first, and the PNGs: "layer", "global" or "none" (`tinyonn.report.html.maps`).
-        top: blocks and heads listed.
-        replay: sequences that can be read token by token; 0 for none.
-        replay_order: those of the highest mean loss, or the first.
-        tokenizer: folder of the model, or its tokenizer.json, to show tokens as text; None looks for the scan's own on this
-            machine, and shows token ids where it is not.
-        figures_too: also draw the PNGs; needs matplotlib.
+        output: the page; the PNGs are named after it, with `-maps.png` and `-profiles.png`.
+        normalise: normalisation of the PNGs and, at first, of the maps: "layer", "global" or "none" (`tinyonn.report.html.maps`).
+        top: number of listed blocks and heads.
+        replay: number of sequences in the replay; 0 for none.
+        replay_order: "surprising" for the sequences with the highest mean loss, or "first".
+        tokenizer: folder of the model, or its tokenizer.json, to show tokens as text; None uses the scan's own if this machine has
+            it, and token ids otherwise.
+        figures_too: whether to draw the PNGs; needs matplotlib.
 
     Returns:
         The files written.
 
     Raises:
-        InputError: a bad option, an output that cannot be written, matplotlib missing, or a layout that cannot be shown.
+        InputError: wrong option, an output that cannot be written, missing matplotlib, or a layout that cannot be shown.
         MscanError: the file is damaged.
     """
     choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -91,15 +91,15 @@ def check_least(**options: tuple[int, int]) -> None:
 
 
 def png_paths(target: Path, *parts: str) -> tuple[Path, ...]:
-    """Figures beside a page: page.html to page-maps.png."""
+    """Paths of the figures of a page, such as page-maps.png for page.html."""
     return tuple(target.with_name(f"{target.stem}-{part}.png") for part in parts)
 
 
 def check_output(output: str | os.PathLike[str]) -> Path:
-    """The page's path, checked before any work.
+    """Path of the page, checked before any work.
 
     Raises:
-        InputError: it does not end in .html, is a folder, or lies in a folder that is not there.
+        InputError: it does not end in .html, is a folder, or its folder does not exist.
     """
     target = Path(output)
     if target.suffix.lower() not in (".html", ".htm"):

@@ -1,4 +1,4 @@
-"""The page of a report: its sections, in order of reading."""
+"""Page of a report: its sections in reading order."""
 
 from __future__ import annotations
 
@@ -51,19 +51,17 @@ def report_page(
     Args:
         data: totals, losses and configuration.
         maps: the four maps of `scan_maps`.
-        heads: scores per head, or why there are none.
-        sequences: those to replay; none leaves the replay out.
-        normalise: what the maps show first.
-        top: blocks and heads listed.
-        order: how the sequences were chosen.
-        dropped: what the reader dropped of a damaged file.
+        heads: scores per head, or the reason why they are missing.
+        sequences: sequences of the replay; without any, the page has no replay.
+        normalise: normalisation that the maps show first.
+        top: number of listed blocks and heads.
+        order: order by which the sequences were chosen.
+        dropped: lines on what the reader dropped of a damaged file.
     """
     grid = data.grid
     head_body, head_maps = _heads_section(data, heads, top)
     elements: dict[str, object] = {"maps-data": maps_data(maps, grid.layers, grid.modules, short_names(grid.modules)) + head_maps}
-    maps_lead = (
-        "Every cell is one module of one layer, the mean over its blocks of 64 features (experts together). Input layers are on top."
-    )
+    maps_lead = "Each cell is one module of one layer: the mean over its blocks of 64 features (and over experts). Input layers are on top."
     body = [
         notices([*data.notes, *(f"The file is damaged: {line}" for line in dropped)]),
         section("configuration", "Run configuration", facts(configuration(data))),
@@ -89,27 +87,27 @@ def report_page(
 
 
 def scan_title(data: ScanData) -> str:
-    """Model and topic in words."""
+    """Model and topic, for titles."""
     model, topic = data.metadata.get("model") or data.metadata.get("model_name"), data.metadata.get("topic")
     return " on ".join(str(part) for part in (model or data.name, topic) if part)
 
 
 def configuration(data: ScanData) -> dict[str, object]:
-    """The run's configuration as a reader wants it: what was measured first, then every key of the metadata."""
+    """Configuration of the run: the extent of the measurement, then every key of the metadata."""
     first: dict[str, object] = {
         "file": f"{data.name} (.mscan v{data.version})",
         "sequences": data.num_sequences,
         "tokens measured": int(data.totals.count.max(initial=0)),
         "layers": layer_count(data.grid.groups),
         "weights": len(data.grid.layout),
-        "blocks a token": data.grid.num_blocks,
+        "blocks per token": data.grid.num_blocks,
     }
     shown = {key: _short(value) for key, value in data.metadata.items() if key not in ("sequences", V1_NOTES)}
     return first | shown
 
 
 def _short(value: object) -> object:
-    """A value of the metadata in at most one line: hashes by their beginning, collections by their size."""
+    """A value of the metadata in one line: the first digits of a digest, the size of a long collection."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str):
@@ -121,7 +119,7 @@ def _short(value: object) -> object:
 
 
 def profile_series(data: ScanData, values: Floats) -> list[tuple[str, Floats]]:
-    """(layers, modules) as one line per module; the modules with most blocks where there are more than the page has colours."""
+    """(layers, modules) as one series per module; if they outnumber the colours, the modules with most blocks."""
     short = short_names(data.grid.modules)
     blocks = np.bincount(data.grid.cell % data.grid.shape[1], minlength=data.grid.shape[1])
     spans = [column for column in range(data.grid.shape[1]) if np.isfinite(values[:, column]).any()]
@@ -144,7 +142,7 @@ def _profiles_section(data: ScanData, maps: Sequence[HeatMap]) -> str:
         )
         cards.append(card(heat_map.title, chart))
     more = data.grid.shape[1] > len(DASHES) + 1
-    lead = "The same numbers as lines over the layers." + (f" The {len(DASHES)} modules with most blocks are drawn." if more else "")
+    lead = "The same numbers over the layers." + (f" The {len(DASHES)} modules with the most blocks are drawn." if more else "")
     return section("profiles", "Profiles", group("grid3", cards), lead=lead)
 
 
@@ -152,7 +150,7 @@ def _blocks_section(data: ScanData, top: int) -> str:
     totals = data.totals
     known = np.flatnonzero(np.isfinite(totals.integral))
     ranked = known[np.argsort(-totals.integral[known], kind="stable")]
-    head = ["#", *PLACE_COLUMNS, "∫SPS", "SPS a token", "activation", "gradient", "tokens"]
+    head = ["#", *PLACE_COLUMNS, "∫SPS", "SPS per token", "activation", "gradient", "tokens"]
     cards = []
     for title, order in (("Highest ∫SPS", ranked[:top]), ("Lowest ∫SPS", ranked[::-1][:top])):
         rows = []
@@ -160,7 +158,7 @@ def _blocks_section(data: ScanData, top: int) -> str:
             numbers = [plane[block] for plane in (totals.integral, totals.sps, totals.activation, totals.gradient)]
             rows.append([rank, *data.grid.block_place(block).cells, *numbers, int(totals.count[block])])
         cards.append(table_card(head, rows, title, of="block", numeric=(0, 4, 5, 6, 7, 8)))
-    lead = "High: active where the loss pulls little. Low: pulled on more than active. Features count from 0 within the weight."
+    lead = "High ∫SPS: high activation, small gradient. Low: large gradient, low activation. Features are counted from 0 within the weight."
     return section("blocks", "Top blocks", group("grid-tables", cards), lead=lead)
 
 
@@ -178,10 +176,10 @@ def _heads_section(data: ScanData, heads: HeadScores | str, top: int) -> tuple[s
     head_columns = ["#", "layer", "head", "∫SPS", "query", "key", "value"]
     listing = table_card(head_columns, rows, "Highest ∫SPS", of="head", numeric=(0, 2, 3, 4, 5, 6))
     heat_map = make_map("heads", "∫SPS of attention heads", LEGENDS["integral"], "standard deviations, summed", total, signed=True)
-    whole = "one block is one head" if heads.blocks_per_head == 1 else f"a head is {heads.blocks_per_head:g} blocks, shared out by features"
+    whole = "one block is one head" if heads.blocks_per_head == 1 else f"a head is {heads.blocks_per_head:g} blocks, divided by features"
     lead = (
-        f"The q block of a head, plus its share of the k and v that it uses together with its group; {whole}. "
-        "o_proj is not counted: its heads are input columns, and a scan records output blocks."
+        f"∫SPS of a head's q features plus its share of the k and v features of its group; {whole}. "
+        "o_proj is not included: its heads are input columns, and a scan records output blocks."
     )
     body = group("grid2", [map_card(heat_map), listing])
     return section("heads", "Attention heads", body, lead=lead), maps_data([heat_map], layers, *head_names(total.shape[1]))

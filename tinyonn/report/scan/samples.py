@@ -1,4 +1,4 @@
-"""What two scans are compared by: mean SPS per sequence and block, and whether the files can be compared at all."""
+"""Samples of a comparison: mean SPS per sequence and block, and the check that two files are comparable."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .grid import BlockGrid, build_grid, even_sample
 from .integrals import sequence_integral
 from .statistics import MIN_SEQUENCES
 
-# More sequences a side are drawn from evenly: beyond this the intervals are narrow and the time is not.
+# Of more sequences per side an even sample is used: the intervals are narrow then, and the time grows.
 MAX_SEQUENCES = 4000
-# And no more values than this a side (float32: 1 GiB), for models with very many blocks.
+# Limit of values per side (float32: 1 GiB), for models with very many blocks.
 MAX_VALUES = 1 << 28
 
-# What must agree, or the numbers mean different things. Files of other writers may lack a key; then it is not compared.
+# Keys that must agree for numbers to be comparable. Files of other writers may lack a key, which is then not compared.
 _MUST_AGREE = ("credit", "reduction", "block_size")
-# What may differ, and is said on the page.
+# Keys that may differ; the page lists the differences.
 _SAID = ("dtype", "max_length", "generate", "transformers", "tinyonn")
 
 
@@ -36,14 +36,14 @@ class TopicSample:
 
     Attributes:
         name: file name.
-        topic: of the metadata, or the file's stem.
-        metadata: of the file.
-        grid: its blocks.
-        sps: (sequences, blocks) float32 mean SPS of a sequence's tokens; NaN where it has none in a block.
-        tokens: tokens of those sequences.
-        total: sequences in the file.
+        topic: topic in the metadata, or the file's stem.
+        metadata: metadata of the file.
+        grid: blocks of the file.
+        sps: (sequences, blocks) float32 mean SPS of a sequence's tokens; NaN for a block without tokens.
+        tokens: number of tokens of those sequences.
+        total: number of sequences in the file.
         texts: digests of the sequences' token ids.
-        notes: what a reader should know.
+        notes: notes for the reader of the page.
     """
 
     name: str
@@ -58,7 +58,7 @@ class TopicSample:
 
 
 def read_sample(reader: MscanReader, name: str) -> TopicSample:
-    """Per-sequence mean SPS, from the integrals that a scan stores, or from its planes where it stores none.
+    """Mean SPS per sequence, from the stored integrals or, without them, from the planes.
 
     Raises:
         InputError: fewer than MIN_SEQUENCES sequences have SPS.
@@ -83,7 +83,7 @@ def read_sample(reader: MscanReader, name: str) -> TopicSample:
     measured = np.isfinite(sps).any(axis=1)
     if measured.sum() < MIN_SEQUENCES:
         lost = int((~measured).sum())
-        reason = "intervals over fewer say nothing; scan more."
+        reason = "intervals over fewer are meaningless; scan more sequences."
         if total >= MIN_SEQUENCES and is_scan(reader.metadata):
             what = f"the loss of {broken:,} is not finite" if broken else f"the norms of {lost:,} are not finite"
             reason = f"{what}. {not_finite_cause(reader.metadata.get('dtype'))}"
@@ -112,7 +112,7 @@ def read_sample(reader: MscanReader, name: str) -> TopicSample:
 
 
 def check_comparable(a: MscanReader, b: MscanReader, name_a: str, name_b: str) -> None:
-    """Refuses two files whose blocks or measures differ.
+    """Checks that two files have the same blocks and measures.
 
     Raises:
         InputError: they differ in model, credit, reduction, block size or layout; the message names the first difference.
@@ -133,18 +133,18 @@ def check_comparable(a: MscanReader, b: MscanReader, name_a: str, name_b: str) -
 
 
 def comparison_notes(a: TopicSample, b: TopicSample) -> list[str]:
-    """What does not forbid a comparison and should be known."""
+    """Notes on differences that do not prevent a comparison."""
     notes = [*a.notes, *b.notes]
     shared = len(a.texts & b.texts)
     if shared:
-        notes.append(f"{shared:,} sequences occur on both sides. They are no independent evidence, and pull every difference towards 0.")
+        notes.append(f"{shared:,} sequences occur on both sides. They are not independent evidence, and reduce every difference.")
     notes.extend(
         f"The scans differ in {key}: {_brief(a.metadata.get(key))} and {_brief(b.metadata.get(key))}."
         for key in _SAID
         if key in a.metadata and key in b.metadata and a.metadata[key] != b.metadata[key]
     )
     if ("tied_head" in a.metadata) != ("tied_head" in b.metadata) and is_scan(a.metadata) and is_scan(b.metadata):
-        notes.append("One scan is by an earlier version, whose gradients of a tied output head lack the look-up's part.")
+        notes.append("One scan is from an earlier version, whose gradients of a tied output head lack the part of the embedding.")
     return notes
 
 

@@ -1,17 +1,17 @@
-"""Which blocks differ between two sets of sequences, with intervals that hold for all blocks at once.
+"""Tests of block differences between two sets of sequences, with simultaneous intervals for all blocks.
 
     x[i, b]   mean SPS of block b over the tokens of sequence i; sequences are the units, whatever their length
     d[b]      mean over A − mean over B
     se[b]     sqrt(var_A / n_A + var_B / n_B)
     t[b]      d / se
-    t*[b]     (d* − d) / se*, the same from sequences drawn with replacement on each side
+    t*[b]     (d* − d) / se*, the same for sequences drawn with replacement on each side
     c         the 95 % quantile over draws of max over b of |t*[b]|
     interval  d ± c·se
 
-Blocks are strongly correlated and there are thousands: the maximum over all of them, taken within each draw, respects both. The
-chance that any interval misses its true difference is at most about 5 %, so two halves of one corpus show a specific block in at
-most about one comparison of twenty. Dividing by the draw's own se* matters: without it, intervals of 8 to 20 sequences a side
-held in 40 to 85 % of simulated comparisons rather than 95 %; with it in 97 % or more (slightly wide, the safe side).
+Thousands of blocks are strongly correlated; the maximum over all of them within each draw takes both into account. The chance
+that any interval misses its true difference is at most about 5 %, so two halves of one corpus show a specific block in at most
+about one of twenty comparisons. Dividing by the draw's own se* matters: without it, intervals of 8 to 20 sequences per side held
+in 40 to 85 % of simulated comparisons rather than 95 %; with it, in 97 % or more (slightly wide, the safe side).
 
 Source: Romano and Wolf, "Exact and approximate stepdown methods for multiple hypothesis testing", JASA 100 (2005), 94–108;
 Efron and Tibshirani, "An introduction to the bootstrap", chapter 12 (bootstrap-t).
@@ -29,10 +29,10 @@ from .grid import Floats
 Floats32 = npt.NDArray[np.float32]
 
 MIN_SEQUENCES = 8
-# Draws computed together, and blocks together: about 64 MiB of working memory.
+# Number of draws and blocks computed together: about 64 MiB of working memory.
 _DRAWS = 256
 _BLOCKS = 8192
-# Below this spread over sequences a block is constant up to rounding (the only block of its layer has SPS 0).
+# With a smaller spread over sequences, a block is constant up to rounding (the only block of its layer has SPS 0).
 _CONSTANT = 1e-9
 
 
@@ -41,14 +41,14 @@ class BlockDifferences:
     """Differences of all blocks, each (blocks,) float64.
 
     Attributes:
-        mean_a, mean_b: mean over sequences, NaN where a side has none.
+        mean_a, mean_b: mean over sequences, NaN for a side without any.
         difference: mean_a − mean_b.
         low, high: simultaneous interval; NaN for blocks not tested.
         statistic: t, 0 for blocks not tested.
         p_value: adjusted for all blocks; 1 for blocks not tested.
-        tested: at least MIN_SEQUENCES on each side and not constant.
+        tested: whether a block has at least MIN_SEQUENCES on each side and is not constant.
         critical: c.
-        smallest_p: what so many draws can tell at all.
+        smallest_p: smallest p that this number of draws can give.
     """
 
     mean_a: Floats
@@ -64,7 +64,7 @@ class BlockDifferences:
 
     @property
     def specific(self) -> npt.NDArray[np.bool_]:
-        """Blocks whose interval leaves out 0."""
+        """Blocks whose interval excludes 0."""
         return self.tested & ((self.low > 0) | (self.high < 0))
 
 
@@ -74,10 +74,10 @@ def compare_blocks(
     """Tests every block.
 
     Args:
-        a, b: (sequences, blocks) mean SPS; NaN where a sequence has no token in a block.
-        resamples: draws.
-        confidence: of all intervals together, e.g. 0.95.
-        seed: of the draws.
+        a, b: (sequences, blocks) mean SPS; NaN for a sequence without a token in a block.
+        resamples: number of bootstrap draws.
+        confidence: confidence of all intervals together, e.g. 0.95.
+        seed: seed of the bootstrap sampler.
     """
     mean_a, variance_a, count_a = _moments(a)
     mean_b, variance_b, count_b = _moments(b)
@@ -92,7 +92,7 @@ def compare_blocks(
     critical = float("nan")
     if len(columns):
         largest = np.sort(_largest_statistics(a, b, columns, mean_a, mean_b, se, resamples, np.random.default_rng(seed)))
-        # The order statistic at or above the level: never narrower than asked.
+        # The order statistic at or above the level, so intervals are never too narrow.
         critical = float(largest[min(int(np.ceil(confidence * (resamples + 1))), resamples) - 1])
         low[columns] = difference[columns] - critical * se[columns]
         high[columns] = difference[columns] + critical * se[columns]
@@ -102,7 +102,7 @@ def compare_blocks(
 
 
 def rank_correlation(x: Floats, y: Floats) -> float:
-    """Spearman's ρ over the places where both are finite; NaN for fewer than three, or where one is constant."""
+    """Spearman's ρ over positions where both are finite; NaN for fewer than three, or if one is constant."""
     both = np.isfinite(x) & np.isfinite(y)
     if both.sum() < 3:
         return float("nan")
@@ -113,12 +113,12 @@ def rank_correlation(x: Floats, y: Floats) -> float:
 
 
 def split_half_correlation(values: npt.NDArray[np.floating], *, splits: int, seed: int) -> float:
-    """Mean ρ between the block means of two random halves of one set: how far a difference between sets is above noise.
+    """Mean ρ between the block means of two random halves of one set, the noise level of a comparison.
 
     Args:
         values: (sequences, blocks).
-        splits: random halvings.
-        seed: of the halvings.
+        splits: number of random splits.
+        seed: seed of the random splits.
     """
     rng = np.random.default_rng(seed)
     found = []
@@ -149,14 +149,14 @@ def _largest_statistics(
             part = columns[first : first + _BLOCKS]
             moved, error = np.zeros((draws, len(part))), np.zeros((draws, len(part)))
             for side, mean, weight, sign in ((a, mean_a, weights[0], 1.0), (b, mean_b, weights[1], -1.0)):
-                # Centred and scaled, float32 sums lose nothing that matters.
+                # After centring and scaling, float32 sums are precise enough.
                 scaled = ((side[:, part] - mean[part]) / se[part]).astype(np.float32)
                 shift, square = _drawn(scaled, weight)
                 moved += sign * shift
                 error += square
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratio = np.abs(moved) / np.sqrt(error)
-            # A draw without spread in a block says nothing against it: infinite, or 0/0 where it did not move either.
+            # A draw without spread in a block is no evidence against it: infinite, or 0/0 if its mean did not move.
             largest[start : start + draws] = np.maximum(
                 largest[start : start + draws], np.nan_to_num(ratio, nan=0.0, posinf=np.inf).max(axis=1)
             )

@@ -1,8 +1,8 @@
-"""Token ids as the pieces of text they stand for.
+"""Text of token ids.
 
-A `.mscan` file names its model and the hash of its tokenizer, and holds token ids and whole texts, but no vocabulary. The
-tokenizer is looked for on this machine alone (nothing is downloaded): where the caller says, where the scan found its model, in
-the folder that the model's name spells, in the cache of converted models, in the Hugging Face cache. One whose hash differs is never used.
+A `.mscan` file holds its model's name, the hash of its tokenizer, token ids and texts, but no vocabulary. The tokenizer is searched
+on this machine only, without downloads: at the caller's path, at the scan's model path, at the model's name as a path, in the cache
+of converted models and in the Hugging Face cache. A tokenizer with a different hash is never used.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _REPLACEMENT = "\ufffd"
 
 
 class Decoder(Protocol):
-    """What is used of a `tokenizers.Tokenizer`."""
+    """Methods of `tokenizers.Tokenizer` in use."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
 
 def find_tokenizer(metadata: Mapping[str, Any], tokenizer: str | os.PathLike[str] | None = None) -> Decoder | None:
-    """The scan's tokenizer, or None where this machine has none that fits.
+    """Tokenizer of the scan, or None if this machine does not have it.
 
     Args:
-        metadata: of the file; `model_path`, `model` and `tokenizer_sha256` are read.
+        metadata: metadata of the file with `model_path`, `model` and `tokenizer_sha256`.
         tokenizer: folder of the model, or its tokenizer.json.
 
     Raises:
-        InputError: `tokenizer` is given and holds no tokenizer, or another one than the scan used.
+        InputError: `tokenizer` holds no tokenizer, or a different one from the scan's.
     """
     wanted = metadata.get("tokenizer_sha256")
     if tokenizer is not None:
@@ -44,24 +44,23 @@ def find_tokenizer(metadata: Mapping[str, Any], tokenizer: str | os.PathLike[str
             raise InputError(f"tokenizer must be the one that the scan used (sha256 {wanted[:12]}…), got {os.fspath(tokenizer)}.")
         return _load(folder)
     for folder in _candidates(metadata):
-        # A name alone proves nothing: without the hash any tokenizer of that name might stand there.
+        # A name alone is not enough: the folder may hold any tokenizer.
         if has_tokenizer(folder) and isinstance(wanted, str) and tokenizer_hash(folder) == wanted:
             return _load(folder)
     return None
 
 
 def token_pieces(decoder: Decoder, token_ids: Sequence[int]) -> list[str]:
-    """The text that each token adds to those before it.
+    """Text that each token adds to the tokens before it.
 
-    A character spread over several tokens stands at the last of them; the others are empty. Joined, the pieces are the decoded
-    text.
+    A character of several tokens is the text of the last; the others are empty. The joined pieces equal the decoded text.
     """
     pieces = []
-    start = end = 0  # the text of ids[start:end] is known to be whole characters
+    start = end = 0  # ids[start:end] decode to whole characters
     for position in range(len(token_ids)):
         before = decoder.decode(list(token_ids[start:end]), skip_special_tokens=False)
         now = decoder.decode(list(token_ids[start : position + 1]), skip_special_tokens=False)
-        # A byte-level character has at most four bytes; more waiting tokens are broken text, shown as it is.
+        # A byte-level character has at most four bytes; more waiting tokens are invalid text, shown unchanged.
         if now.endswith(_REPLACEMENT) and position - end < 3 and position + 1 < len(token_ids):
             pieces.append("")
             continue
@@ -107,12 +106,12 @@ def _load(folder: Path) -> Decoder:
         except Exception as error:  # the Rust side raises bare Exception
             raise InputError(f"tokenizer must be a readable tokenizer.json, got {file}: {reason(error, 100)}") from error
         return loaded
-    # vocab.json with merges.txt, vocab.txt, tokenizer.model: transformers builds the tokenizer, as it did for the scan.
+    # For vocab.json with merges.txt, vocab.txt or tokenizer.model, transformers builds the tokenizer, as in the scan.
     from transformers import AutoTokenizer
 
     try:
         built: Any = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # what a damaged file brings down in transformers has no common type
+    except Exception as error:  # errors of transformers on damaged files have no common type
         raise InputError(f"tokenizer must be one that transformers reads, got {folder}: {reason(error, 100)}") from error
     decoder: Decoder = getattr(built, "backend_tokenizer", built)
     return decoder
