@@ -215,7 +215,13 @@ import gpu
 questions = [gpu.Question(name, "oracle", 1, {str(slow)!r} + ":" + name, {{}}, {{}}, limit=500) for name in ("answers", "hangs")]
 raise SystemExit(gpu.main(["--device", "cpu", "--jobs", "1", "--output", {str(tmp_path)!r}, "--minutes", "60"], questions))
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a suite in the background ignores it
+    )
     assert process.stdout is not None
     try:
         while (line := process.stdout.readline()) and "answers" not in line:
