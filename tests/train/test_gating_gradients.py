@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyonn import ops
 from tinyonn.nn import DynMoE
-from tinyonn.train import HyperStep, capture, capture_surprise, gating_gradients
+from tinyonn.train import HyperStep, SurpriseLoss, capture, capture_surprise, gating_gradients
 
 
 class Model(nn.Module):
@@ -105,7 +105,7 @@ def by_hand(model: nn.Module, loss: Callable[[], Tensor], *, weight: float = 1.0
 def gradients(model: nn.Module, loss: Callable[[], Tensor], **options: Any) -> dict[str, Tensor]:
     with gating_gradients(model, **options):
         loss().backward()
-    assert all(not layer._forward_hooks and layer.visits is None for layer in model.modules() if isinstance(layer, DynMoE))
+    assert all(not layer._forward_hooks and "_tinyonn_capture" not in vars(layer) for layer in model.modules() if isinstance(layer, DynMoE))
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -276,7 +276,7 @@ def test_an_error_adds_nothing_and_leaves_no_hook():
     assert all(parameter.grad.abs().max() < 1e3 for parameter in model.parameters())
     with pytest.raises(ValueError, match="hidden_states must have shape"), gating_gradients(model):
         model(x[:, :3])
-    assert all(not layer._forward_hooks and layer.visits is None for layer in model.layers)
+    assert all(not layer._forward_hooks and "_tinyonn_capture" not in vars(layer) for layer in model.layers)
 
 
 def test_a_second_pass_through_one_call_is_refused():
@@ -284,15 +284,15 @@ def test_a_second_pass_through_one_call_is_refused():
     with gating_gradients(model):
         loss = (model(x) - y).square().mean()
         loss.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="surprise must come from one backward pass, got a second"):
+        with pytest.raises(RuntimeError, match="backward ran twice through the same forward"):
             loss.backward()
 
 
 def test_one_context_at_a_time():
     model = model_of()
-    with gating_gradients(model), pytest.raises(RuntimeError, match="one context at a time, got a second"), gating_gradients(model):
+    with gating_gradients(model), pytest.raises(RuntimeError, match="only one context can capture it"), gating_gradients(model):
         pass
-    assert all(not layer._forward_hooks and layer.visits is None for layer in model.layers)
+    assert all(not layer._forward_hooks and "_tinyonn_capture" not in vars(layer) for layer in model.layers)
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (19,), (2, 10, 1)], ids=str)
@@ -375,3 +375,42 @@ def test_only_the_surprise_of_whole_experts_depends_on_the_labels(kind):
     size = torch.full((200, 7), float("inf")).scatter(1, index, routing.top_k_weights)[:, :6]
     size[size == 0] = float("inf")
     assert torch.equal((size * strength).argmin(-1), least[0])
+
+
+def test_the_loss_is_given_as_an_object_or_by_its_numbers():
+    (x, y), grads = batch(20), []
+    for options in ({"surprise_loss": SurpriseLoss(w_ce=0.3, temperature=2.0)}, {"w_ce": 0.3, "temperature": 2.0}, {}):
+        model = model_of()
+        grads.append(gradients(model, lambda model=model: (model(x) - y).square().mean(), **options)["layers.0.router.prototypes"])
+    assert torch.equal(grads[0], grads[1])
+    assert not torch.allclose(grads[0], grads[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"surprise_loss": SurpriseLoss(), "w_ce": 1.0}, "surprise_loss already contains w_ce"),
+        ({"surprise_loss": {"w_ce": 1.0}}, "surprise_loss must be a SurpriseLoss, got dict"),
+        ({"w_c": 1.0}, "w_c is not an argument; SurpriseLoss has w_ce, w_kl, temperature"),
+    ],
+    ids=["twice", "dict", "unknown"],
+)
+def test_a_loss_that_is_none_is_named(options, message):
+    with pytest.raises(TypeError, match=message), gating_gradients(model_of(), **options):
+        pass
+
+
+def test_gradients_and_surprise_come_from_one_probe():
+    model, (x, _) = model_of(), batch(20)
+    probes = []
+    original = ops.expert_mlp
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "tinyonn.nn.dyn_moe.expert_mlp", lambda *args, **options: probes.append(options["surprise"]) or original(*args, **options)
+        )
+        with capture(model) as visits, capture_surprise(model) as surprise:
+            model(x).sum().backward()
+    found = [visit.probe for calls in visits.values() for visit in calls]
+    assert [id(probe) for probe in probes] == [id(probe) for probe in found]
+    for (module, calls), name in zip(visits.items(), surprise, strict=True):
+        assert torch.equal(module.surprise(calls[0]), surprise[name])

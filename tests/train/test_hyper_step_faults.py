@@ -71,7 +71,7 @@ def test_an_interrupted_batch_leaves_no_hook_and_no_gradient():
 
     with pytest.raises(KeyboardInterrupt):
         step(interrupted)
-    assert model[1].visits is None
+    assert "_tinyonn_capture" not in vars(model[1])
     assert not model[1]._forward_hooks
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -118,3 +118,32 @@ def test_options_of_another_type_are_named(options, message):
     model = model_of()
     with pytest.raises(TypeError, match=message):
         HyperStep(model, torch.optim.SGD(model.parameters(), 0.1), **options)
+
+
+def test_modules_are_found_once_and_again_when_they_change(monkeypatch):
+    """Every walk over a model goes through named_modules. A layer that is added or replaced learns in the next step."""
+    model, x, walks = model_of(), tokens(), []
+    original = nn.Module.named_modules
+
+    def counted(module, *args, **options):
+        walks.append(module)
+        return original(module, *args, **options)
+
+    parameters = [*model.parameters(), *(added := DynMoE(16, 8, 4, gating_loss="surprise")).parameters()]
+    step = HyperStep(model, torch.optim.SGD(parameters, 0.1))
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    for _ in range(2):
+        step(lambda: model(x).square().mean())
+    assert not [module for module in walks if module is model]
+    model.append(added)
+    fresh = copy.deepcopy(model)
+    with gating_gradients(fresh) as gating:
+        fresh(x).square().mean().backward()
+    result = step(lambda: model(x).square().mean())
+    torch.testing.assert_close(result.gating_loss, gating.loss)
+    wanted = fresh[2].router.prototypes
+    torch.testing.assert_close(added.router.prototypes, wanted - 0.1 * wanted.grad)
+    assert len([module for module in walks if module is model]) == 1
+    del model[-1], model[1]
+    with pytest.raises(TypeError, match=r"model contains no tinyonn\.nn\.DynMoE layer"):
+        step(lambda: model(x).square().mean())

@@ -129,7 +129,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights[0].dtype
     gate_up, down = (x.to(dtype) for x in weights)
     gate_up_bias, down_bias = (None if x is None else x.to(dtype) for x in biases)
-    probe = None if torch.compiler.is_exporting() else probe_for(module, top_k_index, len(weights[0]), dtype)
+    probe = probe_for(module, top_k_index, len(weights[0]), dtype)
     out = expert_mlp(
         hidden_states.to(dtype), gate_up, down, top_k_index, top_k_weights, gate_up_bias=gate_up_bias, down_bias=down_bias,
         activation=cast(Activation, layout.activation), gated=layout.gated, interleaved=layout.interleaved, transposed=layout.transposed,

@@ -6,43 +6,28 @@ N tokens, F features, E experts at most, I neurons of an expert, K = max_experts
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import Routing, expert_mlp, scatter_surprise, sparse_diversity_loss, surprise_min_loss
+from ..ops import Routing, expert_mlp, scatter_surprise, sparse_diversity_loss
 from ..ops.experts.expert_mlp import Activation, SurpriseKind
 from ..ops.experts.threshold_route import Form
 from ._options import check_choice, check_flag, check_number, check_size
-from .expert_statistics import SurroundingMask, check_mask_shape, check_token_mask, count_experts
-from .surprise_budget import Budget, SurroundingBudget, budget_of_tokens, check_budget
-from .surprise_capture import probe_for
+from ._surrounding import Surrounding
+from .expert_statistics import check_mask_shape, check_token_mask, count_experts
+from .surprise_budget import Budget, budget_of_tokens, check_budget
+from .surprise_capture import Visit, listening, probe_for
+from .surprise_loss import SurpriseLoss, surprise_loss_of
 from .threshold_router import Combine, ThresholdRouter
 
 GatingLoss = Literal["surprise", "sdl", "both"]
 RoutingKind = Literal["threshold", "budget"]
 ONLY_BY_BUDGET = "surprise_budget must be left out unless routing='budget'"
-
-
-@dataclass
-class Visit:
-    """What one call of a mixture leaves behind for the router's loss.
-
-    Attributes:
-        hidden_states: (N, F), detached.
-        routing: of the call.
-        probe: (N, K), whose gradient after backward is the surprise.
-        surprise_budget: the call's, a number, 0-d or (N,); None where it went by threshold.
-    """
-
-    hidden_states: Tensor
-    routing: Routing
-    probe: Tensor
-    surprise_budget: Budget | None
 
 
 class DynMoE(nn.Module):
@@ -135,8 +120,8 @@ class DynMoE(nn.Module):
         elif surprise_budget is not None:
             raise ValueError(f"{ONLY_BY_BUDGET}, got {surprise_budget} with routing={routing!r}.")
         self.routing_kind, self.surprise_budget, self.gating_loss_kind = routing, surprise_budget, gating_loss
-        self.surrounding_budget = SurroundingBudget() if routing == "budget" else None
-        self.surrounding_mask = SurroundingMask()
+        self.surrounding_budget = Surrounding() if routing == "budget" else None
+        self.surrounding_mask = Surrounding()
         self.surprise_kind, self.activation, self.gated, self.checkpoint = surprise_kind, activation, gated, checkpoint
         target_k = min(2, num_experts) if target_k is None else target_k
         check_number("target_k", target_k)
@@ -158,7 +143,6 @@ class DynMoE(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("expert_counts", torch.zeros(max_num_experts, device=device, dtype=torch.int64), persistent=False)
         self.register_buffer("tokens_seen", torch.zeros((), device=device, dtype=torch.int64), persistent=False)
-        self.visits: list[Visit] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -248,13 +232,8 @@ class DynMoE(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = self.route(tokens, budget)
         self._record(routing, self._mask(token_mask, hidden_states.shape[:-1]))
-        exporting = torch.compiler.is_exporting()
-        probe = None if exporting else probe_for(self, routing.top_k_index, self.expert_counts.shape[0], tokens.dtype)
-        if self.visits is not None and torch.is_grad_enabled():
-            if probe is None:
-                wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-                probe = torch.zeros(routing.top_k_index.shape, dtype=wide, device=tokens.device, requires_grad=True)
-            self.visits.append(Visit(tokens.detach(), routing, probe, budget))
+        visit = (tokens, routing, budget, hidden_states.shape[:-1])
+        probe = probe_for(self, routing.top_k_index, self.expert_counts.shape[0], tokens.dtype, visit)
         transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         if self.checkpoint and torch.is_grad_enabled() and not transformed:
             out = checkpoint(self.execute, tokens, routing, probe, use_reentrant=False)
@@ -279,41 +258,35 @@ class DynMoE(nn.Module):
     def _record(self, routing: Routing, mask: Tensor | None) -> None:
         count_experts(routing.top_k_index, routing.top_k_weights.detach(), mask, self.expert_counts, self.tokens_seen)
 
-    def capturing(self) -> AbstractContextManager[list[Visit]]:
-        """Within it, calls are remembered in the list it gives; what was remembered is let go of at its end."""
-
-        @contextmanager
-        def capture() -> Any:
-            if self.visits is not None:
-                raise RuntimeError("a mixture must be captured by one context at a time, got a second.")
-            self.visits = []
-            try:
-                yield self.visits
-            finally:
-                self.visits = None
-
-        return capture()
+    @contextmanager
+    def capturing(self) -> Iterator[list[Visit]]:
+        """A list of the calls within the block in which gradients are on. RuntimeError if the layer is captured already."""
+        visits: list[Visit] = []
+        with listening([self], "visits", lambda _, visit: visits.append(visit)):
+            yield visits
 
     def surprise(self, visit: Visit) -> Tensor:
         """(N, E) surprise of a remembered call after backward, infinite where a token did not go."""
         if visit.probe.grad is None:
-            raise RuntimeError("the surprise must come from a backward pass, got none since this call.")
+            raise RuntimeError("backward has not reached this call, so it has no surprise yet.")
         return scatter_surprise(visit.probe.grad, visit.routing.top_k_index, self.expert_counts.shape[0])
 
     def gating_loss(
-        self, visit: Visit, token_mask: Tensor | None = None, *, w_ce: float = 1.0, w_kl: float = 1.0, temperature: float = 1.0
+        self, visit: Visit, token_mask: Tensor | None = None, *, surprise_loss: SurpriseLoss | None = None, **numbers: float
     ) -> Tensor:
         """The router's loss of a remembered call, 0-d: of prototypes and thresholds alone.
 
         Args:
             visit: after the backward of the main loss.
             token_mask: of the leading shape of the call's tokens, which of them count.
-            w_ce, w_kl, temperature: see `ops.surprise_min_loss`.
+            surprise_loss: weights of the loss on surprise; None for those of `SurpriseLoss`.
+            **numbers: w_ce, w_kl, temperature, instead of `surprise_loss`.
 
         Raises:
             ValueError: a mask of another number of tokens.
             RuntimeError: no backward has reached the call.
         """
+        weighted = surprise_loss_of(surprise_loss, numbers)
         number = len(visit.hidden_states)
         if token_mask is not None and token_mask.numel() != number:
             raise ValueError(f"token_mask must have a value for each of {number} tokens, got shape {tuple(token_mask.shape)}.")
@@ -323,8 +296,7 @@ class DynMoE(nn.Module):
         routing = self.route(hidden_states, visit.surprise_budget)
         loss = routing.scores[:0].sum()  # 0 with a graph, for a batch of padding alone
         if self.gating_loss_kind in ("surprise", "both"):
-            options = {"w_ce": w_ce, "w_kl": w_kl, "temperature": temperature}
-            loss = loss + surprise_min_loss(routing.scores, self.surprise(visit), token_mask=mask, **options)
+            loss = loss + weighted(routing.scores, self.surprise(visit), mask)
         if self.gating_loss_kind in ("sdl", "both") and number:
             masks = {"token_mask": mask, "expert_mask": self.router.expert_mask}
             loss = loss + sparse_diversity_loss(self.router.prototypes, routing.count, self.router.target_k, **masks)

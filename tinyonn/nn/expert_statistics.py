@@ -5,7 +5,6 @@ N tokens, E experts, K slots of a token
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,15 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-class SurroundingMask(threading.local):
-    """The mask that surrounds the calls of one mixture in this thread, or None. A copy of a mixture begins without."""
-
-    def __init__(self) -> None:
-        self.value: Tensor | None = None
-
-    def __reduce__(self) -> tuple[type[SurroundingMask], tuple[()]]:
-        return SurroundingMask, ()
+from ._surrounding import Surrounding, held
 
 
 @contextmanager
@@ -43,15 +34,8 @@ def token_mask_of(model: nn.Module, token_mask: Tensor) -> Iterator[None]:
     """
     check_token_mask(token_mask)
     found = [getattr(module, "surrounding_mask", None) for module in model.modules()]
-    places = [place for place in found if isinstance(place, SurroundingMask)]
-    before = [place.value for place in places]
-    for place in places:
-        place.value = token_mask
-    try:
+    with held((place, token_mask) for place in found if isinstance(place, Surrounding)):
         yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            place.value = value
 
 
 def check_token_mask(token_mask: Any) -> None:

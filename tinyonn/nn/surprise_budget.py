@@ -6,7 +6,6 @@ block; recomputation in backward, which comes later and perhaps in another threa
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,18 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .._debug import debug_enabled
+from ._surrounding import Surrounding, held
 
 Budget = Tensor | float
-
-
-class SurroundingBudget(threading.local):
-    """The budget that surrounds the calls of one mixture in this thread, or None. A copy of a mixture begins without."""
-
-    def __init__(self) -> None:
-        self.value: Budget | None = None
-
-    def __reduce__(self) -> tuple[type[SurroundingBudget], tuple[()]]:
-        return SurroundingBudget, ()
 
 
 @contextmanager
@@ -55,7 +45,7 @@ def surprise_budget_of(model: nn.Module, surprise_budget: Budget) -> Iterator[No
         raise ValueError(
             f"surprise_budget must go to mixtures with routing='budget', got {type(model).__name__}, where none routes by budget."
         )
-    with _held([(place, surprise_budget) for place in places]):
+    with held([(place, surprise_budget) for place in places]):
         yield
 
 
@@ -68,34 +58,22 @@ def carry_surprise_budget(layer: nn.Module, function: Callable[..., Any] | None 
         layer: whose mixtures are meant.
         function: called in place of the layer.
     """
-    held = [(place, place.value) for place in budget_places(layer)]
+    budgets = [(place, place.value) for place in budget_places(layer)]
     call: Callable[..., Any] = layer if function is None else function
-    if not held or (torch.compiler.is_compiling() and all(value is None for _, value in held)):
-        return call  # nothing to take along; compiled, nothing that backward could meet in its place
+    if not budgets or (torch.compiler.is_compiling() and all(value is None for _, value in budgets)):
+        return call  # no budget to carry; compiled code has none that backward could see instead
 
     def carried(*args: Any, **kwargs: Any) -> Any:
-        with _held(held):
+        with held(budgets):
             return call(*args, **kwargs)
 
     return carried
 
 
-def budget_places(model: nn.Module) -> list[SurroundingBudget]:
+def budget_places(model: nn.Module) -> list[Surrounding]:
     """Of each mixture that routes by budget."""
     places = [getattr(module, "surrounding_budget", None) for module in model.modules()]
-    return [place for place in places if isinstance(place, SurroundingBudget)]
-
-
-@contextmanager
-def _held(held: list[tuple[SurroundingBudget, Budget | None]]) -> Iterator[None]:
-    before = [place.value for place, _ in held]
-    for place, value in held:
-        place.value = value
-    try:
-        yield
-    finally:
-        for (place, _), value in zip(held, before, strict=True):
-            place.value = value
+    return [place for place in places if isinstance(place, Surrounding)]
 
 
 def check_budget(surprise_budget: Budget) -> None:

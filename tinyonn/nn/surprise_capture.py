@@ -1,57 +1,87 @@
-"""Which mixtures hand out their surprise at the moment: a probe for each call, kept until the capture ends.
+"""Calls of mixtures while they are captured, and the surprise of each call.
 
-A mixture that is captured carries an attribute. torch.compile guards on it: a compiled mixture is compiled once more for capturing. It then
-takes its probe from an operator that no compiler looks into, whose backward hands the surprise to the call that it belongs to.
+A mixture calls `probe_for` once in each forward. If it is captured, the call gets a probe, zeros whose gradient is the surprise, and each
+listener gets the call.
+
+A captured mixture has an attribute. torch.compile guards on it, so a compiled mixture is compiled once more for capturing. It then takes
+its probe from an operator that compilers do not trace. The operator's backward stores the surprise in the call.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import scatter_surprise
+from ..ops import Routing, scatter_surprise
+from .surprise_budget import Budget
 
 _ATTRIBUTE = "_tinyonn_capture"
 
+# What a listener receives: the surprise alone, or the inputs of the router as well. A compiled mixture breaks its graph for "visits".
+Kind = Literal["calls", "visits"]
 
+
+@dataclass(eq=False)
 class CapturedCall:
-    """One call of a mixture.
+    """Surprise of one call of a mixture.
 
     Attributes:
-        top_k_index: (N, K), where its tokens went.
+        top_k_index: (N, K), experts of each token.
         num_experts: E.
-        probe: (N, K), whose gradient after backward is the surprise; None where the call was compiled.
-        slots: (N, K), the surprise of a compiled call after backward.
+        probe: (N, K), whose gradient after backward is the surprise; None if the call was compiled.
+        slots: (N, K), surprise of a compiled call after backward.
     """
 
-    def __init__(self, top_k_index: Tensor, num_experts: int, probe: Tensor | None = None) -> None:
-        self.top_k_index, self.num_experts, self.probe = top_k_index, num_experts, probe
-        self.slots: Tensor | None = None
+    top_k_index: Tensor
+    num_experts: int
+    probe: Tensor | None = None
+    slots: Tensor | None = None
 
     def surprise(self) -> Tensor | None:
-        """(N, E), infinite where a token did not go; None before backward, or where this call's graph took no part in it."""
+        """(N, E), infinite for experts that did not see the token; None before backward, or if backward did not reach this call."""
         slots = self.slots if self.probe is None else self.probe.grad
         return None if slots is None else scatter_surprise(slots, self.top_k_index, self.num_experts)
 
 
-class _Capture:
-    """Of one mixture, the same object in every capture: compiled code is made for it once.
+@dataclass(eq=False)
+class Visit:
+    """One call of a `DynMoE` layer, with what the router's loss needs.
 
     Attributes:
-        place: number under which the operator finds it.
-        anchor: 0-d; its gradient, always 0, is what makes backward come by.
-        calls: of the capture that is open.
+        hidden_states: (N, F), detached.
+        routing: routing of the call.
+        probe: (N, K), whose gradient after backward is the surprise.
+        surprise_budget: budget of the call, a number, 0-d or (N,); None for routing by threshold.
+        shape: leading shape of the call's tokens.
+    """
+
+    hidden_states: Tensor
+    routing: Routing
+    probe: Tensor
+    surprise_budget: Budget | None
+    shape: torch.Size
+
+
+class _Capture:
+    """Listeners of one mixture. A mixture keeps the same object for its lifetime, so that it is compiled for capturing once.
+
+    Attributes:
+        place: number under which the operator finds this object.
+        anchor: 0-d; requires a gradient, always 0, so that backward reaches the operator.
+        listeners: at most one of each kind.
     """
 
     def __init__(self, place: int) -> None:
         self.place, self.anchor = place, torch.zeros((), requires_grad=True)
-        self.calls: list[CapturedCall] = []
+        self.listeners: dict[str, Callable[[Any], None]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Capture:
         return self
@@ -71,52 +101,90 @@ def _capture_of(module: nn.Module) -> _Capture:
 
 
 @contextmanager
-def captured_calls(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[CapturedCall]]]:
-    """Within it, the modules that ask `probe_for` get a probe; RuntimeError where one is captured already."""
-    found: dict[nn.Module, list[CapturedCall]] = {module: [] for module in modules}
-    if any(_ATTRIBUTE in module.__dict__ for module in found):
-        raise RuntimeError("a mixture must be captured by one context at a time, got a second.")
-    for module, calls in found.items():
-        capture = _capture_of(module)
-        capture.calls = calls
+def listening(modules: Iterable[nn.Module], kind: Kind, listener: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Calls `listener(module, call)` in every forward of the modules in which gradients are on.
+
+    Args:
+        modules: mixtures, whose forward calls `probe_for`.
+        kind: "calls" for a `CapturedCall` of any mixture; "visits" for a `Visit` of a `DynMoE` layer.
+        listener: must not keep the probe of a visit in a hook of that probe.
+
+    Raises:
+        RuntimeError: a module has a listener of this kind.
+    """
+    captures = {module: _capture_of(module) for module in modules}
+    if any(kind in capture.listeners for capture in captures.values()):
+        raise RuntimeError("a mixture is already captured; only one context can capture it at a time.")
+    for module, capture in captures.items():
+        capture.listeners[kind] = partial(listener, module)
         module.__dict__[_ATTRIBUTE] = capture
     try:
-        yield found
+        yield
     finally:
-        for module in found:
-            module.__dict__.pop(_ATTRIBUTE, None)
-            _capture_of(module).calls = []
+        for module, capture in captures.items():
+            del capture.listeners[kind]
+            if not capture.listeners:
+                module.__dict__.pop(_ATTRIBUTE, None)
 
 
-def probe_for(module: nn.Module, top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor | None:
-    """A probe for this call of the module: (N, K) zeros; None where it is not captured, or gradients are off."""
+@contextmanager
+def captured_calls(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[CapturedCall]]]:
+    """The calls of each module, in order. RuntimeError if a module is captured already."""
+    found: dict[nn.Module, list[CapturedCall]] = {module: [] for module in modules}
+    with listening(found, "calls", lambda module, call: found[module].append(call)):
+        yield found
+
+
+def probe_for(
+    module: nn.Module, top_k_index: Tensor, num_experts: int, dtype: torch.dtype,
+    visit: tuple[Tensor, Routing, Budget | None, torch.Size] | None = None,
+) -> Tensor | None:  # fmt: skip
+    """Probe of this call, (N, K) zeros; None if nothing captures the module, gradients are off, or the module is being exported.
+
+    Args:
+        module: the mixture.
+        top_k_index: (N, K), experts of each token.
+        num_experts: E.
+        dtype: of the tokens; the probe is float64 for float64, else float32.
+        visit: (N, F) tokens, routing, budget and leading shape, for listeners to visits.
+    """
     capture: _Capture | None = getattr(module, _ATTRIBUTE, None)
-    if capture is None or not torch.is_grad_enabled():
+    if capture is None or not capture.listeners or not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and "visits" not in capture.listeners:
         probe, _ = _captured_probe(capture.anchor, top_k_index, num_experts, dtype == torch.float64, capture.place, _site())
         return probe
+    return _notified(capture, top_k_index, num_experts, dtype, visit)
+
+
+@torch.compiler.disable
+def _notified(capture: _Capture, top_k_index: Tensor, num_experts: int, dtype: torch.dtype, visit: Any) -> Tensor:
+    """A probe for this call. Each listener receives the call."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     probe = torch.zeros(top_k_index.shape, dtype=wide, device=top_k_index.device, requires_grad=True)
-    capture.calls.append(CapturedCall(top_k_index.detach(), num_experts, probe))
+    if "calls" in capture.listeners:
+        capture.listeners["calls"](CapturedCall(top_k_index.detach(), num_experts, probe))
+    if "visits" in capture.listeners:
+        tokens, routing, budget, shape = visit
+        capture.listeners["visits"](Visit(tokens.detach(), routing, probe, budget, shape))
     return probe
 
 
 @torch.compiler.assume_constant_result
 def _site() -> int:
-    """Another number for each call in a graph: two calls alike would be made one."""
+    """A new number for each call in a graph; the compiler would merge two equal calls."""
     return next(_sites)
 
 
 @torch.library.custom_op("tinyonn::captured_probe", mutates_args=())
 def _captured_probe(anchor: Tensor, top_k_index: Tensor, num_experts: int, double: bool, place: int, site: int) -> tuple[Tensor, Tensor]:
-    """A probe, and the number of the call that is remembered: an int64 on the CPU."""
+    """A probe, and the number of the captured call, an int64 on the CPU."""
     probe = torch.zeros(top_k_index.shape, dtype=torch.float64 if double else torch.float32, device=top_k_index.device)
     ticket = next(_tickets)
     capture = _by_place.get(place)
-    if capture is not None:
+    if capture is not None and "calls" in capture.listeners:
         _by_ticket[ticket] = call = CapturedCall(top_k_index.clone(), num_experts)
-        capture.calls.append(call)
+        capture.listeners["calls"](call)
     return probe, torch.tensor(ticket, device="cpu")
 
 
@@ -128,10 +196,10 @@ def _(anchor: Tensor, top_k_index: Tensor, num_experts: int, double: bool, place
 
 @torch.library.custom_op("tinyonn::deliver_surprise", mutates_args=())
 def _deliver_surprise(anchor: Tensor, surprise: Tensor, ticket: Tensor) -> Tensor:
-    """Hands the surprise to its call; 0, the anchor's gradient."""
+    """Stores the surprise in its call. Returns 0, the anchor's gradient."""
     call = _by_ticket.get(int(ticket))
     if call is not None:
-        call.slots = surprise.clone() if call.slots is None else call.slots + surprise  # as gradients add up
+        call.slots = surprise.clone() if call.slots is None else call.slots + surprise  # as gradients accumulate
     return torch.zeros_like(anchor)
 
 

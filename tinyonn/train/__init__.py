@@ -1,5 +1,6 @@
-"""Training steps in which surprise teaches the router."""
+"""Training steps in which surprise trains the router."""
 
+from ..nn.surprise_loss import SurpriseLoss
 from .captured_surprise import CapturedSurprise, capture_surprise
 from .gating import GatingGradients, capture, gating_gradients
 from .hyper_step import HyperStep, HyperStepMixin, HyperStepResult
@@ -12,6 +13,7 @@ __all__ = [
     "HyperStepMixin",
     "HyperStepResult",
     "SurpriseHookManager",
+    "SurpriseLoss",
     "capture",
     "capture_surprise",
     "gating_gradients",

@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 
 from .._debug import debug_enabled
 from ..nn._options import check_is_number, check_size
-from .gating import check_model, check_options, gating_gradients, mixtures
-from .parallel import data_parallel
+from ..nn.surprise_loss import SurpriseLoss, check_weight, surprise_loss_of
+from .gating import teaching
+from .mixtures import Mixtures
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -57,11 +58,12 @@ class HyperStep:
         optimizer: of all parameters, or of all but the routers'.
         router_optimizer: of the routers' parameters; None where `optimizer` has them.
         gating_weight: of the routers' losses beside the main loss, at least 0.
-        w_ce, w_kl, temperature: see `ops.surprise_min_loss`.
+        surprise_loss: weights of the loss on surprise; None for those of `SurpriseLoss`.
         accumulation_steps: batches a step of the optimisers.
         max_grad_norm: gradients of all the optimisers' parameters together are clipped to it; None for no clipping.
         scaler: AMP's, for float16. With `max_grad_norm` an overflow anywhere skips the step of both optimisers; without it each optimiser
             skips its own, as always in torch.
+        **numbers: w_ce, w_kl, temperature, instead of `surprise_loss`.
 
     Raises:
         TypeError: no DynMoE in the model; a wrapper other than DistributedDataParallel and `fully_shard`; no optimiser, or one that needs
@@ -76,30 +78,29 @@ class HyperStep:
         router_optimizer: Optimizer | None = None,
         *,
         gating_weight: float = 1.0,
-        w_ce: float = 1.0,
-        w_kl: float = 1.0,
-        temperature: float = 1.0,
+        surprise_loss: SurpriseLoss | None = None,
         accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
         scaler: GradScaler | None = None,
+        **numbers: float,
     ) -> None:
-        check_options(gating_weight, w_ce, w_kl, temperature, name="gating_weight")
+        check_weight("gating_weight", gating_weight)
+        self.surprise_loss = surprise_loss_of(surprise_loss, numbers)
         check_size("accumulation_steps", accumulation_steps)
         if max_grad_norm is not None:
             check_is_number("max_grad_norm", max_grad_norm)
             if not 0 < max_grad_norm < math.inf:
                 raise ValueError(f"max_grad_norm must be above 0 and finite, or None, got {max_grad_norm}.")
-        check_model(model)
-        _warn_if_frozen(model)
+        self._mixtures = Mixtures(model)
+        _warn_if_frozen(self._mixtures)
         self.model, self.scaler = model, scaler
         self.optimizers = [optimizer] if router_optimizer is None else [optimizer, router_optimizer]
         for one in self.optimizers:
             _check_optimizer(one)
-        self.gating_weight, self.options = gating_weight, {"w_ce": w_ce, "w_kl": w_kl, "temperature": temperature}
-        self.accumulation_steps, self.max_grad_norm = accumulation_steps, max_grad_norm
+        self.gating_weight, self.accumulation_steps, self.max_grad_norm = gating_weight, accumulation_steps, max_grad_norm
         self._batches = 0
         owners = [id(p) for one in self.optimizers for group in one.param_groups for p in group["params"]]
-        for name, module in mixtures(model).items():
+        for name, module in self._mixtures.layers.items():
             for inner, parameter in module.router.named_parameters():
                 if parameter.requires_grad and owners.count(id(parameter)) != 1:
                     raise ValueError(f"{name}.router.{inner} must be in one optimiser, got {owners.count(id(parameter))}.")
@@ -118,17 +119,14 @@ class HyperStep:
                 accumulated gradients are dropped, and the next call begins anew; what an optimiser has stepped by then stays.
         """
         last = self._batches + 1 == self.accumulation_steps
-        wrapper = data_parallel(self.model)
         try:
+            self._mixtures.refresh()
+            wrapper = self._mixtures.wrapper
             with ExitStack() as stack:
                 if not last and wrapper is not None:
                     stack.enter_context(wrapper.no_sync())
-                gating = stack.enter_context(
-                    gating_gradients(
-                        self.model, token_mask=token_mask, weight=self.gating_weight / self.accumulation_steps, scaler=self.scaler,
-                        **self.options,
-                    )
-                )  # fmt: skip
+                weight = self.gating_weight / self.accumulation_steps
+                gating = stack.enter_context(teaching(self._mixtures, token_mask, weight, self.scaler, self.surprise_loss))
                 loss = _checked(compute_loss())
                 share = loss / self.accumulation_steps
                 (share if self.scaler is None else self.scaler.scale(share)).backward()
@@ -177,8 +175,8 @@ class HyperStep:
         return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
 
 
-def _warn_if_frozen(model: nn.Module) -> None:
-    if not any(parameter.requires_grad for module in mixtures(model).values() for parameter in module.router.parameters()):
+def _warn_if_frozen(mixtures: Mixtures) -> None:
+    if not any(parameter.requires_grad for module in mixtures.layers.values() for parameter in module.router.parameters()):
         warnings.warn(
             "no router requires a gradient, so a step teaches none: call requires_grad_(True) on their parameters; under PEFT give its "
             "configuration modules_to_save=['router'], or a name of the mixtures.",
@@ -224,25 +222,29 @@ class HyperStepMixin:
 
     Attributes:
         gating_weight: of the routers' losses beside the main loss.
-        gating_options: w_ce, w_kl, temperature of `ops.surprise_min_loss`.
+        gating_options: a `SurpriseLoss`, or a dict of its numbers.
         last_gating_loss: of the last step.
     """
 
     gating_weight: float = 1.0
-    gating_options: dict[str, float] = {}  # noqa: RUF012  # a class's choice, never written to
+    gating_options: dict[str, float] | SurpriseLoss = SurpriseLoss()
     last_gating_loss: Tensor | None = None
-    _warned: bool = False
+    _mixtures: Mixtures | None = None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         trainer: Any = self
-        if not self._warned:
-            self._warned = True
-            _warn_if_frozen(model)
+        if self._mixtures is None:
+            _warn_if_frozen(Mixtures(model))
+        if self._mixtures is not None and self._mixtures.model is model:
+            self._mixtures.refresh()
+        else:
+            self._mixtures = Mixtures(model)
+        options = self.gating_options
+        surprise_loss = options if isinstance(options, SurpriseLoss) else surprise_loss_of(None, options)
+        check_weight("gating_weight", self.gating_weight)
         weight = self.gating_weight / trainer.current_gradient_accumulation_steps
         scaler = getattr(trainer.accelerator, "scaler", None)
-        with gating_gradients(
-            model, token_mask=inputs.get("attention_mask"), weight=weight, scaler=scaler, **self.gating_options
-        ) as gating:  # fmt: skip
+        with teaching(self._mixtures, inputs.get("attention_mask"), weight, scaler, surprise_loss) as gating:
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         self.last_gating_loss = gating.loss
         return loss

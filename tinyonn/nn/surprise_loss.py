@@ -1,0 +1,62 @@
+"""Weights of the router's loss on surprise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from ..ops import surprise_min_loss
+from ._options import check_is_number
+
+
+@dataclass(frozen=True)
+class SurpriseLoss:
+    """The router's loss on surprise, `ops.surprise_min_loss`, with its three numbers.
+
+    Args:
+        w_ce: weight of the cross-entropy with the expert of least surprise, at least 0.
+        w_kl: weight of the KL divergence from the softmax of negative surprise, at least 0.
+        temperature: temperature of that softmax, above 0; lower is sharper.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument is out of range.
+    """
+
+    w_ce: float = 1.0
+    w_kl: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_weight("w_ce", self.w_ce)
+        check_weight("w_kl", self.w_kl)
+        check_is_number("temperature", self.temperature)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}.")
+
+    def __call__(self, scores: Tensor, surprise: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """The loss, 0-d; see `ops.surprise_min_loss` for the arguments."""
+        return surprise_min_loss(scores, surprise, token_mask=token_mask, **asdict(self))
+
+
+def surprise_loss_of(surprise_loss: SurpriseLoss | None, numbers: dict[str, float]) -> SurpriseLoss:
+    """The loss given as an object or by its numbers. TypeError if both are given, or if a number is not one of `SurpriseLoss`."""
+    if surprise_loss is None:
+        unknown = sorted(numbers.keys() - SurpriseLoss.__dataclass_fields__.keys())
+        if unknown:
+            raise TypeError(f"{unknown[0]} is not an argument; SurpriseLoss has {', '.join(SurpriseLoss.__dataclass_fields__)}.")
+        return SurpriseLoss(**numbers)
+    if not isinstance(surprise_loss, SurpriseLoss):
+        raise TypeError(f"surprise_loss must be a SurpriseLoss, got {type(surprise_loss).__name__}.")
+    if numbers:
+        raise TypeError(f"surprise_loss already contains {', '.join(numbers)}; give one or the other.")
+    return surprise_loss
+
+
+def check_weight(name: str, value: float) -> None:
+    """TypeError or ValueError for anything but a finite number of at least 0."""
+    check_is_number(name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}.")

@@ -1,0 +1,69 @@
+"""The DynMoE layers of a model, found once, and the wrapper that synchronises its gradients."""
+
+from __future__ import annotations
+
+from torch import distributed, nn
+
+from ..nn.dyn_moe import DynMoE
+
+KEEP_OTHER_GRADIENTS = ("DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+
+
+class Mixtures:
+    """The DynMoE layers of a model by name.
+
+    Attributes:
+        model: the model, or its wrapper.
+        layers: DynMoE layers by name.
+        wrapper: DistributedDataParallel, around the model or inside a compiled one; None if there is none.
+        sharded: whether `fully_shard` was applied to any part of the model.
+    """
+
+    layers: dict[str, DynMoE]
+    wrapper: nn.parallel.DistributedDataParallel | None
+    sharded: bool
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._search()
+        self._check_routers()
+
+    def refresh(self) -> None:
+        """Searches the model again if a module was added, removed, replaced or sharded, then checks the routers.
+
+        Raises:
+            TypeError: the model contains no DynMoE layer, or a wrapper with which its routers cannot learn.
+        """
+        if any(type(module) is not kind or module._modules != children for module, kind, children in self._tree):
+            self._search()
+        self._check_routers()
+
+    def _search(self) -> None:
+        modules = dict(self.model.named_modules())
+        self._tree = [(module, type(module), dict(module._modules.items())) for module in modules.values()]
+        self.layers = {name: module for name, module in modules.items() if isinstance(module, DynMoE)}
+        if not self.layers:
+            raise TypeError(f"model contains no tinyonn.nn.DynMoE layer (got {type(self.model).__name__}).")
+        for module in modules.values():
+            if type(module).__name__ in KEEP_OTHER_GRADIENTS:
+                raise TypeError(
+                    f"model must run alone, under DistributedDataParallel or fully_shard, got {type(module).__name__}, whose gradients are "
+                    "not those of its routers' parameters."
+                )
+        self.wrapper = next((module for module in modules.values() if isinstance(module, nn.parallel.DistributedDataParallel)), None)
+        self.sharded = False
+        if distributed.is_available() and distributed.is_initialized():
+            from torch.distributed.fsdp import FSDPModule
+
+            self.sharded = any(isinstance(module, FSDPModule) for module in modules.values())
+
+    def _check_routers(self) -> None:
+        """TypeError if gradients that are added to routers' parameters would reach no optimiser, or differ between processes."""
+        for name, layer in self.layers.items():
+            for inner, parameter in layer.router.named_parameters():
+                mesh = getattr(parameter, "device_mesh", None)
+                if self.sharded != (mesh is not None) or (mesh is not None and mesh.ndim > 1):
+                    raise TypeError(
+                        f"{name}.router.{inner}".lstrip(".") + " must be sharded where the model is, by fully_shard over a mesh of one "
+                        f"dimension, got {'no mesh' if mesh is None else mesh}."
+                    )
