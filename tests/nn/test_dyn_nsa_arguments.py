@@ -26,7 +26,7 @@ def tokens(length: int, batch: int = 1) -> torch.Tensor:
 def test_a_cache_of_one_layer_is_refused_by_another():
     first, second, cache, x = layer(0), layer(1), DynNSACache(), tokens(40)
     first(x[:, :30], cache=cache)
-    with pytest.raises(ValueError, match="cache must be of one layer, got that of another: make a DynNSACache for each"):
+    with pytest.raises(ValueError, match="cache belongs to another layer; use one DynNSACache per layer"):
         second(x[:, :30], cache=cache)
     assert cache.length == 30
     torch.testing.assert_close(first(x[:, 30:], cache=cache).out, first(x).out[:, 30:])

@@ -174,7 +174,7 @@ def test_options_out_of_range_are_named(options, message):
     ("change", "error", "message"),
     [
         (lambda loss: loss.expand(3), ValueError, r"compute_loss must return one number, a 0-d tensor, got shape \(3,\)"),
-        (lambda loss: loss.detach(), ValueError, r"compute_loss must return a loss with a graph, got one without"),
+        (lambda loss: loss.detach(), ValueError, r"compute_loss must return a loss with a graph; this one is detached"),
         (lambda loss: loss.item(), TypeError, "compute_loss must return a tensor, got float"),
         (lambda loss: {"loss": loss}, TypeError, "compute_loss must return a tensor, got dict"),
     ],

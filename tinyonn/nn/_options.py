@@ -1,4 +1,4 @@
-"""Checks of a module's options, made when the module is."""
+"""Checks of a module's options."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""One key (or value) for every `compress_size` positions: their mean, or a learnable map of them.
+"""One key (or value) for every `compress_size` positions: their mean, or a learned map of them.
 
     x'_i = x_i + position_i        c = mean_i x'_i + down · mean_i silu(up · x'_i)
 
-`position` is an embedding of the place within a block; `down` and `position` start at 0, so the map starts as the mean exactly, with a
-gradient on both. Each head has its own.
+`position` is an embedding of the position within a block. `down` and `position` start at 0, so the map starts as the exact mean, and both
+have a gradient. Each head has its own map.
 
 B batch, T positions, K heads, D head dim, M = T // compress_size blocks
 """
@@ -20,8 +20,8 @@ class BlockCompression(nn.Module):
     Args:
         num_heads: K.
         head_dim: D.
-        compress_size: positions of a block.
-        learnable: False for the mean alone, without parameters.
+        compress_size: positions per block.
+        learnable: whether to learn a map; False for the mean, without parameters.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class BlockCompression(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """To the mean of a block."""
+        """Initialises the map to the mean of a block."""
         if self.learnable:
             nn.init.zeros_(self.position)
             nn.init.normal_(self.up, std=self.up.shape[1] ** -0.5)
@@ -55,8 +55,8 @@ class BlockCompression(nn.Module):
 
         Args:
             x: (B, T, K, D).
-            starts: (B, M) first position of each block, where rows do not all begin at 0; a block that would pass the end of its row
-                is filled up with the last position. See `block_starts`.
+            starts: (B, M) first position of each block, if rows do not all begin at 0; a block that would pass the end of its row is
+                filled with the last position. See `block_starts`.
 
         Returns:
             (B, T // compress_size, K, D), or (B, M, K, D) with `starts`.
@@ -73,7 +73,7 @@ class BlockCompression(nn.Module):
 
 
 def block_starts(num_keys: int, compress_size: int, key_start: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
-    """First position of each compressed key, in the layout that the ops take.
+    """First position of each compressed key, in the layout of the ops.
 
     Args:
         num_keys: T.
@@ -81,7 +81,7 @@ def block_starts(num_keys: int, compress_size: int, key_start: Tensor | None, cu
         cu_seqlens: (sequences + 1,); compressed key c of sequence i lies at row cu[i] // compress_size + c.
 
     Returns:
-        (B, T // compress_size), or None where every row begins at 0. Rows that no query sees hold anything.
+        (B, T // compress_size), or None if every row begins at 0. Entries that no query reads are undefined.
     """
     whole = num_keys // compress_size
     if cu_seqlens is not None:
@@ -95,7 +95,7 @@ def block_starts(num_keys: int, compress_size: int, key_start: Tensor | None, cu
 
 
 def blocks_of(x: Tensor, compress_size: int, starts: Tensor | None = None) -> Tensor:
-    """(B, T, K, D) -> (B, M, compress_size, K, D): whole blocks from 0, or those that begin at `starts` (B, M)."""
+    """(B, T, K, D) -> (B, M, compress_size, K, D): whole blocks from position 0, or blocks that begin at `starts`, (B, M)."""
     if starts is None:
         whole = x.shape[1] // compress_size
         return x[:, : whole * compress_size].unflatten(1, (whole, compress_size))

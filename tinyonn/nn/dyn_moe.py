@@ -1,6 +1,6 @@
-"""Mixture of any number of tiny experts, chosen by a learnable threshold: a drop-in for an MLP.
+"""Mixture of many small experts, chosen by a learned threshold: a drop-in replacement for an MLP.
 
-N tokens, F features, E experts at most, I neurons of an expert, K = max_experts slots of a token
+N tokens, F features, E experts at most, I neurons per expert, K = max_experts slots per token
 """
 
 from __future__ import annotations
@@ -31,38 +31,37 @@ ONLY_BY_BUDGET = "surprise_budget must be left out unless routing='budget'"
 
 
 class DynMoE(nn.Module):
-    """A mixture of tiny experts in place of an MLP: (..., F) -> (..., F).
+    """A mixture of small experts in place of an MLP: (..., F) -> (..., F).
 
-    `route` chooses experts and `execute` runs them. Only the second is ever recomputed under `checkpoint=True`, so a token can not go to
-    another expert the second time.
+    `route` chooses experts and `execute` runs them. `checkpoint=True` recomputes only `execute`, so a token keeps its experts.
 
-    Within `capturing()` each call in which gradients are on is remembered, with a probe that backward fills with the surprise of every
-    (token, expert) pair; `gating_loss` makes the router's loss of it, from scores computed once more on detached inputs, so that the
-    graph of the main loss is not needed any more. `train.HyperStep` does all that.
+    `capturing()` collects each call in which gradients are on, with a probe that backward fills with the surprise of every (token, expert)
+    pair. `gating_loss` computes the router's loss from it. The router's scores are computed again on detached inputs, so the graph of the
+    main loss is not needed. `train.HyperStep` does all of this.
 
     Args:
         hidden_size: F.
         intermediate_size: I, of one expert.
-        num_experts: E, live at the start.
-        max_num_experts: E, allocated; None for num_experts.
-        target_k: experts of a token to start with, and of `sparse_diversity_loss`; None for 2, or 1 of 1.
+        num_experts: experts that are live at the start.
+        max_num_experts: E, the number of allocated experts; None for num_experts.
+        target_k: mean number of experts per token at the start, and in `sparse_diversity_loss`; None for 2, or 1 if there is one expert.
         routing: "threshold", or "budget": the smallest set of experts whose softmax mass reaches `surprise_budget`.
-            It chooses one at least, so min_experts is 1 then.
-        surprise_budget: with routing="budget", share of the mass where neither the call nor `surprise_budget_of` says; above 0 and at
+            A budget always chooses at least one expert, so min_experts must be 1.
+        surprise_budget: share of the mass with routing="budget", unless the call or `surprise_budget_of` sets another; above 0 and at
             most 1, None for 0.5.
-        gating_loss: "both", "surprise" or "sdl", sparse diversity. Surprise alone says which experts a token goes to, not how many: their
-            number drifts, most often up to max_experts. Surprise of the kinds "down_proj" and "output" does not depend on the labels here
-            (see `ops.surprise_min_loss`).
+        gating_loss: "both", "surprise" or "sdl" (sparse diversity). Surprise alone trains which experts a token uses, not how many: their
+            number drifts, usually up to max_experts. With the surprise kinds "down_proj" and "output" the loss does not depend on the
+            labels (see `ops.surprise_min_loss`).
         surprise_kind, activation, gated: see `ops.expert_mlp`.
-        bias: of the experts.
-        output_bias: one more bias, (F,), which every token is given once, whatever its experts.
-        dropout: of the output, in training.
-        checkpoint: recompute the experts in backward; not within transforms of torch.func, which cannot.
-        max_experts: K, slots of a token; None for all with routing="budget", else for twice target_k, and 8 at least.
+        bias: whether the experts have biases.
+        output_bias: whether one more bias, (F,), is added to the output of every token, whatever its experts.
+        dropout: dropout rate of the output, in training.
+        checkpoint: whether to recompute the experts in backward; torch.func transforms ignore it, as they do not support it.
+        max_experts: K, slots per token; None for all experts with routing="budget", else for twice target_k, at least 8.
         others: see `ThresholdRouter`.
 
     Raises:
-        TypeError, ValueError: an option of another type, out of range, or of no use beside the others.
+        TypeError, ValueError: an option has the wrong type, is out of range, or conflicts with another.
     """
 
     expert_counts: Tensor
@@ -146,7 +145,7 @@ class DynMoE(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Experts as `nn.Linear` starts them; the router as it starts itself."""
+        """Initialises experts like `nn.Linear`, and the router by its own `reset_parameters`."""
         self.router.reset_parameters()
         with torch.no_grad():
             for weight, bias in ((self.gate_up_proj, self.gate_up_bias), (self.down_proj, self.down_bias)):
@@ -163,11 +162,10 @@ class DynMoE(nn.Module):
         self.tokens_seen.zero_()
 
     def statistics(self) -> dict[str, Any]:
-        """Since the last reset: mean_k, experts of a token; dead_experts, live ones that no token went to; counts, (E,) tokens of each.
+        """Statistics since the last reset: mean_k, experts per token; dead_experts, live experts without a token; counts, (E,) tokens.
 
-        A token counts once, also where a checkpointed layer runs again in backward. Not counted are tokens outside a `token_mask`, the
-        call's or that of a surrounding `token_mask_of`, and tokens with NaN. Without a counted token mean_k and dead_experts are NaN:
-        nothing is known of them.
+        A token counts once, even if a checkpointed layer runs again in backward. Tokens outside a `token_mask`, from the call or from a
+        surrounding `token_mask_of`, and tokens with NaN are not counted. Before the first counted token mean_k and dead_experts are NaN.
         """
         counts = self.expert_counts
         found = {"mean_k": math.nan, "dead_experts": math.nan, "counts": counts.clone()}
@@ -176,11 +174,11 @@ class DynMoE(nn.Module):
         return found
 
     def route(self, hidden_states: Tensor, surprise_budget: Budget | None = None) -> Routing:
-        """Experts of each of N tokens, (N, F); `surprise_budget` is a number, 0-d or (N,), as `forward` takes it."""
+        """Routing of N tokens, (N, F), to experts. `surprise_budget` is a number, 0-d or (N,); see `forward`."""
         return self.router(hidden_states, self._budget(surprise_budget, hidden_states.shape[:-1]))
 
     def _budget(self, surprise_budget: Budget | None, shape: torch.Size) -> Budget | None:
-        """That of a call on tokens of this leading shape: its own, else the surrounding one, else the module's; None for a threshold."""
+        """Budget of a call on tokens of this leading shape: its own, else the surrounding one, else the module's; None for a threshold."""
         if surprise_budget is not None:
             check_budget(surprise_budget)
         if self.surrounding_budget is None:
@@ -206,18 +204,18 @@ class DynMoE(nn.Module):
         )  # fmt: skip
 
     def forward(self, hidden_states: Tensor, surprise_budget: Budget | None = None, token_mask: Tensor | None = None) -> Tensor:
-        """The mixture's output. A token with NaN or infinity in it gives NaN; the other tokens are as without it.
+        """The mixture's output. A token that contains NaN or infinity yields NaN and does not affect other tokens.
 
         Args:
             hidden_states: (..., F).
-            surprise_budget: for routing="budget", above 0 and at most 1: a number, 0-d, or of the leading shape, in which a size may be
-                1. None for that of a surrounding `surprise_budget_of`, or the module's.
-            token_mask: bool or integers, of the leading shape, which tokens `statistics` counts, such as an attention mask; None for
-                that of a surrounding `token_mask_of`, or all. The output does not depend on it.
+            surprise_budget: budget for routing="budget", above 0 and at most 1: a number, 0-d, or of the leading shape, in which a size
+                may be 1. None for the budget of a surrounding `surprise_budget_of`, or the module's.
+            token_mask: bool or integers, of the leading shape; which tokens `statistics` counts, such as an attention mask. None for the
+                mask of a surrounding `token_mask_of`, or all tokens. The output does not depend on it.
 
         Raises:
-            TypeError, ValueError: no tensor, or another F; a budget that is none, does not fit, or comes where tokens go by threshold; a
-                mask that is none or does not fit.
+            TypeError, ValueError: hidden_states is not a tensor or has another F; the budget or the mask has the wrong type or shape; a
+                budget is given but tokens are routed by threshold.
         """
         if not isinstance(hidden_states, Tensor):
             raise TypeError(f"hidden_states must be a tensor, got {type(hidden_states).__name__}.")
@@ -245,7 +243,7 @@ class DynMoE(nn.Module):
         return self.dropout(out).view(hidden_states.shape)
 
     def _mask(self, token_mask: Tensor | None, shape: torch.Size) -> Tensor | None:
-        """(N,) bool, which tokens of a call on this leading shape are counted; None for all."""
+        """Mask of the counted tokens of a call, (N,) bool; None for all."""
         if token_mask is not None:
             check_token_mask(token_mask)
         else:
@@ -266,7 +264,7 @@ class DynMoE(nn.Module):
             yield visits
 
     def surprise(self, visit: Visit) -> Tensor:
-        """(N, E) surprise of a remembered call after backward, infinite where a token did not go."""
+        """Surprise of a captured call after backward, (N, E), infinite for experts that did not see the token."""
         if visit.probe.grad is None:
             raise RuntimeError("backward has not reached this call, so it has no surprise yet.")
         return scatter_surprise(visit.probe.grad, visit.routing.top_k_index, self.expert_counts.shape[0])
@@ -274,24 +272,24 @@ class DynMoE(nn.Module):
     def gating_loss(
         self, visit: Visit, token_mask: Tensor | None = None, *, surprise_loss: SurpriseLoss | None = None, **numbers: float
     ) -> Tensor:
-        """The router's loss of a remembered call, 0-d: of prototypes and thresholds alone.
+        """The router's loss for a captured call, 0-d; it has gradients for prototypes and thresholds only.
 
         Args:
-            visit: after the backward of the main loss.
-            token_mask: of the leading shape of the call's tokens, which of them count.
+            visit: the call, after the backward of the main loss.
+            token_mask: mask of the leading shape of the call's tokens; which of them count.
             surprise_loss: weights of the loss on surprise; None for those of `SurpriseLoss`.
             **numbers: w_ce, w_kl, temperature, instead of `surprise_loss`.
 
         Raises:
-            ValueError: a mask of another number of tokens.
-            RuntimeError: no backward has reached the call.
+            ValueError: the mask has another number of tokens.
+            RuntimeError: backward has not reached the call.
         """
         weighted = surprise_loss_of(surprise_loss, numbers)
         number = len(visit.hidden_states)
         if token_mask is not None and token_mask.numel() != number:
             raise ValueError(f"token_mask must have a value for each of {number} tokens, got shape {tuple(token_mask.shape)}.")
         mask = None if token_mask is None else token_mask.reshape(-1).bool()
-        # A masked token that is not finite would make the gradient 0 · NaN; one of zeros has none.
+        # Zeros replace masked tokens: one that is not finite would make the gradient 0 · NaN.
         hidden_states = visit.hidden_states if mask is None else torch.where(mask.unsqueeze(-1), visit.hidden_states, 0)
         routing = self.route(hidden_states, visit.surprise_budget)
         loss = routing.scores[:0].sum()  # 0 with a graph, for a batch of padding alone

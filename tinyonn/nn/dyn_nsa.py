@@ -1,7 +1,7 @@
-"""What DynNSA learns around `ops.dyn_nsa`, and its budget loss.
+"""Learned parameters of DynNSA around `ops.dyn_nsa`, and its budget loss.
 
-    gates = bias + weight · q / rms(q)          one weight and one bias per head and branch; linear, so no start is flat
-    θ     = (base + opening) − slope · τ        `opening` is set by a schedule: −30 selects every block, 0 leaves base alone
+    gates = bias + weight · q / rms(q)          one weight and one bias per head and branch; linear, so gradients never vanish
+    θ     = (base + opening) − slope · τ        a schedule sets `opening`: −30 selects every block, 0 has no effect
     L     = weight · (mean soft count / target − 1)²
 
 B batch, T queries of Tk positions, H query heads, K key/value heads, D head dim
@@ -24,7 +24,7 @@ from .block_compression import BlockCompression, block_starts
 
 OPEN = -30.0
 """Opening of a threshold at which every block is selected: importance is never below -20."""
-MAX_TEMPERATURE = 10.0  # beyond it the gates of an open model would not all be 1
+MAX_TEMPERATURE = 10.0  # with a higher one, the gates of an open model would not all be 1
 MIN_MAX_BLOCKS = 3
 OUTPUT_TAU_MOMENTUM = 0.05  # of the running mean of output entropies
 
@@ -34,23 +34,23 @@ STATISTICS = ("mean_count", "overflow", "tau", "share_compressed", "share_select
 
 @dataclass
 class DynNSAOptions:
-    """How a layer of DynNSA works; what it learns is in its parameters.
+    """Options of a DynNSA layer.
 
     Attributes:
         compress_size: positions of a compressed key: 16, 32 or 64, dividing block_size.
         block_size: positions of a key block.
         window: keys of the window branch.
         temperature: width of the smooth step above the threshold, in nats; a normal float32 of at most 10.
-        max_blocks: most key blocks of a query, at least 3; None for all there are.
-        detach_scores: no gradient through the importance of blocks.
-        learnable_compression: False for the mean of a block.
-        start_gates: weights of the compressed, selected and window branch to start from.
-        base, slope: thresholds to start from, in nats, and nats per unit of tau.
-        tau_source: "attention" for the entropy of the compressed branch; "output" for that of the model's output; "constant".
+        max_blocks: maximum key blocks per query, at least 3; None for all blocks.
+        detach_scores: whether to stop the gradient through the importance of blocks.
+        learnable_compression: whether compression is learned; False for the mean of a block.
+        start_gates: initial weights of the compressed, selected and window branch.
+        base, slope: initial thresholds, in nats, and in nats per unit of tau.
+        tau_source: "attention" for the entropy of the compressed branch; "output" for the entropy of the model's output; "constant".
         tau: the constant, in [0, 1].
-        budget_weight: of the budget loss; 0 for none.
-        budget_target: key blocks a query that the budget loss pulls towards, to start with; a schedule may change it.
-        impl: of `ops.dyn_nsa`.
+        budget_weight: weight of the budget loss; 0 for none.
+        budget_target: initial target of the budget loss, in key blocks per query; a schedule may change it.
+        impl: implementation of `ops.dyn_nsa`.
     """
 
     compress_size: int = 64
@@ -79,7 +79,7 @@ class DynNSAOptions:
         for name in ("base", "slope"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}.")
-        self.start_gates = tuple(self.start_gates)  # type: ignore[assignment]  # a list where it was read from JSON
+        self.start_gates = tuple(self.start_gates)  # type: ignore[assignment]  # JSON gives a list
         if self.tau_source not in get_args(TauSource):
             raise ValueError(f"tau_source must be one of {', '.join(get_args(TauSource))}, got {self.tau_source!r}.")
         if not 0 <= self.tau <= 1:
@@ -98,10 +98,10 @@ def budget_loss(soft_counts: Tensor, target: Tensor | float, *, weight: float = 
     """Pulls the mean number of selected blocks towards a target: weight · (mean / target − 1)².
 
     Args:
-        soft_counts: (B, T, K), of `ops.dyn_nsa`; carries the gradient, also of blocks under the threshold.
+        soft_counts: (B, T, K), from `ops.dyn_nsa`; carries the gradient, also for blocks under the threshold.
         target: blocks per query, above 0.
-        weight: of the loss.
-        mask: (B, T, K), which of them count; None for all.
+        weight: weight of the loss.
+        mask: (B, T, K), which rows count; None for all.
 
     Returns:
         0-d.
@@ -114,14 +114,14 @@ def budget_loss(soft_counts: Tensor, target: Tensor | float, *, weight: float = 
 
 
 def normalised_entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits) over the last dimension, as a share of the largest possible: 0 … 1, float32, detached."""
+    """Entropy of softmax(logits) over the last dimension, divided by its maximum: 0 … 1, float32, detached."""
     log_probs = torch.log_softmax(logits.detach().float(), -1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     return entropy / torch.log(torch.tensor(float(max(logits.shape[-1], 2)), device=logits.device))
 
 
 def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors in one dtype: autocast's where it is on, else the last one's. Normalisation leaves queries and keys wider than values."""
+    """Tensors in one dtype: autocast's if it is on, else the last one's. After normalisation queries and keys are wider than values."""
     device = tensors[0].device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else tensors[-1].dtype
@@ -129,17 +129,17 @@ def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class DynNSACore(nn.Module):
-    """What DynNSA learns besides projections: compression, branch gates, thresholds; and its running statistics.
+    """DynNSA without projections: compression, branch gates, thresholds, and running statistics.
 
-    Called with projected queries, keys and values. State beside the parameters: `opening` and `budget_target`, which a schedule sets;
-    `output_tau`, the running mean of output entropies; all three are saved. The statistics are not.
+    The inputs are projected queries, keys and values. Buffers are `opening` and `budget_target`, which a schedule sets, and `output_tau`,
+    the running mean of output entropies. These three are saved; the statistics are not.
 
     Args:
         num_heads: H.
         num_kv_heads: K.
         head_dim: D.
-        options: kept, not copied: several layers may share one and be changed together.
-        opening: added to base; `OPEN` selects every block.
+        options: options of the layer; not copied, so layers may share them and change together.
+        opening: offset of base; `OPEN` selects every block.
     """
 
     opening: Tensor
@@ -188,11 +188,11 @@ class DynNSACore(nn.Module):
         sums = self.sums
         super()._apply(fn, recurse)
         if not sums.is_meta and not self.sums.is_meta:
-            self.sums = sums.to(self.sums.device)  # they do not fit half precision, whatever the model is turned to
+            self.sums = sums.to(self.sums.device)  # stay float32 if the model is converted; half precision is too narrow
         return self
 
     def reset_parameters(self) -> None:
-        """To the options' start."""
+        """Initialises parameters and buffers from the options."""
         options = self.options
         with torch.no_grad():
             self.compress_key.reset_parameters()
@@ -212,7 +212,7 @@ class DynNSACore(nn.Module):
         self.calls.zero_()
 
     def statistics(self) -> dict[str, float]:
-        """Means over the calls since the last reset.
+        """Mean statistics of the calls since the last reset.
 
         Returns:
             mean_count, key blocks per query; overflow, share of rows for which more than max_blocks passed; tau; share_compressed,
@@ -221,26 +221,26 @@ class DynNSACore(nn.Module):
         return dict(zip(STATISTICS, (self.sums / self.calls).tolist(), strict=True))
 
     def gates(self, gate_input: Tensor) -> Tensor:
-        """(B, T, H, D) -> (B, T, H, 3)."""
+        """Branch gates of queries: (B, T, H, D) -> (B, T, H, 3)."""
         wide = gate_input.float() if gate_input.dtype in (torch.float16, torch.bfloat16) else gate_input
         unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
         return torch.einsum("bthd,hdg->bthg", unit, self.gate_weight.to(wide.dtype)) + self.gate_bias.to(wide.dtype)
 
     def compress(self, key: Tensor, value: Tensor, key_start: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, Tk, K, D) twice -> (B, Tk // compress_size, K, D) twice."""
+        """Compressed keys and values: (B, Tk, K, D) -> (B, Tk // compress_size, K, D) for each."""
         starts = block_starts(key.shape[1], self.options.compress_size, key_start, cu_seqlens)
         return self.compress_key(key, starts), self.compress_value(value, starts)
 
     def tau_of(self, tau: Tensor | float | None, query: Tensor, decoding: bool) -> Tensor | None:
-        """The tau that `ops.dyn_nsa` is given, (B, T, K), or None for that of the compressed branch.
+        """The tau for `ops.dyn_nsa`, (B, T, K), or None for the entropy of the compressed branch.
 
         Args:
-            tau: the caller's, of shape (), (B,), (B, T) or (B, T, K); None for that of `tau_source`.
+            tau: tau of the caller, of shape (), (B,), (B, T) or (B, T, K); None for the tau of `tau_source`.
             query: (B, T, H, D).
             decoding: whether the first query follows a token whose output was observed.
 
         Raises:
-            TypeError, ValueError: a tau of another type or shape; a number outside [0, 1].
+            TypeError, ValueError: tau has the wrong type or shape, or is outside [0, 1].
         """
         batch, tokens = query.shape[:2]
         dtype = query.dtype if query.dtype == torch.float64 else torch.float32
@@ -262,19 +262,19 @@ class DynNSACore(nn.Module):
 
     @torch.no_grad()
     def observe_output(self, entropy: Tensor, mask: Tensor | None = None) -> None:
-        """For tau_source="output": takes note of the entropies of the model's output, for later calls.
+        """Stores the entropies of the model's output for later calls with tau_source="output".
 
-        In training their mean enters the running mean; else each row's last one is kept for the next token.
+        In training they update the running mean; otherwise each row's last entropy is kept for the next token.
 
         Args:
-            entropy: (B, T), of `normalised_entropy`.
+            entropy: (B, T), from `normalised_entropy`.
             mask: (B, T), which tokens count; None for all.
         """
         if not self.training:
             self.previous_tau = entropy[:, -1].clone()
             return
         mean = entropy.mean() if mask is None else (entropy * mask).sum() / mask.sum().clamp(min=1)
-        # The first observation replaces what the running mean began with.
+        # The first observation replaces the initial value of the running mean.
         step = torch.where(self.observed > 0, OUTPUT_TAU_MOMENTUM, 1.0)
         self.output_tau.lerp_(mean.to(self.output_tau.dtype), step.to(self.output_tau.dtype))
         self.observed.fill_(1.0)
@@ -297,10 +297,11 @@ class DynNSACore(nn.Module):
         """Attention over projected queries, keys and values.
 
         Args:
-            query: (B, T, H, D), the last T of Tk positions. key, value: (B, Tk, K, D).
-            gates: (B, T, H, 3), of `gates`.
-            key_compressed, value_compressed: (B, Tk // compress_size, K, D), of `compress`; None to compress here.
-            tau: (B, T, K), of `tau_of`; None for that of the compressed branch.
+            query: (B, T, H, D), the last T of Tk positions.
+            key, value: (B, Tk, K, D).
+            gates: (B, T, H, 3), from `gates`.
+            key_compressed, value_compressed: (B, Tk // compress_size, K, D), from `compress`; None to compress here.
+            tau: (B, T, K), from `tau_of`; None for the entropy of the compressed branch.
             scale, key_start, key_end, cu_seqlens: as in `ops.dyn_nsa`.
         """
         options = self.options
@@ -309,7 +310,7 @@ class DynNSACore(nn.Module):
         max_blocks = options.max_blocks
         if max_blocks is None:
             max_blocks = max(MIN_MAX_BLOCKS, -(-key.shape[1] // options.block_size))
-        # Autocast would reach into the op's own products, which choose their precision themselves.
+        # The op chooses the precision of its own products; autocast would change it.
         with autocast_off(query):
             return dyn_nsa(
                 query, key, value, key_compressed, value_compressed, gates, self.base + self.opening.to(self.base.dtype), self.slope,
@@ -332,7 +333,7 @@ class DynNSACore(nn.Module):
         size = gates.abs().float() * real.repeat_interleave(self.num_heads // self.num_kv_heads, -1)[..., None]
         shares = size.sum((0, 1, 2)) / size.sum().clamp(min=1e-20)
         means = [result.counts.sum() / total, result.overflow, (result.tau * real).sum() / total]
-        # A call of padding alone is none. In place, and no attribute set: within a checkpointed region that compiles whole.
+        # A call with only padding does not count. In place, without setting attributes, so that a checkpointed region compiles whole.
         there = real.any()
         self.sums.add_(there * torch.cat([torch.stack([mean.to(self.sums.dtype) for mean in means]), shares.to(self.sums.dtype)]))
         self.calls.add_(there)
@@ -342,7 +343,7 @@ class DynNSACore(nn.Module):
 
 
 def _as_tau(tau: Tensor | float, rows: tuple[int, int, int]) -> Tensor:
-    """A tensor of one of the shapes that begin `rows`, (B, T, K)."""
+    """tau as a tensor, whose shape is a prefix of `rows`, (B, T, K)."""
     if isinstance(tau, Tensor):
         shape = tuple(tau.shape)
         if shape != rows[: len(shape)]:

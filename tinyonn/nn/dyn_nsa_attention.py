@@ -1,4 +1,4 @@
-"""DynNSA as a whole attention layer: projections, rotary embedding, what it learns, cache.
+"""DynNSA as an attention layer: projections, rotary embedding, `DynNSACore`, cache.
 
 B batch, T queries, H query heads, K key/value heads, D head dim
 """
@@ -16,15 +16,15 @@ from .dyn_nsa_cache import DynNSACache
 
 
 class DynNSAAttentionOutput(NamedTuple):
-    """What `DynNSAAttention` gives.
+    """Output of `DynNSAAttention`.
 
     Attributes:
         out: (B, T, hidden_size).
-        budget_loss: 0-d; 0 where budget_weight is.
+        budget_loss: 0-d; 0 if budget_weight is 0.
         counts: (B, T, K) int32, key blocks that the selected branch read.
-        tau: (B, T, K), the uncertainty that thresholds were made of.
+        tau: (B, T, K), the uncertainty that set the thresholds.
         overflow: 0-d, share of rows for which more than max_blocks passed.
-        soft_counts: (B, T, K).
+        soft_counts: (B, T, K), differentiable counts for `budget_loss`.
     """
 
     out: Tensor
@@ -36,19 +36,20 @@ class DynNSAAttentionOutput(NamedTuple):
 
 
 class DynNSAAttention(nn.Module):
-    """Causal self-attention with a learnable, uncertainty-driven number of key blocks.
+    """Causal self-attention with a learned number of key blocks per query, which depends on uncertainty.
 
-    Projections, rotary embedding, compression, branch gates (from the query before rotation), thresholds per key/value head.
+    It consists of projections, rotary embedding, compression, branch gates (from the query before rotation) and thresholds per key/value
+    head.
 
     Args:
         hidden_size: features in and out.
         num_heads: H.
         num_kv_heads: K, dividing H; None for H.
         head_dim: D, even; None for hidden_size / H.
-        bias: of the projections.
+        bias: whether the projections have biases.
         rope_theta: base of the rotary embedding's wavelengths.
-        options: see `DynNSAOptions`.
-        device, dtype: of all parameters.
+        options: options of the attention; None for the defaults of `DynNSAOptions`.
+        device, dtype: device and dtype of all parameters.
     """
 
     def __init__(
@@ -92,19 +93,19 @@ class DynNSAAttention(nn.Module):
         key_end: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> DynNSAAttentionOutput:
-        """Attends to the tokens given and to those in the cache.
+        """Attends to these tokens and to those in the cache.
 
         Args:
             hidden_states: (B, T, hidden_size).
-            position_ids: (B, T) or (1, T); None to count from where a row or packed sequence begins.
-            cache: taken from and added to, without gradients to what it holds; it carries key_start.
-            tau: (), (B,), (B, T) or (B, T, K) in [0, 1]; None for that of `tau_source`.
-            key_start, key_end: (B,) int32 or int64, where each row's padding ends and begins again.
-            cu_seqlens: (sequences + 1,) int32 or int64, sequences packed in one row.
+            position_ids: (B, T) or (1, T); None to count from the start of each row or packed sequence.
+            cache: earlier keys and values, without gradients; the new ones are appended. It contains key_start.
+            tau: (), (B,), (B, T) or (B, T, K) in [0, 1]; None for the tau of `tau_source`.
+            key_start, key_end: (B,) int32 or int64, first position of each row that is not padding, and first position of padding after it.
+            cu_seqlens: (sequences + 1,) int32 or int64, boundaries of sequences packed in one row.
 
         Raises:
-            TypeError, ValueError: see `ops.dyn_nsa`; hidden_states or tau of another shape; key_start, key_end or cu_seqlens beside a
-                cache; a cache of another layer or of other rows.
+            TypeError, ValueError: see `ops.dyn_nsa`; hidden_states or tau has the wrong shape; key_start, key_end or cu_seqlens is given
+                together with a cache; the cache belongs to another layer or has other rows.
         """
         if hidden_states.dim() != 3 or hidden_states.shape[2] != self.hidden_size:
             raise ValueError(f"hidden_states must have shape (B, T, {self.hidden_size}), got {tuple(hidden_states.shape)}.")
@@ -138,7 +139,7 @@ class DynNSAAttention(nn.Module):
         return DynNSAAttentionOutput(out, loss, result.counts, result.tau, result.overflow, result.soft_counts)
 
     def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        # Not a buffer: half precision would spoil the angles of far positions.
+        # Not a buffer: half precision would be too coarse for the angles of distant positions.
         wide = torch.promote_types(dtype, torch.float32)
         pair = torch.arange(0, self.head_dim, 2, device=position_ids.device, dtype=wide)
         angle = position_ids[..., None, None] * self.rope_theta ** (-pair / self.head_dim)
@@ -146,7 +147,7 @@ class DynNSAAttention(nn.Module):
 
 
 def _positions(x: Tensor, before: int, key_start: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """(1 or B, T) place of each token in its sequence."""
+    """Position of each token in its sequence, (1 or B, T)."""
     place = torch.arange(before, before + x.shape[1], device=x.device)[None]
     if cu_seqlens is not None:
         return place - cu_seqlens[torch.searchsorted(cu_seqlens, place.int(), right=True) - 1]
@@ -154,7 +155,7 @@ def _positions(x: Tensor, before: int, key_start: Tensor | None, cu_seqlens: Ten
 
 
 def _rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns features i and i + D/2 of (B, T, heads, D) as a pair."""
+    """Rotates features i and i + D/2 of (B, T, heads, D) as a pair."""
     cos, sin = turn
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

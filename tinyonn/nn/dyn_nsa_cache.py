@@ -15,26 +15,26 @@ from .dyn_nsa import DynNSACore
 
 
 class CompressedCache:
-    """Compressed keys and values of rows that grow; a block is compressed when positions have come that complete it, not before."""
+    """Compressed keys and values of growing rows. A block is compressed when all its positions are there."""
 
     def __init__(self) -> None:
-        self._tensors: list[Tensor] = []  # of keys and of values, with room to grow
+        self._tensors: list[Tensor] = []  # keys and values, with room to grow
 
     @torch.no_grad()
     def extend(
         self, core: DynNSACore, key: Tensor, value: Tensor, begin: int | Tensor, count: int, key_start: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Takes in `count` positions from `begin` on; without gradients.
+        """Adds `count` positions from `begin` on, without gradients.
 
         Args:
-            core: whose maps compress them.
-            key, value: (B, Tk, K, D), all positions so far; a buffer's room behind them does not matter.
+            core: module that compresses them.
+            key, value: (B, Tk, K, D), all positions so far; later entries of the buffer are not read.
             begin: first new position; a 0-d tensor needs key_start.
-            count: of new positions.
+            count: number of new positions.
             key_start: (B,) first position of each row that is not padding; None for 0.
 
         Returns:
-            (B, Tk // compress_size, K, D) twice, views of the cache.
+            Compressed keys and values, each (B, Tk // compress_size, K, D), views of the cache.
         """
         size = core.options.compress_size
         self._reserve(key, key.shape[1] // size + 1)
@@ -45,8 +45,8 @@ class CompressedCache:
                 if last > first:
                     target[:, first:last] = maps(source[:, first * size : last * size])
                 continue
-            # Rows differ in where their blocks end: each writes the blocks that these positions may have completed. One that is not
-            # whole yet is seen by no query, and written again.
+            # Blocks end at different positions in each row, so each row writes the blocks that these positions may have completed. No
+            # query reads an incomplete block, and it is written again later.
             number = (begin - key_start).clamp(min=0)[:, None] // size + torch.arange(-(-count // size), device=key.device)
             rows = torch.arange(len(key), device=key.device)[:, None]
             target[rows, number.long()] = maps(source, key_start[:, None] + number * size)
@@ -60,13 +60,13 @@ class CompressedCache:
 class DynNSACache:
     """Keys, values and compressed blocks of one layer, for decoding.
 
-    A copy, or one that was pickled, may go on with another layer.
+    A copied or unpickled cache may be used with another layer.
 
     Args:
         key_start: (B,) int32 or int64, first position of each row that is not padding; None for 0.
 
     Raises:
-        TypeError: a key_start of another type.
+        TypeError: key_start has the wrong type.
     """
 
     def __init__(self, key_start: Tensor | None = None) -> None:
@@ -83,17 +83,17 @@ class DynNSACache:
 
     @torch.no_grad()
     def append(self, core: DynNSACore, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Adds n positions; without gradients.
+        """Appends n positions, without gradients.
 
         Args:
-            core: whose maps compress them.
+            core: module that compresses them.
             key, value: (B, n, K, D).
 
         Returns:
             All keys and values so far, (B, Tk, K, D), and all compressed, (B, Tk // compress_size, K, D): views of the cache.
 
         Raises:
-            ValueError: another layer, or another number of rows or heads, dtype or device than the cache holds, which stays as it is.
+            ValueError: the layer, the number of rows or heads, dtype or device differs from the cache, which is not changed.
         """
         self._check(core, key)
         self._core = core
@@ -106,18 +106,18 @@ class DynNSACache:
         return keys, values, *self._compressed.extend(core, keys, values, begin, count, self.key_start)
 
     def check_rows(self, rows: int) -> None:
-        """ValueError unless the cache is one of so many rows."""
+        """ValueError if the cache has another number of rows."""
         if self.key_start is not None and tuple(self.key_start.shape) != (rows,):
             raise ValueError(f"key_start of the cache must have shape ({rows},), got {tuple(self.key_start.shape)}.")
         if self._key is not None and len(self._key) != rows:
             raise ValueError(f"the cache holds {len(self._key)} row(s), got {rows}: begin another.")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_core": None}  # a copy is one of keys and values, not of the layer
+        return {**self.__dict__, "_core": None}  # a copy has the keys and values, not the layer
 
     def _check(self, core: DynNSACore, key: Tensor) -> None:
         if self._core is not None and self._core is not core:
-            raise ValueError("cache must be of one layer, got that of another: make a DynNSACache for each.")
+            raise ValueError("cache belongs to another layer; use one DynNSACache per layer.")
         self.check_rows(len(key))
         if self.key_start is not None:
             check_same_device("key_start", self.key_start, key.device)
@@ -130,10 +130,10 @@ class DynNSACache:
 
 
 def _with_room(like: Tensor, room: int, old: Tensor | None) -> Tensor:
-    """`old`, or a longer one that begins with it, of at least `room` positions."""
+    """`old`, or a longer tensor that starts with it, with at least `room` positions."""
     if old is not None and old.shape[1] >= room:
         return old
-    with torch.inference_mode(False):  # what is made in inference mode could not be added to outside
+    with torch.inference_mode(False):  # a tensor made in inference mode cannot be written to outside of it
         new = like.new_zeros((like.shape[0], 2 * room, *like.shape[2:])).detach()
     if old is not None:
         new[:, : old.shape[1]] = old

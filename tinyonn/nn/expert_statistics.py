@@ -1,6 +1,6 @@
-"""Statistics of a mixture: which experts its tokens went to, each token counted once; and the mask of the tokens that count.
+"""Statistics of a mixture: the number of tokens of each expert, and the mask of the tokens that count.
 
-N tokens, E experts, K slots of a token
+N tokens, E experts, K slots per token
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from ._surrounding import Surrounding, held
 
 @contextmanager
 def token_mask_of(model: nn.Module, token_mask: Tensor) -> Iterator[None]:
-    """Within it, in this thread, the mixtures of the model count the tokens of this mask alone.
+    """Limits the statistics of the model's mixtures to the tokens of this mask, within the block and in this thread.
 
         with token_mask_of(model, attention_mask):
             logits = model(input_ids)
 
-    `train.HyperStep` does so with its own `token_mask`. An inner context goes before an outer one, and an argument of the mixture's own
-    call before both. Nothing but statistics depends on it.
+    `train.HyperStep` does this with its own `token_mask`. An inner context overrides an outer one, and an argument of the mixture's own
+    call overrides both. Only the statistics depend on the mask.
 
     Args:
-        model: with any number of `nn.DynMoE`, or one itself.
-        token_mask: bool or integers, of the leading shape of what the mixtures are given.
+        model: a model with any number of `nn.DynMoE`, or one such layer.
+        token_mask: bool or integers, of the leading shape of the mixtures' inputs.
 
     Raises:
-        TypeError: a mask of floats, or none. A shape that does not fit is an error of the mixture's call.
+        TypeError: the mask is not a tensor of bool or integers. The mixture's call raises the error for a wrong shape.
     """
     check_token_mask(token_mask)
     found = [getattr(module, "surrounding_mask", None) for module in model.modules()]
@@ -39,25 +39,25 @@ def token_mask_of(model: nn.Module, token_mask: Tensor) -> Iterator[None]:
 
 
 def check_token_mask(token_mask: Any) -> None:
-    """TypeError for what is no mask."""
+    """TypeError if the mask is not a tensor of bool or integers."""
     if not isinstance(token_mask, Tensor) or token_mask.is_floating_point():
         given = token_mask.dtype if isinstance(token_mask, Tensor) else type(token_mask).__name__
         raise TypeError(f"token_mask must be a tensor of bool or integers, got {given}.")
 
 
 def check_mask_shape(token_mask: Tensor, shape: torch.Size) -> None:
-    """ValueError where a mask is not that of tokens of this leading shape."""
-    # Rows that were flattened on one side only are in the same order; (4, 5) for (5, 4) are not.
+    """ValueError if the mask does not fit tokens of this leading shape."""
+    # If only one of both shapes is flattened, the order is the same; (4, 5) does not fit (5, 4).
     if token_mask.shape != shape and (token_mask.numel() != shape.numel() or min(token_mask.dim(), len(shape)) != 1):
         raise ValueError(f"token_mask must have the shape of the tokens a mixture is given, {tuple(shape)}, got {tuple(token_mask.shape)}.")
 
 
 @torch.library.custom_op("tinyonn::count_experts", mutates_args=("counts", "seen"))
 def count_experts(top_k_index: Tensor, top_k_weights: Tensor, token_mask: Tensor | None, counts: Tensor, seen: Tensor) -> None:
-    """Adds the tokens of each expert to `counts`, (E,), and their number to `seen`, 0-d.
+    """Adds the number of tokens of each expert to `counts`, (E,), and the number of tokens to `seen`, 0-d.
 
-    Left out are tokens outside the mask, and those whose weights are NaN, which went to no expert in particular. A call within backward
-    counts nothing: a checkpointed region runs again there. An operator, so that this holds for compiled code, and torch.func takes it.
+    Tokens outside the mask, and tokens whose weights are NaN, are not counted. A call within backward counts nothing, because a
+    checkpointed region runs again there. An operator does this for compiled code and torch.func as well.
 
     Args:
         top_k_index: (N, K), E in unused slots.
@@ -82,7 +82,7 @@ def _(top_k_index: Tensor, top_k_weights: Tensor, token_mask: Tensor | None, cou
 
 @count_experts.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor | None) -> tuple[None, None]:
-    """All batches at once; one by one where the statistics are batched too, as those of stacked models are."""
+    """Counts all batches at once, or one by one if the statistics are batched too, as those of stacked models are."""
 
     def batched(x: Tensor | None, dim: int | None) -> Tensor | None:
         if x is None:

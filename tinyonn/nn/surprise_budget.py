@@ -1,7 +1,7 @@
-"""A budget for all mixtures of a model at once, where layers between hand nothing on.
+"""A budget for all mixtures of a model, for models whose layers do not pass it on.
 
-Every mixture that routes by budget has a place of its own that the calling thread alone sees. What is put there holds for the calls of a
-block; recomputation in backward, which comes later and perhaps in another thread, takes along what was there in forward.
+A context sets the budget for the calls within its block, in the calling thread. Backward may recompute a layer later and in another
+thread; `carry_surprise_budget` gives the recomputation the budget of its forward.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ Budget = Tensor | float
 
 @contextmanager
 def surprise_budget_of(model: nn.Module, surprise_budget: Budget) -> Iterator[None]:
-    """Within it, in this thread, every mixture of the model that routes by budget is called with this one.
+    """Sets the budget of every mixture of the model that routes by budget, within the block and in this thread.
 
         with surprise_budget_of(model, 0.6):
             logits = model(input_ids)
 
-    An inner context goes before an outer one, and an argument of the mixture's own call before both. Layers that are checkpointed by hand
+    An inner context overrides an outer one, and an argument of the mixture's own call overrides both. Layers that you checkpoint yourself
     need `carry_surprise_budget`.
 
     Args:
-        model: with at least one `nn.DynMoE` of routing="budget", or one itself.
-        surprise_budget: above 0 and at most 1; a number, 0-d, or of the leading shape of what the mixtures are given, (B, T), in which a
-            dimension may be 1: (B, 1) is a budget for each row. A tensor's values are looked at on the CPU, elsewhere under
-            `tinyonn.debug()`.
+        model: a model with at least one `nn.DynMoE` of routing="budget", or such a layer.
+        surprise_budget: budget above 0 and at most 1; a number, 0-d, or of the leading shape of the mixtures' inputs, (B, T), in which a
+            dimension may be 1: (B, 1) is a budget for each row. The values of a tensor are checked on the CPU; on other devices only
+            under `tinyonn.debug()`.
 
     Raises:
-        TypeError, ValueError: another type; a number outside; no mixture of the model routes by budget. A shape that does not fit is an
-            error of the mixture's call.
+        TypeError, ValueError: the budget has the wrong type or is out of range; no mixture of the model routes by budget. The mixture's
+            call raises the error for a wrong shape.
     """
     check_budget(surprise_budget)
     places = budget_places(model)
@@ -50,13 +50,13 @@ def surprise_budget_of(model: nn.Module, surprise_budget: Budget) -> Iterator[No
 
 
 def carry_surprise_budget(layer: nn.Module, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """A function that calls the layer with the budgets that surround it now, whenever and in whatever thread it runs.
+    """A function that calls the layer with the budgets that surround it now, at any later time and in any thread.
 
         checkpoint(carry_surprise_budget(layer), hidden_states, use_reentrant=False)
 
     Args:
-        layer: whose mixtures are meant.
-        function: called in place of the layer.
+        layer: layer whose budgets are carried.
+        function: function to call instead of the layer.
     """
     budgets = [(place, place.value) for place in budget_places(layer)]
     call: Callable[..., Any] = layer if function is None else function
@@ -71,13 +71,13 @@ def carry_surprise_budget(layer: nn.Module, function: Callable[..., Any] | None 
 
 
 def budget_places(model: nn.Module) -> list[Surrounding]:
-    """Of each mixture that routes by budget."""
+    """Place of the surrounding budget of each mixture that routes by budget."""
     places = [getattr(module, "surrounding_budget", None) for module in model.modules()]
     return [place for place in places if isinstance(place, Surrounding)]
 
 
 def check_budget(surprise_budget: Budget) -> None:
-    """TypeError or ValueError for what is no budget."""
+    """TypeError or ValueError if the budget has the wrong type or is out of range."""
     rule = "surprise_budget must be above 0 and at most 1"
     if isinstance(surprise_budget, Tensor):
         if not surprise_budget.is_floating_point():
@@ -93,7 +93,7 @@ def check_budget(surprise_budget: Budget) -> None:
 
 
 def budget_of_tokens(surprise_budget: Budget, shape: torch.Size) -> Budget:
-    """A number, 0-d, or (N,) for tokens of this leading shape, N of them in all."""
+    """The budget as a number, 0-d, or (N,), for N tokens of this leading shape."""
     if not isinstance(surprise_budget, Tensor) or not surprise_budget.dim():
         return surprise_budget
     given = surprise_budget.shape

@@ -1,6 +1,6 @@
 """Router of a mixture: a prototype and a threshold for each expert.
 
-N tokens, F features, E experts, K = max_experts slots of a token
+N tokens, F features, E experts, K = max_experts slots per token
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ Combine = SharedCombine | Literal["unit"]
 
 
 class ThresholdRouter(nn.Module):
-    """Prototypes and thresholds: a token goes to the experts whose prototype it resembles more than their threshold asks.
+    """Router with a prototype and a threshold per expert: a token uses the experts whose similarity exceeds their threshold.
 
-    Starts where a token of random direction passes `target_k` thresholds on average; `calibrate` does so for real tokens.
+    At the start, tokens of random direction pass `target_k` thresholds on average; `calibrate` sets thresholds for real tokens.
 
     Args:
         hidden_size: F.
         num_experts: E.
-        target_k: experts of a token to start with, between min_experts and max_experts.
-        num_live: experts in use, the first ones; None for all. `expert_mask` says which are, and is saved.
+        target_k: mean number of experts per token at the start, between min_experts and max_experts.
+        num_live: number of experts in use, the first ones; None for all. The buffer `expert_mask` marks them and is saved.
         form, scale, min_experts, max_experts: see `ops.threshold_route`.
-        combine: the kinds of `ops.threshold_route`, or "unit": weight 1 for each active expert, with the gradient of "uniform"
-            (straight-through). Experts that are pieces of one MLP add up to it.
+        combine: a kind of `ops.threshold_route`, or "unit": weight 1 for each active expert, with the gradient of "uniform"
+            (straight-through). Use it if the experts are parts of one MLP, which their sum equals.
 
     Raises:
-        TypeError, ValueError: an option of another type, or out of range.
+        TypeError, ValueError: an option has the wrong type or is out of range.
     """
 
     expert_mask: Tensor
@@ -89,25 +89,25 @@ class ThresholdRouter(nn.Module):
             self.expert_mask.copy_(torch.arange(len(self.expert_mask), device=self.expert_mask.device) < self.num_live)
             if self.thresholds.is_meta:
                 return
-            # Cosines of random directions: what is calibrated on them holds for any width, clipping to K and a lower bound included.
+            # Calibration on random directions holds for any width, and includes clipping to K and to min_experts.
             generator = torch.Generator().manual_seed(0)
             sample = torch.randn(1024, self.prototypes.shape[1], generator=generator, device="cpu")
             self.calibrate(sample.to(self.prototypes.device))
 
     @torch.no_grad()
     def calibrate(self, hidden_states: Tensor, target_k: float | None = None) -> float:
-        """Sets all thresholds to one cosine at which these tokens go to `target_k` experts on average.
+        """Sets all thresholds to one cosine at which these tokens use `target_k` experts on average.
 
         Args:
-            hidden_states: (..., F), one token at least.
-            target_k: None for the router's own.
+            hidden_states: (..., F), at least one token.
+            target_k: mean number of experts per token; None for the router's own.
 
         Returns:
-            The mean number of experts reached, with thresholds as they are stored.
+            The mean number of experts with the stored thresholds, which half precision rounds.
 
         Raises:
-            ValueError: form="cosine" cannot send tokens to so many; a target out of range; no token, one with NaN or infinity, or of
-                another size; no live expert.
+            ValueError: form="cosine" cannot reach the target; the target is out of range; hidden_states has no token, another F, NaN or
+                infinity; no expert is live.
         """
         target_k = self.target_k if target_k is None else target_k
         features = self.prototypes.shape[1]
@@ -141,7 +141,7 @@ class ThresholdRouter(nn.Module):
         return mean((stored if self.form == "sigmoid_cosine" else stored.sigmoid()).item())
 
     def forward(self, hidden_states: Tensor, surprise_budget: Budget | None = None) -> Routing:
-        """(N, F) -> Routing of N tokens: by threshold, or by the share of softmax mass that a budget, a number or (N,), asks for."""
+        """Routing of N tokens, (N, F): by threshold, or with a budget, a number or (N,), by share of softmax mass."""
         combine: SharedCombine = "uniform" if self.combine == "unit" else self.combine
         routing = threshold_route(
             hidden_states, self.prototypes, self.thresholds, form=self.form, scale=self.scale, min_experts=self.min_experts,
@@ -151,7 +151,7 @@ class ThresholdRouter(nn.Module):
             routing = select_by_budget(routing.scores, surprise_budget, max_experts=self.max_experts, combine=combine)
         if self.combine != "unit":
             return routing
-        # Equal shares are 1 / count: this takes the division back, in the gradient too.
+        # Equal shares are 1 / count; the product undoes the division, also in the gradient.
         return routing._replace(top_k_weights=routing.top_k_weights * routing.count.unsqueeze(-1))
 
     def extra_repr(self) -> str:

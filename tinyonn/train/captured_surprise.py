@@ -1,4 +1,4 @@
-"""The surprise of every mixture of a model by name, fused or not."""
+"""Surprise of every mixture of a model by name, for fused and separate experts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .surprise_hooks import Call, SurpriseHookManager, unfused_mixtures
 
 
 class CapturedSurprise(Mapping[str, Tensor]):
-    """Surprise by layer name, (tokens, experts), infinite where a token did not go; complete once backward ran.
+    """Surprise by layer name, (tokens, experts), infinite for experts that did not see the token; complete after backward.
 
-    Several calls of a layer follow one another. A layer whose calls had no gradient is missing.
+    Calls of one layer are concatenated. A layer that backward did not reach is missing.
     """
 
     def __init__(self, fused: dict[str, list[CapturedCall]], unfused: dict[str, list[Call]]) -> None:
@@ -40,7 +40,7 @@ class CapturedSurprise(Mapping[str, Tensor]):
 
 
 class _EveryCall(SurpriseHookManager):
-    """A matrix for each call, made when backward reaches it, in `calls`."""
+    """A manager that makes a matrix for each call when backward reaches it."""
 
     def __init__(self) -> None:
         super().__init__({})
@@ -59,32 +59,32 @@ class _EveryCall(SurpriseHookManager):
         experts = len(call.layer.experts)  # type: ignore[arg-type]
         if call.num_tokens < 0:
             raise RuntimeError(
-                f"{call.name or type(call.layer).__name__} must call its experts itself to be captured, got a call outside of it; experts "
-                "that are checkpointed one by one need use_reentrant=False."
+                f"{call.name or type(call.layer).__name__} was not called, but its experts were, so their surprise cannot be captured; "
+                "experts that are checkpointed one by one need use_reentrant=False."
             )
         return torch.full((call.num_tokens, experts), torch.inf, dtype=wide, device=inputs.device)
 
 
 @contextmanager
 def capture_surprise(model: nn.Module) -> Iterator[CapturedSurprise]:
-    """The surprise of every mixture of a model while backward runs.
+    """Captures the surprise of every mixture of a model during backward.
 
         with capture_surprise(model) as surprise:
             model(**batch).loss.backward()
         surprise["model.layers.0.mlp.experts"]      # (tokens, experts)
 
-    Sees `nn.DynMoE`, transformers' experts under `experts_implementation="tinyonn"`, and layers made of separate expert modules, as
+    It captures `nn.DynMoE`, transformers' experts under `experts_implementation="tinyonn"`, and layers made of separate expert modules, as
     `SurpriseHookManager` does.
 
     Raises:
-        TypeError: the model has none of them.
+        TypeError: the model contains none of them.
         RuntimeError: one of them is captured already.
     """
     fused = {name: module for name, module in model.named_modules() if isinstance(module, DynMoE) or _runs_here(module)}
     unfused = unfused_mixtures(model)
     if not fused and not unfused:
-        wanted = "a DynMoE, a list of expert modules, or experts after model.set_experts_implementation('tinyonn')"
-        raise TypeError(f"model must hold {wanted}, got {type(model).__name__}.")
+        wanted = "DynMoE, no list of expert modules, and no experts after model.set_experts_implementation('tinyonn')"
+        raise TypeError(f"model contains no {wanted} (got {type(model).__name__}).")
     with ExitStack() as stack:
         calls = stack.enter_context(captured_calls(fused.values()))
         manager = _EveryCall()

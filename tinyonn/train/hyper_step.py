@@ -1,7 +1,7 @@
-"""One step for the whole model: the main loss' backward leaves the surprise behind, and from it the routers learn.
+"""One training step for the whole model: the backward of the main loss computes the surprise that trains the routers.
 
-loss.backward()                     fills the probes, one zero tensor a mixture and call
-router.grad += ∂ gating             from scores computed again on detached inputs, as backward passes a mixture: no graph is kept
+loss.backward()                     fills the probes, one tensor of zeros per mixture and call
+router.grad += ∂ gating             from scores computed again on detached inputs, while backward passes a mixture; keeps no graph
 optimizer.step()
 """
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 class HyperStepResult(NamedTuple):
-    """What a step gives.
+    """Result of a step.
 
     Attributes:
         loss: 0-d, the main loss, detached.
         gating_loss: 0-d, mean loss of the routers.
-        stepped: whether this was the last of the accumulated batches, after which the optimisers run. A scaler can still skip them.
+        stepped: whether this was the last of the accumulated batches, after which the optimisers run. A scaler may skip them.
     """
 
     loss: Tensor
@@ -49,26 +49,26 @@ class HyperStep:
         for batch in batches:
             result = step(lambda: model(**batch).loss, token_mask=batch["attention_mask"])
 
-    Under DistributedDataParallel give it the wrapped model; between accumulated batches gradients are not synchronised. Under
-    `fully_shard`, over one dimension of processes, they are each time. An accumulation that an epoch leaves unfinished goes on with the
-    next batch; `reset` drops it.
+    Under DistributedDataParallel pass the wrapped model; gradients are synchronised in the last of the accumulated batches. Under
+    `fully_shard`, over a mesh of one dimension, they are synchronised in each. If an epoch ends in the middle of an accumulation, the next
+    batch continues it; `reset` drops it.
 
     Args:
-        model: with at least one `nn.DynMoE`.
-        optimizer: of all parameters, or of all but the routers'.
-        router_optimizer: of the routers' parameters; None where `optimizer` has them.
-        gating_weight: of the routers' losses beside the main loss, at least 0.
+        model: a model with at least one `nn.DynMoE`. Modules may be added or replaced between steps.
+        optimizer: optimiser of all parameters, or of all but the routers'.
+        router_optimizer: optimiser of the routers' parameters; None if `optimizer` has them.
+        gating_weight: weight of the routers' losses relative to the main loss, at least 0.
         surprise_loss: weights of the loss on surprise; None for those of `SurpriseLoss`.
-        accumulation_steps: batches a step of the optimisers.
-        max_grad_norm: gradients of all the optimisers' parameters together are clipped to it; None for no clipping.
-        scaler: AMP's, for float16. With `max_grad_norm` an overflow anywhere skips the step of both optimisers; without it each optimiser
-            skips its own, as always in torch.
+        accumulation_steps: batches per step of the optimisers.
+        max_grad_norm: maximum norm of the gradients of all optimisers together; None for no clipping.
+        scaler: AMP's scaler, for float16. With `max_grad_norm` an overflow anywhere skips the step of both optimisers; without it each
+            optimiser skips its own step, as usual in torch.
         **numbers: w_ce, w_kl, temperature, instead of `surprise_loss`.
 
     Raises:
-        TypeError: no DynMoE in the model; a wrapper other than DistributedDataParallel and `fully_shard`; no optimiser, or one that needs
-            a closure (LBFGS); an option of another type.
-        ValueError: a router's parameter is in no optimiser, or in both; an option out of range.
+        TypeError: the model contains no DynMoE, or a wrapper other than DistributedDataParallel and `fully_shard`; an optimiser is missing
+            or needs a closure (LBFGS); an option has the wrong type.
+        ValueError: a router's parameter is in no optimiser, or in both; an option is out of range.
     """
 
     def __init__(
@@ -106,17 +106,18 @@ class HyperStep:
                     raise ValueError(f"{name}.router.{inner} must be in one optimiser, got {owners.count(id(parameter))}.")
 
     def __call__(self, compute_loss: Callable[[], Tensor], token_mask: Tensor | None = None) -> HyperStepResult:
-        """
+        """Runs forward and backward of one batch, and the optimisers after the last of the accumulated batches.
+
         Args:
-            compute_loss: runs the model on one batch and gives the main loss, 0-d.
-            token_mask: bool or integers, of the shape of the batch's tokens, which of them the routers learn from and the statistics
-                count, such as an attention mask; None for all.
+            compute_loss: function that runs the model on one batch and returns the main loss, 0-d.
+            token_mask: bool or integers, of the shape of the batch's tokens; which tokens the routers learn from and the statistics
+                count, such as an attention mask. None for all.
 
         Raises:
-            TypeError, ValueError: compute_loss gives no 0-d tensor, or one without a graph; the mask does not fit; under
-                `tinyonn.debug()` a loss, a router's loss or a gradient that is not finite, by the name of the mixture or the parameters
-                (gradients that a scaler scales may overflow, and are left to it). After any error, of compute_loss and the optimisers too,
-                accumulated gradients are dropped, and the next call begins anew; what an optimiser has stepped by then stays.
+            TypeError, ValueError: compute_loss does not return a 0-d tensor with a graph; the mask does not fit; under `tinyonn.debug()`
+                a loss, a router's loss or a gradient is not finite, with the name of the mixture or the parameters (gradients that a
+                scaler scales may overflow and are not checked). After any error, also of compute_loss and the optimisers, accumulated
+                gradients are dropped and the next call starts a new accumulation. Steps that an optimiser has made are kept.
         """
         last = self._batches + 1 == self.accumulation_steps
         try:
@@ -141,7 +142,7 @@ class HyperStep:
         return HyperStepResult(loss.detach(), gating.loss, last)
 
     def reset(self) -> None:
-        """Drops the gradients of batches that were accumulated without a step."""
+        """Drops the gradients of batches accumulated since the last step."""
         self._batches = 0
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -156,12 +157,12 @@ class HyperStep:
                 if self.max_grad_norm is not None:
                     for optimizer in self.optimizers:
                         self.scaler.unscale_(optimizer)
-                # A norm that overflowed would clip the gradients of the other optimiser, which did not, to zero or NaN.
+                # If the gradients of one optimiser overflow, clipping would set those of the other to zero or NaN.
                 if bool(self._clip().isfinite()):
                     for optimizer in self.optimizers:
                         self.scaler.step(optimizer)
             except BaseException:
-                # Else the scaler takes the optimisers for unscaled or stepped in the next step; it has nothing to say before both.
+                # Otherwise the scaler would treat the optimisers as unscaled or stepped in the next step. It raises if it did neither.
                 with suppress(AssertionError):
                     self.scaler.update()
                 raise
@@ -178,8 +179,8 @@ class HyperStep:
 def _warn_if_frozen(mixtures: Mixtures) -> None:
     if not any(parameter.requires_grad for module in mixtures.layers.values() for parameter in module.router.parameters()):
         warnings.warn(
-            "no router requires a gradient, so a step teaches none: call requires_grad_(True) on their parameters; under PEFT give its "
-            "configuration modules_to_save=['router'], or a name of the mixtures.",
+            "no router requires a gradient, so none learns: call requires_grad_(True) on their parameters; under PEFT set "
+            "modules_to_save=['router'] in its configuration, or a name of the mixtures.",
             stacklevel=3,
         )
 
@@ -205,25 +206,25 @@ def _checked(loss: Tensor) -> Tensor:
     if loss.dim():
         raise ValueError(f"compute_loss must return one number, a 0-d tensor, got shape {tuple(loss.shape)}.")
     if not loss.requires_grad:
-        raise ValueError("compute_loss must return a loss with a graph, got one without (detached, or computed under no_grad).")
+        raise ValueError("compute_loss must return a loss with a graph; this one is detached or was computed under no_grad.")
     if debug_enabled() and not bool(loss.isfinite()):
         raise ValueError(f"compute_loss must return a finite loss, got {loss.item()}.")
     return loss
 
 
 class HyperStepMixin:
-    """For `transformers.Trainer`: adds the routers' losses to every training step.
+    """Mixin for `transformers.Trainer` that adds the routers' losses to every training step.
 
         class SurpriseTrainer(HyperStepMixin, Trainer):
             gating_weight = 0.1
 
-    `attention_mask`, (batch, tokens), says which tokens the routers learn from, where the inputs have one. Works alone, under
-    DistributedDataParallel and `fully_shard`; DeepSpeed, the first FSDP and several GPUs in one process are refused.
+    If the inputs have an `attention_mask`, (batch, tokens), routers learn from its tokens only. Supported are one process,
+    DistributedDataParallel and `fully_shard`; DeepSpeed, FullyShardedDataParallel and DataParallel raise an error.
 
     Attributes:
-        gating_weight: of the routers' losses beside the main loss.
+        gating_weight: weight of the routers' losses relative to the main loss.
         gating_options: a `SurpriseLoss`, or a dict of its numbers.
-        last_gating_loss: of the last step.
+        last_gating_loss: mean loss of the routers in the last step.
     """
 
     gating_weight: float = 1.0

@@ -1,4 +1,4 @@
-"""Gradients of routers, over several processes: averaged as the model's wrapper averages the others."""
+"""Gradients of routers over several processes, averaged as the model's wrapper averages the others."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The surprise of mixtures whose experts are modules of their own, by hooks.
+"""Surprise of mixtures whose experts are separate modules, by hooks.
 
-For a token t that expert e took, the gradient of e's last weight due to t alone is the outer product of what its last layer gave back and
-took in, so its norm is ‖grad of the output‖ · ‖input‖, row by row.
+For a token t of expert e, the gradient of e's last weight due to t alone is the outer product of the output's gradient and the input of
+e's last layer. Its norm is ‖grad of the output‖ · ‖input‖, row by row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROUTERS = ("router", "gate")
 
 
 def unfused_mixtures(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules whose `experts` is a list of modules with a last linear layer `w2` or `down_proj`, by name."""
+    """Modules by name whose `experts` is a list of modules with a last linear layer `w2` or `down_proj`."""
     found = {}
     for name, module in model.named_modules():
         experts = getattr(module, "experts", None)
@@ -48,14 +48,14 @@ class Call:
 
     Attributes:
         name, layer: the mixture.
-        num_tokens: that it was given; -1 where it was not called itself, but its experts were.
-        era: how many of the layer's calls backward had reached when it began.
-        backward: in which backward it was recomputed; -1 for none.
-        router: what the router took, (tokens, F), and its indices, (tokens, k).
-        experts: whose last layers were called.
-        inputs: what each expert took, until the call ends; its last layer, where nobody called the expert as a whole.
-        rows: the tokens of each expert's rows, from then on.
-        matrix: (tokens, experts), where its surprise goes; of the first expert that backward passes.
+        num_tokens: number of tokens; -1 if the mixture was not called, but its experts were.
+        era: number of the layer's calls that backward had reached when this call began.
+        backward: id of the backward that recomputed this call; -1 for none.
+        router: input of the router, (tokens, F), and its indices, (tokens, k).
+        experts: experts whose last layers were called.
+        inputs: input of each expert until the call ends; input of its last layer if the expert was not called as a whole.
+        rows: token of each row of each expert, once the call has ended.
+        matrix: (tokens, experts), the surprise; set when backward reaches the first expert.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Call:
 
 @dataclass(eq=False)
 class _Kept:
-    """What an expert's last layer took, until backward comes by or the hooks are removed."""
+    """Input of an expert's last layer, kept until backward reaches it or the hooks are removed."""
 
     call: Call
     expert: int
@@ -80,25 +80,25 @@ class _Kept:
 
 
 class SurpriseHookManager:
-    """Fills a matrix of surprise while backward runs, for mixtures made of separate expert modules.
+    """Fills a matrix with surprise during backward, for mixtures made of separate expert modules.
 
         surprise = torch.full((num_tokens, num_experts), math.inf)
         with SurpriseHookManager(surprise).register_hooks(layer):
             loss(layer(x)).backward()
 
-    Rows of an expert are mapped to tokens by `layer.last_expert_token_indices`, a list or dict of (rows,) indices an expert, where the
-    layer has one at the end of its call; else by the output of its `router` or `gate`, from which the integer tensor (tokens, k) of expert
-    indices is taken. An expert's rows are then in the order of tokens, or of slots and then tokens as in Mixtral: where both differ, what
-    the expert took is compared with what the router took. Pairs that were not routed stay as they are.
+    An expert's rows are mapped to tokens by `layer.last_expert_token_indices`, a list or dict of (rows,) indices per expert, if the layer
+    has it at the end of its call. Otherwise the output of its `router` or `gate` maps them, by its integer tensor (tokens, k) of expert
+    indices. An expert's rows are then ordered by token, or by slot and then token as in Mixtral; if these orders differ, the expert's
+    inputs are compared with the router's. Entries of pairs that were not routed do not change.
 
-    A matrix has room for one call of its layer in each backward; the first backward through a call counts. Calls under `no_grad` change
-    nothing. The surprise scales with the loss, AMP's scale included; one beyond the matrix' dtype is its largest finite value. What last
-    layers take in is kept from forward to backward, under checkpointing too. Within `with` no hook survives an error; outside of it, none
-    survives one that is found here in backward.
+    A matrix holds one call of its layer in each backward; the first backward through a call counts. Calls under `no_grad` have no effect.
+    The surprise scales with the loss, including AMP's scale; values that overflow the matrix' dtype become its largest finite value.
+    Inputs of last layers are kept from forward to backward, under checkpointing too. `with` removes the hooks after any error; without it,
+    an error in the hooks of this class removes them.
 
     Args:
-        per_token_surprise: (tokens, experts) of floats, of one layer, or more rows than it has tokens; or such matrices by layer name, one
-            for each layer.
+        per_token_surprise: floats of shape (tokens, experts) for one layer, with at least as many rows as tokens; or a matrix for each
+            layer, by layer name.
     """
 
     def __init__(self, per_token_surprise: Tensor | Mapping[str, Tensor]) -> None:
@@ -112,18 +112,18 @@ class SurpriseHookManager:
         self._backward: dict[nn.Module, int] = {}
 
     def register_hooks(self, module: nn.Module) -> SurpriseHookManager:
-        """Hooks the mixture `module` is, or those it holds.
+        """Registers hooks on `module`, if it is a mixture, and on every mixture in it.
 
         Raises:
-            TypeError: there is none; a matrix is not of floats.
-            ValueError: matrices and layers do not go together: one for each, of one column an expert, none shared, without gradients.
-            RuntimeError: hooks of this manager are there already.
+            TypeError: there is no mixture; a matrix is not of floats.
+            ValueError: the matrices do not fit the layers: each layer needs its own, with one column per expert and without gradients.
+            RuntimeError: this manager has registered hooks already.
         """
         if self._handles:
-            raise RuntimeError("hooks must be removed before others are registered.")
+            raise RuntimeError("this manager has registered hooks already; remove them first.")
         layers = unfused_mixtures(module)
         if not layers:
-            raise TypeError(f"module must hold experts with a {' or '.join(LAST_LAYERS)}, got {type(module).__name__} without any.")
+            raise TypeError(f"module contains no experts with a {' or '.join(LAST_LAYERS)} (got {type(module).__name__}).")
         self._buffers = self._matched(layers)
         _active.add(self)
         try:
@@ -186,7 +186,7 @@ class SurpriseHookManager:
         buffer = self._buffers.get(name)
         if buffer is not None and len(buffer) < tokens:
             raise ValueError(f"per_token_surprise of {name!r} must have a row for each of {tokens} tokens, got {len(buffer)}.")
-        # Checkpoints with use_reentrant=True run a layer anew within the backward of the whole.
+        # Checkpoints with use_reentrant=True run a layer again within the backward of the whole model.
         self._open[layer] = Call(name, layer, tokens, self._era.get(layer, 0), torch._C._current_graph_task_id())
 
     def _note_routing(self, layer: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -203,7 +203,7 @@ class SurpriseHookManager:
             call.inputs[expert] = _first(args, kwargs).detach().flatten(0, -2)
 
     def _end(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Called after errors too: a recomputed forward is left by one as soon as it has what it needs."""
+        """Ends a call. Runs after errors too, because a recomputed forward ends with one as soon as it has what it needs."""
         call = self._open.pop(layer, None)
         if call is None:
             return
@@ -213,26 +213,26 @@ class SurpriseHookManager:
         call.inputs.clear()
 
     def save_inputs_hook(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Forward hook of an expert's last layer: keeps what it took in, and waits for the gradient of what it gave."""
+        """Forward hook of an expert's last layer: keeps its input and registers a hook on its output."""
         if not torch.is_grad_enabled():
             return None
         name, layer, expert = self._owner[module]
         call = self._open.get(layer) or Call(name, layer)
         if expert in call.experts:
-            raise RuntimeError(f"{_name(call)} must call each expert once, got a second call of expert {expert}.")
+            raise RuntimeError(f"{_name(call)} called expert {expert} twice in one call; surprise is defined for one.")
         call.experts.add(expert)
         given = inputs[0].detach().flatten(0, -2)
         call.inputs.setdefault(expert, given)
         kept = _Kept(call, expert, given)
         self._kept.add(kept)
-        frozen = not output.requires_grad  # nothing before it learns, but it has a surprise
+        frozen = not output.requires_grad  # no parameter before it learns, but it has a surprise
         if frozen:
             output = output.detach().requires_grad_().clone()
         output.register_hook(lambda grad: self.compute_surprise_hook(kept, grad))
         return output if frozen else None
 
     def compute_surprise_hook(self, kept: _Kept, grad_output: Tensor) -> None:
-        """Gradient hook of what an expert's last layer gave: fills its column."""
+        """Gradient hook on the output of an expert's last layer: fills the expert's column."""
         inputs, kept.inputs = kept.inputs, None
         if inputs is None:
             return
@@ -250,20 +250,19 @@ class SurpriseHookManager:
             raise
 
     def _matrix(self, call: Call, inputs: Tensor) -> Tensor:
-        """Where the surprise of a call goes that backward reaches for the first time."""
+        """Matrix for a call that backward reaches for the first time."""
         era, backward = self._era.get(call.layer, 0), self._backward.get(call.layer, -1)
         if call.num_tokens >= 0 and (call.era != era or (call.backward == backward and backward >= 0)):
             raise RuntimeError(
-                f"{_name(call)} must be called once before each backward, got a second call; its matrix has room for one. "
-                "capture_surprise gives them all."
+                f"{_name(call)} was called twice before one backward, but its matrix holds one call; capture_surprise captures every call."
             )
         self._era[call.layer], self._backward[call.layer] = era + 1, call.backward
         return self._buffers[call.name]
 
     def remove_hooks(self) -> None:
-        """Takes all hooks away and lets go of what they kept; a second call does nothing.
+        """Removes all hooks and frees what they kept; a second call does nothing.
 
-        Calls that backward has not reached are not filled any more.
+        Calls that backward has not reached yet will not be filled.
         """
         for handle in self._handles:
             handle.remove()
@@ -291,33 +290,33 @@ def _name(call: Call) -> str:
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states a module is given: its first tensor."""
+    """Hidden states of a call: its first tensor."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value
-    raise TypeError("a mixture, its router and its experts must be given a tensor, got none.")
+    raise TypeError("a mixture, its router and its experts need a tensor as input.")
 
 
 def _tokens(call: Call, expert: int, inputs: Tensor) -> Tensor:
-    """The tokens of the rows that an expert took."""
+    """Token of each row of an expert."""
     indices: Any = getattr(call.layer, "last_expert_token_indices", None)
     if indices is not None:
         source = f"{call.name}.last_expert_token_indices[{expert}]".lstrip(".")
         try:
             orders = [torch.as_tensor(indices[expert], device=inputs.device).flatten()]
         except LookupError:
-            raise ValueError(f"{source} must name the {len(inputs)} rows that expert {expert} took, got no such entry.") from None
+            raise ValueError(f"{source} must have an index for each of the {len(inputs)} rows of expert {expert}; it is missing.") from None
     elif call.router is not None:
         routed = call.router[1] == expert
         orders = [routed.any(-1).nonzero().squeeze(-1), routed.T.nonzero()[:, 1]]
         source = f"the output of the router of {_name(call)}"
     else:
         raise ValueError(
-            f"{_name(call)} must have last_expert_token_indices, or a router or gate that gives expert indices; "
-            "rows of its experts cannot be told."
+            f"{_name(call)} needs last_expert_token_indices, or a router or gate that returns expert indices, to map rows of its experts "
+            "to tokens."
         )
     if len(orders[0]) != len(inputs):
-        raise ValueError(f"{source} must name the {len(inputs)} rows that expert {expert} took, got {len(orders[0])}.")
+        raise ValueError(f"{source} must have an index for each of the {len(inputs)} rows of expert {expert}, got {len(orders[0])}.")
     if len(orders) == 1 or torch.equal(*orders):
         return orders[0]
     assert call.router is not None
@@ -325,6 +324,6 @@ def _tokens(call: Call, expert: int, inputs: Tensor) -> Tensor:
         if torch.equal(call.router[0][tokens].to(inputs), inputs):
             return tokens
     raise ValueError(
-        f"{_name(call)} must have last_expert_token_indices: expert {expert} takes other values than the router, and the order of its rows "
-        "cannot be told."
+        f"{_name(call)} needs last_expert_token_indices: the inputs of expert {expert} differ from the router's, so the order of its rows "
+        "is unknown."
     )
