@@ -35,6 +35,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Each test compiles for itself: recompilations of one function are limited, and earlier tests would use them up."""
+    yield
+    utils = sys.modules.get("torch._dynamo.utils")
+    if utils is not None and utils.counters["stats"]:
+        torch._dynamo.reset()
+        utils.counters.clear()
+
+
 SEED_FILES = {
     "importance_pre.jsonl": {
         "loss_increase": "I_pre",

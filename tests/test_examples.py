@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import runpy
@@ -144,6 +145,8 @@ def test_the_notebook_runs_and_its_outputs_are_stored(place, capsys, words_of):
     cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     names: dict[str, Any] = {"__name__": "__main__"}
+    plt = importlib.import_module("matplotlib.pyplot")
+    plt.close("all")  # figures of earlier tests
     pictures = 0
     for cell in cells:
         code = compile("".join(cell["source"]), f"{NOTEBOOK.name}, cell {cell['execution_count']}", "exec")

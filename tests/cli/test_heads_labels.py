@@ -34,7 +34,7 @@ def test_scoring_tells_rows_without_an_answer_and_leaves_them_out_where_asked(
     assert "replaces" in ran.out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["rows"], summary["samples"], summary["answered"], summary["unlabelled"]) == (12, 7, 7, 5)
-    assert "rows left out without an answer" in (tmp_path / "out" / "index.html").read_text()
+    assert "rows without an answer, left out" in (tmp_path / "out" / "index.html").read_text()
     kept = [row for row in rows if row.get("answerKey") == "A"]
     alone = cli("heads", "score", "-m", language_model, "-d", write(tmp_path / "kept.jsonl", kept), "-o", tmp_path / "alone")
     assert alone.code == 0, alone.err
