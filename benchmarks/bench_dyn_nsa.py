@@ -246,7 +246,7 @@ def test_parts(compare, device, part):
     cotangent = torch.randn(q.shape, device=device)
     grad_bias = torch.randn(selection.bias.shape, device=device)
     calls: dict[str, Callable[[], Tensor]] = {
-        "compressed": lambda: ops.compressed_attention(q, kc, vc, compress_size=COMPRESS).out,
+        "compressed": lambda: ops.compressed_attention(q, kc, vc, compress_size=COMPRESS)[0],
         "select": lambda: ops.select_blocks(q, kc, lse, threshold, max_blocks=BLOCKS, compress_size=COMPRESS).bias,
         "block sparse": lambda: ops.block_sparse_attention(q, k, v, *selection[:3])[0],
         "window": lambda: ops.sliding_window_attention(q, k, v, WINDOW),
