@@ -9,8 +9,8 @@ ignores `head_mask` and has no `prune_heads`. Hooks on the output projection wor
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from torch.nn import functional
 
 from ..._io.records import short
 from ...errors import InputError, listed
-from .layers import AttentionLayer, attention_layers, uncompiled
+from .layers import AttentionLayer, attention_layers, on_head_outputs, uncompiled
+
+Batch = Mapping[str, Tensor]
 
 
 def heads_shape(layers: Sequence[AttentionLayer]) -> tuple[int, int]:
@@ -58,23 +60,16 @@ def head_gates(model: nn.Module, gates: Tensor | None = None) -> Iterator[Tensor
         gates = torch.ones(shape, device=next(model.parameters()).device)
     if gates.dim() not in (2, 3) or tuple(gates.shape[-2:]) != shape:
         raise ValueError(f"gates must have shape {shape} or (B, {shape[0]}, {shape[1]}), got {tuple(gates.shape)}.")
-    with uncompiled(model), ExitStack() as stack:
-        for layer in layers:
-            handle = layer.output.module.register_forward_pre_hook(_gate_hook(layer, gates))
-            stack.callback(handle.remove)
+
+    def gated(layer: AttentionLayer, x: Tensor) -> Tensor:
+        gate = gates.select(-2, layer.index).unsqueeze(-2).repeat_interleave(layer.head_dim, -1)  # (1, H·D) or (B, 1, H·D)
+        return x * gate.to(x.dtype)
+
+    with uncompiled(model), on_head_outputs(layers, gated):
         yield gates
 
 
-def _gate_hook(layer: AttentionLayer, gates: Tensor) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        x, *rest = args
-        gate = gates.select(-2, layer.index).unsqueeze(-2).repeat_interleave(layer.head_dim, -1)  # (1, H·D) or (B, 1, H·D)
-        return (x * gate.to(x.dtype), *rest)
-
-    return hook
-
-
-def check_gates(model: nn.Module, batch: Mapping[str, Tensor]) -> list[float]:
+def check_gates(model: nn.Module, batch: Batch) -> list[float]:
     """Checks for each layer that closed gates change the logits of the model.
 
     Args:
@@ -101,7 +96,7 @@ def check_gates(model: nn.Module, batch: Mapping[str, Tensor]) -> list[float]:
     return changes
 
 
-def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def class_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits of a sequence classifier.
 
     Args:
@@ -144,23 +139,30 @@ def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, labels, reduction="none")
 
 
-def labelled(batch: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """A batch without its None values.
+def labelled(batches: Iterable[Mapping[str, Tensor | None]], on_samples: Callable[[int], object] | None) -> Iterator[dict[str, Tensor]]:
+    """Batches without their None values. Calls `on_samples` after each with the number of samples done.
 
     Raises:
-        InputError: the batch is not a mapping (a batch was passed instead of a list), or has no labels or no samples.
+        InputError: there are no batches, one is not a mapping (a batch was passed instead of a list), or has no labels or no samples.
     """
-    if not isinstance(batch, Mapping):
-        raise InputError(f"batches must hold mappings of the model's inputs, got {short(batch)}; one batch alone is a list of one.")
-    found = {name: tensor for name, tensor in batch.items() if tensor is not None}
-    if "labels" not in found:
-        raise InputError(f'each batch must hold "labels", got {listed(found, none="nothing")}.')
-    if not found["labels"].numel():
-        raise InputError("each batch must hold at least one sample, got none.")
-    return found
+    samples = 0
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise InputError(f"batches must hold mappings of the model's inputs, got {short(batch)}; one batch alone is a list of one.")
+        found = {name: tensor for name, tensor in batch.items() if tensor is not None}
+        if "labels" not in found:
+            raise InputError(f'each batch must hold "labels", got {listed(found, none="nothing")}.')
+        if not found["labels"].numel():
+            raise InputError("each batch must hold at least one sample, got none.")
+        yield found
+        samples += len(found["labels"])
+        if on_samples is not None:
+            on_samples(samples)
+    if samples == 0:
+        raise InputError("batches must hold at least one sample, got none.")
 
 
-def one_sample(batch: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+def one_sample(batch: Batch, row: int) -> dict[str, Tensor]:
     """One sample of a batch, as a batch. Values that all samples share, such as positions of one row, are kept."""
     size = len(batch["labels"])
     return {name: tensor[row : row + 1] if tensor.dim() and len(tensor) == size else tensor for name, tensor in batch.items()}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, NamedTuple
@@ -131,6 +131,23 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     if twice:
         raise InputError(f"model must have one attention in each layer, got two in {twice[0]} of {kind}.")
     return found
+
+
+@contextmanager
+def on_head_outputs(layers: Sequence[AttentionLayer], function: Callable[[AttentionLayer, Tensor], Tensor | None]) -> Iterator[None]:
+    """Calls `function` within the block with each input (B, T, H · D) of a layer's output projection; a result replaces the input."""
+
+    def hook(layer: AttentionLayer) -> Callable[..., Any]:
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            found = function(layer, args[0])
+            return None if found is None else (found, *args[1:])
+
+        return before
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.output.module.register_forward_pre_hook(hook(layer)).remove)
+        yield
 
 
 _stances: list[Any] = []  # one entry per block of `uncompiled`, all the same

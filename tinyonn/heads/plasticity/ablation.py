@@ -21,10 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
-from ..capture.gates import class_logits, head_gates, heads_shape, labelled, one_sample, sample_losses
-from ..capture.layers import AttentionLayer, attention_layers, uncompiled
-
-Batch = Mapping[str, Tensor]
+from ..capture.gates import Batch, class_logits, head_gates, heads_shape, labelled, one_sample, sample_losses
+from ..capture.layers import AttentionLayer, attention_layers, on_head_outputs, uncompiled
 
 # Tolerance of a replay against a full pass: this many roundings of the largest logit, or this share of the head's effect. A replay does
 # the same operations in the same order, mostly bit-identical. A wrong one is off by 80 roundings in bfloat16, and more in wider types.
@@ -92,7 +90,7 @@ def ablate_heads(
     losses, right = torch.zeros(2, *shape, dtype=torch.float64)
     base_loss, base_right, samples, error = 0.0, 0, 0, None
     with torch.no_grad(), uncompiled(model):
-        for batch in map(labelled, batches):
+        for batch in labelled(batches, on_samples):
             labels = batch["labels"]
             if samples == 0 and replay:
                 error, replay = _replay_error(model, layers, one_sample(batch, 0))
@@ -115,10 +113,6 @@ def ablate_heads(
                     losses[layer.index, head] += rise.cpu()
                     right[layer.index, head] += (logits.argmax(-1) == labels).sum().cpu()
             samples += len(labels)
-            if on_samples is not None:
-                on_samples(samples)
-    if samples == 0:
-        raise InputError("batches must hold at least one sample, got none.")
     return HeadAblation(losses / samples, (base_right - right) / samples, base_loss / samples, base_right / samples, samples, replay, error)
 
 
@@ -134,7 +128,7 @@ def taylor_importance(model: nn.Module, batches: Iterable[Batch], *, on_samples:
     shape = heads_shape(attention_layers(model))
     total, total_abs = torch.zeros(2, *shape, dtype=torch.float64)
     samples = 0
-    for batch in map(labelled, batches):
+    for batch in labelled(batches, on_samples):
         labels = batch["labels"]
         gates = torch.ones(len(labels), *shape, device=labels.device, requires_grad=True)
         with torch.enable_grad(), head_gates(model, gates):
@@ -144,10 +138,6 @@ def taylor_importance(model: nn.Module, batches: Iterable[Batch], *, on_samples:
         total += grad.double().sum(0).cpu()
         total_abs += grad.double().abs().sum(0).cpu()
         samples += len(labels)
-        if on_samples is not None:
-            on_samples(samples)
-    if samples == 0:
-        raise InputError("batches must hold at least one sample, got none.")
     return TaylorImportance(-total / samples, total_abs / samples)
 
 
@@ -191,16 +181,14 @@ def _recording(model: nn.Module, layers: list[AttentionLayer]) -> Iterator[_Reco
     def keep_rest(module: nn.Module, args: Any, output: Any) -> None:
         record.rests[module] = tuple(output[1:]) if isinstance(output, tuple) else None
 
-    with ExitStack() as stack:
+    def keep_context(layer: AttentionLayer, context: Tensor) -> None:
+        record.contexts[layer.module] = context
+
+    with on_head_outputs(layers, keep_context), ExitStack() as stack:
         for block in _blocks(model, layers):
             stack.callback(block.register_forward_hook(keep_output).remove)
         for layer in layers:
-
-            def keep_context(module: nn.Module, args: tuple[Tensor, ...], attention: nn.Module = layer.module) -> None:
-                record.contexts[attention] = args[0]
-
             stack.callback(layer.module.register_forward_hook(keep_rest).remove)
-            stack.callback(layer.output.module.register_forward_pre_hook(keep_context).remove)
         yield record
 
 

@@ -16,7 +16,7 @@ float32 (float64 sums would need twice the memory of the attention weights), the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -26,10 +26,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import InputError
-from ..capture.gates import class_logits, heads_shape, labelled, one_sample, sample_losses
+from ..capture.gates import Batch, class_logits, heads_shape, labelled, one_sample, sample_losses
 from ..capture.layers import AttentionLayer, Projection, attention_layers, uncompiled
-
-Batch = Mapping[str, Tensor]
 
 # Tolerances of Δ^T X against autograd's gradient: this share of its norm, and this share of ‖Δ‖‖X‖, whose terms may cancel out.
 SAME_GRADIENT, SAME_TERMS = 0.1, 1e-3
@@ -65,7 +63,7 @@ def head_gradients(model: nn.Module, batches: Iterable[Batch], *, on_samples: Ca
     heads_shape(layers)
     sums = _Sums(layers)
     one_by_one, samples = False, 0
-    for batch in map(labelled, batches):
+    for batch in labelled(batches, on_samples):
         size = len(batch["labels"])
         if not one_by_one:
             one_by_one = not sums.add(model, batch)
@@ -73,10 +71,6 @@ def head_gradients(model: nn.Module, batches: Iterable[Batch], *, on_samples: Ca
             for row in range(size):
                 sums.add(model, one_sample(batch, row))
         samples += size
-        if on_samples is not None:
-            on_samples(samples)
-    if samples == 0:
-        raise InputError("batches must hold at least one sample, got none.")
     return HeadGradients(sums.mean_norm(samples), sums.fisher / samples, samples)
 
 

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +37,7 @@ from ...hf.loading import (
     usable_positions,
 )
 from ..capture.attention import capture_attention_stats
-from ..capture.layers import AttentionLayer, attention_layers
+from ..capture.layers import AttentionLayer, attention_layers, on_head_outputs
 from ..progress import Progress
 from ..study import ADDED_OPTIONS, NORM_COLUMNS
 from ..versions import package_versions
@@ -173,16 +173,11 @@ def _head_outputs(layers: Sequence[AttentionLayer], batch: PromptBatch, last: Te
     rows, tokens = batch.input_ids.shape
     found: dict[int, Tensor] = {}
 
-    def keep(layer: AttentionLayer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            heads = args[0].detach().reshape(rows, tokens, layer.num_heads, layer.head_dim)
-            found[layer.index] = heads if last is None else heads[torch.arange(rows, device=heads.device), last, None]
+    def keep(layer: AttentionLayer, x: Tensor) -> None:
+        heads = x.detach().reshape(rows, tokens, layer.num_heads, layer.head_dim)
+        found[layer.index] = heads if last is None else heads[torch.arange(rows, device=heads.device), last, None]
 
-        return hook
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.output.module.register_forward_pre_hook(keep(layer)).remove)
+    with on_head_outputs(layers, keep):
         yield found
 
 
