@@ -100,8 +100,8 @@ def test_cases_by_hand():
     change = np.array([10.0, 4, 5, 9, 6, 7, 8, 2, 1, 3.5, 0])  # sorted 0 1 2 3.5 4 … 10: percentile 30 is 3.5, 90 is 9
     found = find_cases(importance, change, 90, 30)
     assert found.kinds == [PLASTIC, "", "", PLASTIC, "", "", "", "", "", STATIC, STATIC]
-    assert (found.thresholds.I_pre_high, found.thresholds.I_pre_low) == (9, 3)
-    assert (found.thresholds.Urel_high, found.thresholds.Urel_low) == (9, 3.5)
+    assert (found.thresholds["I_pre_high"], found.thresholds["I_pre_low"]) == (9, 3)
+    assert (found.thresholds["Urel_high"], found.thresholds["Urel_low"]) == (9, 3.5)
 
 
 def test_a_column_without_spread_makes_no_cases():

@@ -1,10 +1,10 @@
-"""JSON files that one step of the head laboratory writes and later steps and pages read."""
+"""Files that one step of the head laboratory writes and later steps and pages read."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,17 @@ class StepFileError(InputError):
         super().__init__(f"{path} must {said}; run {step}{' again' if again else ''}.")
         self.found = f"{path.name} must {said}"
         self.step = step
+
+
+def json_text(value: object) -> str:
+    """JSON in the format of these files; NaN is an error."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def csv_text(columns: Mapping[str, Iterable[object]]) -> str:
+    """CSV of named columns of the same length; numbers have 9 digits, texts are written as they are."""
+    rows = ([cell if isinstance(cell, str) else f"{cell:.9g}" for cell in row] for row in zip(*columns.values(), strict=True))
+    return "".join(f"{','.join(row)}\n" for row in (columns, *rows))
 
 
 def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]], step: str, again: str | None = None) -> Any:

@@ -8,7 +8,7 @@ Percentiles are over all heads of the model, linear between values (numpy's defa
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,7 @@ from .correlation import Floats
 
 STATIC = "important-but-static"
 PLASTIC = "plastic-but-unimportant"
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """Values at the percentiles."""
-
-    I_pre_high: float
-    I_pre_low: float
-    Urel_high: float
-    Urel_low: float
+KINDS = {"important_but_static": STATIC, "plastic_but_unimportant": PLASTIC}  # by their names in files
 
 
 @dataclass(frozen=True)
@@ -35,12 +26,12 @@ class Cases:
 
     Attributes:
         kinds: (heads,) STATIC, PLASTIC or "".
-        thresholds: values at the percentiles.
+        thresholds: values at the percentiles: I_pre_high, I_pre_low, Urel_high, Urel_low.
         reason: reason why there are no cases: the high and the low percentile of a column are equal.
     """
 
     kinds: list[str]
-    thresholds: Thresholds
+    thresholds: dict[str, float]
     reason: str | None
 
 
@@ -52,18 +43,17 @@ def find_cases(importance: Floats, change: Floats, high: float = 90.0, low: floa
         change: (heads,) Urel, relative change of the head's weights by training.
         high, low: percentiles, 0 ≤ low < high ≤ 100.
     """
-    edges = Thresholds(
-        *(float(np.percentile(importance, share)) for share in (high, low)), *(float(np.percentile(change, share)) for share in (high, low))
-    )
-    flat = [
-        f"{name} has the same value at percentile {low:g} and at {high:g}"
-        for name, above, below in (("I_pre", edges.I_pre_high, edges.I_pre_low), ("Urel", edges.Urel_high, edges.Urel_low))
-        if not above > below
-    ]
+    edges = {
+        f"{name}_{which}": float(np.percentile(values, share))
+        for name, values in (("I_pre", importance), ("Urel", change))
+        for which, share in (("high", high), ("low", low))
+    }
+    flat = [name for name in ("I_pre", "Urel") if not edges[f"{name}_high"] > edges[f"{name}_low"]]
     if flat:
-        return Cases([""] * len(importance), edges, " and ".join(flat))
-    static = (importance >= edges.I_pre_high) & (change <= edges.Urel_low)
-    plastic = (change >= edges.Urel_high) & (importance <= edges.I_pre_low)
+        reasons = (f"{name} has the same value at percentile {low:g} and at {high:g}" for name in flat)
+        return Cases([""] * len(importance), edges, " and ".join(reasons))
+    static = (importance >= edges["I_pre_high"]) & (change <= edges["Urel_low"])
+    plastic = (change >= edges["Urel_high"]) & (importance <= edges["I_pre_low"])
     return Cases([STATIC if s else PLASTIC if p else "" for s, p in zip(static, plastic, strict=True)], edges, None)
 
 
@@ -83,7 +73,7 @@ def case_lists(cases: Cases, heads: list[dict[str, Any]], high: float, low: floa
     return {
         "high": high,
         "low": low,
-        "thresholds": asdict(cases.thresholds),
+        "thresholds": cases.thresholds,
         "important_but_static": chosen(STATIC, "I_pre"),
         "plastic_but_unimportant": chosen(PLASTIC, "Urel"),
         "reason": cases.reason,

@@ -34,7 +34,7 @@ from ...hf.loading import display_name, load_model, load_tokenizer, resolve_devi
 from ...hf.memory import is_out_of_memory
 from ..capture.gates import check_gates
 from ..progress import Progress
-from ..step_files import check_fields, read_json
+from ..step_files import check_fields, json_text, read_json
 from ..study import (
     FINAL,
     GRADIENTS,
@@ -57,7 +57,6 @@ from .config import PlasticityConfig
 from .gradients import head_gradients
 from .head_update import checkpoint_update
 from .records import PART_FIELDS, read_trained
-from .summary import json_text
 from .train_folder import changed_checkpoint, check_same, training_options
 
 # Options of training that may differ for a measurement: they change only rounding.

@@ -22,15 +22,14 @@ import numpy as np
 from ..._io.files import digest, write_atomically
 from ..._io.records import short
 from ...errors import InputError
-from ..step_files import StepFileError, check_fields, read_record
+from ..step_files import StepFileError, check_fields, csv_text, json_text, read_record
 from ..study import ADDED_OPTIONS, AGGREGATE, AGGREGATE_TABLE, MEASURE_STEP, MEASURED, PAGE, REPORT_STEP, STATS, TRAIN_STEP, TRAINED
-from .cases import PLASTIC, STATIC, find_cases
+from .cases import KINDS, find_cases
 from .correlation import CONFIDENCE, mean_interval, spearman
 from .records import check_seed, read_measured, read_subset, read_trained
-from .summary import COLUMNS, PAIRS, SOURCES, TAYLOR_PAIRS, HeadTable, acceptance, json_text, read_heads
+from .summary import COLUMNS, PAIRS, SOURCES, TAYLOR_PAIRS, HeadTable, acceptance, read_heads
 
 STEPS = {TRAINED: TRAIN_STEP, MEASURED: MEASURE_STEP, STATS: REPORT_STEP}
-KINDS = {"important_but_static": STATIC, "plastic_but_unimportant": PLASTIC}
 # Fields that must be equal in all seeds.
 SHARED_FACTS = ("model", "top_k", "high", "low")
 AGREEMENT_COLUMNS = ("I_pre", "I_post", "G_pre", "U", "Urel")
@@ -78,7 +77,7 @@ def aggregate(folder: str | os.PathLike[str]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "task": root.resolve().name,
         **{name: first.stats[name] for name in SHARED_FACTS},
-        "counts": {"heads": len(first.table.places), "layers": len({place.layer for place in first.table.places})},
+        "counts": first.table.counts,
         "seeds": [{"folder": seed.name, "seed": seed.number} for seed in seeds],
         "incomplete": incomplete,
         "notes": _notes(seeds),
@@ -161,10 +160,7 @@ def _check_alike(root: Path, seeds: Sequence[Seed]) -> None:
             if theirs != ours:
                 raise SeedsDifferError(f"{root} must have one {name} in all seeds, got {ours} in {first.name} and {theirs} in {seed.name}.")
         if seed.table.places != first.table.places:
-            shapes = [
-                f"{len({p.layer for p in its.table.places})} layers and {len(its.table.places)} heads in {its.name}"
-                for its in (first, seed)
-            ]
+            shapes = [f"{its.table.counts['layers']} layers and {its.table.counts['heads']} heads in {its.name}" for its in (first, seed)]
             raise SeedsDifferError(f"{root} must have the same heads in all seeds, got {' and '.join(shapes)}.")
 
 
@@ -226,11 +222,15 @@ def _agreement(seeds: Sequence[Seed], column: str) -> dict[str, Any]:
     return {"column": column, "rho": float(np.mean(found)) if found else None, "pairs": len(found)}
 
 
+def _seeds_in_which(seeds: Sequence[Seed], kind: str) -> list[int]:
+    """Number of seeds in which each head is a case of a kind."""
+    return [sum(its == kind for its in kinds) for kinds in zip(*(seed.kinds for seed in seeds), strict=True)]
+
+
 def _frequent(seeds: Sequence[Seed], kind: str) -> list[dict[str, Any]]:
     """Heads that are cases of a kind in some seed, most frequent first."""
     rows = []
-    for number, place in enumerate(seeds[0].table.places):
-        count = sum(seed.kinds[number] == kind for seed in seeds)
+    for number, (place, count) in enumerate(zip(seeds[0].table.places, _seeds_in_which(seeds, kind), strict=True)):
         if count:
             means = {f"{name}_mean": float(np.mean([seed.table.columns[name][number] for seed in seeds])) for name in ("I_pre", "Urel")}
             rows.append({**place._asdict(), "seeds": count, "share": count / len(seeds), **means})
@@ -238,16 +238,10 @@ def _frequent(seeds: Sequence[Seed], kind: str) -> list[dict[str, Any]]:
 
 
 def _csv(seeds: Sequence[Seed]) -> str:
-    stacked = {name: np.stack([seed.table.columns[name] for seed in seeds]) for name in COLUMNS}
-    means = {name: values.mean(axis=0) for name, values in stacked.items()}
-    # One seed has no standard deviation: the cell is empty.
-    spreads = {name: values.std(axis=0, ddof=1) for name, values in stacked.items()} if len(seeds) > 1 else {}
-    head = ["layer", "head", "seeds", *(f"{name}_{what}" for name in COLUMNS for what in ("mean", "sd")), *KINDS]
-    lines = [",".join(head)]
-    for number, place in enumerate(seeds[0].table.places):
-        cells = [str(place.layer), str(place.head), str(len(seeds))]
-        for name in COLUMNS:
-            cells += [f"{means[name][number]:.9g}", f"{spreads[name][number]:.9g}" if spreads else ""]
-        cells += [str(sum(seed.kinds[number] == kind for seed in seeds)) for kind in KINDS.values()]
-        lines.append(",".join(cells))
-    return "\n".join(lines) + "\n"
+    places = seeds[0].table.places
+    columns: dict[str, Sequence[object]] = {**seeds[0].table.numbers, "seeds": [len(seeds)] * len(places)}
+    for name in COLUMNS:
+        values = np.stack([seed.table.columns[name] for seed in seeds])
+        columns[f"{name}_mean"] = values.mean(axis=0)
+        columns[f"{name}_sd"] = values.std(axis=0, ddof=1) if len(seeds) > 1 else [""] * len(places)
+    return csv_text(columns | {name: _seeds_in_which(seeds, kind) for name, kind in KINDS.items()})

@@ -22,26 +22,18 @@ from ..._io.files import digest, write_atomically
 from ..._io.locks import locked
 from ..._io.records import field_names
 from ...errors import InputError, reason, shown
-from ..step_files import StepFileError, is_finite
+from ..step_files import StepFileError, csv_text, is_finite, json_text
 from ..study import CASES, GRADIENTS, HEADS, IMPORTANCE_POST, IMPORTANCE_PRE, MEASURE_STEP, STATS, UPDATE
-from .cases import PLASTIC, STATIC, case_lists, find_cases
+from .cases import KINDS, case_lists, find_cases
 from .config import PlasticityConfig
 from .correlation import BOOTSTRAP_SEED, CONFIDENCE, RESAMPLES, Floats, rank_correlation, top_overlap
 from .records import check_parts, check_seed, read_measured, read_subset, read_trained
 
 # File of `measure` -> its field -> column of heads.csv.
 SOURCES: dict[str, dict[str, str]] = {
-    IMPORTANCE_PRE: {
-        "loss_increase": "I_pre",
-        "accuracy_drop": "accuracy_drop_pre",
-        "taylor": "taylor_pre",
-        "taylor_abs": "taylor_abs_pre",
-    },
-    IMPORTANCE_POST: {
-        "loss_increase": "I_post",
-        "accuracy_drop": "accuracy_drop_post",
-        "taylor": "taylor_post",
-        "taylor_abs": "taylor_abs_post",
+    **{
+        file: {"loss_increase": f"I_{when}", **{name: f"{name}_{when}" for name in ("accuracy_drop", "taylor", "taylor_abs")}}
+        for file, when in ((IMPORTANCE_PRE, "pre"), (IMPORTANCE_POST, "post"))
     },
     GRADIENTS: {"gradient_norm": "G_pre", "fisher": "fisher_pre"},
     UPDATE: {name: name for name in ("Uq", "Uk", "Uv", "Uo", "U", "Urel")},
@@ -75,6 +67,16 @@ class HeadTable:
 
     places: list[Place]
     columns: dict[str, Floats]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of heads and of layers."""
+        return {"heads": len(self.places), "layers": len({place.layer for place in self.places})}
+
+    @property
+    def numbers(self) -> dict[str, tuple[int, ...]]:
+        """Columns "layer" and "head"."""
+        return dict(zip(Place._fields, zip(*self.places, strict=True), strict=True))
 
 
 @dataclass(frozen=True)
@@ -118,26 +120,29 @@ def _summarise(root: Path, top_k: int, high: float, low: float) -> PlasticitySum
     read_subset(root)
     check_seed(root, trained)
     table = read_heads(root)
-    _check_shape(root, table, measured)
+    for name in ("layers", "heads"):
+        if measured[name] != table.counts[name]:
+            raise _broken(root / next(iter(SOURCES)), f"have the {measured[name]} {name} that measure.json states", str(table.counts[name]))
     check_parts(root, SOURCES)
     cases = find_cases(table.columns["I_pre"], table.columns["Urel"], high, low)
     rows = [
         {**place._asdict(), **{name: float(table.columns[name][number]) for name in COLUMNS}} for number, place in enumerate(table.places)
     ]
     listed = case_lists(cases, rows, high, low)
-    stats = statistics(table, top_k, cases.kinds)
+    options = trained["options"]
     stats = {
-        **_identity(root, measured, trained),
-        **stats,
+        "model": measured["model"],
+        "task": root.resolve().parent.name,
+        "seed": options["seed"],
+        "options": options,
+        **statistics(table, top_k, cases.kinds),
         "top_k": top_k,
         "high": high,
         "low": low,
         "inputs": {name: digest(root / name) for name in SOURCES},
     }
-    lines = [",".join(["layer", "head", *COLUMNS, "kind"])]
-    for row, kind in zip(rows, cases.kinds, strict=True):
-        lines.append(",".join([str(row["layer"]), str(row["head"]), *(f"{row[name]:.9g}" for name in COLUMNS), kind]))
-    write_atomically(root / HEADS, "\n".join(lines) + "\n")
+    columns = {name: table.columns[name] for name in COLUMNS}
+    write_atomically(root / HEADS, csv_text({**table.numbers, **columns, "kind": cases.kinds}))
     write_atomically(root / CASES, json_text(listed))
     write_atomically(root / STATS, json_text(stats))  # last, because it marks the step as complete
     return PlasticitySummary(root, stats, listed)
@@ -152,8 +157,7 @@ def statistics(table: HeadTable, top_k: int, kinds: Sequence[str]) -> dict[str, 
         kinds: kind of each head, as in `Cases.kinds`.
     """
     pairs = [_pair(table, names, top_k) for names in PAIRS]
-    counts = {"heads": len(table.places), "layers": len({place.layer for place in table.places})}
-    counts |= {"important_but_static": kinds.count(STATIC), "plastic_but_unimportant": kinds.count(PLASTIC)}
+    counts = table.counts | {name: kinds.count(kind) for name, kind in KINDS.items()}
     return {
         "counts": counts,
         "pairs": pairs,
@@ -178,7 +182,7 @@ def acceptance(pairs: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) ->
             rows.append({"figure": f"{what}({pair['x']}, {pair['y']})", "rule": f"< {limit:g}", "limit": limit, "value": value, "met": met})
     rows += [
         {"figure": f"{kind} heads", "rule": f">= {MIN_CASES}", "limit": MIN_CASES, "value": counts[name], "met": counts[name] >= MIN_CASES}
-        for name, kind in (("important_but_static", STATIC), ("plastic_but_unimportant", PLASTIC))
+        for name, kind in KINDS.items()
     ]
     return rows
 
@@ -214,27 +218,9 @@ def read_heads(folder: Path) -> HeadTable:
     return HeadTable(places, columns)
 
 
-def json_text(value: object) -> str:
-    """JSON in the format of the files in this folder; NaN is an error."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def _pair(table: HeadTable, names: tuple[str, str], top_k: int) -> dict[str, Any]:
     x, y = (table.columns[name] for name in names)
     return {"x": names[0], "y": names[1], **vars(rank_correlation(x, y, names)), "overlap": vars(top_overlap(x, y, top_k, names))}
-
-
-def _identity(folder: Path, measured: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
-    """Identity of a run: the task from its folder, the rest from the options of its training."""
-    options = trained["options"]
-    return {"model": measured["model"], "task": folder.resolve().parent.name, "seed": options["seed"], "options": options}
-
-
-def _check_shape(folder: Path, table: HeadTable, measured: Mapping[str, Any]) -> None:
-    counts = {"layers": len({place.layer for place in table.places}), "heads": len(table.places)}
-    for name, found in counts.items():
-        if measured[name] != found:
-            raise _broken(folder / next(iter(SOURCES)), f"have the {measured[name]} {name} that measure.json states", str(found))
 
 
 def _read_lines(path: Path, fields: list[str]) -> dict[Place, dict[str, float]]:

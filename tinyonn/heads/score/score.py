@@ -39,6 +39,7 @@ from ...hf.loading import (
 from ..capture.attention import capture_attention_stats
 from ..capture.layers import AttentionLayer, attention_layers, on_head_outputs
 from ..progress import Progress
+from ..step_files import csv_text
 from ..study import ADDED_OPTIONS, NORM_COLUMNS
 from ..versions import package_versions
 from ..vocabulary import num_embeddings
@@ -282,11 +283,11 @@ def _check_finite(raw: Mapping[str, Sequence[NDArray[np.float64]]], dtype: torch
 def _files(config: ScoreConfig, result: ScoreResult) -> dict[str, str]:
     import yaml
 
+    sizes = [len(row) for row in result.combined]
+    numbers = {"layer": np.repeat(np.arange(len(sizes)), sizes), "head": np.concatenate([np.arange(size) for size in sizes])}
+
     def table(columns: Mapping[str, Sequence[NDArray[np.float64]]]) -> str:
-        lines = [",".join(("layer", "head", *columns))]
-        for layer, rows in enumerate(zip(*columns.values(), strict=True)):
-            lines += [",".join((str(layer), str(head), *(f"{x:.9g}" for x in cells))) for head, cells in enumerate(zip(*rows, strict=True))]
-        return "\n".join(lines) + "\n"
+        return csv_text({**numbers, **{name: np.concatenate(layers) for name, layers in columns.items()}})
 
     best = [head._asdict() for head in top_heads(result.combined, config.top_k)]
     of_layers = {
