@@ -97,16 +97,12 @@ void OutputFile::require_owner() const {
 
 void OutputFile::close() {
   if (fd_ < 0) return;
-  if (::getpid() != owner_) {  // the file is the other process's: nothing of it is touched
-    ::close(fd_);
-    fd_ = -1;
-    return;
+  if (::getpid() == owner_) {  // in another process nothing of the file is touched
+    struct stat info {};
+    // Releases reserved blocks. If that fails, the blocks stay with the file and nothing else is lost.
+    if (reserved_ != 0 && ::fstat(fd_, &info) == 0) static_cast<void>(!::ftruncate(fd_, info.st_size));
+    ::flock(fd_, LOCK_UN);  // a forked child may hold the descriptor for longer
   }
-  struct stat info {};
-  // Releases reserved blocks. If that fails, the blocks stay with the file and nothing else is lost.
-  const bool released = reserved_ == 0 || (::fstat(fd_, &info) == 0 && ::ftruncate(fd_, info.st_size) == 0);
-  static_cast<void>(released);
-  ::flock(fd_, LOCK_UN);  // a forked child may hold the descriptor for longer
   ::close(fd_);
   fd_ = -1;
 }
