@@ -310,7 +310,7 @@ def test_only_files_are_replaced(tmp_path: Path, name: str) -> None:
         pytest.importorskip("pyarrow")
     source = write(tmp_path / "a.mscan", range(1))
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match=r"output must be a file, got a folder, pipe or device: .*pipe\."):
+    with pytest.raises(InputError, match=r"output must be a file, got a pipe or device: .*pipe\."):
         WRITERS[name](source, tmp_path / "pipe", overwrite=True)
     assert (tmp_path / "pipe").is_fifo()
 

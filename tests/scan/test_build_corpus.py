@@ -230,9 +230,9 @@ def test_length_and_token_limits(tmp_path: Path) -> None:
         ({"code_blocks": "no"}, "code_blocks must be one of"),
         ({"language": "tlh"}, "language must be one of .*, got 'tlh'"),
         ({"min_chars": 50, "max_chars": 10}, "max_chars must be at least 50, got 10"),
-        ({"min_chars": -1}, "min_chars must be at least 0, got -1"),
+        ({"min_chars": -1}, "min_chars must be a whole number of at least 0, got -1"),
         ({"min_tokens": 5}, "min_tokens and max_tokens need a tokenizer, got none"),
-        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"limit": 0}, "limit must be a whole number of at least 1, got 0"),
         ({"first": True}, "first needs a limit, got none"),
         ({"cut": True}, "cut needs max_chars, got none"),
     ],
@@ -383,7 +383,7 @@ def test_outputs_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     source = write(tmp_path / "in.jsonl", {"text": "one cat" + LONG})
     with pytest.raises(InputError, match="output must be a file, got the folder"):
         build_corpus(source, CATS, tmp_path)
-    with pytest.raises(InputError, match=r"output must be in a writable folder, got .*: (Not a directory|File exists)"):
+    with pytest.raises(InputError, match=r"output must be in a folder that can be written, got .*: (Not a directory|File exists)"):
         build_corpus(source, CATS, source / "out.jsonl")
     monkeypatch.chdir(tmp_path)
     assert build_corpus(source, CATS).output == Path("data/sft/cats_corpus.jsonl")

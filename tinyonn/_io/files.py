@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import InputError
@@ -20,6 +21,22 @@ def write_atomically(path: Path, content: str) -> None:
         partial.write_text(content, encoding="utf-8", errors="replace")
 
 
+def check_output(path: Path, sources: Iterable[str | os.PathLike[str]], overwrite: bool) -> None:
+    """Checks that a command may write its output here.
+
+    Raises:
+        InputError: `path` exists and `overwrite` is False, is not a regular file, or is one of `sources`.
+    """
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise InputError(f"output must be a file, got {'the folder' if path.is_dir() else 'a pipe or device:'} {path}.")
+    if any(os.path.exists(source) and path.samefile(source) for source in sources):
+        raise InputError(f"output must be another file than the source, got {path}.")
+    if not overwrite:
+        raise InputError(f"output must not exist yet, got {path}; --overwrite replaces it.")
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file in hexadecimal, read in pieces."""
     with path.open("rb") as file:
@@ -27,13 +44,21 @@ def digest(path: Path) -> str:
 
 
 class replacing:
-    """A context manager that yields a temporary path beside `path`, and renames it to `path` on success."""
+    """A context manager that yields a temporary path beside `path`, and renames it to `path` on success.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        make_folder: whether to create the folders above it that do not exist.
+    """
+
+    def __init__(self, path: Path, *, make_folder: bool = False) -> None:
         self._path = path
+        self._make_folder = make_folder
 
     def __enter__(self) -> Path:
         try:
+            if self._make_folder:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=f".{self._path.name}-", suffix=self._path.suffix, dir=self._path.parent)
         except OSError as error:
             raise InputError(f"output must be in a folder that can be written, got {self._path}: {error.strerror}.") from error

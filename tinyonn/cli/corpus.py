@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,13 +12,16 @@ import typer
 from .._io.folders import VOCABULARY_FILES, has_tokenizer, tokenizer_fault
 from .._io.hub import SMALL_FILES, hub_folder, is_hub_id
 from ..errors import InputError
+from ..scan.corpus.config import CorpusConfig
 from . import screen
+from .options import takes_options
 
 if TYPE_CHECKING:
     from ..scan.corpus.build import CorpusProgress, CorpusReport
     from ..scan.corpus.topic import Topic
 
 
+@takes_options(CorpusConfig, before="text_field")
 def corpus(
     source: Annotated[
         str,
@@ -27,6 +31,7 @@ def corpus(
         str,
         typer.Option("--topic", "-t", metavar="NAME|FILE", help="python, finance, math, a YAML file, or a new name.", show_default=False),
     ],
+    given: Mapping[str, Any],
     output_path: Annotated[
         Path | None,
         typer.Option("--output-path", "-o", metavar="PATH", help="The corpus. [default: data/sft/TOPIC_corpus.jsonl]", show_default=False),
@@ -43,47 +48,12 @@ def corpus(
         float | None, typer.Option(metavar="X", help="Minimum number of matches per 1,000 characters.", show_default=False)
     ] = None,
     everything: Annotated[bool, typer.Option("--everything", help="Skip the test of topic, and apply only the other limits.")] = False,
-    text_field: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Field that holds the text. [default: found]", show_default=False)
-    ] = None,
-    format: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|text|chat",
-            help="Format of the output: auto keeps chats as they are, text joins their turns, chat drops plain texts.",
-        ),
-    ] = "auto",
-    code_blocks: Annotated[
-        str,
-        typer.Option(metavar="keep|require|only", help="Fenced code blocks: keep whole texts, require a block, or keep only the blocks."),
-    ] = "keep",
-    min_chars: Annotated[int, typer.Option(metavar="N", help="Minimum length of a text.")] = 32,
-    max_chars: Annotated[int | None, typer.Option(metavar="N", help="Maximum length of a text.", show_default=False)] = None,
-    cut: Annotated[
-        bool | None,
-        typer.Option("--cut/--no-cut", help="Cut longer texts at paragraphs, instead of dropping them. [default: text files only]"),
-    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
             metavar="PATH", help="Tokenizer for --min-tokens and --max-tokens: a folder or a name on the hub.", show_default=False
         ),
     ] = None,
-    min_tokens: Annotated[int | None, typer.Option(metavar="N", help="Minimum number of tokens.", show_default=False)] = None,
-    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Maximum number of tokens.", show_default=False)] = None,
-    language: Annotated[
-        str | None, typer.Option(metavar="CODE", help="Language to keep, which is detected (en, de, fr, zh, ...).", show_default=False)
-    ] = None,
-    dedup: Annotated[
-        bool, typer.Option("--dedup/--no-dedup", help="Drop texts that differ from an earlier one only in case and spacing.")
-    ] = True,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Size of a random sample of the texts.", show_default=False)] = None,
-    first: Annotated[bool, typer.Option("--first", help="With --limit: keep the first N texts that pass, and stop reading.")] = False,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sample.")] = 0,
-    subset: Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a data set on the hub.", show_default=False)] = None,
-    split: Annotated[str, typer.Option(metavar="NAME", help="Split of a data set on the hub.")] = "train",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count malformed records and continue.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Select a corpus on one topic from a large source.
 
@@ -100,25 +70,9 @@ def corpus(
             source,
             about,
             output_path,
-            text_field=text_field,
-            format=format,
-            code_blocks=code_blocks,
-            min_chars=min_chars,
-            max_chars=max_chars,
-            cut=cut,
             tokenizer=None if tokenizer is None else _tokenizer(tokenizer),
-            min_tokens=min_tokens,
-            max_tokens=max_tokens,
-            language=language,
-            dedup=dedup,
-            limit=limit,
-            first=first,
-            seed=seed,
-            subset=subset,
-            split=split,
-            skip_bad=skip_bad,
-            overwrite=overwrite,
             progress=lambda state: show_progress(bar, state),
+            **given,
         )
     print(_report_screen(report))
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import InputError
+from .._io.files import check_output
 from .opening import rank_members
 
 PathLike = str | os.PathLike[str]
@@ -38,14 +38,8 @@ def replacing(output: PathLike, overwrite: bool, sources: Iterable[PathLike] = (
         InputError: `output` exists and `overwrite` is False, is not a regular file, or is one of `sources` or of their sets of ranks.
     """
     target = Path(output)
-    if target.exists():
-        if not target.is_file():
-            raise InputError(f"output must be a file, got a folder, pipe or device: {target}.")
-        names = [os.fspath(source) for source in sources]
-        if any(target.samefile(member) for name in names for member in rank_members(name) or [name]):
-            raise InputError(f"output must be another file than the source, got {target}.")
-    if target.exists() and not overwrite:
-        raise InputError(f"output must not exist yet, got {target}; --overwrite replaces it.")
+    names = [os.fspath(source) for source in sources] if target.is_file() else []
+    check_output(target, [member for name in names for member in rank_members(name) or [name]], overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
