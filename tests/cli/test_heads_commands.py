@@ -14,6 +14,7 @@ import pytest
 from tinyonn.cli import heads_plasticity, screen
 from tinyonn.heads.plasticity import measurement
 from tinyonn.heads.plasticity.config import PlasticityConfig
+from tinyonn.heads.plasticity.records import StepResult
 from tinyonn.heads.score.config import ScoreConfig
 
 from .conftest import Cli, one_line, study, write
@@ -286,7 +287,7 @@ def test_training_that_learned_nothing_is_told(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracy: float, told: bool
 ) -> None:
     facts = {"heads": 12, "samples": 16, "seconds": 1.0, "base_accuracy_post": accuracy, "commonest_class": 0.5625}
-    result = measurement.MeasureResult(tmp_path, True, facts)
+    result = StepResult(tmp_path, True, facts)
     monkeypatch.setattr(measurement, "measure", lambda *given: result)
     monkeypatch.setattr(heads_plasticity, "_later_seeds", lambda *given: [1])
     ran = cli("heads", "plasticity", "measure", "--task", "boolq", "-m", "m", "--output-dir", tmp_path)

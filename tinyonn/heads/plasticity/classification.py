@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,9 @@ class Example:
     label: int
 
 
+Rows = tuple[list[Example], int]  # rows of a file or split, and the number left out without a label
+
+
 @dataclass(frozen=True)
 class TaskData:
     """The rows of a task.
@@ -183,9 +187,10 @@ def load_task(config: PlasticityConfig) -> TaskData:
     task = find_task(config.task)
     size = task.eval_size if config.eval_size is None else config.eval_size
     got = f"{size:,}" if config.eval_size is not None else f"none, which means {size:,} (--eval-size)"
+    skip = config.skip_unlabelled
     path = None if config.data_path is None else Path(config.data_path)
     if path is not None and not path.is_dir():
-        held, unlabelled = _rows(path, task, config.skip_unlabelled)
+        held, unlabelled = _file_rows(path, task, skip)
         source = str(path)
         if len(held) <= size:
             rows = _counted(held, unlabelled)
@@ -193,8 +198,9 @@ def load_task(config: PlasticityConfig) -> TaskData:
         order = fixed_order(len(held), config.eval_seed)
         evaluation, pool = [held[i] for i in order[:size]], [held[i] for i in order[size:]]
     else:
-        skip = config.skip_unlabelled
-        train, evaluation, source, unlabelled = _downloaded(task, skip) if path is None else _in_folder(path, task, skip)
+        splits, source = _downloaded(task, skip) if path is None else _in_folder(path, task, skip)
+        (train, evaluation), left_out = zip(*splits, strict=True)
+        unlabelled = sum(left_out)
         if len(evaluation) < size:
             rows = _counted(evaluation, unlabelled)
             raise InputError(f"eval_size must be at most the {rows} of {source}, got {got}.")
@@ -204,7 +210,8 @@ def load_task(config: PlasticityConfig) -> TaskData:
     fresh = [example for example in pool if (example.text, example.pair) not in taken]
     if config.train_size is not None and len(fresh) < config.train_size:
         raise InputError(f"train_size must be at most the {len(fresh):,} rows there are to train on, got {config.train_size:,}.")
-    parts = {"train": sorted(fresh[: config.train_size], key=_row), "evaluation": sorted(evaluation, key=_row)}
+    by_row = attrgetter("row")
+    parts = {"train": sorted(fresh[: config.train_size], key=by_row), "evaluation": sorted(evaluation, key=by_row)}
     for name, part in parts.items():
         classes = {example.label for example in part}
         if len(classes) < 2:
@@ -252,15 +259,10 @@ def _counted(rows: Sequence[Example], unlabelled: int) -> str:
     return f"{len(rows):,} row{'' if len(rows) == 1 else 's'}{' with a label' if unlabelled else ''}"
 
 
-def _row(example: Example) -> int:
-    return example.row
-
-
-def _in_folder(folder: Path, task: Task, skip: bool) -> tuple[list[Example], list[Example], str, int]:
+def _in_folder(folder: Path, task: Task, skip: bool) -> tuple[list[Rows], str]:
     train = _file(folder, (task.train,))
     evaluation = _file(folder, tuple(dict.fromkeys((task.evaluation, *_EVALUATION_STEMS))))
-    (trained, without), (measured, more) = (_rows(path, task, skip) for path in (train, evaluation))
-    return trained, measured, str(evaluation), without + more
+    return [_file_rows(path, task, skip) for path in (train, evaluation)], str(evaluation)
 
 
 def _file(folder: Path, stems: tuple[str, ...]) -> Path:
@@ -274,16 +276,13 @@ def _file(folder: Path, stems: tuple[str, ...]) -> Path:
     raise InputError(f"data_path must be a file, or a folder with {wanted}, got {folder} (holds {held}).")
 
 
-def _rows(path: Path, task: Task, skip: bool) -> tuple[list[Example], int]:
-    """Rows of a file, and the number of rows left out without a label."""
+def _file_rows(path: Path, task: Task, skip: bool) -> Rows:
     records = open_records(path, "data_path")
-    found = [
-        _example(located, row, task, f"{records.unit} {located.number} of {path}", skip) for row, located in enumerate(records.located)
-    ]
-    return _labelled(found, str(path), task)
+    return _rows(records.located, records.unit, str(path), task, skip)
 
 
-def _labelled(found: list[Example | None], source: str, task: Task) -> tuple[list[Example], int]:
+def _rows(records: Iterable[Located], unit: str, source: str, task: Task, skip: bool) -> Rows:
+    found = [_example(located, row, task, f"{unit} {located.number} of {source}", skip) for row, located in enumerate(records)]
     examples = [example for example in found if example is not None]
     if not found:
         raise InputError(f"data_path must be a file of records, got none in {source}.")
@@ -329,7 +328,7 @@ def _example(located: Located, row: int, task: Task, place: str, skip: bool) -> 
     return Example(row, text, pair, label)
 
 
-def _downloaded(task: Task, skip: bool) -> tuple[list[Example], list[Example], str, int]:
+def _downloaded(task: Task, skip: bool) -> tuple[list[Rows], str]:
     if task.dataset is None:
         raise InputError("data_path must be given for a task whose YAML file names no dataset, got none.")
     try:
@@ -345,11 +344,9 @@ def _downloaded(task: Task, skip: bool) -> tuple[list[Example], list[Example], s
         except Exception as error:  # the types of errors depend on version and transport
             wanted = f"data_path must be given where {name} ({split}) cannot be downloaded"
             raise InputError(f"{wanted}, got none: {reason(error)}") from error
-        place = f"the {split} split of {name}"
-        found = [_example(Located(row, row, record), row, task, f"row {row} of {place}", skip) for row, record in enumerate(table)]
-        parts.append(_labelled(found, place, task))
-    (train, without), (evaluation, more) = parts
-    return train, evaluation, f"{name} ({task.evaluation})", without + more
+        located = (Located(row, row, record) for row, record in enumerate(table))
+        parts.append(_rows(located, "row", f"the {split} split of {name}", task, skip))
+    return parts, f"{name} ({task.evaluation})"
 
 
 @contextmanager

@@ -3,34 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..._io.config import DTYPE, dtype_name
 from ..._io.options import MAX_SEED, REQUIRED, Options, device_name, integer, non_empty, number, option, true_or_false
 from ...errors import InputError, shown
-
-# Options that determine the result of training. The device changes only rounding; dtype counts with "auto" resolved.
-TRAINING = (
-    "model_path",
-    "task",
-    "data_path",
-    "seed",
-    "eval_size",
-    "eval_seed",
-    "train_size",
-    "max_length",
-    "batch_size",
-    "learning_rate",
-    "epochs",
-    "max_steps",
-    "warmup_ratio",
-    "weight_decay",
-    "max_grad_norm",
-    "dtype",
-    "skip_unlabelled",
-)
 
 
 def _seed(value: Any, name: str) -> Any:
@@ -118,3 +97,11 @@ class PlasticityConfig(Options):
     def folder(self) -> Path:
         """Folder of the results of this seed."""
         return Path(self.output_dir) / self.task_name / f"seed{self.seed}"
+
+
+# Options that determine the result of training. The device changes only rounding; dtype counts with "auto" resolved.
+TRAINING = tuple(
+    field.name
+    for field in fields(PlasticityConfig)
+    if field.name not in ("output_dir", "checkpoint_steps", "top_k", "high", "low", "device", "overwrite")
+)

@@ -19,7 +19,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ from .classification import TaskData, batches, load_task
 from .config import PlasticityConfig
 from .gradients import head_gradients
 from .head_update import checkpoint_update
-from .records import PART_FIELDS, read_trained
+from .records import PART_FIELDS, StepResult, read_trained
 from .train_folder import changed_checkpoint, check_same, training_options
 
 # Options of training that may differ for a measurement: they change only rounding.
@@ -71,22 +70,7 @@ _FACTS = {
 Report = Callable[[Progress], None]
 
 
-@dataclass(frozen=True)
-class MeasureResult:
-    """Result of `measure`.
-
-    Attributes:
-        folder: folder of the files.
-        kept: whether a complete measurement of the same training existed already.
-        summary: content of measure.json.
-    """
-
-    folder: Path
-    kept: bool
-    summary: dict[str, Any]
-
-
-def measure(config: PlasticityConfig, progress: Report | None = None) -> MeasureResult:
+def measure(config: PlasticityConfig, progress: Report | None = None) -> StepResult:
     """Measures every head of a trained classifier, before and after its training. Existing measurements are kept.
 
     Args:
@@ -126,18 +110,15 @@ class _Measurement:
         }
         self.loaded: tuple[str, nn.Module] | None = None
 
-    def go(self) -> MeasureResult:
+    def go(self) -> StepResult:
         self.report(Progress("loading", None, "data"))
         self.data = self._data()
         self._write_subset()
-        origin = {
-            "training_sha256": digest(self.folder / TRAINED),
-            "subset_sha256": digest(self.folder / SUBSET),
-        }
+        origin = {"training_sha256": digest(self.folder / TRAINED), "subset_sha256": digest(self.folder / SUBSET)}
         done = {} if self.config.overwrite else self._done(origin)
         if set(done) == set(self.parts) and (summary := self._complete(self._summary(origin, done))) is not None:
             self.report(Progress("measuring", 1.0, f"kept: {self.folder} holds a complete measurement of this training"))
-            return MeasureResult(self.folder, True, summary)
+            return StepResult(self.folder, True, summary)
         (self.folder / MEASURED).unlink(missing_ok=True)
         if len(done) < len(self.parts) and (other := changed_checkpoint(self.folder, self.train_summary, thorough=True)) is not None:
             raise InputError(f"{self.folder / other} must hold the weights that its training saved, got others; run {TRAIN_AGAIN}.")
@@ -152,7 +133,7 @@ class _Measurement:
             write_atomically(self.folder / PARTS, json_text({**origin, "parts": done}))
         summary = self._summary(origin, done)
         write_atomically(self.folder / MEASURED, json_text(summary))
-        return MeasureResult(self.folder, False, summary)
+        return StepResult(self.folder, False, summary)
 
     def _data(self) -> TaskData:
         data = load_task(self.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,21 @@ MEASURED_FIELDS = {
     **dict.fromkeys(("base_loss_pre", "base_loss_post", "base_accuracy_pre", "base_accuracy_post", "seconds"), "a number"),
 }
 PART_FIELDS = {"sha256": "text", "layers": "a whole number", "heads": "a whole number", "seconds": "a number", "facts": "an object"}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Result of `train` or `measure`.
+
+    Attributes:
+        folder: folder of the files.
+        kept: whether a complete training with the same options, or a complete measurement of the same training, existed already.
+        summary: content of train.json or measure.json.
+    """
+
+    folder: Path
+    kept: bool
+    summary: dict[str, Any]
 
 
 def read_trained(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,9 @@ from ..progress import Progress
 from ..study import ADDED_OPTIONS, FINAL, INIT, OPTIONS, STATE, TRAINED
 from ..versions import package_versions
 from ..vocabulary import num_embeddings
-from .classification import Example, TaskData, batches, load_task
+from .classification import Example, batches, load_task
 from .config import PlasticityConfig
-from .records import read_trained
+from .records import StepResult, read_trained
 from .train_folder import (
     alone_in,
     check_same,
@@ -52,22 +51,7 @@ _NEW = r"^(\w+\.)?(classifier|pre_classifier|classification_head|score|pooler|se
 _LOWEST_SCALE = 2.0**-4  # minimum loss scale in fp16: below it, gradients are not too large but NaN
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """Result of `train`.
-
-    Args:
-        folder: folder with ckpt_init, ckpt_final and train.json.
-        kept: whether a complete training with the same options existed already.
-        summary: content of train.json.
-    """
-
-    folder: Path
-    kept: bool
-    summary: dict[str, Any]
-
-
-def train(config: PlasticityConfig, progress: Callable[[Progress], None] | None = None) -> TrainResult:
+def train(config: PlasticityConfig, progress: Callable[[Progress], None] | None = None) -> StepResult:
     """Fine-tunes all weights on the task. Continues an interrupted training, and keeps a complete one.
 
     Writes ckpt_init and ckpt_final (safetensors, configuration, tokenizer), train_config.yaml (options) and, last, train.json (losses of
@@ -81,11 +65,9 @@ def train(config: PlasticityConfig, progress: Callable[[Progress], None] | None 
         InputError: data, model or options are invalid; the folder has a training of another configuration (without `overwrite`); another
             run uses the folder; the model's heads are not known; a loss is not finite; or memory or disk ran out.
     """
-    device = resolve_device(config.device)
-    precision = resolve_precision(config.dtype, device)
-    options = training_options(config, precision)
+    training = _Training(config, progress or (lambda state: None))
     with alone_in(config.folder):
-        return _train(config, progress or _silent, device, precision, options)
+        return training.go()
 
 
 def check_options(config: PlasticityConfig) -> None:
@@ -96,34 +78,6 @@ def check_options(config: PlasticityConfig) -> None:
     """
     if not config.overwrite:
         check_same(config.folder, training_options(config, resolve_precision(config.dtype, resolve_device(config.device))), trains=True)
-
-
-def _train(
-    config: PlasticityConfig, report: Callable[[Progress], None], device: torch.device, precision: torch.dtype, options: dict[str, Any]
-) -> TrainResult:
-    folder = config.folder
-    if not config.overwrite:
-        check_same(folder, options, trains=True)
-        if is_complete(folder):
-            (folder / STATE).unlink(missing_ok=True)  # the run was killed between its last file and this point
-            report(Progress("training", 1.0, f"kept: {folder} holds a complete training of these options"))
-            return TrainResult(folder, True, read_trained(folder))
-    report(Progress("loading", None, "data"))
-    data = load_task(config)
-    source = resolve_model(config.model_path)
-    report(Progress("loading", None, "model"))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), quiet_transformers():
-        run = _Training(config, data, source, device, precision, options)
-        try:
-            summary = run.go(report)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise InputError(
-                f"memory ran out after step {run.step}: lower --batch-size (now {config.batch_size}) or --max-length (now "
-                f"{config.max_length}), or use --dtype bf16; with --overwrite, since other options are another training."
-            ) from error
-    return TrainResult(folder, False, summary)
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
@@ -160,30 +114,45 @@ def load_classifier(folder: Path, labels: Sequence[str], device: torch.device) -
 class _Training:
     """One training, from its start or its last checkpoint to its end."""
 
-    def __init__(
-        self,
-        config: PlasticityConfig,
-        data: TaskData,
-        source: Path,
-        device: torch.device,
-        precision: torch.dtype,
-        options: dict[str, Any],
-    ) -> None:
-        self.config, self.data, self.source, self.device, self.precision, self.options = config, data, source, device, precision, options
-        self.folder = config.folder
-        self.step = 0
-        self.left_out = 0
+    def __init__(self, config: PlasticityConfig, report: Callable[[Progress], None]) -> None:
+        self.config, self.report, self.folder = config, report, config.folder
+        self.device = resolve_device(config.device)
+        self.precision = resolve_precision(config.dtype, self.device)
+        self.options = training_options(config, self.precision)
+        self.step = self.left_out = 0
         self.losses: list[float] = []
         self.checkpoints: dict[str, Any] = {}
-        steps = config.epochs * -(-len(data.train) // config.batch_size)
-        self.steps = steps if config.max_steps is None else min(steps, config.max_steps)
 
-    def go(self, report: Callable[[Progress], None]) -> dict[str, Any]:
+    def go(self) -> StepResult:
+        if not self.config.overwrite:
+            check_same(self.folder, self.options, trains=True)
+            if is_complete(self.folder):
+                (self.folder / STATE).unlink(missing_ok=True)  # the run was killed between its last file and this point
+                self.report(Progress("training", 1.0, f"kept: {self.folder} holds a complete training of these options"))
+                return StepResult(self.folder, True, read_trained(self.folder))
+        self.report(Progress("loading", None, "data"))
+        self.data = load_task(self.config)
+        source = resolve_model(self.config.model_path)
+        steps = self.config.epochs * -(-len(self.data.train) // self.config.batch_size)
+        self.steps = steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+        self.report(Progress("loading", None, "model"))
+        try:
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), quiet_transformers():
+                return StepResult(self.folder, False, self._train(source))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"memory ran out after step {self.step}: lower --batch-size (now {self.config.batch_size}) or --max-length (now "
+                f"{self.config.max_length}), or use --dtype bf16; with --overwrite, since other options are another training."
+            ) from error
+
+    def _train(self, source: Path) -> dict[str, Any]:
         """Trains and returns the content of train.json."""
         state = None if self.config.overwrite else self._saved_state()
         started = time.monotonic() - (state["seconds"] if state else 0.0)
         torch.manual_seed(self.config.seed)
-        self._load(self.folder / INIT if state else self.source)
+        self._load(self.folder / INIT if state else source)
         if state is None:
             self._begin()
         else:
@@ -192,8 +161,8 @@ class _Training:
             loss = self._advance(examples)
             if self.step % self.config.checkpoint_steps == 0 and self.step < self.steps:
                 self._save_state(time.monotonic() - started)
-            report(Progress("training", self.step / self.steps, f"step {self.step:,}/{self.steps:,}, loss {loss:.3f}"))
-        report(Progress("evaluating", None, f"{len(self.data.evaluation):,} rows"))
+            self.report(Progress("training", self.step / self.steps, f"step {self.step:,}/{self.steps:,}, loss {loss:.3f}"))
+        self.report(Progress("evaluating", None, f"{len(self.data.evaluation):,} rows"))
         loss, accuracy = self._evaluate()
         self._save(FINAL)
         summary = self._summary(loss, accuracy, time.monotonic() - started)
@@ -382,10 +351,6 @@ class _Training:
             "device": str(self.device),
             "versions": package_versions(),
         }
-
-
-def _silent(progress: Progress) -> None:
-    pass
 
 
 def _set_padding(tokenizer: Any, model: Any, source: Path) -> None:
