@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from functools import cache
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def offered(arch):
 
 def test_a_spill_is_found(tmp_path, monkeypatch):
     (tmp_path / "spilling.py").write_text(SPILLING)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONWARNINGS", "error::RuntimeWarning:runpy")  # of a module that is loaded twice
     (usage,) = usages_of("spilling", 90, tmp_path / "cache")
     assert (usage.kernel, usage.label, usage.arch) == ("_spilling_kernel", "one warp", 90)
     assert usage.stack > 0
@@ -76,7 +78,7 @@ def test_a_spill_is_found(tmp_path, monkeypatch):
 
 def test_a_kernel_that_does_not_compile_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text(SPILLING.replace("tl.sum(values)", "tl.no_such_function(values)"))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(RuntimeError, match=r"(?s)broken must compile for sm_80, got.*no_such_function"):
         usages_of("broken", 80, tmp_path / "cache")
 

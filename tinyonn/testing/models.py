@@ -12,7 +12,7 @@ from torch import Tensor
 from .oracles import pooled
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Weights spread wide enough that attention is far from uniform and every softcap bends: a nearly linear model proves little.
 _COMMON = {"vocab_size": 97, "initializer_range": 0.25, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -25,44 +25,44 @@ _SIZES = {
     "max_position_embeddings": 128,
 }
 _OWN_SIZES = ("gpt2", "gptj", "bloom", "gpt_neox", "mamba")
-_TINY: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3": ("qwen3", {"head_dim": 24}),
-    "llama": ("llama", {"attention_bias": True}),
-    "mistral": ("mistral", {"sliding_window": 5}),
-    "gemma2": (
-        "gemma2",
-        {"head_dim": 16, "sliding_window": 5, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
-    ),
-    "gpt2": ("gpt2", {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}),
-    "qwen3_moe": ("qwen3_moe", {"head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}),
-    "gpt_oss": (
-        "gpt_oss",
-        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5, "max_position_embeddings": 128},
-    ),
-    "bloom": ("bloom", {"hidden_size": 48, "n_layer": 2, "n_head": 4}),
-    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}),
-    "qwen3_next": (
-        "qwen3_next",
-        {
-            "head_dim": 16,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
-        },
-    ),
-    "gpt_neox": (
-        "gpt_neox",
-        {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128},
-    ),
-    "mamba": ("mamba", {"hidden_size": 48, "num_hidden_layers": 2, "state_size": 8}),
-    "phimoe": ("phimoe", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "gptj": ("gptj", {"n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 128}),
+_TINY: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 24},
+    "llama": {"attention_bias": True},
+    "mistral": {"sliding_window": 5},
+    "gemma2": {
+        "head_dim": 16,
+        "sliding_window": 5,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 16,
+    },
+    "gpt2": {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
+    "bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "qwen3_next": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    "gpt_neox": {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
+    "mamba": {"hidden_size": 48, "num_hidden_layers": 2, "state_size": 8},
+    "phimoe": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gptj": {"n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 128},
 }
 
 
@@ -80,12 +80,15 @@ def tiny_causal_lm(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.float
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, own = _TINY[arch]
     sizes = {} if arch in _OWN_SIZES else _SIZES
-    config = AutoConfig.for_model(model_type, **{**_COMMON, **sizes, **own, **overrides})
+    return _random(AutoModelForCausalLM, AutoConfig.for_model(arch, **{**_COMMON, **sizes, **_TINY[arch], **overrides}), seed, dtype)
+
+
+def _random(loader: Any, config: PretrainedConfig, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with random weights, biases and sinks included, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = loader.from_config(config)
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "sinks")):
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -126,13 +129,7 @@ def tiny_encoder(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     merged = {"vocab_size": 97, "initializer_range": 0.25, **sizes, **special, **_TINY_ENCODERS[arch], **overrides}
     config = AutoConfig.for_model(arch, **{name: value for name, value in merged.items() if value is not None or name in special})
     loader = AutoModelForSequenceClassification if "num_labels" in overrides else AutoModel
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = loader.from_config(config)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype).eval()
+    return _random(loader, config, seed, dtype)
 
 
 def tiny_dyn_nsa_lm(arch: str = "llama", *, layers: int = 2, weight: float = 0.1, **options: Any) -> PreTrainedModel:
@@ -195,12 +192,8 @@ def save_tiny_model(
     encoder = arch in _TINY_ENCODERS
     vocabulary = {chr(code): index for index, code in enumerate(range(32, 127))} | {"<eos>": 95, "<unk>": 96}
     if encoder:
-        vocabulary = {token: index for token, index in vocabulary.items() if index < 93} | {
-            "[CLS]": 93,
-            "[SEP]": 94,
-            "[PAD]": 95,
-            "<unk>": 96,
-        }
+        vocabulary = {token: index for token, index in vocabulary.items() if index not in (93, 94, 95)}
+        vocabulary |= {"[CLS]": 93, "[SEP]": 94, "[PAD]": 95}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     characters.decoder = decoders.Fuse()

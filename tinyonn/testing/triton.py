@@ -1,7 +1,6 @@
 """Compiles Triton kernels for GPUs that are not there, and reads what they would use. For tests; `tinyonn.testing` exports it.
 
-Run as `python -m tinyonn.testing.triton MODULE ARCH[,ARCH...]`, it compiles everything that `MODULE.offered(ARCH)` launches, and prints
-one JSON list. It needs a process of its own: under TRITON_INTERPRET=1 there is nothing to compile.
+`usages_of` compiles in a process of its own: under TRITON_INTERPRET=1 there is nothing to compile.
 """
 
 from __future__ import annotations
@@ -214,7 +213,7 @@ def usages_of(module: str, arch: int | Sequence[int], cache: Path) -> list[Usage
     archs = ",".join(map(str, [arch] if isinstance(arch, int) else arch))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(
-        [sys.executable, "-m", "tinyonn.testing.triton", module, archs],
+        [sys.executable, "-c", f"from {__name__} import print_usages; print_usages({module!r}, [{archs}])"],
         capture_output=True,
         text=True,
         env=environment,
@@ -225,16 +224,8 @@ def usages_of(module: str, arch: int | Sequence[int], cache: Path) -> list[Usage
     return [Usage(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
 
 
-def _main(module: str, archs: str) -> None:
+def print_usages(module: str, archs: Sequence[int]) -> None:
+    """Compiles all that `module.offered(arch)` launches, and prints one JSON list; `usages_of` reads it."""
     offered = importlib.import_module(module).offered
-    usages = [
-        usage
-        for arch in map(int, archs.split(","))
-        for label, launch in offered(arch).items()
-        for usage in compile_launches(launch, arch, label)
-    ]
+    usages = [usage for arch in archs for label, launch in offered(arch).items() for usage in compile_launches(launch, arch, label)]
     print(json.dumps([asdict(usage) for usage in usages]))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
