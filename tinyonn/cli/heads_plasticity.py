@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from .._io.locks import locked
 from .._io.records import data_kind
 from ..errors import InputError, listed, one_line
 from ..heads.plasticity.config import PlasticityConfig
+from ..heads.plasticity.records import seed_folders
 from ..heads.study import MEASURE_STEP, MEASURED, OPTIONS, TRAIN_STEP, TRAINED
 from . import screen
 from .options import ConfigFile, print_config_option, takes_options
@@ -119,19 +119,13 @@ def _later_seeds(folder: Path, asked: Sequence[int], step: str) -> Sequence[int]
     needed = [(TRAINED, TRAIN_STEP), *([(MEASURED, MEASURE_STEP)] if step == "report" else [])]
     ready: Sequence[int] = ()
     for file, remedy in needed:
-        ready = _seeds_with(folder, file)
+        ready = [number for number, path in seed_folders(folder) if (path / file).exists()]
         lacking = [number for number in asked if number not in ready]
         if lacking or not ready:
             wanted = f"{file} of seed {lacking[0]}" if lacking else f"{file} of at least one seed"
             there = f"that of seed{'s' * (len(ready) > 1)} {listed(ready, 8)}" if ready else "none"
             raise InputError(f"{folder} must hold {wanted}, got {there}; run {remedy}{f' --seed {lacking[0]}' if lacking else ''}.")
     return asked or ready
-
-
-def _seeds_with(folder: Path, file: str) -> list[int]:
-    """Seeds of OUTPUT/TASK whose folders contain a file."""
-    found = (re.fullmatch(r"seed(0|[1-9][0-9]*)", path.parent.name) for path in folder.glob(f"seed*/{file}"))
-    return sorted(int(name[1]) for name in found if name)
 
 
 def run_steps(steps: Sequence[str], studies: Sequence[PlasticityConfig]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from threading import Lock, get_ident
 from typing import Any
 
@@ -173,9 +174,10 @@ def _base_of(layers: list[AttentionLayer]) -> str:
     """Attention implementation of these layers."""
     bases: dict[str, AttentionLayer] = {}
     for layer in layers:
-        bases.setdefault(_implementation(layer), layer)
+        config: Any = getattr(layer.module, "config", None)
+        bases.setdefault(str(getattr(config, "_attn_implementation", None)).removeprefix(PREFIX), layer)
     if len(bases) > 1:
-        raise InputError(f"model must use one attention implementation, got {', '.join(map(str, bases))}.")
+        raise InputError(f"model must use one attention implementation, got {', '.join(bases)}.")
     ((base, layer),) = bases.items()
     if base not in BASES:
         raise InputError(f"attention implementation must be {' or '.join(BASES)} for its statistics, got {base} in {_named(layer)}.")
@@ -184,11 +186,6 @@ def _base_of(layers: list[AttentionLayer]) -> str:
             f"attention implementation must be sdpa for its statistics, got eager with reorder_and_upcast_attn in {_named(layer)}."
         )
     return base
-
-
-def _implementation(layer: AttentionLayer) -> str:
-    config: Any = getattr(layer.module, "config", None)
-    return str(getattr(config, "_attn_implementation", None)).removeprefix(PREFIX)
 
 
 def _switch_implementation(model: nn.Module, base: str, stack: ExitStack) -> None:
@@ -213,11 +210,7 @@ def _reporting(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         )
         for capture, layer in _captures.get(module, ()):
             probs = None if dropout else weights
-
-            def statistics(capture: _Capture = capture, layer: AttentionLayer = layer, probs: Tensor | None = probs) -> AttentionStats:
-                return _of_layer(layer, base, capture.wanted, query, key, attention_mask, kwargs, probs)
-
-            capture.report(layer, statistics)
+            capture.report(layer, partial(_of_layer, layer, base, capture.wanted, query, key, attention_mask, kwargs, probs))
         return out, weights
 
     return forward
@@ -243,8 +236,8 @@ def _of_layer(
     if unknown:
         raise InputError(f"{_named(layer)} passes unknown arguments to its attention ({', '.join(unknown)}), which may change its scores.")
     scores: dict[str, Any] = {"scaling": options.get("scaling"), "softcap": options.get("softcap"), "sinks": options.get("s_aux")}
-    is_causal = options.get("is_causal")
-    is_causal = getattr(layer.module, "is_causal", True) if is_causal is None else is_causal
+    if (is_causal := options.get("is_causal")) is None:
+        is_causal = getattr(layer.module, "is_causal", True)
     causal = base == "sdpa" and mask is None and query.shape[2] > 1 and bool(is_causal)
     if causal:
         key = key[:, :, : query.shape[2]]  # the other positions of a static cache are empty
@@ -287,6 +280,5 @@ def _hook_probabilities(layer: AttentionLayer, capture: _Capture, stack: ExitSta
         return output if asked.pop() else (*output[: place[0]], None, *output[place[0] + 1 :])
 
     stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-    stack.callback(
-        module.register_forward_hook(after, with_kwargs=True, prepend=True).remove
-    )  # so that the hook of the inner block runs first
+    # Prepended, so that the hook of the inner block runs first.
+    stack.callback(module.register_forward_hook(after, with_kwargs=True, prepend=True).remove)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..._io.config import read_yaml
 from ..._io.options import REQUIRED, Options, integer, non_empty, option
 from ..._io.records import Located, as_number, field_names, is_no_label, open_records, short, whole
+from ..._io.units import counted
 from ...errors import InputError, did_you_mean, listed, needs, reason, shown
 
 if TYPE_CHECKING:
@@ -256,7 +257,7 @@ def batches(
 
 
 def _counted(rows: Sequence[Example], unlabelled: int) -> str:
-    return f"{len(rows):,} row{'' if len(rows) == 1 else 's'}{' with a label' if unlabelled else ''}"
+    return counted(len(rows), "row") + (" with a label" if unlabelled else "")
 
 
 def _in_folder(folder: Path, task: Task, skip: bool) -> tuple[list[Rows], str]:

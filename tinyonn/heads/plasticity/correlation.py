@@ -134,14 +134,12 @@ def mean_interval(values: Floats, lowest: float = -np.inf, highest: float = np.i
         {"n", "mean", "sd", "low", "high", "reason"}: sd is that of the sample (n − 1); one seed has neither sd nor interval.
     """
     count = len(values)
-    if count == 0:
-        return {"n": 0, "mean": None, "sd": None, "low": None, "high": None, "reason": "no seed has this number"}
-    mean = float(np.mean(values))
-    if count == 1:
-        return {"n": 1, "mean": mean, "sd": None, "low": None, "high": None, "reason": "one seed gives no interval"}
-    sd = float(np.std(values, ddof=1))
+    found = {"n": count, "mean": float(np.mean(values)) if count else None, "sd": None, "low": None, "high": None}
+    if count < 2:
+        return {**found, "reason": "one seed gives no interval" if count else "no seed has this number"}
+    mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
     reach = float(require_scipy().t.ppf(0.5 + CONFIDENCE / 2, count - 1)) * sd / float(np.sqrt(count))
-    return {"n": count, "mean": mean, "sd": sd, "low": max(mean - reach, lowest), "high": min(mean + reach, highest), "reason": None}
+    return {**found, "sd": sd, "low": max(mean - reach, lowest), "high": min(mean + reach, highest), "reason": None}
 
 
 def _rho(x: Floats, y: Floats, axis: int = -1) -> Floats:

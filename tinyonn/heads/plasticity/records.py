@@ -78,6 +78,12 @@ def read_subset(folder: Path) -> list[Any]:
     return rows
 
 
+def seed_folders(root: Path) -> list[tuple[int, Path]]:
+    """Numbers and paths of the folders seed0, seed1, … of OUTPUT/TASK, in order."""
+    found = ((re.fullmatch(r"seed(0|[1-9][0-9]*)", path.name), path) for path in root.glob("seed*"))
+    return sorted((int(name[1]), path) for name, path in found if name and path.is_dir())
+
+
 def check_seed(folder: Path, trained: Mapping[str, Any]) -> None:
     """Checks that a folder seedN holds the training of seed N, and not a copy of another, which would count twice.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from ..step_files import StepFileError, check_fields, csv_text, json_text, read_
 from ..study import ADDED_OPTIONS, AGGREGATE, AGGREGATE_TABLE, MEASURE_STEP, MEASURED, PAGE, REPORT_STEP, STATS, TRAIN_STEP, TRAINED
 from .cases import KINDS, find_cases
 from .correlation import CONFIDENCE, mean_interval, spearman
-from .records import check_seed, read_measured, read_subset, read_trained
+from .records import check_seed, read_measured, read_subset, read_trained, seed_folders
 from .summary import COLUMNS, PAIRS, SOURCES, TAYLOR_PAIRS, HeadTable, acceptance, read_heads
 
 STEPS = {TRAINED: TRAIN_STEP, MEASURED: MEASURE_STEP, STATS: REPORT_STEP}
@@ -95,14 +94,9 @@ def aggregate(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _complete_seeds(root: Path) -> tuple[list[Seed], list[dict[str, str]]]:
-    numbered = []
-    for path in root.glob("seed*"):
-        name = re.fullmatch(r"seed(0|[1-9][0-9]*)", path.name)
-        if name and path.is_dir():
-            numbered.append((int(name[1]), path))
     seeds: list[Seed] = []
     incomplete: list[dict[str, str]] = []
-    for number, path in sorted(numbered):
+    for number, path in seed_folders(root):
         missing = next((name for name in STEPS if not (path / name).exists()), None)
         try:
             if missing is None:

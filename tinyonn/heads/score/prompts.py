@@ -7,13 +7,14 @@ A chat model reads the same plain text. Chat templates are not applied, because 
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ...errors import InputError, did_you_mean, listed, reason, shown
 from ..fields import Fields
@@ -195,14 +196,11 @@ class PromptBatch:
     @classmethod
     def of(cls, prompts: Sequence[EncodedPrompt], padding: int, device: torch.device | str = "cpu") -> PromptBatch:
         """Batch of at least one prompt. `padding` is the token id for padding."""
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        ids = torch.full((len(prompts), longest), padding, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        span = torch.zeros_like(ids, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            length = len(prompt.token_ids)
-            ids[row, :length] = torch.tensor(prompt.token_ids)
-            mask[row, :length] = 1
-            if prompt.span is not None:
-                span[row, :length] = torch.tensor(prompt.span)
-        return cls(ids.to(device), mask.to(device), span.to(device))
+
+        def padded(rows: Iterable[Sequence[int]], value: int) -> Tensor:
+            return pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=value).to(device)
+
+        ids = padded((prompt.token_ids for prompt in prompts), padding)
+        mask = padded(([1] * len(prompt.token_ids) for prompt in prompts), 0)
+        span = padded((prompt.span or [0] * len(prompt.token_ids) for prompt in prompts), 0)
+        return cls(ids, mask, span.bool())

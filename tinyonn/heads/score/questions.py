@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def load_questions(
         records.append((located.number, located.record))
     if not records:
         raise InputError(f"data_path must hold at least one record, got none in {data_path}.")
-    chosen = load_field_map(field_map) if field_map is not None else _found(place, *records[0])
+    chosen = load_field_map(field_map) if field_map is not None else _read(find_field_map, place, *records[0])
     rows = len(records)
     if skip_unlabelled:
         records = [(number, record) for number, record in records if _has_answer(chosen, record)]
@@ -84,7 +84,8 @@ def load_questions(
         raise InputError(f"max_samples must be at most the {held} of {data_path}, got {max_samples}.")
     count = min(DEFAULT_SAMPLES if max_samples is None else max_samples, len(records))
     drawn = np.sort(np.random.default_rng(seed).permutation(len(records))[:count])
-    questions = tuple(_question(place, chosen, *records[int(index)]) for index in drawn)
+    found = ((records[index][0], _read(chosen.read, place, *records[index])) for index in drawn.tolist())
+    questions = tuple(Question(**vars(fields), row=row) for row, fields in found)
     return QuestionSet(questions, rows, chosen.name, rows - len(records))
 
 
@@ -95,20 +96,10 @@ def _has_answer(field_map: FieldMap, record: Mapping[str, Any]) -> bool:
         return True
 
 
-def _found(place: str, row: int, record: Mapping[str, Any]) -> FieldMap:
+def _read(read: Callable[[Mapping[str, Any]], Any], place: str, row: int, record: Mapping[str, Any]) -> Any:
+    """What `read` makes of a record; its errors name the place."""
     try:
-        return find_field_map(record)
+        return read(record)
     except InputError as error:
-        raise _located(error, place, row, record) from None
-
-
-def _question(place: str, field_map: FieldMap, row: int, record: Mapping[str, Any]) -> Question:
-    try:
-        return Question(**vars(field_map.read(record)), row=row)
-    except InputError as error:
-        raise _located(error, place, row, record) from None
-
-
-def _located(error: InputError, place: str, row: int, record: Mapping[str, Any]) -> InputError:
-    fields = f"; its fields are {field_names(record)}" if isinstance(error, AbsentError) else ""
-    return InputError(f"{place} {row}: {error}{fields}.")
+        fields = f"; its fields are {field_names(record)}" if isinstance(error, AbsentError) else ""
+        raise InputError(f"{place} {row}: {error}{fields}.") from None

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -99,7 +99,7 @@ def score_heads(config: ScoreConfig, progress: Callable[[Progress], None] | None
         torch.OutOfMemoryError, MemoryError, RuntimeError: memory ran out; lower batch_size or max_length.
     """
     folder = Path(config.output_dir)
-    with locked(folder), _RunLog(folder) as log:
+    with locked(folder), _run_log(folder) as log:
         return _score(config, folder, log, progress or (lambda state: None))
 
 
@@ -182,7 +182,7 @@ def _head_outputs(layers: Sequence[AttentionLayer], batch: PromptBatch, last: Te
         yield found
 
 
-def _score(config: ScoreConfig, folder: Path, log: _RunLog, report: Callable[[Progress], None]) -> ScoreResult:
+def _score(config: ScoreConfig, folder: Path, log: Callable[[str], None], report: Callable[[Progress], None]) -> ScoreResult:
     started = time.perf_counter()
     scores = chosen_scores(config.extra_weights)
     template = None if config.prompt_template is None else PromptTemplate.from_file(config.prompt_template)
@@ -331,7 +331,7 @@ def _publish(folder: Path, files: Mapping[str, str]) -> None:
     Also deletes the page of an earlier run, and incomplete files of a killed run.
     """
     mark = list(files)[-1]
-    try:
+    with _writing(folder):
         for pattern in UNFINISHED:
             for left in folder.glob(pattern):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -342,39 +342,36 @@ def _publish(folder: Path, files: Mapping[str, str]) -> None:
                 old.unlink(missing_ok=True)
             for name in files:
                 os.replace(Path(aside) / name, folder / name)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
 
 
-class _RunLog:
+@contextmanager
+def _run_log(folder: Path) -> Iterator[Callable[[str], None]]:
     """run.log: one line for each step with its time, and one for an error."""
+    with ExitStack() as stack:
+        with _writing(folder):
+            file = stack.enter_context(
+                open(folder / "run.log", "ab", buffering=0)
+            )  # each line is written at once, so that errors appear early
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        def log(line: str) -> None:
+            with _writing(folder):
+                file.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {line}\n".encode(errors="replace"))
 
-    def __enter__(self) -> _RunLog:
+        log(f"started: tinyonn {__version__}")
         try:
-            self._file = open(self._folder / "run.log", "ab", buffering=0)  # each line is written at once, so that errors appear early
-        except OSError as error:
-            raise _unwritable(self._folder, error) from error
-        self(f"started: tinyonn {__version__}")
-        return self
-
-    def __call__(self, line: str) -> None:
-        try:
-            self._file.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {line}\n".encode(errors="replace"))
-        except OSError as error:
-            raise _unwritable(self._folder, error) from error
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        with self._file:
-            if kind is not None:
-                with suppress(InputError):  # the original error is raised
-                    self(f"failed: {kind.__name__}: {' '.join(str(error).split())}")
+            yield log
+        except BaseException as error:
+            with suppress(InputError):  # the original error is raised
+                log(f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
+            raise
 
 
-def _unwritable(folder: Path, error: OSError) -> InputError:
-    return InputError(f"output_dir must be a folder that can be written, got {folder}: {error.strerror}.")
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"output_dir must be a folder that can be written, got {folder}: {error.strerror}.") from error
 
 
 def _plain(dtype: torch.dtype) -> str:
