@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from .tokens import TokenSequence
+from .tokens import TokenSequence, padded
 
 
+@dataclass(frozen=True)
 class Generator:
     """Generates up to `new_tokens` tokens for each prompt of a batch.
 
@@ -30,39 +32,31 @@ class Generator:
     Only the end-of-text tokens of the model's generation_config are used.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, *, padding: int, new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
-    ) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._padding = padding
-        self._new_tokens = new_tokens
-        self._seed = seed
-        self._temperature = temperature
-        self._top_p = top_p
+    model: Any
+    tokenizer: Any
+    padding: int
+    new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
 
     def answer(self, prompts: list[TokenSequence]) -> list[TokenSequence]:
         """Prompts with their answers; an answer ends with its end-of-text token."""
-        device = next(self._model.parameters()).device
-        width = max(len(prompt.token_ids) for prompt in prompts)
-        ids = torch.full((len(prompts), width), self._padding, dtype=torch.int64)
-        mask = torch.zeros((len(prompts), width), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt.token_ids) :] = torch.from_numpy(prompt.token_ids)
-            mask[row, width - len(prompt.token_ids) :] = 1
+        device = next(self.model.parameters()).device
+        ids, mask = padded(prompts, self.padding, "left")
         processors = LogitsProcessorList()
-        if self._temperature > 0:
+        if self.temperature > 0:
             seeds = [self._seed_of(prompt.sequence_id) for prompt in prompts]
-            processors.extend([TemperatureLogitsWarper(self._temperature), TopPLogitsWarper(self._top_p), _Noise(seeds)])
-        with _own_generation(self._model, self._end_tokens(), self._padding), torch.no_grad():
-            grown = self._model.generate(
+            processors.extend([TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p), _Noise(seeds)])
+        with _own_generation(self.model, self._end_tokens(), self.padding), torch.no_grad():
+            grown = self.model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                max_new_tokens=self._new_tokens,
+                max_new_tokens=self.new_tokens,
                 do_sample=False,
                 logits_processor=processors,
             )
-        return [self._answered(prompt, row) for prompt, row in zip(prompts, grown[:, width:].cpu().numpy(), strict=True)]
+        return [self._answered(prompt, row) for prompt, row in zip(prompts, grown[:, ids.shape[1] :].cpu().numpy(), strict=True)]
 
     def _answered(self, prompt: TokenSequence, new: NDArray[np.int64]) -> TokenSequence:
         ends = np.flatnonzero(np.isin(new, self._end_tokens()))
@@ -71,17 +65,17 @@ class Generator:
         marked = np.zeros(len(token_ids), np.uint8)
         marked[len(prompt.token_ids) :] = 1
         # Decoded separately, so that the prompt's text does not change.
-        text = prompt.text + self._tokenizer.decode(answer)
+        text = prompt.text + self.tokenizer.decode(answer)
         return TokenSequence(prompt.sequence_id, token_ids, text, marked)
 
     def _end_tokens(self) -> list[int]:
-        configured = self._model.generation_config.eos_token_id
+        configured = self.model.generation_config.eos_token_id
         if configured is None:
             return []
         return list(configured) if isinstance(configured, (list, tuple)) else [int(configured)]
 
     def _seed_of(self, sequence_id: str) -> int:
-        digest = hashlib.sha256(f"{self._seed}:{sequence_id}".encode()).digest()
+        digest = hashlib.sha256(f"{self.seed}:{sequence_id}".encode()).digest()
         return int.from_bytes(digest[:8], "little") >> 1
 
 

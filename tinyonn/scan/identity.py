@@ -15,8 +15,9 @@ from .._io.folders import file_hash, is_adapter, model_config_hash, tokenizer_ha
 from .._io.streams import place
 from ..hf.adapters import settings_hash
 from ..hf.loading import base_folder, base_name, display_name, tokenizer_folder, weight_files
-from .config import RUN_ONLY, ScanConfig
+from .config import RUN_ONLY
 from .engine.targets import BLOCK_SIZE
+from .prepare import Prepared
 
 # In the metadata, and not part of the identity: a scan may be continued by a newer version, or a renamed copy of the model.
 DESCRIPTIVE = (
@@ -39,36 +40,17 @@ DESCRIPTIVE = (
 )
 
 
-def scan_metadata(
-    config: ScanConfig,
-    folder: Path,
-    tokenizer: Any,
-    model_config: Any,
-    *,
-    corpus_hash: str,
-    dtype: torch.dtype,
-    max_length: int,
-    parameters: int,
-) -> dict[str, Any]:
-    """The metadata of a scan's file: model, corpus, options, versions.
+def scan_metadata(prepared: Prepared) -> dict[str, Any]:
+    """The metadata of a scan's file: model, corpus, options, versions. Reads all weights once, to hash them.
 
     It holds names and hashes. The only paths are the model's, as given, and that of an adapter's base model, where a report looks for the
     tokenizer.
-
-    Args:
-        config: options of the scan.
-        folder: folder of the model.
-        tokenizer: tokenizer of the model.
-        model_config: transformers configuration of the model.
-        corpus_hash: `Corpus.content_hash` of the data set.
-        dtype: precision, with "auto" resolved.
-        max_length: tokens kept of a text, with the model's own limit applied.
-        parameters: number of weights.
     """
     import transformers
 
     from .. import __version__
 
+    config, folder, model_config = prepared.config, prepared.folder, prepared.model_config
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in RUN_ONLY}
     metadata = {
         "tinyonn": __version__,
@@ -78,18 +60,18 @@ def scan_metadata(
         "model_path": config.model_path,
         "architecture": type(model_config).__name__.removesuffix("Config"),
         **_heads(model_config.get_text_config()),
-        "parameters": parameters,
+        "parameters": prepared.weights.values,
         "model_weights_sha256": file_hash(*weight_files(folder)),
         "model_config_sha256": model_config_hash(base_folder(folder)),
         **_adapter(folder),
-        "tokenizer": type(tokenizer).__name__,
+        "tokenizer": type(prepared.tokenizer).__name__,
         "tokenizer_sha256": tokenizer_hash(tokenizer_folder(folder)),
         "corpus": Path(place(config.dataset_path)).name,
-        "corpus_sha256": corpus_hash,
+        "corpus_sha256": prepared.corpus.content_hash(),
         **options,
         "topic": config.topic_name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "max_length": max_length,
+        "dtype": str(prepared.dtype).removeprefix("torch."),
+        "max_length": prepared.max_length,
         "reduction": "sum",
         "block_size": BLOCK_SIZE,
     }

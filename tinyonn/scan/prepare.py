@@ -25,7 +25,6 @@ from ..hf.loading import (
 from .config import ScanConfig
 from .corpus.corpus import Corpus, CorpusItem, read_corpus
 from .distributed import World
-from .identity import scan_metadata
 from .tokens import Encoder
 
 
@@ -58,31 +57,12 @@ class Prepared:
 
     def encoder(self, vocabulary: int | None = None) -> Encoder:
         """Tokenises this scan's texts; refuses token ids that a model of so many embeddings lacks."""
-        return Encoder(
-            self.tokenizer,
-            self.max_length,
-            prompts=self.config.generate > 0,
-            skip_bad=self.config.skip_bad,
-            vocabulary=vocabulary,
-            model=self.config.model_path,
-        )
+        config = self.config
+        return Encoder(self.tokenizer, self.max_length, config.generate > 0, config.skip_bad, vocabulary, config.model_path)
 
     def own_items(self) -> Iterator[CorpusItem]:
         """This process's share of the corpus."""
         return self.world.share(self.corpus)
-
-    def metadata(self) -> dict[str, Any]:
-        """Metadata of the file. Reads all weights once, to hash them."""
-        return scan_metadata(
-            self.config,
-            self.folder,
-            self.tokenizer,
-            self.model_config,
-            corpus_hash=self.corpus.content_hash(),
-            dtype=self.dtype,
-            max_length=self.max_length,
-            parameters=self.weights.values,
-        )
 
 
 def prepare(config: ScanConfig, world: World) -> Prepared:

@@ -24,9 +24,10 @@ from .engine.engine import ScanEngine, SequenceScan
 from .engine.forward import vocabulary_size
 from .engine.integral import lost_tokens
 from .generation import Generator
+from .identity import scan_metadata
 from .output import NOTHING, Existing, OutputCompleteError, check_writable, find_existing, member_path, open_writer, refuse_existing
 from .prepare import Prepared, prepare
-from .tokens import TokenCounts, TokenSequence, plan_batches
+from .tokens import TokenCounts, TokenSequence, padded, plan_batches
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def run_scan(config: ScanConfig, *, progress: Callable[[ScanProgress], None] | N
             refuse_existing(config.output, "when resuming is off")
     prepared = prepare(config, world)
     check_fits(prepared.folder, prepared.dtype, prepared.device)  # before every byte of the weights is read for their hash
-    metadata = prepared.metadata()
+    metadata = scan_metadata(prepared)
     existing = NOTHING if config.overwrite else find_existing(config.output, metadata)
     _refuse_complete(prepared, existing)
     scan = _Scan(prepared, existing, report)
@@ -172,7 +173,7 @@ class _Scan:
                 continue
             started = time.perf_counter()
             scanned = generator.answer(batch) if generator else batch
-            results = engine.scan(*_padded(scanned, prepared.padding))
+            results = engine.scan(*padded(scanned, prepared.padding))
             for sequence, result, wanted in zip(scanned, results, missing, strict=True):
                 if wanted:
                     self._append(writer, sequence, result)
@@ -273,16 +274,6 @@ def _generator(prepared: Prepared, model: PreTrainedModel) -> Generator:
         top_p=config.top_p,
         seed=config.seed,
     )
-
-
-def _padded(sequences: list[TokenSequence], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(sequence.token_ids) for sequence in sequences)
-    ids = torch.full((len(sequences), width), padding, dtype=torch.int64)
-    mask = torch.zeros((len(sequences), width), dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence.token_ids)] = torch.from_numpy(sequence.token_ids)
-        mask[row, : len(sequence.token_ids)] = 1
-    return ids, mask
 
 
 @contextmanager

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .._io.folders import check_vocabulary
 from ..errors import InputError, reason
@@ -50,6 +53,7 @@ class TokenCounts:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass(frozen=True)
 class Encoder:
     """Tokenises items one at a time and counts those that it cuts or leaves out. A prompt is never cut, since the model answers its end.
 
@@ -62,22 +66,12 @@ class Encoder:
         model: name of the model in error messages.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        max_length: int,
-        *,
-        prompts: bool = False,
-        skip_bad: bool = False,
-        vocabulary: int | None = None,
-        model: str = "the model",
-    ) -> None:
-        self._vocabulary = vocabulary
-        self._model = model
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._prompts = prompts
-        self._skip_bad = skip_bad
+    tokenizer: Any
+    max_length: int
+    prompts: bool
+    skip_bad: bool
+    vocabulary: int | None
+    model: str
 
     def encode_all(self, items: Iterable[CorpusItem], counts: TokenCounts) -> Iterator[TokenSequence]:
         """The items that are long enough, in order.
@@ -97,55 +91,55 @@ class Encoder:
             counts.skipped[NO_TEMPLATE_FIT] += 1
             return None
         # One token more than wanted tells a cut text from one that just fits; a chat template brings its own special tokens.
-        ids = self._tokenizer(
-            text, add_special_tokens=not chat, truncation=True, max_length=self._max_length + 1, return_attention_mask=False, verbose=False
+        ids = self.tokenizer(
+            text, add_special_tokens=not chat, truncation=True, max_length=self.max_length + 1, return_attention_mask=False, verbose=False
         )["input_ids"]
-        if self._vocabulary is not None and ids:
-            check_vocabulary(self._vocabulary, max(ids), self._model, item.sequence_id)
-        if len(ids) < (1 if self._prompts else 2):
-            counts.skipped[EMPTY_PROMPT if self._prompts else TOO_SHORT] += 1
+        if self.vocabulary is not None and ids:
+            check_vocabulary(self.vocabulary, max(ids), self.model, item.sequence_id)
+        if len(ids) < (1 if self.prompts else 2):
+            counts.skipped[EMPTY_PROMPT if self.prompts else TOO_SHORT] += 1
             return None
-        if len(ids) > self._max_length:
-            if self._prompts:
-                counts.skipped[LONG_PROMPT.format(self._max_length)] += 1
+        if len(ids) > self.max_length:
+            if self.prompts:
+                counts.skipped[LONG_PROMPT.format(self.max_length)] += 1
                 return None
             counts.truncated += 1
-            ids = ids[: self._max_length]
-            text = self._tokenizer.decode(ids)
+            ids = ids[: self.max_length]
+            text = self.tokenizer.decode(ids)
         counts.sequences += 1
         counts.tokens += len(ids)
         return TokenSequence(item.sequence_id, np.asarray(ids, np.int64), text)
 
     def _render(self, item: CorpusItem) -> str | None:
-        if self._tokenizer.chat_template is None:
+        if self.tokenizer.chat_template is None:
             raise InputError(
                 f"dataset_path must hold plain text where the tokenizer has no chat template, got messages in {item.sequence_id}."
             )
         messages = list(item.messages or ())
-        if self._prompts and messages and messages[-1].get("role") == "assistant":
+        if self.prompts and messages and messages[-1].get("role") == "assistant":
             messages.pop()  # the model gives its own answer
         try:
             text = self._templated(messages, item.tools)
             fault = CALLS_DROPPED if self._drops_calls(text, messages, item.tools) else None
         except Exception as error:  # templates are programs: jinja's errors, and whatever their own code raises
-            if self._skip_bad:
+            if self.skip_bad:
                 return None
             raise self._refused(item, reason(error, 100)) from error
         if fault is None:
             return text
-        if self._skip_bad:
+        if self.skip_bad:
             return None
         raise self._refused(item, fault)
 
     def _templated(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
-        options = {"tokenize": False, "add_generation_prompt": self._prompts, **({"tools": tools} if tools else {})}
+        options = {"tokenize": False, "add_generation_prompt": self.prompts, **({"tools": tools} if tools else {})}
         try:
-            return str(self._tokenizer.apply_chat_template(messages, **options))
+            return str(self.tokenizer.apply_chat_template(messages, **options))
         except Exception:
             if not any("tool_calls" in turn for turn in messages):
                 raise
         # Most templates take the arguments of a call as an object, some (DeepSeek's) as its JSON.
-        return str(self._tokenizer.apply_chat_template([_with_json_arguments(turn) for turn in messages], **options))
+        return str(self.tokenizer.apply_chat_template([_with_json_arguments(turn) for turn in messages], **options))
 
     def _drops_calls(self, text: str, messages: list[dict[str, Any]], tools: list[Any] | None) -> bool:
         """Whether a template gives the same text without the calls."""
@@ -171,6 +165,12 @@ def _with_json_arguments(turn: dict[str, Any]) -> dict[str, Any]:
         for call in turn["tool_calls"]
     ]
     return {**turn, "tool_calls": calls}
+
+
+def padded(sequences: list[TokenSequence], padding: int, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, (sequences, tokens) int64, with `padding` on one side of shorter rows."""
+    ids = [torch.from_numpy(sequence.token_ids) for sequence in sequences]
+    return pad_sequence(ids, True, padding, side), pad_sequence([torch.ones_like(row) for row in ids], True, 0, side)
 
 
 def plan_batches(sequences: Iterable[TokenSequence], batch_size: int) -> Iterator[list[TokenSequence]]:
