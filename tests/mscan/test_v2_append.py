@@ -137,7 +137,7 @@ def test_nothing_is_replaced_before_the_arguments_are_right(tmp_path: Path) -> N
         (({}, wide), {}, "at most 2\\^26 blocks"),
         (([1], LAYOUT), {}, "metadata must be a dict with strings for keys"),
         (({1: 1, "1": 2}, LAYOUT), {}, "metadata must be a dict with strings for keys"),
-        (({}, LAYOUT), {"codec": None}, "codec must be one of 'log2u16', 'f32', got None"),
+        (({}, LAYOUT), {"codec": None}, "codec must be one of log2u16, f32, got None"),
         (({}, [LayoutEntry("a.weight", 1.5, 1, 0)]), {}, "three integers below 2\\^63"),
         (({}, [LayoutEntry("a\ud800", 64, 1, 0)]), {}, "layout names must be valid Unicode"),
     ):
@@ -250,10 +250,10 @@ def test_modes_say_what_is_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "r"}, "mode must be one of 'x', 'w', 'a', got 'r'"),
-        ({"codec": "f16"}, "codec must be one of 'log2u16', 'f32', got 'f16'"),
-        ({"sync": "always"}, "sync must be one of 'none', 'chunk', 'close', got 'always'"),
-        ({"compression": "gzip"}, "compression must be one of None, 'zstd', got 'gzip'"),
+        ({"mode": "r"}, "mode must be one of x, w, a, got 'r'"),
+        ({"codec": "f16"}, "codec must be one of log2u16, f32, got 'f16'"),
+        ({"sync": "always"}, "sync must be one of none, chunk, close, got 'always'"),
+        ({"compression": "gzip"}, "compression must be one of None, zstd, got 'gzip'"),
         ({"metadata": {"x": float("nan")}}, "metadata must be JSON values"),
         ({"metadata": {"x": "\ud800"}}, "metadata must be JSON values"),
         ({"metadata": None}, "metadata and layout must be given"),

@@ -164,19 +164,17 @@ def verify(path: PathLike) -> Verification:
     Raises:
         OSError: the file cannot be opened.
     """
-    size = _size(path)
-    try:
-        with MscanReader(path, recovery="strict") as reader:
-            if reader.version == 1:  # has no checksums, and opening it reads no record
-                reader.verify()
-            return Verification(Path(path), reader.version, len(reader.sequences), _tokens(reader), size, None)
-    except MscanError as error:
-        failure = error
-    try:
-        with MscanReader(path, recovery="salvage") as reader:
-            return Verification(Path(path), reader.version, len(reader.sequences), _tokens(reader), size, failure)
-    except MscanError:
-        return Verification(Path(path), None, 0, 0, size, failure)
+    size, failure = _size(path), None
+    for recovery in ("strict", "salvage"):
+        try:
+            with MscanReader(path, recovery=recovery) as reader:
+                if reader.version == 1 and failure is None:  # has no checksums, and opening it reads no record
+                    reader.verify()
+                tokens = sum(sequence.num_tokens for sequence in reader.sequences)
+                return Verification(Path(path), reader.version, len(reader.sequences), tokens, size, failure)
+        except MscanError as error:
+            failure = failure or error
+    return Verification(Path(path), None, 0, 0, size, failure)
 
 
 def describe(path: PathLike, *, recovery: str = "tail") -> Description:
@@ -200,10 +198,6 @@ def describe(path: PathLike, *, recovery: str = "tail") -> Description:
 def _size(path: PathLike) -> int:
     members = rank_members(os.fspath(path)) or [os.fspath(path)]
     return sum(os.stat(member).st_size for member in members)
-
-
-def _tokens(reader: MscanReader) -> int:
-    return sum(sequence.num_tokens for sequence in reader.sequences)
 
 
 def _common_layout(readers: Sequence[MscanReader]) -> list[LayoutEntry]:

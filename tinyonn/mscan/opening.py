@@ -10,7 +10,8 @@ from pathlib import Path
 from ..errors import MscanError
 from .v1.header import MAGIC, PROLOGUE
 
-_RANK = re.compile(r"(?P<stem>.+)\.rank(?P<rank>\d+)-of-(?P<size>\d+)\.mscan")
+# Name of one file of a set.
+RANK = re.compile(r"(?P<stem>.+)\.rank(?P<rank>\d+)-of-(?P<size>\d+)\.mscan")
 
 
 def version_of(path: str) -> int:
@@ -45,14 +46,14 @@ def rank_members(path: str) -> list[str] | None:
         MscanError: a member is missing, or sets of different sizes share this name.
     """
     place = Path(path)
-    match = _RANK.fullmatch(place.name)
+    match = RANK.fullmatch(place.name)
     if match:
         stem, sizes = match["stem"], {int(match["size"])}
     elif place.exists() or place.suffix != ".mscan" or not place.parent.is_dir():
         return None
     else:
         stem = place.stem
-        found = (_RANK.fullmatch(name) for name in os.listdir(place.parent))
+        found = (RANK.fullmatch(name) for name in os.listdir(place.parent))
         sizes = {int(member["size"]) for member in found if member and member["stem"] == stem}
         if not sizes:
             return None
@@ -66,12 +67,3 @@ def rank_members(path: str) -> list[str] | None:
         if not name.exists():
             raise MscanError(path, f"a set must be complete: {name.name} is missing.")
     return [os.fspath(name) for name in names]
-
-
-def version_alone(path: str, whole_set: bool) -> int | None:
-    """Version of the file that `path` opens; None if it opens a set of files.
-
-    Args:
-        whole_set: whether a member of a set opens the whole set.
-    """
-    return None if whole_set and rank_members(path) is not None else version_of(path)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, MscanError
-from .opening import rank_members, version_alone, version_of
+from .opening import rank_members, version_of
 from .reader import MscanReader, PlaneCodes, StoredSequence, StoredSequences
 from .stats import ModuleStats
 from .types import Integral
@@ -23,7 +23,7 @@ from .v2 import V2Reader
 RANK_KEYS = frozenset({"rank", "model_path"})  # metadata in which the members of a set may differ
 
 
-class RankSetReader(MscanReader):
+class RankSetReader(MscanReader, reads=None):
     """Reads `name.rankI-of-N.mscan`, I = 0 … N−1: the sequences of rank 0, then those of rank 1, and so on; see `MscanReader`.
 
     Raises:
@@ -32,10 +32,6 @@ class RankSetReader(MscanReader):
     """
 
     version = 2
-
-    @classmethod
-    def _reads(cls, path: str, whole_set: bool) -> bool:
-        return version_alone(path, whole_set) is None
 
     def __init__(self, path: str | os.PathLike[str], *, recovery: str = "tail", whole_set: bool = True) -> None:
         self.path = os.fspath(path)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .layout import LayoutEntry
+from .opening import rank_members, version_of
 from .stats import ModuleStats
 from .types import Integral
 
@@ -117,7 +118,7 @@ class MscanReader:
         report: one line for each part that recovery left out.
     """
 
-    _kinds: ClassVar[list[type[MscanReader]]] = []
+    _kinds: ClassVar[dict[int | None, type[MscanReader]]] = {}  # version, or None for a set -> its reader
 
     path: str
     recovery: str
@@ -130,17 +131,12 @@ class MscanReader:
     def __new__(cls, path: str | os.PathLike[str], *, recovery: str = "tail", whole_set: bool = True) -> Any:
         kind = cls
         if cls is MscanReader:
-            kind = next(kind for kind in cls._kinds if kind._reads(os.fspath(path), whole_set))
+            place = os.fspath(path)
+            kind = cls._kinds[None if whole_set and rank_members(place) is not None else version_of(place)]
         return super().__new__(kind)
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        MscanReader._kinds.append(cls)
-
-    @classmethod
-    def _reads(cls, path: str, whole_set: bool) -> bool:
-        """Whether this class reads the file or set at `path`."""
-        raise NotImplementedError
+    def __init_subclass__(cls, *, reads: int | None) -> None:
+        MscanReader._kinds[reads] = cls
 
     def ordinal(self, i: int) -> int:
         """i counted from the front.

@@ -13,7 +13,6 @@ from .. import _C
 from ..errors import MscanError
 from .compression import decompress
 from .layout import LayoutEntry
-from .opening import version_alone
 from .reader import MscanReader, PlaneCodes, StoredSequence, StoredSequences
 from .stats import ModuleStats
 from .types import Integral
@@ -41,14 +40,10 @@ def gap_lines(gaps: list[tuple[int, int, str]]) -> list[str]:
     return [f"bytes {begin} … {end} left out: {rule}" if begin < end else f"byte {begin}: {rule}" for begin, end, rule in gaps]
 
 
-class V2Reader(MscanReader):
+class V2Reader(MscanReader, reads=2):
     """Reads one version 2 file; see `MscanReader`. Sequences written before the layout grew have NaN in the new blocks."""
 
     version = 2
-
-    @classmethod
-    def _reads(cls, path: str, whole_set: bool) -> bool:
-        return version_alone(path, whole_set) not in (None, 1)
 
     def __init__(self, path: str | os.PathLike[str], *, recovery: str = "tail", whole_set: bool = True) -> None:
         self.path = os.fspath(path)

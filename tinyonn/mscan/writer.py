@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from .. import _C
+from .._io.options import one_of
 from ..errors import InputError, reason
 from .compression import compressor, decompress
 from .layout import LayoutEntry, check_layout
@@ -83,8 +84,7 @@ class MscanWriter:
             ("sync", sync, ("none", "chunk", "close")),
             ("compression", compression, (None, "zstd")),
         ):
-            if value not in choices:
-                raise InputError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+            one_of(*choices)(value, name)
         if mode != "a" and (metadata is None or layout is None):
             raise InputError("metadata and layout must be given unless mode is 'a', got None.")
         if layout is not None:

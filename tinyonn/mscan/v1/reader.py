@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import InputError, MscanError
+from ..._io.options import one_of
+from ...errors import MscanError
 from ..layout import LayoutEntry, group_name, layout_blocks, layout_groups
-from ..opening import version_alone
 from ..reader import MscanReader, PlaneCodes
 from ..stats import ModuleStats
 from ..types import Integral
@@ -65,7 +65,7 @@ class V1Sequence:
         return np.ones(self.num_tokens, np.uint8)
 
 
-class V1Reader(MscanReader):
+class V1Reader(MscanReader, reads=1):
     """Reads a version 1 file.
 
     Args:
@@ -80,15 +80,9 @@ class V1Reader(MscanReader):
 
     version = 1
 
-    @classmethod
-    def _reads(cls, path: str, whole_set: bool) -> bool:
-        return version_alone(path, whole_set) == 1
-
     def __init__(self, path: str | os.PathLike[str], *, recovery: str = "tail", whole_set: bool = True) -> None:
-        if recovery not in RECOVERY:
-            raise InputError(f"recovery must be one of {', '.join(RECOVERY)}, got {recovery!r}.")
         self.path = os.fspath(path)
-        self.recovery = recovery
+        self.recovery = one_of(*RECOVERY)(recovery, "recovery")
         self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self._open()
