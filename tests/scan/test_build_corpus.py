@@ -127,9 +127,9 @@ def test_topic_from_yaml(tmp_path: Path) -> None:
         ("patterns: ['(']", r"patterns must be regular expressions, got '\('"),
         ("min_matches: 3\nkeywords: [a]", r"min_matches must be at most its 1 keywords and patterns, got 3"),
         ("min_matches: 0", r"min_matches must be a whole number of at least 1, got 0"),
-        ("min_density: -1", r"min_density must be at least 0, got -1"),
+        ("min_density: -1", r"min_density must be at least 0 and finite, got -1"),
         ("name: ../x", r"topic must be letters, digits"),
-        ("- a", r"topic must be a YAML mapping, got list"),
+        ("- a", r"topic must be a YAML mapping of options, got list"),
         ("a: [", r"topic must be valid YAML"),
         ("name: 2024-99-99", r"topic must be valid YAML, got .*t\.yaml: month must be in 1..12"),
         ("description: [a]", r"description must be text"),
@@ -161,7 +161,7 @@ def test_an_output_that_is_the_source_or_no_file_is_left_alone(tmp_path: Path) -
 def test_unknown_topics(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"topic must be one of finance, math, python or a YAML file, .* got 'cooking'"):
         load_topic("cooking")
-    with pytest.raises(InputError, match=r"topic must be a readable YAML file, got .*none\.yaml: No such file"):
+    with pytest.raises(InputError, match=r"topic must be a readable file, got .*none\.yaml: No such file"):
         load_topic(str(tmp_path / "none.yaml"))
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import InputError, needs, reason, shown
 from .streams import Content, open_content, place
@@ -132,7 +132,7 @@ def as_record(record: Any, number: int, offset: int) -> Located:
     return Located(number, offset, None, f"must be one JSON object, got {kind}")
 
 
-def iter_jsonl(file: BinaryIO) -> Iterator[Located]:
+def iter_jsonl(file: Iterable[bytes]) -> Iterator[Located]:
     """All lines that are not blank, malformed ones included."""
     offset = 0
     for number, line in enumerate(file, start=1):

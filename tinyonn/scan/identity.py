@@ -63,7 +63,7 @@ def scan_metadata(prepared: Prepared) -> dict[str, Any]:
         "parameters": prepared.weights.values,
         "model_weights_sha256": file_hash(*weight_files(folder)),
         "model_config_sha256": model_config_hash(base_folder(folder)),
-        **_adapter(folder),
+        **({"base_model": base_name(folder), "adapter_config_sha256": settings_hash(folder)} if is_adapter(folder) else {}),
         "tokenizer": type(prepared.tokenizer).__name__,
         "tokenizer_sha256": tokenizer_hash(tokenizer_folder(folder)),
         "corpus": Path(place(config.dataset_path)).name,
@@ -78,11 +78,6 @@ def scan_metadata(prepared: Prepared) -> dict[str, Any]:
     if getattr(model_config.get_text_config(), "tie_word_embeddings", False):
         metadata["tied_head"] = "product and look-up"  # earlier versions recorded the product alone
     return metadata | {"config_hash": identity_hash(metadata)}
-
-
-def _adapter(folder: Path) -> dict[str, str]:
-    """Metadata that distinguishes an adapter from its base model; empty for a whole model."""
-    return {"base_model": base_name(folder), "adapter_config_sha256": settings_hash(folder)} if is_adapter(folder) else {}
 
 
 def _heads(model_config: Any) -> dict[str, int]:

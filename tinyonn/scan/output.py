@@ -10,17 +10,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, listed, shown
 from ..mscan import LayoutEntry, MscanReader, MscanWriter
+from ..mscan.opening import RANK
 from ..mscan.v1.header import MAGIC
 from .config import ScanConfig
 from .distributed import World
@@ -96,14 +96,11 @@ def find_existing(path: Path, metadata: Mapping[str, Any]) -> Existing:
         InputError: two members hold one sequence, as where one was copied over another.
         MscanError: a file is damaged.
     """
-    for attempt in range(_RENAME_RETRIES):
-        try:
+    for _ in range(_RENAME_RETRIES - 1):
+        with suppress(FileNotFoundError):
             return _read_existing(path, metadata)
-        except FileNotFoundError:
-            if attempt == _RENAME_RETRIES - 1:
-                raise
-            time.sleep(_RENAME_WAIT)
-    raise AssertionError("the loop returns or raises")
+        time.sleep(_RENAME_WAIT)
+    return _read_existing(path, metadata)
 
 
 def refuse_existing(path: Path, where: str) -> None:
@@ -156,10 +153,7 @@ def _remove(path: Path, world: World) -> None:
         InputError: another process is writing one; nothing is deleted.
     """
     stale = [path] if world.rank == 0 else []
-    for name in os.listdir(path.parent):
-        match = _member_name(path).fullmatch(name)
-        if match and int(match[1]) % world.size == world.rank:
-            stale.append(path.with_name(name))
+    stale += [file for file, index, _ in _named_as_members(path) if index % world.size == world.rank]
     with ExitStack() as opened:
         for file in stale:
             if file.is_file():
@@ -197,18 +191,22 @@ def _read_existing(path: Path, metadata: Mapping[str, Any]) -> Existing:
 def _list_members(path: Path) -> dict[int, tuple[Path, int]]:
     """The set's files that were begun: index → (file, size of the set by its name)."""
     found: dict[int, tuple[Path, int]] = {0: (path, 1)} if _is_begun(path) else {}
-    for name in sorted(os.listdir(path.parent)) if path.parent.is_dir() else ():
-        match = _member_name(path).fullmatch(name)
-        if match and _is_begun(path.with_name(name)):
-            index, size = int(match[1]), int(match[2])
+    for file, index, size in _named_as_members(path):
+        if _is_begun(file):
             if index in found:
-                raise InputError(f"output_path must have one file for each process, got {found[index][0].name} and {name}; remove one.")
-            found[index] = (path.with_name(name), size)
+                raise InputError(
+                    f"output_path must have one file for each process, got {found[index][0].name} and {file.name}; remove one."
+                )
+            found[index] = (file, size)
     return found
 
 
-def _member_name(path: Path) -> re.Pattern[str]:
-    return re.compile(re.escape(path.stem) + r"\.rank(\d+)-of-(\d+)\.mscan")
+def _named_as_members(path: Path) -> Iterator[tuple[Path, int, int]]:
+    """Files, begun or not, named as members of the set: file, index, size of the set."""
+    for name in sorted(os.listdir(path.parent)) if path.parent.is_dir() else ():
+        match = RANK.fullmatch(name)
+        if match and match["stem"] == path.stem:
+            yield path.with_name(name), int(match["rank"]), int(match["size"])
 
 
 def _is_begun(path: Path) -> bool:

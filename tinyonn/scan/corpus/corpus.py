@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..._io.folders import file_hash
-from ..._io.records import BadRecordError, Located, as_record, content_kind, iter_list, iter_parquet, load_list, open_parquet, parse_line
+from ..._io.records import (
+    BadRecordError,
+    Located,
+    as_record,
+    content_kind,
+    iter_jsonl,
+    iter_list,
+    iter_parquet,
+    load_list,
+    open_parquet,
+    parse_line,
+)
 from ..._io.streams import is_stdin, open_content, open_data, place
 from ...errors import InputError
 from .build import CorpusProgress, CorpusReport, build_corpus
@@ -28,7 +39,7 @@ class Corpus:
     """The sequences of one data set, in file order: `len`, iteration, `corpus[i]`.
 
     Memory holds only the place and identity of each record (about 100 bytes); the text is read again on demand. Compressed lines and those
-    of standard input are written to a temporary file while they are checked, at most `limit` of them.
+    of standard input are copied to a temporary file while they are checked, no further than `limit` needs.
 
     Args:
         path: path of the file; "-" for standard input.
@@ -119,31 +130,24 @@ class Corpus:
     def _place(self, number: int) -> str:
         return f"line {number}" if self.kind == "jsonl" else f"record {number}"
 
-    def _located(self) -> Iterator[tuple[Located, bytes]]:
-        """Every record, with its line if lines are kept."""
+    def _located(self) -> Iterator[Located]:
         if self.kind == "list":
-            yield from ((located, b"") for located in iter_list(self._values))
+            yield from iter_list(self._values)
         elif self.kind == "parquet":
-            yield from ((located, b"") for located in iter_parquet(self.path, _OPTION))
+            yield from iter_parquet(self.path, _OPTION)
         else:
             with self._content.file as file:
-                offset = 0
-                for number, line in enumerate(file, start=1):
-                    located = parse_line(line, number, offset)
-                    offset += len(line)
-                    if located is not None:
-                        yield located, line
+                yield from iter_jsonl(file if self._kept is None else self._copied(file, self._kept))
 
-    def _keep(self, line: bytes) -> int:
-        """Writes a line to the temporary file and returns its place there."""
-        assert self._kept is not None
-        try:
-            place_there = self._kept.tell()
-            self._kept.write(line if line.endswith(b"\n") else line + b"\n")
-        except OSError as error:
-            folder = tempfile.gettempdir()
-            raise InputError(f"{_OPTION} must fit unpacked into {folder} (TMPDIR names another folder): {error.strerror}.") from error
-        return place_there
+    def _copied(self, file: BinaryIO, copy: BinaryIO) -> Iterator[bytes]:
+        """The lines of a file, each after it was copied."""
+        for line in file:
+            try:
+                copy.write(line)
+            except OSError as error:
+                folder = tempfile.gettempdir()
+                raise InputError(f"{_OPTION} must fit unpacked into {folder} (TMPDIR names another folder): {error.strerror}.") from error
+            yield line
 
     def index(self, *, limit: int | None = None, skip_bad: bool = False) -> None:
         """Checks records up to `limit` good ones and notes their places.
@@ -152,7 +156,7 @@ class Corpus:
             InputError: a malformed record, or an id seen before, unless `skip_bad`.
         """
         seen: dict[str, int] = {}
-        for located, line in self._located():
+        for located in self._located():
             if limit is not None and len(self._ids) >= limit:
                 return
             try:
@@ -175,7 +179,7 @@ class Corpus:
             seen[name] = located.number
             self._ids.append(name)
             self._numbers.append(located.number)
-            self._offsets.append(located.offset if self._kept is None else self._keep(line))
+            self._offsets.append(located.offset)
 
 
 def read_corpus(

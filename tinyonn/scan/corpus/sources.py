@@ -55,15 +55,14 @@ def iter_source(source: str, *, subset: str | None = None, split: str = "train")
     """
     require_source(source)
     path = Path(source)
-    if is_stdin(source):
-        yield from _standard_input(subset)
-    elif path.is_dir():
-        if subset is not None:
-            raise InputError(f"subset must be left out for a folder, got {subset!r}.")
+    kind = "standard input" if is_stdin(source) else "a folder" if path.is_dir() else "a file" if path.exists() else ""
+    if kind and subset is not None:
+        raise InputError(f"subset must be left out for {kind}, got {subset!r}.")
+    if kind == "standard input":
+        yield from _standard_input()
+    elif kind == "a folder":
         yield from _folder(path)
-    elif path.exists():
-        if subset is not None:
-            raise InputError(f"subset must be left out for a file, got {subset!r}.")
+    elif kind:
         yield from _records(path, str(path)) if holds_records(path) else _text_file(path, str(path))
     else:
         yield from _hub(source, subset, split)
@@ -100,10 +99,8 @@ def _records(path: Path, shown: str, done: float = 0.0, share: float = 1.0) -> I
         yield SourceRecord(f"{shown}, {unit} {located.number}", located, None, fraction)
 
 
-def _standard_input(subset: str | None) -> Iterator[SourceRecord]:
+def _standard_input() -> Iterator[SourceRecord]:
     """Records where it begins as JSON does, else one text."""
-    if subset is not None:
-        raise InputError(f"subset must be left out for standard input, got {subset!r}.")
     content, shown = open_content(STDIN, "source"), place(STDIN)
     kind = content_kind(content, STDIN, "source")
     if kind == "list" or _starts_with(content.head, b"{"):
@@ -137,12 +134,9 @@ def _text(raw: bytes) -> Located:
         # Line ends are unified, so that the same text in two files compares equal.
         text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        return Located(1, 0, None, f"must be UTF-8, got byte 0x{error.object[error.start]:02x} in line {_line(error)}")
+        line = error.object.count(b"\n", 0, error.start) + 1
+        return Located(1, 0, None, f"must be UTF-8, got byte 0x{error.object[error.start]:02x} in line {line}")
     return Located(1, 0, None, "must be text, got bytes of zero") if "\0" in text else Located(1, 0, {"text": text})
-
-
-def _line(error: UnicodeDecodeError) -> int:
-    return error.object.count(b"\n", 0, error.start) + 1
 
 
 def _folder(root: Path) -> Iterator[SourceRecord]:

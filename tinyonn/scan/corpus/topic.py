@@ -7,12 +7,11 @@ import fnmatch
 import functools
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
+from ..._io.config import read_yaml
+from ..._io.options import integer, number
 from ...errors import InputError, did_you_mean, listed, reason, shown
 
 
@@ -52,15 +51,13 @@ class Topic:
             raise InputError(f"topic must be letters, digits, '.', '_' or '-', got {self.name!r}.")
         if not isinstance(self.description, str):
             raise InputError(f"topic {self.name}: description must be text, got {self.description!r}.")
-        for field in ("keywords", "patterns", "exclude", "files", "code_languages"):
+        for field in _LISTS:
             value = getattr(self, field)
             if isinstance(value, str) or not all(isinstance(entry, str) and entry.strip() for entry in value):
                 raise InputError(f"topic {self.name}: {field} must be a list of non-empty strings, got {value!r}.")
             object.__setattr__(self, field, tuple(value))
-        if isinstance(self.min_matches, bool) or not isinstance(self.min_matches, int) or self.min_matches < 1:
-            raise InputError(f"topic {self.name}: min_matches must be a whole number of at least 1, got {self.min_matches!r}.")
-        if isinstance(self.min_density, bool) or not isinstance(self.min_density, (int, float)) or not self.min_density >= 0:
-            raise InputError(f"topic {self.name}: min_density must be at least 0, got {self.min_density!r}.")
+        integer(1)(self.min_matches, f"topic {self.name}: min_matches")
+        number(minimum=0)(self.min_density, f"topic {self.name}: min_density")
         possible = len({keyword.casefold() for keyword in self.keywords}) + len(self.patterns)
         if possible and self.min_matches > possible:
             raise InputError(
@@ -138,13 +135,15 @@ class Topic:
         return blocks
 
 
+_LISTS = ("keywords", "patterns", "exclude", "files", "code_languages")
+_BUILTIN = Path(__file__).parent.parent / "topics"
 _WORD = re.compile(r"\w+")
 _FENCE = re.compile(r"^(?P<fence>`{3,}|~{3,})[ \t]*(?P<label>[^\n`]*)\n(?P<code>.*?)^(?P=fence)[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
 def builtin_topics() -> list[str]:
     """Names of the topics that come with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
+    return sorted(path.stem for path in _BUILTIN.glob("*.yaml"))
 
 
 def load_topic(name: str) -> Topic:
@@ -154,41 +153,20 @@ def load_topic(name: str) -> Topic:
         InputError: neither exists, or the file is invalid.
     """
     path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"topic must be a readable YAML file, got {name}: {error.strerror}.") from error
-        except UnicodeDecodeError:
-            raise InputError(f"topic must be a UTF-8 YAML file, got {name}.") from None
-        return _from_yaml(text, str(path), path.stem)
-    if name in builtin_topics():
-        return _from_yaml((_folder() / f"{name}.yaml").read_text(encoding="utf-8"), name, name)
-    raise InputError(
-        f"topic must be one of {listed(builtin_topics(), 12)} or a YAML file, or come with keywords or patterns, got {name!r}"
-        f"{did_you_mean(name, builtin_topics())}"
-    )
-
-
-def _folder() -> Any:
-    return resources.files("tinyonn.scan") / "topics"
-
-
-def _from_yaml(text: str, source: str, default_name: str) -> Topic:
-    import yaml
-
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"topic must be valid YAML, got {source}: {reason(error, 100)}") from None
-    if not isinstance(content, Mapping):
-        raise InputError(f"topic must be a YAML mapping, got {type(content).__name__} in {source}.")
+    if path.suffix not in (".yaml", ".yml"):
+        if name not in builtin_topics():
+            raise InputError(
+                f"topic must be one of {listed(builtin_topics(), 12)} or a YAML file, or come with keywords or patterns, got {name!r}"
+                f"{did_you_mean(name, builtin_topics())}"
+            )
+        path = _BUILTIN / f"{name}.yaml"
+    content = read_yaml(path, "topic")
     known = [field.name for field in dataclasses.fields(Topic)]
     for key in content:
         if key not in known:
-            raise InputError(f"topic {source}: key must be one of {', '.join(known)}, got {key!r}{did_you_mean(key, known)}")
+            raise InputError(f"topic {path}: key must be one of {', '.join(known)}, got {key!r}{did_you_mean(key, known)}")
     values = {key: value for key, value in content.items() if value is not None}
-    for key in ("keywords", "patterns", "exclude", "files", "code_languages"):
+    for key in _LISTS:
         if key in values and not isinstance(values[key], list):
-            raise InputError(f"topic {source}: {key} must be a list of non-empty strings, got {shown(values[key])}.")
-    return Topic(**{"name": default_name, **values})
+            raise InputError(f"topic {path}: {key} must be a list of non-empty strings, got {shown(values[key])}.")
+    return Topic(**{"name": path.stem, **values})

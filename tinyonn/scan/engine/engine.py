@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ...errors import InputError, did_you_mean
+from ..._io.options import one_of
+from ...errors import InputError
 from ...hf.interfaces import attention_implementation
 from ...mscan.layout import LayoutEntry, layout_groups
 from ...mscan.types import Integral
@@ -88,8 +89,6 @@ class ScanEngine:
     """
 
     def __init__(self, model: PreTrainedModel, *, credit: str = "full", targets: str = "all") -> None:
-        if credit not in CREDITS:
-            raise InputError(f"credit must be one of {', '.join(CREDITS)}, got {credit!r}{did_you_mean(credit, CREDITS)}")
         if not isinstance(getattr(model, "config", None), PretrainedConfig):
             raise InputError(f"model must be a transformers causal language model, got {type(model).__name__}.")
         if any(parameter.is_inference() for parameter in model.parameters()):
@@ -98,7 +97,7 @@ class ScanEngine:
         if len(devices) != 1 or next(iter(devices)).type == "meta":
             raise InputError(f"model must be on one device, got {', '.join(sorted(map(str, devices)))}.")
         self.model = model
-        self.credit = credit
+        self.credit = one_of(*CREDITS)(credit, "credit")
         self.device = devices.pop()
         self._take(find_targets(model, targets))
         self.unproven: Mapping[str, str] = {}
@@ -173,11 +172,8 @@ class ScanEngine:
         results: dict[int, SequenceScan] = {}
         for rows, part in batch.split(switches):
             with _recording():
-                results.update(zip(rows, self._scan(part), strict=True))
+                results.update(zip(rows, self._results(part, *self._captured(part)), strict=True))
         return [results[row] for row in range(len(results))]
-
-    def _scan(self, batch: Batch) -> list[SequenceScan]:
-        return list(self._results(batch, *self._captured(batch)))
 
     def _captured(self, batch: Batch) -> tuple[Capture, Tensor]:
         """The planes of a batch, and the loss of each token."""
@@ -219,14 +215,11 @@ class ScanEngine:
 
     @contextmanager
     def _experts(self, recorder: Recorder | None) -> Iterator[None]:
-        recorders: dict[nn.Module, PairRecorder] = {}
         by_module: dict[nn.Module, dict[str, Target]] = {}
         for target in self._targets:
             if target.is_experts:
                 by_module.setdefault(target.module, {})[target.weight] = target
-        for module, weights in by_module.items():
-            recorders[module] = _pair_recorder(weights, recorder)
-        with recorded_experts(self.model, recorders):
+        with recorded_experts(self.model, {module: _pair_recorder(weights, recorder) for module, weights in by_module.items()}):
             yield
 
     def _prove(self) -> None:
