@@ -75,14 +75,13 @@ except RuntimeError as error:
 
 
 def launching() -> dict[str, ast.FunctionDef]:
-    """Functions of the ops that launch kernels; helpers of theirs left out."""
+    """Functions of the ops that launch kernels."""
     found = {}
     for path in sorted(Path(ops.__file__).parent.rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             modules = [part.module or "" for part in ast.walk(node) if isinstance(part, ast.ImportFrom)]
             if isinstance(node, ast.FunctionDef) and any(module.startswith("tinyonn_kernels.") for module in modules):
                 found[f"{path.stem}.{node.name}"] = node
-    del found["_triton_nsa._interval_backward"]
     return found
 
 

@@ -104,7 +104,7 @@ def test_each_part_has_exact_gradients(part, impl, queries):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_detached_scores_cost_no_gradient_of_theirs(impl, monkeypatch):
-    module = sys.modules["tinyonn.ops.nsa.select_blocks"]
+    module = sys.modules[f"tinyonn.ops.nsa.{'_triton_nsa' if impl == 'triton' else '_torch_select'}"]
     original, made = module.select_backward, []
 
     def spy(*args: Any) -> Any:

@@ -416,7 +416,7 @@ def step_at_64k(device: str, heads: int, kv_heads: int, packed: bool) -> tuple[t
     """Inputs for 64k tokens, D = 128, bfloat16, and forward and backward of them."""
     from tinyonn.ops.nsa import _triton_dyn_nsa
     from tinyonn.ops.nsa._checks import Bounds
-    from tinyonn.ops.nsa._tuples import Grads, Inputs, Options, Saved
+    from tinyonn.ops.nsa._tuples import Inputs, Options, Saved
 
     tokens, dim = 1 << 16, 128
 
@@ -431,9 +431,9 @@ def step_at_64k(device: str, heads: int, kv_heads: int, packed: bool) -> tuple[t
 
     def step() -> None:
         results = _triton_dyn_nsa.dyn_nsa_forward(inputs, options, bounds)
-        cotangents = Grads(torch.empty_like(results.out).fill_(1e-3), torch.zeros_like(results.soft_counts))
-        saved = Saved(*(getattr(results, name) for name in Saved._fields))
-        grads = _triton_dyn_nsa.dyn_nsa_backward(inputs._replace(tau=results.tau), saved, cotangents, options, bounds)
+        cotangents = (torch.empty_like(results.out).fill_(1e-3), torch.zeros_like(results.soft_counts))
+        saved = Saved(*(getattr(results, name) for name in Saved._fields[:-2]), *cotangents)
+        grads = _triton_dyn_nsa.dyn_nsa_backward(inputs._replace(tau=results.tau), saved, options, bounds)
         grads = [grad.to(x.dtype) for grad, x in zip(grads, inputs[:-1], strict=True)]
 
     return inputs, step

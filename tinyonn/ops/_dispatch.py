@@ -40,7 +40,8 @@ def register(name: str, function: Callable[..., Any], fake: Callable[..., Any], 
 
 
 _SCHEMA_TYPES = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool", str: "str", str | None: "str?",
+    Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool", list[bool]: "bool[]", str: "str",
+    str | None: "str?",
 }  # fmt: skip
 
 
@@ -169,6 +170,15 @@ def _interpreted() -> bool:
     from tinyonn_kernels import INTERPRETED
 
     return INTERPRETED
+
+
+def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """A registered op drops tangents of forward-mode differentiation without a word: its derivative would come out as 0."""
+    for tensor in tensors:
+        if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                f"{op} must be differentiated by reverse mode, got a forward-mode tangent: use backward or vjp, or impl='reference'."
+            )
 
 
 def check_float(name: str, tensor: Tensor, min_dim: int = 1) -> None:

@@ -11,8 +11,17 @@ from torch import Tensor
 from ... import reference
 from ..._debug import debug_enabled
 from ...reference.experts.expert_mlp import Activation, SurpriseKind
-from .._dispatch import check_float, check_impl, check_same_device, choose_impl, parts_of, register, schema_of, statistics_dtype
-from ..nsa._checks import refuse_tangents
+from .._dispatch import (
+    check_float,
+    check_impl,
+    check_same_device,
+    choose_impl,
+    parts_of,
+    refuse_tangents,
+    register,
+    schema_of,
+    statistics_dtype,
+)  # fmt: skip
 from ._autograd import Experts, gradients_by, save_for_backward
 from ._checks import check_index_type, check_inputs, check_probe, check_values, limit_of
 from ._torch_experts import stored_surprise

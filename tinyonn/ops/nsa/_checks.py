@@ -6,14 +6,13 @@ B batch, T queries of Tk positions (the last ones), H query heads, K key/value h
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..._debug import debug_enabled
-from .._dispatch import check_float, check_same_device, choose_impl
+from .._dispatch import check_float, check_same_device, choose_impl, statistics_dtype
 
 COMPRESS_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 256
@@ -41,15 +40,6 @@ def choose_nsa_impl(impl: str, query: Tensor) -> str:
             "use float16 or bfloat16 (to 256), or impl='torch'."
         )
     return choose_impl(impl, query)
-
-
-def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
-    """A registered op drops tangents of forward-mode differentiation without a word: its derivative would come out as 0."""
-    for tensor in tensors:
-        if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(
-                f"{op} must be differentiated by reverse mode, got a forward-mode tangent: use backward or vjp, or impl='reference'."
-            )
 
 
 def in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -236,11 +226,12 @@ def check_window(window: int) -> None:
         raise ValueError(f"window must be at least 1, got {window}.")
 
 
-def in_dtypes_of(inputs: Sequence[Any], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients in the dtypes of their inputs."""
-    return tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
-
-
-def like_inputs(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    """Shapes of the gradients of query, key and value."""
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def empty_lists(query: Tensor, num_kv: int, max_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """indices, counts, bias, soft_counts as they are where nothing is selected."""
+    rows, dtype, device = (*query.shape[:2], num_kv), statistics_dtype(query.dtype), query.device
+    return (
+        torch.full((*rows, max_blocks), -1, dtype=torch.int32, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+        torch.zeros((*rows, max_blocks), dtype=dtype, device=device),
+        torch.zeros(rows, dtype=dtype, device=device),
+    )

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from .._dispatch import statistics_dtype, without_autocast
-from ._torch_nsa import Span, broken_rows, finite
+from ._checks import Bounds
+from ._torch_nsa import Span, broken_rows, finite, heads_first, spans_of
+from ._tuples import SparseInputs, SparseOptions
 
 ROWS_AT_ONCE = 1 << 11  # queries of a block, so that their scores stay in the cache
 FEW_ROWS = 16  # queries, as when decoding, that share too little for one key block after another: their keys are gathered
@@ -64,23 +66,15 @@ def visits_of(indices: Tensor, counts: Tensor, span: Span, block_size: int, brok
 
 
 @without_autocast
-def block_sparse_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    bias: Tensor | None,
-    spans: list[Span],
-    block_size: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def block_sparse_forward(inputs: SparseInputs, options: SparseOptions, bounds: Bounds) -> tuple[Tensor, Tensor]:
     """out (B, T, H, D), lse (B, T, H)."""
+    query, key, value, indices, counts, bias = inputs
+    block_size, scale = options
     dtype = statistics_dtype(query.dtype)
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = torch.full(query.shape[:3], -math.inf, dtype=dtype, device=query.device)
     num_kv = key.shape[2]
-    for span in spans:
+    for span in spans_of(query, key.shape[1], block_size, bounds):
         rows = (span.batch, slice(span.query_begin, span.query_end))
         q = _by_head(query[rows], num_kv, dtype).mul_(scale)
         row_bias = None if bias is None else bias[rows]
@@ -89,7 +83,7 @@ def block_sparse_forward(
             out[rows] = few_out.transpose(0, 1).flatten(1, 2).to(out.dtype)
             lse[rows] = few_lse.transpose(0, 1).flatten(1, 2)
             continue
-        k, v = _keys(key, span, dtype), _keys(value, span, dtype)
+        k, v = (heads_first(x[span.batch, span.key_begin : span.key_end], dtype) for x in (key, value))
         mixed = torch.zeros_like(q)
         top = torch.full(q.shape[:3], -math.inf, dtype=dtype, device=q.device)
         total = torch.zeros_like(top)
@@ -143,32 +137,21 @@ def _few_rows(
 
 @without_autocast
 def block_sparse_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    product: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    spans: list[Span],
-    block_size: int,
-    scale: float,
+    inputs: SparseInputs, lse: Tensor, shift: Tensor, grad_out: Tensor, options: SparseOptions, bounds: Bounds
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and bias; `product` (B, T, H) is that of out and grad_out."""
+    """Gradients of query, key, value and bias; `shift` (B, T, H) is the product of out and grad_out, less the gradient of lse."""
+    query, key, value, indices, counts, bias = inputs
+    block_size, scale = options
     dtype = lse.dtype
     grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
     grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=dtype, device=bias.device)
     num_kv = key.shape[2]
-    shift = product if grad_lse is None else product - grad_lse
-    for span in spans:
+    for span in spans_of(query, key.shape[1], block_size, bounds):
         rows = (span.batch, slice(span.query_begin, span.query_end))
         columns = (span.batch, slice(span.key_begin, span.key_end))
         q, grad = _by_head(query[rows], num_kv, dtype).mul_(scale), _by_head(grad_out[rows], num_kv, dtype)
         row_lse, row_shift = (_by_head(x[rows].unsqueeze(-1), num_kv, dtype).squeeze(-1) for x in (finite(lse), shift))
-        k, v = _keys(key, span, dtype), _keys(value, span, dtype)
+        k, v = (heads_first(x[span.batch, span.key_begin : span.key_end], dtype) for x in (key, value))
         grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         row_bias = None if bias is None else bias[rows]
         for visit in visits_of(indices[rows], counts[rows], span, block_size, broken_rows(k, v)):
@@ -202,7 +185,3 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, visit: Visit) -> Tensor:
 def _by_head(x: Tensor, num_kv: int, dtype: torch.dtype) -> Tensor:
     """(n, H, D) -> (K, n, G, D) contiguous."""
     return x.unflatten(1, (num_kv, -1)).transpose(0, 1).to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _keys(x: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
-    return x[span.batch, span.key_begin : span.key_end].transpose(0, 1).to(dtype, memory_format=torch.contiguous_format).contiguous()

@@ -8,38 +8,46 @@ branch with the gradient of out, which is the gradient of its gate, falls out of
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .._dispatch import statistics_dtype
 from ._checks import Bounds
 from ._torch_block_sparse import block_sparse_backward, block_sparse_forward
-from ._torch_nsa import (
-    Span,
-    compressed_backward,
-    compressed_forward,
-    spans_of,
-    window_backward,
-    window_forward,
-)
+from ._torch_nsa import compressed_backward, compressed_forward, spans_of, window_backward, window_forward
 from ._torch_select import select_backward, select_forward
-from ._tuples import Grads, Inputs, Options, Results, Saved
+from ._tuples import (
+    CompressedOptions,
+    CompressedSaved,
+    Inputs,
+    Options,
+    QueryKeyValue,
+    Results,
+    Saved,
+    SelectInputs,
+    SelectOptions,
+    SelectSaved,
+    SparseInputs,
+    SparseOptions,
+    WindowOptions,
+    WindowSaved,
+)  # fmt: skip
 
 
 def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results:
     """Forward of the registered op."""
     query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
-    window, temperature, block_size, compress_size, max_blocks, _, scale = options
-    spans = spans_of(query, key.shape[1], compress_size, *bounds)
-    dtype = statistics_dtype(query.dtype)
-    compressed, lse_compressed, entropy = compressed_forward(query, key_compressed, value_compressed, spans, compress_size, scale)
-    own_tau = attention_tau(entropy, spans, key.shape[2], compress_size) if tau is None else entropy.new_empty(0)
+    dtype, num_kv = statistics_dtype(query.dtype), key.shape[2]
+    of = _parts(options, key.shape[1])
+    compressed, lse_compressed, entropy = compressed_forward(QueryKeyValue(query, key_compressed, value_compressed), of.compressed, bounds)
+    own_tau = attention_tau(entropy, query, of.compressed, num_kv, bounds) if tau is None else entropy.new_empty(0)
     threshold = base.to(dtype) - slope.to(dtype) * (own_tau if tau is None else tau.to(dtype))
-    indices, counts, bias, soft_counts, overflow = select_forward(
-        query, key_compressed, lse_compressed, threshold, spans, temperature, block_size, compress_size, max_blocks, scale
-    )
-    selected, lse_selected = block_sparse_forward(query, key, value, indices, counts, bias, spans, block_size, scale)
-    near, lse_window = window_forward(query, key, value, spans, window, scale)
+    lists = select_forward(SelectInputs(query, key_compressed, lse_compressed, threshold), of.select, bounds)
+    indices, counts, bias, soft_counts, overflow = lists
+    selected, lse_selected = block_sparse_forward(SparseInputs(query, key, value, indices, counts, bias), of.sparse, bounds)
+    near, lse_window = window_forward(QueryKeyValue(query, key, value), of.window, bounds)
     weights = gates.to(dtype).unsqueeze(-2)
     out = torch.zeros(query.shape, dtype=dtype, device=query.device)
     for branch, part in enumerate((compressed, selected, near)):
@@ -49,36 +57,23 @@ def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results
     )
 
 
-def dyn_nsa_backward(inputs: Inputs, saved: Saved, grads: Grads, options: Options, bounds: Bounds) -> list[Tensor]:
+def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds) -> list[Tensor]:
     """Gradients of all inputs but tau, in the dtype of computation."""
     query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
-    counts, lse_compressed, lse_selected, lse_window, indices, bias, selected = saved
-    grad_out, grad_soft = grads
+    _, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected, grad_out, grad_soft = saved
     assert tau is not None  # forward's own where the caller gave none
-    window, temperature, block_size, compress_size, _, detach_scores, scale = options
-    spans = spans_of(query, key.shape[1], compress_size, *bounds)
+    of = _parts(options, key.shape[1])
     dtype = lse_compressed.dtype
     weights = gates.to(dtype).unbind(-1)
     grad = grad_out.to(dtype)
 
     product_selected = (selected.to(dtype) * grad).sum(-1)
+    sparse, shift = SparseInputs(query, key, value, indices, counts, bias), product_selected * weights[1]
     grad_query, grad_key, grad_value, grad_bias = block_sparse_backward(
-        query,
-        key,
-        value,
-        indices,
-        counts,
-        bias,
-        lse_selected,
-        product_selected * weights[1],
-        grad * weights[1].unsqueeze(-1),
-        None,
-        spans,
-        block_size,
-        scale,
+        sparse, lse_selected, shift, grad * weights[1].unsqueeze(-1), of.sparse, bounds
     )
     part_query, part_key, part_value, product_window = window_backward(
-        query, key, value, lse_window, grad, weights[2], spans, window, scale
+        QueryKeyValue(query, key, value), WindowSaved(lse_window, grad), of.window, bounds, weights[2]
     )
     grad_query += part_query
     grad_key += part_key
@@ -87,12 +82,11 @@ def dyn_nsa_backward(inputs: Inputs, saved: Saved, grads: Grads, options: Option
     uncertainty = tau.to(dtype)
     threshold = base.to(dtype) - slope.to(dtype) * uncertainty
     assert grad_bias is not None
-    grad_threshold, score_query, score_key, grad_lse = select_backward(
-        query, key_compressed, lse_compressed, threshold, indices, counts, grad_bias, grad_soft, spans, temperature, block_size,
-        compress_size, scale, not detach_scores,
-    )  # fmt: skip
+    scores, lists = SelectInputs(query, key_compressed, lse_compressed, threshold), SelectSaved(indices, counts, grad_bias, grad_soft)
+    grad_threshold, score_query, score_key, grad_lse = select_backward(scores, lists, of.select, bounds, not options.detach_scores)
+    compressed, given = QueryKeyValue(query, key_compressed, value_compressed), CompressedSaved(lse_compressed, grad, grad_lse)
     compressed_query, grad_key_compressed, grad_value_compressed, product_compressed = compressed_backward(
-        query, key_compressed, value_compressed, lse_compressed, grad, weights[0], grad_lse, spans, compress_size, scale
+        compressed, given, of.compressed, bounds, weights[0]
     )
     grad_query += compressed_query
     if score_query is not None and score_key is not None:
@@ -104,13 +98,30 @@ def dyn_nsa_backward(inputs: Inputs, saved: Saved, grads: Grads, options: Option
     return [grad_query, grad_key, grad_value, grad_key_compressed, grad_value_compressed, grad_gates, grad_base, grad_slope]
 
 
-def attention_tau(entropy: Tensor, spans: list[Span], num_kv: int, compress_size: int) -> Tensor:
+class _Parts(NamedTuple):
+    compressed: CompressedOptions
+    select: SelectOptions
+    sparse: SparseOptions
+    window: WindowOptions
+
+
+def _parts(options: Options, num_keys: int) -> _Parts:
+    window, temperature, block_size, compress_size, max_blocks, _, scale = options
+    return _Parts(
+        CompressedOptions(compress_size, num_keys, scale),
+        SelectOptions(temperature, block_size, compress_size, max_blocks, num_keys, scale),
+        SparseOptions(block_size, scale),
+        WindowOptions(window, scale),
+    )
+
+
+def attention_tau(entropy: Tensor, query: Tensor, options: CompressedOptions, num_kv: int, bounds: Bounds) -> Tensor:
     """Mean over a group's heads of entropy / log(visible compressed keys), 0 where at most one is visible: (B, T, K)."""
     tau = entropy.new_zeros((*entropy.shape[:2], num_kv))
-    for span in spans:
+    for span in spans_of(query, options.num_keys, options.compress_size, bounds):
         rows = (span.batch, slice(span.query_begin, span.query_end))
         place = torch.arange(span.first, span.first + span.num_queries, device=entropy.device)
-        visible = ((place + 1) // compress_size).to(entropy.dtype).unsqueeze(-1)
+        visible = ((place + 1) // options.compress_size).to(entropy.dtype).unsqueeze(-1)
         mean = entropy[rows].unflatten(-1, (num_kv, -1)).mean(-1)
         tau[rows] = torch.where(visible > 1, mean / visible.clamp(min=2).log(), 0)
     return tau

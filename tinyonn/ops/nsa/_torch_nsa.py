@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from .._dispatch import statistics_dtype, without_autocast
+from ._checks import Bounds
+from ._tuples import CompressedOptions, CompressedSaved, QueryKeyValue, WindowOptions, WindowSaved
 
 ROW_ELEMENTS = 1 << 20  # scores of a chunk of queries, all heads: they stay in the cache
 
@@ -42,10 +44,9 @@ class Span(NamedTuple):
         return self.key_end - self.key_begin
 
 
-def spans_of(
-    query: Tensor, num_keys: int, compress_size: int, cu_seqlens: Tensor | None, key_start: Tensor | None, key_end: Tensor | None
-) -> list[Span]:
+def spans_of(query: Tensor, num_keys: int, compress_size: int, bounds: Bounds) -> list[Span]:
     """The sequences of a batch, without their padding; reads the bounds' values."""
+    cu_seqlens, key_start, key_end = bounds
     batch, num_queries = query.shape[:2]
     if cu_seqlens is not None:
         return [Span(0, begin, end, begin, end, begin // compress_size, 0) for begin, end in pairwise(cu_seqlens.tolist()) if end > begin]
@@ -122,9 +123,9 @@ def grouped_rows(x: Tensor, num_kv: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).reshape(n, num_kv, heads // num_kv, dim).permute(1, 2, 0, 3).reshape(num_kv, heads // num_kv * n, dim)
 
 
-def grouped_numbers(x: Tensor, rows: tuple[int, slice], num_kv: int, dtype: torch.dtype) -> Tensor:
-    """Rows of (B, T, H) as (K, G * n)."""
-    return grouped_rows(x[rows].unsqueeze(-1), num_kv, dtype).squeeze(-1)
+def grouped_numbers(x: Tensor, num_kv: int, dtype: torch.dtype) -> Tensor:
+    """(n, H) -> (K, G * n)."""
+    return grouped_rows(x.unsqueeze(-1), num_kv, dtype).squeeze(-1)
 
 
 def ungrouped(x: Tensor, n: int) -> Tensor:
@@ -187,179 +188,138 @@ def finite(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -math.inf, 0)
 
 
-# ---- compressed branch ----
+class Compressed(NamedTuple):
+    """The compressed branch."""
+
+    heads: int
+    compress_size: int
+    device: torch.device
+
+    def rows(self, span: Span) -> slice:
+        """Where the span's compressed keys are."""
+        return slice(span.compressed, span.compressed + span.num_keys // self.compress_size)
+
+    def tiles(self, span: Span, broken: Tensor | None) -> Iterator[Tile]:
+        """Tiles of compressed keys, from the span's first on; `high` is 0 where no query sees any."""
+        most = span.num_keys // self.compress_size
+        ends = torch.arange(1, most + 1, device=self.device) * self.compress_size
+
+        def tile_of(chunk: Chunk) -> Tile:
+            seen = min((chunk.position + chunk.end - chunk.begin) // self.compress_size, most)
+            return Tile(chunk, 0, seen, ends[:seen] <= chunk.positions(self.device)[:, None] + 1)
+
+        size = max(16, min(1024, ROW_ELEMENTS // (self.heads * max(1, most))))
+        return tiles_of(span, size, broken, tile_of)
 
 
-def compressed_tiles(span: Span, heads: int, compress_size: int, broken: Tensor | None, device: torch.device) -> Iterator[Tile]:
-    """Tiles of compressed keys, from the span's first on; `high` is 0 where no query sees any."""
-    most = span.num_keys // compress_size
-    ends = torch.arange(1, most + 1, device=device) * compress_size
+class Window(NamedTuple):
+    """The window."""
 
-    def tile_of(chunk: Chunk) -> Tile:
-        seen = min((chunk.position + chunk.end - chunk.begin) // compress_size, most)
-        return Tile(chunk, 0, seen, ends[:seen] <= chunk.positions(device)[:, None] + 1)
+    window: int
+    device: torch.device
 
-    size = max(16, min(1024, ROW_ELEMENTS // (heads * max(1, most))))
-    return tiles_of(span, size, broken, tile_of)
+    def unseen(self, span: Span) -> int:
+        """Keys of the span that no query sees: all before this one."""
+        return max(0, span.first - self.window + 1)
+
+    def rows(self, span: Span) -> slice:
+        return slice(span.key_begin + self.unseen(span), span.key_end)
+
+    def tiles(self, span: Span, broken: Tensor | None) -> Iterator[Tile]:
+        """Tiles of keys, counted from the first of `rows` on."""
+        unseen = self.unseen(span)
+
+        def tile_of(chunk: Chunk) -> Tile:
+            low = max(0, chunk.position - self.window + 1)
+            high = chunk.position + chunk.end - chunk.begin
+            distance = chunk.positions(self.device)[:, None] - torch.arange(low, high, device=self.device)
+            return Tile(chunk, low - unseen, high - unseen, (distance >= 0) & (distance < self.window))
+
+        return tiles_of(span, min(256, max(32, self.window // 8)), broken, tile_of)
 
 
 @without_autocast
-def compressed_forward(
-    query: Tensor, key: Tensor, value: Tensor, spans: list[Span], compress_size: int, scale: float
+def _forward(
+    inputs: QueryKeyValue, branch: Compressed | Window, spans: list[Span], scale: float, entropy_too: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, T, H, D), lse (B, T, H), entropy (B, T, H)."""
-    heads, dtype = query.shape[2], statistics_dtype(query.dtype)
+    query, key, value = inputs
+    dtype, num_kv = statistics_dtype(query.dtype), key.shape[2]
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = torch.full(query.shape[:3], -math.inf, dtype=dtype, device=query.device)
     entropy = torch.zeros_like(lse)
     for span in spans:
-        k, v = compressed_keys(key, span, compress_size, dtype), compressed_keys(value, span, compress_size, dtype)
-        for tile in compressed_tiles(span, heads, compress_size, broken_rows(k, v), query.device):
-            if tile.high:
-                weights = _write_rows(query, k, v, tile, span.batch, scale, out, lse)
+        k, v = (heads_first(x[span.batch, branch.rows(span)], dtype) for x in (key, value))
+        for tile in branch.tiles(span, broken_rows(k, v)):
+            if tile.high == tile.low:
+                continue
+            rows, columns = (span.batch, tile.rows), slice(tile.low, tile.high)
+            q, bias = grouped_rows(query[rows], num_kv, dtype), tile.bias(query.shape[2] // num_kv, dtype)
+            tile_out, tile_lse, weights = rows_forward(q, k[:, columns], v[:, columns], bias, scale)
+            out[rows] = ungrouped(tile_out, tile.num_queries).to(out.dtype)
+            lse[rows] = ungrouped(tile_lse, tile.num_queries)
+            if entropy_too:
                 probabilities = weights.div_(weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny))
-                entropy[span.batch, tile.rows] = ungrouped(torch.special.entr(probabilities).sum(-1), tile.num_queries)
+                entropy[rows] = ungrouped(torch.special.entr(probabilities).sum(-1), tile.num_queries)
     return out, lse, entropy
 
 
 @without_autocast
-def compressed_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    weight: Tensor | None,
-    grad_lse: Tensor | None,
-    spans: list[Span],
-    compress_size: int,
-    scale: float,
+def _backward(
+    inputs: QueryKeyValue, saved: CompressedSaved, weight: Tensor | None, branch: Compressed | Window, spans: list[Span], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value in the dtype of computation, where `weight * out` has the gradient `grad_out`; and (B, T, H),
     the product of out and grad_out.
     """
-    heads, dtype = query.shape[2], lse.dtype
-    grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
+    query, key, value = inputs
+    lse, grad_out, grad_lse = saved
+    dtype, num_kv = lse.dtype, key.shape[2]
+    grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in inputs)
     product = torch.zeros_like(lse)
     for span in spans:
-        k, v = compressed_keys(key, span, compress_size, dtype), compressed_keys(value, span, compress_size, dtype)
-        into = slice(span.compressed, span.compressed + k.shape[1])
-        grad_k, grad_v = grad_key[span.batch, into].transpose(0, 1), grad_value[span.batch, into].transpose(0, 1)
-        for tile in compressed_tiles(span, heads, compress_size, broken_rows(k, v), query.device):
-            if tile.high:
-                given = (lse, grad_out, weight, grad_lse)
-                _add_gradients(query, k, v, tile, span.batch, scale, given, grad_query, grad_k, grad_v, product)
+        here = (span.batch, branch.rows(span))
+        k, v = (heads_first(x[here], dtype) for x in (key, value))
+        grad_k, grad_v = (x[here].transpose(0, 1) for x in (grad_key, grad_value))
+        for tile in branch.tiles(span, broken_rows(k, v)):
+            if tile.high == tile.low:
+                continue
+            rows, columns = (span.batch, tile.rows), slice(tile.low, tile.high)
+            q, grad = (grouped_rows(x[rows], num_kv, dtype) for x in (query, grad_out))
+            row_lse, bias = grouped_numbers(lse[rows], num_kv, dtype), tile.bias(query.shape[2] // num_kv, dtype)
+            optional = (None if x is None else grouped_numbers(x[rows], num_kv, dtype) for x in (weight, grad_lse))
+            part_q, part_k, part_v, part_product = rows_backward(q, k[:, columns], v[:, columns], bias, scale, row_lse, grad, *optional)
+            grad_query[rows] = ungrouped(part_q, tile.num_queries)
+            product[rows] = ungrouped(part_product, tile.num_queries)
+            grad_k[:, columns] += part_k
+            grad_v[:, columns] += part_v
     return grad_query, grad_key, grad_value, product
 
 
-def compressed_keys(compressed: Tensor, span: Span, compress_size: int, dtype: torch.dtype) -> Tensor:
-    return heads_first(compressed[span.batch, span.compressed : span.compressed + span.num_keys // compress_size], dtype)
+def compressed_forward(inputs: QueryKeyValue, options: CompressedOptions, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse, entropy."""
+    query, (compress_size, num_keys, scale) = inputs.query, options
+    branch = Compressed(query.shape[2], compress_size, query.device)
+    return _forward(inputs, branch, spans_of(query, num_keys, compress_size, bounds), scale, True)
 
 
-# ---- sliding window ----
-
-
-def window_tiles(span: Span, window: int, unseen: int, broken: Tensor | None, device: torch.device) -> Iterator[Tile]:
-    """Tiles of keys, counted from number `unseen` of the span's on."""
-
-    def tile_of(chunk: Chunk) -> Tile:
-        low = max(0, chunk.position - window + 1)
-        high = chunk.position + chunk.end - chunk.begin
-        distance = chunk.positions(device)[:, None] - torch.arange(low, high, device=device)
-        return Tile(chunk, low - unseen, high - unseen, (distance >= 0) & (distance < window))
-
-    return tiles_of(span, min(256, max(32, window // 8)), broken, tile_of)
-
-
-@without_autocast
-def window_forward(query: Tensor, key: Tensor, value: Tensor, spans: list[Span], window: int, scale: float) -> tuple[Tensor, Tensor]:
-    """out (B, T, H, D), lse (B, T, H)."""
-    dtype = statistics_dtype(query.dtype)
-    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    lse = torch.full(query.shape[:3], -math.inf, dtype=dtype, device=query.device)
-    for span in spans:
-        unseen = max(0, span.first - window + 1)  # keys before this one, no query sees
-        k, v = _keys(key, span, unseen, dtype), _keys(value, span, unseen, dtype)
-        for tile in window_tiles(span, window, unseen, broken_rows(k, v), query.device):
-            _write_rows(query, k, v, tile, span.batch, scale, out, lse)
-    return out, lse
-
-
-@without_autocast
-def window_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    weight: Tensor | None,
-    spans: list[Span],
-    window: int,
-    scale: float,
+def compressed_backward(
+    inputs: QueryKeyValue, saved: CompressedSaved, options: CompressedOptions, bounds: Bounds, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `compressed_backward`."""
-    dtype = lse.dtype
-    grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
-    product = torch.zeros_like(lse)
-    for span in spans:
-        unseen = max(0, span.first - window + 1)
-        k, v = _keys(key, span, unseen, dtype), _keys(value, span, unseen, dtype)
-        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
-        for tile in window_tiles(span, window, unseen, broken_rows(k, v), query.device):
-            given = (lse, grad_out, weight, None)
-            _add_gradients(query, k, v, tile, span.batch, scale, given, grad_query, grad_k, grad_v, product)
-        grad_key[span.batch, span.key_begin + unseen : span.key_end] = grad_k.transpose(0, 1)
-        grad_value[span.batch, span.key_begin + unseen : span.key_end] = grad_v.transpose(0, 1)
-    return grad_query, grad_key, grad_value, product
+    """As `_backward`."""
+    query, (compress_size, num_keys, scale) = inputs.query, options
+    branch = Compressed(query.shape[2], compress_size, query.device)
+    return _backward(inputs, saved, weight, branch, spans_of(query, num_keys, compress_size, bounds), scale)
 
 
-def _keys(x: Tensor, span: Span, first: int, dtype: torch.dtype) -> Tensor:
-    return heads_first(x[span.batch, span.key_begin + first : span.key_end], dtype)
+def window_forward(inputs: QueryKeyValue, options: WindowOptions, bounds: Bounds) -> tuple[Tensor, Tensor]:
+    """out, lse."""
+    branch, spans = Window(options.window, inputs.query.device), spans_of(inputs.query, inputs.key.shape[1], 1, bounds)
+    return _forward(inputs, branch, spans, options.scale, False)[:2]
 
 
-# ---- a tile of either branch ----
-
-
-def _write_rows(query: Tensor, k: Tensor, v: Tensor, tile: Tile, batch: int, scale: float, out: Tensor, lse: Tensor) -> Tensor:
-    """Writes out and lse of the tile's queries; gives the probabilities but for a factor."""
-    num_kv = k.shape[0]
-    rows, columns = (batch, tile.rows), slice(tile.low, tile.high)
-    q, bias = grouped_rows(query[rows], num_kv, k.dtype), tile.bias(query.shape[2] // num_kv, k.dtype)
-    tile_out, tile_lse, weights = rows_forward(q, k[:, columns], v[:, columns], bias, scale)
-    out[rows] = ungrouped(tile_out, tile.num_queries).to(out.dtype)
-    lse[rows] = ungrouped(tile_lse, tile.num_queries)
-    return weights
-
-
-def _add_gradients(
-    query: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tile: Tile,
-    batch: int,
-    scale: float,
-    given: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    grad_query: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-    product: Tensor,
-) -> None:
-    """Writes the tile's rows of grad_query and product, adds to grad_k and grad_v; `given` are lse, grad_out, weight, grad_lse."""
-    num_kv, dtype = k.shape[0], k.dtype
-    rows, columns = (batch, tile.rows), slice(tile.low, tile.high)
-    lse, grad_out, weight, grad_lse = given
-    part_q, part_k, part_v, part_product = rows_backward(
-        grouped_rows(query[rows], num_kv, dtype),
-        k[:, columns],
-        v[:, columns],
-        tile.bias(query.shape[2] // num_kv, dtype),
-        scale,
-        grouped_numbers(lse, rows, num_kv, dtype),
-        grouped_rows(grad_out[rows], num_kv, dtype),
-        None if weight is None else grouped_numbers(weight, rows, num_kv, dtype),
-        None if grad_lse is None else grouped_numbers(grad_lse, rows, num_kv, dtype),
-    )
-    grad_query[rows] = ungrouped(part_q, tile.num_queries)
-    product[rows] = ungrouped(part_product, tile.num_queries)
-    grad_k[:, columns] += part_k
-    grad_v[:, columns] += part_v
+def window_backward(
+    inputs: QueryKeyValue, saved: WindowSaved, options: WindowOptions, bounds: Bounds, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `_backward`."""
+    branch, spans = Window(options.window, inputs.query.device), spans_of(inputs.query, inputs.key.shape[1], 1, bounds)
+    return _backward(inputs, CompressedSaved(*saved, None), weight, branch, spans, options.scale)

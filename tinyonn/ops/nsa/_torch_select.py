@@ -12,18 +12,9 @@ import torch
 from torch import Tensor
 
 from .._dispatch import statistics_dtype, without_autocast
-from ._torch_nsa import (
-    Span,
-    Tile,
-    broken_rows,
-    compressed_keys,
-    compressed_tiles,
-    finite,
-    grouped_numbers,
-    grouped_rows,
-    row_scores,
-    ungrouped,
-)
+from ._checks import Bounds, empty_lists
+from ._torch_nsa import Compressed, Tile, broken_rows, finite, grouped_numbers, grouped_rows, heads_first, row_scores, spans_of, ungrouped
+from ._tuples import SelectInputs, SelectOptions, SelectSaved
 
 Z_FLOOR = -20.0
 
@@ -39,22 +30,13 @@ class Importance(NamedTuple):
     forced: Tensor  # (n, NB)
 
 
-def importance_of(
-    query: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    threshold: Tensor,
-    tile: Tile,
-    batch: int,
-    temperature: float,
-    block_size: int,
-    compress_size: int,
-    scale: float,
-) -> Importance:
-    """query (B, T, H, D), k (K, m, D) of the span, lse (B, T, H), threshold (B, T, K)."""
+def importance_of(inputs: SelectInputs, k: Tensor, tile: Tile, batch: int, options: SelectOptions) -> Importance:
+    """k (K, m, D): the span's compressed keys."""
+    query, _, lse, threshold = inputs
+    temperature, block_size, compress_size, _, _, scale = options
     n, ratio, num_kv = tile.num_queries, block_size // compress_size, k.shape[0]
     chunk, rows = tile.chunk, (batch, tile.rows)
-    q, row_lse = grouped_rows(query[rows], num_kv, k.dtype), grouped_numbers(lse, rows, num_kv, k.dtype)
+    q, row_lse = grouped_rows(query[rows], num_kv, k.dtype), grouped_numbers(lse[rows], num_kv, k.dtype)
     limit = threshold[rows].to(k.dtype).T
     group = query.shape[2] // num_kv
     device, dtype = q.device, q.dtype
@@ -78,33 +60,19 @@ def smallest_step(dtype: torch.dtype) -> float:
 
 
 @without_autocast
-def select_forward(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    threshold: Tensor,
-    spans: list[Span],
-    temperature: float,
-    block_size: int,
-    compress_size: int,
-    max_blocks: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def select_forward(inputs: SelectInputs, options: SelectOptions, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """indices, counts, bias, soft_counts, overflow; see `select_blocks`."""
-    batch, num_queries, heads, _ = query.shape
-    num_kv, device = key.shape[2], query.device
-    dtype = statistics_dtype(query.dtype)
-    indices = torch.full((batch, num_queries, num_kv, max_blocks), -1, dtype=torch.int32, device=device)
-    counts = torch.zeros((batch, num_queries, num_kv), dtype=torch.int32, device=device)
-    bias = torch.zeros(indices.shape, dtype=dtype, device=device)
-    soft_counts = torch.zeros(counts.shape, dtype=dtype, device=device)
+    query, key, max_blocks = inputs.query, inputs.key, options.max_blocks
+    dtype, device = statistics_dtype(query.dtype), query.device
+    indices, counts, bias, soft_counts = empty_lists(query, key.shape[2], max_blocks)
     overflowing = torch.zeros((), dtype=torch.int64, device=device)
+    branch = Compressed(query.shape[2], options.compress_size, device)
     smallest = smallest_step(dtype)
-    for span in spans:
-        k = compressed_keys(key, span, compress_size, dtype)
-        for tile in compressed_tiles(span, heads, compress_size, broken_rows(k), device):
+    for span in spans_of(query, options.num_keys, options.compress_size, bounds):
+        k = heads_first(key[span.batch, branch.rows(span)], dtype)
+        for tile in branch.tiles(span, broken_rows(k)):
             begin, rows = tile.chunk.begin, (span.batch, tile.rows)
-            found = importance_of(query, k, lse, threshold, tile, span.batch, temperature, block_size, compress_size, scale)
+            found = importance_of(inputs, k, tile, span.batch, options)
             c = found.gap.clamp(0, 1)
             wanted = ((c > smallest) & found.past) | found.forced
             number = wanted.sum(-1)
@@ -129,35 +97,25 @@ def select_forward(
 
 @without_autocast
 def select_backward(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    threshold: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    grad_bias: Tensor,
-    grad_soft: Tensor | None,
-    spans: list[Span],
-    temperature: float,
-    block_size: int,
-    compress_size: int,
-    scale: float,
-    scores_too: bool,
+    inputs: SelectInputs, saved: SelectSaved, options: SelectOptions, bounds: Bounds, scores_too: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of threshold and, with `scores_too`, of query, key and lse."""
+    query, key, lse, threshold = inputs
+    indices, counts, grad_bias, grad_soft = saved
     heads, num_kv = query.shape[2], key.shape[2]
     dtype, device = lse.dtype, query.device
+    branch = Compressed(heads, options.compress_size, device)
     grad_threshold = torch.zeros(threshold.shape, dtype=dtype, device=device)
     if scores_too:
         grad_query, grad_key = (torch.zeros(x.shape, dtype=dtype, device=device) for x in (query, key))
         grad_lse = torch.zeros_like(lse)
-    ratio, smallest = block_size // compress_size, smallest_step(dtype)
+    ratio, smallest = options.block_size // options.compress_size, smallest_step(dtype)
     slots = torch.arange(indices.shape[-1], device=device)
-    for span in spans:
-        k = compressed_keys(key, span, compress_size, dtype)
-        for tile in compressed_tiles(span, heads, compress_size, broken_rows(k), device):
+    for span in spans_of(query, options.num_keys, options.compress_size, bounds):
+        k = heads_first(key[span.batch, branch.rows(span)], dtype)
+        for tile in branch.tiles(span, broken_rows(k)):
             rows = (span.batch, tile.rows)
-            found = importance_of(query, k, lse, threshold, tile, span.batch, temperature, block_size, compress_size, scale)
+            found = importance_of(inputs, k, tile, span.batch, options)
             n, num_blocks = found.past.shape
             # grad of log(gate): d log(c² (3 − 2c)) / dc = 6 (1 − c) / (c (3 − 2c)), for the kept blocks alone.
             listed = slots < counts[rows].unsqueeze(-1)
@@ -168,10 +126,9 @@ def select_backward(
             inside = (c > smallest) & (c < 1) & found.past & ~found.forced
             slope = torch.where(inside, 6 * (1 - c) / torch.where(inside, c * (3 - 2 * c), 1), 0)
             grad_gap = grad_gate.transpose(0, 1) * slope
-            if grad_soft is not None:
-                sigmoid = found.gap.sigmoid()
-                grad_gap += sigmoid * (1 - sigmoid) * (found.past & ~found.forced) * grad_soft[rows].to(dtype).T.unsqueeze(-1)
-            grad_z = grad_gap.div_(temperature)
+            sigmoid = found.gap.sigmoid()
+            grad_gap += sigmoid * (1 - sigmoid) * (found.past & ~found.forced) * grad_soft[rows].to(dtype).T.unsqueeze(-1)
+            grad_z = grad_gap.div_(options.temperature)
             grad_threshold[rows] = -grad_z.sum(-1).T
             if not scores_too or k.shape[1] == 0:
                 continue
@@ -181,7 +138,7 @@ def select_backward(
             per_key = grad_mass.repeat_interleave(ratio, -1)[..., :seen].mul_(num_kv / heads)
             grad_scores = found.probabilities.view(num_kv, heads // num_kv, n, seen).mul(per_key.unsqueeze(1)).flatten(1, 2)
             grad_lse[rows] = -ungrouped(grad_scores.sum(-1), n)
-            grad_scores.mul_(scale)
+            grad_scores.mul_(options.scale)
             grad_query[rows] = ungrouped(torch.bmm(grad_scores, k[:, :seen]), n)
             into = grad_key[span.batch, span.compressed : span.compressed + seen]
             into += torch.bmm(grad_scores.transpose(1, 2), grouped_rows(query[rows], num_kv, dtype)).transpose(0, 1)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from .._dispatch import on_its_device
-from ._checks import Bounds
-from ._triton_nsa import empty_lists
-from ._tuples import Grads, Inputs, Options, Results, Saved
+from ._checks import Bounds, empty_lists
+from ._tuples import Inputs, Options, Results, Saved
 
 CHUNK_ELEMENTS = 1 << 25  # of the float32 sum, 128 MiB
 
@@ -91,7 +90,7 @@ def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results
 
 
 @on_its_device
-def dyn_nsa_backward(inputs: Inputs, saved: Saved, grads: Grads, options: Options, bounds: Bounds) -> list[Tensor]:
+def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds) -> list[Tensor]:
     """Gradients of query (in its dtype) and of the other inputs but tau (float32)."""
     from tinyonn_kernels.nsa._common import geometry_of, unit_stride
     from tinyonn_kernels.nsa.block_sparse_dkv import block_sparse_attention_dkv
@@ -102,14 +101,14 @@ def dyn_nsa_backward(inputs: Inputs, saved: Saved, grads: Grads, options: Option
     from tinyonn_kernels.nsa.select_blocks_dq import select_blocks_dq
 
     query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
-    counts, lse_compressed, lse_selected, lse_window, indices, bias, selected = saved
+    _, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected, grad_out, grad_soft = saved
     assert tau is not None  # forward's own where the caller gave none
     window, temperature, block_size, compress_size, _, detach_scores, scale = options
     num_keys = key.shape[1]
     window = min(window, num_keys)
     whole = geometry_of(query, num_keys, *bounds)
     sizes = (num_keys, temperature, block_size, compress_size, scale)
-    grad_out, grad_soft = unit_stride(grads.grad_out), grads.grad_soft.contiguous()
+    grad_out, grad_soft = unit_stride(grad_out), grad_soft.contiguous()
     threshold = base.float() - slope.float() * tau.float()
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     products = [torch.empty_like(lse_compressed) for _ in range(3)]

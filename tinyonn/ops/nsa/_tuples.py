@@ -1,6 +1,6 @@
 """Named tuples of the registered ops: arguments, results, and what backward reads. Each order stands here alone.
 
-B batch, T queries of Tk positions (the last ones), H query heads, K key/value heads, D head dim, M compressed keys
+B batch, T queries of Tk positions (the last ones), H query heads, K key/value heads, D head dim, M compressed keys, S slots of a list
 """
 
 from __future__ import annotations
@@ -16,6 +16,89 @@ class QueryKeyValue(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
+
+
+class CompressedOptions(NamedTuple):
+    compress_size: int
+    num_keys: int
+    scale: float
+
+
+class CompressedResults(NamedTuple):
+    out: Tensor
+    lse: Tensor
+    entropy: Tensor
+
+
+class CompressedSaved(NamedTuple):
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None
+
+
+class WindowOptions(NamedTuple):
+    window: int
+    scale: float
+
+
+class Attended(NamedTuple):
+    """Results of `block_sparse_attention`, and of `sliding_window_attention`, whose lse only backward reads."""
+
+    out: Tensor
+    lse: Tensor
+
+
+class WindowSaved(NamedTuple):
+    lse: Tensor
+    grad_out: Tensor
+
+
+class SparseInputs(NamedTuple):
+    """Tensors of `block_sparse_attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    indices: Tensor
+    counts: Tensor
+    bias: Tensor | None
+
+
+class SparseOptions(NamedTuple):
+    block_size: int
+    scale: float
+
+
+class SparseSaved(NamedTuple):
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor
+
+
+class SelectInputs(NamedTuple):
+    """Tensors of `select_blocks`; its results are a `BlockSelection`."""
+
+    query: Tensor
+    key: Tensor
+    lse: Tensor
+    threshold: Tensor
+
+
+class SelectOptions(NamedTuple):
+    temperature: float
+    block_size: int
+    compress_size: int
+    max_blocks: int
+    num_keys: int
+    scale: float
+
+
+class SelectSaved(NamedTuple):
+    indices: Tensor
+    counts: Tensor
+    grad_bias: Tensor
+    grad_soft_counts: Tensor
 
 
 class Inputs(NamedTuple):
@@ -45,7 +128,7 @@ class Options(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Results of the registered op. The fields from counts on are not differentiable, soft_counts apart.
+    """Results of the registered op. Only out and soft_counts are differentiable.
 
     Attributes:
         out: (B, T, H, D).
@@ -72,8 +155,9 @@ class Results(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Results that backward reads: the fields of `Results` from counts on."""
+    """Results that backward reads, and the gradients of the differentiable ones."""
 
+    tau: Tensor
     counts: Tensor
     lse_compressed: Tensor
     lse_selected: Tensor
@@ -81,10 +165,5 @@ class Saved(NamedTuple):
     indices: Tensor
     bias: Tensor
     selected: Tensor
-
-
-class Grads(NamedTuple):
-    """Gradients of the differentiable results."""
-
     grad_out: Tensor
-    grad_soft: Tensor
+    grad_soft_counts: Tensor

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
-from .._dispatch import check_impl, check_same_device, parts_of, register, schema_of, statistics_dtype
+from .._dispatch import check_impl, check_same_device, refuse_tangents, statistics_dtype
+from . import _torch_block_sparse, _triton_nsa
 from ._checks import (
     Bounds,
     check_bound_values,
@@ -19,15 +18,12 @@ from ._checks import (
     check_sizes,
     checked_bounds,
     choose_nsa_impl,
-    in_dtypes_of,
     in_one_dtype,
     lengths_of,
-    like_inputs,
-    refuse_tangents,
     scale_of,
 )
-from ._torch_block_sparse import block_sparse_backward, block_sparse_forward
-from ._torch_nsa import spans_of
+from ._register import empty_attended, register_differentiable
+from ._tuples import Attended, SparseInputs, SparseOptions, SparseSaved
 
 
 def block_sparse_attention(
@@ -152,87 +148,30 @@ def _with_nan(x: Tensor, faulty: Tensor | None) -> Tensor:
     return x.masked_fill_(rows.view(*rows.shape, *[1] * (x.dim() - 3)), torch.nan)
 
 
-class Inputs(NamedTuple):
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    indices: Tensor
-    counts: Tensor
-    bias: Tensor | None
-
-
-class Options(NamedTuple):
-    block_size: int
-    scale: float
-
-
-class Statistics(NamedTuple):
-    out: Tensor
-    lse: Tensor
-    grad_out: Tensor
-    grad_lse: Tensor
-
-
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, options, bounds, impl = parts_of(arguments, Inputs, Options, Bounds)
+def _forward(inputs: SparseInputs, options: SparseOptions, bounds: Bounds, impl: str) -> Attended:
     lists = (inputs.indices, inputs.counts, inputs.key.shape[1], options.block_size, bounds)
     _check_values(*lists)
     counts, faulty = _emptied(*lists)
-    inputs = inputs._replace(counts=counts)
-    if choose_nsa_impl(impl, inputs.query) == "triton":
-        from . import _triton_nsa
-
-        out, lse = _triton_nsa.block_sparse_forward(*inputs, *options, bounds)
-    else:
-        out, lse = block_sparse_forward(*inputs, spans_of(inputs.query, inputs.key.shape[1], options.block_size, *bounds), *options)
-    return _with_nan(out, faulty), _with_nan(lse, faulty)
+    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    module = _triton_nsa if triton else _torch_block_sparse
+    out, lse = module.block_sparse_forward(inputs._replace(counts=counts), options, bounds)
+    return Attended(_with_nan(out, faulty), _with_nan(lse, faulty))
 
 
-def _fake(query: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
+def _backward(
+    inputs: SparseInputs, saved: SparseSaved, options: SparseOptions, bounds: Bounds, _: list[bool], impl: str
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value and bias."""
+    counts, faulty = _emptied(inputs.indices, inputs.counts, inputs.key.shape[1], options.block_size, bounds)
+    out, lse, grad_out, grad_lse = saved
+    shift = (out.to(lse.dtype) * grad_out).sum(-1) - grad_lse
+    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    module = _triton_nsa if triton else _torch_block_sparse
+    grad_query, *others = module.block_sparse_backward(inputs._replace(counts=counts), lse, shift, grad_out, options, bounds)
+    return _with_nan(grad_query, faulty), *others
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of query, key, value and bias; empty without a bias."""
-    inputs, given, options, bounds, impl = parts_of(arguments, Inputs, Statistics, Options, Bounds)
-    query, key, value, indices, counts, bias = inputs
-    counts, faulty = _emptied(indices, counts, key.shape[1], options.block_size, bounds)
-    inputs = inputs._replace(counts=counts)
-    if choose_nsa_impl(impl, query) == "triton":
-        from . import _triton_nsa
-
-        grads = _triton_nsa.block_sparse_backward(*inputs, *given, *options, bounds)
-    else:
-        out, lse, grad_out, grad_lse = given
-        spans = spans_of(query, key.shape[1], options.block_size, *bounds)
-        product = (out.to(lse.dtype) * grad_out).sum(-1)
-        grads = block_sparse_backward(*inputs, lse, product, grad_out, grad_lse, spans, *options)
-    grad_query, grad_key, grad_value = in_dtypes_of((query, key, value), grads[:3])
-    grad_bias = query.new_empty(0) if bias is None or grads[3] is None else grads[3].to(bias.dtype)
-    return _with_nan(grad_query, faulty), grad_key, grad_value, grad_bias
-
-
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs = Inputs(*arguments[: len(Inputs._fields)])
-    grad_bias = inputs.query.new_empty(0) if inputs.bias is None else inputs.bias.new_empty(inputs.bias.shape)
-    return *like_inputs(*inputs), grad_bias
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.options, bounds, ctx.impl = parts_of(inputs, Inputs, Options, Bounds)
-    ctx.save_for_backward(*tensors, *output, *bounds)
-    ctx.has_bias = tensors.bias is not None
-
-
-def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_tangents("block_sparse_attention", grad_out, grad_lse)
-    tensors, out, lse, *bounds = parts_of(ctx.saved_tensors, Inputs)
-    *grads, grad_bias = _backward_op(*tensors, out, lse, grad_out, grad_lse, *ctx.options, *bounds, ctx.impl)
-    return *grads, None, None, grad_bias if ctx.has_bias else None, *([None] * 6)
-
-
-_forward_op = register("block_sparse_attention", _forward, _fake, schema_of(Inputs, Options, Bounds, returns=2))
-_backward_op = register(
-    "block_sparse_attention_backward", _backward, _fake_backward, schema_of(Inputs, Statistics, Options, Bounds, returns=4)
-)
-_forward_op.register_autograd(_autograd, setup_context=_setup_context)
+_forward_op = register_differentiable(
+    "block_sparse_attention", _forward, empty_attended, _backward, tensors=SparseInputs, options=SparseOptions, results=Attended,
+    saved=SparseSaved, constants=("indices", "counts"),
+)  # fmt: skip

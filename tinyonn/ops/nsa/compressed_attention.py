@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ... import reference
-from .._dispatch import check_impl, parts_of, register, schema_of, statistics_dtype
+from .._dispatch import check_impl, refuse_tangents, statistics_dtype
+from . import _torch_nsa, _triton_nsa
 from ._checks import (
     Bounds,
     check_bound_values,
@@ -18,14 +19,11 @@ from ._checks import (
     check_sizes,
     checked_bounds,
     choose_nsa_impl,
-    in_dtypes_of,
     in_one_dtype,
-    like_inputs,
-    refuse_tangents,
     scale_of,
 )
-from ._torch_nsa import compressed_backward, compressed_forward, spans_of
-from ._tuples import QueryKeyValue
+from ._register import register_differentiable
+from ._tuples import CompressedOptions, CompressedResults, CompressedSaved, QueryKeyValue
 
 
 def compressed_attention(
@@ -95,61 +93,27 @@ def _reference(
     return out.to(query.dtype), lse.to(dtype), entropy.to(dtype)
 
 
-class Options(NamedTuple):
-    compress_size: int
-    num_keys: int
-    scale: float
-
-
-class Statistics(NamedTuple):
-    lse: Tensor
-    grad_out: Tensor
-    grad_lse: Tensor
-
-
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, options, bounds, impl = parts_of(arguments, QueryKeyValue, Options, Bounds)
+def _forward(inputs: QueryKeyValue, options: CompressedOptions, bounds: Bounds, impl: str) -> CompressedResults:
     check_bound_values(options.num_keys, bounds)
-    if choose_nsa_impl(impl, inputs.query) == "triton":
-        from . import _triton_nsa
-
-        return _triton_nsa.compressed_forward(*inputs, *options, bounds)
-    spans = spans_of(inputs.query, options.num_keys, options.compress_size, *bounds)
-    return compressed_forward(*inputs, spans, options.compress_size, options.scale)
+    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    return CompressedResults(*(_triton_nsa if triton else _torch_nsa).compressed_forward(inputs, options, bounds))
 
 
-def _fake(query: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake(inputs: QueryKeyValue, _: CompressedOptions) -> CompressedResults:
+    query = inputs.query
     lse = query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
-    return query.new_empty(query.shape), lse, torch.empty_like(lse)
+    return CompressedResults(query.new_empty(query.shape), lse, torch.empty_like(lse))
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (lse, grad_out, grad_lse), options, bounds, impl = parts_of(arguments, QueryKeyValue, Statistics, Options, Bounds)
-    if choose_nsa_impl(impl, inputs.query) == "triton":
-        from . import _triton_nsa
-
-        grads = _triton_nsa.compressed_backward(*inputs, lse, grad_out, grad_lse, *options, bounds)
-    else:
-        spans = spans_of(inputs.query, options.num_keys, options.compress_size, *bounds)
-        grads = compressed_backward(*inputs, lse, grad_out, None, grad_lse, spans, options.compress_size, options.scale)[:3]
-    return in_dtypes_of(inputs, grads)
+def _backward(
+    inputs: QueryKeyValue, saved: CompressedSaved, options: CompressedOptions, bounds: Bounds, _: list[bool], impl: str
+) -> Sequence[Tensor]:
+    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    grads: Sequence[Tensor] = (_triton_nsa if triton else _torch_nsa).compressed_backward(inputs, saved, options, bounds)
+    return grads[:3]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.options, bounds, ctx.impl = parts_of(inputs, QueryKeyValue, Options, Bounds)
-    _, lse, entropy = output
-    ctx.save_for_backward(*tensors, lse, *bounds)
-    ctx.mark_non_differentiable(entropy)
-
-
-def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_tangents("compressed_attention", grad_out, grad_lse)
-    tensors, lse, *bounds = parts_of(ctx.saved_tensors, QueryKeyValue)
-    return *_backward_op(*tensors, lse, grad_out, grad_lse, *ctx.options, *bounds, ctx.impl), *([None] * 7)
-
-
-_forward_op = register("compressed_attention", _forward, _fake, schema_of(QueryKeyValue, Options, Bounds, returns=3))
-_backward_op = register(
-    "compressed_attention_backward", _backward, like_inputs, schema_of(QueryKeyValue, Statistics, Options, Bounds, returns=3)
-)
-_forward_op.register_autograd(_autograd, setup_context=_setup_context)
+_forward_op = register_differentiable(
+    "compressed_attention", _forward, _fake, _backward, tensors=QueryKeyValue, options=CompressedOptions, results=CompressedResults,
+    saved=CompressedSaved,
+)  # fmt: skip

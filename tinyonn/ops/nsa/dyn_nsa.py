@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
 from ...reference import DynNSAOutput
-from .._dispatch import check_impl, check_no_nan, parts_of, register, schema_of, statistics_dtype
+from .._dispatch import check_impl, check_no_nan, refuse_tangents, statistics_dtype
+from . import _torch_dyn_nsa, _triton_dyn_nsa
 from ._checks import (
     Bounds,
     check_bound_values,
@@ -25,13 +26,13 @@ from ._checks import (
     check_window,
     checked_bounds,
     choose_nsa_impl,
-    in_dtypes_of,
+    empty_lists,
     in_one_dtype,
     order_hint,
-    refuse_tangents,
     scale_of,
 )
-from ._tuples import Grads, Inputs, Options, Results, Saved
+from ._register import register_differentiable
+from ._tuples import Inputs, Options, Results, Saved
 
 
 def dyn_nsa(
@@ -131,70 +132,39 @@ def dyn_nsa(
     return found if tau is None else found._replace(tau=tau)
 
 
-_DIFFERENTIABLE = 8  # of Inputs, all but tau
-
-
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, options, bounds, impl = parts_of(arguments, Inputs, Options, Bounds)
+def _forward(inputs: Inputs, options: Options, bounds: Bounds, impl: str) -> Results:
     check_bound_values(inputs.key.shape[1], bounds)
-    if choose_nsa_impl(impl, inputs.query) == "triton":
-        from ._triton_dyn_nsa import dyn_nsa_forward
-    else:
-        from ._torch_dyn_nsa import dyn_nsa_forward
-    return tuple(dyn_nsa_forward(inputs, options, bounds))
+    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    return Results(*(_triton_dyn_nsa if triton else _torch_dyn_nsa).dyn_nsa_forward(inputs, options, bounds))
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, saved, grads, options, bounds, impl = parts_of(arguments, Inputs, Saved, Grads, Options, Bounds)
-    if choose_nsa_impl(impl, inputs.query) == "triton":
-        from ._triton_dyn_nsa import dyn_nsa_backward
-    else:
-        from ._torch_dyn_nsa import dyn_nsa_backward
-    return in_dtypes_of(inputs[:_DIFFERENTIABLE], dyn_nsa_backward(inputs, saved, grads, options, bounds))
+def _backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds, _: list[bool], impl: str) -> Sequence[Tensor]:
+    inputs = inputs._replace(tau=saved.tau if inputs.tau is None else inputs.tau)
+    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    grads: Sequence[Tensor] = (_triton_dyn_nsa if triton else _torch_dyn_nsa).dyn_nsa_backward(inputs, saved, options, bounds)
+    return grads
 
 
-def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, options, *_ = parts_of(arguments, Inputs, Options, Bounds)
+def _fake(inputs: Inputs, options: Options) -> Results:
     query = inputs.query
     dtype = statistics_dtype(query.dtype)
-    rows = (*query.shape[:2], inputs.key.shape[2])
-    lists = (*rows, options.max_blocks)
+    indices, counts, bias, soft_counts = empty_lists(query, inputs.key.shape[2], options.max_blocks)
+    lse_compressed, lse_selected, lse_window = (query.new_empty(query.shape[:3], dtype=dtype) for _ in range(3))
     return Results(
         out=query.new_empty(query.shape),
-        soft_counts=query.new_empty(rows, dtype=dtype),
-        tau=query.new_empty(rows if inputs.tau is None else (0,), dtype=dtype),
+        soft_counts=soft_counts,
+        tau=query.new_empty(soft_counts.shape if inputs.tau is None else (0,), dtype=dtype),
         overflow=query.new_empty((), dtype=dtype),
-        counts=query.new_empty(rows, dtype=torch.int32),
-        lse_compressed=query.new_empty(query.shape[:3], dtype=dtype),
-        lse_selected=query.new_empty(query.shape[:3], dtype=dtype),
-        lse_window=query.new_empty(query.shape[:3], dtype=dtype),
-        indices=query.new_empty(lists, dtype=torch.int32),
-        bias=query.new_empty(lists, dtype=dtype),
+        counts=counts,
+        lse_compressed=lse_compressed,
+        lse_selected=lse_selected,
+        lse_window=lse_window,
+        indices=indices,
+        bias=bias,
         selected=query.new_empty(query.shape),
     )
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in arguments[:_DIFFERENTIABLE])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.options, bounds, ctx.impl = parts_of(inputs, Inputs, Options, Bounds)
-    results = Results(*output)
-    tau = results.tau if tensors.tau is None else tensors.tau
-    ctx.save_for_backward(*tensors._replace(tau=tau), *results[-len(Saved._fields) :], *bounds)
-    ctx.mark_non_differentiable(*results[2:])
-
-
-def _autograd(ctx: Any, grad_out: Tensor, grad_soft: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_tangents("dyn_nsa", grad_out, grad_soft)
-    inputs, saved, *bounds = parts_of(ctx.saved_tensors, Inputs, Saved)
-    grads = _backward_op(*inputs, *saved, grad_out, grad_soft, *ctx.options, *bounds, ctx.impl)
-    return *grads, *([None] * (len(Inputs._fields + Options._fields + Bounds._fields) + 1 - _DIFFERENTIABLE))
-
-
-_forward_op = register("dyn_nsa", _forward, _fake, schema_of(Inputs, Options, Bounds, returns=Results))
-_backward_op = register(
-    "dyn_nsa_backward", _backward, _fake_backward, schema_of(Inputs, Saved, Grads, Options, Bounds, returns=_DIFFERENTIABLE)
+_forward_op = register_differentiable(
+    "dyn_nsa", _forward, _fake, _backward, tensors=Inputs, options=Options, results=Results, saved=Saved, constants=("tau",)
 )
-_forward_op.register_autograd(_autograd, setup_context=_setup_context)

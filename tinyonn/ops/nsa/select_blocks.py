@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
 from torch import Tensor
 
 from ... import reference
 from ...reference import BlockSelection
-from .._dispatch import check_impl, parts_of, register, schema_of, statistics_dtype
+from .._dispatch import check_impl, refuse_tangents, statistics_dtype
+from . import _torch_select, _triton_nsa
 from ._checks import (
     Bounds,
     check_bound_values,
@@ -22,12 +20,12 @@ from ._checks import (
     check_temperature,
     checked_bounds,
     choose_nsa_impl,
+    empty_lists,
     in_one_dtype,
-    refuse_tangents,
     scale_of,
 )
-from ._torch_nsa import spans_of
-from ._torch_select import select_backward, select_forward
+from ._register import register_differentiable
+from ._tuples import SelectInputs, SelectOptions, SelectSaved
 
 
 def select_blocks(
@@ -96,101 +94,33 @@ def select_blocks(
         dtype = statistics_dtype(query.dtype)
         return found._replace(**{name: getattr(found, name).to(dtype) for name in ("bias", "soft_counts", "overflow")})
     refuse_tangents("select_blocks", query, key_compressed, lse, threshold)
-    options = Options(temperature, block_size, compress_size, max_blocks, num_keys, scale)
+    options = SelectOptions(temperature, block_size, compress_size, max_blocks, num_keys, scale)
     return BlockSelection(*_forward_op(query, key_compressed, lse, threshold, *options, *bounds, impl))
 
 
-class Inputs(NamedTuple):
-    query: Tensor
-    key: Tensor
-    lse: Tensor
-    threshold: Tensor
+def _forward(inputs: SelectInputs, options: SelectOptions, bounds: Bounds, impl: str) -> BlockSelection:
+    check_bound_values(options.num_keys, bounds)
+    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    return BlockSelection(*(_triton_nsa if triton else _torch_select).select_forward(inputs, options, bounds))
 
 
-class Options(NamedTuple):
-    temperature: float
-    block_size: int
-    compress_size: int
-    max_blocks: int
-    num_keys: int
-    scale: float
-
-
-class Statistics(NamedTuple):
-    indices: Tensor
-    counts: Tensor
-    grad_bias: Tensor
-    grad_soft: Tensor
-
-
-class Wanted(NamedTuple):
-    scores_too: bool
-
-
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, options, bounds, impl = parts_of(arguments, Inputs, Options, Bounds)
-    temperature, block_size, compress_size, max_blocks, num_keys, scale = options
-    check_bound_values(num_keys, bounds)
-    if choose_nsa_impl(impl, inputs.query) == "triton":
-        from . import _triton_nsa
-
-        return _triton_nsa.select_forward(*inputs, temperature, block_size, compress_size, max_blocks, num_keys, scale, bounds)
-    spans = spans_of(inputs.query, num_keys, compress_size, *bounds)
-    return select_forward(*inputs, spans, temperature, block_size, compress_size, max_blocks, scale)
-
-
-def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    (query, key, *_), options, *_ = parts_of(arguments, Inputs, Options)
-    dtype = statistics_dtype(query.dtype)
-    rows = (*query.shape[:2], key.shape[2])
-    return (
-        query.new_empty((*rows, options.max_blocks), dtype=torch.int32),
-        query.new_empty(rows, dtype=torch.int32),
-        query.new_empty((*rows, options.max_blocks), dtype=dtype),
-        query.new_empty(rows, dtype=dtype),
-        query.new_empty((), dtype=dtype),
+def _fake(inputs: SelectInputs, options: SelectOptions) -> BlockSelection:
+    query = inputs.query
+    return BlockSelection(
+        *empty_lists(query, inputs.key.shape[2], options.max_blocks), query.new_empty((), dtype=statistics_dtype(query.dtype))
     )
 
 
-def _backward(*arguments: Any) -> list[Tensor]:
-    """Gradients of threshold and, with `scores_too`, of query, key and lse."""
-    inputs, given, options, (scores_too,), bounds, impl = parts_of(arguments, Inputs, Statistics, Options, Wanted, Bounds)
-    temperature, block_size, compress_size, _, num_keys, scale = options
-    if choose_nsa_impl(impl, inputs.query) == "triton":
-        from . import _triton_nsa
-
-        grads = _triton_nsa.select_backward(*inputs, *given, temperature, block_size, compress_size, num_keys, scale, bounds, scores_too)
-    else:
-        spans = spans_of(inputs.query, num_keys, compress_size, *bounds)
-        grads = select_backward(*inputs, *given, spans, temperature, block_size, compress_size, scale, scores_too)
-    query, key, lse, threshold = inputs
-    return [grad.to(x.dtype) for grad, x in zip(grads, (threshold, query, key, lse), strict=True) if grad is not None]
+def _backward(
+    inputs: SelectInputs, saved: SelectSaved, options: SelectOptions, bounds: Bounds, needed: list[bool], impl: str
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key and lse, if any of them is needed, and of threshold."""
+    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    module = _triton_nsa if triton else _torch_select
+    grad_threshold, *others = module.select_backward(inputs, saved, options, bounds, any(needed[:3]))
+    return *others, grad_threshold
 
 
-def _fake_backward(*arguments: Any) -> list[Tensor]:
-    (query, key, lse, threshold), _, _, (scores_too,), *_ = parts_of(arguments, Inputs, Statistics, Options, Wanted)
-    return [x.new_empty(x.shape) for x in ((threshold, query, key, lse) if scores_too else (threshold,))]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.options, bounds, ctx.impl = parts_of(inputs, Inputs, Options, Bounds)
-    indices, counts, _, _, overflow = output
-    ctx.save_for_backward(*tensors, indices, counts, *bounds)
-    ctx.mark_non_differentiable(indices, counts, overflow)
-
-
-def _autograd(ctx: Any, _: Tensor, __: Tensor, grad_bias: Tensor, grad_soft: Tensor, ___: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_tangents("select_blocks", grad_bias, grad_soft)
-    tensors, indices, counts, *bounds = parts_of(ctx.saved_tensors, Inputs)
-    wanted = Wanted(any(ctx.needs_input_grad[:3]))
-    grad_threshold, *others = _backward_op(
-        *tensors, indices, counts, grad_bias, grad_soft, *ctx.options, *wanted, *bounds, ctx.impl
-    )  # fmt: skip
-    return *(others or [None] * 3), grad_threshold, *([None] * 10)
-
-
-_forward_op = register("select_blocks", _forward, _fake, schema_of(Inputs, Options, Bounds, returns=5))
-_backward_op = register(
-    "select_blocks_backward", _backward, _fake_backward, schema_of(Inputs, Statistics, Options, Wanted, Bounds, returns="Tensor[]")
+_forward_op = register_differentiable(
+    "select_blocks", _forward, _fake, _backward, tensors=SelectInputs, options=SelectOptions, results=BlockSelection, saved=SelectSaved
 )
-_forward_op.register_autograd(_autograd, setup_context=_setup_context)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from ... import reference
-from .._dispatch import check_impl, parts_of, register, schema_of, statistics_dtype
+from .._dispatch import check_impl, refuse_tangents
+from . import _torch_nsa, _triton_nsa
 from ._checks import (
     Bounds,
     check_bound_values,
@@ -16,14 +17,11 @@ from ._checks import (
     check_window,
     checked_bounds,
     choose_nsa_impl,
-    in_dtypes_of,
     in_one_dtype,
-    like_inputs,
-    refuse_tangents,
     scale_of,
 )
-from ._torch_nsa import spans_of, window_backward, window_forward
-from ._tuples import QueryKeyValue
+from ._register import empty_attended, register_differentiable
+from ._tuples import Attended, QueryKeyValue, WindowOptions, WindowSaved
 
 
 def sliding_window_attention(
@@ -70,58 +68,21 @@ def sliding_window_attention(
     return out
 
 
-class Options(NamedTuple):
-    window: int
-    scale: float
+def _forward(inputs: QueryKeyValue, options: WindowOptions, bounds: Bounds, impl: str) -> Attended:
+    check_bound_values(inputs.key.shape[1], bounds)
+    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    return Attended(*(_triton_nsa if triton else _torch_nsa).window_forward(inputs, options, bounds))
 
 
-class Statistics(NamedTuple):
-    lse: Tensor
-    grad_out: Tensor
+def _backward(
+    inputs: QueryKeyValue, saved: WindowSaved, options: WindowOptions, bounds: Bounds, _: list[bool], impl: str
+) -> Sequence[Tensor]:
+    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    grads: Sequence[Tensor] = (_triton_nsa if triton else _torch_nsa).window_backward(inputs, saved, options, bounds)
+    return grads[:3]
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """out, and lse for backward."""
-    inputs, options, bounds, impl = parts_of(arguments, QueryKeyValue, Options, Bounds)
-    num_keys = inputs.key.shape[1]
-    check_bound_values(num_keys, bounds)
-    if choose_nsa_impl(impl, inputs.query) == "triton":
-        from . import _triton_nsa
-
-        return _triton_nsa.window_forward(*inputs, *options, bounds)
-    return window_forward(*inputs, spans_of(inputs.query, num_keys, 1, *bounds), *options)
-
-
-def _fake(query: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
-
-
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (lse, grad_out), options, bounds, impl = parts_of(arguments, QueryKeyValue, Statistics, Options, Bounds)
-    if choose_nsa_impl(impl, inputs.query) == "triton":
-        from . import _triton_nsa
-
-        grads = _triton_nsa.window_backward(*inputs, lse, grad_out, *options, bounds)
-    else:
-        spans = spans_of(inputs.query, inputs.key.shape[1], 1, *bounds)
-        grads = window_backward(*inputs, lse, grad_out, None, spans, *options)[:3]
-    return in_dtypes_of(inputs, grads)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.options, bounds, ctx.impl = parts_of(inputs, QueryKeyValue, Options, Bounds)
-    ctx.save_for_backward(*tensors, output[1], *bounds)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _autograd(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_tangents("sliding_window_attention", grad_out)
-    tensors, lse, *bounds = parts_of(ctx.saved_tensors, QueryKeyValue)
-    return *_backward_op(*tensors, lse, grad_out, *ctx.options, *bounds, ctx.impl), *([None] * 6)
-
-
-_forward_op = register("sliding_window_attention", _forward, _fake, schema_of(QueryKeyValue, Options, Bounds, returns=2))
-_backward_op = register(
-    "sliding_window_attention_backward", _backward, like_inputs, schema_of(QueryKeyValue, Statistics, Options, Bounds, returns=3)
-)
-_forward_op.register_autograd(_autograd, setup_context=_setup_context)
+_forward_op = register_differentiable(
+    "sliding_window_attention", _forward, empty_attended, _backward, tensors=QueryKeyValue, options=WindowOptions, results=Attended,
+    saved=WindowSaved,
+)  # fmt: skip
