@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, reason
+from .files import digest
 
 # All files that determine the tokens of a text, chat templates included. Their order is part of the hash.
 TOKENIZER_FILES = (
@@ -32,12 +33,7 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 
 def file_hash(*files: Path) -> str:
     """SHA-256 over the names and contents of files, in the order given, in hexadecimal."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(file.name.encode() + bytes.fromhex(digest(file)) for file in files)).hexdigest()
 
 
 def tokenizer_hash(folder: Path) -> str:

@@ -48,20 +48,14 @@ def hub_folder(name: str, rule: str, patterns: Sequence[str], complete: Callable
 def _why(error: BaseException) -> str:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+    explained: dict[tuple[type[BaseException], ...], str] = {
+        (OfflineModeIsEnabled,): "not in the hub's cache, and HF_HUB_OFFLINE forbids downloads; give a folder.",
+        (GatedRepoError,): "access requires accepting its terms on the hub; run `hf auth login`, or give a folder.",
+        (RepositoryNotFoundError,): "no such folder, and none of that name on the hub (a private one needs `hf auth login`).",
+        (LocalEntryNotFoundError, ConnectionError, TimeoutError): "not in the hub's cache, and the hub cannot be reached; give a folder.",
+    }
     causes = list(_causes(error))
-
-    def comes_from(*types: type[BaseException]) -> bool:
-        return any(isinstance(cause, types) for cause in causes)
-
-    if comes_from(OfflineModeIsEnabled):
-        return "not in the hub's cache, and HF_HUB_OFFLINE forbids downloads; give a folder."
-    if comes_from(GatedRepoError):
-        return "access requires accepting its terms on the hub; run `hf auth login`, or give a folder."
-    if comes_from(RepositoryNotFoundError):
-        return "no such folder, and none of that name on the hub (a private one needs `hf auth login`)."
-    if comes_from(LocalEntryNotFoundError, ConnectionError, TimeoutError):
-        return "not in the hub's cache, and the hub cannot be reached; give a folder."
-    return reason(error)
+    return next((why for types, why in explained.items() if any(isinstance(cause, types) for cause in causes)), None) or reason(error)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import re
 import stat
 import sys
-import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -105,9 +105,7 @@ def open_content(path: str | os.PathLike[str], name: str = "data_path") -> Conte
             return Content(_joined(head, file), head, False)
         file.seek(0)
         return Content(file, head, True)
-    unpacked = io.BufferedReader(
-        _Unpacked(opener(_joined(head, file)), f"{name} must be a whole compressed file, got {place(path)}"), _PIECE
-    )
+    unpacked = _unpacked(opener(_joined(head, file)), f"{name} must be a whole compressed file, got {place(path)}")
     start = _first(unpacked)
     if _opener(start) is not None:
         raise InputError(f"{name} must be compressed once, got a compressed file within another: {place(path)}; unpack it first.")
@@ -160,22 +158,17 @@ def _first(file: BinaryIO) -> bytes:
     return head
 
 
-def _joined(head: bytes, file: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(_Joined(head, file), _PIECE))
+class _Stream(io.RawIOBase):
+    """Bytes from `read`, a function of the number wanted. Closing it closes `file`, unless that is standard input."""
 
-
-class _Joined(io.RawIOBase):
-    """Bytes that were already read, followed by the rest of their file."""
-
-    def __init__(self, head: bytes, file: BinaryIO) -> None:
-        self._head, self._file = head, file
+    def __init__(self, read: Callable[[int], bytes], file: Any) -> None:
+        self._read, self._file = read, file
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        piece = self._head[: len(buffer)] or self._file.read(len(buffer))
-        self._head = self._head[len(piece) :]
+        piece = self._read(len(buffer))
         buffer[: len(piece)] = piece
         return len(piece)
 
@@ -185,29 +178,25 @@ class _Joined(io.RawIOBase):
         super().close()
 
 
-class _Unpacked(io.RawIOBase):
+def _joined(head: bytes, file: BinaryIO) -> BinaryIO:
+    """Bytes that were already read, followed by the rest of their file."""
+    start = io.BytesIO(head)
+    return cast(BinaryIO, io.BufferedReader(_Stream(lambda size: start.read(size) or file.read(size), file), _PIECE))
+
+
+def _unpacked(file: Any, rule: str) -> BinaryIO:
     """Output of a decompressor, with its errors as InputError."""
 
-    def __init__(self, file: Any, rule: str) -> None:
-        self._file, self._rule = file, rule
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
+    def read(size: int) -> bytes:
         try:
-            piece = self._file.read(len(buffer))
-        except InputError:
+            piece: bytes = file.read(size)
+        except (InputError, MemoryError):
             raise
-        except (OSError, EOFError, zlib.error, ValueError, RuntimeError) as error:
-            raise InputError(f"{self._rule}: {reason(error)}") from error
-        buffer[: len(piece)] = piece
-        return len(piece)
+        except Exception as error:  # every decompressor has types of its own
+            raise InputError(f"{rule}: {reason(error)}") from error
+        return piece
 
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
+    return cast(BinaryIO, io.BufferedReader(_Stream(read, file), _PIECE))
 
 
 class _ZstdFile:
@@ -228,10 +217,7 @@ class _ZstdFile:
                 return b""
             if self._frame is None:
                 self._frame = self._module.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            try:
-                self._ready = self._frame.decompress(piece)
-            except self._module.ZstdError as error:
-                raise EOFError(str(error)) from error
+            self._ready = self._frame.decompress(piece)
             if self._frame.eof:
                 self._packed, self._frame = self._frame.unused_data, None
         piece, self._ready = self._ready[:size], self._ready[size:]
@@ -241,29 +227,9 @@ class _ZstdFile:
         self._file.close()
 
 
-def _gzip(file: BinaryIO) -> Any:
-    import gzip
-
-    return gzip.GzipFile(fileobj=file)
-
-
-def _bzip2(file: BinaryIO) -> Any:
-    import bz2
-
-    return bz2.BZ2File(file)
-
-
-def _xz(file: BinaryIO) -> Any:
-    import lzma
-
-    class XzFile(lzma.LZMAFile):
-        def read(self, size: int | None = -1) -> bytes:
-            try:
-                return super().read(size)
-            except lzma.LZMAError as error:
-                raise EOFError(str(error)) from error
-
-    return XzFile(file)
+def _opener_of(module: str) -> Callable[[BinaryIO], Any]:
+    """Opener of a module of the standard library, imported when it is called: Python can be built without some of them."""
+    return lambda file: importlib.import_module(module).open(file)
 
 
 def _zstd(file: BinaryIO) -> Any:
@@ -276,9 +242,9 @@ def _zstd(file: BinaryIO) -> Any:
 
 # A bzip2 stream continues with its first block or its end; "BZh" alone may begin a text. zstd files may begin with a skippable frame.
 _OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {
-    rb"\x1f\x8b": _gzip,
-    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": _bzip2,
-    rb"\xfd7zXZ": _xz,
+    rb"\x1f\x8b": _opener_of("gzip"),
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": _opener_of("bz2"),
+    rb"\xfd7zXZ": _opener_of("lzma"),
     rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": _zstd,
 }
 # A raw LZMA file begins with its properties, the size of its dictionary (2^n or 1.5 * 2^n) and the size of its content.
