@@ -30,8 +30,7 @@ def compare(
     """
     from ..report import write_comparison
 
-    with screen.Progress(f"comparing {a.name} and {b.name}") as bar:
-        bar.update(None, "")
+    with screen.Progress(f"comparing {a.name} and {b.name}"):
         result = write_comparison(a, b, output_path, top=top, resamples=resamples, confidence=confidence, seed=seed, figures_too=figures)
     blocks = result.specific_blocks
     lines: list[tuple[str, object]] = [

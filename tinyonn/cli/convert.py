@@ -44,8 +44,7 @@ def convert(
     from ..mscan.convert import convert_v1, merge
 
     target = to or _by_suffix(output_path)
-    with screen.Progress(f"reading {files[0].name}") as bar:
-        bar.update(None, "")
+    with screen.Progress(f"reading {files[0].name}"):
         if target is not Target.mscan:
             result = _export(files, output_path, target, given, overwrite)
         else:

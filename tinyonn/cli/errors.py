@@ -30,28 +30,28 @@ class Ending:
 
 def explain(error: BaseException, command: str) -> Ending | None:
     """Line and exit code for an error; None for a bug. The line fits on a screen, however long the message is."""
-    ending = _explain(error, command)
-    return None if ending is None else Ending(one_line(ending.line), ending.code)
+    told = _told(error, command)
+    code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else BAD_INPUT
+    return None if told is None else Ending(one_line(f"{command}: {told}"), code)
 
 
-def _explain(error: BaseException, command: str) -> Ending | None:
+def _told(error: BaseException, command: str) -> str | None:
     if isinstance(error, KeyboardInterrupt):
-        return Ending(f"{command}: {_one_line(error) or _interrupted(command)}", INTERRUPTED)
+        return _joined(error) or _interrupted(command)
     if isinstance(error, UsageError):
-        return Ending(f"{command}: {_usage(error)} See `{command} --help`.", BAD_INPUT)
+        return f"{_usage(error)} See `{command} --help`."
     if isinstance(error, ClickException):
-        return Ending(f"{command}: {error.format_message()}", BAD_INPUT)  # type: ignore[attr-defined]
+        return str(error.format_message())  # type: ignore[attr-defined]
     if isinstance(error, MscanError) and error.offset and command != "tinyonn recover" and _can_be_recovered(error.path):
         file = error.path if len(error.path) <= 60 else "FILE"
-        return Ending(f"{command}: {_one_line(error)} `tinyonn recover {file} -o PATH` keeps what can be read.", BAD_INPUT)
-    if isinstance(error, (InputError, MscanError)):
-        return Ending(f"{command}: {_one_line(error)}", BAD_INPUT)
+        return f"{_joined(error)} `tinyonn recover {file} -o PATH` keeps what can be read."
+    # A RuntimeError of a missing package names the package and the remedy.
+    if isinstance(error, (InputError, MscanError)) or (type(error) is RuntimeError and "pip install" in str(error)):
+        return _joined(error)
     if _ran_out_of_memory(error):
-        return Ending(f"{command}: memory ran out. {_lower(command)}", BAD_INPUT)
-    if type(error) is RuntimeError and "pip install" in str(error):  # a package is missing; the message names it and the remedy
-        return Ending(f"{command}: {_one_line(error)}", BAD_INPUT)
+        return f"memory ran out. {_lower(command)}"
     if isinstance(error, OSError) and error.errno is not None:
-        return Ending(f"{command}: {_os_error(error, command)}", BAD_INPUT)
+        return _os_error(error, command)
     return None
 
 
@@ -89,7 +89,7 @@ def _usage(error: Exception) -> str:
     return message if message.endswith((".", "?")) else f"{message}."
 
 
-def _one_line(error: BaseException) -> str:
+def _joined(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 

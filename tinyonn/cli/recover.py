@@ -29,8 +29,7 @@ def recover(
     """
     from ..mscan.convert import recover as repair
 
-    with screen.Progress(f"reading {file.name}") as bar:
-        bar.update(None, "")
+    with screen.Progress(f"reading {file.name}"):
         result = repair(file, output_path, overwrite=overwrite, **given)
     print(written(result))
 

@@ -42,8 +42,7 @@ def report(
     from ..report import write_report
 
     target = output_path or file.with_suffix(".html")
-    with screen.Progress(f"reading {file.name}") as bar:
-        bar.update(None, "")
+    with screen.Progress(f"reading {file.name}"):
         result = write_report(
             file,
             target,

@@ -98,6 +98,7 @@ class Progress:
                 )
                 self._bar = Bar(SpinnerColumn(), *parts, console=console, transient=True)
                 self._task = self._bar.add_task(self._label, total=None, text="", rest="")
+                self.update(None, "")
                 self._bar.start()
         return self
 

@@ -22,8 +22,7 @@ def verify(
 
     damaged = 0
     for file in files:
-        with screen.Progress(f"checking {file.name}") as bar:
-            bar.update(None, "")
+        with screen.Progress(f"checking {file.name}"):
             found = check(file)
         holds = f"{screen.counted(found.sequences, 'sequence')}, {screen.counted(found.tokens, 'token')}, {readable_bytes(found.size)}"
         if found.failure is None:

@@ -48,7 +48,7 @@ def demo(
     study = PlasticityConfig(
         model_path=str(encoder),
         task="boolq",
-        data_path=str(data / PASSAGES),
+        data_path=str(data[PASSAGES]),
         output_dir=str(output_dir / "minilm"),
         train_size=train_size,
         eval_size=eval_size,
@@ -60,7 +60,7 @@ def demo(
     check_options(study)
     scored = ScoreConfig(
         model_path=str(prepare_smollm2(progress=screen.say)),
-        data_path=str(data / QUESTIONS),
+        data_path=str(data[QUESTIONS]),
         output_dir=str(output_dir / "smollm2-commonsenseqa"),
         max_samples=max_samples,
     )

