@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,6 @@ from . import screen
 from .options import ConfigFile, configured, print_config_option, takes_options
 
 if TYPE_CHECKING:
-    from ..heads.progress import Progress
     from ..heads.score.score import ScoreResult
 
 _SHOWN = 5  # number of heads printed
@@ -47,14 +45,10 @@ def score_and_draw(options: ScoreConfig) -> None:
         from ..heads import score_heads
         from ..report import write_scores_page
 
-        result = score_heads(options, progress=partial(show_progress, bar))
+        result = score_heads(options, lambda state: bar.update(state.fraction, state.text, label=state.stage))
         bar.update(None, "", label="drawing")
         page = write_scores_page(result.folder)
     print(result_screen(result, page.html))
-
-
-def show_progress(bar: screen.Progress, state: Progress) -> None:
-    bar.update(state.fraction, state.text, label=state.stage)
 
 
 def result_screen(result: ScoreResult, page: Path) -> str:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from .._io.config import read_yaml
 from .._io.records import as_number, is_no_label, short, whole
 from ..errors import InputError, did_you_mean, listed, reason, shown
 
+FIELD_MAPS = Path(__file__).parent / "field_maps"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LABELLED = re.compile(r"\s*\(?([A-Za-z]|\d+)[.):](?:\s+|\Z)(.*)", re.DOTALL)
 
@@ -120,7 +120,7 @@ class FieldMap:
 
 def builtin_field_maps() -> list[str]:
     """Names of the field maps that come with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
+    return sorted(file.stem for file in FIELD_MAPS.glob("*.yaml"))
 
 
 def load_field_map(name: str) -> FieldMap:
@@ -135,8 +135,8 @@ def load_field_map(name: str) -> FieldMap:
     known = builtin_field_maps()
     if name.casefold() not in known:
         raise InputError(f"field_map must be one of {', '.join(known)} or a YAML file, got {name!r}{did_you_mean(name, known)}")
-    with resources.as_file(_folder() / f"{name.casefold()}.yaml") as file:
-        return _from_mapping(read_yaml(file), f"{name.casefold()}.yaml", name.casefold())
+    path = FIELD_MAPS / f"{name.casefold()}.yaml"
+    return _from_mapping(read_yaml(path), path.name, path.stem)
 
 
 def find_field_map(record: Mapping[str, Any]) -> FieldMap:
@@ -157,10 +157,6 @@ def find_field_map(record: Mapping[str, Any]) -> FieldMap:
     if isinstance(_look_up(record, "choices.text"), list) and not isinstance(_look_up(record, "choices.label"), list):
         raise AbsentError("must have the labels of its choices as a list in choices.label, or come with a field_map without labels")
     raise AbsentError(f"must have the fields of one of {listed(names, 5)}, or come with a field_map of its own")
-
-
-def _folder() -> Any:
-    return resources.files("tinyonn.heads") / "field_maps"
 
 
 def _from_mapping(values: Mapping[str, Any], source: str, name: str) -> FieldMap:

@@ -235,7 +235,7 @@ def _of_layer(
     unknown = sorted(given - BASES[base] - WITHOUT_EFFECT)
     if unknown:
         raise InputError(f"{_named(layer)} passes unknown arguments to its attention ({', '.join(unknown)}), which may change its scores.")
-    scores: dict[str, Any] = {"scaling": options.get("scaling"), "softcap": options.get("softcap"), "sinks": options.get("s_aux")}
+    scores: dict[str, Any] = {"scale": options.get("scaling"), "softcap": options.get("softcap"), "sinks": options.get("s_aux")}
     if (is_causal := options.get("is_causal")) is None:
         is_causal = getattr(layer.module, "is_causal", True)
     causal = base == "sdpa" and mask is None and query.shape[2] > 1 and bool(is_causal)

@@ -5,7 +5,7 @@ B sequences, T query tokens, Tk keys (more than T after a cache), H query heads,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,18 +29,12 @@ class Wanted(NamedTuple):
     queries: Tensor | None
 
     def from_scores(
-        self,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        *,
-        causal: bool,
-        sliding: bool = False,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        self, query: Tensor, key: Tensor, mask: Tensor | None, *, causal: bool, sliding: bool = False, **scores: Any
     ) -> AttentionStats:
-        """Statistics of query (B, H, T, D) and key (B, K, Tk, D) with the mask of an attention function; without gradient."""
+        """Statistics of query (B, H, T, D) and key (B, K, Tk, D) with the mask of an attention function; without gradient.
+
+        `scores`: scale, softcap and sinks of `attention_stats`.
+        """
         query, key = query.detach().transpose(1, 2), key.detach().transpose(1, 2)
         batch, keys = query.shape[0], key.shape[1]
         span = _of_keys("span_mask", self.span_mask, keys, query, sliding)
@@ -55,9 +49,7 @@ class Wanted(NamedTuple):
             if causal:
                 seen = torch.arange(keys, device=query.device) <= keys - tokens + self.queries.to(query.device)[:, None]
                 visible, causal = seen if visible is None else seen & visible, False
-        return attention_stats(
-            query, key, span_mask=span, key_mask=visible, scale=scaling, causal=causal, softcap=softcap, sinks=sinks, bias=mask
-        )
+        return attention_stats(query, key, span_mask=span, key_mask=visible, causal=causal, bias=mask, **scores)
 
     def from_probabilities(self, probs: Tensor, mask: Tensor | None) -> AttentionStats:
         """Statistics of probs (B, H, T, Tk), computed for a few queries at a time; `mask` shows which queries attend to nothing."""

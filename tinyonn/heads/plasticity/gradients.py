@@ -130,13 +130,12 @@ class _Sums:
         Raises:
             InputError: a projection was not called, or autograd's gradient of its weight differs.
         """
-        edges, modules = [call.output for call in calls], list(self.parts)
-        called = {call.module for call in calls}
-        for module in modules:
+        edges, called = [call.output for call in calls], {call.module for call in calls}
+        for module in self.parts:
             if module not in called:
                 name = self.parts[module][0][1].name.removesuffix(".weight")
                 raise InputError(f"model did not call {name}, whose gradient is needed.")
-        weights = {module: dict(module.named_parameters()).get("weight") for module in modules}
+        weights = {module: dict(module.named_parameters()).get("weight") for module in self.parts}
         trained = {module: weight for module, weight in weights.items() if weight is not None and weight.requires_grad}
         places: list[Any] = [*edges, *trained.values()]
         grads = torch.autograd.grad(loss, places, allow_unused=True, retain_graph=True)

@@ -349,9 +349,7 @@ def _run_log(folder: Path) -> Iterator[Callable[[str], None]]:
     """run.log: one line for each step with its time, and one for an error."""
     with ExitStack() as stack:
         with _writing(folder):
-            file = stack.enter_context(
-                open(folder / "run.log", "ab", buffering=0)
-            )  # each line is written at once, so that errors appear early
+            file = stack.enter_context(open(folder / "run.log", "ab", buffering=0))  # unbuffered, so that errors appear early
 
         def log(line: str) -> None:
             with _writing(folder):
