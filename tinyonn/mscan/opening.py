@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from ..errors import MscanError
-from .v1.header import MAGIC, PROLOGUE
+from .v1.header import PROLOGUE, read_prologue
 
 # Name of one file of a set.
 RANK = re.compile(r"(?P<stem>.+)\.rank(?P<rank>\d+)-of-(?P<size>\d+)\.mscan")
@@ -26,17 +26,7 @@ def version_of(path: str) -> int:
     if path != path.encode(errors="replace").decode():
         raise MscanError(path, "the path of a .mscan file must be Unicode.")
     with open(path, "rb") as file:
-        head = file.read(PROLOGUE.size)
-    if not head:
-        raise MscanError(path, f"a .mscan file must have at least {PROLOGUE.size} bytes, got an empty file.", 0)
-    if not head.startswith(MAGIC[: len(head)]):
-        raise MscanError(path, "a .mscan file must start with MSCAN.", 0)
-    if len(head) < PROLOGUE.size:
-        raise MscanError(path, f"a .mscan file must have at least {PROLOGUE.size} bytes, got {len(head)}.", len(head))
-    version = int(PROLOGUE.unpack(head)[1])
-    if version not in (1, 2):
-        raise MscanError(path, f"version must be 1 or 2, got {version}.", 5)
-    return version
+        return read_prologue(path, file.read(PROLOGUE.size))[0]
 
 
 def rank_members(path: str) -> list[str] | None:

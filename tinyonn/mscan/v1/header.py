@@ -58,7 +58,7 @@ def read_header(path: str, head: bytes, size: int, recovery: str, plausible: Cal
     Raises:
         MscanError: the header breaks a rule that `recovery` does not tolerate.
     """
-    length, count = read_prologue(path, head)
+    _, length, count = read_prologue(path, head)
     if not PROLOGUE.size <= length <= size:
         raise MscanError(path, f"header length must lie between {PROLOGUE.size} and the file's {size} bytes, got {length}.", 7)
     offset = length
@@ -81,16 +81,21 @@ def read_header(path: str, head: bytes, size: int, recovery: str, plausible: Cal
     return _with_trailing_bytes(path, metadata, offset, count, have, size, recovery)
 
 
-def read_prologue(path: str, head: bytes) -> tuple[int, int]:
-    """Header length and record count of a version 1 file."""
+def read_prologue(path: str, head: bytes) -> tuple[int, int, int]:
+    """Version, header length and record count in the first bytes of a file; only version 1 has the last two.
+
+    Raises:
+        MscanError: they do not belong to a `.mscan` file of version 1 or 2.
+    """
+    if not head.startswith(MAGIC[: len(head)]):
+        raise MscanError(path, "a .mscan file must start with MSCAN.", 0)
     if len(head) < PROLOGUE.size:
-        raise MscanError(path, f"a version 1 file must have at least {PROLOGUE.size} bytes, got {len(head)}.", 0)
-    magic, version, length, count = PROLOGUE.unpack_from(head)
-    if magic != MAGIC:
-        raise MscanError(path, f"the file must begin with {MAGIC!r}, got {magic!r}.", 0)
-    if version != 1:
-        raise MscanError(path, f"version must be 1 here, got {version}.", 5)
-    return length, count
+        found = str(len(head)) if head else "an empty file"
+        raise MscanError(path, f"a .mscan file must have at least {PROLOGUE.size} bytes, got {found}.", len(head))
+    _, version, length, count = PROLOGUE.unpack_from(head)
+    if version not in (1, 2):
+        raise MscanError(path, f"version must be 1 or 2, got {version}.", 5)
+    return version, length, count
 
 
 def _parse_json(path: str, text: bytes) -> dict[str, Any]:

@@ -92,7 +92,9 @@ class V1Reader(MscanReader, reads=1):
 
     def _open(self) -> None:
         size = os.fstat(self._fd).st_size
-        length, _ = read_prologue(self.path, os.pread(self._fd, PROLOGUE.size, 0))
+        version, length, _ = read_prologue(self.path, os.pread(self._fd, PROLOGUE.size, 0))
+        if version != 1:
+            raise MscanError(self.path, f"version must be 1 here, got {version}.", 5)
         head = os.pread(self._fd, min(size, length + PROLOGUE.size), 0)
         self.header = read_header(self.path, head, size, self.recovery, self._plausible)
         names = _parameter_names(self.path, self.header.metadata)

@@ -9,8 +9,9 @@ exception is the input of a tied output head; see `lookup.py`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -135,18 +136,14 @@ class Capture:
 def module_hooks(targets: Iterable[Target], recorder: Recorder) -> Iterator[None]:
     """Within the block, hooks on every target that is a module report to `recorder`."""
 
-    def hook_for(target: Target) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            recorder.record(target, args[0] if args else next(iter(kwargs.values())), output)
+    def report(target: Target, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        recorder.record(target, args[0] if args else next(iter(kwargs.values())), output)
 
-        return hook
-
-    handles = [target.module.register_forward_hook(hook_for(target), with_kwargs=True) for target in targets if not target.is_experts]
-    try:
+    with ExitStack() as stack:
+        for target in targets:
+            if not target.is_experts:
+                stack.callback(target.module.register_forward_hook(partial(report, target), with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def token_rows(target: Target, tensor: Tensor, batch_shape: tuple[int, int]) -> Tensor:

@@ -92,11 +92,8 @@ def logits_from_embeddings(model: PreTrainedModel, input_ids: Tensor) -> tuple[T
         leaves.append(leaf)
         return output + leaf
 
-    handle = model.get_input_embeddings().register_forward_hook(start_graph)
-    try:
+    with model.get_input_embeddings().register_forward_hook(start_graph):
         output = model(input_ids=input_ids, use_cache=False, output_hidden_states=False, output_attentions=False, return_dict=True)
-    finally:
-        handle.remove()
     logits = output.logits
     if len(leaves) != 1 or logits.shape[:2] != input_ids.shape:
         raise InputError(

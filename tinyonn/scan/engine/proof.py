@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,39 +88,32 @@ def _watched(model: PreTrainedModel) -> Iterator[list[str]]:
     """
     spread: dict[str, list[bool]] = {}
     mixers: list[str] = []
-    handles = []
 
     def touches_others(grad: Tensor) -> bool:
         rows = grad.reshape(PROBE_TOKENS, -1).abs().sum(-1)
         rows[PROBE_TOKENS - 2] = 0
         return bool(rows.any())
 
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            first_in = _first_token_tensor((*args, *kwargs.values()))
-            first_out = _first_token_tensor(output if isinstance(output, tuple | list) else (output,))
-            if first_in is None or first_out is None or first_in is first_out:
-                return
-            seen = spread.setdefault(name, [])
-            first_out.register_hook(lambda grad: seen.append(touches_others(grad)))
+    def watch(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        first_in = _first_token_tensor((*args, *kwargs.values()))
+        first_out = _first_token_tensor(output if isinstance(output, tuple | list) else (output,))
+        if first_in is None or first_out is None or first_in is first_out:
+            return
+        seen = spread.setdefault(name, [])
+        first_out.register_hook(lambda grad: seen.append(touches_others(grad)))
 
-            def on_input(grad: Tensor) -> None:
-                nested = any(mixer.startswith(f"{name}.") for mixer in mixers)
-                if seen == [False] and touches_others(grad) and not nested:
-                    mixers.append(f"{name} ({type(module).__name__})")
+        def on_input(grad: Tensor) -> None:
+            nested = any(mixer.startswith(f"{name}.") for mixer in mixers)
+            if seen == [False] and touches_others(grad) and not nested:
+                mixers.append(f"{name} ({type(module).__name__})")
 
-            first_in.register_hook(on_input)
+        first_in.register_hook(on_input)
 
-        return hook
-
-    try:
+    with ExitStack() as stack:
         for name, module in model.named_modules():
             if name:
-                handles.append(module.register_forward_hook(hook_for(name), with_kwargs=True))
+                stack.callback(module.register_forward_hook(partial(watch, name), with_kwargs=True).remove)
         yield mixers
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _first_token_tensor(values: Any) -> Tensor | None:

@@ -11,7 +11,7 @@ Both sides are compared as products with a few random vectors of ±1, row by row
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,26 +182,20 @@ def _weight_gradients(parameters: Mapping[int, nn.Parameter]) -> Iterator[dict[i
     A product is (rows, DIRECTIONS), of the gradient as (rows, inputs); the gradient itself is dropped at once.
     """
     products: dict[int, Tensor] = {}
-    before = {key: parameter.grad for key, parameter in parameters.items()}
-    handles = []
 
     def take(parameter: Tensor) -> None:
         assert parameter.grad is not None
         products[id(parameter)] = _times_directions(parameter.grad.detach())
         parameter.grad = None
 
-    try:
+    with ExitStack() as stack:
         for parameter in parameters.values():
+            stack.callback(setattr, parameter, "grad", parameter.grad)
+            stack.callback(parameter.requires_grad_, False)
             parameter.grad = None
             parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(take))
+            stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
         yield products
-    finally:
-        for handle in handles:
-            handle.remove()
-        for key, parameter in parameters.items():
-            parameter.requires_grad_(False)
-            parameter.grad = before[key]
 
 
 def _directions(size: int, like: Tensor) -> Tensor:
