@@ -161,57 +161,60 @@ def find_field_map(record: Mapping[str, Any]) -> FieldMap:
 
 def _from_mapping(values: Mapping[str, Any], source: str, name: str) -> FieldMap:
     found = values.get("layouts", [values])
-    if not isinstance(found, list) or not found:
-        raise InputError(f"field_map {source}: layouts must be a list of mappings, got {shown(found)}.")
     keys = _KEYS if "layouts" in values else (*_KEYS, "layouts")
-    return FieldMap(name, tuple(_layout(layout, source, keys) for layout in found))
+    try:
+        if not isinstance(found, list) or not found:
+            raise InputError(f"layouts must be a list of mappings, got {shown(found)}.")
+        return FieldMap(name, tuple(_layout(layout, keys) for layout in found))
+    except InputError as error:
+        raise InputError(f"field_map {source}: {error}") from None
 
 
 _KEYS = ("question", "context", "choices", "answer")
 _CHOICE_KEYS = ({"text"}, {"text", "label"}, {"lines"}, {"fixed"}, {"field", "pattern"})
 
 
-def _layout(values: Any, source: str, known: tuple[str, ...]) -> Layout:
+def _layout(values: Any, known: tuple[str, ...]) -> Layout:
     if not isinstance(values, Mapping):
-        raise InputError(f"field_map {source}: a layout must be a mapping, got {shown(values)}.")
+        raise InputError(f"a layout must be a mapping, got {shown(values)}.")
     for key in values:
         if key not in known:
-            raise InputError(f"field_map {source}: key must be one of {', '.join(known)}, got {key!r}{did_you_mean(key, known)}")
+            raise InputError(f"key must be one of {', '.join(known)}, got {key!r}{did_you_mean(key, known)}")
     choices = values.get("choices")
     if not isinstance(choices, Mapping) or set(choices) not in _CHOICE_KEYS:
         kinds = "; ".join(" and ".join(sorted(keys)) for keys in _CHOICE_KEYS)
-        raise InputError(f"field_map {source}: choices must be a mapping with one of ({kinds}), got {shown(choices)}.")
+        raise InputError(f"choices must be a mapping with one of ({kinds}), got {shown(choices)}.")
     for key, value in choices.items():
-        _check_pattern(value, source, ("label", "text")) if key == "pattern" else _check_field(value, source, f"choices.{key}")
+        _check_pattern(value, ("label", "text")) if key == "pattern" else _check_field(value, f"choices.{key}")
     if "fixed" in choices and isinstance(choices["fixed"], str):
-        raise InputError(f"field_map {source}: choices.fixed must be a list of texts, got {shown(choices['fixed'])}.")
-    question = _source(values.get("question"), source, "question", {"pattern"})
+        raise InputError(f"choices.fixed must be a list of texts, got {shown(choices['fixed'])}.")
+    question = _source(values.get("question"), "question", {"pattern"})
     answer, context = values.get("answer"), values.get("context")
     return Layout(
         question,
         choices,
-        None if answer is None else _source(answer, source, "answer", {"first", "values", "pattern"}),
-        None if context is None else _source(context, source, "context", {"pattern"}),
+        None if answer is None else _source(answer, "answer", {"first", "values", "pattern"}),
+        None if context is None else _source(context, "context", {"pattern"}),
     )
 
 
-def _source(value: Any, source: str, name: str, options: set[str]) -> Mapping[str, Any]:
+def _source(value: Any, name: str, options: set[str]) -> Mapping[str, Any]:
     """A field, or a mapping with a field and options."""
     found = value if isinstance(value, Mapping) else {"field": value}
     for key in found:
         if key not in {"field", *options}:
-            raise InputError(f"field_map {source}: {name} must have the keys field, {', '.join(sorted(options))}, got {key!r}.")
-    _check_field(found.get("field"), source, name)
+            raise InputError(f"{name} must have the keys field, {', '.join(sorted(options))}, got {key!r}.")
+    _check_field(found.get("field"), name)
     if "pattern" in found:
-        _check_pattern(found["pattern"], source, ())
+        _check_pattern(found["pattern"], ())
     first = found.get("first")
     if first is not None and (isinstance(first, bool) or not isinstance(first, int)):
-        raise InputError(f"field_map {source}: {name}.first must be a whole number, got {shown(first)}.")
+        raise InputError(f"{name}.first must be a whole number, got {shown(first)}.")
     if "values" in found:
         values = found["values"]
         if not isinstance(values, Mapping) or not values:
-            raise InputError(f"field_map {source}: {name}.values must be a mapping from values to labels, got {shown(values)}.")
-        return {**found, "values": _values(values, f"field_map {source}: {name}.values")}
+            raise InputError(f"{name}.values must be a mapping from values to labels, got {shown(values)}.")
+        return {**found, "values": _values(values, f"{name}.values")}
     return found
 
 
@@ -229,19 +232,19 @@ def _values(given: Mapping[Any, Any], name: str) -> dict[str, str]:
     return found
 
 
-def _check_field(value: Any, source: str, name: str) -> None:
+def _check_field(value: Any, name: str) -> None:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not names or not all(isinstance(entry, str) and entry for entry in names):
-        raise InputError(f"field_map {source}: {name} must name a field, or be a list of texts, got {shown(value)}.")
+        raise InputError(f"{name} must name a field, or be a list of texts, got {shown(value)}.")
 
 
-def _check_pattern(value: Any, source: str, groups: tuple[str, ...]) -> None:
+def _check_pattern(value: Any, groups: tuple[str, ...]) -> None:
     try:
         pattern = re.compile(value, re.DOTALL)
     except (re.error, TypeError) as error:
-        raise InputError(f"field_map {source}: pattern must be a regular expression, got {shown(value)}: {reason(error)}.") from None
+        raise InputError(f"pattern must be a regular expression, got {shown(value)}: {reason(error)}.") from None
     if not set(groups) <= set(pattern.groupindex) or not pattern.groups:
-        raise InputError(f"field_map {source}: pattern must have {' and '.join(groups) or 'a'} group(s), got {shown(value)}.")
+        raise InputError(f"pattern must have {' and '.join(groups) or 'a'} group(s), got {shown(value)}.")
 
 
 def _look_up(record: Any, path: str | list[str]) -> Any:

@@ -182,14 +182,9 @@ def _with_projections(names: dict[str, nn.Module]) -> Iterator[tuple[str, tuple[
     """Names of the modules with query, key and value projections, and of these projections."""
     for name, module in names.items():
         held = {child for child, part in module.named_children() if isinstance(part, nn.Linear | Conv1D)}
-        for parts in SEPARATE:
-            if held.issuperset(parts):
-                yield name, parts
-                break
-        else:
-            part = FUSED.get(type(module).__name__)
-            if part in held:
-                yield name, (part,)
+        parts = next((parts for parts in SEPARATE if held.issuperset(parts)), (FUSED.get(type(module).__name__, ""),))
+        if held.issuperset(parts):
+            yield name, parts
 
 
 def _layer(index: int, name: str, module: nn.Module, parts: tuple[str, ...], names: dict[str, nn.Module], config: Any) -> AttentionLayer:

@@ -298,13 +298,12 @@ def _example(located: Located, row: int, task: Task, place: str, skip: bool) -> 
     record = located.record
     if record is None:
         raise InputError(f"{place} {located.error}.")
-    given = next((record[name] for name in task.label if record.get(name) is not None), None)
+    # Of several fields, the first with a value, else the first that exists.
+    label_field = max(task.label, key=lambda name: (name in record) + (record.get(name) is not None))
+    given = record.get(label_field)
     label, without = task.number(given), is_no_label(given)
     if label is None and without and skip:
         return None
-    values = {}
-    there = sorted((name for name in task.label if name in record), key=lambda name: record[name] is None)
-    label_field = there[0] if there else task.label[0]
     for name in filter(None, (task.text, task.pair, label_field)):
         if name in record and record[name] is None:
             hint = _SKIP if name == label_field else ""
@@ -313,13 +312,12 @@ def _example(located: Located, row: int, task: Task, place: str, skip: bool) -> 
             wanted = " or ".join(map(repr, task.label if name == label_field else (name,)))
             hint = _SKIP if name == label_field and row else ""  # if the field has another name, the first row lacks it
             raise InputError(f"data_path must have the field {wanted} in every row, got {field_names(record)} in {place}{hint}.")
-        values[name] = record[name]
-    text, pair = values[task.text], None if task.pair is None else values[task.pair]
+    text, pair = record[task.text], None if task.pair is None else record[task.pair]
     for name in filter(None, (task.text, task.pair)):
-        if not isinstance(values[name], str):
-            raise InputError(f"{name} must be text, got {short(values[name])} in {place}.")
+        if not isinstance(record[name], str):
+            raise InputError(f"{name} must be text, got {short(record[name])} in {place}.")
         try:
-            values[name].encode()
+            record[name].encode()
         except UnicodeEncodeError as error:  # JSON may contain half of a surrogate pair, which no tokenizer accepts
             raise InputError(f"{name} must be valid Unicode, got a lone surrogate in {place}.") from error
     if not f"{text}{pair or ''}".strip():

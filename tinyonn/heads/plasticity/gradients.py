@@ -160,23 +160,21 @@ class _Sums:
         """Gradient of a weight for one sample, (out_features, in_features)."""
         total = self.gradients.get(module)
         self.gradients[module] = gradient if total is None else total.add_(gradient)
-        for index, squares in self._squares(module, gradient):
-            self.fisher[index] += squares
+        self._add_squares(self.fisher, module, gradient)
 
-    def _squares(self, module: nn.Module, gradient: Tensor) -> Iterable[tuple[int, Tensor]]:
-        """Layer, and (H,) sums of squares per head, for each part of a weight."""
+    def _add_squares(self, sums: Tensor, module: nn.Module, gradient: Tensor) -> None:
+        """Adds a weight's sums of squares per head to `sums` (L, H)."""
         square = gradient.square()
         for index, part in self.parts[module]:
             per_feature = square.sum(0 if part.columns else 1, dtype=torch.float64)
             starts = part.first + part.step * torch.arange(part.heads)
             per_head = per_feature.cpu()[starts[:, None] + torch.arange(part.head_dim)].sum(1)
-            yield index, per_head.repeat_interleave(self.layers[index].num_heads // part.heads)
+            sums[index] += per_head.repeat_interleave(self.layers[index].num_heads // part.heads)
 
     def mean_norm(self, samples: int) -> Tensor:
         squares = torch.zeros_like(self.fisher)
         for module, total in self.gradients.items():
-            for index, its in self._squares(module, total / samples):
-                squares[index] += its
+            self._add_squares(squares, module, total / samples)
         wrong = (~squares.isfinite()).nonzero().tolist()
         if wrong:
             layer, head = wrong[0]
@@ -196,8 +194,4 @@ def _by_module(calls: list[_Call], grads: Iterable[Tensor | None], samples: int)
     for call, grad in zip(calls, grads, strict=True):
         if grad is not None:
             taken[call.module].append((_by_sample(call.inputs, samples), _by_sample(grad, samples)))
-    found = {}
-    for module, pairs in taken.items():
-        inputs, outputs = zip(*pairs, strict=True)
-        found[module] = torch.cat(inputs, 1), torch.cat(outputs, 1)
-    return found
+    return {module: (torch.cat([x for x, _ in pairs], 1), torch.cat([delta for _, delta in pairs], 1)) for module, pairs in taken.items()}

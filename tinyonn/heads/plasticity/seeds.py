@@ -49,6 +49,11 @@ class Seed:
     table: HeadTable
     kinds: list[str]
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the training."""
+        return {**ADDED_OPTIONS, **self.stats["options"]}
+
 
 def aggregate(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Writes aggregate.json and aggregate.csv over all complete seeds of OUTPUT/TASK.
@@ -150,7 +155,7 @@ def _check_alike(root: Path, seeds: Sequence[Seed]) -> None:
     for seed in seeds[1:]:
         for name in SHARED_FACTS:
             # Two models may have the same name, but not the same path.
-            ours, theirs = (its.stats["options"].get("model_path") if name == "model" else its.stats[name] for its in (first, seed))
+            ours, theirs = (its.options["model_path"] if name == "model" else its.stats[name] for its in (first, seed))
             if theirs != ours:
                 raise SeedsDifferError(f"{root} must have one {name} in all seeds, got {ours} in {first.name} and {theirs} in {seed.name}.")
         if seed.table.places != first.table.places:
@@ -165,15 +170,11 @@ def _notes(seeds: Sequence[Seed]) -> list[str]:
     other = next((seed for seed in seeds[1:] if seed.subset != seeds[0].subset), None)
     if other is not None:
         notes.append(f"The seeds were measured on different rows (eval_subset.json): {seeds[0].name} and {other.name}.")
-    options = [{**ADDED_OPTIONS, **seed.stats["options"]} for seed in seeds]
-    for name, value in options[0].items():
-        other_value, differing = next(
-            ((its.get(name), seed) for its, seed in zip(options, seeds, strict=True) if its.get(name) != value), (None, None)
-        )
-        if name != "seed" and differing is not None:
-            notes.append(
-                f"More than the seed differs in training: {name} is {value} in {seeds[0].name} and {other_value} in {differing.name}."
-            )
+    for name, value in seeds[0].options.items():
+        other = next((seed for seed in seeds if seed.options.get(name) != value), None)
+        if name != "seed" and other is not None:
+            values = f"{value} in {seeds[0].name} and {other.options.get(name)} in {other.name}"
+            notes.append(f"More than the seed differs in training: {name} is {values}.")
     return notes
 
 
