@@ -42,7 +42,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "base none": ({"base": None}, TypeError, "base must be a number, got NoneType"),
     "slope": ({"slope": float("inf")}, ValueError, "slope must be finite, got inf"),
     "temperature": ({"temperature": "1"}, TypeError, "temperature must be a number, got str"),
-    "detach": ({"detach_scores": "no"}, TypeError, "detach_scores must be a bool, got str"),
+    "detach": ({"detach_scores": "no"}, TypeError, "detach_scores must be True or False, got 'no'"),
     "impl": ({"impl": "cuda"}, ValueError, "impl must be one of auto, .* got 'cuda'"),
 }
 

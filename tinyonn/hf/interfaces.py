@@ -7,7 +7,7 @@ there, whatever happens in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,9 +116,7 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
     Raises:
         InputError: `name` is not registered.
     """
-    if name != "eager" and name not in AttentionInterface():
-        raise InputError(f"attention implementation must be a registered name, got {name!r}.")
-    with _set_on_every_config(model, "_attn_implementation_internal", name):
+    with _set_on_every_config(model, "_attn_implementation_internal", name, "attention", AttentionInterface()):
         yield
 
 
@@ -129,14 +127,14 @@ def experts_implementation(model: nn.Module, name: str) -> Iterator[None]:
     Raises:
         InputError: `name` is not registered.
     """
-    if name != "eager" and name not in ExpertsInterface():
-        raise InputError(f"experts implementation must be a registered name, got {name!r}.")
-    with _set_on_every_config(model, "_experts_implementation_internal", name):
+    with _set_on_every_config(model, "_experts_implementation_internal", name, "experts", ExpertsInterface()):
         yield
 
 
 @contextmanager
-def _set_on_every_config(model: nn.Module, attribute: str, name: str) -> Iterator[None]:
+def _set_on_every_config(model: nn.Module, attribute: str, name: str, kind: str, registered: Container[str]) -> Iterator[None]:
+    if name != "eager" and name not in registered:
+        raise InputError(f"{kind} implementation must be a registered name, got {name!r}.")
     # The public property writes through to nested configurations, which would lose a nested one's own choice on the way back.
     before = [(config, getattr(config, attribute)) for config in configurations(model)]
     try:

@@ -9,17 +9,17 @@ B batch, T queries of Tk positions, H query heads, K key/value heads, D head dim
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import DynNSAOutput, dyn_nsa
-from ..ops._dispatch import autocast_off, check_impl
+from ..ops._dispatch import autocast_off, check_impl, statistics_dtype
 from ..ops.nsa._checks import check_max_blocks, check_sizes, check_temperature, check_window
+from ._options import check_choice, check_flag, check_number
 from .block_compression import BlockCompression, block_starts
 
 OPEN = -30.0
@@ -70,18 +70,22 @@ class DynNSAOptions:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "base", "slope", "tau", "budget_weight", "budget_target"):
+            check_number(name, getattr(self, name))
+        for name in ("detach_scores", "learnable_compression"):
+            check_flag(name, getattr(self, name))
+        if not isinstance(self.start_gates, (list, tuple)):
+            raise TypeError(f"start_gates must be a tuple of 3 numbers, got {type(self.start_gates).__name__}.")
+        for gate in self.start_gates:
+            check_number("start_gates", gate)
         check_sizes(self.block_size, self.compress_size)
         check_window(self.window)
         check_temperature(self.temperature)
         if self.max_blocks is not None:
             check_max_blocks(self.max_blocks)
         check_impl(self.impl)
-        for name in ("base", "slope"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}.")
         self.start_gates = tuple(self.start_gates)  # type: ignore[assignment]  # JSON gives a list
-        if self.tau_source not in get_args(TauSource):
-            raise ValueError(f"tau_source must be one of {', '.join(get_args(TauSource))}, got {self.tau_source!r}.")
+        check_choice("tau_source", self.tau_source, get_args(TauSource))
         if not 0 <= self.tau <= 1:
             raise ValueError(f"tau must be in [0, 1], got {self.tau}.")
         if self.temperature > MAX_TEMPERATURE:
@@ -243,7 +247,6 @@ class DynNSACore(nn.Module):
             TypeError, ValueError: tau has the wrong type or shape, or is outside [0, 1].
         """
         batch, tokens = query.shape[:2]
-        dtype = query.dtype if query.dtype == torch.float64 else torch.float32
         if tau is None:
             match self.options.tau_source:
                 case "attention":
@@ -255,10 +258,7 @@ class DynNSACore(nn.Module):
                     if decoding and not self.training and self.previous_tau is not None and len(self.previous_tau) == batch:
                         tau[:, 0] = self.previous_tau
         rows = (batch, tokens, self.num_kv_heads)
-        given = _as_tau(tau, rows).detach().to(query.device, dtype)
-        while given.dim() < 3:
-            given = given.unsqueeze(-1)
-        return given.expand(rows).contiguous()
+        return tau_of_rows(_as_tau(tau, rows), rows, query)
 
     @torch.no_grad()
     def observe_output(self, entropy: Tensor, mask: Tensor | None = None) -> None:
@@ -304,20 +304,13 @@ class DynNSACore(nn.Module):
             tau: (B, T, K), from `tau_of`; None for the entropy of the compressed branch.
             scale, key_start, key_end, cu_seqlens: as in `ops.dyn_nsa`.
         """
-        options = self.options
         if key_compressed is None or value_compressed is None:
             key_compressed, value_compressed = self.compress(key, value, key_start, cu_seqlens)
-        max_blocks = options.max_blocks
-        if max_blocks is None:
-            max_blocks = max(MIN_MAX_BLOCKS, -(-key.shape[1] // options.block_size))
-        # The op chooses the precision of its own products; autocast would change it.
-        with autocast_off(query):
-            return dyn_nsa(
-                query, key, value, key_compressed, value_compressed, gates, self.base + self.opening.to(self.base.dtype), self.slope,
-                tau=tau, window=options.window, temperature=options.temperature, block_size=options.block_size,
-                compress_size=options.compress_size, max_blocks=max_blocks, detach_scores=options.detach_scores, scale=scale,
-                cu_seqlens=cu_seqlens, key_start=key_start, key_end=key_end, impl=options.impl,
-            )  # fmt: skip
+        base = self.base + self.opening.to(self.base.dtype)
+        return attend(
+            self.options, query, key, value, key_compressed, value_compressed, gates, base, self.slope, tau=tau, scale=scale,
+            key_start=key_start, key_end=key_end, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
 
     def budget_loss(self, result: DynNSAOutput) -> Tensor:
         """The budget loss of a call, 0-d; padding does not count."""
@@ -340,6 +333,28 @@ class DynNSACore(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+
+
+def attend(options: DynNSAOptions, *tensors: Tensor, **others: Any) -> DynNSAOutput:
+    """`ops.dyn_nsa` of these tensors with the settings of these options."""
+    query, key = tensors[:2]
+    max_blocks = options.max_blocks
+    if max_blocks is None:
+        max_blocks = max(MIN_MAX_BLOCKS, -(-key.shape[1] // options.block_size))
+    # The op chooses the precision of its own products; autocast would change it.
+    with autocast_off(query):
+        return dyn_nsa(
+            *tensors, window=options.window, temperature=options.temperature, block_size=options.block_size,
+            compress_size=options.compress_size, max_blocks=max_blocks, detach_scores=options.detach_scores, impl=options.impl, **others,
+        )  # fmt: skip
+
+
+def tau_of_rows(tau: Tensor, rows: tuple[int, int, int], query: Tensor) -> Tensor:
+    """A tau of shape (), (B,), (B, T) or (B, T, K) for each of `rows`, (B, T, K), without gradients."""
+    given = tau.detach().to(query.device, statistics_dtype(query.dtype))
+    while given.dim() < 3:
+        given = given.unsqueeze(-1)
+    return given.expand(rows).contiguous()
 
 
 def _as_tau(tau: Tensor | float, rows: tuple[int, int, int]) -> Tensor:

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ...errors import InputError
 from ...nn.block_compression import block_starts, blocks_of
-from ...nn.dyn_nsa import MIN_MAX_BLOCKS, common_dtype
-from ...ops import dyn_nsa
+from ...nn.dyn_nsa import attend, common_dtype
 from ..interfaces import register_attention
 from .decoding import compressed_so_far
 from .masks import dyn_nsa_mask, gathered, layout_of, within_bounds
-from .options import as_tau, checked_options, checked_tau, opening_of
+from .options import checked_options, checked_tau, opening_of
 from .parts import DYN_NSA, core_of
 
 # What a model may hand to its attention function that has no bearing on the result here.
@@ -92,7 +90,7 @@ def dyn_nsa_attention(
         raise InputError(f"attention dropout must be 0 for attn_implementation='dyn_nsa', got {dropout} in {name}.")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise InputError(f"attention must be causal for attn_implementation='dyn_nsa', got {name}.")
-    tau = checked_tau(tau, query.shape[0], query.shape[2], key.shape[1])
+    tau = None if tau is None else checked_tau(tau, (query.shape[0], query.shape[2], key.shape[1]), query)
     core, original = core_of(module), key
     rows, sequences, compaction = layout_of(attention_mask, query.shape[0], cu_seq_lens_q)
     bounds: dict[str, Tensor | None] = {"cu_seqlens": sequences}
@@ -100,8 +98,7 @@ def dyn_nsa_attention(
     query_order = None
     if compaction is not None:
         rows, query_order = compaction.rows, compaction.queries(query.shape[2])
-        if tau is not None:
-            tau = gathered(as_tau(tau, query.device, (query.shape[0], query.shape[2], key.shape[1])), query_order, 1)
+        tau = None if tau is None else gathered(tau, query_order, 1)
         query, key, value = gathered(query, query_order, 2), gathered(key, compaction.order, 2), gathered(value, compaction.order, 2)
     if core is not None and sequences is None:
         compressed = compressed_so_far(core, original, key, value, query.shape[2], rows)
@@ -111,7 +108,7 @@ def dyn_nsa_attention(
     batch, tokens = query.shape[:2]
     if sequences is not None and cu_seq_lens_q is None:  # bounds of all rows laid end to end
         query, key, value = (x.flatten(0, 1)[None] for x in (query, key, value))
-        tau = None if tau is None else as_tau(tau, query.device, (batch, tokens, key.shape[2])).flatten(0, 1)[None]
+        tau = None if tau is None else tau.flatten(0, 1)[None]
     if core is None:
         out = _without_parts(module, query, key, value, tau, scaling, bounds)
         return _in_place(out.reshape(batch, tokens, *out.shape[2:]), query_order), None
@@ -136,7 +133,7 @@ def _without_parts(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    tau: Tensor | float | None,
+    tau: Tensor | None,
     scale: float | None,
     bounds: dict[str, Tensor | None],
 ) -> Tensor:
@@ -152,18 +149,10 @@ def _without_parts(
     starts = block_starts(num_keys, options.compress_size, bounds.get("key_start"), bounds.get("cu_seqlens"))
     compressed = [blocks_of(x, options.compress_size, starts).mean(2) for x in (key, value)]
     if tau is None and options.tau_source == "constant":
-        tau = options.tau
-    tau = None if tau is None else as_tau(tau, query.device, (batch, tokens, num_kv))
+        tau = checked_tau(options.tau, (batch, tokens, num_kv), query)
     gates = query.new_tensor(options.start_gates).expand(batch, tokens, heads, 3)
     base, slope = (query.new_full((num_kv,), number) for number in (options.base, options.slope))
-    with torch.autocast(query.device.type, enabled=False):
-        return dyn_nsa(
-            query, key, value, compressed[0], compressed[1], gates, base, slope, tau=tau, window=options.window,
-            temperature=options.temperature, block_size=options.block_size, compress_size=options.compress_size,
-            max_blocks=options.max_blocks or max(MIN_MAX_BLOCKS, -(-num_keys // options.block_size)), detach_scores=options.detach_scores,
-            scale=scale, impl=options.impl, cu_seqlens=bounds.get("cu_seqlens"), key_start=bounds.get("key_start"),
-            key_end=bounds.get("key_end"),
-        ).out  # fmt: skip
+    return attend(options, query, key, value, *compressed, gates, base, slope, tau=tau, scale=scale, **bounds).out
 
 
 register_attention(DYN_NSA, dyn_nsa_attention, mask=dyn_nsa_mask)

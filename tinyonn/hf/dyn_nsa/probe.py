@@ -6,7 +6,7 @@ only a part of it, or what no mask of transformers says. Nothing of the model is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 from ...errors import InputError, reason
 from ...ops.nsa._checks import MAX_HEAD_DIM
@@ -160,22 +160,14 @@ def _calls(model: PreTrainedModel, *, padded: bool) -> list[_Call]:
     return notes.calls
 
 
-def _probe_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
+def _probe_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
     """What DynNSA's mask function gives, and a note of what it means."""
-    given = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size)
     local = local_size is not None
-    # A local mask that so few tokens do not need is made here: longer texts will.
-    mask = sdpa_mask(*given, **{**kwargs, "allow_is_causal_skip": False}) if local else dyn_nsa_mask(*given, **kwargs)
+    if local:
+        # One that so few tokens do not need is made too: longer texts will.
+        mask = sdpa_mask(*args, **{**kwargs, "local_size": local_size, "allow_is_causal_skip": False})
+    else:
+        mask = dyn_nsa_mask(*args, **kwargs)
     if mask is not None:
         kind: MaskKind = "part" if local else "whole" if mask.dtype == torch.int32 else "other"
         _notes[-1].masks[mask.untyped_storage().data_ptr()] = (mask, kind)
