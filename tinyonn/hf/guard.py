@@ -30,19 +30,22 @@ def _skip_guard(part: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
     state_dict.pop(f"{prefix}{part._replaced_weight}", None)
 
 
+def _replaced(model: nn.Module) -> dict[str, nn.Module]:
+    """Names of the replaced weights, each with the part in its place."""
+    parts = [(name, part, getattr(part, "_replaced_weight", None)) for name, part in model.named_modules()]
+    return {f"{name}.{weight}": part for name, part, weight in parts if weight is not None}
+
+
 def guards(model: nn.Module) -> dict[str, Tensor]:
     """One value under the name of the first replaced weight; empty where no weight was replaced."""
-    for name, part in model.named_modules():
-        if (replaced := getattr(part, "_replaced_weight", None)) is not None:
-            return {f"{name}.{replaced}": torch.zeros(1, dtype=next(part.parameters()).dtype)}
-    return {}
+    first = list(_replaced(model).items())[:1]
+    return {name: torch.zeros(1, dtype=next(part.parameters()).dtype) for name, part in first}
 
 
 def without_guards(model: PreTrainedModel, unexpected: set[str]) -> set[str]:
     """Names of weights that the model has no place for, less those of guards; a file of another head has another prefix."""
     prefix = f"{model.base_model_prefix}."
-    found = {name: getattr(part, "_replaced_weight", None) for name, part in model.named_modules()}
-    own = {f"{name}.{replaced}".removeprefix(prefix) for name, replaced in found.items() if replaced is not None}
+    own = {name.removeprefix(prefix) for name in _replaced(model)}
     return {key for key in unexpected if key.removeprefix(prefix) not in own}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -140,9 +141,7 @@ def weights_of(folder: Path) -> Weights:
             values, stored = values + size // _stored_width(folder), stored + size
             continue
         for dtype, shape in _tensors(file):
-            count = 1
-            for extent in shape:
-                count *= extent
+            count = math.prod(shape)
             values += count
             stored += count * _WIDTHS.get(dtype, 1)
     return Weights(values, stored)

@@ -46,6 +46,17 @@ def active_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {renamed.get(module, name): module for name, module in modules if module not in idle}
 
 
+def running_statistics(model: nn.Module, kind: type[Any], reset: bool) -> dict[str, dict[str, Any]]:
+    """`statistics()` of each active part of this kind by name, reset afterwards if asked."""
+    found = {}
+    for name, module in active_modules(model).items():
+        if isinstance(module, kind):
+            found[name] = module.statistics()
+            if reset:
+                module.reset_statistics()
+    return found
+
+
 def adapter_of(model: nn.Module) -> tuple[str, Any] | None:
     """Name and configuration of the active adapter of PEFT; None where there is none."""
     if "peft" not in sys.modules:

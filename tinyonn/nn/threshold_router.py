@@ -15,6 +15,7 @@ from ..ops import Routing, select_by_budget, threshold_route
 from ..ops.experts.threshold_route import Combine as SharedCombine
 from ..ops.experts.threshold_route import Form, unit_vectors
 from ._options import check_choice, check_number, check_size
+from ._search import bisect
 from .surprise_budget import Budget
 
 Combine = SharedCombine | Literal["unit"]
@@ -120,23 +121,19 @@ class ThresholdRouter(nn.Module):
         if not live:
             raise ValueError("expert_mask masks out every expert.")
         self._check_target(target_k, live)
-        cosine = unit_vectors(x) @ unit_vectors(self.prototypes.float()).T
-        cosine = torch.where(self.expert_mask, cosine, -torch.inf)
-        low, high = -1.0, 1.0
+        cosine = torch.where(self.expert_mask, cosines(self, x), -torch.inf)
 
         def mean(limit: float) -> float:
-            return (cosine > limit).sum(-1).clamp(self.min_experts, self.max_experts).float().mean().item()
+            return mean_experts(self, cosine > limit)
 
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if mean(middle) > target_k else (low, middle)
-        if self.form == "cosine" and high <= 0:
+        limit = bisect(mean, target_k, -1.0, 1.0)
+        if self.form == "cosine" and limit <= 0:
             raise ValueError(
                 f"target_k must be at most {mean(0.0):.2f} here with form='cosine', whose thresholds are cosines above 0, got {target_k:g}."
             )
         # σ(s G) = σ(s cos) and σ(G) = cos.
-        inside = min(max(high, 1e-4), 1 - 1e-4)
-        self.thresholds.fill_(high if self.form == "sigmoid_cosine" else math.log(inside / (1 - inside)))
+        inside = min(max(limit, 1e-4), 1 - 1e-4)
+        self.thresholds.fill_(limit if self.form == "sigmoid_cosine" else math.log(inside / (1 - inside)))
         stored = self.thresholds[0].float()  # half precision rounds it
         return mean((stored if self.form == "sigmoid_cosine" else stored.sigmoid()).item())
 
@@ -157,3 +154,13 @@ class ThresholdRouter(nn.Module):
     def extra_repr(self) -> str:
         experts, features = self.prototypes.shape
         return f"hidden_size={features}, num_experts={experts}, target_k={self.target_k:g}, max_experts={self.max_experts}"
+
+
+def cosines(router: ThresholdRouter, hidden_states: Tensor) -> Tensor:
+    """(N, E) float32, of tokens (N, F) and prototypes."""
+    return unit_vectors(hidden_states.float()) @ unit_vectors(router.prototypes.float()).T
+
+
+def mean_experts(router: ThresholdRouter, passed: Tensor) -> float:
+    """Mean number of experts per token, of the thresholds that each token passed, (N, E) bool."""
+    return passed.sum(-1).clamp(router.min_experts, router.max_experts).float().mean().item()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...errors import InputError
 from ...nn import DynMoE, carry_surprise_budget, surprise_budget_of, token_mask_of
+from .._forward import ForwardAround, forward_around, refuse_replicas, tokens_of
 
 KEYWORD = "surprise_budget"
 
@@ -23,37 +23,16 @@ def take_surprise_budget(model: PreTrainedModel) -> None:
     One that routes by threshold too, where it can only be an error: layers of transformers take any word and drop what they do not know.
     """
     for part in dict.fromkeys((model, model.base_model)):
-        if _takes_surprise_budget(part):
-            continue
-        part.forward = BudgetForward(part)
-        part._replicate_for_data_parallel = _refuse_replicas  # type: ignore[method-assign]
+        if forward_around(part, BudgetForward)[0] is None:
+            part.forward = BudgetForward(part)
+            part._replicate_for_data_parallel = refuse_replicas  # type: ignore[method-assign]
 
 
-def _takes_surprise_budget(model: nn.Module) -> bool:
-    forward = model.__dict__.get("forward")
-    while forward is not None and not isinstance(forward, BudgetForward):
-        forward = getattr(forward, "inner", None)
-    return forward is not None
-
-
-def _refuse_replicas() -> nn.Module:
-    raise InputError("a converted model must not run under nn.DataParallel, whose copies share one forward: use DistributedDataParallel.")
-
-
-class BudgetForward:
-    """A converted model's `forward`. No hooks of Module: PEFT calls `model.forward`, which passes them by.
-
-    An object and not a closure, so that a model can be copied and pickled with it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.inner = model, model.forward
-        self.names = list(inspect.signature(self.inner).parameters)
-
+class BudgetForward(ForwardAround):
     @property
     def __signature__(self) -> inspect.Signature:
         """With the keyword, for `generate` and Trainer look there for what a model takes."""
-        own = inspect.signature(self.inner)
+        own = super().__signature__
         parameters = [parameter for parameter in own.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
         others = [parameter for parameter in own.parameters.values() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
         keyword = inspect.Parameter(KEYWORD, inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -62,17 +41,15 @@ class BudgetForward:
     def __call__(self, *args: Any, surprise_budget: Any = None, **kwargs: Any) -> Any:
         if self.model.training and torch.is_grad_enabled():
             carry_through_checkpoints(self.model)
-        mask = self._token_mask(args, kwargs)
+        mask = self._token_mask(self.by_name(args, kwargs))
         counted = nullcontext() if mask is None else token_mask_of(self.model, mask)
         within = nullcontext() if surprise_budget is None else surprise_budget_of(self.model, surprise_budget)
         with counted, within:
             return self.inner(*args, **kwargs)
 
-    def _token_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    def _token_mask(self, given: dict[str, Any]) -> Tensor | None:
         """(B, T), which tokens the mixtures' statistics count: those of the attention mask, unless a surrounding `token_mask_of` says."""
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        mask = given.get("attention_mask")
-        tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
+        mask, tokens = given.get("attention_mask"), tokens_of(given)
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point() or tokens is None:
             return None
         if any(module.surrounding_mask.value is not None for module in self.model.modules() if isinstance(module, DynMoE)):

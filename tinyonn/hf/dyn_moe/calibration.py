@@ -23,13 +23,14 @@ from transformers import PreTrainedModel
 from ..._io.units import counted
 from ...errors import InputError
 from ...nn import DynMoE, ThresholdRouter
+from ...nn._search import bisect
+from ...nn.threshold_router import cosines, mean_experts
 from ...ops._dispatch import autocast_off
 from ...ops.experts._torch_experts import activate
 from ...ops.experts._tuples import Layout
-from ...ops.experts.threshold_route import unit_vectors
 from .._converted import converted_model, recorded
 from ..interfaces import gradients_kept, modes_kept
-from ..peft_parts import active, active_modules, adapter_of, keep_in_adapter
+from ..peft_parts import active, active_modules, adapter_of, keep_in_adapter, running_statistics
 from .options import DynMoEOptions
 from .saving import DYN_MOE
 
@@ -54,12 +55,7 @@ def expert_statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dic
     Args:
         reset: whether to reset the statistics afterwards.
     """
-    found = {}
-    for name, module in mixtures(model).items():
-        found[name] = module.statistics()
-        if reset:
-            module.reset_statistics()
-    return found
+    return running_statistics(model, DynMoE, reset)
 
 
 @torch.no_grad()
@@ -209,17 +205,11 @@ def contributions(name: str, module: DynMoE, hidden_states: Tensor) -> Tensor:
     """(N, F) -> (N, E) float32: the norm of what each expert gives each token, were all to run; InputError where that is not finite."""
     layout = Layout(module.activation, module.gated, False, False)
     x = hidden_states.to(module.down_proj.dtype)
-    found = []
-    for up, up_bias, down in _experts(module):
-        found.append((activate(functional.linear(x, up, up_bias), layout) @ down.T).float().norm(dim=-1))
-    given = torch.stack(found, 1)
+    biases = [None] * len(module.down_proj) if module.gate_up_bias is None else module.gate_up_bias
+    experts = zip(module.gate_up_proj, biases, module.down_proj, strict=True)
+    given = torch.stack([(activate(functional.linear(x, up, bias), layout) @ down.T).float().norm(dim=-1) for up, bias, down in experts], 1)
     check_finite(f"experts of {name} must give finite numbers for the sample", given)
     return given
-
-
-def _experts(module: DynMoE) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    for expert, (up, down) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
-        yield up, None if module.gate_up_bias is None else module.gate_up_bias[expert], down
 
 
 def fit_prototypes(router: ThresholdRouter, hidden_states: Tensor, given: Tensor) -> None:
@@ -249,16 +239,8 @@ def shift_thresholds(router: ThresholdRouter, hidden_states: Tensor) -> float:
     start = router.thresholds.clone()
 
     def mean(shift: float) -> float:
-        return (cosine > (start + shift).float()).sum(-1).clamp(router.min_experts, router.max_experts).float().mean().item()
+        return mean_experts(router, cosine > (start + shift).float())
 
-    low, high = -4.0, 4.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean(middle) > router.target_k else (low, middle)
-    router.thresholds.copy_(start + high)
-    return mean(high)
-
-
-def cosines(router: ThresholdRouter, hidden_states: Tensor) -> Tensor:
-    """(N, E) float32."""
-    return unit_vectors(hidden_states.float()) @ unit_vectors(router.prototypes.float()).T
+    shift = bisect(mean, router.target_k, -4.0, 4.0)
+    router.thresholds.copy_(start + shift)
+    return mean(shift)

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from ..._io.units import counted
 from ...errors import InputError
 from ...nn._options import check_number
+from ...nn._search import bisect
 from ...nn.dyn_nsa import DynNSACore
+from .._forward import tokens_of
 from ..interfaces import gradients_kept, modes_kept
 from ..peft_parts import keep_in_adapter
 from .options import opening_of
@@ -61,10 +63,8 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
             low, high = min(map(_all_open, found)), HIGHEST
             most, least = (_blocks(model, found, batches, shift) for shift in (low, high))
             _check_target(found, batches, target, least, most)
-            for _ in range(steps):
-                middle = (low + high) / 2
-                low, high = (middle, high) if _blocks(model, found, batches, middle) > target else (low, middle)
-            reached = _blocks(model, found, batches, high)
+            shift = bisect(lambda shift: _blocks(model, found, batches, shift), target, low, high, steps)
+            reached = _blocks(model, found, batches, shift)
         for core in found:
             core.base.add_(core.opening.to(core.base.dtype))
             core.opening.zero_()
@@ -119,8 +119,9 @@ def _longest(batch: dict[str, Any]) -> int:
         return int(positions.max()) + 1  # of packed texts too
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return int((mask != 0).sum(-1).max())
-    given = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
-    return int(given.shape[1])
+    tokens = tokens_of(batch)
+    assert tokens is not None  # the model ran
+    return int(tokens.shape[1])
 
 
 def _tokens_for(core: DynNSACore, target: float) -> int:

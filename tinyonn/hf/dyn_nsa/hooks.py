@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from types import CodeType
 from typing import Any
@@ -14,6 +13,7 @@ from transformers.generation import GenerationMode
 
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore, normalised_entropy
+from .._forward import ForwardAround, forward_around, refuse_replicas, tokens_of
 from .decoding import note_tau, noted_tau, recall
 from .options import checked_options, opening_of
 from .parts import DYN_NSA, PART, cores, take_budget_loss
@@ -58,10 +58,7 @@ def _place_of(model: PreTrainedModel, module: nn.Module) -> tuple[torch.device, 
 
 def remove_observed_forward(model: PreTrainedModel) -> bool:
     """Takes the model's `ObservedForward` out, and leaves what others have put around it; False where there is none in reach."""
-    outer: Any = None
-    forward = model.__dict__.get("forward")
-    while forward is not None and not isinstance(forward, ObservedForward):
-        outer, forward = forward, getattr(forward, "inner", None)
+    forward, outer = forward_around(model, ObservedForward)
     if forward is None:
         return False
     if outer is not None:
@@ -74,17 +71,13 @@ def remove_observed_forward(model: PreTrainedModel) -> bool:
     return True
 
 
-def _refuse_replicas() -> nn.Module:
-    raise InputError("a converted model must not run under nn.DataParallel, whose copies share one forward: use DistributedDataParallel.")
-
-
 def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
     raise InputError("a converted model must not run under continuous batching, whose paged cache DynNSA does not support: use generate.")
 
 
 # Methods that would run the model past its forward, or without its cache.
 _REFUSED: dict[str, Any] = {
-    "_replicate_for_data_parallel": _refuse_replicas,
+    "_replicate_for_data_parallel": refuse_replicas,
     "init_continuous_batching": _refuse_continuous_batching,  # the first step of each way in
 }
 
@@ -105,21 +98,8 @@ class CheckedGeneration:
         type(self.model)._validate_generation_mode(self.model, generation_mode, *args, **kwargs)  # type: ignore[attr-defined]
 
 
-class ObservedForward:
-    """A converted model's `forward`. No hooks of Module: PEFT calls `model.forward`, which passes them by.
-
-    An object and not a closure, so that a model can be copied and pickled with it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.inner = model, model.forward
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self.warned = False
-        self.names = [name for name, parameter in self.__signature__.parameters.items() if parameter.kind in kinds]
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.inner)
+class ObservedForward(ForwardAround):
+    warned = False
 
     @property
     def __code__(self) -> CodeType:
@@ -127,7 +107,7 @@ class ObservedForward:
         return type(self).__call__.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}  # by name, however they came
+        given = self.by_name(args, kwargs)
         found = list(cores(self.model))  # once: dynamo looks for no modules after one was changed
         if not found:
             return self.inner(*args, **kwargs)
@@ -158,7 +138,9 @@ def _before(model: nn.Module, found: list[DynNSACore], given: dict[str, Any]) ->
         core.collecting, core.collected = True, None
     if first.options.tau_source != "output" or given.get("tau") is not None:
         return None
-    tau, tokens = first.output_tau.clone(), _tokens(given)
+    tau, tokens = first.output_tau.clone(), tokens_of(given)
+    if tokens is None:
+        raise InputError("model must be given input_ids or inputs_embeds.")
     past = given.get("past_key_values")
     if not model.training and past is not None and tokens.shape[1] == 1:
         if not torch.compiler.is_compiling():
@@ -228,10 +210,3 @@ def _logits(model: nn.Module, output: Any, labels: Tensor | None) -> Tensor | No
         return getattr(output, "logits", None)
     assert isinstance(model, PreTrainedModel)
     return None if model.get_output_embeddings() is None else output[0 if labels is None else 1]
-
-
-def _tokens(given: dict[str, Any]) -> Tensor:
-    for name in ("input_ids", "inputs_embeds"):
-        if given.get(name) is not None:
-            return given[name]
-    raise InputError("model must be given input_ids or inputs_embeds.")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
-from ..peft_parts import active, active_modules
+from ..peft_parts import active, active_modules, running_statistics
 
 DYN_NSA = "dyn_nsa"  # what a configuration asks for
 PART = "dyn_nsa"  # name of a core within its attention module
@@ -36,13 +36,7 @@ def statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dict[str, 
     Args:
         reset: whether to reset the statistics afterwards.
     """
-    found = {}
-    for name, module in active_modules(model).items():
-        if isinstance(module, DynNSACore):
-            found[name] = module.statistics()
-            if reset:
-                module.reset_statistics()
-    return found
+    return running_statistics(model, DynNSACore, reset)
 
 
 def mean_blocks(model: nn.Module, *, reset: bool = False) -> float:
