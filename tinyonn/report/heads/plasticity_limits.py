@@ -1,13 +1,13 @@
 """Limits of the numbers of a plasticity run: a model no better than its commonest class, few rows, few heads.
 
-A page shows these notes above its verdict. The module also computes the figures of heads with unrelated importance and change.
+A page shows these notes above its verdict.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..._io.records import short
 from ..._io.units import counted
 from ...heads.step_files import StepFileError, read_record
 from ...heads.study import MEASURE_AGAIN, MEASURE_STEP, MEASURED, SUBSET, TRAIN_AGAIN, TRAIN_STEP, TRAINED
+from .plasticity_parts import is_judged, pair_name, study_limits
 
 _FEW_ROWS = 100  # with fewer, the standard error of an accuracy can exceed 5 %
 _UNSURE = 0.05  # above this chance of missing the limit, an overlap decides little
@@ -107,15 +108,10 @@ def _against(name: str, its: MeasuredRows) -> str:
     )
 
 
-def limits_of_heads(heads: int, k: int, max_overlap: float, max_rho: float, rhos: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Notes on the limits of this number of heads.
-
-    Args:
-        heads: number of heads of the model.
-        k: number of heads in each list of an overlap.
-        max_overlap, max_rho: the original study's figures.
-        rhos: name and `low`, `high` of the judged rank correlations; None without an interval.
-    """
+def limits_of_numbers(stats: Mapping[str, Any]) -> list[str]:
+    """Notes on the limits of the statistics in stats.json or aggregate.json."""
+    max_rho, max_overlap = study_limits(stats)
+    heads, k = stats["counts"]["heads"], stats["pairs"][0]["overlap"]["k"]
     lines = []
     missed = chance_of_missing(heads, k, max_overlap)
     if k == heads:
@@ -125,12 +121,13 @@ def limits_of_heads(heads: int, k: int, max_overlap: float, max_rho: float, rhos
             f"With {heads:,} heads, two random lists of {k} share {k / heads:.0%} of their heads on average, and miss the figure of "
             f"{max_overlap:g} in {missed:.0%} of draws: an overlap near {k / heads:.2f} is chance, whether it meets the figure or not."
         )
-    lines += [
-        f"The interval of ρ({name}), {rho['low']:.2f} to {rho['high']:.2f}, contains the figure of {max_rho:g}, so ρ may lie on either "
-        "side of it."
-        for name, rho in rhos
-        if rho["low"] is not None and rho["high"] is not None and rho["low"] < max_rho <= rho["high"]
-    ]
+    for pair in (pair for pair in stats["pairs"] if is_judged(pair, stats)):
+        rho = pair["rho"] if isinstance(pair["rho"], Mapping) else pair
+        if rho["low"] is not None and rho["high"] is not None and rho["low"] < max_rho <= rho["high"]:
+            lines.append(
+                f"The interval of ρ({pair_name(pair)}), {rho['low']:.2f} to {rho['high']:.2f}, contains the figure of {max_rho:g}, so ρ "
+                "may lie on either side of it."
+            )
     return lines
 
 
@@ -138,56 +135,3 @@ def chance_of_missing(heads: int, k: int, limit: float) -> float:
     """Probability that two random lists of k heads share at least the fraction `limit` of them."""
     ways = sum(math.comb(k, shared) * math.comb(heads - k, k - shared) for shared in range(k + 1) if shared / k >= limit)
     return ways / math.comb(heads, k)
-
-
-def if_unrelated(figure: str, stats: Mapping[str, Any]) -> str:
-    """Average of an acceptance figure for unrelated importance and change.
-
-    Args:
-        figure: name of the figure in `acceptance`.
-        stats: contents of stats.json or aggregate.json.
-    """
-    heads = stats["counts"]["heads"]
-    if figure.startswith("rho("):
-        return "0"
-    if figure.startswith("overlap("):
-        return f"{stats['pairs'][0]['overlap']['k'] / heads:.3f}"
-    return f"{heads * (1 - stats['high'] / 100) * stats['low'] / 100:.1f}"
-
-
-def judged_rhos(stats: Mapping[str, Any], judged: Sequence[bool]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Names and intervals of the rank correlations of stats.json or aggregate.json that the study's figures judge."""
-    pairs = [pair for pair, its in zip(stats["pairs"], judged, strict=True) if its]
-    return [(f"{pair['x']}, {pair['y']}", pair["rho"] if isinstance(pair["rho"], Mapping) else pair) for pair in pairs]
-
-
-def pair_name(pair: Mapping[str, Any]) -> str:
-    """Name of a pair of columns on charts."""
-    return f"{pair['x']}, {pair['y']}"
-
-
-def study_limits(acceptance: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """The original study's highest rank correlation and overlap."""
-    limits = {row["figure"].partition("(")[0]: row["limit"] for row in acceptance}
-    return limits["rho"], limits["overlap"]
-
-
-def is_judged(pair: Mapping[str, Any], acceptance: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the original study has figures for a pair of columns."""
-    return any(row["figure"] == f"rho({pair_name(pair)})" for row in acceptance)
-
-
-def judged_line(pairs: Sequence[Mapping[str, Any]], acceptance: Sequence[Mapping[str, Any]]) -> str:
-    """Sentence on the pairs of columns that the original study's figures judge, and those that they do not."""
-    judged, others = ([f"({pair_name(pair)})" for pair in pairs if is_judged(pair, acceptance) is wanted] for wanted in (True, False))
-    verb = "is" if len(others) == 1 else "are"
-    rest = f"; {' and '.join(others)} {verb} shown but not judged" if others else ""
-    return f"The figures judge {' and '.join(judged)}, and the numbers of cases{rest}."
-
-
-def limits_of_numbers(stats: Mapping[str, Any]) -> list[str]:
-    """Notes on the limits of the statistics in stats.json or aggregate.json."""
-    max_rho, max_overlap = study_limits(stats["acceptance"])
-    judged = [is_judged(pair, stats["acceptance"]) for pair in stats["pairs"]]
-    k = stats["pairs"][0]["overlap"]["k"]
-    return limits_of_heads(stats["counts"]["heads"], k, max_overlap, max_rho, judged_rhos(stats, judged))

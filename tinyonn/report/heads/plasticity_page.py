@@ -13,56 +13,18 @@ import numpy as np
 from ..._io.files import write_atomically
 from ..._io.units import counted
 from ...errors import InputError
+from ...heads import study
 from ...heads.step_files import read_json
-from ...heads.study import (
-    CASES,
-    FIG_GRADIENT,
-    FIG_STATS,
-    FIG_UPDATE,
-    HEADS,
-    MAP_FILES,
-    MEASURE_STEP,
-    MEASURED,
-    PAGE,
-    REPORT_STEP,
-    STATS,
-    TRAIN_AGAIN,
-    TRAIN_STEP,
-    TRAINED,
-)
 from ..html import charts
 from ..html.charts import DotRow, Points
 from ..html.maps import HeatMap
 from ..html.page import card, facts, group, notices, section, table, table_card, terms, text
 from ..scan import figures
 from ..scan.report import ReportResult
+from . import plasticity_parts as parts
 from .figures import HeadScatter, draw_head_map, draw_head_scatters, draw_statistics
 from .files import HeadColumns, option_facts, plain_facts, read_heads
-from .plasticity_limits import (
-    MeasuredRows,
-    if_unrelated,
-    is_judged,
-    judged_line,
-    limits_of_numbers,
-    limits_of_rows,
-    pair_name,
-    read_rows,
-    study_limits,
-)
-from .plasticity_parts import (
-    KEYS,
-    MAPS,
-    MEANINGS,
-    PLASTIC,
-    STATIC,
-    cases_section,
-    column_map,
-    column_maps_section,
-    decimals,
-    figure_cells,
-    found_number,
-    statistics_section,
-)
+from .plasticity_limits import MeasuredRows, limits_of_numbers, limits_of_rows, read_rows
 from .shell import head_page, model_title
 
 _ACCEPTANCE_LEAD = (
@@ -73,11 +35,11 @@ _LOSS_POINTS = 100
 _WHEN = {"pre": "before", "post": "after"}
 # Figure -> its panels: column against I_pre, title, title of the y axis.
 SCATTERS = {
-    FIG_UPDATE: (
+    study.FIG_UPDATE: (
         ("U", "Importance and update", "U, change of the head's weights"),
         ("Urel", "Importance and relative update", "Urel, change relative to the weights"),
     ),
-    FIG_GRADIENT: (("G_pre", "Importance and gradient", "G_pre, gradient norm before training"),),
+    study.FIG_GRADIENT: (("G_pre", "Importance and gradient", "G_pre, gradient norm before training"),),
 }
 
 
@@ -96,20 +58,21 @@ def write_plasticity_page(folder: str | os.PathLike[str], *, figures_too: bool =
     if figures_too:
         figures.require_matplotlib()
     names = ["I_pre", "I_post", "accuracy_drop_pre", "accuracy_drop_post", "taylor_pre", "taylor_abs_pre", "U", "Urel", "G_pre"]
-    heads = read_heads(root / HEADS, names, REPORT_STEP, ["kind"])
-    stats, cases = read_json(root / STATS, dict, REPORT_STEP), read_json(root / CASES, dict, REPORT_STEP)
-    measured, trained = read_json(root / MEASURED, dict, MEASURE_STEP), read_json(root / TRAINED, dict, TRAIN_STEP, TRAIN_AGAIN)
+    heads = read_heads(root / study.HEADS, names, study.REPORT_STEP, ["kind"])
+    stats, cases = read_json(root / study.STATS, dict, study.REPORT_STEP), read_json(root / study.CASES, dict, study.REPORT_STEP)
+    measured = read_json(root / study.MEASURED, dict, study.MEASURE_STEP)
+    trained = read_json(root / study.TRAINED, dict, study.TRAIN_STEP, study.TRAIN_AGAIN)
     rows = read_rows(root)
-    maps = [column_map(heads, key) for key in MAPS]
+    maps = [parts.column_map(heads, key) for key in parts.MAPS]
     try:
         content = _page(heads, stats, cases, measured, trained, rows, maps)
     except (KeyError, TypeError) as error:
         raise InputError(
-            f"{root} must hold stats.json and cases.json as the report step writes them, got {error!r}; run {REPORT_STEP}."
+            f"{root} must hold stats.json and cases.json as the report step writes them, got {error!r}; run {study.REPORT_STEP}."
         ) from error
     drawn = _draw(root, heads, stats, cases, maps) if figures_too else ()
-    write_atomically(root / PAGE, content)
-    return ReportResult(root / PAGE, drawn)
+    write_atomically(root / study.PAGE, content)
+    return ReportResult(root / study.PAGE, drawn)
 
 
 def head_label(layer: int, head: int) -> str:
@@ -125,10 +88,10 @@ def case_points(heads: HeadColumns, x: str, y: str) -> list[Points]:
     """Heads as three groups of points: no case, and the two kinds of cases."""
     kinds = np.array(heads.words["kind"])
     groups = []
-    for kind, name, shape in (("", "other heads", "circle"), (STATIC, STATIC, "square"), (PLASTIC, PLASTIC, "triangle")):
+    for kind, shape in (("", "circle"), (parts.STATIC, "square"), (parts.PLASTIC, "triangle")):
         lines = np.flatnonzero(kinds == kind)
         labels = [head_label(*heads.places[line]) for line in lines]
-        groups.append(Points(name, heads.columns[x][lines], heads.columns[y][lines], labels, shape))
+        groups.append(Points(kind or "other heads", heads.columns[x][lines], heads.columns[y][lines], labels, shape))
     return groups
 
 
@@ -141,7 +104,7 @@ def _percentile_marks(cases: Mapping[str, Any], column: str) -> list[tuple[str, 
 def _dot_rows(stats: Mapping[str, Any]) -> tuple[list[DotRow], list[DotRow]]:
     rhos, overlaps = [], []
     for pair in stats["pairs"]:
-        name, overlap, judged = pair_name(pair), pair["overlap"], is_judged(pair, stats["acceptance"])
+        name, overlap, judged = parts.pair_name(pair), pair["overlap"], parts.is_judged(pair, stats)
         rhos.append(DotRow(name, pair["rho"], pair["low"], pair["high"], judged=judged))
         overlaps.append(DotRow(name, overlap["share"], chance=overlap["chance"], judged=judged))
     return rhos, overlaps
@@ -158,10 +121,10 @@ def _draw(root: Path, heads: HeadColumns, stats: Mapping[str, Any], cases: Mappi
             for column, title, y_title in panels
         ]
         draw_head_scatters(drawn[-1], where, plots, "I_pre, loss increase without the head (nats)")
-    drawn.append(root / FIG_STATS)
-    draw_statistics(drawn[-1], f"Importance and change: {where}", *_dot_rows(stats), study_limits(stats["acceptance"]))
-    for heat_map in (heat_map for heat_map in maps if heat_map.key in MAP_FILES):
-        drawn.append(root / MAP_FILES[heat_map.key])
+    drawn.append(root / study.FIG_STATS)
+    draw_statistics(drawn[-1], f"Importance and change: {where}", *_dot_rows(stats), parts.study_limits(stats))
+    for heat_map in (heat_map for heat_map in maps if heat_map.key in study.MAP_FILES):
+        drawn.append(root / study.MAP_FILES[heat_map.key])
         draw_head_map(drawn[-1], heat_map.title, where, heat_map, "none", heads.layers, heads.num_heads)
     return tuple(drawn)
 
@@ -186,10 +149,10 @@ def _page(
         _acceptance(stats, trained),
         _statistics(stats),
         _scatters(heads, cases),
-        column_maps_section(maps, measured_values),
+        parts.column_maps_section(maps, measured_values),
         _cases(cases),
         _tops(heads, int(stats["top_k"])),
-        section("terms", "Terms", terms(MEANINGS)),
+        section("terms", "Terms", terms(parts.MEANINGS)),
     ]
     front = [_model(stats), *([] if stats["seed"] is None else [f"seed {stats['seed']}"])]
     return head_page(f"What training on {stats['task']} does to heads", front, body, heads, maps)
@@ -200,8 +163,8 @@ def _acceptance_table(stats: Mapping[str, Any]) -> str:
     verdicts = {True: "✓ met", False: "✗ not met", None: "not defined"}
     cells = []
     for row in stats["acceptance"]:
-        figure, rule = figure_cells(row)
-        cells.append([figure, verdicts[row["met"]], rule, found_number(row["value"]), if_unrelated(row["figure"], stats)])
+        figure, rule = parts.figure_cells(row)
+        cells.append([figure, verdicts[row["met"]], rule, parts.found_number(row["value"]), parts.if_unrelated(row["figure"], stats)])
     return table(["figure", "verdict", "wanted", "found", "if unrelated"], cells, numeric=(3, 4))
 
 
@@ -250,7 +213,7 @@ def _run(stats: Mapping[str, Any], measured: dict[str, Any], trained: dict[str, 
 
 def _acceptance(stats: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
     cards = [f'<div class="card">{_acceptance_table(stats)}</div>', _training(trained)]
-    lead = f"{_ACCEPTANCE_LEAD} {judged_line(stats['pairs'], stats['acceptance'])}"
+    lead = f"{_ACCEPTANCE_LEAD} {parts.judged_line(stats)}"
     return section("acceptance", "The original study's figures", group("grid2", cards), lead=lead)
 
 
@@ -273,16 +236,16 @@ def _statistics(stats: Mapping[str, Any]) -> str:
     )
     head = ["columns", "ρ", "from", "to", "p", "overlap", "shared", "of", "by chance", "note"]
     rows = [_pair_row(pair) for pair in [*stats["pairs"], *stats["taylor"]]]
-    return statistics_section(*_dot_rows(stats), stats["acceptance"], legends, head, rows)
+    return parts.statistics_section(*_dot_rows(stats), stats, legends, head, rows)
 
 
 def _pair_row(pair: Mapping[str, Any]) -> list[object]:
     overlap = pair["overlap"]
     p = None if pair["p"] is None else f"{pair['p']:.2g}" if pair["p"] >= 1e-300 else "< 1e-300"
-    shares = [decimals(overlap["share"]), overlap["shared"], overlap["k"], decimals(overlap["chance"])]
+    shares = [parts.decimals(overlap["share"]), overlap["shared"], overlap["k"], parts.decimals(overlap["chance"])]
     return [
-        pair_name(pair),
-        *map(decimals, (pair["rho"], pair["low"], pair["high"])),
+        parts.pair_name(pair),
+        *map(parts.decimals, (pair["rho"], pair["low"], pair["high"])),
         p,
         *shares,
         pair["reason"] or overlap["reason"] or "",
@@ -308,11 +271,11 @@ def _scatters(heads: HeadColumns, cases: Mapping[str, Any]) -> str:
 def _cases(cases: Mapping[str, Any]) -> str:
     head = ["layer", "head", "I_pre", "I_post", "U", "Urel", "G_pre"]
     listed = {}
-    for kind, key in KEYS.items():
+    for kind, key in parts.KEYS.items():
         rows = [[case[name] for name in head] for case in cases[key]]
         listed[kind] = rows, counted(len(rows), "head")
     lead = f"High means at or above percentile {cases['high']:g}, low at or below percentile {cases['low']:g}, over all heads."
-    return cases_section(head, listed, "No head is a case.", lead)
+    return parts.cases_section(head, listed, "No head is a case.", lead)
 
 
 def _tops(heads: HeadColumns, top: int) -> str:

@@ -10,7 +10,6 @@ from ..html.charts import DotRow
 from ..html.maps import HeatMap, make_map
 from ..html.page import card, group, maps_section, section, table, table_card, view_controls
 from .files import HeadColumns
-from .plasticity_limits import study_limits
 
 STATIC, PLASTIC = "important-but-static", "plastic-but-unimportant"
 KEYS = {STATIC: "important_but_static", PLASTIC: "plastic_but_unimportant"}
@@ -62,7 +61,7 @@ def column_maps_section(maps: Sequence[HeatMap], measured: str) -> str:
 def statistics_section(
     rhos: Sequence[DotRow],
     overlaps: Sequence[DotRow],
-    acceptance: Sequence[Mapping[str, Any]],
+    stats: Mapping[str, Any],
     legends: tuple[str, str],
     head: Sequence[str],
     rows: Sequence[Sequence[object]],
@@ -72,12 +71,12 @@ def statistics_section(
 
     Args:
         rhos, overlaps: rows of the two charts.
-        acceptance: the study's figures.
+        stats: contents of stats.json or aggregate.json.
         legends: legends of the two charts.
         head, rows: the table; all columns are numbers but the first and "note".
         more: end of the table's caption.
     """
-    max_rho, max_overlap = study_limits(acceptance)
+    max_rho, max_overlap = study_limits(stats)
     limits = [(f"study: below {limit:g}", limit) for limit in (max_rho, max_overlap)]
     left = charts.interval_dots("Rank correlations", rhos, low=-1, high=1, x_title="Spearman's ρ", limit=limits[0])
     right = charts.interval_dots("Overlaps", overlaps, low=0, high=1, x_title="share of the highest heads in both", limit=limits[1])
@@ -117,3 +116,42 @@ def found_number(value: float | None) -> object:
 def decimals(value: float | None) -> str | None:
     """A correlation or a share with three decimals."""
     return None if value is None else f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no minus before zero
+
+
+def pair_name(pair: Mapping[str, Any]) -> str:
+    """Name of a pair of columns on charts."""
+    return f"{pair['x']}, {pair['y']}"
+
+
+def study_limits(stats: Mapping[str, Any]) -> tuple[float, float]:
+    """The original study's highest rank correlation and overlap."""
+    limits = {row["figure"].partition("(")[0]: row["limit"] for row in stats["acceptance"]}
+    return limits["rho"], limits["overlap"]
+
+
+def is_judged(pair: Mapping[str, Any], stats: Mapping[str, Any]) -> bool:
+    """Whether the original study has figures for a pair of columns."""
+    return any(row["figure"] == f"rho({pair_name(pair)})" for row in stats["acceptance"])
+
+
+def judged_line(stats: Mapping[str, Any]) -> str:
+    """Sentence on the pairs of columns that the original study's figures judge, and those that they do not."""
+    judged, others = ([f"({pair_name(pair)})" for pair in stats["pairs"] if is_judged(pair, stats) is wanted] for wanted in (True, False))
+    verb = "is" if len(others) == 1 else "are"
+    rest = f"; {' and '.join(others)} {verb} shown but not judged" if others else ""
+    return f"The figures judge {' and '.join(judged)}, and the numbers of cases{rest}."
+
+
+def if_unrelated(figure: str, stats: Mapping[str, Any]) -> str:
+    """Average of an acceptance figure for unrelated importance and change.
+
+    Args:
+        figure: name of the figure in `acceptance`.
+        stats: contents of stats.json or aggregate.json.
+    """
+    heads = stats["counts"]["heads"]
+    if figure.startswith("rho("):
+        return "0"
+    if figure.startswith("overlap("):
+        return f"{stats['pairs'][0]['overlap']['k'] / heads:.3f}"
+    return f"{heads * (1 - stats['high'] / 100) * stats['low'] / 100:.1f}"

@@ -143,18 +143,8 @@ def score_maps(raw: HeadColumns, norm: HeadColumns, combined: HeadColumns, confi
         maps.append(replace(heat_map, views={**heat_map.views, "layer": (values, scale)}))
     values = combined.grid("combined")
     unit = "weighted sum of ranks"
-    maps.append(
-        HeatMap(
-            "combined",
-            "Combined score",
-            _fusion(config),
-            unit,
-            False,
-            values,
-            {"none": (values, choose_scale(values, "none", unit, signed=False))},
-        )
-    )
-    return maps
+    views: dict[Normalisation, tuple[Floats, Scale]] = {"none": (values, choose_scale(values, "none", unit, signed=False))}
+    return [*maps, HeatMap("combined", "Combined score", _fusion(config), unit, False, values, views)]
 
 
 def _fusion(config: Mapping[str, Any]) -> str:

@@ -58,22 +58,14 @@ def table(
 
 def facts(values: Mapping[str, object]) -> str:
     """A list of names and values."""
-    return (
-        '<dl class="facts">'
-        + "".join(f"<div><dt>{text(name)}</dt><dd>{_cell(value)}</dd></div>" for name, value in values.items())
-        + "</dl>"
-    )
+    entries = "".join(f"<div><dt>{text(name)}</dt><dd>{_cell(value)}</dd></div>" for name, value in values.items())
+    return f'<dl class="facts">{entries}</dl>'
 
 
 def terms(meanings: Mapping[str, str]) -> str:
     """Definitions of the terms in a table or list, to be placed below it; empty without terms."""
-    if not meanings:
-        return ""
-    return (
-        '<dl class="legend terms">'
-        + "".join(f"<div><dt>{text(word)}:</dt> <dd>{text(meaning)}</dd></div>" for word, meaning in meanings.items())
-        + "</dl>"
-    )
+    entries = "".join(f"<div><dt>{text(word)}:</dt> <dd>{text(meaning)}</dd></div>" for word, meaning in meanings.items())
+    return f'<dl class="legend terms">{entries}</dl>' if meanings else ""
 
 
 def section(anchor: str, title: str, body: str, *, lead: str = "") -> str:
@@ -88,10 +80,18 @@ def group(kind: str, cards: Iterable[str]) -> str:
     return f'<div class="{kind}">{"".join(cards)}</div>'
 
 
-def table_card(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str, *, numeric: Sequence[int], of: str = "") -> str:
-    """A framed table; the caption ends in the number of rows if `of` names what a row is."""
+def table_card(
+    head: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    caption: str,
+    *,
+    numeric: Sequence[int] = (),
+    wrapped: Sequence[int] = (),
+    of: str = "",
+) -> str:
+    """A framed `table`; the caption ends in the number of rows if `of` names what a row is."""
     caption += f", {counted(len(rows), of)}" if of else ""
-    return f'<div class="card">{table(head, rows, caption=caption, numeric=numeric)}</div>'
+    return f'<div class="card">{table(head, rows, caption=caption, numeric=numeric, wrapped=wrapped)}</div>'
 
 
 def card(title: str, body: str, *, legend: str = "") -> str:
