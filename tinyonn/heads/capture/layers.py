@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -137,16 +138,13 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
 def on_head_outputs(layers: Sequence[AttentionLayer], function: Callable[[AttentionLayer, Tensor], Tensor | None]) -> Iterator[None]:
     """Calls `function` within the block with each input (B, T, H · D) of a layer's output projection; a result replaces the input."""
 
-    def hook(layer: AttentionLayer) -> Callable[..., Any]:
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            found = function(layer, args[0])
-            return None if found is None else (found, *args[1:])
-
-        return before
+    def before(layer: AttentionLayer, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        found = function(layer, args[0])
+        return None if found is None else (found, *args[1:])
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.output.module.register_forward_pre_hook(hook(layer)).remove)
+            stack.callback(layer.output.module.register_forward_pre_hook(partial(before, layer)).remove)
         yield
 
 

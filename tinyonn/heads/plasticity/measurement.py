@@ -51,7 +51,7 @@ from ..study import (
 )
 from ..versions import package_versions
 from .ablation import ablate_heads, taylor_importance
-from .classification import TaskData, batches, load_task
+from .classification import batches, load_task
 from .config import PlasticityConfig
 from .gradients import head_gradients
 from .head_update import checkpoint_update
@@ -112,7 +112,12 @@ class _Measurement:
 
     def go(self) -> StepResult:
         self.report(Progress("loading", None, "data"))
-        self.data = self._data()
+        self.data = load_task(self.config)
+        if self.data.digest() != self.train_summary.get("data"):
+            raise InputError(
+                f"{self.config.data_path or self.config.task} must hold the rows that the training in {self.folder} used, got others; run "
+                f"{TRAIN_AGAIN}."
+            )
         self._write_subset()
         origin = {"training_sha256": digest(self.folder / TRAINED), "subset_sha256": digest(self.folder / SUBSET)}
         done = {} if self.config.overwrite else self._done(origin)
@@ -134,15 +139,6 @@ class _Measurement:
         summary = self._summary(origin, done)
         write_atomically(self.folder / MEASURED, json_text(summary))
         return StepResult(self.folder, False, summary)
-
-    def _data(self) -> TaskData:
-        data = load_task(self.config)
-        if data.digest() != self.train_summary.get("data"):
-            raise InputError(
-                f"{self.config.data_path or self.config.task} must hold the rows that the training in {self.folder} used, got others; run "
-                f"{TRAIN_AGAIN}."
-            )
-        return data
 
     def _write_subset(self) -> None:
         rows = self.data.evaluation

@@ -48,6 +48,8 @@ from .train_folder import (
 
 # Modules of a classifier above the transformer, which checkpoints of other models lack.
 _NEW = r"^(\w+\.)?(classifier|pre_classifier|classification_head|score|pooler|sequence_summary|logits_proj)\.|^head\."
+# Attributes of a training in its checkpoints: as they are, and by their state_dict.
+_KEPT, _STATEFUL = ("step", "losses", "left_out", "checkpoints"), ("model", "optimizer", "scheduler", "scaler")
 _LOWEST_SCALE = 2.0**-4  # minimum loss scale in fp16: below it, gradients are not too large but NaN
 
 
@@ -275,17 +277,11 @@ class _Training:
 
     def _save_state(self, seconds: float) -> None:
         state = {
-            "step": self.step,
-            "losses": self.losses,
-            "left_out": self.left_out,
+            **{name: getattr(self, name) for name in _KEPT},
+            **{name: getattr(self, name).state_dict() for name in _STATEFUL},
             "seconds": seconds,
             "data": self.data.digest(),
             "options": self._options_digest(),
-            "checkpoints": self.checkpoints,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -322,9 +318,9 @@ class _Training:
         return state
 
     def _resume(self, state: dict[str, Any]) -> None:
-        self.step, self.losses, self.left_out = state["step"], state["losses"], state["left_out"]
-        self.checkpoints = state["checkpoints"]
-        for name in ("model", "optimizer", "scheduler", "scaler"):
+        for name in _KEPT:
+            setattr(self, name, state[name])
+        for name in _STATEFUL:
             getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:

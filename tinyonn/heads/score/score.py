@@ -224,9 +224,6 @@ def _score(config: ScoreConfig, folder: Path, log: Callable[[str], None], report
     heads = sum(layer.num_heads for layer in layers)
     log(f"model: {config.model_path}, {len(layers)} layers, {heads} heads, {_plain(dtype)} on {device}")
 
-    def after_batch(done: int) -> None:
-        report(Progress("scoring", done / len(prompts), f"{done:,}/{len(prompts):,} samples"))
-
     values = score_prompts(
         model,
         prompts,
@@ -235,7 +232,7 @@ def _score(config: ScoreConfig, folder: Path, log: Callable[[str], None], report
         query_mode=config.score_query_mode,
         out_projection=config.out_projection,
         padding=padding_token(tokenizer, config.batch_size),
-        after_batch=after_batch,
+        after_batch=lambda done: report(Progress("scoring", done / len(prompts), f"{done:,}/{len(prompts):,} samples")),
     )
     raw = {name: [layer[kept if score.needs_span else slice(None)].mean(0) for layer in values[name]] for name, score in scores.items()}
     _check_finite(raw, dtype)
@@ -320,9 +317,8 @@ def _other_scores(config: ScoreConfig) -> str | None:
     if not differing:
         return None
     options = [f"{name} {shown(before.get(name))}" for name in differing if name not in ("model_path", "data_path")]
-    return f"scores of {before.get('model_path')} over {before.get('data_path')}" + (
-        f" ({listed(options, 8, width=80)})" if options else ""
-    )
+    more = f" ({listed(options, 8, width=80)})" if options else ""
+    return f"scores of {before.get('model_path')} over {before.get('data_path')}{more}"
 
 
 def _publish(folder: Path, files: Mapping[str, str]) -> None:
