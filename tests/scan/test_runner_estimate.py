@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_verdicts_compare_with_what_is_free(config, monkeypatch):
     assert found.fits_memory
     assert found.fits_disk
     monkeypatch.setattr(estimate, "available_memory", lambda device: found.peak_memory_bytes - 1)
-    monkeypatch.setattr(estimate, "_disk_free", lambda config: found.total_bytes - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=found.total_bytes - 1))
     tight = estimate_scan(config)
     assert not tight.fits_memory
     assert not tight.fits_disk

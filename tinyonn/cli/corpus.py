@@ -61,9 +61,12 @@ def corpus(
     """
     from ..scan.corpus.corpus import build_corpus
 
-    changes = {"min_matches": min_matches, "min_density": min_density}
+    limits = {"min_matches": min_matches, "min_density": min_density}
     about = _topic(
-        topic, keyword or [], pattern or [], exclude or [], everything, {key: value for key, value in changes.items() if value is not None}
+        topic,
+        {"keywords": keyword or [], "patterns": pattern or [], "exclude": exclude or []},
+        {name: value for name, value in limits.items() if value is not None},
+        everything,
     )
     with screen.Progress(f"corpus of {about.name}") as bar:
         report = build_corpus(
@@ -81,23 +84,19 @@ def show_progress(bar: screen.Progress, state: CorpusProgress) -> None:
     bar.update(state.fraction, f"{screen.number(state.read)} read, {screen.number(state.kept)} kept")
 
 
-def _topic(name: str, keywords: list[str], patterns: list[str], exclude: list[str], everything: bool, changes: dict[str, Any]) -> Topic:
+def _topic(name: str, added: dict[str, list[str]], limits: dict[str, Any], everything: bool) -> Topic:
     """The named topic, or a new one of that name, with the keywords and patterns of the command line."""
     from ..scan.corpus.topic import Topic, builtin_topics, load_topic
 
     known = name in builtin_topics() or name.endswith((".yaml", ".yml"))
-    if everything and (keywords or patterns or changes):
+    matched = added["keywords"] or added["patterns"]
+    if everything and (matched or limits):
         raise InputError("--everything cannot be combined with --keyword, --pattern, --min-matches or --min-density.")
-    topic = load_topic(name) if known or not (keywords or patterns or everything) else Topic(name)
+    topic = load_topic(name) if known or not (matched or everything) else Topic(name)
     if everything:
-        changes, topic = {"min_matches": 1, "min_density": 0.0}, dataclasses.replace(topic, keywords=(), patterns=(), min_matches=1)
-    return dataclasses.replace(
-        topic,
-        keywords=(*topic.keywords, *keywords),
-        patterns=(*topic.patterns, *patterns),
-        exclude=(*topic.exclude, *exclude),
-        **changes,
-    )
+        topic = dataclasses.replace(topic, keywords=(), patterns=(), min_matches=1, min_density=0.0)
+    longer: dict[str, Any] = {field: (*getattr(topic, field), *values) for field, values in added.items()}
+    return dataclasses.replace(topic, **longer, **limits)
 
 
 def _tokenizer(name: str) -> Any:

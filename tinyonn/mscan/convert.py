@@ -266,20 +266,13 @@ def _copy(
 
 def _kept(reader: MscanReader) -> dict[str, int]:
     """Sequence that a recovered file keeps for each id: the first complete one, else the first."""
-    kept: dict[str, int] = {}
-    whole: set[str] = set()
+    kept: dict[str, tuple[bool, int]] = {}
     for i in range(len(reader.sequences)):
-        try:
+        with suppress(MscanError):
             sequence = reader.sequences[i]
-        except MscanError:
-            continue
-        name = sequence.sequence_id
-        is_whole = not (sequence.lost_tokens or sequence.lost_integral)
-        if name not in kept or (is_whole and name not in whole):
-            kept[name] = i
-        if is_whole:
-            whole.add(name)
-    return kept
+            order = (bool(sequence.lost_tokens or sequence.lost_integral), i)
+            kept[sequence.sequence_id] = min(order, kept.get(sequence.sequence_id, order))
+    return {name: i for name, (_, i) in kept.items()}
 
 
 def _codec(readers: Sequence[MscanReader]) -> str:

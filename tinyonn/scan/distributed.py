@@ -5,6 +5,7 @@ Processes do not communicate. Which process scans which sequence follows from th
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -41,9 +42,7 @@ class World:
 
     def share(self, items: Iterable[T]) -> Iterator[T]:
         """Every size-th item, starting with the rank-th."""
-        for index, item in enumerate(items):
-            if index % self.size == self.rank:
-                yield item
+        return itertools.islice(items, self.rank, None, self.size)
 
 
 def _number(env: Mapping[str, str], name: str, default: int) -> int:

@@ -25,7 +25,6 @@ from ..errors import InputError
 from ..hf.memory import available_memory
 from ..mscan.layout import layout_blocks
 from .config import ScanConfig
-from .corpus.corpus import CorpusItem
 from .distributed import World
 from .engine.activations import saved_bytes, skeleton
 from .prepare import Prepared, prepare
@@ -121,6 +120,7 @@ def estimate(prepared: Prepared) -> ScanEstimate:
     tokens = round((counts.tokens + counts.sequences * config.generate) * scale)
     planes = 2 * blocks * CODE_BYTES[config.codec] if config.store == "records" else 0
     per_sequence = INTEGRAL_BYTES * blocks + SEQUENCE_BYTES
+    folder = next(folder for folder in config.output.absolute().parents if folder.is_dir())
     activation_bytes, traced = _activation_bytes(prepared, model, widest)
     return ScanEstimate(
         sequences=sequences,
@@ -132,7 +132,7 @@ def estimate(prepared: Prepared) -> ScanEstimate:
         bytes_per_token=planes + TOKEN_BYTES,
         bytes_per_sequence=per_sequence,
         total_bytes=tokens * (planes + TOKEN_BYTES) + sequences * per_sequence + round(text_bytes * scale) * config.store_text,
-        disk_free_bytes=_disk_free(config),
+        disk_free_bytes=shutil.disk_usage(folder).free,
         weight_bytes=sum(parameter.numel() for parameter in model.parameters()) * prepared.dtype.itemsize,
         activation_bytes=int(MARGIN * activation_bytes),
         plane_bytes=int(MARGIN * math.prod(widest) * blocks * 8),
@@ -174,7 +174,9 @@ def linear_outputs(model: PreTrainedModel, experts_per_token: int) -> int:
 def _count_tokens(prepared: Prepared) -> tuple[TokenCounts, int, tuple[int, int], float]:
     """Counts, bytes of text, the padded batch with most tokens, and the factor from the sample to the corpus."""
     config, encoder, counts = prepared.config, prepared.encoder(), TokenCounts()
-    items, scale = _sample(prepared)
+    step = max(1, len(prepared.corpus) // SAMPLED_RECORDS)
+    items = itertools.islice(prepared.corpus, 0, step * SAMPLED_RECORDS, step)
+    scale = max(1.0, len(prepared.corpus) / SAMPLED_RECORDS)
     text_bytes, widest = 0, (0, 0)
 
     def measured() -> Iterator[TokenSequence]:
@@ -188,19 +190,3 @@ def _count_tokens(prepared: Prepared) -> tuple[TokenCounts, int, tuple[int, int]
     if scale != 1:  # the longest of the corpus may not be in the sample
         widest = (config.batch_size, prepared.max_length + config.generate)
     return counts, text_bytes, widest, scale
-
-
-def _sample(prepared: Prepared) -> tuple[Iterator[CorpusItem], float]:
-    corpus = prepared.corpus
-    if len(corpus) <= SAMPLED_RECORDS:
-        return iter(corpus), 1.0
-    step = len(corpus) // SAMPLED_RECORDS
-    sampled = itertools.islice(corpus, 0, step * SAMPLED_RECORDS, step)
-    return sampled, len(corpus) / SAMPLED_RECORDS
-
-
-def _disk_free(config: ScanConfig) -> int:
-    folder = config.output.absolute().parent
-    while not folder.is_dir():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

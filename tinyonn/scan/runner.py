@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from .._io.not_measured import by_reason, without_value
 from .._io.streams import is_stdin
@@ -129,7 +128,8 @@ def run_scan(config: ScanConfig, *, progress: Callable[[ScanProgress], None] | N
         report(scan.state("loading"))
         model = load_model(prepared.folder, prepared.dtype, prepared.device)
         with ScanEngine(model, credit=config.credit, targets=config.targets) as engine:
-            generator = _generator(prepared, model) if config.generate else None
+            sampling = (config.generate, config.temperature, config.top_p, config.seed)
+            generator = Generator(model, prepared.tokenizer, prepared.padding, *sampling) if config.generate else None
             told = {"not_measured": by_reason(engine.not_measured), "unproven": by_reason(engine.unproven)}
             metadata |= {name: reasons for name, reasons in told.items() if reasons}
             writer, scan.path = open_writer(config, world, existing, metadata, engine.layout)
@@ -261,19 +261,6 @@ def _refuse_complete(prepared: Prepared, existing: Existing) -> None:
         )
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.skipped.items())
     raise InputError(f"dataset_path must hold a text to scan, got none in {prepared.config.dataset_path} ({reasons}).")
-
-
-def _generator(prepared: Prepared, model: PreTrainedModel) -> Generator:
-    config = prepared.config
-    return Generator(
-        model,
-        prepared.tokenizer,
-        padding=prepared.padding,
-        new_tokens=config.generate,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-    )
 
 
 @contextmanager

@@ -140,9 +140,10 @@ def prove_weights(
         elif parameter is None:
             unproven[target.name] = f"{type(getattr(target.module, target.weight)).__name__}: no gradient of its own"
         else:
-            part = lookup.gradient(embedding_grad.reshape(-1, embedding_grad.shape[-1]), probe.reshape(-1)) if lookup else None
-            mine = part if lookup is not None and lookup.target.name == target.name else None
-            if not _agrees(target, parameter, seen, product, mine, probe.reshape(-1)):
+            part = None
+            if lookup is not None and lookup.target.name == target.name:
+                part = lookup.gradient(embedding_grad.reshape(-1, embedding_grad.shape[-1]), probe.reshape(-1))
+            if not _agrees(target, parameter, seen, product, part, probe.reshape(-1)):
                 faults[target.name] = OTHER_USES
     return Verdict(faults, unproven)
 
