@@ -362,3 +362,13 @@ def test_letters_are_the_labels_of_26_choices_at_most(tmp_path):
     data = write(tmp_path / "data.jsonl", [{"question": "Which?", "texts": [*alphabet, "one more"]}])
     with pytest.raises(InputError, match=r"line 1: choices must have labels where they are more than 26, got 27 without\."):
         load_questions(data, field_map=str(tmp_path / "own.yaml"))
+
+
+def test_an_answer_whose_pattern_leaves_its_group_out_is_named(tmp_path):
+    field_map = tmp_path / "map.yaml"
+    field_map.write_text("question: q\nchoices: {text: o}\nanswer: {field: a, pattern: '^none|answer (.)'}\n")
+    data = write(tmp_path / "data.jsonl", [{"q": "Which?", "o": ["x", "y"], "a": "answer B"}])
+    assert load_questions(data, field_map=str(field_map)).questions[0].answer == 1
+    data = write(tmp_path / "data.jsonl", [{"q": "Which?", "o": ["x", "y"], "a": "none"}])
+    with pytest.raises(InputError, match=re.escape(f"{data}, line 1: answer must name a choice (A, B), got ''.")):
+        load_questions(data, field_map=str(field_map))

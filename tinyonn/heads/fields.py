@@ -373,7 +373,7 @@ def _answer(record: Mapping[str, Any], source: Mapping[str, Any] | None, labels:
         wanted = source["values"].get(wanted.casefold(), wanted)
     elif "pattern" in source:
         match = re.search(source["pattern"], wanted, re.DOTALL)
-        wanted = wanted if match is None else match[1]
+        wanted = wanted if match is None else match[1] or ""
     if wanted in labels:
         return labels.index(wanted)
     if texts.count(wanted) == 1:
