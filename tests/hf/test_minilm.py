@@ -40,14 +40,15 @@ def test_a_missing_wheel_is_named(monkeypatch):
         minilm_folder()
 
 
-def test_the_link_bears_the_name_and_follows_the_wheel(wheel, tmp_path):
+def test_the_link_bears_the_name_and_follows_the_wheel(wheel, tmp_path, monkeypatch):
     (wheel / "model").mkdir()
     (wheel / "model" / "model.safetensors").write_bytes(b"")
     cache = tmp_path / "cache"
     cache.mkdir()
+    monkeypatch.setenv("TINYONN_CACHE", str(cache))
     (cache / "all-MiniLM-L6-v2").symlink_to(tmp_path / "an environment that is gone")
     for _ in range(2):
-        link = prepare_minilm(cache)
+        link = prepare_minilm()
         assert link == cache / "all-MiniLM-L6-v2"
         assert link.samefile(wheel / "model")
     assert list(cache.iterdir()) == [link]

@@ -17,7 +17,7 @@ BAR_WIDTHS = (6, 12, 24)  # for narrow, usual and wide terminals
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def say(line: str = "") -> None:
+def say(line: str) -> None:
     """Prints a note on stderr."""
     print(printable(line), file=sys.stderr, flush=True)
 
@@ -27,12 +27,12 @@ def printable(text: str) -> str:
     return _CONTROLS.sub("\ufffd", text)
 
 
-def rows(lines: Iterable[tuple[str, object]], indent: int = 0) -> str:
+def rows(lines: Iterable[tuple[str, object]]) -> str:
     """Names and values in two columns; all lines of a value stay in its column."""
     entries = [(name, printable(str(value))) for name, value in lines]
     width = max((len(name) for name, _ in entries), default=0)
-    gap = "\n" + " " * (indent + width + 2)
-    return "\n".join(f"{'':{indent}}{name:{width}}  {value.replace(chr(10), gap)}".rstrip() for name, value in entries)
+    gap = "\n" + " " * (width + 2)
+    return "\n".join(f"{name:{width}}  {value.replace(chr(10), gap)}".rstrip() for name, value in entries)
 
 
 def columns(head: Sequence[str], lines: Iterable[Sequence[object]], right: Sequence[int] | None = None) -> str:

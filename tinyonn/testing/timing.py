@@ -47,9 +47,9 @@ class Comparison:
     def median(self, name: str) -> float:
         return statistics.median(self.samples[name])
 
-    def ratio(self, peer: str, subject: str | None = None) -> float:
-        """How many times longer `peer` takes than `subject` (by default our candidate)."""
-        return self.median(peer) / self.median(subject or self.subject)
+    def ratio(self, peer: str) -> float:
+        """How many times longer `peer` takes than our candidate."""
+        return self.median(peer) / self.median(self.subject)
 
     def ratios(self) -> dict[str, float]:
         return {name: self.ratio(name) for name in self.samples if name != self.subject}

@@ -24,17 +24,14 @@ def minilm_folder() -> Path:
     return wheel_file(WHEEL, "model/model.safetensors", f"{NAME} needs").parent
 
 
-def prepare_minilm(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+def prepare_minilm() -> Path:
     """A link to this folder in the cache, with the usual name of the model, which files and pages show.
-
-    Args:
-        cache_dir: None for `cache_folder()`.
 
     Raises:
         InputError: as for `minilm_folder`.
     """
     source = minilm_folder()
-    link = (Path(cache_dir) if cache_dir is not None else cache_folder()) / NAME
+    link = cache_folder() / NAME
     if not (link.exists() and link.samefile(source)):
         link.parent.mkdir(parents=True, exist_ok=True)
         fresh = link.with_name(f".{NAME}-{os.getpid()}")

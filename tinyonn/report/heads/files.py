@@ -83,28 +83,17 @@ def read_heads(path: Path, names: Sequence[str], step: str, words: Sequence[str]
     return HeadColumns(layers, places, columns, {name: [row[name] or "" for row in rows] for name in words})
 
 
-def short_text(value: str) -> str:
-    """First digits of a digest, last two parts of an absolute path, other text unchanged."""
-    path = PurePath(value)
-    return short_digest(value) or ("/".join(("…", *path.parts[-2:])) if path.is_absolute() and len(path.parts) > 3 else value)
-
-
-def plain_facts(values: dict[str, Any], left_out: Sequence[str] = ()) -> dict[str, object]:
-    """Single values of a run for a list of facts: digests and paths shortened, versions joined, lists left out.
-
-    Args:
-        values: contents of a JSON file.
-        left_out: keys to leave out.
-    """
+def plain_facts(values: dict[str, Any]) -> dict[str, object]:
+    """Single values of a run's JSON file for a list of facts: digests and paths shortened, versions joined, lists left out."""
     shown: dict[str, object] = {}
     for key, value in values.items():
-        if key in left_out:
-            continue
         name = str(key).replace("_", " ")
         if isinstance(value, bool):
             shown[name] = "yes" if value else "no"
         elif isinstance(value, str):
-            shown[name] = short_text(value)
+            path = PurePath(value)
+            last_parts = "/".join(("…", *path.parts[-2:])) if path.is_absolute() and len(path.parts) > 3 else value
+            shown[name] = short_digest(value) or last_parts
         elif isinstance(value, int | float):
             shown[name] = value
         elif key == "versions" and isinstance(value, dict):

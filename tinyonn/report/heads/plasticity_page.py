@@ -75,11 +75,6 @@ def write_plasticity_page(folder: str | os.PathLike[str], *, figures_too: bool =
     return ReportResult(root / study.PAGE, drawn)
 
 
-def head_label(layer: int, head: int) -> str:
-    """Name of a head on charts."""
-    return f"layer {layer} head {head}"
-
-
 def _model(stats: Mapping[str, Any]) -> str:
     return model_title(stats["model"], stats["options"]["model_path"])
 
@@ -90,7 +85,7 @@ def case_points(heads: HeadColumns, x: str, y: str) -> list[Points]:
     groups = []
     for kind, shape in (("", "circle"), (parts.STATIC, "square"), (parts.PLASTIC, "triangle")):
         lines = np.flatnonzero(kinds == kind)
-        labels = [head_label(*heads.places[line]) for line in lines]
+        labels = [f"layer {layer} head {head}" for layer, head in (heads.places[line] for line in lines)]
         groups.append(Points(kind or "other heads", heads.columns[x][lines], heads.columns[y][lines], labels, shape))
     return groups
 

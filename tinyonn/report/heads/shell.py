@@ -37,15 +37,9 @@ def model_title(model: object, path: object) -> str:
         model: name in the run's files.
         path: path of the model.
     """
-    name = short_model(model)
+    name = Path(str(model or "a model")).name or str(model)
     around = PurePath(str(path or "")).parts
     return "/".join(part for part in around[-3:] if part not in ("/", "..")) if _CHECKPOINT.fullmatch(name) and around else name
-
-
-def short_model(model: object) -> str:
-    """A model's name without its parent folders."""
-    name = str(model or "a model")
-    return Path(name).name or name
 
 
 def short_data(data: object) -> str:
