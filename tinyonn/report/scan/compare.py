@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -193,21 +194,9 @@ def difference_maps(
 
 
 def _specific_block(found: Comparison, block: int) -> SpecificBlock:
-    place, numbers = found.a.grid.block_place(block), found.differences
-    return SpecificBlock(
-        block=block,
-        layer=place.layer,
-        module=place.module,
-        parameter=place.parameter,
-        first=place.first,
-        last=place.last,
-        mean_a=float(numbers.mean_a[block]),
-        mean_b=float(numbers.mean_b[block]),
-        difference=float(numbers.difference[block]),
-        low=float(numbers.low[block]),
-        high=float(numbers.high[block]),
-        p_value=float(numbers.p_value[block]),
-    )
+    names = ("mean_a", "mean_b", "difference", "low", "high", "p_value")
+    numbers: dict[str, Any] = {name: float(getattr(found.differences, name)[block]) for name in names}
+    return SpecificBlock(block=block, **vars(found.a.grid.block_place(block)), **numbers)
 
 
 def _draw(target: Path, found: Comparison, top: int) -> tuple[Path, ...]:

@@ -84,15 +84,12 @@ class BlockGrid:
     def block_place(self, block: int) -> BlockPlace:
         """Layer, weight and feature range of one block."""
         entry = self.layout[int(self.entry[block])]
-        index = block - entry.base
-        first = index * FEATURES_PER_BLOCK
+        first = (block - entry.base) * FEATURES_PER_BLOCK
         row = int(self.cell[block]) // self.shape[1]
         return BlockPlace(
-            block=int(block),
             layer=self.layers[row],
             module=_inside(entry.name, self.groups[row], keep_numbers=True) or entry.name.removesuffix(".weight"),
             parameter=entry.name,
-            index=index,
             first=first,
             last=max(first, min(first + FEATURES_PER_BLOCK, entry.out_features) - 1),
         )
@@ -100,13 +97,11 @@ class BlockGrid:
 
 @dataclass(frozen=True)
 class BlockPlace:
-    """Names of a block: layer label, module inside the layer, weight, number and its features first … last."""
+    """Names of a block: layer label, module inside the layer, weight, and its features first … last."""
 
-    block: int
     layer: str
     module: str
     parameter: str
-    index: int
     first: int
     last: int
 

@@ -41,7 +41,6 @@ class TopicSample:
         grid: blocks of the file.
         sps: (sequences, blocks) float32 mean SPS of a sequence's tokens; NaN for a block without tokens.
         tokens: number of tokens of those sequences.
-        total: number of sequences in the file.
         texts: digests of the sequences' token ids.
         notes: notes for the reader of the page.
     """
@@ -52,7 +51,6 @@ class TopicSample:
     grid: BlockGrid
     sps: npt.NDArray[np.float32]
     tokens: int
-    total: int
     texts: frozenset[bytes]
     notes: list[str] = field(default_factory=list)
 
@@ -105,7 +103,6 @@ def read_sample(reader: MscanReader, name: str) -> TopicSample:
         grid=grid,
         sps=sps if measured.all() else sps[measured],
         tokens=tokens,
-        total=total,
         texts=frozenset(texts),
         notes=notes,
     )
