@@ -1,7 +1,8 @@
 """Triton kernels and launchers of tinyonn; private. Use `tinyonn.ops`.
 
-Every kernel is named `_..._kernel`. Its module has `offered(arch)`, a dictionary of name -> launch over tensors without data, with every
-configuration that can run on that architecture (80, 90 or 100). The cross-compile test compiles exactly these launches.
+Every kernel is named `_..._kernel`. Each subpackage has a module `launches` with `offered(arch)`, a dictionary of name -> launch over
+tensors without data. Together they launch every kernel in every configuration that can run on that architecture (80, 90 or 100).
+`make kernels` compiles exactly these launches.
 """
 
 from triton import knobs

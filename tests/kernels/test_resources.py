@@ -52,6 +52,7 @@ LIMIT: tl.constexpr = tl.constexpr(4)
 
 @triton.jit
 def helper(values):
+    "A docstring decides nothing."
     # A comment decides nothing.
     return values + 1.0
 
@@ -143,5 +144,7 @@ def test_a_changed_kernel_is_found(written, tmp_path):
     assert complaints == [f"{key} has changed since the file was written; run `make kernels`." for key in entries]
 
 
-def test_comments_and_places_change_nothing(written, tmp_path):
-    assert altered(written, tmp_path, "# One more line\n" + KERNELS.replace("# A comment decides nothing.", "# Another.")) == []
+def test_comments_docstrings_and_places_change_nothing(written, tmp_path):
+    source = KERNELS.replace("# A comment decides nothing.", "# Another.").replace("A docstring decides nothing.", "Another.")
+    source = source.replace("def passed(values):\n", 'def passed(values):\n    "One more."\n')
+    assert altered(written, tmp_path, "# One more line\n" + source) == []

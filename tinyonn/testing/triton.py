@@ -138,7 +138,7 @@ def _text(value: Any) -> str:
 
 @cache
 def sources(kernel: Any) -> list[str]:
-    """Sources, without comments, of a `@triton.jit` function and of those it calls, and the values of the globals they read.
+    """Sources, without comments and docstrings, of a `@triton.jit` function and of those it calls, and the globals they read with values.
 
     Triton's own functions are left out: its version stands for them.
     """
@@ -152,6 +152,9 @@ def sources(kernel: Any) -> list[str]:
             continue
         seen.add(id(function))
         tree = ast.parse(function.src)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
         found.add(f"noinline={bool(function.noinline)}\n{ast.unparse(tree)}")
         scope = function.__globals__ | dict(inspect.getclosurevars(function.fn).nonlocals)
         for node in ast.walk(tree):

@@ -20,7 +20,7 @@ MAX_REACH = 1 << 31
 
 @triton.jit
 def _act(x, limit, ACTIVATION: tl.constexpr):
-    """act(x), float32."""
+    """act(x) of a float32 x."""
     if ACTIVATION == "silu":
         return x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":
@@ -42,7 +42,7 @@ def _act(x, limit, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _slope(x, limit, ACTIVATION: tl.constexpr):
-    """Derivative of act at x."""
+    """Derivative of act at a float32 x."""
     if ACTIVATION == "silu":
         sigma = tl.sigmoid(x)
         return sigma * (1.0 + x * (1.0 - sigma))
@@ -64,7 +64,7 @@ def _slope(x, limit, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _factor(up, limit, ACTIVATION: tl.constexpr):
-    """What multiplies act(gate)."""
+    """Factor of act(gate) in h."""
     if ACTIVATION == "clamped_swiglu":
         return tl.where(up > limit, limit, tl.where(up < -limit, -limit, up)) + 1.0
     elif ACTIVATION == "clamped_silu":
@@ -75,6 +75,7 @@ def _factor(up, limit, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate(gate, up, limit, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """h from float32 gate and up; without gating, `up` is ignored."""
     if GATED:
         return _act(gate, limit, ACTIVATION) * _factor(up, limit, ACTIVATION)
     else:
@@ -83,7 +84,7 @@ def activate(gate, up, limit, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
 
 @triton.jit
 def activate_backward(gate, up, grad, limit, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
-    """Gradients of gate and up; of gate twice where nothing gates."""
+    """Gradients of gate and up from the gradient of h. Without gating, both are the gradient of gate."""
     if GATED:
         grad_gate = grad * _factor(up, limit, ACTIVATION) * _slope(gate, limit, ACTIVATION)
         grad_up = grad * _act(gate, limit, ACTIVATION)
@@ -97,7 +98,7 @@ def activate_backward(gate, up, grad, limit, ACTIVATION: tl.constexpr, GATED: tl
 
 @triton.jit
 def matrix_row(place, HALF: tl.constexpr):
-    """Row of a matrix whose first HALF rows and the others alternate, by its place with gate first; HALF = 0 where they do not."""
+    """Row of the weight matrix for a place in gate-first order. HALF is the number of gates if gate and up rows alternate, otherwise 0."""
     if HALF == 0:
         return place
     else:
@@ -106,7 +107,7 @@ def matrix_row(place, HALF: tl.constexpr):
 
 @triton.jit
 def tile_rows(slots_ptr, offsets_ptr, tile_row_ptr, tile, expert, num_slots, ROWS: tl.constexpr):
-    """(ROWS,) places of a tile, int64, whether they are the expert's, and their slots and tokens, int64."""
+    """Places of a tile, whether each belongs to the expert, and their slots and tokens: (ROWS,), int64 except for the mask."""
     place = tl.load(tile_row_ptr + tile) + tl.arange(0, ROWS)
     inside = place < tl.load(offsets_ptr + expert + 1)
     slot = tl.load(slots_ptr + place, mask=inside, other=0)

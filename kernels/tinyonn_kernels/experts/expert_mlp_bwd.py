@@ -13,9 +13,6 @@ float32 becomes the largest finite value, because infinity marks a token that wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +22,6 @@ from .._tune import config, launch, tuned
 from ..nsa._common import dot, unit_stride
 from ..statistics.block_norms import add_squares, block_norms_fwd, root
 from .expert_activation import activate, activate_backward, check_reach, ragged, tile_rows, width_of
-from .expert_mlp_fwd import SHAPES, example
 from .expert_sort import SortedPairs, load_experts
 
 
@@ -44,7 +40,7 @@ def configs(IEEE: bool, ROWS: int, NEURONS: int, FEATURES: int, **_: object) -> 
 
 @triton.jit
 def _summed_weight(weights_ptr, index_ptr, token, inside, expert, num_slots, num_experts, ROWS: tl.constexpr):
-    """(ROWS,) weight of the expert in all slots of each token."""
+    """(ROWS,) sum of the weights of all slots in which each token selects the expert."""
     total = tl.zeros((ROWS,), tl.float32)
     for number in range(0, num_slots):
         slot = token * num_slots + number
@@ -236,19 +232,3 @@ def _row_norms(rows: Tensor) -> Tensor:
     norms = torch.empty((rows.shape[0], 1), dtype=torch.float32, device=rows.device)
     block_norms_fwd(rows, None, norms, rows.shape[1])
     return norms.squeeze(1)
-
-
-def offered(arch: int) -> dict[str, Callable[[], object]]:
-    """The launches of forward, with the most expensive kind of surprise, and with biases except for the smallest tiles."""
-
-    def launch(dtype: torch.dtype, features: int, neurons: int, rows: int, activation: str) -> object:
-        x, _, down, pairs = example(dtype, features, neurons, rows)
-        odd, biased = features % 2 == 1, rows > 16
-        bias = down[:, :, 0].contiguous() if biased else None
-        weights = torch.empty((4096, 8), device="meta")
-        index = torch.empty((4096, 8), dtype=torch.int64, device="meta")
-        pre = x.new_empty(4096 * 8, 2 * neurons)
-        down = down.mT.contiguous().mT if odd else down
-        return expert_grad_pre(x, x, down, bias, pre, weights, index, pairs, activation, True, "expert", biased, 7.0)
-
-    return {label: partial(launch, *rest) for label, *rest in SHAPES}

@@ -10,9 +10,6 @@ from registers. `pre`, 2I values per pair, is kept for backward. h, I values per
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +18,7 @@ from torch import Tensor
 from .._tune import config, launch, tuned
 from ..nsa._common import dot, unit_stride
 from .expert_activation import activate, check_reach, matrix_row, ragged, tile_rows, width_of
-from .expert_sort import SortedPairs, sort_pairs
+from .expert_sort import SortedPairs
 
 
 def configs(IEEE: bool, ROWS: int, NEURONS: int, FEATURES: int, **_: object) -> list[triton.Config]:
@@ -154,37 +151,3 @@ def expert_gate_up(
         FEATURES=features,
         ROWS=pairs.rows,
     )
-
-
-# label, dtype, F, I, rows of a tile, activation
-SHAPES = (
-    ("bfloat16-I8", torch.bfloat16, 512, 8, 16, "silu"),
-    ("bfloat16-I64", torch.bfloat16, 1024, 64, 16, "silu"),
-    ("bfloat16-I77-F1001", torch.bfloat16, 1001, 77, 64, "clamped_swiglu"),
-    ("bfloat16-I768-R64", torch.bfloat16, 2048, 768, 64, "gelu"),
-    ("float16-I128", torch.float16, 1024, 128, 32, "gelu_tanh"),
-    ("float32-I64", torch.float32, 512, 64, 16, "clamped_silu"),
-    ("float32-I77-F1001", torch.float32, 1001, 77, 32, "gelu"),
-)
-
-
-def example(dtype: torch.dtype, features: int, neurons: int, rows: int) -> tuple[Tensor, Tensor, Tensor, SortedPairs]:
-    """hidden_states, gate_up_proj, down_proj and pairs without data, for `offered`; 8 slots per token, 64 experts."""
-    x, up, down = (
-        torch.empty(shape, dtype=dtype, device="meta") for shape in ((4096, features), (64, 2 * neurons, features), (64, features, neurons))
-    )
-    return x, up, down, sort_pairs(torch.empty((4096, 8), dtype=torch.int64, device="meta"), 64, rows)
-
-
-def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """Few and many neurons, sizes that are no multiple of a tile, and every activation except a trivial one."""
-
-    def launch(dtype: torch.dtype, features: int, neurons: int, rows: int, activation: str) -> None:
-        x, up, _, pairs = example(dtype, features, neurons, rows)
-        pre, h = x.new_empty(4096 * 8, 2 * neurons), x.new_empty(4096 * 8, neurons)
-        odd = activation == "clamped_swiglu"
-        up = up.mT.contiguous().mT if odd else up
-        bias = up[:, :, 0].contiguous() if odd else None
-        expert_gate_up(x, up, bias, pre, h, pairs, 8, activation, True, odd, 7.0)
-
-    return {label: partial(launch, *rest) for label, *rest in SHAPES}

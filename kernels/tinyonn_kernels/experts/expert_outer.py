@@ -11,9 +11,6 @@ of a process gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +19,6 @@ from torch import Tensor
 from .._tune import config, launch, tuned
 from ..nsa._common import dot, unit_stride
 from .expert_activation import check_reach, matrix_row, ragged, width_of
-from .expert_mlp_fwd import SHAPES, example
 from .expert_sort import SortedPairs
 
 
@@ -143,19 +139,3 @@ def expert_outer(
         INNER=inner,
         FEATURES=features,
     )
-
-
-def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """Both matrices, with biases except for the smallest tiles; sizes that fill no tile are transposed, the first interleaved."""
-
-    def launch(dtype: torch.dtype, features: int, neurons: int, rows: int, activation: str, first: bool) -> None:
-        x, up, down, pairs = example(dtype, features, neurons, rows)
-        odd, biased = features % 2 == 1, rows > 16
-        out = (up if first else down.mT) if not odd else (up.mT.contiguous().mT if first else down.mT.contiguous())
-        left = x.new_empty(4096 * 8, out.shape[1])
-        left_sum, right_sum = (out[:, :, 0].contiguous(), None) if first else (None, out[:, 0].contiguous())
-        left_sum, right_sum = (left_sum, right_sum) if biased else (None, None)
-        weights = torch.empty((4096, 8), device="meta")
-        expert_outer(left, x, weights, out, left_sum, right_sum, pairs, odd and first)
-
-    return {f"{label}-{name}": partial(launch, *rest, name == "up") for label, *rest in SHAPES for name in ("up", "down")}

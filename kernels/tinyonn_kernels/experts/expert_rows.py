@@ -9,9 +9,6 @@ With one slot per token no sum is needed: the row is the output, and unused slot
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +17,6 @@ from torch import Tensor
 from .._tune import config, launch, tuned
 from ..nsa._common import dot
 from .expert_activation import check_reach, matrix_row, ragged, tile_rows, width_of
-from .expert_mlp_fwd import SHAPES, example
 from .expert_sort import SortedPairs, load_experts
 
 
@@ -156,21 +152,3 @@ def expert_rows(
             rows, top_k_index, out, tokens, num_slots, experts, FEATURES=features, TOKENS=wide, COLUMNS=columns, num_warps=4
         )
     return out
-
-
-def offered(arch: int) -> dict[str, Callable[[], Tensor]]:
-    """Both products; the first launch has all options, the second none."""
-
-    def launch(dtype: torch.dtype, features: int, neurons: int, rows: int, activation: str, gradient: bool) -> Tensor:
-        x, up, down, pairs = example(dtype, features, neurons, rows)
-        index = torch.empty((4096, 8), dtype=torch.int64, device="meta")
-        if gradient:
-            return expert_rows(x.new_empty(4096 * 8, 2 * neurons), up, None, None, index, pairs, activation == "clamped_swiglu")
-        weights = torch.empty((4096, 8), device="meta")
-        return expert_rows(x.new_empty(4096 * 8, neurons), down.mT, down[:, :, 0], weights, index, pairs, False)
-
-    return {
-        f"{label}-{name}": partial(launch, *rest, gradient)
-        for label, *rest in SHAPES
-        for name, gradient in (("down", False), ("gradient", True))
-    }

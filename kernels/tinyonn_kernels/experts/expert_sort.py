@@ -12,8 +12,6 @@ shapes alone, so the host does not wait for the device; surplus tiles have the e
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,7 +27,7 @@ MAX_PAIRS = 1 << 30  # places are 32-bit to keep the lists small
 
 @triton.jit
 def load_experts(index_ptr, pair, inside, num_experts):
-    """(pairs,) int32, -1 for an unused slot."""
+    """Experts of pairs, (pairs,) int32; -1 for an unused slot."""
     expert = tl.load(index_ptr + pair, mask=inside, other=-1)
     return tl.where((expert >= 0) & (expert < num_experts), expert, -1).to(tl.int32)
 
@@ -184,13 +182,3 @@ def sort_pairs(top_k_index: Tensor, num_experts: int, rows: int) -> SortedPairs:
         num_warps=4,
     )
     return pairs
-
-
-def offered(arch: int) -> dict[str, Callable[[], SortedPairs]]:
-    """Both index dtypes, few and many experts."""
-
-    def launch(dtype: torch.dtype, experts: int) -> SortedPairs:
-        return sort_pairs(torch.empty((8192, 8), dtype=dtype, device="meta"), experts, 16)
-
-    cases = ((torch.int64, 4096), (torch.int32, 64))
-    return {f"{str(dtype).removeprefix('torch.')}-E{experts}": partial(launch, dtype, experts) for dtype, experts in cases}

@@ -94,7 +94,7 @@ def width_of(dim: int) -> int:
 
 @triton.jit
 def bounds_of(start_ptr, end_ptr, place, inside, stride_gt):
-    """start, and whether the query at `place` belongs to a sequence."""
+    """First key row of the sequence at each `place`, and whether the query there belongs to a sequence."""
     start = tl.load(start_ptr + place * stride_gt, mask=inside, other=0)
     end = tl.load(end_ptr + place * stride_gt, mask=inside, other=0)
     return start, inside & (start <= place) & (place < end)
@@ -102,7 +102,7 @@ def bounds_of(start_ptr, end_ptr, place, inside, stride_gt):
 
 @triton.jit
 def interval_of(start, place, valid, reach, COMPRESSED: tl.constexpr, PACKED: tl.constexpr):
-    """[low, high) of the key rows that a query sees; empty for padding."""
+    """Key rows [low, high) that each query sees; empty for padding."""
     if COMPRESSED:
         low = start * 0
         if PACKED:
@@ -116,7 +116,7 @@ def interval_of(start, place, valid, reach, COMPRESSED: tl.constexpr, PACKED: tl
 
 @triton.jit
 def load_rows(base_ptr, row_offset, inside, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """(rows, WIDTH) of HEAD_DIM features; `row_offset` counts strides, in int64."""
+    """Loads (rows, WIDTH) values; features from HEAD_DIM on are 0. A row begins at element row_offset * stride, in int64."""
     feature = tl.arange(0, WIDTH)
     mask = inside[:, None] & (feature < HEAD_DIM)[None, :]
     return tl.load(base_ptr + (row_offset * stride)[:, None] + feature[None, :], mask=mask, other=0.0)
@@ -124,7 +124,7 @@ def load_rows(base_ptr, row_offset, inside, stride, HEAD_DIM: tl.constexpr, WIDT
 
 @triton.jit
 def store_rows(base_ptr, row_offset, inside, values, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """The reverse of `load_rows`; on demand adds to what is there. `row_offset` counts elements, in int64."""
+    """Stores (rows, WIDTH) values, or with ACCUMULATE adds them to those in memory. A row begins at element row_offset, in int64."""
     feature = tl.arange(0, WIDTH)
     mask = inside[:, None] & (feature < HEAD_DIM)[None, :]
     target = base_ptr + row_offset[:, None] + feature[None, :]
@@ -135,7 +135,7 @@ def store_rows(base_ptr, row_offset, inside, values, HEAD_DIM: tl.constexpr, WID
 
 @triton.jit
 def load_weight(weight_ptr, offset, inside, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr):
-    """(rows,) float32 that multiply the result; 1 where there are none."""
+    """(ROWS,) float32 factors of the result; 1 if there are no weights."""
     if HAS_WEIGHT:
         return tl.load(weight_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     else:
@@ -144,7 +144,7 @@ def load_weight(weight_ptr, offset, inside, HAS_WEIGHT: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def softmax_step(scores, top, total):
-    """Online softmax in base 2: e^(scores - new top), the new top and total, and what is left of earlier sums."""
+    """One step of an online softmax in base 2: 2^(scores - new top), new top, new total, and the factor that rescales earlier sums."""
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     keep = tl.exp2(top - new_top)
     p = tl.exp2(scores - new_top[:, None])
@@ -153,7 +153,7 @@ def softmax_step(scores, top, total):
 
 @triton.jit
 def dot(a, b, IEEE: tl.constexpr):
-    """float32 products of float32 stay float32: no TF32."""
+    """Matrix product. IEEE multiplies float32 values in float32 instead of TF32."""
     if IEEE:
         return tl.dot(a, b, input_precision="ieee")
     else:

@@ -8,8 +8,6 @@ proportion to the lists.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -135,7 +133,7 @@ def merge_lists(indices: Tensor, counts: Tensor, geometry: Geometry, group: int,
 
 @triton.jit
 def block_at(blocks_ptr, members_ptr, slot, origin, query, inside, QUERIES: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """First key row of the block in a slot of a tile's list, and the rows whose `query` in the tile lists it."""
+    """First key row of the block in a slot of a tile's list, and which rows belong to queries that list this block."""
     first = tl.load(blocks_ptr + slot)
     if QUERIES == 1:
         return origin + first * BLOCK_SIZE, inside
@@ -204,22 +202,3 @@ def invert_lists(indices: Tensor, counts: Tensor, geometry: Geometry, num_keys: 
     tokens = (entries // (num_slots * num_kv) % num_queries).int()
     num_parts = 0 if num_queries <= segment else 2 * (indices.numel() // segment)
     return Inverse(entries, tokens, offsets, segments, parts, block_of, segment, num_parts)
-
-
-def lists(query: Tensor, num_kv: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """indices, counts, bias without data, for `offered`."""
-    rows = (*query.shape[:2], num_kv)
-    indices = torch.empty((*rows, slots), dtype=torch.int32, device="meta")
-    return indices, torch.empty(rows, dtype=torch.int32, device="meta"), torch.empty((*rows, slots), device="meta")
-
-
-def offered(arch: int) -> dict[str, Callable[[], Merged]]:
-    """All group sizes with several queries per tile."""
-
-    def launch(group: int) -> Merged:
-        bounds = torch.empty((1, 4096), dtype=torch.int32, device="meta")
-        geometry = Geometry(bounds, bounds, 0, True, bounds, bounds[:, :2], bounds[:, :2])
-        indices, counts, _ = lists(torch.empty((1, 4096, 2 * group, 64), device="meta"), 2, 16)
-        return merge_lists(indices, counts, geometry, group, 64)
-
-    return {f"G{group}": partial(launch, group) for group in (1, 2, 3, 4, 8)}

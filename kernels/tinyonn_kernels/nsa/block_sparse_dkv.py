@@ -10,9 +10,6 @@ The size of the lists, not the most popular block, bounds the buffers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -20,8 +17,7 @@ from torch import Tensor
 
 from .._tune import config, launch, tuned
 from ._common import LOG2E, Geometry, count_heads, dot, load_rows, load_weight, store_rows, unit_stride, width_of
-from .block_lists import invert_lists, lists
-from .interval_attention_fwd import SHAPES, example
+from .block_lists import invert_lists
 
 
 def configs(IEEE: bool, WIDTH: int, BLOCK_SIZE: int, **_: object) -> list[triton.Config]:
@@ -300,18 +296,3 @@ def block_sparse_attention_dkv(
         num_warps=4,
         maxnreg=255,
     )
-
-
-def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes."""
-
-    def launch(dtype: torch.dtype, dim: int, heads: int) -> None:
-        query, key, geometry = example(dtype, dim, heads, 1)
-        lse = torch.empty(query.shape[:3], device="meta")
-        indices, counts, bias = lists(query, 2, 16)
-        weight = torch.empty((*query.shape[:3], 3), dtype=dtype, device="meta")[..., 1]
-        inputs = (query, key, key, indices, counts, bias, lse, lse, query, weight)
-        grad_key = torch.empty(key.shape, device="meta")
-        block_sparse_attention_dkv(*inputs, grad_key, grad_key, geometry, 64, 0.1)
-
-    return {label: partial(launch, dtype, dim, heads) for label, dtype, dim, heads in SHAPES}

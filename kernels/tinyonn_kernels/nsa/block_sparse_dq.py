@@ -8,9 +8,6 @@ Query-outer, with the tiles of forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -18,13 +15,12 @@ from torch import Tensor
 
 from .._tune import config, launch, tuned
 from ._common import LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, load_weight, store_rows, unit_stride, width_of
-from .block_lists import block_at, lists, merge_lists, rows_of
-from .interval_attention_fwd import SHAPES, example
+from .block_lists import block_at, merge_lists, rows_of
 
 
 @triton.jit
 def sum_of_query(values, query, QUERIES: tl.constexpr):
-    """(rows,): the sum of `values` over all rows of a row's query."""
+    """(rows,) sum of `values` over all rows of the same query."""
     if QUERIES == 1:
         return tl.sum(values) + tl.zeros_like(values)
     else:
@@ -230,18 +226,3 @@ def block_sparse_attention_dq(
         ROWS=rows_of(group),
         BLOCK_SIZE=block_size,
     )
-
-
-def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes."""
-
-    def launch(dtype: torch.dtype, dim: int, heads: int) -> None:
-        query, key, geometry = example(dtype, dim, heads, 1)
-        lse = torch.empty(query.shape[:3], device="meta")
-        indices, counts, bias = lists(query, 2, 16)
-        weight = torch.empty((*query.shape[:3], 3), dtype=dtype, device="meta")[..., 1]
-        inputs = (query, key, key, indices, counts, bias, lse, lse, query, weight)
-        grad_query = torch.empty(query.shape, device="meta")
-        block_sparse_attention_dq(*inputs, grad_query, bias, geometry, 64, 0.1, accumulate=True)
-
-    return {label: partial(launch, dtype, dim, heads) for label, dtype, dim, heads in SHAPES}

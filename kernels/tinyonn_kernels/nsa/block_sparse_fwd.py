@@ -10,9 +10,6 @@ rows of one tile. If a group has at most 8 heads, neighbouring queries share the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -20,8 +17,7 @@ from torch import Tensor
 
 from .._tune import config, launch, tuned
 from ._common import BOTTOM, LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, softmax_step, store_rows, unit_stride, width_of
-from .block_lists import block_at, lists, merge_lists, rows_of
-from .interval_attention_fwd import SHAPES, example
+from .block_lists import block_at, merge_lists, rows_of
 
 
 def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, **_: object) -> list[triton.Config]:
@@ -190,14 +186,3 @@ def block_sparse_attention_fwd(
         ROWS=rows_of(group),
         BLOCK_SIZE=block_size,
     )
-
-
-def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes."""
-
-    def launch(dtype: torch.dtype, dim: int, heads: int) -> None:
-        query, key, geometry = example(dtype, dim, heads, 1)
-        lse = torch.empty(query.shape[:3], device="meta")
-        block_sparse_attention_fwd(query, key, key, *lists(query, 2, 16), torch.empty_like(query), lse, geometry, 64, 0.1)
-
-    return {label: partial(launch, dtype, dim, heads) for label, dtype, dim, heads in SHAPES}

@@ -9,9 +9,6 @@ run gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +16,6 @@ from torch import Tensor
 
 from .._tune import config, launch, tuned
 from ._common import LOG2E, Geometry, bounds_of, count_heads, dot, interval_of, load_rows, load_weight, store_rows, unit_stride, width_of
-from .interval_attention_fwd import SHAPES, example
 
 MAX_SPLITS = 16
 ENOUGH_PROGRAMS = 1024
@@ -210,20 +206,3 @@ def interval_attention_dkv(
     if splits == 1:
         return grads[0][0], grads[1][0]
     return grads[0].sum(0), grads[1].sum(0)
-
-
-def offered(arch: int) -> dict[str, Callable[[], object]]:
-    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes."""
-
-    def launch(dtype: torch.dtype, dim: int, heads: int, compressed: bool) -> object:
-        query, key, geometry = example(dtype, dim, heads, 64 if compressed else 1)
-        lse = torch.empty(query.shape[:3], device="meta")
-        weight = torch.empty((*query.shape[:3], 3), dtype=dtype, device="meta")[..., 0]
-        inputs = (query, key, key, lse, query, weight, lse if compressed else None, lse)
-        return interval_attention_dkv(*inputs, geometry, 64, 0.1, compressed=compressed)
-
-    return {
-        f"{label}-{'compressed' if compressed else 'window'}": partial(launch, dtype, dim, heads, compressed)
-        for label, dtype, dim, heads in SHAPES
-        for compressed in (False, True)
-    }

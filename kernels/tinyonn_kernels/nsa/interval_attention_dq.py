@@ -8,9 +8,6 @@ A first pass over the keys computes `product`, which equals out · dO and the gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -31,12 +28,11 @@ from ._common import (
     unit_stride,
     width_of,
 )
-from .interval_attention_fwd import SHAPES, example
 
 
 @triton.jit
 def probabilities(q, k, n, low, high, lse_log2, scale_log2, IEEE: tl.constexpr):
-    """(rows, keys), 0 outside [low, high)."""
+    """Attention probabilities (rows, keys); 0 outside [low, high)."""
     visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
     return tl.where(visible, tl.exp2(dot(q, tl.trans(k), IEEE) * scale_log2 - lse_log2[:, None]), 0.0)
 
@@ -213,21 +209,3 @@ def interval_attention_dq(
         HEAD_DIM=dim,
         WIDTH=width_of(dim),
     )
-
-
-def offered(arch: int) -> dict[str, Callable[[], object]]:
-    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes."""
-
-    def launch(dtype: torch.dtype, dim: int, heads: int, compressed: bool) -> object:
-        query, key, geometry = example(dtype, dim, heads, 64 if compressed else 1)
-        lse = torch.empty(query.shape[:3], device="meta")
-        weight = torch.empty((*query.shape[:3], 3), dtype=dtype, device="meta")[..., 0]
-        inputs = (query, key, key, lse, query, weight, lse if compressed else None, lse)
-        dq = torch.empty(query.shape, device="meta")
-        return interval_attention_dq(*inputs, dq, geometry, 64, 0.1, compressed=compressed, accumulate=True)
-
-    return {
-        f"{label}-{'compressed' if compressed else 'window'}": partial(launch, dtype, dim, heads, compressed)
-        for label, dtype, dim, heads in SHAPES
-        for compressed in (False, True)
-    }

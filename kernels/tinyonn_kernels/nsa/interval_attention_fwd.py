@@ -9,9 +9,6 @@ weight per row multiplies the result, which can be added to `out`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -201,39 +198,3 @@ def interval_attention_fwd(
         HEAD_DIM=dim,
         WIDTH=width_of(dim),
     )
-
-
-def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes."""
-
-    def launch(dtype: torch.dtype, dim: int, heads: int, compressed: bool) -> None:
-        tensors = example(dtype, dim, heads, 64 if compressed else 1)
-        query, key, geometry = tensors
-        lse = torch.empty(query.shape[:3], device="meta")
-        out = torch.empty(query.shape, device="meta")
-        weight = torch.empty((*query.shape[:3], 3), dtype=dtype, device="meta")[..., 0]
-        entropy = lse if compressed else None
-        options = {"weight": weight, "accumulate": not compressed}
-        interval_attention_fwd(query, key, key, out, lse, entropy, geometry, 64, 0.1, compressed=compressed, **options)
-
-    return {
-        f"{label}-{'compressed' if compressed else 'window'}": partial(launch, dtype, dim, heads, compressed)
-        for label, dtype, dim, heads in SHAPES
-        for compressed in (False, True)
-    }
-
-
-SHAPES = [
-    (f"{str(dtype).removeprefix('torch.')}-D{dim}-G{heads // 2}", dtype, dim, heads)
-    for dtype, dims in ((torch.bfloat16, (64, 128, 256)), (torch.float32, (64, 128)))
-    for dim in dims
-    for heads in ((32, 6) if dim == 128 else (32,))
-]
-
-
-def example(dtype: torch.dtype, dim: int, heads: int, keys_per_row: int) -> tuple[Tensor, Tensor, Geometry]:
-    """query, key and geometry without data, for `offered`."""
-    query = torch.empty((1, 4096, heads, dim), dtype=dtype, device="meta")
-    key = torch.empty((1, 4096 // keys_per_row, 2, dim), dtype=dtype, device="meta")
-    bounds = torch.empty((1, 4096), dtype=torch.int32, device="meta")
-    return query, key, Geometry(bounds, bounds, 0, True, bounds, bounds[:, :2], bounds[:, :2])

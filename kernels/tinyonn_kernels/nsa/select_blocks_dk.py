@@ -8,9 +8,6 @@ block in a query's ascending list. Without atomics, every run gives the same bit
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -18,9 +15,7 @@ from torch import Tensor
 
 from .._tune import config, launch, tuned
 from ._common import FAR, LOG2E, Geometry, count_heads, dot, load_rows, store_rows, unit_stride, width_of
-from .block_lists import lists
 from .interval_attention_dkv import ENOUGH_PROGRAMS, MAX_SPLITS
-from .interval_attention_fwd import SHAPES, example
 from .select_blocks_dq import TILE_ROWS, gradient_of_mass
 from .select_blocks_fwd import block_probabilities, kinds_of, tile_queries
 
@@ -233,18 +228,3 @@ def select_blocks_dk(
         **shape,
     )
     return grad_key[0] if splits == 1 else grad_key.sum(0)
-
-
-def offered(arch: int) -> dict[str, Callable[[], object]]:
-    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes; 64 or 16 keys per compressed key."""
-
-    def launch(dtype: torch.dtype, dim: int, heads: int, size: int) -> object:
-        query, key, geometry = example(dtype, dim, heads, size)
-        lse = torch.empty(query.shape[:3], device="meta")
-        rows = torch.empty((1, 4096, 2), device="meta")
-        indices, counts, grad_bias = lists(query, 2, 16)
-        inputs = (query, key, lse, rows, indices, counts, grad_bias, rows)
-        sizes = (geometry, 4096, 1.0, 64, size, 0.1)
-        return select_blocks_dk(*inputs, *sizes)
-
-    return {f"{label}-compress{size}": partial(launch, dtype, dim, heads, size) for label, dtype, dim, heads in SHAPES for size in (64, 16)}

@@ -9,9 +9,6 @@ Importance is recomputed from q, k and lse. Query-outer; each program scatters t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -19,8 +16,6 @@ from torch import Tensor
 
 from .._tune import config, launch, tuned
 from ._common import FAR, LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, store_rows, unit_stride, width_of
-from .block_lists import lists
-from .interval_attention_fwd import SHAPES, example
 from .select_blocks_fwd import Z_FLOOR, block_probabilities, kinds_of, program_count, tile_queries
 
 TILE_ROWS = 32  # fewer than in forward, because registers hold both probabilities and their gradients
@@ -40,7 +35,7 @@ def gradient_of_mass(
     BLOCKS: tl.constexpr,
     RATIO: tl.constexpr,
 ):
-    """dz (queries, blocks) and w (rows, keys), from the gradients of log gate (queries, blocks) and soft count (queries,)."""
+    """dz (queries, blocks) and w (rows, keys), from the gradients of log gate, `listed`, and of the soft count, `soft` (queries,)."""
     mass = tl.sum(tl.sum(tl.reshape(p, (QUERIES, PADDED, BLOCKS, RATIO)), axis=3), axis=1)
     share = tl.maximum(mass * uniform, Z_FLOOR)
     gap = (tl.log(share) - threshold) / temperature
@@ -274,19 +269,3 @@ def select_blocks_dq(
         BLOCK_SIZE=block_size,
         **shape,
     )
-
-
-def offered(arch: int) -> dict[str, Callable[[], object]]:
-    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes; 64 or 16 keys per compressed key."""
-
-    def launch(dtype: torch.dtype, dim: int, heads: int, size: int) -> object:
-        query, key, geometry = example(dtype, dim, heads, size)
-        lse = torch.empty(query.shape[:3], device="meta")
-        rows = torch.empty((1, 4096, 2), device="meta")
-        indices, counts, grad_bias = lists(query, 2, 16)
-        inputs = (query, key, lse, rows, indices, counts, grad_bias, rows)
-        sizes = (geometry, 4096, 1.0, 64, size, 0.1)
-        grad_query = torch.empty(query.shape, device="meta")
-        return select_blocks_dq(*inputs, rows, grad_query, lse, *sizes, accumulate=True)
-
-    return {f"{label}-compress{size}": partial(launch, dtype, dim, heads, size) for label, dtype, dim, heads in SHAPES for size in (64, 16)}

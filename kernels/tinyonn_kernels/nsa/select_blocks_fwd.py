@@ -12,9 +12,6 @@ bisection over the bits of positive floats, whose order is that of integers; tie
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +19,6 @@ from torch import Tensor
 
 from .._tune import config, launch, tuned
 from ._common import FAR, LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, unit_stride, width_of
-from .interval_attention_fwd import SHAPES, example
 
 Z_FLOOR = tl.constexpr(2.061153622438558e-09)  # e^-20
 PROGRAMS_PER_UNIT = 4
@@ -47,7 +43,7 @@ def block_probabilities(
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """p (ROWS, BLOCKS * RATIO) of the blocks from `block0` on, and their compressed keys; each row sees its first `seen_row` keys."""
+    """p (ROWS, BLOCKS * RATIO) of the blocks from `block0` on, and their compressed keys. Each row sees its first `seen_row` keys."""
     c = block0 * RATIO + tl.arange(0, BLOCKS * RATIO)
     k = load_rows(k_ptr, (first_row + c).to(tl.int64), c < most, stride_kt, HEAD_DIM, WIDTH)
     p = tl.exp2(dot(q, tl.trans(k), IEEE) * scale_log2 - lse_log2[:, None])
@@ -56,7 +52,7 @@ def block_probabilities(
 
 @triton.jit
 def kinds_of(block, relative, active, BLOCK_SIZE: tl.constexpr):
-    """Whether a block is forced, and whether it is one of the past that is not; (queries, blocks)."""
+    """Whether each block is forced, and whether it is a past block that is not forced; both (queries, blocks)."""
     own = (relative // BLOCK_SIZE)[:, None]
     block = block[None, :]
     forced = active[:, None] & ((block == 0) | (block == own - 1) | (block == own))
@@ -310,17 +306,3 @@ def select_blocks_fwd(
         **shape,
     )
     return over
-
-
-def offered(arch: int) -> dict[str, Callable[[], Tensor]]:
-    """bfloat16 up to D = 256, float32 up to D = 128, all group sizes; 64 or 16 keys per compressed key."""
-
-    def launch(dtype: torch.dtype, dim: int, heads: int, compress_size: int) -> Tensor:
-        query, key, geometry = example(dtype, dim, heads, compress_size)
-        lse = torch.empty(query.shape[:3], device="meta")
-        rows = torch.empty((1, 4096, 2), device="meta")
-        counts = torch.empty((1, 4096, 2), dtype=torch.int32, device="meta")
-        indices, bias = torch.empty((1, 4096, 2, 16), dtype=torch.int32, device="meta"), torch.empty((1, 4096, 2, 16), device="meta")
-        return select_blocks_fwd(query, key, lse, rows, indices, counts, bias, rows, geometry, 4096, 1.0, 64, compress_size, 0.1)
-
-    return {f"{label}-compress{size}": partial(launch, dtype, dim, heads, size) for label, dtype, dim, heads in SHAPES for size in (64, 16)}

@@ -9,9 +9,6 @@ Fortran program to find the Euclidean norm of a vector", ACM TOMS 4(1), 1978, ap
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +22,7 @@ MAX_ROWS = 32  # larger tiles would give small problems too few programs
 
 @triton.jit
 def add_squares(tile, large, medium, small):
-    """Adds the sum of squares along axis 2 to one of three accumulators of different scale."""
+    """Adds the sum of squares along axis 2 to one of three accumulators with different scales, and returns all three."""
     peak = tl.max(tl.abs(tile), axis=2)
     is_large = peak > 2.0**50  # below this, the sum of 2^24 squares does not overflow float32
     is_small = peak < 2.0**-50
@@ -42,6 +39,7 @@ def add_squares(tile, large, medium, small):
 
 @triton.jit
 def root(large, medium, small):
+    """Norm from the three accumulators of `add_squares`."""
     # float32 cannot represent 2^-160 and 2^-200, so two factors are used.
     high = tl.sqrt_rn(large + medium * 2.0**-80 * 2.0**-80) * 2.0**80
     middle = tl.sqrt_rn(medium + small * 2.0**-100 * 2.0**-100)
@@ -51,7 +49,7 @@ def root(large, medium, small):
 
 @triton.jit
 def norms_of_blocks(x_ptr, row, block, num_rows, num_features, stride_xn, stride_xf, BLOCK_SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """(rows, blocks) norms for vectors of row and block indices; a block is read in tiles WIDTH features wide."""
+    """Norms (rows, blocks) for vectors of row and block indices. Each block is read in tiles of WIDTH features."""
     large = tl.zeros((row.shape[0], block.shape[0]), tl.float32)
     medium = tl.zeros((row.shape[0], block.shape[0]), tl.float32)
     small = tl.zeros((row.shape[0], block.shape[0]), tl.float32)
@@ -143,22 +141,3 @@ def block_norms_fwd(x: Tensor, row_scale: Tensor | None, out: Tensor, block_size
     )
     if detour is not None:
         out.copy_(detour.view(out.shape))
-
-
-def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """The same launches on every architecture, because the kernel is memory-bound."""
-
-    def launch(dtype: torch.dtype, features: int, block_size: int, scaled: bool) -> None:
-        x = torch.empty((512, features), dtype=dtype, device="meta")
-        scale = torch.empty(512, dtype=torch.float32, device="meta") if scaled else None
-        out = torch.empty((512, -(-features // block_size)), dtype=torch.float32, device="meta")
-        block_norms_fwd(x, scale, out, block_size)
-
-    cases = [(dtype, 4096, 64, True) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
-    cases += [(dtype, *odd) for dtype in (torch.float32, torch.bfloat16) for odd in ((100, 64, False), (4096, 4096, True))]
-    return {
-        f"{str(dtype).removeprefix('torch.')}-F{features}-block{block_size}{'-scaled' if scaled else ''}": partial(
-            launch, dtype, features, block_size, scaled
-        )
-        for dtype, features, block_size, scaled in cases
-    }

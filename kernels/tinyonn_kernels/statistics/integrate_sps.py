@@ -10,9 +10,6 @@ added in a fixed order, so every run gives the same bits. The second and third p
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +21,7 @@ MIN_TILE, MAX_TILE = 128, 1024
 
 @triton.jit
 def _load_tile(a_ptr, g_ptr, block, end, stride_ab, stride_gb):
+    """Both norms of the blocks before `end`, float64, and whether both are present, that is, not NaN."""
     inside = block < end
     missing = float("nan")
     a = tl.load(a_ptr + block * stride_ab, mask=inside, other=missing).to(tl.float64)
@@ -33,7 +31,7 @@ def _load_tile(a_ptr, g_ptr, block, end, stride_ab, stride_gb):
 
 @triton.jit
 def _scale_of(mean, variance):
-    """1 / std, or 0 where the spread is only rounding."""
+    """1 / std, or 0 if the spread is only rounding error."""
     std = tl.sqrt(variance)
     flat = std <= 1e-6 * tl.abs(mean)
     return tl.where(flat, 0.0, 1.0 / tl.where(flat, 1.0, std))
@@ -41,6 +39,7 @@ def _scale_of(mean, variance):
 
 @triton.jit
 def _standardise(values, present, count):
+    """z of the present values; 0 for the others."""
     mean = tl.sum(tl.where(present, values, 0.0)) / count
     deviation = tl.where(present, values - mean, 0.0)
     return deviation * _scale_of(mean, tl.sum(deviation * deviation) / count)
@@ -163,23 +162,3 @@ def integrate_sps_fwd(
         maxnreg=128,  # by default, ptxas targets 64 registers on sm_100 and spills
     )
     return sums.sum(dim=0)
-
-
-def offered(arch: int) -> dict[str, Callable[[], Tensor]]:
-    """The same launches on every architecture, because the kernel is memory-bound."""
-
-    def launch(dtype: torch.dtype, num_blocks: int, groups: int, extras: bool) -> Tensor:
-        planes = [torch.empty((512, num_blocks), dtype=dtype, device="meta") for _ in range(2)]
-        offsets = torch.empty(groups + 1, dtype=torch.int64, device="meta")
-        mask = torch.empty(512, dtype=torch.bool, device="meta") if extras else None
-        scores = torch.empty((512, num_blocks), dtype=torch.float32, device="meta") if extras else None
-        return integrate_sps_fwd(*planes, offsets, mask, scores)
-
-    cases = [(dtype, 3198, 31, True) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
-    cases += [(torch.float32, 3198, 31, False), (torch.float32, 65536, 32, False)]
-    return {
-        f"{str(dtype).removeprefix('torch.')}-{blocks}blocks-{groups}layers{'-mask-scores' if extras else ''}": partial(
-            launch, dtype, blocks, groups, extras
-        )
-        for dtype, blocks, groups, extras in cases
-    }

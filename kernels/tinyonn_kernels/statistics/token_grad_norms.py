@@ -10,10 +10,6 @@ Source: Goodfellow, "Efficient per-example gradient computations", arXiv:1510.01
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -77,22 +73,3 @@ def token_grad_norms_fwd(inputs: Tensor, grad_output: Tensor, out: Tensor, block
         **shape,
         num_warps=4,
     )
-
-
-def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """The same launches on every architecture, because the kernel is memory-bound."""
-
-    def launch(dtype: torch.dtype, in_features: int, features: int, block_size: int) -> None:
-        inputs = torch.empty((512, in_features), dtype=dtype, device="meta")
-        grad_output = torch.empty((512, features), dtype=dtype, device="meta")
-        out = torch.empty((512, -(-features // block_size)), dtype=torch.float32, device="meta")
-        token_grad_norms_fwd(inputs, grad_output, out, block_size)
-
-    cases = [(dtype, 4096, 4096, 64) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
-    cases += [(dtype, *odd) for dtype in (torch.float32, torch.bfloat16) for odd in ((100, 40, 64), (4096, 4096, 4096))]
-    return {
-        f"{str(dtype).removeprefix('torch.')}-in{in_features}-out{features}-block{block_size}": partial(
-            launch, dtype, in_features, features, block_size
-        )
-        for dtype, in_features, features, block_size in cases
-    }
