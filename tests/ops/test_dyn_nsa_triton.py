@@ -433,7 +433,7 @@ def step_at_64k(device: str, heads: int, kv_heads: int, packed: bool) -> tuple[t
         results = _triton_dyn_nsa.dyn_nsa_forward(inputs, options, bounds)
         cotangents = (torch.empty_like(results.out).fill_(1e-3), torch.zeros_like(results.soft_counts))
         saved = Saved(*(getattr(results, name) for name in Saved._fields[:-2]), *cotangents)
-        grads = _triton_dyn_nsa.dyn_nsa_backward(inputs._replace(tau=results.tau), saved, options, bounds)
+        grads = _triton_dyn_nsa.dyn_nsa_backward(inputs._replace(tau=results.own_tau), saved, options, bounds)
         grads = [grad.to(x.dtype) for grad, x in zip(grads, inputs[:-1], strict=True)]
 
     return inputs, step

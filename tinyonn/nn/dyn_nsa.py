@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..ops import DynNSAOutput, dyn_nsa
 from ..ops._dispatch import autocast_off, check_impl, statistics_dtype
-from ..ops.nsa._checks import check_max_blocks, check_sizes, check_temperature, check_window
-from ._options import check_choice, check_flag, check_number
+from ..ops.nsa._checks import check_max_blocks, check_sizes, check_temperature
+from ._options import check_choice, check_flag, check_number, check_size
 from .block_compression import BlockCompression, block_starts
 
 OPEN = -30.0
@@ -79,7 +79,7 @@ class DynNSAOptions:
         for gate in self.start_gates:
             check_number("start_gates", gate)
         check_sizes(self.block_size, self.compress_size)
-        check_window(self.window)
+        check_size("window", self.window)
         check_temperature(self.temperature)
         if self.max_blocks is not None:
             check_max_blocks(self.max_blocks)

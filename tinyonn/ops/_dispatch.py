@@ -52,10 +52,12 @@ def schema_of(*inputs: type, returns: type | int | str) -> str:
         inputs: named tuples of tensors and numbers; `parts_of` puts the arguments back into them.
         returns: the named tuple of tensors that the op returns, a number of tensors, or another type of a schema.
     """
-    fields = [f"{_SCHEMA_TYPES[kind]} {name}" for part in inputs for name, kind in get_type_hints(part).items()]
+    kinds = [field for part in inputs for field in get_type_hints(part).items()]
+    assert len(dict(kinds)) == len(kinds)  # the inductor needs distinct names
     if not isinstance(returns, str):
         count = returns if isinstance(returns, int) else len(get_type_hints(returns))
         returns = f"({', '.join(['Tensor'] * count)})"
+    fields = [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in kinds]
     return f"({', '.join([*fields, 'str impl'])}) -> {returns}"
 
 
@@ -131,8 +133,7 @@ def autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def check_impl(impl: str) -> None:
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}.")
+    check_choice("impl", impl, IMPLS)
 
 
 def choose_impl(impl: str, tensor: Tensor) -> str:
@@ -172,13 +173,11 @@ def _interpreted() -> bool:
     return INTERPRETED
 
 
-def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+def refuse_tangents(op: str, *tensors: Tensor | None, remedy: str = "use backward or vjp, or impl='reference'") -> None:
     """A registered op drops tangents of forward-mode differentiation without a word: its derivative would come out as 0."""
     for tensor in tensors:
         if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(
-                f"{op} must be differentiated by reverse mode, got a forward-mode tangent: use backward or vjp, or impl='reference'."
-            )
+            raise RuntimeError(f"{op} must be differentiated by reverse mode, got a forward-mode tangent: {remedy}.")
 
 
 def check_float(name: str, tensor: Tensor, min_dim: int = 1) -> None:
@@ -198,11 +197,48 @@ def check_same_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}.")
 
 
-def check_block_size(block_size: int) -> None:
-    if not isinstance(block_size, int) or isinstance(block_size, bool):
-        raise TypeError(f"block_size must be an int, got {type(block_size).__name__}.")
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}.")
+def check_tensor(
+    name: str, tensor: Tensor, device: torch.device, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """`check_float`, and TypeError or ValueError unless the tensor is on the device and has the shape and the dtype, where given."""
+    check_float(name, tensor)
+    check_same_device(name, tensor, device)
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}.")
+    if shape is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}.")
+
+
+def check_mask(name: str, mask: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
+    """TypeError or ValueError unless `mask` is None or a bool tensor of this shape on the device."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}.")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(mask.shape)}.")
+    check_same_device(name, mask, device)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def check_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
+
+
+def check_size(name: str, value: int, least: int = 1) -> None:
+    check_int(name, value)
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_is_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
 
 
 def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *inputs: Tensor | None) -> None:

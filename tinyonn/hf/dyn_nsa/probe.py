@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ...errors import InputError, reason
-from ...ops.nsa._checks import MAX_HEAD_DIM
+from ...ops._attention import MAX_HEAD_DIM
 from ..interfaces import attention_implementation, gradients_kept, modes_kept, register_attention
 from ..memory import is_out_of_memory
 from .attention import is_local, unknown_arguments

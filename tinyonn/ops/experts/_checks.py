@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...reference.experts.expert_mlp import LIMITS
-from .._dispatch import check_float, check_no_nan, check_same_device, statistics_dtype
+from .._dispatch import check_float, check_is_number, check_no_nan, check_same_device, check_tensor, statistics_dtype
 from ._tuples import Inputs
 
 
@@ -27,20 +27,20 @@ def check_inputs(inputs: Inputs, gated: bool, transposed: bool) -> None:
     if gated and width % 2:
         raise ValueError(f"gate_up_proj must have an even number of outputs with gated=True, got {width}.")
     neurons = width // 2 if gated else width
-    _check_shape("down_proj", down_proj, (experts, neurons, features) if transposed else (experts, features, neurons), hidden_states)
-    _check_shape("gate_up_proj", gate_up_proj, tuple(gate_up_proj.shape), hidden_states)
-    if gate_up_bias is not None:
-        _check_shape("gate_up_bias", gate_up_bias, (experts, width), hidden_states)
-    if down_bias is not None:
-        _check_shape("down_bias", down_bias, (experts, features), hidden_states)
+    device = hidden_states.device
+    for name, tensor, shape in (
+        ("down_proj", down_proj, (experts, neurons, features) if transposed else (experts, features, neurons)),
+        ("gate_up_proj", gate_up_proj, gate_up_proj.shape),
+        ("gate_up_bias", gate_up_bias, (experts, width)),
+        ("down_bias", down_bias, (experts, features)),
+    ):
+        if tensor is not None:
+            check_tensor(name, tensor, device, shape, hidden_states.dtype)
     check_index_type(top_k_index)
     if top_k_index.dim() != 2 or top_k_index.shape[0] != tokens:  # `len` would make it a constant in torch.export
         raise ValueError(f"top_k_index must have shape ({tokens}, K), got {tuple(top_k_index.shape)}.")
-    check_same_device("top_k_index", top_k_index, hidden_states.device)
-    check_float("top_k_weights", top_k_weights)
-    check_same_device("top_k_weights", top_k_weights, hidden_states.device)
-    if top_k_weights.shape != top_k_index.shape:
-        raise ValueError(f"top_k_weights must have shape {tuple(top_k_index.shape)}, got {tuple(top_k_weights.shape)}.")
+    check_same_device("top_k_index", top_k_index, device)
+    check_tensor("top_k_weights", top_k_weights, device, top_k_index.shape)
 
 
 def limit_of(activation: str, limit: float | None) -> float:
@@ -51,8 +51,7 @@ def limit_of(activation: str, limit: float | None) -> float:
         return 0.0
     if limit is None:
         return LIMITS[activation]
-    if isinstance(limit, bool) or not isinstance(limit, int | float):
-        raise TypeError(f"limit must be a number, got {type(limit).__name__}.")
+    check_is_number("limit", limit)
     if not 0 < limit < math.inf:
         raise ValueError(f"limit must be above 0 and finite, got {limit}.")
     return float(limit)
@@ -64,23 +63,8 @@ def check_index_type(top_k_index: Tensor) -> None:
         raise TypeError(f"top_k_index must be an int32 or int64 tensor, got {found}.")
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], hidden_states: Tensor) -> None:
-    check_float(name, tensor)
-    check_same_device(name, tensor, hidden_states.device)
-    if tensor.dtype != hidden_states.dtype:
-        raise TypeError(f"{name} must be {hidden_states.dtype} like hidden_states, got {tensor.dtype}.")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}.")
-
-
 def check_probe(surprise: Tensor, top_k_index: Tensor, hidden_states: Tensor) -> None:
-    check_float("surprise", surprise)
-    check_same_device("surprise", surprise, hidden_states.device)
-    dtype = statistics_dtype(hidden_states.dtype)
-    if surprise.dtype != dtype:
-        raise TypeError(f"surprise must be {dtype}, got {surprise.dtype}.")
-    if surprise.shape != top_k_index.shape:
-        raise ValueError(f"surprise must have shape {tuple(top_k_index.shape)}, got {tuple(surprise.shape)}.")
+    check_tensor("surprise", surprise, hidden_states.device, top_k_index.shape, statistics_dtype(hidden_states.dtype))
     if torch.is_grad_enabled() and not surprise.requires_grad:
         raise ValueError("surprise does not require grad, but its gradient is the surprise: create it with requires_grad=True.")
 

@@ -12,6 +12,7 @@ from ... import reference
 from ..._debug import debug_enabled
 from ...reference.experts.expert_mlp import Activation, SurpriseKind
 from .._dispatch import (
+    check_choice,
     check_float,
     check_impl,
     check_same_device,
@@ -95,12 +96,8 @@ def expert_mlp(
     check_impl(impl)
     inputs = Inputs(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
     check_inputs(inputs, gated, transposed)
-    for name, value, choices in (
-        ("activation", activation, get_args(Activation)),
-        ("surprise_kind", surprise_kind, get_args(SurpriseKind)),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+    check_choice("activation", activation, get_args(Activation))
+    check_choice("surprise_kind", surprise_kind, get_args(SurpriseKind))
     layout = Layout(activation, gated, interleaved, transposed, limit_of(activation, limit))
     if surprise is not None:
         check_probe(surprise, top_k_index, hidden_states)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._debug import debug_enabled
-from .._dispatch import check_float, check_no_nan, check_same_device, statistics_dtype, without_autocast
+from .._dispatch import check_float, check_no_nan, check_same_device, check_tensor, statistics_dtype, without_autocast
 from .threshold_route import unit_vectors
 
 
@@ -47,23 +47,15 @@ def surprise_min_loss(
             in scores or surprise.
     """
     check_float("scores", scores)
-    check_float("surprise", surprise)
     if scores.dim() != 2 or scores.shape[1] == 0:
         raise ValueError(f"scores must have shape (N, E), got {tuple(scores.shape)}.")
-    if surprise.shape != scores.shape:
-        raise ValueError(f"surprise must have shape {tuple(scores.shape)}, got {tuple(surprise.shape)}.")
-    check_same_device("surprise", surprise, scores.device)
+    check_tensor("surprise", surprise, scores.device, scores.shape)
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}.")
     for name, weight in (("w_ce", w_ce), ("w_kl", w_kl)):
         if not weight >= 0:
             raise ValueError(f"{name} must be at least 0, got {weight}.")
-    if token_mask is not None:
-        if not isinstance(token_mask, Tensor):
-            raise TypeError(f"token_mask must be a tensor, got {type(token_mask).__name__}.")
-        if token_mask.shape != scores.shape[:1]:
-            raise ValueError(f"token_mask must have shape ({scores.shape[0]},), got {tuple(token_mask.shape)}.")
-        check_same_device("token_mask", token_mask, scores.device)
+    _check_mask("token_mask", token_mask, scores.shape[0], scores.device)
     if debug_enabled():
         check_no_nan("scores", scores)
         check_no_nan("surprise", surprise)
@@ -115,22 +107,15 @@ def sparse_diversity_loss(
         TypeError, ValueError: shapes, dtypes or devices do not agree.
     """
     check_float("prototypes", prototypes)
-    check_float("count", count)
-    check_same_device("count", count, prototypes.device)
+    check_tensor("count", count, prototypes.device)
     if prototypes.dim() != 2:
         raise ValueError(f"prototypes must have shape (E, F), got {tuple(prototypes.shape)}.")
     if count.dim() != 1 or not count.shape[0]:
         raise ValueError(f"count must have shape (N,), N at least 1, got {tuple(count.shape)}.")
     if not target_k > 0:
         raise ValueError(f"target_k must be above 0, got {target_k}.")
-    for name, mask, size in (("token_mask", token_mask, count.shape[0]), ("expert_mask", expert_mask, prototypes.shape[0])):
-        if mask is None:
-            continue
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}.")
-        check_same_device(name, mask, prototypes.device)
-        if mask.shape != (size,):
-            raise ValueError(f"{name} must have shape ({size},), got {tuple(mask.shape)}.")
+    _check_mask("token_mask", token_mask, count.shape[0], prototypes.device)
+    _check_mask("expert_mask", expert_mask, prototypes.shape[0], prototypes.device)
     return _sparse_diversity_loss(prototypes, count, target_k, token_mask, expert_mask)
 
 
@@ -147,3 +132,14 @@ def _sparse_diversity_loss(
     mean = torch.where(tokens > 0, count.to(p.dtype), 0).sum() / tokens.sum().clamp(min=1)
     loss = apart.norm() + p.norm(dim=-1).sum() / live.sum().clamp(min=1) + (mean - target_k).abs()
     return torch.where(tokens.any(), loss, 0)
+
+
+def _check_mask(name: str, mask: Tensor | None, size: int, device: torch.device) -> None:
+    """Of any dtype: what is not 0 counts."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}.")
+    check_same_device(name, mask, device)
+    if mask.shape != (size,):
+        raise ValueError(f"{name} must have shape ({size},), got {tuple(mask.shape)}.")

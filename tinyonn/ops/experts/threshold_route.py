@@ -12,7 +12,17 @@ from torch.nn import functional
 from ... import reference
 from ..._debug import debug_enabled
 from ...reference.experts.routing import Combine, Form, Routing
-from .._dispatch import check_float, check_no_nan, check_same_device, statistics_dtype, without_autocast
+from .._dispatch import (
+    check_choice,
+    check_float,
+    check_int,
+    check_no_nan,
+    check_same_device,
+    check_size,
+    check_tensor,
+    statistics_dtype,
+    without_autocast,
+)  # fmt: skip
 
 IMPLS = ("auto", "torch", "reference")
 
@@ -68,15 +78,10 @@ def threshold_route(
         raise ValueError(f"hidden_states must have shape (N, F), got {tuple(hidden_states.shape)}.")
     if hidden_states.shape[1] == 0:
         raise ValueError(f"hidden_states must have at least 1 feature, got shape {tuple(hidden_states.shape)}.")
-    for name, tensor, dims in (("prototypes", prototypes, 2), ("thresholds", thresholds, 1)):
-        check_float(name, tensor)
-        check_same_device(name, tensor, hidden_states.device)
-        if tensor.dim() != dims:
-            raise ValueError(f"{name} must have {dims} dimension(s), got shape {tuple(tensor.shape)}.")
-    if prototypes.shape[1] != hidden_states.shape[1]:
+    check_tensor("prototypes", prototypes, hidden_states.device)
+    if prototypes.dim() != 2 or prototypes.shape[1] != hidden_states.shape[1]:
         raise ValueError(f"prototypes must have shape (E, {hidden_states.shape[1]}), got {tuple(prototypes.shape)}.")
-    if thresholds.shape[0] != prototypes.shape[0]:
-        raise ValueError(f"thresholds must have shape ({prototypes.shape[0]},), got {tuple(thresholds.shape)}.")
+    check_tensor("thresholds", thresholds, hidden_states.device, prototypes.shape[:1])
     if expert_mask is not None:
         if not isinstance(expert_mask, Tensor):
             raise TypeError(f"expert_mask must be a tensor, got {type(expert_mask).__name__}.")
@@ -87,13 +92,13 @@ def threshold_route(
             )
         if debug_enabled() and not bool(expert_mask.any()):
             raise ValueError("expert_mask masks out every expert.")
-    _check_choice("form", form, get_args(Form))
-    _check_choice("combine", combine, get_args(Combine))
-    _check_choice("impl", impl, IMPLS)
+    check_choice("form", form, get_args(Form))
+    check_choice("combine", combine, get_args(Combine))
+    check_choice("impl", impl, IMPLS)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be above 0 and finite, got {scale}.")
-    _check_int("min_experts", min_experts)
-    _check_int("max_experts", max_experts)
+    check_int("min_experts", min_experts)
+    check_int("max_experts", max_experts)
     if not 0 <= min_experts <= max_experts or max_experts < 1:
         raise ValueError(f"max_experts must be at least 1 and at least min_experts, got {max_experts} and {min_experts}.")
     if debug_enabled():
@@ -136,11 +141,9 @@ def select_by_budget(
     check_float("scores", scores)
     if scores.dim() != 2:
         raise ValueError(f"scores must have shape (N, E), got {tuple(scores.shape)}.")
-    _check_choice("combine", combine, get_args(Combine))
-    _check_choice("impl", impl, IMPLS)
-    _check_int("max_experts", max_experts)
-    if max_experts < 1:
-        raise ValueError(f"max_experts must be at least 1, got {max_experts}.")
+    check_choice("combine", combine, get_args(Combine))
+    check_choice("impl", impl, IMPLS)
+    check_size("max_experts", max_experts)
     if isinstance(budget, Tensor):
         check_same_device("budget", budget, scores.device)
         if budget.shape not in ((), scores.shape[:1]):
@@ -245,17 +248,7 @@ def _narrow(found: Routing, dtype: torch.dtype) -> Routing:
     return Routing(found.top_k_index, found.top_k_weights.to(dtype), found.count.to(dtype), found.scores.to(dtype))
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
-
-
 def _check_finite(name: str, tensor: Tensor) -> None:
     count = int((~tensor.isfinite()).sum())
     if count:
         raise ValueError(f"{name} must be finite, got NaN or infinity in {count} of {tensor.numel()} values.")
-
-
-def _check_int(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}.")

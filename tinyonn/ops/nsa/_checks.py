@@ -5,19 +5,16 @@ B batch, T queries of Tk positions (the last ones), H query heads, K key/value h
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..._debug import debug_enabled
-from .._dispatch import check_float, check_same_device, choose_impl, statistics_dtype
+from .._attention import check_positive, order_hint
+from .._dispatch import check_int, check_same_device, statistics_dtype
 
 COMPRESS_SIZES = (16, 32, 64)
-MAX_HEAD_DIM = 256
-MAX_TRITON_FLOAT32_DIM = 128  # rows of queries, keys and gradients of more do not fit shared memory
-AUTOCAST_FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what autocast changes; it leaves float64
 MIN_TEMPERATURE = torch.finfo(torch.float32).tiny  # what is smaller loses digits in float32, or is 0 there
 
 
@@ -27,80 +24,6 @@ class Bounds(NamedTuple):
     cu_seqlens: Tensor | None = None
     key_start: Tensor | None = None
     key_end: Tensor | None = None
-
-
-def choose_nsa_impl(impl: str, query: Tensor) -> str:
-    """`choose_impl`, where `auto` leaves to torch what the kernels do not take."""
-    wide = query.dtype == torch.float32 and query.shape[-1] > MAX_TRITON_FLOAT32_DIM
-    if wide and impl == "auto":
-        return "torch"
-    if wide and impl == "triton":
-        raise ValueError(
-            f"query must have at most {MAX_TRITON_FLOAT32_DIM} dimensions a head in float32 with impl='triton', got {query.shape[-1]}: "
-            "use float16 or bfloat16 (to 256), or impl='torch'."
-        )
-    return choose_impl(impl, query)
-
-
-def in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, tensors that differ in precision in that of autocast, as torch's own attention takes them; others as they came.
-
-    A projection under autocast gives bfloat16, a rotation or a norm behind it float32.
-    """
-    if not all(isinstance(tensor, Tensor) and tensor.dtype in AUTOCAST_FLOATS for tensor in tensors):
-        return tensors
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    if all(tensor.dtype == tensors[0].dtype for tensor in tensors):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) for tensor in tensors)
-
-
-def check_query(query: Tensor) -> None:
-    check_float("query", query)
-    if query.dim() != 4:
-        raise ValueError(f"query must have shape (B, T, H, D), got {tuple(query.shape)}.")
-    if not 1 <= query.shape[3] <= MAX_HEAD_DIM or query.shape[2] < 1:
-        raise ValueError(f"query must have at least one head of 1 … {MAX_HEAD_DIM} dimensions, got shape {tuple(query.shape)}.")
-
-
-def check_keys(query: Tensor, name: str, key: Tensor, value_name: str, value: Tensor | None) -> None:
-    """(B, ·, K, D), K dividing H; `value` of the same shape."""
-    check_like(query, name, key)
-    batch, _, heads, dim = query.shape
-    if key.dim() != 4 or key.shape[0] != batch or key.shape[3] != dim:
-        raise ValueError(f"{name} must have shape ({batch}, T, K, {dim}), got {tuple(key.shape)}.")
-    if key.shape[2] < 1 or heads % key.shape[2]:
-        raise ValueError(f"{name} must have a number of heads that divides query's {heads}, got {key.shape[2]}{order_hint(query, key)}.")
-    if value is not None:
-        check_like(query, value_name, value)
-        if value.shape != key.shape:
-            raise ValueError(f"{value_name} must have shape {tuple(key.shape)}, got {tuple(value.shape)}.")
-
-
-def order_hint(query: Tensor, key: Tensor) -> str:
-    """For an error about shapes that would fit if tensors were (B, H, T, D)."""
-    wide = query.shape[2] > query.shape[1] or key.shape[2] > key.shape[1]  # more heads than tokens
-    if not wide or key.shape[1] < 1 or query.shape[1] % key.shape[1]:
-        return ""
-    return ": tensors are (B, T, H, D) here; transpose(1, 2) those in scaled_dot_product_attention's order (B, H, T, D)"
-
-
-def check_like(query: Tensor, name: str, tensor: Tensor) -> None:
-    check_float(name, tensor)
-    check_same_device(name, tensor, query.device)
-    if tensor.dtype != query.dtype:
-        raise TypeError(f"{name} must be {query.dtype}, got {tensor.dtype}.")
-
-
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
-    """A floating-point tensor of this shape on the query's device, whatever its precision."""
-    check_float(name, tensor)
-    check_same_device(name, tensor, query.device)
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}.")
 
 
 def checked_bounds(
@@ -163,8 +86,7 @@ def lengths_of(num_queries: int, num_keys: int, bounds: Bounds, device: torch.de
 
 def check_sizes(block_size: int, compress_size: int) -> None:
     for name, size in (("block_size", block_size), ("compress_size", compress_size)):
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"{name} must be an int, got {type(size).__name__}.")
+        check_int(name, size)
     if block_size < 16 or block_size & (block_size - 1):
         raise ValueError(f"block_size must be a power of two of at least 16, got {block_size}.")
     if compress_size not in COMPRESS_SIZES or block_size % compress_size:
@@ -176,14 +98,6 @@ def check_compressed(query: Tensor, key: Tensor, num_keys: int, compress_size: i
     if found != wanted:
         hint = order_hint(query, key)
         raise ValueError(f"key_compressed must hold {wanted} keys, one for every {compress_size} of {num_keys}, got {found}{hint}.")
-
-
-def check_positive(name: str, value: float) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}.")
-    return float(value)
 
 
 def check_temperature(temperature: float) -> float:
@@ -199,14 +113,9 @@ def check_tau_values(tau: Tensor) -> None:
 
 
 def check_max_blocks(max_blocks: int) -> None:
-    if not isinstance(max_blocks, int) or isinstance(max_blocks, bool):
-        raise TypeError(f"max_blocks must be an int, got {type(max_blocks).__name__}.")
+    check_int("max_blocks", max_blocks)
     if max_blocks < 3:
         raise ValueError(f"max_blocks must be at least 3, the forced ones, got {max_blocks}.")
-
-
-def scale_of(query: Tensor, scale: float | None) -> float:
-    return query.shape[-1] ** -0.5 if scale is None else check_positive("scale", scale)
 
 
 def _as_int32(name: str, tensor: Tensor, query: Tensor, num_keys: int) -> Tensor:
@@ -217,13 +126,6 @@ def _as_int32(name: str, tensor: Tensor, query: Tensor, num_keys: int) -> Tensor
         raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}.")
     check_same_device(name, tensor, query.device)
     return tensor if tensor.dtype == torch.int32 else tensor.clamp(-1, num_keys + 1).to(torch.int32)
-
-
-def check_window(window: int) -> None:
-    if not isinstance(window, int) or isinstance(window, bool):
-        raise TypeError(f"window must be an int, got {type(window).__name__}.")
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}.")
 
 
 def empty_lists(query: Tensor, num_kv: int, max_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

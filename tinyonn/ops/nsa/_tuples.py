@@ -133,7 +133,7 @@ class Results(NamedTuple):
     Attributes:
         out: (B, T, H, D).
         soft_counts: (B, T, K).
-        tau: (B, T, K); empty if the caller gave it.
+        own_tau: (B, T, K); empty if the caller gave it.
         overflow: 0-d.
         counts: (B, T, K) int32.
         lse_compressed, lse_selected, lse_window: (B, T, H), of the three branches.
@@ -143,7 +143,7 @@ class Results(NamedTuple):
 
     out: Tensor
     soft_counts: Tensor
-    tau: Tensor
+    own_tau: Tensor
     overflow: Tensor
     counts: Tensor
     lse_compressed: Tensor
@@ -157,7 +157,7 @@ class Results(NamedTuple):
 class Saved(NamedTuple):
     """Results that backward reads, and the gradients of the differentiable ones."""
 
-    tau: Tensor
+    own_tau: Tensor
     counts: Tensor
     lse_compressed: Tensor
     lse_selected: Tensor

@@ -7,21 +7,10 @@ from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
-from .._dispatch import check_impl, check_same_device, refuse_tangents, statistics_dtype
+from .._attention import checked_heads, choose_attention_impl, scale_of
+from .._dispatch import check_same_device, check_tensor, refuse_tangents, statistics_dtype
 from . import _torch_block_sparse, _triton_nsa
-from ._checks import (
-    Bounds,
-    check_bound_values,
-    check_keys,
-    check_query,
-    check_shape,
-    check_sizes,
-    checked_bounds,
-    choose_nsa_impl,
-    in_one_dtype,
-    lengths_of,
-    scale_of,
-)
+from ._checks import Bounds, check_bound_values, check_sizes, checked_bounds, lengths_of
 from ._register import empty_attended, register_differentiable
 from ._tuples import Attended, SparseInputs, SparseOptions, SparseSaved
 
@@ -65,10 +54,7 @@ def block_sparse_attention(
             out, lse and the query's gradient are NaN where the list is faulty.
         RuntimeError: impl="triton" cannot run here; a forward-mode tangent, as in `compressed_attention`.
     """
-    check_impl(impl)
-    query, key, value = in_one_dtype(query, key, value)
-    check_query(query)
-    check_keys(query, "key", key, "value", value)
+    query, key, value = checked_heads(impl, query, key=key, value=value)
     check_sizes(block_size, 16)
     bounds = checked_bounds(query, key, key.shape[1], cu_seqlens, key_start, key_end)
     rows = (*query.shape[:2], key.shape[2])
@@ -79,7 +65,7 @@ def block_sparse_attention(
         if tensor.dim() != dims or tuple(tensor.shape[:3]) != rows:
             raise ValueError(f"{name} must have shape {rows if dims == 3 else (*rows, 'S')}, got {tuple(tensor.shape)}.")
     if bias is not None:
-        check_shape("bias", bias, tuple(indices.shape), query)
+        check_tensor("bias", bias, query.device, tuple(indices.shape))
     scale = scale_of(query, scale)
     if impl == "reference":
         _check_values(indices, counts, key.shape[1], block_size, bounds)
@@ -152,7 +138,7 @@ def _forward(inputs: SparseInputs, options: SparseOptions, bounds: Bounds, impl:
     lists = (inputs.indices, inputs.counts, inputs.key.shape[1], options.block_size, bounds)
     _check_values(*lists)
     counts, faulty = _emptied(*lists)
-    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    triton = choose_attention_impl(impl, inputs.query) == "triton"
     module = _triton_nsa if triton else _torch_block_sparse
     out, lse = module.block_sparse_forward(inputs._replace(counts=counts), options, bounds)
     return Attended(_with_nan(out, faulty), _with_nan(lse, faulty))
@@ -165,7 +151,7 @@ def _backward(
     counts, faulty = _emptied(inputs.indices, inputs.counts, inputs.key.shape[1], options.block_size, bounds)
     out, lse, grad_out, grad_lse = saved
     shift = (out.to(lse.dtype) * grad_out).sum(-1) - grad_lse
-    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    triton = choose_attention_impl(impl, inputs.query) == "triton"
     module = _triton_nsa if triton else _torch_block_sparse
     grad_query, *others = module.block_sparse_backward(inputs._replace(counts=counts), lse, shift, grad_out, options, bounds)
     return _with_nan(grad_query, faulty), *others

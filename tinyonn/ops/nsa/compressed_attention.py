@@ -8,20 +8,10 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from .._dispatch import check_impl, refuse_tangents, statistics_dtype
+from .._attention import checked_heads, choose_attention_impl, scale_of
+from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_nsa, _triton_nsa
-from ._checks import (
-    Bounds,
-    check_bound_values,
-    check_compressed,
-    check_keys,
-    check_query,
-    check_sizes,
-    checked_bounds,
-    choose_nsa_impl,
-    in_one_dtype,
-    scale_of,
-)
+from ._checks import Bounds, check_bound_values, check_compressed, check_sizes, checked_bounds
 from ._register import register_differentiable
 from ._tuples import CompressedOptions, CompressedResults, CompressedSaved, QueryKeyValue
 
@@ -66,10 +56,7 @@ def compressed_attention(
 
     Source: Yuan et al., "Native sparse attention", arXiv:2502.11089.
     """
-    check_impl(impl)
-    query, key_compressed, value_compressed = in_one_dtype(query, key_compressed, value_compressed)
-    check_query(query)
-    check_keys(query, "key_compressed", key_compressed, "value_compressed", value_compressed)
+    query, key_compressed, value_compressed = checked_heads(impl, query, key_compressed=key_compressed, value_compressed=value_compressed)
     check_sizes(64, compress_size)
     num_keys = query.shape[1] if num_keys is None else num_keys
     bounds = checked_bounds(query, key_compressed, num_keys, cu_seqlens, key_start, key_end)
@@ -95,7 +82,7 @@ def _reference(
 
 def _forward(inputs: QueryKeyValue, options: CompressedOptions, bounds: Bounds, impl: str) -> CompressedResults:
     check_bound_values(options.num_keys, bounds)
-    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    triton = choose_attention_impl(impl, inputs.query) == "triton"
     return CompressedResults(*(_triton_nsa if triton else _torch_nsa).compressed_forward(inputs, options, bounds))
 
 
@@ -108,7 +95,7 @@ def _fake(inputs: QueryKeyValue, _: CompressedOptions) -> CompressedResults:
 def _backward(
     inputs: QueryKeyValue, saved: CompressedSaved, options: CompressedOptions, bounds: Bounds, _: list[bool], impl: str
 ) -> Sequence[Tensor]:
-    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    triton = choose_attention_impl(impl, inputs.query) == "triton"
     grads: Sequence[Tensor] = (_triton_nsa if triton else _torch_nsa).compressed_backward(inputs, saved, options, bounds)
     return grads[:3]
 

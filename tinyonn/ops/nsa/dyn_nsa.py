@@ -10,26 +10,19 @@ from torch import Tensor
 from ... import reference
 from ..._debug import debug_enabled
 from ...reference import DynNSAOutput
-from .._dispatch import check_impl, check_no_nan, refuse_tangents, statistics_dtype
+from .._attention import checked_heads, choose_attention_impl, order_hint, scale_of
+from .._dispatch import check_no_nan, check_size, check_tensor, refuse_tangents, statistics_dtype
 from . import _torch_dyn_nsa, _triton_dyn_nsa
 from ._checks import (
     Bounds,
     check_bound_values,
     check_compressed,
-    check_keys,
     check_max_blocks,
-    check_query,
-    check_shape,
     check_sizes,
     check_tau_values,
     check_temperature,
-    check_window,
     checked_bounds,
-    choose_nsa_impl,
     empty_lists,
-    in_one_dtype,
-    order_hint,
-    scale_of,
 )
 from ._register import register_differentiable
 from ._tuples import Inputs, Options, Results, Saved
@@ -90,25 +83,23 @@ def dyn_nsa(
 
     Source: Yuan et al., "Native sparse attention", arXiv:2502.11089, for the three branches.
     """
-    check_impl(impl)
-    query, key, value, key_compressed, value_compressed = in_one_dtype(query, key, value, key_compressed, value_compressed)
-    check_query(query)
-    check_keys(query, "key", key, "value", value)
-    check_keys(query, "key_compressed", key_compressed, "value_compressed", value_compressed)
+    query, key, value, key_compressed, value_compressed = checked_heads(
+        impl, query, key=key, value=value, key_compressed=key_compressed, value_compressed=value_compressed
+    )
     if key_compressed.shape[2] != key.shape[2]:
         hint = order_hint(query, key)
         raise ValueError(f"key_compressed must have key's {key.shape[2]} heads, got {key_compressed.shape[2]}{hint}.")
     check_sizes(block_size, compress_size)
     check_max_blocks(max_blocks)
-    check_window(window)
+    check_size("window", window)
     bounds = checked_bounds(query, key, key.shape[1], cu_seqlens, key_start, key_end)
     check_compressed(query, key_compressed, key.shape[1], compress_size)
     rows = (*query.shape[:2], key.shape[2])
-    check_shape("gates", gates, (*query.shape[:3], 3), query)
+    check_tensor("gates", gates, query.device, (*query.shape[:3], 3))
     for name, tensor in (("base", base), ("slope", slope)):
-        check_shape(name, tensor, rows[2:], query)
+        check_tensor(name, tensor, query.device, rows[2:])
     if tau is not None:
-        check_shape("tau", tau, rows, query)
+        check_tensor("tau", tau, query.device, rows)
         tau = tau.detach()
     options = Options(window, check_temperature(temperature), block_size, compress_size, max_blocks, detach_scores, scale_of(query, scale))
     inputs = Inputs(query, key, value, key_compressed, value_compressed, gates, base, slope, tau)
@@ -128,19 +119,19 @@ def dyn_nsa(
     else:
         refuse_tangents("dyn_nsa", *inputs)
         results = Results(*_forward_op(*inputs, *options, *bounds, impl))
-        found = DynNSAOutput(results.out, results.counts, results.tau, results.overflow, results.soft_counts)
+        found = DynNSAOutput(results.out, results.counts, results.own_tau, results.overflow, results.soft_counts)
     return found if tau is None else found._replace(tau=tau)
 
 
 def _forward(inputs: Inputs, options: Options, bounds: Bounds, impl: str) -> Results:
     check_bound_values(inputs.key.shape[1], bounds)
-    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    triton = choose_attention_impl(impl, inputs.query) == "triton"
     return Results(*(_triton_dyn_nsa if triton else _torch_dyn_nsa).dyn_nsa_forward(inputs, options, bounds))
 
 
 def _backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds, _: list[bool], impl: str) -> Sequence[Tensor]:
-    inputs = inputs._replace(tau=saved.tau if inputs.tau is None else inputs.tau)
-    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    inputs = inputs._replace(tau=saved.own_tau if inputs.tau is None else inputs.tau)
+    triton = choose_attention_impl(impl, inputs.query) == "triton"
     grads: Sequence[Tensor] = (_triton_dyn_nsa if triton else _torch_dyn_nsa).dyn_nsa_backward(inputs, saved, options, bounds)
     return grads
 
@@ -153,7 +144,7 @@ def _fake(inputs: Inputs, options: Options) -> Results:
     return Results(
         out=query.new_empty(query.shape),
         soft_counts=soft_counts,
-        tau=query.new_empty(soft_counts.shape if inputs.tau is None else (0,), dtype=dtype),
+        own_tau=query.new_empty(soft_counts.shape if inputs.tau is None else (0,), dtype=dtype),
         overflow=query.new_empty((), dtype=dtype),
         counts=counts,
         lse_compressed=lse_compressed,

@@ -6,23 +6,18 @@ from torch import Tensor
 
 from ... import reference
 from ...reference import BlockSelection
-from .._dispatch import check_impl, refuse_tangents, statistics_dtype
+from .._attention import checked_heads, choose_attention_impl, scale_of
+from .._dispatch import check_tensor, refuse_tangents, statistics_dtype
 from . import _torch_select, _triton_nsa
 from ._checks import (
     Bounds,
     check_bound_values,
     check_compressed,
-    check_keys,
     check_max_blocks,
-    check_query,
-    check_shape,
     check_sizes,
     check_temperature,
     checked_bounds,
-    choose_nsa_impl,
     empty_lists,
-    in_one_dtype,
-    scale_of,
 )
 from ._register import register_differentiable
 from ._tuples import SelectInputs, SelectOptions, SelectSaved
@@ -70,18 +65,15 @@ def select_blocks(
         TypeError, ValueError: a dtype, shape, device or size that is not accepted.
         RuntimeError: impl="triton" cannot run here; a forward-mode tangent, as in `compressed_attention`.
     """
-    check_impl(impl)
-    query, key_compressed = in_one_dtype(query, key_compressed)
-    check_query(query)
-    check_keys(query, "key_compressed", key_compressed, "", None)
+    query, key_compressed = checked_heads(impl, query, key_compressed=key_compressed)
     check_sizes(block_size, compress_size)
     check_max_blocks(max_blocks)
     temperature = check_temperature(temperature)
     num_keys = query.shape[1] if num_keys is None else num_keys
     bounds = checked_bounds(query, key_compressed, num_keys, cu_seqlens, key_start, key_end)
     check_compressed(query, key_compressed, num_keys, compress_size)
-    check_shape("lse", lse, tuple(query.shape[:3]), query)
-    check_shape("threshold", threshold, (*query.shape[:2], key_compressed.shape[2]), query)
+    check_tensor("lse", lse, query.device, tuple(query.shape[:3]))
+    check_tensor("threshold", threshold, query.device, (*query.shape[:2], key_compressed.shape[2]))
     if detach_scores:
         query, key_compressed, lse = query.detach(), key_compressed.detach(), lse.detach()
     scale = scale_of(query, scale)
@@ -100,7 +92,7 @@ def select_blocks(
 
 def _forward(inputs: SelectInputs, options: SelectOptions, bounds: Bounds, impl: str) -> BlockSelection:
     check_bound_values(options.num_keys, bounds)
-    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    triton = choose_attention_impl(impl, inputs.query) == "triton"
     return BlockSelection(*(_triton_nsa if triton else _torch_select).select_forward(inputs, options, bounds))
 
 
@@ -115,7 +107,7 @@ def _backward(
     inputs: SelectInputs, saved: SelectSaved, options: SelectOptions, bounds: Bounds, needed: list[bool], impl: str
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key and lse, if any of them is needed, and of threshold."""
-    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    triton = choose_attention_impl(impl, inputs.query) == "triton"
     module = _triton_nsa if triton else _torch_select
     grad_threshold, *others = module.select_backward(inputs, saved, options, bounds, any(needed[:3]))
     return *others, grad_threshold

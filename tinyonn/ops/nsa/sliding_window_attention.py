@@ -7,19 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ... import reference
-from .._dispatch import check_impl, refuse_tangents
+from .._attention import checked_heads, choose_attention_impl, scale_of
+from .._dispatch import check_size, refuse_tangents
 from . import _torch_nsa, _triton_nsa
-from ._checks import (
-    Bounds,
-    check_bound_values,
-    check_keys,
-    check_query,
-    check_window,
-    checked_bounds,
-    choose_nsa_impl,
-    in_one_dtype,
-    scale_of,
-)
+from ._checks import Bounds, check_bound_values, checked_bounds
 from ._register import empty_attended, register_differentiable
 from ._tuples import Attended, QueryKeyValue, WindowOptions, WindowSaved
 
@@ -53,11 +44,8 @@ def sliding_window_attention(
         TypeError, ValueError: a dtype, shape, device or size that is not accepted.
         RuntimeError: impl="triton" cannot run here; a forward-mode tangent, as in `compressed_attention`.
     """
-    check_impl(impl)
-    query, key, value = in_one_dtype(query, key, value)
-    check_query(query)
-    check_keys(query, "key", key, "value", value)
-    check_window(window)
+    query, key, value = checked_heads(impl, query, key=key, value=value)
+    check_size("window", window)
     bounds = checked_bounds(query, key, key.shape[1], cu_seqlens, key_start, key_end)
     scale = scale_of(query, scale)
     if impl == "reference":
@@ -70,14 +58,14 @@ def sliding_window_attention(
 
 def _forward(inputs: QueryKeyValue, options: WindowOptions, bounds: Bounds, impl: str) -> Attended:
     check_bound_values(inputs.key.shape[1], bounds)
-    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    triton = choose_attention_impl(impl, inputs.query) == "triton"
     return Attended(*(_triton_nsa if triton else _torch_nsa).window_forward(inputs, options, bounds))
 
 
 def _backward(
     inputs: QueryKeyValue, saved: WindowSaved, options: WindowOptions, bounds: Bounds, _: list[bool], impl: str
 ) -> Sequence[Tensor]:
-    triton = choose_nsa_impl(impl, inputs.query) == "triton"
+    triton = choose_attention_impl(impl, inputs.query) == "triton"
     grads: Sequence[Tensor] = (_triton_nsa if triton else _torch_nsa).window_backward(inputs, saved, options, bounds)
     return grads[:3]
 

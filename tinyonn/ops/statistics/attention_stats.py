@@ -11,8 +11,17 @@ from torch import Tensor
 from ... import reference
 from ..._debug import debug_enabled
 from ...reference.statistics.attention_stats import AttentionStats
-from .._dispatch import check_float, check_impl, check_no_nan, check_same_device, choose_impl, register_statistic, statistics_dtype
-from ..nsa._checks import check_keys, check_query, choose_nsa_impl, in_one_dtype, scale_of
+from .._attention import checked_heads, choose_attention_impl, scale_of
+from .._dispatch import (
+    check_float,
+    check_mask,
+    check_no_nan,
+    check_same_device,
+    check_tensor,
+    choose_impl,
+    register_statistic,
+    statistics_dtype,
+)  # fmt: skip
 from ._torch_attention_stats import Visibility
 from ._torch_attention_stats import attention_stats as torch_attention_stats
 
@@ -56,31 +65,19 @@ def attention_stats(
 
     Source: entropy of heads after Clark et al., "What does BERT look at?", arXiv:1906.04341.
     """
-    check_impl(impl)
-    query, key = in_one_dtype(query, key)
-    check_query(query)
-    check_keys(query, "key", key, "key", None)
+    query, key = checked_heads(impl, query, key=key)
     batch, queries, heads, _ = query.shape
     keys = key.shape[1]
     if keys < queries:
         raise ValueError(f"key must have at least query's {queries} positions, got {keys}.")
-    for name, mask in (("span_mask", span_mask), ("key_mask", key_mask)):
-        if mask is None:
-            continue
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"{name} must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}.")
-        if mask.shape != (batch, keys):
-            raise ValueError(f"{name} must have shape {(batch, keys)}, got {tuple(mask.shape)}.")
-        check_same_device(name, mask, query.device)
+    check_mask("span_mask", span_mask, (batch, keys), query.device)
+    check_mask("key_mask", key_mask, (batch, keys), query.device)
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be an int of at least 1, or None, got {window!r}.")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be above 0 and finite, or None, got {softcap}.")
     if sinks is not None:
-        check_float("sinks", sinks)
-        check_same_device("sinks", sinks, query.device)
-        if sinks.shape != (heads,):
-            raise ValueError(f"sinks must have shape ({heads},), got {tuple(sinks.shape)}.")
+        check_tensor("sinks", sinks, query.device, (heads,))
     tensors = [None if x is None else x.detach() for x in (query, key, span_mask, key_mask, sinks, _as_bias(bias, query, keys))]
     found = _attention_stats(*tensors, scale_of(query, scale), causal, window or 0, softcap or 0.0, impl)
     return AttentionStats(found[0], None if span_mask is None else found[1])
@@ -126,7 +123,7 @@ def _compute(
         dtype = statistics_dtype(query.dtype)
         return entropy.to(dtype), query.new_empty(0, dtype=dtype) if mass is None else mass.to(dtype)
     visibility = Visibility(causal, window, key_mask, bias)
-    if choose_nsa_impl(impl, query) == "triton":
+    if choose_attention_impl(impl, query) == "triton":
         from tinyonn_kernels.statistics.attention_stats import attention_stats_fwd
 
         entropy = query.new_empty(query.shape[:3], dtype=torch.float32)

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
-from .._dispatch import check_block_size, check_float, check_impl, check_no_nan, check_out, check_same_device, choose_impl, statistics_dtype
+from .._dispatch import (
+    check_float,
+    check_impl,
+    check_no_nan,
+    check_out,
+    check_same_device,
+    check_size,
+    choose_impl,
+    refuse_tangents,
+    statistics_dtype,
+)  # fmt: skip
 from ._torch_norms import norms_into
 
 
@@ -38,7 +48,7 @@ def block_norms(
     """
     check_impl(impl)
     check_float("x", x)
-    check_block_size(block_size)
+    check_size("block_size", block_size)
     if row_scale is not None:
         check_float("row_scale", row_scale, min_dim=0)
         check_same_device("row_scale", row_scale, x.device)
@@ -47,29 +57,22 @@ def block_norms(
             if row_scale.numel() != rows:
                 raise ValueError(f"row_scale must have {rows} rows, got {row_scale.numel()}.")
             raise ValueError(f"row_scale must have shape {tuple(x.shape[:-1])}, got {tuple(row_scale.shape)}.")
-    _refuse_tangents(x, row_scale)
+    refuse_tangents("block_norms", x, row_scale, remedy="use backward or vjp")
     if out is None:
         return _block_norms(x, row_scale, block_size, impl)
-    check_out(out, _out_shape(x, block_size), statistics_dtype(x.dtype), x.device, x, row_scale)
+    check_out(out, blocks_of(x, block_size), statistics_dtype(x.dtype), x.device, x, row_scale)
     _block_norms_out(x, row_scale, out, block_size, impl)
     return out
 
 
-def _refuse_tangents(*inputs: Tensor | None) -> None:
-    # A registered op silently drops tangents, so the derivative would be 0.
-    if not torch.compiler.is_compiling():
-        for tensor in inputs:
-            if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-                raise RuntimeError("block_norms must be differentiated by reverse mode, got a forward-mode tangent: use backward or vjp.")
-
-
-def _out_shape(x: Tensor, block_size: int) -> tuple[int, ...]:
+def blocks_of(x: Tensor, block_size: int) -> tuple[int, ...]:
+    """Shape of the norms of all blocks."""
     return (*x.shape[:-1], -(-x.shape[-1] // block_size))
 
 
 @torch.library.custom_op("tinyonn::block_norms", mutates_args=())
 def _block_norms(x: Tensor, row_scale: Tensor | None, block_size: int, impl: str) -> Tensor:
-    out = torch.empty(_out_shape(x, block_size), dtype=statistics_dtype(x.dtype), device=x.device)
+    out = torch.empty(blocks_of(x, block_size), dtype=statistics_dtype(x.dtype), device=x.device)
     _write(x, row_scale, out, block_size, impl)
     return out
 
@@ -106,7 +109,7 @@ def _write(x: Tensor, row_scale: Tensor | None, out: Tensor, block_size: int, im
 
 @_block_norms.register_fake
 def _(x: Tensor, row_scale: Tensor | None, block_size: int, impl: str) -> Tensor:
-    return x.new_empty(_out_shape(x, block_size), dtype=statistics_dtype(x.dtype))
+    return x.new_empty(blocks_of(x, block_size), dtype=statistics_dtype(x.dtype))
 
 
 @_block_norms_out.register_fake

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
-from .._dispatch import check_float, check_impl, check_out, check_same_device, choose_impl, register_statistic, statistics_dtype
+from .._dispatch import (
+    check_float,
+    check_impl,
+    check_mask,
+    check_out,
+    check_same_device,
+    check_tensor,
+    choose_impl,
+    register_statistic,
+    statistics_dtype,
+)  # fmt: skip
 from ._torch_sps import integrate
 
 
@@ -53,15 +63,10 @@ def integrate_sps(
         RuntimeError: impl="triton" cannot run here.
     """
     check_impl(impl)
-    for name, plane in (("activation", activation), ("grad_norm", grad_norm)):
-        check_float(name, plane)
-        if plane.dim() != 2:
-            raise ValueError(f"{name} must have shape (tokens, blocks), got {tuple(plane.shape)}.")
-    if grad_norm.shape != activation.shape:
-        raise ValueError(f"grad_norm must have shape {tuple(activation.shape)}, got {tuple(grad_norm.shape)}.")
-    if grad_norm.dtype != activation.dtype:
-        raise TypeError(f"grad_norm must be {activation.dtype}, got {grad_norm.dtype}.")
-    check_same_device("grad_norm", grad_norm, activation.device)
+    check_float("activation", activation)
+    if activation.dim() != 2:
+        raise ValueError(f"activation must have shape (tokens, blocks), got {tuple(activation.shape)}.")
+    check_tensor("grad_norm", grad_norm, activation.device, activation.shape, activation.dtype)
     if not isinstance(group_offsets, Tensor):
         if isinstance(group_offsets, str) or not isinstance(group_offsets, (np.ndarray, Sequence)):
             raise TypeError(f"group_offsets must be a tensor, array or list of integers, got {type(group_offsets).__name__}.")
@@ -75,12 +80,7 @@ def integrate_sps(
         raise ValueError(f"group_offsets must have shape (layers + 1,), got {tuple(group_offsets.shape)}.")
     if group_offsets.device.type != "cpu":
         check_same_device("group_offsets", group_offsets, activation.device)
-    if token_mask is not None:
-        if not isinstance(token_mask, Tensor) or token_mask.dtype != torch.bool:
-            raise TypeError(f"token_mask must be a bool tensor, got {getattr(token_mask, 'dtype', type(token_mask).__name__)}.")
-        if token_mask.shape != activation.shape[:1]:
-            raise ValueError(f"token_mask must have shape {tuple(activation.shape[:1])}, got {tuple(token_mask.shape)}.")
-        check_same_device("token_mask", token_mask, activation.device)
+    check_mask("token_mask", token_mask, activation.shape[:1], activation.device)
     if out is not None:
         check_out(out, tuple(activation.shape[1:]), torch.float64, activation.device, activation, grad_norm)
     total, per_token = _integrate_sps(activation.detach(), grad_norm.detach(), group_offsets, token_mask, return_per_token, impl)

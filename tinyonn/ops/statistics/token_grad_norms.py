@@ -8,17 +8,17 @@ from torch import Tensor
 from ... import reference
 from ..._debug import debug_enabled
 from .._dispatch import (
-    check_block_size,
     check_float,
     check_impl,
     check_no_nan,
     check_same_device,
+    check_size,
     choose_impl,
     register_statistic,
     statistics_dtype,
-)
+)  # fmt: skip
 from ._torch_norms import norms_into, row_norms
-from .block_norms import block_norms
+from .block_norms import block_norms, blocks_of
 
 
 def token_grad_norms(
@@ -52,7 +52,7 @@ def token_grad_norms(
     check_impl(impl)
     check_float("grad_output", grad_output)
     if block_size is not None:
-        check_block_size(block_size)
+        check_size("block_size", block_size)
     if wrt not in ("weight", "output"):
         raise ValueError(f"wrt must be 'weight' or 'output', got {wrt!r}.")
     if inputs is not None:
@@ -73,15 +73,11 @@ def token_grad_norms(
     return norms.squeeze(-1) if grad_output.shape[-1] else norms.sum(-1)
 
 
-def _out_shape(grad_output: Tensor, block_size: int) -> tuple[int, ...]:
-    return (*grad_output.shape[:-1], -(-grad_output.shape[-1] // block_size))
-
-
 def _compute(inputs: Tensor, grad_output: Tensor, block_size: int, impl: str) -> Tensor:
     if debug_enabled():
         check_no_nan("inputs", inputs)
         check_no_nan("grad_output", grad_output)
-    out = torch.empty(_out_shape(grad_output, block_size), dtype=statistics_dtype(grad_output.dtype), device=grad_output.device)
+    out = torch.empty(blocks_of(grad_output, block_size), dtype=statistics_dtype(grad_output.dtype), device=grad_output.device)
     match choose_impl(impl, grad_output):
         case "triton":
             from tinyonn_kernels.statistics.token_grad_norms import token_grad_norms_fwd
@@ -99,7 +95,7 @@ def _compute(inputs: Tensor, grad_output: Tensor, block_size: int, impl: str) ->
 
 
 def _fake(inputs: Tensor, grad_output: Tensor, block_size: int, impl: str) -> Tensor:
-    return grad_output.new_empty(_out_shape(grad_output, block_size), dtype=statistics_dtype(grad_output.dtype))
+    return grad_output.new_empty(blocks_of(grad_output, block_size), dtype=statistics_dtype(grad_output.dtype))
 
 
 _token_grad_norms = register_statistic("token_grad_norms", _compute, _fake)

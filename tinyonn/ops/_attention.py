@@ -1,0 +1,88 @@
+"""Checks that all ops of attention share, and their choice of the implementation.
+
+B batch, T queries, H query heads, K key/value heads, D head dim
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._dispatch import check_float, check_impl, check_is_number, check_tensor, choose_impl
+
+MAX_HEAD_DIM = 256
+MAX_TRITON_FLOAT32_DIM = 128  # rows of queries, keys and gradients of more do not fit shared memory
+AUTOCAST_FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what autocast changes; it leaves float64
+
+
+def choose_attention_impl(impl: str, query: Tensor) -> str:
+    """`choose_impl`, where `auto` leaves to torch what the kernels do not take."""
+    wide = query.dtype == torch.float32 and query.shape[-1] > MAX_TRITON_FLOAT32_DIM
+    if wide and impl == "auto":
+        return "torch"
+    if wide and impl == "triton":
+        raise ValueError(
+            f"query must have at most {MAX_TRITON_FLOAT32_DIM} dimensions a head in float32 with impl='triton', got {query.shape[-1]}: "
+            "use float16 or bfloat16 (to 256), or impl='torch'."
+        )
+    return choose_impl(impl, query)
+
+
+def checked_heads(impl: str, query: Tensor, **keys: Tensor) -> tuple[Tensor, ...]:
+    """The query and its keys in one dtype. `keys` are keys (B, ·, K, D), K dividing H, and behind each of them its values, if any."""
+    check_impl(impl)
+    query, *tensors = in_one_dtype(query, *keys.values())
+    check_float("query", query)
+    if query.dim() != 4:
+        raise ValueError(f"query must have shape (B, T, H, D), got {tuple(query.shape)}.")
+    batch, _, heads, dim = query.shape
+    if not 1 <= dim <= MAX_HEAD_DIM or heads < 1:
+        raise ValueError(f"query must have at least one head of 1 … {MAX_HEAD_DIM} dimensions, got shape {tuple(query.shape)}.")
+    for number, (name, tensor) in enumerate(zip(keys, tensors, strict=True)):
+        if number % 2:
+            check_tensor(name, tensor, query.device, tensors[number - 1].shape, query.dtype)
+            continue
+        check_tensor(name, tensor, query.device, dtype=query.dtype)
+        if tensor.dim() != 4 or tensor.shape[0] != batch or tensor.shape[3] != dim:
+            raise ValueError(f"{name} must have shape ({batch}, T, K, {dim}), got {tuple(tensor.shape)}.")
+        if tensor.shape[2] < 1 or heads % tensor.shape[2]:
+            hint = order_hint(query, tensor)
+            raise ValueError(f"{name} must have a number of heads that divides query's {heads}, got {tensor.shape[2]}{hint}.")
+    return query, *tensors
+
+
+def in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, tensors that differ in precision in that of autocast, as torch's own attention takes them; others as they came.
+
+    A projection under autocast gives bfloat16, a rotation or a norm behind it float32.
+    """
+    if not all(isinstance(tensor, Tensor) and tensor.dtype in AUTOCAST_FLOATS for tensor in tensors):
+        return tensors
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    if all(tensor.dtype == tensors[0].dtype for tensor in tensors):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def order_hint(query: Tensor, key: Tensor) -> str:
+    """For an error about shapes that would fit if tensors were (B, H, T, D)."""
+    wide = query.shape[2] > query.shape[1] or key.shape[2] > key.shape[1]  # more heads than tokens
+    if not wide or key.shape[1] < 1 or query.shape[1] % key.shape[1]:
+        return ""
+    return ": tensors are (B, T, H, D) here; transpose(1, 2) those in scaled_dot_product_attention's order (B, H, T, D)"
+
+
+def check_positive(name: str, value: float) -> float:
+    check_is_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}.")
+    return float(value)
+
+
+def scale_of(query: Tensor, scale: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else check_positive("scale", scale)
