@@ -16,13 +16,13 @@ def _zstandard() -> Any:
     return zstandard
 
 
-def compressor(level: int = 3) -> Callable[[memoryview], bytes]:
+def compressor() -> Callable[[memoryview], bytes]:
     """A function from raw bytes to one zstd frame.
 
     Raises:
         RuntimeError: zstandard is not installed.
     """
-    compress: Callable[[memoryview], bytes] = _zstandard().ZstdCompressor(level=level).compress
+    compress: Callable[[memoryview], bytes] = _zstandard().ZstdCompressor(level=3).compress
     return compress
 
 

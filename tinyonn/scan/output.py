@@ -147,11 +147,7 @@ def _writer(config: ScanConfig, target: Path, metadata: dict[str, Any], layout: 
 
 
 def _remove(path: Path, world: World) -> None:
-    """Deletes the members that this process looks after, of a set of any size.
-
-    Raises:
-        InputError: another process is writing one; nothing is deleted.
-    """
+    """Deletes the members that this process looks after, of a set of any size; none, with an error, if another process is writing one."""
     stale = [path] if world.rank == 0 else []
     stale += [file for file, index, _ in _named_as_members(path) if index % world.size == world.rank]
     with ExitStack() as opened:

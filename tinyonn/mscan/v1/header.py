@@ -62,7 +62,7 @@ def read_header(path: str, head: bytes, size: int, recovery: str, plausible: Cal
     if not PROLOGUE.size <= length <= size:
         raise MscanError(path, f"header length must lie between {PROLOGUE.size} and the file's {size} bytes, got {length}.", 7)
     offset = length
-    if length + RECORD_BYTES * count != size and PROLOGUE.size + length + RECORD_BYTES * count == size:
+    if PROLOGUE.size + length + RECORD_BYTES * count == size:
         offset = PROLOGUE.size + length
     metadata = _parse_json(path, head[PROLOGUE.size : offset])
     have = (size - offset) // RECORD_BYTES

@@ -9,6 +9,7 @@ import os
 import tempfile
 from array import array
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -86,13 +87,12 @@ class Corpus:
         return len(self._ids)
 
     def __iter__(self) -> Iterator[CorpusItem]:
-        if self.kind == "jsonl" and self._kept is None:
-            with open_data(self.path, _OPTION) as file:
+        if self.kind == "jsonl":
+            with self._lines() as file:
                 for index in range(len(self)):
                     yield self._item(index, self._line_of(file, index))
-        elif self.kind != "parquet":
-            for index in range(len(self)):
-                yield self[index]
+        elif self.kind == "list":
+            yield from map(self.__getitem__, range(len(self)))
         else:
             index = 0
             for located in iter_parquet(self.path, _OPTION):
@@ -105,14 +105,15 @@ class Corpus:
     def __getitem__(self, index: int) -> CorpusItem:
         index = range(len(self))[index]
         number, offset = self._numbers[index], self._offsets[index]
-        if self._kept is not None:
-            return self._item(index, self._line_of(self._kept, index))
         if self.kind == "jsonl":
-            with open_data(self.path, _OPTION) as file:
+            with self._lines() as file:
                 return self._item(index, self._line_of(file, index))
         if self.kind == "list":
             return self._item(index, as_record(self._values[offset], number, offset))
         return self._item(index, Located(number, offset, _parquet_row(self.path, offset)))
+
+    def _lines(self) -> AbstractContextManager[BinaryIO]:
+        return open_data(self.path, _OPTION) if self._kept is None else nullcontext(self._kept)
 
     def _line_of(self, file: BinaryIO, index: int) -> Located | None:
         file.seek(self._offsets[index])
@@ -137,17 +138,7 @@ class Corpus:
             yield from iter_parquet(self.path, _OPTION)
         else:
             with self._content.file as file:
-                yield from iter_jsonl(file if self._kept is None else self._copied(file, self._kept))
-
-    def _copied(self, file: BinaryIO, copy: BinaryIO) -> Iterator[bytes]:
-        """The lines of a file, each after it was copied."""
-        for line in file:
-            try:
-                copy.write(line)
-            except OSError as error:
-                folder = tempfile.gettempdir()
-                raise InputError(f"{_OPTION} must fit unpacked into {folder} (TMPDIR names another folder): {error.strerror}.") from error
-            yield line
+                yield from iter_jsonl(file if self._kept is None else _copied(file, self._kept))
 
     def index(self, *, limit: int | None = None, skip_bad: bool = False) -> None:
         """Checks records up to `limit` good ones and notes their places.
@@ -226,3 +217,14 @@ def _parquet_row(path: Path, row: int) -> dict[str, Any]:
             return dict(table.read_row_group(group).slice(row, 1).to_pylist()[0])
         row -= rows
     raise BadRecordError("is no longer there")
+
+
+def _copied(file: BinaryIO, copy: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, each after it was copied."""
+    for line in file:
+        try:
+            copy.write(line)
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise InputError(f"{_OPTION} must fit unpacked into {folder} (TMPDIR names another folder): {error.strerror}.") from error
+        yield line
