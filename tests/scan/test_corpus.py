@@ -204,7 +204,7 @@ def test_bad_files(tmp_path: Path) -> None:
             read_corpus(path)
     with pytest.raises(InputError, match=r"got 2 malformed ones in .*line 1"):
         read_corpus(all_bad, skip_bad=True)
-    with pytest.raises(InputError, match=r"limit must be at least 1, got 0"):
+    with pytest.raises(InputError, match=r"limit must be a whole number of at least 1, got 0"):
         read_corpus(blank, limit=0)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..._io.folders import file_hash
+from ..._io.options import integer
 from ..._io.records import (
     BadRecordError,
     Located,
@@ -196,8 +197,8 @@ def read_corpus(
         InputError: the file is missing, empty or not UTF-8; a line is malformed or lacks the field (the message has line and fields); two
             records have the same id.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit must be at least 1, got {limit}.")
+    if limit is not None:
+        integer(1)(limit, "limit")
     if not is_stdin(path) and os.path.isdir(path):
         raise InputError(f"{_OPTION} must be a file, got the folder {os.fspath(path)}; `tinyonn corpus` makes a file of a folder.")
     corpus = Corpus(Path(path), text_field)
