@@ -111,11 +111,7 @@ def _trained_study(given: Mapping[str, Any], place: Mapping[str, Any], source: s
 
 
 def _later_seeds(folder: Path, asked: Sequence[int], step: str) -> Sequence[int]:
-    """Seeds for a step after training: the given ones, or all of OUTPUT/TASK that are ready for it.
-
-    Raises:
-        InputError: a given seed, or every seed, lacks the files of an earlier step; the message names the ready seeds and that step.
-    """
+    """Seeds for a step after training: the given ones, or all of OUTPUT/TASK that have the files of earlier steps."""
     needed = [(TRAINED, TRAIN_STEP), *([(MEASURED, MEASURE_STEP)] if step == "report" else [])]
     ready: Sequence[int] = ()
     for file, remedy in needed:

@@ -125,11 +125,7 @@ class _Sums:
         return True
 
     def _first_sample_is_right(self, calls: list[_Call], loss: Tensor, samples: int) -> bool:
-        """Whether the first sample's loss has a gradient only in the first row.
-
-        Raises:
-            InputError: a projection was not called, or autograd's gradient of its weight differs.
-        """
+        """Whether the first sample's loss has a gradient only in the first row; checks autograd's gradient of each weight."""
         edges, called = [call.output for call in calls], {call.module for call in calls}
         for module in self.parts:
             if module not in called:

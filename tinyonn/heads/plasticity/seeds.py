@@ -115,11 +115,7 @@ def _complete_seeds(root: Path) -> tuple[list[Seed], list[dict[str, str]]]:
 
 
 def _seed(path: Path, number: int) -> Seed:
-    """A seed whose three steps are complete.
-
-    Raises:
-        StepFileError: a file is damaged, of another seed, or not the one from which its report was made.
-    """
+    """A seed whose three steps are complete; StepFileError names a file that is damaged, or of another seed or report."""
     check_seed(path, read_trained(path))
     read_measured(path)
     stats = _read_stats(path / STATS)
