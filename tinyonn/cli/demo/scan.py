@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sysconfig
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,20 +76,18 @@ def demo(
 
 def _scan(config: ScanConfig) -> None:
     """Runs or continues a scan. Keeps a complete one, and replaces a scan of other options."""
-    import dataclasses
-
     from ...scan import OutputCompleteError, OutputDiffersError, run_scan
     from ..scan import show_progress
 
     with screen.Progress("loading") as bar:
+        progress = partial(show_progress, bar, topic=config.topic_name)
         try:
-            result = run_scan(config, progress=lambda state: show_progress(bar, state, config.topic_name))
+            result = run_scan(config, progress=progress)
         except OutputCompleteError:
             screen.say(f"{config.output} is complete and kept")
             return
         except OutputDiffersError:
-            again = dataclasses.replace(config, overwrite=True)
-            result = run_scan(again, progress=lambda state: show_progress(bar, state, config.topic_name))
+            result = run_scan(dataclasses.replace(config, overwrite=True), progress=progress)
     screen.say(
         f"scanned {config.topic_name}: {screen.number(result.tokens)} tokens in {screen.duration(result.seconds)}, "
         f"loss {result.loss:.3f} nats a token"
@@ -117,7 +117,7 @@ def _corpus(folder: Path, topic: str, texts: Iterable[tuple[str, str]], limit: i
             cut=True,
             limit=limit,
             overwrite=True,
-            progress=lambda state: show_progress(bar, state),
+            progress=partial(show_progress, bar),
         )
     source.unlink()
     screen.say(f"corpus of {topic}: {screen.counted(report.kept, 'piece')} sampled from {screen.counted(report.read, 'text')}")
