@@ -108,7 +108,7 @@ def test_what_is_no_optimiser_is_named(make, message):
         ({"accumulation_steps": 1.5}, "accumulation_steps must be an int, got float"),
         ({"accumulation_steps": True}, "accumulation_steps must be an int, got bool"),
         ({"gating_weight": "1"}, "gating_weight must be a number, got str"),
-        ({"temperature": None}, "temperature must be a number, got NoneType"),
+        ({"temperature": "1"}, "temperature must be a number, got str"),
         ({"w_ce": True}, "w_ce must be a number, got bool"),
         ({"max_grad_norm": "1"}, "max_grad_norm must be a number, got str"),
     ],

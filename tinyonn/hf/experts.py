@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..nn.surprise_capture import probe_for
 from ..ops import expert_mlp
+from ..ops._dispatch import autocast_dtype
 from ..ops.experts._checks import LIMITS
 from ..ops.experts._torch_experts import activate
 from ..ops.experts._tuples import Layout
@@ -125,8 +126,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     up = "gate_up_proj" if module.has_gate else "up_proj"
     weights = [getattr(module, up), module.down_proj]
     biases = [getattr(module, f"{up}_bias"), module.down_proj_bias] if module.has_bias else [None, None]
-    device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights[0].dtype
+    dtype = autocast_dtype(hidden_states) or weights[0].dtype
     gate_up, down = (x.to(dtype) for x in weights)
     gate_up_bias, down_bias = (None if x is None else x.to(dtype) for x in biases)
     probe = probe_for(module, top_k_index, len(weights[0]), dtype)

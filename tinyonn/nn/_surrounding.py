@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 
 class Surrounding(threading.local):
     """A value for the calls of one mixture in this thread, or None. A copy of a mixture starts with None."""
@@ -16,6 +18,11 @@ class Surrounding(threading.local):
 
     def __reduce__(self) -> tuple[type[Surrounding], tuple[()]]:
         return Surrounding, ()
+
+
+def places_of(model: nn.Module, name: str) -> list[Surrounding]:
+    """The attributes of this name of the model's mixtures."""
+    return [place for module in model.modules() if isinstance(place := getattr(module, name, None), Surrounding)]
 
 
 @contextmanager

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import Routing, expert_mlp, scatter_surprise, sparse_diversity_loss
+from ..ops._dispatch import autocast_dtype
 from ..ops.experts.expert_mlp import Activation, SurpriseKind
 from ..ops.experts.threshold_route import Form
 from ._options import check_choice, check_flag, check_number, check_size
 from ._surrounding import Surrounding
 from .expert_statistics import check_mask_shape, check_token_mask, count_experts
 from .surprise_budget import Budget, budget_of_tokens, check_budget
-from .surprise_capture import Visit, listening, probe_for
+from .surprise_capture import Visit, captured_calls, probe_for
 from .surprise_loss import SurpriseLoss, surprise_loss_of
 from .threshold_router import Combine, ThresholdRouter
 
@@ -192,9 +193,8 @@ class DynMoE(nn.Module):
 
     def execute(self, hidden_states: Tensor, routing: Routing, surprise: Tensor | None = None) -> Tensor:
         """Runs the chosen experts: (N, F) -> (N, F). `surprise` is the probe of `ops.expert_mlp`."""
-        device = hidden_states.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.down_proj.dtype
+        autocast = autocast_dtype(hidden_states)
+        dtype = autocast or self.down_proj.dtype
         gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         gate_up_bias, down_bias = (None if bias is None else bias.to(dtype) for bias in (self.gate_up_bias, self.down_bias))
         return expert_mlp(
@@ -222,14 +222,15 @@ class DynMoE(nn.Module):
         features = self.down_proj.shape[1]
         if hidden_states.shape[-1:] != (features,):
             raise ValueError(f"hidden_states must have shape (..., {features}), got {tuple(hidden_states.shape)}.")
-        dtype, device = self.down_proj.dtype, hidden_states.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if hidden_states.dtype != dtype and not autocast:
-            raise TypeError(f"hidden_states must be {dtype} like the experts, or come under autocast, got {hidden_states.dtype}.")
+        if hidden_states.dtype != self.down_proj.dtype and autocast_dtype(hidden_states) is None:
+            raise TypeError(
+                f"hidden_states must be {self.down_proj.dtype} like the experts, or come under autocast, got {hidden_states.dtype}."
+            )
         budget = self._budget(surprise_budget, hidden_states.shape[:-1])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = self.route(tokens, budget)
-        self._record(routing, self._mask(token_mask, hidden_states.shape[:-1]))
+        mask = self._mask(token_mask, hidden_states.shape[:-1])
+        count_experts(routing.top_k_index, routing.top_k_weights.detach(), mask, self.expert_counts, self.tokens_seen)
         visit = (tokens, routing, budget, hidden_states.shape[:-1])
         probe = probe_for(self, routing.top_k_index, self.expert_counts.shape[0], tokens.dtype, visit)
         transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
@@ -253,15 +254,11 @@ class DynMoE(nn.Module):
         check_mask_shape(token_mask, shape)
         return token_mask.reshape(-1).to(self.expert_counts.device) != 0
 
-    def _record(self, routing: Routing, mask: Tensor | None) -> None:
-        count_experts(routing.top_k_index, routing.top_k_weights.detach(), mask, self.expert_counts, self.tokens_seen)
-
     @contextmanager
     def capturing(self) -> Iterator[list[Visit]]:
         """A list of the calls within the block in which gradients are on. RuntimeError if the layer is captured already."""
-        visits: list[Visit] = []
-        with listening([self], "visits", lambda _, visit: visits.append(visit)):
-            yield visits
+        with captured_calls([self], "visits") as visits:
+            yield visits[self]
 
     def surprise(self, visit: Visit) -> Tensor:
         """Surprise of a captured call after backward, (N, E), infinite for experts that did not see the token."""
@@ -270,7 +267,14 @@ class DynMoE(nn.Module):
         return scatter_surprise(visit.probe.grad, visit.routing.top_k_index, self.expert_counts.shape[0])
 
     def gating_loss(
-        self, visit: Visit, token_mask: Tensor | None = None, *, surprise_loss: SurpriseLoss | None = None, **numbers: float
+        self,
+        visit: Visit,
+        token_mask: Tensor | None = None,
+        *,
+        surprise_loss: SurpriseLoss | None = None,
+        w_ce: float | None = None,
+        w_kl: float | None = None,
+        temperature: float | None = None,
     ) -> Tensor:
         """The router's loss for a captured call, 0-d; it has gradients for prototypes and thresholds only.
 
@@ -278,13 +282,13 @@ class DynMoE(nn.Module):
             visit: the call, after the backward of the main loss.
             token_mask: mask of the leading shape of the call's tokens; which of them count.
             surprise_loss: weights of the loss on surprise; None for those of `SurpriseLoss`.
-            **numbers: w_ce, w_kl, temperature, instead of `surprise_loss`.
+            w_ce, w_kl, temperature: the numbers of `SurpriseLoss`, in place of `surprise_loss`; None for its defaults.
 
         Raises:
             ValueError: the mask has another number of tokens.
             RuntimeError: backward has not reached the call.
         """
-        weighted = surprise_loss_of(surprise_loss, numbers)
+        weighted = surprise_loss_of(surprise_loss, w_ce=w_ce, w_kl=w_kl, temperature=temperature)
         number = len(visit.hidden_states)
         if token_mask is not None and token_mask.numel() != number:
             raise ValueError(f"token_mask must have a value for each of {number} tokens, got shape {tuple(token_mask.shape)}.")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import DynNSAOutput, dyn_nsa
-from ..ops._dispatch import autocast_off, check_impl, statistics_dtype
+from ..ops._dispatch import autocast_dtype, autocast_off, check_impl, statistics_dtype
 from ..ops.nsa._checks import check_max_blocks, check_sizes, check_temperature
 from ._options import check_choice, check_flag, check_number, check_size
 from .block_compression import BlockCompression, block_starts
@@ -126,9 +126,7 @@ def normalised_entropy(logits: Tensor) -> Tensor:
 
 def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors in one dtype: autocast's if it is on, else the last one's. After normalisation queries and keys are wider than values."""
-    device = tensors[0].device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else tensors[-1].dtype
+    dtype = autocast_dtype(tensors[0]) or tensors[-1].dtype
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 

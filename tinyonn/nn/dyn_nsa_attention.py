@@ -125,12 +125,11 @@ class DynNSAAttention(nn.Module):
             position_ids = _positions(hidden_states, before, key_start, cu_seqlens)
         turn = self._rotation(position_ids, query.dtype)
         query, key = _rotate(query, turn), _rotate(key, turn)
-        compressed: tuple[Tensor | None, Tensor | None] = (None, None)
+        key_compressed = value_compressed = None
         if cache is not None:
-            key, value, *rest = cache.append(self.core, key, value)
-            compressed = (rest[0], rest[1])
+            key, value, key_compressed, value_compressed = cache.append(self.core, key, value)
         result = self.core(
-            query, key, value, gates, key_compressed=compressed[0], value_compressed=compressed[1], tau=tau, key_start=key_start,
+            query, key, value, gates, key_compressed=key_compressed, value_compressed=value_compressed, tau=tau, key_start=key_start,
             key_end=key_end, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         self.core.record(result, gates)

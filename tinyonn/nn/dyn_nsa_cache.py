@@ -37,7 +37,7 @@ class CompressedCache:
             Compressed keys and values, each (B, Tk // compress_size, K, D), views of the cache.
         """
         size = core.options.compress_size
-        self._reserve(key, key.shape[1] // size + 1)
+        self._tensors = [_with_room(key, key.shape[1] // size + 1, old) for old in self._tensors or (None, None)]
         for source, maps, target in zip((key, value), (core.compress_key, core.compress_value), self._tensors, strict=True):
             if key_start is None:
                 assert isinstance(begin, int)
@@ -52,9 +52,6 @@ class CompressedCache:
             target[rows, number.long()] = maps(source, key_start[:, None] + number * size)
         whole = key.shape[1] // size
         return self._tensors[0][:, :whole], self._tensors[1][:, :whole]
-
-    def _reserve(self, key: Tensor, room: int) -> None:
-        self._tensors = [_with_room(key, room, old) for old in self._tensors or (None, None)]
 
 
 class DynNSACache:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._surrounding import Surrounding, held
+from ._surrounding import held, places_of
 
 
 @contextmanager
@@ -33,8 +33,7 @@ def token_mask_of(model: nn.Module, token_mask: Tensor) -> Iterator[None]:
         TypeError: the mask is not a tensor of bool or integers. The mixture's call raises the error for a wrong shape.
     """
     check_token_mask(token_mask)
-    found = [getattr(module, "surrounding_mask", None) for module in model.modules()]
-    with held((place, token_mask) for place in found if isinstance(place, Surrounding)):
+    with held((place, token_mask) for place in places_of(model, "surrounding_mask")):
         yield
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._debug import debug_enabled
-from ._surrounding import Surrounding, held
+from ._surrounding import held, places_of
 
 Budget = Tensor | float
 
@@ -40,7 +40,7 @@ def surprise_budget_of(model: nn.Module, surprise_budget: Budget) -> Iterator[No
             call raises the error for a wrong shape.
     """
     check_budget(surprise_budget)
-    places = budget_places(model)
+    places = places_of(model, "surrounding_budget")
     if not places:
         raise ValueError(
             f"surprise_budget must go to mixtures with routing='budget', got {type(model).__name__}, where none routes by budget."
@@ -58,7 +58,7 @@ def carry_surprise_budget(layer: nn.Module, function: Callable[..., Any] | None 
         layer: layer whose budgets are carried.
         function: function to call instead of the layer.
     """
-    budgets = [(place, place.value) for place in budget_places(layer)]
+    budgets = [(place, place.value) for place in places_of(layer, "surrounding_budget")]
     call: Callable[..., Any] = layer if function is None else function
     if not budgets or (torch.compiler.is_compiling() and all(value is None for _, value in budgets)):
         return call  # no budget to carry; compiled code has none that backward could see instead
@@ -68,12 +68,6 @@ def carry_surprise_budget(layer: nn.Module, function: Callable[..., Any] | None 
             return call(*args, **kwargs)
 
     return carried
-
-
-def budget_places(model: nn.Module) -> list[Surrounding]:
-    """Place of the surrounding budget of each mixture that routes by budget."""
-    places = [getattr(module, "surrounding_budget", None) for module in model.modules()]
-    return [place for place in places if isinstance(place, Surrounding)]
 
 
 def check_budget(surprise_budget: Budget) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Routing, scatter_surprise
+from ..ops._dispatch import statistics_dtype
 from .surprise_budget import Budget
 
 _ATTRIBUTE = "_tinyonn_capture"
@@ -128,10 +129,10 @@ def listening(modules: Iterable[nn.Module], kind: Kind, listener: Callable[[Any,
 
 
 @contextmanager
-def captured_calls(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[CapturedCall]]]:
-    """The calls of each module, in order. RuntimeError if a module is captured already."""
-    found: dict[nn.Module, list[CapturedCall]] = {module: [] for module in modules}
-    with listening(found, "calls", lambda module, call: found[module].append(call)):
+def captured_calls(modules: Iterable[nn.Module], kind: Kind = "calls") -> Iterator[dict[Any, list[Any]]]:
+    """The calls of each module, in order; see `listening`. RuntimeError if a module is captured already."""
+    found: dict[nn.Module, list[Any]] = {module: [] for module in modules}
+    with listening(found, kind, lambda module, call: found[module].append(call)):
         yield found
 
 
@@ -152,7 +153,7 @@ def probe_for(
     if capture is None or not capture.listeners or not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return None
     if torch.compiler.is_compiling() and "visits" not in capture.listeners:
-        probe, _ = _captured_probe(capture.anchor, top_k_index, num_experts, dtype == torch.float64, capture.place, _site())
+        probe, _ = _captured_probe(capture.anchor, top_k_index, num_experts, statistics_dtype(dtype), capture.place, _site())
         return probe
     return _notified(capture, top_k_index, num_experts, dtype, visit)
 
@@ -160,8 +161,7 @@ def probe_for(
 @torch.compiler.disable
 def _notified(capture: _Capture, top_k_index: Tensor, num_experts: int, dtype: torch.dtype, visit: Any) -> Tensor:
     """A probe for this call. Each listener receives the call."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    probe = torch.zeros(top_k_index.shape, dtype=wide, device=top_k_index.device, requires_grad=True)
+    probe = torch.zeros(top_k_index.shape, dtype=statistics_dtype(dtype), device=top_k_index.device, requires_grad=True)
     if "calls" in capture.listeners:
         capture.listeners["calls"](CapturedCall(top_k_index.detach(), num_experts, probe))
     if "visits" in capture.listeners:
@@ -177,9 +177,11 @@ def _site() -> int:
 
 
 @torch.library.custom_op("tinyonn::captured_probe", mutates_args=())
-def _captured_probe(anchor: Tensor, top_k_index: Tensor, num_experts: int, double: bool, place: int, site: int) -> tuple[Tensor, Tensor]:
+def _captured_probe(
+    anchor: Tensor, top_k_index: Tensor, num_experts: int, dtype: torch.dtype, place: int, site: int
+) -> tuple[Tensor, Tensor]:
     """A probe, and the number of the captured call, an int64 on the CPU."""
-    probe = torch.zeros(top_k_index.shape, dtype=torch.float64 if double else torch.float32, device=top_k_index.device)
+    probe = torch.zeros(top_k_index.shape, dtype=dtype, device=top_k_index.device)
     ticket = next(_tickets)
     capture = _by_place.get(place)
     if capture is not None and "calls" in capture.listeners:
@@ -189,8 +191,7 @@ def _captured_probe(anchor: Tensor, top_k_index: Tensor, num_experts: int, doubl
 
 
 @_captured_probe.register_fake
-def _(anchor: Tensor, top_k_index: Tensor, num_experts: int, double: bool, place: int, site: int) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if double else torch.float32
+def _(anchor: Tensor, top_k_index: Tensor, num_experts: int, dtype: torch.dtype, place: int, site: int) -> tuple[Tensor, Tensor]:
     return top_k_index.new_empty(top_k_index.shape, dtype=dtype), torch.empty((), dtype=torch.int64, device="cpu")
 
 

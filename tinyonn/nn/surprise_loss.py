@@ -41,17 +41,15 @@ class SurpriseLoss:
         return surprise_min_loss(scores, surprise, token_mask=token_mask, **asdict(self))
 
 
-def surprise_loss_of(surprise_loss: SurpriseLoss | None, numbers: dict[str, float]) -> SurpriseLoss:
-    """The loss given as an object or by its numbers. TypeError if both are given, or if a number is not one of `SurpriseLoss`."""
+def surprise_loss_of(surprise_loss: SurpriseLoss | None, **numbers: float | None) -> SurpriseLoss:
+    """The loss given as an object or by its numbers. TypeError if both are given."""
+    given = {name: number for name, number in numbers.items() if number is not None}
     if surprise_loss is None:
-        unknown = sorted(numbers.keys() - SurpriseLoss.__dataclass_fields__.keys())
-        if unknown:
-            raise TypeError(f"{unknown[0]} is not an argument; SurpriseLoss has {', '.join(SurpriseLoss.__dataclass_fields__)}.")
-        return SurpriseLoss(**numbers)
+        return SurpriseLoss(**given)
     if not isinstance(surprise_loss, SurpriseLoss):
         raise TypeError(f"surprise_loss must be a SurpriseLoss, got {type(surprise_loss).__name__}.")
-    if numbers:
-        raise TypeError(f"surprise_loss already contains {', '.join(numbers)}; give one or the other.")
+    if given:
+        raise TypeError(f"surprise_loss already contains {', '.join(given)}; give one or the other.")
     return surprise_loss
 
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._dispatch import check_float, check_impl, check_is_number, check_tensor, choose_impl
+from ._dispatch import autocast_dtype, check_float, check_impl, check_is_number, check_tensor, choose_impl
 
 MAX_HEAD_DIM = 256
 MAX_TRITON_FLOAT32_DIM = 128  # rows of queries, keys and gradients of more do not fit shared memory
@@ -60,12 +60,9 @@ def in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if not all(isinstance(tensor, Tensor) and tensor.dtype in AUTOCAST_FLOATS for tensor in tensors):
         return tensors
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None or all(tensor.dtype == tensors[0].dtype for tensor in tensors):
         return tensors
-    if all(tensor.dtype == tensors[0].dtype for tensor in tensors):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 

@@ -132,6 +132,13 @@ def autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """dtype of autocast on the tensor's device; None where autocast is off."""
+    device = tensor.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
 def check_impl(impl: str) -> None:
     check_choice("impl", impl, IMPLS)
 

@@ -20,14 +20,12 @@ class CapturedSurprise(Mapping[str, Tensor]):
     Calls of one layer are concatenated. A layer that backward did not reach is missing.
     """
 
-    def __init__(self, fused: dict[str, list[CapturedCall]], unfused: dict[str, list[Call]]) -> None:
-        self._fused, self._unfused = fused, unfused
+    def __init__(self, calls: Mapping[str, list[CapturedCall] | list[Call]]) -> None:
+        self._calls = calls
 
     def _found(self) -> dict[str, Tensor]:
-        parts = {name: [call.surprise() for call in calls] for name, calls in self._fused.items()}
-        parts |= {name: [call.matrix for call in calls] for name, calls in self._unfused.items()}
-        there = {name: [part for part in found if part is not None] for name, found in parts.items()}
-        return {name: torch.cat(found) for name, found in there.items() if found}
+        parts = {name: [part for call in calls if (part := call.surprise()) is not None] for name, calls in self._calls.items()}
+        return {name: torch.cat(found) for name, found in parts.items() if found}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._found()[name]
@@ -42,24 +40,23 @@ class CapturedSurprise(Mapping[str, Tensor]):
 class _EveryCall(SurpriseHookManager):
     """A manager that makes a matrix for each call when backward reaches it."""
 
-    def __init__(self) -> None:
-        super().__init__({})
-        self.calls: dict[str, list[Call]] = {}
+    calls: Mapping[str, list[Call]] = {}
 
     def _matched(self, layers: dict[str, nn.Module]) -> Mapping[str, Tensor]:
+        self.calls = {name: [] for name in layers}
         return {}
 
     def _begin(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._begin(name, layer, args, kwargs)
         if layer in self._open:
-            self.calls.setdefault(name, []).append(self._open[layer])
+            self.calls[name].append(self._open[layer])
 
     def _matrix(self, call: Call, inputs: Tensor) -> Tensor:
         wide = torch.promote_types(inputs.dtype, torch.float32)
         experts = len(call.layer.experts)  # type: ignore[arg-type]
         if call.num_tokens < 0:
             raise RuntimeError(
-                f"{call.name or type(call.layer).__name__} was not called, but its experts were, so their surprise cannot be captured; "
+                f"{call.title} was not called, but its experts were, so their surprise cannot be captured; "
                 "experts that are checkpointed one by one need use_reentrant=False."
             )
         return torch.full((call.num_tokens, experts), torch.inf, dtype=wide, device=inputs.device)
@@ -87,11 +84,11 @@ def capture_surprise(model: nn.Module) -> Iterator[CapturedSurprise]:
         raise TypeError(f"model contains no {wanted} (got {type(model).__name__}).")
     with ExitStack() as stack:
         calls = stack.enter_context(captured_calls(fused.values()))
-        manager = _EveryCall()
+        manager = _EveryCall({})
         stack.callback(manager.remove_hooks)
         if unfused:
             manager.register_hooks(model)
-        yield CapturedSurprise({name: calls[module] for name, module in fused.items()}, manager.calls)
+        yield CapturedSurprise({**{name: calls[module] for name, module in fused.items()}, **manager.calls})
 
 
 def _runs_here(module: nn.Module) -> bool:

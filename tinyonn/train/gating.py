@@ -7,7 +7,7 @@ differentiated at once. No graph is kept, and the inputs are freed where an ordi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from .._debug import debug, debug_enabled
 from ..nn._surrounding import held
 from ..nn.dyn_moe import DynMoE
 from ..nn.expert_statistics import check_mask_shape, check_token_mask
-from ..nn.surprise_capture import Visit, listening
+from ..nn.surprise_capture import Visit, captured_calls, listening
 from ..nn.surprise_loss import SurpriseLoss, check_weight, surprise_loss_of
 from ..ops import Routing
 from .mixtures import Mixtures
@@ -27,12 +27,9 @@ if TYPE_CHECKING:
     from torch.amp import GradScaler
 
 
-@contextmanager
-def capture(model: nn.Module) -> Iterator[dict[DynMoE, list[Visit]]]:
+def capture(model: nn.Module) -> AbstractContextManager[dict[DynMoE, list[Visit]]]:
     """The calls of each DynMoE layer within the block, with inputs and routing, for losses of your own."""
-    found: dict[DynMoE, list[Visit]] = {module: [] for module in Mixtures(model).layers.values()}
-    with listening(found, "visits", lambda module, visit: found[module].append(visit)):
-        yield found
+    return captured_calls(Mixtures(model).layers.values(), "visits")
 
 
 class GatingGradients:
@@ -99,8 +96,7 @@ class GatingGradients:
         if losses:
             self.loss = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
         grads = {module.router.get_parameter(name): grad / len(self._losses) for (module, name), grad in self._grads.items()}
-        routers = [mixture.router for mixture in self._mixtures.layers.values()]
-        parameters = [parameter for router in routers for parameter in router.parameters() if parameter.requires_grad]
+        parameters = [parameter for parameter in self._mixtures.router_parameters().values() if parameter.requires_grad]
         for parameter, grad in average(self._mixtures, grads, parameters).items():
             # Not in place: the old tensor may be a view of DistributedDataParallel's bucket, or belong to the caller.
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
@@ -123,7 +119,9 @@ def gating_gradients(
     weight: float = 1.0,
     surprise_loss: SurpriseLoss | None = None,
     scaler: GradScaler | None = None,
-    **numbers: float,
+    w_ce: float | None = None,
+    w_kl: float | None = None,
+    temperature: float | None = None,
 ) -> Iterator[GatingGradients]:
     """Trains routers by the forward and backward within the block: at its end, gradients of their losses are added to their `.grad`.
 
@@ -142,7 +140,7 @@ def gating_gradients(
         surprise_loss: weights of the loss on surprise; None for those of `SurpriseLoss`.
         scaler: AMP's scaler; these gradients are multiplied by its scale like the others. The surprise needs no unscaling, because the
             loss divides it by its mean.
-        **numbers: w_ce, w_kl, temperature, instead of `surprise_loss`.
+        w_ce, w_kl, temperature: the numbers of `SurpriseLoss`, in place of `surprise_loss`; None for its defaults.
 
     Raises:
         TypeError: the model has no DynMoE, another wrapper, or routers that are sharded apart from the rest; a mask of floats; an option
@@ -152,7 +150,8 @@ def gating_gradients(
         RuntimeError: a mixture is captured already; in backward, a second pass through the same forward.
     """
     check_weight("weight", weight)
-    with teaching(Mixtures(model), token_mask, weight, scaler, surprise_loss_of(surprise_loss, numbers)) as found:
+    weighted = surprise_loss_of(surprise_loss, w_ce=w_ce, w_kl=w_kl, temperature=temperature)
+    with teaching(Mixtures(model), token_mask, weight, scaler, weighted) as found:
         yield found
 
 

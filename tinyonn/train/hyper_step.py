@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,7 +64,7 @@ class HyperStep:
         max_grad_norm: maximum norm of the gradients of all optimisers together; None for no clipping.
         scaler: AMP's scaler, for float16. With `max_grad_norm` an overflow anywhere skips the step of both optimisers; without it each
             optimiser skips its own step, as usual in torch.
-        **numbers: w_ce, w_kl, temperature, instead of `surprise_loss`.
+        w_ce, w_kl, temperature: the numbers of `SurpriseLoss`, in place of `surprise_loss`; None for its defaults.
 
     Raises:
         TypeError: the model contains no DynMoE, or a wrapper other than DistributedDataParallel and `fully_shard`; an optimiser is missing
@@ -82,10 +83,12 @@ class HyperStep:
         accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
         scaler: GradScaler | None = None,
-        **numbers: float,
+        w_ce: float | None = None,
+        w_kl: float | None = None,
+        temperature: float | None = None,
     ) -> None:
         check_weight("gating_weight", gating_weight)
-        self.surprise_loss = surprise_loss_of(surprise_loss, numbers)
+        self.surprise_loss = surprise_loss_of(surprise_loss, w_ce=w_ce, w_kl=w_kl, temperature=temperature)
         check_size("accumulation_steps", accumulation_steps)
         if max_grad_norm is not None:
             check_is_number("max_grad_norm", max_grad_norm)
@@ -99,11 +102,10 @@ class HyperStep:
             _check_optimizer(one)
         self.gating_weight, self.accumulation_steps, self.max_grad_norm = gating_weight, accumulation_steps, max_grad_norm
         self._batches = 0
-        owners = [id(p) for one in self.optimizers for group in one.param_groups for p in group["params"]]
-        for name, module in self._mixtures.layers.items():
-            for inner, parameter in module.router.named_parameters():
-                if parameter.requires_grad and owners.count(id(parameter)) != 1:
-                    raise ValueError(f"{name}.router.{inner} must be in one optimiser, got {owners.count(id(parameter))}.")
+        owners = Counter(map(id, self._parameters()))
+        for name, parameter in self._mixtures.router_parameters().items():
+            if parameter.requires_grad and owners[id(parameter)] != 1:
+                raise ValueError(f"{name} must be in one optimiser, got {owners[id(parameter)]}.")
 
     def __call__(self, compute_loss: Callable[[], Tensor], token_mask: Tensor | None = None) -> HyperStepResult:
         """Runs forward and backward of one batch, and the optimisers after the last of the accumulated batches.
@@ -172,12 +174,14 @@ class HyperStep:
     def _clip(self) -> Tensor:
         if self.max_grad_norm is None:
             return torch.zeros(())
-        parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
-        return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        return nn.utils.clip_grad_norm_(self._parameters(), self.max_grad_norm)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for optimizer in self.optimizers for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _warn_if_frozen(mixtures: Mixtures) -> None:
-    if not any(parameter.requires_grad for module in mixtures.layers.values() for parameter in module.router.parameters()):
+    if not any(parameter.requires_grad for parameter in mixtures.router_parameters().values()):
         warnings.warn(
             "no router requires a gradient, so none learns: call requires_grad_(True) on their parameters; under PEFT set "
             "modules_to_save=['router'] in its configuration, or a name of the mixtures.",
@@ -234,14 +238,15 @@ class HyperStepMixin:
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         trainer: Any = self
-        if self._mixtures is None:
-            _warn_if_frozen(Mixtures(model))
+        first = self._mixtures is None
         if self._mixtures is not None and self._mixtures.model is model:
             self._mixtures.refresh()
         else:
             self._mixtures = Mixtures(model)
+        if first:
+            _warn_if_frozen(self._mixtures)
         options = self.gating_options
-        surprise_loss = options if isinstance(options, SurpriseLoss) else surprise_loss_of(None, options)
+        surprise_loss = options if isinstance(options, SurpriseLoss) else SurpriseLoss(**options)
         check_weight("gating_weight", self.gating_weight)
         weight = self.gating_weight / trainer.current_gradient_accumulation_steps
         scaler = getattr(trainer.accelerator, "scaler", None)

@@ -38,6 +38,11 @@ class Mixtures:
             self._search()
         self._check_routers()
 
+    def router_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of all routers by name."""
+        layers = self.layers.items()
+        return {f"{name}.router.{inner}".lstrip("."): value for name, layer in layers for inner, value in layer.router.named_parameters()}
+
     def _search(self) -> None:
         modules = dict(self.model.named_modules())
         self._tree = [(module, type(module), dict(module._modules.items())) for module in modules.values()]
@@ -59,11 +64,10 @@ class Mixtures:
 
     def _check_routers(self) -> None:
         """TypeError if gradients that are added to routers' parameters would reach no optimiser, or differ between processes."""
-        for name, layer in self.layers.items():
-            for inner, parameter in layer.router.named_parameters():
-                mesh = getattr(parameter, "device_mesh", None)
-                if self.sharded != (mesh is not None) or (mesh is not None and mesh.ndim > 1):
-                    raise TypeError(
-                        f"{name}.router.{inner}".lstrip(".") + " must be sharded where the model is, by fully_shard over a mesh of one "
-                        f"dimension, got {'no mesh' if mesh is None else mesh}."
-                    )
+        for name, parameter in self.router_parameters().items():
+            mesh = getattr(parameter, "device_mesh", None)
+            if self.sharded != (mesh is not None) or (mesh is not None and mesh.ndim > 1):
+                raise TypeError(
+                    f"{name} must be sharded where the model is, by fully_shard over a mesh of one dimension, got "
+                    f"{'no mesh' if mesh is None else mesh}."
+                )

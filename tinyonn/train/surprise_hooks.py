@@ -69,6 +69,13 @@ class Call:
     rows: dict[int, Tensor] = field(default_factory=dict)
     matrix: Tensor | None = None
 
+    @property
+    def title(self) -> str:
+        return self.name or type(self.layer).__name__
+
+    def surprise(self) -> Tensor | None:
+        return self.matrix
+
 
 @dataclass(eq=False)
 class _Kept:
@@ -219,7 +226,7 @@ class SurpriseHookManager:
         name, layer, expert = self._owner[module]
         call = self._open.get(layer) or Call(name, layer)
         if expert in call.experts:
-            raise RuntimeError(f"{_name(call)} called expert {expert} twice in one call; surprise is defined for one.")
+            raise RuntimeError(f"{call.title} called expert {expert} twice in one call; surprise is defined for one.")
         call.experts.add(expert)
         given = inputs[0].detach().flatten(0, -2)
         call.inputs.setdefault(expert, given)
@@ -254,7 +261,7 @@ class SurpriseHookManager:
         era, backward = self._era.get(call.layer, 0), self._backward.get(call.layer, -1)
         if call.num_tokens >= 0 and (call.era != era or (call.backward == backward and backward >= 0)):
             raise RuntimeError(
-                f"{_name(call)} was called twice before one backward, but its matrix holds one call; capture_surprise captures every call."
+                f"{call.title} was called twice before one backward, but its matrix holds one call; capture_surprise captures every call."
             )
         self._era[call.layer], self._backward[call.layer] = era + 1, call.backward
         return self._buffers[call.name]
@@ -285,10 +292,6 @@ class SurpriseHookManager:
 _active: WeakSet[SurpriseHookManager] = WeakSet()
 
 
-def _name(call: Call) -> str:
-    return call.name or type(call.layer).__name__
-
-
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Hidden states of a call: its first tensor."""
     for value in (*args, *kwargs.values()):
@@ -309,10 +312,10 @@ def _tokens(call: Call, expert: int, inputs: Tensor) -> Tensor:
     elif call.router is not None:
         routed = call.router[1] == expert
         orders = [routed.any(-1).nonzero().squeeze(-1), routed.T.nonzero()[:, 1]]
-        source = f"the output of the router of {_name(call)}"
+        source = f"the output of the router of {call.title}"
     else:
         raise ValueError(
-            f"{_name(call)} needs last_expert_token_indices, or a router or gate that returns expert indices, to map rows of its experts "
+            f"{call.title} needs last_expert_token_indices, or a router or gate that returns expert indices, to map rows of its experts "
             "to tokens."
         )
     if len(orders[0]) != len(inputs):
@@ -324,6 +327,6 @@ def _tokens(call: Call, expert: int, inputs: Tensor) -> Tensor:
         if torch.equal(call.router[0][tokens].to(inputs), inputs):
             return tokens
     raise ValueError(
-        f"{_name(call)} needs last_expert_token_indices: the inputs of expert {expert} differ from the router's, so the order of its rows "
+        f"{call.title} needs last_expert_token_indices: the inputs of expert {expert} differ from the router's, so the order of its rows "
         "is unknown."
     )
