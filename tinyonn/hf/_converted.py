@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean, listed
 from .old_folders import moved
 
 RECORD = "tinyonn"  # of config.json
@@ -199,11 +199,8 @@ def finish_part(model: PreTrainedModel, part: Any) -> None:
         if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False) and not getattr(other, "_is_hf_initialized", False)
     ]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        source = model.config.name_or_path or "the weights"
-        raise InputError(
-            f"{source} must have weights of every part that config.{RECORD} records, got none of their shape for {missing[0]}{more}."
-        )
+        source, lost = model.config.name_or_path or "the weights", listed(missing, 1, width=80)
+        raise InputError(f"{source} must have weights of every part that config.{RECORD} records, got none of their shape for {lost}.")
     part.reset_statistics()  # not saved, and no memory of theirs was ever set
     for module in part.modules():
         module._is_hf_initialized = True

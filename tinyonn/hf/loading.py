@@ -21,7 +21,7 @@ from .._io.config import dtype_name, local_model
 from .._io.folders import adapter_files, has_tokenizer, is_adapter, read_adapter_config, tokenizer_fault
 from .._io.hub import SMALL_FILES, hub_folder
 from .._io.units import readable_bytes
-from ..errors import InputError, reason
+from ..errors import InputError, listed, reason
 from .adapters import check_adapter, merge, take_over, trained_class
 from .memory import available_memory, is_out_of_memory
 
@@ -343,8 +343,7 @@ def load_model(
     model, found = loaded
     unfilled = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}  # transformers fills these at random
     if missing := sorted(name for name in unfilled if not any(re.search(pattern, name) for pattern in may_lack)):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise InputError(f"model_path must hold all weights of the model, got {folder.name} without {', '.join(missing[:3])}{more}.")
+        raise InputError(f"model_path must hold all weights of the model, got {folder.name} without {listed(missing, 3, width=80)}.")
     return cast(PreTrainedModel, model.to(device).eval())
 
 

@@ -80,20 +80,16 @@ def _(top_k_index: Tensor, top_k_weights: Tensor, token_mask: Tensor | None, cou
 
 
 @count_experts.register_vmap
-def _(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor | None) -> tuple[None, None]:
+def _(info: Any, in_dims: tuple[int | None, ...], *tensors: Any) -> tuple[None, None]:
     """Counts all batches at once, or one by one if the statistics are batched too, as those of stacked models are."""
 
-    def batched(x: Tensor | None, dim: int | None) -> Tensor | None:
+    def batched(x: Any, dim: int | None) -> Any:
         if x is None:
             return None
         return x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
     index, weights, mask = (batched(x, dim) for x, dim in zip(tensors[:3], in_dims[:3], strict=True))
     counts, seen = tensors[3:]
-    assert index is not None
-    assert weights is not None
-    assert counts is not None
-    assert seen is not None
     if in_dims[3] is None and in_dims[4] is None:
         count_experts(index.flatten(0, 1), weights.flatten(0, 1), None if mask is None else mask.flatten(0, 1), counts, seen)
         return None, None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._debug import debug_enabled
+from ..errors import listed
 from ..nn._options import check_is_number, check_size
 from ..nn.surprise_loss import SurpriseLoss, check_weight, surprise_loss_of
 from .gating import teaching
@@ -200,8 +201,7 @@ def _check_optimizer(optimizer: Any) -> None:
 def _check_gradients(model: nn.Module) -> None:
     found = [name for name, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
     if found:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        raise ValueError(f"gradients must be finite, got NaN or infinity in {', '.join(found[:5])}{more}.")
+        raise ValueError(f"gradients must be finite, got NaN or infinity in {listed(found, 5, width=80)}.")
 
 
 def _checked(loss: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...nn import DynMoE
 from .._converted import RECORD, Conversion, own_layers, register_conversion
@@ -32,8 +32,5 @@ def build_mixtures(model: PreTrainedModel, conversion: dict[str, Any]) -> None:
     take_surprise_budget(model)
 
 
-def nothing_to_prepare(config: PretrainedConfig) -> None:
-    """A configuration's own choices do for mixtures."""
-
-
-register_conversion(DYN_MOE, Conversion(nothing_to_prepare, build_mixtures, DynMoE, mark=".router.prototypes"))
+# A configuration's own choices do for mixtures: there is nothing to prepare.
+register_conversion(DYN_MOE, Conversion(lambda config: None, build_mixtures, DynMoE, mark=".router.prototypes"))

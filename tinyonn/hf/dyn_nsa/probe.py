@@ -6,8 +6,6 @@ only a part of it, or what no mask of transformers says. Nothing of the model is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -43,7 +41,9 @@ def attention_layers(model: PreTrainedModel) -> dict[str, list[int]]:
         raise InputError(f"{kind} must have attention layers that use AttentionInterface, got none.")
     for call in plain:
         _check(call)
-    with _telling_dropout([call.module for call in plain]):
+    with modes_kept(model):
+        for call in plain:
+            call.module.training = True  # of its children none is, so this alone makes a layer tell its dropout
         padded = _calls(model, padded=True)
     layers: dict[str, list[int]] = {}
     for call in padded:
@@ -111,16 +111,6 @@ def _check_local(call: _Call) -> None:
         raise InputError(f"attention must see the whole past, or say so in sliding_window or layer_types, got {call.name}, which does not.")
 
 
-@contextmanager
-def _telling_dropout(modules: list[nn.Module]) -> Iterator[None]:
-    """Within the block, attention modules are in training mode; their children are not, so this alone makes a layer tell its dropout."""
-    with ExitStack() as kept:
-        for module in modules:
-            kept.enter_context(modes_kept(module))
-            module.training = True
-        yield
-
-
 class _Notes:
     """Of the run in progress: masks that were made, by their memory, and calls."""
 
@@ -180,19 +170,16 @@ def _probe(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
+    **given: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    dropout, scaling, is_causal, window = (given.pop(name, None) for name in ("dropout", "scaling", "is_causal", "sliding_window"))
     mask: MaskKind = "none"
     if attention_mask is not None:
         made = _notes[-1].masks.get(attention_mask.untyped_storage().data_ptr())
         mask = "other" if made is None or made[0].dtype != attention_mask.dtype else made[1]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    unknown = unknown_arguments(kwargs)
-    _notes[-1].calls.append(_Call(module, query.shape, key.shape, value.shape, mask, dropout, causal, sliding_window is not None, unknown))
+    unknown = unknown_arguments(given)
+    _notes[-1].calls.append(_Call(module, query.shape, key.shape, value.shape, mask, dropout or 0.0, causal, window is not None, unknown))
     return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=is_causal)
 
 
