@@ -85,7 +85,7 @@ def test_the_loss_holds_the_budget():
     ("options", "message"),
     [
         ({"target": 2.9, "steps": 1}, "target must be at least 3, the forced blocks, got 2.9"),
-        ({"target": 4.0, "steps": 1, "start": 0.0}, "start must be positive, got 0.0"),
+        ({"target": 4.0, "steps": 1, "start": 0.0}, "start must be above 0, got 0.0"),
         ({"target": 4.0, "steps": 0}, "steps must be at least 1, got 0"),
         ({"target": 4.0, "steps": 1, "weight": -1.0}, "weight must be at least 0, got -1.0"),
         ({"target": 4.0, "steps": 1, "max_blocks": 2}, "max_blocks must be at least 3, the forced ones, got 2"),

@@ -108,9 +108,7 @@ class DynMoE(nn.Module):
             check_size(name, size)
         if max_num_experts < num_experts:
             raise ValueError(f"max_num_experts must be at least num_experts {num_experts}, got {max_num_experts}.")
-        check_number("dropout", dropout)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}.")
+        check_number("dropout", dropout, at_least=0, below=1)
         if routing == "budget":
             surprise_budget = 0.5 if surprise_budget is None else surprise_budget
             check_number("surprise_budget", surprise_budget)

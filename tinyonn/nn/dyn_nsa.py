@@ -70,8 +70,11 @@ class DynNSAOptions:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "base", "slope", "tau", "budget_weight", "budget_target"):
+        for name in ("base", "slope", "tau"):
             check_number(name, getattr(self, name))
+        check_number("temperature", self.temperature, above=0, at_most=MAX_TEMPERATURE)
+        check_number("budget_weight", self.budget_weight, at_least=0)
+        check_number("budget_target", self.budget_target, above=0)
         for name in ("detach_scores", "learnable_compression"):
             check_flag(name, getattr(self, name))
         if not isinstance(self.start_gates, (list, tuple)):
@@ -88,14 +91,8 @@ class DynNSAOptions:
         check_choice("tau_source", self.tau_source, get_args(TauSource))
         if not 0 <= self.tau <= 1:
             raise ValueError(f"tau must be in [0, 1], got {self.tau}.")
-        if self.temperature > MAX_TEMPERATURE:
-            raise ValueError(f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}, got {self.temperature}.")
         if len(self.start_gates) != 3:
             raise ValueError(f"start_gates must have 3 weights, got {len(self.start_gates)}.")
-        if not self.budget_target > 0:
-            raise ValueError(f"budget_target must be above 0, got {self.budget_target}.")
-        if not self.budget_weight >= 0:
-            raise ValueError(f"budget_weight must be at least 0, got {self.budget_weight}.")
 
 
 def budget_loss(soft_counts: Tensor, target: Tensor | float, *, weight: float = 1.0, mask: Tensor | None = None) -> Tensor:

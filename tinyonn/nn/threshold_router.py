@@ -68,9 +68,7 @@ class ThresholdRouter(nn.Module):
             raise ValueError(f"max_experts must be at least 1 and at least min_experts, got {max_experts} and {min_experts}.")
         check_choice("form", form, get_args(Form))
         check_choice("combine", combine, (*get_args(SharedCombine), "unit"))
-        check_number("scale", scale)
-        if scale <= 0:
-            raise ValueError(f"scale must be above 0, got {scale}.")
+        check_number("scale", scale, above=0)
         self.target_k, self.num_live, self.form, self.scale = target_k, num_live, form, scale
         self.min_experts, self.max_experts, self.combine = min_experts, max_experts, combine
         self._check_target(target_k, num_live)

@@ -43,9 +43,7 @@ class DynMoEOptions:
         if self.routing == "budget" and self.surprise_budget is None:
             self.surprise_budget = 1.0
         check_number("target_k", self.target_k)
-        check_number("scale", self.scale)
-        if not 0 < self.scale <= 10:  # beyond, float32 sigmoids of large cosines are one number
-            raise ValueError(f"scale must be above 0 and at most 10, got {self.scale}.")
+        check_number("scale", self.scale, above=0, at_most=10)  # beyond, float32 sigmoids of large cosines are one number
         check_size("num_experts", self.num_experts)
         check_size("max_experts", self.max_experts, 0)
         if self.max_experts > self.num_experts:

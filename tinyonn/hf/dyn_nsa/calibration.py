@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..._io.units import counted
 from ...errors import InputError
-from ...nn._options import check_number
+from ...nn._options import check_number, check_size
 from ...nn._search import bisect
 from ...nn.dyn_nsa import DynNSACore
 from .._forward import tokens_of
@@ -46,8 +46,7 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
         InputError: the model is not converted; the sample is empty or too short for the target; no shift reaches the target.
         ValueError: steps is below 1. TypeError, ValueError: target is not a finite number.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
+    check_size("steps", steps)
     check_number("target", target)
     if next(cores(model), None) is None:
         raise InputError(f"calibrate must have a model that convert_attention has changed, got a plain {type(model).__name__}.")

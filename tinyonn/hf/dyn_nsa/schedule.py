@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ...errors import InputError
+from ...nn._options import check_number
 from ...nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN
 from .._converted import converted_model, recorded
 from ..peft_parts import adapter_of, frozen, keep_in_adapter, remedy
@@ -39,12 +40,9 @@ class BudgetSchedule(TrainerCallback):
     def __init__(self, target: float, steps: int, *, start: float = 64.0, weight: float = 0.1, max_blocks: int | None = None) -> None:
         if target < MIN_MAX_BLOCKS:
             raise ValueError(f"target must be at least {MIN_MAX_BLOCKS}, the forced blocks, got {target}.")
-        if start <= 0:
-            raise ValueError(f"start must be positive, got {start}.")
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}.")
-        if weight < 0:
-            raise ValueError(f"weight must be at least 0, got {weight}.")
+        check_number("start", start, above=0)
+        check_number("steps", steps, at_least=1)
+        check_number("weight", weight, at_least=0)
         if max_blocks is not None and max_blocks < MIN_MAX_BLOCKS:
             raise ValueError(f"max_blocks must be at least {MIN_MAX_BLOCKS}, the forced ones, got {max_blocks}.")
         if max_blocks is not None and max_blocks < target:
