@@ -335,11 +335,11 @@ def test_a_mask_that_is_none_is_refused(mask):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight": -1.0}, "weight must be at least 0 and finite, got -1.0"),
-        ({"weight": float("nan")}, "weight must be at least 0 and finite, got nan"),
-        ({"w_ce": -0.1}, "w_ce must be at least 0 and finite, got -0.1"),
-        ({"w_kl": float("inf")}, "w_kl must be at least 0 and finite, got inf"),
-        ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
+        ({"weight": -1.0}, "weight must be at least 0, got -1.0"),
+        ({"weight": float("nan")}, "weight must be finite, got nan"),
+        ({"w_ce": -0.1}, "w_ce must be at least 0, got -0.1"),
+        ({"w_kl": float("inf")}, "w_kl must be finite, got inf"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):

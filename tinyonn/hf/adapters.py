@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -107,15 +108,12 @@ def _unshare(adapted: nn.Module) -> None:
     """Gives each adapted layer a weight of its own: PEFT adds a product in place, which would change a tied weight's other use too."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    uses: dict[int, int] = {}
-    for module in adapted.modules():
-        if (weight := module._parameters.get("weight")) is not None:
-            uses[id(weight)] = uses.get(id(weight), 0) + 1
+    uses = Counter(id(module._parameters.get("weight")) for module in adapted.modules())
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
             layer = module.get_base_layer()
             weight = layer._parameters.get("weight")
-            if weight is not None and uses.get(id(weight), 0) > 1:
+            if weight is not None and uses[id(weight)] > 1:
                 layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
 
 

@@ -21,14 +21,10 @@ def check_size(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
-def check_is_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
-
-
 def check_number(name: str, value: Any, **bounds: float) -> None:
     """TypeError or ValueError for anything but a finite number within the bounds: at_least, above, at_most, below."""
-    check_is_number(name, value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}.")
     if not all(_COMPARED[rule](value, bound) for rule, bound in bounds.items()):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
 from ..ops import surprise_min_loss
-from ._options import check_is_number
+from ._options import check_number
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,9 @@ class SurpriseLoss:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        check_weight("w_ce", self.w_ce)
-        check_weight("w_kl", self.w_kl)
-        check_is_number("temperature", self.temperature)
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}.")
+        check_number("w_ce", self.w_ce, at_least=0)
+        check_number("w_kl", self.w_kl, at_least=0)
+        check_number("temperature", self.temperature, above=0)
 
     def __call__(self, scores: Tensor, surprise: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """The loss, 0-d; see `ops.surprise_min_loss` for the arguments."""
@@ -51,10 +48,3 @@ def surprise_loss_of(surprise_loss: SurpriseLoss | None, **numbers: float | None
     if given:
         raise TypeError(f"surprise_loss already contains {', '.join(given)}; give one or the other.")
     return surprise_loss
-
-
-def check_weight(name: str, value: float) -> None:
-    """TypeError or ValueError for anything but a finite number of at least 0."""
-    check_is_number(name, value)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be at least 0 and finite, got {value}.")

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .._debug import debug, debug_enabled
+from ..nn._options import check_number
 from ..nn._surrounding import held
 from ..nn.dyn_moe import DynMoE
 from ..nn.expert_statistics import check_mask_shape, check_token_mask
 from ..nn.surprise_capture import Visit, captured_calls, listening
-from ..nn.surprise_loss import SurpriseLoss, check_weight, surprise_loss_of
+from ..nn.surprise_loss import SurpriseLoss, surprise_loss_of
 from ..ops import Routing
 from .mixtures import Mixtures
 from .parallel import average
@@ -149,7 +150,7 @@ def gating_gradients(
             without a scaler, a gating loss that is not finite, with the mixture's name.
         RuntimeError: a mixture is captured already; in backward, a second pass through the same forward.
     """
-    check_weight("weight", weight)
+    check_number("weight", weight, at_least=0)
     weighted = surprise_loss_of(surprise_loss, w_ce=w_ce, w_kl=w_kl, temperature=temperature)
     with teaching(Mixtures(model), token_mask, weight, scaler, weighted) as found:
         yield found

@@ -8,7 +8,6 @@ optimizer.step()
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -21,8 +20,8 @@ from torch.optim import Optimizer
 
 from .._debug import debug_enabled
 from ..errors import listed
-from ..nn._options import check_is_number, check_size
-from ..nn.surprise_loss import SurpriseLoss, check_weight, surprise_loss_of
+from ..nn._options import check_number, check_size
+from ..nn.surprise_loss import SurpriseLoss, surprise_loss_of
 from .gating import teaching
 from .mixtures import Mixtures
 
@@ -88,13 +87,11 @@ class HyperStep:
         w_kl: float | None = None,
         temperature: float | None = None,
     ) -> None:
-        check_weight("gating_weight", gating_weight)
+        check_number("gating_weight", gating_weight, at_least=0)
         self.surprise_loss = surprise_loss_of(surprise_loss, w_ce=w_ce, w_kl=w_kl, temperature=temperature)
         check_size("accumulation_steps", accumulation_steps)
         if max_grad_norm is not None:
-            check_is_number("max_grad_norm", max_grad_norm)
-            if not 0 < max_grad_norm < math.inf:
-                raise ValueError(f"max_grad_norm must be above 0 and finite, or None, got {max_grad_norm}.")
+            check_number("max_grad_norm", max_grad_norm, above=0)
         self._mixtures = Mixtures(model)
         _warn_if_frozen(self._mixtures)
         self.model, self.scaler = model, scaler
@@ -247,7 +244,7 @@ class HyperStepMixin:
             _warn_if_frozen(self._mixtures)
         options = self.gating_options
         surprise_loss = options if isinstance(options, SurpriseLoss) else SurpriseLoss(**options)
-        check_weight("gating_weight", self.gating_weight)
+        check_number("gating_weight", self.gating_weight, at_least=0)
         weight = self.gating_weight / trainer.current_gradient_accumulation_steps
         scaler = getattr(trainer.accelerator, "scaler", None)
         with teaching(self._mixtures, inputs.get("attention_mask"), weight, scaler, surprise_loss) as gating:

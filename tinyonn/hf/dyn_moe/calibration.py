@@ -139,24 +139,20 @@ def calibrate_experts(
 
 @contextmanager
 def _put_back_after_an_error(modules: Iterable[DynMoE], options: tuple[str, ...]) -> Iterator[None]:
-    modules = list(modules)
-    before = [
-        ({key: getattr(router_of(module), key) for key in options}, [tensor.clone() for tensor in _set_by_a_sample(module)])
-        for module in modules
-    ]
+    routers: list[tuple[ThresholdRouter, dict[str, Any]]] = []
+    tensors: list[tuple[Tensor, Tensor]] = []
+    for module in modules:
+        router = router_of(module)
+        routers.append((router, {key: getattr(router, key) for key in options}))
+        tensors.extend((tensor, tensor.clone()) for tensor in (router.thresholds, module.expert_counts, module.tokens_seen))
     try:
         yield
     except BaseException:
-        for module, (values, tensors) in zip(modules, before, strict=True):
-            for key, value in values.items():
-                setattr(router_of(module), key, value)
-            for tensor, old in zip(_set_by_a_sample(module), tensors, strict=True):
-                tensor.copy_(old)
+        for router, values in routers:
+            vars(router).update(values)
+        for tensor, old in tensors:
+            tensor.copy_(old)
         raise
-
-
-def _set_by_a_sample(module: DynMoE) -> tuple[Tensor, ...]:
-    return router_of(module).thresholds, module.expert_counts, module.tokens_seen
 
 
 def check_sample(model: PreTrainedModel, sample: Tensor) -> None:
