@@ -22,7 +22,8 @@ class Surrounding(threading.local):
 
 def places_of(model: nn.Module, name: str) -> list[Surrounding]:
     """The attributes of this name of the model's mixtures."""
-    return [place for module in model.modules() if isinstance(place := getattr(module, name, None), Surrounding)]
+    places = [getattr(module, name, None) for module in model.modules()]
+    return [place for place in places if isinstance(place, Surrounding)]
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def scan_metadata(prepared: Prepared) -> dict[str, Any]:
         "model_path": config.model_path,
         "architecture": type(model_config).__name__.removesuffix("Config"),
         **_heads(model_config.get_text_config()),
-        "parameters": prepared.weights.values,
+        "parameters": prepared.weights,
         "model_weights_sha256": file_hash(*weight_files(folder)),
         "model_config_sha256": model_config_hash(base_folder(folder)),
         **({"base_model": base_name(folder), "adapter_config_sha256": settings_hash(folder)} if is_adapter(folder) else {}),

@@ -12,7 +12,6 @@ import torch
 from .._io.streams import is_stdin
 from ..errors import InputError
 from ..hf.loading import (
-    Weights,
     load_config,
     load_tokenizer,
     padding_token,
@@ -36,7 +35,7 @@ class Prepared:
         config, world: as given.
         folder: folder of the model.
         model_config, tokenizer: objects of transformers.
-        weights: size of the weights' files.
+        weights: number of values of all weights.
         device, dtype: device and precision, with "auto" resolved.
         max_length: tokens kept of a text, the model's position limit applied.
         padding: token id that fills batches.
@@ -48,7 +47,7 @@ class Prepared:
     folder: Path
     model_config: Any
     tokenizer: Any
-    weights: Weights
+    weights: int
     device: torch.device
     dtype: torch.dtype
     max_length: int
