@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 
 from .._debug import debug_enabled
 from ..errors import listed
-from ..nn._options import check_number, check_size
+from ..nn._options import check_number
 from ..nn.surprise_loss import SurpriseLoss, surprise_loss_of
+from ..ops._dispatch import check_size
 from .gating import teaching
 from .mixtures import Mixtures
 
