@@ -152,12 +152,14 @@ def test_threads_with_one_model_get_errors_or_right_statistics():
 
 
 def test_the_last_forward_pass_counts():
-    model = tiny_causal_lm("llama")
+    model, eager = tiny_causal_lm("llama"), tiny_causal_lm("llama", attn_implementation="eager")
     with torch.no_grad(), capture_attention_stats(model) as layers:
         model(TOKENS[:, :5])
         assert layers[0].entropy.shape == (2, 5, 4)
-        model.generate(TOKENS, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert [stats.entropy.shape for stats in layers] == [(2, 1, 4)] * 3
+        ids = model.generate(TOKENS, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=95)
+        attentions = eager(ids[:, :-1], output_attentions=True).attentions  # the last token is generated, not read
+    for stats, probs in zip(layers, attentions, strict=True):
+        torch.testing.assert_close(stats.entropy, torch.special.entr(probs[:, :, -1:]).sum(-1).transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -334,6 +334,8 @@ def test_matrices_of_no_tokens_are_not_taken_for_one():
     surprise = {"0": empty(0), "1": empty(0)}
     with SurpriseHookManager(surprise).register_hooks(model):
         loss(model[1](model[0](batch(0).requires_grad_()))).backward()
+    assert {name: matrix.shape for name, matrix in surprise.items()} == {"0": (0, EXPERTS), "1": (0, EXPERTS)}
+    assert hooks_of(model) == 0
 
 
 def test_an_expert_that_is_called_twice_in_a_call_is_refused():
