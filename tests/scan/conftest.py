@@ -54,7 +54,7 @@ def own_weights(model: torch.nn.Module) -> Iterator[tuple[dict[str, torch.Tensor
 
     def hook_for(name: str) -> Callable[..., torch.Tensor]:
         def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-            x = args[0].reshape(-1, args[0].shape[-1])
+            x = args[0].reshape(-1, args[0].shape[-1]).clone()  # the model may change it afterwards
             weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
             copies[name] = weight.expand(len(x), *weight.shape).clone().requires_grad_()
             y = torch.einsum("toi,ti->to", copies[name], x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tinyonn.scan.engine.engine import ScanEngine
 from tinyonn.testing import tiny_causal_lm
@@ -46,6 +47,31 @@ def test_full_credit_matches_one_weight_per_token(arch, tokens, full_credit_orac
         assert_norms_agree(result.activation[:-1, columns], expected["activation"][entry.name][:-1], arch, entry.name)
         assert_norms_agree(result.grad_norm[:-1, columns], expected["grad_norm"][entry.name][:-1], arch, entry.name)
     assert named >= set(expected["grad_norm"])
+
+
+def test_an_input_changed_in_place_between_two_layers_counts_as_another(tokens, full_credit_oracle):
+    """The first has a computed weight, whose frozen parts keep no input for backward, so that autograd allows the change."""
+
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.utils.parametrizations.orthogonal(nn.Linear(48, 48)), nn.Linear(48, 48)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.first(x)
+            x.mul_(2)
+            return first + self.second(x)
+
+    model = double_model("llama")
+    torch.manual_seed(0)
+    model.model.layers[1].mlp = Doubling().double()
+    expected = full_credit_oracle(model, tokens)["grad_norm"]
+    with ScanEngine(model) as engine:
+        (result,) = engine.scan(tokens[None])
+    for name in ("first", "second"):
+        (entry,) = [entry for entry in engine.layout if entry.name == f"model.layers.1.mlp.{name}.weight"]
+        stored = result.grad_norm[:-1, entry.base : entry.base + entry.blocks]
+        assert_norms_agree(stored, expected[entry.name][:-1], "llama", entry.name)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
