@@ -162,29 +162,36 @@ def test_an_adapter_of_one_use_of_a_tied_weight_leaves_the_other_as_it_was(
             np.testing.assert_allclose(sequence.loss[:-1], expected.numpy(), rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("tied", "targets"), [(False, ["q_proj"]), (True, ["q_proj"]), (True, ["embed_tokens"]), (False, ["embed_tokens"])], ids=str
-)
+def adapter_with_more_tokens(folder: Path, targets: list[str], *, tied: bool) -> peft.PeftModel:
+    """Model with an adapter of five tokens more than its base, saved into `folder`."""
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(folder.parent / "base", tie_word_embeddings=tied))
+    model.resize_token_embeddings(model.get_input_embeddings().num_embeddings + 5)
+    settings = {"r": RANK, "target_modules": targets, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
+    adapted.save_pretrained(str(folder))
+    return adapted
+
+
+@pytest.mark.parametrize(("tied", "targets"), [(False, ["q_proj"]), (True, ["q_proj"]), (True, ["embed_tokens"])], ids=str)
 def test_an_adapter_trained_with_more_tokens_brings_their_embeddings(
     cli: Cli, corpus: Path, tmp_path: Path, tied: bool, targets: list[str]
 ) -> None:
-    base = save_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    more = model.get_input_embeddings().num_embeddings + 5
-    model.resize_token_embeddings(more)
-    settings = {"r": RANK, "target_modules": targets, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
-    adapted.save_pretrained(str(tmp_path / "adapter"))
+    adapted = adapter_with_more_tokens(tmp_path / "adapter", targets, tied=tied)
     ran = cli("scan", "-m", tmp_path / "adapter", "-d", corpus, "-o", tmp_path / "o.mscan", "--limit", 2)
-    if not tied and targets == ["embed_tokens"]:  # PEFT saves the head only where the embeddings have no product of their own
-        one_line(ran, f"the adapter must hold an output head for its {more} tokens", command="tinyonn scan")
-        return
     assert ran.code == 0, ran.err
     with MscanReader(tmp_path / "o.mscan") as reader, torch.no_grad():
         for sequence in reader.sequences:
             tokens = torch.tensor(sequence.token_ids)
             expected = torch.nn.functional.cross_entropy(adapted(tokens[None]).logits[0, :-1], tokens[1:], reduction="none")
             np.testing.assert_allclose(sequence.loss[:-1], expected.numpy(), rtol=1e-4)
+
+
+def test_an_adapter_without_the_head_of_its_further_tokens_is_refused(cli: Cli, corpus: Path, tmp_path: Path) -> None:
+    """PEFT saves the head only where the embeddings have no product of their own."""
+    adapted = adapter_with_more_tokens(tmp_path / "adapter", ["embed_tokens"], tied=False)
+    tokens = adapted.base_model.model.config.vocab_size
+    ran = cli("scan", "-m", tmp_path / "adapter", "-d", corpus, "-o", tmp_path / "o.mscan", "--limit", 2)
+    one_line(ran, f"the adapter must hold an output head for its {tokens} tokens", command="tinyonn scan")
 
 
 def test_another_scale_is_another_scan(cli: Cli, llama: tuple[Path, Path], corpus: Path, tmp_path: Path) -> None:

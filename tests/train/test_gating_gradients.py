@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyonn import ops
 from tinyonn.nn import DynMoE
+from tinyonn.ops import Routing
 from tinyonn.train import HyperStep, SurpriseLoss, capture, capture_surprise, gating_gradients
 
 
@@ -353,9 +354,16 @@ def test_other_wrappers_are_refused():
         pass
 
 
-@pytest.mark.parametrize("kind", ["down_proj", "output", "expert"])
-def test_only_the_surprise_of_whole_experts_depends_on_the_labels(kind):
-    """What docs/dyn_moe.md says: the gradient's norm is common to a token's experts and cancels. Another target is another story."""
+class OfLabels(NamedTuple):
+    layer: DynMoE
+    inputs: Tensor
+    routing: Routing
+    losses: list[float]
+    least: list[Tensor]
+
+
+def of_two_labellings(kind: str) -> OfLabels:
+    """The router's loss, and each token's expert of the lowest surprise, for two sets of labels of the same tokens."""
     torch.manual_seed(0)
     layer = DynMoE(16, 8, 6, target_k=2.5, max_experts=4, gating_loss="surprise", surprise_kind=kind)
     head = nn.Linear(16, 5)
@@ -365,23 +373,30 @@ def test_only_the_surprise_of_whole_experts_depends_on_the_labels(kind):
         labels = torch.randint(5, (200,), generator=torch.Generator().manual_seed(seed))
         with layer.capturing() as visits:
             nn.functional.cross_entropy(head(x + layer(x)), labels).backward()
-            losses.append(float(layer.gating_loss(visits[0])))
-            surprise = layer.surprise(visits[0])
-            least.append(surprise.argmin(-1))
+            losses.append(layer.gating_loss(visits[0]).item())
+            least.append(layer.surprise(visits[0]).argmin(-1))
             routing = visits[0].routing
-    if kind == "expert":
-        assert abs(losses[1] / losses[0] - 1) > 1e-4
-        assert not torch.equal(*least)
-        return
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert torch.equal(*least)
+    return OfLabels(layer, x, routing, losses, least)
+
+
+def test_the_surprise_of_whole_experts_depends_on_the_labels():
+    found = of_two_labellings("expert")
+    assert abs(found.losses[1] / found.losses[0] - 1) > 1e-4
+    assert not torch.equal(*found.least)
+
+
+@pytest.mark.parametrize("kind", ["down_proj", "output"])
+def test_the_surprise_of_an_outer_product_does_not_depend_on_the_labels(kind):
+    """What docs/dyn_moe.md says: the gradient's norm is common to a token's experts and cancels."""
+    found = of_two_labellings(kind)
+    assert found.losses[1] == pytest.approx(found.losses[0], rel=1e-6)
+    assert torch.equal(*found.least)
     # Weight times the norm of what the activation gives, written out for every expert.
-    gate, up = torch.einsum("nf,eif->nei", x, layer.gate_up_proj).chunk(2, -1)
+    gate, up = torch.einsum("nf,eif->nei", found.inputs, found.layer.gate_up_proj).chunk(2, -1)
     strength = (nn.functional.silu(gate) * up).norm(dim=-1) if kind == "down_proj" else torch.ones(200, 6)
-    index = routing.top_k_index
-    size = torch.full((200, 7), float("inf")).scatter(1, index, routing.top_k_weights)[:, :6]
+    size = torch.full((200, 7), float("inf")).scatter(1, found.routing.top_k_index, found.routing.top_k_weights)[:, :6]
     size[size == 0] = float("inf")
-    assert torch.equal((size * strength).argmin(-1), least[0])
+    assert torch.equal((size * strength).argmin(-1), found.least[0])
 
 
 def test_the_loss_is_given_as_an_object_or_by_its_numbers():
