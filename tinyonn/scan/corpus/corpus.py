@@ -66,7 +66,8 @@ class Corpus:
         self._values: list[Any] = load_list(self._content, path, _OPTION) if self.kind == "list" else []
         self._kept: BinaryIO | None = None
         if self.kind == "jsonl" and not self._content.plain:
-            self._kept = cast(BinaryIO, tempfile.TemporaryFile(prefix="tinyonn-corpus-"))  # noqa: SIM115  # open as long as the corpus is used
+            # Open as long as the corpus is used.
+            self._kept = cast(BinaryIO, tempfile.TemporaryFile(prefix="tinyonn-corpus-"))  # noqa: SIM115
         elif self.kind == "parquet":
             self._content.file.close()
 
