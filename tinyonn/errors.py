@@ -130,7 +130,7 @@ class MscanError(ValueError):
 
     Args:
         path: the file.
-        rule: what must hold and what was found.
+        rule: the broken rule and the value found.
         offset: byte position of the failure, if it has one.
     """
 

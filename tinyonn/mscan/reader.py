@@ -109,10 +109,10 @@ class MscanReader:
     The file is mapped: if another process truncates it while it is open, this process ends with a bus error.
 
     Attributes:
-        path: the argument.
-        recovery: the argument.
+        path: path of the file.
+        recovery: recovery mode.
         version: 1 or 2.
-        metadata: as given to the writer.
+        metadata: the writer's metadata.
         layout: entries in column order.
         sequences: sequences of the file, each read on access.
         report: one line for each part that recovery left out.

@@ -74,9 +74,9 @@ def tiny_causal_lm(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.float
 
     Args:
         arch: qwen3, llama, mistral, gemma2, gpt2, qwen3_moe, gpt_oss, bloom, lfm2, qwen3_next, gpt_neox, gptj, mamba or phimoe.
-        seed: of the weights; the global generators are left as they were.
-        dtype: of the weights.
-        **overrides: of the architecture's configuration.
+        seed: seed of the weights; the global generators are left as they were.
+        dtype: precision of the weights.
+        **overrides: fields of the architecture's configuration.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -118,9 +118,9 @@ def tiny_encoder(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
 
     Args:
         arch: bert, roberta, distilbert, modernbert or deberta-v2.
-        seed: of the weights; the global generators are left as they were.
-        dtype: of the weights.
-        **overrides: of the architecture's configuration.
+        seed: seed of the weights; the global generators are left as they were.
+        dtype: precision of the weights.
+        **overrides: fields of the architecture's configuration.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
@@ -138,10 +138,10 @@ def tiny_dyn_nsa_lm(arch: str = "llama", *, layers: int = 2, weight: float = 0.1
     Gates, thresholds and compression are moved away from their start, so that every branch counts.
 
     Args:
-        arch: of `tiny_causal_lm`.
-        layers: of the model.
-        weight: of the budget loss.
-        **options: of `convert_attention`; `dtype` is that of the model.
+        arch: an architecture of `tiny_causal_lm`.
+        layers: number of layers of the model.
+        weight: weight of the budget loss.
+        **options: options of `convert_attention`; `dtype` is the model's precision.
     """
     from ..hf import BudgetSchedule, convert_attention
     from ..hf.dyn_nsa import cores
@@ -161,12 +161,12 @@ def tiny_dyn_nsa_lm(arch: str = "llama", *, layers: int = 2, weight: float = 0.1
 
 
 def token_ids(length: int = 130, batch: int = 2) -> Tensor:
-    """(batch, length), the same ones each time, of the vocabulary of `tiny_causal_lm`."""
+    """Token ids, (batch, length), of the vocabulary of `tiny_causal_lm`; the same ones each time."""
     return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(3))
 
 
 def left_padding(length: int = 130, padding: int = 21) -> Tensor:
-    """(2, length), a mask whose first row begins with padding."""
+    """Attention mask, (2, length), whose first row begins with padding."""
     mask = torch.ones(2, length, dtype=torch.long)
     mask[0, :padding] = 0
     return mask
@@ -180,10 +180,10 @@ def save_tiny_model(
     An encoder's tokenizer writes [CLS] a [SEP] or [CLS] a [SEP] b [SEP], in the places of the last three of them, and has token types.
 
     Args:
-        folder: made if it is not there.
-        arch, **options: of `tiny_causal_lm` or `tiny_encoder`.
-        end_token: give a language model's tokenizer an end-of-text token, which is what batches are padded with.
-        chat_template: jinja, for a tokenizer that takes chats.
+        folder: folder of the model; created if missing.
+        arch, **options: arguments of `tiny_causal_lm` or `tiny_encoder`.
+        end_token: whether a language model's tokenizer has an end-of-text token, which also pads batches.
+        chat_template: Jinja template of chats; None for a tokenizer without one.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -224,13 +224,13 @@ def dyn_nsa_case(
     seed: int = 0,
     sharpness: float = 3.0,
 ) -> dict[str, Tensor]:
-    """Inputs of `ops.dyn_nsa` by name, of unit scale; 16 keys in a row share a part, so that compressed keys are not all alike.
+    """Inputs of `ops.dyn_nsa` by name, of unit scale; groups of 16 keys share a component, so that compressed keys differ.
 
     Args:
-        tokens: Tk, keys.
-        queries: the last of them; None for all.
-        seed: of the values, which are drawn in float64: the same case in every dtype.
-        sharpness: of the compressed branch's softmax; more spreads the importance of blocks wider.
+        tokens: number of keys, Tk.
+        queries: number of queries, the last of these tokens; None for all.
+        seed: seed of the values, which are drawn in float64 and are therefore the same in every dtype.
+        sharpness: factor on the scores of the compressed branch; more spreads the importance of blocks wider.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -57,10 +57,10 @@ def assert_close_rms(actual: Tensor, expected: Tensor, tolerance: float | torch.
     """Shapes agree, NaN and infinities stand in the same places, and the error ratio of the rest is within `tolerance`.
 
     Args:
-        actual: what is judged.
+        actual: the tensor under test.
         expected: the oracle's, in float64.
         tolerance: a ratio, or the dtype the op ran in, which stands for that of `TOLERANCE`.
-        name: of the tensor, in the message.
+        name: name of the tensor in the message.
 
     Returns:
         the error ratio.

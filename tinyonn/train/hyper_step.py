@@ -220,7 +220,7 @@ class HyperStepMixin:
         class SurpriseTrainer(HyperStepMixin, Trainer):
             gating_weight = 0.1
 
-    If the inputs have an `attention_mask`, (batch, tokens), routers learn from its tokens only. Supported are one process,
+    If the inputs have an `attention_mask`, (batch, tokens), routers learn only from unmasked tokens. Supported are one process,
     DistributedDataParallel and `fully_shard`; DeepSpeed, FullyShardedDataParallel and DataParallel raise an error.
 
     Attributes:

@@ -30,7 +30,7 @@ LEAST = 2.25  # what queries read of the shortest text with a choice, of four bl
 
 @torch.no_grad()
 def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any]], target: float, *, steps: int = 12) -> float:
-    """Shifts the thresholds of all layers until queries read `target` key blocks on average over a sample. All openings are then 0.
+    """Shifts the thresholds of all layers until queries read `target` key blocks on average over a sample. It also sets all openings to 0.
 
     All thresholds move by the same amount, so differences between layers stay. The sample runs `steps + 2` times. Statistics are reset.
 

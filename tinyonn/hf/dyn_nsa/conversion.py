@@ -34,9 +34,10 @@ def convert_attention(
 ) -> PreTrainedModel:
     """Adds the learnable parts of DynNSA to each attention layer of a model, in place; its outputs stay the same.
 
-    The branch gates, linear functions of the query, start at (0, 1, 0). All blocks are selected at first: `opening` is -30, or less if the
-    options need it. `BudgetSchedule` lowers the budget. Compression starts as the mean. Attention layers are found by running the model on
-    a few tokens. Layers with a sliding window or chunks are local already and stay as they are.
+    The branch gates, linear functions of the query, start at (0, 1, 0). All blocks are selected at first: `opening`, an offset
+    that is added to each threshold, is -30, or less if the options need it. `BudgetSchedule` lowers the budget. Compression starts as the
+    mean. Attention layers are found by running the model on a few tokens. Layers with a sliding window or chunks are local already and stay
+    as they are.
 
     The model saves with `save_pretrained`, and loads with `from_pretrained` once `tinyonn.hf` is imported. The model gets its own copy of
     its configuration, which records the conversion. The model may be quantised, and `convert_mlp_to_dynmoe` can convert its MLPs too.

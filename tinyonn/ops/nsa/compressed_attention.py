@@ -40,7 +40,7 @@ def compressed_attention(
             c * compress_size … of its sequence, padding not counted; packed sequence i begins at row cu_seqlens[i] // compress_size.
         compress_size: 16, 32 or 64.
         num_keys: positions of a row; None for T.
-        scale: of the scores; None for D ** -0.5.
+        scale: factor on the scores; None for D ** -0.5.
         cu_seqlens: (sequences + 1,) int32 or int64, bounds of sequences packed in one row.
         key_start, key_end: (B,) int32 or int64, first position of a row's sequence, and the one behind its last.
         impl: "auto", "triton", "torch" or "reference"; an explicit choice never falls back.

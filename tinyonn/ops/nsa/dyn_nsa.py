@@ -58,8 +58,8 @@ def dyn_nsa(
     max_blocks the sparse result *is* dense gated attention, and every gradient is exact for the tau that was used.
 
     Tensors are (B, T, H, D). Differentiable: query, key, value, key_compressed, value_compressed, gates, base, slope; out and
-    soft_counts carry gradients. tau is a signal: none flows into it. Nothing reaches an earlier query, NaN and infinity included, but for
-    those of a value with impl="triton", which spread over the queries of a tile.
+    soft_counts carry gradients. No gradient flows into tau. No value reaches an earlier query. Exception: with impl="triton", NaN and
+    infinity of a value can spread within its tile.
 
     "All blocks" is base = -30, with a slope of at least 0, a temperature of at most 10 and max_blocks at least the number of key blocks;
     a fixed number n of blocks is the same with max_blocks = n, every longer row then counting as overflowing. At a fixed threshold the

@@ -43,7 +43,7 @@ def select_blocks(
 ) -> BlockSelection:
     """Key blocks whose importance passes a threshold.
 
-    z[t, b] = log(mean over the group's heads of a block's share of the compressed attention · the share's inverse if it were uniform),
+    z[t, b] = log(mean over the group's heads of a block's share of the compressed attention / its share if attention were uniform),
     at least -20; c = clamp((z - threshold) / temperature, 0, 1); gate = c²(3 - 2c), a smoothstep: exactly 0 at and below the threshold.
     Selected are the past blocks with a gate above 0, and the first, the previous and the own block, whose gate is 1. Where more than
     max_blocks pass, those with the highest z stay, ties to the lower index.
@@ -52,7 +52,7 @@ def select_blocks(
 
     Args:
         query: (B, T, H, D), the last T of `num_keys` positions.
-        key_compressed, lse: what `compressed_attention` took and gave, (B, M, K, D) and (B, T, H).
+        key_compressed, lse: (B, M, K, D) and (B, T, H), the argument and the result of `compressed_attention`.
         threshold: (B, T, K), in nats.
         temperature: width of the gate's slope, in nats; a normal float32.
         block_size: positions of a key block, a power of two of at least 16.
