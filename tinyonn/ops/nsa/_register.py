@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._attention import choose_attention_impl
 from .._dispatch import parts_of, refuse_tangents, register, schema_of, statistics_dtype
 from ._checks import Bounds
 from ._tuples import Attended
@@ -21,6 +23,7 @@ class Needed(NamedTuple):
 
 def register_differentiable(
     name: str,
+    modules: tuple[ModuleType, ModuleType],
     forward: Callable[..., Sequence[Tensor]],
     fake: Callable[..., Sequence[Tensor]],
     backward: Callable[..., Sequence[Tensor | None]],
@@ -34,9 +37,10 @@ def register_differentiable(
     """Registers `tinyonn::name` and its derivative, `tinyonn::name_backward`.
 
     Args:
-        forward: (tensors, options, bounds, impl) -> results.
+        modules: implementation in torch, and that in Triton, one of which the next functions are given.
+        forward: (tensors, options, bounds, module) -> results.
         fake: (tensors, options) -> results without values.
-        backward: (tensors, saved, options, bounds, needed, impl) -> gradients of the tensors but `constants`, in any precision; None for
+        backward: (tensors, saved, options, bounds, needed, module) -> gradients of the tensors but `constants`, in any precision; None for
             those that are not `needed`.
         tensors, options, results: named tuples; `Bounds` and impl follow the options.
         saved: named tuple of the results that backward reads and then of gradients, named `grad_` and the result; a result without one is
@@ -47,8 +51,12 @@ def register_differentiable(
     kept = [results._fields.index(field) for field in saved._fields if field in results._fields]
     differentiable = [number for number, field in enumerate(results._fields) if f"grad_{field}" in saved._fields]
 
+    def module_of(impl: str, query: Tensor) -> ModuleType:
+        return modules[choose_attention_impl(impl, query) == "triton"]
+
     def run_forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(forward(*parts_of(arguments, tensors, options, Bounds)))
+        *given, impl = parts_of(arguments, tensors, options, Bounds)
+        return tuple(forward(*given, module_of(impl, arguments[0])))
 
     def run_fake(*arguments: Any) -> tuple[Tensor, ...]:
         given, numbers, *_ = parts_of(arguments, tensors, options)
@@ -56,7 +64,7 @@ def register_differentiable(
 
     def run_backward(*arguments: Any) -> list[Tensor]:
         given, *others, (needed,), impl = parts_of(arguments, tensors, saved, options, Bounds, Needed)
-        grads = zip(variables, backward(given, *others, needed, impl), needed, strict=True)
+        grads = zip(variables, backward(given, *others, needed, module_of(impl, given.query)), needed, strict=True)
         return [
             grad.to(getattr(given, field).dtype) if need and grad is not None else given.query.new_empty(0) for field, grad, need in grads
         ]

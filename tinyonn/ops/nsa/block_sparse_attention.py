@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
-from .._attention import checked_heads, choose_attention_impl, scale_of
+from .._attention import checked_heads, scale_of
 from .._dispatch import check_same_device, check_tensor, refuse_tangents, statistics_dtype
 from . import _torch_block_sparse, _triton_nsa
 from ._checks import Bounds, check_bound_values, check_sizes, checked_bounds, lengths_of
@@ -134,30 +136,26 @@ def _with_nan(x: Tensor, faulty: Tensor | None) -> Tensor:
     return x.masked_fill_(rows.view(*rows.shape, *[1] * (x.dim() - 3)), torch.nan)
 
 
-def _forward(inputs: SparseInputs, options: SparseOptions, bounds: Bounds, impl: str) -> Attended:
+def _forward(inputs: SparseInputs, options: SparseOptions, bounds: Bounds, module: ModuleType) -> Attended:
     lists = (inputs.indices, inputs.counts, inputs.key.shape[1], options.block_size, bounds)
     _check_values(*lists)
     counts, faulty = _emptied(*lists)
-    triton = choose_attention_impl(impl, inputs.query) == "triton"
-    module = _triton_nsa if triton else _torch_block_sparse
     out, lse = module.block_sparse_forward(inputs._replace(counts=counts), options, bounds)
     return Attended(_with_nan(out, faulty), _with_nan(lse, faulty))
 
 
 def _backward(
-    inputs: SparseInputs, saved: SparseSaved, options: SparseOptions, bounds: Bounds, _: list[bool], impl: str
+    inputs: SparseInputs, saved: SparseSaved, options: SparseOptions, bounds: Bounds, _: list[bool], module: ModuleType
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value and bias."""
     counts, faulty = _emptied(inputs.indices, inputs.counts, inputs.key.shape[1], options.block_size, bounds)
     out, lse, grad_out, grad_lse = saved
     shift = (out.to(lse.dtype) * grad_out).sum(-1) - grad_lse
-    triton = choose_attention_impl(impl, inputs.query) == "triton"
-    module = _triton_nsa if triton else _torch_block_sparse
     grad_query, *others = module.block_sparse_backward(inputs._replace(counts=counts), lse, shift, grad_out, options, bounds)
     return _with_nan(grad_query, faulty), *others
 
 
 _forward_op = register_differentiable(
-    "block_sparse_attention", _forward, empty_attended, _backward, tensors=SparseInputs, options=SparseOptions, results=Attended,
-    saved=SparseSaved, constants=("indices", "counts"),
+    "block_sparse_attention", (_torch_block_sparse, _triton_nsa), _forward, empty_attended, _backward,
+    tensors=SparseInputs, options=SparseOptions, results=Attended, saved=SparseSaved, constants=("indices", "counts"),
 )  # fmt: skip

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ... import reference
-from .._attention import checked_heads, choose_attention_impl, scale_of
+from .._attention import checked_heads, scale_of
 from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_nsa, _triton_nsa
 from ._checks import Bounds, check_bound_values, check_compressed, check_sizes, checked_bounds
@@ -80,10 +81,9 @@ def _reference(
     return out.to(query.dtype), lse.to(dtype), entropy.to(dtype)
 
 
-def _forward(inputs: QueryKeyValue, options: CompressedOptions, bounds: Bounds, impl: str) -> CompressedResults:
+def _forward(inputs: QueryKeyValue, options: CompressedOptions, bounds: Bounds, module: ModuleType) -> CompressedResults:
     check_bound_values(options.num_keys, bounds)
-    triton = choose_attention_impl(impl, inputs.query) == "triton"
-    return CompressedResults(*(_triton_nsa if triton else _torch_nsa).compressed_forward(inputs, options, bounds))
+    return CompressedResults(*module.compressed_forward(inputs, options, bounds))
 
 
 def _fake(inputs: QueryKeyValue, _: CompressedOptions) -> CompressedResults:
@@ -93,14 +93,13 @@ def _fake(inputs: QueryKeyValue, _: CompressedOptions) -> CompressedResults:
 
 
 def _backward(
-    inputs: QueryKeyValue, saved: CompressedSaved, options: CompressedOptions, bounds: Bounds, _: list[bool], impl: str
+    inputs: QueryKeyValue, saved: CompressedSaved, options: CompressedOptions, bounds: Bounds, _: list[bool], module: ModuleType
 ) -> Sequence[Tensor]:
-    triton = choose_attention_impl(impl, inputs.query) == "triton"
-    grads: Sequence[Tensor] = (_triton_nsa if triton else _torch_nsa).compressed_backward(inputs, saved, options, bounds)
+    grads: Sequence[Tensor] = module.compressed_backward(inputs, saved, options, bounds)
     return grads[:3]
 
 
 _forward_op = register_differentiable(
-    "compressed_attention", _forward, _fake, _backward, tensors=QueryKeyValue, options=CompressedOptions, results=CompressedResults,
-    saved=CompressedSaved,
+    "compressed_attention", (_torch_nsa, _triton_nsa), _forward, _fake, _backward,
+    tensors=QueryKeyValue, options=CompressedOptions, results=CompressedResults, saved=CompressedSaved,
 )  # fmt: skip

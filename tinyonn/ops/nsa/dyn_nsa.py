@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ... import reference
 from ..._debug import debug_enabled
 from ...reference import DynNSAOutput
-from .._attention import checked_heads, choose_attention_impl, order_hint, scale_of
+from .._attention import checked_heads, order_hint, scale_of
 from .._dispatch import check_no_nan, check_size, check_tensor, refuse_tangents, statistics_dtype
 from . import _torch_dyn_nsa, _triton_dyn_nsa
 from ._checks import (
@@ -123,16 +124,14 @@ def dyn_nsa(
     return found if tau is None else found._replace(tau=tau)
 
 
-def _forward(inputs: Inputs, options: Options, bounds: Bounds, impl: str) -> Results:
+def _forward(inputs: Inputs, options: Options, bounds: Bounds, module: ModuleType) -> Results:
     check_bound_values(inputs.key.shape[1], bounds)
-    triton = choose_attention_impl(impl, inputs.query) == "triton"
-    return Results(*(_triton_dyn_nsa if triton else _torch_dyn_nsa).dyn_nsa_forward(inputs, options, bounds))
+    return Results(*module.dyn_nsa_forward(inputs, options, bounds))
 
 
-def _backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds, _: list[bool], impl: str) -> Sequence[Tensor]:
+def _backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds, _: list[bool], module: ModuleType) -> Sequence[Tensor]:
     inputs = inputs._replace(tau=saved.own_tau if inputs.tau is None else inputs.tau)
-    triton = choose_attention_impl(impl, inputs.query) == "triton"
-    grads: Sequence[Tensor] = (_triton_dyn_nsa if triton else _torch_dyn_nsa).dyn_nsa_backward(inputs, saved, options, bounds)
+    grads: Sequence[Tensor] = module.dyn_nsa_backward(inputs, saved, options, bounds)
     return grads
 
 
@@ -157,5 +156,6 @@ def _fake(inputs: Inputs, options: Options) -> Results:
 
 
 _forward_op = register_differentiable(
-    "dyn_nsa", _forward, _fake, _backward, tensors=Inputs, options=Options, results=Results, saved=Saved, constants=("tau",)
-)
+    "dyn_nsa", (_torch_dyn_nsa, _triton_dyn_nsa), _forward, _fake, _backward,
+    tensors=Inputs, options=Options, results=Results, saved=Saved, constants=("tau",),
+)  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from ... import reference
 from ...reference import BlockSelection
-from .._attention import checked_heads, choose_attention_impl, scale_of
+from .._attention import checked_heads, scale_of
 from .._dispatch import check_tensor, refuse_tangents, statistics_dtype
 from . import _torch_select, _triton_nsa
 from ._checks import (
@@ -90,10 +92,9 @@ def select_blocks(
     return BlockSelection(*_forward_op(query, key_compressed, lse, threshold, *options, *bounds, impl))
 
 
-def _forward(inputs: SelectInputs, options: SelectOptions, bounds: Bounds, impl: str) -> BlockSelection:
+def _forward(inputs: SelectInputs, options: SelectOptions, bounds: Bounds, module: ModuleType) -> BlockSelection:
     check_bound_values(options.num_keys, bounds)
-    triton = choose_attention_impl(impl, inputs.query) == "triton"
-    return BlockSelection(*(_triton_nsa if triton else _torch_select).select_forward(inputs, options, bounds))
+    return BlockSelection(*module.select_forward(inputs, options, bounds))
 
 
 def _fake(inputs: SelectInputs, options: SelectOptions) -> BlockSelection:
@@ -104,15 +105,14 @@ def _fake(inputs: SelectInputs, options: SelectOptions) -> BlockSelection:
 
 
 def _backward(
-    inputs: SelectInputs, saved: SelectSaved, options: SelectOptions, bounds: Bounds, needed: list[bool], impl: str
+    inputs: SelectInputs, saved: SelectSaved, options: SelectOptions, bounds: Bounds, needed: list[bool], module: ModuleType
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key and lse, if any of them is needed, and of threshold."""
-    triton = choose_attention_impl(impl, inputs.query) == "triton"
-    module = _triton_nsa if triton else _torch_select
     grad_threshold, *others = module.select_backward(inputs, saved, options, bounds, any(needed[:3]))
     return *others, grad_threshold
 
 
 _forward_op = register_differentiable(
-    "select_blocks", _forward, _fake, _backward, tensors=SelectInputs, options=SelectOptions, results=BlockSelection, saved=SelectSaved
-)
+    "select_blocks", (_torch_select, _triton_nsa), _forward, _fake, _backward,
+    tensors=SelectInputs, options=SelectOptions, results=BlockSelection, saved=SelectSaved,
+)  # fmt: skip

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 from torch import Tensor
 
 from ... import reference
-from .._attention import checked_heads, choose_attention_impl, scale_of
+from .._attention import checked_heads, scale_of
 from .._dispatch import check_size, refuse_tangents
 from . import _torch_nsa, _triton_nsa
 from ._checks import Bounds, check_bound_values, checked_bounds
@@ -56,21 +57,19 @@ def sliding_window_attention(
     return out
 
 
-def _forward(inputs: QueryKeyValue, options: WindowOptions, bounds: Bounds, impl: str) -> Attended:
+def _forward(inputs: QueryKeyValue, options: WindowOptions, bounds: Bounds, module: ModuleType) -> Attended:
     check_bound_values(inputs.key.shape[1], bounds)
-    triton = choose_attention_impl(impl, inputs.query) == "triton"
-    return Attended(*(_triton_nsa if triton else _torch_nsa).window_forward(inputs, options, bounds))
+    return Attended(*module.window_forward(inputs, options, bounds))
 
 
 def _backward(
-    inputs: QueryKeyValue, saved: WindowSaved, options: WindowOptions, bounds: Bounds, _: list[bool], impl: str
+    inputs: QueryKeyValue, saved: WindowSaved, options: WindowOptions, bounds: Bounds, _: list[bool], module: ModuleType
 ) -> Sequence[Tensor]:
-    triton = choose_attention_impl(impl, inputs.query) == "triton"
-    grads: Sequence[Tensor] = (_triton_nsa if triton else _torch_nsa).window_backward(inputs, saved, options, bounds)
+    grads: Sequence[Tensor] = module.window_backward(inputs, saved, options, bounds)
     return grads[:3]
 
 
 _forward_op = register_differentiable(
-    "sliding_window_attention", _forward, empty_attended, _backward, tensors=QueryKeyValue, options=WindowOptions, results=Attended,
-    saved=WindowSaved,
+    "sliding_window_attention", (_torch_nsa, _triton_nsa), _forward, empty_attended, _backward,
+    tensors=QueryKeyValue, options=WindowOptions, results=Attended, saved=WindowSaved,
 )  # fmt: skip
