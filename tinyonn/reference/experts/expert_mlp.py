@@ -20,6 +20,7 @@ from torch.nn import functional
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "clamped_swiglu", "clamped_silu"]
 SurpriseKind = Literal["down_proj", "expert", "output"]
+Layout = tuple[Activation, bool, bool, float | None]  # of `activate`
 SWISH = 1.702  # value of gpt-oss
 LIMITS = {"clamped_swiglu": 7.0, "clamped_silu": 10.0}  # values of gpt-oss and of DeepSeek-V4
 
@@ -54,23 +55,15 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _dense(
-    hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    activation: Activation,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    limit: float | None,
+    hidden_states: Tensor, projections: tuple[Tensor, Tensor], biases: tuple[Tensor | None, Tensor | None], transposed: bool, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """pre (N, E, 2I), h (N, E, I), o (N, E, F)."""
-    up, down = (weight.double().mT if transposed else weight.double() for weight in (gate_up_proj, down_proj))
+    up, down = (weight.double().mT if transposed else weight.double() for weight in projections)
+    gate_up_bias, down_bias = biases
     pre = torch.einsum("nf,eif->nei", hidden_states.double(), up)
     if gate_up_bias is not None:
         pre = pre + gate_up_bias.double()
-    h = activate(pre, activation, gated, interleaved, limit)
+    h = activate(pre, *layout)
     out = torch.einsum("nei,efi->nef", h, down)
     return pre, h, out if down_bias is None else out + down_bias.double()
 
@@ -110,8 +103,8 @@ def expert_mlp(
     Returns:
         (N, F) float64.
     """
-    layout = (activation, gate_up_bias, down_bias, gated, interleaved, transposed, limit)
-    _, _, out = _dense(hidden_states, gate_up_proj, down_proj, *layout)
+    layout = (activation, gated, interleaved, limit)
+    _, _, out = _dense(hidden_states, (gate_up_proj, down_proj), (gate_up_bias, down_bias), transposed, layout)
     return torch.einsum("ne,nef->nf", pair_weights(top_k_index, top_k_weights, len(gate_up_proj)), out)
 
 
@@ -145,14 +138,11 @@ def expert_surprise(
         slots have 0.
     """
     num_experts = len(gate_up_proj)
-    layout = (gated, interleaved, transposed, limit)
+    layout = (activation, gated, interleaved, limit)
     with torch.enable_grad():
-        inputs = [None if x is None else x.detach().double() for x in (gate_up_proj, down_proj, gate_up_bias, down_bias)]
-        up, down, up_bias, bias = inputs
-        assert up is not None
-        assert down is not None
-        x = hidden_states.detach().double()
-        pre, h, _ = _dense(x, up, down, activation, up_bias, bias, *layout)
+        x, up, down = (tensor.detach().double() for tensor in (hidden_states, gate_up_proj, down_proj))
+        up_bias, bias = (None if tensor is None else tensor.detach() for tensor in (gate_up_bias, down_bias))
+        pre, h, _ = _dense(x, (up, down), (up_bias, bias), transposed, layout)
         weights = pair_weights(top_k_index, top_k_weights.detach(), num_experts)
         grad = weights.unsqueeze(-1) * grad_output.detach().double().unsqueeze(1)  # gradient of o_e, (N, E, F)
         if kind == "output":
@@ -162,7 +152,7 @@ def expert_surprise(
         else:
             leaf = pre.detach().requires_grad_()
             grad_h = torch.einsum("nef,efi->nei", grad, down.mT if transposed else down)
-            (grad_pre,) = torch.autograd.grad(activate(leaf, activation, gated, interleaved, limit), leaf, grad_h)
+            (grad_pre,) = torch.autograd.grad(activate(leaf, *layout), leaf, grad_h)
             squares = grad_pre.square().sum(-1) * (x.square().sum(-1, keepdim=True) + (up_bias is not None))
             found = (squares + grad.square().sum(-1) * (h.square().sum(-1) + (bias is not None))).sqrt()
     return functional.pad(found.detach(), (0, 1)).gather(1, top_k_index.long())

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Z_FLOOR = -20.0
+
+Where = tuple[Tensor | None, Tensor | None, Tensor | None]  # cu_seqlens, key_start, key_end
+Options = tuple[float, int, int, int, bool, float]  # temperature, block_size, compress_size, max_blocks, detach_scores, scale
 
 
 class Sequence(NamedTuple):
@@ -127,32 +130,38 @@ def select_blocks(
     """Key blocks whose importance passes the threshold. Statistics are float64."""
     query, keys, lse, threshold = query.double(), key_compressed.double(), lse.double(), threshold.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    batch, num_queries, num_kv = *query.shape[:2], keys.shape[2]
-    indices = torch.full((batch, num_queries, num_kv, max_blocks), -1, dtype=torch.int32, device=query.device)
-    counts = torch.zeros((batch, num_queries, num_kv), dtype=torch.int32, device=query.device)
+    options = (temperature, block_size, compress_size, max_blocks, detach_scores, scale)
+    where = (cu_seqlens, key_start, key_end)
+    found, counts, soft_counts, overflow = _selections(query, keys, lse, threshold, num_keys, where, options)
+    indices = torch.full((*counts.shape, max_blocks), -1, dtype=torch.int32, device=query.device)
     bias = query.new_zeros(indices.shape)
+    for sequence, gate, kept in found:
+        for t, head in product(range(gate.shape[0]), range(gate.shape[1])):
+            chosen = kept[t, head].nonzero()[:, 0]
+            place = (sequence.batch, sequence.queries.start + t, head)
+            indices[place][: len(chosen)] = chosen.int()
+            bias[place][: len(chosen)] = gate[t, head][chosen].log()
+    return BlockSelection(indices, counts, bias, soft_counts, overflow)
+
+
+def _selections(
+    query: Tensor, key_compressed: Tensor, lse: Tensor, threshold: Tensor, num_keys: int, where: Where, options: Options
+) -> tuple[list[tuple[Sequence, Tensor, Tensor]], Tensor, Tensor, Tensor]:
+    """Each sequence, its gates (n, K, NB) and which of its blocks are kept; of all, counts, soft counts, overflow."""
+    _, _, compress_size, *_ = options
+    found = []
+    counts = torch.zeros((*query.shape[:2], key_compressed.shape[2]), dtype=torch.int32, device=query.device)
     soft_counts = query.new_zeros(counts.shape)
     overflowing = torch.zeros(counts.shape, dtype=torch.bool, device=query.device)
-    for sequence in sequences(query, num_keys, compress_size, cu_seqlens, key_start, key_end):
+    for sequence in sequences(query, num_keys, compress_size, *where):
         row, rows = sequence.batch, sequence.queries
-        gate, kept, soft, over = _gates(
-            sequence, query[row, rows], keys, lse[row, rows], threshold[row, rows], temperature, block_size, compress_size, max_blocks,
-            detach_scores, scale,
-        )  # fmt: skip
-        soft_counts[row, rows], overflowing[row, rows] = soft, over
-        for t in range(gate.shape[0]):
-            for head in range(num_kv):
-                chosen = kept[t, head].nonzero()[:, 0]
-                place = (row, rows.start + t, head)
-                indices[place][: len(chosen)] = chosen.int()
-                counts[place] = len(chosen)
-                bias[place][: len(chosen)] = gate[t, head][chosen].log()
-    return BlockSelection(indices, counts, bias, soft_counts, share_of(overflowing, counts))
-
-
-def share_of(overflowing: Tensor, counts: Tensor) -> Tensor:
-    """Share of the rows that see anything; each of those reads its own block at least."""
-    return overflowing.double().sum() / (counts > 0).sum().clamp(min=1)
+        gate, kept, soft_counts[row, rows], overflowing[row, rows] = _gates(
+            sequence, query[row, rows], key_compressed, lse[row, rows], threshold[row, rows], options
+        )
+        counts[row, rows] = kept.sum(-1).int()
+        found.append((sequence, gate, kept))
+    # Rows that see anything read their own block at least.
+    return found, counts, soft_counts, overflowing.double().sum() / (counts > 0).sum().clamp(min=1)
 
 
 def block_sparse_attention(
@@ -212,8 +221,7 @@ def sliding_window_attention(
         row, rows, columns = sequence.batch, sequence.queries, sequence.keys
         distance = positions(sequence, query.device)[:, None] - torch.arange(columns.stop - columns.start, device=query.device)
         visible = (distance >= 0) & (distance < window)
-        scores = _scores(query[row, rows], _per_query_head(key[row, columns], query), scale)
-        out[row, rows], _ = _attend(scores, visible[:, None], _per_query_head(value[row, columns], query))
+        out[row, rows], _ = _attend(_scores(query[row, rows], key[row, columns], scale), visible[:, None], value[row, columns])
     return out
 
 
@@ -269,21 +277,16 @@ def dyn_nsa(
     threshold = base.double() - slope.double() * tau.double()
     near = sliding_window_attention(query, key, value, window, scale=scale, **where)
     query, key, value = query.double(), key.double(), value.double()
+    options = (temperature, block_size, compress_size, max_blocks, detach_scores, scale)
+    bounds = (cu_seqlens, key_start, key_end)
+    found, counts, soft_counts, overflow = _selections(query, key_compressed.double(), lse, threshold, num_keys, bounds, options)
     selected = torch.zeros_like(query)
-    counts = torch.zeros((*query.shape[:2], num_kv), dtype=torch.int32, device=query.device)
-    soft_counts = query.new_zeros(counts.shape)
-    overflowing = torch.zeros(counts.shape, dtype=torch.bool, device=query.device)
-    for sequence in sequences(query, num_keys, compress_size, **where):
+    for sequence, gate, _ in found:
         row, rows, columns = sequence.batch, sequence.queries, sequence.keys
-        gate, kept, soft_counts[row, rows], overflowing[row, rows] = _gates(
-            sequence, query[row, rows], key_compressed.double(), lse[row, rows], threshold[row, rows], temperature, block_size,
-            compress_size, max_blocks, detach_scores, scale,
-        )  # fmt: skip
-        counts[row, rows] = kept.sum(-1).int()
         selected[row, rows] = _gated_by_factor(query[row, rows], key[row, columns], value[row, columns], gate, sequence, block_size, scale)
     branches = torch.stack([compressed, selected, near], -1)
     out = (branches * gates.double()[:, :, :, None]).sum(-1)
-    return DynNSAOutput(out, counts, tau.double(), share_of(overflowing, counts), soft_counts)
+    return DynNSAOutput(out, counts, tau.double(), overflow, soft_counts)
 
 
 def attention_tau(
@@ -307,19 +310,10 @@ def attention_tau(
 
 
 def _gates(
-    sequence: Sequence,
-    query: Tensor,
-    key_compressed: Tensor,
-    lse: Tensor,
-    threshold: Tensor,
-    temperature: float,
-    block_size: int,
-    compress_size: int,
-    max_blocks: int,
-    detach_scores: bool,
-    scale: float,
+    sequence: Sequence, query: Tensor, key_compressed: Tensor, lse: Tensor, threshold: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of one sequence: gate (n, K, NB), which blocks are kept (n, K, NB), soft counts (n, K), which rows overflow (n, K)."""
+    temperature, block_size, compress_size, max_blocks, detach_scores, scale = options
     place = positions(sequence, query.device)
     num_kv = key_compressed.shape[2]
     length = sequence.keys.stop - sequence.keys.start
@@ -362,13 +356,14 @@ def _compressed_keys(compressed: Tensor, sequence: Sequence, compress_size: int)
     return keys, ends <= positions(sequence, compressed.device)[:, None] + 1
 
 
-def _per_query_head(keys: Tensor, query: Tensor) -> Tensor:
-    return keys.repeat_interleave(query.shape[-2] // keys.shape[-2], -2)
+def _per_query_head(x: Tensor, heads: int) -> Tensor:
+    """(·, K, ·) -> (·, H, ·)."""
+    return x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def _scores(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     """(n, H, D) and (m, K, D) -> (n, H, m)."""
-    return torch.einsum("nhd,mhd->nhm", query, _per_query_head(keys, query)) * scale
+    return torch.einsum("nhd,mhd->nhm", query, _per_query_head(keys, query.shape[1])) * scale
 
 
 def _probabilities(scores: Tensor, lse: Tensor, visible: Tensor) -> Tensor:
@@ -379,7 +374,7 @@ def _probabilities(scores: Tensor, lse: Tensor, visible: Tensor) -> Tensor:
 
 def _attend(scores: Tensor, visible: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the visible (n, H, m) of values (m, K or H, D): out (n, H, D), lse (n, H)."""
-    values = values.repeat_interleave(scores.shape[1] // values.shape[1], 1)
+    values = _per_query_head(values, scores.shape[1])
     any_visible = visible.any(-1, keepdim=True)
     # Rows that see nothing keep their scores until the end: a softmax over nothing has no gradient.
     masked = scores.masked_fill(~visible & any_visible, -math.inf)
@@ -399,28 +394,28 @@ def _mixed(weights: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     return torch.stack([torch.einsum("hm,mhd->hd", row, values.masked_fill(~own, 0)) for row, own in zip(weights, seen, strict=True)])
 
 
+def _per_key(gate: Tensor, sequence: Sequence, query: Tensor, num_keys: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """Gates of blocks (n, K, NB) as those of their keys (n, H, m), and which keys are not after a query (n, 1, m)."""
+    causal = torch.arange(num_keys, device=query.device) <= positions(sequence, query.device)[:, None]
+    return _per_query_head(gate.repeat_interleave(block_size, -1)[..., :num_keys], query.shape[1]), causal[:, None]
+
+
 def _gated(
     query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, sequence: Sequence, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Causal attention with log_gate (n, K, NB) added to the scores of each block; -inf leaves a block out."""
-    length = key.shape[0]
-    bias = log_gate.repeat_interleave(block_size, -1)[..., :length].repeat_interleave(query.shape[1] // key.shape[1], 1)
-    causal = (torch.arange(length, device=query.device) <= positions(sequence, query.device)[:, None])[:, None]
+    bias, causal = _per_key(log_gate, sequence, query, key.shape[0], block_size)
     visible = causal & (bias > -math.inf)
-    scores = _scores(query, key, scale) + torch.where(visible, bias, 0.0)
-    return _attend(scores, visible, value)
+    return _attend(_scores(query, key, scale) + torch.where(visible, bias, 0.0), visible, value)
 
 
 def _gated_by_factor(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, sequence: Sequence, block_size: int, scale: float) -> Tensor:
     """The same with the gate as a factor, the form of the definition: gate * exp(score)."""
-    length = key.shape[0]
-    group = query.shape[1] // key.shape[1]
-    factor = gate.repeat_interleave(block_size, -1)[..., :length].repeat_interleave(group, 1)
-    causal = (torch.arange(length, device=query.device) <= positions(sequence, query.device)[:, None])[:, None]
+    factor, causal = _per_key(gate, sequence, query, key.shape[0], block_size)
     visible = causal & (factor > 0)
     scores = _scores(query, key, scale)
-    top = scores.detach().masked_fill(~visible, -math.inf).amax(-1, keepdim=True) if length else scores.new_zeros((*scores.shape[:2], 1))
+    top = scores.detach().masked_fill(~visible, -math.inf).amax(-1, keepdim=True) if len(key) else scores.new_zeros((*scores.shape[:2], 1))
     weight = torch.where(visible, factor * (scores - torch.where(top.isfinite(), top, 0.0)).masked_fill(~visible, 0.0).exp(), 0.0)
     total = weight.sum(-1, keepdim=True)
-    mixed = _mixed(weight, value.repeat_interleave(group, 1), visible)
+    mixed = _mixed(weight, _per_query_head(value, query.shape[1]), visible)
     return torch.where(total > 0, mixed / torch.where(total > 0, total, 1.0), 0.0)
