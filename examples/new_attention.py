@@ -10,8 +10,8 @@ import inspect
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tinyonn.cli.demo.smollm2 import prepare_smollm2
-from tinyonn.hf.interfaces import register_attention
+from tinyonn.cli.demo import prepare_smollm2
+from tinyonn.hf import register_attention
 from tinyonn.ops import block_sparse_attention, compressed_attention, select_blocks, sliding_window_attention
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -27,8 +27,9 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
     query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))  # (B, T, H, D); tinyonn's order
     means = [x[:, : x.shape[1] // BLOCK * BLOCK].unflatten(1, (-1, BLOCK)).mean(2) for x in (key, value)]  # (B, T // BLOCK, K, D)
     _, lse, _ = compressed_attention(query, *means, compress_size=BLOCK, scale=scaling)
-    tau = query.new_full((*query.shape[:2], key.shape[2]), threshold)  # nats above an even share; one per token and key head
-    chosen = select_blocks(query, means[0], lse, tau, block_size=BLOCK, compress_size=BLOCK, max_blocks=64, scale=scaling)
+    # Log of a block's share relative to a uniform share, one threshold per token and key head.
+    thresholds = query.new_full((*query.shape[:2], key.shape[2]), threshold)
+    chosen = select_blocks(query, means[0], lse, thresholds, block_size=BLOCK, compress_size=BLOCK, max_blocks=64, scale=scaling)
     far, _ = block_sparse_attention(query, key, value, chosen.indices, chosen.counts, chosen.bias, block_size=BLOCK, scale=scaling)
     near = sliding_window_attention(query, key, value, WINDOW, scale=scaling)
     counts.append(chosen.counts.float().mean().item())

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tinyonn.cli.demo.smollm2 import prepare_smollm2
+from tinyonn.cli.demo import prepare_smollm2
 from tinyonn.mscan import MscanReader, MscanWriter, SequenceRecord
 from tinyonn.scan import ScanEngine
 

@@ -7,7 +7,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from tinyonn.cli.demo.smollm2 import prepare_smollm2
+from tinyonn.cli.demo import prepare_smollm2
 from tinyonn.heads import ScoreConfig, score_heads
 from tinyonn.report import write_scores_page
 

@@ -9,7 +9,7 @@ import inspect
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tinyonn.cli.demo.smollm2 import prepare_smollm2
+from tinyonn.cli.demo import prepare_smollm2
 from tinyonn.hf import calibrate_experts, convert_mlp_to_dynmoe, expert_statistics
 from tinyonn.train import HyperStep
 

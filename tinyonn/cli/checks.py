@@ -31,8 +31,8 @@ OPTIONAL = (
     ("zstandard", "0.22", "compression"),
     ("pyarrow", "15", "Parquet"),
     ("datasets", None, "hub data sets"),
-    ("gguf", "0.10", "the demo"),
-    ("accelerate", "1.0", "the demo"),
+    ("gguf", "0.10", "the demo (make demo installs it)"),
+    ("accelerate", "1.0", "the demo (make demo installs it)"),
 )
 
 

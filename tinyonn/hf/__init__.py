@@ -11,6 +11,7 @@ from . import experts  # registers an implementation
 from ._install import install
 from .dyn_moe import calibrate_experts, convert_mlp_to_dynmoe, expert_statistics
 from .dyn_nsa import calibrate, collected_budget_loss, convert_attention, parameter_groups, revert_attention, statistics
+from .interfaces import register_attention
 
 if TYPE_CHECKING:
     from .dyn_nsa.schedule import BudgetSchedule
@@ -27,6 +28,7 @@ __all__ = [
     "expert_statistics",
     "experts",
     "parameter_groups",
+    "register_attention",
     "revert_attention",
     "statistics",
 ]

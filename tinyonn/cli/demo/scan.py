@@ -91,6 +91,7 @@ def _scan(config: ScanConfig) -> None:
     screen.say(
         f"scanned {config.topic_name}: {screen.number(result.tokens)} tokens in {screen.duration(result.seconds)}, "
         f"loss {result.loss:.3f} nats a token"
+        + (f" (resumed: {screen.counted(result.resumed, 'text')} scanned before)" if result.resumed else "")
     )
 
 
