@@ -71,11 +71,8 @@ def _expert_grad_pre_kernel(
     num_slots,
     num_experts,
     stride_gn,
-    stride_de,
-    stride_df,
-    stride_di,
-    stride_be,
-    stride_bf,
+    down_strides,
+    bias_strides,
     limit,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
@@ -90,6 +87,8 @@ def _expert_grad_pre_kernel(
     DEPTH: tl.constexpr,
 ):
     # One program owns one tile of an expert's rows, and all of its neurons.
+    stride_de, stride_df, stride_di = down_strides
+    stride_be, stride_bf = bias_strides
     tile = tl.program_id(0)
     expert = tl.load(tile_expert_ptr + tile)
     if expert >= 0:
@@ -211,8 +210,8 @@ def expert_grad_pre(
         top_k_index.shape[1],
         experts,
         grad_out.stride(0),
-        *down_proj.stride(),
-        *((0, 0) if down_bias is None else down_bias.stride()),
+        down_proj.stride(),
+        (0, 0) if down_bias is None else down_bias.stride(),
         float(limit),
         ACTIVATION=activation,
         GATED=gated,

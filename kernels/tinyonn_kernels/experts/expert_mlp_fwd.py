@@ -49,11 +49,8 @@ def _expert_gate_up_kernel(
     tile_row_ptr,
     num_slots,
     stride_xn,
-    stride_we,
-    stride_wo,
-    stride_wf,
-    stride_be,
-    stride_bo,
+    w_strides,
+    bias_strides,
     limit,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
@@ -67,6 +64,8 @@ def _expert_gate_up_kernel(
     DEPTH: tl.constexpr,
 ):
     # One program owns COLUMNS neurons, gate and up, of one tile of an expert's rows.
+    stride_we, stride_wo, stride_wf = w_strides
+    stride_be, stride_bo = bias_strides
     blocks: tl.constexpr = (NEURONS + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) // blocks
     expert = tl.load(tile_expert_ptr + tile)
@@ -139,8 +138,8 @@ def expert_gate_up(
         pairs.tile_row,
         num_slots,
         hidden_states.stride(0),
-        *gate_up_proj.stride(),
-        *((0, 0) if gate_up_bias is None else gate_up_bias.stride()),
+        gate_up_proj.stride(),
+        (0, 0) if gate_up_bias is None else gate_up_bias.stride(),
         float(limit),
         ACTIVATION=activation,
         GATED=gated,

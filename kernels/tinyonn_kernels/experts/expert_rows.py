@@ -43,11 +43,8 @@ def _expert_rows_kernel(
     tile_expert_ptr,
     tile_row_ptr,
     num_slots,
-    stride_me,
-    stride_mj,
-    stride_mf,
-    stride_be,
-    stride_bf,
+    matrix_strides,
+    bias_strides,
     HALF: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
@@ -59,6 +56,8 @@ def _expert_rows_kernel(
     DEPTH: tl.constexpr,
 ):
     # One program owns COLUMNS features of one tile of an expert's rows.
+    stride_me, stride_mj, stride_mf = matrix_strides
+    stride_be, stride_bf = bias_strides
     blocks: tl.constexpr = (FEATURES + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) // blocks
     expert = tl.load(tile_expert_ptr + tile)
@@ -135,8 +134,8 @@ def expert_rows(
         pairs.tile_expert,
         pairs.tile_row,
         num_slots,
-        *matrices.stride(),
-        *((0, 0) if bias is None else bias.stride()),
+        matrices.stride(),
+        (0, 0) if bias is None else bias.stride(),
         HALF=inner // 2 if interleaved else 0,
         HAS_BIAS=bias is not None,
         HAS_WEIGHTS=weights is not None,

@@ -38,14 +38,14 @@ def _merge_lists_kernel(
     num_slots,
     before,
     stride_cb,
-    stride_gb,
-    stride_gt,
+    bounds_strides,
     QUERIES: tl.constexpr,
     LANES: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     # One program owns TILES tiles of one key/value head. Each step removes the first block in order from all lists that begin with it.
+    stride_gb, stride_gt = bounds_strides
     batch = (tl.program_id(1) // num_kv).to(tl.int64)
     head = tl.program_id(1) % num_kv
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
@@ -121,7 +121,7 @@ def merge_lists(indices: Tensor, counts: Tensor, geometry: Geometry, group: int,
         num_slots,
         geometry.before,
         counts.stride(0),
-        *geometry.start.stride(),
+        geometry.start.stride(),
         QUERIES=queries,
         LANES=lanes,
         TILES=tiles,

@@ -61,23 +61,12 @@ def _block_sparse_dkv_kernel(
     segment,
     scale,
     scale_log2,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    stride_wb,
-    stride_wt,
-    stride_wh,
-    stride_gb,
-    stride_gt,
+    q_strides,
+    k_strides,
+    v_strides,
+    do_strides,
+    weight_strides,
+    bounds_strides,
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     IEEE: tl.constexpr,
@@ -89,6 +78,12 @@ def _block_sparse_dkv_kernel(
     BLOCK_SIZE: tl.constexpr,
 ):
     # One program owns KEYS keys of one (head, key block), and one segment of the entries that list it.
+    stride_qb, stride_qt, stride_qh = q_strides
+    stride_kb, stride_kt, stride_kh = k_strides
+    stride_vb, stride_vt, stride_vh = v_strides
+    stride_ob, stride_ot, stride_oh = do_strides
+    stride_wb, stride_wt, stride_wh = weight_strides
+    stride_gb, stride_gt = bounds_strides
     number = tl.load(block_of_ptr + tl.program_id(0))
     if number < num_blocks:
         which = tl.program_id(0) - tl.load(segments_ptr + number)
@@ -163,14 +158,14 @@ def _block_sparse_reduce_kernel(
     num_kv,
     num_slots,
     before,
-    stride_gb,
-    stride_gt,
+    bounds_strides,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     # One program owns KEYS keys of one (head, key block) and adds the sums of its segments, from first to last.
+    stride_gb, stride_gt = bounds_strides
     number = tl.program_id(0)
     segments = tl.load(segments_ptr + number + 1) - tl.load(segments_ptr + number)
     if segments > 1:
@@ -255,12 +250,12 @@ def block_sparse_attention_dkv(
         inverse.segment,
         scale,
         scale * LOG2E,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *grad_out.stride()[:3],
-        *((0, 0, 0) if weight is None else weight.stride()),
-        *geometry.start.stride(),
+        query.stride()[:3],
+        key.stride()[:3],
+        value.stride()[:3],
+        grad_out.stride()[:3],
+        (0, 0, 0) if weight is None else weight.stride(),
+        geometry.start.stride(),
         HAS_BIAS=bias is not None,
         HAS_WEIGHT=weight is not None,
         IEEE=query.dtype == torch.float32,
@@ -288,7 +283,7 @@ def block_sparse_attention_dkv(
         num_kv,
         indices.shape[-1],
         geometry.before,
-        *geometry.start.stride(),
+        geometry.start.stride(),
         HEAD_DIM=dim,
         WIDTH=width_of(dim),
         KEYS=keys,

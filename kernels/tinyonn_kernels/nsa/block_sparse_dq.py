@@ -61,28 +61,16 @@ def _block_sparse_dq_kernel(
     before,
     scale,
     scale_log2,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    stride_db,
-    stride_dt,
+    q_strides,
+    k_strides,
+    v_strides,
+    do_strides,
+    dq_strides,
     stride_sb,
-    stride_wb,
-    stride_wt,
-    stride_wh,
+    weight_strides,
     stride_cb,
     stride_lb,
-    stride_gb,
-    stride_gt,
+    bounds_strides,
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
@@ -96,6 +84,13 @@ def _block_sparse_dq_kernel(
     BLOCK_SIZE: tl.constexpr,
 ):
     # One program owns QUERIES neighbouring queries of one key/value head: rows are (query, head) pairs, QUERIES * GROUP of ROWS.
+    stride_qb, stride_qt, stride_qh = q_strides
+    stride_kb, stride_kt, stride_kh = k_strides
+    stride_vb, stride_vt, stride_vh = v_strides
+    stride_ob, stride_ot, stride_oh = do_strides
+    stride_db, stride_dt = dq_strides
+    stride_wb, stride_wt, stride_wh = weight_strides
+    stride_gb, stride_gt = bounds_strides
     batch = (tl.program_id(1) // num_kv).to(tl.int64)
     head = tl.program_id(1) % num_kv
     row = tl.arange(0, ROWS)
@@ -205,16 +200,16 @@ def block_sparse_attention_dq(
         geometry.before,
         scale,
         scale * LOG2E,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *grad_out.stride()[:3],
-        *grad_query.stride()[:2],
+        query.stride()[:3],
+        key.stride()[:3],
+        value.stride()[:3],
+        grad_out.stride()[:3],
+        grad_query.stride()[:2],
         lse.stride(0),
-        *((0, 0, 0) if weight is None else weight.stride()),
+        (0, 0, 0) if weight is None else weight.stride(),
         counts.stride(0),
         merged.lengths.stride(0),
-        *geometry.start.stride(),
+        geometry.start.stride(),
         HAS_BIAS=bias is not None,
         HAS_WEIGHT=weight is not None,
         ACCUMULATE=accumulate,

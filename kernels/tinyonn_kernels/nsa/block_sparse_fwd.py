@@ -51,22 +51,14 @@ def _block_sparse_fwd_kernel(
     num_slots,
     before,
     scale_log2,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_ob,
-    stride_ot,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
     stride_sb,
     stride_cb,
     stride_lb,
-    stride_gb,
-    stride_gt,
+    bounds_strides,
     HAS_BIAS: tl.constexpr,
     IEEE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -78,6 +70,11 @@ def _block_sparse_fwd_kernel(
     BLOCK_SIZE: tl.constexpr,
 ):
     # One program owns QUERIES neighbouring queries of one key/value head: rows are (query, head) pairs, QUERIES * GROUP of ROWS.
+    stride_qb, stride_qt, stride_qh = q_strides
+    stride_kb, stride_kt, stride_kh = k_strides
+    stride_vb, stride_vt, stride_vh = v_strides
+    stride_ob, stride_ot = out_strides
+    stride_gb, stride_gt = bounds_strides
     batch = (tl.program_id(1) // num_kv).to(tl.int64)
     head = tl.program_id(1) % num_kv
     row = tl.arange(0, ROWS)
@@ -169,14 +166,14 @@ def block_sparse_attention_fwd(
         indices.shape[-1],
         geometry.before,
         scale * LOG2E,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *out.stride()[:2],
+        query.stride()[:3],
+        key.stride()[:3],
+        value.stride()[:3],
+        out.stride()[:2],
         lse.stride(0),
         counts.stride(0),
         merged.lengths.stride(0),
-        *geometry.start.stride(),
+        geometry.start.stride(),
         HAS_BIAS=bias is not None,
         IEEE=query.dtype == torch.float32,
         GROUP=group,

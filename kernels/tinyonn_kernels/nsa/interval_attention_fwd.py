@@ -62,23 +62,13 @@ def _interval_fwd_kernel(
     before,
     reach,
     scale_log2,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_ob,
-    stride_ot,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
     stride_sb,
-    stride_wb,
-    stride_wt,
-    stride_wh,
-    stride_gb,
-    stride_gt,
+    weight_strides,
+    bounds_strides,
     COMPRESSED: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
@@ -92,6 +82,12 @@ def _interval_fwd_kernel(
     KEYS: tl.constexpr,
 ):
     # One program owns ROWS (query, head) rows of one key/value head. The last queries see the most keys, so they start first.
+    stride_qb, stride_qt, stride_qh = q_strides
+    stride_kb, stride_kt, stride_kh = k_strides
+    stride_vb, stride_vt, stride_vh = v_strides
+    stride_ob, stride_ot = out_strides
+    stride_wb, stride_wt, stride_wh = weight_strides
+    stride_gb, stride_gt = bounds_strides
     batch = (tl.program_id(1) // num_kv).to(tl.int64)
     head = tl.program_id(1) % num_kv
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
@@ -181,13 +177,13 @@ def interval_attention_fwd(
         geometry.before,
         reach,
         scale * LOG2E,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *out.stride()[:2],
+        query.stride()[:3],
+        key.stride()[:3],
+        value.stride()[:3],
+        out.stride()[:2],
         lse.stride(0),
-        *((0, 0, 0) if weight is None else weight.stride()),
-        *geometry.start.stride(),
+        (0, 0, 0) if weight is None else weight.stride(),
+        geometry.start.stride(),
         COMPRESSED=compressed,
         PACKED=geometry.packed,
         HAS_ENTROPY=entropy is not None,

@@ -48,19 +48,12 @@ def _select_dk_kernel(
     temperature,
     scale,
     scale_log2,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
+    q_strides,
+    k_strides,
     stride_sb,
-    stride_hb,
-    stride_ht,
-    stride_hh,
+    threshold_strides,
     stride_cb,
-    stride_split,
-    stride_db,
+    dk_strides,
     PACKED: tl.constexpr,
     IEEE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -74,6 +67,10 @@ def _select_dk_kernel(
     PROBES: tl.constexpr,
 ):
     # One program owns the compressed keys of BLOCKS key blocks of one sequence and head, and one part of the queries that see them.
+    stride_qb, stride_qt, stride_qh = q_strides
+    stride_kb, stride_kt, stride_kh = k_strides
+    stride_hb, stride_ht, stride_hh = threshold_strides
+    stride_split, stride_db = dk_strides
     COMPRESS: tl.constexpr = BLOCK_SIZE // RATIO
     ROWS: tl.constexpr = QUERIES * PADDED
     batch = (tl.program_id(2) // num_kv).to(tl.int64)
@@ -210,12 +207,12 @@ def select_blocks_dk(
         temperature,
         scale,
         scale * LOG2E,
-        *query.stride()[:3],
-        *key.stride()[:3],
+        query.stride()[:3],
+        key.stride()[:3],
         lse.stride(0),
-        *threshold.stride(),
+        threshold.stride(),
         counts.stride(0),
-        *grad_key.stride()[:2],
+        grad_key.stride()[:2],
         PACKED=geometry.packed,
         IEEE=query.dtype == torch.float32,
         GROUP=group,

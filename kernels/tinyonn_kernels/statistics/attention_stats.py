@@ -54,21 +54,12 @@ def _attention_stats_kernel(
     window,
     scale_log2,
     softcap_log2,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
+    q_strides,
+    k_strides,
     stride_eb,
-    stride_sb,
-    stride_st,
-    stride_mb,
-    stride_mt,
-    stride_bb,
-    stride_bh,
-    stride_bt,
-    stride_bs,
+    span_strides,
+    key_mask_strides,
+    bias_strides,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -85,6 +76,11 @@ def _attention_stats_kernel(
     KEYS: tl.constexpr,
 ):
     # One program owns ROWS (query, head) rows of one key/value head. The last queries see the most keys, so they start first.
+    stride_qb, stride_qt, stride_qh = q_strides
+    stride_kb, stride_kt, stride_kh = k_strides
+    stride_sb, stride_st = span_strides
+    stride_mb, stride_mt = key_mask_strides
+    stride_bb, stride_bh, stride_bt, stride_bs = bias_strides
     batch = (tl.program_id(1) // num_kv).to(tl.int64)
     head = tl.program_id(1) % num_kv
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -187,9 +183,9 @@ def attention_stats_fwd(
         )
     query, key = unit_stride(query), unit_stride(key)
     none = query
-    strides = [0, 0, 0, 0]
+    strides = (0, 0, 0, 0)
     if bias is not None:
-        strides = [0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True)]
+        strides = tuple(0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
     launch(
         _attention_stats_kernel,
         lambda meta: (triton.cdiv(num_queries * group, meta["ROWS"]), batch * num_kv),
@@ -208,12 +204,12 @@ def attention_stats_fwd(
         window,
         scale * LOG2E,
         softcap * LOG2E,
-        *query.stride()[:3],
-        *key.stride()[:3],
+        query.stride()[:3],
+        key.stride()[:3],
         entropy.stride(0),
-        *((0, 0) if span_mask is None else span_mask.stride()),
-        *((0, 0) if key_mask is None else key_mask.stride()),
-        *strides,
+        (0, 0) if span_mask is None else span_mask.stride(),
+        (0, 0) if key_mask is None else key_mask.stride(),
+        strides,
         CAUSAL=causal,
         WINDOW=window > 0,
         SOFTCAP=softcap > 0,
