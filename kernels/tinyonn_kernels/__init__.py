@@ -4,8 +4,8 @@ Every kernel is named `_..._kernel`. Each subpackage has a module `launches` wit
 tensors without data. Together they launch every kernel in every configuration that can run on that architecture (80, 90 or 100).
 `make kernels` compiles exactly these launches.
 
-Kernels with more than 20 parameters take the strides of a tensor as one plain tuple and unpack it in their first lines. Triton specialises
-each stride in a tuple as it does a parameter of its own. A named tuple costs 1.4 µs more per tensor and launch.
+Most kernels with more than 20 parameters take the strides of a tensor as one plain tuple and unpack it in their first lines. Triton
+specialises each stride in a tuple as it does a parameter of its own. A named tuple costs 1.4 µs more per tensor and launch.
 """
 
 from triton import knobs
