@@ -54,6 +54,17 @@ def test_routing_equals_its_definition(dtype, lowest, highest, form, combine):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_token_has_one_to_eight_experts_unless_told(impl):
+    x, prototypes, thresholds = router(20, 12)
+    for threshold, count in ((-9.0, 8), (9.0, 1)):  # every expert is above its threshold, or none
+        found = ops.threshold_route(x, prototypes, torch.full_like(thresholds, threshold), impl=impl)
+        assert found.top_k_index.shape == (20, 8)
+        assert (found.count == count).all()
+    found = ops.select_by_budget(torch.zeros(20, 12, dtype=torch.float64), 1.0, impl=impl)
+    assert found.top_k_index.tolist() == [list(range(8))] * 20
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("combine", ["softmax", "gated"])
 def test_gradcheck_with_the_set_fixed(combine, form, impl):
