@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from tinyonn import ops
 from tinyonn.ops import _dispatch, block_norms
+from tinyonn.testing import dtype_id
 
 Q, K, KC = torch.randn(1, 64, 2, 16), torch.randn(1, 64, 1, 16), torch.randn(1, 2, 1, 16)
 LISTS = torch.zeros(1, 64, 1, 1, dtype=torch.int32)
@@ -29,6 +31,20 @@ CALLS = {
 def test_auto_on_the_cpu_is_torch(monkeypatch):
     monkeypatch.setattr(_dispatch, "_triton_missing", lambda: pytest.fail("auto asked for triton on a CPU tensor"))
     assert block_norms(torch.ones(1, 4), 4).item() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "impl"),
+    [(torch.float16, "triton"), (torch.bfloat16, "triton"), (torch.float32, "triton"), (torch.float64, "torch")],
+    ids=dtype_id,
+)
+def test_auto_on_the_gpu_is_triton_except_for_float64(monkeypatch, dtype, impl):
+    with FakeTensorMode():
+        tensor = torch.empty(1, dtype=dtype, device="cuda")
+    monkeypatch.setattr(_dispatch, "_triton_missing", lambda: None)
+    assert _dispatch.choose_impl("auto", tensor) == impl
+    monkeypatch.setattr(_dispatch, "_triton_missing", lambda: "'No module named triton'")
+    assert _dispatch.choose_impl("auto", tensor) == "torch"
 
 
 @pytest.mark.parametrize("name", CALLS)
