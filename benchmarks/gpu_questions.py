@@ -192,7 +192,7 @@ PARTS = ("compressed", "select", "block sparse", "window")
 GPU_TESTS = {
     "ops/test_statistics_on_gpu.py": 60,
     "ops/test_expert_mlp_triton.py": 40,
-    "ops/test_dyn_nsa_triton.py": 40,
+    "ops/test_dyn_nsa_triton_memory.py": 40,
     "ops/test_threshold_route.py": 10,
     "train/test_gating_gradients.py": 15,
     "heads/test_training_resume.py": 30,
