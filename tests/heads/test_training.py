@@ -119,7 +119,12 @@ def test_a_seed_gives_the_same_weights_and_leaves_the_callers_generator_alone(co
 def test_a_classifier_of_other_classes_is_replaced(config, tmp_path):
     run = config(model_path=str(save_tiny_model(tmp_path / "five", "bert", num_labels=5)), max_steps=1)
     train(run)
-    assert weights(run.folder / "ckpt_init")["classifier.weight"].shape == (2, 48)
+    base, begun = weights(tmp_path / "five"), weights(run.folder / "ckpt_init")
+    assert base.pop("classifier.weight").shape == (5, 48)
+    assert begun.pop("classifier.weight").shape == (2, 48)
+    assert base.pop("classifier.bias").shape == (5,)
+    assert (begun.pop("classifier.bias") == 0).all()
+    assert same(begun, base)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "deberta-v2", "roberta", "distilbert", "modernbert"])
