@@ -7,8 +7,10 @@ transformers has no hook at these places. All but the last two act only on model
     _initialize_weights          raises an error for parts whose weights a folder lacks
     save_pretrained              adds a guard to the weights file; see `hf.guard`
     config.transformers_weights  is a sentence for processes without tinyonn, and None here
-    _adjust_missing_and_unexpected_keys    raises an error for weights of parts that the model was built without
+    _adjust_missing_and_unexpected_keys    raises an error for weights of parts that the model was built without; forgets old names of weights
     post_init, set_experts_implementation  raise an error for experts that experts_implementation="tinyonn" cannot run
+
+It also registers old names of weights of parts with transformers' own.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from . import _converted
 from ._converted import RECORD, WEIGHTS
 from .experts import check_experts, experts_checked
 from .guard import guarded, without_guards
+from .old_folders import forget_renamings, register_renamings
 
 
 class _WeightsFile:
@@ -74,6 +77,7 @@ def install() -> None:
     @functools.wraps(adjust)
     def new_adjust(self: Any, loading_info: Any) -> None:
         _converted.refuse_lost_parts(self, loading_info)
+        forget_renamings(self)
         loading_info.unexpected_keys = without_guards(self, loading_info.unexpected_keys)
         adjust(self, loading_info)
 
@@ -89,5 +93,6 @@ def install() -> None:
 
     cls.__init__, cls.post_init, cls._initialize_weights, cls.save_pretrained = new_init, new_post_init, new_initialize, new_save
     cls._adjust_missing_and_unexpected_keys, cls.set_experts_implementation = new_adjust, new_set_experts
+    register_renamings()
     cls._tinyonn_installed = True
     setattr(PretrainedConfig, WEIGHTS, _WeightsFile())

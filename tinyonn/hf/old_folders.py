@@ -3,6 +3,8 @@
 Their config.json has `quantization_config = {"quant_method": "dyn_nsa", "options": {...}, "layers": {...}}`, or "dyn_moe". It is moved to
 the record of `record` before the model is built, so the model saves in the new way. The loader is there for transformers to find the
 method; it does nothing.
+
+Weights that were renamed since are read by their old names; `register_renamings` tells transformers, whose names for saving stay the new.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 METHODS = ("dyn_nsa", "dyn_moe")
+_RENAMED = {r"\.dyn_nsa\.opening$": ".dyn_nsa.price"}  # pattern of the old name -> end of the new
 
 
 class OldConversion(QuantizationConfigMixin):
@@ -45,6 +50,20 @@ class OldLoader(HfQuantizer):
 for method in METHODS:
     register_quantization_config(method)(type(f"Old_{method}", (OldConversion,), {}))
     register_quantizer(method)(type(f"OldLoader_{method}", (OldLoader,), {}))
+
+
+def register_renamings() -> None:
+    """Adds the old names to transformers' own old names, which it reads for every model."""
+    added = [WeightRenaming(source_patterns=old, target_patterns=new) for old, new in _RENAMED.items()]
+    register_checkpoint_conversion_mapping("legacy", [*get_checkpoint_conversion_mapping("legacy"), *added], overwrite=True)
+
+
+def forget_renamings(model: PreTrainedModel) -> None:
+    """Lets a model that was read by old names be saved by the new: transformers would write the names that it read."""
+    used: Any = getattr(model, "_weight_conversions", None)
+    if used:
+        old = set(_RENAMED)
+        model._weight_conversions = [one for one in used if not old & set(getattr(one, "source_patterns", []))]
 
 
 def moved(config: PretrainedConfig) -> tuple[str, dict[str, Any]] | None:

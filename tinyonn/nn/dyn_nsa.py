@@ -1,117 +1,70 @@
 """Learned parameters of DynNSA around `ops.dyn_nsa`, and its budget loss.
 
     gates = bias + weight · q / rms(q)          one weight and one bias per head and branch; linear, so gradients never vanish
-    θ     = (base + opening) − slope · τ        a schedule sets `opening`: −30 selects every block, 0 has no effect
-    L     = weight · (mean soft count / target − 1)²
+    q'    = q · map                             of the compressed branch and of the selection; one map per head, at first the identity
+    θ     = price + base − slope · τ            one price for the layers of a model: −30 selects every block
+    L     = weight · (mean soft count / target − 1)²            one mean for the layers of a model
 
 B batch, T queries of Tk positions, H query heads, K key/value heads, D head dim
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import DynNSAOutput, dyn_nsa
-from ..ops._dispatch import autocast_dtype, autocast_off, check_choice, check_impl, check_size, statistics_dtype
-from ..ops.nsa._checks import check_max_blocks, check_sizes, check_temperature
-from ._options import check_flag, check_number
+from ..ops._dispatch import autocast_dtype, autocast_off, statistics_dtype
 from .block_compression import BlockCompression, block_starts
+from .dyn_nsa_options import DynNSAOptions
 
 OPEN = -30.0
-"""Opening of a threshold at which every block is selected: importance is never below -20."""
-MAX_TEMPERATURE = 10.0  # with a higher one, the gates of an open model would not all be 1
-MIN_MAX_BLOCKS = 3
+"""Price at which every block is selected: importance is never below -20."""
+START_PRICE = -5.0  # of a layer of one's own: blocks with a share of at least 0.7 % pass
 OUTPUT_TAU_MOMENTUM = 0.05  # of the running mean of output entropies
+STATISTICS = ("mean_count", "far_count", "overflow", "tau", "share_compressed", "share_selected", "share_window")
 
-TauSource = Literal["attention", "output", "constant"]
-STATISTICS = ("mean_count", "overflow", "tau", "share_compressed", "share_selected", "share_window")
-
-
-@dataclass
-class DynNSAOptions:
-    """Options of a DynNSA layer.
-
-    Attributes:
-        compress_size: positions of a compressed key: 16, 32 or 64, dividing block_size.
-        block_size: positions of a key block.
-        window: keys of the window branch.
-        temperature: width of the smooth step above the threshold, in nats; a normal float32 of at most 10.
-        max_blocks: maximum key blocks per query, at least 3; None for all blocks.
-        detach_scores: whether to stop the gradient through the importance of blocks.
-        learnable_compression: whether compression is learned; False for the mean of a block.
-        start_gates: initial weights of the compressed, selected and window branch.
-        base, slope: initial thresholds, in nats, and in nats per unit of tau.
-        tau_source: "attention" for the entropy of the compressed branch; "output" for the entropy of the model's output; "constant".
-        tau: the constant, in [0, 1].
-        budget_weight: weight of the budget loss; 0 for none.
-        budget_target: initial target of the budget loss, in key blocks per query; a schedule may change it.
-        impl: implementation of `ops.dyn_nsa`.
-    """
-
-    compress_size: int = 64
-    block_size: int = 64
-    window: int = 512
-    temperature: float = 1.0
-    max_blocks: int | None = 32
-    detach_scores: bool = False
-    learnable_compression: bool = True
-    start_gates: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
-    base: float = 0.0
-    slope: float = 1.0
-    tau_source: TauSource = "attention"
-    tau: float = 0.5
-    budget_weight: float = 0.0
-    budget_target: float = 16.0
-    impl: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("base", "slope", "tau"):
-            check_number(name, getattr(self, name))
-        check_number("temperature", self.temperature, above=0, at_most=MAX_TEMPERATURE)
-        check_number("budget_weight", self.budget_weight, at_least=0)
-        check_number("budget_target", self.budget_target, above=0)
-        for name in ("detach_scores", "learnable_compression"):
-            check_flag(name, getattr(self, name))
-        if not isinstance(self.start_gates, (list, tuple)):
-            raise TypeError(f"start_gates must be a tuple of 3 numbers, got {type(self.start_gates).__name__}.")
-        for gate in self.start_gates:
-            check_number("start_gates", gate)
-        check_sizes(self.block_size, self.compress_size)
-        check_size("window", self.window)
-        check_temperature(self.temperature)
-        if self.max_blocks is not None:
-            check_max_blocks(self.max_blocks)
-        check_impl(self.impl)
-        self.start_gates = tuple(self.start_gates)  # type: ignore[assignment]  # JSON gives a list
-        check_choice("tau_source", self.tau_source, get_args(TauSource))
-        if not 0 <= self.tau <= 1:
-            raise ValueError(f"tau must be in [0, 1], got {self.tau}.")
-        if len(self.start_gates) != 3:
-            raise ValueError(f"start_gates must have 3 weights, got {len(self.start_gates)}.")
-
-
-def budget_loss(soft_counts: Tensor, target: Tensor | float, *, weight: float = 1.0, mask: Tensor | None = None) -> Tensor:
+def budget_loss(
+    soft_counts: Tensor | Sequence[Tensor],
+    target: Tensor | float,
+    *,
+    weight: float = 1.0,
+    mask: Tensor | Sequence[Tensor] | None = None,
+) -> Tensor:
     """Pulls the mean number of selected blocks towards a target: weight · (mean / target − 1)².
 
     Args:
-        soft_counts: (B, T, K), from `ops.dyn_nsa`; carries the gradient, also for blocks under the threshold.
+        soft_counts: (B, T, K), from `ops.dyn_nsa`; carries the gradient, also for blocks under the threshold. Those of several layers
+            share one budget: their mean is one.
         target: blocks per query, above 0.
         weight: weight of the loss.
-        mask: (B, T, K), which rows count; None for all.
+        mask: (B, T, K), which rows count, for each of soft_counts; None for all.
 
     Returns:
         0-d.
     """
     if not isinstance(target, Tensor) and not target > 0:
         raise ValueError(f"target must be above 0, got {target}.")
-    mean = soft_counts.mean() if mask is None else (soft_counts * mask).sum() / mask.sum().clamp(min=1)
-    there = soft_counts.numel() > 0 if mask is None else mask.any()
-    return weight * torch.where(torch.as_tensor(there, device=mean.device), mean / target - 1, 0).square()
+    counts = [soft_counts] if isinstance(soft_counts, Tensor) else list(soft_counts)
+    masks = [None] * len(counts) if mask is None else [mask] if isinstance(mask, Tensor) else list(mask)
+    return loss_of_sums([sums_of(count, which) for count, which in zip(counts, masks, strict=True)], target, weight)
+
+
+def sums_of(soft_counts: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sum of the soft counts that count, and how many they are, 0-d each."""
+    if mask is None:
+        return soft_counts.sum(), soft_counts.new_tensor(soft_counts.numel())
+    return (soft_counts * mask).sum(), mask.sum()
+
+
+def loss_of_sums(sums: Sequence[tuple[Tensor, Tensor]], target: Tensor | float, weight: float) -> Tensor:
+    """The budget loss of one mean over all these sums, of `sums_of`, which may lie on several devices."""
+    device = sums[0][0].device
+    total, number = (torch.stack([pair[part].to(device) for pair in sums]).sum() for part in (0, 1))
+    return weight * torch.where(number > 0, total / number.clamp(min=1) / target - 1, 0).square()
 
 
 def normalised_entropy(logits: Tensor) -> Tensor:
@@ -130,18 +83,18 @@ def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 class DynNSACore(nn.Module):
     """DynNSA without projections: compression, branch gates, thresholds, and running statistics.
 
-    The inputs are projected queries, keys and values. Buffers are `opening` and `budget_target`, which a schedule sets, and `output_tau`,
-    the running mean of output entropies. These three are saved; the statistics are not.
+    The inputs are projected queries, keys and values. Buffers are `price`, the level of all thresholds, and `budget_target`, which a
+    schedule sets, and `output_tau`, the running mean of output entropies. These three are saved; the statistics are not.
 
     Args:
         num_heads: H.
         num_kv_heads: K.
         head_dim: D.
         options: options of the layer; not copied, so layers may share them and change together.
-        opening: offset of base; `OPEN` selects every block.
+        price: initial price; None for -5, or 0 with importance="relative". `OPEN` selects every block.
     """
 
-    opening: Tensor
+    price: Tensor
     budget_target: Tensor
     output_tau: Tensor
     observed: Tensor
@@ -155,14 +108,14 @@ class DynNSACore(nn.Module):
         head_dim: int,
         options: DynNSAOptions | None = None,
         *,
-        opening: float = 0.0,
+        price: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.options = options = DynNSAOptions() if options is None else options
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.start_opening = opening
+        self.start_price = (START_PRICE if options.importance == "share" else 0.0) if price is None else price
 
         def compression() -> BlockCompression:
             learnable = options.learnable_compression
@@ -172,23 +125,32 @@ class DynNSACore(nn.Module):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         self.compress_key, self.compress_value = compression(), compression()
+        self.query_map = parameter(num_heads, head_dim, head_dim) if options.compress_query else None
         self.gate_weight, self.gate_bias = parameter(num_heads, head_dim, 3), parameter(num_heads, 3)
         self.base, self.slope = parameter(num_kv_heads), parameter(num_kv_heads)
-        for name in ("opening", "budget_target", "output_tau", "observed"):
+        for name in ("price", "budget_target", "output_tau", "observed"):
             self.register_buffer(name, torch.empty((), device=device, dtype=torch.float32))
         self.register_buffer("sums", torch.empty(len(STATISTICS), device=device, dtype=torch.float32), persistent=False)
         self.register_buffer("calls", torch.empty((), device=device, dtype=torch.int64), persistent=False)
         self.previous_tau: Tensor | None = None
         self.collecting = False
-        self.collected: Tensor | None = None
+        self.collected: tuple[Tensor, Tensor] | None = None  # of `sums_of`
+        # Blocks that queries read in training, and number of rows, for a schedule that takes them; no buffer, as DDP would overwrite it.
+        self.counted: Tensor | None = None
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynNSACore:
-        sums = self.sums
+        wide = {name: getattr(self, name) for name in ("sums", "price", "budget_target")}
         super()._apply(fn, recurse)
-        if not sums.is_meta and not self.sums.is_meta:
-            self.sums = sums.to(self.sums.device)  # stay float32 if the model is converted; half precision is too narrow
+        for name, old in wide.items():
+            if not old.is_meta and not getattr(self, name).is_meta:
+                setattr(self, name, old.to(getattr(self, name).device))  # stay float32: half precision is too coarse for small steps
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}price" not in state_dict and f"{prefix}opening" in state_dict:  # its name in earlier versions
+            state_dict[f"{prefix}price"] = state_dict.pop(f"{prefix}opening")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_parameters(self) -> None:
         """Initialises parameters and buffers from the options."""
@@ -196,11 +158,13 @@ class DynNSACore(nn.Module):
         with torch.no_grad():
             self.compress_key.reset_parameters()
             self.compress_value.reset_parameters()
+            if self.query_map is not None:
+                self.query_map.copy_(torch.eye(self.head_dim, dtype=self.query_map.dtype).expand_as(self.query_map))
             self.gate_weight.zero_()
             self.gate_bias.copy_(self.gate_bias.new_tensor(options.start_gates).expand(self.num_heads, 3))
             self.base.fill_(options.base)
             self.slope.fill_(options.slope)
-            self.opening.fill_(self.start_opening)
+            self.price.fill_(self.start_price)
             self.budget_target.fill_(options.budget_target)
             self.output_tau.fill_(1.0)
             self.observed.zero_()
@@ -214,7 +178,7 @@ class DynNSACore(nn.Module):
         """Mean statistics of the calls since the last reset.
 
         Returns:
-            mean_count, key blocks per query; overflow, share of rows for which more than max_blocks passed; tau; share_compressed,
+            mean_count, key blocks per query; far_count, those beyond the forced ones; overflow, share of rows for which more than max_blocks passed; tau; share_compressed,
             share_selected, share_window, of |gate|. Padding does not count. NaN before the first call.
         """
         return dict(zip(STATISTICS, (self.sums / self.calls).tolist(), strict=True))
@@ -224,6 +188,10 @@ class DynNSACore(nn.Module):
         wide = gate_input.float() if gate_input.dtype in (torch.float16, torch.bfloat16) else gate_input
         unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
         return torch.einsum("bthd,hdg->bthg", unit, self.gate_weight.to(wide.dtype)) + self.gate_bias.to(wide.dtype)
+
+    def compressed_query(self, query: Tensor) -> Tensor | None:
+        """Queries of the compressed branch and of the selection, (B, T, H, D); None where they are the queries themselves."""
+        return None if self.query_map is None else torch.einsum("bthd,hde->bthe", query, self.query_map.to(query.dtype))
 
     def compress(self, key: Tensor, value: Tensor, key_start: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compressed keys and values: (B, Tk, K, D) -> (B, Tk // compress_size, K, D) for each."""
@@ -301,11 +269,15 @@ class DynNSACore(nn.Module):
         """
         if key_compressed is None or value_compressed is None:
             key_compressed, value_compressed = self.compress(key, value, key_start, cu_seqlens)
-        base = self.base + self.opening.to(self.base.dtype)
         return attend(
-            self.options, query, key, value, key_compressed, value_compressed, gates, base, self.slope, tau=tau, scale=scale,
-            key_start=key_start, key_end=key_end, cu_seqlens=cu_seqlens,
+            self.options, query, key, value, key_compressed, value_compressed, gates, self.threshold_base(), self.slope, tau=tau,
+            query_compressed=self.compressed_query(query), scale=scale, key_start=key_start, key_end=key_end, cu_seqlens=cu_seqlens,
         )  # fmt: skip
+
+    def threshold_base(self) -> Tensor:
+        """price + base, (K,): the thresholds at tau 0; of half precision in float32, whose digits the price has."""
+        dtype = torch.promote_types(self.base.dtype, torch.float32)
+        return self.base.to(dtype) + self.price.to(dtype)
 
     def budget_loss(self, result: DynNSAOutput) -> Tensor:
         """The budget loss of a call, 0-d; padding does not count."""
@@ -313,21 +285,55 @@ class DynNSACore(nn.Module):
             return result.soft_counts.new_zeros(())
         return budget_loss(result.soft_counts, self.budget_target, weight=self.options.budget_weight, mask=result.counts > 0)
 
+    def budget_sums(self, result: DynNSAOutput) -> tuple[Tensor, Tensor]:
+        """`sums_of` a call, for a budget loss of several layers; zeros where there is no such loss."""
+        if not self.options.budget_weight:
+            zero = result.soft_counts.new_zeros(())
+            return zero, zero
+        return sums_of(result.soft_counts, result.counts > 0)
+
     @torch.no_grad()
-    def record(self, result: DynNSAOutput, gates: Tensor) -> None:
-        """Adds a call to the running statistics."""
+    def record(
+        self, result: DynNSAOutput, gates: Tensor, num_keys: int, *, key_start: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> None:
+        """Adds a call to the running statistics, and in training to `counted`.
+
+        Args:
+            result, gates: of the call. num_keys: Tk. key_start, cu_seqlens: as the call was given them.
+        """
         real = result.counts > 0  # padding reads no block
         total = real.sum().clamp(min=1)
+        forced = forced_counts(self.options, result.counts.shape[1], num_keys, real.device, key_start, cu_seqlens)
+        blocks, far = result.counts.sum(), ((result.counts - forced) * real).sum()
         size = gates.abs().float() * real.repeat_interleave(self.num_heads // self.num_kv_heads, -1)[..., None]
         shares = size.sum((0, 1, 2)) / size.sum().clamp(min=1e-20)
-        means = [result.counts.sum() / total, result.overflow, (result.tau * real).sum() / total]
+        means = [blocks / total, far / total, result.overflow, (result.tau * real).sum() / total]
         # A call with only padding does not count. In place, without setting attributes, so that a checkpointed region compiles whole.
         there = real.any()
         self.sums.add_(there * torch.cat([torch.stack([mean.to(self.sums.dtype) for mean in means]), shares.to(self.sums.dtype)]))
         self.calls.add_(there)
+        if self.training and self.counted is not None:
+            self.counted.add_(torch.stack([blocks, real.sum()]))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+
+
+def forced_counts(
+    options: DynNSAOptions,
+    num_queries: int,
+    num_keys: int,
+    device: torch.device,
+    key_start: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Forced blocks of the last `num_queries` of `num_keys` positions, (B or 1, T, 1); of padding, any number."""
+    place = torch.arange(num_keys - num_queries, num_keys, device=device)[None]
+    if cu_seqlens is not None:
+        place = place - cu_seqlens[torch.searchsorted(cu_seqlens.long(), place, right=True) - 1]
+    elif key_start is not None:
+        place = (place - key_start[:, None]).clamp(min=0)
+    return (place // options.block_size + 1).clamp(max=options.forced)[..., None]
 
 
 def attend(options: DynNSAOptions, *tensors: Tensor, **others: Any) -> DynNSAOutput:
@@ -335,12 +341,13 @@ def attend(options: DynNSAOptions, *tensors: Tensor, **others: Any) -> DynNSAOut
     query, key = tensors[:2]
     max_blocks = options.max_blocks
     if max_blocks is None:
-        max_blocks = max(MIN_MAX_BLOCKS, -(-key.shape[1] // options.block_size))
+        max_blocks = max(options.forced, -(-key.shape[1] // options.block_size))
     # The op chooses the precision of its own products; autocast would change it.
     with autocast_off(query):
         return dyn_nsa(
             *tensors, window=options.window, temperature=options.temperature, block_size=options.block_size,
-            compress_size=options.compress_size, max_blocks=max_blocks, detach_scores=options.detach_scores, impl=options.impl, **others,
+            compress_size=options.compress_size, max_blocks=max_blocks, importance=options.importance, forced_first=options.forced_first,
+            forced_local=options.forced_local, detach_scores=options.detach_scores, impl=options.impl, **others,
         )  # fmt: skip
 
 

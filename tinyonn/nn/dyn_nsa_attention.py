@@ -132,7 +132,7 @@ class DynNSAAttention(nn.Module):
             query, key, value, gates, key_compressed=key_compressed, value_compressed=value_compressed, tau=tau, key_start=key_start,
             key_end=key_end, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        self.core.record(result, gates)
+        self.core.record(result, gates, key.shape[1], key_start=key_start, cu_seqlens=cu_seqlens)
         loss = self.core.budget_loss(result)
         out = self.o_proj(result.out.flatten(2))
         return DynNSAAttentionOutput(out, loss, result.counts, result.tau, result.overflow, result.soft_counts)

@@ -19,7 +19,7 @@ from ...nn.dyn_nsa import attend, common_dtype
 from ..interfaces import register_attention
 from .decoding import compressed_so_far
 from .masks import dyn_nsa_mask, gathered, layout_of, within_bounds
-from .options import checked_options, checked_tau, opening_of
+from .options import checked_options, checked_tau, open_price
 from .parts import DYN_NSA, core_of
 
 # What a model may hand to its attention function that has no bearing on the result here.
@@ -116,10 +116,10 @@ def dyn_nsa_attention(
     # The previous token's uncertainty comes in as `tau`, so it is recomputed with the same one: see `hooks`.
     tau = core.tau_of(tau, query, decoding=False)
     result = core(query, key, value, gates, key_compressed=compressed[0], value_compressed=compressed[1], tau=tau, scale=scaling, **bounds)
-    loss = core.budget_loss(result)  # recomputation must save the same tensors, so it does this too
+    sums = core.budget_sums(result)  # recomputation must save the same tensors, so it does this too
     if core.collecting:
-        core.record(result, gates)
-        core.collected = loss if core.training else None
+        core.record(result, gates, key.shape[1], key_start=bounds.get("key_start"), cu_seqlens=bounds.get("cu_seqlens"))
+        core.collected = sums if core.training else None
     return _in_place(result.out.reshape(batch, tokens, *result.out.shape[2:]), query_order), None
 
 
@@ -138,11 +138,12 @@ def _without_parts(
     bounds: dict[str, Tensor | None],
 ) -> Tensor:
     start: dict[str, Any] = {"max_blocks": None, "start_gates": (0.0, 1.0, 0.0), "base": 0.0, "slope": 0.0, "learnable_compression": False}
+    start["compress_query"] = False
     given = getattr(module.config, "dyn_nsa", None) or {}
     options = checked_options(given, "config.dyn_nsa", start)
     if "base" not in given:
-        options.base = opening_of(options)
-    if options.learnable_compression or options.tau_source == "output" or options.budget_weight:
+        options.base = open_price(options)
+    if options.learnable_compression or options.compress_query or options.tau_source == "output" or options.budget_weight:
         raise InputError("config.dyn_nsa must ask for nothing learnt or collected; convert_attention adds the parts for that.")
     batch, tokens, heads, _ = query.shape
     num_keys, num_kv = key.shape[1:3]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,40 +15,45 @@ from transformers import PreTrainedModel
 from ..._io.units import counted
 from ...errors import InputError
 from ...nn._options import check_number
-from ...nn._search import bisect
 from ...nn.dyn_nsa import DynNSACore
-from ...ops._dispatch import check_size
+from ...ops._dispatch import check_choice
 from .._forward import tokens_of
 from ..interfaces import gradients_kept, modes_kept
 from ..peft_parts import keep_in_adapter
-from .options import opening_of
-from .parts import PART, cores, mean_blocks
+from .observing import Attended, HeadEffects, PriceSample, attended
+from .options import open_price
+from .parts import PART, cores
+from .sample_loss import loss_of, with_leaf
 
-HIGHEST = 12.0  # nats above base: past it only forced blocks are left, for importance is at most the log of the number of blocks
-FORCED = 3  # blocks that a query always reads: the first, its own and the one before
-LEAST = 2.25  # what queries read of the shortest text with a choice, of four blocks, if they read the forced ones alone: 1, 2, 3, 3
+Price = Literal["gradient", "none"]
+VALUES = 2**24  # importances that a price is taken from
+CLOSE = 0.005  # relative error of the count at which a price stays
+FARTHEST = 4.0  # nats of an offset from the median: a head that has no effect at all
 
 
-@torch.no_grad()
-def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any]], target: float, *, steps: int = 12) -> float:
-    """Shifts the thresholds of all layers until queries read `target` key blocks on average over a sample. It also sets all openings to 0.
+def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any]], target: float, *, price: Price = "gradient") -> float:
+    """Sets the thresholds of all layers so that queries read `target` key blocks on average over a sample.
 
-    All thresholds move by the same amount, so differences between layers stay. The sample runs `steps + 2` times. Statistics are reset.
+    One price for the model decides how many blocks are read. `base`, an offset of each key/value head, decides where: with
+    price="gradient", one backward pass over the sample measures what a block's share of the attention is worth to the next token's loss
+    in each head. Offsets are centred over layers and heads. The price then follows from the sorted importances of the sample; at most two
+    more corrections allow for what sparse layers change in the layers above. The sample runs three to five times. Statistics are reset.
 
     Args:
-        model: model that `convert_attention` has converted. It keeps its training or eval mode.
+        model: model that `convert_attention` has converted. It keeps its training or eval mode, its weights and their gradients.
         sample: batches of (B, T) token ids, or of the model's keyword arguments, about as long as the texts that the model will see.
-        target: key blocks per query, forced blocks included.
-        steps: number of bisection steps; 12 determine the shift to less than 0.01 nats.
+        target: key blocks per query, forced blocks included, on average over layers, heads and tokens.
+        price: "gradient" to measure offsets, which needs a model with a language head; "none" to keep those that the heads have.
 
     Returns:
-        Mean key blocks per query over the sample, after the shift.
+        Mean key blocks per query over the sample, as the model now reads.
 
     Raises:
-        InputError: the model is not converted; the sample is empty or too short for the target; no shift reaches the target.
-        ValueError: steps is below 1. TypeError, ValueError: target is not a finite number.
+        InputError: the model is not converted; the sample is empty or too short for the target; no price reaches the target; with
+            price="gradient", the model gives no logits, or the loss or its gradient is not finite.
+        ValueError: price is not one of the two. TypeError, ValueError: target is not a finite number.
     """
-    check_size("steps", steps)
+    check_choice("price", price, get_args(Price))
     check_number("target", target)
     if next(cores(model), None) is None:
         raise InputError(f"calibrate must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
@@ -56,40 +62,163 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
         raise InputError("sample must have at least one batch, got none.")
     keep_in_adapter(model, PART)
     found = list(cores(model))
-    before = [core.opening.clone() for core in found]
+    before = [(core.base.detach().clone(), core.price.clone()) for core in found]
     try:
         with modes_kept(model):
             model.eval()
-            low, high = min(map(_all_open, found)), HIGHEST
-            most, least = (_blocks(model, found, batches, shift) for shift in (low, high))
-            _check_target(found, batches, target, least, most)
-            shift = bisect(lambda shift: _blocks(model, found, batches, shift), target, low, high, steps)
-            reached = _blocks(model, found, batches, shift)
-        for core in found:
-            core.base.add_(core.opening.to(core.base.dtype))
-            core.opening.zero_()
-            core.start_opening = 0.0
+            return _calibrated(model, found, batches, target, price)
     except BaseException:
-        for core, opening in zip(found, before, strict=True):
-            core.opening.copy_(opening)
+        with torch.no_grad():
+            for core, (base, level) in zip(found, before, strict=True):
+                core.base.copy_(base)
+                core.price.copy_(level)
         raise
+    finally:
+        for core in found:
+            core.reset_statistics()
+
+
+def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[dict[str, Any]], target: float, price: Price) -> float:
+    values = PriceSample(min(1.0, VALUES / _pairs(found, batches)), seed=0)
+    effects = {core: HeadEffects(core) for core in found} if price == "gradient" else {}
+
+    def watch(call: Attended) -> None:
+        values.add(call)
+        if call.core in effects:
+            effects[call.core].watch(call)
+
+    _set_price(found, min(map(_all_open, found)))
+    with _watched(found, watch):
+        for batch in batches:
+            if effects:
+                _backward(model, batch)
+            else:
+                _forward(model, batch)
+    rows, forced = values.rows, values.forced
+    _check_target(found, batches, target, forced / rows, values.every / rows)
+    offsets = _bounded([effects[core].offsets() for core in found]) if effects else [-core.base.detach().float().cpu() for core in found]
+    middle = torch.cat(offsets).mean()
+    with torch.no_grad():
+        for core, offset in zip(found, offsets, strict=True):
+            core.base.copy_(middle - offset)
+    ordered = values.above_base()
+    wanted = target * rows - forced  # far blocks
+    tried: list[tuple[float, float, float]] = []  # blocks of the sorted sample, far blocks read, price
+    place = wanted * len(ordered) / values.pairs
+    while True:
+        level = _price_at(ordered, place)
+        _set_price(found, level)
+        far = _read(model, found, batches) - forced
+        tried.append((place, far, level))
+        if len(tried) == 3 or abs(far - wanted) <= CLOSE * target * rows:
+            break
+        place = _corrected(tried, wanted, len(ordered))
+    _, far, level = min(tried, key=lambda one: abs(one[1] - wanted))
+    _set_price(found, level)
+    reached = (forced + far) / rows
+    if abs(reached - target) > 0.02 * target and (far <= 0 or reached >= values.every / rows - 1e-6):
+        which = "none" if far <= 0 else "all"
+        raise InputError(
+            f"no price reads target={target} key blocks a query on this sample, got {reached:.2f}: {which} of the blocks that are not forced "
+            "pass, as their importances do not differ."
+        )
     return reached
 
 
-def _blocks(model: PreTrainedModel, found: list[DynNSACore], batches: list[dict[str, Any]], shift: float) -> float:
+def _bounded(offsets: list[Tensor]) -> list[Tensor]:
+    """Offsets of each layer, (K,), at most `FARTHEST` from the median.
+
+    Raises:
+        InputError: a gradient was not finite, or all were 0.
+    """
+    every = torch.cat(offsets).float()
+    if torch.isnan(every).any() or (every == math.inf).any() or not every.isfinite().any():
+        raise InputError("gradient of the loss over the sample must be finite, and not 0 in every head.")
+    middle = every[every.isfinite()].median()
+    return list(every.clamp(min=middle - FARTHEST, max=middle + FARTHEST).split([len(offset) for offset in offsets]))
+
+
+def _price_at(ordered: Tensor, place: float) -> float:
+    """Price that as many of these values pass, highest first."""
+    number = min(max(round(place), 0), len(ordered))
+    if number == 0:
+        return float(ordered[0]) + 1
+    if number == len(ordered):
+        return float(ordered[-1]) - 1
+    return float(ordered[number - 1] + ordered[number]) / 2
+
+
+def _corrected(tried: list[tuple[float, float, float]], wanted: float, most: int) -> float:
+    """Place to try next: a secant on logarithms from the second on."""
+    place, far, _ = tried[-1]
+    if far <= 0 or place <= 0:
+        return min(most, 4 * max(place, 1.0))
+    power = 1.0
+    if len(tried) > 1 and tried[-2][0] > 0 and tried[-2][1] > 0 and place != tried[-2][0]:
+        power = math.log(far / tried[-2][1]) / math.log(place / tried[-2][0])
+    return float(min(most, place * (wanted / far) ** (1 / min(max(power, 0.3), 3.0))))
+
+
+def _set_price(found: list[DynNSACore], price: float) -> None:
     for core in found:
-        core.opening.fill_(shift)
-        core.reset_statistics()
-    with gradients_kept(model):
+        core.price.fill_(price)
+
+
+@contextmanager
+def _watched(found: list[DynNSACore], watch: Callable[[Attended], None]) -> Iterator[None]:
+    """Within the block, each call of a core is watched."""
+    with ExitStack() as stack:
+        for core in found:
+            handle = core.register_forward_hook(lambda *call: watch(attended(*call)), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def _read(model: PreTrainedModel, found: list[DynNSACore], batches: list[dict[str, Any]]) -> int:
+    """Key blocks that the queries of the sample read, over all layers and heads."""
+    total = 0
+
+    def count(call: Attended) -> None:
+        nonlocal total
+        total += int(call.result.counts.sum())
+
+    with _watched(found, count):
         for batch in batches:
-            model(**{"use_cache": False, **batch})
-    return mean_blocks(model, reset=True)
+            _forward(model, batch)
+    return total
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, batch: dict[str, Any]) -> None:
+    with gradients_kept(model):
+        model(**{**batch, "use_cache": False})
+
+
+def _backward(model: PreTrainedModel, batch: dict[str, Any]) -> None:
+    """One backward pass as far as the embeddings; no weight gets a gradient."""
+    with torch.inference_mode(False), torch.enable_grad(), with_leaf(model) as leaves:
+        given = {name: value for name, value in batch.items() if name not in ("labels", "return_dict")}
+        if given.get("inputs_embeds") is not None:
+            given["inputs_embeds"] = given["inputs_embeds"].detach().requires_grad_()
+            leaves.append(given["inputs_embeds"])
+        output = model(**{**given, "use_cache": False, "return_dict": True})
+        loss = loss_of(model, output, batch)
+        torch.autograd.backward([loss], inputs=leaves)
+
+
+def _pairs(found: list[DynNSACore], batches: list[dict[str, Any]]) -> float:
+    """About how many blocks queries may leave out, at most."""
+    total = 0.0
+    for batch in batches:
+        tokens = tokens_of(batch)
+        rows, length = (1, 1) if tokens is None else tokens.shape[:2]
+        total += sum(rows * core.num_kv_heads * length * length / (2 * core.options.block_size) for core in found)
+    return max(total, 1.0)
 
 
 def _all_open(core: DynNSACore) -> float:
-    """Shift at which every block passes, also where an earlier calibration or training has moved the thresholds."""
-    options = replace(core.options, base=core.base.max().item(), slope=core.slope.min().item())
-    return min(core.start_opening, opening_of(options))
+    """Price at which every block passes, also where an earlier calibration or training has moved the thresholds."""
+    return open_price(replace(core.options, base=core.base.max().item(), slope=core.slope.min().item()))
 
 
 def _check_target(found: list[DynNSACore], batches: list[dict[str, Any]], target: float, least: float, most: float) -> None:
@@ -98,9 +227,11 @@ def _check_target(found: list[DynNSACore], batches: list[dict[str, Any]], target
     if target >= limit:
         raise InputError(f"target must be below max_blocks={limit:g}, got {target}.")
     tokens, block_size = max(map(_longest, batches)), max(core.options.block_size for core in found)
-    if target > most or tokens <= FORCED * block_size:
-        if target < LEAST:
-            raise InputError(f"target must be at least {LEAST} key blocks a query, as {FORCED} are always read, got {target}.")
+    forced = max(core.options.forced for core in found)
+    if target > most or tokens <= forced * block_size:
+        lowest = forced * (forced + 3) / 2 / (forced + 1)  # of the shortest text with a choice: 1, 2 … forced, forced blocks
+        if target < lowest:
+            raise InputError(f"target must be at least {lowest:g} key blocks a query, as {forced} are always read, got {target}.")
         needed = max(_tokens_for(core, target) for core in found if _limit(core) > target)
         held = f"{counted(tokens, 'token')}, {counted(-(-tokens // block_size), 'block')} of {block_size}"
         raise InputError(f"sample is too short for target={target} key blocks a query: it has {held}, and needs about {needed:,} tokens.")
@@ -132,4 +263,4 @@ def _tokens_for(core: DynNSACore, target: float) -> int:
     blocks, limit = 2 * target - 1, _limit(core)
     if blocks > limit:
         blocks = limit * (limit - 1) / 2 / (limit - target)
-    return max(math.ceil(blocks), FORCED + 1) * core.options.block_size
+    return max(math.ceil(blocks), core.options.forced + 1) * core.options.block_size

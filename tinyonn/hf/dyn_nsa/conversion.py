@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ...errors import InputError
-from ...nn.dyn_nsa import TauSource
+from ...nn.dyn_nsa_options import Importance, TauSource
 from .._converted import checked_model, forget, record, recorded
 from .hooks import add_parts, remove_observed_forward
 from .options import checked_options
@@ -19,24 +19,29 @@ from .probe import attention_layers
 def convert_attention(
     model: PreTrainedModel,
     *,
-    compress_size: int = 64,
+    compress_size: int = 16,
     block_size: int = 64,
     window: int = 512,
-    temperature: float = 1.0,
+    temperature: float = 0.05,
     max_blocks: int | None = None,
+    forced_first: int = 1,
+    forced_local: int = 2,
+    importance: Importance = "share",
     base: float = 0.0,
-    slope: float = 1.0,
+    slope: float = 0.0,
     detach_scores: bool = False,
     learnable_compression: bool = True,
+    compress_query: bool = True,
     tau_source: TauSource = "attention",
     tau: float = 0.5,
     impl: str = "auto",
 ) -> PreTrainedModel:
     """Adds the learnable parts of DynNSA to each attention layer of a model, in place; its outputs stay the same.
 
-    The branch gates, linear functions of the query, start at (0, 1, 0). All blocks are selected at first: `opening`, an offset
-    that is added to each threshold, is -30, or less if the options need it. `BudgetSchedule` lowers the budget. Compression starts as the
-    mean. Attention layers are found by running the model on a few tokens. Layers with a sliding window or chunks are local already and stay
+    The branch gates, linear functions of the query, start at (0, 1, 0). All blocks are selected at first: `price`, a number that is added
+    to each threshold, is -30, or less if the options need it. `calibrate` sets it for a budget; `BudgetSchedule` moves it during training.
+    Compression starts as the mean. By default the gates of blocks are hard, which suits a model whose weights stay as they are;
+    `BudgetSchedule` widens them while the model trains. Attention layers are found by running the model on a few tokens. Layers with a sliding window or chunks are local already and stay
     as they are.
 
     The model saves with `save_pretrained`, and loads with `from_pretrained` once `tinyonn.hf` is imported. The model gets its own copy of
@@ -65,7 +70,8 @@ def convert_attention(
         raise InputError("model was converted before; a model can be converted once.")
     options = checked_options({
         "compress_size": compress_size, "block_size": block_size, "window": window, "temperature": temperature, "max_blocks": max_blocks,
-        "detach_scores": detach_scores, "learnable_compression": learnable_compression, "start_gates": (0.0, 1.0, 0.0), "base": base,
+        "forced_first": forced_first, "forced_local": forced_local, "importance": importance, "detach_scores": detach_scores,
+        "learnable_compression": learnable_compression, "compress_query": compress_query, "start_gates": (0.0, 1.0, 0.0), "base": base,
         "slope": slope, "tau_source": tau_source, "tau": tau, "impl": impl,
     })  # fmt: skip
     layers = attention_layers(model)

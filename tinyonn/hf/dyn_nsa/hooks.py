@@ -15,7 +15,7 @@ from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore, normalised_entropy
 from .._forward import ForwardAround, forward_around, refuse_replicas, tokens_of
 from .decoding import note_tau, noted_tau, recall
-from .options import checked_options, opening_of
+from .options import checked_options, open_price
 from .parts import DYN_NSA, PART, cores, take_budget_loss
 
 OBSERVED_TOKENS = 256  # of a row, about, evenly spread, whose output entropy is taken in training: logits are large
@@ -38,7 +38,7 @@ def add_parts(model: PreTrainedModel, options: dict[str, Any], layers: dict[str,
             continue
         device, dtype = _place_of(model, module)
         with torch.inference_mode(False):
-            core = DynNSACore(heads, kv_heads, dim, shared, opening=opening_of(shared), device=device, dtype=dtype)
+            core = DynNSACore(heads, kv_heads, dim, shared, price=open_price(shared), device=device, dtype=dtype)
         module.add_module(PART, core.train(module.training))
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...nn._options import check_number
-from ...nn.dyn_nsa import OPEN, DynNSAOptions, tau_of_rows
+from ...nn.dyn_nsa import OPEN, tau_of_rows
+from ...nn.dyn_nsa_options import DynNSAOptions
 from .._converted import check_fields
 
 
@@ -28,8 +30,28 @@ def checked_options(given: Mapping[str, Any], source: str = "options", start: Ma
     return DynNSAOptions(**{**(start or {}), **given})
 
 
-def opening_of(options: DynNSAOptions) -> float:
-    """Opening at which every gate of every block is 1: no threshold, at any tau, is above the least importance, -20, less temperature."""
+# Of records that name no importance, which earlier versions wrote.
+_OLD_RULE = {"importance": "relative", "compress_size": 64, "slope": 1.0, "compress_query": False}
+
+
+def with_rule(options: Any, source: str) -> Any:
+    """Options of a record, those of an earlier version with the rule that it had, and one warning that names it.
+
+    Args:
+        source: name of the record.
+    """
+    if not isinstance(options, Mapping) or "importance" in options:
+        return options
+    warnings.warn(
+        f"{source} records no importance: it keeps the rule that it was converted with, importance='relative'; convert the model again for "
+        "'share'.",
+        stacklevel=2,
+    )
+    return {**_OLD_RULE, **options}
+
+
+def open_price(options: DynNSAOptions) -> float:
+    """Price at which every gate of every block is 1: no threshold, at any tau, is above the least importance, -20, less temperature."""
     highest = options.base + max(0.0, -options.slope)
     rounding = 0.01 * (abs(options.base) + abs(options.slope))  # of bfloat16
     return min(OPEN, -20.0 - options.temperature - highest - rounding)

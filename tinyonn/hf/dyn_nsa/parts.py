@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
-from ...nn.dyn_nsa import DynNSACore
+from ...nn.dyn_nsa import DynNSACore, loss_of_sums
 from ..peft_parts import active, active_modules, running_statistics
 
 DYN_NSA = "dyn_nsa"  # what a configuration asks for
@@ -39,10 +39,12 @@ def statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dict[str, 
     return running_statistics(model, DynNSACore, reset)
 
 
-def mean_blocks(model: nn.Module, *, reset: bool = False) -> float:
-    """Mean key blocks per query over all converted layers since the last reset; NaN before a forward."""
-    counts = [found["mean_count"] for found in statistics(model, reset=reset).values()]
-    return sum(counts) / len(counts)
+def mean_blocks(model: nn.Module, *, reset: bool = False) -> tuple[float, float]:
+    """Mean key blocks per query over all converted layers since the last reset, and those of them beyond the forced ones; NaN before a
+    forward.
+    """
+    found = list(statistics(model, reset=reset).values())
+    return sum(layer["mean_count"] for layer in found) / len(found), sum(layer["far_count"] for layer in found) / len(found)
 
 
 def parameter_groups(
@@ -78,7 +80,7 @@ def parameter_groups(
 
 
 def collected_budget_loss(model: nn.Module) -> Tensor:
-    """Mean over layers of the budget loss of the last forward in training mode. With labels, the model adds it to its own loss instead.
+    """Budget loss of the last forward in training mode: of the mean over all layers, heads and tokens. With labels, the model adds it to its own loss instead.
 
     Returns:
         0-d.
@@ -93,13 +95,35 @@ def collected_budget_loss(model: nn.Module) -> Tensor:
 
 
 def take_budget_loss(parts: Iterable[DynNSACore]) -> Tensor | None:
-    found = []
+    found, first = [], None
     for core in parts:
         if core.collected is not None:
             found.append(core.collected)
+            first = first or core
             setattr(core, _TAKEN, True)
         core.collected = None
-    return torch.stack([loss.to(found[0].device) for loss in found]).mean() if found else None
+    if first is None:
+        return None
+    return loss_of_sums(found, first.budget_target.to(found[0][0].device), first.options.budget_weight)
+
+
+def take_counts(model: nn.Module) -> tuple[float, int]:
+    """Key blocks that queries read in training since this was last asked, and number of queries, over all layers, heads and ranks.
+
+    Layers count from the first time this is asked.
+    """
+    found = list(cores(model))
+    sums = torch.zeros(2, dtype=torch.float64)
+    for core in found:
+        if core.counted is None or core.counted.device != core.sums.device:
+            core.counted = torch.zeros(2, device=core.sums.device)
+        sums += core.counted.cpu()
+        core.counted.zero_()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sums = sums.to(found[0].sums.device, torch.float32)
+        torch.distributed.all_reduce(sums)
+    blocks, rows = sums.tolist()
+    return blocks, int(rows)
 
 
 def loss_was_taken(model: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
 from .._converted import RECORD, Conversion, own_layers, register_conversion
 from .hooks import add_parts
+from .options import with_rule
 from .parts import DYN_NSA, PART
 
 
@@ -29,6 +30,7 @@ def build(model: PreTrainedModel, conversion: dict[str, Any]) -> None:
     for name, sizes in layers.items():
         if not isinstance(sizes, (list, tuple)) or len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise InputError(f"config.{RECORD} must give query heads, key heads and head size of {name}, got {sizes}.")
+    conversion["options"] = with_rule(conversion["options"], f"config.{RECORD}.{DYN_NSA}")
     add_parts(model, conversion["options"], layers)
 
 

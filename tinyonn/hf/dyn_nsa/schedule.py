@@ -2,73 +2,119 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 
 from ...errors import InputError
 from ...nn._options import check_number
-from ...nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN
+from ...nn.dyn_nsa import DynNSACore
+from ...nn.dyn_nsa_options import MAX_TEMPERATURE
 from .._converted import converted_model, recorded
 from ..peft_parts import adapter_of, frozen, keep_in_adapter, remedy
-from .parts import DYN_NSA, PART, cores, loss_was_taken, mean_blocks
+from .parts import DYN_NSA, PART, cores, loss_was_taken, mean_blocks, take_counts
+
+
+FIRST_PRICE = -10.0  # of a model that reads every block, at the first step that has counts: only shares below 0.005 % are left out
+PATH = 0.3  # of the steps: the target holds from there on
+COOLING = 0.7  # of the steps: the temperature holds from there on
+STAGES = 5  # of the temperature: a compiled model compiles again at each
 
 
 class BudgetSchedule(TrainerCallback):
-    """Lowers the key blocks that a converted model reads, from all of them to a budget. Use it as a Trainer's callback, or call `apply`
-    before each step of your own loop.
+    """Lowers the key blocks that a converted model reads to a budget while it trains, and narrows the gates of its blocks. Use it as a
+    Trainer's callback, or call `apply` before each step of your own loop.
 
-    With s the fraction of `steps` optimiser steps done, opening is start · (1 - s)³: it rises from the value that the conversion set,
-    usually -30, to 0, where the learned thresholds alone decide. The target of the budget loss is start^(1 - s) · target^s. A Trainer logs
-    the mean number of key blocks since its last log as `key_blocks`, and the target as `key_blocks_target`.
+    The budget is one for the model: the mean over layers, heads, tokens and the ranks of torch.distributed. After each optimiser step the
+    price moves by rate · log(blocks read / blocks wanted). Blocks wanted fall geometrically from those of the first step to `target` over
+    the first 30 % of `steps`. The temperature falls geometrically, in five stages, over the first 70 %: a wide gate lets a training model
+    learn where to look, a narrow one reads in full what it pays for. At each step `base` is centred over layers and heads, so that the
+    price alone is the level. A Trainer logs the means since its last log as `key_blocks` and, beyond the forced blocks,
+    `key_blocks_far`; `key_blocks_target` is what is wanted, and `key_blocks_price` the price.
 
     Args:
-        target: key blocks per query at the end, forced blocks included; at least 3, the number of forced blocks.
-        steps: optimiser steps until the target holds. If the training has fewer, it ends above the budget, with a warning.
-        start: target of the loss at the beginning.
-        weight: weight of the budget loss.
+        target: key blocks per query at the end, forced blocks included; at least as many as are forced.
+        steps: optimiser steps of the training. If there are fewer, it ends with a warning.
+        start: blocks wanted at the beginning; None for those that the first step reads, or 64 with a weight.
+        rate: nats that the price moves where the blocks read are e times those wanted; 0 to leave the price to a budget loss.
+        weight: weight of the budget loss; 0 for none.
+        temperature: at the beginning and the end, in nats; None to leave it.
         max_blocks: largest number of blocks per query after the last step; None for no limit.
 
     Raises:
-        InputError: the model of `apply` or of the Trainer is not converted.
-        RuntimeError: a Trainer reaches an optimiser step whose loss lacks the budget loss.
+        InputError: the model of `apply` or of the Trainer is not converted, or has more forced blocks than the target.
+        RuntimeError: with a weight, a Trainer reaches an optimiser step whose loss lacks the budget loss.
     """
 
-    def __init__(self, target: float, steps: int, *, start: float = 64.0, weight: float = 0.1, max_blocks: int | None = None) -> None:
-        if target < MIN_MAX_BLOCKS:
-            raise ValueError(f"target must be at least {MIN_MAX_BLOCKS}, the forced blocks, got {target}.")
-        check_number("start", start, above=0)
+    def __init__(
+        self,
+        target: float,
+        steps: int,
+        *,
+        start: float | None = None,
+        rate: float = 0.3,
+        weight: float = 0.0,
+        temperature: tuple[float, float] | None = (1.0, 0.1),
+        max_blocks: int | None = None,
+    ) -> None:
+        check_number("target", target, at_least=1)
         check_number("steps", steps, at_least=1)
+        check_number("rate", rate, at_least=0)
         check_number("weight", weight, at_least=0)
-        if max_blocks is not None and max_blocks < MIN_MAX_BLOCKS:
-            raise ValueError(f"max_blocks must be at least {MIN_MAX_BLOCKS}, the forced ones, got {max_blocks}.")
+        if start is not None:
+            check_number("start", start, above=0)
+        if temperature is not None:
+            if not isinstance(temperature, (tuple, list)) or len(temperature) != 2:
+                raise ValueError(f"temperature must be two numbers, at the beginning and the end, got {temperature!r}.")
+            for number in temperature:
+                check_number("temperature", number, above=0, at_most=MAX_TEMPERATURE)
         if max_blocks is not None and max_blocks < target:
             raise ValueError(f"max_blocks must be at least target, {target}, got {max_blocks}.")
-        self.target, self.steps, self.start, self.weight, self.max_blocks = target, steps, start, weight, max_blocks
+        self.target, self.steps, self.rate, self.weight, self.max_blocks = target, steps, rate, weight, max_blocks
+        self.temperature = temperature
+        self.start = 64.0 if start is None and weight > 0 else start
         self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-    def opening(self, step: int, start: float = OPEN) -> float:
-        """Value of opening at a step, which is added to base; `start` at step 0."""
-        return start * (1 - self._share(step)) ** 3
-
     def target_at(self, step: int) -> float:
-        """Target of the budget loss at a step, in blocks per query."""
-        share = self._share(step)
-        return float(self.start ** (1 - share) * self.target**share)
+        """Blocks per query that are wanted at a step; `target` while the start is not known."""
+        share = min(self._share(step) / PATH, 1.0)
+        return float(self.target if self.start is None else self.start ** (1 - share) * self.target**share)
 
+    def temperature_at(self, step: int) -> float | None:
+        """Temperature at a step, in nats; None where it is left alone."""
+        if self.temperature is None:
+            return None
+        first, last = self.temperature
+        stage = math.floor(min(self._share(step) / COOLING, 1.0) * STAGES) / STAGES
+        return float(first ** (1 - stage) * last**stage)
+
+    @torch.no_grad()
     def apply(self, model: nn.Module, step: int) -> None:
-        """Sets a model up for a step, counted from 0; `steps` is the end."""
-        if next(cores(model), None) is None:
+        """Sets a model up for a step, counted from 0, after the forwards in training of the step before. Every rank must call it."""
+        found = list(cores(model))
+        if not found:
             raise InputError(f"BudgetSchedule must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
         self._check(model)
+        price = self._centre(found)
+        blocks, rows = take_counts(model)
+        if self.start is None:
+            self.start = blocks / rows if rows else self._start_of(found[0], step)
+        if step > 0:
+            price = max(price, FIRST_PRICE)
+            if rows:
+                price += self.rate * math.log(max(blocks / rows, 1e-3) / self.target_at(step))
         options: dict[str, Any] = {"budget_weight": self.weight}
+        if (temperature := self.temperature_at(step)) is not None:
+            options["temperature"] = temperature
         if self.max_blocks is not None and step >= self.steps:
             options["max_blocks"] = self.max_blocks
-        for core in cores(model):
-            core.opening.fill_(self.opening(step, core.start_opening))
+        for core in found:
+            core.price.fill_(price)
             core.budget_target.fill_(self.target_at(step))
             for name, value in options.items():
                 if getattr(core.options, name) != value:
@@ -76,17 +122,35 @@ class BudgetSchedule(TrainerCallback):
         if (converted := converted_model(model, DYN_NSA)) is not None:  # a layer of one's own has no record
             recorded(converted.config)[DYN_NSA]["options"].update(options)
 
+    @staticmethod
+    def _centre(found: list[DynNSACore]) -> float:
+        """Moves the mean of `base` over layers and heads into the price; the price."""
+        mean = float(torch.cat([core.base.detach().float().cpu() for core in found]).mean())
+        for core in found:
+            core.base.sub_(mean)
+        return float(found[0].price) + mean
+
+    def _start_of(self, core: DynNSACore, step: int) -> float | None:
+        """Start of the path on which a resumed training left off, from the target that was saved; None at the first step."""
+        share = self._share(step) / PATH
+        if step == 0 or share >= 1:
+            return None
+        return float((float(core.budget_target) / self.target**share) ** (1 / (1 - share)))
+
     def _check(self, model: nn.Module) -> None:
         """Before the first step: warns of what is not trained or not saved, and lets an adapter save what the schedule changes."""
         if model in self._checked:
             return
-        self._checked.add(model)
         found = list(cores(model))
+        forced = max(core.options.forced for core in found)
+        if self.target < forced:
+            raise InputError(f"target of BudgetSchedule must be at least {forced}, the forced blocks, got {self.target}.")
+        self._checked.add(model)
         stay = sum(frozen((core.base, core.slope)) for core in found)
-        if stay:
+        if stay and self.weight > 0:
             warnings.warn(
-                f"thresholds of {stay} of {len(found)} layers require no gradient: BudgetSchedule opens them, and training does not move "
-                f"them; {remedy(model, PART)}.",
+                f"thresholds of {stay} of {len(found)} layers require no gradient: the budget loss does not move them; "
+                f"{remedy(model, PART)}.",
                 stacklevel=3,
             )
         keep_in_adapter(model, PART)
@@ -120,17 +184,18 @@ class BudgetSchedule(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, logs: Any = None, **kwargs: Any) -> None:
         assert model is not None
-        found = {"key_blocks": mean_blocks(model, reset=True), "key_blocks_target": self.target_at(state.global_step)}
-        if found["key_blocks"] == found["key_blocks"]:  # some were counted
+        blocks, far = mean_blocks(model, reset=True)
+        found = {"key_blocks": blocks, "key_blocks_far": far, "key_blocks_target": self.target_at(state.global_step)}
+        found["key_blocks_price"] = float(next(cores(model)).price)
+        if blocks == blocks:  # some were counted
             for log in (logs, *state.log_history[-1:]):
                 log.update(found)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step < self.steps:
+            missed = f"the budget of {self.target} key blocks" if self._share(state.global_step) < PATH else "the last temperature"
             warnings.warn(
-                f"BudgetSchedule must have {self.steps} optimiser steps, got {state.global_step}: the budget of {self.target} key blocks "
-                "is not reached.",
-                stacklevel=2,
+                f"BudgetSchedule must have {self.steps} optimiser steps, got {state.global_step}: {missed} is not reached.", stacklevel=2
             )
 
     def _share(self, step: int) -> float:
