@@ -66,7 +66,7 @@ def test_every_option_starts_with_all_blocks(options):
         for value in statistics(model).values():
             assert value["mean_count"] == pytest.approx(sum(t // 16 + 1 for t in range(130)) / 130, rel=1e-5)
         for core in cores(model):
-            highest = core.base + core.opening - torch.minimum(core.slope, torch.zeros(()))
+            highest = core.base + core.price - torch.minimum(core.slope, torch.zeros(()))
             assert (highest <= -20 - core.options.temperature).all()
 
 
@@ -98,7 +98,7 @@ def test_the_way_back(arch, tmp_path):
     convert_attention(model, **SMALL)
     for core in cores(model):
         core.base.fill_(3.0)
-        core.opening.zero_()
+        core.price.zero_()
     assert_differs(model(x).logits, expected)
     assert revert_attention(model) is model
     assert torch.equal(model(x).logits, expected)

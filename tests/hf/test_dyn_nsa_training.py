@@ -32,7 +32,7 @@ def stock(arch: str = "llama", dtype: torch.dtype = torch.float32, **overrides: 
 def test_it_starts_at_gates_that_can_move():
     model = convert_attention(stock(), **SMALL).train()
     for core in cores(model):
-        assert core.opening == OPEN
+        assert core.price == OPEN
         assert torch.equal(core.gates(torch.randn(1, 5, 4, 12)), torch.tensor([0.0, 1.0, 0.0]).expand(1, 5, 4, 3))
     x = token_ids()
     model(x, labels=x).loss.backward()

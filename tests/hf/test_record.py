@@ -108,7 +108,7 @@ def assert_parts_are_whole(model: PreTrainedModel) -> None:
     for core in cores(model):  # as conversion starts them
         assert (core.base == 0).all()
         assert (core.gate_bias == torch.tensor([0.0, 1.0, 0.0])).all()
-        assert core.opening == -30
+        assert core.price == -30
 
 
 @pytest.mark.parametrize("conversion", ["attention", "MLPs"])

@@ -50,7 +50,7 @@ def oracle(module: DynNSAAttention, x: Tensor, tau: Tensor | None = None) -> tup
     gates = torch.stack([unit[:, :, h] @ core.gate_weight[h] + core.gate_bias[h] for h in range(4)], 2)
     query, key = rotated(query), rotated(key)
     out, *rest = reference.dyn_nsa(
-        query, key, value, core.compress_key(key), core.compress_value(value), gates, core.base + core.opening, core.slope, tau=tau,
+        query, key, value, core.compress_key(key), core.compress_value(value), gates, core.base + core.price, core.slope, tau=tau,
         window=options.window, temperature=options.temperature, block_size=16, compress_size=16, max_blocks=options.max_blocks,
     )  # fmt: skip
     return module.o_proj(out.flatten(2)), *rest
@@ -59,7 +59,7 @@ def oracle(module: DynNSAAttention, x: Tensor, tau: Tensor | None = None) -> tup
 def test_it_is_the_dense_formula_with_all_gradients():
     module, x = layer(budget_weight=0.5), tokens(130, 2)
     module.core.budget_target.fill_(3.0)
-    module.core.opening.fill_(-0.3)
+    module.core.price.fill_(-0.3)
     parameters = list(module.parameters())
     weights = torch.randn(2, 130, 32, dtype=torch.float64)
     got = module(x)
@@ -84,7 +84,7 @@ def test_it_is_the_dense_formula_with_all_gradients():
 def test_all_blocks_of_the_selected_branch_are_dense_attention():
     module, x = layer(max_blocks=None, start_gates=(0.0, 1.0, 0.0)), tokens(150)
     module.core.reset_parameters()
-    module.core.opening.fill_(OPEN)
+    module.core.price.fill_(OPEN)
     query, key, value = (proj(x).unflatten(-1, (-1, 8)) for proj in (module.q_proj, module.k_proj, module.v_proj))
     dense = scaled_dot_product_attention(
         *(part.transpose(1, 2) for part in (rotated(query), rotated(key), value)), is_causal=True, enable_gqa=True
@@ -279,7 +279,7 @@ def test_it_compiles_whole():
 @pytest.mark.parametrize("how", ["cast", "autocast"])
 def test_half_precision_at_far_positions(how):
     module, x = layer(max_blocks=None, learnable_compression=False), tokens(60)
-    module.core.opening.fill_(OPEN)
+    module.core.price.fill_(OPEN)
     expected = module(x).out
     places = torch.arange(60)[None] + 5000  # only differences of positions count
     assert_close_rms(module(x, position_ids=places).out, expected, 1e-9)
@@ -294,7 +294,7 @@ def test_half_precision_at_far_positions(how):
 
 def test_a_saved_state_brings_everything_back():
     module, other, x = layer(0), layer(1), tokens(60)
-    module.core.opening.fill_(-0.5)
+    module.core.price.fill_(-0.5)
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(x).out, module(x).out)
 

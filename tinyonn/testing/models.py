@@ -133,7 +133,7 @@ def tiny_encoder(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def tiny_dyn_nsa_lm(arch: str = "llama", *, layers: int = 2, weight: float = 0.1, **options: Any) -> PreTrainedModel:
-    """A tiny model, of full attention, converted to DynNSA with its schedule run to the end: 5 blocks of 16 keys at most.
+    """A tiny model, of full attention, converted to DynNSA: 5 blocks of 16 keys at most, wide gates, and a price that some blocks pass.
 
     Gates, thresholds and compression are moved away from their start, so that every branch counts.
 
@@ -151,10 +151,12 @@ def tiny_dyn_nsa_lm(arch: str = "llama", *, layers: int = 2, weight: float = 0.1
     model = tiny_causal_lm(arch, dtype=dtype, num_hidden_layers=layers, max_position_embeddings=512, **overrides)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        convert_attention(model, **{"compress_size": 16, "block_size": 16, "window": 20, **options})
-        BudgetSchedule(3.0, 1, weight=weight, max_blocks=5).apply(model, 1)
+        start = {"compress_size": 16, "block_size": 16, "window": 20, "temperature": 1.0, "slope": 0.5}
+        convert_attention(model, **{**start, **options})
+        BudgetSchedule(3.0, 1, weight=weight, temperature=None, max_blocks=5).apply(model, 1)
         with torch.no_grad():
             for core in cores(model):
+                core.price.fill_(-2.5)
                 for parameter in core.parameters():
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model
