@@ -340,7 +340,8 @@ def attend(options: DynNSAOptions, *tensors: Tensor, **others: Any) -> DynNSAOut
     with autocast_off(query):
         return dyn_nsa(
             *tensors, window=options.window, temperature=options.temperature, block_size=options.block_size,
-            compress_size=options.compress_size, max_blocks=max_blocks, detach_scores=options.detach_scores, impl=options.impl, **others,
+            compress_size=options.compress_size, max_blocks=max_blocks, importance="relative", detach_scores=options.detach_scores,
+            impl=options.impl, **others,
         )  # fmt: skip
 
 
