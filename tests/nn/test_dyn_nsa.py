@@ -52,6 +52,7 @@ def oracle(module: DynNSAAttention, x: Tensor, tau: Tensor | None = None) -> tup
     out, *rest = reference.dyn_nsa(
         query, key, value, core.compress_key(key), core.compress_value(value), gates, core.base + core.price, core.slope, tau=tau,
         window=options.window, temperature=options.temperature, block_size=16, compress_size=16, max_blocks=options.max_blocks,
+        importance="relative",
     )  # fmt: skip
     return module.o_proj(out.flatten(2)), *rest
 
@@ -306,7 +307,8 @@ def test_the_core_takes_any_group_of_heads():
     query, key, value = query.double(), key.double(), value.double()
     gates = core.gates(query)
     pooled = [torch.stack([x[:, :16].mean(1), x[:, 16:32].mean(1)], 1) for x in (key, value)]
-    expected = dyn_nsa(query, key, value, *pooled, gates, torch.zeros(1).double(), torch.ones(1).double(), impl="reference", **SIZES)
+    rest = (gates, torch.zeros(1).double(), torch.ones(1).double())
+    expected = dyn_nsa(query, key, value, *pooled, *rest, importance="relative", impl="reference", **SIZES)
     assert_close_rms(core(query, key, value, gates).out, expected.out, 1e-12)
 
 

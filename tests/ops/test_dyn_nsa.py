@@ -12,6 +12,8 @@ from torch import Tensor
 from tinyonn import ops, reference
 from tinyonn.testing import TOLERANCE, assert_close_rms, dtype_id, dyn_nsa_case
 
+RULES = ["share", "relative"]
+
 
 def partly_open(tensors: dict[str, Tensor], options: dict[str, Any]) -> float:
     """Share of the unforced selectable pairs whose gate lies strictly between 0 and 1."""
@@ -22,7 +24,7 @@ def partly_open(tensors: dict[str, Tensor], options: dict[str, Any]) -> float:
     )
     tau = reference.attention_tau(entropy, tensors["query"], num_keys, tensors["key"].shape[2], compress_size)
     threshold = tensors["base"].double() - tensors["slope"].double() * tau
-    own = {key: options[key] for key in ("temperature", "block_size", "compress_size") if key in options}
+    own = {key: options[key] for key in ("temperature", "block_size", "compress_size", "importance") if key in options}
     bias = reference.select_blocks(tensors["query"], tensors["key_compressed"], lse, threshold, max_blocks=1000, num_keys=num_keys, **own)[
         2
     ]
@@ -35,12 +37,14 @@ def partly_open(tensors: dict[str, Tensor], options: dict[str, Any]) -> float:
     return int((bias < 0).sum()) / max(1, selectable)
 
 
+@pytest.mark.parametrize("importance", RULES)
 @pytest.mark.parametrize("compress_size", [16, 32, 64])
 @pytest.mark.parametrize("detach_scores", [False, True], ids=["scores", "detached"])
-def test_every_gradient_is_exact(compress_size, detach_scores):
+def test_every_gradient_is_exact(compress_size, detach_scores, importance):
     """Through the whole function, tau given, against autograd through the dense formula."""
-    tensors = dyn_nsa_case(compress_size=compress_size)
-    options = {"compress_size": compress_size, "window": 40, "temperature": 1.5, "max_blocks": 8, "detach_scores": detach_scores}
+    tensors = dyn_nsa_case(compress_size=compress_size, importance=importance)
+    options = {"compress_size": compress_size, "window": 40, "temperature": 1.5, "max_blocks": 8}
+    options |= {"detach_scores": detach_scores, "importance": importance}
     assert partly_open(tensors, options) >= 0.2
     tau = torch.rand(1, 330, 2, dtype=torch.float64)
     grads, outputs = [], []
@@ -75,12 +79,11 @@ def test_tau_is_a_signal(impl):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_gradcheck():
-    tensors = {
-        name: tensor.requires_grad_()
-        for name, tensor in dyn_nsa_case(tokens=84, heads=2, kv_heads=1, dim=3, queries=20, compress_size=16, seed=3, sharpness=6.0).items()
-    }
-    options = {"block_size": 16, "compress_size": 16, "window": 7, "max_blocks": 5, "temperature": 2.0}
+@pytest.mark.parametrize("importance", RULES)
+def test_gradcheck(importance):
+    sizes = {"tokens": 84, "heads": 2, "kv_heads": 1, "dim": 3, "queries": 20, "compress_size": 16, "seed": 3, "sharpness": 6.0}
+    tensors = {name: tensor.requires_grad_() for name, tensor in dyn_nsa_case(**sizes, importance=importance).items()}
+    options = {"block_size": 16, "compress_size": 16, "window": 7, "max_blocks": 5, "temperature": 2.0, "importance": importance}
     tau = torch.rand(1, 20, 1, dtype=torch.float64)
     assert partly_open({k: v.detach() for k, v in tensors.items()}, options) >= 0.2
 
@@ -91,11 +94,12 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(function, tuple(tensors.values()), fast_mode=True)
 
 
+@pytest.mark.parametrize("importance", RULES)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (3, 1), (8, 2), (8, 1), (16, 1)], ids=lambda v: str(v))
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 507])
-def test_any_group_and_length(tokens, heads, kv_heads):
-    tensors = dyn_nsa_case(tokens, heads=heads, kv_heads=kv_heads)
-    options = {"compress_size": 32, "window": 50, "max_blocks": 6}
+def test_any_group_and_length(tokens, heads, kv_heads, importance):
+    tensors = dyn_nsa_case(tokens, heads=heads, kv_heads=kv_heads, importance=importance)
+    options = {"compress_size": 32, "window": 50, "max_blocks": 6, "importance": importance}
     ours, theirs = ops.dyn_nsa(**tensors, **options), reference.dyn_nsa(**tensors, **options)
     assert_close_rms(ours.out, theirs.out, 1e-12)
     assert torch.equal(ours.counts, theirs.counts)
@@ -138,12 +142,17 @@ def test_all_blocks_is_causal_attention():
     assert result.overflow == 0
 
 
-def test_counts_fall_as_base_rises():
+@pytest.mark.parametrize(
+    ("importance", "bases"), [("share", (-25, -4, -3, -2, -1.5, -1, 0)), ("relative", (-25, -1, -0.5, 0, 0.5, 1, 30))], ids=RULES
+)
+def test_counts_fall_as_base_rises(importance, bases):
+    """No share is above 1, whose log is 0."""
     tensors = dyn_nsa_case(640, compress_size=16)
+    tensors["slope"].zero_()
     means = []
-    for base in (-25.0, -1.0, -0.5, 0.0, 0.5, 1.0, 30.0):
-        tensors["base"] = torch.full((2,), base, dtype=torch.float64)
-        means.append(ops.dyn_nsa(**tensors, compress_size=16).counts.double().mean().item())
+    for base in bases:
+        tensors["base"] = torch.full((2,), float(base), dtype=torch.float64)
+        means.append(ops.dyn_nsa(**tensors, compress_size=16, importance=importance).counts.double().mean().item())
     assert all(a >= b for a, b in pairwise(means))
     assert len(set(means)) >= 5
     assert means[-1] == pytest.approx((1 * 64 + 2 * 64 + 3 * 64 * 8) / 640)  # the forced blocks alone
@@ -161,24 +170,26 @@ def test_detached_scores_cut_the_gradient_through_the_gate():
         assert grads["base"].abs().max() > 0
 
 
-def test_importance_at_its_floor_has_no_gradient():
+@pytest.mark.parametrize("importance", RULES)
+def test_importance_at_its_floor_has_no_gradient(importance):
     tensors = dyn_nsa_case(400, compress_size=64)
     tensors["query"] = tensors["query"].abs()
     tensors["key_compressed"] = tensors["key_compressed"].abs()
     tensors["key_compressed"][:, 1] = -50.0
     tensors["base"] = torch.full((2,), -20.5, dtype=torch.float64)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-    result = ops.dyn_nsa(**leaves, temperature=1.0, compress_size=64, max_blocks=10, window=20)
-    expected = reference.dyn_nsa(**tensors, temperature=1.0, compress_size=64, max_blocks=10, window=20)
+    options = {"temperature": 1.0, "compress_size": 64, "max_blocks": 10, "window": 20, "importance": importance}
+    result, expected = ops.dyn_nsa(**leaves, **options), reference.dyn_nsa(**tensors, **options)
     assert_close_rms(result.out, expected.out, 1e-12)
     grads = torch.autograd.grad(result.soft_counts.sum(), [leaves["key_compressed"]])
     assert grads[0][:, 1].abs().max() < 1e-12
 
 
-def test_overflow_keeps_the_most_important_blocks():
+@pytest.mark.parametrize("importance", RULES)
+def test_overflow_keeps_the_most_important_blocks(importance):
     tensors = dyn_nsa_case(900, compress_size=16, sharpness=5.0)
     tensors["base"] = torch.full((2,), -30.0, dtype=torch.float64)
-    options = {"compress_size": 16, "max_blocks": 5, "window": 20}
+    options = {"compress_size": 16, "max_blocks": 5, "window": 20, "importance": importance}
     result, expected = ops.dyn_nsa(**tensors, **options), reference.dyn_nsa(**tensors, **options)
     assert result.counts.max() == 5
     assert result.overflow.item() == pytest.approx((900 - 5 * 64) / 900)

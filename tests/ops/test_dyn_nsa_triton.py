@@ -56,9 +56,11 @@ def test_the_whole_within_bounds(bounds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"detach_scores": True}, {"max_blocks": 3}, {"compress_size": 32}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"detach_scores": True}, {"max_blocks": 3}, {"compress_size": 32}, {"importance": "relative"}], ids=str
+)
 def test_the_whole_with_options(options):
-    check_whole(case(compress_size=options.get("compress_size", 16)), {}, **options)
+    check_whole(case(compress_size=options.get("compress_size", 16), importance=options.get("importance", "share")), {}, **options)
 
 
 @pytest.mark.slow
@@ -90,7 +92,7 @@ def test_two_runs_give_the_same_bits():
 def test_opcheck():
     tensors = case(40, compress_size=16)
     leaves = [tensors[name].to(DEVICE).requires_grad_() for name in INPUTS]
-    options = (20, 1.5, 16, 16, 4, False, 0.25, None, None, None, "triton")
+    options = (20, 1.5, 16, 16, 4, "share", False, 0.25, None, None, None, "triton")
     torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, None, *options))
 
 

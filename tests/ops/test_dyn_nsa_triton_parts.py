@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -143,10 +144,15 @@ def check_select(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> float:
-    """Gates instead of their logs: those of gates near 0 amplify every rounding. Returns the share of rows that overflow."""
+    """Gates instead of their logs: those of gates near 0 amplify every rounding. Returns the share of rows that overflow.
+
+    Thresholds are about `shift` nats above the importance of an average block.
+    """
     num_keys = tensors["key"].shape[1]
     rounded = {name: tensors[name].to(dtype).double() for name in ("query", "key_compressed", "value_compressed")}
     lse = reference.compressed_attention(*rounded.values(), compress_size=compress_size, num_keys=num_keys, **bounds)[1]
+    if options.get("importance", "share") == "share":
+        shift -= math.log1p(num_keys / 64)
     threshold = torch.randn(*tensors["query"].shape[:2], tensors["key"].shape[2], generator=torch.Generator().manual_seed(1)) * 0.3 + shift
     parts = {"query": tensors["query"], "key_compressed": tensors["key_compressed"], "lse": lse, "threshold": threshold}
     options = {"block_size": 32, "temperature": 1.5, "num_keys": num_keys, "compress_size": compress_size, **options}
@@ -177,6 +183,11 @@ def test_selection_matches_the_oracle(shape, compress_size):
     check_select(case(**{**SHAPES[shape], "compress_size": compress_size}), {}, compress_size)
 
 
+@pytest.mark.parametrize("importance", ["share", "relative"])
+def test_selection_by_either_rule(importance):
+    check_select(case(90, compress_size=16), {}, 16, importance=importance)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bounds", list(BOUNDS))
 def test_selection_within_bounds(bounds):
@@ -194,7 +205,7 @@ def test_ties_go_to_the_lower_index():
     tensors["key_compressed"] = torch.zeros_like(tensors["key_compressed"])
     selection = [
         function.select_blocks(
-            tensors["query"].to(device), tensors["key_compressed"].to(device), lse.to(device), torch.full((1, 120, 2), -1.0, device=device),
+            tensors["query"].to(device), tensors["key_compressed"].to(device), lse.to(device), torch.full((1, 120, 2), -5.0, device=device),
             block_size=16, compress_size=16, max_blocks=4, num_keys=120, **own,
         )
         for function, device, own in ((ops, DEVICE, {"impl": "triton"}), (reference, "cpu", {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,6 +226,7 @@ def dyn_nsa_case(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     sharpness: float = 3.0,
+    importance: str = "share",
 ) -> dict[str, Tensor]:
     """Inputs of `ops.dyn_nsa` by name, of unit scale; groups of 16 keys share a component, so that compressed keys differ.
 
@@ -233,6 +235,7 @@ def dyn_nsa_case(
         queries: number of queries, the last of these tokens; None for all.
         seed: seed of the values, which are drawn in float64 and are therefore the same in every dtype.
         sharpness: factor on the scores of the compressed branch; more spreads the importance of blocks wider.
+        importance: the rule that base is made for; shares fall with the number of blocks, and thresholds of shares with them.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -250,7 +253,7 @@ def dyn_nsa_case(
         "key_compressed": pooled(key, compress_size) * sharpness**0.5,
         "value_compressed": pooled(value, compress_size),
         "gates": draw(batch, queries, heads, 3),
-        "base": draw(kv_heads) * 0.3,
+        "base": draw(kv_heads) * 0.3 - (math.log1p(tokens / 64) if importance == "share" else 0),
         "slope": draw(kv_heads) * 0.3,
     }
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}

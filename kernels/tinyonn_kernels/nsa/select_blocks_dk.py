@@ -17,7 +17,7 @@ from .._tune import config, launch, tuned
 from ._common import FAR, LOG2E, Geometry, count_heads, dot, load_rows, store_rows, unit_stride, width_of
 from .interval_attention_dkv import ENOUGH_PROGRAMS, MAX_SPLITS
 from .select_blocks_dq import TILE_ROWS, gradient_of_mass
-from .select_blocks_fwd import block_probabilities, kinds_of, tile_queries
+from .select_blocks_fwd import block_probabilities, factor_of, kinds_of, tile_queries
 
 
 def configs(IEEE: bool, WIDTH: int, **_: object) -> list[triton.Config]:
@@ -64,6 +64,7 @@ def _select_dk_kernel(
     BLOCKS: tl.constexpr,
     RATIO: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    RELATIVE: tl.constexpr,
     PROBES: tl.constexpr,
 ):
     # One program owns the compressed keys of BLOCKS key blocks of one sequence and head, and one part of the queries that see them.
@@ -110,7 +111,7 @@ def _select_dk_kernel(
         threshold = tl.load(threshold_ptr + at, mask=active, other=0.0).to(tl.float32)[:, None]
         pair = batch * stride_cb + token * num_kv + head
         soft = tl.load(dsoft_ptr + pair, mask=active, other=0.0)
-        uniform = (tl.maximum((relative + 1) // COMPRESS, 1).to(tl.float32) / (RATIO * GROUP))[:, None]
+        factor = factor_of(relative, GROUP, RATIO, COMPRESS, RELATIVE)
 
         # First slot of the list that is not before these blocks; at most BLOCKS of them follow.
         count = tl.load(counts_ptr + pair, mask=active, other=0)
@@ -130,7 +131,7 @@ def _select_dk_kernel(
             q, k_ptr, lse_log2, first_row, block0, seen_row, most, scale_log2, stride_kt, RATIO, IEEE, HEAD_DIM, WIDTH, BLOCKS
         )
         _, past = kinds_of(block, relative, active, BLOCK_SIZE)
-        _, w = gradient_of_mass(p, listed, soft, threshold, uniform, temperature, past, QUERIES, PADDED, BLOCKS, RATIO)
+        _, w = gradient_of_mass(p, listed, soft, threshold, factor, temperature, past, QUERIES, PADDED, BLOCKS, RATIO)
         dk += dot(tl.trans(w.to(q.dtype)), q, IEEE)
 
     c = block0 * RATIO + tl.arange(0, BLOCKS * RATIO)
@@ -167,6 +168,7 @@ def select_blocks_dk(
     temperature: float,
     block_size: int,
     compress_size: int,
+    importance: str,
     scale: float,
 ) -> Tensor:
     """Gradient of the compressed keys, float32; launched over (tiles of key blocks, SPLITS, B * K)."""
@@ -220,6 +222,7 @@ def select_blocks_dk(
         WIDTH=width_of(dim),
         RATIO=ratio,
         BLOCK_SIZE=block_size,
+        RELATIVE=importance == "relative",
         BLOCKS=blocks,
         PROBES=indices.shape[-1].bit_length(),
         **shape,

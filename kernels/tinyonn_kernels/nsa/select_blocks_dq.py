@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._tune import config, launch, tuned
 from ._common import FAR, LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, store_rows, unit_stride, width_of
-from .select_blocks_fwd import Z_FLOOR, block_probabilities, kinds_of, program_count, tile_queries
+from .select_blocks_fwd import Z_FLOOR, block_probabilities, factor_of, kinds_of, program_count, tile_queries
 
 TILE_ROWS = 32  # fewer than in forward, because registers hold both probabilities and their gradients
 
@@ -27,7 +27,7 @@ def gradient_of_mass(
     listed,
     soft,
     threshold,
-    uniform,
+    factor,
     temperature,
     past,
     QUERIES: tl.constexpr,
@@ -37,14 +37,14 @@ def gradient_of_mass(
 ):
     """dz (queries, blocks) and w (rows, keys), from the gradients of log gate, `listed`, and of the soft count, `soft` (queries,)."""
     mass = tl.sum(tl.sum(tl.reshape(p, (QUERIES, PADDED, BLOCKS, RATIO)), axis=3), axis=1)
-    share = tl.maximum(mass * uniform, Z_FLOOR)
+    share = tl.maximum(mass * factor, Z_FLOOR)
     gap = (tl.log(share) - threshold) / temperature
     c = tl.minimum(tl.maximum(gap, 0.0), 1.0)
     inside = past & (c > 0) & (c < 1)
     slope = tl.where(inside, 6.0 * (1.0 - c) / tl.where(inside, c * (3.0 - 2.0 * c), 1.0), 0.0)
     # σ(-gap) is 1 - σ(gap) without the cancellation.
     dz = (listed * slope + tl.where(past, tl.sigmoid(gap) * tl.sigmoid(-gap), 0.0) * soft[:, None]) / temperature
-    above = mass * uniform > Z_FLOOR
+    above = mass * factor > Z_FLOOR
     dmass = tl.where(above, dz / tl.where(above, mass, 1.0), 0.0)
     w = tl.reshape(p, (QUERIES, PADDED, BLOCKS, RATIO)) * dmass[:, None, :, None]
     return dz, tl.reshape(w, (QUERIES * PADDED, BLOCKS * RATIO))
@@ -110,6 +110,7 @@ def _select_dq_kernel(
     BLOCKS: tl.constexpr,
     RATIO: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    RELATIVE: tl.constexpr,
 ):
     # One program owns one tile after another: QUERIES queries of one key/value head, PADDED rows each.
     COMPRESS: tl.constexpr = BLOCK_SIZE // RATIO
@@ -139,7 +140,7 @@ def _select_dq_kernel(
         threshold = tl.load(threshold_ptr + at, mask=valid, other=0.0).to(tl.float32)[:, None]
         pair = batch * stride_cb + token * num_kv + head
         soft = tl.load(dsoft_ptr + pair, mask=valid, other=0.0)
-        uniform = (tl.maximum((relative + 1) // COMPRESS, 1).to(tl.float32) / (RATIO * GROUP))[:, None]
+        factor = factor_of(relative, GROUP, RATIO, COMPRESS, RELATIVE)
 
         most_blocks = tl.max(tl.where(valid, relative, -1)) // BLOCK_SIZE + 1
         for block0 in range(0, most_blocks, BLOCKS):
@@ -173,7 +174,7 @@ def _select_dq_kernel(
                 block = block0 + tl.arange(0, BLOCKS)
                 _, past = kinds_of(block, relative, active, BLOCK_SIZE)
                 listed = tl.load(scratch_ptr[:, None] + block[None, :], mask=active[:, None] & (block < num_blocks)[None, :], other=0.0)
-                dz, w = gradient_of_mass(p, listed, soft, threshold, uniform, temperature, past, QUERIES, PADDED, BLOCKS, RATIO)
+                dz, w = gradient_of_mass(p, listed, soft, threshold, factor, temperature, past, QUERIES, PADDED, BLOCKS, RATIO)
                 dthreshold -= tl.sum(dz, axis=1)
                 if SCORES:
                     dlse -= tl.sum(w, axis=1)
@@ -205,6 +206,7 @@ def select_blocks_dq(
     temperature: float,
     block_size: int,
     compress_size: int,
+    importance: str,
     scale: float,
     *,
     accumulate: bool = False,
@@ -267,5 +269,6 @@ def select_blocks_dq(
         WIDTH=width_of(dim),
         RATIO=ratio,
         BLOCK_SIZE=block_size,
+        RELATIVE=importance == "relative",
         **shape,
     )

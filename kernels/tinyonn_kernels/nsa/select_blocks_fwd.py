@@ -1,6 +1,7 @@
 """Key blocks whose importance passes a threshold, as ascending lists.
 
-    p[g, c] = e^(scale · q_g · k_c - lse_g)      share[b] = max(mean_g sum of p[g, c] over c in b · M · compress / block, e^-20)
+    p[g, c] = e^(scale · q_g · k_c - lse_g)      share[b] = max(mean_g sum of p[g, c] over c in b · factor, e^-20)
+    factor = 1, or M · compress / block where importance is relative
     z = log share   gap = (z - threshold) / temperature   c = clamp(gap, 0, 1)   gate = c²(3 - 2c)
     wanted: gate > 0 and wholly in the past, or forced (first, previous, own: gate 1)
 
@@ -60,6 +61,17 @@ def kinds_of(block, relative, active, BLOCK_SIZE: tl.constexpr):
     return forced, past & ~forced
 
 
+@triton.jit
+def factor_of(relative, GROUP: tl.constexpr, RATIO: tl.constexpr, COMPRESS: tl.constexpr, RELATIVE: tl.constexpr):
+    """What the sum of p over a block and the group's heads is multiplied by; (queries, 1)."""
+    if RELATIVE:
+        # A query without visible keys has no mass, so its value is irrelevant.
+        factor = tl.maximum((relative + 1) // COMPRESS, 1).to(tl.float32) / (RATIO * GROUP)
+    else:
+        factor = tl.full(relative.shape, 1.0 / GROUP, tl.float32)
+    return factor[:, None]
+
+
 def configs(IEEE: bool, WIDTH: int, RATIO: int, **_: object) -> list[triton.Config]:
     warps = 8 if WIDTH >= 128 else 4
     if IEEE:
@@ -115,6 +127,7 @@ def _select_fwd_kernel(
     BLOCKS: tl.constexpr,
     RATIO: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    RELATIVE: tl.constexpr,
 ):
     # One program owns one tile after another: QUERIES queries of one key/value head, PADDED rows each.
     COMPRESS: tl.constexpr = BLOCK_SIZE // RATIO
@@ -142,8 +155,7 @@ def _select_fwd_kernel(
         token = token.to(tl.int64)
         at = batch * stride_hb + token * stride_ht + head * stride_hh
         threshold = tl.load(threshold_ptr + at, mask=valid, other=0.0).to(tl.float32)[:, None]
-        # M · compress / block, divided by the group's size. A query without visible keys has no mass, so its value is irrelevant.
-        uniform = (tl.maximum((relative + 1) // COMPRESS, 1).to(tl.float32) / (RATIO * GROUP))[:, None]
+        factor = factor_of(relative, GROUP, RATIO, COMPRESS, RELATIVE)
 
         # Processes queries of one sequence at a time; a tile rarely contains two.
         current = tl.min(tl.where(valid, start, FAR))
@@ -163,7 +175,7 @@ def _select_fwd_kernel(
                     (farthest + 1) // COMPRESS, scale_log2, stride_kt, RATIO, IEEE, HEAD_DIM, WIDTH, BLOCKS,
                 )  # fmt: skip
                 mass = tl.sum(tl.sum(tl.reshape(p, (QUERIES, PADDED, BLOCKS, RATIO)), axis=3), axis=1)
-                share = tl.maximum(mass * uniform, Z_FLOOR)
+                share = tl.maximum(mass * factor, Z_FLOOR)
                 block = block0 + tl.arange(0, BLOCKS)
                 tl.store(scratch_ptr + block[None, :], share, mask=(block < num_blocks)[None, :])
                 forced, past = kinds_of(block, relative, active, BLOCK_SIZE)
@@ -248,6 +260,7 @@ def select_blocks_fwd(
     temperature: float,
     block_size: int,
     compress_size: int,
+    importance: str,
     scale: float,
 ) -> Tensor:
     """Writes the listed places of indices and bias (B, T, K, S), and counts and soft_counts (B, T, K), except for padding.
@@ -303,6 +316,7 @@ def select_blocks_fwd(
         WIDTH=width_of(dim),
         RATIO=ratio,
         BLOCK_SIZE=block_size,
+        RELATIVE=importance == "relative",
         **shape,
     )
     return over

@@ -24,7 +24,7 @@ class Importance(NamedTuple):
 
     probabilities: Tensor  # (K, G * n, m)
     mass: Tensor  # (K, n, NB)
-    floor: Tensor  # (n, 1), the mass at which z is Z_FLOOR
+    floor: Tensor  # (n, 1) or (), the mass at which z is Z_FLOOR
     gap: Tensor  # (K, n, NB), (z - threshold) / temperature
     past: Tensor  # (n, NB)
     forced: Tensor  # (n, NB)
@@ -33,7 +33,7 @@ class Importance(NamedTuple):
 def importance_of(inputs: SelectInputs, k: Tensor, tile: Tile, batch: int, options: SelectOptions) -> Importance:
     """k (K, m, D): the span's compressed keys."""
     query, _, lse, threshold = inputs
-    temperature, block_size, compress_size, _, _, scale = options
+    temperature, block_size, compress_size, _, importance, _, scale = options
     n, ratio, num_kv = tile.num_queries, block_size // compress_size, k.shape[0]
     chunk, rows = tile.chunk, (batch, tile.rows)
     q, row_lse = grouped_rows(query[rows], num_kv, k.dtype), grouped_numbers(lse[rows], num_kv, k.dtype)
@@ -48,9 +48,13 @@ def importance_of(inputs: SelectInputs, k: Tensor, tile: Tile, batch: int, optio
     probabilities = row_scores(q, k[:, : tile.high], tile.bias(group, dtype), scale).sub_(finite(row_lse).unsqueeze(-1)).exp_()
     mean = probabilities.view(num_kv, group, n, tile.high).mean(1)
     mass = torch.nn.functional.pad(mean, (0, len(block) * ratio - mean.shape[-1])).unflatten(-1, (len(block), ratio)).sum(-1)
-    uniform = ((place + 1) // (block_size // ratio)).to(dtype).div_(ratio).clamp_(min=1 / ratio)[:, None]
-    floor = math.exp(Z_FLOOR) / uniform
-    z = torch.maximum(mass, floor).mul_(uniform).log_()
+    if importance == "relative":
+        uniform = ((place + 1) // (block_size // ratio)).to(dtype).div_(ratio).clamp_(min=1 / ratio)[:, None]
+        floor = math.exp(Z_FLOOR) / uniform
+        z = torch.maximum(mass, floor).mul_(uniform).log_()
+    else:
+        floor = mass.new_tensor(math.exp(Z_FLOOR))
+        z = torch.maximum(mass, floor).log_()
     return Importance(probabilities, mass, floor, (z - limit.unsqueeze(-1)) / temperature, past, forced)
 
 

@@ -90,6 +90,7 @@ class SelectOptions(NamedTuple):
     block_size: int
     compress_size: int
     max_blocks: int
+    importance: str
     num_keys: int
     scale: float
 
@@ -123,6 +124,7 @@ class Options(NamedTuple):
     block_size: int
     compress_size: int
     max_blocks: int
+    importance: str
     detach_scores: bool
     scale: float
 

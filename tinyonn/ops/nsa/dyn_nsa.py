@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
 from ...reference import DynNSAOutput
+from ...reference.nsa.dyn_nsa import Importance
 from .._attention import checked_heads, order_hint, scale_of
-from .._dispatch import check_no_nan, check_size, check_tensor, refuse_tangents, statistics_dtype
+from .._dispatch import check_choice, check_no_nan, check_size, check_tensor, refuse_tangents, statistics_dtype
 from . import _torch_dyn_nsa, _triton_dyn_nsa
 from ._checks import (
     Bounds,
@@ -45,6 +46,7 @@ def dyn_nsa(
     block_size: int = 64,
     compress_size: int = 64,
     max_blocks: int = 32,
+    importance: Importance = "share",
     detach_scores: bool = False,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
@@ -63,8 +65,8 @@ def dyn_nsa(
     infinity of a value can spread within its tile.
 
     "All blocks" is base = -30, with a slope of at least 0, a temperature of at most 10 and max_blocks at least the number of key blocks;
-    a fixed number n of blocks is the same with max_blocks = n, every longer row then counting as overflowing. At a fixed threshold the
-    number of blocks can grow with the length of a sequence, since z measures against a uniform share; a loss on soft_counts holds it.
+    a fixed number n of blocks is the same with max_blocks = n, every longer row then counting as overflowing. At most e^(-threshold) blocks
+    pass a threshold of at least -20, and the forced ones are read besides.
 
     Args:
         query: (B, T, H, D), the last T of Tk positions.
@@ -75,7 +77,7 @@ def dyn_nsa(
         tau: (B, T, K) in [0, 1], which `tinyonn.debug()` checks; None for the mean over a group's heads of
             entropy / log(visible compressed keys), 0 where fewer than two are.
         window: keys of the window branch.
-        temperature, block_size, compress_size, max_blocks, detach_scores: as in `select_blocks`.
+        temperature, block_size, compress_size, max_blocks, importance, detach_scores: as in `select_blocks`.
         scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
 
     Raises:
@@ -93,6 +95,7 @@ def dyn_nsa(
     check_sizes(block_size, compress_size)
     check_max_blocks(max_blocks)
     check_size("window", window)
+    check_choice("importance", importance, get_args(Importance))
     bounds = checked_bounds(query, key, key.shape[1], cu_seqlens, key_start, key_end)
     check_compressed(query, key_compressed, key.shape[1], compress_size)
     rows = (*query.shape[:2], key.shape[2])
@@ -102,7 +105,8 @@ def dyn_nsa(
     if tau is not None:
         check_tensor("tau", tau, query.device, rows)
         tau = tau.detach()
-    options = Options(window, check_temperature(temperature), block_size, compress_size, max_blocks, detach_scores, scale_of(query, scale))
+    numbers = (window, check_temperature(temperature), block_size, compress_size, max_blocks)
+    options = Options(*numbers, importance, detach_scores, scale_of(query, scale))
     inputs = Inputs(query, key, value, key_compressed, value_compressed, gates, base, slope, tau)
     if debug_enabled():
         for name, given in inputs._asdict().items():

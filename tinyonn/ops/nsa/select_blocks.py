@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import get_args
 
 from torch import Tensor
 
 from ... import reference
 from ...reference import BlockSelection
+from ...reference.nsa.dyn_nsa import Importance
 from .._attention import checked_heads, scale_of
-from .._dispatch import check_tensor, refuse_tangents, statistics_dtype
+from .._dispatch import check_choice, check_tensor, refuse_tangents, statistics_dtype
 from . import _torch_select, _triton_nsa
 from ._checks import (
     Bounds,
@@ -35,6 +37,7 @@ def select_blocks(
     block_size: int = 64,
     compress_size: int = 64,
     max_blocks: int = 32,
+    importance: Importance = "share",
     detach_scores: bool = False,
     num_keys: int | None = None,
     scale: float | None = None,
@@ -45,10 +48,13 @@ def select_blocks(
 ) -> BlockSelection:
     """Key blocks whose importance passes a threshold.
 
-    z[t, b] = log(mean over the group's heads of a block's share of the compressed attention / its share if attention were uniform),
-    at least -20; c = clamp((z - threshold) / temperature, 0, 1); gate = c²(3 - 2c), a smoothstep: exactly 0 at and below the threshold.
+    z[t, b] = log of a block's share of the query's compressed attention, mean over the group's heads, at least -20;
+    c = clamp((z - threshold) / temperature, 0, 1); gate = c²(3 - 2c), a smoothstep: exactly 0 at and below the threshold.
     Selected are the past blocks with a gate above 0, and the first, the previous and the own block, whose gate is 1. Where more than
     max_blocks pass, those with the highest z stay, ties to the lower index.
+
+    Shares add up to at most 1. So at most e^(-threshold) blocks pass a threshold of at least -20, whatever the length of the sequence, and
+    max_blocks of 3 + e^(-threshold) never overflows.
 
     Differentiable: threshold and, unless detach_scores, query, key_compressed and lse; bias and soft_counts carry gradients.
 
@@ -60,6 +66,8 @@ def select_blocks(
         block_size: positions of a key block, a power of two of at least 16.
         compress_size: positions of a compressed key, a divisor of block_size.
         max_blocks: most blocks of a row, at least 3.
+        importance: "share" for z as above; "relative" measures against a uniform share: z = log(share / share if attention were uniform).
+            There, the number of blocks that pass can grow with the length of a sequence.
         detach_scores: no gradient through z into query, key_compressed and lse.
         num_keys, scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
 
@@ -71,6 +79,7 @@ def select_blocks(
     check_sizes(block_size, compress_size)
     check_max_blocks(max_blocks)
     temperature = check_temperature(temperature)
+    check_choice("importance", importance, get_args(Importance))
     num_keys = query.shape[1] if num_keys is None else num_keys
     bounds = checked_bounds(query, key_compressed, num_keys, cu_seqlens, key_start, key_end)
     check_compressed(query, key_compressed, num_keys, compress_size)
@@ -83,12 +92,12 @@ def select_blocks(
         check_bound_values(num_keys, bounds)
         found = reference.select_blocks(
             query, key_compressed, lse, threshold, temperature=temperature, block_size=block_size, compress_size=compress_size,
-            max_blocks=max_blocks, num_keys=num_keys, scale=scale, **bounds._asdict(),
+            max_blocks=max_blocks, importance=importance, num_keys=num_keys, scale=scale, **bounds._asdict(),
         )  # fmt: skip
         dtype = statistics_dtype(query.dtype)
         return found._replace(**{name: getattr(found, name).to(dtype) for name in ("bias", "soft_counts", "overflow")})
     refuse_tangents("select_blocks", query, key_compressed, lse, threshold)
-    options = SelectOptions(temperature, block_size, compress_size, max_blocks, num_keys, scale)
+    options = SelectOptions(temperature, block_size, compress_size, max_blocks, importance, num_keys, scale)
     return BlockSelection(*_forward_op(query, key_compressed, lse, threshold, *options, *bounds, impl))
 
 

@@ -8,15 +8,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import pairwise, product
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Z_FLOOR = -20.0
 
+Importance = Literal["share", "relative"]
 Where = tuple[Tensor | None, Tensor | None, Tensor | None]  # cu_seqlens, key_start, key_end
-Options = tuple[float, int, int, int, bool, float]  # temperature, block_size, compress_size, max_blocks, detach_scores, scale
+
+
+class Options(NamedTuple):
+    """Options of the selection; see `ops.select_blocks`."""
+
+    temperature: float
+    block_size: int
+    compress_size: int
+    max_blocks: int
+    detach_scores: bool
+    scale: float
+    importance: Importance
 
 
 class Sequence(NamedTuple):
@@ -120,6 +132,7 @@ def select_blocks(
     block_size: int = 64,
     compress_size: int = 64,
     max_blocks: int = 32,
+    importance: Importance = "share",
     detach_scores: bool = False,
     num_keys: int,
     scale: float | None = None,
@@ -127,10 +140,10 @@ def select_blocks(
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
 ) -> BlockSelection:
-    """Key blocks whose importance passes the threshold. Statistics are float64."""
+    """Key blocks whose importance passes the threshold; see `ops.select_blocks`. Statistics are float64."""
     query, keys, lse, threshold = query.double(), key_compressed.double(), lse.double(), threshold.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    options = (temperature, block_size, compress_size, max_blocks, detach_scores, scale)
+    options = Options(temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance)
     where = (cu_seqlens, key_start, key_end)
     found, counts, soft_counts, overflow = _selections(query, keys, lse, threshold, num_keys, where, options)
     indices = torch.full((*counts.shape, max_blocks), -1, dtype=torch.int32, device=query.device)
@@ -148,12 +161,11 @@ def _selections(
     query: Tensor, key_compressed: Tensor, lse: Tensor, threshold: Tensor, num_keys: int, where: Where, options: Options
 ) -> tuple[list[tuple[Sequence, Tensor, Tensor]], Tensor, Tensor, Tensor]:
     """Each sequence, its gates (n, K, NB) and which of its blocks are kept; of all, counts, soft counts, overflow."""
-    _, _, compress_size, *_ = options
     found = []
     counts = torch.zeros((*query.shape[:2], key_compressed.shape[2]), dtype=torch.int32, device=query.device)
     soft_counts = query.new_zeros(counts.shape)
     overflowing = torch.zeros(counts.shape, dtype=torch.bool, device=query.device)
-    for sequence in sequences(query, num_keys, compress_size, *where):
+    for sequence in sequences(query, num_keys, options.compress_size, *where):
         row, rows = sequence.batch, sequence.queries
         gate, kept, soft_counts[row, rows], overflowing[row, rows] = _gates(
             sequence, query[row, rows], key_compressed, lse[row, rows], threshold[row, rows], options
@@ -259,6 +271,7 @@ def dyn_nsa(
     block_size: int = 64,
     compress_size: int = 64,
     max_blocks: int = 32,
+    importance: Importance = "share",
     detach_scores: bool = False,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
@@ -277,7 +290,7 @@ def dyn_nsa(
     threshold = base.double() - slope.double() * tau.double()
     near = sliding_window_attention(query, key, value, window, scale=scale, **where)
     query, key, value = query.double(), key.double(), value.double()
-    options = (temperature, block_size, compress_size, max_blocks, detach_scores, scale)
+    options = Options(temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance)
     bounds = (cu_seqlens, key_start, key_end)
     found, counts, soft_counts, overflow = _selections(query, key_compressed.double(), lse, threshold, num_keys, bounds, options)
     selected = torch.zeros_like(query)
@@ -313,7 +326,7 @@ def _gates(
     sequence: Sequence, query: Tensor, key_compressed: Tensor, lse: Tensor, threshold: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of one sequence: gate (n, K, NB), which blocks are kept (n, K, NB), soft counts (n, K), which rows overflow (n, K)."""
-    temperature, block_size, compress_size, max_blocks, detach_scores, scale = options
+    temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance = options
     place = positions(sequence, query.device)
     num_kv = key_compressed.shape[2]
     length = sequence.keys.stop - sequence.keys.start
@@ -329,14 +342,15 @@ def _gates(
     ratio = block_size // compress_size
     pooled = torch.nn.functional.pad(probabilities, (0, len(block) * ratio - probabilities.shape[-1]))
     mass = pooled.unflatten(-1, (len(block), ratio)).sum(-1).unflatten(1, (num_kv, -1)).mean(2)
-    uniform = ((place + 1) // compress_size * compress_size / block_size).clamp(min=1e-300)[:, None, None]
-    importance = (mass.clamp(min=0) * uniform).clamp(min=math.exp(Z_FLOOR)).log()
+    if importance == "relative":
+        mass = mass.clamp(min=0) * ((place + 1) // compress_size * compress_size / block_size).clamp(min=1e-300)[:, None, None]
+    z = mass.clamp(min=math.exp(Z_FLOOR)).log()
 
-    gap = (importance - threshold[..., None]) / temperature
+    gap = (z - threshold[..., None]) / temperature
     c = gap.clamp(0, 1)
     gamma = c * c * (3 - 2 * c)
     wanted = (past & (gamma > 0)) | forced
-    kept = wanted & _fits(torch.where(forced, math.inf, importance).expand(wanted.shape), wanted, max_blocks)
+    kept = wanted & _fits(torch.where(forced, math.inf, z).expand(wanted.shape), wanted, max_blocks)
     gate = torch.where(forced, 1.0, gamma) * kept
     soft = torch.where(forced, 1.0, torch.sigmoid(gap) * past).sum(-1)
     return gate, kept, soft, wanted.sum(-1) > max_blocks
