@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tinyonn.errors import InputError
-from tinyonn.hf import BudgetSchedule, calibrate, collected_budget_loss, convert_attention, parameter_groups, statistics
+from tinyonn.hf import BudgetSchedule, collected_budget_loss, convert_attention, parameter_groups, statistics
 from tinyonn.hf.dyn_nsa import cores
 from tinyonn.nn import OPEN, normalised_entropy
 from tinyonn.testing import assert_close_rms, left_padding, tiny_causal_lm, tiny_dyn_nsa_lm, token_ids
@@ -32,33 +32,89 @@ def stock(arch: str = "llama", dtype: torch.dtype = torch.float32, **overrides: 
     return tiny_causal_lm(arch, dtype=dtype, max_position_embeddings=512, **overrides)
 
 
-def test_the_schedule_goes_from_all_blocks_to_the_target():
-    schedule = BudgetSchedule(4.0, 10, start=64.0, weight=0.2, max_blocks=6)
-    assert [schedule.opening(step) for step in (0, 10, 11)] == [OPEN, 0.0, 0.0]
-    assert all(schedule.opening(step) < schedule.opening(step + 1) for step in range(10))
-    assert [schedule.target_at(step) for step in (0, 5, 10, 99)] == [64.0, pytest.approx(16.0), 4.0, 4.0]
-    model, x, means = convert_attention(stock(), **SMALL), token_ids(), []
-    expected = stock()(x).logits
-    for step in (0, 5, 8, 10):
+def mean_counts(model: PreTrainedModel) -> float:
+    found = [value["mean_count"] for value in statistics(model, reset=True).values()]
+    return sum(found) / len(found)
+
+
+ALL_BLOCKS = sum(t // 16 + 1 for t in range(LENGTH)) / LENGTH
+
+
+def test_the_price_follows_the_path_to_the_target():
+    schedule = BudgetSchedule(4.0, 100, max_blocks=6)
+    model, x, reads = convert_attention(stock(), **SMALL).train(), token_ids(), []
+    expected = stock().train()(x).logits
+    for step in range(101):
         schedule.apply(model, step)
-        statistics(model, reset=True)
         if step == 0:
             assert_close_rms(model(x).logits, expected, 1e-5)
-        else:
-            model(x)
-        means.append(sum(value["mean_count"] for value in statistics(model).values()))
-    assert means[0] == pytest.approx(3 * sum(t // 16 + 1 for t in range(LENGTH)) / LENGTH, rel=1e-5)
-    assert means[0] > means[2] > means[3]
-    assert model.config.tinyonn["dyn_nsa"]["options"]["max_blocks"] == 6
+        elif step < 100:
+            with torch.no_grad():
+                model(x)
+        reads.append(mean_counts(model))
+        prices = {float(core.price) for core in cores(model)}
+        assert len(prices) == 1
+    assert reads[0] == pytest.approx(ALL_BLOCKS, rel=1e-5)
+    assert schedule.start == pytest.approx(ALL_BLOCKS, rel=1e-5)
+    assert reads[15] > reads[30] > 4.1  # 30 steps down to the target, which the price follows a little behind
+    assert sum(reads[80:100]) / 20 == pytest.approx(4.0, rel=0.01)
+    assert -20 < prices.pop() < 0
+    options = model.config.tinyonn["dyn_nsa"]["options"]
+    assert (options["max_blocks"], options["temperature"]) == (6, pytest.approx(0.1))
+    # The budget is one for the model, not one for each layer.
+    model.eval()(x)
+    counts = [value["mean_count"] for value in statistics(model).values()]
+    assert max(counts) - min(counts) > 0.05
+
+
+def test_the_path_and_the_temperature_are_formulas():
+    schedule = BudgetSchedule(4.0, 10, start=64.0)
+    assert [schedule.target_at(step) for step in (0, 3, 10, 99)] == [64.0, 4.0, 4.0, 4.0]
+    assert BudgetSchedule(4.0, 100, start=64.0).target_at(15) == pytest.approx(16.0)
+    found = [BudgetSchedule(4.0, 70).temperature_at(step) for step in range(71)]
+    assert (found[0], found[49], found[70]) == (1.0, pytest.approx(0.1), pytest.approx(0.1))
+    assert len(set(found)) == 6  # a compiled model compiles again at each
+    assert found == sorted(found, reverse=True)
+    assert BudgetSchedule(4.0, 70, temperature=(0.5, 0.5)).temperature_at(3) == 0.5
+    model = convert_attention(stock(), **SMALL)
+    BudgetSchedule(4.0, 10, temperature=None).apply(model, 9)
+    assert {core.options.temperature for core in cores(model)} == {0.05}
+
+
+def test_bases_are_centred_and_the_thresholds_stay():
+    model = tiny_dyn_nsa_lm()
+    before = torch.stack([core.threshold_base() for core in cores(model)]).detach()
+    BudgetSchedule(3.0, 9).apply(model, 0)
+    after = torch.stack([core.threshold_base() for core in cores(model)]).detach()
+    torch.testing.assert_close(after, before)
+    assert torch.stack([core.base for core in cores(model)]).mean().abs() < 1e-6
+
+
+def test_a_training_that_resumes_goes_on_with_the_path(tmp_path):
+    schedule, x = BudgetSchedule(3.0, 100), token_ids()
+    model = convert_attention(stock(), **SMALL).train()
+    for step in range(12):
+        schedule.apply(model, step)
+        model(x)
+    model.save_pretrained(tmp_path)
+    resumed, other = BudgetSchedule(3.0, 100), type(model).from_pretrained(tmp_path).train()
+    resumed.apply(other, 11)
+    assert [resumed.target_at(step) for step in (11, 20, 60)] == pytest.approx([schedule.target_at(step) for step in (11, 20, 60)])
+    assert next(cores(other)).price == next(cores(model)).price
 
 
 def test_the_loss_holds_the_budget():
     model, x = tiny_dyn_nsa_lm(weight=0.7).train(), token_ids()
+    with torch.no_grad():
+        next(cores(model)).base.sub_(2.0)
+        for core in cores(model):
+            core.budget_target.fill_(4.0)
     softs: list[Tensor] = []
     for core in cores(model):
         core.register_forward_hook(lambda module, args, out: softs.append(out.soft_counts))
     got = model(x, labels=x).loss
-    budget = sum(0.7 * (soft.mean() / 3 - 1) ** 2 for soft in softs) / 2
+    budget = 0.7 * (torch.stack(softs[:2]).mean() / 4 - 1) ** 2
+    assert budget < 0.9 * sum(0.7 * (soft.mean() / 4 - 1) ** 2 for soft in softs[:2]) / 2  # not a budget for each layer
     plain = torch.nn.functional.cross_entropy(model(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
     torch.testing.assert_close(got, plain + budget)
     torch.testing.assert_close(collected_budget_loss(model), budget)
@@ -84,14 +140,16 @@ def test_the_loss_holds_the_budget():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": 2.9, "steps": 1}, "target must be at least 3, the forced blocks, got 2.9"),
+        ({"target": 0.9, "steps": 1}, "target must be at least 1, got 0.9"),
+        ({"target": 4.0, "steps": 1, "rate": -0.1}, "rate must be at least 0, got -0.1"),
+        ({"target": 4.0, "steps": 1, "temperature": (1.0,)}, r"temperature must be two numbers, at the beginning and the end, got \(1.0,\)"),
+        ({"target": 4.0, "steps": 1, "temperature": (1.0, 11.0)}, "temperature must be above 0 and at most 10, got 11.0"),
         ({"target": 4.0, "steps": 1, "start": 0.0}, "start must be above 0, got 0.0"),
         ({"target": 4.0, "steps": 0}, "steps must be at least 1, got 0"),
         ({"target": 4.0, "steps": 1, "weight": -1.0}, "weight must be at least 0, got -1.0"),
-        ({"target": 4.0, "steps": 1, "max_blocks": 2}, "max_blocks must be at least 3, the forced ones, got 2"),
         ({"target": 4.5, "steps": 1, "max_blocks": 4}, "max_blocks must be at least target, 4.5, got 4"),
     ],
-    ids=["target", "start", "steps", "weight", "max_blocks", "max_blocks_below_target"],
+    ids=["target", "rate", "temperature", "hot", "start", "steps", "weight", "max_blocks_below_target"],
 )
 def test_bad_schedules_are_named(options, message):
     with pytest.raises(ValueError, match=message):
@@ -101,6 +159,8 @@ def test_bad_schedules_are_named(options, message):
 def test_a_schedule_needs_a_converted_model():
     with pytest.raises(InputError, match="BudgetSchedule must have a model that convert_attention has changed, got a plain Llama"):
         BudgetSchedule(4.0, 1).apply(stock(), 0)
+    with pytest.raises(InputError, match="target of BudgetSchedule must be at least 3, the forced blocks, got 2.5"):
+        BudgetSchedule(2.5, 1).apply(convert_attention(stock(), **SMALL), 0)
 
 
 def test_a_schedule_reaches_its_end_with_the_training(tmp_path):
@@ -109,90 +169,23 @@ def test_a_schedule_reaches_its_end_with_the_training(tmp_path):
         model, tmp_path, schedule=BudgetSchedule(3.0, 2, max_blocks=4), logging_steps=1, save_strategy="steps", save_steps=2
     )
     trainer.train()
-    assert all(core.opening == 0 and core.budget_target == 3 and core.options.max_blocks == 4 for core in cores(model))
+    assert all(core.budget_target == 3 and core.options.max_blocks == 4 for core in cores(model))
+    assert all(core.options.temperature == pytest.approx(0.1) for core in cores(model))
     saved = json.loads((tmp_path / "checkpoint-2" / "config.json").read_text())
     assert saved["tinyonn"]["dyn_nsa"]["options"]["max_blocks"] == 4
+    assert saved["tinyonn"]["dyn_nsa"]["options"]["temperature"] == pytest.approx(0.1)
     logged = [entry for entry in trainer.state.log_history if "key_blocks" in entry]
-    assert [entry["key_blocks_target"] for entry in logged] == [pytest.approx((64 * 3) ** 0.5), 3.0]
-    assert logged[0]["key_blocks"] == pytest.approx(sum(t // 16 + 1 for t in range(60)) / 60, rel=1e-5)
+    every = sum(t // 16 + 1 for t in range(60)) / 60
+    assert [entry["key_blocks_target"] for entry in logged] == [3.0, 3.0]
+    assert logged[0]["key_blocks"] == pytest.approx(every, rel=1e-5)
+    assert logged[0]["key_blocks_far"] == pytest.approx(every - sum(min(t // 16 + 1, 3) for t in range(60)) / 60, rel=1e-4)
+    far = logged[0]["key_blocks_far"]
+    first = -8 + 0.3 * math.log(far / (3 - (every - far)))
+    assert [entry["key_blocks_price"] for entry in logged] == [pytest.approx(first, abs=1e-4), next(cores(model)).price]
     with pytest.warns(UserWarning, match="must have 9 optimiser steps, got 2: the budget of 3.0 key blocks is not reached"):
         trainer_of(convert_attention(stock(), **SMALL), tmp_path, schedule=BudgetSchedule(3.0, 9)).train()
-
-
-def test_calibration_finds_the_thresholds_of_a_budget():
-    model, x = convert_attention(stock(), **SMALL), token_ids()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.mul_(20)  # importance must differ between blocks
-    reached = calibrate(model.train(), [x, {"input_ids": x[:1]}], 4.0)
-    assert reached == pytest.approx(4.0, abs=0.1)
-    assert model.training
-    statistics(model, reset=True)
-    model.eval()(x)
-    counts = [value["mean_count"] for value in statistics(model).values()]
-    assert sum(counts) / len(counts) == pytest.approx(reached, abs=0.1)
-    BudgetSchedule(4.0, 5).apply(model, 0)  # goes on from there
-    assert all(core.opening == 0 for core in cores(model))
-
-
-def test_calibration_refuses_what_it_cannot_reach():
-    model, x = convert_attention(stock(), **SMALL), token_ids()
-    opening = [core.opening.clone() for core in cores(model)]
-    with pytest.raises(InputError, match=r"target must be in \d\.\d\d … 4\.57, what this sample can read, got 1\.0"):
-        calibrate(model, [x], 1.0)
-    assert [core.opening for core in cores(model)] == opening
-    with pytest.raises(InputError, match="sample must have at least one batch, got none"):
-        calibrate(model, [], 4.0)
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        calibrate(model, [x], 4.0, steps=0)
-    for target, error in ((math.nan, ValueError), (math.inf, ValueError), ("4", TypeError)):
-        with pytest.raises(error, match=r"target must be (finite|a number), got"):
-            calibrate(model, [x], target)
-    with pytest.raises(InputError, match="calibrate must have a model that convert_attention has changed"):
-        calibrate(stock(), [x], 4.0)
-
-
-@pytest.mark.parametrize(
-    ("length", "target", "options", "held", "needed"),
-    [
-        (20, 5.0, {}, "20 tokens, 2 blocks of 16", 144),
-        (1, 2.5, {}, "1 token, 1 block of 16", 64),
-        (46, 2.25, {}, "46 tokens, 3 blocks of 16", 64),  # all of its blocks are forced: every threshold reads the same
-        (20, 5.0, {"max_blocks": 6}, "20 tokens, 2 blocks of 16", 240),
-    ],
-)
-def test_a_sample_too_short_to_calibrate_says_how_long_it_should_be(length, target, options, held, needed):
-    def calibrated(tokens: int) -> float:
-        return calibrate(convert_attention(stock(), **SMALL, **options), [token_ids(tokens, 1)], target)
-
-    words = re.escape(f"sample is too short for target={target} key blocks a query: it has {held}, and needs about {needed} tokens.")
-    with pytest.raises(InputError, match=f"^{words}$"):
-        calibrated(length)
-    assert calibrated(needed) == pytest.approx(target, abs=0.3)
-    with pytest.raises(InputError, match="sample is too short"):  # no more is called for than is needed
-        calibrated(needed - 16)
-
-
-def test_padding_makes_a_sample_no_longer():
-    x, mask = token_ids(100, 2), torch.ones(2, 100, dtype=torch.int64)
-    mask[:, :80] = 0
-    model = convert_attention(stock(), **SMALL)
-    for batch in ({"input_ids": x, "attention_mask": mask}, {"input_ids": x, "position_ids": torch.arange(20).repeat(2, 5)}):
-        with pytest.raises(InputError, match="it has 20 tokens, 2 blocks of 16, and needs about 144 tokens"):
-            calibrate(model, [batch], 5.0)
-
-
-def test_a_target_that_no_sample_reads_is_refused():
-    with pytest.raises(InputError, match=r"target must be at least 2\.25 key blocks a query, as 3 are always read, got 2\.0\."):
-        calibrate(convert_attention(stock(), **SMALL), [token_ids(48)], 2.0)  # each of its queries reads two blocks, at any threshold
-    with pytest.raises(InputError, match=r"target must be below max_blocks=4, got 4\.0\."):
-        calibrate(convert_attention(stock(), **SMALL, max_blocks=4), [token_ids()], 4.0)
-
-
-def test_calibration_to_more_blocks_follows_one_to_fewer():
-    model, x = convert_attention(stock(), **SMALL), token_ids()
-    for target in (3.0, 4.0, 2.8):
-        assert calibrate(model, [x], target) == pytest.approx(target, abs=0.15)
+    with pytest.warns(UserWarning, match="must have 3 optimiser steps, got 2: the last temperature is not reached"):
+        trainer_of(convert_attention(stock(), **SMALL), tmp_path, schedule=BudgetSchedule(3.0, 3)).train()
 
 
 def test_parameter_groups_hold_each_parameter_once():
@@ -222,8 +215,9 @@ def test_statistics_have_every_layer():
     got = statistics(model, reset=True)
     assert list(got) == [f"model.layers.{layer}.self_attn.dyn_nsa" for layer in (0, 1)]
     for value in got.values():
-        assert list(value) == ["mean_count", "overflow", "tau", "share_compressed", "share_selected", "share_window"]
+        assert list(value) == ["mean_count", "far_count", "overflow", "tau", "share_compressed", "share_selected", "share_window"]
         assert 1 < value["mean_count"] <= 5
+        assert 0 < value["far_count"] < value["mean_count"] - 1
         assert 0 < value["tau"] < 1
         assert sum(value[f"share_{name}"] for name in ("compressed", "selected", "window")) == pytest.approx(1)
     assert all(number != number for value in statistics(model).values() for number in value.values())
@@ -361,4 +355,4 @@ def test_a_schedule_tells_which_thresholds_do_not_train():
     model = tiny_dyn_nsa_lm()
     next(cores(model)).requires_grad_(False)
     with pytest.warns(UserWarning, match=r"thresholds of 1 of 2 layers require no gradient: .*; call requires_grad_\(True\) on them"):
-        BudgetSchedule(4.0, 2).apply(model, 0)
+        BudgetSchedule(4.0, 2, weight=0.1).apply(model, 0)

@@ -49,25 +49,33 @@ def oracle(module: DynNSAAttention, x: Tensor, tau: Tensor | None = None) -> tup
     unit = query / query.square().mean(-1, keepdim=True).add(1e-6).sqrt()
     gates = torch.stack([unit[:, :, h] @ core.gate_weight[h] + core.gate_bias[h] for h in range(4)], 2)
     query, key = rotated(query), rotated(key)
+    mapped = None
+    if options.compress_query:
+        mapped = torch.stack([query[:, :, h] @ core.query_map[h] for h in range(4)], 2)
     out, *rest = reference.dyn_nsa(
         query, key, value, core.compress_key(key), core.compress_value(value), gates, core.base + core.price, core.slope, tau=tau,
         window=options.window, temperature=options.temperature, block_size=16, compress_size=16, max_blocks=options.max_blocks,
-        importance="relative",
+        importance=options.importance, forced_first=options.forced_first, forced_local=options.forced_local, query_compressed=mapped,
     )  # fmt: skip
     return module.o_proj(out.flatten(2)), *rest
 
 
-def test_it_is_the_dense_formula_with_all_gradients():
-    module, x = layer(budget_weight=0.5), tokens(130, 2)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"importance": "relative"}, {"forced_first": 0, "forced_local": 1}, {"compress_query": False}],
+    ids=["share", "relative", "one forced", "no map"],
+)
+def test_it_is_the_dense_formula_with_all_gradients(options):
+    module, x = layer(budget_weight=0.5, **options), tokens(130, 2)
     module.core.budget_target.fill_(3.0)
-    module.core.price.fill_(-0.3)
+    module.core.price.fill_(-0.3 if "importance" in options else -2.5)
     parameters = list(module.parameters())
     weights = torch.randn(2, 130, 32, dtype=torch.float64)
     got = module(x)
     out, counts, tau, overflow, soft_counts = oracle(module, x)
     assert_close_rms(got.out, out, 1e-12)
     assert torch.equal(got.counts, counts)
-    assert got.counts.float().mean() > 3.2
+    assert got.counts.float().mean() > module.core.options.forced + 0.2
     assert_close_rms(got.tau, tau, 1e-12)
     assert_close_rms(got.soft_counts, soft_counts, 1e-12)
     assert_close_rms(got.overflow, overflow, 1e-12)
@@ -240,6 +248,9 @@ def test_budget_loss_is_the_formula():
     assert budget_loss(soft[:1], 2.0, weight=3.0).item() == 3 * (3 / 2 - 1) ** 2
     mask = torch.tensor([[[True, True]], [[True, False]]])
     assert budget_loss(soft, 2.0, mask=mask).item() == 1.0
+    # Layers share one budget: what one reads more, another may read less.
+    assert budget_loss([torch.full((1, 2, 1), 1.0), torch.full((2, 2, 1), 4.0)], 3.0).item() == 0.0
+    assert budget_loss([soft[:1], soft], 2.0, mask=[mask[:1], mask]).item() == pytest.approx((18 / 5 / 2 - 1) ** 2)
 
 
 def test_statistics_are_means_over_calls_without_padding():
@@ -247,17 +258,21 @@ def test_statistics_are_means_over_calls_without_padding():
     assert all(value != value for value in module.core.statistics().values())
     x, start = tokens(100, 2), torch.tensor([0, 33], dtype=torch.int32)
     results = [module(x, key_start=start), module(x[:, :60], key_start=start)]
-    counts, taus, shares = [], [], []
+    counts, fars, taus, shares = [], [], [], []
     for result in results:
         length = result.counts.shape[1]
         real = torch.arange(length) >= start[:, None]
         counts.append(result.counts[real].double().mean())
+        forced = ((torch.arange(length) - start[:, None]) // 16 + 1).clamp(max=3)
+        fars.append((result.counts - forced[..., None])[real].double().mean())
         taus.append(result.tau[real].mean())
         query = module.q_proj(x[:, :length]).unflatten(-1, (-1, 8))
         size = module.core.gates(query).detach()[real].abs().sum((0, 1))
         shares.append(size / size.sum())
     got = module.core.statistics()
     assert got["mean_count"] == pytest.approx(float(sum(counts) / 2), rel=1e-5)
+    assert got["far_count"] == pytest.approx(float(sum(fars) / 2), rel=1e-5)
+    assert fars[0] > 0
     assert got["tau"] == pytest.approx(float(sum(taus) / 2), rel=1e-5)
     assert got["overflow"] == pytest.approx(float(sum(result.overflow for result in results) / 2), abs=1e-6)
     assert [got[f"share_{name}"] for name in ("compressed", "selected", "window")] == pytest.approx((sum(shares) / 2).tolist(), rel=1e-4)
@@ -307,8 +322,8 @@ def test_the_core_takes_any_group_of_heads():
     query, key, value = query.double(), key.double(), value.double()
     gates = core.gates(query)
     pooled = [torch.stack([x[:, :16].mean(1), x[:, 16:32].mean(1)], 1) for x in (key, value)]
-    rest = (gates, torch.zeros(1).double(), torch.ones(1).double())
-    expected = dyn_nsa(query, key, value, *pooled, *rest, importance="relative", impl="reference", **SIZES)
+    rest = (gates, torch.full((1,), -5.0).double(), torch.zeros(1).double())
+    expected = dyn_nsa(query, key, value, *pooled, *rest, impl="reference", **SIZES)
     assert_close_rms(core(query, key, value, gates).out, expected.out, 1e-12)
 
 
@@ -325,7 +340,11 @@ def test_the_core_takes_any_group_of_heads():
         (lambda: DynNSAOptions(budget_target=0.0), "budget_target must be above 0, got 0.0"),
         (lambda: DynNSAOptions(compress_size=8), "compress_size must be one of"),
         (lambda: DynNSAOptions(window=0), "window must be at least 1, got 0"),
-        (lambda: DynNSAOptions(max_blocks=2), "max_blocks must be at least 3"),
+        (lambda: DynNSAOptions(max_blocks=2), "max_blocks must be at least 3, the forced ones, got 2"),
+        (lambda: DynNSAOptions(max_blocks=5, forced_first=2, forced_local=4), "max_blocks must be at least 6, the forced ones, got 5"),
+        (lambda: DynNSAOptions(forced_first=-1), "forced_first must be at least 0, got -1"),
+        (lambda: DynNSAOptions(forced_local=0), "forced_local must be at least 1, got 0"),
+        (lambda: DynNSAOptions(importance="mass"), "importance must be one of share, relative, got 'mass'"),
         (lambda: DynNSAOptions(impl="fast"), "impl must be one of"),
         (lambda: DynNSAOptions(base=float("nan")), "base must be finite, got nan"),
         (lambda: budget_loss(torch.ones(1, 2, 1), 0.0), "target must be above 0, got 0.0"),

@@ -135,7 +135,7 @@ class DynNSACore(nn.Module):
         self.previous_tau: Tensor | None = None
         self.collecting = False
         self.collected: tuple[Tensor, Tensor] | None = None  # of `sums_of`
-        # Blocks that queries read in training, and number of rows, for a schedule that takes them; no buffer, as DDP would overwrite it.
+        # Blocks that queries read in training, those not forced, and number of rows, for a schedule that takes them; no buffer, as DDP would overwrite it.
         self.counted: Tensor | None = None
         self.reset_parameters()
 
@@ -313,7 +313,7 @@ class DynNSACore(nn.Module):
         self.sums.add_(there * torch.cat([torch.stack([mean.to(self.sums.dtype) for mean in means]), shares.to(self.sums.dtype)]))
         self.calls.add_(there)
         if self.training and self.counted is not None:
-            self.counted.add_(torch.stack([blocks, real.sum()]))
+            self.counted.add_(torch.stack([blocks, far, real.sum()]))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"

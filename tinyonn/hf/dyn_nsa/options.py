@@ -51,10 +51,10 @@ def with_rule(options: Any, source: str) -> Any:
 
 
 def open_price(options: DynNSAOptions) -> float:
-    """Price at which every gate of every block is 1: no threshold, at any tau, is above the least importance, -20, less temperature."""
+    """Price at which every gate of every block is 1: no threshold, at any tau and temperature, is above the least importance less that."""
     highest = options.base + max(0.0, -options.slope)
     rounding = 0.01 * (abs(options.base) + abs(options.slope))  # of bfloat16
-    return min(OPEN, -20.0 - options.temperature - highest - rounding)
+    return min(OPEN, OPEN - highest - rounding)
 
 
 def checked_tau(tau: Tensor | float, rows: tuple[int, int, int], query: Tensor) -> Tensor:

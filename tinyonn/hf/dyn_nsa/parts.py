@@ -107,23 +107,24 @@ def take_budget_loss(parts: Iterable[DynNSACore]) -> Tensor | None:
     return loss_of_sums(found, first.budget_target.to(found[0][0].device), first.options.budget_weight)
 
 
-def take_counts(model: nn.Module) -> tuple[float, int]:
-    """Key blocks that queries read in training since this was last asked, and number of queries, over all layers, heads and ranks.
+def take_counts(model: nn.Module) -> tuple[float, float, int]:
+    """Mean key blocks that queries read in training since this was last asked, those of them beyond the forced ones, and number of queries:
+    over all layers, heads and ranks.
 
     Layers count from the first time this is asked.
     """
     found = list(cores(model))
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64)
     for core in found:
         if core.counted is None or core.counted.device != core.sums.device:
-            core.counted = torch.zeros(2, device=core.sums.device)
+            core.counted = torch.zeros(3, device=core.sums.device)
         sums += core.counted.cpu()
         core.counted.zero_()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         sums = sums.to(found[0].sums.device, torch.float32)
         torch.distributed.all_reduce(sums)
-    blocks, rows = sums.tolist()
-    return blocks, int(rows)
+    blocks, far, rows = sums.tolist()
+    return blocks / max(rows, 1), far / max(rows, 1), int(rows)
 
 
 def loss_was_taken(model: nn.Module) -> bool:

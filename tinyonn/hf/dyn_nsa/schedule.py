@@ -20,7 +20,8 @@ from ..peft_parts import adapter_of, frozen, keep_in_adapter, remedy
 from .parts import DYN_NSA, PART, cores, loss_was_taken, mean_blocks, take_counts
 
 
-FIRST_PRICE = -10.0  # of a model that reads every block, at the first step that has counts: only shares below 0.005 % are left out
+FIRST_PRICE = -8.0  # of a model that reads every block, at the first step that has counts: only shares below 0.03 % are left out
+LEAST_FAR = 0.02  # blocks beyond the forced ones, in the logarithm that moves the price
 PATH = 0.3  # of the steps: the target holds from there on
 COOLING = 0.7  # of the steps: the temperature holds from there on
 STAGES = 5  # of the temperature: a compiled model compiles again at each
@@ -31,7 +32,7 @@ class BudgetSchedule(TrainerCallback):
     Trainer's callback, or call `apply` before each step of your own loop.
 
     The budget is one for the model: the mean over layers, heads, tokens and the ranks of torch.distributed. After each optimiser step the
-    price moves by rate · log(blocks read / blocks wanted). Blocks wanted fall geometrically from those of the first step to `target` over
+    price moves by rate · log(blocks read / blocks wanted), both beyond the forced ones. Blocks wanted fall geometrically from those of the first step to `target` over
     the first 30 % of `steps`. The temperature falls geometrically, in five stages, over the first 70 %: a wide gate lets a training model
     learn where to look, a narrow one reads in full what it pays for. At each step `base` is centred over layers and heads, so that the
     price alone is the level. A Trainer logs the means since its last log as `key_blocks` and, beyond the forced blocks,
@@ -41,7 +42,7 @@ class BudgetSchedule(TrainerCallback):
         target: key blocks per query at the end, forced blocks included; at least as many as are forced.
         steps: optimiser steps of the training. If there are fewer, it ends with a warning.
         start: blocks wanted at the beginning; None for those that the first step reads, or 64 with a weight.
-        rate: nats that the price moves where the blocks read are e times those wanted; 0 to leave the price to a budget loss.
+        rate: nats that the price moves in a step where the blocks read are e times those wanted; 0 to leave the price to a budget loss.
         weight: weight of the budget loss; 0 for none.
         temperature: at the beginning and the end, in nats; None to leave it.
         max_blocks: largest number of blocks per query after the last step; None for no limit.
@@ -101,13 +102,14 @@ class BudgetSchedule(TrainerCallback):
             raise InputError(f"BudgetSchedule must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
         self._check(model)
         price = self._centre(found)
-        blocks, rows = take_counts(model)
+        blocks, far, rows = take_counts(model)
         if self.start is None:
-            self.start = blocks / rows if rows else self._start_of(found[0], step)
+            self.start = blocks if rows else self._start_of(found[0], step)
         if step > 0:
             price = max(price, FIRST_PRICE)
             if rows:
-                price += self.rate * math.log(max(blocks / rows, 1e-3) / self.target_at(step))
+                wanted = self.target_at(step) - (blocks - far)
+                price += self.rate * math.log(max(far, LEAST_FAR) / max(wanted, LEAST_FAR))
         options: dict[str, Any] = {"budget_weight": self.weight}
         if (temperature := self.temperature_at(step)) is not None:
             options["temperature"] = temperature

@@ -1,0 +1,222 @@
+"""Thresholds of a budget without training: the price in closed form, and the offsets of heads from one backward pass."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from tinyonn.errors import InputError
+from tinyonn.hf import BudgetSchedule, calibrate, convert_attention, register_attention, statistics
+from tinyonn.hf.dyn_nsa import cores
+from tinyonn.testing import left_padding, tiny_causal_lm, token_ids
+
+SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
+LENGTH = 130
+
+
+def stock(arch: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    return tiny_causal_lm(arch, dtype=dtype, max_position_embeddings=512, **overrides)
+
+
+def kept_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any) -> Any:
+    """Softmax attention written out, which keeps what it saw."""
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling
+    shares = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -math.inf).softmax(-1)
+    out = shares @ value.repeat_interleave(groups, 1)
+    out.requires_grad_().retain_grad()
+    kept[module.layer_idx] = (shares, value, out)
+    return out.transpose(1, 2), None
+
+
+kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+register_attention("kept_attention", kept_attention)
+
+
+def far_blocks(length: int) -> Tensor:
+    own = torch.arange(length)[:, None] // 16
+    block = torch.arange(-(-length // 16))
+    return (block >= 1) & (block < own - 1)
+
+
+def offsets_by_hand(model: PreTrainedModel, rows: list[Tensor]) -> Tensor:
+    """off[l, k] of `evidence`: √ of the mean of Σ_heads |∂L/∂o|² |P_b (v_b - o)|² over that of P_b², centred; block by block."""
+    model.set_attn_implementation("kept_attention")
+    sums: list[list[Tensor]] = []
+    slopes = []
+    for row in rows:
+        logits = model(row[None], use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[0, :-1], row[1:], reduction="sum").backward()
+        far, blocks = far_blocks(len(row)), range(-(-len(row) // 16))
+        found, slope = [], []
+        for shares, value, out in kept.values():
+            slope.append(out.grad[0].square().sum((-1, -2)))
+            mass = torch.stack([shares[0, :, :, 16 * b : 16 * b + 16].sum(-1) for b in blocks], -1)
+            effect = []
+            for b in blocks:
+                part = shares[0, :, :, 16 * b : 16 * b + 16] @ value[0, :, 16 * b : 16 * b + 16].repeat_interleave(2, 0)
+                effect.append((part - mass[..., b, None] * out[0]).square().sum(-1))
+            grouped = mass.unflatten(0, (2, 2)).mean(1)
+            found.append(torch.cat([(torch.stack(effect, -1) * far).sum((-1, -2)), (grouped.square() * far).sum((-1, -2))]))
+        sums.append(found)
+        slopes.append(torch.stack(slope))
+    total = torch.stack([torch.stack(found) for found in sums]).sum(0).detach()
+    effect, mass = total[:, :4] * torch.stack(slopes).sum(0) / sum(map(len, rows)), total[:, 4:]
+    off = 0.5 * (effect.unflatten(1, (2, 2)).sum(-1).log() - mass.log())
+    return off - off.mean()
+
+
+@pytest.mark.parametrize("how", ["plain", "padded", "packed", "embeddings"])
+def test_offsets_are_what_a_blocks_share_is_worth(how):
+    x = token_ids()
+    rows = {"padded": [x[0, 21:], x[1]], "packed": [x[0, :70], x[0, 70:]]}.get(how, [x[0], x[1]])
+    expected = offsets_by_hand(stock(dtype=torch.float64), rows)
+    model = convert_attention(stock(dtype=torch.float64), **SMALL)
+    batch: dict[str, Any] = {"input_ids": x}
+    if how == "padded":
+        batch["attention_mask"] = left_padding()
+    if how == "packed":
+        batch = {"input_ids": x[:1], "position_ids": torch.cat([torch.arange(70), torch.arange(60)])[None]}
+    if how == "embeddings":
+        batch = {"inputs_embeds": model.get_input_embeddings()(x), "labels": x}
+    calibrate(model, [batch], 2.4 if how == "packed" else 3.5)
+    found = torch.stack([core.base for core in cores(model)]).detach()
+    assert expected.std() > 0.05
+    torch.testing.assert_close(found, -expected, rtol=0, atol=1e-5)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_without_a_gradient_heads_keep_their_differences():
+    model, x = convert_attention(stock(), **SMALL), token_ids()
+    with torch.no_grad():
+        for number, core in enumerate(cores(model)):
+            core.base.copy_(torch.tensor([0.3 * number, 1.0]))
+    before = torch.stack([core.base for core in cores(model)]).detach()
+    assert calibrate(model, [x], 3.5, price="none") == pytest.approx(3.5, abs=0.02)
+    after = torch.stack([core.base for core in cores(model)]).detach()
+    torch.testing.assert_close(after, before - before.mean())
+    assert len({float(core.price) for core in cores(model)}) == 1
+
+
+def test_a_price_that_selects_nothing_or_everything_is_told():
+    model, x = convert_attention(stock(), **SMALL), token_ids()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight.zero_()
+            layer.self_attn.k_proj.bias.zero_()
+    for target, reached, which in ((2.4, "2.50", "all"), (2.3, "2.25", "none")):
+        message = f"no price reads target={target} key blocks a query on this sample, got {reached}: {which} of the blocks that are not forced"
+        with pytest.raises(InputError, match=re.escape(message)):
+            calibrate(model, [x[:, :64]], target, price="none")
+    assert all(core.price == -30 and (core.base == 0).all() for core in cores(model))
+
+
+def test_the_price_of_a_gradient_needs_a_loss():
+    x = token_ids()
+    with pytest.raises(InputError, match="model must have a language head for price='gradient', got LlamaModel: give price='none'"):
+        calibrate(convert_attention(AutoModel.from_config(stock().config), **SMALL), [x], 3.5)
+    model = convert_attention(stock(), **SMALL)
+    with pytest.raises(InputError, match="sample must have input_ids or labels for price='gradient', got neither"):
+        calibrate(model, [{"inputs_embeds": model.get_input_embeddings()(x).detach()}], 3.5)
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.nan
+    with pytest.raises(InputError, match="loss over the sample must be finite, got nan"):
+        calibrate(model, [x], 3.5)
+    assert all(core.price == -30 and (core.base == 0).all() for core in cores(model))
+
+
+def test_a_calibrated_model_comes_back_from_its_folder(tmp_path):
+    model, x = convert_attention(stock(), **SMALL), token_ids()
+    reached = calibrate(model, [x], 3.5)
+    expected = model(x).logits
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(x).logits, expected)
+    assert sum(value["mean_count"] for value in statistics(loaded).values()) / 3 == pytest.approx(reached, rel=1e-5)
+
+
+def test_calibration_finds_the_thresholds_of_a_budget():
+    model, x = convert_attention(stock(), **SMALL), token_ids()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(20)  # importance must differ between blocks
+    reached = calibrate(model.train(), [x, {"input_ids": x[:1]}], 4.0)
+    assert reached == pytest.approx(4.0, abs=0.03)
+    assert model.training
+    counts = []
+    for batch in (x, x[:1]):
+        model.eval()(batch)
+        counts.append(sum(value["mean_count"] for value in statistics(model, reset=True).values()) / 3)
+    assert (2 * counts[0] + counts[1]) / 3 == pytest.approx(reached, rel=1e-5)  # of three rows, each query counts once
+    price = next(cores(model)).price.clone()
+    BudgetSchedule(4.0, 5).apply(model, 0)  # goes on from there
+    assert all(core.price == price for core in cores(model))
+
+
+def test_calibration_refuses_what_it_cannot_reach():
+    model, x = convert_attention(stock(), **SMALL), token_ids()
+    before = [(core.price.clone(), core.base.clone()) for core in cores(model)]
+    with pytest.raises(InputError, match=r"target must be in \d\.\d\d … 4\.57, what this sample can read, got 1\.0"):
+        calibrate(model, [x], 1.0)
+    assert all(core.price == price and torch.equal(core.base, base) for core, (price, base) in zip(cores(model), before, strict=True))
+    with pytest.raises(InputError, match="sample must have at least one batch, got none"):
+        calibrate(model, [], 4.0)
+    with pytest.raises(ValueError, match="price must be one of gradient, none, got 'mass'"):
+        calibrate(model, [x], 4.0, price="mass")
+    for target, error in ((math.nan, ValueError), (math.inf, ValueError), ("4", TypeError)):
+        with pytest.raises(error, match=r"target must be (finite|a number), got"):
+            calibrate(model, [x], target)
+    with pytest.raises(InputError, match="calibrate must have a model that convert_attention has changed"):
+        calibrate(stock(), [x], 4.0)
+
+
+@pytest.mark.parametrize(
+    ("length", "target", "options", "held", "needed"),
+    [
+        (20, 5.0, {}, "20 tokens, 2 blocks of 16", 144),
+        (1, 2.5, {}, "1 token, 1 block of 16", 64),
+        (46, 2.25, {}, "46 tokens, 3 blocks of 16", 64),  # all of its blocks are forced: every threshold reads the same
+        (20, 5.0, {"max_blocks": 6}, "20 tokens, 2 blocks of 16", 240),
+    ],
+)
+def test_a_sample_too_short_to_calibrate_says_how_long_it_should_be(length, target, options, held, needed):
+    def calibrated(tokens: int) -> float:
+        return calibrate(convert_attention(stock(), **SMALL, **options), [token_ids(tokens, 1)], target)
+
+    words = re.escape(f"sample is too short for target={target} key blocks a query: it has {held}, and needs about {needed} tokens.")
+    with pytest.raises(InputError, match=f"^{words}$"):
+        calibrated(length)
+    assert calibrated(needed) == pytest.approx(target, abs=0.3)
+    with pytest.raises(InputError, match="sample is too short"):  # no more is called for than is needed
+        calibrated(needed - 16)
+
+
+def test_padding_makes_a_sample_no_longer():
+    x, mask = token_ids(100, 2), torch.ones(2, 100, dtype=torch.int64)
+    mask[:, :80] = 0
+    model = convert_attention(stock(), **SMALL)
+    for batch in ({"input_ids": x, "attention_mask": mask}, {"input_ids": x, "position_ids": torch.arange(20).repeat(2, 5)}):
+        with pytest.raises(InputError, match="it has 20 tokens, 2 blocks of 16, and needs about 144 tokens"):
+            calibrate(model, [batch], 5.0)
+
+
+def test_a_target_that_no_sample_reads_is_refused():
+    with pytest.raises(InputError, match=r"target must be at least 2\.25 key blocks a query, as 3 are always read, got 2\.0\."):
+        calibrate(convert_attention(stock(), **SMALL), [token_ids(48)], 2.0)  # each of its queries reads two blocks, at any threshold
+    with pytest.raises(InputError, match=r"target must be below max_blocks=4, got 4\.0\."):
+        calibrate(convert_attention(stock(), **SMALL, max_blocks=4), [token_ids()], 4.0)
+
+
+def test_calibration_to_more_blocks_follows_one_to_fewer():
+    model, x = convert_attention(stock(), **SMALL), token_ids()
+    for target in (3.0, 4.0, 2.8):
+        assert calibrate(model, [x], target) == pytest.approx(target, abs=0.15)
+
+
