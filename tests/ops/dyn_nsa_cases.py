@@ -51,9 +51,16 @@ def bounded(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return tensors, bounds
 
 
-def compare(function: Callable[..., Any], oracle: Callable[..., Any], tensors: dict[str, Tensor], dtype: torch.dtype, grads: int) -> None:
+def compare(
+    function: Callable[..., Any],
+    oracle: Callable[..., Any],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    grads: int,
+    device: str = DEVICE,
+) -> None:
     """Outputs and the gradients of random sums of them, by the first `grads` tensors; outputs of integers must be equal."""
-    ours = {name: x.to(DEVICE, dtype if x.is_floating_point() else x.dtype).clone() for name, x in tensors.items()}
+    ours = {name: x.to(device, dtype if x.is_floating_point() else x.dtype).clone() for name, x in tensors.items()}
     exact = {name: x.double().cpu() if x.is_floating_point() else x.cpu() for name, x in ours.items()}
     for leaves in (ours, exact):
         for name in list(leaves)[:grads]:

@@ -34,7 +34,7 @@ def test_opcheck(impl):
     tensors = dyn_nsa_case(100, dtype=torch.float64)
     leaves = [tensors[name].requires_grad_() for name in INPUTS]
     tau = torch.rand(1, 100, 2, dtype=torch.float64)
-    options = (40, 1.5, 64, 32, 4, "share", False, 0.25, None, None, None, impl)
+    options = (40, 1.5, 64, 32, 4, "share", 1, 2, False, 0.25, None, None, None, impl)
     torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, tau, *options))
     torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, None, *options))
     q, k, v, kc, vc = leaves[:5]
@@ -148,6 +148,12 @@ BAD_CALLS: dict[str, Bad] = {
     "block size": ({}, {"block_size": 48}, ValueError, "block_size must be a power of two of at least 16, got 48"),
     "importance": ({}, {"importance": "mass"}, ValueError, "importance must be one of share, relative, got 'mass'"),
     "max blocks": ({}, {"max_blocks": 2}, ValueError, "max_blocks must be at least 3, the forced ones, got 2"),
+    "forced": (
+        {}, {"forced_first": 3, "forced_local": 4, "max_blocks": 6}, ValueError, "max_blocks must be at least 7, the forced ones, got 6",
+    ),
+    "no own block": ({}, {"forced_local": 0}, ValueError, "forced_local must be at least 1, got 0"),
+    "forced first": ({}, {"forced_first": -1}, ValueError, "forced_first must be at least 0, got -1"),
+    "forced number": ({}, {"forced_first": True}, TypeError, "forced_first must be an int, got bool"),
     "window": ({}, {"window": 0}, ValueError, "window must be at least 1, got 0"),
     "temperature": ({}, {"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
     "subnormal temperature": ({}, {"temperature": 1e-39}, ValueError, "temperature must be at least 1.18e-38, the smallest normal float32"),

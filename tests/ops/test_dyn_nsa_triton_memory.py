@@ -61,7 +61,7 @@ def step_at_64k(device: str, heads: int, kv_heads: int, packed: bool) -> tuple[t
     compressed = [draw(1, tokens // 64, kv_heads, dim) for _ in range(2)]
     inputs = Inputs(query, key, value, *compressed, draw(1, tokens, heads, 3), draw(kv_heads), draw(kv_heads), None)
     bounds = Bounds(torch.arange(0, tokens + 1, tokens // 8, dtype=torch.int32, device=device)) if packed else Bounds()
-    options = Options(512, 1.0, 64, 64, 16, "share", False, dim**-0.5)
+    options = Options(512, 1.0, 64, 64, 16, "share", 1, 2, False, dim**-0.5)
 
     def step() -> None:
         results = _triton_dyn_nsa.dyn_nsa_forward(inputs, options, bounds)

@@ -106,10 +106,10 @@ class _Parts(NamedTuple):
 
 
 def _parts(options: Options, num_keys: int) -> _Parts:
-    window, temperature, block_size, compress_size, max_blocks, importance, _, scale = options
+    window, temperature, block_size, compress_size, max_blocks, importance, first, local, _, scale = options
     return _Parts(
         CompressedOptions(compress_size, num_keys, scale),
-        SelectOptions(temperature, block_size, compress_size, max_blocks, importance, num_keys, scale),
+        SelectOptions(temperature, block_size, compress_size, max_blocks, importance, first, local, num_keys, scale),
         SparseOptions(block_size, scale),
         WindowOptions(window, scale),
     )

@@ -43,7 +43,7 @@ def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results
     from tinyonn_kernels.nsa.select_blocks_fwd import select_blocks_fwd
 
     query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
-    window, temperature, block_size, compress_size, max_blocks, importance, _, scale = options
+    window, temperature, block_size, compress_size, max_blocks, *rule, _, scale = options
     num_keys, num_kv = key.shape[1:3]
     window = min(window, num_keys)
     whole = geometry_of(query, num_keys, *bounds)
@@ -78,7 +78,7 @@ def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results
         lists = (indices[rows], counts[rows], bias[rows])
         over = select_blocks_fwd(
             q, key_compressed, lse_compressed[rows], threshold, *lists, soft_counts[rows], geometry, num_keys, temperature, block_size,
-            compress_size, importance, scale,
+            compress_size, *rule, scale,
         )  # fmt: skip
         overflowing += over.sum()
         block_sparse_attention_fwd(q, key, value, *lists, selected[rows], lse_selected[rows], geometry, block_size, scale)
@@ -103,11 +103,11 @@ def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bou
     query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
     _, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected, grad_out, grad_soft = saved
     assert tau is not None  # forward's own where the caller gave none
-    window, temperature, block_size, compress_size, _, importance, detach_scores, scale = options
+    window, temperature, block_size, compress_size, _, *rule, detach_scores, scale = options
     num_keys = key.shape[1]
     window = min(window, num_keys)
     whole = geometry_of(query, num_keys, *bounds)
-    sizes = (num_keys, temperature, block_size, compress_size, importance, scale)
+    sizes = (num_keys, temperature, block_size, compress_size, *rule, scale)
     grad_out, grad_soft = unit_stride(grad_out), grad_soft.contiguous()
     threshold = base.float() - slope.float() * tau.float()
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)

@@ -91,6 +91,8 @@ class SelectOptions(NamedTuple):
     compress_size: int
     max_blocks: int
     importance: str
+    forced_first: int
+    forced_local: int
     num_keys: int
     scale: float
 
@@ -125,6 +127,8 @@ class Options(NamedTuple):
     compress_size: int
     max_blocks: int
     importance: str
+    forced_first: int
+    forced_local: int
     detach_scores: bool
     scale: float
 

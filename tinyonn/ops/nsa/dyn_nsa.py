@@ -47,6 +47,8 @@ def dyn_nsa(
     compress_size: int = 64,
     max_blocks: int = 32,
     importance: Importance = "share",
+    forced_first: int = 1,
+    forced_local: int = 2,
     detach_scores: bool = False,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
@@ -77,7 +79,7 @@ def dyn_nsa(
         tau: (B, T, K) in [0, 1], which `tinyonn.debug()` checks; None for the mean over a group's heads of
             entropy / log(visible compressed keys), 0 where fewer than two are.
         window: keys of the window branch.
-        temperature, block_size, compress_size, max_blocks, importance, detach_scores: as in `select_blocks`.
+        temperature, block_size, compress_size, max_blocks, importance, forced_first, forced_local, detach_scores: as in `select_blocks`.
         scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
 
     Raises:
@@ -93,7 +95,7 @@ def dyn_nsa(
         hint = order_hint(query, key)
         raise ValueError(f"key_compressed must have key's {key.shape[2]} heads, got {key_compressed.shape[2]}{hint}.")
     check_sizes(block_size, compress_size)
-    check_max_blocks(max_blocks)
+    check_max_blocks(max_blocks, forced_first, forced_local)
     check_size("window", window)
     check_choice("importance", importance, get_args(Importance))
     bounds = checked_bounds(query, key, key.shape[1], cu_seqlens, key_start, key_end)
@@ -106,7 +108,7 @@ def dyn_nsa(
         check_tensor("tau", tau, query.device, rows)
         tau = tau.detach()
     numbers = (window, check_temperature(temperature), block_size, compress_size, max_blocks)
-    options = Options(*numbers, importance, detach_scores, scale_of(query, scale))
+    options = Options(*numbers, importance, forced_first, forced_local, detach_scores, scale_of(query, scale))
     inputs = Inputs(query, key, value, key_compressed, value_compressed, gates, base, slope, tau)
     if debug_enabled():
         for name, given in inputs._asdict().items():
