@@ -116,6 +116,7 @@ class Inputs(NamedTuple):
     base: Tensor
     slope: Tensor
     tau: Tensor | None
+    query_compressed: Tensor | None
 
 
 class Options(NamedTuple):

@@ -270,6 +270,7 @@ def dyn_nsa(
     slope: Tensor,
     *,
     tau: Tensor | None = None,
+    query_compressed: Tensor | None = None,
     window: int = 512,
     temperature: float = 1.0,
     block_size: int = 64,
@@ -288,8 +289,9 @@ def dyn_nsa(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     where = {"cu_seqlens": cu_seqlens, "key_start": key_start, "key_end": key_end}
     num_keys, num_kv = key.shape[1:3]
+    query_compressed = query if query_compressed is None else query_compressed
     compressed, lse, entropy = compressed_attention(
-        query, key_compressed, value_compressed, compress_size=compress_size, num_keys=num_keys, scale=scale, **where
+        query_compressed, key_compressed, value_compressed, compress_size=compress_size, num_keys=num_keys, scale=scale, **where
     )
     if tau is None:
         tau = attention_tau(entropy, query, num_keys, num_kv, compress_size, **where)
@@ -298,7 +300,8 @@ def dyn_nsa(
     query, key, value = query.double(), key.double(), value.double()
     options = Options(temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local)
     bounds = (cu_seqlens, key_start, key_end)
-    found, counts, soft_counts, overflow = _selections(query, key_compressed.double(), lse, threshold, num_keys, bounds, options)
+    scored = (query_compressed.double(), key_compressed.double(), lse, threshold)
+    found, counts, soft_counts, overflow = _selections(*scored, num_keys, bounds, options)
     selected = torch.zeros_like(query)
     for sequence, gate, _ in found:
         row, rows, columns = sequence.batch, sequence.queries, sequence.keys
