@@ -1,4 +1,4 @@
-"""Inputs and bounds for the tests of DynNSA's Triton kernels, and their comparison with the oracle."""
+"""Inputs and bounds for the tests of DynNSA, and the comparison of its implementations with the oracle."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinyonn import reference
 from tinyonn.testing import TOLERANCE, assert_close_rms, dyn_nsa_case, impl_device
 
 DEVICE = impl_device("triton")
@@ -51,9 +52,16 @@ def bounded(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return tensors, bounds
 
 
-def compare(function: Callable[..., Any], oracle: Callable[..., Any], tensors: dict[str, Tensor], dtype: torch.dtype, grads: int) -> None:
+def compare(
+    function: Callable[..., Any],
+    oracle: Callable[..., Any],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    grads: int,
+    device: str = DEVICE,
+) -> None:
     """Outputs and the gradients of random sums of them, by the first `grads` tensors; outputs of integers must be equal."""
-    ours = {name: x.to(DEVICE, dtype if x.is_floating_point() else x.dtype).clone() for name, x in tensors.items()}
+    ours = {name: x.to(device, dtype if x.is_floating_point() else x.dtype).clone() for name, x in tensors.items()}
     exact = {name: x.double().cpu() if x.is_floating_point() else x.cpu() for name, x in ours.items()}
     for leaves in (ours, exact):
         for name in list(leaves)[:grads]:
@@ -83,3 +91,25 @@ def compare(function: Callable[..., Any], oracle: Callable[..., Any], tensors: d
         # Two numbers each, sums over all tokens that mostly cancel.
         loose = 6 if name in ("base", "slope") else 1
         assert_close_rms(mine, theirs, TOLERANCE[dtype] * loose, f"gradient of {name}")
+
+
+def partly_open(tensors: dict[str, Tensor], options: dict[str, Any]) -> float:
+    """Share of the unforced selectable pairs whose gate lies strictly between 0 and 1."""
+    num_keys = tensors["key"].shape[1]
+    compress_size = options.get("compress_size", 64)
+    _, lse, entropy = reference.compressed_attention(
+        tensors["query"], tensors["key_compressed"], tensors["value_compressed"], compress_size=compress_size, num_keys=num_keys
+    )
+    tau = reference.attention_tau(entropy, tensors["query"], num_keys, tensors["key"].shape[2], compress_size)
+    threshold = tensors["base"].double() - tensors["slope"].double() * tau
+    own = {key: options[key] for key in ("temperature", "block_size", "compress_size", "importance") if key in options}
+    bias = reference.select_blocks(tensors["query"], tensors["key_compressed"], lse, threshold, max_blocks=1000, num_keys=num_keys, **own)[
+        2
+    ]
+    block_size = options.get("block_size", 64)
+    block = torch.arange(-(-num_keys // block_size))
+    place = torch.arange(num_keys - tensors["query"].shape[1], num_keys)
+    past = (block + 1) * block_size <= place[:, None] + 1
+    forced = (block == 0) | (block >= place[:, None] // block_size - 1)
+    selectable = int((past & ~forced).sum()) * tensors["key"].shape[2]
+    return int((bias < 0).sum()) / max(1, selectable)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -12,29 +11,9 @@ from torch import Tensor
 from tinyonn import ops, reference
 from tinyonn.testing import TOLERANCE, assert_close_rms, dtype_id, dyn_nsa_case
 
+from .dyn_nsa_cases import partly_open
+
 RULES = ["share", "relative"]
-
-
-def partly_open(tensors: dict[str, Tensor], options: dict[str, Any]) -> float:
-    """Share of the unforced selectable pairs whose gate lies strictly between 0 and 1."""
-    num_keys = tensors["key"].shape[1]
-    compress_size = options.get("compress_size", 64)
-    _, lse, entropy = reference.compressed_attention(
-        tensors["query"], tensors["key_compressed"], tensors["value_compressed"], compress_size=compress_size, num_keys=num_keys
-    )
-    tau = reference.attention_tau(entropy, tensors["query"], num_keys, tensors["key"].shape[2], compress_size)
-    threshold = tensors["base"].double() - tensors["slope"].double() * tau
-    own = {key: options[key] for key in ("temperature", "block_size", "compress_size", "importance") if key in options}
-    bias = reference.select_blocks(tensors["query"], tensors["key_compressed"], lse, threshold, max_blocks=1000, num_keys=num_keys, **own)[
-        2
-    ]
-    block_size = options.get("block_size", 64)
-    block = torch.arange(-(-num_keys // block_size))
-    place = torch.arange(num_keys - tensors["query"].shape[1], num_keys)
-    past = (block + 1) * block_size <= place[:, None] + 1
-    forced = (block == 0) | (block >= place[:, None] // block_size - 1)
-    selectable = int((past & ~forced).sum()) * tensors["key"].shape[2]
-    return int((bias < 0).sum()) / max(1, selectable)
 
 
 @pytest.mark.parametrize("importance", RULES)

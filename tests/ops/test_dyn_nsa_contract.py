@@ -34,9 +34,9 @@ def test_opcheck(impl):
     tensors = dyn_nsa_case(100, dtype=torch.float64)
     leaves = [tensors[name].requires_grad_() for name in INPUTS]
     tau = torch.rand(1, 100, 2, dtype=torch.float64)
-    options = (40, 1.5, 64, 32, 4, "share", False, 0.25, None, None, None, impl)
-    torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, tau, *options))
-    torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, None, *options))
+    options = (40, 1.5, 64, 32, 4, "share", 1, 2, False, 0.25, None, None, None, impl)
+    torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, tau, None, *options))
+    torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, None, leaves[0].detach().clone().requires_grad_(), *options))
     q, k, v, kc, vc = leaves[:5]
     torch.library.opcheck(torch.ops.tinyonn.compressed_attention.default, (q, kc, vc, 32, 100, 0.25, None, None, None, impl))
     torch.library.opcheck(torch.ops.tinyonn.sliding_window_attention.default, (q, k, v, 20, 0.25, None, None, None, impl))
@@ -79,6 +79,9 @@ def test_under_autocast_a_wider_key_comes_as_torchs_attention_takes_it():
     lse = torch.zeros(q.shape[:3])
     rest = {name: tensors[name] for name in INPUTS[5:]}
     calls: dict[str, Callable[..., Any]] = {
+        "queries": lambda q, k, v, kc, vc: (
+            ops.dyn_nsa(q, k.to(q.dtype), v, kc.to(q.dtype), vc, **rest, query_compressed=k.repeat_interleave(2, 2), compress_size=32).out
+        ),
         "dyn_nsa": lambda q, k, v, kc, vc: ops.dyn_nsa(q, k, v, kc, vc, **rest, compress_size=32).out,
         "compressed": lambda q, k, v, kc, vc: ops.compressed_attention(q, kc, vc, num_keys=100, compress_size=32),
         "selected": lambda q, k, v, kc, vc: ops.block_sparse_attention(q, k, v, *lists),
@@ -137,6 +140,15 @@ BAD_CALLS: dict[str, Bad] = {
     "gates": ({"gates": ones(1, 96, 4, 2)}, {}, ValueError, r"gates must have shape \(1, 96, 4, 3\), got"),
     "base": ({"base": ones(4)}, {}, ValueError, r"base must have shape \(2,\), got \(4,\)"),
     "tau": ({}, {"tau": ones(1, 96)}, ValueError, r"tau must have shape \(1, 96, 2\), got \(1, 96\)"),
+    "query_compressed": (
+        {}, {"query_compressed": ones(1, 96, 2, 16)}, ValueError,
+        r"query_compressed must have shape \(1, 96, 4, 16\), got \(1, 96, 2, 16\)",
+    ),
+    "query_compressed dtype": (
+        {}, {"query_compressed": ones(1, 96, 4, 16, dtype=torch.float64)}, TypeError,
+        r"query_compressed must be torch\.float32, got torch\.float64",
+    ),
+    "query_compressed type": ({}, {"query_compressed": 1.0}, TypeError, r"query_compressed must be a torch\.Tensor, got float"),
     "dtype": ({"key": ones(1, 96, 2, 16, dtype=torch.float64)}, {}, TypeError, r"key must be torch\.float32, got torch\.float64"),
     "integers": (
         {"query": ones(1, 96, 4, 16, dtype=torch.int64)}, {}, TypeError, "query must be float16, bfloat16, float32 or float64",
@@ -148,6 +160,12 @@ BAD_CALLS: dict[str, Bad] = {
     "block size": ({}, {"block_size": 48}, ValueError, "block_size must be a power of two of at least 16, got 48"),
     "importance": ({}, {"importance": "mass"}, ValueError, "importance must be one of share, relative, got 'mass'"),
     "max blocks": ({}, {"max_blocks": 2}, ValueError, "max_blocks must be at least 3, the forced ones, got 2"),
+    "forced": (
+        {}, {"forced_first": 3, "forced_local": 4, "max_blocks": 6}, ValueError, "max_blocks must be at least 7, the forced ones, got 6",
+    ),
+    "no own block": ({}, {"forced_local": 0}, ValueError, "forced_local must be at least 1, got 0"),
+    "forced first": ({}, {"forced_first": -1}, ValueError, "forced_first must be at least 0, got -1"),
+    "forced number": ({}, {"forced_first": True}, TypeError, "forced_first must be an int, got bool"),
     "window": ({}, {"window": 0}, ValueError, "window must be at least 1, got 0"),
     "temperature": ({}, {"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
     "subnormal temperature": ({}, {"temperature": 1e-39}, ValueError, "temperature must be at least 1.18e-38, the smallest normal float32"),
@@ -297,9 +315,10 @@ def test_numbers_are_checked_whatever_runs(impl):
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-@pytest.mark.parametrize("name", [*GOOD, "tau"])
+@pytest.mark.parametrize("name", [*GOOD, "tau", "query_compressed"])
 def test_debug_names_nan(name, impl):
     tensors = {**{key: x.clone() for key, x in GOOD.items()}, "tau": torch.zeros(1, 96, GOOD["key"].shape[2])}
+    tensors["query_compressed"] = GOOD["query"].clone()
     tensors[name].view(-1)[-1] = math.nan
     with tinyonn.debug(), pytest.raises(ValueError, match=f"{name} must not contain NaN"):
         ops.dyn_nsa(**tensors, compress_size=32, impl=impl)

@@ -86,7 +86,7 @@ def _select(dtype: torch.dtype, dim: int, heads: int, compress_size: int) -> Non
     query, key, lse, _ = _example(dtype, dim, heads, compress_size)
     rows = _empty(1, TOKENS, KV_HEADS)  # thresholds and soft counts, and their gradients
     inputs = (query, key, lse, rows, *_lists(), rows)
-    sizes = (_packed(), TOKENS, 1.0, BLOCK_SIZE, compress_size, "share", 0.1)
+    sizes = (_packed(), TOKENS, 1.0, BLOCK_SIZE, compress_size, "share", 1, 2, 0.1)
     select_blocks_fwd(*inputs, *sizes)
     select_blocks_dq(*inputs, rows, _empty(*query.shape), lse, *sizes, accumulate=True)
     select_blocks_dk(*inputs, *sizes)

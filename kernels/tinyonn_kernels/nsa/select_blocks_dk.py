@@ -65,6 +65,8 @@ def _select_dk_kernel(
     RATIO: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     RELATIVE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LOCAL: tl.constexpr,
     PROBES: tl.constexpr,
 ):
     # One program owns the compressed keys of BLOCKS key blocks of one sequence and head, and one part of the queries that see them.
@@ -130,7 +132,7 @@ def _select_dk_kernel(
         p, _ = block_probabilities(
             q, k_ptr, lse_log2, first_row, block0, seen_row, most, scale_log2, stride_kt, RATIO, IEEE, HEAD_DIM, WIDTH, BLOCKS
         )
-        _, past = kinds_of(block, relative, active, BLOCK_SIZE)
+        _, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
         _, w = gradient_of_mass(p, listed, soft, threshold, factor, temperature, past, QUERIES, PADDED, BLOCKS, RATIO)
         dk += dot(tl.trans(w.to(q.dtype)), q, IEEE)
 
@@ -169,6 +171,8 @@ def select_blocks_dk(
     block_size: int,
     compress_size: int,
     importance: str,
+    forced_first: int,
+    forced_local: int,
     scale: float,
 ) -> Tensor:
     """Gradient of the compressed keys, float32; launched over (tiles of key blocks, SPLITS, B * K)."""
@@ -223,6 +227,8 @@ def select_blocks_dk(
         RATIO=ratio,
         BLOCK_SIZE=block_size,
         RELATIVE=importance == "relative",
+        FIRST=forced_first,
+        LOCAL=forced_local,
         BLOCKS=blocks,
         PROBES=indices.shape[-1].bit_length(),
         **shape,

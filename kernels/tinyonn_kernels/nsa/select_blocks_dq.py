@@ -111,6 +111,8 @@ def _select_dq_kernel(
     RATIO: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     RELATIVE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LOCAL: tl.constexpr,
 ):
     # One program owns one tile after another: QUERIES queries of one key/value head, PADDED rows each.
     COMPRESS: tl.constexpr = BLOCK_SIZE // RATIO
@@ -172,7 +174,7 @@ def _select_dq_kernel(
                     (farthest + 1) // COMPRESS, scale_log2, stride_kt, RATIO, IEEE, HEAD_DIM, WIDTH, BLOCKS,
                 )  # fmt: skip
                 block = block0 + tl.arange(0, BLOCKS)
-                _, past = kinds_of(block, relative, active, BLOCK_SIZE)
+                _, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
                 listed = tl.load(scratch_ptr[:, None] + block[None, :], mask=active[:, None] & (block < num_blocks)[None, :], other=0.0)
                 dz, w = gradient_of_mass(p, listed, soft, threshold, factor, temperature, past, QUERIES, PADDED, BLOCKS, RATIO)
                 dthreshold -= tl.sum(dz, axis=1)
@@ -207,6 +209,8 @@ def select_blocks_dq(
     block_size: int,
     compress_size: int,
     importance: str,
+    forced_first: int,
+    forced_local: int,
     scale: float,
     *,
     accumulate: bool = False,
@@ -270,5 +274,7 @@ def select_blocks_dq(
         RATIO=ratio,
         BLOCK_SIZE=block_size,
         RELATIVE=importance == "relative",
+        FIRST=forced_first,
+        LOCAL=forced_local,
         **shape,
     )

@@ -3,7 +3,7 @@
     p[g, c] = e^(scale · q_g · k_c - lse_g)      share[b] = max(mean_g sum of p[g, c] over c in b · factor, e^-20)
     factor = 1, or M · compress / block where importance is relative
     z = log share   gap = (z - threshold) / temperature   c = clamp(gap, 0, 1)   gate = c²(3 - 2c)
-    wanted: gate > 0 and wholly in the past, or forced (first, previous, own: gate 1)
+    wanted: gate > 0 and wholly in the past, or forced (the first FIRST blocks and the LOCAL that end with the own one: gate 1)
 
 M compressed keys that the query sees, S slots of a list, NB key blocks of a row. Each program holds the shares of a few queries in its own
 scratch, NB floats per query. There are as many programs as the GPU runs at once, and each processes one tile after another. The slot of a
@@ -52,11 +52,11 @@ def block_probabilities(
 
 
 @triton.jit
-def kinds_of(block, relative, active, BLOCK_SIZE: tl.constexpr):
+def kinds_of(block, relative, active, BLOCK_SIZE: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr):
     """Whether each block is forced, and whether it is a past block that is not forced; both (queries, blocks)."""
     own = (relative // BLOCK_SIZE)[:, None]
     block = block[None, :]
-    forced = active[:, None] & ((block == 0) | (block == own - 1) | (block == own))
+    forced = active[:, None] & (block <= own) & ((block < FIRST) | (block > own - LOCAL))
     past = active[:, None] & ((block + 1) * BLOCK_SIZE <= relative[:, None] + 1)
     return forced, past & ~forced
 
@@ -128,6 +128,8 @@ def _select_fwd_kernel(
     RATIO: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     RELATIVE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LOCAL: tl.constexpr,
 ):
     # One program owns one tile after another: QUERIES queries of one key/value head, PADDED rows each.
     COMPRESS: tl.constexpr = BLOCK_SIZE // RATIO
@@ -178,7 +180,7 @@ def _select_fwd_kernel(
                 share = tl.maximum(mass * factor, Z_FLOOR)
                 block = block0 + tl.arange(0, BLOCKS)
                 tl.store(scratch_ptr + block[None, :], share, mask=(block < num_blocks)[None, :])
-                forced, past = kinds_of(block, relative, active, BLOCK_SIZE)
+                forced, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
                 gap = (tl.log(share) - threshold) / temperature
                 number += tl.sum((forced | (past & (gap > 0))).to(tl.int32), axis=1)
                 soft += tl.sum(tl.where(forced, 1.0, tl.where(past, tl.sigmoid(gap), 0.0)), axis=1)
@@ -186,7 +188,7 @@ def _select_fwd_kernel(
 
             over = number > num_slots
             num_over += tl.sum(over.to(tl.int32))
-            need = num_slots - tl.minimum(relative // BLOCK_SIZE + 1, 3)
+            need = num_slots - tl.minimum(relative // BLOCK_SIZE + 1, FIRST + LOCAL)
             lowest = tl.where(over, 0, -1)  # bits of the smallest share that is kept
             ties = tl.zeros((QUERIES,), tl.int32)
             if tl.max(over.to(tl.int32)) > 0:
@@ -197,7 +199,7 @@ def _select_fwd_kernel(
                     for block0 in range(0, num_blocks, BLOCKS):
                         block = block0 + tl.arange(0, BLOCKS)
                         share = tl.load(scratch_ptr + block[None, :], mask=(block < num_blocks)[None, :], other=Z_FLOOR)
-                        _, past = kinds_of(block, relative, active, BLOCK_SIZE)
+                        _, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
                         passes = past & (((tl.log(share) - threshold) / temperature) > 0)
                         reach += tl.sum((passes & (share.to(tl.int32, bitcast=True) >= trial[:, None])).to(tl.int32), axis=1)
                     lowest = tl.where(over & (step < 31) & (reach >= need), trial, lowest)
@@ -209,7 +211,7 @@ def _select_fwd_kernel(
             for block0 in range(0, num_blocks, BLOCKS):
                 block = block0 + tl.arange(0, BLOCKS)
                 share = tl.load(scratch_ptr + block[None, :], mask=(block < num_blocks)[None, :], other=Z_FLOOR)
-                forced, past = kinds_of(block, relative, active, BLOCK_SIZE)
+                forced, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
                 gap = (tl.log(share) - threshold) / temperature
                 passes = past & (gap > 0)
                 bits = share.to(tl.int32, bitcast=True)
@@ -261,6 +263,8 @@ def select_blocks_fwd(
     block_size: int,
     compress_size: int,
     importance: str,
+    forced_first: int,
+    forced_local: int,
     scale: float,
 ) -> Tensor:
     """Writes the listed places of indices and bias (B, T, K, S), and counts and soft_counts (B, T, K), except for padding.
@@ -317,6 +321,8 @@ def select_blocks_fwd(
         RATIO=ratio,
         BLOCK_SIZE=block_size,
         RELATIVE=importance == "relative",
+        FIRST=forced_first,
+        LOCAL=forced_local,
         **shape,
     )
     return over

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._debug import debug_enabled
 from .._attention import check_positive, order_hint
-from .._dispatch import check_int, check_same_device, statistics_dtype
+from .._dispatch import check_int, check_same_device, check_size, statistics_dtype
 
 COMPRESS_SIZES = (16, 32, 64)
 MIN_TEMPERATURE = torch.finfo(torch.float32).tiny  # what is smaller loses digits in float32, or is 0 there
@@ -112,10 +112,13 @@ def check_tau_values(tau: Tensor) -> None:
         raise ValueError(f"tau must be in [0, 1], got {tau.min().item():g} … {tau.max().item():g}.")
 
 
-def check_max_blocks(max_blocks: int) -> None:
-    check_int("max_blocks", max_blocks)
-    if max_blocks < 3:
-        raise ValueError(f"max_blocks must be at least 3, the forced ones, got {max_blocks}.")
+def check_max_blocks(max_blocks: int, forced_first: int, forced_local: int) -> None:
+    check_size("max_blocks", max_blocks)
+    check_size("forced_first", forced_first, 0)
+    check_size("forced_local", forced_local)
+    forced = forced_first + forced_local
+    if max_blocks < forced:
+        raise ValueError(f"max_blocks must be at least {forced}, the forced ones, got {max_blocks}.")
 
 
 def _as_int32(name: str, tensor: Tensor, query: Tensor, num_keys: int) -> Tensor:

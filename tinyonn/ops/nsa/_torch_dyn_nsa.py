@@ -38,13 +38,16 @@ from ._tuples import (
 
 def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results:
     """Forward of the registered op."""
-    query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
+    query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed = inputs
+    scoring = query if query_compressed is None else query_compressed
     dtype, num_kv = statistics_dtype(query.dtype), key.shape[2]
     of = _parts(options, key.shape[1])
-    compressed, lse_compressed, entropy = compressed_forward(QueryKeyValue(query, key_compressed, value_compressed), of.compressed, bounds)
+    compressed, lse_compressed, entropy = compressed_forward(
+        QueryKeyValue(scoring, key_compressed, value_compressed), of.compressed, bounds
+    )
     own_tau = attention_tau(entropy, query, of.compressed, num_kv, bounds) if tau is None else entropy.new_empty(0)
     threshold = base.to(dtype) - slope.to(dtype) * (own_tau if tau is None else tau.to(dtype))
-    lists = select_forward(SelectInputs(query, key_compressed, lse_compressed, threshold), of.select, bounds)
+    lists = select_forward(SelectInputs(scoring, key_compressed, lse_compressed, threshold), of.select, bounds)
     indices, counts, bias, soft_counts, overflow = lists
     selected, lse_selected = block_sparse_forward(SparseInputs(query, key, value, indices, counts, bias), of.sparse, bounds)
     near, lse_window = window_forward(QueryKeyValue(query, key, value), of.window, bounds)
@@ -57,9 +60,10 @@ def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results
     )
 
 
-def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds) -> list[Tensor]:
+def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds) -> list[Tensor | None]:
     """Gradients of all inputs but tau, in the dtype of computation."""
-    query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
+    query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed = inputs
+    scoring = query if query_compressed is None else query_compressed
     _, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected, grad_out, grad_soft = saved
     assert tau is not None  # forward's own where the caller gave none
     of = _parts(options, key.shape[1])
@@ -82,20 +86,21 @@ def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bou
     uncertainty = tau.to(dtype)
     threshold = base.to(dtype) - slope.to(dtype) * uncertainty
     assert grad_bias is not None
-    scores, lists = SelectInputs(query, key_compressed, lse_compressed, threshold), SelectSaved(indices, counts, grad_bias, grad_soft)
+    scores, lists = SelectInputs(scoring, key_compressed, lse_compressed, threshold), SelectSaved(indices, counts, grad_bias, grad_soft)
     grad_threshold, score_query, score_key, grad_lse = select_backward(scores, lists, of.select, bounds, not options.detach_scores)
-    compressed, given = QueryKeyValue(query, key_compressed, value_compressed), CompressedSaved(lse_compressed, grad, grad_lse)
-    compressed_query, grad_key_compressed, grad_value_compressed, product_compressed = compressed_backward(
+    compressed, given = QueryKeyValue(scoring, key_compressed, value_compressed), CompressedSaved(lse_compressed, grad, grad_lse)
+    part_scoring, grad_key_compressed, grad_value_compressed, product_compressed = compressed_backward(
         compressed, given, of.compressed, bounds, weights[0]
     )
-    grad_query += compressed_query
+    grad_scoring = grad_query.add_(part_scoring) if query_compressed is None else part_scoring
     if score_query is not None and score_key is not None:
-        grad_query += score_query
+        grad_scoring += score_query
         grad_key_compressed += score_key
     grad_gates = torch.stack([product_compressed, product_selected, product_window], -1)
     grad_base = grad_threshold.sum((0, 1))
     grad_slope = -(grad_threshold * uncertainty).sum((0, 1))
-    return [grad_query, grad_key, grad_value, grad_key_compressed, grad_value_compressed, grad_gates, grad_base, grad_slope]
+    of_scoring = None if query_compressed is None else grad_scoring
+    return [grad_query, grad_key, grad_value, grad_key_compressed, grad_value_compressed, grad_gates, grad_base, grad_slope, of_scoring]
 
 
 class _Parts(NamedTuple):
@@ -106,10 +111,10 @@ class _Parts(NamedTuple):
 
 
 def _parts(options: Options, num_keys: int) -> _Parts:
-    window, temperature, block_size, compress_size, max_blocks, importance, _, scale = options
+    window, temperature, block_size, compress_size, max_blocks, importance, first, local, _, scale = options
     return _Parts(
         CompressedOptions(compress_size, num_keys, scale),
-        SelectOptions(temperature, block_size, compress_size, max_blocks, importance, num_keys, scale),
+        SelectOptions(temperature, block_size, compress_size, max_blocks, importance, first, local, num_keys, scale),
         SparseOptions(block_size, scale),
         WindowOptions(window, scale),
     )

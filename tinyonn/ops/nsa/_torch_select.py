@@ -33,7 +33,7 @@ class Importance(NamedTuple):
 def importance_of(inputs: SelectInputs, k: Tensor, tile: Tile, batch: int, options: SelectOptions) -> Importance:
     """k (K, m, D): the span's compressed keys."""
     query, _, lse, threshold = inputs
-    temperature, block_size, compress_size, _, importance, _, scale = options
+    temperature, block_size, compress_size, _, importance, forced_first, forced_local, _, scale = options
     n, ratio, num_kv = tile.num_queries, block_size // compress_size, k.shape[0]
     chunk, rows = tile.chunk, (batch, tile.rows)
     q, row_lse = grouped_rows(query[rows], num_kv, k.dtype), grouped_numbers(lse[rows], num_kv, k.dtype)
@@ -41,10 +41,10 @@ def importance_of(inputs: SelectInputs, k: Tensor, tile: Tile, batch: int, optio
     group = query.shape[2] // num_kv
     device, dtype = q.device, q.dtype
     place = chunk.positions(device)
-    own = place // block_size
+    own = (place // block_size)[:, None]
     block = torch.arange(int(chunk.position + n - 1) // block_size + 1, device=device)
     past = (block + 1) * block_size <= place[:, None] + 1
-    forced = (block == 0) | (block == own[:, None] - 1) | (block == own[:, None])
+    forced = (block <= own) & ((block < forced_first) | (block > own - forced_local))
     probabilities = row_scores(q, k[:, : tile.high], tile.bias(group, dtype), scale).sub_(finite(row_lse).unsqueeze(-1)).exp_()
     mean = probabilities.view(num_kv, group, n, tile.high).mean(1)
     mass = torch.nn.functional.pad(mean, (0, len(block) * ratio - mean.shape[-1])).unflatten(-1, (len(block), ratio)).sum(-1)

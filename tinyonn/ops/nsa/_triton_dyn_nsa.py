@@ -42,8 +42,9 @@ def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results
     from tinyonn_kernels.nsa.interval_attention_fwd import interval_attention_fwd
     from tinyonn_kernels.nsa.select_blocks_fwd import select_blocks_fwd
 
-    query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
-    window, temperature, block_size, compress_size, max_blocks, importance, _, scale = options
+    query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed = inputs
+    scoring = query if query_compressed is None else query_compressed
+    window, temperature, block_size, compress_size, max_blocks, *rule, _, scale = options
     num_keys, num_kv = key.shape[1:3]
     window = min(window, num_keys)
     whole = geometry_of(query, num_keys, *bounds)
@@ -59,10 +60,10 @@ def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results
     for chunk in chunks:
         rows = (slice(None), chunk)
         geometry = whole.of_chunk(chunk.start)
-        q, weights = query[rows], gates[rows].unbind(-1)
+        q, scoring_q, weights = query[rows], scoring[rows], gates[rows].unbind(-1)
         mixed = out[rows] if scratch is None else scratch[:, : q.shape[1]]
         interval_attention_fwd(
-            q, key_compressed, value_compressed, mixed, lse_compressed[rows], entropy[rows], geometry, compress_size, scale,
+            scoring_q, key_compressed, value_compressed, mixed, lse_compressed[rows], entropy[rows], geometry, compress_size, scale,
             compressed=True, weight=weights[0],
         )  # fmt: skip
         interval_attention_fwd(
@@ -77,8 +78,8 @@ def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results
         threshold = base.float() - slope.float() * (own_tau if tau is None else tau)[rows].float()
         lists = (indices[rows], counts[rows], bias[rows])
         over = select_blocks_fwd(
-            q, key_compressed, lse_compressed[rows], threshold, *lists, soft_counts[rows], geometry, num_keys, temperature, block_size,
-            compress_size, importance, scale,
+            scoring_q, key_compressed, lse_compressed[rows], threshold, *lists, soft_counts[rows], geometry, num_keys, temperature,
+            block_size, compress_size, *rule, scale,
         )  # fmt: skip
         overflowing += over.sum()
         block_sparse_attention_fwd(q, key, value, *lists, selected[rows], lse_selected[rows], geometry, block_size, scale)
@@ -90,8 +91,8 @@ def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results
 
 
 @on_its_device
-def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds) -> list[Tensor]:
-    """Gradients of query (in its dtype) and of the other inputs but tau (float32)."""
+def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds) -> list[Tensor | None]:
+    """Gradients of both queries (in their dtype) and of the other inputs but tau (float32)."""
     from tinyonn_kernels.nsa._common import geometry_of, unit_stride
     from tinyonn_kernels.nsa.block_sparse_dkv import block_sparse_attention_dkv
     from tinyonn_kernels.nsa.block_sparse_dq import block_sparse_attention_dq
@@ -100,17 +101,19 @@ def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bou
     from tinyonn_kernels.nsa.select_blocks_dk import select_blocks_dk
     from tinyonn_kernels.nsa.select_blocks_dq import select_blocks_dq
 
-    query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
+    query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed = inputs
+    scoring = query if query_compressed is None else query_compressed
     _, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected, grad_out, grad_soft = saved
     assert tau is not None  # forward's own where the caller gave none
-    window, temperature, block_size, compress_size, _, importance, detach_scores, scale = options
+    window, temperature, block_size, compress_size, _, *rule, detach_scores, scale = options
     num_keys = key.shape[1]
     window = min(window, num_keys)
     whole = geometry_of(query, num_keys, *bounds)
-    sizes = (num_keys, temperature, block_size, compress_size, importance, scale)
+    sizes = (num_keys, temperature, block_size, compress_size, *rule, scale)
     grad_out, grad_soft = unit_stride(grad_out), grad_soft.contiguous()
     threshold = base.float() - slope.float() * tau.float()
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grad_scoring = None if query_compressed is None else torch.empty_like(grad_query)
     products = [torch.empty_like(lse_compressed) for _ in range(3)]
     shifts = torch.empty_like(lse_compressed)
     grad_threshold = torch.empty_like(threshold)
@@ -121,7 +124,7 @@ def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bou
     for chunk in chunks:
         rows = (slice(None), chunk)
         geometry = whole.of_chunk(chunk.start)
-        q, grad, weights = query[rows], grad_out[rows], gates[rows].unbind(-1)
+        q, scoring_q, grad, weights = query[rows], scoring[rows], grad_out[rows], gates[rows].unbind(-1)
         of_compressed, of_selected, of_window = (product[rows] for product in products)
         grad_q = grad_query[rows] if scratch is None else scratch[:, : q.shape[1]]
         of_selected.copy_((selected[rows].float() * grad).sum(-1))
@@ -135,17 +138,22 @@ def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bou
             q, key, value, lse_window[rows], grad, weights[2], None, of_window, grad_q, geometry, window, scale, compressed=False,
             accumulate=True,
         )  # fmt: skip
+        if grad_scoring is not None:
+            # The sum of `query` is complete; what follows is that of `query_compressed`.
+            if scratch is not None:
+                grad_query[rows] = grad_q
+            grad_q = (grad_scoring[rows] if scratch is None else grad_q).zero_()
         chunk_lse = None if grad_lse is None else grad_lse[rows]
         select_blocks_dq(
-            q, key_compressed, lse_compressed[rows], threshold[rows], *lists, grad_bias[rows], grad_soft[rows], grad_threshold[rows],
-            None if detach_scores else grad_q, chunk_lse, geometry, *sizes, accumulate=True,
+            scoring_q, key_compressed, lse_compressed[rows], threshold[rows], *lists, grad_bias[rows], grad_soft[rows],
+            grad_threshold[rows], None if detach_scores else grad_q, chunk_lse, geometry, *sizes, accumulate=True,
         )  # fmt: skip
         interval_attention_dq(
-            q, key_compressed, value_compressed, lse_compressed[rows], grad, weights[0], chunk_lse, of_compressed, grad_q, geometry,
+            scoring_q, key_compressed, value_compressed, lse_compressed[rows], grad, weights[0], chunk_lse, of_compressed, grad_q, geometry,
             compress_size, scale, compressed=True, accumulate=True,
         )  # fmt: skip
         if scratch is not None:
-            grad_query[rows] = grad_q
+            (grad_query if grad_scoring is None else grad_scoring)[rows] = grad_q
     del scratch
 
     weights = gates.unbind(-1)
@@ -156,14 +164,14 @@ def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bou
         query, key, value, indices, counts, bias, lse_selected, shifts, grad_out, weights[1], grad_key, grad_value, whole, block_size, scale
     )
     grad_key_compressed, grad_value_compressed = interval_attention_dkv(
-        query, key_compressed, value_compressed, lse_compressed, grad_out, weights[0], grad_lse, products[0], whole, compress_size, scale,
+        scoring, key_compressed, value_compressed, lse_compressed, grad_out, weights[0], grad_lse, products[0], whole, compress_size, scale,
         compressed=True,
     )  # fmt: skip
     if not detach_scores:
         grad_key_compressed += select_blocks_dk(
-            query, key_compressed, lse_compressed, threshold, indices, counts, grad_bias, grad_soft, whole, *sizes
+            scoring, key_compressed, lse_compressed, threshold, indices, counts, grad_bias, grad_soft, whole, *sizes
         )
     grad_base = grad_threshold.sum((0, 1))
     grad_slope = -(grad_threshold * tau.float()).sum((0, 1))
     grad_gates = torch.stack(products, -1)
-    return [grad_query, grad_key, grad_value, grad_key_compressed, grad_value_compressed, grad_gates, grad_base, grad_slope]
+    return [grad_query, grad_key, grad_value, grad_key_compressed, grad_value_compressed, grad_gates, grad_base, grad_slope, grad_scoring]

@@ -120,10 +120,10 @@ def select_forward(inputs: SelectInputs, options: SelectOptions, bounds: Bounds)
     from tinyonn_kernels.nsa.select_blocks_fwd import select_blocks_fwd
 
     query, key, lse, threshold = inputs
-    temperature, block_size, compress_size, max_blocks, importance, num_keys, scale = options
+    temperature, block_size, compress_size, max_blocks, *rule, num_keys, scale = options
     geometry = geometry_of(query, num_keys, *bounds)
     indices, counts, bias, soft_counts = lists = empty_lists(query, key.shape[2], max_blocks)
-    sizes = (num_keys, temperature, block_size, compress_size, importance, scale)
+    sizes = (num_keys, temperature, block_size, compress_size, *rule, scale)
     over = select_blocks_fwd(query, key, lse.contiguous(), threshold, *lists, geometry, *sizes)
     return indices, counts, bias, soft_counts, over.sum().float() / (counts > 0).sum().clamp(min=1)
 
@@ -139,8 +139,8 @@ def select_backward(
 
     query, key, lse, threshold = inputs
     indices, counts, grad_bias, grad_soft = saved
-    temperature, block_size, compress_size, _, importance, num_keys, scale = options
-    sizes = (geometry_of(query, num_keys, *bounds), num_keys, temperature, block_size, compress_size, importance, scale)
+    temperature, block_size, compress_size, _, *rule, num_keys, scale = options
+    sizes = (geometry_of(query, num_keys, *bounds), num_keys, temperature, block_size, compress_size, *rule, scale)
     given = (query, key, lse.contiguous(), threshold, indices, counts, grad_bias.float().contiguous(), grad_soft.float().contiguous())
     grad_threshold = torch.empty(threshold.shape, dtype=torch.float32, device=query.device)
     if not scores_too:

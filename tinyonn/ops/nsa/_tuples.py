@@ -91,6 +91,8 @@ class SelectOptions(NamedTuple):
     compress_size: int
     max_blocks: int
     importance: str
+    forced_first: int
+    forced_local: int
     num_keys: int
     scale: float
 
@@ -114,6 +116,7 @@ class Inputs(NamedTuple):
     base: Tensor
     slope: Tensor
     tau: Tensor | None
+    query_compressed: Tensor | None
 
 
 class Options(NamedTuple):
@@ -125,6 +128,8 @@ class Options(NamedTuple):
     compress_size: int
     max_blocks: int
     importance: str
+    forced_first: int
+    forced_local: int
     detach_scores: bool
     scale: float
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, get_args
+from typing import get_args
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from ... import reference
 from ..._debug import debug_enabled
 from ...reference import DynNSAOutput
 from ...reference.nsa.dyn_nsa import Importance
-from .._attention import checked_heads, order_hint, scale_of
+from .._attention import checked_heads, in_one_dtype, order_hint, scale_of
 from .._dispatch import check_choice, check_no_nan, check_size, check_tensor, refuse_tangents, statistics_dtype
 from . import _torch_dyn_nsa, _triton_dyn_nsa
 from ._checks import (
@@ -41,12 +41,15 @@ def dyn_nsa(
     slope: Tensor,
     *,
     tau: Tensor | None = None,
+    query_compressed: Tensor | None = None,
     window: int = 512,
     temperature: float = 1.0,
     block_size: int = 64,
     compress_size: int = 64,
     max_blocks: int = 32,
     importance: Importance = "share",
+    forced_first: int = 1,
+    forced_local: int = 2,
     detach_scores: bool = False,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
@@ -60,8 +63,8 @@ def dyn_nsa(
     importance z passes base - slope · tau (`select_blocks`). The gate of a block is exactly 0 where it is not selected, so below
     max_blocks the sparse result *is* dense gated attention, and every gradient is exact for the tau that was used.
 
-    Tensors are (B, T, H, D). Differentiable: query, key, value, key_compressed, value_compressed, gates, base, slope; out and
-    soft_counts carry gradients. No gradient flows into tau. No value reaches an earlier query. Exception: with impl="triton", NaN and
+    Tensors are (B, T, H, D). Differentiable: query, key, value, key_compressed, value_compressed, gates, base, slope, query_compressed; out
+    and soft_counts carry gradients. No gradient flows into tau. No value reaches an earlier query. Exception: with impl="triton", NaN and
     infinity of a value can spread within its tile.
 
     "All blocks" is base = -30, with a slope of at least 0, a temperature of at most 10 and max_blocks at least the number of key blocks;
@@ -76,8 +79,10 @@ def dyn_nsa(
         base, slope: (K,), in nats, and nats per unit of tau; a slope above 0 reads more where tau is high.
         tau: (B, T, K) in [0, 1], which `tinyonn.debug()` checks; None for the mean over a group's heads of
             entropy / log(visible compressed keys), 0 where fewer than two are.
+        query_compressed: (B, T, H, D), the query of the compressed branch and of the selection; None for `query`. `detach_scores` cuts its
+            gradient through the selection alone.
         window: keys of the window branch.
-        temperature, block_size, compress_size, max_blocks, importance, detach_scores: as in `select_blocks`.
+        temperature, block_size, compress_size, max_blocks, importance, forced_first, forced_local, detach_scores: as in `select_blocks`.
         scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
 
     Raises:
@@ -86,6 +91,10 @@ def dyn_nsa(
 
     Source: Yuan et al., "Native sparse attention", arXiv:2502.11089, for the three branches.
     """
+    if query_compressed is not None:
+        query, key, value, key_compressed, value_compressed, query_compressed = in_one_dtype(
+            query, key, value, key_compressed, value_compressed, query_compressed
+        )
     query, key, value, key_compressed, value_compressed = checked_heads(
         impl, query, key=key, value=value, key_compressed=key_compressed, value_compressed=value_compressed
     )
@@ -93,7 +102,9 @@ def dyn_nsa(
         hint = order_hint(query, key)
         raise ValueError(f"key_compressed must have key's {key.shape[2]} heads, got {key_compressed.shape[2]}{hint}.")
     check_sizes(block_size, compress_size)
-    check_max_blocks(max_blocks)
+    if query_compressed is not None:
+        check_tensor("query_compressed", query_compressed, query.device, tuple(query.shape), query.dtype)
+    check_max_blocks(max_blocks, forced_first, forced_local)
     check_size("window", window)
     check_choice("importance", importance, get_args(Importance))
     bounds = checked_bounds(query, key, key.shape[1], cu_seqlens, key_start, key_end)
@@ -106,8 +117,8 @@ def dyn_nsa(
         check_tensor("tau", tau, query.device, rows)
         tau = tau.detach()
     numbers = (window, check_temperature(temperature), block_size, compress_size, max_blocks)
-    options = Options(*numbers, importance, detach_scores, scale_of(query, scale))
-    inputs = Inputs(query, key, value, key_compressed, value_compressed, gates, base, slope, tau)
+    options = Options(*numbers, importance, forced_first, forced_local, detach_scores, scale_of(query, scale))
+    inputs = Inputs(query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed)
     if debug_enabled():
         for name, given in inputs._asdict().items():
             if given is not None:
@@ -116,8 +127,7 @@ def dyn_nsa(
             check_tau_values(tau)
     if impl == "reference":
         check_bound_values(key.shape[1], bounds)
-        named: dict[str, Any] = {"tau": tau, **options._asdict(), **bounds._asdict()}
-        found = reference.dyn_nsa(*inputs[:-1], **named)
+        found = reference.dyn_nsa(**inputs._asdict(), **options._asdict(), **bounds._asdict())
         dtype = statistics_dtype(query.dtype)
         statistics = {name: getattr(found, name).to(dtype) for name in ("tau", "overflow", "soft_counts")}
         found = found._replace(out=found.out.to(query.dtype), **statistics)
@@ -133,9 +143,9 @@ def _forward(inputs: Inputs, options: Options, bounds: Bounds, module: ModuleTyp
     return Results(*module.dyn_nsa_forward(inputs, options, bounds))
 
 
-def _backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds, _: list[bool], module: ModuleType) -> Sequence[Tensor]:
+def _backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds, _: list[bool], module: ModuleType) -> Sequence[Tensor | None]:
     inputs = inputs._replace(tau=saved.own_tau if inputs.tau is None else inputs.tau)
-    grads: Sequence[Tensor] = module.dyn_nsa_backward(inputs, saved, options, bounds)
+    grads: Sequence[Tensor | None] = module.dyn_nsa_backward(inputs, saved, options, bounds)
     return grads
 
 

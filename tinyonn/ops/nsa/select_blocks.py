@@ -38,6 +38,8 @@ def select_blocks(
     compress_size: int = 64,
     max_blocks: int = 32,
     importance: Importance = "share",
+    forced_first: int = 1,
+    forced_local: int = 2,
     detach_scores: bool = False,
     num_keys: int | None = None,
     scale: float | None = None,
@@ -50,11 +52,12 @@ def select_blocks(
 
     z[t, b] = log of a block's share of the query's compressed attention, mean over the group's heads, at least -20;
     c = clamp((z - threshold) / temperature, 0, 1); gate = c²(3 - 2c), a smoothstep: exactly 0 at and below the threshold.
-    Selected are the past blocks with a gate above 0, and the first, the previous and the own block, whose gate is 1. Where more than
-    max_blocks pass, those with the highest z stay, ties to the lower index.
+    Selected are the past blocks with a gate above 0, and the forced ones, whose gate is 1: by default the first block of the sequence, the
+    previous and the query's own. Where more than max_blocks pass, the forced ones and those with the highest z stay, ties to the lower
+    index.
 
     Shares add up to at most 1. So at most e^(-threshold) blocks pass a threshold of at least -20, whatever the length of the sequence, and
-    max_blocks of 3 + e^(-threshold) never overflows.
+    max_blocks of forced_first + forced_local + e^(-threshold) never overflows.
 
     Differentiable: threshold and, unless detach_scores, query, key_compressed and lse; bias and soft_counts carry gradients.
 
@@ -65,9 +68,11 @@ def select_blocks(
         temperature: width of the gate's slope, in nats; a normal float32.
         block_size: positions of a key block, a power of two of at least 16.
         compress_size: positions of a compressed key, a divisor of block_size.
-        max_blocks: most blocks of a row, at least 3.
+        max_blocks: most blocks of a row, the forced ones included, so at least forced_first + forced_local.
         importance: "share" for z as above; "relative" measures against a uniform share: z = log(share / share if attention were uniform).
             There, the number of blocks that pass can grow with the length of a sequence.
+        forced_first: number of blocks at the start of the sequence that every query reads, at least 0.
+        forced_local: number of blocks that end with the query's own and that it reads, at least 1.
         detach_scores: no gradient through z into query, key_compressed and lse.
         num_keys, scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
 
@@ -77,7 +82,7 @@ def select_blocks(
     """
     query, key_compressed = checked_heads(impl, query, key_compressed=key_compressed)
     check_sizes(block_size, compress_size)
-    check_max_blocks(max_blocks)
+    check_max_blocks(max_blocks, forced_first, forced_local)
     temperature = check_temperature(temperature)
     check_choice("importance", importance, get_args(Importance))
     num_keys = query.shape[1] if num_keys is None else num_keys
@@ -92,12 +97,14 @@ def select_blocks(
         check_bound_values(num_keys, bounds)
         found = reference.select_blocks(
             query, key_compressed, lse, threshold, temperature=temperature, block_size=block_size, compress_size=compress_size,
-            max_blocks=max_blocks, importance=importance, num_keys=num_keys, scale=scale, **bounds._asdict(),
+            max_blocks=max_blocks, importance=importance, forced_first=forced_first, forced_local=forced_local, num_keys=num_keys,
+            scale=scale, **bounds._asdict(),
         )  # fmt: skip
         dtype = statistics_dtype(query.dtype)
         return found._replace(**{name: getattr(found, name).to(dtype) for name in ("bias", "soft_counts", "overflow")})
     refuse_tangents("select_blocks", query, key_compressed, lse, threshold)
-    options = SelectOptions(temperature, block_size, compress_size, max_blocks, importance, num_keys, scale)
+    rule = (importance, forced_first, forced_local)
+    options = SelectOptions(temperature, block_size, compress_size, max_blocks, *rule, num_keys, scale)
     return BlockSelection(*_forward_op(query, key_compressed, lse, threshold, *options, *bounds, impl))
 
 

@@ -29,6 +29,8 @@ class Options(NamedTuple):
     detach_scores: bool
     scale: float
     importance: Importance
+    forced_first: int
+    forced_local: int
 
 
 class Sequence(NamedTuple):
@@ -133,6 +135,8 @@ def select_blocks(
     compress_size: int = 64,
     max_blocks: int = 32,
     importance: Importance = "share",
+    forced_first: int = 1,
+    forced_local: int = 2,
     detach_scores: bool = False,
     num_keys: int,
     scale: float | None = None,
@@ -143,7 +147,7 @@ def select_blocks(
     """Key blocks whose importance passes the threshold; see `ops.select_blocks`. Statistics are float64."""
     query, keys, lse, threshold = query.double(), key_compressed.double(), lse.double(), threshold.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    options = Options(temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance)
+    options = Options(temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local)
     where = (cu_seqlens, key_start, key_end)
     found, counts, soft_counts, overflow = _selections(query, keys, lse, threshold, num_keys, where, options)
     indices = torch.full((*counts.shape, max_blocks), -1, dtype=torch.int32, device=query.device)
@@ -266,12 +270,15 @@ def dyn_nsa(
     slope: Tensor,
     *,
     tau: Tensor | None = None,
+    query_compressed: Tensor | None = None,
     window: int = 512,
     temperature: float = 1.0,
     block_size: int = 64,
     compress_size: int = 64,
     max_blocks: int = 32,
     importance: Importance = "share",
+    forced_first: int = 1,
+    forced_local: int = 2,
     detach_scores: bool = False,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
@@ -282,17 +289,19 @@ def dyn_nsa(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     where = {"cu_seqlens": cu_seqlens, "key_start": key_start, "key_end": key_end}
     num_keys, num_kv = key.shape[1:3]
+    query_compressed = query if query_compressed is None else query_compressed
     compressed, lse, entropy = compressed_attention(
-        query, key_compressed, value_compressed, compress_size=compress_size, num_keys=num_keys, scale=scale, **where
+        query_compressed, key_compressed, value_compressed, compress_size=compress_size, num_keys=num_keys, scale=scale, **where
     )
     if tau is None:
         tau = attention_tau(entropy, query, num_keys, num_kv, compress_size, **where)
     threshold = base.double() - slope.double() * tau.double()
     near = sliding_window_attention(query, key, value, window, scale=scale, **where)
     query, key, value = query.double(), key.double(), value.double()
-    options = Options(temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance)
+    options = Options(temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local)
     bounds = (cu_seqlens, key_start, key_end)
-    found, counts, soft_counts, overflow = _selections(query, key_compressed.double(), lse, threshold, num_keys, bounds, options)
+    scored = (query_compressed.double(), key_compressed.double(), lse, threshold)
+    found, counts, soft_counts, overflow = _selections(*scored, num_keys, bounds, options)
     selected = torch.zeros_like(query)
     for sequence, gate, _ in found:
         row, rows, columns = sequence.batch, sequence.queries, sequence.keys
@@ -326,14 +335,14 @@ def _gates(
     sequence: Sequence, query: Tensor, key_compressed: Tensor, lse: Tensor, threshold: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of one sequence: gate (n, K, NB), which blocks are kept (n, K, NB), soft counts (n, K), which rows overflow (n, K)."""
-    temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance = options
+    temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local = options
     place = positions(sequence, query.device)
     num_kv = key_compressed.shape[2]
     length = sequence.keys.stop - sequence.keys.start
     block = torch.arange(-(-length // block_size), device=query.device)
     past = ((block + 1) * block_size <= place[:, None] + 1)[:, None]
     own = (place // block_size)[:, None]
-    forced = ((block == 0) | (block == own - 1) | (block == own))[:, None]
+    forced = ((block <= own) & ((block < forced_first) | (block > own - forced_local)))[:, None]
 
     keys, visible = _compressed_keys(key_compressed, sequence, compress_size)
     probabilities = _probabilities(_scores(query, keys, scale), lse, visible[:, None])
