@@ -21,6 +21,7 @@ from .parts import DYN_NSA, PART, cores, loss_was_taken, mean_blocks, take_count
 
 
 FIRST_PRICE = -8.0  # of a model that reads every block, at the first step that has counts: only shares below 0.03 % are left out
+HASTE, MOST_HASTE = 1.1, 5.0  # growth of the rate at each step on the same side of the path, and its limit
 LEAST_FAR = 0.02  # blocks beyond the forced ones, in the logarithm that moves the price
 PATH = 0.3  # of the steps: the target holds from there on
 COOLING = 0.7  # of the steps: the temperature holds from there on
@@ -42,7 +43,8 @@ class BudgetSchedule(TrainerCallback):
         target: key blocks per query at the end, forced blocks included; at least as many as are forced.
         steps: optimiser steps of the training. If there are fewer, it ends with a warning.
         start: blocks wanted at the beginning; None for those that the first step reads, or 64 with a weight.
-        rate: nats that the price moves in a step where the blocks read are e times those wanted; 0 to leave the price to a budget loss.
+        rate: nats that the price moves in a step where the blocks read are e times those wanted, up to five times as many where they stay on
+            one side of what is wanted; 0 to leave the price to a budget loss.
         weight: weight of the budget loss; 0 for none.
         temperature: at the beginning and the end, in nats; None to leave it.
         max_blocks: largest number of blocks per query after the last step; None for no limit.
@@ -79,6 +81,7 @@ class BudgetSchedule(TrainerCallback):
         self.target, self.steps, self.rate, self.weight, self.max_blocks = target, steps, rate, weight, max_blocks
         self.temperature = temperature
         self.start = 64.0 if start is None and weight > 0 else start
+        self._gap, self._haste = 0.0, 1.0
         self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def target_at(self, step: int) -> float:
@@ -109,7 +112,7 @@ class BudgetSchedule(TrainerCallback):
             price = max(price, FIRST_PRICE)
             if rows:
                 wanted = self.target_at(step) - (blocks - far)
-                price += self.rate * math.log(max(far, LEAST_FAR) / max(wanted, LEAST_FAR))
+                price += self._move(math.log(max(far, LEAST_FAR) / max(wanted, LEAST_FAR)))
         options: dict[str, Any] = {"budget_weight": self.weight}
         if (temperature := self.temperature_at(step)) is not None:
             options["temperature"] = temperature
@@ -123,6 +126,12 @@ class BudgetSchedule(TrainerCallback):
                     setattr(core.options, name, value)
         if (converted := converted_model(model, DYN_NSA)) is not None:  # a layer of one's own has no record
             recorded(converted.config)[DYN_NSA]["options"].update(options)
+
+    def _move(self, gap: float) -> float:
+        """Change of the price: by more the longer the gap has been on one side, as where no block's importance is near the price."""
+        self._haste = min(self._haste * HASTE, MOST_HASTE) if gap * self._gap > 0 else 1.0
+        self._gap = gap
+        return self.rate * self._haste * gap
 
     @staticmethod
     def _centre(found: list[DynNSACore]) -> float:
