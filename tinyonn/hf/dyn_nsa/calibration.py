@@ -27,6 +27,7 @@ from .sample_loss import loss_of, with_leaf
 
 Price = Literal["gradient", "none"]
 VALUES = 2**24  # importances that a price is taken from
+CORRECTIONS = 4  # of the price, at most
 CLOSE = 0.005  # relative error of the count at which a price stays
 FARTHEST = 4.0  # nats of an offset from the median: a head that has no effect at all
 
@@ -36,8 +37,8 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
 
     One price for the model decides how many blocks are read. `base`, an offset of each key/value head, decides where: with
     price="gradient", one backward pass over the sample measures what a block's share of the attention is worth to the next token's loss
-    in each head. Offsets are centred over layers and heads. The price then follows from the sorted importances of the sample; at most two
-    more corrections allow for what sparse layers change in the layers above. The sample runs three to five times. Statistics are reset.
+    in each head. Offsets are centred over layers and heads. The price then follows from the sorted importances of the sample. Each further
+    run corrects it for what sparse layers change in the layers above: one or two as a rule, at most four. Statistics are reset.
 
     Args:
         model: model that `convert_attention` has converted. It keeps its training or eval mode, its weights and their gradients.
@@ -110,7 +111,7 @@ def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[d
         _set_price(found, level)
         far = _read(model, found, batches) - forced
         tried.append((place, far, level))
-        if len(tried) == 3 or abs(far - wanted) <= CLOSE * target * rows:
+        if len(tried) == 1 + CORRECTIONS or abs(far - wanted) <= CLOSE * target * rows:
             break
         place = _corrected(tried, wanted, len(ordered))
     _, far, level = min(tried, key=lambda one: abs(one[1] - wanted))
@@ -149,14 +150,18 @@ def _price_at(ordered: Tensor, place: float) -> float:
 
 
 def _corrected(tried: list[tuple[float, float, float]], wanted: float, most: int) -> float:
-    """Place to try next: a secant on logarithms from the second on."""
+    """Place to try next, on logarithms: between the nearest that read fewer and more, or on from the last two."""
     place, far, _ = tried[-1]
     if far <= 0 or place <= 0:
         return min(most, 4 * max(place, 1.0))
+    real = sorted((one for one in tried if one[0] > 0 and one[1] > 0), key=lambda one: abs(one[1] - wanted))
+    sides = [next((one for one in real if (one[1] > wanted) == more), None) for more in (False, True)]
+    low, high = sides if None not in sides else (real[:2] if len(real) > 1 else (None, None))
     power = 1.0
-    if len(tried) > 1 and tried[-2][0] > 0 and tried[-2][1] > 0 and place != tried[-2][0]:
-        power = math.log(far / tried[-2][1]) / math.log(place / tried[-2][0])
-    return float(min(most, place * (wanted / far) ** (1 / min(max(power, 0.3), 3.0))))
+    if low is not None and high is not None and low[0] != high[0]:
+        power = min(max(math.log(high[1] / low[1]) / math.log(high[0] / low[0]), 0.3), 3.0)
+    place, far, _ = real[0]
+    return float(min(most, place * (wanted / far) ** (1 / power)))
 
 
 def _set_price(found: list[DynNSACore], price: float) -> None:
