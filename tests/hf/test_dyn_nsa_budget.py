@@ -142,7 +142,10 @@ def test_the_loss_holds_the_budget():
     [
         ({"target": 0.9, "steps": 1}, "target must be at least 1, got 0.9"),
         ({"target": 4.0, "steps": 1, "rate": -0.1}, "rate must be at least 0, got -0.1"),
-        ({"target": 4.0, "steps": 1, "temperature": (1.0,)}, r"temperature must be two numbers, at the beginning and the end, got \(1.0,\)"),
+        (
+            {"target": 4.0, "steps": 1, "temperature": (1.0,)},
+            r"temperature must be two numbers, at the beginning and the end, got \(1.0,\)",
+        ),
         ({"target": 4.0, "steps": 1, "temperature": (1.0, 11.0)}, "temperature must be above 0 and at most 10, got 11.0"),
         ({"target": 4.0, "steps": 1, "start": 0.0}, "start must be above 0, got 0.0"),
         ({"target": 4.0, "steps": 0}, "steps must be at least 1, got 0"),

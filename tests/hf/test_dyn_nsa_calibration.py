@@ -112,7 +112,9 @@ def test_a_price_that_selects_nothing_or_everything_is_told():
             layer.self_attn.k_proj.weight.zero_()
             layer.self_attn.k_proj.bias.zero_()
     for target, reached, which in ((2.4, "2.50", "all"), (2.3, "2.25", "none")):
-        message = f"no price reads target={target} key blocks a query on this sample, got {reached}: {which} of the blocks that are not forced"
+        message = (
+            f"no price reads target={target} key blocks a query on this sample, got {reached}: {which} of the blocks that are not forced"
+        )
         with pytest.raises(InputError, match=re.escape(message)):
             calibrate(model, [x[:, :64]], target, price="none")
     assert all(core.price == -30 and (core.base == 0).all() for core in cores(model))
@@ -218,5 +220,3 @@ def test_calibration_to_more_blocks_follows_one_to_fewer():
     model, x = convert_attention(stock(), **SMALL), token_ids()
     for target in (3.0, 4.0, 2.8):
         assert calibrate(model, [x], target) == pytest.approx(target, abs=0.15)
-
-

@@ -10,7 +10,15 @@ from .._lazy import lazy_exports
 from . import experts  # registers an implementation
 from ._install import install
 from .dyn_moe import calibrate_experts, convert_mlp_to_dynmoe, expert_statistics
-from .dyn_nsa import calibrate, collected_budget_loss, convert_attention, parameter_groups, revert_attention, statistics
+from .dyn_nsa import (
+    calibrate,
+    collected_budget_loss,
+    convert_attention,
+    distil_compression,
+    parameter_groups,
+    revert_attention,
+    statistics,
+)
 from .interfaces import register_attention
 
 if TYPE_CHECKING:
@@ -25,6 +33,7 @@ __all__ = [
     "collected_budget_loss",
     "convert_attention",
     "convert_mlp_to_dynmoe",
+    "distil_compression",
     "expert_statistics",
     "experts",
     "parameter_groups",

@@ -27,6 +27,7 @@ START_PRICE = -5.0  # of a layer of one's own: blocks with a share of at least 0
 OUTPUT_TAU_MOMENTUM = 0.05  # of the running mean of output entropies
 STATISTICS = ("mean_count", "far_count", "overflow", "tau", "share_compressed", "share_selected", "share_window")
 
+
 def budget_loss(
     soft_counts: Tensor | Sequence[Tensor],
     target: Tensor | float,

@@ -11,7 +11,9 @@ what rebuilds the parts of converted models, with `hf._converted`.
     hooks        what a converted model does before and after its forward
     saving       the parts from the record in a configuration
     conversion   convert_attention, and back
+    observing    measurements on the layers while a sample runs
     calibration  thresholds for a budget, without training
+    distillation compressed keys taught by the model's own attention
     schedule     BudgetSchedule
 """
 
@@ -22,6 +24,7 @@ from . import saving  # for what it registers
 from .attention import dyn_nsa_attention
 from .calibration import calibrate
 from .conversion import convert_attention, revert_attention
+from .distillation import distil_compression
 from .masks import dyn_nsa_mask
 from .parts import DYN_NSA, collected_budget_loss, cores, parameter_groups, statistics
 
@@ -35,6 +38,7 @@ __all__ = [
     "collected_budget_loss",
     "convert_attention",
     "cores",
+    "distil_compression",
     "dyn_nsa_attention",
     "dyn_nsa_mask",
     "parameter_groups",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,10 +16,9 @@ from ...nn._options import check_number
 from ...nn.dyn_nsa import DynNSACore
 from ...ops._dispatch import check_choice
 from .._forward import tokens_of
-from ..interfaces import gradients_kept, modes_kept
+from ..interfaces import modes_kept
 from ..peft_parts import keep_in_adapter
-from .observing import Attended, HeadEffects, PriceSample, attended
-from .options import open_price
+from .observing import Attended, HeadEffects, PriceSample, checked_sample, price_of_all, run, set_price, watched
 from .parts import PART, cores
 from .sample_loss import loss_of, with_leaf
 
@@ -56,11 +53,7 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
     """
     check_choice("price", price, get_args(Price))
     check_number("target", target)
-    if next(cores(model), None) is None:
-        raise InputError(f"calibrate must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
-    batches = [{"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) for batch in sample]
-    if not batches:
-        raise InputError("sample must have at least one batch, got none.")
+    batches = checked_sample("calibrate", model, sample)
     keep_in_adapter(model, PART)
     found = list(cores(model))
     before = [(core.base.detach().clone(), core.price.clone()) for core in found]
@@ -88,13 +81,13 @@ def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[d
         if call.core in effects:
             effects[call.core].watch(call)
 
-    _set_price(found, min(map(_all_open, found)))
-    with _watched(found, watch):
+    set_price(found, price_of_all(found))
+    with watched(found, watch):
         for batch in batches:
             if effects:
                 _backward(model, batch)
             else:
-                _forward(model, batch)
+                run(model, batch)
     rows, forced = values.rows, values.forced
     _check_target(found, batches, target, forced / rows, values.every / rows)
     offsets = _bounded([effects[core].offsets() for core in found]) if effects else [-core.base.detach().float().cpu() for core in found]
@@ -108,14 +101,14 @@ def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[d
     place = wanted * len(ordered) / values.pairs
     while True:
         level = _price_at(ordered, place)
-        _set_price(found, level)
+        set_price(found, level)
         far = _read(model, found, batches) - forced
         tried.append((place, far, level))
         if len(tried) == 1 + CORRECTIONS or abs(far - wanted) <= CLOSE * target * rows:
             break
         place = _corrected(tried, wanted, len(ordered))
     _, far, level = min(tried, key=lambda one: abs(one[1] - wanted))
-    _set_price(found, level)
+    set_price(found, level)
     reached = (forced + far) / rows
     if abs(reached - target) > 0.02 * target and (far <= 0 or reached >= values.every / rows - 1e-6):
         which = "none" if far <= 0 else "all"
@@ -164,21 +157,6 @@ def _corrected(tried: list[tuple[float, float, float]], wanted: float, most: int
     return float(min(most, place * (wanted / far) ** (1 / power)))
 
 
-def _set_price(found: list[DynNSACore], price: float) -> None:
-    for core in found:
-        core.price.fill_(price)
-
-
-@contextmanager
-def _watched(found: list[DynNSACore], watch: Callable[[Attended], None]) -> Iterator[None]:
-    """Within the block, each call of a core is watched."""
-    with ExitStack() as stack:
-        for core in found:
-            handle = core.register_forward_hook(lambda *call: watch(attended(*call)), with_kwargs=True)
-            stack.callback(handle.remove)
-        yield
-
-
 def _read(model: PreTrainedModel, found: list[DynNSACore], batches: list[dict[str, Any]]) -> int:
     """Key blocks that the queries of the sample read, over all layers and heads."""
     total = 0
@@ -187,16 +165,10 @@ def _read(model: PreTrainedModel, found: list[DynNSACore], batches: list[dict[st
         nonlocal total
         total += int(call.result.counts.sum())
 
-    with _watched(found, count):
+    with watched(found, count):
         for batch in batches:
-            _forward(model, batch)
+            run(model, batch)
     return total
-
-
-@torch.no_grad()
-def _forward(model: PreTrainedModel, batch: dict[str, Any]) -> None:
-    with gradients_kept(model):
-        model(**{**batch, "use_cache": False})
 
 
 def _backward(model: PreTrainedModel, batch: dict[str, Any]) -> None:
@@ -219,11 +191,6 @@ def _pairs(found: list[DynNSACore], batches: list[dict[str, Any]]) -> float:
         rows, length = (1, 1) if tokens is None else tokens.shape[:2]
         total += sum(rows * core.num_kv_heads * length * length / (2 * core.options.block_size) for core in found)
     return max(total, 1.0)
-
-
-def _all_open(core: DynNSACore) -> float:
-    """Price at which every block passes, also where an earlier calibration or training has moved the thresholds."""
-    return open_price(replace(core.options, base=core.base.max().item(), slope=core.slope.min().item()))
 
 
 def _check_target(found: list[DynNSACore], batches: list[dict[str, Any]], target: float, least: float, most: float) -> None:

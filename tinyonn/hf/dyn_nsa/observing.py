@@ -10,17 +10,24 @@ B batch, T queries, H query heads, K key/value heads, G = H / K, D head dim, n p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from ...errors import InputError
 from ...nn.block_compression import block_starts
 from ...nn.dyn_nsa import DynNSACore
 from ...nn.dyn_nsa_options import DynNSAOptions
 from ...ops import DynNSAOutput
+from ..interfaces import gradients_kept
+from .options import open_price
+from .parts import cores
 
 ELEMENTS = 2**23  # of the largest tensor of a chunk of queries
 Z_FLOOR = -20.0  # of log importance
@@ -47,6 +54,45 @@ def attended(core: DynNSACore, args: tuple[Any, ...], kwargs: dict[str, Any], re
     scale, dim = kwargs.get("scale"), args[0].shape[-1]
     bounds = (kwargs.get(name) for name in ("key_start", "key_end", "cu_seqlens"))
     return Attended(core, *args, kwargs.get("key_compressed"), dim**-0.5 if scale is None else scale, *bounds, result)
+
+
+@contextmanager
+def watched(found: list[DynNSACore], watch: Callable[[Attended], None]) -> Iterator[None]:
+    """Within the block, each call of a core is watched."""
+    with ExitStack() as stack:
+        for core in found:
+            stack.callback(core.register_forward_hook(lambda *call: watch(attended(*call)), with_kwargs=True).remove)
+        yield
+
+
+def checked_sample(what: str, model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The batches of a sample, as keyword arguments of the model.
+
+    Raises:
+        InputError: the model is not converted, or there is no batch.
+    """
+    if next(cores(model), None) is None:
+        raise InputError(f"{what} must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
+    batches = [{"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) for batch in sample]
+    if not batches:
+        raise InputError("sample must have at least one batch, got none.")
+    return batches
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, batch: dict[str, Any]) -> None:
+    with gradients_kept(model):
+        model(**{**batch, "use_cache": False})
+
+
+def set_price(found: list[DynNSACore], price: float) -> None:
+    for core in found:
+        core.price.fill_(price)
+
+
+def price_of_all(found: list[DynNSACore]) -> float:
+    """Price at which every block of every layer passes, also where an earlier calibration or training has moved the thresholds."""
+    return min(open_price(replace(core.options, base=core.base.max().item(), slope=core.slope.min().item())) for core in found)
 
 
 class Sequence(NamedTuple):

@@ -1,0 +1,173 @@
+"""Compressed keys that know how much attention a block gets, learned from the model's own attention.
+
+    KL( P || p )    P: true share of each far block in a query's attention, and one bucket for the rest; p: the same, from compressed keys
+
+The layers learn side by side while batches run through the model, each from the queries and keys of the batch that is there. Nothing else
+is kept. B batch, T queries, H query heads, K key/value heads, D head dim, NB key blocks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from ...errors import InputError
+from ...nn.dyn_nsa import DynNSACore
+from ...ops._dispatch import check_size
+from ..interfaces import modes_kept
+from ..peft_parts import active_modules, keep_in_adapter
+from .observing import (
+    ELEMENTS,
+    Attended,
+    Sequence,
+    block_shares,
+    checked_sample,
+    kinds_of_blocks,
+    price_of_all,
+    run,
+    sequences_of,
+    set_price,
+    watched,
+)
+from .parts import PART, cores
+
+VISIT = 10  # steps on one batch before the next
+RATES = {"position": 2e-2, "up": 3e-3, "down": 3e-3, "query_map": 3e-3}
+LAST_RATE = 0.1  # share of the rate that is left at the end
+
+
+def distil_compression(
+    model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any]], steps: int = 150, *, queries: int = 192
+) -> dict[str, tuple[float, float]]:
+    """Teaches the compressed branch what share of the attention each block gets, so that one price means the same in every head.
+
+    Only the compression of keys and the maps of queries for the compressed branch learn; no weight of the model changes, and no gradient
+    is left. Call `calibrate` afterwards: importances have changed. The sample runs once for each ten steps, with all blocks read.
+
+    Args:
+        model: model that `convert_attention` has converted. It keeps its training or eval mode and its price.
+        sample: batches of (B, T) token ids, or of the model's keyword arguments, as long as the texts that the model will see.
+        steps: steps of Adam for each layer.
+        queries: queries of each step, drawn at random among those that may leave out blocks.
+
+    Returns:
+        For each layer by name, the divergence in nats at the first step and its mean over the last ten.
+
+    Raises:
+        InputError: the model is not converted, or has nothing to learn there; the sample is empty or too short; a loss is not finite. The
+            model is then as before.
+        TypeError, ValueError: steps or queries is no positive int.
+    """
+    check_size("steps", steps)
+    check_size("queries", queries)
+    batches = checked_sample("distil_compression", model, sample)
+    keep_in_adapter(model, PART)
+    found = list(cores(model))
+    before = [core.price.clone() for core in found]
+    names = {module: name for name, module in active_modules(model).items()}
+    pupils = {core: _Pupil(core, names[core], steps, queries) for core in found}
+    try:
+        with modes_kept(model), torch.inference_mode(False):
+            model.eval()
+            set_price(found, price_of_all(found))
+            with watched(found, lambda call: pupils[call.core].learn(call)):
+                done, idle = 0, 0
+                for batch in cycle(batches):
+                    run(model, batch)
+                    before_it, done = done, sum(len(pupil.losses) for pupil in pupils.values())
+                    idle = idle + 1 if done == before_it else 0
+                    if done == steps * len(found) or idle == len(batches):
+                        break
+    finally:
+        for core, price in zip(found, before, strict=True):
+            core.price.copy_(price)
+            core.reset_statistics()
+    if short := [pupil for pupil in pupils.values() if not pupil.losses]:
+        least = max(pupil.least for pupil in short)
+        raise InputError(f"sample must have texts of more than {least:,} tokens, got none: every block of shorter ones is read anyway.")
+    for pupil in pupils.values():
+        pupil.graduate()
+    return {pupil.name: pupil.progress() for pupil in pupils.values()}
+
+
+class _Pupil:
+    """What one layer learns: float32 copies of its parameters, and their optimiser."""
+
+    def __init__(self, core: DynNSACore, name: str, steps: int, queries: int) -> None:
+        self.core, self.name, self.steps, self.queries = core, name, steps, queries
+        self.given: dict[str, Tensor] = dict(core.compress_key.named_parameters())
+        if core.query_map is not None:
+            self.given["query_map"] = core.query_map
+        if not self.given:
+            raise InputError(f"{name} must have learnable_compression or compress_query to distil, got neither.")
+        self.learned = {key: value.detach().float().clone().requires_grad_() for key, value in self.given.items()}
+        self.optimizer = torch.optim.Adam([{"params": [value], "lr": RATES[key]} for key, value in self.learned.items()])
+        self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - (1 - LAST_RATE) * step / steps)
+        self.generator = torch.Generator().manual_seed(0)
+        self.losses: list[float] = []
+        self.least = core.options.forced * core.options.block_size
+
+    def learn(self, call: Attended) -> None:
+        """Some steps on the texts of one call."""
+        texts = [text for text in sequences_of(call) if text.end - text.begin > self.least]
+        for _ in range(min(VISIT, self.steps - len(self.losses)) if texts else 0):
+            text = texts[int(torch.randint(len(texts), (), generator=self.generator))]
+            with torch.enable_grad():
+                loss = self._divergence(call, text)
+            if not torch.isfinite(loss):
+                raise InputError(
+                    f"distil_compression must have a finite loss, got {loss.item()} in {self.name} at step {len(self.losses) + 1}."
+                )
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.rate.step()
+            self.losses.append(loss.item())
+
+    def _divergence(self, call: Attended, text: Sequence) -> Tensor:
+        """Mean of the divergence over some queries of a text and all heads, 0-d."""
+        options, length = self.core.options, text.end - text.begin
+        place = torch.randperm(length - self.least, generator=self.generator)[: self.queries].sort().values + self.least
+        place = place.to(call.key.device)
+        query = call.query[text.row, text.begin + place].detach().float()
+        key = call.key[text.row, text.begin : text.end].detach().float()
+        far, _ = kinds_of_blocks(place, length, options)
+        true = _true_shares(query, key, place, options.block_size, call.scale) * far
+        maps = {name: value for name, value in self.learned.items() if name != "query_map"}
+        keys = functional_call(self.core.compress_key, maps, (key[None],))[0]
+        if "query_map" in self.learned:
+            query = torch.einsum("thd,hde->the", query, self.learned["query_map"])
+        found = block_shares(query, keys, place, length, options, call.scale) * far
+        rest, rest_found = ((1 - shares.sum(-1)).clamp(min=1e-6) for shares in (true, found))
+        inner = torch.xlogy(true, true) - true * found.clamp(min=1e-9).log()
+        return (inner.sum(-1) + rest * (rest.log() - rest_found.log())).mean()
+
+    @torch.no_grad()
+    def graduate(self) -> None:
+        for name, value in self.given.items():
+            value.copy_(self.learned[name])
+
+    def progress(self) -> tuple[float, float]:
+        return self.losses[0], sum(self.losses[-VISIT:]) / len(self.losses[-VISIT:])
+
+
+@torch.no_grad()
+def _true_shares(query: Tensor, key: Tensor, place: Tensor, block_size: int, scale: float) -> Tensor:
+    """Share of each block in the attention of each query head, (K, G, t, NB).
+
+    Args:
+        query: (t, H, D). key: (n, K, D), of the whole text. place: (t,) of the queries.
+    """
+    length, heads = key.shape[:2]
+    spare, index, found = -length % block_size, torch.arange(length, device=key.device), []
+    for part, where in zip(*(x.split(max(1, ELEMENTS // (query.shape[1] * length))) for x in (query, place)), strict=True):
+        scores = torch.einsum("tkgd,nkd->kgtn", part.unflatten(1, (heads, -1)), key) * scale
+        shares = scores.masked_fill_(index > where[:, None], torch.finfo(scores.dtype).min).softmax(-1)
+        found.append(torch.nn.functional.pad(shares, (0, spare)).unflatten(-1, (-1, block_size)).sum(-1))
+    return torch.cat(found, 2)
