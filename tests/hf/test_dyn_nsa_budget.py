@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import re
 from typing import Any
 
 import pytest
@@ -41,14 +40,14 @@ ALL_BLOCKS = sum(t // 16 + 1 for t in range(LENGTH)) / LENGTH
 
 
 def test_the_price_follows_the_path_to_the_target():
-    schedule = BudgetSchedule(4.0, 100, max_blocks=6)
-    model, x, reads = convert_attention(stock(), **SMALL).train(), token_ids(), []
-    expected = stock().train()(x).logits
-    for step in range(101):
+    schedule = BudgetSchedule(4.0, 60, max_blocks=6)
+    model, x, reads = convert_attention(stock(num_hidden_layers=2), **SMALL).train(), token_ids(), []
+    expected = stock(num_hidden_layers=2).train()(x).logits
+    for step in range(61):
         schedule.apply(model, step)
         if step == 0:
             assert_close_rms(model(x).logits, expected, 1e-5)
-        elif step < 100:
+        elif step < 60:
             with torch.no_grad():
                 model(x)
         reads.append(mean_counts(model))
@@ -56,15 +55,15 @@ def test_the_price_follows_the_path_to_the_target():
         assert len(prices) == 1
     assert reads[0] == pytest.approx(ALL_BLOCKS, rel=1e-5)
     assert schedule.start == pytest.approx(ALL_BLOCKS, rel=1e-5)
-    assert reads[15] > reads[30] + 0.3
-    assert reads[40:100] == pytest.approx([4.0] * 60, abs=0.03)
+    assert reads[10] > 4.3  # the path takes 18 steps
+    assert reads[40:60] == pytest.approx([4.0] * 20, abs=0.03)
     assert -20 < prices.pop() < 0
     options = model.config.tinyonn["dyn_nsa"]["options"]
     assert (options["max_blocks"], options["temperature"]) == (6, pytest.approx(0.1))
     # The budget is one for the model, not one for each layer.
     model.eval()(x)
     counts = [value["mean_count"] for value in statistics(model).values()]
-    assert max(counts) - min(counts) > 0.05
+    assert max(counts) - min(counts) > 0.02
 
 
 def test_the_path_and_the_temperature_are_formulas():
@@ -162,7 +161,7 @@ def test_bad_schedules_are_named(options, message):
 def test_a_schedule_needs_a_converted_model():
     with pytest.raises(InputError, match="BudgetSchedule must have a model that convert_attention has changed, got a plain Llama"):
         BudgetSchedule(4.0, 1).apply(stock(), 0)
-    with pytest.raises(InputError, match="target of BudgetSchedule must be at least 3, the forced blocks, got 2.5"):
+    with pytest.raises(InputError, match=r"target of BudgetSchedule must be at least 3, the forced blocks, got 2\.5"):
         BudgetSchedule(2.5, 1).apply(convert_attention(stock(), **SMALL), 0)
 
 

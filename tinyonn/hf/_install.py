@@ -7,7 +7,7 @@ transformers has no hook at these places. All but the last two act only on model
     _initialize_weights          raises an error for parts whose weights a folder lacks
     save_pretrained              adds a guard to the weights file; see `hf.guard`
     config.transformers_weights  is a sentence for processes without tinyonn, and None here
-    _adjust_missing_and_unexpected_keys    raises an error for weights of parts that the model was built without; forgets old names of weights
+    _adjust_missing_and_unexpected_keys    forgets old names; raises an error for weights of parts that the model was built without
     post_init, set_experts_implementation  raise an error for experts that experts_implementation="tinyonn" cannot run
 
 It also registers old names of weights of parts with transformers' own.

@@ -136,7 +136,8 @@ class DynNSACore(nn.Module):
         self.previous_tau: Tensor | None = None
         self.collecting = False
         self.collected: tuple[Tensor, Tensor] | None = None  # of `sums_of`
-        # Blocks that queries read in training, those not forced, and number of rows, for a schedule that takes them; no buffer, as DDP would overwrite it.
+        # Blocks that queries read in training, those not forced, and number of rows, for a schedule that takes them. No buffer: DDP would
+        # overwrite it.
         self.counted: Tensor | None = None
         self.reset_parameters()
 
@@ -179,8 +180,8 @@ class DynNSACore(nn.Module):
         """Mean statistics of the calls since the last reset.
 
         Returns:
-            mean_count, key blocks per query; far_count, those beyond the forced ones; overflow, share of rows for which more than max_blocks passed; tau; share_compressed,
-            share_selected, share_window, of |gate|. Padding does not count. NaN before the first call.
+            mean_count, key blocks per query; far_count, those beyond the forced ones; overflow, share of rows for which more than
+            max_blocks passed; tau; share_compressed, share_selected, share_window, of |gate|. Padding does not count. NaN before the first call.
         """
         return dict(zip(STATISTICS, (self.sums / self.calls).tolist(), strict=True))
 

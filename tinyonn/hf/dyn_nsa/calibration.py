@@ -113,8 +113,8 @@ def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[d
     if abs(reached - target) > 0.02 * target and (far <= 0 or reached >= values.every / rows - 1e-6):
         which = "none" if far <= 0 else "all"
         raise InputError(
-            f"no price reads target={target} key blocks a query on this sample, got {reached:.2f}: {which} of the blocks that are not forced "
-            "pass, as their importances do not differ."
+            f"no price reads target={target} key blocks a query on this sample, got {reached:.2f}: {which} of the blocks that are not "
+            "forced pass, as their importances do not differ."
         )
     return reached
 

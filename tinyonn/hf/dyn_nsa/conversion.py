@@ -41,8 +41,8 @@ def convert_attention(
     The branch gates, linear functions of the query, start at (0, 1, 0). All blocks are selected at first: `price`, a number that is added
     to each threshold, is -30, or less if the options need it. `calibrate` sets it for a budget; `BudgetSchedule` moves it during training.
     Compression starts as the mean. By default the gates of blocks are hard, which suits a model whose weights stay as they are;
-    `BudgetSchedule` widens them while the model trains. Attention layers are found by running the model on a few tokens. Layers with a sliding window or chunks are local already and stay
-    as they are.
+    `BudgetSchedule` widens them while the model trains. Attention layers are found by running the model on a few tokens. Layers with a
+    sliding window or chunks are local already and stay as they are.
 
     The model saves with `save_pretrained`, and loads with `from_pretrained` once `tinyonn.hf` is imported. The model gets its own copy of
     its configuration, which records the conversion. The model may be quantised, and `convert_mlp_to_dynmoe` can convert its MLPs too.

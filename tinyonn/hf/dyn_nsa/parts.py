@@ -80,7 +80,8 @@ def parameter_groups(
 
 
 def collected_budget_loss(model: nn.Module) -> Tensor:
-    """Budget loss of the last forward in training mode: of the mean over all layers, heads and tokens. With labels, the model adds it to its own loss instead.
+    """Budget loss of the last forward in training mode: of the mean over all layers, heads and tokens. With labels, the model adds it to
+    its own loss instead.
 
     Returns:
         0-d.

@@ -19,7 +19,6 @@ from .._converted import converted_model, recorded
 from ..peft_parts import adapter_of, frozen, keep_in_adapter, remedy
 from .parts import DYN_NSA, PART, cores, loss_was_taken, mean_blocks, take_counts
 
-
 FIRST_PRICE = -8.0  # of a model that reads every block, at the first step that has counts: only shares below 0.03 % are left out
 HASTE, MOST_HASTE = 1.1, 5.0  # growth of the rate at each step on the same side of the path, and its limit
 LEAST_FAR = 0.02  # blocks beyond the forced ones, in the logarithm that moves the price
@@ -33,18 +32,18 @@ class BudgetSchedule(TrainerCallback):
     Trainer's callback, or call `apply` before each step of your own loop.
 
     The budget is one for the model: the mean over layers, heads, tokens and the ranks of torch.distributed. After each optimiser step the
-    price moves by rate · log(blocks read / blocks wanted), both beyond the forced ones. Blocks wanted fall geometrically from those of the first step to `target` over
-    the first 30 % of `steps`. The temperature falls geometrically, in five stages, over the first 70 %: a wide gate lets a training model
-    learn where to look, a narrow one reads in full what it pays for. At each step `base` is centred over layers and heads, so that the
-    price alone is the level. A Trainer logs the means since its last log as `key_blocks` and, beyond the forced blocks,
+    price moves by rate · log(blocks read / blocks wanted), both beyond the forced ones. Blocks wanted fall geometrically from those of the
+    first step to `target` over the first 30 % of `steps`. The temperature falls geometrically, in five stages, over the first 70 %:
+    a wide gate lets a training model learn where to look, a narrow one reads in full what it pays for. At each step `base` is centred over
+    layers and heads, so that the price alone is the level. A Trainer logs the means since its last log as `key_blocks` and, beyond the forced blocks,
     `key_blocks_far`; `key_blocks_target` is what is wanted, and `key_blocks_price` the price.
 
     Args:
         target: key blocks per query at the end, forced blocks included; at least as many as are forced.
         steps: optimiser steps of the training. If there are fewer, it ends with a warning.
         start: blocks wanted at the beginning; None for those that the first step reads, or 64 with a weight.
-        rate: nats that the price moves in a step where the blocks read are e times those wanted, up to five times as many where they stay on
-            one side of what is wanted; 0 to leave the price to a budget loss.
+        rate: nats that the price moves in a step where the blocks read are e times those wanted, up to five times as many where they stay
+            on one side of what is wanted; 0 to leave the price to a budget loss.
         weight: weight of the budget loss; 0 for none.
         temperature: at the beginning and the end, in nats; None to leave it.
         max_blocks: largest number of blocks per query after the last step; None for no limit.
