@@ -63,7 +63,7 @@ def forget_renamings(model: PreTrainedModel) -> None:
     used: Any = getattr(model, "_weight_conversions", None)
     if used:
         old = set(_RENAMED)
-        model._weight_conversions = [one for one in used if not old & set(getattr(one, "source_patterns", []))]
+        vars(model)["_weight_conversions"] = [one for one in used if not old & set(getattr(one, "source_patterns", []))]
 
 
 def moved(config: PretrainedConfig) -> tuple[str, dict[str, Any]] | None:

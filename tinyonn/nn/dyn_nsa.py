@@ -181,7 +181,8 @@ class DynNSACore(nn.Module):
 
         Returns:
             mean_count, key blocks per query; far_count, those beyond the forced ones; overflow, share of rows for which more than
-            max_blocks passed; tau; share_compressed, share_selected, share_window, of |gate|. Padding does not count. NaN before the first call.
+            max_blocks passed; tau; share_compressed, share_selected, share_window, of |gate|. Padding does not count. NaN before the
+            first call.
         """
         return dict(zip(STATISTICS, (self.sums / self.calls).tolist(), strict=True))
 

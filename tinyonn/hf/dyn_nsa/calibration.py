@@ -96,7 +96,7 @@ def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[d
         for core, offset in zip(found, offsets, strict=True):
             core.base.copy_(middle - offset)
     ordered = values.above_base()
-    wanted = target * rows - forced  # far blocks
+    wanted, far = target * rows - forced, 0.0  # far blocks
     tried: list[tuple[float, float, float]] = []  # blocks of the sorted sample, far blocks read, price
     place = wanted * len(ordered) / values.pairs
     while True:

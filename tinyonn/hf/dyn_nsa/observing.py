@@ -51,9 +51,10 @@ class Attended(NamedTuple):
 
 def attended(core: DynNSACore, args: tuple[Any, ...], kwargs: dict[str, Any], result: DynNSAOutput) -> Attended:
     """The arguments of a forward hook of a core."""
-    scale, dim = kwargs.get("scale"), args[0].shape[-1]
-    bounds = (kwargs.get(name) for name in ("key_start", "key_end", "cu_seqlens"))
-    return Attended(core, *args, kwargs.get("key_compressed"), dim**-0.5 if scale is None else scale, *bounds, result)
+    query, key, value, gates = args
+    scale = query.shape[-1] ** -0.5 if kwargs.get("scale") is None else kwargs["scale"]
+    bounds = [kwargs.get(name) for name in ("key_start", "key_end", "cu_seqlens")]
+    return Attended(core, query, key, value, gates, kwargs.get("key_compressed"), scale, *bounds, result)
 
 
 @contextmanager

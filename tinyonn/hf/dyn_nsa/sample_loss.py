@@ -25,7 +25,7 @@ def with_leaf(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         leaves.append(output.detach().requires_grad_())
         return leaves[-1]
 
-    handle = model.get_input_embeddings().register_forward_hook(cut)  # type: ignore[operator]
+    handle = model.get_input_embeddings().register_forward_hook(cut)
     held = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in held:
         parameter.requires_grad_(False)
