@@ -159,7 +159,7 @@ def test_it_runs_under_trainer(checkpointing, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     moved = {name: (parameter - start[name]).abs().max() for name, parameter in model.named_parameters()}
     assert all(moved.values())
-    assert all((core.base > 0).all() for core in cores(model))  # the budget wants fewer blocks
+    assert all(core.price > -8 for core in cores(model))  # the budget wants fewer blocks than all
     model.eval()
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-8")(row[None]).logits

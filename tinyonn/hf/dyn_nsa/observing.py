@@ -53,8 +53,8 @@ def attended(core: DynNSACore, args: tuple[Any, ...], kwargs: dict[str, Any], re
     """The arguments of a forward hook of a core."""
     query, key, value, gates = args
     scale = query.shape[-1] ** -0.5 if kwargs.get("scale") is None else kwargs["scale"]
-    bounds = [kwargs.get(name) for name in ("key_start", "key_end", "cu_seqlens")]
-    return Attended(core, query, key, value, gates, kwargs.get("key_compressed"), scale, *bounds, result)
+    start, end, sequences = (kwargs.get(name) for name in ("key_start", "key_end", "cu_seqlens"))
+    return Attended(core, query, key, value, gates, kwargs.get("key_compressed"), scale, start, end, sequences, result)
 
 
 @contextmanager
