@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from tinyonn.errors import InputError
-from tinyonn.hf import revert_attention
+from tinyonn.hf import revert_attention, statistics
 from tinyonn.hf.dyn_nsa import cores
 from tinyonn.testing import assert_close_rms, left_padding, tiny_causal_lm, tiny_dyn_nsa_lm, token_ids
 
@@ -173,6 +174,43 @@ def test_caches_by_turns_keep_their_own_tau():
     # Only the last forward's rows are known: the other cache goes on with the mean, not with this one's tau.
     cache = model(x[:, :50], use_cache=True).past_key_values
     assert torch.equal(by_turns[1], model(x[:, 50:51], past_key_values=cache, tau=next(cores(model)).output_tau).logits)
+
+
+def test_a_call_has_its_own_price():
+    model, x = tiny_dyn_nsa_lm(), token_ids(60)
+    own, logits = next(cores(model)).price.clone(), {}
+    for price in (-4.0, -1.0):
+        for core in cores(model):
+            core.price.fill_(price)
+        logits[price] = model(x).logits
+        tokens = model.generate(x, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        for core in cores(model):
+            core.price.copy_(own)
+        assert torch.equal(model(x, block_price=price).logits, logits[price])
+        assert torch.equal(model(x, block_price=torch.tensor(price)).logits, logits[price])
+        assert torch.equal(model.generate(x, max_new_tokens=8, do_sample=False, pad_token_id=0, block_price=price), tokens)
+    assert not torch.equal(logits[-4.0], logits[-1.0])
+    assert all(core.price == own for core in cores(model))
+    statistics(model, reset=True)
+    reads = []
+    for price in (-4.0, -1.0):
+        model(x, block_price=price)
+        reads.append(sum(value["mean_count"] for value in statistics(model, reset=True).values()))
+    assert reads[0] > reads[1]
+
+
+@pytest.mark.parametrize(
+    ("price", "error", "message"),
+    [
+        (math.nan, ValueError, "block_price must be finite, got nan"),
+        ("low", TypeError, "block_price must be a number, got str"),
+        (torch.zeros(2), ValueError, r"block_price must be a number or 0-d, one for all layers and rows, got \(2,\)"),
+    ],
+    ids=["nan", "word", "rows"],
+)
+def test_a_bad_price_is_named(price, error, message):
+    with pytest.raises(error, match=message):
+        tiny_dyn_nsa_lm()(token_ids(20), block_price=price)
 
 
 @pytest.mark.parametrize("helper", ["stock", "converted", "lookup"])

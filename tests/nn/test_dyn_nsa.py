@@ -387,3 +387,15 @@ def test_calls_of_padding_alone_are_none():
 
 def test_it_runs_on_meta():
     assert layer().to("meta")(tokens(40).to("meta")).out.shape == tokens(40).shape
+
+
+def test_a_call_has_its_own_price():
+    module, x = layer(), tokens(130)
+    got = {price: module(x, price=price) for price in (-4.0, torch.tensor(-1.0))}
+    for price, result in got.items():
+        module.core.price.fill_(price)
+        assert torch.equal(module(x).out, result.out)
+    low, high = got.values()
+    assert low.counts.sum() > high.counts.sum()
+    with pytest.raises(ValueError, match="price must be finite, got inf"):
+        module(x, price=float("inf"))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..ops import DynNSAOutput, dyn_nsa
 from ..ops._dispatch import autocast_dtype, autocast_off, statistics_dtype
+from ._options import check_number
 from .block_compression import BlockCompression, block_starts
 from .dyn_nsa_options import DynNSAOptions
 
@@ -255,6 +256,7 @@ class DynNSACore(nn.Module):
         key_compressed: Tensor | None = None,
         value_compressed: Tensor | None = None,
         tau: Tensor | None = None,
+        price: Tensor | float | None = None,
         scale: float | None = None,
         key_start: Tensor | None = None,
         key_end: Tensor | None = None,
@@ -268,19 +270,22 @@ class DynNSACore(nn.Module):
             gates: (B, T, H, 3), from `gates`.
             key_compressed, value_compressed: (B, Tk // compress_size, K, D), from `compress`; None to compress here.
             tau: (B, T, K), from `tau_of`; None for the entropy of the compressed branch.
+            price: price of this call, 0-d; None for the layer's.
             scale, key_start, key_end, cu_seqlens: as in `ops.dyn_nsa`.
         """
         if key_compressed is None or value_compressed is None:
             key_compressed, value_compressed = self.compress(key, value, key_start, cu_seqlens)
         return attend(
-            self.options, query, key, value, key_compressed, value_compressed, gates, self.threshold_base(), self.slope, tau=tau,
+            self.options, query, key, value, key_compressed, value_compressed, gates, self.threshold_base(price), self.slope, tau=tau,
             query_compressed=self.compressed_query(query), scale=scale, key_start=key_start, key_end=key_end, cu_seqlens=cu_seqlens,
         )  # fmt: skip
 
-    def threshold_base(self) -> Tensor:
+    def threshold_base(self, price: Tensor | float | None = None) -> Tensor:
         """price + base, (K,): the thresholds at tau 0; of half precision in float32, whose digits the price has."""
-        dtype = torch.promote_types(self.base.dtype, torch.float32)
-        return self.base.to(dtype) + self.price.to(dtype)
+        base = self.base.to(torch.promote_types(self.base.dtype, torch.float32))
+        if price is None:
+            price = self.price
+        return base + (price.detach().to(base) if isinstance(price, Tensor) else price)
 
     def budget_loss(self, result: DynNSAOutput) -> Tensor:
         """The budget loss of a call, 0-d; padding does not count."""
@@ -352,6 +357,15 @@ def attend(options: DynNSAOptions, *tensors: Tensor, **others: Any) -> DynNSAOut
             compress_size=options.compress_size, max_blocks=max_blocks, importance=options.importance, forced_first=options.forced_first,
             forced_local=options.forced_local, detach_scores=options.detach_scores, impl=options.impl, **others,
         )  # fmt: skip
+
+
+def checked_price(name: str, price: Tensor | float) -> Tensor | float:
+    """TypeError or ValueError for anything but a finite number or a 0-d tensor."""
+    if not isinstance(price, Tensor):
+        check_number(name, price)
+    elif price.dim():
+        raise ValueError(f"{name} must be a number or 0-d, one for all layers and rows, got {tuple(price.shape)}.")
+    return price
 
 
 def tau_of_rows(tau: Tensor, rows: tuple[int, int, int], query: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.nsa._checks import checked_bounds
-from .dyn_nsa import DynNSACore, DynNSAOptions
+from .dyn_nsa import DynNSACore, DynNSAOptions, checked_price
 from .dyn_nsa_cache import DynNSACache
 
 
@@ -89,6 +89,7 @@ class DynNSAAttention(nn.Module):
         position_ids: Tensor | None = None,
         cache: DynNSACache | None = None,
         tau: Tensor | float | None = None,
+        price: Tensor | float | None = None,
         key_start: Tensor | None = None,
         key_end: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -100,6 +101,7 @@ class DynNSAAttention(nn.Module):
             position_ids: (B, T) or (1, T); None to count from the start of each row or packed sequence.
             cache: earlier keys and values, without gradients; the new ones are appended. It contains key_start.
             tau: (), (B,), (B, T) or (B, T, K) in [0, 1]; None for the tau of `tau_source`.
+            price: price of this call, a number or 0-d, in nats; None for the layer's. A lower one reads more blocks.
             key_start, key_end: (B,) int32 or int64, first position of each row that is not padding, and first position of padding after it.
             cu_seqlens: (sequences + 1,) int32 or int64, boundaries of sequences packed in one row.
 
@@ -129,8 +131,8 @@ class DynNSAAttention(nn.Module):
         if cache is not None:
             key, value, key_compressed, value_compressed = cache.append(self.core, key, value)
         result = self.core(
-            query, key, value, gates, key_compressed=key_compressed, value_compressed=value_compressed, tau=tau, key_start=key_start,
-            key_end=key_end, cu_seqlens=cu_seqlens,
+            query, key, value, gates, key_compressed=key_compressed, value_compressed=value_compressed, tau=tau,
+            price=None if price is None else checked_price("price", price), key_start=key_start, key_end=key_end, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         self.core.record(result, gates, key.shape[1], key_start=key_start, cu_seqlens=cu_seqlens)
         loss = self.core.budget_loss(result)

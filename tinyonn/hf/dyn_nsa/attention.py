@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ...errors import InputError
 from ...nn.block_compression import block_starts, blocks_of
-from ...nn.dyn_nsa import attend, common_dtype
+from ...nn.dyn_nsa import attend, checked_price, common_dtype
 from ..interfaces import register_attention
 from .decoding import compressed_so_far
 from .masks import dyn_nsa_mask, gathered, layout_of, within_bounds
@@ -57,6 +57,7 @@ def dyn_nsa_attention(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     tau: Tensor | float | None = None,
+    block_price: Tensor | float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -71,6 +72,8 @@ def dyn_nsa_attention(
         query: (B, H, T, D). key, value: (B, K, Tk, D).
         attention_mask: mask from `dyn_nsa_mask`, which covers padding, also between tokens, and sequences packed in rows by `position_ids`.
         tau: (), (B,), (B, T) or (B, T, K) in [0, 1], passed as `model(..., tau=...)`; None for the tau of the layer's options.
+        block_price: number or 0-d, in nats, passed as `model(..., block_price=...)` or `generate(..., block_price=...)`; None for the price
+            of the model. A lower one reads more blocks.
         cu_seq_lens_q: (sequences + 1,) int32, bounds of the sequences packed in one row; None to take them from the mask.
 
     Returns:
@@ -91,6 +94,7 @@ def dyn_nsa_attention(
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise InputError(f"attention must be causal for attn_implementation='dyn_nsa', got {name}.")
     tau = None if tau is None else checked_tau(tau, (query.shape[0], query.shape[2], key.shape[1]), query)
+    price = None if block_price is None else checked_price("block_price", block_price)
     core, original = core_of(module), key
     rows, sequences, compaction = layout_of(attention_mask, query.shape[0], cu_seq_lens_q)
     bounds: dict[str, Tensor | None] = {"cu_seqlens": sequences}
@@ -110,12 +114,15 @@ def dyn_nsa_attention(
         query, key, value = (x.flatten(0, 1)[None] for x in (query, key, value))
         tau = None if tau is None else tau.flatten(0, 1)[None]
     if core is None:
-        out = _without_parts(module, query, key, value, tau, scaling, bounds)
+        out = _without_parts(module, query, key, value, tau, price, scaling, bounds)
         return _in_place(out.reshape(batch, tokens, *out.shape[2:]), query_order), None
     gates = core.gates(query)
     # The previous token's uncertainty comes in as `tau`, so it is recomputed with the same one: see `hooks`.
     tau = core.tau_of(tau, query, decoding=False)
-    result = core(query, key, value, gates, key_compressed=compressed[0], value_compressed=compressed[1], tau=tau, scale=scaling, **bounds)
+    result = core(
+        query, key, value, gates, key_compressed=compressed[0], value_compressed=compressed[1], tau=tau, price=price, scale=scaling,
+        **bounds,
+    )  # fmt: skip
     sums = core.budget_sums(result)  # recomputation must save the same tensors, so it does this too
     if core.collecting:
         core.record(result, gates, key.shape[1], key_start=bounds.get("key_start"), cu_seqlens=bounds.get("cu_seqlens"))
@@ -134,6 +141,7 @@ def _without_parts(
     key: Tensor,
     value: Tensor,
     tau: Tensor | None,
+    price: Tensor | float | None,
     scale: float | None,
     bounds: dict[str, Tensor | None],
 ) -> Tensor:
@@ -153,6 +161,8 @@ def _without_parts(
         tau = checked_tau(options.tau, (batch, tokens, num_kv), query)
     gates = query.new_tensor(options.start_gates).expand(batch, tokens, heads, 3)
     base, slope = (query.new_full((num_kv,), number) for number in (options.base, options.slope))
+    if price is not None:
+        base = base + price
     return attend(options, query, key, value, *compressed, gates, base, slope, tau=tau, scale=scale, **bounds).out
 
 

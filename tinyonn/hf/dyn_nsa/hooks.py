@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from types import CodeType
 from typing import Any
@@ -18,6 +19,7 @@ from .decoding import note_tau, noted_tau, recall
 from .options import checked_options, open_price
 from .parts import DYN_NSA, PART, cores, take_budget_loss
 
+PRICE = "block_price"  # keyword of a call, which transformers hands on to the attention function
 OBSERVED_TOKENS = 256  # of a row, about, evenly spread, whose output entropy is taken in training: logits are large
 
 
@@ -100,6 +102,16 @@ class CheckedGeneration:
 
 class ObservedForward(ForwardAround):
     warned = False
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """With the price of a call, for `generate` looks there for what a model takes."""
+        own = super().__signature__
+        if PRICE in own.parameters:
+            return own
+        others = [parameter for parameter in own.parameters.values() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
+        named = [parameter for parameter in own.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+        return own.replace(parameters=[*named, inspect.Parameter(PRICE, inspect.Parameter.KEYWORD_ONLY, default=None), *others])
 
     @property
     def __code__(self) -> CodeType:
