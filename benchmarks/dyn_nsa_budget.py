@@ -71,9 +71,9 @@ def set_all(model: PreTrainedModel, **options: Any) -> None:
             setattr(core.options, name, value)
 
 
-def shift(model: PreTrainedModel, opening: float) -> None:
+def shift(model: PreTrainedModel, price: float) -> None:
     for core in cores(model):
-        core.opening.fill_(opening)
+        core.price.fill_(price)
 
 
 def calibrate(model: PreTrainedModel, rows: list[Tensor], budget: float, steps: int = 9) -> None:
@@ -122,7 +122,8 @@ def tune(model: PreTrainedModel, rows: list[Tensor], budget: float | None, steps
 @contextmanager
 def converted(folder: Path, **options: Any) -> Iterator[PreTrainedModel]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
-    convert_attention(model, **options)
+    rule: dict[str, Any] = {"importance": "relative", "temperature": 1.0, "slope": 1.0, "compress_query": False}  # which the page measures
+    convert_attention(model, **rule, **options)
     for core in cores(model):
         core.requires_grad_(True)
     yield model

@@ -42,7 +42,7 @@ trainer = Trainer(
     settings,
     train_dataset=[{"input_ids": text, "labels": text} for text in texts],
     optimizers=(torch.optim.AdamW(tinyonn.hf.parameter_groups(model, lr=2e-5)), None),
-    callbacks=[tinyonn.hf.BudgetSchedule(target=8, steps=args.steps, start=16)],
+    callbacks=[tinyonn.hf.BudgetSchedule(target=8, steps=args.steps)],
 )
 trainer.train()  # logs key_blocks, the mean number that a query reads, beside the loss
 print(f"fine-tuned loss {held_out_loss(model):.3f}")

@@ -159,7 +159,7 @@ class BudgetSchedule(TrainerCallback):
         stay = sum(frozen((core.base, core.slope)) for core in found)
         if stay and self.weight > 0:
             warnings.warn(
-                f"thresholds of {stay} of {len(found)} layers require no gradient: the budget loss does not move them; "
+                f"thresholds of {stay} of {len(found)} layers require no gradient: the loss of BudgetSchedule does not move them; "
                 f"{remedy(model, PART)}.",
                 stacklevel=3,
             )
