@@ -7,11 +7,11 @@ from typing import Literal, get_args
 
 from ..ops._dispatch import check_choice, check_impl, check_int, check_size
 from ..ops.nsa._checks import check_sizes, check_temperature
-from ..reference.nsa.dyn_nsa import Importance
 from ._options import check_flag, check_number
 
 MAX_TEMPERATURE = 10.0  # with a higher one, the gates of an open model would not all be 1
 
+Importance = Literal["share", "relative"]
 TauSource = Literal["attention", "output", "constant"]
 
 
