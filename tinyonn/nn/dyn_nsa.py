@@ -85,7 +85,7 @@ class DynNSAOptions:
         check_size("window", self.window)
         check_temperature(self.temperature)
         if self.max_blocks is not None:
-            check_max_blocks(self.max_blocks)
+            check_max_blocks(self.max_blocks, 1, 2)
         check_impl(self.impl)
         self.start_gates = tuple(self.start_gates)  # type: ignore[assignment]  # JSON gives a list
         check_choice("tau_source", self.tau_source, get_args(TauSource))
