@@ -10,15 +10,15 @@ import math
 import torch
 from torch import Tensor
 
-from ._dispatch import autocast_dtype, check_float, check_impl, check_is_number, check_tensor, choose_impl
+from ._dispatch import Impl, autocast_dtype, check_float, check_impl, check_is_number, check_tensor, choose_impl
 
 MAX_HEAD_DIM = 256
 MAX_TRITON_FLOAT32_DIM = 128  # rows of queries, keys and gradients of more do not fit shared memory
 AUTOCAST_FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what autocast changes; it leaves float64
 
 
-def choose_attention_impl(impl: str, query: Tensor) -> str:
-    """`choose_impl`, where `auto` leaves to torch what the kernels do not take."""
+def choose_attention_impl(impl: str, query: Tensor) -> Impl:
+    """`choose_impl`, except that `auto` is torch for tensors that the kernels do not support."""
     wide = query.dtype == torch.float32 and query.shape[-1] > MAX_TRITON_FLOAT32_DIM
     if wide and impl == "auto":
         return "torch"

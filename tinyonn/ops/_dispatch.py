@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar, get_type_hints, overload
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast, get_type_hints, overload
 
 import torch
 from torch import Tensor
 
 IMPLS = ("auto", "triton", "torch", "reference")
+Impl = Literal["triton", "torch", "reference"]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRITON_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -143,7 +144,7 @@ def check_impl(impl: str) -> None:
     check_choice("impl", impl, IMPLS)
 
 
-def choose_impl(impl: str, tensor: Tensor) -> str:
+def choose_impl(impl: str, tensor: Tensor) -> Impl:
     """Resolves `auto`, and raises an error if an explicit `triton` cannot run; called with real tensors only.
 
     `auto` is triton for CUDA tensors of a dtype that the kernels support, if triton can be imported; otherwise torch.
@@ -162,6 +163,13 @@ def choose_impl(impl: str, tensor: Tensor) -> str:
                 f"impl='triton' needs CUDA tensors, got {tensor.device}: move them to a GPU, pass impl='torch', "
                 "or set TRITON_INTERPRET=1 before the first import to run Triton's interpreter."
             )
+    return cast(Impl, impl)
+
+
+def refuse_reference(op: str, impl: Impl) -> Literal["triton", "torch"]:
+    """ValueError for the reference in a registered op that does not compute it: its derivative would not be that of the reference."""
+    if impl == "reference":
+        raise ValueError(f"impl='reference' is not part of the registered op; call tinyonn.ops.{op}.")
     return impl
 
 

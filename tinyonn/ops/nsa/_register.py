@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._attention import choose_attention_impl
-from .._dispatch import parts_of, refuse_tangents, register, schema_of, statistics_dtype
+from .._dispatch import parts_of, refuse_reference, refuse_tangents, register, schema_of, statistics_dtype
 from ._checks import Bounds
 from ._tuples import Attended
 
@@ -52,7 +52,11 @@ def register_differentiable(
     differentiable = [number for number, field in enumerate(results._fields) if f"grad_{field}" in saved._fields]
 
     def module_of(impl: str, query: Tensor) -> ModuleType:
-        return modules[choose_attention_impl(impl, query) == "triton"]
+        match refuse_reference(name, choose_attention_impl(impl, query)):
+            case "torch":
+                return modules[0]
+            case "triton":
+                return modules[1]
 
     def run_forward(*arguments: Any) -> tuple[Tensor, ...]:
         *given, impl = parts_of(arguments, tensors, options, Bounds)

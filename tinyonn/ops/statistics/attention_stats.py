@@ -18,7 +18,6 @@ from .._dispatch import (
     check_no_nan,
     check_same_device,
     check_tensor,
-    choose_impl,
     register_statistic,
     statistics_dtype,
 )  # fmt: skip
@@ -115,23 +114,24 @@ def _compute(
     if debug_enabled():
         check_no_nan("query", query)
         check_no_nan("key", key)
-    if choose_impl(impl, query) == "reference":
-        entropy, mass = reference.attention_stats(
-            query, key, span_mask=span_mask, key_mask=key_mask, scale=scale, causal=causal, window=window or None,
-            softcap=softcap or None, sinks=sinks, bias=bias,
-        )  # fmt: skip
-        dtype = statistics_dtype(query.dtype)
-        return entropy.to(dtype), query.new_empty(0, dtype=dtype) if mass is None else mass.to(dtype)
-    visibility = Visibility(causal, window, key_mask, bias)
-    if choose_attention_impl(impl, query) == "triton":
-        from tinyonn_kernels.statistics.attention_stats import attention_stats_fwd
+    match choose_attention_impl(impl, query):
+        case "triton":
+            from tinyonn_kernels.statistics.attention_stats import attention_stats_fwd
 
-        entropy = query.new_empty(query.shape[:3], dtype=torch.float32)
-        mass = torch.empty_like(entropy) if span_mask is not None else entropy.new_empty(0)
-        with torch.cuda.device_of(query):
-            attention_stats_fwd(query, key, entropy, mass, span_mask, key_mask, sinks, bias, scale, causal, window, softcap)
-        return entropy, mass
-    return torch_attention_stats(query, key, span_mask, sinks, scale, softcap, visibility)
+            entropy = query.new_empty(query.shape[:3], dtype=torch.float32)
+            mass = torch.empty_like(entropy) if span_mask is not None else entropy.new_empty(0)
+            with torch.cuda.device_of(query):
+                attention_stats_fwd(query, key, entropy, mass, span_mask, key_mask, sinks, bias, scale, causal, window, softcap)
+            return entropy, mass
+        case "torch":
+            return torch_attention_stats(query, key, span_mask, sinks, scale, softcap, Visibility(causal, window, key_mask, bias))
+        case "reference":
+            found = reference.attention_stats(
+                query, key, span_mask=span_mask, key_mask=key_mask, scale=scale, causal=causal, window=window or None,
+                softcap=softcap or None, sinks=sinks, bias=bias,
+            )  # fmt: skip
+            dtype = statistics_dtype(query.dtype)
+            return found[0].to(dtype), query.new_empty(0, dtype=dtype) if found[1] is None else found[1].to(dtype)
 
 
 def _fake(query: Tensor, key: Tensor, span_mask: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
