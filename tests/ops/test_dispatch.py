@@ -30,7 +30,7 @@ CALLS = {
     "dyn_nsa": lambda impl: ops.dyn_nsa(Q, K, K, KC, KC, Q[..., :3], torch.zeros(1), torch.zeros(1), compress_size=32, impl=impl),
     "expert_mlp": lambda impl: ops.expert_mlp(X, torch.ones(2, 6, 4), torch.ones(2, 4, 3), INDEX, torch.ones(2, 1), impl=impl),
 }
-WITH_REFERENCE = ("attention_stats", "block_norms", "token_grad_norms", "integrate_sps")  # registered ops that compute the reference themselves
+WITH_REFERENCE = ("attention_stats", "block_norms", "token_grad_norms", "integrate_sps")  # in the registered op
 
 
 def test_auto_on_the_cpu_is_torch(monkeypatch):
