@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..nn.surprise_capture import probe_for
+from ..nn.surprise_capture import probe_for, register_capturable
 from ..ops import expert_mlp
 from ..ops._dispatch import autocast_dtype
 from ..ops.experts._checks import LIMITS
@@ -138,10 +138,15 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     return out.to(hidden_states.dtype)
 
 
+def runs_here(module: nn.Module) -> bool:
+    """Whether transformers computes the module's experts by `experts_forward`."""
+    return uses_experts_interface(module) and getattr(getattr(module, "config", None), "_experts_implementation", None) == NAME
+
+
 def check_experts(model: nn.Module) -> None:
     """Raises InputError if a mixture of the model uses this implementation and is not supported by it."""
     for module in model.modules():
-        if uses_experts_interface(module) and getattr(getattr(module, "config", None), "_experts_implementation", None) == NAME:
+        if runs_here(module):
             layout_of(module)
 
 
@@ -159,3 +164,4 @@ def experts_checked(model: nn.Module) -> Iterator[None]:
 
 
 register_experts(NAME, experts_forward)
+register_capturable(runs_here)

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .._io.not_measured import by_reason, without_value
 from .._io.streams import is_stdin
 from ..errors import InputError
 from ..hf.loading import check_fits, load_model
 from ..hf.memory import is_out_of_memory
 from ..mscan import MscanWriter, SequenceRecord
+from ..mscan.not_measured import by_reason, without_value
 from .config import ScanConfig
 from .distributed import World
 from .engine.engine import ScanEngine, SequenceScan
@@ -130,8 +130,8 @@ def run_scan(config: ScanConfig, *, progress: Callable[[ScanProgress], None] | N
         with ScanEngine(model, credit=config.credit, targets=config.targets) as engine:
             sampling = (config.generate, config.temperature, config.top_p, config.seed)
             generator = Generator(model, prepared.tokenizer, prepared.padding, *sampling) if config.generate else None
-            told = {"not_measured": by_reason(engine.not_measured), "unproven": by_reason(engine.unproven)}
-            metadata |= {name: reasons for name, reasons in told.items() if reasons}
+            gaps = {"not_measured": by_reason(engine.not_measured), "unproven": by_reason(engine.unproven)}
+            metadata |= {name: reasons for name, reasons in gaps.items() if reasons}
             writer, scan.path = open_writer(config, world, existing, metadata, engine.layout)
             with writer:
                 scan.run(engine, generator, writer)

@@ -11,8 +11,8 @@ Importing this package registers what rebuilds the mixtures of converted models,
     conversion   convert_mlp_to_dynmoe
 """
 
-from . import saving  # for what it registers
+from . import saving as _saving  # noqa: F401  # registers the conversion
 from .calibration import calibrate_experts, expert_statistics
 from .conversion import convert_mlp_to_dynmoe
 
-__all__ = ["calibrate_experts", "convert_mlp_to_dynmoe", "expert_statistics", "saving"]
+__all__ = ["calibrate_experts", "convert_mlp_to_dynmoe", "expert_statistics"]

@@ -18,7 +18,7 @@ what rebuilds the parts of converted models, with `hf._converted`.
 from typing import TYPE_CHECKING
 
 from ..._lazy import lazy_exports
-from . import saving  # for what it registers
+from . import saving as _saving  # noqa: F401  # registers the conversion
 from .attention import dyn_nsa_attention
 from .calibration import calibrate
 from .conversion import convert_attention, revert_attention
@@ -39,7 +39,6 @@ __all__ = [
     "dyn_nsa_mask",
     "parameter_groups",
     "revert_attention",
-    "saving",
     "statistics",
 ]
 
