@@ -235,8 +235,8 @@ def page_of(content: dict[str, Any], stem: str) -> str:
         f" thread{'s' if settings['threads'] > 1 else ''}, torch {settings['torch']}.",
         *_wrapped(
             "Routes are random and even. The output and all gradients of every form are compared before time is measured. The forms are"
-            f" timed in turn, {rounds[0]} to {rounds[-1]} rounds. The tables show minimum times, because other work on the machine only adds"
-            f" to them; medians are in `{stem}.json`. Memory is counted by allocation events, without weights and input: the peak of"
+            f" timed in turn, {rounds[0]} to {rounds[-1]} rounds. The tables show minimum times, because other work on the machine only"
+            f" adds to them; medians are in `{stem}.json`. Memory is counted by allocation events, without weights and input: the peak of"
             " forward and backward, gradients included, and what is kept between them."
         ),
         "",
