@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import Routing, expert_mlp, scatter_surprise, sparse_diversity_loss
-from ..ops._dispatch import autocast_dtype, check_choice, check_size
+from ..ops._checks import check_choice, check_flag, check_number, check_size
+from ..ops._dispatch import autocast_dtype
 from ..ops.experts.expert_mlp import Activation, SurpriseKind
 from ..ops.experts.threshold_route import Form
-from ._options import check_flag, check_number
 from ._surrounding import Surrounding
 from .expert_statistics import check_mask_shape, check_token_mask, count_experts
 from .surprise_budget import Budget, budget_of_tokens, check_budget

@@ -5,12 +5,11 @@ B batch, T queries, H query heads, K key/value heads, D head dim
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ._dispatch import Impl, autocast_dtype, check_float, check_impl, check_is_number, check_tensor, choose_impl
+from ._checks import check_float, check_number, check_tensor
+from ._dispatch import Impl, autocast_dtype, check_impl, choose_impl
 
 MAX_HEAD_DIM = 256
 MAX_TRITON_FLOAT32_DIM = 128  # rows of queries, keys and gradients of more do not fit shared memory
@@ -74,12 +73,9 @@ def order_hint(query: Tensor, key: Tensor) -> str:
     return ": tensors are (B, T, H, D) here; transpose(1, 2) those in scaled_dot_product_attention's order (B, H, T, D)"
 
 
-def check_positive(name: str, value: float) -> float:
-    check_is_number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}.")
-    return float(value)
-
-
 def scale_of(query: Tensor, scale: float | None) -> float:
-    return query.shape[-1] ** -0.5 if scale is None else check_positive("scale", scale)
+    """The factor of the scores; None is D ** -0.5."""
+    if scale is None:
+        return query.shape[-1] ** -0.5
+    check_number("scale", scale, above=0)
+    return float(scale)

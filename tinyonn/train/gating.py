@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .._debug import debug, debug_enabled
-from ..nn._options import check_number
 from ..nn._surrounding import held
 from ..nn.dyn_moe import DynMoE
 from ..nn.expert_statistics import check_mask_shape, check_token_mask
 from ..nn.surprise_capture import Visit, call_listener, captured_calls
 from ..nn.surprise_loss import SurpriseLoss, surprise_loss_of
 from ..ops import Routing
+from ..ops._checks import check_number
 from .mixtures import Mixtures
 from .parallel import average
 

@@ -20,9 +20,8 @@ from torch.optim import Optimizer
 
 from .._debug import debug_enabled
 from ..errors import listed
-from ..nn._options import check_number
 from ..nn.surprise_loss import SurpriseLoss, surprise_loss_of
-from ..ops._dispatch import check_size
+from ..ops._checks import check_number, check_size
 from .gating import train_routers
 from .mixtures import Mixtures
 

@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 
 from ..._io.units import counted
 from ...errors import InputError
-from ...nn._options import check_number
 from ...nn._search import bisect
 from ...nn.dyn_nsa import DynNSACore
-from ...ops._dispatch import check_size
+from ...ops._checks import check_number, check_size
 from .._forward import tokens_of
 from ..interfaces import gradients_kept, modes_kept
 from ..peft_parts import keep_in_adapter

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...nn._options import check_number
 from ...nn.dyn_nsa import OPEN, DynNSAOptions, tau_of_rows
+from ...ops._checks import check_number
 from .._converted import check_fields
 
 

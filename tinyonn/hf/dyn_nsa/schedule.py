@@ -10,8 +10,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ...errors import InputError
-from ...nn._options import check_number
 from ...nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN
+from ...ops._checks import check_number
 from .._converted import converted_model, recorded
 from ..peft_parts import adapter_of, frozen, keep_in_adapter, remedy
 from .parts import DYN_NSA, PART, cores, loss_was_taken, mean_blocks

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..._debug import debug_enabled
-from .._attention import check_positive, order_hint
-from .._dispatch import check_int, check_same_device, statistics_dtype
+from .._attention import order_hint
+from .._checks import check_int, check_number, check_same_device
+from .._dispatch import statistics_dtype
 
 COMPRESS_SIZES = (16, 32, 64)
 MIN_TEMPERATURE = torch.finfo(torch.float32).tiny  # what is smaller loses digits in float32, or is 0 there
@@ -31,8 +32,7 @@ def checked_bounds(
 ) -> Bounds:
     """The bounds as int32; their values are read by `check_bound_values` alone."""
     batch, num_queries = query.shape[:2]
-    if not isinstance(num_keys, (int, torch.SymInt)) or isinstance(num_keys, bool):
-        raise TypeError(f"num_keys must be an int, got {type(num_keys).__name__}.")
+    check_int("num_keys", num_keys)
     if num_queries > num_keys:
         hint = order_hint(query, key)
         raise ValueError(f"query must have at most as many tokens as there are keys, {num_keys}, got {num_queries}{hint}.")
@@ -101,7 +101,8 @@ def check_compressed(query: Tensor, key: Tensor, num_keys: int, compress_size: i
 
 
 def check_temperature(temperature: float) -> float:
-    if check_positive("temperature", temperature) < MIN_TEMPERATURE:
+    check_number("temperature", temperature, above=0)
+    if temperature < MIN_TEMPERATURE:
         raise ValueError(f"temperature must be at least {MIN_TEMPERATURE:.3g}, the smallest normal float32, got {temperature:.3g}.")
     return float(temperature)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from ... import reference
 from ..._debug import debug_enabled
 from .._attention import checked_heads, scale_of
-from .._dispatch import check_same_device, check_tensor, refuse_tangents, statistics_dtype
+from .._checks import check_same_device, check_tensor
+from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_block_sparse, _triton_nsa
 from ._checks import Bounds, check_bound_values, check_sizes, checked_bounds, lengths_of
 from ._register import empty_attended, register_differentiable

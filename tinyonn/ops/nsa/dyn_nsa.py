@@ -12,7 +12,8 @@ from ... import reference
 from ..._debug import debug_enabled
 from ...reference import DynNSAOutput
 from .._attention import checked_heads, order_hint, scale_of
-from .._dispatch import check_no_nan, check_size, check_tensor, refuse_tangents, statistics_dtype
+from .._checks import check_no_nan, check_size, check_tensor
+from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_dyn_nsa, _triton_dyn_nsa
 from ._checks import (
     Bounds,

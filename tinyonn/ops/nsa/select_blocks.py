@@ -9,7 +9,8 @@ from torch import Tensor
 from ... import reference
 from ...reference import BlockSelection
 from .._attention import checked_heads, scale_of
-from .._dispatch import check_tensor, refuse_tangents, statistics_dtype
+from .._checks import check_tensor
+from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_select, _triton_nsa
 from ._checks import (
     Bounds,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,15 +11,8 @@ from ... import reference
 from ..._debug import debug_enabled
 from ...reference.statistics.attention_stats import AttentionStats
 from .._attention import checked_heads, choose_attention_impl, scale_of
-from .._dispatch import (
-    check_float,
-    check_mask,
-    check_no_nan,
-    check_same_device,
-    check_tensor,
-    register_statistic,
-    statistics_dtype,
-)  # fmt: skip
+from .._checks import check_float, check_mask, check_no_nan, check_number, check_same_device, check_size, check_tensor
+from .._dispatch import register_statistic, statistics_dtype
 from ._torch_attention_stats import Visibility
 from ._torch_attention_stats import attention_stats as torch_attention_stats
 
@@ -71,10 +63,10 @@ def attention_stats(
         raise ValueError(f"key must have at least query's {queries} positions, got {keys}.")
     check_mask("span_mask", span_mask, (batch, keys), query.device)
     check_mask("key_mask", key_mask, (batch, keys), query.device)
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"window must be an int of at least 1, or None, got {window!r}.")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be above 0 and finite, or None, got {softcap}.")
+    if window is not None:
+        check_size("window", window)
+    if softcap is not None:
+        check_number("softcap", softcap, above=0)
     if sinks is not None:
         check_tensor("sinks", sinks, query.device, (heads,))
     tensors = [None if x is None else x.detach() for x in (query, key, span_mask, key_mask, sinks, _as_bias(bias, query, keys))]

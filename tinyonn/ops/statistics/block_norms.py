@@ -9,17 +9,8 @@ from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
-from .._dispatch import (
-    check_float,
-    check_impl,
-    check_no_nan,
-    check_out,
-    check_same_device,
-    check_size,
-    choose_impl,
-    refuse_tangents,
-    statistics_dtype,
-)  # fmt: skip
+from .._checks import check_float, check_no_nan, check_out, check_same_device, check_size
+from .._dispatch import check_impl, choose_impl, refuse_tangents, statistics_dtype
 from ._torch_norms import norms_into
 
 

@@ -11,17 +11,8 @@ from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
-from .._dispatch import (
-    check_float,
-    check_impl,
-    check_mask,
-    check_out,
-    check_same_device,
-    check_tensor,
-    choose_impl,
-    register_statistic,
-    statistics_dtype,
-)  # fmt: skip
+from .._checks import check_float, check_mask, check_out, check_same_device, check_tensor
+from .._dispatch import check_impl, choose_impl, register_statistic, statistics_dtype
 from ._torch_sps import integrate
 
 
