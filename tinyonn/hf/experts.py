@@ -19,8 +19,8 @@ from ..errors import InputError
 from ..nn.surprise_capture import probe_for, register_capturable
 from ..ops import expert_mlp
 from ..ops._dispatch import autocast_dtype
+from ..ops.experts._activations import activate
 from ..ops.experts._checks import LIMITS
-from ..ops.experts._torch_experts import activate
 from ..ops.experts._tuples import Layout
 from ..ops.experts.expert_mlp import Activation
 from .interfaces import configurations, register_experts, uses_experts_interface

@@ -26,7 +26,7 @@ from ...nn import DynMoE, ThresholdRouter
 from ...nn._search import bisect
 from ...nn.threshold_router import cosines, mean_experts
 from ...ops._dispatch import autocast_off
-from ...ops.experts._torch_experts import activate
+from ...ops.experts._activations import activate
 from ...ops.experts._tuples import Layout
 from .._converted import converted_model, recorded
 from ..interfaces import gradients_kept, modes_kept

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import InputError, listed
+from ...ops.experts._activations import activate
 from ...ops.experts._checks import LIMITS
-from ...ops.experts._torch_experts import activate
 from ...ops.experts._tuples import Layout
 from ...ops.experts.expert_mlp import Activation
 

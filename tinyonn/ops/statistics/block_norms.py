@@ -11,7 +11,7 @@ from ... import reference
 from ..._debug import debug_enabled
 from .._checks import check_float, check_no_nan, check_out, check_same_device, check_size
 from .._dispatch import check_impl, choose_impl, refuse_tangents, statistics_dtype
-from ._torch_norms import norms_into
+from .._torch_norms import norms_into
 
 
 def block_norms(

@@ -9,7 +9,7 @@ from ... import reference
 from ..._debug import debug_enabled
 from .._checks import check_choice, check_float, check_no_nan, check_same_device, check_size
 from .._dispatch import check_impl, choose_impl, register_statistic, statistics_dtype
-from ._torch_norms import norms_into, row_norms
+from .._torch_norms import norms_into, row_norms
 from .block_norms import block_norms, blocks_of
 
 
