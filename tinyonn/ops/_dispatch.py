@@ -1,4 +1,11 @@
-"""Choice of the implementation, and registration of ops."""
+"""Choice of the implementation, and registration of ops.
+
+Which registration an op uses:
+
+- `register_statistic`: an op that is not differentiable.
+- `register`: an op whose derivative is an op too. `nsa._register.register_differentiable` registers both for the ops of DynNSA.
+- `torch.library.custom_op` itself: an op that writes to an argument, or that differentiates by calling itself, such as `block_norms`.
+"""
 
 from __future__ import annotations
 

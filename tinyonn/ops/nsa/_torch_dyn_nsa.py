@@ -21,11 +21,11 @@ from ._torch_select import select_backward, select_forward
 from ._tuples import (
     CompressedOptions,
     CompressedSaved,
-    Inputs,
-    Options,
+    DynNSAInputs,
+    DynNSANumbers,
+    DynNSAResults,
+    DynNSASaved,
     QueryKeyValue,
-    Results,
-    Saved,
     SelectInputs,
     SelectOptions,
     SelectSaved,
@@ -36,7 +36,7 @@ from ._tuples import (
 )  # fmt: skip
 
 
-def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results:
+def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds) -> DynNSAResults:
     """Forward of the registered op."""
     query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
     dtype, num_kv = statistics_dtype(query.dtype), key.shape[2]
@@ -52,12 +52,12 @@ def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results
     out = torch.zeros(query.shape, dtype=dtype, device=query.device)
     for branch, part in enumerate((compressed, selected, near)):
         out.addcmul_(part.to(dtype), weights[..., branch])
-    return Results(
+    return DynNSAResults(
         out.to(query.dtype), soft_counts, own_tau, overflow, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected
     )
 
 
-def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds) -> list[Tensor]:
+def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANumbers, bounds: Bounds) -> list[Tensor]:
     """Gradients of all inputs but tau, in the dtype of computation."""
     query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
     _, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected, grad_out, grad_soft = saved
@@ -105,7 +105,7 @@ class _Parts(NamedTuple):
     window: WindowOptions
 
 
-def _parts(options: Options, num_keys: int) -> _Parts:
+def _parts(options: DynNSANumbers, num_keys: int) -> _Parts:
     window, temperature, block_size, compress_size, max_blocks, _, scale = options
     return _Parts(
         CompressedOptions(compress_size, num_keys, scale),

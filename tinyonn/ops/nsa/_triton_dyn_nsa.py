@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._dispatch import on_its_device
 from ._checks import Bounds, empty_lists
-from ._tuples import Inputs, Options, Results, Saved
+from ._tuples import DynNSAInputs, DynNSANumbers, DynNSAResults, DynNSASaved
 
 CHUNK_ELEMENTS = 1 << 25  # of the float32 sum, 128 MiB
 
@@ -35,7 +35,7 @@ def float32_sum(target: Tensor, chunks: list[slice]) -> Tensor | None:
 
 
 @on_its_device
-def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results:
+def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds) -> DynNSAResults:
     """Forward of the registered op."""
     from tinyonn_kernels.nsa._common import geometry_of
     from tinyonn_kernels.nsa.block_sparse_fwd import block_sparse_attention_fwd
@@ -86,11 +86,11 @@ def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results
         if scratch is not None:
             out[rows] = mixed
     overflow = overflowing.float() / (counts > 0).sum().clamp(min=1)
-    return Results(out, soft_counts, own_tau, overflow, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected)
+    return DynNSAResults(out, soft_counts, own_tau, overflow, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected)
 
 
 @on_its_device
-def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds) -> list[Tensor]:
+def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANumbers, bounds: Bounds) -> list[Tensor]:
     """Gradients of query (in its dtype) and of the other inputs but tau (float32)."""
     from tinyonn_kernels.nsa._common import geometry_of, unit_stride
     from tinyonn_kernels.nsa.block_sparse_dkv import block_sparse_attention_dkv

@@ -101,7 +101,7 @@ class SelectSaved(NamedTuple):
     grad_soft_counts: Tensor
 
 
-class Inputs(NamedTuple):
+class DynNSAInputs(NamedTuple):
     """Tensors of a call; see `dyn_nsa`."""
 
     query: Tensor
@@ -115,7 +115,7 @@ class Inputs(NamedTuple):
     tau: Tensor | None
 
 
-class Options(NamedTuple):
+class DynNSANumbers(NamedTuple):
     """Numbers of a call; see `dyn_nsa`."""
 
     window: int
@@ -127,7 +127,7 @@ class Options(NamedTuple):
     scale: float
 
 
-class Results(NamedTuple):
+class DynNSAResults(NamedTuple):
     """Results of the registered op. Only out and soft_counts are differentiable.
 
     Attributes:
@@ -154,7 +154,7 @@ class Results(NamedTuple):
     selected: Tensor
 
 
-class Saved(NamedTuple):
+class DynNSASaved(NamedTuple):
     """Results that backward reads, and the gradients of the differentiable ones."""
 
     own_tau: Tensor

@@ -27,7 +27,7 @@ from ._checks import (
     empty_lists,
 )
 from ._register import register_differentiable
-from ._tuples import Inputs, Options, Results, Saved
+from ._tuples import DynNSAInputs, DynNSANumbers, DynNSAResults, DynNSASaved
 
 
 def dyn_nsa(
@@ -55,8 +55,8 @@ def dyn_nsa(
 ) -> DynNSAOutput:
     """Native sparse attention with a learnable, uncertainty-driven threshold in place of a fixed number of blocks.
 
-    gates[..., 0] · compressed + gates[..., 1] · selected + gates[..., 2] · window, over one query. Selected are the blocks whose
-    importance z passes base - slope · tau (`select_blocks`). The gate of a block is exactly 0 where it is not selected, so below
+    gates[..., 0] · compressed + gates[..., 1] · selected + gates[..., 2] · window, over one query. The selected branch reads the blocks
+    whose importance z passes base - slope · tau (`select_blocks`). The gate of a block is exactly 0 where it is not selected, so below
     max_blocks the sparse result *is* dense gated attention, and every gradient is exact for the tau that was used.
 
     Tensors are (B, T, H, D). Differentiable: query, key, value, key_compressed, value_compressed, gates, base, slope; out and
@@ -103,8 +103,10 @@ def dyn_nsa(
     if tau is not None:
         check_tensor("tau", tau, query.device, rows)
         tau = tau.detach()
-    options = Options(window, check_temperature(temperature), block_size, compress_size, max_blocks, detach_scores, scale_of(query, scale))
-    inputs = Inputs(query, key, value, key_compressed, value_compressed, gates, base, slope, tau)
+    options = DynNSANumbers(
+        window, check_temperature(temperature), block_size, compress_size, max_blocks, detach_scores, scale_of(query, scale)
+    )
+    inputs = DynNSAInputs(query, key, value, key_compressed, value_compressed, gates, base, slope, tau)
     if debug_enabled():
         for name, given in inputs._asdict().items():
             if given is not None:
@@ -120,28 +122,30 @@ def dyn_nsa(
         found = found._replace(out=found.out.to(query.dtype), **statistics)
     else:
         refuse_tangents("dyn_nsa", *inputs)
-        results = Results(*_forward_op(*inputs, *options, *bounds, impl))
+        results = DynNSAResults(*_forward_op(*inputs, *options, *bounds, impl))
         found = DynNSAOutput(results.out, results.counts, results.own_tau, results.overflow, results.soft_counts)
     return found if tau is None else found._replace(tau=tau)
 
 
-def _forward(inputs: Inputs, options: Options, bounds: Bounds, module: ModuleType) -> Results:
+def _forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds, module: ModuleType) -> DynNSAResults:
     check_bound_values(inputs.key.shape[1], bounds)
-    return Results(*module.dyn_nsa_forward(inputs, options, bounds))
+    return DynNSAResults(*module.dyn_nsa_forward(inputs, options, bounds))
 
 
-def _backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds, _: list[bool], module: ModuleType) -> Sequence[Tensor]:
+def _backward(
+    inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANumbers, bounds: Bounds, _: list[bool], module: ModuleType
+) -> Sequence[Tensor]:
     inputs = inputs._replace(tau=saved.own_tau if inputs.tau is None else inputs.tau)
     grads: Sequence[Tensor] = module.dyn_nsa_backward(inputs, saved, options, bounds)
     return grads
 
 
-def _fake(inputs: Inputs, options: Options) -> Results:
+def _fake(inputs: DynNSAInputs, options: DynNSANumbers) -> DynNSAResults:
     query = inputs.query
     dtype = statistics_dtype(query.dtype)
     indices, counts, bias, soft_counts = empty_lists(query, inputs.key.shape[2], options.max_blocks)
     lse_compressed, lse_selected, lse_window = (query.new_empty(query.shape[:3], dtype=dtype) for _ in range(3))
-    return Results(
+    return DynNSAResults(
         out=query.new_empty(query.shape),
         soft_counts=soft_counts,
         own_tau=query.new_empty(soft_counts.shape if inputs.tau is None else (0,), dtype=dtype),
@@ -158,5 +162,5 @@ def _fake(inputs: Inputs, options: Options) -> Results:
 
 _forward_op = register_differentiable(
     "dyn_nsa", (_torch_dyn_nsa, _triton_dyn_nsa), _forward, _fake, _backward,
-    tensors=Inputs, options=Options, results=Results, saved=Saved, constants=("tau",),
+    tensors=DynNSAInputs, options=DynNSANumbers, results=DynNSAResults, saved=DynNSASaved, constants=("tau",),
 )  # fmt: skip

@@ -95,7 +95,7 @@ def _write(x: Tensor, row_scale: Tensor | None, out: Tensor, block_size: int, im
             if row_scale is not None:
                 out.mul_(row_scale.to(out.dtype).unsqueeze(-1))
         case "reference":
-            out.copy_(reference.block_norms(x, block_size, row_scale))
+            out.copy_(reference.block_norms(x, block_size, row_scale=row_scale))
 
 
 @_block_norms.register_fake

@@ -104,7 +104,7 @@ def _compute(
         case "torch":
             total = integrate(activation, grad_norm, group_offsets, token_mask, per_token if return_per_token else None)
         case "reference":
-            total, scores = reference.integrate_sps(activation, grad_norm, group_offsets, token_mask)
+            total, scores = reference.integrate_sps(activation, grad_norm, group_offsets, token_mask=token_mask)
             if return_per_token:
                 per_token.copy_(scores)
     return total, per_token
