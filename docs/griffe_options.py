@@ -34,26 +34,41 @@ class JoinedNames(griffe.Extension):
 
 
 def readable(docstring: str) -> str:
-    """The docstring as griffe reads it right: no spaces between joined names, a union of errors, a list of several results."""
+    """The docstring as griffe reads it right.
+
+    Parameters that share a line have no spaces between them, attributes that share a line get one each, errors become a union, and several
+    results become a list.
+    """
     lines: list[str] = []
     results: list[int] = []  # lines that begin a named result
     section, indent = "", ""
-    for line in docstring.split("\n"):
+    attributes, first = [""], 0  # names that share the description from line `first` on
+
+    for line in [*docstring.split("\n"), "end"]:
         text = line.strip()
         depth = len(indent_of(line))
-        if title := SECTION.fullmatch(line):
+        title = SECTION.fullmatch(line)
+        entry = bool(text) and bool(section) and depth == len(indent) + 4
+        if len(attributes) > 1 and (entry or (text and depth <= len(indent))):
+            rest = lines[first + 1 :]
+            lines[first:] = [line for name in attributes for line in (f"{indent}    {name}{lines[first]}", *rest)]
+            attributes = [""]
+        if title:
             indent, section = title[1], title[2]
         elif text and depth <= len(indent):
             section = ""
-        elif text and section and depth == len(indent) + 4:
-            between = " | " if section == "Raises" else ",\N{NO-BREAK SPACE}"
-            joined = JOINED.match(text)
-            if joined:
+        elif entry and (joined := JOINED.match(text)):
+            rest_of_line = text[joined.end() :]
+            if section == "Attributes":
+                attributes, first, line = joined[0].split(", "), len(lines), rest_of_line
+            else:
+                between = " | " if section == "Raises" else ",\N{NO-BREAK SPACE}"
                 names = joined[0].replace(", ", between).replace(" … ", "\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}")
-                line = f"{indent}    {names}{text[joined.end() :]}"
-            elif section == "Returns" and RESULT.match(text):
-                results.append(len(lines))
+                line = f"{indent}    {names}{rest_of_line}"
+        elif entry and section == "Returns" and RESULT.match(text):
+            results.append(len(lines))
         lines.append(line)
+    lines.pop()
     if len(results) > 1:
         for at in results:
             lines[at] = RESULT.sub(rf"{indent_of(lines[at])}- `\1`: ", lines[at].strip())
