@@ -88,7 +88,7 @@ def test_the_loss_holds_the_budget():
         ({"target": 4.0, "steps": 1, "start": 0.0}, "start must be above 0, got 0.0"),
         ({"target": 4.0, "steps": 0}, "steps must be at least 1, got 0"),
         ({"target": 4.0, "steps": 1, "weight": -1.0}, "weight must be at least 0, got -1.0"),
-        ({"target": 4.0, "steps": 1, "max_blocks": 2}, "max_blocks must be at least 3, the forced ones, got 2"),
+        ({"target": 4.0, "steps": 1, "max_blocks": 2}, "max_blocks must be at least 3, the number of forced blocks, got 2"),
         ({"target": 4.5, "steps": 1, "max_blocks": 4}, "max_blocks must be at least target, 4.5, got 4"),
     ],
     ids=["target", "start", "steps", "weight", "max_blocks", "max_blocks_below_target"],

@@ -12,8 +12,8 @@ from ._checks import check_float, check_number, check_tensor
 from ._dispatch import Impl, autocast_dtype, check_impl, choose_impl
 
 MAX_HEAD_DIM = 256
-MAX_TRITON_FLOAT32_DIM = 128  # rows of queries, keys and gradients of more do not fit shared memory
-AUTOCAST_FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what autocast changes; it leaves float64
+MAX_TRITON_FLOAT32_DIM = 128  # with more, rows of queries, keys and gradients do not fit shared memory
+AUTOCAST_FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # dtypes that autocast converts
 
 
 def choose_attention_impl(impl: str, query: Tensor) -> Impl:
@@ -30,7 +30,7 @@ def choose_attention_impl(impl: str, query: Tensor) -> Impl:
 
 
 def checked_heads(impl: str, query: Tensor, **keys: Tensor) -> tuple[Tensor, ...]:
-    """The query and its keys in one dtype. `keys` are keys (B, ·, K, D), K dividing H, and behind each of them its values, if any."""
+    """The query and its keys in one dtype. `keys` are keys (B, ·, K, D), K dividing H, each followed by its values, if any."""
     check_impl(impl)
     query, *tensors = in_one_dtype(query, *keys.values())
     check_float("query", query)
@@ -53,9 +53,9 @@ def checked_heads(impl: str, query: Tensor, **keys: Tensor) -> tuple[Tensor, ...
 
 
 def in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, tensors that differ in precision in that of autocast, as torch's own attention takes them; others as they came.
+    """Converts tensors of different precision to the dtype of autocast, if it is on, as torch's own attention does.
 
-    A projection under autocast gives bfloat16, a rotation or a norm behind it float32.
+    A projection under autocast returns bfloat16; a rotation or norm after it returns float32.
     """
     if not all(isinstance(tensor, Tensor) and tensor.dtype in AUTOCAST_FLOATS for tensor in tensors):
         return tensors

@@ -197,10 +197,10 @@ def _interpreted() -> bool:
 
 
 def refuse_tangents(op: str, *tensors: Tensor | None, remedy: str = "use backward or vjp, or impl='reference'") -> None:
-    """A registered op drops tangents of forward-mode differentiation without a word: its derivative would come out as 0."""
+    """RuntimeError for a forward-mode tangent, which a registered op would drop silently: the derivative would be 0."""
     for tensor in tensors:
         if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"{op} must be differentiated by reverse mode, got a forward-mode tangent: {remedy}.")
+            raise RuntimeError(f"{op} does not support forward-mode differentiation: {remedy}.")
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -44,7 +44,7 @@ class BudgetSchedule(TrainerCallback):
         check_number("steps", steps, at_least=1)
         check_number("weight", weight, at_least=0)
         if max_blocks is not None and max_blocks < MIN_MAX_BLOCKS:
-            raise ValueError(f"max_blocks must be at least {MIN_MAX_BLOCKS}, the forced ones, got {max_blocks}.")
+            raise ValueError(f"max_blocks must be at least {MIN_MAX_BLOCKS}, the number of forced blocks, got {max_blocks}.")
         if max_blocks is not None and max_blocks < target:
             raise ValueError(f"max_blocks must be at least target, {target}, got {max_blocks}.")
         self.target, self.steps, self.start, self.weight, self.max_blocks = target, steps, start, weight, max_blocks

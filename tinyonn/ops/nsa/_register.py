@@ -37,14 +37,14 @@ def register_differentiable(
     """Registers `tinyonn::name` and its derivative, `tinyonn::name_backward`.
 
     Args:
-        modules: implementation in torch, and that in Triton, one of which the next functions are given.
+        modules: the torch and the Triton implementation; the functions below receive one of them.
         forward: (tensors, options, bounds, module) -> results.
         fake: (tensors, options) -> results without values.
-        backward: (tensors, saved, options, bounds, needed, module) -> gradients of the tensors but `constants`, in any precision; None for
-            those that are not `needed`.
+        backward: (tensors, saved, options, bounds, needed, module) -> gradients of the tensors without `constants`, in any precision; may
+            be None for those that are not `needed`.
         tensors, options, results: named tuples; `Bounds` and impl follow the options.
-        saved: named tuple of the results that backward reads and then of gradients, named `grad_` and the result; a result without one is
-            not differentiable.
+        saved: named tuple of the results that backward reads, followed by gradients, each named `grad_` and the result; a result without
+            a gradient is not differentiable.
         constants: tensors without a gradient.
     """
     variables = [field for field in tensors._fields if field not in constants]

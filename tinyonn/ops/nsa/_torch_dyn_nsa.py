@@ -2,8 +2,8 @@
 
     out = gate_c · compressed + gate_s · selected + gate_w · window
 
-Of the branches only the selected one is kept for backward. The other two see all keys of a row at once there, so the product of a
-branch with the gradient of out, which is the gradient of its gate, falls out of their backward.
+Backward keeps the output of the selected branch only. The gradient of a gate is the product of its branch and the gradient of out; the
+backward of the other two branches computes this product without their outputs.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
 
 
 def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANumbers, bounds: Bounds) -> list[Tensor]:
-    """Gradients of all inputs but tau, in the dtype of computation."""
+    """Gradients of all inputs except tau, in the dtype of computation."""
     query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
     _, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected, grad_out, grad_soft = saved
-    assert tau is not None  # forward's own where the caller gave none
+    assert tau is not None  # that of forward if the caller gave none
     of = _parts(options, key.shape[1])
     dtype = lse_compressed.dtype
     weights = gates.to(dtype).unbind(-1)

@@ -20,14 +20,14 @@ CHUNK_ELEMENTS = 1 << 25  # of the float32 sum, 128 MiB
 
 
 def chunks_of(query: Tensor) -> list[slice]:
-    """Tokens in parts of at most CHUNK_ELEMENTS values, the last part first: it reads most keys, so tiles are chosen on it."""
+    """Chunks of tokens of at most CHUNK_ELEMENTS values. The last chunk comes first: it reads the most keys, so it tunes the tile sizes."""
     batch, tokens, heads, dim = query.shape
     size = max(1, CHUNK_ELEMENTS // max(1, batch * heads * dim))
     return [slice(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)][::-1]
 
 
 def float32_sum(target: Tensor, chunks: list[slice]) -> Tensor | None:
-    """Where the sum of a chunk is made; None for the target itself."""
+    """Buffer for the sum of a chunk; None if the sum is computed in the target."""
     if target.dtype == torch.float32 or not chunks:
         return None
     longest = chunks[-1].stop  # the first tokens' chunk is whole
@@ -72,7 +72,7 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
             place = torch.arange(geometry.before, geometry.before + q.shape[1], dtype=torch.int32, device=q.device)
             visible = ((place - geometry.start[:, geometry.before : geometry.before + q.shape[1]] + 1) // compress_size).unsqueeze(-1)
             mean = entropy[rows].unflatten(-1, (num_kv, -1)).mean(-1)
-            # Padding has no entropy, wherever it lies.
+            # Padding has no entropy.
             own_tau[rows] = torch.where(visible > 1, mean / visible.clamp(min=2).float().log(), 0)
         threshold = base.float() - slope.float() * (own_tau if tau is None else tau)[rows].float()
         lists = (indices[rows], counts[rows], bias[rows])
@@ -91,7 +91,7 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
 
 @on_its_device
 def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANumbers, bounds: Bounds) -> list[Tensor]:
-    """Gradients of query (in its dtype) and of the other inputs but tau (float32)."""
+    """Gradients of query (in its dtype) and of the other inputs except tau (float32)."""
     from tinyonn_kernels.nsa._common import geometry_of, unit_stride
     from tinyonn_kernels.nsa.block_sparse_dkv import block_sparse_attention_dkv
     from tinyonn_kernels.nsa.block_sparse_dq import block_sparse_attention_dq
@@ -102,7 +102,7 @@ def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANu
 
     query, key, value, key_compressed, value_compressed, gates, base, slope, tau = inputs
     _, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected, grad_out, grad_soft = saved
-    assert tau is not None  # forward's own where the caller gave none
+    assert tau is not None  # that of forward if the caller gave none
     window, temperature, block_size, compress_size, _, detach_scores, scale = options
     num_keys = key.shape[1]
     window = min(window, num_keys)

@@ -1,4 +1,4 @@
-"""The parts of DynNSA on Triton: what each registered op allocates and launches. No bound is read by the host."""
+"""The parts of DynNSA on Triton: allocation and launches of each registered op. The host reads no bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named tuples of the registered ops: arguments, results, and what backward reads. Each order stands here alone.
+"""Named tuples of the registered ops: arguments, results, and tensors that backward reads. They define their order.
 
 B batch, T queries of Tk positions (the last ones), H query heads, K key/value heads, D head dim, M compressed keys, S slots of a list
 """
@@ -42,7 +42,7 @@ class WindowOptions(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """Results of `block_sparse_attention`, and of `sliding_window_attention`, whose lse only backward reads."""
+    """Results of `block_sparse_attention` and `sliding_window_attention`; only backward reads the lse of the latter."""
 
     out: Tensor
     lse: Tensor
@@ -133,7 +133,7 @@ class DynNSAResults(NamedTuple):
     Attributes:
         out: (B, T, H, D).
         soft_counts: (B, T, K).
-        own_tau: (B, T, K); empty if the caller gave it.
+        own_tau: (B, T, K); empty if the caller gave tau.
         overflow: 0-d.
         counts: (B, T, K) int32.
         lse_compressed, lse_selected, lse_window: (B, T, H), of the three branches.

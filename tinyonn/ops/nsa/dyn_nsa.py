@@ -60,24 +60,27 @@ def dyn_nsa(
     max_blocks the sparse result *is* dense gated attention, and every gradient is exact for the tau that was used.
 
     Tensors are (B, T, H, D). Differentiable: query, key, value, key_compressed, value_compressed, gates, base, slope; out and
-    soft_counts carry gradients. No gradient flows into tau. No value reaches an earlier query. Exception: with impl="triton", NaN and
-    infinity of a value can spread within its tile.
+    soft_counts carry gradients. tau receives no gradient. No value affects an earlier query. Exception: with impl="triton", NaN and
+    infinity in a value can spread within its tile.
 
-    "All blocks" is base = -30, with a slope of at least 0, a temperature of at most 10 and max_blocks at least the number of key blocks;
-    a fixed number n of blocks is the same with max_blocks = n, every longer row then counting as overflowing. At a fixed threshold the
-    number of blocks can grow with the length of a sequence, since z measures against a uniform share; a loss on soft_counts holds it.
+    base = -30 selects all blocks, if the slope is at least 0, the temperature at most 10 and max_blocks at least the number of key blocks.
+    With max_blocks = n it selects a fixed number of n blocks, and every longer row counts as overflowing. At a fixed threshold the number
+    of blocks can grow with the length of a sequence, because z is relative to a uniform share; a loss on soft_counts limits it.
 
     Args:
         query: (B, T, H, D), the last T of Tk positions.
         key, value: (B, Tk, K, D), K dividing H.
         key_compressed, value_compressed: (B, Tk // compress_size, K, D); see `compressed_attention`.
         gates: (B, T, H, 3), any reals.
-        base, slope: (K,), in nats, and nats per unit of tau; a slope above 0 reads more where tau is high.
+        base, slope: (K,), in nats, and nats per unit of tau; a slope above 0 selects more blocks where tau is high.
         tau: (B, T, K) in [0, 1], which `tinyonn.debug()` checks; None for the mean over a group's heads of
             entropy / log(visible compressed keys), 0 where fewer than two are.
         window: keys of the window branch.
         temperature, block_size, compress_size, max_blocks, detach_scores: as in `select_blocks`.
         scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
+
+    Returns:
+        DynNSAOutput(out, counts, tau, overflow, soft_counts): out (B, T, H, D); counts int32, tau and soft_counts (B, T, K); overflow 0-d.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or size that is not accepted.

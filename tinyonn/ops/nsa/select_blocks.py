@@ -48,8 +48,8 @@ def select_blocks(
 
     z[t, b] = log(mean over the group's heads of a block's share of the compressed attention / its share if attention were uniform),
     at least -20; c = clamp((z - threshold) / temperature, 0, 1); gate = c²(3 - 2c), a smoothstep: exactly 0 at and below the threshold.
-    Selected are the past blocks with a gate above 0, and the first, the previous and the own block, whose gate is 1. Where more than
-    max_blocks pass, those with the highest z stay, ties to the lower index.
+    Each query selects the past blocks with a gate above 0, and the first, the previous and its own block, whose gate is 1. If more than
+    max_blocks pass, those with the highest z are kept; ties go to the lower index.
 
     Differentiable: threshold and, unless detach_scores, query, key_compressed and lse; bias and soft_counts carry gradients.
 
@@ -60,9 +60,13 @@ def select_blocks(
         temperature: width of the gate's slope, in nats; a normal float32.
         block_size: positions of a key block, a power of two of at least 16.
         compress_size: positions of a compressed key, a divisor of block_size.
-        max_blocks: most blocks of a row, at least 3.
+        max_blocks: maximum number of blocks of a query, at least 3.
         detach_scores: no gradient through z into query, key_compressed and lse.
         num_keys, scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
+
+    Returns:
+        BlockSelection(indices, counts, bias, soft_counts, overflow): indices (B, T, K, max_blocks) and counts (B, T, K), int32; bias like
+        indices, soft_counts like counts, and overflow 0-d, float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or size that is not accepted.

@@ -50,6 +50,10 @@ def attention_stats(
         bias: broadcastable to (B, H, T, Tk): bool, False for hidden keys, or floats added to the scores; -1e30 and less hide a key.
         impl: "auto", "triton", "torch" or "reference"; an explicit choice never falls back.
 
+    Returns:
+        AttentionStats(entropy, span_mass), both (B, T, H) float32, or float64 for float64 inputs. entropy is in nats, 0 for a query that
+        sees no key; span_mass is None without span_mask.
+
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that is not accepted.
         RuntimeError: impl="triton" cannot run here.
