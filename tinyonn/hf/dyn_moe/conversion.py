@@ -19,7 +19,7 @@ from ..guard import replace_module
 from ..interfaces import modes_kept
 from .budget import take_surprise_budget
 from .calibration import OPEN, check_finite, check_sample, contributions, fit_prototypes, mixtures, run_sample
-from .mlps import WANTED, DenseMLP, dense_mlps
+from .mlps import DenseMLP, dense_mlps
 from .options import DynMoEOptions, LayerSizes, build
 from .partition import coactive_neurons, neurons_in_order
 from .saving import DYN_MOE
