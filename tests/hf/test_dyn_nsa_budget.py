@@ -62,7 +62,7 @@ def test_the_loss_holds_the_budget():
     plain = torch.nn.functional.cross_entropy(model(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
     torch.testing.assert_close(got, plain + budget)
     torch.testing.assert_close(collected_budget_loss(model), budget)
-    with pytest.raises(RuntimeError, match="collected_budget_loss must follow a forward"):
+    with pytest.raises(RuntimeError, match="there is no budget loss to collect"):
         collected_budget_loss(model)
     torch.testing.assert_close(model(x, labels=x, return_dict=False)[0], plain + budget)
     # A step of accumulated batches gathers it once.
@@ -88,7 +88,7 @@ def test_the_loss_holds_the_budget():
         ({"target": 4.0, "steps": 1, "start": 0.0}, "start must be above 0, got 0.0"),
         ({"target": 4.0, "steps": 0}, "steps must be at least 1, got 0"),
         ({"target": 4.0, "steps": 1, "weight": -1.0}, "weight must be at least 0, got -1.0"),
-        ({"target": 4.0, "steps": 1, "max_blocks": 2}, "max_blocks must be at least 3, the forced ones, got 2"),
+        ({"target": 4.0, "steps": 1, "max_blocks": 2}, "max_blocks must be at least 3, the number of forced blocks, got 2"),
         ({"target": 4.5, "steps": 1, "max_blocks": 4}, "max_blocks must be at least target, 4.5, got 4"),
     ],
     ids=["target", "start", "steps", "weight", "max_blocks", "max_blocks_below_target"],
@@ -99,7 +99,7 @@ def test_bad_schedules_are_named(options, message):
 
 
 def test_a_schedule_needs_a_converted_model():
-    with pytest.raises(InputError, match="BudgetSchedule must have a model that convert_attention has changed, got a plain Llama"):
+    with pytest.raises(InputError, match="model must be converted by convert_attention, got an unconverted Llama"):
         BudgetSchedule(4.0, 1).apply(stock(), 0)
 
 
@@ -115,7 +115,7 @@ def test_a_schedule_reaches_its_end_with_the_training(tmp_path):
     logged = [entry for entry in trainer.state.log_history if "key_blocks" in entry]
     assert [entry["key_blocks_target"] for entry in logged] == [pytest.approx((64 * 3) ** 0.5), 3.0]
     assert logged[0]["key_blocks"] == pytest.approx(sum(t // 16 + 1 for t in range(60)) / 60, rel=1e-5)
-    with pytest.warns(UserWarning, match="must have 9 optimiser steps, got 2: the budget of 3.0 key blocks is not reached"):
+    with pytest.warns(UserWarning, match="ended after 2 of the 9 steps of BudgetSchedule, so the budget of 3.0 key blocks is not"):
         trainer_of(convert_attention(stock(), **SMALL), tmp_path, schedule=BudgetSchedule(3.0, 9)).train()
 
 
@@ -138,17 +138,17 @@ def test_calibration_finds_the_thresholds_of_a_budget():
 def test_calibration_refuses_what_it_cannot_reach():
     model, x = convert_attention(stock(), **SMALL), token_ids()
     opening = [core.opening.clone() for core in cores(model)]
-    with pytest.raises(InputError, match=r"target must be in \d\.\d\d … 4\.57, what this sample can read, got 1\.0"):
+    with pytest.raises(InputError, match=r"target must be in \d\.\d\d … 4\.57, the range that this sample can reach, got 1\.0"):
         calibrate(model, [x], 1.0)
     assert [core.opening for core in cores(model)] == opening
-    with pytest.raises(InputError, match="sample must have at least one batch, got none"):
+    with pytest.raises(InputError, match="sample contains no batch"):
         calibrate(model, [], 4.0)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         calibrate(model, [x], 4.0, steps=0)
     for target, error in ((math.nan, ValueError), (math.inf, ValueError), ("4", TypeError)):
         with pytest.raises(error, match=r"target must be (finite|a number), got"):
             calibrate(model, [x], target)
-    with pytest.raises(InputError, match="calibrate must have a model that convert_attention has changed"):
+    with pytest.raises(InputError, match="model must be converted by convert_attention, got an unconverted"):
         calibrate(stock(), [x], 4.0)
 
 
@@ -165,7 +165,7 @@ def test_a_sample_too_short_to_calibrate_says_how_long_it_should_be(length, targ
     def calibrated(tokens: int) -> float:
         return calibrate(convert_attention(stock(), **SMALL, **options), [token_ids(tokens, 1)], target)
 
-    words = re.escape(f"sample is too short for target={target} key blocks a query: it has {held}, and needs about {needed} tokens.")
+    words = re.escape(f"sample is too short for target={target} key blocks per query: it has {held}, and needs about {needed} tokens.")
     with pytest.raises(InputError, match=f"^{words}$"):
         calibrated(length)
     assert calibrated(needed) == pytest.approx(target, abs=0.3)
@@ -183,7 +183,7 @@ def test_padding_makes_a_sample_no_longer():
 
 
 def test_a_target_that_no_sample_reads_is_refused():
-    with pytest.raises(InputError, match=r"target must be at least 2\.25 key blocks a query, as 3 are always read, got 2\.0\."):
+    with pytest.raises(InputError, match=r"target must be at least 2\.25 key blocks per query, because 3 are always read, got 2\.0\."):
         calibrate(convert_attention(stock(), **SMALL), [token_ids(48)], 2.0)  # each of its queries reads two blocks, at any threshold
     with pytest.raises(InputError, match=r"target must be below max_blocks=4, got 4\.0\."):
         calibrate(convert_attention(stock(), **SMALL, max_blocks=4), [token_ids()], 4.0)
@@ -212,7 +212,7 @@ def test_parameter_groups_hold_each_parameter_once():
     model.requires_grad_(False)
     next(cores(model)).base.requires_grad_(True)
     assert [group["lr"] for group in parameter_groups(model, lr=1.0)] == [0.03]
-    with pytest.raises(InputError, match="parameter_groups must have a model that convert_attention has changed"):
+    with pytest.raises(InputError, match="model must be converted by convert_attention, got an unconverted"):
         parameter_groups(stock(), lr=1.0)
 
 
@@ -347,7 +347,7 @@ def test_a_step_without_its_budget_loss_is_refused(tmp_path):
     def whole(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         return plain(outputs, labels) + collected_budget_loss(model)
 
-    message = "the budget loss must enter the loss of every step, got a step without it"
+    message = "the loss of this step does not include the budget loss"
     with pytest.raises(RuntimeError, match=message):
         trainer_of(model, tmp_path, label_smoothing_factor=0.1).train()
     with pytest.raises(RuntimeError, match=message):

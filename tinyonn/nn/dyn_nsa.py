@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import DynNSAOutput, dyn_nsa
-from ..ops._dispatch import autocast_dtype, autocast_off, check_choice, check_impl, check_size, statistics_dtype
+from ..ops._checks import check_choice, check_flag, check_number, check_size
+from ..ops._dispatch import autocast_dtype, autocast_off, check_impl, statistics_dtype
 from ..ops.nsa._checks import check_max_blocks, check_sizes, check_temperature
-from ._options import check_flag, check_number
 from .block_compression import BlockCompression, block_starts
 
 OPEN = -30.0

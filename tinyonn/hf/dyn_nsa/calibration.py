@@ -1,4 +1,4 @@
-"""Thresholds that read a wanted number of blocks on a sample of text, without training."""
+"""Thresholds with which queries read a given number of blocks on a sample of text, without training."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from transformers import PreTrainedModel
 
 from ..._io.units import counted
 from ...errors import InputError
-from ...nn._options import check_number
 from ...nn._search import bisect
 from ...nn.dyn_nsa import DynNSACore
-from ...ops._dispatch import check_size
+from ...ops._checks import check_number, check_size
 from .._forward import tokens_of
 from ..interfaces import gradients_kept, modes_kept
 from ..peft_parts import keep_in_adapter
 from .options import opening_of
 from .parts import PART, cores, mean_blocks
 
-HIGHEST = 12.0  # nats above base: past it only forced blocks are left, for importance is at most the log of the number of blocks
+HIGHEST = 12.0  # nats above base; beyond it queries read only forced blocks, because importance is at most log(number of blocks)
 FORCED = 3  # blocks that a query always reads: the first, its own and the one before
-LEAST = 2.25  # what queries read of the shortest text with a choice, of four blocks, if they read the forced ones alone: 1, 2, 3, 3
+LEAST = 2.25  # mean of 1, 2, 3, 3: blocks that queries of a text of four blocks, the shortest with a choice, are forced to read
 
 
 @torch.no_grad()
@@ -50,10 +49,10 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
     check_size("steps", steps)
     check_number("target", target)
     if next(cores(model), None) is None:
-        raise InputError(f"calibrate must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
+        raise InputError(f"model must be converted by convert_attention, got an unconverted {type(model).__name__}.")
     batches = [{"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) for batch in sample]
     if not batches:
-        raise InputError("sample must have at least one batch, got none.")
+        raise InputError("sample contains no batch.")
     keep_in_adapter(model, PART)
     found = list(cores(model))
     before = [core.opening.clone() for core in found]
@@ -87,25 +86,27 @@ def _blocks(model: PreTrainedModel, found: list[DynNSACore], batches: list[dict[
 
 
 def _all_open(core: DynNSACore) -> float:
-    """Shift at which every block passes, also where an earlier calibration or training has moved the thresholds."""
+    """Shift at which every block passes, even if an earlier calibration or training has moved the thresholds."""
     options = replace(core.options, base=core.base.max().item(), slope=core.slope.min().item())
     return min(core.start_opening, opening_of(options))
 
 
 def _check_target(found: list[DynNSACore], batches: list[dict[str, Any]], target: float, least: float, most: float) -> None:
-    """InputError for a target that the sample cannot read, between `least` and `most` blocks a query."""
+    """InputError if the sample cannot reach the target. With it, queries can read between `least` and `most` blocks."""
     limit = sum(map(_limit, found)) / len(found)
     if target >= limit:
         raise InputError(f"target must be below max_blocks={limit:g}, got {target}.")
     tokens, block_size = max(map(_longest, batches)), max(core.options.block_size for core in found)
     if target > most or tokens <= FORCED * block_size:
         if target < LEAST:
-            raise InputError(f"target must be at least {LEAST} key blocks a query, as {FORCED} are always read, got {target}.")
+            raise InputError(f"target must be at least {LEAST} key blocks per query, because {FORCED} are always read, got {target}.")
         needed = max(_tokens_for(core, target) for core in found if _limit(core) > target)
-        held = f"{counted(tokens, 'token')}, {counted(-(-tokens // block_size), 'block')} of {block_size}"
-        raise InputError(f"sample is too short for target={target} key blocks a query: it has {held}, and needs about {needed:,} tokens.")
+        found_in = f"{counted(tokens, 'token')}, {counted(-(-tokens // block_size), 'block')} of {block_size}"
+        raise InputError(
+            f"sample is too short for target={target} key blocks per query: it has {found_in}, and needs about {needed:,} tokens."
+        )
     if target < least:
-        raise InputError(f"target must be in {least:.2f} … {most:.2f}, what this sample can read, got {target}.")
+        raise InputError(f"target must be in {least:.2f} … {most:.2f}, the range that this sample can reach, got {target}.")
 
 
 def _limit(core: DynNSACore) -> float:
@@ -113,10 +114,10 @@ def _limit(core: DynNSACore) -> float:
 
 
 def _longest(batch: dict[str, Any]) -> int:
-    """Tokens of the longest text of a batch, without padding."""
+    """Number of tokens of the longest text of a batch, without padding."""
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if isinstance(positions, Tensor):
-        return int(positions.max()) + 1  # of packed texts too
+        return int(positions.max()) + 1  # also for packed texts
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return int((mask != 0).sum(-1).max())
     tokens = tokens_of(batch)
@@ -125,9 +126,10 @@ def _longest(batch: dict[str, Any]) -> int:
 
 
 def _tokens_for(core: DynNSACore, target: float) -> int:
-    """Tokens of a text whose queries read `target` blocks on average if they read all, and of which some block may be left out.
+    """Number of tokens of a text whose queries read `target` blocks on average if they read all, with at least one unforced block.
 
-    Of n blocks that is 1, 2 … n blocks a query, up to max_blocks: (n + 1) / 2 on average, or m - m (m - 1) / 2n from n = m on.
+    In a text of n blocks, queries can read 1, 2 … n blocks, at most m = max_blocks. The mean is (n + 1) / 2, or m - m (m - 1) / 2n for
+    n >= m.
     """
     blocks, limit = 2 * target - 1, _limit(core)
     if blocks > limit:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...nn._options import check_number
 from ...nn.dyn_nsa import OPEN, DynNSAOptions, tau_of_rows
+from ...ops._checks import check_number
 from .._converted import check_fields
 
 
@@ -29,7 +29,7 @@ def checked_options(given: Mapping[str, Any], source: str = "options", start: Ma
 
 
 def opening_of(options: DynNSAOptions) -> float:
-    """Opening at which every gate of every block is 1: no threshold, at any tau, is above the least importance, -20, less temperature."""
+    """Opening at which every gate of every block is 1: at any tau a threshold is at most -20, the least importance, minus temperature."""
     highest = options.base + max(0.0, -options.slope)
     rounding = 0.01 * (abs(options.base) + abs(options.slope))  # of bfloat16
     return min(OPEN, -20.0 - options.temperature - highest - rounding)

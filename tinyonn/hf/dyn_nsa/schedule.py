@@ -10,8 +10,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ...errors import InputError
-from ...nn._options import check_number
 from ...nn.dyn_nsa import MIN_MAX_BLOCKS, OPEN
+from ...ops._checks import check_number
 from .._converted import converted_model, recorded
 from ..peft_parts import adapter_of, frozen, keep_in_adapter, remedy
 from .parts import DYN_NSA, PART, cores, loss_was_taken, mean_blocks
@@ -44,7 +44,7 @@ class BudgetSchedule(TrainerCallback):
         check_number("steps", steps, at_least=1)
         check_number("weight", weight, at_least=0)
         if max_blocks is not None and max_blocks < MIN_MAX_BLOCKS:
-            raise ValueError(f"max_blocks must be at least {MIN_MAX_BLOCKS}, the forced ones, got {max_blocks}.")
+            raise ValueError(f"max_blocks must be at least {MIN_MAX_BLOCKS}, the number of forced blocks, got {max_blocks}.")
         if max_blocks is not None and max_blocks < target:
             raise ValueError(f"max_blocks must be at least target, {target}, got {max_blocks}.")
         self.target, self.steps, self.start, self.weight, self.max_blocks = target, steps, start, weight, max_blocks
@@ -60,9 +60,9 @@ class BudgetSchedule(TrainerCallback):
         return float(self.start ** (1 - share) * self.target**share)
 
     def apply(self, model: nn.Module, step: int) -> None:
-        """Sets a model up for a step, counted from 0; `steps` is the end."""
+        """Sets a model's openings, target and weight for a step, counted from 0; from `steps` on, the final values."""
         if next(cores(model), None) is None:
-            raise InputError(f"BudgetSchedule must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
+            raise InputError(f"model must be converted by convert_attention, got an unconverted {type(model).__name__}.")
         self._check(model)
         options: dict[str, Any] = {"budget_weight": self.weight}
         if self.max_blocks is not None and step >= self.steps:
@@ -73,11 +73,11 @@ class BudgetSchedule(TrainerCallback):
             for name, value in options.items():
                 if getattr(core.options, name) != value:
                     setattr(core.options, name, value)
-        if (converted := converted_model(model, DYN_NSA)) is not None:  # a layer of one's own has no record
+        if (converted := converted_model(model, DYN_NSA)) is not None:  # a model without a record has layers of the user's own
             recorded(converted.config)[DYN_NSA]["options"].update(options)
 
     def _check(self, model: nn.Module) -> None:
-        """Before the first step: warns of what is not trained or not saved, and lets an adapter save what the schedule changes."""
+        """Once per model: warns of parts that are not trained or not saved, and makes an adapter save what the schedule changes."""
         if model in self._checked:
             return
         self._checked.add(model)
@@ -85,14 +85,14 @@ class BudgetSchedule(TrainerCallback):
         stay = sum(frozen((core.base, core.slope)) for core in found)
         if stay:
             warnings.warn(
-                f"thresholds of {stay} of {len(found)} layers require no gradient: BudgetSchedule opens them, and training does not move "
-                f"them; {remedy(model, PART)}.",
+                f"thresholds of {stay} of {len(found)} layers require no gradient, so training does not change them; "
+                f"{remedy(model, PART)}.",
                 stacklevel=3,
             )
         keep_in_adapter(model, PART)
         if self.max_blocks is not None and adapter_of(model) is not None and any(c.options.max_blocks != self.max_blocks for c in found):
             warnings.warn(
-                f"max_blocks={self.max_blocks} is saved with the base model, not with an adapter: give it to convert_attention, or save "
+                f"max_blocks={self.max_blocks} is saved with the base model, not with an adapter; pass it to convert_attention, or save "
                 "the base model again after training.",
                 stacklevel=3,
             )
@@ -104,19 +104,19 @@ class BudgetSchedule(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None
         self.apply(model, state.global_step)
-        loss_was_taken(model)  # none yet of this step
+        loss_was_taken(model)  # resets the flag for this step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None
         if self.weight > 0 and not loss_was_taken(model):
             raise RuntimeError(
-                "the budget loss must enter the loss of every step, got a step without it: a model that is given no labels, as with "
-                "label_smoothing_factor or compute_loss_func, adds none; add collected_budget_loss(model) in compute_loss_func."
+                "the loss of this step does not include the budget loss. A model adds it only if it gets labels, and with "
+                "label_smoothing_factor or compute_loss_func it gets none; add collected_budget_loss(model) in compute_loss_func."
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None
-        self.apply(model, state.global_step)  # a checkpoint saved now, and the end of training, have what the next step would
+        self.apply(model, state.global_step)  # a checkpoint saved now, and the end of training, have the values of the next step
 
     def on_log(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, logs: Any = None, **kwargs: Any) -> None:
         assert model is not None
@@ -128,8 +128,8 @@ class BudgetSchedule(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step < self.steps:
             warnings.warn(
-                f"BudgetSchedule must have {self.steps} optimiser steps, got {state.global_step}: the budget of {self.target} key blocks "
-                "is not reached.",
+                f"training ended after {state.global_step} of the {self.steps} steps of BudgetSchedule, so the budget of {self.target} "
+                "key blocks is not reached.",
                 stacklevel=2,
             )
 
