@@ -127,8 +127,8 @@ def _answer(cells: list[Cell]) -> list[str]:
     if safe[0] and safe[1]:
         few = math.ceil(1 / min(safe[0][0], safe[1][0]))
         headline = [
-            f"**Sparse dispatch wins, in time and in memory, as long as at most one expert in {few} is active; dense wins where a large"
-            " part of few experts is, and the sooner the smaller they are.**"
+            f"**Sparse dispatch wins, in time and in memory, as long as at most one expert in {few} is active. Dense wins when a large"
+            " share of a small number of experts is active, and earlier for small experts.**"
         ]
     for (measure, title, better), least in zip((("min", "Time", "faster"), ("peak", "Peak memory", "smaller")), safe, strict=True):
         text = f"- **{title}.** As k grows, dense is {better}: {_where(cells, measure)}."
@@ -137,7 +137,7 @@ def _answer(cells: list[Cell]) -> list[str]:
         rule = rule_of(cells, measure)
         if rule:
             text += (
-                f" As a rule, with I neurons: dense where k/E > {rule.factor:.2g} · I^{rule.power:.2g} (right at {rule.right} of"
+                f" As a rule, with I neurons: dense where k/E > {rule.factor:.2g} · I<sup>{rule.power:.2g}</sup> (right at {rule.right} of"
                 f" {rule.judged} sizes)."
             )
         found.append(text)
@@ -234,9 +234,9 @@ def page_of(content: dict[str, Any], stem: str) -> str:
         f"`python benchmarks/expert_dispatch.py{' --device cuda' if on_gpu else ''}` on {settings['device']}, {settings['threads']} torch"
         f" thread{'s' if settings['threads'] > 1 else ''}, torch {settings['torch']}.",
         *_wrapped(
-            "Routes are random and even. Output and all gradients of every form are checked equal before anything is timed. The forms are"
-            f" timed in turn, {rounds[0]} to {rounds[-1]} rounds. The tables show least times, because other work on the machine only adds"
-            f" to them; medians are in `{stem}.json`. Memory is counted by allocation events, without weights and input: the peak of"
+            "Routes are random and even. The output and all gradients of every form are compared before time is measured. The forms are"
+            f" timed in turn, {rounds[0]} to {rounds[-1]} rounds. The tables show minimum times, because other work on the machine only"
+            f" adds to them; medians are in `{stem}.json`. Memory is counted by allocation events, without weights and input: the peak of"
             " forward and backward, gradients included, and what is kept between them."
         ),
         "",

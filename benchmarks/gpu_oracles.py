@@ -131,15 +131,20 @@ def _apart(lists: Outputs, expected: Outputs, limit: float) -> float:
 
 def _attention(
     dtype: torch.dtype, tokens: int, heads: int, kv_heads: int, dim: int, compress: int, block: int, window: int, blocks: int,
-    queries: int | None = None, packed: bool = False,
+    queries: int | None = None, packed: bool = False, own_query: bool = False, **selection: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
-    """Tensors and options of `dyn_nsa`; a packed case has three sequences."""
-    tensors = dyn_nsa_case(tokens, queries=queries, heads=heads, kv_heads=kv_heads, dim=dim, compress_size=compress, dtype=dtype)
-    # The mean importance of a block is 1 / number of blocks. Thresholds near it, at this temperature, leave many gates between 0 and 1.
-    tensors["base"] -= math.log(max(1, tokens // block // (2 if packed else 1))) - 1.2
+    """Tensors and options of `dyn_nsa`; a packed case has three sequences, `own_query` gives the compressed branch another query."""
+    importance = selection.get("importance", "share")
+    tensors = dyn_nsa_case(
+        tokens, queries=queries, heads=heads, kv_heads=kv_heads, dim=dim, compress_size=compress, dtype=dtype, importance="relative"
+    )
+    # The mean share of a block is 1 / number of blocks. Thresholds below it, at this temperature, leave many gates between 0 and 1.
+    tensors["base"] -= math.log(max(1, tokens // block // (2 if packed else 1))) + (0.6 if importance == "share" else -1.2)
+    if own_query:
+        tensors["query_compressed"] = tensors["query"].flip(1)
     if packed:
         tensors["cu_seqlens"] = torch.tensor([0, tokens // 7, tokens // 2 + 1, tokens], dtype=torch.int32)
-    options = {"window": window, "block_size": block, "compress_size": compress, "max_blocks": blocks, "temperature": 2.0}
+    options = {"window": window, "block_size": block, "compress_size": compress, "max_blocks": blocks, "temperature": 2.0, **selection}
     return tensors, options
 
 
@@ -187,7 +192,8 @@ def _scored(tensors: dict[str, Tensor], options: dict[str, Any], tokens: int) ->
     tau = reference.attention_tau(entropy, tensors["query"], tokens, tensors["key"].shape[2], options["compress_size"], **where)
     threshold = tensors["base"].double() - tensors["slope"].double() * tau
     scored = _only(tensors, "query", "key_compressed") | {"lse": lse.float(), "threshold": threshold.float()}
-    return scored, {**sizes, "block_size": options["block_size"], "temperature": options["temperature"]}
+    names = ("block_size", "temperature", "importance", "forced_first", "forced_local")
+    return scored, sizes | {name: options[name] for name in names if name in options}
 
 
 def select(dtype: torch.dtype, **size: Any) -> Case:

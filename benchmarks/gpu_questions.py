@@ -43,13 +43,14 @@ _WHOLE = {"compress": 64, "block": 64, "window": 512}
 # Same constants as the goals, so that the goals reuse the compiled kernels.
 LIKE_THE_GOAL = {"tokens": 1040, "heads": 16, "kv_heads": 1, "dim": 128, "blocks": 8, **_WHOLE}
 ODD_PACKED = {"tokens": 907, "heads": 6, "kv_heads": 2, "dim": 40, "compress": 32, "block": 64, "window": 100, "blocks": 5, "packed": True}
+RULE = {"importance": "relative", "forced_first": 0, "forced_local": 3}
 ONE_HEAD_A_GROUP = {"tokens": 777, "heads": 2, "kv_heads": 2, "dim": 64, "compress": 16, "block": 64, "window": 65, "blocks": 6}
 DECODING = {"tokens": 601, "heads": 8, "kv_heads": 2, "dim": 64, "queries": 3, "blocks": 5, **_WHOLE}
 TINY = {"tokens": 70, "heads": 3, "kv_heads": 1, "dim": 16, "compress": 16, "block": 16, "window": 9, "blocks": 4}
 ATTENTION = {
     "like the goal": (LIKE_THE_GOAL, TINY),
-    "odd, packed": (ODD_PACKED, {**TINY, "tokens": 110, "packed": True}),
-    "one head a group": (ONE_HEAD_A_GROUP, {**TINY, "heads": 1, "dim": 17}),
+    "odd, packed": ({**ODD_PACKED, **RULE}, {**TINY, "tokens": 110, "packed": True, **RULE}),
+    "one head a group": ({**ONE_HEAD_A_GROUP, "own_query": True}, {**TINY, "heads": 1, "dim": 17, "own_query": True}),
     "decoding": (DECODING, {**TINY, "queries": 3}),
 }
 

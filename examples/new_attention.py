@@ -29,7 +29,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
     _, lse, _ = compressed_attention(query, *means, compress_size=BLOCK, scale=scaling)
     # Log of a block's share relative to a uniform share, one threshold per token and key head.
     thresholds = query.new_full((*query.shape[:2], key.shape[2]), threshold)
-    chosen = select_blocks(query, means[0], lse, thresholds, block_size=BLOCK, compress_size=BLOCK, max_blocks=64, scale=scaling)
+    sizes = {"block_size": BLOCK, "compress_size": BLOCK, "max_blocks": 64}
+    chosen = select_blocks(query, means[0], lse, thresholds, importance="relative", scale=scaling, **sizes)
     far, _ = block_sparse_attention(query, key, value, chosen.indices, chosen.counts, chosen.bias, block_size=BLOCK, scale=scaling)
     near = sliding_window_attention(query, key, value, WINDOW, scale=scaling)
     counts.append(chosen.counts.float().mean().item())

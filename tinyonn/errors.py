@@ -24,6 +24,10 @@ class InputError(ValueError):
     """A file, option or value that the caller gave is wrong; the message names it and what would be right."""
 
 
+class MissingPackageError(RuntimeError):
+    """An optional package is not installed; the message is from `needs`."""
+
+
 def needs(what: str, *packages: str) -> str:
     """The message on missing packages, with a command that works everywhere: "a figure needs matplotlib: pip install matplotlib"."""
     return f"{what} needs {' and '.join(packages)}: pip install {' '.join(packages)}"

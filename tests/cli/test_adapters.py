@@ -191,7 +191,7 @@ def test_an_adapter_without_the_head_of_its_further_tokens_is_refused(cli: Cli, 
     adapted = adapter_with_more_tokens(tmp_path / "adapter", ["embed_tokens"], tied=False)
     tokens = adapted.base_model.model.config.vocab_size
     ran = cli("scan", "-m", tmp_path / "adapter", "-d", corpus, "-o", tmp_path / "o.mscan", "--limit", 2)
-    one_line(ran, f"the adapter must hold an output head for its {tokens} tokens", command="tinyonn scan")
+    one_line(ran, f"the adapter has embeddings for {tokens} tokens, but no output head for them", command="tinyonn scan")
 
 
 def test_another_scale_is_another_scan(cli: Cli, llama: tuple[Path, Path], corpus: Path, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def settings(**changes: Any) -> Callable[[Path], None]:
 
 
 REFUSED = {
-    "no base": (settings(base_model_name_or_path=None), ["names its base model", "adapter"]),
+    "no base": (settings(base_model_name_or_path=None), ["must be an adapter with a base model", "names none"]),
     "base gone": (settings(base_model_name_or_path="/gone/base"), ["adapter adapter needs its base model: ", "/gone/base"]),
     "prompts": (settings(peft_type="PROMPT_TUNING"), ["adapter of weights, such as LoRA", "PROMPT_TUNING"]),
     "damaged": (lambda a: (a / "adapter_config.json").write_text("{"), ["valid adapter_config.json"]),

@@ -17,7 +17,7 @@ import pytest
 
 import tinyonn
 from tinyonn.cli import app, errors
-from tinyonn.errors import InputError, MscanError
+from tinyonn.errors import InputError, MissingPackageError, MscanError
 from tinyonn.mscan import LayoutEntry, MscanWriter, SequenceRecord
 
 from .conftest import Cli, one_line, shell
@@ -108,7 +108,7 @@ def test_usage_errors_are_one_line(cli: Cli, arguments: list[str], parts: list[s
         (OSError(errno.ENOSPC, "No space left on device"), 2, "tinyonn x: No space left on device."),
         (MemoryError(), 2, "tinyonn x: memory ran out."),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "tinyonn x: memory ran out."),
-        (RuntimeError("Parquet needs pyarrow: pip install pyarrow"), 2, "tinyonn x: Parquet needs pyarrow: pip install pyarrow"),
+        (MissingPackageError("Parquet needs pyarrow: pip install pyarrow"), 2, "tinyonn x: Parquet needs pyarrow: pip install pyarrow"),
         (KeyboardInterrupt(), 130, "tinyonn x: interrupted."),
         (KeyboardInterrupt("interrupted: a is readable; run again."), 130, "tinyonn x: interrupted: a is readable; run again."),
     ],
@@ -120,6 +120,10 @@ def test_what_a_person_can_mend_is_one_line(error: BaseException, code: int, lin
     assert ending.code == code
     assert ending.line.startswith(line)
     assert "\n" not in ending.line
+
+
+def test_another_error_that_names_pip_is_a_bug() -> None:
+    assert errors.explain(RuntimeError("kernel failed; pip install other"), "tinyonn x") is None
 
 
 @pytest.mark.parametrize("command", ["heads demo", *(f"heads plasticity {step}" for step in ("train", "measure", "run"))])

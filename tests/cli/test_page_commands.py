@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 from pathlib import Path
@@ -65,6 +66,14 @@ def test_compare_options_reach_the_library(cli: Cli, monkeypatch: pytest.MonkeyP
         "a": Path("a.mscan"), "b": Path("b.mscan"), "output": Path("c.html"), "top": 7, "resamples": 300, "confidence": 0.9, "seed": 4,
         "figures_too": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["report", "a.mscan"], ["compare", "a.mscan", "b.mscan"]], ids=["report", "compare"])
+def test_missing_matplotlib_names_the_option_of_the_command(cli: Cli, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *package: None if name == "matplotlib" else real(name, *package))
+    ran = cli(*arguments)
+    one_line(ran, "needs matplotlib: pip install matplotlib, or use --no-figures.", command=f"tinyonn {arguments[0]}")
 
 
 def test_pages_of_two_real_scans(cli: Cli, model: Path, corpus: Path, tmp_path: Path) -> None:

@@ -330,7 +330,7 @@ def test_ctrl_c_leaves_a_readable_file_and_says_how_to_go_on(
     ran = cli("scan", "-m", model, "-d", corpus, "-o", output, "--batch-size", 2)
     assert ran.code == 130
     assert ran.err.startswith("tinyonn scan: interrupted: ")
-    assert "goes on from there" in ran.err
+    assert "continues from there" in ran.err
     assert ran.err.count("\n") == 1
     monkeypatch.undo()
     with MscanReader(output) as reader:

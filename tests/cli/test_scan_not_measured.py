@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyonn._io.not_measured import short_list
 from tinyonn.mscan import Integral, LayoutEntry, MscanReader, MscanWriter, SequenceRecord
+from tinyonn.mscan.not_measured import short_list
 from tinyonn.testing import save_tiny_model
 
 from .conftest import Cli, one_line

@@ -183,7 +183,7 @@ def test_copies_wrappers_and_saved_models_take_it(tmp_path):
     assert {(module.routing_kind, module.surprise_budget) for module in mixtures(loaded).values()} == {("budget", 0.7)}
     base = AutoModel.from_pretrained(tmp_path)
     assert_close_rms(base(x, surprise_budget=0.3)[0], twin.model(x, surprise_budget=0.3)[0], 1e-5)
-    with pytest.raises(InputError, match=r"must not run under nn\.DataParallel"):
+    with pytest.raises(InputError, match=r"nn\.DataParallel does not support converted models"):
         loaded._replicate_for_data_parallel()
 
 
@@ -242,7 +242,7 @@ def test_a_budget_of_a_model_that_routes_by_threshold_is_named():
             part(x, surprise_budget=0.5)
     with pytest.raises(ValueError, match="surprise_budget must be left out unless routing='budget'"):
         converted(routing="threshold", surprise_budget=0.5)
-    with pytest.raises(InputError, match="model must route by threshold to be calibrated, got routing='budget'; choose a budget instead"):
+    with pytest.raises(InputError, match="routing must be 'threshold' to calibrate a model, got 'budget'; choose a budget instead"):
         calibrate_experts(converted(), x, 2.0)
 
 

@@ -213,24 +213,27 @@ def shared_weight() -> PreTrainedModel:
 
 
 REFUSED = {
-    "shared MLP": (shared, "model.layers.2.mlp must have weights of its own to be converted, got some of model.layers.0.mlp"),
-    "shared weight": (shared_weight, "model.layers.1.mlp must have weights of its own to be converted, got some of model.layers.0.mlp"),
+    "shared MLP": (shared, "model.layers.2.mlp cannot be converted: it shares weights with model.layers.0.mlp"),
+    "shared weight": (shared_weight, "model.layers.1.mlp cannot be converted: it shares weights with model.layers.0.mlp"),
     "indivisible": (stock, "num_experts must divide the intermediate size 96 of model.layers.0.mlp, got 7"),
-    "mixture": (lambda: tiny_causal_lm("qwen3_moe"), "must have dense MLPs to be converted, got a mixture in model.layers.0.mlp.experts"),
+    "mixture": (lambda: tiny_causal_lm("qwen3_moe"), "model cannot be converted: it has a mixture already, model.layers.0.mlp.experts"),
     "unknown": (
         lambda: tiny_causal_lm("gpt_neox"),
-        "GPTNeoXForCausalLM must have MLPs made of gate_proj, up_proj, down_proj or of c_fc, c_proj alone to be converted, got "
+        "GPTNeoXForCausalLM cannot be converted: it must have only MLPs made of gate_proj, up_proj, down_proj or of c_fc, c_proj, got "
         "gpt_neox.layers.0.mlp with dense_h_to_4h, dense_4h_to_h, act",
     ),
-    "activation": (lambda: stock(hidden_act="tanh"), "model.layers.0.mlp must have one of the activations silu, gelu, .*, got Tanh"),
-    "other function": (sharpened, "model.layers.1.mlp must compute what its weights say to be converted, got an error of .* Sharpened"),
+    "activation": (lambda: stock(hidden_act="tanh"), "activation of model.layers.0.mlp must be one of silu, gelu, .*, got Tanh"),
+    "other function": (
+        sharpened,
+        "model.layers.1.mlp cannot be converted: the output of Sharpened.* differs from that of gate_proj, up_proj, down_proj by",
+    ),
     "adapter": (
         adapted,
-        "up_proj must be a Linear of torch .*, got Adapter of .*: convert MLPs before quantising the model or adding adapters",
+        "up_proj must be a Linear of torch .*, got Adapter of .*; convert MLPs before quantising the model or adding adapters",
     ),
-    "one bias": (lone_bias, "model.layers.0.mlp must have biases for both of gate_proj and up_proj or for none, got one"),
-    "converted": (lambda: convert_mlp_to_dynmoe(stock(), num_experts=8), "got a DynMoE in model.layers.0.mlp: it was converted before"),
-    "meta": (lambda: stock().to("meta"), "must have its weights to be converted, got some on the meta device"),
+    "one bias": (lone_bias, "model.layers.0.mlp cannot be converted: only one of gate_proj and up_proj has a bias"),
+    "converted": (lambda: convert_mlp_to_dynmoe(stock(), num_experts=8), "model was converted before: model.layers.0.mlp is a DynMoE"),
+    "meta": (lambda: stock().to("meta"), "model has weights on the meta device; load them before the conversion"),
 }
 
 
@@ -249,18 +252,18 @@ def test_a_sample_that_does_not_fit_is_named():
         convert_mlp_to_dynmoe(stock(), num_experts=8, sample=token_ids()[0])
     with pytest.raises(ValueError, match=r"sample must be token ids .*, got list"):
         convert_mlp_to_dynmoe(stock(), num_experts=8, sample=[[1, 2]])
-    with pytest.raises(InputError, match="model must be converted by convert_mlp_to_dynmoe, got LlamaForCausalLM that was not"):
+    with pytest.raises(InputError, match="model must be converted by convert_mlp_to_dynmoe, got an unconverted LlamaForCausalLM"):
         calibrate_experts(stock(), token_ids(), 2.0)
-    with pytest.raises(InputError, match="model must be converted by convert_mlp_to_dynmoe, got Linear that was not"):
+    with pytest.raises(InputError, match="model must be converted by convert_mlp_to_dynmoe, got an unconverted Linear"):
         calibrate_experts(nn.Linear(2, 2), token_ids(), 2.0)
-    with pytest.raises(TypeError, match="model must be a PreTrainedModel of transformers, got Linear; convert the one that it wraps"):
+    with pytest.raises(TypeError, match="model must be a PreTrainedModel of transformers, got Linear; convert the model inside it"):
         convert_mlp_to_dynmoe(nn.Linear(2, 2), num_experts=2)
 
 
 def test_a_sample_that_makes_no_numbers_is_named_and_changes_nothing():
     model, sample = stock(), token_ids(40)
     model.model.embed_tokens.weight[sample[0, 3]] = float("nan")
-    message = r"model.layers.0.mlp must be given finite numbers by the sample, got NaN or infinity in \d+ of 80 tokens"
+    message = r"inputs of model.layers.0.mlp contain NaN or infinity in \d+ of 80 tokens"
     with pytest.raises(InputError, match=message):
         convert_mlp_to_dynmoe(model, num_experts=8, sample=sample)
     assert not mixtures(model)
@@ -279,7 +282,7 @@ def overflowing() -> PreTrainedModel:
 
 
 def test_neurons_that_overflow_for_the_sample_are_named():
-    with pytest.raises(InputError, match=r"neurons of model.layers.2.mlp must be finite for the sample, got NaN or infinity in \d+ of 80"):
+    with pytest.raises(InputError, match=r"neurons of model.layers.2.mlp contain NaN or infinity in \d+ of 80"):
         convert_mlp_to_dynmoe(overflowing(), num_experts=8, sample=token_ids(40))
 
 

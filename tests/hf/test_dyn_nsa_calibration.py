@@ -113,7 +113,7 @@ def test_a_price_that_selects_nothing_or_everything_is_told():
             layer.self_attn.k_proj.bias.zero_()
     for target, reached, which in ((2.4, "2.50", "all"), (2.3, "2.25", "none")):
         message = (
-            f"no price reads target={target} key blocks a query on this sample, got {reached}: {which} of the blocks that are not forced"
+            f"no price reads target={target} key blocks per query on this sample, got {reached}: {which} of the blocks that are not forced"
         )
         with pytest.raises(InputError, match=re.escape(message)):
             calibrate(model, [x[:, :64]], target, price="none")
@@ -165,17 +165,17 @@ def test_calibration_finds_the_thresholds_of_a_budget():
 def test_calibration_refuses_what_it_cannot_reach():
     model, x = convert_attention(stock(), **SMALL), token_ids()
     before = [(core.price.clone(), core.base.clone()) for core in cores(model)]
-    with pytest.raises(InputError, match=r"target must be in \d\.\d\d … 4\.57, what this sample can read, got 1\.0"):
+    with pytest.raises(InputError, match=r"target must be in \d\.\d\d … 4\.57, the range that this sample can reach, got 1\.0"):
         calibrate(model, [x], 1.0)
     assert all(core.price == price and torch.equal(core.base, base) for core, (price, base) in zip(cores(model), before, strict=True))
-    with pytest.raises(InputError, match="sample must have at least one batch, got none"):
+    with pytest.raises(InputError, match="sample contains no batch"):
         calibrate(model, [], 4.0)
     with pytest.raises(ValueError, match="price must be one of gradient, none, got 'mass'"):
         calibrate(model, [x], 4.0, price="mass")
     for target, error in ((math.nan, ValueError), (math.inf, ValueError), ("4", TypeError)):
         with pytest.raises(error, match=r"target must be (finite|a number), got"):
             calibrate(model, [x], target)
-    with pytest.raises(InputError, match="calibrate must have a model that convert_attention has changed"):
+    with pytest.raises(InputError, match="model must be converted by convert_attention, got an unconverted"):
         calibrate(stock(), [x], 4.0)
 
 
@@ -192,7 +192,7 @@ def test_a_sample_too_short_to_calibrate_says_how_long_it_should_be(length, targ
     def calibrated(tokens: int) -> float:
         return calibrate(convert_attention(stock(), **SMALL, **options), [token_ids(tokens, 1)], target)
 
-    words = re.escape(f"sample is too short for target={target} key blocks a query: it has {held}, and needs about {needed} tokens.")
+    words = re.escape(f"sample is too short for target={target} key blocks per query: it has {held}, and needs about {needed} tokens.")
     with pytest.raises(InputError, match=f"^{words}$"):
         calibrated(length)
     assert calibrated(needed) == pytest.approx(target, abs=0.3)
@@ -210,7 +210,7 @@ def test_padding_makes_a_sample_no_longer():
 
 
 def test_a_target_that_no_sample_reads_is_refused():
-    with pytest.raises(InputError, match=r"target must be at least 2\.25 key blocks a query, as 3 are always read, got 2\.0\."):
+    with pytest.raises(InputError, match=r"target must be at least 2\.25 key blocks per query, because 3 are always read, got 2\.0\."):
         calibrate(convert_attention(stock(), **SMALL), [token_ids(48)], 2.0)  # each of its queries reads two blocks, at any threshold
     with pytest.raises(InputError, match=r"target must be below max_blocks=4, got 4\.0\."):
         calibrate(convert_attention(stock(), **SMALL, max_blocks=4), [token_ids()], 4.0)

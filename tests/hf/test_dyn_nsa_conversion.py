@@ -121,7 +121,7 @@ def assert_differs(got: torch.Tensor, other: torch.Tensor) -> None:
 def test_another_implementation_in_use_is_told_once():
     model, x = convert_attention(stock(), **SMALL), token_ids()
     model.set_attn_implementation("sdpa")
-    with pytest.warns(UserWarning, match="attn_implementation must be 'dyn_nsa' for a converted model .* got 'sdpa'"):
+    with pytest.warns(UserWarning, match="attn_implementation is 'sdpa', so the converted layers are not used"):
         model(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -129,7 +129,7 @@ def test_another_implementation_in_use_is_told_once():
 
 
 def test_data_parallel_is_refused():
-    with pytest.raises(InputError, match=r"must not run under nn\.DataParallel"):
+    with pytest.raises(InputError, match=r"nn\.DataParallel does not support converted models"):
         convert_attention(stock(), **SMALL)._replicate_for_data_parallel()  # what replicate calls on each module
 
 
@@ -169,11 +169,11 @@ def test_layers_with_a_sliding_window_stay():
 @pytest.mark.parametrize(
     ("arch", "overrides", "message"),
     [
-        ("mistral", {"sliding_window": 5}, "MistralForCausalLM must have attention layers that see the whole past, got 3 that see a part"),
-        ("bloom", {}, "BloomForCausalLM must have attention layers that use AttentionInterface"),
-        ("gemma2", {"layer_types": ["full_attention"] * 3}, "must not pass softcap to its attention"),
-        ("gpt_oss", {}, "must not pass s_aux to its attention"),
-        ("llama", {"attention_dropout": 0.1}, "attention dropout must be 0 to convert, got 0.1"),
+        ("mistral", {"sliding_window": 5}, "MistralForCausalLM has no full attention layer to convert; all 3 have"),
+        ("bloom", {}, "BloomForCausalLM has no attention layer that uses transformers' AttentionInterface"),
+        ("gemma2", {"layer_types": ["full_attention"] * 3}, "passes softcap to its attention, and DynNSA does not"),
+        ("gpt_oss", {}, "passes s_aux to its attention, and SDPA, which runs the local layers"),
+        ("llama", {"attention_dropout": 0.1}, "attention dropout must be 0, got 0.1"),
     ],
 )
 def test_models_that_cannot_be_converted_are_named(arch, overrides, message):

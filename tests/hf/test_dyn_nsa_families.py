@@ -77,12 +77,12 @@ def test_families_convert(family, layers, tmp_path):
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        ("doge", "attention must have transformers' causal mask to convert, got DogeAttention, whose mask is another"),
-        ("mpt", "MptForCausalLM must run with an attention function and masks of AttentionInterface, got AttributeError"),
-        ("mimo_v2_flash", "must not pass s_aux to its attention, got MiMoV2FlashAttention, .* SDPA runs the local layers"),
-        ("deepseek_v3", "DeepseekV3Attention must have keys and values of one size, at most 256, got 24 and 16"),
-        ("mistral", "must have attention layers that see the whole past, got 4 that see a part of it: sliding windows or chunks"),
-        ("gptj", "GPTJForCausalLM must have attention layers that use AttentionInterface, got none"),
+        ("doge", "DogeAttention cannot be converted: it does not use transformers' causal mask"),
+        ("mpt", "MptForCausalLM does not run with an attention function and masks of AttentionInterface: AttributeError"),
+        ("mimo_v2_flash", "MiMoV2FlashAttention passes s_aux to its attention, and SDPA, which runs the local layers"),
+        ("deepseek_v3", "DeepseekV3Attention cannot be converted: heads of keys and values .* at most 256, got 24 and 16"),
+        ("mistral", "has no full attention layer to convert; all 4 have sliding windows or chunks"),
+        ("gptj", "GPTJForCausalLM has no attention layer that uses transformers' AttentionInterface"),
     ],
     ids=["own masks", "own attention", "sinks of local layers", "mla", "all local", "no interface"],
 )
@@ -100,7 +100,7 @@ def test_local_layers_without_conversion_run_as_they_are():
     assert_close_rms(model(x).logits, expected, 1e-5)
     sinks = tiny_family_lm("mimo_v2_flash")
     sinks.set_attn_implementation("dyn_nsa")
-    with pytest.raises(InputError, match=r"must not be given s_aux, which SDPA does not take .*; MiMoV2Flash"):
+    with pytest.raises(InputError, match=r"MiMoV2Flash.* passes s_aux to its attention, and SDPA, .* does not support it"):
         sinks(x)
 
 

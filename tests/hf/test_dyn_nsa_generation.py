@@ -242,7 +242,7 @@ def test_guesses_are_refused_where_tau_is_of_the_output(helper):
 
 def test_continuous_batching_is_refused():
     model = tiny_dyn_nsa_lm(layers=1)
-    message = "must not run under continuous batching, whose paged cache DynNSA does not support: use generate"
+    message = "DynNSA does not support the paged cache of continuous batching; use generate"
     with pytest.raises(InputError, match=message):
         model.generate_batch([[1, 2, 3]])
     with pytest.raises(InputError, match=message):

@@ -80,5 +80,5 @@ def test_a_converted_model_loads_quantised(bits, tmp_path):
 def test_quantised_mlps_are_refused_with_the_remedy(bits, tmp_path):
     model = quantised(tmp_path, bits)
     kind = "Linear4bit" if bits == "4 bit" else "Linear8bitLt"
-    with pytest.raises(InputError, match=f"gate_proj must be a Linear .*, got {kind} of bitsandbytes.*: convert MLPs before .* quantised"):
+    with pytest.raises(InputError, match=f"gate_proj must be a Linear .*, got {kind} of bitsandbytes.*; convert MLPs before .* quantised"):
         convert_mlp_to_dynmoe(model, num_experts=8)

@@ -70,7 +70,7 @@ def test_an_ensemble_runs_as_its_members_do():
 def test_second_derivatives_are_refused():
     module = mixture()
     for transform in (hessian, lambda f: jacrev(jacrev(f))):
-        with pytest.raises(RuntimeError, match="expert_mlp must be differentiated"):
+        with pytest.raises(RuntimeError, match=r"expert_mlp does not support (forward-mode differentiation|second derivatives)"):
             transform(lambda x: module(x).square().sum())(tokens(1, 16))
 
 

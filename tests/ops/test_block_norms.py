@@ -212,9 +212,9 @@ def test_a_block_wider_than_the_row_costs_no_more_than_the_row(impl, block_size)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_forward_mode_is_refused_rather_than_zero():
     x = torch.randn(4, 64)
-    with pytest.raises(RuntimeError, match="must be differentiated by reverse mode, got a forward-mode tangent"):
+    with pytest.raises(RuntimeError, match="does not support forward-mode differentiation"):
         torch.func.jvp(block_norms, (x,), (x,))
-    with pytest.raises(RuntimeError, match="forward-mode tangent"):
+    with pytest.raises(RuntimeError, match="forward-mode differentiation"):
         torch.func.jvp(lambda s: block_norms(x, row_scale=s), (torch.ones(4),), (torch.ones(4),))
 
 

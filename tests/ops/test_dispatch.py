@@ -9,23 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyonn import ops
 from tinyonn.ops import _dispatch, block_norms
 from tinyonn.testing import dtype_id
 
-Q, K, KC = torch.randn(1, 64, 2, 16), torch.randn(1, 64, 1, 16), torch.randn(1, 2, 1, 16)
+Q, K, KC = torch.randn(1, 64, 2, 16, requires_grad=True), torch.randn(1, 64, 1, 16), torch.randn(1, 2, 1, 16)
 LISTS = torch.zeros(1, 64, 1, 1, dtype=torch.int32)
+X, INDEX = torch.ones(2, 4, requires_grad=True), torch.tensor([[0], [1]])
 CALLS = {
     "block_norms": lambda impl: ops.block_norms(torch.ones(2, 3), impl=impl),
     "token_grad_norms": lambda impl: ops.token_grad_norms(torch.ones(2, 3), torch.ones(2, 3), impl=impl),
     "integrate_sps": lambda impl: ops.integrate_sps(torch.ones(2, 3), torch.ones(2, 3), [0, 3], impl=impl),
+    "attention_stats": lambda impl: ops.attention_stats(Q, K, impl=impl),
     "compressed_attention": lambda impl: ops.compressed_attention(Q, KC, KC, compress_size=32, impl=impl),
     "select_blocks": lambda impl: ops.select_blocks(Q, KC, Q[..., 0], K[..., 0], compress_size=32, impl=impl),
     "block_sparse_attention": lambda impl: ops.block_sparse_attention(Q, K, K, LISTS, LISTS[..., 0] + 1, impl=impl),
     "sliding_window_attention": lambda impl: ops.sliding_window_attention(Q, K, K, 8, impl=impl),
     "dyn_nsa": lambda impl: ops.dyn_nsa(Q, K, K, KC, KC, Q[..., :3], torch.zeros(1), torch.zeros(1), compress_size=32, impl=impl),
+    "expert_mlp": lambda impl: ops.expert_mlp(X, torch.ones(2, 6, 4), torch.ones(2, 4, 3), INDEX, torch.ones(2, 1), impl=impl),
 }
+WITH_REFERENCE = ("attention_stats", "block_norms", "token_grad_norms", "integrate_sps")  # in the registered op
 
 
 def test_auto_on_the_cpu_is_torch(monkeypatch):
@@ -74,6 +79,42 @@ def test_a_registered_op_called_by_name_refuses_what_no_implementation_is():
     ):
         with pytest.raises(ValueError, match="impl must be one of auto, triton, torch, reference, got 'fast'"):
             call()
+
+
+class RegisteredCalls(TorchDispatchMode):
+    """Records the calls of the registered ops, as a graph of torch.export would hold them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "tinyonn":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in WITH_REFERENCE])
+def test_a_registered_op_and_its_derivative_refuse_a_reference_that_they_do_not_compute(name):
+    with RegisteredCalls() as recorded:
+        found = CALLS[name]("torch")
+        outputs = found if isinstance(found, tuple) else (found,)
+        learned = [x for x in outputs if x.requires_grad]
+        torch.autograd.backward(learned, [torch.ones_like(x) for x in learned])
+    assert [func.name() for func, _ in recorded.calls] == [f"tinyonn::{name}", f"tinyonn::{name}_backward"]
+    for func, (*args, impl) in recorded.calls:
+        assert impl == "torch"
+        with pytest.raises(ValueError, match=rf"impl='reference' is not part of the registered op; call tinyonn.ops.{name}\."):
+            func(*args, "reference")
+
+
+@pytest.mark.parametrize("name", WITH_REFERENCE)
+def test_a_registered_statistic_computes_its_reference(name):
+    with RegisteredCalls() as recorded:
+        expected = CALLS[name]("torch")
+    (func, (*args, _)) = recorded.calls[-1]
+    found, expected = (x[0] if isinstance(x, tuple) else x for x in (func(*args, "reference"), expected))
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_interpreter_is_off_unless_asked_for():

@@ -50,7 +50,7 @@ def step_at_64k(device: str, heads: int, kv_heads: int, packed: bool) -> tuple[t
     """Inputs for 64k tokens, D = 128, bfloat16, and forward and backward of them."""
     from tinyonn.ops.nsa import _triton_dyn_nsa
     from tinyonn.ops.nsa._checks import Bounds
-    from tinyonn.ops.nsa._tuples import Inputs, Options, Saved
+    from tinyonn.ops.nsa._tuples import DynNSAInputs, DynNSANumbers, DynNSASaved
 
     tokens, dim = 1 << 16, 128
 
@@ -59,14 +59,14 @@ def step_at_64k(device: str, heads: int, kv_heads: int, packed: bool) -> tuple[t
 
     query, key, value = draw(1, tokens, heads, dim), draw(1, tokens, kv_heads, dim), draw(1, tokens, kv_heads, dim)
     compressed = [draw(1, tokens // 64, kv_heads, dim) for _ in range(2)]
-    inputs = Inputs(query, key, value, *compressed, draw(1, tokens, heads, 3), draw(kv_heads), draw(kv_heads), None, None)
+    inputs = DynNSAInputs(query, key, value, *compressed, draw(1, tokens, heads, 3), draw(kv_heads), draw(kv_heads), None, None)
     bounds = Bounds(torch.arange(0, tokens + 1, tokens // 8, dtype=torch.int32, device=device)) if packed else Bounds()
-    options = Options(512, 1.0, 64, 64, 16, "share", 1, 2, False, dim**-0.5)
+    options = DynNSANumbers(512, 1.0, 64, 64, 16, "share", 1, 2, False, dim**-0.5)
 
     def step() -> None:
         results = _triton_dyn_nsa.dyn_nsa_forward(inputs, options, bounds)
         cotangents = (torch.empty_like(results.out).fill_(1e-3), torch.zeros_like(results.soft_counts))
-        saved = Saved(*(getattr(results, name) for name in Saved._fields[:-2]), *cotangents)
+        saved = DynNSASaved(*(getattr(results, name) for name in DynNSASaved._fields[:-2]), *cotangents)
         grads = _triton_dyn_nsa.dyn_nsa_backward(inputs._replace(tau=results.own_tau), saved, options, bounds)
         grads = [grad.to(x.dtype) for grad, x in zip(grads[:-1], inputs[:-2], strict=True)]
 

@@ -128,7 +128,7 @@ def test_forward_mode_is_refused_not_taken_for_zero():
         return ops.expert_mlp(x, top_k_index=index, top_k_weights=weight, impl=impl, **params)
 
     for inputs in ((torch.ones_like(x), torch.zeros_like(weight)), (torch.zeros_like(x), torch.ones_like(weight))):
-        with pytest.raises(RuntimeError, match="expert_mlp must be differentiated by reverse mode, got a forward-mode tangent"):
+        with pytest.raises(RuntimeError, match="expert_mlp does not support forward-mode differentiation"):
             torch.func.jvp(call, (x, weight), inputs)
         _, tangent = torch.func.jvp(lambda *args: call(*args, impl="reference"), (x, weight), inputs)
         assert tangent.norm() > 0
@@ -136,7 +136,7 @@ def test_forward_mode_is_refused_not_taken_for_zero():
     x.requires_grad_()
     with torch.autograd.forward_ad.dual_level():
         cotangent = torch.autograd.forward_ad.make_dual(torch.ones_like(x), torch.ones_like(x))
-        with pytest.raises(RuntimeError, match="expert_mlp must be differentiated by reverse mode"):
+        with pytest.raises(RuntimeError, match="expert_mlp does not support forward-mode differentiation"):
             torch.autograd.grad(call(x, weight), x, cotangent)
 
 

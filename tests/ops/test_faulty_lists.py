@@ -14,9 +14,9 @@ from tinyonn import ops
 from tinyonn.testing import IMPLS, impl_device
 
 FAULTY_LISTS: dict[str, tuple[Callable[[Tensor, Tensor], object], str]] = {
-    "range": (lambda i, c: i.fill_(9), "indices must be 0 … 1 in the sequence of token 0, got 9 in slot 0 of 1 that count"),
-    "hole": (lambda i, c: i[0, 70].fill_(-1), "indices must be 0 … 1 in the sequence of token 70, got -1 in slot 0 of 2 that count"),
-    "hole between": (lambda i, c: i[0, 70, 0, 1].fill_(-1), "in the sequence of token 70, got -1 in slot 1 of 2 that count"),
+    "range": (lambda i, c: i.fill_(9), "indices must be 0 … 1 in the sequence of token 0, got 9 in slot 0 of 1"),
+    "hole": (lambda i, c: i[0, 70].fill_(-1), "indices must be 0 … 1 in the sequence of token 70, got -1 in slot 0 of 2"),
+    "hole between": (lambda i, c: i[0, 70, 0, 1].fill_(-1), "in the sequence of token 70, got -1 in slot 1 of 2"),
     "order": (lambda i, c: i.copy_(i.flip(-1)), "indices must ascend"),
     "counts": (lambda i, c: c.add_(5), "counts must be 0 … 2, got 6 … 7"),
     "negative counts": (lambda i, c: c[0, 3].fill_(-2), "counts must be 0 … 2, got -2 … 2"),

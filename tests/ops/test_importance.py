@@ -49,6 +49,15 @@ def spread_evenly(blocks: int, chosen: int) -> tuple[Tensor, Tensor]:
     return query, key
 
 
+def split_over_heads(blocks: int, chosen: int) -> tuple[Tensor, Tensor]:
+    """The same far blocks, but each of a group's heads attends to one half of them."""
+    query, key = torch.zeros(1, 24, 4, 8, dtype=torch.float64), torch.zeros(1, blocks, 2, 8, dtype=torch.float64)
+    for half in range(2):
+        query[:, :, half::2, half] = 300.0
+        key[:, 1 + half : 1 + chosen : 2, :, half] = 1.0
+    return query, key
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("threshold", [-0.6, -1.5, -2.0, -3.2])
 @pytest.mark.parametrize("blocks", [8, 40])
@@ -57,13 +66,23 @@ def test_at_most_e_to_the_minus_threshold_blocks_pass(blocks, threshold, impl):
     most = math.floor(math.exp(-threshold))
     tight = min(most, blocks - 4)
     slots = {"max_blocks": 3 + most}
-    for query, key in (drawn(blocks, 0.0), drawn(blocks, 1.0), drawn(blocks, 6.0), spread_evenly(blocks, tight)):
+    inputs = (drawn(blocks, 0.0), drawn(blocks, 1.0), drawn(blocks, 6.0), split_over_heads(blocks, tight), spread_evenly(blocks, tight))
+    for query, key in inputs:
         free, limited = (select(query, key, threshold, impl, **options) for options in ({"max_blocks": blocks + 3}, slots))
         far = free.counts - forced_counts(24, blocks * BLOCK)[None, :, None]
         assert far.max() <= most
         assert limited.overflow == 0
         assert torch.equal(limited.counts, free.counts)
     assert (far == tight).all()  # the bound is reached
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("chosen", [3, 8, 13])
+def test_the_bound_holds_where_shares_equal_the_threshold(chosen, impl):
+    """Rounding decides which side of the threshold they lie on; either way there are as many as e^(-threshold)."""
+    found = select(*spread_evenly(24, chosen), -math.log(chosen), impl, max_blocks=3 + chosen)
+    assert found.overflow == 0
+    assert found.counts.max() <= 3 + chosen
 
 
 @pytest.mark.parametrize("impl", IMPLS)

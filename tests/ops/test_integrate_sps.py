@@ -48,7 +48,7 @@ def test_integrate_sps_matches_float64(impl, layout, masked, missing, dtype):
         return_per_token=True,
         impl=impl,
     )
-    expected_total, expected_scores = reference.integrate_sps(activation, grad_norm, torch.tensor(offsets), mask)
+    expected_total, expected_scores = reference.integrate_sps(activation, grad_norm, torch.tensor(offsets), token_mask=mask)
     assert total.dtype == torch.float64
     assert scores.dtype == torch.float32
     assert_close_rms(total, expected_total, 1e-12)  # float64 inside, whatever comes in
@@ -145,7 +145,7 @@ def test_any_strides_and_kinds_of_offsets(impl):
     wide = [plane.to(device) for plane in planes(11, 120, 0.1)]
     activation, grad_norm = wide[0][:, 10:70], wide[1].T.contiguous().T[:, ::2]
     mask = (torch.arange(22, device=device) % 3 > 0)[::2]
-    expected, _ = reference.integrate_sps(activation.cpu(), grad_norm.cpu(), torch.tensor([0, 25, 60]), mask.cpu())
+    expected, _ = reference.integrate_sps(activation.cpu(), grad_norm.cpu(), torch.tensor([0, 25, 60]), token_mask=mask.cpu())
     for offsets in ([0, 25, 60], np.array([0, 25, 60]), torch.tensor([0, 25, 60], dtype=torch.int32), torch.tensor([0, 25, 60]).to(device)):
         assert_close_rms(integrate_sps(activation, grad_norm, offsets, token_mask=mask, impl=impl), expected, 1e-12)
 

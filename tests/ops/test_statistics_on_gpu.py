@@ -54,7 +54,7 @@ def test_integrate_sps(impl, offsets, dtype):
     activation[torch.rand(70, offsets[-1]) < 0.1] = math.nan
     mask = torch.rand(70) < 0.8
     total, scores = integrate_sps(activation.cuda(), grad_norm.cuda(), offsets, token_mask=mask.cuda(), return_per_token=True, impl=impl)
-    expected_total, expected_scores = reference.integrate_sps(activation, grad_norm, torch.tensor(offsets), mask)
+    expected_total, expected_scores = reference.integrate_sps(activation, grad_norm, torch.tensor(offsets), token_mask=mask)
     assert_close_rms(total, expected_total, 1e-12)
     assert_close_rms(scores, expected_scores, 1e-6)
 

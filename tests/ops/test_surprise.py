@@ -181,11 +181,11 @@ def test_orthogonal_prototypes_are_only_shortened(function):
         ({"surprise": torch.zeros(4, 2)}, r"surprise must have shape \(4, 3\)"),
         ({"scores": torch.zeros(4)}, r"scores must have shape \(N, E\)"),
         ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"temperature": math.nan}, "temperature must be above 0"),
+        ({"temperature": math.nan}, "temperature must be finite"),
         ({"w_ce": -1.0}, "w_ce must be at least 0"),
-        ({"w_kl": math.nan}, "w_kl must be at least 0"),
+        ({"w_kl": math.nan}, "w_kl must be finite"),
         ({"scores": torch.zeros(4, 0), "surprise": torch.zeros(4, 0)}, r"scores must have shape \(N, E\), got \(4, 0\)"),
-        ({"token_mask": torch.ones(3)}, r"token_mask must have shape \(4,\)"),
+        ({"token_mask": torch.ones(3, dtype=torch.bool)}, r"token_mask must have shape \(4,\)"),
     ],
 )
 def test_bad_input_is_named(change, message):
@@ -206,11 +206,6 @@ def test_bad_input_is_named(change, message):
 def test_another_dtype_or_device_is_named(change, error, message):
     with pytest.raises(error, match=message):
         ops.surprise_min_loss(**{"scores": torch.zeros(4, 3), "surprise": torch.ones(4, 3), **change})
-
-
-def test_a_mask_that_is_no_tensor_is_named():
-    with pytest.raises(TypeError, match="token_mask must be a tensor, got list"):
-        ops.surprise_min_loss(torch.zeros(4, 3), torch.ones(4, 3), token_mask=[True] * 4)
 
 
 def test_debug_names_nan():

@@ -304,14 +304,13 @@ def test_no_tokens(impl):
         ({"thresholds": torch.zeros(4)}, r"thresholds must have shape \(5,\)"),
         ({"thresholds": torch.zeros(5, device="meta")}, "thresholds must be on cpu"),
         ({"max_experts": 0}, "max_experts must be at least 1"),
-        ({"max_experts": 2, "min_experts": 3}, "max_experts must be at least 1 and at least min_experts, got 2 and 3"),
+        ({"max_experts": 2, "min_experts": 3}, "max_experts must be at least min_experts, 3, got 2"),
         ({"form": "dot"}, "form must be one of sigmoid_cosine, cosine"),
         ({"combine": "sum"}, "combine must be one of softmax, gated, uniform"),
         ({"impl": "cuda"}, "impl must be one of"),
-        ({"scale": 0.0}, "scale must be above 0 and finite, got 0.0"),
-        ({"scale": math.inf}, "scale must be above 0 and finite, got inf"),
-        ({"scale": math.nan}, "scale must be above 0 and finite, got nan"),
-        ({"expert_mask": torch.ones(5)}, r"expert_mask must be bool of shape \(5,\), got torch.float32 \(5,\)"),
+        ({"scale": 0.0}, "scale must be above 0, got 0.0"),
+        ({"scale": math.inf}, "scale must be finite, got inf"),
+        ({"scale": math.nan}, "scale must be finite, got nan"),
     ],
 )
 def test_bad_input_is_named(change, message):
@@ -325,8 +324,8 @@ def test_bad_input_is_named(change, message):
     ("scores", "budget", "message"),
     [
         (torch.zeros(4), 0.5, r"scores must have shape \(N, E\)"),
-        (torch.zeros(4, 3), 1.5, "budget must be 0 … 1, got 1.5"),
-        (torch.zeros(4, 3), math.nan, "budget must be 0 … 1, got nan"),
+        (torch.zeros(4, 3), 1.5, "budget must be at least 0 and at most 1, got 1.5"),
+        (torch.zeros(4, 3), math.nan, "budget must be finite, got nan"),
         (torch.zeros(4, 3), torch.zeros(3), r"budget must have shape \(\) or \(4,\)"),
     ],
 )
@@ -361,7 +360,6 @@ def test_a_number_as_budget_does_not_wait_for_the_device():
         ({"max_experts": 2.5}, TypeError, "max_experts must be an int, got float"),
         ({"min_experts": 0.5}, TypeError, "min_experts must be an int, got float"),
         ({"max_experts": True}, TypeError, "max_experts must be an int, got bool"),
-        ({"expert_mask": [True] * 5}, TypeError, "expert_mask must be a tensor, got list"),
     ],
 )
 @pytest.mark.parametrize("impl", ["torch", "reference"])

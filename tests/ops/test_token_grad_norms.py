@@ -105,7 +105,7 @@ BAD_CALLS = {
         ValueError,
         r"inputs must have leading shape \(5,\), got \(4,\)",
     ),
-    "wrt": (lambda: token_grad_norms(torch.ones(4), torch.ones(4), wrt="bias"), ValueError, "wrt must be 'weight' or 'output', got 'bias'"),
+    "wrt": (lambda: token_grad_norms(torch.ones(4), torch.ones(4), wrt="bias"), ValueError, "wrt must be one of weight, output, got"),
     "no inputs": (lambda: token_grad_norms(None, torch.ones(4)), TypeError, "inputs must be a torch.Tensor for wrt='weight', got None"),
     "integers": (lambda: token_grad_norms(torch.ones(4), torch.ones(4, dtype=torch.int32)), TypeError, "grad_output must be float16"),
     "block size": (lambda: token_grad_norms(torch.ones(4), torch.ones(4), -1), ValueError, "block_size must be at least 1, got -1"),

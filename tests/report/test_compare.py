@@ -141,7 +141,11 @@ def test_comparison_finds_the_shifted_blocks_of_two_files(make_scan, parse, tmp_
     assert first.mean_a == pytest.approx(sides[0][:, first.block].mean(), rel=1e-5)
     assert first.mean_b == pytest.approx(sides[1][:, first.block].mean(), rel=1e-5)
     assert result.rank_correlation == pytest.approx(spearmanr(sides[0].mean(axis=0), sides[1].mean(axis=0)).statistic, abs=1e-3)
-    row = page.tables[0][1]
+    assert page.tables[0][1:] == [
+        ["A", "python", a.path.name, "14", str(14 * a.sps[0].shape[0])],
+        ["B", "finance", b.path.name, "11", "220"],
+    ]
+    row = page.tables[1][1]
     assert [float(cell) for cell in row[4:7]] == pytest.approx([first.mean_a, first.mean_b, first.difference], rel=1e-3)
     assert [float(cell) for cell in row[7:9]] == pytest.approx([first.low, first.high], rel=1e-3)
     difference = sides[0].mean(axis=0) - sides[1].mean(axis=0)

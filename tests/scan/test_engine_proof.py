@@ -166,7 +166,7 @@ def test_a_scan_of_nothing_that_can_be_measured_is_refused():
     for layer in model.model.layers:
         for name in ("gate", "up", "down"):
             getattr(layer.mlp, f"{name}_proj").register_forward_hook(lambda module, args, output: 2 * output)
-    refusal = r"leave something to measure, got 3 weights that cannot be: .*not the product"
+    refusal = r"none of the 3 weights in targets can be measured: .*not the product"
     with pytest.raises(InputError, match=refusal), ScanEngine(model, targets="mlp"):
         pass
 

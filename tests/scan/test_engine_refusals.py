@@ -62,7 +62,7 @@ def test_the_proof_catches_an_attention_that_drops_what_the_model_passes(monkeyp
     apply = local_credit._LocalCreditAttention.apply
     monkeypatch.setattr(local_credit._LocalCreditAttention, "apply", lambda *args: apply(*args[:-1], None))
     with (
-        pytest.raises(InputError, match="credit='local' must leave the logits as they are"),
+        pytest.raises(InputError, match="credit='local' changes its logits"),
         ScanEngine(tiny_causal_lm("gemma2"), credit="local"),
     ):
         pass
@@ -213,10 +213,10 @@ def test_flattened_tokens_in_another_order_are_left_out():
 def test_one_engine_at_a_time():
     model = tiny_causal_lm("llama").train()
     with ScanEngine(model) as engine:
-        with pytest.raises(RuntimeError, match="one engine at a time"), ScanEngine(model):
+        with pytest.raises(RuntimeError, match="another ScanEngine has entered this model"), ScanEngine(model):
             pass
         model.train()
-        with pytest.raises(RuntimeError, match="model must stay in eval mode"):
+        with pytest.raises(RuntimeError, match="model was put into training mode"):
             engine.scan(TOKENS)
         model.eval()
         engine.scan(TOKENS)

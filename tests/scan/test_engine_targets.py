@@ -141,8 +141,8 @@ def test_patterns_leave_out_and_hold_commas(targets, endings):
     ("targets", "message"),
     [
         ("all,!w_proj", "targets must match a module, got '!w_proj'"),
-        ("lm_head,!lm_head", "targets must leave something to record, got 'lm_head,!lm_head'"),
-        ("!all", "targets must leave something to record"),
+        ("lm_head,!lm_head", "targets must include at least one weight, got 'lm_head,!lm_head'"),
+        ("!all", "targets must include at least one weight"),
     ],
 )
 def test_patterns_that_leave_nothing_or_exclude_nothing_are_refused(targets, message):

@@ -83,7 +83,9 @@ def test_a_file_cut_in_its_first_write_counts_as_not_begun(config, whole, conten
 
 
 def test_ctrl_c_leaves_a_closed_file_and_says_how_to_go_on(config, whole, contents):
-    with pytest.raises(ScanInterrupted, match=r"out\.mscan is closed and readable, with 6 sequences of this run; the same command goes on"):
+    with pytest.raises(
+        ScanInterrupted, match=r"out\.mscan is closed and readable, with 6 sequences of this run; the same command continues"
+    ):
         run_scan(config, progress=stop_after(2, KeyboardInterrupt()))
     with MscanReader(config.output, recovery="strict") as reader:
         assert len(reader.sequences) == 6

@@ -107,7 +107,7 @@ def listeners(layer: DynMoE) -> set[str]:
     """Kinds of listeners of the layer, without `capture_surprise`."""
     assert not layer._forward_hooks
     capture = vars(layer).get("_tinyonn_capture")
-    return set() if capture is None else {*capture.listeners} - {"calls"}
+    return set() if capture is None else {*capture.listeners} - {"surprise"}
 
 
 def gradients(model: nn.Module, loss: Callable[[], Tensor], **options: Any) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import tinyonn
 from tinyonn import ops
 from tinyonn.nn import DynMoE
 from tinyonn.testing import tiny_causal_lm
-from tinyonn.train import HyperStep, HyperStepMixin, capture, gating_gradients
+from tinyonn.train import HyperStep, HyperStepMixin, SurpriseLoss, capture, gating_gradients
 
 
 class Model(nn.Module):
@@ -368,14 +368,15 @@ def test_it_runs_under_trainer(tmp_path, checkpointing):
     assert differs
 
 
-def test_trainer_takes_the_steps_of_hyper_step(tmp_path):
+@pytest.mark.parametrize("name", ["surprise_loss", "gating_options"])
+def test_trainer_takes_the_steps_of_hyper_step(name, tmp_path):
     """Three batches an epoch, accumulated by two: the second step has one batch alone, and counts it whole."""
     from transformers import Trainer, TrainingArguments
 
     class SurpriseTrainer(HyperStepMixin, Trainer):
         gating_weight = 0.5
-        gating_options = {"temperature": 0.3, "w_kl": 2.0}  # noqa: RUF012
 
+    setattr(SurpriseTrainer, name, {"temperature": 0.3, "w_kl": 2.0})
     row = torch.randint(97, (24,), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(24) < 20
     inputs = {"input_ids": row, "labels": row.masked_fill(~mask, -100), "attention_mask": mask.long()}
@@ -404,3 +405,16 @@ def test_nothing_captured_is_no_loss():
         (model(x) - y).square().mean()
     assert gating.loss == 0
     assert not gradients(model)
+
+
+def test_a_trainer_with_both_names_of_the_loss_is_refused(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    class SurpriseTrainer(HyperStepMixin, Trainer):
+        surprise_loss = SurpriseLoss()
+        gating_options = {"w_kl": 2.0}  # noqa: RUF012
+
+    row = {"input_ids": torch.arange(8), "labels": torch.arange(8)}
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no")
+    with pytest.raises(TypeError, match=r"^gating_options is the earlier name of surprise_loss; set surprise_loss only\.$"):
+        SurpriseTrainer(model=language_model(), args=arguments, train_dataset=[row]).train()

@@ -211,3 +211,23 @@ def test_capture_of_a_model_of_transformers():
         assert found.shape == (36, 5)
         torch.testing.assert_close(found[:18], found[18:])
         assert (found.isfinite().sum(-1) == 2).all()
+
+
+def test_capture_of_a_mixture_that_is_registered(monkeypatch):
+    """Any module whose forward takes a probe can be captured: its kind is registered, not known to the library."""
+    from tinyonn.nn import surprise_capture
+
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            probe = surprise_capture.probe_for(self, torch.zeros(len(x), 1, dtype=torch.int64), 1, x.dtype)
+            return 2 * x if probe is None else 2 * x + probe * x
+
+    model = nn.Sequential(Doubled())
+    monkeypatch.setattr(surprise_capture, "_capturable", [*surprise_capture._capturable])
+    with pytest.raises(TypeError, match="model contains no DynMoE"), capture_surprise(model):
+        pass
+    surprise_capture.register_capturable(lambda module: isinstance(module, Doubled))
+    x = torch.tensor([[1.0, 3.0], [2.0, -1.0]])
+    with capture_surprise(model) as surprise:
+        model(x).sum().backward()
+    torch.testing.assert_close(surprise["0"], x.sum(-1, keepdim=True))

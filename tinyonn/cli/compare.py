@@ -29,7 +29,10 @@ def compare(
     It has difference maps, rank correlation, and the blocks specific to one topic, with bootstrap intervals over sequences.
     """
     from ..report import write_comparison
+    from ..report.scan.figures import require_matplotlib
 
+    if figures:
+        require_matplotlib("--no-figures")
     with screen.Progress(f"comparing {a.name} and {b.name}"):
         result = write_comparison(a, b, output_path, top=top, resamples=resamples, confidence=confidence, seed=seed, figures_too=figures)
     blocks = result.specific_blocks

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import typer
 
-from ..errors import InputError, MscanError, did_you_mean, one_line
+from ..errors import InputError, MissingPackageError, MscanError, did_you_mean, one_line
 
 # Some versions of Typer contain a copy of click, others import click. The base classes have the same order in both.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -30,12 +30,12 @@ class Ending:
 
 def explain(error: BaseException, command: str) -> Ending | None:
     """Line and exit code for an error; None for a bug. The line fits on a screen, however long the message is."""
-    told = _told(error, command)
+    text = _message(error, command)
     code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else BAD_INPUT
-    return None if told is None else Ending(one_line(f"{command}: {told}"), code)
+    return None if text is None else Ending(one_line(f"{command}: {text}"), code)
 
 
-def _told(error: BaseException, command: str) -> str | None:
+def _message(error: BaseException, command: str) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return _joined(error) or _interrupted(command)
     if isinstance(error, UsageError):
@@ -45,8 +45,7 @@ def _told(error: BaseException, command: str) -> str | None:
     if isinstance(error, MscanError) and error.offset and command != "tinyonn recover" and _can_be_recovered(error.path):
         file = error.path if len(error.path) <= 60 else "FILE"
         return f"{_joined(error)} `tinyonn recover {file} -o PATH` keeps what can be read."
-    # A RuntimeError of a missing package names the package and the remedy.
-    if isinstance(error, (InputError, MscanError)) or (type(error) is RuntimeError and "pip install" in str(error)):
+    if isinstance(error, (InputError, MscanError, MissingPackageError)):
         return _joined(error)
     if _ran_out_of_memory(error):
         return f"memory ran out. {_lower(command)}"

@@ -40,7 +40,10 @@ def report(
     The page is one file and opens offline.
     """
     from ..report import write_report
+    from ..report.scan.figures import require_matplotlib
 
+    if figures:
+        require_matplotlib("--no-figures")
     target = output_path or file.with_suffix(".html")
     with screen.Progress(f"reading {file.name}"):
         result = write_report(

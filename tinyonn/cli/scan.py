@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .._io.not_measured import told
 from .._io.units import not_finite_parts, readable_bytes
 from ..scan.config import ScanConfig
 from . import screen
@@ -95,7 +94,9 @@ def _result_screen(result: ScanResult) -> str:
             lines.append(("not finite", "\n".join([found, *not_finite_parts(result.dtype)])))
     for name, reasons in (("not measured", result.not_measured), ("not proven", result.unproven)):
         if reasons:
-            lines.append((name, "\n".join(told(reasons, gap=":\n", between=",\n"))))
+            from ..mscan.not_measured import describe  # imports numpy
+
+            lines.append((name, "\n".join(describe(reasons, gap=":\n", between=",\n"))))
     if result.skipped:
         lines.append(("left out", ", ".join(f"{screen.number(count)} {reason}" for reason, count in result.skipped.items())))
     share = f" (rank {result.rank} of {result.world_size})" if result.world_size > 1 else ""

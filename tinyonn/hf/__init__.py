@@ -7,7 +7,7 @@ parts of converted models wherever it builds a model (`hf._converted`).
 from typing import TYPE_CHECKING
 
 from .._lazy import lazy_exports
-from . import experts  # registers an implementation
+from . import experts as _experts  # noqa: F401  # registers an implementation
 from ._install import install
 from .dyn_moe import calibrate_experts, convert_mlp_to_dynmoe, expert_statistics
 from .dyn_nsa import (
@@ -35,7 +35,6 @@ __all__ = [
     "convert_mlp_to_dynmoe",
     "distil_compression",
     "expert_statistics",
-    "experts",
     "parameter_groups",
     "register_attention",
     "revert_attention",

@@ -6,8 +6,8 @@ A converted model's config.json has
 
 with one entry per conversion. `hf._install` builds the parts from it wherever transformers builds a model.
 
-config.json also has `transformers_weights`, where transformers expects the name of a weights file. For a converted model it is a sentence.
-Where tinyonn is not imported, `from_pretrained` of every class refuses it with that sentence as its message, before it builds anything.
+config.json also has `transformers_weights`, which transformers reads as the name of a weights file. For a converted model it is a sentence.
+Without tinyonn, `from_pretrained` of every class raises an error with that sentence as its message, before it builds anything.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ RECORD = "tinyonn"  # of config.json
 VERSION = 1
 WEIGHTS = "transformers_weights"
 _REMEDY = "this model has parts from tinyonn: run `import tinyonn.hf` before from_pretrained"
-# An adapter names its base model by the model's `name_or_path`. The folder that was converted lacks the parts, and PEFT would put the
-# adapter on it without a warning.
+# An adapter refers to its base model by the model's `name_or_path`. The folder of the unconverted model lacks the parts, and PEFT would
+# load the adapter onto it without a warning.
 _UNNAMED = "a model that tinyonn converted in memory: save_pretrained it, and load it before get_peft_model"
 
 
@@ -38,7 +38,7 @@ class Conversion(NamedTuple):
 
     Attributes:
         prepare: called with a configuration that has a record of this kind, before its model is built.
-        build: called with a model and its recorded options and layers; adds the parts that are not there yet.
+        build: called with a model and its recorded options and layers; adds the missing parts.
         part: class of the parts.
         mark: suffix of the name of one weight that every such part has and no other module has.
     """
@@ -81,7 +81,7 @@ def recorded(config: Any) -> dict[str, dict[str, Any]]:
 
 
 def converted_model(model: nn.Module, name: str) -> PreTrainedModel | None:
-    """The model that has a record of this kind: itself, or the one that a wrapper such as PEFT's holds."""
+    """The model with a record of this kind: `model`, or one inside a wrapper such as PEFT's; None if there is none."""
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel) and name in recorded(m.config)), None)
 
 
@@ -122,7 +122,7 @@ def own_layers(model: PreTrainedModel, layers: Mapping[str, Any], what: str) -> 
     found = {}
     for name, sizes in layers.items():
         own = next((own for own in (name, prefix + name, name.removeprefix(prefix)) if own in names), None)
-        if own is None:  # some families call their base model otherwise than its prefix
+        if own is None:  # in some families the base model's name differs from its prefix
             longer = [other for other in names if other.endswith(f".{name}")]
             shorter = [other for other in names if other and name.endswith(f".{other}")]
             own = longer[0] if len(longer) == 1 else max(shorter, key=len, default=None)
@@ -132,7 +132,7 @@ def own_layers(model: PreTrainedModel, layers: Mapping[str, Any], what: str) -> 
     return found
 
 
-# Of each model built with a record: original configurations and the copies it took, which a model with a head takes over from its base.
+# Per model built with a record: pairs of an original configuration and its copy, which a model with a head takes over from its base model.
 _copies: weakref.WeakKeyDictionary[nn.Module, list[tuple[PretrainedConfig, PretrainedConfig]]] = weakref.WeakKeyDictionary()
 
 
@@ -180,7 +180,7 @@ def build_parts(model: PreTrainedModel) -> None:
     for part in _parts(model).values():
         if not any(tensor.is_meta for tensor in part.parameters()):
             for module in part.modules():
-                module._is_hf_initialized = True  # type: ignore[assignment]  # they start as they are built
+                module._is_hf_initialized = True  # type: ignore[assignment]  # keeps the values that they were built with
 
 
 def _parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -189,7 +189,7 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def finish_part(model: PreTrainedModel, part: Any) -> None:
-    """Called after weights were read, for a part that was built without memory."""
+    """Completes a part that was built on the meta device, after weights were read. InputError if some were not."""
     if getattr(part, "_is_hf_initialized", False):
         return
     missing = [
@@ -200,20 +200,21 @@ def finish_part(model: PreTrainedModel, part: Any) -> None:
     ]
     if missing:
         source, lost = model.config.name_or_path or "the weights", listed(missing, 1, width=80)
-        raise InputError(f"{source} must have weights of every part that config.{RECORD} records, got none of their shape for {lost}.")
-    part.reset_statistics()  # not saved, and no memory of theirs was ever set
+        raise InputError(f"{source} lacks weights of parts that config.{RECORD} records, or has another shape for them: {lost}.")
+    part.reset_statistics()  # they are not saved, so their memory is uninitialised
     for module in part.modules():
         module._is_hf_initialized = True
 
 
 def refuse_lost_parts(model: PreTrainedModel, loading_info: Any) -> None:
+    """Raises InputError if the weights include parts that the model was built without."""
     marks = tuple(conversion.mark for conversion in _conversions.values())
     if lost := sorted(key for key in loading_info.unexpected_keys if key.endswith(marks)):
-        loading_info.mismatched_keys.clear()  # else transformers replaces this error by one about the guard's shape
+        loading_info.mismatched_keys.clear()  # otherwise transformers raises an error about the guard's shape instead
         source = model.config.name_or_path or "the folder"
         raise InputError(
-            f"{source} must be opened with the record of its parts, got a configuration without that of {lost[0]}: leave config out, or "
-            "start from AutoConfig.from_pretrained."
+            f"{source} is a converted model, but the given config has no record of {lost[0]}; leave config out, or start from "
+            "AutoConfig.from_pretrained."
         )
 
 
@@ -225,10 +226,10 @@ def is_part(model: PreTrainedModel, module: nn.Module) -> bool:
 def checked_model(model: Any) -> None:
     """Raises TypeError unless `model` is a transformers model, and InputError if some of its weights are on the meta device."""
     if not isinstance(model, PreTrainedModel):
-        wrapped = "; convert the one that it wraps" if isinstance(model, nn.Module) else ""
+        wrapped = "; convert the model inside it" if isinstance(model, nn.Module) else ""
         raise TypeError(f"model must be a PreTrainedModel of transformers, got {type(model).__name__}{wrapped}.")
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise InputError("model must have its weights to be converted, got some on the meta device; load them first.")
+        raise InputError("model has weights on the meta device; load them before the conversion.")
 
 
 def check_fields(kind: type, given: Any, source: str) -> None:

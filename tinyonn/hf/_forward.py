@@ -1,4 +1,4 @@
-"""What a conversion puts around the `forward` of a model."""
+"""Wrappers that a conversion puts around the `forward` of a model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..errors import InputError
 
 
 class ForwardAround:
-    """A converted model's `forward`. No hooks of Module: PEFT calls `model.forward`, which passes them by.
+    """A converted model's `forward`. Hooks of Module would not do: PEFT calls `model.forward`, which bypasses them.
 
-    An object and not a closure, so that a model can be copied and pickled with it.
+    It is an object, not a closure, so that the model can be copied and pickled.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,7 +30,7 @@ class ForwardAround:
 
 
 def forward_around(model: nn.Module, kind: type[ForwardAround]) -> tuple[Any, Any]:
-    """The forward of this kind that a model has, and what is around it; None for what is not there."""
+    """The model's wrapper of this kind, and the wrapper around it; None for one that does not exist."""
     outer, forward = None, model.__dict__.get("forward")
     while forward is not None and not isinstance(forward, kind):
         outer, forward = forward, getattr(forward, "inner", None)
@@ -43,4 +43,6 @@ def tokens_of(given: dict[str, Any]) -> Tensor | None:
 
 
 def refuse_replicas() -> nn.Module:
-    raise InputError("a converted model must not run under nn.DataParallel, whose copies share one forward: use DistributedDataParallel.")
+    raise InputError(
+        "nn.DataParallel does not support converted models, because its copies share one forward; use DistributedDataParallel."
+    )

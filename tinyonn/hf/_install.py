@@ -6,7 +6,7 @@ transformers has no hook at these places. All but the last two act only on model
     post_init                    gives the model a configuration of its own and builds the recorded parts; weights are read later
     _initialize_weights          raises an error for parts whose weights a folder lacks
     save_pretrained              adds a guard to the weights file; see `hf.guard`
-    config.transformers_weights  is a sentence for processes without tinyonn, and None here
+    config.transformers_weights  reads as None here, and as a sentence in processes without tinyonn
     _adjust_missing_and_unexpected_keys    forgets old names; raises an error for weights of parts that the model was built without
     post_init, set_experts_implementation  raise an error for experts that experts_implementation="tinyonn" cannot run
 
@@ -30,7 +30,7 @@ from .old_folders import forget_renamings, register_renamings
 
 
 class _WeightsFile:
-    """`transformers_weights` of a configuration: the name of a weights file, and not the sentence that stands there for other processes."""
+    """`transformers_weights` of a configuration: the name of a weights file, or None for a converted model."""
 
     def __get__(self, config: Any, owner: type | None = None) -> Any:
         if config is None:

@@ -1,7 +1,7 @@
-"""Folders of PEFT adapters: which model they belong to, and both merged into one.
+"""Folders of PEFT adapters: their base model, and the merged model.
 
-An adapter is read merged: its products are added to the weights of the base model, W' = W + scale · B·A. So a merged model has the
-base model's modules under the base model's names, and each weight is the one that the tokens met.
+Adapters are merged: their products are added to the weights of the base model, W' = W + scale · B·A. A merged model has the modules and
+names of the base model, and its weights are the effective ones.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from .._io.folders import ADAPTER_CONFIG, adapter_files, read_adapter_config
 from ..errors import InputError, listed, needs, reason
 from .memory import is_out_of_memory
 
-# The class of transformers that an adapter of a task was trained on.
+# Class of transformers that an adapter was trained on, by task.
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-# Where an adapter came from and how it was made, which change no value.
+# Fields on the origin of an adapter, which do not affect its values.
 _DESCRIPTIVE = ("base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping")
 
 
 def check_adapter(folder: Path) -> None:
-    """Refuses an adapter that cannot be read merged, before anything is loaded.
+    """Checks that an adapter can be merged, before anything is loaded.
 
     Raises:
-        InputError: PEFT is missing, the configuration is damaged or of a kind that adds no weights (prompts, prefixes), the weights
-            are missing, or no base model is named.
+        InputError: PEFT is not installed; the configuration is damaged, names no base model, or is of a kind without weight updates
+            (prompts, prefixes); the weights are missing.
     """
     config = read_adapter_config(folder)
     if not config.get("base_model_name_or_path"):
-        raise InputError(f"model_path must be an adapter that names its base model, got {folder.name}: {ADAPTER_CONFIG} has none.")
+        raise InputError(f"model_path must be an adapter with a base model, got {folder.name}, whose {ADAPTER_CONFIG} names none.")
     if not adapter_files(folder):
         raise InputError(f"model_path must hold the adapter's weights (adapter_model.safetensors), got {folder.name}.")
     if importlib.util.find_spec("peft") is None:
         raise InputError(
             f"{needs(f'model_path is a PEFT adapter, {folder.name}, which', 'peft')}. "
-            "Or merge it elsewhere (merge_and_unload, save_pretrained) and give that folder."
+            "Or merge it elsewhere (merge_and_unload, save_pretrained) and use that folder."
         )
     kind = str(config.get("peft_type"))
     if any(word in kind for word in ("PROMPT", "PREFIX", "P_TUNING", "CPT")):
@@ -54,27 +54,27 @@ def check_adapter(folder: Path) -> None:
 
 
 def settings_hash(folder: Path) -> str:
-    """SHA-256 of what an adapter's configuration says of its values (rank, alpha, targets), in hexadecimal."""
+    """SHA-256, in hexadecimal, of the fields of an adapter's configuration that affect its values (rank, alpha, targets)."""
     config = {name: value for name, value in read_adapter_config(folder).items() if name not in _DESCRIPTIVE}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def trained_class(folder: Path, wanted: str) -> str:
-    """Name of the transformers class that an adapter was trained on; `wanted` where it does not say."""
+    """Name of the transformers class that an adapter was trained on; `wanted` if its configuration names no task."""
     return _CLASSES.get(str(read_adapter_config(folder).get("task_type")), wanted)
 
 
 def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The base model with an adapter's products added to its weights, in place; all of its weights may be trained again.
+    """Adds an adapter's products to the weights of the base model, in place. All weights require gradients afterwards.
 
     Raises:
-        InputError: the adapter's weights are not those that its configuration makes of this model, or cannot be merged.
+        InputError: the adapter's weights do not match its configuration and the base model, or cannot be merged.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of missing weights, which are refused below; of Conv1D; of what transformers will drop
+            warnings.simplefilter("ignore")  # on missing weights, which raise an error below; on Conv1D; on deprecations
             found = _stored_shapes(folder)
             _make_room(base, found)
             adapted = PeftModel.from_pretrained(base, str(folder))
@@ -82,14 +82,14 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             tied = _is_tied(base)
             _unshare(adapted)
             merged = cast(Any, adapted).merge_and_unload(safe_merge=True)
-    except Exception as error:  # PEFT raises a dozen types, by version and kind of adapter
+    except Exception as error:  # PEFT raises a dozen types, depending on version and adapter
         if is_out_of_memory(error):
             raise
         wanted_kind = "model_path must be an adapter that can be merged into its base model"
         text = str(error)
-        place = max(text.find("size mismatch"), 0)  # torch names the class and the model before what is wrong
+        place = max(text.find("size mismatch"), 0)  # the message of torch begins with the class and the model
         raise InputError(f"{wanted_kind}, got {folder.name}: {reason(text[place:])}") from error
-    # Weights that are missing PEFT leaves at their start.
+    # PEFT leaves missing weights at their initial values.
     if missing := sorted(wanted - set(found)):
         raise InputError(f"model_path must hold all weights of the adapter, got {folder.name} without {listed(missing, 2, width=80)}.")
     if others := sorted(name for name in set(found) - wanted if "embed" not in name and "lm_head" not in name):
@@ -105,7 +105,7 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _unshare(adapted: nn.Module) -> None:
-    """Gives each adapted layer a weight of its own: PEFT adds a product in place, which would change a tied weight's other use too."""
+    """Gives each adapted layer its own weight: PEFT adds a product in place, which would also change the other use of a tied weight."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     uses = Counter(id(module._parameters.get("weight")) for module in adapted.modules())
@@ -118,7 +118,7 @@ def _unshare(adapted: nn.Module) -> None:
 
 
 def _tie_if_equal(merged: PreTrainedModel) -> None:
-    """Ties output head and input embeddings again where the adapter left them equal, else has the configuration say that they differ."""
+    """Ties output head and input embeddings again if they are equal; otherwise sets tie_word_embeddings to False."""
     head, embeddings = cast(Any, merged.get_output_embeddings()), cast(Any, merged.get_input_embeddings())
     if head.weight.shape == embeddings.weight.shape and bool((head.weight == embeddings.weight).all()):
         head.weight = embeddings.weight
@@ -127,10 +127,10 @@ def _tie_if_equal(merged: PreTrainedModel) -> None:
 
 
 def take_over(model: nn.Module, donor: nn.Module) -> None:
-    """Gives the transformer inside a model the weights of the same transformer under another head.
+    """Copies the weights of the transformer inside `donor` to the same transformer under another head.
 
     Raises:
-        InputError: they are not the same.
+        InputError: the transformers differ.
     """
     try:
         cast(Any, model).base_model.load_state_dict(cast(Any, donor).base_model.state_dict())
@@ -145,10 +145,10 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _make_room(base: PreTrainedModel, stored: dict[str, tuple[int, ...]]) -> None:
-    """Resizes the vocabulary of the base model to that of an adapter which was trained with more tokens and holds the embeddings whole.
+    """Resizes the vocabulary of the base model to that of an adapter that contains whole embeddings, such as one with added tokens.
 
     Raises:
-        InputError: rows of the output head would be left without a trained value.
+        InputError: the adapter lacks an output head for its tokens.
     """
 
     def rows(layer: nn.Module | None) -> int | None:
@@ -161,5 +161,5 @@ def _make_room(base: PreTrainedModel, stored: dict[str, tuple[int, ...]]) -> Non
     if size is None or size == cast(Any, embeddings).weight.shape[0]:
         return
     if head is not None and not _is_tied(base) and rows(head) != size:
-        raise InputError(f"the adapter must hold an output head for its {size} tokens, got embeddings alone")
+        raise InputError(f"the adapter has embeddings for {size} tokens, but no output head for them")
     base.resize_token_embeddings(size, mean_resizing=False)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..nn.surprise_capture import probe_for
+from ..nn.surprise_capture import probe_for, register_capturable
 from ..ops import expert_mlp
 from ..ops._dispatch import autocast_dtype
+from ..ops.experts._activations import activate
 from ..ops.experts._checks import LIMITS
-from ..ops.experts._torch_experts import activate
 from ..ops.experts._tuples import Layout
 from ..ops.experts.expert_mlp import Activation
 from .interfaces import configurations, register_experts, uses_experts_interface
@@ -68,22 +68,22 @@ def _find_layout(module: Any, device: torch.device) -> Layout:
                 return layout
     raise InputError(
         f"experts_implementation must not be 'tinyonn' for {name}: its activation is none of {', '.join(get_args(Activation))}; "
-        "take 'grouped_mm' or 'eager'."
+        "use 'grouped_mm' or 'eager'."
     )
 
 
 def _trial(limits: list[float]) -> Tensor:
-    """(16, 24) numbers: small ones tell activations apart, large ones any clamp; no symmetry that would confuse gate and up."""
+    """(16, 24) numbers: small ones distinguish activations, large ones clamps. They have no symmetry between gate and up."""
     near = torch.linspace(-11.3, 12.9, 96, dtype=torch.float64, device="cpu").roll(5)
     far = torch.logspace(1, 4.5, 192, dtype=torch.float64, device="cpu").view(8, 24).T.flatten()
     far = torch.where(torch.arange(192, device="cpu") % 3 == 0, -far, far)
-    # On both sides of the module's own limit, whatever it is.
+    # On both sides of the module's own limit.
     around = torch.linspace(-1.9, 2.1, 96, dtype=torch.float64, device="cpu").roll(7) * max((abs(float(x)) for x in limits), default=1.0)
     return torch.cat([near, far, around]).view(16, 24)
 
 
 def _candidates(limits: list[float]) -> Iterator[tuple[Activation, float]]:
-    """Activations that clamp nothing, and those that clamp, at the module's own limits or where they usually do."""
+    """Activations without a clamp, and those with one, at the module's own limits and at their default."""
     for activation in get_args(Activation):
         if activation not in LIMITS:
             yield activation, 0.0
@@ -102,9 +102,9 @@ def _layout_for(module: Any, hidden_states: Tensor) -> Layout:
     if not torch.compiler.is_dynamo_compiling():
         return layout_of(module, hidden_states.device)
     layout, kind, numbers = _layout_in_graph(module)
-    # Never true while it is compiled: to compare makes a guard of each.
+    # Never true while compiling; the comparisons create guards.
     if kind != type(getattr(module, "act_fn", None)).__name__ or numbers != tuple(getattr(module, name, None) for name in NUMBERS):
-        raise InputError(f"{type(module).__name__} must keep its activation while it is compiled.")
+        raise InputError(f"the activation of {type(module).__name__} changed while it was compiled.")
     return layout
 
 
@@ -138,10 +138,15 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     return out.to(hidden_states.dtype)
 
 
+def runs_here(module: nn.Module) -> bool:
+    """Whether transformers computes the module's experts by `experts_forward`."""
+    return uses_experts_interface(module) and getattr(getattr(module, "config", None), "_experts_implementation", None) == NAME
+
+
 def check_experts(model: nn.Module) -> None:
     """Raises InputError if a mixture of the model uses this implementation and is not supported by it."""
     for module in model.modules():
-        if uses_experts_interface(module) and getattr(getattr(module, "config", None), "_experts_implementation", None) == NAME:
+        if runs_here(module):
             layout_of(module)
 
 
@@ -159,3 +164,4 @@ def experts_checked(model: nn.Module) -> Iterator[None]:
 
 
 register_experts(NAME, experts_forward)
+register_capturable(runs_here)

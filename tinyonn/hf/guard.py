@@ -1,10 +1,9 @@
 """A tensor in the weights file of a converted model that makes transformers without tinyonn refuse the file.
 
-config.json tells every process that reads it to import tinyonn. A caller's own configuration takes its place, though: transformers never
-reads it for `LlamaForCausalLM.from_pretrained(folder, config=LlamaConfig(...))`, and would start the converted MLPs at random. The weights
-file therefore has one more weight. It has the name of a weight that the conversion replaced, and a shape that no such weight has, and
-transformers raises an error for a weight of another shape. `save_pretrained` adds it, and reading weights skips it; it is not part of the
-model's state.
+config.json tells every process that reads it to import tinyonn. With a configuration of the caller, transformers does not read it, as in
+`LlamaForCausalLM.from_pretrained(folder, config=LlamaConfig(...))`, and would initialise the converted MLPs at random. The weights file
+therefore has one more weight, with the name of a weight that the conversion replaced and a shape that such a weight never has, for which
+transformers raises an error. `save_pretrained` adds it, and loading skips it; it is not part of the model's state.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 
 def replace_module(model: nn.Module, name: str, part: nn.Module) -> None:
-    """Puts `part` in the place of a submodule, and remembers the name of the first weight that it replaces."""
+    """Replaces a submodule by `part`, which keeps the name of the first weight that it replaces."""
     replaced = next(key for key, _ in model.get_submodule(name).named_parameters())
     model.set_submodule(name, part)
     part._replaced_weight = replaced  # type: ignore[assignment]
@@ -31,19 +30,19 @@ def _skip_guard(part: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
 
 
 def _replaced(model: nn.Module) -> dict[str, nn.Module]:
-    """Names of the replaced weights, each with the part in its place."""
+    """Names of the replaced weights -> the part in their place."""
     parts = [(name, part, getattr(part, "_replaced_weight", None)) for name, part in model.named_modules()]
     return {f"{name}.{weight}": part for name, part, weight in parts if weight is not None}
 
 
 def guards(model: nn.Module) -> dict[str, Tensor]:
-    """One value under the name of the first replaced weight; empty where no weight was replaced."""
+    """A tensor of one value under the name of the first replaced weight; empty if no weight was replaced."""
     first = list(_replaced(model).items())[:1]
     return {name: torch.zeros(1, dtype=next(part.parameters()).dtype) for name, part in first}
 
 
 def without_guards(model: PreTrainedModel, unexpected: set[str]) -> set[str]:
-    """Names of weights that the model has no place for, less those of guards; a file of another head has another prefix."""
+    """Names of unexpected weights without those of guards. A file saved with another head has another prefix."""
     prefix = f"{model.base_model_prefix}."
     own = {name.removeprefix(prefix) for name in _replaced(model)}
     return {key for key in unexpected if key.removeprefix(prefix) not in own}
@@ -51,8 +50,8 @@ def without_guards(model: PreTrainedModel, unexpected: set[str]) -> set[str]:
 
 @contextlib.contextmanager
 def guarded(model: PreTrainedModel, state_dict: dict[str, Any] | None) -> Iterator[dict[str, Any] | None]:
-    """What `save_pretrained` is to write: `state_dict` with the guard. `model.state_dict()` has it too, within the context."""
-    if getattr(model, "_hf_peft_config_loaded", False):  # an adapter's weights alone are saved
+    """`state_dict` with the guard, for `save_pretrained`; None stays None. Within the context, `model.state_dict()` has the guard too."""
+    if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter's weights are saved
         yield state_dict
         return
 

@@ -1,8 +1,8 @@
 """Attention and experts functions registered with transformers, and switched on for one model at a time.
 
 A registered function is available to every model of the process. It runs only in a model whose configuration names it.
-`attention_implementation` and `experts_implementation` set the name on every configuration of a model and put back what was
-there, whatever happens in between.
+`attention_implementation` and `experts_implementation` set the name on every configuration of a model and restore the old
+names afterwards, also after an error.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from ..errors import InputError
 def register_attention(name: str, forward: Callable[..., Any], *, mask: str | Callable[..., Any] = "sdpa") -> None:
     """Makes `forward` available as `attn_implementation=name`.
 
-    The mask function is registered under the same name: without one, transformers passes no mask at all, and padding is
-    attended to.
+    The mask function is registered under the same name. Without one, transformers passes no mask, and tokens attend to padding.
 
     Args:
         name: name of the implementation in a configuration.
         forward: `(module, query, key, value, attention_mask, dropout, scaling, **kwargs) -> (out, weights | None)`; query
             (B, H, T, D), key and value (B, K, T, D), out (B, T, H, D).
         mask: the registered implementation whose masks `forward` takes: "sdpa" (bool, or None for plain causal) or
-            "eager" (additive float); or a mask function of its own, called as those are.
+            "eager" (additive float); or a mask function with the same arguments.
 
     Raises:
         ValueError: no mask function is registered as `mask`.
@@ -53,7 +52,7 @@ def register_experts(name: str, forward: Callable[..., Any]) -> None:
 
 
 def configurations(model: nn.Module) -> list[PretrainedConfig]:
-    """Every distinct configuration object that a module of the model reads, nested ones included."""
+    """Every distinct configuration object of the model's modules, nested ones included."""
     found: dict[int, PretrainedConfig] = {}
 
     def add(config: Any) -> None:
@@ -135,7 +134,7 @@ def experts_implementation(model: nn.Module, name: str) -> Iterator[None]:
 def _set_on_every_config(model: nn.Module, attribute: str, name: str, kind: str, registered: Container[str]) -> Iterator[None]:
     if name != "eager" and name not in registered:
         raise InputError(f"{kind} implementation must be a registered name, got {name!r}.")
-    # The public property writes through to nested configurations, which would lose a nested one's own choice on the way back.
+    # The public property also sets nested configurations, so restoring by it would lose their own values.
     before = [(config, getattr(config, attribute)) for config in configurations(model)]
     try:
         for config, _ in before:

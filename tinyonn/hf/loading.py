@@ -1,4 +1,4 @@
-"""The model and its tokenizer, from a local folder or the hub, with one clear line for what can be wrong."""
+"""A model and its tokenizer, loaded from a local folder or the hub; errors are one line."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from .adapters import check_adapter, merge, take_over, trained_class
 from .memory import available_memory, is_out_of_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What a model that one of these loads is called.
+# Kind of model that a class loads, for messages.
 _MODELS = {"AutoModelForCausalLM": "causal language model", "AutoModelForSequenceClassification": "sequence classifier"}
-# Heads that a checkpoint of the bare transformer lacks, and an adapter may bring.
+# Heads that a checkpoint of the bare transformer lacks, and that an adapter may contain.
 _HEADS = r"^(score|classifier|pre_classifier|pooler|lm_head|head)\b"
 
 
 def resolve_model(model_path: str) -> Path:
-    """The folder of a model or of a PEFT adapter: itself, or the hub's snapshot of an id, downloaded if it is not in the cache.
+    """The folder of a model or PEFT adapter: `model_path` itself, or the snapshot of a hub id, downloaded if it is not in the cache.
 
     Raises:
-        InputError: no such folder, no model in it, or the id cannot be downloaded; of an adapter, that its base model is not there, or
-            that it cannot be read.
+        InputError: the folder does not exist or contains no model; the id cannot be downloaded; an adapter cannot be read, or its base
+            model is missing.
     """
     path = local_model(model_path)
     if path is None:
@@ -51,15 +51,15 @@ def resolve_model(model_path: str) -> Path:
 
 
 def base_folder(folder: Path) -> Path:
-    """The folder with the whole model: that of the base model for an adapter's, else the same.
+    """The folder with the whole model: the base model's for an adapter, otherwise `folder` itself.
 
     Raises:
-        InputError: the base model that an adapter names is not here and cannot be downloaded.
+        InputError: the base model of an adapter is not here and cannot be downloaded.
     """
     if not is_adapter(folder):
         return folder
     name = base_name(folder)
-    beside = folder / name  # a relative path is the training's; the adapter's own folder is the other place it may start from
+    beside = folder / name  # a relative path is relative to the working folder of the training, or to the adapter's folder
     try:
         return base_folder(resolve_model(str(beside) if not Path(name).is_dir() and beside.is_dir() else name))
     except InputError as error:
@@ -72,7 +72,7 @@ def base_name(folder: Path) -> str:
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """The folder that a model's tokenizer is read from: an adapter's own, or else its base model's."""
+    """The folder of a model's tokenizer: for an adapter without one, its base model's."""
     return folder if not is_adapter(folder) or has_tokenizer(folder) else base_folder(folder)
 
 
@@ -80,7 +80,7 @@ def _download(model_id: str) -> Path:
     def complete(folder: Path) -> bool:
         return is_adapter(folder) or ((folder / "config.json").is_file() and bool(weight_files(folder)))
 
-    # Repositories often hold the same weights twice; safetensors are taken alone where they exist.
+    # Repositories often contain the same weights twice; safetensors are preferred.
     for weights in ("*.safetensors", "*.bin"):
         if folder := hub_folder(model_id, "model_path must be an existing folder or a hub id", (*SMALL_FILES, weights), complete):
             return folder
@@ -88,10 +88,10 @@ def _download(model_id: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads a model's weights from, sorted: safetensors, else PyTorch's; whole, else by their index.
+    """The files from which transformers loads a model's weights, sorted: safetensors or PyTorch files, one file or those in the index.
 
-    What else lies there (the same weights in another layout, an optimiser's state) is not of the model. An adapter's come after those of
-    its base model.
+    Other files are ignored, such as the same weights in another layout or an optimiser's state. An adapter's files follow those of its base
+    model.
     """
     if is_adapter(folder):
         return [*weight_files(base_folder(folder)), *adapter_files(folder)]
@@ -118,10 +118,10 @@ def _indexed(index: Path) -> list[str]:
 
 
 def weights_of(folder: Path) -> int:
-    """Number of values of a model, read from the safetensors headers alone; PyTorch files count by their size. An adapter adds none.
+    """Number of weights of a model, from the headers of safetensors files, or from the size of PyTorch files. An adapter adds none.
 
     Raises:
-        InputError: a file is not safetensors, or is cut short.
+        InputError: a file is not safetensors, or is truncated.
     """
     folder = base_folder(folder)
     values = 0
@@ -138,7 +138,7 @@ def weights_of(folder: Path) -> int:
 
 
 def _stored_width(folder: Path) -> int:
-    """Bytes of a value in PyTorch's files, which would have to be loaded to know: as the configuration says, float32 if it does not."""
+    """Bytes per weight in PyTorch files, by the dtype in the configuration; float32 if there is none."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), None)
@@ -148,17 +148,17 @@ def _stored_width(folder: Path) -> int:
 
 
 def resolve_device(device: str, local_rank: int = 0) -> torch.device:
-    """The torch device of an option; "auto" is this process's GPU where there is one.
+    """The torch device of an option; "auto" is this process's GPU if there is one, else the CPU.
 
     Raises:
-        InputError: a GPU was asked for and is not there.
+        InputError: the device is unknown, or the GPU does not exist.
     """
     if device == "auto":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return torch.device("cuda", local_rank % count) if count else torch.device("cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:  # an index that no integer of torch's holds
+    except RuntimeError as error:  # an unknown device, or an index beyond torch's integers
         raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {device}.") from error
     if resolved.type == "cuda":
         if not torch.cuda.is_available():
@@ -180,7 +180,7 @@ def load_config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(base_folder(folder))
-    except Exception as error:  # what a damaged file brings down in transformers has no common type
+    except Exception as error:  # errors of transformers on a damaged file have no common type
         raise InputError(f"model_path must hold a model that transformers knows, got {folder.name}: {reason(error)}") from error
 
 
@@ -195,15 +195,15 @@ def resolve_dtype(dtype: str, device: torch.device, model_config: Any) -> torch.
 
 
 def position_limit(model_config: Any) -> int | None:
-    """Longest sequence by the model's configuration, None where it sets none; a loaded model may take less (`usable_positions`)."""
+    """Longest sequence by the model's configuration, None for no limit. A loaded model may accept less; see `usable_positions`."""
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def usable_positions(model: nn.Module) -> int | None:
-    """Longest sequence that a loaded transformers model takes, None where it sets no limit.
+    """Longest sequence that a loaded transformers model accepts, None for no limit.
 
-    RoBERTa and its kin count positions from padding_idx + 1: of 514 positions in their configuration a text has 512.
+    RoBERTa and related models count positions from padding_idx + 1, so 514 positions in their configuration leave 512 for a text.
     """
     limits = [position_limit(model.config)]
     for name, module in model.named_modules():
@@ -216,14 +216,14 @@ def load_tokenizer(folder: Path) -> Any:
     """The model's tokenizer.
 
     Raises:
-        InputError: the folder holds none.
+        InputError: the folder contains none.
     """
     from transformers import AutoTokenizer
 
     source = tokenizer_folder(folder)
     try:
         return AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # what a damaged file brings down in transformers has no common type
+    except Exception as error:  # errors of transformers on a damaged file have no common type
         raise InputError(f"model_path must hold a tokenizer, got {folder.name}: {tokenizer_fault(source, error)}") from error
 
 
@@ -242,14 +242,14 @@ def padding_token(tokenizer: Any, batch_size: int) -> int:
 
 
 def check_fits(folder: Path, dtype: torch.dtype, device: torch.device, *, training: bool = False, remedy: str | None = None) -> None:
-    """Refuses a model whose weights alone exceed the device's free memory, before anything is loaded.
+    """Checks that a model's weights fit in the device's free memory, before anything is loaded.
 
     Args:
-        training: whether it is trained by Adam: gradients and two moments are then as large as the weights, each.
-        remedy: what to use instead; None for a smaller `dtype` where there is one, else a smaller model.
+        training: whether it is trained by Adam, for which gradients and both moments are each as large as the weights.
+        remedy: advice in the message; None for a smaller `dtype` if there is one, else a smaller model.
 
     Raises:
-        InputError: naming both sizes and the remedy.
+        InputError: they do not fit; the message has both sizes and the remedy.
     """
     needed = weights_of(folder) * dtype.itemsize * (4 if training else 1)
     free = available_memory(device)
@@ -264,7 +264,7 @@ def check_fits(folder: Path, dtype: torch.dtype, device: torch.device, *, traini
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars of transformers, and no tables of weights that are new or not used; errors are raised as ever."""
+    """Within the block, transformers shows no progress bars and no tables of new or unused weights. Errors are unaffected."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -289,17 +289,17 @@ def load_model(
     remedy: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """A model, in eval mode, on its device; nothing is written on the terminal. An adapter comes merged into its base model.
+    """Loads a model in eval mode on a device, without output on the terminal. An adapter is merged into its base model.
 
     Args:
         auto_class: name of the transformers class that loads it.
-        may_lack: regular expressions, searched in the names of parameters that the checkpoint may lack, or hold in another shape (a
-            classifier that is to be trained); transformers fills these at random.
-        training, remedy: as for `check_fits`, which comes first.
-        **options: more of `from_pretrained`'s, such as num_labels.
+        may_lack: regular expressions, searched in the names of parameters that the checkpoint may lack, or have in another shape, such as
+            a classifier to be trained; transformers initialises these at random.
+        training, remedy: as for `check_fits`, which runs first.
+        **options: other arguments of `from_pretrained`, such as num_labels.
 
     Raises:
-        InputError: no model of that class, weights damaged, missing, or larger than memory.
+        InputError: the folder has no model of that class; weights are damaged, missing, or larger than memory.
     """
     import transformers
 
@@ -310,23 +310,23 @@ def load_model(
     try:
         with quiet_transformers():
             loaded: Any = getattr(transformers, auto_class).from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
-    except Exception as error:  # what a damaged file brings down in transformers has no common type
+    except Exception as error:  # errors of transformers on a damaged file have no common type
         if is_out_of_memory(error):
             raise
         held = "valid safetensors files" if type(error).__name__ == "SafetensorError" else _wanted(auto_class)
         raise InputError(f"model_path must hold {held}, got {folder.name}: {class_fault(error, auto_class, folder)}") from error
     model, found = loaded
-    unfilled = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}  # transformers fills these at random
+    unfilled = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}  # initialised at random
     if missing := sorted(name for name in unfilled if not any(re.search(pattern, name) for pattern in may_lack)):
         raise InputError(f"model_path must hold all weights of the model, got {folder.name} without {listed(missing, 3, width=80)}.")
     return cast(PreTrainedModel, model.to(device).eval())
 
 
 def class_fault(error: Exception, auto_class: str, model: Any) -> str:
-    """Why transformers cannot make a model of a class; of an architecture that lacks it, without the list of those that have it.
+    """Why transformers cannot load a model with a class, without its list of architectures that the class supports.
 
     Args:
-        error: what transformers raised.
+        error: error of transformers.
         auto_class: name of the class.
         model: folder or configuration of the model.
     """
@@ -344,7 +344,7 @@ def _load_merged(folder: Path, dtype: torch.dtype, device: torch.device, auto_cl
     base, trained = base_folder(folder), trained_class(folder, auto_class)
     if trained == auto_class:
         return merge(load_model(base, dtype, device, auto_class, may_lack, **options), folder)
-    # The adapter goes into the class that it was trained on, whose module names it has; the head above may be another.
+    # The adapter has the module names of the class that it was trained on, so it is merged there; the head may differ.
     donor = merge(load_model(base, dtype, device, trained, [_HEADS]), folder)
     if auto_class == "AutoModel":
         return donor.base_model
@@ -354,5 +354,5 @@ def _load_merged(folder: Path, dtype: torch.dtype, device: torch.device, auto_cl
 
 
 def display_name(model_path: str, folder: Path) -> str:
-    """Name for the file's metadata: the hub id, or the last part of the folder."""
+    """Name for the file's metadata: the hub id, or the name of the folder."""
     return folder.name if os.path.isdir(model_path) else model_path

@@ -1,4 +1,4 @@
-"""How much memory there is, and how to tell that there was not enough."""
+"""Available memory, and recognition of errors for lack of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be taken: free memory of a GPU, or the machine's available memory within the container's limit."""
+    """Free bytes: of a GPU, or of the machine within the container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     limit = _container_free()
@@ -26,7 +26,7 @@ def _machine_available() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     except OSError:
-        pass  # not Linux: the physical size is the best there is
+        pass  # not Linux: use the physical size
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -39,12 +39,12 @@ def _container_free() -> int | None:
         return None
     if limit == "max":
         return None
-    # Cached file pages count as used but are given back on demand.
+    # Cached file pages count as used but are reclaimed on demand.
     return max(int(limit) - used + int(cached.get("inactive_file", 0)) + int(cached.get("active_file", 0)), 0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on either device."""
+    """Whether an exception means that memory ran out, on a CPU or GPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and bool(re.search(r"can't allocate memory|out of memory|bad_alloc", str(error)))

@@ -1,8 +1,8 @@
-"""Folders of earlier versions, which kept a conversion where transformers keeps that of quantisation.
+"""Folders of earlier versions, which recorded a conversion in the field for quantisation.
 
 Their config.json has `quantization_config = {"quant_method": "dyn_nsa", "options": {...}, "layers": {...}}`, or "dyn_moe". It is moved to
-the record of `record` before the model is built, so the model saves in the new way. The loader is there for transformers to find the
-method; it does nothing.
+the record of `hf._converted` before the model is built, so the model saves in the new format. The registered loader does nothing; without
+one, transformers raises an error for an unknown method.
 
 Weights that were renamed since are read by their old names; `register_renamings` tells transformers, whose names for saving stay the new.
 """
@@ -31,10 +31,10 @@ class OldConversion(QuantizationConfigMixin):
 
 
 class OldLoader(HfQuantizer):
-    requires_calibration = True  # reads what was converted; converts nothing
+    requires_calibration = True  # it only loads converted models
 
     def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
-        """The parts are there."""
+        """Nothing to do: `hf._install` has built the parts."""
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
         del model.hf_quantizer
@@ -67,7 +67,7 @@ def forget_renamings(model: PreTrainedModel) -> None:
 
 
 def moved(config: PretrainedConfig) -> tuple[str, dict[str, Any]] | None:
-    """Takes an old conversion out of a configuration: its kind, and options and layers; None where there is none."""
+    """Removes an old conversion from a configuration and returns its kind, options and layers; None if there is none."""
     found: Any = getattr(config, "quantization_config", None)
     given = found if isinstance(found, dict) else vars(found) if isinstance(found, OldConversion) else {}
     method = given.get("quant_method")

@@ -1,7 +1,7 @@
 """Parts of a converted model under PEFT.
 
-PEFT freezes a model. Parts named in `modules_to_save` it copies: the copy is trained and saved with the adapter, and the original stays
-beside it and is not run. Parts that are not named stay frozen, and an adapter's folder lacks them.
+PEFT freezes a model. It copies the parts named in `modules_to_save`, trains the copies and saves them with the adapter; the originals stay
+in the wrapper and do not run. Other parts stay frozen, and an adapter's folder lacks them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def active(module: Any) -> Any:
-    """The module that runs: of those that a wrapper of PEFT holds, that of the active adapter, or the original; else the module itself."""
+    """The module that runs: in a wrapper of PEFT, the copy of the active adapter or the original; otherwise the module itself."""
     if not _is_wrapper(module):
         return module
     copies, adapters = module._modules["modules_to_save"], module.active_adapters
@@ -29,7 +29,7 @@ def active(module: Any) -> Any:
 
 
 def active_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """`named_modules` of a model without those that PEFT keeps beside the ones that run, and without PEFT's own part in their names."""
+    """`named_modules` of a model without PEFT's wrappers and inactive copies. Names are those of the model without PEFT's wrappers."""
     modules = list(model.named_modules())
     wrappers = [(name, module) for name, module in modules if _is_wrapper(module)]
     if not wrappers:
@@ -47,7 +47,7 @@ def active_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def running_statistics(model: nn.Module, kind: type[Any], reset: bool) -> dict[str, dict[str, Any]]:
-    """`statistics()` of each active part of this kind by name, reset afterwards if asked."""
+    """`statistics()` of each active part of this kind by name; `reset` resets them afterwards."""
     found = {}
     for name, module in active_modules(model).items():
         if isinstance(module, kind):
@@ -58,7 +58,7 @@ def running_statistics(model: nn.Module, kind: type[Any], reset: bool) -> dict[s
 
 
 def adapter_of(model: nn.Module) -> tuple[str, Any] | None:
-    """Name and configuration of the active adapter of PEFT; None where there is none."""
+    """Name and configuration of PEFT's active adapter; None if there is none."""
     if "peft" not in sys.modules:
         return None
     for module in model.modules():
@@ -72,9 +72,9 @@ def adapter_of(model: nn.Module) -> tuple[str, Any] | None:
 
 
 def keep_in_adapter(model: nn.Module, name: str) -> None:
-    """Lets the active adapter save modules of this name too, frozen, as they are and as they will be; the original keeps what it has.
+    """Makes the active adapter save modules of this name too, as frozen copies; later changes to the copies leave the originals unchanged.
 
-    Nothing changes where there is no adapter, or where it saves them already.
+    Does nothing if there is no adapter, or if it saves them already.
     """
     found = adapter_of(model)
     if found is None:
@@ -96,7 +96,7 @@ def keep_in_adapter(model: nn.Module, name: str) -> None:
 
 
 def _is_saved(model: nn.Module, path: str) -> bool:
-    """Whether an adapter saves the module of this name with one above it."""
+    """Whether an adapter saves the module, or a module that contains it."""
     whole = {name for name, module in model.named_modules() if _is_wrapper(module)}
     return any(path == name or path.startswith(f"{name}.") for name in whole)
 
@@ -106,7 +106,7 @@ def frozen(parameters: Iterable[torch.Tensor]) -> bool:
 
 
 def remedy(model: nn.Module, name: str) -> str:
-    """How to let parts of this name be trained."""
+    """How to make parts of this name trainable, for a message."""
     if adapter_of(model) is None:
         return "call requires_grad_(True) on them"
     return f"give PEFT's configuration modules_to_save=['{name}']"

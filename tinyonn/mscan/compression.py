@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import needs
+from ..errors import MissingPackageError, needs
 
 
 def _zstandard() -> Any:
     try:
         import zstandard
     except ImportError as error:
-        raise RuntimeError(f"{needs('a compressed .mscan file', 'zstandard')}.") from error
+        raise MissingPackageError(f"{needs('a compressed .mscan file', 'zstandard')}.") from error
     return zstandard
 
 

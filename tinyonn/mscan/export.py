@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import needs
+from ..errors import MissingPackageError, needs
 from .layout import group_name, layout_blocks
 from .output import Conversion, PathLike, replacing
 from .reader import MscanReader
@@ -83,7 +83,7 @@ def to_parquet(path: PathLike, output: PathLike, *, recovery: str = "tail", over
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise RuntimeError(f"{needs('Parquet output', 'pyarrow')}.") from None
+        raise MissingPackageError(f"{needs('Parquet output', 'pyarrow')}.") from None
 
     with MscanReader(path, recovery=recovery) as reader, replacing(output, overwrite, [path]) as beside:
         weights = [entry.name for entry in reader.layout]

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import Routing, expert_mlp, scatter_surprise, sparse_diversity_loss
-from ..ops._dispatch import autocast_dtype, check_choice, check_size
+from ..ops._checks import check_choice, check_flag, check_number, check_size
+from ..ops._dispatch import autocast_dtype
 from ..ops.experts.expert_mlp import Activation, SurpriseKind
 from ..ops.experts.threshold_route import Form
-from ._options import check_flag, check_number
 from ._surrounding import Surrounding
 from .expert_statistics import check_mask_shape, check_token_mask, count_experts
 from .surprise_budget import Budget, budget_of_tokens, check_budget
-from .surprise_capture import Visit, captured_calls, probe_for
+from .surprise_capture import Visit, captured_calls, probe_for, register_capturable
 from .surprise_loss import SurpriseLoss, surprise_loss_of
 from .threshold_router import Combine, ThresholdRouter
 
@@ -255,7 +255,7 @@ class DynMoE(nn.Module):
     @contextmanager
     def capturing(self) -> Iterator[list[Visit]]:
         """A list of the calls within the block in which gradients are on. RuntimeError if the layer is captured already."""
-        with captured_calls([self], "visits") as visits:
+        with captured_calls([self], "router_inputs") as visits:
             yield visits[self]
 
     def surprise(self, visit: Visit) -> Tensor:
@@ -309,3 +309,6 @@ class DynMoE(nn.Module):
             f"hidden_size={features}, intermediate_size={neurons}, num_experts={experts}, routing={routed}, "
             f"gating_loss={self.gating_loss_kind}, activation={self.activation}, gated={self.gated}"
         )
+
+
+register_capturable(lambda module: isinstance(module, DynMoE))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import DynNSAOutput, dyn_nsa
+from ..ops._checks import check_number
 from ..ops._dispatch import autocast_dtype, autocast_off, statistics_dtype
-from ._options import check_number
 from .block_compression import BlockCompression, block_starts
 from .dyn_nsa_options import DynNSAOptions
 

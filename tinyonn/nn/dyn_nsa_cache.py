@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._dispatch import check_same_device
+from ..ops._checks import check_same_device
 from .dyn_nsa import DynNSACore
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..ops._dispatch import check_choice, check_impl, check_int, check_size
+from ..ops._checks import check_choice, check_flag, check_int, check_number, check_size
+from ..ops._dispatch import check_impl
 from ..ops.nsa._checks import check_sizes, check_temperature
-from ._options import check_flag, check_number
 
 MAX_TEMPERATURE = 10.0  # with a higher one, the gates of an open model would not all be 1
 

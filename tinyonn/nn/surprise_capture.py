@@ -1,7 +1,7 @@
 """Calls of mixtures while they are captured, and the surprise of each call.
 
 A mixture calls `probe_for` once in each forward. If it is captured, the call gets a probe, zeros whose gradient is the surprise, and each
-listener gets the call.
+listener gets the call. `register_capturable` registers how to recognise a kind of mixture.
 
 A captured mixture has an attribute. torch.compile guards on it, so a compiled mixture is compiled once more for capturing. It then takes
 its probe from an operator that compilers do not trace. The operator's backward stores the surprise in the call.
@@ -26,8 +26,8 @@ from .surprise_budget import Budget
 
 _ATTRIBUTE = "_tinyonn_capture"
 
-# What a listener receives: the surprise alone, or the inputs of the router as well. A compiled mixture breaks its graph for "visits".
-Kind = Literal["calls", "visits"]
+# What a listener receives: the surprise, or the router's inputs as well, for which a compiled mixture breaks its graph.
+Kind = Literal["surprise", "router_inputs"]
 
 
 @dataclass(eq=False)
@@ -88,6 +88,19 @@ class _Capture:
         return self
 
 
+_capturable: list[Callable[[nn.Module], bool]] = []
+
+
+def register_capturable(predicate: Callable[[nn.Module], bool]) -> None:
+    """Registers how to recognise a kind of mixture whose forward calls `probe_for`."""
+    _capturable.append(predicate)
+
+
+def is_capturable(module: nn.Module) -> bool:
+    """Whether the module's forward calls `probe_for`, by the registered predicates."""
+    return any(predicate(module) for predicate in _capturable)
+
+
 _captures: weakref.WeakKeyDictionary[nn.Module, _Capture] = weakref.WeakKeyDictionary()
 _by_place: weakref.WeakValueDictionary[int, _Capture] = weakref.WeakValueDictionary()
 _by_ticket: weakref.WeakValueDictionary[int, CapturedCall] = weakref.WeakValueDictionary()
@@ -102,12 +115,12 @@ def _capture_of(module: nn.Module) -> _Capture:
 
 
 @contextmanager
-def listening(modules: Iterable[nn.Module], kind: Kind, listener: Callable[[Any, Any], None]) -> Iterator[None]:
+def call_listener(modules: Iterable[nn.Module], kind: Kind, listener: Callable[[Any, Any], None]) -> Iterator[None]:
     """Calls `listener(module, call)` in every forward of the modules in which gradients are on.
 
     Args:
         modules: mixtures, whose forward calls `probe_for`.
-        kind: "calls" for a `CapturedCall` of any mixture; "visits" for a `Visit` of a `DynMoE` layer.
+        kind: "surprise" for a `CapturedCall` of any mixture; "router_inputs" for a `Visit` of a `DynMoE` layer.
         listener: must not keep the probe of a visit in a hook of that probe.
 
     Raises:
@@ -129,10 +142,10 @@ def listening(modules: Iterable[nn.Module], kind: Kind, listener: Callable[[Any,
 
 
 @contextmanager
-def captured_calls(modules: Iterable[nn.Module], kind: Kind = "calls") -> Iterator[dict[Any, list[Any]]]:
-    """The calls of each module, in order; see `listening`. RuntimeError if a module is captured already."""
+def captured_calls(modules: Iterable[nn.Module], kind: Kind = "surprise") -> Iterator[dict[Any, list[Any]]]:
+    """The calls of each module, in order; see `call_listener`. RuntimeError if a module is captured already."""
     found: dict[nn.Module, list[Any]] = {module: [] for module in modules}
-    with listening(found, kind, lambda module, call: found[module].append(call)):
+    with call_listener(found, kind, lambda module, call: found[module].append(call)):
         yield found
 
 
@@ -147,12 +160,12 @@ def probe_for(
         top_k_index: (N, K), experts of each token.
         num_experts: E.
         dtype: of the tokens; the probe is float64 for float64, else float32.
-        visit: (N, F) tokens, routing, budget and leading shape, for listeners to visits.
+        visit: (N, F) tokens, routing, budget and leading shape, for listeners to the router's inputs.
     """
     capture: _Capture | None = getattr(module, _ATTRIBUTE, None)
     if capture is None or not capture.listeners or not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return None
-    if torch.compiler.is_compiling() and "visits" not in capture.listeners:
+    if torch.compiler.is_compiling() and "router_inputs" not in capture.listeners:
         probe, _ = _captured_probe(capture.anchor, top_k_index, num_experts, statistics_dtype(dtype), capture.place, _site())
         return probe
     return _notified(capture, top_k_index, num_experts, dtype, visit)
@@ -162,11 +175,11 @@ def probe_for(
 def _notified(capture: _Capture, top_k_index: Tensor, num_experts: int, dtype: torch.dtype, visit: Any) -> Tensor:
     """A probe for this call. Each listener receives the call."""
     probe = torch.zeros(top_k_index.shape, dtype=statistics_dtype(dtype), device=top_k_index.device, requires_grad=True)
-    if "calls" in capture.listeners:
-        capture.listeners["calls"](CapturedCall(top_k_index.detach(), num_experts, probe))
-    if "visits" in capture.listeners:
+    if "surprise" in capture.listeners:
+        capture.listeners["surprise"](CapturedCall(top_k_index.detach(), num_experts, probe))
+    if "router_inputs" in capture.listeners:
         tokens, routing, budget, shape = visit
-        capture.listeners["visits"](Visit(tokens.detach(), routing, probe, budget, shape))
+        capture.listeners["router_inputs"](Visit(tokens.detach(), routing, probe, budget, shape))
     return probe
 
 
@@ -184,9 +197,9 @@ def _captured_probe(
     probe = torch.zeros(top_k_index.shape, dtype=dtype, device=top_k_index.device)
     ticket = next(_tickets)
     capture = _by_place.get(place)
-    if capture is not None and "calls" in capture.listeners:
+    if capture is not None and "surprise" in capture.listeners:
         _by_ticket[ticket] = call = CapturedCall(top_k_index.clone(), num_experts)
-        capture.listeners["calls"](call)
+        capture.listeners["surprise"](call)
     return probe, torch.tensor(ticket, device="cpu")
 
 

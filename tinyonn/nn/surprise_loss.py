@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from ..ops import surprise_min_loss
-from ._options import check_number
+from ..ops._checks import check_number
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Routing, select_by_budget, threshold_route
-from ..ops._dispatch import check_choice, check_size
+from ..ops._checks import check_choice, check_number, check_size
 from ..ops.experts.threshold_route import Combine as SharedCombine
 from ..ops.experts.threshold_route import Form, unit_vectors
-from ._options import check_number
 from ._search import bisect
 from .surprise_budget import Budget
 

@@ -5,20 +5,19 @@ B batch, T queries, H query heads, K key/value heads, D head dim
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ._dispatch import autocast_dtype, check_float, check_impl, check_is_number, check_tensor, choose_impl
+from ._checks import check_float, check_number, check_tensor
+from ._dispatch import Impl, autocast_dtype, check_impl, choose_impl
 
 MAX_HEAD_DIM = 256
-MAX_TRITON_FLOAT32_DIM = 128  # rows of queries, keys and gradients of more do not fit shared memory
-AUTOCAST_FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what autocast changes; it leaves float64
+MAX_TRITON_FLOAT32_DIM = 128  # with more, rows of queries, keys and gradients do not fit shared memory
+AUTOCAST_FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # dtypes that autocast converts
 
 
-def choose_attention_impl(impl: str, query: Tensor) -> str:
-    """`choose_impl`, where `auto` leaves to torch what the kernels do not take."""
+def choose_attention_impl(impl: str, query: Tensor) -> Impl:
+    """`choose_impl`, except that `auto` is torch for tensors that the kernels do not support."""
     wide = query.dtype == torch.float32 and query.shape[-1] > MAX_TRITON_FLOAT32_DIM
     if wide and impl == "auto":
         return "torch"
@@ -31,7 +30,7 @@ def choose_attention_impl(impl: str, query: Tensor) -> str:
 
 
 def checked_heads(impl: str, query: Tensor, **keys: Tensor) -> tuple[Tensor, ...]:
-    """The query and its keys in one dtype. `keys` are keys (B, ·, K, D), K dividing H, and behind each of them its values, if any."""
+    """The query and its keys in one dtype. `keys` are keys (B, ·, K, D), K dividing H, each followed by its values, if any."""
     check_impl(impl)
     query, *tensors = in_one_dtype(query, *keys.values())
     check_float("query", query)
@@ -54,9 +53,9 @@ def checked_heads(impl: str, query: Tensor, **keys: Tensor) -> tuple[Tensor, ...
 
 
 def in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, tensors that differ in precision in that of autocast, as torch's own attention takes them; others as they came.
+    """Converts tensors of different precision to the dtype of autocast, if it is on, as torch's own attention does.
 
-    A projection under autocast gives bfloat16, a rotation or a norm behind it float32.
+    A projection under autocast returns bfloat16; a rotation or norm after it returns float32.
     """
     if not all(isinstance(tensor, Tensor) and tensor.dtype in AUTOCAST_FLOATS for tensor in tensors):
         return tensors
@@ -74,12 +73,9 @@ def order_hint(query: Tensor, key: Tensor) -> str:
     return ": tensors are (B, T, H, D) here; transpose(1, 2) those in scaled_dot_product_attention's order (B, H, T, D)"
 
 
-def check_positive(name: str, value: float) -> float:
-    check_is_number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}.")
-    return float(value)
-
-
 def scale_of(query: Tensor, scale: float | None) -> float:
-    return query.shape[-1] ** -0.5 if scale is None else check_positive("scale", scale)
+    """The factor of the scores; None is D ** -0.5."""
+    if scale is None:
+        return query.shape[-1] ** -0.5
+    check_number("scale", scale, above=0)
+    return float(scale)

@@ -1,17 +1,26 @@
-"""Choice of the implementation, registration of ops, and the checks that all ops share."""
+"""Choice of the implementation, and registration of ops.
+
+Which registration an op uses:
+
+- `register_statistic`: an op that is not differentiable.
+- `register`: an op whose derivative is an op too. `nsa._register.register_differentiable` registers both for the ops of DynNSA.
+- `torch.library.custom_op` itself: an op that writes to an argument, or that differentiates by calling itself, such as `block_norms`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar, get_type_hints, overload
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast, get_type_hints, overload
 
 import torch
 from torch import Tensor
 
+from ._checks import check_choice
+
 IMPLS = ("auto", "triton", "torch", "reference")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Impl = Literal["triton", "torch", "reference"]
 TRITON_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -143,7 +152,7 @@ def check_impl(impl: str) -> None:
     check_choice("impl", impl, IMPLS)
 
 
-def choose_impl(impl: str, tensor: Tensor) -> str:
+def choose_impl(impl: str, tensor: Tensor) -> Impl:
     """Resolves `auto`, and raises an error if an explicit `triton` cannot run; called with real tensors only.
 
     `auto` is triton for CUDA tensors of a dtype that the kernels support, if triton can be imported; otherwise torch.
@@ -162,6 +171,13 @@ def choose_impl(impl: str, tensor: Tensor) -> str:
                 f"impl='triton' needs CUDA tensors, got {tensor.device}: move them to a GPU, pass impl='torch', "
                 "or set TRITON_INTERPRET=1 before the first import to run Triton's interpreter."
             )
+    return cast(Impl, impl)
+
+
+def refuse_reference(op: str, impl: Impl) -> Literal["triton", "torch"]:
+    """ValueError for the reference in a registered op that does not compute it: its derivative would not be that of the reference."""
+    if impl == "reference":
+        raise ValueError(f"impl='reference' is not part of the registered op; call tinyonn.ops.{op}.")
     return impl
 
 
@@ -181,103 +197,10 @@ def _interpreted() -> bool:
 
 
 def refuse_tangents(op: str, *tensors: Tensor | None, remedy: str = "use backward or vjp, or impl='reference'") -> None:
-    """A registered op drops tangents of forward-mode differentiation without a word: its derivative would come out as 0."""
+    """RuntimeError for a forward-mode tangent, which a registered op would drop silently: the derivative would be 0."""
     for tensor in tensors:
         if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"{op} must be differentiated by reverse mode, got a forward-mode tangent: {remedy}.")
-
-
-def check_float(name: str, tensor: Tensor, min_dim: int = 1) -> None:
-    """TypeError or ValueError unless `tensor` is a dense floating-point tensor of at least `min_dim` dimensions."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}.")
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise TypeError(f"{name} must be dense, got {'a nested tensor' if tensor.is_nested else tensor.layout}.")
-    if tensor.dim() < min_dim:
-        raise ValueError(f"{name} must have at least {min_dim} dimension(s), got shape {tuple(tensor.shape)}.")
-
-
-def check_same_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, got {tensor.device}.")
-
-
-def check_tensor(
-    name: str, tensor: Tensor, device: torch.device, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
-) -> None:
-    """`check_float`, and TypeError or ValueError unless the tensor is on the device and has the shape and the dtype, where given."""
-    check_float(name, tensor)
-    check_same_device(name, tensor, device)
-    if dtype is not None and tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}.")
-    if shape is not None and tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}.")
-
-
-def check_mask(name: str, mask: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
-    """TypeError or ValueError unless `mask` is None or a bool tensor of this shape on the device."""
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}.")
-    if tuple(mask.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(mask.shape)}.")
-    check_same_device(name, mask, device)
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
-
-
-def check_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
-
-
-def check_size(name: str, value: int, least: int = 1) -> None:
-    check_int(name, value)
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
-
-
-def check_is_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
-
-
-def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *inputs: Tensor | None) -> None:
-    """TypeError or ValueError unless `out` can hold the result and no gradient is needed."""
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a torch.Tensor, got {type(out).__name__}.")
-    if tuple(out.shape) != tuple(shape):
-        raise ValueError(f"out must have shape {tuple(shape)}, got {tuple(out.shape)}.")
-    if out.dtype != dtype:
-        raise TypeError(f"out must be {dtype}, got {out.dtype}.")
-    check_same_device("out", out, device)
-    if out.numel() and _may_overlap_itself(out):
-        raise ValueError(f"out must not overlap itself in memory, got shape {tuple(out.shape)} with strides {out.stride()}.")
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (out, *inputs)):
-        raise ValueError("out is not differentiable, but it or an input requires grad: detach the tensor or use torch.no_grad().")
-
-
-def _may_overlap_itself(tensor: Tensor) -> bool:
-    """Whether two elements may share memory: False if each stride is larger than the span of all dimensions with smaller strides."""
-    reach = 0
-    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1):
-        if stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
-
-
-def check_no_nan(name: str, tensor: Tensor) -> None:
-    """ValueError if the tensor contains NaN. Reads the whole tensor: for `tinyonn.debug()`."""
-    count = int(tensor.isnan().sum())
-    if count:
-        raise ValueError(f"{name} must not contain NaN, got NaN in {count} of {tensor.numel()} values.")
+            raise RuntimeError(f"{op} does not support forward-mode differentiation: {remedy}.")
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .._io.not_measured import by_reason, without_value
 from .._io.streams import is_stdin
 from ..errors import InputError
 from ..hf.loading import check_fits, load_model
 from ..hf.memory import is_out_of_memory
 from ..mscan import MscanWriter, SequenceRecord
+from ..mscan.not_measured import by_reason, without_value
 from .config import ScanConfig
 from .distributed import World
 from .engine.engine import ScanEngine, SequenceScan
@@ -130,8 +130,8 @@ def run_scan(config: ScanConfig, *, progress: Callable[[ScanProgress], None] | N
         with ScanEngine(model, credit=config.credit, targets=config.targets) as engine:
             sampling = (config.generate, config.temperature, config.top_p, config.seed)
             generator = Generator(model, prepared.tokenizer, prepared.padding, *sampling) if config.generate else None
-            told = {"not_measured": by_reason(engine.not_measured), "unproven": by_reason(engine.unproven)}
-            metadata |= {name: reasons for name, reasons in told.items() if reasons}
+            gaps = {"not_measured": by_reason(engine.not_measured), "unproven": by_reason(engine.unproven)}
+            metadata |= {name: reasons for name, reasons in gaps.items() if reasons}
             writer, scan.path = open_writer(config, world, existing, metadata, engine.layout)
             with writer:
                 scan.run(engine, generator, writer)
@@ -180,7 +180,7 @@ class _Scan:
                     counted |= result.integral.count > 0
             self._seconds += time.perf_counter() - started
             self._report(self.state("scanning"))
-        # Where nothing is finite at all, that is what to tell.
+        # If no value is finite at all, `not_finite` reports that.
         silent = [entry.name for entry in engine.layout if counted.any() and not counted[entry.base : entry.base + entry.blocks].any()]
         self._not_measured = {**by_reason(engine.not_measured), **without_value(silent)}
 
@@ -247,17 +247,16 @@ class _Scan:
 
 
 def _refuse_complete(prepared: Prepared, existing: Existing) -> None:
-    """Raises InputError where nothing is left to scan: in the whole corpus, not in this process's share alone."""
+    """Raises InputError if nothing is left to scan in the whole corpus, not only in this process's share."""
     encoder, counts = prepared.encoder(), TokenCounts()
     for sequence_id, item in zip(prepared.corpus.sequence_ids, prepared.corpus, strict=True):
         if sequence_id not in existing.sequence_ids and encoder.encode(item, counts) is not None:
             return
     if existing.members:
         if not existing.is_whole(prepared.config.output):
-            return  # all is scanned, and a process that had nothing to scan still owes the set its file
+            return  # all is scanned, but a process without sequences has not written its file of the set yet
         raise OutputCompleteError(
-            f"output_path must have something left to scan, {prepared.config.output} is complete with {len(existing.sequence_ids)} "
-            "sequences; use --overwrite to scan again."
+            f"{prepared.config.output} is complete with {len(existing.sequence_ids)} sequences; use --overwrite to scan it again."
         )
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.skipped.items())
     raise InputError(f"dataset_path must hold a text to scan, got none in {prepared.config.dataset_path} ({reasons}).")
@@ -265,18 +264,18 @@ def _refuse_complete(prepared: Prepared, existing: Existing) -> None:
 
 @contextmanager
 def _explained(config: ScanConfig, scan: _Scan) -> Iterator[None]:
-    """Says what to do where memory ran out or the user stopped the scan; the writer is closed by then."""
+    """Adds what to do next to the errors for lack of memory and for Ctrl-C. The writer is closed by then."""
     try:
         yield
     except KeyboardInterrupt as error:
-        rest = "" if is_stdin(config.dataset_path) else "; the same command goes on from there"
+        rest = "" if is_stdin(config.dataset_path) else "; the same command continues from there"
         raise ScanInterrupted(
             f"interrupted: {scan.path} is closed and readable, with {scan.written} sequences of this run{rest}."
         ) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        again = f"the same command with a lower --batch-size (now {config.batch_size}) goes on from there; or start again with"
+        again = f"the same command with a lower --batch-size (now {config.batch_size}) continues from there; or start again with"
         if is_stdin(config.dataset_path):
             again = f"start again with a lower --batch-size (now {config.batch_size}),"
         raise InputError(

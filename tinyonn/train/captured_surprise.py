@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.dyn_moe import DynMoE
-from ..nn.surprise_capture import CapturedCall, captured_calls
+from ..nn.surprise_capture import CapturedCall, captured_calls, is_capturable
 from .surprise_hooks import Call, SurpriseHookManager, unfused_mixtures
 
 
@@ -77,7 +76,7 @@ def capture_surprise(model: nn.Module) -> Iterator[CapturedSurprise]:
         TypeError: the model contains none of them.
         RuntimeError: one of them is captured already.
     """
-    fused = {name: module for name, module in model.named_modules() if isinstance(module, DynMoE) or _runs_here(module)}
+    fused = {name: module for name, module in model.named_modules() if is_capturable(module)}
     unfused = unfused_mixtures(model)
     if not fused and not unfused:
         wanted = "DynMoE, no list of expert modules, and no experts after model.set_experts_implementation('tinyonn')"
@@ -89,8 +88,3 @@ def capture_surprise(model: nn.Module) -> Iterator[CapturedSurprise]:
         if unfused:
             manager.register_hooks(model)
         yield CapturedSurprise({**{name: calls[module] for name, module in fused.items()}, **manager.calls})
-
-
-def _runs_here(module: nn.Module) -> bool:
-    config = getattr(module, "config", None)
-    return hasattr(module, "has_post_expert_norm") and getattr(config, "_experts_implementation", None) == "tinyonn"

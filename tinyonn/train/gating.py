@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .._debug import debug, debug_enabled
-from ..nn._options import check_number
 from ..nn._surrounding import held
 from ..nn.dyn_moe import DynMoE
 from ..nn.expert_statistics import check_mask_shape, check_token_mask
-from ..nn.surprise_capture import Visit, captured_calls, listening
+from ..nn.surprise_capture import Visit, call_listener, captured_calls
 from ..nn.surprise_loss import SurpriseLoss, surprise_loss_of
 from ..ops import Routing
+from ..ops._checks import check_number
 from .mixtures import Mixtures
 from .parallel import average
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def capture(model: nn.Module) -> AbstractContextManager[dict[DynMoE, list[Visit]]]:
     """The calls of each DynMoE layer within the block, with inputs and routing, for losses of your own."""
-    return captured_calls(Mixtures(model).layers.values(), "visits")
+    return captured_calls(Mixtures(model).layers.values(), "router_inputs")
 
 
 class GatingGradients:
@@ -152,19 +152,19 @@ def gating_gradients(
     """
     check_number("weight", weight, at_least=0)
     weighted = surprise_loss_of(surprise_loss, w_ce=w_ce, w_kl=w_kl, temperature=temperature)
-    with teaching(Mixtures(model), token_mask, weight, scaler, weighted) as found:
+    with train_routers(Mixtures(model), token_mask, weight, scaler, weighted) as found:
         yield found
 
 
 @contextmanager
-def teaching(
+def train_routers(
     mixtures: Mixtures, token_mask: Tensor | None, weight: float, scaler: GradScaler | None, surprise_loss: SurpriseLoss
 ) -> Iterator[GatingGradients]:
     """`gating_gradients` for a model whose mixtures are found already."""
     layers = mixtures.layers.values()
     found = GatingGradients(mixtures, token_mask, weight, scaler, surprise_loss)
     with ExitStack() as stack:
-        stack.enter_context(listening(layers, "visits", found._wait))
+        stack.enter_context(call_listener(layers, "router_inputs", found._wait))
         if token_mask is not None:
             check_token_mask(token_mask)
             stack.enter_context(held((layer.surrounding_mask, token_mask) for layer in layers))

@@ -20,10 +20,9 @@ from torch.optim import Optimizer
 
 from .._debug import debug_enabled
 from ..errors import listed
-from ..nn._options import check_number
 from ..nn.surprise_loss import SurpriseLoss, surprise_loss_of
-from ..ops._dispatch import check_size
-from .gating import teaching
+from ..ops._checks import check_number, check_size
+from .gating import train_routers
 from .mixtures import Mixtures
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ class HyperStep:
                 if not last and wrapper is not None:
                     stack.enter_context(wrapper.no_sync())
                 weight = self.gating_weight / self.accumulation_steps
-                gating = stack.enter_context(teaching(self._mixtures, token_mask, weight, self.scaler, self.surprise_loss))
+                gating = stack.enter_context(train_routers(self._mixtures, token_mask, weight, self.scaler, self.surprise_loss))
                 loss = _checked(compute_loss())
                 share = loss / self.accumulation_steps
                 (share if self.scaler is None else self.scaler.scale(share)).backward()
@@ -225,12 +224,14 @@ class HyperStepMixin:
 
     Attributes:
         gating_weight: weight of the routers' losses relative to the main loss.
-        gating_options: a `SurpriseLoss`, or a dict of its numbers.
+        surprise_loss: a `SurpriseLoss`, or a dict of its numbers; None for its defaults.
+        gating_options: earlier name of `surprise_loss`. TypeError if both are set.
         last_gating_loss: mean loss of the routers in the last step.
     """
 
     gating_weight: float = 1.0
-    gating_options: dict[str, float] | SurpriseLoss = SurpriseLoss()
+    surprise_loss: dict[str, float] | SurpriseLoss | None = None
+    gating_options: dict[str, float] | SurpriseLoss | None = None
     last_gating_loss: Tensor | None = None
     _mixtures: Mixtures | None = None
 
@@ -243,12 +244,17 @@ class HyperStepMixin:
             self._mixtures = Mixtures(model)
         if first:
             _warn_if_frozen(self._mixtures)
-        options = self.gating_options
-        surprise_loss = options if isinstance(options, SurpriseLoss) else SurpriseLoss(**options)
+        surprise_loss = self._surprise_loss()
         check_number("gating_weight", self.gating_weight, at_least=0)
         weight = self.gating_weight / trainer.current_gradient_accumulation_steps
         scaler = getattr(trainer.accelerator, "scaler", None)
-        with teaching(self._mixtures, inputs.get("attention_mask"), weight, scaler, surprise_loss) as gating:
+        with train_routers(self._mixtures, inputs.get("attention_mask"), weight, scaler, surprise_loss) as gating:
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         self.last_gating_loss = gating.loss
         return loss
+
+    def _surprise_loss(self) -> SurpriseLoss:
+        if self.surprise_loss is not None and self.gating_options is not None:
+            raise TypeError("gating_options is the earlier name of surprise_loss; set surprise_loss only.")
+        given = self.gating_options if self.surprise_loss is None else self.surprise_loss
+        return given if isinstance(given, SurpriseLoss) else SurpriseLoss(**(given or {}))

@@ -1,4 +1,4 @@
-"""The DynMoE layers of a model, found once, and the wrapper that synchronises its gradients."""
+"""The DynMoE layers of a model, found again where its modules change, and the wrapper that synchronises its gradients."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..ops._torch_norms import row_norms
 from ..ops.experts._torch_experts import stored_surprise
-from ..ops.statistics._torch_norms import row_norms
 
 LAST_LAYERS = ("w2", "down_proj")
 ROUTERS = ("router", "gate")

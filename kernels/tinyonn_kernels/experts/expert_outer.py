@@ -46,9 +46,7 @@ def _expert_outer_kernel(
     offsets_ptr,
     num_slots,
     stride_rn,
-    stride_oe,
-    stride_oj,
-    stride_of,
+    out_strides,
     HALF: tl.constexpr,
     LEFT_SUM: tl.constexpr,
     RIGHT_SUM: tl.constexpr,
@@ -60,6 +58,7 @@ def _expert_outer_kernel(
     DEPTH: tl.constexpr,
 ):
     # One program owns LINES * COLUMNS of one expert's matrix.
+    stride_oe, stride_oj, stride_of = out_strides
     lines: tl.constexpr = (INNER + LINES - 1) // LINES if INNER > 0 else 1  # the bias remains without neurons
     columns: tl.constexpr = (FEATURES + COLUMNS - 1) // COLUMNS
     expert = tl.program_id(0) // (lines * columns)
@@ -131,7 +130,7 @@ def expert_outer(
         pairs.offsets,
         weights.shape[1],
         right.stride(0),
-        *out.stride(),
+        out.stride(),
         HALF=inner // 2 if interleaved else 0,
         LEFT_SUM=left_sum is not None,
         RIGHT_SUM=right_sum is not None,

@@ -51,26 +51,14 @@ def _interval_dkv_kernel(
     reach,
     scale,
     scale_log2,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    stride_split,
-    stride_db,
+    q_strides,
+    k_strides,
+    v_strides,
+    do_strides,
+    dk_strides,
     stride_sb,
-    stride_wb,
-    stride_wt,
-    stride_wh,
-    stride_gb,
-    stride_gt,
+    weight_strides,
+    bounds_strides,
     COMPRESSED: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -83,6 +71,13 @@ def _interval_dkv_kernel(
     KEYS: tl.constexpr,
 ):
     # One program owns KEYS keys of one head, and one part of the rows that can see them.
+    stride_qb, stride_qt, stride_qh = q_strides
+    stride_kb, stride_kt, stride_kh = k_strides
+    stride_vb, stride_vt, stride_vh = v_strides
+    stride_ob, stride_ot, stride_oh = do_strides
+    stride_split, stride_db = dk_strides
+    stride_wb, stride_wt, stride_wh = weight_strides
+    stride_gb, stride_gt = bounds_strides
     batch = (tl.program_id(2) // num_kv).to(tl.int64)
     head = tl.program_id(2) % num_kv
     n0 = tl.program_id(0) * KEYS
@@ -186,14 +181,14 @@ def interval_attention_dkv(
         reach,
         scale,
         scale * LOG2E,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *grad_out.stride()[:3],
-        *grads[0].stride()[:2],
+        query.stride()[:3],
+        key.stride()[:3],
+        value.stride()[:3],
+        grad_out.stride()[:3],
+        grads[0].stride()[:2],
         lse.stride(0),
-        *((0, 0, 0) if weight is None else weight.stride()),
-        *geometry.start.stride(),
+        (0, 0, 0) if weight is None else weight.stride(),
+        geometry.start.stride(),
         COMPRESSED=compressed,
         PACKED=geometry.packed,
         HAS_WEIGHT=weight is not None,

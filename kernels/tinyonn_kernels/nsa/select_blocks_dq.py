@@ -83,21 +83,13 @@ def _select_dq_kernel(
     temperature,
     scale,
     scale_log2,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
+    q_strides,
+    k_strides,
     stride_sb,
-    stride_hb,
-    stride_ht,
-    stride_hh,
+    threshold_strides,
     stride_cb,
-    stride_db,
-    stride_dt,
-    stride_gb,
-    stride_gt,
+    dq_strides,
+    bounds_strides,
     SCORES: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -115,6 +107,11 @@ def _select_dq_kernel(
     LOCAL: tl.constexpr,
 ):
     # One program owns one tile after another: QUERIES queries of one key/value head, PADDED rows each.
+    stride_qb, stride_qt, stride_qh = q_strides
+    stride_kb, stride_kt, stride_kh = k_strides
+    stride_hb, stride_ht, stride_hh = threshold_strides
+    stride_db, stride_dt = dq_strides
+    stride_gb, stride_gt = bounds_strides
     COMPRESS: tl.constexpr = BLOCK_SIZE // RATIO
     ROWS: tl.constexpr = QUERIES * PADDED
     per_head = tl.cdiv(num_queries, QUERIES)
@@ -257,13 +254,13 @@ def select_blocks_dq(
         temperature,
         scale,
         scale * LOG2E,
-        *query.stride()[:3],
-        *key.stride()[:3],
+        query.stride()[:3],
+        key.stride()[:3],
         lse.stride(0),
-        *threshold.stride(),
+        threshold.stride(),
         counts.stride(0),
-        *((0, 0) if grad_query is None else grad_query.stride()[:2]),
-        *geometry.start.stride(),
+        (0, 0) if grad_query is None else grad_query.stride()[:2],
+        geometry.start.stride(),
         SCORES=grad_query is not None,
         ACCUMULATE=accumulate,
         PACKED=geometry.packed,

@@ -104,19 +104,12 @@ def _select_fwd_kernel(
     before,
     temperature,
     scale_log2,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
+    q_strides,
+    k_strides,
     stride_sb,
-    stride_hb,
-    stride_ht,
-    stride_hh,
+    threshold_strides,
     stride_cb,
-    stride_gb,
-    stride_gt,
+    bounds_strides,
     PACKED: tl.constexpr,
     IEEE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -132,6 +125,10 @@ def _select_fwd_kernel(
     LOCAL: tl.constexpr,
 ):
     # One program owns one tile after another: QUERIES queries of one key/value head, PADDED rows each.
+    stride_qb, stride_qt, stride_qh = q_strides
+    stride_kb, stride_kt, stride_kh = k_strides
+    stride_hb, stride_ht, stride_hh = threshold_strides
+    stride_gb, stride_gt = bounds_strides
     COMPRESS: tl.constexpr = BLOCK_SIZE // RATIO
     per_head = tl.cdiv(num_queries, QUERIES)
     lane = tl.arange(0, QUERIES)
@@ -307,12 +304,12 @@ def select_blocks_fwd(
         geometry.before,
         temperature,
         scale * LOG2E,
-        *query.stride()[:3],
-        *key.stride()[:3],
+        query.stride()[:3],
+        key.stride()[:3],
         lse.stride(0),
-        *threshold.stride(),
+        threshold.stride(),
         counts.stride(0),
-        *geometry.start.stride(),
+        geometry.start.stride(),
         PACKED=geometry.packed,
         IEEE=query.dtype == torch.float32,
         GROUP=group,

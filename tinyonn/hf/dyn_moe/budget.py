@@ -1,4 +1,4 @@
-"""`surprise_budget` as a keyword of a converted model, whose layers would hand none on to their mixtures."""
+"""`surprise_budget` as a keyword of a converted model. Its layers would not pass the keyword to their mixtures."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ KEYWORD = "surprise_budget"
 
 
 def take_surprise_budget(model: PreTrainedModel) -> None:
-    """Gives the model, and the one without a head that it holds, a `forward` that takes the keyword.
+    """Gives the model and its base model a `forward` that takes the keyword.
 
-    One that routes by threshold too, where it can only be an error: layers of transformers take any word and drop what they do not know.
+    Models that route by threshold get it too, and raise an error for the keyword: layers of transformers ignore unknown keywords.
     """
     for part in dict.fromkeys((model, model.base_model)):
         if forward_around(part, BudgetForward)[0] is None:
@@ -31,7 +31,7 @@ def take_surprise_budget(model: PreTrainedModel) -> None:
 class BudgetForward(ForwardAround):
     @property
     def __signature__(self) -> inspect.Signature:
-        """With the keyword, for `generate` and Trainer look there for what a model takes."""
+        """With the keyword, because `generate` and Trainer read the accepted arguments from the signature."""
         own = super().__signature__
         parameters = [parameter for parameter in own.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
         others = [parameter for parameter in own.parameters.values() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
@@ -48,7 +48,7 @@ class BudgetForward(ForwardAround):
             return self.inner(*args, **kwargs)
 
     def _token_mask(self, given: dict[str, Any]) -> Tensor | None:
-        """(B, T), which tokens the mixtures' statistics count: those of the attention mask, unless a surrounding `token_mask_of` says."""
+        """(B, T), tokens that the mixtures' statistics count, from the attention mask; None under a surrounding `token_mask_of`."""
         mask, tokens = given.get("attention_mask"), tokens_of(given)
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point() or tokens is None:
             return None
@@ -58,7 +58,7 @@ class BudgetForward(ForwardAround):
 
 
 def carry_through_checkpoints(model: nn.Module) -> None:
-    """Lets layers that transformers checkpoints take the budget of their forward along; again after it was enabled anew."""
+    """Makes checkpointed layers of transformers recompute with the budget of their forward. Enabling checkpointing undoes it."""
     for module in list(model.modules()):
         function = getattr(module, "_gradient_checkpointing_func", None)
         if function is not None and not isinstance(function, CarryingCheckpoint):
@@ -66,7 +66,7 @@ def carry_through_checkpoints(model: nn.Module) -> None:
 
 
 class CarryingCheckpoint:
-    """A layer's checkpointing function, under which the layer runs again with the budget that it had."""
+    """A layer's checkpointing function. Recomputation uses the budget of the forward."""
 
     def __init__(self, layer: nn.Module, inner: Callable[..., Any]) -> None:
         self.layer, self.inner = layer, inner

@@ -2,8 +2,9 @@
 
 N tokens, F features, E experts
 
-What an expert gives a token, ‖o‖, is known in a sample by running all of them. Prototypes are the directions that tell it best (ridge
-regression on the directions of the tokens), and thresholds let each expert have as many tokens as it has among the k largest of each.
+The contribution of an expert to a token is the norm of its output, ‖o‖; all experts run on a sample to measure it. Prototypes are the
+directions that best predict it, by ridge regression on the directions of the tokens. With its threshold, an expert gets as many tokens as
+count it among their k largest contributions.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ...nn import DynMoE, ThresholdRouter
 from ...nn._search import bisect
 from ...nn.threshold_router import cosines, mean_experts
 from ...ops._dispatch import autocast_off
-from ...ops.experts._torch_experts import activate
+from ...ops.experts._activations import activate
 from ...ops.experts._tuples import Layout
 from .._converted import converted_model, recorded
 from ..interfaces import gradients_kept, modes_kept
@@ -34,17 +35,17 @@ from ..peft_parts import active, active_modules, adapter_of, keep_in_adapter, ru
 from .options import DynMoEOptions
 from .saving import DYN_MOE
 
-OPEN = -2.0  # a threshold that every cosine passes
-RIDGE = 0.3  # of the mean variance of a feature: a sample has few tokens beside features
+OPEN = -2.0  # threshold below every cosine
+RIDGE = 0.3  # relative to the mean variance of a feature; a sample has few tokens per feature
 
 
 def mixtures(model: nn.Module) -> dict[str, DynMoE]:
-    """The mixtures of a model by name; under PEFT those that run."""
+    """The mixtures of a model by name; under PEFT, the active ones."""
     return {name: module for name, module in active_modules(model).items() if isinstance(module, DynMoE)}
 
 
 def router_of(module: DynMoE) -> ThresholdRouter:
-    """The router that runs, also where PEFT has wrapped it."""
+    """The active router, also if PEFT has wrapped it."""
     router: ThresholdRouter = active(module.router)
     return router
 
@@ -91,21 +92,21 @@ def calibrate_experts(
     """
     converted = converted_model(model, DYN_MOE) if isinstance(model, nn.Module) else None
     if converted is None:
-        raise InputError(f"model must be converted by convert_mlp_to_dynmoe, got {type(model).__name__} that was not.")
+        raise InputError(f"model must be converted by convert_mlp_to_dynmoe, got an unconverted {type(model).__name__}.")
     conversion = recorded(converted.config)[DYN_MOE]
     options = DynMoEOptions(**conversion["options"])
     if options.routing != "threshold":
-        raise InputError(f"model must route by threshold to be calibrated, got routing={options.routing!r}; choose a budget instead.")
+        raise InputError(f"routing must be 'threshold' to calibrate a model, got {options.routing!r}; choose a budget instead.")
     bounds: dict[str, Any] = {
         "target_k": target_k,
         "min_experts": min_experts,
         "max_experts": options.num_experts if max_experts is None else max_experts,
     }
-    replace(options, **bounds)  # checked before a layer is touched
+    replace(options, **bounds)  # checks them before a layer is changed
     check_sample(model, sample)
     if any(conversion["options"][key] != value for key, value in bounds.items()) and adapter_of(model) is not None:
         warnings.warn(
-            f"{', '.join(bounds)} are saved with the base model, not with an adapter: save the base model again, or calibrate it before "
+            f"{', '.join(bounds)} are saved with the base model, not with an adapter; save the base model again, or calibrate it before "
             "get_peft_model.",
             stacklevel=2,
         )
@@ -114,7 +115,7 @@ def calibrate_experts(
         live = int(router_of(module).expert_mask.sum())
         if target_k > live:
             raise ValueError(f"target_k must be at most {live}, the live experts of {name}, got {target_k}.")
-        if sample.numel() < (needed := math.ceil(live / target_k)):  # not every expert has a token of those that are to choose it
+        if sample.numel() < (needed := math.ceil(live / target_k)):  # an expert would get no token
             raise ValueError(
                 f"sample is too short for target_k={target_k} of {live} experts: it has {counted(sample.numel(), 'token')}, and needs at "
                 f"least {needed:,}, better a few thousand."
@@ -168,9 +169,12 @@ def check_sample(model: PreTrainedModel, sample: Tensor) -> None:
 
 
 def run_sample(model: PreTrainedModel, sample: Tensor, layers: dict[str, nn.Module], act: Callable[[str, nn.Module, Tensor], None]) -> None:
-    """Runs the model, without its head, in eval mode; `act` is given each layer and its input, (N, F), before the layer runs.
+    """Runs the model without its head, in eval mode. Before each layer runs, calls `act` with its name, the layer and its input, (N, F).
 
-    The model runs under autocast where the caller does, `act` in the precision of what it is given.
+    The caller's autocast applies to the model, not to `act`.
+
+    Raises:
+        InputError: an input is not finite, or the sample did not reach a layer.
     """
     missed = set(layers)
     with ExitStack() as stack:
@@ -178,7 +182,7 @@ def run_sample(model: PreTrainedModel, sample: Tensor, layers: dict[str, nn.Modu
 
             def before(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 x = args[0].reshape(-1, args[0].shape[-1])
-                check_finite(f"{name} must be given finite numbers by the sample", x)
+                check_finite(f"inputs of {name}", x)
                 with torch.no_grad(), autocast_off(x):
                     act(name, module, x)
                 missed.discard(name)
@@ -189,27 +193,27 @@ def run_sample(model: PreTrainedModel, sample: Tensor, layers: dict[str, nn.Modu
             model.base_model(sample.to(model.device), use_cache=False)
     if missed:
         first = next(name for name in layers if name in missed)
-        raise InputError(f"{first} must run when the model is given token ids, got a sample that did not reach it.")
+        raise InputError(f"the sample did not reach {first}, which must run in every forward.")
 
 
-def check_finite(rule: str, x: Tensor) -> None:
+def check_finite(what: str, x: Tensor) -> None:
     if bad := int((~x.isfinite()).any(-1).sum()):
-        raise InputError(f"{rule}, got NaN or infinity in {bad} of {len(x)} tokens.")
+        raise InputError(f"{what} contain NaN or infinity in {bad} of {len(x)} tokens of the sample.")
 
 
 def contributions(name: str, module: DynMoE, hidden_states: Tensor) -> Tensor:
-    """(N, F) -> (N, E) float32: the norm of what each expert gives each token, were all to run; InputError where that is not finite."""
+    """(N, F) -> (N, E) float32, norm of the output of every expert for every token. InputError if one is not finite."""
     layout = Layout(module.activation, module.gated, False, False)
     x = hidden_states.to(module.down_proj.dtype)
     biases = [None] * len(module.down_proj) if module.gate_up_bias is None else module.gate_up_bias
     experts = zip(module.gate_up_proj, biases, module.down_proj, strict=True)
     given = torch.stack([(activate(functional.linear(x, up, bias), layout) @ down.T).float().norm(dim=-1) for up, bias, down in experts], 1)
-    check_finite(f"experts of {name} must give finite numbers for the sample", given)
+    check_finite(f"outputs of the experts of {name}", given)
     return given
 
 
 def fit_prototypes(router: ThresholdRouter, hidden_states: Tensor, given: Tensor) -> None:
-    """Prototypes from which the cosine tells best what each expert gives: (N, F), and `given` (N, E) of `contributions`."""
+    """Sets the prototypes whose cosines with tokens, (N, F), best predict `given`, the (N, E) of `contributions`."""
     x = functional.normalize(hidden_states.double(), dim=-1)
     x, y = x - x.mean(0), given.double() - given.double().mean(0)
     gram = x.T @ x
@@ -218,7 +222,7 @@ def fit_prototypes(router: ThresholdRouter, hidden_states: Tensor, given: Tensor
 
 
 def fit_thresholds(router: ThresholdRouter, hidden_states: Tensor, given: Tensor) -> None:
-    """Thresholds at which an expert has the share of tokens that it has among the k largest contributions of each."""
+    """Sets thresholds with which an expert gets as many tokens as count it among their k largest contributions."""
     k = max(1, round(router.target_k))
     given = torch.where(router.expert_mask, given, -1.0)
     chosen = torch.zeros_like(given).scatter_(1, given.topk(k, dim=1).indices, 1.0)
@@ -230,7 +234,7 @@ def fit_thresholds(router: ThresholdRouter, hidden_states: Tensor, given: Tensor
 
 
 def shift_thresholds(router: ThresholdRouter, hidden_states: Tensor) -> float:
-    """Moves all thresholds together to `target_k` experts a token on average; gives the mean reached, in the precision of thresholds."""
+    """Shifts all thresholds to `target_k` experts per token on average. Returns the mean reached, in the precision of thresholds."""
     cosine = torch.where(router.expert_mask, cosines(router, hidden_states), -torch.inf)
     start = router.thresholds.clone()
 

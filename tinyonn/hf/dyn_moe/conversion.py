@@ -19,12 +19,12 @@ from ..guard import replace_module
 from ..interfaces import modes_kept
 from .budget import take_surprise_budget
 from .calibration import OPEN, check_finite, check_sample, contributions, fit_prototypes, mixtures, run_sample
-from .mlps import WANTED, DenseMLP, dense_mlps
+from .mlps import DenseMLP, dense_mlps
 from .options import DynMoEOptions, LayerSizes, build
 from .partition import coactive_neurons, neurons_in_order
 from .saving import DYN_MOE
 
-# Largest relative error of a layer on random input that rounding explains.
+# Largest relative error of a layer on random input that can be due to rounding.
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
@@ -88,7 +88,7 @@ def convert_mlp_to_dynmoe(
     def convert(name: str, module: nn.Module, x: Tensor) -> None:
         mlp = layers[name]
         hidden = mlp.hidden(x.to(mlp.output.dtype))
-        check_finite(f"neurons of {name} must be finite for the sample", hidden)
+        check_finite(f"neurons of {name}", hidden)
         converted[name] = _mixture(mlp, options, coactive_neurons(hidden, num_experts))
         fit_prototypes(converted[name].router, x, contributions(name, converted[name], x))
 
@@ -110,7 +110,7 @@ def convert_mlp_to_dynmoe(
 
 def _checked_layers(model: PreTrainedModel, num_experts: int) -> dict[str, DenseMLP]:
     if mixtures(model):
-        raise InputError(f"model must have {WANTED}, got a DynMoE in {next(iter(mixtures(model)))}: it was converted before.")
+        raise InputError(f"model was converted before: {next(iter(mixtures(model)))} is a DynMoE.")
     layers = dense_mlps(model)
     for name, mlp in layers.items():
         if len(mlp.inputs[0]) % num_experts:
@@ -125,7 +125,7 @@ def _sizes(mlp: DenseMLP, num_experts: int) -> LayerSizes:
 
 
 def _mixture(mlp: DenseMLP, options: DynMoEOptions, groups: Tensor) -> DynMoE:
-    """The MLP as experts of those neurons, (E, C), all of them active."""
+    """The MLP as a mixture with an expert for each row of `groups`, (E, C) neuron indices; all experts are active."""
     weight = mlp.output
     module = build(options, _sizes(mlp, options.num_experts), device=weight.device, dtype=weight.dtype)
     groups = groups.to(weight.device)
@@ -133,17 +133,17 @@ def _mixture(mlp: DenseMLP, options: DynMoEOptions, groups: Tensor) -> DynMoE:
     module.down_proj.copy_(mlp.output[:, groups].transpose(0, 1))
     if module.gate_up_bias is not None and module.down_bias is not None:
         module.gate_up_bias.copy_(torch.cat([part[groups] for part in mlp.input_biases], 1))
-        module.down_bias.zero_()  # the MLP's own is given once, whatever a token's experts
+        module.down_bias.zero_()  # `output_bias` adds the MLP's bias once per token
     if module.output_bias is not None and mlp.output_bias is not None:
         module.output_bias.copy_(mlp.output_bias)
     module.router.thresholds.fill_(OPEN)
     module.router.prototypes.copy_(functional.normalize(mlp.inputs[0][groups].float().sum(1), dim=-1))
-    _ask_for_gradients(module, mlp)
+    _copy_requires_grad(module, mlp)
     return module
 
 
-def _ask_for_gradients(module: DynMoE, mlp: DenseMLP) -> None:
-    """Each part where its own in the MLP did; gate and up, which are one part of the mixture, where either did."""
+def _copy_requires_grad(module: DynMoE, mlp: DenseMLP) -> None:
+    """Parameters of the mixture require gradients if their sources in the MLP do; gate and up, one parameter here, if either does."""
     output_bias = () if mlp.output_bias is None else (mlp.output_bias,)
     parts = (
         (module.gate_up_proj, mlp.inputs), (module.down_proj, (mlp.output,)), (module.gate_up_bias, mlp.input_biases),
@@ -155,7 +155,7 @@ def _ask_for_gradients(module: DynMoE, mlp: DenseMLP) -> None:
 
 
 def _prove(name: str, module: nn.Module, mixture: DynMoE) -> None:
-    """A module may have the layers of an MLP and compute something else with them."""
+    """InputError if the mixture's output differs: a module can have the layers of an MLP and compute something else with them."""
     weight = mixture.down_proj
     x = torch.randn(1, 8, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
     with modes_kept(module):
@@ -165,6 +165,7 @@ def _prove(name: str, module: nn.Module, mixture: DynMoE) -> None:
     mixture.reset_statistics()
     limit = _LIMITS[weight.dtype]
     if not error <= limit:
+        layers = "gate_proj, up_proj, down_proj" if mixture.gated else "c_fc, c_proj"
         raise InputError(
-            f"{name} must compute what its weights say to be converted, got an error of {error:.2g} from {type(module).__name__}."
+            f"{name} cannot be converted: the output of {type(module).__name__} differs from that of {layers} by a relative {error:.2g}."
         )

@@ -1,4 +1,4 @@
-"""Dense MLPs found in a model: by the names of their layers, whatever the class, and proved by what they compute.
+"""Dense MLPs of a model, found by the names of their layers, for any class. `conversion` checks their outputs.
 
 F features, I neurons
 """
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import InputError, listed
+from ...ops.experts._activations import activate
 from ...ops.experts._checks import LIMITS
-from ...ops.experts._torch_experts import activate
 from ...ops.experts._tuples import Layout
 from ...ops.experts.expert_mlp import Activation
 
@@ -24,15 +24,15 @@ _MLP_NAMES = ("mlp", "ffn", "feed_forward", "feedforward", "ff")
 
 
 class DenseMLP(NamedTuple):
-    """Weights of one MLP as of `nn.Linear`; they are the model's own, not copies.
+    """Weights of one MLP in the layout of `nn.Linear`; they are the model's own, not copies.
 
     Attributes:
-        inputs: of (I, F), gate and up, or the one before the activation.
-        input_biases: as many of (I,), or empty.
-        output: (F, I).
+        inputs: weights of (I, F), gate and up, or the one before the activation.
+        input_biases: one bias of (I,) per weight, or empty.
+        output: (F, I), weight after the activation.
         output_bias: (F,) or None.
-        activation: of `ops.expert_mlp`.
-        dropout: of the output.
+        activation: activation of `ops.expert_mlp`.
+        dropout: dropout probability of the output.
     """
 
     inputs: tuple[Tensor, ...]
@@ -47,7 +47,7 @@ class DenseMLP(NamedTuple):
         return len(self.inputs) == 2
 
     def hidden(self, x: Tensor) -> Tensor:
-        """(N, F) -> (N, I), what enters the last product."""
+        """(N, F) -> (N, I), input of the last product."""
         biases = self.input_biases or (None,) * len(self.inputs)
         pre = [nn.functional.linear(x, weight, bias) for weight, bias in zip(self.inputs, biases, strict=True)]
         return activate(torch.cat(pre, -1), Layout(self.activation, self.gated, False, False))
@@ -57,13 +57,13 @@ def dense_mlps(model: nn.Module) -> dict[str, DenseMLP]:
     """The dense MLPs of a model by name.
 
     Raises:
-        InputError: it has a mixture already, none of the MLPs that are looked for, one whose weights, biases or activation do not fit, or
-            two that share weights.
+        InputError: the model has a mixture, no MLP of a supported kind, an MLP whose weights, biases or activation are not supported, or
+            MLPs that share weights.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     mixture = next((name for name in modules if name.split(".")[-1] == "experts"), None)
     if mixture is not None:
-        raise InputError(f"model must have dense MLPs to be converted, got a mixture in {mixture}.")
+        raise InputError(f"model cannot be converted: it has a mixture already, {mixture}.")
     found, others = {}, []
     owner: dict[int, str] = {}
     for name, module in modules.items():
@@ -73,11 +73,13 @@ def dense_mlps(model: nn.Module) -> dict[str, DenseMLP]:
             found[name] = _read(name, module, layers)
             for parameter in (parameter for layer in layers for parameter in children[layer].parameters()):
                 if (other := owner.setdefault(id(parameter), name)) != name:
-                    raise InputError(f"{name} must have weights of its own to be converted, got some of {other}.")
+                    raise InputError(f"{name} cannot be converted: it shares weights with {other}.")
         elif name.split(".")[-1] in _MLP_NAMES and children:
             others.append(f"{name} with {listed(children)}")
-    if others or not found:
-        raise InputError(f"{type(model).__name__} must have {WANTED} alone to be converted, got {others[0] if others else 'none'}.")
+    if others:
+        raise InputError(f"{type(model).__name__} cannot be converted: it must have only {WANTED}, got {others[0]}.")
+    if not found:
+        raise InputError(f"{type(model).__name__} cannot be converted: it has no {WANTED}.")
     return found
 
 
@@ -89,14 +91,14 @@ def _read(name: str, module: nn.Module, layers: tuple[str, ...]) -> DenseMLP:
         if type(child) not in (nn.Linear, Conv1D):
             kind = type(child)
             raise InputError(
-                f"{name}.{layer} must be a Linear of torch or a Conv1D of transformers, got {kind.__name__} of {kind.__module__}: convert "
-                "MLPs before quantising the model or adding adapters; a converted model can be loaded quantised."
+                f"{name}.{layer} must be a Linear of torch or a Conv1D of transformers, got {kind.__name__} of {kind.__module__}; convert "
+                "MLPs before quantising the model or adding adapters. A converted model can be loaded quantised."
             )
         weights.append(child.weight.T if isinstance(child, Conv1D) else child.weight)
         biases.append(child.bias)
     with_bias = [bias is not None for bias in biases[:-1]]
     if any(with_bias) != all(with_bias):
-        raise InputError(f"{name} must have biases for both of gate_proj and up_proj or for none, got one.")
+        raise InputError(f"{name} cannot be converted: only one of gate_proj and up_proj has a bias.")
     dropout: Any = getattr(module, "dropout", None)
     return DenseMLP(
         inputs=tuple(weights[:-1]),
@@ -110,14 +112,14 @@ def _read(name: str, module: nn.Module, layers: tuple[str, ...]) -> DenseMLP:
 
 @torch.no_grad()
 def _activation_of(name: str, module: nn.Module, device: torch.device) -> Activation:
-    """Told by what it does to a few numbers, not by its name."""
+    """The activation, identified by its values on a few numbers, not by its name."""
     own: Any = getattr(module, "act_fn", None) or getattr(module, "act", None)
     if not callable(own):
-        raise InputError(f"{name} must have an activation act_fn or act, got neither.")
+        raise InputError(f"{name} cannot be converted: it has no activation called act_fn or act.")
     x = torch.linspace(-11.3, 12.9, 96, device=device)
     given = own(x).double()
-    known = [activation for activation in get_args(Activation) if activation not in LIMITS]  # dense MLPs clamp nothing
+    known = [activation for activation in get_args(Activation) if activation not in LIMITS]  # dense MLPs do not clamp
     for activation in known:
         if torch.allclose(activate(x.double(), Layout(activation, False, False, False)), given, rtol=1e-4, atol=1e-5):
             return activation
-    raise InputError(f"{name} must have one of the activations {', '.join(known)}, got {type(own).__name__}.")
+    raise InputError(f"activation of {name} must be one of {', '.join(known)}, got {type(own).__name__}.")

@@ -9,9 +9,8 @@ import torch
 
 from ...errors import InputError, reason
 from ...nn import DynMoE
-from ...nn._options import check_number
 from ...nn.dyn_moe import GatingLoss, RoutingKind
-from ...ops._dispatch import check_size
+from ...ops._checks import check_number, check_size
 from ...ops.experts.expert_mlp import SurpriseKind
 from .._converted import check_fields
 

@@ -1,4 +1,4 @@
-"""Neurons of an MLP into equal groups: those that are active together into one.
+"""Division of the neurons of an MLP into groups of equal size; neurons that are active together share a group.
 
 N tokens, I neurons, E groups, C = I / E neurons of each
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-STEPS = 20  # of k-means; assignments hardly change after ten
+STEPS = 20  # steps of k-means; assignments hardly change after ten
 
 
 def neurons_in_order(num_neurons: int, num_groups: int) -> Tensor:
@@ -18,13 +18,13 @@ def neurons_in_order(num_neurons: int, num_groups: int) -> Tensor:
 
 
 def coactive_neurons(activations: Tensor, num_groups: int) -> Tensor:
-    """Balanced k-means of neurons by how their strengths rise and fall together over a sample of tokens.
+    """Groups of equal size by balanced k-means on the correlation of neurons over a sample of tokens.
 
-    Each neuron's strengths |a| are centred over tokens and scaled to length 1, so that the product of two neurons is their correlation.
-    A group's centre is the direction of its sum. Deterministic: centres start from neurons drawn with a fixed seed.
+    The absolute activations of each neuron are centred over tokens and scaled to length 1, so the product of two neurons is their
+    correlation. A group's centre is the direction of its sum. Deterministic: initial centres are neurons drawn with a fixed seed.
 
     Args:
-        activations: (N, I), what enters the down projection.
+        activations: (N, I), inputs of the down projection.
         num_groups: E, which divides I.
 
     Returns:
@@ -50,27 +50,29 @@ def coactive_neurons(activations: Tensor, num_groups: int) -> Tensor:
 
 
 def balanced_assignment(similarity: Tensor) -> Tensor:
-    """A group for each row, equally many rows in each: the most similar pair first, as long as the group has room.
+    """Assignment of rows to groups of equal size. It equals the greedy one, which takes the most similar free pair first.
 
-    All pairs are settled together: each row asks the group it likes best of those that have not turned it away, and a group keeps the
-    most similar of those that ask. Both sides rank by one similarity, so this ends where taking pairs one by one would.
+    Computed by deferred acceptance: each row proposes to the most similar group that has not rejected it, and a group keeps its most
+    similar proposals. Rows and groups rank by the same similarity, so the stable assignment is the greedy one.
 
     Args:
         similarity: (I, E), E divides I.
 
     Returns:
-        (I,) int64.
+        (I,) int64, group of each row.
+
+    Source: Gale and Shapley, "College admissions and the stability of marriage", American Mathematical Monthly 69, 1962.
     """
     rows, groups = similarity.shape
     room = rows // groups
-    wishes = similarity.clone()
+    open_similarity = similarity.clone()
     while True:
-        value, choice = wishes.max(1)
+        value, choice = open_similarity.max(1)
         order = value.argsort(descending=True, stable=True)
-        order = order[choice[order].argsort(stable=True)]  # by group, within it from the most similar on
-        asked = torch.bincount(choice, minlength=groups)
-        rank = torch.arange(rows, device=order.device) - (asked.cumsum(0) - asked)[choice[order]]
-        refused = order[rank >= room]
-        if not len(refused):
+        order = order[choice[order].argsort(stable=True)]  # by group, then from most to least similar
+        proposals = torch.bincount(choice, minlength=groups)
+        rank = torch.arange(rows, device=order.device) - (proposals.cumsum(0) - proposals)[choice[order]]
+        rejected = order[rank >= room]
+        if not len(rejected):
             return choice
-        wishes[refused, choice[refused]] = -torch.inf
+        open_similarity[rejected, choice[rejected]] = -torch.inf

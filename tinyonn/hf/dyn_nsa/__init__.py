@@ -1,16 +1,16 @@
 """DynNSA in models of transformers: `attn_implementation="dyn_nsa"`, and conversion of a trained model.
 
-Importing this package registers three things: an attention function and the masks it takes, both named "dyn_nsa", with transformers; and
-what rebuilds the parts of converted models, with `hf._converted`.
+Importing this package registers an attention function and its mask function with transformers, both named "dyn_nsa", and the builder of
+converted models with `hf._converted`.
 
-    parts        what conversion adds, found in a model: statistics, budget loss
-    options      checked before a model is touched
-    masks        where each row begins and ends
-    decoding     blocks compressed once for a cache
+    parts        access to the added parts of a model: statistics, budget loss
+    options      checks of options, before a model is changed
+    masks        the mask function: bounds of rows and sequences
+    decoding     compressed blocks, kept between forwards with a cache
     attention    the attention function
-    hooks        what a converted model does before and after its forward
-    saving       the parts from the record in a configuration
-    conversion   convert_attention, and back
+    hooks        steps before and after the forward of a converted model
+    saving       construction of the parts from the record in a configuration
+    conversion   convert_attention, revert_attention
     observing    measurements on the layers while a sample runs
     calibration  thresholds for a budget, without training
     distillation compressed keys taught by the model's own attention
@@ -20,7 +20,7 @@ what rebuilds the parts of converted models, with `hf._converted`.
 from typing import TYPE_CHECKING
 
 from ..._lazy import lazy_exports
-from . import saving  # for what it registers
+from . import saving as _saving  # noqa: F401  # registers the conversion
 from .attention import dyn_nsa_attention
 from .calibration import calibrate
 from .conversion import convert_attention, revert_attention
@@ -43,9 +43,8 @@ __all__ = [
     "dyn_nsa_mask",
     "parameter_groups",
     "revert_attention",
-    "saving",
     "statistics",
 ]
 
-# Its base class, a Trainer's callback, makes transformers import PEFT and with it bitsandbytes: seconds, and lines on the terminal.
+# Lazy: the base class, a Trainer's callback, makes transformers import PEFT and bitsandbytes, which takes seconds and prints lines.
 __getattr__, __dir__, _ = lazy_exports(__name__, {"BudgetSchedule": "schedule"})

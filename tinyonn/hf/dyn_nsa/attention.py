@@ -1,9 +1,9 @@
 """The attention function of `attn_implementation="dyn_nsa"`.
 
-Queries arrive after their rotation; the branch gates are computed from them.
+The branch gates are computed from the queries after their rotation.
 
-Selection is computed where it is called, which under gradient checkpointing is inside the checkpointed layer. It is deterministic, so
-recomputation selects the same blocks; tau_source="output" hands its tau in from outside the layer.
+Under gradient checkpointing, blocks are selected inside the checkpointed layer. Selection is deterministic, so recomputation selects the
+same blocks. With tau_source="output", tau is computed outside the layer and passed in.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ from .masks import dyn_nsa_mask, gathered, layout_of, within_bounds
 from .options import checked_options, checked_tau, open_price
 from .parts import DYN_NSA, core_of
 
-# What a model may hand to its attention function that has no bearing on the result here.
+# Arguments that a model may pass to its attention function, and that do not change the result here.
 _WITHOUT_EFFECT = {
     "cache_position", "cu_seq_lens_k", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch",
     "output_hidden_states", "position_embeddings", "position_ids", "return_dict", "seq_idx", "shift_labels", "use_cache",
 }  # fmt: skip
 
-
-# Of `layer_types`: layers that see a part of the past, whether or not they pass a sliding_window.
+# Values of `layer_types` for layers that see only a part of the past, whether or not they pass a sliding_window.
 _LOCAL_TYPES = {"sliding_attention", "chunked_attention", "window_attention", "hybrid_sliding", "reference_sliding_attention"}
 
 
 def is_local(module: nn.Module, sliding_window: int | None) -> bool:
-    """Whether an attention layer sees a part of the past only, so that SDPA runs it."""
+    """Whether an attention layer sees only a part of the past, so that SDPA runs it."""
     types, index = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
     if sliding_window is not None:
         return True
@@ -42,7 +41,7 @@ def is_local(module: nn.Module, sliding_window: int | None) -> bool:
 
 
 def unknown_arguments(given: dict[str, Any]) -> list[str]:
-    """Names of what a model hands to its attention function and DynNSA lacks."""
+    """Names of arguments that a model passes to its attention function and DynNSA does not support."""
     return sorted(name for name, value in given.items() if value is not None and value is not False and name not in _WITHOUT_EFFECT)
 
 
@@ -63,14 +62,14 @@ def dyn_nsa_attention(
 ) -> tuple[Tensor, None]:
     """An attention function for transformers' AttentionInterface.
 
-    A layer that `convert_attention` has changed uses its own parts. Another one runs DynNSA without learnable parts: means of blocks,
-    gates (0, 1, 0) and all blocks, or what the fields of `DynNSAOptions` in the dict `config.dyn_nsa` say. A layer with a sliding
-    window or chunks, which is local already, runs SDPA.
+    A layer that `convert_attention` has converted uses its own parts. Other layers run DynNSA without learned parts. Their defaults are
+    means of blocks, gates (0, 1, 0) and all blocks; the dict `config.dyn_nsa` sets fields of `DynNSAOptions`. Layers with a sliding
+    window or chunks, which are local already, run SDPA.
 
     Args:
         module: attention module of a layer.
         query: (B, H, T, D). key, value: (B, K, Tk, D).
-        attention_mask: mask from `dyn_nsa_mask`, which covers padding, also between tokens, and sequences packed in rows by `position_ids`.
+        attention_mask: mask from `dyn_nsa_mask`: padding, also between tokens, and sequences packed in rows by `position_ids`.
         tau: (), (B,), (B, T) or (B, T, K) in [0, 1], passed as `model(..., tau=...)`; None for the tau of the layer's options.
         block_price: number or 0-d, in nats, passed as `model(..., block_price=...)` or `generate(..., block_price=...)`; None for the price
             of the model. A lower one reads more blocks.
@@ -80,19 +79,19 @@ def dyn_nsa_attention(
         out (B, T, H, D), 0 for queries that are padding, and None for the weights.
 
     Raises:
-        InputError: dropout, a mask other than padding, padding beside cu_seq_lens_q, a tau of another shape, or an argument of unknown
-            meaning.
+        InputError: dropout; attention that is not causal; a mask other than padding; padding together with cu_seq_lens_q; a tau of another
+            shape; an argument that is not supported.
     """
     name, local = type(module).__name__, is_local(module, sliding_window)
     if unknown := unknown_arguments(kwargs):
-        lacking = "which SDPA does not take (it runs local layers)" if local else "which it does not take"
-        raise InputError(f"attn_implementation='dyn_nsa' must not be given {', '.join(unknown)}, {lacking}; {name} passes it.")
+        runs = "SDPA, which runs local layers," if local else "attn_implementation='dyn_nsa'"
+        raise InputError(f"{name} passes {', '.join(unknown)} to its attention, and {runs} does not support it.")
     if local:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal)
     if dropout:
         raise InputError(f"attention dropout must be 0 for attn_implementation='dyn_nsa', got {dropout} in {name}.")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise InputError(f"attention must be causal for attn_implementation='dyn_nsa', got {name}.")
+        raise InputError(f"attention must be causal for attn_implementation='dyn_nsa', and that of {name} is not.")
     tau = None if tau is None else checked_tau(tau, (query.shape[0], query.shape[2], key.shape[1]), query)
     price = None if block_price is None else checked_price("block_price", block_price)
     core, original = core_of(module), key
@@ -117,13 +116,13 @@ def dyn_nsa_attention(
         out = _without_parts(module, query, key, value, tau, price, scaling, bounds)
         return _in_place(out.reshape(batch, tokens, *out.shape[2:]), query_order), None
     gates = core.gates(query)
-    # The previous token's uncertainty comes in as `tau`, so it is recomputed with the same one: see `hooks`.
+    # The previous token's uncertainty is passed in as `tau`, so recomputation uses the same value; see `hooks`.
     tau = core.tau_of(tau, query, decoding=False)
     result = core(
         query, key, value, gates, key_compressed=compressed[0], value_compressed=compressed[1], tau=tau, price=price, scale=scaling,
         **bounds,
     )  # fmt: skip
-    sums = core.budget_sums(result)  # recomputation must save the same tensors, so it does this too
+    sums = core.budget_sums(result)  # also in recomputation, which must save the same tensors
     if core.collecting:
         core.record(result, gates, key.shape[1], key_start=bounds.get("key_start"), cu_seqlens=bounds.get("cu_seqlens"))
         core.collected = sums if core.training else None
@@ -131,7 +130,7 @@ def dyn_nsa_attention(
 
 
 def _in_place(out: Tensor, order: Tensor | None) -> Tensor:
-    """(B, T, H, D), each query's result where the query came from."""
+    """(B, T, H, D), results in the original order of the queries."""
     return out if order is None else gathered(out, order.argsort(-1), 1)
 
 
@@ -152,7 +151,9 @@ def _without_parts(
     if "base" not in given:
         options.base = open_price(options)
     if options.learnable_compression or options.compress_query or options.tau_source == "output" or options.budget_weight:
-        raise InputError("config.dyn_nsa must ask for nothing learnt or collected; convert_attention adds the parts for that.")
+        raise InputError(
+            "config.dyn_nsa cannot set learnable_compression, compress_query, tau_source='output' or budget_weight; use convert_attention."
+        )
     batch, tokens, heads, _ = query.shape
     num_keys, num_kv = key.shape[1:3]
     starts = block_starts(num_keys, options.compress_size, bounds.get("key_start"), bounds.get("cu_seqlens"))

@@ -1,4 +1,4 @@
-"""Thresholds that read a wanted number of blocks on a sample of text, without training."""
+"""Thresholds with which queries read a given number of blocks on a sample of text, without training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 
 from ..._io.units import counted
 from ...errors import InputError
-from ...nn._options import check_number
 from ...nn.dyn_nsa import DynNSACore
-from ...ops._dispatch import check_choice
+from ...ops._checks import check_choice, check_number
 from .._forward import tokens_of
 from ..interfaces import modes_kept
 from ..peft_parts import keep_in_adapter
@@ -53,7 +52,7 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
     """
     check_choice("price", price, get_args(Price))
     check_number("target", target)
-    batches = checked_sample("calibrate", model, sample)
+    batches = checked_sample(model, sample)
     keep_in_adapter(model, PART)
     found = list(cores(model))
     before = [(core.base.detach().clone(), core.price.clone()) for core in found]
@@ -113,7 +112,7 @@ def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[d
     if abs(reached - target) > 0.02 * target and (far <= 0 or reached >= values.every / rows - 1e-6):
         which = "none" if far <= 0 else "all"
         raise InputError(
-            f"no price reads target={target} key blocks a query on this sample, got {reached:.2f}: {which} of the blocks that are not "
+            f"no price reads target={target} key blocks per query on this sample, got {reached:.2f}: {which} of the blocks that are not "
             "forced pass, as their importances do not differ."
         )
     return reached
@@ -194,7 +193,7 @@ def _pairs(found: list[DynNSACore], batches: list[dict[str, Any]]) -> float:
 
 
 def _check_target(found: list[DynNSACore], batches: list[dict[str, Any]], target: float, least: float, most: float) -> None:
-    """InputError for a target that the sample cannot read, between `least` and `most` blocks a query."""
+    """InputError if the sample cannot reach the target. With it, queries can read between `least` and `most` blocks."""
     limit = sum(map(_limit, found)) / len(found)
     if target >= limit:
         raise InputError(f"target must be below max_blocks={limit:g}, got {target}.")
@@ -203,12 +202,14 @@ def _check_target(found: list[DynNSACore], batches: list[dict[str, Any]], target
     if target > most or tokens <= forced * block_size:
         lowest = forced * (forced + 3) / 2 / (forced + 1)  # of the shortest text with a choice: 1, 2 … forced, forced blocks
         if target < lowest:
-            raise InputError(f"target must be at least {lowest:g} key blocks a query, as {forced} are always read, got {target}.")
+            raise InputError(f"target must be at least {lowest:g} key blocks per query, because {forced} are always read, got {target}.")
         needed = max(_tokens_for(core, target) for core in found if _limit(core) > target)
-        held = f"{counted(tokens, 'token')}, {counted(-(-tokens // block_size), 'block')} of {block_size}"
-        raise InputError(f"sample is too short for target={target} key blocks a query: it has {held}, and needs about {needed:,} tokens.")
+        found_in = f"{counted(tokens, 'token')}, {counted(-(-tokens // block_size), 'block')} of {block_size}"
+        raise InputError(
+            f"sample is too short for target={target} key blocks per query: it has {found_in}, and needs about {needed:,} tokens."
+        )
     if target < least:
-        raise InputError(f"target must be in {least:.2f} … {most:.2f}, what this sample can read, got {target}.")
+        raise InputError(f"target must be in {least:.2f} … {most:.2f}, the range that this sample can reach, got {target}.")
 
 
 def _limit(core: DynNSACore) -> float:
@@ -216,10 +217,10 @@ def _limit(core: DynNSACore) -> float:
 
 
 def _longest(batch: dict[str, Any]) -> int:
-    """Tokens of the longest text of a batch, without padding."""
+    """Number of tokens of the longest text of a batch, without padding."""
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if isinstance(positions, Tensor):
-        return int(positions.max()) + 1  # of packed texts too
+        return int(positions.max()) + 1  # also for packed texts
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return int((mask != 0).sum(-1).max())
     tokens = tokens_of(batch)
@@ -228,9 +229,10 @@ def _longest(batch: dict[str, Any]) -> int:
 
 
 def _tokens_for(core: DynNSACore, target: float) -> int:
-    """Tokens of a text whose queries read `target` blocks on average if they read all, and of which some block may be left out.
+    """Number of tokens of a text whose queries read `target` blocks on average if they read all, with at least one unforced block.
 
-    Of n blocks that is 1, 2 … n blocks a query, up to max_blocks: (n + 1) / 2 on average, or m - m (m - 1) / 2n from n = m on.
+    In a text of n blocks, queries can read 1, 2 … n blocks, at most m = max_blocks. The mean is (n + 1) / 2, or m - m (m - 1) / 2n for
+    n >= m.
     """
     blocks, limit = 2 * target - 1, _limit(core)
     if blocks > limit:

@@ -1,7 +1,7 @@
-"""Decoding: what is kept from one forward for the next, for a cache of transformers of whichever kind.
+"""Decoding: state kept between forwards, for any kind of transformers' cache.
 
-Each block is compressed once; and with tau_source="output" each row goes on with the uncertainty of its own last token. Both are kept
-by thread: a model may generate in several at once.
+Each block is compressed once. With tau_source="output", each row continues with the uncertainty of its own last token. The state is kept
+per thread, because a model may generate in several threads at once.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from .parts import core_of
 
 
 class _Kept:
-    """What one layer compressed for the cache of the last forward, and how to tell that cache from a changed one.
+    """Compressed blocks of one layer for the cache of the last forward, and a check that the cache is unchanged since.
 
-    Whatever reorders, crops or resets a layer of a cache either replaces its tensor of keys or writes to it, which counts up its version.
+    Operations that reorder, crop or reset a layer of a cache replace its tensor of keys, or write to it, which increments its version.
     """
 
     def __init__(self, marks: Tensor | None) -> None:
-        self.marks = None if marks is None else marks.clone()  # of rows, as the mask tells them; the caller may write to the mask
+        self.marks = None if marks is None else marks.clone()  # `row_marks`; a copy, because the caller may write to the mask
         self.keys: weakref.ref[Tensor] | None = None
         self.version = -1
         self.compressed = CompressedCache()
-        self.ready = True  # for the first call of a forward: a layer may be called again, with values of its own
+        self.ready = True  # for the first call of a forward; a layer may be called again with other values
 
     def belongs_to(self, keys: Tensor | None, marks: Tensor | None) -> bool:
         if self.keys is None or keys is None or keys is not self.keys() or keys._version != self.version:
             return False
         if marks is None or self.marks is None:
             return marks is self.marks
-        if marks.dim() == 2:  # of a longer row
+        if marks.dim() == 2:  # the row has grown
             marks = marks[:, : self.marks.shape[-1]]
         return torch.equal(marks, self.marks)
 
@@ -46,7 +46,7 @@ class _Kept:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Compressed keys and values of all positions; see `compressed_so_far`."""
         if cached.is_inference() or not self.ready:
-            return None, None  # the first carries no version
+            return None, None  # tensors of inference mode have no version
         self.ready = False
         begin: int | Tensor = 0
         count = key.shape[2]
@@ -59,7 +59,7 @@ class _Kept:
 
 
 class _Seen(NamedTuple):
-    """The last token of each row, by its key and value in one layer, and the entropy that followed it."""
+    """Key and value of the last token of each row in one layer, and the entropy of the output after it."""
 
     marks: Tensor  # (B, 2, K, D)
     tau: Tensor  # (B,)
@@ -75,7 +75,7 @@ _state = _State()
 
 
 def recall(model: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Readies each core to go on from what it compressed for this cache, if that is unchanged, or to begin."""
+    """Prepares each core: it continues from its compressed blocks if the cache is unchanged, and starts anew otherwise."""
     layers = getattr(kwargs.get("past_key_values"), "layers", None)
     if model.training or torch.is_grad_enabled():
         layers = None
@@ -88,7 +88,7 @@ def recall(model: nn.Module, kwargs: dict[str, Any]) -> None:
         if layers is None or index is None:
             _state.kept.pop(core, None)
             continue
-        # A layer that several share has the index of one of them, which may be that of a layer without keys.
+        # A module that several layers share has the index of one of them, which may be a layer without keys.
         keys = getattr(layers[index], "keys", None) if 0 <= index < len(layers) else None
         kept = _state.kept.get(core)
         if kept is None or not kept.belongs_to(keys, marks):
@@ -99,13 +99,13 @@ def recall(model: nn.Module, kwargs: dict[str, Any]) -> None:
 def compressed_so_far(
     core: DynNSACore, cached: Tensor, key: Tensor, value: Tensor, num_queries: int, rows: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What `core` compressed for the cache of this forward, grown by its new positions; None twice where nothing is kept.
+    """Compressed keys and values of the cache of this forward, new positions included; (None, None) if nothing is kept.
 
     Args:
-        cached: the keys as the cache gives them.
-        key, value: (B, K, Tk, D), the same, or with rows that have holes brought together.
-        num_queries: new positions.
-        rows: (B, 2 or 3), bounds of `dyn_nsa_mask`.
+        cached: the keys as the cache returns them.
+        key, value: (B, K, Tk, D), the same keys and their values, after `Compaction` if rows have holes.
+        num_queries: number of new positions.
+        rows: (B, 2 or 3), bounds from `dyn_nsa_mask`.
     """
     if not core.collecting or torch.compiler.is_compiling() or (kept := _state.kept.get(core)) is None:
         return None, None
@@ -113,7 +113,7 @@ def compressed_so_far(
 
 
 def note_tau(model: nn.Module, cache: Any, tau: Tensor) -> None:
-    """Keeps the uncertainty (B,) that the forward just done leaves to the next token of each row in `cache`."""
+    """Keeps tau, (B,), the uncertainty after the last token of each row in `cache`, for the next token."""
     marks = _marks(model, cache)
     if marks is None or len(marks) != len(tau):
         _state.seen.pop(model, None)
@@ -122,10 +122,10 @@ def note_tau(model: nn.Module, cache: Any, tau: Tensor) -> None:
 
 
 def noted_tau(model: nn.Module, cache: Any, otherwise: Tensor) -> Tensor:
-    """(B,) or 0-d, what `note_tau` kept for each row of `cache`; `otherwise` where nothing was.
+    """(B,) or 0-d, the tau that `note_tau` kept for each row of `cache`; `otherwise` for rows without one.
 
-    Beam search changes the order of rows, another prompt has another cache, and rejected guesses are cut off: a row is known by what its
-    last token has in the cache.
+    A row is identified by the key and value of its last token in the cache, because beam search reorders rows, another prompt has another
+    cache, and rejected guesses are cut off.
     """
     seen, marks = _state.seen.get(model), _marks(model, cache)
     if seen is None or marks is None or marks.shape[1:] != seen.marks.shape[1:] or marks.device != seen.marks.device:
@@ -135,7 +135,7 @@ def noted_tau(model: nn.Module, cache: Any, otherwise: Tensor) -> Tensor:
 
 
 def _marks(model: nn.Module, cache: Any) -> Tensor | None:
-    """(B, 2, K, D), key and value of the last position in the last layer that DynNSA has, where the whole history has had its say."""
+    """(B, 2, K, D), key and value of the last position in the last DynNSA layer, where they depend on the whole history."""
     layers = getattr(cache, "layers", None)
     indices = [getattr(module, "layer_idx", None) for module in model.modules() if core_of(module) is not None]
     index = indices[-1] if indices else None

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
-from ...ops._dispatch import check_size
+from ...ops._checks import check_size
 from ..interfaces import modes_kept
 from ..peft_parts import active_modules, keep_in_adapter
 from .observing import (
@@ -66,7 +66,7 @@ def distil_compression(
     """
     check_size("steps", steps)
     check_size("queries", queries)
-    batches = checked_sample("distil_compression", model, sample)
+    batches = checked_sample(model, sample)
     keep_in_adapter(model, PART)
     found = list(cores(model))
     before = [core.price.clone() for core in found]

@@ -1,4 +1,4 @@
-"""What a converted model does before and after its forward; its parts come with it."""
+"""Steps before and after the forward of a converted model, and the addition of its parts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .options import checked_options, open_price
 from .parts import DYN_NSA, PART, cores, take_budget_loss
 
 PRICE = "block_price"  # keyword of a call, which transformers hands on to the attention function
-OBSERVED_TOKENS = 256  # of a row, about, evenly spread, whose output entropy is taken in training: logits are large
+OBSERVED_TOKENS = 256  # about as many evenly spaced tokens of a row give their output entropy in training, because logits are large
 
 
 def add_parts(model: PreTrainedModel, options: dict[str, Any], layers: dict[str, list[int]]) -> None:
-    """Adds a core to each layer that has none, and what surrounds the model's forward.
+    """Adds a core to each layer that has none, and wraps the model's forward.
 
     Args:
         options: fields of `DynNSAOptions`, which all layers share.
@@ -36,7 +36,7 @@ def add_parts(model: PreTrainedModel, options: dict[str, Any], layers: dict[str,
     shared = checked_options(options)
     for name, (heads, kv_heads, dim) in layers.items():
         module = model.get_submodule(name)
-        if PART in module._modules:  # the base model of this one added it
+        if PART in module._modules:  # the base model has added it
             continue
         device, dtype = _place_of(model, module)
         with torch.inference_mode(False):
@@ -51,15 +51,15 @@ def add_parts(model: PreTrainedModel, options: dict[str, Any], layers: dict[str,
 
 
 def _place_of(model: PreTrainedModel, module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a layer's parts. Weights stored in integers or eight bits say nothing of the precision of the computation."""
+    """Device and dtype of a layer's parts. The dtype ignores weights in integers or eight bits, which are not computed in that dtype."""
     own = list(module.parameters())
     weights = [weight for weight in (*own, *model.parameters()) if weight.is_floating_point() and weight.itemsize > 1]
-    # While a model loads, a weight that torch.normal drew is on the CPU, and the others are not there yet.
+    # While a model loads, weights drawn by torch.normal are on the CPU, and the others are still on the meta device.
     return next((weight for weight in own if weight.is_meta), own[0]).device, weights[0].dtype
 
 
 def remove_observed_forward(model: PreTrainedModel) -> bool:
-    """Takes the model's `ObservedForward` out, and leaves what others have put around it; False where there is none in reach."""
+    """Removes the model's `ObservedForward`, and keeps other wrappers around it. False if it is not found."""
     forward, outer = forward_around(model, ObservedForward)
     if forward is None:
         return False
@@ -69,23 +69,23 @@ def remove_observed_forward(model: PreTrainedModel) -> bool:
     for method in ("forward", "_validate_generation_mode", *_REFUSED):
         delattr(model, method)
     if forward.inner != model.forward:
-        model.forward = forward.inner  # something else's, which was there before
+        model.forward = forward.inner  # a wrapper from before the conversion
     return True
 
 
 def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
-    raise InputError("a converted model must not run under continuous batching, whose paged cache DynNSA does not support: use generate.")
+    raise InputError("DynNSA does not support the paged cache of continuous batching; use generate.")
 
 
-# Methods that would run the model past its forward, or without its cache.
+# Methods that would bypass the model's forward or its cache.
 _REFUSED: dict[str, Any] = {
     "_replicate_for_data_parallel": refuse_replicas,
-    "init_continuous_batching": _refuse_continuous_batching,  # the first step of each way in
+    "init_continuous_batching": _refuse_continuous_batching,  # every entry point calls it first
 }
 
 
 class CheckedGeneration:
-    """A converted model's `_validate_generation_mode`, with which `generate` begins; an object so that a model can be copied with it."""
+    """A converted model's `_validate_generation_mode`, which `generate` calls first. It is an object, so that the model can be copied."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -94,8 +94,8 @@ class CheckedGeneration:
         part = next(cores(self.model), None)
         if generation_mode == GenerationMode.ASSISTED_GENERATION and part is not None and part.options.tau_source == "output":
             raise InputError(
-                "tau_source must be 'attention' or 'constant' for assisted generation, got 'output': guessed tokens are checked in one "
-                "forward, before the output of the token before each is known, so the generated text would change."
+                "tau_source must be 'attention' or 'constant' for assisted generation, got 'output'. One forward checks several guessed "
+                "tokens, so the output before each is not known yet, and the generated text would change."
             )
         type(self.model)._validate_generation_mode(self.model, generation_mode, *args, **kwargs)  # type: ignore[attr-defined]
 
@@ -115,12 +115,12 @@ class ObservedForward(ForwardAround):
 
     @property
     def __code__(self) -> CodeType:
-        """Of the call, which `torch.export` names as the origin of its symbols."""
+        """Code of `__call__`; `torch.export` names it as the origin of its symbols."""
         return type(self).__call__.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.by_name(args, kwargs)
-        found = list(cores(self.model))  # once: dynamo looks for no modules after one was changed
+        found = list(cores(self.model))  # once: dynamo does not search modules again after one has changed
         if not found:
             return self.inner(*args, **kwargs)
         if not torch.compiler.is_compiling():
@@ -134,14 +134,13 @@ class ObservedForward(ForwardAround):
         if not self.warned and (running := config.get_text_config(decoder=True)._attn_implementation) != DYN_NSA:
             self.warned = True
             warnings.warn(
-                f"attn_implementation must be '{DYN_NSA}' for a converted model to use what it has learnt, got '{running}'; "
-                "revert_attention takes the learnt parts out.",
+                f"attn_implementation is '{running}', so the converted layers are not used; set '{DYN_NSA}' or call revert_attention.",
                 stacklevel=3,
             )
 
 
 def _before(model: nn.Module, found: list[DynNSACore], given: dict[str, Any]) -> Tensor | None:
-    """Readies the cores to collect; tells the tau of outputs from outside, so that recomputation in backward sees the same."""
+    """Prepares the cores. Returns the tau for tau_source="output", which is passed in so that recomputation in backward uses it too."""
     if not torch.compiler.is_compiling():
         _check_packing(model, given)
         recall(model, given)
@@ -152,18 +151,18 @@ def _before(model: nn.Module, found: list[DynNSACore], given: dict[str, Any]) ->
         return None
     tau, tokens = first.output_tau.clone(), tokens_of(given)
     if tokens is None:
-        raise InputError("model must be given input_ids or inputs_embeds.")
+        raise InputError("the model needs input_ids or inputs_embeds.")
     past = given.get("past_key_values")
     if not model.training and past is not None and tokens.shape[1] == 1:
         if not torch.compiler.is_compiling():
             tau = noted_tau(model, past, tau)
-        elif (previous := first.previous_tau) is not None and len(previous) == len(tokens):  # rows are taken to be where they were
+        elif (previous := first.previous_tau) is not None and len(previous) == len(tokens):  # assumes that rows kept their order
             tau = torch.where(torch.as_tensor(past.get_seq_length(), device=tau.device) > 0, previous, tau)
     return tau
 
 
 def _check_packing(model: nn.Module, given: dict[str, Any]) -> None:
-    """transformers looks for packed sequences only where there is no cache, and would let them see each other."""
+    """InputError for packed sequences with a cache: transformers does not look for them there, so they would attend to each other."""
     positions, use_cache = given.get("position_ids"), given.get("use_cache")
     if (
         positions is None
@@ -173,13 +172,13 @@ def _check_packing(model: nn.Module, given: dict[str, Any]) -> None:
         return
     if (getattr(model.config, "use_cache", False) if use_cache is None else use_cache) and bool((positions[:, 1:] == 0).any()):
         raise InputError(
-            "position_ids must not restart within a row beside a cache, got sequences packed in one row: pass use_cache=False, or "
+            "position_ids must not restart within a row (packed sequences) when the model uses a cache; pass use_cache=False or "
             "cu_seq_lens_q."
         )
 
 
 def _after(model: nn.Module, found: list[DynNSACore], given: dict[str, Any], output: Any) -> Any:
-    """Adds the budget loss to the model's; takes note of the output's entropy."""
+    """Adds the budget loss to the model's loss, and records the output's entropy."""
     first = found[0]
     for core in found:
         core.collecting = False
@@ -201,11 +200,11 @@ def _after(model: nn.Module, found: list[DynNSACore], given: dict[str, Any], out
         return output
     loss = take_budget_loss(found)
     if loss is None:
-        return output  # another attention ran: the model was switched to it
+        return output  # the model was switched to another attention
     if torch.is_grad_enabled() and not loss.requires_grad and first.base.requires_grad:
-        raise RuntimeError("gradient checkpointing must have use_reentrant=False for a budget loss, got one without a gradient.")
+        raise RuntimeError("the budget loss has no gradient; gradient checkpointing needs use_reentrant=False.")
     if (items := given.get("num_items_in_batch")) is not None:
-        # The model's own loss is a share of what the optimiser step gathers; so is this one. Counted as Trainer does.
+        # Like the model's own loss, this is the batch's share of the optimiser step. Tokens are counted as in Trainer.
         counted = given.get("shift_labels")
         if counted is None:
             counted = labels[..., 1:] if labels.dim() > 1 else labels
@@ -217,7 +216,7 @@ def _after(model: nn.Module, found: list[DynNSACore], given: dict[str, Any], out
 
 
 def _logits(model: nn.Module, output: Any, labels: Tensor | None) -> Tensor | None:
-    """Of a model with a head; with return_dict=False, what comes first, after the loss."""
+    """Logits of a model with a head; with return_dict=False the first output, or the second if there is a loss."""
     if not isinstance(output, tuple):
         return getattr(output, "logits", None)
     assert isinstance(model, PreTrainedModel)

@@ -1,8 +1,8 @@
-"""The masks of DynNSA, and their use: where each row of keys begins and ends, each sequence packed in it, and which keys are left out.
+"""Masks of DynNSA: bounds of each row of keys and of the sequences packed in it, and keys to ignore between them.
 
-A mask with holes, as of a batch of conversations whose turns were padded one by one, says which keys to leave out. The rest is brought
-together before attention runs: the keys of earlier forwards end where the new ones begin, and new ones that are padding go last. Blocks
-are counted over what is left, so nothing of a hole enters a block, its compressed key, the entropy or the selection.
+A mask can have holes, for example in a batch of conversations whose turns were padded one by one. The remaining keys are then moved
+together before attention: keys of earlier forwards end where the new ones begin, and new ones that are padding go last. Blocks are counted
+over the remaining keys, so padding enters no block, compressed key, entropy or selection.
 
 B batch, T queries of Tk keys
 """
@@ -32,23 +32,27 @@ def dyn_nsa_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """A mask function for transformers' AttentionMaskInterface: where each row begins and ends, instead of a T × Tk mask.
+    """A mask function for transformers' AttentionMaskInterface; it returns bounds of each row instead of a T × Tk mask.
 
     Args:
-        q_offset: position of the first query; a 0-d tensor where the cache is a buffer.
+        q_offset: position of the first query; a 0-d tensor if the cache is a buffer.
 
     Returns:
-        None for rows without padding whose last key is the last query's. (B, 1, 1, 2) int32, first key and one past the last; with a
-        third number, one past the last query's position, where the keys are a buffer that is longer. (B, 1, 2, Tk) int32 for rows with
-        padding between tokens, and while compiling for all padding: the order that `Compaction` puts keys in; then its start and end.
-        (1, 1, sequences + 1, 1) int32, at least 3, where sequences packed in the rows begin and end, the rows laid end to end.
-        (B, 1, 1, 1) int32 while compiling, 0 if no row is packed. A bool mask, as for SDPA, for layers with a sliding window, and for what
-        cannot be said with such bounds.
+        One of these:
+
+        - None: no padding, and the last key belongs to the last query.
+        - (B, 1, 1, 2) int32: first key of each row, and one past its last. A third number is one past the last query's position, if the
+          keys are a longer buffer.
+        - (B, 1, 2, Tk) int32, for padding between tokens, and while compiling for any padding: the order of `Compaction`, then its start
+          and end.
+        - (1, 1, sequences + 1, 1) int32, at least 3 bounds of the packed sequences, in the rows concatenated.
+        - (B, 1, 1, 1) int32, while compiling without a mask: 0 if no row is packed.
+        - a bool mask, as for SDPA, for layers with a sliding window, and for masks that such bounds cannot express.
     """
     compiling = torch.compiler.is_compiling()
     plain = mask_function is causal_mask_function
     if not plain and local_size is None and not use_vmap and attention_mask is None and q_length == kv_length:
-        # Without a cache: what transformers makes of position_ids that restart, and while compiling, of any.
+        # Without a cache: transformers' mask function for position_ids that restart, and while compiling, for any position_ids.
         begins, whole = _beginnings(mask_function, batch_size, q_length, device)
         several = begins[:, 1:].any()
         if compiling:
@@ -74,7 +78,7 @@ def dyn_nsa_mask(
         place = torch.arange(1, padding.shape[1] + 1, device=device)
         end = (padding * place).amax(-1)
         start = torch.where(end > 0, padding.int().argmax(-1), 0)
-        # Two keys have no room for a hole. While compiling, values cannot decide.
+        # Two keys cannot have a hole. While compiling, the branch cannot depend on values.
         if kv_length > 2 and (compiling or bool((padding.sum(-1) != end - start).any())):
             return _order(padding, q_length, kv_length, query_end)
     bounds = [start, end]
@@ -84,7 +88,7 @@ def dyn_nsa_mask(
 
 
 def _order(padding: Tensor, q_length: int, kv_length: int, query_end: Any) -> Tensor:
-    """(B, 1, 2, Tk) int32 of a mask (B, up to Tk) bool: see `Compaction`."""
+    """(B, 1, 2, Tk) int32 for a mask (B, up to Tk) bool; see `Compaction`."""
     present = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
     place = torch.arange(kv_length, device=padding.device)
     new = (place >= query_end - q_length) & (place < query_end)
@@ -96,15 +100,15 @@ def _order(padding: Tensor, q_length: int, kv_length: int, query_end: Any) -> Te
 
 
 def _beginnings(mask_function: Callable[..., Any], batch: int, length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Tokens that begin a sequence, (B, T) bool, and whether the mask is that of sequences one after the other, each causal, 0-d bool.
+    """Tokens that begin a sequence, (B, T) bool, and whether the mask is that of consecutive causal sequences, 0-d bool.
 
-    A token that may not see the one before it begins a sequence. Of each query, both ends of what it may then see are checked; that masks
-    of transformers have no holes between them is taken for granted.
+    A token that may not attend to the one before it begins a sequence. Both ends of the keys of each query are checked; masks of
+    transformers are assumed to have no holes between them.
     """
     row, place = torch.arange(batch, device=device)[:, None], torch.arange(length, device=device)[None]
 
     def seen(query: Tensor, key: Tensor) -> Tensor:
-        """(B, T), whether queries may see keys; those outside the row are moved into it."""
+        """(B, T) bool, whether queries may attend to keys; key positions are clamped to the row."""
         found = mask_function(row, torch.zeros_like(row), query, key.clamp(0, length - 1))
         return torch.as_tensor(found, device=device).expand(batch, length)
 
@@ -116,25 +120,25 @@ def _beginnings(mask_function: Callable[..., Any], batch: int, length: int, devi
 
 
 class Compaction(NamedTuple):
-    """How the keys of rows with holes are brought together.
+    """Order of keys for rows with holes, in which the remaining keys are contiguous.
 
     Attributes:
-        order: (B, Tk) int64, which key comes to each place: earlier ones to be left out, earlier ones, new ones, new ones to be left out,
-            each kind as it came. So the T new ones stay the last T.
-        rows: (B, 2) int32, the first place of a key that is not left out, and one past the last.
+        order: (B, Tk) int64, index of the key at each place: ignored earlier keys, other earlier keys, other new keys, ignored new keys,
+            each group in its original order. The T new keys stay the last T.
+        rows: (B, 2) int32, first place of a remaining key, and one past the last.
     """
 
     order: Tensor
     rows: Tensor
 
     def queries(self, tokens: int) -> Tensor:
-        """(B, T) which query comes to each of the last `tokens` places."""
+        """(B, T), index of the query at each of the last `tokens` places."""
         order = self.order[:, self.order.shape[1] - tokens :]
         return order - order.amin(-1, keepdim=True)
 
 
 class Layout(NamedTuple):
-    """What a mask says; at most one of the three."""
+    """Content of a mask; at most one field is set."""
 
     rows: Tensor | None = None  # (B, 2 or 3) int32, bounds of padded rows
     sequences: Tensor | None = None  # (sequences + 1,) int32, bounds of packed sequences
@@ -142,17 +146,17 @@ class Layout(NamedTuple):
 
 
 def layout_of(mask: Tensor | None, batch: int, cu_seq_lens_q: Tensor | None) -> Layout:
-    """What a mask of `dyn_nsa_mask` says.
+    """Content of a mask from `dyn_nsa_mask`.
 
     Args:
-        cu_seq_lens_q: the caller's bounds of packed sequences, which go before those of the mask.
+        cu_seq_lens_q: the caller's bounds of packed sequences, used instead of those of the mask.
 
     Raises:
-        InputError: another mask, or padding beside packed sequences.
+        InputError: another mask, or padding together with cu_seq_lens_q.
     """
     if cu_seq_lens_q is not None:
         if mask is not None and mask.dtype == torch.int32 and mask.shape[-1] > 1:
-            raise InputError("attention_mask must be None beside cu_seq_lens_q for attn_implementation='dyn_nsa', got one of padding.")
+            raise InputError("attention_mask must be None with cu_seq_lens_q for attn_implementation='dyn_nsa', got a mask of padding.")
         return Layout(sequences=cu_seq_lens_q.int())
     if mask is None:
         return Layout()
@@ -167,28 +171,28 @@ def layout_of(mask: Tensor | None, batch: int, cu_seq_lens_q: Tensor | None) -> 
         if kind == (batch, 1, 1):
             torch._assert_async(
                 (mask == 0).all(),
-                "sequences packed in a row must be told by cu_seq_lens_q under torch.compile with dyn_nsa, got position_ids that restart "
-                "or another mask; DataCollatorWithFlattening(return_flash_attn_kwargs=True) gives cu_seq_lens_q.",
+                "under torch.compile, dyn_nsa supports neither packed sequences without cu_seq_lens_q nor masks other than padding; "
+                "DataCollatorWithFlattening(return_flash_attn_kwargs=True) adds cu_seq_lens_q.",
             )
             return Layout()
     raise InputError(
-        "attention_mask must be None or (batch, tokens) of padding for attn_implementation='dyn_nsa', and sequences packed in a row be "
-        f"told by position_ids that restart, or by cu_seq_lens_q; got a mask of shape {tuple(mask.shape)}."
+        "attention_mask must be None or (batch, tokens) of padding for attn_implementation='dyn_nsa', got a mask of shape "
+        f"{tuple(mask.shape)}. Mark sequences packed in a row by position_ids that restart, or pass cu_seq_lens_q."
     )
 
 
 def gathered(x: Tensor, order: Tensor, dim: int) -> Tensor:
-    """`x` with each row of the batch put in an order of its own along `dim`; order (B, n)."""
+    """`x` with each row of the batch reordered along `dim` by its row of `order`, (B, n)."""
     shape = [1] * x.dim()
     shape[0], shape[dim] = order.shape
     return x.gather(dim, order.view(shape).expand(*(size if axis != dim else -1 for axis, size in enumerate(x.shape))))
 
 
 def within_bounds(key: Tensor, value: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys and values whose last one is the last query's, and where rows begin and end among them."""
+    """Keys and values that end with those of the last query, and first and last bound of each row in them."""
     start, end, *query_end = bounds.unbind(-1)
     if query_end:
-        # A buffer holds room behind the last token: turned round, so that it lies in front of the first.
+        # A buffer has free places after the last token. Rolling it moves them in front of the first.
         size, last = key.shape[2], query_end[0][0]
         place = (torch.arange(size, device=key.device) + last) % size
         key, value = key.index_select(2, place), value.index_select(2, place)
@@ -197,11 +201,14 @@ def within_bounds(key: Tensor, value: Tensor, bounds: Tensor) -> tuple[Tensor, T
 
 
 def row_marks(mask: Any) -> Tensor | None:
-    """What tells whether the rows of a cache are still laid out as they were, of a mask that a model is given.
+    """A tensor to compare between forwards, which changes if the rows of a cache are laid out differently.
+
+    Args:
+        mask: mask that the caller gave to the model: of padding, from `dyn_nsa_mask`, or a dict of masks by kind of layer.
 
     Returns:
-        (B, T) the mask itself, where it is one of padding; (B,) first token of each row, of one by `dyn_nsa_mask`, or of several of those
-        by kind; None without a mask. NaN, which no row's mark is equal to, of one with holes by `dyn_nsa_mask`.
+        (B, T), a mask of padding itself; (B,), first token of each row, for a mask from `dyn_nsa_mask`; NaN, which equals nothing, for one
+        with holes from there; None without a mask.
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention")

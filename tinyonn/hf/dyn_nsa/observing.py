@@ -66,17 +66,17 @@ def watched(found: list[DynNSACore], watch: Callable[[Attended], None]) -> Itera
         yield
 
 
-def checked_sample(what: str, model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any]]) -> list[dict[str, Any]]:
+def checked_sample(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The batches of a sample, as keyword arguments of the model.
 
     Raises:
         InputError: the model is not converted, or there is no batch.
     """
     if next(cores(model), None) is None:
-        raise InputError(f"{what} must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
+        raise InputError(f"model must be converted by convert_attention, got an unconverted {type(model).__name__}.")
     batches = [{"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) for batch in sample]
     if not batches:
-        raise InputError("sample must have at least one batch, got none.")
+        raise InputError("sample contains no batch.")
     return batches
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...nn._options import check_number
 from ...nn.dyn_nsa import OPEN, tau_of_rows
 from ...nn.dyn_nsa_options import DynNSAOptions
+from ...ops._checks import check_number
 from .._converted import check_fields
 
 

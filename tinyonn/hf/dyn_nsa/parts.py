@@ -12,21 +12,21 @@ from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore, loss_of_sums
 from ..peft_parts import active, active_modules, running_statistics
 
-DYN_NSA = "dyn_nsa"  # what a configuration asks for
+DYN_NSA = "dyn_nsa"  # attention implementation in a configuration
 PART = "dyn_nsa"  # name of a core within its attention module
 _TAKEN = "loss_taken"  # attribute of a core
 
 
 def cores(model: nn.Module) -> Iterator[DynNSACore]:
-    """The parts that the conversion added, in the order of the layers; under PEFT the active ones."""
+    """The parts that the conversion added, in the order of the layers; under PEFT, the active ones."""
     return (module for module in active_modules(model).values() if isinstance(module, DynNSACore))
 
 
 def core_of(module: nn.Module) -> DynNSACore | None:
-    """The part of one attention module that is in use; of several that a wrapper holds, PEFT's `modules_to_save` say, the active one."""
+    """The part that an attention module uses; under a wrapper such as PEFT's `modules_to_save`, the active one."""
     part: Any = module._modules.get(PART)
     part = None if part is None else active(part)
-    # Another wrapper passes on what it lacks, a method of the part that runs too.
+    # Other wrappers forward attribute access, so a bound method leads to the part that runs.
     return part if part is None or isinstance(part, DynNSACore) else part.tau_of.__self__
 
 
@@ -65,7 +65,7 @@ def parameter_groups(
     """
     found = list(cores(model))
     if not found:
-        raise InputError(f"parameter_groups must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
+        raise InputError(f"model must be converted by convert_attention, got an unconverted {type(model).__name__}.")
     thresholds = {parameter: None for core in found for parameter in (core.base, core.slope)}
     parts = {parameter: None for core in found for parameter in core.parameters() if parameter not in thresholds}
     own = [parameter for parameter in model.parameters() if parameter not in thresholds and parameter not in parts]
@@ -91,7 +91,7 @@ def collected_budget_loss(model: nn.Module) -> Tensor:
     """
     loss = take_budget_loss(cores(model))
     if loss is None:
-        raise RuntimeError("collected_budget_loss must follow a forward of a converted model without labels, got none.")
+        raise RuntimeError("there is no budget loss to collect; first run a converted model in training mode, without labels.")
     return loss
 
 
@@ -129,7 +129,7 @@ def take_counts(model: nn.Module) -> tuple[float, float, int]:
 
 
 def loss_was_taken(model: nn.Module) -> bool:
-    """Whether a budget loss was taken since this was last asked."""
+    """Whether a budget loss was taken since the last call."""
     taken = [core for core in cores(model) if getattr(core, _TAKEN, False)]
     for core in taken:
         setattr(core, _TAKEN, False)

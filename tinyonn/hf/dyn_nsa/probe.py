@@ -1,7 +1,7 @@
-"""Which layers of a model can be converted, found by running it on a few tokens with an attention function that takes notes.
+"""Attention layers that can be converted, found by running the model on a few tokens with an attention function that records its calls.
 
-The run has padding, and each mask that the model asks for is marked: so the note of a call tells whether the layer sees the whole past,
-only a part of it, or what no mask of transformers says. Nothing of the model is changed.
+The run has padding, and the mask function records each mask that it makes. The mask of a call then shows whether the layer attends to the
+whole past, to a part of it, or by a mask that transformers did not make. The model is not changed.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ MaskKind = Literal["none", "whole", "part", "other"]
 
 
 def attention_layers(model: PreTrainedModel) -> dict[str, list[int]]:
-    """Name of each layer that sees the whole past, and its query heads, key heads and head size.
+    """Name of each layer that attends to the whole past -> query heads, key heads, head size.
 
     Raises:
-        InputError: no causal decoder of token ids; a layer that DynNSA cannot stand in for; none at all.
+        InputError: the model is not a causal decoder of token ids; DynNSA cannot replace one of its layers, or has none to replace.
     """
     kind = type(model).__name__
     if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
-        raise InputError(f"model must be a decoder of token ids alone, got {kind}.")
+        raise InputError(f"model must be a decoder whose only input is token ids, got {kind}.")
     names = {module: name for name, module in model.named_modules()}
     plain = _calls(model, padded=False)
     if not plain:
-        raise InputError(f"{kind} must have attention layers that use AttentionInterface, got none.")
+        raise InputError(f"{kind} has no attention layer that uses transformers' AttentionInterface.")
     for call in plain:
         _check(call)
     with modes_kept(model):
         for call in plain:
-            call.module.training = True  # of its children none is, so this alone makes a layer tell its dropout
+            call.module.training = True  # so that it passes its dropout; its children stay in eval mode
         padded = _calls(model, padded=True)
     layers: dict[str, list[int]] = {}
     for call in padded:
@@ -52,16 +52,14 @@ def attention_layers(model: PreTrainedModel) -> dict[str, list[int]]:
             continue
         sizes = [call.query[1], call.key[1], call.query[3]]
         if layers.setdefault(names[call.module], sizes) != sizes:
-            raise InputError(f"{call.name} must have one number of heads, got {layers[names[call.module]]} and {sizes}.")
+            raise InputError(f"{call.name} was called with different numbers of heads: {layers[names[call.module]]} and {sizes}.")
     if not layers:
-        raise InputError(
-            f"{kind} must have attention layers that see the whole past, got {len(plain)} that see a part of it: sliding windows or chunks."
-        )
+        raise InputError(f"{kind} has no full attention layer to convert; all {len(plain)} have sliding windows or chunks.")
     return layers
 
 
 class _Call(NamedTuple):
-    """What one layer handed to its attention function."""
+    """Arguments of one call of an attention function."""
 
     module: nn.Module
     query: torch.Size
@@ -70,8 +68,8 @@ class _Call(NamedTuple):
     mask: MaskKind
     dropout: float
     is_causal: bool
-    sliding: bool  # it passed sliding_window
-    unknown: list[str]  # arguments that DynNSA lacks
+    sliding: bool  # whether it passed sliding_window
+    unknown: list[str]  # arguments that DynNSA does not support
 
     @property
     def name(self) -> str:
@@ -83,36 +81,37 @@ class _Call(NamedTuple):
 
 
 def _check(call: _Call) -> None:
-    """InputError unless DynNSA can stand in for this call, or SDPA for one of a local layer."""
+    """InputError unless DynNSA can replace this call, or SDPA if the layer is local."""
     if call.local:
         _check_local(call)
         return
     if call.unknown:
-        raise InputError(f"model must not pass {', '.join(call.unknown)} to its attention, which DynNSA lacks; {call.name} does.")
+        raise InputError(f"{call.name} passes {', '.join(call.unknown)} to its attention, and DynNSA does not support it.")
     if not call.is_causal:
-        raise InputError(f"attention must be causal to convert, got {call.name}.")
+        raise InputError(f"{call.name} cannot be converted: its attention is not causal.")
     if call.mask == "other":
-        raise InputError(f"attention must have transformers' causal mask to convert, got {call.name}, whose mask is another.")
+        raise InputError(f"{call.name} cannot be converted: it does not use transformers' causal mask.")
     if call.dropout:
-        raise InputError(f"attention dropout must be 0 to convert, got {call.dropout} in {call.name}: set it to 0 in the configuration.")
+        raise InputError(f"attention dropout must be 0, got {call.dropout} in {call.name}; set it to 0 in the configuration.")
     if call.value != call.key or call.query[3] > MAX_HEAD_DIM:
         raise InputError(
-            f"{call.name} must have keys and values of one size, at most {MAX_HEAD_DIM}, got {call.key[3]} and {call.value[3]}."
+            f"{call.name} cannot be converted: heads of keys and values must have the same size, at most {MAX_HEAD_DIM}, got "
+            f"{call.key[3]} and {call.value[3]}."
         )
 
 
 def _check_local(call: _Call) -> None:
     if call.unknown:
         raise InputError(
-            f"model must not pass {', '.join(call.unknown)} to its attention, got {call.name}, which does: SDPA runs the local layers of a "
-            "converted model and does not take it."
+            f"{call.name} passes {', '.join(call.unknown)} to its attention, and SDPA, which runs the local layers of a converted model, "
+            "does not support it."
         )
     if not is_local(call.module, 1 if call.sliding else None):
-        raise InputError(f"attention must see the whole past, or say so in sliding_window or layer_types, got {call.name}, which does not.")
+        raise InputError(f"{call.name} attends to a part of the past only, but neither sliding_window nor layer_types says so.")
 
 
 class _Notes:
-    """Of the run in progress: masks that were made, by their memory, and calls."""
+    """Masks made in the current run, by address of their memory, and calls of the attention function."""
 
     def __init__(self) -> None:
         self.masks: dict[int, tuple[Tensor, MaskKind]] = {}
@@ -126,7 +125,7 @@ def _calls(model: PreTrainedModel, *, padded: bool) -> list[_Call]:
     """The model's calls of its attention function, in order.
 
     Raises:
-        InputError: the model does not run with an attention function that is not its own.
+        InputError: the model does not run with a registered attention function.
     """
     shape = (2, 3) if padded else (1, 2)
     inputs: dict[str, Any] = {"input_ids": torch.zeros(shape, dtype=torch.long, device=model.device), "use_cache": False}
@@ -142,7 +141,7 @@ def _calls(model: PreTrainedModel, *, padded: bool) -> list[_Call]:
         if is_out_of_memory(error):
             raise
         raise InputError(
-            f"{type(model).__name__} must run with an attention function and masks of AttentionInterface, got {type(error).__name__}: "
+            f"{type(model).__name__} does not run with an attention function and masks of AttentionInterface: {type(error).__name__}: "
             f"{reason(error)}"
         ) from error
     finally:
@@ -151,10 +150,10 @@ def _calls(model: PreTrainedModel, *, padded: bool) -> list[_Call]:
 
 
 def _probe_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
-    """What DynNSA's mask function gives, and a note of what it means."""
+    """The mask of DynNSA's mask function, recorded with its kind."""
     local = local_size is not None
     if local:
-        # One that so few tokens do not need is made too: longer texts will.
+        # Not skipped, although the few tokens here do not need a mask; longer texts do.
         mask = sdpa_mask(*args, **{**kwargs, "local_size": local_size, "allow_is_causal_skip": False})
     else:
         mask = dyn_nsa_mask(*args, **kwargs)

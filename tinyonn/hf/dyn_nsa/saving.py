@@ -1,4 +1,4 @@
-"""What rebuilds the parts of a converted model, from the record in its configuration; see `hf._converted`."""
+"""Construction of the parts of a converted model from the record in its configuration; see `hf._converted`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from .parts import DYN_NSA, PART
 
 
 def choose_attention(config: PretrainedConfig) -> None:
-    """DynNSA where nobody chose an implementation."""
+    """Sets DynNSA as the attention implementation unless the caller chose one."""
     text: Any = config.get_text_config(decoder=True)
     if text._attn_implementation is None:
         text._attn_implementation_internal = DYN_NSA  # the public setter would reach a vision tower's too
 
 
 def build(model: PreTrainedModel, conversion: dict[str, Any]) -> None:
-    """
+    """Adds the recorded parts to a model.
+
     Raises:
-        InputError: a layer is not there, or its sizes are not three numbers; a bad option. TypeError, ValueError: a bad option.
+        InputError: a layer does not exist, or its sizes are not three numbers; an invalid option. TypeError, ValueError: an invalid option.
     """
     conversion["layers"] = layers = own_layers(model, conversion["layers"], "attention layers")
     for name, sizes in layers.items():

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ...errors import InputError
-from ...nn._options import check_number
 from ...nn.dyn_nsa import DynNSACore
 from ...nn.dyn_nsa_options import MAX_TEMPERATURE
+from ...ops._checks import check_number
 from .._converted import converted_model, recorded
 from ..peft_parts import adapter_of, frozen, keep_in_adapter, remedy
 from .parts import DYN_NSA, PART, cores, loss_was_taken, mean_blocks, take_counts
@@ -101,7 +101,7 @@ class BudgetSchedule(TrainerCallback):
         """Sets a model up for a step, counted from 0, after the forwards in training of the step before. Every rank must call it."""
         found = list(cores(model))
         if not found:
-            raise InputError(f"BudgetSchedule must have a model that convert_attention has changed, got a plain {type(model).__name__}.")
+            raise InputError(f"model must be converted by convert_attention, got an unconverted {type(model).__name__}.")
         self._check(model)
         price = self._centre(found)
         blocks, far, rows = take_counts(model)
@@ -123,7 +123,7 @@ class BudgetSchedule(TrainerCallback):
             for name, value in options.items():
                 if getattr(core.options, name) != value:
                     setattr(core.options, name, value)
-        if (converted := converted_model(model, DYN_NSA)) is not None:  # a layer of one's own has no record
+        if (converted := converted_model(model, DYN_NSA)) is not None:  # a model without a record has layers of the user's own
             recorded(converted.config)[DYN_NSA]["options"].update(options)
 
     def _move(self, gap: float) -> float:
@@ -148,7 +148,7 @@ class BudgetSchedule(TrainerCallback):
         return float((float(core.budget_target) / self.target**share) ** (1 / (1 - share)))
 
     def _check(self, model: nn.Module) -> None:
-        """Before the first step: warns of what is not trained or not saved, and lets an adapter save what the schedule changes."""
+        """Once per model: warns of parts that are not trained or not saved, and makes an adapter save what the schedule changes."""
         if model in self._checked:
             return
         found = list(cores(model))
@@ -159,14 +159,14 @@ class BudgetSchedule(TrainerCallback):
         stay = sum(frozen((core.base, core.slope)) for core in found)
         if stay and self.weight > 0:
             warnings.warn(
-                f"thresholds of {stay} of {len(found)} layers require no gradient: the loss of BudgetSchedule does not move them; "
+                f"thresholds of {stay} of {len(found)} layers require no gradient, so the budget loss does not change them; "
                 f"{remedy(model, PART)}.",
                 stacklevel=3,
             )
         keep_in_adapter(model, PART)
         if self.max_blocks is not None and adapter_of(model) is not None and any(c.options.max_blocks != self.max_blocks for c in found):
             warnings.warn(
-                f"max_blocks={self.max_blocks} is saved with the base model, not with an adapter: give it to convert_attention, or save "
+                f"max_blocks={self.max_blocks} is saved with the base model, not with an adapter; pass it to convert_attention, or save "
                 "the base model again after training.",
                 stacklevel=3,
             )
@@ -178,19 +178,19 @@ class BudgetSchedule(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None
         self.apply(model, state.global_step)
-        loss_was_taken(model)  # none yet of this step
+        loss_was_taken(model)  # resets the flag for this step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None
         if self.weight > 0 and not loss_was_taken(model):
             raise RuntimeError(
-                "the budget loss must enter the loss of every step, got a step without it: a model that is given no labels, as with "
-                "label_smoothing_factor or compute_loss_func, adds none; add collected_budget_loss(model) in compute_loss_func."
+                "the loss of this step does not include the budget loss. A model adds it only if it gets labels, and with "
+                "label_smoothing_factor or compute_loss_func it gets none; add collected_budget_loss(model) in compute_loss_func."
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None
-        self.apply(model, state.global_step)  # a checkpoint saved now, and the end of training, have what the next step would
+        self.apply(model, state.global_step)  # a checkpoint saved now, and the end of training, have the values of the next step
 
     def on_log(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, logs: Any = None, **kwargs: Any) -> None:
         assert model is not None
@@ -205,7 +205,8 @@ class BudgetSchedule(TrainerCallback):
         if state.global_step < self.steps:
             missed = f"the budget of {self.target} key blocks" if self._share(state.global_step) < PATH else "the last temperature"
             warnings.warn(
-                f"BudgetSchedule must have {self.steps} optimiser steps, got {state.global_step}: {missed} is not reached.", stacklevel=2
+                f"training ended after {state.global_step} of the {self.steps} steps of BudgetSchedule, so {missed} is not reached.",
+                stacklevel=2,
             )
 
     def _share(self, step: int) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._dispatch import parts_of
 from ._tuples import Gradients, Inputs, Layout, Probe, Wanted
 
-FORWARD_MODE = "expert_mlp must be differentiated by reverse mode, got a forward-mode tangent: use vjp, or impl='reference'."
+FORWARD_MODE = "expert_mlp does not support forward-mode differentiation: use vjp, or impl='reference'."
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -86,7 +86,7 @@ class ExpertsBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("expert_mlp must be differentiated once, got a second derivative; impl='reference' takes it.")
+        raise RuntimeError("expert_mlp does not support second derivatives: use impl='reference'.")
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ...reference.experts.expert_mlp import LIMITS
-from .._dispatch import check_float, check_is_number, check_no_nan, check_same_device, check_tensor, statistics_dtype
+from .._checks import check_float, check_no_nan, check_number, check_same_device, check_tensor
+from .._dispatch import statistics_dtype
 from ._tuples import Inputs
 
 
@@ -51,9 +50,7 @@ def limit_of(activation: str, limit: float | None) -> float:
         return 0.0
     if limit is None:
         return LIMITS[activation]
-    check_is_number("limit", limit)
-    if not 0 < limit < math.inf:
-        raise ValueError(f"limit must be above 0 and finite, got {limit}.")
+    check_number("limit", limit, above=0)
     return float(limit)
 
 

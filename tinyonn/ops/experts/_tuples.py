@@ -1,4 +1,4 @@
-"""Named tuples of the registered op `expert_mlp`: arguments, results, and what backward takes. Each order stands here alone.
+"""Named tuples of the registered op `expert_mlp`: arguments, results, and tensors that backward takes. They define their order.
 
 N tokens, F features, E experts, I neurons of an expert, K slots of a token
 """

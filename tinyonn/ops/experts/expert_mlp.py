@@ -11,18 +11,9 @@ from torch import Tensor
 from ... import reference
 from ..._debug import debug_enabled
 from ...reference.experts.expert_mlp import Activation, SurpriseKind
-from .._dispatch import (
-    check_choice,
-    check_float,
-    check_impl,
-    check_same_device,
-    choose_impl,
-    parts_of,
-    refuse_tangents,
-    register,
-    schema_of,
-    statistics_dtype,
-)  # fmt: skip
+from .._checks import check_choice, check_float, check_same_device, check_size
+from .._dispatch import check_impl, choose_impl, parts_of, refuse_reference, refuse_tangents, register, schema_of, statistics_dtype
+from . import _torch_experts, _triton_experts
 from ._autograd import Experts, gradients_by, save_for_backward
 from ._checks import check_index_type, check_inputs, check_probe, check_values, limit_of
 from ._torch_experts import stored_surprise
@@ -155,8 +146,7 @@ def scatter_surprise(slots: Tensor, top_k_index: Tensor, num_experts: int) -> Te
     check_float("slots", slots)
     check_index_type(top_k_index)
     check_same_device("top_k_index", top_k_index, slots.device)
-    if not isinstance(num_experts, int) or num_experts < 0:
-        raise ValueError(f"num_experts must be an int of at least 0, got {num_experts}.")
+    check_size("num_experts", num_experts, least=0)
     if slots.shape != top_k_index.shape or slots.dim() != 2:
         raise ValueError(f"slots must have the shape (N, K) of top_k_index, {tuple(top_k_index.shape)}, got {tuple(slots.shape)}.")
     index = torch.where((top_k_index >= 0) & (top_k_index < num_experts), top_k_index, num_experts).long()
@@ -169,11 +159,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, _, layout, impl = parts_of(arguments, Inputs, Probe, Layout)
     if debug_enabled():
         check_values(inputs)
-    if choose_impl(impl, inputs.hidden_states) == "triton":
-        from ._triton_experts import experts_forward
-    else:
-        from ._torch_experts import experts_forward
-    return experts_forward(inputs, layout)
+    match refuse_reference("expert_mlp", choose_impl(impl, inputs.hidden_states)):
+        case "triton":
+            return _triton_experts.experts_forward(inputs, layout)
+        case "torch":
+            return _torch_experts.experts_forward(inputs, layout)
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -185,11 +175,11 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, saved, layout, wanted, impl = parts_of(arguments, Inputs, Saved, Layout, Wanted)
     hidden_states = inputs.hidden_states
-    if choose_impl(impl, hidden_states) == "triton":
-        from ._triton_experts import experts_backward
-    else:
-        from ._torch_experts import experts_backward
-    grads = experts_backward(inputs, saved, layout, wanted)
+    match refuse_reference("expert_mlp", choose_impl(impl, hidden_states)):
+        case "triton":
+            grads = _triton_experts.experts_backward(inputs, saved, layout, wanted)
+        case "torch":
+            grads = _torch_experts.experts_backward(inputs, saved, layout, wanted)
     none = hidden_states.new_empty(0, dtype=statistics_dtype(hidden_states.dtype))
     return tuple(none.clone() if grad is None else grad.contiguous() for grad in grads)
 

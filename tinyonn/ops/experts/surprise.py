@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..._debug import debug_enabled
-from .._dispatch import check_float, check_no_nan, check_same_device, check_tensor, statistics_dtype, without_autocast
+from .._checks import check_float, check_mask, check_no_nan, check_number, check_tensor
+from .._dispatch import statistics_dtype, without_autocast
 from .threshold_route import unit_vectors
 
 
@@ -50,12 +51,10 @@ def surprise_min_loss(
     if scores.dim() != 2 or scores.shape[1] == 0:
         raise ValueError(f"scores must have shape (N, E), got {tuple(scores.shape)}.")
     check_tensor("surprise", surprise, scores.device, scores.shape)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}.")
-    for name, weight in (("w_ce", w_ce), ("w_kl", w_kl)):
-        if not weight >= 0:
-            raise ValueError(f"{name} must be at least 0, got {weight}.")
-    _check_mask("token_mask", token_mask, scores.shape[0], scores.device)
+    check_number("temperature", temperature, above=0)
+    check_number("w_ce", w_ce, at_least=0)
+    check_number("w_kl", w_kl, at_least=0)
+    check_mask("token_mask", token_mask, scores.shape[:1], scores.device)
     if debug_enabled():
         check_no_nan("scores", scores)
         check_no_nan("surprise", surprise)
@@ -73,7 +72,7 @@ def _surprise_min_loss(scores: Tensor, surprise: Tensor, w_ce: float, w_kl: floa
     largest = known.abs().amax(-1, keepdim=True)
     counts = (largest.squeeze(-1) > 0) | unknown
     if token_mask is not None:
-        counts = counts & token_mask.bool()
+        counts = counts & token_mask
     known = known / torch.where(largest > 0, largest, 1)  # so that the sum stays finite
     mean = known.sum(-1, keepdim=True) / number.clamp(min=1)
     scaled = known / torch.where(mean > 0, mean, 1) / temperature
@@ -97,7 +96,7 @@ def sparse_diversity_loss(
         prototypes: (E, F).
         count: (N,), `Routing.count`, whose gradient is straight-through.
         target_k: target number of experts per token, above 0.
-        token_mask: (N,), True for tokens that count; the loss is 0 if none does.
+        token_mask: (N,) bool, True for tokens that count; the loss is 0 if none does.
         expert_mask: (E,) bool, True for prototypes that count.
 
     Returns:
@@ -112,10 +111,9 @@ def sparse_diversity_loss(
         raise ValueError(f"prototypes must have shape (E, F), got {tuple(prototypes.shape)}.")
     if count.dim() != 1 or not count.shape[0]:
         raise ValueError(f"count must have shape (N,), N at least 1, got {tuple(count.shape)}.")
-    if not target_k > 0:
-        raise ValueError(f"target_k must be above 0, got {target_k}.")
-    _check_mask("token_mask", token_mask, count.shape[0], prototypes.device)
-    _check_mask("expert_mask", expert_mask, prototypes.shape[0], prototypes.device)
+    check_number("target_k", target_k, above=0)
+    check_mask("token_mask", token_mask, count.shape, prototypes.device)
+    check_mask("expert_mask", expert_mask, prototypes.shape[:1], prototypes.device)
     return _sparse_diversity_loss(prototypes, count, target_k, token_mask, expert_mask)
 
 
@@ -124,22 +122,11 @@ def _sparse_diversity_loss(
     prototypes: Tensor, count: Tensor, target_k: float, token_mask: Tensor | None, expert_mask: Tensor | None
 ) -> Tensor:
     p = prototypes.to(statistics_dtype(prototypes.dtype))
-    live = p.new_ones(p.shape[0]) if expert_mask is None else expert_mask.bool().to(p.dtype)
-    tokens = p.new_ones(count.shape[0]) if token_mask is None else token_mask.bool().to(p.dtype)
+    live = p.new_ones(p.shape[0]) if expert_mask is None else expert_mask.to(p.dtype)
+    tokens = p.new_ones(count.shape[0]) if token_mask is None else token_mask.to(p.dtype)
     p = torch.where(live.unsqueeze(-1) > 0, p, 0)
     unit = unit_vectors(p)
     apart = unit @ unit.T - live.diag()
     mean = torch.where(tokens > 0, count.to(p.dtype), 0).sum() / tokens.sum().clamp(min=1)
     loss = apart.norm() + p.norm(dim=-1).sum() / live.sum().clamp(min=1) + (mean - target_k).abs()
     return torch.where(tokens.any(), loss, 0)
-
-
-def _check_mask(name: str, mask: Tensor | None, size: int, device: torch.device) -> None:
-    """Of any dtype: what is not 0 counts."""
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}.")
-    check_same_device(name, mask, device)
-    if mask.shape != (size,):
-        raise ValueError(f"{name} must have shape ({size},), got {tuple(mask.shape)}.")

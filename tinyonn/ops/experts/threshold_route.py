@@ -12,17 +12,8 @@ from torch.nn import functional
 from ... import reference
 from ..._debug import debug_enabled
 from ...reference.experts.routing import Combine, Form, Routing
-from .._dispatch import (
-    check_choice,
-    check_float,
-    check_int,
-    check_no_nan,
-    check_same_device,
-    check_size,
-    check_tensor,
-    statistics_dtype,
-    without_autocast,
-)  # fmt: skip
+from .._checks import check_choice, check_float, check_mask, check_no_nan, check_number, check_same_device, check_size, check_tensor
+from .._dispatch import statistics_dtype, without_autocast
 
 IMPLS = ("auto", "torch", "reference")
 
@@ -82,26 +73,18 @@ def threshold_route(
     if prototypes.dim() != 2 or prototypes.shape[1] != hidden_states.shape[1]:
         raise ValueError(f"prototypes must have shape (E, {hidden_states.shape[1]}), got {tuple(prototypes.shape)}.")
     check_tensor("thresholds", thresholds, hidden_states.device, prototypes.shape[:1])
-    if expert_mask is not None:
-        if not isinstance(expert_mask, Tensor):
-            raise TypeError(f"expert_mask must be a tensor, got {type(expert_mask).__name__}.")
-        check_same_device("expert_mask", expert_mask, hidden_states.device)
-        if expert_mask.dtype != torch.bool or expert_mask.shape != thresholds.shape:
-            raise ValueError(
-                f"expert_mask must be bool of shape {tuple(thresholds.shape)}, got {expert_mask.dtype} {tuple(expert_mask.shape)}."
-            )
-        if debug_enabled() and not bool(expert_mask.any()):
-            raise ValueError("expert_mask masks out every expert.")
+    check_mask("expert_mask", expert_mask, thresholds.shape, hidden_states.device)
     check_choice("form", form, get_args(Form))
     check_choice("combine", combine, get_args(Combine))
     check_choice("impl", impl, IMPLS)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be above 0 and finite, got {scale}.")
-    check_int("min_experts", min_experts)
-    check_int("max_experts", max_experts)
-    if not 0 <= min_experts <= max_experts or max_experts < 1:
-        raise ValueError(f"max_experts must be at least 1 and at least min_experts, got {max_experts} and {min_experts}.")
+    check_number("scale", scale, above=0)
+    check_size("min_experts", min_experts, least=0)
+    check_size("max_experts", max_experts)
+    if max_experts < min_experts:
+        raise ValueError(f"max_experts must be at least min_experts, {min_experts}, got {max_experts}.")
     if debug_enabled():
+        if expert_mask is not None and not bool(expert_mask.any()):
+            raise ValueError("expert_mask masks out every expert.")
         for name, tensor in (("hidden_states", hidden_states), ("prototypes", prototypes), ("thresholds", thresholds)):
             _check_finite(name, tensor)
     if impl == "reference":
@@ -145,14 +128,14 @@ def select_by_budget(
     check_choice("impl", impl, IMPLS)
     check_size("max_experts", max_experts)
     if isinstance(budget, Tensor):
+        check_float("budget", budget, min_dim=0)
         check_same_device("budget", budget, scores.device)
         if budget.shape not in ((), scores.shape[:1]):
             raise ValueError(f"budget must have shape () or ({scores.shape[0]},), got {tuple(budget.shape)}.")
-        within = not debug_enabled() or bool(((budget >= 0) & (budget <= 1)).all())
+        if debug_enabled() and not bool(((budget >= 0) & (budget <= 1)).all()):
+            raise ValueError(f"budget must be at least 0 and at most 1, got {budget}.")
     else:
-        within = 0 <= budget <= 1
-    if not within:
-        raise ValueError(f"budget must be 0 … 1, got {budget}.")
+        check_number("budget", budget, at_least=0, at_most=1)
     if debug_enabled():
         check_no_nan("scores", scores)
     wide = scores.to(statistics_dtype(scores.dtype))

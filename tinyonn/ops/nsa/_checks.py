@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from ..._debug import debug_enabled
-from .._attention import check_positive, order_hint
-from .._dispatch import check_int, check_same_device, check_size, statistics_dtype
+from .._attention import order_hint
+from .._checks import check_int, check_number, check_same_device, check_size
+from .._dispatch import statistics_dtype
 
 COMPRESS_SIZES = (16, 32, 64)
-MIN_TEMPERATURE = torch.finfo(torch.float32).tiny  # what is smaller loses digits in float32, or is 0 there
+MIN_TEMPERATURE = torch.finfo(torch.float32).tiny  # smaller values lose digits in float32, or become 0
 
 
 class Bounds(NamedTuple):
-    """Where sequences begin and end: packed in one row, or between padding."""
+    """First and last positions of the sequences: of those packed in one row, or of each row without its padding."""
 
     cu_seqlens: Tensor | None = None
     key_start: Tensor | None = None
@@ -29,19 +30,18 @@ class Bounds(NamedTuple):
 def checked_bounds(
     query: Tensor, key: Tensor, num_keys: int, cu_seqlens: Tensor | None, key_start: Tensor | None, key_end: Tensor | None
 ) -> Bounds:
-    """The bounds as int32; their values are read by `check_bound_values` alone."""
+    """Checks types and shapes of the bounds and converts them to int32. `check_bound_values` checks their values."""
     batch, num_queries = query.shape[:2]
-    if not isinstance(num_keys, (int, torch.SymInt)) or isinstance(num_keys, bool):
-        raise TypeError(f"num_keys must be an int, got {type(num_keys).__name__}.")
+    check_int("num_keys", num_keys)
     if num_queries > num_keys:
         hint = order_hint(query, key)
-        raise ValueError(f"query must have at most as many tokens as there are keys, {num_keys}, got {num_queries}{hint}.")
+        raise ValueError(f"query must have at most {num_keys} tokens, the number of keys, got {num_queries}{hint}.")
     if cu_seqlens is not None:
         if key_start is not None or key_end is not None:
-            raise ValueError("key_start and key_end must be None together with cu_seqlens.")
+            raise ValueError("key_start and key_end must be None if cu_seqlens is given.")
         if batch != 1 or num_queries != num_keys:
             raise ValueError(
-                f"cu_seqlens must come with one row of as many queries as keys, got {batch} rows, {num_queries} queries, {num_keys} keys."
+                f"cu_seqlens needs one row and as many queries as keys, got {batch} rows, {num_queries} queries, {num_keys} keys."
             )
         cu_seqlens = _as_int32("cu_seqlens", cu_seqlens, query, num_keys)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
@@ -57,7 +57,7 @@ def checked_bounds(
 
 
 def check_bound_values(num_keys: int, bounds: Bounds) -> None:
-    """Reads the bounds: on a CPU always, on a device, where that would wait for it, under `tinyonn.debug()`."""
+    """Checks the values of the bounds: always on a CPU; on a device, which the read would synchronise, under `tinyonn.debug()` only."""
     if not debug_enabled() and any(bound is not None and bound.device.type != "cpu" for bound in bounds):
         return
     cu_seqlens, key_start, key_end = bounds
@@ -68,13 +68,13 @@ def check_bound_values(num_keys: int, bounds: Bounds) -> None:
         return
     start = torch.zeros_like(bound) if key_start is None else key_start
     end = torch.full_like(bound, num_keys) if key_end is None else key_end
-    # A start behind the end is a row of padding alone: one that is decoded piece by piece begins so.
+    # A start after the end is a row of padding alone, as at the beginning of decoding piece by piece.
     if bool(((start < 0) | (end < 0) | (end > num_keys)).any()):
         raise ValueError(f"key_start must be at least 0 and key_end 0 … {num_keys}, got {start.tolist()} and {end.tolist()}.")
 
 
 def lengths_of(num_queries: int, num_keys: int, bounds: Bounds, device: torch.device) -> Tensor:
-    """(B or 1, T or 1) keys of the sequence that holds each query."""
+    """(B or 1, T or 1), number of keys of each query's sequence."""
     cu_seqlens, key_start, key_end = bounds
     if cu_seqlens is not None:
         place = torch.arange(num_keys - num_queries, num_keys, dtype=torch.int32, device=device)
@@ -97,17 +97,18 @@ def check_compressed(query: Tensor, key: Tensor, num_keys: int, compress_size: i
     wanted, found = num_keys // compress_size, key.shape[1]
     if found != wanted:
         hint = order_hint(query, key)
-        raise ValueError(f"key_compressed must hold {wanted} keys, one for every {compress_size} of {num_keys}, got {found}{hint}.")
+        raise ValueError(f"key_compressed must have {wanted} keys, one for every {compress_size} of {num_keys}, got {found}{hint}.")
 
 
 def check_temperature(temperature: float) -> float:
-    if check_positive("temperature", temperature) < MIN_TEMPERATURE:
+    check_number("temperature", temperature, above=0)
+    if temperature < MIN_TEMPERATURE:
         raise ValueError(f"temperature must be at least {MIN_TEMPERATURE:.3g}, the smallest normal float32, got {temperature:.3g}.")
     return float(temperature)
 
 
 def check_tau_values(tau: Tensor) -> None:
-    """For `tinyonn.debug()`: reads the whole tensor. What the ops compute may be past 1 by a rounding."""
+    """ValueError for a tau out of range. Reads the whole tensor: for `tinyonn.debug()`. Rounding may lift a computed tau above 1."""
     if bool(((tau < 0) | (tau > 1 + 1e-5)).any()):
         raise ValueError(f"tau must be in [0, 1], got {tau.min().item():g} … {tau.max().item():g}.")
 
@@ -118,11 +119,11 @@ def check_max_blocks(max_blocks: int, forced_first: int, forced_local: int) -> N
     check_size("forced_local", forced_local)
     forced = forced_first + forced_local
     if max_blocks < forced:
-        raise ValueError(f"max_blocks must be at least {forced}, the forced ones, got {max_blocks}.")
+        raise ValueError(f"max_blocks must be at least {forced}, the number of forced blocks, got {max_blocks}.")
 
 
 def _as_int32(name: str, tensor: Tensor, query: Tensor, num_keys: int) -> Tensor:
-    """int64 becomes int32 on its device; what is out of range stays so."""
+    """Converts int64 to int32 on its device; values out of range stay out of range."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
     if tensor.dtype not in (torch.int32, torch.int64):
@@ -132,7 +133,7 @@ def _as_int32(name: str, tensor: Tensor, query: Tensor, num_keys: int) -> Tensor
 
 
 def empty_lists(query: Tensor, num_kv: int, max_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """indices, counts, bias, soft_counts as they are where nothing is selected."""
+    """indices, counts, bias and soft_counts of an empty selection."""
     rows, dtype, device = (*query.shape[:2], num_kv), statistics_dtype(query.dtype), query.device
     return (
         torch.full((*rows, max_blocks), -1, dtype=torch.int32, device=device),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._attention import choose_attention_impl
-from .._dispatch import parts_of, refuse_tangents, register, schema_of, statistics_dtype
+from .._dispatch import parts_of, refuse_reference, refuse_tangents, register, schema_of, statistics_dtype
 from ._checks import Bounds
 from ._tuples import Attended
 
@@ -37,14 +37,14 @@ def register_differentiable(
     """Registers `tinyonn::name` and its derivative, `tinyonn::name_backward`.
 
     Args:
-        modules: implementation in torch, and that in Triton, one of which the next functions are given.
+        modules: the torch and the Triton implementation; the functions below receive one of them.
         forward: (tensors, options, bounds, module) -> results.
         fake: (tensors, options) -> results without values.
-        backward: (tensors, saved, options, bounds, needed, module) -> gradients of the tensors but `constants`, in any precision; None for
-            those that are not `needed`.
+        backward: (tensors, saved, options, bounds, needed, module) -> gradients of the tensors without `constants`, in any precision; may
+            be None for those that are not `needed`.
         tensors, options, results: named tuples; `Bounds` and impl follow the options.
-        saved: named tuple of the results that backward reads and then of gradients, named `grad_` and the result; a result without one is
-            not differentiable.
+        saved: named tuple of the results that backward reads, followed by gradients, each named `grad_` and the result; a result without
+            a gradient is not differentiable.
         constants: tensors without a gradient.
     """
     variables = [field for field in tensors._fields if field not in constants]
@@ -52,7 +52,11 @@ def register_differentiable(
     differentiable = [number for number, field in enumerate(results._fields) if f"grad_{field}" in saved._fields]
 
     def module_of(impl: str, query: Tensor) -> ModuleType:
-        return modules[choose_attention_impl(impl, query) == "triton"]
+        match refuse_reference(name, choose_attention_impl(impl, query)):
+            case "torch":
+                return modules[0]
+            case "triton":
+                return modules[1]
 
     def run_forward(*arguments: Any) -> tuple[Tensor, ...]:
         *given, impl = parts_of(arguments, tensors, options, Bounds)

@@ -1,8 +1,8 @@
-"""Attention to selected key blocks in plain torch: one key block after another, all queries that selected it at once.
+"""Attention to selected key blocks in plain torch: one key block after another, each for all queries that selected it.
 
-A query's row of the result is brought up to date once for each of its blocks (online softmax), so nothing has a slot for every
-(query, block) pair, and a block that every query chose is one large matrix product. Lists are sorted, sums have one order: two runs
-give the same bits. A block that holds what is not finite is visited query by query, each with the keys that it sees: 0 times NaN is NaN.
+Each block updates the rows of its queries (online softmax), so no tensor has an entry for every (query, block) pair, and a block that
+all queries selected is one large matrix product. Lists are sorted and sums have a fixed order, so two runs give the same bits. 0 times NaN
+is NaN, so a block with NaN or infinity is visited query by query, with only the keys that the query sees.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ._checks import Bounds
 from ._torch_nsa import Span, broken_rows, finite, heads_first, spans_of
 from ._tuples import SparseInputs, SparseOptions
 
-ROWS_AT_ONCE = 1 << 11  # queries of a block, so that their scores stay in the cache
-FEW_ROWS = 16  # queries, as when decoding, that share too little for one key block after another: their keys are gathered
+ROWS_AT_ONCE = 1 << 11  # queries of a block at a time, so that their scores stay in the cache
+FEW_ROWS = 16  # at most this many queries, as in decoding, share few blocks: the keys of each query are gathered instead
 
 
 class Visit(NamedTuple):

@@ -2,8 +2,8 @@
 
     out = gate_c · compressed + gate_s · selected + gate_w · window
 
-Of the branches only the selected one is kept for backward. The other two see all keys of a row at once there, so the product of a
-branch with the gradient of out, which is the gradient of its gate, falls out of their backward.
+Backward keeps the output of the selected branch only. The gradient of a gate is the product of its branch and the gradient of out; the
+backward of the other two branches computes this product without their outputs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ._torch_select import select_backward, select_forward
 from ._tuples import (
     CompressedOptions,
     CompressedSaved,
-    Inputs,
-    Options,
+    DynNSAInputs,
+    DynNSANumbers,
+    DynNSAResults,
+    DynNSASaved,
     QueryKeyValue,
-    Results,
-    Saved,
     SelectInputs,
     SelectOptions,
     SelectSaved,
@@ -36,7 +36,7 @@ from ._tuples import (
 )  # fmt: skip
 
 
-def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results:
+def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds) -> DynNSAResults:
     """Forward of the registered op."""
     query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed = inputs
     scoring = query if query_compressed is None else query_compressed
@@ -55,17 +55,17 @@ def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results
     out = torch.zeros(query.shape, dtype=dtype, device=query.device)
     for branch, part in enumerate((compressed, selected, near)):
         out.addcmul_(part.to(dtype), weights[..., branch])
-    return Results(
+    return DynNSAResults(
         out.to(query.dtype), soft_counts, own_tau, overflow, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected
     )
 
 
-def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds) -> list[Tensor | None]:
-    """Gradients of all inputs but tau, in the dtype of computation."""
+def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANumbers, bounds: Bounds) -> list[Tensor | None]:
+    """Gradients of all inputs except tau, in the dtype of computation."""
     query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed = inputs
     scoring = query if query_compressed is None else query_compressed
     _, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected, grad_out, grad_soft = saved
-    assert tau is not None  # forward's own where the caller gave none
+    assert tau is not None  # that of forward if the caller gave none
     of = _parts(options, key.shape[1])
     dtype = lse_compressed.dtype
     weights = gates.to(dtype).unbind(-1)
@@ -110,7 +110,7 @@ class _Parts(NamedTuple):
     window: WindowOptions
 
 
-def _parts(options: Options, num_keys: int) -> _Parts:
+def _parts(options: DynNSANumbers, num_keys: int) -> _Parts:
     window, temperature, block_size, compress_size, max_blocks, importance, first, local, _, scale = options
     return _Parts(
         CompressedOptions(compress_size, num_keys, scale),

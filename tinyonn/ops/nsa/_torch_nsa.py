@@ -1,10 +1,10 @@
-"""The compressed branch and the window in plain torch: rows of queries against the keys they see.
+"""The compressed branch and the window in plain torch: attention of each query to the keys that it sees.
 
     n queries and m keys of one sequence, H query heads, K key/value heads, G = H / K, D head dim, NB key blocks, S slots of a row
 
-Everything here works on one sequence (`Span`) and one tile of it after another; heads of a group are rows of one matrix product.
-Half precision is widened to float32 tile by tile. 0 times NaN is NaN, so a key or value that is not finite is in no product with a query
-that does not see it: tiles where it would be are cut into single queries.
+Sequences (`Span`) are computed one after another, tile by tile; the heads of a group are rows of one matrix product. Half precision is
+converted to float32 tile by tile. 0 times NaN is NaN, so a key or value that is not finite must not meet a query that does not see it:
+tiles with such a key are split into single queries.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Span(NamedTuple):
 
 
 def spans_of(query: Tensor, num_keys: int, compress_size: int, bounds: Bounds) -> list[Span]:
-    """The sequences of a batch, without their padding; reads the bounds' values."""
+    """The sequences of a batch without their padding. Reads the values of the bounds."""
     cu_seqlens, key_start, key_end = bounds
     batch, num_queries = query.shape[:2]
     if cu_seqlens is not None:
@@ -102,7 +102,7 @@ def chunks_of(begin: int, end: int, position: int, size: int) -> Iterator[Chunk]
 
 
 def tiles_of(span: Span, size: int, broken: Tensor | None, tile_of: Callable[[Chunk], Tile]) -> Iterator[Tile]:
-    """Tiles of `size` queries, of one where a key that some query does not see is `broken` (m,)."""
+    """Tiles of `size` queries; of one query if a key of the tile that some query does not see is `broken` (m,)."""
     for chunk in chunks_of(span.query_begin, span.query_end, span.first, size):
         tile = tile_of(chunk)
         if broken is not None and bool((broken[tile.low : tile.high] & ~tile.visible).any()):
@@ -112,7 +112,7 @@ def tiles_of(span: Span, size: int, broken: Tensor | None, tile_of: Callable[[Ch
 
 
 def broken_rows(*tensors: Tensor) -> Tensor | None:
-    """(m,) where (K, m, D) hold something that is not finite, or numbers so large that their sum is not; None for nowhere."""
+    """(m,) bool, rows of (K, m, D) that contain NaN, infinity or numbers whose sum overflows; None if there are none."""
     finite_sums = torch.stack([x.sum(-1) for x in tensors]).isfinite().all(0).all(0)
     return None if bool(finite_sums.all()) else ~finite_sums
 
@@ -148,7 +148,7 @@ def row_scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tenso
 
 
 def rows_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax over each row: out (K, R, D), lse (K, R), probabilities (K, R, m) but for a factor; 0 and -inf where a row sees nothing."""
+    """Softmax over each row: out (K, R, D), lse (K, R), unnormalised probabilities (K, R, m); 0, -inf and 0 for a row without keys."""
     scores = row_scores(q, k, bias, scale)
     shift = finite(scores.amax(-1))
     weights = scores.sub_(shift.unsqueeze(-1)).exp_()
@@ -168,7 +168,7 @@ def rows_backward(
     weight: Tensor | None,
     grad_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v where `weight * out` has the gradient `grad_out`; and (K, R), the product of out and grad_out."""
+    """Gradients of q, k and v, given the gradient `grad_out` of `weight * out`; and (K, R), the product of out and grad_out."""
     probabilities = row_scores(q, k, bias, scale).sub_(finite(lse).unsqueeze(-1)).exp_()
     weighted = grad_out if weight is None else grad_out * weight.unsqueeze(-1)
     grad_v = torch.bmm(probabilities.transpose(1, 2), weighted)
@@ -184,7 +184,7 @@ def rows_backward(
 
 
 def finite(lse: Tensor) -> Tensor:
-    """0 in place of -inf: exp(-inf - 0) is the 0 that a row without a visible key needs."""
+    """lse with 0 in place of -inf, so that exp(-inf - lse) is 0 for a row without a visible key."""
     return lse.masked_fill(lse == -math.inf, 0)
 
 
@@ -196,7 +196,7 @@ class Compressed(NamedTuple):
     device: torch.device
 
     def rows(self, span: Span) -> slice:
-        """Where the span's compressed keys are."""
+        """Rows of the span's compressed keys."""
         return slice(span.compressed, span.compressed + span.num_keys // self.compress_size)
 
     def tiles(self, span: Span, broken: Tensor | None) -> Iterator[Tile]:
@@ -219,7 +219,7 @@ class Window(NamedTuple):
     device: torch.device
 
     def unseen(self, span: Span) -> int:
-        """Keys of the span that no query sees: all before this one."""
+        """Number of keys at the start of the span that no query sees."""
         return max(0, span.first - self.window + 1)
 
     def rows(self, span: Span) -> slice:
@@ -268,7 +268,7 @@ def _forward(
 def _backward(
     inputs: QueryKeyValue, saved: CompressedSaved, weight: Tensor | None, branch: Compressed | Window, spans: list[Span], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value in the dtype of computation, where `weight * out` has the gradient `grad_out`; and (B, T, H),
+    """Gradients of query, key and value in the dtype of computation, given the gradient `grad_out` of `weight * out`; and (B, T, H),
     the product of out and grad_out.
     """
     query, key, value = inputs

@@ -20,7 +20,7 @@ Z_FLOOR = -20.0
 
 
 class Importance(NamedTuple):
-    """Of one tile: what the gates are made of. Blocks up to the tile's last own block."""
+    """Inputs of the gates of one tile, for the blocks up to the own block of its last query."""
 
     probabilities: Tensor  # (K, G * n, m)
     mass: Tensor  # (K, n, NB)
@@ -31,7 +31,7 @@ class Importance(NamedTuple):
 
 
 def importance_of(inputs: SelectInputs, k: Tensor, tile: Tile, batch: int, options: SelectOptions) -> Importance:
-    """k (K, m, D): the span's compressed keys."""
+    """Importance of each block for the queries of a tile; k (K, m, D) are the compressed keys of the span."""
     query, _, lse, threshold = inputs
     temperature, block_size, compress_size, _, importance, forced_first, forced_local, _, scale = options
     n, ratio, num_kv = tile.num_queries, block_size // compress_size, k.shape[0]
@@ -59,7 +59,7 @@ def importance_of(inputs: SelectInputs, k: Tensor, tile: Tile, batch: int, optio
 
 
 def smallest_step(dtype: torch.dtype) -> float:
-    """c whose gate, about 3c², is still a normal number; a smaller one is 0, and its logarithm has no place in a gradient."""
+    """Smallest c whose gate, about 3c², is a normal number. A smaller c counts as 0, because the logarithm of its gate is not accurate."""
     return math.sqrt(torch.finfo(dtype).tiny)
 
 

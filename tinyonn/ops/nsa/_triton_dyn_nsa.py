@@ -14,20 +14,20 @@ from torch import Tensor
 
 from .._dispatch import on_its_device
 from ._checks import Bounds, empty_lists
-from ._tuples import Inputs, Options, Results, Saved
+from ._tuples import DynNSAInputs, DynNSANumbers, DynNSAResults, DynNSASaved
 
 CHUNK_ELEMENTS = 1 << 25  # of the float32 sum, 128 MiB
 
 
 def chunks_of(query: Tensor) -> list[slice]:
-    """Tokens in parts of at most CHUNK_ELEMENTS values, the last part first: it reads most keys, so tiles are chosen on it."""
+    """Chunks of tokens of at most CHUNK_ELEMENTS values. The last chunk comes first: it reads the most keys, so it tunes the tile sizes."""
     batch, tokens, heads, dim = query.shape
     size = max(1, CHUNK_ELEMENTS // max(1, batch * heads * dim))
     return [slice(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)][::-1]
 
 
 def float32_sum(target: Tensor, chunks: list[slice]) -> Tensor | None:
-    """Where the sum of a chunk is made; None for the target itself."""
+    """Buffer for the sum of a chunk; None if the sum is computed in the target."""
     if target.dtype == torch.float32 or not chunks:
         return None
     longest = chunks[-1].stop  # the first tokens' chunk is whole
@@ -35,7 +35,7 @@ def float32_sum(target: Tensor, chunks: list[slice]) -> Tensor | None:
 
 
 @on_its_device
-def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results:
+def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds) -> DynNSAResults:
     """Forward of the registered op."""
     from tinyonn_kernels.nsa._common import geometry_of
     from tinyonn_kernels.nsa.block_sparse_fwd import block_sparse_attention_fwd
@@ -73,7 +73,7 @@ def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results
             place = torch.arange(geometry.before, geometry.before + q.shape[1], dtype=torch.int32, device=q.device)
             visible = ((place - geometry.start[:, geometry.before : geometry.before + q.shape[1]] + 1) // compress_size).unsqueeze(-1)
             mean = entropy[rows].unflatten(-1, (num_kv, -1)).mean(-1)
-            # Padding has no entropy, wherever it lies.
+            # Padding has no entropy.
             own_tau[rows] = torch.where(visible > 1, mean / visible.clamp(min=2).float().log(), 0)
         threshold = base.float() - slope.float() * (own_tau if tau is None else tau)[rows].float()
         lists = (indices[rows], counts[rows], bias[rows])
@@ -87,12 +87,12 @@ def dyn_nsa_forward(inputs: Inputs, options: Options, bounds: Bounds) -> Results
         if scratch is not None:
             out[rows] = mixed
     overflow = overflowing.float() / (counts > 0).sum().clamp(min=1)
-    return Results(out, soft_counts, own_tau, overflow, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected)
+    return DynNSAResults(out, soft_counts, own_tau, overflow, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected)
 
 
 @on_its_device
-def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds) -> list[Tensor | None]:
-    """Gradients of both queries (in their dtype) and of the other inputs but tau (float32)."""
+def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANumbers, bounds: Bounds) -> list[Tensor | None]:
+    """Gradients of both queries (in their dtype) and of the other inputs except tau (float32)."""
     from tinyonn_kernels.nsa._common import geometry_of, unit_stride
     from tinyonn_kernels.nsa.block_sparse_dkv import block_sparse_attention_dkv
     from tinyonn_kernels.nsa.block_sparse_dq import block_sparse_attention_dq
@@ -104,7 +104,7 @@ def dyn_nsa_backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bou
     query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed = inputs
     scoring = query if query_compressed is None else query_compressed
     _, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected, grad_out, grad_soft = saved
-    assert tau is not None  # forward's own where the caller gave none
+    assert tau is not None  # that of forward if the caller gave none
     window, temperature, block_size, compress_size, _, *rule, detach_scores, scale = options
     num_keys = key.shape[1]
     window = min(window, num_keys)

@@ -1,4 +1,4 @@
-"""The parts of DynNSA on Triton: what each registered op allocates and launches. No bound is read by the host."""
+"""The parts of DynNSA on Triton: allocation and launches of each registered op. The host reads no bound."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def compressed_forward(inputs: QueryKeyValue, options: CompressedOptions, bounds
 def compressed_backward(
     inputs: QueryKeyValue, saved: CompressedSaved, options: CompressedOptions, bounds: Bounds
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _interval_backward(inputs, saved, *options, bounds, compressed=True)
+    return _interval_backward(inputs, *saved, *options, bounds, compressed=True)
 
 
 def window_forward(inputs: QueryKeyValue, options: WindowOptions, bounds: Bounds) -> tuple[Tensor, Tensor]:
@@ -40,8 +40,8 @@ def window_forward(inputs: QueryKeyValue, options: WindowOptions, bounds: Bounds
 
 
 def window_backward(inputs: QueryKeyValue, saved: WindowSaved, options: WindowOptions, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
-    num_keys, whole = inputs.key.shape[1], CompressedSaved(*saved, None)
-    return _interval_backward(inputs, whole, min(options.window, num_keys), num_keys, options.scale, bounds, compressed=False)
+    num_keys = inputs.key.shape[1]
+    return _interval_backward(inputs, *saved, None, min(options.window, num_keys), num_keys, options.scale, bounds, compressed=False)
 
 
 @on_its_device
@@ -61,13 +61,22 @@ def _interval_forward(
 
 @on_its_device
 def _interval_backward(
-    inputs: QueryKeyValue, saved: CompressedSaved, reach: int, num_keys: int, scale: float, bounds: Bounds, *, compressed: bool
+    inputs: QueryKeyValue,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    reach: int,
+    num_keys: int,
+    scale: float,
+    bounds: Bounds,
+    *,
+    compressed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from tinyonn_kernels.nsa._common import geometry_of
     from tinyonn_kernels.nsa.interval_attention_dkv import interval_attention_dkv
     from tinyonn_kernels.nsa.interval_attention_dq import interval_attention_dq
 
-    query, (lse, grad_out, grad_lse) = inputs.query, saved
+    query = inputs.query
     geometry = geometry_of(query, num_keys, *bounds)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     given = (*inputs, lse, grad_out, None, None if grad_lse is None else grad_lse.contiguous(), _statistics(query))

@@ -1,4 +1,4 @@
-"""Named tuples of the registered ops: arguments, results, and what backward reads. Each order stands here alone.
+"""Named tuples of the registered ops: arguments, results, and tensors that backward reads. They define their order.
 
 B batch, T queries of Tk positions (the last ones), H query heads, K key/value heads, D head dim, M compressed keys, S slots of a list
 """
@@ -42,7 +42,7 @@ class WindowOptions(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """Results of `block_sparse_attention`, and of `sliding_window_attention`, whose lse only backward reads."""
+    """Results of `block_sparse_attention` and `sliding_window_attention`; only backward reads the lse of the latter."""
 
     out: Tensor
     lse: Tensor
@@ -104,7 +104,7 @@ class SelectSaved(NamedTuple):
     grad_soft_counts: Tensor
 
 
-class Inputs(NamedTuple):
+class DynNSAInputs(NamedTuple):
     """Tensors of a call; see `dyn_nsa`."""
 
     query: Tensor
@@ -119,7 +119,7 @@ class Inputs(NamedTuple):
     query_compressed: Tensor | None
 
 
-class Options(NamedTuple):
+class DynNSANumbers(NamedTuple):
     """Numbers of a call; see `dyn_nsa`."""
 
     window: int
@@ -134,13 +134,13 @@ class Options(NamedTuple):
     scale: float
 
 
-class Results(NamedTuple):
+class DynNSAResults(NamedTuple):
     """Results of the registered op. Only out and soft_counts are differentiable.
 
     Attributes:
         out: (B, T, H, D).
         soft_counts: (B, T, K).
-        own_tau: (B, T, K); empty if the caller gave it.
+        own_tau: (B, T, K); empty if the caller gave tau.
         overflow: 0-d.
         counts: (B, T, K) int32.
         lse_compressed, lse_selected, lse_window: (B, T, H), of the three branches.
@@ -161,7 +161,7 @@ class Results(NamedTuple):
     selected: Tensor
 
 
-class Saved(NamedTuple):
+class DynNSASaved(NamedTuple):
     """Results that backward reads, and the gradients of the differentiable ones."""
 
     own_tau: Tensor

@@ -10,7 +10,8 @@ from torch import Tensor
 from ... import reference
 from ..._debug import debug_enabled
 from .._attention import checked_heads, scale_of
-from .._dispatch import check_same_device, check_tensor, refuse_tangents, statistics_dtype
+from .._checks import check_same_device, check_tensor
+from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_block_sparse, _triton_nsa
 from ._checks import Bounds, check_bound_values, check_sizes, checked_bounds, lengths_of
 from ._register import empty_attended, register_differentiable
@@ -34,26 +35,26 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of each query to the key blocks of its list.
 
-    Tensors are (B, T, H, D). Differentiable: query, key, value, bias; out and lse carry gradients. dk and dv are the same bits on every
-    run.
+    Tensors are (B, T, H, D). Differentiable: query, key, value, bias; out and lse carry gradients. Every run gives
+    key and value the same gradients, bit for bit.
 
     Args:
         query: (B, T, H, D), the last T of Tk positions.
         key, value: (B, Tk, K, D), K dividing H.
         indices: (B, T, K, S) int32, key blocks in ascending order, each at most once, counted from the start of the sequence.
-        counts: (B, T, K) int32, how many of them count; the slots behind may hold anything.
+        counts: (B, T, K) int32, number of valid slots; later slots are ignored.
         bias: (B, T, K, S), added to all scores of a block: the log of its gate.
         block_size: keys of a block, a power of two.
         scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
 
     Returns:
         out: (B, T, H, D), 0 where nothing is visible.
-        lse: (B, T, H) float32 (float64 for float64), logsumexp of scores and bias, -inf there.
+        lse: (B, T, H) float32 (float64 for float64), logsumexp of scores and bias, -inf where nothing is visible.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or size that is not accepted; a list out of range, such as -1 in a slot that counts,
-            or out of order. On a GPU, where reading them would wait for it, lists are checked under `tinyonn.debug()` only; otherwise
-            out, lse and the query's gradient are NaN where the list is faulty.
+        TypeError, ValueError: a dtype, shape, device or size that is not accepted; an index out of range, such as -1 in a valid slot, or
+            out of order. On a GPU, where the check would synchronise, lists are checked under `tinyonn.debug()` only; otherwise out, lse
+            and the gradient of the query are NaN for a faulty list.
         RuntimeError: impl="triton" cannot run here; a forward-mode tangent, as in `compressed_attention`.
     """
     query, key, value = checked_heads(impl, query, key=key, value=value)
@@ -84,7 +85,7 @@ def block_sparse_attention(
 
 
 def _check_values(indices: Tensor, counts: Tensor, num_keys: int, block_size: int, bounds: Bounds) -> None:
-    """Reads bounds and lists: on a CPU always, on a device, where that would wait for it, under `tinyonn.debug()`."""
+    """Checks the values of bounds and lists: always on a CPU; on a device, where that would synchronise, under `tinyonn.debug()` only."""
     check_bound_values(num_keys, bounds)
     if not (_lists_are_read(indices) and bool(_faulty_lists(indices, counts, num_keys, block_size, bounds).any())):
         return
@@ -96,9 +97,9 @@ def _check_values(indices: Tensor, counts: Tensor, num_keys: int, block_size: in
         batch, token, head, slot = outside.nonzero()[0].tolist()
         raise ValueError(
             f"indices must be 0 … {int(last[batch, token, head, slot])} in the sequence of token {token}, got "
-            f"{int(indices[batch, token, head, slot])} in slot {slot} of {int(counts[batch, token, head])} that count."
+            f"{int(indices[batch, token, head, slot])} in slot {slot} of {int(counts[batch, token, head])}."
         )
-    raise ValueError("indices must ascend within each row, got some that do not.")
+    raise ValueError("indices must ascend within each row.")
 
 
 def _lists_are_read(indices: Tensor) -> bool:
@@ -106,14 +107,14 @@ def _lists_are_read(indices: Tensor) -> bool:
 
 
 def _outside(indices: Tensor, counts: Tensor, num_keys: int, block_size: int, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """(B, T, K, S) bool, slots that count and name no block of their sequence; and its last block."""
+    """(B, T, K, S) bool, valid slots whose index is no block of the sequence; and the last block of the sequence."""
     listed = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
     last = (-(-lengths_of(indices.shape[1], num_keys, bounds, indices.device) // block_size) - 1)[..., None, None].expand(indices.shape)
     return listed & ((indices < 0) | (indices > last)), last
 
 
 def _faulty_lists(indices: Tensor, counts: Tensor, num_keys: int, block_size: int, bounds: Bounds) -> Tensor:
-    """(B, T, K) bool, rows whose list is not as the op takes it. Nothing waits for a device."""
+    """(B, T, K) bool, rows whose list is out of range or out of order. Does not synchronise."""
     outside, _ = _outside(indices, counts, num_keys, block_size, bounds)
     slots = torch.arange(indices.shape[-1], device=indices.device)
     unordered = (slots[1:] < counts.unsqueeze(-1)) & (indices[..., 1:] <= indices[..., :-1])
@@ -121,7 +122,7 @@ def _faulty_lists(indices: Tensor, counts: Tensor, num_keys: int, block_size: in
 
 
 def _emptied(indices: Tensor, counts: Tensor, num_keys: int, block_size: int, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
-    """counts, 0 for faulty lists, which no kernel then follows, and where those are, (B, T, K); None where lists were checked."""
+    """counts with 0 for faulty lists, so that no kernel follows them; and (B, T, K) bool, faulty lists, None if lists were checked."""
     if _lists_are_read(indices):
         return counts, None
     faulty = _faulty_lists(indices, counts, num_keys, block_size, bounds)

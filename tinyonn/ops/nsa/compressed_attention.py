@@ -30,10 +30,10 @@ def compressed_attention(
     key_end: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention to compressed keys, each of which stands for `compress_size` positions and is seen once all of them are past.
+    """Attention to compressed keys. Each stands for `compress_size` positions and is visible once all of them are in the past.
 
     Tensors are (B, T, H, D), not scaled_dot_product_attention's (B, H, T, D). Differentiable: query, key_compressed,
-    value_compressed; out and lse carry gradients, entropy carries none.
+    value_compressed; out and lse carry gradients, entropy does not.
 
     Args:
         query: (B, T, H, D), the last T of `num_keys` positions.
@@ -43,17 +43,17 @@ def compressed_attention(
         num_keys: positions of a row; None for T.
         scale: factor on the scores; None for D ** -0.5.
         cu_seqlens: (sequences + 1,) int32 or int64, bounds of sequences packed in one row.
-        key_start, key_end: (B,) int32 or int64, first position of a row's sequence, and the one behind its last.
+        key_start, key_end: (B,) int32 or int64, first position of a row's sequence, and the position after its last.
         impl: "auto", "triton", "torch" or "reference"; an explicit choice never falls back.
 
     Returns:
         out: (B, T, H, D), 0 where nothing is visible.
-        lse: (B, T, H) float32 (float64 for float64), logsumexp of the scores, -inf there.
-        entropy: (B, T, H) like lse, in nats, 0 there.
+        lse: (B, T, H) float32 (float64 for float64), logsumexp of the scores, -inf where nothing is visible.
+        entropy: (B, T, H) like lse, in nats, 0 where nothing is visible.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or size that is not accepted.
-        RuntimeError: impl="triton" cannot run here; an input carries a forward-mode tangent, which impl="reference" alone takes.
+        RuntimeError: impl="triton" cannot run here; an input carries a forward-mode tangent, which only impl="reference" supports.
 
     Source: Yuan et al., "Native sparse attention", arXiv:2502.11089.
     """
@@ -72,7 +72,7 @@ def compressed_attention(
 def _reference(
     query: Tensor, key: Tensor, value: Tensor, compress_size: int, num_keys: int, scale: float, bounds: Bounds
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The oracle, in the precision of the op; its gradients are autograd's."""
+    """Result of the reference in the precision of the op, differentiated by autograd."""
     check_bound_values(num_keys, bounds)
     out, lse, entropy = reference.compressed_attention(
         query, key, value, compress_size=compress_size, num_keys=num_keys, scale=scale, **bounds._asdict()

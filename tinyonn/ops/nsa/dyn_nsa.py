@@ -13,7 +13,8 @@ from ..._debug import debug_enabled
 from ...reference import DynNSAOutput
 from ...reference.nsa.dyn_nsa import Importance
 from .._attention import checked_heads, in_one_dtype, order_hint, scale_of
-from .._dispatch import check_choice, check_no_nan, check_size, check_tensor, refuse_tangents, statistics_dtype
+from .._checks import check_choice, check_no_nan, check_size, check_tensor
+from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_dyn_nsa, _triton_dyn_nsa
 from ._checks import (
     Bounds,
@@ -27,7 +28,7 @@ from ._checks import (
     empty_lists,
 )
 from ._register import register_differentiable
-from ._tuples import Inputs, Options, Results, Saved
+from ._tuples import DynNSAInputs, DynNSANumbers, DynNSAResults, DynNSASaved
 
 
 def dyn_nsa(
@@ -59,24 +60,24 @@ def dyn_nsa(
 ) -> DynNSAOutput:
     """Native sparse attention with a learnable, uncertainty-driven threshold in place of a fixed number of blocks.
 
-    gates[..., 0] · compressed + gates[..., 1] · selected + gates[..., 2] · window, over one query. Selected are the blocks whose
-    importance z passes base - slope · tau (`select_blocks`). The gate of a block is exactly 0 where it is not selected, so below
+    gates[..., 0] · compressed + gates[..., 1] · selected + gates[..., 2] · window, over one query. The selected branch reads the blocks
+    whose importance z passes base - slope · tau (`select_blocks`). The gate of a block is exactly 0 where it is not selected, so below
     max_blocks the sparse result *is* dense gated attention, and every gradient is exact for the tau that was used.
 
     Tensors are (B, T, H, D). Differentiable: query, key, value, key_compressed, value_compressed, gates, base, slope, query_compressed; out
-    and soft_counts carry gradients. No gradient flows into tau. No value reaches an earlier query. Exception: with impl="triton", NaN and
-    infinity of a value can spread within its tile.
+    and soft_counts carry gradients. tau receives no gradient. No value affects an earlier query. Exception: with impl="triton", NaN and
+    infinity in a value can spread within its tile.
 
-    "All blocks" is base = -30, with a slope of at least 0, a temperature of at most 10 and max_blocks at least the number of key blocks;
-    a fixed number n of blocks is the same with max_blocks = n, every longer row then counting as overflowing. At most e^(-threshold) blocks
-    pass a threshold of at least -20, and the forced ones are read besides.
+    base = -30 selects all blocks, if the slope is at least 0, the temperature at most 10 and max_blocks at least the number of key blocks.
+    With max_blocks = n it selects a fixed number of n blocks, and every longer row counts as overflowing. At most e^(-threshold) blocks
+    pass a threshold of at least -20, and each query also reads the forced blocks.
 
     Args:
         query: (B, T, H, D), the last T of Tk positions.
         key, value: (B, Tk, K, D), K dividing H.
         key_compressed, value_compressed: (B, Tk // compress_size, K, D); see `compressed_attention`.
         gates: (B, T, H, 3), any reals.
-        base, slope: (K,), in nats, and nats per unit of tau; a slope above 0 reads more where tau is high.
+        base, slope: (K,), in nats, and nats per unit of tau; a slope above 0 selects more blocks where tau is high.
         tau: (B, T, K) in [0, 1], which `tinyonn.debug()` checks; None for the mean over a group's heads of
             entropy / log(visible compressed keys), 0 where fewer than two are.
         query_compressed: (B, T, H, D), the query of the compressed branch and of the selection; None for `query`. `detach_scores` cuts its
@@ -84,6 +85,9 @@ def dyn_nsa(
         window: keys of the window branch.
         temperature, block_size, compress_size, max_blocks, importance, forced_first, forced_local, detach_scores: as in `select_blocks`.
         scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
+
+    Returns:
+        DynNSAOutput(out, counts, tau, overflow, soft_counts): out (B, T, H, D); counts int32, tau and soft_counts (B, T, K); overflow 0-d.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or size that is not accepted.
@@ -117,8 +121,8 @@ def dyn_nsa(
         check_tensor("tau", tau, query.device, rows)
         tau = tau.detach()
     numbers = (window, check_temperature(temperature), block_size, compress_size, max_blocks)
-    options = Options(*numbers, importance, forced_first, forced_local, detach_scores, scale_of(query, scale))
-    inputs = Inputs(query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed)
+    options = DynNSANumbers(*numbers, importance, forced_first, forced_local, detach_scores, scale_of(query, scale))
+    inputs = DynNSAInputs(query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed)
     if debug_enabled():
         for name, given in inputs._asdict().items():
             if given is not None:
@@ -133,28 +137,30 @@ def dyn_nsa(
         found = found._replace(out=found.out.to(query.dtype), **statistics)
     else:
         refuse_tangents("dyn_nsa", *inputs)
-        results = Results(*_forward_op(*inputs, *options, *bounds, impl))
+        results = DynNSAResults(*_forward_op(*inputs, *options, *bounds, impl))
         found = DynNSAOutput(results.out, results.counts, results.own_tau, results.overflow, results.soft_counts)
     return found if tau is None else found._replace(tau=tau)
 
 
-def _forward(inputs: Inputs, options: Options, bounds: Bounds, module: ModuleType) -> Results:
+def _forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds, module: ModuleType) -> DynNSAResults:
     check_bound_values(inputs.key.shape[1], bounds)
-    return Results(*module.dyn_nsa_forward(inputs, options, bounds))
+    return DynNSAResults(*module.dyn_nsa_forward(inputs, options, bounds))
 
 
-def _backward(inputs: Inputs, saved: Saved, options: Options, bounds: Bounds, _: list[bool], module: ModuleType) -> Sequence[Tensor | None]:
+def _backward(
+    inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANumbers, bounds: Bounds, _: list[bool], module: ModuleType
+) -> Sequence[Tensor | None]:
     inputs = inputs._replace(tau=saved.own_tau if inputs.tau is None else inputs.tau)
     grads: Sequence[Tensor | None] = module.dyn_nsa_backward(inputs, saved, options, bounds)
     return grads
 
 
-def _fake(inputs: Inputs, options: Options) -> Results:
+def _fake(inputs: DynNSAInputs, options: DynNSANumbers) -> DynNSAResults:
     query = inputs.query
     dtype = statistics_dtype(query.dtype)
     indices, counts, bias, soft_counts = empty_lists(query, inputs.key.shape[2], options.max_blocks)
     lse_compressed, lse_selected, lse_window = (query.new_empty(query.shape[:3], dtype=dtype) for _ in range(3))
-    return Results(
+    return DynNSAResults(
         out=query.new_empty(query.shape),
         soft_counts=soft_counts,
         own_tau=query.new_empty(soft_counts.shape if inputs.tau is None else (0,), dtype=dtype),
@@ -171,5 +177,5 @@ def _fake(inputs: Inputs, options: Options) -> Results:
 
 _forward_op = register_differentiable(
     "dyn_nsa", (_torch_dyn_nsa, _triton_dyn_nsa), _forward, _fake, _backward,
-    tensors=Inputs, options=Options, results=Results, saved=Saved, constants=("tau",),
+    tensors=DynNSAInputs, options=DynNSANumbers, results=DynNSAResults, saved=DynNSASaved, constants=("tau",),
 )  # fmt: skip

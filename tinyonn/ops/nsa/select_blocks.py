@@ -11,7 +11,8 @@ from ... import reference
 from ...reference import BlockSelection
 from ...reference.nsa.dyn_nsa import Importance
 from .._attention import checked_heads, scale_of
-from .._dispatch import check_choice, check_tensor, refuse_tangents, statistics_dtype
+from .._checks import check_choice, check_tensor
+from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_select, _triton_nsa
 from ._checks import (
     Bounds,
@@ -52,12 +53,12 @@ def select_blocks(
 
     z[t, b] = log of a block's share of the query's compressed attention, mean over the group's heads, at least -20;
     c = clamp((z - threshold) / temperature, 0, 1); gate = c²(3 - 2c), a smoothstep: exactly 0 at and below the threshold.
-    Selected are the past blocks with a gate above 0, and the forced ones, whose gate is 1: by default the first block of the sequence, the
-    previous and the query's own. Where more than max_blocks pass, the forced ones and those with the highest z stay, ties to the lower
-    index.
+    Each query selects the past blocks with a gate above 0, and the forced blocks, whose gate is 1: by default the first block of the
+    sequence, the previous and its own block. If more than max_blocks pass, the forced ones and those with the highest z are kept; ties go
+    to the lower index.
 
-    Shares add up to at most 1. So at most e^(-threshold) blocks pass a threshold of at least -20, whatever the length of the sequence, and
-    max_blocks of forced_first + forced_local + e^(-threshold) never overflows.
+    Shares add up to at most 1. At most e^(-threshold) blocks therefore pass a threshold of at least -20, whatever the length of the
+    sequence, and a max_blocks of at least forced_first + forced_local + e^(-threshold) never overflows.
 
     Differentiable: threshold and, unless detach_scores, query, key_compressed and lse; bias and soft_counts carry gradients.
 
@@ -68,13 +69,17 @@ def select_blocks(
         temperature: width of the gate's slope, in nats; a normal float32.
         block_size: positions of a key block, a power of two of at least 16.
         compress_size: positions of a compressed key, a divisor of block_size.
-        max_blocks: most blocks of a row, the forced ones included, so at least forced_first + forced_local.
-        importance: "share" for z as above; "relative" measures against a uniform share: z = log(share / share if attention were uniform).
-            There, the number of blocks that pass can grow with the length of a sequence.
+        max_blocks: maximum number of blocks of a query, forced blocks included; at least forced_first + forced_local.
+        importance: "share" for z as above; "relative" for z = log(share / share if attention were uniform), with which the number of
+            blocks that pass can grow with the length of a sequence.
         forced_first: number of blocks at the start of the sequence that every query reads, at least 0.
-        forced_local: number of blocks that end with the query's own and that it reads, at least 1.
+        forced_local: number of blocks up to and including the query's own that it reads, at least 1.
         detach_scores: no gradient through z into query, key_compressed and lse.
         num_keys, scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
+
+    Returns:
+        BlockSelection(indices, counts, bias, soft_counts, overflow): indices (B, T, K, max_blocks) and counts (B, T, K), int32; bias like
+        indices, soft_counts like counts, and overflow 0-d, float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or size that is not accepted.

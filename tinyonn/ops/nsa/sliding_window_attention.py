@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ... import reference
 from .._attention import checked_heads, scale_of
-from .._dispatch import check_size, refuse_tangents
+from .._checks import check_size
+from .._dispatch import refuse_tangents
 from . import _torch_nsa, _triton_nsa
 from ._checks import Bounds, check_bound_values, checked_bounds
 from ._register import empty_attended, register_differentiable

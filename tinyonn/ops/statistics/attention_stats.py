@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,16 +11,8 @@ from ... import reference
 from ..._debug import debug_enabled
 from ...reference.statistics.attention_stats import AttentionStats
 from .._attention import checked_heads, choose_attention_impl, scale_of
-from .._dispatch import (
-    check_float,
-    check_mask,
-    check_no_nan,
-    check_same_device,
-    check_tensor,
-    choose_impl,
-    register_statistic,
-    statistics_dtype,
-)  # fmt: skip
+from .._checks import check_float, check_mask, check_no_nan, check_number, check_same_device, check_size, check_tensor
+from .._dispatch import register_statistic, statistics_dtype
 from ._torch_attention_stats import Visibility
 from ._torch_attention_stats import attention_stats as torch_attention_stats
 
@@ -59,6 +50,10 @@ def attention_stats(
         bias: broadcastable to (B, H, T, Tk): bool, False for hidden keys, or floats added to the scores; -1e30 and less hide a key.
         impl: "auto", "triton", "torch" or "reference"; an explicit choice never falls back.
 
+    Returns:
+        AttentionStats(entropy, span_mass), both (B, T, H) float32, or float64 for float64 inputs. entropy is in nats, 0 for a query that
+        sees no key; span_mass is None without span_mask.
+
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that is not accepted.
         RuntimeError: impl="triton" cannot run here.
@@ -72,10 +67,10 @@ def attention_stats(
         raise ValueError(f"key must have at least query's {queries} positions, got {keys}.")
     check_mask("span_mask", span_mask, (batch, keys), query.device)
     check_mask("key_mask", key_mask, (batch, keys), query.device)
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"window must be an int of at least 1, or None, got {window!r}.")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be above 0 and finite, or None, got {softcap}.")
+    if window is not None:
+        check_size("window", window)
+    if softcap is not None:
+        check_number("softcap", softcap, above=0)
     if sinks is not None:
         check_tensor("sinks", sinks, query.device, (heads,))
     tensors = [None if x is None else x.detach() for x in (query, key, span_mask, key_mask, sinks, _as_bias(bias, query, keys))]
@@ -115,23 +110,24 @@ def _compute(
     if debug_enabled():
         check_no_nan("query", query)
         check_no_nan("key", key)
-    if choose_impl(impl, query) == "reference":
-        entropy, mass = reference.attention_stats(
-            query, key, span_mask=span_mask, key_mask=key_mask, scale=scale, causal=causal, window=window or None,
-            softcap=softcap or None, sinks=sinks, bias=bias,
-        )  # fmt: skip
-        dtype = statistics_dtype(query.dtype)
-        return entropy.to(dtype), query.new_empty(0, dtype=dtype) if mass is None else mass.to(dtype)
-    visibility = Visibility(causal, window, key_mask, bias)
-    if choose_attention_impl(impl, query) == "triton":
-        from tinyonn_kernels.statistics.attention_stats import attention_stats_fwd
+    match choose_attention_impl(impl, query):
+        case "triton":
+            from tinyonn_kernels.statistics.attention_stats import attention_stats_fwd
 
-        entropy = query.new_empty(query.shape[:3], dtype=torch.float32)
-        mass = torch.empty_like(entropy) if span_mask is not None else entropy.new_empty(0)
-        with torch.cuda.device_of(query):
-            attention_stats_fwd(query, key, entropy, mass, span_mask, key_mask, sinks, bias, scale, causal, window, softcap)
-        return entropy, mass
-    return torch_attention_stats(query, key, span_mask, sinks, scale, softcap, visibility)
+            entropy = query.new_empty(query.shape[:3], dtype=torch.float32)
+            mass = torch.empty_like(entropy) if span_mask is not None else entropy.new_empty(0)
+            with torch.cuda.device_of(query):
+                attention_stats_fwd(query, key, entropy, mass, span_mask, key_mask, sinks, bias, scale, causal, window, softcap)
+            return entropy, mass
+        case "torch":
+            return torch_attention_stats(query, key, span_mask, sinks, scale, softcap, Visibility(causal, window, key_mask, bias))
+        case "reference":
+            found = reference.attention_stats(
+                query, key, span_mask=span_mask, key_mask=key_mask, scale=scale, causal=causal, window=window or None,
+                softcap=softcap or None, sinks=sinks, bias=bias,
+            )  # fmt: skip
+            dtype = statistics_dtype(query.dtype)
+            return found[0].to(dtype), query.new_empty(0, dtype=dtype) if found[1] is None else found[1].to(dtype)
 
 
 def _fake(query: Tensor, key: Tensor, span_mask: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:

@@ -9,18 +9,9 @@ from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
-from .._dispatch import (
-    check_float,
-    check_impl,
-    check_no_nan,
-    check_out,
-    check_same_device,
-    check_size,
-    choose_impl,
-    refuse_tangents,
-    statistics_dtype,
-)  # fmt: skip
-from ._torch_norms import norms_into
+from .._checks import check_float, check_no_nan, check_out, check_same_device, check_size
+from .._dispatch import check_impl, choose_impl, refuse_tangents, statistics_dtype
+from .._torch_norms import norms_into
 
 
 def block_norms(
@@ -104,7 +95,7 @@ def _write(x: Tensor, row_scale: Tensor | None, out: Tensor, block_size: int, im
             if row_scale is not None:
                 out.mul_(row_scale.to(out.dtype).unsqueeze(-1))
         case "reference":
-            out.copy_(reference.block_norms(x, block_size, row_scale))
+            out.copy_(reference.block_norms(x, block_size, row_scale=row_scale))
 
 
 @_block_norms.register_fake

@@ -11,17 +11,8 @@ from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
-from .._dispatch import (
-    check_float,
-    check_impl,
-    check_mask,
-    check_out,
-    check_same_device,
-    check_tensor,
-    choose_impl,
-    register_statistic,
-    statistics_dtype,
-)  # fmt: skip
+from .._checks import check_float, check_mask, check_out, check_same_device, check_tensor
+from .._dispatch import check_impl, choose_impl, register_statistic, statistics_dtype
 from ._torch_sps import integrate
 
 
@@ -113,7 +104,7 @@ def _compute(
         case "torch":
             total = integrate(activation, grad_norm, group_offsets, token_mask, per_token if return_per_token else None)
         case "reference":
-            total, scores = reference.integrate_sps(activation, grad_norm, group_offsets, token_mask)
+            total, scores = reference.integrate_sps(activation, grad_norm, group_offsets, token_mask=token_mask)
             if return_per_token:
                 per_token.copy_(scores)
     return total, per_token

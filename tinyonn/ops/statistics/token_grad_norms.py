@@ -7,17 +7,9 @@ from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
-from .._dispatch import (
-    check_float,
-    check_impl,
-    check_no_nan,
-    check_same_device,
-    check_size,
-    choose_impl,
-    register_statistic,
-    statistics_dtype,
-)  # fmt: skip
-from ._torch_norms import norms_into, row_norms
+from .._checks import check_choice, check_float, check_no_nan, check_same_device, check_size
+from .._dispatch import check_impl, choose_impl, register_statistic, statistics_dtype
+from .._torch_norms import norms_into, row_norms
 from .block_norms import block_norms, blocks_of
 
 
@@ -53,8 +45,7 @@ def token_grad_norms(
     check_float("grad_output", grad_output)
     if block_size is not None:
         check_size("block_size", block_size)
-    if wrt not in ("weight", "output"):
-        raise ValueError(f"wrt must be 'weight' or 'output', got {wrt!r}.")
+    check_choice("wrt", wrt, ("weight", "output"))
     if inputs is not None:
         check_float("inputs", inputs)
         check_same_device("inputs", inputs, grad_output.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def block_norms(x: Tensor, block_size: int = 64, row_scale: Tensor | None = None) -> Tensor:
+def block_norms(x: Tensor, block_size: int = 64, *, row_scale: Tensor | None = None) -> Tensor:
     """Norm of every block in float64, one block at a time; differentiated by autograd, with gradient 0 for a norm of 0.
 
     Args:

@@ -10,7 +10,9 @@ from torch import Tensor
 RELATIVE_STD_FLOOR = 1e-6  # a standard deviation below this fraction of the mean is rounding error, and every z is 0
 
 
-def integrate_sps(activation: Tensor, grad_norm: Tensor, group_offsets: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def integrate_sps(
+    activation: Tensor, grad_norm: Tensor, group_offsets: Tensor, *, token_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """SPS = z(activation norm) - z(grad norm), z over the blocks of one layer that are present for one token.
 
     Args:

@@ -56,7 +56,7 @@ def write_plasticity_page(folder: str | os.PathLike[str], *, figures_too: bool =
     """
     root = Path(folder)
     if figures_too:
-        figures.require_matplotlib()
+        figures.require_matplotlib("figures_too=False")
     names = ["I_pre", "I_post", "accuracy_drop_pre", "accuracy_drop_post", "taylor_pre", "taylor_abs_pre", "U", "Urel", "G_pre"]
     heads = read_heads(root / study.HEADS, names, study.REPORT_STEP, ["kind"])
     stats, cases = read_json(root / study.STATS, dict, study.REPORT_STEP), read_json(root / study.CASES, dict, study.REPORT_STEP)

@@ -78,7 +78,7 @@ def write_scores_page(folder: str | os.PathLike[str], *, figures_too: bool = Tru
     """
     root = Path(folder)
     if figures_too:
-        figures.require_matplotlib()
+        figures.require_matplotlib("figures_too=False")
     raw = read_heads(root / "scores_raw.csv", [f"{name}_raw" for name in SCORES], _STEP)
     scores = [name.removesuffix("_raw") for name in raw.columns]
     config = read_yaml(root / "config.yaml")

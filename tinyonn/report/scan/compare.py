@@ -115,7 +115,7 @@ def write_comparison(
     if Path(a).exists() and Path(b).exists() and Path(a).samefile(b):
         raise InputError(f"a and b must be different files, got {os.fspath(a)} twice.")
     if figures_too:
-        figures.require_matplotlib()
+        figures.require_matplotlib("figures_too=False")
     name_a, name_b = Path(a).name, Path(b).name
     if name_a == name_b:
         name_a, name_b = (f"{Path(path).resolve().parent.name}/{Path(path).name}" for path in (a, b))

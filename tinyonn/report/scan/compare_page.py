@@ -71,7 +71,7 @@ def comparison_page(found: Comparison, top: int) -> str:
     body = [
         f'<p class="verdict">{text(verdict(found))}</p>',
         notices(found.notes),
-        section("setting", "What was compared", facts(_setting(found)) + terms(_SETTING_TERMS)),
+        section("setting", "What was compared", _sides(found) + facts(_setting(found)) + terms(_SETTING_TERMS)),
         maps_section("Where the topics differ", found.maps, below=terms(outside_terms(grid)), lead=maps_lead),
         _blocks(found, top),
         _points(found),
@@ -93,15 +93,16 @@ def verdict(found: Comparison) -> str:
     return f"{specific:,} of {tested:,} blocks ({100 * specific / tested:.3g} %) are topic-specific, by {level}."
 
 
+def _sides(found: Comparison) -> str:
+    """One row per side."""
+    sides = (("A", found.a, found.topics[0]), ("B", found.b, found.topics[1]))
+    rows = [(letter, topic, side.name, len(side.sps), side.tokens) for letter, side, topic in sides]
+    return table(["", "topic", "file", "sequences", "tokens"], rows, caption="Sides of the comparison", numeric=(3, 4))
+
+
 def _setting(found: Comparison) -> dict[str, object]:
     numbers = found.differences
-    settings: dict[str, object] = {}
-    for letter, side, topic in (("A", found.a, found.topics[0]), ("B", found.b, found.topics[1])):
-        settings[f"topic {letter}"] = topic
-        settings[f"file {letter}"] = side.name
-        settings[f"sequences {letter}"] = len(side.sps)
-        settings[f"tokens {letter}"] = side.tokens
-    return settings | {
+    return {
         "credit": found.a.metadata.get("credit"),
         "blocks tested": int(numbers.tested.sum()),
         "bootstrap draws": found.resamples,

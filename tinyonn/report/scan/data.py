@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..._io.not_measured import told, without_value
 from ..._io.units import not_finite_cause
 from ...mscan import MscanReader
+from ...mscan.not_measured import describe, without_value
 from .grid import BlockGrid, Floats, build_grid, even_sample
 from .integrals import file_integral
 
@@ -181,7 +181,7 @@ def _not_measured(data: ScanData) -> list[str]:
     if data.num_sequences and not silent.all():
         of_weight = np.bincount(data.grid.entry, weights=~silent, minlength=len(data.grid.layout))
         reasons |= without_value(entry.name for entry, count in zip(data.grid.layout, of_weight, strict=True) if count == 0)
-    return told(reasons)
+    return describe(reasons)
 
 
 def _not_finite_notes(data: ScanData) -> list[str]:

@@ -20,14 +20,17 @@ _DPI = 150
 _STYLES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)))
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(instead: str = "") -> None:
     """Checks that matplotlib is installed, before any work.
+
+    Args:
+        instead: option that leaves the figures out, for the message; empty where there is none.
 
     Raises:
         InputError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError(f"{needs('drawing PNGs', 'matplotlib')} (or leave them out: figures_too=False).")
+        raise InputError(f"{needs('drawing PNGs', 'matplotlib')}{instead and f', or use {instead}'}.")
 
 
 def draw_maps(path: Path, title: str, maps: Sequence[HeatMap], how: Normalisation, layers: Sequence[str], modules: Sequence[str]) -> None:

@@ -69,7 +69,7 @@ def write_report(
     check_least(top=(top, 1), replay=(replay, 0))
     target = check_output(output)
     if figures_too:
-        figures.require_matplotlib()
+        figures.require_matplotlib("figures_too=False")
     name = Path(path).name
     with MscanReader(path) as reader:
         data = collect(reader, name)

@@ -125,7 +125,7 @@ class ScanEngine:
 
     def __enter__(self) -> ScanEngine:
         if self._stack is not None:
-            raise RuntimeError("ScanEngine must be left before it is entered again.")
+            raise RuntimeError("ScanEngine is entered already; exit it before entering it again.")
         with ExitStack() as stack, _recording():
             check_differentiable(self.model)
             stack.enter_context(_alone(self.model))
@@ -158,9 +158,9 @@ class ScanEngine:
 
     def _scan_parts(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[SequenceScan]:
         if self._stack is None:
-            raise RuntimeError("ScanEngine must be entered with `with` before scan is called.")
+            raise RuntimeError("ScanEngine is not entered; call scan inside `with engine:`.")
         if any(module.training for module in self.model.modules()):
-            raise RuntimeError("model must stay in eval mode until the engine is left, got one that was put into training mode.")
+            raise RuntimeError("model was put into training mode; it must stay in eval mode while the engine is entered.")
         check_differentiable(self.model)
         batch = Batch.of(input_ids, attention_mask, vocabulary_size(self.model), self.device)
         switches, limit = position_switches(self.model)
@@ -232,7 +232,7 @@ class ScanEngine:
                 prove_local_credit(self.model)
             prove_causal(self.model)
         if self.credit == "local" and (change := logit_change(self.model, lambda: self._recording_into(None))):
-            raise InputError(f"a scan with credit='local' must leave the logits as they are, got {change}.")
+            raise InputError(f"credit must be 'full' for this model: credit='local' changes its logits by {change}.")
         self._prove_weights()
 
     def _prove_weights(self) -> None:
@@ -265,7 +265,7 @@ class ScanEngine:
 def _alone(model: nn.Module) -> Iterator[None]:
     """Keeps other engines from entering the model within the block: the first to exit would undo what the other still needs."""
     if model in _entered:
-        raise RuntimeError("model must be scanned by one engine at a time, got one that another has entered.")
+        raise RuntimeError("another ScanEngine has entered this model; only one can at a time.")
     _entered.add(model)
     try:
         yield

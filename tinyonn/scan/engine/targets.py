@@ -88,7 +88,7 @@ class Selection:
                 raise InputError(f"targets must leave out {target.name}: {faults[target.name]}.")
         if not kept:
             name, why = next(iter(faults.items()))
-            raise InputError(f"targets must leave something to measure, got {len(faults)} weights that cannot be: {name}: {why}.")
+            raise InputError(f"none of the {len(faults)} weights in targets can be measured: {name}: {why}.")
         return Selection(kept, {**self.left_out, **faults})
 
 
@@ -190,7 +190,7 @@ def _select(found: list[Target], targets: str) -> list[Target]:
         chosen = dict.fromkeys(range(len(found)), False)
     kept = [replace(found[index], named=named) for index, named in sorted(chosen.items()) if index not in excluded]
     if not kept:
-        raise InputError(f"targets must leave something to record, got {targets!r}, which leaves nothing.")
+        raise InputError(f"targets must include at least one weight, got {targets!r}, which excludes all.")
     return kept
 
 

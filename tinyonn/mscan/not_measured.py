@@ -20,7 +20,7 @@ def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     return found
 
 
-def told(reasons: Mapping[str, Iterable[str]], gap: str = ": ", between: str = ", ") -> list[str]:
+def describe(reasons: Mapping[str, Iterable[str]], gap: str = ": ", between: str = ", ") -> list[str]:
     """One text per reason, "names: reason", from {reason: names}."""
     return [f"{short_list(names, between)}{gap}{why}" for why, names in reasons.items()]
 

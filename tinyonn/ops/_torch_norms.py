@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._dispatch import statistics_dtype
+from ._dispatch import statistics_dtype
 
 CHUNK_ELEMENTS = 1 << 18  # elements of half precision converted to float32 at a time, so that a chunk stays in the cache
 
