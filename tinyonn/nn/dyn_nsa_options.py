@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..ops._checks import check_choice, check_flag, check_int, check_number, check_size
+from ..ops._checks import check_choice, check_flag, check_number, check_size
 from ..ops._dispatch import check_impl
-from ..ops.nsa._checks import check_sizes, check_temperature
+from ..ops.nsa._checks import check_max_blocks, check_sizes, check_temperature
 
 MAX_TEMPERATURE = 10.0  # with a higher one, the gates of an open model would not all be 1
 
@@ -77,13 +77,10 @@ class DynNSAOptions:
         check_size("window", self.window)
         check_temperature(self.temperature)
         check_choice("importance", self.importance, get_args(Importance))
-        for name, least in (("forced_first", 0), ("forced_local", 1)):
-            check_int(name, getattr(self, name))
-            check_number(name, getattr(self, name), at_least=least)
+        check_size("forced_first", self.forced_first, 0)
+        check_size("forced_local", self.forced_local)
         if self.max_blocks is not None:
-            check_int("max_blocks", self.max_blocks)
-            if self.max_blocks < self.forced:
-                raise ValueError(f"max_blocks must be at least {self.forced}, the forced ones, got {self.max_blocks}.")
+            check_max_blocks(self.max_blocks, self.forced_first, self.forced_local)
         check_impl(self.impl)
         self.start_gates = tuple(self.start_gates)  # type: ignore[assignment]  # JSON gives a list
         check_choice("tau_source", self.tau_source, get_args(TauSource))
