@@ -11,7 +11,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tinyonn.hf import BudgetSchedule, calibrate, calibrate_experts, convert_attention, convert_mlp_to_dynmoe
+from tinyonn.hf import BudgetSchedule, calibrate, calibrate_experts, convert_attention, convert_mlp_to_dynmoe, statistics
+from tinyonn.hf.dyn_nsa import cores
 from tinyonn.testing import assert_close_rms, tiny_causal_lm, token_ids
 
 SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
@@ -56,3 +57,23 @@ def test_a_sharded_model_steps_and_saves_like_one_in_one_process(tmp_path, two_r
         assert_close_rms(again.state_dict()[name], tensor, 1e-4, name)
     with torch.no_grad():
         assert_close_rms(again(x).logits, alone.eval()(x).logits, 1e-4)
+
+
+def budgeted(rank: int, folder: Path) -> None:
+    """Some steps of the schedule alone, each rank on a text of its own length."""
+    model = convert_attention(tiny_causal_lm("llama", max_position_embeddings=512, num_hidden_layers=1), **SMALL).train()
+    schedule, x = BudgetSchedule(3.2, 40), token_ids(200)[:, : 200 if rank else 80]
+    for step in range(40):
+        schedule.apply(model, step)
+        with torch.no_grad():
+            model(x)
+        counts = [value["mean_count"] for value in statistics(model, reset=True).values()]
+    torch.save((counts[0], x.numel(), float(next(cores(model)).price)), folder / f"rank{rank}.pt")
+
+
+def test_ranks_share_one_budget(tmp_path, two_ranks):
+    two_ranks(lambda rank: budgeted(rank, tmp_path))
+    (short, few, price), (long, many, other) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert price == other
+    assert long - short > 0.3
+    assert abs((short * few + long * many) / (few + many) - 3.2) < 0.05

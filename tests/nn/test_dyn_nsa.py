@@ -341,7 +341,10 @@ def test_the_core_takes_any_group_of_heads():
         (lambda: DynNSAOptions(compress_size=8), "compress_size must be one of"),
         (lambda: DynNSAOptions(window=0), "window must be at least 1, got 0"),
         (lambda: DynNSAOptions(max_blocks=2), "max_blocks must be at least 3, the number of forced blocks, got 2"),
-        (lambda: DynNSAOptions(max_blocks=5, forced_first=2, forced_local=4), "max_blocks must be at least 6, the number of forced blocks, got 5"),
+        (
+            lambda: DynNSAOptions(max_blocks=5, forced_first=2, forced_local=4),
+            "max_blocks must be at least 6, the number of forced blocks, got 5",
+        ),
         (lambda: DynNSAOptions(forced_first=-1), "forced_first must be at least 0, got -1"),
         (lambda: DynNSAOptions(forced_local=0), "forced_local must be at least 1, got 0"),
         (lambda: DynNSAOptions(importance="mass"), "importance must be one of share, relative, got 'mass'"),

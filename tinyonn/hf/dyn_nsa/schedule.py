@@ -135,7 +135,9 @@ class BudgetSchedule(TrainerCallback):
     @staticmethod
     def _centre(found: list[DynNSACore]) -> float:
         """Moves the mean of `base` over layers and heads into the price; the price."""
-        mean = float(torch.cat([core.base.detach().float().cpu() for core in found]).mean())
+        bases: list[Any] = [core.base.detach() for core in found]
+        whole = [base.full_tensor() if hasattr(base, "full_tensor") else base for base in bases]  # fully_shard splits parameters
+        mean = float(torch.cat([base.float().cpu() for base in whole]).mean())
         for core in found:
             core.base.sub_(mean)
         return float(found[0].price) + mean
