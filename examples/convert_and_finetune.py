@@ -33,6 +33,8 @@ def held_out_loss(model):
 print(f"dense      loss {held_out_loss(model):.3f} on a held-out text")
 tinyonn.hf.convert_attention(model, compress_size=16, block_size=16, window=64)
 print(f"converted  loss {held_out_loss(model):.3f}, with all key blocks selected")
+blocks = tinyonn.hf.calibrate(model, [text[None] for text in texts[:2]], target=8)
+print(f"calibrated loss {held_out_loss(model):.3f}, {blocks:.1f} key blocks a query on two of the other texts")
 
 settings = TrainingArguments(
     args.output, max_steps=args.steps, per_device_train_batch_size=1, logging_steps=3, save_strategy="no", report_to=[], disable_tqdm=True
