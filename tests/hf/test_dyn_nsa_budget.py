@@ -19,7 +19,7 @@ from transformers import (
 from tinyonn.errors import InputError
 from tinyonn.hf import BudgetSchedule, collected_budget_loss, convert_attention, parameter_groups, statistics
 from tinyonn.hf.dyn_nsa import cores
-from tinyonn.nn import OPEN, normalised_entropy
+from tinyonn.nn import OPEN, DynNSAAttention, DynNSAOptions, normalised_entropy
 from tinyonn.testing import assert_close_rms, left_padding, tiny_causal_lm, tiny_dyn_nsa_lm, token_ids
 
 SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
@@ -87,6 +87,21 @@ def test_bases_are_centred_and_the_thresholds_stay():
     after = torch.stack([core.threshold_base() for core in cores(model)]).detach()
     torch.testing.assert_close(after, before)
     assert torch.stack([core.base for core in cores(model)]).mean().abs() < 1e-6
+
+
+def test_layers_of_ones_own_share_a_budget_too():
+    torch.manual_seed(0)
+    options = DynNSAOptions(compress_size=16, block_size=16, window=20)
+    model = nn.ModuleList([DynNSAAttention(32, 4, 2, options=options) for _ in range(2)])
+    with torch.no_grad():
+        model[0].q_proj.weight.mul_(12)  # its importances spread wider than the other layer's
+    schedule, x = BudgetSchedule(4.0, 40), torch.randn(2, 160, 32)
+    for step in range(40):
+        schedule.apply(model, step)
+        with torch.no_grad():
+            counts = [layer(x).counts.double().mean() for layer in model]
+    assert sum(counts) / 2 == pytest.approx(4.0, abs=0.05)
+    assert abs(counts[0] - counts[1]) > 0.05
 
 
 def test_a_training_that_resumes_goes_on_with_the_path(tmp_path):

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from tinyonn.errors import InputError
 from tinyonn.hf import BudgetSchedule, calibrate, convert_attention, register_attention, statistics
-from tinyonn.hf.dyn_nsa import cores
+from tinyonn.hf.dyn_nsa import calibration, cores, observing
 from tinyonn.testing import left_padding, tiny_causal_lm, token_ids
 
 SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
@@ -91,6 +91,23 @@ def test_offsets_are_what_a_blocks_share_is_worth(how):
     torch.testing.assert_close(found, -expected, rtol=0, atol=1e-5)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_chunks_of_queries_change_nothing(monkeypatch):
+    x, found = token_ids(), []
+    for elements in (2**23, 5000):
+        monkeypatch.setattr(observing, "ELEMENTS", elements)
+        model = convert_attention(stock(dtype=torch.float64), **SMALL)
+        reached = calibrate(model, [x], 3.5)
+        found.append((torch.stack([core.base for core in cores(model)]).detach(), next(cores(model)).price, reached))
+    for whole, chunked in zip(*found, strict=True):
+        torch.testing.assert_close(torch.as_tensor(chunked), torch.as_tensor(whole))
+
+
+def test_a_part_of_the_queries_gives_nearly_the_same_price(monkeypatch):
+    monkeypatch.setattr(calibration, "VALUES", 1500)
+    model = convert_attention(stock(), **SMALL)
+    assert calibrate(model, [token_ids(200)], 4.0) == pytest.approx(4.0, rel=0.01)
 
 
 def test_without_a_gradient_heads_keep_their_differences():
