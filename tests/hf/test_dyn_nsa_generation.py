@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from tinyonn.errors import InputError
-from tinyonn.hf import revert_attention, statistics
+from tinyonn.hf import BudgetSchedule, calibrate, revert_attention, statistics
 from tinyonn.hf.dyn_nsa import cores
+from tinyonn.hf.dyn_nsa.options import price_of_budget
 from tinyonn.testing import assert_close_rms, left_padding, tiny_causal_lm, tiny_dyn_nsa_lm, token_ids
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -197,6 +198,38 @@ def test_a_call_has_its_own_price():
         model(x, block_price=price)
         reads.append(sum(value["mean_count"] for value in statistics(model, reset=True).values()))
     assert reads[0] > reads[1]
+
+
+def test_a_call_has_its_own_budget(tmp_path):
+    model, x = tiny_dyn_nsa_lm(temperature=0.05), token_ids(240)
+    with pytest.raises(InputError, match="block_budget must follow calibrate, got a model that was not calibrated"):
+        model(x, block_budget=4.0)
+    for core in cores(model):
+        core.options.max_blocks = None
+    calibrate(model, [x], 4.0)
+    expected = model(x).logits
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for core in cores(loaded):
+        core.options.max_blocks = None
+    for budget in (3.3, 5.0, 7.0):
+        statistics(loaded, reset=True)
+        loaded(x, block_budget=budget)
+        far = [value["far_count"] for value in statistics(loaded).values()]
+        assert sum(far) / 2 == pytest.approx(budget - 3, abs=0.25)
+    assert torch.equal(loaded(x).logits, expected)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    price = price_of_budget(next(cores(model)).options, 5.0)
+    assert torch.equal(loaded.generate(x, block_budget=5.0, **options), loaded.generate(x, block_price=price, **options))
+    for given, message in (
+        ({"block_budget": 3.0}, "block_budget must be above 3, the forced blocks, got 3.0"),
+        ({"block_budget": 4.0, "block_price": -2.0}, "a call must be given block_price or block_budget, got both"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model(x, **given)
+    BudgetSchedule(4.0, 9).apply(model, 0)
+    with pytest.raises(InputError, match="block_budget must follow calibrate"):
+        model(x, block_budget=4.0)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ class DynNSAOptions:
         tau: the constant, in [0, 1].
         budget_weight: weight of the budget loss; 0 for none.
         budget_target: initial target of the budget loss, in key blocks per query; a schedule may change it.
+        prices: pairs of far blocks per query and the price that reads them, from few blocks to many, as `hf.calibrate` found them.
         impl: implementation of `ops.dyn_nsa`.
     """
 
@@ -59,6 +60,7 @@ class DynNSAOptions:
     tau: float = 0.5
     budget_weight: float = 0.0
     budget_target: float = 16.0
+    prices: tuple[tuple[float, float], ...] = ()
     impl: str = "auto"
 
     def __post_init__(self) -> None:
@@ -82,6 +84,10 @@ class DynNSAOptions:
         if self.max_blocks is not None:
             check_max_blocks(self.max_blocks, self.forced_first, self.forced_local)
         check_impl(self.impl)
+        self.prices = tuple((far, price) for far, price in self.prices)  # JSON gives lists
+        for far, price in self.prices:
+            check_number("prices", far, above=0)
+            check_number("prices", price)
         self.start_gates = tuple(self.start_gates)  # type: ignore[assignment]  # JSON gives a list
         check_choice("tau_source", self.tau_source, get_args(TauSource))
         if not 0 <= self.tau <= 1:

@@ -18,11 +18,12 @@ from .._forward import tokens_of
 from ..interfaces import modes_kept
 from ..peft_parts import keep_in_adapter
 from .observing import Attended, HeadEffects, PriceSample, checked_sample, price_of_all, run, set_price, watched
-from .parts import PART, cores
+from .parts import PART, cores, set_options
 from .sample_loss import loss_of, with_leaf
 
 Price = Literal["gradient", "none"]
 VALUES = 2**24  # importances that a price is taken from
+POINTS = 32  # of the prices of other budgets
 CORRECTIONS = 4  # of the price, at most
 CLOSE = 0.005  # relative error of the count at which a price stays
 FARTHEST = 4.0  # nats of an offset from the median: a head that has no effect at all
@@ -34,7 +35,8 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
     One price for the model decides how many blocks are read. `base`, an offset of each key/value head, decides where: with
     price="gradient", one backward pass over the sample measures what a block's share of the attention is worth to the next token's loss
     in each head. Offsets are centred over layers and heads. The price then follows from the sorted importances of the sample. Each further
-    run corrects it for what sparse layers change in the layers above: one or two as a rule, at most four. Statistics are reset.
+    run corrects it for what sparse layers change in the layers above: one or two as a rule, at most four. Statistics are reset. The prices
+    of other budgets are noted, for `model(..., block_budget=...)`.
 
     Args:
         model: model that `convert_attention` has converted. It keeps its training or eval mode, its weights and their gradients.
@@ -106,7 +108,7 @@ def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[d
         if len(tried) == 1 + CORRECTIONS or abs(far - wanted) <= CLOSE * target * rows:
             break
         place = _corrected(tried, wanted, len(ordered))
-    _, far, level = min(tried, key=lambda one: abs(one[1] - wanted))
+    place, far, level = min(tried, key=lambda one: abs(one[1] - wanted))
     set_price(found, level)
     reached = (forced + far) / rows
     if abs(reached - target) > 0.02 * target and (far <= 0 or reached >= values.every / rows - 1e-6):
@@ -115,6 +117,10 @@ def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[d
             f"no price reads target={target} key blocks per query on this sample, got {reached:.2f}: {which} of the blocks that are not "
             "forced pass, as their importances do not differ."
         )
+    # What reads more or fewer far blocks, by the sample's order and how far it was off at this price.
+    most, scale = (values.every - forced) / rows, place / far if far > 0 and place > 0 else len(ordered) / values.pairs
+    points = [most * (i / POINTS) ** 2 for i in range(1, POINTS + 1)]
+    set_options(model, prices=tuple((round(point, 6), round(_price_at(ordered, point * rows * scale), 6)) for point in points))
     return reached
 
 

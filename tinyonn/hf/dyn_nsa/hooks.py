@@ -16,10 +16,10 @@ from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore, normalised_entropy
 from .._forward import ForwardAround, forward_around, refuse_replicas, tokens_of
 from .decoding import note_tau, noted_tau, recall
-from .options import checked_options, open_price
+from .options import checked_options, open_price, price_of_budget
 from .parts import DYN_NSA, PART, cores, take_budget_loss
 
-PRICE = "block_price"  # keyword of a call, which transformers hands on to the attention function
+PRICE, BUDGET = "block_price", "block_budget"  # keywords of a call; transformers hands the first on to the attention function
 OBSERVED_TOKENS = 256  # about as many evenly spaced tokens of a row give their output entropy in training, because logits are large
 
 
@@ -105,13 +105,12 @@ class ObservedForward(ForwardAround):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """With the price of a call, for `generate` looks there for what a model takes."""
+        """With the price and the budget of a call, for `generate` looks there for what a model takes."""
         own = super().__signature__
-        if PRICE in own.parameters:
-            return own
         others = [parameter for parameter in own.parameters.values() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
         named = [parameter for parameter in own.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-        return own.replace(parameters=[*named, inspect.Parameter(PRICE, inspect.Parameter.KEYWORD_ONLY, default=None), *others])
+        keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in (PRICE, BUDGET)]
+        return own.replace(parameters=[*named, *keywords, *others])
 
     @property
     def __code__(self) -> CodeType:
@@ -125,6 +124,10 @@ class ObservedForward(ForwardAround):
             return self.inner(*args, **kwargs)
         if not torch.compiler.is_compiling():
             self._warn_if_unused()
+        if (budget := kwargs.pop(BUDGET, None)) is not None:
+            if kwargs.get(PRICE) is not None:
+                raise InputError(f"a call must be given {PRICE} or {BUDGET}, got both.")
+            kwargs[PRICE] = price_of_budget(found[0].options, budget)
         tau = _before(self.model, found, given)
         output = self.inner(*args, **(kwargs if tau is None else {**kwargs, "tau": tau}))
         return _after(self.model, found, given, output)

@@ -57,6 +57,26 @@ def open_price(options: DynNSAOptions) -> float:
     return min(OPEN, OPEN - highest - rounding)
 
 
+def price_of_budget(options: DynNSAOptions, budget: float) -> float:
+    """The price that reads about `budget` blocks per query, forced ones included, on texts like those of the last calibration.
+
+    Raises:
+        InputError: the model was not calibrated since it was trained; the budget is not above the forced blocks. TypeError, ValueError: no
+            finite number.
+    """
+    check_number("block_budget", budget)
+    if not options.prices:
+        raise InputError("block_budget must follow calibrate, got a model that was not calibrated, or was trained since.")
+    if budget <= options.forced:
+        raise InputError(f"block_budget must be above {options.forced}, the forced blocks, got {budget}.")
+    far, points = budget - options.forced, options.prices
+    after = next((i for i, point in enumerate(points) if point[0] >= far), len(points) - 1)
+    if after == 0 or points[after][0] < far:
+        return points[after][1]
+    (low, high), (upper, lower) = points[after - 1], points[after]
+    return high + (lower - high) * (far - low) / (upper - low)
+
+
 def checked_tau(tau: Tensor | float, rows: tuple[int, int, int], query: Tensor) -> Tensor:
     """The caller's tau, of shape (), (B,), (B, T) or (B, T, K), for each of `rows`, (B, T, K).
 

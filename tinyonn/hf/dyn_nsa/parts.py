@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore, loss_of_sums
+from .._converted import converted_model, recorded
 from ..peft_parts import active, active_modules, running_statistics
 
 DYN_NSA = "dyn_nsa"  # attention implementation in a configuration
@@ -28,6 +29,16 @@ def core_of(module: nn.Module) -> DynNSACore | None:
     part = None if part is None else active(part)
     # Other wrappers forward attribute access, so a bound method leads to the part that runs.
     return part if part is None or isinstance(part, DynNSACore) else part.tau_of.__self__
+
+
+def set_options(model: nn.Module, **values: Any) -> None:
+    """Sets options of all layers, and in the record of the model that holds them."""
+    for core in cores(model):
+        for name, value in values.items():
+            if getattr(core.options, name) != value:
+                setattr(core.options, name, value)
+    if (converted := converted_model(model, DYN_NSA)) is not None:  # a layer of one's own has no record
+        recorded(converted.config)[DYN_NSA]["options"].update(values)
 
 
 def statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dict[str, float]]:

@@ -15,9 +15,8 @@ from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
 from ...nn.dyn_nsa_options import MAX_TEMPERATURE
 from ...ops._checks import check_number
-from .._converted import converted_model, recorded
 from ..peft_parts import adapter_of, frozen, keep_in_adapter, remedy
-from .parts import DYN_NSA, PART, cores, loss_was_taken, mean_blocks, take_counts
+from .parts import PART, cores, loss_was_taken, mean_blocks, set_options, take_counts
 
 FIRST_PRICE = -8.0  # of a model that reads every block, at the first step that has counts: only shares below 0.03 % are left out
 HASTE, MOST_HASTE = 1.1, 5.0  # growth of the rate at each step on the same side of the path, and its limit
@@ -112,7 +111,7 @@ class BudgetSchedule(TrainerCallback):
             if rows:
                 wanted = self.target_at(step) - (blocks - far)
                 price += self._move(math.log(max(far, LEAST_FAR) / max(wanted, LEAST_FAR)))
-        options: dict[str, Any] = {"budget_weight": self.weight}
+        options: dict[str, Any] = {"budget_weight": self.weight, "prices": ()}  # those of an earlier calibration no longer hold
         if (temperature := self.temperature_at(step)) is not None:
             options["temperature"] = temperature
         if self.max_blocks is not None and step >= self.steps:
@@ -120,11 +119,7 @@ class BudgetSchedule(TrainerCallback):
         for core in found:
             core.price.fill_(price)
             core.budget_target.fill_(self.target_at(step))
-            for name, value in options.items():
-                if getattr(core.options, name) != value:
-                    setattr(core.options, name, value)
-        if (converted := converted_model(model, DYN_NSA)) is not None:  # a model without a record has layers of the user's own
-            recorded(converted.config)[DYN_NSA]["options"].update(options)
+        set_options(model, **options)
 
     def _move(self, gap: float) -> float:
         """Change of the price: by more the longer the gap has been on one side, as where no block's importance is near the price."""
