@@ -133,12 +133,12 @@ def test_scan_works_inside_no_grad_and_inference_mode():
 
 
 def test_scan_outside_its_context_says_what_to_do():
-    with pytest.raises(RuntimeError, match="entered with `with`"):
+    with pytest.raises(RuntimeError, match="is not entered; call scan inside"):
         ScanEngine(tiny_causal_lm("qwen3")).scan(TOKENS)
 
 
 def test_entering_twice_is_refused():
-    with ScanEngine(tiny_causal_lm("qwen3")) as engine, pytest.raises(RuntimeError, match="left before"):
+    with ScanEngine(tiny_causal_lm("qwen3")) as engine, pytest.raises(RuntimeError, match="is entered already"):
         engine.__enter__()
 
 
