@@ -97,15 +97,13 @@ def partly_open(tensors: dict[str, Tensor], options: dict[str, Any]) -> float:
     """Share of the unforced selectable pairs whose gate lies strictly between 0 and 1."""
     num_keys = tensors["key"].shape[1]
     compress_size = options.get("compress_size", 64)
-    _, lse, entropy = reference.compressed_attention(
-        tensors["query"], tensors["key_compressed"], tensors["value_compressed"], compress_size=compress_size, num_keys=num_keys
-    )
+    keys = (tensors["query"], tensors["key_compressed"], tensors["value_compressed"])
+    cap = {"softcap": options.get("softcap")}
+    _, lse, entropy = reference.compressed_attention(*keys, compress_size=compress_size, num_keys=num_keys, **cap)
     tau = reference.attention_tau(entropy, tensors["query"], num_keys, tensors["key"].shape[2], compress_size)
     threshold = tensors["base"].double() - tensors["slope"].double() * tau
     own = {key: options[key] for key in ("temperature", "block_size", "compress_size", "importance") if key in options}
-    bias = reference.select_blocks(tensors["query"], tensors["key_compressed"], lse, threshold, max_blocks=1000, num_keys=num_keys, **own)[
-        2
-    ]
+    bias = reference.select_blocks(*keys[:2], lse, threshold, max_blocks=1000, num_keys=num_keys, **own, **cap).bias
     block_size = options.get("block_size", 64)
     block = torch.arange(-(-num_keys // block_size))
     place = torch.arange(num_keys - tensors["query"].shape[1], num_keys)

@@ -61,32 +61,32 @@ def _merge(group: int) -> None:
     merge_lists(indices, counts, _packed(), group, BLOCK_SIZE)
 
 
-def _interval(dtype: torch.dtype, dim: int, heads: int, compressed: bool) -> None:
+def _interval(dtype: torch.dtype, dim: int, heads: int, compressed: bool, softcap: float | None = None) -> None:
     query, key, lse, weight = _example(dtype, dim, heads, 64 if compressed else 1)
     out, entropy, grad_lse = _empty(*query.shape), lse if compressed else None, lse if compressed else None
-    rest = (_packed(), 64, 0.1)
+    rest = (_packed(), 64, 0.1, softcap)
     options = {"compressed": compressed, "weight": weight, "accumulate": not compressed}
     interval_attention_fwd(query, key, key, out, lse, entropy, *rest, **options)
     interval_attention_dq(query, key, key, lse, query, weight, grad_lse, lse, out, *rest, compressed=compressed, accumulate=True)
     interval_attention_dkv(query, key, key, lse, query, weight, grad_lse, lse, *rest, compressed=compressed)
 
 
-def _block_sparse(dtype: torch.dtype, dim: int, heads: int) -> None:
+def _block_sparse(dtype: torch.dtype, dim: int, heads: int, softcap: float | None = None) -> None:
     query, key, lse, weight = _example(dtype, dim, heads, 1, branch=1)
     inputs = (query, key, key, *_lists())
     grads = (lse, lse, query, weight)
     grad_query, grad_key, grad_bias = _empty(*query.shape), _empty(*key.shape), _lists()[2]
-    rest = (_packed(), BLOCK_SIZE, 0.1)
+    rest = (_packed(), BLOCK_SIZE, 0.1, softcap)
     block_sparse_attention_fwd(*inputs, torch.empty_like(query), lse, *rest)
     block_sparse_attention_dq(*inputs, *grads, grad_query, grad_bias, *rest, accumulate=True)
     block_sparse_attention_dkv(*inputs, *grads, grad_key, grad_key, *rest)
 
 
-def _select(dtype: torch.dtype, dim: int, heads: int, compress_size: int) -> None:
+def _select(dtype: torch.dtype, dim: int, heads: int, compress_size: int, softcap: float | None = None) -> None:
     query, key, lse, _ = _example(dtype, dim, heads, compress_size)
     rows = _empty(1, TOKENS, KV_HEADS)  # thresholds and soft counts, and their gradients
     inputs = (query, key, lse, rows, *_lists(), rows)
-    sizes = (_packed(), TOKENS, 1.0, BLOCK_SIZE, compress_size, "share", 1, 2, 0.1)
+    sizes = (_packed(), TOKENS, 1.0, BLOCK_SIZE, compress_size, "share", 1, 2, 0.1, softcap)
     select_blocks_fwd(*inputs, *sizes)
     select_blocks_dq(*inputs, rows, _empty(*query.shape), lse, *sizes, accumulate=True)
     select_blocks_dk(*inputs, *sizes)

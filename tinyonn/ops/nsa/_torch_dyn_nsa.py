@@ -111,12 +111,12 @@ class _Parts(NamedTuple):
 
 
 def _parts(options: DynNSANumbers, num_keys: int) -> _Parts:
-    window, temperature, block_size, compress_size, max_blocks, importance, first, local, _, scale = options
+    window, temperature, block_size, compress_size, max_blocks, importance, first, local, _, scale, softcap = options
     return _Parts(
-        CompressedOptions(compress_size, num_keys, scale),
-        SelectOptions(temperature, block_size, compress_size, max_blocks, importance, first, local, num_keys, scale),
-        SparseOptions(block_size, scale),
-        WindowOptions(window, scale),
+        CompressedOptions(compress_size, num_keys, scale, softcap),
+        SelectOptions(temperature, block_size, compress_size, max_blocks, importance, first, local, num_keys, scale, softcap),
+        SparseOptions(block_size, scale, softcap),
+        WindowOptions(window, scale, softcap),
     )
 
 

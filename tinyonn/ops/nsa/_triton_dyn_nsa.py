@@ -44,7 +44,7 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
 
     query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed = inputs
     scoring = query if query_compressed is None else query_compressed
-    window, temperature, block_size, compress_size, max_blocks, *rule, _, scale = options
+    window, temperature, block_size, compress_size, max_blocks, *rule, _, scale, softcap = options
     num_keys, num_kv = key.shape[1:3]
     window = min(window, num_keys)
     whole = geometry_of(query, num_keys, *bounds)
@@ -64,11 +64,12 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
         mixed = out[rows] if scratch is None else scratch[:, : q.shape[1]]
         interval_attention_fwd(
             scoring_q, key_compressed, value_compressed, mixed, lse_compressed[rows], entropy[rows], geometry, compress_size, scale,
-            compressed=True, weight=weights[0],
+            softcap, compressed=True, weight=weights[0],
         )  # fmt: skip
         interval_attention_fwd(
-            q, key, value, mixed, lse_window[rows], None, geometry, window, scale, compressed=False, weight=weights[2], accumulate=True
-        )
+            q, key, value, mixed, lse_window[rows], None, geometry, window, scale, softcap, compressed=False, weight=weights[2],
+            accumulate=True,
+        )  # fmt: skip
         if tau is None:
             place = torch.arange(geometry.before, geometry.before + q.shape[1], dtype=torch.int32, device=q.device)
             visible = ((place - geometry.start[:, geometry.before : geometry.before + q.shape[1]] + 1) // compress_size).unsqueeze(-1)
@@ -79,10 +80,10 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
         lists = (indices[rows], counts[rows], bias[rows])
         over = select_blocks_fwd(
             scoring_q, key_compressed, lse_compressed[rows], threshold, *lists, soft_counts[rows], geometry, num_keys, temperature,
-            block_size, compress_size, *rule, scale,
+            block_size, compress_size, *rule, scale, softcap,
         )  # fmt: skip
         overflowing += over.sum()
-        block_sparse_attention_fwd(q, key, value, *lists, selected[rows], lse_selected[rows], geometry, block_size, scale)
+        block_sparse_attention_fwd(q, key, value, *lists, selected[rows], lse_selected[rows], geometry, block_size, scale, softcap)
         mixed += selected[rows] * weights[1].float().unsqueeze(-1)
         if scratch is not None:
             out[rows] = mixed
@@ -105,11 +106,11 @@ def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANu
     scoring = query if query_compressed is None else query_compressed
     _, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected, grad_out, grad_soft = saved
     assert tau is not None  # that of forward if the caller gave none
-    window, temperature, block_size, compress_size, _, *rule, detach_scores, scale = options
+    window, temperature, block_size, compress_size, _, *rule, detach_scores, scale, softcap = options
     num_keys = key.shape[1]
     window = min(window, num_keys)
     whole = geometry_of(query, num_keys, *bounds)
-    sizes = (num_keys, temperature, block_size, compress_size, *rule, scale)
+    sizes = (num_keys, temperature, block_size, compress_size, *rule, scale, softcap)
     grad_out, grad_soft = unit_stride(grad_out), grad_soft.contiguous()
     threshold = base.float() - slope.float() * tau.float()
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -132,11 +133,11 @@ def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANu
         shift = shifts[rows].copy_(of_selected * weights[1].float())
         block_sparse_attention_dq(
             q, key, value, *lists, bias[rows], lse_selected[rows], shift, grad, weights[1], grad_q, grad_bias[rows], geometry, block_size,
-            scale,
+            scale, softcap,
         )  # fmt: skip
         interval_attention_dq(
-            q, key, value, lse_window[rows], grad, weights[2], None, of_window, grad_q, geometry, window, scale, compressed=False,
-            accumulate=True,
+            q, key, value, lse_window[rows], grad, weights[2], None, of_window, grad_q, geometry, window, scale, softcap,
+            compressed=False, accumulate=True,
         )  # fmt: skip
         if grad_scoring is not None:
             # The sum of `query` is complete; what follows is that of `query_compressed`.
@@ -150,7 +151,7 @@ def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANu
         )  # fmt: skip
         interval_attention_dq(
             scoring_q, key_compressed, value_compressed, lse_compressed[rows], grad, weights[0], chunk_lse, of_compressed, grad_q, geometry,
-            compress_size, scale, compressed=True, accumulate=True,
+            compress_size, scale, softcap, compressed=True, accumulate=True,
         )  # fmt: skip
         if scratch is not None:
             (grad_query if grad_scoring is None else grad_scoring)[rows] = grad_q
@@ -158,14 +159,15 @@ def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANu
 
     weights = gates.unbind(-1)
     grad_key, grad_value = interval_attention_dkv(
-        query, key, value, lse_window, grad_out, weights[2], None, products[2], whole, window, scale, compressed=False
+        query, key, value, lse_window, grad_out, weights[2], None, products[2], whole, window, scale, softcap, compressed=False
     )
     block_sparse_attention_dkv(
-        query, key, value, indices, counts, bias, lse_selected, shifts, grad_out, weights[1], grad_key, grad_value, whole, block_size, scale
-    )
+        query, key, value, indices, counts, bias, lse_selected, shifts, grad_out, weights[1], grad_key, grad_value, whole, block_size,
+        scale, softcap,
+    )  # fmt: skip
     grad_key_compressed, grad_value_compressed = interval_attention_dkv(
         scoring, key_compressed, value_compressed, lse_compressed, grad_out, weights[0], grad_lse, products[0], whole, compress_size, scale,
-        compressed=True,
+        softcap, compressed=True,
     )  # fmt: skip
     if not detach_scores:
         grad_key_compressed += select_blocks_dk(

@@ -22,6 +22,7 @@ class CompressedOptions(NamedTuple):
     compress_size: int
     num_keys: int
     scale: float
+    softcap: float | None
 
 
 class CompressedResults(NamedTuple):
@@ -39,6 +40,7 @@ class CompressedSaved(NamedTuple):
 class WindowOptions(NamedTuple):
     window: int
     scale: float
+    softcap: float | None
 
 
 class Attended(NamedTuple):
@@ -67,6 +69,7 @@ class SparseInputs(NamedTuple):
 class SparseOptions(NamedTuple):
     block_size: int
     scale: float
+    softcap: float | None
 
 
 class SparseSaved(NamedTuple):
@@ -95,6 +98,7 @@ class SelectOptions(NamedTuple):
     forced_local: int
     num_keys: int
     scale: float
+    softcap: float | None
 
 
 class SelectSaved(NamedTuple):
@@ -132,6 +136,7 @@ class DynNSANumbers(NamedTuple):
     forced_local: int
     detach_scores: bool
     scale: float
+    softcap: float | None
 
 
 class DynNSAResults(NamedTuple):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
-from .._attention import checked_heads, scale_of
+from .._attention import checked_heads, checked_softcap, scale_of
 from .._checks import check_same_device, check_tensor
 from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_block_sparse, _triton_nsa
@@ -28,6 +29,7 @@ def block_sparse_attention(
     *,
     block_size: int = 64,
     scale: float | None = None,
+    softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -43,9 +45,9 @@ def block_sparse_attention(
         key, value: (B, Tk, K, D), K dividing H.
         indices: (B, T, K, S) int32, key blocks in ascending order, each at most once, counted from the start of the sequence.
         counts: (B, T, K) int32, number of valid slots; later slots are ignored.
-        bias: (B, T, K, S), added to all scores of a block: the log of its gate.
+        bias: (B, T, K, S), added to all scores of a block, capped or not: the log of its gate.
         block_size: keys of a block, a power of two.
-        scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
+        scale, softcap, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
 
     Returns:
         out: (B, T, H, D), 0 where nothing is visible.
@@ -69,18 +71,17 @@ def block_sparse_attention(
             raise ValueError(f"{name} must have shape {rows if dims == 3 else (*rows, 'S')}, got {tuple(tensor.shape)}.")
     if bias is not None:
         check_tensor("bias", bias, query.device, tuple(indices.shape))
-    scale = scale_of(query, scale)
+    options = SparseOptions(block_size, scale_of(query, scale), checked_softcap(softcap))
     if impl == "reference":
         _check_values(indices, counts, key.shape[1], block_size, bounds)
         counts, faulty = _emptied(indices, counts, key.shape[1], block_size, bounds)
-        out, lse = reference.block_sparse_attention(
-            query, key, value, indices, counts, bias, block_size=block_size, scale=scale, **bounds._asdict()
-        )
+        named: dict[str, Any] = {**options._asdict(), **bounds._asdict()}
+        out, lse = reference.block_sparse_attention(query, key, value, indices, counts, bias, **named)
         if faulty is not None:
             out, lse = _with_nan(out.clone(), faulty), _with_nan(lse.clone(), faulty)
         return out.to(query.dtype), lse.to(statistics_dtype(query.dtype))
     refuse_tangents("block_sparse_attention", query, key, value, bias)
-    out, lse = _forward_op(query, key, value, indices, counts, bias, block_size, scale, *bounds, impl)
+    out, lse = _forward_op(query, key, value, indices, counts, bias, *options, *bounds, impl)
     return out, lse
 
 

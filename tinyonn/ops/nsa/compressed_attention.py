@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import reference
-from .._attention import checked_heads, scale_of
+from .._attention import checked_heads, checked_softcap, scale_of
 from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_nsa, _triton_nsa
 from ._checks import Bounds, check_bound_values, check_compressed, check_sizes, checked_bounds
@@ -25,6 +26,7 @@ def compressed_attention(
     compress_size: int,
     num_keys: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -42,6 +44,7 @@ def compressed_attention(
         compress_size: 16, 32 or 64.
         num_keys: positions of a row; None for T.
         scale: factor on the scores; None for D ** -0.5.
+        softcap: bound of the scores, which become softcap * tanh(score / softcap), as in Gemma 2; None for none.
         cu_seqlens: (sequences + 1,) int32 or int64, bounds of sequences packed in one row.
         key_start, key_end: (B,) int32 or int64, first position of a row's sequence, and the position after its last.
         impl: "auto", "triton", "torch" or "reference"; an explicit choice never falls back.
@@ -62,21 +65,19 @@ def compressed_attention(
     num_keys = query.shape[1] if num_keys is None else num_keys
     bounds = checked_bounds(query, key_compressed, num_keys, cu_seqlens, key_start, key_end)
     check_compressed(query, key_compressed, num_keys, compress_size)
+    options = CompressedOptions(compress_size, num_keys, scale_of(query, scale), checked_softcap(softcap))
     if impl == "reference":
-        return _reference(query, key_compressed, value_compressed, compress_size, num_keys, scale_of(query, scale), bounds)
+        return _reference(query, key_compressed, value_compressed, options, bounds)
     refuse_tangents("compressed_attention", query, key_compressed, value_compressed)
-    out, lse, entropy = _forward_op(query, key_compressed, value_compressed, compress_size, num_keys, scale_of(query, scale), *bounds, impl)
+    out, lse, entropy = _forward_op(query, key_compressed, value_compressed, *options, *bounds, impl)
     return out, lse, entropy
 
 
-def _reference(
-    query: Tensor, key: Tensor, value: Tensor, compress_size: int, num_keys: int, scale: float, bounds: Bounds
-) -> tuple[Tensor, Tensor, Tensor]:
+def _reference(query: Tensor, key: Tensor, value: Tensor, options: CompressedOptions, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
     """Result of the reference in the precision of the op, differentiated by autograd."""
-    check_bound_values(num_keys, bounds)
-    out, lse, entropy = reference.compressed_attention(
-        query, key, value, compress_size=compress_size, num_keys=num_keys, scale=scale, **bounds._asdict()
-    )
+    check_bound_values(options.num_keys, bounds)
+    named: dict[str, Any] = {**options._asdict(), **bounds._asdict()}
+    out, lse, entropy = reference.compressed_attention(query, key, value, **named)
     dtype = statistics_dtype(query.dtype)
     return out.to(query.dtype), lse.to(dtype), entropy.to(dtype)
 

@@ -12,7 +12,7 @@ from ... import reference
 from ..._debug import debug_enabled
 from ...reference import DynNSAOutput
 from ...reference.nsa.dyn_nsa import Importance
-from .._attention import checked_heads, in_one_dtype, order_hint, scale_of
+from .._attention import checked_heads, checked_softcap, in_one_dtype, order_hint, scale_of
 from .._checks import check_choice, check_no_nan, check_size, check_tensor
 from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_dyn_nsa, _triton_dyn_nsa
@@ -53,6 +53,7 @@ def dyn_nsa(
     forced_local: int = 2,
     detach_scores: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -84,7 +85,7 @@ def dyn_nsa(
             gradient through the selection alone.
         window: keys of the window branch.
         temperature, block_size, compress_size, max_blocks, importance, forced_first, forced_local, detach_scores: as in `select_blocks`.
-        scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
+        scale, softcap, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
 
     Returns:
         DynNSAOutput(out, counts, tau, overflow, soft_counts): out (B, T, H, D); counts int32, tau and soft_counts (B, T, K); overflow 0-d.
@@ -121,7 +122,9 @@ def dyn_nsa(
         check_tensor("tau", tau, query.device, rows)
         tau = tau.detach()
     numbers = (window, check_temperature(temperature), block_size, compress_size, max_blocks)
-    options = DynNSANumbers(*numbers, importance, forced_first, forced_local, detach_scores, scale_of(query, scale))
+    options = DynNSANumbers(
+        *numbers, importance, forced_first, forced_local, detach_scores, scale_of(query, scale), checked_softcap(softcap)
+    )
     inputs = DynNSAInputs(query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed)
     if debug_enabled():
         for name, given in inputs._asdict().items():

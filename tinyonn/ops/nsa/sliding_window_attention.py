@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
 from ... import reference
-from .._attention import checked_heads, scale_of
+from .._attention import checked_heads, checked_softcap, scale_of
 from .._checks import check_size
 from .._dispatch import refuse_tangents
 from . import _torch_nsa, _triton_nsa
@@ -24,6 +25,7 @@ def sliding_window_attention(
     window: int,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -37,7 +39,7 @@ def sliding_window_attention(
         query: (B, T, H, D), the last T of Tk positions.
         key, value: (B, Tk, K, D), K dividing H.
         window: keys that a query sees, its own included.
-        scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
+        scale, softcap, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
 
     Returns:
         (B, T, H, D), 0 where nothing is visible.
@@ -49,12 +51,13 @@ def sliding_window_attention(
     query, key, value = checked_heads(impl, query, key=key, value=value)
     check_size("window", window)
     bounds = checked_bounds(query, key, key.shape[1], cu_seqlens, key_start, key_end)
-    scale = scale_of(query, scale)
+    options = WindowOptions(window, scale_of(query, scale), checked_softcap(softcap))
     if impl == "reference":
         check_bound_values(key.shape[1], bounds)
-        return reference.sliding_window_attention(query, key, value, window, scale=scale, **bounds._asdict()).to(query.dtype)
+        named: dict[str, Any] = {**options._asdict(), **bounds._asdict()}
+        return reference.sliding_window_attention(query, key, value, **named).to(query.dtype)
     refuse_tangents("sliding_window_attention", query, key, value)
-    out: Tensor = _forward_op(query, key, value, window, scale, *bounds, impl)[0]
+    out: Tensor = _forward_op(query, key, value, *options, *bounds, impl)[0]
     return out
 
 

@@ -31,6 +31,7 @@ class Options(NamedTuple):
     importance: Importance
     forced_first: int
     forced_local: int
+    softcap: float | None
 
 
 class Sequence(NamedTuple):
@@ -78,6 +79,7 @@ def compressed_attention(
     compress_size: int,
     num_keys: int,
     scale: float | None = None,
+    softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -88,6 +90,7 @@ def compressed_attention(
         query: (B, T, H, D).
         key_compressed, value_compressed: (B, M, K, D); sequence i of a packed batch begins at row cu[i] // compress_size.
         num_keys: keys of a row before compression.
+        softcap: scores become softcap * tanh(score / softcap).
 
     Returns:
         out (B, T, H, D); lse (B, T, H), -inf where nothing is visible; entropy (B, T, H) in nats, 0 there.
@@ -99,7 +102,7 @@ def compressed_attention(
         row, rows = sequence.batch, sequence.queries
         k, visible = _compressed_keys(keys, sequence, compress_size)
         v, _ = _compressed_keys(values, sequence, compress_size)
-        scores = _scores(query[row, rows], k, scale)
+        scores = _scores(query[row, rows], k, scale, softcap)
         out[row, rows], lse[row, rows] = _attend(scores, visible[:, None], v)
         probabilities = _probabilities(scores, lse[row, rows], visible[:, None])
         entropy[row, rows] = -torch.special.xlogy(probabilities, probabilities).sum(-1).detach()
@@ -140,6 +143,7 @@ def select_blocks(
     detach_scores: bool = False,
     num_keys: int,
     scale: float | None = None,
+    softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -147,7 +151,9 @@ def select_blocks(
     """Key blocks whose importance passes the threshold; see `ops.select_blocks`. Statistics are float64."""
     query, keys, lse, threshold = query.double(), key_compressed.double(), lse.double(), threshold.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    options = Options(temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local)
+    options = Options(
+        temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local, softcap
+    )
     where = (cu_seqlens, key_start, key_end)
     found, counts, soft_counts, overflow = _selections(query, keys, lse, threshold, num_keys, where, options)
     indices = torch.full((*counts.shape, max_blocks), -1, dtype=torch.int32, device=query.device)
@@ -190,6 +196,7 @@ def block_sparse_attention(
     *,
     block_size: int = 64,
     scale: float | None = None,
+    softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -213,7 +220,7 @@ def block_sparse_attention(
         block_bias = 0.0 if bias is None else (one_hot * bias[row, rows].double()[..., None]).sum(-2)
         log_gate = torch.where(selected, block_bias, -math.inf)
         out[row, rows], lse[row, rows] = _gated(
-            query[row, rows], key[row, columns], value[row, columns], log_gate, sequence, block_size, scale
+            query[row, rows], key[row, columns], value[row, columns], log_gate, sequence, block_size, scale, softcap
         )
     return out, lse
 
@@ -225,6 +232,7 @@ def sliding_window_attention(
     window: int,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -237,7 +245,8 @@ def sliding_window_attention(
         row, rows, columns = sequence.batch, sequence.queries, sequence.keys
         distance = positions(sequence, query.device)[:, None] - torch.arange(columns.stop - columns.start, device=query.device)
         visible = (distance >= 0) & (distance < window)
-        out[row, rows], _ = _attend(_scores(query[row, rows], key[row, columns], scale), visible[:, None], value[row, columns])
+        scores = _scores(query[row, rows], key[row, columns], scale, softcap)
+        out[row, rows], _ = _attend(scores, visible[:, None], value[row, columns])
     return out
 
 
@@ -281,6 +290,7 @@ def dyn_nsa(
     forced_local: int = 2,
     detach_scores: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -291,21 +301,32 @@ def dyn_nsa(
     num_keys, num_kv = key.shape[1:3]
     query_compressed = query if query_compressed is None else query_compressed
     compressed, lse, entropy = compressed_attention(
-        query_compressed, key_compressed, value_compressed, compress_size=compress_size, num_keys=num_keys, scale=scale, **where
+        query_compressed,
+        key_compressed,
+        value_compressed,
+        compress_size=compress_size,
+        num_keys=num_keys,
+        scale=scale,
+        softcap=softcap,
+        **where,
     )
     if tau is None:
         tau = attention_tau(entropy, query, num_keys, num_kv, compress_size, **where)
     threshold = base.double() - slope.double() * tau.double()
-    near = sliding_window_attention(query, key, value, window, scale=scale, **where)
+    near = sliding_window_attention(query, key, value, window, scale=scale, softcap=softcap, **where)
     query, key, value = query.double(), key.double(), value.double()
-    options = Options(temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local)
+    options = Options(
+        temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local, softcap
+    )
     bounds = (cu_seqlens, key_start, key_end)
     scored = (query_compressed.double(), key_compressed.double(), lse, threshold)
     found, counts, soft_counts, overflow = _selections(*scored, num_keys, bounds, options)
     selected = torch.zeros_like(query)
     for sequence, gate, _ in found:
         row, rows, columns = sequence.batch, sequence.queries, sequence.keys
-        selected[row, rows] = _gated_by_factor(query[row, rows], key[row, columns], value[row, columns], gate, sequence, block_size, scale)
+        selected[row, rows] = _gated_by_factor(
+            query[row, rows], key[row, columns], value[row, columns], gate, sequence, block_size, scale, softcap
+        )
     branches = torch.stack([compressed, selected, near], -1)
     out = (branches * gates.double()[:, :, :, None]).sum(-1)
     return DynNSAOutput(out, counts, tau.double(), overflow, soft_counts)
@@ -335,7 +356,7 @@ def _gates(
     sequence: Sequence, query: Tensor, key_compressed: Tensor, lse: Tensor, threshold: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of one sequence: gate (n, K, NB), which blocks are kept (n, K, NB), soft counts (n, K), which rows overflow (n, K)."""
-    temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local = options
+    temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local, softcap = options
     place = positions(sequence, query.device)
     num_kv = key_compressed.shape[2]
     length = sequence.keys.stop - sequence.keys.start
@@ -345,7 +366,7 @@ def _gates(
     forced = ((block <= own) & ((block < forced_first) | (block > own - forced_local)))[:, None]
 
     keys, visible = _compressed_keys(key_compressed, sequence, compress_size)
-    probabilities = _probabilities(_scores(query, keys, scale), lse, visible[:, None])
+    probabilities = _probabilities(_scores(query, keys, scale, softcap), lse, visible[:, None])
     if detach_scores:
         probabilities = probabilities.detach()
     ratio = block_size // compress_size
@@ -384,9 +405,10 @@ def _per_query_head(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _scores(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+def _scores(query: Tensor, keys: Tensor, scale: float, softcap: float | None) -> Tensor:
     """(n, H, D) and (m, K, D) -> (n, H, m)."""
-    return torch.einsum("nhd,mhd->nhm", query, _per_query_head(keys, query.shape[1])) * scale
+    scores = torch.einsum("nhd,mhd->nhm", query, _per_query_head(keys, query.shape[1])) * scale
+    return scores if softcap is None else softcap * (scores / softcap).tanh()
 
 
 def _probabilities(scores: Tensor, lse: Tensor, visible: Tensor) -> Tensor:
@@ -424,19 +446,21 @@ def _per_key(gate: Tensor, sequence: Sequence, query: Tensor, num_keys: int, blo
 
 
 def _gated(
-    query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, sequence: Sequence, block_size: int, scale: float
+    query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, sequence: Sequence, block_size: int, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Causal attention with log_gate (n, K, NB) added to the scores of each block; -inf leaves a block out."""
     bias, causal = _per_key(log_gate, sequence, query, key.shape[0], block_size)
     visible = causal & (bias > -math.inf)
-    return _attend(_scores(query, key, scale) + torch.where(visible, bias, 0.0), visible, value)
+    return _attend(_scores(query, key, scale, softcap) + torch.where(visible, bias, 0.0), visible, value)
 
 
-def _gated_by_factor(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, sequence: Sequence, block_size: int, scale: float) -> Tensor:
+def _gated_by_factor(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, sequence: Sequence, block_size: int, scale: float, softcap: float | None
+) -> Tensor:
     """The same with the gate as a factor, the form of the definition: gate * exp(score)."""
     factor, causal = _per_key(gate, sequence, query, key.shape[0], block_size)
     visible = causal & (factor > 0)
-    scores = _scores(query, key, scale)
+    scores = _scores(query, key, scale, softcap)
     top = scores.detach().masked_fill(~visible, -math.inf).amax(-1, keepdim=True) if len(key) else scores.new_zeros((*scores.shape[:2], 1))
     weight = torch.where(visible, factor * (scores - torch.where(top.isfinite(), top, 0.0)).masked_fill(~visible, 0.0).exp(), 0.0)
     total = weight.sum(-1, keepdim=True)
