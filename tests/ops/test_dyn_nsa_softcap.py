@@ -13,42 +13,10 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 from tinyonn import ops, reference
 from tinyonn.testing import IMPLS, assert_close_rms, dyn_nsa_case, impl_device
 
-from .dyn_nsa_cases import BOUNDS, HALF, bounded, case, compare, partly_open
+from .dyn_nsa_cases import BOUNDS, HALF, INPUTS, all_blocks, attentions, bounded, case, compare, partly_open
 
-INPUTS = ("query", "key", "value", "key_compressed", "value_compressed", "gates", "base", "slope")
-TOKENS = 100
+TOKENS = 70
 OPTIONS: dict[str, Any] = {"block_size": 32, "compress_size": 16, "window": 40, "temperature": 1.5, "max_blocks": 8}
-
-
-def all_blocks(tokens: int, block_size: int) -> tuple[Tensor, Tensor]:
-    """indices, counts: every block up to a query's own, for two key/value heads."""
-    indices = torch.arange(-(-tokens // block_size), dtype=torch.int32).expand(1, tokens, 2, -1).contiguous()
-    counts = (torch.arange(tokens) // block_size + 1).int()[None, :, None].expand(1, -1, 2).contiguous()
-    return indices, counts
-
-
-def attentions(impl: str, **options: Any) -> dict[str, Any]:
-    """Each op that can read all keys, as a function of query, key and value."""
-    device = impl_device(impl)
-
-    def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        tensors = dyn_nsa_case(TOKENS, compress_size=16, dtype=query.dtype)
-        rest = {name: tensors[name].to(device) for name in INPUTS[3:5]}
-        gates = torch.tensor([0.0, 1.0, 0.0], device=device, dtype=query.dtype).expand(1, TOKENS, 4, 3)
-        level = torch.full((2,), -30.0, device=device)
-        sizes = {"block_size": 32, "compress_size": 16, "max_blocks": 4, "impl": impl, **options}
-        result = ops.dyn_nsa(query, key, value, **rest, gates=gates, base=level, slope=torch.zeros_like(level), **sizes)
-        assert (result.counts[0, :, 0].cpu() == torch.arange(TOKENS) // 32 + 1).all()
-        return result.out
-
-    def listed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        lists = (x.to(device) for x in all_blocks(TOKENS, 32))
-        return ops.block_sparse_attention(query, key, value, *lists, block_size=32, impl=impl, **options)[0]
-
-    def window(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return ops.sliding_window_attention(query, key, value, TOKENS, impl=impl, **options)
-
-    return {"dyn_nsa": whole, "block_sparse_attention": listed, "sliding_window_attention": window}
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
@@ -63,7 +31,7 @@ def test_all_keys_are_gemma_2s_eager_attention(impl, name):
         return eager_attention_forward(module, *heads_first, hidden, scaling=0.4, softcap=2.0)[0]
 
     results = []
-    for function, device in ((attentions(impl, scale=0.4, softcap=2.0)[name], impl_device(impl)), (eager, "cpu")):
+    for function, device in ((attentions(impl, TOKENS, scale=0.4, softcap=2.0)[name], impl_device(impl)), (eager, "cpu")):
         leaves = [tensors[part].to(device).requires_grad_() for part in INPUTS[:3]]
         out = function(*leaves)
         results.append((out, *torch.autograd.grad(out.double().pow(3).sum(), leaves)))
@@ -132,6 +100,7 @@ def check_whole(tensors: dict[str, Tensor], bounds: dict[str, Tensor], softcap: 
     compare(call(ops.dyn_nsa, impl="triton"), call(reference.dyn_nsa), {name: tensors[name] for name in INPUTS}, dtype, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softcap", [1.0, pytest.param(1e4, id="far above the scores")])
 @pytest.mark.parametrize("impl", IMPLS[1:])
 def test_the_kernels_match_the_oracle(impl, softcap):

@@ -81,6 +81,11 @@ def checked_softcap(softcap: float | None) -> float | None:
     return float(softcap)
 
 
+def check_sinks(sinks: Tensor | None, query: Tensor) -> None:
+    if sinks is not None:
+        check_tensor("sinks", sinks, query.device, query.shape[2:3])
+
+
 def scale_of(query: Tensor, scale: float | None) -> float:
     """The factor of the scores; None is D ** -0.5."""
     if scale is None:

@@ -68,7 +68,7 @@ def visits_of(indices: Tensor, counts: Tensor, span: Span, block_size: int, brok
 @without_autocast
 def block_sparse_forward(inputs: SparseInputs, options: SparseOptions, bounds: Bounds) -> tuple[Tensor, Tensor]:
     """out (B, T, H, D), lse (B, T, H)."""
-    query, key, value, indices, counts, bias = inputs
+    query, key, value, indices, counts, bias = inputs[:6]
     block_size, scale, softcap = options
     dtype = statistics_dtype(query.dtype)
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
@@ -148,7 +148,7 @@ def block_sparse_backward(
     inputs: SparseInputs, lse: Tensor, shift: Tensor, grad_out: Tensor, options: SparseOptions, bounds: Bounds
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and bias; `shift` (B, T, H) is the product of out and grad_out, less the gradient of lse."""
-    query, key, value, indices, counts, bias = inputs
+    query, key, value, indices, counts, bias = inputs[:6]
     block_size, scale, softcap = options
     dtype = lse.dtype
     grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))

@@ -260,7 +260,7 @@ def _forward(
     inputs: QueryKeyValue, branch: Compressed | Window, spans: list[Span], scale: float, softcap: float | None, entropy_too: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, T, H, D), lse (B, T, H), entropy (B, T, H)."""
-    query, key, value = inputs
+    query, key, value = inputs[:3]
     dtype, num_kv = statistics_dtype(query.dtype), key.shape[2]
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = torch.full(query.shape[:3], -math.inf, dtype=dtype, device=query.device)
@@ -294,10 +294,10 @@ def _backward(
     """Gradients of query, key and value in the dtype of computation, given the gradient `grad_out` of `weight * out`; and (B, T, H),
     the product of out and grad_out.
     """
-    query, key, value = inputs
+    query, key, value = inputs[:3]
     lse, grad_out, grad_lse = saved
     dtype, num_kv = lse.dtype, key.shape[2]
-    grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in inputs)
+    grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
     product = torch.zeros_like(lse)
     for span in spans:
         here = (span.batch, branch.rows(span))

@@ -29,7 +29,8 @@ def compressed_forward(inputs: QueryKeyValue, options: CompressedOptions, bounds
 
 def compressed_backward(
     inputs: QueryKeyValue, saved: CompressedSaved, options: CompressedOptions, bounds: Bounds
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `_interval_backward`."""
     return _interval_backward(inputs, *saved, options, bounds, compressed=True)
 
 
@@ -38,7 +39,10 @@ def window_forward(inputs: QueryKeyValue, options: WindowOptions, bounds: Bounds
     return _interval_forward(inputs, None, _as_interval(options, inputs.key.shape[1]), bounds, compressed=False)
 
 
-def window_backward(inputs: QueryKeyValue, saved: WindowSaved, options: WindowOptions, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
+def window_backward(
+    inputs: QueryKeyValue, saved: WindowSaved, options: WindowOptions, bounds: Bounds
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `_interval_backward`."""
     return _interval_backward(inputs, *saved, None, _as_interval(options, inputs.key.shape[1]), bounds, compressed=False)
 
 
@@ -59,7 +63,7 @@ def _interval_forward(
     out = torch.empty_like(inputs.query, memory_format=torch.contiguous_format)
     lse = _statistics(inputs.query)
     geometry = geometry_of(inputs.query, num_keys, *bounds)
-    interval_attention_fwd(*inputs, out, lse, entropy, geometry, reach, scale, softcap, compressed=compressed)
+    interval_attention_fwd(*inputs[:3], out, lse, entropy, geometry, reach, scale, softcap, compressed=compressed)
     return out, lse
 
 
@@ -73,7 +77,8 @@ def _interval_backward(
     bounds: Bounds,
     *,
     compressed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; and (B, T, H), the product of out and grad_out."""
     from tinyonn_kernels.nsa._common import geometry_of
     from tinyonn_kernels.nsa.interval_attention_dkv import interval_attention_dkv
     from tinyonn_kernels.nsa.interval_attention_dq import interval_attention_dq
@@ -82,9 +87,10 @@ def _interval_backward(
     reach, num_keys, scale, softcap = options
     geometry = geometry_of(query, num_keys, *bounds)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    given = (*inputs, lse, grad_out, None, None if grad_lse is None else grad_lse.contiguous(), _statistics(query))
+    product = _statistics(query)
+    given = (*inputs[:3], lse, grad_out, None, None if grad_lse is None else grad_lse.contiguous(), product)
     interval_attention_dq(*given, grad_query, geometry, reach, scale, softcap, compressed=compressed)
-    return grad_query, *interval_attention_dkv(*given, geometry, reach, scale, softcap, compressed=compressed)
+    return grad_query, *interval_attention_dkv(*given, geometry, reach, scale, softcap, compressed=compressed), product
 
 
 @on_its_device
@@ -96,7 +102,7 @@ def block_sparse_forward(inputs: SparseInputs, options: SparseOptions, bounds: B
     out = torch.empty_like(inputs.query, memory_format=torch.contiguous_format)
     lse = _statistics(inputs.query)
     geometry = geometry_of(inputs.query, inputs.key.shape[1], *bounds)
-    block_sparse_attention_fwd(*_contiguous_lists(inputs), out, lse, geometry, *options)
+    block_sparse_attention_fwd(*_contiguous_lists(inputs)[:6], out, lse, geometry, *options)
     return out, lse
 
 
@@ -109,12 +115,12 @@ def block_sparse_backward(
     from tinyonn_kernels.nsa.block_sparse_dkv import block_sparse_attention_dkv
     from tinyonn_kernels.nsa.block_sparse_dq import block_sparse_attention_dq
 
-    query, key, value, _, _, bias = inputs
+    query, key, value, _, _, bias = inputs[:6]
     geometry = geometry_of(query, key.shape[1], *bounds)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grad_key, grad_value = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (key, value))
     grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
-    given = (*_contiguous_lists(inputs), lse, shift.contiguous(), grad_out, None)
+    given = (*_contiguous_lists(inputs)[:6], lse, shift.contiguous(), grad_out, None)
     block_sparse_attention_dq(*given, grad_query, grad_bias, geometry, *options)
     block_sparse_attention_dkv(*given, grad_key, grad_value, geometry, *options)
     return grad_query, grad_key, grad_value, grad_bias

@@ -11,11 +11,12 @@ from torch import Tensor
 
 
 class QueryKeyValue(NamedTuple):
-    """Tensors of `compressed_attention` and `sliding_window_attention`."""
+    """Tensors of `compressed_attention` and `sliding_window_attention`. The sinks are joined after an implementation (`_sinks`)."""
 
     query: Tensor
     key: Tensor
     value: Tensor
+    sinks: Tensor | None = None
 
 
 class CompressedOptions(NamedTuple):
@@ -56,7 +57,7 @@ class WindowSaved(NamedTuple):
 
 
 class SparseInputs(NamedTuple):
-    """Tensors of `block_sparse_attention`."""
+    """Tensors of `block_sparse_attention`. The sinks are joined after an implementation (`_sinks`)."""
 
     query: Tensor
     key: Tensor
@@ -64,6 +65,7 @@ class SparseInputs(NamedTuple):
     indices: Tensor
     counts: Tensor
     bias: Tensor | None
+    sinks: Tensor | None = None
 
 
 class SparseOptions(NamedTuple):
@@ -121,6 +123,7 @@ class DynNSAInputs(NamedTuple):
     slope: Tensor
     tau: Tensor | None
     query_compressed: Tensor | None
+    sinks: Tensor | None
 
 
 class DynNSANumbers(NamedTuple):
@@ -148,7 +151,7 @@ class DynNSAResults(NamedTuple):
         own_tau: (B, T, K); empty if the caller gave tau.
         overflow: 0-d.
         counts: (B, T, K) int32.
-        lse_compressed, lse_selected, lse_window: (B, T, H), of the three branches.
+        lse_compressed, lse_selected, lse_window: (B, T, H), of the three branches, with their sinks.
         indices, bias: (B, T, K, max_blocks), int32 and float.
         selected: (B, T, H, D), output of the selected branch.
     """

@@ -65,7 +65,8 @@ def select_blocks(
 
     Args:
         query: (B, T, H, D), the last T of `num_keys` positions.
-        key_compressed, lse: (B, M, K, D) and (B, T, H), the argument and the result of `compressed_attention`.
+        key_compressed, lse: (B, M, K, D) and (B, T, H), the argument and the result of `compressed_attention` with the same
+            softcap. Sinks act through lse.
         threshold: (B, T, K), in nats.
         temperature: width of the gate's slope, in nats; a normal float32.
         block_size: positions of a key block, a power of two of at least 16.

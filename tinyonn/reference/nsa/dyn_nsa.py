@@ -80,6 +80,7 @@ def compressed_attention(
     num_keys: int,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -91,20 +92,22 @@ def compressed_attention(
         key_compressed, value_compressed: (B, M, K, D); sequence i of a packed batch begins at row cu[i] // compress_size.
         num_keys: keys of a row before compression.
         softcap: scores become softcap * tanh(score / softcap).
+        sinks: (H,), score of one more key, whose value is 0 and which every query sees.
 
     Returns:
-        out (B, T, H, D); lse (B, T, H), -inf where nothing is visible; entropy (B, T, H) in nats, 0 there.
+        out (B, T, H, D); lse (B, T, H), of scores and sink, -inf where nothing is visible and there is no sink; entropy (B, T, H) in nats,
+        of the visible keys alone, 0 where there are none.
     """
     query, keys, values = query.double(), key_compressed.double(), value_compressed.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out, lse, entropy = torch.zeros_like(query), query.new_full(query.shape[:3], -math.inf), query.new_zeros(query.shape[:3])
+    out, lse, entropy = torch.zeros_like(query), _empty_lse(query, sinks), query.new_zeros(query.shape[:3])
     for sequence in sequences(query, num_keys, compress_size, cu_seqlens, key_start, key_end):
         row, rows = sequence.batch, sequence.queries
         k, visible = _compressed_keys(keys, sequence, compress_size)
         v, _ = _compressed_keys(values, sequence, compress_size)
         scores = _scores(query[row, rows], k, scale, softcap)
-        out[row, rows], lse[row, rows] = _attend(scores, visible[:, None], v)
-        probabilities = _probabilities(scores, lse[row, rows], visible[:, None])
+        out[row, rows], lse[row, rows] = _attend(scores, visible[:, None], v, sinks)
+        probabilities = _probabilities(scores, _attend(scores, visible[:, None], v, None)[1], visible[:, None])
         entropy[row, rows] = -torch.special.xlogy(probabilities, probabilities).sum(-1).detach()
     return out, lse, entropy
 
@@ -197,6 +200,7 @@ def block_sparse_attention(
     block_size: int = 64,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -204,11 +208,11 @@ def block_sparse_attention(
     """Causal attention to the listed key blocks, `bias` added to all scores of a block.
 
     Returns:
-        out (B, T, H, D); lse (B, T, H), -inf where nothing is visible.
+        out (B, T, H, D); lse (B, T, H), of scores and sink, -inf where nothing is visible and there is no sink.
     """
     query, key, value = query.double(), key.double(), value.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], -math.inf)
+    out, lse = torch.zeros_like(query), _empty_lse(query, sinks)
     for sequence in sequences(query, key.shape[1], block_size, cu_seqlens, key_start, key_end):
         row, rows, columns = sequence.batch, sequence.queries, sequence.keys
         num_blocks = -(-(columns.stop - columns.start) // block_size)
@@ -220,7 +224,7 @@ def block_sparse_attention(
         block_bias = 0.0 if bias is None else (one_hot * bias[row, rows].double()[..., None]).sum(-2)
         log_gate = torch.where(selected, block_bias, -math.inf)
         out[row, rows], lse[row, rows] = _gated(
-            query[row, rows], key[row, columns], value[row, columns], log_gate, sequence, block_size, scale, softcap
+            query[row, rows], key[row, columns], value[row, columns], log_gate, sequence, block_size, scale, softcap, sinks
         )
     return out, lse
 
@@ -233,6 +237,7 @@ def sliding_window_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -246,7 +251,7 @@ def sliding_window_attention(
         distance = positions(sequence, query.device)[:, None] - torch.arange(columns.stop - columns.start, device=query.device)
         visible = (distance >= 0) & (distance < window)
         scores = _scores(query[row, rows], key[row, columns], scale, softcap)
-        out[row, rows], _ = _attend(scores, visible[:, None], value[row, columns])
+        out[row, rows], _ = _attend(scores, visible[:, None], value[row, columns], sinks)
     return out
 
 
@@ -291,6 +296,7 @@ def dyn_nsa(
     detach_scores: bool = False,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -308,12 +314,13 @@ def dyn_nsa(
         num_keys=num_keys,
         scale=scale,
         softcap=softcap,
+        sinks=sinks,
         **where,
     )
     if tau is None:
         tau = attention_tau(entropy, query, num_keys, num_kv, compress_size, **where)
     threshold = base.double() - slope.double() * tau.double()
-    near = sliding_window_attention(query, key, value, window, scale=scale, softcap=softcap, **where)
+    near = sliding_window_attention(query, key, value, window, scale=scale, softcap=softcap, sinks=sinks, **where)
     query, key, value = query.double(), key.double(), value.double()
     options = Options(
         temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local, softcap
@@ -325,7 +332,7 @@ def dyn_nsa(
     for sequence, gate, _ in found:
         row, rows, columns = sequence.batch, sequence.queries, sequence.keys
         selected[row, rows] = _gated_by_factor(
-            query[row, rows], key[row, columns], value[row, columns], gate, sequence, block_size, scale, softcap
+            query[row, rows], key[row, columns], value[row, columns], gate, sequence, block_size, scale, softcap, sinks
         )
     branches = torch.stack([compressed, selected, near], -1)
     out = (branches * gates.double()[:, :, :, None]).sum(-1)
@@ -417,9 +424,19 @@ def _probabilities(scores: Tensor, lse: Tensor, visible: Tensor) -> Tensor:
     return torch.where(visible, (scores - torch.where(any_visible, lse[..., None], 0.0)).masked_fill(~visible, 0.0).exp(), 0.0)
 
 
-def _attend(scores: Tensor, visible: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the visible (n, H, m) of values (m, K or H, D): out (n, H, D), lse (n, H)."""
+def _empty_lse(query: Tensor, sinks: Tensor | None) -> Tensor:
+    """(B, T, H), lse of queries that see no key."""
+    lse = query.new_full(query.shape[:3], -math.inf)
+    return lse if sinks is None else sinks.double().expand(lse.shape).clone()
+
+
+def _attend(scores: Tensor, visible: Tensor, values: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax over the visible (n, H, m), and the sinks (H,), of values (m, K or H, D): out (n, H, D), lse (n, H)."""
     values = _per_query_head(values, scores.shape[1])
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None].expand(len(scores), -1, 1)], -1)
+        visible = torch.cat([visible, visible.new_ones((*visible.shape[:2], 1))], -1)
+        values = torch.cat([values, values.new_zeros((1, *values.shape[1:]))])
     any_visible = visible.any(-1, keepdim=True)
     # Rows that see nothing keep their scores until the end: a softmax over nothing has no gradient.
     masked = scores.masked_fill(~visible & any_visible, -math.inf)
@@ -446,16 +463,32 @@ def _per_key(gate: Tensor, sequence: Sequence, query: Tensor, num_keys: int, blo
 
 
 def _gated(
-    query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, sequence: Sequence, block_size: int, scale: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_gate: Tensor,
+    sequence: Sequence,
+    block_size: int,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention with log_gate (n, K, NB) added to the scores of each block; -inf leaves a block out."""
     bias, causal = _per_key(log_gate, sequence, query, key.shape[0], block_size)
     visible = causal & (bias > -math.inf)
-    return _attend(_scores(query, key, scale, softcap) + torch.where(visible, bias, 0.0), visible, value)
+    return _attend(_scores(query, key, scale, softcap) + torch.where(visible, bias, 0.0), visible, value, sinks)
 
 
 def _gated_by_factor(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, sequence: Sequence, block_size: int, scale: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    sequence: Sequence,
+    block_size: int,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """The same with the gate as a factor, the form of the definition: gate * exp(score)."""
     factor, causal = _per_key(gate, sequence, query, key.shape[0], block_size)
@@ -464,5 +497,7 @@ def _gated_by_factor(
     top = scores.detach().masked_fill(~visible, -math.inf).amax(-1, keepdim=True) if len(key) else scores.new_zeros((*scores.shape[:2], 1))
     weight = torch.where(visible, factor * (scores - torch.where(top.isfinite(), top, 0.0)).masked_fill(~visible, 0.0).exp(), 0.0)
     total = weight.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks.double()[:, None] - torch.where(top.isfinite(), top, 0.0)).exp()
     mixed = _mixed(weight, _per_query_head(value, query.shape[1]), visible)
     return torch.where(total > 0, mixed / torch.where(total > 0, total, 1.0), 0.0)
