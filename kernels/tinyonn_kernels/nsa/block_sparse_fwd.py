@@ -35,14 +35,15 @@ from ._common import (
 from .block_lists import block_at, merge_lists, rows_of
 
 
-def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, CAP: float, **_: object) -> list[triton.Config]:
     """Tiles of keys; tiles with few rows need few warps."""
     if IEEE:
         keys, warps = (32 if ROWS <= 32 and WIDTH < 128 else 16), (4 if ROWS * WIDTH <= 2048 else 8)
         return [config(warps, 1, 255, KEYS=min(keys, BLOCK_SIZE))]
     keys, warps = (64 if WIDTH <= 128 else 32), (4 if ROWS * WIDTH <= 8192 else 8)
     offered = [config(warps, 2, KEYS=min(keys, BLOCK_SIZE))]
-    if WIDTH <= 128 and ROWS <= 32:
+    crowded = CAP > 0 and WIDTH > 64  # two warps have no registers left for the cap
+    if WIDTH <= 128 and ROWS <= 32 and not crowded:
         offered += [config(2, 3, KEYS=min(64, BLOCK_SIZE)), config(2, 3, KEYS=min(32, BLOCK_SIZE))]
     return offered
 

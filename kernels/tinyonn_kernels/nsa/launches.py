@@ -1,6 +1,6 @@
 """Launches over tensors without data that cover every configuration of the kernels of DynNSA, for the resources tool.
 
-bfloat16 up to D = 256 and float32 up to D = 128, with one and with several queries per tile.
+bfloat16 up to D = 256 and float32 up to D = 128, with one and with several queries per tile; some of them with a softcap.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ SHAPES = [
     for dim in dims
     for heads in ((32, 6) if dim == 128 else (32,))
 ]
+SOFTCAPPED = ("bfloat16-D128-G3", "bfloat16-D256-G16")
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -96,7 +97,10 @@ def offered(arch: int) -> dict[str, Callable[[], None]]:
     """The same launches on every architecture."""
     launches: dict[str, Callable[[], None]] = {f"G{group}": partial(_merge, group) for group in (1, 2, 3, 4, 8)}
     for label, *shape in SHAPES:
-        launches[label] = partial(_block_sparse, *shape)
-        launches |= {f"{label}-{name}": partial(_interval, *shape, name == "compressed") for name in ("window", "compressed")}
-        launches |= {f"{label}-compress{size}": partial(_select, *shape, size) for size in (64, 16)}
+        caps = {label: None} | ({f"{label}-softcap": 50.0} if label in SOFTCAPPED else {})
+        for name, softcap in caps.items():
+            own = {"softcap": softcap}
+            launches[name] = partial(_block_sparse, *shape, **own)
+            launches |= {f"{name}-{kind}": partial(_interval, *shape, kind == "compressed", **own) for kind in ("window", "compressed")}
+            launches |= {f"{name}-compress{size}": partial(_select, *shape, size, **own) for size in (64, 16)}
     return launches
