@@ -6,12 +6,24 @@ B batch, T queries, H query heads, K key/value heads, G = H / K, D head dim, M c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import pairwise, product
+from itertools import product
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._dense import (
+    Sequence,
+    attend,
+    compressed_keys,
+    empty_lse,
+    gated,
+    gated_by_factor,
+    positions,
+    probabilities_of,
+    scores_of,
+    sequences,
+)
 
 Z_FLOOR = -20.0
 
@@ -32,43 +44,6 @@ class Options(NamedTuple):
     forced_first: int
     forced_local: int
     softcap: float | None
-
-
-class Sequence(NamedTuple):
-    """One sequence: the rows of its queries and keys, its first compressed key's row, the position of its first query."""
-
-    batch: int
-    queries: slice
-    keys: slice
-    compressed: int
-    first: int
-
-
-def sequences(
-    query: Tensor,
-    num_keys: int,
-    compress_size: int,
-    cu_seqlens: Tensor | None = None,
-    key_start: Tensor | None = None,
-    key_end: Tensor | None = None,
-) -> Iterator[Sequence]:
-    """Packed sequences, or one a batch row without its padding; queries are a row's last."""
-    batch, num_queries = query.shape[:2]
-    if cu_seqlens is not None:
-        for begin, end in pairwise(cu_seqlens.tolist()):
-            yield Sequence(0, slice(begin, end), slice(begin, end), begin // compress_size, 0)
-        return
-    before = num_keys - num_queries
-    for row in range(batch):
-        start = 0 if key_start is None else int(key_start[row])
-        end = num_keys if key_end is None else int(key_end[row])
-        first = max(start, before)
-        yield Sequence(row, slice(first - before, max(end, first) - before), slice(start, end), 0, first - start)
-
-
-def positions(sequence: Sequence, device: torch.device) -> Tensor:
-    """(n,) place of each query in its sequence."""
-    return torch.arange(sequence.queries.stop - sequence.queries.start, device=device) + sequence.first
 
 
 def compressed_attention(
@@ -100,14 +75,14 @@ def compressed_attention(
     """
     query, keys, values = query.double(), key_compressed.double(), value_compressed.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out, lse, entropy = torch.zeros_like(query), _empty_lse(query, sinks), query.new_zeros(query.shape[:3])
+    out, lse, entropy = torch.zeros_like(query), empty_lse(query, sinks), query.new_zeros(query.shape[:3])
     for sequence in sequences(query, num_keys, compress_size, cu_seqlens, key_start, key_end):
         row, rows = sequence.batch, sequence.queries
-        k, visible = _compressed_keys(keys, sequence, compress_size)
-        v, _ = _compressed_keys(values, sequence, compress_size)
-        scores = _scores(query[row, rows], k, scale, softcap)
-        out[row, rows], lse[row, rows] = _attend(scores, visible[:, None], v, sinks)
-        probabilities = _probabilities(scores, _attend(scores, visible[:, None], v, None)[1], visible[:, None])
+        k, visible = compressed_keys(keys, sequence, compress_size)
+        v, _ = compressed_keys(values, sequence, compress_size)
+        scores = scores_of(query[row, rows], k, scale, softcap)
+        out[row, rows], lse[row, rows] = attend(scores, visible[:, None], v, sinks)
+        probabilities = probabilities_of(scores, attend(scores, visible[:, None], v, None)[1], visible[:, None])
         entropy[row, rows] = -torch.special.xlogy(probabilities, probabilities).sum(-1).detach()
     return out, lse, entropy
 
@@ -212,7 +187,7 @@ def block_sparse_attention(
     """
     query, key, value = query.double(), key.double(), value.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = torch.zeros_like(query), _empty_lse(query, sinks)
+    out, lse = torch.zeros_like(query), empty_lse(query, sinks)
     for sequence in sequences(query, key.shape[1], block_size, cu_seqlens, key_start, key_end):
         row, rows, columns = sequence.batch, sequence.queries, sequence.keys
         num_blocks = -(-(columns.stop - columns.start) // block_size)
@@ -223,7 +198,7 @@ def block_sparse_attention(
         selected = one_hot.sum(-2) > 0
         block_bias = 0.0 if bias is None else (one_hot * bias[row, rows].double()[..., None]).sum(-2)
         log_gate = torch.where(selected, block_bias, -math.inf)
-        out[row, rows], lse[row, rows] = _gated(
+        out[row, rows], lse[row, rows] = gated(
             query[row, rows], key[row, columns], value[row, columns], log_gate, sequence, block_size, scale, softcap, sinks
         )
     return out, lse
@@ -250,8 +225,8 @@ def sliding_window_attention(
         row, rows, columns = sequence.batch, sequence.queries, sequence.keys
         distance = positions(sequence, query.device)[:, None] - torch.arange(columns.stop - columns.start, device=query.device)
         visible = (distance >= 0) & (distance < window)
-        scores = _scores(query[row, rows], key[row, columns], scale, softcap)
-        out[row, rows], _ = _attend(scores, visible[:, None], value[row, columns], sinks)
+        scores = scores_of(query[row, rows], key[row, columns], scale, softcap)
+        out[row, rows], _ = attend(scores, visible[:, None], value[row, columns], sinks)
     return out
 
 
@@ -331,7 +306,7 @@ def dyn_nsa(
     selected = torch.zeros_like(query)
     for sequence, gate, _ in found:
         row, rows, columns = sequence.batch, sequence.queries, sequence.keys
-        selected[row, rows] = _gated_by_factor(
+        selected[row, rows] = gated_by_factor(
             query[row, rows], key[row, columns], value[row, columns], gate, sequence, block_size, scale, softcap, sinks
         )
     branches = torch.stack([compressed, selected, near], -1)
@@ -372,8 +347,8 @@ def _gates(
     own = (place // block_size)[:, None]
     forced = ((block <= own) & ((block < forced_first) | (block > own - forced_local)))[:, None]
 
-    keys, visible = _compressed_keys(key_compressed, sequence, compress_size)
-    probabilities = _probabilities(_scores(query, keys, scale, softcap), lse, visible[:, None])
+    keys, visible = compressed_keys(key_compressed, sequence, compress_size)
+    probabilities = probabilities_of(scores_of(query, keys, scale, softcap), lse, visible[:, None])
     if detach_scores:
         probabilities = probabilities.detach()
     ratio = block_size // compress_size
@@ -397,107 +372,3 @@ def _fits(rank_by: Tensor, wanted: Tensor, max_blocks: int) -> Tensor:
     """Whether a wanted block is among the `max_blocks` highest of its row; ties go to the lower index."""
     order = torch.where(wanted, rank_by, -math.inf).sort(dim=-1, descending=True, stable=True).indices
     return order.argsort(-1) < max_blocks
-
-
-def _compressed_keys(compressed: Tensor, sequence: Sequence, compress_size: int) -> tuple[Tensor, Tensor]:
-    """A sequence's compressed keys (m, K, D), and which of them each query sees (n, m)."""
-    m = (sequence.keys.stop - sequence.keys.start) // compress_size
-    keys = compressed[sequence.batch, sequence.compressed : sequence.compressed + m]
-    ends = (torch.arange(m, device=compressed.device) + 1) * compress_size
-    return keys, ends <= positions(sequence, compressed.device)[:, None] + 1
-
-
-def _per_query_head(x: Tensor, heads: int) -> Tensor:
-    """(·, K, ·) -> (·, H, ·)."""
-    return x.repeat_interleave(heads // x.shape[1], 1)
-
-
-def _scores(query: Tensor, keys: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """(n, H, D) and (m, K, D) -> (n, H, m)."""
-    scores = torch.einsum("nhd,mhd->nhm", query, _per_query_head(keys, query.shape[1])) * scale
-    return scores if softcap is None else softcap * (scores / softcap).tanh()
-
-
-def _probabilities(scores: Tensor, lse: Tensor, visible: Tensor) -> Tensor:
-    """exp(score - lse), 0 where not visible."""
-    any_visible = visible.any(-1, keepdim=True)
-    return torch.where(visible, (scores - torch.where(any_visible, lse[..., None], 0.0)).masked_fill(~visible, 0.0).exp(), 0.0)
-
-
-def _empty_lse(query: Tensor, sinks: Tensor | None) -> Tensor:
-    """(B, T, H), lse of queries that see no key."""
-    lse = query.new_full(query.shape[:3], -math.inf)
-    return lse if sinks is None else sinks.double().expand(lse.shape).clone()
-
-
-def _attend(scores: Tensor, visible: Tensor, values: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax over the visible (n, H, m), and the sinks (H,), of values (m, K or H, D): out (n, H, D), lse (n, H)."""
-    values = _per_query_head(values, scores.shape[1])
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.double()[:, None].expand(len(scores), -1, 1)], -1)
-        visible = torch.cat([visible, visible.new_ones((*visible.shape[:2], 1))], -1)
-        values = torch.cat([values, values.new_zeros((1, *values.shape[1:]))])
-    any_visible = visible.any(-1, keepdim=True)
-    # Rows that see nothing keep their scores until the end: a softmax over nothing has no gradient.
-    masked = scores.masked_fill(~visible & any_visible, -math.inf)
-    if scores.shape[-1] == 0:
-        return scores.new_zeros((*scores.shape[:2], values.shape[-1])), scores.new_full(scores.shape[:2], -math.inf)
-    lse = masked.logsumexp(-1)
-    out = _mixed((masked - lse[..., None]).exp(), values, visible)
-    return torch.where(any_visible, out, 0.0), torch.where(any_visible[..., 0], lse, -math.inf)
-
-
-def _mixed(weights: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    """Weights (n, H, m), 0 where not visible, times values (m, H, D): (n, H, D)."""
-    if values.isfinite().all():
-        return torch.einsum("nhm,mhd->nhd", weights, values)
-    # 0 times NaN is NaN: what a query does not see must not be in its product.
-    seen = visible.transpose(1, 2).unsqueeze(-1)
-    return torch.stack([torch.einsum("hm,mhd->hd", row, values.masked_fill(~own, 0)) for row, own in zip(weights, seen, strict=True)])
-
-
-def _per_key(gate: Tensor, sequence: Sequence, query: Tensor, num_keys: int, block_size: int) -> tuple[Tensor, Tensor]:
-    """Gates of blocks (n, K, NB) as those of their keys (n, H, m), and which keys are not after a query (n, 1, m)."""
-    causal = torch.arange(num_keys, device=query.device) <= positions(sequence, query.device)[:, None]
-    return _per_query_head(gate.repeat_interleave(block_size, -1)[..., :num_keys], query.shape[1]), causal[:, None]
-
-
-def _gated(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_gate: Tensor,
-    sequence: Sequence,
-    block_size: int,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Causal attention with log_gate (n, K, NB) added to the scores of each block; -inf leaves a block out."""
-    bias, causal = _per_key(log_gate, sequence, query, key.shape[0], block_size)
-    visible = causal & (bias > -math.inf)
-    return _attend(_scores(query, key, scale, softcap) + torch.where(visible, bias, 0.0), visible, value, sinks)
-
-
-def _gated_by_factor(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    sequence: Sequence,
-    block_size: int,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """The same with the gate as a factor, the form of the definition: gate * exp(score)."""
-    factor, causal = _per_key(gate, sequence, query, key.shape[0], block_size)
-    visible = causal & (factor > 0)
-    scores = _scores(query, key, scale, softcap)
-    top = scores.detach().masked_fill(~visible, -math.inf).amax(-1, keepdim=True) if len(key) else scores.new_zeros((*scores.shape[:2], 1))
-    weight = torch.where(visible, factor * (scores - torch.where(top.isfinite(), top, 0.0)).masked_fill(~visible, 0.0).exp(), 0.0)
-    total = weight.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + (sinks.double()[:, None] - torch.where(top.isfinite(), top, 0.0)).exp()
-    mixed = _mixed(weight, _per_query_head(value, query.shape[1]), visible)
-    return torch.where(total > 0, mixed / torch.where(total > 0, total, 1.0), 0.0)
