@@ -111,8 +111,8 @@ def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANu
             shift_compressed -= grad_lse
         branches = ((lse_compressed, shift_compressed), (lse_selected, shift), (lse_window, product_window * weights[2]))
         grad_sinks = torch.stack([sinks_gradient(sinks, *branch) for branch in branches]).sum(0)
-    of_compressed = [grad_key_compressed, grad_value_compressed]
-    return [grad_query, grad_key, grad_value, *of_compressed, grad_gates, grad_base, grad_slope, of_scoring, grad_sinks]
+    grad_inputs = [grad_query, grad_key, grad_value, grad_key_compressed, grad_value_compressed]
+    return [*grad_inputs, grad_gates, grad_base, grad_slope, of_scoring, grad_sinks]
 
 
 class _Parts(NamedTuple):
