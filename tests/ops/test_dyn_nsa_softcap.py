@@ -120,17 +120,16 @@ def test_the_kernels_in_half_precision(impl):
     check_whole(case(70, dim=100, compress_size=16, sharpness=1.0), {}, 1.0, HALF)
 
 
-@pytest.mark.parametrize("softcap", [0.0, -3.0, float("inf"), float("nan")])
-def test_a_softcap_must_be_positive(softcap):
+def test_no_softcap_is_none_not_0():
     tensors = dyn_nsa_case(40)
     q, k, v, kc, vc = (tensors[name] for name in INPUTS[:5])
     lists, lse, threshold = all_blocks(40, 64), torch.zeros(q.shape[:3]), torch.zeros(1, 40, 2)
     for call in (
-        lambda: ops.dyn_nsa(**tensors, compress_size=32, softcap=softcap),
-        lambda: ops.compressed_attention(q, kc, vc, compress_size=32, softcap=softcap),
-        lambda: ops.select_blocks(q, kc, lse, threshold, compress_size=32, softcap=softcap),
-        lambda: ops.block_sparse_attention(q, k, v, *lists, softcap=softcap),
-        lambda: ops.sliding_window_attention(q, k, v, 5, softcap=softcap),
+        lambda: ops.dyn_nsa(**tensors, compress_size=32, softcap=0),
+        lambda: ops.compressed_attention(q, kc, vc, compress_size=32, softcap=0),
+        lambda: ops.select_blocks(q, kc, lse, threshold, compress_size=32, softcap=0),
+        lambda: ops.block_sparse_attention(q, k, v, *lists, softcap=0),
+        lambda: ops.sliding_window_attention(q, k, v, 5, softcap=0),
     ):
-        with pytest.raises(ValueError, match=r"softcap must be (above 0|finite), got"):
+        with pytest.raises(ValueError, match="softcap must be above 0, got 0"):
             call()
