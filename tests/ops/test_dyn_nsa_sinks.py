@@ -47,8 +47,9 @@ def test_all_keys_are_gpt_oss_eager_attention(impl, name):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_every_gradient_is_exact(detach_scores, softcap):
     tensors = dyn_nsa_case(compress_size=16) | {"sinks": SINKS}
+    tensors["query_compressed"] = tensors["query"].flip(1)
     tensors["base"] = tensors["base"] - 1.5  # a sink takes its part of each block's share
-    assert partly_open(tensors, {**OPTIONS, "softcap": softcap}) >= 0.2
+    assert partly_open(tensors | {"query": tensors["query_compressed"]}, {**OPTIONS, "softcap": softcap}) >= 0.2
     tau = torch.rand(1, 330, 2, dtype=torch.float64)
     results = []
     for function in (ops.dyn_nsa, reference.dyn_nsa):
@@ -59,6 +60,28 @@ def test_every_gradient_is_exact(detach_scores, softcap):
     for name, ours, theirs in zip(("out", "soft_counts", *tensors), *results, strict=True):
         assert theirs.abs().max() > 0
         assert_close_rms(ours, theirs, 1e-11, name)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_the_selection_counts_shares_of_the_whole_attention(impl, sinks, softcap):
+    """Shares by a plain softmax over what the last query sees, its sink included: each decides whether its block is selected."""
+    device = impl_device(impl)
+    tensors = {name: x.to(device) for name, x in dyn_nsa_case(160, compress_size=16, dtype=torch.float32).items()}
+    q, kc, vc = (tensors[name] for name in ("query", "key_compressed", "value_compressed"))
+    scores = torch.einsum("hd,mhd->hm", q[0, -1].double(), kc[0].double().repeat_interleave(2, 1)).cpu() / 4
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    with_sink = scores if sinks is None else torch.cat([scores, sinks[:, None]], 1)
+    share = with_sink.softmax(1)[:, :10].unflatten(0, (2, 2)).mean(1).unflatten(1, (5, 2)).sum(2)
+    options = {"compress_size": 16, "softcap": softcap, "impl": impl}
+    lse = ops.compressed_attention(q, kc, vc, sinks=None if sinks is None else sinks.float().to(device), **options)[1]
+    for offset in (-1e-4, 1e-4):
+        for block in (1, 2):
+            threshold = (share[:, block].log() + offset).float().expand(1, 160, 2).to(device)
+            found = ops.select_blocks(q, kc, lse, threshold, block_size=32, **options)
+            listed = [set(found.indices[0, -1, head, : found.counts[0, -1, head]].tolist()) for head in range(2)]
+            assert [block in one for one in listed] == [offset < 0] * 2
 
 
 def test_gradcheck():
@@ -131,6 +154,8 @@ def test_the_kernels_match_the_oracle(impl, shape, bounds, dtype):
     tensors, where = bounded(bounds) if bounds else (case(compress_size=16, sharpness=1.0, **SHAPES[shape]), {})
     heads = tensors["query"].shape[2]
     tensors = {name: tensors[name] for name in INPUTS} | {"sinks": SINKS[:heads].float()}
+    if shape == "G3-batch":
+        tensors["query_compressed"] = tensors["query"].flip(1)
 
     def call(function: Any, **own: Any) -> Any:
         def run(**leaves: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +165,7 @@ def test_the_kernels_match_the_oracle(impl, shape, bounds, dtype):
 
         return run
 
-    compare(call(ops.dyn_nsa, impl=impl), call(reference.dyn_nsa), tensors, dtype, 9)
+    compare(call(ops.dyn_nsa, impl=impl), call(reference.dyn_nsa), tensors, dtype, len(tensors))
 
 
 @pytest.mark.slow
