@@ -131,10 +131,10 @@ def _apart(lists: Outputs, expected: Outputs, limit: float) -> float:
 
 def _attention(
     dtype: torch.dtype, tokens: int, heads: int, kv_heads: int, dim: int, compress: int, block: int, window: int, blocks: int,
-    queries: int | None = None, packed: bool = False, own_query: bool = False, **selection: Any,
+    queries: int | None = None, packed: bool = False, own_query: bool = False, sinks: bool = False, **others: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
     """Tensors and options of `dyn_nsa`; a packed case has three sequences, `own_query` gives the compressed branch another query."""
-    importance = selection.get("importance", "share")
+    importance = others.get("importance", "share")
     tensors = dyn_nsa_case(
         tokens, queries=queries, heads=heads, kv_heads=kv_heads, dim=dim, compress_size=compress, dtype=dtype, importance="relative"
     )
@@ -142,14 +142,22 @@ def _attention(
     tensors["base"] -= math.log(max(1, tokens // block // (2 if packed else 1))) + (0.6 if importance == "share" else -1.2)
     if own_query:
         tensors["query_compressed"] = tensors["query"].flip(1)
+    if sinks:
+        tensors["sinks"] = torch.linspace(-1, 2, heads)
     if packed:
         tensors["cu_seqlens"] = torch.tensor([0, tokens // 7, tokens // 2 + 1, tokens], dtype=torch.int32)
-    options = {"window": window, "block_size": block, "compress_size": compress, "max_blocks": blocks, "temperature": 2.0, **selection}
+    options = {"window": window, "block_size": block, "compress_size": compress, "max_blocks": blocks, "temperature": 2.0, **others}
     return tensors, options
 
 
 def _only(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     return {name: x for name, x in tensors.items() if name in (*names, "cu_seqlens")}
+
+
+def _branch(tensors: dict[str, Tensor], call: Callable[..., Outputs], *names: str, **lists: Tensor) -> Case:
+    """A case of one branch, whose sinks are differentiated with it."""
+    given = _only(tensors, *names, "sinks") | lists
+    return Case(given, call, tuple(name for name in given if name in (*names, "sinks", "bias")))
 
 
 def dyn_nsa(dtype: torch.dtype, **size: Any) -> Case:
@@ -164,30 +172,29 @@ def dyn_nsa(dtype: torch.dtype, **size: Any) -> Case:
 
 def compressed(dtype: torch.dtype, **size: Any) -> Case:
     tensors, options = _attention(dtype, **size)
-    names = ("query", "key_compressed", "value_compressed")
-    sizes = {"compress_size": options["compress_size"], "num_keys": size["tokens"]}
+    sizes = {"compress_size": options["compress_size"], "num_keys": size["tokens"], "softcap": options.get("softcap")}
 
     def call(library: Any, **x: Tensor) -> Outputs:
         return tuple(library.compressed_attention(**x, **sizes, **_impl(library)))
 
-    return Case(_only(tensors, *names), call, names)
+    return _branch(tensors, call, "query", "key_compressed", "value_compressed")
 
 
 def sliding_window(dtype: torch.dtype, **size: Any) -> Case:
     tensors, options = _attention(dtype, **size)
-    names = ("query", "key", "value")
+    sizes = {"window": options["window"], "softcap": options.get("softcap")}
 
     def call(library: Any, **x: Tensor) -> Outputs:
-        return (library.sliding_window_attention(**x, window=options["window"], **_impl(library)),)
+        return (library.sliding_window_attention(**x, **sizes, **_impl(library)),)
 
-    return Case(_only(tensors, *names), call, names)
+    return _branch(tensors, call, "query", "key", "value")
 
 
 def _scored(tensors: dict[str, Tensor], options: dict[str, Any], tokens: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Inputs and options of the selection; the oracle computes them from the compressed branch."""
-    sizes = {"compress_size": options["compress_size"], "num_keys": tokens}
+    sizes = {"compress_size": options["compress_size"], "num_keys": tokens, "softcap": options.get("softcap")}
     where = _only(tensors)
-    given = _only(tensors, "query", "key_compressed", "value_compressed")
+    given = _only(tensors, "query", "key_compressed", "value_compressed", "sinks")
     _, lse, entropy = reference.compressed_attention(**given, **sizes)
     tau = reference.attention_tau(entropy, tensors["query"], tokens, tensors["key"].shape[2], options["compress_size"], **where)
     threshold = tensors["base"].double() - tensors["slope"].double() * tau
@@ -227,12 +234,12 @@ def block_sparse(dtype: torch.dtype, **size: Any) -> Case:
     tensors, options = _attention(dtype, **size)
     scored, sizes = _scored(tensors, options, size["tokens"])
     indices, counts, bias, *_ = reference.select_blocks(**scored, **sizes, max_blocks=options["max_blocks"])
-    given = _only(tensors, "query", "key", "value") | {"indices": indices, "counts": counts, "bias": bias.float()}
+    sizes = {"block_size": options["block_size"], "softcap": options.get("softcap")}
 
     def call(library: Any, **x: Tensor) -> Outputs:
-        return tuple(library.block_sparse_attention(**x, block_size=options["block_size"], **_impl(library)))
+        return tuple(library.block_sparse_attention(**x, **sizes, **_impl(library)))
 
-    return Case(given, call, ("query", "key", "value", "bias"))
+    return _branch(tensors, call, "query", "key", "value", indices=indices, counts=counts, bias=bias.float())
 
 
 def attention_stats(dtype: torch.dtype, tokens: int, heads: int, kv_heads: int, dim: int, everything: bool = False) -> Case:

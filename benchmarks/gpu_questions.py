@@ -45,12 +45,14 @@ LIKE_THE_GOAL = {"tokens": 1040, "heads": 16, "kv_heads": 1, "dim": 128, "blocks
 ODD_PACKED = {"tokens": 907, "heads": 6, "kv_heads": 2, "dim": 40, "compress": 32, "block": 64, "window": 100, "blocks": 5, "packed": True}
 RULE = {"importance": "relative", "forced_first": 0, "forced_local": 3}
 ONE_HEAD_A_GROUP = {"tokens": 777, "heads": 2, "kv_heads": 2, "dim": 64, "compress": 16, "block": 64, "window": 65, "blocks": 6}
+BOUNDED = {"softcap": 3.0, "sinks": True}
 DECODING = {"tokens": 601, "heads": 8, "kv_heads": 2, "dim": 64, "queries": 3, "blocks": 5, **_WHOLE}
 TINY = {"tokens": 70, "heads": 3, "kv_heads": 1, "dim": 16, "compress": 16, "block": 16, "window": 9, "blocks": 4}
 ATTENTION = {
     "like the goal": (LIKE_THE_GOAL, TINY),
     "odd, packed": ({**ODD_PACKED, **RULE}, {**TINY, "tokens": 110, "packed": True, **RULE}),
     "one head a group": ({**ONE_HEAD_A_GROUP, "own_query": True}, {**TINY, "heads": 1, "dim": 17, "own_query": True}),
+    "softcap and sinks": ({**ONE_HEAD_A_GROUP, "heads": 6, **BOUNDED}, {**TINY, **BOUNDED}),
     "decoding": (DECODING, {**TINY, "queries": 3}),
 }
 
@@ -84,7 +86,7 @@ def _oracles() -> list[Question]:
     ):
         found += _oracle("expert_mlp", label, 25, [{**size, **options}], [{**tiny_mixture, **options}])
     for part, seconds in (("select", 25), ("block_sparse", 25), ("compressed", 20), ("sliding_window", 20)):
-        sizes = [ATTENTION[label] for label in ("like the goal", "odd, packed", "one head a group")]
+        sizes = [ATTENTION[label] for label in ("like the goal", "odd, packed", "one head a group", "softcap and sinks")]
         found += _oracle(part, "", seconds, [size for size, _ in sizes], [TINY])
     heads = {"heads": 6, "kv_heads": 2}
     found += _oracle(

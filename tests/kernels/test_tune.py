@@ -102,7 +102,7 @@ def test_an_accumulating_kernel_adds_once_however_many_trials(trials):
         out = torch.full(query.shape, 7.0, device=DEVICE)
         lse = torch.empty(1, 20, 1, device=DEVICE)
         geometry = geometry_of(query, 20, None, None, None)
-        interval_attention_fwd(query, key, key, out, lse, None, geometry, 5, 0.25, compressed=False, accumulate=True)
+        interval_attention_fwd(query, key, key, out, lse, None, geometry, 5, 0.25, None, compressed=False, accumulate=True)
         return out
 
     alone = added()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyonn import reference
+from tinyonn import ops, reference
 from tinyonn.testing import TOLERANCE, assert_close_rms, dyn_nsa_case, impl_device
 
 DEVICE = impl_device("triton")
@@ -97,15 +97,14 @@ def partly_open(tensors: dict[str, Tensor], options: dict[str, Any]) -> float:
     """Share of the unforced selectable pairs whose gate lies strictly between 0 and 1."""
     num_keys = tensors["key"].shape[1]
     compress_size = options.get("compress_size", 64)
-    _, lse, entropy = reference.compressed_attention(
-        tensors["query"], tensors["key_compressed"], tensors["value_compressed"], compress_size=compress_size, num_keys=num_keys
-    )
+    keys = (tensors["query"], tensors["key_compressed"], tensors["value_compressed"])
+    cap = {"softcap": options.get("softcap")}
+    sizes = {"compress_size": compress_size, "num_keys": num_keys}
+    _, lse, entropy = reference.compressed_attention(*keys, **sizes, **cap, sinks=tensors.get("sinks"))
     tau = reference.attention_tau(entropy, tensors["query"], num_keys, tensors["key"].shape[2], compress_size)
     threshold = tensors["base"].double() - tensors["slope"].double() * tau
     own = {key: options[key] for key in ("temperature", "block_size", "compress_size", "importance") if key in options}
-    bias = reference.select_blocks(tensors["query"], tensors["key_compressed"], lse, threshold, max_blocks=1000, num_keys=num_keys, **own)[
-        2
-    ]
+    bias = reference.select_blocks(*keys[:2], lse, threshold, max_blocks=1000, num_keys=num_keys, **own, **cap).bias
     block_size = options.get("block_size", 64)
     block = torch.arange(-(-num_keys // block_size))
     place = torch.arange(num_keys - tensors["query"].shape[1], num_keys)
@@ -113,3 +112,34 @@ def partly_open(tensors: dict[str, Tensor], options: dict[str, Any]) -> float:
     forced = (block == 0) | (block >= place[:, None] // block_size - 1)
     selectable = int((past & ~forced).sum()) * tensors["key"].shape[2]
     return int((bias < 0).sum()) / max(1, selectable)
+
+
+def all_blocks(tokens: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """indices, counts: every block up to a query's own, for two key/value heads."""
+    indices = torch.arange(-(-tokens // block_size), dtype=torch.int32).expand(1, tokens, 2, -1).contiguous()
+    counts = (torch.arange(tokens) // block_size + 1).int()[None, :, None].expand(1, -1, 2).contiguous()
+    return indices, counts
+
+
+def attentions(impl: str, tokens: int, **options: Any) -> dict[str, Callable[..., Tensor]]:
+    """Each op that can read all keys, as a function of query (1, tokens, 4, 16), key and value (1, tokens, 2, 16), and options."""
+    device = impl_device(impl)
+
+    def whole(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
+        tensors = dyn_nsa_case(tokens, compress_size=16, dtype=query.dtype)
+        rest = {name: tensors[name].to(device) for name in INPUTS[3:5]}
+        gates = torch.tensor([0.0, 1.0, 0.0], device=device, dtype=query.dtype).expand(1, tokens, 4, 3)
+        level = torch.full((2,), -30.0, device=device)
+        sizes: dict[str, Any] = {"block_size": 32, "compress_size": 16, "max_blocks": -(-tokens // 32), "impl": impl, **options, **more}
+        result = ops.dyn_nsa(query, key, value, **rest, gates=gates, base=level, slope=torch.zeros_like(level), **sizes)
+        assert (result.counts[0, :, 0].cpu() == torch.arange(tokens) // 32 + 1).all()
+        return result.out
+
+    def listed(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
+        indices, counts = (x.to(device) for x in all_blocks(tokens, 32))
+        return ops.block_sparse_attention(query, key, value, indices, counts, block_size=32, impl=impl, **options, **more)[0]
+
+    def window(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
+        return ops.sliding_window_attention(query, key, value, tokens, impl=impl, **options, **more)
+
+    return {"dyn_nsa": whole, "block_sparse_attention": listed, "sliding_window_attention": window}

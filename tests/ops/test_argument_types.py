@@ -87,6 +87,7 @@ NUMBERS = [
     (dyn_nsa, "scale"), (dyn_nsa, "temperature"), (expert_mlp, "limit"), (select_blocks, "temperature"), (select_by_budget, "budget"),
     (sliding_window_attention, "scale"), (sparse_diversity_loss, "target_k"), (surprise_min_loss, "temperature"),
     (surprise_min_loss, "w_ce"), (surprise_min_loss, "w_kl"), (threshold_route, "scale"),
+    *((op, "softcap") for op in (block_sparse_attention, compressed_attention, dyn_nsa, select_blocks, sliding_window_attention)),
 ]  # fmt: skip
 CHOICES = [
     (expert_mlp, "surprise_kind"), (select_by_budget, "combine"), (threshold_route, "combine"), (threshold_route, "form"),

@@ -34,12 +34,14 @@ def test_opcheck(impl):
     tensors = dyn_nsa_case(100, dtype=torch.float64)
     leaves = [tensors[name].requires_grad_() for name in INPUTS]
     tau = torch.rand(1, 100, 2, dtype=torch.float64)
-    options = (40, 1.5, 64, 32, 4, "share", 1, 2, False, 0.25, None, None, None, impl)
-    torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, tau, None, *options))
-    torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, None, leaves[0].detach().clone().requires_grad_(), *options))
+    scoring = leaves[0].detach().clone().requires_grad_()
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    options = (40, 1.5, 64, 32, 4, "share", 1, 2, False, 0.25, 2.0, None, None, None, impl)
+    torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, tau, None, None, *options))
+    torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, None, scoring, sinks, *options))
     q, k, v, kc, vc = leaves[:5]
-    torch.library.opcheck(torch.ops.tinyonn.compressed_attention.default, (q, kc, vc, 32, 100, 0.25, None, None, None, impl))
-    torch.library.opcheck(torch.ops.tinyonn.sliding_window_attention.default, (q, k, v, 20, 0.25, None, None, None, impl))
+    torch.library.opcheck(torch.ops.tinyonn.compressed_attention.default, (q, kc, vc, sinks, 32, 100, 0.25, None, None, None, None, impl))
+    torch.library.opcheck(torch.ops.tinyonn.sliding_window_attention.default, (q, k, v, None, 20, 0.25, 2.0, None, None, None, impl))
 
 
 def test_it_compiles_whole():

@@ -133,7 +133,7 @@ def test_the_selection_is_an_op_of_torch(leaves):
     lse = ops.compressed_attention(tensors["query"], tensors["key_compressed"], tensors["value_compressed"], compress_size=32)[1]
     tensors |= {"lse": lse, "threshold": torch.full((1, 330, 2), -1.0, dtype=torch.float64)}
     inputs = [tensors[name].detach().requires_grad_(name in leaves) for name in ("query", "key_compressed", "lse", "threshold")]
-    options = (1.5, 64, 32, 4, "share", 1, 2, 330, 0.25, None, None, None, "torch")
+    options = (1.5, 64, 32, 4, "share", 1, 2, 330, 0.25, 3.0, None, None, None, "torch")
     # Its fourth check, of compilation, cannot add up outputs that begin with integers: that is done below.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.tinyonn.select_blocks.default, (*inputs, *options), test_utils=checks)

@@ -92,8 +92,9 @@ def test_two_runs_give_the_same_bits():
 def test_opcheck():
     tensors = case(40, compress_size=16)
     leaves = [tensors[name].to(DEVICE).requires_grad_() for name in INPUTS]
-    options = (20, 1.5, 16, 16, 4, "share", 1, 2, False, 0.25, None, None, None, "triton")
-    torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, None, None, *options))
+    sinks = torch.randn(4, device=DEVICE, requires_grad=True)
+    options = (20, 1.5, 16, 16, 4, "share", 1, 2, False, 0.25, 2.0, None, None, None, "triton")
+    torch.library.opcheck(torch.ops.tinyonn.dyn_nsa.default, (*leaves, None, None, sinks, *options))
 
 
 @pytest.mark.parametrize("function", ["sliding_window_attention", "dyn_nsa"])

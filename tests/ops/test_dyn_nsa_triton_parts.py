@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tinyonn import ops, reference
-from tinyonn.reference.nsa.dyn_nsa import sequences
+from tinyonn.reference.nsa._dense import sequences
 from tinyonn.testing import IMPLS
 
 from .dyn_nsa_cases import BOUNDS, DEVICE, HALF, SHAPES, bounded, case, compare

@@ -73,6 +73,19 @@ def order_hint(query: Tensor, key: Tensor) -> str:
     return ": tensors are (B, T, H, D) here; transpose(1, 2) those in scaled_dot_product_attention's order (B, H, T, D)"
 
 
+def checked_softcap(softcap: float | None) -> float | None:
+    """The bound of the scores; None for none."""
+    if softcap is None:
+        return None
+    check_number("softcap", softcap, above=0)
+    return float(softcap)
+
+
+def check_sinks(sinks: Tensor | None, query: Tensor) -> None:
+    if sinks is not None:
+        check_tensor("sinks", sinks, query.device, query.shape[2:3])
+
+
 def scale_of(query: Tensor, scale: float | None) -> float:
     """The factor of the scores; None is D ** -0.5."""
     if scale is None:

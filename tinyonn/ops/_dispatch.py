@@ -49,8 +49,8 @@ def register(name: str, function: Callable[..., Any], fake: Callable[..., Any], 
 
 
 _SCHEMA_TYPES = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool", list[bool]: "bool[]", str: "str",
-    str | None: "str?",
+    Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", float | None: "float?", bool: "bool",
+    list[bool]: "bool[]", str: "str", str | None: "str?",
 }  # fmt: skip
 
 

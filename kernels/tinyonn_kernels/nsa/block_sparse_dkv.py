@@ -1,7 +1,7 @@
 """Gradients of the keys and values of attention to listed key blocks (`block_sparse_fwd`).
 
     p = e^(s - lse)   ds[j] = p[j] (dO · v[j] - shift),   shift = out · dO - dlse
-    dk[j] = scale · sum ds[j] q       dv[j] = sum p[j] dO,   over the rows that list the block
+    dk[j] = scale · sum ds[j] cap'[j] q       dv[j] = sum p[j] dO,   over the rows that list the block
 
 Key-block-outer, over the inverse of the lists (`block_lists`). Several programs share a block with more entries than one segment, such as
 the first block, which every query lists. Their partial sums are added in a fixed order, without atomics, so every run gives the same bits.
@@ -16,7 +16,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .._tune import config, launch, tuned
-from ._common import LOG2E, Geometry, count_heads, dot, load_rows, load_weight, store_rows, unit_stride, width_of
+from ._common import (
+    LOG2E,
+    Geometry,
+    cap_log2,
+    cap_slope,
+    capped,
+    count_heads,
+    dot,
+    load_rows,
+    load_weight,
+    store_rows,
+    unit_stride,
+    width_of,
+)
 from .block_lists import invert_lists
 
 
@@ -68,6 +81,7 @@ def _block_sparse_dkv_kernel(
     weight_strides,
     bounds_strides,
     HAS_BIAS: tl.constexpr,
+    CAP: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     IEEE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -118,7 +132,8 @@ def _block_sparse_dkv_kernel(
             lse_log2 = tl.load(lse_ptr + stat, mask=inside, other=0.0) * 1.4426950408889634
             shift = tl.load(shift_ptr + stat, mask=inside, other=0.0)
             weight = load_weight(weight_ptr, batch * stride_wb + token * stride_wt + query_head * stride_wh, inside, HAS_WEIGHT, ROWS)
-            scores = dot(k, tl.trans(q), IEEE) * scale_log2
+            raw = capped(dot(k, tl.trans(q), IEEE) * scale_log2, CAP)
+            scores = raw
             if HAS_BIAS:
                 entry = tl.load(entries_ptr + begin + row // GROUP, mask=inside, other=0)
                 scores += (tl.load(bias_ptr + entry, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634)[None, :]
@@ -126,6 +141,8 @@ def _block_sparse_dkv_kernel(
             p = tl.where(visible, tl.exp2(scores - lse_log2[None, :]), 0.0)
             dv += dot((p * weight[None, :]).to(do.dtype), do, IEEE)
             ds = p * (dot(v, tl.trans(do), IEEE) * weight[None, :] - shift[None, :])
+            if CAP > 0:
+                ds *= cap_slope(raw, CAP)
             dk += dot(ds.to(q.dtype), q, IEEE)
 
         dk *= scale
@@ -207,6 +224,7 @@ def block_sparse_attention_dkv(
     geometry: Geometry,
     block_size: int,
     scale: float,
+    softcap: float | None,
 ) -> None:
     """Adds to grad_key and grad_value (B, Tk, K, D) float32, contiguous. Launched over (segments, BLOCK_SIZE / KEYS)."""
     _, num_queries, heads, dim = query.shape
@@ -257,6 +275,7 @@ def block_sparse_attention_dkv(
         (0, 0, 0) if weight is None else weight.stride(),
         geometry.start.stride(),
         HAS_BIAS=bias is not None,
+        CAP=cap_log2(softcap),
         HAS_WEIGHT=weight is not None,
         IEEE=query.dtype == torch.float32,
         GROUP=heads // num_kv,

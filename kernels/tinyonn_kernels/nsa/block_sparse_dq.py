@@ -1,7 +1,7 @@
 """Gradients of the queries and biases of attention to listed key blocks (`block_sparse_fwd`).
 
     p = e^(s - lse)   ds[j] = p[j] (dO · v[j] - shift),   shift = out · dO - dlse
-    dq = scale · sum_j ds[j] k[j]     dbias[slot] = sum over the block's keys and the group's heads of ds
+    dq = scale · sum_j ds[j] cap'[j] k[j]     dbias[slot] = sum over the block's keys and the group's heads of ds
 
 Query-outer, with the tiles of forward.
 """
@@ -14,7 +14,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .._tune import config, launch, tuned
-from ._common import LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, load_weight, store_rows, unit_stride, width_of
+from ._common import (
+    LOG2E,
+    Geometry,
+    bounds_of,
+    cap_log2,
+    cap_slope,
+    capped,
+    count_heads,
+    dot,
+    load_rows,
+    load_weight,
+    store_rows,
+    unit_stride,
+    width_of,
+)
 from .block_lists import block_at, merge_lists, rows_of
 
 
@@ -72,6 +86,7 @@ def _block_sparse_dq_kernel(
     stride_lb,
     bounds_strides,
     HAS_BIAS: tl.constexpr,
+    CAP: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     IEEE: tl.constexpr,
@@ -127,7 +142,8 @@ def _block_sparse_dq_kernel(
         n = first + part * KEYS + tl.arange(0, KEYS)
         k = load_rows(k_ptr, n.to(tl.int64), n <= last, stride_kt, HEAD_DIM, WIDTH)
         v = load_rows(v_ptr, n.to(tl.int64), n <= last, stride_vt, HEAD_DIM, WIDTH)
-        scores = dot(q, tl.trans(k), IEEE) * scale_log2
+        raw = capped(dot(q, tl.trans(k), IEEE) * scale_log2, CAP)
+        scores = raw
         if HAS_BIAS:
             bias = tl.load(bias_ptr + pair * num_slots + rank, mask=listed, other=0.0)
             scores += (bias.to(tl.float32) * 1.4426950408889634)[:, None]
@@ -138,6 +154,8 @@ def _block_sparse_dq_kernel(
             dbias = tl.where(part == 0, 0.0, dbias) + sum_of_query(tl.sum(ds, axis=1), query, QUERIES)
             tl.store(dbias_ptr + pair * num_slots + rank, dbias, mask=listed & (row % GROUP == 0))
             rank += tl.where(part == PARTS - 1, listed.to(tl.int32), 0)
+        if CAP > 0:
+            ds *= cap_slope(raw, CAP)
         dq += dot(ds.to(k.dtype), k, IEEE)
 
     target = batch * stride_db + token * stride_dt + query_head * HEAD_DIM
@@ -160,6 +178,7 @@ def block_sparse_attention_dq(
     geometry: Geometry,
     block_size: int,
     scale: float,
+    softcap: float | None,
     *,
     accumulate: bool = False,
 ) -> None:
@@ -211,6 +230,7 @@ def block_sparse_attention_dq(
         merged.lengths.stride(0),
         geometry.start.stride(),
         HAS_BIAS=bias is not None,
+        CAP=cap_log2(softcap),
         HAS_WEIGHT=weight is not None,
         ACCUMULATE=accumulate,
         IEEE=query.dtype == torch.float32,

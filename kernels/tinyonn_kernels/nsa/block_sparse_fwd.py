@@ -1,11 +1,12 @@
 """Causal attention of each query to the key blocks of its list.
 
-    s[j] = scale · q · k[j] + bias[slot],  j in block indices[slot], j <= place of the query
+    s[j] = cap(scale · q · k[j]) + bias[slot],  j in block indices[slot], j <= place of the query
     lse = log sum_j e^s[j],   out = sum_j e^(s[j] - lse) v[j]
 
-B batch, T queries, K key/value heads with G query heads each, S slots of a list. Query-outer: the heads of a group share a list and are
-rows of one tile. If a group has at most 8 heads, neighbouring queries share the tile, and each masks blocks that only the others list
-(`block_lists`). Online softmax in base 2, float32 accumulation. Blocks longer than a tile are read in parts.
+cap(s) = softcap · tanh(s / softcap), or s. B batch, T queries, K key/value heads with G query heads each, S slots of a list. Query-outer:
+the heads of a group share a list and are rows of one tile. If a group has at most 8 heads, neighbouring queries share the tile, and each
+masks blocks that only the others list (`block_lists`). Online softmax in base 2, float32 accumulation. Blocks longer than a tile are read
+in parts.
 """
 
 from __future__ import annotations
@@ -16,18 +17,33 @@ import triton.language as tl
 from torch import Tensor
 
 from .._tune import config, launch, tuned
-from ._common import BOTTOM, LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, softmax_step, store_rows, unit_stride, width_of
+from ._common import (
+    BOTTOM,
+    LOG2E,
+    Geometry,
+    bounds_of,
+    cap_log2,
+    capped,
+    count_heads,
+    dot,
+    load_rows,
+    softmax_step,
+    store_rows,
+    unit_stride,
+    width_of,
+)
 from .block_lists import block_at, merge_lists, rows_of
 
 
-def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, CAP: float, **_: object) -> list[triton.Config]:
     """Tiles of keys; tiles with few rows need few warps."""
     if IEEE:
         keys, warps = (32 if ROWS <= 32 and WIDTH < 128 else 16), (4 if ROWS * WIDTH <= 2048 else 8)
         return [config(warps, 1, 255, KEYS=min(keys, BLOCK_SIZE))]
     keys, warps = (64 if WIDTH <= 128 else 32), (4 if ROWS * WIDTH <= 8192 else 8)
     offered = [config(warps, 2, KEYS=min(keys, BLOCK_SIZE))]
-    if WIDTH <= 128 and ROWS <= 32:
+    crowded = CAP > 0 and WIDTH > 64  # two warps have no registers left for the cap
+    if WIDTH <= 128 and ROWS <= 32 and not crowded:
         offered += [config(2, 3, KEYS=min(64, BLOCK_SIZE)), config(2, 3, KEYS=min(32, BLOCK_SIZE))]
     return offered
 
@@ -60,6 +76,7 @@ def _block_sparse_fwd_kernel(
     stride_lb,
     bounds_strides,
     HAS_BIAS: tl.constexpr,
+    CAP: tl.constexpr,
     IEEE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -106,7 +123,7 @@ def _block_sparse_fwd_kernel(
         first, listed = block_at(blocks_ptr, members_ptr, step // PARTS, origin, query, inside, QUERIES, BLOCK_SIZE)
         n = first + step % PARTS * KEYS + tl.arange(0, KEYS)
         k = load_rows(k_ptr, n.to(tl.int64), n <= last, stride_kt, HEAD_DIM, WIDTH)
-        scores = dot(q, tl.trans(k), IEEE) * scale_log2
+        scores = capped(dot(q, tl.trans(k), IEEE) * scale_log2, CAP)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + pair * num_slots + rank, mask=listed, other=0.0)
             scores += (bias.to(tl.float32) * 1.4426950408889634)[:, None]
@@ -136,6 +153,7 @@ def block_sparse_attention_fwd(
     geometry: Geometry,
     block_size: int,
     scale: float,
+    softcap: float | None,
 ) -> None:
     """Writes out (B, T, H, D) and lse (B, T, H) float32; launched over (tiles, B * K). Lists are contiguous within a batch row."""
     _, num_queries, heads, dim = query.shape
@@ -175,6 +193,7 @@ def block_sparse_attention_fwd(
         merged.lengths.stride(0),
         geometry.start.stride(),
         HAS_BIAS=bias is not None,
+        CAP=cap_log2(softcap),
         IEEE=query.dtype == torch.float32,
         GROUP=group,
         HEAD_DIM=dim,

@@ -1,6 +1,6 @@
 """Gradients of keys and values of attention to one interval of keys per query (`interval_attention_fwd`); dO is the gradient of w · out.
 
-    p = e^(s - lse)   ds = p · (w (dO · v - product) + dlse),   product from `interval_attention_dq`
+    p = e^(s - lse)   ds = p · (w (dO · v - product) + dlse) · cap',   product from `interval_attention_dq`
     dk[n] = scale · sum_rows ds q    dv[n] = sum_rows w p dO
 
 Key-outer: each tile of keys iterates over the queries that can see it, split into SPLITS parts with separate sums. Without atomics, every
@@ -15,7 +15,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .._tune import config, launch, tuned
-from ._common import LOG2E, Geometry, bounds_of, count_heads, dot, interval_of, load_rows, load_weight, store_rows, unit_stride, width_of
+from ._common import (
+    LOG2E,
+    Geometry,
+    bounds_of,
+    cap_log2,
+    cap_slope,
+    capped,
+    count_heads,
+    dot,
+    interval_of,
+    load_rows,
+    load_weight,
+    store_rows,
+    unit_stride,
+    width_of,
+)
 
 MAX_SPLITS = 16
 ENOUGH_PROGRAMS = 1024
@@ -63,6 +78,7 @@ def _interval_dkv_kernel(
     PACKED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_DLSE: tl.constexpr,
+    CAP: tl.constexpr,
     IEEE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -123,9 +139,12 @@ def _interval_dkv_kernel(
         if HAS_DLSE:
             shift -= tl.load(dlse_ptr + stat, mask=inside, other=0.0)
         visible = (n[:, None] >= low[None, :]) & (n[:, None] < high[None, :])
-        p = tl.where(visible, tl.exp2(dot(k, tl.trans(q), IEEE) * scale_log2 - lse_log2[None, :]), 0.0)
+        scores = capped(dot(k, tl.trans(q), IEEE) * scale_log2, CAP)
+        p = tl.where(visible, tl.exp2(scores - lse_log2[None, :]), 0.0)
         dv += dot((p * weight[None, :]).to(do.dtype), do, IEEE)
         ds = p * (dot(v, tl.trans(do), IEEE) * weight[None, :] - shift[None, :])
+        if CAP > 0:
+            ds *= cap_slope(scores, CAP)
         dk += dot(ds.to(q.dtype), q, IEEE)
 
     target = tl.program_id(1).to(tl.int64) * stride_split + batch * stride_db + (n.to(tl.int64) * num_kv + head) * HEAD_DIM
@@ -145,6 +164,7 @@ def interval_attention_dkv(
     geometry: Geometry,
     reach: int,
     scale: float,
+    softcap: float | None,
     *,
     compressed: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -193,6 +213,7 @@ def interval_attention_dkv(
         PACKED=geometry.packed,
         HAS_WEIGHT=weight is not None,
         HAS_DLSE=grad_lse is not None,
+        CAP=cap_log2(softcap),
         IEEE=query.dtype == torch.float32,
         GROUP=group,
         HEAD_DIM=dim,

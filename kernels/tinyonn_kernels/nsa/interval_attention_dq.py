@@ -1,7 +1,7 @@
 """Gradients of queries of attention to one interval of keys per query (`interval_attention_fwd`); dO is the gradient of w · out.
 
     p = e^(s - lse)   dp[n] = dO · v[n]   product = sum_n p[n] dp[n]
-    ds = p · (w (dp - product) + dlse)    dq = scale · sum_n ds[n] k[n]
+    ds = p · (w (dp - product) + dlse) · cap'    dq = scale · sum_n ds[n] k[n]
 
 A first pass over the keys computes `product`, which equals out · dO and the gradient of w, so out is not kept. Query-outer.
 """
@@ -19,6 +19,9 @@ from ._common import (
     LOG2E,
     Geometry,
     bounds_of,
+    cap_log2,
+    cap_slope,
+    capped,
     count_heads,
     dot,
     interval_of,
@@ -31,10 +34,11 @@ from ._common import (
 
 
 @triton.jit
-def probabilities(q, k, n, low, high, lse_log2, scale_log2, IEEE: tl.constexpr):
-    """Attention probabilities (rows, keys); 0 outside [low, high)."""
+def probabilities(q, k, n, low, high, lse_log2, scale_log2, CAP: tl.constexpr, IEEE: tl.constexpr):
+    """Attention probabilities (rows, keys), 0 outside [low, high), and scores in base 2."""
     visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
-    return tl.where(visible, tl.exp2(dot(q, tl.trans(k), IEEE) * scale_log2 - lse_log2[:, None]), 0.0)
+    scores = capped(dot(q, tl.trans(k), IEEE) * scale_log2, CAP)
+    return tl.where(visible, tl.exp2(scores - lse_log2[:, None]), 0.0), scores
 
 
 def configs(IEEE: bool, WIDTH: int, **_: object) -> list[triton.Config]:
@@ -79,6 +83,7 @@ def _interval_dq_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    CAP: tl.constexpr,
     IEEE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -120,7 +125,7 @@ def _interval_dq_kernel(
         n = begin + tl.arange(0, KEYS)
         k = load_rows(k_ptr, n.to(tl.int64), n < last, stride_kt, HEAD_DIM, WIDTH)
         v = load_rows(v_ptr, n.to(tl.int64), n < last, stride_vt, HEAD_DIM, WIDTH)
-        p = probabilities(q, k, n, low, high, lse_log2, scale_log2, IEEE)
+        p, _ = probabilities(q, k, n, low, high, lse_log2, scale_log2, CAP, IEEE)
         product += tl.sum(p * dot(do, tl.trans(v), IEEE), axis=1)
     tl.store(product_ptr + stat, product, mask=inside)
 
@@ -133,8 +138,10 @@ def _interval_dq_kernel(
         n = begin + tl.arange(0, KEYS)
         k = load_rows(k_ptr, n.to(tl.int64), n < last, stride_kt, HEAD_DIM, WIDTH)
         v = load_rows(v_ptr, n.to(tl.int64), n < last, stride_vt, HEAD_DIM, WIDTH)
-        p = probabilities(q, k, n, low, high, lse_log2, scale_log2, IEEE)
+        p, scores = probabilities(q, k, n, low, high, lse_log2, scale_log2, CAP, IEEE)
         ds = p * (weight[:, None] * dot(do, tl.trans(v), IEEE) - shift[:, None])
+        if CAP > 0:
+            ds *= cap_slope(scores, CAP)
         dq += dot(ds.to(k.dtype), k, IEEE)
 
     target = batch * stride_db + token * stride_dt + query_head * HEAD_DIM
@@ -154,6 +161,7 @@ def interval_attention_dq(
     geometry: Geometry,
     reach: int,
     scale: float,
+    softcap: float | None,
     *,
     compressed: bool,
     accumulate: bool = False,
@@ -199,6 +207,7 @@ def interval_attention_dq(
         HAS_WEIGHT=weight is not None,
         HAS_DLSE=grad_lse is not None,
         ACCUMULATE=accumulate,
+        CAP=cap_log2(softcap),
         IEEE=query.dtype == torch.float32,
         GROUP=group,
         HEAD_DIM=dim,

@@ -1,10 +1,10 @@
 """Attention of each query to one interval of keys: the sliding window and the compressed branch of DynNSA.
 
-    s[n] = scale · q · k[n],   lse = log sum_n e^s[n],   out = sum_n e^(s[n] - lse) v[n],   entropy = lse - sum_n p[n] s[n]
+    s[n] = cap(scale · q · k[n]),   lse = log sum_n e^s[n],   out = sum_n e^(s[n] - lse) v[n],   entropy = lse - sum_n p[n] s[n]
 
-over low <= n < high (`_common.interval_of`). For a query without visible keys the results are 0, -inf, 0. Online softmax in base 2,
-float32 accumulation. The queries of a group are rows of one tile without padding, so every group size fills the matrix unit. An optional
-weight per row multiplies the result, which can be added to `out`.
+over low <= n < high (`_common.interval_of`); cap(s) = softcap · tanh(s / softcap), or s. For a query without visible
+keys the results are 0, -inf, 0. Online softmax in base 2, float32 accumulation. The queries of a group are rows of one tile without
+padding, so every group size fills the matrix unit. An optional weight per row multiplies the result, which can be added to `out`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from ._common import (
     LOG2E,
     Geometry,
     bounds_of,
+    cap_log2,
+    capped,
     count_heads,
     dot,
     interval_of,
@@ -74,6 +76,7 @@ def _interval_fwd_kernel(
     HAS_ENTROPY: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    CAP: tl.constexpr,
     IEEE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -113,7 +116,7 @@ def _interval_fwd_kernel(
         n = begin + tl.arange(0, KEYS)
         k = load_rows(k_ptr, n.to(tl.int64), n < last, stride_kt, HEAD_DIM, WIDTH)
         visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
-        scores = tl.where(visible, dot(q, tl.trans(k), IEEE) * scale_log2, float("-inf"))
+        scores = tl.where(visible, capped(dot(q, tl.trans(k), IEEE) * scale_log2, CAP), float("-inf"))
         p, new_top, new_total, keep = softmax_step(scores, top, total)
         if HAS_ENTROPY:
             moment = keep * (moment + total * (top - new_top)) + tl.sum(p * tl.where(visible, scores - new_top[:, None], 0.0), axis=1)
@@ -144,6 +147,7 @@ def interval_attention_fwd(
     geometry: Geometry,
     reach: int,
     scale: float,
+    softcap: float | None,
     *,
     compressed: bool,
     weight: Tensor | None = None,
@@ -189,6 +193,7 @@ def interval_attention_fwd(
         HAS_ENTROPY=entropy is not None,
         HAS_WEIGHT=weight is not None,
         ACCUMULATE=accumulate,
+        CAP=cap_log2(softcap),
         IEEE=query.dtype == torch.float32,
         GROUP=group,
         HEAD_DIM=dim,

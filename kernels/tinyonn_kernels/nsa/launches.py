@@ -1,6 +1,6 @@
 """Launches over tensors without data that cover every configuration of the kernels of DynNSA, for the resources tool.
 
-bfloat16 up to D = 256 and float32 up to D = 128, with one and with several queries per tile.
+bfloat16 up to D = 256 and float32 up to D = 128, with one and with several queries per tile; some of them with a softcap.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ SHAPES = [
     for dim in dims
     for heads in ((32, 6) if dim == 128 else (32,))
 ]
+SOFTCAPPED = ("bfloat16-D128-G3", "bfloat16-D256-G16")
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -61,32 +62,32 @@ def _merge(group: int) -> None:
     merge_lists(indices, counts, _packed(), group, BLOCK_SIZE)
 
 
-def _interval(dtype: torch.dtype, dim: int, heads: int, compressed: bool) -> None:
+def _interval(dtype: torch.dtype, dim: int, heads: int, compressed: bool, softcap: float | None = None) -> None:
     query, key, lse, weight = _example(dtype, dim, heads, 64 if compressed else 1)
     out, entropy, grad_lse = _empty(*query.shape), lse if compressed else None, lse if compressed else None
-    rest = (_packed(), 64, 0.1)
+    rest = (_packed(), 64, 0.1, softcap)
     options = {"compressed": compressed, "weight": weight, "accumulate": not compressed}
     interval_attention_fwd(query, key, key, out, lse, entropy, *rest, **options)
     interval_attention_dq(query, key, key, lse, query, weight, grad_lse, lse, out, *rest, compressed=compressed, accumulate=True)
     interval_attention_dkv(query, key, key, lse, query, weight, grad_lse, lse, *rest, compressed=compressed)
 
 
-def _block_sparse(dtype: torch.dtype, dim: int, heads: int) -> None:
+def _block_sparse(dtype: torch.dtype, dim: int, heads: int, softcap: float | None = None) -> None:
     query, key, lse, weight = _example(dtype, dim, heads, 1, branch=1)
     inputs = (query, key, key, *_lists())
     grads = (lse, lse, query, weight)
     grad_query, grad_key, grad_bias = _empty(*query.shape), _empty(*key.shape), _lists()[2]
-    rest = (_packed(), BLOCK_SIZE, 0.1)
+    rest = (_packed(), BLOCK_SIZE, 0.1, softcap)
     block_sparse_attention_fwd(*inputs, torch.empty_like(query), lse, *rest)
     block_sparse_attention_dq(*inputs, *grads, grad_query, grad_bias, *rest, accumulate=True)
     block_sparse_attention_dkv(*inputs, *grads, grad_key, grad_key, *rest)
 
 
-def _select(dtype: torch.dtype, dim: int, heads: int, compress_size: int) -> None:
+def _select(dtype: torch.dtype, dim: int, heads: int, compress_size: int, softcap: float | None = None) -> None:
     query, key, lse, _ = _example(dtype, dim, heads, compress_size)
     rows = _empty(1, TOKENS, KV_HEADS)  # thresholds and soft counts, and their gradients
     inputs = (query, key, lse, rows, *_lists(), rows)
-    sizes = (_packed(), TOKENS, 1.0, BLOCK_SIZE, compress_size, "share", 1, 2, 0.1)
+    sizes = (_packed(), TOKENS, 1.0, BLOCK_SIZE, compress_size, "share", 1, 2, 0.1, softcap)
     select_blocks_fwd(*inputs, *sizes)
     select_blocks_dq(*inputs, rows, _empty(*query.shape), lse, *sizes, accumulate=True)
     select_blocks_dk(*inputs, *sizes)
@@ -96,7 +97,10 @@ def offered(arch: int) -> dict[str, Callable[[], None]]:
     """The same launches on every architecture."""
     launches: dict[str, Callable[[], None]] = {f"G{group}": partial(_merge, group) for group in (1, 2, 3, 4, 8)}
     for label, *shape in SHAPES:
-        launches[label] = partial(_block_sparse, *shape)
-        launches |= {f"{label}-{name}": partial(_interval, *shape, name == "compressed") for name in ("window", "compressed")}
-        launches |= {f"{label}-compress{size}": partial(_select, *shape, size) for size in (64, 16)}
+        caps = {label: None} | ({f"{label}-softcap": 50.0} if label in SOFTCAPPED else {})
+        for name, softcap in caps.items():
+            own = {"softcap": softcap}
+            launches[name] = partial(_block_sparse, *shape, **own)
+            launches |= {f"{name}-{kind}": partial(_interval, *shape, kind == "compressed", **own) for kind in ("window", "compressed")}
+            launches |= {f"{name}-compress{size}": partial(_select, *shape, size, **own) for size in (64, 16)}
     return launches

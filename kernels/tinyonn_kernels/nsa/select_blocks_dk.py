@@ -1,6 +1,6 @@
 """Gradients of the compressed keys in the selection (`select_blocks_fwd`).
 
-    dk_c = scale · sum_g w[g, c] q_g,   w as in `select_blocks_dq`
+    dk_c = scale · sum_g w[g, c] cap'[g, c] q_g,   w as in `select_blocks_dq`
 
 Key-outer, over tiles of key blocks of one sequence and SPLITS parts of the queries that see them, with separate sums. Bisection finds a
 block in a query's ascending list. Without atomics, every run gives the same bits.
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._tune import config, launch, tuned
-from ._common import FAR, LOG2E, Geometry, count_heads, dot, load_rows, store_rows, unit_stride, width_of
+from ._common import FAR, LOG2E, Geometry, cap_log2, cap_slope, count_heads, dot, load_rows, store_rows, unit_stride, width_of
 from .interval_attention_dkv import ENOUGH_PROGRAMS, MAX_SPLITS
 from .select_blocks_dq import TILE_ROWS, gradient_of_mass
 from .select_blocks_fwd import block_probabilities, factor_of, kinds_of, tile_queries
@@ -55,6 +55,7 @@ def _select_dk_kernel(
     stride_cb,
     dk_strides,
     PACKED: tl.constexpr,
+    CAP: tl.constexpr,
     IEEE: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
@@ -129,11 +130,13 @@ def _select_dk_kernel(
             listed += tl.where(value[:, None] == block[None, :], gradient[:, None], 0.0)
             slot += 1
 
-        p, _ = block_probabilities(
-            q, k_ptr, lse_log2, first_row, block0, seen_row, most, scale_log2, stride_kt, RATIO, IEEE, HEAD_DIM, WIDTH, BLOCKS
+        p, _, scores = block_probabilities(
+            q, k_ptr, lse_log2, first_row, block0, seen_row, most, scale_log2, stride_kt, RATIO, CAP, IEEE, HEAD_DIM, WIDTH, BLOCKS
         )
         _, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
         _, w = gradient_of_mass(p, listed, soft, threshold, factor, temperature, past, QUERIES, PADDED, BLOCKS, RATIO)
+        if CAP > 0:
+            w *= cap_slope(scores, CAP)
         dk += dot(tl.trans(w.to(q.dtype)), q, IEEE)
 
     c = block0 * RATIO + tl.arange(0, BLOCKS * RATIO)
@@ -174,6 +177,7 @@ def select_blocks_dk(
     forced_first: int,
     forced_local: int,
     scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """Gradient of the compressed keys, float32; launched over (tiles of key blocks, SPLITS, B * K)."""
     _, num_queries, heads, dim = query.shape
@@ -220,6 +224,7 @@ def select_blocks_dk(
         counts.stride(0),
         grad_key.stride()[:2],
         PACKED=geometry.packed,
+        CAP=cap_log2(softcap),
         IEEE=query.dtype == torch.float32,
         GROUP=group,
         HEAD_DIM=dim,

@@ -2,7 +2,7 @@
 
     dgap = dbias · 6 (1 - c) / (c (3 - 2c)) [listed, 0 < c < 1] + dsoft · σ(gap) σ(-gap)     for past blocks that are not forced
     dz = dgap / temperature    dthreshold = -sum_b dz    dmass[b] = dz / mass[b] above the floor, mass summed over the group
-    w[g, c] = p[g, c] · dmass[b],  c in b    dlse[g] = -sum_c w    dq_g = scale · sum_c w k_c
+    w[g, c] = p[g, c] · dmass[b],  c in b    dlse[g] = -sum_c w    dq_g = scale · sum_c w cap' k_c
 
 Importance is recomputed from q, k and lse. Query-outer; each program scatters the dbias of a tile into its own scratch.
 """
@@ -15,7 +15,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .._tune import config, launch, tuned
-from ._common import FAR, LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, store_rows, unit_stride, width_of
+from ._common import (
+    FAR,
+    LOG2E,
+    Geometry,
+    bounds_of,
+    cap_log2,
+    cap_slope,
+    count_heads,
+    dot,
+    load_rows,
+    store_rows,
+    unit_stride,
+    width_of,
+)
 from .select_blocks_fwd import Z_FLOOR, block_probabilities, factor_of, kinds_of, program_count, tile_queries
 
 TILE_ROWS = 32  # fewer than in forward, because registers hold both probabilities and their gradients
@@ -93,6 +106,7 @@ def _select_dq_kernel(
     SCORES: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PACKED: tl.constexpr,
+    CAP: tl.constexpr,
     IEEE: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
@@ -166,9 +180,9 @@ def _select_dq_kernel(
                 first_row = current // COMPRESS
             seen_row = tl.where(row_valid & (row_start == current), (row_place - current + 1) // COMPRESS, 0)
             for block0 in range(0, num_blocks, BLOCKS):
-                p, k = block_probabilities(
+                p, k, scores = block_probabilities(
                     q, k_ptr + batch * stride_kb + head.to(tl.int64) * stride_kh, lse_log2, first_row, block0, seen_row,
-                    (farthest + 1) // COMPRESS, scale_log2, stride_kt, RATIO, IEEE, HEAD_DIM, WIDTH, BLOCKS,
+                    (farthest + 1) // COMPRESS, scale_log2, stride_kt, RATIO, CAP, IEEE, HEAD_DIM, WIDTH, BLOCKS,
                 )  # fmt: skip
                 block = block0 + tl.arange(0, BLOCKS)
                 _, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
@@ -177,6 +191,8 @@ def _select_dq_kernel(
                 dthreshold -= tl.sum(dz, axis=1)
                 if SCORES:
                     dlse -= tl.sum(w, axis=1)
+                    if CAP > 0:
+                        w *= cap_slope(scores, CAP)
                     dq += dot(w.to(k.dtype), k, IEEE)
             current = tl.min(tl.where(valid & (start > current), start, FAR))
 
@@ -209,6 +225,7 @@ def select_blocks_dq(
     forced_first: int,
     forced_local: int,
     scale: float,
+    softcap: float | None,
     *,
     accumulate: bool = False,
 ) -> None:
@@ -264,6 +281,7 @@ def select_blocks_dq(
         SCORES=grad_query is not None,
         ACCUMULATE=accumulate,
         PACKED=geometry.packed,
+        CAP=cap_log2(softcap),
         IEEE=query.dtype == torch.float32,
         GROUP=group,
         HEAD_DIM=dim,

@@ -1,6 +1,6 @@
 """Key blocks whose importance passes a threshold, as ascending lists.
 
-    p[g, c] = e^(scale · q_g · k_c - lse_g)      share[b] = max(mean_g sum of p[g, c] over c in b · factor, e^-20)
+    p[g, c] = e^(cap(scale · q_g · k_c) - lse_g)      share[b] = max(mean_g sum of p[g, c] over c in b · factor, e^-20)
     factor = 1, or M · compress / block where importance is relative
     z = log share   gap = (z - threshold) / temperature   c = clamp(gap, 0, 1)   gate = c²(3 - 2c)
     wanted: gate > 0 and wholly in the past, or forced (the first FIRST blocks and the LOCAL that end with the own one: gate 1)
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._tune import config, launch, tuned
-from ._common import FAR, LOG2E, Geometry, bounds_of, count_heads, dot, load_rows, unit_stride, width_of
+from ._common import FAR, LOG2E, Geometry, bounds_of, cap_log2, capped, count_heads, dot, load_rows, unit_stride, width_of
 
 Z_FLOOR = tl.constexpr(2.061153622438558e-09)  # e^-20
 PROGRAMS_PER_UNIT = 4
@@ -39,16 +39,21 @@ def block_probabilities(
     scale_log2,
     stride_kt,
     RATIO: tl.constexpr,
+    CAP: tl.constexpr,
     IEEE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """p (ROWS, BLOCKS * RATIO) of the blocks from `block0` on, and their compressed keys. Each row sees its first `seen_row` keys."""
+    """p (ROWS, BLOCKS * RATIO) of the blocks from `block0` on, their compressed keys, and scores in base 2.
+
+    Each row sees its first `seen_row` keys.
+    """
     c = block0 * RATIO + tl.arange(0, BLOCKS * RATIO)
     k = load_rows(k_ptr, (first_row + c).to(tl.int64), c < most, stride_kt, HEAD_DIM, WIDTH)
-    p = tl.exp2(dot(q, tl.trans(k), IEEE) * scale_log2 - lse_log2[:, None])
-    return tl.where(c[None, :] < seen_row[:, None], p, 0.0), k
+    scores = capped(dot(q, tl.trans(k), IEEE) * scale_log2, CAP)
+    p = tl.exp2(scores - lse_log2[:, None])
+    return tl.where(c[None, :] < seen_row[:, None], p, 0.0), k, scores
 
 
 @triton.jit
@@ -111,6 +116,7 @@ def _select_fwd_kernel(
     stride_cb,
     bounds_strides,
     PACKED: tl.constexpr,
+    CAP: tl.constexpr,
     IEEE: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
@@ -169,9 +175,9 @@ def _select_fwd_kernel(
             number = tl.zeros((QUERIES,), tl.int32)
             soft = tl.zeros((QUERIES,), tl.float32)
             for block0 in range(0, num_blocks, BLOCKS):
-                p, _ = block_probabilities(
+                p, _, _ = block_probabilities(
                     q, k_ptr + batch * stride_kb + head.to(tl.int64) * stride_kh, lse_log2, first_row, block0, seen_row,
-                    (farthest + 1) // COMPRESS, scale_log2, stride_kt, RATIO, IEEE, HEAD_DIM, WIDTH, BLOCKS,
+                    (farthest + 1) // COMPRESS, scale_log2, stride_kt, RATIO, CAP, IEEE, HEAD_DIM, WIDTH, BLOCKS,
                 )  # fmt: skip
                 mass = tl.sum(tl.sum(tl.reshape(p, (QUERIES, PADDED, BLOCKS, RATIO)), axis=3), axis=1)
                 share = tl.maximum(mass * factor, Z_FLOOR)
@@ -263,6 +269,7 @@ def select_blocks_fwd(
     forced_first: int,
     forced_local: int,
     scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """Writes the listed places of indices and bias (B, T, K, S), and counts and soft_counts (B, T, K), except for padding.
 
@@ -311,6 +318,7 @@ def select_blocks_fwd(
         counts.stride(0),
         geometry.start.stride(),
         PACKED=geometry.packed,
+        CAP=cap_log2(softcap),
         IEEE=query.dtype == torch.float32,
         GROUP=group,
         HEAD_DIM=dim,

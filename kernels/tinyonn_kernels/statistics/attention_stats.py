@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._tune import config, launch, tuned
-from ..nsa._common import BOTTOM, LOG2E, MAX_GRID, MAX_ROWS, dot, load_rows, softmax_step, unit_stride, width_of
+from ..nsa._common import BOTTOM, LOG2E, MAX_GRID, MAX_ROWS, dot, load_rows, softmax_step, tanh, unit_stride, width_of
 
 HIDDEN = tl.constexpr(-1.4e30)  # -1e30 in base 2; scores up to this value count as masked
 LN2 = tl.constexpr(0.6931471805599453)
@@ -28,12 +28,6 @@ def configs(IEEE: bool, WIDTH: int, HAS_BIAS: bool, **_: object) -> list[triton.
     if WIDTH >= 256 or (HAS_BIAS and WIDTH >= 128):
         return [config(8, 2, 255, ROWS=64, KEYS=32)]
     return [config(8, 3, 255, ROWS=128, KEYS=64), config(4, 3, 255, ROWS=64, KEYS=64)]
-
-
-@triton.jit
-def _tanh(x):
-    # In 1 - 2 / (e^2x + 1), an infinite e^2x gives 1, not NaN.
-    return 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "CAUSAL", "HAS_BIAS"])
@@ -109,7 +103,7 @@ def _attention_stats_kernel(
         k = load_rows(k_ptr, far, there, stride_kt, HEAD_DIM, WIDTH)
         scores = dot(q, tl.trans(k), IEEE) * scale_log2
         if SOFTCAP:
-            scores = softcap_log2 * _tanh(scores / softcap_log2)
+            scores = softcap_log2 * tanh(scores / softcap_log2)
         visible = inside[:, None] & there[None, :]
         if CAUSAL:
             visible &= n[None, :] <= place[:, None]

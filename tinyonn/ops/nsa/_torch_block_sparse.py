@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._dispatch import statistics_dtype, without_autocast
 from ._checks import Bounds
-from ._torch_nsa import Span, broken_rows, finite, heads_first, spans_of
+from ._torch_nsa import Span, broken_rows, cap_slope, capped, finite, heads_first, spans_of
 from ._tuples import SparseInputs, SparseOptions
 
 ROWS_AT_ONCE = 1 << 11  # queries of a block at a time, so that their scores stay in the cache
@@ -68,8 +68,8 @@ def visits_of(indices: Tensor, counts: Tensor, span: Span, block_size: int, brok
 @without_autocast
 def block_sparse_forward(inputs: SparseInputs, options: SparseOptions, bounds: Bounds) -> tuple[Tensor, Tensor]:
     """out (B, T, H, D), lse (B, T, H)."""
-    query, key, value, indices, counts, bias = inputs
-    block_size, scale = options
+    query, key, value, indices, counts, bias = inputs[:6]
+    block_size, scale, softcap = options
     dtype = statistics_dtype(query.dtype)
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = torch.full(query.shape[:3], -math.inf, dtype=dtype, device=query.device)
@@ -79,7 +79,7 @@ def block_sparse_forward(inputs: SparseInputs, options: SparseOptions, bounds: B
         q = _by_head(query[rows], num_kv, dtype).mul_(scale)
         row_bias = None if bias is None else bias[rows]
         if span.num_queries <= FEW_ROWS:
-            few_out, few_lse = _few_rows(q, key, value, indices[rows], counts[rows], row_bias, span, block_size)
+            few_out, few_lse = _few_rows(q, key, value, indices[rows], counts[rows], row_bias, span, block_size, softcap)
             out[rows] = few_out.transpose(0, 1).flatten(1, 2).to(out.dtype)
             lse[rows] = few_lse.transpose(0, 1).flatten(1, 2)
             continue
@@ -88,7 +88,7 @@ def block_sparse_forward(inputs: SparseInputs, options: SparseOptions, bounds: B
         top = torch.full(q.shape[:3], -math.inf, dtype=dtype, device=q.device)
         total = torch.zeros_like(top)
         for visit in visits_of(indices[rows], counts[rows], span, block_size, broken_rows(k, v)):
-            scores = _scores(q, k, row_bias, visit)
+            scores = _seen(_scores(q, k, visit, softcap), row_bias, visit)
             old_top = top[visit.head].index_select(0, visit.queries)
             new_top = torch.maximum(old_top, scores.amax(-1))
             shift = finite(new_top)
@@ -109,7 +109,15 @@ def block_sparse_forward(inputs: SparseInputs, options: SparseOptions, bounds: B
 
 
 def _few_rows(
-    q: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, bias: Tensor | None, span: Span, block_size: int
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    bias: Tensor | None,
+    span: Span,
+    block_size: int,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """out (K, n, G, D), lse (K, n, G) of scaled q (K, n, G, D): each query's keys are copied together."""
     device = q.device
@@ -124,7 +132,7 @@ def _few_rows(
     rows = span.key_begin + place.clamp(max=span.num_keys - 1).transpose(0, 1)  # (K, n, keys)
     head = torch.arange(q.shape[0], device=device)[:, None, None]
     k, v = (x[span.batch, rows, head].to(q.dtype) for x in (key, value))  # (K, n, keys, D)
-    scores = torch.matmul(q, k.transpose(2, 3))
+    scores = capped(torch.matmul(q, k.transpose(2, 3)), softcap)
     if bias is not None:
         per_key = bias[..., :slots].to(q.dtype).repeat_interleave(block_size, -1)
         scores.add_(per_key.transpose(0, 1).unsqueeze(2))
@@ -140,8 +148,8 @@ def block_sparse_backward(
     inputs: SparseInputs, lse: Tensor, shift: Tensor, grad_out: Tensor, options: SparseOptions, bounds: Bounds
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and bias; `shift` (B, T, H) is the product of out and grad_out, less the gradient of lse."""
-    query, key, value, indices, counts, bias = inputs
-    block_size, scale = options
+    query, key, value, indices, counts, bias = inputs[:6]
+    block_size, scale, softcap = options
     dtype = lse.dtype
     grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
     grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=dtype, device=bias.device)
@@ -157,13 +165,17 @@ def block_sparse_backward(
         for visit in visits_of(indices[rows], counts[rows], span, block_size, broken_rows(k, v)):
             head, block = visit.head, slice(visit.first, visit.last)
             lse_of, shift_of = (x[head].index_select(0, visit.queries).unsqueeze(-1) for x in (row_lse, row_shift))
-            weights = _scores(q, k, row_bias, visit).sub_(lse_of).exp_()
+            scores = _scores(q, k, visit, softcap)
+            slope = None if softcap is None else cap_slope(scores, softcap)
+            weights = _seen(scores, row_bias, visit).sub_(lse_of).exp_()
             weights2 = weights.flatten(0, 1)
             grad_of = grad[head].index_select(0, visit.queries).flatten(0, 1)
             torch.addmm(grad_v[head, block], weights2.T, grad_of, out=grad_v[head, block])
             grad_scores = torch.mm(grad_of, v[head, block].T).view(weights.shape).sub_(shift_of).mul_(weights)
             if grad_bias is not None:
                 grad_bias[span.batch, span.query_begin + visit.queries, head, visit.slots] = grad_scores.sum((-1, -2))
+            if slope is not None:
+                grad_scores.mul_(slope)
             flat = grad_scores.flatten(0, 1)
             q_of = q[head].index_select(0, visit.queries).flatten(0, 1)
             torch.addmm(grad_k[head, block], flat.T, q_of, out=grad_k[head, block])
@@ -173,10 +185,14 @@ def block_sparse_backward(
     return grad_query, grad_key, grad_value, grad_bias
 
 
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, visit: Visit) -> Tensor:
+def _scores(q: Tensor, k: Tensor, visit: Visit, softcap: float | None) -> Tensor:
     """(r, G, keys); q is scaled."""
     rows = q[visit.head].index_select(0, visit.queries)
-    scores = torch.mm(rows.flatten(0, 1), k[visit.head, visit.first : visit.last].T).view(*rows.shape[:2], -1)
+    return capped(torch.mm(rows.flatten(0, 1), k[visit.head, visit.first : visit.last].T).view(*rows.shape[:2], -1), softcap)
+
+
+def _seen(scores: Tensor, bias: Tensor | None, visit: Visit) -> Tensor:
+    """The scores with the bias of each row's block, -inf for keys later than the query; in place."""
     if bias is not None:
         scores.add_(bias[visit.queries, visit.head, visit.slots].to(scores.dtype)[:, None, None])
     return scores if visit.hidden is None else scores.masked_fill_(visit.hidden, -math.inf)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._dispatch import statistics_dtype
 from ._checks import Bounds
+from ._sinks import join_sinks, sinks_gradient
 from ._torch_block_sparse import block_sparse_backward, block_sparse_forward
 from ._torch_nsa import compressed_backward, compressed_forward, spans_of, window_backward, window_forward
 from ._torch_select import select_backward, select_forward
@@ -38,19 +39,22 @@ from ._tuples import (
 
 def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds) -> DynNSAResults:
     """Forward of the registered op."""
-    query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed = inputs
+    query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed, sinks = inputs
     scoring = query if query_compressed is None else query_compressed
     dtype, num_kv = statistics_dtype(query.dtype), key.shape[2]
     of = _parts(options, key.shape[1])
     compressed, lse_compressed, entropy = compressed_forward(
         QueryKeyValue(scoring, key_compressed, value_compressed), of.compressed, bounds
     )
+    join_sinks(compressed, lse_compressed, sinks)
     own_tau = attention_tau(entropy, query, of.compressed, num_kv, bounds) if tau is None else entropy.new_empty(0)
     threshold = base.to(dtype) - slope.to(dtype) * (own_tau if tau is None else tau.to(dtype))
     lists = select_forward(SelectInputs(scoring, key_compressed, lse_compressed, threshold), of.select, bounds)
     indices, counts, bias, soft_counts, overflow = lists
     selected, lse_selected = block_sparse_forward(SparseInputs(query, key, value, indices, counts, bias), of.sparse, bounds)
+    join_sinks(selected, lse_selected, sinks)
     near, lse_window = window_forward(QueryKeyValue(query, key, value), of.window, bounds)
+    join_sinks(near, lse_window, sinks)
     weights = gates.to(dtype).unsqueeze(-2)
     out = torch.zeros(query.shape, dtype=dtype, device=query.device)
     for branch, part in enumerate((compressed, selected, near)):
@@ -62,7 +66,7 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
 
 def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANumbers, bounds: Bounds) -> list[Tensor | None]:
     """Gradients of all inputs except tau, in the dtype of computation."""
-    query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed = inputs
+    query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed, sinks = inputs
     scoring = query if query_compressed is None else query_compressed
     _, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected, grad_out, grad_soft = saved
     assert tau is not None  # that of forward if the caller gave none
@@ -100,7 +104,15 @@ def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANu
     grad_base = grad_threshold.sum((0, 1))
     grad_slope = -(grad_threshold * uncertainty).sum((0, 1))
     of_scoring = None if query_compressed is None else grad_scoring
-    return [grad_query, grad_key, grad_value, grad_key_compressed, grad_value_compressed, grad_gates, grad_base, grad_slope, of_scoring]
+    grad_sinks = None
+    if sinks is not None:
+        shift_compressed = product_compressed * weights[0]
+        if grad_lse is not None:
+            shift_compressed -= grad_lse
+        branches = ((lse_compressed, shift_compressed), (lse_selected, shift), (lse_window, product_window * weights[2]))
+        grad_sinks = torch.stack([sinks_gradient(sinks, *branch) for branch in branches]).sum(0)
+    grad_inputs = [grad_query, grad_key, grad_value, grad_key_compressed, grad_value_compressed]
+    return [*grad_inputs, grad_gates, grad_base, grad_slope, of_scoring, grad_sinks]
 
 
 class _Parts(NamedTuple):
@@ -111,12 +123,12 @@ class _Parts(NamedTuple):
 
 
 def _parts(options: DynNSANumbers, num_keys: int) -> _Parts:
-    window, temperature, block_size, compress_size, max_blocks, importance, first, local, _, scale = options
+    window, temperature, block_size, compress_size, max_blocks, importance, first, local, _, scale, softcap = options
     return _Parts(
-        CompressedOptions(compress_size, num_keys, scale),
-        SelectOptions(temperature, block_size, compress_size, max_blocks, importance, first, local, num_keys, scale),
-        SparseOptions(block_size, scale),
-        WindowOptions(window, scale),
+        CompressedOptions(compress_size, num_keys, scale, softcap),
+        SelectOptions(temperature, block_size, compress_size, max_blocks, importance, first, local, num_keys, scale, softcap),
+        SparseOptions(block_size, scale, softcap),
+        WindowOptions(window, scale, softcap),
     )
 
 

@@ -141,15 +141,27 @@ def heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- rows: a chunk of queries against consecutive keys ----
 
 
-def row_scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """(K, R, D), (K, m, D) -> (K, R, m)."""
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """softcap · tanh(scores / softcap), in place."""
+    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+
+
+def cap_slope(scores: Tensor, softcap: float) -> Tensor:
+    """Derivative of `capped`, from its result; 0 for a score of -inf, which nobody sees."""
+    return scores.div(softcap).square_().clamp_(max=1).neg_().add_(1)
+
+
+def row_scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """(K, R, D), (K, m, D) -> (K, R, m); `bias` is 0 or -inf."""
+    scores = capped(torch.bmm(q, k.transpose(1, 2)).mul_(scale), softcap)
     return scores if bias is None else scores.add_(bias)
 
 
-def rows_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def rows_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over each row: out (K, R, D), lse (K, R), unnormalised probabilities (K, R, m); 0, -inf and 0 for a row without keys."""
-    scores = row_scores(q, k, bias, scale)
+    scores = row_scores(q, k, bias, scale, softcap)
     shift = finite(scores.amax(-1))
     weights = scores.sub_(shift.unsqueeze(-1)).exp_()
     total = weights.sum(-1)
@@ -163,13 +175,16 @@ def rows_backward(
     v: Tensor,
     bias: Tensor | None,
     scale: float,
+    softcap: float | None,
     lse: Tensor,
     grad_out: Tensor,
     weight: Tensor | None,
     grad_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, given the gradient `grad_out` of `weight * out`; and (K, R), the product of out and grad_out."""
-    probabilities = row_scores(q, k, bias, scale).sub_(finite(lse).unsqueeze(-1)).exp_()
+    scores = row_scores(q, k, bias, scale, softcap)
+    slope = None if softcap is None else cap_slope(scores, softcap)
+    probabilities = scores.sub_(finite(lse).unsqueeze(-1)).exp_()
     weighted = grad_out if weight is None else grad_out * weight.unsqueeze(-1)
     grad_v = torch.bmm(probabilities.transpose(1, 2), weighted)
     grad = torch.bmm(grad_out, v.transpose(1, 2))
@@ -180,6 +195,8 @@ def rows_backward(
     if grad_lse is not None:
         grad.add_(grad_lse.unsqueeze(-1))
     grad = grad.mul_(probabilities).mul_(scale)
+    if slope is not None:
+        grad.mul_(slope)
     return torch.bmm(grad, k), torch.bmm(grad.transpose(1, 2), q), grad_v, product
 
 
@@ -240,10 +257,10 @@ class Window(NamedTuple):
 
 @without_autocast
 def _forward(
-    inputs: QueryKeyValue, branch: Compressed | Window, spans: list[Span], scale: float, entropy_too: bool
+    inputs: QueryKeyValue, branch: Compressed | Window, spans: list[Span], scale: float, softcap: float | None, entropy_too: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, T, H, D), lse (B, T, H), entropy (B, T, H)."""
-    query, key, value = inputs
+    query, key, value = inputs[:3]
     dtype, num_kv = statistics_dtype(query.dtype), key.shape[2]
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = torch.full(query.shape[:3], -math.inf, dtype=dtype, device=query.device)
@@ -255,7 +272,7 @@ def _forward(
                 continue
             rows, columns = (span.batch, tile.rows), slice(tile.low, tile.high)
             q, bias = grouped_rows(query[rows], num_kv, dtype), tile.bias(query.shape[2] // num_kv, dtype)
-            tile_out, tile_lse, weights = rows_forward(q, k[:, columns], v[:, columns], bias, scale)
+            tile_out, tile_lse, weights = rows_forward(q, k[:, columns], v[:, columns], bias, scale, softcap)
             out[rows] = ungrouped(tile_out, tile.num_queries).to(out.dtype)
             lse[rows] = ungrouped(tile_lse, tile.num_queries)
             if entropy_too:
@@ -266,15 +283,21 @@ def _forward(
 
 @without_autocast
 def _backward(
-    inputs: QueryKeyValue, saved: CompressedSaved, weight: Tensor | None, branch: Compressed | Window, spans: list[Span], scale: float
+    inputs: QueryKeyValue,
+    saved: CompressedSaved,
+    weight: Tensor | None,
+    branch: Compressed | Window,
+    spans: list[Span],
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value in the dtype of computation, given the gradient `grad_out` of `weight * out`; and (B, T, H),
     the product of out and grad_out.
     """
-    query, key, value = inputs
+    query, key, value = inputs[:3]
     lse, grad_out, grad_lse = saved
     dtype, num_kv = lse.dtype, key.shape[2]
-    grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in inputs)
+    grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
     product = torch.zeros_like(lse)
     for span in spans:
         here = (span.batch, branch.rows(span))
@@ -287,7 +310,9 @@ def _backward(
             q, grad = (grouped_rows(x[rows], num_kv, dtype) for x in (query, grad_out))
             row_lse, bias = grouped_numbers(lse[rows], num_kv, dtype), tile.bias(query.shape[2] // num_kv, dtype)
             optional = (None if x is None else grouped_numbers(x[rows], num_kv, dtype) for x in (weight, grad_lse))
-            part_q, part_k, part_v, part_product = rows_backward(q, k[:, columns], v[:, columns], bias, scale, row_lse, grad, *optional)
+            part_q, part_k, part_v, part_product = rows_backward(
+                q, k[:, columns], v[:, columns], bias, scale, softcap, row_lse, grad, *optional
+            )
             grad_query[rows] = ungrouped(part_q, tile.num_queries)
             product[rows] = ungrouped(part_product, tile.num_queries)
             grad_k[:, columns] += part_k
@@ -297,24 +322,24 @@ def _backward(
 
 def compressed_forward(inputs: QueryKeyValue, options: CompressedOptions, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse, entropy."""
-    query, (compress_size, num_keys, scale) = inputs.query, options
+    query, (compress_size, num_keys, scale, softcap) = inputs.query, options
     branch = Compressed(query.shape[2], compress_size, query.device)
-    return _forward(inputs, branch, spans_of(query, num_keys, compress_size, bounds), scale, True)
+    return _forward(inputs, branch, spans_of(query, num_keys, compress_size, bounds), scale, softcap, True)
 
 
 def compressed_backward(
     inputs: QueryKeyValue, saved: CompressedSaved, options: CompressedOptions, bounds: Bounds, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `_backward`."""
-    query, (compress_size, num_keys, scale) = inputs.query, options
+    query, (compress_size, num_keys, scale, softcap) = inputs.query, options
     branch = Compressed(query.shape[2], compress_size, query.device)
-    return _backward(inputs, saved, weight, branch, spans_of(query, num_keys, compress_size, bounds), scale)
+    return _backward(inputs, saved, weight, branch, spans_of(query, num_keys, compress_size, bounds), scale, softcap)
 
 
 def window_forward(inputs: QueryKeyValue, options: WindowOptions, bounds: Bounds) -> tuple[Tensor, Tensor]:
     """out, lse."""
     branch, spans = Window(options.window, inputs.query.device), spans_of(inputs.query, inputs.key.shape[1], 1, bounds)
-    return _forward(inputs, branch, spans, options.scale, False)[:2]
+    return _forward(inputs, branch, spans, options.scale, options.softcap, False)[:2]
 
 
 def window_backward(
@@ -322,4 +347,4 @@ def window_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `_backward`."""
     branch, spans = Window(options.window, inputs.query.device), spans_of(inputs.query, inputs.key.shape[1], 1, bounds)
-    return _backward(inputs, CompressedSaved(*saved, None), weight, branch, spans, options.scale)
+    return _backward(inputs, CompressedSaved(*saved, None), weight, branch, spans, options.scale, options.softcap)

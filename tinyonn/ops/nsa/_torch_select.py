@@ -13,7 +13,19 @@ from torch import Tensor
 
 from .._dispatch import statistics_dtype, without_autocast
 from ._checks import Bounds, empty_lists
-from ._torch_nsa import Compressed, Tile, broken_rows, finite, grouped_numbers, grouped_rows, heads_first, row_scores, spans_of, ungrouped
+from ._torch_nsa import (
+    Compressed,
+    Tile,
+    broken_rows,
+    cap_slope,
+    finite,
+    grouped_numbers,
+    grouped_rows,
+    heads_first,
+    row_scores,
+    spans_of,
+    ungrouped,
+)
 from ._tuples import SelectInputs, SelectOptions, SelectSaved
 
 Z_FLOOR = -20.0
@@ -23,6 +35,7 @@ class Importance(NamedTuple):
     """Inputs of the gates of one tile, for the blocks up to the own block of its last query."""
 
     probabilities: Tensor  # (K, G * n, m)
+    slope: Tensor | None  # likewise, the derivative of the softcap, where there is one
     mass: Tensor  # (K, n, NB)
     floor: Tensor  # (n, 1) or (), the mass at which z is Z_FLOOR
     gap: Tensor  # (K, n, NB), (z - threshold) / temperature
@@ -33,7 +46,7 @@ class Importance(NamedTuple):
 def importance_of(inputs: SelectInputs, k: Tensor, tile: Tile, batch: int, options: SelectOptions) -> Importance:
     """Importance of each block for the queries of a tile; k (K, m, D) are the compressed keys of the span."""
     query, _, lse, threshold = inputs
-    temperature, block_size, compress_size, _, importance, forced_first, forced_local, _, scale = options
+    temperature, block_size, compress_size, _, importance, forced_first, forced_local, _, scale, softcap = options
     n, ratio, num_kv = tile.num_queries, block_size // compress_size, k.shape[0]
     chunk, rows = tile.chunk, (batch, tile.rows)
     q, row_lse = grouped_rows(query[rows], num_kv, k.dtype), grouped_numbers(lse[rows], num_kv, k.dtype)
@@ -45,7 +58,9 @@ def importance_of(inputs: SelectInputs, k: Tensor, tile: Tile, batch: int, optio
     block = torch.arange(int(chunk.position + n - 1) // block_size + 1, device=device)
     past = (block + 1) * block_size <= place[:, None] + 1
     forced = (block <= own) & ((block < forced_first) | (block > own - forced_local))
-    probabilities = row_scores(q, k[:, : tile.high], tile.bias(group, dtype), scale).sub_(finite(row_lse).unsqueeze(-1)).exp_()
+    scores = row_scores(q, k[:, : tile.high], tile.bias(group, dtype), scale, softcap)
+    slope = None if softcap is None else cap_slope(scores, softcap)
+    probabilities = scores.sub_(finite(row_lse).unsqueeze(-1)).exp_()
     mean = probabilities.view(num_kv, group, n, tile.high).mean(1)
     mass = torch.nn.functional.pad(mean, (0, len(block) * ratio - mean.shape[-1])).unflatten(-1, (len(block), ratio)).sum(-1)
     if importance == "relative":
@@ -55,7 +70,7 @@ def importance_of(inputs: SelectInputs, k: Tensor, tile: Tile, batch: int, optio
     else:
         floor = mass.new_tensor(math.exp(Z_FLOOR))
         z = torch.maximum(mass, floor).log_()
-    return Importance(probabilities, mass, floor, (z - limit.unsqueeze(-1)) / temperature, past, forced)
+    return Importance(probabilities, slope, mass, floor, (z - limit.unsqueeze(-1)) / temperature, past, forced)
 
 
 def smallest_step(dtype: torch.dtype) -> float:
@@ -143,6 +158,8 @@ def select_backward(
             grad_scores = found.probabilities.view(num_kv, heads // num_kv, n, seen).mul(per_key.unsqueeze(1)).flatten(1, 2)
             grad_lse[rows] = -ungrouped(grad_scores.sum(-1), n)
             grad_scores.mul_(options.scale)
+            if found.slope is not None:
+                grad_scores.mul_(found.slope)
             grad_query[rows] = ungrouped(torch.bmm(grad_scores, k[:, :seen]), n)
             into = grad_key[span.batch, span.compressed : span.compressed + seen]
             into += torch.bmm(grad_scores.transpose(1, 2), grouped_rows(query[rows], num_kv, dtype)).transpose(0, 1)

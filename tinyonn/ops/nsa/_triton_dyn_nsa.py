@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._dispatch import on_its_device
 from ._checks import Bounds, empty_lists
+from ._sinks import join_sinks, sinks_gradient
 from ._tuples import DynNSAInputs, DynNSANumbers, DynNSAResults, DynNSASaved
 
 CHUNK_ELEMENTS = 1 << 25  # of the float32 sum, 128 MiB
@@ -42,9 +43,9 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
     from tinyonn_kernels.nsa.interval_attention_fwd import interval_attention_fwd
     from tinyonn_kernels.nsa.select_blocks_fwd import select_blocks_fwd
 
-    query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed = inputs
+    query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed, sinks = inputs
     scoring = query if query_compressed is None else query_compressed
-    window, temperature, block_size, compress_size, max_blocks, *rule, _, scale = options
+    window, temperature, block_size, compress_size, max_blocks, *rule, _, scale, softcap = options
     num_keys, num_kv = key.shape[1:3]
     window = min(window, num_keys)
     whole = geometry_of(query, num_keys, *bounds)
@@ -62,13 +63,26 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
         geometry = whole.of_chunk(chunk.start)
         q, scoring_q, weights = query[rows], scoring[rows], gates[rows].unbind(-1)
         mixed = out[rows] if scratch is None else scratch[:, : q.shape[1]]
-        interval_attention_fwd(
-            scoring_q, key_compressed, value_compressed, mixed, lse_compressed[rows], entropy[rows], geometry, compress_size, scale,
-            compressed=True, weight=weights[0],
-        )  # fmt: skip
-        interval_attention_fwd(
-            q, key, value, mixed, lse_window[rows], None, geometry, window, scale, compressed=False, weight=weights[2], accumulate=True
+        branches = (
+            (scoring_q, key_compressed, value_compressed, lse_compressed[rows], entropy[rows], compress_size, weights[0]),
+            (q, key, value, lse_window[rows], None, window, weights[2]),
         )
+        for number, (of_branch, k, v, lse, entropies, reach, weight) in enumerate(branches):
+            sizes, compressed = (geometry, reach, scale, softcap), number == 0
+            if sinks is None:
+                interval_attention_fwd(
+                    of_branch, k, v, mixed, lse, entropies, *sizes, compressed=compressed, weight=weight, accumulate=not compressed
+                )
+                continue
+            # A sink's share is known when the branch is done, so the branch has a sum of its own.
+            alone = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+            interval_attention_fwd(of_branch, k, v, alone, lse, entropies, *sizes, compressed=compressed)
+            join_sinks(alone, lse, sinks)
+            alone *= weight.float().unsqueeze(-1)
+            if compressed:
+                mixed.copy_(alone)
+            else:
+                mixed += alone
         if tau is None:
             place = torch.arange(geometry.before, geometry.before + q.shape[1], dtype=torch.int32, device=q.device)
             visible = ((place - geometry.start[:, geometry.before : geometry.before + q.shape[1]] + 1) // compress_size).unsqueeze(-1)
@@ -79,10 +93,11 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
         lists = (indices[rows], counts[rows], bias[rows])
         over = select_blocks_fwd(
             scoring_q, key_compressed, lse_compressed[rows], threshold, *lists, soft_counts[rows], geometry, num_keys, temperature,
-            block_size, compress_size, *rule, scale,
+            block_size, compress_size, *rule, scale, softcap,
         )  # fmt: skip
         overflowing += over.sum()
-        block_sparse_attention_fwd(q, key, value, *lists, selected[rows], lse_selected[rows], geometry, block_size, scale)
+        block_sparse_attention_fwd(q, key, value, *lists, selected[rows], lse_selected[rows], geometry, block_size, scale, softcap)
+        join_sinks(selected[rows], lse_selected[rows], sinks)
         mixed += selected[rows] * weights[1].float().unsqueeze(-1)
         if scratch is not None:
             out[rows] = mixed
@@ -101,15 +116,15 @@ def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANu
     from tinyonn_kernels.nsa.select_blocks_dk import select_blocks_dk
     from tinyonn_kernels.nsa.select_blocks_dq import select_blocks_dq
 
-    query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed = inputs
+    query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed, sinks = inputs
     scoring = query if query_compressed is None else query_compressed
     _, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected, grad_out, grad_soft = saved
     assert tau is not None  # that of forward if the caller gave none
-    window, temperature, block_size, compress_size, _, *rule, detach_scores, scale = options
+    window, temperature, block_size, compress_size, _, *rule, detach_scores, scale, softcap = options
     num_keys = key.shape[1]
     window = min(window, num_keys)
     whole = geometry_of(query, num_keys, *bounds)
-    sizes = (num_keys, temperature, block_size, compress_size, *rule, scale)
+    sizes = (num_keys, temperature, block_size, compress_size, *rule, scale, softcap)
     grad_out, grad_soft = unit_stride(grad_out), grad_soft.contiguous()
     threshold = base.float() - slope.float() * tau.float()
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -132,11 +147,11 @@ def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANu
         shift = shifts[rows].copy_(of_selected * weights[1].float())
         block_sparse_attention_dq(
             q, key, value, *lists, bias[rows], lse_selected[rows], shift, grad, weights[1], grad_q, grad_bias[rows], geometry, block_size,
-            scale,
+            scale, softcap,
         )  # fmt: skip
         interval_attention_dq(
-            q, key, value, lse_window[rows], grad, weights[2], None, of_window, grad_q, geometry, window, scale, compressed=False,
-            accumulate=True,
+            q, key, value, lse_window[rows], grad, weights[2], None, of_window, grad_q, geometry, window, scale, softcap,
+            compressed=False, accumulate=True,
         )  # fmt: skip
         if grad_scoring is not None:
             # The sum of `query` is complete; what follows is that of `query_compressed`.
@@ -150,7 +165,7 @@ def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANu
         )  # fmt: skip
         interval_attention_dq(
             scoring_q, key_compressed, value_compressed, lse_compressed[rows], grad, weights[0], chunk_lse, of_compressed, grad_q, geometry,
-            compress_size, scale, compressed=True, accumulate=True,
+            compress_size, scale, softcap, compressed=True, accumulate=True,
         )  # fmt: skip
         if scratch is not None:
             (grad_query if grad_scoring is None else grad_scoring)[rows] = grad_q
@@ -158,14 +173,15 @@ def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANu
 
     weights = gates.unbind(-1)
     grad_key, grad_value = interval_attention_dkv(
-        query, key, value, lse_window, grad_out, weights[2], None, products[2], whole, window, scale, compressed=False
+        query, key, value, lse_window, grad_out, weights[2], None, products[2], whole, window, scale, softcap, compressed=False
     )
     block_sparse_attention_dkv(
-        query, key, value, indices, counts, bias, lse_selected, shifts, grad_out, weights[1], grad_key, grad_value, whole, block_size, scale
-    )
+        query, key, value, indices, counts, bias, lse_selected, shifts, grad_out, weights[1], grad_key, grad_value, whole, block_size,
+        scale, softcap,
+    )  # fmt: skip
     grad_key_compressed, grad_value_compressed = interval_attention_dkv(
         scoring, key_compressed, value_compressed, lse_compressed, grad_out, weights[0], grad_lse, products[0], whole, compress_size, scale,
-        compressed=True,
+        softcap, compressed=True,
     )  # fmt: skip
     if not detach_scores:
         grad_key_compressed += select_blocks_dk(
@@ -174,4 +190,12 @@ def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANu
     grad_base = grad_threshold.sum((0, 1))
     grad_slope = -(grad_threshold * tau.float()).sum((0, 1))
     grad_gates = torch.stack(products, -1)
-    return [grad_query, grad_key, grad_value, grad_key_compressed, grad_value_compressed, grad_gates, grad_base, grad_slope, grad_scoring]
+    grad_sinks = None
+    if sinks is not None:
+        shift_compressed = products[0] * weights[0].float()
+        if grad_lse is not None:
+            shift_compressed -= grad_lse
+        branches = ((lse_compressed, shift_compressed), (lse_selected, shifts), (lse_window, products[2] * weights[2].float()))
+        grad_sinks = torch.stack([sinks_gradient(sinks, *branch) for branch in branches]).sum(0)
+    grad_inputs = [grad_query, grad_key, grad_value, grad_key_compressed, grad_value_compressed]
+    return [*grad_inputs, grad_gates, grad_base, grad_slope, grad_scoring, grad_sinks]

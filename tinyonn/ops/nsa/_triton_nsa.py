@@ -24,38 +24,46 @@ from ._tuples import (
 def compressed_forward(inputs: QueryKeyValue, options: CompressedOptions, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse, entropy."""
     entropy = _statistics(inputs.query)
-    return *_interval_forward(inputs, entropy, *options, bounds, compressed=True), entropy
+    return *_interval_forward(inputs, entropy, options, bounds, compressed=True), entropy
 
 
 def compressed_backward(
     inputs: QueryKeyValue, saved: CompressedSaved, options: CompressedOptions, bounds: Bounds
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _interval_backward(inputs, *saved, *options, bounds, compressed=True)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `_interval_backward`."""
+    return _interval_backward(inputs, *saved, options, bounds, compressed=True)
 
 
 def window_forward(inputs: QueryKeyValue, options: WindowOptions, bounds: Bounds) -> tuple[Tensor, Tensor]:
     """out, lse."""
-    num_keys = inputs.key.shape[1]
-    return _interval_forward(inputs, None, min(options.window, num_keys), num_keys, options.scale, bounds, compressed=False)
+    return _interval_forward(inputs, None, _as_interval(options, inputs.key.shape[1]), bounds, compressed=False)
 
 
-def window_backward(inputs: QueryKeyValue, saved: WindowSaved, options: WindowOptions, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
-    num_keys = inputs.key.shape[1]
-    return _interval_backward(inputs, *saved, None, min(options.window, num_keys), num_keys, options.scale, bounds, compressed=False)
+def window_backward(
+    inputs: QueryKeyValue, saved: WindowSaved, options: WindowOptions, bounds: Bounds
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `_interval_backward`."""
+    return _interval_backward(inputs, *saved, None, _as_interval(options, inputs.key.shape[1]), bounds, compressed=False)
+
+
+def _as_interval(options: WindowOptions, num_keys: int) -> CompressedOptions:
+    """The window in place of the compress size."""
+    return CompressedOptions(min(options.window, num_keys), num_keys, options.scale, options.softcap)
 
 
 @on_its_device
 def _interval_forward(
-    inputs: QueryKeyValue, entropy: Tensor | None, reach: int, num_keys: int, scale: float, bounds: Bounds, *, compressed: bool
+    inputs: QueryKeyValue, entropy: Tensor | None, options: CompressedOptions, bounds: Bounds, *, compressed: bool
 ) -> tuple[Tensor, Tensor]:
     """out, lse; writes entropy."""
     from tinyonn_kernels.nsa._common import geometry_of
     from tinyonn_kernels.nsa.interval_attention_fwd import interval_attention_fwd
 
+    reach, num_keys, scale, softcap = options
     out = torch.empty_like(inputs.query, memory_format=torch.contiguous_format)
     lse = _statistics(inputs.query)
     geometry = geometry_of(inputs.query, num_keys, *bounds)
-    interval_attention_fwd(*inputs, out, lse, entropy, geometry, reach, scale, compressed=compressed)
+    interval_attention_fwd(*inputs[:3], out, lse, entropy, geometry, reach, scale, softcap, compressed=compressed)
     return out, lse
 
 
@@ -65,23 +73,24 @@ def _interval_backward(
     lse: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    reach: int,
-    num_keys: int,
-    scale: float,
+    options: CompressedOptions,
     bounds: Bounds,
     *,
     compressed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; and (B, T, H), the product of out and grad_out."""
     from tinyonn_kernels.nsa._common import geometry_of
     from tinyonn_kernels.nsa.interval_attention_dkv import interval_attention_dkv
     from tinyonn_kernels.nsa.interval_attention_dq import interval_attention_dq
 
     query = inputs.query
+    reach, num_keys, scale, softcap = options
     geometry = geometry_of(query, num_keys, *bounds)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    given = (*inputs, lse, grad_out, None, None if grad_lse is None else grad_lse.contiguous(), _statistics(query))
-    interval_attention_dq(*given, grad_query, geometry, reach, scale, compressed=compressed)
-    return grad_query, *interval_attention_dkv(*given, geometry, reach, scale, compressed=compressed)
+    product = _statistics(query)
+    given = (*inputs[:3], lse, grad_out, None, None if grad_lse is None else grad_lse.contiguous(), product)
+    interval_attention_dq(*given, grad_query, geometry, reach, scale, softcap, compressed=compressed)
+    return grad_query, *interval_attention_dkv(*given, geometry, reach, scale, softcap, compressed=compressed), product
 
 
 @on_its_device
@@ -93,7 +102,7 @@ def block_sparse_forward(inputs: SparseInputs, options: SparseOptions, bounds: B
     out = torch.empty_like(inputs.query, memory_format=torch.contiguous_format)
     lse = _statistics(inputs.query)
     geometry = geometry_of(inputs.query, inputs.key.shape[1], *bounds)
-    block_sparse_attention_fwd(*_contiguous_lists(inputs), out, lse, geometry, *options)
+    block_sparse_attention_fwd(*_contiguous_lists(inputs)[:6], out, lse, geometry, *options)
     return out, lse
 
 
@@ -106,12 +115,12 @@ def block_sparse_backward(
     from tinyonn_kernels.nsa.block_sparse_dkv import block_sparse_attention_dkv
     from tinyonn_kernels.nsa.block_sparse_dq import block_sparse_attention_dq
 
-    query, key, value, _, _, bias = inputs
+    query, key, value, _, _, bias = inputs[:6]
     geometry = geometry_of(query, key.shape[1], *bounds)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grad_key, grad_value = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (key, value))
     grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
-    given = (*_contiguous_lists(inputs), lse, shift.contiguous(), grad_out, None)
+    given = (*_contiguous_lists(inputs)[:6], lse, shift.contiguous(), grad_out, None)
     block_sparse_attention_dq(*given, grad_query, grad_bias, geometry, *options)
     block_sparse_attention_dkv(*given, grad_key, grad_value, geometry, *options)
     return grad_query, grad_key, grad_value, grad_bias
@@ -129,10 +138,10 @@ def select_forward(inputs: SelectInputs, options: SelectOptions, bounds: Bounds)
     from tinyonn_kernels.nsa.select_blocks_fwd import select_blocks_fwd
 
     query, key, lse, threshold = inputs
-    temperature, block_size, compress_size, max_blocks, *rule, num_keys, scale = options
+    temperature, block_size, compress_size, max_blocks, *rule, num_keys, scale, softcap = options
     geometry = geometry_of(query, num_keys, *bounds)
     indices, counts, bias, soft_counts = lists = empty_lists(query, key.shape[2], max_blocks)
-    sizes = (num_keys, temperature, block_size, compress_size, *rule, scale)
+    sizes = (num_keys, temperature, block_size, compress_size, *rule, scale, softcap)
     over = select_blocks_fwd(query, key, lse.contiguous(), threshold, *lists, geometry, *sizes)
     return indices, counts, bias, soft_counts, over.sum().float() / (counts > 0).sum().clamp(min=1)
 
@@ -148,8 +157,8 @@ def select_backward(
 
     query, key, lse, threshold = inputs
     indices, counts, grad_bias, grad_soft = saved
-    temperature, block_size, compress_size, _, *rule, num_keys, scale = options
-    sizes = (geometry_of(query, num_keys, *bounds), num_keys, temperature, block_size, compress_size, *rule, scale)
+    temperature, block_size, compress_size, _, *rule, num_keys, scale, softcap = options
+    sizes = (geometry_of(query, num_keys, *bounds), num_keys, temperature, block_size, compress_size, *rule, scale, softcap)
     given = (query, key, lse.contiguous(), threshold, indices, counts, grad_bias.float().contiguous(), grad_soft.float().contiguous())
     grad_threshold = torch.empty(threshold.shape, dtype=torch.float32, device=query.device)
     if not scores_too:

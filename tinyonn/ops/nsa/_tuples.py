@@ -11,17 +11,19 @@ from torch import Tensor
 
 
 class QueryKeyValue(NamedTuple):
-    """Tensors of `compressed_attention` and `sliding_window_attention`."""
+    """Tensors of `compressed_attention` and `sliding_window_attention`. The sinks are joined after an implementation (`_sinks`)."""
 
     query: Tensor
     key: Tensor
     value: Tensor
+    sinks: Tensor | None = None
 
 
 class CompressedOptions(NamedTuple):
     compress_size: int
     num_keys: int
     scale: float
+    softcap: float | None
 
 
 class CompressedResults(NamedTuple):
@@ -39,6 +41,7 @@ class CompressedSaved(NamedTuple):
 class WindowOptions(NamedTuple):
     window: int
     scale: float
+    softcap: float | None
 
 
 class Attended(NamedTuple):
@@ -54,7 +57,7 @@ class WindowSaved(NamedTuple):
 
 
 class SparseInputs(NamedTuple):
-    """Tensors of `block_sparse_attention`."""
+    """Tensors of `block_sparse_attention`. The sinks are joined after an implementation (`_sinks`)."""
 
     query: Tensor
     key: Tensor
@@ -62,11 +65,13 @@ class SparseInputs(NamedTuple):
     indices: Tensor
     counts: Tensor
     bias: Tensor | None
+    sinks: Tensor | None = None
 
 
 class SparseOptions(NamedTuple):
     block_size: int
     scale: float
+    softcap: float | None
 
 
 class SparseSaved(NamedTuple):
@@ -95,6 +100,7 @@ class SelectOptions(NamedTuple):
     forced_local: int
     num_keys: int
     scale: float
+    softcap: float | None
 
 
 class SelectSaved(NamedTuple):
@@ -117,6 +123,7 @@ class DynNSAInputs(NamedTuple):
     slope: Tensor
     tau: Tensor | None
     query_compressed: Tensor | None
+    sinks: Tensor | None
 
 
 class DynNSANumbers(NamedTuple):
@@ -132,6 +139,7 @@ class DynNSANumbers(NamedTuple):
     forced_local: int
     detach_scores: bool
     scale: float
+    softcap: float | None
 
 
 class DynNSAResults(NamedTuple):
@@ -143,7 +151,7 @@ class DynNSAResults(NamedTuple):
         own_tau: (B, T, K); empty if the caller gave tau.
         overflow: 0-d.
         counts: (B, T, K) int32.
-        lse_compressed, lse_selected, lse_window: (B, T, H), of the three branches.
+        lse_compressed, lse_selected, lse_window: (B, T, H), of the three branches, with their sinks.
         indices, bias: (B, T, K, max_blocks), int32 and float.
         selected: (B, T, H, D), output of the selected branch.
     """

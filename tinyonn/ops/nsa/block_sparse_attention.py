@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
-from .._attention import checked_heads, scale_of
+from .._attention import check_sinks, checked_heads, checked_softcap, scale_of
 from .._checks import check_same_device, check_tensor
 from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_block_sparse, _triton_nsa
 from ._checks import Bounds, check_bound_values, check_sizes, checked_bounds, lengths_of
 from ._register import empty_attended, register_differentiable
+from ._sinks import join_sinks, sinks_gradient
 from ._tuples import Attended, SparseInputs, SparseOptions, SparseSaved
 
 
@@ -28,6 +30,8 @@ def block_sparse_attention(
     *,
     block_size: int = 64,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -35,21 +39,22 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of each query to the key blocks of its list.
 
-    Tensors are (B, T, H, D). Differentiable: query, key, value, bias; out and lse carry gradients. Every run gives
-    key and value the same gradients, bit for bit.
+    Tensors are (B, T, H, D). Differentiable: query, key, value, bias, sinks; out and lse carry gradients. Every run gives key and value
+    the same gradients, bit for bit.
 
     Args:
         query: (B, T, H, D), the last T of Tk positions.
         key, value: (B, Tk, K, D), K dividing H.
         indices: (B, T, K, S) int32, key blocks in ascending order, each at most once, counted from the start of the sequence.
         counts: (B, T, K) int32, number of valid slots; later slots are ignored.
-        bias: (B, T, K, S), added to all scores of a block: the log of its gate.
+        bias: (B, T, K, S), added to all scores of a block, capped or not: the log of its gate.
         block_size: keys of a block, a power of two.
-        scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
+        scale, softcap, sinks, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
 
     Returns:
         out: (B, T, H, D), 0 where nothing is visible.
-        lse: (B, T, H) float32 (float64 for float64), logsumexp of scores and bias, -inf where nothing is visible.
+        lse: (B, T, H) float32 (float64 for float64), logsumexp of scores and bias, and of the sink if there is one. Where nothing
+            is visible, it is -inf, or the sink alone.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or size that is not accepted; an index out of range, such as -1 in a valid slot, or
@@ -69,18 +74,18 @@ def block_sparse_attention(
             raise ValueError(f"{name} must have shape {rows if dims == 3 else (*rows, 'S')}, got {tuple(tensor.shape)}.")
     if bias is not None:
         check_tensor("bias", bias, query.device, tuple(indices.shape))
-    scale = scale_of(query, scale)
+    check_sinks(sinks, query)
+    options = SparseOptions(block_size, scale_of(query, scale), checked_softcap(softcap))
     if impl == "reference":
         _check_values(indices, counts, key.shape[1], block_size, bounds)
         counts, faulty = _emptied(indices, counts, key.shape[1], block_size, bounds)
-        out, lse = reference.block_sparse_attention(
-            query, key, value, indices, counts, bias, block_size=block_size, scale=scale, **bounds._asdict()
-        )
+        named: dict[str, Any] = {"sinks": sinks, **options._asdict(), **bounds._asdict()}
+        out, lse = reference.block_sparse_attention(query, key, value, indices, counts, bias, **named)
         if faulty is not None:
             out, lse = _with_nan(out.clone(), faulty), _with_nan(lse.clone(), faulty)
         return out.to(query.dtype), lse.to(statistics_dtype(query.dtype))
-    refuse_tangents("block_sparse_attention", query, key, value, bias)
-    out, lse = _forward_op(query, key, value, indices, counts, bias, block_size, scale, *bounds, impl)
+    refuse_tangents("block_sparse_attention", query, key, value, bias, sinks)
+    out, lse = _forward_op(query, key, value, indices, counts, bias, sinks, *options, *bounds, impl)
     return out, lse
 
 
@@ -142,18 +147,20 @@ def _forward(inputs: SparseInputs, options: SparseOptions, bounds: Bounds, modul
     _check_values(*lists)
     counts, faulty = _emptied(*lists)
     out, lse = module.block_sparse_forward(inputs._replace(counts=counts), options, bounds)
+    join_sinks(out, lse, inputs.sinks)
     return Attended(_with_nan(out, faulty), _with_nan(lse, faulty))
 
 
 def _backward(
     inputs: SparseInputs, saved: SparseSaved, options: SparseOptions, bounds: Bounds, _: list[bool], module: ModuleType
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value and bias."""
+    """Gradients of query, key, value, bias and sinks."""
     counts, faulty = _emptied(inputs.indices, inputs.counts, inputs.key.shape[1], options.block_size, bounds)
     out, lse, grad_out, grad_lse = saved
     shift = (out.to(lse.dtype) * grad_out).sum(-1) - grad_lse
     grad_query, *others = module.block_sparse_backward(inputs._replace(counts=counts), lse, shift, grad_out, options, bounds)
-    return _with_nan(grad_query, faulty), *others
+    grad_sinks = None if inputs.sinks is None else sinks_gradient(inputs.sinks, lse, shift)
+    return _with_nan(grad_query, faulty), *others, grad_sinks
 
 
 _forward_op = register_differentiable(

@@ -12,7 +12,7 @@ from ... import reference
 from ..._debug import debug_enabled
 from ...reference import DynNSAOutput
 from ...reference.nsa.dyn_nsa import Importance
-from .._attention import checked_heads, in_one_dtype, order_hint, scale_of
+from .._attention import check_sinks, checked_heads, checked_softcap, in_one_dtype, order_hint, scale_of
 from .._checks import check_choice, check_no_nan, check_size, check_tensor
 from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_dyn_nsa, _triton_dyn_nsa
@@ -53,6 +53,8 @@ def dyn_nsa(
     forced_local: int = 2,
     detach_scores: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -64,9 +66,12 @@ def dyn_nsa(
     whose importance z passes base - slope · tau (`select_blocks`). The gate of a block is exactly 0 where it is not selected, so below
     max_blocks the sparse result *is* dense gated attention, and every gradient is exact for the tau that was used.
 
-    Tensors are (B, T, H, D). Differentiable: query, key, value, key_compressed, value_compressed, gates, base, slope, query_compressed; out
-    and soft_counts carry gradients. tau receives no gradient. No value affects an earlier query. Exception: with impl="triton", NaN and
-    infinity in a value can spread within its tile.
+    Tensors are (B, T, H, D). Differentiable: query, key, value, key_compressed, value_compressed, gates, base, slope, query_compressed,
+    sinks; out and soft_counts carry gradients. tau receives no gradient. No value affects an earlier query. Exception: with impl="triton",
+    NaN and infinity in a value can spread within its tile.
+
+    Sinks join the softmax of every branch. The shares of blocks, which the selection reads, are then those of the whole attention, sinks
+    included.
 
     base = -30 selects all blocks, if the slope is at least 0, the temperature at most 10 and max_blocks at least the number of key blocks.
     With max_blocks = n it selects a fixed number of n blocks, and every longer row counts as overflowing. At most e^(-threshold) blocks
@@ -84,7 +89,7 @@ def dyn_nsa(
             gradient through the selection alone.
         window: keys of the window branch.
         temperature, block_size, compress_size, max_blocks, importance, forced_first, forced_local, detach_scores: as in `select_blocks`.
-        scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
+        scale, softcap, sinks, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
 
     Returns:
         DynNSAOutput(out, counts, tau, overflow, soft_counts): out (B, T, H, D); counts int32, tau and soft_counts (B, T, K); overflow 0-d.
@@ -120,9 +125,12 @@ def dyn_nsa(
     if tau is not None:
         check_tensor("tau", tau, query.device, rows)
         tau = tau.detach()
+    check_sinks(sinks, query)
     numbers = (window, check_temperature(temperature), block_size, compress_size, max_blocks)
-    options = DynNSANumbers(*numbers, importance, forced_first, forced_local, detach_scores, scale_of(query, scale))
-    inputs = DynNSAInputs(query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed)
+    options = DynNSANumbers(
+        *numbers, importance, forced_first, forced_local, detach_scores, scale_of(query, scale), checked_softcap(softcap)
+    )
+    inputs = DynNSAInputs(query, key, value, key_compressed, value_compressed, gates, base, slope, tau, query_compressed, sinks)
     if debug_enabled():
         for name, given in inputs._asdict().items():
             if given is not None:

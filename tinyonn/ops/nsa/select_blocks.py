@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import reference
 from ...reference import BlockSelection
 from ...reference.nsa.dyn_nsa import Importance
-from .._attention import checked_heads, scale_of
+from .._attention import checked_heads, checked_softcap, scale_of
 from .._checks import check_choice, check_tensor
 from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_select, _triton_nsa
@@ -44,6 +44,7 @@ def select_blocks(
     detach_scores: bool = False,
     num_keys: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -64,7 +65,8 @@ def select_blocks(
 
     Args:
         query: (B, T, H, D), the last T of `num_keys` positions.
-        key_compressed, lse: (B, M, K, D) and (B, T, H), the argument and the result of `compressed_attention`.
+        key_compressed, lse: (B, M, K, D) and (B, T, H), the argument and the result of `compressed_attention` with the same
+            softcap. Sinks act through lse.
         threshold: (B, T, K), in nats.
         temperature: width of the gate's slope, in nats; a normal float32.
         block_size: positions of a key block, a power of two of at least 16.
@@ -75,7 +77,7 @@ def select_blocks(
         forced_first: number of blocks at the start of the sequence that every query reads, at least 0.
         forced_local: number of blocks up to and including the query's own that it reads, at least 1.
         detach_scores: no gradient through z into query, key_compressed and lse.
-        num_keys, scale, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
+        num_keys, scale, softcap, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
 
     Returns:
         BlockSelection(indices, counts, bias, soft_counts, overflow): indices (B, T, K, max_blocks) and counts (B, T, K), int32; bias like
@@ -97,19 +99,19 @@ def select_blocks(
     check_tensor("threshold", threshold, query.device, (*query.shape[:2], key_compressed.shape[2]))
     if detach_scores:
         query, key_compressed, lse = query.detach(), key_compressed.detach(), lse.detach()
-    scale = scale_of(query, scale)
+    scale, softcap = scale_of(query, scale), checked_softcap(softcap)
     if impl == "reference":
         check_bound_values(num_keys, bounds)
         found = reference.select_blocks(
             query, key_compressed, lse, threshold, temperature=temperature, block_size=block_size, compress_size=compress_size,
             max_blocks=max_blocks, importance=importance, forced_first=forced_first, forced_local=forced_local, num_keys=num_keys,
-            scale=scale, **bounds._asdict(),
+            scale=scale, softcap=softcap, **bounds._asdict(),
         )  # fmt: skip
         dtype = statistics_dtype(query.dtype)
         return found._replace(**{name: getattr(found, name).to(dtype) for name in ("bias", "soft_counts", "overflow")})
     refuse_tangents("select_blocks", query, key_compressed, lse, threshold)
     rule = (importance, forced_first, forced_local)
-    options = SelectOptions(temperature, block_size, compress_size, max_blocks, *rule, num_keys, scale)
+    options = SelectOptions(temperature, block_size, compress_size, max_blocks, *rule, num_keys, scale, softcap)
     return BlockSelection(*_forward_op(query, key_compressed, lse, threshold, *options, *bounds, impl))
 
 

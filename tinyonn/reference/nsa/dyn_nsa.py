@@ -6,12 +6,24 @@ B batch, T queries, H query heads, K key/value heads, G = H / K, D head dim, M c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import pairwise, product
+from itertools import product
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._dense import (
+    Sequence,
+    attend,
+    compressed_keys,
+    empty_lse,
+    gated,
+    gated_by_factor,
+    positions,
+    probabilities_of,
+    scores_of,
+    sequences,
+)
 
 Z_FLOOR = -20.0
 
@@ -31,43 +43,7 @@ class Options(NamedTuple):
     importance: Importance
     forced_first: int
     forced_local: int
-
-
-class Sequence(NamedTuple):
-    """One sequence: the rows of its queries and keys, its first compressed key's row, the position of its first query."""
-
-    batch: int
-    queries: slice
-    keys: slice
-    compressed: int
-    first: int
-
-
-def sequences(
-    query: Tensor,
-    num_keys: int,
-    compress_size: int,
-    cu_seqlens: Tensor | None = None,
-    key_start: Tensor | None = None,
-    key_end: Tensor | None = None,
-) -> Iterator[Sequence]:
-    """Packed sequences, or one a batch row without its padding; queries are a row's last."""
-    batch, num_queries = query.shape[:2]
-    if cu_seqlens is not None:
-        for begin, end in pairwise(cu_seqlens.tolist()):
-            yield Sequence(0, slice(begin, end), slice(begin, end), begin // compress_size, 0)
-        return
-    before = num_keys - num_queries
-    for row in range(batch):
-        start = 0 if key_start is None else int(key_start[row])
-        end = num_keys if key_end is None else int(key_end[row])
-        first = max(start, before)
-        yield Sequence(row, slice(first - before, max(end, first) - before), slice(start, end), 0, first - start)
-
-
-def positions(sequence: Sequence, device: torch.device) -> Tensor:
-    """(n,) place of each query in its sequence."""
-    return torch.arange(sequence.queries.stop - sequence.queries.start, device=device) + sequence.first
+    softcap: float | None
 
 
 def compressed_attention(
@@ -78,6 +54,8 @@ def compressed_attention(
     compress_size: int,
     num_keys: int,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -88,20 +66,23 @@ def compressed_attention(
         query: (B, T, H, D).
         key_compressed, value_compressed: (B, M, K, D); sequence i of a packed batch begins at row cu[i] // compress_size.
         num_keys: keys of a row before compression.
+        softcap: scores become softcap * tanh(score / softcap).
+        sinks: (H,), score of one more key, whose value is 0 and which every query sees.
 
     Returns:
-        out (B, T, H, D); lse (B, T, H), -inf where nothing is visible; entropy (B, T, H) in nats, 0 there.
+        out (B, T, H, D); lse (B, T, H), of scores and sink, -inf where nothing is visible and there is no sink; entropy (B, T, H) in nats,
+        of the visible keys alone, 0 where there are none.
     """
     query, keys, values = query.double(), key_compressed.double(), value_compressed.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out, lse, entropy = torch.zeros_like(query), query.new_full(query.shape[:3], -math.inf), query.new_zeros(query.shape[:3])
+    out, lse, entropy = torch.zeros_like(query), empty_lse(query, sinks), query.new_zeros(query.shape[:3])
     for sequence in sequences(query, num_keys, compress_size, cu_seqlens, key_start, key_end):
         row, rows = sequence.batch, sequence.queries
-        k, visible = _compressed_keys(keys, sequence, compress_size)
-        v, _ = _compressed_keys(values, sequence, compress_size)
-        scores = _scores(query[row, rows], k, scale)
-        out[row, rows], lse[row, rows] = _attend(scores, visible[:, None], v)
-        probabilities = _probabilities(scores, lse[row, rows], visible[:, None])
+        k, visible = compressed_keys(keys, sequence, compress_size)
+        v, _ = compressed_keys(values, sequence, compress_size)
+        scores = scores_of(query[row, rows], k, scale, softcap)
+        out[row, rows], lse[row, rows] = attend(scores, visible[:, None], v, sinks)
+        probabilities = probabilities_of(scores, attend(scores, visible[:, None], v, None)[1], visible[:, None])
         entropy[row, rows] = -torch.special.xlogy(probabilities, probabilities).sum(-1).detach()
     return out, lse, entropy
 
@@ -140,6 +121,7 @@ def select_blocks(
     detach_scores: bool = False,
     num_keys: int,
     scale: float | None = None,
+    softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -147,7 +129,9 @@ def select_blocks(
     """Key blocks whose importance passes the threshold; see `ops.select_blocks`. Statistics are float64."""
     query, keys, lse, threshold = query.double(), key_compressed.double(), lse.double(), threshold.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    options = Options(temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local)
+    options = Options(
+        temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local, softcap
+    )
     where = (cu_seqlens, key_start, key_end)
     found, counts, soft_counts, overflow = _selections(query, keys, lse, threshold, num_keys, where, options)
     indices = torch.full((*counts.shape, max_blocks), -1, dtype=torch.int32, device=query.device)
@@ -190,6 +174,8 @@ def block_sparse_attention(
     *,
     block_size: int = 64,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -197,11 +183,11 @@ def block_sparse_attention(
     """Causal attention to the listed key blocks, `bias` added to all scores of a block.
 
     Returns:
-        out (B, T, H, D); lse (B, T, H), -inf where nothing is visible.
+        out (B, T, H, D); lse (B, T, H), of scores and sink, -inf where nothing is visible and there is no sink.
     """
     query, key, value = query.double(), key.double(), value.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], -math.inf)
+    out, lse = torch.zeros_like(query), empty_lse(query, sinks)
     for sequence in sequences(query, key.shape[1], block_size, cu_seqlens, key_start, key_end):
         row, rows, columns = sequence.batch, sequence.queries, sequence.keys
         num_blocks = -(-(columns.stop - columns.start) // block_size)
@@ -212,8 +198,8 @@ def block_sparse_attention(
         selected = one_hot.sum(-2) > 0
         block_bias = 0.0 if bias is None else (one_hot * bias[row, rows].double()[..., None]).sum(-2)
         log_gate = torch.where(selected, block_bias, -math.inf)
-        out[row, rows], lse[row, rows] = _gated(
-            query[row, rows], key[row, columns], value[row, columns], log_gate, sequence, block_size, scale
+        out[row, rows], lse[row, rows] = gated(
+            query[row, rows], key[row, columns], value[row, columns], log_gate, sequence, block_size, scale, softcap, sinks
         )
     return out, lse
 
@@ -225,6 +211,8 @@ def sliding_window_attention(
     window: int,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -237,7 +225,8 @@ def sliding_window_attention(
         row, rows, columns = sequence.batch, sequence.queries, sequence.keys
         distance = positions(sequence, query.device)[:, None] - torch.arange(columns.stop - columns.start, device=query.device)
         visible = (distance >= 0) & (distance < window)
-        out[row, rows], _ = _attend(_scores(query[row, rows], key[row, columns], scale), visible[:, None], value[row, columns])
+        scores = scores_of(query[row, rows], key[row, columns], scale, softcap)
+        out[row, rows], _ = attend(scores, visible[:, None], value[row, columns], sinks)
     return out
 
 
@@ -281,6 +270,8 @@ def dyn_nsa(
     forced_local: int = 2,
     detach_scores: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
@@ -291,21 +282,33 @@ def dyn_nsa(
     num_keys, num_kv = key.shape[1:3]
     query_compressed = query if query_compressed is None else query_compressed
     compressed, lse, entropy = compressed_attention(
-        query_compressed, key_compressed, value_compressed, compress_size=compress_size, num_keys=num_keys, scale=scale, **where
+        query_compressed,
+        key_compressed,
+        value_compressed,
+        compress_size=compress_size,
+        num_keys=num_keys,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        **where,
     )
     if tau is None:
         tau = attention_tau(entropy, query, num_keys, num_kv, compress_size, **where)
     threshold = base.double() - slope.double() * tau.double()
-    near = sliding_window_attention(query, key, value, window, scale=scale, **where)
+    near = sliding_window_attention(query, key, value, window, scale=scale, softcap=softcap, sinks=sinks, **where)
     query, key, value = query.double(), key.double(), value.double()
-    options = Options(temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local)
+    options = Options(
+        temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local, softcap
+    )
     bounds = (cu_seqlens, key_start, key_end)
     scored = (query_compressed.double(), key_compressed.double(), lse, threshold)
     found, counts, soft_counts, overflow = _selections(*scored, num_keys, bounds, options)
     selected = torch.zeros_like(query)
     for sequence, gate, _ in found:
         row, rows, columns = sequence.batch, sequence.queries, sequence.keys
-        selected[row, rows] = _gated_by_factor(query[row, rows], key[row, columns], value[row, columns], gate, sequence, block_size, scale)
+        selected[row, rows] = gated_by_factor(
+            query[row, rows], key[row, columns], value[row, columns], gate, sequence, block_size, scale, softcap, sinks
+        )
     branches = torch.stack([compressed, selected, near], -1)
     out = (branches * gates.double()[:, :, :, None]).sum(-1)
     return DynNSAOutput(out, counts, tau.double(), overflow, soft_counts)
@@ -335,7 +338,7 @@ def _gates(
     sequence: Sequence, query: Tensor, key_compressed: Tensor, lse: Tensor, threshold: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of one sequence: gate (n, K, NB), which blocks are kept (n, K, NB), soft counts (n, K), which rows overflow (n, K)."""
-    temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local = options
+    temperature, block_size, compress_size, max_blocks, detach_scores, scale, importance, forced_first, forced_local, softcap = options
     place = positions(sequence, query.device)
     num_kv = key_compressed.shape[2]
     length = sequence.keys.stop - sequence.keys.start
@@ -344,8 +347,8 @@ def _gates(
     own = (place // block_size)[:, None]
     forced = ((block <= own) & ((block < forced_first) | (block > own - forced_local)))[:, None]
 
-    keys, visible = _compressed_keys(key_compressed, sequence, compress_size)
-    probabilities = _probabilities(_scores(query, keys, scale), lse, visible[:, None])
+    keys, visible = compressed_keys(key_compressed, sequence, compress_size)
+    probabilities = probabilities_of(scores_of(query, keys, scale, softcap), lse, visible[:, None])
     if detach_scores:
         probabilities = probabilities.detach()
     ratio = block_size // compress_size
@@ -369,76 +372,3 @@ def _fits(rank_by: Tensor, wanted: Tensor, max_blocks: int) -> Tensor:
     """Whether a wanted block is among the `max_blocks` highest of its row; ties go to the lower index."""
     order = torch.where(wanted, rank_by, -math.inf).sort(dim=-1, descending=True, stable=True).indices
     return order.argsort(-1) < max_blocks
-
-
-def _compressed_keys(compressed: Tensor, sequence: Sequence, compress_size: int) -> tuple[Tensor, Tensor]:
-    """A sequence's compressed keys (m, K, D), and which of them each query sees (n, m)."""
-    m = (sequence.keys.stop - sequence.keys.start) // compress_size
-    keys = compressed[sequence.batch, sequence.compressed : sequence.compressed + m]
-    ends = (torch.arange(m, device=compressed.device) + 1) * compress_size
-    return keys, ends <= positions(sequence, compressed.device)[:, None] + 1
-
-
-def _per_query_head(x: Tensor, heads: int) -> Tensor:
-    """(·, K, ·) -> (·, H, ·)."""
-    return x.repeat_interleave(heads // x.shape[1], 1)
-
-
-def _scores(query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """(n, H, D) and (m, K, D) -> (n, H, m)."""
-    return torch.einsum("nhd,mhd->nhm", query, _per_query_head(keys, query.shape[1])) * scale
-
-
-def _probabilities(scores: Tensor, lse: Tensor, visible: Tensor) -> Tensor:
-    """exp(score - lse), 0 where not visible."""
-    any_visible = visible.any(-1, keepdim=True)
-    return torch.where(visible, (scores - torch.where(any_visible, lse[..., None], 0.0)).masked_fill(~visible, 0.0).exp(), 0.0)
-
-
-def _attend(scores: Tensor, visible: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the visible (n, H, m) of values (m, K or H, D): out (n, H, D), lse (n, H)."""
-    values = _per_query_head(values, scores.shape[1])
-    any_visible = visible.any(-1, keepdim=True)
-    # Rows that see nothing keep their scores until the end: a softmax over nothing has no gradient.
-    masked = scores.masked_fill(~visible & any_visible, -math.inf)
-    if scores.shape[-1] == 0:
-        return scores.new_zeros((*scores.shape[:2], values.shape[-1])), scores.new_full(scores.shape[:2], -math.inf)
-    lse = masked.logsumexp(-1)
-    out = _mixed((masked - lse[..., None]).exp(), values, visible)
-    return torch.where(any_visible, out, 0.0), torch.where(any_visible[..., 0], lse, -math.inf)
-
-
-def _mixed(weights: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    """Weights (n, H, m), 0 where not visible, times values (m, H, D): (n, H, D)."""
-    if values.isfinite().all():
-        return torch.einsum("nhm,mhd->nhd", weights, values)
-    # 0 times NaN is NaN: what a query does not see must not be in its product.
-    seen = visible.transpose(1, 2).unsqueeze(-1)
-    return torch.stack([torch.einsum("hm,mhd->hd", row, values.masked_fill(~own, 0)) for row, own in zip(weights, seen, strict=True)])
-
-
-def _per_key(gate: Tensor, sequence: Sequence, query: Tensor, num_keys: int, block_size: int) -> tuple[Tensor, Tensor]:
-    """Gates of blocks (n, K, NB) as those of their keys (n, H, m), and which keys are not after a query (n, 1, m)."""
-    causal = torch.arange(num_keys, device=query.device) <= positions(sequence, query.device)[:, None]
-    return _per_query_head(gate.repeat_interleave(block_size, -1)[..., :num_keys], query.shape[1]), causal[:, None]
-
-
-def _gated(
-    query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, sequence: Sequence, block_size: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Causal attention with log_gate (n, K, NB) added to the scores of each block; -inf leaves a block out."""
-    bias, causal = _per_key(log_gate, sequence, query, key.shape[0], block_size)
-    visible = causal & (bias > -math.inf)
-    return _attend(_scores(query, key, scale) + torch.where(visible, bias, 0.0), visible, value)
-
-
-def _gated_by_factor(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, sequence: Sequence, block_size: int, scale: float) -> Tensor:
-    """The same with the gate as a factor, the form of the definition: gate * exp(score)."""
-    factor, causal = _per_key(gate, sequence, query, key.shape[0], block_size)
-    visible = causal & (factor > 0)
-    scores = _scores(query, key, scale)
-    top = scores.detach().masked_fill(~visible, -math.inf).amax(-1, keepdim=True) if len(key) else scores.new_zeros((*scores.shape[:2], 1))
-    weight = torch.where(visible, factor * (scores - torch.where(top.isfinite(), top, 0.0)).masked_fill(~visible, 0.0).exp(), 0.0)
-    total = weight.sum(-1, keepdim=True)
-    mixed = _mixed(weight, _per_query_head(value, query.shape[1]), visible)
-    return torch.where(total > 0, mixed / torch.where(total > 0, total, 1.0), 0.0)
