@@ -354,35 +354,6 @@ def test_other_wrappers_are_refused():
         pass
 
 
-class DeepSpeedEngine(nn.Module):
-    """A wrapper known by its name."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(x)
-
-
-@pytest.mark.parametrize("wrap", [nn.DataParallel, DeepSpeedEngine])
-def test_calls_are_captured_under_any_wrapper(wrap):
-    """`capture` adds no gradients, so a wrapper with gradients of its own is no obstacle."""
-    model, (x, y) = model_of(), batch(20)
-    with capture(model) as wanted:
-        (model(x) - y).square().mean().backward()
-    with capture(wrap(model)) as visits:
-        (wrap(model)(x) - y).square().mean().backward()
-    assert list(visits) == list(model.layers)
-    for layer, [visit] in visits.items():
-        assert torch.equal(layer.surprise(visit), layer.surprise(wanted[layer][0]))
-
-
-def test_nothing_to_capture_is_named():
-    with pytest.raises(TypeError, match=r"model contains no tinyonn\.nn\.DynMoE layer \(got Linear\)"), capture(nn.Linear(2, 2)):
-        pass
-
-
 class OfLabels(NamedTuple):
     layer: DynMoE
     inputs: Tensor
