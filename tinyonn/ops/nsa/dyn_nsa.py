@@ -12,7 +12,7 @@ from ... import reference
 from ..._debug import debug_enabled
 from ...reference import DynNSAOutput
 from .._attention import checked_heads, order_hint, scale_of
-from .._checks import check_no_nan, check_size, check_tensor
+from .._checks import check_flag, check_no_nan, check_size, check_tensor
 from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_dyn_nsa, _triton_dyn_nsa
 from ._checks import (
@@ -97,6 +97,7 @@ def dyn_nsa(
     check_sizes(block_size, compress_size)
     check_max_blocks(max_blocks)
     check_size("window", window)
+    check_flag("detach_scores", detach_scores)
     bounds = checked_bounds(query, key, key.shape[1], cu_seqlens, key_start, key_end)
     check_compressed(query, key_compressed, key.shape[1], compress_size)
     rows = (*query.shape[:2], key.shape[2])

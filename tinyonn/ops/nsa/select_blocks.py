@@ -9,7 +9,7 @@ from torch import Tensor
 from ... import reference
 from ...reference import BlockSelection
 from .._attention import checked_heads, scale_of
-from .._checks import check_tensor
+from .._checks import check_flag, check_tensor
 from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_select, _triton_nsa
 from ._checks import (
@@ -75,6 +75,7 @@ def select_blocks(
     query, key_compressed = checked_heads(impl, query, key_compressed=key_compressed)
     check_sizes(block_size, compress_size)
     check_max_blocks(max_blocks)
+    check_flag("detach_scores", detach_scores)
     temperature = check_temperature(temperature)
     num_keys = query.shape[1] if num_keys is None else num_keys
     bounds = checked_bounds(query, key_compressed, num_keys, cu_seqlens, key_start, key_end)
