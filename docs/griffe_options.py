@@ -12,7 +12,8 @@ import griffe
 
 SECTION = re.compile(r"( *)(Args|Attributes|Raises|Returns):")
 JOINED = re.compile(r"\*{0,2}\w+(?:(?:, | … )\*{0,2}\w+)+(?=: )")  # "query, key", "compress_size … impl"
-RESULT = re.compile(r"(\w+): ")
+RESULT = re.compile(r"\w+: ")
+SPACE = "\N{NO-BREAK SPACE}"
 
 
 class OptionDefaults(griffe.Extension):
@@ -42,36 +43,40 @@ def readable(docstring: str) -> str:
     lines: list[str] = []
     results: list[int] = []  # lines that begin a named result
     section, indent = "", ""
-    attributes, first = [""], 0  # names that share the description from line `first` on
+    attributes: list[str] = []
+    first = 0  # line with the description that the attributes share
 
     for line in [*docstring.split("\n"), "end"]:
         text = line.strip()
         depth = len(indent_of(line))
         title = SECTION.fullmatch(line)
         entry = bool(text) and bool(section) and depth == len(indent) + 4
-        if len(attributes) > 1 and (entry or (text and depth <= len(indent))):
+        if attributes and (entry or (text and depth <= len(indent))):
             rest = lines[first + 1 :]
             lines[first:] = [line for name in attributes for line in (f"{indent}    {name}{lines[first]}", *rest)]
-            attributes = [""]
+            attributes = []
         if title:
             indent, section = title[1], title[2]
         elif text and depth <= len(indent):
             section = ""
         elif entry and (joined := JOINED.match(text)):
-            rest_of_line = text[joined.end() :]
+            names, rest_of_line = joined[0].replace(" … ", f"{SPACE}…{SPACE}"), text[joined.end() :]
             if section == "Attributes":
-                attributes, first, line = joined[0].split(", "), len(lines), rest_of_line
+                attributes, first, line = names.split(", "), len(lines), rest_of_line
             else:
-                between = " | " if section == "Raises" else ",\N{NO-BREAK SPACE}"
-                names = joined[0].replace(", ", between).replace(" … ", "\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}")
+                names = names.replace(", ", " | " if section == "Raises" else f",{SPACE}")
                 line = f"{indent}    {names}{rest_of_line}"
+            if section == "Returns":
+                results.append(len(lines))
         elif entry and section == "Returns" and RESULT.match(text):
             results.append(len(lines))
         lines.append(line)
     lines.pop()
     if len(results) > 1:
         for at in results:
-            lines[at] = RESULT.sub(rf"{indent_of(lines[at])}- `\1`: ", lines[at].strip())
+            names, _, description = lines[at].strip().partition(": ")
+            shown = names.replace(f",{SPACE}", "`, `").replace(f"{SPACE}…{SPACE}", "` … `")
+            lines[at] = f"{indent_of(lines[at])}- `{shown}`: {description}"
         lines.insert(results[0], f"{indent_of(lines[results[0]])}A tuple of\n")
     return "\n".join(lines)
 

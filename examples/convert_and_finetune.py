@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import tinyonn.hf
-from tinyonn.cli.demo import prepare_smollm2
+from tinyonn.cli.demo import at_least, model_folder, prepare_smollm2
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", help="folder or hub name of a model (default: SmolLM2-135M-Instruct)")
-parser.add_argument("--steps", type=int, default=12, help="optimiser steps")
-parser.add_argument("--tokens", type=int, default=512, help="tokens of a sequence")
+parser.add_argument("--model", type=model_folder, help="folder or hub name of a model (default: SmolLM2-135M-Instruct)")
+parser.add_argument("--steps", type=at_least(1), default=12, help="optimiser steps")
+parser.add_argument("--tokens", type=at_least(2), default=512, help="tokens of a sequence")
 parser.add_argument("--output", default="data/finetuned", help="folder for the fine-tuned model")
 args = parser.parse_args()
 

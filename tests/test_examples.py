@@ -78,6 +78,28 @@ def test_a_script_starts_from_any_folder(tmp_path):
     assert "two minutes" in help_text.stdout
 
 
+NUMBERS = re.compile(r'"(--\w+)", type=at_least\((\d+)\)')
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_bad_option_ends_in_one_line(script, place, monkeypatch, capsys):
+    numbers = NUMBERS.findall(script.read_text(encoding="utf-8"))
+    assert numbers
+    (place / "empty").mkdir()
+    bad = [("--model", value, f"must be .*, got {value}") for value in ("/nonexistent", "empty", "no model")]
+    for option, least in numbers:
+        message = f"must be a whole number of at least {least}, got "
+        bad += [(option, value, f"{message}'{value}'") for value in (str(int(least) - 1), "-3", "many")]
+    for option, value, message in bad:
+        monkeypatch.setattr(sys, "argv", [script.name, f"{option}={value}"])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(script), run_name="__main__")
+        assert ended.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert re.match(rf"{script.name}: error: argument {option}: {message}", last), last
+    assert [path.name for path in place.iterdir()] == ["empty"]
+
+
 def test_convert_and_finetune(run):
     names, out = run("convert_and_finetune.py", "--steps", "6", "--tokens", "256")
     dense, converted, tuned = numbers(r"(?m)^[a-z-]+ +loss (\d\.\d+)", out)
@@ -104,7 +126,7 @@ def test_train_experts(run):
 
 
 def test_scan_while_training(run, cache):
-    names, out = run("scan_while_training.py", "--steps", "4", "--tokens", "32")
+    names, out = run("scan_while_training.py", "--steps", "4", "--tokens", "32", "--model", str(smollm2_folder(cache)))
     held_out = names["held_out"]
     with torch.no_grad():
         before = AutoModelForCausalLM.from_pretrained(smollm2_folder(cache))(held_out, labels=held_out).loss.item()

@@ -328,6 +328,12 @@ def test_bad_options_are_named(options, message):
         convert_mlp_to_dynmoe(stock(), **{"num_experts": 8, **options})
 
 
+@pytest.mark.parametrize("number", [True, "4", 4.0, None], ids=repr)
+def test_a_number_of_experts_that_is_no_int_is_named(number):
+    with pytest.raises(TypeError, match=f"^num_experts must be an int, got {type(number).__name__}"):
+        convert_mlp_to_dynmoe(stock(), num_experts=number)
+
+
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.moe import ExpertsInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tinyonn import hf
 from tinyonn.errors import InputError
 from tinyonn.hf.interfaces import (
     attention_implementation,
@@ -104,6 +107,46 @@ def test_unregistered_names_are_refused():
     with pytest.raises(ValueError, match="mask must be one of"):
         register_attention("tinyonn_test_attention", lambda: None, mask="nothing")
     assert "tinyonn_test_attention" not in AttentionInterface()
+
+
+def dense(module, query, key, value, attention_mask, **kwargs):
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        (1, {}, TypeError, "name must be a string, got int"),
+        (None, {}, TypeError, "name must be a string, got NoneType"),
+        ("", {}, ValueError, "name must not be empty, got ''"),
+        (" ", {}, ValueError, "name must not be empty, got ' '"),
+        ("mine", {"forward": None}, TypeError, "forward must be a function, got NoneType"),
+        ("mine", {"forward": "f"}, TypeError, "forward must be a function, got str"),
+        ("mine", {"mask": 1}, TypeError, "mask must be a function or the name of a registered one, got int"),
+        ("mine", {"mask": None}, TypeError, "mask must be a function or the name of a registered one, got NoneType"),
+        *[
+            (taken, {}, ValueError, f"name must not be that of another implementation, got '{taken}'")
+            for taken in ("sdpa", "eager", "flash_attention_2", "dyn_nsa")
+        ],
+    ],
+    ids=str,
+)
+def test_what_cannot_be_registered_is_named_and_changes_nothing(name, options, error, message):
+    before = AttentionInterface._global_mapping | AttentionMaskInterface._global_mapping
+    with pytest.raises(error, match=f"^{re.escape(message)}\\.$"):
+        hf.register_attention(name, **{"forward": dense, **options})
+    assert AttentionInterface._global_mapping | AttentionMaskInterface._global_mapping == before
+
+
+def test_a_name_of_ones_own_can_be_registered_again(spied_attention):
+    name, masks = spied_attention
+    hf.register_attention(name, dense, mask="eager")
+    model = tiny_causal_lm("llama")
+    with torch.no_grad():
+        stock = model(TOKENS).logits
+        model.set_attn_implementation(name)
+        torch.testing.assert_close(model(TOKENS).logits, stock)
+    assert not masks
 
 
 def test_experts_modules_are_recognised():

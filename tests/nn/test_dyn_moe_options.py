@@ -35,6 +35,7 @@ OF_BOTH = [
     ({"scale": -1}, ValueError, "scale must be above 0, got -1"),
     ({"scale": INF}, ValueError, "scale must be finite, got inf"),
     ({"scale": NAN}, ValueError, "scale must be finite, got nan"),
+    ({"scale": 10**400}, ValueError, "scale must be a number that a float holds, got 1000"),
     ({"scale": "1"}, TypeError, "scale must be a number, got str"),
     ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
     ({"hidden_size": 16.0}, TypeError, "hidden_size must be an int, got float"),
@@ -73,7 +74,7 @@ OF_MIXTURES = [
 
 
 def id_of(value: object) -> str:
-    return " ".join(f"{name}={option}" for name, option in value.items()) if isinstance(value, dict) else ""
+    return " ".join(f"{name}={str(option)[:40]}" for name, option in value.items()) if isinstance(value, dict) else ""
 
 
 @pytest.mark.parametrize(("options", "error", "message"), OF_BOTH + OF_MIXTURES, ids=id_of)

@@ -124,3 +124,20 @@ def test_device_and_dtype_are_those_of_every_parameter():
     module = DynNSAAttention(32, 4, 2, bias=True, options=options, device="meta", dtype=torch.bfloat16)
     assert {(parameter.device.type, parameter.dtype) for parameter in module.parameters()} == {("meta", torch.bfloat16)}
     assert module(torch.empty(1, 40, 32, device="meta", dtype=torch.bfloat16)).out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"base": 10**400}, ValueError, "base must be a number that a float holds, got 1000"),
+        ({"budget_target": 10**400}, ValueError, "budget_target must be a number that a float holds, got 1000"),
+        ({"start_gates": (0, "1", 0)}, TypeError, "start_gates must be 3 numbers, got str among them"),
+        ({"start_gates": (0, True, 0)}, TypeError, "start_gates must be 3 numbers, got bool among them"),
+        ({"start_gates": (0, float("nan"), 0)}, ValueError, "start_gates must be finite, got nan"),
+        ({"start_gates": (0, 1)}, ValueError, "start_gates must have 3 weights, got 2"),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
+)
+def test_options_that_are_no_numbers_are_named(options, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        DynNSAOptions(**options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,6 +94,10 @@ CHOICES = [
     (expert_mlp, "surprise_kind"), (select_by_budget, "combine"), (threshold_route, "combine"), (threshold_route, "form"),
     (token_grad_norms, "wrt"), *((op, "impl") for op in (attention_stats, dyn_nsa, expert_mlp, integrate_sps, select_by_budget)),
 ]  # fmt: skip
+FLAGS = [
+    (attention_stats, "causal"), (dyn_nsa, "detach_scores"), (expert_mlp, "gated"), (expert_mlp, "interleaved"),
+    (expert_mlp, "transposed"), (integrate_sps, "return_per_token"), (select_blocks, "detach_scores"),
+]  # fmt: skip
 MASKS = [
     (attention_stats, "key_mask", (1, 64)), (attention_stats, "span_mask", (1, 64)), (integrate_sps, "token_mask", (4,)),
     (sparse_diversity_loss, "expert_mask", (5,)), (sparse_diversity_loss, "token_mask", (4,)), (surprise_min_loss, "token_mask", (4,)),
@@ -135,6 +140,39 @@ def test_a_number_out_of_range_is_a_wrong_value(op, name, value):
 def test_a_choice_names_what_there_is(op, name):
     with pytest.raises(ValueError, match=f"{name} must be one of [a-z_]+, .*, got 'other'"):
         op(**{name: "other"})
+
+
+@pytest.mark.parametrize(("op", "name"), CHOICES, ids=name_of)
+@pytest.mark.parametrize("value", [np.zeros(2), torch.zeros(2), ["torch"], None], ids=lambda x: type(x).__name__)
+def test_a_choice_that_is_no_string_is_a_wrong_value(op, name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be one of [a-z_]+, [^\n]*, got [^\n]*\.$"):
+        op(**{name: value})
+
+
+@pytest.mark.parametrize(("op", "name"), FLAGS, ids=name_of)
+@pytest.mark.parametrize("value", ["no", 0, None, np.ones(2)], ids=lambda x: type(x).__name__)
+def test_a_flag_must_be_true_or_false(op, name, value):
+    with pytest.raises(TypeError, match=rf"^{name} must be True or False, got [^\n]*\.$"):
+        op(**{name: value})
+
+
+@pytest.mark.parametrize(("op", "name"), NUMBERS, ids=name_of)
+@pytest.mark.parametrize("value", [10**400, -(10**5000)], ids=["1e400", "-1e5000"])
+def test_a_number_that_no_float_holds_is_a_wrong_value(op, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a number that a float holds, got .{{5,60}}\\.$"):
+        op(**{name: value})
+
+
+@pytest.mark.parametrize(("op", "name"), NUMBERS, ids=name_of)
+def test_a_number_may_be_of_numpy(op, name):
+    for impl in ("auto", "reference") if op not in (sparse_diversity_loss, surprise_min_loss) else (None,):
+        options = {} if impl is None else {"impl": impl}
+        for got, wanted in zip(*(results(op(**{name: number, **options})) for number in (np.float64(0.5), 0.5)), strict=True):
+            assert torch.equal(got, wanted)
+
+
+def results(found: object) -> list[torch.Tensor]:
+    return [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
 
 
 @pytest.mark.parametrize(("op", "name", "shape"), MASKS, ids=name_of)

@@ -83,6 +83,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "other neurons": ({"down_proj": torch.zeros(3, 8, 7)}, ValueError, r"down_proj must have shape \(3, 8, 4\)"),
     "other dtype": ({"down_proj": torch.zeros(3, 8, 4, dtype=torch.float64)}, TypeError, "down_proj must be torch.float32"),
     "other device": ({"down_proj": torch.zeros(3, 8, 4, device="meta")}, ValueError, "down_proj must be on cpu"),
+    "no down_proj": ({"down_proj": None}, TypeError, "down_proj must be a torch.Tensor, got NoneType"),
     "float index": ({"top_k_index": torch.zeros(4, 2)}, TypeError, "top_k_index must be an int32 or int64"),
     "other tokens": ({"top_k_index": torch.zeros(5, 2, dtype=torch.long)}, ValueError, r"top_k_index must have shape \(4, K\)"),
     "other slots": ({"top_k_weights": torch.zeros(4, 3)}, ValueError, r"top_k_weights must have shape \(4, 2\)"),
@@ -154,3 +155,19 @@ def test_a_token_that_is_not_finite_changes_no_other(value, name, impl):
             assert out[3].isnan().all()
     for wanted, got in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(("activation", "kind", "message"), [
+    ("nope", "down_proj", "activation must be one of silu, .*, got 'nope'"),
+    ("silu", "nope", "surprise_kind must be one of down_proj, .*, got 'nope'"),
+])  # fmt: skip
+def test_the_registered_op_names_an_unknown_kind(activation, kind, message):
+    params, x = weights(4, 8, 16), tokens_of(12, 16)
+    index, weight = routing(12, 2, 4)
+    layout = (activation, True, False, False, 0.0)
+    tensors = (x, params["gate_up_proj"], params["down_proj"], index, weight, None, None)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.tinyonn.expert_mlp(*tensors, None, kind, *layout, "torch")
+    _, pre = torch.ops.tinyonn.expert_mlp(*tensors, None, "down_proj", "silu", *layout[1:], "torch")
+    with pytest.raises(ValueError, match=message):
+        torch.ops.tinyonn.expert_mlp_backward(*tensors, pre, torch.ones_like(x), *layout, kind, True, True, True, "torch")

@@ -14,24 +14,12 @@ import tinyonn
 from tinyonn import ops, reference
 from tinyonn.testing import IMPLS, assert_close_rms, dtype_id, impl_device
 
+from .expert_cases import LAYOUTS as SHARED_LAYOUTS
+
 pytestmark = list(IMPLS[1].marks)  # type: ignore[union-attr]
 DEVICE = impl_device("triton")
 HALF = torch.float16  # Triton's interpreter multiplies bfloat16 as integers
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "silu": {},
-    "gelu": {"activation": "gelu"},
-    "gelu-tanh": {"activation": "gelu_tanh", "transposed": True},
-    "relu2": {"activation": "relu2", "gated": False},
-    "no-gate-gelu": {"activation": "gelu", "gated": False, "transposed": True},
-    "gpt-oss": {"activation": "clamped_swiglu", "interleaved": True, "transposed": True},
-    "clamped-halves": {"activation": "clamped_swiglu"},
-    "clamped-at-2": {"activation": "clamped_swiglu", "limit": 2.0},
-    "deepseek-v4": {"activation": "clamped_silu", "limit": 3.0},
-    "clamped-silu-interleaved": {"activation": "clamped_silu", "limit": 2, "interleaved": True, "transposed": True},
-    "clamped-silu-no-gate": {"activation": "clamped_silu", "limit": 1.5, "gated": False},
-    "interleaved": {"interleaved": True},
-    "interleaved-without-gate": {"interleaved": True, "gated": False},
-}
+LAYOUTS = SHARED_LAYOUTS | {"interleaved-without-gate": {"interleaved": True, "gated": False}}
 
 
 def case(

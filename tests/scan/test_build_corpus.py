@@ -234,6 +234,7 @@ def test_length_and_token_limits(tmp_path: Path) -> None:
         ({"min_tokens": 5}, "min_tokens and max_tokens need a tokenizer, got none"),
         ({"limit": 0}, "limit must be a whole number of at least 1, got 0"),
         ({"first": True}, "first needs a limit, got none"),
+        ({"min_char": 1}, r"^build_corpus: option must be a known one, got 'min_char'; did you mean 'min_chars'.*\?$"),
         ({"cut": True}, "cut needs max_chars, got none"),
     ],
 )
@@ -241,6 +242,14 @@ def test_bad_options(tmp_path: Path, options: dict[str, Any], message: str) -> N
     source = write(tmp_path / "in.jsonl", {"text": "cat" + LONG})
     with pytest.raises(InputError, match=message):
         build_corpus(source, CATS, tmp_path / "out.jsonl", **options)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("topic", [Path(), None, {}, ["cat"]], ids=lambda topic: type(topic).__name__)
+def test_a_topic_of_another_type_is_named(tmp_path: Path, topic: Any) -> None:
+    source = write(tmp_path / "in.jsonl", {"text": "cat" + LONG})
+    with pytest.raises(TypeError, match=f"^topic must be a Topic, the name .*, got {type(topic).__name__}"):
+        build_corpus(source, topic, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -62,11 +62,14 @@ CASES: dict[str, tuple[Callable[[Model], nn.Module], tuple[int, int]]] = {
     "unused": (lambda model: DistributedDataParallel(model, find_unused_parameters=True), (2, 1)),
     "compiled": (lambda model: torch.compile(DistributedDataParallel(model), backend="eager"), (3, 3)),
     "sharded": (sharded, (3, 3)),
+    "wrapped after the step was made": (lambda model: model, (3, 3)),
 }
 
 
-def run(model: nn.Module, rank: int, used: int, accumulation_steps: int = BATCHES) -> dict[str, Tensor]:
+def run(model: nn.Module, rank: int, used: int, accumulation_steps: int = BATCHES, wrap_later: bool = False) -> dict[str, Tensor]:
     step = HyperStep(model, NoStep(model.parameters()), accumulation_steps=accumulation_steps)
+    if wrap_later:
+        step.model = model = DistributedDataParallel(model)
     for number in range(BATCHES):
         x, y = batch(rank, number)
         step(lambda x=x, y=y: (model(x, used) - y).square().mean())
@@ -76,7 +79,7 @@ def run(model: nn.Module, rank: int, used: int, accumulation_steps: int = BATCHE
 
 
 def work(folder: Path, rank: int) -> None:
-    found = {name: run(wrap(model_of()), rank, used[rank]) for name, (wrap, used) in CASES.items()}
+    found = {name: run(wrap(model_of()), rank, used[rank], wrap_later="after" in name) for name, (wrap, used) in CASES.items()}
     torch.save(found, folder / f"{rank}.pt")
     refused = model_of()
     fully_shard(refused, ignored_params={parameter for layer in refused.layers for parameter in layer.router.parameters()})

@@ -147,3 +147,79 @@ def test_modules_are_found_once_and_again_when_they_change(monkeypatch):
     del model[-1], model[1]
     with pytest.raises(TypeError, match=r"model contains no tinyonn\.nn\.DynMoE layer"):
         step(lambda: model(x).square().mean())
+
+
+def test_a_model_that_is_assigned_later_learns():
+    """Against the same model trained by itself; the first model stays as it is."""
+    first, second, x = model_of(), model_of(), tokens()
+    with torch.no_grad():
+        second[1].router.prototypes += 0.1
+    parts = {"first": copy.deepcopy(first), "alone": copy.deepcopy(second)}
+    step = HyperStep(first, torch.optim.SGD([*first.parameters(), *second.parameters()], 0.1))
+    step.model = second
+    got = [step(lambda: second(x).square().mean()).gating_loss for _ in range(2)]
+    alone = parts["alone"]
+    optimizer = torch.optim.SGD(alone.parameters(), 0.1)
+    for loss in got:
+        with gating_gradients(alone) as gating:
+            alone(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(loss, gating.loss)
+    for model, wanted in ((second, alone), (first, parts["first"])):
+        for a, b in zip(model.parameters(), wanted.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_model_without_a_mixture_is_refused_when_it_is_assigned_later():
+    model, x = model_of(), tokens()
+    step = HyperStep(model, torch.optim.SGD(model.parameters(), 0.1))
+    step.model = nn.Linear(16, 16)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"model contains no tinyonn\.nn\.DynMoE layer \(got Linear\)"):
+            step(lambda: step.model(x).square().mean())
+    step.model = model
+    assert step(lambda: model(x).square().mean()).gating_loss > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("gating_weight", float("nan"), ValueError, "gating_weight must be finite, got nan"),
+        ("gating_weight", -1.0, ValueError, "gating_weight must be at least 0, got -1.0"),
+        ("max_grad_norm", 0.0, ValueError, "max_grad_norm must be above 0, got 0.0"),
+        ("accumulation_steps", 0, ValueError, "accumulation_steps must be"),
+        ("surprise_loss", 0, TypeError, "surprise_loss must be a SurpriseLoss or a mapping of its numbers, got int"),
+    ],
+)
+def test_options_that_are_assigned_later_are_checked(name, value, error, message):
+    model, x = model_of(), tokens()
+    step = HyperStep(model, torch.optim.SGD(model.parameters(), 0.1), max_grad_norm=1.0)
+    step(lambda: model(x).square().mean())
+    before, good = copy.deepcopy(model.state_dict()), getattr(step, name)
+    setattr(step, name, value)
+    with pytest.raises(error, match=message):
+        step(lambda: model(x).square().mean())
+    for key, wanted in before.items():
+        assert torch.equal(model.state_dict()[key], wanted), key
+    setattr(step, name, good)
+    assert step(lambda: model(x).square().mean()).stepped
+
+
+def test_fewer_accumulated_batches_take_effect_at_once():
+    model, x = model_of(), tokens()
+    step = HyperStep(model, torch.optim.SGD(model.parameters(), 0.1), accumulation_steps=4)
+    assert not any(step(lambda: model(x).square().mean()).stepped for _ in range(3))
+    step.accumulation_steps = 2
+    assert [step(lambda: model(x).square().mean()).stepped for _ in range(3)] == [True, False, True]
+
+
+def test_frozen_routers_of_a_model_that_is_assigned_later_are_told_once():
+    first, second, x = model_of(), model_of(), tokens()
+    step = HyperStep(first, torch.optim.SGD([*first.parameters(), *second.parameters()], 0.1))
+    second[1].router.requires_grad_(False)
+    step.model = second
+    with pytest.warns(UserWarning, match="no router requires a gradient") as told:
+        results = [step(lambda: second(x).square().mean()) for _ in range(2)]
+    assert all(result.stepped for result in results)
+    assert [warning.filename for warning in told] == [__file__]

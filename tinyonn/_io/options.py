@@ -160,7 +160,7 @@ class one_of:
         self.choices = [value for value in values if value is not None]
 
     def __call__(self, value: Any, name: str) -> Any:
-        if value not in self.values:
+        if not isinstance(value, str | None) or value not in self.values:  # an array, compared to a string, is an array
             near = did_you_mean(value, self.choices)
             raise InputError(f"{name} must be one of {', '.join(map(str, self.values))}, got {shown(value)}{near}")
         return value

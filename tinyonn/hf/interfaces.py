@@ -18,6 +18,8 @@ from transformers.integrations.moe import ExpertsInterface
 
 from ..errors import InputError
 
+_REGISTERED: set[str] = set()  # names given to `register_attention`
+
 
 def register_attention(name: str, forward: Callable[..., Any], *, mask: str | Callable[..., Any] = "sdpa") -> None:
     """Makes `forward` available as `attn_implementation=name`.
@@ -25,20 +27,38 @@ def register_attention(name: str, forward: Callable[..., Any], *, mask: str | Ca
     The mask function is registered under the same name. Without one, transformers passes no mask, and tokens attend to padding.
 
     Args:
-        name: name of the implementation in a configuration.
+        name: name of the implementation in a configuration. A name that transformers or tinyonn uses cannot be given; a name that this
+            function registered before can, and the new functions replace the old ones.
         forward: `(module, query, key, value, attention_mask, dropout, scaling, **kwargs) -> (out, weights | None)`; query
             (B, H, T, D), key and value (B, K, T, D), out (B, T, H, D).
         mask: the registered implementation whose masks `forward` takes: "sdpa" (bool, or None for plain causal) or
             "eager" (additive float); or a mask function with the same arguments.
 
     Raises:
-        ValueError: no mask function is registered as `mask`.
+        TypeError: `name` is not a string, or `forward` or `mask` not a function.
+        ValueError: `name` is empty or in use; no mask function is registered as `mask`.
     """
     masks = AttentionMaskInterface()
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {type(name).__name__}.")
+    if not name.strip():
+        raise ValueError(f"name must not be empty, got {name!r}.")
+    if not callable(forward):
+        raise TypeError(f"forward must be a function, got {type(forward).__name__}.")
+    if not isinstance(mask, str) and not callable(mask):
+        raise TypeError(f"mask must be a function or the name of a registered one, got {type(mask).__name__}.")
     if isinstance(mask, str) and mask not in masks:
         raise ValueError(f"mask must be one of {', '.join(masks)}, got {mask!r}.")
+    if name not in _REGISTERED and (name == "eager" or name in AttentionInterface() or name in masks):
+        raise ValueError(f"name must not be that of another implementation, got {name!r}.")
+    install_attention(name, forward, mask=mask)
+    _REGISTERED.add(name)
+
+
+def install_attention(name: str, forward: Callable[..., Any], *, mask: str | Callable[..., Any] = "sdpa") -> None:
+    """`register_attention` without its checks, for tinyonn's own names, which it then protects."""
     AttentionInterface.register(name, forward)
-    AttentionMaskInterface.register(name, masks[mask] if isinstance(mask, str) else mask)
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[mask] if isinstance(mask, str) else mask)
 
 
 def register_experts(name: str, forward: Callable[..., Any]) -> None:

@@ -6,7 +6,7 @@ N tokens, F features, E experts at most, I neurons per expert, K = max_experts s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -269,7 +269,7 @@ class DynMoE(nn.Module):
         visit: Visit,
         token_mask: Tensor | None = None,
         *,
-        surprise_loss: SurpriseLoss | None = None,
+        surprise_loss: SurpriseLoss | Mapping[str, float] | None = None,
         w_ce: float | None = None,
         w_kl: float | None = None,
         temperature: float | None = None,
@@ -279,7 +279,7 @@ class DynMoE(nn.Module):
         Args:
             visit: the call, after the backward of the main loss.
             token_mask: mask of the leading shape of the call's tokens; which of them count.
-            surprise_loss: weights of the loss on surprise; None for those of `SurpriseLoss`.
+            surprise_loss: weights of the loss on surprise, a `SurpriseLoss` or a mapping of its numbers; None for its defaults.
             w_ce, w_kl, temperature: the numbers of `SurpriseLoss`, in place of `surprise_loss`; None for its defaults.
 
         Raises:

@@ -74,6 +74,8 @@ class DynNSAOptions:
         if not isinstance(self.start_gates, (list, tuple)):
             raise TypeError(f"start_gates must be a tuple of 3 numbers, got {type(self.start_gates).__name__}.")
         for gate in self.start_gates:
+            if isinstance(gate, bool) or not isinstance(gate, (int, float)):
+                raise TypeError(f"start_gates must be 3 numbers, got {type(gate).__name__} among them.")
             check_number("start_gates", gate)
         check_sizes(self.block_size, self.compress_size)
         check_size("window", self.window)

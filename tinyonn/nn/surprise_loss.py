@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 
 from torch import Tensor
 
+from ..errors import listed
 from ..ops import surprise_min_loss
 from ..ops._checks import check_number
 
@@ -13,6 +15,8 @@ from ..ops._checks import check_number
 @dataclass(frozen=True)
 class SurpriseLoss:
     """The router's loss on surprise, `ops.surprise_min_loss`, with its three numbers.
+
+    Where an argument or attribute takes a `SurpriseLoss`, it also takes a mapping of these numbers, such as `{"w_kl": 0.5}`.
 
     Args:
         w_ce: weight of the cross-entropy with the expert of least surprise, at least 0.
@@ -38,13 +42,27 @@ class SurpriseLoss:
         return surprise_min_loss(scores, surprise, token_mask=token_mask, **asdict(self))
 
 
-def surprise_loss_of(surprise_loss: SurpriseLoss | None, **numbers: float | None) -> SurpriseLoss:
-    """The loss given as an object or by its numbers. TypeError if both are given."""
-    given = {name: number for name, number in numbers.items() if number is not None}
+def surprise_loss_of(
+    surprise_loss: SurpriseLoss | Mapping[str, float] | None, *, name: str = "surprise_loss", **numbers: float | None
+) -> SurpriseLoss:
+    """The loss given as an object, as a mapping of its fields, or by its numbers; None and no numbers for the defaults.
+
+    Raises:
+        TypeError: `surprise_loss`, called `name`, has another type; it and numbers are given.
+        ValueError: the mapping has other keys; a number is out of range.
+    """
+    given = {option: number for option, number in numbers.items() if number is not None}
     if surprise_loss is None:
         return SurpriseLoss(**given)
-    if not isinstance(surprise_loss, SurpriseLoss):
-        raise TypeError(f"surprise_loss must be a SurpriseLoss, got {type(surprise_loss).__name__}.")
     if given:
-        raise TypeError(f"surprise_loss already contains {', '.join(given)}; give one or the other.")
-    return surprise_loss
+        raise TypeError(f"{name} already contains {', '.join(given)}; give one or the other.")
+    if isinstance(surprise_loss, SurpriseLoss):
+        return surprise_loss
+    if not isinstance(surprise_loss, Mapping):
+        got = f"the class {surprise_loss.__name__}" if isinstance(surprise_loss, type) else type(surprise_loss).__name__
+        raise TypeError(f"{name} must be a SurpriseLoss or a mapping of its numbers, got {got}.")
+    known = [field.name for field in fields(SurpriseLoss)]
+    unknown = [repr(key) for key in surprise_loss if key not in known]
+    if unknown:
+        raise ValueError(f"{name} must have no keys but {', '.join(known)}, got {listed(unknown, 5, width=80)}.")
+    return SurpriseLoss(**surprise_loss)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import shown
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_FLOAT = sys.float_info.max
 _COMPARED = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -55,8 +59,8 @@ def check_mask(name: str, mask: Tensor | None, shape: Sequence[int], device: tor
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+    if not isinstance(value, str) or value not in choices:  # an array, compared to a string, is an array
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}.")
 
 
 def check_int(name: str, value: object) -> None:
@@ -74,6 +78,8 @@ def check_number(name: str, value: Any, **bounds: float) -> None:
     """TypeError or ValueError for anything but a finite number within the bounds: at_least, above, at_most, below."""
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
+    if isinstance(value, int) and not -MAX_FLOAT <= value <= MAX_FLOAT:
+        raise ValueError(f"{name} must be a number that a float holds, got {shown(value)}.")
     if not -math.inf < value < math.inf:  # not `isfinite`, which torch.compile cannot trace
         raise ValueError(f"{name} must be finite, got {value}.")
     if not all(_COMPARED[rule](value, bound) for rule, bound in bounds.items()):
@@ -83,7 +89,7 @@ def check_number(name: str, value: Any, **bounds: float) -> None:
 
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}.")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}.")
 
 
 def check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *inputs: Tensor | None) -> None:

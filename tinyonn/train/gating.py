@@ -6,7 +6,7 @@ differentiated at once. No graph is kept, and the inputs are freed where an ordi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from ..nn.surprise_capture import Visit, call_listener, captured_calls
 from ..nn.surprise_loss import SurpriseLoss, surprise_loss_of
 from ..ops import Routing
 from ..ops._checks import check_number
-from .mixtures import Mixtures
+from .mixtures import Mixtures, dynmoe_layers
 from .parallel import average
 
 if TYPE_CHECKING:
@@ -29,8 +29,15 @@ if TYPE_CHECKING:
 
 
 def capture(model: nn.Module) -> AbstractContextManager[dict[DynMoE, list[Visit]]]:
-    """The calls of each DynMoE layer within the block, with inputs and routing, for losses of your own."""
-    return captured_calls(Mixtures(model).layers.values(), "router_inputs")
+    """The calls of each DynMoE layer within the block, with inputs and routing, for losses of your own.
+
+    It adds no gradients, so the model may have any wrapper.
+
+    Raises:
+        TypeError: the model contains no DynMoE layer.
+        RuntimeError: a layer is captured already.
+    """
+    return captured_calls(dynmoe_layers(model).values(), "router_inputs")
 
 
 class GatingGradients:
@@ -118,7 +125,7 @@ def gating_gradients(
     *,
     token_mask: Tensor | None = None,
     weight: float = 1.0,
-    surprise_loss: SurpriseLoss | None = None,
+    surprise_loss: SurpriseLoss | Mapping[str, float] | None = None,
     scaler: GradScaler | None = None,
     w_ce: float | None = None,
     w_kl: float | None = None,
@@ -138,7 +145,7 @@ def gating_gradients(
         token_mask: bool or integers, of the leading shape of the layers' inputs; which tokens count, such as an attention mask. None for
             all. The statistics of the layers count the same tokens.
         weight: weight of the routers' losses, at least 0; divide it by the number of accumulated batches.
-        surprise_loss: weights of the loss on surprise; None for those of `SurpriseLoss`.
+        surprise_loss: weights of the loss on surprise, a `SurpriseLoss` or a mapping of its numbers; None for its defaults.
         scaler: AMP's scaler; these gradients are multiplied by its scale like the others. The surprise needs no unscaling, because the
             loss divides it by its mean.
         w_ce, w_kl, temperature: the numbers of `SurpriseLoss`, in place of `surprise_loss`; None for its defaults.

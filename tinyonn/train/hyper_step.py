@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +23,7 @@ from ..errors import listed
 from ..nn.surprise_loss import SurpriseLoss, surprise_loss_of
 from ..ops._checks import check_number, check_size
 from .gating import train_routers
-from .mixtures import Mixtures
+from .mixtures import Mixtures, mixtures_of
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -54,12 +54,15 @@ class HyperStep:
     `fully_shard`, over a mesh of one dimension, they are synchronised in each. If an epoch ends in the middle of an accumulation, the next
     batch continues it; `reset` drops it.
 
+    The attributes `model`, `gating_weight`, `surprise_loss`, `accumulation_steps` and `max_grad_norm` may be assigned between steps. Each
+    step checks them. An assigned model's parameters must be in the optimisers, which no step checks.
+
     Args:
         model: a model with at least one `nn.DynMoE`. Modules may be added or replaced between steps.
         optimizer: optimiser of all parameters, or of all but the routers'.
         router_optimizer: optimiser of the routers' parameters; None if `optimizer` has them.
         gating_weight: weight of the routers' losses relative to the main loss, at least 0.
-        surprise_loss: weights of the loss on surprise; None for those of `SurpriseLoss`.
+        surprise_loss: weights of the loss on surprise, a `SurpriseLoss` or a mapping of its numbers; None for its defaults.
         accumulation_steps: batches per step of the optimisers.
         max_grad_norm: maximum norm of the gradients of all optimisers together; None for no clipping.
         scaler: AMP's scaler, for float16. With `max_grad_norm` an overflow anywhere skips the step of both optimisers; without it each
@@ -79,7 +82,7 @@ class HyperStep:
         router_optimizer: Optimizer | None = None,
         *,
         gating_weight: float = 1.0,
-        surprise_loss: SurpriseLoss | None = None,
+        surprise_loss: SurpriseLoss | Mapping[str, float] | None = None,
         accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
         scaler: GradScaler | None = None,
@@ -87,18 +90,17 @@ class HyperStep:
         w_kl: float | None = None,
         temperature: float | None = None,
     ) -> None:
-        check_number("gating_weight", gating_weight, at_least=0)
-        self.surprise_loss = surprise_loss_of(surprise_loss, w_ce=w_ce, w_kl=w_kl, temperature=temperature)
-        check_size("accumulation_steps", accumulation_steps)
-        if max_grad_norm is not None:
-            check_number("max_grad_norm", max_grad_norm, above=0)
+        self.surprise_loss: SurpriseLoss | Mapping[str, float] | None = surprise_loss_of(
+            surprise_loss, w_ce=w_ce, w_kl=w_kl, temperature=temperature
+        )
+        self.gating_weight, self.accumulation_steps, self.max_grad_norm = gating_weight, accumulation_steps, max_grad_norm
+        self._check_options()
         self._mixtures = Mixtures(model)
         _warn_if_frozen(self._mixtures)
         self.model, self.scaler = model, scaler
         self.optimizers = [optimizer] if router_optimizer is None else [optimizer, router_optimizer]
         for one in self.optimizers:
             _check_optimizer(one)
-        self.gating_weight, self.accumulation_steps, self.max_grad_norm = gating_weight, accumulation_steps, max_grad_norm
         self._batches = 0
         owners = Counter(map(id, self._parameters()))
         for name, parameter in self._mixtures.router_parameters().items():
@@ -114,20 +116,23 @@ class HyperStep:
                 count, such as an attention mask. None for all.
 
         Raises:
-            TypeError, ValueError: compute_loss does not return a 0-d tensor with a graph; the mask does not fit; under `tinyonn.debug()`
-                a loss, a router's loss or a gradient is not finite, with the name of the mixture or the parameters (gradients that a
-                scaler scales may overflow and are not checked). After any error, also of compute_loss and the optimisers, accumulated
-                gradients are dropped and the next call starts a new accumulation. Steps that an optimiser has made are kept.
+            TypeError, ValueError: the constructor would refuse a model or an option that was assigned; compute_loss does not return a 0-d
+                tensor with a graph; the mask does not fit; under `tinyonn.debug()` a loss, a router's loss or a gradient is not finite,
+                with the name of the mixture or the parameters (gradients that a scaler scales may overflow and are not checked). After
+                any error, also of compute_loss and the optimisers, accumulated gradients are dropped and the next call starts a new
+                accumulation. Steps that an optimiser has made are kept.
         """
-        last = self._batches + 1 == self.accumulation_steps
         try:
-            self._mixtures.refresh()
+            self._check_options()
+            surprise_loss = surprise_loss_of(self.surprise_loss)
+            last = self._batches + 1 >= self.accumulation_steps
+            self._find_mixtures()
             wrapper = self._mixtures.wrapper
             with ExitStack() as stack:
                 if not last and wrapper is not None:
                     stack.enter_context(wrapper.no_sync())
                 weight = self.gating_weight / self.accumulation_steps
-                gating = stack.enter_context(train_routers(self._mixtures, token_mask, weight, self.scaler, self.surprise_loss))
+                gating = stack.enter_context(train_routers(self._mixtures, token_mask, weight, self.scaler, surprise_loss))
                 loss = _checked(compute_loss())
                 share = loss / self.accumulation_steps
                 (share if self.scaler is None else self.scaler.scale(share)).backward()
@@ -146,6 +151,18 @@ class HyperStep:
         self._batches = 0
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+
+    def _check_options(self) -> None:
+        check_number("gating_weight", self.gating_weight, at_least=0)
+        check_size("accumulation_steps", self.accumulation_steps)
+        if self.max_grad_norm is not None:
+            check_number("max_grad_norm", self.max_grad_norm, above=0)
+
+    def _find_mixtures(self) -> None:
+        mixtures = mixtures_of(self.model, self._mixtures)
+        if mixtures is not self._mixtures:
+            self._mixtures = mixtures
+            _warn_if_frozen(mixtures, stacklevel=4)
 
     def _step(self) -> None:
         if self.scaler is None:
@@ -178,12 +195,12 @@ class HyperStep:
         return [parameter for optimizer in self.optimizers for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _warn_if_frozen(mixtures: Mixtures) -> None:
+def _warn_if_frozen(mixtures: Mixtures, stacklevel: int = 3) -> None:
     if not any(parameter.requires_grad for parameter in mixtures.router_parameters().values()):
         warnings.warn(
             "no router requires a gradient, so none learns: call requires_grad_(True) on their parameters; under PEFT set "
             "modules_to_save=['router'] in its configuration, or a name of the mixtures.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
@@ -224,24 +241,21 @@ class HyperStepMixin:
 
     Attributes:
         gating_weight: weight of the routers' losses relative to the main loss.
-        surprise_loss: a `SurpriseLoss`, or a dict of its numbers; None for its defaults.
-        gating_options: earlier name of `surprise_loss`. TypeError if both are set.
+        surprise_loss: weights of the loss on surprise, a `SurpriseLoss` or a mapping of its numbers; None for its defaults.
+        gating_options: earlier name of `surprise_loss`; {} if not set. TypeError if both are set.
         last_gating_loss: mean loss of the routers in the last step.
     """
 
     gating_weight: float = 1.0
-    surprise_loss: dict[str, float] | SurpriseLoss | None = None
-    gating_options: dict[str, float] | SurpriseLoss | None = None
+    surprise_loss: SurpriseLoss | Mapping[str, float] | None = None
+    gating_options: dict[str, float] | SurpriseLoss | None = {}  # noqa: RUF012  # a class's choice, never written to
     last_gating_loss: Tensor | None = None
     _mixtures: Mixtures | None = None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         trainer: Any = self
         first = self._mixtures is None
-        if self._mixtures is not None and self._mixtures.model is model:
-            self._mixtures.refresh()
-        else:
-            self._mixtures = Mixtures(model)
+        self._mixtures = mixtures_of(model, self._mixtures)
         if first:
             _warn_if_frozen(self._mixtures)
         surprise_loss = self._surprise_loss()
@@ -254,7 +268,9 @@ class HyperStepMixin:
         return loss
 
     def _surprise_loss(self) -> SurpriseLoss:
-        if self.surprise_loss is not None and self.gating_options is not None:
+        earlier = self.gating_options
+        if self.surprise_loss is None:
+            return surprise_loss_of(earlier, name="gating_options")
+        if earlier is not None and earlier != {}:
             raise TypeError("gating_options is the earlier name of surprise_loss; set surprise_loss only.")
-        given = self.gating_options if self.surprise_loss is None else self.surprise_loss
-        return given if isinstance(given, SurpriseLoss) else SurpriseLoss(**(given or {}))
+        return surprise_loss_of(self.surprise_loss)

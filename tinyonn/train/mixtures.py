@@ -9,6 +9,20 @@ from ..nn.dyn_moe import DynMoE
 KEEP_OTHER_GRADIENTS = ("DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
+def dynmoe_layers(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> dict[str, DynMoE]:
+    """The DynMoE layers of a model by name. TypeError if there is none.
+
+    Args:
+        model: the model, or its wrapper.
+        modules: all modules of the model by name; None to walk over the model.
+    """
+    walked = dict(model.named_modules()) if modules is None else modules
+    layers = {name: module for name, module in walked.items() if isinstance(module, DynMoE)}
+    if not layers:
+        raise TypeError(f"model contains no tinyonn.nn.DynMoE layer (got {type(model).__name__}).")
+    return layers
+
+
 class Mixtures:
     """The DynMoE layers of a model by name.
 
@@ -46,9 +60,7 @@ class Mixtures:
     def _search(self) -> None:
         modules = dict(self.model.named_modules())
         self._tree = [(module, type(module), dict(module._modules.items())) for module in modules.values()]
-        self.layers = {name: module for name, module in modules.items() if isinstance(module, DynMoE)}
-        if not self.layers:
-            raise TypeError(f"model contains no tinyonn.nn.DynMoE layer (got {type(self.model).__name__}).")
+        self.layers = dynmoe_layers(self.model, modules)
         for module in modules.values():
             if type(module).__name__ in KEEP_OTHER_GRADIENTS:
                 raise TypeError(
@@ -71,3 +83,11 @@ class Mixtures:
                     f"{name} must be sharded where the model is, by fully_shard over a mesh of one dimension, got "
                     f"{'no mesh' if mesh is None else mesh}."
                 )
+
+
+def mixtures_of(model: nn.Module, found: Mixtures | None) -> Mixtures:
+    """The mixtures of a model: `found`, refreshed, if they are of this model. Raises as `Mixtures.refresh` does."""
+    if found is None or found.model is not model:
+        return Mixtures(model)
+    found.refresh()
+    return found

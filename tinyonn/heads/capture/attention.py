@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
-from ...hf.interfaces import configurations, register_attention
+from ...hf.interfaces import configurations, install_attention
 from ...ops import AttentionStats
 from .layer_stats import Wanted
 from .layers import AttentionLayer, attention_layers, uncompiled
@@ -217,7 +217,7 @@ def _reporting(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 
 for _base in BASES:
-    register_attention(PREFIX + _base, _reporting(_base), mask=_base)
+    install_attention(PREFIX + _base, _reporting(_base), mask=_base)
 
 
 def _of_layer(

@@ -42,9 +42,9 @@ class DynMoEOptions:
     def __post_init__(self) -> None:
         if self.routing == "budget" and self.surprise_budget is None:
             self.surprise_budget = 1.0
+        check_size("num_experts", self.num_experts)
         check_number("target_k", self.target_k)
         check_number("scale", self.scale, above=0, at_most=10)  # beyond, float32 sigmoids of large cosines are one number
-        check_size("num_experts", self.num_experts)
         check_size("max_experts", self.max_experts, 0)
         if self.max_experts > self.num_experts:
             raise ValueError(

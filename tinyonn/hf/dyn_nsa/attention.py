@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ...errors import InputError
 from ...nn.block_compression import block_starts, blocks_of
 from ...nn.dyn_nsa import attend, checked_price, common_dtype
-from ..interfaces import register_attention
+from ..interfaces import install_attention
 from .decoding import compressed_so_far
 from .masks import dyn_nsa_mask, gathered, layout_of, within_bounds
 from .options import checked_options, checked_tau, open_price
@@ -167,4 +167,4 @@ def _without_parts(
     return attend(options, query, key, value, *compressed, gates, base, slope, tau=tau, scale=scale, **bounds).out
 
 
-register_attention(DYN_NSA, dyn_nsa_attention, mask=dyn_nsa_mask)
+install_attention(DYN_NSA, dyn_nsa_attention, mask=dyn_nsa_mask)

@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ...errors import InputError, reason
 from ...ops._attention import MAX_HEAD_DIM
-from ..interfaces import attention_implementation, gradients_kept, modes_kept, register_attention
+from ..interfaces import attention_implementation, gradients_kept, install_attention, modes_kept
 from ..memory import is_out_of_memory
 from .attention import is_local, unknown_arguments
 from .masks import dyn_nsa_mask
@@ -182,4 +182,4 @@ def _probe(
     return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=is_causal)
 
 
-register_attention(_PROBE, _probe, mask=_probe_mask)
+install_attention(_PROBE, _probe, mask=_probe_mask)

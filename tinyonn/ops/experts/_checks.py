@@ -22,6 +22,7 @@ def check_inputs(inputs: Inputs, gated: bool, transposed: bool) -> None:
     if gate_up_proj.dim() != 3 or gate_up_proj.shape[1 if transposed else 2] != features:
         wanted = f"(E, {features}, ·)" if transposed else f"(E, ·, {features})"
         raise ValueError(f"gate_up_proj must have shape {wanted}, got {tuple(gate_up_proj.shape)}.")
+    check_float("down_proj", down_proj)
     experts, width = gate_up_proj.shape[0], gate_up_proj.shape[2 if transposed else 1]
     if gated and width % 2:
         raise ValueError(f"gate_up_proj must have an even number of outputs with gated=True, got {width}.")

@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import reference
 from ..._debug import debug_enabled
 from ...reference.experts.expert_mlp import Activation, SurpriseKind
-from .._checks import check_choice, check_float, check_same_device, check_size
+from .._checks import check_choice, check_flag, check_float, check_same_device, check_size
 from .._dispatch import check_impl, choose_impl, parts_of, refuse_reference, refuse_tangents, register, schema_of, statistics_dtype
 from . import _torch_experts, _triton_experts
 from ._autograd import Experts, gradients_by, save_for_backward
@@ -85,6 +85,8 @@ def expert_mlp(
     "Efficient per-example gradient computations", arXiv:1510.01799.
     """
     check_impl(impl)
+    for name, flag in (("gated", gated), ("interleaved", interleaved), ("transposed", transposed)):
+        check_flag(name, flag)
     inputs = Inputs(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, gate_up_bias, down_bias)
     check_inputs(inputs, gated, transposed)
     check_choice("activation", activation, get_args(Activation))
@@ -99,6 +101,13 @@ def expert_mlp(
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     out, _ = (Experts.apply if transformed else _forward_op)(*inputs, *probe, *layout, impl)
     return out
+
+
+def _check_kinds(activation: str, surprise_kind: str | None) -> None:
+    """Again, for callers of `torch.ops.tinyonn`."""
+    check_choice("activation", activation, get_args(Activation))
+    if surprise_kind is not None:
+        check_choice("surprise_kind", surprise_kind, get_args(SurpriseKind))
 
 
 class _Probe(torch.autograd.Function):
@@ -156,7 +165,8 @@ def scatter_surprise(slots: Tensor, top_k_index: Tensor, num_experts: int) -> Te
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """out, and `Saved.pre`."""
-    inputs, _, layout, impl = parts_of(arguments, Inputs, Probe, Layout)
+    inputs, probe, layout, impl = parts_of(arguments, Inputs, Probe, Layout)
+    _check_kinds(layout.activation, probe.surprise_kind)
     if debug_enabled():
         check_values(inputs)
     match refuse_reference("expert_mlp", choose_impl(impl, inputs.hidden_states)):
@@ -175,6 +185,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, saved, layout, wanted, impl = parts_of(arguments, Inputs, Saved, Layout, Wanted)
     hidden_states = inputs.hidden_states
+    _check_kinds(layout.activation, wanted.surprise_kind)
     match refuse_reference("expert_mlp", choose_impl(impl, hidden_states)):
         case "triton":
             grads = _triton_experts.experts_backward(inputs, saved, layout, wanted)

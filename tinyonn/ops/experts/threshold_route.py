@@ -142,7 +142,8 @@ def select_by_budget(
     if impl == "reference":
         return _narrow(reference.select_by_budget(scores, budget, max_experts=max_experts, combine=combine), wide.dtype)
     share, index = _highest(_shares(wide), max_experts)
-    limit: Any = budget.to(share.dtype).reshape(-1, 1) if isinstance(budget, Tensor) else budget
+    # `float`, because a number of NumPy, compared to another, gives NumPy's truth value, which no tensor takes.
+    limit: Any = budget.to(share.dtype).reshape(-1, 1) if isinstance(budget, Tensor) else float(budget)
     before = share.cumsum(-1) - share
     slot = torch.arange(max_experts, device=share.device)
     there = share > 0  # not masked, and more than 0 in this precision

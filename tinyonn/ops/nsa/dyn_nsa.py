@@ -13,7 +13,7 @@ from ..._debug import debug_enabled
 from ...reference import DynNSAOutput
 from ...reference.nsa.dyn_nsa import Importance
 from .._attention import check_sinks, checked_heads, checked_softcap, in_one_dtype, order_hint, scale_of
-from .._checks import check_choice, check_no_nan, check_size, check_tensor
+from .._checks import check_choice, check_flag, check_no_nan, check_size, check_tensor
 from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_dyn_nsa, _triton_dyn_nsa
 from ._checks import (
@@ -116,6 +116,7 @@ def dyn_nsa(
     check_max_blocks(max_blocks, forced_first, forced_local)
     check_size("window", window)
     check_choice("importance", importance, get_args(Importance))
+    check_flag("detach_scores", detach_scores)
     bounds = checked_bounds(query, key, key.shape[1], cu_seqlens, key_start, key_end)
     check_compressed(query, key_compressed, key.shape[1], compress_size)
     rows = (*query.shape[:2], key.shape[2])

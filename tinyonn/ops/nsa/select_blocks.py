@@ -11,7 +11,7 @@ from ... import reference
 from ...reference import BlockSelection
 from ...reference.nsa.dyn_nsa import Importance
 from .._attention import checked_heads, checked_softcap, scale_of
-from .._checks import check_choice, check_tensor
+from .._checks import check_choice, check_flag, check_tensor
 from .._dispatch import refuse_tangents, statistics_dtype
 from . import _torch_select, _triton_nsa
 from ._checks import (
@@ -90,6 +90,7 @@ def select_blocks(
     query, key_compressed = checked_heads(impl, query, key_compressed=key_compressed)
     check_sizes(block_size, compress_size)
     check_max_blocks(max_blocks, forced_first, forced_local)
+    check_flag("detach_scores", detach_scores)
     temperature = check_temperature(temperature)
     check_choice("importance", importance, get_args(Importance))
     num_keys = query.shape[1] if num_keys is None else num_keys

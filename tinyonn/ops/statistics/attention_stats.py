@@ -11,7 +11,7 @@ from ... import reference
 from ..._debug import debug_enabled
 from ...reference.statistics.attention_stats import AttentionStats
 from .._attention import checked_heads, choose_attention_impl, scale_of
-from .._checks import check_float, check_mask, check_no_nan, check_number, check_same_device, check_size, check_tensor
+from .._checks import check_flag, check_float, check_mask, check_no_nan, check_number, check_same_device, check_size, check_tensor
 from .._dispatch import register_statistic, statistics_dtype
 from ._torch_attention_stats import Visibility
 from ._torch_attention_stats import attention_stats as torch_attention_stats
@@ -67,6 +67,7 @@ def attention_stats(
         raise ValueError(f"key must have at least query's {queries} positions, got {keys}.")
     check_mask("span_mask", span_mask, (batch, keys), query.device)
     check_mask("key_mask", key_mask, (batch, keys), query.device)
+    check_flag("causal", causal)
     if window is not None:
         check_size("window", window)
     if softcap is not None:

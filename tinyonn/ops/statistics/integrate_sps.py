@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import reference
 from ..._debug import debug_enabled
-from .._checks import check_float, check_mask, check_out, check_same_device, check_tensor
+from .._checks import check_flag, check_float, check_mask, check_out, check_same_device, check_tensor
 from .._dispatch import check_impl, choose_impl, register_statistic, statistics_dtype
 from ._torch_sps import integrate
 
@@ -54,6 +54,7 @@ def integrate_sps(
         RuntimeError: impl="triton" cannot run here.
     """
     check_impl(impl)
+    check_flag("return_per_token", return_per_token)
     check_float("activation", activation)
     if activation.dim() != 2:
         raise ValueError(f"activation must have shape (tokens, blocks), got {tuple(activation.shape)}.")

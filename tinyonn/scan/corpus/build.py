@@ -90,12 +90,15 @@ def build_corpus(
     Raises:
         InputError: an option is invalid; the source does not exist; a record is malformed (with its line); the output exists; nothing was
             kept.
+        TypeError: `topic` is neither a Topic nor a string.
     """
-    config = CorpusConfig(**options)
+    config = CorpusConfig.from_mapping(options, source="build_corpus")
     if tokenizer is None and (config.min_tokens is not None or config.max_tokens is not None):
         raise InputError("min_tokens and max_tokens need a tokenizer, got none.")
     if isinstance(topic, str):
         topic = load_topic(topic)
+    if not isinstance(topic, Topic):
+        raise TypeError(f"topic must be a Topic, the name of a built-in topic or of a YAML file, got {type(topic).__name__}.")
     require_source(os.fspath(source))
     path = Path(output) if output is not None else Path("data/sft") / f"{topic.name}_corpus.jsonl"
     check_output(path, [source], config.overwrite)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...errors import InputError
-from ...hf.interfaces import register_attention
+from ...hf.interfaces import install_attention
 
 LOCAL_CREDIT = "tinyonn_local_credit"
 STEP_ELEMENTS = 1 << 22  # scores in memory at once, over all sequences and heads
@@ -181,4 +181,4 @@ def _diagonal(x: Tensor, rows: slice) -> Tensor:
     return x[..., rows].diagonal(dim1=-2, dim2=-1)[..., None]
 
 
-register_attention(LOCAL_CREDIT, local_credit_attention, mask="sdpa")
+install_attention(LOCAL_CREDIT, local_credit_attention, mask="sdpa")
