@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from tinyonn.errors import InputError
 from tinyonn.hf import BudgetSchedule, calibrate, convert_attention, register_attention, statistics
-from tinyonn.hf.dyn_nsa import calibration, cores, observing
+from tinyonn.hf.dyn_nsa import calibration, cores, shares
 from tinyonn.testing import left_padding, tiny_causal_lm, token_ids
 
 SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
@@ -55,12 +55,12 @@ def offsets_by_hand(model: PreTrainedModel, rows: list[Tensor]) -> Tensor:
         torch.nn.functional.cross_entropy(logits[0, :-1], row[1:], reduction="sum").backward()
         far, blocks = far_blocks(len(row)), range(-(-len(row) // 16))
         found, slope = [], []
-        for shares, value, out in kept.values():
+        for probabilities, value, out in kept.values():
             slope.append(out.grad[0].square().sum((-1, -2)))
-            mass = torch.stack([shares[0, :, :, 16 * b : 16 * b + 16].sum(-1) for b in blocks], -1)
+            mass = torch.stack([probabilities[0, :, :, 16 * b : 16 * b + 16].sum(-1) for b in blocks], -1)
             effect = []
             for b in blocks:
-                part = shares[0, :, :, 16 * b : 16 * b + 16] @ value[0, :, 16 * b : 16 * b + 16].repeat_interleave(2, 0)
+                part = probabilities[0, :, :, 16 * b : 16 * b + 16] @ value[0, :, 16 * b : 16 * b + 16].repeat_interleave(2, 0)
                 effect.append((part - mass[..., b, None] * out[0]).square().sum(-1))
             grouped = mass.unflatten(0, (2, 2)).mean(1)
             found.append(torch.cat([(torch.stack(effect, -1) * far).sum((-1, -2)), (grouped.square() * far).sum((-1, -2))]))
@@ -96,7 +96,7 @@ def test_offsets_are_what_a_blocks_share_is_worth(how):
 def test_chunks_of_queries_change_nothing(monkeypatch):
     x, found = token_ids(), []
     for elements in (2**23, 5000):
-        monkeypatch.setattr(observing, "ELEMENTS", elements)
+        monkeypatch.setattr(shares, "ELEMENTS", elements)
         model = convert_attention(stock(dtype=torch.float64), **SMALL)
         reached = calibrate(model, [x], 3.5)
         found.append((torch.stack([core.base for core in cores(model)]).detach(), next(cores(model)).price, reached))

@@ -75,7 +75,7 @@ def test_the_shares_that_the_compressed_branch_gives_come_near_the_true_ones(how
     after = divergences(model, text)
     for own_before, own_after, (first, last) in zip(before, after, reported.values(), strict=True):
         assert own_after < 0.7 * own_before
-        assert last < 0.7 * first
+        assert last < 0.8 * first  # of one text or the other
     if how == "plain":  # the first step draws nearly all queries of one text, or of the other
         assert [first for first, _ in reported.values()] == pytest.approx(before, rel=0.5)
     learned = {name for name, value in model.state_dict().items() if not torch.equal(value, frozen[name])}

@@ -135,6 +135,7 @@ class DynNSACore(nn.Module):
         self.register_buffer("sums", torch.empty(len(STATISTICS), device=device, dtype=torch.float32), persistent=False)
         self.register_buffer("calls", torch.empty((), device=device, dtype=torch.int64), persistent=False)
         self.previous_tau: Tensor | None = None
+        self.watch: Callable[[Any], None] | None = None  # of calls that are plain causal attention while a sample is measured
         self.collecting = False
         self.collected: tuple[Tensor, Tensor] | None = None  # of `sums_of`
         # Blocks that queries read in training, those not forced, and number of rows, for a schedule that takes them. No buffer: DDP would

@@ -19,6 +19,7 @@ from ...nn.dyn_nsa import attend, checked_price, common_dtype
 from ..interfaces import install_attention
 from .decoding import compressed_so_far
 from .masks import dyn_nsa_mask, gathered, layout_of, within_bounds
+from .observing import plain_attention
 from .options import checked_options, checked_tau, open_price
 from .parts import DYN_NSA, core_of
 
@@ -103,7 +104,7 @@ def dyn_nsa_attention(
         rows, query_order = compaction.rows, compaction.queries(query.shape[2])
         tau = None if tau is None else gathered(tau, query_order, 1)
         query, key, value = gathered(query, query_order, 2), gathered(key, compaction.order, 2), gathered(value, compaction.order, 2)
-    if core is not None and sequences is None:
+    if core is not None and sequences is None and core.watch is None:
         compressed = compressed_so_far(core, original, key, value, query.shape[2], rows)
     if rows is not None:
         key, value, bounds["key_start"], bounds["key_end"] = within_bounds(key, value, rows)
@@ -118,6 +119,10 @@ def dyn_nsa_attention(
     gates = core.gates(query)
     # The previous token's uncertainty is passed in as `tau`, so recomputation uses the same value; see `hooks`.
     tau = core.tau_of(tau, query, decoding=False)
+    if core.watch is not None:
+        plain = plain_attention(core, query, key, value, gates, tau=tau, price=price, scale=scaling, **bounds)
+        if plain is not None:
+            return _in_place(plain.reshape(batch, tokens, *plain.shape[2:]), query_order), None
     result = core(
         query, key, value, gates, key_compressed=compressed[0], value_compressed=compressed[1], tau=tau, price=price, scale=scaling,
         **bounds,

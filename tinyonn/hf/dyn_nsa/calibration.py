@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,11 +14,13 @@ from transformers import PreTrainedModel
 from ..._io.units import counted
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
+from ...ops import DynNSAOutput
 from ...ops._checks import check_choice, check_number
 from .._forward import tokens_of
 from ..interfaces import modes_kept
 from ..peft_parts import keep_in_adapter
-from .observing import Attended, HeadEffects, PriceSample, checked_sample, price_of_all, run, set_price, watched
+from .measures import HeadEffects, PriceSample
+from .observing import Attended, checked_sample, run, set_price, watched
 from .parts import PART, cores, set_options
 from .sample_loss import loss_of, with_leaf
 
@@ -82,7 +85,6 @@ def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[d
         if call.core in effects:
             effects[call.core].watch(call)
 
-    set_price(found, price_of_all(found))
     with watched(found, watch):
         for batch in batches:
             if effects:
@@ -166,11 +168,13 @@ def _read(model: PreTrainedModel, found: list[DynNSACore], batches: list[dict[st
     """Key blocks that the queries of the sample read, over all layers and heads."""
     total = 0
 
-    def count(call: Attended) -> None:
+    def count(core: DynNSACore, args: Any, result: DynNSAOutput) -> None:
         nonlocal total
-        total += int(call.result.counts.sum())
+        total += int(result.counts.sum())
 
-    with watched(found, count):
+    with ExitStack() as stack:
+        for core in found:
+            stack.callback(core.register_forward_hook(count).remove)
         for batch in batches:
             run(model, batch)
     return total

@@ -22,20 +22,9 @@ from ...nn.dyn_nsa import DynNSACore
 from ...ops._checks import check_size
 from ..interfaces import modes_kept
 from ..peft_parts import active_modules, keep_in_adapter
-from .observing import (
-    ELEMENTS,
-    Attended,
-    Sequence,
-    block_shares,
-    checked_sample,
-    kinds_of_blocks,
-    price_of_all,
-    run,
-    sequences_of,
-    set_price,
-    watched,
-)
+from .observing import Attended, checked_sample, run, watched
 from .parts import PART, cores
+from .shares import Sequence, block_shares, drawn, kinds_of_blocks, true_block_shares
 
 VISIT = 10  # steps on one batch before the next
 RATES = {"position": 2e-2, "up": 3e-3, "down": 3e-3, "query_map": 3e-3}
@@ -75,7 +64,6 @@ def distil_compression(
     try:
         with modes_kept(model), torch.inference_mode(False):
             model.eval()
-            set_price(found, price_of_all(found))
             with watched(found, lambda call: pupils[call.core].learn(call)):
                 done, idle = 0, 0
                 for batch in cycle(batches):
@@ -115,7 +103,7 @@ class _Pupil:
 
     def learn(self, call: Attended) -> None:
         """Some steps on the texts of one call."""
-        texts = [text for text in sequences_of(call) if text.end - text.begin > self.least]
+        texts = [text for text in call.sequences() if text.end - text.begin > self.least]
         for _ in range(min(VISIT, self.steps - len(self.losses)) if texts else 0):
             text = texts[int(torch.randint(len(texts), (), generator=self.generator))]
             with torch.enable_grad():
@@ -133,17 +121,16 @@ class _Pupil:
     def _divergence(self, call: Attended, text: Sequence) -> Tensor:
         """Mean of the divergence over some queries of a text and all heads, 0-d."""
         options, length = self.core.options, text.end - text.begin
-        place = torch.randperm(length - self.least, generator=self.generator)[: self.queries].sort().values + self.least
-        place = place.to(call.key.device)
+        place = drawn(length, self.least, self.queries, self.generator).to(call.key.device)
         query = call.query[text.row, text.begin + place].detach().float()
         key = call.key[text.row, text.begin : text.end].detach().float()
         far, _ = kinds_of_blocks(place, length, options)
-        true = _true_shares(query, key, place, options.block_size, call.scale) * far
+        true = true_block_shares(query, key, place, options.block_size, call.scores) * far
         maps = {name: value for name, value in self.learned.items() if name != "query_map"}
         keys = functional_call(self.core.compress_key, maps, (key[None],))[0]
         if "query_map" in self.learned:
             query = torch.einsum("thd,hde->the", query, self.learned["query_map"])
-        found = block_shares(query, keys, place, length, options, call.scale) * far
+        found = block_shares(query, keys, place, length, options, call.scores) * far
         rest, rest_found = ((1 - shares.sum(-1)).clamp(min=1e-6) for shares in (true, found))
         inner = torch.xlogy(true, true) - true * found.clamp(min=1e-9).log()
         return (inner.sum(-1) + rest * (rest.log() - rest_found.log())).mean()
@@ -155,19 +142,3 @@ class _Pupil:
 
     def progress(self) -> tuple[float, float]:
         return self.losses[0], sum(self.losses[-VISIT:]) / len(self.losses[-VISIT:])
-
-
-@torch.no_grad()
-def _true_shares(query: Tensor, key: Tensor, place: Tensor, block_size: int, scale: float) -> Tensor:
-    """Share of each block in the attention of each query head, (K, G, t, NB).
-
-    Args:
-        query: (t, H, D). key: (n, K, D), of the whole text. place: (t,) of the queries.
-    """
-    length, heads = key.shape[:2]
-    spare, index, found = -length % block_size, torch.arange(length, device=key.device), []
-    for part, where in zip(*(x.split(max(1, ELEMENTS // (query.shape[1] * length))) for x in (query, place)), strict=True):
-        scores = torch.einsum("tkgd,nkd->kgtn", part.unflatten(1, (heads, -1)), key) * scale
-        shares = scores.masked_fill_(index > where[:, None], torch.finfo(scores.dtype).min).softmax(-1)
-        found.append(torch.nn.functional.pad(shares, (0, spare)).unflatten(-1, (-1, block_size)).sum(-1))
-    return torch.cat(found, 2)
