@@ -94,16 +94,18 @@ def plain_attention(
     tau: Tensor | None,
     price: Tensor | float | None,
     scale: float | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor | None:
-    """Output of a watched call that reads all blocks, (B, T, H, D), 0 for padding; None where the call is to run as it is.
+    """Output of a watched call that reads all blocks, (B, T, H, D), 0 for padding; None where the core is to run, and be watched.
 
     Args: as of a core; price is that of the call.
     """
     watch, (batch, total), most = core.watch, key.shape[:2], core.options.max_blocks
-    if watch is None or price is not None or query.shape[1] != total:
+    if watch is None or query.shape[1] != total or any(x is not None for x in (price, softcap, sinks)):
         return None
     if most is not None and most * core.options.block_size < total:
         return None
