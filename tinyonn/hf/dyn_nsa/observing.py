@@ -124,8 +124,8 @@ def plain_attention(
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     groups = query.shape[2] // key.shape[2]
     key, value = (x if groups == 1 else x.repeat_interleave(groups, 2) for x in (key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), is_causal=True, scale=scale)
-    return out.transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
 
 
 def checked_sample(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any]]) -> list[dict[str, Any]]:
