@@ -42,8 +42,8 @@ class Attended(NamedTuple):
     out: Tensor  # (B, T, H, D)
 
     def sequences(self) -> Iterator[Sequence]:
-        size = self.core.options.compress_size
-        return sequences_of(*self.key.shape[:2], size, self.key_start, self.key_end, self.cu_seqlens)
+        batch, total = self.key.shape[:2]
+        return sequences_of(batch, total, self.core.options.compress_size, self.key_start, self.key_end, self.cu_seqlens)
 
     def compressed_keys(self) -> Tensor:
         """(B, M, K, D), without gradients."""
