@@ -205,13 +205,20 @@ def write(folder: Path, results: Results, texts: int) -> None:
         "",
         "- **Model**: SmolLM2-135M-Instruct (4-bit weights, Q4_1, dequantised). Its own weights are frozen.",
         f"- **Text**: {texts} modules of Python's standard library, {results.settings['tokens']} tokens each.",
-        "- **Conversion**: compression of 32 positions, a window of 512; the gates of both are 0 before tuning.",
+        "- **Conversion**: compression of 32 positions, a window of 512. The gates of the compressed and of the window branch are 0 before"
+        " tuning.",
         f"- **Tuning**: {results.settings['steps']} steps of Adam on thresholds, gates and compression, one text each, on other modules.",
         "",
-        "The arms are three sources of tau, which moves the thresholds, and a static top-n, which has no threshold. *Before* means"
-        " calibrated only, *after* means tuned too. The budget is the requested mean; the next column is the mean on the evaluation texts.",
+        "The rows compare three sources of tau, on which the thresholds depend ([DynNSA](dyn_nsa.md)), with a fixed number of blocks"
+        " (static top-n). *Before* means calibrated only, *after* means tuned too.",
         "",
-        "![Perplexity against mean key blocks a query](dyn_nsa_budget.png)",
+        "- **Budget** is the requested mean number of key blocks per query, **mean blocks** the mean on the evaluation texts.",
+        "- For the static top-n, n is the budget, rounded. Its mean is lower than n because the first queries of a text have fewer than n"
+        " blocks.",
+        "- Before tuning, tau from output gives the same values as a constant tau. Over a whole text it is one number, and calibration"
+        " shifts all thresholds by a common amount.",
+        "",
+        "![Perplexity against mean key blocks per query](dyn_nsa_budget.png)",
         "",
         "| | budget | mean blocks | perplexity |",
         "|---|---|---|---|",
