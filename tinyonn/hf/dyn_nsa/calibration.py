@@ -51,9 +51,10 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
         Mean key blocks per query over the sample, as the model now reads.
 
     Raises:
-        InputError: the model is not converted; the sample is empty or too short for the target; no price reaches the target; with
-            price="gradient", the model gives no logits, or the loss or its gradient is not finite.
-        ValueError: price is not one of the two. TypeError, ValueError: target is not a finite number.
+        InputError: the model is not converted; the sample is empty or too short for the target; no price reaches the target; an
+            importance is NaN; with price="gradient", the model gives no logits, or the loss or its gradient is not finite.
+        ValueError: price is not one of the two. TypeError, ValueError: target is not a finite number. TypeError: the sample is not an
+            iterable of batches.
     """
     check_choice("price", price, get_args(Price))
     check_number("target", target)

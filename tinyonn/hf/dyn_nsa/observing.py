@@ -20,7 +20,9 @@ from ...errors import InputError
 from ...nn.block_compression import block_starts
 from ...nn.dyn_nsa import DynNSACore
 from ...ops import DynNSAOutput
+from .._forward import tokens_of
 from ..interfaces import gradients_kept
+from .hooks import BUDGET, PRICE
 from .options import open_price
 from .parts import cores
 from .shares import Scores, Sequence, sequences_of
@@ -132,14 +134,37 @@ def checked_sample(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str
     """The batches of a sample, as keyword arguments of the model.
 
     Raises:
-        InputError: the model is not converted, or there is no batch.
+        InputError: the model is not converted, there is no batch, or one cannot be measured.
+        TypeError: the sample is not an iterable of batches.
     """
     if next(cores(model), None) is None:
         raise InputError(f"model must be converted by convert_attention, got an unconverted {type(model).__name__}.")
-    batches = [{"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) for batch in sample]
+    if isinstance(sample, (Tensor, Mapping, str)) or not isinstance(sample, Iterable):
+        raise TypeError(f"sample must be a list of batches, got {type(sample).__name__}.")
+    batches = [_checked_batch(batch) for batch in sample]
     if not batches:
         raise InputError("sample contains no batch.")
     return batches
+
+
+def _checked_batch(batch: Tensor | Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(batch, (Tensor, Mapping)):
+        raise TypeError(f"batches of the sample must be token ids or dicts of the model's arguments, got {type(batch).__name__}.")
+    given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    for name in ("past_key_values", PRICE, BUDGET):
+        if given.get(name) is not None:
+            raise InputError(f"batches of the sample must not have {name}.")
+    tokens = tokens_of(given)
+    if tokens is None:
+        raise InputError("batches of the sample must have input_ids or inputs_embeds, got neither.")
+    name, shape = ("input_ids", "(B, T)") if given.get("input_ids") is not None else ("inputs_embeds", "(B, T, features)")
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name} of the sample must be a tensor {shape}, got {type(tokens).__name__}.")
+    if tokens.dim() != shape.count(",") + 1 or tokens.numel() == 0:
+        raise InputError(f"{name} of the sample must be {shape} of at least one token, got {tuple(tokens.shape)}.")
+    if name == "input_ids" and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool):
+        raise TypeError(f"input_ids of the sample must be integers, got {tokens.dtype}.")
+    return given
 
 
 @torch.no_grad()
