@@ -1,6 +1,6 @@
 """Convert SmolLM2-135M's attention to DynNSA, calibrate it to 8 key blocks per query, then fine-tune it with a Trainer.
 
-The text is a module of Python's standard library. Takes about three minutes on two CPU cores.
+The text is a module of Python's standard library. Takes about five minutes on two CPU cores.
 """
 
 import argparse
