@@ -193,11 +193,11 @@ def write(folder: Path, results: Results, texts: int, sample_texts: int) -> None
         f"- **Text**: {texts} modules of Python's standard library, {settings['tokens']} tokens each.",
         f"- **Conversion**: each MLP becomes {settings['experts']} experts of {1536 // settings['experts']} neurons, split and calibrated"
         f" on {sample_texts} other modules.",
-        f"- **Tuning**: {settings['steps']} steps of Adam on experts and routers, one text each, on yet other modules.",
+        f"- **Tuning**: {settings['steps']} steps of Adam on experts and routers, one text a step, from yet other modules.",
         "",
-        "The rows compare thresholds, tuned with three router losses ([surprise, sparse diversity](dyn_moe.md#what-the-surprise-is), or the"
-        " language loss alone), with a plain top-k, tuned with the load-balancing loss of Switch Transformer (*balance*). *Before* means"
-        " calibrated only, *after* means tuned too.",
+        "Thresholds are tuned in three ways: with the router loss on [surprise](dyn_moe.md#what-the-surprise-is), with the router loss"
+        " *sparse diversity*, and with the language loss alone. They are compared with a plain top-k, which is tuned with the"
+        " load-balancing loss of Switch Transformer (*balance*). *Before* means calibrated only, *after* means tuned too.",
         "",
         "k is the requested mean number of experts per token, and *mean experts* the mean on the evaluation texts.",
         "",

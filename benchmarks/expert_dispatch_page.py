@@ -135,8 +135,9 @@ def _answer(cells: list[Cell]) -> list[str]:
     if safe[0] and safe[1]:
         few = math.ceil(1 / min(safe[0][0], safe[1][0]))
         headline = [
-            f"**Sparse dispatch wins, in time and in memory, as long as at most one expert in {few} is active. Dense wins if there are few"
-            " experts and a large share of them is active. For small experts it wins at a smaller share.**"
+            f"**Sparse dispatch is faster and needs less memory as long as at most one expert in {few} is active. The dense form can be"
+            " better if there are few experts and a large share of them is active. The smaller the experts, the smaller the share from"
+            " which the dense form is better.**"
         ]
     measures = (("min", "Time", "is faster"), ("peak", "Peak memory", "needs less memory"))
     for (measure, title, better), least in zip(measures, safe, strict=True):
@@ -153,27 +154,36 @@ def _answer(cells: list[Cell]) -> list[str]:
             found.append(text)
     found.append(
         "- **Memory kept from forward to backward**, which adds up over the layers of a model: dense keeps"
-        f" {_times(_ratios(cells, 'kept'))} as much as `expert_mlp`. With checkpointing, `expert_mlp` keeps"
+        f" {_times(_ratios(cells, 'kept'))} as much as `expert_mlp`. Under `torch.utils.checkpoint`, `expert_mlp` keeps"
         f" {_times(_ratios(cells, 'kept', CHECKPOINTED))} as much as without, and takes"
         f" {_times(_ratios(cells, 'min', CHECKPOINTED))} as long."
     )
     best = [min((name for name in SPARSE if name in cell.candidates), key=lambda name: cell.candidates[name]["min"]) for cell in cells]
     behind = max(cell.candidates[OURS]["min"] / cell.candidates[name]["min"] for cell, name in zip(cells, best, strict=True))
     found.append(
-        f"- **Sparse forms.** Number of sizes at which each is the fastest: {_counts(best)}. `expert_mlp` takes at most {behind:.2g}"
+        f"- **Sparse forms.** Number of sizes at which each is the fastest: {_counts(best)}."
+        " `grouped_mm` is our layer written with torch's `grouped_mm`, transformers' `grouped_mm` the implementation that transformers uses"
+        f" under this name. `expert_mlp` takes at most {behind:.2g}"
         " times as long as the fastest."
     )
-    text = f"- **Surprise.** A step with surprise takes {_times(_ratios(cells, 'min', SURPRISED), 3)} as long as one without."
+    text = (
+        f"- **Surprise.** Forward and backward with surprise take {_times(_ratios(cells, 'min', SURPRISED), 3)} as long as without; values"
+        " below 1 are noise."
+    )
     if einsum := _ratios(cells, "min", EINSUM, SURPRISED):
         text += (
             " An einsum over the gradient of each (token, expert) pair computes only the"
             " [surprise](dyn_moe.md#what-the-surprise-is). It takes"
-            f" {_times(einsum)} as long as the whole step with surprise, and needs {_times(_ratios(cells, 'peak', EINSUM, SURPRISED))} as"
-            " much peak memory."
+            f" {_times(einsum)} as long as forward and backward with surprise, and needs"
+            f" {_times(_ratios(cells, 'peak', EINSUM, SURPRISED))} as much peak memory."
         )
     lines = [*_wrapped(*headline), ""] if headline else []
     lines += [*_crossovers(cells), ""]
-    lines += [*_wrapped("A number with a range in parentheses is the median over all sizes."), ""]
+    lines += _wrapped(
+        "Below, a number such as 1.5 times (0.9 to 3) is the median over the sizes measured, with the smallest and the largest value in"
+        " parentheses."
+    )
+    lines.append("")
     for part in [*found, text]:
         lines += _wrapped(part, "  ")
     return lines
@@ -232,7 +242,7 @@ def page_of(content: dict[str, Any], stem: str) -> str:
         "",
         *_wrapped(
             "A mixture has E small experts of I neurons, and each token uses k of them. It can be computed in two ways. The dense form"
-            " computes all experts for every token, and multiplies their outputs by weights that are mostly zero. Sparse dispatch computes"
+            " computes all experts for every token, and scales them by routing weights that are mostly zero. Sparse dispatch computes"
             " only the k experts of each token. The dense form does E/k times the arithmetic, in large products. Sparse dispatch sorts and"
             " gathers tokens, multiplies small matrices, and adds the results. `expert_mlp` is tinyonn's sparse dispatch. All figures are"
             f" for forward and backward with {settings['tokens']} tokens of {settings['features']} features, {settings['dtype']}."
@@ -257,15 +267,15 @@ def page_of(content: dict[str, Any], stem: str) -> str:
         ),
         "",
         *_wrapped(
-            "The dense form is the fastest that we know. It has one product for the gate and one for up, over all experts. The tokens'"
-            " weights are applied to the hidden values before the last product, which also sums over experts (`nei,efi->nf`). It computes"
-            f" no surprise. It was not measured at {absent} of {len(cells)} sizes, where it would take more than"
+            "The dense form is the fastest that we know. It has one product for the gate and one for up, over all experts. The"
+            " routing weights are applied to the hidden values before the last product, which also sums over experts (`nei,efi->nf`). It"
+            f" computes no surprise. It was not measured at {absent} of {len(cells)} sizes, where it would take more than"
             f" {settings['dense_operations'] / 1e9:.0f} billion operations."
         ),
         "",
         *_wrapped(
-            "The column `grouped_mm` is the same layer, written with torch's `grouped_mm`. Transformers' `grouped_mm` is the implementation"
-            " that transformers uses under this name. *Loop* is a loop over experts."
+            "The column *loop* is a loop over experts. The table of memory has a column *checkpointed*, `expert_mlp` under"
+            " `torch.utils.checkpoint`."
         ),
         "",
         f"Not measured: {'other GPUs' if on_gpu else 'a GPU'}, other numbers of tokens and features, unevenly loaded experts.",
