@@ -259,6 +259,8 @@ class DynNSACore(nn.Module):
         tau: Tensor | None = None,
         price: Tensor | float | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
         key_start: Tensor | None = None,
         key_end: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -272,13 +274,14 @@ class DynNSACore(nn.Module):
             key_compressed, value_compressed: (B, Tk // compress_size, K, D), from `compress`; None to compress here.
             tau: (B, T, K), from `tau_of`; None for the entropy of the compressed branch.
             price: price of this call, 0-d; None for the layer's.
-            scale, key_start, key_end, cu_seqlens: as in `ops.dyn_nsa`.
+            scale, softcap, sinks, key_start, key_end, cu_seqlens: as in `ops.dyn_nsa`.
         """
         if key_compressed is None or value_compressed is None:
             key_compressed, value_compressed = self.compress(key, value, key_start, cu_seqlens)
         return attend(
             self.options, query, key, value, key_compressed, value_compressed, gates, self.threshold_base(price), self.slope, tau=tau,
-            query_compressed=self.compressed_query(query), scale=scale, key_start=key_start, key_end=key_end, cu_seqlens=cu_seqlens,
+            query_compressed=self.compressed_query(query), scale=scale, softcap=softcap, sinks=sinks, key_start=key_start,
+            key_end=key_end, cu_seqlens=cu_seqlens,
         )  # fmt: skip
 
     def threshold_base(self, price: Tensor | float | None = None) -> Tensor:

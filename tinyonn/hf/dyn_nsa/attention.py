@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ...errors import InputError
 from ...nn.block_compression import block_starts, blocks_of
@@ -22,6 +21,7 @@ from .masks import dyn_nsa_mask, gathered, layout_of, within_bounds
 from .observing import plain_attention
 from .options import checked_options, checked_tau, open_price
 from .parts import DYN_NSA, core_of
+from .plain import ScoreShape, checked_shape, mask_of_bounds, plain_layer
 
 # Arguments that a model may pass to its attention function, and that do not change the result here.
 _WITHOUT_EFFECT = {
@@ -34,7 +34,7 @@ _LOCAL_TYPES = {"sliding_attention", "chunked_attention", "window_attention", "h
 
 
 def is_local(module: nn.Module, sliding_window: int | None) -> bool:
-    """Whether an attention layer sees only a part of the past, so that SDPA runs it."""
+    """Whether an attention layer sees only a part of the past, so that it stays as it is."""
     types, index = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
     if sliding_window is not None:
         return True
@@ -59,13 +59,15 @@ def dyn_nsa_attention(
     tau: Tensor | float | None = None,
     block_price: Tensor | float | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function for transformers' AttentionInterface.
 
-    A layer that `convert_attention` has converted uses its own parts. Other layers run DynNSA without learned parts. Their defaults are
-    means of blocks, gates (0, 1, 0) and all blocks; the dict `config.dyn_nsa` sets fields of `DynNSAOptions`. Layers with a sliding
-    window or chunks, which are local already, run SDPA.
+    A layer that `convert_attention` has converted uses its own parts. Other layers attend to all that they see, as in an unconverted
+    model. Where a model sets the dict `config.dyn_nsa`, fields of `DynNSAOptions`, its layers without a sliding window or chunks run DynNSA
+    without learned parts: with means of blocks, gates (0, 1, 0), and all blocks unless the dict sets something sparser.
 
     Args:
         module: attention module of a layer.
@@ -75,6 +77,8 @@ def dyn_nsa_attention(
         block_price: number or 0-d, in nats, passed as `model(..., block_price=...)` or `generate(..., block_price=...)`; None for the price
             of the model. A lower one reads more blocks.
         cu_seq_lens_q: (sequences + 1,) int32, bounds of the sequences packed in one row; None to take them from the mask.
+        softcap: bound of the scores, softcap · tanh(score / softcap); of every branch.
+        s_aux: (H,), sinks: the score of each head's additional key, whose value is 0; in the softmax of every branch.
 
     Returns:
         out (B, T, H, D), 0 for queries that are padding, and None for the weights.
@@ -85,17 +89,20 @@ def dyn_nsa_attention(
     """
     name, local = type(module).__name__, is_local(module, sliding_window)
     if unknown := unknown_arguments(kwargs):
-        runs = "SDPA, which runs local layers," if local else "attn_implementation='dyn_nsa'"
-        raise InputError(f"{name} passes {', '.join(unknown)} to its attention, and {runs} does not support it.")
+        raise InputError(f"{name} passes {', '.join(unknown)} to its attention, and attn_implementation='dyn_nsa' does not support it.")
+    shape = checked_shape(name, query.shape[1], softcap, s_aux)
+    how: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
     if local:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal)
-    if dropout:
+        return plain_layer(module, query, key, value, attention_mask, shape, **how), None
+    core = core_of(module)
+    whole = core is None and not getattr(module.config, "dyn_nsa", None)  # a full layer that nothing was chosen for
+    if dropout and not whole:
         raise InputError(f"attention dropout must be 0 for attn_implementation='dyn_nsa', got {dropout} in {name}.")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise InputError(f"attention must be causal for attn_implementation='dyn_nsa', and that of {name} is not.")
     tau = None if tau is None else checked_tau(tau, (query.shape[0], query.shape[2], key.shape[1]), query)
     price = None if block_price is None else checked_price("block_price", block_price)
-    core, original = core_of(module), key
+    original = key
     rows, sequences, compaction = layout_of(attention_mask, query.shape[0], cu_seq_lens_q)
     bounds: dict[str, Tensor | None] = {"cu_seqlens": sequences}
     compressed: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -108,13 +115,17 @@ def dyn_nsa_attention(
         compressed = compressed_so_far(core, original, key, value, query.shape[2], rows)
     if rows is not None:
         key, value, bounds["key_start"], bounds["key_end"] = within_bounds(key, value, rows)
+    if whole:
+        mask = mask_of_bounds(query, key, bounds.get("key_start"), bounds.get("key_end"), sequences)
+        out = plain_layer(module, *common_dtype(query, key, value), mask, shape, **how)
+        return _in_place(out, query_order), None
     query, key, value = (x.transpose(1, 2) for x in common_dtype(query, key, value))
     batch, tokens = query.shape[:2]
     if sequences is not None and cu_seq_lens_q is None:  # bounds of all rows laid end to end
         query, key, value = (x.flatten(0, 1)[None] for x in (query, key, value))
         tau = None if tau is None else tau.flatten(0, 1)[None]
     if core is None:
-        out = _without_parts(module, query, key, value, tau, price, scaling, bounds)
+        out = _without_parts(module, query, key, value, tau, price, scaling, shape, bounds)
         return _in_place(out.reshape(batch, tokens, *out.shape[2:]), query_order), None
     gates = core.gates(query)
     # The previous token's uncertainty is passed in as `tau`, so recomputation uses the same value; see `hooks`.
@@ -122,13 +133,13 @@ def dyn_nsa_attention(
     if core.watch is not None:
         plain = plain_attention(
             core, query, key, value, gates, tau=tau, price=price, scale=scaling, key_start=bounds.get("key_start"),
-            key_end=bounds.get("key_end"), cu_seqlens=sequences,
+            key_end=bounds.get("key_end"), cu_seqlens=sequences, **shape._asdict(),
         )  # fmt: skip
         if plain is not None:
             return _in_place(plain.reshape(batch, tokens, *plain.shape[2:]), query_order), None
     result = core(
         query, key, value, gates, key_compressed=compressed[0], value_compressed=compressed[1], tau=tau, price=price, scale=scaling,
-        **bounds,
+        **shape._asdict(), **bounds,
     )  # fmt: skip
     sums = core.budget_sums(result)  # also in recomputation, which must save the same tensors
     if core.collecting:
@@ -150,11 +161,12 @@ def _without_parts(
     tau: Tensor | None,
     price: Tensor | float | None,
     scale: float | None,
+    shape: ScoreShape,
     bounds: dict[str, Tensor | None],
 ) -> Tensor:
     start: dict[str, Any] = {"max_blocks": None, "start_gates": (0.0, 1.0, 0.0), "base": 0.0, "slope": 0.0, "learnable_compression": False}
     start["compress_query"] = False
-    given = getattr(module.config, "dyn_nsa", None) or {}
+    given = module.config.dyn_nsa
     options = checked_options(given, "config.dyn_nsa", start)
     if "base" not in given:
         options.base = open_price(options)
@@ -172,7 +184,7 @@ def _without_parts(
     base, slope = (query.new_full((num_kv,), number) for number in (options.base, options.slope))
     if price is not None:
         base = base + price
-    return attend(options, query, key, value, *compressed, gates, base, slope, tau=tau, scale=scale, **bounds).out
+    return attend(options, query, key, value, *compressed, gates, base, slope, tau=tau, scale=scale, **shape._asdict(), **bounds).out
 
 
 install_attention(DYN_NSA, dyn_nsa_attention, mask=dyn_nsa_mask)

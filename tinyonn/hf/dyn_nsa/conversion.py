@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from .probe import attention_layers
 def convert_attention(
     model: PreTrainedModel,
     *,
+    layers: Sequence[int] | None = None,
     compress_size: int = 16,
     block_size: int = 64,
     window: int = 512,
@@ -42,7 +44,8 @@ def convert_attention(
     to each threshold, is -30, or less if the options need it. `calibrate` sets it for a budget; `BudgetSchedule` moves it during training.
     Compression starts as the mean. By default the gates of blocks are hard, which suits a model whose weights stay as they are;
     `BudgetSchedule` widens them while the model trains. Attention layers are found by running the model on a few tokens. Layers with a
-    sliding window or chunks are local already and stay as they are.
+    sliding window or chunks are local already and stay as they are, and so do full ones that `layers` does not name. Softcaps and sinks of
+    a model apply in every branch.
 
     The model saves with `save_pretrained`, and loads with `from_pretrained` once `tinyonn.hf` is imported. The model gets its own copy of
     its configuration, which records the conversion. The model may be quantised, and `convert_mlp_to_dynmoe` can convert its MLPs too.
@@ -55,6 +58,7 @@ def convert_attention(
 
     Args:
         model: causal decoder that uses transformers' AttentionInterface.
+        layers: numbers of the decoder layers to convert, from 0; None for all without a sliding window or chunks.
         compress_size … impl: see `DynNSAOptions`.
 
     Returns:
@@ -62,8 +66,9 @@ def convert_attention(
 
     Raises:
         InputError: the model is converted already, has weights on the meta device, is not a causal decoder, or has no layer to convert;
-            its attention is not supported (softcap, sinks, dropout, own masks, or values of another size than keys, as in MLA).
-        TypeError, ValueError: `model` is not a transformers model; an option is invalid.
+            its attention is not supported (dropout, own masks, heads above 256, or values of another size than keys, as in MLA); `layers`
+            names a layer that is not a full attention layer.
+        TypeError, ValueError: `model` is not a transformers model; `layers` is not a list of integers; an option is invalid.
     """
     checked_model(model)
     if next(cores(model), None) is not None:
@@ -74,23 +79,24 @@ def convert_attention(
         "learnable_compression": learnable_compression, "compress_query": compress_query, "start_gates": (0.0, 1.0, 0.0), "base": base,
         "slope": slope, "tau_source": tau_source, "tau": tau, "impl": impl,
     })  # fmt: skip
-    layers = attention_layers(model)
-    add_parts(model, dataclasses.asdict(options), layers)
-    record(model, DYN_NSA, dataclasses.asdict(options), layers)
-    for name in layers:
+    found = attention_layers(model, layers)
+    add_parts(model, dataclasses.asdict(options), found)
+    record(model, DYN_NSA, dataclasses.asdict(options), found)
+    for name in found:
         config: Any = getattr(model.get_submodule(name), "config", model.config)
         config._attn_implementation_internal = DYN_NSA  # the public setter would reach a vision tower's too
     return model
 
 
-def revert_attention(model: PreTrainedModel, attn_implementation: str = "sdpa") -> PreTrainedModel:
+def revert_attention(model: PreTrainedModel, attn_implementation: str | None = None) -> PreTrainedModel:
     """Removes the parts that `convert_attention` added to a model, in place, with all that they learned.
 
     The model's own weights stay as they are, fine-tuned or not. The model then saves as an ordinary model.
 
     Args:
         model: a converted model.
-        attn_implementation: attention implementation that its layers use afterwards.
+        attn_implementation: attention implementation that its layers use afterwards; None for "sdpa", or "eager" in models that SDPA
+            does not support, as those with softcaps or sinks.
 
     Returns:
         The model.
@@ -104,6 +110,8 @@ def revert_attention(model: PreTrainedModel, attn_implementation: str = "sdpa") 
         raise InputError(f"model must have been converted by convert_attention before{mixtures}.")
     if not remove_observed_forward(model):
         raise InputError("model.forward was replaced after convert_attention; unwrap the model first.")
+    if attn_implementation is None:
+        attn_implementation = "sdpa" if model._supports_sdpa else "eager"
     for name in names:
         module: Any = model.get_submodule(name)
         delattr(module, PART)

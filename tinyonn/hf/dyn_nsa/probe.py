@@ -6,6 +6,7 @@ whole past, to a part of it, or by a mask that transformers did not make. The mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,19 +21,26 @@ from ..interfaces import attention_implementation, gradients_kept, install_atten
 from ..memory import is_out_of_memory
 from .attention import is_local, unknown_arguments
 from .masks import dyn_nsa_mask
+from .plain import checked_shape
 
 _PROBE = "dyn_nsa_probe"
 
 MaskKind = Literal["none", "whole", "part", "other"]
 
 
-def attention_layers(model: PreTrainedModel) -> dict[str, list[int]]:
+def attention_layers(model: PreTrainedModel, chosen: Sequence[int] | None = None) -> dict[str, list[int]]:
     """Name of each layer that attends to the whole past -> query heads, key heads, head size.
 
+    Args:
+        chosen: numbers of decoder layers, as their `layer_idx`; None for all that attend to the whole past.
+
     Raises:
-        InputError: the model is not a causal decoder of token ids; DynNSA cannot replace one of its layers, or has none to replace.
+        InputError: the model is not a causal decoder of token ids; DynNSA cannot replace one of its layers, or has none to replace; a chosen
+            layer is none of these. TypeError: `chosen` is not a list of integers.
     """
     kind = type(model).__name__
+    if chosen is not None:
+        _check_numbers(chosen)
     if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         raise InputError(f"model must be a decoder whose only input is token ids, got {kind}.")
     names = {module: name for name, module in model.named_modules()}
@@ -40,22 +48,34 @@ def attention_layers(model: PreTrainedModel) -> dict[str, list[int]]:
     if not plain:
         raise InputError(f"{kind} has no attention layer that uses transformers' AttentionInterface.")
     for call in plain:
-        _check(call)
+        _check(call, chosen)
     with modes_kept(model):
         for call in plain:
             call.module.training = True  # so that it passes its dropout; its children stay in eval mode
         padded = _calls(model, padded=True)
     layers: dict[str, list[int]] = {}
     for call in padded:
-        _check(call)
-        if call.local:
+        _check(call, chosen)
+        if call.local or not call.is_among(chosen):
             continue
         sizes = [call.query[1], call.key[1], call.query[3]]
         if layers.setdefault(names[call.module], sizes) != sizes:
             raise InputError(f"{call.name} was called with different numbers of heads: {layers[names[call.module]]} and {sizes}.")
-    if not layers:
+    full = {call.number for call in padded if not call.local}
+    if not full:
         raise InputError(f"{kind} has no full attention layer to convert; all {len(plain)} have sliding windows or chunks.")
+    if chosen is not None and (others := sorted(set(chosen) - full)):
+        there = ", ".join(str(number) for number in sorted(full - {None}, key=int)) or "not numbered"
+        raise InputError(f"layers must be numbers of full attention layers of {kind}, which are {there}, got {others[0]}.")
     return layers
+
+
+def _check_numbers(chosen: Any) -> None:
+    numbers = chosen if isinstance(chosen, Sequence) and not isinstance(chosen, (str, bytes)) else None
+    if numbers is None or any(not isinstance(number, int) or isinstance(number, bool) for number in numbers):
+        raise TypeError(f"layers must be a list of numbers of layers, got {chosen!r}.")
+    if not numbers:
+        raise InputError("layers must name at least one layer, got none; leave it out to convert every full attention layer.")
 
 
 class _Call(NamedTuple):
@@ -70,6 +90,8 @@ class _Call(NamedTuple):
     is_causal: bool
     sliding: bool  # whether it passed sliding_window
     unknown: list[str]  # arguments that DynNSA does not support
+    softcap: Any
+    sinks: Any
 
     @property
     def name(self) -> str:
@@ -79,18 +101,29 @@ class _Call(NamedTuple):
     def local(self) -> bool:
         return self.sliding or self.mask == "part"
 
+    @property
+    def number(self) -> int | None:
+        return getattr(self.module, "layer_idx", None)
 
-def _check(call: _Call) -> None:
-    """InputError unless DynNSA can replace this call, or SDPA if the layer is local."""
-    if call.local:
-        _check_local(call)
-        return
+    def is_among(self, chosen: Sequence[int] | None) -> bool:
+        return chosen is None or self.number in chosen
+
+
+def _check(call: _Call, chosen: Sequence[int] | None) -> None:
+    """InputError unless DynNSA can replace this call, or leave it as it is if the layer is local or not chosen."""
     if call.unknown:
         raise InputError(f"{call.name} passes {', '.join(call.unknown)} to its attention, and DynNSA does not support it.")
+    checked_shape(call.name, call.query[1], call.softcap, call.sinks)
+    if call.local:
+        if not is_local(call.module, 1 if call.sliding else None):
+            raise InputError(f"{call.name} attends to a part of the past only, but neither sliding_window nor layer_types says so.")
+        return
     if not call.is_causal:
         raise InputError(f"{call.name} cannot be converted: its attention is not causal.")
     if call.mask == "other":
         raise InputError(f"{call.name} cannot be converted: it does not use transformers' causal mask.")
+    if not call.is_among(chosen):
+        return
     if call.dropout:
         raise InputError(f"attention dropout must be 0, got {call.dropout} in {call.name}; set it to 0 in the configuration.")
     if call.value != call.key or call.query[3] > MAX_HEAD_DIM:
@@ -98,16 +131,6 @@ def _check(call: _Call) -> None:
             f"{call.name} cannot be converted: heads of keys and values must have the same size, at most {MAX_HEAD_DIM}, got "
             f"{call.key[3]} and {call.value[3]}."
         )
-
-
-def _check_local(call: _Call) -> None:
-    if call.unknown:
-        raise InputError(
-            f"{call.name} passes {', '.join(call.unknown)} to its attention, and SDPA, which runs the local layers of a converted model, "
-            "does not support it."
-        )
-    if not is_local(call.module, 1 if call.sliding else None):
-        raise InputError(f"{call.name} attends to a part of the past only, but neither sliding_window nor layer_types says so.")
 
 
 class _Notes:
@@ -177,8 +200,10 @@ def _probe(
         made = _notes[-1].masks.get(attention_mask.untyped_storage().data_ptr())
         mask = "other" if made is None or made[0].dtype != attention_mask.dtype else made[1]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    softcap, sinks = given.pop("softcap", None), given.pop("s_aux", None)
     unknown = unknown_arguments(given)
-    _notes[-1].calls.append(_Call(module, query.shape, key.shape, value.shape, mask, dropout or 0.0, causal, window is not None, unknown))
+    sizes = (query.shape, key.shape, value.shape)
+    _notes[-1].calls.append(_Call(module, *sizes, mask, dropout or 0.0, causal, window is not None, unknown, softcap, sinks))
     return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=is_causal)
 
 
