@@ -95,7 +95,7 @@ def dyn_nsa_attention(
     if local:
         return plain_layer(module, query, key, value, attention_mask, shape, **how), None
     core = core_of(module)
-    whole = core is None and not getattr(module.config, "dyn_nsa", None)  # a full layer that nothing was chosen for
+    whole = core is None and not _own_options(module)  # a full layer that nothing was chosen for
     if dropout and not whole:
         raise InputError(f"attention dropout must be 0 for attn_implementation='dyn_nsa', got {dropout} in {name}.")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
@@ -113,10 +113,12 @@ def dyn_nsa_attention(
         query, key, value = gathered(query, query_order, 2), gathered(key, compaction.order, 2), gathered(value, compaction.order, 2)
     if core is not None and sequences is None and core.watch is None:
         compressed = compressed_so_far(core, original, key, value, query.shape[2], rows)
+    between: list[Tensor] | None = None
     if rows is not None:
-        key, value, bounds["key_start"], bounds["key_end"] = within_bounds(key, value, rows)
+        key, value, *between = within_bounds(key, value, rows)
+        bounds["key_start"], bounds["key_end"] = between
     if whole:
-        mask = mask_of_bounds(query, key, bounds.get("key_start"), bounds.get("key_end"), sequences)
+        mask = mask_of_bounds(query, key, between, sequences)
         out = plain_layer(module, *common_dtype(query, key, value), mask, shape, **how)
         return _in_place(out, query_order), None
     query, key, value = (x.transpose(1, 2) for x in common_dtype(query, key, value))
@@ -148,6 +150,11 @@ def dyn_nsa_attention(
     return _in_place(result.out.reshape(batch, tokens, *result.out.shape[2:]), query_order), None
 
 
+def _own_options(module: nn.Module) -> Any:
+    """The fields of options that a model sets without a conversion; see `dyn_nsa_attention`."""
+    return getattr(getattr(module, "config", None), "dyn_nsa", None)
+
+
 def _in_place(out: Tensor, order: Tensor | None) -> Tensor:
     """(B, T, H, D), results in the original order of the queries."""
     return out if order is None else gathered(out, order.argsort(-1), 1)
@@ -166,7 +173,7 @@ def _without_parts(
 ) -> Tensor:
     start: dict[str, Any] = {"max_blocks": None, "start_gates": (0.0, 1.0, 0.0), "base": 0.0, "slope": 0.0, "learnable_compression": False}
     start["compress_query"] = False
-    given = module.config.dyn_nsa
+    given: Any = _own_options(module)
     options = checked_options(given, "config.dyn_nsa", start)
     if "base" not in given:
         options.base = open_price(options)

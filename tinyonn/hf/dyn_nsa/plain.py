@@ -90,22 +90,23 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return (place <= place[keys - queries :, None])[None, None]
 
 
-def mask_of_bounds(query: Tensor, key: Tensor, start: Tensor | None, end: Tensor | None, sequences: Tensor | None) -> Tensor | None:
+def mask_of_bounds(query: Tensor, key: Tensor, rows: list[Tensor] | None, sequences: Tensor | None) -> Tensor | None:
     """The bool mask of padded or packed rows, (B, 1, T, Tk); None where there is neither.
 
     Args:
         query: (B, H, T, D). key: (B, K, Tk, D); the last key belongs to the last query.
-        start, end: (B,), first key of each row and one past its last.
+        rows: first key of each row and one past its last, (B,) each.
         sequences: (sequences + 1,), bounds of the sequences packed in the rows, which count as one after the other.
     """
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-    if sequences is None and (start is None or end is None):
+    if sequences is None and rows is None:
         return None if queries in (1, keys) else causal_mask(queries, keys, key.device)
     causal = causal_mask(queries, keys, key.device)
     if sequences is not None:
         place = torch.arange(batch * keys, device=key.device)
         own = torch.searchsorted(sequences.long(), place, right=True).view(batch, 1, keys)
         return causal & (own[..., None] == own[..., None, :])
-    assert start is not None and end is not None
+    assert rows is not None
+    start, end = rows
     place = torch.arange(keys, device=key.device)
     return causal & ((place >= start[:, None]) & (place < end[:, None]))[:, None, None]

@@ -35,8 +35,8 @@ def attention_layers(model: PreTrainedModel, chosen: Sequence[int] | None = None
         chosen: numbers of decoder layers, as their `layer_idx`; None for all that attend to the whole past.
 
     Raises:
-        InputError: the model is not a causal decoder of token ids; DynNSA cannot replace one of its layers, or has none to replace; a chosen
-            layer is none of these. TypeError: `chosen` is not a list of integers.
+        InputError: the model is not a causal decoder of token ids; DynNSA cannot replace one of its layers, or has none to replace; a
+            chosen layer is none of these. TypeError: `chosen` is not a list of integers.
     """
     kind = type(model).__name__
     if chosen is not None:
@@ -65,7 +65,7 @@ def attention_layers(model: PreTrainedModel, chosen: Sequence[int] | None = None
     if not full:
         raise InputError(f"{kind} has no full attention layer to convert; all {len(plain)} have sliding windows or chunks.")
     if chosen is not None and (others := sorted(set(chosen) - full)):
-        there = ", ".join(str(number) for number in sorted(full - {None}, key=int)) or "not numbered"
+        there = ", ".join(str(number) for number in sorted(number for number in full if number is not None)) or "not numbered"
         raise InputError(f"layers must be numbers of full attention layers of {kind}, which are {there}, got {others[0]}.")
     return layers
 
