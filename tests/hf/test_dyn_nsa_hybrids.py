@@ -221,7 +221,7 @@ def test_layers_that_cannot_be_chosen_are_named(layers, error, message):
 def test_dropout_in_a_layer_that_was_not_chosen_stays():
     model = tiny_family_lm("llama")
     model.model.layers[0].self_attn.attention_dropout = 0.5
-    with pytest.raises(InputError, match="attention dropout must be 0, got 0.5"):
+    with pytest.raises(InputError, match=r"attention dropout must be 0, got 0\.5"):
         convert_attention(model, **SMALL)
     convert_attention(model, layers=[2], **SMALL).train()
     x = text()

@@ -119,7 +119,8 @@ def dyn_nsa_attention(
         bounds["key_start"], bounds["key_end"] = between
     if whole:
         mask = mask_of_bounds(query, key, between, sequences)
-        out = plain_layer(module, *common_dtype(query, key, value), mask, shape, **how)
+        query, key, value = common_dtype(query, key, value)
+        out = plain_layer(module, query, key, value, mask, shape, **how)
         return _in_place(out, query_order), None
     query, key, value = (x.transpose(1, 2) for x in common_dtype(query, key, value))
     batch, tokens = query.shape[:2]
