@@ -18,12 +18,13 @@ from tinyonn.testing.families import tiny_family_lm
 LENGTH = 100  # beyond the windows
 SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
 LOCAL_FULL = ["sliding_attention", "full_attention"] * 2
+PER_LAYER: dict[str, Any] = {"vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 16}
 # family: its settings, and the layers with full attention
 HYBRIDS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "gemma2": ({"attn_logit_softcapping": 1.5}, [1, 3]),
     "gemma3_text": ({}, [1, 3]),
-    "gemma3n_text": ({"num_kv_shared_layers": 2}, [1, 3]),  # the third layer has no keys of its own
-    "gemma4_text": ({"global_head_dim": 32}, [1, 3]),  # 16 in local layers
+    "gemma3n_text": ({"num_kv_shared_layers": 2, **PER_LAYER}, [1, 3]),  # two layers without keys of their own
+    "gemma4_text": ({"global_head_dim": 32, **PER_LAYER}, [1, 3]),  # 16 in local layers
     "ministral": ({"layer_types": LOCAL_FULL}, [1, 3]),
     "cohere2": ({}, [3]),
     "olmo3": ({}, [3]),
