@@ -79,13 +79,12 @@ def test_families_convert(family, layers, tmp_path):
     [
         ("doge", "DogeAttention cannot be converted: it does not use transformers' causal mask"),
         ("mpt", "MptForCausalLM does not run with an attention function and masks of AttentionInterface: AttributeError"),
-        ("hy_v4", "HYV4Attention passes indices to its attention, and DynNSA does not support it"),
         ("gemma4_text", "Gemma4TextAttention cannot be converted: heads of keys and values .* at most 256, got 512 and 512"),
         ("deepseek_v3", "DeepseekV3Attention cannot be converted: heads of keys and values .* at most 256, got 24 and 16"),
         ("mistral", "has no full attention layer to convert; all 4 have sliding windows or chunks"),
         ("gptj", "GPTJForCausalLM has no attention layer that uses transformers' AttentionInterface"),
     ],
-    ids=["own masks", "own attention", "own selection", "heads of 512", "mla", "all local", "no interface"],
+    ids=["own masks", "own attention", "heads of 512", "mla", "all local", "no interface"],
 )
 def test_families_that_cannot_run_are_refused_before_they_are_changed(family, message, tmp_path):
     with pytest.raises(InputError, match=message):

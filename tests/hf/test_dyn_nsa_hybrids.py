@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -227,3 +228,20 @@ def test_dropout_in_a_layer_that_was_not_chosen_stays():
     convert_attention(model, layers=[2], **SMALL).train()
     x = text()
     assert not torch.equal(model(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["local", "full"])
+def test_an_argument_that_dyn_nsa_does_not_know_is_named(number):
+    model = stock("gpt_oss")
+    layer = model.model.layers[number].self_attn
+    layer.forward = partial(layer.forward, slant=1.0)
+    with pytest.raises(InputError, match="GptOssAttention passes slant to its attention, and DynNSA does not support it"):
+        convert_attention(model, **SMALL)
+    assert next(cores(model), None) is None
+
+
+def test_sinks_of_another_shape_are_named():
+    model = stock("gpt_oss")
+    model.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(InputError, match=r"GptOssAttention passes sinks \(s_aux\) .* must be \(4,\), one per head, got \(3,\)"):
+        convert_attention(model, **SMALL)
