@@ -186,20 +186,22 @@ def write(folder: Path, results: Results, texts: int, sample_texts: int) -> None
     lines = [
         "# Perplexity against experts",
         "",
-        "This page shows what a dense model loses when its MLPs become experts, of which a token uses few."
+        "This page shows what a dense model loses when its MLPs are split into experts and each token uses only some of them."
         f" `benchmarks/dyn_moe_budget.py` wrote it on {platform.machine()} with torch {torch.__version__}.",
         "",
         "- **Model**: SmolLM2-135M-Instruct (4-bit weights, Q4_1, dequantised). Attention and embeddings are frozen.",
         f"- **Text**: {texts} modules of Python's standard library, {settings['tokens']} tokens each.",
         f"- **Conversion**: each MLP becomes {settings['experts']} experts of {1536 // settings['experts']} neurons, split and calibrated"
         f" on {sample_texts} other modules.",
-        f"- **Tuning**: {settings['steps']} steps of Adam on experts and routers, one text each, on yet other modules.",
+        f"- **Tuning**: {settings['steps']} steps of Adam on experts and routers, one text a step, from yet other modules.",
         "",
-        "The arms are router losses (surprise, sparse diversity, the language loss alone) with thresholds, and a plain top-k. *Before*"
-        " means calibrated only, *after* means tuned too. k is the requested mean number of experts a token; the next column is the mean on"
-        " the evaluation texts.",
+        "Thresholds are tuned in three ways: with the router loss on [surprise](dyn_moe.md#what-the-surprise-is), with the router loss"
+        " *sparse diversity*, and with the language loss alone. They are compared with a plain top-k, which is tuned with the"
+        " load-balancing loss of Switch Transformer (*balance*). *Before* means calibrated only, *after* means tuned too.",
         "",
-        "![Perplexity against mean experts a token](dyn_moe_budget.png)",
+        "k is the requested mean number of experts per token, and *mean experts* the mean on the evaluation texts.",
+        "",
+        "![Perplexity against mean experts per token](dyn_moe_budget.png)",
         "",
         "| | k | mean experts | perplexity |",
         "|---|---|---|---|",

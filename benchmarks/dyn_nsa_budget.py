@@ -205,13 +205,23 @@ def write(folder: Path, results: Results, texts: int) -> None:
         "",
         "- **Model**: SmolLM2-135M-Instruct (4-bit weights, Q4_1, dequantised). Its own weights are frozen.",
         f"- **Text**: {texts} modules of Python's standard library, {results.settings['tokens']} tokens each.",
-        "- **Conversion**: compression of 32 positions, a window of 512; the gates of both are 0 before tuning.",
-        f"- **Tuning**: {results.settings['steps']} steps of Adam on thresholds, gates and compression, one text each, on other modules.",
+        "- **Conversion**: blocks of 64 keys, compression of 32 positions, a window of 512. The gates of the compressed and of the"
+        " window branch are 0 before tuning.",
+        f"- **Tuning**: {results.settings['steps']} steps of Adam on thresholds, gates and compression, one text a step, from other"
+        " modules.",
         "",
-        "The arms are three sources of tau, which moves the thresholds, and a static top-n, which has no threshold. *Before* means"
-        " calibrated only, *after* means tuned too. The budget is the requested mean; the next column is the mean on the evaluation texts.",
+        "The rows compare learned thresholds with a fixed number of blocks (static top-n). A threshold depends on tau, a number from 0 to 1"
+        " that says how uncertain the model is ([what is computed](dyn_nsa.md#what-is-computed)). Tau comes from one of three sources: the"
+        " entropy of the attention, the entropy of the model's output, or a constant. *Before* means calibrated only, *after* means tuned"
+        " too.",
         "",
-        "![Perplexity against mean key blocks a query](dyn_nsa_budget.png)",
+        "- **Budget** is the requested mean number of key blocks per query, **mean blocks** the mean on the evaluation texts.",
+        "- For the static top-n, n is the budget, rounded (3.5 to 4). Its mean is lower than n because the first queries of a text have"
+        " fewer than n blocks.",
+        "- Before tuning, tau from output gives the same values as a constant tau. It is one number for a text that is read in one pass,"
+        " and calibration shifts all thresholds by one number, which cancels it. In tuning tau changes from step to step.",
+        "",
+        "![Perplexity against mean key blocks per query](dyn_nsa_budget.png)",
         "",
         "| | budget | mean blocks | perplexity |",
         "|---|---|---|---|",

@@ -20,6 +20,7 @@ import numpy as np
 OURS, SURPRISED, CHECKPOINTED = "expert_mlp", "expert_mlp, surprise", "expert_mlp, checkpointed"
 DENSE, EINSUM = "dense einsum, weighed first", "surprise alone, by einsum"
 SPARSE = (OURS, "step over grouped_mm", "transformers, grouped_mm", "loop over experts", "Liger")
+LABELS = dict(zip(SPARSE, ("`expert_mlp`", "`grouped_mm`", "transformers' `grouped_mm`", "loop", "Liger"), strict=True))
 OTHERS = ("transformers, eager", "transformers, batched_mm", "dense einsum")
 NEAR = 10.0  # the rule is fitted to sizes whose ratio is within this factor of 1
 
@@ -98,22 +99,29 @@ def safe_density(cells: list[Cell], measure: str) -> tuple[float, float, float] 
     return (won[-1][0], min(ratio for _, ratio in won), max(ratio for _, ratio in won)) if won else None
 
 
-def _where(cells: list[Cell], measure: str) -> str:
-    """One clause per line: the density at which dense begins to win."""
-    parts = []
-    for (neurons, experts), points in lines_of(cells, measure).items():
-        found, low, high = crossover(points)
-        where = f"from k/E = {found:.2g}" if found else (f"nowhere up to {high:.2g}" if points[0][1] > 1 else f"already at {low:.2g}")
-        parts.append(f"{experts} experts of {neurons}, {where}")
-    return "; ".join(parts)
+def _where(points: list[tuple[float, float]]) -> str:
+    """The density at which dense begins to win."""
+    found, low, high = crossover(points)
+    return f"{found:.2g}" if found else (f"not up to {high:.2g}" if points[0][1] > 1 else f"{low:.2g} or less")
+
+
+def _crossovers(cells: list[Cell]) -> list[str]:
+    """Table of the densities at which dense begins to win."""
+    time, peak = lines_of(cells, "min"), lines_of(cells, "peak")
+    lines = ["| experts | dense is faster from k/E | dense needs less memory from k/E |", "|---|---:|---:|"]
+    for neurons, experts in time:
+        where = (_where(time[neurons, experts]), _where(peak[neurons, experts]))
+        lines.append(f"| {experts} of {neurons} neurons | {where[0]} | {where[1]} |")
+    return lines
 
 
 def _short(value: float, digits: int = 2) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.{digits}g}"
 
 
-def _range(values: list[float], digits: int = 2) -> str:
-    return f"{_short(min(values), digits)} to {_short(max(values), digits)} (median {_short(statistics.median(values), digits)})"
+def _times(values: list[float], digits: int = 2) -> str:
+    """Median and range."""
+    return f"{_short(statistics.median(values), digits)} times ({_short(min(values), digits)} to {_short(max(values), digits)})"
 
 
 def _ratios(cells: list[Cell], measure: str, peer: str = DENSE, subject: str = OURS) -> list[float]:
@@ -121,45 +129,61 @@ def _ratios(cells: list[Cell], measure: str, peer: str = DENSE, subject: str = O
 
 
 def _answer(cells: list[Cell]) -> list[str]:
-    """Page text: the answer, then a paragraph per measure."""
+    """Page text: the answer, a table of crossovers, then a paragraph per measure."""
     safe = [safe_density(cells, measure) for measure in ("min", "peak")]
     found, headline = [], []
     if safe[0] and safe[1]:
         few = math.ceil(1 / min(safe[0][0], safe[1][0]))
         headline = [
-            f"**Sparse dispatch wins, in time and in memory, as long as at most one expert in {few} is active. Dense wins when a large"
-            " share of a small number of experts is active, and earlier for small experts.**"
+            f"**Sparse dispatch is faster and needs less memory as long as at most one expert in {few} is active. The dense form can be"
+            " better if there are few experts and a large share of them is active. The smaller the experts, the smaller the share from"
+            " which the dense form is better.**"
         ]
-    for (measure, title, better), least in zip((("min", "Time", "faster"), ("peak", "Peak memory", "smaller")), safe, strict=True):
-        text = f"- **{title}.** As k grows, dense is {better}: {_where(cells, measure)}."
+    measures = (("min", "Time", "is faster"), ("peak", "Peak memory", "needs less memory"))
+    for (measure, title, better), least in zip(measures, safe, strict=True):
+        text = f"- **{title}.**"
         if least:
-            text += f" Up to k/E = {least[0]:.2g} `expert_mlp` is {better} at every size, by {least[1]:.2g}× to {least[2]:.3g}×."
+            text += f" Up to k/E = {least[0]:.2g} `expert_mlp` {better} at every size, by {least[1]:.2g}× to {least[2]:.3g}×."
         rule = rule_of(cells, measure)
         if rule:
             text += (
-                f" As a rule, with I neurons: dense where k/E > {rule.factor:.2g} · I<sup>{rule.power:.2g}</sup> (right at {rule.right} of"
-                f" {rule.judged} sizes)."
+                f" Rule of thumb: dense {better} if k/E > {rule.factor:.2g} · I<sup>{rule.power:.2g}</sup>. It is right at {rule.right} of"
+                f" the {rule.judged} sizes at which dense was measured."
             )
-        found.append(text)
-    kept, again = _ratios(cells, "kept"), _ratios(cells, "min", CHECKPOINTED)
+        if least or rule:
+            found.append(text)
     found.append(
-        f"- **Kept from forward to backward**, which adds up over the layers of a model: dense keeps {_range(kept)} times what `expert_mlp`"
-        f" keeps. `expert_mlp` checkpointed keeps {_range(_ratios(cells, 'kept', CHECKPOINTED))} times as much as without, for"
-        f" {_range(again)} times the time."
+        "- **Memory kept from forward to backward**, which adds up over the layers of a model: dense keeps"
+        f" {_times(_ratios(cells, 'kept'))} as much as `expert_mlp`. Under `torch.utils.checkpoint`, `expert_mlp` keeps"
+        f" {_times(_ratios(cells, 'kept', CHECKPOINTED))} as much as without, and takes"
+        f" {_times(_ratios(cells, 'min', CHECKPOINTED))} as long."
     )
     best = [min((name for name in SPARSE if name in cell.candidates), key=lambda name: cell.candidates[name]["min"]) for cell in cells]
     behind = max(cell.candidates[OURS]["min"] / cell.candidates[name]["min"] for cell, name in zip(cells, best, strict=True))
     found.append(
-        f"- **Sparse forms.** Number of sizes at which each is the fastest: {_counts(best)}. `expert_mlp` takes at most {behind:.2g}"
+        f"- **Sparse forms.** Number of sizes at which each is the fastest: {_counts(best)}."
+        " `grouped_mm` is our layer written with torch's `grouped_mm`, transformers' `grouped_mm` the implementation that transformers uses"
+        f" under this name. `expert_mlp` takes at most {behind:.2g}"
         " times as long as the fastest."
     )
-    text = f"- **Surprise.** A step with surprise takes {_range(_ratios(cells, 'min', SURPRISED), 3)} times as long as one without."
+    text = (
+        f"- **Surprise.** Forward and backward with surprise take {_times(_ratios(cells, 'min', SURPRISED), 3)} as long as without; values"
+        " below 1 are noise."
+    )
     if einsum := _ratios(cells, "min", EINSUM, SURPRISED):
         text += (
-            f" Einsum over the gradient of every token and expert, for the surprise alone, takes {_range(einsum)} times as long as this"
-            f" whole step, and {_range(_ratios(cells, 'peak', EINSUM, SURPRISED))} times its peak memory."
+            " An einsum over the gradient of each (token, expert) pair computes only the"
+            " [surprise](dyn_moe.md#what-the-surprise-is). It takes"
+            f" {_times(einsum)} as long as forward and backward with surprise, and needs"
+            f" {_times(_ratios(cells, 'peak', EINSUM, SURPRISED))} as much peak memory."
         )
     lines = [*_wrapped(*headline), ""] if headline else []
+    lines += [*_crossovers(cells), ""]
+    lines += _wrapped(
+        "Below, a number such as 1.5 times (0.9 to 3) is the median over the sizes measured, with the smallest and the largest value in"
+        " parentheses."
+    )
+    lines.append("")
     for part in [*found, text]:
         lines += _wrapped(part, "  ")
     return lines
@@ -170,7 +194,7 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
 
 
 def _counts(names: list[str]) -> str:
-    return ", ".join(f"{name}: {names.count(name)}" for name in SPARSE if name in names)
+    return ", ".join(f"{LABELS[name]} {names.count(name)}" for name in SPARSE if name in names)
 
 
 def _number(cell: Cell, name: str, measure: str) -> str:
@@ -202,7 +226,7 @@ def page_of(content: dict[str, Any], stem: str) -> str:
         ("with surprise", SURPRISED, "min"),
         ("dense", DENSE, "min"),
         ("`grouped_mm`", "step over grouped_mm", "min"),
-        ("transformers `grouped_mm`", "transformers, grouped_mm", "min"),
+        ("transformers' `grouped_mm`", "transformers, grouped_mm", "min"),
         ("loop", "loop over experts", "min"),
         *([("Liger", "Liger", "min")] if liger else []),
     ]
@@ -217,10 +241,11 @@ def page_of(content: dict[str, Any], stem: str) -> str:
         "# Dense einsum or sparse dispatch",
         "",
         *_wrapped(
-            "A mixture of E small experts of I neurons, of which each token uses k, can be computed in two ways. The dense form multiplies"
-            " all experts, with weights that are mostly zero. Sparse dispatch sends each token to its experts only. The dense form does E/k"
-            " times the arithmetic, in large products; sparse dispatch sorts, gathers and adds, and multiplies small matrices. The figures"
-            f" are of forward and backward, {settings['tokens']} tokens of {settings['features']} features, {settings['dtype']}."
+            "A mixture has E small experts of I neurons, and each token uses k of them. It can be computed in two ways. The dense form"
+            " computes all experts for every token, and scales them by routing weights that are mostly zero. Sparse dispatch computes"
+            " only the k experts of each token. The dense form does E/k times the arithmetic, in large products. Sparse dispatch sorts and"
+            " gathers tokens, multiplies small matrices, and adds the results. `expert_mlp` is tinyonn's sparse dispatch. All figures are"
+            f" for forward and backward with {settings['tokens']} tokens of {settings['features']} features, {settings['dtype']}."
         ),
         "",
         *_answer(cells),
@@ -234,16 +259,23 @@ def page_of(content: dict[str, Any], stem: str) -> str:
         f"`python benchmarks/expert_dispatch.py{' --device cuda' if on_gpu else ''}` on {settings['device']}, {settings['threads']} torch"
         f" thread{'s' if settings['threads'] > 1 else ''}, torch {settings['torch']}.",
         *_wrapped(
-            "Routes are random and even. The output and all gradients of every form are compared before time is measured. The forms are"
-            f" timed in turn, {rounds[0]} to {rounds[-1]} rounds. The tables show minimum times, because other work on the machine only"
-            f" adds to them; medians are in `{stem}.json`. Memory is counted by allocation events, without weights and input: the peak of"
-            " forward and backward, gradients included, and what is kept between them."
+            "The experts of each token are drawn at random, so all experts get about the same number of tokens. The output and all"
+            " gradients of every form are compared before time is measured. The forms are timed in turn,"
+            f" {rounds[0]} to {rounds[-1]} rounds. The tables show minimum times, because other work on the machine only adds to them;"
+            f" medians are in `{stem}.json`. Memory is measured by allocation events, without weights and input. *Peak* is the largest"
+            " amount during forward and backward, gradients included. *Kept* is the amount that remains between them."
         ),
         "",
         *_wrapped(
-            "The dense form is the fastest that we know: one product each for gate and up over all experts, and hidden values weighed"
-            " before the last product, which also sums over experts (`nei,efi->nf`). It has no surprise. It is absent at"
-            f" {absent} of {len(cells)} sizes, where it would take more than {settings['dense_operations'] / 1e9:.0f} billion operations."
+            "The dense form is the fastest that we know. It has one product for the gate and one for up, over all experts. The"
+            " routing weights are applied to the hidden values before the last product, which also sums over experts (`nei,efi->nf`). It"
+            f" computes no surprise. It was not measured at {absent} of {len(cells)} sizes, where it would take more than"
+            f" {settings['dense_operations'] / 1e9:.0f} billion operations."
+        ),
+        "",
+        *_wrapped(
+            "The column *loop* is a loop over experts. The table of memory has a column *checkpointed*, `expert_mlp` under"
+            " `torch.utils.checkpoint`."
         ),
         "",
         f"Not measured: {'other GPUs' if on_gpu else 'a GPU'}, other numbers of tokens and features, unevenly loaded experts.",
@@ -259,7 +291,9 @@ def page_of(content: dict[str, Any], stem: str) -> str:
     if others:
         titles = {"dense einsum": "naive einsum `nei,efi,ne->nf`"}
         lines += ["", "## Other forms, milliseconds and peak megabytes", ""]
-        lines += ["Where they take no more than seconds.", ""] + _table(
+        timed = ", ".join(str(slots) for slots in sorted({cell.slots for cell in others}))
+        lines += [f"These forms were timed only at k = {timed}. A cell is empty where a form would need too much time or memory.", ""]
+        lines += _table(
             others,
             [(f"{titles.get(name, name)}, {unit}", name, measure) for name in OTHERS for unit, measure in (("ms", "min"), ("MB", "peak"))],
         )

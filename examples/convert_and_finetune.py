@@ -1,6 +1,6 @@
-"""Convert SmolLM2-135M's attention to DynNSA, then fine-tune it with a Trainer until each query reads few key blocks.
+"""Convert SmolLM2-135M's attention to DynNSA, calibrate it to 8 key blocks per query, then fine-tune it with a Trainer.
 
-The text is a module of Python's standard library. Takes about four minutes on two CPU cores.
+The text is a module of Python's standard library. Takes about five minutes on two CPU cores.
 """
 
 import argparse
@@ -34,7 +34,7 @@ print(f"dense      loss {held_out_loss(model):.3f} on a held-out text")
 tinyonn.hf.convert_attention(model, compress_size=16, block_size=16, window=64)
 print(f"converted  loss {held_out_loss(model):.3f}, with all key blocks selected")
 blocks = tinyonn.hf.calibrate(model, [text[None] for text in texts[:2]], target=8)
-print(f"calibrated loss {held_out_loss(model):.3f}, {blocks:.1f} key blocks a query on two of the other texts")
+print(f"calibrated loss {held_out_loss(model):.3f}, {blocks:.1f} key blocks per query on two of the other texts")
 
 settings = TrainingArguments(
     args.output, max_steps=args.steps, per_device_train_batch_size=1, logging_steps=3, save_strategy="no", report_to=[], disable_tqdm=True

@@ -143,6 +143,7 @@ def test_a_planted_crossover_is_found(page):
     assert rule.factor == pytest.approx(0.02)
     assert rule.power == pytest.approx(0.5)
     assert (rule.right, rule.judged) == (14, 14)
+    assert page._crossovers(cells)[2:] == ["| 64 of 8 neurons | 0.057 | 0.057 |", "| 64 of 32 neurons | 0.11 | 0.11 |"]
     density, least, most = page.safe_density(cells, "min")
     assert density == 2 / 64  # 0.0566 is where dense wins first, with 8 neurons
     assert least == pytest.approx(0.02 * 8**0.5 * 32)
@@ -152,6 +153,8 @@ def test_a_planted_crossover_is_found(page):
 def test_no_crossover_is_claimed_where_none_was_measured(page):
     assert page.crossover([(0.1, 5.0), (0.5, 2.0), (1.0, 1.5)]) == (None, 0.1, 1.0)
     assert page.crossover([(0.1, 0.5), (0.5, 0.2)]) == (None, 0.1, 0.5)
+    assert page._where([(0.1, 5.0), (0.5, 2.0), (1.0, 1.5)]) == "not up to 1"
+    assert page._where([(0.1, 0.5), (0.5, 0.2)]) == "0.1 or less"
     one_size = [cell for cell in cells_of(page, 0.02, 0.5) if cell.neurons == 8]
     assert page.rule_of(one_size, "min") is None
 

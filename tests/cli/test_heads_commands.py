@@ -126,7 +126,7 @@ def test_a_study_runs_is_kept_and_joins_its_seeds(
     assert [seed["seed"] for seed in json.loads((out / "boolq" / "aggregate.json").read_text())["seeds"]] == [1, 2]
     pages = [line.split()[-1] for line in ran.out.splitlines() if line.startswith("page")]
     assert pages == [str(folder / "index.html"), str(out / "boolq" / "seed2" / "index.html"), str(out / "boolq" / "index.html")]
-    assert ran.out.count("original study") == 2
+    assert ran.out.count("expectations") == 2
 
     without_figures()
     before = (folder / "ckpt_final" / "model.safetensors").stat().st_mtime_ns

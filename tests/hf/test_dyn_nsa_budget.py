@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
+import warnings
 from typing import Any
 
 import pytest
@@ -203,6 +205,26 @@ def test_a_schedule_reaches_its_end_with_the_training(tmp_path):
         trainer_of(convert_attention(stock(), **SMALL), tmp_path, schedule=BudgetSchedule(3.0, 9)).train()
     with pytest.warns(UserWarning, match="ended after 2 of the 3 steps of BudgetSchedule, so the last temperature is not"):
         trainer_of(convert_attention(stock(), **SMALL), tmp_path, schedule=BudgetSchedule(3.0, 3)).train()
+
+
+def test_a_training_that_ends_off_its_budget_says_where(tmp_path):
+    ended, end = "training ended at {} key blocks per query, {}", ", and the budget of BudgetSchedule is {}; call calibrate before"
+    model = convert_attention(stock(num_hidden_layers=1), **SMALL, forced_first=0, forced_local=1)
+    every = f"{sum(t // 16 + 1 for t in range(60)) / 60:.2f}"
+    message = ended.format(every, "more than the price could leave out in these steps") + end.format(1.5)
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        trainer_of(model, tmp_path, schedule=BudgetSchedule(1.5, 2)).train()
+    for core in cores(model):
+        core.price.fill_(50.0)
+    message = ended.format("1.00", "no block beyond the forced ones") + end.format(2)
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        trainer_of(model, tmp_path, schedule=BudgetSchedule(2, 2)).train()
+    for core in cores(model):
+        core.price.fill_(-30.0)
+    with warnings.catch_warnings(record=True) as told:  # all that there are
+        warnings.simplefilter("always")
+        trainer_of(model, tmp_path, schedule=BudgetSchedule(4, 2)).train()
+    assert not [one for one in told if "training ended" in str(one.message)]
 
 
 def test_parameter_groups_hold_each_parameter_once():

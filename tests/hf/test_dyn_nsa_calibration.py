@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from tinyonn.errors import InputError
-from tinyonn.hf import BudgetSchedule, calibrate, convert_attention, register_attention, statistics
+from tinyonn.hf import BudgetSchedule, calibrate, convert_attention, distil_compression, register_attention, statistics
 from tinyonn.hf.dyn_nsa import calibration, cores, shares
 from tinyonn.testing import left_padding, tiny_causal_lm, token_ids
 
@@ -237,3 +237,39 @@ def test_calibration_to_more_blocks_follows_one_to_fewer():
     model, x = convert_attention(stock(), **SMALL), token_ids()
     for target in (3.0, 4.0, 2.8):
         assert calibrate(model, [x], target) == pytest.approx(target, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("sample", "error", "message"),
+    [
+        (None, TypeError, "sample must be a list of batches, got NoneType"),
+        (token_ids(), TypeError, "sample must be a list of batches, got Tensor"),
+        ({"input_ids": token_ids()}, TypeError, "sample must be a list of batches, got dict"),
+        (["text"], TypeError, "batches of the sample must be token ids or dicts of the model's arguments, got str"),
+        ([{"labels": token_ids()}], InputError, "batches of the sample must have input_ids or inputs_embeds, got neither"),
+        ([{"input_ids": [[1, 2]]}], TypeError, "input_ids of the sample must be a tensor (B, T), got list"),
+        ([token_ids()[0]], InputError, "input_ids of the sample must be (B, T) of at least one token, got (130,)"),
+        ([token_ids()[:, :0]], InputError, "input_ids of the sample must be (B, T) of at least one token, got (2, 0)"),
+        ([token_ids().float()], TypeError, "input_ids of the sample must be integers, got torch.float32"),
+        (
+            [{"inputs_embeds": torch.zeros(130, 48)}],
+            InputError,
+            "inputs_embeds of the sample must be (B, T, features) of at least one token",
+        ),
+        ([{"input_ids": token_ids(), "block_price": -3.0}], InputError, "batches of the sample must not have block_price"),
+    ],
+)
+def test_a_sample_of_another_kind_is_named(sample, error, message):
+    model = convert_attention(stock(), **SMALL)
+    for measured in (lambda: calibrate(model, sample, 3.5), lambda: distil_compression(model, sample, 5)):
+        with pytest.raises(error, match=re.escape(message)):
+            measured()
+
+
+def test_a_model_with_a_weight_that_is_not_finite_gets_no_price():
+    model, x = convert_attention(stock(), **SMALL), token_ids()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[3, 3] = math.nan
+    with pytest.raises(InputError, match="importances over the sample must be finite, got nan: a weight or an activation of the model"):
+        calibrate(model, [x], 3.5, price="none")
+    assert all(core.price == -30 for core in cores(model))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tinyonn.errors import InputError
 from tinyonn.hf import calibrate, convert_attention, distil_compression
-from tinyonn.hf.dyn_nsa import cores
+from tinyonn.hf.dyn_nsa import cores, distillation
 from tinyonn.testing import left_padding, tiny_causal_lm, token_ids
 
 SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
@@ -97,6 +97,19 @@ def test_a_distilled_model_is_calibrated_and_comes_back(tmp_path):
     assert reached == pytest.approx(3.5, abs=0.05)
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits, model(x).logits)
+    assert model(x, block_budget=4).logits.isfinite().all()
+    distil_compression(model, [x], 1)
+    with pytest.raises(InputError, match="block_budget must follow calibrate"):  # what a price reads has changed
+        model(x, block_budget=4)
+
+
+def test_a_last_step_that_learns_no_finite_value_is_told_and_nothing_changes(monkeypatch):
+    model, x = convert_attention(stock(), **SMALL), token_ids(150)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setitem(distillation.RATES, "query_map", math.inf)
+    with pytest.raises(InputError, match=r"must learn finite values, got others for query_map of model\.layers\.0\.self_attn\.dyn_nsa"):
+        distil_compression(model, [x], 1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_what_cannot_be_distilled_is_named_and_nothing_changes():

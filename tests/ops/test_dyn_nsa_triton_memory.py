@@ -59,16 +59,17 @@ def step_at_64k(device: str, heads: int, kv_heads: int, packed: bool) -> tuple[t
 
     query, key, value = draw(1, tokens, heads, dim), draw(1, tokens, kv_heads, dim), draw(1, tokens, kv_heads, dim)
     compressed = [draw(1, tokens // 64, kv_heads, dim) for _ in range(2)]
-    inputs = DynNSAInputs(query, key, value, *compressed, draw(1, tokens, heads, 3), draw(kv_heads), draw(kv_heads), None, None)
+    inputs = DynNSAInputs(query, key, value, *compressed, draw(1, tokens, heads, 3), draw(kv_heads), draw(kv_heads), None, None, None)
     bounds = Bounds(torch.arange(0, tokens + 1, tokens // 8, dtype=torch.int32, device=device)) if packed else Bounds()
-    options = DynNSANumbers(512, 1.0, 64, 64, 16, "share", 1, 2, False, dim**-0.5)
+    options = DynNSANumbers(512, 1.0, 64, 64, 16, "share", 1, 2, False, dim**-0.5, None)
 
     def step() -> None:
         results = _triton_dyn_nsa.dyn_nsa_forward(inputs, options, bounds)
         cotangents = (torch.empty_like(results.out).fill_(1e-3), torch.zeros_like(results.soft_counts))
         saved = DynNSASaved(*(getattr(results, name) for name in DynNSASaved._fields[:-2]), *cotangents)
         grads = _triton_dyn_nsa.dyn_nsa_backward(inputs._replace(tau=results.own_tau), saved, options, bounds)
-        grads = [grad.to(x.dtype) for grad, x in zip(grads[:-1], inputs[:-2], strict=True)]
+        given = inputs[: DynNSAInputs._fields.index("tau")]
+        grads = [grad.to(x.dtype) for grad, x in zip(grads[: len(given)], given, strict=True)]
 
     return inputs, step
 

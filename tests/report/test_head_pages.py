@@ -293,7 +293,7 @@ def test_the_limit_is_drawn_at_judged_rows_alone():
     assert [any(top < height < bottom for top, bottom in spans) for height in heights] == [True, False, True]
 
 
-def test_the_gradient_is_not_judged_by_the_studys_figures(make_run, parse, monkeypatch):
+def test_the_gradient_is_not_judged_by_the_expectations(make_run, parse, monkeypatch):
     for seed in (0, 1):
         folder, _ = make_run(seed)
     drawn = []
@@ -310,7 +310,9 @@ def test_the_gradient_is_not_judged_by_the_studys_figures(make_run, parse, monke
     aggregate(folder.parent)
     for page in (written, write_plasticity_aggregate(folder.parent)):
         text = parse(page.html).text
-        assert "The figures judge (I_pre, U) and (I_pre, Urel), and the numbers of cases; (I_pre, G_pre) is shown but not judged." in text
+        assert (
+            "The expectations judge (I_pre, U) and (I_pre, Urel), and the numbers of cases; (I_pre, G_pre) is shown but not judged." in text
+        )
 
 
 def test_scale_of_negative_values_spans_them():

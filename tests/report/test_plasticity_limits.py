@@ -101,10 +101,10 @@ def test_acceptance_figures_stand_beside_what_unrelated_heads_would_give(make_ru
     assert float(given["important-but-static heads"]) == pytest.approx(72 * 0.1 * 0.3, abs=0.05)
 
 
-def test_the_verdict_counts_the_studys_figures_soberly(make_run, parse):
+def test_the_verdict_counts_the_expectations_soberly(make_run, parse):
     folder, _ = make_run()
     met = sum(row["met"] is True for row in json.loads((folder / "stats.json").read_text())["acceptance"])
-    assert re.search(rf"\b{met} of the original study's 6 figures (is|are) met\.", page_of(folder, parse))
+    assert re.search(rf"\b{met} of the 6 expectations (is|are) met\.", page_of(folder, parse))
 
 
 def test_aggregate_page_names_the_seeds_whose_model_does_not_beat_its_commonest_class(make_run, parse):

@@ -209,7 +209,7 @@ _STEPS = {"train": _train, "measure": _measure, "report": _report}
 
 
 def _findings(summary: PlasticitySummary) -> list[tuple[str, object]]:
-    """Rank correlations and overlaps of importance with change, number of cases, and number of the original study's figures met."""
+    """Rank correlations and overlaps of importance with change, number of cases, and number of the expectations met."""
     counts, acceptance = summary.stats["counts"], summary.stats["acceptance"]
     lines: list[tuple[str, object]] = []
     for pair in summary.stats["pairs"]:
@@ -219,7 +219,7 @@ def _findings(summary: PlasticitySummary) -> list[tuple[str, object]]:
         lines.append((f"{pair['x']}, {pair['y']}", f"{rho}; top-{overlap['k']} overlap: {share}"))
     static, plastic = counts["important_but_static"], counts["plastic_but_unimportant"]
     lines.append(("cases", f"{static} important but static, {plastic} plastic but unimportant"))
-    return [*lines, ("original study", f"{sum(bool(row['met']) for row in acceptance)} of its {len(acceptance)} figures met")]
+    return [*lines, ("expectations", f"{sum(bool(row['met']) for row in acceptance)} of {len(acceptance)} met")]
 
 
 def _over_seeds(study: PlasticityConfig) -> list[tuple[str, object]]:

@@ -193,7 +193,7 @@ def _pair(seeds: Sequence[Seed], group: str, number: int) -> dict[str, Any]:
 
 
 def _acceptance(seeds: Sequence[Seed]) -> list[dict[str, Any]]:
-    """Figures of the original study, with the number of seeds that meet each."""
+    """The expectations, with the number of seeds that meet each."""
     judged = [acceptance(seed.stats["pairs"], {name: seed.kinds.count(kind) for name, kind in KINDS.items()}) for seed in seeds]
     return [
         {

@@ -44,7 +44,7 @@ COLUMNS = (
 )
 PAIRS = (("I_pre", "U"), ("I_pre", "Urel"), ("I_pre", "G_pre"))
 TAYLOR_PAIRS = (("I_pre", "taylor_pre"), ("I_pre", "taylor_abs_pre"), ("I_post", "taylor_post"), ("I_post", "taylor_abs_post"))
-# Figures of the original study for the pairs of importance and change.
+# Expectations for the pairs of importance and change: limits that express that importance hardly predicts change.
 JUDGED = PAIRS[:2]
 MAX_RHO, MAX_OVERLAP, MIN_CASES = 0.5, 0.3, 3
 
@@ -173,7 +173,7 @@ def statistics(table: HeadTable, top_k: int, kinds: Sequence[str]) -> dict[str, 
 
 
 def acceptance(pairs: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Figures of the original study, and whether this run meets them; `met` is None if the number could not be computed."""
+    """The expectations, and whether this run meets them; `met` is None if the number could not be computed."""
     rows: list[dict[str, Any]] = []
     for pair in (pair for pair in pairs if (pair["x"], pair["y"]) in JUDGED):
         share = pair["overlap"]["share"] if pair["overlap"]["reason"] is None else None

@@ -7,11 +7,13 @@ converted models with `hf._converted`.
     options      checks of options, before a model is changed
     masks        the mask function: bounds of rows and sequences
     decoding     compressed blocks, kept between forwards with a cache
-    attention    the attention function
     hooks        steps before and after the forward of a converted model
+    shares       shares of blocks in an attention, for some queries of a text
+    observing    calls of the layers watched while a sample runs
+    attention    the attention function
     saving       construction of the parts from the record in a configuration
     conversion   convert_attention, revert_attention
-    observing    measurements on the layers while a sample runs
+    measures     what a calibration measures on watched calls
     calibration  thresholds for a budget, without training
     distillation compressed keys taught by the model's own attention
     schedule     BudgetSchedule

@@ -120,7 +120,10 @@ def dyn_nsa_attention(
     # The previous token's uncertainty is passed in as `tau`, so recomputation uses the same value; see `hooks`.
     tau = core.tau_of(tau, query, decoding=False)
     if core.watch is not None:
-        plain = plain_attention(core, query, key, value, gates, tau=tau, price=price, scale=scaling, **bounds)
+        plain = plain_attention(
+            core, query, key, value, gates, tau=tau, price=price, scale=scaling, key_start=bounds.get("key_start"),
+            key_end=bounds.get("key_end"), cu_seqlens=sequences,
+        )  # fmt: skip
         if plain is not None:
             return _in_place(plain.reshape(batch, tokens, *plain.shape[2:]), query_order), None
     result = core(

@@ -39,7 +39,8 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
     price="gradient", one backward pass over the sample measures what a block's share of the attention is worth to the next token's loss
     in each head. Offsets are centred over layers and heads. The price then follows from the sorted importances of the sample. Each further
     run corrects it for what sparse layers change in the layers above: one or two as a rule, at most four. Statistics are reset. The prices
-    of other budgets are noted, for `model(..., block_budget=...)`.
+    of other budgets are noted, for `model(..., block_budget=...)`. The backward pass runs SDPA in layers whose gates are those of a new
+    conversion; in others it takes far longer.
 
     Args:
         model: model that `convert_attention` has converted. It keeps its training or eval mode, its weights and their gradients.
@@ -51,9 +52,10 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
         Mean key blocks per query over the sample, as the model now reads.
 
     Raises:
-        InputError: the model is not converted; the sample is empty or too short for the target; no price reaches the target; with
-            price="gradient", the model gives no logits, or the loss or its gradient is not finite.
-        ValueError: price is not one of the two. TypeError, ValueError: target is not a finite number.
+        InputError: the model is not converted; the sample is empty or too short for the target; no price reaches the target; an
+            importance is NaN; with price="gradient", the model gives no logits, or the loss or its gradient is not finite.
+        ValueError: price is not one of the two. TypeError, ValueError: target is not a finite number. TypeError: the sample is not an
+            iterable of batches.
     """
     check_choice("price", price, get_args(Price))
     check_number("target", target)

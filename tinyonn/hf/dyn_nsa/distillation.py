@@ -23,7 +23,7 @@ from ...ops._checks import check_size
 from ..interfaces import modes_kept
 from ..peft_parts import active_modules, keep_in_adapter
 from .observing import Attended, checked_sample, run, watched
-from .parts import PART, cores
+from .parts import PART, cores, set_options
 from .shares import Sequence, block_shares, drawn, kinds_of_blocks, true_block_shares
 
 VISIT = 10  # steps on one batch before the next
@@ -37,7 +37,8 @@ def distil_compression(
     """Teaches the compressed branch what share of the attention each block gets, so that one price means the same in every head.
 
     Only the compression of keys and the maps of queries for the compressed branch learn; no weight of the model changes, and no gradient
-    is left. Call `calibrate` afterwards: importances have changed. The sample runs once for each ten steps, with all blocks read.
+    is left. Call `calibrate` afterwards: importances have changed, and prices of other budgets that it noted are dropped. The sample runs
+    once for each ten steps, with all blocks read.
 
     Args:
         model: model that `convert_attention` has converted. It keeps its training or eval mode and its price.
@@ -49,9 +50,9 @@ def distil_compression(
         For each layer by name, the divergence in nats at the first step and its mean over the last ten.
 
     Raises:
-        InputError: the model is not converted, or has nothing to learn there; the sample is empty or too short; a loss is not finite. The
-            model is then as before.
-        TypeError, ValueError: steps or queries is no positive int.
+        InputError: the model is not converted, or has nothing to learn there; the sample is empty or too short; a loss, or what is learned,
+            is not finite. The model is then as before.
+        TypeError, ValueError: steps or queries is no positive int. TypeError: the sample is not an iterable of batches.
     """
     check_size("steps", steps)
     check_size("queries", queries)
@@ -80,7 +81,10 @@ def distil_compression(
         least = max(pupil.least for pupil in short)
         raise InputError(f"sample must have texts of more than {least:,} tokens, got none: every block of shorter ones is read anyway.")
     for pupil in pupils.values():
+        pupil.check()
+    for pupil in pupils.values():
         pupil.graduate()
+    set_options(model, prices=())  # those of an earlier calibration no longer hold
     return {pupil.name: pupil.progress() for pupil in pupils.values()}
 
 
@@ -134,6 +138,12 @@ class _Pupil:
         rest, rest_found = ((1 - shares.sum(-1)).clamp(min=1e-6) for shares in (true, found))
         inner = torch.xlogy(true, true) - true * found.clamp(min=1e-9).log()
         return (inner.sum(-1) + rest * (rest.log() - rest_found.log())).mean()
+
+    def check(self) -> None:
+        """InputError if the last step has learned what is not finite."""
+        for name, value in self.learned.items():
+            if not value.isfinite().all():
+                raise InputError(f"distil_compression must learn finite values, got others for {name} of {self.name}.")
 
     @torch.no_grad()
     def graduate(self) -> None:

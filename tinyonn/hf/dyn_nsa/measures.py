@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
 from .observing import Attended
 from .shares import block_shares, chunks, compressed_shares, drawn, kinds_of_blocks, true_shares
@@ -77,9 +78,15 @@ class PriceSample:
         return (core.slope.detach().float()[:, None] * tau)[..., None]
 
     def above_base(self) -> Tensor:
-        """x - base of all layers, highest first."""
-        found = [(torch.cat(x, 1) - core.base.detach().float().cpu()[:, None]).flatten() for core, x in self.values.items()]
-        return torch.cat(found).sort(descending=True).values
+        """x - base of all layers, highest first.
+
+        Raises:
+            InputError: one is NaN, because a weight or an activation of the model is.
+        """
+        found = torch.cat([(torch.cat(x, 1) - core.base.detach().float().cpu()[:, None]).flatten() for core, x in self.values.items()])
+        if found.isnan().any():
+            raise InputError("importances over the sample must be finite, got nan: a weight or an activation of the model is not finite.")
+        return found.sort(descending=True).values
 
 
 class HeadEffects:

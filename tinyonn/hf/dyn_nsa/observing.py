@@ -20,7 +20,9 @@ from ...errors import InputError
 from ...nn.block_compression import block_starts
 from ...nn.dyn_nsa import DynNSACore
 from ...ops import DynNSAOutput
+from .._forward import tokens_of
 from ..interfaces import gradients_kept
+from .hooks import BUDGET, PRICE
 from .options import open_price
 from .parts import cores
 from .shares import Scores, Sequence, sequences_of
@@ -42,8 +44,8 @@ class Attended(NamedTuple):
     out: Tensor  # (B, T, H, D)
 
     def sequences(self) -> Iterator[Sequence]:
-        size = self.core.options.compress_size
-        return sequences_of(*self.key.shape[:2], size, self.key_start, self.key_end, self.cu_seqlens)
+        batch, total = self.key.shape[:2]
+        return sequences_of(batch, total, self.core.options.compress_size, self.key_start, self.key_end, self.cu_seqlens)
 
     def compressed_keys(self) -> Tensor:
         """(B, M, K, D), without gradients."""
@@ -94,16 +96,18 @@ def plain_attention(
     tau: Tensor | None,
     price: Tensor | float | None,
     scale: float | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor | None:
-    """Output of a watched call that reads all blocks, (B, T, H, D), 0 for padding; None where the call is to run as it is.
+    """Output of a watched call that reads all blocks, (B, T, H, D), 0 for padding; None where the core is to run, and be watched.
 
     Args: as of a core; price is that of the call.
     """
     watch, (batch, total), most = core.watch, key.shape[:2], core.options.max_blocks
-    if watch is None or price is not None or query.shape[1] != total:
+    if watch is None or query.shape[1] != total or any(x is not None for x in (price, softcap, sinks)):
         return None
     if most is not None and most * core.options.block_size < total:
         return None
@@ -122,22 +126,45 @@ def plain_attention(
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     groups = query.shape[2] // key.shape[2]
     key, value = (x if groups == 1 else x.repeat_interleave(groups, 2) for x in (key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), is_causal=True, scale=scale)
-    return out.transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
 
 
 def checked_sample(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The batches of a sample, as keyword arguments of the model.
 
     Raises:
-        InputError: the model is not converted, or there is no batch.
+        InputError: the model is not converted, there is no batch, or one cannot be measured.
+        TypeError: the sample is not an iterable of batches.
     """
     if next(cores(model), None) is None:
         raise InputError(f"model must be converted by convert_attention, got an unconverted {type(model).__name__}.")
-    batches = [{"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) for batch in sample]
+    if isinstance(sample, (Tensor, Mapping, str)) or not isinstance(sample, Iterable):
+        raise TypeError(f"sample must be a list of batches, got {type(sample).__name__}.")
+    batches = [_checked_batch(batch) for batch in sample]
     if not batches:
         raise InputError("sample contains no batch.")
     return batches
+
+
+def _checked_batch(batch: Tensor | Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(batch, (Tensor, Mapping)):
+        raise TypeError(f"batches of the sample must be token ids or dicts of the model's arguments, got {type(batch).__name__}.")
+    given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    for name in ("past_key_values", PRICE, BUDGET):
+        if given.get(name) is not None:
+            raise InputError(f"batches of the sample must not have {name}.")
+    tokens = tokens_of(given)
+    if tokens is None:
+        raise InputError("batches of the sample must have input_ids or inputs_embeds, got neither.")
+    name, shape = ("input_ids", "(B, T)") if given.get("input_ids") is not None else ("inputs_embeds", "(B, T, features)")
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name} of the sample must be a tensor {shape}, got {type(tokens).__name__}.")
+    if tokens.dim() != shape.count(",") + 1 or tokens.numel() == 0:
+        raise InputError(f"{name} of the sample must be {shape} of at least one token, got {tuple(tokens.shape)}.")
+    if name == "input_ids" and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool):
+        raise TypeError(f"input_ids of the sample must be integers, got {tokens.dtype}.")
+    return given
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ FIRST_PRICE = -8.0  # of a model that reads every block, at the first step that 
 HASTE, MOST_HASTE = 1.1, 5.0  # growth of the rate at each step on the same side of the path, and its limit
 LEAST_FAR = 0.02  # blocks beyond the forced ones, in the logarithm that moves the price
 PATH = 0.3  # of the steps: the target holds from there on
+MISSED = 0.1  # relative error of the blocks read at the end that is told
 COOLING = 0.7  # of the steps: the temperature holds from there on
 STAGES = 5  # of the temperature: a compiled model compiles again at each
 
@@ -80,6 +81,7 @@ class BudgetSchedule(TrainerCallback):
         self.temperature = temperature
         self.start = 64.0 if start is None and weight > 0 else start
         self._gap, self._haste = 0.0, 1.0
+        self._read: tuple[float, float] | None = None  # blocks per query that the last step read, and those not forced
         self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def target_at(self, step: int) -> float:
@@ -108,6 +110,7 @@ class BudgetSchedule(TrainerCallback):
             self.start = blocks if rows else self._start_of(found[0], step)
         if step > 0:
             price = max(price, FIRST_PRICE)
+            self._read = (blocks, far) if rows else None
             if rows:
                 wanted = self.target_at(step) - (blocks - far)
                 price += self._move(math.log(max(far, LEAST_FAR) / max(wanted, LEAST_FAR)))
@@ -205,6 +208,15 @@ class BudgetSchedule(TrainerCallback):
                 f"training ended after {state.global_step} of the {self.steps} steps of BudgetSchedule, so {missed} is not reached.",
                 stacklevel=2,
             )
+        elif self._read is not None:
+            blocks, far = self._read
+            if blocks > (1 + MISSED) * self.target or (far == 0 and blocks < (1 - MISSED) * self.target):
+                what = "no block beyond the forced ones" if far == 0 else "more than the price could leave out in these steps"
+                warnings.warn(
+                    f"training ended at {blocks:.2f} key blocks per query, {what}, and the budget of BudgetSchedule is {self.target}; call "
+                    "calibrate before the training, or give it more steps.",
+                    stacklevel=2,
+                )
 
     def _share(self, step: int) -> float:
         return min(max(step / self.steps, 0.0), 1.0)

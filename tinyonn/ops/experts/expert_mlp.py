@@ -40,10 +40,10 @@ def expert_mlp(
 ) -> Tensor:
     """Mixture of small experts: the weighted sum of the outputs of each token's experts. Backward also computes each pair's surprise.
 
-    The surprise of a (token, expert) pair is the norm of the gradient that this token alone contributes to this expert. It is returned as
-    the gradient of `surprise`, a tensor of zeros that does not affect the output: read `surprise.grad` after backward, or use
-    `torch.autograd.grad`. Gradients of several calls add up, so pass a new tensor to each call. Surprise scales with the loss, and so with
-    the loss scale of AMP.
+    The surprise of a (token, expert) pair is the norm of the gradient that this token alone causes in the expert's output projection; see
+    `surprise_kind` for other kinds. It is returned as the gradient of `surprise`, a tensor of zeros that does not affect the output: read
+    `surprise.grad` after backward, or use `torch.autograd.grad`. Gradients of several calls add up, so pass a new tensor to each call.
+    Surprise scales with the loss, and so with the loss scale of AMP.
 
     Differentiable: hidden_states, both projections and their biases, top_k_weights; gradients that are not needed are not computed.
     Works under `torch.func.grad`, `vjp`, `jacrev` and `vmap`; `vmap` makes one call per element of its batch.

@@ -73,7 +73,7 @@ def draw_head_scatters(path: Path, title: str, plots: Sequence[HeadScatter], x_t
 def draw_statistics(
     path: Path, title: str, correlations: Sequence[DotRow], overlaps: Sequence[DotRow], limits: tuple[float, float]
 ) -> None:
-    """Rank correlations with intervals, and overlaps with chance; dashed lines at the study's figures, across the rows that they judge."""
+    """Rank correlations with intervals, and overlaps with chance; dashed lines at the expected limits, across the rows that they judge."""
     figure = new_figure(9.0, 1.8 + 0.5 * len(correlations), title, 12)
     figure.get_layout_engine().set(wspace=0.06)  # keeps tick labels of the two panels apart
     places = np.arange(len(correlations))
@@ -86,7 +86,7 @@ def draw_statistics(
             left.plot([row.low, row.high], [place, place], color="C0", linewidth=1.6)
         left.plot([row.value], [place], "o", color="C0", markersize=7)
     judged = places[[row.judged for row in correlations]]
-    figures_of_the_study = f"the study's figures, {limits[0]:g} and {limits[1]:g}"
+    expected_limits = f"expected limits, {limits[0]:g} and {limits[1]:g}"
     known = [row for row in overlaps if row.value is not None]
     for place, row in zip(places, overlaps, strict=True):
         if row.value is None:
@@ -99,7 +99,7 @@ def draw_statistics(
         (right, limits[1], (0.0, 1.02), "overlap of the highest heads"),
     ):
         across = np.full(len(judged), limit)
-        axes.vlines(across, judged - 0.5, judged + 0.5, colors="C3", linestyles="--", linewidth=1.0, label=figures_of_the_study)
+        axes.vlines(across, judged - 0.5, judged + 0.5, colors="C3", linestyles="--", linewidth=1.0, label=expected_limits)
         axes.set_xlim(*span)
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel(label)

@@ -115,7 +115,7 @@ def _acceptance(found: Mapping[str, Any]) -> str:
         figure, rule = parts.figure_cells(row)
         rows.append([figure, rule, f"{row['met']} of {row['met'] + row['missed']}", values, parts.if_unrelated(row["figure"], found)])
     head = ["figure", "wanted", "seeds that meet it", "values by seed", "if unrelated"]
-    listing = table_card(head, rows, "The original study's figures", wrapped=(3,))
+    listing = table_card(head, rows, "Expectations", wrapped=(3,))
     agreement = table_card(
         ["column", "ρ between seeds", "pairs of seeds"],
         [[row["column"], parts.decimals(row["rho"]), row["pairs"]] for row in found["agreement"]],

@@ -28,8 +28,8 @@ from .plasticity_limits import MeasuredRows, limits_of_numbers, limits_of_rows, 
 from .shell import head_page, model_title
 
 _ACCEPTANCE_LEAD = (
-    "The study that introduced these measures found that importance before training hardly predicts which heads training changes, and "
-    "set these figures. They are computed here in the same way. The last column is their average for unrelated importance and change."
+    "The hypothesis is that importance before training hardly predicts which heads training changes. These six limits express it; they "
+    "are chosen, not measured. The last column is the average of each figure for unrelated importance and change."
 )
 _LOSS_POINTS = 100
 _WHEN = {"pre": "before", "post": "after"}
@@ -172,7 +172,7 @@ def _verdict(stats: Mapping[str, Any]) -> str:
     line = (
         f"The rank correlation of importance before training with the relative update {rho}. Of {counts['heads']} heads, "
         f"{counts['important_but_static']} are important but static and {counts['plastic_but_unimportant']} plastic but unimportant. "
-        f"{met} of the original study's {len(rows)} figures {'is' if met == 1 else 'are'} met."
+        f"{met} of the {len(rows)} expectations {'is' if met == 1 else 'are'} met."
     )
     return f'<p class="verdict">{text(line)}</p>'
 
@@ -209,7 +209,7 @@ def _run(stats: Mapping[str, Any], measured: dict[str, Any], trained: dict[str, 
 def _acceptance(stats: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
     cards = [f'<div class="card">{_acceptance_table(stats)}</div>', _training(trained)]
     lead = f"{_ACCEPTANCE_LEAD} {parts.judged_line(stats)}"
-    return section("acceptance", "The original study's figures", group("grid2", cards), lead=lead)
+    return section("acceptance", "Expectations", group("grid2", cards), lead=lead)
 
 
 def _training(trained: Mapping[str, Any]) -> str:

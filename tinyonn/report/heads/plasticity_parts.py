@@ -67,7 +67,7 @@ def statistics_section(
     rows: Sequence[Sequence[object]],
     more: str = "",
 ) -> str:
-    """Rank correlations and overlaps of the pairs, with the study's limits, above a table.
+    """Rank correlations and overlaps of the pairs, with the expected limits, above a table.
 
     Args:
         rhos, overlaps: rows of the two charts.
@@ -77,7 +77,7 @@ def statistics_section(
         more: end of the table's caption.
     """
     max_rho, max_overlap = study_limits(stats)
-    limits = [(f"study: below {limit:g}", limit) for limit in (max_rho, max_overlap)]
+    limits = [(f"expected: below {limit:g}", limit) for limit in (max_rho, max_overlap)]
     left = charts.interval_dots("Rank correlations", rhos, low=-1, high=1, x_title="Spearman's ρ", limit=limits[0])
     right = charts.interval_dots("Overlaps", overlaps, low=0, high=1, x_title="share of the highest heads in both", limit=limits[1])
     cards = [card("Rank correlation", left, legend=legends[0]), card("Overlap of the highest", right, legend=legends[1])]
@@ -104,7 +104,7 @@ def cases_section(head: Sequence[str], listed: Mapping[str, tuple[Sequence[Seque
 
 
 def figure_cells(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Name and rule of one of the study's figures."""
+    """Name and rule of one of the expectations."""
     return row["figure"].replace("rho", "ρ"), row["rule"].replace(">=", "≥")
 
 
@@ -124,22 +124,22 @@ def pair_name(pair: Mapping[str, Any]) -> str:
 
 
 def study_limits(stats: Mapping[str, Any]) -> tuple[float, float]:
-    """The original study's highest rank correlation and overlap."""
+    """The expected limits of rank correlation and overlap."""
     limits = {row["figure"].partition("(")[0]: row["limit"] for row in stats["acceptance"]}
     return limits["rho"], limits["overlap"]
 
 
 def is_judged(pair: Mapping[str, Any], stats: Mapping[str, Any]) -> bool:
-    """Whether the original study has figures for a pair of columns."""
+    """Whether there are expectations for a pair of columns."""
     return any(row["figure"] == f"rho({pair_name(pair)})" for row in stats["acceptance"])
 
 
 def judged_line(stats: Mapping[str, Any]) -> str:
-    """Sentence on the pairs of columns that the original study's figures judge, and those that they do not."""
+    """Sentence on the pairs of columns that the expectations judge, and those that they do not."""
     judged, others = ([f"({pair_name(pair)})" for pair in stats["pairs"] if is_judged(pair, stats) is wanted] for wanted in (True, False))
     verb = "is" if len(others) == 1 else "are"
     rest = f"; {' and '.join(others)} {verb} shown but not judged" if others else ""
-    return f"The figures judge {' and '.join(judged)}, and the numbers of cases{rest}."
+    return f"The expectations judge {' and '.join(judged)}, and the numbers of cases{rest}."
 
 
 def if_unrelated(figure: str, stats: Mapping[str, Any]) -> str:
