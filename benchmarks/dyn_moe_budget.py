@@ -74,7 +74,7 @@ def balance_loss(visits: dict[DynMoE, list[Visit]]) -> Tensor:
 
 def calibrate(model: PreTrainedModel, sample: Tensor, arm: str, budget: float, shift: bool = False) -> None:
     bounds = {"min_experts": int(budget), "max_experts": int(budget)} if arm == TOP_K else {}
-    calibrate_experts(model, sample, budget, shift=shift, **bounds)
+    calibrate_experts(model, sample, budget, shift=shift, price="none", **bounds)
 
 
 def tune(model: PreTrainedModel, rows: list[Tensor], arm: str, budget: float | None, steps: int) -> None:

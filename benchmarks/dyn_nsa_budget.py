@@ -207,6 +207,7 @@ def write(folder: Path, results: Results, texts: int) -> None:
         f"- **Text**: {texts} modules of Python's standard library, {results.settings['tokens']} tokens each.",
         "- **Conversion**: blocks of 64 keys, compression of 32 positions, a window of 512. The gates of the compressed and of the"
         " window branch are 0 before tuning.",
+        '- **Rule**: that of earlier versions, `importance="relative"` with a slope of 1 on tau and gates of 1 nat.',
         f"- **Tuning**: {results.settings['steps']} steps of Adam on thresholds, gates and compression, one text a step, from other"
         " modules.",
         "",

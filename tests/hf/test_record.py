@@ -82,7 +82,7 @@ def test_attention_and_mlps_are_converted_in_one_model(arch, order, tmp_path):
         revert_attention(loaded)
     loaded.save_pretrained(tmp_path / "reverted")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "reverted")
-    assert torch.equal(again(x).logits, loaded(x).logits)
+    assert_close_rms(again(x).logits, loaded(x).logits, 1e-6)
     assert not statistics(again)
     assert "surprise_budget" in str(again.forward.__signature__)
 

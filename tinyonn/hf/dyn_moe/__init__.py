@@ -6,7 +6,9 @@ Importing this package registers the builder of converted models with `hf._conve
     partition    division of their neurons into equal groups
     options      checks of options, before a model is changed
     budget       surprise_budget as a keyword
-    calibration  routers from a sample of text: prototypes, thresholds
+    sampling     a sample of text: inputs of the mixtures, contributions of experts
+    price        how layers share one budget of experts
+    calibration  routers from a sample: prototypes, thresholds
     saving       construction of the mixtures from the record in a configuration
     conversion   convert_mlp_to_dynmoe
 """

@@ -18,10 +18,11 @@ from .._converted import checked_model, record
 from ..guard import replace_module
 from ..interfaces import modes_kept
 from .budget import take_surprise_budget
-from .calibration import OPEN, check_finite, check_sample, contributions, fit_prototypes, mixtures, run_sample
+from .calibration import fit_prototypes
 from .mlps import DenseMLP, dense_mlps
 from .options import DynMoEOptions, LayerSizes, build
 from .partition import coactive_neurons, neurons_in_order
+from .sampling import OPEN, check_finite, check_sample, contributions, mixtures, run_sample
 from .saving import DYN_MOE
 
 # Largest relative error of a layer on random input that can be due to rounding.

@@ -56,7 +56,12 @@ class DynMoEOptions:
 
 @dataclass
 class LayerSizes:
-    """Options of `nn.DynMoE` in which layers may differ; intermediate_size is that of one expert."""
+    """Options of `nn.DynMoE` in which layers may differ.
+
+    Attributes:
+        intermediate_size: of one expert.
+        target_k: the layer's part of the budget; None for that of all layers.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -65,6 +70,7 @@ class LayerSizes:
     bias: bool
     output_bias: bool
     dropout: float
+    target_k: float | None = None
 
 
 def of_mapping(kind: type, given: Any, source: str) -> Any:
@@ -79,5 +85,6 @@ def of_mapping(kind: type, given: Any, source: str) -> Any:
 def build(options: DynMoEOptions, sizes: LayerSizes, *, device: torch.device, dtype: torch.dtype) -> DynMoE:
     """A mixture with uninitialised expert weights. Its parameters are ordinary tensors also within inference mode."""
     with torch.inference_mode(False):
-        kwargs = {**asdict(options), **asdict(sizes)}
+        own = {name: value for name, value in asdict(sizes).items() if value is not None}
+        kwargs = {**asdict(options), **own}
         return DynMoE(**kwargs, combine="unit", form="sigmoid_cosine", device=device, dtype=dtype)

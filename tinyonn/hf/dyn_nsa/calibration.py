@@ -17,12 +17,12 @@ from ...nn.dyn_nsa import DynNSACore
 from ...ops import DynNSAOutput
 from ...ops._checks import check_choice, check_number
 from .._forward import tokens_of
+from .._sample_loss import loss_of, with_leaf
 from ..interfaces import modes_kept
 from ..peft_parts import keep_in_adapter
 from .measures import HeadEffects, PriceSample
 from .observing import Attended, checked_sample, run, set_price, watched
 from .parts import PART, cores, set_options
-from .sample_loss import loss_of, with_leaf
 
 Price = Literal["gradient", "none"]
 VALUES = 2**24  # importances that a price is taken from

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...errors import InputError
+from ..errors import InputError
 
 
 @contextmanager
