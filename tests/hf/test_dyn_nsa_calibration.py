@@ -16,6 +16,8 @@ from tinyonn.hf import BudgetSchedule, calibrate, convert_attention, distil_comp
 from tinyonn.hf.dyn_nsa import calibration, cores, shares
 from tinyonn.testing import left_padding, tiny_causal_lm, token_ids
 
+from .regression import by_hand
+
 SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
 LENGTH = 130
 
@@ -31,11 +33,11 @@ def kept_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask:
     shares = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -math.inf).softmax(-1)
     out = shares @ value.repeat_interleave(groups, 1)
     out.requires_grad_().retain_grad()
-    kept[module.layer_idx] = (shares, value, out)
+    kept[module.layer_idx] = (query * scaling, key, shares, value, out)
     return out.transpose(1, 2), None
 
 
-kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+kept: dict[int, tuple[Tensor, ...]] = {}
 register_attention("kept_attention", kept_attention)
 
 
@@ -45,38 +47,45 @@ def far_blocks(length: int) -> Tensor:
     return (block >= 1) & (block < own - 1)
 
 
-def offsets_by_hand(model: PreTrainedModel, rows: list[Tensor]) -> Tensor:
-    """off[l, k] of `evidence`: √ of the mean of Σ_heads |∂L/∂o|² |P_b (v_b - o)|² over that of P_b², centred; block by block."""
+def pairs_by_hand(model: PreTrainedModel, rows: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Log of the estimated share, and Σ_heads |∂L/∂o|² |P_b (v_b - o)|², of the far blocks of each key/value head; block by block."""
     model.set_attn_implementation("kept_attention")
-    sums: list[list[Tensor]] = []
+    found: list[list[Tensor]] = []
     slopes = []
     for row in rows:
         logits = model(row[None], use_cache=False).logits
         torch.nn.functional.cross_entropy(logits[0, :-1], row[1:], reduction="sum").backward()
-        far, blocks = far_blocks(len(row)), range(-(-len(row) // 16))
-        found, slope = [], []
-        for probabilities, value, out in kept.values():
-            slope.append(out.grad[0].square().sum((-1, -2)))
-            mass = torch.stack([probabilities[0, :, :, 16 * b : 16 * b + 16].sum(-1) for b in blocks], -1)
+        far, blocks, whole = far_blocks(len(row)), range(-(-len(row) // 16)), len(row) // 16
+        slopes.append(torch.stack([out.grad[0].square().sum((-1, -2)) for *_, out in kept.values()]))
+        estimates, effects = [], []
+        for query, key, probabilities, value, out in kept.values():
+            means = torch.stack([key[0, :, 16 * b : 16 * b + 16].mean(1) for b in range(whole)], 1).repeat_interleave(2, 0)
+            products = query[0] @ means.transpose(1, 2)
+            ended = (torch.arange(whole) + 1) * 16 <= torch.arange(len(row))[:, None] + 1
+            shares = products.masked_fill(~ended, -1e30).softmax(-1)
+            estimates.append(shares.unflatten(0, (2, 2)).mean(1).log()[:, far[:, :whole]])
             effect = []
             for b in blocks:
+                mass = probabilities[0, :, :, 16 * b : 16 * b + 16].sum(-1, keepdim=True)
                 part = probabilities[0, :, :, 16 * b : 16 * b + 16] @ value[0, :, 16 * b : 16 * b + 16].repeat_interleave(2, 0)
-                effect.append((part - mass[..., b, None] * out[0]).square().sum(-1))
-            grouped = mass.unflatten(0, (2, 2)).mean(1)
-            found.append(torch.cat([(torch.stack(effect, -1) * far).sum((-1, -2)), (grouped.square() * far).sum((-1, -2))]))
-        sums.append(found)
-        slopes.append(torch.stack(slope))
-    total = torch.stack([torch.stack(found) for found in sums]).sum(0).detach()
-    effect, mass = total[:, :4] * torch.stack(slopes).sum(0) / sum(map(len, rows)), total[:, 4:]
-    off = 0.5 * (effect.unflatten(1, (2, 2)).sum(-1).log() - mass.log())
-    return off - off.mean()
+                effect.append((part - mass * out[0]).square().sum(-1))
+            effects.append(torch.stack(effect, -1)[:, far])
+        found.append([torch.stack(estimates).flatten(0, 1).detach(), torch.stack(effects).detach()])
+    slope = torch.stack(slopes).sum(0) / sum(map(len, rows))  # (layers, H)
+    x = torch.cat([estimates for estimates, _ in found], -1)
+    effect = (torch.cat([effects for _, effects in found], -1) * slope[..., None]).unflatten(1, (2, 2)).sum(2).flatten(0, 1)
+    return [(x[head], effect[head], torch.ones_like(x[head])) for head in range(len(x))]
+
+
+def heads_of(model: PreTrainedModel, name: str) -> Tensor:
+    return torch.cat([getattr(core, name).detach().double() for core in cores(model)])
 
 
 @pytest.mark.parametrize("how", ["plain", "padded", "packed", "embeddings"])
-def test_offsets_are_what_a_blocks_share_is_worth(how):
+def test_thresholds_lie_where_blocks_of_all_heads_matter_as_much(how):
     x = token_ids()
     rows = {"padded": [x[0, 21:], x[1]], "packed": [x[0, :70], x[0, 70:]]}.get(how, [x[0], x[1]])
-    expected = offsets_by_hand(stock(dtype=torch.float64), rows)
+    level, power = by_hand(pairs_by_hand(stock(dtype=torch.float64), rows))
     model = convert_attention(stock(dtype=torch.float64), **SMALL)
     batch: dict[str, Any] = {"input_ids": x}
     if how == "padded":
@@ -86,9 +95,14 @@ def test_offsets_are_what_a_blocks_share_is_worth(how):
     if how == "embeddings":
         batch = {"inputs_embeds": model.get_input_embeddings()(x), "labels": x}
     calibrate(model, [batch], 2.4 if how == "packed" else 3.5)
-    found = torch.stack([core.base for core in cores(model)]).detach()
-    assert expected.std() > 0.05
-    torch.testing.assert_close(found, -expected, rtol=0, atol=1e-5)
+    gain, base = heads_of(model, "gain"), heads_of(model, "base")
+    assert gain.std() > 0.05
+    assert base.std() > 0.05
+    for price in (-1.5, -4.0):
+        effects = level + power * (price * gain + base)
+        torch.testing.assert_close(effects, effects.mean().expand(6), rtol=0, atol=1e-4)
+    assert gain.mean().item() == pytest.approx(1, abs=1e-6)
+    assert base.mean().item() == pytest.approx(0, abs=1e-6)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
 

@@ -19,6 +19,7 @@ from ...ops._checks import check_choice, check_number
 from .._forward import tokens_of
 from ..interfaces import modes_kept
 from ..peft_parts import keep_in_adapter
+from .fitting import thresholds
 from .measures import HeadEffects, PriceSample
 from .observing import Attended, checked_sample, run, set_price, watched
 from .parts import PART, cores, set_options
@@ -29,7 +30,6 @@ VALUES = 2**24  # importances that a price is taken from
 POINTS = 32  # of the prices of other budgets
 CORRECTIONS = 4  # of the price, at most
 CLOSE = 0.005  # relative error of the count at which a price stays
-FARTHEST = 4.0  # nats of an offset from the median: a head that has no effect at all
 
 
 def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any]], target: float, *, price: Price = "gradient") -> float:
@@ -62,15 +62,16 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
     batches = checked_sample(model, sample)
     keep_in_adapter(model, PART)
     found = list(cores(model))
-    before = [(core.base.detach().clone(), core.price.clone()) for core in found]
+    before = [(core.base.detach().clone(), core.gain.clone(), core.price.clone()) for core in found]
     try:
         with modes_kept(model):
             model.eval()
             return _calibrated(model, found, batches, target, price)
     except BaseException:
         with torch.no_grad():
-            for core, (base, level) in zip(found, before, strict=True):
+            for core, (base, gain, level) in zip(found, before, strict=True):
                 core.base.copy_(base)
+                core.gain.copy_(gain)
                 core.price.copy_(level)
         raise
     finally:
@@ -95,12 +96,18 @@ def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[d
                 run(model, batch)
     rows, forced = values.rows, values.forced
     _check_target(found, batches, target, forced / rows, values.every / rows)
-    offsets = _bounded([effects[core].offsets() for core in found]) if effects else [-core.base.detach().float().cpu() for core in found]
-    middle = torch.cat(offsets).mean()
+    values.check()
+    if effects:
+        gain, base = thresholds([pairs for core in found for pairs in effects[core].pairs()])
+    else:
+        gain, base = (torch.cat([getattr(core, name).detach().double().cpu() for core in found]) for name in ("gain", "base"))
+        base = base - gain * (base.mean() / gain.mean())
+    heads = [core.num_kv_heads for core in found]
     with torch.no_grad():
-        for core, offset in zip(found, offsets, strict=True):
-            core.base.copy_(middle - offset)
-    ordered = values.above_base()
+        for core, own_gain, own_base in zip(found, gain.split(heads), base.split(heads), strict=True):
+            core.gain.copy_(own_gain)
+            core.base.copy_(own_base)
+    ordered = values.prices()
     wanted, far = target * rows - forced, 0.0  # far blocks
     tried: list[tuple[float, float, float]] = []  # blocks of the sorted sample, far blocks read, price
     place = wanted * len(ordered) / values.pairs
@@ -126,19 +133,6 @@ def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[d
     points = [most * (i / POINTS) ** 2 for i in range(1, POINTS + 1)]
     set_options(model, prices=tuple((round(point, 6), round(_price_at(ordered, point * rows * scale), 6)) for point in points))
     return reached
-
-
-def _bounded(offsets: list[Tensor]) -> list[Tensor]:
-    """Offsets of each layer, (K,), at most `FARTHEST` from the median.
-
-    Raises:
-        InputError: a gradient was not finite, or all were 0.
-    """
-    every = torch.cat(offsets).float()
-    if torch.isnan(every).any() or (every == math.inf).any() or not every.isfinite().any():
-        raise InputError("gradient of the loss over the sample must be finite, and not 0 in every head.")
-    middle = every[every.isfinite()].median()
-    return list(every.clamp(min=middle - FARTHEST, max=middle + FARTHEST).split([len(offset) for offset in offsets]))
 
 
 def _price_at(ordered: Tensor, place: float) -> float:
