@@ -1,4 +1,4 @@
-"""Thresholds of a budget without training: the price in closed form, and the offsets of heads from one backward pass."""
+"""Thresholds of a budget without training: the price in closed form, and those of heads from one backward pass."""
 
 from __future__ import annotations
 
