@@ -1,4 +1,4 @@
-"""Thresholds of a budget without training: the price in closed form, and the offsets of heads from one backward pass."""
+"""Thresholds of a budget without training: the price in closed form, and those of heads from one backward pass."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from tinyonn.errors import InputError
 from tinyonn.hf import BudgetSchedule, calibrate, convert_attention, distil_compression, register_attention, statistics
-from tinyonn.hf.dyn_nsa import calibration, cores, shares
+from tinyonn.hf.dyn_nsa import calibration, cores, fitting, measures, shares
 from tinyonn.testing import left_padding, tiny_causal_lm, token_ids
+
+from .regression import by_hand
 
 SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
 LENGTH = 130
@@ -31,11 +33,11 @@ def kept_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask:
     shares = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -math.inf).softmax(-1)
     out = shares @ value.repeat_interleave(groups, 1)
     out.requires_grad_().retain_grad()
-    kept[module.layer_idx] = (shares, value, out)
+    kept[module.layer_idx] = (query * scaling, key, shares, value, out)
     return out.transpose(1, 2), None
 
 
-kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+kept: dict[int, tuple[Tensor, ...]] = {}
 register_attention("kept_attention", kept_attention)
 
 
@@ -45,52 +47,125 @@ def far_blocks(length: int) -> Tensor:
     return (block >= 1) & (block < own - 1)
 
 
-def offsets_by_hand(model: PreTrainedModel, rows: list[Tensor]) -> Tensor:
-    """off[l, k] of `evidence`: √ of the mean of Σ_heads |∂L/∂o|² |P_b (v_b - o)|² over that of P_b², centred; block by block."""
+def pairs_by_hand(model: PreTrainedModel, rows: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Log of the estimated share, and Σ_heads |∂L/∂o|² |P_b (v_b - o)|², of the far blocks of each key/value head; block by block."""
     model.set_attn_implementation("kept_attention")
-    sums: list[list[Tensor]] = []
+    found: list[list[Tensor]] = []
     slopes = []
     for row in rows:
         logits = model(row[None], use_cache=False).logits
         torch.nn.functional.cross_entropy(logits[0, :-1], row[1:], reduction="sum").backward()
-        far, blocks = far_blocks(len(row)), range(-(-len(row) // 16))
-        found, slope = [], []
-        for probabilities, value, out in kept.values():
-            slope.append(out.grad[0].square().sum((-1, -2)))
-            mass = torch.stack([probabilities[0, :, :, 16 * b : 16 * b + 16].sum(-1) for b in blocks], -1)
+        far, blocks, whole = far_blocks(len(row)), range(-(-len(row) // 16)), len(row) // 16
+        slopes.append(torch.stack([out.grad[0].square().sum((-1, -2)) for *_, out in kept.values()]))
+        estimates, effects = [], []
+        for query, key, probabilities, value, out in kept.values():
+            means = torch.stack([key[0, :, 16 * b : 16 * b + 16].mean(1) for b in range(whole)], 1).repeat_interleave(2, 0)
+            products = query[0] @ means.transpose(1, 2)
+            ended = (torch.arange(whole) + 1) * 16 <= torch.arange(len(row))[:, None] + 1
+            shares = products.masked_fill(~ended, -1e30).softmax(-1)
+            estimates.append(shares.unflatten(0, (2, 2)).mean(1).log()[:, far[:, :whole]])
             effect = []
             for b in blocks:
+                mass = probabilities[0, :, :, 16 * b : 16 * b + 16].sum(-1, keepdim=True)
                 part = probabilities[0, :, :, 16 * b : 16 * b + 16] @ value[0, :, 16 * b : 16 * b + 16].repeat_interleave(2, 0)
-                effect.append((part - mass[..., b, None] * out[0]).square().sum(-1))
-            grouped = mass.unflatten(0, (2, 2)).mean(1)
-            found.append(torch.cat([(torch.stack(effect, -1) * far).sum((-1, -2)), (grouped.square() * far).sum((-1, -2))]))
-        sums.append(found)
-        slopes.append(torch.stack(slope))
-    total = torch.stack([torch.stack(found) for found in sums]).sum(0).detach()
-    effect, mass = total[:, :4] * torch.stack(slopes).sum(0) / sum(map(len, rows)), total[:, 4:]
-    off = 0.5 * (effect.unflatten(1, (2, 2)).sum(-1).log() - mass.log())
-    return off - off.mean()
+                effect.append((part - mass * out[0]).square().sum(-1))
+            effects.append(torch.stack(effect, -1)[:, far])
+        found.append([torch.stack(estimates).flatten(0, 1).detach(), torch.stack(effects).detach()])
+    slope = torch.stack(slopes).sum(0) / sum(map(len, rows))  # (layers, H)
+    x = torch.cat([estimates for estimates, _ in found], -1)
+    effect = (torch.cat([effects for _, effects in found], -1) * slope[..., None]).unflatten(1, (2, 2)).sum(2).flatten(0, 1)
+    return [(x[head], effect[head], torch.ones_like(x[head])) for head in range(len(x))]
+
+
+def heads_of(model: PreTrainedModel, name: str) -> Tensor:
+    return torch.cat([getattr(core, name).detach().double() for core in cores(model)])
 
 
 @pytest.mark.parametrize("how", ["plain", "padded", "packed", "embeddings"])
-def test_offsets_are_what_a_blocks_share_is_worth(how):
-    x = token_ids()
-    rows = {"padded": [x[0, 21:], x[1]], "packed": [x[0, :70], x[0, 70:]]}.get(how, [x[0], x[1]])
-    expected = offsets_by_hand(stock(dtype=torch.float64), rows)
+def test_thresholds_lie_where_blocks_of_all_heads_matter_as_much(how, monkeypatch):
+    monkeypatch.setattr(fitting, "FARTHEST", 20.0)  # layers of a random model differ by more than that of a trained one
+    x = token_ids(200 if how == "packed" else LENGTH)
+    rows = {"padded": [x[0, 21:], x[1]], "packed": [x[0, :90], x[0, 90:]]}.get(how, [x[0], x[1]])
+    level, power = by_hand(pairs_by_hand(stock(dtype=torch.float64), rows))
     model = convert_attention(stock(dtype=torch.float64), **SMALL)
     batch: dict[str, Any] = {"input_ids": x}
     if how == "padded":
         batch["attention_mask"] = left_padding()
     if how == "packed":
-        batch = {"input_ids": x[:1], "position_ids": torch.cat([torch.arange(70), torch.arange(60)])[None]}
+        batch = {"input_ids": x[:1], "position_ids": torch.cat([torch.arange(90), torch.arange(110)])[None]}
     if how == "embeddings":
         batch = {"inputs_embeds": model.get_input_embeddings()(x), "labels": x}
-    calibrate(model, [batch], 2.4 if how == "packed" else 3.5)
-    found = torch.stack([core.base for core in cores(model)]).detach()
-    assert expected.std() > 0.05
-    torch.testing.assert_close(found, -expected, rtol=0, atol=1e-5)
+    calibrate(model, [batch], 2.9 if how == "packed" else 3.5)
+    gain, base = heads_of(model, "gain"), heads_of(model, "base")
+    assert gain.std() > 0.05
+    assert base.std() > 0.05
+    for price in (-1.5, -4.0):
+        effects = level + power * (price * gain + base)
+        torch.testing.assert_close(effects, effects.mean().expand(6), rtol=0, atol=1e-4)
+    assert gain.mean().item() == pytest.approx(1, abs=1e-6)
+    assert base.mean().item() == pytest.approx(0, abs=1e-6)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_head_with_other_keys_gets_the_threshold_of_its_own_estimates():
+    """Where the queries of the compressed branch are half as long, estimates are flatter, and their differences mean more."""
+    x, gains = token_ids(200), []
+    for factor in (1.0, 0.5):
+        model = convert_attention(stock(dtype=torch.float64), **SMALL, compress_query=True)
+        core = list(cores(model))[1]
+        with torch.no_grad():
+            core.query_map[2:].mul_(factor)  # of the second key/value head
+        reached = calibrate(model, [x], 4.0)
+        assert reached == pytest.approx(4.0, abs=0.03)
+        gains.append(heads_of(model, "gain"))
+    others = torch.arange(6) != 3
+    assert (gains[1][3] / gains[1][others].mean()) < 0.8 * (gains[0][3] / gains[0][others].mean())
+
+
+def test_a_sample_of_the_pairs_gives_nearly_the_same_thresholds(monkeypatch):
+    x, found = token_ids(400), []
+    for pairs in (2**15, 3000):
+        monkeypatch.setattr(measures, "PAIRS", pairs)
+        model = convert_attention(stock(dtype=torch.float64), **SMALL)
+        calibrate(model, [x], 4.0)
+        found.append((heads_of(model, "gain"), heads_of(model, "base")))
+    (gain, base), (some_gain, some_base) = found
+    assert not torch.equal(gain, some_gain)
+    torch.testing.assert_close(-2.0 * some_gain + some_base, -2.0 * gain + base, rtol=0, atol=0.3)
+
+
+def test_every_budget_of_a_call_follows_the_gains():
+    model, x = convert_attention(stock(), **SMALL), token_ids(300)
+    calibrate(model, [x], 4.0)
+    assert heads_of(model, "gain").std() > 0.02
+    for budget in (3.5, 6.0, 8.0):
+        statistics(model, reset=True)
+        with torch.no_grad():
+            model(x, block_budget=budget)
+        forced = sum(min(t // 16 + 1, 3) for t in range(300)) / 300
+        blocks = sum(value["mean_count"] for value in statistics(model).values()) / 3
+        assert blocks - forced == pytest.approx(budget - 3, rel=0.12)
+
+
+def test_the_price_of_a_new_conversion_opens_every_block_of_a_calibrated_model():
+    model, x = stock(), token_ids()
+    expected = model(x).logits
+    convert_attention(model, **SMALL)
+    calibrate(model, [x], 3.0)
+    with torch.no_grad():
+        for core in cores(model):
+            core.gain.copy_(torch.tensor([0.5, 2.0]))
+            core.base.copy_(torch.tensor([-2.0, 2.0]))
+    torch.testing.assert_close(model(x, block_price=-30.0).logits, expected, rtol=0, atol=1e-4)
+    assert (model(x, block_price=-0.5).logits - expected).abs().max() > 1e-3
+    # A schedule centres them, and leaves the thresholds where they are.
+    before = torch.stack([core.threshold_base() for core in cores(model)]).detach()
+    BudgetSchedule(4.0, 5).apply(model, 0)
+    torch.testing.assert_close(torch.stack([core.threshold_base() for core in cores(model)]).detach(), before)
+    # A calibration without a gradient keeps how thresholds differ, at the price that it finds.
+    assert calibrate(model, [x], 3.5, price="none") == pytest.approx(3.5, abs=0.05)
+    assert torch.equal(next(cores(model)).gain, torch.tensor([0.5, 2.0]))
 
 
 def test_chunks_of_queries_change_nothing(monkeypatch):
@@ -158,6 +233,9 @@ def test_a_calibrated_model_comes_back_from_its_folder(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(x).logits, expected)
+    assert torch.equal(heads_of(loaded, "gain"), heads_of(model, "gain"))
+    assert not torch.equal(heads_of(loaded, "gain"), torch.ones(6, dtype=torch.float64))
+    assert all(core.gain.dtype == torch.float32 for core in cores(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)))
     assert sum(value["mean_count"] for value in statistics(loaded).values()) / 3 == pytest.approx(reached, rel=1e-5)
 
 

@@ -98,6 +98,7 @@ def test_a_folder_of_the_old_rule_keeps_it(old_folder, tmp_path):
     options = next(cores(model)).options
     assert (options.importance, options.compress_size, options.slope, options.compress_query) == ("relative", 16, 1.0, False)
     assert all(core.price == -0.25 for core in cores(model))
+    assert all((core.gain == 1).all() for core in cores(model))  # a buffer that the folder lacks
     logits, counts = measured(model)
     torch.testing.assert_close(torch.tensor(logits), torch.tensor(LOGITS), rtol=0, atol=1e-5)
     assert counts == pytest.approx(MEAN_COUNTS, rel=1e-6)
@@ -127,8 +128,16 @@ def test_an_old_state_dict_is_read_into_a_core():
     state = core.state_dict()
     state["opening"] = torch.tensor(-1.5)
     del state["price"]
+    del state["gain"]
+    core.gain.fill_(0.7)
     core.load_state_dict(state)
     assert core.price == -1.5
+    assert (core.gain == 1).all()
+    assert "gain" not in state
+    state = core.state_dict()
+    del state["base"]
+    with pytest.raises(RuntimeError, match="base"):
+        core.load_state_dict(state)
     with pytest.raises(RuntimeError, match="opening"):
         core.load_state_dict({**core.state_dict(), "opening": torch.tensor(0.0)})
 

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import InputError, did_you_mean, listed
-from .old_folders import moved
+from .old_folders import fill_added, moved, without_added
 
 RECORD = "tinyonn"  # of config.json
 VERSION = 1
@@ -192,6 +192,9 @@ def finish_part(model: PreTrainedModel, part: Any) -> None:
     """Completes a part that was built on the meta device, after weights were read. InputError if some were not."""
     if getattr(part, "_is_hf_initialized", False):
         return
+    for other in _parts(model).values():
+        if not getattr(other, "_is_hf_initialized", False):
+            fill_added(other)
     missing = [
         f"{name}.{key}"
         for name, other in _parts(model).items()
@@ -207,7 +210,9 @@ def finish_part(model: PreTrainedModel, part: Any) -> None:
 
 
 def refuse_lost_parts(model: PreTrainedModel, loading_info: Any) -> None:
-    """Raises InputError if the weights include parts that the model was built without."""
+    """Raises InputError if the weights include parts that the model was built without. What `finish_part` has filled is not missing."""
+    if recorded(model.config):
+        loading_info.missing_keys = without_added(loading_info.missing_keys, _parts(model))
     marks = tuple(conversion.mark for conversion in _conversions.values())
     if lost := sorted(key for key in loading_info.unexpected_keys if key.endswith(marks)):
         loading_info.mismatched_keys.clear()  # otherwise transformers raises an error about the guard's shape instead

@@ -5,6 +5,7 @@ the record of `hf._converted` before the model is built, so the model saves in t
 one, transformers raises an error for an unknown method.
 
 Weights that were renamed since are read by their old names; `register_renamings` tells transformers, whose names for saving stay the new.
+Buffers that a part got since, which its class names in `ADDED`, get the value that means what was computed without them.
 """
 
 from __future__ import annotations
@@ -64,6 +65,24 @@ def forget_renamings(model: PreTrainedModel) -> None:
     if used:
         old = set(_RENAMED)
         vars(model)["_weight_conversions"] = [one for one in used if not old & set(getattr(one, "source_patterns", []))]
+
+
+def fill_added(part: Any) -> None:
+    """Gives a part the buffers that a folder lacks because its version did not have them yet."""
+    for name, value in getattr(part, "ADDED", {}).items():
+        buffer = getattr(part, name)
+        if not buffer.is_meta and not getattr(buffer, "_is_hf_initialized", False):
+            buffer.fill_(value)
+            buffer._is_hf_initialized = True
+
+
+def without_added(missing: set[str], parts: dict[str, Any]) -> set[str]:
+    """Names of missing weights without those that `fill_added` has filled.
+
+    Args:
+        parts: by name.
+    """
+    return missing - {f"{name}.{buffer}" for name, part in parts.items() for buffer in getattr(part, "ADDED", {})}
 
 
 def moved(config: PretrainedConfig) -> tuple[str, dict[str, Any]] | None:

@@ -2,7 +2,7 @@
 
     gates = bias + weight · q / rms(q)          one weight and one bias per head and branch; linear, so gradients never vanish
     q'    = q · map                             of the compressed branch and of the selection; one map per head, at first the identity
-    θ     = price + base − slope · τ            one price for the layers of a model: −30 selects every block
+    θ     = price · gain + base − slope · τ     one price for the layers of a model: −30 selects every block
     L     = weight · (mean soft count / target − 1)²            one mean for the layers of a model
 
 B batch, T queries of Tk positions, H query heads, K key/value heads, D head dim
@@ -11,7 +11,7 @@ B batch, T queries of Tk positions, H query heads, K key/value heads, D head dim
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from .dyn_nsa_options import DynNSAOptions
 
 OPEN = -30.0
 """Price at which every block is selected: importance is never below -20."""
+GAIN_FROM = -10.0  # the price below which every threshold falls as the price does, whatever its gain: `OPEN` stays below every importance
 START_PRICE = -5.0  # of a layer of one's own: blocks with a share of at least 0.7 % pass
 OUTPUT_TAU_MOMENTUM = 0.05  # of the running mean of output entropies
 STATISTICS = ("mean_count", "far_count", "overflow", "tau", "share_compressed", "share_selected", "share_window")
@@ -85,8 +86,9 @@ def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 class DynNSACore(nn.Module):
     """DynNSA without projections: compression, branch gates, thresholds, and running statistics.
 
-    The inputs are projected queries, keys and values. Buffers are `price`, the level of all thresholds, and `budget_target`, which a
-    schedule sets, and `output_tau`, the running mean of output entropies. These three are saved; the statistics are not.
+    The inputs are projected queries, keys and values. Buffers are `price`, the level of all thresholds; `gain` (K,), how far each threshold
+    moves with it, 1 until `calibrate` sets it; `budget_target`, which a schedule sets; and `output_tau`, the running mean of output
+    entropies. These four are saved; the statistics are not.
 
     Args:
         num_heads: H.
@@ -96,7 +98,10 @@ class DynNSACore(nn.Module):
         price: initial price; None for -5, or 0 with importance="relative". `OPEN` selects every block.
     """
 
+    ADDED: ClassVar = {"gain": 1.0}  # buffers that weights of earlier versions lack, and what they mean without them
+
     price: Tensor
+    gain: Tensor
     budget_target: Tensor
     output_tau: Tensor
     observed: Tensor
@@ -132,6 +137,7 @@ class DynNSACore(nn.Module):
         self.base, self.slope = parameter(num_kv_heads), parameter(num_kv_heads)
         for name in ("price", "budget_target", "output_tau", "observed"):
             self.register_buffer(name, torch.empty((), device=device, dtype=torch.float32))
+        self.register_buffer("gain", torch.empty(num_kv_heads, device=device, dtype=torch.float32))
         self.register_buffer("sums", torch.empty(len(STATISTICS), device=device, dtype=torch.float32), persistent=False)
         self.register_buffer("calls", torch.empty((), device=device, dtype=torch.int64), persistent=False)
         self.previous_tau: Tensor | None = None
@@ -144,7 +150,7 @@ class DynNSACore(nn.Module):
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynNSACore:
-        wide = {name: getattr(self, name) for name in ("sums", "price", "budget_target")}
+        wide = {name: getattr(self, name) for name in ("sums", "price", "gain", "budget_target")}
         super()._apply(fn, recurse)
         for name, old in wide.items():
             if not old.is_meta and not getattr(self, name).is_meta:
@@ -154,6 +160,9 @@ class DynNSACore(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}price" not in state_dict and f"{prefix}opening" in state_dict:  # its name in earlier versions
             state_dict[f"{prefix}price"] = state_dict.pop(f"{prefix}opening")
+        if f"{prefix}base" in state_dict:
+            for name, value in self.ADDED.items():
+                state_dict.setdefault(f"{prefix}{name}", torch.full_like(getattr(self, name), value, device="cpu"))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_parameters(self) -> None:
@@ -169,6 +178,7 @@ class DynNSACore(nn.Module):
             self.base.fill_(options.base)
             self.slope.fill_(options.slope)
             self.price.fill_(self.start_price)
+            self.gain.fill_(1.0)
             self.budget_target.fill_(options.budget_target)
             self.output_tau.fill_(1.0)
             self.observed.zero_()
@@ -285,11 +295,29 @@ class DynNSACore(nn.Module):
         )  # fmt: skip
 
     def threshold_base(self, price: Tensor | float | None = None) -> Tensor:
-        """price + base, (K,): the thresholds at tau 0; of half precision in float32, whose digits the price has."""
+        """price · gain + base, (K,): the thresholds at tau 0; of half precision in float32, whose digits the price has.
+
+        Below a price of -10, thresholds fall by the price itself, not by gain times as much.
+        """
         base = self.base.to(torch.promote_types(self.base.dtype, torch.float32))
-        if price is None:
-            price = self.price
-        return base + (price.detach().to(base) if isinstance(price, Tensor) else price)
+        price = self.price if price is None else price
+        price = price.detach().to(base) if isinstance(price, Tensor) else base.new_full((), price)
+        return base + self.price_part(price)
+
+    def price_part(self, price: Tensor) -> Tensor:
+        """What a price adds to the thresholds, (K,)."""
+        return price + (self.gain.to(price) - 1) * price.clamp(min=GAIN_FROM)
+
+    def price_of(self, importance: Tensor) -> Tensor:
+        """The highest price at which blocks of this importance pass, at tau 0: the inverse of `threshold_base`.
+
+        Args:
+            importance: (K, …).
+        """
+        shape = (-1, *[1] * (importance.dim() - 1))
+        base, gain = (part.detach().to(importance).view(shape) for part in (self.base, self.gain))
+        above = (importance - base) / gain
+        return torch.where(above >= GAIN_FROM, above, importance - base - (gain - 1) * GAIN_FROM)
 
     def budget_loss(self, result: DynNSAOutput) -> Tensor:
         """The budget loss of a call, 0-d; padding does not count."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ...nn.block_compression import block_starts
-from ...nn.dyn_nsa import DynNSACore
+from ...nn.dyn_nsa import GAIN_FROM, DynNSACore
 from ...ops import DynNSAOutput
 from .._forward import tokens_of
 from ..interfaces import gradients_kept
@@ -46,6 +46,12 @@ class Attended(NamedTuple):
     def sequences(self) -> Iterator[Sequence]:
         batch, total = self.key.shape[:2]
         return sequences_of(batch, total, self.core.options.compress_size, self.key_start, self.key_end, self.cu_seqlens)
+
+    def compressed_query(self) -> Tensor:
+        """The queries of the compressed branch, (B, T, H, D) of at least single precision, without gradients."""
+        query = self.query.detach()
+        mapped = self.core.compressed_query(query)
+        return (query if mapped is None else mapped).detach().float()
 
     def compressed_keys(self) -> Tensor:
         """(B, M, K, D), without gradients."""
@@ -180,4 +186,8 @@ def set_price(found: list[DynNSACore], price: float) -> None:
 
 def price_of_all(found: list[DynNSACore]) -> float:
     """Price at which every block of every layer passes, also where an earlier calibration or training has moved the thresholds."""
-    return min(open_price(replace(core.options, base=core.base.max().item(), slope=core.slope.min().item())) for core in found)
+    prices = []
+    for core in found:
+        open_here = open_price(replace(core.options, base=core.base.max().item(), slope=core.slope.min().item()))
+        prices.append(open_here + min(0.0, GAIN_FROM * (1 - core.gain.min().item())))
+    return min(prices)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
 from ...errors import InputError
@@ -132,12 +133,16 @@ class BudgetSchedule(TrainerCallback):
 
     @staticmethod
     def _centre(found: list[DynNSACore]) -> float:
-        """Moves the mean of `base` over layers and heads into the price; the price."""
+        """Moves the mean of `base` over layers and heads into the price, and leaves the thresholds as they are; the price."""
         bases: list[Any] = [core.base.detach() for core in found]
-        whole = [base.full_tensor() if hasattr(base, "full_tensor") else base for base in bases]  # fully_shard splits parameters
+        whole = [base.full_tensor() if isinstance(base, DTensor) else base for base in bases]  # fully_shard splits parameters
         mean = float(torch.cat([base.float().cpu() for base in whole]).mean())
         for core in found:
-            core.base.sub_(mean)
+            base, part = core.base, core.price_part(core.price + mean) - core.price_part(core.price)
+            moved = part.to(base.device, base.dtype)
+            if isinstance(base, DTensor):
+                moved = distribute_tensor(moved, base.device_mesh, base.placements, src_data_rank=None)
+            base.sub_(moved)
         return float(found[0].price) + mean
 
     def _start_of(self, core: DynNSACore, step: int) -> float | None:
