@@ -207,20 +207,21 @@ def write(folder: Path, results: Results, texts: int) -> None:
         f"- **Text**: {texts} modules of Python's standard library, {results.settings['tokens']} tokens each.",
         "- **Conversion**: blocks of 64 keys, compression of 32 positions, a window of 512. The gates of the compressed and of the"
         " window branch are 0 before tuning.",
-        '- **Rule**: that of earlier versions, `importance="relative"` with a slope of 1 on tau and gates of 1 nat.',
+        '- **Rule**: that of earlier versions, `importance="relative"` with a slope of 1 on tau and a temperature of 1 nat.',
         f"- **Tuning**: {results.settings['steps']} steps of Adam on thresholds, gates and compression, one text a step, from other"
         " modules.",
         "",
         "The rows compare learned thresholds with a fixed number of blocks (static top-n). A threshold depends on tau, a number from 0 to 1"
         " that says how uncertain the model is ([what is computed](dyn_nsa.md#what-is-computed)). Tau comes from one of three sources: the"
-        " entropy of the attention, the entropy of the model's output, or a constant. *Before* means calibrated only, *after* means tuned"
-        " too.",
+        " entropy of the attention, the entropy of the model's output, or a constant. *Before* means that only the price is set, one number"
+        " that is added to all thresholds: the one with which another text reads the budget. `tinyonn.hf.calibrate` would also set the"
+        " thresholds of each head, and was not used. *After* means tuned too.",
         "",
         "- **Budget** is the requested mean number of key blocks per query, **mean blocks** the mean on the evaluation texts.",
         "- For the static top-n, n is the budget, rounded (3.5 to 4). Its mean is lower than n because the first queries of a text have"
         " fewer than n blocks.",
         "- Before tuning, tau from output gives the same values as a constant tau. It is one number for a text that is read in one pass,"
-        " and calibration shifts all thresholds by one number, which cancels it. In tuning tau changes from step to step.",
+        " and the price, which is added to all thresholds, cancels it. In tuning tau changes from step to step.",
         "",
         "![Perplexity against mean key blocks per query](dyn_nsa_budget.png)",
         "",
