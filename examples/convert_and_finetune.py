@@ -40,8 +40,7 @@ settings = TrainingArguments(
     args.output, max_steps=args.steps, per_device_train_batch_size=1, logging_steps=3, save_strategy="no", report_to=[], disable_tqdm=True
 )
 trainer = Trainer(
-    model,
-    settings,
+    model, settings,
     train_dataset=[{"input_ids": text, "labels": text} for text in texts],
     optimizers=(torch.optim.AdamW(tinyonn.hf.parameter_groups(model, lr=2e-5)), None),
     callbacks=[tinyonn.hf.BudgetSchedule(target=8, steps=args.steps)],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tinyonn.hf import convert_attention
-from tinyonn.hf.dyn_nsa import cores, observing, shares
+from tinyonn.hf.dyn_nsa import cores, measures, observing, shares
 from tinyonn.hf.dyn_nsa.measures import HeadEffects, PriceSample
 from tinyonn.nn.dyn_nsa import DynNSACore
 from tinyonn.nn.dyn_nsa_options import DynNSAOptions
@@ -74,7 +74,7 @@ def test_a_price_reads_in_the_op_what_the_sample_of_importances_says(softcap, si
     call = call_of(softcap, sinks)
     core, sample = call.core, PriceSample(1.0, 0)
     sample.add(call)
-    ordered = sample.above_base()
+    ordered = sample.prices()
     place = len(ordered) // 3
     price = float(ordered[place - 1] + ordered[place]) / 2
     compressed = core.compress(call.key, call.value, None, None)
@@ -88,17 +88,18 @@ def test_a_price_reads_in_the_op_what_the_sample_of_importances_says(softcap, si
 
 
 @CAPS
-def test_the_effect_of_a_block_is_the_derivative_by_its_share(softcap, sinks):
+def test_the_effect_of_a_block_is_the_derivative_by_its_share(softcap, sinks, monkeypatch):
     """e[t, b] = |∂o/∂log m| of an attention whose share of a block is multiplied by m, and then normalised."""
+    monkeypatch.setattr(measures, "LEAST_X", -100.0)  # keeps all pairs
     call = call_of(softcap, sinks)
     effects = HeadEffects(call.core)
     effects.watch(call)
     grad = draw(1, 130, HEADS, DIM, seed=6).double()
     call.out.backward(grad)
-    effect, mass = torch.zeros(HEADS).double(), torch.zeros(KV).double()
+    effect, number = torch.zeros(HEADS).double(), 0
     for t in range(48, 130, 1):
         far = range(1, t // 16 - 1)
-        total = torch.zeros(KV, len(far)).double()
+        number += len(far)
         for head in range(HEADS):
             sink = None if call.scores.sinks is None else float(call.scores.sinks[head])
             own = torch.tensor(softmax_of(call.query[0, t, head], call.key[0, : t + 1, head // 2], softcap, sink)).double()
@@ -109,11 +110,10 @@ def test_the_effect_of_a_block_is_the_derivative_by_its_share(softcap, sinks):
                 # ∂/∂m at 1 of (Σ p v + (m - 1) Σ_b p v) / (1 + (m - 1) P_b)
                 change = (own[:, None] * value)[block == b].sum(0) - share * (own[:, None] * value).sum(0)
                 effect[head] += change.square().sum()
-                total[head // 2, b - 1] += share / 2
-        mass += total.square().sum(1)
     slope = grad[0].square().sum((0, 2))
-    expected = 0.5 * (((effect * slope).view(KV, 2).sum(1) / 130).log() - mass.log())
-    torch.testing.assert_close(effects.offsets().double(), expected, rtol=0, atol=1e-5)
+    expected, found = (effect * slope / 130).view(KV, 2).sum(1), effects.pairs()
+    assert [len(pairs.effect) for pairs in found] == [number] * KV
+    torch.testing.assert_close(torch.stack([(pairs.effect * pairs.weight).sum() for pairs in found]), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("how", ["plain", "padded", "holes", "packed", "bounds"])
