@@ -1,7 +1,4 @@
-"""Convert SmolLM2-135M's attention to DynNSA, calibrate it to 8 key blocks per query, then fine-tune it with a Trainer.
-
-The text is a module of Python's standard library. Takes about five minutes on two CPU cores.
-"""
+"""Convert SmolLM2-135M's attention to DynNSA, calibrate it to 8 key blocks per query, fine-tune it: five minutes on two CPU cores."""
 
 import argparse
 import inspect
@@ -40,7 +37,8 @@ settings = TrainingArguments(
     args.output, max_steps=args.steps, per_device_train_batch_size=1, logging_steps=3, save_strategy="no", report_to=[], disable_tqdm=True
 )
 trainer = Trainer(
-    model, settings,
+    model,
+    settings,
     train_dataset=[{"input_ids": text, "labels": text} for text in texts],
     optimizers=(torch.optim.AdamW(tinyonn.hf.parameter_groups(model, lr=2e-5)), None),
     callbacks=[tinyonn.hf.BudgetSchedule(target=8, steps=args.steps)],
