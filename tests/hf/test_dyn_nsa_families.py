@@ -61,7 +61,7 @@ def check(model: PreTrainedModel, folder: Any) -> int:
         assert_close_rms(got[name], wanted, 1e-4, name)
     model.save_pretrained(folder)
     again = type(model).from_pretrained(folder)
-    assert torch.equal(again(text()).logits, got["plain"])
+    assert_close_rms(again(text()).logits, got["plain"], 1e-5)  # loaded weights lie elsewhere in memory, and products may round apart
     return len(list(cores(model)))
 
 
