@@ -1,4 +1,4 @@
-"""Convert SmolLM2-135M's attention to DynNSA, calibrate it to 8 key blocks per query, fine-tune it: five minutes on two CPU cores."""
+"""Convert SmolLM2-135M's attention to DynNSA, calibrate it to 8 key blocks per query, fine-tune it: two minutes on two CPU cores."""
 
 import argparse
 import inspect
