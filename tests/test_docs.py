@@ -105,6 +105,13 @@ def test_lists_and_tables_begin_after_an_empty_line(page):
         before = line
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=name_of)
+def test_code_is_not_cut_at_the_width_of_the_site(page):
+    """On a screen of 1,300 pixels a code block shows 97 columns. What programs print may be wider."""
+    blocks = re.findall(r"^```(?:python|py|bash|sh|shell)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert not [line for block in blocks for line in block.splitlines() if len(line) > 95]
+
+
 def test_every_page_is_reached_from_the_menu():
     menu = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     assert menu == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
