@@ -14,7 +14,7 @@ from ..errors import InputError
 
 
 @contextmanager
-def with_leaf(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+def _with_leaf(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Within the block, what the embedding gives is a leaf that requires a gradient; the leaves of its calls are in the list.
 
     Weights require no gradient in the block, so none is kept for them.
@@ -37,7 +37,7 @@ def with_leaf(model: PreTrainedModel) -> Iterator[list[Tensor]]:
             parameter.requires_grad_(True)
 
 
-def loss_of(model: PreTrainedModel, output: Any, batch: dict[str, Any]) -> Tensor:
+def _loss_of(model: PreTrainedModel, output: Any, batch: dict[str, Any]) -> Tensor:
     """Sum of the next token's loss over a batch, without padding and the first tokens of texts.
 
     Raises:
@@ -58,3 +58,15 @@ def loss_of(model: PreTrainedModel, output: Any, batch: dict[str, Any]) -> Tenso
     if not torch.isfinite(loss):
         raise InputError(f"loss over the sample must be finite, got {loss.item()}.")
     return loss
+
+
+def backward_to_embeddings(model: PreTrainedModel, batch: dict[str, Any]) -> None:
+    """One backward pass as far as the embeddings; no weight gets a gradient."""
+    with torch.inference_mode(False), torch.enable_grad(), _with_leaf(model) as leaves:
+        given = {name: value for name, value in batch.items() if name not in ("labels", "return_dict")}
+        if given.get("inputs_embeds") is not None:
+            given["inputs_embeds"] = given["inputs_embeds"].detach().requires_grad_()
+            leaves.append(given["inputs_embeds"])
+        output = model(**{**given, "use_cache": False, "return_dict": True})
+        loss = _loss_of(model, output, batch)
+        torch.autograd.backward([loss], inputs=leaves)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from ...errors import InputError
 from ...nn import DynMoE, ThresholdRouter
 from ...nn._search import bisect
 from ...ops._dispatch import autocast_off
-from .._sample_loss import loss_of, with_leaf
+from .._sample_loss import backward_to_embeddings
 from ..interfaces import modes_kept
 from .sampling import OPEN, check_finite, contributions, router_of
 
@@ -77,7 +76,6 @@ def _measured(model: PreTrainedModel, sample: Tensor, layers: Mapping[str, DynMo
     with ExitStack() as stack:
         stack.enter_context(_opened([router_of(layer) for layer in layers.values()]))
         stack.enter_context(modes_kept(model))
-        stack.enter_context(torch.inference_mode(False))
         for name, layer in layers.items():
 
             def watch(module: DynMoE, args: tuple[Tensor, ...], out: Tensor, name: str = name) -> None:
@@ -90,10 +88,7 @@ def _measured(model: PreTrainedModel, sample: Tensor, layers: Mapping[str, DynMo
             stack.callback(layer.register_forward_hook(watch).remove)
         model.eval()
         for row in sample.to(model.device).split(1):
-            batch: dict[str, Any] = {"input_ids": row}
-            with torch.enable_grad(), with_leaf(model) as leaves:
-                loss = loss_of(model, model(**batch, use_cache=False, return_dict=True), batch)
-                torch.autograd.backward([loss], inputs=leaves)
+            backward_to_embeddings(model, {"input_ids": row})
     if missed := [name for name in layers if not squares[name]]:
         raise InputError(f"the sample did not reach {missed[0]}, which must run in every forward.")
     found = {}

@@ -17,7 +17,7 @@ from ...nn.dyn_nsa import DynNSACore
 from ...ops import DynNSAOutput
 from ...ops._checks import check_choice, check_number
 from .._forward import tokens_of
-from .._sample_loss import loss_of, with_leaf
+from .._sample_loss import backward_to_embeddings
 from ..interfaces import modes_kept
 from ..peft_parts import keep_in_adapter
 from .fitting import thresholds
@@ -98,7 +98,7 @@ def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[d
     with watched(found, watch):
         for batch in batches:
             if effects:
-                _backward(model, batch)
+                backward_to_embeddings(model, batch)
             else:
                 run(model, batch)
     rows, forced = values.rows, values.forced
@@ -181,18 +181,6 @@ def _read(model: PreTrainedModel, found: list[DynNSACore], batches: list[dict[st
         for batch in batches:
             run(model, batch)
     return total
-
-
-def _backward(model: PreTrainedModel, batch: dict[str, Any]) -> None:
-    """One backward pass as far as the embeddings; no weight gets a gradient."""
-    with torch.inference_mode(False), torch.enable_grad(), with_leaf(model) as leaves:
-        given = {name: value for name, value in batch.items() if name not in ("labels", "return_dict")}
-        if given.get("inputs_embeds") is not None:
-            given["inputs_embeds"] = given["inputs_embeds"].detach().requires_grad_()
-            leaves.append(given["inputs_embeds"])
-        output = model(**{**given, "use_cache": False, "return_dict": True})
-        loss = loss_of(model, output, batch)
-        torch.autograd.backward([loss], inputs=leaves)
 
 
 def _pairs(found: list[DynNSACore], batches: list[dict[str, Any]]) -> float:
