@@ -8,10 +8,10 @@ from typing import Literal, get_args
 from ..ops._checks import check_choice, check_flag, check_number, check_size
 from ..ops._dispatch import check_impl
 from ..ops.nsa._checks import check_max_blocks, check_sizes, check_temperature
+from ..ops.nsa.dyn_nsa import Importance
 
 MAX_TEMPERATURE = 10.0  # with a higher one, the gates of an open model would not all be 1
 
-Importance = Literal["share", "relative"]
 TauSource = Literal["attention", "output", "constant"]
 
 
