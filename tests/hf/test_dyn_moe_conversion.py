@@ -322,7 +322,7 @@ def test_a_default_device_is_not_asked():
     [
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
         ({"scale": 0.0}, "scale must be above 0 and at most 10, got 0.0"),
-        ({"gating_loss": "load"}, "gating_loss must be one of surprise, sdl, both, got 'load'"),
+        ({"gating_loss": "load"}, "gating_loss must be one of surprise, sdl, both, none, got 'load'"),
         ({"surprise_kind": "up"}, "surprise_kind must be one of down_proj, .*, got 'up'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -22,16 +22,19 @@ def sparse(arch: str = "llama", **options: Any) -> PreTrainedModel:
     return model.train()
 
 
-@pytest.mark.parametrize("kind", ["surprise", "sdl", "both"])
+@pytest.mark.parametrize(
+    ("kind", "surprise"),
+    [("surprise", "down_proj"), ("sdl", "down_proj"), ("both", "down_proj"), ("both", "saving"), ("none", "down_proj")],
+)
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2"])
-def test_hyper_step_trains_experts_and_routers(arch, kind):
-    model, x, mask = sparse(arch, gating_loss=kind), token_ids(40), left_padding(40)
+def test_hyper_step_trains_experts_and_routers(arch, kind, surprise):
+    model, x, mask = sparse(arch, gating_loss=kind, surprise_kind=surprise), token_ids(40), left_padding(40)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if "mlp" in name}
     step = HyperStep(model, torch.optim.Adam(model.parameters(), lr=3e-3))
     torch.manual_seed(0)
     results = [step(lambda: model(x, attention_mask=mask, labels=x).loss, token_mask=mask) for _ in range(12)]
     assert results[-1].loss < results[0].loss - 0.2
-    assert all(result.gating_loss > 0 for result in results)
+    assert all((result.gating_loss > 0) == (kind != "none") for result in results)
     assert all(not torch.equal(model.get_parameter(name), old) for name, old in before.items())
 
 

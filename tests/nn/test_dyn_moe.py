@@ -27,7 +27,7 @@ def mixture(**options) -> DynMoE:
     ("features", "experts", "target", "lowest", "highest"),
     [(64, 16, 2.0, 1, 8), (64, 64, 4.0, 1, 8), (256, 256, 8.0, 1, 16), (128, 1024, 12.0, 4, 32), (48, 16, 1.0, 1, 4)],
 )
-@pytest.mark.parametrize("form", ["sigmoid_cosine", "cosine"])
+@pytest.mark.parametrize("form", ["sigmoid_cosine", "cosine", "linear"])
 def test_it_starts_at_the_mean_number_of_experts_asked_for(features, experts, target, lowest, highest, form):
     torch.manual_seed(0)
     router = ThresholdRouter(features, experts, target, form=form, min_experts=lowest, max_experts=highest)
@@ -227,7 +227,7 @@ def test_it_compiles():
 
 
 def test_a_compiled_mixture_hands_out_its_surprise():
-    module, x = mixture(), tokens(20, 32)
+    module, x = mixture().eval(), tokens(20, 32)  # in training the second run would follow the first's thresholds
     compiled, found = torch.compile(module, fullgraph=True, backend="aot_eager"), []
     compiled(x)
     for run in (module, compiled):
@@ -268,7 +268,9 @@ def test_it_runs_under_autocast_behind_a_linear_layer():
 @pytest.mark.parametrize(
     ("options", "slots"),
     [
-        ({"target_k": 16.0}, 32),
+        ({"target_k": 16.0}, 40),
+        ({"target_k": 8.0}, 32),
+        ({"target_k": 16.0, "thresholds": "learned"}, 32),
         ({"target_k": 2.0}, 8),
         ({"num_experts": 5}, 5),
         ({"num_experts": 1}, 1),
@@ -296,6 +298,7 @@ def test_by_default_training_keeps_the_number_of_experts():
 
 
 def test_what_it_prints_says_how_it_routes():
-    assert "routing=threshold, gating_loss=both, activation=silu" in repr(mixture())
+    assert "routing=threshold, gating_loss=none, activation=silu" in repr(mixture())
+    assert "gating_loss=both" in repr(mixture(thresholds="learned"))
     by_budget = repr(mixture(routing="budget", surprise_budget=0.3))
     assert "intermediate_size=8, num_experts=12, routing=budget, surprise_budget=0.3" in by_budget

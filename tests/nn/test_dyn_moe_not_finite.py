@@ -22,7 +22,7 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def mixture(**options) -> DynMoE:
     torch.manual_seed(0)
-    return DynMoE(16, 8, **{"num_experts": 6, "target_k": 2.5, "max_experts": 4, **options})
+    return DynMoE(16, 8, **{"num_experts": 6, "target_k": 2.5, "max_experts": 4, "thresholds": "learned", **options})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -29,8 +29,8 @@ def router(**options) -> ThresholdRouter:
 
 
 OF_BOTH = [
-    ({"form": "dot"}, ValueError, "form must be one of sigmoid_cosine, cosine, got 'dot'"),
-    ({"combine": "sum"}, ValueError, "combine must be one of softmax, gated, uniform, unit, got 'sum'"),
+    ({"form": "dot"}, ValueError, "form must be one of sigmoid_cosine, cosine, linear, got 'dot'"),
+    ({"combine": "sum"}, ValueError, "combine must be one of softmax, gated, uniform, softmax_logits, sigmoid, relu, unit, got 'sum'"),
     ({"scale": 0.0}, ValueError, r"scale must be above 0, got 0\.0"),
     ({"scale": -1}, ValueError, "scale must be above 0, got -1"),
     ({"scale": INF}, ValueError, "scale must be finite, got inf"),
@@ -57,7 +57,7 @@ OF_MIXTURES = [
     ({"activation": "tanh"}, ValueError, "activation must be one of silu, .*, got 'tanh'"),
     ({"surprise_kind": "up_proj"}, ValueError, "surprise_kind must be one of down_proj, .*, got 'up_proj'"),
     ({"routing": "top-k"}, ValueError, "routing must be one of threshold, budget, got 'top-k'"),
-    ({"gating_loss": "balance"}, ValueError, "gating_loss must be one of surprise, sdl, both, got 'balance'"),
+    ({"gating_loss": "balance"}, ValueError, "gating_loss must be one of surprise, sdl, both, none, got 'balance'"),
     ({"dropout": 1.0}, ValueError, r"dropout must be at least 0 and below 1, got 1\.0"),
     ({"dropout": -0.1}, ValueError, r"dropout must be at least 0 and below 1, got -0\.1"),
     ({"dropout": NAN}, ValueError, "dropout must be finite, got nan"),
@@ -158,7 +158,7 @@ def test_a_token_mask_of_another_size_is_named(size):
         assert module.gating_loss(visits[0], torch.ones(2, 5)) == module.gating_loss(visits[0])
 
 
-@pytest.mark.parametrize("form", ["sigmoid_cosine", "cosine"])
+@pytest.mark.parametrize("form", ["sigmoid_cosine", "cosine", "linear"])
 def test_calibration_in_half_precision_gives_the_mean_of_what_is_stored(form):
     router = ThresholdRouter(64, 256, 6.0, dtype=torch.bfloat16, form=form, max_experts=64, min_experts=0)
     x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -179,3 +179,32 @@ def test_calibration_in_half_precision_gives_the_mean_of_what_is_stored(form):
 def test_a_mixture_names_what_are_no_hidden_states(given, error, message):
     with pytest.raises(error, match=message):
         DynMoE(8, 4, 4)(given)
+
+
+RUNNING = ("balanced", "linear", "softmax_logits", 0.4, "none")
+LEARNED = ("learned", "sigmoid_cosine", "softmax", 0.0, "both")
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, RUNNING),
+        ({"thresholds": "quantile"}, ("quantile", *RUNNING[1:])),
+        ({"combine": "sigmoid"}, ("balanced", "linear", "sigmoid", 0.4, "none")),
+        ({"gating_loss": "none"}, RUNNING),
+        ({"thresholds": "balanced", "gating_loss": "surprise"}, (*RUNNING[:4], "surprise")),
+        ({"thresholds": "balanced", "form": "sigmoid_cosine"}, ("balanced", "sigmoid_cosine", "softmax_logits", 0.0, "none")),
+        ({"thresholds": "learned"}, LEARNED),
+        ({"gating_loss": "both"}, LEARNED),
+        ({"gating_loss": "surprise"}, (*LEARNED[:4], "surprise")),
+        ({"form": "cosine"}, ("learned", "cosine", *LEARNED[2:])),
+        ({"form": "sigmoid_cosine"}, LEARNED),
+        ({"routing": "budget"}, LEARNED),
+    ],
+    ids=str,
+)
+def test_defaults_belong_together(options, wanted):
+    """With thresholds="learned", routing by budget, or an option of the earlier rule, the others are those of the earlier rule too."""
+    module = mixture(**options)
+    router = module.router
+    assert (router.thresholds_kind, router.form, router.combine, router.level, module.gating_loss_kind) == wanted

@@ -62,6 +62,66 @@ def test_surprise_of_the_output_is_weight_times_gradient(impl):
     torch.testing.assert_close(slots, weight * cotangent.norm(dim=-1, keepdim=True), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_saving_is_what_the_loss_rises_by_without_the_pair(name, biased, impl):
+    """Brute force: the loss with and without each pair. Exact for a loss that is linear in the output; for another one, to first order."""
+    layout = LAYOUTS[name]
+    params = weights(4, 5, 6, layout=layout, biased=biased)
+    x, (index, weight) = tokens_of(9, 6), routing(9, 3, 4)
+    index[1] = 4  # a token without an expert
+    target, slope = tokens_of(9, 6).flip(0), tokens_of(9, 6).flip(1)
+
+    def out_of(weight: Tensor) -> Tensor:
+        return reference.expert_mlp(x, top_k_index=index, top_k_weights=weight, **params, **layout)
+
+    losses = {"linear": lambda out: (out * slope).sum(), "squared": lambda out: (out - target).square().sum()}
+    for kind, loss in losses.items():
+        probe = torch.zeros(index.shape, dtype=torch.float64, requires_grad=True)
+        options = {"surprise": probe, "surprise_kind": "saving", "impl": impl}
+        loss(ops.expert_mlp(x, top_k_index=index, top_k_weights=weight, **options, **params, **layout)).backward()
+        assert (probe.grad < 0).any()
+        assert (probe.grad > 0).any()
+        for token, slot in (index < 4).nonzero().tolist():
+            # All of the pair's weight is taken away, or a little of it is taken and given: exact for squares.
+            shares = (0.0, 1.0) if kind == "linear" else (1 - 1e-4, 1 + 1e-4)
+            less, more = weight.clone(), weight.clone()
+            less[token, slot] *= shares[0]
+            more[token, slot] *= shares[1]
+            rise = (loss(out_of(less)) - loss(out_of(more))).item() / (shares[1] - shares[0])
+            saving = probe.grad[token, slot].item() * weight[token, slot].item()
+            assert saving == pytest.approx(rise, rel=1e-7, abs=1e-9)
+        assert (probe.grad[index == 4] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_saving_of_an_expert_named_twice_does_not_depend_on_its_weights(impl):
+    params, x, (index, weight) = weights(4, 5, 6), tokens_of(9, 6), routing(9, 3, 4)
+    index[0] = torch.tensor([1, 1, 2])
+    found = []
+    for given in (weight, weight.flip(0)):
+        probe = torch.zeros(index.shape, dtype=torch.float64, requires_grad=True)
+        out = ops.expert_mlp(x, top_k_index=index, top_k_weights=given, surprise=probe, surprise_kind="saving", impl=impl, **params)
+        (slots,) = torch.autograd.grad(out, probe, tokens_of(9, 6).flip(0))
+        found.append(slots)
+    torch.testing.assert_close(*found)
+    assert found[0][0, 0] == found[0][0, 1] != 0
+
+
+def test_a_saving_beyond_float32_is_finite():
+    params, x, (index, weight) = (
+        weights(4, 5, 6, dtype=torch.float32),
+        tokens_of(9, 6, torch.float32),
+        routing(9, 3, 4, dtype=torch.float32),
+    )
+    probe = torch.zeros(index.shape, requires_grad=True)
+    out = ops.expert_mlp(1e4 * x, top_k_index=index, top_k_weights=weight, surprise=probe, surprise_kind="saving", **params)
+    (slots,) = torch.autograd.grad(out, probe, 1e37 * tokens_of(9, 6, torch.float32).sign())
+    assert not slots.isinf().any()
+    assert (slots.abs() == torch.finfo(torch.float32).max).any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["silu", "gpt-oss", "relu2"])
 def test_every_kind_of_surprise_in_bfloat16(name, kind):

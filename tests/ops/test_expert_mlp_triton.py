@@ -100,13 +100,13 @@ def test_half_precision(name):
     check(case(layout=LAYOUTS[name], biased=True, dtype=HALF), layout=LAYOUTS[name])
 
 
-@pytest.mark.parametrize("kind", ["down_proj", "output", None])
+@pytest.mark.parametrize("kind", ["down_proj", "output", "saving", None])
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 def test_every_kind_of_surprise(kind, biased):
     check(case(biased=biased), kind)
 
 
-@pytest.mark.parametrize("kind", ["down_proj", "expert", "output"])
+@pytest.mark.parametrize("kind", ["down_proj", "expert", "output", "saving"])
 def test_an_expert_named_twice_counts_with_its_summed_weight(kind):
     tensors = case(biased=True)
     tensors["top_k_index"][0] = torch.tensor([1, 5, 1])

@@ -23,13 +23,19 @@ def case(tokens: int = 40, experts: int = 6, dtype=torch.float64) -> tuple[Tenso
     return scores.to(dtype), surprise.to(dtype), torch.rand(tokens, generator=generator) < 0.7
 
 
-OPTIONS = [{}, {"w_ce": 0.0}, {"w_kl": 0.0}, {"temperature": 0.2}, {"w_ce": 0.3, "w_kl": 2.0, "temperature": 3.0}]
+OPTIONS = [
+    {}, {"w_ce": 0.0}, {"w_kl": 0.0}, {"temperature": 0.2}, {"w_ce": 0.3, "w_kl": 2.0, "temperature": 3.0}, {"among": "chosen"},
+]  # fmt: skip
 
 
+@pytest.mark.parametrize("signed", [False, True], ids=["norms", "signed"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_loss_and_its_gradient_equal_the_definition(options, masked):
+def test_the_loss_and_its_gradient_equal_the_definition(options, masked, signed):
     scores, surprise, mask = case()
+    if signed:
+        surprise = torch.where(surprise.isinf(), surprise, surprise * scores.sign().flip(0))
+        assert (surprise < 0).any()
     results = []
     for function in (reference.surprise_min_loss, ops.surprise_min_loss):
         leaf = scores.clone().requires_grad_()
@@ -51,6 +57,20 @@ def test_experts_that_are_not_there_have_no_gradient():
     (grad,), (wanted_grad,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(wanted, fewer)
     torch.testing.assert_close(grad[:, mask], wanted_grad)
     assert (grad[:, 4] == 0).all()
+
+
+def test_a_ranking_among_the_chosen_moves_no_other_score():
+    scores, surprise, _ = case()
+    unseen = surprise.isinf()
+    leaf = scores.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(ops.surprise_min_loss(leaf, surprise, among="chosen"), leaf)
+    assert (grad[unseen] == 0).all()
+    assert (grad[~unseen] != 0).any()
+    assert grad.isfinite().all()
+    (grad,) = torch.autograd.grad(ops.surprise_min_loss(leaf, surprise), leaf)
+    assert (grad[unseen & (surprise != math.inf).any(-1, keepdim=True)] != 0).any()
+    with pytest.raises(ValueError, match="among must be one of all, chosen, got 'seen'"):
+        ops.surprise_min_loss(leaf, surprise, among="seen")
 
 
 def test_gradcheck():

@@ -13,8 +13,11 @@ import tinyonn
 from tinyonn import ops, reference
 
 IMPLS = ("torch", "reference")
-FORMS = ("sigmoid_cosine", "cosine")
-COMBINES = ("softmax", "gated", "uniform")
+COSINES = ("sigmoid_cosine", "cosine")
+FORMS = (*COSINES, "linear")
+SHARES = ("softmax", "gated", "uniform")  # that a budget takes
+COMBINES = (*SHARES, "softmax_logits")  # sum to 1
+WEIGHTINGS = (*COMBINES, "sigmoid", "relu")
 
 
 def router(tokens: int, experts: int, features: int = 12, *, dtype=torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,7 +30,7 @@ def router(tokens: int, experts: int, features: int = 12, *, dtype=torch.float64
     return draw(tokens, features), draw(experts, features), 0.1 * draw(experts) + 0.2
 
 
-@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("combine", WEIGHTINGS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("lowest", "highest"), [(1, 8), (0, 3), (3, 3), (2, 30)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -35,6 +38,8 @@ def test_routing_equals_its_definition(dtype, lowest, highest, form, combine):
     tensors = router(50, 16, dtype=dtype)
     if form == "cosine":
         tensors = (tensors[0], tensors[1], tensors[2] - 1.6)  # σ(G) about 0.2
+    if form == "linear":
+        tensors = (tensors[0], tensors[1], tensors[2] + 4.0)  # scores have a standard deviation of √12
     options = {"form": form, "scale": 3.0, "min_experts": lowest, "max_experts": highest, "combine": combine}
     found = ops.threshold_route(*tensors, **options, impl="torch")
     wanted = reference.threshold_route(*tensors, **options)
@@ -49,7 +54,8 @@ def test_routing_equals_its_definition(dtype, lowest, highest, form, combine):
     assert numbers.min() >= lowest
     assert len(numbers.unique()) > (lowest < highest)  # a fixed number of experts would prove nothing
     used = numbers > 0
-    torch.testing.assert_close(found.top_k_weights.sum(-1)[used], torch.ones(int(used.sum()), dtype=dtype))
+    if combine in COMBINES:
+        torch.testing.assert_close(found.top_k_weights.sum(-1)[used], torch.ones(int(used.sum()), dtype=dtype))
     assert (found.top_k_weights[found.top_k_index == 16] == 0).all()
 
 
@@ -66,7 +72,7 @@ def test_a_token_has_one_to_eight_experts_unless_told(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("combine", ["softmax", "gated"])
+@pytest.mark.parametrize("combine", ["softmax", "gated", "softmax_logits", "sigmoid", "relu"])
 def test_gradcheck_with_the_set_fixed(combine, form, impl):
     leaves = [x.requires_grad_() for x in router(6, 7)]
     scores = reference.threshold_route(*leaves, form=form).scores
@@ -127,7 +133,7 @@ def test_weights_where_no_margin_is_positive(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("combine", WEIGHTINGS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_token_that_is_not_finite_is_marked_and_changes_no_other(value, combine, impl):
     x, prototypes, thresholds = router(4, 6)
@@ -146,7 +152,7 @@ def test_a_token_that_is_not_finite_is_marked_and_changes_no_other(value, combin
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("combine", WEIGHTINGS)
 def test_a_router_that_is_not_finite_marks_every_token(combine, impl):
     x, prototypes, thresholds = router(4, 6)
     prototypes[2] = math.nan
@@ -156,7 +162,7 @@ def test_a_router_that_is_not_finite_marks_every_token(combine, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("combine", SHARES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_budget_for_scores_that_are_not_finite_marks_the_row(value, combine, impl):
     scores = torch.tensor([[-math.inf, 1.0, value], [-math.inf, 1.0, 0.5]])
@@ -168,7 +174,7 @@ def test_a_budget_for_scores_that_are_not_finite_marks_the_row(value, combine, i
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("combine", WEIGHTINGS)
 def test_masked_experts_might_as_well_not_be_there(combine, impl):
     x, prototypes, thresholds = router(30, 9)
     mask = torch.tensor([True, False, True, True, False, True, True, True, False])
@@ -214,7 +220,7 @@ def test_a_larger_budget_activates_more_experts(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", COSINES)
 @pytest.mark.parametrize(("of_tokens", "of_prototypes"), [(1e30, 1.0), (1e-30, 1.0), (1.0, 1e30), (1.0, 1e-30), (1e-36, 1e37)])
 def test_no_length_changes_a_cosine(of_tokens, of_prototypes, form, impl):
     x, prototypes, thresholds = router(30, 8, dtype=torch.float32)
@@ -305,8 +311,8 @@ def test_no_tokens(impl):
         ({"thresholds": torch.zeros(5, device="meta")}, "thresholds must be on cpu"),
         ({"max_experts": 0}, "max_experts must be at least 1"),
         ({"max_experts": 2, "min_experts": 3}, "max_experts must be at least min_experts, 3, got 2"),
-        ({"form": "dot"}, "form must be one of sigmoid_cosine, cosine"),
-        ({"combine": "sum"}, "combine must be one of softmax, gated, uniform"),
+        ({"form": "dot"}, "form must be one of sigmoid_cosine, cosine, linear, got"),
+        ({"combine": "sum"}, "combine must be one of softmax, gated, uniform, softmax_logits, sigmoid, relu, got"),
         ({"impl": "cuda"}, "impl must be one of"),
         ({"scale": 0.0}, "scale must be above 0, got 0.0"),
         ({"scale": math.inf}, "scale must be finite, got inf"),
@@ -332,6 +338,12 @@ def test_bad_input_is_named(change, message):
 def test_bad_budgets_are_named(scores, budget, message):
     with pytest.raises(ValueError, match=message):
         ops.select_by_budget(scores, budget)
+
+
+@pytest.mark.parametrize("combine", ["sigmoid", "relu", "softmax_logits"])
+def test_a_budget_has_shares_only(combine):
+    with pytest.raises(ValueError, match=f"combine must be one of softmax, gated, uniform, got '{combine}'"):
+        ops.select_by_budget(torch.zeros(4, 3), 0.5, combine=combine)
 
 
 @pytest.mark.parametrize("budget", [1.0, torch.ones(500)], ids=["number", "tensor"])

@@ -26,7 +26,7 @@ def test_calls_are_captured_under_any_wrapper(wrap):
     """`capture` adds no gradients, so a wrapper with gradients of its own is no obstacle."""
     torch.manual_seed(0)
     model, x, y = (
-        nn.Sequential(*(DynMoE(16, 8, 6, target_k=2.5, max_experts=4) for _ in range(2))),
+        nn.Sequential(*(DynMoE(16, 8, 6, target_k=2.5, max_experts=4, thresholds="learned") for _ in range(2))),
         torch.randn(20, 16),
         torch.randn(20, 16),
     )

@@ -312,7 +312,7 @@ def test_sparse_gradients_of_an_embedding_pass():
 def test_the_router_learns_the_expert_that_is_surprised_least():
     """A planted expert already does what the data asks; its gradient is small, and tokens come to prefer it."""
     torch.manual_seed(0)
-    module = DynMoE(16, 8, num_experts=6, target_k=3.0, max_experts=6, scale=4.0, combine="uniform")
+    module = DynMoE(16, 8, num_experts=6, target_k=3.0, max_experts=6, scale=4.0, combine="uniform", thresholds="learned")
     for parameter in (module.gate_up_proj, module.down_proj):
         parameter.requires_grad_(False)
     with torch.no_grad():
@@ -337,7 +337,7 @@ def language_model() -> nn.Module:
     model = tiny_causal_lm("llama")
     torch.manual_seed(0)
     for layer in model.model.layers:
-        layer.mlp = DynMoE(48, 8, num_experts=6, target_k=2.0, max_experts=4)
+        layer.mlp = DynMoE(48, 8, num_experts=6, target_k=2.0, max_experts=4, thresholds="learned")
     return model
 
 

@@ -19,9 +19,9 @@ BATCHES = 2
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, **options) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(DynMoE(16, 8, num_experts=6, target_k=2.5, max_experts=4) for _ in range(3))
+        self.layers = nn.ModuleList(DynMoE(16, 8, 6, target_k=2.5, max_experts=4, **{"thresholds": "learned", **options}) for _ in range(3))
 
     def forward(self, x: Tensor, used: int) -> Tensor:
         for layer in self.layers[:used]:
@@ -39,9 +39,9 @@ class NoStep(torch.optim.SGD):
         pass
 
 
-def model_of() -> Model:
+def model_of(**options) -> Model:
     torch.manual_seed(0)
-    return Model()
+    return Model(**options)
 
 
 def batch(rank: int, number: int) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,29 @@ def run(model: nn.Module, rank: int, used: int, accumulation_steps: int = BATCHE
     return {name.replace("module.", "").replace("_orig_mod.", ""): grad for name, grad in whole.items()}
 
 
+QUANTILE = {"thresholds": "quantile", "form": "linear", "combine": "sigmoid", "level": 0.0, "demand": 0.5}
+
+
+def thresholds_of(model: nn.Module, rank: int, loop: str) -> dict[str, Tensor]:
+    """Buffers of the routers after three steps and one more forward."""
+    step = HyperStep(model, NoStep(model.parameters())) if loop == "step" else None
+    for number in range(3):
+        x, y = batch(rank, number)
+        if step is None:
+            (model(x, 3) - y).square().mean().backward()
+        else:
+            step(lambda x=x, y=y: (model(x, 3) - y).square().mean())
+    model(batch(rank, 3)[0], 3)
+    names = ("thresholds", "price", "spread", "head.head", "head.centre")
+    return {name.removeprefix("module."): buffer.clone() for name, buffer in model.named_buffers() if name.endswith(names)}
+
+
+LOOPS = {"step, DDP": DistributedDataParallel, "step, sharded": sharded, "own, DDP": DistributedDataParallel}
+
+
 def work(folder: Path, rank: int) -> None:
+    running = {name: thresholds_of(wrap(model_of(**QUANTILE)), rank, name.split(",")[0]) for name, wrap in LOOPS.items()}
+    torch.save(running, folder / f"thresholds{rank}.pt")
     found = {name: run(wrap(model_of()), rank, used[rank], wrap_later="after" in name) for name, (wrap, used) in CASES.items()}
     torch.save(found, folder / f"{rank}.pt")
     refused = model_of()
@@ -93,9 +115,14 @@ def work(folder: Path, rank: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, two_ranks: Callable[..., None]) -> list[dict[str, dict[str, Tensor]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory, two_ranks: Callable[..., None]) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     two_ranks(partial(work, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, dict[str, Tensor]]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -108,3 +135,18 @@ def test_two_processes_have_the_mean_of_both_gradients(found, case):
         assert torch.equal(grad, found[1][case][name]), name
         wanted = sum(grads.get(name, torch.zeros_like(grad)) for grads in alone) / 2
         torch.testing.assert_close(grad, wanted, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("case", LOOPS)
+def test_two_processes_have_the_same_running_thresholds(folder, case):
+    """The mean of both with a step; those of the first process in a loop of one's own, where DistributedDataParallel sends its buffers."""
+    first, second = (torch.load(folder / f"thresholds{rank}.pt")[case] for rank in range(2))
+    # No parameter moves, so the first mixture sees in each process what it sees alone.
+    alone = [thresholds_of(model_of(**QUANTILE), rank, "own") for rank in range(2)]
+    name = "layers.0.router.thresholds"
+    assert (alone[0][name] - alone[1][name]).abs().max() > 1e-3
+    torch.testing.assert_close(first[name], alone[0][name] if "own" in case else (alone[0][name] + alone[1][name]) / 2)
+    assert len(first) == 15
+    for key, value in first.items():
+        assert key.endswith("spread") or (value != model_of(**QUANTILE).state_dict()[key]).any(), key
+        assert torch.equal(value, second[key]), key

@@ -14,7 +14,7 @@ from tinyonn.train import HyperStep, gating_gradients
 
 def model_of(**options) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 16), DynMoE(16, 8, 6, target_k=2.5, max_experts=4, **options))
+    return nn.Sequential(nn.Linear(16, 16), DynMoE(16, 8, 6, target_k=2.5, max_experts=4, **{"thresholds": "learned", **options}))
 
 
 def tokens(number: int = 30, seed: int = 0) -> torch.Tensor:

@@ -178,7 +178,7 @@ def test_one_buffer_a_layer():
 def test_capture_gives_every_kind_of_mixture_by_name():
     """Fused, unfused and transformers' own, in one model."""
     torch.manual_seed(0)
-    model = nn.ModuleDict({"fused": DynMoE(FEATURES, 6, num_experts=4), "loop": mixture(remembers=False)})
+    model = nn.ModuleDict({"fused": DynMoE(FEATURES, 6, num_experts=4, thresholds="learned"), "loop": mixture(remembers=False)})
     x = batch()
     with capture_surprise(model) as surprise:
         assert len(surprise) <= 1

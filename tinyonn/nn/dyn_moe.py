@@ -20,14 +20,18 @@ from ..ops._dispatch import autocast_dtype
 from ..ops.experts.expert_mlp import Activation, SurpriseKind
 from ..ops.experts.threshold_route import Form
 from ._surrounding import Surrounding
+from .dead_experts import Watch, warn_of_dead_experts
 from .expert_statistics import check_mask_shape, check_token_mask, count_experts
 from .surprise_budget import Budget, budget_of_tokens, check_budget
 from .surprise_capture import Visit, captured_calls, probe_for, register_capturable
 from .surprise_loss import SurpriseLoss, surprise_loss_of
-from .threshold_router import Combine, ThresholdRouter
+from .threshold_router import Combine, ThresholdRouter, Thresholds
 
-GatingLoss = Literal["surprise", "sdl", "both"]
+GatingLoss = Literal["surprise", "sdl", "both", "none"]
 RoutingKind = Literal["threshold", "budget"]
+# Defaults that go with thresholds that gradients train, and with thresholds that follow the scores.
+_LEARNED: dict[str, Any] = {"gating_loss": "both", "form": "sigmoid_cosine", "combine": "softmax", "level": 0.0}
+_RUNNING: dict[str, Any] = {"gating_loss": "none", "form": "linear", "combine": "softmax_logits", "level": 0.4}
 ONLY_BY_BUDGET = "surprise_budget must be left out unless routing='budget'"
 
 
@@ -50,15 +54,21 @@ class DynMoE(nn.Module):
             A budget always chooses at least one expert, so min_experts must be 1.
         surprise_budget: share of the mass with routing="budget", unless the call or `surprise_budget_of` sets another; above 0 and at
             most 1, None for 0.5.
-        gating_loss: "both", "surprise" or "sdl" (sparse diversity). Surprise alone trains which experts a token uses, not how many: their
-            number drifts, usually up to max_experts. With the surprise kinds "down_proj" and "output" the loss does not depend on the
-            labels (see `ops.surprise_min_loss`).
+        gating_loss: "both", "surprise", "sdl" (sparse diversity), or "none": the main loss alone trains the router. Surprise alone trains
+            which experts a token uses, not how many: with learned thresholds their number drifts, usually up to max_experts. With the
+            surprise kinds "down_proj" and "output" the loss does not depend on the labels (see `ops.surprise_min_loss`). None for "both"
+            with thresholds="learned", else "none".
         surprise_kind, activation, gated: see `ops.expert_mlp`.
         bias: whether the experts have biases.
         output_bias: whether one more bias, (F,), is added to the output of every token, whatever its experts.
         dropout: dropout rate of the output, in training.
         checkpoint: whether to recompute the experts in backward; torch.func transforms ignore it, as they do not support it.
-        max_experts: K, slots per token; None for all experts with routing="budget", else for twice target_k, at least 8.
+        thresholds: see `ThresholdRouter`; None for "balanced", or "learned" with routing="budget", a form of cosines, or a gating_loss that
+            is not "none".
+        form, combine, level: see `ThresholdRouter`; None for "linear", "softmax_logits" and 0.4, or with thresholds="learned" for
+            "sigmoid_cosine", "softmax" and 0. `level` is 0 unless form is "linear".
+        max_experts: K, slots per token; None for all experts with routing="budget", else for twice target_k, or four times with running
+            thresholds, at least 8.
         others: see `ThresholdRouter`.
 
     Raises:
@@ -78,7 +88,7 @@ class DynMoE(nn.Module):
         target_k: float | None = None,
         routing: RoutingKind = "threshold",
         surprise_budget: float | None = None,
-        gating_loss: GatingLoss = "both",
+        gating_loss: GatingLoss | None = None,
         surprise_kind: SurpriseKind = "down_proj",
         activation: Activation = "silu",
         gated: bool = True,
@@ -86,17 +96,29 @@ class DynMoE(nn.Module):
         output_bias: bool = False,
         dropout: float = 0.0,
         checkpoint: bool = False,
-        form: Form = "sigmoid_cosine",
+        thresholds: Thresholds | None = None,
+        form: Form | None = None,
         scale: float = 1.0,
         min_experts: int = 1,
         max_experts: int | None = None,
-        combine: Combine = "softmax",
+        combine: Combine | None = None,
+        level: float | None = None,
+        demand: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_choice("routing", routing, get_args(RoutingKind))
+        if thresholds is None:
+            older = routing == "budget" or form in ("sigmoid_cosine", "cosine") or gating_loss in ("surprise", "sdl", "both")
+            thresholds = "learned" if older else "balanced"
+        rule = _LEARNED if thresholds == "learned" else _RUNNING
+        gating_loss = rule["gating_loss"] if gating_loss is None else gating_loss
+        form = rule["form"] if form is None else form
+        combine = rule["combine"] if combine is None else combine
+        level = (rule["level"] if form == "linear" else 0.0) if level is None else level
         for name, value, kind in (
-            ("routing", routing, RoutingKind), ("gating_loss", gating_loss, GatingLoss), ("surprise_kind", surprise_kind, SurpriseKind),
+            ("gating_loss", gating_loss, GatingLoss), ("surprise_kind", surprise_kind, SurpriseKind),
             ("activation", activation, Activation),
         ):  # fmt: skip
             check_choice(name, value, get_args(kind))
@@ -115,19 +137,24 @@ class DynMoE(nn.Module):
             check_budget(surprise_budget)
             if min_experts != 1:
                 raise ValueError(f"min_experts must be 1 with routing='budget', got {min_experts}.")
+            for option, unfit in ({"combine": combine} | {"thresholds": thresholds}).items():
+                if unfit in ("softmax_logits", "sigmoid", "relu", "quantile", "balanced"):
+                    raise ValueError(f"{option} must not be {unfit!r} with routing='budget', whose shares sum to 1 and need no threshold.")
         elif surprise_budget is not None:
             raise ValueError(f"{ONLY_BY_BUDGET}, got {surprise_budget} with routing={routing!r}.")
         self.routing_kind, self.surprise_budget, self.gating_loss_kind = routing, surprise_budget, gating_loss
         self.surrounding_budget = Surrounding() if routing == "budget" else None
         self.surrounding_mask = Surrounding()
+        self.watch = Watch()
         self.surprise_kind, self.activation, self.gated, self.checkpoint = surprise_kind, activation, gated, checkpoint
         target_k = min(2, num_experts) if target_k is None else target_k
         check_number("target_k", target_k)
         if max_experts is None:
-            max_experts = max_num_experts if routing == "budget" else min(max_num_experts, max(8, math.ceil(2 * target_k), min_experts))
+            slots = math.ceil((2 if thresholds == "learned" else 4) * target_k)
+            max_experts = max_num_experts if routing == "budget" else min(max_num_experts, max(8, slots, min_experts))
         self.router = ThresholdRouter(
-            hidden_size, max_num_experts, target_k, num_live=num_experts, form=form, scale=scale, min_experts=min_experts,
-            max_experts=max_experts, combine=combine, device=device, dtype=dtype,
+            hidden_size, max_num_experts, target_k, num_live=num_experts, thresholds=thresholds, form=form, scale=scale,
+            min_experts=min_experts, max_experts=max_experts, combine=combine, level=level, demand=demand, device=device, dtype=dtype,
         )  # fmt: skip
         width = 2 * intermediate_size if gated else intermediate_size
 
@@ -159,13 +186,17 @@ class DynMoE(nn.Module):
     def reset_statistics(self) -> None:
         self.expert_counts.zero_()
         self.tokens_seen.zero_()
+        self.watch.last = None
 
     def statistics(self) -> dict[str, Any]:
         """Statistics since the last reset: mean_k, experts per token; dead_experts, live experts without a token; counts, (E,) tokens.
 
         A token counts once, even if a checkpointed layer runs again in backward. Tokens outside a `token_mask`, from the call or from a
         surrounding `token_mask_of`, and tokens with NaN are not counted. Before the first counted token mean_k and dead_experts are NaN.
+
+        Warns once, as `train.HyperStep` does, if live experts got none of the last 1,000 · E / target_k tokens or more.
         """
+        warn_of_dead_experts({"": self})
         counts = self.expert_counts
         found = {"mean_k": math.nan, "dead_experts": math.nan, "counts": counts.clone()}
         if seen := int(self.tokens_seen):
@@ -226,12 +257,17 @@ class DynMoE(nn.Module):
             )
         budget = self._budget(surprise_budget, hidden_states.shape[:-1])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        learns = self.training and not transformed and not torch.compiler.is_exporting()
+        if learns:
+            self.router.apply_recorded()
         routing = self.route(tokens, budget)
         mask = self._mask(token_mask, hidden_states.shape[:-1])
+        if learns:
+            routing = self.router.record(tokens, routing, mask)
         count_experts(routing.top_k_index, routing.top_k_weights.detach(), mask, self.expert_counts, self.tokens_seen)
         visit = (tokens, routing, budget, hidden_states.shape[:-1])
         probe = probe_for(self, routing.top_k_index, self.expert_counts.shape[0], tokens.dtype, visit)
-        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         if self.checkpoint and torch.is_grad_enabled() and not transformed:
             out = checkpoint(self.execute, tokens, routing, probe, use_reentrant=False)
             assert isinstance(out, Tensor)
@@ -269,7 +305,7 @@ class DynMoE(nn.Module):
         visit: Visit,
         token_mask: Tensor | None = None,
         *,
-        surprise_loss: SurpriseLoss | Mapping[str, float] | None = None,
+        surprise_loss: SurpriseLoss | Mapping[str, Any] | None = None,
         w_ce: float | None = None,
         w_kl: float | None = None,
         temperature: float | None = None,
@@ -296,7 +332,7 @@ class DynMoE(nn.Module):
         routing = self.route(hidden_states, visit.surprise_budget)
         loss = routing.scores[:0].sum()  # 0 with a graph, for a batch of padding alone
         if self.gating_loss_kind in ("surprise", "both"):
-            loss = loss + weighted(routing.scores, self.surprise(visit), mask)
+            loss = loss + weighted(routing.scores, self.surprise(visit), mask, saving=self.surprise_kind == "saving")
         if self.gating_loss_kind in ("sdl", "both") and number:
             masks = {"token_mask": mask, "expert_mask": self.router.expert_mask}
             loss = loss + sparse_diversity_loss(self.router.prototypes, routing.count, self.router.target_k, **masks)

@@ -22,7 +22,7 @@ from ..nn.surprise_loss import SurpriseLoss, surprise_loss_of
 from ..ops import Routing
 from ..ops._checks import check_number
 from .mixtures import Mixtures, dynmoe_layers
-from .parallel import average
+from .parallel import average, average_thresholds
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -61,6 +61,8 @@ class GatingGradients:
         """Listener to a call: the router learns from it when backward has filled its probe."""
         if self._token_mask is not None:
             check_mask_shape(self._token_mask, visit.shape)
+        if module.gating_loss_kind == "none":
+            return
         # The hook must not reference the probe, which references the hook. A recomputed call has two graphs; this list is freed with the
         # graph that is dropped.
         kept = [(visit.hidden_states, visit.routing.top_k_index, visit.surprise_budget, visit.shape)]
@@ -109,6 +111,8 @@ class GatingGradients:
             # Not in place: the old tensor may be a view of DistributedDataParallel's bucket, or belong to the caller.
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
 
+        average_thresholds(self._mixtures)
+
     def _check_losses(self) -> None:
         names = {module: name for name, module in self._mixtures.layers.items()}
         for module, loss in self._losses:
@@ -125,7 +129,7 @@ def gating_gradients(
     *,
     token_mask: Tensor | None = None,
     weight: float = 1.0,
-    surprise_loss: SurpriseLoss | Mapping[str, float] | None = None,
+    surprise_loss: SurpriseLoss | Mapping[str, Any] | None = None,
     scaler: GradScaler | None = None,
     w_ce: float | None = None,
     w_kl: float | None = None,

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from .._debug import debug_enabled
 from ..errors import listed
+from ..nn.dead_experts import warn_of_dead_experts
 from ..nn.surprise_loss import SurpriseLoss, surprise_loss_of
 from ..ops._checks import check_number, check_size
 from .gating import train_routers
@@ -27,6 +28,9 @@ from .mixtures import Mixtures, mixtures_of
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
+
+
+EVERY = 100  # batches from one look for dead experts to the next, which waits for the device
 
 
 class HyperStepResult(NamedTuple):
@@ -53,6 +57,9 @@ class HyperStep:
     Under DistributedDataParallel pass the wrapped model; gradients are synchronised in the last of the accumulated batches. Under
     `fully_shard`, over a mesh of one dimension, they are synchronised in each. If an epoch ends in the middle of an accumulation, the next
     batch continues it; `reset` drops it.
+
+    Every 100 batches the counts of the mixtures are read. A warning names, once, mixtures whose live experts got none of the last
+    1,000 · E / target_k tokens or more.
 
     The attributes `model`, `gating_weight`, `surprise_loss`, `accumulation_steps` and `max_grad_norm` may be assigned between steps. Each
     step checks them. An assigned model's parameters must be in the optimisers, which no step checks.
@@ -82,7 +89,7 @@ class HyperStep:
         router_optimizer: Optimizer | None = None,
         *,
         gating_weight: float = 1.0,
-        surprise_loss: SurpriseLoss | Mapping[str, float] | None = None,
+        surprise_loss: SurpriseLoss | Mapping[str, Any] | None = None,
         accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
         scaler: GradScaler | None = None,
@@ -90,7 +97,7 @@ class HyperStep:
         w_kl: float | None = None,
         temperature: float | None = None,
     ) -> None:
-        self.surprise_loss: SurpriseLoss | Mapping[str, float] | None = surprise_loss_of(
+        self.surprise_loss: SurpriseLoss | Mapping[str, Any] | None = surprise_loss_of(
             surprise_loss, w_ce=w_ce, w_kl=w_kl, temperature=temperature
         )
         self.gating_weight, self.accumulation_steps, self.max_grad_norm = gating_weight, accumulation_steps, max_grad_norm
@@ -101,7 +108,7 @@ class HyperStep:
         self.optimizers = [optimizer] if router_optimizer is None else [optimizer, router_optimizer]
         for one in self.optimizers:
             _check_optimizer(one)
-        self._batches = 0
+        self._batches = self._calls = 0
         owners = Counter(map(id, self._parameters()))
         for name, parameter in self._mixtures.router_parameters().items():
             if parameter.requires_grad and owners[id(parameter)] != 1:
@@ -144,6 +151,9 @@ class HyperStep:
         except BaseException:
             self.reset()
             raise
+        self._calls += 1
+        if self._calls % EVERY == 0:
+            warn_of_dead_experts(self._mixtures.layers)
         return HyperStepResult(loss.detach(), gating.loss, last)
 
     def reset(self) -> None:
@@ -247,10 +257,11 @@ class HyperStepMixin:
     """
 
     gating_weight: float = 1.0
-    surprise_loss: SurpriseLoss | Mapping[str, float] | None = None
+    surprise_loss: SurpriseLoss | Mapping[str, Any] | None = None
     gating_options: dict[str, float] | SurpriseLoss | None = {}  # noqa: RUF012  # a class's choice, never written to
     last_gating_loss: Tensor | None = None
     _mixtures: Mixtures | None = None
+    _calls: int = 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         trainer: Any = self
@@ -265,6 +276,9 @@ class HyperStepMixin:
         with train_routers(self._mixtures, inputs.get("attention_mask"), weight, scaler, surprise_loss) as gating:
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         self.last_gating_loss = gating.loss
+        self._calls += 1
+        if self._calls % EVERY == 0:
+            warn_of_dead_experts(self._mixtures.layers)
         return loss
 
     def _surprise_loss(self) -> SurpriseLoss:

@@ -18,13 +18,8 @@ def average(mixtures: Mixtures, grads: dict[nn.Parameter, Tensor], parameters: l
         grads: unsharded gradients of the parameters that this process used.
         parameters: all parameters that any process may have used, in the same order everywhere.
     """
-    wrapper = mixtures.wrapper
-    if mixtures.sharded:
-        group = next((parameter.device_mesh.get_group() for parameter in parameters), None)  # type: ignore[attr-defined]
-    elif wrapper is not None and wrapper.require_backward_grad_sync:
-        group = wrapper.process_group
-    else:
-        # One process; or no synchronisation now: DistributedDataParallel averages these gradients in the last batch of the step.
+    synchronised, group = _group(mixtures, parameters)
+    if not synchronised:
         return grads
     if not parameters:
         return {}
@@ -38,6 +33,31 @@ def average(mixtures: Mixtures, grads: dict[nn.Parameter, Tensor], parameters: l
         for parameter, part in zip(parameters, parts, strict=True)
         if parameter in grads or parameter.grad is not None
     }
+
+
+@torch.no_grad()
+def average_thresholds(mixtures: Mixtures) -> None:
+    """Averages the running thresholds of all routers, and what they recorded, over processes whose gradients are averaged."""
+    routers: list[Any] = [layer.router for layer in mixtures.layers.values() if layer.router.price is not None]
+    synchronised, group = _group(mixtures, list(mixtures.router_parameters().values()))
+    if not routers or not synchronised:
+        return
+    buffers = [buffer for router in routers for buffer in (router.thresholds, router.price, router.spread, router.pending)]
+    buffers += [buffer for router in routers if router.head is not None for buffer in router.head.buffers()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    distributed.all_reduce(flat, group=group)
+    flat /= distributed.get_world_size(group)
+    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(part.view(buffer.shape))
+
+
+def _group(mixtures: Mixtures, parameters: list[nn.Parameter]) -> tuple[bool, Any]:
+    """Whether gradients are averaged over processes in this backward, and their group."""
+    if mixtures.sharded:
+        return True, next((parameter.device_mesh.get_group() for parameter in parameters), None)  # type: ignore[attr-defined]
+    wrapper = mixtures.wrapper
+    # Without synchronisation now, DistributedDataParallel averages these gradients in the last batch of the step.
+    return (False, None) if wrapper is None or not wrapper.require_backward_grad_sync else (True, wrapper.process_group)
 
 
 def _whole(parameter: nn.Parameter, grads: dict[nn.Parameter, Tensor]) -> Tensor:

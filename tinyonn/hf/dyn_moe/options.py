@@ -87,4 +87,4 @@ def build(options: DynMoEOptions, sizes: LayerSizes, *, device: torch.device, dt
     with torch.inference_mode(False):
         own = {name: value for name, value in asdict(sizes).items() if value is not None}
         kwargs = {**asdict(options), **own}
-        return DynMoE(**kwargs, combine="unit", form="sigmoid_cosine", device=device, dtype=dtype)
+        return DynMoE(**kwargs, combine="unit", thresholds="learned", form="sigmoid_cosine", device=device, dtype=dtype)

@@ -218,7 +218,9 @@ def experts_backward(inputs: Inputs, saved: Saved, layout: Layout, wanted: Wante
 
     grad_hidden = _combine(rows, pairs, None).to(hidden_states.dtype) if wanted.grad_hidden else None
     surprise = None
-    if surprise_kind is not None:
+    if surprise_kind == "saving":
+        surprise = _in_slots(stored_surprise(-grad_weights, wide), pairs)
+    elif surprise_kind is not None:
         # An expert named twice counts with its summed weight.
         same = top_k_index.unsqueeze(1) == top_k_index.unsqueeze(2)
         size = torch.where(same, top_k_weights.to(wide).unsqueeze(1), 0).sum(-1).abs().reshape(-1)[pairs.slot]
@@ -238,10 +240,11 @@ def experts_backward(inputs: Inputs, saved: Saved, layout: Layout, wanted: Wante
 
 
 def stored_surprise(found: Tensor, dtype: torch.dtype) -> Tensor:
-    """Surprise in the dtype of the result, at most its largest finite value: infinity is reserved for tokens that an expert did not see.
-    NaN stays NaN.
+    """Surprise in the dtype of the result, within its finite values: infinity is reserved for tokens that an expert did not see. NaN
+    stays NaN.
     """
-    return found.clamp(max=torch.finfo(dtype).max).to(dtype)
+    largest = torch.finfo(dtype).max
+    return found.clamp(-largest, largest).to(dtype)
 
 
 def _sum_by_expert(rows: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:

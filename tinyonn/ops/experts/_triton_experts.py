@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import on_its_device, without_autocast
+from ._torch_experts import stored_surprise
 from ._tuples import Gradients, Inputs, Layout, Saved, Wanted
 
 
@@ -63,10 +64,13 @@ def experts_backward(inputs: Inputs, saved: Saved, layout: Layout, wanted: Wante
     interleaved = layout.gated and layout.interleaved
     pairs = sort_pairs(index, experts, rows_of(index.numel(), experts, hidden_states.dtype))
     grad_out = saved.grad_out.to(hidden_states.dtype)
+    norm_kind = None if surprise_kind == "saving" else surprise_kind
     grad_pre, weighed_h, grad_weights, surprise = expert_grad_pre(
-        hidden_states, grad_out, down, down_bias, saved.pre, weights, index, pairs, layout.activation, layout.gated, surprise_kind,
+        hidden_states, grad_out, down, down_bias, saved.pre, weights, index, pairs, layout.activation, layout.gated, norm_kind,
         gate_up_bias is not None, layout.limit,
     )  # fmt: skip
+    if surprise_kind == "saving":
+        surprise = stored_surprise(-grad_weights, grad_weights.dtype)
     grad_hidden = expert_rows(grad_pre, up, None, None, index, pairs, interleaved) if wanted.grad_hidden else None
     grad_up, grad_down, grad_up_bias, grad_down_bias = (None if x is None else x.new_empty(x.shape) for x in projections)
     if grad_up is not None:

@@ -67,7 +67,9 @@ def expert_mlp(
         surprise_kind: "down_proj", norm of the gradient of `down_proj[e]`; "expert", norm of the gradient of all the expert's weights and
             biases; "output", |weight| · ‖grad_output‖, which for one token only ranks the weights. An expert that appears twice in a
             token's slots has its summed weight, in both slots. A surprise above the largest finite float32 is set to that value, because
-            infinity marks experts that did not see the token.
+            infinity marks experts that did not see the token. "saving" has a sign: −⟨grad_output, o⟩ with the expert's output o before
+            its weight, which is minus the gradient of the weight, in its precision. Times the weight it is, to first order, what the
+            loss would rise by without the pair; it is negative where the expert does harm.
         impl: "auto", "triton", "torch" or "reference". "triton", the default on a GPU except for float64, does not synchronise with the
             device after the first call with a kind of input; "torch" reads the number of pairs of each expert. Only "reference" computes
             every expert for every token, so only there does a NaN in an expert spread to tokens that are not routed to it.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
 from ..._debug import debug_enabled
-from .._checks import check_float, check_mask, check_no_nan, check_number, check_tensor
+from ...reference.experts.surprise import Among
+from .._checks import check_choice, check_float, check_mask, check_no_nan, check_number, check_tensor
 from .._dispatch import statistics_dtype, without_autocast
 from .threshold_route import unit_vectors
 
@@ -18,6 +21,7 @@ def surprise_min_loss(
     w_ce: float = 1.0,
     w_kl: float = 1.0,
     temperature: float = 1.0,
+    among: Among = "all",
     token_mask: Tensor | None = None,
 ) -> Tensor:
     """Loss that pulls a router's scores towards the experts with the lowest surprise.
@@ -26,8 +30,10 @@ def surprise_min_loss(
     of its gradient is common to a token's experts and cancels with the mean. The target is then the expert with the lowest weight · ‖h‖, or
     the lowest weight.
 
-        S' = surprise / (mean over the token's finite pairs) / temperature
+        S' = surprise / (mean of |surprise| over the token's finite pairs) / temperature
         w_ce · CE(scores, argmin S') + w_kl · KL(softmax(−S') ‖ softmax(scores))
+
+    With the kind "saving" pass −saving: the expert of greatest saving then has the least surprise.
 
     Division by the mean removes the scale of the surprise: the loss scale of AMP, and small values that would make the softmax uniform.
 
@@ -37,6 +43,8 @@ def surprise_min_loss(
             differentiable.
         w_ce, w_kl: weights of the two terms, at least 0.
         temperature: temperature of the target, above 0; lower is sharper.
+        among: "all", softmax of the scores of all experts: experts that did not see the token lose to those that did; "chosen", of those
+            that saw it, so that no other score gets a gradient.
         token_mask: (N,) bool, True for tokens that count; None for all. Tokens without experts never count, nor do tokens whose surprise
             is 0 for all of their experts: no loss depends on them (a last token, a label of -100), so no expert has the lowest surprise.
 
@@ -54,15 +62,18 @@ def surprise_min_loss(
     check_number("temperature", temperature, above=0)
     check_number("w_ce", w_ce, at_least=0)
     check_number("w_kl", w_kl, at_least=0)
+    check_choice("among", among, get_args(Among))
     check_mask("token_mask", token_mask, scores.shape[:1], scores.device)
     if debug_enabled():
         check_no_nan("scores", scores)
         check_no_nan("surprise", surprise)
-    return _surprise_min_loss(scores, surprise.detach(), w_ce, w_kl, temperature, token_mask)
+    return _surprise_min_loss(scores, surprise.detach(), w_ce, w_kl, temperature, among, token_mask)
 
 
 @without_autocast
-def _surprise_min_loss(scores: Tensor, surprise: Tensor, w_ce: float, w_kl: float, temperature: float, token_mask: Tensor | None) -> Tensor:
+def _surprise_min_loss(
+    scores: Tensor, surprise: Tensor, w_ce: float, w_kl: float, temperature: float, among: Among, token_mask: Tensor | None
+) -> Tensor:
     dtype = statistics_dtype(scores.dtype)
     surprise = surprise.to(dtype)
     finite = surprise.isfinite()
@@ -74,13 +85,16 @@ def _surprise_min_loss(scores: Tensor, surprise: Tensor, w_ce: float, w_kl: floa
     if token_mask is not None:
         counts = counts & token_mask
     known = known / torch.where(largest > 0, largest, 1)  # so that the sum stays finite
-    mean = known.sum(-1, keepdim=True) / number.clamp(min=1)
+    mean = known.abs().sum(-1, keepdim=True) / number.clamp(min=1)
     scaled = known / torch.where(mean > 0, mean, 1) / temperature
     logits = torch.where(finite | (number == 0), -scaled, -torch.inf)
     log_target = logits.log_softmax(-1)
-    log_scores = torch.where(counts.unsqueeze(-1), scores, 0).to(dtype).log_softmax(-1)
+    scores = torch.where(counts.unsqueeze(-1), scores, 0).to(dtype)
+    if among == "chosen":
+        scores = torch.where(finite | ~counts.unsqueeze(-1), scores, -torch.inf)
+    log_scores = scores.log_softmax(-1)
     least = log_scores.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
-    apart = torch.where(finite, log_target.exp() * (torch.where(finite, log_target, 0) - log_scores), 0).sum(-1)
+    apart = torch.where(finite, log_target.exp() * torch.where(finite, log_target - log_scores, 0), 0).sum(-1)
     loss = torch.where(counts, torch.where(unknown, torch.nan, 1) * (w_kl * apart - w_ce * least), 0)
     return loss.sum() / counts.sum().clamp(min=1)
 

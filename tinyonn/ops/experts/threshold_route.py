@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ... import reference
 from ..._debug import debug_enabled
-from ...reference.experts.routing import Combine, Form, Routing
+from ...reference.experts.routing import Combine, Form, Routing, Weighting
 from .._checks import check_choice, check_float, check_mask, check_no_nan, check_number, check_same_device, check_size, check_tensor
 from .._dispatch import statistics_dtype, without_autocast
 
@@ -27,16 +27,21 @@ def threshold_route(
     scale: float = 1.0,
     min_experts: int = 1,
     max_experts: int = 8,
-    combine: Combine = "softmax",
+    combine: Weighting = "softmax",
     expert_mask: Tensor | None = None,
+    level: float = 0.0,
+    level_rank: int = 1,
+    token_thresholds: Tensor | None = None,
     impl: str = "auto",
 ) -> Routing:
     """Routes each token to all experts whose threshold it exceeds.
 
         l = σ(scale · cos(x, P)) − σ(scale · G)      "sigmoid_cosine"
         l = cos(x, P) − σ(G)                         "cosine"
+        l = P · x / rms(x) − G                       "linear"
 
-    Cosines are accurate for vectors of any length above 0 that the dtype can store; the cosine of a zero vector is 0.
+    Cosines are accurate for vectors of any length above 0 that the dtype can store; the cosine of a zero vector is 0, and so is
+    its product in "linear".
     Experts with l > 0 are active: at least `min_experts`, at most `max_experts`, highest l first, ties to the lower index. A token
     that contains NaN or infinity is routed to one expert with weight NaN, so that its output is NaN. The same holds for every token if a
     prototype or threshold is NaN. Under `tinyonn.debug()` both are errors.
@@ -47,12 +52,20 @@ def threshold_route(
         thresholds: (E,), G.
         form: formula of l, see above. With random prototypes and G = 0, "cosine" activates no expert and "sigmoid_cosine" half of them;
             `nn.ThresholdRouter` initialises G for a mean number of experts.
-        scale: scale of the sigmoids, above 0.
+        scale: scale of the sigmoids of "sigmoid_cosine", above 0. The length of a prototype is the scale of "linear".
         min_experts, max_experts: bounds of the number of experts per token; the result always has max_experts slots.
         combine: weights of the active experts: "softmax", the softmax of l over the active set, which counts as constant; "gated",
-            l / Σ l over the experts with l > 0, equal weights if there are none; "uniform", equal weights with a straight-through gradient.
+            l / Σ l over the experts with l > 0, equal weights if there are none; "uniform", equal weights with a straight-through gradient;
+            "softmax_logits", the softmax over the active set of what is compared with the threshold: P · x / rms(x), scale · cos(x, P), or
+            cos(x, P); "sigmoid", its sigmoid, which does not depend on the threshold; "relu", l, or 0 below the threshold. The weights of
+            the last two do not sum to 1.
         expert_mask: (E,) bool, True for experts that may be chosen; the scores of the others are -inf. None for all. A mask without any
             expert leaves every slot unused, and is an error under `tinyonn.debug()`.
+        level: share, 0 … 1, of a token's own level that is subtracted from all of its l, as a constant. The level is the middle between its
+            l at `level_rank` and the next one. With 0 thresholds are absolute; the nearer to 1, the less the numbers of experts of tokens
+            differ; with 1 each token uses `level_rank` experts.
+        level_rank: at least 1.
+        token_thresholds: (N,), subtracted from all l of a token after its level; None for 0.
         impl: "auto", "torch" or "reference".
 
     Returns:
@@ -75,9 +88,13 @@ def threshold_route(
     check_tensor("thresholds", thresholds, hidden_states.device, prototypes.shape[:1])
     check_mask("expert_mask", expert_mask, thresholds.shape, hidden_states.device)
     check_choice("form", form, get_args(Form))
-    check_choice("combine", combine, get_args(Combine))
+    check_choice("combine", combine, get_args(Weighting))
     check_choice("impl", impl, IMPLS)
     check_number("scale", scale, above=0)
+    if token_thresholds is not None:
+        check_tensor("token_thresholds", token_thresholds, hidden_states.device, hidden_states.shape[:1])
+    check_number("level", level, at_least=0, at_most=1)
+    check_size("level_rank", level_rank)
     check_size("min_experts", min_experts, least=0)
     check_size("max_experts", max_experts)
     if max_experts < min_experts:
@@ -90,15 +107,22 @@ def threshold_route(
     if impl == "reference":
         found = reference.threshold_route(
             hidden_states, prototypes, thresholds, form=form, scale=scale, min_experts=min_experts, max_experts=max_experts,
-            combine=combine, expert_mask=expert_mask,
+            combine=combine, expert_mask=expert_mask, level=level, level_rank=level_rank,
+            token_thresholds=token_thresholds,
         )  # fmt: skip
         return _narrow(found, statistics_dtype(hidden_states.dtype))
-    scores = _margins(hidden_states, prototypes, thresholds, form, scale)
+    logits = router_logits(hidden_states, prototypes, form, scale)
+    scores = _margins(logits, thresholds, form, scale)
     if expert_mask is not None:
         scores = torch.where(expert_mask, scores, -torch.inf)
+    if level:
+        scores = scores - level * own_level(scores, level_rank)
+    if token_thresholds is not None:
+        scores = scores - token_thresholds.to(scores.dtype).unsqueeze(-1)
     values, index = _highest(scores, max_experts)
     slot = torch.arange(max_experts, device=scores.device)
-    return _routing(scores, index, values.isfinite() & ((slot < min_experts) | (values > 0)), values[:, :1] == math.inf, combine)
+    used = values.isfinite() & ((slot < min_experts) | (values > 0))
+    return _routing(scores, index, used, values[:, :1] == math.inf, combine, logits)
 
 
 def select_by_budget(
@@ -158,11 +182,35 @@ def _shares(scores: Tensor) -> Tensor:
 
 
 @without_autocast
-def _margins(hidden_states: Tensor, prototypes: Tensor, thresholds: Tensor, form: Form, scale: float) -> Tensor:
+def router_logits(hidden_states: Tensor, prototypes: Tensor, form: Form, scale: float) -> Tensor:
+    """(N, E), before thresholds: scale · cosine, the cosine for "cosine", or P · x / rms(x) for "linear", NaN where that is not finite."""
     dtype = statistics_dtype(hidden_states.dtype)
-    x, p, g = (tensor.to(dtype) for tensor in (hidden_states, prototypes, thresholds))
-    cosine = unit_vectors(x) @ unit_vectors(p).T
-    return cosine - g.sigmoid() if form == "cosine" else (scale * cosine).sigmoid() - (scale * g).sigmoid()
+    x, p = hidden_states.to(dtype), prototypes.to(dtype)
+    if form != "linear":
+        cosine = unit_vectors(x) @ unit_vectors(p).T
+        return cosine if form == "cosine" else scale * cosine
+    found = (unit_vectors(x) * x.shape[-1] ** 0.5) @ p.T
+    return torch.where(found.isfinite(), found, torch.nan)
+
+
+def _margins(logits: Tensor, thresholds: Tensor, form: Form, scale: float) -> Tensor:
+    g = thresholds.to(logits.dtype)
+    if form == "linear":
+        return logits - g
+    return logits - g.sigmoid() if form == "cosine" else logits.sigmoid() - (scale * g).sigmoid()
+
+
+def own_level(scores: Tensor, rank: int) -> Tensor:
+    """(N, 1), the middle between each row's score at this rank, from 1, and the next, or that score if there is no next; 0 for fewer
+    finite scores than this rank.
+    """
+    if rank > scores.shape[-1]:
+        return scores.new_zeros(scores.shape[0], 1)
+    known = torch.where(scores.isfinite(), scores.detach(), -torch.inf)
+    highest = known.topk(min(rank + 1, scores.shape[-1])).values
+    first, second = highest[:, rank - 1 : rank], highest[:, -1:]
+    level = torch.where(second.isfinite(), (first + second) / 2, first)
+    return torch.where(level.isfinite(), level, 0)
 
 
 def unit_vectors(x: Tensor) -> Tensor:
@@ -200,7 +248,7 @@ def _highest(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     return values, index
 
 
-def _routing(scores: Tensor, index: Tensor, used: Tensor, unknown: Tensor, combine: Combine) -> Routing:
+def _routing(scores: Tensor, index: Tensor, used: Tensor, unknown: Tensor, combine: Weighting, logits: Tensor | None = None) -> Routing:
     """Routing with the used slots. Rows marked in `unknown` (N, 1) use the first slot alone, with weight and count NaN."""
     num_experts = scores.shape[-1]
     used = torch.where(unknown, torch.arange(index.shape[-1], device=index.device) == 0, used)
@@ -220,6 +268,14 @@ def _routing(scores: Tensor, index: Tensor, used: Tensor, unknown: Tensor, combi
             total = positive.sum(-1, keepdim=True)
             equal = used / used.sum(-1, keepdim=True).clamp(min=1)
             weights = torch.where(total <= 0, equal, positive / torch.where(total <= 0, 1, total))
+        case "relu":
+            weights = slots.clamp(min=0)
+        case "softmax_logits" | "sigmoid":
+            assert logits is not None
+            # The product of the token's NaN reaches the weight as in `slots`.
+            plain = functional.pad(logits, (0, 1)).gather(-1, top_k_index) * torch.where(unknown, torch.nan, 1)
+            none = ~used.any(-1, keepdim=True)
+            weights = plain.sigmoid() if combine == "sigmoid" else torch.where(used | none, plain, -torch.inf).softmax(-1)
     return Routing(top_k_index, torch.where(used, weights, 0), count, scores)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "clamped_swiglu", "clamped_silu"]
-SurpriseKind = Literal["down_proj", "expert", "output"]
+SurpriseKind = Literal["down_proj", "expert", "output", "saving"]
 Layout = tuple[Activation, bool, bool, float | None]  # of `activate`
 SWISH = 1.702  # value of gpt-oss
 LIMITS = {"clamped_swiglu": 7.0, "clamped_silu": 10.0}  # values of gpt-oss and of DeepSeek-V4
@@ -130,7 +130,8 @@ def expert_surprise(
     Args:
         grad_output: (N, F), gradient of the loss with respect to the output of `expert_mlp`.
         kind: "down_proj", norm of the gradient of `down_proj[e]`; "expert", norm of the gradient of all the expert's weights and biases;
-            "output", norm of the gradient of the expert's output, |weight| · ‖grad_output‖.
+            "output", norm of the gradient of the expert's output, |weight| · ‖grad_output‖; "saving", −⟨grad_output, o⟩ with the expert's
+            output o before its weight, negative where the expert raises the loss.
         others: as in `expert_mlp`.
 
     Returns:
@@ -142,10 +143,12 @@ def expert_surprise(
     with torch.enable_grad():
         x, up, down = (tensor.detach().double() for tensor in (hidden_states, gate_up_proj, down_proj))
         up_bias, bias = (None if tensor is None else tensor.detach() for tensor in (gate_up_bias, down_bias))
-        pre, h, _ = _dense(x, (up, down), (up_bias, bias), transposed, layout)
+        pre, h, out = _dense(x, (up, down), (up_bias, bias), transposed, layout)
         weights = pair_weights(top_k_index, top_k_weights.detach(), num_experts)
         grad = weights.unsqueeze(-1) * grad_output.detach().double().unsqueeze(1)  # gradient of o_e, (N, E, F)
-        if kind == "output":
+        if kind == "saving":
+            found = -torch.einsum("nf,nef->ne", grad_output.detach().double(), out)
+        elif kind == "output":
             found = grad.norm(dim=-1)
         elif kind == "down_proj":
             found = grad.norm(dim=-1) * h.norm(dim=-1)

@@ -10,8 +10,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Form = Literal["sigmoid_cosine", "cosine"]
-Combine = Literal["softmax", "gated", "uniform"]
+Form = Literal["sigmoid_cosine", "cosine", "linear"]
+Combine = Literal["softmax", "gated", "uniform"]  # weights that the scores determine
+Weighting = Literal[Combine, "softmax_logits", "sigmoid", "relu"]  # all weights
 
 
 class Routing(NamedTuple):
@@ -32,11 +33,29 @@ class Routing(NamedTuple):
 
 def margins(hidden_states: Tensor, prototypes: Tensor, thresholds: Tensor, form: Form, scale: float) -> Tensor:
     """Margin of each token over each expert's threshold, (N, E)."""
-    x, p, g = hidden_states.double(), prototypes.double(), thresholds.double()
-    cosine = unit_vectors(x) @ unit_vectors(p).T
-    if form == "cosine":
-        return cosine - g.sigmoid()
-    return (scale * cosine).sigmoid() - (scale * g).sigmoid()
+    g, z = thresholds.double(), logits(hidden_states, prototypes, form, scale)
+    if form == "linear":
+        return z - g
+    return z - g.sigmoid() if form == "cosine" else z.sigmoid() - (scale * g).sigmoid()
+
+
+def logits(hidden_states: Tensor, prototypes: Tensor, form: Form, scale: float) -> Tensor:
+    """(N, E): scale · cosine for "sigmoid_cosine", the cosine for "cosine", P · x / rms(x) for "linear", 0 for a token of zeros."""
+    x, p = hidden_states.double(), prototypes.double()
+    if form != "linear":
+        cosine = unit_vectors(x) @ unit_vectors(p).T
+        return cosine if form == "cosine" else scale * cosine
+    found = unit_vectors(x) * x.shape[-1] ** 0.5 @ p.T
+    return torch.where(found.isfinite(), found, torch.nan)
+
+
+def own_level(scores: Tensor, rank: int) -> Tensor:
+    """(N,), the middle between the scores at this rank, from 1, and the next; the first of both if there is no next; a constant."""
+    found = []
+    for row in scores.detach():
+        ordered = row[row.isfinite()].sort(descending=True).values[rank - 1 : rank + 1]
+        found.append(ordered.mean() if len(ordered) else row.new_zeros(()))
+    return torch.stack(found) if found else scores.new_zeros(0)
 
 
 def unit_vectors(x: Tensor) -> Tensor:
@@ -54,19 +73,28 @@ def threshold_route(
     scale: float = 1.0,
     min_experts: int = 1,
     max_experts: int = 8,
-    combine: Combine = "softmax",
+    combine: Weighting = "softmax",
     expert_mask: Tensor | None = None,
+    level: float = 0.0,
+    level_rank: int = 1,
+    token_thresholds: Tensor | None = None,
 ) -> Routing:
     """Routes each token to the experts whose margin is above 0: at least `min_experts`, at most `max_experts`, highest margin first,
-    ties to the lower index. Experts masked out by `expert_mask` are never chosen. A token with a margin of NaN is routed only to the first
-    such expert, with weight and count NaN.
+    ties to the lower index. With `level` that share of the token's `own_level` is subtracted from its margins, and `token_thresholds`,
+    (N,), after it. Experts masked out by `expert_mask` are never chosen. A token with a margin of NaN is routed only to the first such
+    expert, with weight and count NaN.
     """
     scores = margins(hidden_states, prototypes, thresholds, form, scale)
     if expert_mask is not None:
         scores = torch.where(expert_mask, scores, -torch.inf)
+    if level:
+        scores = scores - level * own_level(scores, level_rank).unsqueeze(-1)
+    if token_thresholds is not None:
+        scores = scores - token_thresholds.double().unsqueeze(-1)
     rank = order_of(scores).argsort(dim=-1)
     chosen = ((rank < min_experts) | ((scores > 0) & (rank < max_experts))) & scores.isfinite()
-    return _marked(routing_of(scores, chosen, rank, max_experts, combine), scores.isnan())
+    z = logits(hidden_states, prototypes, form, scale)
+    return _marked(routing_of(scores, chosen, rank, max_experts, combine, z), scores.isnan())
 
 
 def _marked(found: Routing, unknown: Tensor) -> Routing:
@@ -98,11 +126,12 @@ def select_by_budget(scores: Tensor, budget: Tensor | float, *, max_experts: int
     return _marked(routing_of(scores, chosen, rank, max_experts, combine), unknown)
 
 
-def routing_of(scores: Tensor, chosen: Tensor, rank: Tensor, max_experts: int, combine: Combine) -> Routing:
+def routing_of(scores: Tensor, chosen: Tensor, rank: Tensor, max_experts: int, combine: Weighting, logits: Tensor | None = None) -> Routing:
     """Weights over the chosen experts, sorted by rank.
 
     "softmax": softmax of the scores, with the mask as a constant. "gated": positive scores divided by their sum, equal weights if none is
-    positive. "uniform": equal weights; the derivative of the mask with respect to each score is taken as 1.
+    positive. "uniform": equal weights; the derivative of the mask with respect to each score is taken as 1. "softmax_logits": softmax of
+    the logits, with the mask as a constant. "sigmoid": sigmoid of the logits. "relu": positive scores, 0 for others.
     """
     num_experts = scores.shape[-1]
     mask = straight_through(chosen, scores)
@@ -110,6 +139,14 @@ def routing_of(scores: Tensor, chosen: Tensor, rank: Tensor, max_experts: int, c
         weights = torch.where(chosen, scores, -torch.inf).softmax(-1)
     elif combine == "uniform":
         weights = mask / torch.where(chosen.any(-1, keepdim=True), mask.sum(-1, keepdim=True), 1)
+    elif combine == "softmax_logits":
+        assert logits is not None
+        weights = torch.where(chosen, logits, -torch.inf).softmax(-1)
+    elif combine == "sigmoid":
+        assert logits is not None
+        weights = logits.sigmoid()
+    elif combine == "relu":
+        weights = torch.where(chosen, scores.clamp(min=0), 0)
     else:
         positive = torch.where(chosen, scores.clamp(min=0), 0)
         total = positive.sum(-1, keepdim=True)

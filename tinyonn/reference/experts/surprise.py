@@ -5,8 +5,12 @@ N tokens, E experts, F features
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Among = Literal["all", "chosen"]
 
 
 def surprise_min_loss(
@@ -16,16 +20,18 @@ def surprise_min_loss(
     w_ce: float = 1.0,
     w_kl: float = 1.0,
     temperature: float = 1.0,
+    among: Among = "all",
     token_mask: Tensor | None = None,
 ) -> Tensor:
     """Loss that pulls a router's scores towards the experts with the lowest surprise.
 
-        S' = surprise / (mean over the token's finite pairs) / temperature
+        S' = surprise / (mean of |surprise| over the token's finite pairs) / temperature
         w_ce · CE(scores, argmin S') + w_kl · KL(softmax(−S') ‖ softmax(scores))
 
     Args:
         scores: (N, E), scores of all experts.
         surprise: (N, E), infinite for experts that did not see the token, whose target is 0; NaN makes the loss NaN. Not differentiable.
+        among: "all", softmax of the scores of all experts; "chosen", of those that saw the token, so that no other score gets a gradient.
         token_mask: (N,), True for tokens that count; tokens whose surprise is 0 or infinite for every expert never count.
 
     Returns:
@@ -38,9 +44,10 @@ def surprise_min_loss(
             continue
         if row.isnan().any():
             return scores.double().sum() * torch.nan
-        scaled = row[finite] / row[finite].mean() / temperature
+        scaled = row[finite] / row[finite].abs().mean() / temperature
         target = torch.softmax(-scaled, -1)
-        log_q = torch.log_softmax(scores[i].double(), -1)[finite]
+        given = scores[i].double()
+        log_q = torch.log_softmax(given[finite], -1) if among == "chosen" else torch.log_softmax(given, -1)[finite]
         total = total + w_kl * (target * (target.log() - log_q)).sum() - w_ce * log_q[scaled.argmin()]
         tokens += 1
     return total / max(1, tokens)
