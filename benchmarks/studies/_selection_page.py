@@ -1,0 +1,185 @@
+"""The page and the figure of the study of selection."""
+
+from __future__ import annotations
+
+import platform
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from _study import Results, interval, table
+
+Arm = tuple[str, str]
+SHOWN = {  # colour, dashes and marker in the figure
+    ("top-n", "mean keys"): ("0.35", "--", "o"),
+    ("n per head", "mean keys"): ("0.6", ":", "s"),
+    ("old rule", "mean keys"): ("C3", "--", "v"),
+    ("price and offsets", "mean keys"): ("C1", "-", "^"),
+    ("price and lines", "mean keys"): ("C0", "-", "o"),
+    ("oracle: top-n of the true share", ""): ("0.75", "--", "x"),
+    ("oracle: one price on the true effect", ""): ("C2", "-", "x"),
+}
+
+
+def name_of(arm: Arm) -> str:
+    return ", ".join(part for part in arm if part)
+
+
+class Cells:
+    """Cells of a study by arm, text and budget."""
+
+    def __init__(self, results: Results, budgets: tuple[int, ...], arms: tuple[Arm, ...]) -> None:
+        self.results, self.budgets, self.arms = results, budgets, arms
+        self.texts: list[str] = results.settings["texts"]
+
+    def get(self, arm: Arm, text: str, budget: int) -> dict[str, Any] | None:
+        return self.results.get(name_of(arm), text, budget)
+
+    def having(self, arms: list[Arm], budget: int, kind: str = "") -> list[str]:
+        """Texts of a kind on which all these arms were measured."""
+        return [text for text in self.texts if text.startswith(kind) and all(self.get(arm, text, budget) for arm in arms)]
+
+    def mean(self, arm: Arm, budget: int, texts: list[str], field: str = "excess") -> float:
+        return sum(self.get(arm, text, budget)[field] for text in texts) / len(texts)  # type: ignore[index]
+
+    def static_at(self, static: Arm, text: str, budget: int, blocks: float) -> float:
+        """Excess of a static arm on a text at a number of blocks, on the line between the budgets around it."""
+        points = sorted((cell["blocks"], cell["excess"]) for other in self.budgets if (cell := self.get(static, text, other)))
+        here = self.get(static, text, budget)
+        assert here is not None
+        for low, high in pairwise(points):
+            if low[0] <= blocks <= high[0] or (blocks < points[0][0] and low == points[0]) or high == points[-1]:
+                slope = (high[1] - low[1]) / (high[0] - low[0])
+                return float(here["excess"] + slope * (blocks - here["blocks"]))
+        return float(here["excess"])
+
+    def best_static(self, budget: int) -> Arm | None:
+        """The static arm of the least mean excess on the texts that all static arms have."""
+        static = [arm for arm in self.arms if arm[0] in ("top-n", "n per head") and self.having([arm], budget)]
+        texts = self.having(static, budget) if static else []
+        return min(static, key=lambda arm: self.mean(arm, budget, texts)) if texts else None
+
+    def ratio(self, arm: Arm, static: Arm, budget: int, kind: str) -> tuple[float, float, float] | None:
+        """Mean excess over that of a static arm at equal blocks, with its interval over texts."""
+        texts = self.having([arm, static], budget, kind)
+        if len(texts) < 2:
+            return None
+        cells = [self.get(arm, text, budget) for text in texts]
+        ours = torch.tensor([cell["excess"] for cell in cells], dtype=torch.float64)  # type: ignore[index]
+        theirs = torch.tensor(
+            [self.static_at(static, text, budget, cell["blocks"]) for text, cell in zip(texts, cells, strict=True)],  # type: ignore[index]
+            dtype=torch.float64,
+        )
+        low, high = interval(lambda drawn: ours[drawn].mean(-1) / theirs[drawn].mean(-1), len(texts))
+        return (ours.mean() / theirs.mean()).item(), low, high
+
+
+def write(folder: Path, results: list[Results], budgets: tuple[int, ...], arms: list[tuple[Arm, ...]]) -> None:
+    """Writes the page and the figure; the first results are the study's, those of longer texts follow."""
+    cells, *longer = [Cells(one, budgets, own) for one, own in zip(results, arms, strict=True)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "selection.md").write_text("\n".join(_page(cells, longer)) + "\n", encoding="utf-8")
+    _figure(cells, folder / "selection.png")
+
+
+def _page(cells: Cells, longer: list[Cells]) -> list[str]:
+    settings = cells.results.settings
+    lines = [
+        "# Study A: which blocks to read, without training",
+        "",
+        "This page compares rules that choose which key blocks a trained model reads. No weight of the model changes."
+        f" `benchmarks/studies/selection.py` wrote it on {platform.machine()} with torch {torch.__version__}.",
+        "",
+        "- **Model**: SmolLM2-135M-Instruct (4-bit weights, Q4_1, dequantised), 30 layers of 9 query and 3 key/value heads.",
+        f"- **Texts**: {', '.join(settings['texts'])}: modules of Python's standard library, and {settings['tokens']:,} tokens of the"
+        " language reference that `help()` prints, from the given token.",
+        "- **Blocks** have 64 positions. Every query reads the first block, the previous and its own. The others are *far* blocks.",
+        "- **Excess** is the mean loss of a next token over that of dense attention on the same text, in nats.",
+        "- **Static arms** read a fixed number of blocks: *top-n* the same number everywhere; *n per head* the numbers that save most on"
+        " the calibration texts.",
+        "- **Dynamic arms** read the blocks above a threshold. *Top-p* takes the smallest set with a given share of the attention; *one"
+        " price* compares the estimated share itself; *offsets* add log √(mean cost) − log √(mean true share²) of each head; *lines*, which"
+        " `calibrate` uses, compare the cost that is expected for the estimated share. *Old rule* is that of earlier versions: share"
+        " relative to a uniform one, slope 1 and temperature 1.",
+        "- **Oracles** know the dense attention. They are bounds, not methods.",
+        "- **Calibration** of offsets, lines and numbers per head: `inspect.py` and 2,048 tokens of prose, which are none of the texts.",
+        f"- **Compressed keys** stand for 16 positions: means, or distilled in {settings['steps']} steps on five texts.",
+        "- **Equal blocks**: the threshold of a dynamic arm is set on the text itself to the mean of top-n, within 0.05 blocks. A product"
+        " sets it on a sample. Ratios compare with the best static arm at the blocks that the dynamic arm has read, between budgets.",
+        "- **Intervals**: 95 %, bootstrap over texts.",
+        "",
+        "![Excess loss against mean blocks](selection.png)",
+        "",
+    ]
+    for budget in cells.budgets:
+        if (best := cells.best_static(budget)) is not None:
+            lines += _budget(cells, budget, best)
+    for others in longer:
+        texts = [text for text in others.texts if others.results.get("dense", text)]
+        if texts:
+            lines += [
+                f"## Texts of {others.results.settings['tokens']:,} tokens",
+                "",
+                f"The same on {', '.join(texts)}. Offsets and lines come from the calibration texts at this length; distilled keys are"
+                f" those of {settings['tokens']:,} tokens.",
+                "",
+            ]
+        for budget in others.budgets:
+            if (best := others.best_static(budget)) is not None:
+                lines += _budget(others, budget, best, level=3)
+    if check := cells.results.get("check"):
+        lines += [
+            "## The same thresholds in a converted model",
+            "",
+            f"A model that `convert_attention` and `calibrate` have set reads {check['blocks of the converted model']:.3f} blocks of"
+            f" {settings['texts'][0]} at a loss of {check['converted model']:.5f}. The study's own run with its thresholds reads"
+            f" {check['blocks']:.3f} at {check['run of this study']:.5f}.",
+        ]
+    return lines
+
+
+def _budget(cells: Cells, budget: int, best: Arm, level: int = 2) -> list[str]:
+    sparse = [arm for arm in cells.arms if cells.having([arm], budget)]
+    first = cells.get(best, cells.having([best], budget)[0], budget)
+    assert first is not None
+    rows = []
+    for arm in sparse:
+        texts = cells.having([arm], budget)
+        by_kind = [cells.having([arm], budget, kind) for kind in ("prose", "code")]
+        row: list[object] = [name_of(arm), len(texts), f"{cells.mean(arm, budget, texts, 'blocks'):.2f}"]
+        row += [f"{cells.mean(arm, budget, own):.4f}" if own else "" for own in by_kind]
+        row.append(f"{cells.mean(arm, budget, texts, 'late'):.4f}")
+        for kind in ("prose", "code", ""):
+            found = None if arm == best else cells.ratio(arm, best, budget, kind)
+            row.append("1" if arm == best else "" if found is None else f"{found[0]:.2f} ({found[1]:.2f} … {found[2]:.2f})")
+        rows.append(row)
+    head = ["arm", "texts", "blocks", "excess, prose", "code", "late half, all", "ratio, prose", "code", "all"]
+    title = f"{'#' * level} {first['blocks']:.1f} blocks a query, {first['far']:.1f} of them far"
+    return [title, "", f"The best static arm is {name_of(best)}; ratios are to it.", "", *table(head, rows), ""]
+
+
+def _figure(cells: Cells, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9.5, 4.4), layout="constrained", sharey=True)
+    for panel, kind in zip(panels, ("prose", "code"), strict=True):
+        for arm, (colour, dashes, marker) in SHOWN.items():
+            points = [
+                (cells.mean(arm, budget, texts, "blocks"), cells.mean(arm, budget, texts))
+                for budget in cells.budgets
+                if (texts := cells.having([arm], budget, kind))
+            ]
+            if points:
+                panel.plot(*zip(*points, strict=True), color=colour, linestyle=dashes, marker=marker, markersize=4, label=name_of(arm))
+        panel.set(xlabel="mean blocks a query", title=kind)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("excess loss, nats a token")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.suptitle("SmolLM2-135M, 2,048 tokens: loss over dense attention at equal blocks", fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,186 @@
+"""Study D: many small experts, trained from scratch, at equal mean number of experts per token.
+
+    .venv/bin/python benchmarks/studies/experts.py            about an hour on two cores, one process on each
+    .venv/bin/python benchmarks/studies/experts.py --quick    a trial run of a minute; writes nothing
+
+A small language model reads source of the standard library byte by byte. Its MLPs are dense, or mixtures of 64 experts that differ only
+in how a token's experts are chosen and weighted; see `_experts_model.py`. Each arm first tries three learning rates, for fewer steps and
+with a seed of its own, and then trains at the best with every seed. Thresholds choose other numbers of experts on other text, so each run
+is evaluated as it is, and again with all its thresholds shifted to the mean of the budget on the evaluation text; comparisons are of the
+latter. Writes docs/studies/experts.json, experts.md and experts.png. An interrupted study continues from docs/studies/experts.json.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from _experts_model import ARMS, DYN_MOE, LEARNED, RELU, Mixture, Settings, Texts, new_model, row_losses
+from _experts_page import draw_figure, page
+from _study import DOCS, Job, Results, arguments, measure_all
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from tinyonn.nn import DynMoE
+from tinyonn.train import HyperStep
+
+WARM_UP, LAST_RATE = 100, 0.1  # steps; share of the learning rate at the end
+EVALUATION_SEED, TRIAL_SEED = 7, 100
+AT_ONCE = 16  # rows of the evaluation
+CLOSE, MOST_SHIFTS, FARTHEST = 0.003, 8, 0.3  # of the search for the budget
+SHIFTED = (*DYN_MOE, RELU)  # arms that choose by thresholds
+
+
+class Run:
+    """Training of one arm with one seed."""
+
+    def __init__(self, settings: Settings, arm: str, seed: int, rate: float, steps: int) -> None:
+        self.settings, self.arm, self.steps = settings, arm, steps
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.texts = Texts(settings.tokens)
+        self.generator = torch.Generator().manual_seed(1000 + seed)
+        self.model = new_model(settings, arm, seed).to(self.device)
+        self.mixtures = [module for module in self.model.modules() if isinstance(module, (Mixture, DynMoE))]
+        matrices = [weight for weight in self.model.parameters() if weight.dim() > 1]
+        others = [weight for weight in self.model.parameters() if weight.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+        self.schedule = LambdaLR(self.optimizer, self._rate_at)
+
+    def _rate_at(self, step: int) -> float:
+        falling = 0.5 * (1 + math.cos(math.pi * min(1, step / self.steps)))
+        return min(1, (step + 1) / WARM_UP) * ((1 - LAST_RATE) * falling + LAST_RATE)
+
+    def train(self) -> None:
+        learned = HyperStep(self.model, self.optimizer, max_grad_norm=1.0) if self.arm == LEARNED else None
+        for _ in range(self.steps):
+            rows = self.texts.draw(self.texts.training, self.settings.batch, self.generator).to(self.device)
+            if learned is not None:
+                learned(lambda rows=rows: row_losses(self.model, rows).mean())  # type: ignore[misc]
+            else:
+                loss = row_losses(self.model, rows).mean()
+                (loss + sum(mixture.loss for mixture in self.mixtures if isinstance(mixture, Mixture))).backward()
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.schedule.step()
+
+    @torch.no_grad()
+    def evaluated(self, rows: int) -> tuple[list[float], list[Tensor]]:
+        """Loss of each row of other text, and by layer the share of tokens that each expert got, (E,)."""
+        self.model.eval()
+        generator = torch.Generator().manual_seed(EVALUATION_SEED)
+        text = self.texts.draw(self.texts.evaluation, rows, generator).to(self.device)
+        for mixture in self.mixtures:
+            (mixture.counts if isinstance(mixture, Mixture) else mixture.expert_counts).zero_()
+        losses = torch.cat([row_losses(self.model, part) for part in text.split(AT_ONCE)])
+        counts = [mixture.counts if isinstance(mixture, Mixture) else mixture.expert_counts for mixture in self.mixtures]
+        self.model.train()
+        return losses.tolist(), [count.cpu() / (rows * self.settings.tokens) for count in counts]
+
+    def _shift(self, by: float) -> None:
+        for mixture in self.mixtures:
+            if isinstance(mixture, Mixture):
+                mixture.least += by
+            else:
+                router = mixture.router
+                (router.thresholds.data if router.price is None else router.price).add_(by)
+
+    def reach_budget(self, mean: float) -> tuple[list[float], list[Tensor]]:
+        """Shifts all thresholds until tokens have the mean number of experts of the budget on the evaluation text.
+
+        Args:
+            mean: number of experts before.
+
+        Returns:
+            What `evaluated` gives then.
+        """
+        wanted, shift = self.settings.k, 0.02 if mean > self.settings.k else -0.02
+        for _ in range(MOST_SHIFTS):  # secant steps in the logarithm of the number
+            self._shift(shift)
+            before, found = mean, self.evaluated(self.settings.rows)
+            mean = mean_experts(found[1])
+            if abs(mean / wanted - 1) < CLOSE:
+                break
+            slope = min((math.log(mean) - math.log(before)) / shift, -0.2)
+            shift = max(-FARTHEST, min(FARTHEST, (math.log(wanted) - math.log(mean)) / slope))
+        return found
+
+    def measured(self) -> dict[str, Any]:
+        losses, shares = self.evaluated(self.settings.rows)
+        found: dict[str, Any] = {"as trained": sum(losses) / len(losses), "losses": losses}
+        if self.mixtures:
+            found |= {
+                "k as trained": mean_experts(shares), "k by layer": [share.sum().item() for share in shares],
+                "dead": sum(int((share == 0).sum()) for share in shares), "least load": min(load(share).min().item() for share in shares),
+                "most load": max(load(share).max().item() for share in shares),
+            }  # fmt: skip
+        if self.arm in SHIFTED:
+            found["losses"], shares = self.reach_budget(found["k as trained"])
+        found["loss"] = sum(found["losses"]) / len(losses)
+        if self.mixtures:
+            found["k"] = mean_experts(shares)
+        return found
+
+
+def mean_experts(shares: Iterable[Tensor]) -> float:
+    return torch.stack([share.sum() for share in shares]).mean().item()
+
+
+def load(share: Tensor) -> Tensor:
+    """Of each expert, relative to the mean."""
+    return share / share.mean()
+
+
+def run(settings: Settings, arm: str, seed: int, rate: float, steps: int) -> dict[str, Any]:
+    begin, one = time.monotonic(), Run(settings, arm, seed, rate, steps)
+    one.train()
+    found = one.measured() if steps == settings.steps else {"loss": math.fsum(losses := one.evaluated(settings.rows)[0]) / len(losses)}
+    return {**found, "rate": rate, "seconds": time.monotonic() - begin}
+
+
+def best_rate(results: Results, settings: Settings, arm: str) -> float:
+    """Learning rate with the lowest loss after the trial steps."""
+    return min(settings.rates, key=lambda rate: results.cells[f"{arm} | rate {rate:g}"]["loss"])
+
+
+def measure(results: Results, settings: Settings, processes: int) -> None:
+    """Measures the cells that are missing: all trials of learning rates first."""
+    trials = [(arm, rate) for rate in settings.rates for arm in ARMS]
+    jobs = [Job((arm, f"rate {rate:g}"), run, (settings, arm, TRIAL_SEED, rate, settings.trial_steps)) for arm, rate in trials]
+    measure_all(results, jobs, processes)
+    rates = {arm: best_rate(results, settings, arm) for arm in ARMS}
+    whole = [(arm, seed) for seed in settings.seeds for arm in ARMS]
+    measure_all(results, [Job((arm, seed), run, (settings, arm, seed, rates[arm], settings.steps)) for arm, seed in whole], processes)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--processes", type=int, default=1 if torch.cuda.is_available() else 2)
+    parser.add_argument("--page", action="store_true", help="only writes the page and the figure again")
+    options = parser.parse_args()
+    if options.quick:
+        settings = Settings(
+            width=64, layers=2, experts=16, neurons=16, k=2, tokens=64, steps=20, trial_steps=10, rates=(2e-3,), seeds=(0, 1), rows=32
+        )
+        results = Results(None, asdict(settings))
+        measure(results, settings, options.processes)
+        print("\n".join(page(results, settings)))
+        return
+    settings = Settings()
+    results = Results(DOCS / "experts.json", asdict(settings))
+    if not options.page:
+        measure(results, settings, options.processes)
+    whole = len(ARMS) * (len(settings.seeds) + len(settings.rates))
+    if len(results.cells) < whole:
+        parser.error(f"docs/studies/experts.json must have {whole} runs of these settings for a page, got {len(results.cells)}.")
+    (DOCS / "experts.md").write_text("\n".join(page(results, settings)) + "\n", encoding="utf-8")
+    draw_figure(results, settings, DOCS / "experts.png")
+
+
+if __name__ == "__main__":
+    main()

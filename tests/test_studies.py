@@ -1,0 +1,190 @@
+"""The studies of benchmarks/studies: what they ask of a model, and that each goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "studies"
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the checkout")
+
+
+@pytest.fixture(scope="module")
+def recall() -> Iterator[ModuleType]:
+    pytest.importorskip("transformers")
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import recall
+
+        yield recall
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def test_questions_of_recall_have_the_value_that_most_facts_hold(recall):
+    from _recall_task import ANSWER, FACT, QUESTION, TRAINING, VALUES
+
+    settings = recall.Settings(tokens=512)
+    ids, text, answers, demands = recall.Rows(settings, TRAINING).draw(3, 4)
+    for row in range(4):
+        facts: dict[int, list[tuple[int, int]]] = {}
+        for place in ((ids[row] >= FACT) & (ids[row] < QUESTION)).nonzero()[:, 0].tolist():
+            key, value = divmod(ids[row, place].item() - FACT, VALUES)
+            facts.setdefault(key, []).append((place // settings.block, value))
+        asked = (demands[row] > 0).nonzero()[:, 0].tolist()
+        assert len(asked) == 4 * settings.asked
+        assert {ids[row, place].item() - QUESTION for place in asked} == set(facts)
+        for place in asked:
+            blocks, values = zip(*facts[ids[row, place].item() - QUESTION], strict=True)
+            assert len(set(blocks)) == len(blocks) == demands[row, place]
+            (best, most), *others = Counter(values).most_common()
+            assert answers[row, place] == ANSWER + best
+            assert all(number < most for _, number in others)
+            assert max(blocks) < place // settings.block - 1  # not among the forced ones
+            assert min(blocks) > 0
+    following = text[:, :-1]
+    assert (following[following >= 0] == ids[:, 1:][following >= 0]).all()
+    assert following[following >= 0].max() < FACT
+
+
+def test_target_of_recall_is_what_a_static_top_n_reads(recall):
+    settings = recall.Settings(tokens=512, top_n=5)
+    place = torch.arange(512)
+    assert settings.target == pytest.approx((place // 16 + 1).clamp(max=5).float().mean().item())
+
+
+@pytest.mark.parametrize("arm", ["dense", "static top-n"])
+def test_interrupted_run_of_recall_ends_as_an_uninterrupted_one(recall, arm, tmp_path, monkeypatch):
+    settings = recall.Settings(
+        tokens=256, width=16, layers=1, batch=1, steps=8, distil_steps=2, again_every=2, again_steps=1, rows=1, seeds=(0,)
+    )
+    monkeypatch.setattr(recall, "SAVE_EVERY", 2)
+    whole = recall.Run(settings, arm, 0, None)
+    whole.train()
+    losses, calls = recall.Run._losses, 0
+
+    def interrupted(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls in (2, 6):
+            raise KeyboardInterrupt
+        return losses(self, *args)
+
+    monkeypatch.setattr(recall.Run, "_losses", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            recall.Run(settings, arm, 0, tmp_path).train()
+    resumed = recall.Run(settings, arm, 0, tmp_path)
+    resumed.train()
+    assert calls < 14
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
+@pytest.fixture(scope="module")
+def experts() -> Iterator[ModuleType]:
+    pytest.importorskip("transformers")
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import experts
+
+        yield experts
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def small(experts: ModuleType, **changes: object) -> Any:
+    sizes = {"width": 32, "layers": 2, "experts": 8, "neurons": 8, "k": 2, "tokens": 32, "steps": 3, "rows": 16}
+    return experts.Settings(**{**sizes, **changes})
+
+
+def test_mixtures_of_a_seed_start_from_the_same_weights(experts):
+    from _experts_model import ARMS, DENSE, new_model
+
+    def weights(arm: str, seed: int) -> list[torch.Tensor]:
+        layers = new_model(small(experts), arm, seed).model.layers
+        router = "prototypes" if hasattr(layers[0].mlp.router, "prototypes") else "weight"
+        every = [(layer.mlp.gate_up_proj, layer.mlp.down_proj, getattr(layer.mlp.router, router)) for layer in layers]
+        return [layers[1].self_attn.q_proj.weight, *(weight for layer in every for weight in layer)]
+
+    arms = [arm for arm in ARMS if arm != DENSE]
+    for arm in arms[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(weights(arms[0], 3), weights(arm, 3), strict=True)), arm
+    assert not any(torch.equal(a, b) for a, b in zip(weights(arms[0], 3), weights(arms[0], 4), strict=True))
+
+
+def test_routing_of_other_methods_by_hand(experts):
+    from _experts_model import BALANCE, LOSS_FREE, RELU, SWITCH, Mixture
+
+    torch.manual_seed(0)
+    logits, settings = torch.randn(50, 8), small(experts)
+    switch = Mixture(settings, SWITCH)
+    index, weights = switch.choose(logits)
+    shares, count = logits.exp() / logits.exp().sum(-1, keepdim=True), torch.zeros(8)
+    for token in range(50):
+        best = sorted(range(8), key=lambda e: -logits[token, e])[:2]
+        assert index[token].tolist() == best
+        torch.testing.assert_close(weights[token], shares[token, best] / shares[token, best].sum())
+        count[best] += 1
+    torch.testing.assert_close(switch.loss, BALANCE * 8 * (count / 100 * shares.mean(0)).sum())
+
+    free = Mixture(settings, LOSS_FREE)
+    free.bias.copy_(torch.linspace(0, 1, 8))
+    before, (index, weights) = free.bias.clone(), free.choose(logits)
+    assert (index == (logits.sigmoid() + before).topk(2).indices).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(50))
+    load = torch.bincount(index.flatten(), minlength=8)
+    assert ((free.bias - before).sign() == (100 / 8 - load).sign()).all()
+
+    relu = Mixture(settings, RELU)
+    index, weights = relu.choose(logits)
+    for token in range(50):
+        chosen = {e for e in range(8) if logits[token, e] > 0}
+        assert set(index[token].tolist()) - {8} == chosen
+        torch.testing.assert_close(weights[token].sum(), logits[token].relu().sum() / 2)
+    assert relu.l1 > 1e-8  # more than 2 experts per token make the loss on their number dearer
+
+
+@pytest.mark.parametrize("arm", ["DynMoE", "ReLU routing", "DynMoE, learned thresholds"])
+def test_run_is_evaluated_at_the_budget(experts, arm):
+    run = experts.Run(small(experts, rows=64), arm, 0, 1e-3, 3)
+    run.train()
+    found = run.measured()
+    assert len(found["losses"]) == 64
+    assert found["loss"] == pytest.approx(sum(found["losses"]) / 64)
+    assert found["k"] == pytest.approx(2, abs=0.03)
+    assert found["k as trained"] == pytest.approx(sum(found["k by layer"]) / 2)
+
+
+def test_intervals_over_seeds_and_texts(experts):
+    from _study import crossed_difference
+
+    torch.manual_seed(0)
+    ours = (torch.randn(3, 40) * 0.1 + torch.tensor([[1.0], [2.0], [3.0]])).tolist()
+    theirs = torch.zeros(3, 40).tolist()
+    gap, low, high = crossed_difference(ours, theirs)
+    assert gap == pytest.approx(torch.tensor(ours).mean().item())
+    assert low == pytest.approx(1, abs=0.1)  # 1 of 27 draws of three seeds has seed 0 alone, which is more than 2.5 %
+    assert high == pytest.approx(3, abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["recall.py", "experts.py", "converted.py"])
+def test_quick_run_prints_the_page_and_writes_nothing(name, tmp_path):
+    before = sorted(path.name for path in (FOLDER.parents[1] / "docs").rglob("*"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}  # which `make test` sets
+    command = [sys.executable, str(FOLDER / name), "--quick"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, env=environment)
+    assert found.returncode == 0, found.stderr
+    assert {"recall.py": "| one price |", "experts.py": "| DynMoE |", "converted.py": "| thresholds, one price |"}[name] in found.stdout
+    assert sorted(path.name for path in (FOLDER.parents[1] / "docs").rglob("*")) == before

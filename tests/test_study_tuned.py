@@ -1,0 +1,131 @@
+"""The study of tuned conversions: its budget, its intervals, and that it goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import math
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tinyonn.testing.models import tiny_causal_lm
+
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "studies"
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the checkout")
+
+
+@pytest.fixture
+def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The study with a small model and random texts."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import tuned
+
+    class Texts:
+        def __init__(self, tokens: int) -> None:
+            self.tokens = tokens
+
+        def of(self, *text: object) -> torch.Tensor:
+            return self._row(zlib.crc32(str(text).encode()) % 1000)
+
+        def training(self, seed: int, step: int) -> torch.Tensor:
+            return self._row(1000 + 100 * seed + step)
+
+        def _row(self, seed: int) -> torch.Tensor:
+            return torch.randint(90, (1, self.tokens), generator=torch.Generator().manual_seed(seed))
+
+    model = tiny_causal_lm("llama")
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(tuned, "prepare_smollm2", lambda: tmp_path / "model")
+    monkeypatch.setattr(tuned, "Texts", Texts)
+    yield tuned
+    for name in ("tuned", "_tuned_page", "_study"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def settings(tuned):
+    return tuned.Settings(tokens=512, share=0.85, steps=4, distil_steps=3, rows=2, seeds=(0, 1), save_every=2)
+
+
+@pytest.mark.parametrize("layers", [1, 7, 30])
+def test_blocks_of_the_static_arm_have_the_target_as_their_mean(tuned, layers):
+    settings = tuned.Settings()
+    place = torch.arange(settings.tokens)
+    numbers = torch.tensor(settings.numbers(layers))
+    read = torch.minimum(place // 64 + 1, numbers[:, None]).double().mean().item()
+    assert abs(read - settings.target) <= 0.5 / layers
+    assert read == pytest.approx(settings.budget(layers))
+    assert numbers.max() - numbers.min() <= 1
+    assert settings.target == pytest.approx(0.25 * 16.5)
+
+
+def test_excess_perplexity_is_that_of_the_mean_gap_and_its_interval_holds_it(tuned):
+    import _tuned_page
+
+    gap = torch.tensor([[0.01, 0.03], [0.02, 0.06]], dtype=torch.float64)
+    middle, low, high = _tuned_page.relative(gap)
+    assert middle == pytest.approx(math.exp(0.03) - 1)
+    assert math.exp(0.01) - 1 <= low < middle < high <= math.exp(0.06) - 1
+    assert _tuned_page.relative(torch.full((2, 3), 0.5, dtype=torch.float64)) == pytest.approx([math.exp(0.5) - 1] * 3)
+
+
+@pytest.mark.parametrize(
+    "arm", ["dense", pytest.param("static top-n", marks=pytest.mark.slow), pytest.param("one price", marks=pytest.mark.slow)]
+)
+def test_interrupted_tuning_ends_as_an_uninterrupted_one(tuned, settings, arm, tmp_path, monkeypatch):
+    monkeypatch.setattr("tinyonn.hf.dyn_nsa.schedule.HASTE", 1.0)  # a schedule that goes on has no haste yet
+    whole = tuned.Run(settings, arm, 0, tmp_path / "whole")
+    whole.tune()
+    training, calls = tuned.Texts.training, []
+
+    def interrupted(self, seed, step):
+        calls.append(step)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return training(self, seed, step)
+
+    monkeypatch.setattr(tuned.Texts, "training", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuned.Run(settings, arm, 0, tmp_path / "parts").tune()
+    resumed = tuned.Run(settings, arm, 0, tmp_path / "parts")
+    resumed.tune()
+    assert calls == [0, 1, 2, 3, 2, 3]
+    state = whole.model.state_dict()
+    for name, value in resumed.model.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    assert any(value.any() for name, value in state.items() if "lora_B" in name)
+
+
+def test_sparse_arms_read_equal_numbers_of_blocks(tuned, settings, tmp_path):
+    static = tuned.Run(settings, "static top-n", tuned.BEFORE, tmp_path).measured()
+    price = tuned.Run(settings, "one price", tuned.BEFORE, tmp_path).measured()
+    numbers = settings.numbers(len(static["far by layer"]))
+    assert numbers == [5, 5, 6]  # of 1, 2, 3, 4, 5 and then as many or one more
+    assert static["blocks"] == pytest.approx((3.75 + 3.75 + 4.125) / 3)
+    assert price["blocks"] == pytest.approx(static["blocks"], rel=0.01)
+    assert len(price["losses"]) == len(price["kinds"]) == 2
+    assert static["far"] == pytest.approx(static["blocks"] - sum(min(block + 1, 3) for block in range(8)) / 8)
+
+
+@pytest.mark.slow
+def test_study_that_has_run_whole_writes_its_page_and_figure(tuned, settings, tmp_path):
+    import _tuned_page
+    from _study import Results
+
+    results = Results(tmp_path / "tuned.json", {"some": 1})
+    tuned.run(settings, results, tmp_path / "states", 1)
+    _tuned_page.write(tmp_path, results, settings)
+    lines = (tmp_path / "tuned.md").read_text().splitlines()
+    assert sum(line.startswith(("| dense |", "| static top-n |", "| one price |")) for line in lines) == 6
+    assert (tmp_path / "tuned.png").stat().st_size > 10_000
+    cells = dict(results.cells)
+    tuned.run(settings, results, tmp_path / "none", 1)  # nothing is measured again
+    assert not (tmp_path / "none").exists()
+    assert results.cells == cells
