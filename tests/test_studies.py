@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from tinyonn.cli.demo.smollm2 import smollm2_folder
+from tinyonn.testing import save_tiny_model
+
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "studies"
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the checkout")
@@ -178,13 +181,28 @@ def test_intervals_over_seeds_and_texts(experts):
     assert high == pytest.approx(3, abs=0.1)
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder in which SmolLM2-135M is a tiny model whose tokens are characters."""
+    cache = tmp_path_factory.mktemp("cache")
+    save_tiny_model(smollm2_folder(cache), "llama", max_position_embeddings=1024)
+    return cache
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["recall.py", "experts.py", "converted.py"])
-def test_quick_run_prints_the_page_and_writes_nothing(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("recall.py", "| one price |"), ("experts.py", "| DynMoE |"), ("converted.py", "| thresholds, one price |"),
+        ("selection.py", "price and lines, distilled keys | code argparse.py | 4: excess"),
+    ],
+)  # fmt: skip
+def test_quick_run_prints_its_results_and_writes_nothing(name, row, cache, tmp_path):
     before = sorted(path.name for path in (FOLDER.parents[1] / "docs").rglob("*"))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}  # which `make test` sets
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}  # which `make test` sets
+    environment["TINYONN_CACHE"] = str(cache)
     command = [sys.executable, str(FOLDER / name), "--quick"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, env=environment)
     assert found.returncode == 0, found.stderr
-    assert {"recall.py": "| one price |", "experts.py": "| DynMoE |", "converted.py": "| thresholds, one price |"}[name] in found.stdout
+    assert row in found.stdout
     assert sorted(path.name for path in (FOLDER.parents[1] / "docs").rglob("*")) == before
