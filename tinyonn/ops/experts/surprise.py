@@ -93,6 +93,7 @@ def _surprise_min_loss(
     if among == "chosen":
         scores = torch.where(finite | ~counts.unsqueeze(-1), scores, -torch.inf)
     log_scores = scores.log_softmax(-1)
+    del scores  # frees N · E numbers
     least = log_scores.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
     apart = torch.where(finite, log_target.exp() * torch.where(finite, log_target - log_scores, 0), 0).sum(-1)
     loss = torch.where(counts, torch.where(unknown, torch.nan, 1) * (w_kl * apart - w_ce * least), 0)

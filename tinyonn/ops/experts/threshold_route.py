@@ -111,8 +111,11 @@ def threshold_route(
             token_thresholds=token_thresholds,
         )  # fmt: skip
         return _narrow(found, statistics_dtype(hidden_states.dtype))
-    logits = router_logits(hidden_states, prototypes, form, scale)
+    logits: Tensor | None = router_logits(hidden_states, prototypes, form, scale)
+    assert logits is not None
     scores = _margins(logits, thresholds, form, scale)
+    if combine not in ("softmax_logits", "sigmoid"):
+        logits = None  # frees N · E numbers
     if expert_mask is not None:
         scores = torch.where(expert_mask, scores, -torch.inf)
     if level:
