@@ -36,14 +36,13 @@ class Settings:
     """Sizes of the study."""
 
     width: int = 256
-    layers: int = 4
+    layers: int = 3
     experts: int = 64
     neurons: int = 64
     k: int = 4
     tokens: int = 128
     batch: int = 3
     steps: int = 1500
-    trial_steps: int = 400  # of each learning rate
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
     rows: int = 384  # of the evaluation

@@ -15,7 +15,7 @@ TOP_K = (SWITCH, LOSS_FREE)
 
 def page(results: Results, settings: Settings) -> list[str]:
     """Lines of the page."""
-    arms = {arm: [results.cells[f"{arm} | {seed}"] for seed in settings.seeds] for arm in ARMS}
+    arms = {arm: [cell(results, arm, best_rate(results, settings, arm), seed) for seed in settings.seeds] for arm in ARMS}
     whole, active = parameters(settings)
     best = min(TOP_K, key=lambda arm: mean_of(arms[arm], "loss"))
     lines = [
@@ -28,8 +28,8 @@ def page(results: Results, settings: Settings) -> list[str]:
         f" {settings.neurons} neurons in each layer; {whole / 1e6:.1f} million parameters, {active / 1e6:.1f} million of them active at"
         f" {settings.k} experts per token. All arms start from the same weights of attention and experts for a seed.",
         f"- **Training**: {settings.steps:,} steps of {settings.batch} rows of {settings.tokens} bytes, source of the standard library,"
-        f" with AdamW. Each arm first trains {settings.trial_steps} steps with a seed of its own at the learning rates"
-        f" {', '.join(f'{rate:g}' for rate in settings.rates)}, and goes on with the one of lowest loss.",
+        f" with AdamW. Each arm trains with seed {settings.seeds[0]} at the learning rates"
+        f" {', '.join(f'{rate:g}' for rate in settings.rates)}, and with the other seeds at the one of lowest loss.",
         f"- **Evaluation**: {settings.rows} rows from other modules, {len(settings.seeds)} seeds. For arms that choose by thresholds, all"
         f" thresholds are shifted by one number so that the mean is {settings.k} experts per token on this text too; *k as trained* is the"
         " mean before the shift. Dead experts get no token of the evaluation, over all layers, as trained.",
@@ -63,20 +63,29 @@ def page(results: Results, settings: Settings) -> list[str]:
             mixture = [f"{mean_of(cells, 'k'):.2f}", f"{mean_of(cells, 'k as trained'):.2f}",
                        f"{dead} of {len(cells) * settings.layers * settings.experts}",
                        f"{min(cell['least load'] for cell in cells):.2f} … {max(cell['most load'] for cell in cells):.2f}"]  # fmt: skip
-        rows.append([arm, f"{cells[0]['rate']:g}", f"{mean_of(cells, 'loss'):.4f}", *mixture, gap])
+        rows.append([arm, f"{best_rate(results, settings, arm):g}", f"{mean_of(cells, 'loss'):.4f}", *mixture, gap])
     lines += [*table(head, rows), ""]
     gap, low, high = crossed_difference(losses(arms[DEMAND]), losses(arms[OURS]))
     lines += [
         f"What surprise adds: with the number of experts decided by predicted surprise, `DynMoE` has a loss {gap:+.4f} ({low:+.4f} …"
         f" {high:+.4f}) beside its defaults.",
         "",
-        "Loss of each seed, and of the trials of learning rates:",
+        f"Loss of each seed, and of seed {settings.seeds[0]} at each learning rate:",
         "",
     ]
-    head = ["arm", *(f"seed {seed}" for seed in settings.seeds), *(f"trial, {rate:g}" for rate in settings.rates)]
-    trials = {arm: [results.cells[f"{arm} | rate {rate:g}"] for rate in settings.rates] for arm in ARMS}
-    rows = [[arm, *(f"{cell['loss']:.4f}" for cell in (*cells, *trials[arm]))] for arm, cells in arms.items()]
+    head = ["arm", *(f"seed {seed}" for seed in settings.seeds), *(f"rate {rate:g}" for rate in settings.rates)]
+    tried = {arm: [cell(results, arm, rate, settings.seeds[0]) for rate in settings.rates] for arm in ARMS}
+    rows = [[arm, *(f"{one['loss']:.4f}" for one in (*cells, *tried[arm]))] for arm, cells in arms.items()]
     return [*lines, *table(head, rows)]
+
+
+def cell(results: Results, arm: str, rate: float, seed: int) -> dict[str, Any]:
+    return results.cells[f"{arm} | {rate:g} | {seed}"]
+
+
+def best_rate(results: Results, settings: Settings, arm: str) -> float:
+    """Learning rate with the lowest loss with the first seed."""
+    return min(settings.rates, key=lambda rate: cell(results, arm, rate, settings.seeds[0])["loss"])
 
 
 def losses(cells: list[dict[str, Any]]) -> list[list[float]]:
@@ -102,7 +111,7 @@ def draw_figure(results: Results, settings: Settings, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
     for place, arm in enumerate(reversed(ARMS)):
-        found = torch.tensor([results.cells[f"{arm} | {seed}"]["loss"] for seed in settings.seeds])
+        found = torch.tensor([cell(results, arm, best_rate(results, settings, arm), seed)["loss"] for seed in settings.seeds])
         colour = "C0" if arm in (OURS, DEMAND) else "C1" if arm in TOP_K else "0.45"
         axes.plot(found, [place] * len(found), "o", color=colour, alpha=0.5)
         axes.plot([found.mean()] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=2)
