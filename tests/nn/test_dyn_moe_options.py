@@ -155,7 +155,7 @@ def test_a_token_mask_of_another_shape_is_named(size):
         module(tokens(2, 5, 16)).sum().backward()
         with pytest.raises(ValueError, match=r"token_mask must have the shape of the tokens a mixture is given, \(2, 5\), got "):
             module.gating_loss(visits[0], torch.ones(size, dtype=torch.bool))
-        with pytest.raises(TypeError, match="token_mask must be a tensor of bool or integers, got torch.float32"):
+        with pytest.raises(TypeError, match=r"token_mask must be a tensor of bool or integers, got torch\.float32"):
             module.gating_loss(visits[0], torch.ones(2, 5))
         assert module.gating_loss(visits[0], torch.ones(2, 5, dtype=torch.bool)) == module.gating_loss(visits[0])
 

@@ -49,7 +49,7 @@ def _passes_on(device: torch.device) -> Tensor:
 
 
 class Graphs:
-    """Graphs of a router's forwards that no backward has passed yet. A graph that is dropped counts no longer; one that is compiled never does.
+    """Graphs of a router's forwards that no backward has passed yet. Graphs that are dropped or compiled do not count.
 
     Attributes:
         waiting: their number.
@@ -66,7 +66,8 @@ class Graphs:
         node = weights.grad_fn
         assert node is not None
         waiting = _Waiting(self)
-        node.metadata["tinyonn.nn.graphs"] = waiting  # it lives as long as the graph
+        metadata: Any = node.metadata  # torch annotates a property as a method
+        metadata["tinyonn.nn.graphs"] = waiting  # it lives as long as the graph
         node.register_prehook(waiting.end)
 
 
