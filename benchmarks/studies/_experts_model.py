@@ -44,7 +44,7 @@ class Settings:
     tokens: int = 128
     batch: int = 3
     steps: int = 1500
-    rates: tuple[float, ...] = (7e-4, 1e-3, 1.4e-3)
+    rates: tuple[float, ...] = (1e-3, 1.4e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
     rows: int = 384  # of the evaluation
 
