@@ -15,6 +15,7 @@ from ..peft_parts import active, active_modules, running_statistics
 
 DYN_NSA = "dyn_nsa"  # attention implementation in a configuration
 PART = "dyn_nsa"  # name of a core within its attention module
+ARRIVALS = "dyn_nsa_arrivals"  # keyword of a call with a price or a tau: a list to which each layer that gets the keywords adds its core
 _TAKEN = "loss_taken"  # attribute of a core
 
 
