@@ -21,8 +21,10 @@ from transformers import (
 from tinyonn.errors import InputError
 from tinyonn.hf import BudgetSchedule, collected_budget_loss, convert_attention, parameter_groups, statistics
 from tinyonn.hf.dyn_nsa import cores
+from tinyonn.hf.dyn_nsa.parts import set_options
 from tinyonn.nn import OPEN, DynNSAAttention, DynNSAOptions, normalised_entropy
 from tinyonn.testing import assert_close_rms, left_padding, tiny_causal_lm, tiny_dyn_nsa_lm, token_ids
+from tinyonn.testing.families import tiny_family_lm
 
 SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
 LENGTH = 130
@@ -153,6 +155,24 @@ def test_the_loss_holds_the_budget():
     torch.testing.assert_close(model(x, labels=x).loss, plain)
 
 
+def test_the_loss_counts_every_call_of_a_layer():
+    """The first four layers of this family run six times in a forward, and the others twice."""
+    model, x = convert_attention(tiny_family_lm("hrm_text"), **SMALL).train(), token_ids()
+    softs: list[Tensor] = []
+    for number, core in enumerate(cores(model)):
+        core.register_forward_hook(lambda module, args, out: softs.append(out.soft_counts))
+        with torch.no_grad():
+            core.base.fill_(float(number))
+    BudgetSchedule(4.0, 9, weight=0.7).apply(model, 0)
+    for core in cores(model):
+        core.price.fill_(-2.0)
+        core.budget_target.fill_(4.0)
+    model(x)
+    assert len(softs) == 4 * 6 + 4 * 2
+    mean = torch.cat([soft.flatten() for soft in softs]).mean()
+    torch.testing.assert_close(collected_budget_loss(model), 0.7 * (mean / 4 - 1) ** 2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -173,6 +193,24 @@ def test_the_loss_holds_the_budget():
 def test_bad_schedules_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         BudgetSchedule(**options)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(8.5, "float"), (True, "bool"), ("8", "str")])
+def test_the_last_limit_is_an_int(number, kind):
+    with pytest.raises(TypeError, match=f"max_blocks must be an int, got {kind}"):
+        BudgetSchedule(4.0, 9, max_blocks=number)
+
+
+def test_options_of_a_model_are_checked_when_they_are_set():
+    model, x = convert_attention(stock(), **SMALL), token_ids(20)
+    shared, before = next(cores(model)).options, copy.deepcopy(model.config.tinyonn)
+    with pytest.raises(ValueError, match=r"temperature must be above 0 and at most 10, got 11\.0"):
+        set_options(model, max_blocks=8, temperature=11.0)
+    assert (shared.max_blocks, model.config.tinyonn) == (None, before)
+    set_options(model, max_blocks=8)
+    assert all(core.options is shared for core in cores(model))  # layers share one
+    assert (shared.max_blocks, model.config.tinyonn["dyn_nsa"]["options"]["max_blocks"]) == (8, 8)
+    assert model(x).logits.isfinite().all()
 
 
 def test_a_schedule_needs_a_converted_model():

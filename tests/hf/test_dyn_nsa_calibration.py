@@ -344,6 +344,17 @@ def test_a_sample_of_another_kind_is_named(sample, error, message):
             measured()
 
 
+def test_a_model_that_runs_another_attention_is_not_measured():
+    model, x = convert_attention(stock(), **SMALL), token_ids()
+    model.set_attn_implementation("sdpa")
+    message = re.escape("attn_implementation must be 'dyn_nsa', got 'sdpa'; call model.set_attn_implementation('dyn_nsa').")
+    for measured in (lambda: calibrate(model, [x], 3.5), lambda: distil_compression(model, [x], 5)):
+        with pytest.raises(InputError, match=message):
+            measured()
+    model.set_attn_implementation("dyn_nsa")
+    assert calibrate(model, [x], 3.5) == pytest.approx(3.5, abs=0.05)
+
+
 def test_a_model_with_a_weight_that_is_not_finite_gets_no_price():
     model, x = convert_attention(stock(), **SMALL), token_ids()
     with torch.no_grad():

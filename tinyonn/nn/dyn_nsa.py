@@ -143,7 +143,7 @@ class DynNSACore(nn.Module):
         self.previous_tau: Tensor | None = None
         self.watch: Callable[[Any], None] | None = None  # of calls that are plain causal attention while a sample is measured
         self.collecting = False
-        self.collected: tuple[Tensor, Tensor] | None = None  # of `sums_of`
+        self.collected: list[tuple[Tensor, Tensor]] = []  # `sums_of` each call of the last forward
         # Blocks that queries read in training, those not forced, and number of rows, for a schedule that takes them. No buffer: DDP would
         # overwrite it.
         self.counted: Tensor | None = None

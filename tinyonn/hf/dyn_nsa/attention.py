@@ -150,7 +150,8 @@ def dyn_nsa_attention(
     sums = core.budget_sums(result)  # also in recomputation, which must save the same tensors
     if core.collecting:
         core.record(result, gates, key.shape[1], key_start=bounds.get("key_start"), cu_seqlens=bounds.get("cu_seqlens"))
-        core.collected = sums if core.training else None
+        if core.training:
+            core.collected = [*core.collected, sums]  # some families call a layer several times in a forward
     return _in_place(result.out.reshape(batch, tokens, *result.out.shape[2:]), query_order), None
 
 

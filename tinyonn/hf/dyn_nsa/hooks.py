@@ -17,7 +17,7 @@ from ...nn.dyn_nsa import DynNSACore, normalised_entropy
 from .._forward import ForwardAround, forward_around, refuse_replicas, tokens_of
 from .decoding import note_tau, noted_tau, recall
 from .options import checked_options, open_price, price_of_budget
-from .parts import ARRIVALS, DYN_NSA, PART, cores, take_budget_loss
+from .parts import ARRIVALS, DYN_NSA, PART, attention_of, cores, take_budget_loss
 
 PRICE, BUDGET = "block_price", "block_budget"  # keywords of a call; transformers passes the first to the attention function
 OBSERVED_TOKENS = 256  # about as many evenly spaced tokens of a row give their output entropy in training, because logits are large
@@ -135,17 +135,12 @@ class ObservedForward(ForwardAround):
         if named is not None:
             kwargs[ARRIVALS] = arrivals = []
         output = self.inner(*args, **kwargs)
-        if named is not None and not arrivals and self._attention() == DYN_NSA:
+        if named is not None and not arrivals and attention_of(self.model.config) == DYN_NSA:
             raise InputError(not_passed(named, self.model))
         return _after(self.model, found, given, output)
 
-    def _attention(self) -> str:
-        config: Any = self.model.config
-        running: str = config.get_text_config(decoder=True)._attn_implementation
-        return running
-
     def _warn_if_unused(self) -> None:
-        if not self.warned and (running := self._attention()) != DYN_NSA:
+        if not self.warned and (running := attention_of(self.model.config)) != DYN_NSA:
             self.warned = True
             warnings.warn(
                 f"attn_implementation is '{running}', so the converted layers are not used; set '{DYN_NSA}' or call revert_attention.",
@@ -168,7 +163,7 @@ def _before(model: nn.Module, found: list[DynNSACore], given: dict[str, Any]) ->
         recall(model, given)
     first = found[0]
     for core in found:
-        core.collecting, core.collected = True, None
+        core.collecting, core.collected = True, []
     if first.options.tau_source != "output" or given.get("tau") is not None:
         return None
     tau, tokens = first.output_tau.clone(), tokens_of(given)

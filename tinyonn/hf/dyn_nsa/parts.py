@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,9 +33,22 @@ def core_of(module: nn.Module) -> DynNSACore | None:
     return part if part is None or isinstance(part, DynNSACore) else part.tau_of.__self__
 
 
+def attention_of(config: Any) -> str:
+    """Name of the attention implementation that a model with this configuration runs."""
+    running: str = config.get_text_config(decoder=True)._attn_implementation
+    return running
+
+
 def set_options(model: nn.Module, **values: Any) -> None:
-    """Sets options of all layers, and in the record of the model that holds them."""
-    for core in cores(model):
+    """Sets options of all layers, and in the record of the model that holds them.
+
+    Raises:
+        TypeError, ValueError: a value that `DynNSAOptions` refuses; nothing is set then.
+    """
+    found = list(cores(model))
+    for core in found:
+        replace(core.options, **values)  # checks the values; layers share an options object, so it is changed in place below
+    for core in found:
         for name, value in values.items():
             if getattr(core.options, name) != value:
                 setattr(core.options, name, value)
@@ -110,11 +124,11 @@ def collected_budget_loss(model: nn.Module) -> Tensor:
 def take_budget_loss(parts: Iterable[DynNSACore]) -> Tensor | None:
     found, first = [], None
     for core in parts:
-        if core.collected is not None:
-            found.append(core.collected)
+        if core.collected:
+            found.extend(core.collected)
             first = first or core
             setattr(core, _TAKEN, True)
-        core.collected = None
+        core.collected = []
     if first is None:
         return None
     return loss_of_sums(found, first.budget_target.to(found[0][0].device), first.options.budget_weight)

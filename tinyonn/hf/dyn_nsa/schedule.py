@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
 from ...nn.dyn_nsa_options import MAX_TEMPERATURE
-from ...ops._checks import check_number
+from ...ops._checks import check_number, check_size
 from ..peft_parts import adapter_of, frozen, keep_in_adapter, remedy
 from .parts import PART, cores, loss_was_taken, mean_blocks, set_options, take_counts
 
@@ -76,8 +76,10 @@ class BudgetSchedule(TrainerCallback):
                 raise ValueError(f"temperature must be two numbers, at the beginning and the end, got {temperature!r}.")
             for number in temperature:
                 check_number("temperature", number, above=0, at_most=MAX_TEMPERATURE)
-        if max_blocks is not None and max_blocks < target:
-            raise ValueError(f"max_blocks must be at least target, {target}, got {max_blocks}.")
+        if max_blocks is not None:
+            check_size("max_blocks", max_blocks)
+            if max_blocks < target:
+                raise ValueError(f"max_blocks must be at least target, {target}, got {max_blocks}.")
         self.target, self.steps, self.rate, self.weight, self.max_blocks = target, steps, rate, weight, max_blocks
         self.temperature = temperature
         self.start = 64.0 if start is None and weight > 0 else start
