@@ -67,9 +67,10 @@ def price_of_budget(options: DynNSAOptions, budget: float) -> float:
     check_number("block_budget", budget)
     if not options.prices:
         raise InputError("block_budget must follow calibrate, got a model that was not calibrated, or was trained since.")
-    if budget <= options.forced:
-        raise InputError(f"block_budget must be above {options.forced}, the forced blocks, got {budget}.")
-    far, points = budget - options.forced, options.prices
+    forced = options.forced if options.prices_forced is None else options.prices_forced
+    if budget <= forced:
+        raise InputError(f"block_budget must be above {forced:.4g}, the forced blocks per query in the sample of calibrate, got {budget}.")
+    far, points = budget - forced, options.prices
     after = next((i for i, point in enumerate(points) if point[0] >= far), len(points) - 1)
     if after == 0 or points[after][0] < far:
         return points[after][1]
