@@ -93,6 +93,60 @@ def test_bases_are_centred_and_the_thresholds_stay():
     assert torch.stack([core.base for core in cores(model)]).mean().abs() < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bfloat16", "float16", "float32"])
+def test_a_schedule_that_moves_no_price_moves_no_threshold(dtype):
+    model = tiny_dyn_nsa_lm().to(dtype)
+    with torch.no_grad():
+        for core, low in zip(cores(model), (-2.0, -1.99), strict=True):
+            core.price.fill_(-3.0)
+            core.base.copy_(torch.tensor([2.0, low]))
+    before = torch.stack([core.threshold_base() for core in cores(model)]).detach()
+    schedule = BudgetSchedule(3.0, 300, rate=0.0)
+    for step in range(300):
+        schedule.apply(model, step)
+    after = torch.stack([core.threshold_base() for core in cores(model)]).detach()
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    # A mean that the precision holds becomes a part of the price.
+    with torch.no_grad():
+        for core in cores(model):
+            core.base.add_(1.0)
+    schedule.apply(model, 300)
+    assert torch.stack([core.base for core in cores(model)]).float().mean().abs() < 0.01
+    assert float(next(cores(model)).price) == pytest.approx(-2.0, abs=0.01)
+
+
+def test_the_first_price_is_set_where_something_is_to_move():
+    """Not before anything was read, and not by a schedule that leaves the number of blocks alone."""
+    x, prices, slopes = token_ids(), {}, {}
+    for rate, weight in ((0.3, 0.0), (0.0, 0.0), (0.0, 1.0)):
+        model, schedule = convert_attention(stock(num_hidden_layers=2), **SMALL).train(), BudgetSchedule(3.0, 9, rate=rate, weight=weight)
+        schedule.apply(model, 0)
+        schedule.apply(model, 1)
+        assert all(core.price == OPEN for core in cores(model))
+        for step in (2, 3):
+            loss = model(x, labels=x).loss
+            slopes[rate, weight, step] = torch.autograd.grad(loss, [core.base for core in cores(model)])[0].abs().max()
+            schedule.apply(model, step)
+        prices[rate, weight] = float(next(cores(model)).price)
+    assert prices[0.3, 0.0] > -8
+    assert (prices[0.0, 0.0], prices[0.0, 1.0]) == (OPEN, -8)
+    assert slopes[0.0, 1.0, 2] < 1e-9  # at the price of a new conversion the budget loss is flat
+    assert slopes[0.0, 1.0, 3] > 1e-6
+
+
+def test_the_call_after_the_last_step_counts_it_and_sets_the_limit():
+    model, x, schedule = convert_attention(stock(num_hidden_layers=2), **SMALL).train(), token_ids(), BudgetSchedule(3.0, 4, max_blocks=8)
+    for step in range(4):
+        schedule.apply(model, step)
+        with torch.no_grad():
+            model(x)
+    price = float(next(cores(model)).price)
+    assert next(cores(model)).options.max_blocks is None
+    schedule.apply(model, 4)
+    assert next(cores(model)).options.max_blocks == 8
+    assert float(next(cores(model)).price) > price  # it still read too many
+
+
 def test_layers_of_ones_own_share_a_budget_too():
     torch.manual_seed(0)
     options = DynNSAOptions(compress_size=16, block_size=16, window=20)

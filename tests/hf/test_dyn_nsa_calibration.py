@@ -164,7 +164,9 @@ def test_the_budget_of_the_calibration_reads_what_it_read(target, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert blocks_read(loaded, x, target) == blocks_read(model, x, target)
     forced = sum(min(t // 16 + 1, 3) for t in range(LENGTH)) / LENGTH
-    with pytest.raises(InputError, match=f"block_budget must be above {forced:.4g}, the forced blocks per query in the sample of calibrate"):
+    with pytest.raises(
+        InputError, match=f"block_budget must be above {forced:.4g}, the forced blocks per query in the sample of calibrate"
+    ):
         model(x, block_budget=forced - 0.01)
 
 

@@ -228,7 +228,7 @@ def test_a_call_has_its_own_budget(tmp_path):
         with pytest.raises(InputError, match=message):
             model(x, **given)
     BudgetSchedule(4.0, 9).apply(model, 0)
-    with pytest.raises(InputError, match="block_budget must follow calibrate"):
+    with pytest.raises(InputError, match="not calibrated, or that BudgetSchedule or distil_compression changed since"):
         model(x, block_budget=4.0)
 
 

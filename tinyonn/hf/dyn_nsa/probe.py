@@ -211,7 +211,9 @@ def _probe(
     softcap, sinks, tau = (given.pop(name, None) for name in ("softcap", "s_aux", "tau"))
     unknown = unknown_arguments(given)
     sizes = (query.shape, key.shape, value.shape)
-    _notes[-1].calls.append(_Call(module, *sizes, mask, dropout or 0.0, causal, window is not None, unknown, softcap, sinks, tau is not None))
+    _notes[-1].calls.append(
+        _Call(module, *sizes, mask, dropout or 0.0, causal, window is not None, unknown, softcap, sinks, tau is not None)
+    )
     return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=is_causal)
 
 
