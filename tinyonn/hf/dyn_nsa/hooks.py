@@ -225,10 +225,12 @@ def _after(model: nn.Module, found: list[DynNSACore], given: dict[str, Any], out
         counted = given.get("shift_labels")
         if counted is None:
             counted = labels[..., 1:] if labels.dim() > 1 else labels
-        loss = loss * ((counted != -100).sum() / items)
+        items = items.to(loss.device) if isinstance(items, Tensor) else items
+        loss = loss * ((counted != -100).sum().to(loss.device) / items)
+    # In a model on several devices, the layers' loss is on that of the first layer, and the model's on that of its head.
     if isinstance(output, tuple):
-        return (output[0] + loss, *output[1:])
-    output["loss"] = output["loss"] + loss
+        return (output[0] + loss.to(output[0].device), *output[1:])
+    output["loss"] = output["loss"] + loss.to(output["loss"].device)
     return output
 
 
