@@ -59,7 +59,8 @@ def convert_attention(
     Args:
         model: causal decoder that uses transformers' AttentionInterface.
         layers: numbers of the decoder layers to convert, from 0; None for all without a sliding window or chunks.
-        compress_size … impl: see `DynNSAOptions`.
+        compress_size … impl: see `DynNSAOptions`. The defaults are those of the class, except temperature=0.05 (1.0 there), which reads the
+            blocks that pass almost in full, and max_blocks=None (32 there), which keeps the outputs. `ops.dyn_nsa` has compress_size=64.
 
     Returns:
         The model.

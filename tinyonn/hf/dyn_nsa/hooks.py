@@ -132,8 +132,9 @@ class ObservedForward(ForwardAround):
         if tau is not None:
             kwargs["tau"] = tau
         named = next((name for name in (BUDGET, PRICE, "tau") if given.get(name) is not None), None if tau is None else "tau_source")
+        arrivals: list[nn.Module] = []
         if named is not None:
-            kwargs[ARRIVALS] = arrivals = []
+            kwargs[ARRIVALS] = arrivals
         output = self.inner(*args, **kwargs)
         if named is not None and not arrivals and attention_of(self.model.config) == DYN_NSA:
             raise InputError(not_passed(named, self.model))

@@ -30,18 +30,18 @@ from .shares import Scores, Sequence, sequences_of
 
 
 class Attended(NamedTuple):
-    """What one call of a core was given, and gave."""
+    """Arguments and output of one call of a core."""
 
     core: DynNSACore
     query: Tensor  # (B, T, H, D)
     key: Tensor  # (B, T, K, D)
-    value: Tensor
+    value: Tensor  # (B, T, K, D)
     gates: Tensor  # (B, T, H, 3)
     tau: Tensor | None  # (B, T, K); None for the entropy of the compressed branch
     scores: Scores
-    key_start: Tensor | None
-    key_end: Tensor | None
-    cu_seqlens: Tensor | None
+    key_start: Tensor | None  # (B,), first position of each row's text; None for 0
+    key_end: Tensor | None  # (B,), position after its last one; None for T
+    cu_seqlens: Tensor | None  # (sequences + 1,), bounds of packed texts
     out: Tensor  # (B, T, H, D)
 
     def sequences(self) -> Iterator[Sequence]:

@@ -135,10 +135,10 @@ def take_budget_loss(parts: Iterable[DynNSACore]) -> Tensor | None:
 
 
 def take_counts(model: nn.Module) -> tuple[float, float, int]:
-    """Mean key blocks that queries read in training since this was last asked, those of them beyond the forced ones, and number of queries:
-    over all layers, heads and ranks.
+    """Counts in training since the last call, over all layers, heads and ranks: mean key blocks per query, those of them beyond the forced
+    ones, and number of queries.
 
-    Layers count from the first time this is asked.
+    Layers count from the first call on.
     """
     found = list(cores(model))
     sums = torch.zeros(3, dtype=torch.float64)
