@@ -190,10 +190,17 @@ class BudgetSchedule(TrainerCallback):
                 stacklevel=3,
             )
         keep_in_adapter(model, PART)
-        if self.max_blocks is not None and adapter_of(model) is not None and any(c.options.max_blocks != self.max_blocks for c in found):
+        last = {"temperature": self.temperature_at(self.steps), "max_blocks": self.max_blocks}
+        lost = [
+            f"{name}={value}"
+            for name, value in last.items()
+            if value is not None and any(getattr(core.options, name) != value for core in found)
+        ]
+        if lost and adapter_of(model) is not None:
+            are, them = ("is", "it") if len(lost) == 1 else ("are", "them")
             warnings.warn(
-                f"max_blocks={self.max_blocks} is saved with the base model, not with an adapter; pass it to convert_attention, or save "
-                "the base model again after training.",
+                f"{', '.join(lost)} {are} saved with the base model, not with an adapter; pass {them} to convert_attention, or save the "
+                "base model again after training.",
                 stacklevel=3,
             )
 
