@@ -15,6 +15,7 @@ from tinyonn.errors import InputError
 from tinyonn.hf import BudgetSchedule, calibrate, convert_attention, distil_compression, register_attention, statistics
 from tinyonn.hf.dyn_nsa import calibration, cores, fitting, measures, shares
 from tinyonn.hf.dyn_nsa.options import price_of_budget
+from tinyonn.hf.dyn_nsa.parts import mean_blocks
 from tinyonn.nn import DynNSAOptions
 from tinyonn.testing import left_padding, tiny_causal_lm, token_ids
 
@@ -391,3 +392,25 @@ def test_a_model_with_a_weight_that_is_not_finite_gets_no_price():
     with pytest.raises(InputError, match="importances over the sample must be finite, got nan: a weight or an activation of the model"):
         calibrate(model, [x], 3.5, price="none")
     assert all(core.price == -30 for core in cores(model))
+
+
+@pytest.mark.parametrize(("limit", "target"), [(5, 4.0), (5, 4.3), (6, 4.3), (6, 5.0)], ids=str)
+def test_a_target_near_the_limit_of_blocks_is_reached(limit, target):
+    model = convert_attention(stock(num_hidden_layers=2), **SMALL, max_blocks=limit)
+    assert calibrate(model, [token_ids(320, 1)], target) == pytest.approx(target, rel=0.02)
+
+
+def test_a_budget_near_the_limit_of_blocks_is_read():
+    model, ids = convert_attention(stock(num_hidden_layers=2), **SMALL, max_blocks=5), token_ids(320, 1)
+    calibrate(model, [ids], 4.0)
+    with torch.no_grad():
+        model(ids, block_budget=4.4)
+    assert mean_blocks(model)[0] == pytest.approx(4.4, rel=0.03)
+
+
+def test_a_calibration_that_misses_its_target_says_what_it_reached(monkeypatch):
+    monkeypatch.setattr(calibration, "_corrected", lambda tried, wanted, most: 0.5 * most)
+    monkeypatch.setattr(calibration, "_price_at", lambda ordered, place: float(ordered[len(ordered) // 2]))
+    model = convert_attention(stock(num_hidden_layers=2), **SMALL)
+    with pytest.warns(UserWarning, match=r"calibrate reached [\d.]+ key blocks per query, not target=4.0, in 5 runs of the sample"):
+        calibrate(model, [token_ids(320, 1)], 4.0)
