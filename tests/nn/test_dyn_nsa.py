@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -419,3 +420,31 @@ def test_a_call_has_its_own_price():
     assert low.counts.sum() > high.counts.sum()
     with pytest.raises(ValueError, match="price must be finite, got inf"):
         module(x, price=float("inf"))
+
+
+def test_statistics_of_a_model_that_transformers_loads_begin_at_0(tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    class Model(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config) -> None:
+            super().__init__(config)
+            self.attention = layer()
+            self.post_init()
+
+        def _init_weights(self, module) -> None:
+            pass
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x).out
+
+    first = Model(transformers.PretrainedConfig())
+    first.save_pretrained(tmp_path)
+    rubbish = [torch.full((size,), 7) for size in (1, 7) for _ in range(50)]  # so that new memory is not 0
+    del rubbish
+    loaded, x = Model.from_pretrained(tmp_path), tokens(130)
+    assert all(math.isnan(value) for value in loaded.attention.core.statistics().values())
+    for model in (first, loaded):
+        model.eval()(x)
+    assert loaded.attention.core.statistics() == pytest.approx(first.attention.core.statistics())

@@ -143,6 +143,7 @@ class DynNSACore(nn.Module):
         self.register_buffer("gain", torch.empty(num_kv_heads, device=device, dtype=torch.float32))
         self.register_buffer("sums", torch.empty(len(STATISTICS), device=device, dtype=torch.float32), persistent=False)
         self.register_buffer("calls", torch.empty((), device=device, dtype=torch.int64), persistent=False)
+        self._unset = self.calls.is_meta  # whether buffers that no file holds may have any value, once they have one
         self.previous_tau: Tensor | None = None
         self.watch: Callable[[Any], None] | None = None  # of calls that are plain causal attention while a sample is measured
         self.collecting = False
@@ -167,6 +168,12 @@ class DynNSACore(nn.Module):
             for name, value in self.ADDED.items():
                 state_dict.setdefault(f"{prefix}{name}", torch.full_like(getattr(self, name), value, device="cpu"))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _set_buffers(self) -> None:
+        """Sets what no file holds, once, in a module that was made without data: `from_pretrained` leaves it as memory was."""
+        if self._unset and not self.calls.is_meta:
+            self._unset = False
+            self.reset_statistics()
 
     def reset_parameters(self) -> None:
         """Initialises parameters and buffers from the options."""
@@ -199,6 +206,7 @@ class DynNSACore(nn.Module):
             max_blocks passed; tau; share_compressed, share_selected, share_window, of |gate|. Padding does not count. NaN before the
             first call.
         """
+        self._set_buffers()
         return dict(zip(STATISTICS, (self.sums / self.calls).tolist(), strict=True))
 
     def gates(self, gate_input: Tensor) -> Tensor:
@@ -293,6 +301,7 @@ class DynNSACore(nn.Module):
             price: price of this call, 0-d; None for the layer's.
             scale, softcap, sinks, key_start, key_end, cu_seqlens: as in `ops.dyn_nsa`.
         """
+        self._set_buffers()
         if key_compressed is None or value_compressed is None:
             key_compressed, value_compressed = self.compress(key, value, key_start, cu_seqlens)
         return attend(
