@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -135,6 +136,10 @@ def test_a_tau_is_a_number_or_of_a_shape_that_fits(converted):
         (torch.rand(2, 50, 2, 1), InputError, r"got \(2, 50, 2, 1\)"),
         (3.0, InputError, r"tau must be in \[0, 1\], got 3.0"),
         ("much", TypeError, "tau must be a number, got str"),
+        (torch.tensor(2.0), ValueError, r"tau must be in \[0, 1\], got 2.0"),
+        (torch.tensor(math.nan), ValueError, r"tau must be in \[0, 1\], got nan"),
+        (torch.full((2, 50), -1.0), ValueError, r"tau must be in \[0, 1\], got others"),
+        (torch.tensor(True), TypeError, "tau must be of real numbers, got torch.bool"),
     ):
         with pytest.raises(error, match=message):
             model(x, tau=tau)

@@ -90,6 +90,8 @@ def test_a_tau_of_another_shape_is_refused_and_the_cache_kept(shape):
         (float("nan"), ValueError, r"tau must be in \[0, 1\], got nan"),
         ("much", TypeError, "tau must be a number or a torch.Tensor, got str"),
         ([0.5], TypeError, "tau must be a number or a torch.Tensor, got list"),
+        (torch.tensor(float("nan")), ValueError, r"tau must be in \[0, 1\], got nan"),
+        (torch.tensor(1j), TypeError, "tau must be of real numbers, got torch.complex64"),
     ],
     ids=str,
 )

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._debug import debug_enabled
 from ..ops import DynNSAOutput, dyn_nsa
 from ..ops._checks import check_number
 from ..ops._dispatch import autocast_dtype, autocast_off, statistics_dtype
@@ -25,6 +26,7 @@ from .dyn_nsa_options import DynNSAOptions
 OPEN = -30.0
 """Price at which every block is selected: importance is never below -20."""
 GAIN_FROM = -10.0  # the price below which every threshold falls as the price does, whatever its gain: `OPEN` stays below every importance
+MAX_PRICE = torch.finfo(torch.float32).max  # of a call
 START_PRICE = -5.0  # of a layer of one's own: blocks with a share of at least 0.7 % pass
 OUTPUT_TAU_MOMENTUM = 0.05  # of the running mean of output entropies
 STATISTICS = ("mean_count", "far_count", "overflow", "tau", "share_compressed", "share_selected", "share_window")
@@ -408,12 +410,38 @@ def attend(options: DynNSAOptions, *tensors: Tensor, **others: Any) -> DynNSAOut
 
 
 def checked_price(name: str, price: Tensor | float) -> Tensor | float:
-    """TypeError or ValueError for anything but a finite number or a 0-d tensor."""
+    """A price of a call.
+
+    Raises:
+        TypeError, ValueError: anything but a finite number or 0-d tensor that float32 holds; the value of a tensor on another device than
+            the CPU is checked within `tinyonn.debug()` only.
+    """
     if not isinstance(price, Tensor):
-        check_number(name, price)
-    elif price.dim():
+        check_number(name, price, at_least=-MAX_PRICE, at_most=MAX_PRICE)
+        return price
+    if price.dim():
         raise ValueError(f"{name} must be a number or 0-d, one for all layers and rows, got {tuple(price.shape)}.")
+    _check_real(name, price)
+    if _is_readable(price):
+        check_number(name, price.item(), at_least=-MAX_PRICE, at_most=MAX_PRICE)
     return price
+
+
+def check_tau(tau: Tensor) -> None:
+    """TypeError for a dtype of no numbers, ValueError for values outside [0, 1]; these are checked where `checked_price` checks them."""
+    _check_real("tau", tau)
+    if _is_readable(tau) and not bool(((tau >= 0) & (tau <= 1)).all()):
+        raise ValueError(f"tau must be in [0, 1], got {tau.item() if tau.dim() == 0 else 'others'}.")
+
+
+def _check_real(name: str, tensor: Tensor) -> None:
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        raise TypeError(f"{name} must be of real numbers, got {tensor.dtype}.")
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether a check may look at the values of a tensor."""
+    return not torch.compiler.is_compiling() and not tensor.is_meta and (tensor.device.type == "cpu" or debug_enabled())
 
 
 def tau_of_rows(tau: Tensor, rows: tuple[int, int, int], query: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from ..ops.nsa._checks import check_max_blocks, check_sizes, check_temperature
 from ..ops.nsa.dyn_nsa import Importance
 
 MAX_TEMPERATURE = 10.0  # with a higher one, the gates of an open model would not all be 1
+MAX_THRESHOLD = 1e4  # nats, far beyond every importance; float16 holds it
 
 TauSource = Literal["attention", "output", "constant"]
 
@@ -66,8 +67,9 @@ class DynNSAOptions:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("base", "slope", "tau"):
-            check_number(name, getattr(self, name))
+        for name in ("base", "slope"):
+            check_number(name, getattr(self, name), at_least=-MAX_THRESHOLD, at_most=MAX_THRESHOLD)
+        check_number("tau", self.tau)
         check_number("temperature", self.temperature, above=0, at_most=MAX_TEMPERATURE)
         check_number("budget_weight", self.budget_weight, at_least=0)
         check_number("budget_target", self.budget_target, above=0)
