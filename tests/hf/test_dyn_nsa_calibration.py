@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from typing import Any
@@ -365,6 +366,23 @@ def test_calibration_to_more_blocks_follows_one_to_fewer():
             "inputs_embeds of the sample must be (B, T, features) of at least one token",
         ),
         ([{"input_ids": token_ids(), "block_price": -3.0}], InputError, "batches of the sample must not have block_price"),
+        ([token_ids() + 97], InputError, "input_ids of the sample must be in 0 … 96, got"),
+        ([token_ids() - 97], InputError, "input_ids of the sample must be in 0 … 96, got -"),
+        (
+            [token_ids(), {"input_ids": token_ids(), "attention_mask": torch.zeros(2, 130)}],
+            InputError,
+            "batches of the sample must have a token that is not padding, got one with none",
+        ),
+        (
+            [{"input_ids": token_ids(), "attention_mask": torch.ones(2, 129)}],
+            InputError,
+            "attention_mask of the sample must be (2, 130) like input_ids, got (2, 129)",
+        ),
+        (
+            [{"input_ids": token_ids(), "labels": token_ids(131)}],
+            InputError,
+            "labels of the sample must be (2, 130) like input_ids, got (2, 131)",
+        ),
     ],
 )
 def test_a_sample_of_another_kind_is_named(sample, error, message):
@@ -414,3 +432,19 @@ def test_a_calibration_that_misses_its_target_says_what_it_reached(monkeypatch):
     model = convert_attention(stock(num_hidden_layers=2), **SMALL)
     with pytest.warns(UserWarning, match=r"calibrate reached [\d.]+ key blocks per query, not target=4.0, in 5 runs of the sample"):
         calibrate(model, [token_ids(320, 1)], 4.0)
+
+
+def test_ids_of_int32_are_those_of_int64():
+    models = [convert_attention(stock(num_hidden_layers=2), **SMALL) for _ in range(2)]
+    assert calibrate(models[0], [token_ids().int()], 3.5) == calibrate(models[1], [token_ids()], 3.5)
+
+
+@pytest.mark.parametrize("made", ["before", "within"])
+def test_inference_mode_changes_no_calibration(made):
+    model, x = convert_attention(stock(num_hidden_layers=2), **SMALL), token_ids(150)
+    models = [model, copy.deepcopy(model)]
+    expected = [distil_compression(models[0], [x], 2), calibrate(models[0], [x], 3.5)]
+    with torch.inference_mode():
+        x = x.clone() if made == "within" else x
+        assert [distil_compression(models[1], [x], 2), calibrate(models[1], [x], 3.5)] == expected
+    models[1](x.clone(), labels=x.clone()).loss.backward()

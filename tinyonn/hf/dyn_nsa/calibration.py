@@ -73,7 +73,7 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
     found = list(cores(model))
     before = [(core.base.detach().clone(), core.gain.clone(), core.price.clone()) for core in found]
     try:
-        with modes_kept(model):
+        with modes_kept(model), torch.inference_mode(False):
             model.eval()
             return _calibrated(model, found, batches, target, price)
     except BaseException:
