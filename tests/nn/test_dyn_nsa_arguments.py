@@ -136,6 +136,9 @@ def test_device_and_dtype_are_those_of_every_parameter():
         ({"start_gates": (0, "1", 0)}, TypeError, "start_gates must be 3 numbers, got str among them"),
         ({"start_gates": (0, True, 0)}, TypeError, "start_gates must be 3 numbers, got bool among them"),
         ({"start_gates": (0, float("nan"), 0)}, ValueError, "start_gates must be finite, got nan"),
+        ({"prices": [[1]]}, TypeError, r"prices must be pairs of two numbers, got \[\[1\]\]"),
+        ({"prices": 5}, TypeError, "prices must be pairs of two numbers, got 5"),
+        ({"prices": "ab"}, TypeError, "prices must be pairs of two numbers, got 'ab'"),
         ({"start_gates": (0, 1)}, ValueError, "start_gates must have 3 weights, got 2"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
@@ -143,3 +146,8 @@ def test_device_and_dtype_are_those_of_every_parameter():
 def test_options_that_are_no_numbers_are_named(options, error, message):
     with pytest.raises(error, match=f"^{message}"):
         DynNSAOptions(**options)
+
+
+def test_options_of_a_layer_are_options():
+    with pytest.raises(TypeError, match="options must be DynNSAOptions, got dict"):
+        DynNSAAttention(32, 4, options={"window": 20})

@@ -54,6 +54,8 @@ def budget_loss(
     if not isinstance(target, Tensor) and not target > 0:
         raise ValueError(f"target must be above 0, got {target}.")
     counts = [soft_counts] if isinstance(soft_counts, Tensor) else list(soft_counts)
+    if not counts:
+        raise ValueError("soft_counts must be of at least one layer, got none.")
     masks = [None] * len(counts) if mask is None else [mask] if isinstance(mask, Tensor) else list(mask)
     return loss_of_sums([sums_of(count, which) for count, which in zip(counts, masks, strict=True)], target, weight)
 
@@ -125,6 +127,8 @@ class DynNSACore(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if options is not None and not isinstance(options, DynNSAOptions):
+            raise TypeError(f"options must be DynNSAOptions, got {type(options).__name__}.")
         self.options = options = DynNSAOptions() if options is None else options
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.start_price = (START_PRICE if options.importance == "share" else 0.0) if price is None else price
