@@ -227,3 +227,10 @@ def test_a_vision_tower_keeps_its_attention(tmp_path):
     assert all(value["mean_count"] > 1 for value in statistics(model).values())
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(LlavaForConditionalGeneration.from_pretrained(tmp_path)), got)
+
+
+def test_a_forward_that_fails_leaves_no_layer_counting():
+    model = tiny_dyn_nsa_lm(layers=1)
+    with pytest.raises(InputError, match="tau must have shape"):
+        model(token_ids(50), tau=torch.rand(3, 50))
+    assert not any(core.collecting for core in cores(model))
