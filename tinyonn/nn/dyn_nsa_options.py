@@ -117,5 +117,7 @@ def _checked_prices(prices: Any) -> tuple[tuple[float, float], ...]:
         check_number("prices", price)
     for (few, high), (many, low) in pairwise(prices):
         if many < few or low > high:
-            raise ValueError(f"prices must go from few blocks to many and from high prices to low ones, got {(few, high)} before {(many, low)}.")
+            raise ValueError(
+                f"prices must go from few blocks to many and from high prices to low ones, got {(few, high)} before {(many, low)}."
+            )
     return tuple((far, price) for far, price in prices)
