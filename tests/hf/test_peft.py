@@ -35,9 +35,9 @@ NAMED = pytest.mark.parametrize("named", [True, False], ids=["modules_to_save", 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """Folder of a model with attention and MLPs converted."""
+    """Folder of a model with attention and MLPs converted, at the last temperature of `BudgetSchedule`."""
     model = tiny_causal_lm("llama", intermediate_size=96, max_position_embeddings=512, num_hidden_layers=2)
-    convert_mlp_to_dynmoe(convert_attention(model, **SMALL), num_experts=8, sample=token_ids())
+    convert_mlp_to_dynmoe(convert_attention(model, **SMALL, temperature=0.1), num_experts=8, sample=token_ids())
     calibrate_experts(model, token_ids(), 3.0, max_experts=5)
     model.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
@@ -203,13 +203,12 @@ def test_an_adapter_lacks_a_limit_of_blocks_and_the_schedule_tells(base):
 
 def test_an_adapter_lacks_the_last_temperature_and_the_schedule_tells(base):
     model = adapted(base, ["dyn_nsa"])
-    with pytest.warns(UserWarning, match="temperature=0.1, max_blocks=3 are saved with the base model, not with an adapter; pass them to"):
-        BudgetSchedule(3.0, 2, max_blocks=3).apply(model, 0)
+    with pytest.warns(UserWarning, match="temperature=0.2, max_blocks=3 are saved with the base model, not with an adapter; pass them to"):
+        BudgetSchedule(3.0, 2, max_blocks=3, temperature=(1.0, 0.2)).apply(model, 0)
 
 
 def test_a_base_model_with_the_last_temperature_gives_the_logits_of_the_trained_adapter(base):
-    x, last = token_ids(), AutoModelForCausalLM.from_pretrained(base).config.tinyonn["dyn_nsa"]["options"]["temperature"]
-    model, schedule = adapted(base, ["dyn_nsa"]), BudgetSchedule(4.0, 4, temperature=(1.0, last))
+    model, schedule, x = adapted(base, ["dyn_nsa"]), BudgetSchedule(4.0, 4), token_ids()
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
