@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -135,6 +136,10 @@ def test_a_tau_is_a_number_or_of_a_shape_that_fits(converted):
         (torch.rand(2, 50, 2, 1), InputError, r"got \(2, 50, 2, 1\)"),
         (3.0, InputError, r"tau must be in \[0, 1\], got 3.0"),
         ("much", TypeError, "tau must be a number, got str"),
+        (torch.tensor(2.0), ValueError, r"tau must be in \[0, 1\], got 2.0"),
+        (torch.tensor(math.nan), ValueError, r"tau must be in \[0, 1\], got nan"),
+        (torch.full((2, 50), -1.0), ValueError, r"tau must be in \[0, 1\], got others"),
+        (torch.tensor(True), TypeError, "tau must be of real numbers, got torch.bool"),
     ):
         with pytest.raises(error, match=message):
             model(x, tau=tau)
@@ -222,3 +227,10 @@ def test_a_vision_tower_keeps_its_attention(tmp_path):
     assert all(value["mean_count"] > 1 for value in statistics(model).values())
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(LlavaForConditionalGeneration.from_pretrained(tmp_path)), got)
+
+
+def test_a_forward_that_fails_leaves_no_layer_counting():
+    model = tiny_dyn_nsa_lm(layers=1)
+    with pytest.raises(InputError, match="tau must have shape"):
+        model(token_ids(50), tau=torch.rand(3, 50))
+    assert not any(core.collecting for core in cores(model))

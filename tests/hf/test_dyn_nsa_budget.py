@@ -175,6 +175,32 @@ def test_a_training_that_resumes_goes_on_with_the_path(tmp_path):
     assert next(cores(other)).price == next(cores(model)).price
 
 
+def test_a_trainer_that_resumes_moves_the_price_as_one_that_went_on(tmp_path):
+    def trained(**arguments: Any) -> Trainer:
+        torch.manual_seed(0)
+        model = convert_attention(stock(num_hidden_layers=1), **SMALL)
+        return trainer_of(
+            model, tmp_path, schedule=BudgetSchedule(3.0, 8), logging_steps=1, save_strategy="steps", save_steps=5, **arguments
+        )
+
+    whole, resumed = trained(max_steps=8), trained(max_steps=8)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    prices = [[entry["key_blocks_price"] for entry in run.state.log_history if "key_blocks" in entry] for run in (whole, resumed)]
+    assert prices[1] == pytest.approx(prices[0], abs=1e-5)
+
+
+def test_a_schedule_begins_anew_with_another_model():
+    schedule, starts = BudgetSchedule(3.0, 100), []
+    for length in (130, 260):
+        model = convert_attention(stock(num_hidden_layers=1), **SMALL).train()
+        for step in range(3):
+            schedule.apply(model, step)
+            model(token_ids(length))
+        starts.append(schedule.start)
+    assert starts == pytest.approx([sum(t // 16 + 1 for t in range(length)) / length for length in (130, 260)])
+
+
 def test_the_loss_holds_the_budget():
     model, x = tiny_dyn_nsa_lm(weight=0.7).train(), token_ids()
     with torch.no_grad():
@@ -272,6 +298,22 @@ def test_a_schedule_needs_a_converted_model():
         BudgetSchedule(4.0, 1).apply(stock(), 0)
     with pytest.raises(InputError, match=r"target of BudgetSchedule must be at least 3, the forced blocks, got 2\.5"):
         BudgetSchedule(2.5, 1).apply(convert_attention(stock(), **SMALL), 0)
+    with pytest.raises(InputError, match=r"start of BudgetSchedule must be at least 3, the forced blocks, got 2"):
+        BudgetSchedule(4.0, 1, start=2).apply(convert_attention(stock(), **SMALL), 0)
+    with pytest.raises(InputError, match="model must be converted by convert_attention, got an unconverted NoneType"):
+        BudgetSchedule(4.0, 1).apply(None, 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "message"),
+    [(math.nan, TypeError, "an int, got float"), ("1", TypeError, "an int, got str"), (-5, ValueError, "at least 0, got -5")],
+    ids=str,
+)
+def test_a_step_is_a_count(step, error, message):
+    with pytest.raises(error, match=f"step must be {message}"):
+        BudgetSchedule(4.0, 9).apply(convert_attention(stock(), **SMALL), step)
+    with pytest.raises(TypeError, match="steps must be an int, got float"):
+        BudgetSchedule(4.0, 2.5)
 
 
 def test_a_schedule_reaches_its_end_with_the_training(tmp_path):
@@ -454,8 +496,8 @@ def trainer_of(
 ) -> Trainer:
     row = token_ids(60, 1)[0]
     arguments = TrainingArguments(
-        str(path), max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2, report_to=[], use_cpu=True,
-        disable_tqdm=True, **{"save_strategy": "no", **arguments},
+        str(path), per_device_train_batch_size=1, gradient_accumulation_steps=2, report_to=[], use_cpu=True, disable_tqdm=True,
+        **{"max_steps": 2, "save_strategy": "no", **arguments},
     )  # fmt: skip
     data = [{"input_ids": row, "labels": row}] * 4
     return Trainer(

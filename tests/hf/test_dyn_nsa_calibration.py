@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from typing import Any
@@ -15,6 +16,7 @@ from tinyonn.errors import InputError
 from tinyonn.hf import BudgetSchedule, calibrate, convert_attention, distil_compression, register_attention, statistics
 from tinyonn.hf.dyn_nsa import calibration, cores, fitting, measures, shares
 from tinyonn.hf.dyn_nsa.options import price_of_budget
+from tinyonn.hf.dyn_nsa.parts import mean_blocks
 from tinyonn.nn import DynNSAOptions
 from tinyonn.testing import left_padding, tiny_causal_lm, token_ids
 
@@ -364,6 +366,23 @@ def test_calibration_to_more_blocks_follows_one_to_fewer():
             "inputs_embeds of the sample must be (B, T, features) of at least one token",
         ),
         ([{"input_ids": token_ids(), "block_price": -3.0}], InputError, "batches of the sample must not have block_price"),
+        ([token_ids() + 97], InputError, "input_ids of the sample must be in 0 … 96, got"),
+        ([token_ids() - 97], InputError, "input_ids of the sample must be in 0 … 96, got -"),
+        (
+            [token_ids(), {"input_ids": token_ids(), "attention_mask": torch.zeros(2, 130)}],
+            InputError,
+            "batches of the sample must have a token that is not padding, got one with none",
+        ),
+        (
+            [{"input_ids": token_ids(), "attention_mask": torch.ones(2, 129)}],
+            InputError,
+            "attention_mask of the sample must be (2, 130) like input_ids, got (2, 129)",
+        ),
+        (
+            [{"input_ids": token_ids(), "labels": token_ids(131)}],
+            InputError,
+            "labels of the sample must be (2, 130) like input_ids, got (2, 131)",
+        ),
     ],
 )
 def test_a_sample_of_another_kind_is_named(sample, error, message):
@@ -391,3 +410,41 @@ def test_a_model_with_a_weight_that_is_not_finite_gets_no_price():
     with pytest.raises(InputError, match="importances over the sample must be finite, got nan: a weight or an activation of the model"):
         calibrate(model, [x], 3.5, price="none")
     assert all(core.price == -30 for core in cores(model))
+
+
+@pytest.mark.parametrize(("limit", "target"), [(5, 4.0), (5, 4.3), (6, 4.3), (6, 5.0)], ids=str)
+def test_a_target_near_the_limit_of_blocks_is_reached(limit, target):
+    model = convert_attention(stock(num_hidden_layers=2), **SMALL, max_blocks=limit)
+    assert calibrate(model, [token_ids(320, 1)], target) == pytest.approx(target, rel=0.02)
+
+
+def test_a_budget_near_the_limit_of_blocks_is_read():
+    model, ids = convert_attention(stock(num_hidden_layers=2), **SMALL, max_blocks=5), token_ids(320, 1)
+    calibrate(model, [ids], 4.0)
+    with torch.no_grad():
+        model(ids, block_budget=4.4)
+    assert mean_blocks(model)[0] == pytest.approx(4.4, rel=0.03)
+
+
+def test_a_calibration_that_misses_its_target_says_what_it_reached(monkeypatch):
+    monkeypatch.setattr(calibration, "_corrected", lambda tried, wanted, most: 0.5 * most)
+    monkeypatch.setattr(calibration, "_price_at", lambda ordered, place: float(ordered[len(ordered) // 2]))
+    model = convert_attention(stock(num_hidden_layers=2), **SMALL)
+    with pytest.warns(UserWarning, match=r"calibrate reached [\d.]+ key blocks per query, not target=4.0, in 5 runs of the sample"):
+        calibrate(model, [token_ids(320, 1)], 4.0)
+
+
+def test_ids_of_int32_are_those_of_int64():
+    models = [convert_attention(stock(num_hidden_layers=2), **SMALL) for _ in range(2)]
+    assert calibrate(models[0], [token_ids().int()], 3.5) == calibrate(models[1], [token_ids()], 3.5)
+
+
+@pytest.mark.parametrize("made", ["before", "within"])
+def test_inference_mode_changes_no_calibration(made):
+    model, x = convert_attention(stock(num_hidden_layers=2), **SMALL), token_ids(150)
+    models = [model, copy.deepcopy(model)]
+    expected = [distil_compression(models[0], [x], 2), calibrate(models[0], [x], 3.5)]
+    with torch.inference_mode():
+        x = x.clone() if made == "within" else x
+        assert [distil_compression(models[1], [x], 2), calibrate(models[1], [x], 3.5)] == expected
+    models[1](x.clone(), labels=x.clone()).loss.backward()

@@ -238,8 +238,13 @@ def test_a_call_has_its_own_budget(tmp_path):
         (math.nan, ValueError, "block_price must be finite, got nan"),
         ("low", TypeError, "block_price must be a number, got str"),
         (torch.zeros(2), ValueError, r"block_price must be a number or 0-d, one for all layers and rows, got \(2,\)"),
+        (torch.tensor(math.nan), ValueError, "block_price must be finite, got nan"),
+        (torch.tensor(-math.inf), ValueError, "block_price must be finite, got -inf"),
+        (torch.tensor(True), TypeError, "block_price must be of real numbers, got torch.bool"),
+        (torch.tensor(1j), TypeError, "block_price must be of real numbers, got torch.complex64"),
+        (1e300, ValueError, "block_price must be at least -3.40282e.38 and at most 3.40282e.38, got 1e.300"),
     ],
-    ids=["nan", "word", "rows"],
+    ids=["nan", "word", "rows", "nan tensor", "-inf tensor", "bool", "complex", "large"],
 )
 def test_a_bad_price_is_named(price, error, message):
     with pytest.raises(error, match=message):

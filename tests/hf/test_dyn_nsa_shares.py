@@ -69,21 +69,23 @@ def call_of(softcap: float | None, sinks: bool, **options: Any) -> observing.Att
 
 
 @CAPS
-def test_a_price_reads_in_the_op_what_the_sample_of_importances_says(softcap, sinks):
+@pytest.mark.parametrize("limit", [16, 5])
+def test_a_price_reads_in_the_op_what_the_sample_of_importances_says(limit, softcap, sinks):
     """At a price between two sampled importances, the op selects as many blocks as there are importances above it."""
-    call = call_of(softcap, sinks)
+    call = call_of(softcap, sinks, max_blocks=limit)
     core, sample = call.core, PriceSample(1.0, 0)
     sample.add(call)
     ordered = sample.prices()
-    place = len(ordered) // 3
+    place = len(ordered) * 2 // 3  # about where a limit of 5 holds
     price = float(ordered[place - 1] + ordered[place]) / 2
     compressed = core.compress(call.key, call.value, None, None)
     result = dyn_nsa(
         call.query, call.key, call.value, *compressed, call.gates, core.base + price, core.slope, window=20, temperature=1e-3,
-        block_size=16, compress_size=16, max_blocks=16, query_compressed=core.compressed_query(call.query), scale=0.7, softcap=softcap,
+        block_size=16, compress_size=16, max_blocks=limit, query_compressed=core.compressed_query(call.query), scale=0.7, softcap=softcap,
         sinks=None if call.scores.sinks is None else call.scores.sinks.double(),
     )  # fmt: skip
-    assert sample.pairs == len(ordered) > 100
+    assert sample.every - sample.forced == len(ordered) > 100
+    assert (result.overflow > 0) == (limit == 5)
     assert int(result.counts.sum()) - sample.forced == pytest.approx(place, abs=1)
 
 

@@ -35,9 +35,9 @@ NAMED = pytest.mark.parametrize("named", [True, False], ids=["modules_to_save", 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """Folder of a model with attention and MLPs converted."""
+    """Folder of a model with attention and MLPs converted, at the last temperature of `BudgetSchedule`."""
     model = tiny_causal_lm("llama", intermediate_size=96, max_position_embeddings=512, num_hidden_layers=2)
-    convert_mlp_to_dynmoe(convert_attention(model, **SMALL), num_experts=8, sample=token_ids())
+    convert_mlp_to_dynmoe(convert_attention(model, **SMALL, temperature=0.1), num_experts=8, sample=token_ids())
     calibrate_experts(model, token_ids(), 3.0, max_experts=5)
     model.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
@@ -198,7 +198,27 @@ def test_routers_calibrated_under_an_adapter_come_back_with_it(modules, base):
 def test_an_adapter_lacks_a_limit_of_blocks_and_the_schedule_tells(base):
     model = adapted(base, ["dyn_nsa"])
     with pytest.warns(UserWarning, match="max_blocks=3 is saved with the base model, not with an adapter; pass it to convert_attention"):
-        BudgetSchedule(3.0, 2, max_blocks=3).apply(model, 0)
+        BudgetSchedule(3.0, 2, max_blocks=3, temperature=None).apply(model, 0)
+
+
+def test_an_adapter_lacks_the_last_temperature_and_the_schedule_tells(base):
+    model = adapted(base, ["dyn_nsa"])
+    with pytest.warns(UserWarning, match="temperature=0.2, max_blocks=3 are saved with the base model, not with an adapter; pass them to"):
+        BudgetSchedule(3.0, 2, max_blocks=3, temperature=(1.0, 0.2)).apply(model, 0)
+
+
+def test_a_base_model_with_the_last_temperature_gives_the_logits_of_the_trained_adapter(base):
+    model, schedule, x = adapted(base, ["dyn_nsa"]), BudgetSchedule(4.0, 4), token_ids()
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(4):
+            schedule.apply(model, step)
+            model.train()(x, labels=x).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        schedule.apply(model, 4)
+    assert_reloads(model, base, x)
 
 
 def test_adapters_of_transformers_keep_the_thresholds_too(base):
@@ -217,7 +237,9 @@ def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(compile(example, "docs/peft.md", "exec"), names)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*saved with the base model")
+        exec(compile(example, "docs/peft.md", "exec"), names)
     x = token_ids()
     expected = logits(names["trainer"].model, x)
     assert_close_rms(logits(names["again"], x), expected, 1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -367,6 +368,9 @@ def test_the_core_takes_any_group_of_heads():
         (lambda: DynNSAOptions(importance="mass"), "importance must be one of share, relative, got 'mass'"),
         (lambda: DynNSAOptions(impl="fast"), "impl must be one of"),
         (lambda: DynNSAOptions(base=float("nan")), "base must be finite, got nan"),
+        (lambda: DynNSAOptions(base=1e300), r"base must be at least -10000 and at most 10000, got 1e\+300"),
+        (lambda: DynNSAOptions(prices=((2.0, -1.0), (1.0, -2.0))), "prices must go from few blocks to many and from high prices to low"),
+        (lambda: budget_loss([], 3.0), "soft_counts must be of at least one layer, got none"),
         (lambda: budget_loss(torch.ones(1, 2, 1), 0.0), "target must be above 0, got 0.0"),
         (lambda: DynNSAOptions(budget_weight=-1.0), "budget_weight must be at least 0, got -1.0"),
         (lambda: layer()(tokens(4), cache=DynNSACache(), key_start=torch.zeros(1).int()), "must be None beside a cache"),
@@ -419,3 +423,31 @@ def test_a_call_has_its_own_price():
     assert low.counts.sum() > high.counts.sum()
     with pytest.raises(ValueError, match="price must be finite, got inf"):
         module(x, price=float("inf"))
+
+
+def test_statistics_of_a_model_that_transformers_loads_begin_at_0(tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    class Model(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config) -> None:
+            super().__init__(config)
+            self.attention = layer()
+            self.post_init()
+
+        def _init_weights(self, module) -> None:
+            pass
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x).out
+
+    first = Model(transformers.PretrainedConfig())
+    first.save_pretrained(tmp_path)
+    rubbish = [torch.full((size,), 7) for size in (1, 7) for _ in range(50)]  # so that new memory is not 0
+    del rubbish
+    loaded, x = Model.from_pretrained(tmp_path), tokens(130)
+    assert all(math.isnan(value) for value in loaded.attention.core.statistics().values())
+    for model in (first, loaded):
+        model.eval()(x)
+    assert loaded.attention.core.statistics() == pytest.approx(first.attention.core.statistics())

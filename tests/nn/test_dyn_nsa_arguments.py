@@ -90,6 +90,8 @@ def test_a_tau_of_another_shape_is_refused_and_the_cache_kept(shape):
         (float("nan"), ValueError, r"tau must be in \[0, 1\], got nan"),
         ("much", TypeError, "tau must be a number or a torch.Tensor, got str"),
         ([0.5], TypeError, "tau must be a number or a torch.Tensor, got list"),
+        (torch.tensor(float("nan")), ValueError, r"tau must be in \[0, 1\], got nan"),
+        (torch.tensor(1j), TypeError, "tau must be of real numbers, got torch.complex64"),
     ],
     ids=str,
 )
@@ -134,6 +136,9 @@ def test_device_and_dtype_are_those_of_every_parameter():
         ({"start_gates": (0, "1", 0)}, TypeError, "start_gates must be 3 numbers, got str among them"),
         ({"start_gates": (0, True, 0)}, TypeError, "start_gates must be 3 numbers, got bool among them"),
         ({"start_gates": (0, float("nan"), 0)}, ValueError, "start_gates must be finite, got nan"),
+        ({"prices": [[1]]}, TypeError, r"prices must be pairs of two numbers, got \[\[1\]\]"),
+        ({"prices": 5}, TypeError, "prices must be pairs of two numbers, got 5"),
+        ({"prices": "ab"}, TypeError, "prices must be pairs of two numbers, got 'ab'"),
         ({"start_gates": (0, 1)}, ValueError, "start_gates must have 3 weights, got 2"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
@@ -141,3 +146,8 @@ def test_device_and_dtype_are_those_of_every_parameter():
 def test_options_that_are_no_numbers_are_named(options, error, message):
     with pytest.raises(error, match=f"^{message}"):
         DynNSAOptions(**options)
+
+
+def test_options_of_a_layer_are_options():
+    with pytest.raises(TypeError, match="options must be DynNSAOptions, got dict"):
+        DynNSAAttention(32, 4, options={"window": 20})

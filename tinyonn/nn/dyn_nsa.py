@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._debug import debug_enabled
 from ..ops import DynNSAOutput, dyn_nsa
 from ..ops._checks import check_number
 from ..ops._dispatch import autocast_dtype, autocast_off, statistics_dtype
@@ -25,6 +26,7 @@ from .dyn_nsa_options import DynNSAOptions
 OPEN = -30.0
 """Price at which every block is selected: importance is never below -20."""
 GAIN_FROM = -10.0  # the price below which every threshold falls as the price does, whatever its gain: `OPEN` stays below every importance
+MAX_PRICE = torch.finfo(torch.float32).max  # of a call
 START_PRICE = -5.0  # of a layer of one's own: blocks with a share of at least 0.7 % pass
 OUTPUT_TAU_MOMENTUM = 0.05  # of the running mean of output entropies
 STATISTICS = ("mean_count", "far_count", "overflow", "tau", "share_compressed", "share_selected", "share_window")
@@ -52,6 +54,8 @@ def budget_loss(
     if not isinstance(target, Tensor) and not target > 0:
         raise ValueError(f"target must be above 0, got {target}.")
     counts = [soft_counts] if isinstance(soft_counts, Tensor) else list(soft_counts)
+    if not counts:
+        raise ValueError("soft_counts must be of at least one layer, got none.")
     masks = [None] * len(counts) if mask is None else [mask] if isinstance(mask, Tensor) else list(mask)
     return loss_of_sums([sums_of(count, which) for count, which in zip(counts, masks, strict=True)], target, weight)
 
@@ -123,6 +127,8 @@ class DynNSACore(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if options is not None and not isinstance(options, DynNSAOptions):
+            raise TypeError(f"options must be DynNSAOptions, got {type(options).__name__}.")
         self.options = options = DynNSAOptions() if options is None else options
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.start_price = (START_PRICE if options.importance == "share" else 0.0) if price is None else price
@@ -143,6 +149,7 @@ class DynNSACore(nn.Module):
         self.register_buffer("gain", torch.empty(num_kv_heads, device=device, dtype=torch.float32))
         self.register_buffer("sums", torch.empty(len(STATISTICS), device=device, dtype=torch.float32), persistent=False)
         self.register_buffer("calls", torch.empty((), device=device, dtype=torch.int64), persistent=False)
+        self._unset = self.calls.is_meta  # whether buffers that no file holds may have any value, once they have one
         self.previous_tau: Tensor | None = None
         self.watch: Callable[[Any], None] | None = None  # of calls that are plain causal attention while a sample is measured
         self.collecting = False
@@ -167,6 +174,12 @@ class DynNSACore(nn.Module):
             for name, value in self.ADDED.items():
                 state_dict.setdefault(f"{prefix}{name}", torch.full_like(getattr(self, name), value, device="cpu"))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _set_buffers(self) -> None:
+        """Sets what no file holds, once, in a module that was made without data: `from_pretrained` leaves it as memory was."""
+        if self._unset and not self.calls.is_meta:
+            self._unset = False
+            self.reset_statistics()
 
     def reset_parameters(self) -> None:
         """Initialises parameters and buffers from the options."""
@@ -199,6 +212,7 @@ class DynNSACore(nn.Module):
             max_blocks passed; tau; share_compressed, share_selected, share_window, of |gate|. Padding does not count. NaN before the
             first call.
         """
+        self._set_buffers()
         return dict(zip(STATISTICS, (self.sums / self.calls).tolist(), strict=True))
 
     def gates(self, gate_input: Tensor) -> Tensor:
@@ -293,6 +307,7 @@ class DynNSACore(nn.Module):
             price: price of this call, 0-d; None for the layer's.
             scale, softcap, sinks, key_start, key_end, cu_seqlens: as in `ops.dyn_nsa`.
         """
+        self._set_buffers()
         if key_compressed is None or value_compressed is None:
             key_compressed, value_compressed = self.compress(key, value, key_start, cu_seqlens)
         return attend(
@@ -399,12 +414,38 @@ def attend(options: DynNSAOptions, *tensors: Tensor, **others: Any) -> DynNSAOut
 
 
 def checked_price(name: str, price: Tensor | float) -> Tensor | float:
-    """TypeError or ValueError for anything but a finite number or a 0-d tensor."""
+    """A price of a call.
+
+    Raises:
+        TypeError, ValueError: anything but a finite number or 0-d tensor that float32 holds; the value of a tensor on another device than
+            the CPU is checked within `tinyonn.debug()` only.
+    """
     if not isinstance(price, Tensor):
-        check_number(name, price)
-    elif price.dim():
+        check_number(name, price, at_least=-MAX_PRICE, at_most=MAX_PRICE)
+        return price
+    if price.dim():
         raise ValueError(f"{name} must be a number or 0-d, one for all layers and rows, got {tuple(price.shape)}.")
+    _check_real(name, price)
+    if _is_readable(price):
+        check_number(name, price.item(), at_least=-MAX_PRICE, at_most=MAX_PRICE)
     return price
+
+
+def check_tau(tau: Tensor) -> None:
+    """TypeError for a dtype of no numbers, ValueError for values outside [0, 1]; these are checked where `checked_price` checks them."""
+    _check_real("tau", tau)
+    if _is_readable(tau) and not bool(((tau >= 0) & (tau <= 1)).all()):
+        raise ValueError(f"tau must be in [0, 1], got {tau.item() if tau.dim() == 0 else 'others'}.")
+
+
+def _check_real(name: str, tensor: Tensor) -> None:
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        raise TypeError(f"{name} must be of real numbers, got {tensor.dtype}.")
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether a check may look at the values of a tensor."""
+    return not torch.compiler.is_compiling() and not tensor.is_meta and (tensor.device.type == "cpu" or debug_enabled())
 
 
 def tau_of_rows(tau: Tensor, rows: tuple[int, int, int], query: Tensor) -> Tensor:

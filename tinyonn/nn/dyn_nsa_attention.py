@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.nsa._checks import checked_bounds
-from .dyn_nsa import DynNSACore, DynNSAOptions, checked_price
+from .dyn_nsa import DynNSACore, DynNSAOptions, check_tau, checked_price
 from .dyn_nsa_cache import DynNSACache
 
 
@@ -121,6 +121,8 @@ class DynNSAAttention(nn.Module):
             proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # fmt: skip
         cu_seqlens, key_start, key_end = checked_bounds(query, key, before + key.shape[1], cu_seqlens, key_start, key_end)
+        if isinstance(tau, Tensor):
+            check_tau(tau)
         tau = self.core.tau_of(tau, query, decoding=before > 0)
         gates = self.core.gates(query)
         if position_ids is None:

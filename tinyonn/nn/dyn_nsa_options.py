@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
+from ..errors import shown
 from ..ops._checks import check_choice, check_flag, check_number, check_size
 from ..ops._dispatch import check_impl
 from ..ops.nsa._checks import check_max_blocks, check_sizes, check_temperature
 from ..ops.nsa.dyn_nsa import Importance
 
 MAX_TEMPERATURE = 10.0  # with a higher one, the gates of an open model would not all be 1
+MAX_THRESHOLD = 1e4  # nats, far beyond every importance; float16 holds it
 
 TauSource = Literal["attention", "output", "constant"]
 
@@ -66,8 +69,9 @@ class DynNSAOptions:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("base", "slope", "tau"):
-            check_number(name, getattr(self, name))
+        for name in ("base", "slope"):
+            check_number(name, getattr(self, name), at_least=-MAX_THRESHOLD, at_most=MAX_THRESHOLD)
+        check_number("tau", self.tau)
         check_number("temperature", self.temperature, above=0, at_most=MAX_TEMPERATURE)
         check_number("budget_weight", self.budget_weight, at_least=0)
         check_number("budget_target", self.budget_target, above=0)
@@ -88,10 +92,7 @@ class DynNSAOptions:
         if self.max_blocks is not None:
             check_max_blocks(self.max_blocks, self.forced_first, self.forced_local)
         check_impl(self.impl)
-        self.prices = tuple((far, price) for far, price in self.prices)  # JSON gives lists
-        for far, price in self.prices:
-            check_number("prices", far, above=0)
-            check_number("prices", price)
+        self.prices = _checked_prices(self.prices)
         if self.prices_forced is not None:
             check_number("prices_forced", self.prices_forced, at_least=0, at_most=self.forced)
         self.start_gates = tuple(self.start_gates)  # type: ignore[assignment]  # JSON gives a list
@@ -105,3 +106,18 @@ class DynNSAOptions:
     def forced(self) -> int:
         """Blocks that a query reads whatever the thresholds, where there are so many."""
         return self.forced_first + self.forced_local
+
+
+def _checked_prices(prices: Any) -> tuple[tuple[float, float], ...]:
+    """Pairs as tuples; JSON gives lists."""
+    if not isinstance(prices, (list, tuple)) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in prices):
+        raise TypeError(f"prices must be pairs of two numbers, got {shown(prices)}.")
+    for far, price in prices:
+        check_number("prices", far, above=0)
+        check_number("prices", price)
+    for (few, high), (many, low) in pairwise(prices):
+        if many < few or low > high:
+            raise ValueError(
+                f"prices must go from few blocks to many and from high prices to low ones, got {(few, high)} before {(many, low)}."
+            )
+    return tuple((far, price) for far, price in prices)

@@ -85,7 +85,7 @@ def dyn_nsa_attention(
 
     Raises:
         InputError: dropout; attention that is not causal; a mask other than padding; padding together with cu_seq_lens_q; a tau of another
-            shape; an argument that is not supported.
+            shape; an argument that is not supported. TypeError, ValueError: see `checked_price` and `checked_tau`.
     """
     name, local = type(module).__name__, is_local(module, sliding_window)
     arrivals: list[nn.Module] | None = kwargs.pop(ARRIVALS, None)
@@ -103,7 +103,8 @@ def dyn_nsa_attention(
         raise InputError(f"attention dropout must be 0 for attn_implementation='dyn_nsa', got {dropout} in {name}.")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise InputError(f"attention must be causal for attn_implementation='dyn_nsa', and that of {name} is not.")
-    tau = None if tau is None else checked_tau(tau, (query.shape[0], query.shape[2], key.shape[1]), query)
+    own = core is not None and core.options.tau_source == "output"
+    tau = None if tau is None else checked_tau(tau, (query.shape[0], query.shape[2], key.shape[1]), query, own=own)
     price = None if block_price is None else checked_price("block_price", block_price)
     original = key
     rows, sequences, compaction = layout_of(attention_mask, query.shape[0], cu_seq_lens_q)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, Literal, get_args
@@ -30,6 +31,7 @@ VALUES = 2**24  # importances that a price is taken from
 POINTS = 32  # of the prices of other budgets
 CORRECTIONS = 4  # of the price, at most
 CLOSE = 0.005  # relative error of the count at which a price stays
+MISSED = 0.02  # relative error from which a calibration tells that it missed its target
 
 
 def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any]], target: float, *, price: Price = "gradient") -> float:
@@ -43,9 +45,9 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
     gets the β that fits all heads best. Gains stay in 0.5 … 2, and thresholds within 4 nats of the median.
 
     The price follows from the sorted importances of the sample. Each further run corrects it for what sparse layers change in the layers
-    above: one or two as a rule, at most four. Statistics are reset. The prices of other budgets are noted, for
-    `model(..., block_budget=...)`. The backward pass runs SDPA in layers whose gates are those of a new conversion; in others it takes far
-    longer.
+    above: one or two as a rule, at most four. A warning tells if the last one misses the target by more than 2 %. Statistics are reset. The
+    prices of other budgets are noted, for `model(..., block_budget=...)`. The backward pass runs SDPA in layers whose gates are those of a
+    new conversion; in others it takes far longer.
 
     Args:
         model: model that `convert_attention` has converted. It keeps its training or eval mode, its weights and their gradients.
@@ -71,7 +73,7 @@ def calibrate(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str, Any
     found = list(cores(model))
     before = [(core.base.detach().clone(), core.gain.clone(), core.price.clone()) for core in found]
     try:
-        with modes_kept(model):
+        with modes_kept(model), torch.inference_mode(False):
             model.eval()
             return _calibrated(model, found, batches, target, price)
     except BaseException:
@@ -117,7 +119,8 @@ def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[d
     ordered = values.prices()
     wanted, far = target * rows - forced, 0.0  # far blocks
     tried: list[tuple[float, float, float]] = []  # blocks of the sorted sample, far blocks read, price
-    place = wanted * len(ordered) / values.pairs
+    most = values.every - forced
+    place = wanted * len(ordered) / max(most, 1)
     while True:
         level = _price_at(ordered, place)
         set_price(found, level)
@@ -129,15 +132,20 @@ def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[d
     place, far, level = min(tried, key=lambda one: abs(one[1] - wanted))
     set_price(found, level)
     reached = (forced + far) / rows
-    if abs(reached - target) > 0.02 * target and (far <= 0 or reached >= values.every / rows - 1e-6):
+    if abs(reached - target) > MISSED * target and (far <= 0 or reached >= values.every / rows - 1e-6):
         which = "none" if far <= 0 else "all"
         raise InputError(
             f"no price reads target={target} key blocks per query on this sample, got {reached:.2f}: {which} of the blocks that are not "
             "forced pass, as their importances do not differ."
         )
+    if abs(reached - target) > MISSED * target:
+        warnings.warn(
+            f"calibrate reached {reached:.2f} key blocks per query, not target={target}, in {counted(len(tried), 'run')} of the sample.",
+            stacklevel=3,
+        )
     # What reads more or fewer far blocks, by the sample's order and how far it was off at this price.
-    most, scale = (values.every - forced) / rows, place / far if far > 0 and place > 0 else len(ordered) / values.pairs
-    points = [most * (i / POINTS) ** 2 for i in range(1, POINTS + 1)]
+    scale = place / far if far > 0 and place > 0 else len(ordered) / max(most, 1)
+    points = [most / rows * (i / POINTS) ** 2 for i in range(1, POINTS + 1)]
     prices = tuple((round(point, 6), round(_price_at(ordered, point * rows * scale), 6)) for point in points)
     set_options(model, prices=prices, prices_forced=forced / rows)
     return reached

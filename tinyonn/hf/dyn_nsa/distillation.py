@@ -61,7 +61,8 @@ def distil_compression(
     found = list(cores(model))
     before = [core.price.clone() for core in found]
     names = {module: name for name, module in active_modules(model).items()}
-    pupils = {core: _Pupil(core, names[core], steps, queries) for core in found}
+    with torch.inference_mode(False):
+        pupils = {core: _Pupil(core, names[core], steps, queries) for core in found}
     try:
         with modes_kept(model), torch.inference_mode(False):
             model.eval()

@@ -135,7 +135,11 @@ class ObservedForward(ForwardAround):
         arrivals: list[nn.Module] = []
         if named is not None:
             kwargs[ARRIVALS] = arrivals
-        output = self.inner(*args, **kwargs)
+        try:
+            output = self.inner(*args, **kwargs)
+        finally:
+            for core in found:
+                core.collecting = False
         if named is not None and not arrivals and attention_of(self.model.config) == DYN_NSA:
             raise InputError(not_passed(named, self.model))
         return _after(self.model, found, given, output)
@@ -198,8 +202,6 @@ def _check_packing(model: nn.Module, given: dict[str, Any]) -> None:
 def _after(model: nn.Module, found: list[DynNSACore], given: dict[str, Any], output: Any) -> Any:
     """Adds the budget loss to the model's loss, and records the output's entropy."""
     first = found[0]
-    for core in found:
-        core.collecting = False
     labels = given.get("labels")
     logits = _logits(model, output, labels)
     if first.options.tau_source == "output" and logits is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
+from ...nn.dyn_nsa_options import DynNSAOptions
 from .fitting import HeadPairs
 from .observing import Attended
 from .shares import block_shares, chunks, compressed_shares, drawn, kinds_of_blocks, true_shares
@@ -31,14 +32,14 @@ class PriceSample:
     """x of the blocks that queries may leave out, of one layer or all; a part of the queries where there would be too many.
 
     Attributes:
-        forced, every, rows, pairs: over all queries and key/value heads: blocks read at the highest and the lowest price, queries, and
-            blocks that may be left out.
+        forced, every, rows: over all queries and key/value heads: blocks read at the highest and the lowest price, and queries. Of the
+            blocks that a query may leave out, those that `max_blocks` excludes at every price are no part of the sample.
     """
 
     def __init__(self, share: float, seed: int) -> None:
         self.share, self.generator = share, torch.Generator().manual_seed(seed)
         self.values: dict[DynNSACore, list[Tensor]] = {}
-        self.forced = self.every = self.rows = self.pairs = 0
+        self.forced = self.every = self.rows = 0
 
     @torch.no_grad()
     def add(self, call: Attended) -> None:
@@ -55,12 +56,12 @@ class PriceSample:
             self.forced += heads * int(forced.sum())
             self.every += heads * int(most.sum())
             self.rows += heads * length
-            self.pairs += heads * int(far.sum())
             if self.share < 1:
                 place = place[(torch.rand(length, generator=self.generator) < self.share).to(place.device)]
             own = keys[row, first : first + length // options.compress_size]
             for part, _ in chunks(place, core.num_heads):
-                kept.append(compared(call, query[row, begin + part], own, row, begin, part, length)[:, far[part]].cpu())
+                x = compared(call, query[row, begin + part], own, row, begin, part, length)
+                kept.append(_within_limit(x, far[part], options).cpu())
 
     def check(self) -> None:
         """InputError if an importance is NaN, because a weight or an activation of the model is."""
@@ -71,6 +72,22 @@ class PriceSample:
         """The prices at which these blocks pass, of all layers, highest first."""
         found = [core.price_of(torch.cat(x, 1).to(core.base.device)).cpu().flatten() for core, x in self.values.items()]
         return torch.cat(found).sort(descending=True).values
+
+
+def _within_limit(x: Tensor, far: Tensor, options: DynNSAOptions) -> Tensor:
+    """x of the blocks that each query reads at the lowest price, the most important ones up to `max_blocks`.
+
+    Args:
+        x: (K, t, NB). far: (t, NB), which blocks a query may leave out.
+
+    Returns:
+        (K, n), the n blocks of all queries.
+    """
+    most = far.shape[1] if options.max_blocks is None else options.max_blocks - options.forced  # far blocks follow all forced ones
+    if most >= far.shape[1]:
+        return x[:, far]
+    highest = x.masked_fill(~far, -math.inf).topk(most).values
+    return highest[:, torch.arange(most, device=far.device) < far.sum(-1, keepdim=True)]
 
 
 def compared(call: Attended, query: Tensor, keys: Tensor, row: int, begin: int, place: Tensor, length: int) -> Tensor:

@@ -7,6 +7,7 @@ B batch, T queries, H query heads, K key/value heads, D head dim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -151,13 +152,15 @@ def checked_sample(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str
         raise InputError(f"attn_implementation must be '{DYN_NSA}', got '{running}'; call model.set_attn_implementation('{DYN_NSA}').")
     if isinstance(sample, (Tensor, Mapping, str)) or not isinstance(sample, Iterable):
         raise TypeError(f"sample must be a list of batches, got {type(sample).__name__}.")
-    batches = [_checked_batch(batch) for batch in sample]
+    known = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    batches = [_checked_batch(batch, known) for batch in sample]
     if not batches:
         raise InputError("sample contains no batch.")
     return batches
 
 
-def _checked_batch(batch: Tensor | Mapping[str, Any]) -> dict[str, Any]:
+def _checked_batch(batch: Tensor | Mapping[str, Any], known: float) -> dict[str, Any]:
+    """The arguments of one batch. Ids lie below `known`. Tensors made in inference mode are copied, as the measures need gradients."""
     if not isinstance(batch, (Tensor, Mapping)):
         raise TypeError(f"batches of the sample must be token ids or dicts of the model's arguments, got {type(batch).__name__}.")
     given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
@@ -174,7 +177,17 @@ def _checked_batch(batch: Tensor | Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"{name} of the sample must be {shape} of at least one token, got {tuple(tokens.shape)}.")
     if name == "input_ids" and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool):
         raise TypeError(f"input_ids of the sample must be integers, got {tokens.dtype}.")
-    return given
+    if name == "input_ids" and len(outside := tokens[(tokens < 0) | (tokens >= known)]):  # on a GPU one ends the process' work there
+        raise InputError(f"input_ids of the sample must be in 0 … {known - 1}, got {outside[0].item()}.")
+    for other in ("attention_mask", "labels"):
+        found = given.get(other)
+        if isinstance(found, Tensor) and found.dim() == 2 and found.shape != tokens.shape[:2]:
+            raise InputError(f"{other} of the sample must be {tuple(tokens.shape[:2])} like {name}, got {tuple(found.shape)}.")
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.any():
+        raise InputError("batches of the sample must have a token that is not padding, got one with none.")
+    with torch.inference_mode(False):
+        return {key: value.clone() if isinstance(value, Tensor) and value.is_inference() else value for key, value in given.items()}
 
 
 @torch.no_grad()

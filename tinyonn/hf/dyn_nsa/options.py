@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...nn.dyn_nsa import OPEN, tau_of_rows
+from ...nn.dyn_nsa import OPEN, check_tau, tau_of_rows
 from ...nn.dyn_nsa_options import DynNSAOptions
 from ...ops._checks import check_number
 from .._converted import check_fields
@@ -81,17 +81,22 @@ def price_of_budget(options: DynNSAOptions, budget: float) -> float:
     return high + (lower - high) * (far - low) / (upper - low)
 
 
-def checked_tau(tau: Tensor | float, rows: tuple[int, int, int], query: Tensor) -> Tensor:
+def checked_tau(tau: Tensor | float, rows: tuple[int, int, int], query: Tensor, *, own: bool = False) -> Tensor:
     """The caller's tau, of shape (), (B,), (B, T) or (B, T, K), for each of `rows`, (B, T, K).
 
+    Args:
+        own: whether the tau may come from the model's output, which is NaN for padding.
+
     Raises:
-        TypeError: neither a number nor a tensor. InputError: another shape, or a number outside [0, 1].
+        TypeError: neither real numbers nor a tensor of these. ValueError: another shape, or a number outside [0, 1]; see `check_tau`.
     """
     if not isinstance(tau, Tensor):
         check_number("tau", tau)
         if not 0 <= tau <= 1:
             raise InputError(f"tau must be in [0, 1], got {tau}.")
         tau = torch.tensor(tau, dtype=torch.float64)
+    elif not own:
+        check_tau(tau)
     shape = tuple(tau.shape)
     if len(shape) > 3 or any(size not in (1, wanted) for size, wanted in zip(shape, rows, strict=False)):
         raise InputError(f"tau must have shape (), {rows[:1]}, {rows[:2]} or {rows}, got {shape}.")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
@@ -31,7 +32,7 @@ COOLING = 0.7  # of the steps: the temperature holds from there on
 STAGES = 5  # of the temperature: a compiled model compiles again at each
 
 
-class BudgetSchedule(TrainerCallback):
+class BudgetSchedule(TrainerCallback, ExportableState):
     """Lowers the key blocks that a converted model reads to a budget while it trains, and narrows the gates of its blocks. Use it as a
     Trainer's callback, or call `apply(model, step)` before each step of your own loop, and `apply(model, steps)` after the last one.
 
@@ -54,7 +55,8 @@ class BudgetSchedule(TrainerCallback):
         max_blocks: largest number of blocks per query after the last step; None for no limit.
 
     Raises:
-        InputError: the model of `apply` or of the Trainer is not converted, or has more forced blocks than the target.
+        TypeError, ValueError: an argument of another type, or out of range.
+        InputError: the model of `apply` or of the Trainer is not converted, or has more forced blocks than the target or the start.
         RuntimeError: with a weight, a Trainer reaches an optimiser step whose loss lacks the budget loss.
     """
 
@@ -70,7 +72,7 @@ class BudgetSchedule(TrainerCallback):
         max_blocks: int | None = None,
     ) -> None:
         check_number("target", target, at_least=1)
-        check_number("steps", steps, at_least=1)
+        check_size("steps", steps)
         check_number("rate", rate, at_least=0)
         check_number("weight", weight, at_least=0)
         if start is not None:
@@ -86,7 +88,8 @@ class BudgetSchedule(TrainerCallback):
                 raise ValueError(f"max_blocks must be at least target, {target}, got {max_blocks}.")
         self.target, self.steps, self.rate, self.weight, self.max_blocks = target, steps, rate, weight, max_blocks
         self.temperature = temperature
-        self.start = 64.0 if start is None and weight > 0 else start
+        self.start = self._given_start = 64.0 if start is None and weight > 0 else start
+        self._core: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the first of the model that is in training
         self._gap, self._haste = 0.0, 1.0
         self._read: tuple[float, float] | None = None  # blocks per query that the last step read, and those not forced
         self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -110,10 +113,12 @@ class BudgetSchedule(TrainerCallback):
 
         The call after the last step, with `steps`, moves the price by what that step read, and sets `max_blocks`.
         """
-        found = list(cores(model))
-        if not found:
+        check_size("step", step, 0)
+        if not isinstance(model, nn.Module) or next(cores(model), None) is None:
             raise InputError(f"model must be converted by convert_attention, got an unconverted {type(model).__name__}.")
         self._check(model)
+        found = list(cores(model))  # after the check, which may give an adapter copies of its own
+        self._begin(found[0])
         price = self._centre(found)
         blocks, far, rows = take_counts(model)
         if self.start is None:
@@ -132,6 +137,12 @@ class BudgetSchedule(TrainerCallback):
             core.price.fill_(price)
             core.budget_target.fill_(self.target_at(step))
         set_options(model, **options)
+
+    def _begin(self, core: DynNSACore) -> None:
+        """Begins anew if another model than the last one is in training, whose first part this is."""
+        if core not in self._core:
+            self._core = weakref.WeakSet([core])
+            self.start, self._gap, self._haste, self._read = self._given_start, 0.0, 1.0, None
 
     def _move(self, gap: float) -> float:
         """Change of the price: by more the longer the gap has been on one side, as where no block's importance is near the price."""
@@ -181,6 +192,8 @@ class BudgetSchedule(TrainerCallback):
         forced = max(core.options.forced for core in found)
         if self.target < forced:
             raise InputError(f"target of BudgetSchedule must be at least {forced}, the forced blocks, got {self.target}.")
+        if self._given_start is not None and self._given_start < forced:
+            raise InputError(f"start of BudgetSchedule must be at least {forced}, the forced blocks, got {self._given_start}.")
         self._checked.add(model)
         stay = sum(frozen((core.base, core.slope)) for core in found)
         if stay and self.weight > 0:
@@ -190,16 +203,36 @@ class BudgetSchedule(TrainerCallback):
                 stacklevel=3,
             )
         keep_in_adapter(model, PART)
-        if self.max_blocks is not None and adapter_of(model) is not None and any(c.options.max_blocks != self.max_blocks for c in found):
+        last = {"temperature": self.temperature_at(self.steps), "max_blocks": self.max_blocks}
+        lost = [
+            f"{name}={value}"
+            for name, value in last.items()
+            if value is not None and any(getattr(core.options, name) != value for core in found)
+        ]
+        if lost and adapter_of(model) is not None:
+            are, them = ("is", "it") if len(lost) == 1 else ("are", "them")
             warnings.warn(
-                f"max_blocks={self.max_blocks} is saved with the base model, not with an adapter; pass it to convert_attention, or save "
-                "the base model again after training.",
+                f"{', '.join(lost)} {are} saved with the base model, not with an adapter; pass {them} to convert_attention, or save the "
+                "base model again after training.",
                 stacklevel=3,
             )
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         if model is not None and next(cores(model), None) is not None:
             self._check(model)  # before a Trainer makes an optimiser or wraps the model
+
+    def state(self) -> dict[str, Any]:
+        """What a Trainer saves with a checkpoint."""
+        names = ("target", "steps", "rate", "weight", "temperature", "max_blocks")
+        args = {"start": self._given_start, **{name: getattr(self, name) for name in names}}
+        return {"args": args, "attributes": {"_gap": self._gap, "_haste": self._haste}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        first = None if model is None else next(cores(model), None)
+        if first is not None and isinstance(saved, dict) and state.global_step > 0:  # a training that resumes
+            self._begin(first)
+            self._gap, self._haste = saved["attributes"]["_gap"], saved["attributes"]["_haste"]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None
