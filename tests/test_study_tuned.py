@@ -70,17 +70,17 @@ def test_excess_perplexity_is_that_of_the_mean_gap_and_its_interval_holds_it(tun
     import _tuned_page
 
     gap = torch.tensor([[0.01, 0.03], [0.02, 0.06]], dtype=torch.float64)
-    middle, low, high = _tuned_page.relative(gap)
+    middle, low, high = _tuned_page.relative(gap, torch.zeros_like(gap))
     assert middle == pytest.approx(math.exp(0.03) - 1)
-    assert math.exp(0.01) - 1 <= low < middle < high <= math.exp(0.06) - 1
-    assert _tuned_page.relative(torch.full((2, 3), 0.5, dtype=torch.float64)) == pytest.approx([math.exp(0.5) - 1] * 3)
+    assert low < math.exp(0.02) - 1 < middle < math.exp(0.04) - 1 < high  # wider than the means of the two seeds, and of the two texts
+    half = torch.full((2, 3), 0.5, dtype=torch.float64)
+    assert _tuned_page.relative(half, torch.zeros_like(half)) == pytest.approx([math.exp(0.5) - 1] * 3)
 
 
 @pytest.mark.parametrize(
     "arm", ["dense", pytest.param("static top-n", marks=pytest.mark.slow), pytest.param("one price", marks=pytest.mark.slow)]
 )
 def test_interrupted_tuning_ends_as_an_uninterrupted_one(tuned, settings, arm, tmp_path, monkeypatch):
-    monkeypatch.setattr("tinyonn.hf.dyn_nsa.schedule.HASTE", 1.0)  # a schedule that goes on has no haste yet
     whole = tuned.Run(settings, arm, 0, tmp_path / "whole")
     whole.tune()
     training, calls = tuned.Texts.training, []

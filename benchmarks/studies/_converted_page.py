@@ -16,10 +16,23 @@ ARMS = (TOP_K, SIZES, EQUAL, PRICE, SURPRISE, DIVERSITY)
 ONE_PRICE = (PRICE, SURPRISE, DIVERSITY)
 
 
+def cells_of(results: Results, settings: Any, arm: str, budget: int) -> list[dict[str, Any]]:
+    """One for each seed, at the arm's learning rate."""
+    rate = best_rate(results, settings, arm)
+    return [results.cells[f"{arm} | {rate:g} | {budget} | {seed}"] for seed in settings.seeds]
+
+
+def best_rate(results: Results, settings: Any, arm: str) -> float:
+    """Learning rate of routers of the lowest loss with the first seed and budget, on texts that are for this choice alone."""
+    where = f"{settings.budgets[0]} | {settings.seeds[0]}"
+    return min(settings.rates, key=lambda rate: results.cells[f"{arm} | {rate:g} | {where}"]["choice"])
+
+
 def page(results: Results, settings: Any) -> list[str]:
     """Lines of the page."""
     seeds = settings.seeds
-    arms = {arm: [results.cells[f"{arm} | {seed}"] for seed in seeds] for arm in (*ARMS, ALL_TUNED)}
+    arms = {(arm, budget): cells_of(results, settings, arm, budget) for arm in ARMS for budget in settings.budgets}
+    all_tuned = [results.cells[f"{ALL_TUNED} | {seed}"] for seed in seeds]
     dense = results.cells[DENSE]
     lines = [
         "# Converted MLPs",
@@ -32,7 +45,12 @@ def page(results: Results, settings: Any) -> list[str]:
         f" each of {len(seeds)} seeds, {settings.sample} others are drawn as the sample, and the rest are for training.",
         f"- **Conversion**: each MLP becomes {settings.experts} experts of {1536 // settings.experts} neurons, split and calibrated on the"
         " sample.",
-        f"- **Tuning**: {settings.steps} steps of Adam on experts and routers, one text a step.",
+        f"- **Tuning**: {settings.steps} steps of Adam on experts and routers, one text a step. With seed {seeds[0]} and"
+        f" k = {settings.budgets[0]}, each arm tries {' and '.join(f'{rate:g}' for rate in settings.rates)} as the routers' learning rate,"
+        " and keeps the one of lower loss on other modules, which are for this choice alone.",
+        "- **Equal numbers of experts**: thresholds choose another number of experts on other texts. Before the evaluation, one shift for"
+        " each layer restores the mean on the evaluation texts. *As is* is without this shift.",
+        f"- **Measured** on {results.origin()}.",
         "",
         "Arms:",
         "",
@@ -45,35 +63,35 @@ def page(results: Results, settings: Any) -> list[str]:
         " or `sparse_diversity_loss`, in `HyperStep`.",
         "",
         "*Before* means calibrated only, *after* means tuned too. *Mean experts* is counted on the evaluation texts. The last column is the"
-        f" paired difference of the loss after tuning to *{SIZES}*, in nats, with its 95 % bootstrap interval over seeds and texts.",
+        f" paired difference of the loss after tuning to *{SIZES}*, in nats, with a 95 % interval for other seeds and texts.",
         "",
         "![Perplexity against mean experts per token](converted.png)",
         "",
-        "| | k | mean experts | perplexity before | perplexity after | difference of loss |",
-        "|---|---|---|---|---|---|",
-        f"| {DENSE} | | | {math.exp(dense['loss dense']):.2f} | | |",
-        f"| {ALL_TUNED} | | {settings.experts} | | {perplexity(arms[ALL_TUNED], 'after'):.2f} | |",
+        "| | k | router rate | mean experts | perplexity before | perplexity after | as is: experts, perplexity | difference of loss |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| {DENSE} | | | | {math.exp(dense['loss dense']):.2f} | | | |",
+        f"| {ALL_TUNED} | | | {settings.experts} | | {perplexity(all_tuned, 'after'):.2f} | | |",
     ]
     for budget in settings.budgets:
         for arm in ARMS:
-            cells, gap = arms[arm], ""
+            cells, gap = arms[arm, budget], ""
             if arm != SIZES:
-                gap = interval(cells, arms[SIZES], budget)
-            experts = math.fsum(cell[f"k after {budget}"] for cell in cells) / len(cells)
-            before, after = (perplexity(cells, f"{when} {budget}") for when in ("before", "after"))
-            lines.append(f"| {arm} | {budget} | {experts:.2f} | {before:.2f} | {after:.2f} | {gap} |")
+                gap = interval(cells, arms[SIZES, budget])
+            experts, as_is = (math.fsum(cell[f"k after{how}"] for cell in cells) / len(cells) for how in ("", ", as is"))
+            before, after, other = (perplexity(cells, when) for when in ("before", "after", "after, as is"))
+            rate = best_rate(results, settings, arm)
+            lines.append(f"| {arm} | {budget} | {rate:g} | {experts:.2f} | {before:.2f} | {after:.2f} | {as_is:.2f}, {other:.2f} | {gap} |")
     lines += ["", "Differences of the loss after tuning among thresholds:", ""]
     pairs = ((PRICE, EQUAL), (SURPRISE, PRICE), (DIVERSITY, PRICE))
     head = ["", *(f"{budget} of {settings.experts} experts" for budget in settings.budgets)]
     rows: list[list[object]] = [
-        [f"{one} less {other}", *(interval(arms[one], arms[other], budget) for budget in settings.budgets)] for one, other in pairs
+        [f"{one} less {other}", *(interval(arms[one, budget], arms[other, budget]) for budget in settings.budgets)] for one, other in pairs
     ]
     return [*lines, *table(head, rows)]
 
 
-def interval(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], budget: int) -> str:
-    name = f"losses after {budget}"
-    return "{:+.3f} ({:+.3f} … {:+.3f})".format(*crossed_difference([one[name] for one in ours], [one[name] for one in theirs]))
+def interval(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
+    return "{:+.3f} ({:+.3f} … {:+.3f})".format(*crossed_difference(*([one["losses after"] for one in arm] for arm in (ours, theirs))))
 
 
 def perplexity(cells: list[dict[str, Any]], when: str) -> float:
@@ -88,12 +106,9 @@ def draw_figure(results: Results, settings: Any, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
     for colour, arm in zip(("C3", "C1", "0.3", "C0", "C2", "C4"), ARMS, strict=True):
-        cells = [results.cells[f"{arm} | {seed}"] for seed in settings.seeds]
         for when, line in (("before", "--"), ("after", "-")):
-            points = sorted(
-                (math.fsum(cell[f"k {when} {budget}"] for cell in cells) / len(cells), perplexity(cells, f"{when} {budget}"))
-                for budget in settings.budgets
-            )
+            by_budget = [cells_of(results, settings, arm, budget) for budget in settings.budgets]
+            points = sorted((math.fsum(cell[f"k {when}"] for cell in cells) / len(cells), perplexity(cells, when)) for cells in by_budget)
             if when == "after" or arm in (TOP_K, SIZES, EQUAL, PRICE):  # the others start from the same model as one price
                 axes.plot(*zip(*points, strict=True), label=f"{arm}, {when}", color=colour, linestyle=line, marker="o", markersize=4)
     tuned = [results.cells[f"{ALL_TUNED} | {seed}"] for seed in settings.seeds]

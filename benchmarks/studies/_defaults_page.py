@@ -48,21 +48,20 @@ def page(results: Results, sizes: Sizes) -> list[str]:
         f"SmolLM2-135M reads {sizes.tokens:,} tokens. `convert_attention(model)` and `calibrate(model, sample, target)` set DynNSA, with"
         " the README of accelerate and a module of Jinja as the sample. The static top-n is `convert_attention(model, max_blocks=n)`: the"
         " same blocks and compressed keys, and for every query the n blocks of highest share. *Excess* is the loss over the dense"
-        " model's, in nats per token. Blocks are per query and include the forced ones. The ratio has a 95 % bootstrap interval over"
-        " texts.",
+        " model's, in nats per token. Blocks are per query and include the forced ones. The ratio of all texts has a 95 % interval.",
         "",
     ]
     dense, rows = cells[DENSE]["losses"], []
     for number in NUMBERS:
         over = {arm: [a - b for a, b in zip(cells[f"{arm} | {number}"]["losses"], dense, strict=True)] for arm in (STATIC, OURS)}
-        for kind in dict.fromkeys(kinds):
-            chosen = [place for place, one in enumerate(kinds) if one == kind]
-            row: list[object] = [number, {"readme": "READMEs", "code": "code"}[kind]]
+        for kind in (*dict.fromkeys(kinds), "all"):
+            chosen = [place for place, one in enumerate(kinds) if kind in (one, "all")]
+            row: list[object] = [number, {"readme": "READMEs"}.get(kind, kind)]
             for arm in (STATIC, OURS):
                 blocks = cells[f"{arm} | {number}"]["blocks"]
                 row += [f"{mean_at(blocks, chosen):.2f}", f"{mean_at(over[arm], chosen):.4f}"]
-            ratio = ratio_of_means(*([over[arm][i] for i in chosen] for arm in (OURS, STATIC)))
-            rows.append([*row, "{:.2f} ({:.2f} … {:.2f})".format(*ratio)])
+            ratio, low, high = ratio_of_means(*([over[arm][i] for i in chosen] for arm in (OURS, STATIC)))
+            rows.append([*row, f"{ratio:.2f}" + (f" ({low:.2f} … {high:.2f})" if kind == "all" else "")])
     head = ["n", "texts", "static: blocks", "static: excess", "DynNSA: blocks", "DynNSA: excess", "ratio of excess"]
     lines += [*table(head, rows), "", "Each text:", ""]
     columns = [(number, arm) for number in NUMBERS for arm in (STATIC, OURS)]
@@ -82,7 +81,8 @@ def page(results: Results, sizes: Sizes) -> list[str]:
         f" trains {sizes.steps:,} steps of {sizes.batch} × {sizes.context} bytes of SymPy's source. `DynMoE(..., target_k={sizes.k})` has"
         f" its defaults otherwise. The top-k chooses {sizes.k} experts, weighs them by a softmax over these, and has the balance loss of"
         f" Switch Transformer. Seed {sizes.seeds[0]} trains at the learning rates {', '.join(f'{rate:g}' for rate in sizes.rates)}, the"
-        f" others at the best of them. The evaluation is on {sizes.rows} rows of other modules.",
+        " others at the one of lowest loss on modules that are for this choice alone. The evaluation is on"
+        f" {sizes.rows} rows of yet other modules.",
         "",
     ]
     rows = []
@@ -96,8 +96,11 @@ def page(results: Results, sizes: Sizes) -> list[str]:
     return [
         *lines,
         "",
-        "DynMoE's loss is {:+.4f} ({:+.4f} … {:+.4f}) nats per byte beside the top-k's, with a 95 % bootstrap interval over seeds and"
-        " rows.".format(*crossed_difference(ours, theirs)),
+        "DynMoE's loss is {:+.4f} ({:+.4f} … {:+.4f}) nats per byte beside the top-k's (95 % interval for other seeds and rows).".format(
+            *crossed_difference(ours, theirs)
+        ),
+        "",
+        f"Measured on {results.origin()}.",
     ]
 
 
@@ -106,5 +109,5 @@ def mean_at(values: list[float], places: list[int]) -> float:
 
 
 def best_rate(results: Results, sizes: Sizes, arm: str) -> float:
-    """Learning rate with the lowest loss with the first seed."""
-    return min(sizes.rates, key=lambda rate: results.cells[f"{arm} | {rate:g} | {sizes.seeds[0]}"]["loss"])
+    """Learning rate of the lowest loss with the first seed, on text that is for this choice alone."""
+    return min(sizes.rates, key=lambda rate: results.cells[f"{arm} | {rate:g} | {sizes.seeds[0]}"]["choice"])

@@ -29,6 +29,7 @@ DYN_MOE: dict[str, dict[str, Any]] = {
     DEMAND: {"demand": 0.25},
     LEARNED: {"thresholds": "learned"},
 }
+CONSTANTS = {"balance": BALANCE, "bias step": BIAS_STEP, "L1": [FIRST_L1, L1_FACTOR], "arms": {**dict.fromkeys(ARMS), **DYN_MOE}}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Settings:
     tokens: int = 128
     batch: int = 3
     steps: int = 1500
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    rates: tuple[float, ...] = (7e-4, 1e-3, 1.4e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
     rows: int = 384  # of the evaluation
 
@@ -127,11 +128,11 @@ def new_mixture(settings: Settings, arm: str, seed: int) -> Mixture | DynMoE:
 
 
 class Texts:
-    """Source of the standard library, byte by byte; a tenth of the files is for the evaluation."""
+    """Source of the standard library, byte by byte; a tenth of the files is for the choice of learning rates, one for the evaluation."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
-        self.training, self.evaluation = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in stdlib_bytes())
+        self.training, self.choice, self.evaluation = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in stdlib_bytes())
 
     def draw(self, text: Tensor, batch: int, generator: torch.Generator) -> Tensor:
         """(B, tokens + 1)."""

@@ -29,10 +29,12 @@ def page(results: Results, settings: Settings) -> list[str]:
         f" {settings.k} experts per token. All arms start from the same weights of attention and experts for a seed.",
         f"- **Training**: {settings.steps:,} steps of {settings.batch} rows of {settings.tokens} bytes, source of the standard library,"
         f" with AdamW. Each arm trains with seed {settings.seeds[0]} at the learning rates"
-        f" {', '.join(f'{rate:g}' for rate in settings.rates)}, and with the other seeds at the one of lowest loss.",
+        f" {', '.join(f'{rate:g}' for rate in settings.rates)}, and with the other seeds at the one of lowest loss on text"
+        " that is for this choice alone.",
         f"- **Evaluation**: {settings.rows} rows from other modules, {len(settings.seeds)} seeds. For arms that choose by thresholds, all"
         f" thresholds are shifted by one number so that the mean is {settings.k} experts per token on this text too; *k as trained* is the"
         " mean before the shift. Dead experts get no token of the evaluation, over all layers, as trained.",
+        f"- **Measured** on {results.origin()}.",
         "",
         "The arms:",
         "",
@@ -49,8 +51,8 @@ def page(results: Results, settings: Settings) -> list[str]:
         "",
         "## Results",
         "",
-        f"Loss in nats per byte, mean over seeds. The last column is the paired difference to {best}, the better top-k, with its 95 %"
-        " bootstrap interval over seeds and rows.",
+        f"Loss in nats per byte, mean over seeds. The last column is the paired difference to {best}, the better top-k, with a 95 %"
+        " interval for other seeds and rows. Rows are random parts of the same files.",
         "",
     ]
     head = ["arm", "learning rate", "loss", "k", "k as trained", "dead experts", "load, least … most", "difference"]
@@ -84,8 +86,8 @@ def cell(results: Results, arm: str, rate: float, seed: int) -> dict[str, Any]:
 
 
 def best_rate(results: Results, settings: Settings, arm: str) -> float:
-    """Learning rate with the lowest loss with the first seed."""
-    return min(settings.rates, key=lambda rate: cell(results, arm, rate, settings.seeds[0])["loss"])
+    """Learning rate of the lowest loss with the first seed, on text that is for this choice alone."""
+    return min(settings.rates, key=lambda rate: cell(results, arm, rate, settings.seeds[0])["choice"])
 
 
 def losses(cells: list[dict[str, Any]]) -> list[list[float]]:

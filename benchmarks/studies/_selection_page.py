@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-from _study import Results, interval, table
+from _study import Results, ratio_of_means, table
 
 Arm = tuple[str, str]
+FEWEST = 6  # texts of an interval
 SHOWN = {  # colour, dashes and marker in the figure
     ("top-n", "mean keys"): ("0.35", "--", "o"),
     ("n per head", "mean keys"): ("0.6", ":", "s"),
@@ -66,13 +65,9 @@ class Cells:
         if len(texts) < 2:
             return None
         cells = [self.get(arm, text, budget) for text in texts]
-        ours = torch.tensor([cell["excess"] for cell in cells], dtype=torch.float64)  # type: ignore[index]
-        theirs = torch.tensor(
-            [self.static_at(static, text, budget, cell["blocks"]) for text, cell in zip(texts, cells, strict=True)],  # type: ignore[index]
-            dtype=torch.float64,
-        )
-        low, high = interval(lambda drawn: ours[drawn].mean(-1) / theirs[drawn].mean(-1), len(texts))
-        return (ours.mean() / theirs.mean()).item(), low, high
+        ours = [cell["excess"] for cell in cells]  # type: ignore[index]
+        theirs = [self.static_at(static, text, budget, cell["blocks"]) for text, cell in zip(texts, cells, strict=True)]  # type: ignore[index]
+        return ratio_of_means(ours, theirs)
 
 
 def write(folder: Path, results: list[Results], budgets: tuple[int, ...], arms: list[tuple[Arm, ...]]) -> None:
@@ -89,7 +84,7 @@ def _page(cells: Cells, longer: list[Cells]) -> list[str]:
         "# Study A: which blocks to read, without training",
         "",
         "This page compares rules that choose which key blocks a trained model reads. No weight of the model changes."
-        f" `benchmarks/studies/selection.py` wrote it on {platform.machine()} with torch {torch.__version__}.",
+        f" `benchmarks/studies/selection.py` measured on {cells.results.origin()}.",
         "",
         "- **Model**: SmolLM2-135M-Instruct (4-bit weights, Q4_1, dequantised), 30 layers of 9 query and 3 key/value heads.",
         f"- **Texts**: {', '.join(settings['texts'])}: modules of Python's standard library, and {settings['tokens']:,} tokens of the"
@@ -107,7 +102,7 @@ def _page(cells: Cells, longer: list[Cells]) -> list[str]:
         f"- **Compressed keys** stand for 16 positions: means, or distilled in {settings['steps']} steps on five texts.",
         "- **Equal blocks**: the threshold of a dynamic arm is set on the text itself to the mean of top-n, within 0.05 blocks. A product"
         " sets it on a sample. Ratios compare with the best static arm at the blocks that the dynamic arm has read, between budgets.",
-        "- **Intervals**: 95 %, bootstrap over texts.",
+        f"- **Intervals**: 95 %, for other texts, where there are at least {FEWEST} of them.",
         "",
         "![Excess loss against mean blocks](selection.png)",
         "",
@@ -152,7 +147,12 @@ def _budget(cells: Cells, budget: int, best: Arm, level: int = 2) -> list[str]:
         row.append(f"{cells.mean(arm, budget, texts, 'late'):.4f}")
         for kind in ("prose", "code", ""):
             found = None if arm == best else cells.ratio(arm, best, budget, kind)
-            row.append("1" if arm == best else "" if found is None else f"{found[0]:.2f} ({found[1]:.2f} … {found[2]:.2f})")
+            shown = (
+                ""
+                if found is None
+                else f"{found[0]:.2f}" + (f" ({found[1]:.2f} … {found[2]:.2f})" if len(texts) >= FEWEST and not kind else "")
+            )
+            row.append("1" if arm == best else shown)
         rows.append(row)
     head = ["arm", "texts", "blocks", "excess, prose", "code", "late half, all", "ratio, prose", "code", "all"]
     title = f"{'#' * level} {first['blocks']:.1f} blocks a query, {first['far']:.1f} of them far"

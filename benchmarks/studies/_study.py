@@ -2,7 +2,8 @@
 
 A study is a grid of cells. A cell is one arm on one unit, a text or a seed, under some settings, and its result is a few numbers. `Results`
 saves each cell as soon as it is measured, so a study that was interrupted goes on where it stopped. Units are paired: every arm sees the
-same texts or seeds, so intervals are of differences or ratios within units.
+same texts or seeds, so intervals are of differences or ratios within units. They are t intervals, because a bootstrap over three seeds is
+too short.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import platform
+import statistics
+import sys
 import sysconfig
 import tempfile
 import time
@@ -22,10 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "studies"
-RESAMPLES = 10_000
+CONFIDENCE = 0.95
 
 
 class Results:
@@ -33,17 +36,21 @@ class Results:
 
     Args:
         path: file; None to keep the cells in memory alone, as a trial run does.
-        settings: what all cells depend on. A file of other settings is started anew.
+        settings: what all cells depend on: sizes, and the constants and texts of the study's modules. Versions are added. A file of other
+            settings is kept beside the new one, as NAME.before.json.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
-        self.path, self.settings, self.started = path, json.loads(json.dumps(settings)), time.monotonic()
+        self.path, self.started = path, time.monotonic()
+        self.settings = json.loads(json.dumps({**settings, "versions": versions()}))
         self.cells: dict[str, dict[str, Any]] = {}
-        self.seconds = 0.0
         if path is not None and path.is_file():
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["settings"] == self.settings:
-                self.cells, self.seconds = stored["cells"], stored["seconds"]
+                self.cells = stored["cells"]
+            else:
+                print(f"{path.name} has other settings: it is kept as {path.stem}.before.json", file=sys.stderr)
+                path.replace(path.with_suffix(".before.json"))
 
     def get(self, *key: object) -> dict[str, Any] | None:
         return self.cells.get(_name(key))
@@ -53,18 +60,24 @@ class Results:
         found = self.get(*key)
         if found is None:
             begin = time.monotonic()
-            found = self.cells[_name(key)] = dict(by())
-            self.seconds += time.monotonic() - begin
+            found = dict(by())
+            found = self.cells[_name(key)] = {"seconds": time.monotonic() - begin, **found, "device": device()}
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, (int, float)))
             print(f"{time.monotonic() - self.started:6.0f} s  {_name(key)}: {numbers}", flush=True)
             self._save()
         return found
 
+    def origin(self) -> str:
+        """Where the cells were measured, and how long it took: part of a sentence of a page."""
+        devices = sorted({cell["device"] for cell in self.cells.values()})
+        minutes = sum(cell["seconds"] for cell in self.cells.values()) / 60
+        return f"{', '.join(devices)}, torch {self.settings['versions']['torch']}; {minutes:.0f} minutes of one process"
+
     def _save(self) -> None:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"settings": self.settings, "machine": machine(), "seconds": round(self.seconds), "cells": self.cells}, indent=1)
+        text = json.dumps({"settings": self.settings, "cells": self.cells}, indent=1)
         with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as file:
             file.write(text + "\n")
         os.chmod(file.name, 0o644)
@@ -95,16 +108,23 @@ def measure_all(results: Results, jobs: Iterable[Job], processes: int) -> None:
 def _on_one_core(function: Callable[..., Mapping[str, Any]], *given: Any) -> Mapping[str, Any]:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    return function(*given)
+    begin = time.monotonic()
+    return {**function(*given), "seconds": time.monotonic() - begin}
 
 
 def _name(key: Iterable[object]) -> str:
     return " | ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in key)
 
 
-def machine() -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
-    return {"device": name, "machine": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}
+def device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+
+
+def versions() -> dict[str, str]:
+    """Of what results depend on. The source of the standard library, which many studies read, comes with Python."""
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
@@ -114,41 +134,32 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def interval(statistic: Callable[[Tensor], Tensor], units: int, *, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of a statistic over paired units.
+def half_width(values: list[float]) -> float:
+    """Half the width of a t interval of the mean of independent values; 0 for a single one, of which nothing is known."""
+    from scipy.stats import t
 
-    Args:
-        statistic: (R, U) indices of units -> (R,) values.
-        units: U.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(units, (RESAMPLES, units), generator=generator)
-    low, high = statistic(drawn).double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    if len(values) < 2:
+        return 0.0
+    return float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def crossed_difference(ours: Iterable[list[float]], theirs: Iterable[list[float]]) -> tuple[float, float, float]:
-    """Mean paired difference of (seeds, texts) values with its 95 % bootstrap interval, over seeds and over texts."""
+    """Mean paired difference of (seeds, texts) values, with an interval for other seeds and other texts: (difference, low, high).
+
+    Squares of the half widths over seeds and over texts add up, which is wider than it needs to be.
+    """
     gap = torch.tensor(list(ours), dtype=torch.float64) - torch.tensor(list(theirs), dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    seeds, texts = (torch.randint(size, (RESAMPLES, size), generator=generator) for size in gap.shape)
-    means = torch.stack([gap[one][:, two].mean() for one, two in zip(seeds, texts, strict=True)])
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return gap.mean().item(), low, high
+    middle = gap.mean().item()
+    half = math.hypot(half_width(gap.mean(1).tolist()), half_width(gap.mean(0).tolist()))
+    return middle, middle - half, middle + half
 
 
 def ratio_of_means(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """Ratio of two paired means over units, with its interval: (ratio, low, high)."""
-    a, b = torch.tensor(ours, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64)
-    low, high = interval(lambda drawn: a[drawn].mean(-1) / b[drawn].mean(-1), len(a))
-    return (a.mean() / b.mean()).item(), low, high
-
-
-def mean_difference(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """Mean paired difference over units, with its interval: (difference, low, high)."""
-    gap = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
-    low, high = interval(lambda drawn: gap[drawn].mean(-1), len(gap))
-    return gap.mean().item(), low, high
+    """Ratio of two paired means over units, with its interval by the delta method: (ratio, low, high)."""
+    whole = statistics.fmean(theirs)
+    ratio = statistics.fmean(ours) / whole
+    half = half_width([(one - ratio * other) / whole for one, other in zip(ours, theirs, strict=True)])
+    return ratio, ratio - half, ratio + half
 
 
 def table(head: list[str], rows: Iterable[list[object]]) -> list[str]:
@@ -169,11 +180,14 @@ def prose_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def stdlib_bytes() -> tuple[bytes, bytes]:
-    """Source of the standard library without its tests, for training and for the evaluation: whole modules, a tenth for the latter."""
-    root, parts = Path(sysconfig.get_paths()["stdlib"]), [bytearray(), bytearray()]
+def stdlib_bytes() -> tuple[bytes, bytes, bytes]:
+    """Source of the standard library without its tests, for training, choice of options and evaluation: whole modules, a tenth each for the
+    last two.
+    """
+    root, parts = Path(sysconfig.get_paths()["stdlib"]), [bytearray() for _ in range(3)]
     for path in sorted([*root.glob("*.py"), *root.glob("[a-z]*/*.py")]):
         name = path.relative_to(root).as_posix()
         if not any(word in name for word in ("test", "site-packages", "idlelib")) and path.stat().st_size > 2000:
-            parts[hashlib.sha256(name.encode()).digest()[0] % 10 == 0] += path.read_bytes()
-    return bytes(parts[0]), bytes(parts[1])
+            parts[{0: 2, 1: 1}.get(hashlib.sha256(name.encode()).digest()[0] % 10, 0)] += path.read_bytes()
+    training, choice, evaluation = map(bytes, parts)
+    return training, choice, evaluation

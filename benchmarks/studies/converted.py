@@ -1,25 +1,26 @@
 """Study E: a trained model whose MLPs are split into experts, at equal mean number of experts per token.
 
-    .venv/bin/python benchmarks/studies/converted.py            about forty minutes on two cores, one process on each
+    .venv/bin/python benchmarks/studies/converted.py            about an hour on two cores, one process on each
     .venv/bin/python benchmarks/studies/converted.py --quick    a trial run of a few minutes; writes nothing
 
 Each MLP of SmolLM2-135M, of 1,536 neurons, is split by co-activation into 16 experts of 96 neurons, all active at first. An arm sets the
 routers to a mean number of experts per token on a sample, and then tunes experts and routers on other text, with attention and embeddings
 frozen. Thresholds drift in training, so every four steps, and at the end, one shift for each layer restores the mean on the training text.
 A seed draws which modules of the standard library are the sample, which are for training, and in which order; the evaluation is on others.
-Writes docs/studies/converted.json, converted.md and converted.png. An interrupted study continues from docs/studies/converted.json.
+Thresholds choose other numbers of experts on other text, so they are shifted once more before the evaluation, to the mean on its texts.
+With the first seed and the larger budget, each arm tries two learning rates of routers, and keeps the one of lower loss on texts that are
+for this choice alone. Writes docs/studies/converted.json, converted.md and converted.png. An interrupted study continues from
+docs/studies/converted.json.
 """
 
 from __future__ import annotations
 
-import copy
 import random
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from _converted_page import ALL_TUNED, ARMS, DENSE, DIVERSITY, ONE_PRICE, SIZES, SURPRISE, TOP_K, draw_figure, page
+from _converted_page import ALL_TUNED, ARMS, DENSE, DIVERSITY, ONE_PRICE, SIZES, SURPRISE, TOP_K, best_rate, draw_figure, page
 from _study import DOCS, Job, Results, arguments, measure_all, module_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,12 +35,13 @@ from tinyonn.train import HyperStep, capture
 EVALUATION = (
     "argparse.py", "statistics.py", "ipaddress.py", "zipfile.py", "tarfile.py", "typing.py", "decimal.py", "textwrap.py",
 )  # fmt: skip
+CHOICE = ("shutil.py", "smtplib.py", "socket.py", "subprocess.py")
 OTHERS = (
     "ast.py", "calendar.py", "cmd.py", "codecs.py", "configparser.py", "copy.py", "csv.py", "datetime.py", "dataclasses.py", "difflib.py",
     "doctest.py", "enum.py", "fractions.py", "ftplib.py", "functools.py", "gettext.py", "gzip.py", "heapq.py", "imaplib.py", "inspect.py",
     "locale.py", "mailbox.py", "mimetypes.py", "optparse.py", "os.py", "pathlib.py", "pdb.py", "pickle.py", "platform.py", "random.py",
 )  # fmt: skip
-EXPERT_RATE, ROUTER_RATE = 3e-4, 1e-3  # Adam's learning rates
+EXPERT_RATE = 3e-4  # Adam's learning rate
 SCALE = 4.0  # scale of the routers' sigmoids; at 1 the scores of all experts are nearly equal
 BALANCE = 0.01  # weight of the load-balance loss, as in Switch Transformer
 SHIFT_EVERY = 4
@@ -57,17 +59,19 @@ class Settings:
     sample: int = 8  # modules
     texts: int = len(EVALUATION)
     seeds: tuple[int, ...] = (0, 1, 2)
+    rates: tuple[float, ...] = (1e-3, 1e-4)  # of routers
 
 
 class Bench:
     """The converted model, texts, and what an arm does with them."""
 
-    def __init__(self, settings: Settings, arm: str, seed: int) -> None:
-        self.settings, self.arm = settings, arm
+    def __init__(self, settings: Settings, arm: str, seed: int, rate: float = 0.0) -> None:
+        self.settings, self.arm, self.rate = settings, arm, rate
         folder = prepare_smollm2()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.evaluation = [self._ids(name) for name in EVALUATION[: settings.texts]]
+        self.choice = [self._ids(name) for name in CHOICE]
         others = [self._ids(name) for name in random.Random(seed).sample(OTHERS, len(OTHERS))]
         self.sample, self.training = torch.cat(others[: settings.sample]), others[settings.sample :]
         if arm != DENSE:
@@ -106,29 +110,42 @@ class Bench:
             module.router.prototypes.copy_(slope.T)
             module.router.thresholds.copy_(x.mean(0) @ slope - sizes.mean(0))
 
-    def measured(self) -> dict[str, Any]:
+    def measured(self, budget: int) -> dict[str, Any]:
         if self.arm == DENSE:
             return self._evaluated("dense")
         if self.arm == ALL_TUNED:
             self._tune(None)
             return self._evaluated("after")
-        found, start = {}, self.model
-        for budget in self.settings.budgets:
-            self.model = copy.deepcopy(start)
-            self._calibrate(self.sample, budget)
-            found |= self._evaluated(f"before {budget}")
-            self._tune(budget)
-            found |= self._evaluated(f"after {budget}")
-        return found
+        self._calibrate(self.sample, budget)
+        found = self._at_budget("before", budget)
+        self._calibrate(self.sample, budget)
+        self._tune(budget)
+        losses = [self._loss(ids) for ids in self.choice]
+        return {"choice": sum(losses) / len(losses), **found, **self._at_budget("after", budget)}
+
+    def _at_budget(self, name: str, budget: int) -> dict[str, Any]:
+        """As calibrated or tuned, and with thresholds shifted so that the evaluation texts have the mean number of experts."""
+        found = self._evaluated(f"{name}, as is")
+        if not self._has_thresholds:
+            return {key.replace(", as is", ""): value for key, value in found.items()} | found
+        self._calibrate(torch.cat(self.evaluation), budget, shift=True)
+        return found | self._evaluated(name)
+
+    @property
+    def _has_thresholds(self) -> bool:
+        return self.arm not in (TOP_K, SIZES)
 
     @torch.no_grad()
+    def _loss(self, ids: Tensor) -> float:
+        self.model.eval()
+        return float(self.model(input_ids=ids, labels=ids, use_cache=False).loss)
+
     def _evaluated(self, name: str) -> dict[str, Any]:
         """Loss of each text, and mean number of experts per token and layer."""
-        self.model.eval()
         converted = self.arm != DENSE
         if converted:
             expert_statistics(self.model, reset=True)
-        losses = [self.model(input_ids=ids, labels=ids, use_cache=False).loss.item() for ids in self.evaluation]
+        losses = [self._loss(ids) for ids in self.evaluation]
         means = [one["mean_k"] for one in expert_statistics(self.model, reset=True).values()] if converted else []
         return {f"losses {name}": losses, f"loss {name}": sum(losses) / len(losses)} | (
             {f"k {name}": sum(means) / len(means)} if means else {}
@@ -155,11 +172,11 @@ class Bench:
                     of_router = name.startswith("router.")
                     if budget is not None or not of_router:
                         (routers if of_router else experts).append(parameter.requires_grad_(True))
-        groups = [{"params": experts, "lr": EXPERT_RATE}] + ([{"params": routers, "lr": ROUTER_RATE}] if routers else [])
+        groups = [{"params": experts, "lr": EXPERT_RATE}] + ([{"params": routers, "lr": self.rate}] if routers else [])
         optimizer = torch.optim.Adam(groups)
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
         hyper_step = HyperStep(model, optimizer) if self.arm in (SURPRISE, DIVERSITY) else None
-        shifted = budget is not None and self.arm not in (TOP_K, SIZES)
+        shifted = budget is not None and self._has_thresholds
         for step in range(steps):
             ids = self.training[step % len(self.training)]
             model.train()
@@ -173,7 +190,7 @@ class Bench:
             else:
                 with capture(model) as visits:
                     loss = language_loss()
-                    (loss + BALANCE * balance_loss(visits) if self.arm in (TOP_K, SIZES) else loss).backward()
+                    (loss if self._has_thresholds else loss + BALANCE * balance_loss(visits)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
             decay.step()
@@ -195,9 +212,21 @@ def balance_loss(visits: dict[DynMoE, list[Visit]]) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def run(settings: Settings, arm: str, seed: int) -> dict[str, Any]:
-    begin = time.monotonic()
-    return {**Bench(settings, arm, seed).measured(), "seconds": time.monotonic() - begin}
+def run(settings: Settings, arm: str, rate: float, budget: int, seed: int) -> dict[str, Any]:
+    return Bench(settings, arm, seed, rate).measured(budget)
+
+
+def measure(results: Results, settings: Settings, processes: int) -> None:
+    """Measures the cells that are missing: all learning rates first."""
+    most, (first, *_) = settings.budgets[0], settings.seeds
+    jobs = [Job((DENSE,), run, (settings, DENSE, 0.0, 0, 0))]
+    jobs += [Job((ALL_TUNED, seed), run, (settings, ALL_TUNED, 0.0, 0, seed)) for seed in settings.seeds]
+    jobs += [Job((arm, rate, most, first), run, (settings, arm, rate, most, first)) for rate in settings.rates for arm in ARMS]
+    measure_all(results, jobs, processes)
+    left = [
+        (arm, best_rate(results, settings, arm), budget, seed) for seed in settings.seeds for budget in settings.budgets for arm in ARMS
+    ]
+    measure_all(results, [Job(key, run, (settings, *key)) for key in left], processes)
 
 
 def main() -> None:
@@ -205,14 +234,15 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1 if torch.cuda.is_available() else 2)
     parser.add_argument("--page", action="store_true", help="only writes the page and the figure again")
     options = parser.parse_args()
-    settings = Settings(tokens=64, budgets=(12,), steps=2, texts=2, seeds=(0,)) if options.quick else Settings()
-    results = Results(None if options.quick else DOCS / "converted.json", asdict(settings))
-    jobs = [Job((DENSE,), run, (settings, DENSE, 0))]
-    jobs += [Job((arm, seed), run, (settings, arm, seed)) for seed in settings.seeds for arm in (*ARMS, ALL_TUNED)]
+    settings = Settings(tokens=64, budgets=(12,), steps=2, texts=2, seeds=(0,), rates=(1e-3,)) if options.quick else Settings()
+    constants = {"expert rate": EXPERT_RATE, "scale": SCALE, "balance": BALANCE, "shift every": SHIFT_EVERY, "ridge": RIDGE}
+    texts = {"evaluation": EVALUATION, "choice": CHOICE, "others": OTHERS}
+    results = Results(None if options.quick else DOCS / "converted.json", {**asdict(settings), **constants, **texts})
     if not options.page:
-        measure_all(results, jobs, options.processes)
-    if len(results.cells) < len(jobs):
-        parser.error(f"docs/studies/converted.json must have {len(jobs)} runs of these settings for a page, got {len(results.cells)}.")
+        measure(results, settings, options.processes)
+    whole = 1 + len(settings.seeds) + len(ARMS) * (len(settings.budgets) * len(settings.seeds) + len(settings.rates) - 1)
+    if len(results.cells) < whole:
+        parser.error(f"docs/studies/converted.json must have {whole} runs of these settings for a page, got {len(results.cells)}.")
     if options.quick:
         print("\n".join(page(results, settings)))
         return

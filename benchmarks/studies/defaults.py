@@ -105,14 +105,14 @@ class Layer(nn.Module):
         return x + self.moe(self.norms[1](x))
 
 
-def source() -> tuple[Tensor, Tensor]:
-    """Bytes of SymPy's source, for training and for the evaluation."""
+def source() -> tuple[Tensor, Tensor, Tensor]:
+    """Bytes of SymPy's source, for training, choice of the learning rate and evaluation."""
     files = sorted((Path(sysconfig.get_paths()["purelib"]) / "sympy").glob("[a-z]*/*.py"))
-    parts = [bytearray(), bytearray()]
+    parts = [bytearray() for _ in range(3)]
     for number, path in enumerate(files):
-        parts[number % 10 == 0] += path.read_bytes()
-    first, second = (torch.frombuffer(part, dtype=torch.uint8) for part in parts)
-    return first, second
+        parts[{0: 2, 1: 1}.get(number % 10, 0)] += path.read_bytes()
+    training, choice, evaluation = (torch.frombuffer(part, dtype=torch.uint8) for part in parts)
+    return training, choice, evaluation
 
 
 def draw(text: Tensor, rows: int, context: int, generator: torch.Generator) -> Tensor:
@@ -127,7 +127,7 @@ def row_losses(model: LanguageModel, rows: Tensor) -> Tensor:
 
 def experts(sizes: Sizes, arm: str, rate: float, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
-    (training, evaluation), model = source(), LanguageModel(sizes, arm)
+    (training, choice, evaluation), model = source(), LanguageModel(sizes, arm)
     mixtures = [layer.moe for layer in model.layers]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=DECAY)
     generator = torch.Generator().manual_seed(seed)
@@ -141,14 +141,21 @@ def experts(sizes: Sizes, arm: str, rate: float, seed: int) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
+    chosen_by = losses_on(model, choice, sizes)
     counts = [mixture.counts if isinstance(mixture, Mixture) else mixture.expert_counts for mixture in mixtures]
     for count in counts:
         count.zero_()
-    rows = draw(evaluation, sizes.rows, sizes.context, torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        losses = torch.cat([row_losses(model, part) for part in rows.split(32)])
-    k = sum(count.sum().item() for count in counts) / (len(counts) * rows[:, 1:].numel())
-    return {"loss": losses.mean().item(), "losses": losses.tolist(), "k": k, "dead": sum(int((count == 0).sum()) for count in counts)}
+    losses = losses_on(model, evaluation, sizes)
+    k = sum(count.sum().item() for count in counts) / (len(counts) * sizes.rows * sizes.context)
+    dead = sum(int((count == 0).sum()) for count in counts)
+    return {"choice": chosen_by.mean().item(), "loss": losses.mean().item(), "losses": losses.tolist(), "k": k, "dead": dead}
+
+
+@torch.no_grad()
+def losses_on(model: LanguageModel, text: Tensor, sizes: Sizes) -> Tensor:
+    """Loss of rows of a text, (rows,)."""
+    rows = draw(text, sizes.rows, sizes.context, torch.Generator().manual_seed(7))
+    return torch.cat([row_losses(model, part) for part in rows.split(32)])
 
 
 def measure(results: Results, sizes: Sizes, processes: int) -> None:
@@ -170,7 +177,7 @@ def main() -> None:
         sizes = Sizes(tokens=512, texts=2, width=32, layers=1, experts=8, neurons=8, k=2, steps=5, rates=(1e-3,), seeds=(0,), rows=32)
     else:
         sizes = Sizes()
-    results = Results(None if options.quick else DOCS / "defaults.json", asdict(sizes))
+    results = Results(None if options.quick else DOCS / "defaults.json", {**asdict(sizes), "sample": SAMPLE, "texts": TEXTS[: sizes.texts]})
     if not options.page:
         measure(results, sizes, options.processes)
     whole = 1 + 2 * (len(NUMBERS) + len(sizes.rates) + len(sizes.seeds) - 1)

@@ -5,7 +5,8 @@
 
 A small language model reads source of the standard library byte by byte. Its MLPs are dense, or mixtures of 64 experts that differ only
 in how a token's experts are chosen and weighted; see `_experts_model.py`. Each arm trains with the first seed at three learning rates, and
-with the other seeds at the best of them. Trials are whole runs, because shorter ones prefer rates that are too large. Thresholds choose
+with the other seeds at the one of lowest loss on text that is for this choice alone. Trials are whole runs, because shorter ones prefer
+rates that are too large. Thresholds choose
 other numbers of experts on other text, so each run is evaluated as it is, and again with all its thresholds shifted to the mean of the
 budget on the evaluation text; comparisons are of the latter. Writes docs/studies/experts.json, experts.md and experts.png. An interrupted
 study continues from docs/studies/experts.json.
@@ -14,13 +15,12 @@ study continues from docs/studies/experts.json.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from _experts_model import ARMS, DYN_MOE, LEARNED, RELU, Mixture, Settings, Texts, new_model, row_losses
+from _experts_model import ARMS, CONSTANTS, DYN_MOE, LEARNED, RELU, Mixture, Settings, Texts, new_model, row_losses
 from _experts_page import best_rate, draw_figure, page
 from _study import DOCS, Job, Results, arguments, measure_all
 from torch import Tensor
@@ -71,11 +71,11 @@ class Run:
             self.schedule.step()
 
     @torch.no_grad()
-    def evaluated(self, rows: int) -> tuple[list[float], list[Tensor]]:
+    def evaluated(self, rows: int, of: Tensor | None = None) -> tuple[list[float], list[Tensor]]:
         """Loss of each row of other text, and by layer the share of tokens that each expert got, (E,)."""
         self.model.eval()
         generator = torch.Generator().manual_seed(EVALUATION_SEED)
-        text = self.texts.draw(self.texts.evaluation, rows, generator).to(self.device)
+        text = self.texts.draw(self.texts.evaluation if of is None else of, rows, generator).to(self.device)
         for mixture in self.mixtures:
             (mixture.counts if isinstance(mixture, Mixture) else mixture.expert_counts).zero_()
         losses = torch.cat([row_losses(self.model, part) for part in text.split(AT_ONCE)])
@@ -112,8 +112,9 @@ class Run:
         return found
 
     def measured(self) -> dict[str, Any]:
+        chosen_by, _ = self.evaluated(self.settings.rows, self.texts.choice)
         losses, shares = self.evaluated(self.settings.rows)
-        found: dict[str, Any] = {"as trained": sum(losses) / len(losses), "losses": losses}
+        found: dict[str, Any] = {"choice": sum(chosen_by) / len(chosen_by), "as trained": sum(losses) / len(losses), "losses": losses}
         if self.mixtures:
             found |= {
                 "k as trained": mean_experts(shares), "k by layer": [share.sum().item() for share in shares],
@@ -138,9 +139,9 @@ def load(share: Tensor) -> Tensor:
 
 
 def run(settings: Settings, arm: str, rate: float, seed: int) -> dict[str, Any]:
-    begin, one = time.monotonic(), Run(settings, arm, seed, rate, settings.steps)
+    one = Run(settings, arm, seed, rate, settings.steps)
     one.train()
-    return {**one.measured(), "seconds": time.monotonic() - begin}
+    return one.measured()
 
 
 def measure(results: Results, settings: Settings, processes: int) -> None:
@@ -164,7 +165,7 @@ def main() -> None:
         print("\n".join(page(results, settings)))
         return
     settings = Settings()
-    results = Results(DOCS / "experts.json", asdict(settings))
+    results = Results(DOCS / "experts.json", {**asdict(settings), **CONSTANTS, "warm-up": WARM_UP, "last rate": LAST_RATE})
     if not options.page:
         measure(results, settings, options.processes)
     whole = len(ARMS) * (len(settings.rates) + len(settings.seeds) - 1)

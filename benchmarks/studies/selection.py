@@ -18,14 +18,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from _blocks import Blocks, Layer, Rule, above, dense, level, losses, ranked
+from _blocks import FLOOR, Blocks, Layer, Rule, above, dense, level, losses, ranked
 from _study import DOCS, Results, arguments, module_text, prose_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinyonn.cli.demo.smollm2 import prepare_smollm2, smollm2_folder
 from tinyonn.hf.dyn_nsa import calibrate, convert_attention, cores, distil_compression
-from tinyonn.hf.dyn_nsa.fitting import HeadPairs, thresholds
+from tinyonn.hf.dyn_nsa.fitting import FARTHEST, MOST_GAIN, HeadPairs, thresholds
 from tinyonn.hf.dyn_nsa.measures import LEAST_X
 
 BUDGETS = (4, 6, 8)  # blocks of a static top-n, forced blocks included
@@ -299,9 +299,15 @@ def main() -> None:
 
 
 def results_of(name: str, tokens: int, texts: list[tuple[str, Any]]) -> Results:
-    return Results(
-        DOCS / name, {"tokens": tokens, "steps": STEPS, "budgets": BUDGETS, "texts": [f"{kind} {where}" for kind, where in texts]}
-    )
+    constants = {
+        "calibration": CALIBRATION,
+        "distillation": DISTILLATION,
+        "close": CLOSE,
+        "floor": FLOOR,
+        "fit": [LEAST_X, MOST_GAIN, FARTHEST],
+    }
+    settings = {"tokens": tokens, "steps": STEPS, "budgets": BUDGETS, "texts": [f"{kind} {where}" for kind, where in texts]}
+    return Results(DOCS / name, settings | constants)
 
 
 def run(bench: Bench, results: Results, texts: list[tuple[str, Any]], budgets: tuple[int, ...], arms: tuple[tuple[str, str], ...]) -> None:

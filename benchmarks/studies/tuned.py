@@ -147,7 +147,7 @@ class Run:
             while abs(tried[-1]["blocks"] / self.budget - 1) > CLOSE and len(tried) < 3:
                 aim *= wanted / max(tried[-1]["far"], 0.1 * wanted)
                 tried.append(self._evaluated(forced + aim))
-        return min(tried, key=lambda one: abs(one["blocks"] - self.budget))
+        return {**min(tried, key=lambda one: abs(one["blocks"] - self.budget)), "as shipped": tried[0]}
 
     def tune(self) -> None:
         """Tunes to the end, from the last state that was saved."""
@@ -160,11 +160,12 @@ class Run:
         )
         self._limit_blocks()
         optimizer, schedule, begin = self._optimizer(), None, self._restore()
+        if self.arm == PRICE:
+            schedule = BudgetSchedule(self.budget, settings.steps, temperature=settings.temperature)
         if begin is not None:
             optimizer.load_state_dict(begin["optimizer"])
-        if self.arm == PRICE:
-            start = None if begin is None else begin["start"]
-            schedule = BudgetSchedule(self.budget, settings.steps, start=start, temperature=settings.temperature)
+            if schedule is not None:
+                vars(schedule).update(begin["schedule"])
         first = 0 if begin is None else begin["step"]
         self.model.train()
         for step in range(first, settings.steps):
@@ -181,7 +182,7 @@ class Run:
             if schedule is not None:
                 schedule.apply(self.model, step + 1)  # a state that is saved has the price of the next step
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-                self._save(step + 1, optimizer, None if schedule is None else schedule.start)
+                self._save(step + 1, optimizer, schedule)
                 print(f"{self.arm}, seed {self.seed}, step {step + 1} of {settings.steps}: loss {loss.item():.3f}", flush=True)
         if schedule is not None:
             calibrate(self.model, self.sample()[:2], self.budget, price="none")
@@ -244,16 +245,19 @@ class Run:
     def _path(self) -> Path:
         return self.folder / f"{self.arm.replace(' ', '_')}_{self.seed}.pt"
 
-    def _save(self, step: int, optimizer: torch.optim.Optimizer, start: float | None) -> None:
+    def _save(self, step: int, optimizer: torch.optim.Optimizer, schedule: BudgetSchedule | None) -> None:
         own = {name: value for name, value in self.model.state_dict().items() if "lora_" in name or "dyn_nsa" in name}
-        state = {"settings": asdict(self.settings), "step": step, "model": own, "optimizer": optimizer.state_dict(), "start": start}
+        controller = None if schedule is None else {key: value for key, value in vars(schedule).items() if key != "_checked"}
+        state = {
+            "settings": asdict(self.settings), "step": step, "model": own, "optimizer": optimizer.state_dict(), "schedule": controller
+        }  # fmt: skip
         _save(self._path(), state)
 
     def _restore(self) -> dict[str, Any] | None:
         path = self._path()
         if not path.is_file():
             return None
-        state: dict[str, Any] = torch.load(path, map_location=self.device)
+        state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=False)
         if state["settings"] != asdict(self.settings):
             return None
         _, unknown = self.model.load_state_dict(state["model"], strict=False)
@@ -314,7 +318,10 @@ def main() -> None:
     settings = Settings()
     if options.quick:
         settings = Settings(tokens=512, share=0.85, steps=2, distil_steps=10, rows=2, seeds=(0,))
-    results = Results(None if options.quick else DOCS / "tuned.json", asdict(settings))
+    results = Results(
+        None if options.quick else DOCS / "tuned.json",
+        {**asdict(settings), "sample": SAMPLE, "training": TRAINING, "evaluation": EVALUATION},
+    )
     if options.quick:
         with tempfile.TemporaryDirectory() as folder:
             run(settings, results, Path(folder), 1)

@@ -250,7 +250,7 @@ def test_padding_alone_teaches_nothing(kind):
     module = mixture(gating_loss=kind)
     with module.capturing() as visits:
         module(tokens(5, 32)).square().sum().backward()
-    assert module.gating_loss(visits[0], torch.zeros(5)) == 0
+    assert module.gating_loss(visits[0], torch.zeros(5, dtype=torch.bool)) == 0
 
 
 def test_it_runs_under_autocast_behind_a_linear_layer():

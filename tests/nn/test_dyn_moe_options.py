@@ -148,14 +148,16 @@ def test_no_live_expert_is_named():
     assert (module(x) == 0).all()  # without a look at the device's values, tokens go nowhere
 
 
-@pytest.mark.parametrize("size", [(9,), (2, 6), (0,), ()], ids=str)
-def test_a_token_mask_of_another_size_is_named(size):
+@pytest.mark.parametrize("size", [(9,), (2, 6), (5, 2), (0,), ()], ids=str)
+def test_a_token_mask_of_another_shape_is_named(size):
     module = mixture()
     with module.capturing() as visits:
         module(tokens(2, 5, 16)).sum().backward()
-        with pytest.raises(ValueError, match="token_mask must have a value for each of 10 tokens, got shape "):
-            module.gating_loss(visits[0], torch.ones(size))
-        assert module.gating_loss(visits[0], torch.ones(2, 5)) == module.gating_loss(visits[0])
+        with pytest.raises(ValueError, match=r"token_mask must have the shape of the tokens a mixture is given, \(2, 5\), got "):
+            module.gating_loss(visits[0], torch.ones(size, dtype=torch.bool))
+        with pytest.raises(TypeError, match=r"token_mask must be a tensor of bool or integers, got torch\.float32"):
+            module.gating_loss(visits[0], torch.ones(2, 5))
+        assert module.gating_loss(visits[0], torch.ones(2, 5, dtype=torch.bool)) == module.gating_loss(visits[0])
 
 
 @pytest.mark.parametrize("form", ["sigmoid_cosine", "cosine", "linear"])

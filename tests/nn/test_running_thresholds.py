@@ -341,3 +341,62 @@ def test_without_a_gating_loss_the_main_loss_alone_trains_the_router():
     result = step(lambda: (other(x) - x).square().mean())
     torch.testing.assert_close(other.router.prototypes, module.router.prototypes - wanted)
     assert result.gating_loss == 0
+
+
+class TwoInFlight(nn.Module):
+    """A mixture whose whole layer runs again in backward, or does not."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.moe, self.again = mixture(), again
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.moe, x, use_reentrant=False) if self.again else self.moe(x)
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["of one model", "of two models"])
+def test_a_forward_that_waits_for_its_backward_chooses_the_same_experts_again(other):
+    """One forward, one backward by turns, as pipelines do it; or a second model that learns between the two."""
+    gradients = []
+    for again in (False, True):
+        model, second = TwoInFlight(again), mixture()
+        for seed in range(3):  # thresholds are on the move
+            train(model, tokens(64, F, seed=seed) + 1)
+        first = (tokens(64, F, seed=5) - 1).requires_grad_()
+        waiting = model(first).square().mean()
+        if other:
+            train(second, tokens(64, F, seed=6))
+        else:
+            train(model, tokens(64, F, seed=6))
+        model(tokens(64, F, seed=7) + 2)  # would move thresholds
+        waiting.backward()
+        gradients.append(first.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: model], ids=["copy", "itself"])
+def test_thresholds_move_again_once_no_forward_waits(copied):
+    model = mixture(thresholds="balanced")
+    train(model, tokens(64, F))
+    dropped = model(tokens(64, F, seed=1))
+    model = copied(model)
+    before = model.router.thresholds.clone()
+    if copied is not copy.deepcopy:  # which has no graph
+        train(model, tokens(64, F, seed=2))
+        model(tokens(64, F, seed=3))
+        torch.testing.assert_close(model.router.thresholds, before, rtol=0, atol=0)
+    del dropped
+    train(model, tokens(64, F, seed=4))
+    model(tokens(64, F, seed=5))
+    assert not torch.equal(model.router.thresholds, before)
+
+
+def test_a_model_that_is_first_called_in_inference_mode_learns_afterwards(monkeypatch):
+    monkeypatch.setattr("tinyonn.nn.running_thresholds._passes", {})  # as in a new process
+    with torch.inference_mode():
+        mixture()(tokens(8, F))
+    model = mixture()
+    before = model.router.thresholds.clone()
+    for seed in range(3):
+        train(model, tokens(64, F, seed=seed))
+    assert not torch.equal(model.router.thresholds, before)

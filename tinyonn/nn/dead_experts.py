@@ -1,4 +1,4 @@
-"""Live experts that get no token: found from running counts, and told once.
+"""Live experts that get no token: found from running counts, with one warning for each layer.
 
 E experts
 """

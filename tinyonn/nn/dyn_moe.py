@@ -137,7 +137,7 @@ class DynMoE(nn.Module):
             check_budget(surprise_budget)
             if min_experts != 1:
                 raise ValueError(f"min_experts must be 1 with routing='budget', got {min_experts}.")
-            for option, unfit in ({"combine": combine} | {"thresholds": thresholds}).items():
+            for option, unfit in (("combine", combine), ("thresholds", thresholds)):
                 if unfit in ("softmax_logits", "sigmoid", "relu", "quantile", "balanced"):
                     raise ValueError(f"{option} must not be {unfit!r} with routing='budget', whose shares sum to 1 and need no threshold.")
         elif surprise_budget is not None:
@@ -319,13 +319,15 @@ class DynMoE(nn.Module):
             w_ce, w_kl, temperature: the numbers of `SurpriseLoss`, in place of `surprise_loss`; None for its defaults.
 
         Raises:
-            ValueError: the mask has another number of tokens.
+            TypeError: the mask is not of booleans or integers.
+            ValueError: the mask has another shape.
             RuntimeError: backward has not reached the call.
         """
         weighted = surprise_loss_of(surprise_loss, w_ce=w_ce, w_kl=w_kl, temperature=temperature)
         number = len(visit.hidden_states)
-        if token_mask is not None and token_mask.numel() != number:
-            raise ValueError(f"token_mask must have a value for each of {number} tokens, got shape {tuple(token_mask.shape)}.")
+        if token_mask is not None:
+            check_token_mask(token_mask)
+            check_mask_shape(token_mask, visit.shape)
         mask = None if token_mask is None else token_mask.reshape(-1).bool()
         # Zeros replace masked tokens: one that is not finite would make the gradient 0 · NaN.
         hidden_states = visit.hidden_states if mask is None else torch.where(mask.unsqueeze(-1), visit.hidden_states, 0)

@@ -12,7 +12,8 @@ of the number of experts change the mean. `spread` is the change of a threshold 
 so neither step needs tuning to the scale of the scores.
 
 A forward in training mode only records: a layer that runs again in backward must choose the same experts. What was recorded is applied by
-the first forward after a backward has passed a router. Nothing is read on the host.
+the first forward after a backward has passed a router, once no earlier forward of the same router waits for its own backward (`Graphs`).
+Nothing is read on the host.
 
 N tokens, E experts
 
@@ -42,8 +43,47 @@ _passes: dict[torch.device, Tensor] = {}
 def _passes_on(device: torch.device) -> Tensor:
     """Number of backwards through routers on this device so far, kept on the device."""
     if device not in _passes:
-        _passes[device] = torch.zeros((), dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # backward could not count with an inference tensor
+            _passes[device] = torch.zeros((), dtype=torch.int64, device=device)
     return _passes[device]
+
+
+class Graphs:
+    """Graphs of a router's forwards that no backward has passed yet. Graphs that are dropped or compiled do not count.
+
+    Attributes:
+        waiting: their number.
+    """
+
+    def __init__(self) -> None:
+        self.waiting = 0
+
+    def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
+        return Graphs, ()  # a copy of a router has no graphs
+
+    def watch(self, weights: Tensor) -> None:
+        """Counts the graph of `weights` until a backward passes it."""
+        node = weights.grad_fn
+        assert node is not None
+        waiting = _Waiting(self)
+        metadata: Any = node.metadata  # torch annotates a property as a method
+        metadata["tinyonn.nn.graphs"] = waiting  # it lives as long as the graph
+        node.register_prehook(waiting.end)
+
+
+class _Waiting:
+    """One graph of `Graphs`."""
+
+    def __init__(self, graphs: Graphs) -> None:
+        self.graphs: Graphs | None = graphs
+        graphs.waiting += 1
+
+    def end(self, *_: object) -> None:
+        if self.graphs is not None:
+            self.graphs.waiting -= 1
+            self.graphs = None
+
+    __del__ = end
 
 
 @torch.library.custom_op("tinyonn::apply_thresholds", mutates_args=("thresholds", "price", "spread", "pending", "updates", "era"))

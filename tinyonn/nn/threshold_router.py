@@ -17,7 +17,7 @@ from ..ops._checks import check_choice, check_number, check_size
 from ..ops.experts.threshold_route import Form, Weighting, own_level, router_logits, unit_vectors
 from ._search import bisect
 from .demand import Demand, apply_demand, record_demand
-from .running_thresholds import DECAY, EXTRA, FLOOR, apply_thresholds, between, is_ready, record_scores, watched_weights
+from .running_thresholds import DECAY, EXTRA, FLOOR, Graphs, apply_thresholds, between, is_ready, record_scores, watched_weights
 from .surprise_budget import Budget
 
 Combine = Weighting | Literal["unit"]
@@ -111,6 +111,7 @@ class ThresholdRouter(nn.Module):
         self._check_target(target_k, num_live)
         self.prototypes = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.thresholds_kind = thresholds
+        self.graphs = Graphs()
         self.head: Demand | None = None
         if thresholds == "learned":
             self.thresholds = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype))
@@ -156,8 +157,8 @@ class ThresholdRouter(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, hidden_states: Tensor, target_k: float | None = None) -> float:
-        """Sets thresholds at which these tokens use `target_k` experts on average: one score for all experts, or, with
-        thresholds="quantile", the score of each expert that a share target_k / E exceeds, and the price.
+        """Sets thresholds at which these tokens use `target_k` experts on average: one score for all experts, or, with running thresholds,
+        the score of each expert that a share target_k / E exceeds, and the price.
 
         Args:
             hidden_states: (..., F), at least one token.
@@ -220,8 +221,10 @@ class ThresholdRouter(nn.Module):
         return max(1, round(self.target_k))
 
     def apply_recorded(self) -> None:
-        """Moves running thresholds and the price by what was recorded before the last backward; nothing for learned thresholds."""
-        if self.price is not None:
+        """Moves running thresholds and the price by what was recorded before the last backward; nothing for learned thresholds, and nothing
+        while an earlier forward waits for its backward, which may have to choose the same experts again.
+        """
+        if self.price is not None and (torch.compiler.is_compiling() or not self.graphs.waiting):
             balanced = self.thresholds_kind == "balanced"
             if self.head is not None:
                 head = self.head
@@ -259,7 +262,10 @@ class ThresholdRouter(nn.Module):
         if not weights.requires_grad:
             return routing
         place = -1 if self.head is None else self.head.place
-        return routing._replace(top_k_weights=watched_weights(weights, hidden_states.detach(), kept, place))
+        watched = watched_weights(weights, hidden_states.detach(), kept, place)
+        if not torch.compiler.is_compiling() and watched.grad_fn is not None:
+            self.graphs.watch(watched)
+        return routing._replace(top_k_weights=watched)
 
     def _token_thresholds(self, hidden_states: Tensor) -> Tensor:
         """(N,), the price minus what tokens of more predicted surprise are allowed."""

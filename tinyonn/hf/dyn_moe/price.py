@@ -93,10 +93,10 @@ def _measured(model: PreTrainedModel, sample: Tensor, layers: Mapping[str, DynMo
         raise InputError(f"the sample did not reach {missed[0]}, which must run in every forward.")
     found = {}
     for name, layer in layers.items():
-        slope = torch.cat(squares[name]).mean().sqrt()
-        if not slope.isfinite():
+        grad_norm = torch.cat(squares[name]).mean().sqrt()
+        if not grad_norm.isfinite():
             raise InputError(f"gradient of the loss over the sample must be finite, and that of the output of {name} is not.")
-        found[name] = torch.where(router_of(layer).expert_mask, torch.cat(norms[name]) * slope, 0)
+        found[name] = torch.where(router_of(layer).expert_mask, torch.cat(norms[name]) * grad_norm, 0)
     return found
 
 
