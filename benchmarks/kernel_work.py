@@ -14,6 +14,9 @@ import numpy as np
 from tinyonn.testing.triton import Build
 
 
+FORCED = 3  # blocks that every query lists
+
+
 @dataclass(frozen=True)
 class Work:
     """Of one launch.
@@ -165,9 +168,10 @@ def select_dk(one: Launch) -> Work:
 
 
 def _listed(one: Launch) -> tuple[float, float]:
-    """Steps of all programs over full lists of unlike queries, and (row, key) pairs of the lists."""
+    """Steps of all programs over full lists, and (row, key) pairs of the lists. Neighbouring queries share the forced blocks alone."""
     lists = one.num_queries * one.grid[1] * one.num_slots
-    return lists * (one.BLOCK_SIZE // one.KEYS), lists * one.BLOCK_SIZE * one.GROUP
+    blocks = one.grid[0] * one.grid[1] * (FORCED + one.QUERIES * (one.num_slots - FORCED))
+    return blocks * (one.BLOCK_SIZE // one.KEYS), lists * one.BLOCK_SIZE * one.GROUP
 
 
 def block_sparse_fwd(one: Launch) -> Work:
@@ -282,6 +286,7 @@ _FUNCTIONS = (
     expert_gate_up, expert_rows, expert_outer, expert_grad_pre, attention_stats,
 )  # fmt: skip
 WORK: dict[str, Callable[[Launch], Work]] = {f"_{function.__name__}_kernel": function for function in _FUNCTIONS} | {
+    "_merge_lists_kernel": moves("indices_ptr", "blocks_ptr", "members_ptr", steps=lambda one: one.programs * one.QUERIES * one.num_slots),
     "_block_sparse_reduce_kernel": moves("partial_ptr", "dk_ptr", "dv_ptr", "dk_ptr", "dv_ptr"),
     "_combine_slots_kernel": moves("rows_ptr", "index_ptr", "out_ptr", steps=lambda one: one.programs * one.num_slots),
     "_rank_pairs_kernel": moves("index_ptr"),

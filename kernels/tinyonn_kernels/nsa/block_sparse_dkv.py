@@ -38,8 +38,9 @@ def configs(IEEE: bool, WIDTH: int, BLOCK_SIZE: int, **_: object) -> list[triton
         return [config(8 if WIDTH >= 128 else 4, 1, 255, ROWS=16, KEYS=min(32, BLOCK_SIZE))]
     if WIDTH >= 256:
         return [config(8, 1, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
+    # Eight warps on 64 keys would compute each product twice, once in each warpgroup.
     rows, keys = 32 if WIDTH >= 128 else 64, min(64, BLOCK_SIZE)
-    return [config(8, 2, 255, ROWS=rows, KEYS=keys), config(4, 2, 255, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
+    return [config(4, 1 if WIDTH >= 128 else 2, 255, ROWS=rows, KEYS=keys), config(4, 2, 255, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"], restore=("dk_ptr", "dv_ptr"))

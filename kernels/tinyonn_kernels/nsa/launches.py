@@ -59,7 +59,7 @@ def _lists() -> tuple[Tensor, Tensor, Tensor]:
 
 def _merge(group: int) -> None:
     indices, counts, _ = _lists()
-    merge_lists(indices, counts, _packed(), group, BLOCK_SIZE)
+    merge_lists(indices, counts, _packed(), max(1, 64 // group), BLOCK_SIZE)
 
 
 def _interval(dtype: torch.dtype, dim: int, heads: int, compressed: bool, softcap: float | None = None) -> None:
