@@ -1,9 +1,9 @@
-"""What every Triton kernel is made of at its goal shape, and how long it should take: from the compiler and first principles, without a GPU.
+"""What each Triton kernel is made of at its goal shape, and how long it should take, from the compiler and first principles: no GPU.
 
     .venv/bin/python benchmarks/kernel_report.py              a table for sm_90, in a minute or two
     .venv/bin/python benchmarks/kernel_report.py --write      docs/kernels.json and docs/kernels.md, for sm_80, sm_90 and sm_100
 
-Each op of `GOALS` runs on tensors without data. The report compiles the default configuration of each kernel that it launches, reads the
+Each op of `goals` runs on tensors without data. The report compiles the default configuration of each kernel that it launches, reads the
 machine code, and sets it against the work that the mathematics needs (`kernel_work.py`):
 
     matrix        matrix instructions of one step of the main loop
@@ -25,7 +25,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,20 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
+from kernel_rates import (
+    ISSUE_OF_A_WARP,
+    LAUNCH,
+    MACHINES,
+    MOST_ISSUE,
+    PROGRAMS,
+    REACHED,
+    REGISTERS,
+    SCHEDULERS,
+    WARPS,
+    Machine,
+    Row,
+)
+from kernel_report_page import page, tables
 from kernel_work import WORK, Launch, Work
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,65 +57,6 @@ from tinyonn.testing.sass import Assembly
 from tinyonn.testing.triton import ARCHS, SHARED_LIMIT, Build, Usage, builds_of
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-GOAL_MS = {"dyn_nsa forward": 30.0, "dyn_nsa backward": 75.0, "expert_mlp": 1.15}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Rates of a GPU: what kernels reach, not what a data sheet says.
-
-    Attributes:
-        units: multiprocessors.
-        clock: in GHz.
-        wgmma, mma: bfloat16 operations per clock and multiprocessor of warpgroup instructions (tcgen05 on sm_100), and of mma.sync.
-        dram, cache: TB/s from memory and from L2.
-    """
-
-    name: str
-    units: int
-    clock: float
-    wgmma: float
-    mma: float
-    dram: float
-    cache: float
-
-
-MACHINES = {
-    80: Machine("A100", 108, 1.41, 0, 2048, 1.7, 4.0), 90: Machine("H100", 132, 1.755, 4096, 2600, 3.0, 6.5),
-    100: Machine("B200", 148, 1.85, 8192, 2600, 6.8, 10.0),
-}  # fmt: skip
-REACHED = 0.75  # of the rate of matrix instructions, in a loop with other work
-ISSUE_OF_A_WARP, MOST_ISSUE = 0.3, 0.85  # instructions per clock and scheduler: with one warp, and at most
-SCHEDULERS, REGISTERS, WARPS, PROGRAMS = 4, 65536, 64, 32  # of a multiprocessor
-LAUNCH = 2e-6  # seconds between kernels
-
-
-@dataclass
-class Row:
-    """One kernel of an op, over all of its launches."""
-
-    op: str
-    kernel: str
-    arch: int
-    launches: int
-    config: str
-    registers: int
-    spilled: int
-    shared: int
-    programs: int
-    warps: int
-    matrix: dict[str, int]
-    instructions: int
-    duplicated: float | None
-    masked: float | None
-    loads: dict[str, int]
-    barriers: int
-    gflop: float
-    dram_gb: float
-    cache_gb: float
-    bound_ms: float
-    predicted_ms: float
-    limit: str
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -114,7 +69,9 @@ def dyn_nsa_results(tokens: int = 65536, heads: int = 64, kv_heads: int = 4, dim
 
     compressed = empty(1, tokens // 64, kv_heads, dim)
     key, number = empty(1, tokens, kv_heads, dim), empty(kv_heads, dtype=torch.float32)
-    inputs = DynNSAInputs(empty(1, tokens, heads, dim), key, key, compressed, compressed, empty(1, tokens, heads, 3), number, number, *[None] * 3)
+    inputs = DynNSAInputs(
+        empty(1, tokens, heads, dim), key, key, compressed, compressed, empty(1, tokens, heads, 3), number, number, *[None] * 3
+    )
     options = DynNSANumbers(512, 1.0, 64, 64, 16, "share", 1, 2, False, dim**-0.5, None)
     return inputs, options, dyn_nsa_forward(inputs, options, (None, None, None))
 
@@ -234,8 +191,12 @@ def row_of(op: str, builds: list[Build], usage: Usage, assembly: Assembly, machi
     launches = [Launch(one) for one in builds]
     works = [WORK[one.name](one) for one in launches]
     warps = build.options.get("num_warps", 4)
-    chosen = {name: value for name, value in build.arguments.items() if name in ("ROWS", "KEYS", "BLOCKS", "QUERIES", "COLUMNS", "LINES", "DEPTH")}
-    config = ", ".join([*(f"{name} {value}" for name, value in chosen.items()), f"{warps} warps", f"{build.options.get('num_stages', 3)} stages"])
+    chosen = {
+        name: value for name, value in build.arguments.items() if name in ("ROWS", "KEYS", "BLOCKS", "QUERIES", "COLUMNS", "LINES", "DEPTH")
+    }
+    config = ", ".join(
+        [*(f"{name} {value}" for name, value in chosen.items()), f"{warps} warps", f"{build.options.get('num_stages', 3)} stages"]
+    )
     programs = resident(usage, warps)
     executed, issued, matrix, duplicated = _counted(launches, works, assembly, warps)
     main = max(assembly.loops, key=lambda loop: (loop.flops(warps), len(loop)), default=assembly.outside)
@@ -247,17 +208,36 @@ def row_of(op: str, builds: list[Build], usage: Usage, assembly: Assembly, machi
     issue = min(MOST_ISSUE, ISSUE_OF_A_WARP * programs * warps / SCHEDULERS)
     tiles = sum(step * tile for work in works for step, tile in zip(work.steps, work.tile, strict=True))
     seconds = {
-        "tensor cores": max(executed, tiles) / (rate * REACHED * filled) if needed else 0.0, "DRAM": dram / machine.dram / 1e12,
-        "L2": cached / machine.cache / 1e12, "issue": issued / clocks / issue,
-    }  # fmt: skip
+        "tensor cores": max(executed, tiles) / (rate * REACHED * filled) if needed else 0.0,
+        "DRAM": dram / machine.dram / 1e12,
+        "L2": cached / machine.cache / 1e12,
+        "issue": issued / clocks / issue,
+    }
     limit = max(seconds, key=lambda name: seconds[name])
     return Row(
-        op, build.kernel.__name__.strip("_").removesuffix("_kernel"), usage.arch, len(builds), config, usage.registers, usage.stack + usage.local,
-        usage.shared, programs, warps, dict(matrix), len(main), duplicated, tiles / needed if needed else None, dict(assembly.loads),
-        main.barriers, needed / 1e9, dram / 1e9, cached / 1e9,
+        op,
+        build.kernel.__name__.strip("_").removesuffix("_kernel"),
+        usage.arch,
+        len(builds),
+        config,
+        usage.registers,
+        usage.stack + usage.local,
+        usage.shared,
+        programs,
+        warps,
+        dict(matrix),
+        len(main),
+        duplicated,
+        tiles / needed if needed else None,
+        dict(assembly.loads),
+        main.barriers,
+        needed / 1e9,
+        dram / 1e9,
+        cached / 1e9,
         1e3 * max(needed / (max(machine.wgmma, machine.mma) * machine.units * machine.clock * 1e9), dram / machine.dram / 1e12),
-        1e3 * (seconds[limit] + LAUNCH * len(builds)), limit,
-    )  # fmt: skip
+        1e3 * (seconds[limit] + LAUNCH * len(builds)),
+        limit,
+    )
 
 
 def _counted(launches: list[Launch], works: list[Work], assembly: Assembly, warps: int) -> tuple[float, float, Counter[str], float | None]:
@@ -281,9 +261,8 @@ def _counted(launches: list[Launch], works: list[Work], assembly: Assembly, warp
     return executed, issued, matrix, executed / whole if whole and executed else None
 
 
-def report(archs: Iterable[int], processes: int) -> tuple[list[Row], list[dict[str, Any]]]:
+def report(ops: dict[str, Call], archs: Iterable[int], processes: int) -> tuple[list[Row], list[dict[str, Any]]]:
     """Rows of all kernels, and PyTorch's operations of each op."""
-    ops = goals()
     found = {(op, arch): listed(call, arch) for op, call in ops.items() for arch in archs}
     for (_, arch), (builds, _) in found.items():
         _BUILDS.update({(digest, arch): same[0] for digest, same in builds.items()})
@@ -298,45 +277,28 @@ def report(archs: Iterable[int], processes: int) -> tuple[list[Row], list[dict[s
     return rows, rest
 
 
-def text_of(rows: list[Row], rest: list[dict[str, Any]], arch: int) -> list[str]:
-    """Lines of a Markdown table for each op."""
-    lines = []
-    for other in (one for one in rest if one["arch"] == arch):
-        own = [row for row in rows if (row.op, row.arch) == (other["op"], arch)]
-        total = sum(row.predicted_ms for row in own) + other["predicted_ms"]
-        lines += [
-            f"### {other['op']}: {total:.2f} ms predicted on {MACHINES[arch].name}", "",
-            "| kernel | launches | configuration | registers | shared KB | programs | matrix instructions | duplicated | masked | loads | barriers"
-            " | GFLOP | DRAM GB | L2 GB | bound ms | predicted ms | limit |",
-            "|" + "---|" * 17,
-        ]  # fmt: skip
-        for row in own:
-            spilled = f" + {row.spilled} B" if row.spilled else ""
-            ratios = ["" if ratio is None else f"{ratio:.2f}" for ratio in (row.duplicated, row.masked)]
-            cells = [
-                row.kernel, row.launches, row.config, f"{row.registers}{spilled}", f"{row.shared / 1024:.0f}", f"{row.programs} × {row.warps}",
-                ", ".join(f"{number} {name}" for name, number in row.matrix.items()), *ratios,
-                ", ".join(f"{number} {name}" for name, number in sorted(row.loads.items())), row.barriers, f"{row.gflop:.0f}",
-                f"{row.dram_gb:.2f}", f"{row.cache_gb:.1f}", f"{row.bound_ms:.3f}", f"{row.predicted_ms:.3f}", row.limit,
-            ]  # fmt: skip
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-        moved = f"{other['operations']} operations of PyTorch | | | | | | | | | | | {other['gb']:.2f} | | | {other['predicted_ms']:.3f} | DRAM"
-        lines += [f"| {moved} |", ""]
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=[90])
+    parser.add_argument("--op", nargs="+", help="beginnings of names of ops, such as dyn_nsa (default: all)", default=[""])
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--write", action="store_true", help="write docs/kernels.json and docs/kernels.md, of all ops and architectures")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows, rest = report(options.arch, options.processes)
-    for arch in options.arch:
-        print("\n".join(text_of(rows, rest, arch)))
+    ops = {name: call for name, call in goals().items() if options.write or any(name.startswith(begin) for begin in options.op)}
+    if not ops:
+        parser.error(f"--op must be the beginning of one of {', '.join(goals())}, got {' '.join(options.op)}.")
+    archs = ARCHS if options.write else options.arch
+    rows, rest = report(ops, archs, options.processes)
+    figures = json.dumps({"kernels": [asdict(row) for row in rows], "pytorch": rest}, indent=1) + "\n"
+    if options.write:
+        (DOCS / "kernels.json").write_text(figures, encoding="utf-8")
+        (DOCS / "kernels.md").write_text("\n".join(page(rows, rest)) + "\n", encoding="utf-8")
+    else:
+        print("\n".join(line for arch in archs for line in tables(rows, rest, arch)))
     if options.json:
-        options.json.write_text(json.dumps({"kernels": [asdict(row) for row in rows], "pytorch": rest}, indent=1) + "\n")
+        options.json.write_text(figures, encoding="utf-8")
 
 
 if __name__ == "__main__":

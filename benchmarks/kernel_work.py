@@ -13,7 +13,6 @@ import numpy as np
 
 from tinyonn.testing.triton import Build
 
-
 FORCED = 3  # blocks that every query lists
 
 
@@ -82,9 +81,12 @@ def interval_fwd(one: Launch) -> Work:
     width, size = one.WIDTH, one.item("q_ptr")
     out = one.bytes_of("out_ptr") * (2 if one.ACCUMULATE else 1)
     return Work(
-        needed=4 * seen * one.HEAD_DIM, steps=(steps,), tile=(4 * one.ROWS * one.KEYS * width,),
-        dram=one.bytes_of("q_ptr", "k_ptr", "v_ptr", "lse_ptr") + out, cached=steps * 2 * one.KEYS * width * size + one.bytes_of("q_ptr") + out,
-    )  # fmt: skip
+        needed=4 * seen * one.HEAD_DIM,
+        steps=(steps,),
+        tile=(4 * one.ROWS * one.KEYS * width,),
+        dram=one.bytes_of("q_ptr", "k_ptr", "v_ptr", "lse_ptr") + out,
+        cached=steps * 2 * one.KEYS * width * size + one.bytes_of("q_ptr") + out,
+    )
 
 
 def interval_dq(one: Launch) -> Work:
@@ -94,9 +96,12 @@ def interval_dq(one: Launch) -> Work:
     out = one.bytes_of("dq_ptr") * (2 if one.ACCUMULATE else 1)
     rows = one.bytes_of("q_ptr", "do_ptr") + out
     return Work(
-        needed=6 * seen * one.HEAD_DIM, steps=(steps, steps), tile=(2 * tile, 3 * tile),
-        dram=one.bytes_of("k_ptr", "v_ptr", "lse_ptr", "product_ptr") + rows, cached=2 * steps * 2 * one.KEYS * width * size + rows,
-    )  # fmt: skip
+        needed=6 * seen * one.HEAD_DIM,
+        steps=(steps, steps),
+        tile=(2 * tile, 3 * tile),
+        dram=one.bytes_of("k_ptr", "v_ptr", "lse_ptr", "product_ptr") + rows,
+        cached=2 * steps * 2 * one.KEYS * width * size + rows,
+    )
 
 
 def interval_dkv(one: Launch) -> Work:
@@ -112,10 +117,14 @@ def interval_dkv(one: Launch) -> Work:
     steps = float(part.sum() * splits * heads)
     seen = float((high - low).sum() * one.GROUP * heads)
     return Work(
-        needed=8 * seen * one.HEAD_DIM, steps=(steps,), tile=(8 * one.ROWS * one.KEYS * one.WIDTH,),
+        needed=8 * seen * one.HEAD_DIM,
+        steps=(steps,),
+        tile=(8 * one.ROWS * one.KEYS * one.WIDTH,),
         dram=one.bytes_of("q_ptr", "do_ptr", "k_ptr", "v_ptr", "dk_ptr", "dv_ptr", "lse_ptr", "product_ptr"),
-        cached=steps * 2 * one.ROWS * one.WIDTH * one.item("q_ptr") + one.bytes_of("k_ptr", "v_ptr") * splits + one.bytes_of("dk_ptr", "dv_ptr"),
-    )  # fmt: skip
+        cached=steps * 2 * one.ROWS * one.WIDTH * one.item("q_ptr")
+        + one.bytes_of("k_ptr", "v_ptr") * splits
+        + one.bytes_of("dk_ptr", "dv_ptr"),
+    )
 
 
 def _selection_tiles(one: Launch) -> tuple[float, float]:
@@ -133,9 +142,12 @@ def select_fwd(one: Launch) -> Work:
     own = one.bytes_of("q_ptr", "lse_ptr", "indices_ptr", "bias_ptr", "counts_ptr", "soft_ptr")
     scratch = 2 * steps * one.QUERIES * one.BLOCKS * 4
     return Work(
-        needed=2 * seen * one.HEAD_DIM, steps=(steps,), tile=(2 * rows * keys * one.WIDTH,), dram=own + one.bytes_of("k_ptr"),
+        needed=2 * seen * one.HEAD_DIM,
+        steps=(steps,),
+        tile=(2 * rows * keys * one.WIDTH,),
+        dram=own + one.bytes_of("k_ptr"),
         cached=steps * keys * one.WIDTH * one.item("k_ptr") + own + scratch,
-    )  # fmt: skip
+    )
 
 
 def select_dq(one: Launch) -> Work:
@@ -145,9 +157,12 @@ def select_dq(one: Launch) -> Work:
     own += one.bytes_of("dq_ptr") * (2 if one.ACCUMULATE else 1)
     scratch = 2 * steps * one.QUERIES * one.BLOCKS * 4
     return Work(
-        needed=4 * seen * one.HEAD_DIM, steps=(steps,), tile=(4 * rows * keys * one.WIDTH,), dram=own + one.bytes_of("k_ptr"),
+        needed=4 * seen * one.HEAD_DIM,
+        steps=(steps,),
+        tile=(4 * rows * keys * one.WIDTH,),
+        dram=own + one.bytes_of("k_ptr"),
         cached=steps * keys * one.WIDTH * one.item("k_ptr") + own + scratch,
-    )  # fmt: skip
+    )
 
 
 def select_dk(one: Launch) -> Work:
@@ -161,10 +176,12 @@ def select_dk(one: Launch) -> Work:
     rows, keys = one.QUERIES * one.PADDED, one.BLOCKS * one.RATIO
     row_bytes = rows * (one.WIDTH * one.item("q_ptr") + 4)
     return Work(
-        needed=4 * seen * one.HEAD_DIM, steps=(steps,), tile=(4 * rows * keys * one.WIDTH,),
+        needed=4 * seen * one.HEAD_DIM,
+        steps=(steps,),
+        tile=(4 * rows * keys * one.WIDTH,),
         dram=one.bytes_of("q_ptr", "k_ptr", "lse_ptr", "indices_ptr", "dbias_ptr", "dk_ptr"),
         cached=steps * (row_bytes + keys * one.WIDTH * one.item("k_ptr")) + one.bytes_of("dk_ptr"),
-    )  # fmt: skip
+    )
 
 
 def _listed(one: Launch) -> tuple[float, float]:
@@ -178,9 +195,12 @@ def block_sparse_fwd(one: Launch) -> Work:
     steps, seen = _listed(one)
     own = one.bytes_of("q_ptr", "blocks_ptr", "bias_ptr", "out_ptr", "lse_ptr")
     return Work(
-        needed=4 * seen * one.HEAD_DIM, steps=(steps,), tile=(4 * one.ROWS * one.KEYS * one.WIDTH,), dram=own + one.bytes_of("k_ptr", "v_ptr"),
+        needed=4 * seen * one.HEAD_DIM,
+        steps=(steps,),
+        tile=(4 * one.ROWS * one.KEYS * one.WIDTH,),
+        dram=own + one.bytes_of("k_ptr", "v_ptr"),
         cached=steps * 2 * one.KEYS * one.WIDTH * one.item("k_ptr") + own,
-    )  # fmt: skip
+    )
 
 
 def block_sparse_dq(one: Launch) -> Work:
@@ -188,9 +208,12 @@ def block_sparse_dq(one: Launch) -> Work:
     own = one.bytes_of("q_ptr", "do_ptr", "blocks_ptr", "bias_ptr", "dbias_ptr", "lse_ptr", "shift_ptr")
     own += one.bytes_of("dq_ptr") * (2 if one.ACCUMULATE else 1)
     return Work(
-        needed=6 * seen * one.HEAD_DIM, steps=(steps,), tile=(6 * one.ROWS * one.KEYS * one.WIDTH,), dram=own + one.bytes_of("k_ptr", "v_ptr"),
+        needed=6 * seen * one.HEAD_DIM,
+        steps=(steps,),
+        tile=(6 * one.ROWS * one.KEYS * one.WIDTH,),
+        dram=own + one.bytes_of("k_ptr", "v_ptr"),
         cached=steps * 2 * one.KEYS * one.WIDTH * one.item("k_ptr") + own,
-    )  # fmt: skip
+    )
 
 
 def block_sparse_dkv(one: Launch) -> Work:
@@ -199,10 +222,12 @@ def block_sparse_dkv(one: Launch) -> Work:
     steps = parts * np.ceil(entries * one.GROUP / one.ROWS)
     size = one.item("q_ptr")
     return Work(
-        needed=8 * entries * one.GROUP * one.BLOCK_SIZE * one.HEAD_DIM, steps=(steps,), tile=(8 * one.ROWS * one.KEYS * one.WIDTH,),
+        needed=8 * entries * one.GROUP * one.BLOCK_SIZE * one.HEAD_DIM,
+        steps=(steps,),
+        tile=(8 * one.ROWS * one.KEYS * one.WIDTH,),
         dram=one.bytes_of("q_ptr", "do_ptr", "k_ptr", "v_ptr", "dk_ptr", "dv_ptr", "entries_ptr", "tokens_ptr", "bias_ptr"),
         cached=steps * one.ROWS * (2 * one.WIDTH * size + 3 * 4) + 2 * one.bytes_of("dk_ptr", "dv_ptr"),
-    )  # fmt: skip
+    )
 
 
 def _pairs(one: Launch) -> int:
@@ -221,11 +246,15 @@ def expert_gate_up(one: Launch) -> Work:
     steps = tiles * -(-one.FEATURES // one.DEPTH)
     written = one.bytes_of("pre_ptr", "h_ptr")
     return Work(
-        needed=2 * _pairs(one) * both * one.NEURONS * one.FEATURES, steps=(steps,), tile=(2 * both * one.ROWS * one.COLUMNS * one.DEPTH,),
+        needed=2 * _pairs(one) * both * one.NEURONS * one.FEATURES,
+        steps=(steps,),
+        tile=(2 * both * one.ROWS * one.COLUMNS * one.DEPTH,),
         dram=one.bytes_of("x_ptr", "w_ptr") + written,
-        cached=_gathered(one, one.FEATURES, columns, "x_ptr") + one.bytes_of("w_ptr") * max(1, tiles / columns / one.w_ptr.shape[0]) + written,
+        cached=_gathered(one, one.FEATURES, columns, "x_ptr")
+        + one.bytes_of("w_ptr") * max(1, tiles / columns / one.w_ptr.shape[0])
+        + written,
         programs=tiles,
-    )  # fmt: skip
+    )
 
 
 def expert_rows(one: Launch) -> Work:
@@ -234,11 +263,15 @@ def expert_rows(one: Launch) -> Work:
     steps = tiles * -(-one.INNER // one.DEPTH)
     written = one.bytes_of("rows_ptr")
     return Work(
-        needed=2 * _pairs(one) * one.INNER * one.FEATURES, steps=(steps,), tile=(2 * one.ROWS * one.COLUMNS * one.DEPTH,),
+        needed=2 * _pairs(one) * one.INNER * one.FEATURES,
+        steps=(steps,),
+        tile=(2 * one.ROWS * one.COLUMNS * one.DEPTH,),
         dram=one.bytes_of("source_ptr", "m_ptr") + written,
-        cached=_gathered(one, one.INNER, columns, "source_ptr") + one.bytes_of("m_ptr") * max(1, tiles / columns / one.m_ptr.shape[0]) + written,
+        cached=_gathered(one, one.INNER, columns, "source_ptr")
+        + one.bytes_of("m_ptr") * max(1, tiles / columns / one.m_ptr.shape[0])
+        + written,
         programs=tiles,
-    )  # fmt: skip
+    )
 
 
 def expert_outer(one: Launch) -> Work:
@@ -246,10 +279,12 @@ def expert_outer(one: Launch) -> Work:
     lines, columns = -(-one.INNER // one.LINES), -(-one.FEATURES // one.COLUMNS)
     steps = experts * lines * columns * np.ceil(_pairs(one) / experts / one.DEPTH)
     return Work(
-        needed=2 * _pairs(one) * one.INNER * one.FEATURES, steps=(steps,), tile=(2 * one.LINES * one.COLUMNS * one.DEPTH,),
+        needed=2 * _pairs(one) * one.INNER * one.FEATURES,
+        steps=(steps,),
+        tile=(2 * one.LINES * one.COLUMNS * one.DEPTH,),
         dram=one.bytes_of("left_ptr", "right_ptr", "out_ptr"),
         cached=_gathered(one, one.INNER, columns, "left_ptr") + _gathered(one, one.FEATURES, lines, "right_ptr") + one.bytes_of("out_ptr"),
-    )  # fmt: skip
+    )
 
 
 def expert_grad_pre(one: Launch) -> Work:
@@ -258,11 +293,13 @@ def expert_grad_pre(one: Launch) -> Work:
     steps = tiles * blocks * -(-one.FEATURES // one.DEPTH)
     rest = one.bytes_of("pre_ptr", "grad_pre_ptr", "weighed_h_ptr")
     return Work(
-        needed=2 * _pairs(one) * one.NEURONS * one.FEATURES, steps=(steps,), tile=(2 * one.ROWS * one.COLUMNS * one.DEPTH,),
+        needed=2 * _pairs(one) * one.NEURONS * one.FEATURES,
+        steps=(steps,),
+        tile=(2 * one.ROWS * one.COLUMNS * one.DEPTH,),
         dram=one.bytes_of("grad_ptr", "down_ptr") + rest,
         cached=_gathered(one, one.FEATURES, blocks, "grad_ptr") + one.bytes_of("down_ptr") * max(1, tiles / one.down_ptr.shape[0]) + rest,
         programs=tiles,
-    )  # fmt: skip
+    )
 
 
 def attention_stats(one: Launch) -> Work:
@@ -271,9 +308,12 @@ def attention_stats(one: Launch) -> Work:
     seen = float((np.arange(one.num_rows // one.GROUP) + one.before + 1).sum() * one.GROUP * one.grid[1])
     own = one.bytes_of("q_ptr", "entropy_ptr", "mass_ptr")
     return Work(
-        needed=2 * seen * one.HEAD_DIM, steps=(steps,), tile=(2 * one.ROWS * one.KEYS * one.WIDTH,), dram=own + one.bytes_of("k_ptr"),
+        needed=2 * seen * one.HEAD_DIM,
+        steps=(steps,),
+        tile=(2 * one.ROWS * one.KEYS * one.WIDTH,),
+        dram=own + one.bytes_of("k_ptr"),
         cached=steps * one.KEYS * one.WIDTH * one.item("k_ptr") + own,
-    )  # fmt: skip
+    )
 
 
 def moves(*names: str, steps: Callable[[Launch], float] = lambda one: one.programs) -> Callable[[Launch], Work]:
@@ -282,9 +322,21 @@ def moves(*names: str, steps: Callable[[Launch], float] = lambda one: one.progra
 
 
 _FUNCTIONS = (
-    interval_fwd, interval_dq, interval_dkv, select_fwd, select_dq, select_dk, block_sparse_fwd, block_sparse_dq, block_sparse_dkv,
-    expert_gate_up, expert_rows, expert_outer, expert_grad_pre, attention_stats,
-)  # fmt: skip
+    interval_fwd,
+    interval_dq,
+    interval_dkv,
+    select_fwd,
+    select_dq,
+    select_dk,
+    block_sparse_fwd,
+    block_sparse_dq,
+    block_sparse_dkv,
+    expert_gate_up,
+    expert_rows,
+    expert_outer,
+    expert_grad_pre,
+    attention_stats,
+)
 WORK: dict[str, Callable[[Launch], Work]] = {f"_{function.__name__}_kernel": function for function in _FUNCTIONS} | {
     "_merge_lists_kernel": moves("indices_ptr", "blocks_ptr", "members_ptr", steps=lambda one: one.programs * one.QUERIES * one.num_slots),
     "_block_sparse_reduce_kernel": moves("partial_ptr", "dk_ptr", "dv_ptr", "dk_ptr", "dv_ptr"),
