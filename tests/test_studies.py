@@ -169,16 +169,49 @@ def test_run_is_evaluated_at_the_budget(experts, arm):
     assert found["k as trained"] == pytest.approx(sum(found["k by layer"]) / 2)
 
 
-def test_intervals_over_seeds_and_texts(experts):
+@pytest.mark.parametrize(("of_seeds", "of_texts"), [(1.0, 0.1), (0.1, 1.0), (1.0, 1.0)], ids=["seeds differ", "texts differ", "both"])
+def test_intervals_of_three_seeds_and_eight_texts_hold_the_mean_of_all_others(experts, of_seeds, of_texts):
     from _study import crossed_difference
 
     torch.manual_seed(0)
-    ours = (torch.randn(3, 40) * 0.1 + torch.tensor([[1.0], [2.0], [3.0]])).tolist()
-    theirs = torch.zeros(3, 40).tolist()
-    gap, low, high = crossed_difference(ours, theirs)
-    assert gap == pytest.approx(torch.tensor(ours).mean().item())
-    assert low == pytest.approx(1, abs=0.1)  # 1 of 27 draws of three seeds has seed 0 alone, which is more than 2.5 %
-    assert high == pytest.approx(3, abs=0.1)
+    held = 0
+    for _ in range(400):
+        gap = 5 + of_seeds * torch.randn(3, 1) + of_texts * torch.randn(1, 8) + 0.1 * torch.randn(3, 8)
+        theirs = torch.randn(3, 8)
+        middle, low, high = crossed_difference((theirs + gap).tolist(), theirs.tolist())
+        assert middle == pytest.approx(gap.mean().item(), abs=1e-5)
+        held += low <= 5 <= high
+    assert held / 400 >= 0.93
+
+
+def test_intervals_of_a_ratio_hold_it(experts):
+    from _study import ratio_of_means
+
+    torch.manual_seed(0)
+    held = 0
+    for _ in range(400):
+        theirs = 0.1 + 0.03 * torch.rand(8)
+        ours = 0.6 * theirs + 0.01 * torch.randn(8)
+        ratio, low, high = ratio_of_means(ours.tolist(), theirs.tolist())
+        assert ratio == pytest.approx((ours.mean() / theirs.mean()).item(), rel=1e-5)
+        held += low <= 0.6 <= high
+    assert 0.92 <= held / 400 <= 0.99
+
+
+def test_results_of_other_settings_are_kept_beside_the_new_ones(experts, tmp_path, capsys):
+    from _study import Results
+
+    path = tmp_path / "some.json"
+    Results(path, {"steps": 1}).measured("arm", 0, by=lambda: {"loss": 1.5})
+    again = Results(path, {"steps": 1})
+    assert again.measured("arm", 0, by=dict)["loss"] == 1.5
+    assert "1 minutes" not in again.origin()
+    other = Results(path, {"steps": 2})
+    assert other.get("arm", 0) is None
+    assert "some.json has other settings: it is kept as some.before.json" in capsys.readouterr().err
+    other.measured("arm", 0, by=lambda: {"loss": 2.5})
+    assert Results(path, {"steps": 2}).cells["arm | 0"]["loss"] == 2.5
+    assert Results(tmp_path / "some.before.json", {"steps": 1}).cells["arm | 0"]["loss"] == 1.5
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,11 @@ L layers, H query heads, K key/value heads, G = H / K, T tokens, D head dim, NB 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from _study import half_precision
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -52,6 +54,11 @@ _RUN = _Run()
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
+    with torch.autocast(query.device.type, enabled=False):
+        return _float_attention(module, query.float(), key.float(), value.float(), scaling)
+
+
+def _float_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, None]:
     if _RUN.rule is None:
         groups = query.shape[1] // key.shape[1]
         wide = [x.repeat_interleave(groups, 1) for x in (key, value)]
@@ -83,11 +90,11 @@ def block_lists(chosen: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Ten
     return place.int()[None].contiguous(), counts[None].contiguous(), bias
 
 
-def losses(model: PreTrainedModel, ids: Tensor, rule: Rule | None = None) -> tuple[Tensor, float]:
-    """Loss of each next token, (T - 1,), and mean blocks a query reads; NaN for dense attention."""
+def losses(model: PreTrainedModel, ids: Tensor, rule: Rule | None = None, exact: bool = False) -> tuple[Tensor, float]:
+    """Loss of each next token, (T - 1,), and mean blocks a query reads; NaN for dense attention. `exact`: linear layers in float32."""
     _RUN.rule, _RUN.counts = rule, []
     try:
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if exact else half_precision():
             return _loss(model(input_ids=ids, use_cache=False).logits, ids), sum(_RUN.counts) / max(1, len(_RUN.counts)) or float("nan")
     finally:
         _RUN.rule = None
@@ -97,7 +104,7 @@ def dense(model: PreTrainedModel, ids: Tensor, gradient: bool = False) -> tuple[
     """Layers of a dense run, losses (T - 1,), and mean_t |∂L/∂o|² of the heads of each layer, (H,), with gradient=True."""
     _RUN.layers = layers = []
     try:
-        with torch.set_grad_enabled(gradient):
+        with torch.set_grad_enabled(gradient), half_precision():
             embedded = model.get_input_embeddings()(ids).requires_grad_(gradient)
             loss = _loss(model(inputs_embeds=embedded, use_cache=False).logits, ids)
             if gradient:

@@ -45,9 +45,9 @@ def page(results: Results, settings: Any) -> list[str]:
         f" each of {len(seeds)} seeds, {settings.sample} others are drawn as the sample, and the rest are for training.",
         f"- **Conversion**: each MLP becomes {settings.experts} experts of {1536 // settings.experts} neurons, split and calibrated on the"
         " sample.",
-        f"- **Tuning**: {settings.steps} steps of Adam on experts and routers, one text a step. With seed {seeds[0]} and"
-        f" k = {settings.budgets[0]}, each arm tries {' and '.join(f'{rate:g}' for rate in settings.rates)} as the routers' learning rate,"
-        " and keeps the one of lower loss on other modules, which are for this choice alone.",
+        f"- **Tuning**: {settings.steps} steps of Adam on experts and routers, one text a step, with matrix products in bfloat16."
+        f" With seed {seeds[0]} and k = {settings.budgets[0]}, each arm tries {' and '.join(f'{rate:g}' for rate in settings.rates)} as"
+        " the routers' learning rate, and keeps the one of lower loss on other modules, which are for this choice alone.",
         "- **Equal numbers of experts**: thresholds choose another number of experts on other texts. Before the evaluation, one shift for"
         " each layer restores the mean on the evaluation texts. *As is* is without this shift.",
         f"- **Measured** on {results.origin()}.",

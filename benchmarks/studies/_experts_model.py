@@ -44,7 +44,7 @@ class Settings:
     tokens: int = 128
     batch: int = 3
     steps: int = 1500
-    rates: tuple[float, ...] = (7e-4, 1e-3, 1.4e-3)
+    rates: tuple[float, ...] = (1e-3, 1.4e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
     rows: int = 384  # of the evaluation
 
@@ -94,7 +94,7 @@ class Mixture(nn.Module):
         self.loss = self.l1 * (load * gates.mean(0)).sum()
         if self.training:
             self.l1 *= L1_FACTOR if (gates > 0).sum() > self.k * len(gates) else 1 / L1_FACTOR
-        return torch.where(top.values > self.least, top.indices, experts), top.values / self.k
+        return torch.where(top.values > max(self.least, 0.0), top.indices, experts), top.values / self.k  # a weight of 0 is no expert
 
 
 def new_model(settings: Settings, arm: str, seed: int) -> LlamaForCausalLM:

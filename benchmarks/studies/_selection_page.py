@@ -86,7 +86,8 @@ def _page(cells: Cells, longer: list[Cells]) -> list[str]:
         "This page compares rules that choose which key blocks a trained model reads. No weight of the model changes."
         f" `benchmarks/studies/selection.py` measured on {cells.results.origin()}.",
         "",
-        "- **Model**: SmolLM2-135M-Instruct (4-bit weights, Q4_1, dequantised), 30 layers of 9 query and 3 key/value heads.",
+        "- **Model**: SmolLM2-135M-Instruct (4-bit weights, Q4_1, dequantised), 30 layers of 9 query and 3 key/value heads. Its linear"
+        " layers compute in bfloat16, attention in float32.",
         f"- **Texts**: {', '.join(settings['texts'])}: modules of Python's standard library, and {settings['tokens']:,} tokens of the"
         " language reference that `help()` prints, from the given token.",
         "- **Blocks** have 64 positions. Every query reads the first block, the previous and its own. The others are *far* blocks.",

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from _converted_page import ALL_TUNED, ARMS, DENSE, DIVERSITY, ONE_PRICE, SIZES, SURPRISE, TOP_K, best_rate, draw_figure, page
-from _study import DOCS, Job, Results, arguments, measure_all, module_text
+from _study import DOCS, Job, Results, arguments, half_precision, measure_all, module_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -182,7 +182,8 @@ class Bench:
             model.train()
 
             def language_loss(ids: Tensor = ids) -> Tensor:
-                loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+                with half_precision():
+                    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
                 return loss
 
             if hyper_step is not None:

@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/studies/experts.py --quick    a trial run of a minute; writes nothing
 
 A small language model reads source of the standard library byte by byte. Its MLPs are dense, or mixtures of 64 experts that differ only
-in how a token's experts are chosen and weighted; see `_experts_model.py`. Each arm trains with the first seed at three learning rates, and
+in how a token's experts are chosen and weighted; see `_experts_model.py`. Each arm trains with the first seed at two learning rates, and
 with the other seeds at the one of lowest loss on text that is for this choice alone. Trials are whole runs, because shorter ones prefer
 rates that are too large. Thresholds choose
 other numbers of experts on other text, so each run is evaluated as it is, and again with all its thresholds shifted to the mean of the

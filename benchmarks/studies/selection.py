@@ -271,7 +271,7 @@ def check(bench: Bench, text: Text) -> dict[str, float]:
         c = ((blocks.z(i, q, k) - thresholds[i]) / blocks.options.temperature).clamp(0, 1)
         return ((c > 0) & far) | forced, torch.where(forced, 0.0, (c * c * (3 - 2 * c)).clamp(min=1e-30).log())
 
-    ours, count = losses(bench.model, text.ids, rule)
+    ours, count = losses(bench.model, text.ids, rule, exact=True)
     with torch.no_grad():
         theirs = model(input_ids=text.ids, labels=text.ids, use_cache=False).loss.item()
     return {"run of this study": ours.mean().item(), "converted model": theirs, "blocks": count, "blocks of the converted model": reached}

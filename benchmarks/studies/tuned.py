@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _study import DOCS, Results, arguments, module_text, prose_text
+from _study import DOCS, Results, arguments, half_precision, module_text, prose_text
 from _tuned_page import BEFORE, DENSE, PRICE, STATIC, Cells, name, page, write
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -175,7 +175,8 @@ class Run:
             if schedule is not None:
                 schedule.apply(self.model, step)
             optimizer.zero_grad()
-            loss = self._loss(self.texts.training(self.seed, step)).mean()
+            with half_precision():
+                loss = self._loss(self.texts.training(self.seed, step)).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
             optimizer.step()

@@ -21,8 +21,10 @@ from transformers import (
 from tinyonn.errors import InputError
 from tinyonn.hf import BudgetSchedule, collected_budget_loss, convert_attention, parameter_groups, statistics
 from tinyonn.hf.dyn_nsa import cores
+from tinyonn.hf.dyn_nsa.parts import set_options
 from tinyonn.nn import OPEN, DynNSAAttention, DynNSAOptions, normalised_entropy
 from tinyonn.testing import assert_close_rms, left_padding, tiny_causal_lm, tiny_dyn_nsa_lm, token_ids
+from tinyonn.testing.families import tiny_family_lm
 
 SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
 LENGTH = 130
@@ -91,6 +93,60 @@ def test_bases_are_centred_and_the_thresholds_stay():
     assert torch.stack([core.base for core in cores(model)]).mean().abs() < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bfloat16", "float16", "float32"])
+def test_a_schedule_that_moves_no_price_moves_no_threshold(dtype):
+    model = tiny_dyn_nsa_lm().to(dtype)
+    with torch.no_grad():
+        for core, low in zip(cores(model), (-2.0, -1.99), strict=True):
+            core.price.fill_(-3.0)
+            core.base.copy_(torch.tensor([2.0, low]))
+    before = torch.stack([core.threshold_base() for core in cores(model)]).detach()
+    schedule = BudgetSchedule(3.0, 300, rate=0.0)
+    for step in range(300):
+        schedule.apply(model, step)
+    after = torch.stack([core.threshold_base() for core in cores(model)]).detach()
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    # A mean that the precision holds becomes a part of the price.
+    with torch.no_grad():
+        for core in cores(model):
+            core.base.add_(1.0)
+    schedule.apply(model, 300)
+    assert torch.stack([core.base for core in cores(model)]).float().mean().abs() < 0.01
+    assert float(next(cores(model)).price) == pytest.approx(-2.0, abs=0.01)
+
+
+def test_the_first_price_is_set_where_something_is_to_move():
+    """Not before anything was read, and not by a schedule that leaves the number of blocks alone."""
+    x, prices, slopes = token_ids(), {}, {}
+    for rate, weight in ((0.3, 0.0), (0.0, 0.0), (0.0, 1.0)):
+        model, schedule = convert_attention(stock(num_hidden_layers=2), **SMALL).train(), BudgetSchedule(3.0, 9, rate=rate, weight=weight)
+        schedule.apply(model, 0)
+        schedule.apply(model, 1)
+        assert all(core.price == OPEN for core in cores(model))
+        for step in (2, 3):
+            loss = model(x, labels=x).loss
+            slopes[rate, weight, step] = torch.autograd.grad(loss, [core.base for core in cores(model)])[0].abs().max()
+            schedule.apply(model, step)
+        prices[rate, weight] = float(next(cores(model)).price)
+    assert prices[0.3, 0.0] > -8
+    assert (prices[0.0, 0.0], prices[0.0, 1.0]) == (OPEN, -8)
+    assert slopes[0.0, 1.0, 2] < 1e-9  # at the price of a new conversion the budget loss is flat
+    assert slopes[0.0, 1.0, 3] > 1e-6
+
+
+def test_the_call_after_the_last_step_counts_it_and_sets_the_limit():
+    model, x, schedule = convert_attention(stock(num_hidden_layers=2), **SMALL).train(), token_ids(), BudgetSchedule(3.0, 4, max_blocks=8)
+    for step in range(4):
+        schedule.apply(model, step)
+        with torch.no_grad():
+            model(x)
+    price = float(next(cores(model)).price)
+    assert next(cores(model)).options.max_blocks is None
+    schedule.apply(model, 4)
+    assert next(cores(model)).options.max_blocks == 8
+    assert float(next(cores(model)).price) > price  # it still read too many
+
+
 def test_layers_of_ones_own_share_a_budget_too():
     torch.manual_seed(0)
     options = DynNSAOptions(compress_size=16, block_size=16, window=20)
@@ -153,6 +209,24 @@ def test_the_loss_holds_the_budget():
     torch.testing.assert_close(model(x, labels=x).loss, plain)
 
 
+def test_the_loss_counts_every_call_of_a_layer():
+    """The first four layers of this family run six times in a forward, and the others twice."""
+    model, x = convert_attention(tiny_family_lm("hrm_text"), **SMALL).train(), token_ids()
+    softs: list[Tensor] = []
+    for number, core in enumerate(cores(model)):
+        core.register_forward_hook(lambda module, args, out: softs.append(out.soft_counts))
+        with torch.no_grad():
+            core.base.fill_(float(number))
+    BudgetSchedule(4.0, 9, weight=0.7).apply(model, 0)
+    for core in cores(model):
+        core.price.fill_(-2.0)
+        core.budget_target.fill_(4.0)
+    model(x)
+    assert len(softs) == 4 * 6 + 4 * 2
+    mean = torch.cat([soft.flatten() for soft in softs]).mean()
+    torch.testing.assert_close(collected_budget_loss(model), 0.7 * (mean / 4 - 1) ** 2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -173,6 +247,24 @@ def test_the_loss_holds_the_budget():
 def test_bad_schedules_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         BudgetSchedule(**options)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(8.5, "float"), (True, "bool"), ("8", "str")])
+def test_the_last_limit_is_an_int(number, kind):
+    with pytest.raises(TypeError, match=f"max_blocks must be an int, got {kind}"):
+        BudgetSchedule(4.0, 9, max_blocks=number)
+
+
+def test_options_of_a_model_are_checked_when_they_are_set():
+    model, x = convert_attention(stock(), **SMALL), token_ids(20)
+    shared, before = next(cores(model)).options, copy.deepcopy(model.config.tinyonn)
+    with pytest.raises(ValueError, match=r"temperature must be above 0 and at most 10, got 11\.0"):
+        set_options(model, max_blocks=8, temperature=11.0)
+    assert (shared.max_blocks, model.config.tinyonn) == (None, before)
+    set_options(model, max_blocks=8)
+    assert all(core.options is shared for core in cores(model))  # layers share one
+    assert (shared.max_blocks, model.config.tinyonn["dyn_nsa"]["options"]["max_blocks"]) == (8, 8)
+    assert model(x).logits.isfinite().all()
 
 
 def test_a_schedule_needs_a_converted_model():

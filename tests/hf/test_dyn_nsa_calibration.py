@@ -14,6 +14,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from tinyonn.errors import InputError
 from tinyonn.hf import BudgetSchedule, calibrate, convert_attention, distil_compression, register_attention, statistics
 from tinyonn.hf.dyn_nsa import calibration, cores, fitting, measures, shares
+from tinyonn.hf.dyn_nsa.options import price_of_budget
+from tinyonn.nn import DynNSAOptions
 from tinyonn.testing import left_padding, tiny_causal_lm, token_ids
 
 from .regression import by_hand
@@ -140,12 +142,39 @@ def test_every_budget_of_a_call_follows_the_gains():
     calibrate(model, [x], 4.0)
     assert heads_of(model, "gain").std() > 0.02
     for budget in (3.5, 6.0, 8.0):
-        statistics(model, reset=True)
-        with torch.no_grad():
-            model(x, block_budget=budget)
         forced = sum(min(t // 16 + 1, 3) for t in range(300)) / 300
-        blocks = sum(value["mean_count"] for value in statistics(model).values()) / 3
-        assert blocks - forced == pytest.approx(budget - 3, rel=0.12)
+        assert blocks_read(model, x, budget) - forced == pytest.approx(budget - forced, rel=0.12)
+
+
+def blocks_read(model: PreTrainedModel, x: Tensor, budget: float) -> float:
+    statistics(model, reset=True)
+    with torch.no_grad():
+        model(x, block_budget=budget)
+    return sum(value["mean_count"] for value in statistics(model).values()) / 3
+
+
+@pytest.mark.parametrize("target", [2.8, 3.75])
+def test_the_budget_of_the_calibration_reads_what_it_read(target, tmp_path):
+    """In a short text queries read fewer forced blocks than three on average, here 2.63."""
+    model, x = convert_attention(stock(), **SMALL), token_ids()
+    reached = calibrate(model, [x], target)
+    assert reached == pytest.approx(target, abs=0.03)
+    assert blocks_read(model, x, target) == pytest.approx(target, abs=0.06)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert blocks_read(loaded, x, target) == blocks_read(model, x, target)
+    forced = sum(min(t // 16 + 1, 3) for t in range(LENGTH)) / LENGTH
+    with pytest.raises(
+        InputError, match=f"block_budget must be above {forced:.4g}, the forced blocks per query in the sample of calibrate"
+    ):
+        model(x, block_budget=forced - 0.01)
+
+
+def test_prices_of_earlier_versions_count_every_forced_block():
+    options = DynNSAOptions(prices=((1.0, -2.0), (3.0, -4.0)))
+    assert [price_of_budget(options, budget) for budget in (3.5, 4.0, 5.0, 6.0, 9.0)] == [-2.0, -2.0, -3.0, -4.0, -4.0]
+    with pytest.raises(InputError, match="block_budget must be above 3, the forced blocks per query"):
+        price_of_budget(options, 3.0)
 
 
 def test_the_price_of_a_new_conversion_opens_every_block_of_a_calibrated_model():
@@ -342,6 +371,17 @@ def test_a_sample_of_another_kind_is_named(sample, error, message):
     for measured in (lambda: calibrate(model, sample, 3.5), lambda: distil_compression(model, sample, 5)):
         with pytest.raises(error, match=re.escape(message)):
             measured()
+
+
+def test_a_model_that_runs_another_attention_is_not_measured():
+    model, x = convert_attention(stock(), **SMALL), token_ids()
+    model.set_attn_implementation("sdpa")
+    message = re.escape("attn_implementation must be 'dyn_nsa', got 'sdpa'; call model.set_attn_implementation('dyn_nsa').")
+    for measured in (lambda: calibrate(model, [x], 3.5), lambda: distil_compression(model, [x], 5)):
+        with pytest.raises(InputError, match=message):
+            measured()
+    model.set_attn_implementation("dyn_nsa")
+    assert calibrate(model, [x], 3.5) == pytest.approx(3.5, abs=0.05)
 
 
 def test_a_model_with_a_weight_that_is_not_finite_gets_no_price():

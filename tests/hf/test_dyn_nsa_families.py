@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -133,3 +134,39 @@ def test_every_family_works_or_is_refused(family, tmp_path):
     except Exception as error:
         pytest.skip(f"it does not run by itself, shrunk so: {type(error).__name__}: {error}")
     check(model, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["nemotron", "stablelm"])
+def test_keywords_that_do_not_reach_the_attention_are_refused(family):
+    """The decoder layers of these two take keywords, and drop them."""
+    model, x = convert_attention(tiny_family_lm(family), **SMALL), text()
+    expected = model(x).logits
+    why = f"because the layers of {type(model).__name__} do not pass keywords to their attention"
+    price = f"{why}. calibrate sets one price for all calls."
+    for core in cores(model):
+        core.options.prices = ((1.0, -3.0), (4.0, -5.0))
+    for given, message in (
+        ({"block_price": 50.0}, f"block_price must not be given, {price}"),
+        ({"block_budget": 5.5}, f"block_budget must not be given, {price}"),
+        ({"tau": 1.0}, f"tau must not be given, {why}."),
+    ):
+        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+            model(x, **given)
+        if "tau" not in given:
+            with pytest.raises(InputError, match=re.escape(message)):
+                model.generate(x, max_new_tokens=2, do_sample=False, pad_token_id=0, **given)
+    assert torch.equal(model(x, block_price=None).logits, expected)
+    model.set_attn_implementation("sdpa")
+    with pytest.warns(UserWarning, match="the converted layers are not used"):
+        model(x, block_price=50.0)
+    message = re.escape(f"tau_source must be 'attention' or 'constant', got 'output', {why}.")
+    other = tiny_family_lm(family)
+    before = state(other)
+    with pytest.raises(InputError, match=message):
+        convert_attention(other, **SMALL, tau_source="output")
+    assert state(other) == before
+    model.set_attn_implementation("dyn_nsa")
+    for core in cores(model):  # as in a folder saved by an earlier version
+        core.options.tau_source = "output"
+    with pytest.raises(InputError, match=message):
+        model(x)

@@ -214,6 +214,23 @@ def test_normalised_entropy():
     got = normalised_entropy(logits)
     torch.testing.assert_close(got, torch.tensor([1.0, 0.0, 0.5]), rtol=0, atol=1e-6)
     assert not got.requires_grad
+    # A masked token has probability 0, as in a vocabulary without it.
+    few = torch.tensor([[1.0, 2.0, 0.5]])
+    masked = normalised_entropy(torch.cat([few, torch.full((1, 5), -torch.inf)], -1))
+    torch.testing.assert_close(masked, torch.distributions.Categorical(logits=few).entropy() / torch.tensor(8.0).log())
+    assert normalised_entropy(torch.tensor([[1.0, torch.nan], [1.0, torch.inf], [-torch.inf, -torch.inf]])).isnan().all()
+
+
+def test_the_running_tau_keeps_its_precision_and_takes_no_padding():
+    core = DynNSACore(4, 2, 16, DynNSAOptions(tau_source="output")).half().train()
+    assert core.output_tau.dtype == torch.float32
+    padded = torch.tensor([[torch.nan, 0.5, 0.5]])
+    core.observe_output(padded, torch.tensor([[0, 1, 1]]))
+    expected = 0.5
+    for _ in range(200):
+        core.observe_output(torch.full((1, 3), 0.503))
+        expected += 0.05 * (0.503 - expected)
+    assert float(core.output_tau) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("target", [1.0, 100.0], ids=["too many", "too few"])

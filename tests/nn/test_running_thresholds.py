@@ -318,7 +318,8 @@ def test_a_router_alone_is_trained_by_its_own_methods():
     [
         ({"thresholds": "running"}, "thresholds must be one of learned, quantile, balanced, got 'running'"),
         ({"form": "cosine"}, "form must be linear or sigmoid_cosine with thresholds='quantile', got cosine"),
-        ({"routing": "budget"}, "combine must not be 'sigmoid' with routing='budget'"),
+        ({"routing": "budget"}, "thresholds must not be 'quantile' with routing='budget'"),
+        ({"routing": "budget", "thresholds": "learned"}, "combine must not be 'sigmoid' with routing='budget'"),
         ({"routing": "budget", "combine": "softmax"}, "thresholds must not be 'quantile' with routing='budget'"),
         ({"routing": "budget", "combine": "softmax", "thresholds": "balanced"}, "thresholds must not be 'balanced' with routing='budget'"),
         ({"form": "sigmoid_cosine", "level": 0.5}, "level must be 0 unless form='linear', got 0.5 with form='sigmoid_cosine'"),
@@ -400,3 +401,92 @@ def test_a_model_that_is_first_called_in_inference_mode_learns_afterwards(monkey
     for seed in range(3):
         train(model, tokens(64, F, seed=seed))
     assert not torch.equal(model.router.thresholds, before)
+
+
+def test_balanced_thresholds_let_no_expert_starve_where_a_token_has_no_room_for_more():
+    torch.manual_seed(0)
+    model = DynMoE(32, 8, num_experts=32, target_k=4, max_experts=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(400):
+        x = tokens(128, 32, seed=step) + 5
+        (model(x) - x.sin()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().reset_statistics()
+    model(tokens(8000, 32, seed=-1) + 5)
+    statistics = model.statistics()
+    assert statistics["dead_experts"] == 0
+    assert statistics["mean_k"] == pytest.approx(4, abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_demand_is_learned_in_half_precision(dtype):
+    torch.manual_seed(1)
+    model = DynMoE(16, 8, num_experts=8, target_k=2, level=1.0, demand=0.5).to(dtype)
+    for seed in range(100):
+        x = tokens(256, 16, seed=seed)
+        (model(x.to(dtype)).float() * (1 + 5 * (x[:, :1] > 0))).square().mean().backward()
+    model.eval()
+    x = tokens(4000, 16, seed=-1)
+    number = (model.route(x.to(dtype)).top_k_index < 8).sum(-1).float()
+    assert number[x[:, 0] > 0].mean() > number[x[:, 0] <= 0].mean() + 0.5
+    assert all(buffer.dtype == torch.float32 for buffer in model.router.head.buffers())
+
+
+def test_thresholds_of_a_frozen_router_stay():
+    model = nn.Sequential(nn.Linear(F, F), mixture(demand=0.5))
+    model[1].requires_grad_(False)
+    before = copy.deepcopy(model[1].state_dict())
+    for seed in range(3):
+        train(model, tokens(64, F, seed=seed))
+    for name, value in model[1].state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("saved", "own", "message"),
+    [
+        ({"thresholds": "balanced"}, {"thresholds": "quantile"}, "was saved with thresholds='balanced', but this one has 'quantile'"),
+        ({"thresholds": "quantile"}, {"thresholds": "balanced"}, "was saved with thresholds='quantile', but this one has 'balanced'"),
+        ({"demand": 0.5}, {}, "was saved with demand above 0, but this one has demand 0"),
+        ({}, {"demand": 0.5}, "was saved with demand 0, but this one has demand above 0"),
+    ],
+    ids=str,
+)
+def test_a_state_of_other_options_is_named(saved, own, message):
+    with pytest.raises(RuntimeError, match=f"router {message}"):
+        mixture(**own).load_state_dict(mixture(**saved).state_dict())
+
+
+def test_statistics_of_a_model_that_transformers_loads_begin_at_0(tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    class Model(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config) -> None:
+            super().__init__(config)
+            self.moe = mixture()
+            self.post_init()
+
+        def _init_weights(self, module) -> None:
+            pass
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.moe(x)
+
+    first = Model(transformers.PretrainedConfig())
+    first.save_pretrained(tmp_path)
+    rubbish = [torch.full((1000,), 7) for _ in range(50)]  # so that new memory is not 0
+    del rubbish
+    loaded = Model.from_pretrained(tmp_path)
+    x = tokens(100, F)
+    for model in (first, loaded):
+        model.eval()(x)
+    found, wanted = loaded.moe.statistics(), first.moe.statistics()
+    assert found["counts"].tolist() == wanted["counts"].tolist()
+    assert found["mean_k"] == wanted["mean_k"]
+    loaded.train()
+    train(loaded, x)
+    train(loaded, x)
+    assert loaded.moe.router.updates == 1

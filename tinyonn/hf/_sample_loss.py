@@ -49,7 +49,7 @@ def _loss_of(model: PreTrainedModel, output: Any, batch: dict[str, Any]) -> Tens
     if logits is None or logits.dim() != 3 or model.get_output_embeddings() is None:
         raise InputError(f"model must have a language head for price='gradient', got {type(model).__name__}: give price='none'.")
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
-    labels = labels.to(logits.device)
+    labels = labels.to(logits.device, torch.int64)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         labels = labels.masked_fill(mask.to(labels.device)[:, -labels.shape[1] :] == 0, -100)
     if isinstance(positions, Tensor) and positions.dim() == 2:

@@ -19,9 +19,10 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.experts.threshold_route import unit_vectors
+from .wide_buffers import WideBuffers
 
 RATE = 0.1  # of Adam, divided by √F
 MOMENTS = (0.9, 0.999)
@@ -32,7 +33,7 @@ _places = itertools.count()
 _by_place: weakref.WeakValueDictionary[int, Demand] = weakref.WeakValueDictionary()
 
 
-class Demand(nn.Module):
+class Demand(WideBuffers):
     """The head of one router. All of its state is in buffers.
 
     Args:

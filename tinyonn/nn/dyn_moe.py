@@ -137,7 +137,7 @@ class DynMoE(nn.Module):
             check_budget(surprise_budget)
             if min_experts != 1:
                 raise ValueError(f"min_experts must be 1 with routing='budget', got {min_experts}.")
-            for option, unfit in (("combine", combine), ("thresholds", thresholds)):
+            for option, unfit in (("thresholds", thresholds), ("combine", combine)):
                 if unfit in ("softmax_logits", "sigmoid", "relu", "quantile", "balanced"):
                     raise ValueError(f"{option} must not be {unfit!r} with routing='budget', whose shares sum to 1 and need no threshold.")
         elif surprise_budget is not None:
@@ -168,7 +168,15 @@ class DynMoE(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("expert_counts", torch.zeros(max_num_experts, device=device, dtype=torch.int64), persistent=False)
         self.register_buffer("tokens_seen", torch.zeros((), device=device, dtype=torch.int64), persistent=False)
+        self._unset = self.expert_counts.is_meta  # whether buffers that no file holds may have any value, once they have one
         self.reset_parameters()
+
+    def _set_buffers(self) -> None:
+        """Sets what no file holds, once, in a module that was made without data: `from_pretrained` leaves it as memory was."""
+        if self._unset and not self.expert_counts.is_meta:
+            self._unset = False
+            self.reset_statistics()
+            self.router.forget_era()
 
     def reset_parameters(self) -> None:
         """Initialises experts like `nn.Linear`, and the router by its own `reset_parameters`."""
@@ -196,6 +204,7 @@ class DynMoE(nn.Module):
 
         Warns once, as `train.HyperStep` does, if live experts got none of the last 1,000 · E / target_k tokens or more.
         """
+        self._set_buffers()
         warn_of_dead_experts({"": self})
         counts = self.expert_counts
         found = {"mean_k": math.nan, "dead_experts": math.nan, "counts": counts.clone()}
@@ -255,6 +264,7 @@ class DynMoE(nn.Module):
             raise TypeError(
                 f"hidden_states must be {self.down_proj.dtype} like the experts, or come under autocast, got {hidden_states.dtype}."
             )
+        self._set_buffers()
         budget = self._budget(surprise_budget, hidden_states.shape[:-1])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

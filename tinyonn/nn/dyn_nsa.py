@@ -71,9 +71,12 @@ def loss_of_sums(sums: Sequence[tuple[Tensor, Tensor]], target: Tensor | float, 
 
 
 def normalised_entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits) over the last dimension, divided by its maximum: 0 … 1, float32, detached."""
+    """Entropy of softmax(logits) over the last dimension, divided by its maximum: 0 … 1, float32, detached.
+
+    A logit of -inf gives a probability of 0. The entropy is NaN where a logit is NaN or inf.
+    """
     log_probs = torch.log_softmax(logits.detach().float(), -1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    entropy = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(torch.float32).min)).sum(-1)  # 0 · -inf would be NaN
     return entropy / torch.log(torch.tensor(float(max(logits.shape[-1], 2)), device=logits.device))
 
 
@@ -143,14 +146,14 @@ class DynNSACore(nn.Module):
         self.previous_tau: Tensor | None = None
         self.watch: Callable[[Any], None] | None = None  # of calls that are plain causal attention while a sample is measured
         self.collecting = False
-        self.collected: tuple[Tensor, Tensor] | None = None  # of `sums_of`
+        self.collected: list[tuple[Tensor, Tensor]] = []  # `sums_of` each call of the last forward
         # Blocks that queries read in training, those not forced, and number of rows, for a schedule that takes them. No buffer: DDP would
         # overwrite it.
         self.counted: Tensor | None = None
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynNSACore:
-        wide = {name: getattr(self, name) for name in ("sums", "price", "gain", "budget_target")}
+        wide = {name: getattr(self, name) for name in ("sums", "price", "gain", "budget_target", "output_tau", "observed")}
         super()._apply(fn, recurse)
         for name, old in wide.items():
             if not old.is_meta and not getattr(self, name).is_meta:
@@ -245,16 +248,20 @@ class DynNSACore(nn.Module):
         In training they update the running mean; otherwise each row's last entropy is kept for the next token.
 
         Args:
-            entropy: (B, T), from `normalised_entropy`.
-            mask: (B, T), which tokens count; None for all.
+            entropy: (B, T), from `normalised_entropy`; on any device.
+            mask: (B, T), which tokens count; None for all. Entropies of others may be NaN.
         """
         if not self.training:
-            self.previous_tau = entropy[:, -1].clone()
+            self.previous_tau = entropy[:, -1].to(self.output_tau.device, copy=True)
             return
-        mean = entropy.mean() if mask is None else (entropy * mask).sum() / mask.sum().clamp(min=1)
+        if mask is None:
+            mean = entropy.mean()
+        else:
+            real = mask.to(entropy.device) != 0
+            mean = torch.where(real, entropy, 0).sum() / real.sum().clamp(min=1)
         # The first observation replaces the initial value of the running mean.
         step = torch.where(self.observed > 0, OUTPUT_TAU_MOMENTUM, 1.0)
-        self.output_tau.lerp_(mean.to(self.output_tau.dtype), step.to(self.output_tau.dtype))
+        self.output_tau.lerp_(mean.to(self.output_tau), step.to(self.output_tau))
         self.observed.fill_(1.0)
 
     def forward(

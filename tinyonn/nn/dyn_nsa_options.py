@@ -39,6 +39,7 @@ class DynNSAOptions:
         budget_weight: weight of the budget loss; 0 for none.
         budget_target: initial target of the budget loss, in key blocks per query; a schedule may change it.
         prices: pairs of far blocks per query and the price that reads them, from few blocks to many, as `hf.calibrate` found them.
+        prices_forced: forced blocks per query in the sample of `prices`, fewer in short texts; None for `forced`, as in earlier versions.
         impl: implementation of `ops.dyn_nsa`.
     """
 
@@ -61,6 +62,7 @@ class DynNSAOptions:
     budget_weight: float = 0.0
     budget_target: float = 16.0
     prices: tuple[tuple[float, float], ...] = ()
+    prices_forced: float | None = None
     impl: str = "auto"
 
     def __post_init__(self) -> None:
@@ -90,6 +92,8 @@ class DynNSAOptions:
         for far, price in self.prices:
             check_number("prices", far, above=0)
             check_number("prices", price)
+        if self.prices_forced is not None:
+            check_number("prices_forced", self.prices_forced, at_least=0, at_most=self.forced)
         self.start_gates = tuple(self.start_gates)  # type: ignore[assignment]  # JSON gives a list
         check_choice("tau_source", self.tau_source, get_args(TauSource))
         if not 0 <= self.tau <= 1:

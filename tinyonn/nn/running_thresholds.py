@@ -2,7 +2,7 @@
 
     "quantile"  c_e: running mean, over training steps, of the score that a share target_k / E of a batch's tokens exceed for expert e
     "balanced"  c_e += STEP · spread · sign(load of e − mean load), centred: an expert with more tokens than the mean becomes dearer; one
-                with less than an eighth falls to the score that an eighth of this share exceeds
+                with less than an eighth falls so far that an eighth of this share would choose it
     price       price += RATE · spread · (experts per token / target_k − 1), after each step
     θ_te        c_e + price + level · (the token's own level) − demand
 
@@ -113,7 +113,7 @@ def apply_thresholds(
         towards = found.sign()
         moved = towards != 0
         fair = thresholds + STEP * scale * torch.where(moved, towards - towards.sum() / moved.sum().clamp(min=1), 0)
-        fair = torch.where(found < LEAST - 1, fair.minimum(mean[len(thresholds) : -2] - price), fair)
+        fair = torch.where(found < LEAST - 1, fair.minimum(mean[len(thresholds) : -2]), fair)
     else:
         fair = torch.lerp(thresholds, found, step)
         # The first quantiles replace thresholds of another origin, so their deviation says nothing about the new ones.
@@ -134,8 +134,8 @@ def _(thresholds: Tensor, price: Tensor, spread: Tensor, pending: Tensor, update
 
 @torch.library.custom_op("tinyonn::record_scores", mutates_args=("pending",))
 def record_scores(
-    scores: Tensor, top_k_index: Tensor, token_mask: Tensor | None, expert_mask: Tensor, thresholds: Tensor, pending: Tensor,
-    target_k: float, balanced: bool,
+    scores: Tensor, top_k_index: Tensor, token_mask: Tensor | None, expert_mask: Tensor, thresholds: Tensor, token_thresholds: Tensor,
+    pending: Tensor, target_k: float, max_experts: int, balanced: bool,
 ) -> None:  # fmt: skip
     """Adds the quantiles or loads of a batch to `pending`; see `apply_thresholds`. A call within backward does nothing.
 
@@ -145,7 +145,8 @@ def record_scores(
         token_mask: (N,) bool; None for all.
         expert_mask: (E,) bool; the thresholds of other experts stay as they are.
         thresholds: (E,).
-        target_k: mean number of experts per token.
+        token_thresholds: (N,), price and demand.
+        target_k, max_experts: mean and largest number of experts per token.
         balanced: whether loads are recorded in place of quantiles.
     """
     if torch._C._current_graph_task_id() != -1 or not len(scores):
@@ -174,8 +175,13 @@ def record_scores(
         load = load[:experts] / number.clamp(min=1)
         fair = mean / expert_mask.sum().clamp(min=1)
         load = torch.where(expert_mask & (fair > 0), load / torch.where(fair > 0, fair, 1) - 1, 0)
-        highest_allowed = between(highest, (number * share * LEAST - 0.5).clamp(min=0).minimum(number - 1).clamp(0, most - 1))
-        found = torch.cat([load, torch.where(there, highest_allowed, torch.inf)])
+        # A token chooses an expert whose margin exceeds the token's threshold, and that of the last expert that there is room for.
+        margins = torch.where(kept.unsqueeze(-1) & expert_mask, scores.to(pending.dtype) - thresholds, -torch.inf)
+        room = margins.topk(min(max_experts, experts)).values[:, -1]
+        least = torch.maximum(token_thresholds.to(pending.dtype), room)
+        few = torch.where(known.isfinite(), known - least.unsqueeze(-1), -torch.inf).T.topk(most).values
+        starving = between(few, (number * share * LEAST - 0.5).clamp(min=0).minimum(number - 1).clamp(0, most - 1))
+        found = torch.cat([load, torch.where(there, starving, torch.inf)])
     else:
         found = torch.where(there, upper, thresholds.to(pending.dtype))
     values = torch.cat([found, torch.stack([width, deviation, torch.ones_like(width)])])
@@ -184,8 +190,8 @@ def record_scores(
 
 @record_scores.register_fake
 def _(
-    scores: Tensor, top_k_index: Tensor, token_mask: Tensor | None, expert_mask: Tensor, thresholds: Tensor, pending: Tensor,
-    target_k: float, balanced: bool,
+    scores: Tensor, top_k_index: Tensor, token_mask: Tensor | None, expert_mask: Tensor, thresholds: Tensor, token_thresholds: Tensor,
+    pending: Tensor, target_k: float, max_experts: int, balanced: bool,
 ) -> None:  # fmt: skip
     return None
 

@@ -6,7 +6,6 @@ N tokens, F features, E experts, K = max_experts slots per token
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,12 +18,13 @@ from ._search import bisect
 from .demand import Demand, apply_demand, record_demand
 from .running_thresholds import DECAY, EXTRA, FLOOR, Graphs, apply_thresholds, between, is_ready, record_scores, watched_weights
 from .surprise_budget import Budget
+from .wide_buffers import WideBuffers
 
 Combine = Weighting | Literal["unit"]
 Thresholds = Literal["learned", "quantile", "balanced"]
 
 
-class ThresholdRouter(nn.Module):
+class ThresholdRouter(WideBuffers):
     """Router with a prototype and a threshold per expert: a token uses the experts whose similarity exceeds their threshold.
 
     At the start, tokens of random direction pass `target_k` thresholds on average; `calibrate` sets thresholds for real tokens.
@@ -151,9 +151,13 @@ class ThresholdRouter(nn.Module):
         if self.price is not None:
             for buffer in (self.price, self.spread, self.pending, self.updates):
                 buffer.zero_()
-            self.era.fill_(-1)
+            self.forget_era()
             if self.head is not None:
                 self.head.reset_parameters()
+
+    def forget_era(self) -> None:
+        if self.price is not None:
+            self.era.fill_(-1)
 
     @torch.no_grad()
     def calibrate(self, hidden_states: Tensor, target_k: float | None = None) -> float:
@@ -201,7 +205,8 @@ class ThresholdRouter(nn.Module):
 
         bounded = self.form != "linear" and self.price is None
         reach = 1.0 if bounded else float(scores[scores.isfinite()].abs().max()) + 1.0
-        limit = bisect(mean, target_k, -reach, reach)
+        # Where max_experts holds the mean at the target, any lower limit gives it too; this finds the highest.
+        limit = bisect(mean, target_k * 0.999 if target_k >= min(self.max_experts, live) else target_k, -reach, reach)
         if self.price is not None:
             self.price.fill_(limit)
             return mean(self.price.item())
@@ -220,11 +225,17 @@ class ThresholdRouter(nn.Module):
     def _rank(self) -> int:
         return max(1, round(self.target_k))
 
+    @property
+    def follows_scores(self) -> bool:
+        """Whether thresholds move with the scores in training. Those of a router whose prototypes are frozen stay as they are."""
+        return self.price is not None and self.prototypes.requires_grad
+
     def apply_recorded(self) -> None:
         """Moves running thresholds and the price by what was recorded before the last backward; nothing for learned thresholds, and nothing
         while an earlier forward waits for its backward, which may have to choose the same experts again.
         """
-        if self.price is not None and (torch.compiler.is_compiling() or not self.graphs.waiting):
+        if self.follows_scores and (torch.compiler.is_compiling() or not self.graphs.waiting):
+            assert self.price is not None
             balanced = self.thresholds_kind == "balanced"
             if self.head is not None:
                 head = self.head
@@ -243,7 +254,7 @@ class ThresholdRouter(nn.Module):
         Returns:
             The routing to use from here on: its backward is what `apply_recorded` waits for.
         """
-        if self.price is None:
+        if not self.follows_scores:
             return routing
         with torch.no_grad():
             balanced = self.thresholds_kind == "balanced"
@@ -254,8 +265,8 @@ class ThresholdRouter(nn.Module):
             kept = ~scores.isnan().any(-1)
             if token_mask is not None:
                 kept = kept & token_mask
-            state = (self.expert_mask, self.thresholds, self.pending)
-            record_scores(scores, routing.top_k_index, kept, *state, self.target_k, balanced)
+            state = (self.expert_mask, self.thresholds, self._token_thresholds(hidden_states), self.pending)
+            record_scores(scores, routing.top_k_index, kept, *state, self.target_k, self.max_experts, balanced)
             if self.head is not None:
                 record_demand(hidden_states.detach(), kept, self.head.head, self.head.pending)
         weights = routing.top_k_weights
@@ -284,18 +295,21 @@ class ThresholdRouter(nn.Module):
                 "with the options it was saved with."
             )
             return
+        pending = state_dict.get(prefix + "pending")
+        if (
+            self.price is not None
+            and pending is not None
+            and pending.shape != self.pending.shape
+            and len(self.thresholds) == len(state_dict[prefix + "thresholds"])
+        ):
+            kinds = ("balanced", "quantile") if len(pending) > len(self.pending) else ("quantile", "balanced")
+            errors.append(f"{prefix.rstrip('.') or 'router'} was saved with thresholds={kinds[0]!r}, but this one has {kinds[1]!r}.")
+            return
+        if self.price is not None and (prefix + "head.head" in state_dict) != (self.head is not None):
+            saved, own = ("above 0", "0") if self.head is None else ("0", "above 0")
+            errors.append(f"{prefix.rstrip('.') or 'router'} was saved with demand {saved}, but this one has demand {own}.")
+            return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ThresholdRouter:
-        """Keeps running thresholds in float32: the steps of a running mean are below the resolution of half precision."""
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and buffer.is_floating_point()}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            assert moved is not None
-            if moved.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = moved.float() if moved.is_meta or buffer.is_meta else buffer.to(moved.device)
-        return self
 
     def forward(self, hidden_states: Tensor, surprise_budget: Budget | None = None) -> Routing:
         """Routing of N tokens, (N, F): by threshold, or with a budget, a number or (N,), by share of softmax mass."""

@@ -26,7 +26,7 @@ from ...errors import InputError
 from ...nn import DynMoE, ThresholdRouter
 from ...nn._search import bisect
 from ...nn.threshold_router import cosines, mean_experts
-from ...ops._checks import check_choice
+from ...ops._checks import check_choice, check_flag
 from .._converted import converted_model, recorded
 from ..peft_parts import adapter_of, keep_in_adapter, running_statistics
 from .options import DynMoEOptions
@@ -94,6 +94,7 @@ def calibrate_experts(
     options = DynMoEOptions(**conversion["options"])
     if options.routing != "threshold":
         raise InputError(f"routing must be 'threshold' to calibrate a model, got {options.routing!r}; choose a budget instead.")
+    check_flag("shift", shift)
     bounds: dict[str, Any] = {
         "target_k": target_k,
         "min_experts": min_experts,

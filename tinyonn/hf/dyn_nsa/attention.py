@@ -20,7 +20,7 @@ from .decoding import compressed_so_far
 from .masks import dyn_nsa_mask, gathered, layout_of, within_bounds
 from .observing import plain_attention
 from .options import checked_options, checked_tau, open_price
-from .parts import DYN_NSA, core_of
+from .parts import ARRIVALS, DYN_NSA, core_of
 from .plain import ScoreShape, checked_shape, mask_of_bounds, plain_layer
 
 # Arguments that a model may pass to its attention function, and that do not change the result here.
@@ -88,6 +88,7 @@ def dyn_nsa_attention(
             shape; an argument that is not supported.
     """
     name, local = type(module).__name__, is_local(module, sliding_window)
+    arrivals: list[nn.Module] | None = kwargs.pop(ARRIVALS, None)
     if unknown := unknown_arguments(kwargs):
         raise InputError(f"{name} passes {', '.join(unknown)} to its attention, and attn_implementation='dyn_nsa' does not support it.")
     shape = checked_shape(name, query.shape[1], softcap, s_aux)
@@ -95,6 +96,8 @@ def dyn_nsa_attention(
     if local:
         return plain_layer(module, query, key, value, attention_mask, shape, **how), None
     core = core_of(module)
+    if arrivals is not None and core is not None:
+        arrivals.append(core)
     whole = core is None and not _own_options(module)  # a full layer that nothing was chosen for
     if dropout and not whole:
         raise InputError(f"attention dropout must be 0 for attn_implementation='dyn_nsa', got {dropout} in {name}.")
@@ -147,7 +150,8 @@ def dyn_nsa_attention(
     sums = core.budget_sums(result)  # also in recomputation, which must save the same tensors
     if core.collecting:
         core.record(result, gates, key.shape[1], key_start=bounds.get("key_start"), cu_seqlens=bounds.get("cu_seqlens"))
-        core.collected = sums if core.training else None
+        if core.training:
+            core.collected = [*core.collected, sums]  # some families call a layer several times in a forward
     return _in_place(result.out.reshape(batch, tokens, *result.out.shape[2:]), query_order), None
 
 

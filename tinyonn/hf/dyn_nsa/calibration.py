@@ -138,7 +138,8 @@ def _calibrated(model: PreTrainedModel, found: list[DynNSACore], batches: list[d
     # What reads more or fewer far blocks, by the sample's order and how far it was off at this price.
     most, scale = (values.every - forced) / rows, place / far if far > 0 and place > 0 else len(ordered) / values.pairs
     points = [most * (i / POINTS) ** 2 for i in range(1, POINTS + 1)]
-    set_options(model, prices=tuple((round(point, 6), round(_price_at(ordered, point * rows * scale), 6)) for point in points))
+    prices = tuple((round(point, 6), round(_price_at(ordered, point * rows * scale), 6)) for point in points)
+    set_options(model, prices=prices, prices_forced=forced / rows)
     return reached
 
 

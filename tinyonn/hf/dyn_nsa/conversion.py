@@ -59,7 +59,8 @@ def convert_attention(
     Args:
         model: causal decoder that uses transformers' AttentionInterface.
         layers: numbers of the decoder layers to convert, from 0; None for all without a sliding window or chunks.
-        compress_size … impl: see `DynNSAOptions`.
+        compress_size … impl: see `DynNSAOptions`. The defaults are those of the class, except temperature=0.05 (1.0 there), which reads the
+            blocks that pass almost in full, and max_blocks=None (32 there), which keeps the outputs. `ops.dyn_nsa` has compress_size=64.
 
     Returns:
         The model.
@@ -67,7 +68,7 @@ def convert_attention(
     Raises:
         InputError: the model is converted already, has weights on the meta device, is not a causal decoder, or has no layer to convert;
             its attention is not supported (dropout, own masks, heads above 256, or values of another size than keys, as in MLA); `layers`
-            names a layer that is not a full attention layer.
+            names a layer that is not a full attention layer; tau_source is "output" in a model that passes no keywords to its attention.
         TypeError, ValueError: `model` is not a transformers model; `layers` is not a list of integers; an option is invalid.
     """
     checked_model(model)
@@ -79,7 +80,7 @@ def convert_attention(
         "learnable_compression": learnable_compression, "compress_query": compress_query, "start_gates": (0.0, 1.0, 0.0), "base": base,
         "slope": slope, "tau_source": tau_source, "tau": tau, "impl": impl,
     })  # fmt: skip
-    found = attention_layers(model, layers)
+    found = attention_layers(model, layers, with_tau=tau_source == "output")
     add_parts(model, dataclasses.asdict(options), found)
     record(model, DYN_NSA, dataclasses.asdict(options), found)
     for name in found:

@@ -130,8 +130,9 @@ def noted_tau(model: nn.Module, cache: Any, otherwise: Tensor) -> Tensor:
     seen, marks = _state.seen.get(model), _marks(model, cache)
     if seen is None or marks is None or marks.shape[1:] != seen.marks.shape[1:] or marks.device != seen.marks.device:
         return otherwise
-    same = (marks[:, None] == seen.marks[None]).flatten(2).all(-1)
-    return torch.where(same.any(-1), seen.tau[same.int().argmax(-1)], otherwise)
+    # The marks are on the device of the last layer, the noted tau on that of the head, `otherwise` on that of the first layer.
+    same = (marks[:, None] == seen.marks[None]).flatten(2).all(-1).to(otherwise.device)
+    return torch.where(same.any(-1), seen.tau.to(otherwise.device)[same.int().argmax(-1)], otherwise)
 
 
 def _marks(model: nn.Module, cache: Any) -> Tensor | None:

@@ -42,7 +42,7 @@ class HeadPairs(NamedTuple):
 
     @property
     def measured(self) -> bool:
-        """Whether a fit of this head's own has something to go by."""
+        """Whether the pairs suffice for a fit of this head's own."""
         return len(self.x) >= LEAST_PAIRS and bool(self.effect.any()) and bool((self.x != self.x[0]).any())
 
     def level(self, power: float) -> float:

@@ -17,9 +17,9 @@ from ...nn.dyn_nsa import DynNSACore, normalised_entropy
 from .._forward import ForwardAround, forward_around, refuse_replicas, tokens_of
 from .decoding import note_tau, noted_tau, recall
 from .options import checked_options, open_price, price_of_budget
-from .parts import DYN_NSA, PART, cores, take_budget_loss
+from .parts import ARRIVALS, DYN_NSA, PART, attention_of, cores, take_budget_loss
 
-PRICE, BUDGET = "block_price", "block_budget"  # keywords of a call; transformers hands the first on to the attention function
+PRICE, BUDGET = "block_price", "block_budget"  # keywords of a call; transformers passes the first to the attention function
 OBSERVED_TOKENS = 256  # about as many evenly spaced tokens of a row give their output entropy in training, because logits are large
 
 
@@ -105,7 +105,7 @@ class ObservedForward(ForwardAround):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """With the price and the budget of a call, for `generate` looks there for what a model takes."""
+        """The model's signature, with the price and the budget of a call: `generate` reads the names of a model's keywords from it."""
         own = super().__signature__
         others = [parameter for parameter in own.parameters.values() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
         named = [parameter for parameter in own.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -129,17 +129,32 @@ class ObservedForward(ForwardAround):
                 raise InputError(f"a call must be given {PRICE} or {BUDGET}, got both.")
             kwargs[PRICE] = price_of_budget(found[0].options, budget)
         tau = _before(self.model, found, given)
-        output = self.inner(*args, **(kwargs if tau is None else {**kwargs, "tau": tau}))
+        if tau is not None:
+            kwargs["tau"] = tau
+        named = next((name for name in (BUDGET, PRICE, "tau") if given.get(name) is not None), None if tau is None else "tau_source")
+        arrivals: list[nn.Module] = []
+        if named is not None:
+            kwargs[ARRIVALS] = arrivals
+        output = self.inner(*args, **kwargs)
+        if named is not None and not arrivals and attention_of(self.model.config) == DYN_NSA:
+            raise InputError(not_passed(named, self.model))
         return _after(self.model, found, given, output)
 
     def _warn_if_unused(self) -> None:
-        config: Any = self.model.config
-        if not self.warned and (running := config.get_text_config(decoder=True)._attn_implementation) != DYN_NSA:
+        if not self.warned and (running := attention_of(self.model.config)) != DYN_NSA:
             self.warned = True
             warnings.warn(
                 f"attn_implementation is '{running}', so the converted layers are not used; set '{DYN_NSA}' or call revert_attention.",
                 stacklevel=3,
             )
+
+
+def not_passed(name: str, model: nn.Module) -> str:
+    """Message for a keyword of a call, or "tau_source" for "output", in a model whose layers do not pass keywords to their attention."""
+    why = f"because the layers of {type(model).__name__} do not pass keywords to their attention"
+    if name == "tau_source":
+        return f"tau_source must be 'attention' or 'constant', got 'output', {why}."
+    return f"{name} must not be given, {why}." + ("" if name == "tau" else " calibrate sets one price for all calls.")
 
 
 def _before(model: nn.Module, found: list[DynNSACore], given: dict[str, Any]) -> Tensor | None:
@@ -149,7 +164,7 @@ def _before(model: nn.Module, found: list[DynNSACore], given: dict[str, Any]) ->
         recall(model, given)
     first = found[0]
     for core in found:
-        core.collecting, core.collected = True, None
+        core.collecting, core.collected = True, []
     if first.options.tau_source != "output" or given.get("tau") is not None:
         return None
     tau, tokens = first.output_tau.clone(), tokens_of(given)
@@ -211,10 +226,12 @@ def _after(model: nn.Module, found: list[DynNSACore], given: dict[str, Any], out
         counted = given.get("shift_labels")
         if counted is None:
             counted = labels[..., 1:] if labels.dim() > 1 else labels
-        loss = loss * ((counted != -100).sum() / items)
+        items = items.to(loss.device) if isinstance(items, Tensor) else items
+        loss = loss * ((counted != -100).sum().to(loss.device) / items)
+    # In a model on several devices, the layers' loss is on that of the first layer, and the model's on that of its head.
     if isinstance(output, tuple):
-        return (output[0] + loss, *output[1:])
-    output["loss"] = output["loss"] + loss
+        return (output[0] + loss.to(output[0].device), *output[1:])
+    output["loss"] = output["loss"] + loss.to(output["loss"].device)
     return output
 
 

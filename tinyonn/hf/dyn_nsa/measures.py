@@ -106,7 +106,7 @@ class HeadEffects:
 
     def __init__(self, core: DynNSACore) -> None:
         device, self.core, self.queries = core.base.device, core, 0
-        self.slope = torch.zeros(core.num_heads, dtype=torch.float64, device=device)  # Σ |∂L/∂o|² over the queries
+        self.grad_norm = torch.zeros(core.num_heads, dtype=torch.float64, device=device)  # Σ |∂L/∂o|² over the queries
         # Of each pair: a number drawn for it, x, weight, and |P_b (v̄_b - o)|² of each query head of the group.
         self.kept = torch.empty(core.num_kv_heads, 3 + core.num_heads // core.num_kv_heads, 0, device=device)
         self.generator = torch.Generator().manual_seed(0)
@@ -122,8 +122,8 @@ class HeadEffects:
         options, compressed, asked = call.core.options, call.compressed_keys().float(), call.compressed_query()
         for row, begin, end, first_key in call.sequences():
             length, size = end - begin, options.block_size
-            slope = grad[row, begin:end].float() * call.gates[row, begin:end, :, 1, None].float()
-            self.slope += slope.square().sum((0, 2)).double()
+            grad_out = grad[row, begin:end].float() * call.gates[row, begin:end, :, 1, None].float()
+            self.grad_norm += grad_out.square().sum((0, 2)).double()
             self.queries += length
             least = options.forced * size  # tokens before it leave out no block
             if length <= least:
@@ -163,7 +163,7 @@ class HeadEffects:
     def pairs(self) -> list[HeadPairs]:
         """The pairs of each key/value head."""
         found = []
-        for kept, slope in zip(self.kept, (self.slope / self.queries).unflatten(0, (len(self.kept), -1)), strict=True):
+        for kept, grad_norm in zip(self.kept, (self.grad_norm / self.queries).unflatten(0, (len(self.kept), -1)), strict=True):
             _, x, weight, *power = kept[:, kept[0] >= 0].double().cpu()
-            found.append(HeadPairs(x, (slope.cpu()[:, None] * torch.stack(power)).sum(0), weight))
+            found.append(HeadPairs(x, (grad_norm.cpu()[:, None] * torch.stack(power)).sum(0), weight))
         return found

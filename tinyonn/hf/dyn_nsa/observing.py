@@ -20,27 +20,28 @@ from ...errors import InputError
 from ...nn.block_compression import block_starts
 from ...nn.dyn_nsa import GAIN_FROM, DynNSACore
 from ...ops import DynNSAOutput
+from .._converted import converted_model
 from .._forward import tokens_of
 from ..interfaces import gradients_kept
 from .hooks import BUDGET, PRICE
 from .options import open_price
-from .parts import cores
+from .parts import DYN_NSA, attention_of, cores
 from .shares import Scores, Sequence, sequences_of
 
 
 class Attended(NamedTuple):
-    """What one call of a core was given, and gave."""
+    """Arguments and output of one call of a core."""
 
     core: DynNSACore
     query: Tensor  # (B, T, H, D)
     key: Tensor  # (B, T, K, D)
-    value: Tensor
+    value: Tensor  # (B, T, K, D)
     gates: Tensor  # (B, T, H, 3)
     tau: Tensor | None  # (B, T, K); None for the entropy of the compressed branch
     scores: Scores
-    key_start: Tensor | None
-    key_end: Tensor | None
-    cu_seqlens: Tensor | None
+    key_start: Tensor | None  # (B,), first position of each row's text; None for 0
+    key_end: Tensor | None  # (B,), position after its last one; None for T
+    cu_seqlens: Tensor | None  # (sequences + 1,), bounds of packed texts
     out: Tensor  # (B, T, H, D)
 
     def sequences(self) -> Iterator[Sequence]:
@@ -140,11 +141,14 @@ def checked_sample(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str
     """The batches of a sample, as keyword arguments of the model.
 
     Raises:
-        InputError: the model is not converted, there is no batch, or one cannot be measured.
+        InputError: the model is not converted, or runs another attention; there is no batch, or one cannot be measured.
         TypeError: the sample is not an iterable of batches.
     """
     if next(cores(model), None) is None:
         raise InputError(f"model must be converted by convert_attention, got an unconverted {type(model).__name__}.")
+    holder = converted_model(model, DYN_NSA)
+    if holder is not None and (running := attention_of(holder.config)) != DYN_NSA:
+        raise InputError(f"attn_implementation must be '{DYN_NSA}', got '{running}'; call model.set_attn_implementation('{DYN_NSA}').")
     if isinstance(sample, (Tensor, Mapping, str)) or not isinstance(sample, Iterable):
         raise TypeError(f"sample must be a list of batches, got {type(sample).__name__}.")
     batches = [_checked_batch(batch) for batch in sample]

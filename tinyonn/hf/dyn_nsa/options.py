@@ -61,15 +61,19 @@ def price_of_budget(options: DynNSAOptions, budget: float) -> float:
     """The price that reads about `budget` blocks per query, forced ones included, on texts like those of the last calibration.
 
     Raises:
-        InputError: the model was not calibrated since it was trained; the budget is not above the forced blocks. TypeError, ValueError: no
-            finite number.
+        InputError: the model was not calibrated, or a schedule or a distillation has dropped the prices; the budget is not above the forced
+            blocks. TypeError, ValueError: no finite number.
     """
     check_number("block_budget", budget)
     if not options.prices:
-        raise InputError("block_budget must follow calibrate, got a model that was not calibrated, or was trained since.")
-    if budget <= options.forced:
-        raise InputError(f"block_budget must be above {options.forced}, the forced blocks, got {budget}.")
-    far, points = budget - options.forced, options.prices
+        raise InputError(
+            "block_budget must follow calibrate, got a model that was not calibrated, or that BudgetSchedule or distil_compression changed "
+            "since."
+        )
+    forced = options.forced if options.prices_forced is None else options.prices_forced
+    if budget <= forced:
+        raise InputError(f"block_budget must be above {forced:.4g}, the forced blocks per query in the sample of calibrate, got {budget}.")
+    far, points = budget - forced, options.prices
     after = next((i for i, point in enumerate(points) if point[0] >= far), len(points) - 1)
     if after == 0 or points[after][0] < far:
         return points[after][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..peft_parts import active, active_modules, running_statistics
 
 DYN_NSA = "dyn_nsa"  # attention implementation in a configuration
 PART = "dyn_nsa"  # name of a core within its attention module
+ARRIVALS = "dyn_nsa_arrivals"  # keyword of a call with a price or a tau: a list to which each layer that gets the keywords adds its core
 _TAKEN = "loss_taken"  # attribute of a core
 
 
@@ -31,9 +33,22 @@ def core_of(module: nn.Module) -> DynNSACore | None:
     return part if part is None or isinstance(part, DynNSACore) else part.tau_of.__self__
 
 
+def attention_of(config: Any) -> str:
+    """Name of the attention implementation that a model with this configuration runs."""
+    running: str = config.get_text_config(decoder=True)._attn_implementation
+    return running
+
+
 def set_options(model: nn.Module, **values: Any) -> None:
-    """Sets options of all layers, and in the record of the model that holds them."""
-    for core in cores(model):
+    """Sets options of all layers, and in the record of the model that holds them.
+
+    Raises:
+        TypeError, ValueError: a value that `DynNSAOptions` refuses; nothing is set then.
+    """
+    found = list(cores(model))
+    for core in found:
+        replace(core.options, **values)  # checks the values; layers share an options object, so it is changed in place below
+    for core in found:
         for name, value in values.items():
             if getattr(core.options, name) != value:
                 setattr(core.options, name, value)
@@ -109,21 +124,21 @@ def collected_budget_loss(model: nn.Module) -> Tensor:
 def take_budget_loss(parts: Iterable[DynNSACore]) -> Tensor | None:
     found, first = [], None
     for core in parts:
-        if core.collected is not None:
-            found.append(core.collected)
+        if core.collected:
+            found.extend(core.collected)
             first = first or core
             setattr(core, _TAKEN, True)
-        core.collected = None
+        core.collected = []
     if first is None:
         return None
     return loss_of_sums(found, first.budget_target.to(found[0][0].device), first.options.budget_weight)
 
 
 def take_counts(model: nn.Module) -> tuple[float, float, int]:
-    """Mean key blocks that queries read in training since this was last asked, those of them beyond the forced ones, and number of queries:
-    over all layers, heads and ranks.
+    """Counts in training since the last call, over all layers, heads and ranks: mean key blocks per query, those of them beyond the forced
+    ones, and number of queries.
 
-    Layers count from the first time this is asked.
+    Layers count from the first call on.
     """
     found = list(cores(model))
     sums = torch.zeros(3, dtype=torch.float64)

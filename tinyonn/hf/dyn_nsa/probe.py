@@ -20,6 +20,7 @@ from ...ops._attention import MAX_HEAD_DIM
 from ..interfaces import attention_implementation, gradients_kept, install_attention, modes_kept
 from ..memory import is_out_of_memory
 from .attention import is_local, unknown_arguments
+from .hooks import not_passed
 from .masks import dyn_nsa_mask
 from .plain import checked_shape
 
@@ -28,15 +29,16 @@ _PROBE = "dyn_nsa_probe"
 MaskKind = Literal["none", "whole", "part", "other"]
 
 
-def attention_layers(model: PreTrainedModel, chosen: Sequence[int] | None = None) -> dict[str, list[int]]:
+def attention_layers(model: PreTrainedModel, chosen: Sequence[int] | None = None, *, with_tau: bool = False) -> dict[str, list[int]]:
     """Name of each layer that attends to the whole past -> query heads, key heads, head size.
 
     Args:
         chosen: numbers of decoder layers, as their `layer_idx`; None for all that attend to the whole past.
+        with_tau: whether each call of the model will pass a tau to its layers.
 
     Raises:
         InputError: the model is not a causal decoder of token ids; DynNSA cannot replace one of its layers, or has none to replace; a
-            chosen layer is none of these. TypeError: `chosen` is not a list of integers.
+            chosen layer is none of these; no layer gets the tau. TypeError: `chosen` is not a list of integers.
     """
     kind = type(model).__name__
     if chosen is not None:
@@ -44,9 +46,11 @@ def attention_layers(model: PreTrainedModel, chosen: Sequence[int] | None = None
     if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         raise InputError(f"model must be a decoder whose only input is token ids, got {kind}.")
     names = {module: name for name, module in model.named_modules()}
-    plain = _calls(model, padded=False)
+    plain = _calls(model, padded=False, **({"tau": 1.0} if with_tau else {}))
     if not plain:
         raise InputError(f"{kind} has no attention layer that uses transformers' AttentionInterface.")
+    if with_tau and not any(call.has_tau for call in plain):
+        raise InputError(not_passed("tau_source", model))
     for call in plain:
         _check(call, chosen)
     with modes_kept(model):
@@ -92,6 +96,7 @@ class _Call(NamedTuple):
     unknown: list[str]  # arguments that DynNSA does not support
     softcap: Any
     sinks: Any
+    has_tau: bool
 
     @property
     def name(self) -> str:
@@ -144,8 +149,11 @@ class _Notes:
 _notes: list[_Notes] = []
 
 
-def _calls(model: PreTrainedModel, *, padded: bool) -> list[_Call]:
+def _calls(model: PreTrainedModel, *, padded: bool, **keywords: Any) -> list[_Call]:
     """The model's calls of its attention function, in order.
+
+    Args:
+        keywords: further arguments of the model.
 
     Raises:
         InputError: the model does not run with a registered attention function.
@@ -159,7 +167,7 @@ def _calls(model: PreTrainedModel, *, padded: bool) -> list[_Call]:
     _notes.append(notes)
     try:
         with torch.no_grad(), gradients_kept(model), attention_implementation(model, _PROBE):
-            model(**inputs)
+            model(**inputs, **keywords)
     except Exception as error:  # a model's own code may raise anything
         if is_out_of_memory(error):
             raise
@@ -200,10 +208,12 @@ def _probe(
         made = _notes[-1].masks.get(attention_mask.untyped_storage().data_ptr())
         mask = "other" if made is None or made[0].dtype != attention_mask.dtype else made[1]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    softcap, sinks = given.pop("softcap", None), given.pop("s_aux", None)
+    softcap, sinks, tau = (given.pop(name, None) for name in ("softcap", "s_aux", "tau"))
     unknown = unknown_arguments(given)
     sizes = (query.shape, key.shape, value.shape)
-    _notes[-1].calls.append(_Call(module, *sizes, mask, dropout or 0.0, causal, window is not None, unknown, softcap, sinks))
+    _notes[-1].calls.append(
+        _Call(module, *sizes, mask, dropout or 0.0, causal, window is not None, unknown, softcap, sinks, tau is not None)
+    )
     return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=is_causal)
 
 

@@ -15,22 +15,25 @@ from transformers import TrainerCallback
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
 from ...nn.dyn_nsa_options import MAX_TEMPERATURE
-from ...ops._checks import check_number
+from ...ops._checks import check_number, check_size
 from ..peft_parts import adapter_of, frozen, keep_in_adapter, remedy
 from .parts import PART, cores, loss_was_taken, mean_blocks, set_options, take_counts
 
-FIRST_PRICE = -8.0  # of a model that reads every block, at the first step that has counts: only shares below 0.03 % are left out
+# Of a model that reads every block, at the first step that has counts: only shares below 0.03 % are left out. Far below it, a budget loss
+# has no gradient either.
+FIRST_PRICE = -8.0
 HASTE, MOST_HASTE = 1.1, 5.0  # growth of the rate at each step on the same side of the path, and its limit
 LEAST_FAR = 0.02  # blocks beyond the forced ones, in the logarithm that moves the price
 PATH = 0.3  # of the steps: the target holds from there on
-MISSED = 0.1  # relative error of the blocks read at the end that is told
+MISSED = 0.1  # relative error of the blocks read at the end, from which training ends with a warning
+ROUNDED = 0.1  # of the mean of `base`: the rounding from which `base` is not centred
 COOLING = 0.7  # of the steps: the temperature holds from there on
 STAGES = 5  # of the temperature: a compiled model compiles again at each
 
 
 class BudgetSchedule(TrainerCallback):
     """Lowers the key blocks that a converted model reads to a budget while it trains, and narrows the gates of its blocks. Use it as a
-    Trainer's callback, or call `apply` before each step of your own loop.
+    Trainer's callback, or call `apply(model, step)` before each step of your own loop, and `apply(model, steps)` after the last one.
 
     The budget is one for the model: the mean over layers, heads, tokens and the ranks of torch.distributed. After each optimiser step the
     price moves by rate · log(blocks read / blocks wanted), both beyond the forced ones. Blocks wanted fall geometrically from those of the
@@ -44,7 +47,8 @@ class BudgetSchedule(TrainerCallback):
         steps: optimiser steps of the training. If there are fewer, it ends with a warning.
         start: blocks wanted at the beginning; None for those that the first step reads, or 64 with a weight.
         rate: nats that the price moves in a step where the blocks read are e times those wanted, up to five times as many where they stay
-            on one side of what is wanted; 0 to leave the price to a budget loss.
+            on one side of what is wanted; 0 to leave the number of blocks to a budget loss. With a rate or a weight, a price below -8 is
+            set to -8 at the first step that has counts, because no block is near a lower one.
         weight: weight of the budget loss; 0 for none.
         temperature: at the beginning and the end, in nats; None to leave it.
         max_blocks: largest number of blocks per query after the last step; None for no limit.
@@ -76,8 +80,10 @@ class BudgetSchedule(TrainerCallback):
                 raise ValueError(f"temperature must be two numbers, at the beginning and the end, got {temperature!r}.")
             for number in temperature:
                 check_number("temperature", number, above=0, at_most=MAX_TEMPERATURE)
-        if max_blocks is not None and max_blocks < target:
-            raise ValueError(f"max_blocks must be at least target, {target}, got {max_blocks}.")
+        if max_blocks is not None:
+            check_size("max_blocks", max_blocks)
+            if max_blocks < target:
+                raise ValueError(f"max_blocks must be at least target, {target}, got {max_blocks}.")
         self.target, self.steps, self.rate, self.weight, self.max_blocks = target, steps, rate, weight, max_blocks
         self.temperature = temperature
         self.start = 64.0 if start is None and weight > 0 else start
@@ -100,7 +106,10 @@ class BudgetSchedule(TrainerCallback):
 
     @torch.no_grad()
     def apply(self, model: nn.Module, step: int) -> None:
-        """Sets a model up for a step, counted from 0, after the forwards in training of the step before. Every rank must call it."""
+        """Sets a model up for a step, counted from 0, after the forwards in training of the step before. Every rank must call it.
+
+        The call after the last step, with `steps`, moves the price by what that step read, and sets `max_blocks`.
+        """
         found = list(cores(model))
         if not found:
             raise InputError(f"model must be converted by convert_attention, got an unconverted {type(model).__name__}.")
@@ -110,11 +119,10 @@ class BudgetSchedule(TrainerCallback):
         if self.start is None:
             self.start = blocks if rows else self._start_of(found[0], step)
         if step > 0:
-            price = max(price, FIRST_PRICE)
             self._read = (blocks, far) if rows else None
-            if rows:
+            if rows and (self.rate or self.weight):
                 wanted = self.target_at(step) - (blocks - far)
-                price += self._move(math.log(max(far, LEAST_FAR) / max(wanted, LEAST_FAR)))
+                price = max(price, FIRST_PRICE) + self._move(math.log(max(far, LEAST_FAR) / max(wanted, LEAST_FAR)))
         options: dict[str, Any] = {"budget_weight": self.weight, "prices": ()}  # those of an earlier calibration no longer hold
         if (temperature := self.temperature_at(step)) is not None:
             options["temperature"] = temperature
@@ -133,16 +141,29 @@ class BudgetSchedule(TrainerCallback):
 
     @staticmethod
     def _centre(found: list[DynNSACore]) -> float:
-        """Moves the mean of `base` over layers and heads into the price, and leaves the thresholds as they are; the price."""
+        """Moves the mean of `base` over layers and heads into the price, and leaves the thresholds as they are.
+
+        A mean so small that the precision of `base` would round it away stays in `base`. If the price took it, every call would move the
+        thresholds.
+
+        Returns:
+            The price.
+        """
         bases: list[Any] = [core.base.detach() for core in found]
         whole = [base.full_tensor() if isinstance(base, DTensor) else base for base in bases]  # fully_shard splits parameters
-        mean = float(torch.cat([base.float().cpu() for base in whole]).mean())
-        for core in found:
-            base, part = core.base, core.price_part(core.price + mean) - core.price_part(core.price)
-            moved = part.to(base.device, base.dtype)
+        mean, worst, centred = float(torch.cat([base.float().cpu() for base in whole]).mean()), 0.0, []
+        for core, base in zip(found, whole, strict=True):
+            wide = base.to(torch.promote_types(base.dtype, torch.float32))
+            part = (core.price_part(core.price + mean) - core.price_part(core.price)).to(wide)
+            centred.append((wide - part).to(base.dtype))
+            worst = max(worst, float((wide - part - centred[-1]).abs().max()))
+        if worst > ROUNDED * abs(mean):
+            return float(found[0].price)
+        for core, moved in zip(found, centred, strict=True):
+            base = core.base
             if isinstance(base, DTensor):
                 moved = distribute_tensor(moved, base.device_mesh, base.placements, src_data_rank=None)
-            base.sub_(moved)
+            base.copy_(moved)
         return float(found[0].price) + mean
 
     def _start_of(self, core: DynNSACore, step: int) -> float | None:
