@@ -35,8 +35,8 @@ def lists_within(start: Tensor, end: Tensor, batch: int, num_kv: int, num_slots:
 
 
 @pytest.mark.parametrize("bounds", list(BOUNDS))
-@pytest.mark.parametrize("queries", [16, 8, 5, 4, 2])
-def test_a_tile_lists_each_block_once_with_its_queries(queries, bounds):
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
+def test_a_tile_lists_each_block_once_with_its_queries(group, bounds):
     from tinyonn_kernels.nsa._common import geometry_of
     from tinyonn_kernels.nsa.block_lists import merge_lists
 
@@ -44,14 +44,14 @@ def test_a_tile_lists_each_block_once_with_its_queries(queries, bounds):
     batch = 2 if bounds == "padded" else 1
     where = {name: torch.tensor(bound, dtype=torch.int32) for name, bound in BOUNDS[bounds].items()}
     options = [where.get(name) for name in ("cu_seqlens", "key_start", "key_end")]
-    query = torch.zeros(batch, tokens, num_kv, 1)
+    query = torch.zeros(batch, tokens, num_kv * group, 1)
     whole = geometry_of(query, tokens, *options)
     indices, counts = lists_within(whole.start, whole.end, batch, num_kv, 5, block_size)
     on_device = geometry_of(query.to(DEVICE), tokens, *(None if bound is None else bound.to(DEVICE) for bound in options))
     begin = 3  # a chunk of tokens, whose lists have the batch stride of the whole
     rows = (slice(None), slice(begin, None))
-    merged = merge_lists(indices.to(DEVICE)[rows], counts.to(DEVICE)[rows], on_device.of_chunk(begin), queries, block_size)
-    assert merged.queries == queries
+    merged = merge_lists(indices.to(DEVICE)[rows], counts.to(DEVICE)[rows], on_device.of_chunk(begin), group, block_size)
+    assert merged.queries == 16 // group
     assert merged.lengths.shape == (batch, -(-(tokens - begin) // merged.queries), num_kv)
     total = 0
     for b, tile, head in torch.cartesian_prod(*(torch.arange(size) for size in merged.lengths.shape)).tolist():
@@ -69,26 +69,12 @@ def test_a_tile_lists_each_block_once_with_its_queries(queries, bounds):
     assert total < int(counts[counts < 99].sum())  # blocks were shared
 
 
-@pytest.mark.parametrize(
-    ("group", "num_queries", "dtype", "queries", "rows"),
-    [
-        (16, 100, torch.bfloat16, 4, 64), (1, 100, torch.bfloat16, 16, 16), (3, 100, torch.float16, 16, 64), (8, 100, torch.float16, 8, 64),
-        (40, 100, torch.bfloat16, 1, 64), (128, 100, torch.bfloat16, 1, 128), (16, 1, torch.bfloat16, 1, 16), (8, 3, torch.bfloat16, 4, 32),
-        (4, 100, torch.float32, 4, 16), (16, 100, torch.float32, 1, 16), (2, 0, torch.bfloat16, 1, 16),
-    ],
-)  # fmt: skip
-def test_a_tile_has_whole_groups_and_no_more_queries_than_there_are(group, num_queries, dtype, queries, rows):
-    from tinyonn_kernels.nsa.block_lists import tile_of
-
-    assert tile_of(group, num_queries, dtype) == (queries, rows)
-
-
-def test_tiles_of_one_query_keep_their_lists():
+def test_large_groups_keep_their_lists():
     from tinyonn_kernels.nsa._common import geometry_of
     from tinyonn_kernels.nsa.block_lists import merge_lists
 
     indices, counts = torch.zeros(1, 5, 1, 3, dtype=torch.int32), torch.ones(1, 5, 1, dtype=torch.int32)
-    merged = merge_lists(indices, counts, geometry_of(torch.zeros(1, 5, 9, 1), 5, None, None, None), 1, 16)
+    merged = merge_lists(indices, counts, geometry_of(torch.zeros(1, 5, 9, 1), 5, None, None, None), 9, 16)
     assert merged.queries == 1
     assert merged.blocks is indices
     assert merged.lengths is counts

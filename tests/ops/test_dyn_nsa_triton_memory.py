@@ -103,9 +103,10 @@ def test_peak_memory_at_64k_tokens(long, monkeypatch):
     assert peak > unit  # it counts
     assert len(merged) >= 4  # chunks, forward and backward
     for indices, found in merged:
-        assert found.queries > 1
-        last = found.queries * indices[0, 0].numel()
-        assert found.blocks.numel() == found.members.numel() < indices.numel() + last
+        assert (found.queries > 1) == (long == "G2")
+        if found.queries > 1:
+            last = found.queries * indices[0, 0].numel()
+            assert found.blocks.numel() == found.members.numel() < indices.numel() + last
 
 
 @pytest.mark.gpu

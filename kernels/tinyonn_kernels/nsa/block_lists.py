@@ -1,10 +1,9 @@
 """Lists of key blocks, regrouped: the union of the lists of neighbouring queries, and the queries that list each block.
 
-Query-outer kernels combine neighbouring queries in one tile of up to 64 rows, a query's G heads each. The tile iterates over the union of
-their lists, which is at most as long as the lists together: a block is read once for all of them, and rows of queries that do not list it
-are masked. Blocks come from the L2 cache, which takes longer than products of masked rows on the matrix unit. Blocks are identified by
-their first key row, which is unique across sequences. Key-outer kernels iterate over the inverse, a stable sort by block number. Both are
-deterministic and need memory in proportion to the lists.
+Query-outer kernels combine QUERIES = 16 // G neighbouring queries in one tile of 16 rows, the size of the matrix unit. The tile iterates
+over the union of their lists, which is at most as long as the lists together. Blocks are identified by their first key row, which is unique
+across sequences. Key-outer kernels iterate over the inverse, a stable sort by block number. Both are deterministic and need memory in
+proportion to the lists.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ from torch import Tensor
 from ._common import FAR, Geometry, bounds_of
 
 MATRIX_ROWS = 16  # minimum rows of the matrix unit
-WARPGROUP_ROWS = 64  # of the matrix unit of four warps
-MAX_QUERIES = 16  # of a tile
 MANY_SEGMENTS = 1024  # enough programs to fill a GPU; more would need more buffers
 MIN_SEGMENT = 256
 MAX_ENTRIES = 1 << 31  # places are 32-bit to keep the inverse small
@@ -78,11 +75,9 @@ def _merge_lists_kernel(
     tl.store(lengths_ptr + place, length, mask=tile < num_tiles)
 
 
-def tile_of(group: int, num_queries: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Queries and rows of a tile. Products of float32 values run in registers, where masked rows cost as much as others."""
-    rows = MATRIX_ROWS if dtype == torch.float32 else WARPGROUP_ROWS
-    queries = max(1, min(MAX_QUERIES, rows // group, triton.next_power_of_2(max(1, num_queries))))
-    return queries, max(MATRIX_ROWS, triton.next_power_of_2(queries * group))
+def rows_of(group: int) -> int:
+    """Rows of a tile that contains whole groups."""
+    return max(MATRIX_ROWS, triton.next_power_of_2(group))
 
 
 class Merged(NamedTuple):
@@ -101,9 +96,10 @@ class Merged(NamedTuple):
     queries: int
 
 
-def merge_lists(indices: Tensor, counts: Tensor, geometry: Geometry, queries: int, block_size: int) -> Merged:
-    """Computes the lists of tiles of `queries`; launched over (tiles / TILES, B * K)."""
+def merge_lists(indices: Tensor, counts: Tensor, geometry: Geometry, group: int, block_size: int) -> Merged:
+    """Computes the lists of tiles; launched over (tiles / TILES, B * K)."""
     batch, num_queries, num_kv, num_slots = indices.shape
+    queries = max(1, MATRIX_ROWS // group)
     if queries == 1:
         return Merged(indices, counts, counts, 1)
     num_tiles = triton.cdiv(num_queries, queries)

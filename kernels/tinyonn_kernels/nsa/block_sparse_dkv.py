@@ -38,9 +38,8 @@ def configs(IEEE: bool, WIDTH: int, BLOCK_SIZE: int, **_: object) -> list[triton
         return [config(8 if WIDTH >= 128 else 4, 1, 255, ROWS=16, KEYS=min(32, BLOCK_SIZE))]
     if WIDTH >= 256:
         return [config(8, 1, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
-    # Eight warps on 64 keys would compute each product twice, once in each warpgroup.
     rows, keys = 32 if WIDTH >= 128 else 64, min(64, BLOCK_SIZE)
-    return [config(4, 1 if WIDTH >= 128 else 2, 255, ROWS=rows, KEYS=keys), config(4, 2, 255, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
+    return [config(8, 2, 255, ROWS=rows, KEYS=keys), config(4, 2, 255, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"], restore=("dk_ptr", "dv_ptr"))
@@ -120,14 +119,8 @@ def _block_sparse_dkv_kernel(
         v = load_rows(v_ptr + batch * stride_vb + head * stride_vh, n.to(tl.int64), n < end, stride_vt, HEAD_DIM, WIDTH)
         q_ptr += batch * stride_qb
         do_ptr += batch * stride_ob
-        first_key = start + tl.load(indices_ptr + any_entry) * BLOCK_SIZE
-        own = ((batch * num_keys + first_key) * num_kv + head) * HEAD_DIM
         dk = tl.zeros((KEYS, WIDTH), tl.float32)
         dv = tl.zeros((KEYS, WIDTH), tl.float32)
-        if alone:
-            # No other program writes these rows, so reading and adding is safe. The sums start with them, while registers are free.
-            dk = load_rows(dk_ptr + own, within, n < end, num_kv * HEAD_DIM, HEAD_DIM, WIDTH) / scale
-            dv = load_rows(dv_ptr + own, within, n < end, num_kv * HEAD_DIM, HEAD_DIM, WIDTH)
         for first in range(0, (stop - begin) * GROUP, ROWS):
             row = first + tl.arange(0, ROWS)
             inside = row < (stop - begin) * GROUP
@@ -154,13 +147,13 @@ def _block_sparse_dkv_kernel(
 
         dk *= scale
         if alone:
-            target = within * (num_kv * HEAD_DIM)
-            store_rows(dk_ptr + own, target, n < end, dk, HEAD_DIM, WIDTH, False)
-            store_rows(dv_ptr + own, target, n < end, dv, HEAD_DIM, WIDTH, False)
+            # No other program writes these rows, so reading and adding is safe.
+            target = ((batch * num_keys + n) * num_kv + head) * HEAD_DIM
+            store_rows(dk_ptr, target, n < end, dk, HEAD_DIM, WIDTH, True)
+            store_rows(dv_ptr, target, n < end, dv, HEAD_DIM, WIDTH, True)
         else:
             part = (tl.load(parts_ptr + number) + which).to(tl.int64)
-            partial_ptr += part * 2 * BLOCK_SIZE * HEAD_DIM
-            target = within * HEAD_DIM
+            target = (part * 2 * BLOCK_SIZE + within) * HEAD_DIM
             store_rows(partial_ptr, target, n < end, dk, HEAD_DIM, WIDTH, False)
             store_rows(partial_ptr + BLOCK_SIZE * HEAD_DIM, target, n < end, dv, HEAD_DIM, WIDTH, False)
 

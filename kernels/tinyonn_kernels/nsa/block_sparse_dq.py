@@ -29,17 +29,14 @@ from ._common import (
     unit_stride,
     width_of,
 )
-from .block_lists import block_at, merge_lists, tile_of
+from .block_lists import block_at, merge_lists, rows_of
 
 
 @triton.jit
-def sum_of_query(values, query, QUERIES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr):
-    """(rows,) sum of `values` over all rows of the same query. `WHOLE` tiles have no rows but those of the groups."""
+def sum_of_query(values, query, QUERIES: tl.constexpr):
+    """(rows,) sum of `values` over all rows of the same query."""
     if QUERIES == 1:
         return tl.sum(values) + tl.zeros_like(values)
-    elif WHOLE:
-        sums = tl.sum(tl.reshape(values, (QUERIES, GROUP)), axis=1)
-        return tl.reshape(tl.broadcast_to(sums[:, None], (QUERIES, GROUP)), (QUERIES * GROUP,))
     else:
         return tl.sum(tl.where(query[:, None] == query[None, :], values[None, :], 0.0), axis=1)
 
@@ -47,9 +44,6 @@ def sum_of_query(values, query, QUERIES: tl.constexpr, GROUP: tl.constexpr, WHOL
 def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, **_: object) -> list[triton.Config]:
     if IEEE:
         return [config(4 if ROWS * WIDTH <= 2048 else 8, 1, 255, KEYS=16)]
-    if ROWS >= 64:
-        keys = 64 if WIDTH <= 128 else 16
-        return [config(4, stages, 255, KEYS=min(keys, BLOCK_SIZE)) for stages in (2, 1)]
     keys, warps = (64 if WIDTH <= 64 else 32), (4 if ROWS * WIDTH <= 8192 else 8)
     offered = [config(warps, 2 if WIDTH <= 128 else 1, KEYS=min(keys, BLOCK_SIZE))]
     if WIDTH <= 128 and ROWS <= 32:
@@ -157,7 +151,7 @@ def _block_sparse_dq_kernel(
         p = tl.where(visible, tl.exp2(scores - lse_log2[:, None]), 0.0)
         ds = p * (weight[:, None] * dot(do, tl.trans(v), IEEE) - shift[:, None])
         if HAS_BIAS:
-            dbias = tl.where(part == 0, 0.0, dbias) + sum_of_query(tl.sum(ds, axis=1), query, QUERIES, GROUP, QUERIES * GROUP == ROWS)
+            dbias = tl.where(part == 0, 0.0, dbias) + sum_of_query(tl.sum(ds, axis=1), query, QUERIES)
             tl.store(dbias_ptr + pair * num_slots + rank, dbias, mask=listed & (row % GROUP == 0))
             rank += tl.where(part == PARTS - 1, listed.to(tl.int32), 0)
         if CAP > 0:
@@ -199,8 +193,7 @@ def block_sparse_attention_dq(
     query, key, value, grad_out = (unit_stride(x) for x in (query, key, value, grad_out))
     group = heads // num_kv
     pairs = count_heads(query, num_kv, geometry)
-    queries, rows = tile_of(group, num_queries, query.dtype)
-    merged = merge_lists(indices, counts, geometry, queries, block_size)
+    merged = merge_lists(indices, counts, geometry, group, block_size)
     grid = (triton.cdiv(num_queries, merged.queries), pairs)
     launch(
         _block_sparse_dq_kernel,
@@ -244,7 +237,7 @@ def block_sparse_attention_dq(
         GROUP=group,
         HEAD_DIM=dim,
         WIDTH=width_of(dim),
-        QUERIES=queries,
-        ROWS=rows,
+        QUERIES=merged.queries,
+        ROWS=rows_of(group),
         BLOCK_SIZE=block_size,
     )

@@ -4,8 +4,8 @@
     lse = log sum_j e^s[j],   out = sum_j e^(s[j] - lse) v[j]
 
 cap(s) = softcap · tanh(s / softcap), or s. B batch, T queries, K key/value heads with G query heads each, S slots of a list. Query-outer:
-the heads of a group share a list and are rows of one tile. Neighbouring queries share the tile, and each masks blocks that only the others
-list (`block_lists`). Online softmax in base 2, float32 accumulation. Blocks longer than a tile are read
+the heads of a group share a list and are rows of one tile. If a group has at most 8 heads, neighbouring queries share the tile, and each
+masks blocks that only the others list (`block_lists`). Online softmax in base 2, float32 accumulation. Blocks longer than a tile are read
 in parts.
 """
 
@@ -32,7 +32,7 @@ from ._common import (
     unit_stride,
     width_of,
 )
-from .block_lists import block_at, merge_lists, tile_of
+from .block_lists import block_at, merge_lists, rows_of
 
 
 def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, CAP: float, **_: object) -> list[triton.Config]:
@@ -40,9 +40,6 @@ def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, CAP: float, **_:
     if IEEE:
         keys, warps = (32 if ROWS <= 32 and WIDTH < 128 else 16), (4 if ROWS * WIDTH <= 2048 else 8)
         return [config(warps, 1, 255, KEYS=min(keys, BLOCK_SIZE))]
-    if ROWS >= 64:
-        keys = 64 if WIDTH <= 128 else 32
-        return [config(4, stages, 255, KEYS=min(keys, BLOCK_SIZE)) for stages in (2, 1)]
     keys, warps = (64 if WIDTH <= 128 else 32), (4 if ROWS * WIDTH <= 8192 else 8)
     offered = [config(warps, 2, KEYS=min(keys, BLOCK_SIZE))]
     crowded = CAP > 0 and WIDTH > 64  # two warps have no registers left for the cap
@@ -166,8 +163,7 @@ def block_sparse_attention_fwd(
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     group = heads // num_kv
     pairs = count_heads(query, num_kv, geometry)
-    queries, rows = tile_of(group, num_queries, query.dtype)
-    merged = merge_lists(indices, counts, geometry, queries, block_size)
+    merged = merge_lists(indices, counts, geometry, group, block_size)
     grid = (triton.cdiv(num_queries, merged.queries), pairs)
     launch(
         _block_sparse_fwd_kernel,
@@ -202,7 +198,7 @@ def block_sparse_attention_fwd(
         GROUP=group,
         HEAD_DIM=dim,
         WIDTH=width_of(dim),
-        QUERIES=queries,
-        ROWS=rows,
+        QUERIES=merged.queries,
+        ROWS=rows_of(group),
         BLOCK_SIZE=block_size,
     )

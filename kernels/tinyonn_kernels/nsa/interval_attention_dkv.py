@@ -41,9 +41,7 @@ def configs(IEEE: bool, WIDTH: int, **_: object) -> list[triton.Config]:
         return [config(8, 1, ROWS=16 if WIDTH >= 128 else 32, KEYS=32)]
     if WIDTH >= 256:
         return [config(8, 1, ROWS=32, KEYS=32)]
-    # Eight warps on 64 keys would compute each product twice, once in each warpgroup.
-    rows = 32 if WIDTH >= 128 else 64
-    return [config(4, stages, 255, ROWS=rows, KEYS=64) for stages in (2, 1)]
+    return [config(8, 2, 255, ROWS=32 if WIDTH >= 128 else 64, KEYS=64), config(4, 2, 255, ROWS=32, KEYS=32)]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "COMPRESSED"])

@@ -47,7 +47,7 @@ def configs(IEEE: bool, WIDTH: int, **_: object) -> list[triton.Config]:
         return [config(8, 1, ROWS=tile, KEYS=tile)]
     if WIDTH >= 256:
         return [config(4, 1, ROWS=32, KEYS=16)]
-    return [config(8, 2, 255, ROWS=128, KEYS=64), config(4, 2, ROWS=64, KEYS=64 if WIDTH <= 64 else 32)]
+    return [config(4, 2, ROWS=64, KEYS=64 if WIDTH <= 64 else 32), config(8, 2, 255, ROWS=64, KEYS=64)]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "COMPRESSED"], restore=("dq_ptr",))

@@ -43,8 +43,7 @@ def configs(IEEE: bool, WIDTH: int, **_: object) -> list[triton.Config]:
     if WIDTH >= 256:
         return [config(8, 2, 255, ROWS=64, KEYS=32)]
     if WIDTH >= 128:
-        # Eight warps on 64 rows would compute each product twice, once in each warpgroup.
-        return [config(8, 2, 255, ROWS=128, KEYS=64), config(4, 2, 255, ROWS=64, KEYS=32)]
+        return [config(8, 2, 255, ROWS=64, KEYS=64), config(8, 3, 255, ROWS=64, KEYS=64)]
     return [config(8, 2, 255, ROWS=128, KEYS=64), config(4, 3, 255, ROWS=64, KEYS=64)]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._common import Geometry
-from .block_lists import merge_lists, tile_of
+from .block_lists import merge_lists
 from .block_sparse_dkv import block_sparse_attention_dkv
 from .block_sparse_dq import block_sparse_attention_dq
 from .block_sparse_fwd import block_sparse_attention_fwd
@@ -44,24 +44,22 @@ def _packed() -> Geometry:
     return Geometry(bounds, bounds, 0, True, bounds, bounds[:, :2], bounds[:, :2])
 
 
-def _example(
-    dtype: torch.dtype, dim: int, heads: int, keys_per_row: int, branch: int = 0, queries: int = TOKENS
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _example(dtype: torch.dtype, dim: int, heads: int, keys_per_row: int, branch: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """query, key, lse and the weight of a branch."""
-    query = _empty(1, queries, heads, dim, dtype=dtype)
+    query = _empty(1, TOKENS, heads, dim, dtype=dtype)
     key = _empty(1, TOKENS // keys_per_row, KV_HEADS, dim, dtype=dtype)
-    return query, key, _empty(1, queries, heads), _empty(1, queries, heads, 3, dtype=dtype)[..., branch]
+    return query, key, _empty(1, TOKENS, heads), _empty(1, TOKENS, heads, 3, dtype=dtype)[..., branch]
 
 
-def _lists(queries: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
+def _lists() -> tuple[Tensor, Tensor, Tensor]:
     """indices, counts, bias."""
-    rows = (1, queries, KV_HEADS)
+    rows = (1, TOKENS, KV_HEADS)
     return _empty(*rows, SLOTS, dtype=torch.int32), _empty(*rows, dtype=torch.int32), _empty(*rows, SLOTS)
 
 
 def _merge(group: int) -> None:
     indices, counts, _ = _lists()
-    merge_lists(indices, counts, _packed(), tile_of(group, TOKENS, torch.bfloat16)[0], BLOCK_SIZE)
+    merge_lists(indices, counts, _packed(), group, BLOCK_SIZE)
 
 
 def _interval(dtype: torch.dtype, dim: int, heads: int, compressed: bool, softcap: float | None = None) -> None:
@@ -74,11 +72,11 @@ def _interval(dtype: torch.dtype, dim: int, heads: int, compressed: bool, softca
     interval_attention_dkv(query, key, key, lse, query, weight, grad_lse, lse, *rest, compressed=compressed)
 
 
-def _block_sparse(dtype: torch.dtype, dim: int, heads: int, softcap: float | None = None, queries: int = TOKENS) -> None:
-    query, key, lse, weight = _example(dtype, dim, heads, 1, branch=1, queries=queries)
-    inputs = (query, key, key, *_lists(queries))
+def _block_sparse(dtype: torch.dtype, dim: int, heads: int, softcap: float | None = None) -> None:
+    query, key, lse, weight = _example(dtype, dim, heads, 1, branch=1)
+    inputs = (query, key, key, *_lists())
     grads = (lse, lse, query, weight)
-    grad_query, grad_key, grad_bias = _empty(*query.shape), _empty(*key.shape), _lists(queries)[2]
+    grad_query, grad_key, grad_bias = _empty(*query.shape), _empty(*key.shape), _lists()[2]
     rest = (_packed(), BLOCK_SIZE, 0.1, softcap)
     block_sparse_attention_fwd(*inputs, torch.empty_like(query), lse, *rest)
     block_sparse_attention_dq(*inputs, *grads, grad_query, grad_bias, *rest, accumulate=True)
@@ -97,14 +95,12 @@ def _select(dtype: torch.dtype, dim: int, heads: int, compress_size: int, softca
 
 def offered(arch: int) -> dict[str, Callable[[], None]]:
     """The same launches on every architecture."""
-    launches: dict[str, Callable[[], None]] = {f"G{group}": partial(_merge, group) for group in (1, 2, 3, 4, 8, 16)}
+    launches: dict[str, Callable[[], None]] = {f"G{group}": partial(_merge, group) for group in (1, 2, 3, 4, 8)}
     for label, *shape in SHAPES:
         caps = {label: None} | ({f"{label}-softcap": 50.0} if label in SOFTCAPPED else {})
         for name, softcap in caps.items():
             own = {"softcap": softcap}
             launches[name] = partial(_block_sparse, *shape, **own)
-            if shape[0] != torch.float32:  # whose tiles are small for any number of queries
-                launches[f"{name}-decoding"] = partial(_block_sparse, *shape, **own, queries=1)
             launches |= {f"{name}-{kind}": partial(_interval, *shape, kind == "compressed", **own) for kind in ("window", "compressed")}
             launches |= {f"{name}-compress{size}": partial(_select, *shape, size, **own) for size in (64, 16)}
     return launches

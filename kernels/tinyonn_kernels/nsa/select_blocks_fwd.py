@@ -78,13 +78,12 @@ def factor_of(relative, GROUP: tl.constexpr, RATIO: tl.constexpr, COMPRESS: tl.c
 
 
 def configs(IEEE: bool, WIDTH: int, RATIO: int, **_: object) -> list[triton.Config]:
-    """With four warps, the blocks of a query are in one warp, so that nothing of the bisection waits for a barrier."""
+    warps = 8 if WIDTH >= 128 else 4
     if IEEE:
-        return [config(8 if WIDTH >= 128 else 4, 1, 255, BLOCKS=max(1, 16 // RATIO))]
-    if WIDTH >= 256:
-        return [config(8, 1, 255, BLOCKS=max(1, 32 // RATIO))]
-    # With 128 registers, a multiprocessor holds PROGRAMS_PER_UNIT programs.
-    return [config(4, 1, 128, BLOCKS=max(1, keys // RATIO)) for keys in ((32, 64) if WIDTH >= 128 else (64, 32))]
+        return [config(warps, 1, 255, BLOCKS=max(1, 16 // RATIO))]
+    keys = 32 if WIDTH >= 128 else 64
+    offered = [config(warps, 1, 255, BLOCKS=max(1, keys // RATIO))]
+    return offered if WIDTH >= 256 else [*offered, config(warps, 1, 255, BLOCKS=max(1, keys // 2 // RATIO))]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"])
