@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,10 +103,13 @@ def forced(number: int) -> Iterator[dict[str, list[str]]]:
 
 
 def launch(kernel: TunedKernel, grid: Callable[[dict[str, Any]], tuple[int, ...]], *args: Any, **constants: Any) -> None:
-    """Runs a `tuned` kernel. For tensors without data, compiles every configuration instead."""
+    """Runs a `tuned` kernel. For tensors without data, compiles every configuration instead, or the one that `forced` selects."""
+    run: Any = kernel.fn[grid]
     if args[0].is_meta:
-        kernel.warmup(*args, grid=grid, **constants)
-        return
+        if _forced is None:
+            kernel.warmup(*args, grid=grid, **constants)
+            return
+        run = partial(kernel.fn.warmup, grid=grid)
     offered = kernel.offered(constants)
     if _forced is not None:
         name = kernel.base_fn.__name__
@@ -118,4 +122,4 @@ def launch(kernel: TunedKernel, grid: Callable[[dict[str, Any]], tuple[int, ...]
     else:
         kernel[grid](*args, **constants)
         return
-    kernel.fn[grid](*args, **constants, **chosen.all_kwargs())
+    run(*args, **constants, **chosen.all_kwargs())

@@ -16,11 +16,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from .sass import Assembly, disassemble
 
 ARCHS = (80, 90, 100)
 """Compute capabilities that kernels are compiled for: A100, H100, B200."""
@@ -74,12 +76,19 @@ def cross_compile(
         label: names the configuration in messages.
         **options: num_warps, num_stages and the like.
     """
+    return _usage(_compiled(kernel, signature, constexprs, arch, attrs, options), kernel.__name__, label, arch)
+
+
+def _compiled(kernel: Any, signature: dict[str, str], constexprs: Mapping[Any, Any], arch: int, attrs: Any, options: dict[str, Any]) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     source = ASTSource(kernel, signature, dict(constexprs), attrs)
-    compiled = compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return Usage(kernel.__name__, label, arch, shared=compiled.metadata.shared, **_resources(compiled.asm["cubin"]))
+    return compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _usage(compiled: Any, name: str, label: str, arch: int) -> Usage:
+    return Usage(name, label, arch, shared=compiled.metadata.shared, **_resources(compiled.asm["cubin"]))
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -97,7 +106,12 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel as a launcher launches it: all that decides what the compiler makes of it."""
+    """One kernel as a launcher launches it: all that decides what the compiler makes of it.
+
+    Attributes:
+        arguments: what it was launched with, by name; tensors without data. Their values decide nothing.
+        grid: number of programs along each dimension.
+    """
 
     kernel: Any
     label: str
@@ -106,6 +120,8 @@ class Build:
     constexprs: dict[tuple[int, ...], Any]
     attrs: dict[tuple[int, ...], list[list[Any]]]
     options: dict[str, Any]
+    arguments: dict[str, Any] = field(default_factory=dict, compare=False)
+    grid: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -128,7 +144,15 @@ class Build:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def compile(self) -> Usage:
-        return cross_compile(self.kernel, self.signature, self.constexprs, self.arch, attrs=self.attrs, label=self.label, **self.options)
+        return _usage(self._compiled(), self.kernel.__name__, self.label, self.arch)
+
+    def disassembled(self) -> tuple[Usage, Assembly]:
+        """What the kernel uses, and its machine code."""
+        compiled = self._compiled()
+        return _usage(compiled, self.kernel.__name__, self.label, self.arch), disassemble(compiled.asm["cubin"])
+
+    def _compiled(self) -> Any:
+        return _compiled(self.kernel, self.signature, self.constexprs, self.arch, self.attrs, self.options)
 
 
 def _text(value: Any) -> str:
@@ -187,7 +211,8 @@ def builds_of(launch: Callable[[], object], arch: int, label: str = "") -> list[
         bound, specialization, options = bind(*args, **kwargs)
         _, signature, constexprs, attrs = self._pack_args(backend, kwargs, bound, specialization, options)
         options = {name: value for name, value in kwargs.items() if name not in signature}
-        builds.append(Build(self, label, arch, signature, constexprs, attrs, options))
+        size = tuple(grid(bound)) if callable(grid) else tuple(grid)
+        builds.append(Build(self, label, arch, signature, constexprs, attrs, options, dict(bound), size))
 
     original = JITFunction.run
     JITFunction.run = record
