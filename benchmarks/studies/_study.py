@@ -62,7 +62,7 @@ class Results:
         if found is None:
             begin = time.monotonic()
             found = dict(by())
-            found = self.cells[_name(key)] = {"seconds": time.monotonic() - begin, **found, "device": device()}
+            found = self.cells[_name(key)] = {**found, "seconds": found.get("seconds", time.monotonic() - begin), "device": device()}
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, (int, float)))
             print(f"{time.monotonic() - self.started:6.0f} s  {_name(key)}: {numbers}", flush=True)
             self._save()

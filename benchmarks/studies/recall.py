@@ -159,7 +159,7 @@ class Run:
         if (path := self._path(name)) is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        schedule = None if self.schedule is None else {key: value for key, value in vars(self.schedule).items() if key != "_checked"}
+        schedule = None if self.schedule is None else self.schedule.state_dict()
         state = {
             "settings": asdict(self.settings), "step": self.step, "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "schedule": schedule,
@@ -182,7 +182,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
-            vars(self.schedule).update(state["schedule"])
+            self.schedule.load_state_dict(state["schedule"])
         self.step = state["step"]
         return True
 

@@ -165,7 +165,7 @@ class Run:
         if begin is not None:
             optimizer.load_state_dict(begin["optimizer"])
             if schedule is not None:
-                vars(schedule).update(begin["schedule"])
+                schedule.load_state_dict(begin["schedule"])
         first = 0 if begin is None else begin["step"]
         self.model.train()
         for step in range(first, settings.steps):
@@ -248,7 +248,7 @@ class Run:
 
     def _save(self, step: int, optimizer: torch.optim.Optimizer, schedule: BudgetSchedule | None) -> None:
         own = {name: value for name, value in self.model.state_dict().items() if "lora_" in name or "dyn_nsa" in name}
-        controller = None if schedule is None else {key: value for key, value in vars(schedule).items() if key != "_checked"}
+        controller = None if schedule is None else schedule.state_dict()
         state = {
             "settings": asdict(self.settings), "step": step, "model": own, "optimizer": optimizer.state_dict(), "schedule": controller
         }  # fmt: skip

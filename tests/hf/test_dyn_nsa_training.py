@@ -190,3 +190,25 @@ def test_checkpointing_within_compilation():
     for name, grad in expected.items():
         assert_close_rms(got[f"_orig_mod.{name}"], grad, 1e-4, name)
     assert statistics(model) == statistics(plain)
+
+
+def test_a_loop_that_resumes_a_schedule_moves_the_price_as_one_that_went_on():
+    prices = []
+    for resumes in (False, True):
+        torch.manual_seed(0)
+        model = convert_attention(tiny_causal_lm("llama", max_position_embeddings=512), compress_size=16, block_size=16)
+        schedule = BudgetSchedule(target=4.0, steps=8)
+        model.train()
+        for step in range(8):
+            if resumes and step == 5:
+                state = schedule.state_dict()
+                schedule = BudgetSchedule(target=4.0, steps=8)
+                schedule.load_state_dict(state)
+            schedule.apply(model, step)
+            ids = token_ids(256, 1)
+            model(ids, labels=ids).loss.backward()
+        schedule.apply(model, 8)
+        prices.append([float(core.price) for core in cores(model)])
+    assert prices[0] == prices[1]
+    with pytest.raises(ValueError, match="state must have the keys start, gap and haste, got price"):
+        schedule.load_state_dict({"price": 1.0})

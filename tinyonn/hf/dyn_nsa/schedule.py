@@ -91,6 +91,7 @@ class BudgetSchedule(TrainerCallback, ExportableState):
         self.start = self._given_start = 64.0 if start is None and weight > 0 else start
         self._core: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the first of the model that is in training
         self._gap, self._haste = 0.0, 1.0
+        self._loaded: dict[str, Any] | None = None
         self._read: tuple[float, float] | None = None  # blocks per query that the last step read, and those not forced
         self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -143,6 +144,23 @@ class BudgetSchedule(TrainerCallback, ExportableState):
         if core not in self._core:
             self._core = weakref.WeakSet([core])
             self.start, self._gap, self._haste, self._read = self._given_start, 0.0, 1.0, None
+            if self._loaded is not None:
+                self.start, self._gap, self._haste = (self._loaded[name] for name in ("start", "gap", "haste"))
+                self._loaded = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a loop of your own saves beside the model to resume as if it had gone on; a Trainer does so by itself."""
+        return {"start": self.start, "gap": self._gap, "haste": self._haste}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict`, at the next `apply`.
+
+        Raises:
+            ValueError: a key is missing, or there is another.
+        """
+        if set(state) != {"start", "gap", "haste"}:
+            raise ValueError(f"state must have the keys start, gap and haste, got {', '.join(map(str, state)) or 'none'}.")
+        self._core, self._loaded = weakref.WeakSet(), dict(state)
 
     def _move(self, gap: float) -> float:
         """Change of the price: by more the longer the gap has been on one side, as where no block's importance is near the price."""
