@@ -136,33 +136,27 @@ def _selection_tiles(one: Launch) -> tuple[float, float]:
     return steps, float(seen.sum() * one.GROUP * heads)
 
 
-def select_fwd(one: Launch) -> Work:
+def _selection(one: Launch, products: int, own: float) -> Work:
+    """Work of a kernel over all blocks of each query, with this number of products per step, that moves `own` bytes beside the keys."""
     steps, seen = _selection_tiles(one)
     rows, keys = one.QUERIES * one.PADDED, one.BLOCKS * one.RATIO
-    own = one.bytes_of("q_ptr", "lse_ptr", "indices_ptr", "bias_ptr", "counts_ptr", "soft_ptr")
     scratch = 2 * steps * one.QUERIES * one.BLOCKS * 4
     return Work(
-        needed=2 * seen * one.HEAD_DIM,
+        needed=2 * products * seen * one.HEAD_DIM,
         steps=(steps,),
-        tile=(2 * rows * keys * one.WIDTH,),
+        tile=(2 * products * rows * keys * one.WIDTH,),
         dram=own + one.bytes_of("k_ptr"),
         cached=steps * keys * one.WIDTH * one.item("k_ptr") + own + scratch,
     )
+
+
+def select_fwd(one: Launch) -> Work:
+    return _selection(one, 1, one.bytes_of("q_ptr", "lse_ptr", "indices_ptr", "bias_ptr", "counts_ptr", "soft_ptr"))
 
 
 def select_dq(one: Launch) -> Work:
-    steps, seen = _selection_tiles(one)
-    rows, keys = one.QUERIES * one.PADDED, one.BLOCKS * one.RATIO
     own = one.bytes_of("q_ptr", "lse_ptr", "indices_ptr", "dbias_ptr", "counts_ptr", "dsoft_ptr", "dthreshold_ptr", "dlse_ptr")
-    own += one.bytes_of("dq_ptr") * (2 if one.ACCUMULATE else 1)
-    scratch = 2 * steps * one.QUERIES * one.BLOCKS * 4
-    return Work(
-        needed=4 * seen * one.HEAD_DIM,
-        steps=(steps,),
-        tile=(4 * rows * keys * one.WIDTH,),
-        dram=own + one.bytes_of("k_ptr"),
-        cached=steps * keys * one.WIDTH * one.item("k_ptr") + own + scratch,
-    )
+    return _selection(one, 2, own + one.bytes_of("dq_ptr") * (2 if one.ACCUMULATE else 1))
 
 
 def select_dk(one: Launch) -> Work:

@@ -155,6 +155,8 @@ def test_routing_of_other_methods_by_hand(experts):
         chosen = {e for e in range(8) if logits[token, e] > 0}
         assert set(index[token].tolist()) - {8} == chosen
         torch.testing.assert_close(weights[token].sum(), logits[token].relu().sum() / 2)
+    relu.least = -0.5  # a search for the budget below the threshold: a weight of 0 is no expert
+    assert torch.equal(relu.choose(logits)[0], index)
     assert relu.l1 > 1e-8  # more than 2 experts per token make the loss on their number dearer
 
 
