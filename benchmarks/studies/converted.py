@@ -33,7 +33,7 @@ from tinyonn.nn.dyn_moe import Visit
 from tinyonn.train import HyperStep, capture
 
 EVALUATION = (
-    "argparse.py", "statistics.py", "ipaddress.py", "zipfile.py", "tarfile.py", "typing.py", "decimal.py", "textwrap.py",
+    "argparse.py", "statistics.py", "ipaddress.py", "zipfile.py", "tarfile.py", "typing.py", "tokenize.py", "textwrap.py",
 )  # fmt: skip
 CHOICE = ("shutil.py", "smtplib.py", "socket.py", "subprocess.py")
 OTHERS = (
