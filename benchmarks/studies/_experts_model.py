@@ -18,15 +18,15 @@ from tinyonn.nn import DynMoE
 from tinyonn.ops import expert_mlp
 
 DENSE, SWITCH, LOSS_FREE, RELU = "dense of equal active size", "top-k, balance loss", "top-k, loss-free balance", "ReLU routing"
-QUANTILES, OURS, DEMAND, LEARNED = "expert thresholds", "DynMoE", "DynMoE, surprise decides how many", "DynMoE, learned thresholds"
-ARMS = (DENSE, SWITCH, LOSS_FREE, QUANTILES, RELU, OURS, DEMAND, LEARNED)
+QUANTILES, OURS, BLIND, LEARNED = "expert thresholds", "DynMoE", "DynMoE without surprise", "DynMoE, learned thresholds"
+ARMS = (DENSE, SWITCH, LOSS_FREE, QUANTILES, RELU, OURS, BLIND, LEARNED)
 BALANCE = 0.01  # weight of the balance loss, as in Switch Transformer
 BIAS_STEP = 1e-3  # of loss-free balancing, as published
 FIRST_L1, L1_FACTOR = 1e-8, 1.2  # of ReMoE, as published
 DYN_MOE: dict[str, dict[str, Any]] = {
-    QUANTILES: {"thresholds": "quantile", "combine": "sigmoid", "level": 0.0},
+    QUANTILES: {"thresholds": "quantile", "combine": "sigmoid", "level": 0.0, "demand": 0.0},
     OURS: {},
-    DEMAND: {"demand": 0.25},
+    BLIND: {"demand": 0.0},
     LEARNED: {"thresholds": "learned"},
 }
 CONSTANTS = {"balance": BALANCE, "bias step": BIAS_STEP, "L1": [FIRST_L1, L1_FACTOR], "arms": {**dict.fromkeys(ARMS), **DYN_MOE}}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _experts_model import ARMS, BALANCE, DEMAND, DENSE, DYN_MOE, LEARNED, LOSS_FREE, OURS, QUANTILES, RELU, SWITCH, Settings, new_model
+from _experts_model import ARMS, BALANCE, BLIND, DENSE, LEARNED, LOSS_FREE, OURS, QUANTILES, RELU, SWITCH, Settings, new_model
 from _study import Results, crossed_difference, table
 
 TOP_K = (SWITCH, LOSS_FREE)
@@ -41,11 +41,12 @@ def page(results: Results, settings: Settings) -> list[str]:
         f"- *{DENSE}*: an MLP with the neurons of {settings.k} experts.",
         f"- *{SWITCH}*: weights are the softmax over the chosen experts; load-balancing loss of Switch Transformer, weight {BALANCE:g}.",
         f"- *{LOSS_FREE}*: sigmoid scores with a bias that steps towards equal load (DeepSeek-V3); weights sum to 1.",
-        f'- *{QUANTILES}*: `DynMoE(thresholds="quantile", combine="sigmoid", level=0)`: each threshold is a running quantile of its'
-        " expert's scores.",
+        f'- *{QUANTILES}*: `DynMoE(thresholds="quantile", combine="sigmoid", level=0, demand=0)`: each threshold is a running quantile of'
+        " its expert's scores.",
         f"- *{RELU}*: weights are ReLUs of the scores, with an adaptive L1 loss that also balances load (ReMoE).",
-        f"- *{OURS}*: `DynMoE` with its defaults. *{DEMAND}* adds `demand={DYN_MOE[DEMAND]['demand']:g}`. *{LEARNED}* is the rule of"
-        ' earlier versions, `thresholds="learned"`, with surprise as the routers\' loss in `HyperStep`.',
+        f"- *{OURS}*: `DynMoE` with its defaults; predicted surprise decides how many experts a token gets. In *{BLIND}*, `demand=0`,"
+        f" scores alone decide. *{LEARNED}* is the rule of earlier versions, `thresholds=\"learned\"`, with surprise as the routers' loss"
+        " in `HyperStep`.",
         "",
         "![Loss of each arm](experts.png)",
         "",
@@ -67,10 +68,9 @@ def page(results: Results, settings: Settings) -> list[str]:
                        f"{min(cell['least load'] for cell in cells):.2f} … {max(cell['most load'] for cell in cells):.2f}"]  # fmt: skip
         rows.append([arm, f"{best_rate(results, settings, arm):g}", f"{mean_of(cells, 'loss'):.4f}", *mixture, gap])
     lines += [*table(head, rows), ""]
-    gap, low, high = crossed_difference(losses(arms[DEMAND]), losses(arms[OURS]))
+    gap, low, high = crossed_difference(losses(arms[OURS]), losses(arms[BLIND]))
     lines += [
-        f"What surprise adds: with the number of experts decided by predicted surprise, `DynMoE` has a loss {gap:+.4f} ({low:+.4f} …"
-        f" {high:+.4f}) beside its defaults.",
+        f"What surprise adds: `DynMoE` with its defaults has a loss {gap:+.4f} ({low:+.4f} … {high:+.4f}) beside `demand=0`.",
         "",
         f"Loss of each seed, and of seed {settings.seeds[0]} at each learning rate:",
         "",
@@ -114,7 +114,7 @@ def draw_figure(results: Results, settings: Settings, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
     for place, arm in enumerate(reversed(ARMS)):
         found = torch.tensor([cell(results, arm, best_rate(results, settings, arm), seed)["loss"] for seed in settings.seeds])
-        colour = "C0" if arm in (OURS, DEMAND) else "C1" if arm in TOP_K else "0.45"
+        colour = "C0" if arm in (OURS, BLIND) else "C1" if arm in TOP_K else "0.45"
         axes.plot(found, [place] * len(found), "o", color=colour, alpha=0.5)
         axes.plot([found.mean()] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=2)
     axes.set(yticks=range(len(ARMS)), yticklabels=list(reversed(ARMS)), xlabel="loss, nats per byte")

@@ -183,8 +183,8 @@ def test_a_mixture_names_what_are_no_hidden_states(given, error, message):
         DynMoE(8, 4, 4)(given)
 
 
-RUNNING = ("balanced", "linear", "softmax_logits", 0.4, "none")
-LEARNED = ("learned", "sigmoid_cosine", "softmax", 0.0, "both")
+RUNNING = ("balanced", "linear", "softmax_logits", 0.4, 0.25, "none")
+LEARNED = ("learned", "sigmoid_cosine", "softmax", 0.0, 0.0, "both")
 
 
 @pytest.mark.parametrize(
@@ -192,13 +192,13 @@ LEARNED = ("learned", "sigmoid_cosine", "softmax", 0.0, "both")
     [
         ({}, RUNNING),
         ({"thresholds": "quantile"}, ("quantile", *RUNNING[1:])),
-        ({"combine": "sigmoid"}, ("balanced", "linear", "sigmoid", 0.4, "none")),
+        ({"combine": "sigmoid"}, ("balanced", "linear", "sigmoid", 0.4, 0.25, "none")),
         ({"gating_loss": "none"}, RUNNING),
-        ({"thresholds": "balanced", "gating_loss": "surprise"}, (*RUNNING[:4], "surprise")),
-        ({"thresholds": "balanced", "form": "sigmoid_cosine"}, ("balanced", "sigmoid_cosine", "softmax_logits", 0.0, "none")),
+        ({"thresholds": "balanced", "gating_loss": "surprise"}, (*RUNNING[:5], "surprise")),
+        ({"thresholds": "balanced", "form": "sigmoid_cosine"}, ("balanced", "sigmoid_cosine", "softmax_logits", 0.0, 0.0, "none")),
         ({"thresholds": "learned"}, LEARNED),
         ({"gating_loss": "both"}, LEARNED),
-        ({"gating_loss": "surprise"}, (*LEARNED[:4], "surprise")),
+        ({"gating_loss": "surprise"}, (*LEARNED[:5], "surprise")),
         ({"form": "cosine"}, ("learned", "cosine", *LEARNED[2:])),
         ({"form": "sigmoid_cosine"}, LEARNED),
         ({"routing": "budget"}, LEARNED),
@@ -209,4 +209,4 @@ def test_defaults_belong_together(options, wanted):
     """With thresholds="learned", routing by budget, or an option of the earlier rule, the others are those of the earlier rule too."""
     module = mixture(**options)
     router = module.router
-    assert (router.thresholds_kind, router.form, router.combine, router.level, module.gating_loss_kind) == wanted
+    assert (router.thresholds_kind, router.form, router.combine, router.level, router.demand, module.gating_loss_kind) == wanted

@@ -15,7 +15,7 @@ from tinyonn.nn import DynMoE, ThresholdRouter, token_mask_of
 from tinyonn.train import HyperStep
 
 E, F, K = 8, 16, 2.0
-QUANTILE = {"thresholds": "quantile", "form": "linear", "combine": "sigmoid", "gating_loss": "none", "level": 0.0}
+QUANTILE = {"thresholds": "quantile", "form": "linear", "combine": "sigmoid", "gating_loss": "none", "level": 0.0, "demand": 0.0}
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -173,6 +173,7 @@ def test_a_layer_that_backward_runs_again_chooses_the_same_experts(reentrant, co
 HELD = [
     {"combine": "sigmoid"}, {"combine": "relu"}, {"combine": "softmax"}, {"form": "sigmoid_cosine"}, {"level": 0.7},
     {"thresholds": "balanced"}, {"thresholds": "balanced", "level": 0.7}, {"thresholds": "balanced", "form": "sigmoid_cosine"},
+    {"thresholds": None, "form": None, "combine": None, "gating_loss": None, "level": None, "demand": None}, {"demand": 0.5},
 ]  # fmt: skip
 
 

@@ -7,7 +7,8 @@ w_te is the weight of an expert in the token's output, and ∂L/∂w_te = ⟨∂
 second order (Fisher information). Its first-order part, the signed saving, averages to 0 where the scale of an expert's output is at its
 optimum, so it says nothing about cost. The head follows the deviance of a gamma distribution, q / (q̄ exp u) + u with q̄ the mean of a batch,
 by Adam with a rate of its own; the scale of the loss has no effect. A threshold falls by `demand` · spread · (u_t − mean u), so the number
-of experts of a token grows like (predicted q_t) ^ demand; with 1/2, like the norm of its gradient.
+of experts of a token grows like (predicted q_t) ^ demand; with 1/2, like the norm of its gradient. The mean of u is a · (running mean of
+x / rms(x)) + b, so a step of the head hardly moves the mean number of experts.
 
 Backward only records: a layer that runs again in it must choose the same experts. N tokens, F features, K slots
 """
@@ -42,9 +43,9 @@ class Demand(WideBuffers):
 
     Attributes:
         head: (F + 1,), a and b.
-        centre: 0-d, running mean of u.
+        centre: (F,), running mean of x / rms(x).
         moments: (2, F + 1), of Adam.
-        pending: (F + 4,), sums over recorded tokens: of the gradient of `head`, their number, of u, and the number of its tokens.
+        pending: (2 F + 3,), sums over recorded tokens: of the gradient of `head`, their number, of x / rms(x), and the number of its tokens.
     """
 
     head: Tensor
@@ -56,9 +57,9 @@ class Demand(WideBuffers):
         super().__init__()
         for name, size in {
             "head": (hidden_size + 1,),
-            "centre": (),
+            "centre": (hidden_size,),
             "moments": (2, hidden_size + 1),
-            "pending": (hidden_size + 4,),
+            "pending": (2 * hidden_size + 3,),
         }.items():
             self.register_buffer(name, torch.zeros(size, device=device, dtype=dtype))
         self._register()
@@ -77,13 +78,13 @@ class Demand(WideBuffers):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """u − mean u of tokens (N, F), within ±3; (N,)."""
-        return (predicted(hidden_states.detach(), self.head) - self.centre).clamp(-REACH, REACH)
+        x = normalised(hidden_states.detach().to(self.head.dtype))
+        return ((x - self.centre) * self.head[:-1]).sum(-1).clamp(-REACH, REACH)
 
 
-def predicted(hidden_states: Tensor, head: Tensor) -> Tensor:
-    """u, (N,)."""
-    x = unit_vectors(hidden_states.to(head.dtype)) * hidden_states.shape[-1] ** 0.5
-    return (x * head[:-1]).sum(-1) + head[-1]
+def normalised(hidden_states: Tensor) -> Tensor:
+    """x / rms(x), (N, F)."""
+    return unit_vectors(hidden_states) * hidden_states.shape[-1] ** 0.5
 
 
 @torch.library.custom_op("tinyonn::apply_demand", mutates_args=("head", "centre", "moments", "pending"))
@@ -91,11 +92,11 @@ def apply_demand(head: Tensor, centre: Tensor, moments: Tensor, pending: Tensor,
     """One step of Adam by what was recorded, and of the running mean, if `ready`; see `apply_thresholds`. Not within backward."""
     if torch._C._current_graph_task_id() != -1:
         return
-    number, total, tokens = pending[-3:]
+    gradient, number, total, tokens = pending.split([len(head), 1, len(centre), 1])
     step = (1 / (updates + 1)).clamp(min=1 - decay).to(head.dtype)
     centre.copy_(torch.where(ready & (tokens > 0), torch.lerp(centre, total / tokens.clamp(min=1), step), centre))
     learns = ready & (number > 0)
-    gradient = pending[:-3] / number.clamp(min=1)
+    gradient = gradient / number.clamp(min=1)
     first, second = MOMENTS
     moved = torch.stack([torch.lerp(moments[0], gradient, 1 - first), torch.lerp(moments[1], gradient.square(), 1 - second)])
     moments.copy_(torch.where(learns, moved, moments))
@@ -111,15 +112,15 @@ def _(head: Tensor, centre: Tensor, moments: Tensor, pending: Tensor, updates: T
 
 
 @torch.library.custom_op("tinyonn::record_demand", mutates_args=("pending",))
-def record_demand(hidden_states: Tensor, kept: Tensor, head: Tensor, pending: Tensor) -> None:
-    """Adds the sum of u over kept tokens (N,) and their number to `pending`. A call within backward does nothing."""
+def record_demand(hidden_states: Tensor, kept: Tensor, pending: Tensor) -> None:
+    """Adds the sum of x / rms(x) over kept tokens (N,) and their number to `pending`. A call within backward does nothing."""
     if torch._C._current_graph_task_id() == -1:
-        u = torch.where(kept, predicted(hidden_states, head), 0)
-        pending[-2:].add_(torch.stack([u.sum(), kept.sum().to(u.dtype)]))
+        x = torch.where(kept.unsqueeze(-1), normalised(hidden_states.to(pending.dtype)), 0)
+        pending[-x.shape[-1] - 1 :].add_(torch.cat([x.sum(0), kept.sum().to(x.dtype).unsqueeze(0)]))
 
 
 @record_demand.register_fake
-def _(hidden_states: Tensor, kept: Tensor, head: Tensor, pending: Tensor) -> None:
+def _(hidden_states: Tensor, kept: Tensor, pending: Tensor) -> None:
     return None
 
 
@@ -137,8 +138,7 @@ def teach(place: int, grad: Tensor, weights: Tensor, hidden_states: Tensor, kept
     q = torch.where(kept, q, 0)
     number = kept.sum().to(q.dtype)
     mean = q.sum() / number.clamp(min=1)
-    x = torch.where(kept.unsqueeze(-1), hidden_states, 0).to(q.dtype)
-    x = unit_vectors(x) * x.shape[-1] ** 0.5
+    x = normalised(torch.where(kept.unsqueeze(-1), hidden_states, 0).to(q.dtype))
     ratio = q / torch.where(mean > 0, mean, 1) * (-(x @ module.head[:-1] + module.head[-1])).exp()
     error = torch.where(kept, 1 - ratio.clamp(max=MOST), 0)
-    module.pending[:-2].add_(torch.cat([error @ x, torch.stack([error.sum(), number])]))
+    module.pending[: x.shape[-1] + 2].add_(torch.cat([error @ x, torch.stack([error.sum(), number])]))

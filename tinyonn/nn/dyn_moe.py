@@ -30,8 +30,8 @@ from .threshold_router import Combine, ThresholdRouter, Thresholds
 GatingLoss = Literal["surprise", "sdl", "both", "none"]
 RoutingKind = Literal["threshold", "budget"]
 # Defaults that go with thresholds that gradients train, and with thresholds that follow the scores.
-_LEARNED: dict[str, Any] = {"gating_loss": "both", "form": "sigmoid_cosine", "combine": "softmax", "level": 0.0}
-_RUNNING: dict[str, Any] = {"gating_loss": "none", "form": "linear", "combine": "softmax_logits", "level": 0.4}
+_LEARNED: dict[str, Any] = {"gating_loss": "both", "form": "sigmoid_cosine", "combine": "softmax", "level": 0.0, "demand": 0.0}
+_RUNNING: dict[str, Any] = {"gating_loss": "none", "form": "linear", "combine": "softmax_logits", "level": 0.4, "demand": 0.25}
 ONLY_BY_BUDGET = "surprise_budget must be left out unless routing='budget'"
 
 
@@ -65,8 +65,8 @@ class DynMoE(nn.Module):
         checkpoint: whether to recompute the experts in backward; torch.func transforms ignore it, as they do not support it.
         thresholds: see `ThresholdRouter`; None for "balanced", or "learned" with routing="budget", a form of cosines, or a gating_loss that
             is not "none".
-        form, combine, level: see `ThresholdRouter`; None for "linear", "softmax_logits" and 0.4, or with thresholds="learned" for
-            "sigmoid_cosine", "softmax" and 0. `level` is 0 unless form is "linear".
+        form, combine, level, demand: see `ThresholdRouter`; None for "linear", "softmax_logits", 0.4 and 0.25, or with
+            thresholds="learned" for "sigmoid_cosine", "softmax", 0 and 0. `level` and `demand` are 0 unless form is "linear".
         max_experts: K, slots per token; None for all experts with routing="budget", else for twice target_k, or four times with running
             thresholds, at least 8.
         others: see `ThresholdRouter`.
@@ -103,7 +103,7 @@ class DynMoE(nn.Module):
         max_experts: int | None = None,
         combine: Combine | None = None,
         level: float | None = None,
-        demand: float = 0.0,
+        demand: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -116,7 +116,9 @@ class DynMoE(nn.Module):
         gating_loss = rule["gating_loss"] if gating_loss is None else gating_loss
         form = rule["form"] if form is None else form
         combine = rule["combine"] if combine is None else combine
-        level = (rule["level"] if form == "linear" else 0.0) if level is None else level
+        linear = form == "linear"  # level and demand are for linear scores
+        level = (rule["level"] if linear else 0.0) if level is None else level
+        demand = (rule["demand"] if linear else 0.0) if demand is None else demand
         for name, value, kind in (
             ("gating_loss", gating_loss, GatingLoss), ("surprise_kind", surprise_kind, SurpriseKind),
             ("activation", activation, Activation),

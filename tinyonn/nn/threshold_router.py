@@ -268,7 +268,7 @@ class ThresholdRouter(WideBuffers):
             state = (self.expert_mask, self.thresholds, self._token_thresholds(hidden_states), self.pending)
             record_scores(scores, routing.top_k_index, kept, *state, self.target_k, self.max_experts, balanced)
             if self.head is not None:
-                record_demand(hidden_states.detach(), kept, self.head.head, self.head.pending)
+                record_demand(hidden_states.detach(), kept, self.head.pending)
         weights = routing.top_k_weights
         if not weights.requires_grad:
             return routing
