@@ -62,8 +62,8 @@ def page(results: Results, settings: Any) -> list[str]:
         f" by the language loss alone. *{SURPRISE}* and *{DIVERSITY}* add the loss on [surprise](../dyn_moe.md#what-the-surprise-is)"
         " or `sparse_diversity_loss`, in `HyperStep`.",
         "",
-        "*Before* means calibrated only, *after* means tuned too. *Mean experts* is counted on the evaluation texts. The last column is the"
-        f" paired difference of the loss after tuning to *{SIZES}*, in nats, with a 95 % interval for other seeds and texts.",
+        "*Before* means calibrated only, *after* means tuned too. *Mean experts* is counted on the evaluation texts, after tuning. The last"
+        f" column is the paired difference of the loss after tuning to *{SIZES}*, in nats, with a 95 % interval for other seeds and texts.",
         "",
         "![Perplexity against mean experts per token](converted.png)",
         "",

@@ -45,7 +45,7 @@ def page(results: Results, settings: Settings) -> list[str]:
         " its expert's scores.",
         f"- *{RELU}*: weights are ReLUs of the scores, with an adaptive L1 loss that also balances load (ReMoE).",
         f"- *{OURS}*: `DynMoE` with its defaults; predicted surprise decides how many experts a token gets. In *{BLIND}*, `demand=0`,"
-        f" scores alone decide. *{LEARNED}* is the rule of earlier versions, `thresholds=\"learned\"`, with surprise as the routers' loss"
+        f' scores alone decide. *{LEARNED}* is the rule of earlier versions, `thresholds="learned"`, with surprise as the routers\' loss'
         " in `HyperStep`.",
         "",
         "![Loss of each arm](experts.png)",

@@ -10,14 +10,18 @@ A seed draws which modules of the standard library are the sample, which are for
 Thresholds choose other numbers of experts on other text, so they are shifted once more before the evaluation, to the mean on its texts.
 With the first seed and the larger budget, each arm tries two learning rates of routers, and keeps the one of lower loss on texts that are
 for this choice alone. Writes docs/studies/converted.json, converted.md and converted.png. An interrupted study continues from
-docs/studies/converted.json.
+docs/studies/converted.json. Arms share converted models and calibrated routers, which are kept in build/converted:
+delete them after a change of the conversion.
 """
 
 from __future__ import annotations
 
+import os
 import random
+import tempfile
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from _converted_page import ALL_TUNED, ARMS, DENSE, DIVERSITY, ONE_PRICE, SIZES, SURPRISE, TOP_K, best_rate, draw_figure, page
@@ -32,6 +36,7 @@ from tinyonn.nn import DynMoE
 from tinyonn.nn.dyn_moe import Visit
 from tinyonn.train import HyperStep, capture
 
+STARTS = Path(__file__).resolve().parents[2] / "build" / "converted"
 EVALUATION = (
     "argparse.py", "statistics.py", "ipaddress.py", "zipfile.py", "tarfile.py", "typing.py", "tokenize.py", "textwrap.py",
 )  # fmt: skip
@@ -55,7 +60,7 @@ class Settings:
     tokens: int = 512
     experts: int = 16
     budgets: tuple[int, ...] = (12, 8)
-    steps: int = 36
+    steps: int = 24
     sample: int = 8  # modules
     texts: int = len(EVALUATION)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -65,19 +70,33 @@ class Settings:
 class Bench:
     """The converted model, texts, and what an arm does with them."""
 
-    def __init__(self, settings: Settings, arm: str, seed: int, rate: float = 0.0) -> None:
-        self.settings, self.arm, self.rate = settings, arm, rate
-        folder = prepare_smollm2()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    def __init__(self, settings: Settings, folder: Path | None, arm: str, seed: int, rate: float = 0.0) -> None:
+        self.settings, self.folder, self.arm, self.seed, self.rate = settings, folder, arm, seed, rate
+        base = prepare_smollm2()
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         self.evaluation = [self._ids(name) for name in EVALUATION[: settings.texts]]
         self.choice = [self._ids(name) for name in CHOICE]
         others = [self._ids(name) for name in random.Random(seed).sample(OTHERS, len(OTHERS))]
         self.sample, self.training = torch.cat(others[: settings.sample]), others[settings.sample :]
         if arm != DENSE:
-            convert_mlp_to_dynmoe(self.model, num_experts=settings.experts, sample=self.sample, scale=SCALE)
+            self._convert()
         if arm == SIZES:
             self._predict_sizes()
+
+    def _convert(self) -> None:
+        """Converts the model, or loads it as another run of this seed has saved it."""
+        saved = None if self.folder is None else self.folder / f"{self.seed}-{self.settings.tokens}"
+        if saved is not None and saved.is_dir():
+            self.model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+            return
+        convert_mlp_to_dynmoe(self.model, num_experts=self.settings.experts, sample=self.sample, scale=SCALE)
+        if saved is not None:
+            saved.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=saved.parent) as new:
+                self.model.save_pretrained(Path(new) / "model")
+                if not saved.is_dir():
+                    os.replace(Path(new) / "model", saved)
 
     def _ids(self, name: str) -> Tensor:
         ids = self.tokenizer(module_text(name))["input_ids"][: self.settings.tokens]
@@ -116,20 +135,15 @@ class Bench:
         if self.arm == ALL_TUNED:
             self._tune(None)
             return self._evaluated("after")
-        self._calibrate(self.sample, budget)
-        found = self._at_budget("before", budget)
-        self._calibrate(self.sample, budget)
+        self._calibrate_once(budget)
+        found = self._evaluated("before")
         self._tune(budget)
         losses = [self._loss(ids) for ids in self.choice]
-        return {"choice": sum(losses) / len(losses), **found, **self._at_budget("after", budget)}
-
-    def _at_budget(self, name: str, budget: int) -> dict[str, Any]:
-        """As calibrated or tuned, and with thresholds shifted so that the evaluation texts have the mean number of experts."""
-        found = self._evaluated(f"{name}, as is")
+        found |= {"choice": sum(losses) / len(losses)} | self._evaluated("after, as is")
         if not self._has_thresholds:
-            return {key.replace(", as is", ""): value for key, value in found.items()} | found
-        self._calibrate(torch.cat(self.evaluation), budget, shift=True)
-        return found | self._evaluated(name)
+            return {key.replace("after, as is", "after"): value for key, value in found.items()} | found
+        self._calibrate(torch.cat(self.evaluation), budget, shift=True)  # to the mean number of experts on these texts
+        return found | self._evaluated("after")
 
     @property
     def _has_thresholds(self) -> bool:
@@ -158,13 +172,35 @@ class Bench:
                     module.router.min_experts = module.router.max_experts = budget
             return
         bounds = {"min_experts": budget, "max_experts": budget} if self.arm == TOP_K else {}
-        price = "gradient" if self.arm in ONE_PRICE else "none"
-        calibrate_experts(self.model, sample, budget, shift=shift, price=price, **bounds)
+        calibrate_experts(self.model, sample, budget, shift=shift, price=self._price, **bounds)
+
+    @property
+    def _price(self) -> Literal["gradient", "none"]:
+        return "gradient" if self.arm in ONE_PRICE else "none"
+
+    def _calibrate_once(self, budget: int) -> None:
+        """Calibrates routers on the sample, or loads them as another run of this seed has calibrated them."""
+        kind = TOP_K if self.arm == TOP_K else self._price
+        saved = None if self.folder is None or self.arm == SIZES else self.folder / f"{self.seed}-{self.settings.tokens}-{budget}-{kind}.pt"
+        routers = [module.router for module in self.model.modules() if isinstance(module, DynMoE)]
+        bounds = ("target_k", "min_experts", "max_experts")
+        if saved is not None and saved.is_file():
+            for router, (state, numbers) in zip(routers, torch.load(saved), strict=True):
+                router.load_state_dict(state)
+                for name, number in zip(bounds, numbers, strict=True):
+                    setattr(router, name, number)
+            return
+        self._calibrate(self.sample, budget)
+        if saved is not None:
+            new = saved.with_suffix(f".{os.getpid()}")
+            torch.save([(router.state_dict(), [getattr(router, name) for name in bounds]) for router in routers], new)
+            os.replace(new, saved)
 
     def _tune(self, budget: int | None) -> None:
         """Tunes experts and routers; without a budget, only experts."""
         model, steps = self.model.requires_grad_(False), self.settings.steps
-        routers, experts = [], []
+        routers: list[Tensor] = []
+        experts: list[Tensor] = []
         for module in model.modules():
             if isinstance(module, DynMoE):
                 module.gating_loss_kind = "sdl" if self.arm == DIVERSITY else "surprise"
@@ -213,21 +249,21 @@ def balance_loss(visits: dict[DynMoE, list[Visit]]) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def run(settings: Settings, arm: str, rate: float, budget: int, seed: int) -> dict[str, Any]:
-    return Bench(settings, arm, seed, rate).measured(budget)
+def run(settings: Settings, folder: Path | None, arm: str, rate: float, budget: int, seed: int) -> dict[str, Any]:
+    return Bench(settings, folder, arm, seed, rate).measured(budget)
 
 
-def measure(results: Results, settings: Settings, processes: int) -> None:
+def measure(results: Results, settings: Settings, folder: Path | None, processes: int) -> None:
     """Measures the cells that are missing: all learning rates first."""
-    most, (first, *_) = settings.budgets[0], settings.seeds
-    jobs = [Job((DENSE,), run, (settings, DENSE, 0.0, 0, 0))]
-    jobs += [Job((ALL_TUNED, seed), run, (settings, ALL_TUNED, 0.0, 0, seed)) for seed in settings.seeds]
-    jobs += [Job((arm, rate, most, first), run, (settings, arm, rate, most, first)) for rate in settings.rates for arm in ARMS]
+    most, (first, *_), given = settings.budgets[0], settings.seeds, (settings, folder)
+    jobs = [Job((DENSE,), run, (*given, DENSE, 0.0, 0, 0))]
+    jobs += [Job((ALL_TUNED, seed), run, (*given, ALL_TUNED, 0.0, 0, seed)) for seed in settings.seeds]
+    jobs += [Job((arm, rate, most, first), run, (*given, arm, rate, most, first)) for rate in settings.rates for arm in ARMS]
     measure_all(results, jobs, processes)
     left = [
         (arm, best_rate(results, settings, arm), budget, seed) for seed in settings.seeds for budget in settings.budgets for arm in ARMS
     ]
-    measure_all(results, [Job(key, run, (settings, *key)) for key in left], processes)
+    measure_all(results, [Job(key, run, (*given, *key)) for key in left], processes)
 
 
 def main() -> None:
@@ -240,7 +276,7 @@ def main() -> None:
     texts = {"evaluation": EVALUATION, "choice": CHOICE, "others": OTHERS}
     results = Results(None if options.quick else DOCS / "converted.json", {**asdict(settings), **constants, **texts})
     if not options.page:
-        measure(results, settings, options.processes)
+        measure(results, settings, None if options.quick else STARTS, options.processes)
     whole = 1 + len(settings.seeds) + len(ARMS) * (len(settings.budgets) * len(settings.seeds) + len(settings.rates) - 1)
     if len(results.cells) < whole:
         parser.error(f"docs/studies/converted.json must have {whole} runs of these settings for a page, got {len(results.cells)}.")
