@@ -3,16 +3,16 @@
     make demo DEMO_ARGS="--limit 24 --max-length 128"     scans SmolLM2-135M-Instruct into data/demo/python.mscan
     .venv/bin/python benchmarks/readme_picture.py         --scan FILE for another scan
 
-Left: mean SPS (synergistic prediction score) of each weight of each decoder layer, from the scan. Right: loss against the number of key
-blocks read, from docs/dyn_nsa_budget.json, the output of benchmarks/dyn_nsa_budget.py.
+Left: mean SPS (synergistic prediction score) of each weight of each decoder layer, from the scan. Right: loss over dense attention against
+the number of key blocks read, from docs/studies/selection.json, the output of benchmarks/studies/selection.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,10 @@ from tinyonn.mscan import MscanReader
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = {
-    "static top-n, tuned": ("fixed number of blocks, tuned", "o", "-", "#8a8f98"),
-    "tau from attention, before": ("threshold, calibrated only", "s", ":", "#e07a3f"),
-    "tau from attention, after": ("threshold, tuned 12 steps", "s", "-", "#c2410c"),
+    "top-n, mean keys": ("fixed number of blocks", "o", "-", "#8a8f98"),
+    "n per head, mean keys": ("fixed number for each head", "o", ":", "#8a8f98"),
+    "price and lines, mean keys": ("DynNSA", "s", "-", "#e07a3f"),
+    "price and lines, distilled keys": ("DynNSA, distilled keys", "s", "-", "#c2410c"),
 }
 
 
@@ -47,13 +48,16 @@ def read_map(path: Path) -> tuple[np.ndarray, list[str], dict[str, Any], int]:
     return grid, modules, metadata, tokens
 
 
-def read_curves(path: Path) -> tuple[dict[str, list[tuple[float, float]]], tuple[float, float], dict[str, Any]]:
-    """(mean key blocks, loss in nats) of each arm, those of the dense model, and the settings."""
+def read_curves(path: Path) -> tuple[dict[str, list[tuple[float, float]]], int]:
+    """(mean key blocks, loss over dense attention in nats) of each arm, each a mean over texts, and the number of tokens of a text."""
     page = json.loads(path.read_text(encoding="utf-8"))
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for arm, _, perplexity, blocks in page["rows"]:
-        curves.setdefault(arm, []).append((blocks, math.log(perplexity)))
-    return {arm: sorted(curves[arm]) for arm in LABELS}, curves["dense, unconverted"][0], page["settings"]
+    curves = {}
+    for arm in LABELS:
+        rows = [
+            [page["cells"][f"{arm} | {text} | {budget}"] for text in page["settings"]["texts"]] for budget in page["settings"]["budgets"]
+        ]
+        curves[arm] = [(fmean(cell["blocks"] for cell in row), fmean(cell["excess"] for cell in row)) for row in rows]
+    return curves, page["settings"]["tokens"]
 
 
 def draw(scan: Path, figures: Path, out: Path) -> None:
@@ -63,7 +67,7 @@ def draw(scan: Path, figures: Path, out: Path) -> None:
     from matplotlib import pyplot as plt
 
     grid, modules, metadata, tokens = read_map(scan)
-    curves, dense, settings = read_curves(figures)
+    curves, length = read_curves(figures)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", width_ratios=[1.15, 1])
     limit = np.nanpercentile(np.abs(grid), 99)
     image = left.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
@@ -75,9 +79,9 @@ def draw(scan: Path, figures: Path, out: Path) -> None:
 
     for arm, (label, marker, line, colour) in LABELS.items():
         right.plot(*zip(*curves[arm], strict=True), marker=marker, linestyle=line, color=colour, label=label, markersize=5)
-    right.plot(*dense, marker="D", color="#1d4ed8", linestyle="none", label="dense attention, not tuned")
-    right.set_xlabel(f"mean key blocks read by a query ({settings['tokens']:,} tokens)")
-    right.set_ylabel("loss, nats a token")
+    right.set_ylim(bottom=0)
+    right.set_xlabel(f"mean key blocks read by a query ({length:,} tokens)")
+    right.set_ylabel("loss over dense attention, nats per token")
     right.set_title("DynNSA: loss against key blocks read", fontsize=10)
     right.grid(alpha=0.3)
     right.legend(fontsize=8, frameon=False)
@@ -91,7 +95,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.scan.exists():
         parser.error(f"{arguments.scan} is not there; run `make demo` first, or name a scan with --scan")
-    draw(arguments.scan, ROOT / "docs/dyn_nsa_budget.json", arguments.out)
+    draw(arguments.scan, ROOT / "docs/studies/selection.json", arguments.out)
 
 
 if __name__ == "__main__":

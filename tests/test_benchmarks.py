@@ -235,17 +235,17 @@ def test_notes_made_after_measuring_are_in_the_json(tmp_path):
     ]  # fmt: skip
 
 
-def test_the_curves_of_the_front_page_are_rows_of_the_measured_table():
-    table = (FOLDER.parent / "docs/dyn_nsa_budget.md").read_text(encoding="utf-8")
-    rows = {tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in table.splitlines() if line.startswith("| ")}
-    heading = ("", "budget", "mean blocks", "perplexity")
-    measured = {(name, float(blocks), float(perplexity)) for name, _, blocks, perplexity in rows - {heading}}
-    curves, dense, settings = module("readme_picture").read_curves(FOLDER.parent / "docs/dyn_nsa_budget.json")
-    drawn = {(arm, round(blocks, 2), round(float(np.exp(loss)), 3)) for arm, points in curves.items() for blocks, loss in points}
-    assert len(drawn) == 9
-    assert drawn <= measured
-    assert ("dense, unconverted", dense[0], round(float(np.exp(dense[1])), 3)) in measured
-    assert f"{settings['tokens']} tokens each" in table
+def test_the_curves_of_the_front_page_are_rows_of_the_measured_tables():
+    """The page has the mean of four texts of prose, and that of four of code."""
+    page = (FOLDER.parent / "docs/studies/selection.md").read_text(encoding="utf-8").partition("## Texts of")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    measured = {(arm, float(blocks)): (float(prose) + float(code)) / 2 for arm, _, blocks, prose, code, *_ in rows if arm != "arm"}
+    curves, tokens = module("readme_picture").read_curves(FOLDER.parent / "docs/studies/selection.json")
+    drawn = {(arm, round(blocks, 2)): excess for arm, points in curves.items() for blocks, excess in points}
+    assert len(drawn) == 12
+    for point, excess in drawn.items():
+        assert excess == pytest.approx(measured[point], abs=1e-4)
+    assert f"{tokens:,} tokens" in page
 
 
 def test_the_map_of_the_front_page_has_each_weights_mean_sps(tmp_path):
