@@ -145,14 +145,20 @@ class Blocks:
     def z(self, layer: int, query: Tensor, key: Tensor) -> Tensor:
         return self.shares(layer, query, key)[0].log().clamp(min=FLOOR)
 
+    def uncertain_z(self, layer: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """z, and the query's tau, (K, T, 1): entropy of its attention to compressed keys, over that of a uniform one; mean over heads."""
+        shares, place, (query, keys) = self.shares(layer, query, key)
+        own = compressed_shares(query, keys, place, self.options, Scores(query.shape[-1] ** -0.5))
+        visible = (place + 1) // self.options.compress_size
+        tau = torch.where(visible > 1, torch.special.entr(own).sum(-1).mean(1) / visible.clamp(min=2).log(), 0)
+        return shares.log().clamp(min=FLOOR), tau[..., None]
+
     def relative(self, layer: int, query: Tensor, key: Tensor) -> Tensor:
         """Importance of earlier versions, with slope 1: log(share / uniform share) + tau, (K, T, NB)."""
-        shares, place, (query, keys) = self.shares(layer, query, key)
-        visible = (place + 1) // self.options.compress_size
-        own = compressed_shares(query, keys, place, self.options, Scores(query.shape[-1] ** -0.5))
-        tau = torch.where(visible > 1, torch.special.entr(own).sum(-1).mean(1) / visible.clamp(min=2).log(), 0)
+        z, tau = self.uncertain_z(layer, query, key)
+        visible = (torch.arange(len(query)) + 1) // self.options.compress_size
         uniform = visible * (self.options.compress_size / self.options.block_size)
-        return (shares * uniform[:, None]).log().clamp(min=FLOOR) + tau[..., None]
+        return (z + uniform.log()[:, None]).clamp(min=FLOOR) + tau
 
     @torch.no_grad()
     def effects(self, layer: Layer, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,8 +96,10 @@ def _page(cells: Cells, longer: list[Cells]) -> list[str]:
         " the calibration texts.",
         "- **Dynamic arms** read the blocks above a threshold. *Top-p* takes the smallest set with a given share of the attention; *one"
         " price* compares the estimated share itself; *offsets* add log √(mean cost) − log √(mean true share²) of each head; *lines*, which"
-        " `calibrate` uses, compare the cost that is expected for the estimated share. *Old rule* is that of earlier versions: share"
-        " relative to a uniform one, slope 1 and temperature 1.",
+        " `calibrate` uses, compare the cost that is expected for the estimated share. *More* or *less if uncertain* also moves the"
+        f" threshold of a query by {', '.join(f'{-slope:+g}' for slope in settings['slopes'].values())} times its tau, the normalised"
+        " entropy of its attention to compressed keys. *Old rule* is that of earlier versions: share relative to a uniform one, slope 1 and"
+        " temperature 1.",
         "- **Oracles** know the dense attention. They are bounds, not methods.",
         "- **Calibration** of offsets, lines and numbers per head: `inspect.py` and 2,048 tokens of prose, which are none of the texts.",
         f"- **Compressed keys** stand for 16 positions: means, or distilled in {settings['steps']} steps on five texts.",

@@ -41,10 +41,12 @@ STEPS = 150  # of distillation
 MEAN, DISTILLED = "mean keys", "distilled keys"
 TOP_N, TOP_P, PER_HEAD, OLD = "top-n", "top-p", "n per head", "old rule"
 ONE_PRICE, OFFSETS, LINES = "one price", "price and offsets", "price and lines"
+MORE, LESS = "price and lines, more if uncertain", "price and lines, less if uncertain"
+SLOPES = {MORE: 0.5, LESS: -0.5}  # of thresholds on tau
 MASS, FISHER = "oracle: top-n of the true share", "oracle: one price on the true effect"
 ARMS = (
     (TOP_N, MEAN), (LINES, MEAN), (OFFSETS, MEAN), (PER_HEAD, MEAN), (TOP_P, MEAN), (OLD, MEAN), (ONE_PRICE, MEAN), (TOP_N, DISTILLED),
-    (LINES, DISTILLED), (OFFSETS, DISTILLED), (PER_HEAD, DISTILLED), (MASS, ""), (FISHER, ""),
+    (LINES, DISTILLED), (OFFSETS, DISTILLED), (PER_HEAD, DISTILLED), (MORE, MEAN), (LESS, MEAN), (MASS, ""), (FISHER, ""),
 )  # fmt: skip
 STATIC = tuple(arm for arm in ARMS if arm[0] in (TOP_N, PER_HEAD))
 FIRST = ((TOP_N, MEAN), (LINES, MEAN), (TOP_N, DISTILLED), (LINES, DISTILLED))  # so that an interrupted study has them on all texts
@@ -210,6 +212,14 @@ def rule_of(bench: Bench, text: Text, arm: tuple[str, str], number: float, targe
         case "price and lines":
             gain, base = bench.lines(keys)[..., None, None]
             return price(lambda i, q, k, v: (blocks.z(i, q, k) - base[i]) / gain[i])
+        case "price and lines, more if uncertain" | "price and lines, less if uncertain":
+            gain, base = bench.lines(keys)[..., None, None]
+
+            def score(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                z, tau = blocks.uncertain_z(i, q, k)
+                return (z + SLOPES[kind] * tau - base[i]) / gain[i]
+
+            return price(score)
         case "old rule":
             lowest = level((blocks.relative(i, *layer[:2])[:, far] for i, layer in enumerate(text.layers)), wanted)
             return lambda i, q, k, v: _gated(blocks.relative(i, q, k) - lowest, far, forced)
@@ -304,6 +314,7 @@ def results_of(name: str, tokens: int, texts: list[tuple[str, Any]]) -> Results:
         "distillation": DISTILLATION,
         "close": CLOSE,
         "floor": FLOOR,
+        "slopes": SLOPES,
         "fit": [LEAST_X, MOST_GAIN, FARTHEST],
     }
     settings = {"tokens": tokens, "steps": STEPS, "budgets": BUDGETS, "texts": [f"{kind} {where}" for kind, where in texts]}
