@@ -139,7 +139,7 @@ Call = Callable[[], object]
 
 def goals() -> dict[str, Call]:
     """Ops by name. Forward runs once here, for the results that backward takes; `builds_of` keeps it from launching anything."""
-    from tinyonn_kernels._tune import forced
+    from tinyonn_kernels._tune import compiled_for, forced
 
     results: list[tuple[Any, ...]] = []
     with forced(0):
@@ -156,7 +156,7 @@ def goals() -> dict[str, Call]:
 
 def listed(call: Call, arch: int) -> tuple[dict[str, list[Build]], Moved]:
     """Launches of an op by kernel and configuration, and PyTorch's operations."""
-    from tinyonn_kernels._tune import forced
+    from tinyonn_kernels._tune import compiled_for, forced
 
     moved = Moved()
 
@@ -165,7 +165,7 @@ def listed(call: Call, arch: int) -> tuple[dict[str, list[Build]], Moved]:
             call()
 
     with forced(0):
-        builds = builds_of(run, arch)
+        builds = builds_of(compiled_for(arch, {"": run})[""], arch)
     found: dict[str, list[Build]] = {}
     for build in builds:
         found.setdefault(build.digest, []).append(build)

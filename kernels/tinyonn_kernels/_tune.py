@@ -1,8 +1,8 @@
 """Autotuning: each kernel has several configurations, and trials find the fastest once for each kind and size of input.
 
-A table lists the configurations for the constants of a launch, with the best guess first. A launch waits for the GPU only in a trial.
-Size classes differ by factors of four, because the best tiles for a short prompt are not the best for 64k tokens. A table with one
-configuration needs no trial.
+A table lists the configurations for the constants of a launch and for ARCH, the compute capability, with the best guess first. A launch
+waits for the GPU only in a trial. Size classes differ by factors of four, because the best tiles for a short prompt are not the best for
+64k tokens. A table with one configuration needs no trial.
 
 In the interpreter and under `torch.use_deterministic_algorithms(True)`, the first configuration runs without a trial: tiles of different
 sizes sum in different orders, so another configuration may change the last bits. `forced` selects a configuration by number.
@@ -12,9 +12,9 @@ sizes sum in different orders, so another configuration may change the last bits
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,7 +27,10 @@ from . import INTERPRETED
 Table = Callable[..., list[triton.Config]]
 SMALL_BITS = 21  # inputs of up to 2^21 values (2k tokens of 16 heads of 64) are one size class
 
+DEFAULT_ARCH = 90  # where there is no GPU
+
 _forced: int | None = None
+_arch: int | None = None
 _launched: dict[str, list[str]] = {}
 
 
@@ -41,11 +44,38 @@ def size_class(first: Tensor) -> int:
     return max(0, (max(first.numel() - 1, 0).bit_length() - SMALL_BITS + 1) // 2)
 
 
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def architecture(first: Tensor) -> int:
+    """Compute capability that a launch on this input compiles for: 90 for H100."""
+    if _arch is not None:
+        return _arch
+    return _capability(first.device) if first.is_cuda else DEFAULT_ARCH
+
+
+def compiled_for(arch: int, launches: Mapping[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
+    """The same launches, with the tables of an architecture whatever GPU is there."""
+
+    def run(launch: Callable[[], None]) -> None:
+        global _arch
+        before, _arch = _arch, arch
+        try:
+            launch()
+        finally:
+            _arch = before
+
+    return {name: partial(run, launch) for name, launch in launches.items()}
+
+
 class TunedKernel(Autotuner):
-    """A kernel with its table. Triton's key contains only names of arguments, so this class keeps the results of trials by size class.
+    """A kernel with its table. Triton's key contains only names of arguments, so this class keeps the results of trials apart.
 
     Attributes:
-        caches: results of trials, by size class.
+        caches: results of trials, by size class and architecture.
     """
 
     def __init__(self, fn: Any, table: Table, key: list[str], restore: list[str]) -> None:
@@ -53,25 +83,29 @@ class TunedKernel(Autotuner):
         placeholders = [triton.Config({}), triton.Config({})]
         super().__init__(fn, fn.arg_names, placeholders, key, None, restore, prune_configs_by={"early_config_prune": self._pruned})
         self.table = table
-        self.caches: defaultdict[int, dict[Any, triton.Config]] = defaultdict(dict)
-        self.size = 0
+        self.caches: defaultdict[tuple[int, int], dict[Any, triton.Config]] = defaultdict(dict)
+        self.size, self.arch = 0, DEFAULT_ARCH
         self._offered: dict[tuple[tuple[str, Any], ...], list[triton.Config]] = {}
 
-    def offered(self, constants: dict[str, Any]) -> list[triton.Config]:
+    def offered(self, constants: dict[str, Any], arch: int) -> list[triton.Config]:
         """Configurations for these constants, without duplicates."""
-        key = tuple(constants.items())
+        key = (("ARCH", arch), *constants.items())
         found = self._offered.get(key)
         if found is None:
-            found = self._offered[key] = list({str(one): one for one in self.table(**constants)}.values())
+            found = self._offered[key] = list({str(one): one for one in self.table(ARCH=arch, **constants)}.values())
         return found
 
     def _pruned(self, configs: list[triton.Config], named: dict[str, Any], **constants: Any) -> list[triton.Config]:
-        return self.offered({name: value for name, value in constants.items() if name in self.arg_names})  # without the grid
+        return self.offered({name: value for name, value in constants.items() if name in self.arg_names}, self.arch)  # without the grid
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        self.size = size_class(args[0])
-        self.cache = self.caches[self.size]
+        self.size, self.arch = size_class(args[0]), architecture(args[0])
+        self.cache = self.caches[self.size, self.arch]
         return super().run(*args, **kwargs)
+
+    def warmup(self, *args: Any, **kwargs: Any) -> Any:
+        self.arch = architecture(args[0])
+        return super().warmup(*args, **kwargs)
 
     def check_disk_cache(self, tuning_key: Any, configs: list[triton.Config], bench_fn: Callable[[], None]) -> bool:
         key = (*tuning_key, f"size {self.size}")
@@ -110,7 +144,7 @@ def launch(kernel: TunedKernel, grid: Callable[[dict[str, Any]], tuple[int, ...]
             kernel.warmup(*args, grid=grid, **constants)
             return
         run = partial(kernel.fn.warmup, grid=grid)
-    offered = kernel.offered(constants)
+    offered = kernel.offered(constants, architecture(args[0]))
     if _forced is not None:
         name = kernel.base_fn.__name__
         known = _launched.setdefault(name, [])

@@ -173,3 +173,23 @@ def test_every_configuration_can_be_forced_and_is_right(monkeypatch):
         assert chosen.pop() == rows
         assert [len(configs) for configs in offered.values()] == [2]
         assert list(offered) == ["_interval_fwd_kernel"]
+
+
+def test_a_launch_uses_the_table_of_its_architecture():
+    from tinyonn_kernels import _tune
+
+    kernel = tuned_kernels()["_interval_fwd_kernel"]
+    constants = {"IEEE": False, "WIDTH": 128}
+    seen = []
+
+    def launch() -> None:
+        first = torch.empty(1, device="meta")
+        seen.append(kernel.offered(constants, _tune.architecture(first))[0].kwargs["ROWS"])
+
+    for run in (*_tune.compiled_for(80, {"": launch}).values(), *_tune.compiled_for(90, {"": launch}).values(), launch):
+        run()
+    assert seen == [64, 128, 128]
+    with pytest.raises(ZeroDivisionError):
+        _tune.compiled_for(80, {"": lambda: 1 // 0})[""]()  # type: ignore[dict-item, func-returns-value]
+    launch()
+    assert seen[-1] == 128

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .._tune import compiled_for
 from .expert_mlp_bwd import expert_grad_pre
 from .expert_mlp_fwd import expert_gate_up
 from .expert_outer import expert_outer
@@ -87,7 +88,7 @@ def _sort(dtype: torch.dtype, experts: int) -> None:
 
 
 def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """The same launches on every architecture."""
+    """The same launches on every architecture, with its configurations."""
     launches: dict[str, Callable[[], None]] = {
         "int64-E4096": partial(_sort, torch.int64, 4096),
         "int32-E64": partial(_sort, torch.int32, 64),
@@ -95,4 +96,4 @@ def offered(arch: int) -> dict[str, Callable[[], None]]:
     for label, *rest in SHAPES:
         launches[label] = partial(_products, *rest)
         launches |= {f"{label}-{name}": partial(launch, *rest) for name, launch in (("down", _down), ("up", _up), ("gradient", _gradient))}
-    return launches
+    return compiled_for(arch, launches)

@@ -36,12 +36,20 @@ MAX_SPLITS = 16
 ENOUGH_PROGRAMS = 1024
 
 
-def configs(IEEE: bool, WIDTH: int, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, WIDTH: int, GROUP: int, CAP: float, ARCH: int, **_: object) -> list[triton.Config]:
     if IEEE:
         return [config(8, 1, ROWS=16 if WIDTH >= 128 else 32, KEYS=32)]
     if WIDTH >= 256:
         return [config(8, 1, ROWS=32, KEYS=32)]
-    return [config(8, 2, 255, ROWS=32 if WIDTH >= 128 else 64, KEYS=64), config(4, 2, 255, ROWS=32, KEYS=32)]
+    small = config(4, 2, 255, ROWS=32, KEYS=32)
+    if ARCH < 90:
+        return [config(8, 2, 255, ROWS=32 if WIDTH >= 128 else 64, KEYS=64), small]
+    # One warpgroup for 64 keys, or two for 128. Divisions by a group that is no power of two take registers.
+    if WIDTH < 128:
+        return [config(4, 2, 255, ROWS=32, KEYS=64), small]
+    if ARCH >= 100 or GROUP & (GROUP - 1) == 0:
+        return [config(4, 2 if ARCH >= 100 else 1, 255, ROWS=32, KEYS=64), small]
+    return [config(8, 2, 255, ROWS=32, KEYS=64 if CAP > 0 else 128), small]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "COMPRESSED"])

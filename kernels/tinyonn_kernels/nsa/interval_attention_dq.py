@@ -41,13 +41,16 @@ def probabilities(q, k, n, low, high, lse_log2, scale_log2, CAP: tl.constexpr, I
     return tl.where(visible, tl.exp2(scores - lse_log2[:, None]), 0.0), scores
 
 
-def configs(IEEE: bool, WIDTH: int, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, WIDTH: int, ARCH: int, **_: object) -> list[triton.Config]:
     if IEEE:
         tile = 16 if WIDTH >= 128 else 32
         return [config(8, 1, ROWS=tile, KEYS=tile)]
     if WIDTH >= 256:
         return [config(4, 1, ROWS=32, KEYS=16)]
-    return [config(4, 2, ROWS=64, KEYS=64 if WIDTH <= 64 else 32), config(8, 2, 255, ROWS=64, KEYS=64)]
+    narrow = config(4, 2, ROWS=64, KEYS=64 if WIDTH <= 64 else 32)
+    if ARCH >= 90:
+        return [config(8, 2, 255, ROWS=128, KEYS=64), narrow]
+    return [narrow, config(8, 2, 255, ROWS=64, KEYS=64)]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "COMPRESSED"], restore=("dq_ptr",))

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .._tune import compiled_for
 from ._common import Geometry
 from .block_lists import merge_lists
 from .block_sparse_dkv import block_sparse_attention_dkv
@@ -94,7 +95,7 @@ def _select(dtype: torch.dtype, dim: int, heads: int, compress_size: int, softca
 
 
 def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """The same launches on every architecture."""
+    """The same launches on every architecture, with its configurations."""
     launches: dict[str, Callable[[], None]] = {f"G{group}": partial(_merge, group) for group in (1, 2, 3, 4, 8)}
     for label, *shape in SHAPES:
         caps = {label: None} | ({f"{label}-softcap": 50.0} if label in SOFTCAPPED else {})
@@ -103,4 +104,4 @@ def offered(arch: int) -> dict[str, Callable[[], None]]:
             launches[name] = partial(_block_sparse, *shape, **own)
             launches |= {f"{name}-{kind}": partial(_interval, *shape, kind == "compressed", **own) for kind in ("window", "compressed")}
             launches |= {f"{name}-compress{size}": partial(_select, *shape, size, **own) for size in (64, 16)}
-    return launches
+    return compiled_for(arch, launches)

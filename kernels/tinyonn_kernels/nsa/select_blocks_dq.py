@@ -242,7 +242,7 @@ def select_blocks_dq(
     group = heads // num_kv
     shape = tile_queries(group, TILE_ROWS)
     tiles = triton.cdiv(num_queries, shape["QUERIES"]) * count_heads(query, num_kv, geometry)
-    programs = program_count(tiles, query.device)
+    programs = program_count(tiles, query.device, small=False)
     row_blocks = triton.cdiv(triton.cdiv(num_keys, block_size), 4) * 4
     scratch = torch.empty((programs, shape["QUERIES"], row_blocks), dtype=torch.float32, device=query.device)
     launch(

@@ -22,7 +22,7 @@ from .._tune import config, launch, tuned
 from ._common import FAR, LOG2E, Geometry, bounds_of, cap_log2, capped, count_heads, dot, load_rows, unit_stride, width_of
 
 Z_FLOOR = tl.constexpr(2.061153622438558e-09)  # e^-20
-PROGRAMS_PER_UNIT = 4
+RESIDENT, RESIDENT_REGISTERS = 3, 168  # programs of four warps that a multiprocessor holds, with this number of registers
 TILE_ROWS = 64
 MAX_QUERIES = 16  # a larger tile would need a large scratch for small groups
 
@@ -77,13 +77,14 @@ def factor_of(relative, GROUP: tl.constexpr, RATIO: tl.constexpr, COMPRESS: tl.c
     return factor[:, None]
 
 
-def configs(IEEE: bool, WIDTH: int, RATIO: int, **_: object) -> list[triton.Config]:
-    warps = 8 if WIDTH >= 128 else 4
+def configs(IEEE: bool, WIDTH: int, GROUP: int, RATIO: int, **_: object) -> list[triton.Config]:
+    """A row's blocks fall into one warp of four, so the bisection has no barrier."""
     if IEEE:
-        return [config(warps, 1, 255, BLOCKS=max(1, 16 // RATIO))]
-    keys = 32 if WIDTH >= 128 else 64
-    offered = [config(warps, 1, 255, BLOCKS=max(1, keys // RATIO))]
-    return offered if WIDTH >= 256 else [*offered, config(warps, 1, 255, BLOCKS=max(1, keys // 2 // RATIO))]
+        return [config(8 if WIDTH >= 128 else 4, 1, 255, BLOCKS=max(1, 16 // RATIO))]
+    if WIDTH >= 256:
+        return [config(8, 1, 255, BLOCKS=max(1, 32 // RATIO))]
+    keys = 32 if WIDTH < 128 or GROUP & (GROUP - 1) == 0 else 16  # divisions by other groups take registers
+    return [config(4, 1, RESIDENT_REGISTERS, BLOCKS=max(1, keys // part // RATIO)) for part in (1, 2)]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"])
@@ -243,12 +244,12 @@ def tile_queries(group: int, rows: int) -> dict[str, int]:
     return {"PADDED": padded, "QUERIES": min(MAX_QUERIES, max(1, rows // padded))}
 
 
-def program_count(tiles: int, device: torch.device) -> int:
-    """Number of programs: as many as a GPU runs at once, because each needs a scratch."""
-    if device.type == "cuda":
-        units = torch.cuda.get_device_properties(device).multi_processor_count
-        return min(tiles, units * PROGRAMS_PER_UNIT)
-    return min(tiles, 528 if device.type == "meta" else 3)
+def program_count(tiles: int, device: torch.device, small: bool) -> int:
+    """Number of programs: as many as a GPU runs at once, because each needs a scratch; `small` ones have four warps."""
+    if device.type == "cpu":
+        return min(tiles, 3)
+    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return min(tiles, units * (RESIDENT if small else 4))
 
 
 def select_blocks_fwd(
@@ -284,7 +285,7 @@ def select_blocks_fwd(
     ratio = block_size // compress_size
     shape = tile_queries(group, TILE_ROWS // 2 if query.dtype == torch.float32 else TILE_ROWS)
     tiles = triton.cdiv(num_queries, shape["QUERIES"]) * count_heads(query, num_kv, geometry)
-    programs = program_count(tiles, query.device)
+    programs = program_count(tiles, query.device, small=query.dtype != torch.float32 and width_of(dim) <= 128)
     row_blocks = triton.cdiv(triton.cdiv(num_keys, block_size), 4) * 4
     scratch = torch.empty((programs, shape["QUERIES"], row_blocks), dtype=torch.float32, device=query.device)
     over = torch.empty(programs, dtype=torch.int32, device=query.device)

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .._tune import compiled_for
 from .attention_stats import attention_stats_fwd
 from .block_norms import block_norms_fwd
 from .integrate_sps import integrate_sps_fwd
@@ -46,7 +47,7 @@ def _integrate_sps(dtype: torch.dtype, num_blocks: int, layers: int, extras: boo
 
 
 def offered(arch: int) -> dict[str, Callable[[], None]]:
-    """The same launches on every architecture."""
+    """The same launches on every architecture, with its configurations."""
     launches: dict[str, Callable[[], None]] = {}
     for dtype, dims in ((torch.bfloat16, (64, 128, 256)), (torch.float32, (64, 128))):
         for dim in dims:
@@ -63,7 +64,7 @@ def offered(arch: int) -> dict[str, Callable[[], None]]:
         launches[f"{_name(dtype)}-in4096-out4096-block4096"] = partial(_token_grad_norms, dtype, 4096, 4096, 4096)
     for num_blocks, layers in ((3198, 31), (65536, 32)):
         launches[f"float32-{num_blocks}blocks-{layers}layers"] = partial(_integrate_sps, torch.float32, num_blocks, layers, False)
-    return launches
+    return compiled_for(arch, launches)
 
 
 def _name(dtype: torch.dtype) -> str:
