@@ -139,7 +139,7 @@ Call = Callable[[], object]
 
 def goals() -> dict[str, Call]:
     """Ops by name. Forward runs once here, for the results that backward takes; `builds_of` keeps it from launching anything."""
-    from tinyonn_kernels._tune import compiled_for, forced
+    from tinyonn_kernels._tune import forced
 
     results: list[tuple[Any, ...]] = []
     with forced(0):
