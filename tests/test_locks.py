@@ -14,8 +14,9 @@ from tinyonn._io.locks import locked
 from tinyonn.errors import InputError
 
 HOLDER = """
-import sys, time
+import signal, sys, time
 from tinyonn._io.locks import locked
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background ignores it
 with locked(sys.argv[1]):
     print("in", flush=True)
     time.sleep(60)
@@ -43,6 +44,7 @@ def test_a_folder_is_one_processs_until_that_ends_in_any_way(tmp_path, end):
     finally:
         process.send_signal(end)
         process.communicate()
+    assert process.returncode  # it was ended, and did not wait to its end
     with locked(tmp_path / "out"):
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
     assert list((tmp_path / "out").iterdir()) == []

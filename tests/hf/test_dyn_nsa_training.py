@@ -128,6 +128,7 @@ def test_it_compiles_whole(tau_source, padded, layers):
         assert statistics(model)[name] == pytest.approx(value, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_inductor_agrees():
     """The attention module alone: g++ takes two seconds for each kernel, and the rest of the model is transformers' own."""
     x = token_ids(70)

@@ -62,9 +62,16 @@ def test_every_gradient_is_exact(detach_scores, softcap):
         assert_close_rms(ours, theirs, 1e-11, name)
 
 
-@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
-@pytest.mark.parametrize("sinks", [None, SINKS], ids=["no sinks", "sinks"])
-@pytest.mark.parametrize("softcap", [None, 1.5])
+SHARES = [(sinks, softcap, impl) for sinks in (None, SINKS) for softcap in (None, 1.5) for impl in ("torch", "reference")]
+# In the interpreter a case takes ten seconds: with both and with neither always run.
+SHARES += [
+    pytest.param(sinks, softcap, "triton", marks=[*IMPLS[1].marks, *[pytest.mark.slow] * ((sinks is None) != (softcap is None))])
+    for sinks in (None, SINKS)
+    for softcap in (None, 1.5)
+]
+
+
+@pytest.mark.parametrize(("sinks", "softcap", "impl"), SHARES)
 def test_the_selection_counts_shares_of_the_whole_attention(impl, sinks, softcap):
     """Shares by a plain softmax over what the last query sees, its sink included: each decides whether its block is selected."""
     device = impl_device(impl)

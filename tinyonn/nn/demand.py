@@ -45,7 +45,7 @@ class Demand(WideBuffers):
         head: (F + 1,), a and b.
         centre: (F,), running mean of x / rms(x).
         moments: (2, F + 1), of Adam.
-        pending: (2 F + 3,), sums over recorded tokens: of the gradient of `head`, their number, of x / rms(x), and the number of its tokens.
+        pending: (2 F + 3,), sums over recorded tokens: of the gradient of `head`, their number, of x / rms(x), and the number of these.
     """
 
     head: Tensor
