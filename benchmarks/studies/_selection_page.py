@@ -109,6 +109,7 @@ def _page(cells: Cells, longer: list[Cells]) -> list[str]:
         "",
         "![Excess loss against mean blocks](selection.png)",
         "",
+        *_summary(cells),
     ]
     for budget in cells.budgets:
         if (best := cells.best_static(budget)) is not None:
@@ -135,6 +136,27 @@ def _page(cells: Cells, longer: list[Cells]) -> list[str]:
             f" {check['blocks']:.3f} at {check['run of this study']:.5f}.",
         ]
     return lines
+
+
+def _summary(cells: Cells) -> list[str]:
+    """Ratios of DynNSA's arms to the better top-n and to the best static arm."""
+    rows: list[list[object]] = []
+    for budget in cells.budgets:
+        for ours in (("price and lines", "mean keys"), ("price and lines", "distilled keys")):
+            texts = cells.having([arm for arm in cells.arms if arm[0] == "top-n"] + [ours], budget)
+            best = cells.best_static(budget)
+            if not texts or best is None:
+                continue
+            top_n = min((arm for arm in cells.arms if arm[0] == "top-n"), key=lambda arm: cells.mean(arm, budget, texts))
+            found = [cells.ratio(ours, static, budget, "") for static in (top_n, best)]
+            shown = ["" if one is None else f"{one[0]:.2f} ({one[1]:.2f} … {one[2]:.2f})" for one in found]
+            rows.append(
+                [f"{cells.mean(ours, budget, texts, 'blocks'):.1f}", name_of(ours), name_of(top_n), shown[0], name_of(best), shown[1]]
+            )
+    if not rows:
+        return []
+    head = ["blocks", "arm", "the better top-n", "excess, ratio to it", "the best static arm", "excess, ratio to it"]
+    return ["## DynNSA against static arms", "", *table(head, rows), ""]
 
 
 def _budget(cells: Cells, budget: int, best: Arm, level: int = 2) -> list[str]:
