@@ -25,11 +25,12 @@ import copy
 import json
 import math
 import platform
+import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from dyn_nsa_budget import EVALUATION, TRAINING, rows_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -40,6 +41,12 @@ from tinyonn.nn.dyn_moe import Visit
 from tinyonn.train import HyperStep, capture
 
 ROOT = Path(__file__).resolve().parent.parent
+EVALUATION = ("argparse.py", "statistics.py", "ipaddress.py", "zipfile.py", "tarfile.py", "typing.py")
+TRAINING = (
+    "ast.py", "calendar.py", "cgi.py", "cmd.py", "codecs.py", "configparser.py", "copy.py", "csv.py", "datetime.py", "dataclasses.py",
+    "difflib.py", "doctest.py", "enum.py", "fractions.py", "ftplib.py", "functools.py", "gettext.py", "gzip.py", "heapq.py", "imaplib.py",
+    "locale.py", "mailbox.py", "mimetypes.py", "optparse.py", "os.py", "pathlib.py", "pdb.py", "pickle.py", "platform.py", "random.py",
+)  # fmt: skip
 DENSE, ALL_EXPERTS, ALL_TUNED = "dense, unconverted", "converted, all experts", "all experts, tuned"
 SURPRISE, DIVERSITY, TOP_K, LANGUAGE = "surprise", "diversity", "top-k, balance", "language loss"
 ARMS = (SURPRISE, DIVERSITY, TOP_K, LANGUAGE)
@@ -48,6 +55,19 @@ EXPERT_RATE, ROUTER_RATE = 3e-4, 1e-3  # Adam's learning rate
 SCALE = 4.0  # scale of the routers' sigmoids; at 1 the scores of all experts are nearly equal
 BALANCE = 0.01  # weight of the load-balance loss, as in Switch Transformer
 SHIFT_EVERY = 4
+
+
+def rows_of(tokenizer: Any, names: tuple[str, ...], length: int) -> list[Tensor]:
+    """(1, length) token ids of the start of each module that is long enough."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for name in names:
+        path = root / name
+        if path.is_file():
+            ids = tokenizer(path.read_text(encoding="utf-8"), truncation=True, max_length=length)["input_ids"]
+            if len(ids) == length:
+                found.append(torch.tensor([ids]))
+    return found
 
 
 @torch.no_grad()

@@ -156,3 +156,12 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
             r'<h3 id="([\w.]+)" class="doc doc-heading">\s*<code class="doc-symbol doc-symbol-heading doc-symbol-module"', text
         )
         assert not modules, f"api/{page.name} shows modules in the place of {modules}"
+
+
+def test_every_figure_of_the_evidence_is_on_the_page_of_a_study():
+    """Also in the form in which a page prints it; a study that ran again changes its page, and the evidence must follow."""
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in sorted((DOCS / "studies").glob("*.md")))
+    figures = re.findall(r"(?<![\d.])[+-]?\d+\.\d{2,}(?![\d.])", (DOCS / "evidence.md").read_text(encoding="utf-8"))
+    assert len(figures) > 20
+    known = set(re.findall(r"[+-]?\d+\.\d{2,}", pages))
+    assert [figure for figure in figures if figure not in known] == []
