@@ -87,6 +87,11 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def has_warpgroups(arch: int) -> bool:
+    """Whether four warps multiply together, on a GPU with over 200 KiB of shared memory: H100 and B200, but not RTX 50 (sm_120)."""
+    return 90 <= arch < 120
+
+
 def width_of(dim: int) -> int:
     """Columns of a tile that holds `dim` features."""
     return max(16, triton.next_power_of_2(dim))

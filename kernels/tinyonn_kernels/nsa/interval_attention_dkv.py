@@ -24,6 +24,7 @@ from ._common import (
     capped,
     count_heads,
     dot,
+    has_warpgroups,
     interval_of,
     load_rows,
     load_weight,
@@ -42,7 +43,7 @@ def configs(IEEE: bool, WIDTH: int, GROUP: int, CAP: float, ARCH: int, **_: obje
     if WIDTH >= 256:
         return [config(8, 1, ROWS=32, KEYS=32)]
     small = config(4, 2, 255, ROWS=32, KEYS=32)
-    if ARCH < 90:
+    if not has_warpgroups(ARCH):
         return [config(8, 2, 255, ROWS=32 if WIDTH >= 128 else 64, KEYS=64), small]
     # One warpgroup for 64 keys, or two for 128. Divisions by a group that is no power of two take registers.
     if WIDTH < 128:

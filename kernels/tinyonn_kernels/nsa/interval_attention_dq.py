@@ -24,6 +24,7 @@ from ._common import (
     capped,
     count_heads,
     dot,
+    has_warpgroups,
     interval_of,
     load_rows,
     load_weight,
@@ -48,7 +49,7 @@ def configs(IEEE: bool, WIDTH: int, ARCH: int, **_: object) -> list[triton.Confi
     if WIDTH >= 256:
         return [config(4, 1, ROWS=32, KEYS=16)]
     narrow = config(4, 2, ROWS=64, KEYS=64 if WIDTH <= 64 else 32)
-    if ARCH >= 90:
+    if has_warpgroups(ARCH):
         return [config(8, 2, 255, ROWS=128, KEYS=64), narrow]
     return [narrow, config(8, 2, 255, ROWS=64, KEYS=64)]
 

@@ -25,6 +25,7 @@ from ._common import (
     capped,
     count_heads,
     dot,
+    has_warpgroups,
     interval_of,
     load_rows,
     load_weight,
@@ -43,7 +44,7 @@ def configs(IEEE: bool, WIDTH: int, ARCH: int, **_: object) -> list[triton.Confi
     if WIDTH >= 256:
         return [config(8, 2, 255, ROWS=64, KEYS=32)]
     if WIDTH >= 128:
-        rows = 128 if ARCH >= 90 else 64
+        rows = 128 if has_warpgroups(ARCH) else 64
         return [config(8, 2, 255, ROWS=rows, KEYS=64), config(8, 3, 255, ROWS=rows, KEYS=64)]
     return [config(8, 2, 255, ROWS=128, KEYS=64), config(4, 3, 255, ROWS=64, KEYS=64)]
 
