@@ -81,7 +81,7 @@ def write(folder: Path, results: list[Results], budgets: tuple[int, ...], arms: 
 def _page(cells: Cells, longer: list[Cells]) -> list[str]:
     settings = cells.results.settings
     lines = [
-        "# Study A: which blocks to read, without training",
+        "# Which key blocks to read, without training",
         "",
         "This page compares rules that choose which key blocks a trained model reads. No weight of the model changes."
         f" `benchmarks/studies/selection.py` measured on {cells.results.origin()}.",
@@ -103,7 +103,7 @@ def _page(cells: Cells, longer: list[Cells]) -> list[str]:
         "- **Oracles** know the dense attention. They are bounds, not methods.",
         "- **Calibration** of offsets, lines and numbers per head: `inspect.py` and 2,048 tokens of prose, which are none of the texts.",
         f"- **Compressed keys** stand for 16 positions: means, or distilled in {settings['steps']} steps on five texts.",
-        "- **Equal blocks**: the threshold of a dynamic arm is set on the text itself to the mean of top-n, within 0.05 blocks. A product"
+        "- **Equal blocks**: the threshold of a dynamic arm is set on the text itself to the mean of top-n, within 0.05 blocks. `calibrate`"
         " sets it on a sample. Ratios compare with the best static arm at the blocks that the dynamic arm has read, between budgets.",
         f"- **Intervals**: 95 %, for other texts, where there are at least {FEWEST} of them.",
         "",
