@@ -120,9 +120,10 @@ def _page(cells: Cells, longer: list[Cells]) -> list[str]:
             lines += [
                 f"## Texts of {others.results.settings['tokens']:,} tokens",
                 "",
-                f"The same on {', '.join(texts)}. Offsets and lines come from the calibration texts at this length; distilled keys are"
-                f" those of {settings['tokens']:,} tokens.",
+                f"The same on {', '.join(texts)}, with fewer arms. Lines and numbers per head come from the calibration texts at this"
+                f" length; distilled keys are those of {settings['tokens']:,} tokens.",
                 "",
+                *_summary(others, level=3),
             ]
         for budget in others.budgets:
             if (best := others.best_static(budget)) is not None:
@@ -138,7 +139,7 @@ def _page(cells: Cells, longer: list[Cells]) -> list[str]:
     return lines
 
 
-def _summary(cells: Cells) -> list[str]:
+def _summary(cells: Cells, level: int = 2) -> list[str]:
     """Ratios of DynNSA's arms to the better top-n and to the best static arm."""
     rows: list[list[object]] = []
     for budget in cells.budgets:
@@ -156,7 +157,7 @@ def _summary(cells: Cells) -> list[str]:
     if not rows:
         return []
     head = ["blocks", "arm", "the better top-n", "excess, ratio to it", "the best static arm", "excess, ratio to it"]
-    return ["## DynNSA against static arms", "", *table(head, rows), ""]
+    return [f"{'#' * level} DynNSA against static arms", "", *table(head, rows), ""]
 
 
 def _budget(cells: Cells, budget: int, best: Arm, level: int = 2) -> list[str]:
@@ -181,7 +182,7 @@ def _budget(cells: Cells, budget: int, best: Arm, level: int = 2) -> list[str]:
         rows.append(row)
     head = ["arm", "texts", "blocks", "excess, prose", "code", "late half, all", "ratio, prose", "code", "all"]
     title = f"{'#' * level} {first['blocks']:.1f} blocks a query, {first['far']:.1f} of them far"
-    return [title, "", f"The best static arm is {name_of(best)}; ratios are to it.", "", *table(head, rows), ""]
+    return [title, "", f"The best static arm of the table is {name_of(best)}; ratios are to it.", "", *table(head, rows), ""]
 
 
 def _figure(cells: Cells, path: Path) -> None:

@@ -48,8 +48,8 @@ ARMS = (
     (TOP_N, MEAN), (LINES, MEAN), (OFFSETS, MEAN), (PER_HEAD, MEAN), (TOP_P, MEAN), (OLD, MEAN), (ONE_PRICE, MEAN), (TOP_N, DISTILLED),
     (LINES, DISTILLED), (OFFSETS, DISTILLED), (PER_HEAD, DISTILLED), (MORE, MEAN), (LESS, MEAN), (MASS, ""), (FISHER, ""),
 )  # fmt: skip
-STATIC = tuple(arm for arm in ARMS if arm[0] in (TOP_N, PER_HEAD))
 FIRST = ((TOP_N, MEAN), (LINES, MEAN), (TOP_N, DISTILLED), (LINES, DISTILLED))  # so that an interrupted study has them on all texts
+LONG_ARMS = (*FIRST, (PER_HEAD, MEAN))
 
 
 def arm_name(arm: tuple[str, str]) -> str:
@@ -297,7 +297,7 @@ def main() -> None:
     else:
         studied = [
             (results_of("selection.json", TOKENS, texts), TOKENS, STEPS, texts, BUDGETS, ARMS),
-            (results_of("selection_4096.json", LONG, texts[:LONG_TEXTS]), LONG, STEPS, texts[:LONG_TEXTS], BUDGETS, FIRST),
+            (results_of("selection_4096.json", LONG, texts[:LONG_TEXTS]), LONG, STEPS, texts[:LONG_TEXTS], BUDGETS, LONG_ARMS),
         ]
     if not options.page:
         for results, tokens, steps, *grid in studied:
@@ -334,7 +334,7 @@ def run(bench: Bench, results: Results, texts: list[tuple[str, Any]], budgets: t
                 results.measured(
                     arm_name(arm), name, number, by=lambda text=text, arm=arm, number=number: measure(bench, text, arm, number)
                 )
-    if rest and results.get("check") is None:
+    if bench.tokens != LONG and results.get("check") is None:
         text = Text(bench, *texts[0])
         results.measured("check", by=lambda: check(bench, text))
 
