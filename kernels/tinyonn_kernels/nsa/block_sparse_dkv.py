@@ -24,6 +24,7 @@ from ._common import (
     capped,
     count_heads,
     dot,
+    has_warpgroups,
     load_rows,
     load_weight,
     store_rows,
@@ -33,13 +34,18 @@ from ._common import (
 from .block_lists import invert_lists
 
 
-def configs(IEEE: bool, WIDTH: int, BLOCK_SIZE: int, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, WIDTH: int, BLOCK_SIZE: int, GROUP: int, ARCH: int, **_: object) -> list[triton.Config]:
     if IEEE:
-        return [config(8 if WIDTH >= 128 else 4, 1, 255, ROWS=16, KEYS=min(32, BLOCK_SIZE))]
+        wide = WIDTH >= 128
+        return [config(8 if wide else 4, 1, 255, ROWS=16, KEYS=min(16 if wide else 32, BLOCK_SIZE))]
     if WIDTH >= 256:
         return [config(8, 1, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
-    rows, keys = 32 if WIDTH >= 128 else 64, min(64, BLOCK_SIZE)
-    return [config(8, 2, 255, ROWS=rows, KEYS=keys), config(4, 2, 255, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
+    # Four warps multiply 64 keys together; eight would do it twice. Divisions by a group that is no power of 2 take registers.
+    if has_warpgroups(ARCH) and BLOCK_SIZE >= 64 and (WIDTH < 128 or GROUP & (GROUP - 1) == 0):
+        first = config(4, 1, 255, ROWS=32 if WIDTH >= 128 else 64, KEYS=64)
+    else:
+        first = config(8, 2, 255, ROWS=32 if WIDTH >= 128 else 64, KEYS=min(64, BLOCK_SIZE))
+    return [first, config(4, 2, 255, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"], restore=("dk_ptr", "dv_ptr"))
@@ -73,6 +79,7 @@ def _block_sparse_dkv_kernel(
     before,
     segment,
     scale,
+    inverse_scale,
     scale_log2,
     q_strides,
     k_strides,
@@ -119,8 +126,11 @@ def _block_sparse_dkv_kernel(
         v = load_rows(v_ptr + batch * stride_vb + head * stride_vh, n.to(tl.int64), n < end, stride_vt, HEAD_DIM, WIDTH)
         q_ptr += batch * stride_qb
         do_ptr += batch * stride_ob
-        dk = tl.zeros((KEYS, WIDTH), tl.float32)
-        dv = tl.zeros((KEYS, WIDTH), tl.float32)
+        # No other program writes the rows of a block with one segment, so its sums go on from what is there.
+        target = ((batch * num_keys + n) * num_kv + head) * HEAD_DIM
+        earlier = n < tl.where(alone, end, 0)
+        dk = load_rows(dk_ptr, target, earlier, 1, HEAD_DIM, WIDTH) * inverse_scale
+        dv = load_rows(dv_ptr, target, earlier, 1, HEAD_DIM, WIDTH)
         for first in range(0, (stop - begin) * GROUP, ROWS):
             row = first + tl.arange(0, ROWS)
             inside = row < (stop - begin) * GROUP
@@ -145,17 +155,15 @@ def _block_sparse_dkv_kernel(
                 ds *= cap_slope(raw, CAP)
             dk += dot(ds.to(q.dtype), q, IEEE)
 
-        dk *= scale
+        # 32-bit offsets, unlike those above: the compiler would keep those in registers throughout the loop, and spill.
         if alone:
-            # No other program writes these rows, so reading and adding is safe.
-            target = ((batch * num_keys + n) * num_kv + head) * HEAD_DIM
-            store_rows(dk_ptr, target, n < end, dk, HEAD_DIM, WIDTH, True)
-            store_rows(dv_ptr, target, n < end, dv, HEAD_DIM, WIDTH, True)
+            base = ((batch * num_keys + start + tl.load(indices_ptr + any_entry) * BLOCK_SIZE) * num_kv + head) * HEAD_DIM
+            dk_ptr, dv_ptr, stride = dk_ptr + base, dv_ptr + base, num_kv * HEAD_DIM
         else:
-            part = (tl.load(parts_ptr + number) + which).to(tl.int64)
-            target = (part * 2 * BLOCK_SIZE + within) * HEAD_DIM
-            store_rows(partial_ptr, target, n < end, dk, HEAD_DIM, WIDTH, False)
-            store_rows(partial_ptr + BLOCK_SIZE * HEAD_DIM, target, n < end, dv, HEAD_DIM, WIDTH, False)
+            base = (tl.load(parts_ptr + number) + which).to(tl.int64) * (2 * BLOCK_SIZE * HEAD_DIM)
+            dk_ptr, dv_ptr, stride = partial_ptr + base, partial_ptr + base + BLOCK_SIZE * HEAD_DIM, tl.full((), HEAD_DIM, tl.int32)
+        store_rows(dk_ptr, within * stride, n < end, dk * scale, HEAD_DIM, WIDTH, False)
+        store_rows(dv_ptr, within * stride, n < end, dv, HEAD_DIM, WIDTH, False)
 
 
 @triton.jit
@@ -267,6 +275,7 @@ def block_sparse_attention_dkv(
         geometry.before,
         inverse.segment,
         scale,
+        0.0 if scale == 0 else 1 / scale,  # at 0, all gradients of scores that the sum has so far are 0
         scale * LOG2E,
         query.stride()[:3],
         key.stride()[:3],
