@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -341,6 +342,27 @@ def test_a_schedule_reaches_its_end_with_the_training(tmp_path):
         trainer_of(convert_attention(stock(), **SMALL), tmp_path, schedule=BudgetSchedule(3.0, 3)).train()
 
 
+def test_reporters_get_the_blocks_of_training_steps_alone(tmp_path):
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    seen: list[dict[str, float]] = []
+    model, schedule = convert_attention(stock(num_hidden_layers=2), **SMALL), BudgetSchedule(3.0, 2)
+    rows = [{"input_ids": token_ids(20, 1)[0], "labels": token_ids(20, 1)[0]}] * 4
+    trainer = trainer_of(model, tmp_path, schedule=schedule, rows=rows, logging_steps=1, eval_strategy="steps", eval_steps=1)
+    trainer.callback_handler.callbacks.insert(0, Reporter())  # where a Trainer has those of report_to
+    schedule.before_reporters(trainer)
+    trainer.train()
+    every = sum(t // 16 + 1 for t in range(60)) / 60
+    training, evaluation = [[log for log in seen if key in log] for key in ("loss", "eval_loss")]
+    assert [log["key_blocks"] for log in training] == pytest.approx([every, every], rel=1e-5)
+    assert len(evaluation) == 2
+    assert not any("key_blocks" in log for log in evaluation)
+    with pytest.raises(ValueError, match="trainer must have this callback; pass it in callbacks"):
+        BudgetSchedule(3.0, 2).before_reporters(trainer)
+
+
 def test_a_training_that_ends_off_its_budget_says_where(tmp_path):
     ended, end = "training ended at {} key blocks per query, {}", ", and the budget of BudgetSchedule is {}; call calibrate before"
     model = convert_attention(stock(num_hidden_layers=1), **SMALL, forced_first=0, forced_local=1)
@@ -492,7 +514,13 @@ def test_a_cache_counts_however_it_is_given():
 
 
 def trainer_of(
-    model: PreTrainedModel, path: Any, loss: Any = None, weight: float = 1.0, schedule: BudgetSchedule | None = None, **arguments: Any
+    model: PreTrainedModel,
+    path: Any,
+    loss: Any = None,
+    weight: float = 1.0,
+    schedule: BudgetSchedule | None = None,
+    rows: Any = None,
+    **arguments: Any,
 ) -> Trainer:
     row = token_ids(60, 1)[0]
     arguments = TrainingArguments(
@@ -501,8 +529,9 @@ def trainer_of(
     )  # fmt: skip
     data = [{"input_ids": row, "labels": row}] * 4
     return Trainer(
-        model, arguments, train_dataset=data, callbacks=[schedule or BudgetSchedule(3.0, 2, weight=weight)], compute_loss_func=loss
-    )
+        model, arguments, train_dataset=data, eval_dataset=rows, callbacks=[schedule or BudgetSchedule(3.0, 2, weight=weight)],
+        compute_loss_func=loss,
+    )  # fmt: skip
 
 
 def test_a_step_without_its_budget_loss_is_refused(tmp_path):

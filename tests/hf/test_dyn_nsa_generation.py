@@ -200,6 +200,14 @@ def test_a_call_has_its_own_price():
     assert reads[0] > reads[1]
 
 
+def test_a_price_needs_a_converted_model():
+    model, x = tiny_causal_lm("llama", attn_implementation="dyn_nsa"), token_ids(60)
+    for given in ({"block_price": -1.0}, {"tau": 0.3}):
+        with pytest.raises(InputError, match="tau and block_price need a model that convert_attention has converted, or config.dyn_nsa;"):
+            model(x, **given)
+    assert torch.equal(model(x, block_price=None).logits, model(x).logits)
+
+
 def test_a_call_has_its_own_budget(tmp_path):
     model, x = tiny_dyn_nsa_lm(temperature=0.05), token_ids(240)
     with pytest.raises(InputError, match="block_budget must follow calibrate, got a model that was not calibrated"):

@@ -211,5 +211,5 @@ def test_a_loop_that_resumes_a_schedule_moves_the_price_as_one_that_went_on():
         schedule.apply(model, 8)
         prices.append([float(core.price) for core in cores(model)])
     assert prices[0] == prices[1]
-    with pytest.raises(ValueError, match="state must have the keys start, gap and haste, got price"):
+    with pytest.raises(ValueError, match="state must have the keys start, gap and growth, got price"):
         schedule.load_state_dict({"price": 1.0})

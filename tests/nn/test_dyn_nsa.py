@@ -271,32 +271,41 @@ def test_budget_loss_is_the_formula():
     assert budget_loss([soft[:1], soft], 2.0, mask=[mask[:1], mask]).item() == pytest.approx((18 / 5 / 2 - 1) ** 2)
 
 
-def test_statistics_are_means_over_calls_without_padding():
+def test_statistics_are_means_over_the_queries_of_all_calls_without_padding():
     module = layer()
     assert all(value != value for value in module.core.statistics().values())
     x, start = tokens(100, 2), torch.tensor([0, 33], dtype=torch.int32)
     results = [module(x, key_start=start), module(x[:, :60], key_start=start)]
-    counts, fars, taus, shares = [], [], [], []
+    counts, fars, taus, shares, rows = [], [], [], [], []
     for result in results:
         length = result.counts.shape[1]
         real = torch.arange(length) >= start[:, None]
-        counts.append(result.counts[real].double().mean())
+        rows.append(int(real.sum()))
+        counts.append(result.counts[real].double())
         forced = ((torch.arange(length) - start[:, None]) // 16 + 1).clamp(max=3)
-        fars.append((result.counts - forced[..., None])[real].double().mean())
-        taus.append(result.tau[real].mean())
+        fars.append((result.counts - forced[..., None])[real].double())
+        taus.append(result.tau[real])
         query = module.q_proj(x[:, :length]).unflatten(-1, (-1, 8))
         size = module.core.gates(query).detach()[real].abs().sum((0, 1))
         shares.append(size / size.sum())
     got = module.core.statistics()
-    assert got["mean_count"] == pytest.approx(float(sum(counts) / 2), rel=1e-5)
-    assert got["far_count"] == pytest.approx(float(sum(fars) / 2), rel=1e-5)
-    assert fars[0] > 0
-    assert got["tau"] == pytest.approx(float(sum(taus) / 2), rel=1e-5)
-    assert got["overflow"] == pytest.approx(float(sum(result.overflow for result in results) / 2), abs=1e-6)
-    assert [got[f"share_{name}"] for name in ("compressed", "selected", "window")] == pytest.approx((sum(shares) / 2).tolist(), rel=1e-4)
+    assert rows[0] != rows[1]
+    for name, found in (("mean_count", counts), ("far_count", fars), ("tau", taus)):
+        assert got[name] == pytest.approx(float(torch.cat(found).mean()), rel=1e-5)
+        assert got[name] > 0
+    overflow = sum(float(result.overflow) * number for result, number in zip(results, rows, strict=True))
+    assert got["overflow"] == pytest.approx(overflow / sum(rows), abs=1e-6)
+    share = sum(one * number for one, number in zip(shares, rows, strict=True)) / sum(rows)
+    assert [got[f"share_{name}"] for name in ("compressed", "selected", "window")] == pytest.approx(share.tolist(), rel=1e-4)
     module.core.reset_statistics()
     module(x, key_start=start)
-    assert module.core.statistics()["mean_count"] == pytest.approx(float(counts[0]), rel=1e-5)
+    assert module.core.statistics()["mean_count"] == pytest.approx(float(counts[0].mean()), rel=1e-5)
+
+
+def test_buffers_without_data_stay_wide():
+    with torch.device("meta"):
+        module = layer()
+    assert {buffer.dtype for buffer in module.half().core.buffers() if buffer.is_floating_point()} == {torch.float32}
 
 
 def test_it_compiles_whole():

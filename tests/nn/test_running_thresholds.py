@@ -323,6 +323,7 @@ def test_a_router_alone_is_trained_by_its_own_methods():
         ({"routing": "budget", "thresholds": "learned"}, "combine must not be 'sigmoid' with routing='budget'"),
         ({"routing": "budget", "combine": "softmax"}, "thresholds must not be 'quantile' with routing='budget'"),
         ({"routing": "budget", "combine": "softmax", "thresholds": "balanced"}, "thresholds must not be 'balanced' with routing='budget'"),
+        ({"scale": 4.0}, "scale must be 1 unless form='sigmoid_cosine', got 4 with form='linear'"),
         ({"form": "sigmoid_cosine", "level": 0.5}, "level must be 0 unless form='linear', got 0.5 with form='sigmoid_cosine'"),
         ({"level": 2}, "level must be at least 0 and at most 1, got 2"),
         ({"gating_loss": "off"}, "gating_loss must be one of surprise, sdl, both, none, got 'off'"),

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from tinyonn.nn import DynMoE
 from tinyonn.testing import tiny_causal_lm
-from tinyonn.train import HyperStepMixin
+from tinyonn.train import HyperStep, HyperStepMixin
 
 QUANTILE = {"thresholds": "quantile", "form": "linear", "combine": "sigmoid", "level": 0.0}
 
@@ -73,6 +73,34 @@ def test_a_compiled_model_trains_like_an_eager_one():
     assert int(models[1][1].router.updates) == 2
     for name, value in models[1].state_dict().items():
         torch.testing.assert_close(value, models[0].state_dict()[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_step_compiles_whole_where_no_router_has_a_loss():
+    model = nn.Sequential(nn.Linear(16, 16), mixture())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    step = HyperStep(model, torch.optim.SGD(model.parameters(), lr=0.5))
+    results = [step(lambda number=number: (compiled(tokens(50, 16, seed=number)) - 1).square().mean()) for number in range(3)]
+    assert results[2].loss < results[0].loss
+    assert int(model[1].router.updates) == 2
+
+
+@pytest.mark.parametrize("given", [{"gating_weight": 2.0}, {"w_kl": 0.5}], ids=str)
+def test_options_that_no_router_uses_are_named(given):
+    model = mixture()
+    with pytest.warns(UserWarning, match="no router has a loss of its own, so gating_weight and surprise_loss have no effect"):
+        HyperStep(model, torch.optim.SGD(model.parameters(), lr=0.5), **given)
+
+
+def test_thresholds_that_wait_for_a_forgotten_graph_say_so():
+    model = mixture()
+    kept = model(tokens(50, 16)).sum()  # no backward
+    with pytest.warns(UserWarning, match="have not moved for 100 calls, because the graph of an earlier forward in training mode still"):
+        for number in range(101):
+            model(tokens(50, 16, seed=number)).sum().backward()
+    assert int(model.router.updates) == 0
+    del kept
+    model(tokens(50, 16)).sum().backward()
+    assert int(model.router.updates) == 1
 
 
 def test_transforms_leave_thresholds_as_they_are():

@@ -22,6 +22,7 @@ from ..ops._checks import check_number
 from ..ops._dispatch import autocast_dtype, autocast_off, statistics_dtype
 from .block_compression import BlockCompression, block_starts
 from .dyn_nsa_options import DynNSAOptions
+from .wide_buffers import WideBuffers
 
 OPEN = -30.0
 """Price at which every block is selected: importance is never below -20."""
@@ -90,7 +91,7 @@ def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
-class DynNSACore(nn.Module):
+class DynNSACore(WideBuffers):
     """DynNSA without projections: compression, branch gates, thresholds, and running statistics.
 
     The inputs are projected queries, keys and values. Buffers are `price`, the level of all thresholds; `gain` (K,), how far each threshold
@@ -148,8 +149,8 @@ class DynNSACore(nn.Module):
             self.register_buffer(name, torch.empty((), device=device, dtype=torch.float32))
         self.register_buffer("gain", torch.empty(num_kv_heads, device=device, dtype=torch.float32))
         self.register_buffer("sums", torch.empty(len(STATISTICS), device=device, dtype=torch.float32), persistent=False)
-        self.register_buffer("calls", torch.empty((), device=device, dtype=torch.int64), persistent=False)
-        self._unset = self.calls.is_meta  # whether buffers that no file holds may have any value, once they have one
+        self.register_buffer("rows", torch.empty((), device=device, dtype=torch.int64), persistent=False)
+        self._unset = self.rows.is_meta  # whether buffers that no file holds may have any value, once they have one
         self.previous_tau: Tensor | None = None
         self.watch: Callable[[Any], None] | None = None  # of calls that are plain causal attention while a sample is measured
         self.collecting = False
@@ -158,14 +159,6 @@ class DynNSACore(nn.Module):
         # overwrite it.
         self.counted: Tensor | None = None
         self.reset_parameters()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynNSACore:
-        wide = {name: getattr(self, name) for name in ("sums", "price", "gain", "budget_target", "output_tau", "observed")}
-        super()._apply(fn, recurse)
-        for name, old in wide.items():
-            if not old.is_meta and not getattr(self, name).is_meta:
-                setattr(self, name, old.to(getattr(self, name).device))  # stay float32: half precision is too coarse for small steps
-        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}price" not in state_dict and f"{prefix}opening" in state_dict:  # its name in earlier versions
@@ -177,7 +170,7 @@ class DynNSACore(nn.Module):
 
     def _set_buffers(self) -> None:
         """Sets what no file holds, once, in a module that was made without data: `from_pretrained` leaves it as memory was."""
-        if self._unset and not self.calls.is_meta:
+        if self._unset and not self.rows.is_meta:
             self._unset = False
             self.reset_statistics()
 
@@ -202,10 +195,10 @@ class DynNSACore(nn.Module):
 
     def reset_statistics(self) -> None:
         self.sums.zero_()
-        self.calls.zero_()
+        self.rows.zero_()
 
     def statistics(self) -> dict[str, float]:
-        """Mean statistics of the calls since the last reset.
+        """Means over the queries and key/value heads of all calls since the last reset, training and evaluation alike.
 
         Returns:
             mean_count, key blocks per query; far_count, those beyond the forced ones; overflow, share of rows for which more than
@@ -213,7 +206,7 @@ class DynNSACore(nn.Module):
             first call.
         """
         self._set_buffers()
-        return dict(zip(STATISTICS, (self.sums / self.calls).tolist(), strict=True))
+        return dict(zip(STATISTICS, (self.sums / self.rows).tolist(), strict=True))
 
     def gates(self, gate_input: Tensor) -> Tensor:
         """Branch gates of queries: (B, T, H, D) -> (B, T, H, 3)."""
@@ -364,18 +357,17 @@ class DynNSACore(nn.Module):
             result, gates: of the call. num_keys: Tk. key_start, cu_seqlens: as the call was given them.
         """
         real = result.counts > 0  # padding reads no block
-        total = real.sum().clamp(min=1)
+        rows = real.sum()
         forced = forced_counts(self.options, result.counts.shape[1], num_keys, real.device, key_start, cu_seqlens)
         blocks, far = result.counts.sum(), ((result.counts - forced) * real).sum()
         size = gates.abs().float() * real.repeat_interleave(self.num_heads // self.num_kv_heads, -1)[..., None]
         shares = size.sum((0, 1, 2)) / size.sum().clamp(min=1e-20)
-        means = [blocks / total, far / total, result.overflow, (result.tau * real).sum() / total]
-        # A call with only padding does not count. In place, without setting attributes, so that a checkpointed region compiles whole.
-        there = real.any()
-        self.sums.add_(there * torch.cat([torch.stack([mean.to(self.sums.dtype) for mean in means]), shares.to(self.sums.dtype)]))
-        self.calls.add_(there)
+        sums = [blocks, far, result.overflow * rows, (result.tau * real).sum()]
+        # In place, without setting attributes, so that a checkpointed region compiles whole.
+        self.sums.add_(torch.cat([torch.stack([one.to(self.sums.dtype) for one in sums]), (shares * rows).to(self.sums.dtype)]))
+        self.rows.add_(rows)
         if self.training and self.counted is not None:
-            self.counted.add_(torch.stack([blocks, far, real.sum()]))
+            self.counted.add_(torch.stack([blocks, far, rows]))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"

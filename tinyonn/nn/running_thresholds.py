@@ -23,6 +23,7 @@ arXiv:2408.15664.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ RATE = 0.2  # share of the deviation of the mean number of experts that one step
 FLOOR = 0.01  # least spread
 STEP = 0.01  # of a balanced threshold
 LEAST = 1 / 8  # of the mean load, that a balanced threshold leaves to its expert
+PATIENCE = 100  # calls for which a forward may wait for its backward before a warning
 EXTRA = 3  # values after those of the experts in `pending`: spread, deviation, tokens
 
 _passes: dict[torch.device, Tensor] = {}
@@ -57,6 +59,23 @@ class Graphs:
 
     def __init__(self) -> None:
         self.waiting = 0
+        self._blocked = 0  # calls in a row; negative after the warning
+
+    def is_blocked(self) -> bool:
+        """Whether a forward waits; warns, once, after a hundred calls in a row."""
+        if not self.waiting:
+            self._blocked = min(self._blocked, 0)
+            return False
+        if self._blocked >= 0:
+            self._blocked += 1
+        if self._blocked > PATIENCE:
+            self._blocked = -1
+            warnings.warn(
+                f"running thresholds of a router have not moved for {PATIENCE} calls, because the graph of an earlier forward in training "
+                "mode still waits for its backward; run forwards without a backward under torch.no_grad() or in eval mode.",
+                stacklevel=2,
+            )
+        return True
 
     def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
         return Graphs, ()  # a copy of a router has no graphs

@@ -46,7 +46,8 @@ class ThresholdRouter(WideBuffers):
         demand: 0 or more; how strongly the number of experts of a token follows its predicted surprise: it grows like the square of the
             surprise to this power, so with 0.5 like the surprise. Above 0 it takes running thresholds and form="linear". The prediction is
             a linear head in buffers, which each backward teaches; `nn/demand.py` has the formulas.
-        form, scale, min_experts, max_experts: see `ops.threshold_route`.
+        form, min_experts, max_experts: see `ops.threshold_route`.
+        scale: see `ops.threshold_route`; other than 1 only with form="sigmoid_cosine".
         combine: a kind of `ops.threshold_route`, or "unit": weight 1 for each active expert, with the gradient of "uniform"
             (straight-through). Use it if the experts are parts of one MLP, which their sum equals. "sigmoid" is here multiplied by 2 /
             target_k, so that the weights of a token sum to about 1 at first. Routing by budget takes none of "softmax_logits", "sigmoid"
@@ -106,6 +107,8 @@ class ThresholdRouter(WideBuffers):
         if demand and (thresholds == "learned" or form != "linear"):
             raise ValueError(f"demand must be 0 with thresholds='learned' or a form of cosines, got {demand:g}.")
         check_number("scale", scale, above=0)
+        if scale != 1 and form != "sigmoid_cosine":
+            raise ValueError(f"scale must be 1 unless form='sigmoid_cosine', got {scale:g} with form={form!r}.")
         self.target_k, self.num_live, self.form, self.scale = target_k, num_live, form, scale
         self.min_experts, self.max_experts, self.combine, self.level, self.demand = min_experts, max_experts, combine, level, demand
         self._check_target(target_k, num_live)
@@ -232,9 +235,12 @@ class ThresholdRouter(WideBuffers):
 
     def apply_recorded(self) -> None:
         """Moves running thresholds and the price by what was recorded before the last backward; nothing for learned thresholds, and nothing
-        while an earlier forward waits for its backward, which may have to choose the same experts again.
+        while an earlier forward waits for its backward, which may have to choose the same experts again. Warns, once, if one waits for a
+        hundred calls.
         """
-        if self.follows_scores and (torch.compiler.is_compiling() or not self.graphs.waiting):
+        if not self.follows_scores:
+            return
+        if torch.compiler.is_compiling() or not self.graphs.is_blocked():
             assert self.price is not None
             balanced = self.thresholds_kind == "balanced"
             if self.head is not None:

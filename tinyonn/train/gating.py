@@ -61,8 +61,6 @@ class GatingGradients:
         """Listener to a call: the router learns from it when backward has filled its probe."""
         if self._token_mask is not None:
             check_mask_shape(self._token_mask, visit.shape)
-        if module.gating_loss_kind == "none":
-            return
         # The hook must not reference the probe, which references the hook. A recomputed call has two graphs; this list is freed with the
         # graph that is dropped.
         kept = [(visit.hidden_states, visit.routing.top_k_index, visit.surprise_budget, visit.shape)]
@@ -106,7 +104,7 @@ class GatingGradients:
         if losses:
             self.loss = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
         grads = {module.router.get_parameter(name): grad / len(self._losses) for (module, name), grad in self._grads.items()}
-        parameters = [parameter for parameter in self._mixtures.router_parameters().values() if parameter.requires_grad]
+        parameters = [one for layer in _teachable(self._mixtures) for one in layer.router.parameters() if one.requires_grad]
         for parameter, grad in average(self._mixtures, grads, parameters).items():
             # Not in place: the old tensor may be a view of DistributedDataParallel's bucket, or belong to the caller.
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
@@ -167,6 +165,11 @@ def gating_gradients(
         yield found
 
 
+def _teachable(mixtures: Mixtures) -> list[DynMoE]:
+    """Layers whose router has a loss of its own, the same on all processes."""
+    return [layer for layer in mixtures.layers.values() if layer.gating_loss_kind != "none"]
+
+
 @contextmanager
 def train_routers(
     mixtures: Mixtures, token_mask: Tensor | None, weight: float, scaler: GradScaler | None, surprise_loss: SurpriseLoss
@@ -175,7 +178,8 @@ def train_routers(
     layers = mixtures.layers.values()
     found = GatingGradients(mixtures, token_mask, weight, scaler, surprise_loss)
     with ExitStack() as stack:
-        stack.enter_context(call_listener(layers, "router_inputs", found._wait))
+        if teachable := _teachable(mixtures):
+            stack.enter_context(call_listener(teachable, "router_inputs", found._wait))
         if token_mask is not None:
             check_token_mask(token_mask)
             stack.enter_context(held((layer.surrounding_mask, token_mask) for layer in layers))

@@ -104,6 +104,13 @@ class HyperStep:
         self._check_options()
         self._mixtures = Mixtures(model)
         _warn_if_frozen(self._mixtures)
+        given = gating_weight != 1 or any(option is not None for option in (surprise_loss, w_ce, w_kl, temperature))
+        if given and all(layer.gating_loss_kind == "none" for layer in self._mixtures.layers.values()):
+            warnings.warn(
+                "no router has a loss of its own, so gating_weight and surprise_loss have no effect; make the mixtures with "
+                "gating_loss='surprise'.",
+                stacklevel=2,
+            )
         self.model, self.scaler = model, scaler
         self.optimizers = [optimizer] if router_optimizer is None else [optimizer, router_optimizer]
         for one in self.optimizers:

@@ -99,6 +99,8 @@ def dyn_nsa_attention(
     if arrivals is not None and core is not None:
         arrivals.append(core)
     whole = core is None and not _own_options(module)  # a full layer that nothing was chosen for
+    if whole and arrivals is None and (tau is not None or block_price is not None):
+        raise InputError(f"tau and block_price need a model that convert_attention has converted, or config.dyn_nsa; {name} has neither.")
     if dropout and not whole:
         raise InputError(f"attention dropout must be 0 for attn_implementation='dyn_nsa', got {dropout} in {name}.")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):

@@ -65,14 +65,6 @@ def statistics(model: nn.Module, *, reset: bool = False) -> dict[str, dict[str, 
     return running_statistics(model, DynNSACore, reset)
 
 
-def mean_blocks(model: nn.Module, *, reset: bool = False) -> tuple[float, float]:
-    """Mean key blocks per query over all converted layers since the last reset, and those of them beyond the forced ones; NaN before a
-    forward.
-    """
-    found = list(statistics(model, reset=reset).values())
-    return sum(layer["mean_count"] for layer in found) / len(found), sum(layer["far_count"] for layer in found) / len(found)
-
-
 def parameter_groups(
     model: nn.Module, *, lr: float, parts_lr: float = 3e-4, threshold_lr: float = 0.03, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,12 +18,15 @@ from ...nn.dyn_nsa import DynNSACore
 from ...nn.dyn_nsa_options import MAX_TEMPERATURE
 from ...ops._checks import check_number, check_size
 from ..peft_parts import adapter_of, frozen, keep_in_adapter, remedy
-from .parts import PART, cores, loss_was_taken, mean_blocks, set_options, take_counts
+from .parts import PART, cores, loss_was_taken, set_options, take_counts
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 # Of a model that reads every block, at the first step that has counts: only shares below 0.03 % are left out. Far below it, a budget loss
 # has no gradient either.
 FIRST_PRICE = -8.0
-HASTE, MOST_HASTE = 1.1, 5.0  # growth of the rate at each step on the same side of the path, and its limit
+GROWTH, MOST_GROWTH = 1.1, 5.0  # growth of the rate at each step on the same side of the path, and its limit
 LEAST_FAR = 0.02  # blocks beyond the forced ones, in the logarithm that moves the price
 PATH = 0.3  # of the steps: the target holds from there on
 MISSED = 0.1  # relative error of the blocks read at the end, from which training ends with a warning
@@ -39,9 +42,10 @@ class BudgetSchedule(TrainerCallback, ExportableState):
     The budget is one for the model: the mean over layers, heads, tokens and the ranks of torch.distributed. After each optimiser step the
     price moves by rate · log(blocks read / blocks wanted), both beyond the forced ones. Blocks wanted fall geometrically from those of the
     first step to `target` over the first 30 % of `steps`. The temperature falls geometrically, in five stages, over the first 70 %:
-    a wide gate lets a training model learn where to look, a narrow one reads in full what it pays for. At each step `base` is centred over
-    layers and heads, so that the price alone is the level. A Trainer logs the means since its last log as `key_blocks` and, beyond the
-    forced blocks, `key_blocks_far`; `key_blocks_target` is what is wanted, and `key_blocks_price` the price.
+    a wide gate lets a training model learn where to look, a narrow one gives each block that is read its full weight. At each step `base` is centred over
+    layers and heads, so that the price alone is the level. A Trainer logs the means of the training steps since its last log as `key_blocks`
+    and, beyond the forced blocks, `key_blocks_far`; `key_blocks_target` is what is wanted, and `key_blocks_price` the price. Reporters such
+    as TensorBoard get them after `before_reporters(trainer)`.
 
     Args:
         target: key blocks per query at the end, forced blocks included; at least as many as are forced.
@@ -90,7 +94,8 @@ class BudgetSchedule(TrainerCallback, ExportableState):
         self.temperature = temperature
         self.start = self._given_start = 64.0 if start is None and weight > 0 else start
         self._core: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the first of the model that is in training
-        self._gap, self._haste = 0.0, 1.0
+        self._gap, self._growth = 0.0, 1.0
+        self._unlogged = [0.0, 0.0, 0]  # sums over rows of the blocks read and of those not forced, and the rows, since the last log
         self._loaded: dict[str, Any] | None = None
         self._read: tuple[float, float] | None = None  # blocks per query that the last step read, and those not forced
         self._checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -122,6 +127,8 @@ class BudgetSchedule(TrainerCallback, ExportableState):
         self._begin(found[0])
         price = self._centre(found)
         blocks, far, rows = take_counts(model)
+        if rows:
+            self._unlogged = [total + new for total, new in zip(self._unlogged, (blocks * rows, far * rows, rows), strict=True)]
         if self.start is None:
             self.start = blocks if rows else self._start_of(found[0], step)
         if step > 0:
@@ -143,14 +150,15 @@ class BudgetSchedule(TrainerCallback, ExportableState):
         """Begins anew if another model than the last one is in training, whose first part this is."""
         if core not in self._core:
             self._core = weakref.WeakSet([core])
-            self.start, self._gap, self._haste, self._read = self._given_start, 0.0, 1.0, None
+            self.start, self._gap, self._growth, self._read = self._given_start, 0.0, 1.0, None
+            self._unlogged = [0.0, 0.0, 0]
             if self._loaded is not None:
-                self.start, self._gap, self._haste = (self._loaded[name] for name in ("start", "gap", "haste"))
+                self.start, self._gap, self._growth = (self._loaded[name] for name in ("start", "gap", "growth"))
                 self._loaded = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a loop of your own saves beside the model to resume as if it had gone on; a Trainer does so by itself."""
-        return {"start": self.start, "gap": self._gap, "haste": self._haste}
+        return {"start": self.start, "gap": self._gap, "growth": self._growth}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a `state_dict`, at the next `apply`.
@@ -158,15 +166,15 @@ class BudgetSchedule(TrainerCallback, ExportableState):
         Raises:
             ValueError: a key is missing, or there is another.
         """
-        if set(state) != {"start", "gap", "haste"}:
-            raise ValueError(f"state must have the keys start, gap and haste, got {', '.join(map(str, state)) or 'none'}.")
+        if set(state) != {"start", "gap", "growth"}:
+            raise ValueError(f"state must have the keys start, gap and growth, got {', '.join(map(str, state)) or 'none'}.")
         self._core, self._loaded = weakref.WeakSet(), dict(state)
 
     def _move(self, gap: float) -> float:
         """Change of the price: by more the longer the gap has been on one side, as where no block's importance is near the price."""
-        self._haste = min(self._haste * HASTE, MOST_HASTE) if gap * self._gap > 0 else 1.0
+        self._growth = min(self._growth * GROWTH, MOST_GROWTH) if gap * self._gap > 0 else 1.0
         self._gap = gap
-        return self.rate * self._haste * gap
+        return self.rate * self._growth * gap
 
     @staticmethod
     def _centre(found: list[DynNSACore]) -> float:
@@ -243,14 +251,14 @@ class BudgetSchedule(TrainerCallback, ExportableState):
         """What a Trainer saves with a checkpoint."""
         names = ("target", "steps", "rate", "weight", "temperature", "max_blocks")
         args = {"start": self._given_start, **{name: getattr(self, name) for name in names}}
-        return {"args": args, "attributes": {"_gap": self._gap, "_haste": self._haste}}
+        return {"args": args, "attributes": {"_gap": self._gap, "_growth": self._growth}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
         first = None if model is None else next(cores(model), None)
         if first is not None and isinstance(saved, dict) and state.global_step > 0:  # a training that resumes
             self._begin(first)
-            self._gap, self._haste = saved["attributes"]["_gap"], saved["attributes"]["_haste"]
+            self._gap, self._growth = saved["attributes"]["_gap"], saved["attributes"]["_growth"]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None
@@ -271,12 +279,26 @@ class BudgetSchedule(TrainerCallback, ExportableState):
 
     def on_log(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, logs: Any = None, **kwargs: Any) -> None:
         assert model is not None
-        blocks, far = mean_blocks(model, reset=True)
-        found = {"key_blocks": blocks, "key_blocks_far": far, "key_blocks_target": self.target_at(state.global_step)}
+        blocks, far, rows = self._unlogged
+        if not rows or any(name.startswith("eval_") for name in logs):
+            return
+        self._unlogged = [0.0, 0.0, 0]
+        found = {"key_blocks": blocks / rows, "key_blocks_far": far / rows, "key_blocks_target": self.target_at(state.global_step)}
         found["key_blocks_price"] = float(next(cores(model)).price)
-        if blocks == blocks:  # some were counted
-            for log in (logs, *state.log_history[-1:]):
-                log.update(found)
+        for log in (logs, *state.log_history[-1:]):
+            log.update(found)
+
+    def before_reporters(self, trainer: Trainer) -> None:
+        """Moves this callback of a Trainer before all others. A Trainer runs its reporters first, so they log without what this one adds.
+
+        Raises:
+            ValueError: the Trainer does not have this callback.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        if self not in callbacks:
+            raise ValueError("trainer must have this callback; pass it in callbacks=[...] or to add_callback.")
+        callbacks.remove(self)
+        callbacks.insert(0, self)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step < self.steps:
