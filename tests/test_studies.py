@@ -210,10 +210,25 @@ def test_results_of_other_settings_are_kept_beside_the_new_ones(experts, tmp_pat
     assert "1 minutes" not in again.origin()
     other = Results(path, {"steps": 2})
     assert other.get("arm", 0) is None
-    assert "some.json has other settings: it is kept as some.before.json" in capsys.readouterr().err
-    other.measured("arm", 0, by=lambda: {"loss": 2.5})
-    assert Results(path, {"steps": 2}).cells["arm | 0"]["loss"] == 2.5
-    assert Results(tmp_path / "some.before.json", {"steps": 1}).cells["arm | 0"]["loss"] == 1.5
+    assert "some.json was measured with other settings (steps); its cells are not used" in capsys.readouterr().err
+    assert Results(path, {"steps": 1}).cells["arm | 0"]["loss"] == 1.5  # nothing moves before there is a new cell
+    for steps, loss in ((2, 2.5), (3, 3.5)):
+        Results(path, {"steps": steps}).measured("arm", 0, by=lambda loss=loss: {"loss": loss})
+    kept = {"some.json": (3, 3.5), "some.before2.json": (2, 2.5), "some.before.json": (1, 1.5)}
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(kept)
+    for name, (steps, loss) in kept.items():
+        assert Results(tmp_path / name, {"steps": steps}).cells["arm | 0"]["loss"] == loss
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"settings": {}, "cells": {"arm'], ids=["empty", "object", "list", "cut"])
+def test_a_file_of_other_content_is_named(experts, tmp_path, text):
+    from _study import Results
+
+    path = tmp_path / "some.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=r"some\.json must hold a study's results, but does not \(.*\); move it away or restore it"):
+        Results(path, {"steps": 1})
+    assert path.read_text() == text
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,14 @@ SHOWN = {  # colour, dashes and marker in the figure
     ("oracle: top-n of the true share", ""): ("0.75", "--", "x"),
     ("oracle: one price on the true effect", ""): ("C2", "-", "x"),
 }
+PAIRS = (  # of arms, compared at equal blocks beside the best static arm
+    (("price and lines", "mean keys"), ("n per head", "mean keys")),
+    (("price and lines", "distilled keys"), ("n per head", "distilled keys")),
+    (("price and lines", "distilled keys"), ("price and lines", "mean keys")),
+    (("top-n", "distilled keys"), ("top-n", "mean keys")),
+    (("top-p", "mean keys"), ("top-n", "mean keys")),
+    (("old rule", "mean keys"), ("top-n", "mean keys")),
+)
 
 
 def name_of(arm: Arm) -> str:
@@ -110,6 +118,7 @@ def _page(cells: Cells, longer: list[Cells]) -> list[str]:
         "![Excess loss against mean blocks](selection.png)",
         "",
         *_summary(cells),
+        *_pairs(cells),
     ]
     for budget in cells.budgets:
         if (best := cells.best_static(budget)) is not None:
@@ -158,6 +167,17 @@ def _summary(cells: Cells, level: int = 2) -> list[str]:
         return []
     head = ["blocks", "arm", "the better top-n", "excess, ratio to it", "the best static arm", "excess, ratio to it"]
     return [f"{'#' * level} DynNSA against static arms", "", *table(head, rows), ""]
+
+
+def _pairs(cells: Cells) -> list[str]:
+    """Ratios of some pairs of arms."""
+    rows: list[list[object]] = []
+    for ours, theirs in PAIRS:
+        found = [cells.ratio(ours, theirs, budget, "") for budget in cells.budgets]
+        rows.append([name_of(ours), name_of(theirs), *("" if one is None else f"{one[0]:.2f} ({one[1]:.2f} … {one[2]:.2f})" for one in found)])
+    wanted = [cells.get(("top-n", "mean keys"), cells.texts[0], budget) for budget in cells.budgets]
+    head = ["arm", "against", *("" if one is None else f"excess, ratio at {one['blocks']:.1f} blocks" for one in wanted)]
+    return ["## Other pairs", "", *table(head, rows), ""]
 
 
 def _budget(cells: Cells, budget: int, best: Arm, level: int = 2) -> list[str]:

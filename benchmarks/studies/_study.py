@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -37,21 +38,27 @@ class Results:
 
     Args:
         path: file; None to keep the cells in memory alone, as a trial run does.
-        settings: what all cells depend on: sizes, and the constants and texts of the study's modules. Versions are added. A file of other
-            settings is kept beside the new one, as NAME.before.json.
+        settings: what all cells depend on: sizes, and the constants and texts of the study's modules. Versions are added. At the first new
+            cell, a file of other settings is kept as NAME.before.json, or NAME.before2.json and so on.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
         self.path, self.started = path, time.monotonic()
         self.settings = json.loads(json.dumps({**settings, "versions": versions()}))
         self.cells: dict[str, dict[str, Any]] = {}
+        self._other = False  # whether the file has other settings
         if path is not None and path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["settings"] == self.settings:
-                self.cells = stored["cells"]
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                known, cells = dict(stored["settings"]), dict(stored["cells"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise SystemExit(f"{path} must hold a study's results, but does not ({error!r}); move it away or restore it.") from None
+            if known == self.settings:
+                self.cells = cells
             else:
-                print(f"{path.name} has other settings: it is kept as {path.stem}.before.json", file=sys.stderr)
-                path.replace(path.with_suffix(".before.json"))
+                other = sorted(name for name in {**known, **self.settings} if known.get(name) != self.settings.get(name))
+                print(f"{path.name} was measured with other settings ({', '.join(other)}); its cells are not used", file=sys.stderr)
+                self._other = True
 
     def get(self, *key: object) -> dict[str, Any] | None:
         return self.cells.get(_name(key))
@@ -79,10 +86,14 @@ class Results:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"settings": self.settings, "cells": self.cells}, indent=1)
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, self.path)
+        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+            new = Path(folder) / self.path.name
+            new.write_text(text + "\n", encoding="utf-8")
+            if self._other:
+                names = (f".before{number if number > 1 else ''}.json" for number in itertools.count(1))
+                os.replace(self.path, next(kept for name in names if not (kept := self.path.with_suffix(name)).exists()))
+                self._other = False
+            os.replace(new, self.path)
 
 
 class Job(NamedTuple):

@@ -13,6 +13,7 @@ Writes docs/studies/selection.md and docs/studies/selection.png.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -106,14 +107,18 @@ class Bench:
         if keys == DISTILLED:
             tokens = min(self.tokens, TOKENS)
             stored = smollm2_folder().parent / f"study-distilled-{tokens}-{self.steps}.pt"
-            if stored.is_file():
-                for core, state in zip(cores(model), torch.load(stored), strict=True):
-                    core.load_state_dict(state)
+            given = {"texts": DISTILLATION, "tokens": tokens, "steps": self.steps}
+            state = torch.load(stored) if stored.is_file() else None
+            if isinstance(state, dict) and state["given"] == given:
+                for core, part in zip(cores(model), state["parts"], strict=True):
+                    core.load_state_dict(part)
             else:
                 print("distils compressed keys", flush=True)
                 distil_compression(model, [self.ids(*text, tokens) for text in DISTILLATION], steps=self.steps)
                 if self.steps == STEPS:
-                    torch.save([core.state_dict() for core in cores(model)], stored)
+                    new = stored.with_suffix(f".{os.getpid()}")
+                    torch.save({"given": given, "parts": [core.state_dict() for core in cores(model)]}, new)
+                    os.replace(new, stored)
         return model
 
     def blocks(self, keys: str) -> Blocks:

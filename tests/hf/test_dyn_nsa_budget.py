@@ -400,6 +400,9 @@ def test_parameter_groups_hold_each_parameter_once():
     model.requires_grad_(False)
     next(cores(model)).base.requires_grad_(True)
     assert [group["lr"] for group in parameter_groups(model, lr=1.0)] == [0.03]
+    for name in ("lr", "parts_lr", "threshold_lr", "weight_decay"):
+        with pytest.raises(ValueError, match=f"{name} must be finite, got nan"):
+            parameter_groups(model, **{"lr": 1.0, name: math.nan})
     with pytest.raises(InputError, match="model must be converted by convert_attention, got an unconverted"):
         parameter_groups(stock(), lr=1.0)
 

@@ -109,6 +109,10 @@ def test_the_way_back(arch, tmp_path):
     assert_close_rms(convert_attention(model, **SMALL)(x).logits, expected, 1e-5)
     with pytest.raises(InputError, match="model must have been converted by convert_attention before"):
         revert_attention(stock(arch))
+    with pytest.raises(ValueError, match="flash_attention_9"):
+        revert_attention(model, "flash_attention_9")
+    assert_close_rms(model(x).logits, expected, 1e-5)
+    assert next(cores(model), None) is not None
     model.forward = lambda *args, **kwargs: None
     with pytest.raises(InputError, match="forward was replaced after convert_attention"):
         revert_attention(model)

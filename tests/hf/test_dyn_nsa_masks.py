@@ -11,6 +11,7 @@ from transformers import DataCollatorWithFlattening
 from transformers.masking_utils import create_causal_mask
 
 from tinyonn.errors import InputError
+from tinyonn.hf import convert_attention
 from tinyonn.testing import assert_close_rms, left_padding, rms_error_ratio, tiny_causal_lm, tiny_dyn_nsa_lm, token_ids
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -122,6 +123,24 @@ def test_a_flattening_collator_packs_a_batch(flash):
 def test_masks_of_pairs_are_refused():
     with pytest.raises(InputError, match="attention_mask must be None or"):
         tiny_dyn_nsa_lm()(token_ids(), attention_mask=torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril())
+
+
+def test_arguments_of_another_shape_are_named():
+    model, x = tiny_dyn_nsa_lm(layers=1), token_ids(50, 1)
+    with pytest.raises(InputError, match=r"attention_mask must be None or \(batch, tokens\), got shape \(50,\)"):
+        model(x, attention_mask=torch.ones(50))
+    for given, found in (([0, 20, 50], "list"), (torch.tensor([[0, 50]]), r"\(1, 2\)"), (torch.tensor([]).int(), r"\(0,\)")):
+        with pytest.raises(InputError, match=rf"cu_seq_lens_q must be a tensor \(sequences \+ 1,\), got {found}"):
+            model(x, cu_seq_lens_q=given)
+
+
+def test_lists_have_no_more_places_than_there_are_blocks():
+    x = token_ids(50, 1)
+    model = tiny_causal_lm("llama")
+    expected = model(x).logits
+    convert_attention(model, block_size=16, compress_size=16, max_blocks=2**30, forced_first=2**20)
+    with torch.no_grad():
+        assert_close_rms(model(x).logits, expected, 1e-5)
 
 
 def test_only_bounds_of_its_own_are_taken_for_bounds():

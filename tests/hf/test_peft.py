@@ -221,9 +221,10 @@ def test_a_base_model_with_the_last_temperature_gives_the_logits_of_the_trained_
     assert_reloads(model, base, x)
 
 
-def test_adapters_of_transformers_keep_the_thresholds_too(base):
+@pytest.mark.parametrize("named", [False, True], ids=["added", "named"])
+def test_adapters_of_transformers_keep_the_thresholds_too(base, named):
     model, x = AutoModelForCausalLM.from_pretrained(base), token_ids()
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["dyn_nsa"]))
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["dyn_nsa"] if named else None))
     calibrate(model, [x], 4.5)
     expected = logits(model, x)
     model.save_pretrained(base.parent / "adapter")

@@ -222,6 +222,8 @@ def test_parts_left_on_disk_are_not_missing(tmp_path):
     assert "model.layers.1.self_attn.dyn_nsa.base" in there
     assert "model.layers.2.mlp.router.thresholds" not in there
     assert all(torch.equal(parameter, state[name]) for name, parameter in there.items())
+    with pytest.raises(InputError, match="weights of the converted LlamaAttention are offloaded; use a device_map that keeps its layer on"):
+        loaded(token_ids())
 
 
 @pytest.mark.parametrize("kind", ["dyn_nsa", "dyn_moe"])

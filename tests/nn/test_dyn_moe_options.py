@@ -128,6 +128,15 @@ def test_calibration_names_a_target_out_of_range(target, live):
         module.calibrate(tokens(10, 16), target)
 
 
+@pytest.mark.parametrize("tokens_seen", [5, 200])
+@pytest.mark.parametrize("options", [{"thresholds": "balanced", "form": "linear"}, {}], ids=["balanced", "learned"])
+def test_calibration_reaches_all_experts(options, tokens_seen):
+    module = router(target_k=6.0, max_experts=1000, **options)
+    assert module.max_experts == 6  # lists of experts have no more places than there are experts
+    assert module.calibrate(tokens(tokens_seen, 16)) == 6
+    assert module(tokens(tokens_seen, 16)).count.tolist() == [6] * tokens_seen
+
+
 @pytest.mark.parametrize("length", [1e30, 1e-30])
 def test_calibration_and_routing_mind_no_lengths(length):
     one, other, x = router(), router(), tokens(500, 16)

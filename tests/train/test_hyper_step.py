@@ -341,6 +341,13 @@ def language_model() -> nn.Module:
     return model
 
 
+def test_the_mixin_stands_before_the_trainer():
+    from transformers import Trainer
+
+    with pytest.raises(TypeError, match="HyperStepMixin must stand before Trainer in the bases of Reversed"):
+        type("Reversed", (Trainer, HyperStepMixin), {})
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_it_runs_under_trainer(tmp_path, checkpointing):
     from transformers import Trainer, TrainingArguments

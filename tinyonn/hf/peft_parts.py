@@ -65,7 +65,9 @@ def adapter_of(model: nn.Module) -> tuple[str, Any] | None:
         configs = getattr(module, "peft_config", None)
         if isinstance(configs, dict) and configs:
             given: Any = getattr(module, "active_adapter", None)
-            given = given() if callable(given) else given  # transformers' own adapters
+            if given is None:  # transformers' own adapters
+                given = getattr(module, "active_adapters", None)
+            given = given() if callable(given) else given
             name = str(given[0] if isinstance(given, list) and given else given)
             return (name, configs[name]) if name in configs else None
     return None

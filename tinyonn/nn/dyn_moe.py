@@ -133,6 +133,7 @@ class DynMoE(nn.Module):
         if max_num_experts < num_experts:
             raise ValueError(f"max_num_experts must be at least num_experts {num_experts}, got {max_num_experts}.")
         check_number("dropout", dropout, at_least=0, below=1)
+        check_size("min_experts", min_experts, 0)
         if routing == "budget":
             surprise_budget = 0.5 if surprise_budget is None else surprise_budget
             check_number("surprise_budget", surprise_budget)

@@ -360,9 +360,9 @@ class DynNSACore(WideBuffers):
         rows = real.sum()
         forced = forced_counts(self.options, result.counts.shape[1], num_keys, real.device, key_start, cu_seqlens)
         blocks, far = result.counts.sum(), ((result.counts - forced) * real).sum()
-        size = gates.abs().float() * real.repeat_interleave(self.num_heads // self.num_kv_heads, -1)[..., None]
+        size = torch.where(real.repeat_interleave(self.num_heads // self.num_kv_heads, -1)[..., None], gates.abs().float(), 0)
         shares = size.sum((0, 1, 2)) / size.sum().clamp(min=1e-20)
-        sums = [blocks, far, result.overflow * rows, (result.tau * real).sum()]
+        sums = [blocks, far, result.overflow * rows, torch.where(real, result.tau, 0).sum()]
         # In place, without setting attributes, so that a checkpointed region compiles whole.
         self.sums.add_(torch.cat([torch.stack([one.to(self.sums.dtype) for one in sums]), (shares * rows).to(self.sums.dtype)]))
         self.rows.add_(rows)
@@ -393,15 +393,18 @@ def forced_counts(
 def attend(options: DynNSAOptions, *tensors: Tensor, **others: Any) -> DynNSAOutput:
     """`ops.dyn_nsa` of these tensors with the settings of these options."""
     query, key = tensors[:2]
-    max_blocks = options.max_blocks
-    if max_blocks is None:
-        max_blocks = max(options.forced, -(-key.shape[1] // options.block_size))
+    # Lists have max_blocks places, so no more than there are blocks.
+    blocks = max(1, -(-key.shape[1] // options.block_size))
+    forced_first, forced_local = min(options.forced_first, blocks), min(options.forced_local, blocks)
+    max_blocks = max(forced_first + forced_local, blocks)
+    if options.max_blocks is not None:
+        max_blocks = min(options.max_blocks, max_blocks)
     # The op chooses the precision of its own products; autocast would change it.
     with autocast_off(query):
         return dyn_nsa(
             *tensors, window=options.window, temperature=options.temperature, block_size=options.block_size,
-            compress_size=options.compress_size, max_blocks=max_blocks, importance=options.importance, forced_first=options.forced_first,
-            forced_local=options.forced_local, detach_scores=options.detach_scores, impl=options.impl, **others,
+            compress_size=options.compress_size, max_blocks=max_blocks, importance=options.importance, forced_first=forced_first,
+            forced_local=forced_local, detach_scores=options.detach_scores, impl=options.impl, **others,
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops._checks import check_flag, check_number, check_size
 from ..ops.nsa._checks import checked_bounds
 from .dyn_nsa import DynNSACore, DynNSAOptions, check_tau, checked_price
 from .dyn_nsa_cache import DynNSACache
@@ -67,12 +68,17 @@ class DynNSAAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        for name, size in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            check_size(name, size)
+        check_flag("bias", bias)
+        check_number("rope_theta", rope_theta, above=0)
+        if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads}.")
         if head_dim is None:
             if hidden_size % num_heads:
                 raise ValueError(f"hidden_size must be a multiple of num_heads {num_heads}, got {hidden_size}.")
             head_dim = hidden_size // num_heads
+        check_size("head_dim", head_dim)
         if head_dim % 2:
             raise ValueError(f"head_dim must be even, got {head_dim}.")
         self.hidden_size, self.head_dim, self.rope_theta = hidden_size, head_dim, rope_theta

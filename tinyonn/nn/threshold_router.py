@@ -93,6 +93,7 @@ class ThresholdRouter(WideBuffers):
             raise ValueError(f"num_live must be 1 … {num_experts}, got {num_live}.")
         if min_experts > max_experts or max_experts < 1:
             raise ValueError(f"max_experts must be at least 1 and at least min_experts, got {max_experts} and {min_experts}.")
+        max_experts = min(max_experts, num_experts)
         check_choice("form", form, get_args(Form))
         check_choice("combine", combine, (*get_args(Weighting), "unit"))
         check_choice("thresholds", thresholds, get_args(Thresholds))
@@ -209,7 +210,10 @@ class ThresholdRouter(WideBuffers):
         bounded = self.form != "linear" and self.price is None
         reach = 1.0 if bounded else float(scores[scores.isfinite()].abs().max()) + 1.0
         # Where max_experts holds the mean at the target, any lower limit gives it too; this finds the highest.
-        limit = bisect(mean, target_k * 0.999 if target_k >= min(self.max_experts, live) else target_k, -reach, reach)
+        if target_k >= live and self.form != "cosine":
+            limit = -reach
+        else:
+            limit = bisect(mean, target_k * 0.999 if target_k >= self.max_experts else target_k, -reach, reach)
         if self.price is not None:
             self.price.fill_(limit)
             return mean(self.price.item())

@@ -270,6 +270,13 @@ class HyperStepMixin:
     _mixtures: Mixtures | None = None
     _calls: int = 0
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(HyperStepMixin)]
+        others = [kind for kind in before if not issubclass(kind, HyperStepMixin) and "training_step" in vars(kind)]
+        if others:
+            raise TypeError(f"HyperStepMixin must stand before {others[0].__name__} in the bases of {cls.__name__}.")
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         trainer: Any = self
         first = self._mixtures is None

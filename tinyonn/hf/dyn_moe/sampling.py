@@ -38,6 +38,8 @@ def router_of(module: DynMoE) -> ThresholdRouter:
 
 
 def check_sample(model: PreTrainedModel, sample: Tensor) -> None:
+    if not hasattr(model, "get_input_embeddings"):
+        raise InputError(f"model must be a transformers model, got {type(model).__name__}; pass the model inside it.")
     if not isinstance(sample, Tensor) or sample.dim() != 2 or sample.dtype not in (torch.int32, torch.int64):
         found = f"{sample.dtype} {tuple(sample.shape)}" if isinstance(sample, Tensor) else type(sample).__name__
         raise ValueError(f"sample must be token ids of shape (B, T), got {found}.")

@@ -96,6 +96,8 @@ def dyn_nsa_attention(
     if local:
         return plain_layer(module, query, key, value, attention_mask, shape, **how), None
     core = core_of(module)
+    if core is not None and core.base.is_meta and not query.is_meta:
+        raise InputError(f"weights of the converted {name} are offloaded; use a device_map that keeps its layer on a device.")
     if arrivals is not None and core is not None:
         arrivals.append(core)
     whole = core is None and not _own_options(module)  # a full layer that nothing was chosen for

@@ -104,15 +104,17 @@ def revert_attention(model: PreTrainedModel, attn_implementation: str | None = N
 
     Raises:
         InputError: the model is not converted, or a wrapper has replaced its `forward` since.
+        ValueError, ImportError: transformers does not know the implementation, or lacks a package that it needs.
     """
     names = {name for name, module in model.named_modules() if PART in module._modules}
     if not names:
         mixtures = "; the conversion of MLPs cannot be undone: load the unconverted model" if "dyn_moe" in recorded(model.config) else ""
         raise InputError(f"model must have been converted by convert_attention before{mixtures}.")
-    if not remove_observed_forward(model):
-        raise InputError("model.forward was replaced after convert_attention; unwrap the model first.")
     if attn_implementation is None:
         attn_implementation = "sdpa" if model._supports_sdpa else "eager"
+    model.get_correct_attn_implementation(attn_implementation)  # an error before anything is removed
+    if not remove_observed_forward(model):
+        raise InputError("model.forward was replaced after convert_attention; unwrap the model first.")
     for name in names:
         module: Any = model.get_submodule(name)
         delattr(module, PART)

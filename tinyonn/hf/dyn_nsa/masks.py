@@ -157,6 +157,9 @@ def layout_of(mask: Tensor | None, batch: int, cu_seq_lens_q: Tensor | None) -> 
     if cu_seq_lens_q is not None:
         if mask is not None and mask.dtype == torch.int32 and mask.shape[-1] > 1:
             raise InputError("attention_mask must be None with cu_seq_lens_q for attn_implementation='dyn_nsa', got a mask of padding.")
+        if not isinstance(cu_seq_lens_q, Tensor) or cu_seq_lens_q.dim() != 1 or not len(cu_seq_lens_q):
+            found = tuple(cu_seq_lens_q.shape) if isinstance(cu_seq_lens_q, Tensor) else type(cu_seq_lens_q).__name__
+            raise InputError(f"cu_seq_lens_q must be a tensor (sequences + 1,), got {found}.")
         return Layout(sequences=cu_seq_lens_q.int())
     if mask is None:
         return Layout()
@@ -216,4 +219,6 @@ def row_marks(mask: Any) -> Tensor | None:
         return None
     if mask.dim() == 2:
         return mask
+    if mask.dim() != 4:
+        raise InputError(f"attention_mask must be None or (batch, tokens), got shape {tuple(mask.shape)}.")
     return mask[:, 0, 0, 0].long() if mask.shape[2] == 1 else torch.full((len(mask),), torch.nan, device=mask.device)

@@ -147,6 +147,8 @@ def checked_sample(model: PreTrainedModel, sample: Iterable[Tensor | Mapping[str
     """
     if next(cores(model), None) is None:
         raise InputError(f"model must be converted by convert_attention, got an unconverted {type(model).__name__}.")
+    if not hasattr(model, "get_input_embeddings"):
+        raise InputError(f"model must be a transformers model, got {type(model).__name__}; pass the model inside it.")
     holder = converted_model(model, DYN_NSA)
     if holder is not None and (running := attention_of(holder.config)) != DYN_NSA:
         raise InputError(f"attn_implementation must be '{DYN_NSA}', got '{running}'; call model.set_attn_implementation('{DYN_NSA}').")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore, loss_of_sums
+from ...ops._checks import check_number
 from .._converted import converted_model, recorded
 from ..peft_parts import active, active_modules, running_statistics
 
@@ -80,7 +81,10 @@ def parameter_groups(
 
     Raises:
         InputError: the model is not converted.
+        TypeError, ValueError: a number is negative, not finite, or not a number.
     """
+    for name, value in (("lr", lr), ("parts_lr", parts_lr), ("threshold_lr", threshold_lr), ("weight_decay", weight_decay)):
+        check_number(name, value, at_least=0)
     found = list(cores(model))
     if not found:
         raise InputError(f"model must be converted by convert_attention, got an unconverted {type(model).__name__}.")

@@ -164,10 +164,13 @@ class BudgetSchedule(TrainerCallback, ExportableState):
         """Goes on from a `state_dict`, at the next `apply`.
 
         Raises:
-            ValueError: a key is missing, or there is another.
+            TypeError, ValueError: a key is missing, there is another, or a value is not a finite number.
         """
         if set(state) != {"start", "gap", "growth"}:
             raise ValueError(f"state must have the keys start, gap and growth, got {', '.join(map(str, state)) or 'none'}.")
+        for name, value in state.items():
+            if name != "start" or value is not None:
+                check_number(f"{name} of the state", value)
         self._core, self._loaded = weakref.WeakSet(), dict(state)
 
     def _move(self, gap: float) -> float:
