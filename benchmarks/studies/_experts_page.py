@@ -33,7 +33,7 @@ def page(results: Results, settings: Settings) -> list[str]:
         " that is for this choice alone.",
         f"- **Evaluation**: {settings.rows} rows from other modules, {len(settings.seeds)} seeds. For arms that choose by thresholds, all"
         f" thresholds are shifted by one number so that the mean is {settings.k} experts per token on this text too; *k as trained* is the"
-        " mean before the shift. Dead experts get no token of the evaluation, over all layers, as trained.",
+        " mean before the shift, with its range over seeds. Dead experts get no token of the evaluation, over all layers, as trained.",
         f"- **Measured** on {results.origin()}.",
         "",
         "The arms:",
@@ -63,14 +63,16 @@ def page(results: Results, settings: Settings) -> list[str]:
         mixture = ["", "", "", ""]
         if arm != DENSE:
             dead = sum(cell["dead"] for cell in cells)
-            mixture = [f"{mean_of(cells, 'k'):.2f}", f"{mean_of(cells, 'k as trained'):.2f}",
+            trained = [cell["k as trained"] for cell in cells]
+            mixture = [f"{mean_of(cells, 'k'):.2f}",
+                       f"{mean_of(cells, 'k as trained'):.2f} ({min(trained):.2f} … {max(trained):.2f})",
                        f"{dead} of {len(cells) * settings.layers * settings.experts}",
                        f"{min(cell['least load'] for cell in cells):.2f} … {max(cell['most load'] for cell in cells):.2f}"]  # fmt: skip
         rows.append([arm, f"{best_rate(results, settings, arm):g}", f"{mean_of(cells, 'loss'):.4f}", *mixture, gap])
     lines += [*table(head, rows), ""]
     gap, low, high = crossed_difference(losses(arms[OURS]), losses(arms[BLIND]))
     lines += [
-        f"What surprise adds: `DynMoE` with its defaults has a loss {gap:+.4f} ({low:+.4f} … {high:+.4f}) beside `demand=0`.",
+        f"What predicted surprise adds: `DynMoE` with its defaults has a loss {gap:+.4f} ({low:+.4f} … {high:+.4f}) beside `demand=0`.",
         "",
         f"Loss of each seed, and of seed {settings.seeds[0]} at each learning rate:",
         "",

@@ -1,6 +1,6 @@
 """Study E: a trained model whose MLPs are split into experts, at equal mean number of experts per token.
 
-    .venv/bin/python benchmarks/studies/converted.py            about an hour on two cores, one process on each
+    .venv/bin/python benchmarks/studies/converted.py            about two hours on two cores, one process on each
     .venv/bin/python benchmarks/studies/converted.py --quick    a trial run of a few minutes; writes nothing
 
 Each MLP of SmolLM2-135M, of 1,536 neurons, is split by co-activation into 16 experts of 96 neurons, all active at first. An arm sets the

@@ -1,6 +1,6 @@
 """Study A: which key blocks a trained model should read, at equal numbers of blocks, without any training of the model.
 
-    .venv/bin/python benchmarks/studies/selection.py            within an hour on two free cores
+    .venv/bin/python benchmarks/studies/selection.py            about two hours on one core
     .venv/bin/python benchmarks/studies/selection.py --quick    a trial run of a few minutes; writes nothing
 
 SmolLM2-135M reads 2,048 tokens of a text; each query reads the first block, the previous and its own, and those that an arm chooses. A cell

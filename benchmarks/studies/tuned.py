@@ -1,6 +1,6 @@
 """Study B: perplexity of a converted and tuned SmolLM2-135M that reads a quarter of the key blocks.
 
-    .venv/bin/python benchmarks/studies/tuned.py            about an hour on two cores, one process on each
+    .venv/bin/python benchmarks/studies/tuned.py            over an hour on two cores, one process on each
     .venv/bin/python benchmarks/studies/tuned.py --quick    a trial run of a few minutes; writes nothing
 
 Three arms are tuned with LoRA on the same texts in the same order, at equal steps: the dense model, a static top-n, and one price for the
