@@ -93,7 +93,7 @@ def interval_dq(one: Launch) -> Work:
     steps, seen = _query_tiles(one)
     width, size = one.WIDTH, one.item("q_ptr")
     tile = 2 * one.ROWS * one.KEYS * width
-    out = one.bytes_of("dq_ptr") * (2 if one.ACCUMULATE else 1)
+    out = one.bytes_of("dq_ptr") + (one.bytes_of("added_ptr") if one.HAS_ADDED else 0)
     rows = one.bytes_of("q_ptr", "do_ptr") + out
     return Work(
         needed=6 * seen * one.HEAD_DIM,
@@ -188,6 +188,8 @@ def _listed(one: Launch) -> tuple[float, float]:
 def block_sparse_fwd(one: Launch) -> Work:
     steps, seen = _listed(one)
     own = one.bytes_of("q_ptr", "blocks_ptr", "bias_ptr", "out_ptr", "lse_ptr")
+    if one.HAS_SUM:
+        own += one.bytes_of("added_ptr", "sum_ptr", "weight_ptr")
     return Work(
         needed=4 * seen * one.HEAD_DIM,
         steps=(steps,),
@@ -199,8 +201,9 @@ def block_sparse_fwd(one: Launch) -> Work:
 
 def block_sparse_dq(one: Launch) -> Work:
     steps, seen = _listed(one)
-    own = one.bytes_of("q_ptr", "do_ptr", "blocks_ptr", "bias_ptr", "dbias_ptr", "lse_ptr", "shift_ptr")
-    own += one.bytes_of("dq_ptr") * (2 if one.ACCUMULATE else 1)
+    own = one.bytes_of("q_ptr", "do_ptr", "blocks_ptr", "bias_ptr", "dbias_ptr", "lse_ptr", "shift_ptr", "dq_ptr")
+    if one.HAS_OUT:
+        own += one.bytes_of("out_ptr", "product_ptr")
     return Work(
         needed=6 * seen * one.HEAD_DIM,
         steps=(steps,),

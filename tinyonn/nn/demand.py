@@ -124,7 +124,7 @@ def _(hidden_states: Tensor, kept: Tensor, pending: Tensor) -> None:
     return None
 
 
-def teach(place: int, grad: Tensor, weights: Tensor, hidden_states: Tensor, kept: Tensor) -> None:
+def record_gradient(place: int, grad: Tensor, weights: Tensor, hidden_states: Tensor, kept: Tensor) -> None:
     """Adds the gradient of a head to what it recorded, from the gradient of the weights (N, K); in backward.
 
     Tokens that no loss depends on, and those with NaN or infinity, do not count.

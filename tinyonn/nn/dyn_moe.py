@@ -254,6 +254,9 @@ class DynMoE(nn.Module):
             token_mask: bool or integers, of the leading shape; which tokens `statistics` counts, such as an attention mask. None for the
                 mask of a surrounding `token_mask_of`, or all tokens. The output does not depend on it.
 
+        Returns:
+            (..., F), in the dtype of the experts or of autocast.
+
         Raises:
             TypeError, ValueError: hidden_states is not a tensor or has another F; the budget or the mask has the wrong type or shape; a
                 budget is given but tokens are routed by threshold.

@@ -6,6 +6,8 @@
     L     = weight · (mean soft count / target − 1)²            one mean for the layers of a model
 
 B batch, T queries of Tk positions, H query heads, K key/value heads, D head dim
+
+Source: branches and gates after Yuan et al., "Native Sparse Attention", arXiv:2502.11089; thresholds in place of a top-n are tinyonn's.
 """
 
 from __future__ import annotations
@@ -51,6 +53,9 @@ def budget_loss(
 
     Returns:
         0-d.
+
+    Raises:
+        ValueError: the target is not above 0, or there is no layer.
     """
     if not isinstance(target, Tensor) and not target > 0:
         raise ValueError(f"target must be above 0, got {target}.")
@@ -114,7 +119,7 @@ class DynNSACore(WideBuffers):
     output_tau: Tensor
     observed: Tensor
     sums: Tensor
-    calls: Tensor
+    rows: Tensor
 
     def __init__(
         self,
@@ -299,6 +304,12 @@ class DynNSACore(WideBuffers):
             tau: (B, T, K), from `tau_of`; None for the entropy of the compressed branch.
             price: price of this call, 0-d; None for the layer's.
             scale, softcap, sinks, key_start, key_end, cu_seqlens: as in `ops.dyn_nsa`.
+
+        Returns:
+            As `ops.dyn_nsa`.
+
+        Raises:
+            TypeError, ValueError: as `ops.dyn_nsa`.
         """
         self._set_buffers()
         if key_compressed is None or value_compressed is None:
@@ -354,7 +365,10 @@ class DynNSACore(WideBuffers):
         """Adds a call to the running statistics, and in training to `counted`.
 
         Args:
-            result, gates: of the call. num_keys: Tk. key_start, cu_seqlens: as the call was given them.
+            result: of the call.
+            gates: (B, T, H, 3), of the call.
+            num_keys: Tk.
+            key_start: (B,), as the call was given it. cu_seqlens: (sequences + 1,), likewise.
         """
         real = result.counts > 0  # padding reads no block
         rows = real.sum()

@@ -111,6 +111,9 @@ class DynNSAAttention(nn.Module):
             key_start, key_end: (B,) int32 or int64, first position of each row that is not padding, and first position of padding after it.
             cu_seqlens: (sequences + 1,) int32 or int64, boundaries of sequences packed in one row.
 
+        Returns:
+            out (B, T, hidden_size) and what the call read.
+
         Raises:
             TypeError, ValueError: see `ops.dyn_nsa`; hidden_states or tau has the wrong shape; key_start, key_end or cu_seqlens is given
                 together with a cache; the cache belongs to another layer or has other rows.

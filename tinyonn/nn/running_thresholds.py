@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .demand import teach
+from .demand import record_gradient
 
 DECAY = 0.95  # of the running means; they start as plain means of the first steps
 RATE = 0.2  # share of the deviation of the mean number of experts that one step corrects
@@ -255,7 +255,7 @@ def _(weights: Tensor, hidden_states: Tensor, kept: Tensor, place: int) -> Tenso
 def _watched_backward(grad: Tensor, weights: Tensor, hidden_states: Tensor, kept: Tensor, place: int) -> Tensor:
     _passes_on(grad.device).add_(1)
     if place >= 0:
-        teach(place, grad, weights, hidden_states, kept)
+        record_gradient(place, grad, weights, hidden_states, kept)
     return grad.clone()
 
 

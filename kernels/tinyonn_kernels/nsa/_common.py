@@ -139,6 +139,28 @@ def store_rows(base_ptr, row_offset, inside, values, HEAD_DIM: tl.constexpr, WID
 
 
 @triton.jit
+def store_sum(
+    base_ptr, row_offset, added_ptr, added_offset, inside, values, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, HAS_ADDED: tl.constexpr
+):
+    """Stores (rows, WIDTH) values, with HAS_ADDED plus those at added_ptr. A row begins at element row_offset, in int64."""
+    feature = tl.arange(0, WIDTH)
+    mask = inside[:, None] & (feature < HEAD_DIM)[None, :]
+    if HAS_ADDED:
+        values += tl.load(added_ptr + added_offset[:, None] + feature[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(base_ptr + row_offset[:, None] + feature[None, :], values, mask=mask)
+
+
+@triton.jit
+def join_sink(lse, sinks_ptr, query_head, inside):
+    """(rows,) log of the sum of e^lse and e^sink, and the factor that this makes of a result without the sink."""
+    sink = tl.load(sinks_ptr + query_head, mask=inside, other=0.0).to(tl.float32)
+    top = tl.maximum(lse, sink)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    joined = top + tl.log(tl.exp(lse - top) + tl.exp(sink - top))
+    return joined, tl.exp(lse - tl.where(joined == float("-inf"), 0.0, joined))
+
+
+@triton.jit
 def load_weight(weight_ptr, offset, inside, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr):
     """(ROWS,) float32 factors of the result; 1 if there are no weights."""
     if HAS_WEIGHT:

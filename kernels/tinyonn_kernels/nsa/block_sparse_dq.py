@@ -51,7 +51,7 @@ def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, **_: object) -> 
     return offered
 
 
-@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"], restore=("dq_ptr",))
+@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"])
 @triton.jit
 def _block_sparse_dq_kernel(
     q_ptr,
@@ -67,6 +67,8 @@ def _block_sparse_dq_kernel(
     dq_ptr,
     dbias_ptr,
     weight_ptr,
+    out_ptr,
+    product_ptr,
     start_ptr,
     end_ptr,
     num_queries,
@@ -80,6 +82,7 @@ def _block_sparse_dq_kernel(
     v_strides,
     do_strides,
     dq_strides,
+    out_strides,
     stride_sb,
     weight_strides,
     stride_cb,
@@ -88,7 +91,7 @@ def _block_sparse_dq_kernel(
     HAS_BIAS: tl.constexpr,
     CAP: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
+    HAS_OUT: tl.constexpr,
     IEEE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -104,6 +107,7 @@ def _block_sparse_dq_kernel(
     stride_vb, stride_vt, stride_vh = v_strides
     stride_ob, stride_ot, stride_oh = do_strides
     stride_db, stride_dt = dq_strides
+    stride_rb, stride_rt = out_strides
     stride_wb, stride_wt, stride_wh = weight_strides
     stride_gb, stride_gt = bounds_strides
     batch = (tl.program_id(1) // num_kv).to(tl.int64)
@@ -128,8 +132,15 @@ def _block_sparse_dq_kernel(
     do = load_rows(do_ptr + batch * stride_ob, token * stride_ot + query_head * stride_oh, inside, 1, HEAD_DIM, WIDTH)
     stat = batch * stride_sb + token * (num_kv * GROUP) + query_head
     lse_log2 = tl.load(lse_ptr + stat, mask=inside, other=0.0) * 1.4426950408889634
-    shift = tl.load(shift_ptr + stat, mask=inside, other=0.0)
     weight = load_weight(weight_ptr, batch * stride_wb + token * stride_wt + query_head * stride_wh, inside, HAS_WEIGHT, ROWS)
+    if HAS_OUT:
+        out = load_rows(out_ptr, batch * stride_rb + token * stride_rt + query_head * HEAD_DIM, inside, 1, HEAD_DIM, WIDTH)
+        product = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1)
+        shift = weight * product
+        tl.store(product_ptr + stat, product, mask=inside)
+        tl.store(shift_ptr + stat, shift, mask=inside)
+    else:
+        shift = tl.load(shift_ptr + stat, mask=inside, other=0.0)
     k_ptr += batch * stride_kb + head.to(tl.int64) * stride_kh
     v_ptr += batch * stride_vb + head.to(tl.int64) * stride_vh
     dq = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -159,7 +170,7 @@ def _block_sparse_dq_kernel(
         dq += dot(ds.to(k.dtype), k, IEEE)
 
     target = batch * stride_db + token * stride_dt + query_head * HEAD_DIM
-    store_rows(dq_ptr, target, inside, dq * scale, HEAD_DIM, WIDTH, ACCUMULATE)
+    store_rows(dq_ptr, target, inside, dq * scale, HEAD_DIM, WIDTH, False)
 
 
 def block_sparse_attention_dq(
@@ -180,11 +191,13 @@ def block_sparse_attention_dq(
     scale: float,
     softcap: float | None,
     *,
-    accumulate: bool = False,
+    out: Tensor | None = None,
+    product: Tensor | None = None,
 ) -> None:
-    """Writes grad_query (B, T, H, D), or adds to it, and the listed places of grad_bias (B, T, K, S) float32. Launched over (tiles, B * K).
+    """Writes grad_query (B, T, H, D) and the listed places of grad_bias (B, T, K, S) float32. Launched over (tiles, B * K).
 
-    With a `weight` (B, T, H), grad_out is the gradient of weight · out, and `shift` = weight · (out · grad_out).
+    With a `weight` (B, T, H), grad_out is the gradient of weight · out, and `shift` = weight · (out · grad_out). With `out`, which is
+    contiguous within a token, it writes `product` = out · grad_out (B, T, H) and `shift` itself.
     """
     _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
@@ -211,6 +224,8 @@ def block_sparse_attention_dq(
         grad_query,
         lse if grad_bias is None else grad_bias,
         lse if weight is None else weight,
+        grad_query if out is None else out,
+        shift if product is None else product,
         geometry.start,
         geometry.end,
         num_queries,
@@ -224,6 +239,7 @@ def block_sparse_attention_dq(
         value.stride()[:3],
         grad_out.stride()[:3],
         grad_query.stride()[:2],
+        (0, 0) if out is None else out.stride()[:2],
         lse.stride(0),
         (0, 0, 0) if weight is None else weight.stride(),
         counts.stride(0),
@@ -232,7 +248,7 @@ def block_sparse_attention_dq(
         HAS_BIAS=bias is not None,
         CAP=cap_log2(softcap),
         HAS_WEIGHT=weight is not None,
-        ACCUMULATE=accumulate,
+        HAS_OUT=out is not None,
         IEEE=query.dtype == torch.float32,
         GROUP=group,
         HEAD_DIM=dim,

@@ -6,7 +6,7 @@
 cap(s) = softcap · tanh(s / softcap), or s. B batch, T queries, K key/value heads with G query heads each, S slots of a list. Query-outer:
 the heads of a group share a list and are rows of one tile. If a group has at most 8 heads, neighbouring queries share the tile, and each
 masks blocks that only the others list (`block_lists`). Online softmax in base 2, float32 accumulation. Blocks longer than a tile are read
-in parts.
+in parts. Sinks (`ops/nsa/_sinks.py`) join lse and out. Out, times a weight per row, can be added to a sum of other branches.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ from ._common import (
     capped,
     count_heads,
     dot,
+    join_sink,
     load_rows,
+    load_weight,
     softmax_step,
     store_rows,
+    store_sum,
     unit_stride,
     width_of,
 )
@@ -48,7 +51,7 @@ def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, CAP: float, **_:
     return offered
 
 
-@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"])
+@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"], restore=("sum_ptr",))
 @triton.jit
 def _block_sparse_fwd_kernel(
     q_ptr,
@@ -60,6 +63,10 @@ def _block_sparse_fwd_kernel(
     bias_ptr,
     out_ptr,
     lse_ptr,
+    weight_ptr,
+    added_ptr,
+    sum_ptr,
+    sinks_ptr,
     start_ptr,
     end_ptr,
     num_queries,
@@ -71,12 +78,17 @@ def _block_sparse_fwd_kernel(
     k_strides,
     v_strides,
     out_strides,
+    weight_strides,
+    added_strides,
+    sum_strides,
     stride_sb,
     stride_cb,
     stride_lb,
     bounds_strides,
     HAS_BIAS: tl.constexpr,
     CAP: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     IEEE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -91,6 +103,9 @@ def _block_sparse_fwd_kernel(
     stride_kb, stride_kt, stride_kh = k_strides
     stride_vb, stride_vt, stride_vh = v_strides
     stride_ob, stride_ot = out_strides
+    stride_wb, stride_wt, stride_wh = weight_strides
+    stride_ab, stride_at = added_strides
+    stride_mb, stride_mt = sum_strides
     stride_gb, stride_gt = bounds_strides
     batch = (tl.program_id(1) // num_kv).to(tl.int64)
     head = tl.program_id(1) % num_kv
@@ -135,10 +150,18 @@ def _block_sparse_fwd_kernel(
 
     seen = total > 0
     safe = tl.where(seen, total, 1.0)
-    stat = batch * stride_sb + token * (num_kv * GROUP) + query_head
-    tl.store(lse_ptr + stat, tl.where(seen, (top + tl.log2(safe)) * 0.6931471805599453, float("-inf")), mask=inside)
-    target = batch * stride_ob + token * stride_ot + query_head * HEAD_DIM
-    store_rows(out_ptr, target, inside, mixed / safe[:, None], HEAD_DIM, WIDTH, False)
+    mixed = mixed / safe[:, None]
+    lse = tl.where(seen, (top + tl.log2(safe)) * 0.6931471805599453, float("-inf"))
+    if HAS_SINKS:
+        lse, share = join_sink(lse, sinks_ptr, query_head, inside)
+        mixed *= share[:, None]
+    tl.store(lse_ptr + batch * stride_sb + token * (num_kv * GROUP) + query_head, lse, mask=inside)
+    feature = query_head * HEAD_DIM
+    store_rows(out_ptr, batch * stride_ob + token * stride_ot + feature, inside, mixed, HEAD_DIM, WIDTH, False)
+    if HAS_SUM:
+        mixed *= load_weight(weight_ptr, batch * stride_wb + token * stride_wt + query_head * stride_wh, inside, True, ROWS)[:, None]
+        target, added = batch * stride_mb + token * stride_mt + feature, batch * stride_ab + token * stride_at + feature
+        store_sum(sum_ptr, target, added_ptr, added, inside, mixed, HEAD_DIM, WIDTH, True)
 
 
 def block_sparse_attention_fwd(
@@ -154,8 +177,16 @@ def block_sparse_attention_fwd(
     block_size: int,
     scale: float,
     softcap: float | None,
+    *,
+    sinks: Tensor | None = None,
+    weight: Tensor | None = None,
+    added: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> None:
-    """Writes out (B, T, H, D) and lse (B, T, H) float32; launched over (tiles, B * K). Lists are contiguous within a batch row."""
+    """Writes out (B, T, H, D) and lse (B, T, H) float32; launched over (tiles, B * K). Lists are contiguous within a batch row.
+
+    With `weight` (B, T, H), `added` and `total` (B, T, H, D), it also writes total = added + weight · out; both may be the same tensor.
+    """
     _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
     if query.numel() == 0:
@@ -177,6 +208,10 @@ def block_sparse_attention_fwd(
         counts if bias is None else bias,
         out,
         lse,
+        lse if weight is None else weight,
+        out if added is None else added,
+        out if total is None else total,
+        lse if sinks is None else sinks,
         geometry.start,
         geometry.end,
         num_queries,
@@ -188,12 +223,17 @@ def block_sparse_attention_fwd(
         key.stride()[:3],
         value.stride()[:3],
         out.stride()[:2],
+        (0, 0, 0) if weight is None else weight.stride(),
+        (0, 0) if added is None else added.stride()[:2],
+        (0, 0) if total is None else total.stride()[:2],
         lse.stride(0),
         counts.stride(0),
         merged.lengths.stride(0),
         geometry.start.stride(),
         HAS_BIAS=bias is not None,
         CAP=cap_log2(softcap),
+        HAS_SUM=total is not None,
+        HAS_SINKS=sinks is not None,
         IEEE=query.dtype == torch.float32,
         GROUP=group,
         HEAD_DIM=dim,

@@ -28,7 +28,7 @@ from ._common import (
     interval_of,
     load_rows,
     load_weight,
-    store_rows,
+    store_sum,
     unit_stride,
     width_of,
 )
@@ -62,6 +62,7 @@ def _interval_dq_kernel(
     v_ptr,
     do_ptr,
     dq_ptr,
+    added_ptr,
     lse_ptr,
     product_ptr,
     dlse_ptr,
@@ -79,6 +80,7 @@ def _interval_dq_kernel(
     v_strides,
     do_strides,
     dq_strides,
+    added_strides,
     stride_sb,
     weight_strides,
     bounds_strides,
@@ -86,7 +88,7 @@ def _interval_dq_kernel(
     PACKED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_DLSE: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
+    HAS_ADDED: tl.constexpr,
     CAP: tl.constexpr,
     IEEE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -101,6 +103,7 @@ def _interval_dq_kernel(
     stride_vb, stride_vt, stride_vh = v_strides
     stride_ob, stride_ot, stride_oh = do_strides
     stride_db, stride_dt = dq_strides
+    stride_ab, stride_at = added_strides
     stride_wb, stride_wt, stride_wh = weight_strides
     stride_gb, stride_gt = bounds_strides
     batch = (tl.program_id(1) // num_kv).to(tl.int64)
@@ -149,7 +152,8 @@ def _interval_dq_kernel(
         dq += dot(ds.to(k.dtype), k, IEEE)
 
     target = batch * stride_db + token * stride_dt + query_head * HEAD_DIM
-    store_rows(dq_ptr, target, inside, dq * scale, HEAD_DIM, WIDTH, ACCUMULATE)
+    added = batch * stride_ab + token * stride_at + query_head * HEAD_DIM
+    store_sum(dq_ptr, target, added_ptr, added, inside, dq * scale, HEAD_DIM, WIDTH, HAS_ADDED)
 
 
 def interval_attention_dq(
@@ -168,9 +172,12 @@ def interval_attention_dq(
     softcap: float | None,
     *,
     compressed: bool,
-    accumulate: bool = False,
+    added: Tensor | None = None,
 ) -> None:
-    """Writes `product` (B, T, H), and writes or adds to `grad_query` (B, T, H, D) float32. Launched over (T * G / ROWS, B * K)."""
+    """Writes `product` (B, T, H) and grad_query (B, T, H, D), any dtype. Launched over (T * G / ROWS, B * K).
+
+    `added`, of the same shape, is part of grad_query; both may be the same tensor.
+    """
     _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
     if query.numel() == 0:
@@ -186,6 +193,7 @@ def interval_attention_dq(
         value,
         grad_out,
         grad_query,
+        grad_query if added is None else added,
         lse,
         product,
         lse if grad_lse is None else grad_lse,
@@ -203,6 +211,7 @@ def interval_attention_dq(
         value.stride()[:3],
         grad_out.stride()[:3],
         grad_query.stride()[:2],
+        (0, 0) if added is None else added.stride()[:2],
         lse.stride(0),
         (0, 0, 0) if weight is None else weight.stride(),
         geometry.start.stride(),
@@ -210,7 +219,7 @@ def interval_attention_dq(
         PACKED=geometry.packed,
         HAS_WEIGHT=weight is not None,
         HAS_DLSE=grad_lse is not None,
-        ACCUMULATE=accumulate,
+        HAS_ADDED=added is not None,
         CAP=cap_log2(softcap),
         IEEE=query.dtype == torch.float32,
         GROUP=group,

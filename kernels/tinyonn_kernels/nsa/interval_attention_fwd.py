@@ -4,7 +4,8 @@
 
 over low <= n < high (`_common.interval_of`); cap(s) = softcap · tanh(s / softcap), or s. For a query without visible
 keys the results are 0, -inf, 0. Online softmax in base 2, float32 accumulation. The queries of a group are rows of one tile without
-padding, so every group size fills the matrix unit. An optional weight per row multiplies the result, which can be added to `out`.
+padding, so every group size fills the matrix unit. Sinks (`ops/nsa/_sinks.py`) join lse and the result, not the entropy. An optional weight
+per row multiplies the result, which can be added to `out`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ._common import (
     dot,
     has_warpgroups,
     interval_of,
+    join_sink,
     load_rows,
     load_weight,
     softmax_step,
@@ -59,6 +61,7 @@ def _interval_fwd_kernel(
     lse_ptr,
     entropy_ptr,
     weight_ptr,
+    sinks_ptr,
     start_ptr,
     end_ptr,
     num_rows,
@@ -77,6 +80,7 @@ def _interval_fwd_kernel(
     PACKED: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     CAP: tl.constexpr,
     IEEE: tl.constexpr,
@@ -129,7 +133,11 @@ def _interval_fwd_kernel(
     safe = tl.where(seen, total, 1.0)
     mixed = mixed / safe[:, None]
     stat = batch * stride_sb + token * (num_kv * GROUP) + query_head
-    tl.store(lse_ptr + stat, tl.where(seen, (top + tl.log2(safe)) * 0.6931471805599453, float("-inf")), mask=inside)
+    lse = tl.where(seen, (top + tl.log2(safe)) * 0.6931471805599453, float("-inf"))
+    if HAS_SINKS:
+        lse, share = join_sink(lse, sinks_ptr, query_head, inside)
+        mixed *= share[:, None]
+    tl.store(lse_ptr + stat, lse, mask=inside)
     if HAS_ENTROPY:
         entropy = (tl.log2(safe) - moment / safe) * 0.6931471805599453
         tl.store(entropy_ptr + stat, tl.where(seen, tl.maximum(entropy, 0.0), 0.0), mask=inside)
@@ -153,11 +161,12 @@ def interval_attention_fwd(
     *,
     compressed: bool,
     weight: Tensor | None = None,
+    sinks: Tensor | None = None,
     accumulate: bool = False,
 ) -> None:
     """Writes out (B, T, H, D), any dtype; lse and entropy (B, T, H) float32, with equal strides. Launched over (T * G / ROWS, B * K).
 
-    `reach` is the window or the compress size; `weight` (B, T, H) multiplies the result, `accumulate` adds it to `out`.
+    `reach` is the window or the compress size; `sinks` are (H,); `weight` (B, T, H) multiplies the result, `accumulate` adds it to `out`.
     """
     _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
@@ -176,6 +185,7 @@ def interval_attention_fwd(
         lse,
         lse if entropy is None else entropy,
         lse if weight is None else weight,
+        lse if sinks is None else sinks,
         geometry.start,
         geometry.end,
         num_queries * group,
@@ -194,6 +204,7 @@ def interval_attention_fwd(
         PACKED=geometry.packed,
         HAS_ENTROPY=entropy is not None,
         HAS_WEIGHT=weight is not None,
+        HAS_SINKS=sinks is not None,
         ACCUMULATE=accumulate,
         CAP=cap_log2(softcap),
         IEEE=query.dtype == torch.float32,

@@ -58,6 +58,11 @@ def _lists() -> tuple[Tensor, Tensor, Tensor]:
     return _empty(*rows, SLOTS, dtype=torch.int32), _empty(*rows, dtype=torch.int32), _empty(*rows, SLOTS)
 
 
+def _sinks(heads: int, softcap: float | None) -> Tensor | None:
+    """Sinks where there is a softcap, so that both are covered."""
+    return None if softcap is None else _empty(heads)
+
+
 def _merge(group: int) -> None:
     indices, counts, _ = _lists()
     merge_lists(indices, counts, _packed(), group, BLOCK_SIZE)
@@ -67,9 +72,10 @@ def _interval(dtype: torch.dtype, dim: int, heads: int, compressed: bool, softca
     query, key, lse, weight = _example(dtype, dim, heads, 64 if compressed else 1)
     out, entropy, grad_lse = _empty(*query.shape), lse if compressed else None, lse if compressed else None
     rest = (_packed(), 64, 0.1, softcap)
-    options = {"compressed": compressed, "weight": weight, "accumulate": not compressed}
+    options = {"compressed": compressed, "weight": weight, "sinks": _sinks(heads, softcap), "accumulate": not compressed}
     interval_attention_fwd(query, key, key, out, lse, entropy, *rest, **options)
-    interval_attention_dq(query, key, key, lse, query, weight, grad_lse, lse, out, *rest, compressed=compressed, accumulate=True)
+    target = query if compressed else out  # the last branch writes the gradient
+    interval_attention_dq(query, key, key, lse, query, weight, grad_lse, lse, target, *rest, compressed=compressed, added=out)
     interval_attention_dkv(query, key, key, lse, query, weight, grad_lse, lse, *rest, compressed=compressed)
 
 
@@ -79,8 +85,9 @@ def _block_sparse(dtype: torch.dtype, dim: int, heads: int, softcap: float | Non
     grads = (lse, lse, query, weight)
     grad_query, grad_key, grad_bias = _empty(*query.shape), _empty(*key.shape), _lists()[2]
     rest = (_packed(), BLOCK_SIZE, 0.1, softcap)
-    block_sparse_attention_fwd(*inputs, torch.empty_like(query), lse, *rest)
-    block_sparse_attention_dq(*inputs, *grads, grad_query, grad_bias, *rest, accumulate=True)
+    sum_of = {"weight": weight, "added": grad_query, "total": query, "sinks": _sinks(heads, softcap)}
+    block_sparse_attention_fwd(*inputs, torch.empty_like(query), lse, *rest, **sum_of)
+    block_sparse_attention_dq(*inputs, *grads, grad_query, grad_bias, *rest, out=query, product=lse)
     block_sparse_attention_dkv(*inputs, *grads, grad_key, grad_key, *rest)
 
 

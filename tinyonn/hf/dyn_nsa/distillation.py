@@ -62,15 +62,15 @@ def distil_compression(
     before = [core.price.clone() for core in found]
     names = {module: name for name, module in active_modules(model).items()}
     with torch.inference_mode(False):
-        pupils = {core: _Pupil(core, names[core], steps, queries) for core in found}
+        distillers = {core: _LayerDistiller(core, names[core], steps, queries) for core in found}
     try:
         with modes_kept(model), torch.inference_mode(False):
             model.eval()
-            with watched(found, lambda call: pupils[call.core].learn(call)):
+            with watched(found, lambda call: distillers[call.core].step(call)):
                 done, idle = 0, 0
                 for batch in cycle(batches):
                     run(model, batch)
-                    before_it, done = done, sum(len(pupil.losses) for pupil in pupils.values())
+                    before_it, done = done, sum(len(distiller.losses) for distiller in distillers.values())
                     idle = idle + 1 if done == before_it else 0
                     if done == steps * len(found) or idle == len(batches):
                         break
@@ -78,18 +78,18 @@ def distil_compression(
         for core, price in zip(found, before, strict=True):
             core.price.copy_(price)
             core.reset_statistics()
-    if short := [pupil for pupil in pupils.values() if not pupil.losses]:
-        least = max(pupil.least for pupil in short)
+    if short := [distiller for distiller in distillers.values() if not distiller.losses]:
+        least = max(distiller.least for distiller in short)
         raise InputError(f"sample must have texts of more than {least:,} tokens, got none: every block of shorter ones is read anyway.")
-    for pupil in pupils.values():
-        pupil.check()
-    for pupil in pupils.values():
-        pupil.graduate()
+    for distiller in distillers.values():
+        distiller.check()
+    for distiller in distillers.values():
+        distiller.write_back()
     set_options(model, prices=())  # those of an earlier calibration no longer hold
-    return {pupil.name: pupil.progress() for pupil in pupils.values()}
+    return {distiller.name: distiller.progress() for distiller in distillers.values()}
 
 
-class _Pupil:
+class _LayerDistiller:
     """What one layer learns: float32 copies of its parameters, and their optimiser."""
 
     def __init__(self, core: DynNSACore, name: str, steps: int, queries: int) -> None:
@@ -106,7 +106,7 @@ class _Pupil:
         self.losses: list[float] = []
         self.least = core.options.forced * core.options.block_size
 
-    def learn(self, call: Attended) -> None:
+    def step(self, call: Attended) -> None:
         """Some steps on the texts of one call."""
         texts = [text for text in call.sequences() if text.end - text.begin > self.least]
         for _ in range(min(VISIT, self.steps - len(self.losses)) if texts else 0):
@@ -147,7 +147,7 @@ class _Pupil:
                 raise InputError(f"distil_compression must learn finite values, got others for {name} of {self.name}.")
 
     @torch.no_grad()
-    def graduate(self) -> None:
+    def write_back(self) -> None:
         for name, value in self.given.items():
             value.copy_(self.learned[name])
 

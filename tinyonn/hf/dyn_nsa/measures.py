@@ -161,7 +161,7 @@ class HeadEffects:
                 effect = effect.addcmul_(mass[..., None], effect.sum(1, keepdim=True), value=-1)
                 power = effect.square().sum(-1).unflatten(2, (-1, len(part))).permute(0, 2, 3, 1)  # (K, G, t, NB)
                 which = far[first : first + len(part), :blocks]
-                x = compared(call, asked[row, begin + part], own, row, begin, part, length)[..., :blocks]
+                x = compared(call, scoring[row, begin + part], own, row, begin, part, length)[..., :blocks]
                 self._keep(x[:, which], power[:, :, which], weight)
                 first += len(part)
 

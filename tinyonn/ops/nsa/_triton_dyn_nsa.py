@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._dispatch import on_its_device
 from ._checks import Bounds, empty_lists
-from ._sinks import join_sinks, sinks_gradient
+from ._sinks import sinks_gradient
 from ._tuples import DynNSAInputs, DynNSANumbers, DynNSAResults, DynNSASaved
 
 CHUNK_ELEMENTS = 1 << 25  # of the float32 sum, 128 MiB
@@ -63,26 +63,14 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
         geometry = whole.of_chunk(chunk.start)
         q, scoring_q, weights = query[rows], scoring[rows], gates[rows].unbind(-1)
         mixed = out[rows] if scratch is None else scratch[:, : q.shape[1]]
-        branches = (
-            (scoring_q, key_compressed, value_compressed, lse_compressed[rows], entropy[rows], compress_size, weights[0]),
-            (q, key, value, lse_window[rows], None, window, weights[2]),
-        )
-        for number, (of_branch, k, v, lse, entropies, reach, weight) in enumerate(branches):
-            sizes, compressed = (geometry, reach, scale, softcap), number == 0
-            if sinks is None:
-                interval_attention_fwd(
-                    of_branch, k, v, mixed, lse, entropies, *sizes, compressed=compressed, weight=weight, accumulate=not compressed
-                )
-                continue
-            # A sink's share is known when the branch is done, so the branch has a sum of its own.
-            alone = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-            interval_attention_fwd(of_branch, k, v, alone, lse, entropies, *sizes, compressed=compressed)
-            join_sinks(alone, lse, sinks)
-            alone *= weight.float().unsqueeze(-1)
-            if compressed:
-                mixed.copy_(alone)
-            else:
-                mixed += alone
+        interval_attention_fwd(
+            scoring_q, key_compressed, value_compressed, mixed, lse_compressed[rows], entropy[rows], geometry, compress_size, scale,
+            softcap, compressed=True, weight=weights[0], sinks=sinks,
+        )  # fmt: skip
+        interval_attention_fwd(
+            q, key, value, mixed, lse_window[rows], None, geometry, window, scale, softcap, compressed=False, weight=weights[2],
+            sinks=sinks, accumulate=True,
+        )  # fmt: skip
         if tau is None:
             place = torch.arange(geometry.before, geometry.before + q.shape[1], dtype=torch.int32, device=q.device)
             visible = ((place - geometry.start[:, geometry.before : geometry.before + q.shape[1]] + 1) // compress_size).unsqueeze(-1)
@@ -96,11 +84,10 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
             block_size, compress_size, *rule, scale, softcap,
         )  # fmt: skip
         overflowing += over.sum()
-        block_sparse_attention_fwd(q, key, value, *lists, selected[rows], lse_selected[rows], geometry, block_size, scale, softcap)
-        join_sinks(selected[rows], lse_selected[rows], sinks)
-        mixed += selected[rows] * weights[1].float().unsqueeze(-1)
-        if scratch is not None:
-            out[rows] = mixed
+        block_sparse_attention_fwd(
+            q, key, value, *lists, selected[rows], lse_selected[rows], geometry, block_size, scale, softcap, sinks=sinks,
+            weight=weights[1], added=mixed, total=out[rows],
+        )  # fmt: skip
     overflow = overflowing.float() / (counts > 0).sum().clamp(min=1)
     return DynNSAResults(out, soft_counts, own_tau, overflow, counts, lse_compressed, lse_selected, lse_window, indices, bias, selected)
 
@@ -141,34 +128,28 @@ def dyn_nsa_backward(inputs: DynNSAInputs, saved: DynNSASaved, options: DynNSANu
         geometry = whole.of_chunk(chunk.start)
         q, scoring_q, grad, weights = query[rows], scoring[rows], grad_out[rows], gates[rows].unbind(-1)
         of_compressed, of_selected, of_window = (product[rows] for product in products)
-        grad_q = grad_query[rows] if scratch is None else scratch[:, : q.shape[1]]
-        of_selected.copy_((selected[rows].float() * grad).sum(-1))
         lists = (indices[rows], counts[rows])
-        shift = shifts[rows].copy_(of_selected * weights[1].float())
+        # Sums of the chunk; that of `query_compressed`, if it differs, begins after that of `query`.
+        grad_q = grad_query[rows] if scratch is None else scratch[:, : q.shape[1]]
+        grad_s = grad_q if grad_scoring is None or scratch is not None else grad_scoring[rows]
         block_sparse_attention_dq(
-            q, key, value, *lists, bias[rows], lse_selected[rows], shift, grad, weights[1], grad_q, grad_bias[rows], geometry, block_size,
-            scale, softcap,
+            q, key, value, *lists, bias[rows], lse_selected[rows], shifts[rows], grad, weights[1], grad_q, grad_bias[rows], geometry,
+            block_size, scale, softcap, out=selected[rows], product=of_selected,
         )  # fmt: skip
         interval_attention_dq(
-            q, key, value, lse_window[rows], grad, weights[2], None, of_window, grad_q, geometry, window, scale, softcap,
-            compressed=False, accumulate=True,
+            q, key, value, lse_window[rows], grad, weights[2], None, of_window, grad_q if grad_scoring is None else grad_query[rows],
+            geometry, window, scale, softcap, compressed=False, added=grad_q,
         )  # fmt: skip
-        if grad_scoring is not None:
-            # The sum of `query` is complete; what follows is that of `query_compressed`.
-            if scratch is not None:
-                grad_query[rows] = grad_q
-            grad_q = (grad_scoring[rows] if scratch is None else grad_q).zero_()
         chunk_lse = None if grad_lse is None else grad_lse[rows]
         select_blocks_dq(
             scoring_q, key_compressed, lse_compressed[rows], threshold[rows], *lists, grad_bias[rows], grad_soft[rows],
-            grad_threshold[rows], None if detach_scores else grad_q, chunk_lse, geometry, *sizes, accumulate=True,
+            grad_threshold[rows], None if detach_scores else grad_s, chunk_lse, geometry, *sizes, accumulate=grad_scoring is None,
         )  # fmt: skip
         interval_attention_dq(
-            scoring_q, key_compressed, value_compressed, lse_compressed[rows], grad, weights[0], chunk_lse, of_compressed, grad_q, geometry,
-            compress_size, scale, softcap, compressed=True, accumulate=True,
+            scoring_q, key_compressed, value_compressed, lse_compressed[rows], grad, weights[0], chunk_lse, of_compressed,
+            (grad_query if grad_scoring is None else grad_scoring)[rows], geometry, compress_size, scale, softcap, compressed=True,
+            added=None if detach_scores and grad_scoring is not None else grad_s,
         )  # fmt: skip
-        if scratch is not None:
-            (grad_query if grad_scoring is None else grad_scoring)[rows] = grad_q
     del scratch
 
     weights = gates.unbind(-1)
