@@ -37,7 +37,7 @@ def page(results: Results, settings: Settings) -> list[str]:
         f"- **Arms**: dense reads every block. Static top-n reads the {settings.top_n} blocks with the highest shares; the {FORCED} forced"
         " ones are among them. One price reads the blocks whose share passes a learned threshold. Its budget is the mean number of blocks"
         f" of static top-n, {settings.target:.2f} of {(blocks + 1) / 2:g}, as one mean over layers, heads and tokens.",
-        f"- **Measured**: {settings.rows} rows of text from other modules, {len(settings.seeds)} seeds. Intervals are 95 %"
+        f"- **Evaluation**: {settings.rows} rows of text from other modules, {len(settings.seeds)} seeds. Intervals are 95 %"
         " intervals of the paired difference, for other seeds and rows. The price is set again until the evaluation rows read as many far"
         " blocks as with static top-n, within one percent.",
         f"- **Measured** on {results.origin()}.",
