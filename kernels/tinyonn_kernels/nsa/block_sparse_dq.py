@@ -43,9 +43,9 @@ def sum_of_query(values, query, QUERIES: tl.constexpr):
 
 def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, **_: object) -> list[triton.Config]:
     if IEEE:
-        return [config(4 if ROWS * WIDTH <= 2048 else 8, 1, 255, KEYS=16)]
+        return [config(4 if ROWS * WIDTH <= 1024 else 8, 1, 255, KEYS=16)]
     keys, warps = (64 if WIDTH <= 64 else 32), (4 if ROWS * WIDTH <= 8192 else 8)
-    offered = [config(warps, 2 if WIDTH <= 128 else 1, KEYS=min(keys, BLOCK_SIZE))]
+    offered = [config(warps, 2, KEYS=min(keys, BLOCK_SIZE)) if WIDTH <= 128 else config(warps, 1, 255, KEYS=min(keys, BLOCK_SIZE))]
     if WIDTH <= 128 and ROWS <= 32:
         offered += [config(4, 2, KEYS=min(64, BLOCK_SIZE)), config(2, 2, KEYS=min(32, BLOCK_SIZE))]
     return offered

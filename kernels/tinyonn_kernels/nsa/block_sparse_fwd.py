@@ -38,7 +38,7 @@ from ._common import (
 from .block_lists import block_at, merge_lists, rows_of
 
 
-def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, CAP: float, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, CAP: float, GROUP: int, **_: object) -> list[triton.Config]:
     """Tiles of keys; tiles with few rows need few warps."""
     if IEEE:
         keys, warps = (32 if ROWS <= 32 and WIDTH < 128 else 16), (4 if ROWS * WIDTH <= 2048 else 8)
@@ -47,7 +47,8 @@ def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, CAP: float, **_:
     offered = [config(warps, 2, KEYS=min(keys, BLOCK_SIZE))]
     crowded = CAP > 0 and WIDTH > 64  # two warps have no registers left for the cap
     if WIDTH <= 128 and ROWS <= 32 and not crowded:
-        offered += [config(2, 3, KEYS=min(64, BLOCK_SIZE)), config(2, 3, KEYS=min(32, BLOCK_SIZE))]
+        # Nor have they for 64 keys beside divisions by a group that is no power of 2.
+        offered += [config(2, 3, KEYS=min(keys, BLOCK_SIZE)) for keys in ((64, 32) if GROUP & (GROUP - 1) == 0 else (32,))]
     return offered
 
 

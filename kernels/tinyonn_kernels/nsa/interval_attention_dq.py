@@ -48,7 +48,7 @@ def configs(IEEE: bool, WIDTH: int, ARCH: int, **_: object) -> list[triton.Confi
         return [config(8, 1, ROWS=tile, KEYS=tile)]
     if WIDTH >= 256:
         return [config(4, 1, ROWS=32, KEYS=16)]
-    narrow = config(4, 2, ROWS=64, KEYS=64 if WIDTH <= 64 else 32)
+    narrow = config(4, 2, ROWS=64, KEYS=64 if WIDTH <= 64 and has_warpgroups(ARCH) else 32)
     if has_warpgroups(ARCH):
         return [config(8, 2, 255, ROWS=128, KEYS=64), narrow]
     return [narrow, config(8, 2, 255, ROWS=64, KEYS=64)]
