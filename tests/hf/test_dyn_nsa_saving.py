@@ -52,10 +52,10 @@ def test_a_loaded_model_is_not_a_quantised_one(tmp_path):
     assert all(1 < value["mean_count"] <= 5 for value in statistics(model).values())
     assert model.float()(token_ids()).logits.dtype == torch.float32
     statistics(model, reset=True)
-    for _ in range(300):  # more calls than bfloat16 can count
+    for _ in range(300):  # more rows than bfloat16 can count
         for core in cores(model):
             core.sums += 1.0
-            core.calls += 1
+            core.rows += 1
     assert all(value["mean_count"] == 1.0 for value in statistics(model.bfloat16()).values())
 
 

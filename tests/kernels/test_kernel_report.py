@@ -108,7 +108,7 @@ def test_work_of_listed_blocks_shares_the_forced_ones_alone(work):
         ("blocks_ptr", "bias_ptr"), (1, tokens, heads, slots)
     )
     sizes = {"num_queries": tokens, "num_slots": slots, "GROUP": group, "HEAD_DIM": dim, "BLOCK_SIZE": 64, "QUERIES": queries}
-    one = launch_of(work, "block_sparse_fwd", (tokens // queries, heads), own, KEYS=32, ROWS=64, WIDTH=dim, **sizes)
+    one = launch_of(work, "block_sparse_fwd", (tokens // queries, heads), own, KEYS=32, ROWS=64, WIDTH=dim, HAS_SUM=False, **sizes)
     found = work.block_sparse_fwd(one)
     assert found.needed == 2 * 2 * tokens * group * heads * slots * 64 * dim
     assert found.steps == (tokens // queries * heads * (3 + queries * (slots - 3)) * 2,)

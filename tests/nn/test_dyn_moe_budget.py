@@ -273,11 +273,11 @@ def test_what_is_no_budget_is_named(budget, error, message):
 
 
 def test_a_budget_without_use_is_named():
-    module, x = mixture(routing="threshold"), tokens(2, 20, 16)
+    module, x = mixture(routing="threshold", scale=1.0), tokens(2, 20, 16)
     with pytest.raises(ValueError, match="surprise_budget must be left out unless routing='budget', got one with routing='threshold'"):
         module(x, surprise_budget=0.5)
     with pytest.raises(ValueError, match=r"surprise_budget must be left out unless routing='budget', got 0\.5 with routing='threshold'"):
-        mixture(routing="threshold", surprise_budget=0.5)
+        mixture(routing="threshold", scale=1.0, surprise_budget=0.5)
     for model in (module, nn.Linear(2, 2)):
         with (
             pytest.raises(ValueError, match=f"must go to mixtures with routing='budget', got {type(model).__name__}, where none"),

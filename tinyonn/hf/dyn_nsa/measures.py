@@ -136,7 +136,7 @@ class HeadEffects:
 
     @torch.no_grad()
     def _add(self, call: Attended, grad: Tensor) -> None:
-        options, compressed, asked = call.core.options, call.compressed_keys().float(), call.compressed_query()
+        options, compressed, scoring = call.core.options, call.compressed_keys().float(), call.compressed_query()
         for row, begin, end, first_key in call.sequences():
             length, size = end - begin, options.block_size
             grad_out = grad[row, begin:end].float() * call.gates[row, begin:end, :, 1, None].float()
