@@ -174,7 +174,8 @@ def _pairs(cells: Cells) -> list[str]:
     rows: list[list[object]] = []
     for ours, theirs in PAIRS:
         found = [cells.ratio(ours, theirs, budget, "") for budget in cells.budgets]
-        rows.append([name_of(ours), name_of(theirs), *("" if one is None else f"{one[0]:.2f} ({one[1]:.2f} … {one[2]:.2f})" for one in found)])
+        shown = ["" if one is None else f"{one[0]:.2f} ({one[1]:.2f} … {one[2]:.2f})" for one in found]
+        rows.append([name_of(ours), name_of(theirs), *shown])
     wanted = [cells.get(("top-n", "mean keys"), cells.texts[0], budget) for budget in cells.budgets]
     head = ["arm", "against", *("" if one is None else f"excess, ratio at {one['blocks']:.1f} blocks" for one in wanted)]
     return ["## Other pairs", "", *table(head, rows), ""]

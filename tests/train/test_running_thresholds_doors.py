@@ -94,9 +94,13 @@ def test_options_that_no_router_uses_are_named(given):
 def test_thresholds_that_wait_for_a_forgotten_graph_say_so():
     model = mixture()
     kept = model(tokens(50, 16)).sum()  # no backward
-    with pytest.warns(UserWarning, match="have not moved for 100 calls, because the graph of an earlier forward in training mode still"):
+
+    def steps() -> None:
         for number in range(101):
             model(tokens(50, 16, seed=number)).sum().backward()
+
+    with pytest.warns(UserWarning, match="have not moved for 100 calls, because the graph of an earlier forward in training mode still"):
+        steps()
     assert int(model.router.updates) == 0
     del kept
     model(tokens(50, 16)).sum().backward()

@@ -42,10 +42,10 @@ class BudgetSchedule(TrainerCallback, ExportableState):
     The budget is one for the model: the mean over layers, heads, tokens and the ranks of torch.distributed. After each optimiser step the
     price moves by rate · log(blocks read / blocks wanted), both beyond the forced ones. Blocks wanted fall geometrically from those of the
     first step to `target` over the first 30 % of `steps`. The temperature falls geometrically, in five stages, over the first 70 %:
-    a wide gate lets a training model learn where to look, a narrow one gives each block that is read its full weight. At each step `base` is centred over
-    layers and heads, so that the price alone is the level. A Trainer logs the means of the training steps since its last log as `key_blocks`
-    and, beyond the forced blocks, `key_blocks_far`; `key_blocks_target` is what is wanted, and `key_blocks_price` the price. Reporters such
-    as TensorBoard get them after `before_reporters(trainer)`.
+    a wide gate lets a training model learn where to look, a narrow one gives each block that is read its full weight. At each step `base`
+    is centred over layers and heads, so that the price alone is the level. A Trainer logs the means of the training steps since its last
+    log as `key_blocks` and, beyond the forced blocks, `key_blocks_far`; `key_blocks_target` is what is wanted, and `key_blocks_price` the
+    price. Reporters such as TensorBoard get them after `before_reporters(trainer)`.
 
     Args:
         target: key blocks per query at the end, forced blocks included; at least as many as are forced.
