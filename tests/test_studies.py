@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from tinyonn.cli.demo.smollm2 import smollm2_folder
+from tinyonn.nn import DynNSAOptions
+from tinyonn.nn.dyn_nsa import DynNSACore
 from tinyonn.testing import save_tiny_model
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "studies"
@@ -229,6 +231,53 @@ def test_a_file_of_other_content_is_named(experts, tmp_path, text):
     with pytest.raises(SystemExit, match=r"some\.json must hold a study's results, but does not \(.*\); move it away or restore it"):
         Results(path, {"steps": 1})
     assert path.read_text() == text
+
+
+def test_effects_of_blocks_are_those_of_leaving_them_out(experts):
+    """Against loops over heads, tokens and blocks, in float64."""
+    from _blocks import Blocks, Layer
+
+    tokens, heads, groups, dim, size = 48, 4, 2, 8, 16
+    core = DynNSACore(heads, groups, dim, DynNSAOptions(block_size=size, compress_size=size, window=size))
+    draw = torch.Generator().manual_seed(0)
+    query, key, value, out = (torch.randn(tokens, n, dim, generator=draw) for n in (heads, groups, groups, heads))
+    weight = torch.rand(heads, generator=draw)
+    effect, mass = Blocks([core]).effects(Layer(query, key, value, out), weight)
+    wanted, wanted_mass = torch.zeros(2, groups, tokens, tokens // size, dtype=torch.float64)
+    for head in range(heads):
+        group = head // (heads // groups)
+        for token in range(tokens):
+            seen = slice(0, token + 1)
+            shares = (key[seen, group].double() @ query[token, head].double() * dim**-0.5).softmax(0)
+            whole = shares @ value[seen, group].double()
+            for block in range(token // size + 1):
+                inside = slice(block * size, min((block + 1) * size, token + 1))
+                own = shares[inside].sum()
+                lost = shares[inside] @ value[inside, group].double() - own * whole
+                wanted[group, token, block] += weight[head] * lost.square().sum()
+                wanted_mass[group, token, block] += own / (heads // groups)
+    torch.testing.assert_close(effect.double(), wanted, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(mass.double(), wanted_mass, rtol=1e-4, atol=1e-7)
+
+
+def test_ratios_compare_at_the_blocks_that_the_arm_has_read(experts):
+    from _selection_page import Cells
+    from _study import Results
+
+    ours, static, texts = ("price and lines", "mean keys"), ("top-n", "mean keys"), ["prose 0", "code a"]
+    results = Results(None, {"texts": texts})
+    for text, scale in zip(texts, (1.0, 3.0), strict=True):
+        for budget, excess in ((4, 0.10), (6, 0.05), (8, 0.03)):
+            cell = {"blocks": float(budget), "excess": scale * excess}
+            results.cells[f"top-n, mean keys | {text} | {budget}"] = cell
+        results.cells[f"price and lines, mean keys | {text} | 6"] = {"blocks": 6.5, "excess": scale * 0.018}
+    cells = Cells(results, (4, 6, 8), (static, ours))
+    assert cells.static_at(static, "prose 0", 4, 3.5) == pytest.approx(0.1125)  # beyond the first point
+    assert cells.static_at(static, "prose 0", 6, 5.0) == pytest.approx(0.075)
+    assert cells.static_at(static, "prose 0", 6, 6.5) == pytest.approx(0.045)
+    assert cells.static_at(static, "code a", 8, 9.0) == pytest.approx(3 * 0.02)
+    assert cells.ratio(ours, static, 6, "") == pytest.approx((0.4, 0.4, 0.4))
+    assert cells.best_static(6) == static
 
 
 @pytest.fixture(scope="module")
