@@ -5,6 +5,8 @@
     θ     = price · gain + base − slope · τ     one price for the layers of a model: −30 selects every block
     L     = weight · (mean soft count / target − 1)²            one mean for the layers of a model
 
+`share_distillation` has the other loss of a layer.
+
 B batch, T queries of Tk positions, H query heads, K key/value heads, D head dim
 
 Source: branches and gates after Yuan et al., "Native Sparse Attention", arXiv:2502.11089; thresholds in place of a top-n are tinyonn's.
@@ -13,7 +15,7 @@ Source: branches and gates after Yuan et al., "Native Sparse Attention", arXiv:2
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from ..ops._checks import check_number
 from ..ops._dispatch import autocast_dtype, autocast_off, statistics_dtype
 from .block_compression import BlockCompression, block_starts
 from .dyn_nsa_options import DynNSAOptions
+from .share_distillation import Scores, drawn_divergence
 from .wide_buffers import WideBuffers
 
 OPEN = -30.0
@@ -96,6 +99,26 @@ def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
+class LossSums(NamedTuple):
+    """What a call adds to the losses of a model, 0-d each; zeros where its options ask for no such loss."""
+
+    soft_counts: Tensor
+    rows: Tensor
+    divergence: Tensor
+    pairs: Tensor
+
+
+def loss_of_calls(calls: Sequence[LossSums], options: DynNSAOptions, target: Tensor) -> Tensor:
+    """Budget loss and distillation loss of the calls of a model, 0-d; each of one mean over them all. They may be on several devices."""
+    device, loss = calls[0].rows.device, calls[0].rows.new_zeros(())
+    if options.budget_weight:
+        loss = loss_of_sums([(call.soft_counts, call.rows) for call in calls], target.to(device), options.budget_weight)
+    if options.distil_weight:
+        divergence, pairs = (torch.stack([call[part].to(device) for call in calls]).sum() for part in (2, 3))
+        loss = loss + options.distil_weight * divergence / pairs.clamp(min=1)
+    return loss
+
+
 class DynNSACore(WideBuffers):
     """DynNSA without projections: compression, branch gates, thresholds, and running statistics.
 
@@ -159,7 +182,7 @@ class DynNSACore(WideBuffers):
         self.previous_tau: Tensor | None = None
         self.watch: Callable[[Any], None] | None = None  # of calls that are plain causal attention while a sample is measured
         self.collecting = False
-        self.collected: list[tuple[Tensor, Tensor]] = []  # `sums_of` each call of the last forward
+        self.collected: list[LossSums] = []  # of each call of the last forward
         # Blocks that queries read in training, those not forced, and number of rows, for a schedule that takes them. No buffer: DDP would
         # overwrite it.
         self.counted: Tensor | None = None
@@ -351,12 +374,32 @@ class DynNSACore(WideBuffers):
             return result.soft_counts.new_zeros(())
         return budget_loss(result.soft_counts, self.budget_target, weight=self.options.budget_weight, mask=result.counts > 0)
 
-    def budget_sums(self, result: DynNSAOutput) -> tuple[Tensor, Tensor]:
-        """`sums_of` a call, for a budget loss of several layers; zeros where there is no such loss."""
-        if not self.options.budget_weight:
-            zero = result.soft_counts.new_zeros(())
+    def estimating(self) -> dict[str, nn.Parameter]:
+        """Parameters of the estimate of a block's share, by name."""
+        own = {} if self.query_map is None else {"query_map": self.query_map}
+        return {**dict(self.compress_key.named_parameters()), **own}
+
+    def divergence(self, query: Tensor, key: Tensor, scores: Scores, **bounds: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`drawn_divergence` of a call; zeros without a distil_weight, in evaluation, and where T is not Tk."""
+        if not self.options.distil_weight or not self.training or query.shape[1] != key.shape[1]:
+            zero = query.new_zeros((), dtype=torch.promote_types(query.dtype, torch.float32))
             return zero, zero
-        return sums_of(result.soft_counts, result.counts > 0)
+        return drawn_divergence(self, query, key, scores, **bounds)
+
+    def distillation_loss(self, query: Tensor, key: Tensor, **bounds: Tensor | None) -> Tensor:
+        """The distillation loss of a call, 0-d.
+
+        Args:
+            query: (B, T, H, D). key: (B, Tk, K, D). bounds: key_start, key_end and cu_seqlens of the call.
+        """
+        total, pairs = self.divergence(query, key, Scores(query.shape[-1] ** -0.5), **bounds)
+        return self.options.distil_weight * total / pairs.clamp(min=1)
+
+    def loss_sums(self, result: DynNSAOutput, query: Tensor, key: Tensor, scores: Scores, **bounds: Tensor | None) -> LossSums:
+        """What a call adds to the losses of a model. Arguments are as of `divergence`."""
+        zero = result.soft_counts.new_zeros(())
+        counts = sums_of(result.soft_counts, result.counts > 0) if self.options.budget_weight else (zero, zero)
+        return LossSums(*counts, *self.divergence(query, key, scores, **bounds))
 
     @torch.no_grad()
     def record(

@@ -26,6 +26,7 @@ class DynNSAAttentionOutput(NamedTuple):
         tau: (B, T, K), the uncertainty that set the thresholds.
         overflow: 0-d, share of rows for which more than max_blocks passed.
         soft_counts: (B, T, K), differentiable counts for `budget_loss`.
+        distillation_loss: 0-d; 0 if distil_weight is 0, in evaluation, and after earlier keys of a cache.
     """
 
     out: Tensor
@@ -34,6 +35,7 @@ class DynNSAAttentionOutput(NamedTuple):
     tau: Tensor
     overflow: Tensor
     soft_counts: Tensor
+    distillation_loss: Tensor
 
 
 class DynNSAAttention(nn.Module):
@@ -147,8 +149,9 @@ class DynNSAAttention(nn.Module):
         )  # fmt: skip
         self.core.record(result, gates, key.shape[1], key_start=key_start, cu_seqlens=cu_seqlens)
         loss = self.core.budget_loss(result)
+        distillation = self.core.distillation_loss(query, key, key_start=key_start, key_end=key_end, cu_seqlens=cu_seqlens)
         out = self.o_proj(result.out.flatten(2))
-        return DynNSAAttentionOutput(out, loss, result.counts, result.tau, result.overflow, result.soft_counts)
+        return DynNSAAttentionOutput(out, loss, result.counts, result.tau, result.overflow, result.soft_counts, distillation)
 
     def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # Not a buffer: half precision would be too coarse for the angles of distant positions.

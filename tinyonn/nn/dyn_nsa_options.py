@@ -41,6 +41,9 @@ class DynNSAOptions:
         tau: the constant, in [0, 1].
         budget_weight: weight of the budget loss; 0 for none.
         budget_target: initial target of the budget loss, in key blocks per query; a schedule may change it.
+        distil_weight: weight of the loss that, while the model trains, teaches the compressed branch what share of the attention each block
+            gets; 0 for none. `hf.distil_compression` does so before training.
+        distil_queries: queries of each row that this loss looks at.
         prices: pairs of far blocks per query and the price that reads them, from few blocks to many, as `hf.calibrate` found them.
         prices_forced: forced blocks per query in the sample of `prices`, fewer in short texts; None for `forced`, as in earlier versions.
         impl: implementation of `ops.dyn_nsa`.
@@ -64,6 +67,8 @@ class DynNSAOptions:
     tau: float = 0.5
     budget_weight: float = 0.0
     budget_target: float = 16.0
+    distil_weight: float = 0.0
+    distil_queries: int = 16
     prices: tuple[tuple[float, float], ...] = ()
     prices_forced: float | None = None
     impl: str = "auto"
@@ -75,8 +80,12 @@ class DynNSAOptions:
         check_number("temperature", self.temperature, above=0, at_most=MAX_TEMPERATURE)
         check_number("budget_weight", self.budget_weight, at_least=0)
         check_number("budget_target", self.budget_target, above=0)
+        check_number("distil_weight", self.distil_weight, at_least=0)
+        check_size("distil_queries", self.distil_queries)
         for name in ("detach_scores", "learnable_compression", "compress_query"):
             check_flag(name, getattr(self, name))
+        if self.distil_weight and not (self.learnable_compression or self.compress_query):
+            raise ValueError(f"distil_weight must be 0 without learnable_compression or compress_query, got {self.distil_weight}.")
         if not isinstance(self.start_gates, (list, tuple)):
             raise TypeError(f"start_gates must be a tuple of 3 numbers, got {type(self.start_gates).__name__}.")
         for gate in self.start_gates:

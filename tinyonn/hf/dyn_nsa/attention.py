@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...errors import InputError
 from ...nn.block_compression import block_starts, blocks_of
 from ...nn.dyn_nsa import attend, checked_price, common_dtype
+from ...nn.share_distillation import Scores
 from ..interfaces import install_attention
 from .decoding import compressed_so_far
 from .masks import dyn_nsa_mask, gathered, layout_of, within_bounds
@@ -152,7 +153,8 @@ def dyn_nsa_attention(
         query, key, value, gates, key_compressed=compressed[0], value_compressed=compressed[1], tau=tau, price=price, scale=scaling,
         **shape._asdict(), **bounds,
     )  # fmt: skip
-    sums = core.budget_sums(result)  # also in recomputation, which must save the same tensors
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, shape.softcap, shape.sinks)
+    sums = core.loss_sums(result, query, key, scores, **bounds)  # also in recomputation, which must save the same tensors
     if core.collecting:
         core.record(result, gates, key.shape[1], key_start=bounds.get("key_start"), cu_seqlens=bounds.get("cu_seqlens"))
         if core.training:
@@ -187,9 +189,11 @@ def _without_parts(
     options = checked_options(given, "config.dyn_nsa", start)
     if "base" not in given:
         options.base = open_price(options)
-    if options.learnable_compression or options.compress_query or options.tau_source == "output" or options.budget_weight:
+    weights = options.budget_weight or options.distil_weight
+    if options.learnable_compression or options.compress_query or options.tau_source == "output" or weights:
         raise InputError(
-            "config.dyn_nsa cannot set learnable_compression, compress_query, tau_source='output' or budget_weight; use convert_attention."
+            "config.dyn_nsa cannot set learnable_compression, compress_query, tau_source='output', budget_weight or distil_weight; use "
+            "convert_attention."
         )
     batch, tokens, heads, _ = query.shape
     num_keys, num_kv = key.shape[1:3]

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore
+from ...nn.share_distillation import share_divergence
 from ...ops._checks import check_size
 from ..interfaces import modes_kept
 from ..peft_parts import active_modules, keep_in_adapter
@@ -94,9 +95,7 @@ class _LayerDistiller:
 
     def __init__(self, core: DynNSACore, name: str, steps: int, queries: int) -> None:
         self.core, self.name, self.steps, self.queries = core, name, steps, queries
-        self.given: dict[str, Tensor] = dict(core.compress_key.named_parameters())
-        if core.query_map is not None:
-            self.given["query_map"] = core.query_map
+        self.given = core.estimating()
         if not self.given:
             raise InputError(f"{name} must have learnable_compression or compress_query to distil, got neither.")
         self.learned = {key: value.detach().float().clone().requires_grad_() for key, value in self.given.items()}
@@ -136,9 +135,7 @@ class _LayerDistiller:
         if "query_map" in self.learned:
             query = torch.einsum("thd,hde->the", query, self.learned["query_map"])
         found = block_shares(query, keys, place, length, options, call.scores) * far
-        rest, rest_found = ((1 - shares.sum(-1)).clamp(min=1e-6) for shares in (true, found))
-        inner = torch.xlogy(true, true) - true * found.clamp(min=1e-9).log()
-        return (inner.sum(-1) + rest * (rest.log() - rest_found.log())).mean()
+        return share_divergence(true, found).mean()
 
     def check(self) -> None:
         """InputError if the last step has learned what is not finite."""

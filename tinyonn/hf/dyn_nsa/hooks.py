@@ -200,7 +200,7 @@ def _check_packing(model: nn.Module, given: dict[str, Any]) -> None:
 
 
 def _after(model: nn.Module, found: list[DynNSACore], given: dict[str, Any], output: Any) -> Any:
-    """Adds the budget loss to the model's loss, and records the output's entropy."""
+    """Adds the budget loss and the distillation loss to the model's loss, and records the output's entropy."""
     first = found[0]
     labels = given.get("labels")
     logits = _logits(model, output, labels)
@@ -216,13 +216,16 @@ def _after(model: nn.Module, found: list[DynNSACore], given: dict[str, Any], out
         if not model.training and not torch.compiler.is_compiling():
             cache = given.get("past_key_values") if isinstance(output, tuple) else getattr(output, "past_key_values", None)
             note_tau(model, cache, entropy[:, -1])
-    if not first.options.budget_weight or labels is None or not model.training:
+    if not (first.options.budget_weight or first.options.distil_weight) or labels is None or not model.training:
         return output
     loss = take_budget_loss(found)
     if loss is None:
         return output  # the model was switched to another attention
-    if torch.is_grad_enabled() and not loss.requires_grad and first.base.requires_grad:
-        raise RuntimeError("the budget loss has no gradient; gradient checkpointing needs use_reentrant=False.")
+    taught = [first.base] if first.options.budget_weight else []
+    taught += first.estimating().values() if first.options.distil_weight else []
+    if torch.is_grad_enabled() and not loss.requires_grad and any(parameter.requires_grad for parameter in taught):
+        name = "budget loss" if first.options.budget_weight else "distillation loss"
+        raise RuntimeError(f"the {name} has no gradient; gradient checkpointing needs use_reentrant=False.")
     if (items := given.get("num_items_in_batch")) is not None:
         # Like the model's own loss, this is the batch's share of the optimiser step. Tokens are counted as in Trainer.
         counted = given.get("shift_labels")

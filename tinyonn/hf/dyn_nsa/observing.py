@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ...errors import InputError
 from ...nn.block_compression import block_starts
 from ...nn.dyn_nsa import GAIN_FROM, DynNSACore
+from ...nn.share_distillation import Scores
 from ...ops import DynNSAOutput
 from .._converted import converted_model
 from .._forward import tokens_of
@@ -27,7 +28,7 @@ from ..interfaces import gradients_kept
 from .hooks import BUDGET, PRICE
 from .options import open_price
 from .parts import DYN_NSA, attention_of, cores
-from .shares import Scores, Sequence, sequences_of
+from .shares import Sequence, sequences_of
 
 
 class Attended(NamedTuple):

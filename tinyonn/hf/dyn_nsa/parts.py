@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
-from ...nn.dyn_nsa import DynNSACore, loss_of_sums
+from ...nn.dyn_nsa import DynNSACore, loss_of_calls
 from ...ops._checks import check_number
 from .._converted import converted_model, recorded
 from ..peft_parts import active, active_modules, running_statistics
@@ -102,8 +102,8 @@ def parameter_groups(
 
 
 def collected_budget_loss(model: nn.Module) -> Tensor:
-    """Budget loss of the last forward in training mode: of the mean over all layers, heads and tokens. With labels, the model adds it to
-    its own loss instead.
+    """Budget loss and distillation loss of the last forward in training mode: of the means over all layers, heads and tokens. With labels,
+    the model adds them to its own loss instead.
 
     Returns:
         0-d.
@@ -127,7 +127,7 @@ def take_budget_loss(parts: Iterable[DynNSACore]) -> Tensor | None:
         core.collected = []
     if first is None:
         return None
-    return loss_of_sums(found, first.budget_target.to(found[0][0].device), first.options.budget_weight)
+    return loss_of_calls(found, first.options, first.budget_target)
 
 
 def take_counts(model: nn.Module) -> tuple[float, float, int]:

@@ -55,13 +55,15 @@ class BudgetSchedule(TrainerCallback, ExportableState):
             on one side of what is wanted; 0 to leave the number of blocks to a budget loss. With a rate or a weight, a price below -8 is
             set to -8 at the first step that has counts, because no block is near a lower one.
         weight: weight of the budget loss; 0 for none.
+        distil_weight: weight of the distillation loss, which goes on teaching the compressed branch the shares of blocks as the model
+            changes; 0 for none. `distil_compression` does so before training.
         temperature: at the beginning and the end, in nats; None to leave it.
         max_blocks: largest number of blocks per query after the last step; None for no limit.
 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range.
         InputError: the model of `apply` or of the Trainer is not converted, or has more forced blocks than the target or the start.
-        RuntimeError: with a weight, a Trainer reaches an optimiser step whose loss lacks the budget loss.
+        RuntimeError: with a weight or a distil_weight, a Trainer reaches an optimiser step whose loss lacks that loss.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class BudgetSchedule(TrainerCallback, ExportableState):
         start: float | None = None,
         rate: float = 0.3,
         weight: float = 0.0,
+        distil_weight: float = 0.0,
         temperature: tuple[float, float] | None = (1.0, 0.1),
         max_blocks: int | None = None,
     ) -> None:
@@ -79,6 +82,7 @@ class BudgetSchedule(TrainerCallback, ExportableState):
         check_size("steps", steps)
         check_number("rate", rate, at_least=0)
         check_number("weight", weight, at_least=0)
+        check_number("distil_weight", distil_weight, at_least=0)
         if start is not None:
             check_number("start", start, above=0)
         if temperature is not None:
@@ -91,7 +95,7 @@ class BudgetSchedule(TrainerCallback, ExportableState):
             if max_blocks < target:
                 raise ValueError(f"max_blocks must be at least target, {target}, got {max_blocks}.")
         self.target, self.steps, self.rate, self.weight, self.max_blocks = target, steps, rate, weight, max_blocks
-        self.temperature = temperature
+        self.temperature, self.distil_weight = temperature, distil_weight
         self.start = self._given_start = 64.0 if start is None and weight > 0 else start
         self._core: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the first of the model that is in training
         self._gap, self._growth = 0.0, 1.0
@@ -136,7 +140,11 @@ class BudgetSchedule(TrainerCallback, ExportableState):
             if rows and (self.rate or self.weight):
                 wanted = self.target_at(step) - (blocks - far)
                 price = max(price, FIRST_PRICE) + self._move(math.log(max(far, LEAST_FAR) / max(wanted, LEAST_FAR)))
-        options: dict[str, Any] = {"budget_weight": self.weight, "prices": ()}  # those of an earlier calibration no longer hold
+        options: dict[str, Any] = {
+            "budget_weight": self.weight,
+            "distil_weight": self.distil_weight,
+            "prices": (),
+        }  # those of an earlier calibration no longer hold
         if (temperature := self.temperature_at(step)) is not None:
             options["temperature"] = temperature
         if self.max_blocks is not None and step >= self.steps:
@@ -231,6 +239,13 @@ class BudgetSchedule(TrainerCallback, ExportableState):
                 f"{remedy(model, PART)}.",
                 stacklevel=3,
             )
+        stay = sum(frozen(core.estimating().values()) for core in found)
+        if stay and self.distil_weight > 0:
+            warnings.warn(
+                f"compressed keys of {stay} of {len(found)} layers require no gradient, so the distillation loss does not change them; "
+                f"{remedy(model, PART)}.",
+                stacklevel=3,
+            )
         keep_in_adapter(model, PART)
         last = {"temperature": self.temperature_at(self.steps), "max_blocks": self.max_blocks}
         lost = [
@@ -252,7 +267,7 @@ class BudgetSchedule(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a Trainer saves with a checkpoint."""
-        names = ("target", "steps", "rate", "weight", "temperature", "max_blocks")
+        names = ("target", "steps", "rate", "weight", "distil_weight", "temperature", "max_blocks")
         args = {"start": self._given_start, **{name: getattr(self, name) for name in names}}
         return {"args": args, "attributes": {"_gap": self._gap, "_growth": self._growth}}
 
@@ -270,9 +285,10 @@ class BudgetSchedule(TrainerCallback, ExportableState):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None
-        if self.weight > 0 and not loss_was_taken(model):
+        if (self.weight > 0 or self.distil_weight > 0) and not loss_was_taken(model):
+            name = "budget loss" if self.weight > 0 else "distillation loss"
             raise RuntimeError(
-                "the loss of this step does not include the budget loss. A model adds it only if it gets labels, and with "
+                f"the loss of this step does not include the {name}. A model adds it only if it gets labels, and with "
                 "label_smoothing_factor or compute_loss_func it gets none; add collected_budget_loss(model) in compute_loss_func."
             )
 

@@ -13,17 +13,10 @@ import torch
 from torch import Tensor
 
 from ...nn.dyn_nsa_options import DynNSAOptions
+from ...nn.share_distillation import Scores, key_shares
 
 ELEMENTS = 2**23  # of the largest tensor of a chunk of queries
 CHUNK = 128  # queries of a chunk at most: it reads no key after its last query
-
-
-class Scores(NamedTuple):
-    """How an attention turns products of queries and keys into shares."""
-
-    scale: float
-    softcap: float | None = None
-    sinks: Tensor | None = None  # (H,)
 
 
 class Sequence(NamedTuple):
@@ -61,23 +54,6 @@ def drawn(most: int, least: int, number: int, generator: torch.Generator) -> Ten
     return torch.randperm(most - least, generator=generator)[:number].sort().values + least
 
 
-def key_shares(query: Tensor, key: Tensor, visible: Tensor, scores: Scores) -> Tensor:
-    """Share of each key in the attention of each query head, (K, G, t, n). A sink keeps what they lack of 1; without visible key all are 0.
-
-    Args:
-        query: (t, H, D). key: (n, K, D). visible: (t, n) bool.
-    """
-    product = torch.einsum("tkgd,nkd->kgtn", query.unflatten(1, (key.shape[1], -1)), key) * scores.scale
-    if scores.softcap is not None:
-        product = scores.softcap * torch.tanh(product / scores.softcap)
-    product = product.masked_fill(~visible, torch.finfo(product.dtype).min)
-    shares = product.softmax(-1)
-    if scores.sinks is not None:
-        sinks = scores.sinks.detach().to(product).view(*product.shape[:2], 1, 1)
-        shares = shares * torch.sigmoid(product.logsumexp(-1, keepdim=True) - sinks)
-    return shares
-
-
 def block_shares(query: Tensor, keys: Tensor, place: Tensor, length: int, options: DynNSAOptions, scores: Scores) -> Tensor:
     """Estimated share of each block in the attention of each query head, (K, G, t, NB).
 
@@ -94,7 +70,7 @@ def block_shares(query: Tensor, keys: Tensor, place: Tensor, length: int, option
 def compressed_shares(query: Tensor, keys: Tensor, place: Tensor, options: DynNSAOptions, scores: Scores) -> Tensor:
     """Share of each compressed key in the attention of each query head, (K, G, t, M): of those that end by the query's place."""
     visible = (torch.arange(len(keys), device=place.device) + 1) * options.compress_size <= place[:, None] + 1
-    return key_shares(query, keys, visible, scores) * visible
+    return key_shares(query, keys, visible, scores)
 
 
 def chunks(place: Tensor, num_heads: int) -> Iterator[tuple[Tensor, int]]:
