@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from _study import DOCS, Results, arguments, half_precision, module_text, prose_text
@@ -63,11 +63,12 @@ class Settings:
     rows: int = len(EVALUATION)
     seeds: tuple[int, ...] = (0, 1)
     save_every: int = 8
+    size: ClassVar[int] = 64  # positions of a block
 
     @property
     def blocks(self) -> float:
         """Mean key blocks of a dense query."""
-        return (self.tokens / 64 + 1) / 2
+        return (self.tokens / self.size + 1) / 2
 
     @property
     def target(self) -> float:
@@ -75,11 +76,11 @@ class Settings:
 
     def mean_of(self, number: int) -> float:
         """Mean key blocks of a query that reads at most `number`."""
-        return sum(min(number, block + 1) for block in range(self.tokens // 64)) / (self.tokens // 64)
+        return sum(min(number, block + 1) for block in range(self.tokens // self.size)) / (self.tokens // self.size)
 
     def numbers(self, layers: int) -> list[int]:
         """Blocks that static top-n reads in each layer, two neighbouring numbers evenly spread, so that their mean is the target."""
-        low = next(number for number in range(1, self.tokens // 64) if self.mean_of(number + 1) > self.target)
+        low = next(number for number in range(1, self.tokens // self.size) if self.mean_of(number + 1) > self.target)
         part = (self.target - self.mean_of(low)) / (self.mean_of(low + 1) - self.mean_of(low))
         return [low + (round((layer + 1) * part) > round(layer * part)) for layer in range(layers)]
 
@@ -131,9 +132,19 @@ class Run:
         self.budget = settings.blocks
         if arm != DENSE:
             torch.manual_seed(0)  # new weights are drawn; all runs start from the same
-            convert_attention(self.model)
+            self.convert()
             self.budget = settings.budget(len(list(cores(self.model))))
             self._start(folder / "start.pt")
+
+    def convert(self) -> None:
+        convert_attention(self.model)
+
+    def schedule(self) -> BudgetSchedule:
+        return BudgetSchedule(self.budget, self.settings.steps, temperature=self.settings.temperature)
+
+    def finish(self) -> None:
+        """Sets the price that the sample reads the budget at, after the last step."""
+        calibrate(self.model, self.sample()[:2], self.budget, price="none")
 
     def sample(self) -> list[Tensor]:
         return [self.texts.of(*text).to(self.device) for text in SAMPLE]
@@ -161,7 +172,7 @@ class Run:
         self._limit_blocks()
         optimizer, schedule, begin = self._optimizer(), None, self._restore()
         if self.arm == PRICE:
-            schedule = BudgetSchedule(self.budget, settings.steps, temperature=settings.temperature)
+            schedule = self.schedule()
         if begin is not None:
             optimizer.load_state_dict(begin["optimizer"])
             if schedule is not None:
@@ -186,7 +197,7 @@ class Run:
                 self._save(step + 1, optimizer, schedule)
                 print(f"{self.arm}, seed {self.seed}, step {step + 1} of {settings.steps}: loss {loss.item():.3f}", flush=True)
         if schedule is not None:
-            calibrate(self.model, self.sample()[:2], self.budget, price="none")
+            self.finish()
 
     def _start(self, path: Path) -> None:
         """Distils compressed keys and finds thresholds, the same for all runs: from the file if it is there."""
