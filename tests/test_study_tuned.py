@@ -6,6 +6,7 @@ import math
 import sys
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -45,7 +46,7 @@ def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTyp
     monkeypatch.setattr(tuned, "prepare_smollm2", lambda: tmp_path / "model")
     monkeypatch.setattr(tuned, "Texts", Texts)
     yield tuned
-    for name in ("tuned", "_tuned_page", "_study"):
+    for name in ("tuned_tries", "tuned", "_tuned_page", "_study"):
         sys.modules.pop(name, None)
 
 
@@ -129,3 +130,38 @@ def test_study_that_has_run_whole_writes_its_page_and_figure(tuned, settings, tm
     tuned.run(settings, results, tmp_path / "none", 1)  # nothing is measured again
     assert not (tmp_path / "none").exists()
     assert results.cells == cells
+
+
+@pytest.mark.slow
+def test_tries_change_what_they_say_and_write_their_page(tuned, settings, tmp_path):
+    import tuned_tries
+    from _study import Results
+
+    from tinyonn.hf.dyn_nsa import cores
+
+    one = replace(settings, seeds=(0,))
+    results = Results(tmp_path / "tries.json", {"some": 1})
+    tuned_tries.run(one, results, tmp_path / "states", 1)
+    lines = tuned_tries.page(results, one)
+    rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in lines if line.startswith("| ")}
+    assert set(tuned_tries.TOLD) <= set(rows)
+    assert rows["as in the study"][2:4] == rows["offsets again"][2:4]
+    keys = float(rows["as in the study"][3])
+    assert float(rows["blocks of 32"][2]) == pytest.approx(keys / 32, rel=0.03)
+    losses = {what: results.get("one price", what, 0)["losses"] for what in tuned_tries.TOLD}
+    assert len({tuple(loss) for loss in losses.values()}) == len(losses)
+
+    def tuned_as(what: str) -> tuned_tries.Try:
+        made = tuned_tries.Try(tuned_tries.settings_of(one, what), "one price", 0, tmp_path / "states", what)
+        made.tune()
+        return made
+
+    plain, again, keys_again = (tuned_as(what) for what in ("as in the study", "offsets again", "keys and offsets again"))
+    for first, second, third in zip(*map(cores, (plain.model, again.model, keys_again.model)), strict=True):
+        assert torch.equal(first.compress_key.position, second.compress_key.position)
+        assert not torch.equal(first.base, second.base)
+        assert not torch.equal(first.compress_key.position, third.compress_key.position)
+    assert {core.options.block_size for core in cores(tuned_as("blocks of 32").model)} == {32}
+    assert {core.options.distil_weight for core in cores(tuned_as("keys learn on").model)} == {0.0}  # it is restored at its end
+    states = {path.parent.name: torch.load(path, weights_only=False)["step"] for path in (tmp_path / "states").glob("*/one_price_0.pt")}
+    assert states == {"as_in_the_study": 4, "keys_learn_on": 4, "twice_the_steps": 8, "blocks_of_32": 4}

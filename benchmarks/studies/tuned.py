@@ -142,6 +142,10 @@ class Run:
     def schedule(self) -> BudgetSchedule:
         return BudgetSchedule(self.budget, self.settings.steps, temperature=self.settings.temperature)
 
+    def added_loss(self) -> Tensor | float:
+        """What a step's loss has besides that of the next token."""
+        return 0.0
+
     def finish(self) -> None:
         """Sets the price that the sample reads the budget at, after the last step."""
         calibrate(self.model, self.sample()[:2], self.budget, price="none")
@@ -188,7 +192,7 @@ class Run:
             optimizer.zero_grad()
             with half_precision():
                 loss = self._loss(self.texts.training(self.seed, step)).mean()
-            loss.backward()
+            (loss + self.added_loss()).backward()
             torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
             optimizer.step()
             if schedule is not None:
@@ -201,7 +205,8 @@ class Run:
 
     def _start(self, path: Path) -> None:
         """Distils compressed keys and finds thresholds, the same for all runs: from the file if it is there."""
-        settings, found = asdict(self.settings), list(cores(self.model))
+        settings = {name: getattr(self.settings, name) for name in ("tokens", "share", "distil_steps", "size")}
+        found = list(cores(self.model))
         state = torch.load(path, map_location=self.device) if path.is_file() else None
         if state is None or state["settings"] != settings:
             distil_compression(self.model, self.sample(), self.settings.distil_steps)

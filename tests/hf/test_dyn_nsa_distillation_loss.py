@@ -102,7 +102,7 @@ def test_only_the_estimate_learns_from_it():
     x = token_ids(200, 1)
     without, got = gradients(converted(), x), gradients(with_weight(converted(), 5.0), x)
     for name, grad in got.items():
-        assert grad is not None and without[name] is not None
+        assert grad is not None
         changed = not torch.allclose(grad, without[name], rtol=1e-3, atol=1e-7)
         assert changed == any(part in name for part in ("compress_key.down", "query_map")), (
             name
@@ -186,9 +186,9 @@ def test_an_adapter_that_does_not_train_the_estimate_is_told():
 
 
 def test_bad_weights_are_refused():
-    with pytest.raises(ValueError, match="distil_weight must be at least 0, got -0.1"):
+    with pytest.raises(ValueError, match=r"distil_weight must be at least 0, got -0\.1"):
         BudgetSchedule(8.0, 10, distil_weight=-0.1)
     fixed = convert_attention(tiny_causal_lm("llama"), **SMALL, learnable_compression=False, compress_query=False)
-    with pytest.raises(ValueError, match="distil_weight must be 0 without learnable_compression or compress_query, got 0.1"):
+    with pytest.raises(ValueError, match=r"distil_weight must be 0 without learnable_compression or compress_query, got 0\.1"):
         BudgetSchedule(8.0, 10, distil_weight=0.1).apply(fixed, 0)
     assert next(cores(fixed)).options.distil_weight == 0

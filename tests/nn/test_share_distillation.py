@@ -92,7 +92,8 @@ def test_it_is_the_formula_with_gradients_of_the_estimate_alone(options):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
     total, _ = drawn_divergence(made, query, key, Scores(DIM**-0.5))
     total.backward()
-    assert query.grad is None and key.grad is None
+    assert query.grad is None
+    assert key.grad is None
     assert all(parameter.grad is None for name, parameter in made.named_parameters() if name.removeprefix("compress_key.") not in learned)
 
 
