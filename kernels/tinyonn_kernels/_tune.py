@@ -6,7 +6,7 @@ waits for the GPU only in a trial. Size classes differ by factors of four, becau
 
 In the interpreter and under `torch.use_deterministic_algorithms(True)`, the first configuration runs without a trial: tiles of different
 sizes sum in different orders, so another configuration may change the last bits. `forced` selects a configuration by number.
-`TRITON_CACHE_AUTOTUNING=1` saves the results of trials for later processes.
+Results are kept in Triton's cache folder for later processes. A trial of a kernel that adds to a tensor adds to an empty one of its size.
 """
 
 from __future__ import annotations
@@ -78,11 +78,12 @@ class TunedKernel(Autotuner):
         caches: results of trials, by size class and architecture.
     """
 
-    def __init__(self, fn: Any, table: Table, key: list[str], restore: list[str]) -> None:
+    def __init__(self, fn: Any, table: Table, key: list[str], changed: tuple[str, ...]) -> None:
         # The table replaces these placeholders. With fewer than two, Triton would not call it.
         placeholders = [triton.Config({}), triton.Config({})]
-        super().__init__(fn, fn.arg_names, placeholders, key, None, restore, prune_configs_by={"early_config_prune": self._pruned})
-        self.table = table
+        pruned = {"early_config_prune": self._pruned}
+        super().__init__(fn, fn.arg_names, placeholders, key, None, None, prune_configs_by=pruned, cache_results=True)
+        self.table, self.changed = table, [fn.arg_names.index(name) for name in changed]
         self.caches: defaultdict[tuple[int, int], dict[Any, triton.Config]] = defaultdict(dict)
         self.size, self.arch = 0, DEFAULT_ARCH
         self._offered: dict[tuple[tuple[str, Any], ...], list[triton.Config]] = {}
@@ -107,6 +108,15 @@ class TunedKernel(Autotuner):
         self.arch = architecture(args[0])
         return super().warmup(*args, **kwargs)
 
+    def _bench(self, *args: Any, config: triton.Config, **meta: Any) -> Any:
+        given = list(args)
+        for place in self.changed:
+            if given[place] is not None:
+                given[place] = torch.empty_strided(
+                    given[place].size(), given[place].stride(), dtype=given[place].dtype, device=given[place].device
+                )
+        return super()._bench(*given, config=config, **meta)
+
     def check_disk_cache(self, tuning_key: Any, configs: list[triton.Config], bench_fn: Callable[[], None]) -> bool:
         key = (*tuning_key, f"size {self.size}")
         hit = bool(super().check_disk_cache(key, configs, bench_fn))
@@ -115,9 +125,9 @@ class TunedKernel(Autotuner):
         return hit
 
 
-def tuned(table: Table, key: list[str], restore: tuple[str, ...] = ()) -> Callable[[Any], TunedKernel]:
-    """Decorates a `@triton.jit` kernel. `restore` names tensors that the kernel adds to; trials restore them."""
-    return lambda fn: TunedKernel(fn, table, key, list(restore))
+def tuned(table: Table, key: list[str], changed: tuple[str, ...] = ()) -> Callable[[Any], TunedKernel]:
+    """Decorates a `@triton.jit` kernel. `changed` names tensors that the kernel adds to."""
+    return lambda fn: TunedKernel(fn, table, key, changed)
 
 
 @contextmanager

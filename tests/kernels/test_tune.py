@@ -194,3 +194,60 @@ def test_a_launch_uses_the_table_of_its_architecture():
         _tune.compiled_for(80, {"": lambda: 1 // 0})[""]()  # type: ignore[dict-item, func-returns-value]
     launch()
     assert seen[-1] == 128
+
+
+def test_later_processes_need_no_trial(trials, monkeypatch, tmp_path):
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from tinyonn_kernels import _tune
+
+    class Driver:
+        @staticmethod
+        def get_current_target() -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+        @staticmethod
+        def get_current_device() -> int:
+            return 0
+
+    class Drivers:
+        active = Driver
+
+    monkeypatch.setattr(triton.runtime.autotuner, "driver", Drivers)
+    interpreted = tuned_kernels()["_interval_fwd_kernel"].fn
+    monkeypatch.setattr(triton.runtime.autotuner, "JITFunction", type(interpreted))
+    monkeypatch.setattr(interpreted, "cache_key", "source", raising=False)
+    ran = trials(True)  # the last configuration wins
+
+    def in_a_new_process(tokens: int) -> str:
+        kernel = tuned_kernels()["_interval_fwd_kernel"]
+        monkeypatch.setattr(kernel, "caches", defaultdict(dict))
+        monkeypatch.setattr(kernel, "cache_results", True)
+        with triton.knobs.cache.scope():
+            triton.knobs.cache.dir = str(tmp_path)
+            window(tokens)
+        return str(kernel.best_config)
+
+    first = in_a_new_process(20)
+    assert len(ran) == 2
+    assert "ROWS: 64" in first  # not the first of the table
+    assert in_a_new_process(20) == first
+    assert len(ran) == 2
+    monkeypatch.setattr(_tune, "SMALL_BITS", 9)
+    in_a_new_process(33)  # another size class
+    assert len(ran) == 4
+
+
+def test_a_trial_adds_to_an_empty_tensor_of_the_same_layout(trials, monkeypatch):
+    """A kernel gets strides apart from tensors, so that a view must stay one."""
+    kernel = tuned_kernels()["_interval_fwd_kernel"]
+    seen: list[Tensor] = []
+    original = kernel.fn.run
+    place = kernel.arg_names.index("out_ptr")
+    monkeypatch.setattr(kernel.fn, "run", lambda *args, **named: (seen.append(args[place]), original(*args, **named)))
+    trials(False)
+    window(20)
+    real = seen.pop()
+    assert len(seen) == 4  # two of each configuration
+    assert all(one.data_ptr() != real.data_ptr() and one.stride() == real.stride() and one.shape == real.shape for one in seen)

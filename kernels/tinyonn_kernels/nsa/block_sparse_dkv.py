@@ -48,7 +48,7 @@ def configs(IEEE: bool, WIDTH: int, BLOCK_SIZE: int, GROUP: int, ARCH: int, **_:
     return [first, config(4, 2, 255, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
 
 
-@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"], restore=("dk_ptr", "dv_ptr"))
+@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"], changed=("dk_ptr", "dv_ptr"))
 @triton.jit
 def _block_sparse_dkv_kernel(
     q_ptr,

@@ -52,7 +52,7 @@ def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, CAP: float, GROU
     return offered
 
 
-@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"], restore=("sum_ptr",))
+@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE"], changed=("sum_ptr",))
 @triton.jit
 def _block_sparse_fwd_kernel(
     q_ptr,

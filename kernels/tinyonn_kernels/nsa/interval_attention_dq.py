@@ -54,7 +54,7 @@ def configs(IEEE: bool, WIDTH: int, ARCH: int, **_: object) -> list[triton.Confi
     return [narrow, config(8, 2, 255, ROWS=64, KEYS=64)]
 
 
-@tuned(configs, key=["GROUP", "HEAD_DIM", "COMPRESSED"], restore=("dq_ptr",))
+@tuned(configs, key=["GROUP", "HEAD_DIM", "COMPRESSED"], changed=("dq_ptr",))
 @triton.jit
 def _interval_dq_kernel(
     q_ptr,

@@ -51,7 +51,7 @@ def configs(IEEE: bool, WIDTH: int, ARCH: int, **_: object) -> list[triton.Confi
     return [config(8, 2, 255, ROWS=128, KEYS=64), config(4, 3, 255, ROWS=64, KEYS=64)]
 
 
-@tuned(configs, key=["GROUP", "HEAD_DIM", "COMPRESSED"], restore=("out_ptr",))
+@tuned(configs, key=["GROUP", "HEAD_DIM", "COMPRESSED"], changed=("out_ptr",))
 @triton.jit
 def _interval_fwd_kernel(
     q_ptr,

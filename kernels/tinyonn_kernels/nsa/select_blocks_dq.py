@@ -70,7 +70,7 @@ def configs(IEEE: bool, WIDTH: int, RATIO: int, **_: object) -> list[triton.Conf
     return [config(4, 1, 255, BLOCKS=blocks)] + ([config(8, 1, 255, BLOCKS=blocks)] if WIDTH <= 128 else [])
 
 
-@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"], restore=("dq_ptr",))
+@tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"], changed=("dq_ptr",))
 @triton.jit
 def _select_dq_kernel(
     q_ptr,
