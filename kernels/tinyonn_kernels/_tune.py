@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,7 +29,23 @@ SMALL_BITS = 21  # inputs of up to 2^21 values (2k tokens of 16 heads of 64) are
 
 DEFAULT_ARCH = 90  # where there is no GPU
 
+
+class Choice(NamedTuple):
+    """What a launch settled on.
+
+    Attributes:
+        kernel: its name.
+        configuration: the fastest one.
+        tried: configurations that were timed; 0 if an earlier process timed them.
+    """
+
+    kernel: str
+    configuration: str
+    tried: int
+
+
 _forced: int | None = None
+_choices: list[Choice] | None = None
 _arch: int | None = None
 _launched: dict[str, list[str]] = {}
 
@@ -85,7 +101,7 @@ class TunedKernel(Autotuner):
         super().__init__(fn, fn.arg_names, placeholders, key, None, None, prune_configs_by=pruned, cache_results=True)
         self.table, self.changed = table, [fn.arg_names.index(name) for name in changed]
         self.caches: defaultdict[tuple[int, int], dict[Any, triton.Config]] = defaultdict(dict)
-        self.size, self.arch = 0, DEFAULT_ARCH
+        self.size, self.arch, self.tried = 0, DEFAULT_ARCH, 0
         self._offered: dict[tuple[tuple[str, Any], ...], list[triton.Config]] = {}
 
     def offered(self, constants: dict[str, Any], arch: int) -> list[triton.Config]:
@@ -102,13 +118,18 @@ class TunedKernel(Autotuner):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self.size, self.arch = size_class(args[0]), architecture(args[0])
         self.cache = self.caches[self.size, self.arch]
-        return super().run(*args, **kwargs)
+        known, self.tried = len(self.cache), 0
+        result = super().run(*args, **kwargs)
+        if _choices is not None and len(self.cache) > known:
+            _choices.append(Choice(self.base_fn.__name__.strip("_"), str(self.best_config), self.tried))
+        return result
 
     def warmup(self, *args: Any, **kwargs: Any) -> Any:
         self.arch = architecture(args[0])
         return super().warmup(*args, **kwargs)
 
     def _bench(self, *args: Any, config: triton.Config, **meta: Any) -> Any:
+        self.tried += 1
         given = list(args)
         for place in self.changed:
             if given[place] is not None:
@@ -128,6 +149,18 @@ class TunedKernel(Autotuner):
 def tuned(table: Table, key: list[str], changed: tuple[str, ...] = ()) -> Callable[[Any], TunedKernel]:
     """Decorates a `@triton.jit` kernel. `changed` names tensors that the kernel adds to."""
     return lambda fn: TunedKernel(fn, table, key, changed)
+
+
+@contextmanager
+def choices() -> Iterator[list[Choice]]:
+    """Within this context, the list that it yields grows by what each launch settles on for the first time in this process."""
+    global _choices
+    before, found = _choices, []
+    _choices = found
+    try:
+        yield found
+    finally:
+        _choices = before
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from tinyonn.mscan import LayoutEntry, MscanWriter, SequenceRecord
 
 from .conftest import Cli, one_line, shell
 
-WANTED = {"demo", "doctor", "corpus", "scan", "report", "compare", "heads", "info", "verify", "recover", "convert"}
+WANTED = {"demo", "doctor", "corpus", "scan", "report", "compare", "heads", "info", "verify", "recover", "convert", "tune"}
 INSIDE = ("heads score", "heads demo", "heads plasticity", *(f"heads plasticity {step}" for step in ("train", "measure", "report", "run")))
 
 

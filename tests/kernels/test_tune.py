@@ -251,3 +251,89 @@ def test_a_trial_adds_to_an_empty_tensor_of_the_same_layout(trials, monkeypatch)
     real = seen.pop()
     assert len(seen) == 4  # two of each configuration
     assert all(one.data_ptr() != real.data_ptr() and one.stride() == real.stride() and one.shape == real.shape for one in seen)
+
+
+def converted(**options: Any) -> Any:
+    pytest.importorskip("transformers")
+    from tinyonn.hf import convert_attention
+    from tinyonn.testing import tiny_causal_lm
+
+    model = tiny_causal_lm("llama", num_hidden_layers=1, max_position_embeddings=512)
+    return convert_attention(model, compress_size=16, block_size=16, window=20, impl="triton", **options).half().to(DEVICE)
+
+
+@pytest.mark.slow
+def test_a_model_is_tuned_at_each_length_and_stays_as_it_is(trials, monkeypatch):
+    from tinyonn.hf import tune_kernels, tuning
+    from tinyonn.hf.dyn_nsa import statistics
+
+    monkeypatch.setattr(tuning, "check_gpu", lambda device: None)
+    trials(True)
+    model = converted().eval()
+    next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    steps: list[int] = []
+    found = tune_kernels(model, [40, 70], progress=steps.append)
+    assert steps == [40, 70]
+    assert {one.kernel for one in found} == {name.strip("_") for name in KERNELS.values()}
+    assert {one.tokens for one in found} == {40}  # 70 tokens are of the same class of size
+    assert all(one.tried > 1 and "num_warps" in one.configuration for one in found)
+    assert tune_kernels(model, [40]) == []
+    assert not model.training
+    assert (next(model.parameters()).grad == 1).all()
+    assert sum(parameter.grad is not None for parameter in model.parameters()) == 1
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(entry["mean_count"] != entry["mean_count"] for entry in statistics(model).values())  # NaN: no call was counted
+
+
+def test_without_backward_only_forward_is_tuned(trials, monkeypatch):
+    from tinyonn.hf import tune_kernels, tuning
+
+    monkeypatch.setattr(tuning, "check_gpu", lambda device: None)
+    trials(False)
+    found = tune_kernels(converted().requires_grad_(False), [40], backward=False)
+    assert {one.kernel for one in found} == {"interval_fwd_kernel", "block_sparse_fwd_kernel", "select_fwd_kernel"}
+
+
+def test_the_command_prints_what_it_found(trials, monkeypatch, tmp_path, capsys):
+    from tinyonn.cli.app import run
+    from tinyonn.hf import tuning
+
+    converted().save_pretrained(tmp_path / "model")
+    command = ["tune", str(tmp_path / "model"), "--tokens", "40", "--no-backward", "--dtype", "fp16"]
+    if not torch.cuda.is_available():
+        assert run(command) == 2
+        assert "kernels are tuned on a GPU that torch can use, got cpu" in capsys.readouterr().err
+    monkeypatch.setattr(tuning, "check_gpu", lambda device: None)
+    trials(True)
+    assert run(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["kernel", "tokens", "tried", "configuration"]
+    rows = [line.split() for line in lines[1 : lines.index("")]]
+    assert {row[0] for row in rows} == {"interval_fwd_kernel", "block_sparse_fwd_kernel", "select_fwd_kernel"}
+    assert all(row[1] == "40" and int(row[2]) > 1 for row in rows)
+    assert lines[-1].startswith("Tuned in ")
+    assert run(command) == 0  # all is known
+    assert "No kernel had anything to try" in capsys.readouterr().out
+
+
+def test_what_cannot_be_tuned_is_told(monkeypatch):
+    from tinyonn.errors import InputError
+    from tinyonn.hf import tune_kernels, tuning
+
+    model = converted()
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="kernels are tuned on a GPU that torch can use, got cpu"):
+            tune_kernels(model)
+    monkeypatch.setattr(tuning, "check_gpu", lambda device: None)
+    with pytest.raises(InputError, match="must have a weight that requires a gradient to tune backward"):
+        tune_kernels(model.requires_grad_(False))
+    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+        tune_kernels(model, [0])
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(InputError, match="use_deterministic_algorithms must be off"):
+            tune_kernels(model)
+    finally:
+        torch.use_deterministic_algorithms(False)

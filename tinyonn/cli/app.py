@@ -16,7 +16,7 @@ from .errors import explain
 from .screen import say
 
 # In the order of use, which is the order in `tinyonn --help`. Each module has a function, or a group of commands, of its own name.
-COMMANDS = ("demo", "doctor", "corpus", "scan", "report", "compare", "heads", "info", "verify", "recover", "convert")
+COMMANDS = ("demo", "doctor", "corpus", "scan", "report", "compare", "heads", "info", "verify", "recover", "convert", "tune")
 
 
 def _normal(token: str) -> str:

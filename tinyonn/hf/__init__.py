@@ -20,6 +20,7 @@ from .dyn_nsa import (
     statistics,
 )
 from .interfaces import register_attention
+from .tuning import TunedKernel, tune_kernels
 
 if TYPE_CHECKING:
     from .dyn_nsa.schedule import BudgetSchedule
@@ -28,6 +29,7 @@ install()
 
 __all__ = [
     "BudgetSchedule",
+    "TunedKernel",
     "calibrate",
     "calibrate_experts",
     "collected_budget_loss",
@@ -39,6 +41,7 @@ __all__ = [
     "register_attention",
     "revert_attention",
     "statistics",
+    "tune_kernels",
 ]
 
 __getattr__, __dir__, _ = lazy_exports(__name__, {"BudgetSchedule": "dyn_nsa"})  # see there
