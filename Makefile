@@ -1,6 +1,7 @@
 # make demo   scan SmolLM2-135M over two corpora and write a report
 # make heads-demo  score and measure attention heads of SmolLM2-135M and MiniLM
 # make test   the test suite                   make test-slow  attention kernels in the interpreter
+# make test-lowest  every kernel once, with the lowest supported Triton
 # make damage   damage 100,000 .mscan files and read them in every mode (DAMAGE_ARGS="--files N --seed S")
 # make kernels  compile changed kernels for every GPU and note their registers in kernels/resources.json (KERNELS_ARGS="--all")
 # make bench  benchmarks on this machine      make gpu  kernels checked and measured on a GPU (GPU_ARGS="--dry-run")
@@ -29,7 +30,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.
 # Python would put the current folder first on sys.path, and kernels/ with it.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo heads-demo test test-slow kernels bench damage gpu gpu-wheels docs style doctor clean
+.PHONY: demo heads-demo test test-slow test-lowest kernels bench damage gpu gpu-wheels docs style doctor clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/tinyonn demo $(DEMO_ARGS)
@@ -42,6 +43,18 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m slow $(TEST_ARGS)
+
+# The environment's torch beside the lowest Triton of pyproject.toml, whose interpreter needs an older numpy.
+$(VENV)/.lowest: pyproject.toml $(VENV)/.dev
+	rm -rf $(VENV)/lowest
+	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --target $(VENV)/lowest \
+		"triton==$$(sed -n 's/.*"triton>=\([0-9.]*\);.*/\1/p' pyproject.toml).*" "numpy<2.4"
+	touch $@
+
+test-lowest: export PYTHONPATH := $(VENV)/lowest
+test-lowest: $(VENV)/.lowest
+	@$(BIN)/python -c "import numpy, triton; print('triton', triton.__version__, 'numpy', numpy.__version__)"
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels/test_every_kernel.py
 
 kernels: $(VENV)/.dev
 	@$(BIN)/python -m tinyonn.testing.resources refresh $(KERNELS_ARGS) kernels/resources.json tinyonn_kernels
