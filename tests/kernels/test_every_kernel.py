@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ def defined() -> set[str]:
 
 
 @pytest.fixture
-def launched(monkeypatch) -> Iterator[set[str]]:
+def launched(monkeypatch) -> set[str]:
     """Names of the kernels that run."""
     from tinyonn_kernels import statistics
 
@@ -40,7 +39,7 @@ def launched(monkeypatch) -> Iterator[set[str]]:
         return original(self, *args, **named)
 
     monkeypatch.setattr(kind, "run", run)
-    yield found
+    return found
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
