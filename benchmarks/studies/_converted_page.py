@@ -104,7 +104,7 @@ def draw_figure(results: Results, settings: Any, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
     for colour, arm in zip(("C3", "C1", "0.3", "C0", "C2", "C4"), ARMS, strict=True):
         for when, line in (("before", "--"), ("after", "-")):
             by_budget = [cells_of(results, settings, arm, budget) for budget in settings.budgets]
@@ -116,6 +116,6 @@ def draw_figure(results: Results, settings: Any, path: Path) -> None:
         axes.axhline(height, color="0.7", linestyle=line, linewidth=1, label=name)
     axes.set(xlabel=f"mean experts per token, of {settings.experts}", ylabel="perplexity", yscale="log")
     axes.set_title("SmolLM2-135M, held-out Python modules", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
