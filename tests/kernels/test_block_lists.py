@@ -35,8 +35,8 @@ def lists_within(start: Tensor, end: Tensor, batch: int, num_kv: int, num_slots:
 
 
 @pytest.mark.parametrize("bounds", list(BOUNDS))
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
-def test_a_tile_lists_each_block_once_with_its_queries(group, bounds):
+@pytest.mark.parametrize("queries", [16, 8, 5, 4, 2])
+def test_a_tile_lists_each_block_once_with_its_queries(queries, bounds):
     from tinyonn_kernels.nsa._common import geometry_of
     from tinyonn_kernels.nsa.block_lists import merge_lists
 
@@ -44,14 +44,14 @@ def test_a_tile_lists_each_block_once_with_its_queries(group, bounds):
     batch = 2 if bounds == "padded" else 1
     where = {name: torch.tensor(bound, dtype=torch.int32) for name, bound in BOUNDS[bounds].items()}
     options = [where.get(name) for name in ("cu_seqlens", "key_start", "key_end")]
-    query = torch.zeros(batch, tokens, num_kv * group, 1)
+    query = torch.zeros(batch, tokens, num_kv, 1)
     whole = geometry_of(query, tokens, *options)
     indices, counts = lists_within(whole.start, whole.end, batch, num_kv, 5, block_size)
     on_device = geometry_of(query.to(DEVICE), tokens, *(None if bound is None else bound.to(DEVICE) for bound in options))
     begin = 3  # a chunk of tokens, whose lists have the batch stride of the whole
     rows = (slice(None), slice(begin, None))
-    merged = merge_lists(indices.to(DEVICE)[rows], counts.to(DEVICE)[rows], on_device.of_chunk(begin), group, block_size)
-    assert merged.queries == 16 // group
+    merged = merge_lists(indices.to(DEVICE)[rows], counts.to(DEVICE)[rows], on_device.of_chunk(begin), queries, block_size)
+    assert merged.queries == queries
     assert merged.lengths.shape == (batch, -(-(tokens - begin) // merged.queries), num_kv)
     total = 0
     for b, tile, head in torch.cartesian_prod(*(torch.arange(size) for size in merged.lengths.shape)).tolist():
@@ -69,12 +69,39 @@ def test_a_tile_lists_each_block_once_with_its_queries(group, bounds):
     assert total < int(counts[counts < 99].sum())  # blocks were shared
 
 
-def test_large_groups_keep_their_lists():
+def test_one_query_keeps_its_list():
     from tinyonn_kernels.nsa._common import geometry_of
     from tinyonn_kernels.nsa.block_lists import merge_lists
 
     indices, counts = torch.zeros(1, 5, 1, 3, dtype=torch.int32), torch.ones(1, 5, 1, dtype=torch.int32)
-    merged = merge_lists(indices, counts, geometry_of(torch.zeros(1, 5, 9, 1), 5, None, None, None), 9, 16)
+    merged = merge_lists(indices, counts, geometry_of(torch.zeros(1, 5, 9, 1), 5, None, None, None), 1, 16)
     assert merged.queries == 1
     assert merged.blocks is indices
     assert merged.lengths is counts
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "dim", "group", "tile"),
+    [
+        (90, torch.bfloat16, 128, 16, (4, 64)),
+        (100, torch.float16, 64, 32, (2, 64)),
+        (90, torch.bfloat16, 128, 24, (1, 32)),
+        (90, torch.bfloat16, 128, 64, (1, 64)),
+        (90, torch.bfloat16, 128, 128, (1, 128)),
+        (90, torch.bfloat16, 128, 8, (2, 16)),
+        (90, torch.bfloat16, 128, 3, (5, 16)),
+        (90, torch.bfloat16, 256, 16, (1, 16)),
+        (90, torch.float32, 128, 16, (1, 16)),
+        (80, torch.bfloat16, 128, 16, (1, 16)),
+        (120, torch.bfloat16, 128, 16, (1, 16)),
+        (80, torch.bfloat16, 128, 24, (1, 32)),
+    ],
+)
+def test_tiles_are_as_wide_as_the_gpu_multiplies(arch, dtype, dim, group, tile):
+    from tinyonn_kernels._tune import compiled_for
+    from tinyonn_kernels.nsa.block_lists import tile_of
+
+    found = []
+    query = torch.empty(1, 8, group, dim, dtype=dtype, device="meta")
+    compiled_for(arch, {"": lambda: found.append(tile_of(query, group))})[""]()
+    assert found == [tile]

@@ -112,6 +112,25 @@ def test_block_sparse_with_sequences_that_end_inside_a_tile(group):
     check_block_sparse(case(50, heads=group, kv_heads=1), {"cu_seqlens": ends}, block_size=16)
 
 
+@pytest.mark.parametrize("group", [16, pytest.param(32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", [90, pytest.param(80, marks=pytest.mark.slow)])
+def test_block_sparse_with_tiles_of_64_rows(arch, group, monkeypatch):
+    """An H100 multiplies 64 rows together, so several queries of a large group share a tile; an A100 keeps them apart."""
+    from tinyonn_kernels import _tune
+    from tinyonn_kernels.nsa import block_sparse_dq, block_sparse_fwd
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(_tune, "DEFAULT_ARCH", arch)
+    seen = []
+    for module in (block_sparse_fwd, block_sparse_dq):
+        tile = module.tile_of
+        monkeypatch.setattr(module, "tile_of", lambda *args, tile=tile: (seen.append(tile(*args)), seen[-1])[1])
+    ends = torch.tensor([0, 21, 22, 50], dtype=torch.int32)
+    check_block_sparse(case(50, heads=group, kv_heads=1), {"cu_seqlens": ends}, 16, HALF)
+    if not torch.cuda.is_available():
+        assert set(seen) == {(64 // group, 64) if arch == 90 else (1, group)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bounds", list(BOUNDS))
 def test_block_sparse_within_bounds(bounds):

@@ -1,8 +1,8 @@
 """Lists of key blocks, regrouped: the union of the lists of neighbouring queries, and the queries that list each block.
 
-Query-outer kernels combine QUERIES = 16 // G neighbouring queries in one tile of 16 rows, the size of the matrix unit. The tile iterates
-over the union of their lists, which is at most as long as the lists together. Blocks are identified by their first key row, which is unique
-across sequences. Key-outer kernels iterate over the inverse, a stable sort by block number. Both are deterministic and need memory in
+Query-outer kernels combine neighbouring queries in one tile: of 16 rows, the least that the matrix unit takes, or of 64 rows, which four warps
+of an H100 multiply together. The tile iterates over the union of their lists, which is at most as long as the lists together: keys that
+several of them list are read once. Blocks are identified by their first key row, which is unique across sequences. Key-outer kernels iterate over the inverse, a stable sort by block number. Both are deterministic and need memory in
 proportion to the lists.
 """
 
@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import FAR, Geometry, bounds_of
+from .._tune import architecture
+from ._common import FAR, Geometry, bounds_of, has_warpgroups
 
 MATRIX_ROWS = 16  # minimum rows of the matrix unit
+WIDE_ROWS = 64  # rows that a warpgroup multiplies together
 MANY_SEGMENTS = 1024  # enough programs to fill a GPU; more would need more buffers
 MIN_SEGMENT = 256
 MAX_ENTRIES = 1 << 31  # places are 32-bit to keep the inverse small
@@ -75,9 +77,24 @@ def _merge_lists_kernel(
     tl.store(lengths_ptr + place, length, mask=tile < num_tiles)
 
 
-def rows_of(group: int) -> int:
-    """Rows of a tile that contains whole groups."""
-    return max(MATRIX_ROWS, triton.next_power_of_2(group))
+class Tile(NamedTuple):
+    """Shape of a tile of whole groups: neighbouring queries, and rows, a power of 2."""
+
+    queries: int
+    rows: int
+
+
+def tile_of(query: Tensor, group: int) -> Tile:
+    """Tile of the query-outer kernels.
+
+    Args:
+        query: (B, T, H, D). Wide tiles have no registers left for float32, for D above 128, and for divisions by a group that is no power of
+            2. Small groups keep 16 rows.
+    """
+    wide = group >= MATRIX_ROWS and group & (group - 1) == 0 and query.element_size() == 2 and query.shape[-1] <= 128
+    wide = wide and has_warpgroups(architecture(query))
+    queries = max(1, (WIDE_ROWS if wide else MATRIX_ROWS) // group)
+    return Tile(queries, max(MATRIX_ROWS, triton.next_power_of_2(queries * group)))
 
 
 class Merged(NamedTuple):
@@ -96,10 +113,9 @@ class Merged(NamedTuple):
     queries: int
 
 
-def merge_lists(indices: Tensor, counts: Tensor, geometry: Geometry, group: int, block_size: int) -> Merged:
-    """Computes the lists of tiles; launched over (tiles / TILES, B * K)."""
+def merge_lists(indices: Tensor, counts: Tensor, geometry: Geometry, queries: int, block_size: int) -> Merged:
+    """Computes the lists of tiles of so many queries; launched over (tiles / TILES, B * K)."""
     batch, num_queries, num_kv, num_slots = indices.shape
-    queries = max(1, MATRIX_ROWS // group)
     if queries == 1:
         return Merged(indices, counts, counts, 1)
     num_tiles = triton.cdiv(num_queries, queries)

@@ -29,7 +29,7 @@ from ._common import (
     unit_stride,
     width_of,
 )
-from .block_lists import block_at, merge_lists, rows_of
+from .block_lists import block_at, merge_lists, tile_of
 
 
 @triton.jit
@@ -41,9 +41,11 @@ def sum_of_query(values, query, QUERIES: tl.constexpr):
         return tl.sum(tl.where(query[:, None] == query[None, :], values[None, :], 0.0), axis=1)
 
 
-def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, GROUP: int, **_: object) -> list[triton.Config]:
     if IEEE:
         return [config(4 if ROWS * WIDTH <= 1024 else 8, 1, 255, KEYS=16)]
+    if ROWS == 64 and WIDTH == 128 and GROUP & (GROUP - 1) == 0:
+        return [config(4, 1, KEYS=min(64, BLOCK_SIZE))]
     keys, warps = (64 if WIDTH <= 64 else 32), (4 if ROWS * WIDTH <= 8192 else 8)
     offered = [config(warps, 2, KEYS=min(keys, BLOCK_SIZE)) if WIDTH <= 128 else config(warps, 1, 255, KEYS=min(keys, BLOCK_SIZE))]
     if WIDTH <= 128 and ROWS <= 32:
@@ -206,8 +208,9 @@ def block_sparse_attention_dq(
     query, key, value, grad_out = (unit_stride(x) for x in (query, key, value, grad_out))
     group = heads // num_kv
     pairs = count_heads(query, num_kv, geometry)
-    merged = merge_lists(indices, counts, geometry, group, block_size)
-    grid = (triton.cdiv(num_queries, merged.queries), pairs)
+    tile = tile_of(query, group)
+    merged = merge_lists(indices, counts, geometry, tile.queries, block_size)
+    grid = (triton.cdiv(num_queries, tile.queries), pairs)
     launch(
         _block_sparse_dq_kernel,
         lambda meta: grid,
@@ -253,7 +256,7 @@ def block_sparse_attention_dq(
         GROUP=group,
         HEAD_DIM=dim,
         WIDTH=width_of(dim),
-        QUERIES=merged.queries,
-        ROWS=rows_of(group),
+        QUERIES=tile.queries,
+        ROWS=tile.rows,
         BLOCK_SIZE=block_size,
     )

@@ -4,8 +4,8 @@
     lse = log sum_j e^s[j],   out = sum_j e^(s[j] - lse) v[j]
 
 cap(s) = softcap · tanh(s / softcap), or s. B batch, T queries, K key/value heads with G query heads each, S slots of a list. Query-outer:
-the heads of a group share a list and are rows of one tile. If a group has at most 8 heads, neighbouring queries share the tile, and each
-masks blocks that only the others list (`block_lists`). Online softmax in base 2, float32 accumulation. Blocks longer than a tile are read
+the heads of a group share a list and are rows of one tile. Where rows are left, neighbouring queries share the tile, and each masks blocks
+that only the others list (`block_lists`). Online softmax in base 2, float32 accumulation. Blocks longer than a tile are read
 in parts. Sinks (`ops/nsa/_sinks.py`) join lse and out. Out, times a weight per row, can be added to a sum of other branches.
 """
 
@@ -35,7 +35,7 @@ from ._common import (
     unit_stride,
     width_of,
 )
-from .block_lists import block_at, merge_lists, rows_of
+from .block_lists import block_at, merge_lists, tile_of
 
 
 def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, CAP: float, GROUP: int, **_: object) -> list[triton.Config]:
@@ -195,8 +195,9 @@ def block_sparse_attention_fwd(
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     group = heads // num_kv
     pairs = count_heads(query, num_kv, geometry)
-    merged = merge_lists(indices, counts, geometry, group, block_size)
-    grid = (triton.cdiv(num_queries, merged.queries), pairs)
+    tile = tile_of(query, group)
+    merged = merge_lists(indices, counts, geometry, tile.queries, block_size)
+    grid = (triton.cdiv(num_queries, tile.queries), pairs)
     launch(
         _block_sparse_fwd_kernel,
         lambda meta: grid,
@@ -239,7 +240,7 @@ def block_sparse_attention_fwd(
         GROUP=group,
         HEAD_DIM=dim,
         WIDTH=width_of(dim),
-        QUERIES=merged.queries,
-        ROWS=rows_of(group),
+        QUERIES=tile.queries,
+        ROWS=tile.rows,
         BLOCK_SIZE=block_size,
     )

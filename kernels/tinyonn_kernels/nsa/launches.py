@@ -33,7 +33,7 @@ SHAPES = [
     for dim in dims
     for heads in ((32, 6) if dim == 128 else (32,))
 ]
-SOFTCAPPED = ("bfloat16-D128-G3", "bfloat16-D256-G16")
+SOFTCAPPED = ("bfloat16-D128-G3", "bfloat16-D128-G16", "bfloat16-D256-G16")
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,9 +63,9 @@ def _sinks(heads: int, softcap: float | None) -> Tensor | None:
     return None if softcap is None else _empty(heads)
 
 
-def _merge(group: int) -> None:
+def _merge(queries: int) -> None:
     indices, counts, _ = _lists()
-    merge_lists(indices, counts, _packed(), group, BLOCK_SIZE)
+    merge_lists(indices, counts, _packed(), queries, BLOCK_SIZE)
 
 
 def _interval(dtype: torch.dtype, dim: int, heads: int, compressed: bool, softcap: float | None = None) -> None:
@@ -103,7 +103,7 @@ def _select(dtype: torch.dtype, dim: int, heads: int, compress_size: int, softca
 
 def offered(arch: int) -> dict[str, Callable[[], None]]:
     """The same launches on every architecture, with its configurations."""
-    launches: dict[str, Callable[[], None]] = {f"G{group}": partial(_merge, group) for group in (1, 2, 3, 4, 8)}
+    launches: dict[str, Callable[[], None]] = {f"{number} queries": partial(_merge, number) for number in (2, 4, 5, 8, 16)}
     for label, *shape in SHAPES:
         caps = {label: None} | ({f"{label}-softcap": 50.0} if label in SOFTCAPPED else {})
         for name, softcap in caps.items():
