@@ -3,7 +3,8 @@
 # make test   the test suite                   make test-slow  attention kernels in the interpreter
 # make test-lowest  every kernel once, with the lowest supported Triton
 # make damage   damage 100,000 .mscan files and read them in every mode (DAMAGE_ARGS="--files N --seed S")
-# make kernels  compile changed kernels for every GPU and note their registers in kernels/resources.json (KERNELS_ARGS="--all")
+# make kernels  compile changed kernels for every GPU and note their registers in kernels/resources.json (KERNELS_ARGS="--all");
+#              docs/kernels.md with it
 # make bench  benchmarks on this machine      make gpu  kernels checked and measured on a GPU (GPU_ARGS="--dry-run")
 # make gpu-wheels  fetch what make gpu compares with, to carry to a machine without network
 # make docs   build the docs site into site/; a warning or a broken link fails
@@ -58,6 +59,7 @@ test-lowest: $(VENV)/.lowest
 
 kernels: $(VENV)/.dev
 	@$(BIN)/python -m tinyonn.testing.resources refresh $(KERNELS_ARGS) kernels/resources.json tinyonn_kernels
+	@$(BIN)/python benchmarks/kernel_report.py --check 2>/dev/null || $(BIN)/python benchmarks/kernel_report.py --write
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(BENCH_ARGS)

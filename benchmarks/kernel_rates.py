@@ -62,3 +62,5 @@ class Row:
     bound_ms: float
     predicted_ms: float
     limit: str
+    source: str  # hash of all that decides the machine code
+    text_ms: float = 0.0  # predicted, where neighbouring queries share as many key blocks as in text

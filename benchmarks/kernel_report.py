@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/kernel_report.py              a table for sm_90, in a minute or two
     .venv/bin/python benchmarks/kernel_report.py --write      docs/kernels.json and docs/kernels.md, for sm_80, sm_90 and sm_100
+    .venv/bin/python benchmarks/kernel_report.py --check      in seconds: whether they are of these sources
 
 Each op of `goals` runs on tensors without data. The report compiles the default configuration of each kernel that it launches, reads the
 machine code, and sets it against the work that the mathematics needs (`kernel_work.py`):
@@ -48,7 +49,7 @@ from kernel_rates import (
     Row,
 )
 from kernel_report_page import page, tables
-from kernel_work import WORK, Launch, Work
+from kernel_work import WORK, Launch, Work, lists_of_text
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -237,6 +238,7 @@ def row_of(op: str, builds: list[Build], usage: Usage, assembly: Assembly, machi
         1e3 * max(needed / (max(machine.wgmma, machine.mma) * machine.units * machine.clock * 1e9), dram / machine.dram / 1e12),
         1e3 * (seconds[limit] + LAUNCH * len(builds)),
         limit,
+        build.digest,
     )
 
 
@@ -271,10 +273,29 @@ def report(ops: dict[str, Call], archs: Iterable[int], processes: int) -> tuple[
     rows, rest = [], []
     for (op, arch), (builds, moved) in found.items():
         machine = MACHINES[arch]
-        rows += [row_of(op, same, *compiled[digest, arch], machine) for digest, same in builds.items()]
+        for digest, same in builds.items():
+            row = row_of(op, same, *compiled[digest, arch], machine)
+            with lists_of_text():
+                row.text_ms = row_of(op, same, *compiled[digest, arch], machine).predicted_ms
+            rows.append(row)
         seconds = moved.bytes / machine.dram / 1e12 + LAUNCH * moved.number
         rest.append({"op": op, "arch": arch, "operations": moved.number, "gb": moved.bytes / 1e9, "predicted_ms": 1e3 * seconds})
     return rows, rest
+
+
+def stale(ops: dict[str, Call], path: Path) -> list[str]:
+    """Kernels whose sources, arguments or compiler differ from those of the file. Nothing is compiled."""
+    here = {
+        (op, arch, digest): same[0].kernel.__name__
+        for op, call in ops.items()
+        for arch in ARCHS
+        for digest, same in listed(call, arch)[0].items()
+    }
+    there = {(row["op"], row["arch"], row.get("source")): row["kernel"] for row in json.loads(path.read_text(encoding="utf-8"))["kernels"]}
+    names = [here[key].strip("_").removesuffix("_kernel") for key in here.keys() - there.keys()] + [
+        there[key] for key in there.keys() - here.keys()
+    ]
+    return sorted(set(names))
 
 
 def main() -> None:
@@ -284,8 +305,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--write", action="store_true", help="write docs/kernels.json and docs/kernels.md, of all ops and architectures")
+    parser.add_argument("--check", action="store_true", help="fail if docs/kernels.json is of other sources")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.check:
+        if found := stale(goals(), DOCS / "kernels.json"):
+            parser.exit(1, f"docs/kernels.json is not of these sources of {', '.join(found)}: run `make kernels`\n")
+        return
     ops = {name: call for name, call in goals().items() if options.write or any(name.startswith(begin) for begin in options.op)}
     if not ops:
         parser.error(f"--op must be the beginning of one of {', '.join(goals())}, got {' '.join(options.op)}.")

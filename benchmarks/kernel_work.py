@@ -5,7 +5,8 @@ Numbers are those of one launch. Attention is causal, of one sequence per row wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,21 @@ import numpy as np
 from tinyonn.testing.triton import Build
 
 FORCED = 3  # blocks that every query lists
+# Length of the union of the lists of neighbouring queries, over these lists together, in text: `list_overlap.py`.
+UNION = {1: 1.0, 2: 0.55, 4: 0.30}
+
+_of_text = False
+
+
+@contextmanager
+def lists_of_text() -> Iterator[None]:
+    """Within this context, neighbouring queries share as many blocks as in text; elsewhere, they share the forced ones alone."""
+    global _of_text
+    _of_text = True
+    try:
+        yield
+    finally:
+        _of_text = False
 
 
 @dataclass(frozen=True)
@@ -179,9 +195,12 @@ def select_dk(one: Launch) -> Work:
 
 
 def _listed(one: Launch) -> tuple[float, float]:
-    """Steps of all programs over full lists, and (row, key) pairs of the lists. Neighbouring queries share the forced blocks alone."""
+    """Steps of all programs over full lists, and (row, key) pairs of the lists."""
     lists = one.num_queries * one.grid[1] * one.num_slots
-    blocks = one.grid[0] * one.grid[1] * (FORCED + one.QUERIES * (one.num_slots - FORCED))
+    union = FORCED + one.QUERIES * (one.num_slots - FORCED)
+    if _of_text:
+        union = UNION[one.QUERIES] * one.QUERIES * one.num_slots
+    blocks = one.grid[0] * one.grid[1] * union
     return blocks * (one.BLOCK_SIZE // one.KEYS), lists * one.BLOCK_SIZE * one.GROUP
 
 

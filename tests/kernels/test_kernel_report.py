@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,3 +143,44 @@ def test_report_of_the_statistics(tmp_path):
     done = subprocess.run([*command[:3], "nothing"], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
     assert "--op must be the beginning of one of dyn_nsa forward" in done.stderr
+
+
+def test_the_page_is_of_these_kernels(tmp_path):
+    """And a page of others is found."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONSAFEPATH")}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+
+    def check(folder: Path) -> subprocess.CompletedProcess[str]:
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+        command = [sys.executable, str(folder / "kernel_report.py"), "--check"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    done = check(FOLDER)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (tmp_path / "docs").mkdir()
+    shutil.copytree(FOLDER, tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results", "studies", "__pycache__"))
+    rows = json.loads((ROOT / "docs" / "kernels.json").read_text())
+    rows["kernels"][3]["source"] = "another"
+    (tmp_path / "docs" / "kernels.json").write_text(json.dumps(rows))
+    done = check(tmp_path / "benchmarks")
+    assert done.returncode == 1
+    assert f"docs/kernels.json is not of these sources of {rows['kernels'][3]['kernel']}: run `make kernels`" in done.stderr
+
+
+def test_lists_of_text_are_shorter_together(work):
+    tokens, slots, queries = 40, 7, 4
+    sizes = {"num_queries": tokens, "num_slots": slots, "GROUP": 16, "HEAD_DIM": 64, "BLOCK_SIZE": 64, "QUERIES": queries}
+    one = launch_of(work, "block_sparse_fwd", (tokens // queries, 2), {}, KEYS=64, ROWS=64, WIDTH=64, HAS_SUM=False, **sizes)
+    assert work._listed(one)[0] == tokens // queries * 2 * (3 + queries * (slots - 3))
+    with work.lists_of_text():
+        assert work._listed(one)[0] == pytest.approx(tokens // queries * 2 * 0.3 * queries * slots)
+    assert work._listed(one)[0] == tokens // queries * 2 * (3 + queries * (slots - 3))
+
+
+def test_the_union_of_lists_is_counted(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from list_overlap import union_and_sum
+
+    indices = torch.tensor([[[0, 1]], [[0, 1]], [[0, 2]], [[0, 9]]]).repeat_interleave(64, 0)  # (256, 1, 2): rows 128 … 191 list 0 and 2
+    counts = torch.tensor([2, 2, 2, 1])[:, None].repeat_interleave(64, 0)
+    assert union_and_sum(indices, counts, 4) == (16 * 2 + 16 * 1, 64 * 2 + 64)

@@ -1,9 +1,9 @@
 """Lists of key blocks, regrouped: the union of the lists of neighbouring queries, and the queries that list each block.
 
-Query-outer kernels combine neighbouring queries in one tile: of 16 rows, the least that the matrix unit takes, or of 64 rows, which four warps
-of an H100 multiply together. The tile iterates over the union of their lists, which is at most as long as the lists together: keys that
-several of them list are read once. Blocks are identified by their first key row, which is unique across sequences. Key-outer kernels iterate over the inverse, a stable sort by block number. Both are deterministic and need memory in
-proportion to the lists.
+Query-outer kernels combine neighbouring queries in one tile: of 16 rows, the least that the matrix unit takes, or of 64 rows, which four
+warps of an H100 multiply together. The tile iterates over the union of their lists, which is at most as long as the lists together: a block
+that several of them list is read once. Blocks are identified by their first key row, which is unique across sequences. Key-outer kernels
+iterate over the inverse, a stable sort by block number. Both are deterministic and need memory in proportion to the lists.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def tile_of(query: Tensor, group: int) -> Tile:
     """Tile of the query-outer kernels.
 
     Args:
-        query: (B, T, H, D). Wide tiles have no registers left for float32, for D above 128, and for divisions by a group that is no power of
-            2. Small groups keep 16 rows.
+        query: (B, T, H, D). Wide tiles have no registers left for float32, for D above 128, or for divisions by a group that is no power
+            of 2. Small groups keep 16 rows.
     """
     wide = group >= MATRIX_ROWS and group & (group - 1) == 0 and query.element_size() == 2 and query.shape[-1] <= 128
     wide = wide and has_warpgroups(architecture(query))
