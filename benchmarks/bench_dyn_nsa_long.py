@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from bench_dyn_nsa import BLOCKS, COMPRESS, WINDOW, causal, inputs
+from predicted import predicted
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,6 +25,7 @@ OURS = "dyn_nsa"
 BOTH = "forward + backward"
 CHECKED = 16  # number of last rows that are compared with the oracle
 LIMITS = {torch.float32: (1e-5, 4e-5), torch.bfloat16: (1e-2, 2e-2)}  # limits for outputs and gradients
+BLOCK_SIZE, FORCED = 64, 3  # defaults of the op
 GOAL = "best SDPA >= 3x whole; FlashAttention-2 >= 6x forward and >= 7x backward, at 65536"
 MEMORY_GOAL = 1.5
 BACKENDS = {
@@ -105,9 +107,11 @@ class Setting:
     def realised(self) -> dict[str, Any]:
         with torch.no_grad():
             found = ops.dyn_nsa(*self.leaves.values(), **self.options)
-        counts = found.counts.float()
+        counts, forced = found.counts.float(), torch.arange(found.counts.shape[1], device=found.counts.device) // BLOCK_SIZE + 1
+        far = (counts - forced.clamp(max=FORCED)[None, :, None]).mean()
         return {
             "mean blocks a row": round(counts.mean().item(), 2),
+            "far blocks a row": round(far.item(), 2),
             "most blocks a row": int(counts.max().item()),
             "overflowing rows": round(found.overflow.item(), 3),
         }
@@ -179,7 +183,7 @@ def against_dense_attention(
 ) -> None:
     setting = Setting(tokens, choices, heads, kv_heads, dim, getattr(torch, dtype), device)
     ours, peers = setting.ours(), setting.dense()
-    notes = {"goal": GOAL, **setting.realised()}
+    notes = {"goal": GOAL, **setting.realised(), **(predicted("dyn_nsa", (tokens, heads, kv_heads, dim)) if device == "cuda" else {})}
     result = compare(
         f"dyn_nsa, {tokens} tokens, {heads}/{kv_heads} heads, D {dim}, {choices}, {dtype}, {device}",
         {**ours, **peers},

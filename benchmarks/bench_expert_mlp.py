@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from predicted import predicted
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -231,6 +232,7 @@ def best_forms(compare: Callable[..., Comparison], device: str, sizes: tuple[int
     peers = ("step over grouped_mm", "transformers, grouped_mm", "Liger")
     forwards = forwards_of(c)
     notes = {"without Liger": why_no_liger(device)}
+    notes |= predicted("expert_mlp", sizes) if device == "cuda" else {}
     result = compare(
         f"mixture, best forms, {tokens} tokens x {features}, {experts} experts of {neurons}, {slots} a token, {device}",
         {name: partial(step, c, forwards[name]) for name in (*ours, *peers) if name in forwards},
@@ -271,6 +273,7 @@ def test_forward_and_backward(compare, device, size, forms):
     else:
         candidates = {name: candidates[name] for name in ("expert_mlp, surprise", "expert_mlp", "step over grouped_mm", *slow)}
     notes = {"goal": goals.get(f"{size}, {device}"), "without Liger:": why_no_liger(device)}
+    notes |= predicted("expert_mlp", SIZES[size]) if device == "cuda" else {}
     kind = str(DTYPE[device]).removeprefix("torch.")
     compare(
         f"mixture, {forms} forms, {tokens} tokens x {features}, {experts} experts of {neurons}, {slots} a token, {kind}, {device}",

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -36,8 +37,10 @@ def module(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def forms() -> ModuleType:
-    return module("bench_expert_mlp")
+def forms() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))  # the module imports another of its folder
+        yield module("bench_expert_mlp")
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +267,19 @@ def test_the_map_of_the_front_page_has_each_weights_mean_sps(tmp_path):
     grid, modules, metadata, tokens = module("readme_picture").read_map(tmp_path / "a.mscan")
     assert (modules, metadata["topic"], tokens) == (["up", "down"], "t", 2)
     np.testing.assert_allclose(grid, [[1, -1], [2, -1]])
+
+
+def test_rows_at_a_goal_have_their_prediction(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import predicted
+
+    page = (FOLDER.parent / "docs" / "kernels.md").read_text()
+    notes = predicted.predicted("dyn_nsa", (65536, 64, 4, 128), 90)["predicted ms"]
+    assert set(notes) == {"forward", "forward, lists as in text", "backward", "backward, lists as in text"}
+    for part in ("forward", "backward"):
+        first, second = notes[part], notes[f"{part}, lists as in text"]
+        assert f"### dyn_nsa {part}, H100: {first:.2f} ms predicted; {second:.2f} ms with lists as in text" in page
+    experts = predicted.predicted("expert_mlp", (16384, 1024, 1024, 64, 8), 90)["predicted ms"]
+    assert set(experts) == {"forward", "backward, with surprise"}
+    assert predicted.predicted("dyn_nsa", (4096, 64, 4, 128), 90) == {}
+    assert predicted.predicted("dyn_nsa", (65536, 64, 4, 128), 75) == {}
