@@ -20,10 +20,8 @@ from .select_blocks_dq import TILE_ROWS, gradient_of_mass
 from .select_blocks_fwd import block_probabilities, factor_of, kinds_of, tile_queries
 
 
-def configs(IEEE: bool, WIDTH: int, **_: object) -> list[triton.Config]:
-    if IEEE:
-        return [config(8, 1, 255)]
-    return [config(4, 1, 255)] + ([config(8, 1, 255)] if WIDTH <= 128 else [])
+def configs(IEEE: bool, **_: object) -> list[triton.Config]:
+    return [config(8 if IEEE else 4, 1, 255)]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"])

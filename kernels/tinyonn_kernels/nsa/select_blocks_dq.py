@@ -67,7 +67,7 @@ def configs(IEEE: bool, WIDTH: int, RATIO: int, **_: object) -> list[triton.Conf
     if IEEE:
         return [config(8, 1, 255, BLOCKS=max(1, 16 // RATIO))]
     blocks = max(1, (32 if WIDTH >= 128 else 64) // RATIO)
-    return [config(4, 1, 255, BLOCKS=blocks)] + ([config(8, 1, 255, BLOCKS=blocks)] if WIDTH <= 128 else [])
+    return [config(4, 1, 255, BLOCKS=blocks)]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"], changed=("dq_ptr",))

@@ -84,7 +84,7 @@ def configs(IEEE: bool, WIDTH: int, GROUP: int, RATIO: int, **_: object) -> list
     if WIDTH >= 256:
         return [config(8, 1, 255, BLOCKS=max(1, 32 // RATIO))]
     keys = 32 if WIDTH < 128 or GROUP & (GROUP - 1) == 0 else 16  # divisions by other groups take registers
-    return [config(4, 1, RESIDENT_REGISTERS, BLOCKS=max(1, keys // part // RATIO)) for part in (1, 2)]
+    return [config(4, 1, RESIDENT_REGISTERS, BLOCKS=max(1, keys // RATIO))]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"])
