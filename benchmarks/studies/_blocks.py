@@ -21,9 +21,9 @@ from _study import half_precision
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from tinyonn.hf.dyn_nsa.shares import block_shares, chunks, compressed_shares, kinds_of_blocks, true_shares
+from tinyonn.hf.dyn_nsa.shares import chunks, true_shares
+from tinyonn.nn.block_shares import Scores, block_shares, compressed_shares, kinds_of_blocks
 from tinyonn.nn.dyn_nsa import DynNSACore
-from tinyonn.nn.share_distillation import Scores
 from tinyonn.ops import block_sparse_attention
 
 FLOOR = -20.0  # of z

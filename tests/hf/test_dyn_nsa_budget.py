@@ -217,7 +217,7 @@ def test_the_loss_holds_the_budget():
     plain = torch.nn.functional.cross_entropy(model(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
     torch.testing.assert_close(got, plain + budget)
     torch.testing.assert_close(collected_budget_loss(model), budget)
-    with pytest.raises(RuntimeError, match="there is no budget loss to collect"):
+    with pytest.raises(RuntimeError, match="there is no loss of the attention to collect"):
         collected_budget_loss(model)
     torch.testing.assert_close(model(x, labels=x, return_dict=False)[0], plain + budget)
     # A step of accumulated batches gathers it once.

@@ -12,6 +12,7 @@ from torch import Tensor
 from tinyonn.hf import convert_attention
 from tinyonn.hf.dyn_nsa import cores, measures, observing, shares
 from tinyonn.hf.dyn_nsa.measures import HeadEffects, PriceSample
+from tinyonn.nn import block_shares
 from tinyonn.nn.dyn_nsa import DynNSACore
 from tinyonn.nn.dyn_nsa_options import DynNSAOptions
 from tinyonn.ops import dyn_nsa
@@ -25,8 +26,8 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def scores_of(softcap: float | None, sinks: bool) -> shares.Scores:
-    return shares.Scores(0.7, softcap, torch.tensor([0.5, -1.0, 2.0, 0.0]) if sinks else None)
+def scores_of(softcap: float | None, sinks: bool) -> block_shares.Scores:
+    return block_shares.Scores(0.7, softcap, torch.tensor([0.5, -1.0, 2.0, 0.0]) if sinks else None)
 
 
 def softmax_of(query: Tensor, keys: Tensor, softcap: float | None, sink: float | None) -> list[float]:
@@ -46,7 +47,7 @@ def test_shares_are_those_of_a_softmax_written_out(softcap, sinks, monkeypatch):
     place, scores = torch.arange(20) * 3 + 15, scores_of(softcap, sinks)
     options = DynNSAOptions(compress_size=16, block_size=16)
     true = shares.true_block_shares(query, key, place, SIZE, scores)
-    found = shares.block_shares(query, compressed, place, LENGTH, options, scores)
+    found = block_shares.block_shares(query, compressed, place, LENGTH, options, scores)
     for i, t in enumerate(place.tolist()):
         for head in range(HEADS):
             sink = None if scores.sinks is None else float(scores.sinks[head])

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tinyonn.nn import DynNSAAttention
+from tinyonn.nn.block_shares import Scores
 from tinyonn.nn.dyn_nsa import DynNSACore
 from tinyonn.nn.dyn_nsa_options import DynNSAOptions
-from tinyonn.nn.share_distillation import Scores, drawn_divergence
+from tinyonn.nn.share_distillation import sampled_divergence
 
 HEADS, KV, DIM, BLOCK, COMPRESS = 4, 2, 8, 32, 16
 
@@ -22,7 +23,7 @@ def core(tokens: int, *, dtype: torch.dtype = torch.float64, **options: object) 
     chosen = {"compress_size": COMPRESS, "block_size": BLOCK, "window": 20, "distil_weight": 0.3, "distil_queries": tokens, **options}
     made = DynNSACore(HEADS, KV, DIM, DynNSAOptions(**chosen), dtype=dtype)  # type: ignore[arg-type]
     with torch.no_grad():
-        for parameter in made.estimating().values():
+        for parameter in made.estimate_parameters().values():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return made
 
@@ -81,16 +82,16 @@ def test_it_is_the_formula_with_gradients_of_the_estimate_alone(options):
     made, (query, key) = core(150, **options), inputs(150)
     query.requires_grad_()
     key.requires_grad_()
-    total, pairs = drawn_divergence(made, query, key, Scores(DIM**-0.5))
+    total, pairs = sampled_divergence(made, query, key, Scores(DIM**-0.5))
     expected, number = oracle(made, query[0].detach(), key[0].detach())
     assert pairs == number > 0
     torch.testing.assert_close(total, expected, rtol=1e-10, atol=0)
-    learned = made.estimating()
+    learned = made.estimate_parameters()
     ours, theirs = torch.autograd.grad(total, learned.values()), torch.autograd.grad(expected, learned.values())
     for name, a, b in zip(learned, ours, theirs, strict=True):
         assert b.abs().max() > 0, name
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-    total, _ = drawn_divergence(made, query, key, Scores(DIM**-0.5))
+    total, _ = sampled_divergence(made, query, key, Scores(DIM**-0.5))
     total.backward()
     assert query.grad is None
     assert key.grad is None
@@ -101,7 +102,7 @@ def test_it_is_the_formula_with_gradients_of_the_estimate_alone(options):
 def test_softcap_and_sinks_shape_both_shares(softcap):
     made, (query, key) = core(130), inputs(130)
     sinks = torch.randn(HEADS, dtype=torch.float64)
-    total, _ = drawn_divergence(made, query, key, Scores(DIM**-0.5, softcap, sinks))
+    total, _ = sampled_divergence(made, query, key, Scores(DIM**-0.5, softcap, sinks))
     expected, _ = oracle(made, query[0], key[0], softcap, sinks)
     torch.testing.assert_close(total, expected, rtol=1e-10, atol=0)
 
@@ -109,7 +110,7 @@ def test_softcap_and_sinks_shape_both_shares(softcap):
 def test_padding_does_not_count_and_texts_begin_where_they_begin():
     made, (query, key) = core(160), inputs(160, 3)
     start, end = torch.tensor([0, 21, 130]), torch.tensor([150, 160, 160])  # the last text is read whole by every query
-    total, pairs = drawn_divergence(made, query, key, Scores(DIM**-0.5), key_start=start, key_end=end)
+    total, pairs = sampled_divergence(made, query, key, Scores(DIM**-0.5), key_start=start, key_end=end)
     rows = [oracle(made, query[i, b:e], key[i, b:e]) for i, (b, e) in enumerate(zip(start.tolist(), end.tolist(), strict=True))]
     assert rows[2][1] == 0
     assert pairs == sum(number for _, number in rows)
@@ -119,19 +120,40 @@ def test_padding_does_not_count_and_texts_begin_where_they_begin():
 def test_packed_texts_do_not_see_each_other():
     made, (query, key) = core(330), inputs(330)
     bounds = torch.tensor([0, 141, 150, 330], dtype=torch.int32)
-    total, pairs = drawn_divergence(made, query, key, Scores(DIM**-0.5), cu_seqlens=bounds)
+    total, pairs = sampled_divergence(made, query, key, Scores(DIM**-0.5), cu_seqlens=bounds)
     texts = [oracle(made, query[0, b:e], key[0, b:e]) for b, e in ((0, 141), (141, 150), (150, 330))]
     assert pairs == sum(number for _, number in texts)
     torch.testing.assert_close(total, sum(one for one, _ in texts), rtol=1e-10, atol=0)
 
 
+def test_queries_may_be_the_last_positions():
+    """As after a prefix: the last 90 of 150 positions."""
+    made, (query, key) = core(90), inputs(150)
+    total, pairs = sampled_divergence(made, query[:, 60:], key, Scores(DIM**-0.5))
+    whole, number = oracle(made, query[0], key[0])
+    before, earlier = oracle(made, query[0, :60], key[0, :60])
+    assert earlier == 0  # the first three blocks of 32 are read whole up to position 96
+    assert pairs == number
+    torch.testing.assert_close(total, whole - before, rtol=1e-10, atol=0)
+
+
+def test_long_rows_are_worked_on_in_parts(monkeypatch):
+    from tinyonn.nn import share_distillation
+
+    made, (query, key) = core(150), inputs(150)
+    whole = sampled_divergence(made, query, key, Scores(DIM**-0.5))
+    monkeypatch.setattr(share_distillation, "ELEMENTS", 7 * HEADS * 150)
+    for got, wanted in zip(sampled_divergence(made, query, key, Scores(DIM**-0.5)), whole, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+
+
 def test_places_are_drawn_anew_from_equal_parts_of_a_row():
     made, (query, key) = core(320, distil_queries=10), inputs(320)
-    seen = [torch.div(*drawn_divergence(made, query, key, Scores(DIM**-0.5))).item() for _ in range(60)]
+    seen = [torch.div(*sampled_divergence(made, query, key, Scores(DIM**-0.5))).item() for _ in range(60)]
     assert len(set(seen)) > 50
     every, (whole, number) = torch.tensor(seen, dtype=torch.float64), oracle(made, query[0], key[0])
     assert abs(every.mean() - whole / number) < 4 * every.std() / 60**0.5
-    pairs = [int(drawn_divergence(made, query, key, Scores(DIM**-0.5))[1]) for _ in range(20)]
+    pairs = [int(sampled_divergence(made, query, key, Scores(DIM**-0.5))[1]) for _ in range(20)]
     assert set(pairs) == {7 * HEADS}  # the first three of ten parts, of 32 places each, read every block
 
 
@@ -140,7 +162,7 @@ def test_texts_that_are_read_whole_have_a_loss_of_0():
     loss = made.distillation_loss(query, key)
     assert loss == 0
     loss.backward()
-    assert all(not parameter.grad.any() for parameter in made.estimating().values())
+    assert all(not parameter.grad.any() for parameter in made.estimate_parameters().values())
 
 
 def test_bfloat16_is_near_float64():

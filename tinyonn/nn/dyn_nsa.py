@@ -5,7 +5,7 @@
     θ     = price · gain + base − slope · τ     one price for the layers of a model: −30 selects every block
     L     = weight · (mean soft count / target − 1)²            one mean for the layers of a model
 
-`share_distillation` has the other loss of a layer.
+The distillation loss is in `share_distillation`.
 
 B batch, T queries of Tk positions, H query heads, K key/value heads, D head dim
 
@@ -25,8 +25,9 @@ from ..ops import DynNSAOutput, dyn_nsa
 from ..ops._checks import check_number
 from ..ops._dispatch import autocast_dtype, autocast_off, statistics_dtype
 from .block_compression import BlockCompression, block_starts
+from .block_shares import Scores
 from .dyn_nsa_options import DynNSAOptions
-from .share_distillation import Scores, drawn_divergence
+from .share_distillation import sampled_divergence
 from .wide_buffers import WideBuffers
 
 OPEN = -30.0
@@ -100,7 +101,7 @@ def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class LossSums(NamedTuple):
-    """What a call adds to the losses of a model, 0-d each; zeros where its options ask for no such loss."""
+    """What a call adds to the losses of a model, 0-d each; 0 for a loss whose weight is 0."""
 
     soft_counts: Tensor
     rows: Tensor
@@ -114,7 +115,8 @@ def loss_of_calls(calls: Sequence[LossSums], options: DynNSAOptions, target: Ten
     if options.budget_weight:
         loss = loss_of_sums([(call.soft_counts, call.rows) for call in calls], target.to(device), options.budget_weight)
     if options.distil_weight:
-        divergence, pairs = (torch.stack([call[part].to(device) for call in calls]).sum() for part in (2, 3))
+        divergence = torch.stack([call.divergence.to(device) for call in calls]).sum()
+        pairs = torch.stack([call.pairs.to(device) for call in calls]).sum()
         loss = loss + options.distil_weight * divergence / pairs.clamp(min=1)
     return loss
 
@@ -374,25 +376,38 @@ class DynNSACore(WideBuffers):
             return result.soft_counts.new_zeros(())
         return budget_loss(result.soft_counts, self.budget_target, weight=self.options.budget_weight, mask=result.counts > 0)
 
-    def estimating(self) -> dict[str, nn.Parameter]:
+    def estimate_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of the estimate of a block's share, by name."""
         own = {} if self.query_map is None else {"query_map": self.query_map}
         return {**dict(self.compress_key.named_parameters()), **own}
 
-    def divergence(self, query: Tensor, key: Tensor, scores: Scores, **bounds: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`drawn_divergence` of a call; zeros without a distil_weight, in evaluation, and where T is not Tk."""
-        if not self.options.distil_weight or not self.training or query.shape[1] != key.shape[1]:
-            zero = query.new_zeros((), dtype=torch.promote_types(query.dtype, torch.float32))
-            return zero, zero
-        return drawn_divergence(self, query, key, scores, **bounds)
-
-    def distillation_loss(self, query: Tensor, key: Tensor, **bounds: Tensor | None) -> Tensor:
-        """The distillation loss of a call, 0-d.
+    def divergence(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scores: Scores | None = None,
+        *,
+        key_start: Tensor | None = None,
+        key_end: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`sampled_divergence` of a call; zeros without a distil_weight, and in evaluation.
 
         Args:
-            query: (B, T, H, D). key: (B, Tk, K, D). bounds: key_start, key_end and cu_seqlens of the call.
+            query: (B, T, H, D), the last T of Tk positions.
+            key: (B, Tk, K, D).
+            scores: scale, softcap and sinks of the call; None for the scale of D and nothing else.
+            key_start, key_end: (B,), as the call was given them. cu_seqlens: (sequences + 1,), likewise.
         """
-        total, pairs = self.divergence(query, key, Scores(query.shape[-1] ** -0.5), **bounds)
+        if not self.options.distil_weight or not self.training:
+            zero = query.new_zeros((), dtype=torch.promote_types(query.dtype, torch.float32))
+            return zero, zero
+        scores = Scores(query.shape[-1] ** -0.5) if scores is None else scores
+        return sampled_divergence(self, query, key, scores, key_start=key_start, key_end=key_end, cu_seqlens=cu_seqlens)
+
+    def distillation_loss(self, query: Tensor, key: Tensor, scores: Scores | None = None, **bounds: Tensor | None) -> Tensor:
+        """The distillation loss of a call, 0-d, in nats times distil_weight. Arguments are as of `divergence`."""
+        total, pairs = self.divergence(query, key, scores, **bounds)
         return self.options.distil_weight * total / pairs.clamp(min=1)
 
     def loss_sums(self, result: DynNSAOutput, query: Tensor, key: Tensor, scores: Scores, **bounds: Tensor | None) -> LossSums:

@@ -26,7 +26,7 @@ class DynNSAAttentionOutput(NamedTuple):
         tau: (B, T, K), the uncertainty that set the thresholds.
         overflow: 0-d, share of rows for which more than max_blocks passed.
         soft_counts: (B, T, K), differentiable counts for `budget_loss`.
-        distillation_loss: 0-d; 0 if distil_weight is 0, in evaluation, and after earlier keys of a cache.
+        distillation_loss: 0-d; 0 if distil_weight is 0, and in evaluation.
     """
 
     out: Tensor

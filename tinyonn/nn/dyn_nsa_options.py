@@ -41,9 +41,9 @@ class DynNSAOptions:
         tau: the constant, in [0, 1].
         budget_weight: weight of the budget loss; 0 for none.
         budget_target: initial target of the budget loss, in key blocks per query; a schedule may change it.
-        distil_weight: weight of the loss that, while the model trains, teaches the compressed branch what share of the attention each block
-            gets; 0 for none. `hf.distil_compression` does so before training.
-        distil_queries: queries of each row that this loss looks at.
+        distil_weight: weight of the distillation loss, which trains the compressed branch to estimate each block's share of the attention;
+            0 for none. `hf.distil_compression` does so before training.
+        distil_queries: random queries of each row that the distillation loss uses.
         prices: pairs of far blocks per query and the price that reads them, from few blocks to many, as `hf.calibrate` found them.
         prices_forced: forced blocks per query in the sample of `prices`, fewer in short texts; None for `forced`, as in earlier versions.
         impl: implementation of `ops.dyn_nsa`.

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ...nn.block_compression import block_starts, blocks_of
+from ...nn.block_shares import Scores
 from ...nn.dyn_nsa import attend, checked_price, common_dtype
-from ...nn.share_distillation import Scores
 from ..interfaces import install_attention
 from .decoding import compressed_so_far
 from .masks import dyn_nsa_mask, gathered, layout_of, within_bounds
@@ -189,11 +189,9 @@ def _without_parts(
     options = checked_options(given, "config.dyn_nsa", start)
     if "base" not in given:
         options.base = open_price(options)
-    weights = options.budget_weight or options.distil_weight
-    if options.learnable_compression or options.compress_query or options.tau_source == "output" or weights:
+    if options.learnable_compression or options.compress_query or options.tau_source == "output" or options.budget_weight:
         raise InputError(
-            "config.dyn_nsa cannot set learnable_compression, compress_query, tau_source='output', budget_weight or distil_weight; use "
-            "convert_attention."
+            "config.dyn_nsa cannot set learnable_compression, compress_query, tau_source='output' or budget_weight; use convert_attention."
         )
     batch, tokens, heads, _ = query.shape
     num_keys, num_kv = key.shape[1:3]

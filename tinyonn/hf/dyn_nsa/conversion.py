@@ -49,8 +49,8 @@ def convert_attention(
 
     The model saves with `save_pretrained`, and loads with `from_pretrained` once `tinyonn.hf` is imported. The model gets its own copy of
     its configuration, which records the conversion. The model may be quantised, and `convert_mlp_to_dynmoe` can convert its MLPs too.
-    Gradient checkpointing must be non-reentrant, which is transformers' default. The budget loss is added to the loss that the model
-    returns for `labels`; for a loss of your own, add `collected_budget_loss(model)`.
+    Gradient checkpointing must be non-reentrant, which is transformers' default. The budget loss and the distillation
+    loss are added to the loss that the model returns for `labels`; for a loss of your own, add `collected_budget_loss(model)`.
 
     By default, block lists have an entry of 8 bytes for each of the Tk / block_size blocks, per query and key/value head, and backward
     keeps them. Once the budget is lower, give `BudgetSchedule` a `max_blocks`. A `max_blocks` given here applies from the start; outputs

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ...errors import InputError
+from ...nn.block_shares import block_shares, kinds_of_blocks
 from ...nn.dyn_nsa import DynNSACore
 from ...nn.share_distillation import share_divergence
 from ...ops._checks import check_size
@@ -25,7 +26,7 @@ from ..interfaces import modes_kept
 from ..peft_parts import active_modules, keep_in_adapter
 from .observing import Attended, checked_sample, run, watched
 from .parts import PART, cores, set_options
-from .shares import Sequence, block_shares, drawn, kinds_of_blocks, true_block_shares
+from .shares import Sequence, drawn, true_block_shares
 
 VISIT = 10  # steps on one batch before the next
 RATES = {"position": 2e-2, "up": 3e-3, "down": 3e-3, "query_map": 3e-3}
@@ -95,7 +96,7 @@ class _LayerDistiller:
 
     def __init__(self, core: DynNSACore, name: str, steps: int, queries: int) -> None:
         self.core, self.name, self.steps, self.queries = core, name, steps, queries
-        self.given = core.estimating()
+        self.given = core.estimate_parameters()
         if not self.given:
             raise InputError(f"{name} must have learnable_compression or compress_query to distil, got neither.")
         self.learned = {key: value.detach().float().clone().requires_grad_() for key, value in self.given.items()}

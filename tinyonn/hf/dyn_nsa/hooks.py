@@ -15,6 +15,7 @@ from transformers.generation import GenerationMode
 from ...errors import InputError
 from ...nn.dyn_nsa import DynNSACore, normalised_entropy
 from .._forward import ForwardAround, forward_around, refuse_replicas, tokens_of
+from ..peft_parts import frozen
 from .decoding import note_tau, noted_tau, recall
 from .options import checked_options, open_price, price_of_budget
 from .parts import ARRIVALS, DYN_NSA, PART, attention_of, cores, take_budget_loss
@@ -221,11 +222,11 @@ def _after(model: nn.Module, found: list[DynNSACore], given: dict[str, Any], out
     loss = take_budget_loss(found)
     if loss is None:
         return output  # the model was switched to another attention
-    taught = [first.base] if first.options.budget_weight else []
-    taught += first.estimating().values() if first.options.distil_weight else []
-    if torch.is_grad_enabled() and not loss.requires_grad and any(parameter.requires_grad for parameter in taught):
-        name = "budget loss" if first.options.budget_weight else "distillation loss"
-        raise RuntimeError(f"the {name} has no gradient; gradient checkpointing needs use_reentrant=False.")
+    taught = {"budget": [first.base] if first.options.budget_weight else []}
+    taught["distillation"] = list(first.estimate_parameters().values()) if first.options.distil_weight else []
+    lost = [name for name, parameters in taught.items() if not frozen(parameters)]
+    if torch.is_grad_enabled() and not loss.requires_grad and lost:
+        raise RuntimeError(f"the {lost[0]} loss has no gradient; gradient checkpointing needs use_reentrant=False.")
     if (items := given.get("num_items_in_batch")) is not None:
         # Like the model's own loss, this is the batch's share of the optimiser step. Tokens are counted as in Trainer.
         counted = given.get("shift_labels")

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ...nn.block_shares import block_shares, compressed_shares, kinds_of_blocks
 from ...nn.dyn_nsa import DynNSACore
 from ...nn.dyn_nsa_options import DynNSAOptions
 from .fitting import HeadPairs
 from .observing import Attended
-from .shares import block_shares, chunks, compressed_shares, drawn, kinds_of_blocks, true_shares
+from .shares import chunks, drawn, true_shares
 
 Z_FLOOR = -20.0  # of log importance
 QUERIES = 2048  # of a text that effects are measured on, at most

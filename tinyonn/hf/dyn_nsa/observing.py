@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ...nn.block_compression import block_starts
+from ...nn.block_shares import Scores
 from ...nn.dyn_nsa import GAIN_FROM, DynNSACore
-from ...nn.share_distillation import Scores
 from ...ops import DynNSAOutput
 from .._converted import converted_model
 from .._forward import tokens_of

@@ -113,7 +113,7 @@ def collected_budget_loss(model: nn.Module) -> Tensor:
     """
     loss = take_budget_loss(cores(model))
     if loss is None:
-        raise RuntimeError("there is no budget loss to collect; first run a converted model in training mode, without labels.")
+        raise RuntimeError("there is no loss of the attention to collect; first run a converted model in training mode, without labels.")
     return loss
 
 
@@ -151,7 +151,7 @@ def take_counts(model: nn.Module) -> tuple[float, float, int]:
 
 
 def loss_was_taken(model: nn.Module) -> bool:
-    """Whether a budget loss was taken since the last call."""
+    """Whether the losses of the attention were taken since the last call."""
     taken = [core for core in cores(model) if getattr(core, _TAKEN, False)]
     for core in taken:
         setattr(core, _TAKEN, False)

@@ -55,8 +55,9 @@ class BudgetSchedule(TrainerCallback, ExportableState):
             on one side of what is wanted; 0 to leave the number of blocks to a budget loss. With a rate or a weight, a price below -8 is
             set to -8 at the first step that has counts, because no block is near a lower one.
         weight: weight of the budget loss; 0 for none.
-        distil_weight: weight of the distillation loss, which goes on teaching the compressed branch the shares of blocks as the model
-            changes; 0 for none. `distil_compression` does so before training.
+        distil_weight: weight of the distillation loss, which keeps the compressed branch's estimates of shares up to date while the model
+            changes; 0 for none, None to leave that of the model. `distil_compression` trains them before training.
+        distil_queries: random queries of each row and layer that this loss uses; None to leave those of the model, 16 at first.
         temperature: at the beginning and the end, in nats; None to leave it.
         max_blocks: largest number of blocks per query after the last step; None for no limit.
 
@@ -74,7 +75,8 @@ class BudgetSchedule(TrainerCallback, ExportableState):
         start: float | None = None,
         rate: float = 0.3,
         weight: float = 0.0,
-        distil_weight: float = 0.0,
+        distil_weight: float | None = None,
+        distil_queries: int | None = None,
         temperature: tuple[float, float] | None = (1.0, 0.1),
         max_blocks: int | None = None,
     ) -> None:
@@ -82,7 +84,10 @@ class BudgetSchedule(TrainerCallback, ExportableState):
         check_size("steps", steps)
         check_number("rate", rate, at_least=0)
         check_number("weight", weight, at_least=0)
-        check_number("distil_weight", distil_weight, at_least=0)
+        if distil_weight is not None:
+            check_number("distil_weight", distil_weight, at_least=0)
+        if distil_queries is not None:
+            check_size("distil_queries", distil_queries)
         if start is not None:
             check_number("start", start, above=0)
         if temperature is not None:
@@ -95,7 +100,7 @@ class BudgetSchedule(TrainerCallback, ExportableState):
             if max_blocks < target:
                 raise ValueError(f"max_blocks must be at least target, {target}, got {max_blocks}.")
         self.target, self.steps, self.rate, self.weight, self.max_blocks = target, steps, rate, weight, max_blocks
-        self.temperature, self.distil_weight = temperature, distil_weight
+        self.temperature, self.distil_weight, self.distil_queries = temperature, distil_weight, distil_queries
         self.start = self._given_start = 64.0 if start is None and weight > 0 else start
         self._core: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the first of the model that is in training
         self._gap, self._growth = 0.0, 1.0
@@ -140,11 +145,10 @@ class BudgetSchedule(TrainerCallback, ExportableState):
             if rows and (self.rate or self.weight):
                 wanted = self.target_at(step) - (blocks - far)
                 price = max(price, FIRST_PRICE) + self._move(math.log(max(far, LEAST_FAR) / max(wanted, LEAST_FAR)))
-        options: dict[str, Any] = {
-            "budget_weight": self.weight,
-            "distil_weight": self.distil_weight,
-            "prices": (),
-        }  # those of an earlier calibration no longer hold
+        options: dict[str, Any] = {"budget_weight": self.weight}
+        options["prices"] = ()  # those of an earlier calibration no longer hold
+        given = {"distil_weight": self.distil_weight, "distil_queries": self.distil_queries}
+        options |= {name: value for name, value in given.items() if value is not None}
         if (temperature := self.temperature_at(step)) is not None:
             options["temperature"] = temperature
         if self.max_blocks is not None and step >= self.steps:
@@ -231,6 +235,11 @@ class BudgetSchedule(TrainerCallback, ExportableState):
             raise InputError(f"target of BudgetSchedule must be at least {forced}, the forced blocks, got {self.target}.")
         if self._given_start is not None and self._given_start < forced:
             raise InputError(f"start of BudgetSchedule must be at least {forced}, the forced blocks, got {self._given_start}.")
+        if self.distil_weight and not all(core.estimate_parameters() for core in found):
+            raise InputError(
+                "distil_weight of BudgetSchedule must be 0 for a model without learnable_compression or compress_query, got "
+                f"{self.distil_weight}."
+            )
         self._checked.add(model)
         stay = sum(frozen((core.base, core.slope)) for core in found)
         if stay and self.weight > 0:
@@ -239,8 +248,8 @@ class BudgetSchedule(TrainerCallback, ExportableState):
                 f"{remedy(model, PART)}.",
                 stacklevel=3,
             )
-        stay = sum(frozen(core.estimating().values()) for core in found)
-        if stay and self.distil_weight > 0:
+        stay = sum(frozen(core.estimate_parameters().values()) for core in found)
+        if stay and self.distil_weight:
             warnings.warn(
                 f"compressed keys of {stay} of {len(found)} layers require no gradient, so the distillation loss does not change them; "
                 f"{remedy(model, PART)}.",
@@ -267,7 +276,7 @@ class BudgetSchedule(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a Trainer saves with a checkpoint."""
-        names = ("target", "steps", "rate", "weight", "distil_weight", "temperature", "max_blocks")
+        names = ("target", "steps", "rate", "weight", "distil_weight", "distil_queries", "temperature", "max_blocks")
         args = {"start": self._given_start, **{name: getattr(self, name) for name in names}}
         return {"args": args, "attributes": {"_gap": self._gap, "_growth": self._growth}}
 
@@ -285,7 +294,7 @@ class BudgetSchedule(TrainerCallback, ExportableState):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None
-        if (self.weight > 0 or self.distil_weight > 0) and not loss_was_taken(model):
+        if (self.weight > 0 or next(cores(model)).options.distil_weight > 0) and not loss_was_taken(model):
             name = "budget loss" if self.weight > 0 else "distillation loss"
             raise RuntimeError(
                 f"the loss of this step does not include the {name}. A model adds it only if it gets labels, and with "

@@ -1,4 +1,4 @@
-"""Shares of blocks in an attention, written out for some queries of one text: true ones, and those that compressed keys estimate.
+"""Texts of a batch, and true shares of their blocks in an attention, written out for some queries.
 
 T queries, H query heads, K key/value heads, G = H / K, D head dim, n positions of the text, NB key blocks
 """
@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...nn.dyn_nsa_options import DynNSAOptions
-from ...nn.share_distillation import Scores, key_shares
+from ...nn.block_shares import Scores, key_shares
 
 ELEMENTS = 2**23  # of the largest tensor of a chunk of queries
 CHUNK = 128  # queries of a chunk at most: it reads no key after its last query
@@ -40,37 +39,9 @@ def sequences_of(
     yield from (Sequence(row, begin, end, 0) for row, (begin, end) in enumerate(zip(starts, ends, strict=True)) if end > begin)
 
 
-def kinds_of_blocks(place: Tensor, length: int, options: DynNSAOptions) -> tuple[Tensor, Tensor]:
-    """Which blocks of a sequence a query at each place may leave out, (t, NB), and how many it reads anyway, (t,)."""
-    own = place // options.block_size
-    block = torch.arange(-(-length // options.block_size), device=place.device)
-    forced = (block < options.forced_first) | (block > own[:, None] - options.forced_local)
-    far = (block < own[:, None]) & ~forced
-    return far, (own + 1).clamp(max=options.forced)
-
-
 def drawn(most: int, least: int, number: int, generator: torch.Generator) -> Tensor:
     """At most `number` of the places least … most - 1, in order."""
     return torch.randperm(most - least, generator=generator)[:number].sort().values + least
-
-
-def block_shares(query: Tensor, keys: Tensor, place: Tensor, length: int, options: DynNSAOptions, scores: Scores) -> Tensor:
-    """Estimated share of each block in the attention of each query head, (K, G, t, NB).
-
-    Args:
-        query: (t, H, D), as the compressed branch has it. keys: (M, K, D), compressed keys of the sequence. place: (t,) of the queries.
-        length: positions of the sequence.
-    """
-    ratio, blocks = options.block_size // options.compress_size, -(-length // options.block_size)
-    whole = length // options.compress_size
-    shares = compressed_shares(query, keys[:whole], place, options, scores)
-    return torch.nn.functional.pad(shares, (0, blocks * ratio - whole)).unflatten(-1, (blocks, ratio)).sum(-1)
-
-
-def compressed_shares(query: Tensor, keys: Tensor, place: Tensor, options: DynNSAOptions, scores: Scores) -> Tensor:
-    """Share of each compressed key in the attention of each query head, (K, G, t, M): of those that end by the query's place."""
-    visible = (torch.arange(len(keys), device=place.device) + 1) * options.compress_size <= place[:, None] + 1
-    return key_shares(query, keys, visible, scores)
 
 
 def chunks(place: Tensor, num_heads: int) -> Iterator[tuple[Tensor, int]]:
