@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyonn import ops, reference
+from tinyonn.nn.dyn_nsa import forced_counts
+from tinyonn.nn.dyn_nsa_options import DynNSAOptions
 from tinyonn.testing import assert_close_rms
 from tinyonn.testing.timing import Comparison, peak_megabytes
 
@@ -25,7 +27,6 @@ OURS = "dyn_nsa"
 BOTH = "forward + backward"
 CHECKED = 16  # number of last rows that are compared with the oracle
 LIMITS = {torch.float32: (1e-5, 4e-5), torch.bfloat16: (1e-2, 2e-2)}  # limits for outputs and gradients
-BLOCK_SIZE, FORCED = 64, 3  # defaults of the op
 GOAL = "best SDPA >= 3x whole; FlashAttention-2 >= 6x forward and >= 7x backward, at 65536"
 MEMORY_GOAL = 1.5
 BACKENDS = {
@@ -107,11 +108,11 @@ class Setting:
     def realised(self) -> dict[str, Any]:
         with torch.no_grad():
             found = ops.dyn_nsa(*self.leaves.values(), **self.options)
-        counts, forced = found.counts.float(), torch.arange(found.counts.shape[1], device=found.counts.device) // BLOCK_SIZE + 1
-        far = (counts - forced.clamp(max=FORCED)[None, :, None]).mean()
+        counts = found.counts.float()
+        far = counts - forced_counts(DynNSAOptions(), counts.shape[1], counts.shape[1], counts.device)
         return {
             "mean blocks a row": round(counts.mean().item(), 2),
-            "far blocks a row": round(far.item(), 2),
+            "far blocks a row": round(far.mean().item(), 2),
             "most blocks a row": int(counts.max().item()),
             "overflowing rows": round(found.overflow.item(), 3),
         }
@@ -183,7 +184,9 @@ def against_dense_attention(
 ) -> None:
     setting = Setting(tokens, choices, heads, kv_heads, dim, getattr(torch, dtype), device)
     ours, peers = setting.ours(), setting.dense()
-    notes = {"goal": GOAL, **setting.realised(), **(predicted("dyn_nsa", (tokens, heads, kv_heads, dim)) if device == "cuda" else {})}
+    notes = {"goal": GOAL, **setting.realised()}
+    if device == "cuda" and setting.options["max_blocks"] == BLOCKS:
+        notes |= predicted("dyn_nsa", (tokens, heads, kv_heads, dim))
     result = compare(
         f"dyn_nsa, {tokens} tokens, {heads}/{kv_heads} heads, D {dim}, {choices}, {dtype}, {device}",
         {**ours, **peers},

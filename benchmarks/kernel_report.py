@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/kernel_report.py              a table for sm_90, in a minute or two
     .venv/bin/python benchmarks/kernel_report.py --write      docs/kernels.json and docs/kernels.md, for sm_80, sm_90 and sm_100
-    .venv/bin/python benchmarks/kernel_report.py --check      in seconds: whether they are of these sources
+    .venv/bin/python benchmarks/kernel_report.py --check      whether these files are up to date, in seconds
 
 Each op of `goals` runs on tensors without data. The report compiles the default configuration of each kernel that it launches, reads the
 machine code, and sets it against the work that the mathematics needs (`kernel_work.py`):
@@ -35,6 +35,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
+import triton
 from kernel_rates import (
     ISSUE_OF_A_WARP,
     LAUNCH,
@@ -50,6 +51,7 @@ from kernel_rates import (
 )
 from kernel_report_page import page, tables
 from kernel_work import WORK, Launch, Work, lists_of_text
+from predicted import GOALS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -64,7 +66,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def dyn_nsa_results(tokens: int = 65536, heads: int = 64, kv_heads: int = 4, dim: int = 128) -> tuple[Any, ...]:
+def dyn_nsa_results() -> tuple[Any, ...]:
+    tokens, heads, kv_heads, dim = GOALS["dyn_nsa"]
     from tinyonn.ops.nsa._triton_dyn_nsa import dyn_nsa_forward
     from tinyonn.ops.nsa._tuples import DynNSAInputs, DynNSANumbers
 
@@ -86,7 +89,8 @@ def dyn_nsa_backward(inputs: Any, options: Any, found: Any) -> None:
     dyn_nsa_backward(inputs._replace(tau=found.own_tau), saved, options, (None, None, None))
 
 
-def expert_results(tokens: int = 16384, features: int = 1024, experts: int = 1024, neurons: int = 64, slots: int = 8) -> tuple[Any, ...]:
+def expert_results() -> tuple[Any, ...]:
+    tokens, features, experts, neurons, slots = GOALS["expert_mlp"]
     from tinyonn.ops.experts._triton_experts import experts_forward
     from tinyonn.ops.experts._tuples import Inputs, Layout
 
@@ -305,19 +309,19 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--write", action="store_true", help="write docs/kernels.json and docs/kernels.md, of all ops and architectures")
-    parser.add_argument("--check", action="store_true", help="fail if docs/kernels.json is of other sources")
+    parser.add_argument("--check", action="store_true", help="exit with 3 if docs/kernels.json is out of date")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.check:
         if found := stale(goals(), DOCS / "kernels.json"):
-            parser.exit(1, f"docs/kernels.json is not of these sources of {', '.join(found)}: run `make kernels`\n")
+            parser.exit(3, f"docs/kernels.json is out of date for {', '.join(found)}; run `make kernels`\n")
         return
     ops = {name: call for name, call in goals().items() if options.write or any(name.startswith(begin) for begin in options.op)}
     if not ops:
         parser.error(f"--op must be the beginning of one of {', '.join(goals())}, got {' '.join(options.op)}.")
     archs = ARCHS if options.write else options.arch
     rows, rest = report(ops, archs, options.processes)
-    figures = json.dumps({"kernels": [asdict(row) for row in rows], "pytorch": rest}, indent=1) + "\n"
+    figures = json.dumps({"triton": triton.__version__, "kernels": [asdict(row) for row in rows], "pytorch": rest}, indent=1) + "\n"
     if options.write:
         (DOCS / "kernels.json").write_text(figures, encoding="utf-8")
         (DOCS / "kernels.md").write_text("\n".join(page(rows, rest)) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Predicted times of docs/kernels.json, for rows of benchmarks at the shape of a goal: measurements beside them tell which is wrong."""
+"""Predicted times of docs/kernels.json, for rows of benchmarks at the shape of a goal, to compare with the measurement."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "kernels.json"
-GOALS = {"dyn_nsa": (65_536, 64, 4, 128), "expert_mlp": (16_384, 1024, 1024, 64, 8)}  # shapes of `kernel_report.goals`
+GOALS = {"dyn_nsa": (65_536, 64, 4, 128), "expert_mlp": (16_384, 1024, 1024, 64, 8)}  # as the arguments of a goal in kernel_report.py
+NAMES = {80: "A100", 90: "H100", 100: "B200"}
 
 
 @cache
@@ -37,7 +38,7 @@ def predicted(op: str, shape: tuple[int, ...], arch: int | None = None) -> dict[
     notes: dict[str, dict[str, float]] = {}
     for name, (first, second) in sums.items():
         if name.startswith(f"{op} "):
-            own = notes.setdefault("predicted ms", {})
+            own = notes.setdefault(f"predicted ms, {NAMES[arch]}", {})
             part = name.removeprefix(f"{op} ")
             own[part] = round(first, 2)
             if second != first:

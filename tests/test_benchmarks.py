@@ -274,12 +274,12 @@ def test_rows_at_a_goal_have_their_prediction(monkeypatch):
     import predicted
 
     page = (FOLDER.parent / "docs" / "kernels.md").read_text()
-    notes = predicted.predicted("dyn_nsa", (65536, 64, 4, 128), 90)["predicted ms"]
+    notes = predicted.predicted("dyn_nsa", (65536, 64, 4, 128), 90)["predicted ms, H100"]
     assert set(notes) == {"forward", "forward, lists as in text", "backward", "backward, lists as in text"}
     for part in ("forward", "backward"):
         first, second = notes[part], notes[f"{part}, lists as in text"]
         assert f"### dyn_nsa {part}, H100: {first:.2f} ms predicted; {second:.2f} ms with lists as in text" in page
-    experts = predicted.predicted("expert_mlp", (16384, 1024, 1024, 64, 8), 90)["predicted ms"]
+    experts = predicted.predicted("expert_mlp", (16384, 1024, 1024, 64, 8), 90)["predicted ms, H100"]
     assert set(experts) == {"forward", "backward, with surprise"}
     assert predicted.predicted("dyn_nsa", (4096, 64, 4, 128), 90) == {}
     assert predicted.predicted("dyn_nsa", (65536, 64, 4, 128), 75) == {}

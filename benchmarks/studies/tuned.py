@@ -182,6 +182,9 @@ class Run:
             if schedule is not None:
                 schedule.load_state_dict(begin["schedule"])
         first = 0 if begin is None else begin["step"]
+        if schedule is not None and begin is not None:
+            torch.set_rng_state(begin["random"].cpu())
+            schedule.apply(self.model, first)  # the temperature is no part of the state
         self.model.train()
         for step in range(first, settings.steps):
             share = min(1.0, (step + 1) / 4) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / settings.steps)))
@@ -266,7 +269,8 @@ class Run:
         own = {name: value for name, value in self.model.state_dict().items() if "lora_" in name or "dyn_nsa" in name}
         controller = None if schedule is None else schedule.state_dict()
         state = {
-            "settings": asdict(self.settings), "step": step, "model": own, "optimizer": optimizer.state_dict(), "schedule": controller
+            "settings": asdict(self.settings), "step": step, "model": own, "optimizer": optimizer.state_dict(), "schedule": controller,
+            "random": torch.get_rng_state(),
         }  # fmt: skip
         _save(self._path(), state)
 

@@ -11,6 +11,7 @@ Results are kept in Triton's cache folder for later processes. A trial of a kern
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ class Choice(NamedTuple):
     Attributes:
         kernel: its name.
         configuration: the fastest one.
-        tried: configurations that were timed; 0 if an earlier process timed them.
+        tried: configurations that were tried, with those that did not compile; 0 if an earlier process tried them.
     """
 
     kernel: str
@@ -44,8 +45,14 @@ class Choice(NamedTuple):
     tried: int
 
 
+class Choices(list[Choice]):
+    """What launches settle on for the first time in this process, and how many launches there were, of all tuned kernels."""
+
+    launches = 0
+
+
 _forced: int | None = None
-_choices: list[Choice] | None = None
+_choices: Choices | None = None
 _arch: int | None = None
 _launched: dict[str, list[str]] = {}
 
@@ -91,7 +98,7 @@ class TunedKernel(Autotuner):
     """A kernel with its table. Triton's key contains only names of arguments, so this class keeps the results of trials apart.
 
     Attributes:
-        caches: results of trials, by size class and architecture.
+        caches: results of trials, by size class, length of block lists, softcap and architecture.
     """
 
     def __init__(self, fn: Any, table: Table, key: list[str], changed: tuple[str, ...]) -> None:
@@ -100,8 +107,9 @@ class TunedKernel(Autotuner):
         pruned = {"early_config_prune": self._pruned}
         super().__init__(fn, fn.arg_names, placeholders, key, None, None, prune_configs_by=pruned, cache_results=True)
         self.table, self.changed = table, [fn.arg_names.index(name) for name in changed]
-        self.caches: defaultdict[tuple[int, int], dict[Any, triton.Config]] = defaultdict(dict)
-        self.size, self.arch, self.tried = 0, DEFAULT_ARCH, 0
+        self.slots = fn.arg_names.index("num_slots") if "num_slots" in fn.arg_names else None
+        self.caches: defaultdict[tuple[int, ...], dict[Any, triton.Config]] = defaultdict(dict)
+        self.kind, self.arch, self.tried = (0, 0, False), DEFAULT_ARCH, 0
         self._offered: dict[tuple[tuple[str, Any], ...], list[triton.Config]] = {}
 
     def offered(self, constants: dict[str, Any], arch: int) -> list[triton.Config]:
@@ -116,12 +124,16 @@ class TunedKernel(Autotuner):
         return self.offered({name: value for name, value in constants.items() if name in self.arg_names}, self.arch)  # without the grid
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        self.size, self.arch = size_class(args[0]), architecture(args[0])
-        self.cache = self.caches[self.size, self.arch]
+        # Triton's key has no sizes. Lists of many blocks want other tiles than short ones, and a softcap takes registers.
+        slots = args[self.slots] if self.slots is not None else 0
+        self.kind = size_class(args[0]), slots.bit_length(), kwargs.get("CAP", 0.0) > 0
+        self.arch = architecture(args[0])
+        self.cache = self.caches[*self.kind, self.arch]
         known, self.tried = len(self.cache), 0
         result = super().run(*args, **kwargs)
         if _choices is not None and len(self.cache) > known:
-            _choices.append(Choice(self.base_fn.__name__.strip("_"), str(self.best_config), self.tried))
+            name = self.base_fn.__name__.strip("_").removesuffix("_kernel")
+            _choices.append(Choice(name, str(self.best_config), self.tried))
         return result
 
     def warmup(self, *args: Any, **kwargs: Any) -> Any:
@@ -139,8 +151,14 @@ class TunedKernel(Autotuner):
         return super()._bench(*given, config=config, **meta)
 
     def check_disk_cache(self, tuning_key: Any, configs: list[triton.Config], bench_fn: Callable[[], None]) -> bool:
-        key = (*tuning_key, f"size {self.size}")
-        hit = bool(super().check_disk_cache(key, configs, bench_fn))
+        key = (*tuning_key, f"kind {self.kind}")
+        try:
+            hit = bool(super().check_disk_cache(key, configs, bench_fn))
+        except (OSError, ValueError, KeyError, TypeError) as error:  # a folder that cannot be written, or a damaged file
+            warnings.warn(f"results of trials are not kept: {type(error).__name__}: {error}", stacklevel=2)
+            if tuning_key not in self.cache:
+                bench_fn()
+            return False
         if hit:
             self.cache[tuning_key] = self.cache.pop(key)
         return hit
@@ -152,10 +170,10 @@ def tuned(table: Table, key: list[str], changed: tuple[str, ...] = ()) -> Callab
 
 
 @contextmanager
-def choices() -> Iterator[list[Choice]]:
-    """Within this context, the list that it yields grows by what each launch settles on for the first time in this process."""
+def choices() -> Iterator[Choices]:
+    """Within this context, launches are noted in what it yields."""
     global _choices
-    before, found = _choices, []
+    before, found = _choices, Choices()
     _choices = found
     try:
         yield found
@@ -181,6 +199,8 @@ def forced(number: int) -> Iterator[dict[str, list[str]]]:
 
 def launch(kernel: TunedKernel, grid: Callable[[dict[str, Any]], tuple[int, ...]], *args: Any, **constants: Any) -> None:
     """Runs a `tuned` kernel. For tensors without data, compiles every configuration instead, or the one that `forced` selects."""
+    if _choices is not None:
+        _choices.launches += 1
     run: Any = kernel.fn[grid]
     if args[0].is_meta:
         if _forced is None:

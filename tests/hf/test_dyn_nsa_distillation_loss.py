@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache, Trainer, TrainingArguments
 
 from tinyonn.errors import InputError
 from tinyonn.hf import BudgetSchedule, convert_attention
@@ -97,6 +98,40 @@ def gradients(model: PreTrainedModel, x: Tensor, **inputs: Any) -> dict[str, Ten
     torch.manual_seed(3)  # of the places that are drawn
     model(x, labels=x, **inputs).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "after a prefix"])
+def test_a_cache_in_training_keeps_the_loss(cache):
+    x = token_ids(200, 1)
+    model = with_weight(converted(), 0.5, queries=180 if cache == "after a prefix" else 200)  # all that a call has
+    if cache == "after a prefix":
+        model.eval()
+        before = model(x[:, :20], use_cache=True).past_key_values
+        model.train()
+        model(x[:, 20:], past_key_values=before)
+    else:
+        kept = StaticCache(config=model.config, max_cache_len=256) if cache == "static" else DynamicCache(config=model.config)
+        model(x, past_key_values=kept, use_cache=True)
+    # Queries of the first three blocks read all of them, so the prefix has none that counts.
+    assert collected_budget_loss(model).item() == pytest.approx(0.5 * divergence(model, x[0]), rel=1e-3)
+
+
+def test_a_copy_has_no_losses_of_the_last_forward():
+    model, x = with_weight(converted(), 0.5), token_ids(200, 1)
+    model(x)
+    other = copy.deepcopy(model)
+    assert [core.collected for core in cores(other)] == [[], []]
+    assert collected_budget_loss(model) > 0
+
+
+def test_reentrant_checkpointing_would_lose_it_in_any_layer_and_is_refused():
+    model, x = with_weight(converted(), 0.5), token_ids(200, 1)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    for parameter in next(cores(model)).parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="the distillation loss has no gradient; gradient checkpointing needs use_reentrant=False"):
+        model(x, labels=x)
 
 
 def test_only_the_estimate_learns_from_it():

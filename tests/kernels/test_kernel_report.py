@@ -147,6 +147,11 @@ def test_report_of_the_statistics(tmp_path):
 
 def test_the_page_is_of_these_kernels(tmp_path):
     """And a page of others is found."""
+    import triton
+
+    written = json.loads((ROOT / "docs" / "kernels.json").read_text())["triton"]
+    if triton.__version__ != written:
+        pytest.skip(f"docs/kernels.json is of triton {written}, here is {triton.__version__}")
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONSAFEPATH")}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
 
@@ -163,8 +168,8 @@ def test_the_page_is_of_these_kernels(tmp_path):
     rows["kernels"][3]["source"] = "another"
     (tmp_path / "docs" / "kernels.json").write_text(json.dumps(rows))
     done = check(tmp_path / "benchmarks")
-    assert done.returncode == 1
-    assert f"docs/kernels.json is not of these sources of {rows['kernels'][3]['kernel']}: run `make kernels`" in done.stderr
+    assert done.returncode == 3
+    assert f"docs/kernels.json is out of date for {rows['kernels'][3]['kernel']}; run `make kernels`" in done.stderr
 
 
 def test_lists_of_text_are_shorter_together(work):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -199,11 +200,11 @@ def test_a_launch_uses_the_table_of_its_architecture():
     assert seen[-1] == 128
 
 
-def test_later_processes_need_no_trial(trials, monkeypatch, tmp_path):
+@pytest.fixture
+def in_a_new_process(monkeypatch, tmp_path) -> Callable[..., str]:
+    """Runs a window of so many tokens with caches as a new process has them, and names the configuration that was chosen."""
     import triton
     from triton.backends.compiler import GPUTarget
-
-    from tinyonn_kernels import _tune
 
     class Driver:
         @staticmethod
@@ -218,20 +219,25 @@ def test_later_processes_need_no_trial(trials, monkeypatch, tmp_path):
         active = Driver
 
     monkeypatch.setattr(triton.runtime.autotuner, "driver", Drivers)
-    interpreted = tuned_kernels()["_interval_fwd_kernel"].fn
-    monkeypatch.setattr(triton.runtime.autotuner, "JITFunction", type(interpreted))
-    monkeypatch.setattr(interpreted, "cache_key", "source", raising=False)
-    ran = trials(True)  # the last configuration wins
+    kernel = tuned_kernels()["_interval_fwd_kernel"]
+    monkeypatch.setattr(triton.runtime.autotuner, "JITFunction", type(kernel.fn))
+    monkeypatch.setattr(kernel.fn, "cache_key", "source", raising=False)
 
-    def in_a_new_process(tokens: int) -> str:
-        kernel = tuned_kernels()["_interval_fwd_kernel"]
+    def run(tokens: int, folder: Path = tmp_path) -> str:
         monkeypatch.setattr(kernel, "caches", defaultdict(dict))
         monkeypatch.setattr(kernel, "cache_results", True)
         with triton.knobs.cache.scope():
-            triton.knobs.cache.dir = str(tmp_path)
+            triton.knobs.cache.dir = str(folder)
             window(tokens)
         return str(kernel.best_config)
 
+    return run
+
+
+def test_later_processes_need_no_trial(trials, monkeypatch, in_a_new_process):
+    from tinyonn_kernels import _tune
+
+    ran = trials(True)  # the last configuration wins
     first = in_a_new_process(20)
     assert len(ran) == 2
     assert "ROWS: 64" in first  # not the first of the table
@@ -240,6 +246,23 @@ def test_later_processes_need_no_trial(trials, monkeypatch, tmp_path):
     monkeypatch.setattr(_tune, "SMALL_BITS", 9)
     in_a_new_process(33)  # another size class
     assert len(ran) == 4
+
+
+def test_a_cache_folder_that_fails_costs_only_trials(trials, in_a_new_process, tmp_path):
+    ran = trials(True)
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="results of trials are not kept: NotADirectoryError"):
+        first = in_a_new_process(20, tmp_path / "file" / "below")
+    assert (len(ran), "ROWS: 64" in first) == (2, True)
+    good = tmp_path / "good"
+    in_a_new_process(20, good)
+    (damaged,) = good.glob("*/*.autotune.json")
+    for content in ("{", "", '{"configs_timings": []}', "[]"):
+        damaged.write_text(content)
+        before = len(ran)
+        with pytest.warns(UserWarning, match="results of trials are not kept"):
+            assert in_a_new_process(20, good) == first
+        assert len(ran) == before + 2
 
 
 def test_a_trial_adds_to_an_empty_tensor_of_the_same_layout(trials, monkeypatch):
@@ -268,21 +291,28 @@ def converted(**options: Any) -> Any:
 @pytest.mark.slow
 def test_a_model_is_tuned_at_each_length_and_stays_as_it_is(trials, monkeypatch):
     from tinyonn.hf import tune_kernels, tuning
-    from tinyonn.hf.dyn_nsa import statistics
+    from tinyonn.hf.dyn_nsa import BudgetSchedule, statistics
+    from tinyonn.hf.dyn_nsa.parts import loss_was_taken, take_counts
 
     monkeypatch.setattr(tuning, "check_gpu", lambda device: None)
     trials(True)
     model = converted().eval()
+    BudgetSchedule(8.0, 10, weight=0.1).apply(model, 0)  # counts from here on
+    assert take_counts(model) == (0, 0, 0)
+    random = torch.get_rng_state()
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     steps: list[int] = []
-    found = tune_kernels(model, [40, 70], progress=steps.append)
-    assert steps == [40, 70]
-    assert {one.kernel for one in found} == {name.strip("_") for name in TRIED}
-    assert {one.tokens for one in found} == {40}  # 70 tokens are of the same class of size
+    found = tune_kernels(model, [40, 45], progress=steps.append)
+    assert steps == [40, 45]
+    assert {one.kernel for one in found} == {name.strip("_").removesuffix("_kernel") for name in TRIED}
+    assert {one.tokens for one in found} == {40}  # 45 tokens are of the same size class, and have as many blocks
     assert all(one.tried > 1 and "num_warps" in one.configuration for one in found)
     assert tune_kernels(model, [40]) == []
     assert not model.training
+    assert take_counts(model) == (0, 0, 0)
+    assert not loss_was_taken(model)
+    assert torch.equal(torch.get_rng_state(), random)
     assert (next(model.parameters()).grad == 1).all()
     assert sum(parameter.grad is not None for parameter in model.parameters()) == 1
     for name, value in model.state_dict().items():
@@ -296,7 +326,7 @@ def test_without_backward_only_forward_is_tuned(trials, monkeypatch):
     monkeypatch.setattr(tuning, "check_gpu", lambda device: None)
     trials(False)
     found = tune_kernels(converted().requires_grad_(False), [40], backward=False)
-    assert {one.kernel for one in found} == {"interval_fwd_kernel", "block_sparse_fwd_kernel"}
+    assert {one.kernel for one in found} == {"interval_fwd", "block_sparse_fwd"}
 
 
 def test_the_command_prints_what_it_found(trials, monkeypatch, tmp_path, capsys):
@@ -314,16 +344,17 @@ def test_the_command_prints_what_it_found(trials, monkeypatch, tmp_path, capsys)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["kernel", "tokens", "tried", "configuration"]
     rows = [line.split() for line in lines[1 : lines.index("")]]
-    assert {row[0] for row in rows} == {"interval_fwd_kernel", "block_sparse_fwd_kernel"}
+    assert {row[0] for row in rows} == {"interval_fwd", "block_sparse_fwd"}
     assert all(row[1] == "40" and int(row[2]) > 1 for row in rows)
     assert lines[-1].startswith("Tuned in ")
     assert run(command) == 0  # all is known
-    assert "No kernel had anything to try" in capsys.readouterr().out
+    assert "Nothing to tune: each kernel has one configuration" in capsys.readouterr().out
 
 
 def test_what_cannot_be_tuned_is_told(monkeypatch):
     from tinyonn.errors import InputError
     from tinyonn.hf import tune_kernels, tuning
+    from tinyonn.testing import tiny_causal_lm
 
     model = converted()
     if not torch.cuda.is_available():
@@ -331,12 +362,45 @@ def test_what_cannot_be_tuned_is_told(monkeypatch):
             tune_kernels(model)
     monkeypatch.setattr(tuning, "check_gpu", lambda device: None)
     with pytest.raises(InputError, match="must have a weight that requires a gradient to tune backward"):
-        tune_kernels(model.requires_grad_(False))
+        tune_kernels(model.requires_grad_(False), [40])
+    with pytest.raises(InputError, match="model must have attention or experts of tinyonn that run on its kernels, got none"):
+        tune_kernels(tiny_causal_lm("llama"), [40])
     with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
         tune_kernels(model, [0])
+    with pytest.raises(InputError, match="tokens must be at most the 512 positions of the model, got 4,096"):
+        tune_kernels(model)
+    with pytest.raises(ValueError, match="batch times tokens must be at most 2,147,483,647"):
+        tune_kernels(model, [512], batch=10**9)
+    with pytest.raises(TypeError, match="tokens must be an iterable of ints, got int"):
+        tune_kernels(model, 64)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model must be a transformers model, got Linear"):
+        tune_kernels(torch.nn.Linear(3, 3), [32])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="model must have a language head, got LlamaModel"):
+        tune_kernels(converted().model, [32])
     torch.use_deterministic_algorithms(True)
     try:
         with pytest.raises(InputError, match="use_deterministic_algorithms must be off"):
-            tune_kernels(model)
+            tune_kernels(model, [40])
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_longer_lists_and_a_softcap_are_tried_apart(trials):
+    """Tables depend on both, and results stay: lists of all blocks must not choose for short ones."""
+    ran = trials(False)
+    query, key = (torch.randn(1, 96, 1, 16, generator=torch.Generator().manual_seed(seed)).half().to(DEVICE) for seed in (0, 1))
+
+    def read(slots: int, softcap: float | None = None) -> None:
+        indices = torch.zeros(1, 96, 1, slots, dtype=torch.int32, device=DEVICE)
+        counts = torch.ones(1, 96, 1, dtype=torch.int32, device=DEVICE)
+        ops.block_sparse_attention(query, key, key, indices, counts, block_size=32, softcap=softcap, impl="triton")
+
+    read(2)
+    once = len(ran)
+    assert once > 1
+    read(3)
+    assert len(ran) == once  # of the same class
+    read(4)
+    assert len(ran) == 2 * once
+    read(2, 20.0)
+    assert len(ran) > 2 * once

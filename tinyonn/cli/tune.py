@@ -21,7 +21,8 @@ def tune(
     """Find the fastest configurations of the kernels that a model uses on this GPU, and keep them.
 
     Triton compiles a kernel when it first runs, and tries several configurations for each kind and size of input. This command does so
-    ahead of training, with random tokens. Later processes find the results in Triton's cache folder.
+    ahead of training, with random tokens. Later processes find the results in Triton's cache folder. Calibrate the model first: the fastest
+    configuration depends on how many key blocks a query reads.
     """
     from ..hf import tuning
     from ..hf.loading import load_config, load_model, resolve_device, resolve_dtype, resolve_model
@@ -42,13 +43,8 @@ def tune(
         )
     took = screen.duration(time.monotonic() - begin)
     if not found:
-        print(f"No kernel had anything to try ({took}). Attention and experts of tinyonn run in a model that is converted.")
+        print(f"Nothing to tune: each kernel has one configuration for these inputs, or was tuned in this process ({took}).")
         return
-    print(
-        screen.columns(
-            ("kernel", "tokens", "tried", "configuration"),
-            [(k.kernel, screen.number(k.tokens), k.tried, k.configuration) for k in found],
-            right=(1, 2),
-        )
-    )
+    lines = [(one.kernel, screen.number(one.tokens), one.tried, one.configuration) for one in found]
+    print(screen.columns(("kernel", "tokens", "tried", "configuration"), lines, right=(1, 2)))
     print(f"\nTuned in {took}; later processes use what was found.")

@@ -20,7 +20,7 @@ from .dyn_nsa import (
     statistics,
 )
 from .interfaces import register_attention
-from .tuning import TunedKernel, tune_kernels
+from .tuning import TuningResult, tune_kernels
 
 if TYPE_CHECKING:
     from .dyn_nsa.schedule import BudgetSchedule
@@ -29,7 +29,7 @@ install()
 
 __all__ = [
     "BudgetSchedule",
-    "TunedKernel",
+    "TuningResult",
     "calibrate",
     "calibrate_experts",
     "collected_budget_loss",

@@ -198,6 +198,9 @@ class DynNSACore(WideBuffers):
                 state_dict.setdefault(f"{prefix}{name}", torch.full_like(getattr(self, name), value, device="cpu"))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "collected": []}  # losses of the last forward, with their graph, are no part of a copy
+
     def _set_buffers(self) -> None:
         """Sets what no file holds, once, in a module that was made without data: `from_pretrained` leaves it as memory was."""
         if self._unset and not self.rows.is_meta:

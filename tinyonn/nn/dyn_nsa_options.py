@@ -13,6 +13,7 @@ from ..ops.nsa._checks import check_max_blocks, check_sizes, check_temperature
 from ..ops.nsa.dyn_nsa import Importance
 
 MAX_TEMPERATURE = 10.0  # with a higher one, the gates of an open model would not all be 1
+MAX_QUERIES = 65_536  # of a row, in the distillation loss
 MAX_THRESHOLD = 1e4  # nats, far beyond every importance; float16 holds it
 
 TauSource = Literal["attention", "output", "constant"]
@@ -43,7 +44,7 @@ class DynNSAOptions:
         budget_target: initial target of the budget loss, in key blocks per query; a schedule may change it.
         distil_weight: weight of the distillation loss, which trains the compressed branch to estimate each block's share of the attention;
             0 for none. `hf.distil_compression` does so before training.
-        distil_queries: random queries of each row that the distillation loss uses.
+        distil_queries: random queries of each row that the distillation loss uses, or of all rows together where sequences are packed.
         prices: pairs of far blocks per query and the price that reads them, from few blocks to many, as `hf.calibrate` found them.
         prices_forced: forced blocks per query in the sample of `prices`, fewer in short texts; None for `forced`, as in earlier versions.
         impl: implementation of `ops.dyn_nsa`.
@@ -82,6 +83,8 @@ class DynNSAOptions:
         check_number("budget_target", self.budget_target, above=0)
         check_number("distil_weight", self.distil_weight, at_least=0)
         check_size("distil_queries", self.distil_queries)
+        if self.distil_queries > MAX_QUERIES:
+            raise ValueError(f"distil_queries must be at most {MAX_QUERIES:,}, got {self.distil_queries}.")
         for name in ("detach_scores", "learnable_compression", "compress_query"):
             check_flag(name, getattr(self, name))
         if self.distil_weight and not (self.learnable_compression or self.compress_query):

@@ -22,13 +22,14 @@ from torch import Tensor
 from ..ops._dispatch import autocast_off
 from .block_compression import block_starts
 from .block_shares import Scores, block_shares, by_block, key_shares, kinds_of_blocks
+from .dyn_nsa_options import DynNSAOptions
 
 if TYPE_CHECKING:
     from .dyn_nsa import DynNSACore
 
 LEAST_SHARE = 1e-9  # lower bound of an estimated share before the logarithm
 LEAST_REST = 1e-6  # the same for the remaining share
-ELEMENTS = 2**23  # of the largest tensor of some queries
+AT_ONCE = 4  # queries of a row; their shares of all keys are the largest tensor
 
 
 def share_divergence(target: Tensor, estimate: Tensor) -> Tensor:
@@ -60,71 +61,76 @@ def sampled_divergence(
     """
     options, total = core.options, key.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
+    if query.shape[0] == 0 or query.shape[1] == 0:
+        return query.new_zeros((), dtype=wide), query.new_zeros((), dtype=torch.int64)
     query, key = query.detach(), key.detach()
+    compressed = core.compress_key(key, block_starts(total, options.compress_size, key_start, cu_seqlens))
+    row = torch.arange(query.shape[0], device=query.device)[:, None]
+    if cu_seqlens is None and key_start is not None:  # keys in order from the beginning of each text
+        key = key[row, (torch.arange(total, device=key.device) + key_start.long()[:, None]).clamp(max=total - 1)]
+    sums, pairs = query.new_zeros((), dtype=wide), query.new_zeros((), dtype=torch.int64)
     drawn, place = _drawn(options.distil_queries, query, total)
     begin, end = _bounds(place, total, key_start, key_end, cu_seqlens)
-    chosen = query[torch.arange(len(query), device=query.device)[:, None], drawn]
-    mapped = core.compressed_query(chosen)
-    mapped = chosen if mapped is None else mapped
-    compressed = core.compress_key(key, block_starts(total, options.compress_size, key_start, cu_seqlens))
-    sums, pairs = [], []
-    each = max(1, ELEMENTS // (query.shape[2] * max(1, total)))
-    with autocast_off(query):
-        for row in range(len(query)):
-            for part in torch.arange(place.shape[1], device=place.device).split(each):
-                at, first = place[row, part], begin[row, part]
-                queries = chosen[row, part].to(wide), mapped[row, part].to(wide)
-                keys = key[row].to(wide), compressed[row].to(wide)
-                target, estimate = _shares(core, queries, keys, at, first, scores, packed=cu_seqlens is not None)
-                far, _ = kinds_of_blocks(at - first, total, options)
-                counts = far.any(-1) & (at < end[row, part])
-                sums.append(torch.where(counts, share_divergence(target * far, estimate * far), 0).sum())
-                pairs.append(counts.sum() * query.shape[2])
-    return torch.stack(sums).sum(), torch.stack(pairs).sum()
+    for part in torch.arange(options.distil_queries, device=place.device).split(AT_ONCE):
+        at, first = place[:, part], begin[:, part]
+        chosen = query[row, drawn[:, part]]
+        mapped = core.compressed_query(chosen)
+        queries = chosen.to(wide), (chosen if mapped is None else mapped).to(wide)
+        with autocast_off(query):
+            shares = _shares if cu_seqlens is None else _packed_shares
+            target, estimate = shares(core.options, queries, (key.to(wide), compressed.to(wide)), at, first, scores)
+            far, _ = kinds_of_blocks(at - first, total, options)
+            counts = far.any(-1) & (at < end[:, part])
+            far = far[:, None, None]
+            divergence = share_divergence(target * far, estimate * far)
+            sums = sums + torch.where(counts[:, None, None], divergence, 0).sum()
+            pairs = pairs + counts.sum() * query.shape[2]
+    return sums, pairs
 
 
 def _shares(
-    core: DynNSACore,
-    queries: tuple[Tensor, Tensor],
-    keys: tuple[Tensor, Tensor],
-    at: Tensor,
-    first: Tensor,
-    scores: Scores,
-    *,
-    packed: bool,
+    options: DynNSAOptions, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], at: Tensor, first: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor]:
-    """True and estimated share of each block of the queries' texts, (K, G, t, NB) each.
+    """True and estimated share of each block of the queries' texts, (B, K, G, t, NB) each.
 
     Args:
-        queries: (t, H, D), as they are and as the compressed branch has them. keys: (Tk, K, D) and (M, K, D), the compressed ones.
-        at: (t,), positions of the queries. first: (t,), positions at which their texts begin; the same for all without `packed`.
+        queries: (B, t, H, D), as they are and as the compressed branch has them. keys: (B, Tk, K, D) and (B, M, K, D), the compressed ones;
+            both begin with the text.
+        at: (B, t), positions of the queries. first: (B, t), where their texts begin.
     """
-    options, total, size = core.options, len(keys[0]), core.options.compress_size
+    total, place = keys[0].shape[1], at - first
+    with torch.no_grad():
+        visible = torch.arange(total, device=at.device) <= place[..., None]
+        target = by_block(key_shares(queries[0], keys[0], visible, scores), options.block_size, total, options)
+    return target, block_shares(queries[1], keys[1], place, total, options, scores)
+
+
+def _packed_shares(
+    options: DynNSAOptions, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], at: Tensor, first: Tensor, scores: Scores
+) -> tuple[Tensor, Tensor]:
+    """As `_shares`, for texts that follow each other in a row; their blocks are added up by atomics on a GPU."""
+    total, size = keys[0].shape[1], options.compress_size
+    at, first = at[..., None], first[..., None]
     position = torch.arange(total, device=at.device)
-    if not packed:
-        with torch.no_grad():
-            own = keys[0][(position + first[:1]).clamp(max=total - 1)]
-            target = by_block(key_shares(queries[0], own, position <= (at - first)[:, None], scores), options.block_size, total, options)
-        return target, block_shares(queries[1], keys[1], at - first, total, options, scores)
-    at, first = at[:, None], first[:, None]
     with torch.no_grad():
         target = key_shares(queries[0], keys[0], (position >= first) & (position <= at), scores)
-        target = _scattered(target, (position - first) // options.block_size, total, options.block_size)
-    nth = torch.arange(len(keys[1]), device=at.device) - first // size  # number of a compressed key within the text
+        target = _scattered(target, (position - first) // options.block_size, total, options)
+    nth = torch.arange(keys[1].shape[1], device=at.device) - first // size  # number of a compressed key within the text
     estimate = key_shares(queries[1], keys[1], (nth >= 0) & ((nth + 1) * size <= at - first + 1), scores)
-    return target, _scattered(estimate, nth // (options.block_size // size), total, options.block_size)
+    return target, _scattered(estimate, nth // (options.block_size // size), total, options)
 
 
-def _scattered(shares: Tensor, block: Tensor, total: int, block_size: int) -> Tensor:
-    """Sums of shares, (K, G, t, n), over the blocks that the keys are in, (t, n): (K, G, t, NB). Keys before a text have share 0."""
-    blocks = -(-total // block_size)
-    return shares.new_zeros(*shares.shape[:-1], blocks).scatter_add(-1, block.clamp(0, blocks - 1).expand_as(shares), shares)
+def _scattered(shares: Tensor, block: Tensor, total: int, options: DynNSAOptions) -> Tensor:
+    """Sums of shares, (B, K, G, t, n), over the blocks of their keys, (B, t, n): (B, K, G, t, NB). Keys before a text have share 0."""
+    blocks = -(-total // options.block_size)
+    index = block.clamp(0, blocks - 1)[:, None, None].expand_as(shares)
+    return shares.new_zeros(*shares.shape[:-1], blocks).scatter_add(-1, index, shares)
 
 
 def _drawn(number: int, query: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Random queries of each row, in order, and their positions, (B, number) each."""
     batch, queries = query.shape[:2]
-    part = torch.arange(number, device=query.device) + torch.rand(batch, number, device=query.device)
+    part = torch.arange(number, device=query.device) + torch.rand(batch, number, device=query.device, dtype=torch.float32)
     drawn = (part * (queries / number)).long().clamp(max=queries - 1)
     return drawn, drawn + (total - queries)
 

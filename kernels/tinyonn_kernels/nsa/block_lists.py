@@ -85,11 +85,14 @@ class Tile(NamedTuple):
 
 
 def tile_of(query: Tensor, group: int) -> Tile:
-    """Tile of the query-outer kernels.
+    """Tile of the query-outer kernels: 64 rows if a warpgroup can multiply them, else 16 or the group.
+
+    Tiles of 64 rows need a GPU with warpgroups, half precision, D ≤ 128 and a G that is a power of 2 of at least 16. Otherwise registers
+    run out; small groups have enough queries in 16 rows.
 
     Args:
-        query: (B, T, H, D). Wide tiles have no registers left for float32, for D above 128, or for divisions by a group that is no power
-            of 2. Small groups keep 16 rows.
+        query: (B, T, H, D).
+        group: query heads of a key/value head, G.
     """
     wide = group >= MATRIX_ROWS and group & (group - 1) == 0 and query.element_size() == 2 and query.shape[-1] <= 128
     wide = wide and has_warpgroups(architecture(query))

@@ -23,6 +23,7 @@ from ._common import (
     capped,
     count_heads,
     dot,
+    has_warpgroups,
     load_rows,
     load_weight,
     store_rows,
@@ -41,11 +42,11 @@ def sum_of_query(values, query, QUERIES: tl.constexpr):
         return tl.sum(tl.where(query[:, None] == query[None, :], values[None, :], 0.0), axis=1)
 
 
-def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, GROUP: int, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, GROUP: int, ARCH: int, **_: object) -> list[triton.Config]:
     if IEEE:
         return [config(4 if ROWS * WIDTH <= 1024 else 8, 1, 255, KEYS=16)]
-    if ROWS == 64 and WIDTH == 128 and GROUP & (GROUP - 1) == 0:
-        return [config(4, 1, KEYS=min(64, BLOCK_SIZE))]
+    if ROWS == 64 and WIDTH == 128 and GROUP & (GROUP - 1) == 0 and has_warpgroups(ARCH):
+        return [config(4, 1, KEYS=min(64, BLOCK_SIZE))]  # two stages are predicted to be slower
     keys, warps = (64 if WIDTH <= 64 else 32), (4 if ROWS * WIDTH <= 8192 else 8)
     offered = [config(warps, 2, KEYS=min(keys, BLOCK_SIZE)) if WIDTH <= 128 else config(warps, 1, 255, KEYS=min(keys, BLOCK_SIZE))]
     if WIDTH <= 128 and ROWS <= 32:

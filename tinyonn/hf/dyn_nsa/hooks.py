@@ -222,8 +222,8 @@ def _after(model: nn.Module, found: list[DynNSACore], given: dict[str, Any], out
     loss = take_budget_loss(found)
     if loss is None:
         return output  # the model was switched to another attention
-    taught = {"budget": [first.base] if first.options.budget_weight else []}
-    taught["distillation"] = list(first.estimate_parameters().values()) if first.options.distil_weight else []
+    taught = {"budget": [core.base for core in found] if first.options.budget_weight else []}
+    taught["distillation"] = [p for core in found for p in core.estimate_parameters().values()] if first.options.distil_weight else []
     lost = [name for name, parameters in taught.items() if not frozen(parameters)]
     if torch.is_grad_enabled() and not loss.requires_grad and lost:
         raise RuntimeError(f"the {lost[0]} loss has no gradient; gradient checkpointing needs use_reentrant=False.")
