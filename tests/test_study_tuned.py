@@ -158,10 +158,11 @@ def test_tries_change_what_they_say_and_write_their_page(tuned, settings, tmp_pa
 
     plain, again, keys_again = (tuned_as(what) for what in ("as in the study", "offsets again", "keys and offsets again"))
     for first, second, third in zip(*map(cores, (plain.model, again.model, keys_again.model)), strict=True):
+        assert first.options.temperature == second.options.temperature == third.options.temperature
         assert torch.equal(first.compress_key.position, second.compress_key.position)
         assert not torch.equal(first.base, second.base)
         assert not torch.equal(first.compress_key.position, third.compress_key.position)
     assert {core.options.block_size for core in cores(tuned_as("blocks of 32").model)} == {32}
-    assert {core.options.distil_weight for core in cores(tuned_as("keys learn on").model)} == {0.0}  # it is restored at its end
+    assert {core.options.distil_weight for core in cores(tuned_as("keys learn on").model)} == {1.0}
     states = {path.parent.name: torch.load(path, weights_only=False)["step"] for path in (tmp_path / "states").glob("*/one_price_0.pt")}
     assert states == {"as_in_the_study": 4, "keys_learn_on": 4, "twice_the_steps": 8, "blocks_of_32": 4}
