@@ -113,7 +113,7 @@ def _page(cells: Cells, longer: list[Cells]) -> list[str]:
         f"- **Compressed keys** stand for 16 positions: means, or distilled in {settings['steps']} steps on five texts.",
         "- **Equal blocks**: the threshold of a dynamic arm is set on the text itself to the mean of top-n, within 0.05 blocks. `calibrate`"
         " sets it on a sample. Ratios compare with the best static arm at the blocks that the dynamic arm has read, between budgets.",
-        f"- **Intervals**: 95 %, for other texts, where there are at least {FEWEST} of them.",
+        f"- **Intervals**: 95 %, for other texts; of single arms where there are at least {FEWEST} texts.",
         "",
         "![Excess loss against mean blocks](selection.png)",
         "",

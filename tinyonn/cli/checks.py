@@ -32,7 +32,7 @@ OPTIONAL = (
     ("pyarrow", "15", "Parquet"),
     ("datasets", None, "hub data sets"),
     ("gguf", "0.10", "the demo (make demo installs it)"),
-    ("accelerate", "1.0", "the demo (make demo installs it)"),
+    ("accelerate", "1.1", "Trainer and the demo (make demo installs it)"),
 )
 
 

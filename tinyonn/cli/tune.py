@@ -12,13 +12,16 @@ from . import screen
 
 def tune(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a model with attention or experts of tinyonn.", show_default=False)],
-    tokens: Annotated[list[int] | None, typer.Option(metavar="N", min=1, help="Tokens of a row; may be repeated. [default: 4096]")] = None,
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Rows.")] = 1,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", min=1, help="Sequence length to tune for; repeat the option for several. [default: 4096]"),
+    ] = None,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences in a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="Precision: auto (the checkpoint's own), fp32, bf16 or fp16.")] = "auto",
     device: Annotated[str, typer.Option(help="GPU: auto, cuda or cuda:N.")] = "auto",
     backward: Annotated[bool, typer.Option("--backward/--no-backward", help="Tune backward too.")] = True,
 ) -> None:
-    """Find the fastest configurations of the kernels that a model uses on this GPU, and keep them.
+    """Find the fastest configurations of the kernels that a model uses on this GPU, and keep them. It needs a GPU.
 
     Triton compiles a kernel when it first runs, and tries several configurations for each kind and size of input. This command does so
     ahead of training, with random tokens. Later processes find the results in Triton's cache folder. Calibrate the model first: the fastest
