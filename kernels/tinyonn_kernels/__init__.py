@@ -8,12 +8,13 @@ Most kernels with more than 20 parameters take the strides of a tensor as one pl
 specialises each stride in a tuple as it does a parameter of its own. A named tuple costs 1.4 µs more per tensor and launch.
 """
 
-import numpy
+from importlib.metadata import version
+
 import triton
 from triton import knobs
 
 # Triton reads the variable when a kernel is defined, so the value is fixed at the first import.
 INTERPRETED: bool = knobs.runtime.interpret
 
-if INTERPRETED and triton.__version__.startswith("3.6.") and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
-    raise ImportError(f"the interpreter of triton {triton.__version__} needs numpy<2.4, got {numpy.__version__}.")
+if INTERPRETED and triton.__version__.startswith("3.6.") and tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4):
+    raise ImportError(f"the interpreter of triton {triton.__version__} needs numpy<2.4, got {version('numpy')}.")

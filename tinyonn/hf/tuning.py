@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..ops._checks import check_flag, check_size
+from ..ops._tuning import noted_choices
 from .dyn_nsa.parts import cores
 from .interfaces import modes_kept
 from .loading import usable_positions
@@ -95,8 +96,6 @@ def check_gpu(device: torch.device) -> None:
 def _tuned(
     model: PreTrainedModel, lengths: list[int], batch: int, backward: bool, progress: Callable[[int], None] | None = None
 ) -> list[TuningResult]:
-    from tinyonn_kernels._tune import choices
-
     found: list[TuningResult] = []
     vocabulary = model.config.get_text_config().vocab_size
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -110,7 +109,7 @@ def _tuned(
             if progress is not None:
                 progress(length)
             ids = torch.randint(vocabulary, (batch, length), device=model.device)
-            with choices() as chosen:
+            with noted_choices() as chosen:
                 logits = model(input_ids=ids, use_cache=False, **last).logits
                 if backward:
                     torch.autograd.grad(logits[:, -1].float().sum(), learned, allow_unused=True)
