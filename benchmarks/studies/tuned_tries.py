@@ -136,7 +136,7 @@ def page(results: Results, settings: Settings) -> list[str]:
     base, rows = cells(PRICE, AS_BEFORE, [seed]), []
     for what, told in TOLD.items():
         ours, dense = cells(PRICE, what, [seed]), cells(DENSE, LONGER if what == LONGER else AS_BEFORE, [seed])
-        rows.append([what, told, *read(ours, what), relative(ours, dense), "" if ours == base else relative(ours, base)])
+        rows.append([what, told, *read(ours, what), relative(ours, dense), "" if what in (AS_BEFORE, LONGER) else relative(ours, base)])
     both: list[list[object]] = []
     for what, size in ((AS_BEFORE, 64), (SMALLER, 32)):
         for arm in (STATIC, PRICE):
