@@ -137,7 +137,8 @@ def launching() -> dict[str, ast.FunctionDef]:
     for path in sorted(Path(ops.__file__).parent.rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             modules = [part.module or "" for part in ast.walk(node) if isinstance(part, ast.ImportFrom)]
-            if isinstance(node, ast.FunctionDef) and any(module.startswith("tinyonn_kernels.") for module in modules):
+            kernels = [module for module in modules if module.startswith("tinyonn_kernels.") and module != "tinyonn_kernels._tune"]
+            if isinstance(node, ast.FunctionDef) and kernels:
                 found[f"{path.stem}.{node.name}"] = node
     return found
 
