@@ -93,14 +93,24 @@ def _query_tiles(one: Launch) -> tuple[float, float]:
     return float(np.ceil(spans / one.KEYS).sum() * one.grid[1]), float((high - low).sum() * one.GROUP * one.grid[1])
 
 
+def _whole_tiles(one: Launch) -> float:
+    """Steps of all programs whose keys all rows see."""
+    low, high = _intervals(one)
+    first = np.arange(one.grid[0]) * one.ROWS
+    head, tail = first // one.GROUP, (np.minimum(first + one.ROWS, one.num_rows) - 1) // one.GROUP
+    skipped = np.ceil((low[tail] - low[head]) / one.KEYS)
+    return float(np.maximum((high[head] - low[head]) // one.KEYS - skipped, 0).sum() * one.grid[1])
+
+
 def interval_fwd(one: Launch) -> Work:
     steps, seen = _query_tiles(one)
+    whole, tile = _whole_tiles(one), 4 * one.ROWS * one.KEYS * one.WIDTH
     width, size = one.WIDTH, one.item("q_ptr")
     out = one.bytes_of("out_ptr") * (2 if one.ACCUMULATE else 1)
     return Work(
         needed=4 * seen * one.HEAD_DIM,
-        steps=(steps,),
-        tile=(4 * one.ROWS * one.KEYS * width,),
+        steps=(whole, steps - whole),
+        tile=(tile, tile),
         dram=one.bytes_of("q_ptr", "k_ptr", "v_ptr", "lse_ptr") + out,
         cached=steps * 2 * one.KEYS * width * size + one.bytes_of("q_ptr") + out,
     )

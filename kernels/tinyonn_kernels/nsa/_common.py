@@ -87,6 +87,13 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def with_positive(scale: float, query: Tensor) -> tuple[Tensor, float]:
+    """The same product of queries and scale, with a positive scale."""
+    if scale > 0:
+        return query, scale
+    return (-query, -scale) if scale < 0 else (torch.zeros_like(query), 1.0)
+
+
 def has_warpgroups(arch: int) -> bool:
     """Whether four warps multiply together, on a GPU with over 200 KiB of shared memory: H100 and B200, but not RTX 50 (sm_120)."""
     return 90 <= arch < 120
@@ -125,6 +132,26 @@ def load_rows(base_ptr, row_offset, inside, stride, HEAD_DIM: tl.constexpr, WIDT
     feature = tl.arange(0, WIDTH)
     mask = inside[:, None] & (feature < HEAD_DIM)[None, :]
     return tl.load(base_ptr + (row_offset * stride)[:, None] + feature[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_keys(base_ptr, n, last, stride, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Loads the rows `n` of keys or values; with MASKED, those from `last` on are 0."""
+    if MASKED or HEAD_DIM < WIDTH:
+        return load_rows(base_ptr, n.to(tl.int64), n < last, stride, HEAD_DIM, WIDTH)
+    else:
+        return tl.load(base_ptr + (n.to(tl.int64) * stride)[:, None] + tl.arange(0, WIDTH)[None, :])
+
+
+@triton.jit
+def whole_tiles(low, high, seen, KEYS: tl.constexpr):
+    """First key and end of what any row sees, and of its tiles that all rows see wholly; only rows that see keys count."""
+    first = tl.min(tl.where(seen, low, FAR))
+    last = tl.max(tl.where(seen, high, 0))
+    left = tl.cdiv(tl.max(tl.where(seen, low, 0)) - first, KEYS)
+    right = (tl.min(tl.where(seen, high, FAR)) - first) // KEYS
+    begin = first + left * KEYS
+    return first, last, begin, tl.maximum(begin, tl.minimum(first + right * KEYS, last))  # no row may see any key
 
 
 @triton.jit

@@ -18,7 +18,6 @@ from torch import Tensor
 from .._tune import config, launch, tuned
 from ._common import (
     BOTTOM,
-    FAR,
     LOG2E,
     Geometry,
     bounds_of,
@@ -29,12 +28,14 @@ from ._common import (
     has_warpgroups,
     interval_of,
     join_sink,
+    load_keys,
     load_rows,
     load_weight,
-    softmax_step,
     store_rows,
     unit_stride,
+    whole_tiles,
     width_of,
+    with_positive,
 )
 
 
@@ -49,6 +50,53 @@ def configs(IEEE: bool, WIDTH: int, ARCH: int, **_: object) -> list[triton.Confi
         rows = 128 if has_warpgroups(ARCH) else 64
         return [config(8, 2, 255, ROWS=rows, KEYS=64), config(8, 3, 255, ROWS=rows, KEYS=64)]
     return [config(8, 2, 255, ROWS=128, KEYS=64), config(4, 3, 255, ROWS=64, KEYS=64)]
+
+
+@triton.jit
+def _step(
+    q,
+    k_ptr,
+    v_ptr,
+    begin,
+    last,
+    low,
+    high,
+    top,
+    total,
+    moment,
+    mixed,
+    scale_log2,
+    stride_kt,
+    stride_vt,
+    MASKED: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    CAP: tl.constexpr,
+    IEEE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Sums of the softmax after KEYS more keys; without MASKED, all rows see all of them."""
+    n = begin + tl.arange(0, KEYS)
+    k = load_keys(k_ptr, n, last, stride_kt, MASKED, HEAD_DIM, WIDTH)
+    scores = dot(q, tl.trans(k), IEEE)
+    if CAP > 0:
+        scores = capped(scores * scale_log2, CAP)
+        scale_log2 = 1.0
+    if MASKED:
+        visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+    # A positive scale keeps the order, so that one fused operation scales a score and subtracts the maximum.
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale_log2)
+    keep = tl.exp2(top - new_top)
+    distance = scores * scale_log2 - new_top[:, None]
+    p = tl.exp2(distance)
+    if HAS_ENTROPY:
+        if MASKED:
+            distance = tl.where(visible, distance, 0.0)
+        moment = keep * (moment + total * (top - new_top)) + tl.sum(p * distance, axis=1)
+    v = load_keys(v_ptr, n, last, stride_vt, MASKED, HEAD_DIM, WIDTH)
+    return new_top, total * keep + tl.sum(p, axis=1), moment, mixed * keep[:, None] + dot(p.to(v.dtype), v, IEEE)
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "COMPRESSED"], changed=("out_ptr",))
@@ -116,33 +164,33 @@ def _interval_fwd_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     moment = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, WIDTH), tl.float32)
-    first = tl.min(tl.where(seen, low, FAR))
-    last = tl.max(tl.where(seen, high, 0))
-    for begin in range(first, last, KEYS):
-        n = begin + tl.arange(0, KEYS)
-        k = load_rows(k_ptr, n.to(tl.int64), n < last, stride_kt, HEAD_DIM, WIDTH)
-        visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
-        scores = tl.where(visible, capped(dot(q, tl.trans(k), IEEE) * scale_log2, CAP), float("-inf"))
-        p, new_top, new_total, keep = softmax_step(scores, top, total)
-        if HAS_ENTROPY:
-            moment = keep * (moment + total * (top - new_top)) + tl.sum(p * tl.where(visible, scores - new_top[:, None], 0.0), axis=1)
-        v = load_rows(v_ptr, n.to(tl.int64), n < last, stride_vt, HEAD_DIM, WIDTH)
-        mixed = mixed * keep[:, None] + dot(p.to(v.dtype), v, IEEE)
-        top, total = new_top, new_total
+    first, last, begin_whole, end_whole = whole_tiles(low, high, seen, KEYS)
+    for begin in range(begin_whole, end_whole, KEYS):
+        top, total, moment, mixed = _step(
+            q, k_ptr, v_ptr, begin, last, low, high, top, total, moment, mixed, scale_log2, stride_kt, stride_vt, False, HAS_ENTROPY, CAP,
+            IEEE, HEAD_DIM, WIDTH, KEYS,
+        )  # fmt: skip
+    for tile in range(first, last - (end_whole - begin_whole), KEYS):
+        begin = tl.where(tile < begin_whole, tile, tile + (end_whole - begin_whole))
+        top, total, moment, mixed = _step(
+            q, k_ptr, v_ptr, begin, last, low, high, top, total, moment, mixed, scale_log2, stride_kt, stride_vt, True, HAS_ENTROPY, CAP,
+            IEEE, HEAD_DIM, WIDTH, KEYS,
+        )  # fmt: skip
 
     safe = tl.where(seen, total, 1.0)
-    mixed = mixed / safe[:, None]
+    factor = 1.0 / safe
     stat = batch * stride_sb + token * (num_kv * GROUP) + query_head
     lse = tl.where(seen, (top + tl.log2(safe)) * 0.6931471805599453, float("-inf"))
     if HAS_SINKS:
         lse, share = join_sink(lse, sinks_ptr, query_head, inside)
-        mixed *= share[:, None]
+        factor *= share
     tl.store(lse_ptr + stat, lse, mask=inside)
     if HAS_ENTROPY:
         entropy = (tl.log2(safe) - moment / safe) * 0.6931471805599453
         tl.store(entropy_ptr + stat, tl.where(seen, tl.maximum(entropy, 0.0), 0.0), mask=inside)
     if HAS_WEIGHT:
-        mixed *= load_weight(weight_ptr, batch * stride_wb + token * stride_wt + query_head * stride_wh, inside, True, ROWS)[:, None]
+        factor *= load_weight(weight_ptr, batch * stride_wb + token * stride_wt + query_head * stride_wh, inside, True, ROWS)
+    mixed = tl.where(seen[:, None], mixed * factor[:, None], 0.0)
     target = batch * stride_ob + token * stride_ot + query_head * HEAD_DIM
     store_rows(out_ptr, target, inside, mixed, HEAD_DIM, WIDTH, ACCUMULATE)
 
@@ -172,7 +220,8 @@ def interval_attention_fwd(
     num_kv = key.shape[2]
     if query.numel() == 0:
         return
-    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    query, scale = with_positive(scale, unit_stride(query))
+    key, value = unit_stride(key), unit_stride(value)
     group = heads // num_kv
     pairs = count_heads(query, num_kv, geometry)
     launch(

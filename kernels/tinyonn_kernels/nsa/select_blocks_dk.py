@@ -2,8 +2,8 @@
 
     dk_c = scale · sum_g w[g, c] cap'[g, c] q_g,   w as in `select_blocks_dq`
 
-Key-outer, over tiles of key blocks of one sequence and SPLITS parts of the queries that see them, with separate sums. Bisection finds a
-block in a query's ascending list. Without atomics, every run gives the same bits.
+Key-outer, over tiles of key blocks of one sequence and SPLITS parts of the queries that see them, with separate sums. Without atomics, every
+run gives the same bits.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from torch import Tensor
 from .._tune import config, launch, tuned
 from ._common import FAR, LOG2E, Geometry, cap_log2, cap_slope, count_heads, dot, load_rows, store_rows, unit_stride, width_of
 from .interval_attention_dkv import ENOUGH_PROGRAMS, MAX_SPLITS
-from .select_blocks_dq import TILE_ROWS, gradient_of_mass
-from .select_blocks_fwd import block_probabilities, factor_of, kinds_of, tile_queries
+from .select_blocks_dq import exchanged, gradient_of_mass, tile_rows, warps_of
+from .select_blocks_fwd import TILE_ROWS, block_probabilities, factor_of, kinds_of, tile_queries
+
+MAX_SLOTS = 64  # of lists, loaded at once
 
 
-def configs(IEEE: bool, **_: object) -> list[triton.Config]:
-    return [config(8 if IEEE else 4, 1, 255)]
+def configs(IEEE: bool, QUERIES: int, PADDED: int, RATIO: int, ARCH: int, **_: object) -> list[triton.Config]:
+    return [config(8 if IEEE else warps_of(QUERIES * PADDED, RATIO, ARCH), 1, 255)]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"])
@@ -36,6 +38,7 @@ def _select_dk_kernel(
     dbias_ptr,
     dsoft_ptr,
     dk_ptr,
+    scratch_ptr,
     tile_start_ptr,
     tile_end_ptr,
     tile_block_ptr,
@@ -66,7 +69,7 @@ def _select_dk_kernel(
     RELATIVE: tl.constexpr,
     FIRST: tl.constexpr,
     LOCAL: tl.constexpr,
-    PROBES: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     # One program owns the compressed keys of BLOCKS key blocks of one sequence and head, and one part of the queries that see them.
     stride_qb, stride_qt, stride_qh = q_strides
@@ -94,6 +97,8 @@ def _select_dk_kernel(
     lane = tl.arange(0, QUERIES)
     row = tl.arange(0, ROWS)
     k_ptr += batch * stride_kb + head.to(tl.int64) * stride_kh
+    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    own_ptr = scratch_ptr + program.to(tl.int64) * 2 * QUERIES * BLOCKS
     dk = tl.zeros((BLOCKS * RATIO, WIDTH), tl.float32)
     for first_token in range(first, stop, QUERIES):
         token = first_token + lane
@@ -114,25 +119,27 @@ def _select_dk_kernel(
         soft = tl.load(dsoft_ptr + pair, mask=active, other=0.0)
         factor = factor_of(relative, GROUP, RATIO, COMPRESS, RELATIVE)
 
-        # First slot of the list that is not before these blocks; at most BLOCKS of them follow.
+        # Each gradient of the lists goes to its block's place in the program's scratch.
+        tl.debug_barrier()
+        tl.store(own_ptr + lane[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :], tl.zeros((QUERIES, BLOCKS), tl.float32))
+        tl.debug_barrier()
         count = tl.load(counts_ptr + pair, mask=active, other=0)
-        slot = tl.zeros((QUERIES,), tl.int32)
-        for probe in tl.static_range(PROBES):
-            probed = slot + (1 << (PROBES - 1 - probe)) - 1
-            value = tl.load(indices_ptr + pair * num_slots + probed, mask=probed < count, other=FAR)
-            slot = tl.where(value < block0, probed + 1, slot)
-        listed = tl.zeros((QUERIES, BLOCKS), tl.float32)
-        for _ in range(0, tl.minimum(tl.max(count - slot), BLOCKS)):
-            value = tl.load(indices_ptr + pair * num_slots + slot, mask=slot < count, other=-1)
-            gradient = tl.load(dbias_ptr + pair * num_slots + slot, mask=slot < count, other=0.0)
-            listed += tl.where(value[:, None] == block[None, :], gradient[:, None], 0.0)
-            slot += 1
+        for slot0 in range(0, tl.max(count), SLOTS):
+            slot = slot0 + tl.arange(0, SLOTS)[None, :]
+            place = tl.load(indices_ptr + pair[:, None] * num_slots + slot, mask=slot < count[:, None], other=-1) - block0
+            here = (place >= 0) & (place < BLOCKS)
+            gradient = tl.load(dbias_ptr + pair[:, None] * num_slots + slot, mask=here, other=0.0)
+            tl.store(own_ptr + lane[:, None] * BLOCKS + place, gradient, mask=here)
 
         p, _, scores = block_probabilities(
             q, k_ptr, lse_log2, first_row, block0, seen_row, most, scale_log2, stride_kt, RATIO, CAP, IEEE, HEAD_DIM, WIDTH, BLOCKS
         )
         _, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
-        _, w = gradient_of_mass(p, listed, soft, threshold, factor, temperature, past, QUERIES, PADDED, BLOCKS, RATIO)
+        p = tl.reshape(p, (QUERIES, PADDED, BLOCKS, RATIO))
+        mass = exchanged(tl.sum(tl.sum(p, axis=3), axis=1), own_ptr + QUERIES * BLOCKS, QUERIES, BLOCKS)
+        listed = tl.load(own_ptr + lane[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :])
+        _, dmass = gradient_of_mass(mass, listed, soft, threshold, factor, temperature, past)
+        w = tl.reshape(p * dmass[:, None, :, None], (ROWS, BLOCKS * RATIO))
         if CAP > 0:
             w *= cap_slope(scores, CAP)
         dk += dot(tl.trans(w.to(q.dtype)), q, IEEE)
@@ -185,14 +192,16 @@ def select_blocks_dk(
     query, key = unit_stride(query), unit_stride(key)
     ratio = block_size // compress_size
     group = heads // num_kv
-    shape = tile_queries(group, TILE_ROWS)
-    keys = 16 if query.dtype == torch.float32 else 32 if width_of(dim) >= 128 else 64
+    rows = tile_rows(query, group)
+    shape = tile_queries(group, rows)
+    keys = 16 if query.dtype == torch.float32 else 32 if rows < TILE_ROWS and width_of(dim) >= 128 else 64
     blocks = max(1, keys // ratio)
     start, end, number = tiles_of_sequences(geometry, num_keys, blocks * block_size)
     programs = start.shape[-1]
     pairs = count_heads(query, num_kv, geometry)
     splits = max(1, min(MAX_SPLITS, ENOUGH_PROGRAMS // (programs * pairs), num_queries // (4 * shape["QUERIES"])))
     grad_key = torch.zeros((splits, *key.shape), dtype=torch.float32, device=key.device)
+    scratch = torch.empty((programs * splits * pairs, 2, shape["QUERIES"], blocks), dtype=torch.float32, device=key.device)
     launch(
         _select_dk_kernel,
         lambda meta: (programs, splits, pairs),
@@ -205,6 +214,7 @@ def select_blocks_dk(
         grad_bias,
         grad_soft,
         grad_key,
+        scratch,
         start,
         end,
         number * blocks,
@@ -233,7 +243,7 @@ def select_blocks_dk(
         FIRST=forced_first,
         LOCAL=forced_local,
         BLOCKS=blocks,
-        PROBES=indices.shape[-1].bit_length(),
+        SLOTS=min(MAX_SLOTS, triton.next_power_of_2(indices.shape[-1])),
         **shape,
     )
     return grad_key[0] if splits == 1 else grad_key.sum(0)

@@ -24,32 +24,26 @@ from ._common import (
     cap_slope,
     count_heads,
     dot,
+    has_warpgroups,
     load_rows,
     store_rows,
     unit_stride,
     width_of,
 )
-from .select_blocks_fwd import Z_FLOOR, block_probabilities, factor_of, kinds_of, program_count, tile_queries
+from .select_blocks_fwd import TILE_ROWS, Z_FLOOR, block_probabilities, factor_of, kinds_of, program_count, tile_queries
 
-TILE_ROWS = 32  # fewer than in forward, because registers hold both probabilities and their gradients
+MAX_BLOCKS = 64  # of a step
+
+
+def tile_rows(query: Tensor, group: int) -> int:
+    """Rows of a tile: of a warpgroup where registers suffice. Divisions by groups that are no power of 2 take registers."""
+    wide = query.dtype != torch.float32 and width_of(query.shape[-1]) <= 128 and group & (group - 1) == 0
+    return TILE_ROWS if wide else TILE_ROWS // 2
 
 
 @triton.jit
-def gradient_of_mass(
-    p,
-    listed,
-    soft,
-    threshold,
-    factor,
-    temperature,
-    past,
-    QUERIES: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    RATIO: tl.constexpr,
-):
-    """dz (queries, blocks) and w (rows, keys), from the gradients of log gate, `listed`, and of the soft count, `soft` (queries,)."""
-    mass = tl.sum(tl.sum(tl.reshape(p, (QUERIES, PADDED, BLOCKS, RATIO)), axis=3), axis=1)
+def gradient_of_mass(mass, listed, soft, threshold, factor, temperature, past):
+    """dz and dmass (queries, blocks), from the gradients of log gate, `listed`, and of the soft count, `soft` (queries,)."""
     share = tl.maximum(mass * factor, Z_FLOOR)
     gap = (tl.log(share) - threshold) / temperature
     c = tl.minimum(tl.maximum(gap, 0.0), 1.0)
@@ -58,16 +52,30 @@ def gradient_of_mass(
     # σ(-gap) is 1 - σ(gap) without the cancellation.
     dz = (listed * slope + tl.where(past, tl.sigmoid(gap) * tl.sigmoid(-gap), 0.0) * soft[:, None]) / temperature
     above = mass * factor > Z_FLOOR
-    dmass = tl.where(above, dz / tl.where(above, mass, 1.0), 0.0)
-    w = tl.reshape(p, (QUERIES, PADDED, BLOCKS, RATIO)) * dmass[:, None, :, None]
-    return dz, tl.reshape(w, (QUERIES * PADDED, BLOCKS * RATIO))
+    return dz, tl.where(above, dz / tl.where(above, mass, 1.0), 0.0)
 
 
-def configs(IEEE: bool, WIDTH: int, RATIO: int, **_: object) -> list[triton.Config]:
+@triton.jit
+def exchanged(mass, own_ptr, QUERIES: tl.constexpr, BLOCKS: tl.constexpr):
+    """The same values (queries, blocks), one to a thread: many threads hold the same sum over rows of a product."""
+    place = own_ptr + tl.arange(0, QUERIES)[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :]
+    tl.debug_barrier()
+    tl.store(place, mass)
+    tl.debug_barrier()
+    return tl.load(place)
+
+
+def warps_of(rows: int, ratio: int, arch: int) -> int:
+    """Warps of a tile. Without warpgroups, sums within a block take registers of four warps on 64 rows."""
+    return 8 if rows == TILE_ROWS and ratio > 1 and not has_warpgroups(arch) else 4
+
+
+def configs(IEEE: bool, WIDTH: int, QUERIES: int, PADDED: int, RATIO: int, ARCH: int, **_: object) -> list[triton.Config]:
     if IEEE:
         return [config(8, 1, 255, BLOCKS=max(1, 16 // RATIO))]
-    blocks = max(1, (32 if WIDTH >= 128 else 64) // RATIO)
-    return [config(4, 1, 255, BLOCKS=blocks)]
+    rows = QUERIES * PADDED
+    blocks = max(1, (MAX_BLOCKS if WIDTH < 128 and rows < TILE_ROWS else MAX_BLOCKS // 2) // RATIO)
+    return [config(8 if WIDTH >= 256 else warps_of(rows, RATIO, ARCH), 1, 255, BLOCKS=blocks)]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"], changed=("dq_ptr",))
@@ -130,7 +138,9 @@ def _select_dq_kernel(
     ROWS: tl.constexpr = QUERIES * PADDED
     per_head = tl.cdiv(num_queries, QUERIES)
     lane = tl.arange(0, QUERIES)
-    scratch_ptr += tl.program_id(0).to(tl.int64) * QUERIES * row_blocks + lane * row_blocks
+    scratch_ptr += tl.program_id(0).to(tl.int64) * QUERIES * (row_blocks + BLOCKS)
+    own_ptr = scratch_ptr + QUERIES * row_blocks
+    scratch_ptr += lane * row_blocks
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         batch = (tile // per_head // num_kv).to(tl.int64)
         head = tile // per_head % num_kv
@@ -187,7 +197,10 @@ def _select_dq_kernel(
                 block = block0 + tl.arange(0, BLOCKS)
                 _, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
                 listed = tl.load(scratch_ptr[:, None] + block[None, :], mask=active[:, None] & (block < num_blocks)[None, :], other=0.0)
-                dz, w = gradient_of_mass(p, listed, soft, threshold, factor, temperature, past, QUERIES, PADDED, BLOCKS, RATIO)
+                p = tl.reshape(p, (QUERIES, PADDED, BLOCKS, RATIO))
+                mass = exchanged(tl.sum(tl.sum(p, axis=3), axis=1), own_ptr, QUERIES, BLOCKS)
+                dz, dmass = gradient_of_mass(mass, listed, soft, threshold, factor, temperature, past)
+                w = tl.reshape(p * dmass[:, None, :, None], (ROWS, BLOCKS * RATIO))
                 dthreshold -= tl.sum(dz, axis=1)
                 if SCORES:
                     dlse -= tl.sum(w, axis=1)
@@ -240,11 +253,11 @@ def select_blocks_dq(
     query, key = unit_stride(query), unit_stride(key)
     ratio = block_size // compress_size
     group = heads // num_kv
-    shape = tile_queries(group, TILE_ROWS)
+    shape = tile_queries(group, tile_rows(query, group))
     tiles = triton.cdiv(num_queries, shape["QUERIES"]) * count_heads(query, num_kv, geometry)
     programs = program_count(tiles, query.device, small=False)
     row_blocks = triton.cdiv(triton.cdiv(num_keys, block_size), 4) * 4
-    scratch = torch.empty((programs, shape["QUERIES"], row_blocks), dtype=torch.float32, device=query.device)
+    scratch = torch.empty((programs, shape["QUERIES"], row_blocks + MAX_BLOCKS), dtype=torch.float32, device=query.device)
     launch(
         _select_dq_kernel,
         lambda meta: (programs,),

@@ -24,6 +24,7 @@ from ._common import FAR, LOG2E, Geometry, bounds_of, cap_log2, capped, count_he
 Z_FLOOR = tl.constexpr(2.061153622438558e-09)  # e^-20
 RESIDENT, RESIDENT_REGISTERS = 3, 168  # programs of four warps that a multiprocessor holds, with this number of registers
 TILE_ROWS = 64
+PASS = tl.constexpr(32)  # blocks of a step after the products
 MAX_QUERIES = 16  # a larger tile would need a large scratch for small groups
 
 
@@ -173,22 +174,26 @@ def _select_fwd_kernel(
             if PACKED:
                 first_row = current // COMPRESS
             seen_row = tl.where(row_valid & (row_start == current), (row_place - current + 1) // COMPRESS, 0)
-            number = tl.zeros((QUERIES,), tl.int32)
-            soft = tl.zeros((QUERIES,), tl.float32)
             for block0 in range(0, num_blocks, BLOCKS):
                 p, _, _ = block_probabilities(
                     q, k_ptr + batch * stride_kb + head.to(tl.int64) * stride_kh, lse_log2, first_row, block0, seen_row,
                     (farthest + 1) // COMPRESS, scale_log2, stride_kt, RATIO, CAP, IEEE, HEAD_DIM, WIDTH, BLOCKS,
                 )  # fmt: skip
                 mass = tl.sum(tl.sum(tl.reshape(p, (QUERIES, PADDED, BLOCKS, RATIO)), axis=3), axis=1)
-                share = tl.maximum(mass * factor, Z_FLOOR)
                 block = block0 + tl.arange(0, BLOCKS)
-                tl.store(scratch_ptr + block[None, :], share, mask=(block < num_blocks)[None, :])
+                tl.store(scratch_ptr + block[None, :], tl.maximum(mass * factor, Z_FLOOR), mask=(block < num_blocks)[None, :])
+            tl.debug_barrier()
+
+            # Many threads hold the same share of the product's layout, so the rest is computed on shares that are loaded again.
+            number = tl.zeros((QUERIES,), tl.int32)
+            soft = tl.zeros((QUERIES,), tl.float32)
+            for block0 in range(0, num_blocks, PASS):
+                block = block0 + tl.arange(0, PASS)
+                share = tl.load(scratch_ptr + block[None, :], mask=(block < num_blocks)[None, :], other=Z_FLOOR)
                 forced, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
                 gap = (tl.log(share) - threshold) / temperature
                 number += tl.sum((forced | (past & (gap > 0))).to(tl.int32), axis=1)
                 soft += tl.sum(tl.where(forced, 1.0, tl.where(past, tl.sigmoid(gap), 0.0)), axis=1)
-            tl.debug_barrier()
 
             over = number > num_slots
             num_over += tl.sum(over.to(tl.int32))
@@ -200,8 +205,8 @@ def _select_fwd_kernel(
                 for step in range(0, 32):
                     trial = tl.where(step < 31, lowest | (1 << tl.maximum(30 - step, 0)), lowest + 1)
                     reach = tl.zeros((QUERIES,), tl.int32)
-                    for block0 in range(0, num_blocks, BLOCKS):
-                        block = block0 + tl.arange(0, BLOCKS)
+                    for block0 in range(0, num_blocks, PASS):
+                        block = block0 + tl.arange(0, PASS)
                         share = tl.load(scratch_ptr + block[None, :], mask=(block < num_blocks)[None, :], other=Z_FLOOR)
                         _, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
                         passes = past & (((tl.log(share) - threshold) / temperature) > 0)
@@ -212,8 +217,8 @@ def _select_fwd_kernel(
             pair = batch * stride_cb + token * num_kv + head
             kept_before = tl.zeros((QUERIES,), tl.int32)
             ties_before = tl.zeros((QUERIES,), tl.int32)
-            for block0 in range(0, num_blocks, BLOCKS):
-                block = block0 + tl.arange(0, BLOCKS)
+            for block0 in range(0, num_blocks, PASS):
+                block = block0 + tl.arange(0, PASS)
                 share = tl.load(scratch_ptr + block[None, :], mask=(block < num_blocks)[None, :], other=Z_FLOOR)
                 forced, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
                 gap = (tl.log(share) - threshold) / temperature
@@ -227,7 +232,7 @@ def _select_fwd_kernel(
                 c = tl.minimum(gap, 1.0)
                 log_gate = tl.where(forced, 0.0, 2.0 * tl.log(tl.where(passes, c, 1.0)) + tl.log(3.0 - 2.0 * tl.where(passes, c, 1.0)))
                 mask = (kept > 0) & (slot < num_slots)
-                tl.store(indices_ptr + place, tl.broadcast_to(block[None, :], (QUERIES, BLOCKS)), mask=mask)
+                tl.store(indices_ptr + place, tl.broadcast_to(block[None, :], (QUERIES, PASS)), mask=mask)
                 tl.store(bias_ptr + place, log_gate, mask=mask)
                 kept_before += tl.sum(kept, axis=1)
                 ties_before += tl.sum(tied, axis=1)

@@ -9,6 +9,8 @@ parts in half precision would lose digits, and one for all tokens would be the l
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,9 @@ from .._dispatch import on_its_device
 from ._checks import Bounds, empty_lists
 from ._sinks import sinks_gradient
 from ._tuples import DynNSAInputs, DynNSANumbers, DynNSAResults, DynNSASaved
+
+if TYPE_CHECKING:
+    from tinyonn_kernels.nsa._common import Geometry
 
 CHUNK_ELEMENTS = 1 << 25  # of the float32 sum, 128 MiB
 
@@ -33,6 +38,13 @@ def float32_sum(target: Tensor, chunks: list[slice]) -> Tensor | None:
         return None
     longest = chunks[-1].stop  # the first tokens' chunk is whole
     return torch.empty((target.shape[0], longest, *target.shape[2:]), dtype=torch.float32, device=target.device)
+
+
+def largest_entropy(geometry: Geometry, tokens: int, compress_size: int) -> Tensor:
+    """(B, T, 1) log of the number of compressed keys that a query sees; infinite where it sees fewer than two."""
+    place = torch.arange(geometry.before, geometry.before + tokens, dtype=torch.int32, device=geometry.start.device)
+    visible = (place - geometry.start[:, geometry.before : geometry.before + tokens] + 1) // compress_size
+    return torch.where(visible > 1, visible.float().log(), torch.inf).unsqueeze(-1)
 
 
 @on_its_device
@@ -55,6 +67,7 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
     )
     indices, counts, bias, soft_counts = empty_lists(query, num_kv, max_blocks)
     own_tau = torch.empty_like(soft_counts) if tau is None else entropy.new_empty(0)
+    of_entropy = largest_entropy(whole, query.shape[1], compress_size).reciprocal() if tau is None else None
     overflowing = torch.zeros((), dtype=torch.int64, device=query.device)
     chunks = chunks_of(query)
     scratch = float32_sum(out, chunks)
@@ -71,12 +84,8 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
             q, key, value, mixed, lse_window[rows], None, geometry, window, scale, softcap, compressed=False, weight=weights[2],
             sinks=sinks, accumulate=True,
         )  # fmt: skip
-        if tau is None:
-            place = torch.arange(geometry.before, geometry.before + q.shape[1], dtype=torch.int32, device=q.device)
-            visible = ((place - geometry.start[:, geometry.before : geometry.before + q.shape[1]] + 1) // compress_size).unsqueeze(-1)
-            mean = entropy[rows].unflatten(-1, (num_kv, -1)).mean(-1)
-            # Padding has no entropy.
-            own_tau[rows] = torch.where(visible > 1, mean / visible.clamp(min=2).float().log(), 0)
+        if of_entropy is not None:
+            own_tau[rows] = entropy[rows].unflatten(-1, (num_kv, -1)).mean(-1) * of_entropy[rows]
         threshold = base.float() - slope.float() * (own_tau if tau is None else tau)[rows].float()
         lists = (indices[rows], counts[rows], bias[rows])
         over = select_blocks_fwd(
