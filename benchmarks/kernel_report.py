@@ -7,7 +7,7 @@
 Each op of `goals` runs on tensors without data. The report compiles the default configuration of each kernel that it launches, reads the
 machine code, and sets it against the work that the mathematics needs (`kernel_work.py`):
 
-    matrix        matrix instructions of one step of the main loop
+    matrix        matrix instructions of one step of each loop
     duplicated    their floating-point operations over those of the step's products, 1 if nothing is computed twice
     masked        operations of all steps over those needed: padding, masked keys, and products that are computed again
     bound         operations at the peak rate, or bytes from DRAM, whichever takes longer

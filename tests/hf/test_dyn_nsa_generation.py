@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
 from tinyonn.errors import InputError
 from tinyonn.hf import BudgetSchedule, calibrate, revert_attention, statistics
@@ -142,13 +143,17 @@ def test_a_prompt_in_pieces_is_a_prompt_at_once(static):
     assert_close_rms(torch.cat(parts, 1), expected, 1e-6)
 
 
-def test_a_decoding_step_with_a_static_cache_compiles():
+@pytest.mark.parametrize("padding", [0, 21])
+def test_all_steps_of_a_generation_with_a_static_cache_are_one_graph(padding):
     model, x = tiny_dyn_nsa_lm(layers=1), token_ids(40)
-    expected = model(x).logits[:, -1]
-    cache = StaticCache(config=model.config, max_cache_len=64)
-    model(x[:, :39], past_key_values=cache)
-    step = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert_close_rms(step(x[:, 39:], past_key_values=cache).logits[:, -1], expected, 1e-5)
+    options: dict[str, Any] = {"attention_mask": left_padding(40, padding=padding), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(x, **options)
+    compilation = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    compilation._compile_all_devices = True  # transformers compiles by itself on a GPU alone
+    torch._dynamo.reset()
+    counters.clear()
+    assert torch.equal(model.generate(x, cache_implementation="static", compile_config=compilation, **options), expected)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_rows_keep_their_tau_when_beams_change_places():

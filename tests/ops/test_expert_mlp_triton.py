@@ -134,6 +134,16 @@ def test_all_tokens_to_one_expert():
     check(tensors)
 
 
+@pytest.mark.parametrize("layout", [{}, {"interleaved": True}], ids=["plain", "interleaved"])
+def test_experts_with_many_tokens_are_summed_in_parts(monkeypatch, layout):
+    """Parts of 20 pairs: one expert begins within the first part and ends with the third, the next one has exactly two."""
+    monkeypatch.setattr("tinyonn_kernels.experts.expert_outer.PART", 20)
+    sizes = [3, 57, 0, 40, 1]
+    tensors = case(101, experts=5, slots=1, biased=True, layout=layout)
+    tensors["top_k_index"][:, 0] = torch.repeat_interleave(torch.arange(5), torch.tensor(sizes))[torch.randperm(101)]
+    check(tensors, layout=layout)
+
+
 def test_unused_slots_are_never_read():
     """Whatever a sentinel's weight, and whichever way an index is out of range."""
     tensors = case()

@@ -24,6 +24,8 @@ from ..statistics.block_norms import add_squares, block_norms_fwd, root
 from .expert_activation import activate, activate_backward, check_reach, ragged, tile_rows, width_of
 from .expert_sort import SortedPairs, load_experts
 
+SLOTS = tl.constexpr(8)  # of a token, read at once
+
 
 def configs(IEEE: bool, ROWS: int, NEURONS: int, FEATURES: int, **_: object) -> list[triton.Config]:
     """Six tiles of ROWS * COLUMNS are in registers: the products and what follows from them. Each takes 16 values per thread."""
@@ -42,10 +44,12 @@ def configs(IEEE: bool, ROWS: int, NEURONS: int, FEATURES: int, **_: object) -> 
 def _summed_weight(weights_ptr, index_ptr, token, inside, expert, num_slots, num_experts, ROWS: tl.constexpr):
     """(ROWS,) sum of the weights of all slots in which each token selects the expert."""
     total = tl.zeros((ROWS,), tl.float32)
-    for number in range(0, num_slots):
-        slot = token * num_slots + number
-        same = load_experts(index_ptr, slot, inside, num_experts) == expert
-        total += tl.load(weights_ptr + slot, mask=inside & same, other=0.0)
+    for first in range(0, num_slots, SLOTS):
+        number = first + tl.arange(0, SLOTS)[None, :]
+        slot = token[:, None] * num_slots + number
+        known = inside[:, None] & (number < num_slots)
+        same = load_experts(index_ptr, slot, known, num_experts) == expert
+        total += tl.sum(tl.load(weights_ptr + slot, mask=known & same, other=0.0), axis=1)
     return total
 
 

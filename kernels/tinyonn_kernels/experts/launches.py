@@ -66,7 +66,7 @@ def _down(dtype: torch.dtype, features: int, neurons: int, rows: int, activation
     expert_rows(x.new_empty(PAIRS, neurons), down.mT, down[:, :, 0], weights, index, pairs, False)
     out = down.mT.contiguous() if features % 2 == 1 else down.mT
     right_sum = out[:, 0].contiguous() if rows > 16 else None
-    expert_outer(x.new_empty(PAIRS, neurons), x, weights, out, None, right_sum, pairs, False)
+    expert_outer(x.new_empty(PAIRS, neurons), x, weights, out, None, right_sum, index, pairs, False)
 
 
 def _up(dtype: torch.dtype, features: int, neurons: int, rows: int, activation: str) -> None:
@@ -74,7 +74,8 @@ def _up(dtype: torch.dtype, features: int, neurons: int, rows: int, activation: 
     odd = features % 2 == 1
     out = up.mT.contiguous().mT if odd else up
     left_sum = out[:, :, 0].contiguous() if rows > 16 else None
-    expert_outer(x.new_empty(PAIRS, 2 * neurons), x, _empty(TOKENS, SLOTS), out, left_sum, None, pairs, odd)
+    weights, index = _empty(TOKENS, SLOTS), _empty(TOKENS, SLOTS, dtype=torch.int64)
+    expert_outer(x.new_empty(PAIRS, 2 * neurons), x, weights, out, left_sum, None, index, pairs, odd)
 
 
 def _gradient(dtype: torch.dtype, features: int, neurons: int, rows: int, activation: str) -> None:

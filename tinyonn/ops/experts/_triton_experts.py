@@ -75,8 +75,8 @@ def experts_backward(inputs: Inputs, saved: Saved, layout: Layout, wanted: Wante
     grad_up, grad_down, grad_up_bias, grad_down_bias = (None if x is None else x.new_empty(x.shape) for x in projections)
     if grad_up is not None:
         target = grad_up.mT if layout.transposed else grad_up
-        expert_outer(grad_pre, hidden_states, weights, target, grad_up_bias, None, pairs, interleaved)
+        expert_outer(grad_pre, hidden_states, weights, target, grad_up_bias, None, index, pairs, interleaved)
     if grad_down is not None:
         target = grad_down if layout.transposed else grad_down.mT
-        expert_outer(weighed_h, grad_out, weights, target, None, grad_down_bias, pairs, False)
+        expert_outer(weighed_h, grad_out, weights, target, None, grad_down_bias, index, pairs, False)
     return Gradients(grad_hidden, grad_up, grad_down, grad_weights.to(top_k_weights.dtype), grad_up_bias, grad_down_bias, surprise)
