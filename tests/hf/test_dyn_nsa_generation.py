@@ -146,14 +146,16 @@ def test_a_prompt_in_pieces_is_a_prompt_at_once(static):
 @pytest.mark.parametrize("padding", [0, 21])
 def test_all_steps_of_a_generation_with_a_static_cache_are_one_graph(padding):
     model, x = tiny_dyn_nsa_lm(layers=1), token_ids(40)
-    options: dict[str, Any] = {"attention_mask": left_padding(40, padding=padding), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    options["attention_mask"] = left_padding(40, padding)
     expected = model.generate(x, **options)
     compilation = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
     compilation._compile_all_devices = True  # transformers compiles by itself on a GPU alone
     torch._dynamo.reset()
     counters.clear()
     assert torch.equal(model.generate(x, cache_implementation="static", compile_config=compilation, **options), expected)
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 def test_rows_keep_their_tau_when_beams_change_places():

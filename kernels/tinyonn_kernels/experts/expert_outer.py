@@ -8,8 +8,8 @@ gradient of the activation's input and right is the input; for the second produc
 output. Gradients of an expert without pairs are zero.
 
 A program sums the pairs of its expert in order. If an expert has more than PART pairs, this is cut at the multiples of PART among the places:
-a launch before writes the sum of each later part, and the expert's program begins with these. Without atomics, every run of a process gives
-the same bits.
+a launch before writes the sum of each later part, and the expert's program begins with these. Without atomics, every run of a process
+gives the same bits.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     dk_c = scale · sum_g w[g, c] cap'[g, c] q_g,   w as in `select_blocks_dq`
 
-Key-outer, over tiles of key blocks of one sequence and SPLITS parts of the queries that see them, with separate sums. Without atomics, every
-run gives the same bits.
+Key-outer, over tiles of key blocks of one sequence and SPLITS parts of the queries that see them, with separate sums. Without atomics,
+every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._tune import config, launch, tuned
-from ._common import FAR, LOG2E, Geometry, cap_log2, cap_slope, count_heads, dot, load_rows, store_rows, unit_stride, width_of
+from ._common import LOG2E, Geometry, cap_log2, cap_slope, count_heads, dot, load_rows, store_rows, unit_stride, width_of
 from .interval_attention_dkv import ENOUGH_PROGRAMS, MAX_SPLITS
 from .select_blocks_dq import exchanged, gradient_of_mass, tile_rows, warps_of
 from .select_blocks_fwd import TILE_ROWS, block_probabilities, factor_of, kinds_of, tile_queries
