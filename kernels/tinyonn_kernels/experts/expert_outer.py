@@ -7,9 +7,9 @@ Pairs p sorted by expert (`expert_sort`), left (P, J), right (N, F), out (E, J, 
 gradient of the activation's input and right is the input; for the second product, left is the weighted h and right is the gradient of the
 output. Gradients of an expert without pairs are zero.
 
-A program sums the pairs of its expert in order. If an expert has more than PART pairs, this is cut at the multiples of PART among the places:
-a launch before writes the sum of each later part, and the expert's program begins with these. Without atomics, every run of a process
-gives the same bits.
+A program sums the pairs of its expert in order. If an expert has more than PART pairs, they are cut at the multiples of PART among the
+places: a launch before writes the sum of each later part, and the expert's program begins with these. Without atomics, every run of a
+process gives the same bits.
 """
 
 from __future__ import annotations
