@@ -157,6 +157,12 @@ def flash_attention_packages() -> dict[str, Callable[..., Tensor]]:
         found["flash_attn_interface (FlashAttention-3)"] = lambda q, k, v: _first(third(q, k, v, causal=True))
     except ImportError:
         pass
+    try:
+        from flash_attn.cute import flash_attn_func as fourth
+
+        found["flash-attn-4 (FlashAttention-4)"] = lambda q, k, v: _first(fourth(q, k, v, causal=True))
+    except ImportError:
+        pass
     return found
 
 

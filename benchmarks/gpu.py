@@ -41,6 +41,7 @@ PEERS = {  # package -> comparisons that use it, if it is installed
     "fla-core": "block-sparse attention",
     "liger-kernel": "mixtures of experts, fused",
     "flash-attn": "dense attention; torch has FlashAttention-2 too",
+    "flash-attn-4": "dense attention",
 }
 NO_GPU = "this machine has no CUDA device"
 

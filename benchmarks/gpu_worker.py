@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "numpy", "transformers", "pytest", "fla-core", "liger-kernel", "flash-attn")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "pytest", "fla-core", "liger-kernel", "flash-attn", "flash-attn-4")
 
 
 def facts(device: str) -> dict[str, Any]:
