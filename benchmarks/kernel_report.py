@@ -254,12 +254,13 @@ def _counted(launches: list[Launch], works: list[Work], assembly: Assembly, warp
     programs = sum(one.programs if work.programs is None else work.programs for one, work in zip(launches, works, strict=True))
     executed = assembly.outside.flops(warps) * programs
     issued = float(len(assembly.outside) * programs * warps)
+    before = sum(work.steps[0] if work.before is None else work.before for work in works)
     seen, matrix = 0, Counter(assembly.outside.matrix)
     for loop in assembly.loops:
         seen += bool(loop.matrix)
         # A loop around those with products runs once a program or tile, any other as often as the one before it.
         around = not loop.matrix and any(other.depth > loop.depth and other.matrix for other in assembly.loops)
-        runs = programs if around else times[max(0, min(seen, len(times)) - 1)]
+        runs = programs if around else times[max(0, min(seen, len(times)) - 1)] if seen else before
         executed += loop.flops(warps) * runs
         issued += len(loop) * warps * runs
         matrix += loop.matrix

@@ -45,6 +45,7 @@ class Work:
         dram: bytes that are read or written at least once.
         cached: bytes that all programs together load from L2, and write.
         programs: number of programs that have work; None for all.
+        before: how often all programs together run loops without products before the first loop with them; None for as often as that.
     """
 
     needed: float
@@ -53,6 +54,7 @@ class Work:
     dram: float
     cached: float
     programs: float | None = None
+    before: float | None = None
 
 
 class Launch:
@@ -167,7 +169,7 @@ def _selection(one: Launch, products: int, own: float) -> Work:
     """Work of a kernel over all blocks of each query, with this number of products per step, that moves `own` bytes beside the keys."""
     steps, seen = _selection_tiles(one)
     rows, keys = one.QUERIES * one.PADDED, one.BLOCKS * one.RATIO
-    scratch = 2 * steps * one.QUERIES * one.BLOCKS * 4
+    scratch = 4 * steps * one.QUERIES * one.BLOCKS * 4
     return Work(
         needed=2 * products * seen * one.HEAD_DIM,
         steps=(steps,),
@@ -195,7 +197,7 @@ def select_dk(one: Launch) -> Work:
     steps = float(part.sum() * splits * heads)
     seen = float(((np.arange(one.num_queries) + one.before + 1) // compress).sum() * one.GROUP * heads)
     rows, keys = one.QUERIES * one.PADDED, one.BLOCKS * one.RATIO
-    row_bytes = rows * (one.WIDTH * one.item("q_ptr") + 4)
+    row_bytes = rows * (one.WIDTH * one.item("q_ptr") + 4) + one.QUERIES * (5 * one.BLOCKS + 2 * one.num_slots) * 4  # and scratch, lists
     return Work(
         needed=4 * seen * one.HEAD_DIM,
         steps=(steps,),
@@ -313,6 +315,7 @@ def expert_outer(one: Launch) -> Work:
         tile=(2 * one.LINES * one.COLUMNS * one.DEPTH,),
         dram=one.bytes_of("left_ptr", "right_ptr", "out_ptr"),
         cached=_gathered(one, one.INNER, columns, "left_ptr") + _gathered(one, one.FEATURES, lines, "right_ptr") + one.bytes_of("out_ptr"),
+        before=0,
     )
 
 

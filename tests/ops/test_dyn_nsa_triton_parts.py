@@ -61,6 +61,13 @@ def test_window_and_compressed_within_bounds(bounds):
     check_compressed(tensors, where, 16)
 
 
+def test_tiles_that_all_rows_see_are_not_masked():
+    """A window of three tiles and compressed keys of two, beside their edges."""
+    tensors = case(320)
+    check_window(tensors, {}, window=110)
+    check_compressed(case(1300, queries=60, compress_size=16), {}, 16)
+
+
 def test_window_and_compressed_in_half_precision():
     tensors = case(100, dim=100)
     check_window(tensors, {}, HALF)
@@ -238,6 +245,15 @@ def test_ties_go_to_the_lower_index():
 
 def test_selection_in_half_precision():
     check_select(case(150, dim=100, compress_size=16), {}, 16, dtype=HALF)
+
+
+@pytest.mark.parametrize("bounds", [{}, BOUNDS["packed"]], ids=["whole", "packed"])
+def test_selection_by_tiles_of_64_rows(monkeypatch, bounds):
+    """Shares of a tile go through memory, and gradients of long lists are read in parts."""
+    from tinyonn_kernels.nsa import select_blocks_dk
+
+    monkeypatch.setattr(select_blocks_dk, "MAX_SLOTS", 2)
+    check_select(case(heads=8, kv_heads=1, compress_size=16), bounds, 16, dtype=HALF, block_size=16, max_blocks=5)
 
 
 @pytest.mark.slow

@@ -136,12 +136,23 @@ def test_all_tokens_to_one_expert():
 
 @pytest.mark.parametrize("layout", [{}, {"interleaved": True}], ids=["plain", "interleaved"])
 def test_experts_with_many_tokens_are_summed_in_parts(monkeypatch, layout):
-    """Parts of 20 pairs: one expert begins within the first part and ends with the third, the next one has exactly two."""
+    """Parts of 20 pairs: one expert begins within the first part and ends with the third, the next one has exactly two, the last one has
+    the rest of a part whose end is unused.
+    """
     monkeypatch.setattr("tinyonn_kernels.experts.expert_outer.PART", 20)
-    sizes = [3, 57, 0, 40, 1]
-    tensors = case(101, experts=5, slots=1, biased=True, layout=layout)
-    tensors["top_k_index"][:, 0] = torch.repeat_interleave(torch.arange(5), torch.tensor(sizes))[torch.randperm(101)]
+    sizes = {0: 3, 7: 57, 20: 40, 39: 22, 40: 9}
+    tensors = case(131, features=150, experts=40, slots=1, biased=True, layout=layout)
+    index = torch.repeat_interleave(torch.tensor(list(sizes)), torch.tensor(list(sizes.values())))
+    tensors["top_k_index"][:, 0] = index[torch.randperm(131, generator=torch.Generator().manual_seed(2))]
     check(tensors, layout=layout)
+
+
+def test_partial_sums_stay_small():
+    from tinyonn_kernels.experts.expert_outer import PART, part_size
+
+    assert part_size(16384 * 8, 1024, 16) == PART
+    assert part_size(1 << 20, 64, 16) == 1 << 16  # at most 16 parts of 64 experts' matrices
+    assert part_size(1 << 18, 8, 14336) == 0  # Mixtral: one matrix occupies the GPU
 
 
 def test_unused_slots_are_never_read():

@@ -7,9 +7,9 @@ Pairs p sorted by expert (`expert_sort`), left (P, J), right (N, F), out (E, J, 
 gradient of the activation's input and right is the input; for the second product, left is the weighted h and right is the gradient of the
 output. Gradients of an expert without pairs are zero.
 
-A program sums the pairs of its expert in order. If an expert has more than PART pairs, they are cut at the multiples of PART among the
-places: a launch before writes the sum of each later part, and the expert's program begins with these. Without atomics, every run of a
-process gives the same bits.
+A program sums the pairs of its expert in order. With small experts, the pairs of one that has many are cut at the multiples of PART among
+all places: an earlier launch writes the sum of each part but the first, and the expert's program adds its first part to these. Without
+atomics, every run of a process gives the same bits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ..nsa._common import dot, unit_stride
 from .expert_activation import check_reach, matrix_row, ragged, width_of
 from .expert_sort import SortedPairs
 
-PART = 2048  # pairs; with fewer, the slowest expert takes less time than all others
+PART = 2048  # pairs; an expert with at most this many does not outlast the rest
+FILLING = 256  # tiles of one matrix that occupy a GPU, so that its pairs need not be cut
 
 
 def configs(IEEE: bool, INNER: int, FEATURES: int, LATER: bool, **_: object) -> list[triton.Config]:
@@ -147,6 +148,15 @@ def _expert_outer_kernel(
                 tl.store(right_sum_ptr + wide * FEATURES + feature, right_sum, mask=known)
 
 
+def part_size(pairs: int, experts: int, tiles: int) -> int:
+    """Pairs of a part; 0 if no expert is cut. At most E / 4 parts are not the first, and take at most half of a bfloat16 gradient's bytes.
+
+    Args:
+        tiles: of one expert's matrix.
+    """
+    return max(PART, triton.next_power_of_2(max(1, 4 * pairs // experts))) if tiles < FILLING else 0
+
+
 def expert_outer(
     left: Tensor,
     right: Tensor,
@@ -166,9 +176,10 @@ def expert_outer(
     experts, inner, features = out.shape
     check_reach("a gradient of weights", out)
     right = unit_stride(right)
-    later = max(0, len(pairs.slots) - 1) // PART
+    part = part_size(len(pairs.slots), experts, triton.cdiv(inner, 64) * triton.cdiv(features, 128))
+    later = max(0, len(pairs.slots) - 1) // part if part else 0
     parts, left_parts, right_parts = (
-        left if whole is None else left.new_empty((later, *whole.shape[1:]), dtype=torch.float32) for whole in (out, left_sum, right_sum)
+        left if target is None else left.new_empty((later, *target.shape[1:]), dtype=torch.float32) for target in (out, left_sum, right_sum)
     )
 
     def run(owners: int, later_parts: bool) -> None:
@@ -191,7 +202,7 @@ def expert_outer(
             experts,
             right.stride(0),
             out.stride(),
-            PART=PART if later else 0,
+            PART=part if later else 0,
             LATER=later_parts,
             HALF=inner // 2 if interleaved else 0,
             LEFT_SUM=left_sum is not None,

@@ -27,7 +27,7 @@ MAX_PAIRS = 1 << 30  # places are 32-bit to keep the lists small
 
 @triton.jit
 def load_experts(index_ptr, pair, inside, num_experts):
-    """Experts of pairs, (pairs,) int32; -1 for an unused slot."""
+    """Experts of pairs, int32, in the shape of `pair`; -1 for an unused slot."""
     expert = tl.load(index_ptr + pair, mask=inside, other=-1)
     return tl.where((expert >= 0) & (expert < num_experts), expert, -1).to(tl.int32)
 

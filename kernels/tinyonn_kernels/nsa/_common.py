@@ -87,13 +87,6 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def with_positive(scale: float, query: Tensor) -> tuple[Tensor, float]:
-    """The same product of queries and scale, with a positive scale."""
-    if scale > 0:
-        return query, scale
-    return (-query, -scale) if scale < 0 else (torch.zeros_like(query), 1.0)
-
-
 def has_warpgroups(arch: int) -> bool:
     """Whether four warps multiply together, on a GPU with over 200 KiB of shared memory: H100 and B200, but not RTX 50 (sm_120)."""
     return 90 <= arch < 120
@@ -151,7 +144,7 @@ def whole_tiles(low, high, seen, KEYS: tl.constexpr):
     left = tl.cdiv(tl.max(tl.where(seen, low, 0)) - first, KEYS)
     right = (tl.min(tl.where(seen, high, FAR)) - first) // KEYS
     begin = first + left * KEYS
-    return first, last, begin, tl.maximum(begin, tl.minimum(first + right * KEYS, last))  # no row may see any key
+    return first, last, begin, tl.maximum(begin, tl.minimum(first + right * KEYS, last))  # where no row sees a key, first is FAR
 
 
 @triton.jit

@@ -3,9 +3,9 @@
     s[n] = cap(scale · q · k[n]),   lse = log sum_n e^s[n],   out = sum_n e^(s[n] - lse) v[n],   entropy = lse - sum_n p[n] s[n]
 
 over low <= n < high (`_common.interval_of`); cap(s) = softcap · tanh(s / softcap), or s. For a query without visible
-keys the results are 0, -inf, 0. Online softmax in base 2, float32 accumulation. The queries of a group are rows of one tile without
-padding, so every group size fills the matrix unit. Sinks (`ops/nsa/_sinks.py`) join lse and the result, not the entropy. An optional weight
-per row multiplies the result, which can be added to `out`.
+keys the results are 0, -inf, 0. Online softmax in base 2, float32 accumulation. Only tiles at the edges of what rows see are masked. The
+queries of a group are rows of one tile without padding, so every group size fills the matrix unit. Sinks (`ops/nsa/_sinks.py`) join lse and
+the result, not the entropy. An optional weight per row multiplies the result, which can be added to `out`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from ._common import (
     unit_stride,
     whole_tiles,
     width_of,
-    with_positive,
 )
 
 
@@ -80,16 +79,17 @@ def _step(
     n = begin + tl.arange(0, KEYS)
     k = load_keys(k_ptr, n, last, stride_kt, MASKED, HEAD_DIM, WIDTH)
     scores = dot(q, tl.trans(k), IEEE)
+    unit = scale_log2
     if CAP > 0:
         scores = capped(scores * scale_log2, CAP)
-        scale_log2 = 1.0
+        unit = 1.0
     if MASKED:
         visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
         scores = tl.where(visible, scores, float("-inf"))
     # A positive scale keeps the order, so that one fused operation scales a score and subtracts the maximum.
-    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale_log2)
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * unit)
     keep = tl.exp2(top - new_top)
-    distance = scores * scale_log2 - new_top[:, None]
+    distance = scores * unit - new_top[:, None]
     p = tl.exp2(distance)
     if HAS_ENTROPY:
         if MASKED:
@@ -165,12 +165,12 @@ def _interval_fwd_kernel(
     moment = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, WIDTH), tl.float32)
     first, last, begin_whole, end_whole = whole_tiles(low, high, seen, KEYS)
-    for begin in range(begin_whole, end_whole, KEYS):
+    for begin in range(begin_whole, end_whole, KEYS):  # what all rows see needs no mask
         top, total, moment, mixed = _step(
             q, k_ptr, v_ptr, begin, last, low, high, top, total, moment, mixed, scale_log2, stride_kt, stride_vt, False, HAS_ENTROPY, CAP,
             IEEE, HEAD_DIM, WIDTH, KEYS,
         )  # fmt: skip
-    for tile in range(first, last - (end_whole - begin_whole), KEYS):
+    for tile in range(first, last - (end_whole - begin_whole), KEYS):  # then what is before and after; `tile` leaves out the whole ones
         begin = tl.where(tile < begin_whole, tile, tile + (end_whole - begin_whole))
         top, total, moment, mixed = _step(
             q, k_ptr, v_ptr, begin, last, low, high, top, total, moment, mixed, scale_log2, stride_kt, stride_vt, True, HAS_ENTROPY, CAP,
@@ -214,14 +214,14 @@ def interval_attention_fwd(
 ) -> None:
     """Writes out (B, T, H, D), any dtype; lse and entropy (B, T, H) float32, with equal strides. Launched over (T * G / ROWS, B * K).
 
-    `reach` is the window or the compress size; `sinks` are (H,); `weight` (B, T, H) multiplies the result, `accumulate` adds it to `out`.
+    `reach` is the window or the compress size, and `scale` is positive; `sinks` are (H,); `weight` (B, T, H) multiplies the result,
+    `accumulate` adds it to `out`.
     """
     _, num_queries, heads, dim = query.shape
     num_kv = key.shape[2]
     if query.numel() == 0:
         return
-    query, scale = with_positive(scale, unit_stride(query))
-    key, value = unit_stride(key), unit_stride(value)
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
     group = heads // num_kv
     pairs = count_heads(query, num_kv, geometry)
     launch(

@@ -31,7 +31,7 @@ SHAPES = [
     (f"{str(dtype).removeprefix('torch.')}-D{dim}-G{heads // KV_HEADS}", dtype, dim, heads)
     for dtype, dims in ((torch.bfloat16, (64, 128, 256)), (torch.float32, (64, 128)))
     for dim in dims
-    for heads in ((32, 6) if dim == 128 else (32,))
+    for heads in ((32, 16, 8, 6) if dim == 128 and dtype == torch.bfloat16 else (32, 6) if dim == 128 else (32,))
 ]
 SOFTCAPPED = ("bfloat16-D128-G3", "bfloat16-D128-G16", "bfloat16-D256-G16")
 

@@ -2,8 +2,8 @@
 
     dk_c = scale · sum_g w[g, c] cap'[g, c] q_g,   w as in `select_blocks_dq`
 
-Key-outer, over tiles of key blocks of one sequence and SPLITS parts of the queries that see them, with separate sums. Without atomics,
-every run gives the same bits.
+Key-outer, over tiles of key blocks of one sequence and SPLITS parts of the queries that see them, with separate sums. Each program has a
+scratch for the gradients of the lists and the masses of a step. Without atomics, every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from .._tune import config, launch, tuned
 from ._common import LOG2E, Geometry, cap_log2, cap_slope, count_heads, dot, load_rows, store_rows, unit_stride, width_of
 from .interval_attention_dkv import ENOUGH_PROGRAMS, MAX_SPLITS
-from .select_blocks_dq import exchanged, gradient_of_mass, tile_rows, warps_of
+from .select_blocks_dq import exchanged, gradient_of_mass, tile_rows
 from .select_blocks_fwd import TILE_ROWS, block_probabilities, factor_of, kinds_of, tile_queries
 
 MAX_SLOTS = 64  # of lists, loaded at once
 
 
-def configs(IEEE: bool, QUERIES: int, PADDED: int, RATIO: int, ARCH: int, **_: object) -> list[triton.Config]:
-    return [config(8 if IEEE else warps_of(QUERIES * PADDED, RATIO, ARCH), 1, 255)]
+def configs(IEEE: bool, **_: object) -> list[triton.Config]:
+    return [config(8 if IEEE else 4, 1, 255)]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"])
@@ -136,7 +136,11 @@ def _select_dk_kernel(
         )
         _, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
         p = tl.reshape(p, (QUERIES, PADDED, BLOCKS, RATIO))
-        mass = exchanged(tl.sum(tl.sum(p, axis=3), axis=1), own_ptr + QUERIES * BLOCKS, QUERIES, BLOCKS)
+        mass = tl.sum(tl.sum(p, axis=3), axis=1)
+        if ROWS >= 64:
+            mass = exchanged(mass, own_ptr + QUERIES * BLOCKS, QUERIES, BLOCKS)
+        else:
+            tl.debug_barrier()
         listed = tl.load(own_ptr + lane[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :])
         _, dmass = gradient_of_mass(mass, listed, soft, threshold, factor, temperature, past)
         w = tl.reshape(p * dmass[:, None, :, None], (ROWS, BLOCKS * RATIO))
@@ -192,7 +196,7 @@ def select_blocks_dk(
     query, key = unit_stride(query), unit_stride(key)
     ratio = block_size // compress_size
     group = heads // num_kv
-    rows = tile_rows(query, group)
+    rows = tile_rows(query, group, ratio)
     shape = tile_queries(group, rows)
     keys = 16 if query.dtype == torch.float32 else 32 if rows < TILE_ROWS and width_of(dim) >= 128 else 64
     blocks = max(1, keys // ratio)

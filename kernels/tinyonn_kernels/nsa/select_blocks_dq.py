@@ -4,7 +4,8 @@
     dz = dgap / temperature    dthreshold = -sum_b dz    dmass[b] = dz / mass[b] above the floor, mass summed over the group
     w[g, c] = p[g, c] · dmass[b],  c in b    dlse[g] = -sum_c w    dq_g = scale · sum_c w cap' k_c
 
-Importance is recomputed from q, k and lse. Query-outer; each program scatters the dbias of a tile into its own scratch.
+Importance is recomputed from q, k and lse. Query-outer; each program scatters the dbias of a tile into its own scratch, whose end holds the
+masses of a step.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._tune import config, launch, tuned
+from .._tune import architecture, config, launch, tuned
 from ._common import (
     FAR,
     LOG2E,
@@ -35,10 +36,11 @@ from .select_blocks_fwd import TILE_ROWS, Z_FLOOR, block_probabilities, factor_o
 MAX_BLOCKS = 64  # of a step
 
 
-def tile_rows(query: Tensor, group: int) -> int:
-    """Rows of a tile: of a warpgroup where registers suffice. Divisions by groups that are no power of 2 take registers."""
-    wide = query.dtype != torch.float32 and width_of(query.shape[-1]) <= 128 and group & (group - 1) == 0
-    return TILE_ROWS if wide else TILE_ROWS // 2
+def tile_rows(query: Tensor, group: int, ratio: int) -> int:
+    """Rows of a tile: 64, of a warpgroup, where registers suffice."""
+    fits = query.dtype != torch.float32 and width_of(query.shape[-1]) <= 128 and group & (group - 1) == 0
+    fits = fits and (has_warpgroups(architecture(query)) or (group >= 16 and ratio == 1))
+    return TILE_ROWS if fits else TILE_ROWS // 2
 
 
 @triton.jit
@@ -65,17 +67,11 @@ def exchanged(mass, own_ptr, QUERIES: tl.constexpr, BLOCKS: tl.constexpr):
     return tl.load(place)
 
 
-def warps_of(rows: int, ratio: int, arch: int) -> int:
-    """Warps of a tile. Without warpgroups, sums within a block take registers of four warps on 64 rows."""
-    return 8 if rows == TILE_ROWS and ratio > 1 and not has_warpgroups(arch) else 4
-
-
-def configs(IEEE: bool, WIDTH: int, QUERIES: int, PADDED: int, RATIO: int, ARCH: int, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, WIDTH: int, QUERIES: int, PADDED: int, RATIO: int, **_: object) -> list[triton.Config]:
     if IEEE:
         return [config(8, 1, 255, BLOCKS=max(1, 16 // RATIO))]
-    rows = QUERIES * PADDED
-    blocks = max(1, (MAX_BLOCKS if WIDTH < 128 and rows < TILE_ROWS else MAX_BLOCKS // 2) // RATIO)
-    return [config(8 if WIDTH >= 256 else warps_of(rows, RATIO, ARCH), 1, 255, BLOCKS=blocks)]
+    blocks = max(1, (MAX_BLOCKS if WIDTH < 128 and QUERIES * PADDED < TILE_ROWS else MAX_BLOCKS // 2) // RATIO)
+    return [config(8 if WIDTH >= 256 else 4, 1, 255, BLOCKS=blocks)]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"], changed=("dq_ptr",))
@@ -198,7 +194,9 @@ def _select_dq_kernel(
                 _, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
                 listed = tl.load(scratch_ptr[:, None] + block[None, :], mask=active[:, None] & (block < num_blocks)[None, :], other=0.0)
                 p = tl.reshape(p, (QUERIES, PADDED, BLOCKS, RATIO))
-                mass = exchanged(tl.sum(tl.sum(p, axis=3), axis=1), own_ptr, QUERIES, BLOCKS)
+                mass = tl.sum(tl.sum(p, axis=3), axis=1)
+                if ROWS >= 64:
+                    mass = exchanged(mass, own_ptr, QUERIES, BLOCKS)
                 dz, dmass = gradient_of_mass(mass, listed, soft, threshold, factor, temperature, past)
                 w = tl.reshape(p * dmass[:, None, :, None], (ROWS, BLOCKS * RATIO))
                 dthreshold -= tl.sum(dz, axis=1)
@@ -253,7 +251,7 @@ def select_blocks_dq(
     query, key = unit_stride(query), unit_stride(key)
     ratio = block_size // compress_size
     group = heads // num_kv
-    shape = tile_queries(group, tile_rows(query, group))
+    shape = tile_queries(group, tile_rows(query, group, ratio))
     tiles = triton.cdiv(num_queries, shape["QUERIES"]) * count_heads(query, num_kv, geometry)
     programs = program_count(tiles, query.device, small=False)
     row_blocks = triton.cdiv(triton.cdiv(num_keys, block_size), 4) * 4

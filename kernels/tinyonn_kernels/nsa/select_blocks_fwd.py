@@ -24,7 +24,7 @@ from ._common import FAR, LOG2E, Geometry, bounds_of, cap_log2, capped, count_he
 Z_FLOOR = tl.constexpr(2.061153622438558e-09)  # e^-20
 RESIDENT, RESIDENT_REGISTERS = 3, 168  # programs of four warps that a multiprocessor holds, with this number of registers
 TILE_ROWS = 64
-PASS = tl.constexpr(32)  # blocks of a step after the products
+STEP = tl.constexpr(32)  # blocks of a step after the products; a row's fall into one warp of four, so the bisection has no barrier
 MAX_QUERIES = 16  # a larger tile would need a large scratch for small groups
 
 
@@ -79,7 +79,7 @@ def factor_of(relative, GROUP: tl.constexpr, RATIO: tl.constexpr, COMPRESS: tl.c
 
 
 def configs(IEEE: bool, WIDTH: int, GROUP: int, RATIO: int, **_: object) -> list[triton.Config]:
-    """A row's blocks fall into one warp of four, so the bisection has no barrier."""
+    """Tiles whose products leave registers for three programs of a multiprocessor."""
     if IEEE:
         return [config(8 if WIDTH >= 128 else 4, 1, 255, BLOCKS=max(1, 16 // RATIO))]
     if WIDTH >= 256:
@@ -187,8 +187,8 @@ def _select_fwd_kernel(
             # Many threads hold the same share of the product's layout, so the rest is computed on shares that are loaded again.
             number = tl.zeros((QUERIES,), tl.int32)
             soft = tl.zeros((QUERIES,), tl.float32)
-            for block0 in range(0, num_blocks, PASS):
-                block = block0 + tl.arange(0, PASS)
+            for block0 in range(0, num_blocks, STEP):
+                block = block0 + tl.arange(0, STEP)
                 share = tl.load(scratch_ptr + block[None, :], mask=(block < num_blocks)[None, :], other=Z_FLOOR)
                 forced, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
                 gap = (tl.log(share) - threshold) / temperature
@@ -205,8 +205,8 @@ def _select_fwd_kernel(
                 for step in range(0, 32):
                     trial = tl.where(step < 31, lowest | (1 << tl.maximum(30 - step, 0)), lowest + 1)
                     reach = tl.zeros((QUERIES,), tl.int32)
-                    for block0 in range(0, num_blocks, PASS):
-                        block = block0 + tl.arange(0, PASS)
+                    for block0 in range(0, num_blocks, STEP):
+                        block = block0 + tl.arange(0, STEP)
                         share = tl.load(scratch_ptr + block[None, :], mask=(block < num_blocks)[None, :], other=Z_FLOOR)
                         _, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
                         passes = past & (((tl.log(share) - threshold) / temperature) > 0)
@@ -217,8 +217,8 @@ def _select_fwd_kernel(
             pair = batch * stride_cb + token * num_kv + head
             kept_before = tl.zeros((QUERIES,), tl.int32)
             ties_before = tl.zeros((QUERIES,), tl.int32)
-            for block0 in range(0, num_blocks, PASS):
-                block = block0 + tl.arange(0, PASS)
+            for block0 in range(0, num_blocks, STEP):
+                block = block0 + tl.arange(0, STEP)
                 share = tl.load(scratch_ptr + block[None, :], mask=(block < num_blocks)[None, :], other=Z_FLOOR)
                 forced, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
                 gap = (tl.log(share) - threshold) / temperature
@@ -232,7 +232,7 @@ def _select_fwd_kernel(
                 c = tl.minimum(gap, 1.0)
                 log_gate = tl.where(forced, 0.0, 2.0 * tl.log(tl.where(passes, c, 1.0)) + tl.log(3.0 - 2.0 * tl.where(passes, c, 1.0)))
                 mask = (kept > 0) & (slot < num_slots)
-                tl.store(indices_ptr + place, tl.broadcast_to(block[None, :], (QUERIES, PASS)), mask=mask)
+                tl.store(indices_ptr + place, tl.broadcast_to(block[None, :], (QUERIES, STEP)), mask=mask)
                 tl.store(bias_ptr + place, log_gate, mask=mask)
                 kept_before += tl.sum(kept, axis=1)
                 ties_before += tl.sum(tied, axis=1)

@@ -1,8 +1,8 @@
 """Mixture of small experts on Triton: allocation and launches of the registered op. The host reads no number of pairs.
 
 Memory per pair (token, slot), in the dtype of the tensors: `pre`, 2I values, is saved for backward. The forward also needs h, I values, and
-a row of F. The backward needs the gradient of `pre`, h times the pair's weight, and a row of F. It sorts the P pairs again instead of
-saving the order.
+a row of F. The backward needs the gradient of `pre`, h times the pair's weight, and a row of F; besides, with many pairs of small experts,
+partial sums of at most half of the weights' bytes. It sorts the P pairs again instead of saving the order.
 """
 
 from __future__ import annotations

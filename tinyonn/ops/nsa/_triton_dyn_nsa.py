@@ -67,7 +67,7 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
     )
     indices, counts, bias, soft_counts = empty_lists(query, num_kv, max_blocks)
     own_tau = torch.empty_like(soft_counts) if tau is None else entropy.new_empty(0)
-    of_entropy = largest_entropy(whole, query.shape[1], compress_size).reciprocal() if tau is None else None
+    per_entropy = largest_entropy(whole, query.shape[1], compress_size).reciprocal() if tau is None else None
     overflowing = torch.zeros((), dtype=torch.int64, device=query.device)
     chunks = chunks_of(query)
     scratch = float32_sum(out, chunks)
@@ -84,8 +84,8 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
             q, key, value, mixed, lse_window[rows], None, geometry, window, scale, softcap, compressed=False, weight=weights[2],
             sinks=sinks, accumulate=True,
         )  # fmt: skip
-        if of_entropy is not None:
-            own_tau[rows] = entropy[rows].unflatten(-1, (num_kv, -1)).mean(-1) * of_entropy[rows]
+        if per_entropy is not None:
+            own_tau[rows] = entropy[rows].unflatten(-1, (num_kv, -1)).mean(-1) * per_entropy[rows]
         threshold = base.float() - slope.float() * (own_tau if tau is None else tau)[rows].float()
         lists = (indices[rows], counts[rows], bias[rows])
         over = select_blocks_fwd(
