@@ -10,9 +10,9 @@ from tinyonn.testing.triton import ARCHS
 
 INTRODUCTION = """# Kernels
 
-`benchmarks/kernel_report.py --write` wrote this page, with triton {version}. It compiles each Triton kernel at the shape of its goal and
-compares the machine code with the work that the mathematics needs. It needs no GPU, and none was used: the times are predictions that no
-GPU has checked, and we expect errors of up to 40 %.
+`benchmarks/kernel_report.py --write` wrote this page, except for its last section, with triton {version}. It compiles each Triton kernel at
+the shape of its goal and compares the machine code with the work that the mathematics needs. It needs no GPU, and none was used: the times
+are predictions that no GPU has checked, and we expect errors of up to 40 %.
 
 - **Goals**: `dyn_nsa` with 65,536 tokens, 64 query heads and 4 key/value heads of 128, bfloat16, and 16 key blocks of 64 per query, in 30
   ms forward and 75 ms backward; dense causal attention takes about 180 ms forward where it reaches 400 TFLOP/s. `expert_mlp` with 16,384
@@ -34,11 +34,11 @@ alone, so the others tell little about what an A100 or B200 can reach. `kernels/
 configuration that is offered."""
 TRIED = """## Tried and left out
 
-Each was compiled for an H100 with triton 3.9.0, and had no better prediction, or a small gain for a high price:
+Each was compiled for an H100 with triton 3.9.0, beside the code of that time. None predicts a gain that is worth its price:
 
-- **Tensor descriptors (TMA)** for keys and values. A step of `interval_fwd` takes about 480 instructions instead of 400, and 10 barriers
-  instead of 3; it needs 192 registers instead of 218, but the tile leaves room for one program either way. A step of `block_sparse_dq`
-  takes 965 instead of 790. Triton's waits and its choice of a thread cost more than the addresses that they save.
+- **Tensor descriptors (TMA)** for keys and values. A step of the window's `interval_fwd` without masks takes about 480 instructions instead
+  of 400, and 10 barriers instead of 3; it needs 26 registers less, but the tile leaves room for one program either way. A step of
+  `block_sparse_dq` takes 965 instead of 790. Triton's waits and its choice of a thread cost more than the addresses that they save.
 - **dq of the interval kernels in one pass.** It needs the results of two branches, which forward would have to keep: 2.1 GB more at the
   goal. It saves 3.4 of 8.5 ms, less 1.4 ms to write and read the results, of a backward of 57.
 - **Two programs of `expert_grad_pre` on a multiprocessor.** 128 registers spill 104 bytes, and four warps spill 64. L2 limits the kernel

@@ -143,17 +143,19 @@ def test_a_prompt_in_pieces_is_a_prompt_at_once(static):
     assert_close_rms(torch.cat(parts, 1), expected, 1e-6)
 
 
-@pytest.mark.parametrize("padding", [0, 21])
-def test_all_steps_of_a_generation_with_a_static_cache_are_one_graph(padding):
-    model, x = tiny_dyn_nsa_lm(layers=1), token_ids(40)
+@pytest.mark.parametrize(("padding", "tau_source"), [(0, "output"), (21, "attention")])
+def test_all_steps_of_a_generation_with_a_static_cache_are_one_graph(padding, tau_source):
+    model, x = tiny_dyn_nsa_lm(layers=1, tau_source=tau_source), token_ids(40)
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    options["attention_mask"] = left_padding(40, padding)
+    options |= {"attention_mask": left_padding(40, padding), "output_logits": True, "return_dict_in_generate": True}
     expected = model.generate(x, **options)
     compilation = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
     compilation._compile_all_devices = True  # transformers compiles by itself on a GPU alone
     torch._dynamo.reset()
     counters.clear()
-    assert torch.equal(model.generate(x, cache_implementation="static", compile_config=compilation, **options), expected)
+    got = model.generate(x, cache_implementation="static", compile_config=compilation, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert_close_rms(torch.stack(got.logits), torch.stack(expected.logits), 1e-5)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 
