@@ -36,15 +36,16 @@ CONSTANTS = {"balance": BALANCE, "bias step": BIAS_STEP, "L1": [FIRST_L1, L1_FAC
 class Settings:
     """Sizes of the study."""
 
-    width: int = 256
+    width: int = 384
     layers: int = 3
     experts: int = 64
     neurons: int = 64
     k: int = 4
     tokens: int = 128
-    batch: int = 3
+    batch: int = 2
     steps: int = 1500
-    rates: tuple[float, ...] = (1e-3, 1.4e-3)
+    rates: tuple[float, ...] = (2.5e-4, 3.5e-4, 5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3, 2.8e-3)
+    first_rates: tuple[float, ...] = (7e-4, 1e-3)  # others are tried while the best has a neighbour that is not
     seeds: tuple[int, ...] = (0, 1, 2)
     rows: int = 384  # of the evaluation
 

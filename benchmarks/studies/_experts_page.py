@@ -29,8 +29,8 @@ def page(results: Results, settings: Settings) -> list[str]:
         f" {settings.k} experts per token. All arms start from the same weights of attention and experts for a seed.",
         f"- **Training**: {settings.steps:,} steps of {settings.batch} rows of {settings.tokens} bytes, source of the standard library,"
         f" with AdamW. Each arm trains with seed {settings.seeds[0]} at the learning rates"
-        f" {', '.join(f'{rate:g}' for rate in settings.rates)}, and with the other seeds at the one of lowest loss on text"
-        " that is for this choice alone.",
+        f" {' and '.join(f'{rate:g}' for rate in settings.first_rates)}, then at neighbours of the best until both are tried, and with the"
+        " other seeds at the best: the one of lowest loss on text that is for this choice alone.",
         f"- **Evaluation**: {settings.rows} rows from other modules, {len(settings.seeds)} seeds. For arms that choose by thresholds, all"
         f" thresholds are shifted by one number so that the mean is {settings.k} experts per token on this text too; *k as trained* is the"
         " mean before the shift, with its range over seeds. Dead experts get no token of the evaluation, over all layers, as trained.",
@@ -77,9 +77,11 @@ def page(results: Results, settings: Settings) -> list[str]:
         f"Loss of each seed, and of seed {settings.seeds[0]} at each learning rate:",
         "",
     ]
-    head = ["arm", *(f"seed {seed}" for seed in settings.seeds), *(f"rate {rate:g}" for rate in settings.rates)]
-    tried = {arm: [cell(results, arm, rate, settings.seeds[0]) for rate in settings.rates] for arm in ARMS}
-    rows = [[arm, *(f"{one['loss']:.4f}" for one in (*cells, *tried[arm]))] for arm, cells in arms.items()]
+    first = settings.seeds[0]
+    rates = [rate for rate in settings.rates if any(results.get(arm, rate, first) for arm in ARMS)]
+    head = ["arm", *(f"seed {seed}" for seed in settings.seeds), *(f"rate {rate:g}" for rate in rates)]
+    tried = {arm: [results.get(arm, rate, first) for rate in rates] for arm in ARMS}
+    rows = [[arm, *(f"{one['loss']:.4f}" if one else "" for one in (*cells, *tried[arm]))] for arm, cells in arms.items()]
     return [*lines, *table(head, rows)]
 
 
@@ -89,7 +91,8 @@ def cell(results: Results, arm: str, rate: float, seed: int) -> dict[str, Any]:
 
 def best_rate(results: Results, settings: Settings, arm: str) -> float:
     """Learning rate of the lowest loss with the first seed, on text that is for this choice alone."""
-    return min(settings.rates, key=lambda rate: cell(results, arm, rate, settings.seeds[0])["choice"])
+    tried = [rate for rate in settings.rates if results.get(arm, rate, settings.seeds[0])]
+    return min(tried, key=lambda rate: cell(results, arm, rate, settings.seeds[0])["choice"])
 
 
 def losses(cells: list[dict[str, Any]]) -> list[list[float]]:

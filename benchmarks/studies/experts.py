@@ -1,15 +1,15 @@
 """Study D: many small experts, trained from scratch, at equal mean number of experts per token.
 
-    .venv/bin/python benchmarks/studies/experts.py            about an hour on two cores, one process on each
+    .venv/bin/python benchmarks/studies/experts.py            an hour and a half on two cores, one process on each
     .venv/bin/python benchmarks/studies/experts.py --quick    a trial run of a minute; writes nothing
 
 A small language model reads source of the standard library byte by byte. Its MLPs are dense, or mixtures of 64 experts that differ only
-in how a token's experts are chosen and weighted; see `_experts_model.py`. Each arm trains with the first seed at two learning rates, and
-with the other seeds at the one of lowest loss on text that is for this choice alone. Trials are whole runs, because shorter ones prefer
-rates that are too large. Thresholds choose
-other numbers of experts on other text, so each run is evaluated as it is, and again with all its thresholds shifted to the mean of the
-budget on the evaluation text; comparisons are of the latter. Writes docs/studies/experts.json, experts.md and experts.png. An interrupted
-study continues from docs/studies/experts.json.
+in how a token's experts are chosen and weighted; see `_experts_model.py`. Each arm trains with the first seed at two learning rates, then
+at neighbours of the best until both are tried, and with the other seeds at the best: the one of lowest loss on text that is for this choice
+alone. Trials are whole runs, because shorter ones prefer rates that are too large. Thresholds choose other numbers of experts on other
+text, so each run is evaluated as it is, and again with all its thresholds shifted to the mean of the budget on the evaluation text;
+comparisons are of the latter. Writes docs/studies/experts.json, experts.md and experts.png. An interrupted study continues from
+docs/studies/experts.json.
 """
 
 from __future__ import annotations
@@ -144,13 +144,27 @@ def run(settings: Settings, arm: str, rate: float, seed: int) -> dict[str, Any]:
     return one.measured()
 
 
-def measure(results: Results, settings: Settings, processes: int) -> None:
-    """Measures the cells that are missing: all learning rates first."""
+def missing(results: Results, settings: Settings, arm: str) -> list[tuple[str, float, int]]:
+    """Runs of an arm that can be measured now: learning rates around the best one with the first seed, then the other seeds."""
     first, *others = settings.seeds
-    tried = [(arm, rate, first) for rate in settings.rates for arm in ARMS]
-    measure_all(results, [Job(key, run, (settings, *key)) for key in tried], processes)
-    left = [(arm, best_rate(results, settings, arm), seed) for seed in others for arm in ARMS]
-    measure_all(results, [Job(key, run, (settings, *key)) for key in left], processes)
+    wanted = [(arm, rate, first) for rate in settings.first_rates]
+    if all(results.get(*key) for key in wanted):
+        best = best_rate(results, settings, arm)
+        place = settings.rates.index(best)
+        wanted = [(arm, rate, first) for rate in settings.rates[max(0, place - 1) : place + 2]]
+        if all(results.get(*key) for key in wanted):
+            wanted = [(arm, best, seed) for seed in others]
+    return [key for key in wanted if not results.get(*key)]
+
+
+def all_missing(results: Results, settings: Settings) -> list[tuple[str, float, int]]:
+    return [key for arm in ARMS for key in missing(results, settings, arm)]
+
+
+def measure(results: Results, settings: Settings, processes: int) -> None:
+    """Measures the cells that are missing."""
+    while keys := all_missing(results, settings):
+        measure_all(results, [Job(key, run, (settings, *key)) for key in keys], processes)
 
 
 def main() -> None:
@@ -159,7 +173,8 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="only writes the page and the figure again")
     options = parser.parse_args()
     if options.quick:
-        settings = Settings(width=64, layers=2, experts=16, neurons=16, k=2, tokens=64, steps=20, rates=(2e-3,), seeds=(0, 1), rows=32)
+        settings = Settings(width=64, layers=2, experts=16, neurons=16, k=2, tokens=64, steps=20, seeds=(0, 1), rows=32,
+                            rates=(1.4e-3, 2e-3, 2.8e-3), first_rates=(2e-3, 2.8e-3))  # fmt: skip
         results = Results(None, asdict(settings))
         measure(results, settings, options.processes)
         print("\n".join(page(results, settings)))
@@ -168,9 +183,8 @@ def main() -> None:
     results = Results(DOCS / "experts.json", {**asdict(settings), **CONSTANTS, "warm-up": WARM_UP, "last rate": LAST_RATE})
     if not options.page:
         measure(results, settings, options.processes)
-    whole = len(ARMS) * (len(settings.rates) + len(settings.seeds) - 1)
-    if len(results.cells) < whole:
-        parser.error(f"docs/studies/experts.json must have {whole} runs of these settings for a page, got {len(results.cells)}.")
+    if keys := all_missing(results, settings):
+        parser.error(f"docs/studies/experts.json must have all runs for a page, got none of {keys[0]} and {len(keys) - 1} more.")
     (DOCS / "experts.md").write_text("\n".join(page(results, settings)) + "\n", encoding="utf-8")
     draw_figure(results, settings, DOCS / "experts.png")
 

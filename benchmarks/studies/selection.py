@@ -31,7 +31,7 @@ from tinyonn.hf.dyn_nsa.measures import LEAST_X
 
 BUDGETS = (4, 6, 8)  # blocks of a static top-n, forced blocks included
 TOKENS, LONG = 2048, 4096  # of a text; the second for the first arms and LONG_TEXTS texts
-LONG_TEXTS = 4
+LONG_TEXTS = 8
 CODE = ("argparse.py", "typing.py", "statistics.py", "ipaddress.py")
 PROSE = (0, 30_000, 60_000, 90_000)  # first tokens
 CALIBRATION = (("code", "inspect.py"), ("prose", 6_000))
