@@ -40,7 +40,9 @@ def tile_rows(query: Tensor, group: int, ratio: int) -> int:
     """Rows of a tile: 64, of a warpgroup, where registers suffice."""
     fits = query.dtype != torch.float32 and width_of(query.shape[-1]) <= 128 and group & (group - 1) == 0
     simple = (group >= 16) + (ratio == 1)  # few queries a tile, no sums within a block
-    return TILE_ROWS if fits and simple >= (1 if has_warpgroups(architecture(query)) else 2) else TILE_ROWS // 2
+    if fits and simple >= (1 if has_warpgroups(architecture(query)) else 2):
+        return TILE_ROWS
+    return TILE_ROWS // 4 if query.dtype == torch.float32 and width_of(query.shape[-1]) >= 128 else TILE_ROWS // 2
 
 
 @triton.jit
