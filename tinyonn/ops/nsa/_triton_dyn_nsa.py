@@ -9,8 +9,6 @@ parts in half precision would lose digits, and one for all tokens would be the l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -18,9 +16,6 @@ from .._dispatch import on_its_device
 from ._checks import Bounds, empty_lists
 from ._sinks import sinks_gradient
 from ._tuples import DynNSAInputs, DynNSANumbers, DynNSAResults, DynNSASaved
-
-if TYPE_CHECKING:
-    from tinyonn_kernels.nsa._common import Geometry
 
 CHUNK_ELEMENTS = 1 << 25  # of the float32 sum, 128 MiB
 
@@ -40,10 +35,14 @@ def float32_sum(target: Tensor, chunks: list[slice]) -> Tensor | None:
     return torch.empty((target.shape[0], longest, *target.shape[2:]), dtype=torch.float32, device=target.device)
 
 
-def largest_entropy(geometry: Geometry, tokens: int, compress_size: int) -> Tensor:
-    """(B, T, 1) log of the number of compressed keys that a query sees; infinite where it sees fewer than two."""
-    place = torch.arange(geometry.before, geometry.before + tokens, dtype=torch.int32, device=geometry.start.device)
-    visible = (place - geometry.start[:, geometry.before : geometry.before + tokens] + 1) // compress_size
+def largest_entropy(start: Tensor, before: int, compress_size: int) -> Tensor:
+    """(B, T, 1) log of the number of compressed keys that a query sees; infinite where it sees fewer than two.
+
+    Args:
+        start: (B, Tk), first key of the sequence at each key; the queries are those after the first `before` keys.
+    """
+    place = torch.arange(before, start.shape[1], dtype=torch.int32, device=start.device)
+    visible = (place - start[:, before:] + 1) // compress_size
     return torch.where(visible > 1, visible.float().log(), torch.inf).unsqueeze(-1)
 
 
@@ -67,7 +66,7 @@ def dyn_nsa_forward(inputs: DynNSAInputs, options: DynNSANumbers, bounds: Bounds
     )
     indices, counts, bias, soft_counts = empty_lists(query, num_kv, max_blocks)
     own_tau = torch.empty_like(soft_counts) if tau is None else entropy.new_empty(0)
-    per_entropy = largest_entropy(whole, query.shape[1], compress_size).reciprocal() if tau is None else None
+    per_entropy = largest_entropy(whole.start, whole.before, compress_size).reciprocal() if tau is None else None
     overflowing = torch.zeros((), dtype=torch.int64, device=query.device)
     chunks = chunks_of(query)
     scratch = float32_sum(out, chunks)
