@@ -61,6 +61,27 @@ def test_window_and_compressed_within_bounds(bounds):
     check_compressed(tensors, where, 16)
 
 
+def test_nan_of_padding_does_not_reach_the_gradients_of_keys():
+    """Padding before a sequence shares a tile of queries with it."""
+    start = torch.tensor([20], dtype=torch.int32)
+    tensors = {name: torch.randn(1, 64, 1, 16, generator=torch.Generator().manual_seed(3)) for name in ("query", "key", "value")}
+    grads = []
+    for padding in (0.0, torch.nan):
+        leaves = [torch.cat([torch.full_like(x[:, :20], padding), x[:, 20:]], 1).to(DEVICE).requires_grad_() for x in tensors.values()]
+        out = ops.sliding_window_attention(*leaves, 16, key_start=start.to(DEVICE), impl="triton")
+        grads.append([grad[:, 20:] for grad in torch.autograd.grad(out[:, 20:].square().sum(), leaves)])
+    for clean, other in zip(*grads, strict=True):
+        assert torch.equal(clean, other)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
+def test_a_start_after_the_end_is_a_row_of_padding(impl):
+    x = torch.randn(1, 40, 1, 16, device=DEVICE)
+    bounds = {name: torch.tensor([place], dtype=torch.int32, device=DEVICE) for name, place in (("key_start", 30), ("key_end", 20))}
+    assert not ops.sliding_window_attention(x, x, x, 8, impl=impl, **bounds).any()
+    assert not ops.compressed_attention(x, x[:, :2], x[:, :2], compress_size=16, num_keys=40, impl=impl, **bounds)[0].any()
+
+
 def test_tiles_that_all_rows_see_are_not_masked():
     """A window of three tiles and compressed keys of two, beside their edges."""
     tensors = case(320)

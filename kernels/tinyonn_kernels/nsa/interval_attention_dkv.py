@@ -37,14 +37,14 @@ MAX_SPLITS = 16
 ENOUGH_PROGRAMS = 1024
 
 
-def configs(IEEE: bool, WIDTH: int, GROUP: int, CAP: float, ARCH: int, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, WIDTH: int, GROUP: int, CAP: float, COMPRESSED: bool, ARCH: int, **_: object) -> list[triton.Config]:
     if IEEE:
         return [config(8, 1, ROWS=16 if WIDTH >= 128 else 32, KEYS=32)]
     if WIDTH >= 256:
         return [config(8, 1, ROWS=32, KEYS=32)]
     small = config(4, 2, 255, ROWS=32, KEYS=32)
     if not has_warpgroups(ARCH):
-        return [config(8, 2, 255, ROWS=32 if WIDTH >= 128 else 64, KEYS=64), small]
+        return [config(8, 2, 255, ROWS=32 if WIDTH >= 128 or COMPRESSED else 64, KEYS=64), small]
     # One warpgroup for 64 keys, or two for 128. Divisions by a group that is no power of two take registers.
     if WIDTH < 128:
         return [config(4, 2, 255, ROWS=32, KEYS=64), small]
@@ -138,15 +138,16 @@ def _interval_dkv_kernel(
         start, valid = bounds_of(start_ptr, end_ptr, place, inside, stride_gt)
         low, high = interval_of(start, place, valid, reach, COMPRESSED, PACKED)
         token = token.to(tl.int64)
-        q = load_rows(q_ptr + batch * stride_qb, token * stride_qt + query_head * stride_qh, inside, 1, HEAD_DIM, WIDTH)
-        do = load_rows(do_ptr + batch * stride_ob, token * stride_ot + query_head * stride_oh, inside, 1, HEAD_DIM, WIDTH)
+        # Padding is not read, because 0 times its NaN would spread to the keys of the tile.
+        q = load_rows(q_ptr + batch * stride_qb, token * stride_qt + query_head * stride_qh, valid, 1, HEAD_DIM, WIDTH)
+        do = load_rows(do_ptr + batch * stride_ob, token * stride_ot + query_head * stride_oh, valid, 1, HEAD_DIM, WIDTH)
         stat = batch * stride_sb + token * (num_kv * GROUP) + query_head
-        lse_log2 = tl.load(lse_ptr + stat, mask=inside, other=0.0) * 1.4426950408889634
-        shift = tl.load(product_ptr + stat, mask=inside, other=0.0)
-        weight = load_weight(weight_ptr, batch * stride_wb + token * stride_wt + query_head * stride_wh, inside, HAS_WEIGHT, ROWS)
+        lse_log2 = tl.load(lse_ptr + stat, mask=valid, other=0.0) * 1.4426950408889634
+        shift = tl.load(product_ptr + stat, mask=valid, other=0.0)
+        weight = load_weight(weight_ptr, batch * stride_wb + token * stride_wt + query_head * stride_wh, valid, HAS_WEIGHT, ROWS)
         shift *= weight
         if HAS_DLSE:
-            shift -= tl.load(dlse_ptr + stat, mask=inside, other=0.0)
+            shift -= tl.load(dlse_ptr + stat, mask=valid, other=0.0)
         visible = (n[:, None] >= low[None, :]) & (n[:, None] < high[None, :])
         scores = capped(dot(k, tl.trans(q), IEEE) * scale_log2, CAP)
         p = tl.where(visible, tl.exp2(scores - lse_log2[None, :]), 0.0)

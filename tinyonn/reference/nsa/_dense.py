@@ -41,7 +41,7 @@ def sequences(
     before = num_keys - num_queries
     for row in range(batch):
         start = 0 if key_start is None else int(key_start[row])
-        end = num_keys if key_end is None else int(key_end[row])
+        end = num_keys if key_end is None else max(start, int(key_end[row]))  # a start after the end: a row of padding alone
         first = max(start, before)
         yield Sequence(row, slice(first - before, max(end, first) - before), slice(start, end), 0, first - start)
 
