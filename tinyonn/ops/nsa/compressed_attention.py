@@ -43,6 +43,7 @@ def compressed_attention(
         query: (B, T, H, D), the last T of `num_keys` positions.
         key_compressed, value_compressed: (B, num_keys // compress_size, K, D), K dividing H. Key c of a row stands for positions
             c * compress_size … of its sequence, padding not counted; packed sequence i begins at row cu_seqlens[i] // compress_size.
+            Rows between packed sequences are not read, but must be finite with impl="triton".
         compress_size: 16, 32 or 64.
         num_keys: positions of a row; None for T.
         scale: factor on the scores; None for D ** -0.5.
