@@ -50,7 +50,7 @@ ARMS = (
     (LINES, DISTILLED), (OFFSETS, DISTILLED), (PER_HEAD, DISTILLED), (MORE, MEAN), (LESS, MEAN), (MASS, ""), (FISHER, ""),
 )  # fmt: skip
 FIRST = ((TOP_N, MEAN), (LINES, MEAN), (TOP_N, DISTILLED), (LINES, DISTILLED))  # so that an interrupted study has them on all texts
-LONG_ARMS = (*FIRST, (PER_HEAD, MEAN))
+LONG_ARMS = (*FIRST, (PER_HEAD, MEAN), (TOP_P, MEAN))
 
 
 def arm_name(arm: tuple[str, str]) -> str:
@@ -328,7 +328,7 @@ def results_of(name: str, tokens: int, texts: list[tuple[str, Any]]) -> Results:
 
 def run(bench: Bench, results: Results, texts: list[tuple[str, Any]], budgets: tuple[int, ...], arms: tuple[tuple[str, str], ...]) -> None:
     rest = tuple(arm for arm in arms if arm not in FIRST)
-    for chosen, number in [(chosen, number) for chosen in (FIRST, rest) for number in budgets]:
+    for chosen, number in [(chosen, number) for chosen in (FIRST, *((arm,) for arm in rest)) for number in budgets]:
         for kind, where in texts:
             name = f"{kind} {where}"
             if results.get("dense", name) and all(results.get(arm_name(arm), name, number) for arm in chosen):
