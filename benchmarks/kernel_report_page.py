@@ -34,7 +34,7 @@ alone, so the others tell little about what an A100 or B200 can reach. `kernels/
 configuration that is offered."""
 TRIED = """## Tried and left out
 
-Each was compiled for an H100 with triton 3.9.0, beside the code of that time. None predicts a gain that is worth its price:
+Each was compiled for an H100 with triton 3.9.0, or counted by hand, beside the code of that time. None predicts a gain worth its price:
 
 - **Tensor descriptors (TMA)** for keys and values. A step of the window's `interval_fwd` without masks takes about 480 instructions instead
   of 400, and 10 barriers instead of 3; it needs 26 registers less, but the tile leaves room for one program either way. A step of
