@@ -3,12 +3,12 @@
     .venv/bin/python benchmarks/studies/selection.py            about two hours on one core
     .venv/bin/python benchmarks/studies/selection.py --quick    a trial run of a few minutes; writes nothing
 
-SmolLM2-135M reads 2,048 tokens of a text; each query reads the first block, the previous and its own, and those that an arm chooses. A cell
-is the loss of one arm on one text at one budget, over the dense model's on the same text. Arms choose by the same compressed keys, and are
-compared at equal mean blocks: a static arm sets the number, and the threshold of a dynamic arm is set on the dense run of the text itself,
-once more if the sparse run then reads more than 0.05 blocks more or less. What is left of a difference is removed by interpolation. Offsets
-and lines come from two other texts. Cells are saved to docs/studies/selection.json one by one, and an interrupted study goes on from it.
-Writes docs/studies/selection.md and docs/studies/selection.png.
+SmolLM2-135M reads a text of 2,048 or 4,096 tokens; each query reads the first block, the previous and its own, and those that an arm
+chooses. A cell is the loss of one arm on one text at one budget, over the dense model's on the same text. Arms choose by the same
+compressed keys, and are compared at equal mean blocks: a static arm sets the number, and the threshold of a dynamic arm is set on the dense
+run of the text itself, once more if the sparse run then reads more than 0.05 blocks more or less. What is left of a difference is removed
+by interpolation. Offsets and lines come from two other texts. Cells are saved to docs/studies/selection.json one by one, and an interrupted
+study goes on from it. Writes docs/studies/selection.md and docs/studies/selection.png.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from tinyonn.hf.dyn_nsa.fitting import FARTHEST, MOST_GAIN, HeadPairs, threshold
 from tinyonn.hf.dyn_nsa.measures import LEAST_X
 
 BUDGETS = (4, 6, 8)  # blocks of a static top-n, forced blocks included
-TOKENS, LONG = 2048, 4096  # of a text; the second for the first arms and LONG_TEXTS texts
-LONG_TEXTS = 8
+TOKENS, LONG = 2048, 4096  # of a text; the second for LONG_ARMS alone
 CODE = ("argparse.py", "typing.py", "statistics.py", "ipaddress.py")
 PROSE = (0, 30_000, 60_000, 90_000)  # first tokens
 CALIBRATION = (("code", "inspect.py"), ("prose", 6_000))
@@ -302,7 +301,7 @@ def main() -> None:
     else:
         studied = [
             (results_of("selection.json", TOKENS, texts), TOKENS, STEPS, texts, BUDGETS, ARMS),
-            (results_of("selection_4096.json", LONG, texts[:LONG_TEXTS]), LONG, STEPS, texts[:LONG_TEXTS], BUDGETS, LONG_ARMS),
+            (results_of("selection_4096.json", LONG, texts), LONG, STEPS, texts, BUDGETS, LONG_ARMS),
         ]
     if not options.page:
         for results, tokens, steps, *grid in studied:
