@@ -129,6 +129,7 @@ def _tests(name: str, stage: str, seconds: float, files: list[str], marker: str 
     return Question(name, stage, seconds, "benchmarks/gpu_worker.py:run_tests", {"files": files, "marker": marker})
 
 
+_KERNELS = "benchmarks/gpu_kernels.py:"
 _LONG = "benchmarks/bench_dyn_nsa_long.py:"
 _FULL = {"heads": 64, "kv_heads": 4, "dim": 128, "dtype": "bfloat16", "device": "cuda"}
 _TINY_LONG = {"tokens": 320, "heads": 4, "kv_heads": 2, "dim": 16, "dtype": "float32", "device": "cpu"}
@@ -146,11 +147,19 @@ def _goals() -> list[Question]:
     mixture, tiny_mixture = [16384, 1024, 1024, 64, 8], [64, 32, 8, 16, 2]
     norms = {"rows": 65536, "features": 8192, "device": "cuda"}
     copy = "benchmarks/bench_block_norms.py:against_copy_bandwidth"
+    kernels, tiny_kernels = ({name: x for name, x in one.items() if name != "device"} for one in (_FULL, _TINY_LONG))
     tiny_norms = {"rows": 100, "features": 256, "device": "cpu"}
     return [
         _dense(65536, "random", 45),
         Question(
             "mixture 16k, best forms", "goal", 30, "benchmarks/bench_expert_mlp.py:best_forms", {"sizes": mixture}, {"sizes": tiny_mixture}
+        ),
+        Question(
+            "dyn_nsa 64k, by kernel", "goal", 12, f"{_KERNELS}by_kernel", {"op": "dyn_nsa", "sizes": {"tokens": 65536, **kernels}},
+            {"sizes": tiny_kernels},
+        ),
+        Question(
+            "mixture 16k, by kernel", "goal", 8, f"{_KERNELS}by_kernel", {"op": "expert_mlp", "sizes": mixture}, {"sizes": tiny_mixture}
         ),
         Question("dyn_nsa 64k, peak memory", "goal", 12, f"{_LONG}peak_memory", {"tokens": 65536, **_FULL}, _TINY_LONG),
         *(
@@ -158,6 +167,7 @@ def _goals() -> list[Question]:
             for dtype in ("bfloat16", "float32")
         ),
         _dense(65536, "threshold", 35),
+        Question("dyn_nsa, first use", "goal", 45, f"{_KERNELS}first_use", {}, {}),
         Question("dyn_nsa 64k, selected branch against fla", "goal", 45, f"{_LONG}selected_branch_against_fla", {"tokens": 65536, **_FULL}),
         _dense(65536, "clustered", 30),
         *(_dense(16384, "random", 20, heads=heads, kv_heads=kv_heads) for heads, kv_heads in ((16, 16), (24, 8), (32, 4), (96, 4))),
