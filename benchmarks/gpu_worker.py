@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -105,7 +106,7 @@ def answer(request: dict[str, Any], device: str, send: Callable[[dict[str, Any]]
     except AssertionError as error:
         record.update(status="wrong", reason=last_line(error))
     except Exception as error:
-        record.update(status="failed", reason=last_line(error))
+        record.update(status="failed", reason=last_line(error), traceback=traceback.format_exc(limit=-8))
     try:
         if device == "cuda":
             torch.cuda.synchronize()
