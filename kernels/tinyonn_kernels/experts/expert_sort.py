@@ -149,7 +149,7 @@ def sort_pairs(top_k_index: Tensor, num_experts: int, rows: int) -> SortedPairs:
     if num_pairs >= MAX_PAIRS:
         raise ValueError(f"top_k_index must have fewer than {MAX_PAIRS} slots with impl='triton', got {num_pairs}.")
     num_tiles = num_pairs // rows + min(num_experts, num_pairs)
-    chunk = min(MOST_CHUNK, max(LEAST_CHUNK, triton.next_power_of_2(max(num_experts // 4, num_pairs // FEW_CHUNKS))))
+    chunk = min(MOST_CHUNK, max(LEAST_CHUNK, triton.next_power_of_2(max(num_experts // 8, num_pairs // FEW_CHUNKS))))
     num_chunks = triton.cdiv(num_pairs, chunk)
 
     def integers(*shape: int) -> Tensor:

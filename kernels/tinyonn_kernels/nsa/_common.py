@@ -138,13 +138,16 @@ def load_keys(base_ptr, n, last, stride, MASKED: tl.constexpr, HEAD_DIM: tl.cons
 
 @triton.jit
 def whole_tiles(low, high, seen, KEYS: tl.constexpr):
-    """First key and end of what any row sees, and of its tiles that all rows see wholly; only rows that see keys count."""
-    first = tl.min(tl.where(seen, low, FAR))
+    """First key and end of what any row sees, and of its tiles that all rows see wholly; only rows that see keys count.
+
+    All are 0 where no row sees a key: a pipelined loop computes addresses of several steps before it begins, and FAR + KEYS is negative.
+    """
     last = tl.max(tl.where(seen, high, 0))
+    first = tl.minimum(tl.min(tl.where(seen, low, FAR)), last)
     left = tl.cdiv(tl.max(tl.where(seen, low, 0)) - first, KEYS)
     right = (tl.min(tl.where(seen, high, FAR)) - first) // KEYS
     begin = first + left * KEYS
-    return first, last, begin, tl.maximum(begin, tl.minimum(first + right * KEYS, last))  # where no row sees a key, first is FAR
+    return first, last, begin, tl.maximum(begin, tl.minimum(first + right * KEYS, last))
 
 
 @triton.jit

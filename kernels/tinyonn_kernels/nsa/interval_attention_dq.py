@@ -124,8 +124,8 @@ def _interval_dq_kernel(
     lse_log2 = tl.load(lse_ptr + stat, mask=inside, other=0.0) * 1.4426950408889634
     k_ptr += batch * stride_kb + head.to(tl.int64) * stride_kh
     v_ptr += batch * stride_vb + head.to(tl.int64) * stride_vh
-    first = tl.min(tl.where(seen, low, FAR))
     last = tl.max(tl.where(seen, high, 0))
+    first = tl.minimum(tl.min(tl.where(seen, low, FAR)), last)  # FAR + KEYS would be negative; see `whole_tiles`
 
     product = tl.zeros((ROWS,), tl.float32)
     for begin in range(first, last, KEYS):

@@ -25,6 +25,7 @@ Z_FLOOR = tl.constexpr(2.061153622438558e-09)  # e^-20
 RESIDENT, RESIDENT_REGISTERS = 3, 168  # programs of four warps that a multiprocessor holds, with this number of registers
 TILE_ROWS = 64
 STEP = tl.constexpr(32)  # blocks of a step after the products; a row's fall into one warp of four, so the bisection has no barrier
+WIDE_TILE = tl.constexpr(1024)  # blocks times queries of a step of the bisection
 MAX_QUERIES = 16  # a larger tile would need a large scratch for small groups
 
 
@@ -138,6 +139,10 @@ def _select_fwd_kernel(
     stride_hb, stride_ht, stride_hh = threshold_strides
     stride_gb, stride_gt = bounds_strides
     COMPRESS: tl.constexpr = BLOCK_SIZE // RATIO
+    WIDE: tl.constexpr = WIDE_TILE // QUERIES
+    # Shares that are no multiples of M are below 2, so bits 28 and 29 are set and those above are not.
+    BITS: tl.constexpr = 31 if RELATIVE else 28
+    LOWEST: tl.constexpr = 0 if RELATIVE else 0x30000000
     per_head = tl.cdiv(num_queries, QUERIES)
     lane = tl.arange(0, QUERIES)
     scratch_ptr += tl.program_id(0).to(tl.int64) * QUERIES * row_blocks + lane[:, None] * row_blocks
@@ -198,21 +203,29 @@ def _select_fwd_kernel(
             over = number > num_slots
             num_over += tl.sum(over.to(tl.int32))
             need = num_slots - tl.minimum(relative // BLOCK_SIZE + 1, FIRST + LOCAL)
-            lowest = tl.where(over, 0, -1)  # bits of the smallest share that is kept
+            lowest = tl.where(over, LOWEST, -1)  # bits of the smallest share that is kept
             ties = tl.zeros((QUERIES,), tl.int32)
             if tl.max(over.to(tl.int32)) > 0:
+                # From here on, a share of 0 stands for a block that does not pass.
+                tl.debug_barrier()
+                for block0 in range(0, num_blocks, WIDE):
+                    block = block0 + tl.arange(0, WIDE)
+                    share = tl.load(scratch_ptr + block[None, :], mask=(block < num_blocks)[None, :], other=Z_FLOOR)
+                    _, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
+                    passes = past & (((tl.log(share) - threshold) / temperature) > 0)
+                    tl.store(scratch_ptr + block[None, :], tl.where(passes, share, 0.0))
+                tl.debug_barrier()
                 # The last round counts the larger shares.
-                for step in range(0, 32):
-                    trial = tl.where(step < 31, lowest | (1 << tl.maximum(30 - step, 0)), lowest + 1)
-                    reach = tl.zeros((QUERIES,), tl.int32)
-                    for block0 in range(0, num_blocks, STEP):
-                        block = block0 + tl.arange(0, STEP)
-                        share = tl.load(scratch_ptr + block[None, :], mask=(block < num_blocks)[None, :], other=Z_FLOOR)
-                        _, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
-                        passes = past & (((tl.log(share) - threshold) / temperature) > 0)
-                        reach += tl.sum((passes & (share.to(tl.int32, bitcast=True) >= trial[:, None])).to(tl.int32), axis=1)
-                    lowest = tl.where(over & (step < 31) & (reach >= need), trial, lowest)
+                for step in range(0, BITS + 1):
+                    trial = tl.where(step < BITS, lowest | (1 << tl.maximum(BITS - 1 - step, 0)), lowest + 1)
+                    reached = tl.zeros((QUERIES, WIDE), tl.int32)
+                    for block0 in range(0, num_blocks, WIDE):
+                        share = tl.load(scratch_ptr + (block0 + tl.arange(0, WIDE))[None, :])
+                        reached += (share.to(tl.int32, bitcast=True) >= trial[:, None]).to(tl.int32)
+                    reach = tl.sum(reached, axis=1)
+                    lowest = tl.where(over & (step < BITS) & (reach >= need), trial, lowest)
                     ties = need - reach
+                tl.debug_barrier()
 
             pair = batch * stride_cb + token * num_kv + head
             kept_before = tl.zeros((QUERIES,), tl.int32)
@@ -221,8 +234,8 @@ def _select_fwd_kernel(
                 block = block0 + tl.arange(0, STEP)
                 share = tl.load(scratch_ptr + block[None, :], mask=(block < num_blocks)[None, :], other=Z_FLOOR)
                 forced, past = kinds_of(block, relative, active, BLOCK_SIZE, FIRST, LOCAL)
-                gap = (tl.log(share) - threshold) / temperature
-                passes = past & (gap > 0)
+                gap = (tl.log(tl.maximum(share, Z_FLOOR)) - threshold) / temperature
+                passes = past & (gap > 0) & (share > 0)
                 bits = share.to(tl.int32, bitcast=True)
                 tied = (passes & (bits == lowest[:, None])).to(tl.int32)
                 fits = ties_before[:, None] + tl.cumsum(tied, axis=1) <= ties[:, None]
@@ -291,7 +304,8 @@ def select_blocks_fwd(
     shape = tile_queries(group, TILE_ROWS // 2 if query.dtype == torch.float32 else TILE_ROWS)
     tiles = triton.cdiv(num_queries, shape["QUERIES"]) * count_heads(query, num_kv, geometry)
     programs = program_count(tiles, query.device, small=query.dtype != torch.float32 and width_of(dim) <= 128)
-    row_blocks = triton.cdiv(triton.cdiv(num_keys, block_size), 4) * 4
+    wide = WIDE_TILE.value // shape["QUERIES"]
+    row_blocks = triton.cdiv(triton.cdiv(num_keys, block_size), wide) * wide
     scratch = torch.empty((programs, shape["QUERIES"], row_blocks), dtype=torch.float32, device=query.device)
     over = torch.empty(programs, dtype=torch.int32, device=query.device)
     launch(
