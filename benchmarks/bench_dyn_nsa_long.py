@@ -35,6 +35,9 @@ BACKENDS = {
     "SDPA memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 
+FAR = 1 << 30
+LONGEST = {SDPBackend.EFFICIENT_ATTENTION: 16384}  # tokens; beyond, it takes seconds a call, and the others are always faster
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 FULL = {"heads": 64, "kv_heads": 4, "dim": 128, "dtype": "bfloat16", "device": "cuda"}
 
@@ -101,7 +104,8 @@ class Setting:
 
             return call
 
-        calls = {name: by(backend) for name, backend in BACKENDS.items()}
+        backends = {name: backend for name, backend in BACKENDS.items() if self.qkv[0].shape[1] <= LONGEST.get(backend, FAR)}
+        calls = {name: by(backend) for name, backend in backends.items()}
         calls |= {name: lambda call=call: call(*self.qkv) for name, call in flash_attention_packages().items()}
         return {title: step for name, call in calls.items() for title, step in self.both(name, call, self.qkv).items()}
 

@@ -4,7 +4,7 @@
     goal     the library's goals for speed and memory, at their real shapes; one at a time
     rest     other speeds, and tests that need a GPU
 
-Seconds are estimates for one H100 with an empty compile cache, made before any run; they decide which questions still fit. On a CPU, where
+Seconds are estimates for one H200 with an empty compile cache; they decide which questions still fit. On a CPU, where
 kernels run in Triton's interpreter, `tiny` replaces arguments.
 """
 
@@ -150,9 +150,9 @@ def _goals() -> list[Question]:
     kernels, tiny_kernels = ({name: x for name, x in one.items() if name != "device"} for one in (_FULL, _TINY_LONG))
     tiny_norms = {"rows": 100, "features": 256, "device": "cpu"}
     return [
-        _dense(65536, "random", 45),
+        _dense(65536, "random", 40),
         Question(
-            "mixture 16k, best forms", "goal", 30, "benchmarks/bench_expert_mlp.py:best_forms", {"sizes": mixture}, {"sizes": tiny_mixture}
+            "mixture 16k, best forms", "goal", 60, "benchmarks/bench_expert_mlp.py:best_forms", {"sizes": mixture}, {"sizes": tiny_mixture}
         ),
         Question(
             "dyn_nsa 64k, by kernel", "goal", 12, f"{_KERNELS}by_kernel", {"op": "dyn_nsa", "sizes": {"tokens": 65536, **kernels}},
@@ -161,16 +161,15 @@ def _goals() -> list[Question]:
         Question(
             "mixture 16k, by kernel", "goal", 8, f"{_KERNELS}by_kernel", {"op": "expert_mlp", "sizes": mixture}, {"sizes": tiny_mixture}
         ),
-        Question("dyn_nsa 64k, peak memory", "goal", 12, f"{_LONG}peak_memory", {"tokens": 65536, **_FULL}, _TINY_LONG),
+        _dense(65536, "clustered", 20),
+        Question("dyn_nsa 64k, peak memory", "goal", 6, f"{_LONG}peak_memory", {"tokens": 65536, **_FULL}, _TINY_LONG),
         *(
-            Question(f"block norms, {dtype}", "goal", 8, copy, {**norms, "dtype": dtype}, tiny_norms)
+            Question(f"block norms, {dtype}", "goal", 4, copy, {**norms, "dtype": dtype}, tiny_norms)
             for dtype in ("bfloat16", "float32")
         ),
-        _dense(65536, "threshold", 35),
-        Question("dyn_nsa, first use", "goal", 45, f"{_KERNELS}first_use", {}, {}),
-        Question("dyn_nsa 64k, selected branch against fla", "goal", 45, f"{_LONG}selected_branch_against_fla", {"tokens": 65536, **_FULL}),
-        _dense(65536, "clustered", 30),
-        *(_dense(16384, "random", 20, heads=heads, kv_heads=kv_heads) for heads, kv_heads in ((16, 16), (24, 8), (32, 4), (96, 4))),
+        Question("dyn_nsa 64k, selected branch against fla", "goal", 30, f"{_LONG}selected_branch_against_fla", {"tokens": 65536, **_FULL}),
+        Question("dyn_nsa, first use", "goal", 35, f"{_KERNELS}first_use", {}, {}),
+        _dense(65536, "threshold", 20),
     ]  # fmt: skip
 
 
@@ -181,20 +180,21 @@ def _bench(name: str, seconds: float, target: str, arguments: dict[str, Any], ti
 def _rest() -> list[Question]:
     small = "128 experts of 64"
     return [
-        _dense(8192, "random", 20, "rest"),
-        _bench("attention_stats, 4k", 10, "attention_stats.py:test_entropy_beside_sdpa_against_eager", {"tokens": 4096}, {"tokens": 64}),
-        _bench("token grad norms against the two norms", 8, "token_grad_norms.py:test_against_the_two_norms", {"block_size": 64}),
-        _bench("token grad norms against written-out gradients", 8, "token_grad_norms.py:test_against_written_out_gradients", {}),
-        _bench("integrate_sps", 8, "integrate_sps.py:test_integrate_sps", {"missing": False}),
+        _bench("dyn_nsa, one token over 16k", 8, "dyn_nsa.py:test_decoding", {"tokens": 16384}, {"tokens": 1024}),
+        _bench("attention_stats, 4k", 6, "attention_stats.py:test_entropy_beside_sdpa_against_eager", {"tokens": 4096}, {"tokens": 64}),
+        _bench("token grad norms against the two norms", 5, "token_grad_norms.py:test_against_the_two_norms", {"block_size": 64}),
+        _bench("token grad norms against written-out gradients", 5, "token_grad_norms.py:test_against_written_out_gradients", {}),
+        _bench("integrate_sps", 5, "integrate_sps.py:test_integrate_sps", {"missing": False}),
         _bench("mixture, 128 experts, all sparse forms", 20, "expert_mlp.py:test_forward_and_backward", {"size": small, "forms": "sparse"}),
         _bench("mixture, memory", 20, "expert_mlp.py:test_memory", {"size": small}),
-        _bench("dyn_nsa, one token over 16k", 10, "dyn_nsa.py:test_decoding", {"tokens": 16384}, {"tokens": 1024}),
         *(_bench(f"DynNSA's {part}", 10, "dyn_nsa.py:test_parts", {"part": part}) for part in PARTS),
         _bench("attention module, 4096 tokens", 15, "dyn_nsa.py:test_whole_module", {"tokens": 4096}),
         _bench("dyn_nsa float32, 16k", 15, "dyn_nsa.py:test_forward_and_backward", {"tokens": 16384, "choices": "random"}),
         _bench("surprise", 15, "surprise.py:test_surprise_against_gradients_per_token", {"experts": 128, "neurons": 64, "slots": 4}),
         _bench("training step with routers that learn", 15, "hyper_step.py:test_a_step", {"size": "64 experts of 32"}),
         _bench("attention_stats in a model", 15, "attention_stats.py:test_a_model_captured_against_eager", {"tokens": 4096}),
+        *(_dense(16384, "random", 35, "rest", heads=heads, kv_heads=kv_heads) for heads, kv_heads in ((16, 16), (24, 8), (32, 4), (96, 4))),
+        _dense(8192, "random", 20, "rest"),
         _dense(32768, "random", 25, "rest"),
         *(_tests(f"tests, {file}", "rest", seconds, [f"tests/{file}"]) for file, seconds in GPU_TESTS.items()),
     ]  # fmt: skip

@@ -70,9 +70,9 @@ def test_a_spill_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONWARNINGS", "error::RuntimeWarning:runpy")  # of a module that is loaded twice
     (usage,) = usages_of("spilling", 90, tmp_path / "cache")
     assert (usage.kernel, usage.label, usage.arch) == ("_spilling_kernel", "one warp", 90)
-    assert usage.stack > 0
+    assert usage.stack > 160
     assert usage.complaints() == [
-        f"_spilling_kernel [one warp] must not spill on sm_90, got {usage.stack} stack and {usage.local} local bytes."
+        f"_spilling_kernel [one warp] must spill at most 160 bytes on sm_90, got {usage.stack} stack and {usage.local} local bytes."
     ]
 
 

@@ -26,6 +26,7 @@ from .sass import Assembly, disassemble
 
 ARCHS = (80, 90, 100)
 """Compute capabilities that kernels are compiled for: A100, H100, B200."""
+MOST_SPILLED = 160  # bytes of a thread; on an H200, tiles that spill 120 bytes beat smaller ones that do not
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a thread block can have, CUDA C++ guide table 24
 
 
@@ -44,9 +45,9 @@ class Usage:
     def complaints(self) -> list[str]:
         """Why this must not be a default configuration; empty where it may."""
         found = []
-        if self.stack or self.local:
+        if self.stack + self.local > MOST_SPILLED:
             spilled = f"{self.stack} stack and {self.local} local bytes"
-            found.append(f"{self.kernel} [{self.label}] must not spill on sm_{self.arch}, got {spilled}.")
+            found.append(f"{self.kernel} [{self.label}] must spill at most {MOST_SPILLED} bytes on sm_{self.arch}, got {spilled}.")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(
                 f"{self.kernel} [{self.label}] must use at most {SHARED_LIMIT[self.arch]} bytes of shared memory on sm_{self.arch}, "

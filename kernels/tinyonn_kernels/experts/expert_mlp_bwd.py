@@ -35,8 +35,9 @@ def configs(IEEE: bool, ROWS: int, NEURONS: int, FEATURES: int, **_: object) -> 
         return [config(4, 1, 255, COLUMNS=min(columns, 32), DEPTH=16)]
     if ragged(NEURONS, FEATURES):
         return [config(warps, 2, 255, COLUMNS=min(columns, 32), DEPTH=16)]
-    offered = [config(warps, 3, 255, COLUMNS=columns, DEPTH=width_of(FEATURES, 64))]
-    offered += [config(4, 4, 255, COLUMNS=min(columns, 32), DEPTH=width_of(FEATURES, 32))]
+    depth = width_of(FEATURES, 64)
+    # 128 registers of eight warps leave room for two programs of a multiprocessor.
+    offered = [config(warps, 3, 128 if warps == 8 else 255, COLUMNS=columns, DEPTH=depth), config(4, 4, 255, COLUMNS=columns, DEPTH=depth)]
     return offered
 
 

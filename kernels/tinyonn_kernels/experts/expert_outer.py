@@ -32,10 +32,11 @@ def configs(IEEE: bool, INNER: int, FEATURES: int, LATER: bool, **_: object) -> 
     """Few pairs per step, because a small expert has few. Later parts are rare, so they are not worth a trial."""
     if IEEE or ragged(INNER, FEATURES):
         return [config(4, 1 if IEEE else 2, 255, LINES=width_of(INNER, 32), COLUMNS=width_of(FEATURES, 64), DEPTH=16)]
-    offered = [config(4, 3, 255, LINES=width_of(INNER, 64), COLUMNS=width_of(FEATURES, 128), DEPTH=32)]
+    lines = width_of(INNER, 64)
+    offered = [config(4, 2, 255, LINES=lines, COLUMNS=width_of(FEATURES, 64), DEPTH=64)]
     if LATER:
         return offered
-    offered += [config(4, 3, 255, LINES=width_of(INNER, 64), COLUMNS=width_of(FEATURES, 64), DEPTH=16)]
+    offered += [config(4, 2, 255, LINES=lines, COLUMNS=width_of(FEATURES, 64), DEPTH=128)]
     if INNER > 64:
         offered += [config(8, 3, 255, LINES=128, COLUMNS=width_of(FEATURES, 128), DEPTH=32)]
     return offered

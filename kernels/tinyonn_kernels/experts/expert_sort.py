@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # chunk of pairs that a program compares at once, 64 * 64
+BLOCK = 32  # pairs that a program compares at once, 32 * 32; more of them take many registers
 LEAST_CHUNK, MOST_CHUNK = 128, 1024  # the work is P * chunk comparisons and P / chunk * E counts
 FEW_CHUNKS = 1024
 MAX_PAIRS = 1 << 30  # places are 32-bit to keep the lists small
@@ -161,7 +161,7 @@ def sort_pairs(top_k_index: Tensor, num_experts: int, rows: int) -> SortedPairs:
     _rank_pairs_kernel[(triton.cdiv(num_pairs, BLOCK),)](
         index, rank, counts, num_pairs, num_experts, CHUNK=chunk, BLOCK=BLOCK, num_warps=4
     )  # fmt: skip
-    _scan_chunks_kernel[(triton.cdiv(num_experts, 32),)](counts, sizes, num_chunks, num_experts, CHUNKS=64, EXPERTS=32, num_warps=4)
+    _scan_chunks_kernel[(triton.cdiv(num_experts, 8),)](counts, sizes, num_chunks, num_experts, CHUNKS=256, EXPERTS=8, num_warps=4)
     _expert_offsets_kernel[(1,)](sizes, pairs.offsets, tiles, num_experts, ROWS=rows, EXPERTS=1024, num_warps=4)
     _fill_pairs_kernel[(triton.cdiv(max(num_pairs, num_tiles), 256),)](
         index,

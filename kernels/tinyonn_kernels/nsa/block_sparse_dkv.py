@@ -41,8 +41,10 @@ def configs(IEEE: bool, WIDTH: int, BLOCK_SIZE: int, GROUP: int, ARCH: int, **_:
     if WIDTH >= 256:
         return [config(8, 1, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
     # Four warps multiply 64 keys together; eight would do it twice. Divisions by a group that is no power of 2 take registers.
-    if has_warpgroups(ARCH) and BLOCK_SIZE >= 64 and (WIDTH < 128 or GROUP & (GROUP - 1) == 0):
-        first = config(4, 1, 255, ROWS=32 if WIDTH >= 128 else 64, KEYS=64)
+    if has_warpgroups(ARCH) and BLOCK_SIZE >= 64 and WIDTH == 128 and GROUP & (GROUP - 1) == 0:
+        return [config(4, 2, 255, ROWS=32, KEYS=64), config(4, 1, 255, ROWS=64, KEYS=64)]
+    if has_warpgroups(ARCH) and BLOCK_SIZE >= 64 and WIDTH < 128:
+        first = config(4, 1, 255, ROWS=64, KEYS=64)
     else:
         first = config(8, 2, 255, ROWS=32 if WIDTH >= 128 else 64, KEYS=min(64, BLOCK_SIZE))
     return [first, config(4, 2, 255, ROWS=32, KEYS=min(32, BLOCK_SIZE))]

@@ -46,7 +46,7 @@ def configs(IEEE: bool, WIDTH: int, ROWS: int, BLOCK_SIZE: int, GROUP: int, ARCH
     if IEEE:
         return [config(4 if ROWS * WIDTH <= 1024 else 8, 1, 255, KEYS=16)]
     if ROWS == 64 and WIDTH == 128 and GROUP & (GROUP - 1) == 0 and has_warpgroups(ARCH):
-        return [config(4, 1, KEYS=min(64, BLOCK_SIZE))]  # two stages are predicted to be slower
+        return [config(4, 2, KEYS=min(64, BLOCK_SIZE))]
     keys, warps = (64 if WIDTH <= 64 else 32), (4 if ROWS * WIDTH <= 8192 else 8)
     offered = [config(warps, 2, KEYS=min(keys, BLOCK_SIZE)) if WIDTH <= 128 else config(warps, 1, 255, KEYS=min(keys, BLOCK_SIZE))]
     if WIDTH <= 128 and ROWS <= 32:

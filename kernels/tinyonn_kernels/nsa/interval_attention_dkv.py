@@ -49,8 +49,81 @@ def configs(IEEE: bool, WIDTH: int, GROUP: int, CAP: float, COMPRESSED: bool, AR
     if WIDTH < 128:
         return [config(4, 2, 255, ROWS=32, KEYS=64), small]
     if ARCH >= 100 or GROUP & (GROUP - 1) == 0:
-        return [config(4, 2 if ARCH >= 100 else 1, 255, ROWS=32, KEYS=64), small]
+        return [config(4, 2 if ARCH >= 100 else 1, 255, ROWS=32, KEYS=64), config(8, 1, 255, ROWS=64, KEYS=128)]
     return [config(8, 2, 255, ROWS=32, KEYS=64 if CAP > 0 else 128), small]
+
+
+@triton.jit
+def _add_rows(
+    dk,
+    dv,
+    k,
+    v,
+    n,
+    begin,
+    stop_row,
+    start_ptr,
+    end_ptr,
+    q_ptr,
+    do_ptr,
+    lse_ptr,
+    product_ptr,
+    dlse_ptr,
+    weight_ptr,
+    stat,
+    head,
+    num_kv,
+    before,
+    reach,
+    scale_log2,
+    stride_qt,
+    stride_qh,
+    stride_ot,
+    stride_oh,
+    stride_wt,
+    stride_wh,
+    stride_gt,
+    MASKED: tl.constexpr,
+    COMPRESSED: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    CAP: tl.constexpr,
+    IEEE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """dk and dv with what ROWS more rows add; without MASKED, all of them see all keys."""
+    row = begin + tl.arange(0, ROWS)
+    valid = row < stop_row
+    token = row // GROUP
+    query_head = head * GROUP + row % GROUP
+    if MASKED:
+        place = token + before
+        start, valid = bounds_of(start_ptr, end_ptr, place, valid, stride_gt)
+        low, high = interval_of(start, place, valid, reach, COMPRESSED, PACKED)
+    token = token.to(tl.int64)
+    # Padding is not read, because 0 times its NaN would spread to the keys of the tile.
+    q = load_rows(q_ptr, token * stride_qt + query_head * stride_qh, valid, 1, HEAD_DIM, WIDTH)
+    do = load_rows(do_ptr, token * stride_ot + query_head * stride_oh, valid, 1, HEAD_DIM, WIDTH)
+    stat += token * (num_kv * GROUP) + query_head
+    lse_log2 = tl.load(lse_ptr + stat, mask=valid, other=0.0) * 1.4426950408889634
+    shift = tl.load(product_ptr + stat, mask=valid, other=0.0)
+    weight = load_weight(weight_ptr, token * stride_wt + query_head * stride_wh, valid, HAS_WEIGHT, ROWS)
+    shift *= weight
+    if HAS_DLSE:
+        shift -= tl.load(dlse_ptr + stat, mask=valid, other=0.0)
+    scores = capped(dot(k, tl.trans(q), IEEE) * scale_log2, CAP)
+    p = tl.exp2(scores - lse_log2[None, :])
+    if MASKED:
+        p = tl.where((n[:, None] >= low[None, :]) & (n[:, None] < high[None, :]), p, 0.0)
+    dv += dot((p * weight[None, :]).to(do.dtype), do, IEEE)
+    ds = p * (dot(v, tl.trans(do), IEEE) * weight[None, :] - shift[None, :])
+    if CAP > 0:
+        ds *= cap_slope(scores, CAP)
+    return dk + dot(ds.to(q.dtype), q, IEEE), dv
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "COMPRESSED"])
@@ -129,33 +202,37 @@ def _interval_dkv_kernel(
     v = load_rows(v_ptr + batch * stride_vb + head.to(tl.int64) * stride_vh, n.to(tl.int64), n < num_keys, stride_vt, HEAD_DIM, WIDTH)
     dk = tl.zeros((KEYS, WIDTH), tl.float32)
     dv = tl.zeros((KEYS, WIDTH), tl.float32)
-    for begin in range(first_row, stop_row, ROWS):
-        row = begin + tl.arange(0, ROWS)
-        inside = row < stop_row
-        token = row // GROUP
-        query_head = head * GROUP + row % GROUP
-        place = token + before
-        start, valid = bounds_of(start_ptr, end_ptr, place, inside, stride_gt)
-        low, high = interval_of(start, place, valid, reach, COMPRESSED, PACKED)
-        token = token.to(tl.int64)
-        # Padding is not read, because 0 times its NaN would spread to the keys of the tile.
-        q = load_rows(q_ptr + batch * stride_qb, token * stride_qt + query_head * stride_qh, valid, 1, HEAD_DIM, WIDTH)
-        do = load_rows(do_ptr + batch * stride_ob, token * stride_ot + query_head * stride_oh, valid, 1, HEAD_DIM, WIDTH)
-        stat = batch * stride_sb + token * (num_kv * GROUP) + query_head
-        lse_log2 = tl.load(lse_ptr + stat, mask=valid, other=0.0) * 1.4426950408889634
-        shift = tl.load(product_ptr + stat, mask=valid, other=0.0)
-        weight = load_weight(weight_ptr, batch * stride_wb + token * stride_wt + query_head * stride_wh, valid, HAS_WEIGHT, ROWS)
-        shift *= weight
-        if HAS_DLSE:
-            shift -= tl.load(dlse_ptr + stat, mask=valid, other=0.0)
-        visible = (n[:, None] >= low[None, :]) & (n[:, None] < high[None, :])
-        scores = capped(dot(k, tl.trans(q), IEEE) * scale_log2, CAP)
-        p = tl.where(visible, tl.exp2(scores - lse_log2[None, :]), 0.0)
-        dv += dot((p * weight[None, :]).to(do.dtype), do, IEEE)
-        ds = p * (dot(v, tl.trans(do), IEEE) * weight[None, :] - shift[None, :])
-        if CAP > 0:
-            ds *= cap_slope(scores, CAP)
-        dk += dot(ds.to(q.dtype), q, IEEE)
+    # Rows whose queries see all keys of the tile need no mask: `begin_whole` to `end_whole`. Packed batches have none.
+    begin_whole = first_row
+    end_whole = first_row
+    if not PACKED:
+        start = tl.load(start_ptr)
+        if COMPRESSED:
+            lowest = start + (n_last + 1) * reach - 1
+            beyond = stop
+        else:
+            lowest = tl.maximum(n_last, start)
+            beyond = tl.where(start <= n0, tl.minimum(n0 + reach, stop), 0)
+        left = tl.cdiv(tl.maximum((lowest - before) * GROUP - first_row, 0), ROWS) * ROWS
+        begin_whole = tl.minimum(first_row + left, stop_row)
+        end_whole = begin_whole + tl.maximum(tl.minimum((beyond - before) * GROUP, stop_row) - begin_whole, 0) // ROWS * ROWS
+    whole = end_whole - begin_whole
+    q_ptr += batch * stride_qb
+    do_ptr += batch * stride_ob
+    weight_ptr += batch * stride_wb
+    for begin in range(begin_whole, end_whole, ROWS):
+        dk, dv = _add_rows(
+            dk, dv, k, v, n, begin, stop_row, start_ptr, end_ptr, q_ptr, do_ptr, lse_ptr, product_ptr, dlse_ptr, weight_ptr,
+            batch * stride_sb, head, num_kv, before, reach, scale_log2, stride_qt, stride_qh, stride_ot, stride_oh, stride_wt, stride_wh,
+            stride_gt, False, COMPRESSED, PACKED, HAS_WEIGHT, HAS_DLSE, CAP, IEEE, GROUP, HEAD_DIM, WIDTH, ROWS,
+        )  # fmt: skip
+    for tile in range(first_row, stop_row - whole, ROWS):  # then the rows before and after; `tile` leaves out the whole ones
+        dk, dv = _add_rows(
+            dk, dv, k, v, n, tl.where(tile < begin_whole, tile, tile + whole), stop_row, start_ptr, end_ptr, q_ptr, do_ptr, lse_ptr,
+            product_ptr, dlse_ptr, weight_ptr, batch * stride_sb, head, num_kv, before, reach, scale_log2, stride_qt, stride_qh, stride_ot,
+            stride_oh, stride_wt, stride_wh, stride_gt, True, COMPRESSED, PACKED, HAS_WEIGHT, HAS_DLSE, CAP, IEEE, GROUP, HEAD_DIM, WIDTH,
+            ROWS,
+        )  # fmt: skip
 
     target = tl.program_id(1).to(tl.int64) * stride_split + batch * stride_db + (n.to(tl.int64) * num_kv + head) * HEAD_DIM
     store_rows(dk_ptr, target, n < num_keys, dk * scale, HEAD_DIM, WIDTH, False)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .._tune import config, launch, tuned
 from ._common import (
-    FAR,
     LOG2E,
     Geometry,
     bounds_of,
@@ -26,20 +25,54 @@ from ._common import (
     dot,
     has_warpgroups,
     interval_of,
+    load_keys,
     load_rows,
     load_weight,
     store_sum,
     unit_stride,
+    whole_tiles,
     width_of,
 )
 
 
 @triton.jit
-def probabilities(q, k, n, low, high, lse_log2, scale_log2, CAP: tl.constexpr, IEEE: tl.constexpr):
-    """Attention probabilities (rows, keys), 0 outside [low, high), and scores in base 2."""
-    visible = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
+def _probabilities(
+    q,
+    do,
+    k_ptr,
+    v_ptr,
+    begin,
+    last,
+    low,
+    high,
+    lse_log2,
+    scale_log2,
+    stride_kt,
+    stride_vt,
+    MASKED: tl.constexpr,
+    CAP: tl.constexpr,
+    IEEE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Probabilities p of KEYS keys, their gradients dp, scores in base 2, and the keys. With MASKED, p is 0 outside [low, high)."""
+    n = begin + tl.arange(0, KEYS)
+    k = load_keys(k_ptr, n, last, stride_kt, MASKED, HEAD_DIM, WIDTH)
+    v = load_keys(v_ptr, n, last, stride_vt, MASKED, HEAD_DIM, WIDTH)
     scores = capped(dot(q, tl.trans(k), IEEE) * scale_log2, CAP)
-    return tl.where(visible, tl.exp2(scores - lse_log2[:, None]), 0.0), scores
+    p = tl.exp2(scores - lse_log2[:, None])
+    if MASKED:
+        p = tl.where((n[None, :] >= low[:, None]) & (n[None, :] < high[:, None]), p, 0.0)
+    return p, dot(do, tl.trans(v), IEEE), scores, k
+
+
+@triton.jit
+def _add_dq(dq, p, dp, scores, k, weight, shift, CAP: tl.constexpr, IEEE: tl.constexpr):
+    ds = p * (weight[:, None] * dp - shift[:, None])
+    if CAP > 0:
+        ds *= cap_slope(scores, CAP)
+    return dq + dot(ds.to(k.dtype), k, IEEE)
 
 
 def configs(IEEE: bool, WIDTH: int, ARCH: int, **_: object) -> list[triton.Config]:
@@ -50,7 +83,7 @@ def configs(IEEE: bool, WIDTH: int, ARCH: int, **_: object) -> list[triton.Confi
         return [config(4, 1, ROWS=32, KEYS=16)]
     narrow = config(4, 2, ROWS=64, KEYS=64 if WIDTH <= 64 and has_warpgroups(ARCH) else 32)
     if has_warpgroups(ARCH):
-        return [config(8, 2, 255, ROWS=128, KEYS=64), narrow]
+        return [config(4, 2, 255, ROWS=64, KEYS=64) if WIDTH >= 128 else config(8, 2, 255, ROWS=128, KEYS=64), narrow]
     return [narrow, config(8, 2, 255, ROWS=64, KEYS=64)]
 
 
@@ -124,16 +157,23 @@ def _interval_dq_kernel(
     lse_log2 = tl.load(lse_ptr + stat, mask=inside, other=0.0) * 1.4426950408889634
     k_ptr += batch * stride_kb + head.to(tl.int64) * stride_kh
     v_ptr += batch * stride_vb + head.to(tl.int64) * stride_vh
-    last = tl.max(tl.where(seen, high, 0))
-    first = tl.minimum(tl.min(tl.where(seen, low, FAR)), last)  # FAR + KEYS would be negative; see `whole_tiles`
+    first, last, begin_whole, end_whole = whole_tiles(low, high, seen, KEYS)
+    whole = end_whole - begin_whole
 
+    # Both passes read first what all rows see, which needs no mask, then what is before and after; `tile` leaves out the whole ones.
     product = tl.zeros((ROWS,), tl.float32)
-    for begin in range(first, last, KEYS):
-        n = begin + tl.arange(0, KEYS)
-        k = load_rows(k_ptr, n.to(tl.int64), n < last, stride_kt, HEAD_DIM, WIDTH)
-        v = load_rows(v_ptr, n.to(tl.int64), n < last, stride_vt, HEAD_DIM, WIDTH)
-        p, _ = probabilities(q, k, n, low, high, lse_log2, scale_log2, CAP, IEEE)
-        product += tl.sum(p * dot(do, tl.trans(v), IEEE), axis=1)
+    for begin in range(begin_whole, end_whole, KEYS):
+        p, dp, _, _ = _probabilities(
+            q, do, k_ptr, v_ptr, begin, last, low, high, lse_log2, scale_log2, stride_kt, stride_vt, False, CAP, IEEE, HEAD_DIM, WIDTH, KEYS
+        )
+        product += tl.sum(p * dp, axis=1)
+    for tile in range(first, last - whole, KEYS):
+        begin = tl.where(tile < begin_whole, tile, tile + whole)
+        p, dp, _, _ = _probabilities(
+            q, do, k_ptr, v_ptr, begin, last, low, high, lse_log2, scale_log2, stride_kt, stride_vt, True, CAP, IEEE, HEAD_DIM, WIDTH, KEYS
+        )
+        product += tl.sum(p * dp, axis=1)
+    product = tl.where(seen, product, 0.0)
     tl.store(product_ptr + stat, product, mask=inside)
 
     weight = load_weight(weight_ptr, batch * stride_wb + token * stride_wt + query_head * stride_wh, inside, HAS_WEIGHT, ROWS)
@@ -141,15 +181,18 @@ def _interval_dq_kernel(
     if HAS_DLSE:
         shift -= tl.load(dlse_ptr + stat, mask=inside, other=0.0)
     dq = tl.zeros((ROWS, WIDTH), tl.float32)
-    for begin in range(first, last, KEYS):
-        n = begin + tl.arange(0, KEYS)
-        k = load_rows(k_ptr, n.to(tl.int64), n < last, stride_kt, HEAD_DIM, WIDTH)
-        v = load_rows(v_ptr, n.to(tl.int64), n < last, stride_vt, HEAD_DIM, WIDTH)
-        p, scores = probabilities(q, k, n, low, high, lse_log2, scale_log2, CAP, IEEE)
-        ds = p * (weight[:, None] * dot(do, tl.trans(v), IEEE) - shift[:, None])
-        if CAP > 0:
-            ds *= cap_slope(scores, CAP)
-        dq += dot(ds.to(k.dtype), k, IEEE)
+    for begin in range(begin_whole, end_whole, KEYS):
+        p, dp, scores, k = _probabilities(
+            q, do, k_ptr, v_ptr, begin, last, low, high, lse_log2, scale_log2, stride_kt, stride_vt, False, CAP, IEEE, HEAD_DIM, WIDTH, KEYS
+        )
+        dq = _add_dq(dq, p, dp, scores, k, weight, shift, CAP, IEEE)
+    for tile in range(first, last - whole, KEYS):
+        begin = tl.where(tile < begin_whole, tile, tile + whole)
+        p, dp, scores, k = _probabilities(
+            q, do, k_ptr, v_ptr, begin, last, low, high, lse_log2, scale_log2, stride_kt, stride_vt, True, CAP, IEEE, HEAD_DIM, WIDTH, KEYS
+        )
+        dq = _add_dq(dq, p, dp, scores, k, weight, shift, CAP, IEEE)
+    dq = tl.where(seen[:, None], dq, 0.0)
 
     target = batch * stride_db + token * stride_dt + query_head * HEAD_DIM
     added = batch * stride_ab + token * stride_at + query_head * HEAD_DIM

@@ -39,15 +39,16 @@ from ._common import (
 
 
 def configs(IEEE: bool, WIDTH: int, ARCH: int, **_: object) -> list[triton.Config]:
-    """Rows × keys that leave enough registers for a (ROWS, WIDTH) accumulator. Two warpgroups need two tiles of 64 rows."""
+    """Rows × keys that leave enough registers for a (ROWS, WIDTH) accumulator. Each warpgroup needs a tile of 64 rows."""
     if IEEE:
         wide = WIDTH >= 128
         return [config(8 if wide else 4, 1, 255, ROWS=32, KEYS=16 if wide else 32)]
     if WIDTH >= 256:
         return [config(8, 2, 255, ROWS=64, KEYS=32)]
     if WIDTH >= 128:
-        rows = 128 if has_warpgroups(ARCH) else 64
-        return [config(8, 2, 255, ROWS=rows, KEYS=64), config(8, 3, 255, ROWS=rows, KEYS=64)]
+        if has_warpgroups(ARCH):
+            return [config(4, 3, 255, ROWS=64, KEYS=64), config(8, 3, 255, ROWS=128, KEYS=64)]
+        return [config(8, stages, 255, ROWS=64, KEYS=64) for stages in (2, 3)]
     return [config(8, 2, 255, ROWS=128, KEYS=64), config(4, 3, 255, ROWS=64, KEYS=64)]
 
 

@@ -14,15 +14,29 @@ import triton.language as tl
 from torch import Tensor
 
 from .._tune import config, launch, tuned
-from ._common import LOG2E, Geometry, cap_log2, cap_slope, count_heads, dot, load_rows, store_rows, unit_stride, width_of
+from ._common import (
+    LOG2E,
+    Geometry,
+    cap_log2,
+    cap_slope,
+    count_heads,
+    dot,
+    has_warpgroups,
+    load_rows,
+    store_rows,
+    unit_stride,
+    width_of,
+)
 from .interval_attention_dkv import ENOUGH_PROGRAMS, MAX_SPLITS
 from .select_blocks_dq import exchanged, gradient_of_mass, tile_rows
-from .select_blocks_fwd import TILE_ROWS, block_probabilities, factor_of, kinds_of, tile_queries
+from .select_blocks_fwd import RESIDENT_REGISTERS, TILE_ROWS, block_probabilities, factor_of, kinds_of, tile_queries
 
 MAX_SLOTS = 64  # of lists, loaded at once
 
 
-def configs(IEEE: bool, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, WIDTH: int, QUERIES: int, RATIO: int, ARCH: int, **_: object) -> list[triton.Config]:
+    if RATIO == 1 and QUERIES <= 4 and WIDTH == 128 and has_warpgroups(ARCH) and not IEEE:
+        return [config(4, 1, RESIDENT_REGISTERS)]
     return [config(8 if IEEE else 4, 1, 255)]
 
 

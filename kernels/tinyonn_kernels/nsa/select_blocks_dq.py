@@ -69,10 +69,12 @@ def exchanged(mass, own_ptr, QUERIES: tl.constexpr, BLOCKS: tl.constexpr):
     return tl.load(place)
 
 
-def configs(IEEE: bool, WIDTH: int, QUERIES: int, PADDED: int, RATIO: int, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, WIDTH: int, QUERIES: int, PADDED: int, RATIO: int, ARCH: int, **_: object) -> list[triton.Config]:
     if IEEE:
         return [config(8, 1, 255, BLOCKS=max(1, 16 // RATIO))]
-    blocks = max(1, (MAX_BLOCKS if WIDTH < 128 and QUERIES * PADDED < TILE_ROWS else MAX_BLOCKS // 2) // RATIO)
+    small = WIDTH < 128 and QUERIES * PADDED < TILE_ROWS
+    few = RATIO == 1 and QUERIES <= 4 and WIDTH == 128 and has_warpgroups(ARCH)  # queries and sums, which take registers
+    blocks = max(1, (MAX_BLOCKS if small or few else MAX_BLOCKS // 2) // RATIO)
     return [config(8 if WIDTH >= 256 else 4, 1, 255, BLOCKS=blocks)]
 
 

@@ -19,13 +19,26 @@ import triton.language as tl
 from torch import Tensor
 
 from .._tune import config, launch, tuned
-from ._common import FAR, LOG2E, Geometry, bounds_of, cap_log2, capped, count_heads, dot, load_rows, unit_stride, width_of
+from ._common import (
+    FAR,
+    LOG2E,
+    Geometry,
+    bounds_of,
+    cap_log2,
+    capped,
+    count_heads,
+    dot,
+    has_warpgroups,
+    load_rows,
+    unit_stride,
+    width_of,
+)
 
 Z_FLOOR = tl.constexpr(2.061153622438558e-09)  # e^-20
 RESIDENT, RESIDENT_REGISTERS = 3, 168  # programs of four warps that a multiprocessor holds, with this number of registers
 TILE_ROWS = 64
-STEP = tl.constexpr(32)  # blocks of a step after the products; a row's fall into one warp of four, so the bisection has no barrier
-WIDE_TILE = tl.constexpr(1024)  # blocks times queries of a step of the bisection
+STEP_TILE = tl.constexpr(512)  # queries times blocks of a step after the products; a query's fall into one of four warps
+WIDE_TILE = tl.constexpr(1024)  # of a step of the bisection
 MAX_QUERIES = 16  # a larger tile would need a large scratch for small groups
 
 
@@ -79,14 +92,14 @@ def factor_of(relative, GROUP: tl.constexpr, RATIO: tl.constexpr, COMPRESS: tl.c
     return factor[:, None]
 
 
-def configs(IEEE: bool, WIDTH: int, GROUP: int, RATIO: int, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, WIDTH: int, GROUP: int, RATIO: int, ARCH: int, **_: object) -> list[triton.Config]:
     """Tiles whose products leave registers for three programs of a multiprocessor."""
     if IEEE:
         return [config(8 if WIDTH >= 128 else 4, 1, 255, BLOCKS=max(1, 16 // RATIO))]
     if WIDTH >= 256:
         return [config(8, 1, 255, BLOCKS=max(1, 32 // RATIO))]
     keys = 32 if WIDTH < 128 or GROUP & (GROUP - 1) == 0 else 16  # divisions by other groups take registers
-    return [config(4, 1, RESIDENT_REGISTERS, BLOCKS=max(1, keys // RATIO))]
+    return [config(4, 2 if has_warpgroups(ARCH) else 1, RESIDENT_REGISTERS, BLOCKS=max(1, keys // RATIO))]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"])
@@ -139,6 +152,7 @@ def _select_fwd_kernel(
     stride_hb, stride_ht, stride_hh = threshold_strides
     stride_gb, stride_gt = bounds_strides
     COMPRESS: tl.constexpr = BLOCK_SIZE // RATIO
+    STEP: tl.constexpr = STEP_TILE // QUERIES
     WIDE: tl.constexpr = WIDE_TILE // QUERIES
     # Shares that are no multiples of M are below 2, so bits 28 and 29 are set and those above are not.
     BITS: tl.constexpr = 31 if RELATIVE else 28
