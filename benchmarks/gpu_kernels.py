@@ -7,13 +7,14 @@ A kernel's time is read from PyTorch's profiler, beside the time that `kernel_re
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +82,22 @@ def _mixture(device: str, sizes: tuple[int, int, int, int, int]) -> Parts:
     return lambda: ours(c, probe), backward, "backward, with surprise", tuple(sizes) == GOALS["expert_mlp"]
 
 
-def by_kernel(report: dict[str, Any], device: str, op: str, sizes: Any) -> None:
+def by_kernel(report: dict[str, Any], device: str, op: str, sizes: Any, numbers: Iterable[int] | None = None) -> None:
     """Reports `kernels`: part -> kernel -> launches, predicted time, and times by configuration number.
 
     Args:
         op: "dyn_nsa" or "expert_mlp".
         sizes: keywords of `Setting` without device and choices, or positional arguments of `bench_expert_mlp.case`.
+        numbers: of the configurations; all by default. A kernel with fewer of them repeats its last one.
     """
     from tinyonn_kernels._tune import forced
 
     forward, backward, backward_name, at_goal = _attention(device, sizes) if op == "dyn_nsa" else _mixture(device, sizes)
     found: dict[str, dict[str, Any]] = {}
-    number, last = 0, 0
-    while number <= last:
+    last = 0
+    for number in itertools.count() if numbers is None else numbers:
+        if numbers is None and number > last:
+            break
         with forced(number) as offered:
             out = forward()
             parts = {f"{op} forward": forward, f"{op} {backward_name}": lambda out=out: backward(out)}
@@ -105,8 +109,7 @@ def by_kernel(report: dict[str, Any], device: str, op: str, sizes: Any) -> None:
                     )
                     row["ms"].append(round(time, 4))
         last = max(map(len, offered.values()), default=1) - 1
-        report["kernels"], report["offered"] = found, {name: configurations for name, configurations in offered.items()}
-        number += 1
+        report["kernels"], report["offered"] = found, dict(offered)
     best = {part: sum(min(row["ms"]) for row in rows.values()) for part, rows in found.items()}
     first = {part: sum(row["ms"][0] for row in rows.values()) for part, rows in found.items()}
     report["note"] = "; ".join(

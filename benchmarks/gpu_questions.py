@@ -152,7 +152,7 @@ def _goals() -> list[Question]:
     return [
         _dense(65536, "random", 40),
         Question(
-            "mixture 16k, best forms", "goal", 60, "benchmarks/bench_expert_mlp.py:best_forms", {"sizes": mixture}, {"sizes": tiny_mixture}
+            "mixture 16k, best forms", "goal", 25, "benchmarks/bench_expert_mlp.py:best_forms", {"sizes": mixture}, {"sizes": tiny_mixture}
         ),
         Question(
             "dyn_nsa 64k, by kernel", "goal", 12, f"{_KERNELS}by_kernel", {"op": "dyn_nsa", "sizes": {"tokens": 65536, **kernels}},
@@ -197,6 +197,10 @@ def _rest() -> list[Question]:
         _dense(8192, "random", 20, "rest"),
         _dense(32768, "random", 25, "rest"),
         *(_tests(f"tests, {file}", "rest", seconds, [f"tests/{file}"]) for file, seconds in GPU_TESTS.items()),
+        _bench(
+            "mixture 16k, Liger", 240, "expert_mlp.py:best_forms", {"sizes": [16384, 1024, 1024, 64, 8], "liger": True},
+            {"sizes": [64, 32, 8, 16, 2]},
+        ),
     ]  # fmt: skip
 
 

@@ -120,14 +120,15 @@ def interval_fwd(one: Launch) -> Work:
 
 def interval_dq(one: Launch) -> Work:
     steps, seen = _query_tiles(one)
+    whole = _whole_tiles(one)
     width, size = one.WIDTH, one.item("q_ptr")
     tile = 2 * one.ROWS * one.KEYS * width
     out = one.bytes_of("dq_ptr") + (one.bytes_of("added_ptr") if one.HAS_ADDED else 0)
     rows = one.bytes_of("q_ptr", "do_ptr") + out
     return Work(
         needed=6 * seen * one.HEAD_DIM,
-        steps=(steps, steps),
-        tile=(2 * tile, 3 * tile),
+        steps=(whole, steps - whole, whole, steps - whole),
+        tile=(2 * tile, 2 * tile, 3 * tile, 3 * tile),
         dram=one.bytes_of("k_ptr", "v_ptr", "lse_ptr", "product_ptr") + rows,
         cached=2 * steps * 2 * one.KEYS * width * size + rows,
     )
@@ -145,10 +146,14 @@ def interval_dkv(one: Launch) -> Work:
     part = np.ceil(np.ceil(rows / splits) / one.ROWS)
     steps = float(part.sum() * splits * heads)
     seen = float((high - low).sum() * one.GROUP * heads)
+    all_see = (last + 1) * one.reach - 1 if one.COMPRESSED else last  # first query that sees all keys of the tile
+    beyond = stop if one.COMPRESSED else np.minimum(n0 + one.reach, stop)
+    whole = float((np.maximum(beyond - np.maximum(all_see, one.before), 0) * one.GROUP // one.ROWS).sum() * heads)
+    tile = 8 * one.ROWS * one.KEYS * one.WIDTH
     return Work(
         needed=8 * seen * one.HEAD_DIM,
-        steps=(steps,),
-        tile=(8 * one.ROWS * one.KEYS * one.WIDTH,),
+        steps=(whole, steps - whole),
+        tile=(tile, tile),
         dram=one.bytes_of("q_ptr", "do_ptr", "k_ptr", "v_ptr", "dk_ptr", "dv_ptr", "lse_ptr", "product_ptr"),
         cached=steps * 2 * one.ROWS * one.WIDTH * one.item("q_ptr")
         + one.bytes_of("k_ptr", "v_ptr") * splits

@@ -188,16 +188,16 @@ def test_a_launch_uses_the_table_of_its_architecture():
 
     def launch() -> None:
         first = torch.empty(1, device="meta")
-        seen.append(kernel.offered(constants, _tune.architecture(first))[0].kwargs["ROWS"])
+        seen.append(kernel.offered(constants, _tune.architecture(first))[0].num_warps)
 
     for arch in (80, 90, 100, 120):  # the last has the shared memory of sm_80's smaller kin
         _tune.compiled_for(arch, {"": launch})[""]()
     launch()
-    assert seen == [64, 128, 128, 64, 128]
+    assert seen == [8, 4, 4, 8, 4]
     with pytest.raises(ZeroDivisionError):
         _tune.compiled_for(80, {"": lambda: 1 // 0})[""]()  # type: ignore[dict-item, func-returns-value]
     launch()
-    assert seen[-1] == 128
+    assert seen[-1] == 4
 
 
 @pytest.fixture

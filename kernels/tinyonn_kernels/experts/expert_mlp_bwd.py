@@ -27,7 +27,7 @@ from .expert_sort import SortedPairs, load_experts
 SLOTS = tl.constexpr(8)  # of a token, read at once
 
 
-def configs(IEEE: bool, ROWS: int, NEURONS: int, FEATURES: int, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, ROWS: int, NEURONS: int, FEATURES: int, KIND: str, **_: object) -> list[triton.Config]:
     """Six tiles of ROWS * COLUMNS are in registers: the products and what follows from them. Each takes 16 values per thread."""
     warps = 8 if ROWS == 64 else 4
     columns = width_of(NEURONS, 512 * warps // ROWS)
@@ -36,9 +36,9 @@ def configs(IEEE: bool, ROWS: int, NEURONS: int, FEATURES: int, **_: object) -> 
     if ragged(NEURONS, FEATURES):
         return [config(warps, 2, 255, COLUMNS=min(columns, 32), DEPTH=16)]
     depth = width_of(FEATURES, 64)
-    # 128 registers of eight warps leave room for two programs of a multiprocessor.
-    offered = [config(warps, 3, 128 if warps == 8 else 255, COLUMNS=columns, DEPTH=depth), config(4, 4, 255, COLUMNS=columns, DEPTH=depth)]
-    return offered
+    if warps == 8 and KIND != "expert":  # 128 registers, where they suffice, leave room for two programs of a multiprocessor
+        return [config(8, 3, 128, COLUMNS=columns, DEPTH=depth), config(4, 4, 255, COLUMNS=columns, DEPTH=depth)]
+    return [config(warps, 3, 255, COLUMNS=columns, DEPTH=depth), config(4, 4, 255, COLUMNS=min(columns, 32), DEPTH=width_of(FEATURES, 32))]
 
 
 @triton.jit

@@ -34,7 +34,7 @@ from ._common import (
 from .block_lists import invert_lists
 
 
-def configs(IEEE: bool, WIDTH: int, BLOCK_SIZE: int, GROUP: int, ARCH: int, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, WIDTH: int, BLOCK_SIZE: int, GROUP: int, CAP: float, ARCH: int, **_: object) -> list[triton.Config]:
     if IEEE:
         wide = WIDTH >= 128
         return [config(8 if wide else 4, 1, 255, ROWS=16, KEYS=min(16 if wide else 32, BLOCK_SIZE))]
@@ -42,7 +42,10 @@ def configs(IEEE: bool, WIDTH: int, BLOCK_SIZE: int, GROUP: int, ARCH: int, **_:
         return [config(8, 1, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
     # Four warps multiply 64 keys together; eight would do it twice. Divisions by a group that is no power of 2 take registers.
     if has_warpgroups(ARCH) and BLOCK_SIZE >= 64 and WIDTH == 128 and GROUP & (GROUP - 1) == 0:
-        return [config(4, 2, 255, ROWS=32, KEYS=64), config(4, 1, 255, ROWS=64, KEYS=64)]
+        offered = [config(4, 2, 255, ROWS=32, KEYS=64)]
+        if GROUP >= 16 and CAP == 0:  # others spill more than they gain
+            offered += [config(4, 1, 255, ROWS=64, KEYS=64)]
+        return offered
     if has_warpgroups(ARCH) and BLOCK_SIZE >= 64 and WIDTH < 128:
         first = config(4, 1, 255, ROWS=64, KEYS=64)
     else:

@@ -48,8 +48,10 @@ def configs(IEEE: bool, WIDTH: int, GROUP: int, CAP: float, COMPRESSED: bool, AR
     # One warpgroup for 64 keys, or two for 128. Divisions by a group that is no power of two take registers.
     if WIDTH < 128:
         return [config(4, 2, 255, ROWS=32, KEYS=64), small]
-    if ARCH >= 100 or GROUP & (GROUP - 1) == 0:
+    if GROUP & (GROUP - 1) == 0:
         return [config(4, 2 if ARCH >= 100 else 1, 255, ROWS=32, KEYS=64), config(8, 1, 255, ROWS=64, KEYS=128)]
+    if ARCH >= 100:
+        return [config(4, 2, 255, ROWS=32, KEYS=64), small]
     return [config(8, 2, 255, ROWS=32, KEYS=64 if CAP > 0 else 128), small]
 
 
