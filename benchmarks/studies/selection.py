@@ -1,6 +1,6 @@
 """Study A: which key blocks a trained model should read, at equal numbers of blocks, without any training of the model.
 
-    .venv/bin/python benchmarks/studies/selection.py            about two hours on one core
+    .venv/bin/python benchmarks/studies/selection.py            about three hours on one core
     .venv/bin/python benchmarks/studies/selection.py --quick    a trial run of a few minutes; writes nothing
 
 SmolLM2-135M reads a text of 2,048 or 4,096 tokens; each query reads the first block, the previous and its own, and those that an arm
@@ -49,7 +49,7 @@ ARMS = (
     (LINES, DISTILLED), (OFFSETS, DISTILLED), (PER_HEAD, DISTILLED), (MORE, MEAN), (LESS, MEAN), (MASS, ""), (FISHER, ""),
 )  # fmt: skip
 FIRST = ((TOP_N, MEAN), (LINES, MEAN), (TOP_N, DISTILLED), (LINES, DISTILLED))  # so that an interrupted study has them on all texts
-LONG_ARMS = (*FIRST, (PER_HEAD, MEAN), (TOP_P, MEAN))
+LONG_ARMS = (*FIRST, (PER_HEAD, MEAN), (TOP_P, MEAN), (OLD, MEAN), (MASS, ""), (FISHER, ""))
 
 
 def arm_name(arm: tuple[str, str]) -> str:
