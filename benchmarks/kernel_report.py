@@ -3,6 +3,7 @@
     .venv/bin/python benchmarks/kernel_report.py              a table for sm_90, in a minute or two
     .venv/bin/python benchmarks/kernel_report.py --write      docs/kernels.json and docs/kernels.md, for sm_80, sm_90 and sm_100
     .venv/bin/python benchmarks/kernel_report.py --check      whether these files are up to date, in seconds
+    .venv/bin/python benchmarks/kernel_report.py --first-use  how long a first forward and backward compiles
 
 Each op of `goals` runs on tensors without data. The report compiles the default configuration of each kernel that it launches, reads the
 machine code, and sets it against the work that the mathematics needs (`kernel_work.py`):
@@ -23,6 +24,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -61,6 +63,7 @@ from torch.utils._pytree import tree_leaves
 from tinyonn.testing.sass import Assembly
 from tinyonn.testing.triton import ARCHS, SHARED_LIMIT, Build, Usage, builds_of
 
+MOST_OFFERED = 4  # configurations of a kernel
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
@@ -305,11 +308,33 @@ def stale(ops: dict[str, Call], path: Path) -> list[str]:
     return sorted(set(names))
 
 
+def first_use(op: str, arch: int) -> tuple[int, float]:
+    """Builds that a first forward and backward compile, all configurations that are offered among them, and their CPU seconds."""
+    from tinyonn_kernels._tune import compiled_for, forced
+
+    launches = compiled_for(arch, {name: call for name, call in goals().items() if name.startswith(op)})
+    found: dict[str, Build] = {}
+    for number in range(MOST_OFFERED):
+        with forced(number):
+            for call in launches.values():
+                found |= {build.digest: build for build in builds_of(call, arch)}
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        before = os.times()
+        for build in found.values():
+            build.compile()
+        after = os.times()
+    return len(found), sum(after[:4]) - sum(before[:4])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=[90])
     parser.add_argument("--op", nargs="+", help="beginnings of names of ops, such as dyn_nsa (default: all)", default=[""])
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
+    parser.add_argument(
+        "--first-use", action="store_true", help="CPU seconds in which one core compiles each op's kernels, of all configurations"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--write", action="store_true", help="write docs/kernels.json and docs/kernels.md, of all ops and architectures")
     parser.add_argument("--check", action="store_true", help="exit with 3 if docs/kernels.json is out of date")
@@ -323,6 +348,12 @@ def main() -> None:
     if not ops:
         parser.error(f"--op must be the beginning of one of {', '.join(goals())}, got {' '.join(options.op)}.")
     archs = ARCHS if options.write else options.arch
+    if options.first_use:
+        for op in dict.fromkeys(name.split()[0] for name in ops):
+            for arch in archs:
+                number, seconds = first_use(op, arch)
+                print(f"{op}, sm_{arch}: {number} kernels in {seconds:.1f} s of one core, triton {triton.__version__}", flush=True)
+        return
     rows, rest = report(ops, archs, options.processes)
     figures = json.dumps({"triton": triton.__version__, "kernels": [asdict(row) for row in rows], "pytorch": rest}, indent=1) + "\n"
     if options.write:

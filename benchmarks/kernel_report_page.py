@@ -60,6 +60,9 @@ Times of kernels are from PyTorch's profiler. `python benchmarks/gpu_candidates.
 | | | | others | 1.3 | | sorting, twice, and others | 0.168 |
 | **together** | **40.6** | | | **106.3** | | | **1.43** |
 
+A first forward and backward of `dyn_nsa` compiles 14 kernels, in 13.1 s of one core with triton 3.9.0 and 8.5 s with 3.6.0
+(`benchmarks/kernel_report.py --first-use`). At D = 128 and groups of a power of two, no configuration is left to try.
+
 What the first runs changed:
 
 - A tile of queries without visible keys began at the largest integer. Loops that fetch two steps ahead then added to it, and read far

@@ -42,16 +42,12 @@ def configs(IEEE: bool, ROWS: int, NEURONS: int, FEATURES: int, KIND: str, **_: 
 
 
 @triton.jit
-def _summed_weight(weights_ptr, index_ptr, token, inside, expert, num_slots, num_experts, ROWS: tl.constexpr):
-    """(ROWS,) sum of the weights of all slots in which each token selects the expert."""
-    total = tl.zeros((ROWS,), tl.float32)
-    for first in range(0, num_slots, SLOTS):
-        number = first + tl.arange(0, SLOTS)[None, :]
-        slot = token[:, None] * num_slots + number
-        known = inside[:, None] & (number < num_slots)
-        same = load_experts(index_ptr, slot, known, num_experts) == expert
-        total += tl.sum(tl.load(weights_ptr + slot, mask=known & same, other=0.0), axis=1)
-    return total
+def _slots_of(weights_ptr, index_ptr, token, inside, first, num_slots, num_experts):
+    """(ROWS, SLOTS) experts and weights of each token's slots from `first` on; -1 and 0 beyond the last."""
+    number = first + tl.arange(0, SLOTS)[None, :]
+    slot = token[:, None] * num_slots + number
+    known = inside[:, None] & (number < num_slots)
+    return load_experts(index_ptr, slot, known, num_experts), tl.load(weights_ptr + slot, mask=known, other=0.0)
 
 
 @tuned(configs, key=["NEURONS", "FEATURES", "ROWS", "ACTIVATION", "GATED", "KIND"])
@@ -101,6 +97,9 @@ def _expert_grad_pre_kernel(
         weight = tl.load(weights_ptr + slot, mask=inside, other=0.0)
         down_ptr += expert.to(tl.int64) * stride_de
         width: tl.constexpr = 2 * NEURONS if GATED else NEURONS
+        if KIND != "none":  # loaded before the products, which hide how long it takes
+            experts, weights = _slots_of(weights_ptr, index_ptr, token, inside, 0, num_slots, num_experts)
+            grad_norm = tl.load(grad_norm_ptr + token, mask=inside, other=0.0)
         grad_weight = tl.zeros((ROWS,), tl.float32)
         h_large = tl.zeros((ROWS, 1), tl.float32)
         h_medium, h_small, pre_large, pre_medium, pre_small = h_large, h_large, h_large, h_large, h_large
@@ -148,7 +147,7 @@ def _expert_grad_pre_kernel(
 
         if KIND != "none":
             # A few products per row are in float64, because intermediate values can leave float32's range.
-            found = tl.load(grad_norm_ptr + token, mask=inside, other=0.0).to(tl.float64)
+            found = grad_norm.to(tl.float64)
             if KIND == "down_proj" or KIND == "expert":
                 h_norm = tl.reshape(root(h_large, h_medium, h_small), (ROWS,)).to(tl.float64)
             if KIND == "down_proj":
@@ -158,7 +157,10 @@ def _expert_grad_pre_kernel(
                 x_norm = tl.load(x_norm_ptr + token, mask=inside, other=0.0).to(tl.float64)
                 of_up = pre_norm * pre_norm * (x_norm * x_norm + (1.0 if HAS_UP_BIAS else 0.0))
                 found = tl.sqrt(of_up + found * found * (h_norm * h_norm + (1.0 if HAS_DOWN_BIAS else 0.0)))
-            size = _summed_weight(weights_ptr, index_ptr, token, inside, expert, num_slots, num_experts, ROWS)
+            size = tl.sum(tl.where(experts == expert, weights, 0.0), axis=1)  # of all slots in which the token selects the expert
+            for first in range(SLOTS, num_slots, SLOTS):
+                experts, weights = _slots_of(weights_ptr, index_ptr, token, inside, first, num_slots, num_experts)
+                size += tl.sum(tl.where(experts == expert, weights, 0.0), axis=1)
             found *= tl.abs(size).to(tl.float64)
             found = tl.where(found > 3.4028234663852886e38, 3.4028234663852886e38, found)  # this comparison preserves NaN
             tl.store(surprise_ptr + slot, found.to(tl.float32), mask=inside)

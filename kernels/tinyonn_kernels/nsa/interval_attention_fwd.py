@@ -47,7 +47,7 @@ def configs(IEEE: bool, WIDTH: int, ARCH: int, **_: object) -> list[triton.Confi
         return [config(8, 2, 255, ROWS=64, KEYS=32)]
     if WIDTH >= 128:
         if has_warpgroups(ARCH):
-            return [config(4, 3, 255, ROWS=64, KEYS=64), config(8, 3, 255, ROWS=128, KEYS=64)]
+            return [config(4, 3, 255, ROWS=64, KEYS=64)]  # the fastest of twelve on an H200
         return [config(8, stages, 255, ROWS=64, KEYS=64) for stages in (2, 3)]
     return [config(8, 2, 255, ROWS=128, KEYS=64), config(4, 3, 255, ROWS=64, KEYS=64)]
 
