@@ -48,8 +48,8 @@ The goal of 3× the best dense attention is reached, those of 6× and 7× FlashA
 the forced blocks alone, which is the worst case.
 
 Times of kernels are from PyTorch's profiler, the best of up to twelve configurations that `python benchmarks/gpu_candidates.py` times
-(`configurations.json`). Those of `select_fwd`, of the interval kernels' gradients, of `expert_grad_pre` and of sorting are from before their
-last changes.
+(`configurations.json`). Those of `select_fwd`, of the interval kernels' gradients, of `expert_grad_pre` and of sorting are from before
+their last changes.
 
 | forward | ms | | backward | ms | | `expert_mlp` with surprise | ms |
 |---|---|---|---|---|---|---|---|
