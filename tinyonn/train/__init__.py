@@ -4,6 +4,7 @@ from ..nn.surprise_loss import SurpriseLoss
 from .captured_surprise import CapturedSurprise, capture_surprise
 from .gating import GatingGradients, capture, gating_gradients
 from .hyper_step import HyperStep, HyperStepMixin, HyperStepResult
+from .integrity import PredictiveIntegrity, output_entropy, predictive_integrity, regeneration_rate
 from .surprise_hooks import SurpriseHookManager
 
 __all__ = [
@@ -12,9 +13,13 @@ __all__ = [
     "HyperStep",
     "HyperStepMixin",
     "HyperStepResult",
+    "PredictiveIntegrity",
     "SurpriseHookManager",
     "SurpriseLoss",
     "capture",
     "capture_surprise",
     "gating_gradients",
+    "output_entropy",
+    "predictive_integrity",
+    "regeneration_rate",
 ]
