@@ -333,6 +333,42 @@ def expert_mlp(
     return Case(tensors, call, grad)
 
 
+def expert_linear(
+    dtype: torch.dtype, tokens: int, features: int, experts: int, outputs: int, slots: int, rows: str = "token", summed: bool = False
+) -> Case:
+    """Output, all gradients and the surprise; three slots in ten are unused."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    index = torch.rand(tokens, experts, generator=generator).topk(slots).indices
+    unused = torch.rand(index.shape, generator=generator) < 0.3
+    tensors = {
+        "hidden_states": draw(tokens, features) if rows == "token" else draw(tokens, slots, features),
+        "weight": draw(experts, outputs, features, scale=features**-0.5),
+        "bias": draw(experts, outputs),
+    }
+    if summed:
+        tensors["top_k_weights"] = draw(tokens, slots).masked_fill(unused, 0)
+    grad = tuple(tensors)
+    cotangent = draw(tokens, outputs) if summed else draw(tokens, slots, outputs)
+    tensors["top_k_index"] = index.masked_fill(unused, experts)
+
+    def call(library: Any, **x: Tensor) -> Outputs:
+        if library is reference:
+            detached = {name: value.detach() for name, value in x.items()}
+            surprise = reference.linear_surprise(**{"top_k_weights": None, **detached}, grad_output=cotangent.double())
+            return reference.expert_linear(**x), surprise
+        device = x["hidden_states"].device
+        probe = torch.zeros(index.shape, device=device, requires_grad=True)
+        out = ops.expert_linear(**x, surprise=probe, **_impl(library))
+        (surprise,) = torch.autograd.grad(out, probe, cotangent.to(device), retain_graph=True)
+        return out, surprise
+
+    return Case(tensors, call, grad)
+
+
 def threshold_route(dtype: torch.dtype, tokens: int, experts: int, features: int, form: str, combine: str) -> Case:
     """Scores and the weight of every expert. The op has no Triton kernel; it is checked on the device."""
     generator = torch.Generator().manual_seed(0)
@@ -356,6 +392,6 @@ CASES: dict[str, Callable[..., Case]] = {
     function.__name__: function
     for function in (
         dyn_nsa, compressed, sliding_window, select, block_sparse, attention_stats, block_norms, token_grad_norms, integrate_sps,
-        expert_mlp, threshold_route,
+        expert_mlp, expert_linear, threshold_route,
     )
 }  # fmt: skip

@@ -85,6 +85,10 @@ def _oracles() -> list[Question]:
         ("no gate", odd, {"layout": "no gate", "kind": "output"}),
     ):
         found += _oracle("expert_mlp", label, 25, [{**size, **options}], [{**tiny_mixture, **options}])
+    linear = {"tokens": 500, "features": 1024, "experts": 16, "outputs": 192, "slots": 4}
+    tiny_linear = {"tokens": 9, "features": 16, "experts": 4, "outputs": 8, "slots": 2}
+    kinds = [{}, {"rows": "slot", "summed": True}]
+    found += _oracle("expert_linear", "", 12, [{**linear, **kind} for kind in kinds], [{**tiny_linear, **kind} for kind in kinds])
     for part, seconds in (("select", 25), ("block_sparse", 25), ("compressed", 20), ("sliding_window", 20)):
         sizes = [ATTENTION[label] for label in ("like the goal", "odd, packed", "one head a group", "softcap and sinks")]
         found += _oracle(part, "", seconds, [size for size, _ in sizes], [TINY])

@@ -29,6 +29,7 @@ CALLS = {
     "sliding_window_attention": lambda impl: ops.sliding_window_attention(Q, K, K, 8, impl=impl),
     "dyn_nsa": lambda impl: ops.dyn_nsa(Q, K, K, KC, KC, Q[..., :3], torch.zeros(1), torch.zeros(1), compress_size=32, impl=impl),
     "expert_mlp": lambda impl: ops.expert_mlp(X, torch.ones(2, 6, 4), torch.ones(2, 4, 3), INDEX, torch.ones(2, 1), impl=impl),
+    "expert_linear": lambda impl: ops.expert_linear(X, torch.ones(2, 3, 4), INDEX, impl=impl),
 }
 WITH_REFERENCE = ("attention_stats", "block_norms", "token_grad_norms", "integrate_sps")  # in the registered op
 

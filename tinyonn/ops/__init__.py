@@ -1,5 +1,6 @@
 """Public functions: checks, dispatch, registration."""
 
+from .experts.expert_linear import expert_linear
 from .experts.expert_mlp import expert_mlp, scatter_surprise
 from .experts.surprise import sparse_diversity_loss, surprise_min_loss
 from .experts.threshold_route import Routing, select_by_budget, threshold_route
@@ -23,6 +24,7 @@ __all__ = [
     "block_sparse_attention",
     "compressed_attention",
     "dyn_nsa",
+    "expert_linear",
     "expert_mlp",
     "integrate_sps",
     "scatter_surprise",

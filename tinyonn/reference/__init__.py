@@ -1,5 +1,6 @@
 """Dense, readable oracles of the ops. They compute in float64 and import no kernel."""
 
+from .experts.expert_linear import expert_linear, linear_surprise
 from .experts.expert_mlp import expert_mlp, expert_surprise, scatter_surprise
 from .experts.routing import Routing, select_by_budget, threshold_route
 from .experts.surprise import sparse_diversity_loss, surprise_min_loss
@@ -29,9 +30,11 @@ __all__ = [
     "block_sparse_attention",
     "compressed_attention",
     "dyn_nsa",
+    "expert_linear",
     "expert_mlp",
     "expert_surprise",
     "integrate_sps",
+    "linear_surprise",
     "scatter_surprise",
     "select_blocks",
     "select_by_budget",

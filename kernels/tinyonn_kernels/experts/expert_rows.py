@@ -9,6 +9,8 @@ With one slot per token no sum is needed: the row is the output, and unused slot
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton
 import triton.language as tl
@@ -45,6 +47,7 @@ def _expert_rows_kernel(
     num_slots,
     matrix_strides,
     bias_strides,
+    SOURCE: tl.constexpr,
     HALF: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
@@ -62,7 +65,11 @@ def _expert_rows_kernel(
     tile = tl.program_id(0) // blocks
     expert = tl.load(tile_expert_ptr + tile)
     if expert >= 0:
-        place, inside, slot, _ = tile_rows(slots_ptr, offsets_ptr, tile_row_ptr, tile, expert, num_slots, ROWS)
+        row, inside, slot, token = tile_rows(slots_ptr, offsets_ptr, tile_row_ptr, tile, expert, num_slots, ROWS)
+        if SOURCE == "token":
+            row = token
+        elif SOURCE == "slot":
+            row = slot
         feature = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
         known = feature < FEATURES
         m_ptr += expert.to(tl.int64) * stride_me
@@ -70,7 +77,7 @@ def _expert_rows_kernel(
         for start in range(0, INNER, DEPTH):
             inner = start + tl.arange(0, DEPTH)
             real = inner < INNER
-            source = tl.load(source_ptr + place[:, None] * INNER + inner[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+            source = tl.load(source_ptr + row[:, None] * INNER + inner[None, :], mask=inside[:, None] & real[None, :], other=0.0)
             matrix_ptr = m_ptr + matrix_row(inner, HALF)[:, None] * stride_mj + feature[None, :] * stride_mf
             total += dot(source, tl.load(matrix_ptr, mask=real[:, None] & known[None, :], other=0.0), IEEE)
         if HAS_BIAS:
@@ -100,6 +107,9 @@ def _combine_slots_kernel(
     tl.store(out_ptr + token[:, None] * FEATURES + feature[None, :], total, mask=real[:, None] & known[None, :])
 
 
+Source = Literal["place", "token", "slot"]
+
+
 def expert_rows(
     source: Tensor,
     matrices: Tensor,
@@ -115,11 +125,31 @@ def expert_rows(
     Launched over tiles * (F / COLUMNS), and then, with several slots per token, over (N / TOKENS) * (F / COLUMNS).
     """
     tokens, num_slots = top_k_index.shape
-    experts, inner, features = matrices.shape
-    out = source.new_empty(tokens, features)
-    rows = out.zero_() if num_slots == 1 else source.new_empty(tokens * num_slots, features)
-    if out.numel() == 0:
-        return out
+    rows = source.new_empty(tokens * num_slots, matrices.shape[2])
+    if num_slots == 1:
+        rows.zero_()
+    products_into(rows, source, "place", matrices, bias, weights, num_slots, pairs, interleaved)
+    return rows if num_slots == 1 else combine_slots(rows, top_k_index, matrices.shape[0])
+
+
+def products_into(
+    rows: Tensor,
+    source: Tensor,
+    by: Source,
+    matrices: Tensor,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    num_slots: int,
+    pairs: SortedPairs,
+    interleaved: bool = False,
+) -> None:
+    """Writes the rows (N * K, F) of used slots: the pair's row of `source` times its expert's matrix (E, J, F), with bias and weight.
+
+    `source` is contiguous: (P, J) by place of the pair, (N, J) by token, or (N * K, J) by slot. Launched over tiles * (F / COLUMNS).
+    """
+    if rows.numel() == 0:
+        return
+    _, inner, features = matrices.shape
     check_reach("an expert's weights", matrices)
     launch(
         _expert_rows_kernel,
@@ -136,6 +166,7 @@ def expert_rows(
         num_slots,
         matrices.stride(),
         (0, 0) if bias is None else bias.stride(),
+        SOURCE=by,
         HALF=inner // 2 if interleaved else 0,
         HAS_BIAS=bias is not None,
         HAS_WEIGHTS=weights is not None,
@@ -144,10 +175,17 @@ def expert_rows(
         FEATURES=features,
         ROWS=pairs.rows,
     )
-    if num_slots > 1:
+
+
+def combine_slots(rows: Tensor, top_k_index: Tensor, num_experts: int) -> Tensor:
+    """(N, F): rows (N * K, F) by slot, summed over the used slots of `top_k_index` (N, K); over (N / TOKENS) * (F / COLUMNS)."""
+    tokens, num_slots = top_k_index.shape
+    features = rows.shape[1]
+    out = rows.new_empty(tokens, features)
+    if out.numel():
         columns = min(512, triton.next_power_of_2(features))
         wide = 2048 // columns  # a tile has 2048 values for any number of features
         _combine_slots_kernel[(triton.cdiv(tokens, wide) * triton.cdiv(features, columns),)](
-            rows, top_k_index, out, tokens, num_slots, experts, FEATURES=features, TOKENS=wide, COLUMNS=columns, num_warps=4
+            rows, top_k_index, out, tokens, num_slots, num_experts, FEATURES=features, TOKENS=wide, COLUMNS=columns, num_warps=4
         )
     return out

@@ -16,7 +16,7 @@ from .._tune import compiled_for
 from .expert_mlp_bwd import expert_grad_pre
 from .expert_mlp_fwd import expert_gate_up
 from .expert_outer import expert_outer
-from .expert_rows import expert_rows
+from .expert_rows import Source, expert_rows, products_into
 from .expert_sort import SortedPairs, sort_pairs
 
 TOKENS, SLOTS, EXPERTS = 4096, 8, 64
@@ -84,6 +84,15 @@ def _gradient(dtype: torch.dtype, features: int, neurons: int, rows: int, activa
     expert_rows(x.new_empty(PAIRS, 2 * neurons), up, None, None, index, pairs, activation == "clamped_swiglu")
 
 
+def _linear(by: Source, weighed: bool, dtype: torch.dtype) -> None:
+    """Projections of one row per token, or per slot, to 3 · 64 outputs and back."""
+    features, outputs = (192, 1024) if weighed else (1024, 192)
+    pairs = sort_pairs(_empty(TOKENS, SLOTS, dtype=torch.int64), EXPERTS, 32)
+    source = _empty(PAIRS if by == "slot" else TOKENS, features, dtype=dtype)
+    weight, rows = _empty(EXPERTS, outputs, features, dtype=dtype), _empty(PAIRS, outputs, dtype=dtype)
+    products_into(rows, source, by, weight.mT, weight[:, :, 0], _empty(TOKENS, SLOTS) if weighed else None, SLOTS, pairs)
+
+
 def _sort(dtype: torch.dtype, experts: int) -> None:
     sort_pairs(_empty(8192, 8, dtype=dtype), experts, 16)
 
@@ -94,6 +103,11 @@ def offered(arch: int) -> dict[str, Callable[[], None]]:
         "int64-E4096": partial(_sort, torch.int64, 4096),
         "int32-E64": partial(_sort, torch.int32, 64),
     }
+    for dtype in (torch.bfloat16, torch.float32):
+        for by in ("token", "slot"):
+            for weighed in (False, True):
+                name = f"{str(dtype).removeprefix('torch.')}-linear-{by}{'-summed' if weighed else ''}"
+                launches[name] = partial(_linear, by, weighed, dtype)
     for label, *rest in SHAPES:
         launches[label] = partial(_products, *rest)
         launches |= {f"{label}-{name}": partial(launch, *rest) for name, launch in (("down", _down), ("up", _up), ("gradient", _gradient))}

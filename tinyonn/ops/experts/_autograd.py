@@ -40,7 +40,7 @@ def gradients_by(backward: Callable[..., tuple[Tensor, ...]], ctx: Any, grad_out
     return first, second, third, None, *rest, *([None] * (2 + len(Layout._fields)))
 
 
-def _each(function: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Any]:
+def each(function: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Any]:
     """One call for each element of the batch, stacked."""
     results = [
         function(*(x if dim is None else x.select(dim, number) for x, dim in zip(args, in_dims, strict=True)))
@@ -70,7 +70,7 @@ class Experts(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _each(Experts.apply, info, in_dims, args)
+        return each(Experts.apply, info, in_dims, args)
 
 
 class ExpertsBackward(torch.autograd.Function):
@@ -94,4 +94,4 @@ class ExpertsBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _each(ExpertsBackward.apply, info, in_dims, args)
+        return each(ExpertsBackward.apply, info, in_dims, args)

@@ -69,11 +69,15 @@ def check_probe(surprise: Tensor, top_k_index: Tensor, hidden_states: Tensor) ->
 
 def check_values(inputs: Inputs) -> None:
     """ValueError if an index is out of range or a value is NaN. Reads the tensors: for `tinyonn.debug()`."""
-    top_k_index, num_experts = inputs.top_k_index, inputs.gate_up_proj.shape[0]
+    check_index_range(inputs.top_k_index, inputs.gate_up_proj.shape[0])
+    for name in ("top_k_weights", "hidden_states", "gate_up_proj", "down_proj"):
+        check_no_nan(name, getattr(inputs, name))
+
+
+def check_index_range(top_k_index: Tensor, num_experts: int) -> None:
+    """ValueError if an index is neither an expert nor `num_experts`. Reads the tensor."""
     outside = (top_k_index < 0) | (top_k_index > num_experts)
     if bool(outside.any()):
         token, slot = outside.nonzero()[0].tolist()
         found = int(top_k_index[token, slot])
         raise ValueError(f"top_k_index must be 0 … {num_experts}, {num_experts} for an unused slot, got {found} for token {token}.")
-    for name in ("top_k_weights", "hidden_states", "gate_up_proj", "down_proj"):
-        check_no_nan(name, getattr(inputs, name))

@@ -131,7 +131,7 @@ def _fits(x: Tensor) -> bool:
     return all(whole[: len(outer)]) and (by_row or by_column)
 
 
-def _combine(rows: Tensor, pairs: Pairs, weights: Tensor | None) -> Tensor:
+def combine(rows: Tensor, pairs: Pairs, weights: Tensor | None) -> Tensor:
     """Sum over a token's slots in slot order, in float32 or float64: (P + 1, F) -> (N, F). The last row stands for unused slots."""
     wide = statistics_dtype(rows.dtype)
     rows[-1] = 0
@@ -165,7 +165,7 @@ def experts_forward(inputs: Inputs, layout: Layout) -> tuple[Tensor, Tensor]:
         rows[chunk.rows] = grouped(activate(pre, layout), down[chunk.experts], chunk)
         if down_bias is not None:
             rows[chunk.rows] += down_bias.index_select(0, pairs.expert[chunk.rows])
-    return _combine(rows, pairs, top_k_weights).to(hidden_states.dtype), whole
+    return combine(rows, pairs, top_k_weights).to(hidden_states.dtype), whole
 
 
 @without_autocast
@@ -212,14 +212,14 @@ def experts_backward(inputs: Inputs, saved: Saved, layout: Layout, wanted: Wante
             left, right = (h, grad) if layout.transposed else (grad, h)
             outer_into(grad_down[chunk.experts], left, right, chunk)
         if grad_up_bias is not None:
-            grad_up_bias[chunk.experts] = _sum_by_expert(grad_pre, chunk, wide)
+            grad_up_bias[chunk.experts] = sum_by_expert(grad_pre, chunk, wide)
         if grad_down_bias is not None:
-            grad_down_bias[chunk.experts] = _sum_by_expert(grad * weight, chunk, wide)
+            grad_down_bias[chunk.experts] = sum_by_expert(grad * weight, chunk, wide)
 
-    grad_hidden = _combine(rows, pairs, None).to(hidden_states.dtype) if wanted.grad_hidden else None
+    grad_hidden = combine(rows, pairs, None).to(hidden_states.dtype) if wanted.grad_hidden else None
     surprise = None
     if surprise_kind == "saving":
-        surprise = _in_slots(stored_surprise(-grad_weights, wide), pairs)
+        surprise = in_slots(stored_surprise(-grad_weights, wide), pairs)
     elif surprise_kind is not None:
         # An expert named twice counts with its summed weight.
         same = top_k_index.unsqueeze(1) == top_k_index.unsqueeze(2)
@@ -234,8 +234,8 @@ def experts_backward(inputs: Inputs, saved: Saved, layout: Layout, wanted: Wante
                 x_squares = row_norms(hidden_states).double().square()[pairs.token]
                 of_up = pre_norms.double().square() * (x_squares + (gate_up_bias is not None))
                 found = (of_up + found.square() * (h_norms.square() + (down_bias is not None))).sqrt()
-        surprise = _in_slots(stored_surprise(size * found, wide), pairs)
-    grad_weights = _in_slots(grad_weights, pairs).to(top_k_weights.dtype)
+        surprise = in_slots(stored_surprise(size * found, wide), pairs)
+    grad_weights = in_slots(grad_weights, pairs).to(top_k_weights.dtype)
     return Gradients(grad_hidden, grad_up, grad_down, grad_weights, grad_up_bias, grad_down_bias, surprise)
 
 
@@ -247,7 +247,7 @@ def stored_surprise(found: Tensor, dtype: torch.dtype) -> Tensor:
     return found.clamp(-largest, largest).to(dtype)
 
 
-def _sum_by_expert(rows: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+def sum_by_expert(rows: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
     """Sum of each expert's rows: (P, A) -> (E, A)."""
     total = torch.zeros(len(chunk.sizes), rows.shape[1], dtype=dtype, device=rows.device)
     for expert, part in _parts(chunk):
@@ -255,7 +255,7 @@ def _sum_by_expert(rows: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
     return total
 
 
-def _in_slots(values: Tensor, pairs: Pairs) -> Tensor:
+def in_slots(values: Tensor, pairs: Pairs) -> Tensor:
     """Values of the pairs in their slots: (P,) -> (N, K), 0 in unused slots."""
     slots = torch.zeros(pairs.places.numel(), dtype=values.dtype, device=values.device)
     slots[pairs.slot] = values
