@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from bench_dyn_nsa_long import FULL  # noqa: E402
 from gpu_kernels import by_kernel  # noqa: E402
 from triton import Config  # noqa: E402
 
+from tinyonn.testing.timing import last_line  # noqa: E402
 from tinyonn_kernels._tune import TunedKernel, config  # noqa: E402
 
 GOALS: dict[str, Any] = {  # op -> sizes
@@ -86,15 +87,19 @@ CANDIDATES: dict[str, list[Config]] = {
 }  # fmt: skip
 
 
-def kernels() -> dict[str, TunedKernel]:
-    """All tuned kernels of both ops, by name."""
+def owners() -> dict[tuple[str, str], TunedKernel]:
+    """All tuned kernels of both ops, by package and name."""
     found = {}
     for package, names in MODULES.items():
         for name in names:
             for kernel in vars(importlib.import_module(f"tinyonn_kernels.{package}.{name}")).values():
                 if isinstance(kernel, TunedKernel):
-                    found[kernel.base_fn.__name__.strip("_").removesuffix("_kernel")] = kernel
+                    found[package, kernel.base_fn.__name__.strip("_").removesuffix("_kernel")] = kernel
     return found
+
+
+def kernels() -> dict[str, TunedKernel]:
+    return {name: kernel for (_, name), kernel in owners().items()}
 
 
 @contextmanager
@@ -113,16 +118,21 @@ def offered(candidates: dict[str, list[Config]]) -> Iterator[None]:
             tuned[name]._offered.clear()
 
 
-def compile_one(op: str, number: int) -> str:
-    """Compiles candidate `number` of all kernels of an op; returns the reason why it does not fit, or an empty string."""
-    from tinyonn_kernels._tune import forced
+OP = {name: "dyn_nsa" if package == "nsa" else "expert_mlp" for package, name in owners()}
 
-    with offered(CANDIDATES), forced(number):
-        try:
-            by_kernel({}, "cuda", op, SHORT[op], numbers=range(number, number + 1))
-        except Exception as error:
-            return f"{op}, candidate {number}: {type(error).__name__}: {str(error).splitlines()[0]}"
-    return ""
+
+def times(name: str, tiles: Config, sizes: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of a kernel in each part of its op, with these tiles; all other kernels have the first of their own."""
+    report: dict[str, Any] = {}
+    with offered({name: [tiles]}):
+        by_kernel(report, "cuda", OP[name], sizes[OP[name]], numbers=[0])
+    return {part: rows[name]["ms"][0] for part, rows in report["kernels"].items() if name in rows}
+
+
+def compile_one(name: str, place: int) -> None:
+    """Compiles a candidate. Whether it fits is told when it is timed."""
+    with suppress(Exception):
+        times(name, CANDIDATES[name][place], SHORT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,21 +142,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu_candidates.py: this machine has no CUDA device that torch can use.", file=sys.stderr)
         return 1
-    count = max(map(len, CANDIDATES.values()))
-    with ProcessPoolExecutor(min(count, len(os.sched_getaffinity(0))), get_context("spawn")) as pool:
-        reasons = [pool.submit(compile_one, op, number) for op in GOALS for number in range(count)]
-        print("\n".join(reason for one in reasons if (reason := one.result())))
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+        for done in [pool.submit(compile_one, name, place) for name, table in CANDIDATES.items() for place in range(len(table))]:
+            done.result()
     report: dict[str, Any] = {"gpu": torch.cuda.get_device_name()}
-    with offered(CANDIDATES):
-        for op, sizes in GOALS.items():
-            own = report.setdefault(op, {})
-            by_kernel(own, "cuda", op, sizes)
-            for part, rows in own["kernels"].items():
-                for name, row in rows.items():
-                    for tiles, time in zip(CANDIDATES.get(name, ["as it is"]), row["ms"], strict=False):
-                        print(f"{part:<36} {name:<18} {time:8.3f} ms  {tiles}")
-            if given.output:
-                given.output.write_text(json.dumps(report, indent=1) + "\n")
+    for name, table in CANDIDATES.items():
+        for tiles in table:
+            try:
+                found = times(name, tiles, GOALS)
+            except Exception as error:  # it does not fit, for example
+                report.setdefault(name, {})[str(tiles)] = last_line(error)
+                print(f"{name:<18} {last_line(error)}  {tiles}", flush=True)
+                continue
+            report.setdefault(name, {})[str(tiles)] = found
+            print(f"{name:<18} {', '.join(f'{part} {time:.3f} ms' for part, time in found.items())}  {tiles}", flush=True)
+        if given.output:
+            given.output.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

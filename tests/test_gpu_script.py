@@ -282,7 +282,7 @@ def tree(target: Path) -> Path:
     "only",
     [
         "^oracle (block_norms, float|token_grad_norms, b)|^block norms, b",
-        pytest.param("^build|block_lists|^mixture 16k", marks=pytest.mark.slow),
+        pytest.param("^build|block_lists|^mixture 16k, best", marks=pytest.mark.slow),
     ],
     ids=["kernels", "build"],
 )
@@ -326,3 +326,41 @@ def tuned_kernels() -> set[str]:
     names = (".".join(path.relative_to(folder).with_suffix("").parts) for path in folder.rglob("*.py"))
     modules = [import_module(name) for name in names if not name.endswith("__init__")]
     return {kernel.base_fn.__name__ for module in modules for kernel in vars(module).values() if hasattr(kernel, "caches")}
+
+
+def test_candidates_that_do_not_fit_leave_the_others(gpu, monkeypatch, capsys, tmp_path):
+    candidates = import_module("gpu_candidates")
+    assert set(candidates.CANDIDATES) == set(candidates.OP) == set(candidates.kernels())
+    kernel = candidates.kernels()["select_dk"]
+    constants = {"IEEE": False, "WIDTH": 128, "QUERIES": 4, "RATIO": 1}
+    own = kernel.offered(constants, 90)
+    with candidates.offered({"select_dk": candidates.CANDIDATES["select_dk"][2:3]}):
+        assert kernel.offered(constants, 90) == candidates.CANDIDATES["select_dk"][2:3]
+    assert list(map(str, kernel.offered(constants, 90))) == list(map(str, own))
+
+    class Pool:
+        def __init__(self, *_: object) -> None: ...
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def submit(self, *_: object) -> Any:
+            return type("Done", (), {"result": lambda self: None})()
+
+    def times(name: str, tiles: Any, sizes: dict[str, Any]) -> dict[str, float]:
+        if tiles.num_warps == 8:
+            raise RuntimeError("out of resource: shared memory")
+        return {"dyn_nsa forward": 1.5}
+
+    monkeypatch.setattr(candidates, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(candidates, "times", times)
+    monkeypatch.setattr(candidates, "CANDIDATES", {name: candidates.CANDIDATES[name] for name in ("select_dk", "interval_fwd")})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert candidates.main(["--output", str(tmp_path / "found.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == sum(map(len, candidates.CANDIDATES.values()))
+    assert sum("RuntimeError: out of resource" in line for line in lines) >= 2
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert set(found) == {"gpu", "select_dk", "interval_fwd"}
+    assert {"dyn_nsa forward": 1.5} in found["interval_fwd"].values()

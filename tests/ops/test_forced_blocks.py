@@ -126,3 +126,23 @@ def test_with_one_block_in_sight_attention_is_local(impl):
     expected = torch.nn.functional.scaled_dot_product_attention(*blocks, is_causal=True, enable_gqa=True)
     assert_close_rms(result.out, expected.transpose(1, 2).flatten(0, 1)[None], 1e-12)
     assert (result.counts == 1).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("threshold", "temperature"), [(-1e30, 1.0), (-torch.inf, 1.0), (-30.0, 2e-38)])
+def test_the_most_important_blocks_stay_however_low_the_threshold(threshold, temperature, impl):
+    """The distance to such a threshold rounds all differences between blocks away."""
+    tensors = inputs(impl)
+    expected, found = (select(tensors, *given, max_blocks=4) for given in ((-30.0, impl), (threshold, impl)))
+    low = select(tensors, threshold, impl, max_blocks=4, temperature=temperature)
+    for one in (found, low):
+        assert torch.equal(one.indices, expected.indices)
+        assert torch.equal(one.counts, expected.counts)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_shares_above_1_of_an_lse_that_is_too_small_keep_their_order(impl):
+    tensors = inputs(impl)
+    expected = select(tensors, -30.0, impl, max_blocks=4)
+    found = select({**tensors, "lse": tensors["lse"] - 5}, -30.0, impl, max_blocks=4)
+    assert torch.equal(found.indices, expected.indices)

@@ -37,7 +37,7 @@ from ._common import (
 Z_FLOOR = tl.constexpr(2.061153622438558e-09)  # e^-20
 RESIDENT, RESIDENT_REGISTERS = 3, 168  # programs of four warps that a multiprocessor holds, with this number of registers
 TILE_ROWS = 64
-STEP_TILE = tl.constexpr(512)  # queries times blocks of a step after the products; a query's fall into one of four warps
+STEP_TILE = tl.constexpr(512)  # queries times blocks of a step after the products, four to a thread
 WIDE_TILE = tl.constexpr(1024)  # of a step of the bisection
 MAX_QUERIES = 16  # a larger tile would need a large scratch for small groups
 
@@ -154,9 +154,6 @@ def _select_fwd_kernel(
     COMPRESS: tl.constexpr = BLOCK_SIZE // RATIO
     STEP: tl.constexpr = STEP_TILE // QUERIES
     WIDE: tl.constexpr = WIDE_TILE // QUERIES
-    # Shares that are no multiples of M are below 2, so bits 28 and 29 are set and those above are not.
-    BITS: tl.constexpr = 31 if RELATIVE else 28
-    LOWEST: tl.constexpr = 0 if RELATIVE else 0x30000000
     per_head = tl.cdiv(num_queries, QUERIES)
     lane = tl.arange(0, QUERIES)
     scratch_ptr += tl.program_id(0).to(tl.int64) * QUERIES * row_blocks + lane[:, None] * row_blocks
@@ -217,7 +214,7 @@ def _select_fwd_kernel(
             over = number > num_slots
             num_over += tl.sum(over.to(tl.int32))
             need = num_slots - tl.minimum(relative // BLOCK_SIZE + 1, FIRST + LOCAL)
-            lowest = tl.where(over, LOWEST, -1)  # bits of the smallest share that is kept
+            lowest = tl.where(over, 0, -1)  # bits of the smallest share that is kept
             ties = tl.zeros((QUERIES,), tl.int32)
             if tl.max(over.to(tl.int32)) > 0:
                 # From here on, a share of 0 stands for a block that does not pass.
@@ -230,14 +227,14 @@ def _select_fwd_kernel(
                     tl.store(scratch_ptr + block[None, :], tl.where(passes, share, 0.0))
                 tl.debug_barrier()
                 # The last round counts the larger shares.
-                for step in range(0, BITS + 1):
-                    trial = tl.where(step < BITS, lowest | (1 << tl.maximum(BITS - 1 - step, 0)), lowest + 1)
+                for step in range(0, 32):
+                    trial = tl.where(step < 31, lowest | (1 << tl.maximum(30 - step, 0)), lowest + 1)
                     reached = tl.zeros((QUERIES, WIDE), tl.int32)
                     for block0 in range(0, num_blocks, WIDE):
                         share = tl.load(scratch_ptr + (block0 + tl.arange(0, WIDE))[None, :])
                         reached += (share.to(tl.int32, bitcast=True) >= trial[:, None]).to(tl.int32)
                     reach = tl.sum(reached, axis=1)
-                    lowest = tl.where(over & (step < BITS) & (reach >= need), trial, lowest)
+                    lowest = tl.where(over & (step < 31) & (reach >= need), trial, lowest)
                     ties = need - reach
                 tl.debug_barrier()
 

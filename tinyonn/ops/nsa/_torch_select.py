@@ -169,7 +169,8 @@ def select_backward(
 def _best(wanted: Tensor, found: Importance, over: Tensor, max_blocks: int) -> Tensor:
     """Keeps, in the rows that overflow, the forced blocks and the most important others; ties go to the lower index."""
     forced = found.forced.expand_as(wanted)[over]
-    rank_by = found.gap[over].masked_fill(forced, math.inf).masked_fill(~wanted[over], -math.inf)
+    # Not by the gap, in which a low threshold or temperature would round differences away.
+    rank_by = torch.maximum(found.mass, found.floor)[over].masked_fill(forced, math.inf).masked_fill(~wanted[over], -math.inf)
     best = rank_by.sort(dim=-1, descending=True, stable=True).indices[:, :max_blocks]
     kept = torch.zeros_like(rank_by, dtype=torch.bool).scatter_(-1, best, True)
     wanted = wanted.clone()
