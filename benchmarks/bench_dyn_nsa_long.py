@@ -205,6 +205,8 @@ def against_dense_attention(
         optional=list(peers),
     )
     note_ratios(result)
+    calls = {**ours, **peers}
+    result.info["peak MB"] = {name: round(peak_megabytes(calls[name], device)) for name in result.samples}
 
 
 def peak_memory(compare: Callable[..., Comparison], tokens: int, heads: int, kv_heads: int, dim: int, dtype: str, device: str) -> None:
@@ -258,7 +260,9 @@ def selected_branch_against_fla(
 
     info = {"goal": "fla > 1x", "mean blocks a row": round(counts.float().mean().item(), 2)}
     group = f"selected branch, {tokens} tokens, {heads}/{kv_heads} heads, D {dim}, {dtype}, {device}"
-    compare(group, {**ours, **peer}, check, info=info, optional=list(peer))
+    result = compare(group, {**ours, **peer}, check, info=info, optional=list(peer))
+    calls = {**ours, **peer}
+    result.info["peak MB"] = {name: round(peak_megabytes(calls[name], device)) for name in result.samples}
 
 
 @pytest.mark.parametrize("tokens", [8192, 32768, 65536])

@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from tinyonn import ops
-from tinyonn.testing.timing import Comparison
+from tinyonn.testing.timing import Comparison, peak_megabytes
 
 SIZES = {  # tokens, features, experts, neurons, slots
     "128 experts of 64": (2048, 512, 128, 64, 4),
@@ -245,9 +245,10 @@ def best_forms(compare: Callable[..., Comparison], device: str, sizes: tuple[int
     forwards = forwards_of(c)
     notes = {"without Liger": why_no_liger(device)} if liger else {}
     notes |= predicted("expert_mlp", sizes) if device == "cuda" else {}
+    steps = {name: partial(step, c, forwards[name]) for name in (*ours, *peers) if name in forwards}
     result = compare(
         f"mixture, best forms, {tokens} tokens x {features}, {experts} experts of {neurons}, {slots} a token, {device}",
-        {name: partial(step, c, forwards[name]) for name in (*ours, *peers) if name in forwards},
+        steps,
         lambda outputs: check_equal(outputs, TOLERANCE[DTYPE[device]]),
         info={"goal": "best of the others >= 1.3x, surprise <= 3 %", **{name: value for name, value in notes.items() if value}},
         optional=peers[1:],
@@ -255,6 +256,7 @@ def best_forms(compare: Callable[..., Comparison], device: str, sizes: tuple[int
     result.info["the best of the others"] = round(min(result.ratio(name) for name in peers if name in result.samples), 3)
     result.info["surprise adds %"] = round(100 * (result.ratio(ours[1]) - 1), 2)
     result.info["weights' bytes"] = c.up.nbytes + c.down.nbytes
+    result.info["peak MB"] = {name: round(peak_megabytes(steps[name], device)) for name in result.samples}
 
 
 @pytest.mark.gpu

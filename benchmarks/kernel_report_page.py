@@ -62,7 +62,7 @@ their last changes.
 | **together** | **40.6** | | | **106.3** | | | **1.43** |
 
 A first forward and backward of `dyn_nsa` compiles 14 kernels, in 13.1 s of one core with triton 3.9.0 and 8.5 s with 3.6.0
-(`benchmarks/kernel_report.py --first-use`). At D = 128 and groups of 16 heads, no configuration is left to try on an H100 or a B200.
+(`benchmarks/kernel_report.py --first-use`). At D = 128 and groups of 16 heads, no configuration is left to try on an H100.
 
 What the first runs changed:
 

@@ -101,7 +101,7 @@ def predictive_integrity(
 
 
 def _means(values: list[Tensor], token_mask: Tensor | None, shape: torch.Size, over: Over) -> list[Tensor]:
-    """Means over the last dimension or all, of what the mask keeps. Large values are halved before they are added, so no sum overflows."""
+    """Means over the last dimension or all, of what the mask keeps. Values are divided before they are added, so no sum overflows."""
     kept = torch.ones(shape, dtype=torch.bool, device=values[0].device) if token_mask is None else (token_mask != 0).expand(shape)
     dims = [-1] if over == "sequence" and len(shape) else list(range(len(shape)))
     if not dims:

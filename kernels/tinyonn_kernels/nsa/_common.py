@@ -87,6 +87,11 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def is_measured(arch: int) -> bool:
+    """Whether configurations for D = 128 were timed on such a GPU, so that no trial is needed: H100 and H200."""
+    return 90 <= arch < 100
+
+
 def has_warpgroups(arch: int) -> bool:
     """Whether four warps multiply together, on a GPU with over 200 KiB of shared memory: H100 and B200, but not RTX 50 (sm_120)."""
     return 90 <= arch < 120

@@ -25,6 +25,7 @@ from ._common import (
     count_heads,
     dot,
     has_warpgroups,
+    is_measured,
     load_rows,
     load_weight,
     store_rows,
@@ -39,11 +40,13 @@ def configs(IEEE: bool, WIDTH: int, BLOCK_SIZE: int, GROUP: int, CAP: float, ARC
         wide = WIDTH >= 128
         return [config(8 if wide else 4, 1, 255, ROWS=16, KEYS=min(16 if wide else 32, BLOCK_SIZE))]
     if WIDTH >= 256:
-        return [config(8, 1, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
+        return [config(4, 1, 255, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
     # Four warps multiply 64 keys together; eight would do it twice. Divisions by a group that is no power of 2 take registers.
     if has_warpgroups(ARCH) and BLOCK_SIZE >= 64 and WIDTH == 128 and GROUP & (GROUP - 1) == 0:
-        # 64 rows are the fastest of eleven on an H200; with smaller groups or a cap they spill more than they gain.
-        return [config(4, 1, 255, ROWS=64, KEYS=64) if GROUP >= 16 and CAP == 0 else config(4, 2, 255, ROWS=32, KEYS=64)]
+        few, many = config(4, 2, 255, ROWS=32, KEYS=64), config(4, 1, 255, ROWS=64, KEYS=64)
+        if GROUP < 16 or CAP > 0:  # there 64 rows spill more than they gain
+            return [few]
+        return [many] if is_measured(ARCH) else [few, many]  # 64 rows are the fastest of eleven on an H200
     if has_warpgroups(ARCH) and BLOCK_SIZE >= 64 and WIDTH < 128:
         first = config(4, 1, 255, ROWS=64, KEYS=64)
     else:

@@ -26,6 +26,7 @@ from ._common import (
     dot,
     has_warpgroups,
     interval_of,
+    is_measured,
     load_rows,
     load_weight,
     store_rows,
@@ -41,7 +42,7 @@ def configs(IEEE: bool, WIDTH: int, GROUP: int, CAP: float, COMPRESSED: bool, AR
     if IEEE:
         return [config(8, 1, ROWS=16 if WIDTH >= 128 else 32, KEYS=32)]
     if WIDTH >= 256:
-        return [config(8, 1, ROWS=32, KEYS=32)]
+        return [config(4, 1, 255, ROWS=32, KEYS=32)]
     small = config(4, 2, 255, ROWS=32, KEYS=32)
     if not has_warpgroups(ARCH):
         return [config(8, 2, 255, ROWS=32 if WIDTH >= 128 or COMPRESSED else 64, KEYS=64), small]
@@ -49,8 +50,9 @@ def configs(IEEE: bool, WIDTH: int, GROUP: int, CAP: float, COMPRESSED: bool, AR
     if WIDTH < 128:
         return [config(4, 2, 255, ROWS=32, KEYS=64), small]
     if GROUP & (GROUP - 1) == 0:
-        # These two are the fastest of twelve on an H200: one for many rows, one for those of a window.
-        return [config(8, 1, 255, ROWS=64, KEYS=128) if COMPRESSED else config(4, 2 if ARCH >= 100 else 1, 255, ROWS=32, KEYS=64)]
+        # The fastest of twelve on an H200: the first for the rows of a window, the second for many rows.
+        offered = [config(4, 1 if is_measured(ARCH) else 2, 255, ROWS=32, KEYS=64), config(8, 1, 255, ROWS=64, KEYS=128)]
+        return [offered[COMPRESSED]] if is_measured(ARCH) else offered
     if ARCH >= 100:
         return [config(4, 2, 255, ROWS=32, KEYS=64), small]
     return [config(8, 2, 255, ROWS=32, KEYS=64 if CAP > 0 else 128), small]

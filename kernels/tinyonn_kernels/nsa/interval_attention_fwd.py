@@ -27,6 +27,7 @@ from ._common import (
     dot,
     has_warpgroups,
     interval_of,
+    is_measured,
     join_sink,
     load_keys,
     load_rows,
@@ -38,16 +39,18 @@ from ._common import (
 )
 
 
-def configs(IEEE: bool, WIDTH: int, ARCH: int, **_: object) -> list[triton.Config]:
+def configs(IEEE: bool, WIDTH: int, COMPRESSED: bool, ARCH: int, **_: object) -> list[triton.Config]:
     """Rows × keys that leave enough registers for a (ROWS, WIDTH) accumulator. Each warpgroup needs a tile of 64 rows."""
     if IEEE:
         wide = WIDTH >= 128
         return [config(8 if wide else 4, 1, 255, ROWS=32, KEYS=16 if wide else 32)]
     if WIDTH >= 256:
-        return [config(8, 2, 255, ROWS=64, KEYS=32)]
+        # Two warpgroups on 64 rows compute the first product twice; the window's weighted sum leaves no registers for 128 rows.
+        return [config(8, 2, 255, ROWS=128 if COMPRESSED and is_measured(ARCH) else 64, KEYS=32)]
     if WIDTH >= 128:
         if has_warpgroups(ARCH):
-            return [config(4, 3, 255, ROWS=64, KEYS=64)]  # the fastest of twelve on an H200
+            first = config(4, 3, 255, ROWS=64, KEYS=64)  # the fastest of twelve on an H200
+            return [first] if is_measured(ARCH) else [first, config(8, 3, 255, ROWS=128, KEYS=64)]
         return [config(8, stages, 255, ROWS=64, KEYS=64) for stages in (2, 3)]
     return [config(8, 2, 255, ROWS=128, KEYS=64), config(4, 3, 255, ROWS=64, KEYS=64)]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._dispatch import parts_of
 from ._tuples import Gradients, Inputs, Layout, Probe, Wanted
 
-FORWARD_MODE = "expert_mlp does not support forward-mode differentiation: use vjp, or impl='reference'."
+FORWARD_MODE = "{} does not support forward-mode differentiation: use vjp, or impl='reference'."
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -66,32 +66,38 @@ class Experts(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(FORWARD_MODE)
+        raise RuntimeError(FORWARD_MODE.format("expert_mlp"))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         return each(Experts.apply, info, in_dims, args)
 
 
-class ExpertsBackward(torch.autograd.Function):
-    """Function of the arguments of `tinyonn::expert_mlp_backward`."""
+def backward_of(op: str) -> type[torch.autograd.Function]:
+    """Function of the arguments of `tinyonn::{op}_backward`."""
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(torch.ops.tinyonn.expert_mlp_backward(*args))
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> tuple[Tensor, ...]:
+            return tuple(getattr(torch.ops.tinyonn, f"{op}_backward")(*args))
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        return None
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            return None
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("expert_mlp does not support second derivatives: use impl='reference'.")
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            raise RuntimeError(f"{op} does not support second derivatives: use impl='reference'.")
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(FORWARD_MODE)
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise RuntimeError(FORWARD_MODE.format(op))
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return each(ExpertsBackward.apply, info, in_dims, args)
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+            return each(Backward.apply, info, in_dims, args)
+
+    return Backward
+
+
+ExpertsBackward = backward_of("expert_mlp")

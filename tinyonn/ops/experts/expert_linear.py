@@ -13,12 +13,10 @@ from ..._debug import debug_enabled
 from .._checks import check_float, check_no_nan, check_same_device, check_tensor
 from .._dispatch import check_impl, choose_impl, parts_of, refuse_reference, refuse_tangents, register, schema_of, statistics_dtype
 from . import _torch_linear, _triton_linear
-from ._autograd import each
+from ._autograd import FORWARD_MODE, backward_of, each
 from ._checks import check_index_range, check_index_type, check_probe
 from ._linear_tuples import LinearGradients, LinearInputs, LinearProbe, LinearSaved, LinearWanted
 from ._torch_experts import stored_surprise
-
-FORWARD_MODE = "expert_linear does not support forward-mode differentiation: use vjp, or impl='reference'."
 
 
 def expert_linear(
@@ -206,7 +204,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(FORWARD_MODE)
+        raise RuntimeError(FORWARD_MODE.format("expert_linear"))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -214,30 +212,7 @@ class _Linear(torch.autograd.Function):
         return stacked, dim
 
 
-class _LinearBackward(torch.autograd.Function):
-    """Function of the arguments of `tinyonn::expert_linear_backward`."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(_backward_op(*args))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        return None
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("expert_linear does not support second derivatives: use impl='reference'.")
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(FORWARD_MODE)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return each(_LinearBackward.apply, info, in_dims, args)
-
-
+_LinearBackward = backward_of("expert_linear")
 _forward_op = register("expert_linear", _forward, _fake, schema_of(LinearInputs, LinearProbe, returns="Tensor"))
 _backward_op = register(
     "expert_linear_backward", _backward, _fake_backward, schema_of(LinearInputs, LinearSaved, LinearWanted, returns=LinearGradients)
