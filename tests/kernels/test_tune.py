@@ -183,7 +183,7 @@ def test_a_launch_uses_the_table_of_its_architecture():
     from tinyonn_kernels import _tune
 
     kernel = tuned_kernels()["_interval_fwd_kernel"]
-    constants = {"IEEE": False, "WIDTH": 128}
+    constants = {"IEEE": False, "WIDTH": 128, "COMPRESSED": False}
     seen = []
 
     def launch() -> None:
