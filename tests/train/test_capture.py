@@ -40,5 +40,5 @@ def test_calls_are_captured_under_any_wrapper(wrap):
 
 
 def test_nothing_to_capture_is_named():
-    with pytest.raises(TypeError, match=r"model contains no tinyonn\.nn\.DynMoE layer \(got Linear\)"), capture(nn.Linear(2, 2)):
+    with pytest.raises(TypeError, match=r"model contains no tinyonn\.nn\.DynMoE or DynSMHA layer \(got Linear\)"), capture(nn.Linear(2, 2)):
         pass

@@ -145,7 +145,7 @@ def test_a_router_in_no_optimiser_is_named():
         HyperStep(model, torch.optim.SGD(others, 0.1))
     with pytest.raises(ValueError, match=r"layers.0.router.prototypes must be in one optimiser, got 2"):
         HyperStep(model, torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(model.layers[0].router.parameters(), 0.1))
-    with pytest.raises(TypeError, match=r"model contains no tinyonn\.nn\.DynMoE layer"):
+    with pytest.raises(TypeError, match=r"model contains no tinyonn\.nn\.DynMoE or DynSMHA layer"):
         HyperStep(nn.Linear(2, 2), torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1))
     with pytest.raises(ValueError, match="accumulation_steps must be at least 1"):
         HyperStep(model, torch.optim.SGD(model.parameters(), 0.1), accumulation_steps=0)

@@ -145,7 +145,7 @@ def test_modules_are_found_once_and_again_when_they_change(monkeypatch):
     torch.testing.assert_close(added.router.prototypes, wanted - 0.1 * wanted.grad)
     assert len([module for module in walks if module is model]) == 1
     del model[-1], model[1]
-    with pytest.raises(TypeError, match=r"model contains no tinyonn\.nn\.DynMoE layer"):
+    with pytest.raises(TypeError, match=r"model contains no tinyonn\.nn\.DynMoE or DynSMHA layer"):
         step(lambda: model(x).square().mean())
 
 
@@ -176,7 +176,7 @@ def test_a_model_without_a_mixture_is_refused_when_it_is_assigned_later():
     step = HyperStep(model, torch.optim.SGD(model.parameters(), 0.1))
     step.model = nn.Linear(16, 16)
     for _ in range(2):
-        with pytest.raises(TypeError, match=r"model contains no tinyonn\.nn\.DynMoE layer \(got Linear\)"):
+        with pytest.raises(TypeError, match=r"model contains no tinyonn\.nn\.DynMoE or DynSMHA layer \(got Linear\)"):
             step(lambda: step.model(x).square().mean())
     step.model = model
     assert step(lambda: model(x).square().mean()).gating_loss > 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import listed
 
 if TYPE_CHECKING:
-    from .dyn_moe import DynMoE
+    from .routed import Routed
 
 TOKENS = 1000  # that each expert would have had, if all got the same number, before one without a token counts as dead
 
@@ -37,7 +37,7 @@ class Watch:
         self._window: Tensor | None = None
         self._seen = 0
 
-    def dead(self, module: DynMoE) -> tuple[int, int] | None:
+    def dead(self, module: Routed) -> tuple[int, int] | None:
         """Number of live experts without a token in a window that ends now, and its tokens; None while the window is too short.
 
         Reads the counts of the module. Tokens that were counted between the last call and a `reset_statistics` are left out.
@@ -55,7 +55,7 @@ class Watch:
         return found
 
 
-def warn_of_dead_experts(layers: Mapping[str, DynMoE], stacklevel: int = 3) -> None:
+def warn_of_dead_experts(layers: Mapping[str, Routed], stacklevel: int = 3) -> None:
     """Warns in one line of mixtures whose live experts get no token, each once."""
     found = []
     tokens = 0

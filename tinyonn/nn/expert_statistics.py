@@ -26,7 +26,7 @@ def token_mask_of(model: nn.Module, token_mask: Tensor) -> Iterator[None]:
     call overrides both. Only the statistics depend on the mask.
 
     Args:
-        model: a model with any number of `nn.DynMoE`, or one such layer.
+        model: a model with any number of `nn.DynMoE` and `nn.DynSMHA`, or one such layer.
         token_mask: bool or integers, of the leading shape of the mixtures' inputs.
 
     Raises:

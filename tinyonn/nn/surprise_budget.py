@@ -30,7 +30,7 @@ def surprise_budget_of(model: nn.Module, surprise_budget: Budget) -> Iterator[No
     need `carry_surprise_budget`.
 
     Args:
-        model: a model with at least one `nn.DynMoE` of routing="budget", or such a layer.
+        model: a model with at least one `nn.DynMoE` or `nn.DynSMHA` of routing="budget", or such a layer.
         surprise_budget: budget above 0 and at most 1; a number, 0-d, or of the leading shape of the mixtures' inputs, (B, T), in which a
             dimension may be 1: (B, 1) is a budget for each row. The values of a tensor are checked on the CPU; on other devices only
             under `tinyonn.debug()`.

@@ -54,7 +54,7 @@ class CapturedCall:
 
 @dataclass(eq=False)
 class Visit:
-    """One call of a `DynMoE` layer, with what the router's loss needs.
+    """One call of a layer with routed experts, with what the router's loss needs.
 
     Attributes:
         hidden_states: (N, F), detached.
@@ -120,7 +120,7 @@ def call_listener(modules: Iterable[nn.Module], kind: Kind, listener: Callable[[
 
     Args:
         modules: mixtures, whose forward calls `probe_for`.
-        kind: "surprise" for a `CapturedCall` of any mixture; "router_inputs" for a `Visit` of a `DynMoE` layer.
+        kind: "surprise" for a `CapturedCall` of any mixture; "router_inputs" for a `Visit` of a `DynMoE` or `DynSMHA`.
         listener: must not keep the probe of a visit in a hook of that probe.
 
     Raises:

@@ -69,8 +69,8 @@ def capture_surprise(model: nn.Module) -> Iterator[CapturedSurprise]:
             model(**batch).loss.backward()
         surprise["model.layers.0.mlp.experts"]      # (tokens, experts)
 
-    It captures `nn.DynMoE`, transformers' experts under `experts_implementation="tinyonn"`, and layers made of separate expert modules, as
-    `SurpriseHookManager` does.
+    It captures `nn.DynMoE`, `nn.DynSMHA`, transformers' experts under `experts_implementation="tinyonn"`, and layers made of separate
+    expert modules, as `SurpriseHookManager` does.
 
     Raises:
         TypeError: the model contains none of them.
@@ -79,7 +79,7 @@ def capture_surprise(model: nn.Module) -> Iterator[CapturedSurprise]:
     fused = {name: module for name, module in model.named_modules() if is_capturable(module)}
     unfused = unfused_mixtures(model)
     if not fused and not unfused:
-        wanted = "DynMoE, no list of expert modules, and no experts after model.set_experts_implementation('tinyonn')"
+        wanted = "DynMoE or DynSMHA, no list of expert modules, and no experts after model.set_experts_implementation('tinyonn')"
         raise TypeError(f"model contains no {wanted} (got {type(model).__name__}).")
     with ExitStack() as stack:
         calls = stack.enter_context(captured_calls(fused.values()))

@@ -15,29 +15,29 @@ from torch import Tensor, nn
 
 from .._debug import debug, debug_enabled
 from ..nn._surrounding import held
-from ..nn.dyn_moe import DynMoE
 from ..nn.expert_statistics import check_mask_shape, check_token_mask
+from ..nn.routed import Routed
 from ..nn.surprise_capture import Visit, call_listener, captured_calls
 from ..nn.surprise_loss import SurpriseLoss, surprise_loss_of
 from ..ops import Routing
 from ..ops._checks import check_number
-from .mixtures import Mixtures, dynmoe_layers
+from .mixtures import Mixtures, routed_layers
 from .parallel import average, average_thresholds
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
 
 
-def capture(model: nn.Module) -> AbstractContextManager[dict[DynMoE, list[Visit]]]:
-    """The calls of each DynMoE layer within the block, with inputs and routing, for losses of your own.
+def capture(model: nn.Module) -> AbstractContextManager[dict[Routed, list[Visit]]]:
+    """The calls of each layer with routed experts within the block, with inputs and routing, for losses of your own.
 
     It adds no gradients, so the model may have any wrapper.
 
     Raises:
-        TypeError: the model contains no DynMoE layer.
+        TypeError: the model contains no `nn.DynMoE` or `nn.DynSMHA`.
         RuntimeError: a layer is captured already.
     """
-    return captured_calls(dynmoe_layers(model).values(), "router_inputs")
+    return captured_calls(routed_layers(model).values(), "router_inputs")
 
 
 class GatingGradients:
@@ -54,10 +54,10 @@ class GatingGradients:
         self._mixtures, self._token_mask, self._weight, self._scaler = mixtures, token_mask, weight, scaler
         self._surprise_loss = surprise_loss
         self._masks: dict[torch.device, Tensor] = {}
-        self._losses: list[tuple[DynMoE, Tensor]] = []
-        self._grads: dict[tuple[DynMoE, str], Tensor] = {}
+        self._losses: list[tuple[Routed, Tensor]] = []
+        self._grads: dict[tuple[Routed, str], Tensor] = {}
 
-    def _wait(self, module: DynMoE, visit: Visit) -> None:
+    def _wait(self, module: Routed, visit: Visit) -> None:
         """Listener to a call: the router learns from it when backward has filled its probe."""
         if self._token_mask is not None:
             check_mask_shape(self._token_mask, visit.shape)
@@ -66,7 +66,7 @@ class GatingGradients:
         kept = [(visit.hidden_states, visit.routing.top_k_index, visit.surprise_budget, visit.shape)]
         visit.probe.register_post_accumulate_grad_hook(lambda probe: self._learn(module, kept, probe))
 
-    def _learn(self, module: DynMoE, kept: list[Any], probe: Tensor) -> None:
+    def _learn(self, module: Routed, kept: list[Any], probe: Tensor) -> None:
         if not kept:
             raise RuntimeError("backward ran twice through the same forward; surprise is defined for one.")
         hidden_states, index, budget, shape = kept.pop()
@@ -143,7 +143,7 @@ def gating_gradients(
     like the others, and are not averaged within `no_sync`. If the block ends with an error, nothing is added.
 
     Args:
-        model: a model with at least one `nn.DynMoE`; the wrapper, if it has one.
+        model: a model with at least one `nn.DynMoE` or `nn.DynSMHA`; the wrapper, if it has one.
         token_mask: bool or integers, of the leading shape of the layers' inputs; which tokens count, such as an attention mask. None for
             all. The statistics of the layers count the same tokens.
         weight: weight of the routers' losses, at least 0; divide it by the number of accumulated batches.
@@ -153,8 +153,8 @@ def gating_gradients(
         w_ce, w_kl, temperature: the numbers of `SurpriseLoss`, in place of `surprise_loss`; None for its defaults.
 
     Raises:
-        TypeError: the model has no DynMoE, another wrapper, or routers that are sharded apart from the rest; a mask of floats; an option
-            that is not a number.
+        TypeError: the model has no such layer, another wrapper, or routers that are sharded apart from the rest; a mask of floats; an
+            option that is not a number.
         ValueError: an option out of range; in forward, a mask of another shape than the tokens; at the end, under `tinyonn.debug()` and
             without a scaler, a gating loss that is not finite, with the mixture's name.
         RuntimeError: a mixture is captured already; in backward, a second pass through the same forward.
@@ -165,7 +165,7 @@ def gating_gradients(
         yield found
 
 
-def _teachable(mixtures: Mixtures) -> list[DynMoE]:
+def _teachable(mixtures: Mixtures) -> list[Routed]:
     """Layers whose router has a loss of its own, the same on all processes."""
     return [layer for layer in mixtures.layers.values() if layer.gating_loss_kind != "none"]
 

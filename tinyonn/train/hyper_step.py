@@ -48,7 +48,7 @@ class HyperStepResult(NamedTuple):
 
 
 class HyperStep:
-    """A training step for a model with DynMoE layers.
+    """A training step for a model with `nn.DynMoE` or `nn.DynSMHA` layers.
 
         step = HyperStep(model, optimizer)
         for batch in batches:
@@ -65,7 +65,7 @@ class HyperStep:
     step checks them. An assigned model's parameters must be in the optimisers, which no step checks.
 
     Args:
-        model: a model with at least one `nn.DynMoE`. Modules may be added or replaced between steps.
+        model: a model with at least one such layer. Modules may be added or replaced between steps.
         optimizer: optimiser of all parameters, or of all but the routers'.
         router_optimizer: optimiser of the routers' parameters; None if `optimizer` has them.
         gating_weight: weight of the routers' losses relative to the main loss, at least 0.
@@ -77,8 +77,8 @@ class HyperStep:
         w_ce, w_kl, temperature: the numbers of `SurpriseLoss`, in place of `surprise_loss`; None for its defaults.
 
     Raises:
-        TypeError: the model contains no DynMoE, or a wrapper other than DistributedDataParallel and `fully_shard`; an optimiser is missing
-            or needs a closure (LBFGS); an option has the wrong type.
+        TypeError: the model contains no such layer, or a wrapper other than DistributedDataParallel and `fully_shard`; an optimiser is
+            missing or needs a closure (LBFGS); an option has the wrong type.
         ValueError: a router's parameter is in no optimiser, or in both; an option is out of range.
     """
 

@@ -1,39 +1,39 @@
-"""The DynMoE layers of a model, found again where its modules change, and the wrapper that synchronises its gradients."""
+"""The layers of a model with routed experts, found again where its modules change, and the wrapper that synchronises its gradients."""
 
 from __future__ import annotations
 
 from torch import distributed, nn
 
-from ..nn.dyn_moe import DynMoE
+from ..nn.routed import Routed
 
 KEEP_OTHER_GRADIENTS = ("DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
-def dynmoe_layers(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> dict[str, DynMoE]:
-    """The DynMoE layers of a model by name. TypeError if there is none.
+def routed_layers(model: nn.Module, modules: dict[str, nn.Module] | None = None) -> dict[str, Routed]:
+    """The layers of a model with routed experts, by name. TypeError if there is none.
 
     Args:
         model: the model, or its wrapper.
         modules: all modules of the model by name; None to walk over the model.
     """
     walked = dict(model.named_modules()) if modules is None else modules
-    layers = {name: module for name, module in walked.items() if isinstance(module, DynMoE)}
+    layers = {name: module for name, module in walked.items() if isinstance(module, Routed)}
     if not layers:
-        raise TypeError(f"model contains no tinyonn.nn.DynMoE layer (got {type(model).__name__}).")
+        raise TypeError(f"model contains no tinyonn.nn.DynMoE or DynSMHA layer (got {type(model).__name__}).")
     return layers
 
 
 class Mixtures:
-    """The DynMoE layers of a model by name.
+    """The layers of a model with routed experts, by name.
 
     Attributes:
         model: the model, or its wrapper.
-        layers: DynMoE layers by name.
+        layers: layers by name.
         wrapper: DistributedDataParallel, around the model or inside a compiled one; None if there is none.
         sharded: whether `fully_shard` was applied to any part of the model.
     """
 
-    layers: dict[str, DynMoE]
+    layers: dict[str, Routed]
     wrapper: nn.parallel.DistributedDataParallel | None
     sharded: bool
 
@@ -46,7 +46,7 @@ class Mixtures:
         """Searches the model again if a module was added, removed, replaced or sharded, then checks the routers.
 
         Raises:
-            TypeError: the model contains no DynMoE layer, or a wrapper with which its routers cannot learn.
+            TypeError: the model contains no such layer, or a wrapper with which its routers cannot learn.
         """
         if any(type(module) is not kind or module._modules != children for module, kind, children in self._tree):
             self._search()
@@ -60,7 +60,7 @@ class Mixtures:
     def _search(self) -> None:
         modules = dict(self.model.named_modules())
         self._tree = [(module, type(module), dict(module._modules.items())) for module in modules.values()]
-        self.layers = dynmoe_layers(self.model, modules)
+        self.layers = routed_layers(self.model, modules)
         for module in modules.values():
             if type(module).__name__ in KEEP_OTHER_GRADIENTS:
                 raise TypeError(
