@@ -70,10 +70,61 @@ def test_a_spill_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONWARNINGS", "error::RuntimeWarning:runpy")  # of a module that is loaded twice
     (usage,) = usages_of("spilling", 90, tmp_path / "cache")
     assert (usage.kernel, usage.label, usage.arch) == ("_spilling_kernel", "one warp", 90)
-    assert usage.stack > 160
+    assert usage.stack > 640
+    assert usage.looped == 0
     assert usage.complaints() == [
-        f"_spilling_kernel [one warp] must spill at most 160 bytes on sm_90, got {usage.stack} stack and {usage.local} local bytes."
+        f"_spilling_kernel [one warp] must spill at most 640 bytes on sm_90, got {usage.stack} stack and {usage.local} local bytes, "
+        "with 0 instructions in loops."
     ]
+
+
+def test_a_spill_in_a_loop_is_found(tmp_path, monkeypatch):
+    """Sums that are too many for a thread, and are added to in every step."""
+    source = SPILLING.replace("    values = tl.load(x_ptr + lane)\n", "")
+    source = source.replace(
+        "    tl.store(out_ptr + lane, values / tl.sum(values))",
+        "    total = tl.zeros((SIZE,), tl.float32)\n"
+        "    for step in range(0, 100):\n        total = tl.sqrt(total) + tl.load(x_ptr + lane + step)\n"
+        "    tl.store(out_ptr + lane, total)",
+    )
+    (tmp_path / "looping.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    (usage,) = usages_of("looping", 90, tmp_path / "cache")
+    assert usage.looped > 8
+    (complaint,) = usage.complaints()
+    assert "must spill at most 160 bytes on sm_90, got" in complaint
+    assert f"with {usage.looped} instructions in loops." in complaint
+
+
+PRODUCT = """
+import torch, triton
+import triton.language as tl
+
+@triton.jit
+def _product_kernel(x_ptr, y_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+    row, column, depth = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :], tl.arange(0, DEPTH)
+    x = tl.load(x_ptr + row * DEPTH + depth[None, :])
+    y = tl.load(y_ptr + depth[:, None] * COLUMNS + column)
+    tl.store(out_ptr + row * COLUMNS + column, tl.dot(x, y))
+
+def offered(arch):
+    x, out = torch.empty(1 << 14, dtype=torch.bfloat16, device="meta"), torch.empty(1 << 14, device="meta")
+    launch = lambda rows, columns, warps: _product_kernel[(1,)](x, x, out, ROWS=rows, COLUMNS=columns, DEPTH=64, num_warps=warps)
+    sizes = [(64, 64, 4), (64, 64, 8), (16, 16, 1), (16, 16, 4), (16, 16, 8)]
+    return {f"{size}": lambda size=size: launch(*size) for size in sizes}
+"""
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_products_that_are_computed_twice_are_found(arch, tmp_path, monkeypatch):
+    """A warp computes 16 x 8 values at least, so 16 x 16 values are work for two."""
+    (tmp_path / "product.py").write_text(PRODUCT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    usages = {usage.label: usage for usage in usages_of("product", arch, tmp_path / "cache")}
+    times = {label: usage.duplicated for label, usage in usages.items()}
+    assert times == {"(64, 64, 4)": 1, "(64, 64, 8)": 1, "(16, 16, 1)": 1, "(16, 16, 4)": 2, "(16, 16, 8)": 4}
+    (complaint,) = usages["(16, 16, 4)"].complaints()
+    assert complaint == f"_product_kernel [(16, 16, 4)] must compute each product once on sm_{arch}, got 2 times."
 
 
 def test_a_kernel_that_does_not_compile_is_an_error(tmp_path, monkeypatch):
@@ -85,7 +136,7 @@ def test_a_kernel_that_does_not_compile_is_an_error(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("arch", "limit"), [(80, 166912), (90, 232448), (100, 232448)])
 def test_shared_memory_is_judged_per_architecture(arch, limit):
-    fits = Usage("_k", "large", arch, registers=128, stack=0, local=0, shared=limit)
-    exceeds = Usage("_k", "large", arch, registers=128, stack=0, local=0, shared=limit + 1)
+    fits = Usage("_k", "large", arch, registers=128, stack=0, local=0, looped=0, duplicated=1, shared=limit)
+    exceeds = Usage("_k", "large", arch, registers=128, stack=0, local=0, looped=0, duplicated=1, shared=limit + 1)
     assert fits.complaints() == []
     assert exceeds.complaints() == [f"_k [large] must use at most {limit} bytes of shared memory on sm_{arch}, got {limit + 1}."]

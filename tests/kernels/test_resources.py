@@ -96,7 +96,7 @@ def test_a_file_is_sorted_with_one_line_an_entry(written):
     assert list(entries) == sorted(entries)
     assert len(text.splitlines()) == len(entries) + 2 == 11
     assert "_calling_kernel calling SIZE=128 num_warps=1 sm_90" in entries
-    assert all(set(entry) == {"hash", "local", "registers", "shared", "stack"} for entry in entries.values())
+    assert all(set(entry) == {"duplicated", "hash", "local", "looped", "registers", "shared", "stack"} for entry in entries.values())
 
 
 def altered(written: Path, tmp_path: Path, source: str = KERNELS, changes: dict[str, dict[str, object] | None] | None = None) -> list[str]:
@@ -116,12 +116,12 @@ def altered(written: Path, tmp_path: Path, source: str = KERNELS, changes: dict[
 
 
 def test_wrong_lines_are_found(written, tmp_path):
-    gone = {"hash": "0" * 16, "registers": 8, "stack": 0, "local": 0, "shared": 0}
+    gone = {"hash": "0" * 16, "registers": 8, "stack": 0, "local": 0, "looped": 0, "duplicated": 1.0, "shared": 0}
     entries = {
         "_plain_kernel plain64 FUNCTION=passed SIZE=64 num_warps=1 sm_80": {"registers": 9999},
         "_plain_kernel plain64 FUNCTION=passed SIZE=64 num_warps=1 sm_90": None,
         "_plain_kernel plain32 SIZE=32 num_warps=1 sm_90": gone,
-        "_plain_kernel plain256 FUNCTION=passed SIZE=256 num_warps=1 sm_80": {"stack": 168},
+        "_plain_kernel plain256 FUNCTION=passed SIZE=256 num_warps=1 sm_80": {"stack": 168, "looped": 9, "duplicated": 1.5},
         "_plain_kernel plain256 FUNCTION=passed SIZE=256 num_warps=1 sm_90": {"shared": 1 << 20},
     }
     complaints = altered(written, tmp_path, changes=entries)
@@ -130,11 +130,12 @@ def test_wrong_lines_are_found(written, tmp_path):
         "_plain_kernel plain32 SIZE=32 num_warps=1 sm_90 is a line of the file, but nothing launches it",
     ]
     text = "\n".join(complaints)
-    assert "must spill at most 160 bytes on sm_80, got 168 stack and 0 local bytes." in text
+    assert "must spill at most 160 bytes on sm_80, got 168 stack and 0 local bytes, with 9 instructions in loops." in text
+    assert "must compute each product once on sm_80, got 1.5 times." in text
     assert "must use at most 232448 bytes of shared memory on sm_90, got 1048576." in text
-    for figure, value in (("registers", 9999), ("stack", 168), ("shared", 1 << 20)):
+    for figure, value in (("registers", 9999), ("stack", 168), ("looped", 9), ("duplicated", 1.5), ("shared", 1 << 20)):
         assert any(f" must have {figure} " in line and f"the file has {value}." in line for line in complaints)
-    assert len(complaints) == 7
+    assert len(complaints) == 10
 
 
 def test_a_changed_kernel_is_found(written, tmp_path):

@@ -4,11 +4,11 @@
     python -m tinyonn.testing.resources check FILE MODULE...     print what is wrong with the file, and fail (`make test`)
 
 One line of the file is one compiled kernel: its name, the launch of `MODULE.offered`, the configuration and the architecture, then what it
-uses and the hash of all that decides it (`Build.digest`). A module may be a package: all of its modules with `offered` are meant.
+uses (`Usage`) and the hash of all that decides it (`Build.digest`). A module may be a package: all of its modules with `offered` are meant.
 
-`check` compiles little. A hash that differs from the file's is an error, and so is a missing line or one too many. Spills and shared memory
-are judged in every line. Then it compiles lines drawn by `--seed`: `--changed` of those that differ from `--before`, and `--sample` of the
-rest. A figure that the compiler does not confirm is an error.
+`check` compiles little. A hash that differs from the file's is an error, and so is a missing line or one too many. Spills, shared
+memory and products that are computed twice are judged in every line. Then it compiles lines drawn by `--seed`: `--changed` of those that
+differ from `--before`, and `--sample` of the rest. A figure that the compiler does not confirm is an error.
 
 Neither works under TRITON_INTERPRET=1, where there is nothing to compile.
 """
@@ -30,7 +30,7 @@ from typing import Any
 
 from .triton import ARCHS, Build, Usage, builds_of
 
-FIGURES = ("registers", "stack", "local", "shared")
+FIGURES = ("registers", "stack", "local", "looped", "duplicated", "shared")
 REMEDY = "run `make kernels`"
 AGAIN = "Run `make kernels KERNELS_ARGS=--all`"
 

@@ -67,6 +67,11 @@ class Assembly(NamedTuple):
     loops: tuple[Part, ...]
 
     @property
+    def spilling(self) -> int:
+        """Instructions in loops that read or write spilled registers."""
+        return sum(opcode.startswith(("LDL", "STL")) for loop in self.loops for opcode in loop.opcodes)
+
+    @property
     def loads(self) -> Counter[str]:
         return sum((part.loads for part in (self.outside, *self.loops)), Counter())
 

@@ -22,17 +22,29 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .products import duplicated
 from .sass import Assembly, disassemble
 
 ARCHS = (80, 90, 100)
 """Compute capabilities that kernels are compiled for: A100, H100, B200."""
 MOST_SPILLED = 160  # bytes of a thread; on an H200, tiles that spill 120 bytes beat smaller ones that do not
+MOST_SPILLED_OUTSIDE = 640  # where loops leave them alone: sums that are stored before a loop and read behind it
+FEW_LOOPED = 8  # instructions in loops that read or write spilled registers
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a thread block can have, CUDA C++ guide table 24
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one thread (registers, stack, local) and one block (shared) of a compiled kernel use; bytes but for registers."""
+    """What a compiled kernel uses.
+
+    Attributes:
+        kernel, label, arch: which one it is.
+        registers: of a thread.
+        stack, local: bytes of a thread in memory: spilled registers.
+        looped: instructions in loops that read or write them.
+        duplicated: operations of matrix instructions over those of the products; 1 where nothing is computed twice.
+        shared: bytes of a block.
+    """
 
     kernel: str
     label: str
@@ -40,14 +52,19 @@ class Usage:
     registers: int
     stack: int
     local: int
+    looped: int
+    duplicated: float
     shared: int
 
     def complaints(self) -> list[str]:
         """Why this must not be a default configuration; empty where it may."""
         found = []
-        if self.stack + self.local > MOST_SPILLED:
-            spilled = f"{self.stack} stack and {self.local} local bytes"
-            found.append(f"{self.kernel} [{self.label}] must spill at most {MOST_SPILLED} bytes on sm_{self.arch}, got {spilled}.")
+        most = MOST_SPILLED if self.looped > FEW_LOOPED else MOST_SPILLED_OUTSIDE
+        if self.stack + self.local > most:
+            spilled = f"{self.stack} stack and {self.local} local bytes, with {self.looped} instructions in loops"
+            found.append(f"{self.kernel} [{self.label}] must spill at most {most} bytes on sm_{self.arch}, got {spilled}.")
+        if self.duplicated != 1:
+            found.append(f"{self.kernel} [{self.label}] must compute each product once on sm_{self.arch}, got {self.duplicated:g} times.")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(
                 f"{self.kernel} [{self.label}] must use at most {SHARED_LIMIT[self.arch]} bytes of shared memory on sm_{self.arch}, "
@@ -89,7 +106,9 @@ def _compiled(kernel: Any, signature: dict[str, str], constexprs: Mapping[Any, A
 
 
 def _usage(compiled: Any, name: str, label: str, arch: int) -> Usage:
-    return Usage(name, label, arch, shared=compiled.metadata.shared, **_resources(compiled.asm["cubin"]))
+    used = _resources(compiled.asm["cubin"])
+    looped = disassemble(compiled.asm["cubin"]).spilling if used["stack"] + used["local"] else 0
+    return Usage(name, label, arch, looped=looped, duplicated=duplicated(compiled.asm["ttgir"]), shared=compiled.metadata.shared, **used)
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

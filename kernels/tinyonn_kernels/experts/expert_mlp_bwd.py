@@ -34,7 +34,7 @@ def configs(IEEE: bool, ROWS: int, NEURONS: int, FEATURES: int, KIND: str, **_: 
     if IEEE:
         return [config(4, 1, 255, COLUMNS=min(columns, 32), DEPTH=16)]
     if ragged(NEURONS, FEATURES):
-        return [config(warps, 2, 255, COLUMNS=min(columns, 32), DEPTH=16)]
+        return [config(min(warps, ROWS // 8), 2, 255, COLUMNS=min(columns, 32), DEPTH=16)]
     depth = width_of(FEATURES, 64)
     if warps == 8 and KIND != "expert":  # 128 registers, where they suffice, leave room for two programs of a multiprocessor
         return [config(8, 3, 128, COLUMNS=columns, DEPTH=depth), config(4, 4, 255, COLUMNS=columns, DEPTH=depth)]

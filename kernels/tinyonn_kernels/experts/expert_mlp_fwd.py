@@ -24,7 +24,8 @@ from .expert_sort import SortedPairs
 def configs(IEEE: bool, ROWS: int, NEURONS: int, FEATURES: int, **_: object) -> list[triton.Config]:
     """Experts with few neurons need few columns. float32 products run in registers instead of the matrix unit."""
     if ragged(NEURONS, FEATURES):
-        return [config(4, 1 if IEEE else 2, 255, COLUMNS=width_of(NEURONS, 32), DEPTH=16)]
+        warps = 4 if IEEE else min(4, ROWS // 16)  # more would compute the same rows
+        return [config(warps, 1 if IEEE else 2, 255, COLUMNS=width_of(NEURONS, 32), DEPTH=16)]
     if IEEE:
         return [config(4, 1, 255, COLUMNS=width_of(NEURONS, 32), DEPTH=width_of(FEATURES, 32))]
     columns = width_of(NEURONS, 64)

@@ -47,10 +47,8 @@ def configs(IEEE: bool, WIDTH: int, BLOCK_SIZE: int, GROUP: int, CAP: float, ARC
         if GROUP < 16 or CAP > 0:  # there 64 rows spill more than they gain
             return [few]
         return [many] if is_measured(ARCH) else [few, many]  # 64 rows are the fastest of eleven on an H200
-    if has_warpgroups(ARCH) and BLOCK_SIZE >= 64 and WIDTH < 128:
-        first = config(4, 1, 255, ROWS=64, KEYS=64)
-    else:
-        first = config(8, 2, 255, ROWS=32 if WIDTH >= 128 else 64, KEYS=min(64, BLOCK_SIZE))
+    few_stages = has_warpgroups(ARCH) and BLOCK_SIZE >= 64 and WIDTH < 128
+    first = config(4, 1 if few_stages else 2, 255, ROWS=32 if WIDTH >= 128 else 64, KEYS=min(64, BLOCK_SIZE))
     return [first, config(4, 2, 255, ROWS=32, KEYS=min(32, BLOCK_SIZE))]
 
 

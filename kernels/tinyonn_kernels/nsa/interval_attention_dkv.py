@@ -45,7 +45,7 @@ def configs(IEEE: bool, WIDTH: int, GROUP: int, CAP: float, COMPRESSED: bool, AR
         return [config(4, 1, 255, ROWS=32, KEYS=32)]
     small = config(4, 2, 255, ROWS=32, KEYS=32)
     if not has_warpgroups(ARCH):
-        return [config(8, 2, 255, ROWS=32 if WIDTH >= 128 or COMPRESSED else 64, KEYS=64), small]
+        return [config(4, 2, 255, ROWS=32, KEYS=64), small]
     # One warpgroup for 64 keys, or two for 128. Divisions by a group that is no power of two take registers.
     if WIDTH < 128:
         return [config(4, 2, 255, ROWS=32, KEYS=64), small]
@@ -53,9 +53,7 @@ def configs(IEEE: bool, WIDTH: int, GROUP: int, CAP: float, COMPRESSED: bool, AR
         # The fastest of twelve on an H200: the first for the rows of a window, the second for many rows.
         offered = [config(4, 1 if is_measured(ARCH) else 2, 255, ROWS=32, KEYS=64), config(8, 1, 255, ROWS=64, KEYS=128)]
         return [offered[COMPRESSED]] if is_measured(ARCH) else offered
-    if ARCH >= 100:
-        return [config(4, 2, 255, ROWS=32, KEYS=64), small]
-    return [config(8, 2, 255, ROWS=32, KEYS=64 if CAP > 0 else 128), small]
+    return [config(8, 2, 255, ROWS=32, KEYS=128) if ARCH < 100 else config(4, 2, 255, ROWS=32, KEYS=64), small]
 
 
 @triton.jit

@@ -45,8 +45,10 @@ def configs(IEEE: bool, WIDTH: int, COMPRESSED: bool, ARCH: int, **_: object) ->
         wide = WIDTH >= 128
         return [config(8 if wide else 4, 1, 255, ROWS=32, KEYS=16 if wide else 32)]
     if WIDTH >= 256:
-        # Two warpgroups on 64 rows compute the first product twice; the window's weighted sum leaves no registers for 128 rows.
-        return [config(8, 2, 255, ROWS=128 if COMPRESSED and is_measured(ARCH) else 64, KEYS=32)]
+        if not has_warpgroups(ARCH):
+            return [config(8, 1, 255, ROWS=64, KEYS=64)]
+        # Two warpgroups on 64 rows would compute the first product twice. On 128, a window's sum is spilled, but not in the loop.
+        return [config(8, 2, 255, ROWS=128 if is_measured(ARCH) else 64, KEYS=32)]
     if WIDTH >= 128:
         if has_warpgroups(ARCH):
             first = config(4, 3, 255, ROWS=64, KEYS=64)  # the fastest of twelve on an H200

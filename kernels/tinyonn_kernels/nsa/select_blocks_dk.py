@@ -37,7 +37,8 @@ MAX_SLOTS = 64  # of lists, loaded at once
 def configs(IEEE: bool, WIDTH: int, QUERIES: int, RATIO: int, ARCH: int, **_: object) -> list[triton.Config]:
     if RATIO == 1 and QUERIES <= 4 and WIDTH == 128 and has_warpgroups(ARCH) and not IEEE:
         return [config(4, 1, RESIDENT_REGISTERS)]
-    return [config(8 if IEEE else 4, 1, 255)]
+    few_rows = not has_warpgroups(ARCH) and RATIO == 4 and WIDTH < 128  # four warps would compute them twice
+    return [config(8 if IEEE else 2 if few_rows else 4, 1, 255)]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"])

@@ -75,7 +75,7 @@ def configs(IEEE: bool, WIDTH: int, QUERIES: int, PADDED: int, RATIO: int, ARCH:
     small = WIDTH < 128 and QUERIES * PADDED < TILE_ROWS
     few = RATIO == 1 and QUERIES <= 4 and WIDTH == 128 and has_warpgroups(ARCH)  # queries and sums, which take registers
     blocks = max(1, (MAX_BLOCKS if small or few else MAX_BLOCKS // 2) // RATIO)
-    return [config(8 if WIDTH >= 256 else 4, 1, 255, BLOCKS=blocks)]
+    return [config(4, 1, 255, BLOCKS=blocks)]
 
 
 @tuned(configs, key=["GROUP", "HEAD_DIM", "BLOCK_SIZE", "RATIO"], changed=("dq_ptr",))
