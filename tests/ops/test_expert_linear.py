@@ -222,7 +222,7 @@ def test_compile_takes_it_whole_and_opcheck(rows, weighed):
         for got, right in zip(*grads, strict=True):
             torch.testing.assert_close(got, right)
     probe = torch.zeros(index.shape, dtype=torch.float64, requires_grad=True)
-    arguments = (leaves["hidden_states"], leaves["weight"], index, leaves.get("top_k_weights"), leaves["bias"], probe, "auto")
+    arguments = (leaves["hidden_states"], leaves["weight"], index, leaves.get("top_k_weights"), leaves["bias"], *[None] * 4, probe, "auto")
     torch.library.opcheck(torch.ops.tinyonn.expert_linear.default, arguments)
 
 
@@ -275,3 +275,56 @@ def test_debug_names_bad_values(impl):
         leaves["weight"].data[0, 0, 0] = torch.nan
         with pytest.raises(ValueError, match="weight"):
             call(ops, leaves, index, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@every_form
+def test_a_shared_order_changes_nothing(rows, weighed, biased, impl):
+    device = impl_device(impl)
+    if impl == "triton":
+        pytest.importorskip("triton")
+    results = []
+    for shared in (False, True):
+        leaves, index = case(rows, weighed, biased, dtype=torch.float32, device=device)
+        probe = torch.zeros(index.shape, device=device, requires_grad=True)
+        order = ops.sort_slots(index, 5, torch.float32, impl=impl) if shared else None
+        out = call(ops, leaves, index, surprise=probe, order=order, impl=impl)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [*leaves.values(), probe])])
+    for alone, together in zip(*results, strict=True):
+        torch.testing.assert_close(alone, together, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize(("tokens", "slots", "experts"), [(23, 3, 5), (1, 1, 1), (300, 4, 70), (6, 2, 9)])
+def test_an_order_is_a_permutation_by_expert_and_slot(tokens, slots, experts, impl):
+    device = impl_device(impl)
+    if impl == "triton":
+        pytest.importorskip("triton")
+    index = torch.randint(-1, experts + 2, (tokens, slots), generator=torch.Generator().manual_seed(0))
+    order = ops.sort_slots(index.to(device), experts, torch.float32, impl=impl)
+    flat = [expert if 0 <= expert < experts else experts for expert in index.flatten().tolist()]
+    assert order.slots.tolist() == sorted(range(len(flat)), key=lambda slot: (flat[slot], slot))
+    assert order.offsets.tolist() == [sum(one < expert for one in flat) for expert in range(experts + 1)]
+
+
+def test_an_order_of_another_index_is_refused():
+    leaves, index = case("token", True, False)
+    with pytest.raises(ValueError, match="order must be sort_slots of this index, of 69 slots and 5 experts, got one of 4 and 5"):
+        call(ops, leaves, index, order=ops.sort_slots(index[:2, :2], 5, torch.float64))
+    with pytest.raises(ValueError, match="of 69 slots and 5 experts, got one of 69 and 6"):
+        call(ops, leaves, index, order=ops.sort_slots(index, 6, torch.float64))
+    with pytest.raises(ValueError, match="impl must be"):
+        ops.sort_slots(index, 5, torch.float64, impl="reference")
+
+
+def test_an_order_passes_opcheck_and_compiles():
+    leaves, index = case("token", True, True, dtype=torch.float32)
+    torch.library.opcheck(torch.ops.tinyonn.sort_slots.default, (index, 5, torch.float32, "auto"))
+
+    def both(x: Tensor) -> Tensor:
+        order = ops.sort_slots(index, 5, x.dtype)
+        first = ops.expert_linear(x, leaves["weight"], index, order=order)
+        return ops.expert_linear(first, leaves["weight"].mT, index, leaves["top_k_weights"], order=order)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(leaves["hidden_states"]), both(leaves["hidden_states"]))

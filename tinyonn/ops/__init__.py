@@ -2,6 +2,7 @@
 
 from .experts.expert_linear import expert_linear
 from .experts.expert_mlp import expert_mlp, scatter_surprise
+from .experts.sort_slots import SlotOrder, sort_slots
 from .experts.surprise import sparse_diversity_loss, surprise_min_loss
 from .experts.threshold_route import Routing, select_by_budget, threshold_route
 from .nsa.block_sparse_attention import block_sparse_attention
@@ -19,6 +20,7 @@ __all__ = [
     "BlockSelection",
     "DynNSAOutput",
     "Routing",
+    "SlotOrder",
     "attention_stats",
     "block_norms",
     "block_sparse_attention",
@@ -31,6 +33,7 @@ __all__ = [
     "select_blocks",
     "select_by_budget",
     "sliding_window_attention",
+    "sort_slots",
     "sparse_diversity_loss",
     "surprise_min_loss",
     "threshold_route",

@@ -20,6 +20,15 @@ class LinearInputs(NamedTuple):
     bias: Tensor | None
 
 
+class LinearOrder(NamedTuple):
+    """The fields of a `SlotOrder`; None if the call sorts its slots itself."""
+
+    slots: Tensor | None = None
+    offsets: Tensor | None = None
+    tile_expert: Tensor | None = None
+    tile_row: Tensor | None = None
+
+
 class LinearProbe(NamedTuple):
     surprise: Tensor | None
 

@@ -65,6 +65,16 @@ def pairs_of(top_k_index: Tensor, num_experts: int) -> Pairs:
     flat = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     expert, slot = flat.sort(stable=True)
     sizes = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
+    return _pairs(top_k_index, flat, slot, expert, sizes)
+
+
+def pairs_by_order(top_k_index: Tensor, num_experts: int, slots: Tensor, offsets: Tensor) -> Pairs:
+    """`pairs_of` for slots that are sorted already; see `SlotOrder`."""
+    flat = top_k_index.reshape(-1).long()
+    return _pairs(top_k_index, flat, slots, flat[slots], offsets.diff())
+
+
+def _pairs(top_k_index: Tensor, flat: Tensor, slot: Tensor, expert: Tensor, sizes: Tensor) -> Pairs:
     found = sizes.tolist()
     number = sum(found)
     slot, expert = slot[:number], expert[:number]

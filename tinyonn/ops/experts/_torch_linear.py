@@ -11,8 +11,19 @@ from torch import Tensor
 from .._dispatch import statistics_dtype, without_autocast
 from .._torch_norms import row_norms
 from ._huge_pages import empty_on_huge_pages
-from ._linear_tuples import LinearGradients, LinearInputs, LinearSaved, LinearWanted
-from ._torch_experts import Pairs, chunks_of, combine, grouped, in_slots, outer_into, pairs_of, stored_surprise, sum_by_expert
+from ._linear_tuples import LinearGradients, LinearInputs, LinearOrder, LinearSaved, LinearWanted
+from ._torch_experts import (
+    Pairs,
+    chunks_of,
+    combine,
+    grouped,
+    in_slots,
+    outer_into,
+    pairs_by_order,
+    pairs_of,
+    stored_surprise,
+    sum_by_expert,
+)
 
 
 def _rows(x: Tensor, pairs: Pairs, part: slice) -> Tensor:
@@ -26,10 +37,16 @@ def _by_slot(rows: Tensor, pairs: Pairs) -> Tensor:
     return rows.index_select(0, pairs.places.reshape(-1)).unflatten(0, pairs.places.shape)
 
 
+def _sorted(top_k_index: Tensor, num_experts: int, order: LinearOrder) -> Pairs:
+    if order.slots is None or order.offsets is None:
+        return pairs_of(top_k_index, num_experts)
+    return pairs_by_order(top_k_index, num_experts, order.slots, order.offsets)
+
+
 @without_autocast
-def linear_forward(inputs: LinearInputs) -> Tensor:
+def linear_forward(inputs: LinearInputs, order: LinearOrder) -> Tensor:
     hidden_states, weight, top_k_index, top_k_weights, bias = inputs
-    pairs = pairs_of(top_k_index, len(weight))
+    pairs = _sorted(top_k_index, len(weight), order)
     rows = hidden_states.new_empty(len(pairs.slot) + 1, weight.shape[1])
     for chunk in chunks_of(pairs, hidden_states.shape[-1], weight.shape[1]):
         rows[chunk.rows] = grouped(_rows(hidden_states, pairs, chunk.rows), weight.mT[chunk.experts], chunk)
@@ -39,9 +56,9 @@ def linear_forward(inputs: LinearInputs) -> Tensor:
 
 
 @without_autocast
-def linear_backward(inputs: LinearInputs, saved: LinearSaved, wanted: LinearWanted) -> LinearGradients:
+def linear_backward(inputs: LinearInputs, order: LinearOrder, saved: LinearSaved, wanted: LinearWanted) -> LinearGradients:
     hidden_states, weight, top_k_index, top_k_weights, bias = inputs
-    pairs = pairs_of(top_k_index, len(weight))
+    pairs = _sorted(top_k_index, len(weight), order)
     number, features = len(pairs.slot), hidden_states.shape[-1]
     wide = statistics_dtype(hidden_states.dtype)
     grad_out = saved.grad_out.contiguous().to(hidden_states.dtype)

@@ -6,28 +6,37 @@ a row of F per slot, and a sorted copy of the rows that the gradient of the weig
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._dispatch import on_its_device, statistics_dtype, without_autocast
 from . import _torch_linear
-from ._linear_tuples import LinearGradients, LinearInputs, LinearSaved, LinearWanted
+from ._linear_tuples import LinearGradients, LinearInputs, LinearOrder, LinearSaved, LinearWanted
+
+
+def _sorted(index: Tensor, num_experts: int, dtype: torch.dtype, order: LinearOrder) -> Any:
+    """`SortedPairs`, of the order if there is one."""
+    from tinyonn_kernels.experts.expert_activation import rows_of
+    from tinyonn_kernels.experts.expert_sort import SortedPairs, sort_pairs
+
+    rows = rows_of(index.numel(), num_experts, dtype)
+    return sort_pairs(index, num_experts, rows) if order.slots is None else SortedPairs(order.slots.int(), *order[1:], rows)
 
 
 @on_its_device
 @without_autocast
-def linear_forward(inputs: LinearInputs) -> Tensor:
-    from tinyonn_kernels.experts.expert_activation import rows_of
+def linear_forward(inputs: LinearInputs, order: LinearOrder) -> Tensor:
     from tinyonn_kernels.experts.expert_rows import combine_slots, products_into
-    from tinyonn_kernels.experts.expert_sort import sort_pairs
 
     hidden_states, weight, top_k_index, top_k_weights, bias = inputs
     (tokens, slots), (experts, outputs, features) = top_k_index.shape, weight.shape
     if not (top_k_index.numel() and weight.numel()):
-        return _torch_linear.linear_forward(inputs)
+        return _torch_linear.linear_forward(inputs, LinearOrder())
     rows = hidden_states.new_zeros(tokens * slots, outputs)
     index = top_k_index.contiguous()
-    pairs = sort_pairs(index, experts, rows_of(index.numel(), experts, hidden_states.dtype))
+    pairs = _sorted(index, experts, hidden_states.dtype, order)
     weights = None if top_k_weights is None else top_k_weights.float().contiguous()
     source = hidden_states.reshape(-1, features).contiguous()
     products_into(rows, source, "token" if hidden_states.dim() == 2 else "slot", weight.mT, bias, weights, slots, pairs)
@@ -36,20 +45,18 @@ def linear_forward(inputs: LinearInputs) -> Tensor:
 
 @on_its_device
 @without_autocast
-def linear_backward(inputs: LinearInputs, saved: LinearSaved, wanted: LinearWanted) -> LinearGradients:
-    from tinyonn_kernels.experts.expert_activation import rows_of
+def linear_backward(inputs: LinearInputs, order: LinearOrder, saved: LinearSaved, wanted: LinearWanted) -> LinearGradients:
     from tinyonn_kernels.experts.expert_outer import expert_outer
     from tinyonn_kernels.experts.expert_rows import combine_slots, products_into
-    from tinyonn_kernels.experts.expert_sort import sort_pairs
 
     hidden_states, weight, top_k_index, top_k_weights, bias = inputs
     (tokens, slots), (experts, outputs, features) = top_k_index.shape, weight.shape
     if not (top_k_index.numel() and weight.numel()):
-        return _torch_linear.linear_backward(inputs, saved, wanted)
+        return _torch_linear.linear_backward(inputs, LinearOrder(), saved, wanted)
     wide = statistics_dtype(hidden_states.dtype)
     grad_out = saved.grad_out.to(hidden_states.dtype)
     index = top_k_index.contiguous()
-    pairs = sort_pairs(index, experts, rows_of(index.numel(), experts, hidden_states.dtype))
+    pairs = _sorted(index, experts, hidden_states.dtype, order)
     weights = None if top_k_weights is None else top_k_weights.float().contiguous()
     grads, rows = grad_out.reshape(-1, outputs).contiguous(), hidden_states.reshape(-1, features).contiguous()
     whole = hidden_states.dim() == 2  # one row for all slots of a token

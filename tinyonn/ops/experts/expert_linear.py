@@ -15,8 +15,9 @@ from .._dispatch import check_impl, choose_impl, parts_of, refuse_reference, ref
 from . import _torch_linear, _triton_linear
 from ._autograd import FORWARD_MODE, backward_of, each
 from ._checks import check_index_range, check_index_type, check_probe
-from ._linear_tuples import LinearGradients, LinearInputs, LinearProbe, LinearSaved, LinearWanted
+from ._linear_tuples import LinearGradients, LinearInputs, LinearOrder, LinearProbe, LinearSaved, LinearWanted
 from ._torch_experts import stored_surprise
+from .sort_slots import SlotOrder
 
 
 def expert_linear(
@@ -27,6 +28,7 @@ def expert_linear(
     *,
     bias: Tensor | None = None,
     surprise: Tensor | None = None,
+    order: SlotOrder | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """One linear projection per (token, expert) pair: of each token by each of its experts. Backward also computes each pair's surprise.
@@ -46,6 +48,8 @@ def expert_linear(
         bias: (E, O).
         surprise: (N, K) zeros with `requires_grad`, float32, or float64 for float64 inputs; or None. An expert that a token names twice has
             a surprise in each slot.
+        order: `sort_slots` of this index, so that several calls share one sort; None to sort here. It must have been made for this index,
+            dtype and impl; impl="reference" ignores it.
         impl: "auto", "triton", "torch" or "reference"; see `expert_mlp`.
 
     Returns:
@@ -65,6 +69,8 @@ def expert_linear(
     _check_inputs(inputs)
     if surprise is not None:
         check_probe(surprise, top_k_index, hidden_states)
+    if order is not None:
+        _check_order(order, inputs)
     if impl == "reference":
         return _reference(inputs, surprise)
     refuse_tangents("expert_linear", *inputs, surprise)
@@ -73,7 +79,7 @@ def expert_linear(
         inputs = inputs._replace(hidden_states=hidden_states.flatten(0, 1), top_k_index=top_k_index.reshape(-1, 1))
         surprise = None if surprise is None else surprise.reshape(-1, 1)
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    out: Tensor = (_Linear.apply if transformed else _forward_op)(*inputs, surprise, impl)
+    out: Tensor = (_Linear.apply if transformed else _forward_op)(*inputs, *(LinearOrder() if order is None else order), surprise, impl)
     return out.view(*shape, weight.shape[1]) if top_k_weights is None else out
 
 
@@ -98,6 +104,16 @@ def _check_inputs(inputs: LinearInputs) -> None:
     check_same_device("top_k_index", top_k_index, device)
     if top_k_weights is not None:
         check_tensor("top_k_weights", top_k_weights, device, top_k_index.shape)
+
+
+def _check_order(order: SlotOrder, inputs: LinearInputs) -> None:
+    number, experts = inputs.top_k_index.numel(), len(inputs.weight)
+    if order.slots.shape != (number,) or order.offsets.shape != (experts + 1,):
+        raise ValueError(
+            f"order must be sort_slots of this index, of {number} slots and {experts} experts, got one of {order.slots.numel()} and "
+            f"{order.offsets.numel() - 1}."
+        )
+    check_same_device("order", order.slots, inputs.top_k_index.device)
 
 
 def _check_values(inputs: LinearInputs) -> None:
@@ -133,35 +149,35 @@ def _reference(inputs: LinearInputs, surprise: Tensor | None) -> Tensor:
 
 
 def _forward(*arguments: Any) -> Tensor:
-    inputs, _, impl = parts_of(arguments, LinearInputs, LinearProbe)
+    inputs, order, _, impl = parts_of(arguments, LinearInputs, LinearOrder, LinearProbe)
     if debug_enabled():
         _check_values(inputs)
     match refuse_reference("expert_linear", choose_impl(impl, inputs.hidden_states)):
         case "triton":
-            return _triton_linear.linear_forward(inputs)
+            return _triton_linear.linear_forward(inputs, order)
         case "torch":
-            return _torch_linear.linear_forward(inputs)
+            return _torch_linear.linear_forward(inputs, order)
 
 
 def _fake(*arguments: Any) -> Tensor:
-    inputs, _, _ = parts_of(arguments, LinearInputs, LinearProbe)
+    inputs, *_ = parts_of(arguments, LinearInputs, LinearOrder, LinearProbe)
     shape = inputs.top_k_index.shape if inputs.top_k_weights is None else inputs.top_k_index.shape[:1]
     return inputs.hidden_states.new_empty(*shape, inputs.weight.shape[1])
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, saved, wanted, impl = parts_of(arguments, LinearInputs, LinearSaved, LinearWanted)
+    inputs, order, saved, wanted, impl = parts_of(arguments, LinearInputs, LinearOrder, LinearSaved, LinearWanted)
     match refuse_reference("expert_linear", choose_impl(impl, inputs.hidden_states)):
         case "triton":
-            grads = _triton_linear.linear_backward(inputs, saved, wanted)
+            grads = _triton_linear.linear_backward(inputs, order, saved, wanted)
         case "torch":
-            grads = _torch_linear.linear_backward(inputs, saved, wanted)
+            grads = _torch_linear.linear_backward(inputs, order, saved, wanted)
     none = inputs.hidden_states.new_empty(0, dtype=statistics_dtype(inputs.hidden_states.dtype))
     return tuple(none.clone() if grad is None else grad.contiguous() for grad in grads)
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, _, wanted, _ = parts_of(arguments, LinearInputs, LinearSaved, LinearWanted)
+    inputs, _, _, wanted, _ = parts_of(arguments, LinearInputs, LinearOrder, LinearSaved, LinearWanted)
     none = inputs.hidden_states.new_empty(0, dtype=statistics_dtype(inputs.hidden_states.dtype))
     there = (wanted.grad_hidden, wanted.grad_weight, wanted.grad_weights, wanted.grad_weight)
     tensors = (getattr(inputs, name) for name in LinearGradients._fields[:-1])
@@ -170,18 +186,18 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tensors, _, ctx.impl = parts_of(inputs, LinearInputs, LinearProbe)
-    ctx.save_for_backward(*tensors)
+    tensors, order, _, ctx.impl = parts_of(inputs, LinearInputs, LinearOrder, LinearProbe)
+    ctx.save_for_backward(*tensors, *order)
 
 
 def _gradients_by(backward: Callable[..., tuple[Tensor, ...]], ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of all arguments of the registered op; `backward` takes the arguments of `tinyonn::expert_linear_backward`."""
-    hidden, weight, _, weights, bias, probe, _ = ctx.needs_input_grad
+    hidden, weight, _, weights, bias, *_, probe, _ = ctx.needs_input_grad
     wanted = LinearWanted(hidden, weight or bias, weights, probe)
     found = backward(*ctx.saved_tensors, grad_out, *wanted, ctx.impl)
     used = (hidden, weight, weights, bias, probe)
     first, second, third, fourth, surprise = (grad if use else None for grad, use in zip(found, used, strict=True))
-    return first, second, None, third, fourth, surprise, None
+    return first, second, None, third, fourth, *[None] * len(LinearOrder._fields), surprise, None
 
 
 def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -213,8 +229,11 @@ class _Linear(torch.autograd.Function):
 
 
 _LinearBackward = backward_of("expert_linear")
-_forward_op = register("expert_linear", _forward, _fake, schema_of(LinearInputs, LinearProbe, returns="Tensor"))
+_forward_op = register("expert_linear", _forward, _fake, schema_of(LinearInputs, LinearOrder, LinearProbe, returns="Tensor"))
 _backward_op = register(
-    "expert_linear_backward", _backward, _fake_backward, schema_of(LinearInputs, LinearSaved, LinearWanted, returns=LinearGradients)
+    "expert_linear_backward",
+    _backward,
+    _fake_backward,
+    schema_of(LinearInputs, LinearOrder, LinearSaved, LinearWanted, returns=LinearGradients),
 )
 _forward_op.register_autograd(_autograd, setup_context=_save)

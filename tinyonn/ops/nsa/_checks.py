@@ -56,13 +56,19 @@ def checked_bounds(
     return Bounds(cu_seqlens, *rows)
 
 
-def check_bound_values(num_keys: int, bounds: Bounds) -> None:
-    """Checks the values of the bounds: always on a CPU; on a device, which the read would synchronise, under `tinyonn.debug()` only."""
+def check_bound_values(num_keys: int, bounds: Bounds, tail: bool = False) -> None:
+    """Checks the values of the bounds: always on a CPU; on a device, which the read would synchronise, under `tinyonn.debug()` only.
+
+    With `tail`, rows after the last sequence may belong to none.
+    """
     if not debug_enabled() and any(bound is not None and bound.device.type != "cpu" for bound in bounds):
         return
     cu_seqlens, key_start, key_end = bounds
-    if cu_seqlens is not None and (int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != num_keys or bool((cu_seqlens.diff() < 0).any())):
-        raise ValueError(f"cu_seqlens must ascend from 0 to {num_keys}, got {cu_seqlens.tolist()}.")
+    if cu_seqlens is not None:
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if first != 0 or last > num_keys or (last < num_keys and not tail) or bool((cu_seqlens.diff() < 0).any()):
+            most = "at most " if tail else ""
+            raise ValueError(f"cu_seqlens must ascend from 0 to {most}{num_keys}, got {cu_seqlens.tolist()}.")
     bound = key_end if key_start is None else key_start
     if bound is None:
         return

@@ -2,9 +2,9 @@
 
     n queries and m keys of one sequence, H query heads, K key/value heads, G = H / K, D head dim, NB key blocks, S slots of a row
 
-Sequences (`Span`) are computed one after another, tile by tile; the heads of a group are rows of one matrix product. Half precision is
-converted to float32 tile by tile. 0 times NaN is NaN, so a key or value that is not finite must not meet a query that does not see it:
-tiles with such a key are split into single queries.
+Sequences (`Span`) are computed one after another, tile by tile, and short ones of similar length together (`Bundle`); the heads of a group
+are rows of one matrix product. Half precision is converted to float32 tile by tile. 0 times NaN is NaN, so a key or value that is not
+finite must not meet a query that does not see it: tiles with such a key are split into single queries.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ._checks import Bounds
 from ._tuples import CompressedOptions, CompressedSaved, QueryKeyValue, WindowOptions, WindowSaved
 
 ROW_ELEMENTS = 1 << 20  # scores of a chunk of queries, all heads: they stay in the cache
+SHORT = 256  # keys of a sequence that is computed together with others
 
 
 class Span(NamedTuple):
@@ -255,6 +256,68 @@ class Window(NamedTuple):
         return tiles_of(span, min(256, max(32, self.window // 8)), broken, tile_of)
 
 
+class Bundle(NamedTuple):
+    """Sequences of similar length, padded by repeating each one's last token: S sequences, L tokens of the longest.
+
+    Attributes:
+        spans: the sequences.
+        rows: (S, L) of the flattened rows (B * T) of queries and keys alike.
+        inside: (S, L) bool, False for padding. Padded keys come last, so only padded queries see them.
+        bias: (G * L, L), 0 where visible and -inf where not.
+    """
+
+    spans: list[Span]
+    rows: Tensor
+    inside: Tensor
+    bias: Tensor
+
+    def grouped(self, x: Tensor, num_kv: int, dtype: torch.dtype) -> Tensor:
+        """(B, T, H, ·) -> (S * K, G * L, ·), a group's heads one after another; 0-dimensional features stay so."""
+        picked = x.flatten(0, 1)[self.rows].to(dtype)  # (S, L, H, ...)
+        return picked.unflatten(2, (num_kv, -1)).transpose(1, 3).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+    def store(self, out: Tensor, x: Tensor, num_kv: int) -> None:
+        """Writes (S * K, G * L, ...) to the rows of (B, T, H, ...), without padding."""
+        number, length = self.rows.shape
+        rows = x.unflatten(1, (-1, length)).unflatten(0, (number, num_kv)).movedim(3, 1).flatten(2, 3)  # (S, L, H, ...)
+        out.view(-1, *out.shape[2:])[self.rows[self.inside]] = rows[self.inside].to(out.dtype)
+
+
+def bundled(query: Tensor, key: Tensor, branch: Compressed | Window, spans: list[Span]) -> tuple[list[Bundle], list[Span]]:
+    """Bundles of short sequences of a window, and the sequences that are left for one by one."""
+    if not isinstance(branch, Window) or len(spans) < 2 or query.shape[1] != key.shape[1]:
+        return [], spans
+    heads = query.shape[2]
+    found, alone, group = [], [span for span in spans if span.num_keys > SHORT], list[Span]()
+
+    def close() -> None:
+        if len(group) > 1:
+            found.append(_bundle(group, query, key, branch))
+        else:
+            alone.extend(group)
+
+    for span in sorted((span for span in spans if span.num_keys <= SHORT), key=lambda span: span.num_keys):
+        size = span.num_keys
+        if group and (size > 8 + group[0].num_keys * 5 // 4 or (len(group) + 1) * heads * size * size > ROW_ELEMENTS):
+            close()
+            group = []
+        group.append(span)
+    close()
+    return found, alone
+
+
+def _bundle(spans: list[Span], query: Tensor, key: Tensor, branch: Window) -> Bundle:
+    device, length = query.device, spans[-1].num_keys
+    begins = torch.tensor([span.batch * query.shape[1] + span.query_begin for span in spans], device=device)
+    lengths = torch.tensor([span.num_keys for span in spans], device=device)
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place
+    visible = (distance >= 0) & (distance < branch.window)
+    bias = torch.zeros(length, length, dtype=statistics_dtype(query.dtype), device=device).masked_fill_(~visible, -math.inf)
+    rows = begins[:, None] + torch.minimum(place, lengths[:, None] - 1)
+    return Bundle(spans, rows, place < lengths[:, None], bias.repeat(query.shape[2] // key.shape[2], 1))
+
+
 @without_autocast
 def _forward(
     inputs: QueryKeyValue, branch: Compressed | Window, spans: list[Span], scale: float, softcap: float | None, entropy_too: bool
@@ -265,6 +328,15 @@ def _forward(
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     lse = torch.full(query.shape[:3], -math.inf, dtype=dtype, device=query.device)
     entropy = torch.zeros_like(lse)
+    bundles, spans = bundled(query, key, branch, spans)
+    for bundle in bundles:
+        k, v = (bundle.grouped(x, num_kv, dtype) for x in (key, value))
+        if broken_rows(k, v) is not None:
+            spans = [*spans, *bundle.spans]
+            continue
+        found_out, found_lse, _ = rows_forward(bundle.grouped(query, num_kv, dtype), k, v, bundle.bias, scale, softcap)
+        bundle.store(out, found_out, num_kv)
+        bundle.store(lse, found_lse, num_kv)
     for span in spans:
         k, v = (heads_first(x[span.batch, branch.rows(span)], dtype) for x in (key, value))
         for tile in branch.tiles(span, broken_rows(k, v)):
@@ -299,6 +371,24 @@ def _backward(
     dtype, num_kv = lse.dtype, key.shape[2]
     grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key, value))
     product = torch.zeros_like(lse)
+    bundles, spans = bundled(query, key, branch, spans)
+    for bundle in bundles:
+        k, v = (bundle.grouped(x, num_kv, dtype) for x in (key, value))
+        if broken_rows(k, v) is not None:
+            spans = [*spans, *bundle.spans]
+            continue
+        padding = (~bundle.inside).repeat_interleave(num_kv, 0).repeat(1, query.shape[2] // num_kv)  # (S * K, G * L)
+        q, row_lse, grad, factor, slope = (
+            None if x is None else bundle.grouped(x, num_kv, dtype) for x in (query, lse, grad_out, weight, grad_lse)
+        )
+        assert q is not None
+        assert row_lse is not None
+        assert grad is not None
+        grad = grad.masked_fill(padding.unsqueeze(-1), 0)
+        slope = None if slope is None else slope.masked_fill(padding, 0)
+        *parts, found = rows_backward(q, k, v, bundle.bias, scale, softcap, row_lse, grad, factor, slope)
+        for target, part in zip((grad_query, grad_key, grad_value, product), (*parts, found), strict=True):
+            bundle.store(target, part, num_kv)
     for span in spans:
         here = (span.batch, branch.rows(span))
         k, v = (heads_first(x[here], dtype) for x in (key, value))

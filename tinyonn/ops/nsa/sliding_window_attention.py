@@ -41,7 +41,8 @@ def sliding_window_attention(
         query: (B, T, H, D), the last T of Tk positions.
         key, value: (B, Tk, K, D), K dividing H.
         window: keys that a query sees, its own included.
-        scale, softcap, sinks, cu_seqlens, key_start, key_end, impl: as in `compressed_attention`.
+        cu_seqlens: (sequences + 1,) int32 or int64, bounds of sequences packed in one row. Rows after the last bound belong to none.
+        scale, softcap, sinks, key_start, key_end, impl: as in `compressed_attention`.
 
     Returns:
         (B, T, H, D), 0 where nothing is visible.
@@ -56,7 +57,7 @@ def sliding_window_attention(
     check_sinks(sinks, query)
     options = WindowOptions(window, scale_of(query, scale), checked_softcap(softcap))
     if impl == "reference":
-        check_bound_values(key.shape[1], bounds)
+        check_bound_values(key.shape[1], bounds, tail=True)
         named: dict[str, Any] = {"sinks": sinks, **options._asdict(), **bounds._asdict()}
         return reference.sliding_window_attention(query, key, value, **named).to(query.dtype)
     refuse_tangents("sliding_window_attention", query, key, value, sinks)
@@ -65,7 +66,7 @@ def sliding_window_attention(
 
 
 def _forward(inputs: QueryKeyValue, options: WindowOptions, bounds: Bounds, module: ModuleType) -> Attended:
-    check_bound_values(inputs.key.shape[1], bounds)
+    check_bound_values(inputs.key.shape[1], bounds, tail=True)
     results = Attended(*module.window_forward(inputs, options, bounds))
     join_sinks(*results, inputs.sinks)
     return results
