@@ -6,6 +6,8 @@ from .dyn_moe import DynMoE
 from .dyn_nsa import OPEN, DynNSACore, DynNSAOptions, budget_loss, normalised_entropy
 from .dyn_nsa_attention import DynNSAAttention, DynNSAAttentionOutput
 from .dyn_nsa_cache import DynNSACache
+from .dyn_smha import DynSMHA
+from .dyn_smha_cache import DynSMHACache
 from .expert_statistics import token_mask_of
 from .surprise_budget import carry_surprise_budget, surprise_budget_of
 from .threshold_router import ThresholdRouter
@@ -19,6 +21,8 @@ __all__ = [
     "DynNSACache",
     "DynNSACore",
     "DynNSAOptions",
+    "DynSMHA",
+    "DynSMHACache",
     "ThresholdRouter",
     "budget_loss",
     "carry_surprise_budget",

@@ -16,6 +16,7 @@ from . import _torch_linear
 from ._linear_tuples import LinearGradients, LinearInputs, LinearOrder, LinearSaved, LinearWanted
 
 
+@on_its_device
 def _sorted(index: Tensor, num_experts: int, dtype: torch.dtype, order: LinearOrder) -> Any:
     """`SortedPairs`, of the order if there is one."""
     from tinyonn_kernels.experts.expert_activation import rows_of
