@@ -222,11 +222,14 @@ class DynSMHA(Routed):
         query, key, value = (x[None, :, None] for x in (query, key, value))
         starts = self._starts(routing.top_k_index, shape, cu_seqlens)
         attended = sliding_window_attention(query, key, value, window, cu_seqlens=starts)[0, :, 0]
-        place = torch.empty_like(order.slots).scatter_(0, order.slots, torch.arange(len(order.slots), device=order.slots.device))
-        return self._output(attended[place].view(*routing.top_k_index.shape, self.head_dim), routing, of_o, order)
+        in_slots = _InSlots.apply(attended, order.slots[: len(attended)], len(order.slots))
+        return self._output(in_slots.view(*routing.top_k_index.shape, self.head_dim), routing, of_o, order)
 
     def _project(self, tokens: Tensor, routing: Routing, turn: Turn, surprise: Tensor | None, order: SlotOrder) -> list[Tensor]:
-        """Queries, keys and values, rotated: of pairs in sorted order, (N * K, D), or of tokens in mode "composite", (N, D)."""
+        """Queries, keys and values, rotated: of pairs in sorted order, (R, D), or of tokens in mode "composite", (N, D).
+
+        R is the number of used pairs, or on devices and in compiled code, where the host does not know it, that of all slots.
+        """
         dtype = _dtype(tokens, self.o_proj)
         bias = None if self.qkv_bias is None else self.qkv_bias.to(dtype)
         merged = self.mode == "composite"
@@ -234,13 +237,12 @@ class DynSMHA(Routed):
         qkv = expert_linear(
             tokens.to(dtype), self.qkv_proj.to(dtype), routing.top_k_index, weights, bias=bias, surprise=surprise, order=order
         )
-        cos, sin = turn
-        if not merged:
-            qkv = qkv.flatten(0, 1)[order.slots]
-            token = order.slots // max(1, routing.top_k_index.shape[1])
-            cos, sin = cos[token], sin[token]
-        query, key, value = qkv.split(self.head_dim, -1)
-        return [rotate(query, (cos, sin)), rotate(key, (cos, sin)), value]
+        if merged:
+            query, key, value = qkv.split(self.head_dim, -1)
+            return [rotate(query, turn), rotate(key, turn), value]
+        known = order.slots.device.type == "cpu" and not torch.compiler.is_compiling()
+        slots = order.slots[: int(order.offsets[-1])] if known else order.slots
+        return list(_Arranged.apply(qkv.flatten(0, 1), slots, *turn))
 
     def _output(self, attended: Tensor, routing: Routing, surprise: Tensor | None, order: SlotOrder | None) -> Tensor:
         dtype = attended.dtype
@@ -306,6 +308,57 @@ class DynSMHA(Routed):
     def extra_repr(self) -> str:
         heads, features, dim = self.o_proj.shape
         return f"hidden_size={features}, head_dim={dim}, num_experts={heads}, mode={self.mode}, {self._routing_repr()}"
+
+
+class _Arranged(torch.autograd.Function):
+    """Queries, keys and values, (R, D) each, of slots in a given order, rotated: one copy, of which backward keeps nothing.
+
+    Arguments: qkv (N * K, 3 D); slots (R,); cosines and sines of tokens, (N, D / 2).
+    """
+
+    @staticmethod
+    def forward(qkv: Tensor, slots: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        turn = _of_slots(len(qkv), slots, cos, sin)
+        query, key, value = (part[slots] for part in qkv.chunk(3, -1))
+        return rotate(query, turn), rotate(key, turn), value
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        qkv, *rest = inputs
+        ctx.save_for_backward(*rest)
+        ctx.number = len(qkv)
+
+    @staticmethod
+    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None, None, None]:
+        slots, cos, sin = ctx.saved_tensors
+        cos, sin = _of_slots(ctx.number, slots, cos, sin)
+        dim = value.shape[-1]
+        grad = value.new_zeros(ctx.number, 3 * dim)
+        for place, part in enumerate((rotate(query, (cos, -sin)), rotate(key, (cos, -sin)), value)):
+            grad[:, place * dim : (place + 1) * dim].index_copy_(0, slots, part)
+        return grad, None, None, None
+
+
+def _of_slots(number: int, slots: Tensor, cos: Tensor, sin: Tensor) -> Turn:
+    token = slots // max(1, number // max(1, len(cos)))
+    return cos[token], sin[token]
+
+
+class _InSlots(torch.autograd.Function):
+    """(R, D) rows put into their slots, (number, D); 0 in the others. Slots are distinct, which index_copy of autograd does not know."""
+
+    @staticmethod
+    def forward(rows: Tensor, slots: Tensor, number: int) -> Tensor:
+        return rows.new_zeros(number, rows.shape[-1]).index_copy_(0, slots, rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slots,) = ctx.saved_tensors
+        return grad[slots], None, None
 
 
 class _JoinedProbe(torch.autograd.Function):

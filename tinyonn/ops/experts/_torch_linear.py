@@ -43,16 +43,49 @@ def _sorted(top_k_index: Tensor, num_experts: int, order: LinearOrder) -> Pairs:
     return pairs_by_order(top_k_index, num_experts, order.slots, order.offsets)
 
 
+class TokenSums:
+    """Sums over the slots of each token, (N, ·), of rows that come chunk by chunk.
+
+    A CPU adds them as they come, in float32 or float64, so that no row is kept: always in the same order. Elsewhere additions come in any
+    order, so rows are kept, and summed by slot.
+    """
+
+    def __init__(self, like: Tensor, pairs: Pairs, features: int, weights: Tensor | None) -> None:
+        self._pairs, self._weights, self._dtype = pairs, weights, like.dtype
+        wide = statistics_dtype(like.dtype)
+        self._added = like.device.type == "cpu"
+        if self._added:
+            self._rows = like.new_zeros(len(pairs.places), features, dtype=wide)
+            self._of_rows = None if weights is None else weights.to(wide).reshape(-1)[pairs.slot].unsqueeze(-1)
+        else:
+            self._rows = like.new_empty(len(pairs.slot) + 1, features)
+
+    def add(self, rows: Tensor, part: slice) -> None:
+        if not self._added:
+            self._rows[part] = rows
+            return
+        rows = rows.to(self._rows.dtype)
+        self._rows.index_add_(0, self._pairs.token[part], rows if self._of_rows is None else rows * self._of_rows[part])
+
+    def total(self) -> Tensor:
+        return (self._rows if self._added else combine(self._rows, self._pairs, self._weights)).to(self._dtype)
+
+
 @without_autocast
 def linear_forward(inputs: LinearInputs, order: LinearOrder) -> Tensor:
     hidden_states, weight, top_k_index, top_k_weights, bias = inputs
     pairs = _sorted(top_k_index, len(weight), order)
-    rows = hidden_states.new_empty(len(pairs.slot) + 1, weight.shape[1])
+    summing = None if top_k_weights is None else TokenSums(hidden_states, pairs, weight.shape[1], top_k_weights)
+    rows = hidden_states.new_empty(len(pairs.slot) + 1 if summing is None else 0, weight.shape[1])
     for chunk in chunks_of(pairs, hidden_states.shape[-1], weight.shape[1]):
-        rows[chunk.rows] = grouped(_rows(hidden_states, pairs, chunk.rows), weight.mT[chunk.experts], chunk)
+        found = grouped(_rows(hidden_states, pairs, chunk.rows), weight.mT[chunk.experts], chunk)
         if bias is not None:
-            rows[chunk.rows] += bias.index_select(0, pairs.expert[chunk.rows])
-    return _by_slot(rows, pairs) if top_k_weights is None else combine(rows, pairs, top_k_weights).to(hidden_states.dtype)
+            found += bias.index_select(0, pairs.expert[chunk.rows])
+        if summing is None:
+            rows[chunk.rows] = found
+        else:
+            summing.add(found, chunk.rows)
+    return _by_slot(rows, pairs) if summing is None else summing.total()
 
 
 @without_autocast
@@ -64,7 +97,9 @@ def linear_backward(inputs: LinearInputs, order: LinearOrder, saved: LinearSaved
     grad_out = saved.grad_out.contiguous().to(hidden_states.dtype)
     weights = None if top_k_weights is None else top_k_weights.to(wide).reshape(-1)[pairs.slot].unsqueeze(-1)
 
-    rows = hidden_states.new_empty(number + 1 if wanted.grad_hidden else 0, features)
+    of_tokens = hidden_states.dim() == 2
+    summing = TokenSums(hidden_states, pairs, features, None) if wanted.grad_hidden and of_tokens else None
+    rows = hidden_states.new_empty(number + 1 if wanted.grad_hidden and not of_tokens else 0, features)
     grad_weight = empty_on_huge_pages(weight.shape, weight) if wanted.grad_weight else None
     grad_bias = torch.empty_like(bias) if bias is not None and wanted.grad_weight else None
     grad_weights = torch.empty(number, dtype=wide, device=rows.device) if wanted.grad_weights else None
@@ -78,7 +113,11 @@ def linear_backward(inputs: LinearInputs, order: LinearOrder, saved: LinearSaved
                 if bias is not None:
                     grad_weights[part] += (grad.to(wide) * bias.index_select(0, pairs.expert[part])).sum(-1)
             if wanted.grad_hidden:
-                rows[part] = found if weights is None else (found * weights[part]).to(found.dtype)
+                found = found if weights is None else (found * weights[part]).to(found.dtype)
+                if summing is None:
+                    rows[part] = found
+                else:
+                    summing.add(found, part)
         if grad_weight is not None:
             weighed = grad if weights is None else (grad * weights[part]).to(grad.dtype)
             outer_into(grad_weight[chunk.experts], weighed, _rows(hidden_states, pairs, part), chunk)
@@ -87,7 +126,7 @@ def linear_backward(inputs: LinearInputs, order: LinearOrder, saved: LinearSaved
 
     grad_hidden = None
     if wanted.grad_hidden:
-        grad_hidden = combine(rows, pairs, None).to(hidden_states.dtype) if hidden_states.dim() == 2 else _by_slot(rows, pairs)
+        grad_hidden = _by_slot(rows, pairs) if summing is None else summing.total()
     return LinearGradients(
         grad_hidden,
         grad_weight,
