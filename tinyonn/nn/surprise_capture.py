@@ -46,9 +46,13 @@ class CapturedCall:
     probe: Tensor | None = None
     slots: Tensor | None = None
 
+    def surprise_of_slots(self) -> Tensor | None:
+        """(N, K), 0 in unused slots; None before backward, or if backward did not reach this call."""
+        return self.slots if self.probe is None else self.probe.grad
+
     def surprise(self) -> Tensor | None:
         """(N, E), infinite for experts that did not see the token; None before backward, or if backward did not reach this call."""
-        slots = self.slots if self.probe is None else self.probe.grad
+        slots = self.surprise_of_slots()
         return None if slots is None else scatter_surprise(slots, self.top_k_index, self.num_experts)
 
 

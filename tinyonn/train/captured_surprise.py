@@ -26,6 +26,21 @@ class CapturedSurprise(Mapping[str, Tensor]):
         parts = {name: [part for call in calls if (part := call.surprise()) is not None] for name, calls in self._calls.items()}
         return {name: torch.cat(found) for name, found in parts.items() if found}
 
+    def first_choice_accuracy(self) -> Tensor | None:
+        """Share of the tokens with several experts whose best-scored one had the least surprise, 0-d; None if no layer is fused."""
+        shares = []
+        for calls in self._calls.values():
+            for call in calls:
+                if isinstance(call, CapturedCall) and (slots := call.surprise_of_slots()) is not None:
+                    used = call.top_k_index < call.num_experts
+                    least = torch.where(used, slots, torch.inf).amin(-1)
+                    several = used.sum(-1) > 1
+                    shares.append(torch.stack([((slots[:, 0] <= least) & several).sum(), several.sum()]).double())
+        if not shares:
+            return None
+        right, number = torch.stack([share.to(shares[0].device) for share in shares]).sum(0)
+        return right / number
+
     def __getitem__(self, name: str) -> Tensor:
         return self._found()[name]
 

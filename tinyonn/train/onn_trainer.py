@@ -1,0 +1,280 @@
+"""A transformers Trainer whose model watches its own predictive integrity, and whose experts are born and recycled."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..nn.dyn_nsa import DynNSACore
+from ..nn.routed import Routed
+from ..nn.surprise_loss import SurpriseLoss
+from ..ops._checks import check_number, check_size
+from .captured_surprise import CapturedSurprise
+from .hyper_step import HyperStepMixin
+from .integrity import output_entropy, predictive_integrity
+from .lifecycle import ExpertLifecycle, LifeEvent
+
+LIFECYCLE = "lifecycle.json"  # file in a checkpoint
+
+
+class OnnTrainer(HyperStepMixin, Trainer):
+    """`transformers.Trainer` with `HyperStep`'s training of routers, an `ExpertLifecycle`, and predictive integrity (PI) in its log.
+
+    Each line of the log has, as means over the steps since the last one: `pi`, its two terms `pi_accuracy` and `pi_complexity`, `free_energy`
+    (their sum), `tau` (mean entropy of the output, in nats), `surprise` (mean of a token's experts, of its own loss), `routing_accuracy`
+    (share of the tokens with several experts whose best-scored one had the least surprise), `gating_loss`, and of all layers together
+    `experts_per_token`, `heads_per_token`, `blocks_per_query`, `far_blocks_per_query`, `live_experts`, `births`, `recyclings` and
+    `skipped_steps`. What the model does not have is left out.
+
+    A step whose gradients are not finite is skipped: the optimiser leaves weights and its own state as they are. After `max_bad_steps` in a
+    row training stops. Checkpoints have the state of the lifecycle, so that a resumed run goes on with it.
+
+    Accelerate, DistributedDataParallel and FSDP2 work as with every Trainer.
+
+    Args:
+        args, others: see `transformers.Trainer`.
+        alpha, gamma: see `predictive_integrity`.
+        pruning_threshold, growth_threshold: see `ExpertLifecycle`; None for no recycling, and no birth.
+        w_ce, w_kl: weights of the routers' loss on surprise, for layers with such a loss.
+        drive_weights: whether both are multiplied by the regeneration rate.
+        max_bad_steps: skipped steps in a row after which training stops, at least 1.
+
+    Attributes:
+        lifecycle: the `ExpertLifecycle`; None before the first step.
+        events: births and recyclings of this process so far.
+        skipped: steps skipped so far.
+        stopped: why training stopped before its end; None if it did not.
+
+    Raises:
+        TypeError, ValueError: an option is out of range; at the first step, what `ExpertLifecycle` raises.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        alpha: float = 1.0,
+        gamma: float = 0.5,
+        pruning_threshold: float | None = None,
+        growth_threshold: float | None = None,
+        w_ce: float = 0.0,
+        w_kl: float = 0.0,
+        drive_weights: bool = False,
+        max_bad_steps: int = 10,
+        **kwargs: Any,
+    ) -> None:
+        check_number("alpha", alpha, at_least=0)
+        check_number("gamma", gamma, at_least=0, at_most=1)
+        check_size("max_bad_steps", max_bad_steps)
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        self.alpha, self.gamma, self.max_bad_steps = alpha, gamma, max_bad_steps
+        self._thresholds = {"pruning_threshold": pruning_threshold, "growth_threshold": growth_threshold}
+        self._weights = SurpriseLoss(w_ce=w_ce, w_kl=w_kl) if w_ce or w_kl else None
+        self._drive_weights = drive_weights
+        self.surprise_loss = self._weights
+        self.lifecycle: ExpertLifecycle | None = None
+        self.events: list[LifeEvent] = []
+        self.skipped, self._in_a_row = 0, 0
+        self.stopped: str | None = None
+        self._life_state: dict[str, Any] | None = None
+        self._batch: dict[str, Tensor] = {}  # sums over the accumulated batches of a step
+        self._means: dict[str, list[Tensor]] = defaultdict(list)  # one value a step since the last line of the log
+        self._counted = {"births": 0, "recyclings": 0, "skipped_steps": 0}
+        self._entropy: Tensor | None = None
+        for layer in _layers(trainer.model):  # before a checkpoint is loaded, which has their buffers
+            layer.track_life()
+        trainer.add_callback(_Steps(self))
+
+    # ---- a batch ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        trainer: Any = self
+        if self.lifecycle is None:
+            self._begin_life(model)
+        assert self.lifecycle is not None
+        scaler = getattr(trainer.accelerator, "scaler", None)
+        number = args[0] if args else kwargs.get("num_items_in_batch")
+        with self.lifecycle.recording(scaler if scaler is not None and scaler.is_enabled() else None) as surprise:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        with torch.no_grad():
+            self._add(loss, surprise, _items(inputs, number))
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+            self._entropy = _mean_entropy(logits, inputs.get("labels"))
+        return (loss, outputs) if return_outputs else loss
+
+    def _begin_life(self, model: nn.Module) -> None:
+        trainer: Any = self
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+        switches = {"w_ce": self._drive_weights, "w_kl": self._drive_weights}
+        self.lifecycle = ExpertLifecycle(model, optimizer, **self._thresholds, **switches, seed=trainer.args.seed)  # type: ignore[arg-type]
+        if self._life_state is not None:
+            self.lifecycle.load_state_dict(self._life_state)
+
+    def _add(self, loss: Tensor, surprise: CapturedSurprise, number: Tensor | int) -> None:
+        """Adds a batch to the sums of its step. A loss that is a mean over n tokens makes surprises n times smaller than a token's own."""
+        batch = {"loss": loss.double(), "batches": torch.ones((), dtype=torch.float64, device=loss.device)}
+        if self._entropy is not None:
+            batch["tau"] = self._entropy.double()
+        found = [matrix[matrix.isfinite()].double().mean() for matrix in surprise.values()]
+        if found:
+            batch["surprise"] = torch.stack([one.to(loss.device) for one in found]).nanmean() * number
+        accuracy = surprise.first_choice_accuracy()
+        if accuracy is not None:
+            batch["routing_accuracy"] = accuracy.to(loss.device)
+        for name, value in batch.items():
+            self._batch[name] = self._batch[name] + value if name in self._batch else value
+
+    # ---- a step ----
+
+    def _end_step(self, bad: bool) -> None:
+        assert self.lifecycle is not None
+        batch, self._batch = self._batch, {}
+        integrity = None
+        if batch and not bad:
+            parts = batch["batches"]
+            means = {name: value / parts for name, value in batch.items() if name not in ("loss", "batches")} | {"loss": batch["loss"]}
+            zero = torch.zeros_like(means["loss"])
+            pi = predictive_integrity(
+                means["loss"], means.get("tau", zero), means.get("surprise", zero), alpha=self.alpha, gamma=self.gamma
+            )  # fmt: skip
+            integrity = pi.integrity
+            terms = {"pi": pi.integrity, "pi_accuracy": pi.accuracy, "pi_complexity": pi.complexity}
+            terms["free_energy"] = pi.accuracy + pi.complexity
+            for name in ("tau", "surprise", "routing_accuracy"):
+                if name in means:
+                    terms[name] = means[name]
+            if self._weights is not None and self.last_gating_loss is not None:
+                terms["gating_loss"] = self.last_gating_loss.detach()
+            for name, value in terms.items():
+                self._means[name].append(value)
+        events = self.lifecycle.step(integrity)
+        self.events += events
+        for event in events:
+            self._counted["births" if event.kind == "birth" else "recyclings"] += 1
+        if self._weights is not None:
+            self.surprise_loss = self.lifecycle.surprise_loss(self._weights)
+
+    def _skip(self, model: nn.Module) -> bool:
+        """Drops gradients that are not finite, on all processes alike, and counts them."""
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        trainer: Any = self
+        scaler = getattr(trainer.accelerator, "scaler", None)
+        if scaler is not None and scaler.is_enabled():  # an overflow is the scaler's to skip; a loss is not
+            loss = self._batch.get("loss", torch.zeros(()))
+            bad = not bool(trainer.accelerator.reduce(loss.clone(), reduction="sum").isfinite())
+        else:
+            norms = [_local(norm) for norm in torch._foreach_norm(grads)] if grads else []
+            finite = torch.stack([norm.isfinite() for norm in norms]).all() if norms else torch.ones((), dtype=torch.bool)
+            bad = bool(trainer.accelerator.reduce((~finite).float().to(trainer.args.device), reduction="sum") > 0)
+        self._in_a_row = self._in_a_row + 1 if bad else 0
+        if bad:
+            model.zero_grad(set_to_none=True)
+            self.skipped += 1
+            self._counted["skipped_steps"] += 1
+        return bad
+
+    # ---- the log, and checkpoints ----
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= self.life_metrics()
+        super().log(logs, *args, **kwargs)
+
+    def life_metrics(self) -> dict[str, float]:
+        """Means since the last call, by name; waits for the device."""
+        trainer: Any = self
+        found = {name: float(torch.stack([value.double() for value in values]).mean()) for name, values in self._means.items() if values}
+        self._means.clear()
+        found |= self._counted
+        self._counted = dict.fromkeys(self._counted, 0)
+        pools: dict[str, list[float]] = defaultdict(list)
+        for layer in _layers(trainer.model):
+            pools["heads_per_token" if type(layer).__name__ == "DynSMHA" else "experts_per_token"].append(layer.statistics()["mean_k"])
+            pools["live_experts"].append(float(layer.router.expert_mask.sum()))
+            layer.reset_statistics()
+        for module in trainer.model.modules():
+            if isinstance(module, DynNSACore):
+                seen = module.statistics()
+                pools["blocks_per_query"].append(seen["mean_count"])
+                pools["far_blocks_per_query"].append(seen["far_count"])
+                module.reset_statistics()
+        found |= {name: sum(values) if name == "live_experts" else sum(values) / len(values) for name, values in pools.items()}
+        return {name: value for name, value in found.items() if not (isinstance(value, float) and math.isnan(value))}
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        trainer: Any = self
+        if self.lifecycle is not None and trainer.args.should_save:
+            folder = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+            state = {"lifecycle": self.lifecycle.state_dict(), "skipped": self.skipped, "in_a_row": self._in_a_row}
+            (folder / LIFECYCLE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (file := Path(checkpoint) / LIFECYCLE).is_file():
+            state = json.loads(file.read_text(encoding="utf-8"))
+            self._life_state = state["lifecycle"]
+            self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+            if self.lifecycle is not None:
+                self.lifecycle.load_state_dict(self._life_state)
+
+
+class _Steps(TrainerCallback):
+    """Looks at gradients before the optimiser, and ends the lifecycle's step after it."""
+
+    def __init__(self, trainer: OnnTrainer) -> None:
+        self._trainer = trainer
+        self._bad = False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        assert model is not None
+        self._bad = self._trainer._skip(model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        trainer = self._trainer
+        trainer._end_step(self._bad)
+        if self._bad and trainer._in_a_row >= trainer.max_bad_steps:
+            trainer.stopped = f"{trainer._in_a_row} steps in a row had a loss or gradients that were not finite"
+            control.should_training_stop = True
+        return control
+
+
+def _layers(model: nn.Module) -> list[Routed]:
+    return [module for module in model.modules() if isinstance(module, Routed)]
+
+
+def _items(inputs: dict[str, Any], number: Tensor | int | None) -> Tensor | int:
+    """Tokens that the loss is a mean over."""
+    if number is not None:
+        return number
+    labels = inputs.get("labels")
+    return 1 if labels is None else (labels[..., 1:] != -100).sum()
+
+
+@torch.no_grad()
+def _mean_entropy(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Mean entropy of the output where a token is predicted, 0-d."""
+    entropy = output_entropy(logits.detach())
+    if labels is None or labels.shape != entropy.shape:
+        return entropy.mean()
+    kept = labels[..., 1:] != -100
+    return torch.where(kept, entropy[..., :-1], 0).sum() / kept.sum().clamp(min=1)
+
+
+def _local(norm: Any) -> Tensor:
+    """A norm as a plain tensor; under fully_shard it is a DTensor."""
+    found: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return found
