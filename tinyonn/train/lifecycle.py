@@ -27,9 +27,10 @@ from .._debug import debug_enabled
 from ..nn.expert_life import ExpertLife
 from ..nn.expert_rows import set_row, whole
 from ..nn.routed import Routed
-from ..nn.surprise_capture import call_listener
+from ..nn.surprise_capture import CapturedCall, call_listener
 from ..nn.surprise_loss import SurpriseLoss, surprise_loss_of
 from ..ops._checks import check_flag, check_number, check_size
+from .captured_surprise import CapturedSurprise
 from .integrity import regeneration_rate
 from .mixtures import Mixtures, mixtures_of
 
@@ -82,9 +83,8 @@ class ExpertLifecycle:
 
         lifecycle = ExpertLifecycle(model, optimizer, pruning_threshold=0.001, growth_threshold=0.05)
         for batch in batches:
-            with lifecycle.recording():                  # only if the surprise of experts is to be summed
-                loss = model(**batch).loss
-                loss.backward()
+            with lifecycle.recording() as surprise:      # only if the surprise of experts is to be summed
+                model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             for event in lifecycle.step(integrity):      # PI of this step
@@ -170,27 +170,33 @@ class ExpertLifecycle:
         return float(self._smoothed) if float(self._known) else None
 
     @contextmanager
-    def recording(self, scaler: GradScaler | None = None) -> Iterator[None]:
+    def recording(self, scaler: GradScaler | None = None) -> Iterator[CapturedSurprise]:
         """Sums the surprise of the forwards and backwards within the block, for each expert, at its end.
 
         Args:
-            scaler: AMP's scaler, if it scales the loss within the block; its scale at the beginning is undone.
+            scaler: AMP's scaler, if it scales the loss within the block; the sums are divided by its scale at the beginning.
+
+        Yields:
+            The surprise of these layers by name, complete after backward, as `capture_surprise` gives it, and not divided.
 
         Raises:
             RuntimeError: `capture_surprise` or another recording is active.
         """
-        layers = self._lives()
+        lives = self._lives()
+        names = {layer: name for name, layer in self._mixtures.layers.items()}
         scale = 1.0 if scaler is None else scaler.get_scale()
-        calls: list[tuple[ExpertLife, Any]] = []
+        calls: dict[str, list[CapturedCall]] = {name: [] for name in names.values()}
+        counted: list[tuple[ExpertLife, CapturedCall]] = []
 
-        def keep(module: Any, call: Any) -> None:
-            if module.training:
-                calls.append((layers[module], call))
+        def keep(layer: Any, call: CapturedCall) -> None:
+            calls[names[layer]].append(call)
+            if layer.training:
+                counted.append((lives[layer], call))
 
-        with call_listener(layers, "surprise", keep):
-            yield
+        with call_listener(lives, "surprise", keep):
+            yield CapturedSurprise(calls)
         with torch.no_grad():
-            for life, call in calls:
+            for life, call in counted:
                 life.add_surprise(call, scale)
 
     @torch.no_grad()
