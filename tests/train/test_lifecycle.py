@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tinyonn
 from tinyonn.nn import DynMoE, token_mask_of
+from tinyonn.nn.routed import Routed
 from tinyonn.train import ExpertLifecycle, HyperStep, LifeEvent, SurpriseLoss, capture_surprise, lifecycle, regeneration_rate
 
 F, E = 8, 5
@@ -326,6 +327,51 @@ def test_running_thresholds_start_at_the_mean_and_are_not_moved_by_what_an_exper
     module(tokens(60, F, seed=9))  # applies what was recorded before the new expert began
     torch.testing.assert_close(module.router.thresholds[expert], before[expert])
     assert int(module.router.updates) == window
+
+
+class Scales(Routed):
+    """Another layer with routed experts: out = Σ w · (a_e * x), with the a_e in a submodule. Only some tokens are active."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            F, 3, E, target_k=1, routing="threshold", surprise_budget=None, gating_loss="none", surprise_kind="down_proj",
+            thresholds="learned", form="linear", scale=1.0, min_experts=1, max_experts=E, combine=None, level=None, demand=None,
+            device=None, dtype=None,
+        )  # fmt: skip
+        self.bank = nn.ParameterDict({"a": torch.ones(E, F)})
+
+    def expert_parameters(self) -> dict[str, nn.Parameter]:
+        return {"bank.a": self.bank["a"]}
+
+    @torch.no_grad()
+    def reset_experts(self, experts: Tensor | None = None) -> None:
+        self.bank["a"][slice(None) if experts is None else experts] = torch.rand(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, routing, _ = self._routed(x, None, None, active=x[:, 0] == 0)
+        used = (routing.top_k_index < E).unsqueeze(-1)
+        scale = torch.where(used, self.bank["a"][routing.top_k_index.clamp(max=E - 1)], 0)
+        return (routing.top_k_weights.unsqueeze(-1) * scale).sum(1) * x
+
+
+def test_every_layer_with_routed_experts_has_a_life(window):
+    module = Scales()
+    with torch.no_grad():
+        module.router.prototypes.copy_(torch.eye(E, F))
+        module.router.thresholds.fill_(1)
+    life = living(module, growth_threshold=0.3, pruning_threshold=0.1)
+    events = []
+    for _ in range(2 * window):
+        with life.recording():
+            module(axes(0, 0, 1, 2, 6, 6)).sum().backward()  # tokens of axis 0 are not active
+        events += life.step()
+    assert [event[:4] for event in events] == [(2 * window, "", "birth", 3)]
+    assert events[0].share == 0.5
+    # By the rule of min_experts, the unserved tokens went to expert 0.
+    assert module.life.activations.tolist() == [4 * window, 2 * window, 2 * window, 0, 0]
+    assert (module.bank["a"][[0, 1, 2, 4]] == 1).all()
+    assert (module.bank["a"][3] < 1).all()
+    torch.testing.assert_close(module.router.prototypes[3].detach(), torch.eye(F)[6])
 
 
 # ---- PI

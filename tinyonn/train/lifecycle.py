@@ -214,10 +214,10 @@ class ExpertLifecycle:
             TypeError, ValueError: integrity is no number, no 0-d tensor or out of range; that of a tensor is checked under
                 `tinyonn.debug()` only.
         """
-        value = _checked(integrity)
+        _check_integrity(integrity)
         layers = self._lives()
         self.steps += 1
-        self._merge(layers, value)
+        self._merge(layers, integrity)
         return self._turn(layers) if self.steps % WINDOW == 0 else []
 
     def surprise_loss(self, surprise_loss: SurpriseLoss | Mapping[str, Any] | None = None) -> SurpriseLoss:
@@ -260,13 +260,11 @@ class ExpertLifecycle:
         self._mixtures = mixtures_of(self.model, self._mixtures)
         return {layer: layer.track_life() for layer in self._mixtures.layers.values()}
 
-    def _merge(self, layers: Mapping[Routed, ExpertLife], integrity: Tensor | None) -> None:
+    def _merge(self, layers: Mapping[Routed, ExpertLife], integrity: Tensor | float | None) -> None:
         lives = list(layers.values())
         device = lives[0].window.device
-        given = torch.zeros(2, dtype=torch.float64, device=device)
-        if integrity is not None:
-            value = integrity.detach().to(device, torch.float64)
-            given = torch.stack([value.nan_to_num(0.0), (~value.isnan()).double()])
+        value = _on(device, integrity)
+        given = torch.stack([value.nan_to_num(0.0), (~value.isnan()).double()])
         flat = torch.cat([given, *(life.pending.to(device) for life in lives)])
         if self._mixtures.sharded:
             prototypes: Any = next(iter(layers)).router.prototypes
@@ -433,15 +431,19 @@ def _check_trained(layers: Mapping[str, Routed], optimizers: list[Optimizer]) ->
                 raise ValueError(f"{title} must be in one optimiser, got {held.count(id(parameter))}.")
 
 
-def _checked(integrity: Any) -> Tensor | None:
-    if integrity is None:
-        return None
+def _check_integrity(integrity: Any) -> None:
+    if integrity is None or (isinstance(integrity, float) and math.isnan(integrity)):
+        return
     if not isinstance(integrity, Tensor):
-        if not (isinstance(integrity, float) and math.isnan(integrity)):
-            check_number("integrity", integrity, at_least=0, at_most=1)
-        return torch.tensor(integrity, dtype=torch.float64)
-    if integrity.dim() or not integrity.is_floating_point():
+        check_number("integrity", integrity, at_least=0, at_most=1)
+    elif integrity.dim() or not integrity.is_floating_point():
         raise TypeError(f"integrity must be a number or a 0-d tensor of floats, got {integrity.dtype} of shape {tuple(integrity.shape)}.")
-    if debug_enabled() and not bool(integrity.isnan() | ((integrity >= 0) & (integrity <= 1))):
+    elif debug_enabled() and not bool(integrity.isnan() | ((integrity >= 0) & (integrity <= 1))):
         raise ValueError(f"integrity must be at least 0 and at most 1, got {integrity.item()}.")
-    return integrity
+
+
+def _on(device: torch.device, integrity: Tensor | float | None) -> Tensor:
+    """0-d float64, NaN for None, without waiting for the device."""
+    if isinstance(integrity, Tensor):
+        return integrity.detach().to(device, torch.float64, non_blocking=True)
+    return torch.full((), math.nan if integrity is None else integrity, dtype=torch.float64, device=device)
