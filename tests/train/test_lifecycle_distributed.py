@@ -51,6 +51,7 @@ CASES: dict[str, tuple[Callable[[nn.Sequential], nn.Module], bool, str]] = {
     "sharded": (sharded, False, "all"),
     "sharded, nothing": (sharded, False, "nothing"),
     "sharded, wrapped later": (sharded, True, "masked"),
+    "sharded at the root": (fully_shard, False, "all"),  # evaluation leaves its parameters gathered
 }
 
 
@@ -92,7 +93,7 @@ def run(case: str, rank: int) -> dict:
                 value += 1
         model.eval()
         with torch.no_grad():
-            model(x)  # leaves sharded parameters gathered
+            model(x)
         model.train()
         events += life.step(integrity(case, rank))
     states = {
