@@ -237,6 +237,15 @@ def test_a_recycled_expert_points_to_unserved_tokens_where_there_are_any(window)
     assert module.route(axes(5, 6)).top_k_index[:, 0].tolist() == [2, 2]
 
 
+def test_a_budget_serves_every_token_so_a_recycled_expert_points_in_a_random_direction(window):
+    module = mixture(4, routing="budget", combine="softmax", surprise_budget=0.1)
+    module.router.thresholds.requires_grad_(False).fill_(9)
+    events = run(living(module, pruning_threshold=0.1), axes(0, 1, 2, 2), window)
+    assert [(event.expert, event.from_tokens) for event in events] == [(3, False)]
+    assert module.router.prototypes[3].norm().item() == pytest.approx(1)
+    assert module.router.thresholds[3] == 9
+
+
 def test_experts_woken_by_hand_are_left_a_whole_window(window):
     module = mixture(3)
     life = living(module, pruning_threshold=0.01)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tinyonn.nn import DynMoE, token_mask_of
@@ -42,6 +43,10 @@ def sharded(model: nn.Sequential) -> nn.Module:
     return fully_shard(model)
 
 
+def by_columns(model: nn.Sequential) -> nn.Module:
+    return fully_shard(model, shard_placement_fn=lambda parameter: Shard(min(1, parameter.dim() - 1)))
+
+
 # How the model is wrapped, whether the lifecycle is made before that, and what the second process sees.
 CASES: dict[str, tuple[Callable[[nn.Sequential], nn.Module], bool, str]] = {
     "ddp": (DistributedDataParallel, False, "all"),
@@ -52,6 +57,7 @@ CASES: dict[str, tuple[Callable[[nn.Sequential], nn.Module], bool, str]] = {
     "sharded, nothing": (sharded, False, "nothing"),
     "sharded, wrapped later": (sharded, True, "masked"),
     "sharded at the root": (fully_shard, False, "all"),  # evaluation leaves its parameters gathered
+    "sharded by columns": (by_columns, False, "all"),
 }
 
 

@@ -324,7 +324,8 @@ class ExpertLifecycle:
             others[recycled] = False
             length, threshold = _typical(layer, others if bool(others.any()) else window.live)
             for number, expert in enumerate(born + recycled):
-                direction = window.total if number == 0 and bool(window.total.any()) else None
+                served = layer.routing_kind == "budget" or not window.total.any()
+                direction = window.total if number == 0 and not served else None
                 self._begin_expert(layer, place, expert, direction, length, threshold)
                 life.begin(expert, self.steps)
                 kind: Literal["birth", "recycling"] = "birth" if expert in born else "recycling"
@@ -425,6 +426,8 @@ def _check_trained(layers: Mapping[str, Routed], optimizers: list[Optimizer]) ->
     for name, layer in layers.items():
         for inner, parameter in _of_experts(layer).items():
             title = f"{name}.{inner}".lstrip(".")
+            if inner == "router.thresholds" and not parameter.requires_grad:
+                continue  # the mean of the live experts' will do
             if not parameter.requires_grad:
                 raise ValueError(f"{title} must require a gradient, because new experts start from random weights.")
             if held.count(id(parameter)) != 1:
