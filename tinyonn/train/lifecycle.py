@@ -77,6 +77,12 @@ class _Window(NamedTuple):
     credit: list[float]
     over: int
 
+    def share(self, expert: int) -> float:
+        return float(self.counts[expert]) / self.tokens
+
+    def age(self, expert: int, step: int) -> int:
+        return step - int(self.birth_step[expert])
+
 
 class ExpertLifecycle:
     """Records the life of the experts of all `nn.DynMoE` and `nn.DynSMHA` layers of a model, recycles experts and wakes new ones.
@@ -145,13 +151,8 @@ class ExpertLifecycle:
         for name, flag in (("w_ce", w_ce), ("w_kl", w_kl)):
             check_flag(name, flag)
         check_size("seed", seed, 0)
-        self.pruning_threshold, self.growth_threshold, self.w_ce, self.w_kl, self.seed = (
-            pruning_threshold,
-            growth_threshold,
-            w_ce,
-            w_kl,
-            seed,
-        )
+        self.pruning_threshold, self.growth_threshold = pruning_threshold, growth_threshold
+        self.w_ce, self.w_kl, self.seed = w_ce, w_kl, seed
         self.optimizers = _optimizers(optimizer)
         self.model = model
         self._mixtures = Mixtures(model)
@@ -298,44 +299,50 @@ class ExpertLifecycle:
         return events
 
     def _turn_of(self, name: str, place: int, layer: Routed, life: ExpertLife, window: _Window) -> list[LifeEvent]:
+        """Ends a window of one layer: recycles and wakes what it decides, and begins the next window."""
         events: list[LifeEvent] = []
         if not window.tokens:
             return events
-        birth_credit, recycling_credit = window.credit
-        shares, unserved = window.counts / window.tokens, window.unserved / window.tokens
-        over = 0
-        born: list[int] = []
-        if self.growth_threshold is not None and unserved > self.growth_threshold:
-            over = window.over + 1
-            if over >= STAYS and not window.live.all():
-                birth_credit += self.rate
-            if birth_credit >= 1 and not window.live.all():
-                birth_credit -= 1
-                born = [int((~window.live).nonzero()[0])]
-        recycled: list[int] = []
-        if self.pruning_threshold is not None:
-            unused = window.live & (shares < self.pruning_threshold) & (window.birth_step <= self.steps - WINDOW)
-            recycling_credit += self.rate * int(unused.sum())
-            spent = min(int(recycling_credit), int(unused.sum()))
-            recycling_credit -= spent
-            recycled = sorted(unused.nonzero().flatten().tolist(), key=lambda expert: (float(shares[expert]), expert))[:spent]
+        born, birth_credit, over = self._births(window)
+        recycled, recycling_credit = self._recyclings(window)
         if born or recycled:
             others = window.live.clone()
             others[recycled] = False
             length, threshold = _typical(layer, others if bool(others.any()) else window.live)
+            served = layer.routing_kind == "budget" or not window.total.any()
             for number, expert in enumerate(born + recycled):
-                served = layer.routing_kind == "budget" or not window.total.any()
-                direction = window.total if number == 0 and not served else None
+                direction = None if number or served else window.total
                 self._begin_expert(layer, place, expert, direction, length, threshold)
                 life.begin(expert, self.steps)
+                what = (window.unserved / window.tokens, 0) if expert in born else (window.share(expert), window.age(expert, self.steps))
                 kind: Literal["birth", "recycling"] = "birth" if expert in born else "recycling"
-                share = unserved if kind == "birth" else float(shares[expert])
-                age = 0 if kind == "birth" else self.steps - int(window.birth_step[expert])
-                events.append(LifeEvent(self.steps, name, kind, expert, share, age, direction is not None))
+                events.append(LifeEvent(self.steps, name, kind, expert, *what, direction is not None))
         life.window.zero_()
         life.over.fill_(over)
         life.credit.copy_(torch.tensor([birth_credit, recycling_credit], dtype=torch.float64))
         return events
+
+    def _births(self, window: _Window) -> tuple[list[int], float, int]:
+        """The inactive expert to wake, if any; what is left of the credit; windows in a row with too many unserved tokens."""
+        credit = window.credit[0]
+        if self.growth_threshold is None or window.unserved / window.tokens <= self.growth_threshold:
+            return [], credit, 0
+        over = window.over + 1
+        if over < STAYS or bool(window.live.all()):
+            return [], credit, over
+        credit += self.rate
+        return ([int((~window.live).nonzero()[0])], credit - 1, over) if credit >= 1 else ([], credit, over)
+
+    def _recyclings(self, window: _Window) -> tuple[list[int], float]:
+        """The live experts to recycle, the least used first, and what is left of the credit."""
+        credit = window.credit[1]
+        if self.pruning_threshold is None:
+            return [], credit
+        rare = window.live & (window.counts / window.tokens < self.pruning_threshold) & (window.birth_step <= self.steps - WINDOW)
+        unused = sorted(rare.nonzero().flatten().tolist(), key=lambda expert: (window.share(expert), expert))
+        credit += self.rate * len(unused)
+        spent = min(int(credit), len(unused))
+        return unused[:spent], credit - spent
 
     def _begin_expert(self, layer: Routed, place: int, expert: int, direction: Tensor | None, length: Tensor, threshold: Tensor) -> None:
         """New weights, prototype and threshold; the same on all processes, as they are drawn on the CPU."""
