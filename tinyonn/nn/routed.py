@@ -18,6 +18,7 @@ from ..ops._checks import check_choice, check_number, check_size
 from ..ops.experts.threshold_route import Form
 from ._surrounding import Surrounding
 from .dead_experts import Watch, warn_of_dead_experts
+from .expert_life import ExpertLife
 from .expert_statistics import check_mask_shape, check_token_mask, count_experts
 from .surprise_budget import Budget, budget_of_tokens, check_budget
 from .surprise_capture import Visit, captured_calls, probe_for, register_capturable
@@ -131,6 +132,7 @@ class Routed(nn.Module):
         self.surrounding_budget = Surrounding() if routing == "budget" else None
         self.surrounding_mask = Surrounding()
         self.watch = Watch()
+        self.life: ExpertLife | None = None
         target_k = min(2, num_experts) if target_k is None else target_k
         check_number("target_k", target_k)
         if max_experts is None:
@@ -150,8 +152,40 @@ class Routed(nn.Module):
 
     @torch.no_grad()
     def reset_experts(self, experts: Tensor | None = None) -> None:
-        """Draws new weights, as at the start, for all experts or for some of them, (n,) indices."""
+        """Draws new weights, as at the start, for all experts or for some of them, (n,) indices.
+
+        It takes the number of experts from the parameters alone: `fresh_experts` calls it on others, of fewer experts.
+        """
         raise NotImplementedError
+
+    def track_life(self) -> ExpertLife:
+        """Records, from here on, what each expert does over its life, in the submodule `life`; `train.ExpertLifecycle` does this."""
+        if self.life is None:
+            self.life = ExpertLife(len(self.expert_counts), self.router.prototypes.shape[1], self.expert_counts.device)
+        return self.life
+
+    @torch.no_grad()
+    def fresh_experts(self, number: int, seed: int) -> dict[str, Tensor]:
+        """New weights for some experts, as `reset_experts` draws them, by name of `expert_parameters`.
+
+        Returns:
+            (number, ...) on the CPU, in float32, or float64 for float64 parameters; they depend on the seed alone.
+        """
+        found = {}
+        owners = {name: (self.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in self.expert_parameters()}
+        kept = self.expert_parameters()
+        try:
+            for name, (owner, last) in owners.items():
+                dtype = torch.float64 if kept[name].dtype == torch.float64 else torch.float32
+                empty = torch.full((number, *kept[name].shape[1:]), torch.nan, dtype=dtype, device="cpu")
+                owner._parameters[last] = found[name] = nn.Parameter(empty, requires_grad=False)
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                self.reset_experts(torch.arange(number, device="cpu"))
+        finally:
+            for name, (owner, last) in owners.items():
+                owner._parameters[last] = kept[name]
+        return {name: parameter.data for name, parameter in found.items()}
 
     def _set_buffers(self) -> None:
         """Sets what no file holds, once, in a module that was made without data: `from_pretrained` leaves it as memory was."""
@@ -224,8 +258,10 @@ class Routed(nn.Module):
         if learns:
             routing = self.router.record(tokens, routing, mask)
         count_experts(routing.top_k_index, routing.top_k_weights.detach(), mask, self.expert_counts, self.tokens_seen)
+        if learns and self.life is not None:
+            self.life.record(tokens, routing, mask)
         visit = (tokens, routing, budget, shape)
-        probe = probe_for(self, routing.top_k_index, self.expert_counts.shape[0], tokens.dtype, visit)
+        probe = probe_for(self, routing.top_k_index, self.expert_counts.shape[0], tokens.dtype, visit, mask)
         return RoutedCall(tokens, routing, probe)
 
     @staticmethod
@@ -295,6 +331,13 @@ class Routed(nn.Module):
             masks = {"token_mask": mask, "expert_mask": self.router.expert_mask}
             loss = loss + sparse_diversity_loss(self.router.prototypes, routing.count, self.router.target_k, **masks)
         return loss
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if any(key.startswith(prefix + "life.") for key in state_dict):
+            self.track_life()  # a submodule, which is loaded after this
+        elif self.life is not None and prefix + "router.prototypes" in state_dict:
+            self.life.reset()  # experts of a model whose life was not recorded
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _routing_repr(self) -> str:
         routed = self.routing_kind if self.surprise_budget is None else f"{self.routing_kind}, surprise_budget={self.surprise_budget:g}"

@@ -39,20 +39,22 @@ class CapturedCall:
         num_experts: E.
         probe: (N, K), whose gradient after backward is the surprise; None if the call was compiled.
         slots: (N, K), surprise of a compiled call after backward.
+        token_mask: (N,) bool, which tokens count in statistics; None for all.
     """
 
     top_k_index: Tensor
     num_experts: int
     probe: Tensor | None = None
     slots: Tensor | None = None
+    token_mask: Tensor | None = None
 
-    def surprise_of_slots(self) -> Tensor | None:
-        """(N, K), 0 in unused slots; None before backward, or if backward did not reach this call."""
+    def by_slot(self) -> Tensor | None:
+        """(N, K), surprise of each slot; None before backward, or if backward did not reach this call."""
         return self.slots if self.probe is None else self.probe.grad
 
     def surprise(self) -> Tensor | None:
         """(N, E), infinite for experts that did not see the token; None before backward, or if backward did not reach this call."""
-        slots = self.surprise_of_slots()
+        slots = self.by_slot()
         return None if slots is None else scatter_surprise(slots, self.top_k_index, self.num_experts)
 
 
@@ -155,7 +157,7 @@ def captured_calls(modules: Iterable[nn.Module], kind: Kind = "surprise") -> Ite
 
 def probe_for(
     module: nn.Module, top_k_index: Tensor, num_experts: int, dtype: torch.dtype,
-    visit: tuple[Tensor, Routing, Budget | None, torch.Size] | None = None,
+    visit: tuple[Tensor, Routing, Budget | None, torch.Size] | None = None, token_mask: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Probe of this call, (N, K) zeros; None if nothing captures the module, gradients are off, or the module is being exported.
 
@@ -165,22 +167,26 @@ def probe_for(
         num_experts: E.
         dtype: of the tokens; the probe is float64 for float64, else float32.
         visit: (N, F) tokens, routing, budget and leading shape, for listeners to the router's inputs.
+        token_mask: (N,) bool, which tokens count in statistics; None for all.
     """
     capture: _Capture | None = getattr(module, _ATTRIBUTE, None)
     if capture is None or not capture.listeners or not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return None
     if torch.compiler.is_compiling() and "router_inputs" not in capture.listeners:
-        probe, _ = _captured_probe(capture.anchor, top_k_index, num_experts, statistics_dtype(dtype), capture.place, _site())
+        dtype = statistics_dtype(dtype)
+        probe, _ = _captured_probe(capture.anchor, top_k_index, token_mask, num_experts, dtype, capture.place, _site())
         return probe
-    return _notified(capture, top_k_index, num_experts, dtype, visit)
+    return _notified(capture, top_k_index, num_experts, dtype, visit, token_mask)
 
 
 @torch.compiler.disable
-def _notified(capture: _Capture, top_k_index: Tensor, num_experts: int, dtype: torch.dtype, visit: Any) -> Tensor:
+def _notified(
+    capture: _Capture, top_k_index: Tensor, num_experts: int, dtype: torch.dtype, visit: Any, token_mask: Tensor | None
+) -> Tensor:
     """A probe for this call. Each listener receives the call."""
     probe = torch.zeros(top_k_index.shape, dtype=statistics_dtype(dtype), device=top_k_index.device, requires_grad=True)
     if "surprise" in capture.listeners:
-        capture.listeners["surprise"](CapturedCall(top_k_index.detach(), num_experts, probe))
+        capture.listeners["surprise"](CapturedCall(top_k_index.detach(), num_experts, probe, token_mask=token_mask))
     if "router_inputs" in capture.listeners:
         tokens, routing, budget, shape = visit
         capture.listeners["router_inputs"](Visit(tokens.detach(), routing, probe, budget, shape))
@@ -195,20 +201,23 @@ def _site() -> int:
 
 @torch.library.custom_op("tinyonn::captured_probe", mutates_args=())
 def _captured_probe(
-    anchor: Tensor, top_k_index: Tensor, num_experts: int, dtype: torch.dtype, place: int, site: int
+    anchor: Tensor, top_k_index: Tensor, token_mask: Tensor | None, num_experts: int, dtype: torch.dtype, place: int, site: int
 ) -> tuple[Tensor, Tensor]:
     """A probe, and the number of the captured call, an int64 on the CPU."""
     probe = torch.zeros(top_k_index.shape, dtype=dtype, device=top_k_index.device)
     ticket = next(_tickets)
     capture = _by_place.get(place)
     if capture is not None and "surprise" in capture.listeners:
-        _by_ticket[ticket] = call = CapturedCall(top_k_index.clone(), num_experts)
+        kept = None if token_mask is None else token_mask.clone()
+        _by_ticket[ticket] = call = CapturedCall(top_k_index.clone(), num_experts, token_mask=kept)
         capture.listeners["surprise"](call)
     return probe, torch.tensor(ticket, device="cpu")
 
 
 @_captured_probe.register_fake
-def _(anchor: Tensor, top_k_index: Tensor, num_experts: int, dtype: torch.dtype, place: int, site: int) -> tuple[Tensor, Tensor]:
+def _(
+    anchor: Tensor, top_k_index: Tensor, token_mask: Tensor | None, num_experts: int, dtype: torch.dtype, place: int, site: int
+) -> tuple[Tensor, Tensor]:
     return top_k_index.new_empty(top_k_index.shape, dtype=dtype), torch.empty((), dtype=torch.int64, device="cpu")
 
 
@@ -233,7 +242,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, grad_probe: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     anchor, ticket = ctx.saved_tensors
-    return _deliver_surprise(anchor, grad_probe, ticket), *([None] * 5)
+    return _deliver_surprise(anchor, grad_probe, ticket), *([None] * 6)
 
 
 _captured_probe.register_autograd(_autograd, setup_context=_setup_context)

@@ -16,6 +16,7 @@ from ..ops._checks import check_choice, check_number, check_size
 from ..ops.experts.threshold_route import Form, Weighting, own_level, router_logits, unit_vectors
 from ._search import bisect
 from .demand import Demand, apply_demand, record_demand
+from .expert_rows import set_row
 from .running_thresholds import DECAY, EXTRA, FLOOR, Graphs, apply_thresholds, between, is_ready, record_scores, watched_weights
 from .surprise_budget import Budget
 from .wide_buffers import WideBuffers
@@ -236,6 +237,22 @@ class ThresholdRouter(WideBuffers):
     def follows_scores(self) -> bool:
         """Whether thresholds move with the scores in training. Those of a router whose prototypes are frozen stay as they are."""
         return self.price is not None and self.prototypes.requires_grad
+
+    @torch.no_grad()
+    def place_expert(self, expert: int, prototype: Tensor, threshold: Tensor) -> None:
+        """Makes an expert live, with a new prototype and threshold. In place, so compiled graphs stay valid.
+
+        Args:
+            expert: its index.
+            prototype: (F,).
+            threshold: 0-d; of `thresholds`, so without the price.
+        """
+        set_row(self.prototypes, expert, prototype)
+        set_row(self.thresholds, expert, threshold)
+        self.expert_mask[expert] = True
+        if self.price is not None:
+            # What the expert before it recorded does not count: its share was fair, or its quantile is this threshold.
+            self.pending[expert] = 0 if self.thresholds_kind == "balanced" else threshold * self.pending[-1]
 
     def apply_recorded(self) -> None:
         """Moves running thresholds and the price by what was recorded before the last backward; nothing for learned thresholds, and nothing

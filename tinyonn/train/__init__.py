@@ -5,14 +5,17 @@ from .captured_surprise import CapturedSurprise, capture_surprise
 from .gating import GatingGradients, capture, gating_gradients
 from .hyper_step import HyperStep, HyperStepMixin, HyperStepResult
 from .integrity import PredictiveIntegrity, output_entropy, predictive_integrity, regeneration_rate
+from .lifecycle import ExpertLifecycle, LifeEvent
 from .surprise_hooks import SurpriseHookManager
 
 __all__ = [
     "CapturedSurprise",
+    "ExpertLifecycle",
     "GatingGradients",
     "HyperStep",
     "HyperStepMixin",
     "HyperStepResult",
+    "LifeEvent",
     "PredictiveIntegrity",
     "SurpriseHookManager",
     "SurpriseLoss",

@@ -31,7 +31,7 @@ class CapturedSurprise(Mapping[str, Tensor]):
         shares = []
         for calls in self._calls.values():
             for call in calls:
-                if isinstance(call, CapturedCall) and (slots := call.surprise_of_slots()) is not None:
+                if isinstance(call, CapturedCall) and (slots := call.by_slot()) is not None:
                     used = call.top_k_index < call.num_experts
                     least = torch.where(used, slots, torch.inf).amin(-1)
                     several = used.sum(-1) > 1
