@@ -1,0 +1,327 @@
+"""A life: prepares texts, vocabulary and model in a folder, trains there, and goes on where an earlier run stopped.
+
+FOLDER/options.yaml   options that the life began with
+FOLDER/tokenizer/     the vocabulary
+FOLDER/tokens.npy     the texts as tokens
+FOLDER/checkpoints/   of transformers' Trainer
+FOLDER/log/           metrics.jsonl, events.jsonl, experts.json, choices.jsonl, and TensorBoard's files
+FOLDER/model/         the model and its vocabulary
+FOLDER/life.html      the page, and two figures beside it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as hf_logging
+
+from .._io.config import read_yaml
+from .._io.files import replacing, write_atomically
+from .._io.locks import locked
+from ..errors import InputError, listed, needs
+from ..hf.loading import resolve_device, resolve_dtype
+from ..hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
+from ..train.onn_trainer import OnnTrainer
+from .config import LifeConfig
+from .log import LifeLog
+from .texts import documents, encoded, learn_tokenizer, split
+
+# Options that may differ between the runs of one life.
+FREE = (
+    "output_dir",
+    "steps",
+    "log_steps",
+    "eval_steps",
+    "checkpoint_steps",
+    "max_bad_steps",
+    "dtype",
+    "device",
+    "fsdp",
+    "gradient_checkpointing",
+)
+KEPT_CHECKPOINTS = 2
+SAMPLE_TOKENS = 80
+
+ProgressCall = Callable[[float | None, str], None]
+
+
+@dataclass(frozen=True)
+class LifeResult:
+    """What a run of a life ended with.
+
+    Attributes:
+        folder: where all of it is.
+        model: folder of the model.
+        page: the page.
+        steps: steps of the life so far.
+        parameters: of the model.
+        metrics: the last line of the log.
+        eval_loss: last loss on held-out text, in nats a token; None if there was no evaluation.
+        births, recyclings, skipped: over the whole life.
+        sample: generated text.
+        stopped: why it stopped before its last step; None if it did not.
+        seconds: of this run.
+    """
+
+    folder: Path
+    model: Path
+    page: Path
+    steps: int
+    parameters: int
+    metrics: dict[str, float]
+    eval_loss: float | None
+    births: int
+    recyclings: int
+    skipped: int
+    sample: str
+    stopped: str | None
+    seconds: float
+
+
+def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResult:
+    """Trains a model on texts in `config.output_dir`, or goes on there.
+
+    Args:
+        config: the options.
+        progress: called with the share of the steps done and a few words.
+
+    Raises:
+        InputError: an option is impossible together with others or with the texts; the folder has a life with other options, or another
+            run writes into it.
+    """
+    begin = time.monotonic()
+    folder = Path(config.output_dir)
+    tell = progress or (lambda share, words: None)
+    first = int(_environment("RANK", "0")) == 0
+    with locked(folder) if first else contextlib.nullcontext(), _quiet():
+        _check_same_life(folder, config)
+        tokenizer, tokens = _prepared(folder, config, tell, first)
+        training, held_out = split(tokens, config.context, config.eval_size, config.data_path)
+        set_seed(config.seed % 2**32)
+        model = TinyOnnForCausalLM(_model_config(config, tokenizer))
+        log = LifeLog(folder, tell, config.steps)
+        trainer = OnnTrainer(
+            model=model,
+            args=_arguments(config, folder),
+            train_dataset=training,
+            eval_dataset=held_out,
+            callbacks=[log, _StopSignals()],
+            alpha=config.alpha,
+            gamma=config.gamma,
+            pruning_threshold=config.pruning_threshold,
+            growth_threshold=config.growth_threshold if _room(model) else None,
+            w_ce=config.w_ce,
+            w_kl=config.w_kl,
+            drive_weights=config.drive_weights,
+            max_bad_steps=config.max_bad_steps,
+        )
+        log.begin(trainer)
+        checkpoint = get_last_checkpoint(str(folder / "checkpoints")) if (folder / "checkpoints").is_dir() else None
+        log.resume(0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2]))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        stopped = trainer.stopped or log.stopped
+        trainer.save_model(str(folder / "model"))
+        if first:
+            tokenizer.save_pretrained(folder / "model")
+        sample = _sample(model, tokenizer) if first else ""
+        log.end(sample, stopped)
+        trained = sum(parameter.numel() for parameter in model.parameters())
+    return LifeResult(
+        folder=folder,
+        model=folder / "model",
+        page=folder / "life.html",
+        steps=trainer.state.global_step,
+        parameters=trained,
+        metrics=log.last,
+        eval_loss=log.eval_loss,
+        births=log.births,
+        recyclings=log.recyclings,
+        skipped=trainer.skipped,
+        sample=sample,
+        stopped=stopped,
+        seconds=time.monotonic() - begin,
+    )
+
+
+def _environment(name: str, default: str) -> str:
+    import os
+
+    return os.environ.get(name, default)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers prints a table of its own; ours is on the screen already."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*pin_memory.*")
+            yield
+    finally:
+        hf_logging.set_verbosity(before)
+
+
+def _check_same_life(folder: Path, config: LifeConfig) -> None:
+    """InputError if the folder has a life that began with other options."""
+    file = folder / "options.yaml"
+    now = {name: value for name, value in asdict(config).items() if name not in FREE}
+    if not file.is_file():
+        return
+    before = read_yaml(file, "output_dir")
+    known = {field.name for field in fields(LifeConfig)} - set(FREE)
+    other = [name for name in known if before.get(name) != now[name]]
+    if other:
+        name = sorted(other)[0]
+        raise InputError(
+            f"{name} must be {before.get(name)!r}, as in the life in {folder}, got {now[name]!r}: give that, or another --output-dir."
+        )
+
+
+def _prepared(folder: Path, config: LifeConfig, tell: ProgressCall, first: bool) -> tuple[Any, np.ndarray]:
+    """Tokenizer and tokens, made by the first process and read by all."""
+    done = folder / "tokens.npy"
+    if first and not done.is_file():
+        tell(None, "learning the vocabulary")
+        read = lambda: documents(config.data_path, suffix=config.suffix, text_field=config.text_field)  # noqa: E731  # a fresh iterator
+        if next(read(), None) is None:
+            raise InputError(f"data_path must have a text, got {config.data_path}, which has none.")
+        size = config.vocab_size or TinyOnnConfig.bonsai(config.size).vocab_size
+        tokenizer = learn_tokenizer(read(), size)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        tell(None, "reading texts")
+        tokens = encoded(read(), tokenizer)
+        split(tokens, config.context, config.eval_size, config.data_path)  # before anything is kept
+        kept = {name: value for name, value in asdict(config).items() if name not in FREE}
+        write_atomically(folder / "options.yaml", yaml.safe_dump(kept, sort_keys=False))
+        with replacing(done) as partial, partial.open("wb") as file:
+            np.save(file, tokens)
+    elif not first:
+        _wait_for(done)
+    return AutoTokenizer.from_pretrained(folder / "tokenizer"), np.load(done)
+
+
+def _wait_for(file: Path, seconds: float = 3600.0) -> None:
+    end = time.monotonic() + seconds
+    while not file.is_file():
+        if time.monotonic() > end:
+            raise InputError(f"{file} must be written by the first process within an hour; it was not.")
+        time.sleep(0.2)
+
+
+def _model_config(config: LifeConfig, tokenizer: Any) -> TinyOnnConfig:
+    sizes = {name: getattr(config, name) for name in ("hidden_size", "head_dim", "init_num_experts", "max_num_experts")}
+    numbers = {name: getattr(config, name) for name in ("alpha", "gamma", "pruning_threshold", "growth_threshold", "w_ce", "w_kl")}
+    try:
+        return TinyOnnConfig.bonsai(
+            config.size,
+            attention=config.attention,
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **{name: value for name, value in sizes.items() if value is not None},
+            **numbers,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _room(model: TinyOnnForCausalLM) -> bool:
+    """Whether a layer has an expert that is not live."""
+    from ..nn.routed import Routed
+
+    return any(not bool(module.router.expert_mask.all()) for module in model.modules() if isinstance(module, Routed))
+
+
+def _arguments(config: LifeConfig, folder: Path) -> TrainingArguments:
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device, TinyOnnConfig()) if config.dtype != "auto" or device.type != "cpu" else torch.float32
+    board = importlib.util.find_spec("tensorboard") is not None
+    if not board:
+        warnings.warn(f"no TensorBoard files are written: {needs('they', 'tensorboard')}.", stacklevel=3)
+    sharded: dict[str, Any] = {"fsdp": "full_shard", "fsdp_config": {"version": 2}} if config.fsdp else {}
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        eval_strategy="steps",
+        eval_steps=config.eval_steps,
+        logging_steps=config.log_steps,
+        save_strategy="steps",
+        save_steps=config.checkpoint_steps,
+        save_total_limit=KEPT_CHECKPOINTS,
+        report_to=["tensorboard"] if board else [],
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        seed=config.seed % 2**32,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        prediction_loss_only=True,
+        **sharded,
+    )
+
+
+class _StopSignals(TrainerCallback):
+    """Ctrl-C and SIGTERM end training after the step, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self._asked: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self._asked is not None:
+            raise KeyboardInterrupt
+        self._asked = signal.Signals(number).name
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self._asked is not None:
+            control.should_save = control.should_training_stop = True
+            state.tinyonn_stop = self._asked
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+
+@torch.no_grad()
+def _sample(model: TinyOnnForCausalLM, tokenizer: Any) -> str:
+    """Text that the model writes from nothing but the end token, greedily after the first token."""
+    model.eval()
+    begin = torch.tensor([[tokenizer.eos_token_id]], device=next(model.parameters()).device)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    found = model.generate(begin, max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.8, eos_token_id=None)
+    torch.random.set_rng_state(state)
+    return str(tokenizer.decode(found[0, 1:], skip_special_tokens=True))
