@@ -6,6 +6,7 @@ from .dyn_moe import DynMoE
 from .dyn_nsa import OPEN, DynNSACore, DynNSAOptions, budget_loss, normalised_entropy
 from .dyn_nsa_attention import DynNSAAttention, DynNSAAttentionOutput
 from .dyn_nsa_cache import DynNSACache
+from .dyn_onn_block import DynONNBlock
 from .expert_statistics import token_mask_of
 from .surprise_budget import carry_surprise_budget, surprise_budget_of
 from .threshold_router import ThresholdRouter
@@ -19,6 +20,7 @@ __all__ = [
     "DynNSACache",
     "DynNSACore",
     "DynNSAOptions",
+    "DynONNBlock",
     "ThresholdRouter",
     "budget_loss",
     "carry_surprise_budget",

@@ -14,6 +14,7 @@ from ..ops._checks import check_flag, check_number, check_size
 from ..ops.nsa._checks import checked_bounds
 from .dyn_nsa import DynNSACore, DynNSAOptions, check_tau, checked_price
 from .dyn_nsa_cache import DynNSACache
+from .rotary import positions, rotate, rotation
 
 
 class DynNSAAttentionOutput(NamedTuple):
@@ -137,9 +138,9 @@ class DynNSAAttention(nn.Module):
         tau = self.core.tau_of(tau, query, decoding=before > 0)
         gates = self.core.gates(query)
         if position_ids is None:
-            position_ids = _positions(hidden_states, before, key_start, cu_seqlens)
-        turn = self._rotation(position_ids, query.dtype)
-        query, key = _rotate(query, turn), _rotate(key, turn)
+            position_ids = positions(hidden_states, before, key_start, cu_seqlens)
+        turn = rotation(position_ids, self.head_dim, self.rope_theta, query.dtype)
+        query, key = rotate(query, turn), rotate(key, turn)
         key_compressed = value_compressed = None
         if cache is not None:
             key, value, key_compressed, value_compressed = cache.append(self.core, key, value)
@@ -152,25 +153,3 @@ class DynNSAAttention(nn.Module):
         distillation = self.core.distillation_loss(query, key, key_start=key_start, key_end=key_end, cu_seqlens=cu_seqlens)
         out = self.o_proj(result.out.flatten(2))
         return DynNSAAttentionOutput(out, loss, result.counts, result.tau, result.overflow, result.soft_counts, distillation)
-
-    def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        # Not a buffer: half precision would be too coarse for the angles of distant positions.
-        wide = torch.promote_types(dtype, torch.float32)
-        pair = torch.arange(0, self.head_dim, 2, device=position_ids.device, dtype=wide)
-        angle = position_ids[..., None, None] * self.rope_theta ** (-pair / self.head_dim)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def _positions(x: Tensor, before: int, key_start: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Position of each token in its sequence, (1 or B, T)."""
-    place = torch.arange(before, before + x.shape[1], device=x.device)[None]
-    if cu_seqlens is not None:
-        return place - cu_seqlens[torch.searchsorted(cu_seqlens, place.int(), right=True) - 1]
-    return place if key_start is None else (place - key_start[:, None]).clamp(min=0)
-
-
-def _rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates features i and i + D/2 of (B, T, heads, D) as a pair."""
-    cos, sin = turn
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
