@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from ..ops._checks import check_choice, check_flag, check_number, check_size
 from .checkpointing import keep_selection
@@ -164,8 +164,8 @@ class DynONNBlock(nn.Module):
         # DynSMHA checkpoints its own experts, after its routing.
         again = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None and self.attention_kind != "dyn_smha"
         if again:
-            kept = keep_selection if self.attention_kind == "dyn_nsa" else noop_context_fn
-            attended = checkpoint(self._attend, hidden_states, given, use_reentrant=False, context_fn=kept)
+            kept: dict[str, Any] = {"context_fn": keep_selection} if self.attention_kind == "dyn_nsa" else {}
+            attended = checkpoint(self._attend, hidden_states, given, use_reentrant=False, **kept)
             assert isinstance(attended, Tensor)
         else:
             attended = self._attend(hidden_states, given)

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, NamedTuple, get_args
 
 from transformers import PretrainedConfig
 
-from ...errors import InputError, did_you_mean, listed
+from ...errors import InputError, did_you_mean, listed, shown
 from ...nn.dyn_onn_block import MAX_INTERMEDIATE, AttentionKind
-from ...ops._checks import check_choice, check_flag, check_number, check_size
+from ...ops._checks import check_flag, check_number, check_size
 
 NEAR = 0.8  # similarity of an unknown option's name to a known one, from which it counts as misspelt
 
@@ -50,9 +50,8 @@ class TinyOnnConfig(PretrainedConfig):
         max_position_embeddings: context length, for tools that cut texts; positions are rotary and have no table.
         attention: "dyn_nsa", "dyn_smha" or "full"; see `nn.DynONNBlock`.
         alpha, gamma: of predictive integrity; see `train.predictive_integrity`.
-        pruning_threshold: integrity, between 0 and 1, below which an expert that hardly any token uses is pruned.
-        growth_threshold: integrity, between 0 and 1, below which new experts are born.
-        w_ce, w_kl: weights of the router's loss on surprise; see `ops.surprise_min_loss`.
+        pruning_threshold, growth_threshold: of the life of experts, at least 0.
+        w_ce, w_kl: weights of the router's loss on surprise; see `ops.surprise_min_loss`. These six are for training; no forward reads them.
         rms_norm_eps: added to the mean square in each RMSNorm.
         initializer_range: standard deviation of the initial weights of embeddings and projections.
         use_cache: whether calls without gradients return keys and values for decoding.
@@ -103,11 +102,14 @@ class TinyOnnConfig(PretrainedConfig):
             raise ValueError(
                 f"head_dim must be even, at most {MAX_INTERMEDIATE}, and divide hidden_size {self.hidden_size}, got {self.head_dim}."
             )
-        check_choice("attention", self.attention, get_args(AttentionKind))
-        for name in ("alpha", "w_ce", "w_kl", "rms_norm_eps", "initializer_range"):
+        kinds = get_args(AttentionKind)
+        if self.attention not in kinds:
+            raise InputError(
+                f"attention must be one of {', '.join(kinds)}, got {shown(self.attention)}{did_you_mean(self.attention, kinds)}"
+            )
+        for name in ("alpha", "pruning_threshold", "growth_threshold", "w_ce", "w_kl", "rms_norm_eps", "initializer_range"):
             check_number(name, getattr(self, name), at_least=0)
-        for name in ("gamma", "pruning_threshold", "growth_threshold"):
-            check_number(name, getattr(self, name), at_least=0, at_most=1)
+        check_number("gamma", self.gamma, at_least=0, at_most=1)
         for name in ("use_cache", "tie_word_embeddings"):
             check_flag(name, getattr(self, name))
         super().__post_init__(**kwargs)
@@ -137,8 +139,7 @@ class TinyOnnConfig(PretrainedConfig):
         """
         names = {name: sizes for short, sizes in BONSAI.items() for name in (short, f"bonsai-{short}")}
         if not isinstance(size, str) or size.casefold() not in names:
-            near = did_you_mean(size, BONSAI)
-            raise InputError(f"size must be {listed(BONSAI)}, got {size!r}{near}")
+            raise InputError(f"size must be one of {listed(BONSAI)}, got {shown(size)}{did_you_mean(size, BONSAI)}")
         sizes = names[size.casefold()]._asdict()
         most, fewer = sizes.pop("experts"), sizes.pop("experts_with_smha")
         if options.get("attention") == "dyn_smha":

@@ -52,18 +52,20 @@ def bounds_of(attention_mask: Tensor | None, length: int, attention: str) -> Bou
     return Bounds(start, end)
 
 
-def sequences_of(position_ids: Tensor | None, attention: str) -> Tensor | None:
-    """Bounds (sequences + 1,) int32 of sequences packed in one row, which positions (1, T) that restart mark; None for one sequence.
+def restarts(position_ids: Tensor | None) -> bool:
+    """Whether positions (B, T) restart within a row, as those of packed sequences do. False while compiling, which cannot read values."""
+    if position_ids is None or position_ids.shape[-1] < 2 or torch.compiler.is_compiling():
+        return False
+    return bool((position_ids.diff(dim=-1) != 1).any())
+
+
+def sequences_of(position_ids: Tensor, attention: str) -> Tensor:
+    """Bounds (sequences + 1,) int32 of sequences packed in one row, which positions (1, T) that restart mark.
 
     Raises:
-        InputError: positions restart in one of several rows.
+        InputError: there are several rows.
     """
-    if position_ids is None or position_ids.shape[-1] < 2 or torch.compiler.is_compiling():
-        return None
-    begins = position_ids.diff(dim=-1) != 1
-    if not bool(begins.any()):
-        return None
     if len(position_ids) > 1:
         raise InputError(f"position_ids must count on in each of several rows with attention={attention!r}; pack sequences in one row.")
-    inner = begins[0].nonzero().flatten() + 1
-    return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=position_ids.shape[-1]).int()
+    inner = (position_ids[0].diff() != 1).nonzero().flatten() + 1
+    return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), position_ids.shape[-1])]).int()

@@ -24,7 +24,7 @@ from ...nn import DynNSACore, DynONNBlock
 from ...nn.routed import Routed
 from .cache import fitted
 from .configuration import TinyOnnConfig
-from .masks import bounds_of, sequences_of
+from .masks import bounds_of, restarts, sequences_of
 
 logger = logging.get_logger(__name__)
 
@@ -105,7 +105,7 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
             past_key_values: a `DynamicCache`.
             inputs_embeds: (B, T, F), in place of input_ids.
             use_cache: whether to return a cache; None for `config.use_cache`, but not where gradients are on, because cached keys of the
-                sparse kinds of attention have none.
+                sparse kinds of attention have none, and not of packed sequences.
             cu_seq_lens_q: (sequences + 1,), bounds of sequences packed in one row.
 
         Raises:
@@ -114,7 +114,8 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("exactly one of input_ids and inputs_embeds must be given.")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        past_key_values = self._cache(past_key_values, use_cache)
+        packed = cu_seq_lens_q is not None or (attention_mask is None and restarts(position_ids))
+        past_key_values = self._cache(past_key_values, use_cache, packed)
         arguments = self._full if self.config.attention == "full" else self._sparse
         for block, given in zip(
             self.layers, arguments(hidden_states, attention_mask, position_ids, past_key_values, cu_seq_lens_q), strict=True
@@ -122,14 +123,16 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
             hidden_states = block(hidden_states, **given)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _cache(self, cache: Any, use_cache: bool | None) -> Any:
+    def _cache(self, cache: Any, use_cache: bool | None, packed: bool) -> Any:
         """The cache of a call, or None."""
         checkpointed = any(block.gradient_checkpointing for block in self.layers)
         if self.training and checkpointed and (cache is not None or use_cache):
             logger.warning_once("A cache cannot be used with gradient checkpointing; use_cache is False.")
             return None
         if use_cache is None:
-            use_cache = self.config.use_cache and not torch.is_grad_enabled()
+            use_cache = self.config.use_cache and not torch.is_grad_enabled() and not packed
+        if packed and (use_cache or cache is not None):
+            raise InputError("use_cache must be False for sequences packed in a row.")
         return DynamicCache(config=self.config) if use_cache and cache is None else cache
 
     def _counted(self, attention_mask: Tensor | None, tokens: int) -> Tensor | None:
@@ -159,13 +162,11 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
         common = {"position_ids": position_ids, "token_mask": self._counted(mask, tokens)}
         if cache is None:
             start, end = bounds_of(mask, tokens, kind)
-            if mask is None:
-                cu_seqlens = sequences_of(position_ids, kind) if cu_seqlens is None else cu_seqlens
+            if cu_seqlens is None and mask is None and position_ids is not None and restarts(position_ids):
+                cu_seqlens = sequences_of(position_ids, kind)
             return [{**common, "key_start": start, "key_end": end, "cu_seqlens": cu_seqlens} for _ in self.layers]
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             raise InputError(f"use_cache must be False where gradients are on with attention={kind!r}, whose cached keys have none.")
-        if cu_seqlens is not None:
-            raise InputError("cu_seq_lens_q must be None beside a cache.")
         layers = fitted(cache, kind, len(self.layers))
         past = layers[0].get_seq_length()
         start = bounds_of(mask, past + tokens, kind).key_start
