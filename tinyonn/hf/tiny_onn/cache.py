@@ -51,15 +51,18 @@ class SparseCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """`get_max_length` in earlier versions of transformers."""
+        return -1
+
     def reset(self) -> None:
         self.held, self.is_initialized = None, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last tokens, whose number is given below 0, as transformers does."""
-        if tokens_to_remove > 0:
-            raise InputError(f"tokens_to_remove must be at most 0, got {tokens_to_remove}.")
+        """Removes the last tokens, whose number is given below 0; above 0, as in earlier versions of transformers, it is what is left."""
         if self.held is not None:
-            self.held.crop(max(0, self.held.length + tokens_to_remove))
+            left = tokens_to_remove if tokens_to_remove > 0 else self.held.length + tokens_to_remove
+            self.held.crop(min(max(0, left), self.held.length))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)

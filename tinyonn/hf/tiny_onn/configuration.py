@@ -51,7 +51,7 @@ class TinyOnnConfig(PretrainedConfig):
         attention: "dyn_nsa", "dyn_smha" or "full"; see `nn.DynONNBlock`.
         alpha, gamma: of predictive integrity; see `train.predictive_integrity`.
         pruning_threshold, growth_threshold: of the life of experts, at least 0.
-        w_ce, w_kl: weights of the router's loss on surprise; see `ops.surprise_min_loss`. These six are for training; no forward reads them.
+        w_ce, w_kl: weights of the router's loss on surprise; see `ops.surprise_min_loss`. No forward reads these six.
         rms_norm_eps: added to the mean square in each RMSNorm.
         initializer_range: standard deviation of the initial weights of embeddings and projections.
         use_cache: whether calls without gradients return keys and values for decoding.

@@ -233,6 +233,6 @@ class TinyOnnForCausalLM(TinyOnnPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         kind = generation_config.cache_implementation
-        if self.config.attention != "full" and kind not in (None, "dynamic"):
+        if self.config.attention != "full" and kind not in (None, "dynamic", "dynamic_full"):
             raise InputError(f"cache_implementation must be dynamic with attention={self.config.attention!r}, got {kind!r}.")
         return GenerationMixin._prepare_cache_for_generation(self, generation_config, *args, **kwargs)
