@@ -1,7 +1,7 @@
 """Hooks into Hugging Face transformers.
 
-Importing this package registers `attn_implementation="dyn_nsa"` and `experts_implementation="tinyonn"`, and lets transformers build the
-parts of converted models wherever it builds a model (`hf._converted`).
+Importing this package registers `attn_implementation="dyn_nsa"` and `experts_implementation="tinyonn"`, and TinyOnn models with the Auto
+classes, and lets transformers build the parts of converted models wherever it builds a model (`hf._converted`).
 """
 
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from .dyn_nsa import (
     statistics,
 )
 from .interfaces import register_attention
+from .tiny_onn import TinyOnnConfig, TinyOnnForCausalLM, TinyOnnModel
 from .tuning import TuningResult, tune_kernels
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ install()
 
 __all__ = [
     "BudgetSchedule",
+    "TinyOnnConfig",
+    "TinyOnnForCausalLM",
+    "TinyOnnModel",
     "TuningResult",
     "calibrate",
     "calibrate_experts",

@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 from .._io.config import read_yaml
 from .._io.files import replacing, write_atomically
 from .._io.locks import locked
-from ..errors import InputError, listed, needs
+from ..errors import InputError, needs
 from ..hf.loading import resolve_device, resolve_dtype
 from ..hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
 from ..train.onn_trainer import OnnTrainer

@@ -6,6 +6,7 @@ from .dyn_moe import DynMoE
 from .dyn_nsa import OPEN, DynNSACore, DynNSAOptions, budget_loss, normalised_entropy
 from .dyn_nsa_attention import DynNSAAttention, DynNSAAttentionOutput
 from .dyn_nsa_cache import DynNSACache
+from .dyn_onn_block import DynONNBlock
 from .dyn_smha import DynSMHA
 from .dyn_smha_cache import DynSMHACache
 from .expert_statistics import token_mask_of
@@ -21,6 +22,7 @@ __all__ = [
     "DynNSACache",
     "DynNSACore",
     "DynNSAOptions",
+    "DynONNBlock",
     "DynSMHA",
     "DynSMHACache",
     "ThresholdRouter",

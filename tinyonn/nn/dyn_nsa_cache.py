@@ -53,6 +53,10 @@ class CompressedCache:
         whole = key.shape[1] // size
         return self._tensors[0][:, :whole], self._tensors[1][:, :whole]
 
+    def select_rows(self, index: Tensor) -> None:
+        """Replaces the rows by those of an index, (n,)."""
+        self._tensors = [tensor.index_select(0, index) for tensor in self._tensors]
+
 
 class DynNSACache:
     """Keys, values and compressed blocks of one layer, for decoding.
@@ -101,6 +105,26 @@ class DynNSACache:
         self._value[:, begin : self.length] = value
         keys, values = self._key[:, : self.length], self._value[:, : self.length]
         return keys, values, *self._compressed.extend(core, keys, values, begin, count, self.key_start)
+
+    @torch.no_grad()
+    def select_rows(self, index: Tensor) -> None:
+        """Replaces the rows by those of an index, (n,), which may reorder, repeat or drop them."""
+        if self.key_start is not None:
+            self.key_start = self.key_start.index_select(0, index.to(self.key_start.device))
+        if self._key is not None and self._value is not None:
+            index = index.to(self._key.device)
+            self._key, self._value = self._key.index_select(0, index), self._value.index_select(0, index)
+            self._compressed.select_rows(index)
+
+    def crop(self, length: int) -> None:
+        """Forgets all positions but the first `length`.
+
+        Raises:
+            ValueError: the cache has fewer.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length must be 0 … {self.length}, got {length}.")
+        self.length = length
 
     def check_rows(self, rows: int) -> None:
         """ValueError if the cache has another number of rows."""
