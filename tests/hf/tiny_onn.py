@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tinyonn.hf import TinyOnnConfig
 
-KINDS = ["dyn_nsa", "full", *(["dyn_smha"] if importlib.util.find_spec("tinyonn.nn.dyn_smha") else [])]
+KINDS = ["dyn_nsa", "full", "dyn_smha"]
 SPARSE = [kind for kind in KINDS if kind != "full"]
 VOCABULARY = 50
 

@@ -150,9 +150,9 @@ def test_bad_caches_are_refused_and_not_changed():
         with pytest.raises(ValueError, match="must be None beside a cache"):
             module(x, cache=cache, key_start=torch.tensor([0, 0]))
         assert cache.length == 5
-    with pytest.raises(TypeError, match="key_start must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"key_start must be a torch\.Tensor, got list"):
         DynSMHACache([0])
-    with pytest.raises(TypeError, match="key_start must be int32 or int64, got torch.float32"):
+    with pytest.raises(TypeError, match=r"key_start must be int32 or int64, got torch\.float32"):
         DynSMHACache(torch.zeros(2))
     with pytest.raises(ValueError, match=r"key_start of the cache must have shape \(2,\), got \(3,\)"):
         module(x, cache=DynSMHACache(torch.zeros(3, dtype=torch.int64)))

@@ -16,7 +16,10 @@ from .errors import explain
 from .screen import say
 
 # In the order of use, which is the order in `tinyonn --help`. Each module has a function, or a group of commands, of its own name.
-COMMANDS = ("demo", "doctor", "corpus", "scan", "report", "compare", "heads", "info", "verify", "recover", "convert", "tune")
+COMMANDS = (
+    *("demo", "life-demo", "doctor", "corpus", "scan", "report", "compare", "heads", "train", "info", "verify", "recover", "convert"),
+    "tune",
+)
 
 
 def _normal(token: str) -> str:
@@ -52,7 +55,7 @@ def _root(
 
 
 for _name in COMMANDS:
-    _command = getattr(importlib.import_module(f".{_name}", __package__), _name)
+    _command = getattr(importlib.import_module(f".{_name.replace('-', '_')}", __package__), _name.replace("-", "_"))
     if isinstance(_command, typer.Typer):
         app.add_typer(_command, name=_name)
     else:

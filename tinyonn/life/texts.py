@@ -119,8 +119,8 @@ def encoded(texts: Iterable[str], tokenizer: Any) -> np.ndarray:
     parts: list[np.ndarray] = []
     iterator = iter(texts)
     while batch := list(islice(iterator, 256)):
-        for tokens in tokenizer(batch, add_special_tokens=False)["input_ids"]:
-            parts.append(np.array([*tokens, end], dtype=np.int32))
+        found = tokenizer(batch, add_special_tokens=False)["input_ids"]
+        parts += [np.array([*tokens, end], dtype=np.int32) for tokens in found]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
 

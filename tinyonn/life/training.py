@@ -322,6 +322,8 @@ def _sample(model: TinyOnnForCausalLM, tokenizer: Any) -> str:
     begin = torch.tensor([[tokenizer.eos_token_id]], device=next(model.parameters()).device)
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    found = model.generate(begin, max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.8, eos_token_id=None)
+    found: Any = model.generate(  # type: ignore[misc]
+        begin, max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.8, eos_token_id=None
+    )
     torch.random.set_rng_state(state)
     return str(tokenizer.decode(found[0, 1:], skip_special_tokens=True))

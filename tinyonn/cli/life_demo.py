@@ -1,0 +1,3 @@
+"""`tinyonn life-demo`."""
+
+from .demo.life import life_demo as life_demo

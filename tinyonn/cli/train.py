@@ -1,0 +1,57 @@
+"""`tinyonn train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from .._io.config import read_yaml
+from ..life.config import LifeConfig
+from . import screen
+from .options import ConfigFile, print_config_option, takes_options
+
+_CONFIG_HEADER = "Options of `tinyonn train` with their defaults. Pass the file as --config; the command line takes precedence."
+PrintConfig = Annotated[bool, print_config_option(LifeConfig, _CONFIG_HEADER)]
+
+
+@takes_options(LifeConfig)
+def train(given: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False) -> None:
+    """Train a small self-organising model on texts, from nothing.
+
+    Learns a vocabulary, then trains a bonsai, whose experts are born and recycled. The page OUTPUT/life.html is kept current. To go on
+    after a stop, run the same command again. Under torchrun, every process takes its share of each batch.
+    """
+    values = {**(read_yaml(config) if config else {}), **given}
+    run_life(LifeConfig.from_mapping(values, source=str(config or "a --config file")))
+
+
+def run_life(config: LifeConfig) -> Path:
+    """Trains with progress on the screen, and prints how it ended. Returns the page."""
+    if not Path(config.data_path).expanduser().exists():
+        from ..errors import InputError
+
+        raise InputError(f"data_path must be a file or a folder, got {config.data_path}, which does not exist.")
+    from ..life.training import train
+
+    with screen.Progress("training") as bar:
+        result = train(config, bar.update)
+    last = result.metrics
+    lines: list[tuple[str, object]] = [("trained", f"{screen.counted(result.steps, 'step')}, {result.parameters:,} parameters")]
+    if result.stopped:
+        lines.append(("stopped", f"{result.stopped}; run the same command to go on"))
+    if "loss" in last:
+        held_out = "" if result.eval_loss is None else f", held out {result.eval_loss:.3f}"
+        lines.append(("loss", f"{last['loss']:.3f} nats a token{held_out}"))
+    if "pi" in last:
+        lines.append(("integrity", f"{last['pi']:.3f}"))
+    if "live_experts" in last:
+        changes = f"{screen.counted(result.births, 'birth')}, {screen.counted(result.recyclings, 'recycling')}"
+        lines.append(("experts", f"{last['live_experts']:.0f} live, {changes}"))
+    if result.skipped:
+        lines.append(("skipped", f"{screen.counted(result.skipped, 'step')} whose loss or gradients were not finite"))
+    lines += [("model", result.model), ("page", result.page), ("took", screen.duration(result.seconds))]
+    if result.sample.strip():
+        lines.append(("sample", " ".join(result.sample.split())))
+    print(screen.rows(lines), flush=True)
+    return result.page
