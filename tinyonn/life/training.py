@@ -13,28 +13,31 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from transformers import AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as hf_logging
 
 from .._io.config import read_yaml
 from .._io.files import replacing, write_atomically
 from .._io.locks import locked
-from ..errors import InputError, needs
+from ..errors import InputError
 from ..hf.loading import resolve_device, resolve_dtype
 from ..hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
+from ..nn.routed import Routed
 from ..train.onn_trainer import OnnTrainer
 from .config import LifeConfig
 from .log import LifeLog
@@ -106,13 +109,15 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
     begin = time.monotonic()
     folder = Path(config.output_dir)
     tell = progress or (lambda share, words: None)
-    first = int(_environment("RANK", "0")) == 0
+    first = int(os.environ.get("RANK", "0")) == 0
     with locked(folder) if first else contextlib.nullcontext(), _quiet():
         _check_same_life(folder, config)
         tokenizer, tokens = _prepared(folder, config, tell, first)
         training, held_out = split(tokens, config.context, config.eval_size, config.data_path)
         set_seed(config.seed % 2**32)
         model = TinyOnnForCausalLM(_model_config(config, tokenizer))
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
         log = LifeLog(folder, tell, config.steps)
         trainer = OnnTrainer(
             model=model,
@@ -129,6 +134,7 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
             drive_weights=config.drive_weights,
             max_bad_steps=config.max_bad_steps,
         )
+        trainer.remove_callback(PrinterCallback)
         log.begin(trainer)
         checkpoint = get_last_checkpoint(str(folder / "checkpoints")) if (folder / "checkpoints").is_dir() else None
         log.resume(0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2]))
@@ -157,23 +163,20 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
     )
 
 
-def _environment(name: str, default: str) -> str:
-    import os
-
-    return os.environ.get(name, default)
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers prints a table of its own; ours is on the screen already."""
-    before = hf_logging.get_verbosity()
+    """transformers prints lines and bars of its own; ours are on the screen already."""
+    before, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r".*pin_memory.*")
             yield
     finally:
         hf_logging.set_verbosity(before)
+        if bars:
+            hf_logging.enable_progress_bar()
 
 
 def _check_same_life(folder: Path, config: LifeConfig) -> None:
@@ -197,7 +200,7 @@ def _prepared(folder: Path, config: LifeConfig, tell: ProgressCall, first: bool)
     done = folder / "tokens.npy"
     if first and not done.is_file():
         tell(None, "learning the vocabulary")
-        read = lambda: documents(config.data_path, suffix=config.suffix, text_field=config.text_field)  # noqa: E731  # a fresh iterator
+        read = partial(documents, config.data_path, suffix=config.suffix, text_field=config.text_field)
         if next(read(), None) is None:
             raise InputError(f"data_path must have a text, got {config.data_path}, which has none.")
         size = config.vocab_size or TinyOnnConfig.bonsai(config.size).vocab_size
@@ -209,7 +212,7 @@ def _prepared(folder: Path, config: LifeConfig, tell: ProgressCall, first: bool)
         split(tokens, config.context, config.eval_size, config.data_path)  # before anything is kept
         kept = {name: value for name, value in asdict(config).items() if name not in FREE}
         write_atomically(folder / "options.yaml", yaml.safe_dump(kept, sort_keys=False))
-        with replacing(done) as partial, partial.open("wb") as file:
+        with replacing(done) as unfinished, unfinished.open("wb") as file:
             np.save(file, tokens)
     elif not first:
         _wait_for(done)
@@ -244,8 +247,6 @@ def _model_config(config: LifeConfig, tokenizer: Any) -> TinyOnnConfig:
 
 def _room(model: TinyOnnForCausalLM) -> bool:
     """Whether a layer has an expert that is not live."""
-    from ..nn.routed import Routed
-
     return any(not bool(module.router.expert_mask.all()) for module in model.modules() if isinstance(module, Routed))
 
 
@@ -253,8 +254,6 @@ def _arguments(config: LifeConfig, folder: Path) -> TrainingArguments:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device, TinyOnnConfig()) if config.dtype != "auto" or device.type != "cpu" else torch.float32
     board = importlib.util.find_spec("tensorboard") is not None
-    if not board:
-        warnings.warn(f"no TensorBoard files are written: {needs('they', 'tensorboard')}.", stacklevel=3)
     sharded: dict[str, Any] = {"fsdp": "full_shard", "fsdp_config": {"version": 2}} if config.fsdp else {}
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -266,7 +265,6 @@ def _arguments(config: LifeConfig, folder: Path) -> TrainingArguments:
         warmup_steps=0,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         logging_steps=config.log_steps,

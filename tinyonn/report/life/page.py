@@ -36,6 +36,8 @@ MEANINGS = {
     "complexity": "α γ surprise, how much the experts that ran would have to change",
     "τ": "mean entropy of the output distribution",
     "surprise": "norm of the gradient that a token alone causes in one of its experts",
+    "routing accuracy": "share of tokens whose best-scored expert had the least surprise; an expert with more weight has more surprise, so "
+    "this is below chance unless routers learn from surprise (w_ce, w_kl)",
     "birth": "an inactive expert was woken for tokens that passed no expert's threshold",
     "recycling": "a live expert that hardly any token used was reset",
 }
