@@ -226,6 +226,13 @@ def test_wrong_inputs_have_one_line(kind):
     assert built(ids).past_key_values is None
 
 
+def test_attention_is_chosen_by_the_configuration():
+    with pytest.raises(
+        InputError, match="attn_implementation must be left out for TinyOnn, whose configuration has attention, got 'dyn_nsa'"
+    ):
+        AutoModelForCausalLM.from_config(config(), attn_implementation="dyn_nsa")
+
+
 def filled_cache() -> DynamicCache:
     """A cache of another model."""
     cache = DynamicCache()

@@ -42,6 +42,12 @@ class TinyOnnPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": DynONNBlock}  # noqa: RUF012  # as in transformers
 
+    def __init__(self, config: TinyOnnConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        kind = config._attn_implementation
+        if kind not in (None, "sdpa", "eager"):
+            raise InputError(f"attn_implementation must be left out for TinyOnn, whose configuration has attention, got {kind!r}.")
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialises what no file had; tensors that one had keep their values."""
