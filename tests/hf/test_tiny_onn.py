@@ -28,7 +28,8 @@ def test_a_bonsai_has_the_parameters_of_its_name(size, kind):
         built = AutoModelForCausalLM.from_config(made)
     allocated = built.num_parameters()
     share = made.init_num_experts / made.max_num_experts
-    asleep = (1 - share) * sum(p.numel() for name, p in built.named_parameters() if ".experts." in name)
+    pools = (".experts.", ".attention.") if kind == "dyn_smha" else (".experts.",)
+    asleep = (1 - share) * sum(p.numel() for name, p in built.named_parameters() if any(pool in name for pool in pools))
     for number in (allocated, allocated - asleep):
         assert 0.8 * NUMBERS[size] <= number <= 1.2 * NUMBERS[size]
     assert made.intermediate_size <= 128
@@ -177,8 +178,6 @@ def test_routers_count_no_padding(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("marked", ["positions", "bounds"])
 def test_packed_sequences_stay_apart(kind, marked):
-    if kind == "full" and marked == "bounds":
-        pytest.skip("scaled_dot_product_attention takes no bounds")
     built, ids = model(kind).double(), token_ids(1, 150)
     parts = ids.split([70, 1, 79], 1)
     positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
@@ -224,6 +223,13 @@ def test_wrong_inputs_have_one_line(kind):
     with pytest.raises(InputError, match=f"use_cache must be False where gradients are on with attention='{kind}'"):
         built(ids, use_cache=True)
     assert built(ids).past_key_values is None
+
+
+def test_attention_is_chosen_by_the_configuration():
+    with pytest.raises(
+        InputError, match="attn_implementation must be left out for TinyOnn, whose configuration has attention, got 'dyn_nsa'"
+    ):
+        AutoModelForCausalLM.from_config(config(), attn_implementation="dyn_nsa")
 
 
 def filled_cache() -> DynamicCache:

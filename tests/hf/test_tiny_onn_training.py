@@ -64,6 +64,27 @@ def test_checkpointed_steps_have_the_gradients_of_others(kind, reentrant):
     assert not any(layer.gradient_checkpointing or layer.experts.checkpoint for layer in checkpointed.model.layers)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed_steps_have_the_gradients_of_others_under_autocast(kind):
+    losses, grads = [], []
+    for checkpointed in (False, True):
+        built, ids = model(kind).train(), token_ids(2, 90)
+        built._set_gradient_checkpointing(checkpointed)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = built(ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append(gradients(built))
+    with torch.no_grad():
+        exact = model(kind)(ids, labels=ids).loss
+    assert torch.equal(*losses)
+    assert losses[0] != exact
+    torch.testing.assert_close(losses[0], exact, rtol=0.02, atol=0)
+    for name, grad in grads[0].items():
+        assert grad.dtype == torch.float32
+        assert torch.equal(grad, grads[1][name]), name
+
+
 def test_every_second_layer_can_be_checkpointed():
     built = model(num_hidden_layers=4)
     built._set_gradient_checkpointing(True, every_n_layers=2)

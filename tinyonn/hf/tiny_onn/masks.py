@@ -54,17 +54,22 @@ def bounds_of(attention_mask: Tensor | None, length: int, attention: str) -> Bou
 
 def restarts(position_ids: Tensor | None) -> bool:
     """Whether positions (B, T) restart within a row, as those of packed sequences do. False while compiling, which cannot read values."""
-    if position_ids is None or position_ids.shape[-1] < 2 or torch.compiler.is_compiling():
+    if position_ids is None or torch.compiler.is_compiling():
         return False
     return bool((position_ids.diff(dim=-1) != 1).any())
 
 
-def sequences_of(position_ids: Tensor, attention: str) -> Tensor:
-    """Bounds (sequences + 1,) int32 of sequences packed in one row, which positions (1, T) that restart mark.
+def sequences_of(position_ids: Tensor | None, attention: str) -> Tensor | None:
+    """Bounds (sequences + 1,) int32 of sequences packed in one row, which positions (1, T) that restart mark; None for one sequence.
 
     Raises:
-        InputError: there are several rows.
+        InputError: positions restart in one of several rows.
     """
+    if position_ids is not None and torch.compiler.is_compiling():
+        message = f"under torch.compile, attention={attention!r} takes packed sequences by cu_seq_lens_q only."
+        torch._assert_async((position_ids.diff(dim=-1) == 1).all(), message)
+    if position_ids is None or not restarts(position_ids):
+        return None
     if len(position_ids) > 1:
         raise InputError(f"position_ids must count on in each of several rows with attention={attention!r}; pack sequences in one row.")
     inner = (position_ids[0].diff() != 1).nonzero().flatten() + 1

@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...errors import InputError
 from ...nn import DynNSACore, DynONNBlock
+from ...nn.rotary import positions
 from ...nn.routed import Routed
 from .cache import fitted
 from .configuration import TinyOnnConfig
@@ -41,6 +42,12 @@ class TinyOnnPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": DynONNBlock}  # noqa: RUF012  # as in transformers
+
+    def __init__(self, config: TinyOnnConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        kind = config._attn_implementation
+        if kind not in (None, "sdpa", "eager"):
+            raise InputError(f"attn_implementation must be left out for TinyOnn, whose configuration has attention, got {kind!r}.")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -116,10 +123,9 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         packed = cu_seq_lens_q is not None or (attention_mask is None and restarts(position_ids))
         past_key_values = self._cache(past_key_values, use_cache, packed)
-        arguments = self._full if self.config.attention == "full" else self._sparse
-        for block, given in zip(
-            self.layers, arguments(hidden_states, attention_mask, position_ids, past_key_values, cu_seq_lens_q), strict=True
-        ):
+        prepare = self._full if self.config.attention == "full" else self._sparse
+        arguments = prepare(hidden_states, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
+        for block, given in zip(self.layers, arguments, strict=True):
             hidden_states = block(hidden_states, **given)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
@@ -145,8 +151,7 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
         """Arguments of each block with attention="full"."""
         tokens = hidden_states.shape[1]
         if position_ids is None:
-            past = 0 if cache is None else cache.get_seq_length()
-            position_ids = torch.arange(past, past + tokens, device=hidden_states.device)[None]
+            position_ids = positions(hidden_states, 0 if cache is None else cache.get_seq_length(), None, cu_seqlens)
         causal = create_causal_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=mask, past_key_values=cache, position_ids=position_ids
         )
@@ -162,10 +167,10 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
         common = {"position_ids": position_ids, "token_mask": self._counted(mask, tokens)}
         if cache is None:
             start, end = bounds_of(mask, tokens, kind)
-            if cu_seqlens is None and mask is None and position_ids is not None and restarts(position_ids):
+            if cu_seqlens is None and mask is None:
                 cu_seqlens = sequences_of(position_ids, kind)
             return [{**common, "key_start": start, "key_end": end, "cu_seqlens": cu_seqlens} for _ in self.layers]
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
+        if torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in self.parameters())):
             raise InputError(f"use_cache must be False where gradients are on with attention={kind!r}, whose cached keys have none.")
         layers = fitted(cache, kind, len(self.layers))
         past = layers[0].get_seq_length()
