@@ -59,7 +59,7 @@ def test_bad_records_are_one_line(content, message, tmp_path):
 
 
 def test_a_path_that_is_not_there_or_not_text(tmp_path):
-    with pytest.raises(InputError, match="data_path must be a file or a folder, got .*, which does not exist"):
+    with pytest.raises(InputError, match=r"data_path must be a file or a folder, got .*, which does not exist"):
         list(documents(str(tmp_path / "none")))
     (tmp_path / "x.bin").write_bytes(b"\xff\x00")
     with pytest.raises(InputError, match="data_path must be UTF-8 text, or records named"):

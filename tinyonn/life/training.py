@@ -37,7 +37,6 @@ from .._io.locks import locked
 from ..errors import InputError
 from ..hf.loading import resolve_device, resolve_dtype
 from ..hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
-from ..nn.routed import Routed
 from ..train.onn_trainer import OnnTrainer
 from .config import LifeConfig
 from .log import LifeLog
@@ -125,12 +124,6 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
             train_dataset=training,
             eval_dataset=held_out,
             callbacks=[log, _StopSignals()],
-            alpha=config.alpha,
-            gamma=config.gamma,
-            pruning_threshold=config.pruning_threshold,
-            growth_threshold=config.growth_threshold if _room(model) else None,
-            w_ce=config.w_ce,
-            w_kl=config.w_kl,
             drive_weights=config.drive_weights,
             max_bad_steps=config.max_bad_steps,
         )
@@ -243,11 +236,6 @@ def _model_config(config: LifeConfig, tokenizer: Any) -> TinyOnnConfig:
         )
     except ValueError as error:
         raise InputError(str(error)) from None
-
-
-def _room(model: TinyOnnForCausalLM) -> bool:
-    """Whether a layer has an expert that is not live."""
-    return any(not bool(module.router.expert_mask.all()) for module in model.modules() if isinstance(module, Routed))
 
 
 def _arguments(config: LifeConfig, folder: Path) -> TrainingArguments:

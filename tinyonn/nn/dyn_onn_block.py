@@ -20,6 +20,7 @@ from .dyn_nsa import DynNSAOptions
 from .dyn_nsa_attention import DynNSAAttention
 from .dyn_smha import DynSMHA
 from .full_attention import FullAttention
+from .routed import GatingLoss
 
 AttentionKind = Literal["dyn_nsa", "dyn_smha", "full"]
 MAX_INTERMEDIATE = 128  # neurons of an expert; the mixture is many small ones
@@ -39,6 +40,7 @@ class DynONNBlock(nn.Module):
         max_num_experts: allocated experts; None for num_experts.
         intermediate_size: neurons of an expert, at most 128; None for head_dim, or 128 if that is more.
         target_k: experts per token at the start; None for the default of `DynMoE`.
+        gating_loss: "none": the main loss alone trains the routers; "surprise": surprise does too, in `train.HyperStep`.
         attention: "dyn_nsa" for `DynNSAAttention`, "dyn_smha" for `DynSMHA` with as many attention experts as there are experts, "full" for
             causal attention to all earlier tokens.
         nsa_options: options with attention="dyn_nsa"; None for the defaults.
@@ -60,6 +62,7 @@ class DynONNBlock(nn.Module):
         max_num_experts: int | None = None,
         intermediate_size: int | None = None,
         target_k: float | None = None,
+        gating_loss: GatingLoss = "none",
         attention: AttentionKind = "dyn_nsa",
         nsa_options: DynNSAOptions | None = None,
         rms_norm_eps: float = 1e-6,
@@ -70,6 +73,7 @@ class DynONNBlock(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("attention", attention, get_args(AttentionKind))
+        check_choice("gating_loss", gating_loss, get_args(GatingLoss))
         check_size("hidden_size", hidden_size)
         check_size("head_dim", head_dim)
         check_number("rms_norm_eps", rms_norm_eps, at_least=0)
@@ -84,6 +88,8 @@ class DynONNBlock(nn.Module):
             raise ValueError(f"nsa_options must be None unless attention='dyn_nsa', got them with attention={attention!r}.")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         pool: dict[str, Any] = {"max_num_experts": max_num_experts, "target_k": target_k}
+        if gating_loss != "none":
+            pool |= {"gating_loss": gating_loss, "thresholds": "balanced", "form": "linear"}
         self.attention_kind = attention
         self.attention_norm = nn.RMSNorm(hidden_size, eps=rms_norm_eps, **place)
         self.attention: nn.Module

@@ -41,9 +41,11 @@ class OnnTrainer(HyperStepMixin, Trainer):
 
     Args:
         args, others: see `transformers.Trainer`.
-        alpha, gamma: see `predictive_integrity`.
-        pruning_threshold, growth_threshold: see `ExpertLifecycle`; None for no recycling, and no birth.
-        w_ce, w_kl: weights of the routers' loss on surprise, for layers with such a loss.
+        alpha, gamma: see `predictive_integrity`; None for those of the model's configuration, or 1 and 0.5.
+        pruning_threshold, growth_threshold: see `ExpertLifecycle`; None for those of the model's configuration, or none. Without an expert
+            that is not live, no expert is born.
+        w_ce, w_kl: weights of the routers' loss on surprise, for layers with such a loss; None for those of the model's configuration, or
+            0.
         drive_weights: whether both are multiplied by the regeneration rate.
         max_bad_steps: skipped steps in a row after which training stops, at least 1.
 
@@ -60,23 +62,28 @@ class OnnTrainer(HyperStepMixin, Trainer):
     def __init__(
         self,
         *args: Any,
-        alpha: float = 1.0,
-        gamma: float = 0.5,
+        alpha: float | None = None,
+        gamma: float | None = None,
         pruning_threshold: float | None = None,
         growth_threshold: float | None = None,
-        w_ce: float = 0.0,
-        w_kl: float = 0.0,
+        w_ce: float | None = None,
+        w_kl: float | None = None,
         drive_weights: bool = False,
         max_bad_steps: int = 10,
         **kwargs: Any,
     ) -> None:
-        check_number("alpha", alpha, at_least=0)
-        check_number("gamma", gamma, at_least=0, at_most=1)
         check_size("max_bad_steps", max_bad_steps)
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        self.alpha, self.gamma, self.max_bad_steps = alpha, gamma, max_bad_steps
-        self._thresholds = {"pruning_threshold": pruning_threshold, "growth_threshold": growth_threshold}
+
+        def number(name: str, given: float | None, default: float) -> float:
+            return float(getattr(trainer.model.config, name, default) if given is None else given)
+
+        self.alpha, self.gamma, self.max_bad_steps = number("alpha", alpha, 1.0), number("gamma", gamma, 0.5), max_bad_steps
+        check_number("alpha", self.alpha, at_least=0)
+        check_number("gamma", self.gamma, at_least=0, at_most=1)
+        self._thresholds = _thresholds(trainer.model, pruning_threshold, growth_threshold)
+        w_ce, w_kl = number("w_ce", w_ce, 0.0), number("w_kl", w_kl, 0.0)
         self._weights = SurpriseLoss(w_ce=w_ce, w_kl=w_kl) if w_ce or w_kl else None
         self._drive_weights = drive_weights
         self.surprise_loss = self._weights
@@ -252,6 +259,17 @@ class _Steps(TrainerCallback):
             trainer.stopped = f"{trainer._in_a_row} steps in a row had a loss or gradients that were not finite"
             control.should_training_stop = True
         return control
+
+
+def _thresholds(model: Any, pruning_threshold: float | None, growth_threshold: float | None) -> dict[str, float | None]:
+    """Thresholds of the lifecycle; a given growth_threshold is kept, so that the lifecycle refuses it where no expert can be born."""
+    room = any(not bool(layer.router.expert_mask.all()) for layer in _layers(model))
+    config = getattr(model, "config", None)
+    if pruning_threshold is None:
+        pruning_threshold = getattr(config, "pruning_threshold", None)
+    if growth_threshold is None and room:
+        growth_threshold = getattr(config, "growth_threshold", None)
+    return {"pruning_threshold": pruning_threshold, "growth_threshold": growth_threshold}
 
 
 def _layers(model: nn.Module) -> list[Routed]:

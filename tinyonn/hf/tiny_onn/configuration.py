@@ -49,9 +49,10 @@ class TinyOnnConfig(PretrainedConfig):
         max_num_experts: allocated experts of a layer; None for init_num_experts.
         max_position_embeddings: context length, for tools that cut texts; positions are rotary and have no table.
         attention: "dyn_nsa", "dyn_smha" or "full"; see `nn.DynONNBlock`.
-        alpha, gamma: of predictive integrity; see `train.predictive_integrity`.
-        pruning_threshold, growth_threshold: of the life of experts, at least 0.
-        w_ce, w_kl: weights of the router's loss on surprise; see `ops.surprise_min_loss`. No forward reads these six.
+        alpha, gamma: of predictive integrity; see `train.predictive_integrity`. `train.OnnTrainer` uses these and the next four.
+        pruning_threshold: share of the tokens below which an expert is recycled; see `train.ExpertLifecycle`.
+        growth_threshold: share of the tokens that no expert serves, above which an expert is born.
+        w_ce, w_kl: weights of the routers' loss on surprise (`train.SurpriseLoss`). Where both are 0 the main loss alone trains routers.
         rms_norm_eps: added to the mean square in each RMSNorm.
         initializer_range: standard deviation of the initial weights of embeddings and projections.
         use_cache: whether calls without gradients return keys and values for decoding.
@@ -77,10 +78,10 @@ class TinyOnnConfig(PretrainedConfig):
     attention: str = "dyn_nsa"
     alpha: float = 1.0
     gamma: float = 0.5
-    pruning_threshold: float = 0.05
-    growth_threshold: float = 0.5
-    w_ce: float = 1.0
-    w_kl: float = 1.0
+    pruning_threshold: float = 0.005
+    growth_threshold: float = 0.05
+    w_ce: float = 0.0
+    w_kl: float = 0.0
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     use_cache: bool = True

@@ -79,10 +79,12 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
     def __init__(self, config: TinyOnnConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        kind: Any = config.attention
+        gating: Any = "surprise" if config.w_ce or config.w_kl else "none"
         self.layers = nn.ModuleList(
             DynONNBlock(
                 config.hidden_size, config.head_dim, config.init_num_experts, max_num_experts=config.max_num_experts,
-                target_k=config.target_k, attention=config.attention, rms_norm_eps=config.rms_norm_eps,  # type: ignore[arg-type]
+                target_k=config.target_k, gating_loss=gating, attention=kind, rms_norm_eps=config.rms_norm_eps,
             )
             for _ in range(config.num_hidden_layers)
         )  # fmt: skip

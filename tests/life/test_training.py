@@ -1,0 +1,218 @@
+"""`tinyonn train` through its command: what it writes, going on after a stop, bad input, and its page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tinyonn.errors import InputError
+from tinyonn.life import LifeConfig, train
+
+SMALL = {
+    "hidden_size": 32, "head_dim": 16, "init_num_experts": 6, "max_num_experts": 8, "vocab_size": 300, "context": 16, "batch_size": 4,
+    "eval_size": 4, "eval_steps": 4, "log_steps": 2, "checkpoint_steps": 4, "steps": 8, "device": "cpu", "attention": "full",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    words = ["the", "small", "model", "reads", "a", "short", "text", "and", "learns", "the", "next", "word", "of", "it"]
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        (folder / f"{number:02}.txt").write_text(" ".join(generator.choice(words, 120)))
+    return folder
+
+
+def config(texts: Path, folder: Path, **options: Any) -> LifeConfig:
+    return LifeConfig(**(SMALL | {"data_path": str(texts), "output_dir": str(folder)} | options))
+
+
+@pytest.fixture(scope="module")
+def whole(texts, tmp_path_factory):
+    """A life of eight steps, without a stop."""
+    told: list[tuple[float | None, str]] = []
+    result = train(config(texts, tmp_path_factory.mktemp("whole") / "life"), lambda share, words: told.append((share, words)))
+    return result, told
+
+
+def test_a_life_leaves_a_model_a_log_and_a_page(whole):
+    result, told = whole
+    assert (result.steps, result.stopped, result.skipped) == (8, None, 0)
+    model = AutoModelForCausalLM.from_pretrained(result.model)
+    tokenizer = AutoTokenizer.from_pretrained(result.model)
+    assert type(model).__name__ == "TinyOnnForCausalLM"
+    assert len(tokenizer) == model.config.vocab_size <= 300
+    assert sum(parameter.numel() for parameter in model.parameters()) == result.parameters
+    lines = [json.loads(line) for line in (result.folder / "log" / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8]
+    assert {"pi", "tau", "surprise", "routing_accuracy", "live_experts", "experts_per_token"} <= training[-1].keys()
+    assert result.metrics["loss"] == training[-1]["loss"]
+    assert training[-1]["loss"] < training[0]["loss"]
+    choices = [json.loads(line) for line in (result.folder / "log" / "choices.jsonl").read_text().splitlines()]
+    assert len(choices) == 4 * 3
+    total = sum(sum(line["counts"]) for line in choices if line["layer"] == "model.layers.0.experts")
+    snapshot = json.loads((result.folder / "log" / "experts.json").read_text())["layers"]["model.layers.0.experts"]
+    assert sum(snapshot["activations"]) == total
+    assert sum(snapshot["live"]) == 6
+    assert [share for share, words in told if words.startswith("step")] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_the_page_works_offline_and_shows_each_part(whole):
+    result, _ = whole
+    page = result.page.read_text()
+    for title in (
+        "Core metrics",
+        "Experts",
+        "Choices over time",
+        "Sample",
+        "Predictive integrity",
+        "Routing accuracy",
+        "Births and recyclings",
+    ):
+        assert title in page
+    assert "connect-src" in page or "default-src 'none'" in page
+    assert not re.search(r"(src|href)=\"(?!data:)http", page)
+    assert (result.folder / "core.png").read_bytes().startswith(b"\x89PNG")
+    assert (result.folder / "experts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_life_that_stopped_goes_on_to_the_same_end(texts, whole, tmp_path):
+    result, _ = whole
+    train(config(texts, tmp_path / "life", steps=4))
+    again = train(config(texts, tmp_path / "life", steps=8))
+    assert again.steps == 8
+    lines = [json.loads(line)["step"] for line in (again.folder / "log" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == sorted(lines)
+    whole_model, parts = (AutoModelForCausalLM.from_pretrained(one.model).state_dict() for one in (result, again))
+    for name in whole_model:
+        assert torch.equal(whole_model[name], parts[name]), name
+    assert again.metrics["loss"] == result.metrics["loss"]
+
+
+def test_other_options_in_the_same_folder_are_refused(texts, tmp_path):
+    train(config(texts, tmp_path / "life", steps=2))
+    with pytest.raises(InputError, match=r"context must be 16, as in the life in .*life, got 32: give that, or another --output-dir"):
+        train(config(texts, tmp_path / "life", context=32))
+    assert train(config(texts, tmp_path / "life", steps=4, log_steps=1)).steps == 4
+
+
+def test_two_trainers_in_one_folder(texts, tmp_path):
+    folder = tmp_path / "life"
+    code = "import sys, time; from tinyonn._io.locks import locked\nwith locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="output_dir must be a folder that no other run is writing into"):
+            train(config(texts, folder))
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return subprocess.run(
+        [sys.executable, "-m", "tinyonn", "train", *map(str, arguments), *given], capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_the_command_reads_a_file_of_options_and_prints_how_it_ended(texts, tmp_path):
+    file = tmp_path / "life.yaml"
+    file.write_text(yaml.safe_dump(SMALL | {"data-path": str(texts), "steps": 99}))
+    done = command("--config", file, steps=2, output_dir=tmp_path / "life")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"(?m)^trained +2 steps, [\d,]+ parameters$", done.stdout)
+    assert re.search(r"(?m)^page +.*life\.html$", done.stdout)
+    assert "{" not in done.stdout
+    assert "FutureWarning" not in done.stderr
+    printed = subprocess.run(
+        [sys.executable, "-m", "tinyonn", "train", "--print-config"], capture_output=True, text=True, check=True
+    ).stdout
+    assert set(yaml.safe_load(printed)) == set(LifeConfig.__dataclass_fields__)
+    assert all("#" in line for line in printed.splitlines() if re.match(r"\w+:", line))
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(texts, tmp_path):
+    folder = tmp_path / "life"
+    given = [
+        part for name, value in (SMALL | {"steps": 100_000, "log_steps": 1}).items() for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    run = [sys.executable, "-m", "tinyonn", "train", "-d", str(texts), "-o", str(folder), *given]
+    child = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = folder / "log" / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while not (log.is_file() and len(log.read_text().splitlines()) > 3):
+        assert time.monotonic() < end
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.1)
+    os.kill(child.pid, signal.SIGTERM)
+    out, _ = child.communicate(timeout=120)
+    assert child.returncode == 0
+    assert re.search(r"(?m)^stopped +SIGTERM; run the same command to go on$", out)
+    steps = int(re.search(r"trained +([\d,]+) step", out)[1].replace(",", ""))
+    result = train(config(texts, folder, steps=steps + 2, log_steps=1))
+    assert result.steps == steps + 2
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 3))
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no such path": ({"data_path": "/none"}, "data_path must be a file or a folder, got /none, which does not exist"),
+    "head_dim": ({"head_dim": 15}, "head_dim must be even"),
+    "experts": ({"init_num_experts": 9}, "init_num_experts must be at most max_num_experts 8, got 9"),
+    "gamma": ({"gamma": 1.5}, "gamma must be at least 0 and at most 1"),
+    "attention": ({"attention": "dyn_nsaa"}, "attention must be one of dyn_nsa, dyn_smha, full, got 'dyn_nsaa'; did you mean 'dyn_nsa'?"),
+    "weights": ({"drive_weights": True}, "drive_weights must be false where w_ce and w_kl are 0, got true"),
+    "little text": ({"context": 2000}, "data_path must have more than 8,000 tokens"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_options_are_one_line(options, message, texts, tmp_path):
+    with pytest.raises(InputError, match=re.escape(message)) as found:
+        train(config(texts, tmp_path / "life", **options))
+    assert "\n" not in str(found.value)
+    assert not (tmp_path / "life" / "tokens.npy").exists()
+
+
+def test_an_unknown_option_names_the_nearest(tmp_path):
+    file = tmp_path / "life.yaml"
+    file.write_text("data_path: x\ngroth_threshold: 0.1\n")
+    done = command("--config", file)
+    assert done.returncode == 2
+    assert "did you mean 'growth_threshold'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_an_empty_folder_is_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="data_path must have a text, got .*empty, which has none"):
+        train(config(tmp_path / "empty", tmp_path / "life"))
+
+
+def test_two_processes_train_one_life(texts, tmp_path):
+    """Each of two processes takes two rows of a batch of four; the first writes."""
+    folder = tmp_path / "life"
+    given = [part for name, value in (SMALL | {"batch_size": 2}).items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "tinyonn", "train"]
+    done = subprocess.run([*run, "-d", str(texts), "-o", str(folder), *given], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("trained") == 1
+    lines = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
