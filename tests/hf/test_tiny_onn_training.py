@@ -114,6 +114,15 @@ def test_a_compiled_step_is_the_eager_one(kind, checkpointed):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_takes_packed_sequences_by_their_bounds_only():
+    built, ids, bounds = model().train(), token_ids(1, 60), torch.tensor([0, 25, 60])
+    compiled = torch.compile(built, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, cu_seq_lens_q=bounds).logits, built(ids, cu_seq_lens_q=bounds).logits)
+    with pytest.raises(RuntimeError, match="takes packed sequences by cu_seq_lens_q only"):
+        compiled(ids, position_ids=torch.arange(60)[None] % 25)
+
+
 ROWS = [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)} for ids in torch.arange(1, 41).repeat(8, 1)]
 
 
