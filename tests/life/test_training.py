@@ -125,10 +125,17 @@ def test_two_trainers_in_one_folder(texts, tmp_path):
         holder.wait()
 
 
+def typed(options: dict[str, Any]) -> list[str]:
+    return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
 def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     return subprocess.run(
-        [sys.executable, "-m", "tinyonn", "train", *map(str, arguments), *given], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-m", "tinyonn", "train", *map(str, arguments), *typed(options)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
 
 
@@ -150,9 +157,7 @@ def test_the_command_reads_a_file_of_options_and_prints_how_it_ended(texts, tmp_
 
 def test_a_signal_saves_and_the_same_command_goes_on(texts, tmp_path):
     folder = tmp_path / "life"
-    given = [
-        part for name, value in (SMALL | {"steps": 100_000, "log_steps": 1}).items() for part in (f"--{name.replace('_', '-')}", str(value))
-    ]
+    given = typed(SMALL | {"steps": 100_000, "log_steps": 1})
     run = [sys.executable, "-m", "tinyonn", "train", "-d", str(texts), "-o", str(folder), *given]
     child = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = folder / "log" / "metrics.jsonl"
@@ -202,14 +207,14 @@ def test_an_unknown_option_names_the_nearest(tmp_path):
 
 def test_an_empty_folder_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="data_path must have a text, got .*empty, which has none"):
+    with pytest.raises(InputError, match=r"data_path must have a text, got .*empty, which has none"):
         train(config(tmp_path / "empty", tmp_path / "life"))
 
 
 def test_two_processes_train_one_life(texts, tmp_path):
     """Each of two processes takes two rows of a batch of four; the first writes."""
     folder = tmp_path / "life"
-    given = [part for name, value in (SMALL | {"batch_size": 2}).items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    given = typed(SMALL | {"batch_size": 2})
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "tinyonn", "train"]
     done = subprocess.run([*run, "-d", str(texts), "-o", str(folder), *given], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -26,7 +26,6 @@ class LifeLog(TrainerCallback):
         last: the last line of metrics.
         eval_loss: the last loss on held-out text.
         births, recyclings: over the whole life.
-        stopped: the signal that stopped training; None if none did.
     """
 
     def __init__(self, folder: Path, tell: Callable[[float | None, str], None], steps: int) -> None:
@@ -38,7 +37,6 @@ class LifeLog(TrainerCallback):
         self.last: dict[str, float] = {}
         self.eval_loss: float | None = None
         self.births = self.recyclings = 0
-        self.stopped: str | None = None
 
     def begin(self, trainer: OnnTrainer) -> None:
         self._trainer = trainer
@@ -72,9 +70,6 @@ class LifeLog(TrainerCallback):
             self._tell(state.global_step / max(1, self._steps), ", ".join(parts))
         if time.monotonic() - self._written > PAGE_EVERY:
             self._write_page()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stopped = getattr(state, "tinyonn_stop", None) or self.stopped
 
     def end(self, sample: str, stopped: str | None) -> None:
         """Writes what is left, and the page with its sample."""

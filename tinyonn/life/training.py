@@ -117,13 +117,13 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
         model = TinyOnnForCausalLM(_model_config(config, tokenizer))
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        log = LifeLog(folder, tell, config.steps)
+        log, signals = LifeLog(folder, tell, config.steps), _StopSignals()
         trainer = OnnTrainer(
             model=model,
             args=_arguments(config, folder),
             train_dataset=training,
             eval_dataset=held_out,
-            callbacks=[log, _StopSignals()],
+            callbacks=[log, signals],
             drive_weights=config.drive_weights,
             max_bad_steps=config.max_bad_steps,
         )
@@ -132,7 +132,7 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
         checkpoint = get_last_checkpoint(str(folder / "checkpoints")) if (folder / "checkpoints").is_dir() else None
         log.resume(0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2]))
         trainer.train(resume_from_checkpoint=checkpoint)
-        stopped = trainer.stopped or log.stopped
+        stopped = trainer.stopped or signals.asked
         trainer.save_model(str(folder / "model"))
         if first:
             tokenizer.save_pretrained(folder / "model")
@@ -273,10 +273,14 @@ def _arguments(config: LifeConfig, folder: Path) -> TrainingArguments:
 
 
 class _StopSignals(TrainerCallback):
-    """Ctrl-C and SIGTERM end training after the step, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C and SIGTERM end training after the step, with a checkpoint; a second one ends it at once.
+
+    Attributes:
+        asked: name of the signal; None if none came.
+    """
 
     def __init__(self) -> None:
-        self._asked: str | None = None
+        self.asked: str | None = None
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -285,14 +289,13 @@ class _StopSignals(TrainerCallback):
                 self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self._asked is not None:
+        if self.asked is not None:
             raise KeyboardInterrupt
-        self._asked = signal.Signals(number).name
+        self.asked = signal.Signals(number).name
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if self._asked is not None:
+        if self.asked is not None:
             control.should_save = control.should_training_stop = True
-            state.tinyonn_stop = self._asked
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
