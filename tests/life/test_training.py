@@ -130,13 +130,8 @@ def typed(options: dict[str, Any]) -> list[str]:
 
 
 def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tinyonn", "train", *map(str, arguments), *typed(options)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    run = [sys.executable, "-m", "tinyonn", "train", *map(str, arguments), *typed(options)]
+    return subprocess.run(run, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_the_command_reads_a_file_of_options_and_prints_how_it_ended(texts, tmp_path):
@@ -215,7 +210,7 @@ def test_two_processes_train_one_life(texts, tmp_path):
     """Each of two processes takes two rows of a batch of four; the first writes."""
     folder = tmp_path / "life"
     given = typed(SMALL | {"batch_size": 2})
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "tinyonn", "train"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tinyonn", "train"]
     done = subprocess.run([*run, "-d", str(texts), "-o", str(folder), *given], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("trained") == 1

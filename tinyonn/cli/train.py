@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,8 +35,10 @@ def run_life(config: LifeConfig) -> Path:
         raise InputError(f"data_path must be a file or a folder, got {config.data_path}, which does not exist.")
     from ..life.training import train
 
-    with screen.Progress("training") as bar:
+    with screen.Progress("training", enabled=os.environ.get("RANK", "0") == "0") as bar:
         result = train(config, bar.update)
+    if not result.first:
+        return result.page
     last = result.metrics
     lines: list[tuple[str, object]] = [("trained", f"{screen.counted(result.steps, 'step')}, {result.parameters:,} parameters")]
     if result.stopped:

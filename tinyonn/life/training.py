@@ -77,6 +77,7 @@ class LifeResult:
         sample: generated text.
         stopped: why it stopped before its last step; None if it did not.
         seconds: of this run.
+        first: whether this is the first of the processes that trained, which writes.
     """
 
     folder: Path
@@ -92,6 +93,7 @@ class LifeResult:
     sample: str
     stopped: str | None
     seconds: float
+    first: bool
 
 
 def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResult:
@@ -111,6 +113,7 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
     first = int(os.environ.get("RANK", "0")) == 0
     with locked(folder) if first else contextlib.nullcontext(), _quiet():
         _check_same_life(folder, config)
+        _model_config(config, None)  # before the texts are read
         tokenizer, tokens = _prepared(folder, config, tell, first)
         training, held_out = split(tokens, config.context, config.eval_size, config.data_path)
         set_seed(config.seed % 2**32)
@@ -153,6 +156,7 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
         sample=sample,
         stopped=stopped,
         seconds=time.monotonic() - begin,
+        first=first,
     )
 
 
@@ -220,17 +224,16 @@ def _wait_for(file: Path, seconds: float = 3600.0) -> None:
         time.sleep(0.2)
 
 
-def _model_config(config: LifeConfig, tokenizer: Any) -> TinyOnnConfig:
+def _model_config(config: LifeConfig, tokenizer: Any | None) -> TinyOnnConfig:
+    """Configuration of the model; without a tokenizer, only to check the numbers."""
     sizes = {name: getattr(config, name) for name in ("hidden_size", "head_dim", "init_num_experts", "max_num_experts")}
     numbers = {name: getattr(config, name) for name in ("alpha", "gamma", "pruning_threshold", "growth_threshold", "w_ce", "w_kl")}
     try:
         return TinyOnnConfig.bonsai(
             config.size,
             attention=config.attention,
-            vocab_size=len(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **({} if tokenizer is None else {"vocab_size": len(tokenizer)}),
+            **{name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id") if tokenizer is not None},
             **{name: value for name, value in sizes.items() if value is not None},
             **numbers,
         )
