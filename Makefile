@@ -1,4 +1,5 @@
 # make demo   scan SmolLM2-135M over two corpora and write a report
+# make life-demo  train a small self-organising model on the standard library and on passages
 # make heads-demo  score and measure attention heads of SmolLM2-135M and MiniLM
 # make test   the test suite                   make test-slow  attention kernels in the interpreter
 # make test-lowest  every kernel once, with the lowest supported Triton
@@ -16,6 +17,7 @@ VENV ?= .venv
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); if [ $$n -gt 8 ]; then n=8; fi; echo $$n)
 DEMO_ARGS ?=
 HEADS_ARGS ?=
+LIFE_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 DAMAGE_ARGS ?=
@@ -31,10 +33,13 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.
 # Python would put the current folder first on sys.path, and kernels/ with it.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo heads-demo test test-slow test-lowest kernels bench damage gpu gpu-wheels docs style doctor clean
+.PHONY: demo life-demo heads-demo test test-slow test-lowest kernels bench damage gpu gpu-wheels docs style doctor clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/tinyonn demo $(DEMO_ARGS)
+
+life-demo: $(VENV)/.demo
+	@$(BIN)/tinyonn life-demo $(LIFE_ARGS)
 
 heads-demo: $(VENV)/.heads
 	@$(BIN)/tinyonn heads demo $(HEADS_ARGS)

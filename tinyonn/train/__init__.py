@@ -1,4 +1,6 @@
-"""Training steps in which surprise trains the router."""
+"""Training steps in which surprise trains the router, and the life of experts."""
+
+from typing import TYPE_CHECKING, Any
 
 from ..nn.surprise_loss import SurpriseLoss
 from .captured_surprise import CapturedSurprise, capture_surprise
@@ -8,6 +10,9 @@ from .integrity import PredictiveIntegrity, output_entropy, predictive_integrity
 from .lifecycle import ExpertLifecycle, LifeEvent
 from .surprise_hooks import SurpriseHookManager
 
+if TYPE_CHECKING:
+    from .onn_trainer import OnnTrainer
+
 __all__ = [
     "CapturedSurprise",
     "ExpertLifecycle",
@@ -16,6 +21,7 @@ __all__ = [
     "HyperStepMixin",
     "HyperStepResult",
     "LifeEvent",
+    "OnnTrainer",
     "PredictiveIntegrity",
     "SurpriseHookManager",
     "SurpriseLoss",
@@ -26,3 +32,11 @@ __all__ = [
     "predictive_integrity",
     "regeneration_rate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OnnTrainer":  # transformers' Trainer takes seconds to import
+        from .onn_trainer import OnnTrainer
+
+        return OnnTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
