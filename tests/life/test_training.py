@@ -179,6 +179,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "gamma": ({"gamma": 1.5}, "gamma must be at least 0 and at most 1"),
     "attention": ({"attention": "dyn_nsaa"}, "attention must be one of dyn_nsa, dyn_smha, full, got 'dyn_nsaa'; did you mean 'dyn_nsa'?"),
     "weights": ({"drive_weights": True}, "drive_weights must be false where w_ce and w_kl are 0, got true"),
+    "sharded on a CPU": ({"fsdp": True}, "fsdp must be false on a CPU, where Accelerate does not shard a model; got true."),
     "little text": ({"context": 2000}, "data_path must have more than 8,000 tokens"),
 }
 

@@ -51,7 +51,7 @@ class LifeConfig(Options):
         dtype: precision of matrix products: auto (bf16, else fp16, on a GPU; fp32 on a CPU), fp32, bf16 or fp16. Weights and optimiser are
             always fp32.
         device: device of the model: auto (the first GPU, else the CPU), cpu, cuda or cuda:N.
-        fsdp: shard the model over the processes (FSDP2) where several were started by torchrun; otherwise each has it whole (DDP).
+        fsdp: shard the model over the GPUs of several processes that torchrun started (FSDP2); otherwise each has it whole (DDP).
 
     Raises:
         InputError: a value is invalid; the message names the field.

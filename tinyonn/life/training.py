@@ -111,6 +111,8 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
     folder = Path(config.output_dir)
     tell = progress or (lambda share, words: None)
     first = int(os.environ.get("RANK", "0")) == 0
+    if config.fsdp and resolve_device(config.device).type == "cpu":
+        raise InputError("fsdp must be false on a CPU, where Accelerate does not shard a model; got true.")
     with locked(folder) if first else contextlib.nullcontext(), _quiet():
         _check_same_life(folder, config)
         _model_config(config, None)  # before the texts are read
@@ -139,7 +141,7 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
         trainer.save_model(str(folder / "model"))
         if first:
             tokenizer.save_pretrained(folder / "model")
-        sample = _sample(model, tokenizer) if first else ""
+        sample = _sample(model, tokenizer) if first and not config.fsdp else ""  # one process has a part of a sharded model
         log.end(sample, stopped)
         trained = sum(parameter.numel() for parameter in model.parameters())
     return LifeResult(
@@ -245,7 +247,7 @@ def _arguments(config: LifeConfig, folder: Path) -> TrainingArguments:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device, TinyOnnConfig()) if config.dtype != "auto" or device.type != "cpu" else torch.float32
     board = importlib.util.find_spec("tensorboard") is not None
-    sharded: dict[str, Any] = {"fsdp": "full_shard", "fsdp_config": {"version": 2}} if config.fsdp else {}
+    sharded: dict[str, Any] = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2}} if config.fsdp else {}
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=config.steps,
