@@ -61,6 +61,11 @@ class ExpertLife(nn.Module):
             tensor.zero_()
         self.birth_step.fill_(-1)
 
+    def unserved_share(self) -> float | None:
+        """Share of the tokens since the last decision that passed no threshold; None before the first token. Waits for the device."""
+        tokens, unserved = self.window[self.num_experts : self.num_experts + 2].tolist()
+        return unserved / tokens if tokens else None
+
     def record(self, hidden_states: Tensor, routing: Routing, token_mask: Tensor | None) -> None:
         """Adds the tokens of a call, (N, F), to `pending`; those outside the mask, (N,) bool, and with NaN do not count."""
         self._follow(hidden_states.device)

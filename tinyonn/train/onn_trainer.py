@@ -31,8 +31,9 @@ class OnnTrainer(HyperStepMixin, Trainer):
     Each line of the log has, as means over the steps since the last one: `pi`, its two terms `pi_accuracy` and `pi_complexity`,
     `free_energy` (their sum), `tau` (mean entropy of the output, in nats), `surprise` (mean of a token's experts, of its own loss),
     `routing_accuracy` (share of the tokens with several experts whose best-scored one had the least surprise), `gating_loss`, and of all
-    layers together `experts_per_token`, `heads_per_token`, `blocks_per_query`, `far_blocks_per_query`, `live_experts`, `births`,
-    `recyclings` and `skipped_steps`. What the model does not have is left out.
+    layers together `experts_per_token`, `heads_per_token`, `blocks_per_query`, `far_blocks_per_query`, `unserved` (share of the window's
+    tokens that passed no expert's threshold), `live_experts`, `births`, `recyclings` and `skipped_steps`. What the model does not have is
+    left out.
 
     A step whose gradients are not finite is skipped: the optimiser leaves weights and its own state as they are. After `max_bad_steps` in a
     row training stops. Checkpoints have the state of the lifecycle, so that a resumed run goes on with it.
@@ -213,6 +214,8 @@ class OnnTrainer(HyperStepMixin, Trainer):
         for layer in _layers(trainer.model):
             pools["heads_per_token" if type(layer).__name__ == "DynSMHA" else "experts_per_token"].append(layer.statistics()["mean_k"])
             pools["live_experts"].append(float(layer.router.expert_mask.sum()))
+            if layer.life is not None and (share := layer.life.unserved_share()) is not None:
+                pools["unserved"].append(share)
             layer.reset_statistics()
         for module in trainer.model.modules():
             if isinstance(module, DynNSACore):

@@ -22,11 +22,12 @@ MOST_ROWS = 300
 CORE: tuple[tuple[str, str, bool, tuple[tuple[str, str], ...]], ...] = (
     ("Loss", "nats a token", False, (("loss", "training"), ("eval_loss", "held-out"))),
     ("Predictive integrity", "PI", False, (("pi", "PI"),)),
-    ("Free energy", "α-weighted", True, (("free_energy", "sum"), ("pi_accuracy", "accuracy"), ("pi_complexity", "complexity"))),
+    ("Free energy", "α-weighted", False, (("free_energy", "sum"), ("pi_accuracy", "accuracy"), ("pi_complexity", "complexity"))),
     ("Uncertainty", "τ, nats", False, (("tau", "entropy of the output"),)),
-    ("Surprise", "of a token's experts", True, (("surprise", "mean"),)),
+    ("Surprise", "of a token's experts", False, (("surprise", "mean"),)),
     ("Routing accuracy", "share of tokens", False, (("routing_accuracy", "best-scored expert had the least surprise"),)),
     ("Experts and heads a token", "number", False, (("experts_per_token", "experts"), ("heads_per_token", "heads"))),
+    ("Unserved tokens", "share", False, (("unserved", "passed no expert's threshold"),)),
     ("Key blocks a query", "number", False, (("blocks_per_query", "all"), ("far_blocks_per_query", "far ones"))),
     ("Gradient", "norm before clipping", True, (("grad_norm", "all weights"),)),
 )
@@ -53,7 +54,7 @@ def write_life_page(folder: Path) -> Path:
     body = [
         notices(_notes(data)),
         section("now", "Now", _now(data)),
-        section("core", "Core metrics", group("grid3", [_chart(data, *chart) for chart in CORE]) + terms(MEANINGS)),
+        section("core", "Core metrics", group("grid3", [one for chart in CORE if (one := _chart(data, *chart))]) + terms(MEANINGS)),
         section("experts", "Experts", _experts(data)),
     ]
     maps = _maps(data)
@@ -110,6 +111,8 @@ def _chart(data: LifeLogFiles, title: str, y_title: str, log: bool, parts: Seque
         values = _held_out(data) if metric == "eval_loss" else data.series(metric)
         if np.isfinite(values).any():
             series.append((name, values))
+    if not series and data.metrics:
+        return ""  # the model has no such thing
     rows, means = thinned(data.steps, [values for _, values in series])
     lines = [(name, one) for (name, _), one in zip(series, means, strict=True)]
     return card(title, line_chart(title, rows, lines, x_title="step", y_title=y_title, log=log))
@@ -151,7 +154,7 @@ def _experts(data: LifeLogFiles) -> str:
     rows_of.sort(key=lambda row: (-float(row[3]), str(row[0]), int(row[1])))  # the youngest first
     shown = rows_of[:MOST_ROWS]
     more = "" if len(shown) == len(rows_of) else f", the {MOST_ROWS} youngest of {len(rows_of):,}"
-    lives = table_card(head, shown, f"Experts that have lived{more}", numeric=tuple(range(3, 9)))
+    lives = table_card(head, shown, f"Experts that have lived{more}; surprise of the batch's mean loss", numeric=tuple(range(3, 9)))
     events = [(event["step"], event["layer"], event["kind"], event["expert"], event["share"], event["age"]) for event in data.events[::-1]]
     log = table_card(
         ("step", "layer", "event", "expert", "share of tokens", "age"), events[:MOST_ROWS], "The last births and recyclings",
