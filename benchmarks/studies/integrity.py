@@ -46,8 +46,8 @@ class Settings:
     experts: int = 32
     live: int = 24
     learning_rate: float = 2e-3
-    pruning_threshold: float = 0.03
-    growth_threshold: float = 0.02
+    pruning_threshold: float = 0.08
+    growth_threshold: float = 0.0002
     weight: float = 0.1
     windows: int = 256  # of the held-out text
 
