@@ -22,7 +22,22 @@ from tinyonn.mscan import LayoutEntry, MscanWriter, SequenceRecord
 
 from .conftest import Cli, one_line, shell
 
-WANTED = {"demo", "doctor", "corpus", "scan", "report", "compare", "heads", "info", "verify", "recover", "convert", "tune"}
+WANTED = {
+    "demo",
+    "life-demo",
+    "train",
+    "doctor",
+    "corpus",
+    "scan",
+    "report",
+    "compare",
+    "heads",
+    "info",
+    "verify",
+    "recover",
+    "convert",
+    "tune",
+}
 INSIDE = ("heads score", "heads demo", "heads plasticity", *(f"heads plasticity {step}" for step in ("train", "measure", "report", "run")))
 
 
@@ -32,7 +47,7 @@ KNOWN = {word for command in (*WANTED, *INSIDE) for word in command.split()}
 def test_every_command_is_there(cli: Cli) -> None:
     ran = cli("--help")
     assert ran.code == 0
-    assert set(re.findall(r"^  ([a-z]+) ", ran.out.split("Commands:")[1], re.MULTILINE)) == WANTED == set(app.COMMANDS)
+    assert set(re.findall(r"^  ([a-z-]+) ", ran.out.split("Commands:")[1], re.MULTILINE)) == WANTED == set(app.COMMANDS)
     assert cli() == ran
 
 

@@ -217,3 +217,11 @@ def test_two_processes_train_one_life(texts, tmp_path):
     assert done.stdout.count("trained") == 1
     lines = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(("given", "live", "most"), [({}, 28, 32), ({"init_num_experts": 6}, 6, 32), ({"max_num_experts": 16}, 14, 16)])
+def test_room_for_births_is_that_of_the_size_unless_both_are_given(given, live, most, texts, tmp_path):
+    sizes = SMALL | {"init_num_experts": None, "max_num_experts": None, "steps": 1} | given
+    result = train(LifeConfig(**(sizes | {"data_path": str(texts), "output_dir": str(tmp_path)})))
+    config = json.loads((result.model / "config.json").read_text())
+    assert (config["init_num_experts"], config["max_num_experts"]) == (live, most)

