@@ -126,6 +126,7 @@ def _oracles() -> list[Question]:
     found += _oracle("threshold_route", "", 5, route, [{**size, "tokens": 20, "experts": 8, "features": 12} for size in route])
     for name in ("block_lists", "expert_sort"):
         found.append(_tests(f"oracle {name}, by its tests", "oracle", 30, [f"tests/kernels/test_{name}.py"], "not slow"))
+    found.append(_tests("oracle packed windows, by their tests", "oracle", 25, ["tests/ops/test_packed_windows.py"], "not slow"))
     return found
 
 
@@ -185,6 +186,10 @@ def _rest() -> list[Question]:
     small = "128 experts of 64"
     return [
         _bench("dyn_nsa, one token over 16k", 8, "dyn_nsa.py:test_decoding", {"tokens": 16384}, {"tokens": 1024}),
+        _bench(
+            "dynamic heads, 8 of 64, 8k", 20, "dyn_smha.py:test_forward_and_backward", {"size": "64 heads, 8 a token, 8k tokens"},
+            {"size": "16 heads, 2 a token, 512 tokens"},
+        ),
         _bench("attention_stats, 4k", 6, "attention_stats.py:test_entropy_beside_sdpa_against_eager", {"tokens": 4096}, {"tokens": 64}),
         _bench("token grad norms against the two norms", 5, "token_grad_norms.py:test_against_the_two_norms", {"block_size": 64}),
         _bench("token grad norms against written-out gradients", 5, "token_grad_norms.py:test_against_written_out_gradients", {}),
