@@ -198,7 +198,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, two_ranks: Callable[..., Non
 def test_two_processes_are_one(found, case):
     alone = model(case[0]).double().train()
     loss = step(alone, *batch())
-    torch.testing.assert_close((found[0][case][0] + found[1][case][0]) / 2, loss, rtol=1e-10, atol=0)
+    torch.testing.assert_close((found[0][case][0] + found[1][case][0]) / 2, loss, rtol=1e-6, atol=0)
     wanted = gradients(alone)
     for rank in range(2):
         assert found[rank][case][1].keys() == wanted.keys()

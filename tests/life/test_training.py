@@ -99,6 +99,7 @@ def test_a_life_that_stopped_goes_on_to_the_same_end(texts, whole, tmp_path):
     assert again.steps == 8
     lines = [json.loads(line)["step"] for line in (again.folder / "log" / "metrics.jsonl").read_text().splitlines()]
     assert lines == sorted(lines)
+    assert (again.folder / "log" / "choices.jsonl").read_text() == (result.folder / "log" / "choices.jsonl").read_text()
     whole_model, parts = (AutoModelForCausalLM.from_pretrained(one.model).state_dict() for one in (result, again))
     for name in whole_model:
         assert torch.equal(whole_model[name], parts[name]), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from tinyonn.hf import TinyOnnConfig, TinyOnnForCausalLM
+from tinyonn.nn import DynMoE
+from tinyonn.nn.expert_life import ExpertLife
 from tinyonn.nn.surprise_capture import CapturedCall
 from tinyonn.train import CapturedSurprise, capture_surprise, lifecycle
 from tinyonn.train.onn_trainer import OnnTrainer
@@ -194,8 +195,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(attention, tmp_path, monkeypa
     whole.train()
     parts = trainer_of(tmp_path / "parts", model(attention=attention), steps=4, options=options, save_strategy="steps", save_steps=4)
     parts.train()
-    state = json.loads((tmp_path / "parts" / "checkpoint-4" / "lifecycle.json").read_text())
-    assert state["lifecycle"]["steps"] == 4
     torch.manual_seed(99)
     again = trainer_of(tmp_path / "parts", model(attention=attention), steps=8, options=options)
     again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
@@ -215,3 +214,66 @@ def test_bad_options_are_refused(tmp_path):
     full = trainer_of(tmp_path, model(max_num_experts=6), options={"growth_threshold": 0.1})
     with pytest.raises(ValueError, match="growth_threshold"):
         full.train()
+
+
+class Bare(torch.nn.Module):
+    """A mixture without a configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mixture, self.head = torch.nn.Embedding(48, 16), DynMoE(16, 8, 4, gating_loss="surprise"), torch.nn.Linear(16, 48)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.mixture(self.embed(input_ids)))
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": logits}
+
+
+def test_a_module_without_a_configuration_trains_and_its_routers_do_not_learn_from_surprise(tmp_path):
+    trainer = OnnTrainer(model=Bare(), args=trainer_of(tmp_path, steps=2).args, train_dataset=Rows())
+    before = trainer.model.mixture.router.thresholds.detach().clone()
+    trainer.train()
+    assert "gating_loss" not in lines_of(trainer)[0]
+    assert trainer.gating_weight == 0
+    assert not torch.equal(before, trainer.model.mixture.router.thresholds)  # the main loss moves them
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_surprise_is_that_of_a_tokens_own_loss_whatever_scales_the_batchs(accumulated, tmp_path):
+    """A module whose loss takes no number of tokens, so that Trainer divides it by the accumulated batches."""
+    found = []
+    for size, times in ((8, 1), (8 // accumulated, accumulated)):
+        args = trainer_of(tmp_path, steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=times).args
+        trainer = OnnTrainer(model=Bare(), args=args, train_dataset=Rows())
+        trainer.train()
+        found.append(lines_of(trainer)[0])
+    assert found[0]["surprise"] == pytest.approx(found[1]["surprise"], rel=2e-2)
+    assert found[0]["pi"] == pytest.approx(found[1]["pi"], rel=2e-2)
+
+
+def test_a_scaled_loss_does_not_scale_the_surprise(tmp_path):
+    found = []
+    for scale in (None, 1024.0):
+        trainer = trainer_of(tmp_path, steps=1)
+        if scale is not None:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer.train()
+        found.append(lines_of(trainer)[0])
+    assert found[0]["surprise"] == pytest.approx(found[1]["surprise"], rel=1e-4)
+    assert found[0]["pi"] == pytest.approx(found[1]["pi"], rel=1e-4)
+
+
+def test_the_life_of_experts_comes_back_with_the_model(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(lifecycle, "WINDOW", 2)
+    trainer = trainer_of(tmp_path, steps=4, options={"pruning_threshold": 0.9})
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    again, loaded = TinyOnnForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not loaded["unexpected_keys"]
+    assert not loaded["missing_keys"]
+    for one, other in zip(trainer.model.modules(), again.modules(), strict=True):
+        if isinstance(one, ExpertLife):
+            assert torch.equal(one.activations, other.activations)
+            assert torch.equal(one.birth_step, other.birth_step)
+            assert one.activations.sum() > 0

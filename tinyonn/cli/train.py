@@ -18,7 +18,7 @@ PrintConfig = Annotated[bool, print_config_option(LifeConfig, _CONFIG_HEADER)]
 
 @takes_options(LifeConfig)
 def train(given: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False) -> None:
-    """Train a small self-organising model on texts, from nothing.
+    """Train a small self-organising model on texts, from scratch.
 
     Learns a vocabulary, then trains a bonsai, whose experts are born and recycled. The page OUTPUT/life.html is kept current. To go on
     after a stop, run the same command again. Under torchrun, every process takes its share of each batch.

@@ -14,9 +14,11 @@ from transformers import TrainerCallback
 from .._io.files import write_atomically
 from ..nn.routed import Routed
 from ..report.life import write_life_page
+from ..report.life.data import read_lines
 from ..train.onn_trainer import OnnTrainer
 
-PAGE_EVERY = 5.0  # seconds between two updates of the page
+PAGE_EVERY = 5.0  # seconds between two updates of the page, at least
+PAGE_SHARE = 0.05  # of the time, that writing it may take
 
 
 class LifeLog(TrainerCallback):
@@ -31,9 +33,9 @@ class LifeLog(TrainerCallback):
     def __init__(self, folder: Path, tell: Callable[[float | None, str], None], steps: int) -> None:
         self._folder, self._log, self._tell, self._steps = folder, folder / "log", tell, steps
         self._trainer: OnnTrainer | None = None
-        self._written = 0.0
+        self._next_page = 0.0
         self._events = 0
-        self._counts: dict[str, list[int]] = {}
+        self._counts: dict[str, tuple[list[int], list[int]]] = {}  # lives and activations at the last line
         self.last: dict[str, float] = {}
         self.eval_loss: float | None = None
         self.births = self.recyclings = 0
@@ -42,11 +44,11 @@ class LifeLog(TrainerCallback):
         self._trainer = trainer
 
     def resume(self, step: int) -> None:
-        """Drops lines of steps after a checkpoint, which are trained again."""
+        """Drops lines of steps after a checkpoint, which are trained again; for the first process."""
         self._log.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "events.jsonl", "choices.jsonl"):
             file = self._log / name
-            kept = [line for line in _lines(file) if line["step"] <= step]
+            kept = [line for line in read_lines(file) if line["step"] <= step]
             write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
             if name == "events.jsonl":
                 self.births = sum(line["kind"] == "birth" for line in kept)
@@ -54,6 +56,9 @@ class LifeLog(TrainerCallback):
             if name == "metrics.jsonl":
                 for line in kept:
                     self._keep(line)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._counts = {name: _lived(layer) for name, layer in self._layers()}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
@@ -68,8 +73,8 @@ class LifeLog(TrainerCallback):
             parts = [f"step {state.global_step}", f"loss {logs['loss']:.3f}"]
             parts += [f"{label} {logs[name]:.3g}" for name, label in (("pi", "PI"), ("live_experts", "experts")) if name in logs]
             self._tell(state.global_step / max(1, self._steps), ", ".join(parts))
-        if time.monotonic() - self._written > PAGE_EVERY:
-            self._write_page()
+        if time.monotonic() > self._next_page:
+            self._write_page(figures=False)
 
     def end(self, sample: str, stopped: str | None) -> None:
         """Writes what is left, and the page with its sample."""
@@ -78,7 +83,7 @@ class LifeLog(TrainerCallback):
         if trainer.state.is_world_process_zero:
             self._write_events()
             write_atomically(self._log / "sample.json", json.dumps({"text": sample, "stopped": stopped}))
-            self._write_page()
+            self._write_page(figures=True)
 
     def _keep(self, line: dict[str, Any]) -> None:
         if "eval_loss" in line:
@@ -98,43 +103,39 @@ class LifeLog(TrainerCallback):
             self.recyclings += event.kind == "recycling"
         self._events = len(self._trainer.events)
 
+    def _layers(self) -> list[tuple[str, Routed]]:
+        assert self._trainer is not None
+        modules: Any = self._trainer.model
+        return [(name, layer) for name, layer in modules.named_modules() if isinstance(layer, Routed) and layer.life is not None]
+
     def _write_choices(self, step: int) -> None:
         """How often each expert was chosen since the last line, and what each has lived through."""
-        assert self._trainer is not None
-        lives = {}
-        for name, layer in self._trainer.model.named_modules():  # type: ignore[union-attr]
-            if not isinstance(layer, Routed) or layer.life is None:
-                continue
+        snapshot = {}
+        for name, layer in self._layers():
             life = layer.life
-            total = [int(number) for number in life.activations.tolist()]
-            before = self._counts.get(name, [0] * len(total))
-            self._append(
-                "choices.jsonl",
-                {"step": step, "layer": name, "counts": [a - b if a >= b else a for a, b in zip(total, before, strict=True)]},
-            )
-            self._counts[name] = total
-            lives[name] = {
+            assert life is not None
+            lives, total = _lived(layer)
+            lives_before, before = self._counts.get(name, (lives, [0] * len(total)))
+            counts = [a - b if life == old else a for a, b, life, old in zip(total, before, lives, lives_before, strict=True)]
+            self._append("choices.jsonl", {"step": step, "layer": name, "counts": counts})
+            self._counts[name] = lives, total
+            snapshot[name] = {
                 "birth_step": life.birth_step.tolist(),
-                "lives": life.lives.tolist(),
+                "lives": lives,
                 "activations": total,
                 "surprise": [round(value, 6) for value in life.surprise.tolist()],
                 "live": layer.router.expert_mask.tolist(),
             }
-        write_atomically(self._log / "experts.json", json.dumps({"step": step, "layers": lives}))
+        write_atomically(self._log / "experts.json", json.dumps({"step": step, "layers": snapshot}))
 
-    def _write_page(self) -> None:
-        write_life_page(self._folder)
-        self._written = time.monotonic()
+    def _write_page(self, figures: bool) -> None:
+        begin = time.monotonic()
+        write_life_page(self._folder, figures=figures)
+        end = time.monotonic()
+        self._next_page = end + max(PAGE_EVERY, (end - begin) / PAGE_SHARE)
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """Whole lines of a file; one that a crash cut off is left out."""
-    if not file.is_file():
-        return []
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+def _lived(layer: Routed) -> tuple[list[int], list[int]]:
+    """How many experts each slot has had, and the tokens of its present one."""
+    assert layer.life is not None
+    return layer.life.lives.tolist(), layer.life.activations.tolist()

@@ -125,16 +125,25 @@ def encoded(texts: Iterable[str], tokenizer: Any) -> np.ndarray:
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
-    """Consecutive pieces of one length of a long text; the rest is left out. Items have `input_ids` and `labels`, both (context,)."""
+    """Pieces of one length of a text. Items have `input_ids` and `labels`, both (context,) int64.
 
-    def __init__(self, tokens: np.ndarray, context: int) -> None:
-        self._rows = torch.from_numpy(tokens[: len(tokens) // context * context].astype(np.int64)).view(-1, context)
+    Args:
+        tokens: (tokens,) int32, also one that stays in its file.
+        context: tokens of a piece.
+        places: numbers of the pieces; None for all whole ones.
+    """
+
+    def __init__(self, tokens: np.ndarray, context: int, places: np.ndarray | None = None) -> None:
+        self._tokens, self._context = tokens, context
+        self._places = np.arange(len(tokens) // context) if places is None else places
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
-    def __getitem__(self, place: int) -> dict[str, Tensor]:
-        return {"input_ids": self._rows[place], "labels": self._rows[place]}
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        begin = int(self._places[number]) * self._context
+        row = torch.from_numpy(self._tokens[begin : begin + self._context].astype(np.int64))
+        return {"input_ids": row, "labels": row}
 
 
 def split(tokens: np.ndarray, context: int, held_out: int, name: str) -> tuple[Sequences, Sequences]:
@@ -149,8 +158,5 @@ def split(tokens: np.ndarray, context: int, held_out: int, name: str) -> tuple[S
             f"data_path must have more than {held_out * context:,} tokens, eval_size times context, got {len(tokens):,} in {name}: "
             "use more text, or a smaller eval_size or context."
         )
-    rows = tokens[: whole * context].reshape(whole, context)
-    places = np.linspace(0, whole - 1, held_out).round().astype(int)
-    kept = np.ones(whole, dtype=bool)
-    kept[places] = False
-    return Sequences(rows[kept].reshape(-1), context), Sequences(rows[~kept].reshape(-1), context)
+    held = np.linspace(0, whole - 1, held_out).round().astype(int)
+    return Sequences(tokens, context, np.setdiff1d(np.arange(whole), held)), Sequences(tokens, context, held)

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import distributed
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as hf_logging
@@ -135,7 +136,8 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
         trainer.remove_callback(PrinterCallback)
         log.begin(trainer)
         checkpoint = get_last_checkpoint(str(folder / "checkpoints")) if (folder / "checkpoints").is_dir() else None
-        log.resume(0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2]))
+        if first:
+            log.resume(0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2]))
         trainer.train(resume_from_checkpoint=checkpoint)
         stopped = trainer.stopped or signals.asked
         trainer.save_model(str(folder / "model"))
@@ -215,7 +217,7 @@ def _prepared(folder: Path, config: LifeConfig, tell: ProgressCall, first: bool)
             np.save(file, tokens)
     elif not first:
         _wait_for(done)
-    return AutoTokenizer.from_pretrained(folder / "tokenizer"), np.load(done)
+    return AutoTokenizer.from_pretrained(folder / "tokenizer"), np.load(done, mmap_mode="r")
 
 
 def _wait_for(file: Path, seconds: float = 3600.0) -> None:
@@ -305,6 +307,10 @@ class _StopSignals(TrainerCallback):
         self.asked = signal.Signals(number).name
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if distributed.is_available() and distributed.is_initialized():  # a signal may reach one process only, or each in another step
+            number = torch.tensor(0 if self.asked is None else signal.Signals[self.asked].value, device=args.device)
+            distributed.all_reduce(number, distributed.ReduceOp.MAX)
+            self.asked = signal.Signals(int(number)).name if int(number) else None
         if self.asked is not None:
             control.should_save = control.should_training_stop = True
         return control
@@ -317,13 +323,13 @@ class _StopSignals(TrainerCallback):
 
 @torch.no_grad()
 def _sample(model: TinyOnnForCausalLM, tokenizer: Any) -> str:
-    """Text that the model writes from nothing but the end token, greedily after the first token."""
+    """Text that is sampled from the model after the end token, always with the same random numbers."""
     model.eval()
-    begin = torch.tensor([[tokenizer.eos_token_id]], device=next(model.parameters()).device)
-    state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    found: Any = model.generate(  # type: ignore[misc]
-        begin, max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.8, eos_token_id=None
-    )
-    torch.random.set_rng_state(state)
+    device = next(model.parameters()).device
+    begin = torch.tensor([[tokenizer.eos_token_id]], device=device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        found: Any = model.generate(  # type: ignore[misc]
+            begin, max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.8, eos_token_id=None
+        )
     return str(tokenizer.decode(found[0, 1:], skip_special_tokens=True))

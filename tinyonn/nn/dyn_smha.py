@@ -21,7 +21,7 @@ from ..ops import Routing, SlotOrder, expert_linear, sliding_window_attention, s
 from ..ops._checks import check_choice, check_flag, check_number, check_size
 from ..ops._dispatch import autocast_dtype
 from ..ops.experts.threshold_route import Form
-from ..ops.nsa._checks import checked_bounds
+from ..ops.nsa._checks import check_bound_values, checked_bounds
 from .dyn_smha_cache import DynSMHACache, Pairs
 from .rotary import Turn, positions, rotate, rotation, sequence_numbers
 from .routed import GatingLoss, Routed, RoutingKind, reset_rows
@@ -38,12 +38,12 @@ class DynSMHA(Routed):
     `num_experts` heads are live at the start, as for the experts of `DynMoE`, and the options of the router are the same. With padding or a
     cache, padded tokens use no head and give 0.
 
-    Mode "per_head": a token attends, in each of its heads, to itself and the earlier tokens that use this head too. Work and memory grow
-    with the pairs of a token and a head. Mode "composite": the routing weights merge the heads of a token into one, Σ_e w_te W_qkv[e] x_t,
-    which attends to all earlier tokens.
+    Mode "per_head": a token attends, in each of its heads, to itself and the earlier tokens that use this head too. Arithmetic grows with
+    the pairs of a token and a head, memory with the slots, `max_experts` a token. Mode "composite": the routing weights merge the heads of
+    a token into one, Σ_e w_te W_qkv[e] x_t, which attends to all earlier tokens.
 
-    `checkpoint=True` recomputes only `execute`, so a token keeps its heads. `capturing`, `gating_loss` and `train.HyperStep` work as for
-    `DynMoE`.
+    `checkpoint=True` recomputes only `execute`, so a token keeps its heads; a call with a cache keeps everything. `capturing`,
+    `gating_loss` and `train.HyperStep` work as for `DynMoE`. Transforms of torch.func are not supported.
 
     Args:
         hidden_size: F.
@@ -54,7 +54,7 @@ class DynSMHA(Routed):
         bias: whether the heads have biases.
         rope_theta: base of the rotary embedding's wavelengths.
         dropout: dropout rate of the output, in training.
-        checkpoint: whether to recompute the heads in backward; torch.func transforms ignore it, as they do not support it.
+        checkpoint: whether to recompute the heads in backward.
         surprise_kind: "o_proj": norm of the gradient that a pair of a token and a head causes in W_o[e]; "head": in all weights and biases
             of the head, by its own projections.
         target_k, routing, surprise_budget, gating_loss, thresholds, form, scale, min_experts, max_experts, combine, level, demand: as in
@@ -174,27 +174,34 @@ class DynSMHA(Routed):
         if cache is not None:
             if any(bound is not None for bound in (key_start, key_end, cu_seqlens)):
                 raise ValueError("key_start, key_end and cu_seqlens must be None beside a cache, which carries key_start.")
+            if not isinstance(cache, DynSMHACache):
+                raise TypeError(f"cache must be a DynSMHACache, got {type(cache).__name__}.")
             cache.check_rows(len(hidden_states))
             key_start = cache.key_start
         before = 0 if cache is None else cache.length
         tokens_after = before + hidden_states.shape[1]
-        cu_seqlens, key_start, key_end = checked_bounds(hidden_states, hidden_states, tokens_after, cu_seqlens, key_start, key_end)
-        routed = self._routed(hidden_states, surprise_budget, token_mask, _real(hidden_states, before, key_start, key_end))
+        bounds = checked_bounds(hidden_states, hidden_states, tokens_after, cu_seqlens, key_start, key_end)
+        if not torch.compiler.is_compiling():
+            check_bound_values(tokens_after, bounds)
+        cu_seqlens, key_start, key_end = bounds
+        routed = self._routed(hidden_states, surprise_budget, token_mask, _not_padding(hidden_states, before, key_start, key_end))
         if position_ids is None:
             position_ids = positions(hidden_states, before, key_start, cu_seqlens)
-        position_ids = position_ids.expand(hidden_states.shape[:2]).reshape(-1)
+        position_ids = _position_rows(position_ids, hidden_states.shape[:2])
         turn = rotation(position_ids, self.head_dim, self.rope_theta, autocast_dtype(hidden_states) or hidden_states.dtype)
-        if cache is not None and (before or not torch.is_grad_enabled()):
-            out = self._decode(routed.tokens, routed.routing, turn, hidden_states.shape[0], cache)
+        batch = hidden_states.shape[0]
+        arguments = (routed.tokens, routed.routing, turn, (hidden_states.shape[:2], cu_seqlens, key_start, key_end), routed.probe)
+        if before:
+            assert cache is not None
+            out = self._decode(routed.tokens, routed.routing, turn, batch, cache)
+        elif cache is not None:
+            out, key, value, order = self._run(*arguments)
+            pairs = self._pairs(key.detach(), value.detach(), routed.routing, batch, cache, order)[0]
+            cache.append(batch, self._heads, hidden_states.shape[1], pairs)
+        elif self.checkpoint and torch.is_grad_enabled() and not self._transformed():
+            out = checkpoint(self.execute, *arguments, use_reentrant=False)
         else:
-            bounds = (hidden_states.shape[:2], cu_seqlens, key_start, key_end)
-            arguments = (routed.tokens, routed.routing, turn, bounds, routed.probe)
-            if self.checkpoint and torch.is_grad_enabled() and not self._transformed():
-                out = checkpoint(self.execute, *arguments, use_reentrant=False)
-            else:
-                out = self.execute(*arguments)
-            if cache is not None:
-                self._fill(cache, routed.tokens.detach(), routed.routing, turn, hidden_states.shape[0])
+            out = self.execute(*arguments)
         assert isinstance(out, Tensor)
         return self.dropout(out).view(hidden_states.shape)
 
@@ -208,22 +215,35 @@ class DynSMHA(Routed):
             bounds: (B, T), cu_seqlens, key_start, key_end.
             surprise: (N, K) zeros whose gradient becomes the surprise; None for no surprise.
         """
+        return self._run(tokens, routing, turn, bounds, surprise)[0]
+
+    def _run(
+        self, tokens: Tensor, routing: Routing, turn: Turn, bounds: tuple[Any, ...], surprise: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, SlotOrder]:
+        """As `execute`; also the keys and values of pairs, as `_project` gives them, and the order of the slots, which serves all."""
         of_qkv, of_o = (None, surprise) if surprise is None or self.surprise_kind == "o_proj" else _JoinedProbe.apply(surprise)
         shape, cu_seqlens, key_start, key_end = bounds
         window = max(1, shape[1])
         order = sort_slots(routing.top_k_index, len(self.o_proj), _dtype(tokens, self.o_proj))
         query, key, value = self._project(tokens, routing, turn, of_qkv, order)
         if self.mode == "composite":
-            query, key, value = (x.view(*shape, 1, self.head_dim) for x in (query, key, value))
+            rows = [x.view(*shape, 1, self.head_dim) for x in (query, key, value)]
             attended = sliding_window_attention(
-                query, key, value, window, cu_seqlens=cu_seqlens, key_start=key_start, key_end=key_end
+                rows[0], rows[1], rows[2], window, cu_seqlens=cu_seqlens, key_start=key_start, key_end=key_end
             )  # fmt: skip
-            return self._output(attended.view(len(tokens), self.head_dim), routing, of_o, order)
-        query, key, value = (x[None, :, None] for x in (query, key, value))
-        starts = self._starts(routing.top_k_index, shape, cu_seqlens)
-        attended = sliding_window_attention(query, key, value, window, cu_seqlens=starts)[0, :, 0]
-        in_slots = _InSlots.apply(attended, order.slots[: len(attended)], len(order.slots))
-        return self._output(in_slots.view(*routing.top_k_index.shape, self.head_dim), routing, of_o, order)
+            attended = attended.view(len(tokens), self.head_dim)
+        else:
+            starts = self._starts(routing.top_k_index, shape, cu_seqlens)
+            rows = [x[None, :, None] for x in (query, key, value)]
+            found = sliding_window_attention(rows[0], rows[1], rows[2], window, cu_seqlens=starts)[0, :, 0]
+            attended = _InSlots.apply(found, order.slots[: len(found)], len(order.slots))
+            attended = attended.view(*routing.top_k_index.shape, self.head_dim)
+        return self._output(attended, routing, of_o, order), key, value, order
+
+    @property
+    def _heads(self) -> int:
+        """Heads of a cache."""
+        return 1 if self.mode == "composite" else len(self.o_proj)
 
     def _project(self, tokens: Tensor, routing: Routing, turn: Turn, surprise: Tensor | None, order: SlotOrder) -> list[Tensor]:
         """Queries, keys and values, rotated: of pairs in sorted order, (R, D), or of tokens in mode "composite", (N, D).
@@ -256,45 +276,33 @@ class DynSMHA(Routed):
         heads, device = len(self.o_proj), top_k_index.device
         place = torch.arange(len(top_k_index), device=device)
         sequences = shape[0] if cu_seqlens is None else max(1, len(cu_seqlens) - 1)
-        sequence = place // max(1, shape[1]) if cu_seqlens is None else sequence_numbers(cu_seqlens, place).clamp(0, sequences - 1)
+        sequence = place // max(1, shape[1]) if cu_seqlens is None else sequence_numbers(cu_seqlens, place)
         group = torch.where(top_k_index < heads, top_k_index * sequences + sequence.unsqueeze(-1), heads * sequences).flatten()
         counts = torch.zeros(heads * sequences + 1, dtype=torch.int64, device=device).scatter_add_(0, group, torch.ones_like(group))
         return torch.cat([counts.new_zeros(1), counts[:-1].cumsum(0)]).int()
 
-    def _decode(self, tokens: Tensor, routing: Routing, turn: Turn, rows: int, cache: DynSMHACache) -> Tensor:
+    def _decode(self, tokens: Tensor, routing: Routing, turn: Turn, batch: int, cache: DynSMHACache) -> Tensor:
         """Attends to the tokens of the cache and to new ones, which are appended."""
         order = sort_slots(routing.top_k_index, len(self.o_proj), _dtype(tokens, self.o_proj))
-        if not cache.length:  # whole sequences
-            shape = torch.Size((rows, len(tokens) // rows if rows else 0))
-            key_start = cache.key_start
-            out = self.execute(tokens, routing, turn, (shape, None, None if key_start is None else key_start.int(), None))
-            self._fill(cache, tokens, routing, turn, rows)
-            return out
-        query, pairs, used = self._pairs(tokens, routing, turn, rows, cache, order)
-        heads = 1 if self.mode == "composite" else len(self.o_proj)
-        seen = cache.append(rows, heads, len(tokens) // rows, pairs)
+        query, key, value = self._project(tokens, routing, turn, None, order)
+        pairs, chosen, used = self._pairs(key, value, routing, batch, cache, order)
+        query = query[chosen]
+        seen = cache.append(batch, self._heads, len(tokens) // batch, pairs)
         found = cache.attend(query, pairs.row, pairs.head, seen, self.head_dim**-0.5)
         places = len(tokens) if self.mode == "composite" else len(order.slots)
         attended = query.new_zeros(places, self.head_dim).index_copy(0, used, found)
         if self.mode == "per_head":
-            attended = attended.view(*routing.top_k_index.shape, self.head_dim)
+            attended = attended.view(*routing.top_k_index.shape, -1)
         return self._output(attended, routing, None, order)
 
-    @torch.no_grad()
-    def _fill(self, cache: DynSMHACache, tokens: Tensor, routing: Routing, turn: Turn, rows: int) -> None:
-        order = sort_slots(routing.top_k_index, len(self.o_proj), _dtype(tokens, self.o_proj))
-        _, pairs, _ = self._pairs(tokens, routing, turn, rows, cache, order)
-        cache.append(rows, 1 if self.mode == "composite" else len(self.o_proj), len(tokens) // rows if rows else 0, pairs)
-
     def _pairs(
-        self, tokens: Tensor, routing: Routing, turn: Turn, rows: int, cache: DynSMHACache, order: SlotOrder
-    ) -> tuple[Tensor, Pairs, Tensor]:
-        """Queries of used pairs, (R, D); the pairs with keys and values; and their slots, or tokens in mode "composite"."""
-        query, key, value = self._project(tokens, routing, turn, None, order)
-        of_row = max(1, len(tokens) // max(1, rows))
+        self, key: Tensor, value: Tensor, routing: Routing, batch: int, cache: DynSMHACache, order: SlotOrder
+    ) -> tuple[Pairs, Tensor, Tensor]:
+        """The used pairs of rows of keys and values; which rows they are; and their slots, or tokens in mode "composite"."""
         index = routing.top_k_index
+        of_row = max(1, len(index) // max(1, batch))
         if self.mode == "composite":
-            place = torch.arange(len(tokens), device=tokens.device)
+            place = torch.arange(len(index), device=index.device)
             start = 0 if cache.key_start is None else cache.key_start[place // of_row]
             used = torch.nonzero(cache.length + place % of_row >= start).squeeze(-1)
             token, head, chosen = used, torch.zeros_like(used), used
@@ -302,8 +310,7 @@ class DynSMHA(Routed):
             number = int(order.offsets[-1])
             used = order.slots[:number]
             token, head, chosen = used // index.shape[1], index.flatten()[used].long(), torch.arange(number, device=used.device)
-        pairs = Pairs(token // of_row, head, cache.length + token % of_row, key[chosen], value[chosen])
-        return query[chosen], pairs, used
+        return Pairs(token // of_row, head, cache.length + token % of_row, key[chosen], value[chosen]), chosen, used
 
     def extra_repr(self) -> str:
         heads, features, dim = self.o_proj.shape
@@ -329,12 +336,12 @@ class _Arranged(torch.autograd.Function):
         ctx.number = len(qkv)
 
     @staticmethod
-    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, None, None, None]:
         slots, cos, sin = ctx.saved_tensors
         cos, sin = _of_slots(ctx.number, slots, cos, sin)
-        dim = value.shape[-1]
-        grad = value.new_zeros(ctx.number, 3 * dim)
-        for place, part in enumerate((rotate(query, (cos, -sin)), rotate(key, (cos, -sin)), value)):
+        dim = grad_value.shape[-1]
+        grad = grad_value.new_zeros(ctx.number, 3 * dim)
+        for place, part in enumerate((rotate(grad_query, (cos, -sin)), rotate(grad_key, (cos, -sin)), grad_value)):
             grad[:, place * dim : (place + 1) * dim].index_copy_(0, slots, part)
         return grad, None, None, None
 
@@ -364,8 +371,6 @@ class _InSlots(torch.autograd.Function):
 class _JoinedProbe(torch.autograd.Function):
     """Two probes whose gradients, norms of two parts of a gradient, become the norm of both."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(probe: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(probe), torch.zeros_like(probe)
@@ -384,7 +389,17 @@ def _dtype(tokens: Tensor, weight: Tensor) -> torch.dtype:
     return autocast_dtype(tokens) or weight.dtype
 
 
-def _real(hidden_states: Tensor, before: int, key_start: Tensor | None, key_end: Tensor | None) -> Tensor | None:
+def _position_rows(position_ids: Tensor, shape: torch.Size) -> Tensor:
+    """(N,) positions, of (B, T) or (1, T)."""
+    if not isinstance(position_ids, Tensor) or position_ids.is_floating_point():
+        kind = position_ids.dtype if isinstance(position_ids, Tensor) else type(position_ids).__name__
+        raise TypeError(f"position_ids must be a tensor of integers, got {kind}.")
+    if tuple(position_ids.shape) not in ((1, shape[1]), tuple(shape)):
+        raise ValueError(f"position_ids must have shape {tuple(shape)} or (1, {shape[1]}), got {tuple(position_ids.shape)}.")
+    return position_ids.expand(shape).reshape(-1)
+
+
+def _not_padding(hidden_states: Tensor, before: int, key_start: Tensor | None, key_end: Tensor | None) -> Tensor | None:
     """(N,) bool, tokens that are not padding; None if all are real."""
     if key_start is None and key_end is None:
         return None

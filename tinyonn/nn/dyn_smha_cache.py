@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-PAGE = 32  # entries; a head of a row owns whole pages, so memory is that of the pairs, and at most one page more for each head
+PAGE = 32  # entries; a head of a row owns whole pages, at most one more than its pairs fill
 CHUNK_ELEMENTS = 1 << 24  # keys and values that are gathered at once
 
 
@@ -31,6 +31,8 @@ class Pairs(NamedTuple):
 
 class DynSMHACache:
     """Keys and values of one layer, for decoding: per head in mode "per_head", of the one composite head in mode "composite".
+
+    Rows have pools of one size, that of the row with the most pairs, with room to grow. A call reads a few numbers on the host.
 
     Args:
         key_start: (B,) int32 or int64, first position of each row that is not padding; None for 0.

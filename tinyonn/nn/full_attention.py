@@ -6,9 +6,11 @@ B batch, T tokens, H heads, D head dim
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from .rotary import positions, rotate, rotation
 
@@ -69,7 +71,9 @@ class FullAttention(nn.Module):
         query, key, value = (x.transpose(1, 2) for x in (rotate(query, turn), rotate(key, turn), value))
         if append is not None:
             key, value = append(key, value)
-        # Of one query, the last, no key is in the future.
-        causal = attention_mask is None and query.shape[2] > 1
-        out = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, is_causal=causal)
+        # Of one query, the last, no key is in the future; is_causal counts from the first key, not from the last.
+        queries, keys = query.shape[2], key.shape[2]
+        causal = attention_mask is None and queries > 1
+        mask: Any = causal_lower_right(queries, keys) if causal and keys != queries else attention_mask
+        out = nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal and keys == queries)
         return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -25,6 +25,8 @@ def duplicated(ttgir: str) -> float:
             for size, warps, instruction in zip(rows_and_columns, *layouts[layout], strict=False):
                 operations *= max(1, warps * instruction / size)
         done += operations
+    if not needed and re.search(r"tt\.dot\b(?!_)|warp_group_dot\b(?!_wait)", ttgir):
+        raise ValueError("the products of this code cannot be read: its form is not that of the Triton that this was written for.")
     return round(done / needed, 2) if needed else 1.0
 
 

@@ -26,6 +26,20 @@ class CapturedSurprise(Mapping[str, Tensor]):
         parts = {name: [part for call in calls if (part := call.surprise()) is not None] for name, calls in self._calls.items()}
         return {name: torch.cat(found) for name, found in parts.items() if found}
 
+    def mean(self) -> Tensor | None:
+        """Mean over layers of the mean over (token, expert) pairs, 0-d float64; None if no layer is fused. It does not wait for the device."""
+        means = []
+        for calls in self._calls.values():
+            total = []
+            for call in calls:
+                if isinstance(call, CapturedCall) and (slots := call.by_slot()) is not None:
+                    used = (call.top_k_index < call.num_experts) & slots.isfinite()
+                    total.append(torch.stack([torch.where(used, slots, 0).double().sum(), used.sum().double()]))
+            if total:
+                found, number = torch.stack(total).sum(0)
+                means.append(found / number)
+        return torch.stack([one.to(means[0].device) for one in means]).nanmean() if means else None
+
     def first_choice_accuracy(self) -> Tensor | None:
         """Share of the tokens with several experts whose best-scored one had the least surprise, 0-d; None if no layer is fused."""
         shares = []

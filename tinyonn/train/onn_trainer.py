@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
+import warnings
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_callback import ExportableState
 
 from ..nn.dyn_nsa import DynNSACore
+from ..nn.dyn_smha import DynSMHA
 from ..nn.routed import Routed
 from ..nn.surprise_loss import SurpriseLoss
 from ..ops._checks import check_number, check_size
@@ -21,8 +21,6 @@ from .captured_surprise import CapturedSurprise
 from .hyper_step import HyperStepMixin
 from .integrity import output_entropy, predictive_integrity
 from .lifecycle import ExpertLifecycle, LifeEvent
-
-LIFECYCLE = "lifecycle.json"  # file in a checkpoint
 
 
 class OnnTrainer(HyperStepMixin, Trainer):
@@ -36,9 +34,10 @@ class OnnTrainer(HyperStepMixin, Trainer):
     left out.
 
     A step whose gradients are not finite is skipped: the optimiser leaves weights and its own state as they are. After `max_bad_steps` in a
-    row training stops. Checkpoints have the state of the lifecycle, so that a resumed run goes on with it.
+    row training stops. This look at the gradients waits for the device once a step. Checkpoints have the state of the lifecycle, so that a
+    resumed run goes on with it; `config.has_life` is set, so that `from_pretrained` of a TinyOnn model restores the life of its experts.
 
-    Accelerate, DistributedDataParallel and FSDP2 work as with every Trainer.
+    Accelerate, DistributedDataParallel and FSDP2 work as with every Trainer. The means in the log are those of the first process.
 
     Args:
         args, others: see `transformers.Trainer`.
@@ -46,13 +45,13 @@ class OnnTrainer(HyperStepMixin, Trainer):
         pruning_threshold, growth_threshold: see `ExpertLifecycle`; None for those of the model's configuration, or none. Without an expert
             that is not live, no expert is born.
         w_ce, w_kl: weights of the routers' loss on surprise, for layers with such a loss; None for those of the model's configuration, or
-            0.
-        drive_weights: whether both are multiplied by the regeneration rate.
+            0. Where both are 0, no router learns from surprise.
+        drive_weights: whether w_ce and w_kl are multiplied by the regeneration rate.
         max_bad_steps: skipped steps in a row after which training stops, at least 1.
 
     Attributes:
         lifecycle: the `ExpertLifecycle`; None before the first step.
-        events: births and recyclings of this process so far.
+        events: births and recyclings since this object was made, the same on all processes.
         skipped: steps skipped so far.
         stopped: why training stopped before its end; None if it did not.
 
@@ -78,7 +77,8 @@ class OnnTrainer(HyperStepMixin, Trainer):
         trainer: Any = self
 
         def number(name: str, given: float | None, default: float) -> float:
-            return float(getattr(trainer.model.config, name, default) if given is None else given)
+            config = getattr(trainer.model, "config", None)
+            return float(getattr(config, name, default) if given is None else given)
 
         self.alpha, self.gamma, self.max_bad_steps = number("alpha", alpha, 1.0), number("gamma", gamma, 0.5), max_bad_steps
         check_number("alpha", self.alpha, at_least=0)
@@ -88,17 +88,21 @@ class OnnTrainer(HyperStepMixin, Trainer):
         self._weights = SurpriseLoss(w_ce=w_ce, w_kl=w_kl) if w_ce or w_kl else None
         self._drive_weights = drive_weights
         self.surprise_loss = self._weights
+        if self._weights is None:
+            self.gating_weight = 0.0
         self.lifecycle: ExpertLifecycle | None = None
         self.events: list[LifeEvent] = []
         self.skipped, self._in_a_row = 0, 0
         self.stopped: str | None = None
         self._life_state: dict[str, Any] | None = None
         self._batch: dict[str, Tensor] = {}  # sums over the accumulated batches of a step
-        self._means: dict[str, list[Tensor]] = defaultdict(list)  # one value a step since the last line of the log
+        self._means: dict[str, tuple[Tensor, int]] = {}  # sums over the steps since the last line of the log, and their number
         self._counted = {"births": 0, "recyclings": 0, "skipped_steps": 0}
         self._entropy: Tensor | None = None
         for layer in _layers(trainer.model):  # before a checkpoint is loaded, which has their buffers
             layer.track_life()
+        if hasattr(trainer.model, "config"):
+            trainer.model.config.has_life = True
         trainer.add_callback(_Steps(self))
 
     # ---- a batch ----
@@ -109,12 +113,30 @@ class OnnTrainer(HyperStepMixin, Trainer):
             self._begin_life(model)
         assert self.lifecycle is not None
         scaler = getattr(trainer.accelerator, "scaler", None)
-        number = args[0] if args else kwargs.get("num_items_in_batch")
-        with self.lifecycle.recording(scaler if scaler is not None and scaler.is_enabled() else None) as surprise:
+        scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        number = self._tokens_of_mean(inputs, args[0] if args else kwargs.get("num_items_in_batch"))
+        with self.lifecycle.recording(scaler) as surprise:
             loss = super().training_step(model, inputs, *args, **kwargs)
         with torch.no_grad():
-            self._add(loss, surprise, _items(inputs, number))
+            self._add(loss, surprise, number / scale)
         return loss
+
+    def _tokens_of_mean(self, inputs: dict[str, Any], number: Tensor | int | None) -> Tensor | float:
+        """What turns the gradient of this batch's loss into that of a token's own: the tokens that the loss is a mean over, as Trainer has
+        it. It multiplies the loss by the number of processes where tokens are counted over all of them.
+        """
+        trainer: Any = self
+        if number is None:
+            labels = inputs.get("labels")
+            own = 1 if labels is None else (labels[..., 1:] != -100).sum()
+            return own * float(trainer.current_gradient_accumulation_steps)
+        scaled = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        if not scaled:
+            labels = inputs.get("labels")
+            return (1 if labels is None else (labels[..., 1:] != -100).sum()) * float(trainer.current_gradient_accumulation_steps)
+        over_all = trainer.args.average_tokens_across_devices
+        return number / (trainer.accelerator.num_processes if over_all else 1)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
@@ -133,14 +155,14 @@ class OnnTrainer(HyperStepMixin, Trainer):
         if self._life_state is not None:
             self.lifecycle.load_state_dict(self._life_state)
 
-    def _add(self, loss: Tensor, surprise: CapturedSurprise, number: Tensor | int) -> None:
-        """Adds a batch to the sums of its step. A loss that is a mean over n tokens makes surprises n times smaller than a token's own."""
+    def _add(self, loss: Tensor, surprise: CapturedSurprise, number: Tensor | float) -> None:
+        """Adds a batch to the sums of its step; `number` turns its surprises into those of the tokens' own losses."""
         batch = {"loss": loss.double(), "batches": torch.ones((), dtype=torch.float64, device=loss.device)}
         if self._entropy is not None:
             batch["tau"] = self._entropy.double()
-        found = [matrix[matrix.isfinite()].double().mean() for matrix in surprise.values()]
-        if found:
-            batch["surprise"] = torch.stack([one.to(loss.device) for one in found]).nanmean() * number
+        mean = surprise.mean()
+        if mean is not None:
+            batch["surprise"] = mean.to(loss.device) * number
         accuracy = surprise.first_choice_accuracy()
         if accuracy is not None:
             batch["routing_accuracy"] = accuracy.to(loss.device)
@@ -169,7 +191,8 @@ class OnnTrainer(HyperStepMixin, Trainer):
             if self._weights is not None and self.last_gating_loss is not None:
                 terms["gating_loss"] = self.last_gating_loss.detach()
             for name, value in terms.items():
-                self._means[name].append(value)
+                total, number = self._means.get(name, (torch.zeros_like(value, dtype=torch.float64), 0))
+                self._means[name] = total + value.double(), number + 1
         events = self.lifecycle.step(integrity)
         self.events += events
         for event in events:
@@ -186,7 +209,7 @@ class OnnTrainer(HyperStepMixin, Trainer):
             loss = self._batch.get("loss", torch.zeros(()))
             bad = not bool(trainer.accelerator.reduce(loss.clone(), reduction="sum").isfinite())
         else:
-            norms = [_local(norm) for norm in torch._foreach_norm(grads)] if grads else []
+            norms = torch._foreach_norm([_local(grad) for grad in grads]) if grads else ()
             finite = torch.stack([norm.isfinite() for norm in norms]).all() if norms else torch.ones((), dtype=torch.bool)
             bad = bool(trainer.accelerator.reduce((~finite).float().to(trainer.args.device), reduction="sum") > 0)
         self._in_a_row = self._in_a_row + 1 if bad else 0
@@ -196,7 +219,7 @@ class OnnTrainer(HyperStepMixin, Trainer):
             self._counted["skipped_steps"] += 1
         return bad
 
-    # ---- the log, and checkpoints ----
+    # ---- the log ----
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -206,13 +229,13 @@ class OnnTrainer(HyperStepMixin, Trainer):
     def life_metrics(self) -> dict[str, float]:
         """Means since the last call, by name; waits for the device."""
         trainer: Any = self
-        found = {name: float(torch.stack([value.double() for value in values]).mean()) for name, values in self._means.items() if values}
+        found: dict[str, float] = {name: float(total) / number for name, (total, number) in self._means.items()}
         self._means.clear()
         found |= self._counted
         self._counted = dict.fromkeys(self._counted, 0)
         pools: dict[str, list[float]] = defaultdict(list)
         for layer in _layers(trainer.model):
-            pools["heads_per_token" if type(layer).__name__ == "DynSMHA" else "experts_per_token"].append(layer.statistics()["mean_k"])
+            pools["heads_per_token" if isinstance(layer, DynSMHA) else "experts_per_token"].append(layer.statistics()["mean_k"])
             pools["live_experts"].append(float(layer.router.expert_mask.sum()))
             if layer.life is not None and (share := layer.life.unserved_share()) is not None:
                 pools["unserved"].append(share)
@@ -226,30 +249,32 @@ class OnnTrainer(HyperStepMixin, Trainer):
         found |= {name: sum(values) if name == "live_experts" else sum(values) / len(values) for name, values in pools.items()}
         return {name: value for name, value in found.items() if not (isinstance(value, float) and math.isnan(value))}
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)
-        trainer: Any = self
-        if self.lifecycle is not None and trainer.args.should_save:
-            folder = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-            state = {"lifecycle": self.lifecycle.state_dict(), "skipped": self.skipped, "in_a_row": self._in_a_row}
-            (folder / LIFECYCLE).write_text(json.dumps(state), encoding="utf-8")
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (file := Path(checkpoint) / LIFECYCLE).is_file():
-            state = json.loads(file.read_text(encoding="utf-8"))
-            self._life_state = state["lifecycle"]
-            self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
-            if self.lifecycle is not None:
-                self.lifecycle.load_state_dict(self._life_state)
-
-
-class _Steps(TrainerCallback):
-    """Looks at gradients before the optimiser, and ends the lifecycle's step after it."""
+class _Steps(TrainerCallback, ExportableState):
+    """Looks at gradients before the optimiser, ends the lifecycle's step after it, and has its state in the trainer's."""
 
     def __init__(self, trainer: OnnTrainer) -> None:
         self._trainer = trainer
         self._bad = False
+
+    def state(self) -> dict[str, Any]:
+        trainer = self._trainer
+        kept = {"lifecycle": None if trainer.lifecycle is None else trainer.lifecycle.state_dict()}
+        return {"args": {}, "attributes": kept | {"skipped": trainer.skipped, "in_a_row": trainer._in_a_row}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.global_step:
+            return
+        kept = state.stateful_callbacks.get(type(self).__name__)
+        found = (kept or {}).get("attributes", {})
+        if not found.get("lifecycle"):
+            warnings.warn("the checkpoint has no state of the experts' life, which begins again.", stacklevel=2)
+            return
+        trainer = self._trainer
+        trainer._life_state = found["lifecycle"]
+        trainer.skipped, trainer._in_a_row = found["skipped"], found["in_a_row"]
+        if trainer.lifecycle is not None:
+            trainer.lifecycle.load_state_dict(found["lifecycle"])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None
@@ -279,14 +304,6 @@ def _layers(model: nn.Module) -> list[Routed]:
     return [module for module in model.modules() if isinstance(module, Routed)]
 
 
-def _items(inputs: dict[str, Any], number: Tensor | int | None) -> Tensor | int:
-    """Tokens that the loss is a mean over."""
-    if number is not None:
-        return number
-    labels = inputs.get("labels")
-    return 1 if labels is None else (labels[..., 1:] != -100).sum()
-
-
 @torch.no_grad()
 def _mean_entropy(logits: Tensor, labels: Tensor | None) -> Tensor:
     """Mean entropy of the output where a token is predicted, 0-d."""
@@ -297,7 +314,7 @@ def _mean_entropy(logits: Tensor, labels: Tensor | None) -> Tensor:
     return torch.where(kept, entropy[..., :-1], 0).sum() / kept.sum().clamp(min=1)
 
 
-def _local(norm: Any) -> Tensor:
-    """A norm as a plain tensor; under fully_shard it is a DTensor."""
-    found: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+def _local(grad: Any) -> Tensor:
+    """This process's part of a gradient that `fully_shard` has sharded; any other as it is."""
+    found: Tensor = grad.to_local() if hasattr(grad, "to_local") else grad
     return found

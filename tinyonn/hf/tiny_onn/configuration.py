@@ -53,6 +53,7 @@ class TinyOnnConfig(PretrainedConfig):
         pruning_threshold: share of the tokens below which an expert is recycled; see `train.ExpertLifecycle`.
         growth_threshold: share of the tokens that no expert serves, above which an expert is born.
         w_ce, w_kl: weights of the routers' loss on surprise (`train.SurpriseLoss`). Where both are 0 the main loss alone trains routers.
+        has_life: whether layers record the life of their experts, in buffers that are saved; `train.OnnTrainer` sets it.
         rms_norm_eps: added to the mean square in each RMSNorm.
         initializer_range: standard deviation of the initial weights of embeddings and projections.
         use_cache: whether calls without gradients return keys and values for decoding.
@@ -82,6 +83,7 @@ class TinyOnnConfig(PretrainedConfig):
     growth_threshold: float = 0.05
     w_ce: float = 0.0
     w_kl: float = 0.0
+    has_life: bool = False
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -111,7 +113,7 @@ class TinyOnnConfig(PretrainedConfig):
         for name in ("alpha", "pruning_threshold", "growth_threshold", "w_ce", "w_kl", "rms_norm_eps", "initializer_range"):
             check_number(name, getattr(self, name), at_least=0)
         check_number("gamma", self.gamma, at_least=0, at_most=1)
-        for name in ("use_cache", "tie_word_embeddings"):
+        for name in ("has_life", "use_cache", "tie_word_embeddings"):
             check_flag(name, getattr(self, name))
         super().__post_init__(**kwargs)
 

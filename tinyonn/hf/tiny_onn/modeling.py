@@ -88,6 +88,10 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
             )
             for _ in range(config.num_hidden_layers)
         )  # fmt: skip
+        if config.has_life:
+            for module in self.layers.modules():
+                if isinstance(module, Routed):
+                    module.track_life()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()

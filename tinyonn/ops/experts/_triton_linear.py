@@ -23,7 +23,14 @@ def _sorted(index: Tensor, num_experts: int, dtype: torch.dtype, order: LinearOr
     from tinyonn_kernels.experts.expert_sort import SortedPairs, sort_pairs
 
     rows = rows_of(index.numel(), num_experts, dtype)
-    return sort_pairs(index, num_experts, rows) if order.slots is None else SortedPairs(order.slots.int(), *order[1:], rows)
+    if order.slots is None or order.tile_expert is None:
+        return sort_pairs(index, num_experts, rows)
+    tiles = index.numel() // rows + min(num_experts, index.numel())
+    if order.tile_expert.numel() != tiles:
+        raise ValueError(
+            f"order must be sort_slots with dtype={dtype} and the impl of this call, got one of {order.tile_expert.numel()} tiles."
+        )
+    return SortedPairs(order.slots.int(), *order[1:], rows)
 
 
 @on_its_device

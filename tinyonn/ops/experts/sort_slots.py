@@ -53,7 +53,8 @@ def _by_torch(top_k_index: Tensor, num_experts: int) -> SlotOrder:
     flat = top_k_index.reshape(-1).long()
     flat = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     slots = flat.sort(stable=True).indices
-    ends = torch.bincount(flat, minlength=num_experts + 1)[:num_experts].cumsum(0)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+    ends = counts[:num_experts].cumsum(0)
     none = flat.new_empty(0, dtype=torch.int32)
     return SlotOrder(slots, torch.cat([ends.new_zeros(1), ends]).int(), none, none.clone())
 

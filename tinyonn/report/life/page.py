@@ -1,4 +1,4 @@
-"""`life.html` and two figures: what a model was told, how well it predicts, and how its experts live."""
+"""`life.html` and two figures: losses and predictive integrity of a training, and the population of its experts."""
 
 from __future__ import annotations
 
@@ -44,8 +44,12 @@ MEANINGS = {
 }
 
 
-def write_life_page(folder: Path) -> Path:
-    """Writes FOLDER/life.html from FOLDER/log, and core.png and experts.png where matplotlib is installed.
+def write_life_page(folder: Path, *, figures: bool = True) -> Path:
+    """Writes FOLDER/life.html from FOLDER/log.
+
+    Args:
+        folder: folder of the life.
+        figures: whether to draw core.png and experts.png too, where matplotlib is installed; the first call draws them anyhow.
 
     Returns:
         The page.
@@ -64,7 +68,7 @@ def write_life_page(folder: Path) -> Path:
         cards = group("grid2", [map_card(one) for one, _, _ in maps])
         body.append(section("choices", "Choices over time", controls + cards, lead=lead))
     if data.sample and data.sample.get("text"):
-        lead = "Written by the model at the end, from nothing."
+        lead = "Sampled from the model after training, without a prompt."
         body.append(section("sample", "Sample", f'<div class="card"><pre>{text(data.sample["text"])}</pre></div>', lead=lead))
     numbers = [part for one, rows, columns in maps for part in maps_data([one], rows, columns, columns)]
     for part in numbers:
@@ -72,7 +76,8 @@ def write_life_page(folder: Path) -> Path:
     target = folder / "life.html"
     subtitle = f"{data.steps[-1]:,} steps" if data.steps else "No step yet"
     write_atomically(target, page(f"Life of {folder.resolve().name}", f"{subtitle}.", body, {"maps-data": numbers}))
-    if data.metrics and importlib.util.find_spec("matplotlib") is not None:
+    figures = figures or not (folder / "core.png").is_file()
+    if figures and data.metrics and importlib.util.find_spec("matplotlib") is not None:
         draw_core(folder / "core.png", data)
         draw_experts(folder / "experts.png", data)
     return target
