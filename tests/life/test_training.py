@@ -106,6 +106,16 @@ def test_a_life_that_stopped_goes_on_to_the_same_end(texts, whole, tmp_path):
     assert again.metrics["loss"] == result.metrics["loss"]
 
 
+def test_a_life_that_has_its_steps_is_left_alone(texts, tmp_path):
+    train(config(texts, tmp_path / "life", steps=2))
+    weights = (tmp_path / "life" / "model" / "model.safetensors").read_bytes()
+    for steps in (2, 1):
+        again = train(config(texts, tmp_path / "life", steps=steps))
+        assert again.steps == 2
+        assert again.stopped == "an earlier run did these steps; give more --steps"
+    assert (tmp_path / "life" / "model" / "model.safetensors").read_bytes() == weights
+
+
 def test_other_options_in_the_same_folder_are_refused(texts, tmp_path):
     train(config(texts, tmp_path / "life", steps=2))
     with pytest.raises(InputError, match=r"context must be 16, as in the life in .*life, got 32: give that, or another --output-dir"):

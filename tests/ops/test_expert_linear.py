@@ -313,12 +313,18 @@ def test_an_order_of_another_index_is_refused():
         call(ops, leaves, index, order=ops.sort_slots(index[:2, :2], 5, torch.float64))
     with pytest.raises(ValueError, match="of 69 slots and 5 experts, got one of 69 and 6"):
         call(ops, leaves, index, order=ops.sort_slots(index, 6, torch.float64))
-    with pytest.raises(ValueError, match="order must be sort_slots with dtype=torch.float32 and the impl of this call"):
-        pytest.importorskip("triton")
-        leaves, index = case("token", True, False, dtype=torch.float32, device=impl_device("triton"))
-        call(ops, leaves, index, order=ops.sort_slots(index, 5, torch.float32, impl="torch"), impl="triton")
     with pytest.raises(ValueError, match="impl must be"):
         ops.sort_slots(index, 5, torch.float64, impl="reference")
+
+
+def test_an_order_of_another_impl_is_refused():
+    pytest.importorskip("triton")
+    leaves, index = case("token", True, False, dtype=torch.float32, device=impl_device("triton"))
+    order = ops.sort_slots(index, 5, torch.float32, impl="torch")
+    with pytest.raises(
+        ValueError, match=r"order must be sort_slots with dtype=torch\.float32 and the impl of this call, got one of 0 tiles"
+    ):
+        call(ops, leaves, index, order=order, impl="triton")
 
 
 def test_an_order_passes_opcheck_and_compiles():

@@ -136,8 +136,11 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
         trainer.remove_callback(PrinterCallback)
         log.begin(trainer)
         checkpoint = get_last_checkpoint(str(folder / "checkpoints")) if (folder / "checkpoints").is_dir() else None
+        done = 0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
         if first:
-            log.resume(0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2]))
+            log.resume(done)
+        if done >= config.steps and (folder / "model" / "config.json").is_file():
+            return _done_before(folder, model, log, done, begin, first)
         trainer.train(resume_from_checkpoint=checkpoint)
         stopped = trainer.stopped or signals.asked
         trainer.save_model(str(folder / "model"))
@@ -159,6 +162,26 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
         skipped=trainer.skipped,
         sample=sample,
         stopped=stopped,
+        seconds=time.monotonic() - begin,
+        first=first,
+    )
+
+
+def _done_before(folder: Path, model: TinyOnnForCausalLM, log: LifeLog, done: int, begin: float, first: bool) -> LifeResult:
+    """Of a life that has its steps already; nothing is changed."""
+    return LifeResult(
+        folder=folder,
+        model=folder / "model",
+        page=folder / "life.html",
+        steps=done,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        metrics=log.last,
+        eval_loss=log.eval_loss,
+        births=log.births,
+        recyclings=log.recyclings,
+        skipped=0,
+        sample="",
+        stopped="an earlier run did these steps; give more --steps",
         seconds=time.monotonic() - begin,
         first=first,
     )
@@ -203,14 +226,15 @@ def _prepared(folder: Path, config: LifeConfig, tell: ProgressCall, first: bool)
         tell(None, "learning the vocabulary")
         read = partial(documents, config.data_path, suffix=config.suffix, text_field=config.text_field)
         if next(read(), None) is None:
-            raise InputError(f"data_path must have a text, got {config.data_path}, which has none.")
+            ending = f" in files that end in {config.suffix}" if config.suffix else ""
+            raise InputError(f"data_path must have a text{ending}, got {config.data_path}, which has none.")
         size = config.vocab_size or TinyOnnConfig.bonsai(config.size).vocab_size
         tokenizer = learn_tokenizer(read(), size)
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(folder / "tokenizer")
         tell(None, "reading texts")
         tokens = encoded(read(), tokenizer)
         split(tokens, config.context, config.eval_size, config.data_path)  # before anything is kept
+        tokenizer.save_pretrained(folder / "tokenizer")
         kept = {name: value for name, value in asdict(config).items() if name not in FREE}
         write_atomically(folder / "options.yaml", yaml.safe_dump(kept, sort_keys=False))
         with replacing(done) as unfinished, unfinished.open("wb") as file:

@@ -27,7 +27,7 @@ class CapturedSurprise(Mapping[str, Tensor]):
         return {name: torch.cat(found) for name, found in parts.items() if found}
 
     def mean(self) -> Tensor | None:
-        """Mean over layers of the mean over (token, expert) pairs, 0-d float64; None if no layer is fused. It does not wait for the device."""
+        """Mean over layers of the mean over (token, expert) pairs, 0-d float64; None if no layer is fused."""
         means = []
         for calls in self._calls.values():
             total = []

@@ -141,7 +141,10 @@ def _experts(data: LifeLogFiles) -> str:
     charts = []
     population = [("live experts", data.series("live_experts"))]
     turnover = [("births", data.population("birth")), ("recyclings", data.population("recycling"))]
-    for title, y_title, series in (("Live experts", "all layers", population), ("Births and recyclings", "up to a step", turnover)):
+    for title, y_title, series in (
+        ("Live experts", "with heads, all layers", population),
+        ("Births and recyclings", "up to a step", turnover),
+    ):
         rows, means = thinned(data.steps, [values for _, values in series])
         lines = [(name, one) for (name, _), one in zip(series, means, strict=True)]
         charts.append(card(title, line_chart(title, rows, lines, x_title="step", y_title=y_title)))
@@ -165,7 +168,7 @@ def _experts(data: LifeLogFiles) -> str:
         ("step", "layer", "event", "expert", "share of tokens", "age"), events[:MOST_ROWS], "The last births and recyclings",
         numeric=(0, 3, 4, 5),
     )  # fmt: skip
-    return group("grid2", charts) + group("grid-tables", [lives, log] if events else [lives])
+    return group("grid3", charts) + group("grid-tables", [lives, log] if events else [lives])
 
 
 def _maps(data: LifeLogFiles) -> list[tuple[HeatMap, list[str], list[str]]]:
