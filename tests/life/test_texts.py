@@ -46,6 +46,7 @@ BAD = {
     "no field": ('{"title": "x"}', "record 1 of .* must have a text in 'text' or a chat in 'messages', got the fields title"),
     "a turn without content": ('{"messages": [{"role": "user"}]}', "must have turns with a role and a content, got the fields role"),
     "a turn that is text": ('{"messages": ["hi"]}', "must have turns with a role and a content, got str 'hi'"),
+    "half a surrogate pair": ('{"text": "bad \\ud800 end"}', "record 1 of .* must be Unicode text, got half of a surrogate pair"),
     "cut off": ('{"text": "x"}\n{"text', "record 2 of .* must be one JSON object"),
 }
 

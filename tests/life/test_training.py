@@ -116,6 +116,42 @@ def test_a_life_that_has_its_steps_is_left_alone(texts, tmp_path):
     assert (tmp_path / "life" / "model" / "model.safetensors").read_bytes() == weights
 
 
+def test_a_checkpoint_that_was_not_finished_is_passed_over(texts, whole, tmp_path):
+    """Its last file is missing, as after a kill; the one before is whole."""
+    result, _ = whole
+    folder = tmp_path / "life"
+    train(config(texts, folder, steps=8))
+    (folder / "checkpoints" / "checkpoint-8" / "trainer_state.json").unlink()
+    (folder / "checkpoints" / "checkpoint-12").mkdir()
+    again = train(config(texts, folder, steps=8))
+    assert again.steps == 8
+    for name, value in AutoModelForCausalLM.from_pretrained(result.model).state_dict().items():
+        assert torch.equal(value, AutoModelForCausalLM.from_pretrained(again.model).state_dict()[name])
+
+
+def test_its_own_files_are_no_texts(texts, tmp_path):
+    for file in texts.iterdir():
+        (tmp_path / file.name).write_text(file.read_text())
+    inside = train(config(tmp_path, tmp_path / "life", steps=1))
+    outside = train(config(texts, tmp_path.parent / "outside", steps=1))
+    assert np.array_equal(np.load(inside.folder / "tokens.npy"), np.load(outside.folder / "tokens.npy"))
+
+
+def test_damaged_files_are_one_line_and_a_vocabulary_is_kept(texts, tmp_path):
+    folder = tmp_path / "life"
+    train(config(texts, folder, steps=2))
+    before = (folder / "tokenizer" / "tokenizer.json").read_bytes()
+    (folder / "tokens.npy").write_bytes((folder / "tokens.npy").read_bytes()[:50])
+    with pytest.raises(InputError, match=r"tokens\.npy and .*tokenizer must be whole; remove the first to read the texts again"):
+        train(config(texts, folder, steps=4))
+    (folder / "tokens.npy").unlink()
+    assert train(config(texts, folder, steps=4)).steps == 4
+    assert (folder / "tokenizer" / "tokenizer.json").read_bytes() == before
+    (folder / "options.yaml").unlink()
+    with pytest.raises(InputError, match=r"output_dir must have the options\.yaml of its life"):
+        train(config(texts, folder, steps=6))
+
+
 def test_other_options_in_the_same_folder_are_refused(texts, tmp_path):
     train(config(texts, tmp_path / "life", steps=2))
     with pytest.raises(InputError, match=r"context must be 16, as in the life in .*life, got 32: give that, or another --output-dir"):

@@ -137,6 +137,17 @@ def test_half_precision(dtype):
     assert_close_rms(out, module(x), 1e-5 if dtype == torch.float32 else 2e-2, "output")
 
 
+def test_bad_rows_and_lengths_are_refused_and_change_nothing():
+    cache = DynSMHACache(torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match=r"index must name rows 0 … 1, got \[-1, 1\]"):
+        cache.select_rows(torch.tensor([-1, 1]))
+    with pytest.raises(TypeError, match="index must be a tensor of integers, got list"):
+        cache.select_rows([0])
+    with pytest.raises(TypeError, match="length must be"):
+        cache.crop(2.5)
+    assert cache.key_start.tolist() == [1, 0]
+
+
 def test_bad_caches_are_refused_and_not_changed():
     module, other = layer("per_head"), layer("per_head", max_num_experts=9)
     x = tokens_of(2, 5)

@@ -156,6 +156,7 @@ def test_a_loss_of_nan_skips_the_step_and_keeps_weights_and_optimiser(tmp_path):
     assert trainer.stopped is None
     assert [line["skipped_steps"] for line in lines_of(trainer)] == [0, 1, 1, 0]
     assert "pi" not in lines_of(trainer)[1]
+    assert math.isnan(lines_of(trainer)[1]["loss"])
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
@@ -277,3 +278,25 @@ def test_the_life_of_experts_comes_back_with_the_model(tmp_path, monkeypatch, re
             assert torch.equal(one.activations, other.activations)
             assert torch.equal(one.birth_step, other.birth_step)
             assert one.activations.sum() > 0
+
+
+def test_batches_without_labels_do_not_weigh_in_the_means(tmp_path):
+    """Of two accumulated rows, the second predicts nothing."""
+
+    class Half(Rows):
+        def __getitem__(self, place: int) -> dict[str, Tensor]:
+            row = super().__getitem__(place)
+            return row if place % 2 == 0 else row | {"labels": torch.full_like(row["labels"], -100)}
+
+    class InOrder(OnnTrainer):
+        def _get_train_sampler(self, *given: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    found = []
+    for accumulated in (1, 2):
+        args = trainer_of(tmp_path, steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=accumulated).args
+        trainer = InOrder(model=model(), args=args, train_dataset=Half())
+        trainer.train()
+        found.append(lines_of(trainer)[0])
+    for name in ("loss", "tau", "surprise", "pi"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5), name

@@ -29,10 +29,6 @@ def train(given: Mapping[str, Any], config: ConfigFile = None, print_config: Pri
 
 def run_life(config: LifeConfig) -> Path:
     """Trains with progress on the screen, and prints how it ended. Returns the page."""
-    if not Path(config.data_path).expanduser().exists():
-        from ..errors import InputError
-
-        raise InputError(f"data_path must be a file or a folder, got {config.data_path}, which does not exist.")
     from ..life.training import train
 
     with screen.Progress("training", enabled=os.environ.get("RANK", "0") == "0") as bar:

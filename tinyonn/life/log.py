@@ -46,6 +46,8 @@ class LifeLog(TrainerCallback):
     def resume(self, step: int) -> None:
         """Drops lines of steps after a checkpoint, which are trained again; for the first process."""
         self._log.mkdir(parents=True, exist_ok=True)
+        if step < self._steps:
+            (self._log / "sample.json").unlink(missing_ok=True)  # of the run before
         for name in ("metrics.jsonl", "events.jsonl", "choices.jsonl"):
             file = self._log / name
             kept = [line for line in read_lines(file) if line["step"] <= step]

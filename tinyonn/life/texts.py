@@ -25,18 +25,26 @@ CHAT_TEMPLATE = (
 )
 
 
-def documents(data_path: str, *, suffix: str | None = None, text_field: str = "text") -> Iterator[str]:
+def documents(data_path: str, *, suffix: str | None = None, text_field: str = "text", without: Path | None = None) -> Iterator[str]:
     """Texts of a file, of the files in a folder in order of their names, or of records.
 
-    Files that are not UTF-8 text are left out of a folder. A record has a field `text_field`, or a chat in `messages` or `conversations`.
+    Files that are not UTF-8 text, and those in the folder `without`, are left out of a folder. A record has a field `text_field`, or a chat
+    in `messages` or `conversations`.
 
     Raises:
         InputError: the path does not exist, or a record has neither; the message has its line.
     """
     path = Path(data_path).expanduser()
     if path.is_dir():
-        for file in sorted(path.rglob(f"*{suffix or ''}")):
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
+        own = None if without is None else without.resolve()
+        for file in sorted(path.rglob("*")):
+            if own is not None and file.resolve().is_relative_to(own):
+                continue
+            if (
+                file.name.endswith(suffix or "")
+                and file.is_file()
+                and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            ):
                 text = _text_of(file)
                 if text is not None:
                     yield text
@@ -67,10 +75,11 @@ def _of_records(data_path: str, text_field: str) -> Iterator[str]:
             raise InputError(f"{where} {one.error}.")
         chat = one.record.get("messages", one.record.get("conversations"))
         text = one.record.get(text_field)
-        if isinstance(text, str):
-            yield text
-        elif isinstance(chat, list):
-            yield _chat_text(chat, where)
+        if isinstance(text, str) or isinstance(chat, list):
+            found = text if isinstance(text, str) else _chat_text(chat, where)
+            if max(found, default="") >= "\ud800" and found != found.encode(errors="replace").decode():
+                raise InputError(f"{where} must be Unicode text, got half of a surrogate pair.")
+            yield found
         else:
             raise InputError(
                 f"{where} must have a text in {text_field!r} or a chat in 'messages', got the fields {field_names(one.record)}."

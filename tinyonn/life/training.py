@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import signal
 import threading
@@ -29,7 +30,6 @@ import torch
 import yaml
 from torch import distributed
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as hf_logging
 
 from .._io.config import read_yaml
@@ -135,13 +135,13 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
         )
         trainer.remove_callback(PrinterCallback)
         log.begin(trainer)
-        checkpoint = get_last_checkpoint(str(folder / "checkpoints")) if (folder / "checkpoints").is_dir() else None
-        done = 0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
+        checkpoint = _last_whole_checkpoint(folder / "checkpoints")
+        done = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
         if first:
             log.resume(done)
         if done >= config.steps and (folder / "model" / "config.json").is_file():
             return _done_before(folder, model, log, done, begin, first)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         stopped = trainer.stopped or signals.asked
         trainer.save_model(str(folder / "model"))
         if first:
@@ -165,6 +165,19 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
         seconds=time.monotonic() - begin,
         first=first,
     )
+
+
+def _last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end, of which `trainer_state.json` is the last file; None if there is none."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if (path / "optimizer.pt").is_file() or (path / "optimizer_0").is_dir():
+            return path
+    return None
 
 
 def _done_before(folder: Path, model: TinyOnnForCausalLM, log: LifeLog, done: int, begin: float, first: bool) -> LifeResult:
@@ -206,8 +219,10 @@ def _quiet() -> Iterator[None]:
 def _check_same_life(folder: Path, config: LifeConfig) -> None:
     """InputError if the folder has a life that began with other options."""
     file = folder / "options.yaml"
-    now = {name: value for name, value in asdict(config).items() if name not in FREE}
+    now = _kept(config)
     if not file.is_file():
+        if (folder / "checkpoints").is_dir():
+            raise InputError(f"output_dir must have the options.yaml of its life, got {folder}, where it is missing.")
         return
     before = read_yaml(file, "output_dir")
     known = {field.name for field in fields(LifeConfig)} - set(FREE)
@@ -219,29 +234,38 @@ def _check_same_life(folder: Path, config: LifeConfig) -> None:
         )
 
 
+def _kept(config: LifeConfig) -> dict[str, Any]:
+    """Options that all runs of a life share."""
+    shared = {name: value for name, value in asdict(config).items() if name not in FREE}
+    return shared | {"data_path": str(Path(config.data_path).expanduser().resolve())}
+
+
 def _prepared(folder: Path, config: LifeConfig, tell: ProgressCall, first: bool) -> tuple[Any, np.ndarray]:
     """Tokenizer and tokens, made by the first process and read by all."""
     done = folder / "tokens.npy"
     if first and not done.is_file():
         tell(None, "learning the vocabulary")
-        read = partial(documents, config.data_path, suffix=config.suffix, text_field=config.text_field)
+        read = partial(documents, config.data_path, suffix=config.suffix, text_field=config.text_field, without=folder)
         if next(read(), None) is None:
             ending = f" in files that end in {config.suffix}" if config.suffix else ""
             raise InputError(f"data_path must have a text{ending}, got {config.data_path}, which has none.")
         size = config.vocab_size or TinyOnnConfig.bonsai(config.size).vocab_size
-        tokenizer = learn_tokenizer(read(), size)
+        known = (folder / "options.yaml").is_file() and (folder / "tokenizer").is_dir()  # a life keeps its vocabulary
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer") if known else learn_tokenizer(read(), size)
         folder.mkdir(parents=True, exist_ok=True)
         tell(None, "reading texts")
         tokens = encoded(read(), tokenizer)
         split(tokens, config.context, config.eval_size, config.data_path)  # before anything is kept
         tokenizer.save_pretrained(folder / "tokenizer")
-        kept = {name: value for name, value in asdict(config).items() if name not in FREE}
-        write_atomically(folder / "options.yaml", yaml.safe_dump(kept, sort_keys=False))
+        write_atomically(folder / "options.yaml", yaml.safe_dump(_kept(config), sort_keys=False))
         with replacing(done) as unfinished, unfinished.open("wb") as file:
             np.save(file, tokens)
     elif not first:
         _wait_for(done)
-    return AutoTokenizer.from_pretrained(folder / "tokenizer"), np.load(done, mmap_mode="r")
+    try:
+        return AutoTokenizer.from_pretrained(folder / "tokenizer"), np.load(done, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        raise InputError(f"{done} and {folder / 'tokenizer'} must be whole; remove the first to read the texts again.") from None
 
 
 def _wait_for(file: Path, seconds: float = 3600.0) -> None:

@@ -287,7 +287,7 @@ class DynSMHA(Routed):
         query, key, value = self._project(tokens, routing, turn, None, order)
         pairs, chosen, used = self._pairs(key, value, routing, batch, cache, order)
         query = query[chosen]
-        seen = cache.append(batch, self._heads, len(tokens) // batch, pairs)
+        seen = cache.append(batch, self._heads, len(tokens) // batch if batch else 0, pairs)
         found = cache.attend(query, pairs.row, pairs.head, seen, self.head_dim**-0.5)
         places = len(tokens) if self.mode == "composite" else len(order.slots)
         attended = query.new_zeros(places, self.head_dim).index_copy(0, used, found)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops._checks import check_int
+
 PAGE = 32  # entries; a head of a row owns whole pages, at most one more than its pairs fill
 CHUNK_ELEMENTS = 1 << 24  # keys and values that are gathered at once
 
@@ -86,14 +88,27 @@ class DynSMHACache:
             raise ValueError(f"the cache holds {self._pages.rows} row(s), got {rows}: begin another.")
 
     def select_rows(self, index: Tensor) -> None:
-        """Replaces the rows by those of an index, (n,), which may repeat or leave out rows: for beams and batches."""
+        """Replaces the rows by those of an index, (n,), which may repeat or leave out rows: for beams and batches.
+
+        Raises:
+            TypeError, ValueError: the index is no tensor of integers, or names a row that is not there. Nothing is changed.
+        """
+        rows = None if self._pages is None else self._pages.rows
+        rows = len(self.key_start) if rows is None and self.key_start is not None else rows
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
+            raise TypeError(
+                f"index must be a tensor of integers, got {index.dtype if isinstance(index, Tensor) else type(index).__name__}."
+            )
+        if rows is not None and len(index) and not (int(index.min()) >= 0 and int(index.max()) < rows):
+            raise ValueError(f"index must name rows 0 … {rows - 1}, got {index.tolist()}.")
         if self.key_start is not None:
-            self.key_start = self.key_start[index]
+            self.key_start = self.key_start[index.to(self.key_start.device)]
         if self._pages is not None:
             self._pages.select_rows(index)
 
     def crop(self, length: int) -> None:
         """Forgets all tokens from `length` on; a negative number forgets that many."""
+        check_int("length", length)
         length = length if length >= 0 else max(0, self.length + length)
         if length < self.length:
             self.length = length

@@ -16,7 +16,7 @@ from ..nn.dyn_nsa import DynNSACore
 from ..nn.dyn_smha import DynSMHA
 from ..nn.routed import Routed
 from ..nn.surprise_loss import SurpriseLoss
-from ..ops._checks import check_number, check_size
+from ..ops._checks import check_flag, check_number, check_size
 from .captured_surprise import CapturedSurprise
 from .hyper_step import HyperStepMixin
 from .integrity import output_entropy, predictive_integrity
@@ -73,6 +73,7 @@ class OnnTrainer(HyperStepMixin, Trainer):
         **kwargs: Any,
     ) -> None:
         check_size("max_bad_steps", max_bad_steps)
+        check_flag("drive_weights", drive_weights)
         super().__init__(*args, **kwargs)
         trainer: Any = self
 
@@ -119,7 +120,9 @@ class OnnTrainer(HyperStepMixin, Trainer):
         with self.lifecycle.recording(scaler) as surprise:
             loss = super().training_step(model, inputs, *args, **kwargs)
         with torch.no_grad():
-            self._add(loss, surprise, number / scale)
+            labels = inputs.get("labels")
+            tokens = torch.ones((), device=loss.device) if labels is None else (labels[..., 1:] != -100).sum().to(loss.device)
+            self._add(loss, surprise, number / scale, tokens)
         return loss
 
     def _tokens_of_mean(self, inputs: dict[str, Any], number: Tensor | int | None) -> Tensor | float:
@@ -143,8 +146,8 @@ class OnnTrainer(HyperStepMixin, Trainer):
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
-            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-            self._entropy = _mean_entropy(logits, inputs.get("labels"))
+            logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[1] if len(outputs) > 1 else None
+            self._entropy = None if logits is None else _mean_entropy(logits, inputs.get("labels"))
         return (loss, outputs) if return_outputs else loss
 
     def _begin_life(self, model: nn.Module) -> None:
@@ -155,17 +158,16 @@ class OnnTrainer(HyperStepMixin, Trainer):
         if self._life_state is not None:
             self.lifecycle.load_state_dict(self._life_state)
 
-    def _add(self, loss: Tensor, surprise: CapturedSurprise, number: Tensor | float) -> None:
-        """Adds a batch to the sums of its step; `number` turns its surprises into those of the tokens' own losses."""
-        batch = {"loss": loss.double(), "batches": torch.ones((), dtype=torch.float64, device=loss.device)}
-        if self._entropy is not None:
-            batch["tau"] = self._entropy.double()
-        mean = surprise.mean()
-        if mean is not None:
-            batch["surprise"] = mean.to(loss.device) * number
-        accuracy = surprise.first_choice_accuracy()
-        if accuracy is not None:
-            batch["routing_accuracy"] = accuracy.to(loss.device)
+    def _add(self, loss: Tensor, surprise: CapturedSurprise, number: Tensor | float, tokens: Tensor) -> None:
+        """Adds a batch to the sums of its step; `number` turns its surprises into those of the tokens' own losses. Means of batches are
+        weighted by the tokens that they predict.
+        """
+        batch = {"loss": loss.double(), "tokens": tokens.double()}
+        mean, accuracy = surprise.mean(), surprise.first_choice_accuracy()
+        found = {"tau": self._entropy, "surprise": None if mean is None else mean * number, "routing_accuracy": accuracy}
+        for name, value in found.items():
+            if value is not None:
+                batch[name] = torch.where(tokens > 0, value.double().to(loss.device) * tokens, 0)
         for name, value in batch.items():
             self._batch[name] = self._batch[name] + value if name in self._batch else value
 
@@ -176,8 +178,8 @@ class OnnTrainer(HyperStepMixin, Trainer):
         batch, self._batch = self._batch, {}
         integrity = None
         if batch and not bad:
-            parts = batch["batches"]
-            means = {name: value / parts for name, value in batch.items() if name not in ("loss", "batches")} | {"loss": batch["loss"]}
+            tokens = batch["tokens"].clamp(min=1)
+            means = {name: value / tokens for name, value in batch.items() if name not in ("loss", "tokens")} | {"loss": batch["loss"]}
             zero = torch.zeros_like(means["loss"])
             pi = predictive_integrity(
                 means["loss"], means.get("tau", zero), means.get("surprise", zero), alpha=self.alpha, gamma=self.gamma
@@ -185,7 +187,7 @@ class OnnTrainer(HyperStepMixin, Trainer):
             integrity = pi.integrity
             terms = {"pi": pi.integrity, "pi_accuracy": pi.accuracy, "pi_complexity": pi.complexity}
             terms["free_energy"] = pi.accuracy + pi.complexity
-            for name in ("tau", "surprise", "routing_accuracy"):
+            for name in ("loss", "tau", "surprise", "routing_accuracy"):
                 if name in means:
                     terms[name] = means[name]
             if self._weights is not None and self.last_gating_loss is not None:
@@ -223,7 +225,11 @@ class OnnTrainer(HyperStepMixin, Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= self.life_metrics()
+            found = self.life_metrics()
+            own = found.pop("loss", math.nan)
+            if found["skipped_steps"]:  # Trainer puts other steps' losses, or 0, in the place of those that are not finite
+                logs["loss"] = own
+            logs |= found
         super().log(logs, *args, **kwargs)
 
     def life_metrics(self) -> dict[str, float]:

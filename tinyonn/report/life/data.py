@@ -104,13 +104,20 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """Whole lines of a JSONL file; one that was cut off is left out, and there are none without the file."""
     found = []
     if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                found.append(json.loads(line))
+                value = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(value, dict) and isinstance(value.get("step"), int):
+                found.append(value)
     return found
 
 
 def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """A JSON object; None without the file, or if it was cut off."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
