@@ -18,7 +18,7 @@ from ..report.life.data import read_lines
 from ..train.onn_trainer import OnnTrainer
 
 PAGE_EVERY = 5.0  # seconds between two updates of the page, at least
-PAGE_SHARE = 0.05  # of the time, that writing it may take
+PAGE_SHARE = 0.05  # of the time, that writing it and its figures may take
 
 
 class LifeLog(TrainerCallback):
@@ -76,7 +76,7 @@ class LifeLog(TrainerCallback):
             parts += [f"{label} {logs[name]:.3g}" for name, label in (("pi", "PI"), ("live_experts", "experts")) if name in logs]
             self._tell(state.global_step / max(1, self._steps), ", ".join(parts))
         if time.monotonic() > self._next_page:
-            self._write_page(figures=False)
+            self._write_page()
 
     def end(self, sample: str, stopped: str | None) -> None:
         """Writes what is left, and the page with its sample."""
@@ -85,7 +85,7 @@ class LifeLog(TrainerCallback):
         if trainer.state.is_world_process_zero:
             self._write_events()
             write_atomically(self._log / "sample.json", json.dumps({"text": sample, "stopped": stopped}))
-            self._write_page(figures=True)
+            self._write_page()
 
     def _keep(self, line: dict[str, Any]) -> None:
         if "eval_loss" in line:
@@ -130,9 +130,9 @@ class LifeLog(TrainerCallback):
             }
         write_atomically(self._log / "experts.json", json.dumps({"step": step, "layers": snapshot}))
 
-    def _write_page(self, figures: bool) -> None:
+    def _write_page(self) -> None:
         begin = time.monotonic()
-        write_life_page(self._folder, figures=figures)
+        write_life_page(self._folder)
         end = time.monotonic()
         self._next_page = end + max(PAGE_EVERY, (end - begin) / PAGE_SHARE)
 

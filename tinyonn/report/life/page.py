@@ -44,12 +44,8 @@ MEANINGS = {
 }
 
 
-def write_life_page(folder: Path, *, figures: bool = True) -> Path:
-    """Writes FOLDER/life.html from FOLDER/log.
-
-    Args:
-        folder: folder of the life.
-        figures: whether to draw core.png and experts.png too, where matplotlib is installed; the first call draws them anyhow.
+def write_life_page(folder: Path) -> Path:
+    """Writes FOLDER/life.html from FOLDER/log, and core.png and experts.png where matplotlib is installed.
 
     Returns:
         The page.
@@ -76,8 +72,7 @@ def write_life_page(folder: Path, *, figures: bool = True) -> Path:
     target = folder / "life.html"
     subtitle = f"{data.steps[-1]:,} steps" if data.steps else "No step yet"
     write_atomically(target, page(f"Life of {folder.resolve().name}", f"{subtitle}.", body, {"maps-data": numbers}))
-    figures = figures or not (folder / "core.png").is_file()
-    if figures and data.metrics and importlib.util.find_spec("matplotlib") is not None:
+    if data.metrics and importlib.util.find_spec("matplotlib") is not None:
         draw_core(folder / "core.png", data)
         draw_experts(folder / "experts.png", data)
     return target
