@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyonn.nn import DynNSACache, DynNSAOptions, DynONNBlock, token_mask_of
+from tinyonn.nn.full_attention import FullAttention
 from tinyonn.nn.routed import Routed
 
 KINDS = ["dyn_nsa", "full", "dyn_smha"]
@@ -248,3 +249,28 @@ def test_arguments_of_another_kind_of_attention_are_named(kind, given, message):
 
 def test_an_expert_has_128_neurons_at_most():
     assert DynONNBlock(512, 256, 2).experts.down_proj.shape[-1] == 128
+
+
+class Held:
+    """Keys and values of earlier pieces, with room for later ones or without."""
+
+    def __init__(self, room: int) -> None:
+        self.places = [torch.zeros(2, 2, room, 16, dtype=torch.float64) for _ in range(2)]
+        self.length, self.room = 0, room
+
+    def __call__(self, key, value):
+        begin, self.length = self.length, self.length + key.shape[2]
+        for place, new in zip(self.places, (key, value), strict=True):
+            place[:, :, begin : self.length] = new
+        seen = self.room if key.shape[2] > 1 else self.length  # one query has no mask, so it must see what is there
+        return tuple(place[:, :, :seen] for place in self.places)
+
+
+@pytest.mark.parametrize("room", [12, 17])
+def test_full_attention_in_pieces_without_a_mask_equals_one_pass(room):
+    torch.manual_seed(0)
+    attention, append = FullAttention(32, 16).double(), Held(room)
+    x = torch.randn(2, 12, 32, dtype=torch.float64)
+    pieces = [(0, 5), (5, 9), (9, 10), (10, 12)]
+    parts = [attention(x[:, begin:end], position_ids=torch.arange(begin, end)[None], append=append) for begin, end in pieces]
+    torch.testing.assert_close(torch.cat(parts, 1), attention(x))

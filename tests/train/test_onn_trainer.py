@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -300,3 +303,46 @@ def test_batches_without_labels_do_not_weigh_in_the_means(tmp_path):
         found.append(lines_of(trainer)[0])
     for name in ("loss", "tau", "surprise", "pi"):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-5), name
+
+
+SHARDED = """
+import json, os, sys
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+
+sys.path.insert(0, sys.argv[1])
+from test_onn_trainer import OnnTrainer, Rows, lifecycle, lines_of, model
+
+lifecycle.WINDOW = 2
+config = {"version": 2, "transformer_layer_cls_to_wrap": ["DynONNBlock"]}
+args = TrainingArguments(
+    sys.argv[2], max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, lr_scheduler_type="constant",
+    report_to=[], use_cpu=True, save_strategy="no", seed=3, fsdp=True, fsdp_config=config,
+)
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # Accelerate shards on GPUs only
+trainer = OnnTrainer(model=model(), args=args, train_dataset=Rows(), pruning_threshold=0.9)
+assert trainer.is_fsdp_enabled
+trainer.train()
+assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+found = {"events": trainer.events, "integrity": trainer.lifecycle.integrity, "losses": [line["loss"] for line in lines_of(trainer)]}
+with open(f"{sys.argv[2]}/{os.environ['RANK']}.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+@pytest.mark.slow
+def test_it_trains_under_fsdp2_and_decides_alike_on_both_processes(tmp_path):
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "sharded.py")]
+    done = subprocess.run([*run, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first["events"]
+    alone = trainer_of(tmp_path / "alone", steps=4, per_device_train_batch_size=4)
+    alone.train()
+    # The first two steps come before the first recycling; the rows of a batch are the same.
+    assert first["losses"][:2] == pytest.approx([line["loss"] for line in lines_of(alone)][:2], rel=1e-3)

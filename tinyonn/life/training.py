@@ -303,7 +303,10 @@ def _arguments(config: LifeConfig, folder: Path) -> TrainingArguments:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device, TinyOnnConfig()) if config.dtype != "auto" or device.type != "cpu" else torch.float32
     board = importlib.util.find_spec("tensorboard") is not None
-    sharded: dict[str, Any] = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2}} if config.fsdp else {}
+    wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["DynONNBlock"]}
+    sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": wrapped} if config.fsdp else {}
+        {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["DynONNBlock"]}} if config.fsdp else {}
+    )
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=config.steps,

@@ -6,11 +6,9 @@ B batch, T tokens, H heads, D head dim
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from .rotary import positions, rotate, rotation
 
@@ -59,7 +57,8 @@ class FullAttention(nn.Module):
             hidden_states: (B, T, hidden_size).
             position_ids: (B, T) or (1, T); None to count from 0.
             append: appends keys and values to those of earlier calls and returns all of them; None for no earlier ones.
-            attention_mask: (B, 1, T, Tk), a mask of `scaled_dot_product_attention`; None for causal attention.
+            attention_mask: (B, 1, T, Tk), a mask of `scaled_dot_product_attention`; None for causal attention, in which a token's position
+                is the place of its key.
 
         Returns:
             (B, T, hidden_size).
@@ -71,9 +70,10 @@ class FullAttention(nn.Module):
         query, key, value = (x.transpose(1, 2) for x in (rotate(query, turn), rotate(key, turn), value))
         if append is not None:
             key, value = append(key, value)
-        # Of one query, the last, no key is in the future; is_causal counts from the first key, not from the last.
         queries, keys = query.shape[2], key.shape[2]
         causal = attention_mask is None and queries > 1
-        mask: Any = causal_lower_right(queries, keys) if causal and keys != queries else attention_mask
-        out = nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal and keys == queries)
+        if causal and keys != queries:  # is_causal counts queries from the first key; a cache may also hold places that are still empty
+            attention_mask = (torch.arange(keys, device=key.device) <= position_ids.unsqueeze(-1)).unsqueeze(1)
+        causal = causal and keys == queries
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, is_causal=causal)
         return self.o_proj(out.transpose(1, 2).flatten(2))

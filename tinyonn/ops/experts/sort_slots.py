@@ -84,15 +84,20 @@ def _sort(top_k_index: Tensor, num_experts: int, dtype: torch.dtype, impl: str) 
     return tuple(_by_torch(top_k_index, num_experts))
 
 
+@on_its_device
+def _number_of_tiles(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> Any:
+    from tinyonn_kernels.experts.expert_activation import rows_of
+
+    number = top_k_index.numel()
+    return number // rows_of(number, num_experts, dtype) + min(num_experts, number)
+
+
 def _fake(top_k_index: Tensor, num_experts: int, dtype: torch.dtype, impl: str) -> tuple[Any, ...]:
     def integers(*shape: Any) -> Tensor:
         return top_k_index.new_empty(shape, dtype=torch.int32)
 
-    number, tiles = top_k_index.numel(), 0
-    if _is_triton(top_k_index, dtype, impl):
-        from tinyonn_kernels.experts.expert_activation import rows_of
-
-        tiles = number // rows_of(number, num_experts, dtype) + min(num_experts, number)
+    number = top_k_index.numel()
+    tiles = _number_of_tiles(top_k_index, num_experts, dtype) if _is_triton(top_k_index, dtype, impl) else 0
     return top_k_index.new_empty(number, dtype=torch.int64), integers(num_experts + 1), integers(tiles), integers(tiles)
 
 
