@@ -305,8 +305,6 @@ def _arguments(config: LifeConfig, folder: Path) -> TrainingArguments:
     board = importlib.util.find_spec("tensorboard") is not None
     wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["DynONNBlock"]}
     sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": wrapped} if config.fsdp else {}
-        {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["DynONNBlock"]}} if config.fsdp else {}
-    )
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=config.steps,
