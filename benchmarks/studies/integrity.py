@@ -1,6 +1,6 @@
 """What predictive integrity is worth as a drive: of the life of experts, and of the routers' loss on surprise.
 
-    .venv/bin/python benchmarks/studies/integrity.py            about a quarter of an hour on two cores
+    .venv/bin/python benchmarks/studies/integrity.py            about half an hour on two cores
     .venv/bin/python benchmarks/studies/integrity.py --quick    a trial run of a minute; writes nothing
 
 A small TinyOnn model with heads as experts learns the bytes of the standard library. Arms differ in one thing, and share seeds, texts and
@@ -24,14 +24,24 @@ from tinyonn.train import ExpertLifecycle, SurpriseLoss, gating_gradients, outpu
 NO_LIFE, FIXED_LIFE, DRIVEN_LIFE, FIXED_LOSS, DRIVEN_LOSS = (
     "no life", "life, fixed rate", "life, driven", "loss on surprise, fixed", "loss on surprise, driven",
 )  # fmt: skip
+FIXED_CE, DRIVEN_CE, FIXED_KL, DRIVEN_KL = "w_ce alone, fixed", "w_ce alone, driven", "w_kl alone, fixed", "w_kl alone, driven"
 TOLD = {
     NO_LIFE: "experts are neither recycled nor born",
     FIXED_LIFE: "a regeneration rate of 1, whatever the integrity",
     DRIVEN_LIFE: "integrity drives the regeneration rate, as by default",
     FIXED_LOSS: "no life; routers also learn from surprise, with w_ce = w_kl = {weight}",
     DRIVEN_LOSS: "the same, with both weights times the regeneration rate",
+    FIXED_CE: "as the fixed loss, with w_kl = 0",
+    DRIVEN_CE: "the same, with w_ce times the regeneration rate",
+    FIXED_KL: "as the fixed loss, with w_ce = 0",
+    DRIVEN_KL: "the same, with w_kl times the regeneration rate",
 }
-PAIRS = ((FIXED_LIFE, NO_LIFE), (DRIVEN_LIFE, FIXED_LIFE), (FIXED_LOSS, NO_LIFE), (DRIVEN_LOSS, FIXED_LOSS))
+USED = {arm: ("w_ce", "w_kl") for arm in (FIXED_LOSS, DRIVEN_LOSS)}  # the weights of the loss on surprise of an arm
+USED |= {arm: ("w_ce",) for arm in (FIXED_CE, DRIVEN_CE)} | {arm: ("w_kl",) for arm in (FIXED_KL, DRIVEN_KL)}
+PAIRS = (
+    (FIXED_LIFE, NO_LIFE), (DRIVEN_LIFE, FIXED_LIFE), (FIXED_LOSS, NO_LIFE), (DRIVEN_LOSS, FIXED_LOSS), (FIXED_CE, NO_LIFE),
+    (DRIVEN_CE, FIXED_CE), (FIXED_KL, NO_LIFE), (DRIVEN_KL, FIXED_KL),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,8 +64,9 @@ class Settings:
 
 def cell(settings: Settings, arm: str, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
-    on_surprise = arm in (FIXED_LOSS, DRIVEN_LOSS)
-    weights = {"w_ce": settings.weight, "w_kl": settings.weight} if on_surprise else {}
+    on_surprise = arm in USED
+    weights = {name: settings.weight for name in USED.get(arm, ())}
+    others = dict.fromkeys(("w_ce", "w_kl"), 0.0) | weights
     model = TinyOnnForCausalLM(
         TinyOnnConfig(
             vocab_size=256, hidden_size=settings.hidden_size, head_dim=settings.head_dim, num_hidden_layers=settings.layers,
@@ -65,14 +76,14 @@ def cell(settings: Settings, arm: str, seed: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.1)
     living = arm in (FIXED_LIFE, DRIVEN_LIFE)
     thresholds = {"pruning_threshold": settings.pruning_threshold, "growth_threshold": settings.growth_threshold} if living else {}
-    driven = arm == DRIVEN_LOSS
+    driven = arm in (DRIVEN_LOSS, DRIVEN_CE, DRIVEN_KL)
     lifecycle = ExpertLifecycle(model, optimizer, **thresholds, w_ce=driven, w_kl=driven, seed=seed)
     training, _, held_out = stdlib_bytes()
     generator = torch.Generator().manual_seed(seed)
     losses, integrities, events = [], [], []
     for _ in range(settings.steps):
         batch = _windows(training, settings.batch, settings.context, generator)
-        surprise_loss = lifecycle.surprise_loss(SurpriseLoss(**weights)) if on_surprise else None
+        surprise_loss = lifecycle.surprise_loss(SurpriseLoss(**others)) if on_surprise else None
         with gating_gradients(model, surprise_loss=surprise_loss), lifecycle.recording() as surprise:
             out = model(input_ids=batch, labels=batch)
             out.loss.backward()
