@@ -294,6 +294,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("recall.py", "| one price |"), ("experts.py", "| DynMoE |"), ("converted.py", "| thresholds, one price |"),
         ("selection.py", "price and lines, distilled keys | code argparse.py | 4: excess"), ("defaults.py", "| DynMoE |"),
+        ("integrity.py", "| life, driven |"),
     ],
 )  # fmt: skip
 def test_quick_run_prints_its_results_and_writes_nothing(name, row, cache, tmp_path):

@@ -33,7 +33,7 @@ from tinyonn.cli.demo.smollm2 import prepare_smollm2
 from tinyonn.hf.dyn_moe import calibrate_experts, convert_mlp_to_dynmoe, expert_statistics
 from tinyonn.hf.dyn_moe.sampling import contributions
 from tinyonn.nn import DynMoE
-from tinyonn.nn.dyn_moe import Visit
+from tinyonn.nn.surprise_capture import Visit
 from tinyonn.train import HyperStep, capture
 
 STARTS = Path(__file__).resolve().parents[2] / "build" / "converted"

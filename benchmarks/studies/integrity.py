@@ -1,7 +1,7 @@
 """What predictive integrity is worth as a drive: of the life of experts, and of the routers' loss on surprise.
 
     .venv/bin/python benchmarks/studies/integrity.py            about half an hour on two cores
-    .venv/bin/python benchmarks/studies/integrity.py --quick    a trial run of a minute; writes nothing
+    .venv/bin/python benchmarks/studies/integrity.py --quick    a trial run of half a minute; writes nothing
 
 A small TinyOnn model with heads as experts learns the bytes of the standard library. Arms differ in one thing, and share seeds, texts and
 steps. Writes docs/studies/integrity.json and integrity.md; an interrupted study goes on.
@@ -162,7 +162,7 @@ def main() -> None:
     parser: argparse.ArgumentParser = arguments(__doc__)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    settings = replace(Settings(), steps=120, seeds=2, windows=32) if options.quick else Settings()
+    settings = replace(Settings(), steps=12, seeds=2, windows=8) if options.quick else Settings()
     results = Results(None if options.quick else DOCS / "integrity.json", asdict(settings))
     jobs = [Job((arm, seed), cell, (settings, arm, seed)) for seed in range(settings.seeds) for arm in TOLD]
     measure_all(results, jobs, options.processes)
