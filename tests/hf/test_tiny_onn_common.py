@@ -107,3 +107,7 @@ class TestDynNSA(_Common, unittest.TestCase):
 
 class TestFull(_Common, unittest.TestCase):
     attention = "full"
+
+
+class TestDynSMHA(_Common, unittest.TestCase):
+    attention = "dyn_smha"
