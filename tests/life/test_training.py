@@ -92,6 +92,23 @@ def test_the_page_works_offline_and_shows_each_part(whole):
     assert (result.folder / "experts.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_tensorboard_has_the_scalars_of_the_log(whole):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result, _ = whole
+    (folder,) = {path.parent for path in (result.folder / "checkpoints").rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    lines = [json.loads(line) for line in (result.folder / "log" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "pi", "tau", "surprise", "routing_accuracy", "experts_per_token", "live_experts", "births"):
+        found = [(scalar.step, scalar.value) for scalar in events.Scalars(f"train/{name}")]
+        wanted = [(line["step"], pytest.approx(line[name], rel=1e-5)) for line in lines if name in line]
+        assert found == wanted
+        assert len(found) == 4
+    assert len(events.Scalars("eval/loss")) == 2
+
+
 def test_a_life_that_stopped_goes_on_to_the_same_end(texts, whole, tmp_path):
     result, _ = whole
     train(config(texts, tmp_path / "life", steps=4))
