@@ -120,9 +120,7 @@ class OnnTrainer(HyperStepMixin, Trainer):
         with self.lifecycle.recording(scaler) as surprise:
             loss = super().training_step(model, inputs, *args, **kwargs)
         with torch.no_grad():
-            labels = inputs.get("labels")
-            tokens = torch.ones((), device=loss.device) if labels is None else (labels[..., 1:] != -100).sum().to(loss.device)
-            self._add(loss, surprise, number / scale, tokens)
+            self._add(loss, surprise, number / scale, _predicted(inputs).to(loss.device))
         return loss
 
     def _tokens_of_mean(self, inputs: dict[str, Any], number: Tensor | int | None) -> Tensor | float:
@@ -130,14 +128,10 @@ class OnnTrainer(HyperStepMixin, Trainer):
         it. It multiplies the loss by the number of processes where tokens are counted over all of them.
         """
         trainer: Any = self
-        if number is None:
-            labels = inputs.get("labels")
-            own = 1 if labels is None else (labels[..., 1:] != -100).sum()
-            return own * float(trainer.current_gradient_accumulation_steps)
-        scaled = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-        if not scaled:
-            labels = inputs.get("labels")
-            return (1 if labels is None else (labels[..., 1:] != -100).sum()) * float(trainer.current_gradient_accumulation_steps)
+        by_number = number is not None and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None)
+        if not by_number:
+            return _predicted(inputs) * float(trainer.current_gradient_accumulation_steps)
+        assert number is not None
         over_all = trainer.args.average_tokens_across_devices
         return number / (trainer.accelerator.num_processes if over_all else 1)
 
@@ -308,6 +302,12 @@ def _thresholds(model: Any, pruning_threshold: float | None, growth_threshold: f
 
 def _layers(model: nn.Module) -> list[Routed]:
     return [module for module in model.modules() if isinstance(module, Routed)]
+
+
+def _predicted(inputs: dict[str, Any]) -> Tensor:
+    """Number of tokens that a batch predicts, 0-d; 1 without labels."""
+    labels = inputs.get("labels")
+    return torch.ones((), dtype=torch.int64) if labels is None else (labels[..., 1:] != -100).sum()
 
 
 @torch.no_grad()
