@@ -16,7 +16,7 @@ _PANELS = (
     ("predictive integrity", "PI", ("pi",)),
     ("free energy", "", ("free_energy", "pi_accuracy", "pi_complexity")),
     ("τ and surprise", "", ("tau", "surprise")),
-    ("a token, a query", "number", ("experts_per_token", "heads_per_token", "blocks_per_query")),
+    ("used by a token or a query", "number", ("experts_per_token", "heads_per_token", "blocks_per_query")),
     ("routing accuracy", "share", ("routing_accuracy",)),
 )
 _MOST_MAPS = 8
