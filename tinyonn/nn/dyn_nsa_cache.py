@@ -71,11 +71,7 @@ class DynNSACache:
     """
 
     def __init__(self, key_start: Tensor | None = None) -> None:
-        if key_start is not None and not isinstance(key_start, Tensor):
-            raise TypeError(f"key_start must be a torch.Tensor, got {type(key_start).__name__}.")
-        if key_start is not None and key_start.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"key_start must be int32 or int64, got {key_start.dtype}.")
-        self.key_start = key_start
+        self.key_start = checked_key_start(key_start)
         self.length = 0
         self._core: DynNSACore | None = None
         self._key: Tensor | None = None
@@ -159,3 +155,12 @@ def _with_room(like: Tensor, room: int, old: Tensor | None) -> Tensor:
     if old is not None:
         new[:, : old.shape[1]] = old
     return new
+
+
+def checked_key_start(key_start: Tensor | None) -> Tensor | None:
+    """TypeError if the first positions of rows are no tensor of int32 or int64."""
+    if key_start is not None and not isinstance(key_start, Tensor):
+        raise TypeError(f"key_start must be a torch.Tensor, got {type(key_start).__name__}.")
+    if key_start is not None and key_start.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"key_start must be int32 or int64, got {key_start.dtype}.")
+    return key_start

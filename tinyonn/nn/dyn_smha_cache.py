@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops._checks import check_int
+from .dyn_nsa_cache import checked_key_start
 
 PAGE = 32  # entries; a head of a row owns whole pages, at most one more than its pairs fill
 CHUNK_ELEMENTS = 1 << 24  # keys and values that are gathered at once
@@ -47,11 +48,7 @@ class DynSMHACache:
     """
 
     def __init__(self, key_start: Tensor | None = None) -> None:
-        if key_start is not None and not isinstance(key_start, Tensor):
-            raise TypeError(f"key_start must be a torch.Tensor, got {type(key_start).__name__}.")
-        if key_start is not None and key_start.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"key_start must be int32 or int64, got {key_start.dtype}.")
-        self.key_start = key_start
+        self.key_start = checked_key_start(key_start)
         self.length = 0
         self._pages: _Pages | None = None
 
