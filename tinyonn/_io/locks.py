@@ -32,7 +32,7 @@ def locked(folder: str | os.PathLike[str], name: str = "output_dir") -> Iterator
     try:
         root.mkdir(parents=True, exist_ok=True)
         key = (threading.get_ident(), root.resolve())
-        file = None if key in _held else _lock(key[1] / LOCK)
+        file = None if key in _held else lock_file(key[1] / LOCK)
     except BlockingIOError:
         raise InputError(f"{name} must be a folder that no other run is writing into, got {root}.") from None
     except OSError as error:
@@ -49,7 +49,7 @@ def locked(folder: str | os.PathLike[str], name: str = "output_dir") -> Iterator
         os.close(file)
 
 
-def _lock(path: Path) -> int:
+def lock_file(path: Path) -> int:
     """Descriptor of the locked file. If its holder removed the file after it was opened here, opens a new file."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

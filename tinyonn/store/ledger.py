@@ -1,0 +1,288 @@
+"""What a store holds, and the changes to it; used by one process, the first.
+
+append     a step: its segments are on the disk, the manifest is replaced, the step is durable
+at         where each chunk was at a step
+rewind     forgets the steps after one
+sweep      deletes files that the manifest does not name
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .errors import StoreError
+from .keep import Keep
+from .layout import Layout, empty_table, moved
+from .manifest import CHAPTER, FILE, INDEX, PREVIOUS, RECORD, SEGMENTS, Chapter, Index, IndexFile, Manifest, Step
+from .segment import Segment, file_name, read_segment
+
+
+class Ledger:
+    """A store's manifest, and the files that it names.
+
+    Args:
+        folder: the store.
+        manifest: as read, or new.
+
+    Attributes:
+        manifest: what is durable, after each call.
+        index: the files in index/.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.index = Index(folder)
+        self._table: np.ndarray | None = None  # at the newest step
+        self._changes: list[np.ndarray] = []  # of the open chapter's steps
+
+    @property
+    def segments(self) -> Path:
+        return self.folder / SEGMENTS
+
+    # ---- reading ----
+
+    def at(self, step: int) -> tuple[Layout, np.ndarray]:
+        """Where the chunks of a kept step are: its layout, and (C,) `PLACE`.
+
+        Raises:
+            StoreError: the step is not kept.
+            DamagedStoreError: a file that says so is damaged.
+        """
+        manifest = self.manifest
+        if step not in set(manifest.kept):
+            raise StoreError(f"step must be a kept one, {_shown_steps(manifest.kept)}, got {step}.")
+        chapters = [*manifest.chapters, *([manifest.open] if manifest.open else [])]
+        for chapter in chapters:
+            if chapter.base_step == step:
+                return self.index.layout(chapter.layout), self.base(chapter)
+        for chapter in chapters:
+            inside = chapter.first is not None and chapter.last is not None and chapter.first <= step <= chapter.last
+            if inside or any(one.step == step for one in chapter.steps):
+                return self._apply(chapter, self.changes(chapter, step))
+        raise StoreError(f"step {step} is in no chapter of {self.folder}.")  # never written by this code
+
+    def base(self, chapter: Chapter) -> np.ndarray:
+        layout = self.index.layout(chapter.layout)
+        return empty_table(layout) if chapter.base is None else self.index.array(chapter.base)
+
+    def changes(self, chapter: Chapter, upto: int | None = None) -> np.ndarray:
+        """Changes of a chapter's steps as `RECORD`, in order."""
+        if chapter.records is not None:
+            found = self.index.array(chapter.records)
+            return found if upto is None else found[found["step"] <= upto]
+        layout = self.index.layout(chapter.layout)
+        parts = [self._changes_of(layout, one) for one in chapter.steps if upto is None or one.step <= upto]
+        return np.concatenate(parts) if parts else np.zeros(0, RECORD)
+
+    def table(self) -> tuple[Layout, np.ndarray]:
+        """Where the chunks of the newest state are; of an empty store, those of its layout."""
+        chapter = self.manifest.open
+        assert chapter is not None
+        if self._table is None:
+            self._changes = [self._changes_of(self.index.layout(chapter.layout), one) for one in chapter.steps]
+            self._table = self._apply(chapter, np.concatenate([np.zeros(0, RECORD), *self._changes]))[1]
+        return self.index.layout(chapter.layout), self._table
+
+    def files(self) -> np.ndarray:
+        """All segments as `FILE`."""
+        manifest = self.manifest
+        closed = np.zeros(0, FILE) if manifest.files is None else self.index.array(manifest.files)
+        steps = manifest.open.steps if manifest.open else []
+        return np.concatenate([closed, _files_of(steps)])
+
+    def stored_bytes(self) -> int:
+        """Bytes of the store on the disk."""
+        total = 0
+        for path in self.folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size if path.is_file() else 0
+        return total
+
+    # ---- writing ----
+
+    def begin(self, layout: Layout) -> None:
+        """Makes `layout` that of the saves from now on; takes effect with the next `append`."""
+        chapter = self.manifest.open
+        if chapter is not None and self.index.layout(chapter.layout) == layout:
+            return
+        file = self.index.write_layout(self.next_index(), layout)
+        base, step = None, None
+        if chapter is not None:
+            before, table = self.table()
+            table = moved(table, before, layout)
+            if chapter.steps:
+                self._close(chapter)
+            base = self.index.write_array("table", self.next_index(), table)
+            self._table = table
+        else:
+            self._table = empty_table(layout)
+        self.manifest.open, self._changes = Chapter(file, base, step), []
+
+    def append(self, step: int, segments: Sequence[Segment], score: float | None, keep: Keep) -> int:
+        """Makes a step durable, whose segments are. Returns the bytes of the manifest and of what was written in index/."""
+        manifest = self.manifest
+        chapter = manifest.open
+        assert chapter is not None
+        layout, table = self.table()
+        written = 0
+        if len(chapter.steps) >= CHAPTER:
+            self.close_chapter()
+            written += sum((self.folder / INDEX / file.name).stat().st_size for file in self._named_last())
+            chapter = manifest.open
+            assert chapter is not None
+        done = Step(step, tuple((one.number, one.size, one.digest) for one in segments))
+        changes = _records(layout, step, segments)
+        chapter.steps.append(done)
+        self._changes.append(changes)
+        _put(table, changes)
+        if score is not None and math.isfinite(score):
+            manifest.scores[step] = float(score)
+        manifest.kept = keep.chosen([*manifest.kept, step], manifest.scores)
+        manifest.scores = {one: manifest.scores[one] for one in keep.best_of(manifest.scores)}
+        manifest.keep = str(keep)
+        return written + manifest.write(self.folder)
+
+    def close_chapter(self) -> None:
+        """Gathers the changes of the open chapter's steps, and opens the next one. Takes effect with the next write of the manifest."""
+        chapter = self.manifest.open
+        assert chapter is not None
+        _, table = self.table()
+        if not chapter.steps:
+            return
+        step = chapter.steps[-1].step
+        self._close(chapter)
+        base = self.index.write_array("table", self.next_index(), table)
+        self.manifest.open, self._changes = Chapter(chapter.layout, base, step), []
+
+    def rewind(self, step: int) -> None:
+        """Forgets the steps after a kept one.
+
+        Raises:
+            StoreError: the step is not kept.
+        """
+        layout, table = self.at(step)
+        manifest = self.manifest
+        chapters = []
+        for chapter in manifest.chapters:
+            assert chapter.first is not None
+            assert chapter.last is not None
+            if chapter.first > step:
+                continue
+            if chapter.last > step:
+                records = self.index.write_array("records", self.next_index(), self.changes(chapter, step))
+                chapter = Chapter(chapter.layout, chapter.base, chapter.base_step, chapter.first, step, records)
+            chapters.append(chapter)
+        newest = manifest.open
+        if newest is not None and any(one.step <= step for one in newest.steps):
+            newest.steps = [one for one in newest.steps if one.step <= step]
+        elif newest is None or newest.base_step != step:
+            base = self.index.write_array("table", self.next_index(), table)
+            file = next(
+                one.layout for one in [*manifest.chapters, *([newest] if newest else [])] if self.index.layout(one.layout) == layout
+            )
+            newest = Chapter(file, base, step)
+        else:
+            newest.steps = []
+        manifest.chapters, manifest.open = chapters, newest
+        manifest.kept = [one for one in manifest.kept if one <= step]
+        manifest.scores = {one: score for one, score in manifest.scores.items() if one <= step}
+        self._table = None
+        self.publish()
+
+    def replace_table(self, table: np.ndarray) -> None:
+        """The newest state is at other places now."""
+        self._table = table
+
+    def publish(self) -> None:
+        """Replaces the manifest after a change that dropped files, and deletes them."""
+        self.manifest.write(self.folder)
+        (self.folder / PREVIOUS).unlink(missing_ok=True)  # it names files that are about to go
+        self.sweep()
+
+    def sweep(self) -> int:
+        """Deletes files that the manifest does not name. Returns their bytes."""
+        named = {file_name(int(number)) for number in self.files()["file"]}
+        freed = 0
+        for folder, names in ((self.segments, named), (self.folder / INDEX, {file.name for file in self.index_files()})):
+            for path in folder.iterdir():
+                if path.name not in names:
+                    freed += path.stat().st_size
+                    path.unlink(missing_ok=True)
+        return freed
+
+    def index_files(self) -> list[IndexFile]:
+        manifest = self.manifest
+        found = [] if manifest.files is None else [manifest.files]
+        for chapter in [*manifest.chapters, *([manifest.open] if manifest.open else [])]:
+            found += [file for file in (chapter.layout, chapter.base, chapter.records) if file is not None]
+        return found
+
+    def next_files(self, count: int) -> int:
+        """Reserves numbers of files; returns the first. They are used up also if the save fails."""
+        first = self.manifest.next_file
+        self.manifest.next_file += count
+        return first
+
+    def _close(self, chapter: Chapter) -> None:
+        records = self.index.write_array("records", self.next_index(), np.concatenate([np.zeros(0, RECORD), *self._changes]))
+        self.manifest.files = self.index.write_array("files", self.next_index(), self.files())
+        self.manifest.chapters.append(
+            Chapter(chapter.layout, chapter.base, chapter.base_step, chapter.steps[0].step, chapter.steps[-1].step, records)
+        )
+
+    def _named_last(self) -> list[IndexFile]:
+        """What closing a chapter wrote."""
+        manifest = self.manifest
+        assert manifest.open is not None
+        return [file for file in (manifest.files, manifest.chapters[-1].records, manifest.open.base) if file is not None]
+
+    def _apply(self, chapter: Chapter, changes: np.ndarray) -> tuple[Layout, np.ndarray]:
+        table = self.base(chapter).copy()
+        _put(table, changes)
+        return self.index.layout(chapter.layout), table
+
+    def _changes_of(self, layout: Layout, step: Step) -> np.ndarray:
+        segments = [read_segment(self.segments, number, value, size) for number, size, value in step.files]
+        return _records(layout, step.step, segments)
+
+    def next_index(self) -> int:
+        """Number of the next file in index/."""
+        self.manifest.next_index += 1
+        return self.manifest.next_index - 1
+
+
+def _records(layout: Layout, step: int, segments: Sequence[Segment]) -> np.ndarray:
+    """The changes in the segments of one step."""
+    numbers = layout.numbers
+    rows = [
+        (segment.number, entry.offset, entry.size, entry.digest, numbers[entry.name], step)
+        for segment in segments
+        for entry in segment.entries
+    ]
+    return np.array(rows, RECORD)
+
+
+def _put(table: np.ndarray, changes: np.ndarray) -> None:
+    """Applies changes in their order; of several for a chunk, the last counts."""
+    order = np.arange(len(changes))
+    chunks, first = np.unique(changes["chunk"][::-1], return_index=True)
+    last = order[::-1][first] if len(order) else first
+    for name in table.dtype.names or ():
+        table[name][chunks] = changes[name][last]
+
+
+def _files_of(steps: Sequence[Step]) -> np.ndarray:
+    return np.array([file for one in steps for file in one.files], FILE)
+
+
+def _shown_steps(kept: list[int]) -> str:
+    if not kept:
+        return "of which there is none"
+    shown = [*map(str, kept)] if len(kept) <= 6 else [*map(str, kept[:2]), "…", *map(str, kept[-3:])]
+    return ", ".join(shown)

@@ -1,0 +1,281 @@
+"""The manifest: one small file that says what a store holds, and is replaced atomically after each save.
+
+    manifest.json            a line of JSON, and a line with its checksum
+    manifest.previous.json   the one before, in case that a disk damages the newest
+    index/                   layouts, tables and records of past steps; each file is written once
+    segments/                the chunks
+
+A store is a chain of segments. The chain is cut into chapters of `CHAPTER` steps. A chapter has a table of where each chunk was before its
+first step, its base; the headers of its segments say what changed since. When it ends, these changes are gathered in one file, its records.
+So opening a store reads one table and at most `CHAPTER` headers, however many steps lie before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import DamagedStoreError, StoreError
+from .keep import from_ranges, to_ranges
+from .layout import PLACE, Digest, Layout, digest, from_hex, hex_digest
+from .segment import sync
+
+FORMAT = 1
+CHAPTER = 64
+NAME, PREVIOUS = "manifest.json", "manifest.previous.json"
+INDEX, SEGMENTS = "index", "segments"
+
+RECORD = np.dtype([*((name, PLACE[name]) for name in ("file", "offset", "size", "digest")), ("chunk", "<i8"), ("step", "<i8")])
+FILE = np.dtype([("file", "<i8"), ("size", "<i8"), ("digest", "<u8", (2,))])
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    """A file in index/, and its checksum."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A save of the open chapter: its step and its files, (number, bytes, digest of the header)."""
+
+    step: int
+    files: tuple[tuple[int, int, Digest], ...]
+
+
+@dataclass
+class Chapter:
+    """Steps of one layout that follow each other.
+
+    Attributes:
+        layout, base: their files; `base` is None where nothing was written before.
+        base_step: step whose state the base is; None where it is no whole state.
+        first, last: steps of a closed chapter; None in the open one.
+        records: changes of a closed chapter.
+        steps: of the open chapter.
+    """
+
+    layout: IndexFile
+    base: IndexFile | None
+    base_step: int | None
+    first: int | None = None
+    last: int | None = None
+    records: IndexFile | None = None
+    steps: list[Step] = field(default_factory=list)
+
+
+@dataclass
+class Manifest:
+    """What a store holds.
+
+    Attributes:
+        life: UUID of the life.
+        parent: life and step from which it was forked; None for one that began by itself.
+        kept: restorable steps, in order; the last is the newest.
+        scores: of the best kept steps.
+        keep: the policy of the last trainer.
+        next_file, next_index: numbers of the next files.
+        chapters: closed ones, in order.
+        open: the chapter that saves go to; None before the first save.
+        files: file of the segments of closed chapters.
+        processes: that wrote the newest step.
+    """
+
+    life: str
+    parent: dict[str, Any] | None = None
+    kept: list[int] = field(default_factory=list)
+    scores: dict[int, float] = field(default_factory=dict)
+    keep: str = "last:1"
+    next_file: int = 1
+    next_index: int = 1
+    chapters: list[Chapter] = field(default_factory=list)
+    open: Chapter | None = None
+    files: IndexFile | None = None
+    processes: int = 1
+
+    @property
+    def newest(self) -> int | None:
+        return self.kept[-1] if self.kept else None
+
+    def write(self, folder: Path) -> int:
+        """Replaces the manifest of a folder, and waits for the disk. Returns its bytes."""
+        line = json.dumps(self._to_json(), separators=(",", ":"))
+        data = f"{line}\n{hex_digest(digest(line.encode()))}\n".encode()
+        path, partial, previous = folder / NAME, folder / f".{NAME}.new", folder / PREVIOUS
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.exists():
+                with contextlib.suppress(OSError):  # without hard links there is no earlier manifest
+                    previous.unlink(missing_ok=True)
+                    os.link(path, previous)
+            os.replace(partial, path)
+            sync(folder)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be written: {error.strerror}.") from error
+        return len(data)
+
+    @classmethod
+    def read(cls, folder: Path, name: str = NAME) -> Manifest:
+        """Reads the manifest of a folder.
+
+        Raises:
+            StoreError: there is none, or it is of a newer version.
+            DamagedStoreError: its checksum is wrong.
+        """
+        path = folder / name
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise StoreError(f"{folder} must be a store, got a folder without {name}.") from None
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror}.") from error
+        line, _, rest = data.partition(b"\n")
+        if rest != f"{hex_digest(digest(line))}\n".encode():
+            raise DamagedStoreError(f"{path} is damaged.{_remedy(folder, name)}")
+        found = json.loads(line)
+        if found["format"] != FORMAT:
+            raise StoreError(f"{path} has format {found['format']}, and this version of tinyonn reads {FORMAT}; update tinyonn.")
+        return cls._from_json(found)
+
+    def _to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "life": self.life,
+            "parent": self.parent,
+            "kept": to_ranges(self.kept),
+            "scores": {str(step): score for step, score in self.scores.items()},
+            "keep": self.keep,
+            "next_file": self.next_file,
+            "next_index": self.next_index,
+            "processes": self.processes,
+            "chapters": [_chapter_to_json(one) for one in self.chapters],
+            "open": None if self.open is None else _chapter_to_json(self.open),
+            "files": _index_to_json(self.files),
+        }
+
+    @classmethod
+    def _from_json(cls, found: dict[str, Any]) -> Manifest:
+        return cls(
+            life=found["life"],
+            parent=found["parent"],
+            kept=from_ranges(found["kept"]),
+            scores={int(step): score for step, score in found["scores"].items()},
+            keep=found["keep"],
+            next_file=found["next_file"],
+            next_index=found["next_index"],
+            processes=found["processes"],
+            chapters=[_chapter_from_json(one) for one in found["chapters"]],
+            open=None if found["open"] is None else _chapter_from_json(found["open"]),
+            files=_index_from_json(found["files"]),
+        )
+
+
+class Index:
+    """Reads and writes the files in index/ of a store."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / INDEX
+        self._layouts: dict[str, Layout] = {}
+
+    def layout(self, file: IndexFile) -> Layout:
+        if file.name not in self._layouts:
+            self._layouts[file.name] = Layout.from_json(self._read(file).decode())
+        return self._layouts[file.name]
+
+    def array(self, file: IndexFile) -> np.ndarray:
+        found: np.ndarray = np.load(io.BytesIO(self._read(file)), allow_pickle=False)
+        return found
+
+    def write_layout(self, number: int, layout: Layout) -> IndexFile:
+        file = self._write(f"layout-{number:08d}.json", layout.to_json().encode())
+        self._layouts[file.name] = layout
+        return file
+
+    def write_array(self, kind: str, number: int, array: np.ndarray) -> IndexFile:
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=False)
+        return self._write(f"{kind}-{number:08d}.npy", buffer.getvalue())
+
+    def check(self, file: IndexFile) -> None:
+        self._read(file)
+
+    def _read(self, file: IndexFile) -> bytes:
+        path = self._folder / file.name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DamagedStoreError(f"{path} cannot be read: {error.strerror}.") from error
+        if digest(data) != from_hex(file.digest):
+            raise DamagedStoreError(f"{path} is damaged.")
+        return data
+
+    def _write(self, name: str, data: bytes) -> IndexFile:
+        path = self._folder / name
+        try:
+            with path.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise StoreError(f"{path} cannot be written: {error.strerror}.") from error
+        return IndexFile(name, hex_digest(digest(data)))
+
+
+def _remedy(folder: Path, name: str) -> str:
+    if name == PREVIOUS:
+        return ""
+    try:
+        before = Manifest.read(folder, PREVIOUS)
+    except StoreError:
+        return ""
+    return f" Step {before.newest} is still readable: `tinyonn life restore {folder} --step {before.newest}` goes back to it."
+
+
+def _index_to_json(file: IndexFile | None) -> list[str] | None:
+    return None if file is None else [file.name, file.digest]
+
+
+def _index_from_json(found: list[str] | None) -> IndexFile | None:
+    return None if found is None else IndexFile(*found)
+
+
+def _chapter_to_json(chapter: Chapter) -> dict[str, Any]:
+    found = {
+        "layout": _index_to_json(chapter.layout),
+        "base": _index_to_json(chapter.base),
+        "base_step": chapter.base_step,
+        "first": chapter.first,
+        "last": chapter.last,
+        "records": _index_to_json(chapter.records),
+        "steps": [[one.step, [[number, size, hex_digest(value)] for number, size, value in one.files]] for one in chapter.steps],
+    }
+    return {name: value for name, value in found.items() if value not in (None, [])}
+
+
+def _chapter_from_json(found: dict[str, Any]) -> Chapter:
+    layout = _index_from_json(found["layout"])
+    assert layout is not None
+    return Chapter(
+        layout=layout,
+        base=_index_from_json(found.get("base")),
+        base_step=found.get("base_step"),
+        first=found.get("first"),
+        last=found.get("last"),
+        records=_index_from_json(found.get("records")),
+        steps=[
+            Step(step, tuple((number, size, from_hex(value)) for number, size, value in files)) for step, files in found.get("steps", [])
+        ],
+    )

@@ -1,0 +1,557 @@
+"""A store of incremental checkpoints: each save writes only what changed since the last one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.optim import Optimizer
+
+from .._io.locks import lock_file
+from ..nn.expert_pools import expert_pools
+from ..ops._checks import check_size
+from .background import Background
+from .compaction import Compaction, compact, unneeded_bytes
+from .dcp import ChunkPlanner, PlanOnly, SegmentReader, SegmentWriter, Staged
+from .errors import DamagedStoreError, StoreError
+from .keep import Keep
+from .layout import Digest, Layout
+from .ledger import Ledger
+from .life_log import LifeLog
+from .manifest import INDEX, NAME, SEGMENTS, Manifest
+from .rewinding import go_back_hint
+from .segment import Files, Segment, bytes_of
+from .state import RANDOM, STATE, Stateful, TrainingState, clean, set_random_state
+
+LOG = "life.jsonl"
+REQUEST = "compact.request"  # a file that another process makes, so that the trainer compacts
+MAX_BYTES = 2**30
+SPARE = 2**20  # bytes of the disk that a save leaves free
+
+# dcp says in each call that it runs in one process.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+class Save(NamedTuple):
+    """A save that was handed to the background.
+
+    Attributes:
+        step: of it.
+        bytes: of the chunks that changed on this process, which it will write.
+        waited: seconds that the call took.
+    """
+
+    step: int
+    bytes: int
+    waited: float
+
+
+class PerpetualStore:
+    """A store of incremental checkpoints of a model, its optimiser and other objects, and the log of its life.
+
+        store = PerpetualStore("life/store", model, optimizer, objects={"scheduler": scheduler}, keep="last:3,every:1000")
+        step = store.restore() or 0
+        for step in range(step + 1, 10_001):
+            train(model, optimizer)
+            store.save(step, score=integrity)
+        store.close()
+
+    A save compares the checksum of each chunk (a tensor; of pools of experts, a few rows) with that of its last save, copies those that
+    differ, and returns. A thread writes them as a safetensors file and then replaces the manifest; with that the step is durable. When a
+    process is killed, the last durable step is readable, and what was written after it is deleted at the next opening.
+
+    `torch.distributed.checkpoint` plans which process saves and reads what, so a model under `DistributedDataParallel` or `fully_shard` is
+    saved by all processes in parallel, and can be restored on another number of them. All processes make the store and call its methods.
+    The folder must be one that all of them see.
+
+    Random states of Python, NumPy and PyTorch are saved too. A run that was stopped and restored then continues bit for bit on a CPU, if
+    the caller's data come in the same order.
+
+    Args:
+        folder: of the store; made if it does not exist.
+        model: a module, or one wrapped by `DistributedDataParallel`, `fully_shard` or `torch.compile`.
+        optimizer: the optimiser of its parameters, or several; None for none.
+        objects: other objects with `state_dict` and `load_state_dict`, by name. Their states may hold tensors, numbers, texts, lists,
+            tuples and dicts.
+        keep: which steps stay restorable: a `Keep`, or a text such as "last:3,every:1000,best:1" or "all".
+        pools: parameters whose first dimension is experts; None for those that `expert_pools` finds.
+        max_bytes: bytes of copies that wait to be written, at most; then `save` waits.
+        auto_compact: whether to compact when more than half of the stored bytes belong to no kept step.
+
+    Attributes:
+        life: UUID of the life.
+        parent: {"life": UUID, "step": step} of a fork; None otherwise.
+        step: of the newest save that was handed to the background or is durable; None if there is none.
+        log: the `LifeLog`, on the first process; None on others.
+        state: further values of the step that was restored.
+        random_restored: whether the last `restore` set the random states; false if another number of processes saved them.
+
+    Raises:
+        StoreError: the folder cannot be written, is in use, damaged or of a newer version.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        *,
+        objects: Mapping[str, Stateful] | None = None,
+        keep: Keep | str = "last:3",
+        pools: Iterable[Tensor] | None = None,
+        max_bytes: int = MAX_BYTES,
+        auto_compact: bool = True,
+    ) -> None:
+        check_size("max_bytes", max_bytes)
+        self.folder = Path(folder)
+        self.keep = Keep.parse(keep)
+        self._group: Any = None
+        self.rank, self.processes = 0, 1
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            self._group = distributed.new_group(backend="gloo")
+            self.rank, self.processes = distributed.get_rank(), distributed.get_world_size()
+        self._state = TrainingState(model, _optimizers(optimizer), objects or {}, self.rank)
+        self._pools = frozenset(_pool_names(self._state.model, pools))
+        self._auto_compact = auto_compact
+        self._dropped = True  # whether a step was dropped since the last look for what is not needed
+        self._ledger: Ledger | None = None
+        self._lock: int | None = None
+        self.log: LifeLog | None = None
+        found = self._on_first(self._open)
+        self.life, self.parent, self.step = found
+        self._restored = self.step is None
+        self.random_restored = False
+        self.state: dict[str, Any] = {}
+        self._background = Background(max_bytes)
+        self._signature: Any = None
+        self._planner: ChunkPlanner | None = None
+        self._layout: Layout | None = None
+        self._parts: dict[str, list[tuple[int, int, int]]] = {}  # tensor -> number of a chunk, its first row and its end; -1 for all
+        self._known: list[int | None] = []
+        self._buffers: dict[str, Tensor] = {}
+        self._last_compaction: Compaction | None = None
+
+    # ---- saving ----
+
+    def save(self, step: int, *, score: float | None = None, state: Mapping[str, Any] | None = None, wait: bool = False) -> Save:
+        """Saves a step; waits only until what changed is copied.
+
+        Args:
+            step: of the whole life; larger than those before.
+            score: by which `keep` chooses the best steps, such as PI; None or NaN if there is none.
+            state: further values, tensors and what JSON can hold; after `restore` they are in the attribute `state`.
+            wait: whether to wait until the step is durable.
+
+        Returns:
+            What will be written.
+
+        Raises:
+            StoreError: the step is not after the newest; `restore` was not called on a store with steps; an earlier save failed, as on a
+                full disk, and then the last durable step is intact.
+        """
+        begin = time.perf_counter()
+        check_size("step", step, 0)
+        if not self._restored:
+            raise StoreError(f"restore() must be called before save(), because {self.folder} has step {self.step} already.")
+        if self.step is not None and step <= self.step:
+            raise StoreError(f"step must be above {self.step}, the newest; rewind({step - 1}) would drop the steps after it, got {step}.")
+        self._call(self._background.check)
+        tensors, texts = self._state.collect(state or {})
+        self._plan(tensors, texts)
+        staged = self._stage(step, tensors, texts, None if score is None or not math.isfinite(score) else float(score))
+        self._call(partial(self._background.submit, partial(self._write, staged), staged.bytes))
+        self.step = step
+        if wait:
+            self.wait()
+        return Save(step, staged.bytes, time.perf_counter() - begin)
+
+    def wait(self) -> None:
+        """Waits until all saves are durable.
+
+        Raises:
+            StoreError: one failed.
+        """
+        self._call(self._background.wait)
+
+    def state_bytes(self) -> int:
+        """Bytes of the whole state on this process, which the first save writes; later ones write at most as much."""
+        tensors, texts = self._state.collect({})
+        local = sum(one.numel() * one.element_size() for one in map(_local, tensors.values()))
+        return local + sum(len(text) for text in texts.values())
+
+    def compact(self, wait: bool = True) -> Compaction | None:
+        """Drops what no kept step needs, and merges segments, in the background.
+
+        Returns:
+            What it did, on the first process; None on others and without `wait`.
+
+        Raises:
+            StoreError: the disk has no room for the merged segments.
+        """
+        self._call(partial(self._background.submit, self._compact))
+        if not wait:
+            return None
+        self.wait()
+        return self._last_compaction
+
+    # ---- restoring ----
+
+    def restore(self, step: int | None = None, *, rewind: bool = False) -> int | None:
+        """Restores model, optimisers, objects and random states.
+
+        Everything that is read is checked before the first tensor is changed.
+
+        Args:
+            step: a kept step; None for the newest.
+            rewind: whether to forget the steps after it, so that training can go on from there. Without, an older step is only read.
+
+        Returns:
+            The step; None if the store has none.
+
+        Raises:
+            StoreError: the step is not kept; the store is of another model, and the message names three tensors that differ; a segment is
+                damaged, and the message names the file, the tensor and the last step before it.
+        """
+        self._call(self._background.wait)
+        if self.step is None and step is None:
+            self._restored = True
+            return None
+        if rewind and step is not None:
+            self.rewind(step)
+        ledger = self._reading()
+        wanted = ledger.manifest.newest if step is None else step
+        assert wanted is not None
+        try:
+            layout, table = ledger.at(wanted)
+            self.state = self._read(layout, table, Files(ledger.segments))
+        except DamagedStoreError as error:
+            raise DamagedStoreError(f"{error}{go_back_hint(ledger, wanted)}") from error
+        newest = wanted == ledger.manifest.newest
+        self._restored = newest
+        if newest:
+            self.record("restore", wanted)
+        return wanted
+
+    def rewind(self, step: int) -> None:
+        """Forgets the steps after a kept one; `fork` keeps them elsewhere first.
+
+        Raises:
+            StoreError: the step is not kept.
+        """
+        self._call(self._background.wait)
+
+        def run() -> None:
+            assert self._ledger is not None
+            self._ledger.rewind(step)
+
+        self._on_first(run)
+        self.step, self._signature = step, None
+        self.record("restore", step)
+
+    @property
+    def steps(self) -> list[int]:
+        """Restorable steps, on all processes; waits for the saves."""
+        self._call(self._background.wait)
+        return list(self._reading().manifest.kept)
+
+    # ---- the life ----
+
+    def record(self, event: str, step: int, durable: bool = False, **fields: Any) -> None:
+        """Adds a record to the log of the life, on the first process; does nothing on others. See `LifeLog`."""
+        if self.log is not None:
+            self.log.append(event, step, durable=durable, **fields)
+
+    def close(self) -> None:
+        """Waits for the saves, and lets another process use the store.
+
+        Raises:
+            StoreError: a save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._background.close()
+            if self.log is not None:
+                self.log.close()
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        with contextlib.suppress(BaseException):  # the error within the block is the one to see
+            self.close()
+
+    # ---- within ----
+
+    def _open(self) -> tuple[str, dict[str, Any] | None, int | None]:
+        """Locks the folder and reads or makes the manifest; on the first process."""
+        folder = self.folder
+        try:
+            for one in (folder, folder / SEGMENTS, folder / INDEX):
+                one.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_file(folder / ".lock")
+        except BlockingIOError:
+            raise StoreError(f"{folder} must be a store that no other run writes into; wait for it, or fork the store.") from None
+        except OSError as error:
+            raise StoreError(f"{folder} must be a folder that can be written, got {error.strerror}.") from error
+        try:
+            if (folder / NAME).exists():
+                manifest = Manifest.read(folder)
+            elif any((folder / SEGMENTS).iterdir()) and any((folder / INDEX).iterdir()):
+                raise StoreError(
+                    f"{folder} has segments but no {NAME}; `tinyonn life restore {folder}` brings back the manifest before it."
+                )
+            else:
+                manifest = Manifest(str(uuid.uuid4()))
+                manifest.write(folder)
+            self._ledger = Ledger(folder, manifest)
+            self._ledger.sweep()
+            new = not (folder / LOG).exists()
+            self.log = LifeLog(folder / LOG)
+            if new:
+                self.record("begin", manifest.newest or 0, durable=True, life=manifest.life, parent=manifest.parent)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return manifest.life, manifest.parent, manifest.newest
+
+    def _on_first(self, run: Callable[[], Any]) -> Any:
+        """Runs on the first process, and returns or raises the same on all."""
+        if self._group is None:
+            return run()
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = run()
+            except Exception as error:
+                box[1] = error
+        distributed.broadcast_object_list(box, src=0, group=self._group)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def _reading(self) -> Ledger:
+        """The ledger; on processes other than the first, of the manifest as it is now."""
+        if self._ledger is not None and self._group is None:
+            return self._ledger
+        if self._group is not None:
+            distributed.barrier(group=self._group)
+        return self._ledger if self._ledger is not None else Ledger(self.folder, Manifest.read(self.folder))
+
+    def _call(self, run: Callable[[], None]) -> None:
+        """Runs, with the error of dcp as the one that caused it."""
+        try:
+            run()
+        except CheckpointException as error:
+            causes = [one for one, _ in error.failures.values()]
+            cause = next((one for one in causes if isinstance(one, StoreError)), causes[0])
+            if isinstance(cause, StoreError) and not isinstance(cause, DamagedStoreError):
+                cause = StoreError(f"{cause} {self._intact()}".strip())
+            raise cause from error
+
+    def _intact(self) -> str:
+        with contextlib.suppress(StoreError):
+            newest = Manifest.read(self.folder).newest
+            return "" if newest is None else f"Step {newest} is intact."
+        return ""
+
+    def _plan(self, tensors: dict[str, Tensor], texts: dict[str, str]) -> None:
+        """Plans what each process writes, if that is not known yet."""
+        signature = [(name, one.dtype, one.shape, getattr(one, "placements", None)) for name, one in tensors.items()]
+        if signature == self._signature:
+            return
+        self._call(self._background.wait)
+        planner = ChunkPlanner(frozenset(name for name in tensors if _is_pool(name, tensors, self._pools)))
+        metadata: Any = None
+
+        def run() -> None:
+            nonlocal metadata
+            metadata = dcp.save({**tensors, **texts}, storage_writer=PlanOnly(), planner=planner, **self._dist())
+
+        self._call(run)
+        layout = Layout.of(metadata)
+
+        def begin() -> np.ndarray:
+            assert self._ledger is not None
+            self._ledger.begin(layout)
+            return self._ledger.table()[1]
+
+        table = self._on_first(begin)
+        numbers = {(chunk.tensor, chunk.offsets): number for number, chunk in enumerate(layout.chunks)}
+        parts: dict[str, list[tuple[int, int, int]]] = {}
+        for item in planner.plan.items:
+            name, offsets = item.index.fqn, tuple(item.index.offset or ())
+            number = numbers[name, offsets]
+            if name in texts or not offsets:
+                parts[name] = [(number, 0, -1)]
+                continue
+            start = _first_row(tensors[name])
+            rows = layout.chunks[number].sizes[0]
+            parts.setdefault(name, []).append((number, offsets[0] - start, offsets[0] - start + rows))
+        known = [None if row["file"] < 0 else (int(row["digest"][0]) << 64) | int(row["digest"][1]) for row in table]
+        self._planner, self._layout, self._parts, self._known, self._signature = planner, layout, parts, known, signature
+
+    def _dist(self) -> dict[str, Any]:
+        return {"process_group": self._group, "no_dist": self._group is None}
+
+    def _stage(self, step: int, tensors: dict[str, Tensor], texts: dict[str, str], score: float | None) -> Staged:
+        """Copies what changed on this process."""
+        assert self._layout is not None
+        known, names = self._known, self._layout.names
+        changed: dict[str, Tensor] = {}
+        digests: dict[str, Digest] = {}
+        aliases: dict[str, str] = {}
+        seen: dict[tuple[int, int], str] = {}
+        host = self._on_host({name: _local(tensors[name]) for name in self._parts if name in tensors})
+        for name, parts in self._parts.items():
+            data: Tensor = host[name] if name in host else torch.frombuffer(bytearray(texts[name].encode()), dtype=torch.uint8)
+            view = bytes_of(data)
+            row = len(view) // max(1, data.shape[0]) if data.dim() else 0
+            for number, begin, end in parts:
+                piece = view if end < 0 else view[begin * row : end * row]
+                value = xxhash.xxh3_128_intdigest(piece)
+                if value == known[number]:
+                    continue
+                known[number] = value
+                key, title = (value, len(piece)), names[number]
+                if len(piece) and key in seen:
+                    aliases[title] = seen[key]
+                    continue
+                seen[key] = title
+                changed[title] = (data if end < 0 else data[begin:end]).clone()
+                digests[title] = value >> 64, value & 0xFFFFFFFFFFFFFFFF
+        return Staged(step, changed, digests, aliases, score)
+
+    def _on_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Contiguous tensors on the CPU; those of a GPU are copied to pinned memory, all at once."""
+        found, waits = {}, False
+        for name, tensor in tensors.items():
+            tensor = tensor.detach()
+            if tensor.device.type != "cpu":
+                buffer = self._buffers.get(name)
+                if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                    buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+                found[name] = buffer.copy_(tensor, non_blocking=True)
+                waits = waits or tensor.device.type == "cuda"
+            else:
+                found[name] = tensor.contiguous()
+        if waits:
+            torch.cuda.synchronize()
+        return found
+
+    def _write(self, staged: Staged) -> None:
+        """Makes a save durable; in the background, on all processes."""
+        free = shutil.disk_usage(self.folder).free
+        if free < staged.bytes + SPARE:
+            error = StoreError(f"{self.folder} needs {staged.bytes:,} bytes for step {staged.step}, and the disk has {free:,}.")
+            if self._group is None:
+                raise StoreError(f"{error} {self._intact()}".strip())
+            raise error
+        publish = partial(self._publish, staged)
+        writer = SegmentWriter(self.folder / SEGMENTS, self.rank, staged, self._ledger, publish)
+        dcp.save({}, storage_writer=writer, planner=self._planner, **self._dist())
+
+    def _publish(self, staged: Staged, segments: list[Segment]) -> None:
+        ledger = self._ledger
+        assert ledger is not None
+        chapters, kept = len(ledger.manifest.chapters), len(ledger.manifest.kept)
+        ledger.manifest.processes = self.processes
+        index = ledger.append(staged.step, segments, staged.score, self.keep)
+        self.record("save", staged.step, bytes=sum(one.size for one in segments) + index)
+        self._dropped = self._dropped or len(ledger.manifest.kept) <= kept
+        if (self.folder / REQUEST).exists():
+            self._compact()
+        elif self._auto_compact and self._dropped and len(ledger.manifest.chapters) > chapters:
+            total, unneeded = unneeded_bytes(ledger)
+            if unneeded > total / 2:
+                self._compact()
+
+    def _compact(self) -> None:
+        if self._ledger is None:
+            return
+        begin = time.perf_counter()
+        found = compact(self._ledger)
+        self._last_compaction, self._dropped = found, False
+        seconds = round(time.perf_counter() - begin, 3)
+        self.record("compact", self._ledger.manifest.newest or 0, seconds=seconds, **found._asdict())
+        (self.folder / REQUEST).unlink(missing_ok=True)
+
+    def _read(self, layout: Layout, table: np.ndarray, files: Files) -> dict[str, Any]:
+        def text(name: str) -> str:
+            return bytes(files.checked(table[layout.numbers[name]], name)).decode()
+
+        shared = text(STATE)
+        others = [name for name in layout.numbers if name.startswith(RANDOM)]
+        own = f"{RANDOM}{self.rank}"
+        self.random_restored = own in layout.numbers and len(others) == self.processes
+        random_state = json.loads(text(own)) if self.random_restored else None
+        self._state.check(shared)
+        targets = self._state.prepare(layout)
+        missing = [name for name in targets if name not in layout.tensors]
+        assert not missing, missing
+        reader = SegmentReader(layout, table, files)
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        self._call(partial(dcp.load, targets, storage_reader=reader, planner=planner, **self._dist()))
+        extra = self._state.restore(shared, targets)
+        if random_state is not None:
+            set_random_state(random_state)
+        return extra
+
+
+def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    if given is None:
+        return []
+    return [given] if isinstance(given, Optimizer) or not isinstance(given, Iterable) else list(given)
+
+
+def _pool_names(model: nn.Module, pools: Iterable[Tensor] | None) -> Iterable[str]:
+    wanted = {id(one) for one in (expert_pools(model) if pools is None else pools)}
+    return [clean(name) for name, parameter in model.named_parameters() if id(parameter) in wanted]
+
+
+def _is_pool(name: str, tensors: Mapping[str, Tensor], pools: frozenset[str]) -> bool:
+    """Whether a tensor is a pool of experts, or the optimiser's state of one with its shape."""
+    kind, _, rest = name.partition(".")
+    if kind == "model":
+        return rest in pools
+    parameter = rest.rpartition(".")[0]
+    return kind == "optimizer" and parameter in pools and tensors[name].shape == tensors[f"model.{parameter}"].shape
+
+
+def _local(tensor: Any) -> Tensor:
+    """This process's part of a tensor that is sharded; any other as it is."""
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found
+
+
+def _first_row(tensor: Any) -> int:
+    """The first row of this process's part of a tensor."""
+    if not hasattr(tensor, "device_mesh"):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return int(offsets[0])

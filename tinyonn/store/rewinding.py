@@ -1,0 +1,82 @@
+"""Going back to an earlier step of a store, without its model; also where the newest manifest or segment is damaged."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .._io.locks import lock_file
+from .errors import StoreError
+from .ledger import Ledger
+from .life_log import LifeLog
+from .manifest import PREVIOUS, Manifest
+from .segment import Files
+
+LOG = "life.jsonl"
+
+
+def rewind(folder: str | os.PathLike[str], step: int | None = None) -> int:
+    """Makes a kept step the newest one. Steps after it are forgotten; `fork` keeps them elsewhere first.
+
+    Where the manifest is damaged or missing, the one before it is used.
+
+    Args:
+        folder: a store that no trainer uses.
+        step: a kept step; None for the newest.
+
+    Returns:
+        The step that is the newest now.
+
+    Raises:
+        StoreError: the step is not kept or damaged; the store is in use or cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        lock = lock_file(folder / ".lock")
+    except BlockingIOError:
+        raise StoreError(f"{folder} must be a store that no other run writes into; stop that run first.") from None
+    except OSError as error:
+        raise StoreError(f"{folder} must be a store that can be written, got {error.strerror}.") from error
+    try:
+        try:
+            manifest = Manifest.read(folder)
+        except StoreError:
+            if not (folder / PREVIOUS).exists():
+                raise
+            manifest = Manifest.read(folder, PREVIOUS)
+        wanted = manifest.newest if step is None else step
+        if wanted is None:
+            raise StoreError(f"{folder} has no step yet.")
+        ledger = Ledger(folder, manifest)
+        check_step(ledger, wanted)
+        before = manifest.newest
+        with LifeLog(folder / LOG) as log:
+            ledger.rewind(wanted)
+            log.append("restore", wanted, durable=True, newest=before)
+    finally:
+        os.close(lock)
+    return wanted
+
+
+def check_step(ledger: Ledger, step: int) -> None:
+    """Reads all of a step.
+
+    Raises:
+        StoreError: the step is not kept.
+        DamagedStoreError: a chunk of it is damaged.
+    """
+    layout, table = ledger.at(step)
+    files = Files(ledger.segments)
+    for place, name in zip(table, layout.names, strict=True):
+        files.checked(place, name)
+
+
+def go_back_hint(ledger: Ledger, step: int) -> str:
+    """How a message on a damaged step ends: the last step before it that is whole."""
+    for earlier in reversed([one for one in ledger.manifest.kept if one < step]):
+        try:
+            check_step(ledger, earlier)
+        except StoreError:
+            continue
+        return f" Step {earlier} is whole: `tinyonn life restore {ledger.folder} --step {earlier}` goes back to it."
+    return " No earlier step is kept whole."

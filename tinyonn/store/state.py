@@ -1,0 +1,319 @@
+"""The state of a training as tensors by name and a JSON text: model, optimisers, random numbers and other objects.
+
+model.NAME                parameters and buffers, as in the model's state dict, without the prefixes of wrappers
+optimizer.NAME.KEY        the optimiser's state of a parameter
+object.NAME.PATH          tensors in the state of another object
+@state                    JSON: everything else; in it, {"$tensor": name} stands for a tensor and {"$tuple": [...]} for a tuple
+@random/RANK              JSON: the random states of a process
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import listed, shown
+from .errors import StoreError
+from .layout import Layout, TensorKind
+
+STATE = "@state"
+RANDOM = "@random/"
+_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_DTYPES = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64, torch.complex64,
+}  # fmt: skip
+
+
+class Stateful(Protocol):
+    """An object with a state dict of tensors and of what JSON can hold."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+class TrainingState:
+    """The state of a model, its optimisers and other objects.
+
+    Args:
+        model: a module, or one wrapped by `DistributedDataParallel`, `torch.compile` or `fully_shard`.
+        optimizers: of its parameters.
+        objects: others, by name.
+        rank: of this process.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer], objects: Mapping[str, Stateful], rank: int) -> None:
+        self.model = unwrapped(model)
+        self.optimizers = list(optimizers)
+        self.objects = dict(objects)
+        self.rank = rank
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters, buffers and the optimisers' state, not copied."""
+        found = {f"model.{clean(name)}": tensor for name, tensor in self._of_model().items()}
+        for name, parameter, optimizer in self._held():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    found[f"optimizer.{name}.{key}"] = value
+        for name, tensor in found.items():
+            _check_dtype(name, tensor)
+        return found
+
+    def collect(self, extra: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """All tensors, and the JSON texts of this process by name.
+
+        Args:
+            extra: further values for the JSON text.
+
+        Raises:
+            StoreError: a value is neither a tensor nor JSON.
+        """
+        tensors = self.tensors()
+        state: dict[str, Any] = {"extra": _encoded(dict(extra), "state", tensors), "model": self._other_of_model()}
+        state["optimizers"] = [self._optimizer(optimizer, tensors) for optimizer in self.optimizers]
+        state["objects"] = {name: _encoded(one.state_dict(), f"object.{name}", tensors) for name, one in self.objects.items()}
+        texts = {f"{RANDOM}{self.rank}": json.dumps(random_state())}
+        if not self.rank:
+            texts[STATE] = json.dumps(state)
+        return tensors, texts
+
+    def prepare(self, layout: Layout) -> dict[str, Tensor]:
+        """The tensors that a saved state is read into, after making the optimisers' state as it was.
+
+        Raises:
+            StoreError: the saved state is of another model; the message names the first three tensors that differ.
+        """
+        saved = layout.tensors
+        own = {f"model.{clean(name)}": tensor for name, tensor in self._of_model().items()}
+        self._check_same(own, {name: kind for name, kind in saved.items() if name.startswith("model.")})
+        expected: dict[str, dict[str, TensorKind]] = {}
+        for full, kind in saved.items():
+            if full.startswith("optimizer."):
+                name, _, key = full.removeprefix("optimizer.").rpartition(".")
+                expected.setdefault(name, {})[key] = kind
+        held = {name: (parameter, optimizer) for name, parameter, optimizer in self._held()}
+        lost = [name for name in expected if name not in held]
+        if lost:
+            raise StoreError(f"the store has the optimiser's state of {listed(lost, 3)}, which this optimiser does not train.")
+        for name, (parameter, optimizer) in held.items():
+            kinds = expected.get(name, {})
+            state = optimizer.state[parameter]
+            for key in [key for key, value in state.items() if isinstance(value, Tensor) and key not in kinds]:
+                del state[key]
+            for key, kind in kinds.items():
+                value = state.get(key)
+                if not isinstance(value, Tensor) or value.dtype != kind.dtype or tuple(value.shape) != kind.shape:
+                    state[key] = _like(parameter, key, kind, optimizer)
+            if not state:
+                del optimizer.state[parameter]
+        found = self.tensors()
+        for full, kind in saved.items():
+            if full.startswith("object."):
+                found[full] = torch.empty(kind.shape, dtype=kind.dtype)
+        return found
+
+    def restore(self, text: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Sets what is not a tensor of the model or of an optimiser's state. Returns the extra values.
+
+        Raises:
+            StoreError: the saved state has other objects.
+        """
+        state = json.loads(text)
+        missing = [name for name in self.objects if name not in state["objects"]]
+        if missing:
+            raise StoreError(f"objects must be among those of the store, {listed(state['objects'])}, got {listed(missing)}.")
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            self._restore_optimizer(optimizer, _decoded(kept, tensors))
+        for name, one in self.objects.items():
+            one.load_state_dict(_decoded(state["objects"][name], tensors))
+        extra: dict[str, Any] = _decoded(state["extra"], tensors)
+        return extra
+
+    def check(self, text: str) -> None:
+        """StoreError if the saved state has other optimisers."""
+        number = len(json.loads(text)["optimizers"])
+        if number != len(self.optimizers):
+            raise StoreError(f"optimizer must be {number} optimisers as in the store, got {len(self.optimizers)}.")
+
+    def _of_model(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
+
+    def _other_of_model(self) -> list[str]:
+        """Entries of the state dict that are no tensors; they must be empty."""
+        other = [name for name, value in self.model.state_dict().items() if not isinstance(value, Tensor) and value is not None]
+        if other:
+            raise StoreError(f"the model's state dict must have tensors only, got {listed(other, 3)} with something else.")
+        return []
+
+    def _held(self) -> Iterable[tuple[str, nn.Parameter, Optimizer]]:
+        """Trained parameters with their names and optimisers."""
+        names = {parameter: clean(name) for name, parameter in self.model.named_parameters()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter not in names:
+                        raise StoreError(f"optimizer must train parameters of the model, got one of shape {tuple(parameter.shape)}.")
+                    yield names[parameter], parameter, optimizer
+
+    def _optimizer(self, optimizer: Optimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        names: dict[Any, str] = {parameter: clean(name) for name, parameter in self.model.named_parameters()}
+        groups = []
+        for number, group in enumerate(optimizer.param_groups):
+            values = {key: value for key, value in group.items() if key != "params"}
+            for key, value in values.items():  # a learning rate may be a tensor
+                values[key] = value.item() if isinstance(value, Tensor) else value
+            groups.append({"params": [names[one] for one in group["params"]], "values": _encoded(values, f"group {number}", tensors)})
+        other = {
+            names[parameter]: {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+            for parameter, state in optimizer.state.items()
+        }
+        return {"groups": groups, "other": _encoded({name: value for name, value in other.items() if value}, "optimizer", tensors)}
+
+    def _restore_optimizer(self, optimizer: Optimizer, kept: dict[str, Any]) -> None:
+        parameters = {clean(name): parameter for name, parameter in self.model.named_parameters()}
+        if len(kept["groups"]) != len(optimizer.param_groups):
+            number = len(kept["groups"])
+            raise StoreError(f"optimizer must have {number} groups as in the store, got {len(optimizer.param_groups)}.")
+        for group, saved in zip(optimizer.param_groups, kept["groups"], strict=True):
+            if [parameters.get(name) is one for name, one in zip(saved["params"], group["params"], strict=False)].count(True) != len(
+                saved["params"]
+            ) or len(saved["params"]) != len(group["params"]):
+                raise StoreError("optimizer must have the parameters of the store in each group, in the same order.")
+            for key, value in saved["values"].items():
+                if isinstance(group.get(key), Tensor):
+                    group[key].fill_(value)
+                else:
+                    group[key] = value
+        for name, values in kept["other"].items():
+            optimizer.state[parameters[name]].update(values)
+
+    @staticmethod
+    def _check_same(own: Mapping[str, Tensor], saved: Mapping[str, TensorKind]) -> None:
+        other = []
+        for name in [*saved, *(name for name in own if name not in saved)]:
+            short = name.removeprefix("model.")
+            if name not in own:
+                other.append(f"{short}, which this model does not have")
+            elif name not in saved:
+                other.append(f"{short}, which the store does not have")
+            elif tuple(own[name].shape) != saved[name].shape or own[name].dtype != saved[name].dtype:
+                kind = saved[name]
+                here = f"{_kind(own[name].dtype)} {tuple(own[name].shape)}"
+                other.append(f"{short}, {_kind(kind.dtype)} {kind.shape} in the store and {here} here")
+        if other:
+            more = f"; {len(other) - 3:,} more differ" if len(other) > 3 else ""
+            raise StoreError(f"the store must be of this model; these differ: {'; '.join(other[:3])}{more}.")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module within `DistributedDataParallel` and `torch.compile`."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def clean(name: str) -> str:
+    """A parameter's name without those of wrappers."""
+    for prefix in _PREFIXES:
+        name = name.replace(prefix, "")
+    return name
+
+
+def random_state() -> dict[str, Any]:
+    """States of the random generators of Python, NumPy and PyTorch, with that of each GPU."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, place, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    found = {
+        "python": [version, _packed(np.array(numbers, np.uint64)), gauss],
+        "numpy": [kind, _packed(np.asarray(keys)), int(place), int(has_gauss), float(cached)],
+        "torch": _packed(torch.get_rng_state().numpy()),
+    }
+    if torch.cuda.is_available():
+        found["cuda"] = [_packed(state.numpy()) for state in torch.cuda.get_rng_state_all()]
+    return found
+
+
+def set_random_state(found: Mapping[str, Any]) -> None:
+    """Sets them."""
+    version, numbers, gauss = found["python"]
+    random.setstate((version, tuple(int(one) for one in _unpacked(numbers, np.uint64)), gauss))
+    kind, keys, place, has_gauss, cached = found["numpy"]
+    np.random.set_state((kind, _unpacked(keys, np.uint32), place, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(torch.from_numpy(_unpacked(found["torch"], np.uint8).copy()))
+    if "cuda" in found and torch.cuda.is_available() and len(found["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([torch.from_numpy(_unpacked(one, np.uint8).copy()) for one in found["cuda"]])
+
+
+def _like(parameter: Tensor, key: str, kind: TensorKind, optimizer: Optimizer) -> Tensor:
+    """A place for an optimiser's state, sharded as its parameter where it has its shape; `step` is on the CPU unless kernels read it."""
+    if key == "step":
+        group = next(group for group in optimizer.param_groups if any(one is parameter for one in group["params"]))
+        device = parameter.device if group.get("capturable") or group.get("fused") else "cpu"
+        return torch.empty(kind.shape, dtype=kind.dtype, device=device)
+    if tuple(parameter.shape) == kind.shape:
+        return torch.empty_like(parameter, dtype=kind.dtype, requires_grad=False)
+    return torch.empty(kind.shape, dtype=kind.dtype)
+
+
+def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """A value as JSON; tensors are added to `tensors`."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        name = path if path.startswith("object.") else f"object.{path}"
+        _check_dtype(name, value)
+        tensors[name] = value
+        return {"$tensor": name}
+    if isinstance(value, tuple):
+        return {"$tuple": [_encoded(one, f"{path}.{number}", tensors) for number, one in enumerate(value)]}
+    if isinstance(value, list):
+        return [_encoded(one, f"{path}.{number}", tensors) for number, one in enumerate(value)]
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: _encoded(one, f"{path}.{key}", tensors) for key, one in value.items()}
+        return {"$items": [[_encoded(key, path, tensors), _encoded(one, f"{path}.{key}", tensors)] for key, one in value.items()]}
+    raise StoreError(f"{path} must be a tensor or a value that JSON can hold, got {shown(value)}.")
+
+
+def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decoded(one, tensors) for one in value]
+    if isinstance(value, dict):
+        if "$tensor" in value:
+            return tensors[value["$tensor"]]
+        if "$tuple" in value:
+            return tuple(_decoded(one, tensors) for one in value["$tuple"])
+        if "$items" in value:
+            return {_decoded(key, tensors): _decoded(one, tensors) for key, one in value["$items"]}
+        return {key: _decoded(one, tensors) for key, one in value.items()}
+    return value
+
+
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+        raise StoreError(f"{name} must be a dense tensor of a type that safetensors holds, got {_kind(tensor.dtype)}, {tensor.layout}.")
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _packed(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
+
+
+def _unpacked(text: str, dtype: Any) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype)
