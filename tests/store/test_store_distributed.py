@@ -1,0 +1,194 @@
+"""A store that two processes wrote opens on one and on four; shards are written in parallel, and nothing is written twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tinyonn.store import PerpetualStore, StoreError, verify
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.Parameter(torch.randn(6, 32, 33))
+        self.num_experts = 6
+        self.inner = nn.Linear(33, 5)
+        self.one = nn.Linear(5, 1)
+        self.register_buffer("seen", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self.one(self.inner(x) + self.experts.sum((0, 1))[:5]).sum()
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    fully_shard(model.inner)
+    return fully_shard(model)
+
+
+def by_columns(model: nn.Module) -> nn.Module:
+    return fully_shard(model, shard_placement_fn=lambda parameter: Shard(min(1, parameter.dim() - 1)))
+
+
+WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": DistributedDataParallel, "sharded": sharded, "by columns": by_columns}
+
+
+def whole(value: Any) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+
+
+def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    found = {name.removeprefix("module."): whole(value) for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            found[f"{name.removeprefix('module.')}.{key}"] = whole(value)
+    return found
+
+
+def made(wrap: str | None) -> tuple[nn.Module, torch.optim.AdamW]:
+    model: nn.Module = Model()
+    if wrap is not None:
+        model = WRAPS[wrap](model)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def lived(folder: Path, wrap: str, rank: int) -> None:
+    """Four steps on each process; the third changes one expert only."""
+    model, optimizer = made(wrap)
+    with PerpetualStore(folder, model, optimizer, keep="all") as store:
+        assert store.restore() is None
+        for step in (1, 2, 3, 4):
+            if step == 3:
+                with torch.no_grad():
+                    local = model.state_dict()[("module." if wrap == "ddp" else "") + "experts"]
+                    local = local.to_local() if hasattr(local, "to_local") else local
+                    if rank == 0:
+                        local[0] += 1
+                    if wrap == "ddp":
+                        distributed.broadcast(local, 0)
+            else:
+                model(torch.randn(2, 33, generator=torch.Generator().manual_seed(step))).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            torch.manual_seed(100 * step + rank)
+            store.save(step)
+            found = tensors(model, optimizer)
+            if rank == 0:
+                torch.save(found, folder.parent / f"{step}.pt")
+        assert store.steps == [1, 2, 3, 4]
+        if wrap == "sharded":
+            store.compact()
+    distributed.barrier()
+
+
+def reopened(folder: Path, wrap: str | None, rank: int) -> None:
+    model, optimizer = made(wrap)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    with PerpetualStore(folder, model, optimizer) as store:
+        for step in (2, 3, 4):
+            assert store.restore(step) == step
+            found = tensors(model, optimizer)
+            expected = torch.load(folder.parent / f"{step}.pt")
+            assert found.keys() == expected.keys()
+            assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+        processes = distributed.get_world_size() if distributed.is_initialized() else 1
+        assert store.random_restored == (processes == 2)
+        if processes == 2:
+            drawn = float(torch.rand(()))
+            torch.manual_seed(400 + rank)
+            assert drawn == float(torch.rand(()))
+        model(torch.randn(2, 33, generator=torch.Generator().manual_seed(9))).backward()
+        optimizer.step()
+        store.save(5)
+        after = tensors(model, optimizer)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert store.restore() == 5
+        found = tensors(model, optimizer)
+        assert [name for name in found if not torch.equal(found[name], after[name])] == []
+        if rank == 0:
+            torch.save(after, folder.parent / "5.pt")
+
+
+@pytest.fixture(scope="module")
+def run(forked: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, Callable[[int], None]], None]:
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("torch has no gloo")
+
+    def run(ranks: int, work: Callable[[int], None]) -> None:
+        meeting = tmp_path_factory.mktemp("group") / "store"
+
+        def member(rank: int) -> None:
+            if ranks > 1:
+                distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+            work(rank)
+            if ranks > 1:
+                distributed.destroy_process_group()
+
+        processes = [forked(partial(member, rank)) for rank in range(ranks)]
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0] * ranks
+
+    return run
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_a_store_of_two_processes_opens_on_other_numbers(tmp_path: Path, run: Callable[..., None], wrap: str) -> None:
+    folder = tmp_path / "store"
+    run(2, partial(lived, folder, wrap))
+    assert verify(folder).faults == []
+    size = sum(path.stat().st_size for path in (folder / "segments").iterdir())
+    state = sum(one.numel() * one.element_size() for one in torch.load(tmp_path / "4.pt").values())
+    assert size < 4 * state  # three steps change all, one changes an expert
+    run(1, lambda rank: reopened(folder, None, rank))
+    for ranks in (2, 4):
+        from tinyonn.store import rewind
+
+        rewind(folder, 4)
+        run(ranks, partial(reopened, folder, wrap))
+    assert verify(folder).faults == []
+
+
+def broken(folder: Path, rank: int) -> None:
+    model, optimizer = made("ddp")
+    store = PerpetualStore(folder, model, optimizer)
+    store.restore()
+    store.save(1, wait=True)
+    if rank == 1:
+        import shutil
+
+        shutil.disk_usage = lambda path: shutil._ntuple_diskusage(9, 9, 0)  # type: ignore[attr-defined,assignment]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    store.save(2)
+    with pytest.raises(StoreError, match="the disk has 0"):
+        store.wait()
+    with pytest.raises(StoreError, match="the disk has 0"):
+        store.save(3)
+    with pytest.raises(StoreError):
+        store.close()
+    distributed.barrier()
+
+
+def test_an_error_of_one_process_reaches_all_and_the_last_step_is_intact(tmp_path: Path, run: Callable[..., None]) -> None:
+    run(2, partial(broken, tmp_path))
+    assert verify(tmp_path).faults == []
+    assert verify(tmp_path).readable == [1]
