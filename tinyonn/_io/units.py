@@ -17,6 +17,15 @@ def counted(count: int, name: str) -> str:
     return f"{count:,} {name}" if count == 1 else f"{count:,} {name}s"
 
 
+def duration(seconds: float) -> str:
+    """0.4 s, 12 s, 3:05, 2:01:07."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def not_finite_cause(dtype: object) -> str:
     """`not_finite_parts` as one sentence."""
     return ": ".join(not_finite_parts(dtype))

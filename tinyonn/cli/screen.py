@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from .._io.units import counted as counted
+from .._io.units import duration as duration
 
 PLAIN_EVERY = 10.0  # seconds between lines if stderr is no terminal
 BAR_WIDTHS = (6, 12, 24)  # for narrow, usual and wide terminals
@@ -47,15 +48,6 @@ def columns(head: Sequence[str], lines: Iterable[Sequence[object]], right: Seque
 def number(count: float) -> str:
     """A count with separators: 12,345."""
     return f"{count:,.0f}"
-
-
-def duration(seconds: float) -> str:
-    """0.4 s, 12 s, 3:05, 2:01:07."""
-    if seconds < 59.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Progress:

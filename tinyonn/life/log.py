@@ -21,7 +21,7 @@ PAGE_EVERY = 5.0  # seconds between two updates of the page, at least
 PAGE_SHARE = 0.05  # of the time, that writing it and its figures may take
 
 
-class LifeLog(TrainerCallback):
+class TrainingLog(TrainerCallback):
     """Writes FOLDER/log and the page, on the first process.
 
     Attributes:

@@ -40,7 +40,7 @@ from ..hf.loading import resolve_device, resolve_dtype
 from ..hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
 from ..train.onn_trainer import OnnTrainer
 from .config import LifeConfig
-from .log import LifeLog
+from .log import TrainingLog
 from .texts import documents, encoded, learn_tokenizer, split
 
 # Options that may differ between the runs of one life.
@@ -123,7 +123,7 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
         model = TinyOnnForCausalLM(_model_config(config, tokenizer))
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        log, signals = LifeLog(folder, tell, config.steps), _StopSignals()
+        log, signals = TrainingLog(folder, tell, config.steps), _StopSignals()
         trainer = OnnTrainer(
             model=model,
             args=_arguments(config, folder),
@@ -180,7 +180,7 @@ def _last_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _done_before(folder: Path, model: TinyOnnForCausalLM, log: LifeLog, done: int, begin: float, first: bool) -> LifeResult:
+def _done_before(folder: Path, model: TinyOnnForCausalLM, log: TrainingLog, done: int, begin: float, first: bool) -> LifeResult:
     """Of a life that has its steps already; nothing is changed."""
     return LifeResult(
         folder=folder,

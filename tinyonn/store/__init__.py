@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .life_log import LifeLog as LifeLog
     from .life_log import LifeLogError as LifeLogError
     from .life_log import LifeRecords as LifeRecords
+    from .life_log import environment as environment
     from .life_log import read_life_log as read_life_log
     from .perpetual_store import PerpetualStore as PerpetualStore
     from .perpetual_store import Save as Save
@@ -34,6 +35,7 @@ _HOMES = {
     "Save": "perpetual_store",
     "StoreError": "errors",
     "Verification": "verification",
+    "environment": "life_log",
     "fork": "forking",
     "read_life_log": "life_log",
     "rewind": "rewinding",

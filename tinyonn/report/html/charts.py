@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -121,10 +121,7 @@ def scatter(
             told = f"{label}: {format_number(x)}, {format_number(y)}"
             parts.append(_shape(group.shape, x_of(x), y_of(y), number, told))
     parts.append(_axis_titles(x_title + x_axis.unit, y_title + y_axis.unit, height))
-    legend = [
-        (f'<svg width="14" height="14" aria-hidden="true">{_shape(group.shape, 7, 7, number)}</svg>', f"{group.name} ({len(group.x):,})")
-        for number, group in enumerate(groups)
-    ]
+    legend = [(_shape_sign(group.shape, number), f"{group.name} ({len(group.x):,})") for number, group in enumerate(groups)]
     return _finished(parts, legend)
 
 
@@ -230,39 +227,110 @@ def line_chart(
     usable = np.isfinite(stacked) & (stacked > 0 if log else True)
     if not usable.any():
         return _EMPTY
-    low, high = float(stacked[usable].min()), float(stacked[usable].max())
-    if zero:
-        low, high = min(low, 0.0), max(high, 0.0)
-    ticks = _log_ticks(low, high) if log else nice_ticks(low, high)
-    low, high = min(low, ticks[0]), max(high, ticks[-1])
-
-    def y_of(value: float) -> float:
-        share = (math.log(value / low) / math.log(high / low)) if log else (value - low) / (high - low)
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
-
+    ticks, y_of = _y_axis(stacked[usable], log, zero)
     step = (_WIDTH - _LEFT - _RIGHT) / max(len(rows) - 1, 1)
     parts = [_frame(title), *(_y_tick(y_of(tick), format_number(tick)) for tick in ticks)]
-    if zero and low < 0 < high:
+    if zero and ticks[0] < 0 < ticks[-1]:
         parts.append(_across("zero", y_of(0)))
     every = max(1, math.ceil(len(rows) / 10))
     # Long row labels would overlap, so they are cut; the tooltips show them whole.
     parts += [_label("tick", _LEFT + at * step, _HEIGHT - 24, rows[at][-9:]) for at in range(0, len(rows), every)]
     legend = []
     for number, (name, _) in enumerate(series):
-        colour = number % len(DASHES)
-        style = f'style="stroke:var(--s{colour})" stroke-dasharray="{DASHES[colour]}"'
-        path, before = "", -2
-        dots = []
-        for position in np.flatnonzero(usable[number]).tolist():
-            x, y = _LEFT + position * step, y_of(stacked[number, position])
-            path += f"{'L' if position == before + 1 else 'M'}{x:.1f} {y:.1f}"
-            before = position
-            told = escape(f"{name}, {rows[position]}: {stacked[number, position]:.4g}")
-            dots.append(f'<circle class="dot" style="fill:var(--s{colour})" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{told}</title></circle>')
-        parts += [f'<path class="line" {style} d="{path}"/>', *dots]
-        sample = f'<line class="line" x1="0" x2="26" y1="4" y2="4" {style}/>'
-        legend.append((f'<svg width="26" height="8" aria-hidden="true">{sample}</svg>', name))
+        places = np.flatnonzero(usable[number]).tolist()
+        points = [(_LEFT + at * step, y_of(stacked[number, at]), f"{name}, {rows[at]}: {stacked[number, at]:.4g}") for at in places]
+        joined = [at - 1 == before for before, at in zip([-2, *places], places, strict=False)]
+        parts += _curve(number, points, joined)
+        legend.append((_line_sign(number), name))
     parts.append(_axis_titles(x_title, y_title))
+    return _finished(parts, legend)
+
+
+@dataclass(frozen=True)
+class Band:
+    """One row of `bands`.
+
+    Attributes:
+        name: label.
+        spans: begin, end and description of each part of the row.
+        marks: kind, place and description of each mark.
+    """
+
+    name: str
+    spans: Sequence[tuple[float, float, str]]
+    marks: Sequence[tuple[str, float, str]] = ()
+
+
+def step_chart(title: str, lines: Sequence[tuple[str, Floats, Floats]], *, y_title: str, log: bool = False, dots: bool = False) -> str:
+    """Lines over steps, each with steps of its own; values that are not finite are left out.
+
+    Args:
+        title: title for screen readers.
+        lines: name, steps in rising order and values of each line.
+        y_title: title of the y axis.
+        log: whether the y axis is logarithmic; values ≤ 0 are then left out.
+        dots: whether to draw a dot for each value in place of a line.
+
+    Returns:
+        An <svg> element with its legend, or a line of text if no value is finite.
+    """
+    drawn = []
+    for number, (name, steps, values) in enumerate(lines):
+        usable = np.isfinite(values) & (values > 0 if log else True)
+        if usable.any():
+            drawn.append((number, name, steps[usable].tolist(), values[usable].tolist()))
+    if not drawn:
+        return _EMPTY
+    ticks, y_of = _y_axis(np.concatenate([values for *_, values in drawn]), log)
+    ends = [step for _, _, steps, _ in drawn for step in (steps[0], steps[-1])]
+    x_ticks, x_of = _step_axis(min(ends), max(ends), _LEFT, _WIDTH - _RIGHT)
+    parts = [_frame(title), *(_y_tick(y_of(tick), format_number(tick)) for tick in ticks)]
+    parts += [_label("tick", x_of(tick), _HEIGHT - 24, label) for tick, label in x_ticks]
+    for number, name, steps, values in drawn:
+        points = [(x_of(step), y_of(value), f"{name}, step {step:,.0f}: {value:.4g}") for step, value in zip(steps, values, strict=True)]
+        if dots:
+            parts += [_shape("circle", x, y, number, told) for x, y, told in points]
+        else:
+            parts += _curve(number, points, [False, *[True] * (len(points) - 1)], seen=len(points) == 1)
+    parts.append(_axis_titles("step", y_title))
+    return _finished(parts, [(_shape_sign("circle", number) if dots else _line_sign(number), name) for number, name, _, _ in drawn])
+
+
+def bands(title: str, rows: Sequence[Band], kinds: Sequence[tuple[str, str, int]]) -> str:
+    """One row for each band, over steps: its spans as bars in turns of two shades, and marks at steps.
+
+    Args:
+        title: title for screen readers.
+        rows: the bands.
+        kinds: name and shape of each kind of mark, and whether it is above (-1), on (0) or below (1) the bar.
+
+    Returns:
+        An <svg> element with its legend, or a line of text if there is no span and no mark.
+    """
+    edges = [edge for row in rows for begin, end, _ in row.spans for edge in (begin, end)]
+    edges += [place for row in rows for _, place, _ in row.marks]
+    if not edges:
+        return _EMPTY
+    width, left, right, row_height = 1000, 160, 24, 56
+    height = len(rows) * row_height + 46
+    ticks, x_of = _step_axis(min(edges), max(edges), left, width - right)
+    parts = [_frame(title, height, width)]
+    for tick, label in ticks:
+        parts += [_down("grid", x_of(tick), 4, height - 40), _label("tick", x_of(tick), height - 25, label)]
+    used = set()
+    for number, row in enumerate(rows):
+        middle = 6 + (number + 0.5) * row_height
+        name = row.name if len(row.name) <= 24 else row.name[:23] + "…"
+        parts.append(_label("name", left - 12, middle + 4, name, "end"))
+        for place, (begin, end, told) in enumerate(row.spans):
+            size = f'x="{x_of(begin):.1f}" y="{middle - 9:.1f}" width="{max(x_of(end) - x_of(begin), 1.0):.1f}" height="18"'
+            parts.append(f'<rect class="{("bar", "bar soft")[place % 2]}" {size}><title>{escape(told)}</title></rect>')
+        for kind, step, told in row.marks:
+            at = next(at for at, (known, _, _) in enumerate(kinds) if known == kind)
+            used.add(at)
+            parts.append(_shape(kinds[at][1], x_of(step), middle + 18 * kinds[at][2], at + 1, told))
+    parts.append(_label("axis", (left + width - right) // 2, height - 6, "step"))
+    legend = [(_shape_sign(shape, at + 1), name) for at, (name, shape, _) in enumerate(kinds) if at in used]
     return _finished(parts, legend)
 
 
@@ -301,6 +369,60 @@ def histogram(title: str, values: Floats, *, x_title: str, y_title: str, marks: 
         parts.append(_label("tick label", x_of(value) + side, _TOP + 12 + 16 * number, f"{label} {value:.2f}", anchor))
     parts.append(_axis_titles(x_title, y_title))
     return _finished(parts)
+
+
+def _y_axis(values: Floats, log: bool, zero: bool = False) -> tuple[list[float], Callable[[float], float]]:
+    """Ticks that span the values, and the height of a value in a chart."""
+    low, high = float(values.min()), float(values.max())
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    ticks = _log_ticks(low, high) if log else nice_ticks(low, high)
+    low, high = min(low, ticks[0]), max(high, ticks[-1])
+
+    def y_of(value: float) -> float:
+        share = (math.log(value / low) / math.log(high / low)) if log else (value - low) / (high - low)
+        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+    return ticks, y_of
+
+
+def _step_axis(low: float, high: float, left: float, right: float) -> tuple[list[tuple[float, str]], Callable[[float], float]]:
+    """Whole steps with their labels, and the place of a step between `left` and `right`."""
+
+    def x_of(step: float) -> float:
+        return left + (step - low) / max(high - low, 1.0) * (right - left)
+
+    ticks = [tick for tick in nice_ticks(low, high) if low <= tick <= high and tick == int(tick)]
+    return [(tick, format_number(tick)) for tick in ticks if low < high] or [(low, format_number(low))], x_of
+
+
+def _curve(number: int, points: Sequence[tuple[float, float, str]], joined: Sequence[bool], *, seen: bool = False) -> list[str]:
+    """A line with tooltips.
+
+    Args:
+        number: of the line, which gives its colour and dashes.
+        points: place and description of each point.
+        joined: whether a point is joined with the one before.
+        seen: whether points are drawn; otherwise the pointer shows them.
+    """
+    colour = number % len(DASHES)
+    path = "".join(f"{'L' if join else 'M'}{x:.1f} {y:.1f}" for (x, y, _), join in zip(points, joined, strict=True))
+    kind = "dot seen" if seen else "dot"
+    dots = [
+        f'<circle class="{kind}" style="fill:var(--s{colour})" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{escape(told)}</title></circle>'
+        for x, y, told in points
+    ]
+    return [f'<path class="line" {_stroke(number)} d="{path}"/>', *dots]
+
+
+def _stroke(number: int) -> str:
+    colour = number % len(DASHES)
+    return f'style="stroke:var(--s{colour})" stroke-dasharray="{DASHES[colour]}"'
+
+
+def _line_sign(number: int) -> str:
+    """The sign of a line in a legend."""
+    return f'<svg width="26" height="8" aria-hidden="true"><line class="line" x1="0" x2="26" y1="4" y2="4" {_stroke(number)}/></svg>'
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -353,8 +475,15 @@ def _shape(shape: str, x: float, y: float, number: int, told: str = "") -> str:
             return f'<rect {style} x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9">{title}</rect>'
         case "triangle":
             return f'<path {style} d="M{x:.1f} {y - 5.5:.1f}l5.5 10h-11z">{title}</path>'
+        case "diamond":
+            return f'<path {style} d="M{x:.1f} {y - 5.5:.1f}l5.5 5.5 -5.5 5.5 -5.5 -5.5z">{title}</path>'
         case _:
             return f'<circle {style} cx="{x:.1f}" cy="{y:.1f}" r="3.2">{title}</circle>'
+
+
+def _shape_sign(shape: str, number: int) -> str:
+    """The sign of points in a legend."""
+    return f'<svg width="14" height="14" aria-hidden="true">{_shape(shape, 7, 7, number)}</svg>'
 
 
 def _frame(title: str, height: int = _HEIGHT, width: int = _WIDTH) -> str:

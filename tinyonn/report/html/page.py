@@ -30,9 +30,14 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u20
 _BY_LAYER = "each row is scaled by itself, so every layer shows its pattern."
 
 
+def printable(value: object) -> str:
+    """Any value as text for a chart, which escapes it: characters that HTML forbids or that reorder text are replaced."""
+    return _UNPRINTABLE.sub("\ufffd", str(value))
+
+
 def text(value: object) -> str:
     """Any value as escaped HTML text, also for quoted attributes."""
-    return html.escape(_UNPRINTABLE.sub("\ufffd", str(value)), quote=True)
+    return html.escape(printable(value), quote=True)
 
 
 def json_element(name: str, value: object) -> str:

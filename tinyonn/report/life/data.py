@@ -92,7 +92,13 @@ def thinned(steps: Sequence[int], values: Sequence[Floats]) -> tuple[list[str], 
     size = max(1, -(-len(steps) // MOST_POINTS))
     edges = range(0, len(steps), size)
     rows = [f"{steps[min(begin + size, len(steps)) - 1]:,}" for begin in edges]
-    return rows, [np.array([_mean(one[begin : begin + size]) for begin in edges]) for one in values]
+    return rows, [means(one) for one in values]
+
+
+def means(values: Floats) -> Floats:
+    """Means of neighbouring values, at most `MOST_POINTS`; NaN counts for nothing."""
+    size = max(1, -(-len(values) // MOST_POINTS))
+    return np.array([_mean(values[begin : begin + size]) for begin in range(0, len(values), size)], dtype=np.float64)
 
 
 def _mean(values: Floats) -> float:
