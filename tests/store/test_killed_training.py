@@ -49,7 +49,8 @@ class Batches:
 def train(folder: Path, pause: float = 0.0) -> None:
     """Trains up to the last step, from the newest step of the store; dropout and routing noise use the random generators."""
     lifecycle.WINDOW = 5
-    torch.manual_seed(3)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(3)
     moe = DynMoE(F, 4, E - 2, max_num_experts=E, thresholds="learned", gating_loss="none", target_k=2)
     model = nn.Sequential(nn.Linear(F, F), nn.Dropout(0.3), moe, nn.Linear(F, F))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)

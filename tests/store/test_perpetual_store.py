@@ -300,6 +300,38 @@ def test_compaction_keeps_every_step_over_chapters(tmp_path: Path) -> None:
     assert verify(tmp_path).readable == [*[step for step in kept if step % 10 == 0], *range(steps - 2, steps + 2)]
 
 
+@pytest.mark.parametrize("compacted", [(), (4,), (4, 6), (4, 5, 6, 7, 8)], ids=str)
+def test_other_tensors_after_a_compaction(tmp_path: Path, compacted: tuple[int, ...]) -> None:
+    states = lived(tmp_path, 4)
+    model, optimizer = small(seed=1)
+    for begin in (4, 6):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9 * (begin == 6))
+        with PerpetualStore(tmp_path, model, None, keep="all") as store:
+            if begin in compacted:
+                store.compact()
+        with PerpetualStore(tmp_path, model, optimizer, keep="all") as store:
+            store._restored = True  # another optimiser begins here
+            for step in (begin + 1, begin + 2):
+                train(model, optimizer)
+                store.save(step)
+                states[step] = copied(model, optimizer)
+                if step in compacted:
+                    store.compact()
+            assert store.steps == list(range(1, begin + 3))
+    found = verify(tmp_path)
+    assert (found.faults, found.readable) == ([], list(range(1, 9)))
+    from tinyonn.store.ledger import Ledger
+    from tinyonn.store.manifest import Manifest
+    from tinyonn.store.segment import Files
+
+    ledger = Ledger(tmp_path, Manifest.read(tmp_path))
+    for step, expected in states.items():
+        layout, table = ledger.at(step)
+        for tensor in ("inner.weight", "narrow"):
+            data = bytes(Files(ledger.segments).checked(table[layout.numbers[f"model.{tensor}"]], tensor))
+            assert data == expected[f"m.{tensor}"].reshape(-1).view(torch.uint8).numpy().tobytes(), step
+
+
 def test_a_store_that_keeps_little_stays_small(tmp_path: Path) -> None:
     model, optimizer = small()
     with PerpetualStore(tmp_path, model, optimizer, keep="last:1") as store:

@@ -23,15 +23,15 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.experts = nn.Parameter(torch.randn(6, 32, 33))
+        self.experts = nn.Parameter(torch.randn(6, 32, 36))
         self.num_experts = 6
-        self.inner = nn.Linear(33, 5)
-        self.one = nn.Linear(5, 1)
+        self.inner = nn.Linear(36, 8)
+        self.one = nn.Linear(8, 1)
         self.register_buffer("seen", torch.zeros(3))
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen += 1
-        return self.one(self.inner(x) + self.experts.sum((0, 1))[:5]).sum()
+        return self.one(self.inner(x) + self.experts.sum((0, 1))[:8]).sum()
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -80,7 +80,7 @@ def lived(folder: Path, wrap: str, rank: int) -> None:
                     if wrap == "ddp":
                         distributed.broadcast(local, 0)
             else:
-                model(torch.randn(2, 33, generator=torch.Generator().manual_seed(step))).backward()
+                model(torch.randn(2, 36, generator=torch.Generator().manual_seed(step))).backward()
                 optimizer.step()
                 optimizer.zero_grad()
             torch.manual_seed(100 * step + rank)
@@ -99,20 +99,20 @@ def reopened(folder: Path, wrap: str | None, rank: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    with PerpetualStore(folder, model, optimizer) as store:
+    with PerpetualStore(folder, model, optimizer, keep="all") as store:
         for step in (2, 3, 4):
             assert store.restore(step) == step
             found = tensors(model, optimizer)
             expected = torch.load(folder.parent / f"{step}.pt")
             assert found.keys() == expected.keys()
-            assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+            assert [(step, name) for name in found if not torch.equal(found[name], expected[name])] == []
         processes = distributed.get_world_size() if distributed.is_initialized() else 1
         assert store.random_restored == (processes == 2)
         if processes == 2:
             drawn = float(torch.rand(()))
             torch.manual_seed(400 + rank)
             assert drawn == float(torch.rand(()))
-        model(torch.randn(2, 33, generator=torch.Generator().manual_seed(9))).backward()
+        model(torch.randn(2, 36, generator=torch.Generator().manual_seed(9))).backward()
         optimizer.step()
         store.save(5)
         after = tensors(model, optimizer)

@@ -7,7 +7,7 @@ compaction that is killed leaves the store as it was.
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from .errors import StoreError
 from .layout import Layout
 from .ledger import Ledger
 from .manifest import FILE, RECORD, Chapter
-from .segment import Files, Segment, write_segment
+from .segment import Files, Segment, free_bytes, write_segment
 
 PACK = 256 * 2**20  # bytes of a merged segment, about
 WHOLE = PACK // 2  # a segment of this size without unneeded content stays as it is
@@ -111,7 +111,10 @@ def _needed(ledger: Ledger, chapter: Chapter, kept: list[int]) -> _Kept | None:
     layout = ledger.index.layout(chapter.layout)
     base = ledger.base(chapter).copy()
     if not len(steps):
-        return _Kept(chapter, layout, base, np.zeros(0, RECORD)) if base_step else None
+        if chapter.base_step is None or not base_step:
+            return None
+        left = replace(chapter, first=chapter.base_step + 1, last=chapter.base_step)
+        return _Kept(left, layout, base, np.zeros(0, RECORD))
     changes = ledger.changes(chapter, int(steps[-1]))
     following = _following(changes)
     later = np.searchsorted(steps, changes["step"])  # the first kept step from a change on
@@ -121,7 +124,7 @@ def _needed(ledger: Ledger, chapter: Chapter, kept: list[int]) -> _Kept | None:
     if not base_step:
         base[steps[0] >= first] = np.zeros((), base.dtype)
         base["file"][steps[0] >= first] = -1
-    return _Kept(chapter, layout, base, changes[needed])
+    return _Kept(replace(chapter, last=int(steps[-1])), layout, base, changes[needed])
 
 
 def _following(changes: np.ndarray) -> np.ndarray:
@@ -166,7 +169,7 @@ def _rewritten(ledger: Ledger, places: np.ndarray) -> np.ndarray:
 def _copy(ledger: Ledger, places: np.ndarray) -> tuple[Moves, list[Segment]]:
     """Copies chunks to new segments. Returns where each went, and the segments."""
     total = int(places["size"].sum())
-    free = shutil.disk_usage(ledger.segments).free
+    free = free_bytes(ledger.segments)
     if total + 2**16 * len(places) // 100 > free:
         raise StoreError(f"{ledger.folder} needs {total:,} bytes for its merged segments, and the disk has {free:,}.")
     files = Files(ledger.segments)

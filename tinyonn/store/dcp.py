@@ -25,10 +25,12 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from .errors import StoreError
 from .layout import Chunk, Digest, Layout, runs
 from .ledger import Ledger
-from .segment import Files, Segment, write_segment
+from .segment import Files, Segment, free_bytes, write_segment
 
+SPARE = 2**20  # bytes of the disk that a save leaves free
 PIECE = 4096  # bytes of a chunk of a pool, at least
 
 
@@ -155,6 +157,9 @@ class SegmentWriter(_Plain):
         staged = self._staged
         if not staged.tensors:
             return _done([])
+        free = free_bytes(self._segments)
+        if free < staged.bytes + SPARE:
+            raise StoreError(f"{self._segments} needs {staged.bytes:,} bytes for step {staged.step}, and the disk has {free:,}.")
         segment = write_segment(self._segments, plan.storage_data, staged.step, self._rank, staged.tensors, staged.digests, staged.aliases)
         return _done([WriteResult(MetadataIndex("@segment"), segment.size, segment)])
 

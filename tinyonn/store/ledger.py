@@ -116,7 +116,7 @@ class Ledger:
         if chapter is not None:
             before, table = self.table()
             table = moved(table, before, layout)
-            if chapter.steps:
+            if chapter.steps or chapter.base_step is not None:
                 self._close(chapter)
             base = self.index.write_array("table", self.next_index(), table)
             self._table = table
@@ -232,9 +232,12 @@ class Ledger:
     def _close(self, chapter: Chapter) -> None:
         records = self.index.write_array("records", self.next_index(), np.concatenate([np.zeros(0, RECORD), *self._changes]))
         self.manifest.files = self.index.write_array("files", self.next_index(), self.files())
-        self.manifest.chapters.append(
-            Chapter(chapter.layout, chapter.base, chapter.base_step, chapter.steps[0].step, chapter.steps[-1].step, records)
-        )
+        if chapter.steps:
+            first, last = chapter.steps[0].step, chapter.steps[-1].step
+        else:  # only its base is a step
+            assert chapter.base_step is not None
+            first, last = chapter.base_step + 1, chapter.base_step
+        self.manifest.chapters.append(Chapter(chapter.layout, chapter.base, chapter.base_step, first, last, records))
 
     def _named_last(self) -> list[IndexFile]:
         """What closing a chapter wrote."""

@@ -59,7 +59,7 @@ class Chapter:
     Attributes:
         layout, base: their files; `base` is None where nothing was written before.
         base_step: step whose state the base is; None where it is no whole state.
-        first, last: steps of a closed chapter; None in the open one.
+        first, last: steps of a closed chapter, of which first is last + 1 where only the base is left; None in the open one.
         records: changes of a closed chapter.
         steps: of the open chapter.
     """

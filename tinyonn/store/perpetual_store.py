@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import time
 import uuid
 import warnings
@@ -43,7 +42,6 @@ from .state import RANDOM, STATE, Stateful, TrainingState, clean, set_random_sta
 LOG = "life.jsonl"
 REQUEST = "compact.request"  # a file that another process makes, so that the trainer compacts
 MAX_BYTES = 2**30
-SPARE = 2**20  # bytes of the disk that a save leaves free
 
 # dcp says in each call that it runs in one process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -232,6 +230,8 @@ class PerpetualStore:
         self._call(self._background.wait)
         if self.step is None and step is None:
             self._restored = True
+            if self.log is not None and self.log.number > 1:  # a run that was killed before its first save
+                self.record("restore", 0)
             return None
         if rewind and step is not None:
             self.rewind(step)
@@ -464,12 +464,6 @@ class PerpetualStore:
 
     def _write(self, staged: Staged) -> None:
         """Makes a save durable; in the background, on all processes."""
-        free = shutil.disk_usage(self.folder).free
-        if free < staged.bytes + SPARE:
-            error = StoreError(f"{self.folder} needs {staged.bytes:,} bytes for step {staged.step}, and the disk has {free:,}.")
-            if self._group is None:
-                raise StoreError(f"{error} {self._intact()}".strip())
-            raise error
         publish = partial(self._publish, staged)
         writer = SegmentWriter(self.folder / SEGMENTS, self.rank, staged, self._ledger, publish)
         dcp.save({}, storage_writer=writer, planner=self._planner, **self._dist())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -197,6 +198,18 @@ def damaged_entries(folder: Path, segment: Segment) -> Iterator[str]:
     for entry in segment.entries:
         if digest(files.data(segment.number, entry.offset, entry.size)) != entry.digest:
             yield entry.name
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that the disk of a folder has left.
+
+    Raises:
+        StoreError: the folder is gone.
+    """
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be written: {error.strerror}.") from error
 
 
 def sync(path: Path) -> None:
