@@ -17,7 +17,22 @@ from .screen import say
 
 # In the order of use, which is the order in `tinyonn --help`. Each module has a function, or a group of commands, of its own name.
 COMMANDS = (
-    *("demo", "life-demo", "doctor", "corpus", "scan", "report", "compare", "heads", "train", "info", "verify", "recover", "convert"),
+    *(
+        "demo",
+        "life-demo",
+        "doctor",
+        "corpus",
+        "scan",
+        "report",
+        "compare",
+        "heads",
+        "train",
+        "life",
+        "info",
+        "verify",
+        "recover",
+        "convert",
+    ),
     "tune",
 )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .._io.locks import lock_file
@@ -31,9 +33,37 @@ def rewind(folder: str | os.PathLike[str], step: int | None = None) -> int:
         StoreError: the step is not kept or damaged; the store is in use or cannot be written.
     """
     folder = Path(folder)
+    with editing(folder) as ledger:
+        assert ledger is not None
+        manifest = ledger.manifest
+        wanted = manifest.newest if step is None else step
+        if wanted is None:
+            raise StoreError(f"{folder} has no step yet.")
+        check_step(ledger, wanted)
+        before = manifest.newest
+        with LifeLog(folder / LOG) as log:
+            ledger.rewind(wanted)
+            log.append("restore", wanted, durable=True, newest=before)
+    return wanted
+
+
+@contextmanager
+def editing(folder: Path, *, required: bool = True) -> Iterator[Ledger | None]:
+    """Locks a store that no trainer uses.
+
+    Args:
+        folder: a store.
+        required: whether a store in use is an error; otherwise the block gets None.
+
+    Raises:
+        StoreError: it is in use or cannot be written.
+    """
     try:
         lock = lock_file(folder / ".lock")
     except BlockingIOError:
+        if not required:
+            yield None
+            return
         raise StoreError(f"{folder} must be a store that no other run writes into; stop that run first.") from None
     except OSError as error:
         raise StoreError(f"{folder} must be a store that can be written, got {error.strerror}.") from error
@@ -44,18 +74,9 @@ def rewind(folder: str | os.PathLike[str], step: int | None = None) -> int:
             if not (folder / PREVIOUS).exists():
                 raise
             manifest = Manifest.read(folder, PREVIOUS)
-        wanted = manifest.newest if step is None else step
-        if wanted is None:
-            raise StoreError(f"{folder} has no step yet.")
-        ledger = Ledger(folder, manifest)
-        check_step(ledger, wanted)
-        before = manifest.newest
-        with LifeLog(folder / LOG) as log:
-            ledger.rewind(wanted)
-            log.append("restore", wanted, durable=True, newest=before)
+        yield Ledger(folder, manifest)
     finally:
         os.close(lock)
-    return wanted
 
 
 def check_step(ledger: Ledger, step: int) -> None:

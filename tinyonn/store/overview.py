@@ -1,0 +1,61 @@
+"""What a store is, read without its model and without a lock."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import StoreError
+from .ledger import Ledger
+from .life_log import LifeRecords, read_life_log
+from .manifest import NAME, PREVIOUS, Manifest
+
+LOG = "life.jsonl"
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A store at a glance.
+
+    Attributes:
+        folder: of the store.
+        life: UUID.
+        parent: {"life": UUID, "step": step} of a fork; None otherwise.
+        steps: restorable steps, in order.
+        stored_bytes: on the disk; segments that a fork shares count in both.
+        log: the log of the life.
+    """
+
+    folder: Path
+    life: str
+    parent: dict[str, Any] | None
+    steps: list[int]
+    stored_bytes: int
+    log: LifeRecords
+
+
+def find_store(folder: str | os.PathLike[str]) -> Path:
+    """The store in a folder: the folder itself, or `store` in it, as `tinyonn train` makes it.
+
+    Raises:
+        StoreError: there is none.
+    """
+    for one in (Path(folder), Path(folder) / "store"):
+        if (one / NAME).exists() or (one / PREVIOUS).exists():
+            return one
+    raise StoreError(f"DIR must be a store or a folder with one, got {folder}, which has no {NAME}.")
+
+
+def overview(folder: str | os.PathLike[str]) -> Overview:
+    """Reads the manifest and the log of a store; a trainer may run meanwhile.
+
+    Raises:
+        StoreError: there is no store, or its manifest is damaged or of a newer version.
+        InputError: the log is damaged.
+    """
+    found = find_store(folder)
+    manifest = Manifest.read(found)
+    log = read_life_log(found / LOG)
+    return Overview(found, manifest.life, manifest.parent, manifest.kept, Ledger(found, manifest).stored_bytes(), log)
