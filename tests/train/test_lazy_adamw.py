@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -110,6 +111,26 @@ def test_each_row_follows_the_formulas_of_its_active_steps(way, implementation, 
     wanted = row_by_row(start, 13, lambda step: 0.1 * 0.9**step, decay=0.3, amsgrad=amsgrad, maximize=maximize)
     for name, parameter in parameters.items():
         np.testing.assert_allclose(parameter.detach().numpy(), wanted[name], rtol=1e-11, err_msg=name)
+
+
+@pytest.mark.gpu
+@by_implementation
+def test_on_a_gpu_a_step_waits_once(way, implementation):
+    parameters = {name: nn.Parameter(value.detach().cuda()) for name, value in parameters_of(torch.float64).items()}
+    start = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
+    options = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.3, **implementation}
+    optimizer = LazyAdamW(parameters.values(), **options, pools=[parameters[name] for name in POOLS])
+    for step in range(8):
+        put(parameters, {name: value.cuda() for name, value in gradients(step, somebody, torch.float64).items()})
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+        assert sum("synchronizing" in str(warning.message) for warning in found) == 1
+    wanted = row_by_row(start, 8, lambda step: 0.1, decay=0.3, amsgrad=False, maximize=False)
+    for name, parameter in parameters.items():
+        np.testing.assert_allclose(parameter.detach().cpu().numpy(), wanted[name], rtol=1e-11, err_msg=name)
 
 
 def bits_of(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -186,7 +186,7 @@ class _Rows(NamedTuple):
 
 
 def _active_rows(grads: list[Tensor]) -> list[_Rows]:
-    """Rows with a value other than 0, of this process's part if a gradient is sharded. Waits for each device once."""
+    """Rows with a value other than 0, of this process's part if a gradient is sharded. Waits for the device once."""
     if not grads:
         return []
     masks = [_nonzero_rows(_local(grad)) for grad in grads]
@@ -206,12 +206,14 @@ def _active_rows(grads: list[Tensor]) -> list[_Rows]:
 
 
 def _nonzero_rows(grad: Tensor) -> Tensor:
-    """(R,) bool: rows with a value other than 0. A sum of absolute values is 0 for zeros alone, and on a CPU faster than `any`."""
+    """(R,) bool: rows with a value other than 0, NaN included."""
     rows = grad.flatten(1) if grad.dim() > 1 else grad.unsqueeze(1)
-    if not rows.is_cpu:
+    if not rows.is_cpu or rows.is_complex():
         return rows.any(1)
     begin = rows[:, :GLANCE].any(1)
-    return begin if bool(begin.all()) else rows.abs().sum(1) != 0
+    if rows.shape[1] <= GLANCE or bool(begin.all()):
+        return begin
+    return (rows.amax(1) != 0) | (rows.amin(1) != 0)  # on a CPU several times as fast as `any`
 
 
 def _runs(active: list[bool]) -> Iterator[tuple[int, int]]:
