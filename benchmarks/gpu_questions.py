@@ -201,6 +201,9 @@ def _rest() -> list[Question]:
         _bench("dyn_nsa float32, 16k", 15, "dyn_nsa.py:test_forward_and_backward", {"tokens": 16384, "choices": "random"}),
         _bench("surprise", 15, "surprise.py:test_surprise_against_gradients_per_token", {"experts": 128, "neurons": 64, "slots": 4}),
         _bench("training step with routers that learn", 15, "hyper_step.py:test_a_step", {"size": "64 experts of 32"}),
+        _bench(
+            "step of LazyAdamW, 5 % active", 10, "lazy_adamw.py:test_a_step", {"size": "experts of 128 x 256", "share": "5 % active"},
+        ),
         _bench("attention_stats in a model", 15, "attention_stats.py:test_a_model_captured_against_eager", {"tokens": 4096}),
         *(_dense(16384, "random", 35, "rest", heads=heads, kv_heads=kv_heads) for heads, kv_heads in ((16, 16), (24, 8), (32, 4), (96, 4))),
         _dense(8192, "random", 20, "rest"),
@@ -221,6 +224,7 @@ GPU_TESTS = {
     "ops/test_dyn_nsa_triton_memory.py": 40,
     "ops/test_threshold_route.py": 10,
     "train/test_gating_gradients.py": 15,
+    "train/test_lazy_adamw.py": 20,
     "heads/test_training_resume.py": 30,
 }
 

@@ -176,6 +176,19 @@ def test_other_options_in_the_same_folder_are_refused(texts, tmp_path):
     assert train(config(texts, tmp_path / "life", steps=4, log_steps=1)).steps == 4
 
 
+def test_experts_that_are_not_live_move_only_without_freeze_idle(texts, tmp_path):
+    """Both runs draw the same weights; only weight decay moves experts that are not live."""
+    models = []
+    for freeze in (True, False):
+        result = train(config(texts, tmp_path / str(freeze), steps=2, weight_decay=0.5, freeze_idle=freeze))
+        models.append(AutoModelForCausalLM.from_pretrained(result.model))
+    frozen, moved = (model.model.layers[0].experts.down_proj.detach() for model in models)
+    torch.testing.assert_close(frozen[6:] * (1 - 1e-3 * 0.5) ** 2, moved[6:])
+    assert not torch.equal(frozen[6:], moved[6:])
+    with pytest.raises(InputError, match="freeze_idle must be False, as in the life in "):
+        train(config(texts, tmp_path / "False", steps=4))
+
+
 def test_two_trainers_in_one_folder(texts, tmp_path):
     folder = tmp_path / "life"
     code = "import sys, time; from tinyonn._io.locks import locked\nwith locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"

@@ -40,6 +40,7 @@ class LifeConfig(Options):
         context: tokens of a sequence.
         learning_rate: learning rate, constant.
         weight_decay: weight decay of matrices.
+        freeze_idle: leave experts without a gradient as they are; otherwise momentum and weight decay move them in every step.
         max_grad_norm: norm to which gradients are clipped.
         gradient_checkpointing: compute layers again in backward, which takes less memory and more time.
         eval_steps: steps between two evaluations on held-out text.
@@ -80,6 +81,7 @@ class LifeConfig(Options):
     context: int = option(256, integer(8), "N")
     learning_rate: float = option(1e-3, number(above=0, maximum=1), "X")
     weight_decay: float = option(0.1, number(minimum=0, maximum=1), "X")
+    freeze_idle: bool = option(True, true_or_false)
     max_grad_norm: float = option(1.0, number(above=0), "X")
     gradient_checkpointing: bool = option(False, true_or_false)
     eval_steps: int = option(200, integer(1), "N")

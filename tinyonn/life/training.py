@@ -132,6 +132,7 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
             callbacks=[log, signals],
             drive_weights=config.drive_weights,
             max_bad_steps=config.max_bad_steps,
+            freeze_idle=config.freeze_idle,
         )
         trainer.remove_callback(PrinterCallback)
         log.begin(trainer)

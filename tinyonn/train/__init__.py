@@ -7,6 +7,7 @@ from .captured_surprise import CapturedSurprise, capture_surprise
 from .gating import GatingGradients, capture, gating_gradients
 from .hyper_step import HyperStep, HyperStepMixin, HyperStepResult
 from .integrity import PredictiveIntegrity, output_entropy, predictive_integrity, regeneration_rate
+from .lazy_adamw import LazyAdamW, expert_pools
 from .lifecycle import ExpertLifecycle, LifeEvent
 from .surprise_hooks import SurpriseHookManager
 
@@ -20,6 +21,7 @@ __all__ = [
     "HyperStep",
     "HyperStepMixin",
     "HyperStepResult",
+    "LazyAdamW",
     "LifeEvent",
     "OnnTrainer",
     "PredictiveIntegrity",
@@ -27,6 +29,7 @@ __all__ = [
     "SurpriseLoss",
     "capture",
     "capture_surprise",
+    "expert_pools",
     "gating_gradients",
     "output_entropy",
     "predictive_integrity",

@@ -32,7 +32,7 @@ from ..nn.surprise_loss import SurpriseLoss, surprise_loss_of
 from ..ops._checks import check_flag, check_number, check_size
 from .captured_surprise import CapturedSurprise
 from .integrity import regeneration_rate
-from .mixtures import Mixtures, mixtures_of
+from .mixtures import Mixtures, mixtures_of, parameters_of_experts
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -353,7 +353,7 @@ class ExpertLifecycle:
             direction = torch.randn(layer.router.prototypes.shape[1], generator=generator, dtype=torch.float64)
         unit = direction / direction.norm()
         layer.router.place_expert(expert, unit.to(length.device) * length, threshold)
-        for parameter in _of_experts(layer).values():
+        for parameter in parameters_of_experts(layer).values():
             _forget(self.optimizers, parameter, expert)
 
     def _seed(self, what: str, place: int, expert: int) -> int:
@@ -387,12 +387,6 @@ def _typical(layer: Routed, experts: Tensor) -> tuple[Tensor, Tensor]:
     prototypes, thresholds = whole(layer.router.prototypes).double(), whole(layer.router.thresholds)
     kept = experts.to(prototypes.device)
     return prototypes[kept].norm(dim=-1).mean(), thresholds[kept].mean()
-
-
-def _of_experts(layer: Routed) -> dict[str, nn.Parameter]:
-    """Parameters of a layer with a row for each expert, by name."""
-    router = {f"router.{name}": p for name, p in layer.router.named_parameters(recurse=False)}
-    return layer.expert_parameters() | router
 
 
 def _forget(optimizers: list[Optimizer], parameter: nn.Parameter, expert: int) -> None:
@@ -431,7 +425,7 @@ def _check_trained(layers: Mapping[str, Routed], optimizers: list[Optimizer]) ->
     """ValueError if a new expert could not learn."""
     held = [id(parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]]
     for name, layer in layers.items():
-        for inner, parameter in _of_experts(layer).items():
+        for inner, parameter in parameters_of_experts(layer).items():
             title = f"{name}.{inner}".lstrip(".")
             if inner == "router.thresholds" and not parameter.requires_grad:
                 continue  # the mean of the live experts' will do

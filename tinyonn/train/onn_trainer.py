@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.training_args import OptimizerNames
 
 from ..nn.dyn_nsa import DynNSACore
 from ..nn.dyn_smha import DynSMHA
@@ -20,7 +21,10 @@ from ..ops._checks import check_flag, check_number, check_size
 from .captured_surprise import CapturedSurprise
 from .hyper_step import HyperStepMixin
 from .integrity import output_entropy, predictive_integrity
+from .lazy_adamw import LazyAdamW, expert_pools
 from .lifecycle import ExpertLifecycle, LifeEvent
+
+ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)  # what `LazyAdamW` takes the place of
 
 
 class OnnTrainer(HyperStepMixin, Trainer):
@@ -48,6 +52,8 @@ class OnnTrainer(HyperStepMixin, Trainer):
             0. Where both are 0, no router learns from surprise.
         drive_weights: whether w_ce and w_kl are multiplied by the regeneration rate.
         max_bad_steps: skipped steps in a row after which training stops, at least 1.
+        freeze_idle: whether the optimiser is a `LazyAdamW`, which does not move experts without a gradient. None for yes where it can be:
+            where the trainer makes the optimiser itself and `args.optim` is adamw_torch or adamw_torch_fused, transformers' default.
 
     Attributes:
         lifecycle: the `ExpertLifecycle`; None before the first step.
@@ -56,7 +62,8 @@ class OnnTrainer(HyperStepMixin, Trainer):
         stopped: why training stopped before its end; None if it did not.
 
     Raises:
-        TypeError, ValueError: an option is out of range; at the first step, what `ExpertLifecycle` raises.
+        TypeError, ValueError: an option is out of range; freeze_idle is True where it can't be; at the first step, what `ExpertLifecycle`
+            raises.
     """
 
     def __init__(
@@ -70,12 +77,18 @@ class OnnTrainer(HyperStepMixin, Trainer):
         w_kl: float | None = None,
         drive_weights: bool = False,
         max_bad_steps: int = 10,
+        freeze_idle: bool | None = None,
         **kwargs: Any,
     ) -> None:
         check_size("max_bad_steps", max_bad_steps)
         check_flag("drive_weights", drive_weights)
+        if freeze_idle is not None:
+            check_flag("freeze_idle", freeze_idle)
         super().__init__(*args, **kwargs)
         trainer: Any = self
+        if freeze_idle and (reason := self._no_lazy_optimizer()):
+            raise ValueError(f"freeze_idle must be False or None {reason}, got True.")
+        self._freeze_idle = freeze_idle is not False
 
         def number(name: str, given: float | None, default: float) -> float:
             config = getattr(trainer.model, "config", None)
@@ -105,6 +118,30 @@ class OnnTrainer(HyperStepMixin, Trainer):
         if hasattr(trainer.model, "config"):
             trainer.model.config.has_life = True
         trainer.add_callback(_Steps(self))
+
+    # ---- the optimiser ----
+
+    def _no_lazy_optimizer(self) -> str | None:
+        """Why the optimiser can't be a `LazyAdamW`; None if it can."""
+        trainer: Any = self
+        if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+            return "with an optimizer of your own"
+        if trainer.args.optim not in ADAMW:
+            return f"with optim={OptimizerNames(trainer.args.optim).value!r}, which is not adamw_torch or adamw_torch_fused"
+        return None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        trainer: Any = self
+        whole = trainer.model if model is None else model
+        pools = expert_pools(whole) if self._freeze_idle and self._no_lazy_optimizer() is None else []
+        if not pools:
+            return super().create_optimizer(model)
+        _, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, whole)
+        trainer.optimizer_cls_and_kwargs = LazyAdamW, options | {"pools": pools}
+        try:
+            return super().create_optimizer(model)
+        finally:
+            trainer.optimizer_cls_and_kwargs = None  # parameters may be others the next time
 
     # ---- a batch ----
 
