@@ -8,18 +8,27 @@ from .routed import Routed
 
 
 def expert_pools(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters with one row for each expert: the weights of experts and heads, and the router's prototypes and thresholds.
+    """The parameters of a model that have one row for each expert and require a gradient, for `LazyAdamW`.
 
-    Found are those of `nn.DynMoE` and `nn.DynSMHA`, and parameters of three dimensions in a module that has an attribute `num_experts` of
-    the size of their first one, as in transformers' mixtures.
+    These are, of `nn.DynMoE` and `nn.DynSMHA` layers, the experts' weights and biases, the router's prototypes and learned thresholds, and
+    of other modules that have `num_experts` and a parameter (num_experts, ., .), as the experts of transformers' models, each parameter
+    with that many rows.
     """
-    found: dict[int, nn.Parameter] = {}
+    found: dict[nn.Parameter, None] = {}
     for module in model.modules():
-        if isinstance(module, Routed):
-            own = [*module.expert_parameters().values(), *module.router.parameters(recurse=False)]
-            found |= {id(one): one for one in own}
-        number = getattr(module, "num_experts", None)
-        if isinstance(number, int):
-            own = [one for one in module.parameters(recurse=False) if one.dim() == 3 and len(one) == number]
-            found |= {id(one): one for one in own}
-    return list(found.values())
+        parameters = parameters_of_experts(module).values() if isinstance(module, Routed) else _stacked(module)
+        found |= {parameter: None for parameter in parameters if parameter.requires_grad}
+    return list(found)
+
+
+def parameters_of_experts(layer: Routed) -> dict[str, nn.Parameter]:
+    """Parameters of a layer with a row for each expert, by name."""
+    router = {f"router.{name}": parameter for name, parameter in layer.router.named_parameters(recurse=False)}
+    return layer.expert_parameters() | router
+
+
+def _stacked(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters with a row for each expert, of a module whose experts are stacked in parameters of three dimensions."""
+    experts = getattr(module, "num_experts", None)
+    found = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1 and len(parameter) == experts]
+    return found if any(parameter.dim() == 3 for parameter in found) else []

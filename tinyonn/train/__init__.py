@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ..nn.expert_pools import expert_pools
 from ..nn.surprise_loss import SurpriseLoss
 from .captured_surprise import CapturedSurprise, capture_surprise
 from .gating import GatingGradients, capture, gating_gradients
 from .hyper_step import HyperStep, HyperStepMixin, HyperStepResult
 from .integrity import PredictiveIntegrity, output_entropy, predictive_integrity, regeneration_rate
-from .lazy_adamw import LazyAdamW, expert_pools
+from .lazy_adamw import LazyAdamW
 from .lifecycle import ExpertLifecycle, LifeEvent
 from .surprise_hooks import SurpriseHookManager
 

@@ -18,12 +18,9 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.optim import AdamW
 from torch.optim.adamw import adamw
-
-from ..nn.routed import Routed
-from .mixtures import parameters_of_experts
 
 WIDE = 16_384  # values of a row that is updated in place; on two cores, a call on a run costs what copies of 8,000 values do
 GLANCE = 64  # values at the beginning of a row, which nearly always show that it is active
@@ -31,20 +28,6 @@ GLANCE = 64  # values at the beginning of a row, which nearly always show that i
 # As `AdamW._init_group` fills them: parameters, gradients, exp_avg, exp_avg_sq, max_exp_avg_sq (empty without amsgrad), steps.
 Columns = list[list[Tensor]]
 GRADS, STEPS = 1, 5
-
-
-def expert_pools(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a model that have one row for each expert and require a gradient, for `LazyAdamW`.
-
-    These are, of `nn.DynMoE` and `nn.DynSMHA` layers, the experts' weights and biases, the router's prototypes and learned thresholds, and
-    of other modules that have `num_experts` and a parameter (num_experts, ., .), as the experts of transformers' models, each parameter
-    with that many rows.
-    """
-    found: dict[nn.Parameter, None] = {}
-    for module in model.modules():
-        parameters = parameters_of_experts(module).values() if isinstance(module, Routed) else _stacked(module)
-        found |= {parameter: None for parameter in parameters if parameter.requires_grad}
-    return list(found)
 
 
 class LazyAdamW(AdamW):
@@ -230,13 +213,6 @@ def _local(tensor: Any) -> Tensor:
     """This process's part of a sharded tensor; any other as it is."""
     found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return found
-
-
-def _stacked(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters with a row for each expert, of a module whose experts are stacked in parameters of three dimensions."""
-    experts = getattr(module, "num_experts", None)
-    found = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1 and len(parameter) == experts]
-    return found if any(parameter.dim() == 3 for parameter in found) else []
 
 
 def _places(groups: list[dict[str, Any]], pools: Any) -> list[tuple[int, int]]:

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from .._debug import debug_enabled
 from ..nn.expert_life import ExpertLife
+from ..nn.expert_pools import parameters_of_experts
 from ..nn.expert_rows import set_row, whole
 from ..nn.routed import Routed
 from ..nn.surprise_capture import CapturedCall, call_listener
@@ -32,7 +33,7 @@ from ..nn.surprise_loss import SurpriseLoss, surprise_loss_of
 from ..ops._checks import check_flag, check_number, check_size
 from .captured_surprise import CapturedSurprise
 from .integrity import regeneration_rate
-from .mixtures import Mixtures, mixtures_of, parameters_of_experts
+from .mixtures import Mixtures, mixtures_of
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler

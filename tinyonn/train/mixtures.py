@@ -23,12 +23,6 @@ def routed_layers(model: nn.Module, modules: dict[str, nn.Module] | None = None)
     return layers
 
 
-def parameters_of_experts(layer: Routed) -> dict[str, nn.Parameter]:
-    """Parameters of a layer with a row for each expert, by name."""
-    router = {f"router.{name}": parameter for name, parameter in layer.router.named_parameters(recurse=False)}
-    return layer.expert_parameters() | router
-
-
 class Mixtures:
     """The layers of a model with routed experts, by name.
 

@@ -15,13 +15,14 @@ from transformers.training_args import OptimizerNames
 
 from ..nn.dyn_nsa import DynNSACore
 from ..nn.dyn_smha import DynSMHA
+from ..nn.expert_pools import expert_pools
 from ..nn.routed import Routed
 from ..nn.surprise_loss import SurpriseLoss
 from ..ops._checks import check_flag, check_number, check_size
 from .captured_surprise import CapturedSurprise
 from .hyper_step import HyperStepMixin
 from .integrity import output_entropy, predictive_integrity
-from .lazy_adamw import LazyAdamW, expert_pools
+from .lazy_adamw import LazyAdamW
 from .lifecycle import ExpertLifecycle, LifeEvent
 
 ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)  # what `LazyAdamW` takes the place of
