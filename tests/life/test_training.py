@@ -20,10 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinyonn.errors import InputError
 from tinyonn.life import LifeConfig, train
+from tinyonn.store import read_life_log, rewind, verify
+from tinyonn.store.overview import newest_step
 
 SMALL = {
     "hidden_size": 32, "head_dim": 16, "init_num_experts": 6, "max_num_experts": 8, "vocab_size": 300, "context": 16, "batch_size": 4,
-    "eval_size": 4, "eval_steps": 4, "log_steps": 2, "checkpoint_steps": 4, "steps": 8, "device": "cpu", "attention": "full",
+    "eval_size": 4, "eval_steps": 4, "log_steps": 2, "save_steps": 1, "keep": "last:2", "steps": 8, "device": "cpu", "attention": "full",
 }  # fmt: skip
 
 
@@ -97,7 +99,7 @@ def test_tensorboard_has_the_scalars_of_the_log(whole):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     result, _ = whole
-    (folder,) = {path.parent for path in (result.folder / "checkpoints").rglob("events.out.tfevents.*")}
+    (folder,) = {path.parent for path in (result.folder / "log").rglob("events.out.tfevents.*")}
     events = EventAccumulator(str(folder))
     events.Reload()
     lines = [json.loads(line) for line in (result.folder / "log" / "metrics.jsonl").read_text().splitlines()]
@@ -133,17 +135,48 @@ def test_a_life_that_has_its_steps_is_left_alone(texts, tmp_path):
     assert (tmp_path / "life" / "model" / "model.safetensors").read_bytes() == weights
 
 
-def test_a_checkpoint_that_was_not_finished_is_passed_over(texts, whole, tmp_path):
-    """Its last file is missing, as after a kill; the one before is whole."""
+def test_a_life_that_was_killed_goes_on_to_the_same_end(texts, whole, tmp_path):
+    """SIGKILL at three moments; the same command goes on each time."""
     result, _ = whole
     folder = tmp_path / "life"
-    train(config(texts, folder, steps=8))
-    (folder / "checkpoints" / "checkpoint-8" / "trainer_state.json").unlink()
-    (folder / "checkpoints" / "checkpoint-12").mkdir()
-    again = train(config(texts, folder, steps=8))
+    run = [sys.executable, "-m", "tinyonn", "train", "-d", str(texts), "-o", str(folder), *typed(SMALL)]
+    for step in (1, 3, 6):
+        child = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        end = time.monotonic() + 120
+        while (newest_step(folder / "store") or 0) < step:
+            assert time.monotonic() < end
+            assert child.poll() is None, child.stderr.read()
+            time.sleep(0.005)
+        child.kill()
+        child.communicate()
+    again = train(config(texts, folder))
     assert again.steps == 8
     for name, value in AutoModelForCausalLM.from_pretrained(result.model).state_dict().items():
-        assert torch.equal(value, AutoModelForCausalLM.from_pretrained(again.model).state_dict()[name])
+        assert torch.equal(value, AutoModelForCausalLM.from_pretrained(again.model).state_dict()[name]), name
+    assert verify(folder / "store").faults == []
+    records = read_life_log(folder / "store" / "life.jsonl").effective()
+    assert [record["event"] for record in records].count("stretch") == 4
+    assert [record["step"] for record in records if record["event"] == "metrics"] == [2, 4, 6, 8]
+    assert [record["step"] for record in records if record["event"] == "save"] == list(range(1, 9))
+    assert records[-1]["event"] == "stop"
+    assert records[-1]["reason"] == "all steps were done"
+    stretch = next(record for record in records if record["event"] == "stretch")
+    assert stretch["data"] == str(texts)
+    assert len(stretch["data_hash"]) == 64
+    assert stretch["versions"]["torch"] == torch.__version__
+    assert stretch["options"]["learning_rate"] == 1e-3
+
+
+def test_a_life_goes_on_from_the_step_to_which_it_was_restored(texts, whole, tmp_path):
+    folder = tmp_path / "life"
+    train(config(texts, folder, keep="all"))
+    rewind(folder / "store", 3)
+    again = train(config(texts, folder))
+    expected = AutoModelForCausalLM.from_pretrained(whole[0].model).state_dict()
+    for name, value in AutoModelForCausalLM.from_pretrained(again.model).state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    lines = [json.loads(line)["step"] for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == sorted(lines)
 
 
 def test_its_own_files_are_no_texts(texts, tmp_path):
@@ -242,6 +275,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(texts, tmp_path):
     out, _ = child.communicate(timeout=120)
     assert child.returncode == 0
     assert re.search(r"(?m)^stopped +SIGTERM; run the same command to go on$", out)
+    stop = read_life_log(folder / "store" / "life.jsonl").records[-1]
+    assert (stop["event"], stop["reason"]) == ("stop", "SIGTERM")
     steps = int(re.search(r"trained +([\d,]+) step", out)[1].replace(",", ""))
     result = train(config(texts, folder, steps=steps + 2, log_steps=1))
     assert result.steps == steps + 2

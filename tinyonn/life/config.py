@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .._io.config import DTYPE, dtype_name
 from .._io.options import MAX_SEED, REQUIRED, Options, device_name, integer, non_empty, number, one_of, option, true_or_false
 from ..errors import InputError
+from ..store.keep import Keep
 
 SIZES = ("1m", "10m", "100m")
 ATTENTION = ("dyn_nsa", "dyn_smha", "full")
+
+
+def kept_steps(value: Any, name: str) -> str:
+    """A check: a text that `Keep.parse` understands."""
+    return str(Keep.parse(value))
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,8 @@ class LifeConfig(Options):
         eval_steps: steps between two evaluations on held-out text.
         eval_size: held-out sequences.
         log_steps: steps between two lines of the log, and two updates of the page.
-        checkpoint_steps: steps between two checkpoints, from which an interrupted training goes on.
+        save_steps: steps between two saves, from which a training that was interrupted goes on; a save writes what changed.
+        keep: saved steps that can be restored: the last n, multiples of n, the n with the highest integrity; or all.
         max_bad_steps: steps with a loss that is not finite, in a row, after which training stops; each is skipped.
         seed: seed of the weights, the order of the texts, and new experts.
         dtype: precision of matrix products: auto (bf16, else fp16, on a GPU; fp32 on a CPU), fp32, bf16 or fp16. Weights and optimiser are
@@ -87,7 +95,8 @@ class LifeConfig(Options):
     eval_steps: int = option(200, integer(1), "N")
     eval_size: int = option(32, integer(1), "N")
     log_steps: int = option(20, integer(1), "N")
-    checkpoint_steps: int = option(500, integer(1), "N")
+    save_steps: int = option(1, integer(1), "N")
+    keep: str = option("last:3,every:1000,best:1", kept_steps, "last:N,every:N,best:N")
     max_bad_steps: int = option(10, integer(1), "N")
     seed: int = option(0, integer(0, MAX_SEED), "N", section="Machine")
     dtype: str = option("auto", dtype_name, DTYPE)

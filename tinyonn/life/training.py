@@ -3,8 +3,8 @@
 FOLDER/options.yaml   options that the life began with
 FOLDER/tokenizer/     the vocabulary
 FOLDER/tokens.npy     the texts as tokens
-FOLDER/checkpoints/   of transformers' Trainer
-FOLDER/log/           metrics.jsonl, events.jsonl, experts.json, choices.jsonl, and TensorBoard's files
+FOLDER/store/         a PerpetualStore: every kept step, and the log of the life
+FOLDER/log/           metrics.jsonl, events.jsonl, experts.json, choices.jsonl, and TensorBoard's files in runs/
 FOLDER/model/         the model and its vocabulary
 FOLDER/life.html      the page, and two figures beside it
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import signal
 import threading
@@ -33,11 +32,12 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, Traini
 from transformers.utils import logging as hf_logging
 
 from .._io.config import read_yaml
-from .._io.files import replacing, write_atomically
+from .._io.files import digest, replacing, write_atomically
 from .._io.locks import locked
 from ..errors import InputError
 from ..hf.loading import resolve_device, resolve_dtype
 from ..hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
+from ..store.overview import newest_step
 from ..train.onn_trainer import OnnTrainer
 from .config import LifeConfig
 from .log import TrainingLog
@@ -49,14 +49,14 @@ FREE = (
     "steps",
     "log_steps",
     "eval_steps",
-    "checkpoint_steps",
+    "save_steps",
+    "keep",
     "max_bad_steps",
     "dtype",
     "device",
     "fsdp",
     "gradient_checkpointing",
 )
-KEPT_CHECKPOINTS = 2
 SAMPLE_TOKENS = 80
 
 ProgressCall = Callable[[float | None, str], None]
@@ -133,17 +133,20 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
             drive_weights=config.drive_weights,
             max_bad_steps=config.max_bad_steps,
             freeze_idle=config.freeze_idle,
+            store=folder / "store",
+            keep=config.keep,
+            stretch=_stretch(config, folder),
         )
         trainer.remove_callback(PrinterCallback)
         log.begin(trainer)
-        checkpoint = _last_whole_checkpoint(folder / "checkpoints")
-        done = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        signals.trainer = trainer
+        done = newest_step(folder / "store") or 0
         if first:
             log.resume(done)
         if done >= config.steps and (folder / "model" / "config.json").is_file():
             return _done_before(folder, model, log, done, begin, first)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        stopped = trainer.stopped or signals.asked
+        trainer.train()
+        stopped = trainer.stopped
         trainer.save_model(str(folder / "model"))
         if first:
             tokenizer.save_pretrained(folder / "model")
@@ -166,19 +169,6 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
         seconds=time.monotonic() - begin,
         first=first,
     )
-
-
-def _last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, of which `trainer_state.json` is the last file; None if there is none."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if (path / "optimizer.pt").is_file() or (path / "optimizer_0").is_dir():
-            return path
-    return None
 
 
 def _done_before(folder: Path, model: TinyOnnForCausalLM, log: TrainingLog, done: int, begin: float, first: bool) -> LifeResult:
@@ -222,7 +212,7 @@ def _check_same_life(folder: Path, config: LifeConfig) -> None:
     file = folder / "options.yaml"
     now = _kept(config)
     if not file.is_file():
-        if (folder / "checkpoints").is_dir():
+        if (folder / "store").is_dir():
             raise InputError(f"output_dir must have the options.yaml of its life, got {folder}, where it is missing.")
         return
     before = read_yaml(file, "output_dir")
@@ -269,6 +259,12 @@ def _prepared(folder: Path, config: LifeConfig, tell: ProgressCall, first: bool)
         raise InputError(f"{done} and {folder / 'tokenizer'} must be whole; remove the first to read the texts again.") from None
 
 
+def _stretch(config: LifeConfig, folder: Path) -> dict[str, Any]:
+    """What the log of the life tells about this run."""
+    fields = {"data": str(Path(config.data_path).expanduser().resolve()), "data_hash": digest(folder / "tokens.npy")}
+    return fields | {"objective": "next token", "options": asdict(config)}
+
+
 def _wait_for(file: Path, seconds: float = 3600.0) -> None:
     end = time.monotonic() + seconds
     while not file.is_file():
@@ -307,7 +303,7 @@ def _arguments(config: LifeConfig, folder: Path) -> TrainingArguments:
     wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["DynONNBlock"]}
     sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": wrapped} if config.fsdp else {}
     return TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
+        output_dir=str(folder / "log"),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
@@ -320,8 +316,7 @@ def _arguments(config: LifeConfig, folder: Path) -> TrainingArguments:
         eval_steps=config.eval_steps,
         logging_steps=config.log_steps,
         save_strategy="steps",
-        save_steps=config.checkpoint_steps,
-        save_total_limit=KEPT_CHECKPOINTS,
+        save_steps=config.save_steps,
         report_to=["tensorboard"] if board else [],
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -336,13 +331,15 @@ def _arguments(config: LifeConfig, folder: Path) -> TrainingArguments:
 
 
 class _StopSignals(TrainerCallback):
-    """Ctrl-C and SIGTERM end training after the step, with a checkpoint; a second one ends it at once.
+    """Ctrl-C and SIGTERM end training after the step, with a save; a second one ends it at once.
 
     Attributes:
         asked: name of the signal; None if none came.
+        trainer: told why it stopped.
     """
 
     def __init__(self) -> None:
+        self.trainer: OnnTrainer | None = None
         self.asked: str | None = None
         self._before: dict[int, Any] = {}
 
@@ -363,6 +360,8 @@ class _StopSignals(TrainerCallback):
             self.asked = signal.Signals(int(number)).name if int(number) else None
         if self.asked is not None:
             control.should_save = control.should_training_stop = True
+            if self.trainer is not None:
+                self.trainer.stopped = self.asked
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

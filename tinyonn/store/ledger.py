@@ -21,6 +21,8 @@ from .layout import Layout, empty_table, moved
 from .manifest import CHAPTER, FILE, INDEX, PREVIOUS, RECORD, SEGMENTS, Chapter, Index, IndexFile, Manifest, Step
 from .segment import Segment, file_name, read_segment
 
+MOST_STATES = 8  # a chapter ends when its segments have the bytes of so many whole states
+
 
 class Ledger:
     """A store's manifest, and the files that it names.
@@ -131,7 +133,7 @@ class Ledger:
         assert chapter is not None
         layout, table = self.table()
         written = 0
-        if len(chapter.steps) >= CHAPTER:
+        if len(chapter.steps) >= CHAPTER or _bytes_of(chapter.steps) > MOST_STATES * layout.total_bytes():
             self.close_chapter()
             written += sum((self.folder / INDEX / file.name).stat().st_size for file in self._named_last())
             chapter = manifest.open
@@ -278,6 +280,10 @@ def _put(table: np.ndarray, changes: np.ndarray) -> None:
     last = order[::-1][first] if len(order) else first
     for name in table.dtype.names or ():
         table[name][chunks] = changes[name][last]
+
+
+def _bytes_of(steps: Sequence[Step]) -> int:
+    return sum(size for one in steps for _, size, _ in one.files)
 
 
 def _files_of(steps: Sequence[Step]) -> np.ndarray:

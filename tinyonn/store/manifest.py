@@ -5,9 +5,9 @@
     index/                   layouts, tables and records of past steps; each file is written once
     segments/                the chunks
 
-A store is a chain of segments. The chain is cut into chapters of `CHAPTER` steps. A chapter has a table of where each chunk was before its
-first step, its base; the headers of its segments say what changed since. When it ends, these changes are gathered in one file, its records.
-So opening a store reads one table and at most `CHAPTER` headers, however many steps lie before.
+A store is a chain of segments. The chain is cut into chapters of at most `CHAPTER` steps. A chapter has a table of where each chunk was
+before its first step, its base; the headers of its segments say what changed since. When it ends, these changes are gathered in one file,
+its records. So opening a store reads one table and at most `CHAPTER` headers, however many steps lie before.
 """
 
 from __future__ import annotations

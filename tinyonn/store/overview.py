@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,3 +60,37 @@ def overview(folder: str | os.PathLike[str]) -> Overview:
     manifest = Manifest.read(found)
     log = read_life_log(found / LOG)
     return Overview(found, manifest.life, manifest.parent, manifest.kept, Ledger(found, manifest).stored_bytes(), log)
+
+
+def newest_step(folder: str | os.PathLike[str]) -> int | None:
+    """The newest step of a store; None if the folder has no store, or a store without a step.
+
+    Raises:
+        StoreError: the manifest is damaged or of a newer version.
+    """
+    return Manifest.read(Path(folder)).newest if (Path(folder) / NAME).exists() else None
+
+
+def saved_values(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The further values of the newest step, which `save` got as `state`; those that are tensors as None.
+
+    Returns:
+        The values; None if the folder has no store, or a store without a step.
+
+    Raises:
+        StoreError: the store is damaged or of a newer version.
+    """
+    from .segment import Files
+    from .state import STATE, decoded
+
+    path = Path(folder)
+    if not (path / NAME).exists():
+        return None
+    ledger = Ledger(path, Manifest.read(path))
+    newest = ledger.manifest.newest
+    if newest is None:
+        return None
+    layout, table = ledger.at(newest)
+    text = bytes(Files(ledger.segments).checked(table[layout.numbers[STATE]], STATE)).decode()
+    found: dict[str, Any] = decoded(json.loads(text)["extra"], {})
+    return found

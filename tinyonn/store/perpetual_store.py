@@ -137,6 +137,7 @@ class PerpetualStore:
         self._restored = self.step is None
         self.random_restored = False
         self.state: dict[str, Any] = {}
+        self._random: dict[str, Any] | None = None
         self._background = Background(max_bytes)
         self._signature: Any = None
         self._planner: ChunkPlanner | None = None
@@ -248,6 +249,11 @@ class PerpetualStore:
         if newest:
             self.record("restore", wanted)
         return wanted
+
+    def restore_random_state(self) -> None:
+        """Sets the random states of the last `restore` again, for a trainer that draws numbers before it goes on."""
+        if self._random is not None:
+            set_random_state(self._random)
 
     def rewind(self, step: int) -> None:
         """Forgets the steps after a kept one; `fork` keeps them elsewhere first.
@@ -510,8 +516,8 @@ class PerpetualStore:
         planner = DefaultLoadPlanner(flatten_state_dict=False)
         self._call(partial(dcp.load, targets, storage_reader=reader, planner=planner, **self._dist()))
         extra = self._state.restore(shared, targets)
-        if random_state is not None:
-            set_random_state(random_state)
+        self._random = random_state
+        self.restore_random_state()
         return extra
 
 

@@ -132,10 +132,10 @@ class TrainingState:
         if missing:
             raise StoreError(f"objects must be among those of the store, {listed(state['objects'])}, got {listed(missing)}.")
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            self._restore_optimizer(optimizer, _decoded(kept, tensors))
+            self._restore_optimizer(optimizer, decoded(kept, tensors))
         for name, one in self.objects.items():
-            one.load_state_dict(_decoded(state["objects"][name], tensors))
-        extra: dict[str, Any] = _decoded(state["extra"], tensors)
+            one.load_state_dict(decoded(state["objects"][name], tensors))
+        extra: dict[str, Any] = decoded(state["extra"], tensors)
         return extra
 
     def check(self, text: str) -> None:
@@ -288,17 +288,18 @@ def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     raise StoreError(f"{path} must be a tensor or a value that JSON can hold, got {shown(value)}.")
 
 
-def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """A value from its JSON; tensors are looked up by their names, and None where they are not there."""
     if isinstance(value, list):
-        return [_decoded(one, tensors) for one in value]
+        return [decoded(one, tensors) for one in value]
     if isinstance(value, dict):
         if "$tensor" in value:
-            return tensors[value["$tensor"]]
+            return tensors.get(value["$tensor"])
         if "$tuple" in value:
-            return tuple(_decoded(one, tensors) for one in value["$tuple"])
+            return tuple(decoded(one, tensors) for one in value["$tuple"])
         if "$items" in value:
-            return {_decoded(key, tensors): _decoded(one, tensors) for key, one in value["$items"]}
-        return {key: _decoded(one, tensors) for key, one in value.items()}
+            return {decoded(key, tensors): decoded(one, tensors) for key, one in value["$items"]}
+        return {key: decoded(one, tensors) for key, one in value.items()}
     return value
 
 

@@ -14,6 +14,7 @@ from .surprise_hooks import SurpriseHookManager
 
 if TYPE_CHECKING:
     from .onn_trainer import OnnTrainer
+    from .perpetual import PerpetualMixin
 
 __all__ = [
     "CapturedSurprise",
@@ -25,6 +26,7 @@ __all__ = [
     "LazyAdamW",
     "LifeEvent",
     "OnnTrainer",
+    "PerpetualMixin",
     "PredictiveIntegrity",
     "SurpriseHookManager",
     "SurpriseLoss",
@@ -43,4 +45,8 @@ def __getattr__(name: str) -> Any:
         from .onn_trainer import OnnTrainer
 
         return OnnTrainer
+    if name == "PerpetualMixin":
+        from .perpetual import PerpetualMixin
+
+        return PerpetualMixin
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

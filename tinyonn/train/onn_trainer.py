@@ -24,11 +24,12 @@ from .hyper_step import HyperStepMixin
 from .integrity import output_entropy, predictive_integrity
 from .lazy_adamw import LazyAdamW
 from .lifecycle import ExpertLifecycle, LifeEvent
+from .perpetual import PerpetualMixin
 
 ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)  # what `LazyAdamW` takes the place of
 
 
-class OnnTrainer(HyperStepMixin, Trainer):
+class OnnTrainer(PerpetualMixin, HyperStepMixin, Trainer):
     """`transformers.Trainer` with `HyperStep`'s training of routers, an `ExpertLifecycle`, and predictive integrity (PI) in its log.
 
     Each line of the log has, as means over the steps since the last one: `pi`, its two terms `pi_accuracy` and `pi_complexity`,
@@ -41,6 +42,8 @@ class OnnTrainer(HyperStepMixin, Trainer):
     A step whose gradients are not finite is skipped: the optimiser leaves weights and its own state as they are. After `max_bad_steps` in a
     row training stops. This look at the gradients waits for the device once a step. Checkpoints have the state of the lifecycle, so that a
     resumed run goes on with it; `config.has_life` is set, so that `from_pretrained` of a TinyOnn model restores the life of its experts.
+
+    With `store`, checkpoints go to a `tinyonn.store.PerpetualStore`, which writes what changed; see `PerpetualMixin`.
 
     Accelerate, DistributedDataParallel and FSDP2 work as with every Trainer. The means in the log are those of the first process.
 
@@ -119,6 +122,10 @@ class OnnTrainer(HyperStepMixin, Trainer):
         if hasattr(trainer.model, "config"):
             trainer.model.config.has_life = True
         trainer.add_callback(_Steps(self))
+
+    def score(self) -> float | None:
+        """The smoothed PI, by which a store keeps the best steps."""
+        return None if self.lifecycle is None else self.lifecycle.integrity
 
     # ---- the optimiser ----
 
@@ -231,6 +238,9 @@ class OnnTrainer(HyperStepMixin, Trainer):
         self.events += events
         for event in events:
             self._counted["births" if event.kind == "birth" else "recyclings"] += 1
+            if self.store is not None:
+                fields = event._asdict()
+                self.store.record(fields.pop("kind"), fields.pop("step"), **fields)
         if self._weights is not None:
             self.surprise_loss = self.lifecycle.surprise_loss(self._weights)
 
