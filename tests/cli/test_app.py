@@ -26,6 +26,7 @@ WANTED = {
     "demo",
     "life-demo",
     "train",
+    "life",
     "doctor",
     "corpus",
     "scan",
@@ -38,7 +39,13 @@ WANTED = {
     "convert",
     "tune",
 }
-INSIDE = ("heads score", "heads demo", "heads plasticity", *(f"heads plasticity {step}" for step in ("train", "measure", "report", "run")))
+INSIDE = (
+    *(f"life {one}" for one in ("show", "log", "restore", "fork", "compact", "verify")),
+    "heads score",
+    "heads demo",
+    "heads plasticity",
+    *(f"heads plasticity {step}" for step in ("train", "measure", "report", "run")),
+)
 
 
 KNOWN = {word for command in (*WANTED, *INSIDE) for word in command.split()}

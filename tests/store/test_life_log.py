@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -425,3 +426,8 @@ def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     assert life_log._commit(tmp_path) is None
     assert environment()["commit"] is None
+
+
+def test_the_error_of_a_damaged_log_can_be_sent_to_another_process():
+    error = pickle.loads(pickle.dumps(LifeLogError("life.jsonl", 3, "it must end in a checksum")))
+    assert (str(error), error.line) == ("life.jsonl, line 3: it must end in a checksum; the 2 lines before it are whole.", 3)

@@ -550,6 +550,10 @@ def files_of(folder: Path) -> list[Path]:
 
 def test_one_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
     lived(tmp_path / "store", CHAPTER + 3)
+    for _ in range(2):  # deletes what an earlier chapter left
+        with PerpetualStore(tmp_path / "store", *small(), keep="all") as store:
+            store.restore()
+            store.save(store.steps[-1] + 1)
     assert verify(tmp_path / "store").faults == []
     draw = random.Random(0)
     for path in files_of(tmp_path / "store"):
@@ -625,3 +629,122 @@ def test_opening_deletes_what_a_killed_save_left(tmp_path: Path) -> None:
         assert store.restore() == 2
     assert len(segments(tmp_path)) == 2
     assert verify(tmp_path).faults == []
+
+
+# ---- what goes wrong within a call ----
+
+
+def test_an_interrupt_within_a_save_does_not_count_as_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = small()
+    with PerpetualStore(tmp_path, model, optimizer) as store:
+        store.save(1, wait=True)
+        train(model, optimizer)
+        with monkeypatch.context() as patched:
+
+            def interrupted(*args: Any) -> None:
+                raise KeyboardInterrupt
+
+            patched.setattr(store._background, "submit", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.save(2)
+        store.save(3)
+        expected = copied(model, optimizer)
+        train(model, optimizer)
+        assert store.restore() == 3
+        assert_same(copied(model, optimizer), expected)
+
+
+def test_rewind_to_a_step_that_cannot_be_read_keeps_the_later_ones(tmp_path: Path) -> None:
+    states = lived(tmp_path, 3)
+    flipped(segments(tmp_path)[1], segments(tmp_path)[1].stat().st_size - 5, 0)
+    model, optimizer = small(seed=1)
+    with PerpetualStore(tmp_path, model, optimizer, keep="all") as store:
+        with pytest.raises(DamagedStoreError, match="Step 1 is whole"):
+            store.restore(2, rewind=True)
+        with pytest.raises(DamagedStoreError):
+            store.rewind(2)
+        assert store.steps == [1, 2, 3]
+        with pytest.raises(StoreError, match="restore"):
+            store.save(4)
+    other = nn.Linear(3, 3)
+    with PerpetualStore(tmp_path, other) as store:
+        with pytest.raises(StoreError):
+            store.restore(1, rewind=True)
+        assert store.steps == [1, 2, 3]
+    with PerpetualStore(tmp_path, model, optimizer, keep="all") as store:
+        assert store.restore(1, rewind=True) == 1
+        assert_same(copied(model, optimizer), states[1])
+        store.save(2)
+
+
+def test_a_compaction_that_finds_no_room_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinyonn.store import perpetual_store
+
+    def no_room(*args: Any) -> None:
+        raise StoreError("no room")
+
+    monkeypatch.setattr(perpetual_store, "compact", no_room)
+    model, optimizer = small()
+    store = PerpetualStore(tmp_path, model, optimizer, keep="last:1")
+    for step in range(1, CHAPTER + 3):
+        train(model, optimizer)
+        store.save(step)
+    with pytest.warns(UserWarning, match="the store was not compacted: no room"):
+        store.close()
+    assert any("no room" in record.get("failed", "") for record in read_life_log(tmp_path / "life.jsonl").records)
+    monkeypatch.undo()
+    with PerpetualStore(tmp_path, model, optimizer) as store:
+        assert store.restore() == CHAPTER + 2
+
+
+def test_a_closed_store_says_so(tmp_path: Path) -> None:
+    with PerpetualStore(tmp_path, *small()) as store:
+        store.close()
+        with pytest.raises(StoreError, match="the store must be open"):
+            store.save(1)
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    with PerpetualStore(tmp_path, *small()) as store:
+        with pytest.raises(StoreError, match="only tensor of that name"):
+            store.save(1, state={"a.b": torch.ones(2), "a": {"b": torch.zeros(2)}})
+        store.save(1, state={"a": torch.ones(2)})
+        store.restore()
+        assert torch.equal(store.state["a"], torch.ones(2))
+
+
+def test_only_restore_takes_the_manifest_before(tmp_path: Path) -> None:
+    from tinyonn.store.overview import newest_step
+    from tinyonn.store.rewinding import editing
+
+    lived(tmp_path, 3)
+    manifest = tmp_path / "manifest.json"
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:-4])
+    with pytest.raises(DamagedStoreError), editing(tmp_path):
+        pass
+    manifest.unlink()
+    with pytest.raises(StoreError, match="brings back the one before it"):
+        newest_step(tmp_path)
+    assert rewind(tmp_path) == 2
+    assert newest_step(tmp_path) == 2
+
+
+def test_a_damaged_list_of_files_deletes_nothing(tmp_path: Path) -> None:
+    lived(tmp_path, CHAPTER + 3)
+    before = segments(tmp_path)
+    for path in (tmp_path / "index").glob("files-*.npy"):
+        flipped(path, path.stat().st_size - 1, 0)
+    with pytest.raises(DamagedStoreError, match=r"files-\d+.npy is damaged"):
+        PerpetualStore(tmp_path, *small())
+    assert segments(tmp_path) == before
+
+
+def test_other_files_in_the_folders_are_left_alone(tmp_path: Path) -> None:
+    lived(tmp_path, 2)
+    (tmp_path / "segments" / ".notes").mkdir()
+    (tmp_path / "segments" / "readme.txt").write_text("mine")
+    with PerpetualStore(tmp_path, *small()) as store:
+        store.restore()
+        store.compact()
+    assert (tmp_path / "segments" / "readme.txt").read_text() == "mine"

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from .errors import StoreError
+
 
 class Background:
     """A thread that does jobs in their order.
@@ -32,9 +34,12 @@ class Background:
         with self._changed:
             self._changed.wait_for(lambda: self._error is not None or not self._jobs or self._bytes + size <= self._max)
             self._raise()
+            try:
+                self._pool.submit(self._run, job, size)
+            except RuntimeError:  # after close()
+                raise StoreError("the store must be open, but close() was called.") from None
             self._bytes += size
             self._jobs += 1
-        self._pool.submit(self._run, job, size)
 
     def wait(self) -> None:
         """Waits until all jobs are done.

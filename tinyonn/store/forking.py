@@ -14,7 +14,7 @@ from .errors import StoreError
 from .ledger import Ledger
 from .life_log import LifeLog
 from .manifest import INDEX, SEGMENTS, Chapter, Manifest
-from .segment import file_name
+from .segment import file_name, sync
 
 LOG = "life.jsonl"
 PARENTS = "parents"
@@ -104,6 +104,7 @@ def _link(ledger: Ledger, target: Path, numbers: list[int]) -> None:
                 if need > free:
                     raise StoreError(f"{target} needs {need:,} bytes for copies of the segments, and its disk has {free:,}.") from None
             shutil.copyfile(ledger.segments / name, target / SEGMENTS / name)
+            sync(target / SEGMENTS / name)
 
 
 def _copy_logs(source: Path, target: Path, life: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from .layout import Layout, empty_table, moved
 from .manifest import CHAPTER, FILE, INDEX, PREVIOUS, RECORD, SEGMENTS, Chapter, Index, IndexFile, Manifest, Step
 from .segment import Segment, file_name, read_segment
 
+_OWN = re.compile(r"\d{8,}\.safetensors|(layout|table|records|files)-\d{8,}\.(json|npy)")
 MOST_STATES = 8  # a chapter ends when its segments have the bytes of so many whole states
 
 
@@ -208,15 +210,31 @@ class Ledger:
         self.sweep()
 
     def sweep(self) -> int:
-        """Deletes files that the manifest does not name. Returns their bytes."""
-        named = {file_name(int(number)) for number in self.files()["file"]}
+        """Deletes files of a store that neither the manifest nor the one before it names. Returns their bytes.
+
+        Raises:
+            StoreError: the folder cannot be written.
+            DamagedStoreError: the list of files is damaged; nothing is deleted.
+        """
+        segments, indexed = self._named()
+        with contextlib.suppress(StoreError):  # there may be no whole manifest before
+            before = Ledger(self.folder, Manifest.read(self.folder, PREVIOUS))._named()
+            segments, indexed = segments | before[0], indexed | before[1]
         freed = 0
-        for folder, names in ((self.segments, named), (self.folder / INDEX, {file.name for file in self.index_files()})):
-            for path in folder.iterdir():
-                if path.name not in names:
-                    freed += path.stat().st_size
-                    path.unlink(missing_ok=True)
+        try:
+            for folder, names in ((self.segments, segments), (self.folder / INDEX, indexed)):
+                for path in folder.iterdir():
+                    if path.name not in names and _OWN.fullmatch(path.name):
+                        freed += path.stat().st_size
+                        path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"{self.folder} must be a store that can be written, got {error.strerror}.") from error
         return freed
+
+    def _named(self) -> tuple[set[str], set[str]]:
+        """Names of the files in segments/ and in index/ that the manifest names, itself or in its list of files."""
+        segments = {file_name(int(number)) for number in self.files()["file"]}
+        return segments, {file.name for file in self.index_files()}
 
     def index_files(self) -> list[IndexFile]:
         manifest = self.manifest

@@ -65,6 +65,11 @@ class LifeLogError(InputError):
         self.path, self.line, self.rule = os.fspath(path), line, rule
         before = "" if line == 1 else "; the line before it is whole" if line == 2 else f"; the {line - 1:,} lines before it are whole"
         super().__init__(f"{self.path}, line {line}: {rule}{before}.")
+        self._given = self.path, line, rule
+
+    def __reduce__(self) -> Any:
+        """Errors are sent from one process to another, and have more arguments than a message."""
+        return type(self), self._given
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ class Manifest:
         data = f"{line}\n{hex_digest(digest(line.encode()))}\n".encode()
         path, partial, previous = folder / NAME, folder / f".{NAME}.new", folder / PREVIOUS
         try:
+            for inner in (folder / SEGMENTS, folder / INDEX):  # names of new files
+                sync(inner)
             with partial.open("wb") as file:
                 file.write(data)
                 file.flush()

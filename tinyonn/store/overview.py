@@ -68,7 +68,7 @@ def newest_step(folder: str | os.PathLike[str]) -> int | None:
     Raises:
         StoreError: the manifest is damaged or of a newer version.
     """
-    return Manifest.read(Path(folder)).newest if (Path(folder) / NAME).exists() else None
+    return Manifest.read(Path(folder)).newest if _is_store(Path(folder)) else None
 
 
 def saved_values(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -84,7 +84,7 @@ def saved_values(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     from .state import STATE, decoded
 
     path = Path(folder)
-    if not (path / NAME).exists():
+    if not _is_store(path):
         return None
     ledger = Ledger(path, Manifest.read(path))
     newest = ledger.manifest.newest
@@ -94,3 +94,16 @@ def saved_values(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     text = bytes(Files(ledger.segments).checked(table[layout.numbers[STATE]], STATE)).decode()
     found: dict[str, Any] = decoded(json.loads(text)["extra"], {})
     return found
+
+
+def _is_store(folder: Path) -> bool:
+    """Whether a folder has a store.
+
+    Raises:
+        StoreError: its manifest is missing.
+    """
+    if (folder / NAME).exists():
+        return True
+    if (folder / PREVIOUS).exists():
+        raise StoreError(f"{folder} has no {NAME}; `tinyonn life restore {folder}` brings back the one before it.")
+    return False

@@ -35,7 +35,7 @@ from .layout import Digest, Layout
 from .ledger import Ledger
 from .life_log import LifeLog
 from .manifest import INDEX, NAME, SEGMENTS, Manifest
-from .rewinding import go_back_hint
+from .rewinding import check_step, go_back_hint
 from .segment import Files, Segment, bytes_of
 from .state import RANDOM, STATE, Stateful, TrainingState, clean, set_random_state
 
@@ -144,6 +144,7 @@ class PerpetualStore:
         self._layout: Layout | None = None
         self._parts: dict[str, list[tuple[int, int, int]]] = {}  # tensor -> number of a chunk, its first row and its end; -1 for all
         self._known: list[int | None] = []
+        self._updates: dict[int, int] = {}
         self._buffers: dict[str, Tensor] = {}
         self._last_compaction: Compaction | None = None
 
@@ -176,6 +177,8 @@ class PerpetualStore:
         self._plan(tensors, texts)
         staged = self._stage(step, tensors, texts, None if score is None or not math.isfinite(score) else float(score))
         self._call(partial(self._background.submit, partial(self._write, staged), staged.bytes))
+        for number, value in self._updates.items():  # not before: an interrupt within this call must not count as saved
+            self._known[number] = value
         self.step = step
         if wait:
             self.wait()
@@ -234,9 +237,8 @@ class PerpetualStore:
             if self.log is not None and self.log.number > 1:  # a run that was killed before its first save
                 self.record("restore", 0)
             return None
-        if rewind and step is not None:
-            self.rewind(step)
         ledger = self._reading()
+        self._restored = False  # until all of it succeeded
         wanted = ledger.manifest.newest if step is None else step
         assert wanted is not None
         try:
@@ -245,9 +247,11 @@ class PerpetualStore:
         except DamagedStoreError as error:
             raise DamagedStoreError(f"{error}{go_back_hint(ledger, wanted)}") from error
         newest = wanted == ledger.manifest.newest
-        self._restored = newest
-        if newest:
+        if rewind and not newest:
+            self.rewind(wanted)
+        elif newest:
             self.record("restore", wanted)
+        self._restored = newest or rewind
         return wanted
 
     def restore_random_state(self) -> None:
@@ -265,6 +269,7 @@ class PerpetualStore:
 
         def run() -> None:
             assert self._ledger is not None
+            check_step(self._ledger, step)
             self._ledger.rewind(step)
 
         self._on_first(run)
@@ -427,6 +432,7 @@ class PerpetualStore:
         """Copies what changed on this process."""
         assert self._layout is not None
         known, names = self._known, self._layout.names
+        self._updates = {}
         changed: dict[str, Tensor] = {}
         digests: dict[str, Digest] = {}
         aliases: dict[str, str] = {}
@@ -441,7 +447,7 @@ class PerpetualStore:
                 value = xxhash.xxh3_128_intdigest(piece)
                 if value == known[number]:
                     continue
-                known[number] = value
+                self._updates[number] = value
                 key, title = (value, len(piece)), names[number]
                 if len(piece) and key in seen:
                     aliases[title] = seen[key]
@@ -453,19 +459,21 @@ class PerpetualStore:
 
     def _on_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Contiguous tensors on the CPU; those of a GPU are copied to pinned memory, all at once."""
-        found, waits = {}, False
+        found: dict[str, Tensor] = {}
+        devices = set()
         for name, tensor in tensors.items():
             tensor = tensor.detach()
             if tensor.device.type != "cpu":
                 buffer = self._buffers.get(name)
                 if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                     buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-                found[name] = buffer.copy_(tensor, non_blocking=True)
-                waits = waits or tensor.device.type == "cuda"
+                found[name] = buffer.copy_(tensor, non_blocking=tensor.device.type == "cuda")
+                if tensor.device.type == "cuda":
+                    devices.add(tensor.device)
             else:
                 found[name] = tensor.contiguous()
-        if waits:
-            torch.cuda.synchronize()
+        for device in devices:
+            torch.cuda.synchronize(device)
         return found
 
     def _write(self, staged: Staged) -> None:
@@ -485,9 +493,15 @@ class PerpetualStore:
         if (self.folder / REQUEST).exists():
             self._compact()
         elif self._auto_compact and self._dropped and len(ledger.manifest.chapters) > chapters:
-            total, unneeded = unneeded_bytes(ledger)
-            if unneeded > total / 2:
-                self._compact()
+            self._dropped = False
+            try:
+                total, unneeded = unneeded_bytes(ledger)
+                if unneeded > total / 2:
+                    self._compact()
+            except StoreError as error:  # the step is durable, and a full disk may have room later
+                self._dropped = True
+                self.record("compact", staged.step, failed=str(error))
+                warnings.warn(f"the store was not compacted: {error}", stacklevel=2)
 
     def _compact(self) -> None:
         if self._ledger is None:

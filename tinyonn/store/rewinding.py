@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .._io.locks import lock_file
-from .errors import StoreError
+from .errors import DamagedStoreError, StoreError
 from .ledger import Ledger
 from .life_log import LifeLog
-from .manifest import PREVIOUS, Manifest
-from .segment import Files
+from .manifest import NAME, PREVIOUS, Manifest
+from .segment import Files, sync
 
 LOG = "life.jsonl"
 
@@ -33,7 +33,7 @@ def rewind(folder: str | os.PathLike[str], step: int | None = None) -> int:
         StoreError: the step is not kept or damaged; the store is in use or cannot be written.
     """
     folder = Path(folder)
-    with editing(folder) as ledger:
+    with editing(folder, recover=True) as ledger:
         assert ledger is not None
         manifest = ledger.manifest
         wanted = manifest.newest if step is None else step
@@ -48,11 +48,12 @@ def rewind(folder: str | os.PathLike[str], step: int | None = None) -> int:
 
 
 @contextmanager
-def editing(folder: Path, *, required: bool = True) -> Iterator[Ledger | None]:
+def editing(folder: Path, *, required: bool = True, recover: bool = False) -> Iterator[Ledger | None]:
     """Locks a store that no trainer uses.
 
     Args:
         folder: a store.
+        recover: whether to use the manifest before one that is damaged or missing.
         required: whether a store in use is an error; otherwise the block gets None.
 
     Raises:
@@ -68,15 +69,31 @@ def editing(folder: Path, *, required: bool = True) -> Iterator[Ledger | None]:
     except OSError as error:
         raise StoreError(f"{folder} must be a store that can be written, got {error.strerror}.") from error
     try:
-        try:
-            manifest = Manifest.read(folder)
-        except StoreError:
-            if not (folder / PREVIOUS).exists():
-                raise
-            manifest = Manifest.read(folder, PREVIOUS)
+        manifest = recovered(folder) if recover else Manifest.read(folder)
         yield Ledger(folder, manifest)
     finally:
         os.close(lock)
+
+
+def recovered(folder: Path) -> Manifest:
+    """The manifest, or the one before it if that one is damaged or missing; then it takes its place.
+
+    Raises:
+        StoreError: neither can be read; the manifest is of a newer version.
+    """
+    previous = folder / PREVIOUS
+    if (folder / NAME).exists():
+        try:
+            return Manifest.read(folder)
+        except DamagedStoreError:
+            if not previous.exists():
+                raise
+    if not previous.exists():
+        return Manifest.read(folder)
+    manifest = Manifest.read(folder, PREVIOUS)
+    os.replace(previous, folder / NAME)
+    sync(folder)
+    return manifest
 
 
 def check_step(ledger: Ledger, step: int) -> None:

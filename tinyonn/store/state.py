@@ -78,9 +78,9 @@ class TrainingState:
             StoreError: a value is neither a tensor nor JSON.
         """
         tensors = self.tensors()
-        state: dict[str, Any] = {"extra": _encoded(dict(extra), "state", tensors), "model": self._other_of_model()}
-        state["optimizers"] = [self._optimizer(optimizer, tensors) for optimizer in self.optimizers]
-        state["objects"] = {name: _encoded(one.state_dict(), f"object.{name}", tensors) for name, one in self.objects.items()}
+        state: dict[str, Any] = {"extra": _encoded(dict(extra), "@extra", tensors), "model": self._other_of_model()}
+        state["optimizers"] = [self._optimizer(optimizer, index, tensors) for index, optimizer in enumerate(self.optimizers)]
+        state["objects"] = {name: _encoded(one.state_dict(), name, tensors) for name, one in self.objects.items()}
         texts = {f"{RANDOM}{self.rank}": json.dumps(random_state())}
         if not self.rank:
             texts[STATE] = json.dumps(state)
@@ -164,19 +164,24 @@ class TrainingState:
                         raise StoreError(f"optimizer must train parameters of the model, got one of shape {tuple(parameter.shape)}.")
                     yield names[parameter], parameter, optimizer
 
-    def _optimizer(self, optimizer: Optimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def _optimizer(self, optimizer: Optimizer, index: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
         names: dict[Any, str] = {parameter: clean(name) for name, parameter in self.model.named_parameters()}
         groups = []
         for number, group in enumerate(optimizer.param_groups):
             values = {key: value for key, value in group.items() if key != "params"}
             for key, value in values.items():  # a learning rate may be a tensor
                 values[key] = value.item() if isinstance(value, Tensor) else value
-            groups.append({"params": [names[one] for one in group["params"]], "values": _encoded(values, f"group {number}", tensors)})
+            groups.append(
+                {"params": [names[one] for one in group["params"]], "values": _encoded(values, f"@groups.{index}.{number}", tensors)}
+            )
         other = {
             names[parameter]: {key: value for key, value in state.items() if not isinstance(value, Tensor)}
             for parameter, state in optimizer.state.items()
         }
-        return {"groups": groups, "other": _encoded({name: value for name, value in other.items() if value}, "optimizer", tensors)}
+        return {
+            "groups": groups,
+            "other": _encoded({name: value for name, value in other.items() if value}, f"@optimizers.{index}", tensors),
+        }
 
     def _restore_optimizer(self, optimizer: Optimizer, kept: dict[str, Any]) -> None:
         parameters = {clean(name): parameter for name, parameter in self.model.named_parameters()}
@@ -265,7 +270,7 @@ def _like(parameter: Tensor, key: str, kind: TensorKind, optimizer: Optimizer) -
         return torch.empty(kind.shape, dtype=kind.dtype, device=device)
     if tuple(parameter.shape) == kind.shape:
         return torch.empty_like(parameter, dtype=kind.dtype, requires_grad=False)
-    return torch.empty(kind.shape, dtype=kind.dtype)
+    return torch.empty(kind.shape, dtype=kind.dtype, device=parameter.device)
 
 
 def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -273,8 +278,10 @@ def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
-        name = path if path.startswith("object.") else f"object.{path}"
+        name = f"object.{path}"
         _check_dtype(name, value)
+        if name in tensors:
+            raise StoreError(f"{path} must be the only tensor of that name in the states of objects; rename one.")
         tensors[name] = value
         return {"$tensor": name}
     if isinstance(value, tuple):
@@ -285,7 +292,7 @@ def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {key: _encoded(one, f"{path}.{key}", tensors) for key, one in value.items()}
         return {"$items": [[_encoded(key, path, tensors), _encoded(one, f"{path}.{key}", tensors)] for key, one in value.items()]}
-    raise StoreError(f"{path} must be a tensor or a value that JSON can hold, got {shown(value)}.")
+    raise StoreError(f"{path.replace('@extra', 'state')} must be a tensor or a value that JSON can hold, got {shown(value)}.")
 
 
 def decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..errors import InputError
 from ..store.keep import Keep
 from ..store.life_log import RESERVED, environment, read_life_log
 from ..store.overview import saved_values
@@ -67,6 +68,8 @@ class PerpetualMixin:
                 f"resume_from_checkpoint must be None with a store, which knows its newest step, got {resume_from_checkpoint}."
             )
         values = saved_values(self._store_folder)
+        if values is not None and "trainer" not in values:
+            raise InputError(f"store must be one that a Trainer saved, got {self._store_folder}, which has no state of a Trainer.")
         reason = "error"
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -140,6 +143,8 @@ class PerpetualMixin:
             trainer._save_checkpoint(model, trial)
             return
         own: Any = self
+        if own.state.global_step == self.store.step:  # the end of an epoch, and a callback that saves
+            return
         own.store_flos()
         state = own.state
         for callback in [*own.callback_handler.callbacks, own.control]:
