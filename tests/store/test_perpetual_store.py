@@ -748,3 +748,28 @@ def test_other_files_in_the_folders_are_left_alone(tmp_path: Path) -> None:
         store.restore()
         store.compact()
     assert (tmp_path / "segments" / "readme.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_fork_that_fails_leaves_nothing(tmp_path: Path, existed: bool) -> None:
+    lived(tmp_path / "one", 3)
+    segments(tmp_path / "one")[-1].unlink()
+    if existed:
+        (tmp_path / "two").mkdir()
+    with pytest.raises(StoreError, match=r"00000003.safetensors"):
+        fork(tmp_path / "one", tmp_path / "two", 3)
+    assert (tmp_path / "two").exists() == existed
+    assert fork(tmp_path / "one", tmp_path / "two", 2).kept == [2]
+
+
+def test_a_fork_that_was_killed_says_what_to_do(tmp_path: Path) -> None:
+    lived(tmp_path / "one", 3)
+    fork(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "two" / "manifest.json").unlink()
+    with pytest.raises(StoreError, match="if a fork was interrupted, remove the folder and fork again"):
+        PerpetualStore(tmp_path / "two", *small())
+
+
+def test_wrappers_whose_state_is_a_copy_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"model must be sharded by fully_shard .* got DataParallel"):
+        PerpetualStore(tmp_path, nn.DataParallel(nn.Linear(2, 2)))

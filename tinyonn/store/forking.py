@@ -44,6 +44,7 @@ def fork(source: str | os.PathLike[str], target: str | os.PathLike[str], step: i
         raise StoreError(f"{source} has no step yet, so nothing can be forked.")
     layout, table = ledger.at(begin)
     _check_empty(target)
+    existed = target.is_dir()
     try:
         for one in (target, target / SEGMENTS, target / INDEX):
             one.mkdir(parents=True, exist_ok=True)
@@ -67,8 +68,13 @@ def fork(source: str | os.PathLike[str], target: str | os.PathLike[str], step: i
         with LifeLog(target / LOG) as log:
             log.append("begin", begin, durable=True, life=manifest.life, parent=manifest.parent)
         manifest.write(target)
-    except OSError as error:
-        raise StoreError(f"{target} must be a folder that can be written, got {error.strerror}.") from error
+    except BaseException as error:
+        shutil.rmtree(target, ignore_errors=True)
+        if existed:
+            target.mkdir()
+        if isinstance(error, OSError):
+            raise StoreError(f"{target} must be a folder that can be written, got {error.strerror}.") from error
+        raise
     with contextlib.suppress(OSError, ValueError):  # a trainer may have the log open, or the store is read-only
         _note(source, begin, manifest.life, target)
     return manifest

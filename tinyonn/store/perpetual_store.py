@@ -34,7 +34,7 @@ from .keep import Keep
 from .layout import Digest, Layout
 from .ledger import Ledger
 from .life_log import LifeLog
-from .manifest import INDEX, NAME, SEGMENTS, Manifest
+from .manifest import INDEX, NAME, PREVIOUS, SEGMENTS, Manifest
 from .rewinding import check_step, go_back_hint
 from .segment import Files, Segment, bytes_of
 from .state import RANDOM, STATE, Stateful, TrainingState, clean, set_random_state
@@ -332,9 +332,10 @@ class PerpetualStore:
             if (folder / NAME).exists():
                 manifest = Manifest.read(folder)
             elif any((folder / SEGMENTS).iterdir()) and any((folder / INDEX).iterdir()):
-                raise StoreError(
-                    f"{folder} has segments but no {NAME}; `tinyonn life restore {folder}` brings back the manifest before it."
-                )
+                remedy = f"`tinyonn life restore {folder}` brings back the manifest before it"
+                if not (folder / PREVIOUS).exists():
+                    remedy = "if a fork was interrupted, remove the folder and fork again"
+                raise StoreError(f"{folder} has segments but no {NAME}; {remedy}.")
             else:
                 manifest = Manifest(str(uuid.uuid4()))
                 manifest.write(folder)

@@ -26,7 +26,9 @@ from .layout import Layout, TensorKind
 
 STATE = "@state"
 RANDOM = "@random/"
-_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+# Wrappers whose state dict is made of copies, or which keep several models.
+UNSUPPORTED = ("FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine")
+_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _DTYPES = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
     torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64, torch.complex64,
@@ -53,6 +55,11 @@ class TrainingState:
 
     def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer], objects: Mapping[str, Stateful], rank: int) -> None:
         self.model = unwrapped(model)
+        for module in self.model.modules():
+            if type(module).__name__ in UNSUPPORTED:
+                raise StoreError(
+                    f"model must be sharded by fully_shard or wrapped by DistributedDataParallel, got {type(module).__name__}."
+                )
         self.optimizers = list(optimizers)
         self.objects = dict(objects)
         self.rank = rank
