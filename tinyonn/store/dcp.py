@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -174,12 +173,10 @@ class SegmentReader(StorageReader):
     Args:
         layout, table: of the step.
         files: of the store.
-        names: tensors to read; None for all.
     """
 
-    def __init__(self, layout: Layout, table: np.ndarray, files: Files, names: frozenset[str] | None = None) -> None:
+    def __init__(self, layout: Layout, table: np.ndarray, files: Files) -> None:
         self._layout, self._table, self._files = layout, table, files
-        self._names = names
         self._runs: dict[MetadataIndex, tuple[Chunk, list[int]]] = {}
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -188,8 +185,6 @@ class SegmentReader(StorageReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         found: dict[str, Any] = {}
         for name, kind in self._layout.tensors.items():
-            if self._names is not None and name not in self._names:
-                continue
             chunks = []
             for chunk, numbers in runs(self._layout, self._table, name):
                 self._runs[MetadataIndex(name, chunk.offsets)] = chunk, numbers
@@ -243,12 +238,6 @@ def view_bytes(data: memoryview, dtype: torch.dtype) -> Tensor:
     if raw.data_ptr() % dtype.itemsize:
         raw = raw.clone()
     return raw.view(dtype)
-
-
-def distributed_here(group: Any) -> Mapping[str, Any]:
-    """Arguments of dcp's functions for one process or several."""
-    several = group is not None and distributed.is_available() and distributed.is_initialized()
-    return {"process_group": group, "no_dist": not several}
 
 
 def _done(results: list[WriteResult]) -> Future[list[WriteResult]]:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from .._io.files import sync
+from .._io.locks import lock_file
 from .errors import StoreError
 from .ledger import Ledger
 from .life_log import LifeLog
 from .manifest import INDEX, SEGMENTS, Chapter, Manifest
-from .segment import file_name, sync
+from .segment import file_name
 
 LOG = "life.jsonl"
 PARENTS = "parents"
@@ -125,8 +127,6 @@ def _copy_logs(source: Path, target: Path, life: str) -> None:
 
 def _note(source: Path, step: int, life: str, target: Path) -> None:
     """Writes the fork into the parent's log, if no trainer has it open; the child's own log has it in any case."""
-    from .._io.locks import lock_file
-
     try:
         lock = lock_file(source / ".lock")
     except BlockingIOError:

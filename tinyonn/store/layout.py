@@ -84,11 +84,6 @@ class Layout:
             numbers.sort(key=lambda number: self.chunks[number].offsets)
         return found
 
-    def num_bytes(self, number: int) -> int:
-        """Bytes of a chunk of a tensor."""
-        chunk = self.chunks[number]
-        return math.prod(chunk.sizes) * self.tensors[chunk.tensor].dtype.itemsize
-
     def is_json(self, number: int) -> bool:
         return self.chunks[number].tensor.startswith("@")
 

@@ -39,6 +39,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .._io.files import sync
 from ..errors import InputError, shown
 
 RESERVED = ("number", "time", "event", "step", "clock", "crc")
@@ -115,7 +116,7 @@ class LifeLog:
                 os.ftruncate(self._file, self._end.size)
                 os.fsync(self._file)
             if new:
-                _sync_folder(self.path.parent)
+                sync(self.path.parent)
         except BaseException:
             self.close()
             raise
@@ -362,12 +363,3 @@ def _check_regular(path: str | os.PathLike[str], found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe or device"
         raise InputError(f"path must be a life log, got {os.fspath(path)}, which is a {kind}.")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the name of a new file durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

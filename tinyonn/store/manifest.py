@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from .._io.files import sync
 from .errors import DamagedStoreError, StoreError
 from .keep import from_ranges, to_ranges
 from .layout import PLACE, Digest, Layout, digest, from_hex, hex_digest
-from .segment import sync
 
 FORMAT = 1
 CHAPTER = 64

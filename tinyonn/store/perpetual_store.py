@@ -43,7 +43,7 @@ LOG = "life.jsonl"
 REQUEST = "compact.request"  # a file that another process makes, so that the trainer compacts
 MAX_BYTES = 2**30
 
-# dcp says in each call that it runs in one process.
+# torch.distributed.checkpoint warns in each call that runs in one process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .._io.files import sync
 from .._io.locks import lock_file
 from .errors import DamagedStoreError, StoreError
 from .ledger import Ledger
 from .life_log import LifeLog
 from .manifest import NAME, PREVIOUS, Manifest
-from .segment import Files, sync
+from .segment import Files
 
 LOG = "life.jsonl"
 

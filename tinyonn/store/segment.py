@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .._io.files import sync
 from .errors import DamagedStoreError, StoreError
 from .layout import Digest, digest, from_hex, hex_digest
 
@@ -210,12 +211,3 @@ def free_bytes(folder: Path) -> int:
         return shutil.disk_usage(folder).free
     except OSError as error:
         raise StoreError(f"{folder} cannot be written: {error.strerror}.") from error
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
