@@ -68,8 +68,8 @@ def log(
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON lines.")] = False,
 ) -> None:
     """Print the log of a life."""
-    from ..store.life_log import read_life_log
-    from ..store.overview import LOG, find_store
+    from ..store.life_log import LOG, read_life_log
+    from ..store.overview import find_store
 
     found = read_life_log(find_store(folder) / LOG)
     records = [record for record in found.records if not event or record["event"] in event]

@@ -14,11 +14,10 @@ from .._io.files import sync
 from .._io.locks import lock_file
 from .errors import StoreError
 from .ledger import Ledger
-from .life_log import LifeLog
+from .life_log import LOG, LifeLog
 from .manifest import INDEX, SEGMENTS, Chapter, Manifest
 from .segment import file_name
 
-LOG = "life.jsonl"
 PARENTS = "parents"
 
 

@@ -42,6 +42,7 @@ from typing import Any, BinaryIO
 from .._io.files import sync
 from ..errors import InputError, shown
 
+LOG = "life.jsonl"  # in the folder of a store
 RESERVED = ("number", "time", "event", "step", "clock", "crc")
 # Events of training. A restore to an earlier step undoes them; all others are history.
 TRAINING = frozenset({"metrics", "evaluation", "birth", "recycling", "save"})

@@ -10,10 +10,8 @@ from typing import Any
 
 from .errors import StoreError
 from .ledger import Ledger
-from .life_log import LifeRecords, read_life_log
+from .life_log import LOG, LifeRecords, read_life_log
 from .manifest import NAME, PREVIOUS, Manifest
-
-LOG = "life.jsonl"
 
 
 @dataclass(frozen=True)

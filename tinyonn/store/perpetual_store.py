@@ -33,13 +33,12 @@ from .errors import DamagedStoreError, StoreError
 from .keep import Keep
 from .layout import Digest, Layout
 from .ledger import Ledger
-from .life_log import LifeLog
+from .life_log import LOG, LifeLog
 from .manifest import INDEX, NAME, PREVIOUS, SEGMENTS, Manifest
 from .rewinding import check_step, go_back_hint
 from .segment import Files, Segment, bytes_of
 from .state import RANDOM, STATE, Stateful, TrainingState, clean, set_random_state
 
-LOG = "life.jsonl"
 REQUEST = "compact.request"  # a file that another process makes, so that the trainer compacts
 MAX_BYTES = 2**30
 

@@ -11,11 +11,9 @@ from .._io.files import sync
 from .._io.locks import lock_file
 from .errors import DamagedStoreError, StoreError
 from .ledger import Ledger
-from .life_log import LifeLog
+from .life_log import LOG, LifeLog
 from .manifest import NAME, PREVIOUS, Manifest
 from .segment import Files
-
-LOG = "life.jsonl"
 
 
 def rewind(folder: str | os.PathLike[str], step: int | None = None) -> int:

@@ -10,11 +10,9 @@ from pathlib import Path
 
 from .errors import StoreError
 from .ledger import Ledger
-from .life_log import LifeLogError, read_life_log
+from .life_log import LOG, LifeLogError, read_life_log
 from .manifest import PREVIOUS, Manifest
 from .segment import damaged_entries, file_name, read_segment
-
-LOG = "life.jsonl"
 
 
 @dataclass(frozen=True)

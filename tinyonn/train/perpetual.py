@@ -15,9 +15,9 @@ from transformers.trainer_callback import ExportableState
 
 from ..errors import InputError
 from ..store.keep import Keep
-from ..store.life_log import RESERVED, environment, read_life_log
+from ..store.life_log import LOG, RESERVED, environment, read_life_log
 from ..store.overview import saved_values
-from ..store.perpetual_store import LOG, PerpetualStore
+from ..store.perpetual_store import PerpetualStore
 
 _STATE = "trainer_state.json"
 
