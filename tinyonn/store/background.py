@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from .errors import StoreError
+from .errors import CLOSED, StoreError
 
 
 class Background:
@@ -37,7 +37,7 @@ class Background:
             try:
                 self._pool.submit(self._run, job, size)
             except RuntimeError:  # after close()
-                raise StoreError("the store must be open, but close() was called.") from None
+                raise StoreError(CLOSED) from None
             self._bytes += size
             self._jobs += 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from .errors import StoreError
-from .layout import Chunk, Digest, Layout, runs
+from .layout import Chunk, Layout, runs
 from .ledger import Ledger
 from .segment import Files, Segment, free_bytes, write_segment
+from .staging import Staged
 
 SPARE = 2**20  # bytes of the disk that a save leaves free
 PIECE = 4096  # bytes of a chunk of a pool, at least
@@ -86,20 +87,6 @@ class ChunkPlanner(DefaultSavePlanner):
         return parts
 
 
-class Staged(NamedTuple):
-    """The chunks of a save that changed on this process."""
-
-    step: int
-    tensors: dict[str, Tensor]
-    digests: dict[str, Digest]
-    aliases: dict[str, str]
-    score: float | None
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-
-
 class _Plain(StorageWriter):
     """The calls of a writer that need nothing."""
 
@@ -139,13 +126,15 @@ class SegmentWriter(_Plain):
     Args:
         segments: folder of the segments.
         rank: of this process.
-        staged: what changed here.
+        step: of the save.
+        staged: what changed here; or the error that kept it from being found, which all processes then get.
         ledger: of the first process; None on others.
         publish: called on the first process with the segments of all, which makes them durable.
     """
 
-    def __init__(self, segments: Path, rank: int, staged: Staged, ledger: Ledger | None, publish: Any) -> None:
-        self._segments, self._rank, self._staged, self._ledger, self._publish = segments, rank, staged, ledger, publish
+    def __init__(self, segments: Path, rank: int, step: int, staged: Staged | Exception, ledger: Ledger | None, publish: Any) -> None:
+        self._segments, self._rank, self._step, self._staged = segments, rank, step, staged
+        self._ledger, self._publish = ledger, publish
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         assert self._ledger is not None
@@ -154,12 +143,14 @@ class SegmentWriter(_Plain):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         staged = self._staged
+        if isinstance(staged, Exception):
+            raise staged
         if not staged.tensors:
             return _done([])
         free = free_bytes(self._segments)
         if free < staged.bytes + SPARE:
-            raise StoreError(f"{self._segments} needs {staged.bytes:,} bytes for step {staged.step}, and the disk has {free:,}.")
-        segment = write_segment(self._segments, plan.storage_data, staged.step, self._rank, staged.tensors, staged.digests, staged.aliases)
+            raise StoreError(f"{self._segments} needs {staged.bytes:,} bytes for step {self._step}, and the disk has {free:,}.")
+        segment = write_segment(self._segments, plan.storage_data, self._step, self._rank, staged.tensors, staged.digests, staged.aliases)
         return _done([WriteResult(MetadataIndex("@segment"), segment.size, segment)])
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ..errors import InputError
 
+CLOSED = "the store must be open, but close() was called."
+
 
 class StoreError(InputError):
     """A store cannot be read, written or continued; the message names the file or tensor and the remedy."""

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -28,15 +27,16 @@ from ..nn.expert_pools import expert_pools
 from ..ops._checks import check_size
 from .background import Background
 from .compaction import Compaction, compact, unneeded_bytes
-from .dcp import ChunkPlanner, PlanOnly, SegmentReader, SegmentWriter, Staged
+from .dcp import ChunkPlanner, PlanOnly, SegmentReader, SegmentWriter
 from .errors import DamagedStoreError, StoreError
 from .keep import Keep
-from .layout import Digest, Layout
+from .layout import Layout
 from .ledger import Ledger
 from .life_log import LOG, LifeLog
 from .manifest import INDEX, NAME, PREVIOUS, SEGMENTS, Manifest
 from .rewinding import check_step, go_back_hint
-from .segment import Files, Segment, bytes_of
+from .segment import Files, Segment
+from .staging import Changes, HostCopies, Overlap, Part, Staged, Versions
 from .state import RANDOM, STATE, Stateful, TrainingState, clean, set_random_state
 
 REQUEST = "compact.request"  # a file that another process makes, so that the trainer compacts
@@ -51,12 +51,10 @@ class Save(NamedTuple):
 
     Attributes:
         step: of it.
-        bytes: of the chunks that changed on this process, which it will write.
         waited: seconds that the call took.
     """
 
     step: int
-    bytes: int
     waited: float
 
 
@@ -90,6 +88,10 @@ class PerpetualStore:
         keep: which steps stay restorable: a `Keep`, or a text such as "last:3,every:1000,best:1" or "all".
         pools: parameters whose first dimension is experts; None for those that `expert_pools` finds.
         max_bytes: bytes of copies that wait to be written, at most; then `save` waits.
+        overlap: whether parameters and the optimisers' state on a CPU are compared and copied while the next forward and backward pass run;
+            `step` of the optimisers then waits for that. Nothing else may change them between `save` and the optimiser's next step: what
+            autograd notices is an error, a change through `.data` would be saved in part. Tensors of a GPU are always copied to the
+            host in `save` and compared later.
         auto_compact: whether to compact when more than half of the stored bytes belong to no kept step.
 
     Attributes:
@@ -114,6 +116,7 @@ class PerpetualStore:
         keep: Keep | str = "last:3",
         pools: Iterable[Tensor] | None = None,
         max_bytes: int = MAX_BYTES,
+        overlap: bool = False,
         auto_compact: bool = True,
     ) -> None:
         check_size("max_bytes", max_bytes)
@@ -140,11 +143,11 @@ class PerpetualStore:
         self._background = Background(max_bytes)
         self._signature: Any = None
         self._planner: ChunkPlanner | None = None
-        self._layout: Layout | None = None
-        self._parts: dict[str, list[tuple[int, int, int]]] = {}  # tensor -> number of a chunk, its first row and its end; -1 for all
-        self._known: list[int | None] = []
-        self._updates: dict[int, int] = {}
-        self._buffers: dict[str, Tensor] = {}
+        self._changes: Changes | None = None
+        self._copies = HostCopies()
+        self._overlaps = overlap
+        self._overlap = Overlap(self._state.optimizers if overlap else [])
+        self._trained: frozenset[str] = frozenset()
         self._last_compaction: Compaction | None = None
 
     # ---- saving ----
@@ -159,7 +162,7 @@ class PerpetualStore:
             wait: whether to wait until the step is durable.
 
         Returns:
-            What will be written.
+            How long the call took.
 
         Raises:
             StoreError: the step is not after the newest; `restore` was not called on a store with steps; an earlier save failed, as on a
@@ -171,17 +174,15 @@ class PerpetualStore:
             raise StoreError(f"restore() must be called before save(), because {self.folder} has step {self.step} already.")
         if self.step is not None and step <= self.step:
             raise StoreError(f"step must be above {self.step}, the newest; rewind({step - 1}) would drop the steps after it, got {step}.")
+        self._call(self._overlap.wait)
         self._call(self._background.check)
         tensors, texts = self._state.collect(state or {})
         self._plan(tensors, texts)
-        staged = self._stage(step, tensors, texts, None if score is None or not math.isfinite(score) else float(score))
-        self._call(partial(self._background.submit, partial(self._write, staged), staged.bytes))
-        for number, value in self._updates.items():  # not before: an interrupt within this call must not count as saved
-            self._known[number] = value
+        self._stage(step, tensors, texts, None if score is None or not math.isfinite(score) else float(score))
         self.step = step
         if wait:
             self.wait()
-        return Save(step, staged.bytes, time.perf_counter() - begin)
+        return Save(step, time.perf_counter() - begin)
 
     def wait(self) -> None:
         """Waits until all saves are durable.
@@ -189,6 +190,7 @@ class PerpetualStore:
         Raises:
             StoreError: one failed.
         """
+        self._call(self._overlap.wait)
         self._call(self._background.wait)
 
     def state_bytes(self) -> int:
@@ -206,6 +208,7 @@ class PerpetualStore:
         Raises:
             StoreError: the disk has no room for the merged segments.
         """
+        self._call(self._overlap.wait)
         self._call(partial(self._background.submit, self._compact))
         if not wait:
             return None
@@ -230,7 +233,7 @@ class PerpetualStore:
             StoreError: the step is not kept; the store is of another model, and the message names three tensors that differ; a segment is
                 damaged, and the message names the file, the tensor and the last step before it.
         """
-        self._call(self._background.wait)
+        self.wait()
         if self.step is None and step is None:
             self._restored = True
             if self.log is not None and self.log.number > 1:  # a run that was killed before its first save
@@ -264,7 +267,7 @@ class PerpetualStore:
         Raises:
             StoreError: the step is not kept.
         """
-        self._call(self._background.wait)
+        self.wait()
 
         def run() -> None:
             assert self._ledger is not None
@@ -278,7 +281,7 @@ class PerpetualStore:
     @property
     def steps(self) -> list[int]:
         """Restorable steps, on all processes; waits for the saves."""
-        self._call(self._background.wait)
+        self.wait()
         return list(self._reading().manifest.kept)
 
     # ---- the life ----
@@ -297,6 +300,7 @@ class PerpetualStore:
         try:
             self.wait()
         finally:
+            self._overlap.close()
             self._background.close()
             if self.log is not None:
                 self.log.close()
@@ -394,7 +398,7 @@ class PerpetualStore:
         signature = [(name, one.dtype, one.shape, getattr(one, "placements", None)) for name, one in tensors.items()]
         if signature == self._signature:
             return
-        self._call(self._background.wait)
+        self.wait()
         planner = ChunkPlanner(frozenset(name for name in tensors if _is_pool(name, tensors, self._pools)))
         metadata: Any = None
 
@@ -412,83 +416,65 @@ class PerpetualStore:
 
         table = self._on_first(begin)
         numbers = {(chunk.tensor, chunk.offsets): number for number, chunk in enumerate(layout.chunks)}
-        parts: dict[str, list[tuple[int, int, int]]] = {}
+        parts: dict[str, list[Part]] = {}
         for item in planner.plan.items:
             name, offsets = item.index.fqn, tuple(item.index.offset or ())
             number = numbers[name, offsets]
             if name in texts or not offsets:
-                parts[name] = [(number, 0, -1)]
+                parts[name] = [Part(number, 0, -1)]
                 continue
             start = _first_row(tensors[name])
             rows = layout.chunks[number].sizes[0]
-            parts.setdefault(name, []).append((number, offsets[0] - start, offsets[0] - start + rows))
+            parts.setdefault(name, []).append(Part(number, offsets[0] - start, offsets[0] - start + rows))
         known = [None if row["file"] < 0 else (int(row["digest"][0]) << 64) | int(row["digest"][1]) for row in table]
-        self._planner, self._layout, self._parts, self._known, self._signature = planner, layout, parts, known, signature
+        trained = self._state.trained()
+        self._planner, self._changes, self._signature = planner, Changes(layout, parts, known), signature
+        self._trained = frozenset(name for name in parts if name in trained or name.startswith("optimizer."))
 
     def _dist(self) -> dict[str, Any]:
         return {"process_group": self._group, "no_dist": self._group is None}
 
-    def _stage(self, step: int, tensors: dict[str, Tensor], texts: dict[str, str], score: float | None) -> Staged:
-        """Copies what changed on this process."""
-        assert self._layout is not None
-        known, names = self._known, self._layout.names
-        self._updates = {}
-        changed: dict[str, Tensor] = {}
-        digests: dict[str, Digest] = {}
-        aliases: dict[str, str] = {}
-        seen: dict[tuple[int, int], str] = {}
-        host = self._on_host({name: _local(tensors[name]) for name in self._parts if name in tensors})
-        for name, parts in self._parts.items():
-            data: Tensor = host[name] if name in host else torch.frombuffer(bytearray(texts[name].encode()), dtype=torch.uint8)
-            view = bytes_of(data)
-            row = len(view) // max(1, data.shape[0]) if data.dim() else 0
-            for number, begin, end in parts:
-                piece = view if end < 0 else view[begin * row : end * row]
-                value = xxhash.xxh3_128_intdigest(piece)
-                if value == known[number]:
-                    continue
-                self._updates[number] = value
-                key, title = (value, len(piece)), names[number]
-                if len(piece) and key in seen:
-                    aliases[title] = seen[key]
-                    continue
-                seen[key] = title
-                changed[title] = (data if end < 0 else data[begin:end]).clone()
-                digests[title] = value >> 64, value & 0xFFFFFFFFFFFFFFFF
-        return Staged(step, changed, digests, aliases, score)
+    def _stage(self, step: int, tensors: dict[str, Tensor], texts: dict[str, str], score: float | None) -> None:
+        """Copies what changed on this process and hands it to the background; a part of it in another thread, while the caller goes on."""
+        changes = self._changes
+        assert changes is not None
+        local = {name: _local(tensors[name]) for name in changes.parts if name in tensors}
+        later = {name for name, one in local.items() if one.device.type != "cpu" or (self._overlaps and name in self._trained)}
+        host = self._copies.of(local)
+        host.update({name: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for name, text in texts.items()})
+        staged = changes.find({name: one for name, one in host.items() if name not in later})
 
-    def _on_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Contiguous tensors on the CPU; those of a GPU are copied to pinned memory, all at once."""
-        found: dict[str, Tensor] = {}
-        devices = set()
-        for name, tensor in tensors.items():
-            tensor = tensor.detach()
-            if tensor.device.type != "cpu":
-                buffer = self._buffers.get(name)
-                if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                    buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-                found[name] = buffer.copy_(tensor, non_blocking=tensor.device.type == "cuda")
-                if tensor.device.type == "cuda":
-                    devices.add(tensor.device)
-            else:
-                found[name] = tensor.contiguous()
-        for device in devices:
-            torch.cuda.synchronize(device)
-        return found
+        def hand_on(found: Staged | Exception) -> None:
+            size = 0 if isinstance(found, Exception) else found.bytes
+            self._background.submit(partial(self._write, step, score, found), size)
+            if not isinstance(found, Exception):
+                changes.accept(found)
 
-    def _write(self, staged: Staged) -> None:
+        if not later:
+            self._call(partial(hand_on, staged))
+            return
+        versions = Versions({name: local[name] for name in later if local[name].device.type == "cpu"})
+
+        def read() -> Staged:
+            found = changes.find({name: host[name] for name in later})
+            versions.check()
+            return staged.with_(found)
+
+        self._overlap.start(read, hand_on)
+
+    def _write(self, step: int, score: float | None, staged: Staged | Exception) -> None:
         """Makes a save durable; in the background, on all processes."""
-        publish = partial(self._publish, staged)
-        writer = SegmentWriter(self.folder / SEGMENTS, self.rank, staged, self._ledger, publish)
+        publish = partial(self._publish, step, score)
+        writer = SegmentWriter(self.folder / SEGMENTS, self.rank, step, staged, self._ledger, publish)
         dcp.save({}, storage_writer=writer, planner=self._planner, **self._dist())
 
-    def _publish(self, staged: Staged, segments: list[Segment]) -> None:
+    def _publish(self, step: int, score: float | None, segments: list[Segment]) -> None:
         ledger = self._ledger
         assert ledger is not None
         chapters, kept = len(ledger.manifest.chapters), len(ledger.manifest.kept)
         ledger.manifest.processes = self.processes
-        index = ledger.append(staged.step, segments, staged.score, self.keep)
-        self.record("save", staged.step, bytes=sum(one.size for one in segments) + index)
+        index = ledger.append(step, segments, score, self.keep)
+        self.record("save", step, bytes=sum(one.size for one in segments) + index)
         self._dropped = self._dropped or len(ledger.manifest.kept) <= kept
         if (self.folder / REQUEST).exists():
             self._compact()
@@ -500,7 +486,7 @@ class PerpetualStore:
                     self._compact()
             except StoreError as error:  # the step is durable, and a full disk may have room later
                 self._dropped = True
-                self.record("compact", staged.step, failed=str(error))
+                self.record("compact", step, failed=str(error))
                 warnings.warn(f"the store was not compacted: {error}", stacklevel=2)
 
     def _compact(self) -> None:

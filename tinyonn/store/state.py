@@ -93,6 +93,10 @@ class TrainingState:
             texts[STATE] = json.dumps(state)
         return tensors, texts
 
+    def trained(self) -> frozenset[str]:
+        """Names of the tensors that an optimiser changes, without those of its state."""
+        return frozenset(f"model.{name}" for name, _, _ in self._held())
+
     def prepare(self, layout: Layout) -> dict[str, Tensor]:
         """The tensors that a saved state is read into, after making the optimisers' state as it was.
 
