@@ -135,6 +135,7 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
             freeze_idle=config.freeze_idle,
             store=folder / "store",
             keep=config.keep,
+            overlap=True,
             stretch=_stretch(config, folder),
         )
         trainer.remove_callback(PrinterCallback)

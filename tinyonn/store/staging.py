@@ -85,7 +85,7 @@ class Changes:
                     found.aliases[title] = seen[key]
                     continue
                 seen[key] = title
-                found.tensors[title] = (data if end < 0 else data[begin:end]).clone()
+                found.tensors[title] = (data if end < 0 else data[begin:end]).detach().clone()
                 found.digests[title] = value >> 64, value & 0xFFFFFFFFFFFFFFFF
         return found
 
@@ -106,15 +106,14 @@ class HostCopies:
         found: dict[str, Tensor] = {}
         devices = set()
         for name, tensor in tensors.items():
-            tensor = tensor.detach()
             if tensor.device.type == "cpu":
-                found[name] = tensor.contiguous()
+                found[name] = tensor if tensor.is_contiguous() else tensor.detach().contiguous()
                 continue
             pinned = tensor.device.type == "cuda"
             buffer = self._buffers.get(name)
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                 buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-            found[name] = buffer.copy_(tensor, non_blocking=pinned)
+            found[name] = buffer.copy_(tensor.detach(), non_blocking=pinned)
             if pinned:
                 devices.add(tensor.device)
         for device in devices:

@@ -10,6 +10,7 @@ object.NAME.PATH          tensors in the state of another object
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import random
 from collections.abc import Iterable, Mapping
@@ -241,6 +242,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+@functools.cache
 def clean(name: str) -> str:
     """A parameter's name without those of wrappers."""
     for prefix in _PREFIXES:

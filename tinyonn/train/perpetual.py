@@ -32,7 +32,7 @@ class PerpetualMixin:
     Args:
         args, others: see `transformers.Trainer`.
         store: folder of the store; None for checkpoints as the Trainer writes them.
-        keep: see `PerpetualStore`.
+        keep, overlap: see `PerpetualStore`. With `overlap`, no callback may change parameters between a save and the optimiser's next step.
         stretch: further fields of the record of this run, such as data and data_hash.
 
     Attributes:
@@ -47,11 +47,13 @@ class PerpetualMixin:
         *args: Any,
         store: str | os.PathLike[str] | None = None,
         keep: Keep | str = "last:3",
+        overlap: bool = False,
         stretch: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self._store_folder = None if store is None else Path(store)
         self._keep = Keep.parse(keep)
+        self._overlap = overlap
         self._stretch = dict(stretch or {})
         self.store: PerpetualStore | None = None
         super().__init__(*args, **kwargs)
@@ -117,7 +119,7 @@ class PerpetualMixin:
         if scaler is not None:
             objects["scaler"] = scaler
         optimizer = getattr(own.optimizer, "optimizer", own.optimizer)
-        self.store = PerpetualStore(self._store_folder, own.model, optimizer, objects=objects, keep=self._keep)
+        self.store = PerpetualStore(self._store_folder, own.model, optimizer, objects=objects, keep=self._keep, overlap=self._overlap)
         self.store.restore()
         options = {name: value for name, value in own.args.to_sanitized_dict().items() if value is not None}
         data = {"data": type(own.train_dataset).__name__, "objective": type(own.model).__name__}
