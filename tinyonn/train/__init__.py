@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from ..nn.expert_pools import expert_pools
 from ..nn.surprise_loss import SurpriseLoss
 from .captured_surprise import CapturedSurprise, capture_surprise
+from .eavi import EaviBatch, EaviStepResult, Ramp, alignment, eavi_batch, eavi_step, excursion
 from .gating import GatingGradients, capture, gating_gradients
 from .hyper_step import HyperStep, HyperStepMixin, HyperStepResult
 from .integrity import PredictiveIntegrity, output_entropy, predictive_integrity, regeneration_rate
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CapturedSurprise",
+    "EaviBatch",
+    "EaviStepResult",
     "ExpertLifecycle",
     "GatingGradients",
     "HyperStep",
@@ -28,10 +31,15 @@ __all__ = [
     "OnnTrainer",
     "PerpetualMixin",
     "PredictiveIntegrity",
+    "Ramp",
     "SurpriseHookManager",
     "SurpriseLoss",
+    "alignment",
     "capture",
     "capture_surprise",
+    "eavi_batch",
+    "eavi_step",
+    "excursion",
     "expert_pools",
     "gating_gradients",
     "output_entropy",
