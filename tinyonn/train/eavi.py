@@ -123,8 +123,8 @@ def excursion(
 
     check_size("max_new_tokens", max_new_tokens)
     check_number("temperature", temperature, at_least=0)
-    model = getattr(model, "module", model)
-    if not callable(getattr(model, "generate", None)):
+    inner: Any = getattr(model, "module", model)
+    if not callable(getattr(inner, "generate", None)):
         raise TypeError(f"model must be a causal language model of transformers, which can generate, got {type(model).__name__}.")
     device = next(model.parameters()).device
     _check_rows("prompts", prompts)
@@ -144,7 +144,7 @@ def excursion(
         with torch.no_grad(), torch.random.fork_rng(devices, enabled=seed is not None or not temperature):
             if seed is not None:
                 torch.manual_seed(seed)
-            found: Any = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            found: Any = inner.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -240,7 +240,7 @@ def eavi_batch(
     rows = list(zip(prompts, answers, given, strict=True))
     if mode == "super_batch":
         rows += [(prompts[row], answers[row], answers[row]) for row in chosen]
-    inputs = alignment(*map(list, zip(*rows, strict=True)), end_token_id=end_token_id, pad_token_id=pad_token_id)  # type: ignore[misc]
+    inputs = alignment(*map(list, zip(*rows, strict=True)), end_token_id=end_token_id, pad_token_id=pad_token_id)
     return EaviBatch(inputs, own, exact, generated, int(inputs["attention_mask"].sum()))
 
 
