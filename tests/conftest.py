@@ -10,7 +10,7 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -32,13 +32,16 @@ if not torch.cuda.is_available():
     if find_spec("triton") is not None:
         replace_language_once_a_launch()
 
-gc.disable()  # all that is made until the tests are collected stays
 
-
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
     """Garbage is looked for among what tests make: walking all modules and tests each time took a tenth of the run."""
-    gc.freeze()
-    gc.enable()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_sessionfinish() -> None:
