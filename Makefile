@@ -32,6 +32,8 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.
 
 # Python would put the current folder first on sys.path, and kernels/ with it.
 export PYTHONSAFEPATH := 1
+# Tests that are not compiled anew at each start begin seconds earlier; an environment may forbid it.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo life-demo heads-demo test test-slow test-lowest kernels bench damage gpu gpu-wheels docs style doctor clean
 
