@@ -207,7 +207,9 @@ def test_damaged_files_are_one_line_and_a_vocabulary_is_kept(texts, tmp_path):
 
 def test_other_options_in_the_same_folder_are_refused(texts, tmp_path):
     train(config(texts, tmp_path / "life", steps=2))
-    with pytest.raises(InputError, match=r"context must be 16, as in the life in .*life, got 32: give that, or another --output-dir"):
+    with pytest.raises(
+        InputError, match=r"context must be 16, as in the life in .*life, got 32: give that, or fork the life with `tinyonn life fork"
+    ):
         train(config(texts, tmp_path / "life", context=32))
     assert train(config(texts, tmp_path / "life", steps=4, log_steps=1)).steps == 4
 

@@ -105,16 +105,24 @@ def fork(
     target: Annotated[Path, typer.Argument(metavar="NEW", help="A new folder.", show_default=False)],
     step: Step = None,
 ) -> None:
-    """Begin a new life from a kept step; it shares the segments of the old one."""
-    from ..store.forking import fork as make
-    from ..store.forking import shared_bytes
+    """Begin a new life from a kept step; it shares the segments of the old one.
+
+    A fork of a folder of `tinyonn train` is such a folder too. Its first run may change texts, learning rate, thresholds and more;
+    `docs/life.md` lists them.
+    """
+    from ..life.forking import fork_life, is_training, linked_bytes
     from ..store.overview import find_store
 
-    source = find_store(folder)
-    screen.say(f"segments of {readable_bytes(shared_bytes(source, step))} are shared by hard links, or copied to another disk")
-    made = make(source, target, step)
+    find_store(folder)
+    screen.say(f"files of {readable_bytes(linked_bytes(folder, step))} are shared by hard links, or copied to another disk")
+    made = fork_life(folder, target, step)
     assert made.parent is not None
-    print(screen.rows([("life", made.life), ("parent", f"{made.parent['life']}, step {made.parent['step']}"), ("folder", target)]))
+    lines: list[tuple[str, object]] = [
+        ("life", made.life), ("parent", f"{made.parent['life']}, step {made.parent['step']}"), ("folder", target)
+    ]  # fmt: skip
+    if is_training(target):
+        lines.append(("go on", f"tinyonn train --config {target / 'options.yaml'} --output-dir {target} --steps N"))
+    print(screen.rows(lines))
 
 
 @life.command()
