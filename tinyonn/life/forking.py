@@ -77,7 +77,7 @@ class Origin:
 def fork_life(source: str | os.PathLike[str], target: str | os.PathLike[str], step: int | None = None) -> Manifest:
     """Makes a folder in which `tinyonn train` goes on from a kept step of another one, whose trainer may run meanwhile.
 
-    Segments and tokens are hard links, or copies on another disk. The log ends at the step. The model, the pages and the files of TensorBoard
+    Segments and tokens are hard links, or copies on another disk. The log ends at the step. The model, the pages and TensorBoard's files
     are left out; training writes them again. A folder with only a store becomes a store.
 
     Args:

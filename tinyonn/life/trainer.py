@@ -30,7 +30,7 @@ class Schedule:
     begin: int
 
     def __call__(self, step: int) -> float:
-        step, warm = step - self.begin, self.config.warmup_steps
+        step, warm = max(0, step - self.begin), self.config.warmup_steps
         if step < warm:
             return step / warm
         share = min(1.0, (step - warm) / max(1, self.config.steps - self.begin - warm))
