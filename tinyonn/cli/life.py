@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections import Counter
@@ -38,6 +39,8 @@ def show(
         found = overview(folder)
         records = found.log.effective()
         events = Counter(record["event"] for record in records)
+        runs = [record["event"] for record in records if record["event"] in ("stretch", "stop")]
+        killed = sum(one == after == "stretch" for one, after in itertools.pairwise(runs))
         parent = "none" if found.parent is None else f"{found.parent['life']}, step {found.parent['step']}"
         last = [record for record in records if record["event"] == "metrics" and record.get("loss") is not None][-1:]
         values: list[tuple[str, object]] = [
@@ -46,7 +49,7 @@ def show(
             ("step", found.steps[-1] if found.steps else "none yet"),
             ("kept", _kept(found.steps)),
             ("stored", readable_bytes(found.stored_bytes)),
-            ("stretches", f"{events['stretch']}, {screen.counted(events['stop'], 'stop')}"),
+            ("stretches", f"{events['stretch']}, {screen.counted(events['stop'], 'stop')}{f', {killed} killed' * bool(killed)}"),
             ("experts", f"{screen.counted(events['birth'], 'birth')}, {screen.counted(events['recycling'], 'recycling')}"),
         ]
         values += [("loss", f"{record['loss']:.3f} at step {record['step']}") for record in last]

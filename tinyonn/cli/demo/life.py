@@ -71,9 +71,7 @@ def life_demo(
         return _interrupted()
     if not fork.exists():
         at = max(step for step in overview(life).steps if step <= middle)
-        screen.say(
-            f"\n3. A fork begins at step {at:,}, which was kept. It shares files with the first life, and has its own identity."
-        )
+        screen.say(f"\n3. A fork begins at step {at:,}, which was kept. It shares files with the first life, and has its own identity.")
         _run("life", "fork", life, fork, "--step", at)
     screen.say("\n4. The fork goes on differently: its learning rate falls to 0. The first life stays as it is.")
     _run(*train, "--output-dir", fork, "--schedule", "linear")
