@@ -30,7 +30,7 @@ Output = Annotated[Path, typer.Option("--output-dir", "-o", "--output", metavar=
 
 def life_demo(
     output_dir: Output = Path("data/life"),
-    steps: Annotated[int, typer.Option(metavar="N", min=4, help="Steps of each life.")] = 600,
+    steps: Annotated[int, typer.Option(metavar="N", min=4, help="Steps of each life.")] = 500,
     attention: Annotated[str, typer.Option(metavar="|".join(ATTENTION), help="Kind of attention.")] = "dyn_smha",
     files: Annotated[int, typer.Option(metavar="N", min=1, help="Modules of the standard library to read.")] = 400,
     config: Annotated[
@@ -70,7 +70,8 @@ def life_demo(
     if (newest_step(life / "store") or 0) < steps:
         return _interrupted()
     if not fork.exists():
-        at = max(step for step in overview(life).steps if step <= middle)
+        kept = overview(life).steps
+        at = max((step for step in kept if step <= middle), default=kept[0])
         screen.say(f"\n3. A fork begins at step {at:,}, which was kept. It shares files with the first life, and has its own identity.")
         _run("life", "fork", life, fork, "--step", at)
     screen.say("\n4. The fork goes on differently: its learning rate falls to 0. The first life stays as it is.")
@@ -134,7 +135,7 @@ def _kill(arguments: list[str], folder: Path, step: int) -> None:
     child = subprocess.Popen([sys.executable, "-m", "tinyonn", *arguments])
     try:
         while child.poll() is None and (newest_step(folder / "store") or 0) < step:
-            time.sleep(0.02)
+            time.sleep(0.05)
     finally:
         child.kill()
         child.wait()
