@@ -46,7 +46,7 @@ def test_a_life_is_killed_goes_on_and_is_forked(config: Path, tmp_path: Path, ca
     ]
     assert parts[0] == parts[1]
     assert "(SIGKILL)" in told.err
-    life, fork = overview(folder / "life"), overview(folder / "fork")
+    life, fork = overview(folder / "original"), overview(folder / "fork")
     runs = [record for record in life.log.records if record["event"] in ("stretch", "stop")]
     assert [record["event"] for record in runs] == ["stretch", "stretch", "stop"]  # the first stretch has no stop: it was killed
     assert runs[1]["step"] >= 7
@@ -61,7 +61,7 @@ def test_a_life_is_killed_goes_on_and_is_forked(config: Path, tmp_path: Path, ca
     assert str(folder / "timeline.html") in told.out
     assert "stretches  2, 1 stop, 1 killed" in told.out
     assert "changed" in page
-    losses = [{line["step"]: line["loss"] for line in lines(folder / name) if "loss" in line} for name in ("life", "fork")]
+    losses = [{line["step"]: line["loss"] for line in lines(folder / name) if "loss" in line} for name in ("original", "fork")]
     assert [*losses[0]] == [*losses[1]] == [*range(1, 13)]
     assert [losses[0][step] == losses[1][step] for step in (6, 12)] == [True, False]
     before = read_life_log(life.folder / "life.jsonl").records
@@ -105,7 +105,7 @@ def test_the_demo_writes_its_texts_and_says_where_its_pages_are(tmp_path: Path, 
         pytest.skip(str(error))
     assert run(["life-demo", "-o", str(tmp_path), "--steps", "4", "--files", "8"]) == 0
     out = capsys.readouterr().out
-    for name in ("life", "fork"):
+    for name in ("original", "fork"):
         page = tmp_path / name / "life.html"
         assert str(page) in out
         assert f"Life of {name}" in page.read_text()

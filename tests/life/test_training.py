@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,17 @@ def test_a_life_goes_on_from_the_step_to_which_it_was_restored(texts, whole, tmp
         assert torch.equal(value, expected[name]), name
     lines = [json.loads(line)["step"] for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
     assert lines == sorted(lines)
+
+
+def test_a_life_killed_before_its_model_was_written_trains_no_further(texts, whole, tmp_path):
+    folder = tmp_path / "life"
+    train(config(texts, folder, steps=8))
+    shutil.rmtree(folder / "model")
+    again = train(config(texts, folder, steps=8))
+    assert (again.steps, newest_step(folder / "store")) == (8, 8)
+    expected = AutoModelForCausalLM.from_pretrained(whole[0].model).state_dict()
+    for name, value in AutoModelForCausalLM.from_pretrained(again.model).state_dict().items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_the_size_of_the_state_is_told_before_the_first_step(texts, tmp_path):

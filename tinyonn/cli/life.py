@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import time
 from collections import Counter
 from pathlib import Path
@@ -124,7 +125,8 @@ def fork(
         ("life", made.life), ("parent", f"{made.parent['life']}, step {made.parent['step']}"), ("folder", target)
     ]  # fmt: skip
     if is_training(target):
-        lines.append(("go on", f"tinyonn train --config {target / 'options.yaml'} --output-dir {target} --steps N"))
+        command = ["tinyonn", "train", "--config", str(target / "options.yaml"), "--output-dir", str(target), "--steps", "N"]
+        lines.append(("go on", shlex.join(command)))
     print(screen.rows(lines))
 
 

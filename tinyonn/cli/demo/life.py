@@ -49,7 +49,7 @@ def life_demo(
     from ...store.overview import newest_step, overview
 
     begin = time.monotonic()
-    life, fork, file = output_dir / "life", output_dir / "fork", output_dir / "life.yaml"
+    life, fork, file = output_dir / "original", output_dir / "fork", output_dir / "options.yaml"
     every = max(1, min(EVERY, steps // 4))
     middle, killed_at = steps // 2 // every * every, steps // 2 + every // 2
     options = _options(output_dir, attention, files) if config is None else _given(config)
