@@ -92,9 +92,9 @@ class Sizes(TrainerCallback):
         whole = readable_bytes((store.state_bytes() + moments) * (args.world_size if trainer.is_fsdp_enabled else 1))
         free = readable_bytes(shutil.disk_usage(store.folder).free)
         if store.step is None:
-            text = f"the first save writes the whole state, about {whole}, and later saves only what changes"
+            text = f"the first save writes the whole state, at most about {whole}, and later saves only what changes"
         else:
-            text = f"the whole state is about {whole}, and a save writes only what changes"
+            text = f"the whole state is at most about {whole}, and a save writes only what changes"
         self._note(f"store: {text}; {free} are free on its disk")
 
 
