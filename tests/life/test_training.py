@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,6 +183,35 @@ def test_a_life_goes_on_from_the_step_to_which_it_was_restored(texts, whole, tmp
     assert lines == sorted(lines)
 
 
+def test_a_life_killed_before_its_model_was_written_trains_no_further(texts, whole, tmp_path):
+    folder = tmp_path / "life"
+    train(config(texts, folder, steps=8))
+    shutil.rmtree(folder / "model")
+    again = train(config(texts, folder, steps=8))
+    assert (again.steps, newest_step(folder / "store")) == (8, 8)
+    expected = AutoModelForCausalLM.from_pretrained(whole[0].model).state_dict()
+    for name, value in AutoModelForCausalLM.from_pretrained(again.model).state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_the_size_of_the_state_is_told_before_the_first_step(texts, tmp_path):
+    told: list[str] = []
+    log = tmp_path / "life" / "store" / "life.jsonl"
+
+    def note(line: str) -> None:
+        told.append(line)
+        assert not any(record["event"] == "save" for record in read_life_log(log).records)
+
+    train(config(texts, tmp_path / "life", steps=1), None, note)
+    (found,) = re.findall(
+        r"^store: the first save writes the whole state, at most about ([\d.]+) kB, and later saves only what changes; .* are free", told[0]
+    )
+    (save,) = [record for record in read_life_log(log).records if record["event"] == "save"]
+    assert float(found) * 1000 == pytest.approx(save["bytes"], rel=0.15)
+    train(config(texts, tmp_path / "life", steps=2), None, told.append)
+    assert re.match(rf"store: the whole state is at most about {found} kB, and a save writes only what changes; ", told[1])
+
+
 def test_its_own_files_are_no_texts(texts, tmp_path):
     for file in texts.iterdir():
         (tmp_path / file.name).write_text(file.read_text())
@@ -207,7 +237,9 @@ def test_damaged_files_are_one_line_and_a_vocabulary_is_kept(texts, tmp_path):
 
 def test_other_options_in_the_same_folder_are_refused(texts, tmp_path):
     train(config(texts, tmp_path / "life", steps=2))
-    with pytest.raises(InputError, match=r"context must be 16, as in the life in .*life, got 32: give that, or another --output-dir"):
+    with pytest.raises(
+        InputError, match=r"context must be 16, as in the life in .*life, got 32: give that, or fork the life with `tinyonn life fork"
+    ):
         train(config(texts, tmp_path / "life", context=32))
     assert train(config(texts, tmp_path / "life", steps=4, log_steps=1)).steps == 4
 

@@ -127,6 +127,14 @@ class PerpetualMixin:
         self.store.record("stretch", own.state.global_step, durable=True, **(fields | self._stretch))
         return found
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = super()
+        own: Any = self
+        if self.store is not None and own.state.global_step >= own.state.max_steps:  # restored; Trainer would train one step more
+            own.control.should_training_stop = True
+            return None
+        return trainer._run_epoch(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         trainer: Any = super()
         if self._store_folder is None:
