@@ -229,7 +229,7 @@ def test_a_life_that_is_older_than_an_option_goes_on_as_it_began(texts, tmp_path
     train(config(texts, tmp_path, steps=1, freeze_idle=False))
     file = tmp_path / "options.yaml"
     file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith("freeze_idle")))
-    with pytest.raises(InputError, match="freeze_idle must be False, as in the life in .*, got True"):
+    with pytest.raises(InputError, match=r"freeze_idle must be False, as in the life in .*, got True"):
         train(config(texts, tmp_path, steps=2))
     assert train(config(texts, tmp_path, steps=2, freeze_idle=False)).steps == 2
 

@@ -58,8 +58,9 @@ def test_a_newer_format_is_told(tmp_path: Path) -> None:
 def test_steps_must_rise(tmp_path: Path) -> None:
     with PerpetualStore(tmp_path, *small()) as store:
         store.save(5)
-        with pytest.raises(StoreError, match="step must be above 5"):
-            store.save(5)
+        store.save(9)
+        with pytest.raises(StoreError, match=r"step must be above 9, the newest, got 7; rewind\(\) goes back to a step that is kept\."):
+            store.save(7)
         with pytest.raises(ValueError, match="step"):
             store.save(-1)
 

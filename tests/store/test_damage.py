@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from tinyonn.store import DamagedStoreError, PerpetualStore, StoreError, rewind, verify
+from tinyonn.store import DamagedStoreError, PerpetualStore, StoreError, read_life_log, rewind, verify
 from tinyonn.store.manifest import CHAPTER
+from tinyonn.store.segment import Files
 
 from .conftest import assert_same, copied, files_of, flipped, lived, segments, small
 
@@ -52,12 +53,52 @@ def test_a_damaged_segment_names_file_tensor_and_what_is_readable(tmp_path: Path
     with PerpetualStore(tmp_path, model, optimizer) as store:
         with pytest.raises(DamagedStoreError, match=rf"{newest.name}: \S+ is damaged. Step 2 is whole: `tinyonn life restore .* --step 2`"):
             store.restore()
-        assert_same({name: one for name, one in copied(model, optimizer).items() if name.startswith("m.")}, before)
+        assert_same(copied(model, optimizer), before)
     assert rewind(tmp_path, 2) == 2
     with PerpetualStore(tmp_path, model, optimizer) as store:
         assert store.restore() == 2
         assert_same(copied(model, optimizer), states[2])
     assert verify(tmp_path).faults == []
+
+
+def test_a_message_on_damage_reads_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2)
+    with PerpetualStore(tmp_path, model, keep="all") as store:
+        for step in range(1, 12):
+            store.save(step)  # the weights are in the first segment
+        store.wait()
+        flipped(segments(tmp_path)[0], segments(tmp_path)[0].stat().st_size - 1, 0)
+        read: list[str] = []
+        checked = Files.checked
+        monkeypatch.setattr(Files, "checked", lambda files, place, name: (read.append(name), checked(files, place, name))[1])
+        with pytest.raises(
+            DamagedStoreError, match=r"The 3 steps before it are damaged too; `tinyonn life verify .*` lists those that are"
+        ):
+            store.restore()
+    assert len(read) < 5 * 4  # the step itself and three before it
+
+
+def test_a_damaged_log_is_set_aside(tmp_path: Path) -> None:
+    states = lived(tmp_path, 3)
+    log = tmp_path / "life.jsonl"
+    flipped(log, 5, 0)
+    damaged = log.read_bytes()
+    model, optimizer = small(seed=1)
+    with pytest.warns(UserWarning, match=r"^\S+life.jsonl, line 1: [^\n]* is renamed to life.damaged-1.jsonl, and a new log begins.$"):
+        store = PerpetualStore(tmp_path, model, optimizer)
+    with store:
+        assert store.restore() == 3
+    assert_same(copied(model, optimizer), states[3])
+    assert (tmp_path / "life.damaged-1.jsonl").read_bytes() == damaged
+    assert verify(tmp_path).faults == []
+    begin, restore = read_life_log(log).records
+    assert (begin["event"], begin["step"], begin["life"], begin["damaged"]) == ("begin", 3, store.life, "life.damaged-1.jsonl")
+    assert restore["event"] == "restore"
+    flipped(log, 5, 0)
+    with pytest.warns(UserWarning, match="life.damaged-2.jsonl"):
+        rewind(tmp_path, 2)
+    assert (tmp_path / "life.damaged-1.jsonl").read_bytes() == damaged
+    assert [record["event"] for record in read_life_log(log).records] == ["begin", "restore"]
 
 
 @pytest.mark.parametrize("what", ["manifest", "segment"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinyonn.store import DamagedStoreError, PerpetualStore, StoreError, verify
 from tinyonn.store.manifest import CHAPTER
@@ -145,3 +146,94 @@ def test_rewind_to_a_step_that_cannot_be_read_keeps_the_later_ones(tmp_path: Pat
         assert store.restore(1, rewind=True) == 1
         assert_same(copied(model, optimizer), states[1])
         store.save(2)
+
+
+class Fussy:
+    """An object whose state is only loaded into one of its kind."""
+
+    def __init__(self, kind: str, place: int) -> None:
+        self.kind, self.place = kind, place
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+        if state["kind"] != self.kind:
+            raise ValueError(f"kind must be {self.kind}, got {state['kind']}.")
+
+
+@pytest.mark.parametrize("fault", ["segment", "table", "object", "other object", "groups", "order", "optimisers"])
+def test_a_restore_that_fails_changes_nothing(tmp_path: Path, fault: str) -> None:
+    model, optimizer = small()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    objects = {"scheduler": scheduler, "fussy": Fussy("cat", 1)}
+    with PerpetualStore(tmp_path, model, optimizer, objects=objects, keep="all") as store:
+        for step in range(1, CHAPTER + 3):
+            optimizer.param_groups[0]["lr"] = 1 / step
+            store.save(step)
+            train(model, optimizer)
+    model, optimizer = small(seed=1)
+    optimizer.param_groups[0]["lr"] = 7.0
+    train(model, optimizer, 2)
+    optimizer.state[model.narrow]["name"] = "mine"
+    optimizer.state[model.inner.weight]["exp_avg"] = optimizer.state[model.inner.weight]["exp_avg"].double()
+    del optimizer.state[model.experts]
+    optimizers: list[torch.optim.Optimizer] = [optimizer]
+    objects = {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.25), "fussy": Fussy("cat", 2)}
+    match fault:
+        case "segment":
+            for path in segments(tmp_path):
+                flipped(path, path.stat().st_size // 2, 0)  # in a tensor
+        case "table":
+            for path in (tmp_path / "index").glob("table-*"):
+                flipped(path, path.stat().st_size - 5, 0)
+        case "object":
+            objects["fussy"] = Fussy("dog", 2)
+        case "other object":
+            objects["other"] = Fussy("cat", 3)
+        case "groups":
+            optimizer.add_param_group({"params": [optimizer.param_groups[0]["params"].pop()], "lr": 0.5})
+        case "order":
+            optimizer.param_groups[0]["params"].reverse()
+        case "optimisers":
+            optimizers.append(torch.optim.SGD(model.parameters()))
+    before = copy.deepcopy([model.state_dict(), optimizer.state_dict(), [one.state_dict() for one in objects.values()]])
+    with PerpetualStore(tmp_path, model, optimizers, objects=objects) as store:
+        drawn = torch.get_rng_state()
+        with pytest.raises((StoreError, ValueError)):
+            store.restore()
+        assert torch.equal(torch.get_rng_state(), drawn)
+        assert store.state == {}
+    after = [model.state_dict(), optimizer.state_dict(), [one.state_dict() for one in objects.values()]]
+    assert_equal(after, before)
+
+
+def assert_equal(got: Any, expected: Any) -> None:
+    """Of nested lists and dicts with tensors."""
+    assert type(got) is type(expected)
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+        got, expected = list(got.values()), list(expected.values())
+    if isinstance(expected, Tensor):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+    elif isinstance(expected, list):
+        assert len(got) == len(expected)
+        for one, other in zip(got, expected, strict=True):
+            assert_equal(one, other)
+    else:
+        assert got == expected
+
+
+def test_values_that_the_optimiser_got_later_are_gone(tmp_path: Path) -> None:
+    model, optimizer = small()
+    train(model, optimizer)
+    optimizer.state[model.narrow]["kept"] = "early"
+    with PerpetualStore(tmp_path, model, optimizer) as store:
+        store.save(1)
+        optimizer.state[model.narrow] |= {"kept": "late", "note": "late", "average": torch.ones(2)}
+        store.restore()
+    values = {key: value for key, value in optimizer.state[model.narrow].items() if not isinstance(value, Tensor)}
+    assert values == {"kept": "early"}
+    assert optimizer.state[model.narrow].keys() == {"step", "exp_avg", "exp_avg_sq", "kept"}
