@@ -257,6 +257,26 @@ def test_experts_that_are_not_live_move_only_without_freeze_idle(texts, tmp_path
         train(config(texts, tmp_path / "False", steps=4))
 
 
+def test_a_life_that_is_older_than_an_option_goes_on_as_it_began(texts, tmp_path):
+    train(config(texts, tmp_path, steps=1, freeze_idle=False))
+    file = tmp_path / "options.yaml"
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith("freeze_idle")))
+    with pytest.raises(InputError, match=r"freeze_idle must be False, as in the life in .*, got True"):
+        train(config(texts, tmp_path, steps=2))
+    assert train(config(texts, tmp_path, steps=2, freeze_idle=False)).steps == 2
+
+
+def test_an_error_leaves_the_handlers_of_signals_as_they_were(texts, tmp_path):
+    def fail(share: float | None, words: str) -> None:
+        if share is not None:
+            raise ValueError("in the first step")
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ValueError, match="in the first step"):
+        train(config(texts, tmp_path, log_steps=1), fail)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_two_trainers_in_one_folder(texts, tmp_path):
     folder = tmp_path / "life"
     code = "import sys, time; from tinyonn._io.locks import locked\nwith locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"

@@ -132,12 +132,12 @@ def read_origin(folder: Path) -> Origin | None:
 
 
 def read_options(folder: Path, name: str = "output_dir") -> dict[str, Any]:
-    """The options in a folder; those that are missing, of an earlier version, have their defaults.
+    """The options in a folder; those that are missing have the values that an earlier version trained with.
 
     Raises:
         InputError: the file is damaged.
     """
-    defaults = {field.name: field.default for field in fields(LifeConfig) if field.default is not MISSING}
+    defaults = {field.name: field.default for field in fields(LifeConfig) if field.default is not MISSING} | {"freeze_idle": False}
     kept = read_yaml(folder / OPTIONS, name)
     return {name: kept.get(name, default) for name, default in defaults.items() if name not in FREE} | kept
 

@@ -139,7 +139,8 @@ def train(config: LifeConfig, progress: ProgressCall | None = None, note: Callab
             log.resume(done)
         if done >= config.steps and (folder / "model" / "config.json").is_file():
             return _done_before(folder, model, log, done, begin, first)
-        trainer.train()
+        with signals:
+            trainer.train()
         stopped = trainer.stopped
         trainer.save_model(str(folder / "model"))
         if first:
@@ -342,7 +343,7 @@ def _arguments(config: LifeConfig, folder: Path) -> TrainingArguments:
 
 
 class _StopSignals(TrainerCallback):
-    """Ctrl-C and SIGTERM end training after the step, with a save; a second one ends it at once.
+    """Within its `with` block, Ctrl-C and SIGTERM end training after the step, with a save; a second one ends it at once.
 
     Attributes:
         asked: name of the signal; None if none came.
@@ -354,10 +355,15 @@ class _StopSignals(TrainerCallback):
         self.asked: str | None = None
         self._before: dict[int, Any] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
 
     def _note(self, number: int, frame: Any) -> None:
         if self.asked is not None:
@@ -374,11 +380,6 @@ class _StopSignals(TrainerCallback):
             if self.trainer is not None:
                 self.trainer.stopped = self.asked
         return control
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
 
 
 @torch.no_grad()

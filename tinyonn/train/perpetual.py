@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..errors import InputError
 from ..store.keep import Keep
-from ..store.life_log import LOG, RESERVED, environment, read_life_log
+from ..store.life_log import LOG, RESERVED, LifeLogError, environment, read_life_log
 from ..store.overview import saved_values
 from ..store.perpetual_store import PerpetualStore
 
@@ -188,6 +188,10 @@ class _Records(TrainerCallback):
 
 def _history(log: Path) -> list[dict[str, Any]]:
     """`log_history` of the trainer, from the log of the life."""
-    kept = [record for record in read_life_log(log).effective() if record["event"] in ("metrics", "evaluation")]
+    try:
+        records = read_life_log(log).effective()
+    except LifeLogError:  # the store warns, and sets it aside
+        return []
+    kept = [record for record in records if record["event"] in ("metrics", "evaluation")]
     names = set(RESERVED) - {"step"}
     return [{name: value for name, value in record.items() if name not in names} for record in kept]
