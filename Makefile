@@ -1,5 +1,5 @@
 # make demo   scan SmolLM2-135M over two corpora and write a report
-# make life-demo  train a small self-organising model on the standard library and on passages
+# make life-demo  train a small self-organising model, kill it, go on, fork it, and show both lives (LIFE_ARGS="--steps N")
 # make heads-demo  score and measure attention heads of SmolLM2-135M and MiniLM
 # make test   the test suite                   make test-slow  attention kernels in the interpreter
 # make test-lowest  every kernel once, with the lowest supported Triton
@@ -32,6 +32,8 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.
 
 # Python would put the current folder first on sys.path, and kernels/ with it.
 export PYTHONSAFEPATH := 1
+# Tests that are not compiled anew at each start begin seconds earlier; an environment may forbid it.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo life-demo heads-demo test test-slow test-lowest kernels bench damage gpu gpu-wheels docs style doctor clean
 

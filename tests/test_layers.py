@@ -77,7 +77,10 @@ def imports(source: str, name: str, is_package: bool = False) -> Iterator[Import
                 yield Imported(deeper if deeper in KNOWN else base, *place)
 
 
-IMPORTS = {name: [*imports(path.read_text(), name, path.name == "__init__.py")] for name, path in MODULES.items()}
+@pytest.fixture(scope="module")
+def imported_by() -> dict[str, list[Imported]]:
+    """What each module imports. Reading them all takes seconds."""
+    return {name: [*imports(path.read_text(), name, path.name == "__init__.py")] for name, path in MODULES.items()}
 
 
 def layer_of(name: str) -> str:
@@ -101,16 +104,16 @@ def breaches(name: str, imported: set[str]) -> list[str]:
     return sorted(wrong)
 
 
-def test_imports_run_one_way():
-    found = {name: breaches(name, {other.name for other in imported}) for name, imported in IMPORTS.items()}
+def test_imports_run_one_way(imported_by):
+    found = {name: breaches(name, {other.name for other in imported}) for name, imported in imported_by.items()}
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
 
-def test_the_table_lists_every_layer_and_nothing_that_no_layer_imports():
+def test_the_table_lists_every_layer_and_nothing_that_no_layer_imports(imported_by):
     """What a layer may import and does not is a line that nobody checks."""
     layers = {layer_of(name) for name in MODULES if name not in SHARED} - {"tinyonn.__main__"}
     assert set(ALLOWED) == {*layers, "tinyonn._io"}
-    used = {layer: {other.name for name in MODULES if layer_of(name) == layer for other in IMPORTS[name]} for layer in ALLOWED}
+    used = {layer: {other.name for name in MODULES if layer_of(name) == layer for other in imported_by[name]} for layer in ALLOWED}
     idle = {
         layer: sorted(t for t in targets if not any(other == t or other.startswith(t + ".") for other in used[layer]))
         for layer, targets in ALLOWED.items()
@@ -127,9 +130,9 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def test_no_import_goes_in_a_circle():
+def test_no_import_goes_in_a_circle(imported_by):
     """Imports inside functions count too: an import that waits for a call would hide a circle."""
-    graph = {name: {o.name for o in imported if not o.typing and o.name in MODULES} - {name} for name, imported in IMPORTS.items()}
+    graph = {name: {o.name for o in imported if not o.typing and o.name in MODULES} - {name} for name, imported in imported_by.items()}
     assert circle(graph) == []
     assert circle({**graph, "tinyonn.errors": {"tinyonn.cli"}}) != []
 
@@ -169,10 +172,10 @@ def test_a_breach_is_found(name, source, found):
     assert breaches(name, {other.name for other in imports(source, name)}) == found
 
 
-def test_kernels_and_triton_are_imported_only_inside_calls():
+def test_kernels_and_triton_are_imported_only_inside_calls(imported_by):
     eager = {
         name: {other.name.split(".")[0] for other in imported if not other.lazy} & {"tinyonn_kernels", "triton"}
-        for name, imported in IMPORTS.items()
+        for name, imported in imported_by.items()
         if layer_of(name) not in ("tinyonn.testing", "tinyonn_kernels")
     }
     assert {name: wrong for name, wrong in eager.items() if wrong} == {}

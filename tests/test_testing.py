@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from tinyonn import ops
 from tinyonn.testing import assert_close_rms, compare_with_oracle, dtype_id, poisoned, rms_error_ratio, shape_id
 
 
@@ -77,6 +78,16 @@ def test_oracle_comparison_judges_outputs_and_gradients():
 
 def test_half_precision_is_judged_on_its_own_rounded_inputs():
     compare_with_oracle(lambda x: x.float(), lambda x: x, {"x": torch.randn(50)}, dtype=torch.bfloat16, tolerance=1e-12)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled")
+def test_the_interpreter_puts_the_language_back_after_each_launch():
+    language = pytest.importorskip("triton").language
+    before, found = dict(vars(language)), []
+    for _ in range(3):
+        found.append(ops.block_norms(torch.full((2, 4), 3.0), 4, impl="triton"))
+        assert [name for name, value in vars(language).items() if value is not before.get(name)] == []
+    assert all(torch.equal(norms, torch.full((2, 1), 6.0)) for norms in found)
 
 
 WITHOUT_PYTEST = """

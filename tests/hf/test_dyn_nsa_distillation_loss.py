@@ -20,8 +20,8 @@ from tinyonn.testing import left_padding, tiny_causal_lm, token_ids
 SMALL: dict[str, Any] = {"compress_size": 16, "block_size": 16, "window": 20}
 
 
-def converted(seed: int = 0) -> PreTrainedModel:
-    model = tiny_causal_lm("llama", max_position_embeddings=512, num_hidden_layers=2)
+def converted(seed: int = 0, layers: int = 2) -> PreTrainedModel:
+    model = tiny_causal_lm("llama", max_position_embeddings=512, num_hidden_layers=layers)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.mul_(3)  # far from what the mean of a block tells
@@ -147,11 +147,16 @@ def test_only_the_estimate_learns_from_it():
 
 @pytest.mark.parametrize("how", ["checkpointed", "compiled"])
 def test_gradients_stay_the_same(how):
-    x = token_ids(200, 1) if how == "checkpointed" else token_ids()
-    inputs = {} if how == "checkpointed" else {"attention_mask": left_padding()}
+    # Every four queries are traced anew, so a text to compile is short.
+    x = token_ids(200, 1) if how == "checkpointed" else token_ids(78)
+    inputs = {} if how == "checkpointed" else {"attention_mask": left_padding(78, 11)}
     # A compiled model draws other queries than an eager one, so it takes all; a recomputation must draw the same ones again.
-    plain, model = (with_weight(converted(), 5.0, queries=16 if how == "checkpointed" else x.shape[1]) for _ in range(2))
-    expected = gradients(plain, x, **inputs)
+    queries, layers = (16, 2) if how == "checkpointed" else (x.shape[1], 1)
+    without, plain, model = (with_weight(converted(layers=layers), weight, queries) for weight in (0.0, 5.0, 5.0))
+    expected, other = (gradients(one, x, **inputs) for one in (plain, without))
+    learned = [name for name in expected if "query_map" in name]
+    assert learned
+    assert not any(torch.allclose(expected[name], other[name], rtol=1e-2) for name in learned)
     if how == "checkpointed":
         model.gradient_checkpointing_enable()
         got = gradients(model, x, **inputs)

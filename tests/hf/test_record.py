@@ -24,6 +24,7 @@ from transformers import (
 
 from tinyonn.errors import InputError
 from tinyonn.hf import (
+    TinyOnnConfig,
     calibrate,
     calibrate_experts,
     convert_attention,
@@ -161,6 +162,9 @@ WITHOUT_TINYONN = {
 
 
 def test_without_tinyonn_no_door_gives_random_weights(tmp_path):
+    """Importing it opens them, and registers its own kind of model."""
+    TinyOnnConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path / "own type")
+    assert json.loads((tmp_path / "own type" / "config.json").read_text())["model_type"] == "tiny_onn"
     peft = pytest.importorskip("peft", reason="loads an adapter's base model")
     for kind in ("attention", "MLPs"):
         folder, adapter = tmp_path / kind, tmp_path / f"{kind} adapter"
@@ -185,11 +189,11 @@ for kind in ("attention", "MLPs"):
 assert "tinyonn" not in sys.modules
 import tinyonn.hf
 AutoModelForCausalLM.from_pretrained(folder, config=AutoConfig.from_pretrained(folder))
-print("with tinyonn | loaded")
+print("with tinyonn | loaded", type(AutoConfig.from_pretrained({str(tmp_path / "own type")!r})).__name__)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     lines = [line for line in run.stdout.splitlines() if " | " in line]
-    assert lines.pop() == "with tinyonn | loaded", run.stderr
+    assert lines.pop() == "with tinyonn | loaded TinyOnnConfig", run.stderr
     assert [line.split(" | ")[0] for line in lines] == [*WITHOUT_TINYONN] * 2
     for line in lines:
         assert line.endswith("this model has parts from tinyonn: run `import tinyonn.hf` before from_pretrained"), line

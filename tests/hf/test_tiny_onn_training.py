@@ -103,8 +103,8 @@ def test_a_checkpointed_model_makes_no_cache():
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step_is_the_eager_one(kind, checkpointed):
-    """Whole, without a graph break, with padding."""
-    eager, compiled = model(kind).train(), model(kind).train()
+    """Whole, without a graph break, with padding. Tracing takes seconds a layer: one of them is enough for the checkpointed."""
+    eager, compiled = (model(kind, num_hidden_layers=1 if checkpointed else 2).train() for _ in range(2))
     for built in (eager, compiled):
         built._set_gradient_checkpointing(checkpointed)
     ids, mask = left_padded(80, 31)
@@ -116,7 +116,7 @@ def test_a_compiled_step_is_the_eager_one(kind, checkpointed):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_model_takes_packed_sequences_by_their_bounds_only():
-    built, ids, bounds = model().train(), token_ids(1, 60), torch.tensor([0, 25, 60])
+    built, ids, bounds = model(num_hidden_layers=1).train(), token_ids(1, 60), torch.tensor([0, 25, 60])
     compiled = torch.compile(built, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids, cu_seq_lens_q=bounds).logits, built(ids, cu_seq_lens_q=bounds).logits)
     with pytest.raises(RuntimeError, match="takes packed sequences by cu_seq_lens_q only"):

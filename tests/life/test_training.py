@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,6 +183,35 @@ def test_a_life_goes_on_from_the_step_to_which_it_was_restored(texts, whole, tmp
     assert lines == sorted(lines)
 
 
+def test_a_life_killed_before_its_model_was_written_trains_no_further(texts, whole, tmp_path):
+    folder = tmp_path / "life"
+    train(config(texts, folder, steps=8))
+    shutil.rmtree(folder / "model")
+    again = train(config(texts, folder, steps=8))
+    assert (again.steps, newest_step(folder / "store")) == (8, 8)
+    expected = AutoModelForCausalLM.from_pretrained(whole[0].model).state_dict()
+    for name, value in AutoModelForCausalLM.from_pretrained(again.model).state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_the_size_of_the_state_is_told_before_the_first_step(texts, tmp_path):
+    told: list[str] = []
+    log = tmp_path / "life" / "store" / "life.jsonl"
+
+    def note(line: str) -> None:
+        told.append(line)
+        assert not any(record["event"] == "save" for record in read_life_log(log).records)
+
+    train(config(texts, tmp_path / "life", steps=1), None, note)
+    (found,) = re.findall(
+        r"^store: the first save writes the whole state, at most about ([\d.]+) kB, and later saves only what changes; .* are free", told[0]
+    )
+    (save,) = [record for record in read_life_log(log).records if record["event"] == "save"]
+    assert float(found) * 1000 == pytest.approx(save["bytes"], rel=0.15)
+    train(config(texts, tmp_path / "life", steps=2), None, told.append)
+    assert re.match(rf"store: the whole state is at most about {found} kB, and a save writes only what changes; ", told[1])
+
+
 def test_its_own_files_are_no_texts(texts, tmp_path):
     for file in texts.iterdir():
         (tmp_path / file.name).write_text(file.read_text())
@@ -207,7 +237,9 @@ def test_damaged_files_are_one_line_and_a_vocabulary_is_kept(texts, tmp_path):
 
 def test_other_options_in_the_same_folder_are_refused(texts, tmp_path):
     train(config(texts, tmp_path / "life", steps=2))
-    with pytest.raises(InputError, match=r"context must be 16, as in the life in .*life, got 32: give that, or another --output-dir"):
+    with pytest.raises(
+        InputError, match=r"context must be 16, as in the life in .*life, got 32: give that, or fork the life with `tinyonn life fork"
+    ):
         train(config(texts, tmp_path / "life", context=32))
     assert train(config(texts, tmp_path / "life", steps=4, log_steps=1)).steps == 4
 
@@ -223,6 +255,26 @@ def test_experts_that_are_not_live_move_only_without_freeze_idle(texts, tmp_path
     assert not torch.equal(frozen[6:], moved[6:])
     with pytest.raises(InputError, match="freeze_idle must be False, as in the life in "):
         train(config(texts, tmp_path / "False", steps=4))
+
+
+def test_a_life_that_is_older_than_an_option_goes_on_as_it_began(texts, tmp_path):
+    train(config(texts, tmp_path, steps=1, freeze_idle=False))
+    file = tmp_path / "options.yaml"
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith("freeze_idle")))
+    with pytest.raises(InputError, match=r"freeze_idle must be False, as in the life in .*, got True"):
+        train(config(texts, tmp_path, steps=2))
+    assert train(config(texts, tmp_path, steps=2, freeze_idle=False)).steps == 2
+
+
+def test_an_error_leaves_the_handlers_of_signals_as_they_were(texts, tmp_path):
+    def fail(share: float | None, words: str) -> None:
+        if share is not None:
+            raise ValueError("in the first step")
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ValueError, match="in the first step"):
+        train(config(texts, tmp_path, log_steps=1), fail)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_two_trainers_in_one_folder(texts, tmp_path):

@@ -113,8 +113,23 @@ def test_several_lives_share_charts_and_have_a_family(parse, tmp_path):
     assert "oak: Kept well." in page.text
     for title in ("Training loss", "Held-out loss", "Predictive integrity", "Live experts", "Births", "Recyclings", "Size of saves"):
         assert f"<h3>{title}</h3>" in source
+    assert source.count(">acorn departs</text>") == 5  # held-out loss has only a step after it
+    unknowing = LifeLine("oak", "life-1", None, [one for one in PARENT.records if one["event"] != "fork"])
+    assert "forked at step 20: acorn" in told(write_timeline_page(target, [unknowing, CHILD]).read_text(encoding="utf-8"))
     alone = write_timeline_page(tmp_path / "alone.html", [CHILD]).read_text(encoding="utf-8")
+    assert "departs" not in alone
     assert facts_of(alone)[0]["parent"] == "life-1"
+
+
+def test_stretches_of_a_fork_show_what_it_changed(parse, tmp_path):
+    records = [record(1, "begin", 20), record(2, "stretch", 20, changed={"schedule": ["constant", "linear"], "w_ce": [0.0, 0.5]})]
+    fork = LifeLine("acorn", "life-2", {"life": "life-1", "step": 20}, records)
+    _, stretches = parse(write_timeline_page(tmp_path / "timeline.html", [PARENT, fork])).tables
+    assert stretches[0][-2:] == ["changed", "ended by"]
+    assert [row[-2] for row in stretches[1:]] == ["–", "–", "schedule constant → linear, w_ce 0.0 → 0.5"]
+    records[1]["changed"] = {"schedule": "linear"}
+    _, stretches = parse(write_timeline_page(tmp_path / "timeline.html", [PARENT, fork])).tables
+    assert stretches[-1][-2] == ""
 
 
 @pytest.mark.parametrize(

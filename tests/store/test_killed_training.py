@@ -1,12 +1,13 @@
-"""SIGKILL at any moment leaves the last durable step readable, and a run that was killed fifty times ends as one that was not."""
+"""SIGKILL at any moment leaves the last durable step readable, and a run that was killed fifty times ends as one without a store."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,82 +47,105 @@ class Batches:
         self.epoch, self.place = state["epoch"], state["place"]
 
 
-def train(folder: Path, pause: float = 0.0) -> None:
-    """Trains up to the last step, from the newest step of the store; dropout and routing noise use the random generators."""
-    lifecycle.WINDOW = 5
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(3)
-    moe = DynMoE(F, 4, E - 2, max_num_experts=E, thresholds="learned", gating_loss="none", target_k=2)
-    model = nn.Sequential(nn.Linear(F, F), nn.Dropout(0.3), moe, nn.Linear(F, F))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    life = ExpertLifecycle(model, optimizer, pruning_threshold=0.2, growth_threshold=0.001, seed=1)
-    batches = Batches()
-    objects = {"scheduler": scheduler, "lifecycle": life, "batches": batches}
-    with PerpetualStore(folder, model, optimizer, objects=objects, keep="last:2,every:40") as store:
+class Life:
+    """A training with dropout, routing noise, births, and draws of each random generator."""
+
+    def __init__(self) -> None:
+        lifecycle.WINDOW = 5
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(3)
+        moe = DynMoE(F, 4, E - 2, max_num_experts=E, thresholds="learned", gating_loss="none", target_k=2)
+        self.model = nn.Sequential(nn.Linear(F, F), nn.Dropout(0.3), moe, nn.Linear(F, F))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.02)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
+        experts = ExpertLifecycle(self.model, self.optimizer, pruning_threshold=0.2, growth_threshold=0.001, seed=1)
+        self.objects: dict[str, Any] = {"scheduler": scheduler, "lifecycle": experts, "batches": Batches()}
+
+    def step(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """One step; what happened in it."""
+        x = self.objects["batches"].next()
+        x = x + 0.01 * torch.rand(x.shape) + 0.01 * random.random() + 0.01 * float(np.random.rand())  # noqa: NPY002
+        loss = (self.model(x) - x.roll(1, -1)).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.objects["scheduler"].step()
+        for event in self.objects["lifecycle"].step(float(torch.exp(-loss.detach()))):
+            yield event.kind, {"expert": event.expert}
+        yield "metrics", {"loss": float(loss)}
+
+    def write(self, file: Path) -> None:
+        """All of the state, for a comparison."""
+        drawn = random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+        objects = {name: one.state_dict() for name, one in self.objects.items()}
+        torch.save([self.model.state_dict(), self.optimizer.state_dict(), objects, drawn], file)
+
+
+def train_without_a_store(folder: Path) -> None:
+    life, lines = Life(), []
+    for step in range(1, STEPS + 1):
+        lines += [[step, event, fields] for event, fields in life.step()]
+    life.write(folder / "whole.pt")
+    (folder / "whole.json").write_text(json.dumps(lines))
+
+
+def train(folder: Path, last: int = STEPS, state: Path | None = None) -> None:
+    """Goes on from the newest step of the store up to `last`; one that is not the end of the life waits to be killed there."""
+    life = Life()
+    with PerpetualStore(folder, life.model, life.optimizer, objects=life.objects, keep="last:2,every:40") as store:
         begin = store.restore() or 0
-        for step in range(begin + 1, STEPS + 1):
-            x = batches.next()
-            x = x + 0.01 * torch.rand(x.shape) + 0.01 * random.random() + 0.01 * float(np.random.rand())  # noqa: NPY002
-            loss = (model(x) - x.roll(1, -1)).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            for event in life.step(float(torch.exp(-loss.detach()))):
-                store.record(event.kind, step, expert=event.expert)
-            store.record("metrics", step, loss=float(loss))
-            store.save(step, score=-float(loss))
-            time.sleep(pause)
-
-
-def result(folder: Path) -> dict[str, Tensor]:
-    """All that the store has of its newest step."""
-    from tinyonn.store.ledger import Ledger
-    from tinyonn.store.manifest import Manifest
-    from tinyonn.store.segment import Files
-
-    ledger = Ledger(folder, Manifest.read(folder))
-    newest = ledger.manifest.newest
-    assert newest is not None
-    layout, table = ledger.at(newest)
-    files = Files(ledger.segments)
-    return {name: bytes(files.checked(place, name)) for name, place in zip(layout.names, table, strict=True)}  # type: ignore[misc]
+        for step in range(begin + 1, last + 1):
+            for event, fields in life.step():
+                store.record(event, step, **fields)
+            store.save(step, score=-step)
+        if state is not None:
+            life.write(state)
+        if last < STEPS:
+            time.sleep(60)
 
 
 def test_fifty_kills_change_nothing(tmp_path: Path, forked: Callable[..., Any]) -> None:
-    whole = forked(partial(train, tmp_path / "whole"))
-    whole.join(120)
-    assert whole.exitcode == 0
+    def done(work: Callable[[], None]) -> None:
+        process = forked(work)
+        process.join(120)
+        assert process.exitcode == 0
+
+    folder = tmp_path / "store"
+    done(partial(train_without_a_store, tmp_path))
     draw = random.Random(1)
-    kills, reached = 0, 0
-    while kills < KILLS:
-        process = forked(partial(train, tmp_path / "killed", 0.01))
-        time.sleep(draw.uniform(0.0, 0.25))
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
+    reached = 0
+    for kill in range(KILLS):
+        process = forked(partial(train, folder, last=STEPS * (kill + 1) // (KILLS + 1)))
+        time.sleep(draw.uniform(0.0, 0.2))
+        assert process.exitcode is None
+        os.kill(process.pid, signal.SIGKILL)
         process.join()
-        if process.exitcode == 0:
-            break
-        kills += 1
-        if (tmp_path / "killed" / "manifest.json").exists():
-            found = verify(tmp_path / "killed")
+        if (folder / "manifest.json").exists():
+            found = verify(folder)
             assert [
                 fault for fault in found.faults if "ends in a part of a record" not in fault and "life.jsonl is missing" not in fault
             ] == []
             newest = found.readable[-1] if found.readable else 0
             assert newest >= reached  # what was durable stays
             reached = newest
-    assert kills == KILLS or kills > 15
-    last = forked(partial(train, tmp_path / "killed"))
-    last.join(120)
-    assert last.exitcode == 0
-    expected, got = result(tmp_path / "whole"), result(tmp_path / "killed")
-    assert got.keys() == expected.keys()
-    assert [name for name in got if got[name] != expected[name]] == []
-    logs = [read_life_log(tmp_path / one / "life.jsonl").effective() for one in ("whole", "killed")]
-    told = [[(one["step"], one["event"], one.get("expert"), one.get("loss")) for one in log if one["event"] != "save"] for log in logs]
-    lived = [[one for one in lines if one[1] in ("metrics", "birth", "recycling")] for lines in told]
-    assert lived[0] == lived[1]
-    assert {line[1] for line in lived[0]} == {"metrics", "birth", "recycling"}
-    assert [line[0] for line in lived[0] if line[1] == "metrics"] == list(range(1, STEPS + 1))
+    done(partial(train, folder))
+    done(partial(train, folder, state=tmp_path / "killed.pt"))  # restores the last step, and does no more
+    expected, got = (with_bytes(torch.load(tmp_path / f"{one}.pt")) for one in ("whole", "killed"))
+    assert got == expected
+    told = [
+        [one["step"], one["event"], {name: one[name] for name in ("expert", "loss") if name in one}]
+        for one in read_life_log(folder / "life.jsonl").effective()
+        if one["event"] in ("metrics", "birth", "recycling")
+    ]
+    lines = json.loads((tmp_path / "whole.json").read_text())
+    assert told == lines
+    assert {event for _, event, _ in lines} == {"metrics", "birth", "recycling"}
+
+
+def with_bytes(value: Any) -> Any:
+    """Nested values with the bytes of tensors in place of tensors."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: with_bytes(one) for key, one in value.items()}
+    return [with_bytes(one) for one in value] if isinstance(value, list | tuple) else value

@@ -14,7 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tinyonn.store import PerpetualStore, StoreError, verify
+from tinyonn.store import DamagedStoreError, PerpetualStore, StoreError, perpetual_store, verify
+
+from .conftest import flipped
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -192,3 +194,96 @@ def test_an_error_of_one_process_reaches_all_and_the_last_step_is_intact(tmp_pat
     run(2, partial(broken, tmp_path))
     assert verify(tmp_path).faults == []
     assert verify(tmp_path).readable == [1]
+
+
+class Place:
+    """An object that one process may refuse to load, or give a tensor of another size."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.value, self.size, self.refuses = rank, 0, 1, False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "tensor": torch.ones(self.size)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.refuses and state["value"] == 1:
+            raise ValueError(f"process {self.rank} refuses")
+        self.value = state["value"]
+
+
+def unreadable(*args: Any) -> Any:
+    raise DamagedStoreError("the manifest is damaged.")
+
+
+def one_fails_to_read(folder: Path, rank: int) -> None:
+    """The second process alone finds each fault."""
+    model, optimizer = made("sharded")
+    place = Place(rank)
+    with PerpetualStore(folder, model, optimizer, objects={"place": place}, keep="all") as store:
+        store.restore()
+        place.value = 1
+        model(torch.randn(2, 36)).backward()
+        optimizer.step()
+        store.save(1, wait=True)
+        place.value, place.refuses = 2, rank == 1
+        optimizer.param_groups[0]["lr"] = 0.5
+        for parameter in model.parameters():
+            parameter.detach().add_(1)
+        before = tensors(model, optimizer)
+        with pytest.raises((ValueError, RuntimeError), match="process 1 refuses"):
+            store.restore()
+        place.refuses = False
+        with pytest.MonkeyPatch.context() as patched:
+            if rank == 1:
+                patched.setattr(perpetual_store.Manifest, "read", unreadable)
+            with pytest.raises(DamagedStoreError, match="the manifest is damaged"):
+                store.restore()
+        if rank == 1:
+            path = sorted((folder / "segments").iterdir())[1]  # its own
+            flipped(path, path.stat().st_size // 2, 0)
+        distributed.barrier()
+        with pytest.raises(DamagedStoreError, match=r"00000002.safetensors: \S+ is damaged"):
+            store.restore()
+        assert (place.value, optimizer.param_groups[0]["lr"]) == (2, 0.5)
+        after = tensors(model, optimizer)
+        assert after.keys() == before.keys()
+        assert [name for name in after if not torch.equal(after[name], before[name])] == []
+    distributed.barrier()
+
+
+def one_fails_to_compact(folder: Path, rank: int) -> None:
+    model, optimizer = made("ddp")
+    store = PerpetualStore(folder, model, optimizer)
+    store.save(1)
+
+    def no_room(*args: Any) -> None:
+        raise StoreError("no room")
+
+    perpetual_store.compact = no_room
+    with pytest.raises(StoreError, match="no room"):
+        store.compact()
+    with pytest.raises(StoreError, match="no room"):
+        store.close()
+    distributed.barrier()
+
+
+def one_has_other_tensors(folder: Path, rank: int) -> None:
+    model, optimizer = made("ddp")
+    place = Place(rank)
+    store = PerpetualStore(folder, model, optimizer, objects={"place": place})
+    store.save(1)
+    place.size = 2
+    store.save(2)  # on all: planned again
+    place.size = 2 + rank
+    with pytest.raises(StoreError, match=r"the same tensors on all processes, but those of process 1 changed .* Step 2 is intact"):
+        store.save(3, wait=True)
+    with pytest.raises(StoreError, match="the same tensors"):
+        store.save(4)
+    with pytest.raises(StoreError, match="the same tensors"):
+        store.close()
+    distributed.barrier()
+
+
+@pytest.mark.parametrize("work", [one_fails_to_read, one_fails_to_compact, one_has_other_tensors], ids=lambda work: work.__name__)
+def test_a_fault_of_one_process_stops_all(tmp_path: Path, run: Callable[..., None], work: Callable[[Path, int], None]) -> None:
+    run(2, partial(work, tmp_path))

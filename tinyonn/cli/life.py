@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shlex
 import time
 from collections import Counter
 from pathlib import Path
@@ -38,6 +40,8 @@ def show(
         found = overview(folder)
         records = found.log.effective()
         events = Counter(record["event"] for record in records)
+        runs = [record["event"] for record in records if record["event"] in ("stretch", "stop")]
+        killed = sum(one == after == "stretch" for one, after in itertools.pairwise(runs))
         parent = "none" if found.parent is None else f"{found.parent['life']}, step {found.parent['step']}"
         last = [record for record in records if record["event"] == "metrics" and record.get("loss") is not None][-1:]
         values: list[tuple[str, object]] = [
@@ -46,7 +50,7 @@ def show(
             ("step", found.steps[-1] if found.steps else "none yet"),
             ("kept", _kept(found.steps)),
             ("stored", readable_bytes(found.stored_bytes)),
-            ("stretches", f"{events['stretch']}, {screen.counted(events['stop'], 'stop')}"),
+            ("stretches", f"{events['stretch']}, {screen.counted(events['stop'], 'stop')}{f', {killed} killed' * bool(killed)}"),
             ("experts", f"{screen.counted(events['birth'], 'birth')}, {screen.counted(events['recycling'], 'recycling')}"),
         ]
         values += [("loss", f"{record['loss']:.3f} at step {record['step']}") for record in last]
@@ -105,16 +109,25 @@ def fork(
     target: Annotated[Path, typer.Argument(metavar="NEW", help="A new folder.", show_default=False)],
     step: Step = None,
 ) -> None:
-    """Begin a new life from a kept step; it shares the segments of the old one."""
-    from ..store.forking import fork as make
-    from ..store.forking import shared_bytes
+    """Begin a new life from a kept step; it shares the segments of the old one.
+
+    A fork of a folder of `tinyonn train` is such a folder too. Its first run may change texts, learning rate, thresholds and more;
+    `docs/life.md` lists them.
+    """
+    from ..life.forking import fork_life, is_training, linked_bytes
     from ..store.overview import find_store
 
-    source = find_store(folder)
-    screen.say(f"segments of {readable_bytes(shared_bytes(source, step))} are shared by hard links, or copied to another disk")
-    made = make(source, target, step)
+    find_store(folder)
+    screen.say(f"files of {readable_bytes(linked_bytes(folder, step))} are shared by hard links, or copied to another disk")
+    made = fork_life(folder, target, step)
     assert made.parent is not None
-    print(screen.rows([("life", made.life), ("parent", f"{made.parent['life']}, step {made.parent['step']}"), ("folder", target)]))
+    lines: list[tuple[str, object]] = [
+        ("life", made.life), ("parent", f"{made.parent['life']}, step {made.parent['step']}"), ("folder", target)
+    ]  # fmt: skip
+    if is_training(target):
+        command = ["tinyonn", "train", "--config", str(target / "options.yaml"), "--output-dir", str(target), "--steps", "N"]
+        lines.append(("go on", shlex.join(command)))
+    print(screen.rows(lines))
 
 
 @life.command()

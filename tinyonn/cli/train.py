@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 from .._io.config import read_yaml
@@ -20,21 +19,22 @@ PrintConfig = Annotated[bool, print_config_option(LifeConfig, _CONFIG_HEADER)]
 def train(given: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False) -> None:
     """Train a small self-organising model on texts, from scratch.
 
-    Learns a vocabulary, then trains a bonsai, whose experts are born and recycled. The page OUTPUT/life.html is kept current. To go on
-    after a stop, run the same command again. Under torchrun, every process takes its share of each batch.
+    Learns a vocabulary, then trains a bonsai, whose experts are born and recycled. The page OUTPUT/life.html is kept current, and steps are
+    saved in OUTPUT/store. To go on after a stop, run the same command again. In a fork (`tinyonn life fork`) the first run may choose other
+    texts, another learning rate and more. Under torchrun, every process takes its share of each batch.
     """
     values = {**(read_yaml(config) if config else {}), **given}
     run_life(LifeConfig.from_mapping(values, source=str(config or "a --config file")))
 
 
-def run_life(config: LifeConfig) -> Path:
-    """Trains with progress on the screen, and prints how it ended. Returns the page."""
+def run_life(config: LifeConfig) -> None:
+    """Trains with progress on the screen, and prints how it ended."""
     from ..life.training import train
 
     with screen.Progress("training", enabled=os.environ.get("RANK", "0") == "0") as bar:
-        result = train(config, bar.update)
+        result = train(config, bar.update, screen.say)
     if not result.first:
-        return result.page
+        return
     last = result.metrics
     lines: list[tuple[str, object]] = [("trained", f"{screen.counted(result.steps, 'step')}, {result.parameters:,} parameters")]
     if result.stopped:
@@ -53,4 +53,3 @@ def run_life(config: LifeConfig) -> Path:
     if result.sample.strip():
         lines.append(("sample", " ".join(result.sample.split())))
     print(screen.rows(lines), flush=True)
-    return result.page

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..store.keep import Keep
 
 SIZES = ("1m", "10m", "100m")
+SCHEDULES = ("constant", "linear", "cosine")
 ATTENTION = ("dyn_nsa", "dyn_smha", "full")
 
 
@@ -45,7 +46,9 @@ class LifeConfig(Options):
         steps: steps of the optimiser over the whole life.
         batch_size: sequences in a step, of each process.
         context: tokens of a sequence.
-        learning_rate: learning rate, constant.
+        learning_rate: learning rate, the highest of its schedule.
+        schedule: the learning rate after the warm-up: constant; or linear or cosine, which fall to 0 at the last step.
+        warmup_steps: steps in which the learning rate rises from 0; in a fork with another rate or schedule, counted from the fork.
         weight_decay: weight decay of matrices.
         freeze_idle: leave experts without a gradient as they are; otherwise momentum and weight decay move them in every step.
         max_grad_norm: norm to which gradients are clipped.
@@ -88,6 +91,8 @@ class LifeConfig(Options):
     batch_size: int = option(8, integer(1), "N")
     context: int = option(256, integer(8), "N")
     learning_rate: float = option(1e-3, number(above=0, maximum=1), "X")
+    schedule: str = option("constant", one_of(*SCHEDULES))
+    warmup_steps: int = option(0, integer(0), "N")
     weight_decay: float = option(0.1, number(minimum=0, maximum=1), "X")
     freeze_idle: bool = option(True, true_or_false)
     max_grad_norm: float = option(1.0, number(above=0), "X")

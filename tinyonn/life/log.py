@@ -16,6 +16,7 @@ from ..nn.routed import Routed
 from ..report.life import write_life_page
 from ..report.life.data import read_lines
 from ..train.onn_trainer import OnnTrainer
+from .log_files import SAMPLE, SNAPSHOT, cut_log
 
 PAGE_EVERY = 5.0  # seconds between two updates of the page, at least
 PAGE_SHARE = 0.05  # of the time, that writing it and its figures may take
@@ -45,19 +46,13 @@ class TrainingLog(TrainerCallback):
 
     def resume(self, step: int) -> None:
         """Drops lines of steps after a checkpoint, which are trained again; for the first process."""
-        self._log.mkdir(parents=True, exist_ok=True)
         if step < self._steps:
-            (self._log / "sample.json").unlink(missing_ok=True)  # of the run before
-        for name in ("metrics.jsonl", "events.jsonl", "choices.jsonl"):
-            file = self._log / name
-            kept = [line for line in read_lines(file) if line["step"] <= step]
-            write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
-            if name == "events.jsonl":
-                self.births = sum(line["kind"] == "birth" for line in kept)
-                self.recyclings = len(kept) - self.births
-            if name == "metrics.jsonl":
-                for line in kept:
-                    self._keep(line)
+            (self._log / SAMPLE).unlink(missing_ok=True)  # of the run before
+        cut_log(self._log, self._log, step)
+        kinds = [line["kind"] for line in read_lines(self._log / "events.jsonl")]
+        self.births, self.recyclings = kinds.count("birth"), kinds.count("recycling")
+        for line in read_lines(self._log / "metrics.jsonl"):
+            self._keep(line)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._counts = {name: _lived(layer) for name, layer in self._layers()}
@@ -84,7 +79,7 @@ class TrainingLog(TrainerCallback):
         assert trainer is not None
         if trainer.state.is_world_process_zero:
             self._write_events()
-            write_atomically(self._log / "sample.json", json.dumps({"text": sample, "stopped": stopped}))
+            write_atomically(self._log / SAMPLE, json.dumps({"text": sample, "stopped": stopped}))
             self._write_page()
 
     def _keep(self, line: dict[str, Any]) -> None:
@@ -128,7 +123,7 @@ class TrainingLog(TrainerCallback):
                 "surprise": [round(value, 6) for value in life.surprise.tolist()],
                 "live": layer.router.expert_mask.tolist(),
             }
-        write_atomically(self._log / "experts.json", json.dumps({"step": step, "layers": snapshot}))
+        write_atomically(self._log / SNAPSHOT, json.dumps({"step": step, "layers": snapshot}))
 
     def _write_page(self) -> None:
         begin = time.monotonic()

@@ -1,6 +1,7 @@
 """A life: prepares texts, vocabulary and model in a folder, trains there, and goes on where an earlier run stopped.
 
-FOLDER/options.yaml   options that the life began with
+FOLDER/options.yaml   options that the life began with, or that the first run of a fork chose
+FOLDER/parent.yaml    of a fork: step and options of its parent
 FOLDER/tokenizer/     the vocabulary
 FOLDER/tokens.npy     the texts as tokens
 FOLDER/store/         a PerpetualStore: every kept step, and the log of the life
@@ -19,7 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from torch import distributed
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as hf_logging
 
-from .._io.config import read_yaml
 from .._io.files import digest, replacing, write_atomically
 from .._io.locks import locked
 from ..errors import InputError
@@ -40,23 +40,11 @@ from ..hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
 from ..store.overview import newest_step
 from ..train.onn_trainer import OnnTrainer
 from .config import LifeConfig
+from .forking import DATA, FORKABLE, FREE, OPTIONS, STORE, TOKENIZER, TOKENS, Origin, is_fresh, read_options, read_origin
 from .log import TrainingLog
 from .texts import documents, encoded, learn_tokenizer, split
+from .trainer import LifeTrainer, Schedule, Sizes
 
-# Options that may differ between the runs of one life.
-FREE = (
-    "output_dir",
-    "steps",
-    "log_steps",
-    "eval_steps",
-    "save_steps",
-    "keep",
-    "max_bad_steps",
-    "dtype",
-    "device",
-    "fsdp",
-    "gradient_checkpointing",
-)
 SAMPLE_TOKENS = 80
 
 ProgressCall = Callable[[float | None, str], None]
@@ -97,12 +85,13 @@ class LifeResult:
     first: bool
 
 
-def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResult:
+def train(config: LifeConfig, progress: ProgressCall | None = None, note: Callable[[str], None] | None = None) -> LifeResult:
     """Trains a model on texts in `config.output_dir`, or goes on there.
 
     Args:
         config: the options.
         progress: called with the share of the steps done and a few words.
+        note: called before the first step with a line on what saves will write.
 
     Raises:
         InputError: an option is impossible together with others or with the texts; the folder has a life with other options, or another
@@ -115,7 +104,8 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
     if config.fsdp and resolve_device(config.device).type == "cpu":
         raise InputError("fsdp must be false on a CPU, where Accelerate does not shard a model; got true.")
     with locked(folder) if first else contextlib.nullcontext(), _quiet():
-        _check_same_life(folder, config)
+        origin = read_origin(folder)
+        _check_same_life(folder, config, origin)
         _model_config(config, None)  # before the texts are read
         tokenizer, tokens = _prepared(folder, config, tell, first)
         training, held_out = split(tokens, config.context, config.eval_size, config.data_path)
@@ -124,7 +114,8 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         log, signals = TrainingLog(folder, tell, config.steps), _StopSignals()
-        trainer = OnnTrainer(
+        trainer = LifeTrainer(
+            schedule=Schedule(config, 0 if origin is None else origin.schedule_now(_kept(config))),
             model=model,
             args=_arguments(config, folder),
             train_dataset=training,
@@ -133,20 +124,23 @@ def train(config: LifeConfig, progress: ProgressCall | None = None) -> LifeResul
             drive_weights=config.drive_weights,
             max_bad_steps=config.max_bad_steps,
             freeze_idle=config.freeze_idle,
-            store=folder / "store",
+            store=folder / STORE,
             keep=config.keep,
             overlap=True,
-            stretch=_stretch(config, folder),
+            stretch=_stretch(config, folder, origin),
         )
         trainer.remove_callback(PrinterCallback)
+        if first and note is not None:
+            trainer.add_callback(Sizes(trainer, note))
         log.begin(trainer)
         signals.trainer = trainer
-        done = newest_step(folder / "store") or 0
+        done = newest_step(folder / STORE) or 0
         if first:
             log.resume(done)
         if done >= config.steps and (folder / "model" / "config.json").is_file():
             return _done_before(folder, model, log, done, begin, first)
-        trainer.train()
+        with signals:
+            trainer.train()
         stopped = trainer.stopped
         trainer.save_model(str(folder / "model"))
         if first:
@@ -208,22 +202,25 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _check_same_life(folder: Path, config: LifeConfig) -> None:
-    """InputError if the folder has a life that began with other options."""
-    file = folder / "options.yaml"
-    now = _kept(config)
-    if not file.is_file():
-        if (folder / "store").is_dir():
+def _check_same_life(folder: Path, config: LifeConfig, origin: Origin | None) -> None:
+    """InputError if the folder has a life with other options, except for those that a fork may change."""
+    if not (folder / OPTIONS).is_file():
+        if (folder / STORE).is_dir():
             raise InputError(f"output_dir must have the options.yaml of its life, got {folder}, where it is missing.")
         return
-    before = read_yaml(file, "output_dir")
-    known = {field.name for field in fields(LifeConfig)} - set(FREE)
-    other = [name for name in known if before.get(name) != now[name]]
-    if other:
-        name = sorted(other)[0]
-        raise InputError(
-            f"{name} must be {before.get(name)!r}, as in the life in {folder}, got {now[name]!r}: give that, or another --output-dir."
-        )
+    before, now = read_options(folder), _kept(config)
+    other = sorted(name for name in now if before.get(name) != now[name])
+    fresh = is_fresh(folder, origin)
+    refused = [name for name in other if not (fresh and name in FORKABLE)]
+    if not refused:
+        return
+    name = refused[0]
+    remedy = "give that, or another --output-dir"
+    if name in FORKABLE:
+        remedy = f"give that, or fork the life with `tinyonn life fork {folder} NEW`, which can change it"
+    elif fresh:
+        remedy = "a fork cannot change it"
+    raise InputError(f"{name} must be {before.get(name)!r}, as in the life in {folder}, got {now[name]!r}: {remedy}.")
 
 
 def _kept(config: LifeConfig) -> dict[str, Any]:
@@ -234,41 +231,55 @@ def _kept(config: LifeConfig) -> dict[str, Any]:
 
 def _prepared(folder: Path, config: LifeConfig, tell: ProgressCall, first: bool) -> tuple[Any, np.ndarray]:
     """Tokenizer and tokens, made by the first process and read by all."""
-    done = folder / "tokens.npy"
-    if first and not done.is_file():
-        tell(None, "learning the vocabulary")
-        read = partial(documents, config.data_path, suffix=config.suffix, text_field=config.text_field, without=folder)
-        if next(read(), None) is None:
-            ending = f" in files that end in {config.suffix}" if config.suffix else ""
-            raise InputError(f"data_path must have a text{ending}, got {config.data_path}, which has none.")
-        size = config.vocab_size or TinyOnnConfig.bonsai(config.size).vocab_size
-        known = (folder / "options.yaml").is_file() and (folder / "tokenizer").is_dir()  # a life keeps its vocabulary
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer") if known else learn_tokenizer(read(), size)
-        folder.mkdir(parents=True, exist_ok=True)
-        tell(None, "reading texts")
-        tokens = encoded(read(), tokenizer)
-        split(tokens, config.context, config.eval_size, config.data_path)  # before anything is kept
-        tokenizer.save_pretrained(folder / "tokenizer")
-        write_atomically(folder / "options.yaml", yaml.safe_dump(_kept(config), sort_keys=False))
-        with replacing(done) as unfinished, unfinished.open("wb") as file:
-            np.save(file, tokens)
+    done = folder / TOKENS
+    now = _kept(config)
+
+    def is_ready() -> bool:
+        return done.is_file() and (folder / OPTIONS).is_file() and read_options(folder) == now
+
+    if first and not is_ready():
+        before = read_options(folder) if (folder / OPTIONS).is_file() else {}
+        same_texts = done.is_file() and all(before.get(name) == now[name] for name in DATA)
+        tokens = None
+        if not same_texts:
+            tell(None, "learning the vocabulary")
+            read = partial(documents, config.data_path, suffix=config.suffix, text_field=config.text_field, without=folder)
+            if next(read(), None) is None:
+                ending = f" in files that end in {config.suffix}" if config.suffix else ""
+                raise InputError(f"data_path must have a text{ending}, got {config.data_path}, which has none.")
+            size = config.vocab_size or TinyOnnConfig.bonsai(config.size).vocab_size
+            known = bool(before) and (folder / TOKENIZER).is_dir()  # a life keeps its vocabulary
+            tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER) if known else learn_tokenizer(read(), size)
+            folder.mkdir(parents=True, exist_ok=True)
+            tell(None, "reading texts")
+            tokens = encoded(read(), tokenizer)
+            split(tokens, config.context, config.eval_size, config.data_path)  # before anything is kept
+            done.unlink(missing_ok=True)  # after a kill, tokens never belong to other options
+            tokenizer.save_pretrained(folder / TOKENIZER)
+        else:
+            split(np.load(done, mmap_mode="r"), config.context, config.eval_size, config.data_path)
+        write_atomically(folder / OPTIONS, yaml.safe_dump(now, sort_keys=False))
+        if tokens is not None:
+            with replacing(done) as unfinished, unfinished.open("wb") as file:
+                np.save(file, tokens)
     elif not first:
-        _wait_for(done)
+        _wait_until(is_ready, done)
     try:
-        return AutoTokenizer.from_pretrained(folder / "tokenizer"), np.load(done, mmap_mode="r")
+        return AutoTokenizer.from_pretrained(folder / TOKENIZER), np.load(done, mmap_mode="r")
     except (OSError, ValueError, EOFError):
-        raise InputError(f"{done} and {folder / 'tokenizer'} must be whole; remove the first to read the texts again.") from None
+        raise InputError(f"{done} and {folder / TOKENIZER} must be whole; remove the first to read the texts again.") from None
 
 
-def _stretch(config: LifeConfig, folder: Path) -> dict[str, Any]:
-    """What the log of the life tells about this run."""
-    fields = {"data": str(Path(config.data_path).expanduser().resolve()), "data_hash": digest(folder / "tokens.npy")}
-    return fields | {"objective": "next token", "options": asdict(config)}
+def _stretch(config: LifeConfig, folder: Path, origin: Origin | None) -> dict[str, Any]:
+    """What the log of the life tells about this run; of a fork, also what differs from its parent."""
+    fields = {"data": str(Path(config.data_path).expanduser().resolve()), "data_hash": digest(folder / TOKENS)}
+    changed = {} if origin is None else {"changed": origin.changes(_kept(config))}
+    return fields | {"objective": "next token", "options": asdict(config)} | changed
 
 
-def _wait_for(file: Path, seconds: float = 3600.0) -> None:
+def _wait_until(ready: Callable[[], bool], file: Path, seconds: float = 3600.0) -> None:
     end = time.monotonic() + seconds
-    while not file.is_file():
+    while not ready():
         if time.monotonic() > end:
             raise InputError(f"{file} must be written by the first process within an hour; it was not.")
         time.sleep(0.2)
@@ -332,7 +343,7 @@ def _arguments(config: LifeConfig, folder: Path) -> TrainingArguments:
 
 
 class _StopSignals(TrainerCallback):
-    """Ctrl-C and SIGTERM end training after the step, with a save; a second one ends it at once.
+    """Within its `with` block, Ctrl-C and SIGTERM end training after the step, with a save; a second one ends it at once.
 
     Attributes:
         asked: name of the signal; None if none came.
@@ -344,10 +355,15 @@ class _StopSignals(TrainerCallback):
         self.asked: str | None = None
         self._before: dict[int, Any] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
 
     def _note(self, number: int, frame: Any) -> None:
         if self.asked is not None:
@@ -364,11 +380,6 @@ class _StopSignals(TrainerCallback):
             if self.trainer is not None:
                 self.trainer.stopped = self.asked
         return control
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
 
 
 @torch.no_grad()

@@ -56,7 +56,13 @@ class ChunkPlanner(DefaultSavePlanner):
         return dataclasses.replace(plan, items=[part for item in plan.items for part in self._parts(item)])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        if not any(plan.usable for plan in all_plans):
+        planned = [rank for rank, plan in enumerate(all_plans) if plan.usable]
+        if planned and len(planned) < len(all_plans):
+            rank = planned[0]
+            raise StoreError(
+                f"the state must have the same tensors on all processes, but those of process {rank} changed and others did not."
+            )
+        if not planned:
             return [SavePlan([], usable=False) for _ in all_plans], self.metadata
         return super().create_global_plan(all_plans)
 
@@ -159,7 +165,8 @@ class SegmentWriter(_Plain):
 
 
 class SegmentReader(StorageReader):
-    """Reads the tensors of a step. All of what this process reads is checked before the first tensor is changed.
+    """Reads the tensors of a step. All of what all processes read is checked before the first tensor is changed: dcp exchanges plans, with
+    the errors of making them, before it reads.
 
     Args:
         layout, table: of the step.
@@ -169,6 +176,16 @@ class SegmentReader(StorageReader):
     def __init__(self, layout: Layout, table: np.ndarray, files: Files) -> None:
         self._layout, self._table, self._files = layout, table, files
         self._runs: dict[MetadataIndex, tuple[Chunk, list[int]]] = {}
+        self._checked: dict[MetadataIndex, Tensor] = {}
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor with all of its parts, checked."""
+        kind = self._layout.tensors[name]
+        found = torch.empty(kind.shape, dtype=kind.dtype)
+        for chunk, numbers in runs(self._layout, self._table, name):
+            part = tuple(slice(begin, begin + size) for begin, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            found[part] = self._tensor(chunk, numbers)
+        return found
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -187,15 +204,16 @@ class SegmentReader(StorageReader):
         pass
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        wanted = {item.storage_index for item in plan.items}
+        self._checked = {index: self._tensor(*self._runs[MetadataIndex(index.fqn, index.offset)]) for index in wanted}
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        tensors = {index: self._tensor(index) for index in {item.storage_index for item in plan.items}}
         for item in plan.items:
-            part = tensors[item.storage_index]
+            part = self._checked[item.storage_index]
             for dim, (begin, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                 part = part.narrow(dim, begin, size)
             target = planner.resolve_tensor(item)
@@ -209,9 +227,8 @@ class SegmentReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return True
 
-    def _tensor(self, index: MetadataIndex) -> Tensor:
+    def _tensor(self, chunk: Chunk, numbers: list[int]) -> Tensor:
         """A part of a tensor as it was saved, checked."""
-        chunk, numbers = self._runs[MetadataIndex(index.fqn, index.offset)]
         for number in numbers:
             self._files.checked(self._table[number], self._layout.names[number])
         dtype = self._layout.tensors[chunk.tensor].dtype

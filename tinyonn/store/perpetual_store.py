@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.optim import Optimizer
 
 from .._io.locks import lock_file
+from ..errors import InputError
 from ..nn.expert_pools import expert_pools
 from ..ops._checks import check_size
 from .background import Background
@@ -32,7 +33,8 @@ from .errors import DamagedStoreError, StoreError
 from .keep import Keep
 from .layout import Layout
 from .ledger import Ledger
-from .life_log import LOG, LifeLog
+from .life_log import LifeLog
+from .logs import open_log
 from .manifest import INDEX, NAME, PREVIOUS, SEGMENTS, Manifest
 from .rewinding import check_step, go_back_hint
 from .segment import Files, Segment
@@ -41,6 +43,7 @@ from .state import RANDOM, STATE, Stateful, TrainingState, clean, set_random_sta
 
 REQUEST = "compact.request"  # a file that another process makes, so that the trainer compacts
 MAX_BYTES = 2**30
+_T = TypeVar("_T")
 
 # torch.distributed.checkpoint warns in each call that runs in one process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -87,7 +90,8 @@ class PerpetualStore:
             tuples and dicts.
         keep: which steps stay restorable: a `Keep`, or a text such as "last:3,every:1000,best:1" or "all".
         pools: parameters whose first dimension is experts; None for those that `expert_pools` finds.
-        max_bytes: bytes of copies that wait to be written, at most; then `save` waits.
+        max_bytes: bytes of copies that wait to be written, at most; then `save` waits, with its own copy made. So the copies take at most
+            `max_bytes` (one save if that is larger) and one save more.
         overlap: whether parameters and the optimisers' state on a CPU are compared and copied while the next forward and backward pass run;
             `step` of the optimisers then waits for that. Nothing else may change them between `save` and the optimiser's next step: what
             autograd notices is an error, a change through `.data` would be saved in part. Tensors of a GPU are always copied to the
@@ -173,7 +177,7 @@ class PerpetualStore:
         if not self._restored:
             raise StoreError(f"restore() must be called before save(), because {self.folder} has step {self.step} already.")
         if self.step is not None and step <= self.step:
-            raise StoreError(f"step must be above {self.step}, the newest; rewind({step - 1}) would drop the steps after it, got {step}.")
+            raise StoreError(f"step must be above {self.step}, the newest, got {step}; rewind() goes back to a step that is kept.")
         self._call(self._overlap.wait)
         self._call(self._background.check)
         tensors, texts = self._state.collect(state or {})
@@ -209,7 +213,7 @@ class PerpetualStore:
             StoreError: the disk has no room for the merged segments.
         """
         self._call(self._overlap.wait)
-        self._call(partial(self._background.submit, self._compact))
+        self._call(partial(self._background.submit, partial(self._on_first, self._compact)))
         if not wait:
             return None
         self.wait()
@@ -220,7 +224,7 @@ class PerpetualStore:
     def restore(self, step: int | None = None, *, rewind: bool = False) -> int | None:
         """Restores model, optimisers, objects and random states.
 
-        Everything that is read is checked before the first tensor is changed.
+        Everything is read and checked, on all processes, before the first tensor is changed. An error changes nothing.
 
         Args:
             step: a kept step; None for the newest.
@@ -231,7 +235,8 @@ class PerpetualStore:
 
         Raises:
             StoreError: the step is not kept; the store is of another model, and the message names three tensors that differ; a segment is
-                damaged, and the message names the file, the tensor and the last step before it.
+                damaged, and the message names the file, the tensor and a step before it that is whole.
+            Exception: what an object's `load_state_dict` raises.
         """
         self.wait()
         if self.step is None and step is None:
@@ -239,13 +244,12 @@ class PerpetualStore:
             if self.log is not None and self.log.number > 1:  # a run that was killed before its first save
                 self.record("restore", 0)
             return None
-        ledger = self._reading()
         self._restored = False  # until all of it succeeded
+        ledger = self._together(self._reading)
         wanted = ledger.manifest.newest if step is None else step
         assert wanted is not None
         try:
-            layout, table = ledger.at(wanted)
-            self.state = self._read(layout, table, Files(ledger.segments))
+            self.state = self._read(ledger, wanted)
         except DamagedStoreError as error:
             raise DamagedStoreError(f"{error}{go_back_hint(ledger, wanted)}") from error
         newest = wanted == ledger.manifest.newest
@@ -282,7 +286,7 @@ class PerpetualStore:
     def steps(self) -> list[int]:
         """Restorable steps, on all processes; waits for the saves."""
         self.wait()
-        return list(self._reading().manifest.kept)
+        return list(self._together(self._reading).manifest.kept)
 
     # ---- the life ----
 
@@ -344,10 +348,7 @@ class PerpetualStore:
                 manifest.write(folder)
             self._ledger = Ledger(folder, manifest)
             self._ledger.sweep()
-            new = not (folder / LOG).exists()
-            self.log = LifeLog(folder / LOG)
-            if new:
-                self.record("begin", manifest.newest or 0, durable=True, life=manifest.life, parent=manifest.parent)
+            self.log = open_log(folder, manifest)
         except BaseException:
             os.close(self._lock)
             raise
@@ -362,18 +363,30 @@ class PerpetualStore:
             try:
                 box[0] = run()
             except Exception as error:
-                box[1] = error
+                box[1] = _sendable(error)
         distributed.broadcast_object_list(box, src=0, group=self._group)
         if box[1] is not None:
             raise box[1]
         return box[0]
 
+    def _together(self, run: Callable[[], _T]) -> _T:
+        """Runs on all processes, and returns what this one found; an error of one is raised on all."""
+        found: list[_T] = []
+        error: Exception | None = None
+        try:
+            found.append(run())
+        except Exception as caught:
+            error = caught
+        if self._group is not None:
+            errors: list[Any] = [None] * self.processes
+            distributed.all_gather_object(errors, None if error is None else _sendable(error), group=self._group)
+            error = error or next((one for one in errors if one is not None), None)
+        if error is not None:
+            raise error
+        return found[0]
+
     def _reading(self) -> Ledger:
         """The ledger; on processes other than the first, of the manifest as it is now."""
-        if self._ledger is not None and self._group is None:
-            return self._ledger
-        if self._group is not None:
-            distributed.barrier(group=self._group)
         return self._ledger if self._ledger is not None else Ledger(self.folder, Manifest.read(self.folder))
 
     def _call(self, run: Callable[[], None]) -> None:
@@ -406,7 +419,9 @@ class PerpetualStore:
             nonlocal metadata
             metadata = dcp.save({**tensors, **texts}, storage_writer=PlanOnly(), planner=planner, **self._dist())
 
-        self._call(run)
+        # In the background, like the saves: if one process plans and another saves, dcp meets both, and all get an error.
+        self._call(partial(self._background.submit, run))
+        self._call(self._background.wait)
         layout = Layout.of(metadata)
 
         def begin() -> np.ndarray:
@@ -476,18 +491,20 @@ class PerpetualStore:
         index = ledger.append(step, segments, score, self.keep)
         self.record("save", step, bytes=sum(one.size for one in segments) + index)
         self._dropped = self._dropped or len(ledger.manifest.kept) <= kept
-        if (self.folder / REQUEST).exists():
-            self._compact()
-        elif self._auto_compact and self._dropped and len(ledger.manifest.chapters) > chapters:
-            self._dropped = False
-            try:
+        due = self._auto_compact and self._dropped and len(ledger.manifest.chapters) > chapters
+        try:
+            if (self.folder / REQUEST).exists():
+                self._compact()
+            elif due:
+                self._dropped = False
                 total, unneeded = unneeded_bytes(ledger)
                 if unneeded > total / 2:
                     self._compact()
-            except StoreError as error:  # the step is durable, and a full disk may have room later
-                self._dropped = True
-                self.record("compact", step, failed=str(error))
-                warnings.warn(f"the store was not compacted: {error}", stacklevel=2)
+        except StoreError as error:  # the step is durable, and a full disk may have room later
+            self._dropped = True
+            (self.folder / REQUEST).unlink(missing_ok=True)
+            self.record("compact", step, failed=str(error))
+            warnings.warn(f"the store was not compacted: {error}", stacklevel=2)
 
     def _compact(self) -> None:
         if self._ledger is None:
@@ -499,26 +516,44 @@ class PerpetualStore:
         self.record("compact", self._ledger.manifest.newest or 0, seconds=seconds, **found._asdict())
         (self.folder / REQUEST).unlink(missing_ok=True)
 
-    def _read(self, layout: Layout, table: np.ndarray, files: Files) -> dict[str, Any]:
-        def text(name: str) -> str:
-            return bytes(files.checked(table[layout.numbers[name]], name)).decode()
+    def _read(self, ledger: Ledger, step: int) -> dict[str, Any]:
+        """Reads a step into model, optimisers and objects. Returns its further values."""
 
-        shared = text(STATE)
-        others = [name for name in layout.numbers if name.startswith(RANDOM)]
-        own = f"{RANDOM}{self.rank}"
-        self.random_restored = own in layout.numbers and len(others) == self.processes
-        random_state = json.loads(text(own)) if self.random_restored else None
-        self._state.check(shared)
-        targets = self._state.prepare(layout)
-        missing = [name for name in targets if name not in layout.tensors]
-        assert not missing, missing
-        reader = SegmentReader(layout, table, files)
+        def checked() -> tuple[Layout, str, dict[str, Any] | None, dict[str, Tensor], SegmentReader]:
+            layout, table = ledger.at(step)
+            files = Files(ledger.segments)
+            own, number = f"{RANDOM}{self.rank}", sum(name.startswith(RANDOM) for name in layout.numbers)
+            names = [STATE, *([own] if own in layout.numbers and number == self.processes else [])]
+            texts = [bytes(files.checked(table[layout.numbers[name]], name)).decode() for name in names]
+            self._state.check(layout, texts[0])
+            reader = SegmentReader(layout, table, files)
+            tensors = {name: reader.whole(name) for name in layout.tensors if name.startswith("object.")}
+            return layout, texts[0], json.loads(texts[1]) if len(texts) > 1 else None, tensors, reader
+
+        layout, text, random_state, tensors, reader = self._together(checked)
+        targets = self._state.targets(layout)
         planner = DefaultLoadPlanner(flatten_state_dict=False)
-        self._call(partial(dcp.load, targets, storage_reader=reader, planner=planner, **self._dist()))
-        extra = self._state.restore(shared, targets)
-        self._random = random_state
+        before: dict[str, Any] = {}
+
+        def load_objects() -> None:
+            before.update(self._state.object_states())
+            self._state.load_objects(text, tensors)
+
+        try:
+            self._together(load_objects)
+            self._call(partial(dcp.load, targets, storage_reader=reader, planner=planner, **self._dist()))
+        except BaseException:
+            self._state.bring_back(before)
+            raise
+        self._state.load_optimizers(layout, text, targets, tensors)
+        self.random_restored, self._random = random_state is not None, random_state
         self.restore_random_state()
-        return extra
+        return self._state.extra(text, tensors)
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error for another process: ours as they are, others by their text, because not all can be pickled."""
+    return error if isinstance(error, InputError) else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:

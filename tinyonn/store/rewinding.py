@@ -11,9 +11,11 @@ from .._io.files import sync
 from .._io.locks import lock_file
 from .errors import DamagedStoreError, StoreError
 from .ledger import Ledger
-from .life_log import LOG, LifeLog
+from .logs import open_log
 from .manifest import NAME, PREVIOUS, Manifest
 from .segment import Files
+
+HINTS = 3  # steps that a hint reads, each of which may be as large as the whole state
 
 
 def rewind(folder: str | os.PathLike[str], step: int | None = None) -> int:
@@ -40,7 +42,7 @@ def rewind(folder: str | os.PathLike[str], step: int | None = None) -> int:
             raise StoreError(f"{folder} has no step yet.")
         check_step(ledger, wanted)
         before = manifest.newest
-        with LifeLog(folder / LOG) as log:
+        with open_log(folder, manifest) as log:
             ledger.rewind(wanted)
             log.append("restore", wanted, durable=True, newest=before)
     return wanted
@@ -109,11 +111,14 @@ def check_step(ledger: Ledger, step: int) -> None:
 
 
 def go_back_hint(ledger: Ledger, step: int) -> str:
-    """How a message on a damaged step ends: the last step before it that is whole."""
-    for earlier in reversed([one for one in ledger.manifest.kept if one < step]):
+    """How a message on a damaged step ends: the last step before it that is whole, if it is among the newest `HINTS`."""
+    before = [one for one in ledger.manifest.kept if one < step]
+    for earlier in before[: -HINTS - 1 : -1]:
         try:
             check_step(ledger, earlier)
         except StoreError:
             continue
         return f" Step {earlier} is whole: `tinyonn life restore {ledger.folder} --step {earlier}` goes back to it."
-    return " No earlier step is kept whole."
+    if len(before) <= HINTS:
+        return " No earlier step is kept whole."
+    return f" The {HINTS} steps before it are damaged too; `tinyonn life verify {ledger.folder}` lists those that are whole."

@@ -10,6 +10,8 @@ object.NAME.PATH          tensors in the state of another object
 from __future__ import annotations
 
 import base64
+import contextlib
+import copy
 import functools
 import json
 import random
@@ -98,63 +100,90 @@ class TrainingState:
         """Names of the tensors that an optimiser changes, without those of its state."""
         return frozenset(f"model.{name}" for name, _, _ in self._held())
 
-    def prepare(self, layout: Layout) -> dict[str, Tensor]:
-        """The tensors that a saved state is read into, after making the optimisers' state as it was.
+    def check(self, layout: Layout, text: str) -> None:
+        """Compares a saved state with this model, these optimisers and objects; changes nothing.
+
+        Args:
+            layout, text: of the saved state.
 
         Raises:
-            StoreError: the saved state is of another model; the message names the first three tensors that differ.
-        """
-        saved = layout.tensors
-        own = {f"model.{clean(name)}": tensor for name, tensor in self._of_model().items()}
-        self._check_same(own, {name: kind for name, kind in saved.items() if name.startswith("model.")})
-        expected: dict[str, dict[str, TensorKind]] = {}
-        for full, kind in saved.items():
-            if full.startswith("optimizer."):
-                name, _, key = full.removeprefix("optimizer.").rpartition(".")
-                expected.setdefault(name, {})[key] = kind
-        held = {name: (parameter, optimizer) for name, parameter, optimizer in self._held()}
-        lost = [name for name in expected if name not in held]
-        if lost:
-            raise StoreError(f"the store has the optimiser's state of {listed(lost, 3)}, which this optimiser does not train.")
-        for name, (parameter, optimizer) in held.items():
-            kinds = expected.get(name, {})
-            state = optimizer.state[parameter]
-            for key in [key for key, value in state.items() if isinstance(value, Tensor) and key not in kinds]:
-                del state[key]
-            for key, kind in kinds.items():
-                value = state.get(key)
-                if not isinstance(value, Tensor) or value.dtype != kind.dtype or tuple(value.shape) != kind.shape:
-                    state[key] = _like(parameter, key, kind, optimizer)
-            if not state:
-                del optimizer.state[parameter]
-        found = self.tensors()
-        for full, kind in saved.items():
-            if full.startswith("object."):
-                found[full] = torch.empty(kind.shape, dtype=kind.dtype)
-        return found
-
-    def restore(self, text: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Sets what is not a tensor of the model or of an optimiser's state. Returns the extra values.
-
-        Raises:
-            StoreError: the saved state has other objects.
+            StoreError: they differ; the message names the first three tensors that do.
         """
         state = json.loads(text)
+        number = len(state["optimizers"])
+        if number != len(self.optimizers):
+            raise StoreError(f"optimizer must be {number} optimisers as in the store, got {len(self.optimizers)}.")
         missing = [name for name in self.objects if name not in state["objects"]]
         if missing:
             raise StoreError(f"objects must be among those of the store, {listed(state['objects'])}, got {listed(missing)}.")
-        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            self._restore_optimizer(optimizer, decoded(kept, tensors))
-        for name, one in self.objects.items():
-            one.load_state_dict(decoded(state["objects"][name], tensors))
-        extra: dict[str, Any] = decoded(state["extra"], tensors)
-        return extra
+        self._check_same(self._named_of_model(), {name: kind for name, kind in layout.tensors.items() if name.startswith("model.")})
+        held = {name for name, _, _ in self._held()}
+        lost = [name for name in _optimizer_kinds(layout) if name not in held]
+        if lost:
+            raise StoreError(f"the store has the optimiser's state of {listed(lost, 3)}, which this optimiser does not train.")
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            self._check_groups(optimizer, saved["groups"])
 
-    def check(self, text: str) -> None:
-        """StoreError if the saved state has other optimisers."""
-        number = len(json.loads(text)["optimizers"])
-        if number != len(self.optimizers):
-            raise StoreError(f"optimizer must be {number} optimisers as in the store, got {len(self.optimizers)}.")
+    def targets(self, layout: Layout) -> dict[str, Tensor]:
+        """Tensors that a saved state is read into: those of the model and of the optimisers, new ones where an optimiser has none of that
+        kind. Changes nothing; the state must have been checked."""
+        found = self._named_of_model()
+        held = {name: (parameter, optimizer) for name, parameter, optimizer in self._held()}
+        for name, kinds in _optimizer_kinds(layout).items():
+            parameter, optimizer = held[name]
+            for key, kind in kinds.items():
+                value = optimizer.state.get(parameter, {}).get(key)
+                fits = isinstance(value, Tensor) and value.dtype == kind.dtype and tuple(value.shape) == kind.shape
+                found[f"optimizer.{name}.{key}"] = value if fits else _like(parameter, key, kind, optimizer)
+        return found
+
+    def object_states(self) -> dict[str, Any]:
+        """Copies of the objects' states."""
+        return {name: copy.deepcopy(one.state_dict()) for name, one in self.objects.items()}
+
+    def bring_back(self, states: Mapping[str, Any]) -> None:
+        """Sets the objects' states to those that `object_states` returned, after an error."""
+        for name, state in states.items():
+            with contextlib.suppress(Exception):  # the error before it is the one to see
+                self.objects[name].load_state_dict(state)
+
+    def load_objects(self, text: str, tensors: Mapping[str, Tensor]) -> None:
+        """Sets the objects' states.
+
+        Args:
+            text: of the saved state.
+            tensors: in the states of objects, by name.
+        """
+        states = json.loads(text)["objects"]
+        for name, one in self.objects.items():
+            one.load_state_dict(decoded(states[name], tensors))
+
+    def load_optimizers(self, layout: Layout, text: str, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Sets the optimisers' state and groups, after the targets were read."""
+        kinds = _optimizer_kinds(layout)
+        saved_optimizers = decoded(json.loads(text)["optimizers"], tensors)
+        for optimizer, saved in zip(self.optimizers, saved_optimizers, strict=True):
+            for group, before in zip(optimizer.param_groups, saved["groups"], strict=True):
+                for key, value in before["values"].items():
+                    if isinstance(group.get(key), Tensor):
+                        group[key].fill_(value)
+                    else:
+                        group[key] = value
+        others = {id(optimizer): saved["other"] for optimizer, saved in zip(self.optimizers, saved_optimizers, strict=True)}
+        for name, parameter, optimizer in self._held():
+            state = {key: targets[f"optimizer.{name}.{key}"] for key in kinds.get(name, {})}
+            state |= others[id(optimizer)].get(name, {})
+            optimizer.state.pop(parameter, None)
+            if state:
+                optimizer.state[parameter] = state
+
+    def extra(self, text: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The further values of a saved state."""
+        found: dict[str, Any] = decoded(json.loads(text)["extra"], tensors)
+        return found
+
+    def _named_of_model(self) -> dict[str, Tensor]:
+        return {f"model.{clean(name)}": tensor for name, tensor in self._of_model().items()}
 
     def _of_model(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
@@ -195,23 +224,13 @@ class TrainingState:
             "other": _encoded({name: value for name, value in other.items() if value}, f"@optimizers.{index}", tensors),
         }
 
-    def _restore_optimizer(self, optimizer: Optimizer, kept: dict[str, Any]) -> None:
-        parameters = {clean(name): parameter for name, parameter in self.model.named_parameters()}
-        if len(kept["groups"]) != len(optimizer.param_groups):
-            number = len(kept["groups"])
-            raise StoreError(f"optimizer must have {number} groups as in the store, got {len(optimizer.param_groups)}.")
-        for group, saved in zip(optimizer.param_groups, kept["groups"], strict=True):
-            if [parameters.get(name) is one for name, one in zip(saved["params"], group["params"], strict=False)].count(True) != len(
-                saved["params"]
-            ) or len(saved["params"]) != len(group["params"]):
+    def _check_groups(self, optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
+        names = {parameter: clean(name) for name, parameter in self.model.named_parameters()}
+        if len(saved) != len(optimizer.param_groups):
+            raise StoreError(f"optimizer must have {len(saved)} groups as in the store, got {len(optimizer.param_groups)}.")
+        for group, before in zip(optimizer.param_groups, saved, strict=True):
+            if [names[one] for one in group["params"]] != before["params"]:
                 raise StoreError("optimizer must have the parameters of the store in each group, in the same order.")
-            for key, value in saved["values"].items():
-                if isinstance(group.get(key), Tensor):
-                    group[key].fill_(value)
-                else:
-                    group[key] = value
-        for name, values in kept["other"].items():
-            optimizer.state[parameters[name]].update(values)
 
     @staticmethod
     def _check_same(own: Mapping[str, Tensor], saved: Mapping[str, TensorKind]) -> None:
@@ -273,6 +292,16 @@ def set_random_state(found: Mapping[str, Any]) -> None:
     torch.set_rng_state(torch.from_numpy(_unpacked(found["torch"], np.uint8).copy()))
     if "cuda" in found and torch.cuda.is_available() and len(found["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([torch.from_numpy(_unpacked(one, np.uint8).copy()) for one in found["cuda"]])
+
+
+def _optimizer_kinds(layout: Layout) -> dict[str, dict[str, TensorKind]]:
+    """Kinds of the tensors of an optimiser's state, by the names of their parameters and their keys."""
+    found: dict[str, dict[str, TensorKind]] = {}
+    for full, kind in layout.tensors.items():
+        if full.startswith("optimizer."):
+            name, _, key = full.removeprefix("optimizer.").rpartition(".")
+            found.setdefault(name, {})[key] = kind
+    return found
 
 
 def _like(parameter: Tensor, key: str, kind: TensorKind, optimizer: Optimizer) -> Tensor:

@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..errors import InputError
 from ..store.keep import Keep
-from ..store.life_log import LOG, RESERVED, environment, read_life_log
+from ..store.life_log import LOG, RESERVED, LifeLogError, environment, read_life_log
 from ..store.overview import saved_values
 from ..store.perpetual_store import PerpetualStore
 
@@ -127,6 +127,14 @@ class PerpetualMixin:
         self.store.record("stretch", own.state.global_step, durable=True, **(fields | self._stretch))
         return found
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = super()
+        own: Any = self
+        if self.store is not None and own.state.global_step >= own.state.max_steps:  # restored; Trainer would train one step more
+            own.control.should_training_stop = True
+            return None
+        return trainer._run_epoch(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         trainer: Any = super()
         if self._store_folder is None:
@@ -180,6 +188,10 @@ class _Records(TrainerCallback):
 
 def _history(log: Path) -> list[dict[str, Any]]:
     """`log_history` of the trainer, from the log of the life."""
-    kept = [record for record in read_life_log(log).effective() if record["event"] in ("metrics", "evaluation")]
+    try:
+        records = read_life_log(log).effective()
+    except LifeLogError:  # the store warns, and sets it aside
+        return []
+    kept = [record for record in records if record["event"] in ("metrics", "evaluation")]
     names = set(RESERVED) - {"step"}
     return [{name: value for name, value in record.items() if name not in names} for record in kept]

@@ -261,7 +261,15 @@ class Band:
     marks: Sequence[tuple[str, float, str]] = ()
 
 
-def step_chart(title: str, lines: Sequence[tuple[str, Floats, Floats]], *, y_title: str, log: bool = False, dots: bool = False) -> str:
+def step_chart(
+    title: str,
+    lines: Sequence[tuple[str, Floats, Floats]],
+    *,
+    y_title: str,
+    log: bool = False,
+    dots: bool = False,
+    marks: Sequence[tuple[str, float]] = (),
+) -> str:
     """Lines over steps, each with steps of its own; values that are not finite are left out.
 
     Args:
@@ -270,6 +278,7 @@ def step_chart(title: str, lines: Sequence[tuple[str, Floats, Floats]], *, y_tit
         y_title: title of the y axis.
         log: whether the y axis is logarithmic; values ≤ 0 are then left out.
         dots: whether to draw a dot for each value in place of a line.
+        marks: label and step of upright lines; those beside the values are left out.
 
     Returns:
         An <svg> element with its legend, or a line of text if no value is finite.
@@ -286,6 +295,7 @@ def step_chart(title: str, lines: Sequence[tuple[str, Floats, Floats]], *, y_tit
     x_ticks, x_of = _step_axis(min(ends), max(ends), _LEFT, _WIDTH - _RIGHT)
     parts = [_frame(title), *(_y_tick(y_of(tick), format_number(tick)) for tick in ticks)]
     parts += [_label("tick", x_of(tick), _HEIGHT - 24, label) for tick, label in x_ticks]
+    parts += _upright([(label, x_of(step)) for label, step in marks if min(ends) <= step <= max(ends)])
     for number, name, steps, values in drawn:
         points = [(x_of(step), y_of(value), f"{name}, step {step:,.0f}: {value:.4g}") for step, value in zip(steps, values, strict=True)]
         if dots:
@@ -362,13 +372,19 @@ def histogram(title: str, values: Floats, *, x_title: str, y_title: str, marks: 
         )
     parts += [_label("tick", x_of(tick), _HEIGHT - 24, format_number(tick)) for tick in nice_ticks(low, high) if low <= tick <= high]
     inside = [(label, value) for label, value in marks if low <= value <= high]
-    parts += [_down("mark", x_of(value), _TOP, _HEIGHT - _BOTTOM) for _, value in inside]
-    for number, (label, value) in enumerate(inside):
-        right = x_of(value) < (_LEFT + _WIDTH) * 0.6  # room for the label on the right of its line
-        side, anchor = (4, "start") if right else (-4, "end")
-        parts.append(_label("tick label", x_of(value) + side, _TOP + 12 + 16 * number, f"{label} {value:.2f}", anchor))
+    parts += _upright([(f"{label} {value:.2f}", x_of(value)) for label, value in inside])
     parts.append(_axis_titles(x_title, y_title))
     return _finished(parts)
+
+
+def _upright(marks: Sequence[tuple[str, float]]) -> list[str]:
+    """Upright lines at places of the x axis, and their labels one below the other."""
+    parts = [_down("mark", x, _TOP, _HEIGHT - _BOTTOM) for _, x in marks]
+    for number, (label, x) in enumerate(marks):
+        right = x < (_LEFT + _WIDTH) * 0.6  # room for the label on the right of its line
+        side, anchor = (4, "start") if right else (-4, "end")
+        parts.append(_label("tick label", x + side, _TOP + 12 + 16 * number, label, anchor))
+    return parts
 
 
 def _y_axis(values: Floats, log: bool, zero: bool = False) -> tuple[list[float], Callable[[float], float]]:

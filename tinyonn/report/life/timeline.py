@@ -39,6 +39,7 @@ MEANINGS = {
     "killed": "the stretch wrote no reason for its end, as after a crash or a power cut",
     "restored": "the life went back to a kept step; what it had trained after that step is not shown",
     "forked": "another life began from this step",
+    "changed": "options of a fork that differ from those of its parent",
     "lasted": "the time between the records of the stretch; where the clock went back, nothing is added",
 }
 
@@ -201,10 +202,12 @@ def _charts(lives: Sequence[_Life]) -> list[str]:
     """Charts of one life have all their measures; several lives have a chart for each measure, with a line for each life."""
     alone = len(lives) == 1
     charts = CORE if alone else [(one[2].capitalize(), y_title, (one,)) for _, y_title, measures in CORE for one in measures]
+    departures = [(one.name, _parent(one, lives)[1]) for one in lives]
+    marks = [] if alone else [(f"{name} departs", _number(step)) for name, step in departures if _is_whole(step)]
     drawn = []
     for title, y_title, measures in charts:
         lines = [(name if alone else one.name, *one.measured(event, field)) for event, field, name in measures for one in lives]
-        drawn.append(card(title, step_chart(title, lines, y_title=y_title)))
+        drawn.append(card(title, step_chart(title, lines, y_title=y_title, marks=marks)))
     saves = [("a save" if alone else one.name, *one.measured("save", "bytes")) for one in lives]
     sizes = [size for _, _, values in saves for size in values.tolist() if size > 0]
     unit, name = _byte_unit(max(sizes, default=0.0))
@@ -216,8 +219,9 @@ def _charts(lives: Sequence[_Life]) -> list[str]:
 def _history(lives: Sequence[_Life], several: bool) -> str:
     if not any(one.stretches for one in lives):
         return '<div class="card"><p class="empty">No stretch yet.</p></div>'
-    chart = bands("Stretches and stops", [_band(one) for one in lives], _KINDS)
-    head = ("from step", "to step", "began (UTC)", "lasted", "data", "hash", "objective", "device", "ended by")
+    chart = bands("Stretches and stops", [_band(one, lives) for one in lives], _KINDS)
+    changed = any(stretch.record.get("changed") for one in lives for stretch in one.stretches)
+    head = ("from step", "to step", "began (UTC)", "lasted", "data", "hash", "objective", "device", *["changed"] * changed, "ended by")
     rows: list[tuple[object, ...]] = []
     for one in lives:
         for stretch in one.stretches[::-1]:
@@ -231,6 +235,7 @@ def _history(lives: Sequence[_Life], several: bool) -> str:
                 short_digest(str(record.get("data_hash", ""))) or record.get("data_hash"),
                 record.get("objective"),
                 record.get("device"),
+                *[_changes(record.get("changed"))] * changed,
                 stretch.ended,
             )
             rows.append((one.name, *row) if several else row)
@@ -239,11 +244,25 @@ def _history(lives: Sequence[_Life], several: bool) -> str:
     if len(shown) < len(rows):
         caption += f", {MOST_ROWS} of {len(rows):,}"
     first = int(several)
-    table = table_card(("life", *head) if several else head, shown, caption, numeric=(first, first + 1), wrapped=(first + 4, first + 8))
+    table = table_card(
+        ("life", *head) if several else head,
+        shown,
+        caption,
+        numeric=(first, first + 1),
+        wrapped=(first + 4, *range(first + 8, first + len(head))),
+    )
     return group("grid-tables", [f'<div class="card">{chart}</div>', table]) + terms(MEANINGS)
 
 
-def _band(one: _Life) -> Band:
+def _changes(value: object) -> str | None:
+    """What a fork changed: names of options with the parent's value and its own."""
+    if not isinstance(value, Mapping) or not value:
+        return None
+    pairs = [(name, pair) for name, pair in value.items() if isinstance(pair, Sequence) and len(pair) == 2]
+    return ", ".join(f"{name} {before} → {now}" for name, (before, now) in pairs)
+
+
+def _band(one: _Life, lives: Sequence[_Life]) -> Band:
     spans, marks = [], []
     for stretch in one.stretches[-MOST_ROWS:]:
         steps = f"{stretch.begin:,} to {stretch.end:,}"
@@ -251,12 +270,15 @@ def _band(one: _Life) -> Band:
         if stretch.ended != RUNNING:
             kind = "killed" if stretch.killed else "stopped"
             marks.append((kind, float(stretch.end), f"{kind} at step {stretch.end:,}" + ("" if stretch.killed else f": {stretch.ended}")))
-    for event, kind in (("restore", "restored to"), ("fork", "forked")):
-        for record in one.of(event)[-MOST_ROWS:]:
-            told = (
-                f"{kind} {record['step']:,}" if event == "restore" else f"forked at step {record['step']:,}: {_words(record.get('child'))}"
-            )
-            marks.append((kind, float(record["step"]), told))
+    restored = [record["step"] for record in one.of("restore")[-MOST_ROWS:]]
+    marks += [("restored to", float(step), f"restored to {step:,}") for step in restored]
+    forks = [(record["step"], _words(record.get("child"))) for record in one.of("fork")[-MOST_ROWS:]]
+    known = {child for _, child in forks}
+    for other in lives:  # a fork of a life whose training ran is not in the log of that life
+        parent = other.line.parent or {}
+        if parent.get("life") == one.line.life and other.line.life not in known and _is_whole(parent.get("step")):
+            forks.append((parent["step"], other.name))
+    marks += [("forked", float(step), f"forked at step {step:,}: {child}") for step, child in forks]
     return Band(one.name, spans, marks)
 
 

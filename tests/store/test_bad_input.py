@@ -1,0 +1,95 @@
+"""Bad input gets one line that says what would be right, and changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tinyonn.store import PerpetualStore, StoreError, rewind
+
+from .conftest import assert_same, copied, lived, small
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def test_a_store_of_another_model_names_three_tensors(tmp_path: Path) -> None:
+    lived(tmp_path, 2)
+    model, optimizer = small(width=9)
+    before = copied(model, optimizer)
+    with PerpetualStore(tmp_path, model, optimizer) as store:
+        with pytest.raises(StoreError, match=r"inner.weight, float32 \(8, 8\) in the store and float32 \(9, 9\) here; .*inner.bias.*head"):
+            store.restore()
+        assert_same(copied(model, optimizer), before)
+        with pytest.raises(StoreError, match="restore"):
+            store.save(3)
+    other = nn.Linear(3, 3)
+    with (
+        PerpetualStore(tmp_path, other, torch.optim.AdamW(other.parameters())) as store,
+        pytest.raises(StoreError, match=r"which this model does not have; .*; 6 more differ"),
+    ):
+        store.restore()
+
+
+def test_two_trainers_on_one_store(tmp_path: Path) -> None:
+    model, optimizer = small()
+    with PerpetualStore(tmp_path, model, optimizer) as store:
+        store.save(1)
+        with pytest.raises(StoreError, match="no other run writes into"):
+            PerpetualStore(tmp_path, model, optimizer)
+        with pytest.raises(StoreError, match="no other run writes into"):
+            rewind(tmp_path)
+        store.save(2)
+    PerpetualStore(tmp_path, model, optimizer).close()
+
+
+def test_a_newer_format_is_told(tmp_path: Path) -> None:
+    from tinyonn.store.layout import digest, hex_digest
+
+    lived(tmp_path, 1)
+    line = (tmp_path / "manifest.json").read_text().splitlines()[0].replace('"format":1', '"format":2')
+    (tmp_path / "manifest.json").write_text(f"{line}\n{hex_digest(digest(line.encode()))}\n")
+    with pytest.raises(StoreError, match="has format 2, and this version of tinyonn reads 1; update tinyonn"):
+        PerpetualStore(tmp_path, *small())
+
+
+def test_steps_must_rise(tmp_path: Path) -> None:
+    with PerpetualStore(tmp_path, *small()) as store:
+        store.save(5)
+        store.save(9)
+        with pytest.raises(StoreError, match=r"step must be above 9, the newest, got 7; rewind\(\) goes back to a step that is kept\."):
+            store.save(7)
+        with pytest.raises(ValueError, match="step"):
+            store.save(-1)
+
+
+def test_values_that_json_cannot_hold(tmp_path: Path) -> None:
+    with PerpetualStore(tmp_path, *small()) as store:
+        with pytest.raises(StoreError, match=r"state\.a\.b must be a tensor or a value that JSON can hold, got <object"):
+            store.save(1, state={"a": {"b": object()}})
+        store.save(1, state={"a": float("inf")})
+        store.restore()
+        assert store.state == {"a": float("inf")}
+
+
+def test_a_closed_store_says_so(tmp_path: Path) -> None:
+    with PerpetualStore(tmp_path, *small()) as store:
+        store.close()
+        with pytest.raises(StoreError, match="the store must be open"):
+            store.save(1)
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    with PerpetualStore(tmp_path, *small()) as store:
+        with pytest.raises(StoreError, match="only tensor of that name"):
+            store.save(1, state={"a.b": torch.ones(2), "a": {"b": torch.zeros(2)}})
+        store.save(1, state={"a": torch.ones(2)})
+        store.restore()
+        assert torch.equal(store.state["a"], torch.ones(2))
+
+
+def test_wrappers_whose_state_is_a_copy_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"model must be sharded by fully_shard .* got DataParallel"):
+        PerpetualStore(tmp_path, nn.DataParallel(nn.Linear(2, 2)))

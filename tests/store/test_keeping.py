@@ -1,0 +1,167 @@
+"""Which steps stay restorable, and compaction, which drops what the others need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tinyonn.store import Keep, PerpetualStore, StoreError, read_life_log, verify
+from tinyonn.store.manifest import CHAPTER
+
+from .conftest import assert_same, copied, lived, segments, small, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        ("last:1", [20]),
+        ("last:3", [18, 19, 20]),
+        ("last:2,every:7", [7, 14, 19, 20]),
+        ("last:1,best:2", [17, 20]),
+        ("all", [*range(1, 21)]),
+    ],
+)
+def test_keep(tmp_path: Path, keep: str, expected: list[int]) -> None:
+    states = lived(tmp_path, 20, keep=keep)
+    model, optimizer = small(seed=1)
+    with PerpetualStore(tmp_path, model, optimizer, keep=keep) as store:
+        assert store.steps == expected
+        for compacted in (False, True):
+            for step in expected:
+                store.restore(step)
+                assert_same(copied(model, optimizer), states[step])
+            store.restore()
+            if not compacted:
+                store.compact()
+                assert store.steps == expected
+        with pytest.raises(StoreError, match="step must be a kept one"):
+            store.restore(21)
+
+
+@pytest.mark.parametrize("text", ["", "last", "last:0", "last:x", "best:-1", "last:1,last:2", "newest:3", 3])
+def test_keep_rejects(text: Any) -> None:
+    with pytest.raises(ValueError, match="keep"):
+        Keep.parse(text)
+
+
+def test_compaction_keeps_every_step_over_chapters(tmp_path: Path) -> None:
+    steps = 2 * CHAPTER + 9
+    model, optimizer = small()
+    states = {}
+    with PerpetualStore(tmp_path, model, optimizer, keep="last:4,every:10", auto_compact=False) as store:
+        for step in range(1, steps + 1):
+            train(model, optimizer)
+            store.save(step)
+            states[step] = copied(model, optimizer)
+        kept = store.steps
+        assert kept == sorted({*range(10, steps, 10), *range(steps - 3, steps + 1)})
+        before = store.compact()
+        assert before is not None
+        assert before.bytes_after < before.bytes_before / 3
+        assert before.files_after < 5
+        again = store.compact()
+        assert again is not None
+        assert abs(again.bytes_after - before.bytes_after) < 2**16
+    model, optimizer = small(seed=1)
+    with PerpetualStore(tmp_path, model, optimizer, keep="last:4,every:10") as store:
+        assert store.steps == kept
+        for step in reversed(kept):
+            store.restore(step)
+            assert_same(copied(model, optimizer), states[step])
+        store.restore()
+        train(model, optimizer)
+        store.save(steps + 1)
+    assert verify(tmp_path).faults == []
+    assert verify(tmp_path).readable == [*[step for step in kept if step % 10 == 0], *range(steps - 2, steps + 2)]
+
+
+@pytest.mark.parametrize("compacted", [(), (4,), (4, 6), (4, 5, 6, 7, 8)], ids=str)
+def test_other_tensors_after_a_compaction(tmp_path: Path, compacted: tuple[int, ...]) -> None:
+    states = lived(tmp_path, 4)
+    model, optimizer = small(seed=1)
+    for begin in (4, 6):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9 * (begin == 6))
+        with PerpetualStore(tmp_path, model, None, keep="all") as store:
+            if begin in compacted:
+                store.compact()
+        with PerpetualStore(tmp_path, model, optimizer, keep="all") as store:
+            store._restored = True  # another optimiser begins here
+            for step in (begin + 1, begin + 2):
+                train(model, optimizer)
+                store.save(step)
+                states[step] = copied(model, optimizer)
+                if step in compacted:
+                    store.compact()
+            assert store.steps == list(range(1, begin + 3))
+    found = verify(tmp_path)
+    assert (found.faults, found.readable) == ([], list(range(1, 9)))
+    from tinyonn.store.ledger import Ledger
+    from tinyonn.store.manifest import Manifest
+    from tinyonn.store.segment import Files
+
+    ledger = Ledger(tmp_path, Manifest.read(tmp_path))
+    for step, expected in states.items():
+        layout, table = ledger.at(step)
+        for tensor in ("inner.weight", "narrow"):
+            data = bytes(Files(ledger.segments).checked(table[layout.numbers[f"model.{tensor}"]], tensor))
+            assert data == expected[f"m.{tensor}"].reshape(-1).view(torch.uint8).numpy().tobytes(), step
+
+
+def test_a_store_that_keeps_little_stays_small(tmp_path: Path) -> None:
+    model, optimizer = small()
+    with PerpetualStore(tmp_path, model, optimizer, keep="last:1") as store:
+        for step in range(1, 3 * CHAPTER + 3):
+            train(model, optimizer)
+            store.save(step)
+        store.wait()
+        whole = store.state_bytes()
+    assert sum(path.stat().st_size for path in segments(tmp_path)) < (CHAPTER + 4) * 1.1 * whole
+
+
+def test_training_goes_on_while_another_process_wants_a_compaction(tmp_path: Path) -> None:
+    model, optimizer = small()
+    with PerpetualStore(tmp_path, model, optimizer, keep="last:1") as store:
+        for step in range(1, 9):
+            train(model, optimizer)
+            if step == 6:
+                store.wait()
+                (tmp_path / "compact.request").touch()
+            store.save(step)
+        store.wait()
+        assert not (tmp_path / "compact.request").exists()
+        assert len(segments(tmp_path)) <= 3
+
+
+def test_a_compaction_that_finds_no_room_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinyonn.store import perpetual_store
+
+    def no_room(*args: Any) -> None:
+        raise StoreError("no room")
+
+    monkeypatch.setattr(perpetual_store, "compact", no_room)
+    model, optimizer = small()
+    store = PerpetualStore(tmp_path, model, optimizer, keep="last:1")
+    for step in range(1, CHAPTER + 3):
+        train(model, optimizer)
+        store.save(step)
+    with pytest.warns(UserWarning, match="the store was not compacted: no room"):
+        store.close()
+    assert any("no room" in record.get("failed", "") for record in read_life_log(tmp_path / "life.jsonl").records)
+    monkeypatch.undo()
+    with PerpetualStore(tmp_path, model, optimizer) as store:
+        assert store.restore() == CHAPTER + 2
+
+
+def test_other_files_in_the_folders_are_left_alone(tmp_path: Path) -> None:
+    lived(tmp_path, 2)
+    (tmp_path / "segments" / ".notes").mkdir()
+    (tmp_path / "segments" / "readme.txt").write_text("mine")
+    with PerpetualStore(tmp_path, *small()) as store:
+        store.restore()
+        store.compact()
+    assert (tmp_path / "segments" / "readme.txt").read_text() == "mine"
