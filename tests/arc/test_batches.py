@@ -36,11 +36,8 @@ def test_answers_have_labels_and_nothing_else_has():
 
 
 def test_all_outputs_may_have_labels():
-    example = VOCABULARY.encode(TASKS[1])
-    labels = pad_examples([example], all_outputs=True)["labels"][0]
-    grids = [VOCABULARY.decode(part) for part in np.split(labels.numpy(), np.flatnonzero(labels == VOCABULARY.end) + 1)[:-1]]
-    assert all(grid.grid is None for grid in grids)  # -100 of the inputs between them
-    kept = labels[labels != -100].numpy()
+    labels = pad_examples([VOCABULARY.encode(TASKS[1])], all_outputs=True)["labels"][0].numpy()
+    kept = labels[labels != -100]
     outputs = [VOCABULARY.decode(part).grid.tolist() for part in np.split(kept, np.flatnonzero(kept == VOCABULARY.end) + 1)[:-1]]
     assert outputs == [pair.output.tolist() for pair in (*TASKS[1].train, *TASKS[1].test)]
 
@@ -56,7 +53,7 @@ def test_training_goes_on_where_it_stopped():
     first, resumed = batches(seed=5), batches(seed=5)
     [first.batch(step) for step in range(3)]
     assert all(same(first.batch(step), resumed.batch(step)) for step in (3, 4, 70))
-    assert not all(torch.equal(first.batch(0)[key], batches(seed=6).batch(0)[key]) for key in ("input_ids",))
+    assert not torch.equal(first.batch(0)["input_ids"], batches(seed=6).batch(0)["input_ids"])
 
 
 def test_each_pass_has_its_own_augmentations():
@@ -65,7 +62,6 @@ def test_each_pass_has_its_own_augmentations():
     assert len(seen) == 12
     plain = TaskBatches(TASKS[1:2], VOCABULARY, context=400, batch_size=1, augment=False)
     assert {tuple(plain.examples(step)[0].prompt) for step in range(3)} == {tuple(VOCABULARY.encode(TASKS[1]).prompt)}
-    assert any(tuple(prompt) for prompt in seen)
 
 
 def test_no_augmentation_is_longer_than_the_context():

@@ -92,7 +92,7 @@ def solutions(family, task):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_independent_program_solves_every_task(family):
-    for task in generate(25, 3, families=[family]):
+    for task in generate(15, 3, families=[family]):
         found = solutions(family, task)
         assert found, task.name
         assert all(form == task.test[0].output.tolist() for form in found), task.name
@@ -107,10 +107,10 @@ def test_demonstrations_leave_no_other_rule_of_any_family(sizes):
 
 
 def test_tasks_are_seeded_different_and_of_the_wanted_form():
-    tasks = generate(64, 1, smallest=4, largest=6, demonstrations=4)
-    assert tasks == generate(64, 1, smallest=4, largest=6, demonstrations=4)
+    tasks = generate(32, 1, smallest=4, largest=6, demonstrations=4)
+    assert tasks == generate(32, 1, smallest=4, largest=6, demonstrations=4)
     assert tasks[:10] == generate(10, 1, smallest=4, largest=6, demonstrations=4)
-    assert {task.digest for task in tasks}.isdisjoint(task.digest for task in generate(64, 2, smallest=4, largest=6, demonstrations=4))
+    assert {task.digest for task in tasks}.isdisjoint(task.digest for task in generate(32, 2, smallest=4, largest=6, demonstrations=4))
     assert [task.name.partition("-")[0] for task in tasks[:8]] == list(FAMILIES)
     for task in tasks:
         inputs = [pair.input for pair in (*task.train, *task.test)]
@@ -122,9 +122,9 @@ def test_tasks_are_seeded_different_and_of_the_wanted_form():
 
 
 def test_no_task_of_training_comes_again_in_the_test():
-    train = generate(200, 0, smallest=3, largest=3, families=["count"])
-    assert len({task.digest for task in train}) == 200
-    assert {task.digest for task in generate(200, 0, smallest=3, largest=3, families=["count"], exclude=train)}.isdisjoint(
+    train = generate(100, 0, smallest=3, largest=3, families=["count"])
+    assert len({task.digest for task in train}) == 100
+    assert {task.digest for task in generate(100, 0, smallest=3, largest=3, families=["count"], exclude=train)}.isdisjoint(
         task.digest for task in train
     )
 

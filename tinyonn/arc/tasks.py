@@ -15,6 +15,7 @@ from ..errors import InputError, listed, shown
 Grid = np.ndarray  # (rows, columns) int8, read-only
 
 MAX_SIDE, COLOURS = 30, 10
+COLOUR_SET = frozenset(range(COLOURS))
 
 
 class Pair(NamedTuple):
@@ -132,7 +133,7 @@ def _array_of(value: Any, where: str) -> np.ndarray:
     for number, row in enumerate(value, start=1):
         if len(row) != len(value[0]):
             raise InputError(f"{where} must have rows of one length, got {len(value[0])} cells in row 1 and {len(row)} in row {number}.")
-        for cell in row:
-            if type(cell) is not int or not 0 <= cell < COLOURS:
-                raise InputError(f"{where} must have the colours 0 to {COLOURS - 1}, got {shown(cell)} in row {number}.")
+        if not set(map(type, row)) <= {int} or not COLOUR_SET.issuperset(row):
+            strange = next(cell for cell in row if type(cell) is not int or cell not in COLOUR_SET)
+            raise InputError(f"{where} must have the colours 0 to {COLOURS - 1}, got {shown(strange)} in row {number}.")
     return np.array(value, dtype=np.int64)

@@ -112,7 +112,7 @@ class Vocabulary:
         """The grid of an answer.
 
         Args:
-            answer: (A,) token ids, a list, array or tensor; what follows the first <end> is ignored.
+            answer: (A,) token ids, a list, array or tensor on the CPU; what follows the first <end> is ignored.
         """
         ids = np.asarray(answer, dtype=np.int64).reshape(-1)
         ends = np.flatnonzero(ids == END)
