@@ -1,7 +1,16 @@
-"""Generated families of small tasks, which a small model learns within minutes: a check of training before ARC itself.
+"""Generated families of small tasks: a check of training and inference with small models, before ARC itself.
 
 Each task has one rule of one family, such as "cells fall to the left". Its demonstrations determine the rule: every rule of every family
 that explains them gives the same output for the test input.
+
+    copy      the input itself
+    mirror    left and right, top and bottom, or rows and columns exchanged
+    recolour  one colour becomes another
+    fill      black cells that other cells enclose get a colour
+    gravity   cells fall to one of the four sides
+    crop      the smallest rectangle with all cells of a colour
+    count     a row with as many cells as the input has of a colour
+    compose   a mirror or gravity, then a change of colour
 """
 
 from __future__ import annotations
@@ -18,11 +27,10 @@ from ..errors import InputError, did_you_mean, shown
 from .tasks import COLOURS, MAX_SIDE, Grid, Pair, Task
 
 Rng = np.random.Generator
-MOST_COUNTED = 6
-
-
 Move = Callable[[Grid], Grid | None]
 Draw = Callable[[Rng, int, int], Grid]
+
+MOST_COUNTED = 6  # cells in the output of count
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,9 @@ def _rules() -> dict[str, list[Rule]]:
 RULES = _rules()
 MOVES = [(move, True) for move in COPY + MIRRORS + FALLS] + [(rule.move, False) for name in OTHERS for rule in RULES[name]]
 FAMILIES = ("copy", "mirror", "recolour", "fill", "gravity", "crop", "count", "compose")
-"""Names of the families: copy, mirror, recolour, fill, gravity, crop, count, compose."""
+"""Names of the families. The rules: the input itself; a mirror of it; one colour becomes another; enclosed black cells get a colour; cells
+fall to one side; the smallest rectangle with all cells of a colour; a row with as many cells as the input has of a colour; a mirror or a
+fall, then a change of colour."""
 
 
 def generate(

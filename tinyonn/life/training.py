@@ -13,13 +13,9 @@ FOLDER/life.html      the page, and two figures beside it
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
-import signal
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,20 +24,18 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import distributed
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.utils import logging as hf_logging
+from transformers import AutoTokenizer, PrinterCallback, set_seed
 
 from .._io.files import digest, replacing, write_atomically
 from .._io.locks import locked
 from ..errors import InputError
-from ..hf.loading import resolve_device, resolve_dtype
+from ..hf.loading import resolve_device
 from ..hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
 from ..store.overview import newest_step
-from ..train.onn_trainer import OnnTrainer
 from .config import LifeConfig
 from .forking import DATA, FORKABLE, FREE, OPTIONS, STORE, TOKENIZER, TOKENS, Origin, is_fresh, read_options, read_origin
 from .log import TrainingLog
+from .running import StopSignals, arguments, quiet
 from .texts import documents, encoded, learn_tokenizer, split
 from .trainer import LifeTrainer, Schedule, Sizes
 
@@ -103,7 +97,7 @@ def train(config: LifeConfig, progress: ProgressCall | None = None, note: Callab
     first = int(os.environ.get("RANK", "0")) == 0
     if config.fsdp and resolve_device(config.device).type == "cpu":
         raise InputError("fsdp must be false on a CPU, where Accelerate does not shard a model; got true.")
-    with locked(folder) if first else contextlib.nullcontext(), _quiet():
+    with locked(folder) if first else contextlib.nullcontext(), quiet():
         origin = read_origin(folder)
         _check_same_life(folder, config, origin)
         _model_config(config, None)  # before the texts are read
@@ -113,11 +107,11 @@ def train(config: LifeConfig, progress: ProgressCall | None = None, note: Callab
         model = TinyOnnForCausalLM(_model_config(config, tokenizer))
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        log, signals = TrainingLog(folder, tell, config.steps), _StopSignals()
+        log, signals = TrainingLog(folder, tell, config.steps), StopSignals()
         trainer = LifeTrainer(
             schedule=Schedule(config, 0 if origin is None else origin.schedule_now(_kept(config))),
             model=model,
-            args=_arguments(config, folder),
+            args=arguments(config, folder),
             train_dataset=training,
             eval_dataset=held_out,
             callbacks=[log, signals],
@@ -184,22 +178,6 @@ def _done_before(folder: Path, model: TinyOnnForCausalLM, log: TrainingLog, done
         seconds=time.monotonic() - begin,
         first=first,
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers prints lines and bars of its own; ours are on the screen already."""
-    before, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r".*pin_memory.*")
-            yield
-    finally:
-        hf_logging.set_verbosity(before)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def _check_same_life(folder: Path, config: LifeConfig, origin: Origin | None) -> None:
@@ -306,80 +284,6 @@ def _model_config(config: LifeConfig, tokenizer: Any | None) -> TinyOnnConfig:
         )
     except ValueError as error:
         raise InputError(str(error)) from None
-
-
-def _arguments(config: LifeConfig, folder: Path) -> TrainingArguments:
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device, TinyOnnConfig()) if config.dtype != "auto" or device.type != "cpu" else torch.float32
-    board = importlib.util.find_spec("tensorboard") is not None
-    wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["DynONNBlock"]}
-    sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": wrapped} if config.fsdp else {}
-    return TrainingArguments(
-        output_dir=str(folder / "log"),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        eval_strategy="steps",
-        eval_steps=config.eval_steps,
-        logging_steps=config.log_steps,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        report_to=["tensorboard"] if board else [],
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=device.type == "cpu",
-        seed=config.seed % 2**32,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        prediction_loss_only=True,
-        **sharded,
-    )
-
-
-class _StopSignals(TrainerCallback):
-    """Within its `with` block, Ctrl-C and SIGTERM end training after the step, with a save; a second one ends it at once.
-
-    Attributes:
-        asked: name of the signal; None if none came.
-        trainer: told why it stopped.
-    """
-
-    def __init__(self) -> None:
-        self.trainer: OnnTrainer | None = None
-        self.asked: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.asked is not None:
-            raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if distributed.is_available() and distributed.is_initialized():  # a signal may reach one process only, or each in another step
-            number = torch.tensor(0 if self.asked is None else signal.Signals[self.asked].value, device=args.device)
-            distributed.all_reduce(number, distributed.ReduceOp.MAX)
-            self.asked = signal.Signals(int(number)).name if int(number) else None
-        if self.asked is not None:
-            control.should_save = control.should_training_stop = True
-            if self.trainer is not None:
-                self.trainer.stopped = self.asked
-        return control
 
 
 @torch.no_grad()
