@@ -14,12 +14,15 @@ from .lifecycle import ExpertLifecycle, LifeEvent
 from .surprise_hooks import SurpriseHookManager
 
 if TYPE_CHECKING:
+    from .eavi_trainer import Eavi, EaviMixin
     from .onn_trainer import OnnTrainer
     from .perpetual import PerpetualMixin
 
 __all__ = [
     "CapturedSurprise",
+    "Eavi",
     "EaviBatch",
+    "EaviMixin",
     "EaviStepResult",
     "ExpertLifecycle",
     "GatingGradients",
@@ -53,6 +56,10 @@ def __getattr__(name: str) -> Any:
         from .onn_trainer import OnnTrainer
 
         return OnnTrainer
+    if name in ("Eavi", "EaviMixin"):
+        from . import eavi_trainer
+
+        return getattr(eavi_trainer, name)
     if name == "PerpetualMixin":
         from .perpetual import PerpetualMixin
 

@@ -1,0 +1,151 @@
+"""EaviMixin: a transformers Trainer and an OnnTrainer take the steps that `eavi_step` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+from tinyonn.train import Eavi, EaviMixin, OnnTrainer, Ramp, alignment, eavi_step
+from tinyonn.train.eavi_trainer import PROMPTS
+
+from .test_eavi import END, IDS, PAD, ended, llama, rows, tiny_onn
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:.*pin_memory")
+PROMPT_ROWS, ANSWERS = rows(3, 5, 4, 6), ended(rows(3, 2, 4, 1, seed=1))
+
+
+class Rows(Dataset[int]):
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> int:
+        return index % len(PROMPT_ROWS)
+
+
+def collate(indices: list[int]) -> dict[str, Tensor]:
+    prompts, answers = [PROMPT_ROWS[index] for index in indices], [ANSWERS[index] for index in indices]
+    return alignment(prompts, answers, answers, **IDS) | {PROMPTS: torch.tensor([len(prompt) for prompt in prompts])}
+
+
+class Plain(EaviMixin, Trainer):
+    pass
+
+
+class Onn(EaviMixin, OnnTrainer):
+    pass
+
+
+def trained(folder: Path, model: Any, kind: type, eavi: Eavi | None, steps: int = 3, **options: Any) -> Any:
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, lr_scheduler_type="constant",
+        weight_decay=0.0, max_grad_norm=0.0, optim="sgd", report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1,
+        save_strategy="no", remove_unused_columns=False, seed=7,
+    )  # fmt: skip
+    trainer = kind(
+        model=model, args=arguments, train_dataset=Rows(4 * steps), data_collator=collate, eval_dataset=Rows(4), eavi=eavi, **options
+    )
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(Rows(4 * steps))
+    trainer.train()
+    return trainer
+
+
+def no_dropout() -> LlamaForCausalLM:
+    model = llama()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.0
+    return model
+
+
+@pytest.mark.parametrize("mode", ["own", "super_batch"])
+def test_steps_are_those_of_eavi_step(tmp_path: Path, mode: str) -> None:
+    one, two = no_dropout(), no_dropout()
+    trainer = trained(tmp_path, one, Plain, Eavi(END, PAD, mode=mode))
+    optimizer = torch.optim.SGD(two.parameters(), lr=1e-2)
+    two.train()
+    results = [eavi_step(two, optimizer, PROMPT_ROWS, ANSWERS, mode=mode, **IDS) for _ in range(3)]
+    for name, value in two.named_parameters():
+        torch.testing.assert_close(dict(one.named_parameters())[name], value, rtol=1e-5, atol=1e-6)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["own_share"] for line in lines] == [1, 1, 1]
+    assert lines[-1]["generated_tokens"] == sum(result.batch.generated_tokens for result in results)
+    assert lines[-1]["trained_tokens"] == sum(result.batch.trained_tokens for result in results)
+    for line, result in zip(lines, results, strict=True):
+        assert line["loss"] == pytest.approx(float(result.loss), abs=1e-3)
+
+
+def test_without_excursions_it_is_teacher_forcing(tmp_path: Path) -> None:
+    models = [no_dropout() for _ in range(3)]
+    trained(tmp_path, models[0], Plain, None)
+    trained(tmp_path, models[1], Plain, Eavi(END, PAD, share=Ramp(0.0, 1.0, 5, 9)))  # no step of these has a share
+    models[2].train()
+    optimizer = torch.optim.SGD(models[2].parameters(), lr=1e-2)
+    for _ in range(3):
+        models[2](**alignment(PROMPT_ROWS, ANSWERS, ANSWERS, **IDS)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in models[2].named_parameters():
+        for model in models[:2]:
+            torch.testing.assert_close(dict(model.named_parameters())[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_an_onn_trainer_learns_along_its_own_answers_and_evaluates(tmp_path: Path) -> None:
+    model = tiny_onn()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    trainer = trained(tmp_path, model, Onn, Eavi(END, PAD, temperature=1.0), freeze_idle=False)
+    assert any("router" in name and not torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert trainer.lifecycle is not None
+    assert all("pi" in line for line in trainer.state.log_history if "loss" in line)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_a_run_draws_the_same_answers_again(tmp_path: Path) -> None:
+    found = []
+    for seed in (7, 7, 8):
+        model = no_dropout()
+        eavi = Eavi(END, PAD, temperature=2.0, share=0.5)
+        trainer = trained(tmp_path, model, type("Seeded", (Plain,), {"_seed": Plain._seed if seed == 7 else lambda self: 99}), eavi)
+        assert 0 < sum(line["own_share"] for line in trainer.state.log_history if "loss" in line) < 3
+        found.append(torch.cat([value.detach().flatten() for value in model.parameters()]))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_labels_within_prompts_stay(tmp_path: Path) -> None:
+    model = no_dropout()
+    seen: list[dict[str, Tensor]] = []
+
+    class Looking(Plain):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(inputs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def with_labels(indices: list[int]) -> dict[str, Tensor]:
+        batch = collate(indices)
+        batch["labels"][:, 1] = batch["input_ids"][:, 1]
+        return batch
+
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+        remove_unused_columns=False,
+    )  # fmt: skip
+    Looking(model=model, args=arguments, train_dataset=Rows(4), data_collator=with_labels, eavi=Eavi(END, PAD, mode="super_batch")).train()
+    assert len(seen[0]["labels"]) == 8
+    assert torch.equal(seen[0]["labels"][:, 1], seen[0]["input_ids"][:, 1])
+    assert (seen[0]["labels"][:, 0] == -100).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"mode": "x"}, "mode must be"), ({"share": 2}, "share must be"), ({"temperature": -1}, "temperature must be")]
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Eavi(END, PAD, **options)

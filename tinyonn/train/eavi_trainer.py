@@ -1,0 +1,139 @@
+"""A transformers Trainer that trains along the model's own answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import shown
+from ..ops._checks import check_number, check_size
+from .eavi import MODES, Ramp, eavi_batch
+
+PROMPTS = "prompt_lengths"
+
+
+@dataclass(frozen=True)
+class Eavi:
+    """How a Trainer makes excursions; see `eavi_batch`.
+
+    Args:
+        end_token_id: token that ends an answer.
+        pad_token_id: token for padding.
+        mode: "own" or "super_batch".
+        share: part of the rows that get an excursion: a number, or a `Ramp` over the steps.
+        max_new_tokens: tokens of an own answer, at most; None for those of the longest true answer of a batch.
+        temperature: of the distribution that tokens are drawn from; 0 for the most likely token.
+
+    Raises:
+        TypeError, ValueError: a value is out of range.
+    """
+
+    end_token_id: int
+    pad_token_id: int
+    mode: str = "own"
+    share: float | Ramp = 1.0
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {shown(self.mode)}.")
+        if not isinstance(self.share, Ramp):
+            check_number("share", self.share, at_least=0, at_most=1)
+        if self.max_new_tokens is not None:
+            check_size("max_new_tokens", self.max_new_tokens)
+        check_number("temperature", self.temperature, at_least=0)
+
+    def share_at(self, step: int) -> float:
+        """Part of the rows that get an excursion in a step, from 0."""
+        return self.share(step) if isinstance(self.share, Ramp) else self.share
+
+
+class EaviMixin:
+    """Trains along the model's own answers: `class MyTrainer(EaviMixin, OnnTrainer)`, or before any `transformers.Trainer`.
+
+    Batches have input_ids, attention_mask and labels, (B, T) and padded on the right, as for teacher forcing, and `prompt_lengths`, (B,),
+    the tokens before each answer. Labels within prompts stay. An own answer is greedy or drawn with random numbers of its own, which depend
+    on `args.seed`, step and process, so a resumed run draws the same. Evaluation is by teacher forcing.
+
+    The log gets, as means since its last line, `own_share`, the part of the rows with an excursion, and `own_exact`, the part of these
+    whose answer was the truth; and the sums over the run `generated_tokens` and `trained_tokens`, of this process.
+
+    Args:
+        args, others: see `transformers.Trainer`.
+        eavi: how excursions are made; None for teacher forcing.
+    """
+
+    makes_inputs = True  # so `HyperStepMixin` may come after it
+
+    def __init__(self, *args: Any, eavi: Eavi | None = None, **kwargs: Any) -> None:
+        self._eavi = eavi
+        self._batches = 0  # of the present step
+        self._step = -1
+        self._rows = self._own = self._exact = 0
+        self._generated = self._trained = 0
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        trainer: Any = super()
+        lengths = inputs[PROMPTS]
+        given = {name: value for name, value in inputs.items() if name != PROMPTS}
+        self._rows += len(lengths)
+        share = 0.0 if self._eavi is None else self._eavi.share_at(self._global_step())
+        if not share:
+            self._trained += int(given["attention_mask"].sum())
+            found: Tensor = trainer.training_step(model, given, *args, **kwargs)
+            return found
+        aligned = self._aligned(model, given, lengths.tolist(), share)
+        # The number of targets is another than the one that Trainer counted, so the loss is the mean over this batch's own.
+        found = trainer.training_step(model, aligned, None)
+        return found
+
+    def _aligned(self, model: nn.Module, given: dict[str, Tensor], lengths: list[int], share: float) -> dict[str, Tensor]:
+        assert self._eavi is not None
+        ids, labels, ends = given["input_ids"].cpu(), given["labels"].cpu(), given["attention_mask"].sum(1).tolist()
+        prompts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+        answers = [row[length:end] for row, length, end in zip(ids, lengths, ends, strict=True)]
+        batch = eavi_batch(
+            model, prompts, answers, end_token_id=self._eavi.end_token_id, pad_token_id=self._eavi.pad_token_id, mode=self._eavi.mode,
+            share=share, max_new_tokens=self._eavi.max_new_tokens, temperature=self._eavi.temperature, seed=self._seed(),
+        )  # fmt: skip
+        chosen = [row for row, own in enumerate(batch.own) if own is not None]
+        made = batch.inputs["labels"]
+        for place, row in enumerate([*range(len(lengths)), *(chosen if self._eavi.mode == "super_batch" else [])]):
+            made[place, : lengths[row]] = labels[row, : lengths[row]]
+        self._own += len(chosen)
+        self._exact += int(batch.exact.sum())
+        self._generated += batch.generated_tokens
+        self._trained += batch.trained_tokens
+        device = given["input_ids"].device
+        return {name: value.to(device) for name, value in batch.inputs.items()}
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = super()
+        return trainer.compute_loss(model, {name: value for name, value in inputs.items() if name != PROMPTS}, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._rows:
+            logs["own_share"] = self._own / self._rows
+            if self._own:
+                logs["own_exact"] = self._exact / self._own
+            logs |= {"generated_tokens": self._generated, "trained_tokens": self._trained}
+            self._rows = self._own = self._exact = 0
+        trainer: Any = super()
+        trainer.log(logs, *args, **kwargs)
+
+    def _global_step(self) -> int:
+        trainer: Any = self
+        return int(trainer.state.global_step)
+
+    def _seed(self) -> int:
+        """Of this batch: another one for each step, accumulated batch and process."""
+        trainer: Any = self
+        step = self._global_step()
+        self._batches = self._batches + 1 if step == self._step else 0
+        self._step = step
+        number = (step * trainer.args.gradient_accumulation_steps + self._batches) * trainer.args.world_size + trainer.args.process_index
+        return int((trainer.args.seed * 1_000_003 + number) % 2**63)
