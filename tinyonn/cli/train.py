@@ -1,4 +1,4 @@
-"""`tinyonn train`."""
+"""`tinyonn train`: on texts, and on ARC."""
 
 from __future__ import annotations
 
@@ -6,23 +6,36 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+import typer
+
 from .._io.config import read_yaml
+from ..arc.config import ArcConfig
+from ..errors import InputError
 from ..life.config import LifeConfig
 from . import screen
-from .options import ConfigFile, print_config_option, takes_options
+from .options import ConfigFile, configured, print_config_option, takes_options
 
-_CONFIG_HEADER = "Options of `tinyonn train` with their defaults. Pass the file as --config; the command line takes precedence."
-PrintConfig = Annotated[bool, print_config_option(LifeConfig, _CONFIG_HEADER)]
+_CONFIG_HEADER = "Options of `tinyonn train{}` with their defaults. Pass the file as --config; the command line takes precedence."
+PrintConfig = Annotated[bool, print_config_option(LifeConfig, _CONFIG_HEADER.format(""))]
+PrintArcConfig = Annotated[bool, print_config_option(ArcConfig, _CONFIG_HEADER.format(" arc"))]
+
+train = typer.Typer()
 
 
+@train.callback(invoke_without_command=True)
 @takes_options(LifeConfig)
-def train(given: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False) -> None:
+def train_texts(context: typer.Context, given: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False) -> None:
     """Train a small self-organising model on texts, from scratch.
 
     Learns a vocabulary, then trains a bonsai, whose experts are born and recycled. The page OUTPUT/life.html is kept current, and steps are
     saved in OUTPUT/store. To go on after a stop, run the same command again. In a fork (`tinyonn life fork`) the first run may choose other
     texts, another learning rate and more. Under torchrun, every process takes its share of each batch.
     """
+    if context.invoked_subcommand is not None:
+        if given or config:
+            name = f"--{next(iter(given), 'config').replace('_', '-')}"
+            raise InputError(f"{name} must stand after {context.invoked_subcommand}, got it before.")
+        return
     values = {**(read_yaml(config) if config else {}), **given}
     run_life(LifeConfig.from_mapping(values, source=str(config or "a --config file")))
 
@@ -52,4 +65,33 @@ def run_life(config: LifeConfig) -> None:
     lines += [("model", result.model), ("page", result.page), ("took", screen.duration(result.seconds))]
     if result.sample.strip():
         lines.append(("sample", " ".join(result.sample.split())))
+    print(screen.rows(lines), flush=True)
+
+
+@train.command("arc")
+@takes_options(ArcConfig)
+def train_arc(given: Mapping[str, Any], config: ConfigFile = None, print_config: PrintArcConfig = False) -> None:
+    """Train a small self-organising model on ARC, from scratch, by teacher forcing or along its own answers (EAVI).
+
+    The page OUTPUT/life.html is kept current, and steps are saved in OUTPUT/store. To go on after a stop, run the same command again. Then
+    `tinyonn eval arc OUTPUT/model` scores the model.
+    """
+    from ..arc.training import train_arc
+
+    options = configured(ArcConfig, config, given)
+    with screen.Progress("training", enabled=os.environ.get("RANK", "0") == "0") as bar:
+        result = train_arc(options, bar.update, screen.say)
+    if not result.first:
+        return
+    last = result.metrics
+    lines: list[tuple[str, object]] = [("trained", f"{screen.counted(result.steps, 'step')}, {result.parameters:,} parameters")]
+    if result.stopped:
+        lines.append(("stopped", f"{result.stopped}; run the same command to go on"))
+    if "loss" in last:
+        lines.append(("loss", f"{last['loss']:.3f} nats a token"))
+    if "own_exact" in last:
+        lines.append(("own", f"{last['own_exact']:.1%} of the model's own answers in training were exact"))
+    if result.exact is not None:
+        lines.append(("held out", f"{result.exact:.1%} of the answers exact"))
+    lines += [("model", result.model), ("page", result.page), ("took", screen.duration(result.seconds))]
     print(screen.rows(lines), flush=True)
