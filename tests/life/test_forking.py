@@ -118,7 +118,7 @@ def test_a_fork_changes_texts_rate_and_thresholds_once(parent: Path, tmp_path: P
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "learning_rate must be 0.01" in err
-    assert f"or fork the life with `tinyonn life fork {fork} NEW`" in err
+    assert err.endswith("got 0.002: give that, or fork the life with `tinyonn life fork`, and change it there.\n")
     assert run(["life", "fork", str(fork), str(tmp_path / "grandchild"), "--step", "6"]) == 0
     origin = yaml.safe_load((tmp_path / "grandchild" / "parent.yaml").read_text())
     assert (origin["step"], origin["schedule_begin"], origin["options"]["learning_rate"]) == (6, 4, 0.01)

@@ -49,9 +49,9 @@ def test_a_newer_format_is_told(tmp_path: Path) -> None:
     from tinyonn.store.layout import digest, hex_digest
 
     lived(tmp_path, 1)
-    line = (tmp_path / "manifest.json").read_text().splitlines()[0].replace('"format":1', '"format":2')
+    line = (tmp_path / "manifest.json").read_text().splitlines()[0].replace('"format":2', '"format":3')
     (tmp_path / "manifest.json").write_text(f"{line}\n{hex_digest(digest(line.encode()))}\n")
-    with pytest.raises(StoreError, match="has format 2, and this version of tinyonn reads 1; update tinyonn"):
+    with pytest.raises(StoreError, match="has format 3, and this version of tinyonn reads 2; update tinyonn"):
         PerpetualStore(tmp_path, *small())
 
 

@@ -159,11 +159,19 @@ def test_only_restore_takes_the_manifest_before(tmp_path: Path) -> None:
     assert newest_step(tmp_path) == 2
 
 
-def test_a_damaged_list_of_files_deletes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["files", "chapters"])
+def test_a_damaged_list_of_files_deletes_nothing(tmp_path: Path, kind: str) -> None:
     lived(tmp_path, CHAPTER + 3)
+    if kind == "files":
+        with PerpetualStore(tmp_path, *small(), keep="all") as store:
+            store.restore()
+            store.compact()
     before = segments(tmp_path)
-    for path in (tmp_path / "index").glob("files-*.npy"):
+    for path in (tmp_path / "index").glob(f"{kind}-*"):
         flipped(path, path.stat().st_size - 1, 0)
-    with pytest.raises(DamagedStoreError, match=r"files-\d+.npy is damaged"):
+    with pytest.raises(DamagedStoreError, match=rf"{kind}-\d+\.\w+ is damaged"):
         PerpetualStore(tmp_path, *small())
     assert segments(tmp_path) == before
+    found = verify(tmp_path)
+    assert f"{kind}-" in found.faults[0]
+    assert found.readable[-1] == CHAPTER + 3  # steps of the open chapter

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tinyonn.store import Keep, PerpetualStore, StoreError, read_life_log, verify
 from tinyonn.store.manifest import CHAPTER
@@ -165,3 +167,50 @@ def test_other_files_in_the_folders_are_left_alone(tmp_path: Path) -> None:
         store.restore()
         store.compact()
     assert (tmp_path / "segments" / "readme.txt").read_text() == "mine"
+
+
+def test_the_manifest_does_not_grow_with_the_steps(tmp_path: Path) -> None:
+    """Each step begins a chapter, because the shape of a tensor changes."""
+    model = nn.Linear(1, 1)
+    sizes = {}
+    with PerpetualStore(tmp_path, model, keep="all") as store:
+        for step in range(1, 41):
+            store.save(step, state={"grows": torch.full((step,), step)}, wait=True)
+            sizes[step] = (tmp_path / "manifest.json").stat().st_size
+    assert sizes[40] < sizes[8] + 200
+    with PerpetualStore(tmp_path, model, keep="all") as store:
+        assert store.steps == list(range(1, 41))
+        for step in (1, 7, 32, 33, 40):
+            store.restore(step)
+            assert torch.equal(store.state["grows"], torch.full((step,), step))
+        store.restore(33, rewind=True)
+        store.save(34, state={"grows": torch.ones(3)})
+        store.compact()
+        store.restore(31)
+        assert torch.equal(store.state["grows"], torch.full((31,), 31))
+    assert verify(tmp_path).faults == []
+
+
+def test_a_store_of_the_first_format_goes_on(tmp_path: Path) -> None:
+    """There the manifest had all chapters; the list of files was one as after a compaction."""
+    from tinyonn.store.layout import digest, hex_digest
+
+    states = lived(tmp_path, 20)  # two chapters, of eight times the bytes of the state
+    model, optimizer = small(seed=1)
+    with PerpetualStore(tmp_path, model, optimizer, keep="all") as store:
+        store.restore()
+        store.compact()
+    found = json.loads((tmp_path / "manifest.json").read_text().splitlines()[0])
+    volumes = found.pop("volumes")
+    assert volumes
+    found |= {"format": 1, "chapters": [one for name, *_ in volumes for one in json.loads((tmp_path / "index" / name).read_text())]}
+    line = json.dumps(found)
+    (tmp_path / "manifest.json").write_text(f"{line}\n{hex_digest(digest(line.encode()))}\n")
+    for _ in range(2):
+        with PerpetualStore(tmp_path, model, optimizer, keep="all") as store:
+            for step in (1, 12, 20):
+                store.restore(step)
+                assert_same(copied(model, optimizer), states[step])
+            store.restore()
+            store.save(store.steps[-1] + 1)
+    assert verify(tmp_path).faults == []

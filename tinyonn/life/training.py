@@ -195,7 +195,7 @@ def _check_same_life(folder: Path, config: LifeConfig, origin: Origin | None) ->
     name = refused[0]
     remedy = "give that, or another --output-dir"
     if name in FORKABLE:
-        remedy = f"give that, or fork the life with `tinyonn life fork {folder} NEW`, which can change it"
+        remedy = "give that, or fork the life with `tinyonn life fork`, and change it there"
     elif fresh:
         remedy = "a fork cannot change it"
     raise InputError(f"{name} must be {before.get(name)!r}, as in the life in {folder}, got {now[name]!r}: {remedy}.")

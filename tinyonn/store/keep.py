@@ -78,9 +78,9 @@ class Keep:
         return sorted(known, key=lambda step: (-scores[step], -step))[: self.best]
 
 
-def to_ranges(steps: list[int]) -> list[list[int]]:
-    """Steps in order as [first, last, stride], few where they are regular."""
-    found: list[list[int]] = []
+def to_ranges(steps: list[int], before: Iterable[list[int]] = ()) -> list[list[int]]:
+    """Steps in order as [first, last, stride], few where they are regular; after those of the steps before."""
+    found = [list(one) for one in before]
     for step in steps:
         if found:
             first, last, stride = found[-1]

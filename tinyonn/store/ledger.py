@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from .layout import Layout, empty_table, moved
 from .manifest import CHAPTER, FILE, INDEX, PREVIOUS, RECORD, SEGMENTS, Chapter, Index, IndexFile, Manifest, Step
 from .segment import Segment, file_name, read_segment
 
-_OWN = re.compile(r"\d{8,}\.safetensors|(layout|table|records|files)-\d{8,}\.(json|npy)")
+_OWN = re.compile(r"\d{8,}\.safetensors|(layout|table|records|files|chapters)-\d{8,}\.(json|npy)")
 MOST_STATES = 8  # a chapter ends when its segments have the bytes of so many whole states
 
 
@@ -61,7 +62,14 @@ class Ledger:
         manifest = self.manifest
         if step not in set(manifest.kept):
             raise StoreError(f"step must be a kept one, {_shown_steps(manifest.kept)}, got {step}.")
-        chapters = [*manifest.chapters, *([manifest.open] if manifest.open else [])]
+        opened = [manifest.open] if manifest.open else []
+        found = self._within(opened, step) or self._within(manifest.chapters, step)
+        if found is None:  # never written by this code
+            raise StoreError(f"step {step} is in no chapter of {self.folder}.")
+        return found
+
+    def _within(self, chapters: list[Chapter], step: int) -> tuple[Layout, np.ndarray] | None:
+        """`at` a step that one of the chapters has; None if none has it."""
         for chapter in chapters:
             if chapter.base_step == step:
                 return self.index.layout(chapter.layout), self.base(chapter)
@@ -69,7 +77,7 @@ class Ledger:
             inside = chapter.first is not None and chapter.last is not None and chapter.first <= step <= chapter.last
             if inside or any(one.step == step for one in chapter.steps):
                 return self._apply(chapter, self.changes(chapter, step))
-        raise StoreError(f"step {step} is in no chapter of {self.folder}.")  # never written by this code
+        return None
 
     def base(self, chapter: Chapter) -> np.ndarray:
         layout = self.index.layout(chapter.layout)
@@ -96,9 +104,10 @@ class Ledger:
     def files(self) -> np.ndarray:
         """All segments as `FILE`."""
         manifest = self.manifest
-        closed = np.zeros(0, FILE) if manifest.files is None else self.index.array(manifest.files)
-        steps = manifest.open.steps if manifest.open else []
-        return np.concatenate([closed, _files_of(steps)])
+        listed = np.zeros(0, FILE) if manifest.files is None else self.index.array(manifest.files)
+        closed = [file for chapter in manifest.chapters for file in chapter.files]
+        opened = [file for step in (manifest.open.steps if manifest.open else []) for file in step.files]
+        return np.concatenate([listed, np.array([*closed, *opened], FILE)])
 
     def stored_bytes(self) -> int:
         """Bytes of the store on the disk."""
@@ -160,8 +169,8 @@ class Ledger:
         if not chapter.steps:
             return
         step = chapter.steps[-1].step
+        base = self.index.write_array("table", self.next_index(), table)  # first, so that an error changes nothing
         self._close(chapter)
-        base = self.index.write_array("table", self.next_index(), table)
         self.manifest.open, self._changes = Chapter(chapter.layout, base, step), []
 
     def rewind(self, step: int) -> None:
@@ -180,7 +189,7 @@ class Ledger:
                 continue
             if chapter.last > step:
                 records = self.index.write_array("records", self.next_index(), self.changes(chapter, step))
-                chapter = Chapter(chapter.layout, chapter.base, chapter.base_step, chapter.first, step, records)
+                chapter = replace(chapter, last=step, records=records)
             chapters.append(chapter)
         newest = manifest.open
         if newest is not None and any(one.step <= step for one in newest.steps):
@@ -236,12 +245,17 @@ class Ledger:
         segments = {file_name(int(number)) for number in self.files()["file"]}
         return segments, {file.name for file in self.index_files()}
 
-    def index_files(self) -> list[IndexFile]:
+    def index_files(self) -> Iterator[IndexFile]:
+        """Files in index/ that the manifest names; first those with lists, which must be whole for the others.
+
+        Raises:
+            DamagedStoreError: a volume is damaged.
+        """
         manifest = self.manifest
-        found = [] if manifest.files is None else [manifest.files]
-        for chapter in [*manifest.chapters, *([manifest.open] if manifest.open else [])]:
-            found += [file for file in (chapter.layout, chapter.base, chapter.records) if file is not None]
-        return found
+        yield from (one.file for one in manifest.volumes)
+        yield from [] if manifest.files is None else [manifest.files]
+        for chapter in [*([manifest.open] if manifest.open else []), *manifest.chapters]:
+            yield from (file for file in (chapter.layout, chapter.base, chapter.records) if file is not None)
 
     def next_files(self, count: int) -> int:
         """Reserves numbers of files; returns the first. They are used up also if the save fails."""
@@ -251,19 +265,19 @@ class Ledger:
 
     def _close(self, chapter: Chapter) -> None:
         records = self.index.write_array("records", self.next_index(), np.concatenate([np.zeros(0, RECORD), *self._changes]))
-        self.manifest.files = self.index.write_array("files", self.next_index(), self.files())
         if chapter.steps:
             first, last = chapter.steps[0].step, chapter.steps[-1].step
         else:  # only its base is a step
             assert chapter.base_step is not None
             first, last = chapter.base_step + 1, chapter.base_step
-        self.manifest.chapters.append(Chapter(chapter.layout, chapter.base, chapter.base_step, first, last, records))
+        files = tuple(file for step in chapter.steps for file in step.files)
+        self.manifest.chapters.append(Chapter(chapter.layout, chapter.base, chapter.base_step, first, last, records, files=files))
 
     def _named_last(self) -> list[IndexFile]:
         """What closing a chapter wrote."""
         manifest = self.manifest
         assert manifest.open is not None
-        return [file for file in (manifest.files, manifest.chapters[-1].records, manifest.open.base) if file is not None]
+        return [file for file in (manifest.chapters[-1].records, manifest.open.base) if file is not None]
 
     def _apply(self, chapter: Chapter, changes: np.ndarray) -> tuple[Layout, np.ndarray]:
         table = self.base(chapter).copy()
@@ -302,10 +316,6 @@ def _put(table: np.ndarray, changes: np.ndarray) -> None:
 
 def _bytes_of(steps: Sequence[Step]) -> int:
     return sum(size for one in steps for _, size, _ in one.files)
-
-
-def _files_of(steps: Sequence[Step]) -> np.ndarray:
-    return np.array([file for one in steps for file in one.files], FILE)
 
 
 def _shown_steps(kept: list[int]) -> str:

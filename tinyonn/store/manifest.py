@@ -2,12 +2,15 @@
 
     manifest.json            a line of JSON, and a line with its checksum
     manifest.previous.json   the one before, in case that a disk damages the newest
-    index/                   layouts, tables and records of past steps; each file is written once
+    index/                   layouts, tables and records of past steps, lists of closed chapters; each file is written once
     segments/                the chunks
 
 A store is a chain of segments. The chain is cut into chapters of at most `CHAPTER` steps. A chapter has a table of where each chunk was
 before its first step, its base; the headers of its segments say what changed since. When it ends, these changes are gathered in one file,
 its records. So opening a store reads one table and at most `CHAPTER` headers, however many steps lie before.
+
+Closed chapters are listed in volumes, files in index/. A new volume takes in those before it that are not longer, so n chapters have at
+most log2(n) + 1 volumes, and the manifest stays small.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from .errors import DamagedStoreError, StoreError
 from .keep import from_ranges, to_ranges
 from .layout import PLACE, Digest, Layout, digest, from_hex, hex_digest
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # in 1, the manifest has the closed chapters itself
 CHAPTER = 64
 NAME, PREVIOUS = "manifest.json", "manifest.previous.json"
 INDEX, SEGMENTS = "index", "segments"
@@ -62,6 +66,7 @@ class Chapter:
         first, last: steps of a closed chapter, of which first is last + 1 where only the base is left; None in the open one.
         records: changes of a closed chapter.
         steps: of the open chapter.
+        files: of a closed chapter's steps, unless the manifest's list of files has them.
     """
 
     layout: IndexFile
@@ -71,6 +76,15 @@ class Chapter:
     last: int | None = None
     records: IndexFile | None = None
     steps: list[Step] = field(default_factory=list)
+    files: tuple[tuple[int, int, Digest], ...] = ()
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A file in index/ that lists closed chapters, and their number."""
+
+    file: IndexFile
+    count: int
 
 
 @dataclass
@@ -84,9 +98,9 @@ class Manifest:
         scores: of the best kept steps.
         keep: the policy of the last trainer.
         next_file, next_index: numbers of the next files.
-        chapters: closed ones, in order.
         open: the chapter that saves go to; None before the first save.
-        files: file of the segments of closed chapters.
+        files: file of the segments that no chapter lists: those of a compaction or a fork.
+        volumes: of the closed chapters, without those that were closed since the last write.
         processes: that wrote the newest step.
     """
 
@@ -97,17 +111,38 @@ class Manifest:
     keep: str = "last:1"
     next_file: int = 1
     next_index: int = 1
-    chapters: list[Chapter] = field(default_factory=list)
     open: Chapter | None = None
     files: IndexFile | None = None
     processes: int = 1
+    volumes: list[Volume] = field(default_factory=list)
+    _folder: Path | None = None  # from which the volumes are read
+    _chapters: list[Chapter] | None = field(default_factory=list)  # None if they are not read yet
+    _ranges: tuple[list[int], list[list[int]]] = ([], [])  # kept steps of the last write, and their ranges
 
     @property
     def newest(self) -> int | None:
         return self.kept[-1] if self.kept else None
 
+    @property
+    def chapters(self) -> list[Chapter]:
+        """Closed chapters, in order; read when they are first needed.
+
+        Raises:
+            DamagedStoreError: a volume is damaged.
+        """
+        if self._chapters is None:
+            assert self._folder is not None
+            index = Index(self._folder)
+            self._chapters = [chapter for volume in self.volumes for chapter in index.chapters(volume.file)]
+        return self._chapters
+
+    @chapters.setter
+    def chapters(self, chapters: list[Chapter]) -> None:
+        self._chapters, self.volumes = chapters, []
+
     def write(self, folder: Path) -> int:
         """Replaces the manifest of a folder, and waits for the disk. Returns its bytes."""
+        self._write_volume(folder)
         line = json.dumps(self._to_json(), separators=(",", ":"))
         data = f"{line}\n{hex_digest(digest(line.encode()))}\n".encode()
         path, partial, previous = folder / NAME, folder / f".{NAME}.new", folder / PREVIOUS
@@ -147,28 +182,51 @@ class Manifest:
         if rest != f"{hex_digest(digest(line))}\n".encode():
             raise DamagedStoreError(f"{path} is damaged.{_remedy(folder, name)}")
         found = json.loads(line)
-        if found["format"] != FORMAT:
+        if found["format"] not in READABLE:
             raise StoreError(f"{path} has format {found['format']}, and this version of tinyonn reads {FORMAT}; update tinyonn.")
-        return cls._from_json(found)
+        return cls._from_json(folder, found)
+
+    def _write_volume(self, folder: Path) -> None:
+        """Writes the chapters that were closed since the last write."""
+        if self._chapters is None:
+            return
+        volumes = list(self.volumes)
+        count = len(self._chapters) - sum(one.count for one in volumes)
+        if not count:
+            return
+        while volumes and volumes[-1].count <= count:
+            count += volumes.pop().count
+        file = Index(folder).write_chapters(self.next_index, self._chapters[-count:])
+        self.next_index += 1
+        self.volumes = [*volumes, Volume(file, count)]
+
+    def _kept_ranges(self) -> list[list[int]]:
+        """Ranges of the kept steps; those of the last write are continued where they can be."""
+        before, ranges = self._ranges
+        if self.kept[: len(before)] != before:
+            before, ranges = [], []
+        ranges = to_ranges(self.kept[len(before) :], ranges)
+        self._ranges = list(self.kept), ranges
+        return ranges
 
     def _to_json(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
             "life": self.life,
             "parent": self.parent,
-            "kept": to_ranges(self.kept),
+            "kept": self._kept_ranges(),
             "scores": {str(step): score for step, score in self.scores.items()},
             "keep": self.keep,
             "next_file": self.next_file,
             "next_index": self.next_index,
             "processes": self.processes,
-            "chapters": [_chapter_to_json(one) for one in self.chapters],
+            "volumes": [[*(_index_to_json(one.file) or ()), one.count] for one in self.volumes],
             "open": None if self.open is None else _chapter_to_json(self.open),
             "files": _index_to_json(self.files),
         }
 
     @classmethod
-    def _from_json(cls, found: dict[str, Any]) -> Manifest:
+    def _from_json(cls, folder: Path, found: dict[str, Any]) -> Manifest:
         return cls(
             life=found["life"],
             parent=found["parent"],
@@ -178,9 +236,11 @@ class Manifest:
             next_file=found["next_file"],
             next_index=found["next_index"],
             processes=found["processes"],
-            chapters=[_chapter_from_json(one) for one in found["chapters"]],
             open=None if found["open"] is None else _chapter_from_json(found["open"]),
             files=_index_from_json(found["files"]),
+            volumes=[Volume(IndexFile(name, value), count) for name, value, count in found.get("volumes", [])],
+            _folder=folder,
+            _chapters=[_chapter_from_json(one) for one in found["chapters"]] if "chapters" in found else None,
         )
 
 
@@ -209,6 +269,13 @@ class Index:
         buffer = io.BytesIO()
         np.save(buffer, array, allow_pickle=False)
         return self._write(f"{kind}-{number:08d}.npy", buffer.getvalue())
+
+    def chapters(self, file: IndexFile) -> list[Chapter]:
+        return [_chapter_from_json(one) for one in json.loads(self._read(file))]
+
+    def write_chapters(self, number: int, chapters: list[Chapter]) -> IndexFile:
+        text = json.dumps([_chapter_to_json(one) for one in chapters], separators=(",", ":"))
+        return self._write(f"chapters-{number:08d}.json", text.encode())
 
     def check(self, file: IndexFile) -> None:
         self._read(file)
@@ -262,7 +329,8 @@ def _chapter_to_json(chapter: Chapter) -> dict[str, Any]:
         "first": chapter.first,
         "last": chapter.last,
         "records": _index_to_json(chapter.records),
-        "steps": [[one.step, [[number, size, hex_digest(value)] for number, size, value in one.files]] for one in chapter.steps],
+        "steps": [[one.step, _files_to_json(one.files)] for one in chapter.steps],
+        "files": _files_to_json(chapter.files),
     }
     return {name: value for name, value in found.items() if value not in (None, [])}
 
@@ -277,7 +345,14 @@ def _chapter_from_json(found: dict[str, Any]) -> Chapter:
         first=found.get("first"),
         last=found.get("last"),
         records=_index_from_json(found.get("records")),
-        steps=[
-            Step(step, tuple((number, size, from_hex(value)) for number, size, value in files)) for step, files in found.get("steps", [])
-        ],
+        steps=[Step(step, _files_from_json(files)) for step, files in found.get("steps", [])],
+        files=_files_from_json(found.get("files", [])),
     )
+
+
+def _files_to_json(files: tuple[tuple[int, int, Digest], ...]) -> list[list[Any]]:
+    return [[number, size, hex_digest(value)] for number, size, value in files]
+
+
+def _files_from_json(found: list[list[Any]]) -> tuple[tuple[int, int, Digest], ...]:
+    return tuple((number, size, from_hex(value)) for number, size, value in found)

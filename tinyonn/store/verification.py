@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,8 +44,9 @@ def verify(folder: str | os.PathLike[str]) -> Verification:
     faults: list[str] = []
     manifest = _manifest(folder, faults)
     ledger = Ledger(folder, manifest)
-    for one in ledger.index_files():
-        _try(faults, partial(ledger.index.check, one))
+    with contextlib.suppress(StoreError):  # of a volume, which is noted by then
+        for one in ledger.index_files():
+            _try(faults, partial(ledger.index.check, one))
     damaged: dict[int, set[str]] = {}
     total = number = 0
     try:
