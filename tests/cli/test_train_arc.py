@@ -1,0 +1,123 @@
+"""`tinyonn train arc`: teacher forcing and EAVI on generated tasks and ARC's JSON, stopped and continued."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tinyonn.arc import Vocabulary, generate
+from tinyonn.store import read_life_log
+
+from .conftest import Cli
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+SMALL = [
+    "-d", "generated", "--tasks", "24", "--held-out", "3", "--largest", "3", "--batch-size", "2", "--steps", "4", "--eval-steps", "4",
+    "--log-steps", "2", "--context", "128",
+]  # fmt: skip
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_a_training_along_own_answers_is_told_and_goes_on_with_the_same_bits(cli: Cli, tmp_path: Path) -> None:
+    options = [*SMALL, "--objective", "super_batch", "--ramp-first", "1", "--ramp-last", "3", "--temperature", "1", "--own-share", "0.5"]
+    ran = cli("train", "arc", *options, "-o", str(tmp_path / "whole"))
+    assert ran.code == 0, ran.err
+    assert re.search(r"trained +4 steps, [\d,]+ parameters", ran.out)
+    assert "held out" in ran.out
+    assert "All of 24 tasks fit the context of 128 tokens." in ran.err
+    assert "store: the first save writes the whole state" in ran.err
+    assert Vocabulary.load(tmp_path / "whole" / "model") == Vocabulary(numbered_rows=True)
+    told = lines(tmp_path / "whole")
+    assert next(line["own_share"] for line in told if "loss" in line) == 0
+    assert sum(line.get("generated_tokens", 0) for line in told) > 0
+    assert any("eval_exact" in line for line in told)
+    stretch = next(one for one in read_life_log(tmp_path / "whole" / "store" / "life.jsonl").records if one["event"] == "stretch")
+    assert stretch["objective"] == "EAVI, super_batch"
+    assert stretch["options"]["temperature"] == 1
+
+    assert cli("train", "arc", *options, "--steps", "2", "--schedule", "constant", "-o", str(tmp_path / "parts")).code == 0
+    refused = cli("train", "arc", *options, "-o", str(tmp_path / "parts"))
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "schedule must be 'constant', as in the training in" in refused.err
+
+    constant = [*options, "--schedule", "constant"]
+    assert cli("train", "arc", *constant, "-o", str(tmp_path / "parts")).code == 0
+    assert cli("train", "arc", *constant, "-o", str(tmp_path / "at_once")).code == 0
+    one, two = weights(tmp_path / "parts"), weights(tmp_path / "at_once")
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    assert "an earlier run did these steps" in cli("train", "arc", *constant, "-o", str(tmp_path / "at_once")).out
+
+
+def test_tasks_in_a_folder_of_json(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for task in generate(6, smallest=3, largest=3):
+        (folder / f"{task.name}.json").write_text(json.dumps(task.to_json()))
+    long = next(iter(generate(1, seed=5, smallest=8, largest=8)))
+    (folder / "long.json").write_text(json.dumps(long.to_json()))
+    options = ["--held-out", "1", "--steps", "1", "--batch-size", "2", "--context", "200", "--seed", "1"]
+    ran = cli("train", "arc", "-d", str(folder), *options, "-o", str(tmp_path / "out"))
+    assert ran.code == 0, ran.err
+    assert re.search(r"1 of 6 tasks is longer than the context of 200 tokens: long \(\d+\)", ran.err)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["-d", "generated", "--context", "20"], "context must be at least"),
+        (["-d", "nowhere"], "nowhere"),
+        (["-d", "generated", "--ramp-first", "5"], "ramp_last must be at least ramp_first 5"),
+        (["-d", "generated", "--smallest", "5"], "largest must be at least smallest 5"),
+        (["-d", "generated", "--objective", "both"], "objective"),
+        ([], "data"),
+    ],
+)
+def test_bad_input_is_one_line(cli: Cli, tmp_path: Path, given: list[str], message: str) -> None:
+    ran = cli("train", "arc", *given, "--tasks", "8", "--held-out", "1", "-o", str(tmp_path / "out"))
+    assert ran.code == 2
+    assert message in ran.err
+    assert "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"train": [{"input": [[1]], "output": [[1]]}], "test": []}, "test"),
+        ({"train": [{"input": [[1, 2], [3]], "output": [[1]]}], "test": [{"input": [[1]], "output": [[1]]}]}, "row"),
+        ({"train": [{"input": [[12]], "output": [[1]]}], "test": [{"input": [[1]], "output": [[1]]}]}, "12"),
+        ({"train": [{"input": [[1] * 31], "output": [[1]]}], "test": [{"input": [[1]], "output": [[1]]}]}, "31"),
+    ],
+)
+def test_a_bad_task_is_one_line_that_names_it(cli: Cli, tmp_path: Path, task: Any, message: str) -> None:
+    (tmp_path / "odd.json").write_text(json.dumps(task))
+    ran = cli("train", "arc", "-d", str(tmp_path / "odd.json"), "-o", str(tmp_path / "out"))
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "odd" in ran.err
+    assert message in ran.err
+    assert not (tmp_path / "out" / "store").exists()
+
+
+def test_options_of_texts_do_not_stand_before_arc(cli: Cli, tmp_path: Path) -> None:
+    ran = cli("train", "--steps", "3", "arc", "-d", "generated", "-o", str(tmp_path))
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "--steps must stand after arc" in ran.err
+
+
+def test_a_folder_of_texts_is_not_one_of_arc(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "options.yaml").write_text("data_path: x\n")
+    ran = cli("train", "arc", "-d", "generated", "-o", str(tmp_path))
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "must be the folder of a training on ARC" in ran.err
