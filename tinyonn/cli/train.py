@@ -24,9 +24,7 @@ train = typer.Typer()
 
 @train.callback(invoke_without_command=True)
 @takes_options(LifeConfig)
-def train_texts(
-    command_line: typer.Context, given: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False
-) -> None:
+def train_texts(line: typer.Context, given: Mapping[str, Any], config: ConfigFile = None, print_config: PrintConfig = False) -> None:
     """Train a small self-organising model on texts, from scratch.
 
     Learns a vocabulary, then trains a bonsai, whose experts are born and recycled. The page OUTPUT/life.html is kept current, and steps are
