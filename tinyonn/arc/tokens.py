@@ -100,8 +100,12 @@ class Vocabulary:
             assert output is not None  # a demonstration has one
             parts += [np.array([INPUT]), self._grid(given), np.array([OUTPUT]), self._grid(output), np.array([END])]
         prompt = np.concatenate([*parts, [INPUT], self._grid(pair.input), [OUTPUT]])
-        answer = None if pair.output is None else np.concatenate([self._grid(pair.output), [END]])
+        answer = None if pair.output is None else self.encode_answer(pair.output)
         return Example(task.name, number, prompt, answer)
+
+    def encode_answer(self, grid: Grid) -> np.ndarray:
+        """The tokens of an output and <end>, (A,) int64: the inverse of `decode`."""
+        return np.concatenate([self._grid(grid), [END]])
 
     def _grid(self, grid: Grid) -> np.ndarray:
         """(rows * (columns + 1),) int64."""
