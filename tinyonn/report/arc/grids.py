@@ -7,7 +7,7 @@ from itertools import groupby
 
 from ..html.page import text
 
-LARGEST_CELL, LARGEST_GRID = 18.0, 170.0  # pixels
+LARGEST_CELL, LARGEST_GRID = 22.0, 176.0  # pixels
 
 Cells = Sequence[Sequence[int]]
 

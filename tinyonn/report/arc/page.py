@@ -140,7 +140,7 @@ def _task(record: Mapping[str, Any], scores: Mapping[str, Any]) -> tuple[str, st
         parts.append(f'<div class="test">{"".join(figures)}</div>')
     badge = f'<span class="badge">{text({"solved": "✓ solved", "unsolved": "✗ unsolved", "unknown": "no known output"}[state])}</span>'
     head = f"<h3>{text(record['task'])} {badge} <small>{text(duration(record['seconds']))}</small></h3>"
-    return state, f'<div class="card task {state}">{head}{"".join(parts)}</div>'
+    return state, f'<div class="card task {state}">{head}<div class="row">{"".join(parts)}</div></div>'
 
 
 def _fault(pair: Mapping[str, Any]) -> str:
@@ -154,7 +154,7 @@ def _attempt(place: int, one: Mapping[str, Any], truth: Cells | None, options: M
         words = "✓ right" if kind == "right" else f"✗ {_difference(one['grid'], truth)}"
     found = [f"{one['votes']} of {options['views']} views", f"{one['samples']} of {options['samples']} samples"]
     if one["log_prob"] is not None:
-        found.append(f"{one['log_prob']:.2f} nats")
+        found.append(f"{one['log_prob']:.2f} nats".replace("-", "−"))
     return _figure(one["grid"], f"attempt {place}", words, cell, ", ".join(found), kind)
 
 
