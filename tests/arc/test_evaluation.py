@@ -257,3 +257,20 @@ def test_another_file_is_left_alone(tmp_path):
     with pytest.raises(InputError, match="must be the predictions of an evaluation, got another file"):
         evaluated(Copier(), predictions=path)
     assert path.read_text() == "not records\n"
+
+
+def test_a_candidate_that_fits_no_context_comes_last():
+    task = Task("a", [([[1, 2, 3]], [[1, 2, 3]])], [([[4, 5, 6]], [[4, 5, 6]])])
+    context = max(VOCABULARY.length(task, turned=way) for way in (False, True))
+    model = Copier()
+    long, short = np.full((1, 5), 3), np.full((1, 1), 2)
+    answers = iter([long, short])
+
+    def generate_any(input_ids, attention_mask, generation_config):
+        return torch.cat([input_ids, torch.tensor(VOCABULARY.encode_answer(next(answers)))[None]], dim=1)
+
+    model.generate = generate_any
+    (record,) = evaluated(model, [task], views=1, samples=1, context=context, methods=["augscore"]).records
+    (pair,) = record["pairs"]
+    assert [one["log_prob"] is None for one in pair["candidates"]] == [True, False]
+    assert pair["attempts"] == {"augscore": [1, 0]}

