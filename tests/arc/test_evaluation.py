@@ -242,9 +242,11 @@ def test_other_options_do_not_mix_with_earlier_answers(options, message, tmp_pat
         ([COPIES[0]] * 2, {}, f"names of their own, got two tasks {COPIES[0].name}"),
         (COPIES, {"context": 20}, r"context must be at least \d+, the tokens of the shortest task, copy-\w+, got 20"),
         (COPIES, {"samples": 0}, "samples must be at least 1, got 0"),
+        (COPIES, {"temperature": 0}, "temperature must be above 0, got 0"),
+        (COPIES, {"methods": []}, "method must be one of greedy, sampling, voting, augscore, got ''"),
         (COPIES, {"methods": ["vote"]}, "method must be one of greedy, sampling, voting, augscore, got 'vote'"),
     ],
-    ids=["twice", "context", "samples", "method"],
+    ids=["twice", "context", "samples", "temperature", "no method", "method"],
 )
 def test_what_cannot_be_evaluated_is_refused(tasks, options, message):
     with pytest.raises(InputError, match=message):

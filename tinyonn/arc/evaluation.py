@@ -118,8 +118,10 @@ def evaluate(
     """
     tasks = list(tasks)
     _check_names(tasks)
-    for method in methods:
+    for method in methods or [""]:
         check_method(method)
+    if temperature <= 0:
+        raise InputError(f"temperature must be above 0, got {temperature}.")
     for name, value in (("views", views), ("samples", samples), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}.")
@@ -129,14 +131,14 @@ def evaluate(
     fits: dict[str, list[int]] = {}
     for task, number in fitting.pairs:
         fits.setdefault(task.name, []).append(number)
-    identity = {
+    identity: dict[str, Any] = {
         "model": fingerprint(model),
         "numbered_rows": vocabulary.numbered_rows,
         "methods": [method for method in METHODS if method in methods],
         **decoding._asdict(),
     }
     records = Records(predictions, identity)
-    bar = _Bar(progress, tasks, fits, vocabulary)
+    bar = _Bar(progress, tasks, fits, vocabulary, identity["methods"][-1])
     waiting = {task.name for task in tasks if task.name in fits and records.get(task) is None}
     for task in tasks:
         if task.name not in waiting:
@@ -173,10 +175,17 @@ def fingerprint(model: nn.Module) -> str:
 
 
 class _Bar:
-    """Progress in units of the tokens of test pairs, which their time follows roughly."""
+    """Progress in units of the tokens of test pairs, which their time follows roughly, and what `method` has solved so far."""
 
-    def __init__(self, progress: Progress | None, tasks: Sequence[Task], fits: Mapping[str, Sequence[int]], vocabulary: Vocabulary) -> None:
-        self._progress = progress
+    def __init__(
+        self,
+        progress: Progress | None,
+        tasks: Sequence[Task],
+        fits: Mapping[str, Sequence[int]],
+        vocabulary: Vocabulary,
+        method: str,
+    ) -> None:
+        self._progress, self._method = progress, method
         self._weights = {task.name: {number: vocabulary.length(task, number) for number in fits.get(task.name, ())} for task in tasks}
         self._total = sum(map(sum, (weights.values() for weights in self._weights.values())))
         self._done, self._tasks, self._count, self._solved, self._known = 0.0, 0, len(tasks), 0, 0
@@ -192,9 +201,7 @@ class _Bar:
         self._tasks += 1
         if all(pair.output is not None for pair in task.test):
             self._known += 1
-            self._solved += record is not None and all(
-                any(is_exact(pair, method, 2) for method in pair["attempts"]) for pair in record["pairs"]
-            )
+            self._solved += record is not None and all(is_exact(pair, self._method, ATTEMPTS) for pair in record["pairs"])
 
     def show(self, more: float = 0.0) -> None:
         """Shows what is done, and `more` of a task."""
@@ -278,9 +285,8 @@ def _answers(
         "reason": greedy.reason,
         "token_accuracy": None if truth is None else token_accuracy(np.array(written[0]), truth),
     }
-    first = [number for number, one in enumerate(found) if one.grid == described["grid"]]
     attempts = {
-        "greedy": first,
+        "greedy": [place for place, one in enumerate(found) if one.grid == described["grid"]],
         "sampling": _best(found, lambda one: one.samples),
         "voting": _best(found, lambda one: one.votes),
         "augscore": _best(found, lambda one: -np.inf if one.log_prob is None else one.log_prob, -np.inf),
