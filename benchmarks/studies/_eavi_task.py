@@ -55,9 +55,9 @@ def draw(seed: tuple[int, ...], count: int, side: int) -> Rows:
         if output is None or (family != "copy" and np.array_equal(given, output)):
             continue
         named = [FAMILIES.index(family), *name(family, number, rule)]
-        prompt = np.concatenate([[TASK], named, [INPUT], VOCABULARY.grid(given), [OUTPUT]])
+        prompt = np.concatenate([[TASK], named, [INPUT], VOCABULARY.encode_answer(given)[:-1], [OUTPUT]])
         rows.prompts.append(torch.from_numpy(prompt))
-        rows.answers.append(torch.from_numpy(np.concatenate([VOCABULARY.grid(output), [VOCABULARY.end]])))
+        rows.answers.append(torch.from_numpy(VOCABULARY.encode_answer(output)))
         rows.families.append(family)
     return rows
 

@@ -26,6 +26,7 @@ WANTED = {
     "demo",
     "life-demo",
     "train",
+    "eval",
     "life",
     "doctor",
     "corpus",
@@ -41,6 +42,7 @@ WANTED = {
 }
 INSIDE = (
     *(f"life {one}" for one in ("show", "log", "restore", "fork", "compact", "verify")),
+    "eval arc",
     "heads score",
     "heads demo",
     "heads plasticity",

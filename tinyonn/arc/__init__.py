@@ -1,4 +1,5 @@
-"""ARC: tasks and their augmentations, tokens for any causal language model, generated tasks, and ARC Prize's submissions."""
+"""ARC: tasks and their augmentations, tokens for any causal language model, generated tasks, evaluation, and ARC Prize's
+submissions."""
 
 from __future__ import annotations
 
@@ -13,9 +14,15 @@ if TYPE_CHECKING:
     from .batches import coordinates as coordinates
     from .batches import pad_examples as pad_examples
     from .batches import pad_prompts as pad_prompts
+    from .evaluation import Evaluation as Evaluation
+    from .evaluation import evaluate as evaluate
+    from .evaluation_config import ArcEvalConfig as ArcEvalConfig
+    from .evaluation_run import evaluate_checkpoint as evaluate_checkpoint
     from .families import FAMILIES as FAMILIES
     from .families import generate as generate
     from .loading import load as load
+    from .scoring import answer_log_probs as answer_log_probs
+    from .scoring import aug_scores as aug_scores
     from .submission import check_submission as check_submission
     from .submission import write_submission as write_submission
     from .tasks import Pair as Pair
@@ -34,9 +41,15 @@ _HOMES = {
     "coordinates": "batches",
     "pad_examples": "batches",
     "pad_prompts": "batches",
+    "Evaluation": "evaluation",
+    "evaluate": "evaluation",
+    "ArcEvalConfig": "evaluation_config",
+    "evaluate_checkpoint": "evaluation_run",
     "FAMILIES": "families",
     "generate": "families",
     "load": "loading",
+    "answer_log_probs": "scoring",
+    "aug_scores": "scoring",
     "check_submission": "submission",
     "write_submission": "submission",
     "Pair": "tasks",

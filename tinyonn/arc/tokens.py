@@ -98,13 +98,17 @@ class Vocabulary:
         parts = [np.array([TASK])]
         for given, output in task.train:
             assert output is not None  # a demonstration has one
-            parts += [np.array([INPUT]), self.grid(given), np.array([OUTPUT]), self.grid(output), np.array([END])]
-        prompt = np.concatenate([*parts, [INPUT], self.grid(pair.input), [OUTPUT]])
-        answer = None if pair.output is None else np.concatenate([self.grid(pair.output), [END]])
+            parts += [np.array([INPUT]), self._grid(given), np.array([OUTPUT]), self._grid(output), np.array([END])]
+        prompt = np.concatenate([*parts, [INPUT], self._grid(pair.input), [OUTPUT]])
+        answer = None if pair.output is None else self.encode_answer(pair.output)
         return Example(task.name, number, prompt, answer)
 
-    def grid(self, grid: Grid) -> np.ndarray:
-        """(rows * (columns + 1),) int64, the tokens of a grid."""
+    def encode_answer(self, grid: Grid) -> np.ndarray:
+        """The tokens of an output and <end>, (A,) int64: the inverse of `decode`."""
+        return np.concatenate([self._grid(grid), [END]])
+
+    def _grid(self, grid: Grid) -> np.ndarray:
+        """(rows * (columns + 1),) int64."""
         rows = FIRST_ROW + np.arange(len(grid)) * self.numbered_rows
         return np.concatenate([rows[:, None], grid.astype(np.int64)], axis=1).reshape(-1)
 

@@ -27,6 +27,7 @@ COMMANDS = (
         "compare",
         "heads",
         "train",
+        "eval",
         "life",
         "info",
         "verify",

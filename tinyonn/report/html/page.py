@@ -138,24 +138,27 @@ def notices(lines: Sequence[str]) -> str:
     return '<ul class="notices">' + "".join(f"<li>{text(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 
-def page(title: str, subtitle: str, body: Iterable[str], data: Mapping[str, object], *scripts: str) -> str:
+def page(title: str, subtitle: str, body: Iterable[str], data: Mapping[str, object], *files: str) -> str:
     """The whole document.
 
     Args:
         title, subtitle: headings as plain text.
         body: HTML of the sections.
         data: values of the JSON elements by id.
-        scripts: file names under assets/, to run after core.js and map.js.
+        files: further names under assets/: styles (.css), and scripts to run after core.js and map.js.
     """
     elements = "".join(json_element(name, value) for name, value in {"palette-data": page_palette(), **data}.items())
     sections = "\n".join(body)
+    styles = [name for name in files if name.endswith(".css")]
+    scripts = [name for name in files if name not in styles]
     code = "".join(f"<script>\n{_asset(name)}</script>" for name in ("core.js", "map.js", *scripts))
+    style = "".join(map(_asset, ("page.css", *styles)))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
         '<link rel="icon" href="data:,">'
-        f"<title>{text(title)}</title><style>{series_css()}\n{_asset('page.css')}</style></head>\n"
+        f"<title>{text(title)}</title><style>{series_css()}\n{style}</style></head>\n"
         f"<body><header><h1>{text(title)}</h1><p>{text(subtitle)} Written by tinyonn.</p></header>\n<main>{sections}</main>\n"
         "<noscript><p>The maps and the replay need JavaScript. Tables and charts do not.</p></noscript>\n"
         f"{elements}\n{code}</body></html>\n"
