@@ -1,5 +1,6 @@
 # make demo   scan SmolLM2-135M over two corpora and write a report
 # make life-demo  train a small self-organising model, kill it, go on, fork it, and show both lives (LIFE_ARGS="--steps N")
+# make arc-demo  train a small model on tasks in the form of ARC, and show what it solves (ARC_ARGS="--steps N")
 # make heads-demo  score and measure attention heads of SmolLM2-135M and MiniLM
 # make test   the test suite                   make test-slow  attention kernels in the interpreter
 # make test-lowest  every kernel once, with the lowest supported Triton
@@ -16,6 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); if [ $$n -gt 8 ]; then n=8; fi; echo $$n)
 DEMO_ARGS ?=
+ARC_ARGS ?=
 HEADS_ARGS ?=
 LIFE_ARGS ?=
 TEST_ARGS ?=
@@ -35,13 +37,16 @@ export PYTHONSAFEPATH := 1
 # Tests that are not compiled anew at each start begin seconds earlier; an environment may forbid it.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo life-demo heads-demo test test-slow test-lowest kernels bench damage gpu gpu-wheels docs style doctor clean
+.PHONY: demo life-demo arc-demo heads-demo test test-slow test-lowest kernels bench damage gpu gpu-wheels docs style doctor clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/tinyonn demo $(DEMO_ARGS)
 
 life-demo: $(VENV)/.demo
 	@$(BIN)/tinyonn life-demo $(LIFE_ARGS)
+
+arc-demo: $(VENV)/.demo
+	@$(BIN)/tinyonn arc-demo $(ARC_ARGS)
 
 heads-demo: $(VENV)/.heads
 	@$(BIN)/tinyonn heads demo $(HEADS_ARGS)

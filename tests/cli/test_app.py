@@ -25,6 +25,7 @@ from .conftest import Cli, one_line, shell
 WANTED = {
     "demo",
     "life-demo",
+    "arc-demo",
     "train",
     "eval",
     "life",
@@ -43,6 +44,7 @@ WANTED = {
 INSIDE = (
     *(f"life {one}" for one in ("show", "log", "restore", "fork", "compact", "verify")),
     "eval arc",
+    "train arc",
     "heads score",
     "heads demo",
     "heads plasticity",

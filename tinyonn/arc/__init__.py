@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .batches import coordinates as coordinates
     from .batches import pad_examples as pad_examples
     from .batches import pad_prompts as pad_prompts
+    from .config import ArcConfig as ArcConfig
     from .evaluation import Evaluation as Evaluation
     from .evaluation import evaluate as evaluate
     from .evaluation_config import ArcEvalConfig as ArcEvalConfig
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from .tokens import Fitting as Fitting
     from .tokens import Vocabulary as Vocabulary
     from .tokens import fit_context as fit_context
+    from .training import ArcResult as ArcResult
+    from .training import train_arc as train_arc
 
 # Loaded on first access, so that tasks can be read and checked without torch.
 _HOMES = {
@@ -41,6 +44,7 @@ _HOMES = {
     "coordinates": "batches",
     "pad_examples": "batches",
     "pad_prompts": "batches",
+    "ArcConfig": "config",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "ArcEvalConfig": "evaluation_config",
@@ -59,5 +63,7 @@ _HOMES = {
     "Fitting": "tokens",
     "Vocabulary": "tokens",
     "fit_context": "tokens",
+    "ArcResult": "training",
+    "train_arc": "training",
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _HOMES)

@@ -26,7 +26,8 @@ class ArcEvalConfig(Options):
         families: families of generated tasks, with commas between them.
         smallest: least rows and columns of generated inputs.
         largest: most rows and columns of generated inputs.
-        data_seed: seed of generated tasks; take another than that of training.
+        demonstrations: demonstrations of generated tasks.
+        data_seed: seed of generated tasks; 1, 3, 5 … have the tasks that `tinyonn train arc` holds out with seed 0, 1, 2 … first.
         views: views of a task that vote: itself, its other seven symmetries, then random ones with colours and order.
         samples: answers drawn for each test pair.
         temperature: temperature of the samples.
@@ -49,7 +50,8 @@ class ArcEvalConfig(Options):
     method: str = option("augscore", one_of("augscore", "voting", "sampling", "greedy"))
     families: str | None = option(None, non_empty, "NAMES", unset="all", section="Generated tasks")
     smallest: int = option(3, integer(3, MAX_SIDE), "N")
-    largest: int = option(8, integer(3, MAX_SIDE), "N")
+    largest: int = option(4, integer(3, MAX_SIDE), "N")
+    demonstrations: int = option(2, integer(2, 8), "N")
     data_seed: int = option(1, integer(0, MAX_SEED), "N")
     views: int = option(16, integer(1), "N", section="Answers")
     samples: int = option(8, integer(1), "N")

@@ -72,7 +72,8 @@ def tasks_of(config: ArcEvalConfig) -> list[Task]:
     if config.data == GENERATED:
         families = [name.strip() for name in config.families.split(",")] if config.families else FAMILIES
         count = config.limit or MOST_GENERATED
-        made = generate(count, config.data_seed, families=families, smallest=config.smallest, largest=config.largest)
+        sizes = {"smallest": config.smallest, "largest": config.largest, "demonstrations": config.demonstrations}
+        made = generate(count, config.data_seed, families=families, **sizes)  # type: ignore[arg-type]
         return sorted(made, key=lambda task: task.name)
     return load(config.data, _split(config))[: config.limit]
 

@@ -20,6 +20,7 @@ COMMANDS = (
     *(
         "demo",
         "life-demo",
+        "arc-demo",
         "doctor",
         "corpus",
         "scan",

