@@ -281,6 +281,70 @@ def test_ratios_compare_at_the_blocks_that_the_arm_has_read(experts):
 
 
 @pytest.fixture(scope="module")
+def eavi() -> Iterator[ModuleType]:
+    pytest.importorskip("transformers")
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import eavi
+
+        yield eavi
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def test_prompts_of_eavi_name_their_rule_and_answers_follow_it(eavi):
+    from _eavi_task import VOCABULARY, draw, name
+
+    from tinyonn.arc import FAMILIES
+    from tinyonn.arc.families import RULES
+    from tinyonn.arc.tokens import INPUT, OUTPUT, TASK
+
+    named = Counter((family, *name(family, number, rule)) for family, rules in RULES.items() for number, rule in enumerate(rules))
+    assert set(named.values()) == {1}
+    by_name = {(family, *name(family, number, rule)): rule for family, rules in RULES.items() for number, rule in enumerate(rules)}
+    rows = draw((5,), 160, 3)
+    assert Counter(rows.families) == dict.fromkeys(FAMILIES, 20)
+    for prompt, answer, family in zip(rows.prompts, rows.answers, rows.families, strict=True):
+        task, number, *rule = prompt[:5].tolist()
+        assert (task, FAMILIES[number], prompt[5], prompt[-1]) == (TASK, family, INPUT, OUTPUT)
+        given = VOCABULARY.decode(torch.cat([prompt[6:-1], torch.tensor([VOCABULARY.end])])).grid
+        assert (by_name[family, *rule].apply(given) == VOCABULARY.decode(answer).grid).all()
+    again = draw((5,), 160, 3)
+    assert all(torch.equal(one, other) for one, other in zip(rows.prompts, again.prompts, strict=True))
+
+
+def test_scheduled_sampling_of_eavi_mixes_predictions_into_answers_only(eavi):
+    from _eavi_task import draw
+
+    from tinyonn.train import alignment
+
+    torch.manual_seed(0)
+    model = eavi.TinyOnnForCausalLM(eavi.TinyOnnConfig.bonsai("1m", vocab_size=45, num_hidden_layers=1, attention="full"))
+    rows = draw((1,), 16, 3)
+    batch = alignment(rows.prompts, rows.answers, rows.answers, **eavi.IDS)
+    ids, answers = batch["input_ids"], batch["labels"] != -100
+    with torch.no_grad():
+        predicted = model.eval()(input_ids=ids, attention_mask=batch["attention_mask"]).logits.argmax(-1)
+    assert torch.equal(eavi._mixed(model, batch, 0.0, 0), ids)
+    whole, half = eavi._mixed(model, batch, 1.0, 0), eavi._mixed(model, batch, 0.5, 0)
+    assert model.training
+    assert torch.equal(whole[:, 1:][answers[:, 1:]], predicted[:, :-1][answers[:, 1:]])
+    assert torch.equal(whole[~answers], ids[~answers])
+    replaced = (half != ids).sum() / (whole != ids).sum()
+    assert 0.35 < replaced < 0.65
+
+
+def test_runs_of_eavi_spend_the_same_compute(eavi):
+    settings = eavi.Settings(batch=4, budget=4_000, rows=8, marks=(0.5, 1.0))
+    for arm in eavi.ARMS:
+        found = eavi.run(settings, arm, 1e-3, (0.2, 0.5), 0, 1, settings.budget)
+        spent = found["generated"] + 3 * found["trained"]
+        assert settings.budget <= spent < 1.3 * settings.budget
+        assert len(found["exact"]) == 2
+        assert (found["generated"] > 0) == (arm != eavi.TEACHER)
+
+
+@pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder in which SmolLM2-135M is a tiny model whose tokens are characters."""
     cache = tmp_path_factory.mktemp("cache")
@@ -294,7 +358,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("recall.py", "| one price |"), ("experts.py", "| DynMoE |"), ("converted.py", "| thresholds, one price |"),
         ("selection.py", "price and lines, distilled keys | code argparse.py | 4: excess"), ("defaults.py", "| DynMoE |"),
-        ("integrity.py", "| life, driven |"),
+        ("integrity.py", "| life, driven |"), ("eavi.py", "| EAVI, super batch |"),
     ],
 )  # fmt: skip
 def test_quick_run_prints_its_results_and_writes_nothing(name, row, cache, tmp_path):
