@@ -90,8 +90,11 @@ def train(config: LifeConfig, progress: ProgressCall | None = None, note: Callab
 
     Args:
         config: the options.
-        progress: called with the share of the steps done and a few words.
+        progress: called with the share of the steps that are done, in [0, 1], None before the first step, and a few words.
         note: called before the first step with a line on what saves will write.
+
+    Returns:
+        What the run ended with; also after a signal, and where an earlier run did all steps.
 
     Raises:
         InputError: an option is impossible together with others or with the texts; the folder has a life with other options, or another
@@ -371,14 +374,16 @@ class _StopSignals(TrainerCallback):
         self.asked = signal.Signals(number).name
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        asked = self.asked
         if distributed.is_available() and distributed.is_initialized():  # a signal may reach one process only, or each in another step
-            number = torch.tensor(0 if self.asked is None else signal.Signals[self.asked].value, device=args.device)
+            number = torch.tensor(0 if asked is None else signal.Signals[asked].value, device=args.device)
             distributed.all_reduce(number, distributed.ReduceOp.MAX)
-            self.asked = signal.Signals(int(number)).name if int(number) else None
-        if self.asked is not None:
+            asked = signal.Signals(int(number)).name if int(number) else None  # one that comes meanwhile counts in the next step
+        if asked is not None:
+            self.asked = asked
             control.should_save = control.should_training_stop = True
             if self.trainer is not None:
-                self.trainer.stopped = self.asked
+                self.trainer.stopped = asked
         return control
 
 
