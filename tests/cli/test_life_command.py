@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tinyonn.cli.app import run
-from tinyonn.store import PerpetualStore, read_life_log, verify
+from tinyonn.store import PerpetualStore, compaction, read_life_log, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -111,22 +111,32 @@ def test_compact_merges_segments(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert value_at(tmp_path, 3) == (3, 3.0)
 
 
-def test_a_running_training_compacts_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("room", [True, False], ids=["room", "no room"])
+@pytest.mark.filterwarnings("ignore:the store was not compacted")
+def test_a_running_training_compacts_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
     model = nn.Linear(40, 40)
+    codes: list[int] = []
     with PerpetualStore(tmp_path, model, keep="last:1") as store:
         for step in range(1, 9):
             with torch.no_grad():
                 model.weight.fill_(step)
             store.save(step, wait=True)
-        asked = threading.Thread(target=lambda: run(["life", "compact", str(tmp_path)]))
+        asked = threading.Thread(target=lambda: codes.append(run(["life", "compact", str(tmp_path)])))
         asked.start()
         end = time.monotonic() + 30
         while not (tmp_path / "compact.request").exists() and time.monotonic() < end:
             time.sleep(0.01)
+        if not room:
+            monkeypatch.setattr(compaction, "free_bytes", lambda folder: 0)
         store.save(9, wait=True)
         asked.join(30)
-    assert "the training compacted the store" in capsys.readouterr().out
-    assert len(list((tmp_path / "segments").iterdir())) == 1
+    out, err = capsys.readouterr()
+    assert ("the training compacted the store" in out) == room
+    assert ("the training could not compact the store: " in err) == (not room)
+    assert codes == [0 if room else 2]
+    assert (len(list((tmp_path / "segments").iterdir())) == 1) == room
 
 
 def test_verify_tells_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,16 +11,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import distributed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 
 from tinyonn.errors import InputError
 from tinyonn.life import LifeConfig, train
+from tinyonn.life.training import _StopSignals
 from tinyonn.store import read_life_log, rewind, verify
 from tinyonn.store.overview import newest_step
 
@@ -337,6 +340,24 @@ def test_a_signal_saves_and_the_same_command_goes_on(texts, tmp_path):
     assert result.steps == steps + 2
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*process group")
+def test_a_signal_while_processes_agree_counts_in_the_next_step(tmp_path, monkeypatch):
+    signals, control, arguments = _StopSignals(), TrainerControl(), SimpleNamespace(device="cpu")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        all_reduce = distributed.all_reduce
+        with signals, monkeypatch.context() as patched:
+            patched.setattr(distributed, "all_reduce", lambda *args: (all_reduce(*args), os.kill(os.getpid(), signal.SIGTERM)))
+            signals.on_step_end(arguments, None, control)
+        assert not control.should_training_stop  # other processes do not know of it yet
+        signals.on_step_end(arguments, None, control)
+        assert control.should_training_stop
+        assert control.should_save
+        assert signals.asked == "SIGTERM"
+    finally:
+        distributed.destroy_process_group()
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tinyonn.store import PerpetualStore, StoreError, rewind
+from tinyonn.store import PerpetualStore, StoreError, rewind, verify
 
 from .conftest import assert_same, copied, lived, small
 
@@ -76,9 +80,27 @@ def test_values_that_json_cannot_hold(tmp_path: Path) -> None:
 
 def test_a_closed_store_says_so(tmp_path: Path) -> None:
     with PerpetualStore(tmp_path, *small()) as store:
+        store.save(1)
+        store.save(2)
         store.close()
-        with pytest.raises(StoreError, match="the store must be open"):
-            store.save(1)
+        for change in (lambda: store.save(3), store.compact, lambda: store.rewind(1), lambda: store.restore(1, rewind=True)):
+            with pytest.raises(StoreError, match="the store must be open"):
+                change()
+    assert verify(tmp_path).readable == [1, 2]
+
+
+def test_a_step_that_an_empty_store_does_not_have(tmp_path: Path) -> None:
+    with PerpetualStore(tmp_path, *small()) as store:
+        with pytest.raises(StoreError, match="step must be a kept one, of which there is none, got 5"):
+            store.restore(5)
+        store.save(1)
+
+
+def test_a_closed_store_is_free_although_a_worker_still_runs(tmp_path: Path, forked: Callable[..., Any]) -> None:
+    with PerpetualStore(tmp_path, *small()):
+        worker = forked(partial(time.sleep, 60))  # inherits the descriptor of the lock
+    PerpetualStore(tmp_path, *small()).close()
+    assert worker.is_alive()
 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -59,6 +60,27 @@ def test_a_damaged_segment_names_file_tensor_and_what_is_readable(tmp_path: Path
         assert store.restore() == 2
         assert_same(copied(model, optimizer), states[2])
     assert verify(tmp_path).faults == []
+
+
+def test_only_steps_that_use_a_damaged_chunk_of_a_merged_segment_are_lost(tmp_path: Path) -> None:
+    model = nn.Linear(40, 40)
+    with PerpetualStore(tmp_path, model, keep="all") as store:
+        for step in range(1, 5):
+            nn.init.constant_(model.weight, step)
+            store.save(step)
+        store.compact()
+    (merged,) = segments(tmp_path)
+    data = merged.read_bytes()
+    place = data.index(np.full(40 * 40, 2, np.float32).tobytes())
+    flipped(merged, place, 0)
+    found = verify(tmp_path)
+    assert (found.readable, found.lost) == ([1, 3, 4], [2])
+    with PerpetualStore(tmp_path, model, keep="all") as store:
+        for step in (1, 3, 4):
+            store.restore(step)
+            assert model.weight.unique().tolist() == [step]
+        with pytest.raises(DamagedStoreError, match=r"model\.weight is damaged"):
+            store.restore(2)
 
 
 def test_a_message_on_damage_reads_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from tinyonn.store import Keep, PerpetualStore, StoreError, read_life_log, verify
-from tinyonn.store.manifest import CHAPTER
+from tinyonn.store.manifest import CHAPTER, Index, Manifest
 
 from .conftest import assert_same, copied, lived, segments, small, train
 
@@ -103,7 +104,6 @@ def test_other_tensors_after_a_compaction(tmp_path: Path, compacted: tuple[int, 
     found = verify(tmp_path)
     assert (found.faults, found.readable) == ([], list(range(1, 9)))
     from tinyonn.store.ledger import Ledger
-    from tinyonn.store.manifest import Manifest
     from tinyonn.store.segment import Files
 
     ledger = Ledger(tmp_path, Manifest.read(tmp_path))
@@ -157,6 +157,74 @@ def test_a_compaction_that_finds_no_room_does_not_stop_training(tmp_path: Path, 
     monkeypatch.undo()
     with PerpetualStore(tmp_path, model, optimizer) as store:
         assert store.restore() == CHAPTER + 2
+
+
+def test_saves_go_on_after_a_compaction_that_finds_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = nn.Linear(2, 2)
+    with PerpetualStore(tmp_path, model, keep="all") as store:
+        store.save(1)
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))  # type: ignore[attr-defined]
+            with pytest.raises(StoreError, match="bytes for its merged segments, and the disk has 0"):
+                store.compact()
+            assert store.compact(wait=False) is None
+            store.wait()
+            assert any("the store was not compacted: " in str(one.message) for one in recwarn)
+        for step in (2, 3):
+            nn.init.constant_(model.weight, step)
+            store.save(step)
+        assert store.compact() is not None
+        for step in (2, 3):
+            store.restore(step)
+            assert model.weight.unique().tolist() == [step]
+    assert verify(tmp_path).faults == []
+
+
+def test_a_compaction_that_cannot_write_its_tables_leaves_no_merged_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Index.write_array
+
+    def full(index: Index, kind: str, *args: Any) -> Any:
+        if kind == "files":
+            raise StoreError("no room")
+        return write(index, kind, *args)
+
+    states = lived(tmp_path, 3)
+    model, optimizer = small(seed=1)
+    with PerpetualStore(tmp_path, model, optimizer, keep="all") as store:
+        store.restore()
+        before = segments(tmp_path)
+        with monkeypatch.context() as patched:
+            patched.setattr(Index, "write_array", full)
+            with pytest.raises(StoreError, match="no room"):
+                store.compact()
+        assert segments(tmp_path) == before
+        store.save(4)
+        for step, expected in states.items():
+            store.restore(step)
+            assert_same(copied(model, optimizer), expected)
+
+
+def test_a_chapter_is_closed_once_although_its_end_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tensors begin a chapter, and the disk is full while its table is written."""
+    write = Index.write_array
+
+    def full(index: Index, kind: str, *args: Any) -> Any:
+        if kind == "table":
+            raise StoreError("no room")
+        return write(index, kind, *args)
+
+    model = nn.Linear(2, 2)
+    with PerpetualStore(tmp_path, model, keep="all") as store:
+        store.save(1, wait=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(Index, "write_array", full)
+            with pytest.raises(StoreError, match="no room"):
+                store.save(2, state={"more": torch.ones(2)})
+        store.save(2, state={"more": torch.ones(2)}, wait=True)
+    assert verify(tmp_path).files == len(segments(tmp_path)) == 2
+    assert [(one.first, one.last) for one in Manifest.read(tmp_path).chapters] == [(1, 1)]
 
 
 def test_other_files_in_the_folders_are_left_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,24 @@ def test_a_parameter_that_changes_while_it_is_copied_is_an_error(tmp_path: Path,
     with PerpetualStore(tmp_path, model, optimizer) as store:
         assert store.restore() == 1
     assert all(map(torch.equal, copied(model, optimizer), expected))
+
+
+def test_an_interrupt_while_copies_are_made_leaves_them_to_the_next_call(tmp_path: Path, gate: threading.Event) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, optimizer = made()
+    with PerpetualStore(tmp_path, model, optimizer, overlap=True) as store:
+        store.save(1)
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(KeyboardInterrupt):
+                store.wait()
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        threading.Timer(0.2, gate.set).start()
+        assert store.steps == [1]
 
 
 def test_an_optimiser_does_not_wait_for_a_closed_store(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyonn.store import DamagedStoreError, PerpetualStore, StoreError, verify
-from tinyonn.store.manifest import CHAPTER
+from tinyonn.store.manifest import CHAPTER, Manifest
 
 from .conftest import assert_same, copied, flipped, lived, segments, small, train
 
@@ -122,6 +122,28 @@ def test_rewind_forgets_later_steps(tmp_path: Path, target: int, compacted: bool
         assert_same(copied(model, optimizer), states[2])
         store.restore()
         assert_same(copied(model, optimizer), new)
+    assert verify(tmp_path).faults == []
+
+
+def test_rewind_that_cannot_be_written_keeps_the_later_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*args: Any) -> None:
+        raise StoreError("no room")
+
+    model = nn.Linear(2, 2)
+    with PerpetualStore(tmp_path, model, keep="all") as store:
+        for step in (1, 2, 3):
+            nn.init.constant_(model.weight, step)
+            store.save(step, wait=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(Manifest, "write", no_room)
+            with pytest.raises(StoreError, match="no room"):
+                store.rewind(1)
+        assert store.steps == [1, 2, 3]
+        store.save(4)  # as step 3
+        for step, value in ((4, 3), (2, 2)):
+            nn.init.zeros_(model.weight)
+            store.restore(step)
+            assert model.weight.unique().tolist() == [value]
     assert verify(tmp_path).faults == []
 
 

@@ -262,8 +262,9 @@ def one_fails_to_compact(folder: Path, rank: int) -> None:
     perpetual_store.compact = no_room
     with pytest.raises(StoreError, match="no room"):
         store.compact()
-    with pytest.raises(StoreError, match="no room"):
-        store.close()
+    store.save(2)
+    assert store.steps == [1, 2]
+    store.close()
     distributed.barrier()
 
 
@@ -285,5 +286,5 @@ def one_has_other_tensors(folder: Path, rank: int) -> None:
 
 
 @pytest.mark.parametrize("work", [one_fails_to_read, one_fails_to_compact, one_has_other_tensors], ids=lambda work: work.__name__)
-def test_a_fault_of_one_process_stops_all(tmp_path: Path, run: Callable[..., None], work: Callable[[Path, int], None]) -> None:
+def test_a_fault_of_one_process_reaches_all(tmp_path: Path, run: Callable[..., None], work: Callable[[Path, int], None]) -> None:
     run(2, partial(work, tmp_path))

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from tinyonn.errors import InputError
 from tinyonn.hf import TinyOnnConfig, TinyOnnForCausalLM
-from tinyonn.store import read_life_log, verify
+from tinyonn.store import LifeLog, read_life_log, verify
 from tinyonn.store.overview import newest_step
 from tinyonn.train import OnnTrainer, PerpetualMixin
 
@@ -115,8 +116,51 @@ def test_an_error_within_training_is_the_reason_of_the_stop(tmp_path: Path) -> N
     assert read_life_log(tmp_path / "store" / "life.jsonl").records[-1]["reason"] == "RuntimeError: no more"
 
 
+def test_what_a_killed_run_logged_after_its_last_save_is_told_once(tmp_path: Path) -> None:
+    class Killed(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 8:
+                raise KeyboardInterrupt
+
+    def made() -> Any:
+        trainer = trainer_of("plain", tmp_path)
+        trainer.args.save_steps, trainer.args.logging_steps = 5, 1
+        return trainer
+
+    killed = made()
+    killed.add_callback(Killed())
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    assert newest_step(tmp_path / "store") == 5
+    trainer = made()
+    trainer.train()
+    assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [*range(1, 13)]
+
+
+def test_a_run_whose_end_cannot_be_logged_frees_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = LifeLog.append
+
+    def full(log: LifeLog, event: str, *args: Any, **kwargs: Any) -> Any:
+        if event == "stop":
+            raise InputError("the disk is full")
+        return append(log, event, *args, **kwargs)
+
+    trainer = trainer_of("plain", tmp_path, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(LifeLog, "append", full)
+        with pytest.raises(InputError, match="the disk is full"):
+            trainer.train()
+    trainer = trainer_of("plain", tmp_path, 3)
+    trainer.train()
+    assert newest_step(tmp_path / "store") == 3
+
+
 def test_rejects(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep must be a text such as"):
         trainer_of("plain", tmp_path, keep="newest")
     with pytest.raises(ValueError, match="resume_from_checkpoint must be None with a store"):
         trainer_of("plain", tmp_path).train(resume_from_checkpoint=True)
+    trainer = trainer_of("plain", tmp_path)
+    trainer.args.load_best_model_at_end = True
+    with pytest.raises(ValueError, match="load_best_model_at_end must be False with a store, got True"):
+        trainer.train()

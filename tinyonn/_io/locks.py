@@ -63,3 +63,9 @@ def lock_file(path: Path) -> int:
             os.close(file)
             raise
         os.close(file)
+
+
+def unlock_file(file: int) -> None:
+    """Releases a lock; also if a process that was forked meanwhile, such as a worker of a DataLoader, still has the descriptor open."""
+    fcntl.flock(file, fcntl.LOCK_UN)
+    os.close(file)

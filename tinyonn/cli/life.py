@@ -134,6 +134,7 @@ def fork(
 def compact(folder: Folder) -> None:
     """Drop what no kept step needs, and merge segments; a running training does it itself, between two saves."""
     from ..store.compaction import compact as run
+    from ..store.life_log import LOG, read_life_log
     from ..store.overview import find_store
     from ..store.perpetual_store import REQUEST
     from ..store.rewinding import editing
@@ -152,7 +153,13 @@ def compact(folder: Folder) -> None:
         end = time.monotonic() + WAIT
         while (source / REQUEST).exists() and time.monotonic() < end:
             time.sleep(0.2)
-    print("the training compacts at its next save" if (source / REQUEST).exists() else "the training compacted the store")
+    if (source / REQUEST).exists():
+        print("the training compacts at its next save")
+        return
+    compactions = [record for record in read_life_log(source / LOG).records if record["event"] == "compact"]
+    if compactions and "failed" in compactions[-1]:
+        raise InputError(f"the training could not compact the store: {compactions[-1]['failed']}")
+    print("the training compacted the store")
 
 
 @life.command()

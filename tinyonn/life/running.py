@@ -128,12 +128,14 @@ class StopSignals(TrainerCallback):
         self.asked = signal.Signals(number).name
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        asked = self.asked
         if distributed.is_available() and distributed.is_initialized():  # a signal may reach one process only, or each in another step
-            number = torch.tensor(0 if self.asked is None else signal.Signals[self.asked].value, device=args.device)
+            number = torch.tensor(0 if asked is None else signal.Signals[asked].value, device=args.device)
             distributed.all_reduce(number, distributed.ReduceOp.MAX)
-            self.asked = signal.Signals(int(number)).name if int(number) else None
-        if self.asked is not None:
+            asked = signal.Signals(int(number)).name if int(number) else None  # one that comes meanwhile counts in the next step
+        if asked is not None:
+            self.asked = asked
             control.should_save = control.should_training_stop = True
             if self.trainer is not None:
-                self.trainer.stopped = self.asked
+                self.trainer.stopped = asked
         return control

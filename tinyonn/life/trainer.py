@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from .._io.units import readable_bytes
+from ..nn.expert_rows import own_part
 from ..train.onn_trainer import OnnTrainer
 
 
@@ -98,7 +99,7 @@ class Sizes(TrainerCallback):
         assert store is not None
         groups = trainer.optimizer.param_groups
         waiting = [one for group in groups for one in group["params"] if one not in trainer.optimizer.state]
-        moments = sum(2 * one.numel() * one.element_size() for one in map(_own_part, waiting))  # that AdamW makes in the first step
+        moments = sum(2 * one.numel() * one.element_size() for one in map(own_part, waiting))  # that AdamW makes in the first step
         whole = readable_bytes((store.state_bytes() + moments) * (args.world_size if trainer.is_fsdp_enabled else 1))
         free = readable_bytes(shutil.disk_usage(store.folder).free)
         if store.step is None:
@@ -106,9 +107,3 @@ class Sizes(TrainerCallback):
         else:
             text = f"the whole state is at most about {whole}, and a save writes only what changes"
         self._note(f"store: {text}; {free} are free on its disk")
-
-
-def _own_part(tensor: Any) -> Tensor:
-    """This process's part of a tensor that is sharded; any other as it is."""
-    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return found

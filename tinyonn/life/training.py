@@ -84,8 +84,11 @@ def train(config: LifeConfig, progress: ProgressCall | None = None, note: Callab
 
     Args:
         config: the options.
-        progress: called with the share of the steps done and a few words.
+        progress: called with the share of the steps that are done, in [0, 1], None before the first step, and a few words.
         note: called before the first step with a line on what saves will write.
+
+    Returns:
+        What the run ended with; also after a signal, and where an earlier run did all steps.
 
     Raises:
         InputError: an option is impossible together with others or with the texts; the folder has a life with other options, or another

@@ -21,7 +21,7 @@ def set_row(tensor: Tensor, row: int, value: Tensor | float) -> None:
     from torch.distributed.tensor import Shard
 
     mesh, (placement,) = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    local = own_part(tensor)
     if isinstance(placement, Shard):
         size, dim = tensor.shape[placement.dim], placement.dim % tensor.dim()
         start = min(-(-size // mesh.size()) * mesh.get_local_rank(), size)
@@ -32,6 +32,11 @@ def set_row(tensor: Tensor, row: int, value: Tensor | float) -> None:
         elif isinstance(value, Tensor) and value.dim():
             value = value.narrow(dim - 1, start, local.shape[dim])
     local[row] = value
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This process's part of the tensor if it is sharded; any other as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:

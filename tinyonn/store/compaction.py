@@ -8,7 +8,6 @@ compaction that is killed leaves the store as it was.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from .errors import StoreError
 from .layout import Layout
 from .ledger import Ledger
 from .manifest import FILE, RECORD, Chapter
-from .segment import Files, Segment, free_bytes, write_segment
+from .segment import Files, Segment, file_name, free_bytes, write_segment
 
 PACK = 256 * 2**20  # bytes of a merged segment, about
 WHOLE = PACK // 2  # a segment of this size without unneeded content stays as it is
@@ -66,21 +65,18 @@ def compact(ledger: Ledger) -> Compaction:
     parts.append(_Kept(manifest.open, layout, table, None))
     places = _places(parts)
     rewritten = _rewritten(ledger, places)
-    moved, packs = _copy(ledger, places[np.isin(places["file"], rewritten)])
-    for part in parts:
-        for rows in (part.base, part.changes):
-            if rows is not None:
-                _move(rows, moved)
-    chapters = []
-    for part in parts:
-        base = None if part.base is None else ledger.index.write_array("table", ledger.next_index(), part.base)
-        records = None if part.changes is None else ledger.index.write_array("records", ledger.next_index(), part.changes)
-        old = part.chapter
-        chapters.append(Chapter(old.layout, base, old.base_step, old.first, old.last, records))
     stay = np.isin(before["file"], np.setdiff1d(np.unique(places["file"]), rewritten))
-    after = np.concatenate([before[stay], np.array([(one.number, one.size, one.digest) for one in packs], FILE)])
-    manifest.files = ledger.index.write_array("files", ledger.next_index(), after)
-    manifest.chapters, manifest.open = chapters[:-1], chapters[-1]
+    packs: list[Segment] = []
+    try:
+        moved = _copy(ledger, places[np.isin(places["file"], rewritten)], packs)
+        chapters = [_written(ledger, part, moved) for part in parts]
+        after = np.concatenate([before[stay], np.array([(one.number, one.size, one.digest) for one in packs], FILE)])
+        files = ledger.index.write_array("files", ledger.next_index(), after)
+    except BaseException:
+        for pack in packs:
+            (ledger.segments / file_name(pack.number)).unlink(missing_ok=True)
+        raise
+    manifest.files, manifest.chapters, manifest.open = files, chapters[:-1], chapters[-1]
     ledger.replace_table(table)
     ledger.publish()
     return Compaction(int(before["size"].sum()), int(after["size"].sum()), len(before), len(after))
@@ -166,8 +162,8 @@ def _rewritten(ledger: Ledger, places: np.ndarray) -> np.ndarray:
     return np.setdiff1d(numbers, np.array(whole, np.int64))
 
 
-def _copy(ledger: Ledger, places: np.ndarray) -> tuple[Moves, list[Segment]]:
-    """Copies chunks to new segments. Returns where each went, and the segments."""
+def _copy(ledger: Ledger, places: np.ndarray, packs: list[Segment]) -> Moves:
+    """Copies chunks to new segments, which are added to `packs`. Returns where each chunk went."""
     total = int(places["size"].sum())
     free = free_bytes(ledger.segments)
     if total + 2**16 * len(places) // 100 > free:
@@ -175,23 +171,15 @@ def _copy(ledger: Ledger, places: np.ndarray) -> tuple[Moves, list[Segment]]:
     files = Files(ledger.segments)
     order = sorted(range(len(places)), key=lambda row: (places["name"][row], int(places["file"][row])))
     moved: Moves = {}
-    packs: list[Segment] = []
-    written: list[Path] = []
     group: list[int] = []
     size = 0
-    try:
-        for place, row in enumerate(order):
-            group.append(row)
-            size += int(places["size"][row])
-            if place + 1 == len(order) or size >= PACK:
-                packs.append(_write_pack(ledger, files, places, group, moved))
-                written.append(files.path(packs[-1].number))
-                group, size = [], 0
-    except BaseException:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
-    return moved, packs
+    for place, row in enumerate(order):
+        group.append(row)
+        size += int(places["size"][row])
+        if place + 1 == len(order) or size >= PACK:
+            packs.append(_write_pack(ledger, files, places, group, moved))
+            group, size = [], 0
+    return moved
 
 
 def _write_pack(ledger: Ledger, files: Files, places: np.ndarray, group: list[int], moved: Moves) -> Segment:
@@ -210,6 +198,17 @@ def _write_pack(ledger: Ledger, files: Files, places: np.ndarray, group: list[in
     for entry in segment.entries:
         moved[origin[entry.name]] = number, entry.offset
     return segment
+
+
+def _written(ledger: Ledger, part: _Kept, moved: Moves) -> Chapter:
+    """Writes what is left of a chapter, with the new places of chunks that moved."""
+    for rows in (part.base, part.changes):
+        if rows is not None:
+            _move(rows, moved)
+    base = None if part.base is None else ledger.index.write_array("table", ledger.next_index(), part.base)
+    records = None if part.changes is None else ledger.index.write_array("records", ledger.next_index(), part.changes)
+    old = part.chapter
+    return Chapter(old.layout, base, old.base_step, old.first, old.last, records)
 
 
 def _move(rows: np.ndarray, moved: Moves) -> None:

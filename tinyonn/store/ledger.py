@@ -125,17 +125,17 @@ class Ledger:
         if chapter is not None and self.index.layout(chapter.layout) == layout:
             return
         file = self.index.write_layout(self.next_index(), layout)
-        base, step = None, None
+        base = None
         if chapter is not None:
             before, table = self.table()
             table = moved(table, before, layout)
+            base = self.index.write_array("table", self.next_index(), table)  # first, so that an error changes nothing
             if chapter.steps or chapter.base_step is not None:
                 self._close(chapter)
-            base = self.index.write_array("table", self.next_index(), table)
             self._table = table
         else:
             self._table = empty_table(layout)
-        self.manifest.open, self._changes = Chapter(file, base, step), []
+        self.manifest.open, self._changes = Chapter(file, base, None), []
 
     def append(self, step: int, segments: Sequence[Segment], score: float | None, keep: Keep) -> int:
         """Makes a step durable, whose segments are. Returns the bytes of the manifest and of what was written in index/."""
@@ -177,7 +177,7 @@ class Ledger:
         """Forgets the steps after a kept one.
 
         Raises:
-            StoreError: the step is not kept.
+            StoreError: the step is not kept; the manifest cannot be written, and then the later steps stay.
         """
         layout, table = self.at(step)
         manifest = self.manifest
@@ -206,7 +206,11 @@ class Ledger:
         manifest.kept = [one for one in manifest.kept if one <= step]
         manifest.scores = {one: score for one, score in manifest.scores.items() if one <= step}
         self._table = None
-        self.publish()
+        try:
+            self.publish()
+        except BaseException:  # also an interrupt
+            self.manifest = Manifest.read(self.folder)
+            raise
 
     def replace_table(self, table: np.ndarray) -> None:
         """The newest state is at other places now."""

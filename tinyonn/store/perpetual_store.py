@@ -22,14 +22,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.optim import Optimizer
 
-from .._io.locks import lock_file
+from .._io.locks import lock_file, unlock_file
 from ..errors import InputError
 from ..nn.expert_pools import expert_pools
+from ..nn.expert_rows import own_part
 from ..ops._checks import check_size
 from .background import Background
 from .compaction import Compaction, compact, unneeded_bytes
 from .dcp import ChunkPlanner, PlanOnly, SegmentReader, SegmentWriter
-from .errors import DamagedStoreError, StoreError
+from .errors import CLOSED, DamagedStoreError, StoreError
 from .keep import Keep
 from .layout import Layout
 from .ledger import Ledger
@@ -50,10 +51,10 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class Save(NamedTuple):
-    """A save that was handed to the background.
+    """A save that a thread makes durable.
 
     Attributes:
-        step: of it.
+        step: the step.
         waited: seconds that the call took.
     """
 
@@ -83,9 +84,9 @@ class PerpetualStore:
     the caller's data come in the same order.
 
     Args:
-        folder: of the store; made if it does not exist.
+        folder: folder of the store; created if it does not exist.
         model: a module, or one wrapped by `DistributedDataParallel`, `fully_shard` or `torch.compile`.
-        optimizer: the optimiser of its parameters, or several; None for none.
+        optimizer: optimiser of the model's parameters, or several; None for none.
         objects: other objects with `state_dict` and `load_state_dict`, by name. Their states may hold tensors, numbers, texts, lists,
             tuples and dicts.
         keep: which steps stay restorable: a `Keep`, or a text such as "last:3,every:1000,best:1" or "all".
@@ -101,9 +102,9 @@ class PerpetualStore:
     Attributes:
         life: UUID of the life.
         parent: {"life": UUID, "step": step} of a fork; None otherwise.
-        step: of the newest save that was handed to the background or is durable; None if there is none.
+        step: step of the newest save, whether it is durable yet or not; None if there is none.
         log: the `LifeLog`, on the first process; None on others.
-        state: further values of the step that was restored.
+        state: further values of the step that was restored, as `save` got them.
         random_restored: whether the last `restore` set the random states; false if another number of processes saved them.
 
     Raises:
@@ -160,13 +161,13 @@ class PerpetualStore:
         """Saves a step; waits only until what changed is copied.
 
         Args:
-            step: of the whole life; larger than those before.
-            score: by which `keep` chooses the best steps, such as PI; None or NaN if there is none.
-            state: further values, tensors and what JSON can hold; after `restore` they are in the attribute `state`.
+            step: step over the whole life; larger than those before.
+            score: value by which `keep` chooses the best steps, the highest first, such as PI; None or NaN if there is none.
+            state: further values by name, tensors and what JSON can hold; after `restore` they are in the attribute `state`.
             wait: whether to wait until the step is durable.
 
         Returns:
-            How long the call took.
+            The step, and how long the call took.
 
         Raises:
             StoreError: the step is not after the newest; `restore` was not called on a store with steps; an earlier save failed, as on a
@@ -200,7 +201,7 @@ class PerpetualStore:
     def state_bytes(self) -> int:
         """Bytes of the whole state on this process, which the first save writes; later ones write at most as much."""
         tensors, texts = self._state.collect({})
-        local = sum(one.numel() * one.element_size() for one in map(_local, tensors.values()))
+        local = sum(one.numel() * one.element_size() for one in map(own_part, tensors.values()))
         return local + sum(len(text) for text in texts.values())
 
     def compact(self, wait: bool = True) -> Compaction | None:
@@ -210,13 +211,26 @@ class PerpetualStore:
             What it did, on the first process; None on others and without `wait`.
 
         Raises:
-            StoreError: the disk has no room for the merged segments.
+            StoreError: the disk has no room for the merged segments, or a segment is damaged; the store is as it was. Without `wait`, this
+                is a warning.
         """
+        failed: list[StoreError] = []
+
+        def run() -> None:
+            try:
+                self._on_first(self._compact)
+            except StoreError as error:  # the store is as it was, so that saves can go on
+                failed.append(error)
+                if not wait:
+                    warnings.warn(f"the store was not compacted: {error}", stacklevel=2)
+
         self._call(self._overlap.wait)
-        self._call(partial(self._background.submit, partial(self._on_first, self._compact)))
+        self._call(partial(self._background.submit, run))
         if not wait:
             return None
         self.wait()
+        if failed:
+            raise failed[0]
         return self._last_compaction
 
     # ---- restoring ----
@@ -244,7 +258,7 @@ class PerpetualStore:
             if self.log is not None and self.log.number > 1:  # a run that was killed before its first save
                 self.record("restore", 0)
             return None
-        self._restored = False  # until all of it succeeded
+        self._restored = self.step is None  # with steps, not until all of it succeeded
         ledger = self._together(self._reading)
         wanted = ledger.manifest.newest if step is None else step
         assert wanted is not None
@@ -269,17 +283,20 @@ class PerpetualStore:
         """Forgets the steps after a kept one; `fork` keeps them elsewhere first.
 
         Raises:
-            StoreError: the step is not kept.
+            StoreError: the step is not kept or damaged; the store is closed or cannot be written. Then the later steps stay.
         """
         self.wait()
 
         def run() -> None:
+            if self._lock is None:
+                raise StoreError(CLOSED)
             assert self._ledger is not None
             check_step(self._ledger, step)
             self._ledger.rewind(step)
 
+        self._signature = None  # the next save compares with what the manifest has then, also after an error
         self._on_first(run)
-        self.step, self._signature = step, None
+        self.step = step
         self.record("restore", step)
 
     @property
@@ -309,7 +326,7 @@ class PerpetualStore:
             if self.log is not None:
                 self.log.close()
             if self._lock is not None:
-                os.close(self._lock)
+                unlock_file(self._lock)
                 self._lock = None
 
     def __enter__(self) -> Self:
@@ -453,7 +470,7 @@ class PerpetualStore:
         """Copies what changed on this process and hands it to the background; a part of it in another thread, while the caller goes on."""
         changes = self._changes
         assert changes is not None
-        local = {name: _local(tensors[name]) for name in changes.parts if name in tensors}
+        local = {name: own_part(tensors[name]) for name in changes.parts if name in tensors}
         later = {name for name, one in local.items() if one.device.type != "cpu" or (self._overlaps and name in self._trained)}
         host = self._copies.of(local)
         host.update({name: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for name, text in texts.items()})
@@ -502,8 +519,8 @@ class PerpetualStore:
                     self._compact()
         except StoreError as error:  # the step is durable, and a full disk may have room later
             self._dropped = True
-            (self.folder / REQUEST).unlink(missing_ok=True)
             self.record("compact", step, failed=str(error))
+            (self.folder / REQUEST).unlink(missing_ok=True)  # after the record, which the process that made it reads
             warnings.warn(f"the store was not compacted: {error}", stacklevel=2)
 
     def _compact(self) -> None:
@@ -574,12 +591,6 @@ def _is_pool(name: str, tensors: Mapping[str, Tensor], pools: frozenset[str]) ->
         return rest in pools
     parameter = rest.rpartition(".")[0]
     return kind == "optimizer" and parameter in pools and tensors[name].shape == tensors[f"model.{parameter}"].shape
-
-
-def _local(tensor: Any) -> Tensor:
-    """This process's part of a tensor that is sharded; any other as it is."""
-    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return found
 
 
 def _first_row(tensor: Any) -> int:

@@ -178,13 +178,6 @@ class Files:
             raise DamagedStoreError(f"{self._folder / file_name(int(place['file']))}: {name} is damaged.")
         return data
 
-    def path(self, number: int) -> Path:
-        return self._folder / file_name(number)
-
-    def close(self) -> None:
-        """Forgets the maps; what still points into them stays valid."""
-        self._maps.clear()
-
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Bytes of a contiguous tensor on the CPU, without a copy."""
@@ -193,12 +186,12 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def damaged_entries(folder: Path, segment: Segment) -> Iterator[str]:
-    """Names of the chunks of a segment that are damaged."""
+def damaged_entries(folder: Path, segment: Segment) -> Iterator[Entry]:
+    """The chunks of a segment that are damaged."""
     files = Files(folder)
     for entry in segment.entries:
         if digest(files.data(segment.number, entry.offset, entry.size)) != entry.digest:
-            yield entry.name
+            yield entry
 
 
 def free_bytes(folder: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import torch
@@ -165,8 +165,10 @@ class Overlap:
 
     def wait(self) -> None:
         """Waits until `then` returned, and raises its error, once."""
-        job, self._job = self._job, None
+        job = self._job
         if job is not None:
+            wait((job,))  # an interrupt leaves the job to the next call
+            self._job = None
             job.result()
 
     def close(self) -> None:

@@ -69,7 +69,7 @@ class TrainingState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, buffers and the optimisers' state, not copied."""
-        found = {f"model.{clean(name)}": tensor for name, tensor in self._of_model().items()}
+        found = self._named_of_model()
         for name, parameter, optimizer in self._held():
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
@@ -87,8 +87,9 @@ class TrainingState:
         Raises:
             StoreError: a value is neither a tensor nor JSON.
         """
+        self._check_model()
         tensors = self.tensors()
-        state: dict[str, Any] = {"extra": _encoded(dict(extra), "@extra", tensors), "model": self._other_of_model()}
+        state: dict[str, Any] = {"extra": _encoded(dict(extra), "@extra", tensors)}
         state["optimizers"] = [self._optimizer(optimizer, index, tensors) for index, optimizer in enumerate(self.optimizers)]
         state["objects"] = {name: _encoded(one.state_dict(), name, tensors) for name, one in self.objects.items()}
         texts = {f"{RANDOM}{self.rank}": json.dumps(random_state())}
@@ -183,17 +184,13 @@ class TrainingState:
         return found
 
     def _named_of_model(self) -> dict[str, Tensor]:
-        return {f"model.{clean(name)}": tensor for name, tensor in self._of_model().items()}
+        return {f"model.{clean(name)}": value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
 
-    def _of_model(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
-
-    def _other_of_model(self) -> list[str]:
-        """Entries of the state dict that are no tensors; they must be empty."""
+    def _check_model(self) -> None:
+        """StoreError if the state dict has something else than tensors."""
         other = [name for name, value in self.model.state_dict().items() if not isinstance(value, Tensor) and value is not None]
         if other:
             raise StoreError(f"the model's state dict must have tensors only, got {listed(other, 3)} with something else.")
-        return []
 
     def _held(self) -> Iterable[tuple[str, nn.Parameter, Optimizer]]:
         """Trained parameters with their names and optimisers."""

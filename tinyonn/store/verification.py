@@ -37,6 +37,9 @@ class Verification:
 def verify(folder: str | os.PathLike[str]) -> Verification:
     """Reads all of a store and compares every checksum.
 
+    Args:
+        folder: a store. Another process may save into it; files that it deletes meanwhile, as in a compaction, are reported as faults.
+
     Raises:
         StoreError: there is no manifest, or it is of a newer version.
     """
@@ -47,7 +50,8 @@ def verify(folder: str | os.PathLike[str]) -> Verification:
     with contextlib.suppress(StoreError):  # of a volume, which is noted by then
         for one in ledger.index_files():
             _try(faults, partial(ledger.index.check, one))
-    damaged: dict[int, set[str]] = {}
+    unread: set[int] = set()  # segments whose header is damaged
+    damaged: set[tuple[int, int, int]] = set()  # file, offset and size of chunks
     total = number = 0
     try:
         files = ledger.files()
@@ -60,13 +64,12 @@ def verify(folder: str | os.PathLike[str]) -> Verification:
             segment = read_segment(ledger.segments, file, tuple(row["digest"].tolist()), int(row["size"]))
         except StoreError as error:
             faults.append(str(error))
-            damaged[file] = {""}
+            unread.add(file)
             continue
-        names = list(damaged_entries(ledger.segments, segment))
-        if names:
-            damaged[file] = set(names)
-            faults += [f"{ledger.segments / file_name(file)}: {name} is damaged." for name in names]
-    readable, lost = _steps(ledger, damaged, bool(faults))
+        for entry in damaged_entries(ledger.segments, segment):
+            damaged.add((file, entry.offset, entry.size))
+            faults.append(f"{ledger.segments / file_name(file)}: {entry.name} is damaged.")
+    readable, lost = _steps(ledger, unread, damaged) if faults else (list(manifest.kept), [])
     _check_log(folder, faults)
     return Verification(number, total, readable, lost, faults)
 
@@ -84,27 +87,20 @@ def _manifest(folder: Path, faults: list[str]) -> Manifest:
     return manifest
 
 
-def _steps(ledger: Ledger, damaged: dict[int, set[str]], broken: bool) -> tuple[list[int], list[int]]:
+def _steps(ledger: Ledger, unread: set[int], damaged: set[tuple[int, int, int]]) -> tuple[list[int], list[int]]:
+    """Kept steps of which every chunk is whole, and the others."""
     readable: list[int] = []
     lost: list[int] = []
-    bad = set(damaged)
-    if not bad and not broken:
-        return list(ledger.manifest.kept), lost
     for step in ledger.manifest.kept:
         try:
-            layout, table = ledger.at(step)
+            _, table = ledger.at(step)
         except (StoreError, IndexError, ValueError):
             lost.append(step)
             continue
-        used = [number for number, file in enumerate(table["file"].tolist()) if file in bad]
-        hit = any(_is_hit(damaged[int(table["file"][number])], layout.names[number]) for number in used)
+        places = zip(table["file"].tolist(), table["offset"].tolist(), table["size"].tolist(), strict=True)
+        hit = any(place[0] in unread or place in damaged for place in places)
         (lost if hit else readable).append(step)
     return readable, lost
-
-
-def _is_hit(names: set[str], name: str) -> bool:
-    """Whether a chunk is among damaged ones; merged segments add the number of the segment that it came from."""
-    return "" in names or any(one.partition(" @")[0] == name for one in names)
 
 
 def _check_log(folder: Path, faults: list[str]) -> None:

@@ -22,6 +22,8 @@ from torch import Tensor, distributed
 from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
+from ..nn.expert_rows import own_part
+
 WIDE = 16_384  # values of a row that is updated in place; on two cores, a call on a run costs what copies of 8,000 values do
 GLANCE = 64  # values at the beginning of a row, which nearly always show that it is active
 
@@ -136,7 +138,7 @@ class LazyAdamW(AdamW):
         for place, rows in lazy.items():
             if not any(rows.on_host):
                 continue
-            tensors = {number: _local(column[place]) for number, column in enumerate(columns[:STEPS]) if column}
+            tensors = {number: own_part(column[place]) for number, column in enumerate(columns[:STEPS]) if column}
             if tensors[0].numel() >= WIDE * len(tensors[0]) and all(x.is_contiguous() for x in tensors.values()):
                 runs = list(_runs(rows.on_host))
                 cut = {number: [x.narrow(0, *run) for run in runs] for number, x in tensors.items()}
@@ -172,7 +174,7 @@ def _active_rows(grads: list[Tensor]) -> list[_Rows]:
     """Rows with a value other than 0, of this process's part if a gradient is sharded. Waits for the device once."""
     if not grads:
         return []
-    masks = [_nonzero_rows(_local(grad)) for grad in grads]
+    masks = [_nonzero_rows(own_part(grad)) for grad in grads]
     by_columns: dict[Any, list[int]] = defaultdict(list)
     for number, grad in enumerate(grads):
         for dim, placement in enumerate(getattr(grad, "placements", ())):
@@ -207,12 +209,6 @@ def _runs(active: list[bool]) -> Iterator[tuple[int, int]]:
         if kind:
             yield start, number
         start += number
-
-
-def _local(tensor: Any) -> Tensor:
-    """This process's part of a sharded tensor; any other as it is."""
-    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return found
 
 
 def _places(groups: list[dict[str, Any]], pools: Any) -> list[tuple[int, int]]:

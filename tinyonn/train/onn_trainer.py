@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 from ..nn.dyn_nsa import DynNSACore
 from ..nn.dyn_smha import DynSMHA
 from ..nn.expert_pools import expert_pools
+from ..nn.expert_rows import own_part
 from ..nn.routed import Routed
 from ..nn.surprise_loss import SurpriseLoss
 from ..ops._checks import check_flag, check_number, check_size
@@ -253,7 +254,7 @@ class OnnTrainer(PerpetualMixin, HyperStepMixin, Trainer):
             loss = self._batch.get("loss", torch.zeros(()))
             bad = not bool(trainer.accelerator.reduce(loss.clone(), reduction="sum").isfinite())
         else:
-            norms = torch._foreach_norm([_local(grad) for grad in grads]) if grads else ()
+            norms = torch._foreach_norm([own_part(grad) for grad in grads]) if grads else ()
             finite = torch.stack([norm.isfinite() for norm in norms]).all() if norms else torch.ones((), dtype=torch.bool)
             bad = bool(trainer.accelerator.reduce((~finite).float().to(trainer.args.device), reduction="sum") > 0)
         self._in_a_row = self._in_a_row + 1 if bad else 0
@@ -366,9 +367,3 @@ def _mean_entropy(logits: Tensor, labels: Tensor | None) -> Tensor:
         return entropy.mean()
     kept = labels[..., 1:] != -100
     return torch.where(kept, entropy[..., :-1], 0).sum() / kept.sum().clamp(min=1)
-
-
-def _local(grad: Any) -> Tensor:
-    """This process's part of a gradient that `fully_shard` has sharded; any other as it is."""
-    found: Tensor = grad.to_local() if hasattr(grad, "to_local") else grad
-    return found

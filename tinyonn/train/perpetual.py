@@ -40,6 +40,7 @@ class PerpetualMixin:
 
     Raises:
         InputError: keep is not understood; in `train`, what `PerpetualStore` raises.
+        ValueError: in `train`, a store with resume_from_checkpoint or args.load_best_model_at_end, which read checkpoints.
     """
 
     def __init__(
@@ -63,11 +64,17 @@ class PerpetualMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         trainer: Any = super()
+        own: Any = self
         if self._store_folder is None:
             return trainer.train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint:
             raise ValueError(
                 f"resume_from_checkpoint must be None with a store, which knows its newest step, got {resume_from_checkpoint}."
+            )
+        if own.args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end must be False with a store, got True; keep='last:1,best:1' keeps the best step, which "
+                "PerpetualStore.restore(step) reads."
             )
         values = saved_values(self._store_folder)
         if values is not None and "trainer" not in values:
@@ -76,7 +83,8 @@ class PerpetualMixin:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 if values is not None:
-                    state = values["trainer"] | {"log_history": _history(self._store_folder / LOG)}
+                    step = values["trainer"]["global_step"]
+                    state = values["trainer"] | {"log_history": _history(self._store_folder / LOG, step)}
                     (Path(folder) / _STATE).write_text(json.dumps(state), encoding="utf-8")
                 result = trainer.train(None if values is None else folder, *args, **kwargs)
             reason = self.stop_reason()
@@ -94,7 +102,7 @@ class PerpetualMixin:
         return getattr(self, "stopped", None) or ("all steps were done" if done else "the trainer stopped")
 
     def score(self) -> float | None:
-        """By which `keep` chooses the best steps; None for none."""
+        """Value by which `keep` chooses the best steps, the highest first; None for none."""
         return None
 
     def _close(self, reason: str) -> None:
@@ -102,11 +110,11 @@ class PerpetualMixin:
         if store is None:
             return
         trainer: Any = self
-        try:
-            store.wait()
-        finally:
-            store.record("stop", trainer.state.global_step, durable=True, reason=reason)
-            store.close()
+        with store:
+            try:
+                store.wait()
+            finally:
+                store.record("stop", trainer.state.global_step, durable=True, reason=reason)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         trainer: Any = super()
@@ -186,12 +194,12 @@ class _Records(TrainerCallback):
         store.record("evaluation" if any(name.startswith("eval_") for name in values) else "metrics", state.global_step, **values)
 
 
-def _history(log: Path) -> list[dict[str, Any]]:
-    """`log_history` of the trainer, from the log of the life."""
+def _history(log: Path, step: int) -> list[dict[str, Any]]:
+    """`log_history` of the trainer up to a step, from the log of the life. What a run that was killed logged after it is trained again."""
     try:
         records = read_life_log(log).effective()
     except LifeLogError:  # the store warns, and sets it aside
         return []
-    kept = [record for record in records if record["event"] in ("metrics", "evaluation")]
+    kept = [record for record in records if record["event"] in ("metrics", "evaluation") and record["step"] <= step]
     names = set(RESERVED) - {"step"}
     return [{name: value for name, value in record.items() if name not in names} for record in kept]
