@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 
 from tinyonn.errors import InputError
 from tinyonn.life import LifeConfig, train
-from tinyonn.life.training import _StopSignals
+from tinyonn.life.running import StopSignals
 from tinyonn.store import read_life_log, rewind, verify
 from tinyonn.store.overview import newest_step
 
@@ -344,7 +344,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(texts, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*process group")
 def test_a_signal_while_processes_agree_counts_in_the_next_step(tmp_path, monkeypatch):
-    signals, control, arguments = _StopSignals(), TrainerControl(), SimpleNamespace(device="cpu")
+    signals, control, arguments = StopSignals(), TrainerControl(), SimpleNamespace(device="cpu")
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
         all_reduce = distributed.all_reduce

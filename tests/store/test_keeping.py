@@ -164,7 +164,7 @@ def test_saves_go_on_after_a_compaction_that_finds_no_room(
 ) -> None:
     model = nn.Linear(2, 2)
     with PerpetualStore(tmp_path, model, keep="all") as store:
-        store.save(1)
+        store.save(1, wait=True)
         with monkeypatch.context() as patched:
             patched.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))  # type: ignore[attr-defined]
             with pytest.raises(StoreError, match="bytes for its merged segments, and the disk has 0"):
