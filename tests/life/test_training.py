@@ -22,7 +22,7 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 
 from tinyonn.errors import InputError
-from tinyonn.life import LifeConfig, train
+from tinyonn.life import LifeConfig, fork_life, train
 from tinyonn.life.running import StopSignals
 from tinyonn.store import read_life_log, rewind, verify
 from tinyonn.store.overview import newest_step
@@ -228,8 +228,10 @@ def test_damaged_files_are_one_line_and_a_vocabulary_is_kept(texts, tmp_path):
     train(config(texts, folder, steps=2))
     before = (folder / "tokenizer" / "tokenizer.json").read_bytes()
     (folder / "tokens.npy").write_bytes((folder / "tokens.npy").read_bytes()[:50])
-    with pytest.raises(InputError, match=r"tokens\.npy and .*tokenizer must be whole; remove the first to read the texts again"):
-        train(config(texts, folder, steps=4))
+    fork_life(folder, tmp_path / "fork")
+    for of, options in ((folder, {}), (tmp_path / "fork", {"learning_rate": 5e-4})):
+        with pytest.raises(InputError, match=r"tokens\.npy must be whole; remove it to read the texts again"):
+            train(config(texts, of, steps=4, **options))
     (folder / "tokens.npy").unlink()
     assert train(config(texts, folder, steps=4)).steps == 4
     assert (folder / "tokenizer" / "tokenizer.json").read_bytes() == before

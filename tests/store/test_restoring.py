@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,27 @@ def test_every_kept_step_comes_back_bit_for_bit(tmp_path: Path) -> None:
             assert_same(copied(model, optimizer), expected[step])
         assert store.restore() == 5
         assert_same(copied(model, optimizer), expected[5])
+
+
+def test_chunks_may_lie_in_more_segments_than_a_process_may_open(tmp_path: Path) -> None:
+    """Experts that were used last in different steps."""
+    most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    model = nn.Module()
+    model.experts = nn.Parameter(torch.zeros(100, 1024))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+        with PerpetualStore(tmp_path, model, pools=[model.experts], keep="last:1", auto_compact=False) as store:
+            for step in range(1, 101):
+                nn.init.constant_(model.experts[step - 1], step)
+                store.save(step)
+            for compacted in (False, True):
+                if compacted:
+                    store.compact()
+                nn.init.zeros_(model.experts)
+                assert store.restore() == 100
+                assert torch.equal(model.experts, torch.arange(1, 101.0)[:, None].expand(100, 1024))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def test_state_before_the_first_step_of_the_optimiser_has_none(tmp_path: Path) -> None:

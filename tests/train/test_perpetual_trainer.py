@@ -137,6 +137,21 @@ def test_what_a_killed_run_logged_after_its_last_save_is_told_once(tmp_path: Pat
     assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [*range(1, 13)]
 
 
+@pytest.mark.parametrize("fault", ["damaged", "missing"])
+@pytest.mark.filterwarnings("ignore:.*a new log begins")
+def test_training_goes_on_without_its_log(tmp_path: Path, fault: str) -> None:
+    trainer_of("plain", tmp_path, 3).train()
+    log = tmp_path / "store" / "life.jsonl"
+    text = log.read_text()
+    log.unlink()
+    if fault == "damaged":
+        log.write_text(text.replace("begin", "begun"))
+    trainer = trainer_of("plain", tmp_path, 6)
+    trainer.train()
+    assert newest_step(tmp_path / "store") == 6
+    assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [6]
+
+
 def test_a_run_whose_end_cannot_be_logged_frees_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     append = LifeLog.append
 

@@ -238,17 +238,26 @@ def _prepared(folder: Path, config: LifeConfig, tell: ProgressCall, first: bool)
             done.unlink(missing_ok=True)  # after a kill, tokens never belong to other options
             tokenizer.save_pretrained(folder / TOKENIZER)
         else:
-            split(np.load(done, mmap_mode="r"), config.context, config.eval_size, config.data_path)
+            split(_read_tokens(done), config.context, config.eval_size, config.data_path)
         write_atomically(folder / OPTIONS, yaml.safe_dump(now, sort_keys=False))
         if tokens is not None:
             with replacing(done) as unfinished, unfinished.open("wb") as file:
                 np.save(file, tokens)
     elif not first:
         _wait_until(is_ready, done)
+    tokens = _read_tokens(done)
     try:
-        return AutoTokenizer.from_pretrained(folder / TOKENIZER), np.load(done, mmap_mode="r")
+        return AutoTokenizer.from_pretrained(folder / TOKENIZER), tokens
+    except (OSError, ValueError):
+        raise InputError(f"{folder / TOKENIZER} must be the vocabulary of this life; it is damaged or missing.") from None
+
+
+def _read_tokens(file: Path) -> np.ndarray:
+    try:
+        tokens: np.ndarray = np.load(file, mmap_mode="r")
     except (OSError, ValueError, EOFError):
-        raise InputError(f"{done} and {folder / TOKENIZER} must be whole; remove the first to read the texts again.") from None
+        raise InputError(f"{file} must be whole; remove it to read the texts again.") from None
+    return tokens
 
 
 def _stretch(config: LifeConfig, folder: Path, origin: Origin | None) -> dict[str, Any]:

@@ -9,7 +9,6 @@ A segment is never changed after it is written. The checksum of its header is in
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -139,7 +138,7 @@ class Files:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._maps: dict[int, mmap.mmap] = {}
+        self._maps: dict[int, memoryview] = {}
 
     def data(self, number: int, offset: int, size: int) -> memoryview:
         """Bytes of a segment.
@@ -149,19 +148,22 @@ class Files:
         """
         if not size:
             return memoryview(b"")
-        found = self._maps.get(number)
         path = self._folder / file_name(number)
+        found = self._maps.get(number)
         if found is None:
             try:
-                with path.open("rb") as file:
-                    found = self._maps[number] = mmap.mmap(
-                        file.fileno(), 0, access=mmap.ACCESS_COPY
-                    )  # PyTorch wants memory that can be written
-            except (OSError, ValueError) as error:
-                raise DamagedStoreError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is empty'}.") from error
+                length = path.stat().st_size
+                if not length:
+                    raise DamagedStoreError(f"{path} cannot be read: it is empty.")
+                # Private memory, which PyTorch may write; unlike `mmap`, it keeps no descriptor of the file.
+                found = self._maps[number] = torch.from_file(str(path), shared=False, size=length, dtype=torch.uint8).numpy().data
+            except OSError as error:
+                raise DamagedStoreError(f"{path} cannot be read: {error.strerror}.") from error
+            except RuntimeError as error:
+                raise DamagedStoreError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from error
         if offset + size > len(found):
             raise DamagedStoreError(f"{path} must have {offset + size:,} bytes or more, got {len(found):,}.")
-        return memoryview(found)[offset : offset + size]
+        return found[offset : offset + size]
 
     def checked(self, place: np.void, name: str) -> memoryview:
         """Bytes of a chunk, whose checksum is right.

@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..errors import InputError
 from ..store.keep import Keep
-from ..store.life_log import LOG, RESERVED, LifeLogError, environment, read_life_log
+from ..store.life_log import LOG, RESERVED, environment, read_life_log
 from ..store.overview import saved_values
 from ..store.perpetual_store import PerpetualStore
 
@@ -198,7 +198,7 @@ def _history(log: Path, step: int) -> list[dict[str, Any]]:
     """`log_history` of the trainer up to a step, from the log of the life. What a run that was killed logged after it is trained again."""
     try:
         records = read_life_log(log).effective()
-    except LifeLogError:  # the store warns, and sets it aside
+    except InputError:  # the store sets a damaged one aside with a warning, and begins a new one where it is missing
         return []
     kept = [record for record in records if record["event"] in ("metrics", "evaluation") and record["step"] <= step]
     names = set(RESERVED) - {"step"}
