@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from .errors import StoreError
 from .ledger import Ledger
 from .life_log import LOG, LifeLogError, read_life_log
-from .manifest import PREVIOUS, Manifest
-from .segment import damaged_entries, file_name, read_segment
+from .manifest import NAME, PREVIOUS, Manifest
+from .segment import Files, damaged_entries, file_name, read_segment
+
+TRIES = 3  # a trainer's compaction may delete files while they are read; then all is read again
 
 
 @dataclass(frozen=True)
@@ -35,19 +39,28 @@ class Verification:
 
 
 def verify(folder: str | os.PathLike[str]) -> Verification:
-    """Reads all of a store and compares every checksum.
+    """Reads all of a store, in which a trainer may run meanwhile, and compares every checksum.
 
     Raises:
         StoreError: there is no manifest, or it is of a newer version.
     """
     folder = Path(folder)
+    for _ in range(TRIES - 1):
+        before = _bytes_of(folder)
+        found = _verify(folder)
+        if not found.faults or _bytes_of(folder) == before:
+            return found
+    return _verify(folder)
+
+
+def _verify(folder: Path) -> Verification:
     faults: list[str] = []
     manifest = _manifest(folder, faults)
     ledger = Ledger(folder, manifest)
     with contextlib.suppress(StoreError):  # of a volume, which is noted by then
         for one in ledger.index_files():
             _try(faults, partial(ledger.index.check, one))
-    damaged: dict[int, set[str]] = {}
+    damaged: set[int] = set()
     total = number = 0
     try:
         files = ledger.files()
@@ -60,15 +73,22 @@ def verify(folder: str | os.PathLike[str]) -> Verification:
             segment = read_segment(ledger.segments, file, tuple(row["digest"].tolist()), int(row["size"]))
         except StoreError as error:
             faults.append(str(error))
-            damaged[file] = {""}
+            damaged.add(file)
             continue
         names = list(damaged_entries(ledger.segments, segment))
         if names:
-            damaged[file] = set(names)
+            damaged.add(file)
             faults += [f"{ledger.segments / file_name(file)}: {name} is damaged." for name in names]
     readable, lost = _steps(ledger, damaged, bool(faults))
     _check_log(folder, faults)
     return Verification(number, total, readable, lost, faults)
+
+
+def _bytes_of(folder: Path) -> bytes | None:
+    """The manifest; None if it cannot be read."""
+    with contextlib.suppress(OSError):
+        return (folder / NAME).read_bytes()
+    return None
 
 
 def _manifest(folder: Path, faults: list[str]) -> Manifest:
@@ -84,27 +104,36 @@ def _manifest(folder: Path, faults: list[str]) -> Manifest:
     return manifest
 
 
-def _steps(ledger: Ledger, damaged: dict[int, set[str]], broken: bool) -> tuple[list[int], list[int]]:
+def _steps(ledger: Ledger, bad: set[int], broken: bool) -> tuple[list[int], list[int]]:
+    """Kept steps of which every chunk is whole, and the others; of files that are not in `bad`, all chunks are."""
     readable: list[int] = []
     lost: list[int] = []
-    bad = set(damaged)
     if not bad and not broken:
         return list(ledger.manifest.kept), lost
+    files = Files(ledger.segments)
+    known: dict[tuple[int, int, int], bool] = {}  # file, offset and size of a chunk -> whether it is whole
     for step in ledger.manifest.kept:
         try:
-            layout, table = ledger.at(step)
+            _, table = ledger.at(step)
         except (StoreError, IndexError, ValueError):
             lost.append(step)
             continue
-        used = [number for number, file in enumerate(table["file"].tolist()) if file in bad]
-        hit = any(_is_hit(damaged[int(table["file"][number])], layout.names[number]) for number in used)
-        (lost if hit else readable).append(step)
+        whole = True
+        for place in table[np.isin(table["file"], list(bad))]:
+            key = int(place["file"]), int(place["offset"]), int(place["size"])
+            if key not in known:
+                known[key] = _is_whole(files, place)
+            whole = whole and known[key]
+        (readable if whole else lost).append(step)
     return readable, lost
 
 
-def _is_hit(names: set[str], name: str) -> bool:
-    """Whether a chunk is among damaged ones; merged segments add the number of the segment that it came from."""
-    return "" in names or any(one.partition(" @")[0] == name for one in names)
+def _is_whole(files: Files, place: np.void) -> bool:
+    try:
+        files.checked(place, "")
+    except StoreError:
+        return False
+    return True
 
 
 def _check_log(folder: Path, faults: list[str]) -> None:
