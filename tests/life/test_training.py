@@ -197,6 +197,18 @@ def test_a_life_killed_before_its_model_was_written_trains_no_further(texts, who
         assert torch.equal(value, expected[name]), name
 
 
+def test_the_model_is_that_of_the_newest_step(texts, tmp_path):
+    folder = tmp_path / "life"
+    first = train(config(texts, folder, steps=2, keep="all"))
+    expected = (first.model / "model.safetensors").read_bytes()
+    later = train(config(texts, folder, steps=4, keep="all"))
+    assert (later.model / "model.safetensors").read_bytes() != expected
+    rewind(folder / "store", 2)
+    again = train(config(texts, folder, steps=2, keep="all"))
+    assert (again.steps, newest_step(folder / "store")) == (2, 2)
+    assert (again.model / "model.safetensors").read_bytes() == expected
+
+
 def test_the_size_of_the_state_is_told_before_the_first_step(texts, tmp_path):
     told: list[str] = []
     log = tmp_path / "life" / "store" / "life.jsonl"

@@ -14,7 +14,7 @@ from torch import nn
 
 from tinyonn.store import PerpetualStore, StoreError, rewind, verify
 
-from .conftest import assert_same, copied, lived, small
+from .conftest import assert_same, copied, lived, small, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -115,3 +115,56 @@ def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_wrappers_whose_state_is_a_copy_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"model must be sharded by fully_shard .* got DataParallel"):
         PerpetualStore(tmp_path, nn.DataParallel(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("place", ["parameter", "optimiser"])
+def test_tensors_that_cannot_be_written_are_refused_before_they_are_saved(tmp_path: Path, place: str) -> None:
+    model, optimizer = small()
+    wide = torch.ones(1, 3, dtype=torch.bfloat16).expand(4, 3)
+    with PerpetualStore(tmp_path, model, optimizer) as store:
+        train(model, optimizer)
+        store.save(1)
+    if place == "parameter":
+        model.narrow.data = wide
+        name = "model.narrow"
+    else:
+        optimizer.state[model.narrow]["exp_avg"] = wide
+        name = "optimizer.narrow.exp_avg"
+    before = copied(model, optimizer)
+    with PerpetualStore(tmp_path, model, optimizer) as store:
+        if place == "parameter":
+            with pytest.raises(StoreError, match=f"{name} must have memory for each of its values, got an expanded tensor; clone"):
+                store.restore()
+            assert_same(copied(model, optimizer), before)
+            model.narrow.data = wide.clone()
+            store.restore()
+            model.narrow.data = wide
+        else:
+            store.restore()
+            optimizer.state[model.narrow]["exp_avg"] = wide
+        with pytest.raises(StoreError, match=f"{name} must have memory for each of its values, got an expanded tensor; clone"):
+            store.save(2)
+
+
+def test_a_parameter_with_states_in_two_optimisers_is_refused(tmp_path: Path) -> None:
+    model, optimizer = small()
+    plain = torch.optim.SGD(model.parameters())
+    with PerpetualStore(tmp_path, model, [optimizer, plain]) as store:  # the second has no state
+        train(model, optimizer)
+        store.save(1)
+    second = torch.optim.AdamW(model.parameters())
+    with PerpetualStore(tmp_path / "other", model, [optimizer, second]) as store:
+        model(torch.randn(2, 8)).backward()
+        second.step()
+        with pytest.raises(StoreError, match="experts must have the state of one optimiser, got that of two"):
+            store.save(1)
+
+
+def test_a_step_that_the_index_cannot_hold_is_refused(tmp_path: Path) -> None:
+    model, optimizer = small()
+    with PerpetualStore(tmp_path, model, optimizer) as store:
+        store.save(2**63 - 1)
+        train(model, optimizer)
+        with pytest.raises(ValueError, match="step must be below 2\\*\\*63, got 9223372036854775808"):
+            store.save(2**63)
+        assert store.steps == [2**63 - 1]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tinyonn.store import DamagedStoreError, PerpetualStore, StoreError, read_life_log, rewind, verify
-from tinyonn.store.manifest import CHAPTER
+from tinyonn.store.manifest import CHAPTER, Manifest
 from tinyonn.store.segment import Files
 
 from .conftest import assert_same, copied, files_of, flipped, lived, segments, small
@@ -197,3 +197,43 @@ def test_a_damaged_list_of_files_deletes_nothing(tmp_path: Path, kind: str) -> N
     found = verify(tmp_path)
     assert f"{kind}-" in found.faults[0]
     assert found.readable[-1] == CHAPTER + 3  # steps of the open chapter
+
+
+def test_a_step_of_which_every_chunk_is_whole_counts_as_readable(tmp_path: Path) -> None:
+    states = lived(tmp_path, 3)
+    with PerpetualStore(tmp_path, *small(), keep="all") as store:
+        store.restore()
+        store.compact()
+    flipped(segments(tmp_path)[0], 20, 0)  # in the header, which tables make superfluous
+    found = verify(tmp_path)
+    assert len(found.faults) == 1
+    assert "damaged header" in found.faults[0]
+    assert (found.readable, found.lost) == ([1, 2, 3], [])
+    model, optimizer = small(seed=1)
+    with PerpetualStore(tmp_path, model, optimizer, keep="all") as store:
+        for step, state in states.items():
+            store.restore(step)
+            assert_same(copied(model, optimizer), state)
+    flipped(segments(tmp_path)[0], segments(tmp_path)[0].stat().st_size - 5, 0)
+    assert verify(tmp_path).lost
+
+
+def test_a_compaction_while_a_store_is_checked_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lived(tmp_path, 3)
+    read = Manifest.read
+    calls = []
+
+    def compacted(folder: Path, *name: str) -> Manifest:
+        found = read(folder, *name)
+        calls.append(name)
+        if len(calls) == 1:
+            with PerpetualStore(tmp_path, *small(), keep="last:1") as store:
+                store.restore()
+                store.save(4)
+                store.compact()
+        return found
+
+    monkeypatch.setattr("tinyonn.store.verification.Manifest.read", compacted)
+    found = verify(tmp_path)
+    assert found.faults == []
+    assert found.readable == [4]

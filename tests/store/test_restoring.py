@@ -282,3 +282,47 @@ def test_values_that_the_optimiser_got_later_are_gone(tmp_path: Path) -> None:
     values = {key: value for key, value in optimizer.state[model.narrow].items() if not isinstance(value, Tensor)}
     assert values == {"kept": "early"}
     assert optimizer.state[model.narrow].keys() == {"step", "exp_avg", "exp_avg_sq", "kept"}
+
+
+class Own(nn.Linear):
+    """A layer with a value of its own in its state dict."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.value = 0.0
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.value)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.value = float(state)
+
+
+class Copies(nn.Linear):
+    """A layer whose state dict has copies."""
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        return {name: value.clone() for name, value in super().state_dict(*args, **options).items()}
+
+
+def test_what_a_state_dict_makes_anew_comes_back(tmp_path: Path) -> None:
+    model = nn.Sequential(Own(), nn.Linear(2, 2))
+    model[0].value = 7.0
+    with PerpetualStore(tmp_path / "own", model) as store:
+        store.save(1)
+    weight = model[1].weight.detach().clone()
+    model[0].value = 0.0
+    nn.init.zeros_(model[1].weight)
+    with PerpetualStore(tmp_path / "own", model) as store:
+        store.restore()
+    assert model[0].value == 7.0
+    assert torch.equal(model[1].weight, weight)
+
+    copies = Copies(2, 2)
+    weight = copies.weight.detach().clone()
+    with PerpetualStore(tmp_path / "copies", copies) as store:
+        store.save(1)
+    nn.init.zeros_(copies.weight)
+    with PerpetualStore(tmp_path / "copies", copies) as store:
+        store.restore()
+    assert torch.equal(copies.weight, weight)

@@ -79,7 +79,8 @@ class TrainingLog(TrainerCallback):
         assert trainer is not None
         if trainer.state.is_world_process_zero:
             self._write_events()
-            write_atomically(self._log / SAMPLE, json.dumps({"text": sample, "stopped": stopped}))
+            end = {"text": sample, "stopped": stopped, "step": trainer.state.global_step}
+            write_atomically(self._log / SAMPLE, json.dumps(end))
             self._write_page()
 
     def _keep(self, line: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from ..report.life.data import read_lines
 
 LINES = ("metrics.jsonl", "events.jsonl", "choices.jsonl")
 SNAPSHOT = "experts.json"  # of the last line
-SAMPLE = "sample.json"  # of the end of a run
+SAMPLE = "sample.json"  # of the end of a run, after its model is written
 
 
 def cut_log(source: Path, target: Path, step: int) -> None:
@@ -28,3 +28,12 @@ def cut_log(source: Path, target: Path, step: int) -> None:
         write_atomically(target / SNAPSHOT, text)
     else:
         (target / SNAPSHOT).unlink(missing_ok=True)
+
+
+def ended_step(log: Path) -> int | None:
+    """Step of the model, that of the last run that came to its end; None if there was none, or if it was of an earlier version."""
+    try:
+        found: int = json.loads((log / SAMPLE).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found

@@ -35,6 +35,7 @@ from ..store.overview import newest_step
 from .config import LifeConfig
 from .forking import DATA, FORKABLE, FREE, OPTIONS, STORE, TOKENIZER, TOKENS, Origin, is_fresh, read_options, read_origin
 from .log import TrainingLog
+from .log_files import ended_step
 from .running import StopSignals, arguments, quiet
 from .texts import documents, encoded, learn_tokenizer, split
 from .trainer import LifeTrainer, Schedule, Sizes
@@ -132,9 +133,10 @@ def train(config: LifeConfig, progress: ProgressCall | None = None, note: Callab
         log.begin(trainer)
         signals.trainer = trainer
         done = newest_step(folder / STORE) or 0
+        written = ended_step(folder / "log") == done  # after a kill or `tinyonn life restore`, the model is of another step
         if first:
             log.resume(done)
-        if done >= config.steps and (folder / "model" / "config.json").is_file():
+        if done >= config.steps and written and (folder / "model" / "config.json").is_file():
             return _done_before(folder, model, log, done, begin, first)
         with signals:
             trainer.train()

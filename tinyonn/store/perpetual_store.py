@@ -44,6 +44,7 @@ from .state import RANDOM, STATE, Stateful, TrainingState, clean, set_random_sta
 
 REQUEST = "compact.request"  # a file that another process makes, so that the trainer compacts
 MAX_BYTES = 2**30
+MAX_STEP = 2**63 - 1  # that index files hold
 _T = TypeVar("_T")
 
 # torch.distributed.checkpoint warns in each call that runs in one process.
@@ -175,6 +176,8 @@ class PerpetualStore:
         """
         begin = time.perf_counter()
         check_size("step", step, 0)
+        if step > MAX_STEP:
+            raise ValueError(f"step must be below 2**63, got {step}.")
         if not self._restored:
             raise StoreError(f"restore() must be called before save(), because {self.folder} has step {self.step} already.")
         if self.step is not None and step <= self.step:
@@ -562,6 +565,7 @@ class PerpetualStore:
         except BaseException:
             self._state.bring_back(before)
             raise
+        self._state.load_copies(targets)
         self._state.load_optimizers(layout, text, targets, tensors)
         self.random_restored, self._random = random_state is not None, random_state
         self.restore_random_state()

@@ -73,9 +73,13 @@ class TrainingState:
         for name, parameter, optimizer in self._held():
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    found[f"optimizer.{name}.{key}"] = value
+                    full = f"optimizer.{name}.{key}"
+                    if full in found:
+                        raise StoreError(f"{name} must have the state of one optimiser, got that of two; use one for each parameter.")
+                    found[full] = value
         for name, tensor in found.items():
             _check_dtype(name, tensor)
+            _check_memory(name, tensor)
         return found
 
     def collect(self, extra: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -117,7 +121,10 @@ class TrainingState:
         missing = [name for name in self.objects if name not in state["objects"]]
         if missing:
             raise StoreError(f"objects must be among those of the store, {listed(state['objects'])}, got {listed(missing)}.")
-        self._check_same(self._named_of_model(), {name: kind for name, kind in layout.tensors.items() if name.startswith("model.")})
+        own = self._named_of_model()
+        self._check_same(own, {name: kind for name, kind in layout.tensors.items() if name.startswith("model.")})
+        for name, tensor in own.items():
+            _check_memory(name, tensor)
         held = {name for name, _, _ in self._held()}
         lost = [name for name in _optimizer_kinds(layout) if name not in held]
         if lost:
@@ -134,9 +141,19 @@ class TrainingState:
             parameter, optimizer = held[name]
             for key, kind in kinds.items():
                 value = optimizer.state.get(parameter, {}).get(key)
-                fits = isinstance(value, Tensor) and value.dtype == kind.dtype and tuple(value.shape) == kind.shape
+                fits = (
+                    isinstance(value, Tensor) and value.dtype == kind.dtype and tuple(value.shape) == kind.shape and not _is_expanded(value)
+                )
                 found[f"optimizer.{name}.{key}"] = value if fits else _like(parameter, key, kind, optimizer)
         return found
+
+    def load_copies(self, targets: Mapping[str, Tensor]) -> None:
+        """Gives the model what its state dict makes anew, such as a module's extra state, after the targets were read."""
+        held = {_address(tensor) for tensor in (*self.model.parameters(), *self.model.buffers())}
+        copies = {name: targets[f"model.{clean(name)}"] for name in self._of_model()}
+        copies = {name: tensor for name, tensor in copies.items() if tensor.numel() and _address(tensor) not in held}
+        if copies:
+            self.model.load_state_dict(copies, strict=False)
 
     def object_states(self) -> dict[str, Any]:
         """Copies of the objects' states."""
@@ -352,6 +369,22 @@ def decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _check_dtype(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
         raise StoreError(f"{name} must be a dense tensor of a type that safetensors holds, got {_kind(tensor.dtype)}, {tensor.layout}.")
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    if _is_expanded(tensor):
+        raise StoreError(f"{name} must have memory for each of its values, got an expanded tensor; clone() it.")
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether values share memory, so that the tensor cannot be written."""
+    return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _address(tensor: Any) -> int:
+    """Where the memory of a tensor, or of this process's part of one, begins."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.untyped_storage().data_ptr()
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from .errors import StoreError
 from .ledger import Ledger
 from .life_log import LOG, LifeLogError, read_life_log
-from .manifest import PREVIOUS, Manifest
-from .segment import damaged_entries, file_name, read_segment
+from .manifest import NAME, PREVIOUS, Manifest
+from .segment import Files, damaged_entries, file_name, read_segment
+
+TRIES = 3  # a trainer's compaction may delete files while they are read; then all is read again
 
 
 @dataclass(frozen=True)
@@ -35,23 +39,28 @@ class Verification:
 
 
 def verify(folder: str | os.PathLike[str]) -> Verification:
-    """Reads all of a store and compares every checksum.
-
-    Args:
-        folder: a store. Another process may save into it; files that it deletes meanwhile, as in a compaction, are reported as faults.
+    """Reads all of a store, in which a trainer may run meanwhile, and compares every checksum.
 
     Raises:
         StoreError: there is no manifest, or it is of a newer version.
     """
     folder = Path(folder)
+    for _ in range(TRIES - 1):
+        before = _bytes_of(folder)
+        found = _verify(folder)
+        if not found.faults or _bytes_of(folder) == before:
+            return found
+    return _verify(folder)
+
+
+def _verify(folder: Path) -> Verification:
     faults: list[str] = []
     manifest = _manifest(folder, faults)
     ledger = Ledger(folder, manifest)
     with contextlib.suppress(StoreError):  # of a volume, which is noted by then
         for one in ledger.index_files():
             _try(faults, partial(ledger.index.check, one))
-    unread: set[int] = set()  # segments whose header is damaged
-    damaged: set[tuple[int, int, int]] = set()  # file, offset and size of chunks
+    damaged: set[int] = set()
     total = number = 0
     try:
         files = ledger.files()
@@ -64,14 +73,22 @@ def verify(folder: str | os.PathLike[str]) -> Verification:
             segment = read_segment(ledger.segments, file, tuple(row["digest"].tolist()), int(row["size"]))
         except StoreError as error:
             faults.append(str(error))
-            unread.add(file)
+            damaged.add(file)
             continue
-        for entry in damaged_entries(ledger.segments, segment):
-            damaged.add((file, entry.offset, entry.size))
-            faults.append(f"{ledger.segments / file_name(file)}: {entry.name} is damaged.")
-    readable, lost = _steps(ledger, unread, damaged) if faults else (list(manifest.kept), [])
+        names = list(damaged_entries(ledger.segments, segment))
+        if names:
+            damaged.add(file)
+            faults += [f"{ledger.segments / file_name(file)}: {name} is damaged." for name in names]
+    readable, lost = _steps(ledger, damaged, bool(faults))
     _check_log(folder, faults)
     return Verification(number, total, readable, lost, faults)
+
+
+def _bytes_of(folder: Path) -> bytes | None:
+    """The manifest; None if it cannot be read."""
+    with contextlib.suppress(OSError):
+        return (folder / NAME).read_bytes()
+    return None
 
 
 def _manifest(folder: Path, faults: list[str]) -> Manifest:
@@ -87,20 +104,36 @@ def _manifest(folder: Path, faults: list[str]) -> Manifest:
     return manifest
 
 
-def _steps(ledger: Ledger, unread: set[int], damaged: set[tuple[int, int, int]]) -> tuple[list[int], list[int]]:
-    """Kept steps of which every chunk is whole, and the others."""
+def _steps(ledger: Ledger, bad: set[int], broken: bool) -> tuple[list[int], list[int]]:
+    """Kept steps of which every chunk is whole, and the others; of files that are not in `bad`, all chunks are."""
     readable: list[int] = []
     lost: list[int] = []
+    if not bad and not broken:
+        return list(ledger.manifest.kept), lost
+    files = Files(ledger.segments)
+    known: dict[tuple[int, int, int], bool] = {}  # file, offset and size of a chunk -> whether it is whole
     for step in ledger.manifest.kept:
         try:
             _, table = ledger.at(step)
         except (StoreError, IndexError, ValueError):
             lost.append(step)
             continue
-        places = zip(table["file"].tolist(), table["offset"].tolist(), table["size"].tolist(), strict=True)
-        hit = any(place[0] in unread or place in damaged for place in places)
-        (lost if hit else readable).append(step)
+        whole = True
+        for place in table[np.isin(table["file"], list(bad))]:
+            key = int(place["file"]), int(place["offset"]), int(place["size"])
+            if key not in known:
+                known[key] = _is_whole(files, place)
+            whole = whole and known[key]
+        (readable if whole else lost).append(step)
     return readable, lost
+
+
+def _is_whole(files: Files, place: np.void) -> bool:
+    try:
+        files.checked(place, "")
+    except StoreError:
+        return False
+    return True
 
 
 def _check_log(folder: Path, faults: list[str]) -> None:
