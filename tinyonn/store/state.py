@@ -201,7 +201,10 @@ class TrainingState:
         return found
 
     def _named_of_model(self) -> dict[str, Tensor]:
-        return {f"model.{clean(name)}": value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
+        return {f"model.{clean(name)}": tensor for name, tensor in self._of_model().items()}
+
+    def _of_model(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
 
     def _check_model(self) -> None:
         """StoreError if the state dict has something else than tensors."""
@@ -378,7 +381,7 @@ def _check_memory(name: str, tensor: Tensor) -> None:
 
 def _is_expanded(tensor: Tensor) -> bool:
     """Whether values share memory, so that the tensor cannot be written."""
-    return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return 0 in tensor.stride() and any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _address(tensor: Any) -> int:
