@@ -75,7 +75,7 @@ def _verify(folder: Path) -> Verification:
             faults.append(str(error))
             damaged.add(file)
             continue
-        names = list(damaged_entries(ledger.segments, segment))
+        names = [entry.name for entry in damaged_entries(ledger.segments, segment)]
         if names:
             damaged.add(file)
             faults += [f"{ledger.segments / file_name(file)}: {name} is damaged." for name in names]
