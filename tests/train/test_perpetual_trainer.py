@@ -120,3 +120,8 @@ def test_rejects(tmp_path: Path) -> None:
         trainer_of("plain", tmp_path, keep="newest")
     with pytest.raises(ValueError, match="resume_from_checkpoint must be None with a store"):
         trainer_of("plain", tmp_path).train(resume_from_checkpoint=True)
+    best = trainer_of("plain", tmp_path)
+    best.args.load_best_model_at_end = True
+    with pytest.raises(ValueError, match=r"load_best_model_at_end must be False with a store, which .*, got True"):
+        best.train()
+    assert not (tmp_path / "store").exists()

@@ -69,6 +69,11 @@ class PerpetualMixin:
             raise ValueError(
                 f"resume_from_checkpoint must be None with a store, which knows its newest step, got {resume_from_checkpoint}."
             )
+        own: Any = self
+        if own.args.load_best_model_at_end:  # Trainer would look for a checkpoint of its own, and keep the last model without a word
+            raise ValueError(
+                "load_best_model_at_end must be False with a store, which keeps the best step by score() and keep='best:1', got True."
+            )
         values = saved_values(self._store_folder)
         if values is not None and "trainer" not in values:
             raise InputError(f"store must be one that a Trainer saved, got {self._store_folder}, which has no state of a Trainer.")
