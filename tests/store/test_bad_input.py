@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinyonn.store import PerpetualStore, StoreError, rewind
+from tinyonn.store import PerpetualStore, StoreError, rewind, verify
 
 from .conftest import assert_same, copied, lived, small, train
 
@@ -75,10 +75,20 @@ def test_values_that_json_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_a_closed_store_says_so(tmp_path: Path) -> None:
-    with PerpetualStore(tmp_path, *small()) as store:
-        store.close()
-        with pytest.raises(StoreError, match="the store must be open"):
-            store.save(1)
+    lived(tmp_path, 3)
+    model, optimizer = small(seed=1)
+    before = copied(model, optimizer)
+    store = PerpetualStore(tmp_path, model, optimizer, keep="all")
+    store.close()
+    with PerpetualStore(tmp_path, *small(), keep="all") as other:  # no longer that of the first
+        for call in (lambda: store.save(4), store.restore, lambda: store.restore(1, rewind=True), lambda: store.rewind(1), store.compact):
+            with pytest.raises(StoreError, match="the store must be open"):
+                call()
+        assert other.steps == [1, 2, 3]
+        assert other.restore() == 3
+        other.save(4, wait=True)
+    assert verify(tmp_path).readable == [1, 2, 3, 4]
+    assert_same(copied(model, optimizer), before)
 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
