@@ -79,14 +79,20 @@ def test_values_that_json_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_a_closed_store_says_so(tmp_path: Path) -> None:
-    with PerpetualStore(tmp_path, *small()) as store:
-        store.save(1)
-        store.save(2)
-        store.close()
-        for change in (lambda: store.save(3), store.compact, lambda: store.rewind(1), lambda: store.restore(1, rewind=True)):
+    lived(tmp_path, 3)
+    model, optimizer = small(seed=1)
+    before = copied(model, optimizer)
+    store = PerpetualStore(tmp_path, model, optimizer, keep="all")
+    store.close()
+    with PerpetualStore(tmp_path, *small(), keep="all") as other:  # no longer that of the first
+        for call in (lambda: store.save(4), store.restore, lambda: store.restore(1, rewind=True), lambda: store.rewind(1), store.compact):
             with pytest.raises(StoreError, match="the store must be open"):
-                change()
-    assert verify(tmp_path).readable == [1, 2]
+                call()
+        assert other.steps == [1, 2, 3]
+        assert other.restore() == 3
+        other.save(4, wait=True)
+    assert verify(tmp_path).readable == [1, 2, 3, 4]
+    assert_same(copied(model, optimizer), before)
 
 
 def test_a_step_that_an_empty_store_does_not_have(tmp_path: Path) -> None:

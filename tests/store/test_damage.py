@@ -164,6 +164,17 @@ def test_opening_deletes_what_a_killed_save_left(tmp_path: Path) -> None:
     assert verify(tmp_path).faults == []
 
 
+@pytest.mark.parametrize("lost", ["index", "segments"])
+def test_what_is_left_of_a_store_is_not_deleted(tmp_path: Path, lost: str) -> None:
+    lived(tmp_path, 3)
+    for path in (*tmp_path.glob("manifest*"), *(tmp_path / lost).iterdir()):
+        path.unlink()
+    left = files_of(tmp_path)
+    with pytest.raises(StoreError, match=r"has (segments|files in index/), but no manifest.json; if a fork was interrupted"):
+        PerpetualStore(tmp_path, *small())
+    assert files_of(tmp_path) == left
+
+
 def test_only_restore_takes_the_manifest_before(tmp_path: Path) -> None:
     from tinyonn.store.overview import newest_step
     from tinyonn.store.rewinding import editing

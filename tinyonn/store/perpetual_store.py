@@ -155,6 +155,7 @@ class PerpetualStore:
         self._overlap = Overlap(self._state.optimizers if overlap else [])
         self._trained: frozenset[str] = frozenset()
         self._last_compaction: Compaction | None = None
+        self._closed = False
 
     # ---- saving ----
 
@@ -178,6 +179,7 @@ class PerpetualStore:
         check_size("step", step, 0)
         if step > MAX_STEP:
             raise ValueError(f"step must be below 2**63, got {step}.")
+        self._check_open()
         if not self._restored:
             raise StoreError(f"restore() must be called before save(), because {self.folder} has step {self.step} already.")
         if self.step is not None and step <= self.step:
@@ -255,6 +257,7 @@ class PerpetualStore:
                 damaged, and the message names the file, the tensor and a step before it that is whole.
             Exception: what an object's `load_state_dict` raises.
         """
+        self._check_open()
         self.wait()
         if self.step is None and step is None:
             self._restored = True
@@ -288,6 +291,7 @@ class PerpetualStore:
         Raises:
             StoreError: the step is not kept or damaged; the store is closed or cannot be written. Then the later steps stay.
         """
+        self._check_open()
         self.wait()
 
         def run() -> None:
@@ -324,6 +328,7 @@ class PerpetualStore:
         try:
             self.wait()
         finally:
+            self._closed = True
             self._overlap.close()
             self._background.close()
             if self.log is not None:
@@ -358,11 +363,11 @@ class PerpetualStore:
         try:
             if (folder / NAME).exists():
                 manifest = Manifest.read(folder)
-            elif any((folder / SEGMENTS).iterdir()) and any((folder / INDEX).iterdir()):
+            elif left := [what for name, what in ((SEGMENTS, "segments"), (INDEX, "files in index/")) if any((folder / name).iterdir())]:
                 remedy = f"`tinyonn life restore {folder}` brings back the manifest before it"
                 if not (folder / PREVIOUS).exists():
                     remedy = "if a fork was interrupted, remove the folder and fork again"
-                raise StoreError(f"{folder} has segments but no {NAME}; {remedy}.")
+                raise StoreError(f"{folder} has {left[0]}, but no {NAME}; {remedy}.")
             else:
                 manifest = Manifest(str(uuid.uuid4()))
                 manifest.write(folder)
@@ -373,6 +378,10 @@ class PerpetualStore:
             os.close(self._lock)
             raise
         return manifest.life, manifest.parent, manifest.newest
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError(CLOSED)
 
     def _on_first(self, run: Callable[[], Any]) -> Any:
         """Runs on the first process, and returns or raises the same on all."""
