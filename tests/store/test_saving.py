@@ -141,3 +141,27 @@ def test_an_interrupt_within_a_save_does_not_count_as_saved(tmp_path: Path, monk
         train(model, optimizer)
         assert store.restore() == 3
         assert_same(copied(model, optimizer), expected)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["copied at once", "overlap"])
+def test_an_interrupt_after_a_save_was_handed_on_leaves_it_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, optimizer = small()
+    with PerpetualStore(tmp_path, model, optimizer, overlap=overlap) as store:
+        train(model, optimizer)
+        store.save(1, wait=True)
+        train(model, optimizer)
+        with monkeypatch.context() as patched:
+            patched.setattr(store._changes, "accept", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.save(2, wait=True)
+        with pytest.raises(StoreError, match="step must be above 2"):
+            store.save(2)
+        expected = copied(model, optimizer)
+        store.save(3)
+        assert store.steps == [1, 2, 3]
+        train(model, optimizer)
+        assert store.restore() == 3
+        assert_same(copied(model, optimizer), expected)

@@ -184,10 +184,13 @@ class PerpetualStore:
             raise StoreError(f"step must be above {self.step}, the newest, got {step}; rewind() goes back to a step that is kept.")
         self._call(self._overlap.wait)
         self._call(self._background.check)
-        tensors, texts = self._state.collect(state or {})
-        self._plan(tensors, texts)
-        self._stage(step, tensors, texts, None if score is None or not math.isfinite(score) else float(score))
-        self.step = step
+        try:
+            collected = self._state.collect(state or {})
+        except Exception as error:
+            self._refuse(step, error)
+        else:
+            self._plan(*collected)
+            self._stage(step, *collected, None if score is None or not math.isfinite(score) else float(score))
         if wait:
             self.wait()
         return Save(step, time.perf_counter() - begin)
@@ -466,6 +469,16 @@ class PerpetualStore:
         self._planner, self._changes, self._signature = planner, Changes(layout, parts, known), signature
         self._trained = frozenset(name for name in parts if name in trained or name.startswith("optimizer."))
 
+    def _refuse(self, step: int, error: Exception) -> None:
+        """Hands an error of this process on to all of them, which plan or save; in one process, raises it."""
+        if self._group is None:
+            raise error
+        job = partial(dcp.save, {}, storage_writer=PlanOnly(_sendable(error)), **self._dist())
+        self._call(partial(self._background.submit, job))
+        self.step = step
+        if self._signature is None:  # others wait for their plan, and get the error now
+            self._call(self._background.wait)
+
     def _dist(self) -> dict[str, Any]:
         return {"process_group": self._group, "no_dist": self._group is None}
 
@@ -473,15 +486,20 @@ class PerpetualStore:
         """Copies what changed on this process and hands it to the background; a part of it in another thread, while the caller goes on."""
         changes = self._changes
         assert changes is not None
-        local = {name: own_part(tensors[name]) for name in changes.parts if name in tensors}
-        later = {name for name, one in local.items() if one.device.type != "cpu" or (self._overlaps and name in self._trained)}
-        host = self._copies.of(local)
-        host.update({name: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for name, text in texts.items()})
-        staged = changes.find({name: one for name, one in host.items() if name not in later})
+        try:
+            local = {name: own_part(tensors[name]) for name in changes.parts if name in tensors}
+            later = {name for name, one in local.items() if one.device.type != "cpu" or (self._overlaps and name in self._trained)}
+            host = self._copies.of(local)
+            host.update({name: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for name, text in texts.items()})
+            staged = changes.find({name: one for name, one in host.items() if name not in later})
+        except Exception as error:
+            self._refuse(step, error)
+            return
 
         def hand_on(found: Staged | Exception) -> None:
             size = 0 if isinstance(found, Exception) else found.bytes
             self._background.submit(partial(self._write, step, score, found), size)
+            self.step = step  # at once: after an interrupt, the same step must not be saved again
             if not isinstance(found, Exception):
                 changes.accept(found)
 
@@ -496,6 +514,7 @@ class PerpetualStore:
             return staged.with_(found)
 
         self._overlap.start(read, hand_on)
+        self.step = step
 
     def _write(self, step: int, score: float | None, staged: Staged | Exception) -> None:
         """Makes a save durable; in the background, on all processes."""
