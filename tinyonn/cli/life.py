@@ -133,25 +133,19 @@ def fork(
 @life.command()
 def compact(folder: Folder) -> None:
     """Drop what no kept step needs, and merge segments; a running training does it itself, between two saves."""
-    from ..store.compaction import compact as run
     from ..store.life_log import LOG, read_life_log
     from ..store.overview import find_store
     from ..store.perpetual_store import REQUEST
-    from ..store.rewinding import editing
 
     source = find_store(folder)
-    with editing(source, required=False) as ledger:
-        if ledger is not None:
-            total = int(ledger.files()["size"].sum())
-            screen.say(f"merging segments of {readable_bytes(total)}, which takes at most as much room meanwhile")
-            found = run(ledger)
-            before, after = readable_bytes(found.bytes_before), readable_bytes(found.bytes_after)
-            print(f"{before} in {screen.counted(found.files_before, 'file')} before, {after} in {found.files_after} after")
-            return
+    if _compacted(source):
+        return
     (source / REQUEST).touch()
     with screen.Progress("waiting for the training that uses the store"):
         end = time.monotonic() + WAIT
         while (source / REQUEST).exists() and time.monotonic() < end:
+            if _compacted(source):  # the training ended
+                return
             time.sleep(0.2)
     if (source / REQUEST).exists():
         print("the training compacts at its next save")
@@ -185,6 +179,24 @@ def verify(folder: Folder) -> None:
     if found.lost and found.readable:
         print(f"         `tinyonn life restore {folder} --step {found.readable[-1]}` goes back to the last readable step")
     raise typer.Exit(1)
+
+
+def _compacted(source: Path) -> bool:
+    """Compacts a store if no training uses it; returns whether it did."""
+    from ..store.compaction import compact as run
+    from ..store.perpetual_store import REQUEST
+    from ..store.rewinding import editing
+
+    with editing(source, required=False) as ledger:
+        if ledger is None:
+            return False
+        (source / REQUEST).unlink(missing_ok=True)
+        total = int(ledger.files()["size"].sum())
+        screen.say(f"merging segments of {readable_bytes(total)}, which takes at most as much room meanwhile")
+        found = run(ledger)
+    before, after = readable_bytes(found.bytes_before), readable_bytes(found.bytes_after)
+    print(f"{before} in {screen.counted(found.files_before, 'file')} before, {after} in {found.files_after} after")
+    return True
 
 
 def _kept(steps: list[int]) -> str:
