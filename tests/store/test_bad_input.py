@@ -83,7 +83,14 @@ def test_a_closed_store_says_so(tmp_path: Path) -> None:
         store.save(1)
         store.save(2)
         store.close()
-        for change in (lambda: store.save(3), store.compact, lambda: store.rewind(1), lambda: store.restore(1, rewind=True)):
+        for change in (
+            lambda: store.save(3),
+            store.compact,
+            lambda: store.rewind(1),
+            lambda: store.restore(1, rewind=True),
+            store.restore,
+            lambda: store.record("metrics", 2, loss=1.0),
+        ):
             with pytest.raises(StoreError, match="the store must be open"):
                 change()
     assert verify(tmp_path).readable == [1, 2]

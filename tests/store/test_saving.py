@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,29 @@ def test_a_full_disk_stops_with_the_last_step_intact(tmp_path: Path, monkeypatch
     with PerpetualStore(tmp_path, model, optimizer) as store:
         assert store.restore() == 2
         assert_same(copied(model, optimizer), states[2])
+    assert verify(tmp_path).faults == []
+
+
+def test_a_full_disk_in_the_log_leaves_a_save_durable(tmp_path: Path, files_of_at_most: Callable[..., Any]) -> None:
+    model, optimizer = small()
+    with PerpetualStore(tmp_path, model, optimizer, keep="last:1") as store:
+        train(model, optimizer)
+        store.save(1, wait=True)
+        store.record("note", 1, text="x" * 2**20)  # so that the log is the only file which reaches the limit
+        with files_of_at_most((tmp_path / LOG).stat().st_size):
+            train(model, optimizer)
+            with pytest.warns(UserWarning, match=r"no record 'save' of step 2, but the store is intact: log .* cannot be written"):
+                store.save(2, wait=True)
+            with pytest.warns(UserWarning, match="no record 'compact' of step 2"):
+                found = store.compact()
+        assert found is not None
+        assert found.files_after == 1
+        expected = copied(model, optimizer)
+        train(model, optimizer)
+        assert store.restore() == 2
+        assert_same(copied(model, optimizer), expected)
+        store.save(3)
+    assert [record["event"] for record in read_life_log(tmp_path / LOG).records] == ["begin", "save", "note", "restore", "save"]
     assert verify(tmp_path).faults == []
 
 

@@ -143,6 +143,7 @@ class PerpetualStore:
         found = self._on_first(self._open)
         self.life, self.parent, self.step = found
         self._restored = self.step is None
+        self._closed = False
         self.random_restored = False
         self.state: dict[str, Any] = {}
         self._random: dict[str, Any] | None = None
@@ -160,6 +161,8 @@ class PerpetualStore:
 
     def save(self, step: int, *, score: float | None = None, state: Mapping[str, Any] | None = None, wait: bool = False) -> Save:
         """Saves a step; waits only until what changed is copied.
+
+        Where the log of the life cannot be written, as on a full disk, the step is durable nevertheless, with a warning.
 
         Args:
             step: step over the whole life; larger than those before.
@@ -255,9 +258,10 @@ class PerpetualStore:
 
         Raises:
             StoreError: the step is not kept; the store is of another model, and the message names three tensors that differ; a segment is
-                damaged, and the message names the file, the tensor and a step before it that is whole.
+                damaged, and the message names the file, the tensor and a step before it that is whole; the store is closed.
             Exception: what an object's `load_state_dict` raises.
         """
+        self._check_open()
         self.wait()
         if self.step is None and step is None:
             self._restored = True
@@ -291,11 +295,10 @@ class PerpetualStore:
         Raises:
             StoreError: the step is not kept or damaged; the store is closed or cannot be written. Then the later steps stay.
         """
+        self._check_open()
         self.wait()
 
         def run() -> None:
-            if self._lock is None:
-                raise StoreError(CLOSED)
             assert self._ledger is not None
             check_step(self._ledger, step)
             self._ledger.rewind(step)
@@ -314,7 +317,12 @@ class PerpetualStore:
     # ---- the life ----
 
     def record(self, event: str, step: int, durable: bool = False, **fields: Any) -> None:
-        """Adds a record to the log of the life, on the first process; does nothing on others. See `LifeLog`."""
+        """Adds a record to the log of the life, on the first process; does nothing on others. See `LifeLog`.
+
+        Raises:
+            StoreError: the store is closed.
+        """
+        self._check_open()
         if self.log is not None:
             self.log.append(event, step, durable=durable, **fields)
 
@@ -327,6 +335,7 @@ class PerpetualStore:
         try:
             self.wait()
         finally:
+            self._closed = True
             self._overlap.close()
             self._background.close()
             if self.log is not None:
@@ -346,6 +355,10 @@ class PerpetualStore:
             self.close()
 
     # ---- within ----
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError(CLOSED)
 
     def _open(self) -> tuple[str, dict[str, Any] | None, int | None]:
         """Locks the folder and reads or makes the manifest; on the first process."""
@@ -528,7 +541,7 @@ class PerpetualStore:
         chapters, kept = len(ledger.manifest.chapters), len(ledger.manifest.kept)
         ledger.manifest.processes = self.processes
         index = ledger.append(step, segments, score, self.keep)
-        self.record("save", step, bytes=sum(one.size for one in segments) + index)
+        self._record_done("save", step, bytes=sum(one.size for one in segments) + index)
         self._dropped = self._dropped or len(ledger.manifest.kept) <= kept
         due = self._auto_compact and self._dropped and len(ledger.manifest.chapters) > chapters
         try:
@@ -541,9 +554,17 @@ class PerpetualStore:
                     self._compact()
         except StoreError as error:  # the step is durable, and a full disk may have room later
             self._dropped = True
-            self.record("compact", step, failed=str(error))
+            self._record_done("compact", step, failed=str(error))
             (self.folder / REQUEST).unlink(missing_ok=True)  # after the record, which the process that made it reads
             warnings.warn(f"the store was not compacted: {error}", stacklevel=2)
+
+    def _record_done(self, event: str, step: int, **fields: Any) -> None:
+        """Records what is done; a log that cannot be written is a warning, because the store is as it should be."""
+        assert self.log is not None
+        try:
+            self.log.append(event, step, **fields)
+        except InputError as error:
+            warnings.warn(f"the life log has no record {event!r} of step {step}, but the store is intact: {error}", stacklevel=2)
 
     def _compact(self) -> None:
         if self._ledger is None:
@@ -552,7 +573,7 @@ class PerpetualStore:
         found = compact(self._ledger)
         self._last_compaction, self._dropped = found, False
         seconds = round(time.perf_counter() - begin, 3)
-        self.record("compact", self._ledger.manifest.newest or 0, seconds=seconds, **found._asdict())
+        self._record_done("compact", self._ledger.manifest.newest or 0, seconds=seconds, **found._asdict())
         (self.folder / REQUEST).unlink(missing_ok=True)
 
     def _read(self, ledger: Ledger, step: int) -> dict[str, Any]:
