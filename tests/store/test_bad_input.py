@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from tinyonn.life.forking import fork_life
 from tinyonn.store import PerpetualStore, StoreError, rewind, verify
+from tinyonn.store.overview import overview
 
 from .conftest import assert_same, copied, lived, small, train
 
@@ -57,6 +59,12 @@ def test_a_newer_format_is_told(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(f"{line}\n{hex_digest(digest(line.encode()))}\n")
     with pytest.raises(StoreError, match="has format 3, and this version of tinyonn reads 2; update tinyonn"):
         PerpetualStore(tmp_path, *small())
+
+
+def test_a_folder_without_a_store_is_named_as_the_argument(tmp_path: Path) -> None:
+    for call, name in ((overview, "folder"), (lambda folder: fork_life(folder, tmp_path / "new"), "source")):
+        with pytest.raises(StoreError, match=f"^{name} must be a store or a folder with one, got .*, which has no manifest.json"):
+            call(tmp_path)
 
 
 def test_steps_must_rise(tmp_path: Path) -> None:

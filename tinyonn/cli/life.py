@@ -37,7 +37,7 @@ def show(
 
     lines = []
     for folder in folders:
-        found = overview(folder)
+        found = overview(folder, "DIR")
         records = found.log.effective()
         events = Counter(record["event"] for record in records)
         runs = [record["event"] for record in records if record["event"] in ("stretch", "stop")]
@@ -75,7 +75,7 @@ def log(
     from ..store.life_log import LOG, read_life_log
     from ..store.overview import find_store
 
-    found = read_life_log(find_store(folder) / LOG)
+    found = read_life_log(find_store(folder, "DIR") / LOG)
     records = [record for record in found.records if not event or record["event"] in event]
     if event and not records:
         known = sorted({record["event"] for record in found.records})
@@ -100,7 +100,8 @@ def restore(folder: Folder, step: Step = None) -> None:
     from ..store.overview import find_store
     from ..store.rewinding import rewind
 
-    print(f"step {rewind(find_store(folder), step)} is the newest now")
+    store = find_store(folder, "DIR")
+    print(f"step {rewind(store, step)} is the newest now")
 
 
 @life.command()
@@ -117,7 +118,7 @@ def fork(
     from ..life.forking import fork_life, is_training, linked_bytes
     from ..store.overview import find_store
 
-    find_store(folder)
+    find_store(folder, "DIR")
     screen.say(f"files of {readable_bytes(linked_bytes(folder, step))} are shared by hard links, or copied to another disk")
     made = fork_life(folder, target, step)
     assert made.parent is not None
@@ -137,7 +138,7 @@ def compact(folder: Folder) -> None:
     from ..store.overview import find_store
     from ..store.perpetual_store import REQUEST
 
-    source = find_store(folder)
+    source = find_store(folder, "DIR")
     if _compacted(source):
         return
     (source / REQUEST).touch()
@@ -162,7 +163,7 @@ def verify(folder: Folder) -> None:
     from ..store.overview import find_store
     from ..store.verification import verify as check
 
-    source = find_store(folder)
+    source = find_store(folder, "DIR")
     with screen.Progress("checking segments"):
         found = check(source)
     size = readable_bytes(found.bytes)
