@@ -343,6 +343,8 @@ class PerpetualStore:
             if self._lock is not None:
                 unlock_file(self._lock)
                 self._lock = None
+        # The process group stays until that of the program ends. To destroy it, all processes must be done with it, and to wait for them
+        # would hang a process that closes the store alone, after an error of its own.
 
     def __enter__(self) -> Self:
         return self
