@@ -140,7 +140,7 @@ def test_an_error_of_the_background_reaches_the_next_step(tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / "segments")
     train(model, optimizer)
     store.save(2)
-    store._background._pool.submit(lambda: None).result()  # the save before it is done
+    store._saver._background._pool.submit(lambda: None).result()  # the save before it is done
     with pytest.raises(StoreError, match="cannot be written"):
         store.save(3)
     with pytest.raises(StoreError, match="cannot be written"):
@@ -157,7 +157,7 @@ def test_an_interrupt_within_a_save_does_not_count_as_saved(tmp_path: Path, monk
             def interrupted(*args: Any) -> None:
                 raise KeyboardInterrupt
 
-            patched.setattr(store._background, "submit", interrupted)
+            patched.setattr(store._saver._background, "submit", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 store.save(2)
         store.save(3)
@@ -178,7 +178,7 @@ def test_an_interrupt_after_a_save_was_handed_on_leaves_it_saved(tmp_path: Path,
         store.save(1, wait=True)
         train(model, optimizer)
         with monkeypatch.context() as patched:
-            patched.setattr(store._changes, "accept", interrupted)
+            patched.setattr(store._saver._changes, "accept", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 store.save(2, wait=True)
         with pytest.raises(StoreError, match="step must be above 2"):

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tinyonn.store import DamagedStoreError, PerpetualStore, StoreError, perpetual_store, verify
+from tinyonn.store import DamagedStoreError, PerpetualStore, StoreError, perpetual_store, saving, verify
 
 from .conftest import flipped
 
@@ -259,7 +259,7 @@ def one_fails_to_compact(folder: Path, rank: int) -> None:
     def no_room(*args: Any) -> None:
         raise StoreError("no room")
 
-    perpetual_store.compact = no_room
+    saving.compact = no_room
     with pytest.raises(StoreError, match="no room"):
         store.compact()
     store.save(2)
@@ -293,11 +293,11 @@ def one_cannot_collect(folder: Path, rank: int, saved: int, size: int) -> None:
     for step in range(1, saved + 1):
         store.save(step, wait=True)
     place.size = size
-    with pytest.raises(StoreError, match="state.x must be a tensor or a value that JSON can hold"):
+    with pytest.raises(StoreError, match=r"state\.x must be a tensor or a value that JSON can hold"):
         store.save(saved + 1, state={"x": object()} if rank == 1 else {"x": 0}, wait=True)
-    with pytest.raises(StoreError, match="state.x must be"):
+    with pytest.raises(StoreError, match=r"state\.x must be"):
         store.save(saved + 2)
-    with pytest.raises(StoreError, match="state.x must be"):
+    with pytest.raises(StoreError, match=r"state\.x must be"):
         store.close()
     distributed.barrier()
 
@@ -311,7 +311,7 @@ def one_cannot_compare(folder: Path, rank: int) -> None:
         def no_memory(*args: Any) -> None:
             raise MemoryError("no room for a copy")
 
-        store._changes.find = no_memory  # type: ignore[union-attr,method-assign,assignment]
+        store._saver._changes.find = no_memory  # type: ignore[union-attr,method-assign,assignment]
     store.save(2)
     with pytest.raises(RuntimeError, match="MemoryError: no room for a copy"):
         store.wait()

@@ -136,7 +136,7 @@ def compact(folder: Folder) -> None:
     """Drop what no kept step needs, and merge segments; a running training does it itself, between two saves."""
     from ..store.life_log import LOG, read_life_log
     from ..store.overview import find_store
-    from ..store.perpetual_store import REQUEST
+    from ..store.saving import REQUEST
 
     source = find_store(folder, "DIR")
     if _compacted(source):
@@ -185,8 +185,8 @@ def verify(folder: Folder) -> None:
 def _compacted(source: Path) -> bool:
     """Compacts a store if no training uses it; returns whether it did."""
     from ..store.compaction import compact as run
-    from ..store.perpetual_store import REQUEST
     from ..store.rewinding import editing
+    from ..store.saving import REQUEST
 
     with editing(source, required=False) as ledger:
         if ledger is None:
