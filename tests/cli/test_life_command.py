@@ -139,6 +139,27 @@ def test_a_running_training_compacts_itself(
     assert (len(list((tmp_path / "segments").iterdir())) == 1) == room
 
 
+def test_a_store_whose_training_ended_meanwhile_is_compacted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Linear(40, 40)
+    codes: list[int] = []
+    with PerpetualStore(tmp_path, model, keep="last:1") as store:
+        for step in range(1, 9):
+            with torch.no_grad():
+                model.weight.fill_(step)
+            store.save(step, wait=True)
+        command = threading.Thread(target=lambda: codes.append(run(["life", "compact", str(tmp_path)])), daemon=True)
+        command.start()
+        end = time.monotonic() + 30
+        while not (tmp_path / "compact.request").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+    command.join(10)
+    assert codes == [0]
+    assert "in 1 after" in capsys.readouterr().out
+    assert not (tmp_path / "compact.request").exists()
+    assert len(list((tmp_path / "segments").iterdir())) == 1
+    assert value_at(tmp_path) == (8, 8.0)
+
+
 def test_verify_tells_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lived(tmp_path)
     assert run(["life", "verify", str(tmp_path)]) == 0

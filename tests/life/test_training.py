@@ -22,7 +22,7 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 
 from tinyonn.errors import InputError
-from tinyonn.life import LifeConfig, fork_life, train
+from tinyonn.life import LifeConfig, fork_life, train, training
 from tinyonn.life.running import StopSignals
 from tinyonn.store import read_life_log, rewind, verify
 from tinyonn.store.overview import newest_step
@@ -427,3 +427,13 @@ def test_room_for_births_is_that_of_the_size_unless_both_are_given(given, live, 
     result = train(LifeConfig(**(sizes | {"data_path": str(texts), "output_dir": str(tmp_path)})))
     config = json.loads((result.model / "config.json").read_text())
     assert (config["init_num_experts"], config["max_num_experts"]) == (live, most)
+
+
+def test_only_the_first_process_reads_all_tokens(texts, whole, monkeypatch):
+    files = []
+    monkeypatch.setattr(training, "digest", lambda file: files.append(file) or "ab" * 32)
+    assert train(config(texts, whole[0].folder)).first
+    assert files == [whole[0].folder / "tokens.npy"]
+    monkeypatch.setenv("RANK", "1")
+    assert not train(config(texts, whole[0].folder)).first
+    assert len(files) == 1

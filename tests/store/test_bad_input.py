@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from tinyonn.life.forking import fork_life
 from tinyonn.store import PerpetualStore, StoreError, rewind, verify
+from tinyonn.store.overview import overview
 
 from .conftest import assert_same, copied, lived, small, train
 
@@ -59,6 +61,12 @@ def test_a_newer_format_is_told(tmp_path: Path) -> None:
         PerpetualStore(tmp_path, *small())
 
 
+def test_a_folder_without_a_store_is_named_as_the_argument(tmp_path: Path) -> None:
+    for call, name in ((overview, "folder"), (lambda folder: fork_life(folder, tmp_path / "new"), "source")):
+        with pytest.raises(StoreError, match=f"^{name} must be a store or a folder with one, got .*, which has no manifest.json"):
+            call(tmp_path)
+
+
 def test_steps_must_rise(tmp_path: Path) -> None:
     with PerpetualStore(tmp_path, *small()) as store:
         store.save(5)
@@ -85,7 +93,14 @@ def test_a_closed_store_says_so(tmp_path: Path) -> None:
     store = PerpetualStore(tmp_path, model, optimizer, keep="all")
     store.close()
     with PerpetualStore(tmp_path, *small(), keep="all") as other:  # no longer that of the first
-        for call in (lambda: store.save(4), store.restore, lambda: store.restore(1, rewind=True), lambda: store.rewind(1), store.compact):
+        for call in (
+            lambda: store.save(4),
+            store.restore,
+            lambda: store.restore(1, rewind=True),
+            lambda: store.rewind(1),
+            store.compact,
+            lambda: store.record("metrics", 4, loss=1.0),
+        ):
             with pytest.raises(StoreError, match="the store must be open"):
                 call()
         assert other.steps == [1, 2, 3]

@@ -140,12 +140,12 @@ def test_training_goes_on_while_another_process_wants_a_compaction(tmp_path: Pat
 
 
 def test_a_compaction_that_finds_no_room_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinyonn.store import perpetual_store
+    from tinyonn.store import saving
 
     def no_room(*args: Any) -> None:
         raise StoreError("no room")
 
-    monkeypatch.setattr(perpetual_store, "compact", no_room)
+    monkeypatch.setattr(saving, "compact", no_room)
     model, optimizer = small()
     store = PerpetualStore(tmp_path, model, optimizer, keep="last:1")
     for step in range(1, CHAPTER + 3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,29 @@ def test_a_full_disk_stops_with_the_last_step_intact(tmp_path: Path, monkeypatch
     assert verify(tmp_path).faults == []
 
 
+def test_a_full_disk_in_the_log_leaves_a_save_durable(tmp_path: Path, files_of_at_most: Callable[..., Any]) -> None:
+    model, optimizer = small()
+    with PerpetualStore(tmp_path, model, optimizer, keep="last:1") as store:
+        train(model, optimizer)
+        store.save(1, wait=True)
+        store.record("note", 1, text="x" * 2**20)  # so that the log is the only file which reaches the limit
+        with files_of_at_most((tmp_path / LOG).stat().st_size):
+            train(model, optimizer)
+            with pytest.warns(UserWarning, match=r"no record 'save' of step 2, but the store is intact: log .* cannot be written"):
+                store.save(2, wait=True)
+            with pytest.warns(UserWarning, match="no record 'compact' of step 2"):
+                found = store.compact()
+        assert found is not None
+        assert found.files_after == 1
+        expected = copied(model, optimizer)
+        train(model, optimizer)
+        assert store.restore() == 2
+        assert_same(copied(model, optimizer), expected)
+        store.save(3)
+    assert [record["event"] for record in read_life_log(tmp_path / LOG).records] == ["begin", "save", "note", "restore", "save"]
+    assert verify(tmp_path).faults == []
+
+
 def test_an_error_of_the_background_reaches_the_next_step(tmp_path: Path) -> None:
     model, optimizer = small()
     store = PerpetualStore(tmp_path, model, optimizer)
@@ -116,7 +140,7 @@ def test_an_error_of_the_background_reaches_the_next_step(tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / "segments")
     train(model, optimizer)
     store.save(2)
-    store._background._pool.submit(lambda: None).result()  # the save before it is done
+    store._saver._background._pool.submit(lambda: None).result()  # the save before it is done
     with pytest.raises(StoreError, match="cannot be written"):
         store.save(3)
     with pytest.raises(StoreError, match="cannot be written"):
@@ -133,11 +157,35 @@ def test_an_interrupt_within_a_save_does_not_count_as_saved(tmp_path: Path, monk
             def interrupted(*args: Any) -> None:
                 raise KeyboardInterrupt
 
-            patched.setattr(store._background, "submit", interrupted)
+            patched.setattr(store._saver._background, "submit", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 store.save(2)
         store.save(3)
         expected = copied(model, optimizer)
+        train(model, optimizer)
+        assert store.restore() == 3
+        assert_same(copied(model, optimizer), expected)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["copied at once", "overlap"])
+def test_an_interrupt_after_a_save_was_handed_on_leaves_it_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, optimizer = small()
+    with PerpetualStore(tmp_path, model, optimizer, overlap=overlap) as store:
+        train(model, optimizer)
+        store.save(1, wait=True)
+        train(model, optimizer)
+        with monkeypatch.context() as patched:
+            patched.setattr(store._saver._changes, "accept", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.save(2, wait=True)
+        with pytest.raises(StoreError, match="step must be above 2"):
+            store.save(2)
+        expected = copied(model, optimizer)
+        store.save(3)
+        assert store.steps == [1, 2, 3]
         train(model, optimizer)
         assert store.restore() == 3
         assert_same(copied(model, optimizer), expected)

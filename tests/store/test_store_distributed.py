@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tinyonn.store import DamagedStoreError, PerpetualStore, StoreError, perpetual_store, verify
+from tinyonn.store import DamagedStoreError, PerpetualStore, StoreError, perpetual_store, saving, verify
 
 from .conftest import flipped
 
@@ -259,7 +259,7 @@ def one_fails_to_compact(folder: Path, rank: int) -> None:
     def no_room(*args: Any) -> None:
         raise StoreError("no room")
 
-    perpetual_store.compact = no_room
+    saving.compact = no_room
     with pytest.raises(StoreError, match="no room"):
         store.compact()
     store.save(2)
@@ -285,6 +285,52 @@ def one_has_other_tensors(folder: Path, rank: int) -> None:
     distributed.barrier()
 
 
-@pytest.mark.parametrize("work", [one_fails_to_read, one_fails_to_compact, one_has_other_tensors], ids=lambda work: work.__name__)
+def one_cannot_collect(folder: Path, rank: int, saved: int, size: int) -> None:
+    """The second process has a value that JSON cannot hold, after some saves; `size` above 1 makes the first one plan again."""
+    model, optimizer = made("ddp")
+    place = Place(rank)
+    store = PerpetualStore(folder, model, optimizer, objects={"place": place})
+    for step in range(1, saved + 1):
+        store.save(step, wait=True)
+    place.size = size
+    with pytest.raises(StoreError, match=r"state\.x must be a tensor or a value that JSON can hold"):
+        store.save(saved + 1, state={"x": object()} if rank == 1 else {"x": 0}, wait=True)
+    with pytest.raises(StoreError, match=r"state\.x must be"):
+        store.save(saved + 2)
+    with pytest.raises(StoreError, match=r"state\.x must be"):
+        store.close()
+    distributed.barrier()
+
+
+def one_cannot_compare(folder: Path, rank: int) -> None:
+    model, optimizer = made("ddp")
+    store = PerpetualStore(folder, model, optimizer)
+    store.save(1, wait=True)
+    if rank == 1:
+
+        def no_memory(*args: Any) -> None:
+            raise MemoryError("no room for a copy")
+
+        store._saver._changes.find = no_memory  # type: ignore[union-attr,method-assign,assignment]
+    store.save(2)
+    with pytest.raises(RuntimeError, match="MemoryError: no room for a copy"):
+        store.wait()
+    with pytest.raises(RuntimeError, match="no room for a copy"):
+        store.close()
+    distributed.barrier()
+
+
+WORK: dict[str, Callable[[Path, int], None]] = {
+    "one fails to read": one_fails_to_read,
+    "one fails to compact": one_fails_to_compact,
+    "one has other tensors": one_has_other_tensors,
+    "one cannot collect its first save": partial(one_cannot_collect, saved=0, size=1),
+    "one cannot collect a later save": partial(one_cannot_collect, saved=2, size=1),
+    "one cannot collect while the other plans": partial(one_cannot_collect, saved=2, size=3),
+    "one cannot compare": one_cannot_compare,
+}
+
+
+@pytest.mark.parametrize("work", WORK.values(), ids=WORK)
 def test_a_fault_of_one_process_reaches_all(tmp_path: Path, run: Callable[..., None], work: Callable[[Path, int], None]) -> None:
     run(2, partial(work, tmp_path))

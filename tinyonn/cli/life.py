@@ -37,7 +37,7 @@ def show(
 
     lines = []
     for folder in folders:
-        found = overview(folder)
+        found = overview(folder, "DIR")
         records = found.log.effective()
         events = Counter(record["event"] for record in records)
         runs = [record["event"] for record in records if record["event"] in ("stretch", "stop")]
@@ -75,7 +75,7 @@ def log(
     from ..store.life_log import LOG, read_life_log
     from ..store.overview import find_store
 
-    found = read_life_log(find_store(folder) / LOG)
+    found = read_life_log(find_store(folder, "DIR") / LOG)
     records = [record for record in found.records if not event or record["event"] in event]
     if event and not records:
         known = sorted({record["event"] for record in found.records})
@@ -100,7 +100,8 @@ def restore(folder: Folder, step: Step = None) -> None:
     from ..store.overview import find_store
     from ..store.rewinding import rewind
 
-    print(f"step {rewind(find_store(folder), step)} is the newest now")
+    store = find_store(folder, "DIR")
+    print(f"step {rewind(store, step)} is the newest now")
 
 
 @life.command()
@@ -117,7 +118,7 @@ def fork(
     from ..life.forking import fork_life, is_training, linked_bytes
     from ..store.overview import find_store
 
-    find_store(folder)
+    find_store(folder, "DIR")
     screen.say(f"files of {readable_bytes(linked_bytes(folder, step))} are shared by hard links, or copied to another disk")
     made = fork_life(folder, target, step)
     assert made.parent is not None
@@ -133,25 +134,19 @@ def fork(
 @life.command()
 def compact(folder: Folder) -> None:
     """Drop what no kept step needs, and merge segments; a running training does it itself, between two saves."""
-    from ..store.compaction import compact as run
     from ..store.life_log import LOG, read_life_log
     from ..store.overview import find_store
-    from ..store.perpetual_store import REQUEST
-    from ..store.rewinding import editing
+    from ..store.saving import REQUEST
 
-    source = find_store(folder)
-    with editing(source, required=False) as ledger:
-        if ledger is not None:
-            total = int(ledger.files()["size"].sum())
-            screen.say(f"merging segments of {readable_bytes(total)}, which takes at most as much room meanwhile")
-            found = run(ledger)
-            before, after = readable_bytes(found.bytes_before), readable_bytes(found.bytes_after)
-            print(f"{before} in {screen.counted(found.files_before, 'file')} before, {after} in {found.files_after} after")
-            return
+    source = find_store(folder, "DIR")
+    if _compacted(source):
+        return
     (source / REQUEST).touch()
     with screen.Progress("waiting for the training that uses the store"):
         end = time.monotonic() + WAIT
         while (source / REQUEST).exists() and time.monotonic() < end:
+            if _compacted(source):  # the training ended
+                return
             time.sleep(0.2)
     if (source / REQUEST).exists():
         print("the training compacts at its next save")
@@ -168,7 +163,7 @@ def verify(folder: Folder) -> None:
     from ..store.overview import find_store
     from ..store.verification import verify as check
 
-    source = find_store(folder)
+    source = find_store(folder, "DIR")
     with screen.Progress("checking segments"):
         found = check(source)
     size = readable_bytes(found.bytes)
@@ -185,6 +180,24 @@ def verify(folder: Folder) -> None:
     if found.lost and found.readable:
         print(f"         `tinyonn life restore {folder} --step {found.readable[-1]}` goes back to the last readable step")
     raise typer.Exit(1)
+
+
+def _compacted(source: Path) -> bool:
+    """Compacts a store if no training uses it; returns whether it did."""
+    from ..store.compaction import compact as run
+    from ..store.rewinding import editing
+    from ..store.saving import REQUEST
+
+    with editing(source, required=False) as ledger:
+        if ledger is None:
+            return False
+        (source / REQUEST).unlink(missing_ok=True)
+        total = int(ledger.files()["size"].sum())
+        screen.say(f"merging segments of {readable_bytes(total)}, which takes at most as much room meanwhile")
+        found = run(ledger)
+    before, after = readable_bytes(found.bytes_before), readable_bytes(found.bytes_after)
+    print(f"{before} in {screen.counted(found.files_before, 'file')} before, {after} in {found.files_after} after")
+    return True
 
 
 def _kept(steps: list[int]) -> str:

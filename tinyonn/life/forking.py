@@ -92,7 +92,7 @@ def fork_life(source: str | os.PathLike[str], target: str | os.PathLike[str], st
         InputError: the step is not kept; target is not empty or cannot be written.
     """
     source, target = Path(source), Path(target)
-    store = find_store(source)
+    store = find_store(source, "source")
     with new_folder(target) as partial:
         whole = is_training(source)
         manifest = write_fork(store, partial / STORE if whole else partial, step)
@@ -112,7 +112,7 @@ def linked_bytes(source: str | os.PathLike[str], step: int | None = None) -> int
     """Bytes of the files that `fork_life` links."""
     folder = Path(source)
     tokens = folder / TOKENS
-    return shared_bytes(find_store(folder), step) + (tokens.stat().st_size if is_training(folder) and tokens.is_file() else 0)
+    return shared_bytes(find_store(folder, "source"), step) + (tokens.stat().st_size if is_training(folder) and tokens.is_file() else 0)
 
 
 def read_origin(folder: Path) -> Origin | None:

@@ -125,7 +125,7 @@ def train(config: LifeConfig, progress: ProgressCall | None = None, note: Callab
             store=folder / STORE,
             keep=config.keep,
             overlap=True,
-            stretch=_stretch(config, folder, origin),
+            stretch=_stretch(config, folder, origin) if first else None,  # others record nothing, and need not read all tokens
         )
         trainer.remove_callback(PrinterCallback)
         if first and note is not None:

@@ -123,7 +123,19 @@ class _Plain(StorageWriter):
 
 
 class PlanOnly(_Plain):
-    """Writes nothing; a save with it makes the plan."""
+    """Writes nothing; a save with it makes the plan.
+
+    Args:
+        error: what keeps this process from planning or saving, which all processes then get, whether they plan or save.
+    """
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self._error = error
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        if self._error is not None:
+            raise self._error
+        return plan
 
 
 class SegmentWriter(_Plain):

@@ -35,8 +35,12 @@ class Overview:
     log: LifeRecords
 
 
-def find_store(folder: str | os.PathLike[str]) -> Path:
+def find_store(folder: str | os.PathLike[str], name: str = "folder") -> Path:
     """The store in a folder: the folder itself, or `store` in it, as `tinyonn train` makes it.
+
+    Args:
+        folder: the folder.
+        name: name of the argument that holds it, for messages.
 
     Raises:
         StoreError: there is none.
@@ -44,17 +48,21 @@ def find_store(folder: str | os.PathLike[str]) -> Path:
     for one in (Path(folder), Path(folder) / "store"):
         if (one / NAME).exists() or (one / PREVIOUS).exists():
             return one
-    raise StoreError(f"DIR must be a store or a folder with one, got {folder}, which has no {NAME}.")
+    raise StoreError(f"{name} must be a store or a folder with one, got {folder}, which has no {NAME}.")
 
 
-def overview(folder: str | os.PathLike[str]) -> Overview:
+def overview(folder: str | os.PathLike[str], name: str = "folder") -> Overview:
     """Reads the manifest and the log of a store; a trainer may run meanwhile.
+
+    Args:
+        folder: a store, or the folder of `tinyonn train`.
+        name: name of the argument that holds it, for messages.
 
     Raises:
         StoreError: there is no store, or its manifest is damaged or of a newer version.
         InputError: the log is damaged.
     """
-    found = find_store(folder)
+    found = find_store(folder, name)
     manifest = Manifest.read(found)
     log = read_life_log(found / LOG)
     return Overview(found, manifest.life, manifest.parent, manifest.kept, Ledger(found, manifest).stored_bytes(), log)
