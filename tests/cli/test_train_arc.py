@@ -58,7 +58,16 @@ def test_a_training_along_own_answers_is_told_and_goes_on_with_the_same_bits(cli
     assert cli("train", "arc", *constant, "-o", str(tmp_path / "at_once")).code == 0
     one, two = weights(tmp_path / "parts"), weights(tmp_path / "at_once")
     assert all(torch.equal(one[name], two[name]) for name in two)
-    assert "an earlier run did these steps" in cli("train", "arc", *constant, "-o", str(tmp_path / "at_once")).out
+    assert (
+        "an earlier run did these steps; give more --steps to go on\n"
+        in cli("train", "arc", *constant, "-o", str(tmp_path / "at_once")).out
+    )
+
+    assert cli("life", "restore", str(tmp_path / "at_once"), "--step", "2").code == 0
+    assert cli("train", "arc", *constant, "--steps", "2", "-o", str(tmp_path / "at_once")).code == 0
+    assert cli("train", "arc", *constant, "--steps", "2", "-o", str(tmp_path / "new")).code == 0
+    one, two = weights(tmp_path / "at_once"), weights(tmp_path / "new")
+    assert all(torch.equal(one[name], two[name]) for name in two)
 
 
 def test_tasks_in_a_folder_of_json(cli: Cli, tmp_path: Path) -> None:

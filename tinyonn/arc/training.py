@@ -31,7 +31,8 @@ from .._io.locks import locked
 from ..errors import InputError
 from ..hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
 from ..life.log import TrainingLog
-from ..life.running import StopSignals, arguments, quiet
+from ..life.log_files import ended_step
+from ..life.running import EARLIER, StopSignals, arguments, quiet
 from ..life.trainer import LifeTrainer, Schedule, Sizes
 from ..store.overview import newest_step
 from ..train.eavi import Ramp, excursion
@@ -64,7 +65,7 @@ class ArcResult:
         fitting: training tasks that fit the context, and those that do not.
         metrics: the last line of the log.
         exact: share of the held-out answers that were exact in the last evaluation; None if there was none.
-        stopped: why it stopped before its last step; None if it did not.
+        stopped: why it stopped before its last step, or that an earlier run did all steps; None otherwise.
         seconds: of this run.
         first: whether this is the first of the processes that trained, which writes.
     """
@@ -137,10 +138,11 @@ def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Cal
         log.begin(trainer)
         signals.trainer = trainer
         done = newest_step(folder / STORE) or 0
+        written = ended_step(folder / "log") == done  # after a kill or `tinyonn life restore`, the model is of another step
         if first:
             log.resume(done)
-        stopped: str | None = "an earlier run did these steps"
-        if done < config.steps or not (folder / MODEL / "config.json").is_file():
+        stopped: str | None = EARLIER
+        if done < config.steps or not written or not (folder / MODEL / "config.json").is_file():
             with signals:
                 trainer.train()
             stopped = trainer.stopped
