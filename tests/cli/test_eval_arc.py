@@ -118,7 +118,7 @@ def test_tinyonn_models_are_evaluated(cli: Cli, attention: str, tmp_path: Path) 
     ran = cli("eval", "arc", folder, *GENERATED[:-1], 2, "-o", out, "--views", 2, "--samples", 1, "--max-new-tokens", 3)
     assert ran.code == 0, ran.err
     assert all((out / name).exists() for name in NAMES)
-    tasks = generate(2, 1, families=("copy", "mirror"), largest=3)
+    tasks = generate(2, 1, families=("copy", "mirror"), largest=3, demonstrations=2)
     assert len(check_submission(out / "submission.json", tasks)) == 2
     assert "no attempt" in (out / "index.html").read_text()
 

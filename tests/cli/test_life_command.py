@@ -66,6 +66,18 @@ def test_log_prints_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "--event must be one of begin, metrics" in capsys.readouterr().err
 
 
+def test_log_prints_all_that_a_fork_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = {"data_path": ["/" + "a" * 50, "/" + "b" * 50], "schedule": ["constant", "linear"]}
+    with PerpetualStore(tmp_path, nn.Linear(4, 4)) as store:
+        store.record("stretch", 0, changed=changed)
+        store.record("stretch", 0, changed={})
+        store.save(1)
+    assert run(["life", "log", str(tmp_path), "--event", "stretch"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(f"changed data_path /{'a' * 50} → /{'b' * 50}, schedule constant → linear")
+    assert second.endswith("changed nothing")
+
+
 def test_restore_goes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lived(tmp_path)
     assert run(["life", "restore", str(tmp_path), "--step", "4"]) == 0

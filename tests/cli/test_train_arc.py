@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tinyonn.arc import Vocabulary, generate
+from tinyonn.arc import ArcConfig, Vocabulary, generate, train_arc
 from tinyonn.store import read_life_log
 
 from .conftest import Cli
@@ -58,7 +58,23 @@ def test_a_training_along_own_answers_is_told_and_goes_on_with_the_same_bits(cli
     assert cli("train", "arc", *constant, "-o", str(tmp_path / "at_once")).code == 0
     one, two = weights(tmp_path / "parts"), weights(tmp_path / "at_once")
     assert all(torch.equal(one[name], two[name]) for name in two)
-    assert "an earlier run did these steps" in cli("train", "arc", *constant, "-o", str(tmp_path / "at_once")).out
+    assert (
+        "an earlier run did these steps; give more --steps to go on\n"
+        in cli("train", "arc", *constant, "-o", str(tmp_path / "at_once")).out
+    )
+
+    assert cli("life", "restore", str(tmp_path / "at_once"), "--step", "2").code == 0
+    assert cli("train", "arc", *constant, "--steps", "2", "-o", str(tmp_path / "at_once")).code == 0
+    assert cli("train", "arc", *constant, "--steps", "2", "-o", str(tmp_path / "new")).code == 0
+    one, two = weights(tmp_path / "at_once"), weights(tmp_path / "new")
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_making_tasks_shows_progress(tmp_path: Path) -> None:
+    told: list[tuple[float | None, str]] = []
+    options = {"held_out": 2, "largest": 3, "context": 128, "batch_size": 2, "device": "cpu"}
+    train_arc(ArcConfig(data="generated", output_dir=str(tmp_path), tasks=250, steps=1, **options), lambda *words: told.append(words))
+    assert [words for share, words in told if share is None] == ["reading tasks", "made 100 of 250 tasks", "made 200 of 250 tasks"]
 
 
 def test_tasks_in_a_folder_of_json(cli: Cli, tmp_path: Path) -> None:

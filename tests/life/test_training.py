@@ -135,7 +135,7 @@ def test_a_life_that_has_its_steps_is_left_alone(texts, tmp_path):
     for steps in (2, 1):
         again = train(config(texts, tmp_path / "life", steps=steps))
         assert again.steps == 2
-        assert again.stopped == "an earlier run did these steps; give more --steps"
+        assert again.stopped == "an earlier run did these steps"
     assert (tmp_path / "life" / "model" / "model.safetensors").read_bytes() == weights
 
 

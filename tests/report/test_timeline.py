@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tinyonn.errors import InputError
-from tinyonn.report.html.charts import Band, bands, step_chart
+from tinyonn.report.html.charts import Band, bands, line_chart, step_chart
 from tinyonn.report.life import LifeLine, write_timeline_page
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u202e\x00\"'&"
@@ -130,6 +130,27 @@ def test_stretches_of_a_fork_show_what_it_changed(parse, tmp_path):
     records[1]["changed"] = {"schedule": "linear"}
     _, stretches = parse(write_timeline_page(tmp_path / "timeline.html", [PARENT, fork])).tables
     assert stretches[-1][-2] == ""
+
+
+def test_a_restored_life_has_no_births_after_its_step(tmp_path):
+    records = [record(1, "stretch", 0), record(2, "birth", 5), record(3, "stop", 40), record(4, "restore", 20)]
+    source = write_timeline_page(tmp_path / "timeline.html", [LifeLine("oak", "life-1", None, records)]).read_text(encoding="utf-8")
+    steps = [int(step) for step in re.findall(r"births, step (\d+):", "\n".join(told(source)))]
+    assert (min(steps), max(steps)) == (0, 20)
+
+
+def test_a_line_that_does_not_change_is_not_at_the_edge():
+    drawn = step_chart("t", [("a", np.arange(2.0), np.full(2, 84.0))], y_title="y")
+    heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', drawn)]
+    assert all(80 < height < 160 for height in heights)
+    assert ">90<" in drawn
+    assert ">100<" not in drawn
+
+
+def test_a_point_beside_missing_values_is_drawn():
+    nan = np.nan
+    drawn = line_chart("t", ["1", "2", "3", "4"], [("a", np.array([1.0, 2.0, nan, 3.0]))], x_title="x", y_title="y")
+    assert re.findall(r'class="(dot[^"]*)"', drawn) == ["dot", "dot", "dot seen"]
 
 
 @pytest.mark.parametrize(

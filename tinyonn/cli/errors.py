@@ -69,6 +69,8 @@ def _interrupted(command: str) -> str:
     resumable = ("tinyonn heads demo", *(f"tinyonn heads plasticity {step}" for step in ("train", "measure", "run")))
     if command in resumable:
         return "interrupted; the same command, without --overwrite, continues from the saved state."
+    if command in ("tinyonn train", "tinyonn train arc", "tinyonn eval arc"):
+        return "interrupted; run the same command to go on from what is saved."
     return "interrupted."
 
 

@@ -48,7 +48,7 @@ def arc(given: Mapping[str, Any], checkpoint: Checkpoint = None, config: ConfigF
         print(_table(scores))
     longer = scores["longer_than_context"]
     lines: list[tuple[str, object]] = [
-        ("model", f"{scores['checkpoint']}, {scores['parameters']:,} parameters"),
+        ("model", f"{options.checkpoint}, {scores['parameters']:,} parameters"),
         *([("greedy", _accuracy(scores))] if scores["token_accuracy"] is not None else []),
         ("tasks", f"{scores['tasks']:,}, {screen.counted(scores['test_pairs'], 'test pair')}"),
         *([("too long", f"{screen.counted(len(longer), 'task')}, unsolved")] if longer else []),

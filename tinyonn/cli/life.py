@@ -85,8 +85,9 @@ def log(
             print(json.dumps(record))
             continue
         fields = {name: value for name, value in record.items() if name not in ("number", "time", "event", "step", "crc")}
-        details = ", ".join(f"{name} {_short(value)}" for name, value in fields.items())
-        print(screen.printable(f"{record['number']:>6}  {record['time'][:19]}  step {record['step']:<8} {record['event']:<10} {details}"))
+        details = ", ".join(f"{name} {_words(name, value)}" for name, value in fields.items())
+        line = f"{record['number']:>6}  {record['time'][:19]}  step {record['step']:<8} {record['event']:<10} {details}"
+        print(screen.printable(line.rstrip()))
     if found.torn is not None:
         screen.say("the log ends in a part of a record, which the next run drops")
 
@@ -204,6 +205,14 @@ def _kept(steps: list[int]) -> str:
     if len(steps) <= SHOWN:
         return ", ".join(map(str, steps)) or "none"
     return f"{len(steps):,} steps, {', '.join(map(str, steps[:3]))}, …, {', '.join(map(str, steps[-3:]))}"
+
+
+def _words(name: str, value: Any) -> str:
+    if name != "changed":
+        return _short(value)
+    from ..report.life.timeline import changed_options
+
+    return changed_options(value) or "nothing"
 
 
 def _short(value: Any) -> str:

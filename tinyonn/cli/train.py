@@ -51,7 +51,7 @@ def run_life(config: LifeConfig) -> None:
     last = result.metrics
     lines: list[tuple[str, object]] = [("trained", f"{screen.counted(result.steps, 'step')}, {result.parameters:,} parameters")]
     if result.stopped:
-        lines.append(("stopped", f"{result.stopped}; run the same command to go on"))
+        lines.append(("stopped", _stopped(result.stopped)))
     if "loss" in last:
         held_out = "" if result.eval_loss is None else f", held out {result.eval_loss:.3f}"
         lines.append(("loss", f"{last['loss']:.3f} nats a token{held_out}"))
@@ -66,6 +66,13 @@ def run_life(config: LifeConfig) -> None:
     if result.sample.strip():
         lines.append(("sample", " ".join(result.sample.split())))
     print(screen.rows(lines), flush=True)
+
+
+def _stopped(reason: str) -> str:
+    """Why a run stopped, and how to go on."""
+    from ..life.running import EARLIER
+
+    return f"{reason}; {'give more --steps' if reason == EARLIER else 'run the same command'} to go on"
 
 
 @train.command("arc")
@@ -86,7 +93,7 @@ def train_arc(given: Mapping[str, Any], config: ConfigFile = None, print_config:
     last = result.metrics
     lines: list[tuple[str, object]] = [("trained", f"{screen.counted(result.steps, 'step')}, {result.parameters:,} parameters")]
     if result.stopped:
-        lines.append(("stopped", f"{result.stopped}; run the same command to go on"))
+        lines.append(("stopped", _stopped(result.stopped)))
     if "loss" in last:
         lines.append(("loss", f"{last['loss']:.3f} nats a token"))
     if "own_exact" in last:

@@ -20,6 +20,8 @@ from ..hf.loading import resolve_device, resolve_dtype
 from ..hf.tiny_onn import TinyOnnConfig
 from ..train.onn_trainer import OnnTrainer
 
+EARLIER = "an earlier run did these steps"  # why a run has nothing to do
+
 
 class TrainingOptions(Protocol):
     """Options that every training has."""

@@ -36,7 +36,7 @@ from .config import LifeConfig
 from .forking import DATA, FORKABLE, FREE, OPTIONS, STORE, TOKENIZER, TOKENS, Origin, is_fresh, read_options, read_origin
 from .log import TrainingLog
 from .log_files import ended_step
-from .running import StopSignals, arguments, quiet
+from .running import EARLIER, StopSignals, arguments, quiet
 from .texts import documents, encoded, learn_tokenizer, split
 from .trainer import LifeTrainer, Schedule, Sizes
 
@@ -59,7 +59,7 @@ class LifeResult:
         eval_loss: last loss on held-out text, in nats a token; None if there was no evaluation.
         births, recyclings, skipped: over the whole life.
         sample: generated text.
-        stopped: why it stopped before its last step; None if it did not.
+        stopped: why it stopped before its last step, or that an earlier run did all steps; None otherwise.
         seconds: of this run.
         first: whether this is the first of the processes that trained, which writes.
     """
@@ -179,7 +179,7 @@ def _done_before(folder: Path, model: TinyOnnForCausalLM, log: TrainingLog, done
         recyclings=log.recyclings,
         skipped=0,
         sample="",
-        stopped="an earlier run did these steps; give more --steps",
+        stopped=EARLIER,
         seconds=time.monotonic() - begin,
         first=first,
     )

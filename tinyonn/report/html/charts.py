@@ -301,7 +301,7 @@ def step_chart(
         if dots:
             parts += [_shape("circle", x, y, number, told) for x, y, told in points]
         else:
-            parts += _curve(number, points, [False, *[True] * (len(points) - 1)], seen=len(points) == 1)
+            parts += _curve(number, points, [False, *[True] * (len(points) - 1)])
     parts.append(_axis_titles("step", y_title))
     return _finished(parts, [(_shape_sign("circle", number) if dots else _line_sign(number), name) for number, name, _, _ in drawn])
 
@@ -392,6 +392,8 @@ def _y_axis(values: Floats, log: bool, zero: bool = False) -> tuple[list[float],
     low, high = float(values.min()), float(values.max())
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
+    if low == high and not log:  # room on both sides of a line that does not change
+        low, high = low - abs(low) / 10, high + abs(high) / 10
     ticks = _log_ticks(low, high) if log else nice_ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
 
@@ -412,21 +414,21 @@ def _step_axis(low: float, high: float, left: float, right: float) -> tuple[list
     return [(tick, format_number(tick)) for tick in ticks if low < high] or [(low, format_number(low))], x_of
 
 
-def _curve(number: int, points: Sequence[tuple[float, float, str]], joined: Sequence[bool], *, seen: bool = False) -> list[str]:
-    """A line with tooltips.
+def _curve(number: int, points: Sequence[tuple[float, float, str]], joined: Sequence[bool]) -> list[str]:
+    """A line with tooltips. A point that no line reaches is drawn; the pointer shows the others.
 
     Args:
         number: of the line, which gives its colour and dashes.
         points: place and description of each point.
         joined: whether a point is joined with the one before.
-        seen: whether points are drawn; otherwise the pointer shows them.
     """
     colour = number % len(DASHES)
     path = "".join(f"{'L' if join else 'M'}{x:.1f} {y:.1f}" for (x, y, _), join in zip(points, joined, strict=True))
-    kind = "dot seen" if seen else "dot"
+    alone = [not before and not after for before, after in zip(joined, [*joined[1:], False], strict=True)]
     dots = [
-        f'<circle class="{kind}" style="fill:var(--s{colour})" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{escape(told)}</title></circle>'
-        for x, y, told in points
+        f'<circle class="{"dot seen" if seen else "dot"}" style="fill:var(--s{colour})" cx="{x:.1f}" cy="{y:.1f}" r="3">'
+        f"<title>{escape(told)}</title></circle>"
+        for (x, y, told), seen in zip(points, alone, strict=True)
     ]
     return [f'<path class="line" {_stroke(number)} d="{path}"/>', *dots]
 

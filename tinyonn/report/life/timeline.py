@@ -37,7 +37,7 @@ CORE: tuple[tuple[str, str, tuple[tuple[str, str | None, str], ...]], ...] = (
 MEANINGS = {
     "stretch": "a run of training, from its start to its end",
     "killed": "the stretch wrote no reason for its end, as after a crash or a power cut",
-    "restored": "the life went back to a kept step; what it had trained after that step is not shown",
+    "restored": "a run went on from a kept step, or `tinyonn life restore` went back to one; metrics of later steps are not shown",
     "forked": "another life began from this step",
     "changed": "options of a fork that differ from those of its parent",
     "lasted": "the time between the records of the stretch; where the clock went back, nothing is added",
@@ -117,7 +117,8 @@ class _Life:
         if not self.records:
             return np.zeros(0), np.zeros(0)
         every = [record["step"] for record in self.records]
-        steps = np.unique(np.linspace(min(every), max(every), MOST_POINTS).round())
+        last = max(every) if self.steps is None else self.steps  # a restored life has records of later steps
+        steps = np.unique(np.linspace(min(every), last, MOST_POINTS).round())
         happened = sorted(record["step"] for record in self.of(event))
         return steps, np.searchsorted(happened, steps, side="right").astype(np.float64)
 
@@ -235,7 +236,7 @@ def _history(lives: Sequence[_Life], several: bool) -> str:
                 short_digest(str(record.get("data_hash", ""))) or record.get("data_hash"),
                 record.get("objective"),
                 record.get("device"),
-                *[_changes(record.get("changed"))] * changed,
+                *[changed_options(record.get("changed"))] * changed,
                 stretch.ended,
             )
             rows.append((one.name, *row) if several else row)
@@ -254,7 +255,7 @@ def _history(lives: Sequence[_Life], several: bool) -> str:
     return group("grid-tables", [f'<div class="card">{chart}</div>', table]) + terms(MEANINGS)
 
 
-def _changes(value: object) -> str | None:
+def changed_options(value: object) -> str | None:
     """What a fork changed: names of options with the parent's value and its own."""
     if not isinstance(value, Mapping) or not value:
         return None
