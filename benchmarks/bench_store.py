@@ -138,6 +138,7 @@ def test_a_step_waits_for_a_save(compare: Callable[..., Any], run: Run, group: N
 
     def ours(overlap: bool) -> Timed:
         store = stores[overlap]
+        store.save(next(steps), wait=True)  # what other candidates changed
         run.step()
         active, before = run.active_bytes, size_of(store.folder / "segments")
         begin = time.perf_counter()

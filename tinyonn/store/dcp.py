@@ -226,8 +226,9 @@ class SegmentReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for item in plan.items:
             part = self._checked[item.storage_index]
-            for dim, (begin, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                part = part.narrow(dim, begin, size)
+            if part.shape != item.lengths:
+                for dim, (begin, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                    part = part.narrow(dim, begin, size)
             target = planner.resolve_tensor(item)
             target.detach().copy_(part)
             planner.commit_tensor(item, target)
@@ -241,14 +242,12 @@ class SegmentReader(StorageReader):
 
     def _tensor(self, chunk: Chunk, numbers: list[int]) -> Tensor:
         """A part of a tensor as it was saved, checked."""
-        for number in numbers:
-            self._files.checked(self._table[number], self._layout.names[number])
+        total = sum(len(self._files.checked(self._table[number], self._layout.names[number])) for number in numbers)
         dtype = self._layout.tensors[chunk.tensor].dtype
-        first = self._table[numbers[0]]
-        total = int(self._table["size"][numbers].sum())
         if not total:
             return torch.empty(chunk.sizes, dtype=dtype)
-        data = self._files.data(int(first["file"]), int(first["offset"]), total)
+        file, offset, *_ = self._table[numbers[0]].tolist()
+        data = self._files.data(file, offset, total)
         return view_bytes(data, dtype).reshape(chunk.sizes)
 
 

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -148,22 +148,26 @@ class Files:
         """
         if not size:
             return memoryview(b"")
-        path = self._folder / file_name(number)
         found = self._maps.get(number)
         if found is None:
-            try:
-                length = path.stat().st_size
-                if not length:
-                    raise DamagedStoreError(f"{path} cannot be read: it is empty.")
-                # Private memory, which PyTorch may write; unlike `mmap`, it keeps no descriptor of the file.
-                found = self._maps[number] = torch.from_file(str(path), shared=False, size=length, dtype=torch.uint8).numpy().data
-            except OSError as error:
-                raise DamagedStoreError(f"{path} cannot be read: {error.strerror}.") from error
-            except RuntimeError as error:
-                raise DamagedStoreError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from error
+            found = self._maps[number] = self._mapped(number)
         if offset + size > len(found):
+            path = self._folder / file_name(number)
             raise DamagedStoreError(f"{path} must have {offset + size:,} bytes or more, got {len(found):,}.")
         return found[offset : offset + size]
+
+    def _mapped(self, number: int) -> memoryview:
+        path = self._folder / file_name(number)
+        try:
+            length = path.stat().st_size
+            if not length:
+                raise DamagedStoreError(f"{path} cannot be read: it is empty.")
+            # Private memory, which PyTorch may write; unlike `mmap`, it keeps no descriptor of the file.
+            return torch.from_file(str(path), shared=False, size=length, dtype=torch.uint8).numpy().data
+        except OSError as error:
+            raise DamagedStoreError(f"{path} cannot be read: {error.strerror}.") from error
+        except RuntimeError as error:
+            raise DamagedStoreError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from error
 
     def checked(self, place: np.void, name: str) -> memoryview:
         """Bytes of a chunk, whose checksum is right.
@@ -175,9 +179,11 @@ class Files:
         Raises:
             DamagedStoreError: they are not what was written.
         """
-        data = self.data(int(place["file"]), int(place["offset"]), int(place["size"]))
-        if digest(data) != tuple(place["digest"].tolist()):
-            raise DamagedStoreError(f"{self._folder / file_name(int(place['file']))}: {name} is damaged.")
+        fields: Any = place.tolist()
+        number, offset, size, expected = fields
+        data = self.data(number, offset, size)
+        if digest(data) != tuple(expected):
+            raise DamagedStoreError(f"{self._folder / file_name(number)}: {name} is damaged.")
         return data
 
 
