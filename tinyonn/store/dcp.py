@@ -246,8 +246,8 @@ class SegmentReader(StorageReader):
         dtype = self._layout.tensors[chunk.tensor].dtype
         if not total:
             return torch.empty(chunk.sizes, dtype=dtype)
-        file, offset, *_ = self._table[numbers[0]].tolist()
-        data = self._files.data(file, offset, total)
+        first = self._table[numbers[0]]
+        data = self._files.data(int(first["file"]), int(first["offset"]), total)
         return view_bytes(data, dtype).reshape(chunk.sizes)
 
 

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -179,10 +179,9 @@ class Files:
         Raises:
             DamagedStoreError: they are not what was written.
         """
-        fields: Any = place.tolist()
-        number, offset, size, expected = fields
-        data = self.data(number, offset, size)
-        if digest(data) != tuple(expected):
+        number = int(place["file"])
+        data = self.data(number, int(place["offset"]), int(place["size"]))
+        if digest(data) != tuple(place["digest"].tolist()):
             raise DamagedStoreError(f"{self._folder / file_name(number)}: {name} is damaged.")
         return data
 
