@@ -63,6 +63,11 @@ def test_a_training_along_own_answers_is_told_and_goes_on_with_the_same_bits(cli
         in cli("train", "arc", *constant, "-o", str(tmp_path / "at_once")).out
     )
 
+    forked = cli("life", "fork", str(tmp_path / "at_once"), str(tmp_path / "fork"))
+    given = str(tmp_path / "fork" / "options.yaml")
+    assert f"tinyonn train arc --config {given} --output-dir {tmp_path / 'fork'} --steps N" in forked.out
+    assert cli("train", "arc", "--config", given, "-o", str(tmp_path / "fork"), "--steps", "5").code == 0
+
     assert cli("life", "restore", str(tmp_path / "at_once"), "--step", "2").code == 0
     assert cli("train", "arc", *constant, "--steps", "2", "-o", str(tmp_path / "at_once")).code == 0
     assert cli("train", "arc", *constant, "--steps", "2", "-o", str(tmp_path / "new")).code == 0

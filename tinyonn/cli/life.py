@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .._io.config import read_yaml
 from .._io.units import readable_bytes
 from ..errors import InputError
 from . import screen
@@ -114,7 +115,7 @@ def fork(
     """Begin a new life from a kept step; it shares the segments of the old one.
 
     A fork of a folder of `tinyonn train` is such a folder too. Its first run may change texts, learning rate, thresholds and more;
-    `docs/life.md` lists them.
+    `docs/life.md` lists them. A fork of `tinyonn train arc` goes on with the options of its parent.
     """
     from ..life.forking import fork_life, is_training, linked_bytes
     from ..store.overview import find_store
@@ -127,7 +128,9 @@ def fork(
         ("life", made.life), ("parent", f"{made.parent['life']}, step {made.parent['step']}"), ("folder", target)
     ]  # fmt: skip
     if is_training(target):
-        command = ["tinyonn", "train", "--config", str(target / "options.yaml"), "--output-dir", str(target), "--steps", "N"]
+        options = target / "options.yaml"
+        on_arc = ["arc"] if "data" in read_yaml(options, "NEW") else []
+        command = ["tinyonn", "train", *on_arc, "--config", str(options), "--output-dir", str(target), "--steps", "N"]
         lines.append(("go on", shlex.join(command)))
     print(screen.rows(lines))
 
