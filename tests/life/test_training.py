@@ -224,7 +224,8 @@ def test_the_size_of_the_state_is_told_before_the_first_step(texts, tmp_path):
     (save,) = [record for record in read_life_log(log).records if record["event"] == "save"]
     assert float(found) * 1000 == pytest.approx(save["bytes"], rel=0.15)
     train(config(texts, tmp_path / "life", steps=2), None, told.append)
-    assert re.match(rf"store: the whole state is at most about {found} kB, and a save writes only what changes; ", told[1])
+    assert re.match(rf"store: the whole state is at most about {found} kB, and a save writes only what changes; ", told[2])
+    assert told[1] == "going on from step 1, up to step 2"
 
 
 def test_its_own_files_are_no_texts(texts, tmp_path):

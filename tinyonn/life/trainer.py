@@ -88,7 +88,7 @@ class LifeTrainer(OnnTrainer):
 
 
 class Sizes(TrainerCallback):
-    """Tells before the first step how much the saves will write."""
+    """Tells before the first step from where training goes on, and how much the saves will write."""
 
     def __init__(self, trainer: OnnTrainer, note: Callable[[str], None]) -> None:
         self._trainer, self._note = trainer, note
@@ -105,5 +105,6 @@ class Sizes(TrainerCallback):
         if store.step is None:
             text = f"the first save writes the whole state, at most about {whole}, and later saves only what changes"
         else:
+            self._note(f"going on from step {store.step:,}, up to step {state.max_steps:,}")
             text = f"the whole state is at most about {whole}, and a save writes only what changes"
         self._note(f"store: {text}; {free} are free on its disk")
