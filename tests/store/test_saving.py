@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tinyonn.store import PerpetualStore, StoreError, read_life_log, rewind, verify
+from tinyonn.store.background import Background
 from tinyonn.store.life_log import LOG
 
 from .conftest import assert_same, copied, lived, segments, small, train
@@ -189,3 +191,18 @@ def test_an_interrupt_after_a_save_was_handed_on_leaves_it_saved(tmp_path: Path,
         train(model, optimizer)
         assert store.restore() == 3
         assert_same(copied(model, optimizer), expected)
+
+
+def test_saves_wait_while_many_of_them_are_not_written(tmp_path: Path) -> None:
+    background, gate = Background(2**30), threading.Event()
+    for _ in range(64):
+        background.submit(lambda: gate.wait(20) and None)
+    added = threading.Event()
+    other = threading.Thread(target=lambda: (background.submit(lambda: None), added.set()))
+    other.start()
+    assert not added.wait(0.2)
+    gate.set()
+    other.join(20)
+    assert added.is_set()
+    background.wait()
+    background.close()

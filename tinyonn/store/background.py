@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from .errors import CLOSED, StoreError
 
+MOST_JOBS = 64  # a process that is killed loses what waits
+
 
 class Background:
     """A thread that does jobs in their order.
@@ -15,7 +17,7 @@ class Background:
     An error of a job is raised by the next call, and the jobs after it are not done. Jobs that wait are done before the interpreter ends.
 
     Args:
-        max_bytes: bytes of the jobs that wait or run, at most; a larger job waits until it is alone.
+        max_bytes: bytes of the jobs that wait or run, at most; a larger job waits until it is alone. There are at most 64 such jobs.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -32,7 +34,7 @@ class Background:
             BaseException: that of an earlier job.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or not self._jobs or self._bytes + size <= self._max)
+            self._changed.wait_for(lambda: self._error is not None or not self._jobs or self._has_room(size))
             self._raise()
             try:
                 self._pool.submit(self._run, job, size)
@@ -59,6 +61,9 @@ class Background:
     def close(self) -> None:
         """Does what waits, and ends the thread; raises nothing."""
         self._pool.shutdown(wait=True)
+
+    def _has_room(self, size: int) -> bool:
+        return self._bytes + size <= self._max and self._jobs < MOST_JOBS
 
     def _run(self, job: Callable[[], None], size: int) -> None:
         error = None
