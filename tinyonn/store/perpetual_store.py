@@ -85,8 +85,8 @@ class PerpetualStore:
             tuples and dicts.
         keep: which steps stay restorable: a `Keep`, or a text such as "last:3,every:1000,best:1" or "all".
         pools: parameters whose first dimension is experts; None for those that `expert_pools` finds.
-        max_bytes: bytes of copies that wait to be written, at most, in 64 saves; then `save` waits, with its own copy made. So they take at most
-            `max_bytes` (one save if that is larger) and one save more.
+        max_bytes: bytes of copies that wait to be written, at most, in 64 saves; then `save` waits, with its own copy made. So they take
+            at most `max_bytes` (one save if that is larger) and one save more.
         overlap: whether parameters and the optimisers' state on a CPU are compared and copied while the next forward and backward pass run;
             `step` of the optimisers then waits for that. Nothing else may change them between `save` and the optimiser's next step: what
             autograd notices is an error, a change through `.data` would be saved in part. Tensors of a GPU are always copied to the
