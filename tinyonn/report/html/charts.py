@@ -424,7 +424,7 @@ def _curve(number: int, points: Sequence[tuple[float, float, str]], joined: Sequ
     """
     colour = number % len(DASHES)
     path = "".join(f"{'L' if join else 'M'}{x:.1f} {y:.1f}" for (x, y, _), join in zip(points, joined, strict=True))
-    alone = [not before and not after for before, after in zip(joined, [*joined[1:], False], strict=True)]
+    alone = [not before and not after for before, after in zip(joined, [*joined, False][1:], strict=True)]
     dots = [
         f'<circle class="{"dot seen" if seen else "dot"}" style="fill:var(--s{colour})" cx="{x:.1f}" cy="{y:.1f}" r="3">'
         f"<title>{escape(told)}</title></circle>"
