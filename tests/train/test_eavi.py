@@ -95,6 +95,28 @@ def test_sampling_follows_the_temperature_and_not_the_checkpoints_settings() -> 
     assert (torch.bincount(drawn, minlength=VOCABULARY) / 4000 - expected).abs().max() < 0.03
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"suppress_tokens": [15]}, {"min_new_tokens": 6}, {"stop_strings": ["a"]},
+        {"num_return_sequences": 2}, {"return_dict_in_generate": True},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)  # fmt: skip
+def test_generation_settings_of_the_checkpoint_have_no_effect(setting: dict[str, Any]) -> None:
+    model = llama()
+    expected = [greedy_by_hand(model, prompt, 6).tolist() for prompt in rows(3, 5)]
+    assert expected[0][0] == 15  # which is suppressed
+    assert len(set(expected[0])) < 6  # with repeated tokens
+    assert len(expected[1]) < 6
+    for name, value in setting.items():
+        setattr(model.generation_config, name, value)
+    held = model.generation_config
+    assert [row.tolist() for row in excursion(model, rows(3, 5), max_new_tokens=6, **IDS)] == expected
+    assert model.generation_config is held
+    assert held.to_dict().items() >= setting.items()
+
+
 # ---- the alignment ----
 
 

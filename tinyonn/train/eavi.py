@@ -101,7 +101,8 @@ def excursion(
 ) -> list[Tensor]:
     """The model's own answers: generated in a batch with a cache, in evaluation mode and without gradients.
 
-    The random state of the caller is left as it was. The mode of every module is restored.
+    The generation settings of the checkpoint, such as a repetition penalty, have no effect. The mode of every module is restored, and so
+    is the caller's random state, except where tokens are drawn from it (`seed` is None).
 
     Args:
         model: a causal language model of transformers, or one wrapped by DistributedDataParallel.
@@ -138,9 +139,13 @@ def excursion(
         num_beams=1, **sampling,
     )  # fmt: skip
     modes = [(module, module.training) for module in model.modules()]
+    # Whatever `config` leaves open, generate takes from the model's own, such as a repetition penalty.
+    own_configs = [(module, vars(module)["generation_config"]) for module in model.modules() if "generation_config" in vars(module)]
     devices = [device] if device.type == "cuda" else []
     model.eval()
     try:
+        for module, _ in own_configs:
+            module.generation_config = config  # type: ignore[assignment]
         with torch.no_grad(), torch.random.fork_rng(devices, enabled=seed is not None or not temperature):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -148,6 +153,8 @@ def excursion(
     finally:
         for module, mode in modes:
             module.training = mode
+        for module, own_config in own_configs:
+            module.generation_config = own_config
     return [_until_end(row, end_token_id) for row in found[:, ids.shape[1] :].cpu()]
 
 
