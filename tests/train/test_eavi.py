@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinyonn.hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
@@ -115,6 +118,25 @@ def test_generation_settings_of_the_checkpoint_have_no_effect(setting: dict[str,
     assert [row.tolist() for row in excursion(model, rows(3, 5), max_new_tokens=6, **IDS)] == expected
     assert model.generation_config is held
     assert held.to_dict().items() >= setting.items()
+
+
+def test_processes_of_a_sharded_model_may_draw_different_rows(two_ranks: Callable[[Callable[[int], None]], None]) -> None:
+    prompts, answers = rows(3), ended(rows(2))
+    seeds = [3, 1]  # with which a share of 0.5 draws the row, and does not
+    draws = [eavi_batch(llama().eval(), prompts, answers, share=0.5, seed=seed, **IDS) for seed in seeds]
+    assert [batch.own[0] is None for batch in draws] == [False, True]
+
+    def work(rank: int) -> None:
+        model, mesh = llama().eval(), init_device_mesh("cpu", (2,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        batch = eavi_batch(model, prompts, answers, share=0.5, seed=seeds[rank], **IDS)
+        model(**batch.inputs).loss.backward()
+        assert torch.equal(batch.inputs["input_ids"], draws[rank].inputs["input_ids"])
+        assert batch.generated_tokens == draws[rank].generated_tokens
+
+    two_ranks(work)
 
 
 # ---- the alignment ----

@@ -218,7 +218,10 @@ def eavi_batch(
         share: part of the rows that get an excursion, drawn for each row; the others are teacher forcing. See `Ramp` for a schedule.
         max_new_tokens: tokens of an own answer, at most; None for those of the longest true answer.
         temperature: see `excursion`.
-        seed: of the draws of rows and tokens; give each step its own.
+        seed: of the draws of rows and tokens; give each step, and each process, its own.
+
+    Returns:
+        The batch, on the CPU.
 
     Raises:
         TypeError, ValueError: see `excursion` and `alignment`; mode or share is out of range.
@@ -242,6 +245,9 @@ def eavi_batch(
         for row, answer in zip(chosen, found, strict=True):
             own[row] = answer
             generated += len(prompts[row]) + len(answer)
+    elif share and _is_sharded(model):
+        # Other processes, which draw other rows, need this one's part of the weights in each forward pass.
+        excursion(model, prompts[:1], end_token_id=end_token_id, pad_token_id=pad_token_id, max_new_tokens=1)
     exact = torch.tensor([given is not None and torch.equal(given, true) for given, true in zip(own, answers, strict=True)])
     given = [true if one is None else one for one, true in zip(own, answers, strict=True)]
     rows = list(zip(prompts, answers, given, strict=True))
@@ -298,6 +304,14 @@ def eavi_step(
     update.step()
     update.zero_grad()
     return EaviStepResult(loss.detach(), None, batch)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether a forward pass needs all processes; those are the models for which generate waits until all processes have ended."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+    from transformers.integrations.fsdp import is_fsdp_managed_module
+
+    return bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(getattr(model, "module", model)))
 
 
 def _check_rows(name: str, rows: Sequence[Tensor]) -> None:
