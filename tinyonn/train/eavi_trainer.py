@@ -86,7 +86,7 @@ class EaviMixin:
         trainer: Any = super()
         if PROMPTS not in inputs:
             raise ValueError(
-                f"inputs must have {PROMPTS}, got {', '.join(sorted(inputs))}: put it into each batch, and give remove_unused_columns=False "
+                f"inputs must have {PROMPTS}, got {', '.join(sorted(inputs))}: put it in each batch, and give remove_unused_columns=False "
                 "if it is a column of the data set."
             )
         lengths = inputs[PROMPTS]
