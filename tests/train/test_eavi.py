@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinyonn.hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
@@ -93,6 +96,47 @@ def test_sampling_follows_the_temperature_and_not_the_checkpoints_settings() -> 
         expected = (model.eval()(input_ids=prompt[None]).logits[0, -1] / 3.0).softmax(-1)
     drawn = torch.cat(excursion(model, [prompt] * 4000, max_new_tokens=1, temperature=3.0, seed=0, **IDS))
     assert (torch.bincount(drawn, minlength=VOCABULARY) / 4000 - expected).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"suppress_tokens": [15]}, {"min_new_tokens": 6}, {"stop_strings": ["a"]},
+        {"num_return_sequences": 2}, {"return_dict_in_generate": True},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)  # fmt: skip
+def test_generation_settings_of_the_checkpoint_have_no_effect(setting: dict[str, Any]) -> None:
+    model = llama()
+    expected = [greedy_by_hand(model, prompt, 6).tolist() for prompt in rows(3, 5)]
+    assert expected[0][0] == 15  # which is suppressed
+    assert len(set(expected[0])) < 6  # with repeated tokens
+    assert len(expected[1]) < 6
+    for name, value in setting.items():
+        setattr(model.generation_config, name, value)
+    held = model.generation_config
+    assert [row.tolist() for row in excursion(model, rows(3, 5), max_new_tokens=6, **IDS)] == expected
+    assert model.generation_config is held
+    assert held.to_dict().items() >= setting.items()
+
+
+def test_processes_of_a_sharded_model_may_draw_different_rows(two_ranks: Callable[[Callable[[int], None]], None]) -> None:
+    prompts, answers = rows(3), ended(rows(2))
+    seeds = [3, 1]  # with which a share of 0.5 draws the row, and does not
+    draws = [eavi_batch(llama().eval(), prompts, answers, share=0.5, seed=seed, **IDS) for seed in seeds]
+    assert [batch.own[0] is None for batch in draws] == [False, True]
+
+    def work(rank: int) -> None:
+        model, mesh = llama().eval(), init_device_mesh("cpu", (2,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        batch = eavi_batch(model, prompts, answers, share=0.5, seed=seeds[rank], **IDS)
+        model(**batch.inputs).loss.backward()
+        assert torch.equal(batch.inputs["input_ids"], draws[rank].inputs["input_ids"])
+        assert batch.generated_tokens == draws[rank].generated_tokens
+
+    two_ranks(work)
 
 
 # ---- the alignment ----

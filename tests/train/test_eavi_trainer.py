@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from tinyonn.train import Eavi, EaviMixin, OnnTrainer, Ramp, alignment, eavi_step
+from tinyonn.train import Eavi, EaviMixin, OnnTrainer, Ramp, alignment, eavi_batch, eavi_step
 from tinyonn.train.eavi_trainer import PROMPTS
 
 from .test_eavi import END, IDS, PAD, ended, llama, rows, tiny_onn
@@ -141,6 +141,36 @@ def test_labels_within_prompts_stay(tmp_path: Path) -> None:
     assert len(seen[0]["labels"]) == 8
     assert torch.equal(seen[0]["labels"][:, 1], seen[0]["input_ids"][:, 1])
     assert (seen[0]["labels"][:, 0] == -100).all()
+
+
+def test_batches_without_prompt_lengths_are_refused(tmp_path: Path) -> None:
+    class Bare(Plain):
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            batches, number = super().get_batch_samples(*args, **kwargs)
+            return [{name: value for name, value in batch.items() if name != PROMPTS} for batch in batches], number
+
+    with pytest.raises(ValueError, match=r"inputs must have prompt_lengths, got attention_mask, input_ids, labels: .*unused"):
+        trained(tmp_path, no_dropout(), Bare, Eavi(END, PAD), steps=1)
+
+
+def test_accumulated_batches_have_equal_weight(tmp_path: Path) -> None:
+    one, two = no_dropout(), no_dropout()
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, optim="sgd",
+        lr_scheduler_type="constant", max_grad_norm=0.0, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = Plain(model=one, args=arguments, train_dataset=Rows(4), data_collator=collate, eavi=Eavi(END, PAD))
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(Rows(4))  # type: ignore[method-assign]
+    trainer.train()
+    batches = [eavi_batch(two, PROMPT_ROWS[place : place + 2], ANSWERS[place : place + 2], **IDS) for place in (0, 2)]
+    assert len({int((batch.inputs["labels"] != -100).sum()) for batch in batches}) == 2
+    two.train()
+    optimizer = torch.optim.SGD(two.parameters(), lr=1e-2)
+    for batch in batches:
+        (two(**batch.inputs).loss / 2).backward()
+    optimizer.step()
+    for name, value in two.named_parameters():
+        torch.testing.assert_close(dict(one.named_parameters())[name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class Records:
         lines = content.split(b"\n")[:-1]
         try:
             rows = [json.loads(line) for line in lines]
-            stored = rows[0]["identity"] if rows else identity
+            stored = dict(rows[0]["identity"]) if rows else identity
             self._found = {(row["task"], row["digest"]): row for row in rows[1:]}
         except (ValueError, KeyError, TypeError):
             raise InputError(

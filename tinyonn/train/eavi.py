@@ -101,7 +101,8 @@ def excursion(
 ) -> list[Tensor]:
     """The model's own answers: generated in a batch with a cache, in evaluation mode and without gradients.
 
-    The random state of the caller is left as it was. The mode of every module is restored.
+    The generation settings of the checkpoint, such as a repetition penalty, have no effect. The mode of every module is restored, and so
+    is the caller's random state, except where tokens are drawn from it (`seed` is None).
 
     Args:
         model: a causal language model of transformers, or one wrapped by DistributedDataParallel.
@@ -138,9 +139,13 @@ def excursion(
         num_beams=1, **sampling,
     )  # fmt: skip
     modes = [(module, module.training) for module in model.modules()]
+    # Whatever `config` leaves open, generate takes from the model's own, such as a repetition penalty.
+    own_configs = [(module, vars(module)["generation_config"]) for module in model.modules() if "generation_config" in vars(module)]
     devices = [device] if device.type == "cuda" else []
     model.eval()
     try:
+        for module, _ in own_configs:
+            module.generation_config = config  # type: ignore[assignment]
         with torch.no_grad(), torch.random.fork_rng(devices, enabled=seed is not None or not temperature):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -148,6 +153,8 @@ def excursion(
     finally:
         for module, mode in modes:
             module.training = mode
+        for module, own_config in own_configs:
+            module.generation_config = own_config
     return [_until_end(row, end_token_id) for row in found[:, ids.shape[1] :].cpu()]
 
 
@@ -211,7 +218,10 @@ def eavi_batch(
         share: part of the rows that get an excursion, drawn for each row; the others are teacher forcing. See `Ramp` for a schedule.
         max_new_tokens: tokens of an own answer, at most; None for those of the longest true answer.
         temperature: see `excursion`.
-        seed: of the draws of rows and tokens; give each step its own.
+        seed: of the draws of rows and tokens; give each step, and each process, its own.
+
+    Returns:
+        The batch, on the CPU.
 
     Raises:
         TypeError, ValueError: see `excursion` and `alignment`; mode or share is out of range.
@@ -235,6 +245,9 @@ def eavi_batch(
         for row, answer in zip(chosen, found, strict=True):
             own[row] = answer
             generated += len(prompts[row]) + len(answer)
+    elif share and _is_sharded(model):
+        # Other processes, which draw other rows, need this one's part of the weights in each forward pass.
+        excursion(model, prompts[:1], end_token_id=end_token_id, pad_token_id=pad_token_id, max_new_tokens=1)
     exact = torch.tensor([given is not None and torch.equal(given, true) for given, true in zip(own, answers, strict=True)])
     given = [true if one is None else one for one, true in zip(own, answers, strict=True)]
     rows = list(zip(prompts, answers, given, strict=True))
@@ -291,6 +304,14 @@ def eavi_step(
     update.step()
     update.zero_grad()
     return EaviStepResult(loss.detach(), None, batch)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether a forward pass needs all processes; those are the models for which generate waits until all processes have ended."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+    from transformers.integrations.fsdp import is_fsdp_managed_module
+
+    return bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(getattr(model, "module", model)))
 
 
 def _check_rows(name: str, rows: Sequence[Tensor]) -> None:

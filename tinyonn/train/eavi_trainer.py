@@ -58,12 +58,18 @@ class EaviMixin:
     the tokens before each answer. Labels within prompts stay. An own answer is greedy or drawn with random numbers of its own, which depend
     on `args.seed`, step and process, so a resumed run draws the same. Evaluation is by teacher forcing.
 
+    The loss of a step with excursions is the mean over the targets of each batch, so accumulated batches, and those of several processes,
+    have equal weight. In steps of teacher forcing each target has, as in Trainer.
+
     The log gets, as means since its last line, `own_share`, the part of the rows with an excursion, and `own_exact`, the part of these
     whose answer was the truth; and the sums over the run `generated_tokens` and `trained_tokens`, of this process.
 
     Args:
         args, others: see `transformers.Trainer`.
         eavi: how excursions are made; None for teacher forcing.
+
+    Raises:
+        ValueError: a batch has no `prompt_lengths`, in training.
     """
 
     makes_inputs = True  # so `HyperStepMixin` may come after it
@@ -78,6 +84,11 @@ class EaviMixin:
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         trainer: Any = super()
+        if PROMPTS not in inputs:
+            raise ValueError(
+                f"inputs must have {PROMPTS}, got {', '.join(sorted(inputs))}: put it in each batch, and give remove_unused_columns=False "
+                "if it is a column of the data set."
+            )
         lengths = inputs[PROMPTS]
         given = {name: value for name, value in inputs.items() if name != PROMPTS}
         self._rows += len(lengths)

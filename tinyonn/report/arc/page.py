@@ -144,7 +144,10 @@ def _task(record: Mapping[str, Any], scores: Mapping[str, Any]) -> tuple[str, st
 
 
 def _fault(pair: Mapping[str, Any]) -> str:
-    return "longer than the context" if not pair["fits"] else f"greedy answer: {pair['greedy']['reason']}"
+    if not pair["fits"]:
+        return "longer than the context"
+    reason = pair["greedy"]["reason"]
+    return f"greedy answer: {reason}" if reason else "no sample is a grid"  # other methods try the greedy answer if it is one
 
 
 def _attempt(place: int, one: Mapping[str, Any], truth: Cells | None, options: Mapping[str, Any], cell: float) -> str:
