@@ -78,7 +78,7 @@ def test_a_checkpoint_is_evaluated_and_goes_on_after_a_stop(cli: Cli, checkpoint
     assert f"greedy  {100 * scores['token_accuracy']:.1f} % of tokens right, 100.0 % of cells where the shape is" in ran.out
     assert ran.out.splitlines()[0].startswith("method    pairs, 1 attempt  tasks")
     assert ran.out.splitlines()[1].split()[:4] == ["greedy", "2", "2", "50.0"]
-    assert max(len(line) for line in ran.out.splitlines()[:9] if str(tmp_path) not in line) <= 80
+    assert max(len(line) for line in ran.out.splitlines()[:9] if str(checkpoint) not in line) <= 80
     found = check_submission(whole / "submission.json", TASKS)
     solved = [any(np.array_equal(grid, task.test[0].output) for grid in found[task.name][0]) for task in TASKS]
     assert sum(solved) == scores["methods"]["augscore"]["attempts_2"]["tasks"]
