@@ -293,7 +293,7 @@ def eavi() -> Iterator[ModuleType]:
 
 
 def test_prompts_of_eavi_name_their_rule_and_answers_follow_it(eavi):
-    from _eavi_task import VOCABULARY, draw, name
+    from _eavi_task import VOCABULARY, draw, key, name
 
     from tinyonn.arc import FAMILIES
     from tinyonn.arc.families import RULES
@@ -309,6 +309,8 @@ def test_prompts_of_eavi_name_their_rule_and_answers_follow_it(eavi):
         assert (task, FAMILIES[number], prompt[5], prompt[-1]) == (TASK, family, INPUT, OUTPUT)
         given = VOCABULARY.decode(torch.cat([prompt[6:-1], torch.tensor([VOCABULARY.end])])).grid
         assert (by_name[family, *rule].apply(given) == VOCABULARY.decode(answer).grid).all()
+    others = draw((6,), 160, 3, {key(prompt) for prompt in rows.prompts[:80]})
+    assert len({key(prompt) for prompt in (*rows.prompts[:80], *others.prompts)}) == 240
     again = draw((5,), 160, 3)
     assert all(torch.equal(one, other) for one, other in zip(rows.prompts, again.prompts, strict=True))
 

@@ -34,18 +34,18 @@ def page(results: Results, settings: Settings, choices: Mapping[str, tuple[float
         "",
         f"- **Task**: a grid of {settings.side} × {settings.side} cells is to be transformed by a rule that the prompt names with four"
         f" digits. The rules are those of the {len(FAMILIES)} families of `tinyonn.arc.generate`: {', '.join(FAMILIES)}. Rows of the"
-        " evaluation do not occur in training.",
+        " evaluation occur neither in training nor in the choice of settings.",
         "- **Model**: TinyOnn, bonsai-1m with full attention, trained with `HyperStep`, AdamW and gradients clipped to 1. The learning rate"
         " falls as a cosine to a tenth, by the compute that is spent.",
         f"- **Compute**: {settings.budget:,} tokens a run. A token that passes forward counts one, generated ones and their prompts"
-        f" included; one that passes forward and backward counts three. A step has {settings.batch} rows.",
+        f" included, padding not; one that passes forward and backward counts three. A step has {settings.batch} rows.",
         "- **Arms**: teacher forcing; EAVI on the model's own answers, which replace the true ones as inputs for a share of the rows that"
         " rises from 0 to 1; EAVI on own and true answers in one batch; scheduled sampling in two passes, where a share of the answer's"
         " tokens, which rises likewise, is replaced by the model's predictions.",
         f"- **Choice of settings**: each arm chose among {len(settings.choices(first))}, by exact answers to {settings.rows} other rows"
         f" after {settings.choice_budget:,} tokens: teacher forcing among learning rates, the others among two rates and two ramps.",
         f"- **Evaluation**: the share of {settings.rows} rows whose greedy answer in free generation is exact. {len(settings.seeds)}"
-        " seeds; intervals are 95 % t intervals over seeds, of differences within seeds.",
+        " seeds; intervals are 95 % t intervals over seeds, of differences within seeds, on the same rows.",
         f"- **Measured** on {results.origin()}.",
         "",
         "![Exact answers against compute](eavi.png)",
@@ -65,7 +65,17 @@ def page(results: Results, settings: Settings, choices: Mapping[str, tuple[float
             f"{statistics.fmean(cell['forced'] for cell in cells):.4f}", f"{statistics.fmean(own):.3f}" if own else "",
             f"{statistics.fmean(cell['steps'] for cell in cells):,.0f}", f"{statistics.fmean(cell['seconds'] for cell in cells) / 60:.1f}",
         ])  # fmt: skip
-    head = ["arm", "rate", "ramp", "exact", "less teacher forcing", "true tokens ranked first", "own answers exact", "steps", "minutes"]
+    head = [
+        "arm",
+        "rate",
+        "ramp",
+        "exact",
+        "difference from teacher forcing",
+        "true tokens ranked first",
+        "own answers exact",
+        "steps",
+        "minutes",
+    ]
     lines += [*table(head, rows), ""]
     lines += [
         "*True tokens ranked first* are those of the true answers that the model finds most likely after the true tokens before them."

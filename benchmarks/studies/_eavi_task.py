@@ -8,6 +8,7 @@ million parameters learns them within minutes.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,15 +37,17 @@ class Rows:
     families: list[str]
 
 
-def draw(seed: tuple[int, ...], count: int, side: int) -> Rows:
-    """Rows of all families in turn.
+def draw(seed: tuple[int, ...], count: int, side: int, exclude: Collection[bytes] = ()) -> Rows:
+    """Rows of all families in turn, all different.
 
     Args:
         seed: of the draws.
         count: rows.
         side: rows and columns of each input.
+        exclude: keys of rows that must not come.
     """
     rng = np.random.default_rng(seed)
+    seen = set(exclude)
     rows = Rows([], [], [])
     while len(rows.prompts) < count:
         family = FAMILIES[len(rows.prompts) % len(FAMILIES)]
@@ -55,8 +58,11 @@ def draw(seed: tuple[int, ...], count: int, side: int) -> Rows:
         if output is None or (family != "copy" and np.array_equal(given, output)):
             continue
         named = [FAMILIES.index(family), *name(family, number, rule)]
-        prompt = np.concatenate([[TASK], named, [INPUT], VOCABULARY.encode_answer(given)[:-1], [OUTPUT]])
-        rows.prompts.append(torch.from_numpy(prompt))
+        prompt = torch.from_numpy(np.concatenate([[TASK], named, [INPUT], VOCABULARY.encode_answer(given)[:-1], [OUTPUT]]))
+        if key(prompt) in seen:
+            continue
+        seen.add(key(prompt))
+        rows.prompts.append(prompt)
         rows.answers.append(torch.from_numpy(VOCABULARY.encode_answer(output)))
         rows.families.append(family)
     return rows
