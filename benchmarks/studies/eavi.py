@@ -45,20 +45,20 @@ class Settings:
         choice_seed: of the runs in which settings are chosen.
         rows: rows of an evaluation.
         marks: shares of the compute after which a run is evaluated.
-        rates: learning rates; teacher forcing has all of them, the others each second one with each ramp.
+        rates: learning rates; teacher forcing has all of them, the others the two in the middle with each ramp.
         ramps: shares of the compute between which the share of own answers, or of own tokens, rises from 0 to 1.
         warm_up: share of the compute in which the learning rate rises; then it falls as a cosine to a tenth.
     """
 
     side: int = 4
     batch: int = 32
-    budget: int = 6_000_000
-    choice_budget: int = 3_000_000
+    budget: int = 5_000_000
+    choice_budget: int = 2_500_000
     seeds: tuple[int, ...] = (0, 1, 2)
     choice_seed: int = 100
     rows: int = 512
     marks: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3)
     ramps: tuple[tuple[float, float], ...] = ((0.1, 0.5), (0.5, 0.9))
     warm_up: float = 0.03
 
