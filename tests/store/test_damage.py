@@ -156,6 +156,7 @@ def test_truncation_at_every_byte_is_noticed_and_the_step_before_stays(tmp_path:
 
 def test_opening_deletes_what_a_killed_save_left(tmp_path: Path) -> None:
     lived(tmp_path, 2)
+    (tmp_path / "closed.json").unlink()
     (tmp_path / "segments" / "00000099.safetensors").write_bytes(b"half")
     (tmp_path / "index" / "table-00000099.npy").write_bytes(b"half")
     with PerpetualStore(tmp_path, *small()) as store:

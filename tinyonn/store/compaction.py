@@ -68,10 +68,11 @@ def compact(ledger: Ledger) -> Compaction:
     stay = np.isin(before["file"], np.setdiff1d(np.unique(places["file"]), rewritten))
     packs: list[Segment] = []
     try:
-        moved = _copy(ledger, places[np.isin(places["file"], rewritten)], packs)
-        chapters = [_written(ledger, part, moved) for part in parts]
-        after = np.concatenate([before[stay], np.array([(one.number, one.size, one.digest) for one in packs], FILE)])
-        files = ledger.index.write_array("files", ledger.next_index(), after)
+        with ledger.writing():
+            moved = _copy(ledger, places[np.isin(places["file"], rewritten)], packs)
+            chapters = [_written(ledger, part, moved) for part in parts]
+            after = np.concatenate([before[stay], np.array([(one.number, one.size, one.digest) for one in packs], FILE)])
+            files = ledger.index.write_array("files", ledger.next_index(), after)
     except BaseException:
         for pack in packs:
             (ledger.segments / file_name(pack.number)).unlink(missing_ok=True)

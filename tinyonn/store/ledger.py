@@ -37,12 +37,14 @@ class Ledger:
     Attributes:
         manifest: what is durable, after each call.
         index: the files in index/.
+        is_tidy: whether the manifest names all files, except for volumes that newer ones took in; false if that is not known.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
         self.index = Index(folder)
+        self.is_tidy = False
         self._table: np.ndarray | None = None  # at the newest step
         self._changes: list[np.ndarray] = []  # of the open chapter's steps
 
@@ -124,14 +126,16 @@ class Ledger:
         chapter = self.manifest.open
         if chapter is not None and self.index.layout(chapter.layout) == layout:
             return
-        file = self.index.write_layout(self.next_index(), layout)
-        base = None
+        with self.writing():
+            file = self.index.write_layout(self.next_index(), layout)
+            base = None
+            if chapter is not None:
+                before, table = self.table()
+                table = moved(table, before, layout)
+                base = self.index.write_array("table", self.next_index(), table)  # first, so that an error changes nothing
+                if chapter.steps or chapter.base_step is not None:
+                    self._close(chapter)
         if chapter is not None:
-            before, table = self.table()
-            table = moved(table, before, layout)
-            base = self.index.write_array("table", self.next_index(), table)  # first, so that an error changes nothing
-            if chapter.steps or chapter.base_step is not None:
-                self._close(chapter)
             self._table = table
         else:
             self._table = empty_table(layout)
@@ -169,8 +173,9 @@ class Ledger:
         if not chapter.steps:
             return
         step = chapter.steps[-1].step
-        base = self.index.write_array("table", self.next_index(), table)  # first, so that an error changes nothing
-        self._close(chapter)
+        with self.writing():
+            base = self.index.write_array("table", self.next_index(), table)  # first, so that an error changes nothing
+            self._close(chapter)
         self.manifest.open, self._changes = Chapter(chapter.layout, base, step), []
 
     def rewind(self, step: int) -> None:
@@ -209,7 +214,7 @@ class Ledger:
         try:
             self.publish()
         except BaseException:  # also an interrupt
-            self.manifest = Manifest.read(self.folder)
+            self.manifest, self.is_tidy = Manifest.read(self.folder), False
             raise
 
     def replace_table(self, table: np.ndarray) -> None:
@@ -218,36 +223,66 @@ class Ledger:
 
     def publish(self) -> None:
         """Replaces the manifest after a change that dropped files, and deletes them."""
-        self.manifest.write(self.folder)
-        (self.folder / PREVIOUS).unlink(missing_ok=True)  # it names files that are about to go
-        self.sweep()
+        with self.writing():
+            self.manifest.write(self.folder)
+            (self.folder / PREVIOUS).unlink(missing_ok=True)  # it names files that are about to go
+            self.sweep()
 
-    def sweep(self) -> int:
-        """Deletes files of a store that neither the manifest nor the one before it names. Returns their bytes.
+    def sweep(self) -> None:
+        """Deletes files of a store that neither the manifest nor the one before it names.
 
         Raises:
             StoreError: the folder cannot be written.
             DamagedStoreError: the list of files is damaged; nothing is deleted.
         """
-        segments, indexed = self._named()
+        names, before = self._named(), set()
         with contextlib.suppress(StoreError):  # there may be no whole manifest before
-            before = Ledger(self.folder, Manifest.read(self.folder, PREVIOUS))._named()
-            segments, indexed = segments | before[0], indexed | before[1]
-        freed = 0
+            earlier = Ledger(self.folder, Manifest.read(self.folder, PREVIOUS))
+            before = earlier._named() - names
+            self.manifest.merged |= before & {file.name for file in earlier._lists()}
         try:
-            for folder, names in ((self.segments, segments), (self.folder / INDEX, indexed)):
+            for folder in (self.segments, self.folder / INDEX):
                 for path in folder.iterdir():
-                    if path.name not in names and _OWN.fullmatch(path.name):
-                        freed += path.stat().st_size
+                    if path.name not in names and path.name not in before and _OWN.fullmatch(path.name):
                         path.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"{self.folder} must be a store that can be written, got {error.strerror}.") from error
-        return freed
+        self.is_tidy = before <= self.manifest.merged
 
-    def _named(self) -> tuple[set[str], set[str]]:
-        """Names of the files in segments/ and in index/ that the manifest names, itself or in its list of files."""
-        segments = {file_name(int(number)) for number in self.files()["file"]}
-        return segments, {file.name for file in self.index_files()}
+    def check_lists(self) -> None:
+        """Checks the lists of files and chapters, without reading what is in them.
+
+        Raises:
+            DamagedStoreError: one is damaged.
+        """
+        for file in self._lists():
+            self.index.check(file)
+
+    def tidy(self) -> bool:
+        """Deletes volumes that newer ones took in, unless the manifest before has them. Returns whether all files are needed now."""
+        before: set[str] = set()
+        with contextlib.suppress(StoreError):
+            before = {file.name for file in Ledger(self.folder, Manifest.read(self.folder, PREVIOUS))._lists()}
+        for name in self.manifest.merged - before:
+            (self.folder / INDEX / name).unlink(missing_ok=True)
+        return self.is_tidy and not self.manifest.merged & before
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """A block that writes files; after an error, some of them may be left."""
+        try:
+            yield
+        except BaseException:
+            self.is_tidy = False
+            raise
+
+    def _lists(self) -> list[IndexFile]:
+        """The files in index/ that list files or chapters."""
+        return [one.file for one in self.manifest.volumes] + ([] if self.manifest.files is None else [self.manifest.files])
+
+    def _named(self) -> set[str]:
+        """Names of the files in segments/ and in index/ that the manifest names, itself or in its lists."""
+        return {file_name(int(number)) for number in self.files()["file"]} | {file.name for file in self.index_files()}
 
     def index_files(self) -> Iterator[IndexFile]:
         """Files in index/ that the manifest names; first those with lists, which must be whole for the others.
@@ -256,8 +291,7 @@ class Ledger:
             DamagedStoreError: a volume is damaged.
         """
         manifest = self.manifest
-        yield from (one.file for one in manifest.volumes)
-        yield from [] if manifest.files is None else [manifest.files]
+        yield from self._lists()
         for chapter in [*([manifest.open] if manifest.open else []), *manifest.chapters]:
             yield from (file for file in (chapter.layout, chapter.base, chapter.records) if file is not None)
 

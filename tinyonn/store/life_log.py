@@ -22,6 +22,7 @@ anywhere else is an error.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -37,7 +38,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from .._io.files import sync
 from ..errors import InputError, shown
@@ -74,9 +75,8 @@ class LifeLogError(InputError):
         return type(self), self._given
 
 
-@dataclass(frozen=True)
-class _End:
-    """Where the whole records end: bytes, number, checksum and time of the last one."""
+class LogEnd(NamedTuple):
+    """Where a record ends: bytes up to there, and number, checksum and time of the record; zeros before the first one."""
 
     size: int = 0
     number: int = 0
@@ -84,11 +84,16 @@ class _End:
     time: datetime | None = None
 
 
+START = LogEnd()
+
+
 class LifeLog:
     """A life log that is open for appending. Threads may share it; one process at a time may have it open.
 
     Args:
-        path: the file; created with its folders if it does not exist. The whole file is checked.
+        path: the file; created with its folders if it does not exist.
+        checked: where an earlier check ended; what comes after is checked. The whole file is checked if no record ends there, or if there
+            is damage after it.
 
     Attributes:
         path: the file.
@@ -99,7 +104,7 @@ class LifeLog:
         LifeLogError: a record is damaged and is not the last one.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], checked: LogEnd | None = None) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
         self._torn = False  # whether a failed write left bytes behind
@@ -112,7 +117,12 @@ class LifeLog:
         try:
             _check_regular(self.path, os.fstat(self._file))
             with open(self._file, "rb", closefd=False) as file:
-                self._end, self.dropped = _scan(self.path, file, None)
+                found = None
+                if checked is not None and _ends_at(file, checked):
+                    with contextlib.suppress(LifeLogError):  # whose message tells what of the whole file is whole
+                        found = _scan(self.path, file, None, checked)
+                file.seek(0)
+                self._end, self.dropped = found or _scan(self.path, file, None)
             if self.dropped is not None:
                 os.ftruncate(self._file, self._end.size)
                 os.fsync(self._file)
@@ -161,7 +171,7 @@ class LifeLog:
             record |= values
             body = json.dumps(record, allow_nan=False).encode("ascii")
             crc = zlib.crc32(body, before.crc)
-            line = body[:-1] + b', "crc": "%08x"}\n' % crc
+            line = body[:-1] + _ending(crc)
             self._check_size(self._file)
             try:
                 written = os.write(self._file, line)
@@ -169,7 +179,7 @@ class LifeLog:
                     raise OSError(0, "no room for a whole line")
                 if durable:
                     os.fsync(self._file)
-                self._end = _End(before.size + len(line), before.number + 1, crc, now)
+                self._end = LogEnd(before.size + len(line), before.number + 1, crc, now)
             except BaseException as error:  # also an exception that a signal handler raises
                 self._end = before
                 self._torn = True
@@ -178,6 +188,19 @@ class LifeLog:
                     raise InputError(f"log {self.path} cannot be written: {error.strerror or error}.") from error
                 raise
         return record
+
+    def sync(self) -> LogEnd:
+        """Waits until all records are on the disk. Returns where they end.
+
+        Raises:
+            ValueError: the log is closed.
+            OSError: the disk has an error.
+        """
+        with self._lock:
+            if self._file is None:
+                raise ValueError(f"log must be open, got {self.path}, which is closed.")
+            os.fsync(self._file)
+            return self._end
 
     def close(self) -> None:
         """Closes the file; a second call has no effect."""
@@ -290,21 +313,34 @@ def _commit(checkout: Path) -> str | None:
     return found.stdout.strip() or None
 
 
-def _scan(path: str | os.PathLike[str], file: BinaryIO, records: list[dict[str, Any]] | None) -> tuple[_End, str | None]:
-    """Checks all lines.
+def _ends_at(file: BinaryIO, end: LogEnd) -> bool:
+    """Whether a record with this checksum ends here; then the file is at that place."""
+    file.seek(max(0, end.size - _END))
+    return not end.size or file.read(min(_END, end.size)) == _ending(end.crc)
+
+
+def _ending(crc: int) -> bytes:
+    return b', "crc": "%08x"}\n' % crc
+
+
+def _scan(
+    path: str | os.PathLike[str], file: BinaryIO, records: list[dict[str, Any]] | None, begin: LogEnd = START
+) -> tuple[LogEnd, str | None]:
+    """Checks all lines from the place of the file on.
 
     Args:
         records: list that takes the records; None if they are not needed.
+        begin: the end of the record before.
 
     Returns:
         The end of the whole records, and the text of a torn last one, if any.
     """
-    size = number = crc = 0
+    size, number, crc, time_before = begin
     last = b""
     torn = None
     for line in file:
         found = zlib.crc32(line[:-_END] + b"}", crc)
-        if line[-_END:] != b', "crc": "%08x"}\n' % found:
+        if line[-_END:] != _ending(found):
             rest = line + file.read()
             if _NEXT.search(rest):
                 raise LifeLogError(path, number + 1, _fault(line, crc))
@@ -313,7 +349,9 @@ def _scan(path: str | os.PathLike[str], file: BinaryIO, records: list[dict[str, 
         size, number, crc, last = size + len(line), number + 1, found, line
         if records is not None:
             records.append(_parsed(path, number, line))
-    return _End(size, number, crc, datetime.fromisoformat(_parsed(path, number, last)["time"]) if last else None), torn
+    if last:
+        time_before = datetime.fromisoformat(_parsed(path, number, last)["time"])
+    return LogEnd(size, number, crc, time_before), torn
 
 
 def _parsed(path: str | os.PathLike[str], number: int, line: bytes) -> dict[str, Any]:

@@ -6,19 +6,23 @@ import os
 import warnings
 from pathlib import Path
 
-from .life_log import LOG, LifeLog, LifeLogError
+from .life_log import LOG, LifeLog, LifeLogError, LogEnd
 from .manifest import Manifest
 
 
-def open_log(folder: Path, manifest: Manifest) -> LifeLog:
+def open_log(folder: Path, manifest: Manifest, checked: LogEnd | None = None) -> LifeLog:
     """Opens the log of a store. A new one begins with a record of the life; a damaged one is renamed, and the new one names it.
+
+    Args:
+        folder, manifest: of the store.
+        checked: up to where the log need not be checked.
 
     Raises:
         InputError: the log cannot be written.
     """
     path, fields = folder / LOG, {}
     try:
-        log = LifeLog(path)
+        log = LifeLog(path, checked)
     except LifeLogError as error:
         aside = _free_name(path)
         os.rename(path, aside)

@@ -102,6 +102,7 @@ class Manifest:
         files: file of the segments that no chapter lists: those of a compaction or a fork.
         volumes: of the closed chapters, without those that were closed since the last write.
         processes: that wrote the newest step.
+        merged: names of the volumes that newer ones took in; not written.
     """
 
     life: str
@@ -115,6 +116,7 @@ class Manifest:
     files: IndexFile | None = None
     processes: int = 1
     volumes: list[Volume] = field(default_factory=list)
+    merged: set[str] = field(default_factory=set)
     _folder: Path | None = None  # from which the volumes are read
     _chapters: list[Chapter] | None = field(default_factory=list)  # None if they are not read yet
     _ranges: tuple[list[int], list[list[int]]] = ([], [])  # kept steps of the last write, and their ranges
@@ -195,7 +197,8 @@ class Manifest:
         if not count:
             return
         while volumes and volumes[-1].count <= count:
-            count += volumes.pop().count
+            count += volumes[-1].count
+            self.merged.add(volumes.pop().file.name)
         file = Index(folder).write_chapters(self.next_index, self._chapters[-count:])
         self.next_index += 1
         self.volumes = [*volumes, Volume(file, count)]

@@ -22,6 +22,7 @@ from .._io.locks import lock_file, unlock_file
 from ..nn.expert_pools import expert_pools
 from ..nn.expert_rows import own_part
 from ..ops._checks import check_size
+from .closing import leave_note, take_note
 from .compaction import Compaction
 from .dcp import SegmentReader
 from .errors import CLOSED, DamagedStoreError, StoreError
@@ -302,12 +303,16 @@ class PerpetualStore:
         Raises:
             StoreError: a save failed.
         """
+        clean = False
         try:
             self.wait()
+            clean = not self._closed
         finally:
             self._closed = True
             self._saver.close()
             if self.log is not None:
+                if clean:
+                    self._leave_note()
                 self.log.close()
             if self._lock is not None:
                 unlock_file(self._lock)
@@ -354,12 +359,25 @@ class PerpetualStore:
                 manifest = Manifest(str(uuid.uuid4()))
                 manifest.write(folder)
             self._ledger = Ledger(folder, manifest)
-            self._ledger.sweep()
-            self.log = open_log(folder, manifest)
+            note = take_note(folder)
+            if note is not None and note.holds(folder):
+                self._ledger.check_lists()
+                self._ledger.is_tidy = True
+            else:
+                self._ledger.sweep()
+            self.log = open_log(folder, manifest, None if note is None else note.checked)
         except BaseException:
             os.close(self._lock)
             raise
         return manifest.life, manifest.parent, manifest.newest
+
+    def _leave_note(self) -> None:
+        """Notes that the next opening need not look for files that nobody needs; without the note it does."""
+        assert self._ledger is not None
+        assert self.log is not None
+        with contextlib.suppress(OSError):
+            if self._ledger.tidy():
+                leave_note(self.folder, self.log.sync())
 
     def _reading(self) -> Ledger:
         """The ledger; on processes other than the first, of the manifest as it is now."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .._io.files import sync
 from .._io.locks import lock_file
+from .closing import take_note
 from .errors import DamagedStoreError, StoreError
 from .ledger import Ledger
 from .logs import open_log
@@ -71,6 +72,7 @@ def editing(folder: Path, *, required: bool = True, recover: bool = False) -> It
         raise StoreError(f"{folder} must be a store that can be written, got {error.strerror}.") from error
     try:
         manifest = recovered(folder) if recover else Manifest.read(folder)
+        take_note(folder)
         yield Ledger(folder, manifest)
     finally:
         os.close(lock)

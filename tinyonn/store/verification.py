@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .closing import read_note
 from .errors import StoreError
 from .ledger import Ledger
 from .life_log import LOG, LifeLogError, read_life_log
@@ -80,6 +81,7 @@ def _verify(folder: Path) -> Verification:
             damaged.add(file)
             faults += [f"{ledger.segments / file_name(file)}: {name} is damaged." for name in names]
     readable, lost = _steps(ledger, damaged, bool(faults))
+    _try(faults, partial(read_note, folder))
     _check_log(folder, faults)
     return Verification(number, total, readable, lost, faults)
 
