@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -180,6 +184,29 @@ def test_targets_of_accumulated_batches_have_equal_weight(tmp_path: Path, comput
     optimizer.step()
     for name, value in two.named_parameters():
         torch.testing.assert_close(dict(one.named_parameters())[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_take_the_step_of_one_on_all_rows(tmp_path: Path, two_ranks: Callable[[Callable[[int], None]], None]) -> None:
+    most = max(map(len, ANSWERS))  # of all rows, as a process knows its own only
+
+    def work(rank: int) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was copied
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        model = no_dropout()
+        trainer = trained(tmp_path / str(rank), model, Plain, Eavi(END, PAD, max_new_tokens=most), steps=2, per_device_train_batch_size=2)
+        assert type(trainer.model_wrapped) is DistributedDataParallel
+        assert trainer._seed(0) == 7 * 1_000_003 + 2 * 2 + rank  # its own in each process
+        torch.save(model.state_dict(), tmp_path / f"{rank}.pt")
+
+    two_ranks(work)
+    expected = no_dropout().train()
+    optimizer = torch.optim.SGD(expected.parameters(), lr=1e-2)
+    for _ in range(2):
+        eavi_step(expected, optimizer, PROMPT_ROWS, ANSWERS, max_new_tokens=most, **IDS)
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, value in expected.state_dict().items():
+        assert torch.equal(one[name], two[name])
+        torch.testing.assert_close(one[name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
