@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,16 @@ def test_a_checkpoint_is_evaluated_and_goes_on_after_a_stop(cli: Cli, checkpoint
 
     again = cli("eval", "arc", checkpoint, "-d", data, "-o", stopped, *QUICK, "--temperature", 0.5)
     one_line(again, "same model and options to go on, got temperature 1.0, now 0.5", command=COMMAND)
+
+
+def test_a_checkpoint_with_another_configuration_does_not_go_on(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    for model in (checkpoint, other):  # a copy is the same model
+        assert cli("eval", "arc", model, *GENERATED[:-1], 1, "-o", tmp_path / "out", *QUICK, "--views", 1).code == 0
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    ran = cli("eval", "arc", other, *GENERATED[:-1], 1, "-o", tmp_path / "out", *QUICK, "--views", 1)
+    one_line(ran, "must be of the same model and options to go on, got model ", command=COMMAND)
 
 
 @pytest.mark.parametrize("attention", ["full", "dyn_nsa", "dyn_smha"])

@@ -75,6 +75,20 @@ def test_a_training_along_own_answers_is_told_and_goes_on_with_the_same_bits(cli
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
+@pytest.mark.parametrize("steps", ["1", "2"], ids=["done before", "going on"])
+def test_a_changed_configuration_of_the_model_is_refused(cli: Cli, tmp_path: Path, steps: str) -> None:
+    assert cli("train", "arc", *SMALL, "--steps", "1", "-o", str(tmp_path)).code == 0
+    assert cli("train", "arc", *SMALL, "--steps", "1", "-o", str(tmp_path)).code == 0
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.5}))
+    ran = cli("train", "arc", *SMALL, "--steps", steps, "-o", str(tmp_path))
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert (
+        f"rms_norm_eps of {path} must be 1e-06, by the options of the training, got 0.5: correct it, or give another --output-dir."
+        in ran.err
+    )
+
+
 def test_making_tasks_shows_progress(tmp_path: Path) -> None:
     told: list[tuple[float | None, str]] = []
     options = {"held_out": 2, "largest": 3, "context": 128, "batch_size": 2, "device": "cpu"}

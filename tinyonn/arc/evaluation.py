@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from torch import nn
 
 from .._io.units import counted
 from ..errors import InputError
+from ..hf.loading import settings_of
 from ..train.eavi import excursion
 from .augmentations import SYMMETRIES, Augmentation
 from .evaluation_records import Records
@@ -165,8 +167,11 @@ def _check_names(tasks: Sequence[Task]) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short digest of a model's parameters and buffers: of their names and shapes, and of up to 4,096 values of each."""
+    """A short digest of a model: of its configuration, of the names and shapes of its parameters and buffers, and of up to 4,096 values
+    of each."""
     digest = hashlib.sha256()
+    if hasattr(model, "config"):
+        digest.update(json.dumps(settings_of(model.config), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         step = max(1, tensor.numel() // 4096)

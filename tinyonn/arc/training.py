@@ -29,6 +29,7 @@ from .._io.config import read_yaml
 from .._io.files import write_atomically
 from .._io.locks import locked
 from ..errors import InputError
+from ..hf.loading import load_config, settings_of
 from ..hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
 from ..life.log import TrainingLog
 from ..life.log_files import ended_step
@@ -101,6 +102,7 @@ def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Cal
     vocabulary = Vocabulary(config.numbered_rows)
     with locked(folder) if first else contextlib.nullcontext(), quiet():
         _check_same(folder, config)
+        _check_same_model(folder, _model_config(config, vocabulary))
         tell(None, "reading tasks")
         training, held_out = split_tasks(config, partial(_tell_made, tell, config.tasks))
         batches = TaskBatches(
@@ -302,6 +304,20 @@ def _check_same(folder: Path, config: ArcConfig) -> None:
             raise InputError(
                 f"{name} must be {before.get(name)!r}, as in the training in {folder}, got {now[name]!r}: "
                 "give that, or another --output-dir."
+            )
+
+
+def _check_same_model(folder: Path, config: TinyOnnConfig) -> None:
+    """InputError if the model in the folder has another configuration, as after an edit or by another version of the library."""
+    path = folder / MODEL / "config.json"
+    if not path.is_file():
+        return
+    before, now = settings_of(load_config(path.parent)), settings_of(config)
+    for name in sorted((before.keys() | now.keys()) - {"has_life"}):  # which the trainer sets
+        if before.get(name) != now.get(name):
+            raise InputError(
+                f"{name} of {path} must be {now.get(name)!r}, by the options of the training, got {before.get(name)!r}: correct it, or "
+                "give another --output-dir."
             )
 
 
