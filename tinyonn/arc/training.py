@@ -34,7 +34,7 @@ from ..hf.loading import load_config, settings_of
 from ..hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
 from ..life.log import TrainingLog
 from ..life.log_files import ended_step
-from ..life.running import EARLIER, StopSignals, arguments, quiet
+from ..life.running import EARLIER, ProgressCall, StopSignals, TrainingResult, arguments, quiet
 from ..life.trainer import LifeTrainer, Schedule, Sizes
 from ..store.overview import newest_step
 from ..train.eavi import Ramp, excursion
@@ -51,38 +51,19 @@ OPTIONS, HELD_OUT, STORE, MODEL = "options.yaml", "held_out.txt", "store", "mode
 FREE = ("output_dir", "steps", "log_steps", "eval_steps", "save_steps", "keep", "max_bad_steps", "dtype", "device")
 EVALUATED_AT_ONCE = 32
 
-ProgressCall = Callable[[float | None, str], None]
 
-
-@dataclass(frozen=True)
-class ArcResult:
-    """What a run ended with.
+@dataclass(frozen=True, kw_only=True)
+class ArcResult(TrainingResult):
+    """What a run of a training on ARC ended with.
 
     Attributes:
-        folder: where all of it is.
-        model: folder of the model.
-        page: the page.
-        steps: steps of the life so far.
-        parameters: of the model.
         fitting: training tasks that fit the context, and those that do not.
-        metrics: the last line of the log.
         exact: share of the held-out answers that were exact in the last evaluation; None if there was none.
-        stopped: why it stopped before its last step, or that an earlier run did all steps; None otherwise.
-        seconds: of this run.
-        first: whether this is the first of the processes that trained, which writes.
+        others: see `life.TrainingResult`.
     """
 
-    folder: Path
-    model: Path
-    page: Path
-    steps: int
-    parameters: int
     fitting: Fitting
-    metrics: dict[str, float]
     exact: float | None
-    stopped: str | None
-    seconds: float
-    first: bool
 
 
 def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Callable[[str], None] | None = None) -> ArcResult:
