@@ -56,6 +56,25 @@ def test_training_goes_on_where_it_stopped():
     assert not torch.equal(first.batch(0)["input_ids"], batches(seed=6).batch(0)["input_ids"])
 
 
+def test_no_order_shares_random_numbers_with_an_augmentation(monkeypatch):
+    drawn, make = [], np.random.default_rng
+
+    def kept(seed):
+        rng = make(seed)
+        if seed is not rng:  # a generator as it is
+            drawn.append(rng.bit_generator.state["state"]["state"])
+        return rng
+
+    monkeypatch.setattr(np.random, "default_rng", kept)
+    single = TaskBatches(TASKS[:2], VOCABULARY, context=400, batch_size=1, seed=3)
+    [single.batch(step) for step in range(8)]
+    monkeypatch.undo()
+    orders, augmentations = drawn[::2], drawn[1::2]
+    assert len(set(orders)) == 4  # of two examples each
+    assert len(set(augmentations)) == 8
+    assert not set(orders) & set(augmentations)
+
+
 def test_each_pass_has_its_own_augmentations():
     single = TaskBatches(TASKS[1:2], VOCABULARY, context=400, batch_size=1)
     seen = {tuple(single.examples(step)[0].prompt) for step in range(12)}

@@ -54,7 +54,7 @@ def test_a_model_that_is_right_solves_everything_by_every_method():
         (pair,) = record["pairs"]
         (candidate,) = pair["candidates"]
         assert candidate["grid"] == task.test[0].output.tolist()
-        assert (candidate["votes"], candidate["samples"]) == (11, 3)  # each view's answer is taken back
+        assert (candidate["votes"], candidate["samples"]) == (11, 3)  # each view's answer is reverted
         tokens = task.test[0].output.size + len(task.test[0].output) + 1
         shifted = tokens + task.test[0].output.shape[1] - len(task.test[0].output)
         assert candidate["log_prob"] == pytest.approx(-4 * (tokens + shifted) * np.log(len(VOCABULARY)), rel=1e-5)

@@ -67,6 +67,28 @@ def test_the_prompt_passes_the_model_once():
     assert widths == [(1, 39), (3, 9), (2, 30)]
 
 
+@pytest.mark.parametrize("kind", ["llama", "linear attention"])
+def test_only_answers_get_logits(kind):
+    model, widths = MODELS[kind](), []
+    model.register_forward_hook(lambda module, args, output: widths.append(output.logits.shape[1]))
+    answer_log_probs(model, PROMPT, ANSWERS, batch_size=3)
+    assert widths == [1, 9, 30]  # one for the cache of the prompt
+
+
+@pytest.mark.parametrize("kind", ["llama", "linear attention"])
+@torch.no_grad()
+def test_a_model_that_gives_all_logits_scores_alike(kind):
+    model = MODELS[kind]().double()
+
+    class Older(type(model)):
+        def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None):
+            return super().forward(input_ids, attention_mask, past_key_values=past_key_values, use_cache=use_cache)
+
+    expected = answer_log_probs(model, PROMPT, ANSWERS, batch_size=3)
+    model.__class__ = Older
+    torch.testing.assert_close(answer_log_probs(model, PROMPT, ANSWERS, batch_size=3), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_a_model_in_training_is_so_again():
     model = tiny_causal_lm("llama").train()
     model.lm_head.eval()

@@ -147,8 +147,11 @@ def test_a_folder_with_one_task_a_file(tmp_path):
     assert [task.name for task in load(tmp_path, "training")] == ["a", "b"]
     assert [task.name for task in load(tmp_path / "evaluation")] == ["c"]
     assert load(tmp_path / "training/a.json") == [Task.from_json("a", content())]
-    with pytest.raises(InputError, match="must have at least one task, got none"):
+    with pytest.raises(InputError, match=r"split must be one of evaluation, training, the subfolders with JSON of .*, got None"):
         load(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="must have at least one task, got none"):
+        load(tmp_path / "empty")
 
 
 def test_a_folder_of_arc_prize(tmp_path):
@@ -203,8 +206,8 @@ def test_bad_files_are_one_line(raw, message, tmp_path):
 
 
 def test_paths_that_are_not_there(tmp_path):
-    with pytest.raises(InputError, match=r"source must be arc1, arc2, a file or a folder, got .*/nothing, which does not exist"):
+    with pytest.raises(InputError, match=r"data must be arc1, arc2, a file or a folder, got .*/nothing, which does not exist"):
         load(tmp_path / "nothing")
     save(tmp_path / "a.json", content())
-    with pytest.raises(InputError, match="split must be None for a file, got 'training'"):
+    with pytest.raises(InputError, match="split must be left out for a file, got 'training'"):
         load(tmp_path / "a.json", "training")

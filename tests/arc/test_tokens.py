@@ -138,7 +138,7 @@ def test_an_unknown_output_counts_as_the_largest_grid():
     assert Vocabulary().length(known) == Vocabulary().length(unknown) == 2 * 4 + 2 * 4 * 6 + 2 + 1 + 3 + 3
 
 
-def test_longer_tasks_are_counted_and_told():
+def test_longer_tasks_are_counted_and_listed():
     tasks = [task_of((side, side), (side, side), (side, side), (side, side), name=f"side{side}") for side in (1, 5, 10, 20)]
     fitting = fit_context(tasks, Vocabulary(), 200)
     assert [(task.name, number) for task, number in fitting.pairs] == [("side1", 0), ("side5", 0)]

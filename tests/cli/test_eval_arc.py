@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,16 @@ def test_a_checkpoint_is_evaluated_and_goes_on_after_a_stop(cli: Cli, checkpoint
     one_line(again, "same model and options to go on, got temperature 1.0, now 0.5", command=COMMAND)
 
 
+def test_a_checkpoint_with_another_configuration_does_not_go_on(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    for model in (checkpoint, other):  # a copy is the same model
+        assert cli("eval", "arc", model, *GENERATED[:-1], 1, "-o", tmp_path / "out", *QUICK, "--views", 1).code == 0
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    ran = cli("eval", "arc", other, *GENERATED[:-1], 1, "-o", tmp_path / "out", *QUICK, "--views", 1)
+    one_line(ran, "must be of the same model and options to go on, got model ", command=COMMAND)
+
+
 @pytest.mark.parametrize("attention", ["full", "dyn_nsa", "dyn_smha"])
 def test_tinyonn_models_are_evaluated(cli: Cli, attention: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -123,7 +134,7 @@ def test_tinyonn_models_are_evaluated(cli: Cli, attention: str, tmp_path: Path) 
     assert "no attempt" in (out / "index.html").read_text()
 
 
-def test_a_task_longer_than_the_context_is_told(cli: Cli, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_a_task_longer_than_the_context_is_listed(cli: Cli, checkpoint: Path, data: Path, tmp_path: Path) -> None:
     big = {"train": [{"input": [[1] * 12] * 12, "output": [[1]]}], "test": [{"input": [[1]]}]}
     (data / "zz-big.json").write_text(json.dumps(big))
     ran = cli("eval", "arc", checkpoint, "-d", data, "-o", tmp_path / "out", *QUICK)
@@ -169,6 +180,47 @@ def test_a_bad_task_is_one_line_that_names_it(cli: Cli, checkpoint: Path, tmp_pa
 )
 def test_a_bad_option_is_one_line(cli: Cli, checkpoint: Path, tmp_path: Path, arguments: tuple[object, ...], part: str) -> None:
     one_line(cli("eval", "arc", checkpoint, *GENERATED, "-o", tmp_path / "out", *arguments), part, command=COMMAND)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--families", "copy"), "families must be left out for tasks that are not generated, got copy"),
+        (("--smallest", 4), "smallest must be left out for tasks that are not generated, got 4"),
+        (("--largest", 5), "largest must be left out for tasks that are not generated, got 5"),
+        (("--demonstrations", 3), "demonstrations must be left out for tasks that are not generated, got 3"),
+        (("--data-seed", 3), "data_seed must be left out for tasks that are not generated, got 3"),
+        (("--split", "mine"), "split must be a subfolder or in the name of a *_challenges.json in"),
+        (("--only", "nowhere.txt"), "only must be a file that can be read, got nowhere.txt: No such file"),
+    ],
+    ids=lambda value: value[0][2:] if isinstance(value, tuple) else "",
+)
+def test_a_bad_option_with_a_folder_is_one_line(
+    cli: Cli, checkpoint: Path, data: Path, tmp_path: Path, arguments: tuple[object, ...], part: str
+) -> None:
+    one_line(cli("eval", "arc", checkpoint, "-d", data, "-o", tmp_path / "out", *arguments), part, command=COMMAND)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"copy-1\nmirror-2\n", "only must have names of tasks in"),
+        (b"copy-1\nmirror-2\n", "got copy-1, mirror-2"),
+        (b" \n", "only must have a name of a task on each line, got none in"),
+        (b"\xff", "only must be text in UTF-8, got"),
+    ],
+)
+def test_a_bad_list_of_tasks_is_one_line(cli: Cli, checkpoint: Path, data: Path, tmp_path: Path, content: bytes, part: str) -> None:
+    (tmp_path / "list.txt").write_bytes(content)
+    ran = cli("eval", "arc", checkpoint, "-d", data, "-o", tmp_path / "out", "--only", tmp_path / "list.txt")
+    one_line(ran, part, command=COMMAND)
+
+
+def test_a_subfolder_of_any_name_is_evaluated(cli: Cli, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    quick = ("--views", 1, "--samples", 1, "--max-new-tokens", 2, "--limit", 1)
+    ran = cli("eval", "arc", checkpoint, "-d", data.parent, "--split", data.name, "-o", tmp_path / "out", *quick)
+    assert ran.code == 0, ran.err
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["split"] == data.name
 
 
 def test_a_checkpoint_with_another_vocabulary_is_one_line(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:

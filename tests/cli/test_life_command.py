@@ -123,6 +123,16 @@ def test_compact_merges_segments(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert value_at(tmp_path, 3) == (3, 3.0)
 
 
+def compacting(folder: Path, codes: list[int]) -> threading.Thread:
+    """The command in a thread, once it waits for the training; `codes` gets its exit code."""
+    command = threading.Thread(target=lambda: codes.append(run(["life", "compact", str(folder)])), daemon=True)
+    command.start()
+    end = time.monotonic() + 30
+    while not (folder / "compact.request").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    return command
+
+
 @pytest.mark.parametrize("room", [True, False], ids=["room", "no room"])
 @pytest.mark.filterwarnings("ignore:the store was not compacted")
 def test_a_running_training_compacts_itself(
@@ -135,15 +145,11 @@ def test_a_running_training_compacts_itself(
             with torch.no_grad():
                 model.weight.fill_(step)
             store.save(step, wait=True)
-        asked = threading.Thread(target=lambda: codes.append(run(["life", "compact", str(tmp_path)])))
-        asked.start()
-        end = time.monotonic() + 30
-        while not (tmp_path / "compact.request").exists() and time.monotonic() < end:
-            time.sleep(0.01)
+        command = compacting(tmp_path, codes)
         if not room:
             monkeypatch.setattr(compaction, "free_bytes", lambda folder: 0)
         store.save(9, wait=True)
-        asked.join(30)
+        command.join(30)
     out, err = capsys.readouterr()
     assert ("the training compacted the store" in out) == room
     assert ("the training could not compact the store: " in err) == (not room)
@@ -159,11 +165,7 @@ def test_a_store_whose_training_ended_meanwhile_is_compacted(tmp_path: Path, cap
             with torch.no_grad():
                 model.weight.fill_(step)
             store.save(step, wait=True)
-        command = threading.Thread(target=lambda: codes.append(run(["life", "compact", str(tmp_path)])), daemon=True)
-        command.start()
-        end = time.monotonic() + 30
-        while not (tmp_path / "compact.request").exists() and time.monotonic() < end:
-            time.sleep(0.01)
+        command = compacting(tmp_path, codes)
     command.join(10)
     assert codes == [0]
     assert "in 1 after" in capsys.readouterr().out

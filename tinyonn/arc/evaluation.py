@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from torch import nn
 
 from .._io.units import counted
 from ..errors import InputError
+from ..hf.loading import settings_of
 from ..train.eavi import excursion
 from .augmentations import SYMMETRIES, Augmentation
 from .evaluation_records import Records
@@ -90,7 +92,7 @@ def evaluate(
 ) -> Evaluation:
     """Answers of a model to the test pairs of tasks, in free generation, and their scores.
 
-    For each test pair, the model writes its most likely answer to the task and to augmented views of it, whose answers are taken back, and
+    For each test pair, the model writes its most likely answer to the task and to augmented views of it, whose answers are reverted, and
     draws samples. All answers that are grids are candidates. The methods choose two attempts among them: "greedy" is the most likely
     answer alone, "sampling" takes the most frequent samples, "voting" the candidates that most views gave, "augscore" those with the
     highest sum of log-probabilities over the eight symmetries.
@@ -165,8 +167,11 @@ def _check_names(tasks: Sequence[Task]) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short digest of a model's parameters and buffers: of their names and shapes, and of up to 4,096 values of each."""
+    """A short digest of a model: of its configuration, of the names and shapes of its parameters and buffers, and of up to 4,096 values
+    of each."""
     digest = hashlib.sha256()
+    if hasattr(model, "config"):
+        digest.update(json.dumps(settings_of(model.config), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         step = max(1, tensor.numel() // 4096)
@@ -226,8 +231,8 @@ def _record(
         answered: dict[str, Any] = {"greedy": None, "candidates": [], "attempts": {method: [] for method in METHODS if method in methods}}
         if number in numbers:
             before = [earlier for earlier in numbers if earlier < number]
-            tell = partial(bar.part, task, number, before)
-            answered = _answers(model, vocabulary, task, number, decoding, methods, tell)
+            report = partial(bar.part, task, number, before)
+            answered = _answers(model, vocabulary, task, number, decoding, methods, report)
         grids = {"input": pair.input.tolist(), "output": None if pair.output is None else pair.output.tolist()}
         pairs.append({**grids, "fits": number in numbers, **answered})
     train = [[grid.tolist() for grid in pair if grid is not None] for pair in task.train]
@@ -251,16 +256,16 @@ def _answers(
     number: int,
     decoding: Decoding,
     methods: Sequence[str],
-    tell: Callable[[float], None],
+    report: Callable[[float], None],
 ) -> dict[str, Any]:
     """Answers to a test pair: the greedy one, all candidates, and the candidates that each method attempts."""
     seed = int.from_bytes(hashlib.sha256(f"{decoding.seed} {task.digest} {number}".encode()).digest()[:7])
     augmentations = _augmentations(task, decoding.views, seed)
     examples = [vocabulary.encode(augmentation.task(task), number) for augmentation in augmentations]
     written = _generated(model, vocabulary, examples, decoding)
-    tell(_SHARES[0])
+    report(_SHARES[0])
     drawn = _generated(model, vocabulary, [examples[0]] * decoding.samples, decoding, decoding.temperature, seed)
-    tell(_SHARES[1])
+    report(_SHARES[1])
 
     candidates: dict[bytes, _Candidate] = {}
 
@@ -276,7 +281,7 @@ def _answers(
     found = list(candidates.values())
     if "augscore" in methods:
         _add_scores(model, vocabulary, task, number, found, decoding)
-    tell(_SHARES[2])
+    report(_SHARES[2])
 
     greedy = vocabulary.decode(written[0])
     truth = examples[0].answer

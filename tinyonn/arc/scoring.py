@@ -10,6 +10,7 @@ K candidates, P tokens of a prompt, A tokens of an answer, V vocabulary
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -116,7 +117,7 @@ def _prompt_cache(model: nn.Module, prompt: Tensor) -> Cache | None:
     """Keys and values of a prompt; None where it is empty or the model's cache cannot be repeated."""
     if not len(prompt):
         return None
-    cache = getattr(model(input_ids=prompt[None], use_cache=True), "past_key_values", None)
+    cache = getattr(model(input_ids=prompt[None], use_cache=True, **_last_logits(model, 1)), "past_key_values", None)
     can_repeat = isinstance(cache, Cache) and all(type(layer) in REPEATABLE for layer in cache.layers)
     return cache if can_repeat else None
 
@@ -134,8 +135,14 @@ def _plain(model: nn.Module, prompt: Tensor, answers: Sequence[Tensor]) -> Tenso
     """(K,), without a cache."""
     inputs = [torch.cat([prompt, answer[:-1]]) for answer in answers]
     mask = _padded([torch.ones_like(row) for row in inputs], 0)
-    logits = model(input_ids=_padded(inputs, 0), attention_mask=mask, use_cache=False).logits
-    return _summed(logits[:, len(prompt) - 1 :], answers)
+    longest = max(map(len, answers))
+    logits = model(input_ids=_padded(inputs, 0), attention_mask=mask, use_cache=False, **_last_logits(model, longest)).logits
+    return _summed(logits[:, -longest:], answers)
+
+
+def _last_logits(model: nn.Module, count: int) -> dict[str, int]:
+    """The argument with which a forward pass computes the logits of the last tokens alone; empty where the model has none."""
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _summed(logits: Tensor, answers: Sequence[Tensor]) -> Tensor:

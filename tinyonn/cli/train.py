@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,11 @@ from ..errors import InputError
 from ..life.config import LifeConfig
 from . import screen
 from .options import ConfigFile, configured, print_config_option, takes_options
+
+if TYPE_CHECKING:
+    from ..life.running import TrainingResult
+
+Line = tuple[str, object]
 
 _CONFIG_HEADER = "Options of `tinyonn train{}` with their defaults. Pass the file as --config; the command line takes precedence."
 PrintConfig = Annotated[bool, print_config_option(LifeConfig, _CONFIG_HEADER.format(""))]
@@ -46,26 +51,31 @@ def run_life(config: LifeConfig) -> None:
 
     with screen.Progress("training", enabled=os.environ.get("RANK", "0") == "0") as bar:
         result = train(config, bar.update, screen.say)
-    if not result.first:
-        return
     last = result.metrics
-    lines: list[tuple[str, object]] = [("trained", f"{screen.counted(result.steps, 'step')}, {result.parameters:,} parameters")]
-    if result.stopped:
-        lines.append(("stopped", _stopped(result.stopped)))
+    learned: list[Line] = []
     if "loss" in last:
         held_out = "" if result.eval_loss is None else f", held out {result.eval_loss:.3f}"
-        lines.append(("loss", f"{last['loss']:.3f} nats a token{held_out}"))
+        learned.append(("loss", f"{last['loss']:.3f} nats a token{held_out}"))
     if "pi" in last:
-        lines.append(("integrity", f"{last['pi']:.3f}"))
+        learned.append(("integrity", f"{last['pi']:.3f}"))
     if "live_experts" in last:
         changes = f"{screen.counted(result.births, 'birth')}, {screen.counted(result.recyclings, 'recycling')}"
-        lines.append(("experts", f"{last['live_experts']:.0f} live, {changes}"))
+        learned.append(("experts", f"{last['live_experts']:.0f} live, {changes}"))
     if result.skipped:
-        lines.append(("skipped", f"{screen.counted(result.skipped, 'step')} whose loss or gradients were not finite"))
-    lines += [("model", result.model), ("page", result.page), ("took", screen.duration(result.seconds))]
-    if result.sample.strip():
-        lines.append(("sample", " ".join(result.sample.split())))
-    print(screen.rows(lines), flush=True)
+        learned.append(("skipped", f"{screen.counted(result.skipped, 'step')} whose loss or gradients were not finite"))
+    sample = " ".join(result.sample.split())
+    _print_result(result, learned, [("sample", sample)] if sample else [])
+
+
+def _print_result(result: TrainingResult, learned: list[Line], after: Sequence[Line] = ()) -> None:
+    """Prints how a training ended, on the first process: what it learned, where it is, and what comes after that."""
+    if not result.first:
+        return
+    lines: list[Line] = [("trained", f"{screen.counted(result.steps, 'step')}, {result.parameters:,} parameters")]
+    if result.stopped:
+        lines.append(("stopped", _stopped(result.stopped)))
+    places: list[Line] = [("model", result.model), ("page", result.page), ("took", screen.duration(result.seconds))]
+    print(screen.rows([*lines, *learned, *places, *after]), flush=True)
 
 
 def _stopped(reason: str) -> str:
@@ -88,17 +98,12 @@ def train_arc(given: Mapping[str, Any], config: ConfigFile = None, print_config:
     options = configured(ArcConfig, config, given)
     with screen.Progress("training", enabled=os.environ.get("RANK", "0") == "0") as bar:
         result = run(options, bar.update, screen.say)
-    if not result.first:
-        return
     last = result.metrics
-    lines: list[tuple[str, object]] = [("trained", f"{screen.counted(result.steps, 'step')}, {result.parameters:,} parameters")]
-    if result.stopped:
-        lines.append(("stopped", _stopped(result.stopped)))
+    learned: list[Line] = []
     if "loss" in last:
-        lines.append(("loss", f"{last['loss']:.3f} nats a token"))
+        learned.append(("loss", f"{last['loss']:.3f} nats a token"))
     if "own_exact" in last:
-        lines.append(("own", f"{last['own_exact']:.1%} of the model's own answers in training were exact"))
+        learned.append(("own", f"{last['own_exact']:.1%} of the model's own answers in training were exact"))
     if result.exact is not None:
-        lines.append(("held out", f"{result.exact:.1%} of the answers exact"))
-    lines += [("model", result.model), ("page", result.page), ("took", screen.duration(result.seconds))]
-    print(screen.rows(lines), flush=True)
+        learned.append(("held out", f"{result.exact:.1%} of the answers exact"))
+    _print_result(result, learned)

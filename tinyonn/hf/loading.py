@@ -184,6 +184,13 @@ def load_config(folder: Path) -> Any:
         raise InputError(f"model_path must hold a model that transformers knows, got {folder.name}: {reason(error)}") from error
 
 
+def settings_of(model_config: Any) -> dict[str, Any]:
+    """What a configuration has on the computation of the model, without where it comes from, precision and use of a cache."""
+    found: dict[str, Any] = json.loads(model_config.to_json_string())
+    others = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
+    return {name: value for name, value in found.items() if name not in others}
+
+
 def resolve_dtype(dtype: str, device: torch.device, model_config: Any) -> torch.dtype:
     """The precision of an option; "auto" is the checkpoint's own on a GPU and float32 on a CPU, where half precision is slow."""
     if (name := dtype_name(dtype)) != "auto":

@@ -1,4 +1,4 @@
-"""What the trainings of the command have in common: the arguments of transformers' Trainer, signals, and quiet libraries."""
+"""What the trainings of the command have in common: results, the arguments of transformers' Trainer, signals, and quiet libraries."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import importlib.util
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,35 @@ from ..hf.tiny_onn import TinyOnnConfig
 from ..train.onn_trainer import OnnTrainer
 
 EARLIER = "an earlier run did these steps"  # why a run has nothing to do
+
+ProgressCall = Callable[[float | None, str], None]  # the share of the steps that are done, None before the first; and a few words
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a run of a training ended with.
+
+    Attributes:
+        folder: where all of it is.
+        model: folder of the model.
+        page: the page.
+        steps: steps of the life so far.
+        parameters: of the model.
+        metrics: the last line of the log.
+        stopped: why it stopped before its last step, or that an earlier run did all steps; None otherwise.
+        seconds: of this run.
+        first: whether this is the first of the processes that trained, which writes.
+    """
+
+    folder: Path
+    model: Path
+    page: Path
+    steps: int
+    parameters: int
+    metrics: dict[str, float]
+    stopped: str | None
+    seconds: float
+    first: bool
 
 
 class TrainingOptions(Protocol):

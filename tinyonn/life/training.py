@@ -36,48 +36,29 @@ from .config import LifeConfig
 from .forking import DATA, FORKABLE, FREE, OPTIONS, STORE, TOKENIZER, TOKENS, Origin, is_fresh, read_options, read_origin
 from .log import TrainingLog
 from .log_files import ended_step
-from .running import EARLIER, StopSignals, arguments, quiet
+from .running import EARLIER, ProgressCall, StopSignals, TrainingResult, arguments, quiet
 from .texts import documents, encoded, learn_tokenizer, split
 from .trainer import LifeTrainer, Schedule, Sizes
 
 SAMPLE_TOKENS = 80
 
-ProgressCall = Callable[[float | None, str], None]
 
-
-@dataclass(frozen=True)
-class LifeResult:
+@dataclass(frozen=True, kw_only=True)
+class LifeResult(TrainingResult):
     """What a run of a life ended with.
 
     Attributes:
-        folder: where all of it is.
-        model: folder of the model.
-        page: the page.
-        steps: steps of the life so far.
-        parameters: of the model.
-        metrics: the last line of the log.
         eval_loss: last loss on held-out text, in nats a token; None if there was no evaluation.
         births, recyclings, skipped: over the whole life.
         sample: generated text.
-        stopped: why it stopped before its last step, or that an earlier run did all steps; None otherwise.
-        seconds: of this run.
-        first: whether this is the first of the processes that trained, which writes.
+        others: see `TrainingResult`.
     """
 
-    folder: Path
-    model: Path
-    page: Path
-    steps: int
-    parameters: int
-    metrics: dict[str, float]
     eval_loss: float | None
     births: int
     recyclings: int
     skipped: int
     sample: str
-    stopped: str | None
-    seconds: float
-    first: bool
 
 
 def train(config: LifeConfig, progress: ProgressCall | None = None, note: Callable[[str], None] | None = None) -> LifeResult:

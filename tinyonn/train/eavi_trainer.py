@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import shown
@@ -55,11 +57,12 @@ class EaviMixin:
     """Trains along the model's own answers: `class MyTrainer(EaviMixin, OnnTrainer)`, or before any `transformers.Trainer`.
 
     Batches have input_ids, attention_mask and labels, (B, T) and padded on the right, as for teacher forcing, and `prompt_lengths`, (B,),
-    the tokens before each answer. Labels within prompts stay. An own answer is greedy or drawn with random numbers of its own, which depend
-    on `args.seed`, step and process, so a resumed run draws the same. Evaluation is by teacher forcing.
+    the tokens before each answer. Labels within prompts stay, and count once where a prompt has two rows. An own answer is greedy or drawn
+    with random numbers of its own, which depend on `args.seed`, step and process, so a resumed run draws the same. Evaluation is by teacher
+    forcing.
 
-    The loss of a step with excursions is the mean over the targets of each batch, so accumulated batches, and those of several processes,
-    have equal weight. In steps of teacher forcing each target has, as in Trainer.
+    Own answers to all accumulated batches are generated before the first of them is trained on. So Trainer counts the targets of the whole
+    step, and each has equal weight, as in any training.
 
     The log gets, as means since its last line, `own_share`, the part of the rows with an excursion, and `own_exact`, the part of these
     whose answer was the truth; and the sums over the run `generated_tokens` and `trained_tokens`, of this process.
@@ -72,18 +75,24 @@ class EaviMixin:
         ValueError: a batch has no `prompt_lengths`, in training.
     """
 
-    makes_inputs = True  # so `HyperStepMixin` may come after it
-
     def __init__(self, *args: Any, eavi: Eavi | None = None, **kwargs: Any) -> None:
         self._eavi = eavi
-        self._batches = 0  # of the present step
-        self._step = -1
         self._rows = self._own = self._exact = 0
         self._generated = self._trained = 0
         super().__init__(*args, **kwargs)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+        """The batches of a step, with own answers in the share of the step, and the number of their targets."""
         trainer: Any = super()
+        batches, number = trainer.get_batch_samples(epoch_iterator, num_batches, device)
+        share = 0.0 if self._eavi is None else self._eavi.share_at(self._global_step())
+        made = [self._made(batch, share, place) for place, batch in enumerate(batches)]
+        return made, trainer._get_num_items_in_batch(made, device) if share else number
+
+    def _made(self, inputs: dict[str, Any], share: float, place: int) -> dict[str, Any]:
+        """The inputs of an accumulated batch of a step, by its place among them."""
         if PROMPTS not in inputs:
             raise ValueError(
                 f"inputs must have {PROMPTS}, got {', '.join(sorted(inputs))}: put it in each batch, and give remove_unused_columns=False "
@@ -92,30 +101,26 @@ class EaviMixin:
         lengths = inputs[PROMPTS]
         given = {name: value for name, value in inputs.items() if name != PROMPTS}
         self._rows += len(lengths)
-        share = 0.0 if self._eavi is None else self._eavi.share_at(self._global_step())
         if not share:
             self._trained += int(given["attention_mask"].sum())
-            found: Tensor = trainer.training_step(model, given, *args, **kwargs)
-            return found
-        aligned = self._aligned(model, given, lengths.tolist(), share)
-        # The number of targets is another than the one that Trainer counted, so the loss is the mean over this batch's own.
-        found = trainer.training_step(model, aligned, None)
-        return found
+            return given
+        return self._aligned(given, lengths.tolist(), share, place)
 
-    def _aligned(self, model: nn.Module, given: dict[str, Tensor], lengths: list[int], share: float) -> dict[str, Tensor]:
+    def _aligned(self, given: dict[str, Tensor], lengths: list[int], share: float, place: int) -> dict[str, Tensor]:
         assert self._eavi is not None
+        trainer: Any = self
         ids, labels, ends = given["input_ids"].cpu(), given["labels"].cpu(), given["attention_mask"].sum(1).tolist()
         prompts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
         answers = [row[length:end] for row, length, end in zip(ids, lengths, ends, strict=True)]
         batch = eavi_batch(
-            model, prompts, answers, end_token_id=self._eavi.end_token_id, pad_token_id=self._eavi.pad_token_id, mode=self._eavi.mode,
-            share=share, max_new_tokens=self._eavi.max_new_tokens, temperature=self._eavi.temperature, seed=self._seed(),
+            trainer.model_wrapped, prompts, answers, end_token_id=self._eavi.end_token_id, pad_token_id=self._eavi.pad_token_id,
+            mode=self._eavi.mode, share=share, max_new_tokens=self._eavi.max_new_tokens, temperature=self._eavi.temperature,
+            seed=self._seed(place),
         )  # fmt: skip
-        chosen = [row for row, own in enumerate(batch.own) if own is not None]
-        made = batch.inputs["labels"]
-        for place, row in enumerate([*range(len(lengths)), *(chosen if self._eavi.mode == "super_batch" else [])]):
-            made[place, : lengths[row]] = labels[row, : lengths[row]]
-        self._own += len(chosen)
+        # The rows of a super batch that follow these repeat prompts, whose labels count once.
+        for row, length in enumerate(lengths):
+            batch.inputs["labels"][row, :length] = labels[row, :length]
+        self._own += sum(own is not None for own in batch.own)
         self._exact += int(batch.exact.sum())
         self._generated += batch.generated_tokens
         self._trained += batch.trained_tokens
@@ -140,11 +145,9 @@ class EaviMixin:
         trainer: Any = self
         return int(trainer.state.global_step)
 
-    def _seed(self) -> int:
-        """Of this batch: another one for each step, accumulated batch and process."""
+    def _seed(self, place: int) -> int:
+        """Of a batch: another one for each step, place among accumulated batches, and process."""
         trainer: Any = self
-        step = self._global_step()
-        self._batches = self._batches + 1 if step == self._step else 0
-        self._step = step
-        number = (step * trainer.args.gradient_accumulation_steps + self._batches) * trainer.args.world_size + trainer.args.process_index
+        number = self._global_step() * trainer.args.gradient_accumulation_steps + place
+        number = number * trainer.args.world_size + trainer.args.process_index
         return int((trainer.args.seed * 1_000_003 + number) % 2**63)

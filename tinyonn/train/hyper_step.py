@@ -273,8 +273,7 @@ class HyperStepMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         before = cls.__mro__[: cls.__mro__.index(HyperStepMixin)]
-        own = [kind for kind in before if not issubclass(kind, HyperStepMixin) and "training_step" in vars(kind)]
-        others = [kind for kind in own if not vars(kind).get("makes_inputs", False)]
+        others = [kind for kind in before if not issubclass(kind, HyperStepMixin) and "training_step" in vars(kind)]
         if others:
             raise TypeError(f"HyperStepMixin must stand before {others[0].__name__} in the bases of {cls.__name__}.")
 
