@@ -345,8 +345,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(texts, tmp_path):
         assert child.poll() is None, child.stderr.read()
         time.sleep(0.1)
     os.kill(child.pid, signal.SIGTERM)
-    out, _ = child.communicate(timeout=120)
+    out, err = child.communicate(timeout=120)
     assert child.returncode == 0
+    assert "\nSIGTERM: training stops and saves after this step; a second signal stops it at once\n" in err
     assert re.search(r"(?m)^stopped +SIGTERM; run the same command to go on$", out)
     stop = read_life_log(folder / "store" / "life.jsonl").records[-1]
     assert (stop["event"], stop["reason"]) == ("stop", "SIGTERM")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import signal
 import threading
 import warnings
@@ -158,6 +159,9 @@ class StopSignals(TrainerCallback):
         if self.asked is not None:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # print could be interrupted within another print
+                os.write(2, f"\n{self.asked}: training stops and saves after this step; a second signal stops it at once\n".encode())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         asked = self.asked
