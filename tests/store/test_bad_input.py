@@ -189,3 +189,21 @@ def test_a_step_that_the_index_cannot_hold_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="step must be below 2\\*\\*63, got 9223372036854775808"):
             store.save(2**63)
         assert store.steps == [2**63 - 1]
+
+
+def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    with PerpetualStore(tmp_path, *small(), keep="best:1") as store:
+        with pytest.raises(TypeError, match=r"^score must be a number, got str 'high'\.$"):
+            store.save(1, score="high")  # type: ignore[arg-type]
+        store.save(1, score=torch.tensor(0.5))  # type: ignore[arg-type]
+        store.save(2, score=torch.tensor(0.25))  # type: ignore[arg-type]
+        assert store.steps == [1, 2]  # the best one and the newest
+
+
+def test_parameters_without_values_are_refused(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2, device="meta")
+    with (
+        PerpetualStore(tmp_path, model) as store,
+        pytest.raises(StoreError, match=r"^parameters must have values, got weight, bias on the"),
+    ):
+        store.save(1)

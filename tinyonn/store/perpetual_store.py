@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import numbers
 import os
 import time
 import uuid
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.optim import Optimizer
 
 from .._io.locks import lock_file, unlock_file
+from ..errors import shown
 from ..nn.expert_pools import expert_pools
 from ..nn.expert_rows import own_part
 from ..ops._checks import check_size
@@ -170,6 +172,7 @@ class PerpetualStore:
             The step, and how long the call took.
 
         Raises:
+            TypeError: the score is no number.
             StoreError: the step is not after the newest; `restore` was not called on a store with steps; an earlier save failed, as on a
                 full disk, and then the last durable step is intact.
         """
@@ -177,6 +180,8 @@ class PerpetualStore:
         check_size("step", step, 0)
         if step > MAX_STEP:
             raise ValueError(f"step must be below 2**63, got {step}.")
+        if score is not None and not isinstance(score, numbers.Real | Tensor):
+            raise TypeError(f"score must be a number, got {type(score).__name__} {shown(score)}.")
         self._check_open()
         if not self._restored:
             raise StoreError(f"restore() must be called before save(), because {self.folder} has step {self.step} already.")

@@ -211,6 +211,9 @@ class TrainingState:
         other = [name for name, value in self.model.state_dict().items() if not isinstance(value, Tensor) and value is not None]
         if other:
             raise StoreError(f"the model's state dict must have tensors only, got {listed(other, 3)} with something else.")
+        empty = [name for name, value in self.model.named_parameters() if value.is_meta]
+        if empty:
+            raise StoreError(f"parameters must have values, got {listed(empty, 3)} on the meta device; load its weights first.")
 
     def _held(self) -> Iterable[tuple[str, nn.Parameter, Optimizer]]:
         """Trained parameters with their names and optimisers."""
