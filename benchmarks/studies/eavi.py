@@ -80,7 +80,7 @@ def run(settings: Settings, arm: str, rate: float, ramp: tuple[float, float], se
     forbidden = {key(prompt) for prompt in for_choice.prompts}
     held_out = for_choice if evaluated == CHOICE else draw((EVALUATION,), settings.rows, settings.side, forbidden)
     forbidden |= {key(prompt) for prompt in held_out.prompts}
-    found: dict[str, Any] = {"exact": [], "compute": []}
+    found: dict[str, Any] = {"exact": [], "tokens": [], "compute": []}
     spent = generated = trained = own = right = 0
     number, marks = 0, list(settings.marks)
     model.train()
@@ -108,8 +108,9 @@ def run(settings: Settings, arm: str, rate: float, ramp: tuple[float, float], se
         spent = generated + 3 * trained
         while marks and spent >= marks[0] * budget:
             marks.pop(0)
-            exact = _exact(model, held_out)
+            exact, tokens = _answered(model, held_out)
             found["exact"].append(sum(exact) / len(exact))
+            found["tokens"].append(tokens)
             found["compute"].append(spent)
     for family in FAMILIES:
         chosen = [one for one, name in zip(exact, held_out.families, strict=True) if name == family]
@@ -137,13 +138,18 @@ def _mixed(model: TinyOnnForCausalLM, batch: dict[str, Tensor], share: float, se
     return ids
 
 
-def _exact(model: TinyOnnForCausalLM, rows: Rows) -> list[bool]:
-    """Whether each answer in free generation is the truth."""
+def _answered(model: TinyOnnForCausalLM, rows: Rows) -> tuple[list[bool], float]:
+    """Of the answers in free generation: whether each is the truth, and the share of their tokens that are right.
+
+    Tokens are compared position by position, over the longer of the answer and the truth.
+    """
     most = max(map(len, rows.answers)) + 1
     found: list[Tensor] = []
     for begin in range(0, len(rows.prompts), 128):
         found += excursion(model, rows.prompts[begin : begin + 128], max_new_tokens=most, **IDS)
-    return [torch.equal(one, answer) for one, answer in zip(found, rows.answers, strict=True)]
+    pairs = list(zip(found, rows.answers, strict=True))
+    right = sum(int((one[: len(answer)] == answer[: len(one)]).sum()) for one, answer in pairs)
+    return [torch.equal(one, answer) for one, answer in pairs], right / sum(max(len(one), len(answer)) for one, answer in pairs)
 
 
 @torch.no_grad()
