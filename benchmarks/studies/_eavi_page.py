@@ -87,9 +87,9 @@ def page(results: Results, settings: Settings, choices: Mapping[str, tuple[float
         " teacher forcing. *True tokens ranked first* are those of the true answers that the model finds most likely after the true tokens"
         " before them. *Own answers exact* is a mean over the training.",
         "",
-        "A greedy answer is exact if, and only if, each true token is ranked first after the true ones before it. So what a model does after"
-        " a mistake of its own, which only training along own answers teaches, cannot change the exact answers. It can change the tokens"
-        " right.",
+        "A greedy answer is exact if, and only if, each true token is ranked first after the true ones before it. So what a model does"
+        " after a mistake of its own, which only training along own answers teaches, cannot change the exact answers. It can change the"
+        " tokens right.",
         "",
         "By family, exact answers at the end, means over seeds:",
         "",
