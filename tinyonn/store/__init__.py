@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .life_log import LifeLog as LifeLog
     from .life_log import LifeLogError as LifeLogError
     from .life_log import LifeRecords as LifeRecords
+    from .life_log import LogEnd as LogEnd
     from .life_log import environment as environment
     from .life_log import read_life_log as read_life_log
     from .perpetual_store import PerpetualStore as PerpetualStore
@@ -31,6 +32,7 @@ _HOMES = {
     "LifeLog": "life_log",
     "LifeLogError": "life_log",
     "LifeRecords": "life_log",
+    "LogEnd": "life_log",
     "PerpetualStore": "perpetual_store",
     "Save": "perpetual_store",
     "StoreError": "errors",

@@ -76,7 +76,12 @@ class LifeLogError(InputError):
 
 
 class LogEnd(NamedTuple):
-    """Where a record ends: bytes up to there, and number, checksum and time of the record; zeros before the first one."""
+    """Where a record of a life log ends.
+
+    Attributes:
+        size: bytes of the file up to there.
+        number, crc, time: of the record; 0, 0 and None before the first one.
+    """
 
     size: int = 0
     number: int = 0
