@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -318,6 +320,46 @@ def one_cannot_compare(folder: Path, rank: int) -> None:
     with pytest.raises(RuntimeError, match="no room for a copy"):
         store.close()
     distributed.barrier()
+
+
+TASKS = Path("/proc/self/task")
+
+
+def gloo_threads(wanted: int) -> int:
+    """The threads of gloo groups of this process, once they are as many as wanted, or else after five seconds."""
+    end = time.monotonic() + 5
+    while True:
+        found = 0
+        for task in TASKS.iterdir():
+            with contextlib.suppress(OSError):  # it ended
+                found += (task / "comm").read_text().startswith("pt_gloo")
+        if found == wanted or time.monotonic() > end:
+            return found
+        time.sleep(0.01)  # the system lists a thread for a moment after its end
+
+
+def closed(folder: Path, rank: int) -> None:
+    model, optimizer = made("ddp")
+    assert gloo_threads(2) == 2  # of the program's group
+    store = PerpetualStore(folder, model, optimizer)
+    assert gloo_threads(4) == 4
+    store.save(1)
+    if rank == 1:
+        time.sleep(0.5)
+    store.close()
+    assert gloo_threads(2) == 2
+    store.close()
+    store = PerpetualStore(folder, model, optimizer)  # the group of the program is whole
+    assert store.restore() == 1
+    distributed.destroy_process_group()
+    store.close()
+    distributed.init_process_group("gloo", init_method=f"file://{folder}.again", rank=rank, world_size=2)
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="needs Linux's /proc")
+def test_a_closed_store_leaves_no_group(tmp_path: Path, run: Callable[..., None]) -> None:
+    """Also if the other process is not done, and if the program destroyed all groups before."""
+    run(2, partial(closed, tmp_path / "store"))
 
 
 WORK: dict[str, Callable[[Path, int], None]] = {

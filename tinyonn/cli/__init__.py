@@ -13,8 +13,9 @@ import sys
 def main() -> None:
     """Entry point of the `tinyonn` command."""
     from .app import run
+    from .processes import end
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign gets "?", not a traceback
             stream.reconfigure(errors="replace")
-    sys.exit(run(sys.argv[1:]))
+    end(lambda: run(sys.argv[1:]))

@@ -303,7 +303,7 @@ class PerpetualStore:
             self.log.append(event, step, durable=durable, **fields)
 
     def close(self) -> None:
-        """Waits for the saves, and lets another process use the store.
+        """Waits for the saves, and lets another program use the store. Does not wait for the other processes of this one.
 
         Raises:
             StoreError: a save failed.
@@ -322,8 +322,7 @@ class PerpetualStore:
             if self._lock is not None:
                 unlock_file(self._lock)
                 self._lock = None
-        # The process group stays until that of the program ends. To destroy it, all processes must be done with it, and to wait for them
-        # would hang a process that closes the store alone, after an error of its own.
+            self._processes.close()
 
     def __enter__(self) -> Self:
         return self

@@ -23,7 +23,7 @@ class Processes:
     Attributes:
         rank: of this process.
         number: of processes.
-        group: None for one process.
+        group: None for one process, and after `close`.
     """
 
     def __init__(self) -> None:
@@ -32,6 +32,17 @@ class Processes:
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             self.group = distributed.new_group(backend="gloo")
             self.rank, self.number = distributed.get_rank(), distributed.get_world_size()
+
+    def close(self) -> None:
+        """Ends the group and its threads; afterwards this process is alone.
+
+        Waits for no other process: each collective here has returned, so what others still read from it is sent already. One that begins
+        another collective gets an error.
+        """
+        group, self.group = self.group, None
+        if group is not None:
+            with contextlib.suppress(ValueError):  # the program destroyed all groups before
+                distributed.destroy_process_group(group)
 
     def for_dcp(self) -> dict[str, Any]:
         """Arguments of `dcp.save` and `dcp.load`."""
