@@ -235,6 +235,14 @@ def test_the_home_of_an_unknown_user_is_one_line(cli: Cli, checkpoint: Path, dat
     one_line(ran, "got ~nobody-here/x: Not a directory", command=COMMAND)
 
 
+@pytest.mark.parametrize("split", [(), ("--split", "tasks")], ids=["folder", "subfolder"])
+def test_the_folder_of_the_tasks_gets_no_scores(cli: Cli, checkpoint: Path, data: Path, split: tuple[str, ...]) -> None:
+    before = sorted(data.iterdir())
+    ran = cli("eval", "arc", checkpoint, "-d", data.parent if split else data, *split, "-o", data)
+    one_line(ran, "output_dir must be another folder than that of the tasks, got", command=COMMAND)
+    assert sorted(data.iterdir()) == before
+
+
 def test_a_subfolder_of_any_name_is_evaluated(cli: Cli, checkpoint: Path, data: Path, tmp_path: Path) -> None:
     quick = ("--views", 1, "--samples", 1, "--max-new-tokens", 2, "--limit", 1)
     ran = cli("eval", "arc", checkpoint, "-d", data.parent, "--split", data.name, "-o", tmp_path / "out", *quick)

@@ -154,6 +154,16 @@ def test_a_model_that_a_kill_left_half_written_is_written_again(cli: Cli, tmp_pa
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
+def test_files_of_the_model_that_are_gone_are_written_again(cli: Cli, tmp_path: Path) -> None:
+    assert cli("train", "arc", *SMALL, "--steps", "1", "-o", str(tmp_path)).code == 0
+    before = weights(tmp_path)
+    for name in ("model.safetensors", "arc_vocabulary.json"):
+        (tmp_path / "model" / name).unlink()
+        assert cli("train", "arc", *SMALL, "--steps", "1", "-o", str(tmp_path)).code == 0
+    assert Vocabulary.load(tmp_path / "model") == Vocabulary(numbered_rows=True)
+    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path).items())
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

