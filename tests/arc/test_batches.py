@@ -138,3 +138,14 @@ def test_a_model_of_transformers_takes_a_batch_and_continues_prompts():
     )
     assert written.shape[0] == 2
     assert written.max() < len(VOCABULARY)
+
+
+@pytest.mark.parametrize("pad", [pad_examples, pad_prompts])
+def test_no_examples_are_refused(pad):
+    with pytest.raises(InputError, match="examples must have at least one example, got none"):
+        pad([])
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(InputError, match="seed must be at least 0, got -1"):
+        batches(seed=-1)

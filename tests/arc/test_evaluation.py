@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,7 +30,7 @@ class Copier(nn.Module):
         self.right = right
         self.calls = []
 
-    def generate(self, input_ids, attention_mask, generation_config):
+    def generate(self, input_ids, attention_mask, generation_config, **others):
         self.calls.append(len(input_ids))
         answers = []
         for row in input_ids:
@@ -83,7 +84,7 @@ def test_candidates_are_ranked_by_their_sum_over_eight_views():
     model = tiny_causal_lm("llama", max_position_embeddings=400)
     answers = iter([[[1, 2]], [[3, 3]], [[5]], [[2, 1]]] * 4)
 
-    def generate_any(input_ids, attention_mask, generation_config):
+    def generate_any(input_ids, attention_mask, generation_config, **others):
         rows = [torch.tensor(VOCABULARY.encode_answer(np.array(next(answers)))) for _ in input_ids]
         return torch.cat([input_ids, nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=VOCABULARY.pad)], dim=1)
 
@@ -242,18 +243,71 @@ def test_other_options_do_not_mix_with_earlier_answers(options, message, tmp_pat
         ([COPIES[0]] * 2, {}, f"names of their own, got two tasks {COPIES[0].name}"),
         (COPIES, {"context": 20}, r"context must be at least \d+, the tokens of the shortest task, copy-\w+, got 20"),
         (COPIES, {"samples": 0}, "samples must be at least 1, got 0"),
-        (COPIES, {"temperature": 0}, "temperature must be above 0, got 0"),
+        (COPIES, {"temperature": 0}, "temperature must be above 0 and finite, got 0"),
+        (COPIES, {"temperature": float("nan")}, "temperature must be above 0 and finite, got nan"),
         (COPIES, {"methods": []}, "method must be one of greedy, sampling, voting, augscore, got ''"),
         (COPIES, {"methods": ["vote"]}, "method must be one of greedy, sampling, voting, augscore, got 'vote'"),
     ],
-    ids=["twice", "context", "samples", "temperature", "no method", "method"],
+    ids=["twice", "context", "samples", "temperature", "no number", "no method", "method"],
 )
 def test_what_cannot_be_evaluated_is_refused(tasks, options, message):
     with pytest.raises(InputError, match=message):
         evaluated(Copier(), tasks, **options)
 
 
-@pytest.mark.parametrize("content", ["not records\n", '{"identity": 3}\n', '{"identity": {}}\n[1]\n'], ids=["text", "number", "list"])
+def test_a_context_beyond_the_positions_of_the_model_is_refused():
+    model = tiny_causal_lm("llama", max_position_embeddings=160, vocab_size=16)
+    with pytest.raises(InputError, match="context must be at most 160, the positions of the model, got 400"):
+        evaluated(model)
+
+
+def test_a_model_without_finite_logits_is_refused():
+    model = tiny_causal_lm("llama", max_position_embeddings=400, vocab_size=16)
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(InputError, match="model must have finite logits to draw tokens from, got NaN or infinity"):
+        evaluated(model, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "bad"),
+    [
+        (lambda lines: [lines[0], lines[1].replace(b'"pairs"', b'"qairs"'), lines[2]], 2),
+        (lambda lines: [*lines[:2], lines[2].replace(b'"votes":16', b'"votes":15')], 3),
+        (lambda lines: [*lines[:2], lines[2][:-9]], 3),
+        (lambda lines: [*lines[:2], b"[" * 100_000], 3),
+        (lambda lines: [*lines[:2], b"[1]"], 3),
+    ],
+    ids=["name", "number", "cut off", "deep", "list"],
+)
+def test_a_damaged_line_is_named_and_nothing_is_lost(content, bad, tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    expected = evaluated(Copier(), COPIES[:2], predictions=path)
+    lines = path.read_bytes().split(b"\n")[:-1]
+    damaged = content(lines)
+    assert damaged != lines
+    path.write_bytes(b"\n".join([*damaged, b""]))
+    with pytest.raises(InputError, match=f"predictions.jsonl must have whole lines, got a damaged line {bad}; delete it, and its task is"):
+        evaluated(Copier(), COPIES[:2], predictions=path)
+    assert path.read_bytes() == b"\n".join([*damaged, b""])
+    path.write_bytes(b"\n".join([*(line for place, line in enumerate(damaged, start=1) if place != bad), b""]))
+    again = evaluated(Copier(), COPIES[:2], predictions=path)
+    assert [{**one, "seconds": 0} for one in again.records] == [{**one, "seconds": 0} for one in expected.records]
+
+
+def test_records_without_a_checksum_are_read(tmp_path):
+    """As an earlier version wrote them."""
+    path = tmp_path / "predictions.jsonl"
+    evaluated(Copier(), predictions=path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(row.pop("crc") for row in rows[1:])
+    path.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
+    model = Copier()
+    assert len(evaluated(model, predictions=path).records) == 3
+    assert model.calls == []
+
+
+@pytest.mark.parametrize("content", ["not records\n", "not records", '{"identity": 3}\n', '{"other": {}}\n[1]\n'])
 def test_another_file_is_left_alone(content, tmp_path):
     path = tmp_path / "predictions.jsonl"
     path.write_text(content)
@@ -269,7 +323,7 @@ def test_a_candidate_that_fits_no_context_comes_last():
     long, short = np.full((1, 5), 3), np.full((1, 1), 2)
     answers = iter([long, short])
 
-    def generate_any(input_ids, attention_mask, generation_config):
+    def generate_any(input_ids, attention_mask, generation_config, **others):
         return torch.cat([input_ids, torch.tensor(VOCABULARY.encode_answer(next(answers)))[None]], dim=1)
 
     model.generate = generate_any

@@ -144,8 +144,9 @@ def test_augmented_copies_are_still_copies():
         ({"smallest": 9}, "got 9 and 8"),
         ({"largest": 31}, "got 3 and 31"),
         ({"demonstrations": 1}, "demonstrations must be at least 2, got 1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
     ],
-    ids=["family", "no family", "small", "order", "large", "demonstrations"],
+    ids=["family", "no family", "small", "order", "large", "demonstrations", "seed"],
 )
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):

@@ -71,3 +71,9 @@ def test_a_bad_submission_is_one_line(content, message, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         check_submission(path, TASKS)
     assert "\n" not in str(error.value)
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path):
+    with pytest.raises(InputError, match="tasks must have names of their own, got 3 with 2 names"):
+        write_submission(tmp_path / "submission.json", [*TASKS, TASKS[0]], {})
+    assert not (tmp_path / "submission.json").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -195,9 +196,12 @@ def test_bad_solutions_name_the_task(solutions, message, tmp_path):
         (b"[]", "t.json must be a JSON object of tasks, or one task, got list"),
         (b"{}", "t.json must have at least one task, got none"),
         (b'{"a": 1}', "task a must be a JSON object with train and test, got int 1"),
+        (b'{"a": 1}', "^t.json: task a must be"),
+        (b'{"train": []}', "task t must be a JSON object with train and test, got the fields train"),
+        (b'{"a": 1, "b": 2, "a": 3}', r"t.json must be JSON .* \(two fields 'a' in one object\)"),
         (b"[" * 100_000, "t.json must be JSON in UTF-8, got something else"),
     ],
-    ids=["cut off", "latin", "list", "empty", "number", "deep"],
+    ids=["cut off", "latin", "list", "empty", "number", "file", "half a task", "twice", "deep"],
 )
 def test_bad_files_are_one_line(raw, message, tmp_path):
     (tmp_path / "t.json").write_bytes(raw)
@@ -205,7 +209,31 @@ def test_bad_files_are_one_line(raw, message, tmp_path):
         load(tmp_path / "t.json")
 
 
+@pytest.mark.parametrize("name", ["", " a", "a\nb", "a\r", "\ud800"], ids=["empty", "space", "lines", "return", "no UTF-8"])
+def test_names_that_a_list_of_names_cannot_have_are_refused(name, tmp_path):
+    save(tmp_path / "t.json", {name: content()})
+    with pytest.raises(InputError, match=r"name of a task in .*t.json must be a line of text without spaces around it, got '"):
+        load(tmp_path / "t.json")
+
+
+def test_a_task_is_in_one_file(tmp_path):
+    save(tmp_path / "a.json", content())
+    save(tmp_path / "more.json", {"b": content(), "a": content()})
+    with pytest.raises(InputError, match=r"task a must be in one file of .*, got a.json and more.json"):
+        load(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(InputError, match=r"a.json must be a file, got a pipe"):
+        load(tmp_path)
+    with pytest.raises(InputError, match=r"must be arc1, arc2, a file or a folder, got .*/a.json, which is a pipe or device"):
+        load(tmp_path / "a.json")
+
+
 def test_paths_that_are_not_there(tmp_path):
+    with pytest.raises(InputError, match="got ~nobody-here/x, which does not exist"):
+        load("~nobody-here/x")
     with pytest.raises(InputError, match=r"data must be arc1, arc2, a file or a folder, got .*/nothing, which does not exist"):
         load(tmp_path / "nothing")
     save(tmp_path / "a.json", content())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -63,7 +64,7 @@ def without_times(folder: Path) -> list[Any]:
     """Scores and predictions without what a clock showed, and the submission."""
     scores = json.loads((folder / "scores.json").read_text())
     records = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    return [{**scores, "minutes": 0}, [{**one, "seconds": 0} for one in records], (folder / "submission.json").read_bytes()]
+    return [{**scores, "minutes": 0}, [{**one, "seconds": 0, "crc": ""} for one in records], (folder / "submission.json").read_bytes()]
 
 
 def test_a_checkpoint_is_evaluated_and_goes_on_after_a_stop(cli: Cli, checkpoint: Path, data: Path, tmp_path: Path) -> None:
@@ -214,6 +215,32 @@ def test_a_bad_list_of_tasks_is_one_line(cli: Cli, checkpoint: Path, data: Path,
     (tmp_path / "list.txt").write_bytes(content)
     ran = cli("eval", "arc", checkpoint, "-d", data, "-o", tmp_path / "out", "--only", tmp_path / "list.txt")
     one_line(ran, part, command=COMMAND)
+
+
+def test_a_list_of_tasks_may_begin_with_a_byte_order_mark(cli: Cli, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + TASKS[1].name.encode() + b"\r\n")
+    quick = ("--views", 1, "--samples", 1, "--max-new-tokens", 2, "--only", tmp_path / "list.txt")
+    ran = cli("eval", "arc", checkpoint, "-d", data, "-o", tmp_path / "out", *quick)
+    assert ran.code == 0, ran.err
+    assert list(json.loads((tmp_path / "out" / "submission.json").read_text())) == [TASKS[1].name]
+
+
+@pytest.mark.parametrize("option", ["checkpoint", "--only", "-o"])
+def test_the_home_of_an_unknown_user_is_one_line(cli: Cli, checkpoint: Path, data: Path, tmp_path: Path, option: str) -> None:
+    (tmp_path / "~nobody-here").write_text("")
+    where = {"-d": data, "-o": tmp_path / "out", "--only": None} | ({} if option == "checkpoint" else {option: "~nobody-here/x"})
+    with contextlib.chdir(tmp_path):
+        given = [part for pair in where.items() if pair[1] is not None for part in pair]
+        ran = cli("eval", "arc", "~nobody-here/x" if option == "checkpoint" else checkpoint, *given)
+    one_line(ran, "got ~nobody-here/x: Not a directory", command=COMMAND)
+
+
+@pytest.mark.parametrize("split", [(), ("--split", "tasks")], ids=["folder", "subfolder"])
+def test_the_folder_of_the_tasks_gets_no_scores(cli: Cli, checkpoint: Path, data: Path, split: tuple[str, ...]) -> None:
+    before = sorted(data.iterdir())
+    ran = cli("eval", "arc", checkpoint, "-d", data.parent if split else data, *split, "-o", data)
+    one_line(ran, "output_dir must be another folder than that of the tasks, got", command=COMMAND)
+    assert sorted(data.iterdir()) == before
 
 
 def test_a_subfolder_of_any_name_is_evaluated(cli: Cli, checkpoint: Path, data: Path, tmp_path: Path) -> None:

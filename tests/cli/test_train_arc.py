@@ -65,6 +65,7 @@ def test_a_training_along_own_answers_is_logged_and_goes_on_with_the_same_bits(c
 
     forked = cli("life", "fork", str(tmp_path / "at_once"), str(tmp_path / "fork"))
     given = str(tmp_path / "fork" / "options.yaml")
+    assert (tmp_path / "fork" / "held_out.txt").read_bytes() == (tmp_path / "at_once" / "held_out.txt").read_bytes()
     assert f"tinyonn train arc --config {given} --output-dir {tmp_path / 'fork'} --steps N" in forked.out
     assert cli("train", "arc", "--config", given, "-o", str(tmp_path / "fork"), "--steps", "5").code == 0
 
@@ -120,6 +121,47 @@ def test_tasks_in_a_folder_of_json(cli: Cli, tmp_path: Path) -> None:
     ran = cli("train", "arc", "-d", str(folder), *options, "--steps", "2", "-o", str(tmp_path / "out"))
     assert (ran.code, ran.err.count("\n")) == (2, 1)
     assert f"must have the tasks of the training in {tmp_path / 'out'}, got others: its held_out.txt would change" in ran.err
+
+
+def test_a_training_goes_on_with_the_same_tasks_alone(cli: Cli, tmp_path: Path) -> None:
+    folder, out = tmp_path / "tasks", tmp_path / "out"
+    folder.mkdir()
+    made = {task.name: task.to_json() for task in generate(4, 3, families=("copy",), largest=3, demonstrations=2)}
+    (folder / "tasks.json").write_text(json.dumps(made))
+    options = ["-d", str(folder), "--held-out", "1", "--batch-size", "2", "--context", "200", "-o", str(out)]
+    assert cli("train", "arc", *options, "--steps", "1").code == 0
+    for task in made.values():
+        task["train"].reverse()
+    (folder / "tasks.json").write_text(json.dumps(made))
+    ran = cli("train", "arc", *options, "--steps", "2")
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "out, got others under the same names: grids have changed." in ran.err
+    (out / "held_out.txt").write_bytes(b"\xff")
+    ran = cli("train", "arc", *options, "--steps", "2")
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "got others: its held_out.txt would change" in ran.err
+
+
+def test_a_model_that_a_kill_left_half_written_is_written_again(cli: Cli, tmp_path: Path) -> None:
+    for folder in ("whole", "killed"):
+        assert cli("train", "arc", *SMALL, "--steps", "1", "-o", str(tmp_path / folder)).code == 0
+    (tmp_path / "killed" / "model" / "config.json").write_text("")
+    ran = cli("train", "arc", *SMALL, "--steps", "1", "-o", str(tmp_path / "killed"))
+    assert (ran.code, ran.err.count("\n")) == (2, 1)  # no kill did that: the log ended after the model
+    (tmp_path / "killed" / "log" / "sample.json").unlink()
+    assert cli("train", "arc", *SMALL, "--steps", "1", "-o", str(tmp_path / "killed")).code == 0
+    one, two = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_files_of_the_model_that_are_gone_are_written_again(cli: Cli, tmp_path: Path) -> None:
+    assert cli("train", "arc", *SMALL, "--steps", "1", "-o", str(tmp_path)).code == 0
+    before = weights(tmp_path)
+    for name in ("model.safetensors", "arc_vocabulary.json"):
+        (tmp_path / "model" / name).unlink()
+        assert cli("train", "arc", *SMALL, "--steps", "1", "-o", str(tmp_path)).code == 0
+    assert Vocabulary.load(tmp_path / "model") == Vocabulary(numbered_rows=True)
+    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path).items())
 
 
 @pytest.mark.parametrize(

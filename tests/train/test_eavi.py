@@ -142,6 +142,21 @@ def test_processes_of_a_sharded_model_may_draw_different_rows(two_ranks: Callabl
 # ---- the alignment ----
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_prompts_of_any_integers_have_no_targets(dtype: torch.dtype) -> None:
+    prompts, answers = [[row.to(dtype) for row in made] for made in (rows(3, 2), ended(rows(2, 4, seed=1)))]
+    found = alignment(prompts, answers, answers, **IDS)
+    expected = alignment(rows(3, 2), ended(rows(2, 4, seed=1)), ended(rows(2, 4, seed=1)), **IDS)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_smallest_temperatures_are_greedy() -> None:
+    model, prompts = llama(), rows(3, 4)
+    greedy = excursion(model, prompts, max_new_tokens=5, **IDS)
+    drawn = excursion(model, prompts, max_new_tokens=5, temperature=1e-300, seed=0, **IDS)
+    assert [row.tolist() for row in drawn] == [row.tolist() for row in greedy]
+
+
 @pytest.mark.parametrize(
     ("own", "inputs", "targets"),
     [
@@ -274,13 +289,31 @@ def test_a_ramp_is_a_straight_line() -> None:
         ({"answers": [torch.rand(3)]}, ValueError, "answers must be .* of float32 in row 0"),
         ({"model": nn.Linear(2, 2)}, TypeError, "model must be a causal language model of transformers"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be"),
+        ({"prompts": [torch.tensor([True])]}, ValueError, "prompts must be .* of bool in row 0"),
+        ({"seed": 0.5}, TypeError, "seed must be an int, got float"),
+        ({"end_token_id": [1, 2]}, TypeError, "end_token_id must be an int, got list"),
+        ({"pad_token_id": None}, TypeError, "pad_token_id must be an int, got NoneType"),
+        ({"pad_token_id": -1}, ValueError, "pad_token_id must be at least 0, got -1"),
     ],
 )
 def test_bad_input_is_one_line(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    given = {"model": llama(), "prompts": rows(3), "answers": ended(rows(2))} | change
+    given = {"model": llama(), "prompts": rows(3), "answers": ended(rows(2)), **IDS} | change
     with pytest.raises(error, match=message) as found:
-        eavi_batch(given.pop("model"), given.pop("prompts"), given.pop("answers"), **given, **IDS)
+        eavi_batch(given.pop("model"), given.pop("prompts"), given.pop("answers"), **given)
     assert "\n" not in str(found.value)
+
+
+def test_own_answers_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"own must be tensors of shape \(tokens,\) of token ids, got None in row 0"):
+        alignment(rows(3), ended(rows(2)), [None], **IDS)  # type: ignore[list-item]
+
+
+def test_a_model_without_finite_logits_draws_nothing() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[2] = float("inf")
+    with pytest.raises(ValueError, match="model must have finite logits to draw tokens from, got NaN or infinity"):
+        excursion(model, rows(3), max_new_tokens=2, temperature=1.0, **IDS)
 
 
 def test_a_ramp_with_bad_numbers_is_refused() -> None:

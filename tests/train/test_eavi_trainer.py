@@ -161,6 +161,27 @@ def test_batches_without_prompt_lengths_are_refused(tmp_path: Path) -> None:
         trained(tmp_path, no_dropout(), Plain, Eavi(END, PAD), steps=1, data_collator=bare)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({PROMPTS: torch.tensor([3, 5, 4, -1])}, "prompt_lengths must leave a prompt and an answer in the 8 tokens of row 3, got -1"),
+        ({PROMPTS: torch.tensor([3, 0, 4, 6])}, "prompt_lengths must leave a prompt and an answer in the 8 tokens of row 1, got 0"),
+        ({PROMPTS: torch.tensor([7, 5, 4, 6])}, "prompt_lengths must leave a prompt and an answer in the 7 tokens of row 0, got 7"),
+        ({PROMPTS: torch.tensor([3, 5])}, r"prompt_lengths must be 4 whole numbers, one a row, got torch.int64 of shape \(2,\)"),
+        ({"attention_mask": collate([0, 1, 2, 3])["attention_mask"].flip(1)}, "attention_mask must be .* padding on the right alone"),
+        ({"attention_mask": None}, "inputs must have input_ids, .* and prompt_lengths, got none of attention_mask"),
+        ({"labels": None}, "inputs must have input_ids, .* and prompt_lengths, got none of labels"),
+    ],
+    ids=["negative", "zero", "beyond", "fewer", "left", "no mask", "no labels"],
+)
+def test_batches_that_are_no_prompts_and_answers_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    def changed(indices: list[int]) -> dict[str, Any]:
+        return {name: value for name, value in (collate(indices) | change).items() if value is not None}
+
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path, no_dropout(), Plain, Eavi(END, PAD), steps=1, data_collator=changed)
+
+
 def mean_over_all(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
     """A loss of the user's own, as Trainer's documentation writes one."""
     total = F.cross_entropy(outputs["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
@@ -215,3 +236,9 @@ def test_two_processes_take_the_step_of_one_on_all_rows(tmp_path: Path, two_rank
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Eavi(END, PAD, **options)
+
+
+@pytest.mark.parametrize("ids", [(None, PAD), ([END], PAD), (END, None)])
+def test_ids_of_a_tokenizer_or_checkpoint_that_are_not_one_id_are_refused(ids: Any) -> None:
+    with pytest.raises(TypeError, match="_token_id must be an int, got"):
+        Eavi(*ids)

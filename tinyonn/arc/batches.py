@@ -58,6 +58,8 @@ class TaskBatches:
             raise InputError("tasks must have a test pair with an output that fits the context, got none.")
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}.")
+        if seed < 0:
+            raise InputError(f"seed must be at least 0, got {seed}.")
         self._vocabulary, self._batch_size, self._seed = vocabulary, batch_size, seed
         self._augment, self._keep_black, self._all_outputs = augment, keep_black, all_outputs
 
@@ -103,7 +105,7 @@ def pad_examples(examples: Sequence[Example], *, all_outputs: bool = False) -> d
         -100 where there is no loss.
 
     Raises:
-        InputError: an example has no answer; the message names the task.
+        InputError: there is no example, or one has no answer; the message names the task.
     """
     rows, labels = [], []
     for example in examples:
@@ -138,6 +140,8 @@ def pad_prompts(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 def _stacked(rows: Sequence[np.ndarray], padding: int, *, left: bool) -> Tensor:
     """(rows, longest) int64."""
+    if not rows:
+        raise InputError("examples must have at least one example, got none.")
     stacked = np.full((len(rows), max(map(len, rows))), padding, dtype=np.int64)
     for place, row in zip(stacked, rows, strict=True):
         place[slice(-len(row), None) if left else slice(len(row))] = row

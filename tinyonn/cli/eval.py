@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,7 +55,7 @@ def arc(given: Mapping[str, Any], checkpoint: Checkpoint = None, config: ConfigF
         *([("too long", f"{screen.counted(len(longer), 'task')}, unsolved")] if longer else []),
         ("took", screen.duration(60 * scores["minutes"])),
     ]
-    print(screen.rows([*lines, ("page", Path(options.output_dir).expanduser() / "index.html")]))
+    print(screen.rows([*lines, ("page", Path(os.path.expanduser(options.output_dir)) / "index.html")]))
 
 
 def _table(scores: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from .config import LifeConfig
 from .log_files import cut_log
 
 OPTIONS, ORIGIN, TOKENS, TOKENIZER, STORE = "options.yaml", "parent.yaml", "tokens.npy", "tokenizer", "store"
+HELD_OUT = "held_out.txt"  # of a training on ARC
 DATA = ("data_path", "suffix", "text_field")  # options that decide the tokens
 RATE = ("learning_rate", "schedule", "warmup_steps")
 # Options that may differ between the runs of one life.
@@ -154,6 +155,8 @@ def _write_rest(source: Path, target: Path, parent: dict[str, Any]) -> None:
     origin = parent | {"schedule_begin": before.schedule_now(options) if before is not None else 0, "options": options}
     (target / ORIGIN).write_text(yaml.safe_dump(origin, sort_keys=False), encoding="utf-8")
     shutil.copyfile(source / OPTIONS, target / OPTIONS)
+    if (source / HELD_OUT).is_file():
+        shutil.copyfile(source / HELD_OUT, target / HELD_OUT)
     if (source / TOKENS).is_file():
         link_or_copy(source / TOKENS, target / TOKENS)
     if (source / TOKENIZER).is_dir():

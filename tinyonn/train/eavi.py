@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import shown
-from ..ops._checks import check_number, check_size
+from ..errors import InputError, shown
+from ..ops._checks import check_int, check_number, check_size
 from .hyper_step import HyperStep
 
 IGNORED = -100
 MODES = ("own", "super_batch")
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+LEAST_TEMPERATURE = 1e-30  # below it, logits that are divided by it overflow float32; the draws are greedy long before
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,13 @@ def excursion(
 
     Raises:
         TypeError: the model cannot generate.
-        ValueError: a prompt is empty; an option is out of range.
+        ValueError: a prompt is empty; an option is out of range; tokens are to be drawn and the model's logits are not finite.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     check_size("max_new_tokens", max_new_tokens)
     check_number("temperature", temperature, at_least=0)
+    check_tokens(end_token_id, pad_token_id)
     inner: Any = getattr(model, "module", model)
     if not callable(getattr(inner, "generate", None)):
         raise TypeError(f"model must be a causal language model of transformers, which can generate, got {type(model).__name__}.")
@@ -132,8 +135,10 @@ def excursion(
     ids = _padded(prompts, pad_token_id, left=True).to(device)
     mask = _padded([torch.ones_like(row) for row in prompts], 0, left=True).to(device)
     sampling: dict[str, Any] = {"do_sample": False}
+    checks: dict[str, Any] = {}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": float(temperature), "top_k": 0, "top_p": 1.0}
+        sampling = {"do_sample": True, "temperature": max(float(temperature), LEAST_TEMPERATURE), "top_k": 0, "top_p": 1.0}
+        checks = {"logits_processor": LogitsProcessorList([_check_logits])}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=end_token_id, pad_token_id=pad_token_id, bos_token_id=None, use_cache=True,
         num_beams=1, **sampling,
@@ -149,7 +154,7 @@ def excursion(
         with torch.no_grad(), torch.random.fork_rng(devices, enabled=seed is not None or not temperature):
             if seed is not None:
                 torch.manual_seed(seed)
-            found: Any = inner.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            found: Any = inner.generate(input_ids=ids, attention_mask=mask, generation_config=config, **checks)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -175,14 +180,17 @@ def alignment(
         logits before it, so the label of the n-th token of an own answer is the n-th true token.
 
     Raises:
-        ValueError: a prompt or a true answer is empty, or their numbers differ.
+        TypeError, ValueError: a prompt or a true answer is empty or no row of token ids, their numbers differ, or an id is negative.
     """
+    check_tokens(end_token_id, pad_token_id)
     _check_rows("prompts", prompts)
     _check_rows("answers", answers)
     if not len(prompts) == len(answers) == len(own):
         raise ValueError(f"answers and own must be as many as prompts, {len(prompts)}, got {len(answers)} and {len(own)}.")
     inputs, labels = [], []
-    for prompt, true, given in zip(prompts, answers, own, strict=True):
+    _check_rows("own", own, least=0)
+    for rows in zip(prompts, answers, own, strict=True):
+        prompt, true, given = (row.long() for row in rows)  # uint8 has no place for the label -100
         length = max(len(true), len(given))
         inputs.append(torch.cat([prompt, _continued(given, length, end_token_id)]))
         labels.append(torch.cat([torch.full_like(prompt, IGNORED), _continued(true, length, end_token_id)]))
@@ -229,6 +237,7 @@ def eavi_batch(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {shown(mode)}.")
     check_number("share", share, at_least=0, at_most=1)
+    check_int("seed", seed)
     _check_rows("prompts", prompts)
     _check_rows("answers", answers)
     if len(prompts) != len(answers):
@@ -314,13 +323,27 @@ def _is_sharded(model: nn.Module) -> bool:
     return bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(getattr(model, "module", model)))
 
 
-def _check_rows(name: str, rows: Sequence[Tensor]) -> None:
+def check_tokens(end_token_id: int, pad_token_id: int) -> None:
+    """TypeError or ValueError unless both are token ids. A tokenizer may have None for padding, and a checkpoint several that end."""
+    check_size("end_token_id", end_token_id, 0)
+    check_size("pad_token_id", pad_token_id, 0)
+
+
+def _check_logits(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """A processor of generate: torch draws from no distribution with NaN, and on a GPU it then ends the process's use of it."""
+    if not scores.amax(-1).isfinite().all():  # of NaN and infinity; a token may have -infinity
+        raise InputError("model must have finite logits to draw tokens from, got NaN or infinity: weights are damaged or too large.")
+    return scores
+
+
+def _check_rows(name: str, rows: Sequence[Tensor], least: int = 1) -> None:
     if not len(rows):
         raise ValueError(f"{name} must be at least one tensor, got none.")
     for number, row in enumerate(rows):
-        if not isinstance(row, Tensor) or row.dim() != 1 or not len(row) or row.is_floating_point():
+        if not isinstance(row, Tensor) or row.dim() != 1 or len(row) < least or row.dtype not in INTEGERS:
             got = f"shape {tuple(row.shape)} of {str(row.dtype).removeprefix('torch.')}" if isinstance(row, Tensor) else shown(row)
-            raise ValueError(f"{name} must be tensors of shape (tokens,) with at least one token id, got {got} in row {number}.")
+            rule = "with at least one token id" if least else "of token ids"
+            raise ValueError(f"{name} must be tensors of shape (tokens,) {rule}, got {got} in row {number}.")
 
 
 def _until_end(row: Tensor, end: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import shown
 from ..ops._checks import check_number, check_size
-from .eavi import MODES, Ramp, eavi_batch
+from .eavi import MODES, Ramp, check_tokens, eavi_batch
 
 PROMPTS = "prompt_lengths"
 
@@ -40,6 +40,7 @@ class Eavi:
     temperature: float = 0.0
 
     def __post_init__(self) -> None:
+        check_tokens(self.end_token_id, self.pad_token_id)
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {shown(self.mode)}.")
         if not isinstance(self.share, Ramp):
@@ -72,7 +73,8 @@ class EaviMixin:
         eavi: how excursions are made; None for teacher forcing.
 
     Raises:
-        ValueError: a batch has no `prompt_lengths`, in training.
+        ValueError: a batch of training has no `prompt_lengths`, or they do not leave a prompt and an answer in each row; with `eavi`, a
+            batch is not padded on the right.
     """
 
     def __init__(self, *args: Any, eavi: Eavi | None = None, **kwargs: Any) -> None:
@@ -98,8 +100,12 @@ class EaviMixin:
                 f"inputs must have {PROMPTS}, got {', '.join(sorted(inputs))}: put it in each batch, and give remove_unused_columns=False "
                 "if it is a column of the data set."
             )
-        lengths = inputs[PROMPTS]
         given = {name: value for name, value in inputs.items() if name != PROMPTS}
+        if missing := {"input_ids", "attention_mask", "labels"} - given.keys():
+            raise ValueError(f"inputs must have input_ids, attention_mask, labels and {PROMPTS}, got none of {', '.join(sorted(missing))}.")
+        lengths = torch.as_tensor(inputs[PROMPTS])
+        if self._eavi is not None:
+            _check_batch(given["input_ids"], given["attention_mask"], lengths)
         self._rows += len(lengths)
         if not share:
             self._trained += int(given["attention_mask"].sum())
@@ -109,7 +115,7 @@ class EaviMixin:
     def _aligned(self, given: dict[str, Tensor], lengths: list[int], share: float, place: int) -> dict[str, Tensor]:
         assert self._eavi is not None
         trainer: Any = self
-        ids, labels, ends = given["input_ids"].cpu(), given["labels"].cpu(), given["attention_mask"].sum(1).tolist()
+        ids, labels, ends = given["input_ids"].cpu(), given["labels"].cpu(), given["attention_mask"].sum(1).long().tolist()
         prompts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
         answers = [row[length:end] for row, length, end in zip(ids, lengths, ends, strict=True)]
         batch = eavi_batch(
@@ -151,3 +157,14 @@ class EaviMixin:
         number = self._global_step() * trainer.args.gradient_accumulation_steps + place
         number = number * trainer.args.world_size + trainer.args.process_index
         return int((trainer.args.seed * 1_000_003 + number) % 2**63)
+
+
+def _check_batch(ids: Tensor, mask: Tensor, lengths: Tensor) -> None:
+    """ValueError unless each row is a prompt, an answer and padding."""
+    if mask.shape != ids.shape or (mask[:, 1:].int() > mask[:, :-1].int()).any():
+        raise ValueError(f"attention_mask must be (rows, tokens), with padding on the right alone, got shape {tuple(mask.shape)}.")
+    if lengths.shape != ids.shape[:1] or lengths.is_floating_point():
+        raise ValueError(f"{PROMPTS} must be {len(ids)} whole numbers, one a row, got {lengths.dtype} of shape {tuple(lengths.shape)}.")
+    for row, (length, end) in enumerate(zip(lengths.tolist(), mask.sum(1).tolist(), strict=True)):
+        if not 1 <= length < end:
+            raise ValueError(f"{PROMPTS} must leave a prompt and an answer in the {int(end)} tokens of row {row}, got {length}.")
