@@ -120,7 +120,8 @@ def test_tasks_in_a_folder_of_json(cli: Cli, tmp_path: Path) -> None:
     (folder / f"{name}.json").rename(folder / "other.json")
     ran = cli("train", "arc", "-d", str(folder), *options, "--steps", "2", "-o", str(tmp_path / "out"))
     assert (ran.code, ran.err.count("\n")) == (2, 1)
-    assert f"must have the tasks of the training in {tmp_path / 'out'}, got others: its held_out.txt would change" in ran.err
+    assert "must have the tasks of the training in " in ran.err  # a long path is shortened
+    assert "/out, got others: its held_out.txt would change" in ran.err
 
 
 def test_a_training_goes_on_with_the_same_tasks_alone(cli: Cli, tmp_path: Path) -> None:
