@@ -58,10 +58,10 @@ def page(results: Results, settings: Settings, choices: Mapping[str, tuple[float
         rate, ramp = choices[arm]
         finals = [cell["final"] for cell in cells]
         gaps = [one - other["final"] for one, other in zip(finals, arms[first], strict=True)]
-        gap = "" if arm == first else f"{statistics.fmean(gaps):+.3f} ± {half_width(gaps):.3f}"
+        gap = "" if arm == first else _interval(gaps)
         tokens = [cell["tokens"][-1] for cell in cells]
         token_gaps = [one - other["tokens"][-1] for one, other in zip(tokens, arms[first], strict=True)]
-        token_gap = "" if arm == first else f"{statistics.fmean(token_gaps):+.3f} ± {half_width(token_gaps):.3f}"
+        token_gap = "" if arm == first else _interval(token_gaps)
         own = [cell["own exact"] for cell in cells if cell["own exact"] is not None]
         rows.append([
             arm, f"{rate:g}", "" if arm == first else f"{ramp[0]:g} … {ramp[1]:g}", f"{statistics.fmean(finals):.3f}", gap,
@@ -102,6 +102,11 @@ def page(results: Results, settings: Settings, choices: Mapping[str, tuple[float
         for arm in arms for rate, ramp in settings.choices(arm)
     ]  # fmt: skip
     return [*lines, *table(["arm", "rate", "ramp", "exact"], tried)]
+
+
+def _interval(gaps: list[float]) -> str:
+    mean, half = statistics.fmean(gaps), half_width(gaps)
+    return f"{mean:+.3f} ({mean - half:+.3f} … {mean + half:+.3f})"
 
 
 def _mean(cells: list[dict[str, Any]], name: str) -> str:
