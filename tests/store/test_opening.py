@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from tinyonn.store import PerpetualStore, StoreError, compaction, ledger, life_log, manifest, read_life_log, rewind, verify
+from tinyonn.store import PerpetualStore, StoreError, compaction, ledger, life_log, manifest, read_life_log, rewind, saving, verify
 
 from .conftest import flipped, lived, segments, small, train
 
@@ -154,6 +157,82 @@ def test_files_of_a_compaction_that_failed_go_at_a_later_opening(tmp_path: Path,
     assert needless(tmp_path) == []
     assert (tmp_path / "closed.json").exists()
     assert verify(tmp_path).faults == []
+
+
+@pytest.mark.parametrize("place", ["before the first save", "at a compaction", "at going back"])
+def test_files_that_no_manifest_got_leave_no_note(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error after the first files in index/ are written, and before the manifest is."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise StoreError("no room")
+
+    monkeypatch.setattr(ledger, "CHAPTER", 2)
+    if place != "before the first save":
+        lived(tmp_path, 6)
+    model, optimizer = small()
+    with PerpetualStore(tmp_path, model, optimizer, keep="all") as store:
+        store.restore()
+        with monkeypatch.context() as patched:
+            if place == "before the first save":
+                patched.setattr(saving.HostCopies, "of", fail)
+                attempt = partial(store.save, 1)
+            elif place == "at a compaction":
+                patched.setattr(compaction, "_needed", fail)
+                attempt = store.compact
+            else:
+                written = manifest.Index.write_array
+                patched.setattr(manifest.Index, "write_array", lambda *given: (fail if given[1] == "table" else written)(*given))
+                attempt = partial(store.rewind, 3)
+            with pytest.raises(StoreError, match="no room"):
+                attempt()
+        if place == "at going back":  # training goes on, so that the manifest is written again
+            train(model, optimizer)
+            store.save(7)
+    assert needless(tmp_path)
+    assert not (tmp_path / "closed.json").exists()
+    opened(tmp_path).close()
+    assert needless(tmp_path) == []
+    assert verify(tmp_path).faults == []
+
+
+def test_a_layout_that_no_save_used_leaves_no_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = small()
+    with PerpetualStore(tmp_path, model, optimizer) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(saving.HostCopies, "of", lambda *given: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                store.save(1)
+        model.register_buffer("later", torch.ones(3))
+        store.save(1)
+    assert not (tmp_path / "closed.json").exists()
+    again, optimizer = small()
+    again.register_buffer("later", torch.zeros(3))
+    with PerpetualStore(tmp_path, again, optimizer) as store:
+        assert store.restore() == 1
+    assert needless(tmp_path) == []
+
+
+def test_a_full_disk_leaves_no_part_of_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_text
+
+    def full(self: Path, text: str, *args: Any, **kwargs: Any) -> int:
+        if "closed.json" not in self.name:
+            return write(self, text, *args, **kwargs)
+        write(self, text[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    lived(tmp_path, 3)
+    assert not [path.name for path in tmp_path.iterdir() if "closed" in path.name]
+    assert verify(tmp_path).faults == []
+
+
+def test_a_store_whose_log_the_caller_closed_closes(tmp_path: Path) -> None:
+    with PerpetualStore(tmp_path, *small()) as store:
+        store.save(1, wait=True)
+        store.log.close()
+    assert not (tmp_path / "closed.json").exists()
+    opened(tmp_path).close()  # the lock is free
 
 
 @pytest.mark.parametrize("chapters", [1, 2, 3, 4, 7])

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from .._io.files import sync
 from .errors import DamagedStoreError, StoreError
 from .layout import digest, hex_digest
 from .life_log import LogEnd
@@ -56,8 +58,14 @@ def leave_note(folder: Path, log: LogEnd) -> None:
     if log.time is None:
         return
     line = json.dumps({"manifest": _checksum(folder), "log": [*log[:3], log.time.isoformat()]})
-    with contextlib.suppress(OSError):
-        (folder / CLOSED).write_text(f"{line}\n{hex_digest(digest(line.encode()))}\n")
+    partial = folder / f".{CLOSED}.new"
+    try:
+        partial.write_text(f"{line}\n{hex_digest(digest(line.encode()))}\n")
+        sync(partial)  # so that after a power cut there is the whole note or none
+        os.replace(partial, folder / CLOSED)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def take_note(folder: Path) -> ClosingNote | None:
@@ -70,7 +78,9 @@ def take_note(folder: Path) -> ClosingNote | None:
     with contextlib.suppress(DamagedStoreError):
         found = read_note(folder)
     try:
-        (folder / CLOSED).unlink(missing_ok=True)
+        if (folder / CLOSED).exists():
+            (folder / CLOSED).unlink()
+            sync(folder)  # a power cut must not bring it back
     except OSError as error:
         raise StoreError(f"{folder} must be a store that can be written, got {error.strerror}.") from error
     return found

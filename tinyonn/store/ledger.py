@@ -135,6 +135,8 @@ class Ledger:
                 base = self.index.write_array("table", self.next_index(), table)  # first, so that an error changes nothing
                 if chapter.steps or chapter.base_step is not None:
                     self._close(chapter)
+                else:
+                    self.is_tidy = False  # nothing was saved with the layout before, and its files stay
         if chapter is not None:
             self._table = table
         else:
@@ -186,6 +188,21 @@ class Ledger:
         """
         layout, table = self.at(step)
         manifest = self.manifest
+        with self.writing():
+            chapters, newest = self._until(step, layout, table)
+        manifest.chapters, manifest.open = chapters, newest
+        manifest.kept = [one for one in manifest.kept if one <= step]
+        manifest.scores = {one: score for one, score in manifest.scores.items() if one <= step}
+        self._table = None
+        try:
+            self.publish()
+        except BaseException:  # also an interrupt
+            self.manifest, self.is_tidy = Manifest.read(self.folder), False
+            raise
+
+    def _until(self, step: int, layout: Layout, table: np.ndarray) -> tuple[list[Chapter], Chapter]:
+        """The closed chapters and the open one up to a step, whose chunks are at `table`."""
+        manifest = self.manifest
         chapters = []
         for chapter in manifest.chapters:
             assert chapter.first is not None
@@ -207,15 +224,7 @@ class Ledger:
             newest = Chapter(file, base, step)
         else:
             newest.steps = []
-        manifest.chapters, manifest.open = chapters, newest
-        manifest.kept = [one for one in manifest.kept if one <= step]
-        manifest.scores = {one: score for one, score in manifest.scores.items() if one <= step}
-        self._table = None
-        try:
-            self.publish()
-        except BaseException:  # also an interrupt
-            self.manifest, self.is_tidy = Manifest.read(self.folder), False
-            raise
+        return chapters, newest
 
     def replace_table(self, table: np.ndarray) -> None:
         """The newest state is at other places now."""
@@ -259,7 +268,14 @@ class Ledger:
             self.index.check(file)
 
     def tidy(self) -> bool:
-        """Deletes volumes that newer ones took in, unless the manifest before has them. Returns whether all files are needed now."""
+        """Deletes volumes that newer ones took in, unless the manifest before has them. Returns whether all files are needed now.
+
+        Raises:
+            StoreError: the manifest cannot be read.
+        """
+        written = Manifest.read(self.folder)
+        if (written.next_file, written.next_index) != (self.manifest.next_file, self.manifest.next_index):
+            return False  # files were written, and the manifest that names them was not
         before: set[str] = set()
         with contextlib.suppress(StoreError):
             before = {file.name for file in Ledger(self.folder, Manifest.read(self.folder, PREVIOUS))._lists()}

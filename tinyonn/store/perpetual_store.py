@@ -308,16 +308,14 @@ class PerpetualStore:
         Raises:
             StoreError: a save failed.
         """
-        clean = False
         try:
             self.wait()
-            clean = not self._closed
+            if self.log is not None and not self._closed:
+                self._leave_note()
         finally:
             self._closed = True
             self._saver.close()
             if self.log is not None:
-                if clean:
-                    self._leave_note()
                 self.log.close()
             if self._lock is not None:
                 unlock_file(self._lock)
@@ -379,7 +377,7 @@ class PerpetualStore:
         """Notes that the next opening need not look for files that nobody needs; without the note it does."""
         assert self._ledger is not None
         assert self.log is not None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # also a manifest that is damaged meanwhile, and a log that the caller closed
             if self._ledger.tidy():
                 leave_note(self.folder, self.log.sync())
 
