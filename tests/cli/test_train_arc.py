@@ -131,10 +131,15 @@ def test_a_training_goes_on_with_the_same_tasks_alone(cli: Cli, tmp_path: Path) 
     (folder / "tasks.json").write_text(json.dumps(made))
     options = ["-d", str(folder), "--held-out", "1", "--batch-size", "2", "--context", "200", "-o", str(out)]
     assert cli("train", "arc", *options, "--steps", "1").code == 0
+    log = out / "store" / "life.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"seed": 0', b'"seed": 1'))
+    with pytest.warns(UserWarning, match=r"renamed to life.damaged-1.jsonl"):  # as in any training
+        ran = cli("train", "arc", *options, "--steps", "2")
+    assert ran.code == 0, ran.err
     for task in made.values():
         task["train"].reverse()
     (folder / "tasks.json").write_text(json.dumps(made))
-    ran = cli("train", "arc", *options, "--steps", "2")
+    ran = cli("train", "arc", *options, "--steps", "3")
     assert (ran.code, ran.err.count("\n")) == (2, 1)
     assert "out, got others under the same names: grids have changed." in ran.err
     (out / "held_out.txt").write_bytes(b"\xff")

@@ -301,8 +301,9 @@ def _check_same_tasks(folder: Path, config: ArcConfig, training: Sequence[Task],
     rule = f"{config.data} must have the tasks of the training in {folder}, got"
     if (folder / HELD_OUT).is_file() and (folder / HELD_OUT).read_text(encoding="utf-8", errors="replace") != names:
         raise InputError(f"{rule} others: its {HELD_OUT} would change.")
-    log = folder / STORE / LOG
-    runs = [record for record in read_life_log(log).records if record["event"] == "stretch"] if log.is_file() else []
+    runs: list[dict[str, Any]] = []
+    with contextlib.suppress(InputError):  # there is no log yet, or it is damaged, which does not stop a training
+        runs = [record for record in read_life_log(folder / STORE / LOG).records if record["event"] == "stretch"]
     if runs and runs[-1].get("data_hash") != _digest(training):
         raise InputError(f"{rule} others under the same names: grids have changed.")
 
