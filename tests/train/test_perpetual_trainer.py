@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from tinyonn.errors import InputError
 from tinyonn.hf import TinyOnnConfig, TinyOnnForCausalLM
-from tinyonn.store import LifeLog, read_life_log, verify
+from tinyonn.store import LifeLog, closing, read_life_log, verify
 from tinyonn.store.overview import newest_step
 from tinyonn.train import OnnTrainer, PerpetualMixin
 
@@ -138,8 +138,11 @@ def test_what_a_killed_run_logged_after_its_last_save_is_told_once(tmp_path: Pat
 
 
 @pytest.mark.parametrize("fault", ["damaged", "missing"])
+@pytest.mark.parametrize("checked", [2**16, 0], ids=["short", "long"])
 @pytest.mark.filterwarnings("ignore:.*a new log begins")
-def test_training_goes_on_without_its_log(tmp_path: Path, fault: str) -> None:
+def test_training_goes_on_without_its_log(tmp_path: Path, fault: str, checked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is so long that an opening checks its end alone, and the damage is further back."""
+    monkeypatch.setattr(closing, "CHECKED", checked)
     trainer_of("plain", tmp_path, 3).train()
     log = tmp_path / "store" / "life.jsonl"
     text = log.read_text()
@@ -150,6 +153,8 @@ def test_training_goes_on_without_its_log(tmp_path: Path, fault: str) -> None:
     trainer.train()
     assert newest_step(tmp_path / "store") == 6
     assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [6]
+    assert (tmp_path / "store" / "life.damaged-1.jsonl").exists() == (fault == "damaged")
+    assert verify(tmp_path / "store").faults == []
 
 
 def test_a_run_whose_end_cannot_be_logged_frees_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

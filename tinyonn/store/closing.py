@@ -79,7 +79,7 @@ def take_note(folder: Path) -> ClosingNote | None:
         found = read_note(folder)
     try:
         if (folder / CLOSED).exists():
-            (folder / CLOSED).unlink()
+            (folder / CLOSED).unlink(missing_ok=True)  # another process of a training may do the same
             sync(folder)  # a power cut must not bring it back
     except OSError as error:
         raise StoreError(f"{folder} must be a store that can be written, got {error.strerror}.") from error

@@ -14,8 +14,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..errors import InputError
+from ..store.closing import take_note
 from ..store.keep import Keep
-from ..store.life_log import LOG, RESERVED, environment, read_life_log
+from ..store.life_log import LOG, RESERVED, LifeLogError, environment, read_life_log
 from ..store.overview import saved_values
 from ..store.perpetual_store import PerpetualStore
 
@@ -198,7 +199,10 @@ def _history(log: Path, step: int) -> list[dict[str, Any]]:
     """`log_history` of the trainer up to a step, from the log of the life. What a run that was killed logged after it is trained again."""
     try:
         records = read_life_log(log).effective()
-    except InputError:  # the store sets a damaged one aside with a warning, and begins a new one where it is missing
+    except LifeLogError:
+        take_note(log.parent)  # so the store checks all of the log, sets it aside with a warning, and begins a new one
+        return []
+    except InputError:  # it is missing, and the store begins a new one
         return []
     kept = [record for record in records if record["event"] in ("metrics", "evaluation") and record["step"] <= step]
     names = set(RESERVED) - {"step"}
