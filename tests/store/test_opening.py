@@ -107,6 +107,7 @@ def test_a_log_that_lost_its_end_is_checked_whole(tmp_path: Path, cut: int) -> N
     log = tmp_path / "life.jsonl"
     data = log.read_bytes()
     log.write_bytes(data[: max(0, data.rfind(b"\n", 0, cut) + 1)])
+    assert any("life.jsonl must have at least" in fault for fault in verify(tmp_path).faults)
     opened(tmp_path).close()
     assert read_life_log(log).torn is None
     assert verify(tmp_path).faults == []

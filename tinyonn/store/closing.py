@@ -1,10 +1,10 @@
-"""What the next opening need not check: a note that a store leaves when it is closed without an error.
+"""The note that a store leaves when it is closed without an error: what the next opening need not check.
 
     closed.json   a line of JSON, and a line with its checksum
         manifest  checksum of manifest.json; with another manifest, files may be left that nobody needs
         log       where the log of the life ends: bytes, number, checksum and time of the last record
 
-An opening takes the note away. So after a crash, everything is checked.
+Opening a store removes the note, so after a crash everything is checked.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ CHECKED = 2**16  # bytes up to which a log is checked whole at each opening
 
 @dataclass(frozen=True)
 class ClosingNote:
-    """See above.
+    """Where the manifest and the log were when the store was closed.
 
     Attributes:
-        manifest: checksum, in hexadecimal.
-        log: the end of the log.
+        manifest: its checksum, in hexadecimal.
+        log: its end.
     """
 
     manifest: str
@@ -101,9 +101,12 @@ def read_note(folder: Path) -> ClosingNote | None:
         raise DamagedStoreError(f"{path} cannot be read: {error.strerror}.") from error
     if rest != f"{hex_digest(digest(line))}\n".encode():
         raise DamagedStoreError(f"{path} is damaged.")
-    found = json.loads(line)
-    size, number, crc, time = found["log"]
-    return ClosingNote(found["manifest"], LogEnd(size, number, crc, datetime.fromisoformat(time)))
+    try:
+        found = json.loads(line)
+        size, number, crc, time = found["log"]
+        return ClosingNote(found["manifest"], LogEnd(size, number, crc, datetime.fromisoformat(time)))
+    except (ValueError, KeyError, TypeError):  # of another version
+        raise DamagedStoreError(f"{path} must have a manifest and a log, got others; the next opening removes it.") from None
 
 
 def _checksum(folder: Path) -> str:

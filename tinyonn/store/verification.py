@@ -81,8 +81,12 @@ def _verify(folder: Path) -> Verification:
             damaged.add(file)
             faults += [f"{ledger.segments / file_name(file)}: {name} is damaged." for name in names]
     readable, lost = _steps(ledger, damaged, bool(faults))
-    _try(faults, partial(read_note, folder))
-    _check_log(folder, faults)
+    note = None
+    try:
+        note = read_note(folder)
+    except StoreError as error:
+        faults.append(str(error))
+    _check_log(folder, faults, 0 if note is None else note.log.size)
     return Verification(number, total, readable, lost, faults)
 
 
@@ -138,7 +142,7 @@ def _is_whole(files: Files, place: np.void) -> bool:
     return True
 
 
-def _check_log(folder: Path, faults: list[str]) -> None:
+def _check_log(folder: Path, faults: list[str], least: int) -> None:
     if not (folder / LOG).exists():
         faults.append(f"{folder / LOG} is missing.")
         return
@@ -147,6 +151,8 @@ def _check_log(folder: Path, faults: list[str]) -> None:
     except LifeLogError as error:
         faults.append(str(error))
         return
+    if (size := (folder / LOG).stat().st_size) < least:
+        faults.append(f"{folder / LOG} must have at least {least:,} bytes, as when the store was closed, got {size:,}.")
     if found.torn is not None:
         faults.append(f"{folder / LOG} ends in a part of a record.")
 

@@ -324,7 +324,7 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 def check_tokens(end_token_id: int, pad_token_id: int) -> None:
-    """TypeError or ValueError unless both are token ids. A tokenizer may have None for padding, and a checkpoint several that end."""
+    """TypeError or ValueError unless both are token ids: a padding id may be None, and a checkpoint may have several end ids."""
     check_size("end_token_id", end_token_id, 0)
     check_size("pad_token_id", pad_token_id, 0)
 
