@@ -250,10 +250,19 @@ def test_a_subfolder_of_any_name_is_evaluated(cli: Cli, checkpoint: Path, data: 
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["split"] == data.name
 
 
+def test_a_list_of_generated_tasks_names_the_limit(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("copy-1\n")
+    ran = cli("eval", "arc", checkpoint, *GENERATED, "--only", tmp_path / "list.txt", "-o", tmp_path / "out")
+    one_line(ran, "only must have names of tasks in generated among the 4 that are made, see --limit, got copy-1", command=COMMAND)
+
+
 def test_a_checkpoint_with_another_vocabulary_is_one_line(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     one_line(cli("eval", "arc", other, *GENERATED), "checkpoint must be one trained on ARC, with arc_vocabulary.json", command=COMMAND)
+    (other / "model").mkdir()
+    (other / "model" / "arc_vocabulary.json").write_text("{}")
+    one_line(cli("eval", "arc", other, *GENERATED), "/other/model?", command=COMMAND)
     (other / "arc_vocabulary.json").write_text(json.dumps({"tokens": ["a", "b"]}))
     one_line(cli("eval", "arc", other, *GENERATED), "must have the tokens of ARC, got ['a', 'b']: train the model anew", command=COMMAND)
     (other / "arc_vocabulary.json").write_text((checkpoint / "arc_vocabulary.json").read_text())

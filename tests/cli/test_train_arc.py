@@ -234,3 +234,15 @@ def test_a_folder_of_texts_is_not_one_of_arc(cli: Cli, tmp_path: Path) -> None:
     ran = cli("train", "arc", "-d", "generated", "-o", str(tmp_path))
     assert (ran.code, ran.err.count("\n")) == (2, 1)
     assert "must be the folder of a training on ARC" in ran.err
+
+
+def test_a_folder_of_arc_is_not_one_of_texts(cli: Cli, tmp_path: Path) -> None:
+    """And the loss that is printed has its step where it is not that of the last step."""
+    ran = cli("train", "arc", *SMALL, "--steps", "3", "-o", str(tmp_path / "out"))
+    assert ran.code == 0, ran.err
+    assert re.search(r"loss +\d\.\d{3} nats a token at step 2\n", ran.out)
+    (tmp_path / "book.txt").write_text("a b c")
+    ran = cli("train", "-d", str(tmp_path / "book.txt"), "-o", str(tmp_path / "out"))
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "output_dir must be the folder of a training on texts" in ran.err
+    assert "which has a training on ARC" in ran.err

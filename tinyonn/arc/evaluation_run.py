@@ -103,7 +103,8 @@ def _named(tasks: Sequence[Task], path: Path, config: ArcEvalConfig) -> list[Tas
         raise InputError(f"only must have a name of a task on each line, got none in {path}.")
     if unknown := names - {task.name for task in tasks}:
         split = f", split {_split(config)}" if _split(config) else ""
-        raise InputError(f"only must have names of tasks in {config.data}{split}, got {listed(sorted(unknown))}.")
+        made = f" among the {len(tasks)} that are made, see --limit" if config.data == GENERATED else ""
+        raise InputError(f"only must have names of tasks in {config.data}{split}{made}, got {listed(sorted(unknown))}.")
     return [task for task in tasks if task.name in names]
 
 

@@ -227,7 +227,9 @@ def _field(path: Path, name: str) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"checkpoint must be one trained on ARC, with {path.name}, got {path.parent}: {error.strerror}.") from None
+        inside = path.parent / "model"
+        hint = f"; did you mean {inside}?" if (inside / path.name).is_file() else "."
+        raise InputError(f"checkpoint must be one trained on ARC, with {path.name}, got {path.parent}: {error.strerror}{hint}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} must be JSON in UTF-8, got something else ({reason(error, 80)}).") from None
     return content.get(name) if isinstance(content, dict) else None

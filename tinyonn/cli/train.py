@@ -55,9 +55,9 @@ def run_life(config: LifeConfig) -> None:
     learned: list[Line] = []
     if "loss" in last:
         held_out = "" if result.eval_loss is None else f", held out {result.eval_loss:.3f}"
-        learned.append(("loss", f"{last['loss']:.3f} nats a token{held_out}"))
+        learned.append(("loss", f"{last['loss']:.3f} nats a token{_at(result)}{held_out}"))
     if "pi" in last:
-        learned.append(("integrity", f"{last['pi']:.3f}"))
+        learned.append(("integrity", f"{last['pi']:.3f}{_at(result)}"))
     if "live_experts" in last:
         changes = f"{screen.counted(result.births, 'birth')}, {screen.counted(result.recyclings, 'recycling')}"
         learned.append(("experts", f"{last['live_experts']:.0f} live, {changes}"))
@@ -76,6 +76,12 @@ def _print_result(result: TrainingResult, learned: list[Line], after: Sequence[L
         lines.append(("stopped", _stopped(result.stopped)))
     places: list[Line] = [("model", result.model), ("page", result.page), ("took", screen.duration(result.seconds))]
     print(screen.rows([*lines, *learned, *places, *after]), flush=True)
+
+
+def _at(result: TrainingResult) -> str:
+    """Of which step the last logged metrics are, where it is not the last one; in a fork, they may be its parent's."""
+    step = result.metrics.get("step", result.steps)
+    return "" if step == result.steps else f" at step {step:,.0f}"
 
 
 def _stopped(reason: str) -> str:
@@ -101,7 +107,7 @@ def train_arc(given: Mapping[str, Any], config: ConfigFile = None, print_config:
     last = result.metrics
     learned: list[Line] = []
     if "loss" in last:
-        learned.append(("loss", f"{last['loss']:.3f} nats a token"))
+        learned.append(("loss", f"{last['loss']:.3f} nats a token{_at(result)}"))
     if "own_exact" in last:
         learned.append(("own", f"{last['own_exact']:.1%} of the model's own answers in training were exact"))
     if result.exact is not None:

@@ -173,6 +173,8 @@ def _check_same_life(folder: Path, config: LifeConfig, origin: Origin | None) ->
             raise InputError(f"output_dir must have the options.yaml of its life, got {folder}, where it is missing.")
         return
     before, now = read_options(folder), _kept(config)
+    if "data" in before:
+        raise InputError(f"output_dir must be the folder of a training on texts, got {folder}, which has a training on ARC.")
     other = sorted(name for name in now if before.get(name) != now[name])
     fresh = is_fresh(folder, origin)
     refused = [name for name in other if not (fresh and name in FORKABLE)]
