@@ -16,7 +16,7 @@ _STATES = {"solved": "solved", "unsolved": "unsolved", "unknown": "without a kno
 METHODS = {
     "greedy": "the most likely answer, one attempt",
     "sampling": "the two most frequent samples",
-    "voting": "the two answers that most augmented views of the task gave, each taken back",
+    "voting": "the two answers that most augmented views of the task gave, each reverted",
     "augscore": "the two candidates with the highest log-probability, summed over the eight symmetries of the task",
 }
 TERMS = {
