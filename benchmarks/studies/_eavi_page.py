@@ -56,16 +56,13 @@ def page(results: Results, settings: Settings, choices: Mapping[str, tuple[float
     rows: list[list[object]] = []
     for arm, cells in arms.items():
         rate, ramp = choices[arm]
-        finals = [cell["final"] for cell in cells]
-        gaps = [one - other["final"] for one, other in zip(finals, arms[first], strict=True)]
-        gap = "" if arm == first else _interval(gaps)
-        tokens = [cell["tokens"][-1] for cell in cells]
-        token_gaps = [one - other["tokens"][-1] for one, other in zip(tokens, arms[first], strict=True)]
-        token_gap = "" if arm == first else _interval(token_gaps)
+        found = []
+        for name in ("exact", "tokens"):
+            gaps = [one[name][-1] - other[name][-1] for one, other in zip(cells, arms[first], strict=True)]
+            found += [f"{statistics.fmean(cell[name][-1] for cell in cells):.3f}", "" if arm == first else _interval(gaps)]
         own = [cell["own exact"] for cell in cells if cell["own exact"] is not None]
         rows.append([
-            arm, f"{rate:g}", "" if arm == first else f"{ramp[0]:g} … {ramp[1]:g}", f"{statistics.fmean(finals):.3f}", gap,
-            f"{statistics.fmean(tokens):.3f}", token_gap,
+            arm, f"{rate:g}", "" if arm == first else f"{ramp[0]:g} … {ramp[1]:g}", *found,
             f"{statistics.fmean(cell['forced'] for cell in cells):.4f}", f"{statistics.fmean(own):.3f}" if own else "",
             f"{statistics.fmean(cell['steps'] for cell in cells):,.0f}",
         ])  # fmt: skip

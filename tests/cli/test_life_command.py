@@ -133,6 +133,13 @@ def compacting(folder: Path, codes: list[int]) -> threading.Thread:
     return command
 
 
+def save_eight(store: PerpetualStore, model: nn.Linear) -> None:
+    for step in range(1, 9):
+        with torch.no_grad():
+            model.weight.fill_(step)
+        store.save(step, wait=True)
+
+
 @pytest.mark.parametrize("room", [True, False], ids=["room", "no room"])
 @pytest.mark.filterwarnings("ignore:the store was not compacted")
 def test_a_running_training_compacts_itself(
@@ -141,10 +148,7 @@ def test_a_running_training_compacts_itself(
     model = nn.Linear(40, 40)
     codes: list[int] = []
     with PerpetualStore(tmp_path, model, keep="last:1") as store:
-        for step in range(1, 9):
-            with torch.no_grad():
-                model.weight.fill_(step)
-            store.save(step, wait=True)
+        save_eight(store, model)
         command = compacting(tmp_path, codes)
         if not room:
             monkeypatch.setattr(compaction, "free_bytes", lambda folder: 0)
@@ -161,10 +165,7 @@ def test_a_store_whose_training_ended_meanwhile_is_compacted(tmp_path: Path, cap
     model = nn.Linear(40, 40)
     codes: list[int] = []
     with PerpetualStore(tmp_path, model, keep="last:1") as store:
-        for step in range(1, 9):
-            with torch.no_grad():
-                model.weight.fill_(step)
-            store.save(step, wait=True)
+        save_eight(store, model)
         command = compacting(tmp_path, codes)
     command.join(10)
     assert codes == [0]
