@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tinyonn._io.locks import locked
 from tinyonn.arc import ArcConfig, Vocabulary, generate, train_arc
 from tinyonn.store import read_life_log
 
@@ -246,3 +247,10 @@ def test_a_folder_of_arc_is_not_one_of_texts(cli: Cli, tmp_path: Path) -> None:
     assert (ran.code, ran.err.count("\n")) == (2, 1)
     assert "output_dir must be the folder of a training on texts" in ran.err
     assert "which has a training on ARC" in ran.err
+
+
+def test_two_runs_in_one_folder_are_refused(cli: Cli, tmp_path: Path) -> None:
+    with locked(tmp_path):
+        ran = cli("train", "arc", *SMALL, "-o", str(tmp_path))
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "output_dir must be a folder that no other run is writing into" in ran.err
