@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tinyonn._io.locks import locked
 from tinyonn.arc import ArcConfig, Vocabulary, generate, train_arc
 from tinyonn.store import read_life_log
 
@@ -250,7 +251,13 @@ def test_a_folder_of_arc_is_not_one_of_texts(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_two_runs_in_one_folder_are_refused(cli: Cli, tmp_path: Path) -> None:
-    with locked(tmp_path):
-        ran = cli("train", "arc", *SMALL, "-o", str(tmp_path))
+    command = [sys.executable, "-m", "tinyonn", "train", "arc", *SMALL, "--steps", "100000", "-o", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stderr is not None
+            assert any("store: the first save" in line for line in other.stderr)  # it trains now
+            ran = cli("train", "arc", *SMALL, "-o", str(tmp_path))
+        finally:
+            other.kill()
     assert (ran.code, ran.err.count("\n")) == (2, 1)
     assert "output_dir must be a folder that no other run is writing into" in ran.err
